@@ -1,0 +1,109 @@
+"""What passes between data, method and loop.
+
+Shape letters used in every docstring: B images of a labelled batch, U of an unlabelled one, C classes, H x W pixels of a crop,
+h x w cells of a feature grid, N = h * w tokens, D channels, L words, T diffusion steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = 255
+"""The label of pixels that no loss and no metric counts."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a method asks of the data layer for each unlabelled image."""
+
+    weak: int = 1
+    strong: int = 0
+    cutmix: bool = False
+    text: bool = False
+
+    @property
+    def unlabelled(self) -> bool:
+        """False for a method that never looks at unlabelled images."""
+        return self.weak + self.strong > 0
+
+
+@dataclass
+class TextBatch:
+    """Caption tokens of a batch of images, already encoded."""
+
+    tokens: Tensor
+    """(B, L, D) float32."""
+    mask: Tensor
+    """(B, L) bool, True where there is a word."""
+
+
+@dataclass
+class CutMix:
+    """One box per image; the pixels inside come from the partner image of the same batch."""
+
+    boxes: Tensor
+    """(U, 4) int64: top, left, bottom, right in pixels, snapped to the patch grid; all zero means no box."""
+    partner: Tensor
+    """(U,) int64: index of the image that the box is cut from."""
+
+
+@dataclass
+class Batch:
+    """One worker's share of a step."""
+
+    image: Tensor
+    """(B, 3, H, W) normalised labelled images."""
+    target: Tensor
+    """(B, H, W) int64, 255 = ignore."""
+    keys: tuple[int, ...]
+    """One integer per labelled image that names its random draws: its place in the global batch."""
+    weak: tuple[Tensor, ...] = ()
+    """Each (U, 3, H, W)."""
+    strong: tuple[Tensor, ...] = ()
+    """Each (U, 3, H, W), CutMix not yet applied."""
+    mix: tuple[CutMix, ...] = ()
+    """One per strong view, or empty."""
+    valid: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(U, H, W) bool, False in the padding of an unlabelled crop."""
+    keys_u: tuple[int, ...] = ()
+    """As ``keys``, for the unlabelled images."""
+    text: TextBatch | None = None
+    text_u: TextBatch | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+
+
+def _move(value: object, device: torch.device) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)
+    if isinstance(value, TextBatch | CutMix):
+        return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+class Losses(NamedTuple):
+    """What a method's forward pass returns."""
+
+    total: Tensor
+    """Scalar with a gradient."""
+    terms: dict[str, Tensor]
+    """Detached scalars for the log."""
+
+
+class Step(NamedTuple):
+    """Where in training a forward pass stands."""
+
+    index: int
+    """Optimiser steps done so far."""
+    progress: float
+    """index / steps, in [0, 1)."""
+    seed: int
+    """The run's seed; draws are named by (seed, index, key of the image)."""

@@ -1,0 +1,50 @@
+"""Random draws that depend on what they are for, never on who asks first.
+
+Every draw is named by a tuple such as ``(seed, "crop", epoch, image)``. Two workers, a resumed run and an undisturbed one
+therefore see the same numbers, and nothing about a generator's state has to be stored in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Part = int | str
+
+
+def key(*parts: Part) -> int:
+    """A 63-bit integer named by ``parts``; equal on every machine and Python version."""
+    text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def rng(*parts: Part) -> np.random.Generator:
+    """A NumPy generator for the draw named by ``parts``."""
+    return np.random.Generator(np.random.Philox(key=key(*parts)))
+
+
+def generator(*parts: Part, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator on ``device`` for the draw named by ``parts``."""
+    gen = torch.Generator(device=device)
+    gen.manual_seed(key(*parts))
+    return gen
+
+
+def uniform(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: torch.device | str = "cpu") -> Tensor:
+    """One uniform tensor of ``shape`` per key, stacked: (len(keys), *shape), float32 in [0, 1)."""
+    out = torch.empty((len(keys), *shape), device=device)
+    for row, name in zip(out, keys, strict=True):
+        row.uniform_(generator=generator(*parts, name, device=device))
+    return out
+
+
+def normal(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: torch.device | str = "cpu") -> Tensor:
+    """One standard normal tensor of ``shape`` per key, stacked: (len(keys), *shape), float32."""
+    out = torch.empty((len(keys), *shape), device=device)
+    for row, name in zip(out, keys, strict=True):
+        row.normal_(generator=generator(*parts, name, device=device))
+    return out
