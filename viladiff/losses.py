@@ -1,0 +1,171 @@
+"""Every loss is a pure function, computed in float32 even under autocast, and equal on one worker and on many.
+
+Equations are those of the paper; shape letters are those of ``viladiff.batch``. A mean whose divisor depends on the
+data goes through ``global_mean``. All return scalars unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from viladiff.batch import IGNORE
+
+
+def global_mean(total: Tensor, count: Tensor) -> Tensor:
+    """Two workers get the gradient of one: DDP averages gradients, so local sums are multiplied by the workers.
+
+    ``total`` is this worker's sum and ``count`` this worker's number of terms, both scalars. The result is total *
+    workers / max(count summed over workers, 1), hence 0 with a gradient graph when there is nothing to count. Its
+    mean over the workers is the global mean. Only the count is communicated, detached.
+    """
+    count = count.detach().to(torch.float32)
+    workers = _workers()
+    if workers > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+    return total * workers / count.clamp(min=1)
+
+
+def feature_distillation(
+    teacher: Tensor,
+    student: Tensor,
+    lam: float,
+    reduction: str = "mean",
+    *,
+    weight: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """Eq. 1: squared distance + lam * cosine distance of (B, D) features; no gradient reaches the teacher.
+
+    ``reduction`` concerns the first term: "mean" divides the squared differences by B * D (the "mean squared error"
+    of section 3.3), "sum" adds them all, as Eq. 1 is printed. The cosine distance is a mean over B in both.
+    ``weight`` (B,) multiplies each sample's share, and the divisor B becomes ``count``: this worker's share of it, by
+    default the sum of the weights. Raises ValueError for unlike shapes and an unknown reduction.
+    """
+    _same_shape("teacher", teacher, "student", student)
+    choose("reduction", reduction, ("mean", "sum"))
+    teacher, student = teacher.detach().float(), student.float()
+    squared = (teacher - student).square()
+    cosine = 1 - F.cosine_similarity(teacher, student, dim=1)
+    if reduction == "mean":
+        return _gated_mean(squared.mean(dim=1) + lam * cosine, weight, count)
+    squared = squared.sum(dim=1)
+    total = squared.sum() if weight is None else (squared * weight.float()).sum()
+    return total * _workers() + lam * _gated_mean(cosine, weight, count)
+
+
+def logit_distillation(
+    teacher: Tensor, student: Tensor, temperature: float, *, weight: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """Eq. 2: T² * KL(softmax(teacher / T) || softmax(student / T)); T² keeps the gradient's size independent of T.
+
+    Both are (B, C, ...) with classes on axis 1; the teacher gets no gradient. The mean is over all pixels, or, with a
+    ``weight`` that broadcasts to (B, ...), the weighted sum over ``count``: this worker's share of it, by default the
+    sum of the weights. Raises ValueError for unlike shapes and a temperature that is not positive.
+    """
+    _same_shape("teacher", teacher, "student", student)
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature}: must be positive")
+    log_p = F.log_softmax(teacher.detach().float() / temperature, dim=1)
+    log_q = F.log_softmax(student.float() / temperature, dim=1)
+    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+    return temperature**2 * _gated_mean(divergence, weight, count)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, norm: str = "labelled") -> Tensor:
+    """Eq. 10 without pixels labelled 255 among the N; a batch of nothing else gives 0 with a gradient, never NaN.
+
+    ``logits`` (B, C, H, W), ``target`` (B, H, W) int64, ``weight`` (B, H, W) a factor on each pixel that leaves the
+    divisor alone. ``norm``: divide by the "labelled" pixels of all workers, or by "all" of them, ignored ones
+    included. Raises ValueError for unlike shapes and an unknown norm.
+    """
+    choose("norm", norm, ("labelled", "all"))
+    loss = _pixel_cross_entropy(logits, target)
+    total = loss.sum() if weight is None else (loss * weight.float()).sum()
+    counted = target != IGNORE if norm == "labelled" else torch.ones_like(target, dtype=torch.bool)
+    return global_mean(total, counted.sum())
+
+
+def hard_consistency(logits: Tensor, labels: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
+    """Pseudo-label cross-entropy divided by the valid pixels, not by the confident ones: few confident, small loss.
+
+    ``logits`` (U, C, H, W), ``labels`` (U, H, W) int64, ``confidence_weight`` (U, H, W) >= 0, ``valid`` (U, H, W)
+    bool, False in padding. The form is that of FixMatch and UniMatch. Raises ValueError for unlike shapes.
+    """
+    _same_shape("labels", labels, "valid", valid)
+    loss = _pixel_cross_entropy(logits, labels)
+    return global_mean((loss * (confidence_weight.float() * valid)).sum(), valid.sum())
+
+
+def edge_cross_entropy(logits: Tensor, target: Tensor, edges: Tensor) -> Tensor:
+    """L_edge of Eq. 13: cross-entropy of edge pixels alone, divided by their number, however few they are.
+
+    ``logits`` (B, C, H, W), ``target`` (B, H, W) int64 (255 is never an edge here), ``edges`` (B, H, W) bool. Raises
+    ValueError for unlike shapes.
+    """
+    _same_shape("target", target, "edges", edges)
+    counted = edges & (target != IGNORE)
+    return global_mean((_pixel_cross_entropy(logits, target) * counted).sum(), counted.sum())
+
+
+def noise_loss(pred: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 4: squared error of the predicted noise, a mean over channels and the pixels that got Gaussian noise.
+
+    ``pred`` and ``noise`` (B, d, h, w), ``mask`` (B, h, w) bool. Raises ValueError for unlike shapes.
+    """
+    _same_shape("pred", pred, "noise", noise)
+    squared = (pred.float() - noise.detach().float()).square().mean(dim=1)
+    _same_shape("mask", mask, "pred without its channels", squared)
+    return global_mean((squared * mask).sum(), mask.sum())
+
+
+@torch.no_grad()
+def per_image_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """(B,) without a gradient: which stream is better on which image decides a gate, and a gate has no gradient.
+
+    ``logits`` (B, C, H, W), ``labels`` (B, H, W) int64, ``valid`` (B, H, W) bool. A mean over each image's own pixels
+    that are valid and not 255; 0 for an image that has none. Raises ValueError for unlike shapes.
+    """
+    _same_shape("labels", labels, "valid", valid)
+    counted = valid & (labels != IGNORE)
+    total = (_pixel_cross_entropy(logits, labels) * counted).flatten(1).sum(dim=1)
+    return total / counted.flatten(1).sum(dim=1).clamp(min=1)
+
+
+def choose(field: str, value: str, allowed: Sequence[str]) -> None:
+    """An unknown word is answered with the allowed ones and the nearest of them: ValueError naming ``field``."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
+        raise ValueError(f"{field} = {value!r}: must be one of {', '.join(allowed)}; did you mean {near[0]!r}?")
+
+
+def _workers() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gated_mean(values: Tensor, weight: Tensor | None, count: Tensor | None) -> Tensor:
+    """Without a gate every worker's share is equally large, so its plain mean needs no communication."""
+    if weight is None:
+        return values.mean() if count is None else global_mean(values.sum(), count)
+    weight = weight.float().expand_as(values)
+    return global_mean((values * weight).sum(), weight.sum() if count is None else count)
+
+
+def _pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """(B, H, W), 0 where the target is 255."""
+    if logits.ndim != target.ndim + 1 or logits.shape[:1] + logits.shape[2:] != target.shape:
+        raise ValueError(
+            f"target {tuple(target.shape)} does not fit logits {tuple(logits.shape)}: want (B, H, W), (B, C, H, W)"
+        )
+    return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
+
+
+def _same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.shape != other.shape:
+        raise ValueError(f"{name} {tuple(tensor.shape)} and {other_name} {tuple(other.shape)} must have the same shape")

@@ -1,0 +1,237 @@
+"""MixE (paper, section 3.4): labels are corrupted by noise or flipped classes, and a small network learns to undo it.
+
+The equations are in ``models.diffusion`` and can be had from here. Shape letters are those of ``viladiff.batch``; d
+is the length of a class's code, S the number of reverse steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from viladiff.losses import choose
+from viladiff.models.diffusion import (
+    add_gaussian_noise,
+    alpha_bar,
+    check_beta,
+    class_codes,
+    confidence_threshold,
+    ddim_step,
+    edge_mask,
+    flip_labels,
+    flip_probability,
+    posterior,
+    sample_classes,
+    step_probability,
+)
+
+if TYPE_CHECKING:
+    from viladiff.methods.viladiff import MixeConfig
+
+__all__ = [
+    "Corrupted",
+    "Denoiser",
+    "add_gaussian_noise",
+    "alpha_bar",
+    "class_codes",
+    "confidence_threshold",
+    "corrupt",
+    "ddim_step",
+    "edge_mask",
+    "flip_labels",
+    "flip_probability",
+    "posterior",
+    "refine",
+    "regions",
+    "reverse_times",
+    "sample_classes",
+    "step_probability",
+]
+
+
+@lru_cache(maxsize=64)
+def _codes_on(num_classes: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return class_codes(num_classes).to(device)
+
+
+@lru_cache(maxsize=64)
+def _alpha_bar_on(timesteps: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return alpha_bar(timesteps).to(device)
+
+
+@dataclass
+class Corrupted:
+    """What Eq. 7 makes of soft labels."""
+
+    codes: Tensor
+    """(B, d, h, w) float32, what the denoiser sees."""
+    labels: Tensor
+    """(B, h, w) int64, flipped where ``gaussian`` is False, the argmax elsewhere."""
+    gaussian: Tensor
+    """(B, h, w) bool, the region with Gaussian noise; the rest is the region of flips."""
+    edges: Tensor
+    """(B, h, w) bool, edges of the uncorrupted argmax."""
+    noise: Tensor
+    """(B, d, h, w), the target of Eq. 4 where ``gaussian``."""
+
+
+def regions(soft: Tensor, tau: float, gaussian_region: str) -> Tensor:
+    """(B, h, w) bool, True where a pixel gets Gaussian noise: Eq. 7 says the "confident", its text the "uncertain".
+
+    ``soft`` (B, C, h, w) probabilities; a pixel is confident if its largest one exceeds ``tau``. ValueError for
+    another region.
+    """
+    choose("gaussian_region", gaussian_region, ("confident", "uncertain"))
+    confident = soft.amax(dim=1) > tau
+    return confident if gaussian_region == "confident" else ~confident
+
+
+def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise: Tensor, uniform: Tensor) -> Corrupted:
+    """Eq. 7: by its confidence a pixel gets noise on the code of its soft label, or a flip of its most probable class.
+
+    ``soft`` (B, C, h, w) probabilities; ``t`` an int or (B,) int64 in 1 ... cfg.timesteps; draws ``noise`` (B, d, h,
+    w) normal and ``uniform`` (B, h, w) in [0, 1). Edge pixels flip at cfg.beta + cfg.edge_bonus a step. With
+    cfg.gaussian or cfg.flips off, that region keeps its clean codes. ValueError for an impossible beta and shapes
+    that do not fit.
+    """
+    soft = soft.float()
+    labels = soft.argmax(dim=1)
+    gaussian, edges = regions(soft, tau, cfg.gaussian_region), edge_mask(labels)
+    with torch.autocast(soft.device.type, enabled=False):
+        values = torch.einsum("bchw,cd->bdhw", soft, _codes_on(soft.shape[1], soft.device))
+    if cfg.gaussian:
+        values = add_gaussian_noise(values, t, _alpha_bar_on(cfg.timesteps, soft.device), noise)
+    if cfg.flips:
+        rate = _edge_aware_rate(edges, cfg, soft.shape[1])
+        chance = flip_probability(t, rate, soft.shape[1], cfg.flip_schedule, cfg.timesteps)
+        labels = torch.where(gaussian, labels, flip_labels(labels, chance, soft.shape[1], uniform=uniform))
+    return Corrupted(_assemble(values, labels, gaussian, soft.shape[1]), labels, gaussian, edges, noise)
+
+
+def _edge_aware_rate(edges: Tensor, cfg: MixeConfig, classes: int) -> Tensor:
+    """(B, h, w) probability of a flip in one step."""
+    check_beta(cfg.beta + cfg.edge_bonus, classes)
+    return cfg.beta + cfg.edge_bonus * edges.float()
+
+
+def _assemble(values: Tensor, labels: Tensor, gaussian: Tensor, classes: int) -> Tensor:
+    """(B, d, h, w): continuous ``values`` in the Gaussian region, codes of ``labels`` elsewhere."""
+    codes = F.embedding(labels, _codes_on(classes, values.device)).permute(0, 3, 1, 2)
+    return torch.where(gaussian.unsqueeze(1), values, codes)
+
+
+class Denoiser(nn.Module):
+    """f_theta of Eq. 8 in one small body with two heads: the clean class of each pixel, and the noise of Eq. 4.
+
+    ``cond_channels`` are those of the segmenter's features, ``width`` its own, ``depth`` residual blocks,
+    ``timesteps`` T.
+    """
+
+    def __init__(self, num_classes: int, cond_channels: int, width: int, depth: int, timesteps: int) -> None:
+        super().__init__()
+        code_length = class_codes(num_classes).shape[1]
+        self.timesteps, self.width = timesteps, width
+        self.features = nn.Conv2d(cond_channels, width, 1)
+        self.features_norm = _norm(width)
+        self.logits = nn.Conv2d(num_classes, width, 1)
+        self.entry = nn.Conv2d(code_length + 2, width, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * width * depth))
+        self.norms = nn.ModuleList(_norm(width) for _ in range(depth))
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+        self.exit = _norm(width)
+        self.class_head = nn.Conv2d(width, num_classes, 1)
+        self.noise_head = nn.Conv2d(width, code_length, 1)
+
+    def prepare(self, features: Tensor, logits: Tensor) -> Tensor:
+        """(B, width, h, w) conditioning, computed once for the whole chain; no gradient reaches the segmenter.
+
+        ``features`` (B, cond_channels, ...), brought to the grid of ``logits`` (B, C, h, w) if theirs is another.
+        """
+        seen = self.features_norm(self.features(features.detach()))
+        if seen.shape[-2:] != logits.shape[-2:]:
+            seen = F.interpolate(seen, size=logits.shape[-2:], mode="bilinear", align_corners=False)
+        return seen + self.logits(logits.detach().float().softmax(dim=1))
+
+    def forward(self, codes: Tensor, gaussian: Tensor, edges: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) logits of the clean class and (B, d, h, w) noise, float32.
+
+        ``codes`` (B, d, h, w), ``gaussian`` and ``edges`` (B, h, w) bool, ``t`` (B,) int64, ``cond`` from
+        ``prepare``.
+        """
+        maps = torch.stack((gaussian, edges), dim=1).to(codes.dtype)
+        x = self.entry(torch.cat((codes, maps), dim=1)) + cond
+        films = self.time(_sinusoids(t / self.timesteps, self.width))[:, :, None, None].chunk(
+            2 * len(self.convs), dim=1
+        )
+        for norm, conv, scale, shift in zip(self.norms, self.convs, films[::2], films[1::2], strict=True):
+            x = x + conv(F.silu(norm(x))) * (1 + scale) + shift
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.silu(self.exit(x.float()))
+            return self.class_head(x), self.noise_head(x)
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(width, 8), width)
+
+
+def _sinusoids(share: Tensor, width: int) -> Tensor:
+    """(B, width) of sines and cosines of ``share`` (B,) in 0 ... 1, at frequencies from 1 to 1000 a unit."""
+    rates = torch.logspace(0, 3, (width + 1) // 2, device=share.device)
+    angles = share.float().unsqueeze(1) * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
+
+
+def reverse_times(timesteps: int, steps: int | None) -> list[int]:
+    """The times that a refinement visits, evenly from T down to 0: ``steps`` + 1 of them, T + 1 if ``steps`` is None.
+
+    ValueError unless 1 <= steps <= T.
+    """
+    steps = timesteps if steps is None else steps
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"refine_steps = {steps}: must be from 1 to timesteps = {timesteps}")
+    return [timesteps - i * timesteps // steps for i in range(steps + 1)]
+
+
+@torch.no_grad()
+def refine(
+    denoiser: nn.Module, cond: Tensor, soft: Tensor, tau: float, cfg: MixeConfig, noise: Tensor, uniforms: Tensor
+) -> Tensor:
+    """(B, C, h, w) logits of the clean class after the whole chain: corrupt ``soft`` at T, then undo it step by step.
+
+    ``denoiser`` is called as a ``Denoiser`` is; ``cond`` as from its ``prepare``; ``soft`` (B, C, h, w)
+    probabilities; ``noise`` (B, d, h, w) normal; ``uniforms`` (S, B, h, w) in [0, 1), the first for the corruption.
+    Regions and edges are those of ``soft`` throughout. S = cfg.refine_steps or T. ValueError if ``uniforms`` has
+    another S.
+    """
+    times, classes = reverse_times(cfg.timesteps, cfg.refine_steps), soft.shape[1]
+    if len(uniforms) != len(times) - 1:
+        raise ValueError(
+            f"uniforms has {len(uniforms)} entries on axis 0: must have one per reverse step, {len(times) - 1}"
+        )
+    kept = _alpha_bar_on(cfg.timesteps, soft.device)
+    state = corrupt(soft, cfg.timesteps, tau, cfg, noise=noise, uniform=uniforms[0])
+    x, z = state.codes, state.labels
+    rate = _edge_aware_rate(state.edges, cfg, classes)
+    for i, (t, t_prev) in enumerate(pairwise(times)):
+        step = torch.full((len(soft),), t, device=soft.device)
+        logits, noise_pred = denoiser(x, state.gaussian, state.edges, step, cond)
+        if t_prev == 0:
+            break
+        if cfg.flips:
+            probs = logits.float().softmax(dim=1)
+            if cfg.reverse == "posterior":
+                probs = posterior(z, probs, t, rate, classes, cfg.flip_schedule, cfg.timesteps, t_prev=t_prev)
+            z = torch.where(state.gaussian, z, sample_classes(probs, uniforms[i + 1]))
+        if cfg.gaussian:
+            x, _ = ddim_step(x, noise_pred, t, kept, t_prev)
+        x = _assemble(x, z, state.gaussian, classes)
+    return logits
