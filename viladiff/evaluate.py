@@ -1,0 +1,400 @@
+"""Every score is a ratio of pixel counts summed over the whole set, never a mean of per-image ratios."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from viladiff.batch import IGNORE, TextBatch
+
+STREAMS = ("visual", "fusion", "fusion_no_text", "mean")
+"""``fusion`` and ``mean`` read the text; ``mean`` averages probabilities; ``fusion_no_text`` reads the null token."""
+
+PROTOCOLS = ("original", "center_crop", "sliding_window")
+
+BOUNDARY_RATIO = 0.02
+"""Width of the boundary band as a share of the image diagonal (Cheng et al. 2021, Boundary IoU, section 4)."""
+
+Batches = Iterable[tuple[Tensor, Tensor, TextBatch | None]]
+Labelling = tuple[Tensor, Tensor]  # confidence and labels, each (B, H, W)
+
+
+def _count(index: Tensor, bins: int) -> Tensor:
+    """Histogram of int64 ``index`` in [0, bins); bincount waits for the host on a GPU, scatter_add does not."""
+    index = index.reshape(-1)
+    if index.device.type == "cpu":
+        return torch.bincount(index, minlength=bins)
+    return torch.zeros(bins, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
+
+
+def _counts(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """(256, C) counts, a row per possible label: ignored pixels cost no mask and strange labels stay visible."""
+    index = torch.add(pred.reshape(-1).long(), target.reshape(-1).long(), alpha=num_classes)
+    return _count(index, 256 * num_classes).view(-1, num_classes)
+
+
+def _known_rows(counts: Tensor) -> Tensor:
+    """The (C, C) part of ``_counts``; ValueError where a label is neither a class nor 255."""
+    num_classes = counts.shape[1]
+    strange = counts[num_classes:IGNORE].sum(1).nonzero()
+    if len(strange):
+        label = int(strange[0]) + num_classes
+        raise ValueError(f"target: label {label} found; allowed are 0..{num_classes - 1} and {IGNORE} (ignored)")
+    return counts[:num_classes]
+
+
+def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Rows are the truth, columns the prediction: (C, C) int64 counts of pixels.
+
+    pred and target are integer tensors of one shape. Pixels whose target is 255 do not count. ValueError for shapes
+    that differ, more than 255 classes, or a value outside 0..C-1 (255 is allowed in target).
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f"pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}; they must be equal")
+    if not 1 <= num_classes <= IGNORE:
+        raise ValueError(f"num_classes = {num_classes}: must be in 1..{IGNORE}")
+    if pred.numel() == 0:
+        return torch.zeros(num_classes, num_classes, dtype=torch.int64, device=pred.device)
+    for name, values, top in (("pred", pred, num_classes - 1), ("target", target, IGNORE)):
+        low, high = (int(value) for value in torch.aminmax(values))
+        if low < 0 or high > top:
+            raise ValueError(f"{name}: {low if low < 0 else high} found; allowed are 0..{top}")
+    return _known_rows(_counts(pred, target, num_classes))
+
+
+def miou_from(confusion: Tensor) -> tuple[float, list[float]]:
+    """A class in neither truth nor prediction is NaN and left out of the mean; (mean IoU, IoU per class) in [0, 1].
+
+    A class that is predicted but never true, or true but never predicted, counts as 0. Without any class the mean is
+    NaN. Published scripts add 1e-10 to the union, which counts an absent class as 0; in full sets no class is absent.
+    """
+    counts = confusion.double()
+    return _mean_iou(counts.diagonal(), counts.sum(1) + counts.sum(0) - counts.diagonal())
+
+
+def _mean_iou(intersection: Tensor, union: Tensor) -> tuple[float, list[float]]:
+    per_class = torch.where(union > 0, intersection.double() / union.double(), torch.nan)
+    return float(per_class.nanmean()), per_class.tolist()
+
+
+def boundary_width(height: int, width: int) -> int:
+    """The band's width d in pixels: 2 % of the diagonal, at least 1."""
+    return max(1, round(BOUNDARY_RATIO * (height**2 + width**2) ** 0.5))
+
+
+def _uniform(labels: Tensor, d: int) -> Tensor:
+    """(B, H, W) bool: the (2d+1)-square window around the pixel, clipped at the image border, holds one label only.
+
+    Where it does, the pixel survives erosion of its own class by d, so one pass serves all classes at once.
+    """
+
+    def highest(x: Tensor) -> Tensor:
+        rows = F.max_pool2d(x, (2 * d + 1, 1), stride=1, padding=(d, 0))
+        return F.max_pool2d(rows, (1, 2 * d + 1), stride=1, padding=(0, d))
+
+    x = labels.unsqueeze(1).float()
+    return (highest(x) == -highest(-x)).squeeze(1)
+
+
+def boundary_band(labels: Tensor, d: int) -> Tensor:
+    """A class's band also runs along the image border: (B, H, W) bool, True where erosion by d removes the pixel.
+
+    labels (B, H, W) hold integers in 0..255. Equals mask & ~erode(mask) for every class, with a 3 x 3 square applied d
+    times and everything outside the image taken as another class (Cheng et al. 2021, Boundary IoU, section 4).
+    """
+    height, width = labels.shape[-2:]
+    inside = torch.zeros(height, width, dtype=torch.bool, device=labels.device)
+    inside[d : max(d, height - d), d : max(d, width - d)] = True
+    return ~(_uniform(labels, d) & inside)
+
+
+def boundary_counts(pred: Tensor, target: Tensor, num_classes: int, d: int) -> Tensor:
+    """(3, C) pixels of: both bands at once, the truth's band, the prediction's band.
+
+    Ignored pixels are cut out of both maps before the bands are made, so that a perfect prediction scores 1.
+    """
+    pred = torch.where(target == IGNORE, IGNORE, pred)
+    true_band, pred_band = boundary_band(target, d), boundary_band(pred, d)
+    both = true_band & pred_band & (pred == target)
+    parts = ((both, target), (true_band, target), (pred_band, pred))
+    return torch.stack([_count(torch.where(keep, x, IGNORE).long(), 256)[:num_classes] for keep, x in parts])
+
+
+def trimap(target: Tensor, d: int) -> Tensor:
+    """(B, H, W) bool: within d pixels, on the longer axis, of another true label; 255 is one, the image border is not.
+
+    Data sets put 255 along outlines, so leaving it out would leave out most boundaries.
+    """
+    return ~_uniform(target, d)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares in [0, 1], not percent; None where nothing could be measured."""
+
+    miou: float | None
+    per_class: tuple[float | None, ...]
+    boundary_iou: float | None
+    """Mean over classes of the IoU of boundary bands."""
+    trimap_miou: float | None
+    """mIoU of the pixels near a true boundary."""
+    pixel_accuracy: float | None
+    images: int
+
+
+class Meter:
+    """Counts of one prediction stream, kept on the device, so that no batch waits for the host."""
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu", boundary: bool = True) -> None:
+        if not 1 <= num_classes <= IGNORE:
+            raise ValueError(f"num_classes = {num_classes}: must be in 1..{IGNORE}")
+        self.num_classes = num_classes
+        self.boundary = boundary
+        # 256 rows of all pixels, 256 rows of trimap pixels, 3 rows of bands; the last entry counts images.
+        self.state = torch.zeros(515 * num_classes + 1, dtype=torch.int64, device=device)
+        rows = self.state[:-1].view(515, num_classes)
+        self._all, self._near, self._bands = rows[:256], rows[256:512], rows[512:]
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """pred (B, H, W) of classes 0..C-1, as an argmax gives (checking would wait); target likewise, 255 = ignore."""
+        self._all += _counts(pred, target, self.num_classes)
+        if self.boundary:
+            d = boundary_width(*target.shape[-2:])
+            self._near += _counts(pred, torch.where(trimap(target, d), target, IGNORE), self.num_classes)
+            self._bands += boundary_counts(pred, target, self.num_classes, d)
+        self.state[-1] += len(target)
+
+    def merge(self, other: Meter) -> Meter:
+        """Adds another worker's counts to this one's."""
+        if (self.num_classes, self.boundary) != (other.num_classes, other.boundary):
+            raise ValueError(f"meters of {self.num_classes} and {other.num_classes} classes or of other parts differ")
+        self.state += other.state.to(self.state.device)
+        return self
+
+    def all_reduce(self) -> Meter:
+        """Sums over all workers in place; call it once, after the last batch. Nothing to do in a single process."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.state)
+        return self
+
+    def result(self) -> Scores:
+        """ValueError where a target had a label that is neither a class nor 255."""
+        state = self.state.cpu()
+        rows = state[:-1].view(515, self.num_classes)
+        confusion = _known_rows(rows[:256])
+        miou, per_class = miou_from(confusion)
+        both, true_band, pred_band = rows[512:]
+        total = int(confusion.sum())
+        return Scores(
+            miou=_present(miou),
+            per_class=tuple(_present(value) for value in per_class),
+            boundary_iou=_present(_mean_iou(both, true_band + pred_band - both)[0]) if self.boundary else None,
+            trimap_miou=_present(miou_from(_known_rows(rows[256:512]))[0]) if self.boundary else None,
+            pixel_accuracy=int(confusion.trace()) / total if total else None,
+            images=int(state[-1]),
+        )
+
+
+def _present(value: float) -> float | None:
+    return None if value != value else value
+
+
+def pseudo_quality(
+    conf: Tensor, labels: Tensor, truth: Tensor, threshold: float, valid: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Counts behind coverage = accepted / valid and precision = correct / accepted; sums add over batches and workers.
+
+    All maps are (B, H, W); a label is accepted where its confidence is at least ``threshold``. Pixels whose truth is
+    255, or that are not ``valid`` (padding), do not count.
+    """
+    known = truth != IGNORE if valid is None else valid & (truth != IGNORE)
+    accepted = known & (conf >= threshold)
+    return {"valid": known.sum(), "accepted": accepted.sum(), "correct": (accepted & (labels == truth)).sum()}
+
+
+def pseudo_change(
+    before: Labelling, after: Labelling, truth: Tensor, threshold: float, valid: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Counts what refinement does to labels, both ways: rescued of the lost, spoiled of the good.
+
+    A pixel is good where its label is accepted and right, lost otherwise; rescued goes from lost to good, spoiled from
+    good to lost. Truth and valid as in ``pseudo_quality``.
+    """
+    known = truth != IGNORE if valid is None else valid & (truth != IGNORE)
+    good_before, good_after = ((conf >= threshold) & (labels == truth) for conf, labels in (before, after))
+    return {
+        "lost": (known & ~good_before).sum(),
+        "rescued": (known & ~good_before & good_after).sum(),
+        "good": (known & good_before).sum(),
+        "spoiled": (known & good_before & ~good_after).sum(),
+    }
+
+
+def pseudo_shares(sums: dict[str, Tensor] | dict[str, int]) -> dict[str, float | None]:
+    """Shares from summed counts of ``pseudo_quality`` and ``pseudo_change``; None where the denominator is 0."""
+    ratios = {"coverage": ("accepted", "valid"), "precision": ("correct", "accepted")}
+    ratios |= {"rescued": ("rescued", "lost"), "spoiled": ("spoiled", "good")}
+    found = {name: (int(sums[a]), int(sums[b])) for name, (a, b) in ratios.items() if a in sums and b in sums}
+    return {name: a / b if b else None for name, (a, b) in found.items()}
+
+
+def stream_logits(
+    network: nn.Module, images: Tensor, text: TextBatch | None, streams: Sequence[str] = STREAMS
+) -> dict[str, Tensor]:
+    """The asked streams that can be had, each (B, C, H, W) logits, from at most two forwards.
+
+    A network without ViLa gives ``visual`` alone; without text, ``fusion`` and ``mean`` are left out, not replaced.
+    ValueError for the name of an unknown stream.
+    """
+    for name in streams:
+        _one_of("stream", name, STREAMS)
+    text = text if {"fusion", "mean"} & set(streams) else None
+    first = network(images, text)
+    logits = {"visual": first["visual"]}
+    if "fusion" in first and text is not None:
+        logits["fusion"] = first["fusion"]
+        if "mean" in streams:
+            logits["mean"] = _log(first["visual"].float().softmax(1) + first["fusion"].float().softmax(1))
+    if "fusion" in first and "fusion_no_text" in streams:
+        logits["fusion_no_text"] = first["fusion"] if text is None else network(images, None)["fusion"]
+    return {name: logits[name] for name in streams if name in logits}
+
+
+def _snapped_starts(length: int, window: int, stride: int) -> list[int]:
+    """Window starts along one side; the last window ends at the border, so that all windows have one size."""
+    return [*range(0, length - window, stride), length - window]
+
+
+def _resized(forward: Callable[[Tensor], dict[str, Tensor]], image: Tensor, multiple: int) -> dict[str, Tensor]:
+    """Whole image at the nearest multiple of the patch, logits brought back to its own size."""
+    back = tuple(image.shape[-2:])
+    size = tuple(max(multiple, round(side / multiple) * multiple) for side in back)
+    if size == back:
+        return forward(image)
+    logits = forward(F.interpolate(image, size, mode="bilinear"))
+    return {name: F.interpolate(x, back, mode="bilinear") for name, x in logits.items()}
+
+
+def _slid(forward: Callable[[Tensor], dict[str, Tensor]], image: Tensor, crop: int) -> dict[str, Tensor]:
+    """Probabilities of overlapping windows are summed in place, so memory does not grow with the number of windows."""
+    height, width = image.shape[-2:]
+    stride = max(1, 2 * crop // 3)
+    sums: dict[str, Tensor] = {}
+    for top in _snapped_starts(height, crop, stride):
+        for left in _snapped_starts(width, crop, stride):
+            window = (..., slice(top, top + crop), slice(left, left + crop))
+            for name, logits in forward(image[window]).items():
+                if name not in sums:
+                    sums[name] = logits.new_zeros((*logits.shape[:2], height, width), dtype=torch.float32)
+                sums[name][window] += logits.float().softmax(1)
+    return {name: _log(x) for name, x in sums.items()}
+
+
+def _log(sums: Tensor) -> Tensor:
+    """Logits of summed probabilities (B, C, H, W); kept finite, since interpolating an infinity gives NaN."""
+    return (sums / sums.sum(1, keepdim=True)).clamp_min(1e-30).log()
+
+
+def predict_streams(
+    network: nn.Module,
+    image: Tensor,
+    text: TextBatch | None = None,
+    streams: Sequence[str] = STREAMS,
+    protocol: str = "original",
+    crop: int = 0,
+) -> dict[str, Tensor]:
+    """Logits by one of the three published protocols: (B, C, H, W), of the centre only for ``center_crop``.
+
+    image (B, 3, H, W) is normalised. ``original`` resizes to the nearest multiple of ``network.patch`` and back.
+    ``sliding_window`` steps by floor(2/3 crop) and snaps the last window to the border. Those with a crop pad a smaller
+    image with the mean colour at the bottom and right and cut that off again. Score centre crops against
+    ``center(target, crop)``. ValueError for an unknown protocol or a crop that the patch does not divide.
+    """
+    _one_of("protocol", protocol, PROTOCOLS)
+    multiple = int(getattr(network, "patch", 1))
+
+    def forward(x: Tensor) -> dict[str, Tensor]:
+        return stream_logits(network, x, text, streams)
+
+    if protocol == "original":
+        return _resized(forward, image, multiple)
+    if crop < 1 or crop % multiple:
+        raise ValueError(f"crop = {crop}: {protocol} needs a positive multiple of the patch, {multiple}")
+    if protocol == "center_crop":
+        image = center(image, crop)
+    height, width = image.shape[-2:]
+    padded = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
+    logits = forward(padded) if protocol == "center_crop" else _slid(forward, padded, crop)
+    return {name: x[..., :height, :width] for name, x in logits.items()}
+
+
+def predict_logits(
+    network: nn.Module,
+    image: Tensor,
+    text: TextBatch | None = None,
+    protocol: str = "original",
+    crop: int = 0,
+    stream: str = "visual",
+) -> Tensor:
+    """``predict_streams`` for one stream; ValueError where the network or the missing text does not allow it."""
+    found = predict_streams(network, image, text, (stream,), protocol, crop)
+    if stream not in found:
+        raise ValueError(f"stream = {stream!r}: needs a network with ViLa and, but for 'fusion_no_text', a caption")
+    return found[stream]
+
+
+def center(x: Tensor, crop: int) -> Tensor:
+    """The middle of (..., H, W), at most crop x crop."""
+    height, width = x.shape[-2:]
+    top, left = max(0, (height - crop) // 2), max(0, (width - crop) // 2)
+    return x[..., top : top + crop, left : left + crop]
+
+
+def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{field} = {value!r}: must be one of {', '.join(allowed)}{hint}")
+
+
+@torch.inference_mode()
+def evaluate_network(
+    network: nn.Module,
+    images_iter: Batches,
+    streams: Sequence[str],
+    num_classes: int,
+    boundary: bool = True,
+    protocol: str = "original",
+    crop: int = 0,
+) -> dict[str, Scores]:
+    """A stream that the network or the texts do not allow is left out; counts are summed over all workers.
+
+    images_iter yields (normalised images (B, 3, H, W), targets (B, H, W), TextBatch or None). Each worker passes its
+    own part of the set, maybe none of it, without a padded sampler's duplicates. The network is in eval mode meanwhile;
+    each module's mode is restored, also after an error. ValueError for a network of another number of classes.
+    """
+    modes = {module: module.training for module in network.modules()}
+    device = next(network.parameters()).device
+    meters = {name: Meter(num_classes, device, boundary) for name in streams}
+    network.eval()
+    try:
+        for images, target, text in images_iter:
+            target = target.to(device, non_blocking=True)
+            if text is not None:
+                text = replace(text, tokens=text.tokens.to(device), mask=text.mask.to(device))
+            found = predict_streams(network, images.to(device, non_blocking=True), text, streams, protocol, crop)
+            target = center(target, crop) if protocol == "center_crop" else target
+            for name, logits in found.items():
+                if logits.shape[1] != num_classes:
+                    raise ValueError(f"num_classes = {num_classes}: the network has {logits.shape[1]}")
+                meters[name].update(logits.argmax(1), target)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    scores = {name: meter.all_reduce().result() for name, meter in meters.items()}
+    return {name: score for name, score in scores.items() if score.images}
