@@ -1,0 +1,149 @@
+"""A folder of arrays named by a hash of what made it is either complete and unaltered or is not opened at all.
+
+The rendered data sets and the text banks are both kept this way: made in a folder beside the final one, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MANIFEST = "manifest.json"
+
+Facts = dict[str, str | int | float]
+"""What a maker wants to be read back with its arrays."""
+
+
+class Opened(NamedTuple):
+    """Arrays of one folder, memory-mapped and read-only."""
+
+    arrays: dict[str, np.ndarray]
+    """By file name without ``.npy``."""
+    facts: Facts
+
+
+def cache_dir() -> Path:
+    """$VILADIFF_CACHE, or ~/.cache/viladiff; nothing is created here."""
+    given = os.environ.get("VILADIFF_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "viladiff"
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hexadecimal digits that name ``parts`` (anything JSON can hold); equal on every machine."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_or_make(directory: Path, make: Callable[[Path], Facts]) -> Opened:
+    """Opens ``directory``; where it is missing, ``make`` first fills a folder beside it that is then renamed.
+
+    Two processes may race: the one that renames second throws its copy away. Raises ValueError as ``open_checked``
+    does, and where the folder cannot be written.
+    """
+    if not directory.exists():
+        with _writable(directory), _beside(directory) as draft:
+            _write_manifest(draft, directory.name, make(draft))
+            with contextlib.suppress(FileExistsError):
+                _publish(draft, directory)
+    return open_checked(directory)
+
+
+def open_checked(directory: Path) -> Opened:
+    """Every file is compared with the manifest's size and SHA-256 before it is mapped.
+
+    Raises ValueError that names the file, what was expected and what was found.
+    """
+    manifest = _read_manifest(directory)
+    for name, entry in manifest["files"].items():
+        _check(directory / name, entry["bytes"], entry["sha256"])
+    arrays = {
+        name.removesuffix(".npy"): np.load(directory / name, mmap_mode="r", allow_pickle=False)
+        for name in manifest["files"]
+    }
+    return Opened(arrays, manifest["facts"])
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        sound = manifest["fingerprint"] == directory.name and all(
+            Path(name).name == name and {"bytes", "sha256"} <= entry.keys() for name, entry in manifest["files"].items()
+        )
+        sound = sound and isinstance(manifest["facts"], dict)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; {_remedy(directory)}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest ({error!r}); {_remedy(directory)}") from None
+    if not sound:
+        raise ValueError(f"{path}: names {manifest['fingerprint']!r}, not {directory.name!r}; {_remedy(directory)}")
+    return manifest
+
+
+def _check(path: Path, size: int, digest: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise ValueError(f"{path}: {found} bytes found, {size} expected; {_remedy(path.parent)}")
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing, {size} bytes expected; {_remedy(path.parent)}") from None
+    if checksum != digest:
+        raise ValueError(
+            f"{path}: altered, its SHA-256 begins {checksum[:12]} instead of {digest[:12]}; {_remedy(path.parent)}"
+        )
+
+
+def _remedy(directory: Path) -> str:
+    return f"delete the directory {directory} and it is made again"
+
+
+def _write_manifest(draft: Path, name: str, facts: Facts) -> None:
+    files = {}
+    for path in sorted(draft.iterdir()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    text = json.dumps({"fingerprint": name, "facts": facts, "files": files}, indent=1)
+    (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _publish(draft: Path, directory: Path) -> None:
+    try:
+        draft.rename(directory)
+    except OSError:
+        # Which code a rename onto a full folder gives (EEXIST, ENOTEMPTY, ...) differs between systems.
+        if directory.exists():
+            raise FileExistsError(directory) from None
+        raise
+
+
+@contextlib.contextmanager
+def _beside(directory: Path) -> Iterator[Path]:
+    draft = directory.with_name(f".{directory.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{directory}: cannot be written ({error.strerror or error}); "
+            "set the environment variable VILADIFF_CACHE to a folder that can"
+        ) from error

@@ -1,0 +1,306 @@
+"""Every scene is handwriting from scikit-learn's scans, filled with and laid on pieces of its two photographs.
+
+Nothing is downloaded. An image depends on its variant, part and index alone; `train` and `pretrain` share handwriting
+and photo columns, `val` has its own of both. While a scene is composed, colours are float32 in [0, 1] with the channel
+first; lengths are in pixels, angles in degrees.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from scipy import ndimage
+
+from viladiff import draws
+from viladiff.data.cache import Facts, Opened, cache_dir, fingerprint, open_or_make
+
+Part = Literal["train", "val", "pretrain"]
+Array = np.ndarray
+Range = tuple[float, float]
+
+REVISION = 1
+"""Raised whenever a scene comes out different for an unchanged recipe."""
+SEED = 20240
+CLASS_NAMES = ("background", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SCENES = ("building", "flowers")
+"""What the photograph behind the digits shows, in the order in which scikit-learn lists its photographs."""
+
+VAL_SCANS = 396
+"""The last scans, 22 % of 1797, are for validation alone."""
+VAL_COLUMNS = (0, 184)
+TRAIN_COLUMNS = (200, 640)
+"""Photo columns of the two sides; the gap is one JPEG block, so that no decoded pixel leaks across."""
+_ZOOMS = (1.0, 0.7, 0.5)
+_MARGIN = 3
+"""Zero pixels around a scan, so that the spline falls to zero inside the patch."""
+_HUE_ORDER = (0, 7, 4, 1, 8, 5, 2, 9, 6, 3)
+"""Place of each digit on the colour circle, so that digits next in value are far apart in hue."""
+_FINE = 4
+"""Samples per scan pixel of the upsampled handwriting."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides how hard a scene is; a changed field is a different data set with another fingerprint."""
+
+    side: int = 64
+    objects: tuple[int, int] = (1, 3)
+    """Fewest and most digits in a scene."""
+    height: Range = (22, 38)
+    aspect: Range = (0.8, 1.2)
+    """Width over height, against that of the scan."""
+    rotation: float = 20
+    """Largest angle to either side."""
+    shear: float = 0.25
+    ink: Range = (0.40, 0.56)
+    """Level of the upsampled scan (1 = darkest) where the outline lies; lower is thicker."""
+    hue_spread: float = 50
+    """Standard deviation in degrees around a class's hue; neighbours are 36 apart."""
+    chroma: Range = (0.06, 0.22)
+    """Strength of the class's hue; 0 is grey."""
+    own_chroma: float = 0.35
+    """Share of the crop's own colour that is kept."""
+    contrast: Range = (0.16, 0.38)
+    """Difference in mean luminance between a digit and what lies behind it."""
+    texture: float = 0.7
+    """Factor of the photo's own light and dark inside a digit."""
+    background_gain: Range = (0.65, 1.0)
+    background_shift: Range = (-0.08, 0.12)
+    shadow: Range = (0.0, 0.35)
+    """How dark the soft halo around a digit is."""
+    overlap: float = 0.25
+    """Largest share of a digit's area that may lie over others, where ``tries`` places find such a one."""
+    outside: float = 0.12
+    """Largest share of a digit's height beyond the border."""
+    tries: int = 12
+    noise: float = 0.02
+    """Standard deviation of the grain, which is grey."""
+
+
+DIGITS = Recipe()
+DENSE = Recipe(objects=(4, 8), height=(12, 22), overlap=0.2, shadow=(0.0, 0.25))
+
+
+class Variant(NamedTuple):
+    """A recipe and how many scenes of it there are."""
+
+    recipe: Recipe
+    train: int
+    val: int
+
+
+VARIANTS = {"digits": Variant(DIGITS, 4000, 400), "dense": Variant(DENSE, 4000, 400)}
+
+
+class Sources(NamedTuple):
+    """The raw material of one side of the split."""
+
+    scans: tuple[Array, ...]
+    """Per digit: (number of the scan,), indices into scikit-learn's list."""
+    photos: tuple[tuple[Array, ...], ...]
+    """Per photograph and zoom: (3, h, w) float32."""
+
+
+class Scene(NamedTuple):
+    image: Array
+    """(side, side, 3) uint8."""
+    mask: Array
+    """(side, side) uint8: 0 background, 1 + d for digit d, by the topmost digit whose coverage is at least one half."""
+
+
+def variant_fingerprint(name: str) -> str:
+    """Names the pixels of a variant without rendering them: recipe, revision, seed and sizes."""
+    recipe, train, val = VARIANTS[name]
+    return fingerprint("scenes", name, REVISION, SEED, asdict(recipe), train, val)
+
+
+def open_pixels(name: str) -> Opened:
+    """Arrays images, masks, val_images, val_masks of a variant: rendered on first use, which takes seconds.
+
+    Checked on every use. Raises ValueError for a damaged or unwritable cache.
+    """
+    return open_or_make(cache_dir() / name / variant_fingerprint(name), functools.partial(_fill, name))
+
+
+def pretrain_images(name: str, count: int) -> Array:
+    """(count, side, side, 3) uint8 scenes that are in no pool, of training handwriting and photos; without masks."""
+    recipe = VARIANTS[name].recipe
+    out = np.empty((count, recipe.side, recipe.side, 3), np.uint8)
+    for index in range(count):
+        out[index] = render(recipe, name, "pretrain", index).image
+    return out
+
+
+def scene_kind(name: str, part: Part, index: int) -> int:
+    """Index into SCENES of the photograph behind scene ``index``; known without rendering it."""
+    return int(draws.rng(SEED, name, part, index, "kind").integers(len(SCENES)))
+
+
+def render(recipe: Recipe, name: str, part: Part, index: int) -> Scene:
+    """Draws scene ``index``, far digits first; equal arguments give equal pixels, whatever was drawn before."""
+    rng = draws.rng(SEED, name, part, index)
+    sources = load_sources("val" if part == "val" else "train")
+    image = _background(rng, recipe, sources.photos[scene_kind(name, part, index)])
+    mask = np.zeros((recipe.side, recipe.side), np.uint8)
+    for _ in range(rng.integers(recipe.objects[0], recipe.objects[1] + 1)):
+        digit = int(rng.integers(10))
+        scan = sources.scans[digit][rng.integers(len(sources.scans[digit]))]
+        ink, alpha = write_digit(rng, recipe, scan)
+        top, left = _place(rng, recipe, alpha >= 0.5, mask)
+        inner, outer = _windows(recipe.side, top, left, *alpha.shape)
+        under, cover = image[:, *outer], alpha[inner]
+        # Where there is some ink, but not enough for the outline, the digit's shadow falls.
+        under *= 1 - np.float32(rng.uniform(*recipe.shadow)) * ink[inner]
+        crop = _crop(rng, sources.photos[rng.integers(len(sources.photos))], *alpha.shape)[:, *inner]
+        behind = float((under * cover).sum() / max(3 * cover.sum(), 1e-6))
+        under += cover * (recolour(rng, recipe, crop, digit, behind) - under)
+        mask[outer][alpha[inner] >= 0.5] = 1 + digit
+    image += rng.standard_normal(mask.shape, np.float32) * np.float32(recipe.noise)
+    return Scene(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0), mask)
+
+
+@functools.lru_cache(maxsize=2)
+def load_sources(side: Literal["train", "val"]) -> Sources:
+    """Handwriting and photo columns of one side of the split; the two sides share no scan and no pixel."""
+    from sklearn.datasets import load_digits, load_sample_images
+
+    labels = load_digits().target
+    first, last = (len(labels) - VAL_SCANS, len(labels)) if side == "val" else (0, len(labels) - VAL_SCANS)
+    scans = tuple(first + np.flatnonzero(labels[first:last] == digit) for digit in range(10))
+    columns = slice(*(VAL_COLUMNS if side == "val" else TRAIN_COLUMNS))
+    regions = [
+        np.ascontiguousarray(photo[:, columns].transpose(2, 0, 1), np.float32) / 255
+        for photo in load_sample_images().images
+    ]
+    return Sources(scans, tuple(tuple(_shrink(region, zoom) for zoom in _ZOOMS) for region in regions))
+
+
+def _shrink(region: Array, zoom: float) -> Array:
+    if zoom == 1:
+        return region
+    blurred = ndimage.gaussian_filter(region, (0, 0.5 / zoom, 0.5 / zoom))
+    return np.clip(ndimage.zoom(blurred, (1, zoom, zoom), order=1), 0, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _scans() -> Array:
+    """(1797, s, s) float32 ink in [0, 1]: cubic splines through all scans, sampled _FINE times as densely."""
+    from sklearn.datasets import load_digits
+
+    margins = ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN))
+    scans = np.pad(load_digits().images / 16, margins)
+    length = scans.shape[1]
+    # The spline is linear in its samples, so one matrix stands for it and serves all scans at once.
+    refine = ndimage.zoom(np.eye(length), (((length - 1) * _FINE + 1) / length, 1), order=3)
+    return (refine @ scans @ refine.T).astype(np.float32)
+
+
+def write_digit(rng: np.random.Generator, recipe: Recipe, scan: int) -> tuple[Array, Array]:
+    """Ink relative to the outline's level, at most 1, and coverage in [0, 1]: each (p, q), of one slanted digit.
+
+    Coverage is the distance to the outline in pixels, estimated as (ink - level) / |gradient|, plus one half.
+    """
+    height, aspect, level = (rng.uniform(*span) for span in (recipe.height, recipe.aspect, recipe.ink))
+    angle = math.radians(rng.uniform(-recipe.rotation, recipe.rotation))
+    slope = rng.uniform(-recipe.shear, recipe.shear)
+    cos, sin = math.cos(angle), math.sin(angle)
+    rows, columns = 8 * _FINE / height, 8 * _FINE / (height * aspect)
+    matrix = np.array([[rows * cos, -rows * sin], [columns * (slope * cos + sin), columns * (cos - slope * sin)]])
+    side = math.ceil(height * max(aspect, 1) * 1.4)
+    source = _scans()[scan]
+    offset = (len(source) - 1) / 2 - matrix.sum(1) * ((side - 1) / 2)
+    ink = ndimage.affine_transform(source, matrix, offset, (side, side), np.float32, order=1)
+    down, across = ink[2:, 1:-1] - ink[:-2, 1:-1], ink[1:-1, 2:] - ink[1:-1, :-2]
+    steepness = np.sqrt(down * down + across * across) / 2
+    alpha = np.clip(0.5 + (ink[1:-1, 1:-1] - level) / np.maximum(steepness, 0.02), 0, 1)
+    box = _box(alpha > 0)
+    return np.clip(ink[1:-1, 1:-1][box] / level, 0, 1), alpha[box]
+
+
+def _box(shape: Array) -> tuple[slice, slice]:
+    rows, columns = np.flatnonzero(shape.any(1)), np.flatnonzero(shape.any(0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _background(rng: np.random.Generator, recipe: Recipe, zooms: tuple[Array, ...]) -> Array:
+    crop = _crop(rng, zooms, recipe.side, recipe.side)
+    gain, shift = rng.uniform(*recipe.background_gain), rng.uniform(*recipe.background_shift)
+    return np.clip((crop - 0.5) * np.float32(gain) + np.float32(0.5 + shift), 0, 1)
+
+
+def _crop(rng: np.random.Generator, zooms: tuple[Array, ...], height: int, width: int) -> Array:
+    photo = zooms[rng.integers(len(zooms))]
+    top = rng.integers(photo.shape[1] - height + 1)
+    left = rng.integers(photo.shape[2] - width + 1)
+    crop = photo[:, top : top + height, left : left + width]
+    return crop[:, :, ::-1] if rng.random() < 0.5 else crop
+
+
+def _place(rng: np.random.Generator, recipe: Recipe, shape: Array, mask: Array) -> tuple[int, int]:
+    """Top and left of the first place tried where little of the digit lies over others, or of the best one."""
+    height, width = shape.shape
+    out = int(recipe.outside * height)
+    room = max(recipe.side - height + 2 * out, 0) + 1, max(recipe.side - width + 2 * out, 0) + 1
+    allowed = recipe.overlap * np.count_nonzero(shape)
+    best, place = shape.size + 1, (0, 0)
+    for across, down in rng.random((recipe.tries, 2)).tolist():
+        top, left = int(down * room[0]) - out, int(across * room[1]) - out
+        inner, outer = _windows(recipe.side, top, left, height, width)
+        hidden = int(np.count_nonzero(mask[outer] * shape[inner]))
+        if hidden < best:
+            best, place = hidden, (top, left)
+        if hidden <= allowed:
+            break
+    return place
+
+
+def _windows(
+    side: int, top: int, left: int, height: int, width: int
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """The part of a patch that lies on the canvas, in the patch's and in the canvas's own coordinates."""
+    bottom, right = min(top + height, side), min(left + width, side)
+    outer = (slice(max(top, 0), bottom), slice(max(left, 0), right))
+    inner = (slice(max(-top, 0), bottom - top), slice(max(-left, 0), right - left))
+    return inner, outer
+
+
+def recolour(rng: np.random.Generator, recipe: Recipe, crop: Array, digit: int, behind: float) -> Array:
+    """The crop (3, h, w) with the digit's hue and a mean luminance that stands off from ``behind`` (0 to 1).
+
+    Hue is an angle in the plane orthogonal to grey; the digit's own is 36 degrees times its place on the circle.
+    """
+    luminance = (crop[0] + crop[1] + crop[2]) / np.float32(3)
+    own = (crop - luminance) * np.float32(recipe.own_chroma)
+    step, chroma, up = rng.uniform(*recipe.contrast), rng.uniform(*recipe.chroma), rng.random()
+    # Lighter where there is no room to be darker and the other way round; either where there is room for both.
+    lighter = behind < step + 0.1 or (behind < 0.9 - step and up < 0.5)
+    level = behind + step if lighter else behind - step
+    hue = 36 * _HUE_ORDER[digit] + recipe.hue_spread * rng.standard_normal()
+    tint = np.array([[[math.cos(math.radians(hue + phase)) * chroma]] for phase in (0, -120, 120)], np.float32)
+    luminance *= np.float32(recipe.texture)
+    luminance += np.float32(level - luminance.sum() / luminance.size)
+    return np.clip(own + luminance + tint, 0, 1)
+
+
+def _fill(name: str, directory: Path) -> Facts:
+    recipe, train, val = VARIANTS[name]
+    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
+    parts: tuple[tuple[Part, str, int], ...] = (("train", "", train), ("val", "val_", val))
+    with bar:
+        task = bar.add_task(f"rendering {name}", total=train + val)
+        for part, prefix, count in parts:
+            shape = (count, recipe.side, recipe.side)
+            images, masks = np.empty((*shape, 3), np.uint8), np.empty(shape, np.uint8)
+            for index in range(count):
+                images[index], masks[index] = render(recipe, name, part, index)
+                bar.advance(task)
+            np.save(directory / f"{prefix}images.npy", images, allow_pickle=False)
+            np.save(directory / f"{prefix}masks.npy", masks, allow_pickle=False)
+    return {"variant": name, "revision": REVISION, "train": train, "val": val}

@@ -1,0 +1,60 @@
+"""The labelled lists of one data set are prefixes of a single permutation, so a larger split only ever adds images."""
+
+from __future__ import annotations
+
+import difflib
+
+import numpy as np
+
+from viladiff import draws
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "digits": ("92", "183", "366", "732", "1464"),
+    "dense": ("232", "463", "925", "1849"),
+}
+"""Sizes of the labelled lists, named as the data sets that they stand for (VOC, COCO) name theirs."""
+
+VISIBLE = 12
+"""Fewest pixels of a class in an image for the image to count as showing it."""
+
+
+def nearest(name: str, allowed: tuple[str, ...]) -> str:
+    """The end of an error message: what is allowed, and the closest of it where one is close."""
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return f"allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def classes_present(masks: np.ndarray, num_classes: int, least: int = VISIBLE) -> np.ndarray:
+    """(N, C) bool from (N, H, W) masks: whether at least ``least`` pixels of the image have the class."""
+    flat = masks.reshape(len(masks), -1)
+    return np.stack([np.count_nonzero(flat == c, axis=1) >= least for c in range(num_classes)], axis=1)
+
+
+def split_size(dataset: str, split: str, pool: int) -> int:
+    """Labelled images of a published split. Raises ValueError for one that is unknown or larger than the pool."""
+    allowed = SPLITS[dataset]
+    if split.isascii() and split.isdigit() and int(split) > pool:
+        raise ValueError(
+            f"data.split = {split!r}: more labelled images than the pool of {dataset!r} has ({pool}); "
+            f"{nearest(split, allowed)}"
+        )
+    if split not in allowed:
+        raise ValueError(f"data.split = {split!r}: no split of {dataset!r}; {nearest(split, allowed)}")
+    return int(split)
+
+
+def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -> np.ndarray:
+    """(N,) int64 permutation of the pool whose first images show every class; ``None`` is the published order.
+
+    present: (N, C) bool. At most C images move to the front: for each class in turn that the ones moved do not show
+    yet, the first in the drawn order that does. Raises ValueError where a class is in no image.
+    """
+    drawn = draws.rng("split", dataset, "published" if seed is None else seed).permutation(len(present))
+    first: list[int] = []
+    for c in range(present.shape[1]):
+        if not present[first, c].any():
+            showing = drawn[present[drawn, c]]
+            if len(showing) == 0:
+                raise ValueError(f"data set {dataset!r}: class {c} is in none of the {len(present)} images of the pool")
+            first.append(int(showing[0]))
+    return np.concatenate([np.array(first, np.int64), drawn[~np.isin(drawn, first)]])

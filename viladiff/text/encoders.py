@@ -1,0 +1,121 @@
+"""A text encoder turns captions into word vectors once, offline; in training it is neither run nor held in memory."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from viladiff.data.cache import fingerprint
+from viladiff.data.splits import nearest
+
+WORDS_DIM = 48
+_WORDS_REVISION = 1
+
+
+class TextEncoder(Protocol):
+    """What the text bank asks of an encoder."""
+
+    name: str
+    dim: int
+    fingerprint: str
+    """Names everything that decides the vectors."""
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32; L >= 1 tokens of the longest text."""
+        ...
+
+    def unknown(self, texts: Sequence[str]) -> int:
+        """How many words of ``texts`` have no vector and are dropped."""
+        ...
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words without punctuation; digits count as letters."""
+    return re.findall(r"\w+", text.lower())
+
+
+class WordEncoder:
+    """One fixed unit vector per word, learned from which words share an image's captions.
+
+    The vectors are the singular vectors, times the root of the singular value, of the matrix of positive pointwise
+    mutual information log(N n_ij / (n_i n_j)) over N images, n_i of which mention word i and n_ij both. A word
+    co-occurs with itself (n_ii = n_i), and the diagonal is raised by one more, or a word of every caption would have
+    no vector. Where there are fewer than ``dim`` words, the last components are 0. A text's pooled vector is the mean
+    of its words' at unit length.
+    """
+
+    name = "words"
+
+    def __init__(self, captions: Iterable[Sequence[str]], dim: int = WORDS_DIM) -> None:
+        """captions: the texts of each *training* image. Raises ValueError where they hold no word."""
+        bags = Counter(frozenset(word for text in texts for word in split_words(text)) for texts in captions)
+        bags.pop(frozenset(), None)
+        words = sorted(frozenset().union(*bags))
+        if not words:
+            raise ValueError("text encoder 'words': the training captions hold no word to learn from")
+        self.dim = dim
+        self.vocabulary = {word: place for place, word in enumerate(words)}
+        self.vectors = word_vectors(*self._counts(bags), dim)
+        counts = sorted((sorted(bag), count) for bag, count in bags.items())
+        self.fingerprint = fingerprint(self.name, _WORDS_REVISION, dim, counts)
+
+    def _counts(self, bags: Counter[frozenset[str]]) -> tuple[np.ndarray, int]:
+        mentions = np.zeros((len(bags), len(self.vocabulary)))
+        for row, bag in zip(mentions, bags, strict=True):
+            row[[self.vocabulary[word] for word in bag]] = 1
+        weights = np.array(list(bags.values()), float)
+        return mentions.T @ (mentions * weights[:, None]), int(weights.sum())
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32, which is 0 where no word is known."""
+        known = [[self.vocabulary[word] for word in split_words(text) if word in self.vocabulary] for text in texts]
+        mask = np.arange(max([1, *map(len, known)])) < np.array([len(places) for places in known], int)[:, None]
+        tokens = np.zeros((*mask.shape, self.dim), np.float32)
+        tokens[mask] = self.vectors[[place for places in known for place in places]]
+        return tokens, mask, unit(tokens.sum(1))
+
+    def unknown(self, texts: Sequence[str]) -> int:
+        """How many words of ``texts`` no training caption holds."""
+        return sum(word not in self.vocabulary for text in texts for word in split_words(text))
+
+
+def word_vectors(together: np.ndarray, images: int, dim: int) -> np.ndarray:
+    """(V, dim) float32 unit vectors from (V, V) counts of images that mention two words; see ``WordEncoder``."""
+    alone = np.diag(together)
+    with np.errstate(divide="ignore"):
+        information = np.log(together * images / np.outer(alone, alone))
+    values, axes = np.linalg.eigh(np.maximum(information, 0) + np.eye(len(together)))
+    # For a symmetric matrix these are the singular vectors and, up to sign, the singular values.
+    strongest = np.argsort(-np.abs(values), kind="stable")[:dim]
+    axes = axes[:, strongest]
+    axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+    vectors = np.zeros((len(together), dim))
+    vectors[:, : len(strongest)] = axes * np.sqrt(np.abs(values[strongest]))
+    return unit(vectors).astype(np.float32)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows (..., D) scaled to length 1; rows of zeros stay zero."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
+
+
+def build_encoder(name: str, captions: Iterable[Sequence[str]]) -> TextEncoder:
+    """The encoder of that name; one that learns does so from ``captions``, the training images' own.
+
+    Raises ValueError for a name that is unknown or whose encoder does not exist yet.
+    """
+    if name in LATER:
+        raise ValueError(f"data.text_encoder = {name!r}: comes later; {nearest(name, tuple(ENCODERS))}")
+    if name not in ENCODERS:
+        raise ValueError(f"data.text_encoder = {name!r}: unknown; {nearest(name, (*ENCODERS, *LATER))}")
+    return ENCODERS[name](captions)
+
+
+ENCODERS: dict[str, Callable[[Iterable[Sequence[str]]], TextEncoder]] = {"words": WordEncoder}
+LATER = ("open_clip", "transformers")
+"""Known to the configuration; they do not exist yet."""
