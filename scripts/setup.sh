@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes .venv in the checkout and installs the project into it; does nothing when that is done, and mends what was interrupted.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+stamp=.venv/.installed
+want=$(sha256sum pyproject.toml | cut -d' ' -f1)
+if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
+    exit 0
+fi
+
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+# What the packages took when this was last measured (Linux, x86-64, torch with its CUDA libraries), rounded up.
+download_gb=3.4
+disk_gb=7
+need_gb=${VILADIFF_SETUP_GB:-14}
+echo "setup: installs into .venv: about $download_gb GB to download (less what pip has cached), about $disk_gb GB on disk."
+
+command -v "$PYTHON" >/dev/null || fail "no '$PYTHON' on the path; name an interpreter: make setup PYTHON=/path/to/python3.11"
+version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "'$PYTHON' does not run"
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "'$PYTHON' is Python $version; 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11"
+
+free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }'; }
+have_gb=$(du -sk .venv 2>/dev/null | awk '{ print int($1 / 1048576) }' || true)
+need_gb=$((need_gb - ${have_gb:-0}))
+[ "$need_gb" -ge 1 ] || need_gb=1
+[ "$(free_gb .)" -ge "$need_gb" ] ||
+    fail "$(free_gb .) GB free in $PWD, $need_gb GB needed (packages, their downloads and pip's cache)." \
+        "Free some, or, if PIP_NO_CACHE_DIR or TMPDIR put the downloads elsewhere, set VILADIFF_SETUP_GB=$((disk_gb + 1))."
+[ "$(free_gb "${TMPDIR:-/tmp}")" -ge 4 ] || [ "${have_gb:-0}" -ge 6 ] ||
+    fail "$(free_gb "${TMPDIR:-/tmp}") GB free in ${TMPDIR:-/tmp}, where pip unpacks 4 GB; point TMPDIR elsewhere."
+
+rm -f "$stamp"
+if .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "setup: .venv is there but not complete or not up to date; mending it"
+else
+    "$PYTHON" -m venv --clear .venv || fail "could not make .venv (on Debian: apt-get install python3-venv)"
+fi
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+.venv/bin/python -c 'import pydantic, timm, torch, torchvision' || fail "the installed packages do not import; remove .venv and try again"
+echo "$want" >"$stamp"
+echo "setup: done"

@@ -1,0 +1,26 @@
+"""Importing this package is cheap; torch is loaded when one of the names below is first used.
+
+>>> import viladiff
+>>> cfg = viladiff.override(viladiff.RunConfig(), {"method.name": "viladiff", "data.split": "183"})
+>>> result = viladiff.fit(cfg)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from viladiff.config import RunConfig, override
+    from viladiff.train import fit
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "__version__", "fit", "override"]
+
+_LAZY = {"RunConfig": "viladiff.config", "override": "viladiff.config", "fit": "viladiff.train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'viladiff' has no attribute {name!r}; it has {', '.join(__all__)}")

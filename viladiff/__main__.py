@@ -1,0 +1,9 @@
+"""``python -m viladiff`` is the command ``viladiff``."""
+
+from __future__ import annotations
+
+import sys
+
+from viladiff.cli import main
+
+sys.exit(main())

@@ -1,0 +1,207 @@
+"""The command ``viladiff``: arguments in, one function call, text out. torch is imported after the arguments are read.
+
+Exit status: 0 done, 1 a check failed, 2 the request cannot be carried out, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from viladiff import __version__
+
+if TYPE_CHECKING:
+    from viladiff.config import RunConfig
+
+EXAMPLES = """\
+examples:
+  viladiff train method.name=viladiff data.split=183
+  viladiff train method.name=semibaseline train.steps=50 --dry-run
+  viladiff config method.mixe                  what can be set, with types, defaults and meaning
+  viladiff evaluate runs/0123456789abcdef      score a finished run again
+  viladiff doctor                              what is wrong with this machine, and how to mend it
+
+VILADIFF_DEBUG=1 shows the traceback behind an error.
+"""
+TRAIN_EXAMPLES = """\
+examples:
+  viladiff train method.name=viladiff data.split=183 seed=1
+  viladiff train method.name=viladiff method.mixe.enabled=false train.steps=100 --threads 1
+  viladiff train method.name=semibaseline data.dataset=dense data.split=463 --out /tmp/runs
+  viladiff train method.name=viladiff --dry-run
+
+A run's directory is named by its content. The same command goes on from the last checkpoint;
+a finished run is only shown.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; errors that a user can mend are one line each on stderr."""
+    args = parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("VILADIFF_DEBUG") == "1":
+            raise
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(stop or "interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """All subcommands; each sets ``run`` to the function that carries it out."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("viladiff", epilog=EXAMPLES, formatter_class=raw, description=_first_line())
+    top.add_argument("--version", action="version", version=f"viladiff {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train one run", epilog=TRAIN_EXAMPLES, formatter_class=raw)
+    _add_fields(train)
+    train.add_argument("--out", metavar="DIR", help="directory of runs (runtime.out)")
+    train.add_argument("--dry-run", action="store_true", help="say what would run and where it goes, and stop")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint (the default)")
+    again.add_argument("--fresh", action="store_true", help="start over, also where the run is finished")
+    _add_runtime(train)
+    train.add_argument("--workers", metavar="N", help="processes that share each batch (runtime.workers)")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score the networks of a run", formatter_class=raw)
+    evaluate.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
+    _add_fields(evaluate, "eval.protocol=sliding_window, and other fields under eval and runtime")
+    _add_runtime(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    config = commands.add_parser("config", help="list fields with type, value and meaning", formatter_class=raw)
+    _add_fields(config, "a section or field such as method.mixe, and field=value to see other defaults")
+    config.set_defaults(run=_config)
+
+    data = commands.add_parser("data", help="prepare the embedded data sets", formatter_class=raw)
+    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
+    render = actions.add_parser("render", help="render into the cache, or check what is there")
+    render.add_argument("names", nargs="+", choices=("digits", "dense"), metavar="NAME", help="digits or dense")
+    render.set_defaults(run=_render)
+
+    doctor = commands.add_parser("doctor", help="check this machine and installation")
+    doctor.add_argument("--out", metavar="DIR", default="runs", help="directory of runs to check")
+    doctor.set_defaults(run=_doctor)
+    return top
+
+
+def _first_line() -> str:
+    return "Semi-supervised semantic segmentation: train ViLaDiff and its baselines, and measure them."
+
+
+def _add_fields(command: argparse.ArgumentParser, text: str = "field=value; `viladiff config` lists them") -> None:
+    command.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help=text)
+
+
+def _add_runtime(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", metavar="NAME", help="auto, cpu or cuda (runtime.device)")
+    command.add_argument("--threads", metavar="N", help="CPU threads of each worker (runtime.threads)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar (runtime.progress=false)")
+
+
+def _changes(args: argparse.Namespace) -> dict[str, object]:
+    """The fields and the flags that stand for fields, as one flat map; a field given in both ways is refused."""
+    from viladiff.config import parse_overrides
+
+    flags = {name: getattr(args, name, None) for name in ("out", "device", "workers", "threads")}
+    words = [f"runtime.{name}={value}" for name, value in flags.items() if value is not None]
+    if args.quiet:
+        words.append("runtime.progress=false")
+    return dict(parse_overrides([*args.fields, *words]))
+
+
+def _train(args: argparse.Namespace) -> int:
+    from viladiff.config import RunConfig, override
+
+    cfg = override(RunConfig(), _changes(args))
+    if args.dry_run:
+        return _dry_run(cfg)
+    from viladiff.train import fit
+
+    started = time.time()
+    result = fit(cfg, resume=not args.fresh)
+    _print_facts({**result.summary(), "directory": result.directory})
+    if (result.directory / "record.json").stat().st_mtime < started:
+        print("\nThis run was finished before and nothing was trained; --fresh starts over.")
+    return 0
+
+
+def _dry_run(cfg: RunConfig) -> int:
+    from viladiff.config import changed
+    from viladiff.runs import preview
+
+    _print_facts(preview(cfg))
+    _print_facts(changed(cfg), "fields that are not at their default")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from viladiff.runs import evaluate_run
+
+    _print_facts(evaluate_run(args.directory, _changes(args)))
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from viladiff.config import RunConfig, fields_help, override, parse_overrides
+
+    cfg = override(RunConfig(), parse_overrides([word for word in args.fields if "=" in word]))
+    table = Table("field", "type", "value", "meaning", box=None, pad_edge=False)
+    for prefix in [word for word in args.fields if "=" not in word] or [""]:
+        for row in fields_help(prefix, cfg):
+            table.add_row(row.path, row.kind, _text(row.default), " ".join(row.text.split()))
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, markup=False, highlight=False).print(table)
+    return 0
+
+
+def _render(args: argparse.Namespace) -> int:
+    from viladiff.data.digits import open_pixels
+
+    for name in args.names:
+        arrays = open_pixels(name).arrays
+        print(f"{name}: " + ", ".join(f"{part} {array.shape}" for part, array in sorted(arrays.items())))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from viladiff.doctor import examine, show
+
+    checks = examine(args.out)
+    show(checks)
+    return int(any(check.broken for check in checks))
+
+
+def _print_facts(facts: dict[str, Any], title: str = "") -> None:
+    if title:
+        print(f"\n{title}:")
+    width = max((len(name) for name in facts), default=0)
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {_text(value)}")
+
+
+def _text(value: object) -> str:
+    """A value as it would be typed back in."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return ",".join(_text(item) for item in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,244 @@
+"""The parts of a configuration other than the method's: data sets, model, optimiser, length, evaluation, runtime.
+
+Defaults that depend on the data set stand in ``PRESETS``; ``viladiff.config`` puts the parts together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from viladiff.methods.base import Section
+
+CLASSES: dict[str, int | None] = {
+    "digits": 11,
+    "dense": 11,
+    "voc": 21,
+    "cityscapes": 19,
+    "coco": 81,
+    "ade20k": 150,
+    "folder": None,
+}
+"""Classes with background, known before any pixel is read; none where only the reader can tell."""
+
+POOL = 4000
+"""Training images of each embedded data set."""
+
+
+class DataConfig(Section):
+    """What every data set has; each has its own defaults below."""
+
+    dataset: str
+    """Chooses the section; each kind below admits its own name only."""
+    split: str
+    """Which images have labels: the number of labelled images, as in the paper's tables."""
+    split_seed: int | None = Field(None, ge=0)
+    """Draws another labelled subset of the same size; none is the published list."""
+    batch_labelled: int = Field(4, ge=1)
+    """Labelled images in a step, over all workers."""
+    batch_unlabelled: int = Field(4, ge=1)
+    """Unlabelled images in a step, over all workers."""
+    crop: int = Field(512, ge=16)
+    """Side of the square crop, in pixels."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the random resize before the crop."""
+    hflip: float = Field(0.5, ge=0, le=1)
+    """Probability of mirroring left and right."""
+    colour: bool = True
+    """Whether strong views get colour changes and blur."""
+    captions: Literal["own", "shuffled", "generic", "none"] = "own"
+    """Each image's captions; or, as controls, another image's, one sentence for all, or no words."""
+    text_encoder: Literal["words", "open_clip", "transformers"] = "open_clip"
+    """What turns captions into vectors."""
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> DataConfig:
+        low, high = self.scale
+        if not 0 < low <= high:
+            raise ValueError(f"scale = {self.scale}: must be low, high with 0 < low <= high")
+        return self
+
+
+class EmbeddedData(DataConfig):
+    """The rendered data sets: small images, no mirroring (a mirrored digit is none), words as text."""
+
+    crop: int = Field(64, ge=16)
+    scale: tuple[float, float] = (0.8, 1.25)
+    hflip: float = Field(0.0, ge=0, le=1)
+    text_encoder: Literal["words", "open_clip", "transformers"] = "words"
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _fits_the_pool(cls, split: object) -> object:
+        if isinstance(split, str) and split.isascii() and split.isdigit() and int(split) > POOL:
+            allowed = ", ".join(get_args(cls.model_fields["split"].annotation))
+            raise ValueError(f"{split!r} asks for more labelled images than the pool of {POOL} has; allowed: {allowed}")
+        return split
+
+
+class DigitsData(EmbeddedData):
+    dataset: Literal["digits"] = "digits"
+    split: Literal["92", "183", "366", "732", "1464"] = "183"
+
+
+class DenseData(EmbeddedData):
+    dataset: Literal["dense"] = "dense"
+    split: Literal["232", "463", "925", "1849"] = "463"
+
+
+class VocData(DataConfig):
+    """Crop of UniMatch V2 (518 there, for patches of 14), brought to a multiple of 16."""
+
+    dataset: Literal["voc"] = "voc"
+    split: Literal["92", "183", "366", "732", "1464", "662", "1323", "2646", "5291"] = "183"
+    split_family: Literal["hq", "aug_cps", "aug_u2pl"] = "hq"
+    """Which published lists: official masks (Table 1), or the augmented set as CPS or U2PL draws from it (Table 2)."""
+
+    @model_validator(mode="after")
+    def _check_family(self) -> VocData:
+        hq = ("92", "183", "366", "732", "1464")
+        if (self.split in hq) != (self.split_family == "hq"):
+            fits = "hq" if self.split in hq else "aug_cps or aug_u2pl"
+            here = f"split = {self.split!r} is not a list of split_family = {self.split_family!r}"
+            raise ValueError(f"{here}; set data.split_family to {fits}")
+        return self
+
+
+class CityscapesData(DataConfig):
+    dataset: Literal["cityscapes"] = "cityscapes"
+    split: Literal["100", "186", "372", "744", "1488"] = "372"
+    split_family: Literal["cps", "u2pl"] = "cps"
+    """Two published families of lists share their names and few of their images."""
+    crop: int = Field(800, ge=16)
+
+
+class CocoData(DataConfig):
+    """COCO 2017 things and background: 81 classes."""
+
+    dataset: Literal["coco"] = "coco"
+    split: Literal["232", "463", "925", "1849", "3697"] = "463"
+
+
+class Ade20kData(DataConfig):
+    dataset: Literal["ade20k"] = "ade20k"
+    split: Literal["316", "631", "1263", "2526", "5052", "10105"] = "1263"
+
+
+class FolderData(DataConfig):
+    """A directory of images with lists of which are labelled."""
+
+    dataset: Literal["folder"] = "folder"
+    split: str = Field("labelled", min_length=1)
+    """Name of the list of labelled images."""
+
+
+DATASETS: dict[str, type[DataConfig]] = {
+    "digits": DigitsData,
+    "dense": DenseData,
+    "voc": VocData,
+    "cityscapes": CityscapesData,
+    "coco": CocoData,
+    "ade20k": Ade20kData,
+    "folder": FolderData,
+}
+
+
+class ModelConfig(Section):
+    """The segmenter that every method builds."""
+
+    encoder: str = Field("digits_vit", min_length=1)
+    """``digits_vit``, or the name of any timm backbone; ``vit_base_patch16_224`` unless the data set is embedded."""
+    pretrained: Literal["shipped", "timm", "none"] = "shipped"
+    """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
+    weights: str | None = None
+    """A safetensors file of encoder weights, taken in place of ``pretrained``."""
+    decoder_width: int = Field(48, ge=8)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    encoder_frozen: bool = False
+
+
+class OptimConfig(Section):
+    """AdamW (paper, section 4.1)."""
+
+    lr: float = Field(1e-3, gt=0)
+    encoder_lr_scale: float = Field(1.0, ge=0)
+    """Factor of ``lr`` for the encoder (ours; the paper's rate is high for a pretrained one)."""
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    poly_power: float = Field(0.9, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient; none leaves it as it is."""
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {self.betas}: both must be ≥ 0 and < 1")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, and in which arithmetic."""
+
+    steps: int | None = Field(600, ge=1)
+    """Optimiser steps; giving ``epochs`` makes this none."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the unlabelled images (the labelled ones for a method that uses no others)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: int = Field(1, ge=1)
+    """Parts that each worker's share of a step is computed in, to save memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_steps(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("epochs") is not None and "steps" not in given:
+            return {**given, "steps": None}
+        return given
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: give exactly one of the two")
+        return self
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0)
+    """Optimiser steps between evaluations; 0 evaluates at the end only."""
+    protocol: Literal["original", "center_crop", "sliding_window"] = "original"
+    """``sliding_window`` by default on Cityscapes."""
+    images: int | None = Field(None, ge=1)
+    """The first so many validation images, for quick looks; none takes all."""
+    boundary: bool = True
+    """Whether boundary IoU and trimap mIoU are computed."""
+
+
+class RuntimeConfig(Section):
+    """Where and how a run happens; nothing here changes what it is, so nothing here is in its name."""
+
+    workers: int = Field(1, ge=1)
+    """Processes that share each global batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of each worker; another count changes the last bits of sums."""
+    out: str = Field("runs", min_length=1)
+    """Directory that holds one directory a run."""
+    data_root: str | None = None
+    """Directory of the real data sets."""
+    log_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    tensorboard: bool = False
+    progress: bool = True
+
+
+_REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm"}
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "voc": {"model": _REAL, "train": {"epochs": 60.0}},
+    "cityscapes": {"model": _REAL, "train": {"epochs": 180.0}, "eval": {"protocol": "sliding_window"}},
+    "coco": {"model": _REAL, "train": {"epochs": 20.0}},
+    "ade20k": {"model": _REAL, "train": {"epochs": 60.0}},
+    "folder": {"model": _REAL, "train": {"epochs": 60.0}},
+}
+"""Defaults of other sections that depend on the data set. Lengths are UniMatch V2's; ``folder`` is treated as VOC."""
