@@ -16,7 +16,7 @@ fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 download_gb=3.4
 disk_gb=7
 need_gb=${VILADIFF_SETUP_GB:-14}
-echo "setup: installs into .venv: about $download_gb GB to download (less what pip has cached), about $disk_gb GB on disk."
+echo "setup: installs into .venv: about $download_gb GB to download (less what pip has cached), about $disk_gb GB on disk. This takes some minutes."
 
 command -v "$PYTHON" >/dev/null || fail "no '$PYTHON' on the path; name an interpreter: make setup PYTHON=/path/to/python3.11"
 version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "'$PYTHON' does not run"
@@ -39,7 +39,7 @@ if .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2
 else
     "$PYTHON" -m venv --clear .venv || fail "could not make .venv (on Debian: apt-get install python3-venv)"
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 .venv/bin/python -c 'import pydantic, timm, torch, torchvision' || fail "the installed packages do not import; remove .venv and try again"
 echo "$want" >"$stamp"
 echo "setup: done"

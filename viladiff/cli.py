@@ -169,7 +169,10 @@ def _config(args: argparse.Namespace) -> int:
         for row in fields_help(prefix, cfg):
             table.add_row(row.path, row.kind, _text(row.default), " ".join(row.text.split()))
     width = None if sys.stdout.isatty() else 160
-    Console(width=width, markup=False, highlight=False).print(table)
+    console = Console(width=width, markup=False, highlight=False)
+    with console.capture() as text:
+        console.print(table)
+    sys.stdout.write(text.get())
     return 0
 
 

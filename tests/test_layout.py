@@ -1,0 +1,188 @@
+"""Rules about the tree that no single module can keep: names, imports, what git must not hide."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from viladiff.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("tune", "ablations", "reports", "benchmarks", "scripts")
+SOURCES = sorted(path for top in ("viladiff", "tests", *SCRIPTS) for path in (ROOT / top).rglob("*.py"))
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything imported anywhere in the file."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """(dotted name, call) of each call in the file."""
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+
+
+def pickle_names(path: Path) -> set[str]:
+    """What the file takes from ``pickle``; a bare ``import pickle`` counts as what is used of it."""
+    nodes = list(ast.walk(tree(path)))
+    taken = {alias.name for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "pickle" for alias in n.names}
+    renamed = {alias.asname for n in nodes if isinstance(n, ast.Import) for alias in n.names if alias.name == "pickle"}
+    used = {
+        n.attr
+        for n in nodes
+        if isinstance(n, ast.Attribute) and ast.unparse(n.value) in {"pickle", *filter(None, renamed)}
+    }
+    return taken | used
+
+
+def said(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"viladiff/config.py", "tests/test_layout.py"} <= {said(path) for path in SOURCES}
+
+
+def test_stems_of_tests_are_unique() -> None:
+    counts = Counter(path.stem for path in (ROOT / "tests").rglob("*.py"))
+    assert [stem for stem, count in counts.items() if count > 1] == []
+
+
+def test_no_script_or_module_shadows_a_package() -> None:
+    standard = set(sys.stdlib_module_names)
+    scripts = [path for top in SCRIPTS for path in (ROOT / top).rglob("*.py")]
+    assert [said(path) for path in scripts if path.stem in standard | set(packages_distributions())] == []
+    modules = [path for path in (ROOT / "viladiff").glob("*.py") if not path.stem.startswith("__")]
+    assert [said(path) for path in modules if path.stem in standard] == []
+
+
+def test_script_folders_are_no_packages_and_are_never_imported() -> None:
+    assert [said(path) for top in SCRIPTS for path in (ROOT / top).rglob("__init__.py")] == []
+    assert [said(path) for path in SOURCES if imports(path) & set(SCRIPTS)] == []
+
+
+def test_ray_is_imported_by_ray_modules_only() -> None:
+    wrong = [path for path in SOURCES if "ray" in imports(path) and not re.match(r"(test_)?ray_", path.stem)]
+    assert [said(path) for path in wrong] == []
+
+
+def test_nothing_loads_code_with_data() -> None:
+    package = [path for path in SOURCES if not path.is_relative_to(ROOT / "tests")]
+    assert [said(path) for path in package if imports(path) & {"dill", "cloudpickle", "joblib", "yaml"}] == []
+    assert [said(path) for path in package if pickle_names(path) - {"UnpicklingError"}] == []
+    for path in package:
+        for name, call in calls(path):
+            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert name != "torch.load" or given.get("weights_only") == "True", f"{said(path)}:{call.lineno}"
+            assert not name.endswith("yaml.load"), f"{said(path)}:{call.lineno}"
+            assert given.get("allow_pickle", "False") == "False", f"{said(path)}:{call.lineno}"
+            assert not (name.endswith("model_copy") and call.keywords), f"{said(path)}:{call.lineno}: does not validate"
+
+
+def test_no_import_path_is_edited() -> None:
+    found = [said(path) for path in SOURCES for node in ast.walk(tree(path)) if _is_path_edit(node)]
+    assert found == []
+
+
+def _is_path_edit(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func).startswith("sys.path.")
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+    return any(ast.unparse(target).startswith("sys.path") for target in targets)
+
+
+def test_backward_stands_in_one_place() -> None:
+    package = [path for path in SOURCES if path.is_relative_to(ROOT / "viladiff")]
+    places = [said(path) for path in package for name, _ in calls(path) if name.endswith(".backward")]
+    assert places in ([], ["viladiff/train.py"])
+
+
+def test_only_a_method_and_the_table_know_its_name() -> None:
+    for path in (ROOT / "viladiff").rglob("*.py"):
+        if path.parent.name == "methods":
+            continue
+        modules = {node.module for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.module}
+        known = modules & {f"viladiff.methods.{name}" for name in METHODS} - {"viladiff.methods.supervised"}
+        assert not known or _for_types_only(path, known), f"{said(path)} imports {known}"
+
+
+def _for_types_only(path: Path, modules: set[str]) -> bool:
+    """Whether each import of ``modules`` stands under ``if TYPE_CHECKING``."""
+    guarded = {
+        inner.module
+        for node in tree(path).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in node.body
+        if isinstance(inner, ast.ImportFrom)
+    }
+    return modules <= guarded
+
+
+def git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_git_hides_no_source() -> None:
+    if git("rev-parse").returncode:
+        pytest.skip("not a git checkout")
+    paths = [said(path) for path in SOURCES] + ["viladiff/data/new.py", "viladiff/models/new.safetensors"]
+    assert git("check-ignore", *paths, "reports/render_new.py", "reports/published/x.md").stdout.split() == []
+    ignored = [".venv/x", "runs/x", "reports/quick/x.md"]
+    assert git("check-ignore", *ignored).stdout.split() == ignored
+
+
+def test_readme_tree_is_the_tree() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```text\n(viladiff/\n.*?)```", text, re.DOTALL)
+    assert block is not None
+    package = ROOT / "viladiff"
+    there = {path.name for path in package.glob("*.py") if not path.stem.startswith("__")}
+    there |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    inside = block.group(1).split("\ntests/")[0]
+    named = {line.split()[0] for line in inside.splitlines()[1:] if re.match(r"  \S", line)}
+    assert sorted(there - named) == [], "exist, but are not in README's tree"
+    assert sorted(named - there) == [], "in README's tree, but do not exist"
+
+
+def test_readme_and_make_name_the_same_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z0-9]+):.*## ", makefile, re.MULTILINE))
+    assert {"setup", "table5", "test", "lint", "bench", "published", "help"} <= targets
+    used = set(re.findall(r"(?:^|`)make ([a-z0-9]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
+    assert {"table5", "test"} <= used <= targets
+
+
+def test_version_is_one() -> None:
+    import viladiff
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == viladiff.__version__
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_golden_file(name: str) -> None:
+    files = {path.stem for path in GOLDEN.glob("*.json")}
+    if not files:
+        pytest.skip("no golden files yet")
+    assert name in files
