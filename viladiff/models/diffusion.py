@@ -193,17 +193,14 @@ def flip_labels(
         uniform = torch.rand(labels.shape, generator=generator, device=device).to(labels.device)
     if uniform.shape != labels.shape:
         raise ValueError(f"uniform {tuple(uniform.shape)} must have the shape of labels {tuple(labels.shape)}")
-    probability = probability.float()
-    flipped = (uniform < probability) & (labels != IGNORE)
+    # 16 bits hold every class and its successor, and move a quarter of the bytes of int64.
+    small, probability = labels.to(torch.int16), probability.float()
+    flipped = (uniform < probability) & (small != IGNORE)
     # 1 ... C - 1 classes further, cyclically; the clamps are for u / p rounded to 1 and for p = 0.
-    shift = (
-        (uniform / probability.clamp(min=torch.finfo(torch.float32).tiny))
-        .mul_(num_classes - 1)
-        .clamp_(max=num_classes - 2)
-    )
-    moved = shift.to(torch.int16).add_(labels).add_(1)
+    shift = uniform / probability.clamp(min=torch.finfo(torch.float32).tiny)
+    moved = shift.mul_(num_classes - 1).clamp_(max=num_classes - 2).to(torch.int16).add_(small).add_(1)
     moved = torch.where(moved >= num_classes, moved - num_classes, moved)
-    return torch.where(flipped, moved.to(labels.dtype), labels)
+    return torch.where(flipped, moved, small).to(labels.dtype)
 
 
 def posterior(
