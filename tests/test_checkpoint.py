@@ -247,7 +247,8 @@ def test_kill_9_at_any_moment_leaves_a_whole_state(tmp_path: Path) -> None:
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     # One start of Python is dear, so the file is also checked while the saver is frozen at seeded moments.
     draw = random.Random(7)
-    seen, torn = [], 0
+    seen: list[int] = []
+    torn = 0
     deadline = time.monotonic() + 30
     while (len(set(seen)) < 6 or torn < 3) and time.monotonic() < deadline:
         time.sleep(draw.uniform(0.0, 0.04))

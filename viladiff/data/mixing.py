@@ -1,4 +1,4 @@
-"""CutMix between neighbours of a batch, with boxes on the patch grid, so that pixels, tokens and logits can be cut alike."""
+"""CutMix between neighbours of a batch, with boxes on the patch grid, so that tokens and logits can be cut alike."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def box_mask(boxes: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
 
 
 def apply_cutmix(x: Tensor, cutmix: CutMix, stride: int = 1) -> Tensor:
-    """Pastes each partner's box into (n, ..., H, W) of any type, pixels being ``stride`` wide; the input is not changed.
+    """Pastes each partner's box into (n, ..., H, W) of any type, cells being ``stride`` pixels wide, in a new tensor.
 
     ValueError where sizes differ, and, for boxes on the CPU (looking at them on a GPU would stall it), where a box has
     an edge inside a cell or an image with a box is its own partner.
