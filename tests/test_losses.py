@@ -181,6 +181,10 @@ def test_float32_even_under_autocast() -> None:
             mixed = call()
         assert mixed.dtype == torch.float32
         assert torch.equal(plain, mixed)
+    half, same = logits.bfloat16(), logits.bfloat16().float()
+    for loss in (losses.cross_entropy(half, target), losses.logit_distillation(half, half.flip(0), 2.0)):
+        assert loss.dtype == torch.float32
+    assert torch.equal(losses.cross_entropy(half, target), losses.cross_entropy(same, target))
 
 
 def test_bad_input_is_named() -> None:
