@@ -25,7 +25,7 @@ Part = Literal["train", "val", "pretrain"]
 Array = np.ndarray
 Range = tuple[float, float]
 
-REVISION = 1
+REVISION = 2
 """Raised whenever a scene comes out different for an unchanged recipe."""
 SEED = 20240
 CLASS_NAMES = ("background", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -149,10 +149,9 @@ def render(recipe: Recipe, name: str, part: Part, index: int) -> Scene:
     sources = load_sources("val" if part == "val" else "train")
     image = _background(rng, recipe, sources.photos[scene_kind(name, part, index)])
     mask = np.zeros((recipe.side, recipe.side), np.uint8)
-    for _ in range(rng.integers(recipe.objects[0], recipe.objects[1] + 1)):
-        digit = int(rng.integers(10))
-        scan = sources.scans[digit][rng.integers(len(sources.scans[digit]))]
-        ink, alpha = write_digit(rng, recipe, scan)
+    digits = rng.integers(10, size=rng.integers(recipe.objects[0], recipe.objects[1] + 1)).tolist()
+    scans = [int(sources.scans[digit][rng.integers(len(sources.scans[digit]))]) for digit in digits]
+    for digit, (ink, alpha) in zip(digits, write_digits(rng, recipe, scans), strict=True):
         top, left = _place(rng, recipe, alpha >= 0.5, mask)
         inner, outer = _windows(recipe.side, top, left, *alpha.shape)
         under, cover = image[:, *outer], alpha[inner]
@@ -202,26 +201,35 @@ def _scans() -> Array:
     return (refine @ scans @ refine.T).astype(np.float32)
 
 
-def write_digit(rng: np.random.Generator, recipe: Recipe, scan: int) -> tuple[Array, Array]:
-    """Ink relative to the outline's level, at most 1, and coverage in [0, 1]: each (p, q), of one slanted digit.
+def write_digits(rng: np.random.Generator, recipe: Recipe, scans: list[int]) -> list[tuple[Array, Array]]:
+    """Each scan under a random size, slant and turn: ink over the outline's level, at most 1, and coverage in [0, 1].
 
-    Coverage is the distance to the outline in pixels, estimated as (ink - level) / |gradient|, plus one half.
+    Both (p, q), without empty borders. Coverage is the distance to the outline in pixels, estimated as
+    (ink - level) / |gradient|, plus one half.
     """
-    height, aspect, level = (rng.uniform(*span) for span in (recipe.height, recipe.aspect, recipe.ink))
-    angle = math.radians(rng.uniform(-recipe.rotation, recipe.rotation))
-    slope = rng.uniform(-recipe.shear, recipe.shear)
-    cos, sin = math.cos(angle), math.sin(angle)
-    rows, columns = 8 * _FINE / height, 8 * _FINE / (height * aspect)
-    matrix = np.array([[rows * cos, -rows * sin], [columns * (slope * cos + sin), columns * (cos - slope * sin)]])
-    side = math.ceil(height * max(aspect, 1) * 1.4)
-    source = _scans()[scan]
-    offset = (len(source) - 1) / 2 - matrix.sum(1) * ((side - 1) / 2)
-    ink = ndimage.affine_transform(source, matrix, offset, (side, side), np.float32, order=1)
-    down, across = ink[2:, 1:-1] - ink[:-2, 1:-1], ink[1:-1, 2:] - ink[1:-1, :-2]
+    spans = (recipe.height, recipe.aspect, (-recipe.rotation, recipe.rotation), (-recipe.shear, recipe.shear))
+    low, high = np.transpose((*spans, recipe.ink))
+    drawn = rng.uniform(low, high, (len(scans), 5))
+    level = drawn[:, 4:, None].astype(np.float32)
+    side = math.ceil((drawn[:, 0] * np.maximum(drawn[:, 1], 1)).max() * 1.4)
+    ink = np.empty((len(scans), side, side), np.float32)
+    for patch, scan, (height, aspect, degrees, slant) in zip(ink, scans, drawn[:, :4].tolist(), strict=True):
+        source, matrix = _scans()[scan], _matrix(height, aspect, math.radians(degrees), slant)
+        offset = (len(source) - 1) / 2 - matrix.sum(1) * ((side - 1) / 2)
+        ndimage.affine_transform(source, matrix, offset, output=patch, order=1)
+    down, across = ink[:, 2:, 1:-1] - ink[:, :-2, 1:-1], ink[:, 1:-1, 2:] - ink[:, 1:-1, :-2]
     steepness = np.sqrt(down * down + across * across) / 2
-    alpha = np.clip(0.5 + (ink[1:-1, 1:-1] - level) / np.maximum(steepness, 0.02), 0, 1)
-    box = _box(alpha > 0)
-    return np.clip(ink[1:-1, 1:-1][box] / level, 0, 1), alpha[box]
+    alpha = np.clip(0.5 + (ink[:, 1:-1, 1:-1] - level) / np.maximum(steepness, 0.02), 0, 1)
+    halo = np.clip(ink[:, 1:-1, 1:-1] / level, 0, 1)
+    boxes = [_box(patch > 0) for patch in alpha]
+    return [(halo[i][box], alpha[i][box]) for i, box in enumerate(boxes)]
+
+
+def _matrix(height: float, aspect: float, angle: float, slant: float) -> Array:
+    """(2, 2) from pixels of a patch to those of the upsampled scan: turn, then slant, then scale."""
+    rows, columns = 8 * _FINE / height, 8 * _FINE / (height * aspect)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return np.array([[rows * cos, -rows * sin], [columns * (slant * cos + sin), columns * (cos - slant * sin)]])
 
 
 def _box(shape: Array) -> tuple[slice, slice]:

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
-from torch import nn
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
 
-from viladiff.batch import Batch, Losses, Step, Views
+from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.models.ema import ema_update, frozen_copy
 
 if TYPE_CHECKING:
-    from viladiff.models.segmenter import Segmenter
+    from viladiff.models.segmenter import Build, Segmenter
 
 
 class Section(BaseModel):
@@ -29,6 +30,28 @@ class MethodConfig(Section):
     name: Literal[""]
 
 
+class TeacherConfig(Section):
+    """The moving average of the student that makes the pseudo-labels."""
+
+    momentum: float = Field(0.99, ge=0, le=1)
+    """Paper, section 4.1; the first steps use min(momentum, 1 - 1 / (step + 1))."""
+
+
+class PseudoConfig(Section):
+    """How teacher predictions become labels."""
+
+    threshold: float = Field(0.95, ge=0, le=1)
+    """Pixels below this confidence have weight 0."""
+    weight: float = Field(1.0, ge=0)
+    """Factor of the weak-to-strong cross-entropy in the total."""
+
+
+class PredictConfig(Section):
+    """Which network is evaluated and shipped."""
+
+    network: Literal["teacher", "student"] = "teacher"
+
+
 class Method(nn.Module):
     """Base of all methods. ``state_dict()`` is the whole state: students, teachers, running statistics."""
 
@@ -37,16 +60,26 @@ class Method(nn.Module):
     revision: ClassVar[int] = 1
     """Raised together with the golden file whenever the method computes something else than before."""
 
-    def __init__(self, cfg: Any, build: Callable[[], Segmenter]) -> None:
+    def __init__(self, cfg: Any, build: Build) -> None:
         super().__init__()
         self.cfg = cfg
-        self.student = build()
+        self.student = self.build_student(build)
+
+    def build_student(self, build: Build) -> Segmenter:
+        """The network that is trained; a method with extra parts in it says so here."""
+        return build()
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         raise NotImplementedError
 
     def after_step(self, step: Step) -> None:
         """Runs after each optimiser step, outside autograd: moving averages, queues."""
+
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        """Class probabilities (B, C, H, W) that would become pseudo-labels of these weak views, by stage; empty without a teacher."""
+        return {}
 
     def predictor(self) -> Segmenter:
         """The network that is evaluated, shipped and quoted."""
@@ -56,6 +89,38 @@ class Method(nn.Module):
         """Every network worth evaluating, by the name that a record uses."""
         return {"student": self.student}
 
-    def streams(self) -> tuple[str, ...]:
-        """The prediction streams of ``predictor()``; the first is the headline."""
-        return ("visual",)
+    def views_wanted(self) -> Views:
+        """The views this configuration of the method needs; the class's own by default."""
+        return self.views
+
+    def headline(self) -> str:
+        """The prediction stream whose mIoU is the run's number."""
+        return "visual"
+
+
+class MeanTeacher(Method):
+    """A method whose teacher is the moving average of its student and is always in evaluation mode."""
+
+    def __init__(self, cfg: Any, build: Build) -> None:
+        super().__init__(cfg, build)
+        self.teacher = frozen_copy(self.student)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def after_step(self, step: Step) -> None:
+        ema_update(self.teacher, self.student, step.index, self.cfg.teacher.momentum)
+
+    def predictor(self) -> Segmenter:
+        return self.teacher if self.cfg.predict.network == "teacher" else self.student
+
+    def networks(self) -> dict[str, Segmenter]:
+        return {"student": self.student, "teacher": self.teacher}
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        return {"before": self.teacher(images, text)["visual"].softmax(1)}

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+import torch
 
-from viladiff.methods.base import Method, MethodConfig, Section
-
-
-class TeacherConfig(Section):
-    """The moving average of the student that makes the pseudo-labels."""
-
-    momentum: float = Field(0.99, ge=0, le=1)
-    """Paper, section 4.1; the first steps use min(momentum, 1 - 1 / (step + 1))."""
-
-
-class PseudoConfig(Section):
-    """How teacher predictions become labels."""
-
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Pixels below this confidence have weight 0."""
-    weight: float = Field(1.0, ge=0)
-    """Factor of the weak-to-strong cross-entropy in the total."""
-
-
-class PredictConfig(Section):
-    """Which network is evaluated and shipped."""
-
-    network: Literal["teacher", "student"] = "teacher"
+from viladiff.batch import Batch, Losses, Step, Views
+from viladiff.data.mixing import apply_cutmix
+from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
 
 
 class SemiBaselineConfig(MethodConfig):
@@ -41,5 +22,25 @@ class SemiBaselineConfig(MethodConfig):
     predict: PredictConfig = PredictConfig()
 
 
-class SemiBaseline(Method):
+class SemiBaseline(MeanTeacher):
     Config = SemiBaselineConfig
+    views = Views(strong=1, cutmix=True)
+
+    def views_wanted(self) -> Views:
+        return Views(strong=1, cutmix=self.cfg.cutmix)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        labelled = len(batch.image)
+        with torch.no_grad():
+            confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
+        strong, valid = batch.strong[0], batch.valid
+        if batch.mix:
+            strong, confidence, labels, valid = (apply_cutmix(x, batch.mix[0]) for x in (strong, confidence, labels, valid))
+
+        logits = self.student(torch.cat([batch.image, strong]))["visual"]
+        accepted = (confidence >= self.cfg.pseudo.threshold).float()
+        sup = cross_entropy(logits[:labelled], batch.target)
+        pseudo = hard_consistency(logits[labelled:], labels, accepted, valid)
+        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        total = sup + self.cfg.pseudo.weight * pseudo
+        return Losses(total, {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage})

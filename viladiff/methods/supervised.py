@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from viladiff.batch import Batch, Losses, Step, Views
+from viladiff.losses import cross_entropy
 from viladiff.methods.base import Method, MethodConfig
 
 
@@ -15,3 +17,8 @@ class SupervisedConfig(MethodConfig):
 
 class Supervised(Method):
     Config = SupervisedConfig
+    views = Views(weak=0)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        loss = cross_entropy(self.student(batch.image)["visual"], batch.target)
+        return Losses(loss, {"sup": loss.detach()})

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from viladiff.methods.base import Method, MethodConfig, Section
-from viladiff.methods.semibaseline import PredictConfig, PseudoConfig, TeacherConfig
+from viladiff import draws
+from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
+from viladiff.data.mixing import apply_cutmix
+from viladiff.losses import (
+    cross_entropy,
+    edge_cross_entropy,
+    feature_distillation,
+    global_mean,
+    hard_consistency,
+    logit_distillation,
+    noise_loss,
+    per_image_cross_entropy,
+)
+from viladiff.methods.base import (
+    MeanTeacher,
+    MethodConfig,
+    PredictConfig,
+    PseudoConfig,
+    Section,
+    TeacherConfig,
+)
+from viladiff.models.mixe import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
+from viladiff.models.segmenter import Build, Segmenter, Stream, upsample
 
 Path = Literal["student_features", "student_logits", "teacher_features", "teacher_logits"]
 
@@ -110,5 +134,315 @@ class ViLaDiffConfig(MethodConfig):
     mixe: MixeConfig = MixeConfig()
 
 
-class ViLaDiff(Method):
+class Pseudo(NamedTuple):
+    """Labels for the unlabelled pixels and how sure the teacher is of them."""
+
+    confidence: Tensor
+    """(U, H, W)."""
+    labels: Tensor
+    """(U, H, W) int64."""
+
+
+class ViLaDiff(MeanTeacher):
     Config = ViLaDiffConfig
+    views = Views(strong=1, cutmix=True, text=True)
+
+    def __init__(self, cfg: ViLaDiffConfig, build: Build) -> None:
+        super().__init__(cfg, build)
+        mixe = cfg.mixe
+        self.denoiser: Denoiser | None = None
+        if mixe.enabled:
+            width = self.student.decoder.width
+            self.denoiser = Denoiser(build.num_classes, width, mixe.width, mixe.depth, mixe.timesteps)
+
+    def build_student(self, build: Build) -> Segmenter:
+        return build(self.cfg.vila if self.cfg.vila.enabled else None)
+
+    def views_wanted(self) -> Views:
+        return Views(strong=1, cutmix=self.cfg.cutmix, text=self.cfg.vila.enabled)
+
+    def headline(self) -> str:
+        return self.cfg.predict.stream if self.cfg.vila.enabled else "visual"
+
+    # One step, in the order of the paper: teacher, pseudo-labels, student, ViLa, MixE.
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        cfg, labelled, size = self.cfg, len(batch.image), batch.image.shape[-2:]
+        mix = batch.mix[0] if batch.mix else None
+        with torch.no_grad():
+            taught, taught_labelled = self._teach(batch)
+            soft = self._source_logits(taught)
+            plain = _pseudo(soft, size)
+            refined = self._refined(taught, soft, batch.keys_u, step)
+            pseudo = plain if refined is None else _pseudo(refined, size)
+
+        strong, valid, pseudo = batch.strong[0], batch.valid, pseudo
+        if mix is not None:
+            strong, valid = apply_cutmix(strong, mix), apply_cutmix(valid, mix)
+            pseudo = Pseudo(*(apply_cutmix(x, mix) for x in pseudo))
+            plain = Pseudo(*(apply_cutmix(x, mix) for x in plain))
+        text = _join(batch.text, self._strong_text(batch.text_u, mix))
+        seen = self.student.streams(torch.cat([batch.image, strong]), text)
+        logits = {name: upsample(stream.logits, size) for name, stream in seen.items()}
+
+        accepted = (pseudo.confidence >= cfg.pseudo.threshold).float()
+        sup = torch.stack([cross_entropy(x[:labelled], batch.target) for x in logits.values()]).mean()
+        cons = torch.stack(
+            [hard_consistency(x[labelled:], pseudo.labels, accepted, valid) for x in logits.values()]
+        ).mean()
+        total = sup + cfg.pseudo.weight * cons
+        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        terms = {"sup": sup, "pseudo": cons, "coverage": coverage}
+
+        if cfg.vila.enabled:
+            student = {name: Stream(*(x[labelled:] for x in stream)) for name, stream in seen.items()}
+            unlabelled = {name: x[labelled:] for name, x in logits.items()}
+            gate = self._gate(unlabelled, pseudo.labels, accepted * valid)
+            distilled = self._distil(taught, student, gate, valid, mix)
+            total = total + sum(distilled.values())
+            terms |= distilled | {"gate": gate.mean()}
+        if self.denoiser is not None:
+            diffusion = self._diffuse(batch, step, seen, taught_labelled, soft, plain, valid, mix)
+            ce, edge, noise = cfg.mixe.mu
+            total = total + ce * diffusion["mixe_ce"] + edge * diffusion["mixe_edge"] + noise * diffusion["mixe_noise"]
+            terms |= diffusion
+        return Losses(total, {name: value.detach() for name, value in terms.items()})
+
+    @torch.no_grad()
+    def pseudo_labels(self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step) -> dict[str, Tensor]:
+        taught = self.teacher.streams(images, text)
+        soft = self._source_logits(taught)
+        refined = self._refined(taught, soft, keys, step, always=True)
+        stages = {"before": soft} if refined is None else {"before": soft, "after": refined}
+        return {name: upsample(x, images.shape[-2:]).softmax(1) for name, x in stages.items()}
+
+    # Teacher
+
+    def _teach(self, batch: Batch) -> tuple[dict[str, Stream], dict[str, Stream]]:
+        """The teacher's streams on the weak views and, where MixE learns from them, on the labelled images."""
+        if self.denoiser is None or self.cfg.mixe.train_on == "unlabelled":
+            return self.teacher.streams(batch.weak[0], batch.text_u), {}
+        labelled = len(batch.image)
+        out = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]), _join(batch.text, batch.text_u))
+        return (
+            {name: Stream(*(x[labelled:] for x in stream)) for name, stream in out.items()},
+            {name: Stream(*(x[:labelled] for x in stream)) for name, stream in out.items()},
+        )
+
+    def _source_logits(self, streams: dict[str, Stream]) -> Tensor:
+        """Grid logits (U, C, h, w) of the stream that makes pseudo-labels; of the mean, its log-probabilities."""
+        source = self.cfg.pseudo.source if self.cfg.vila.enabled else "visual"
+        if source == "mean":
+            return torch.stack([stream.logits.softmax(1) for stream in streams.values()]).mean(0).log()
+        return streams[source].logits
+
+    def _condition(self, streams: dict[str, Stream]) -> Stream:
+        """The stream whose map and logits condition the denoiser."""
+        source = self.cfg.pseudo.source if self.cfg.vila.enabled else "visual"
+        return streams["fusion" if source == "mean" else source]
+
+    # ViLa (section 3.3)
+
+    def _strong_text(self, text: TextBatch | None, mix: CutMix | None) -> TextBatch | None:
+        """Words of the mixed images: with a box pasted in, the partner's words belong to the picture too."""
+        if text is None or mix is None or self.cfg.vila.cutmix_text == "own":
+            return text
+        pasted = (mix.boxes.sum(1) > 0)[:, None]
+        return TextBatch(
+            torch.cat([text.tokens, text.tokens[mix.partner]], dim=1),
+            torch.cat([text.mask, text.mask[mix.partner] & pasted], dim=1),
+        )
+
+    def _gate(self, logits: dict[str, Tensor], labels: Tensor, weight: Tensor) -> Tensor:
+        """(U,) 1 where the fusion stream may teach the visual one: where its cross-entropy to the labels is lower."""
+        with torch.no_grad():
+            fusion, visual = (per_image_cross_entropy(logits[name], labels, weight > 0) for name in ("fusion", "visual"))
+            if self.cfg.vila.gate == "always":
+                return torch.ones_like(fusion)
+            if self.cfg.vila.gate == "per_batch":
+                count = torch.full_like(fusion.sum(), len(fusion))
+                better = global_mean(fusion.sum(), count) < global_mean(visual.sum(), count)
+                return better.float().expand_as(fusion)
+            return (fusion < visual).float()
+
+    def _distil(
+        self,
+        taught: dict[str, Stream],
+        student: dict[str, Stream],
+        gate: Tensor,
+        valid: Tensor,
+        mix: CutMix | None,
+    ) -> dict[str, Tensor]:
+        """Eq. 12 over every arrow that is on: {term: scalar with a gradient to the arrow's head alone}.
+
+        Arrows that end in the visual stream are gated. Teacher maps are mixed with the boxes of the strong view.
+        """
+        cfg, patch, stride = self.cfg.vila, self.student.patch, self.student.decoder.stride
+        h, w = valid.shape[-2] // patch, valid.shape[-1] // patch
+        cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)
+        pixels = F.avg_pool2d(valid.float()[:, None], stride)[:, 0] > 0.5
+        if mix is not None:
+            taught = {name: _mixed(stream, mix, h, w, patch, stride) for name, stream in taught.items()}
+        arrows = {"student": [(student["fusion"], student["visual"], gate)], "teacher": []}
+        arrows["teacher"].append((taught["visual"], student["fusion"], torch.ones_like(gate)))
+        if cfg.teacher_to_visual:
+            arrows["teacher"].append((taught["fusion"], student["visual"], gate))
+        terms = {}
+        for path in cfg.paths:
+            origin, what = path.split("_")
+            parts = []
+            for tail, head, weight in arrows[origin]:
+                if what == "features":
+                    source, sink, keep, count = _scope(tail.features, head.features, cells, weight, cfg.feature_scope)
+                    loss = feature_distillation(source, sink, cfg.lam, cfg.feature_reduction, weight=keep, count=count)
+                    parts.append(cfg.feature_weight * loss)
+                else:
+                    keep = weight[:, None, None] * pixels
+                    loss = logit_distillation(
+                        tail.logits, head.logits, cfg.temperature, weight=keep, count=pixels.sum()
+                    )
+                    parts.append(cfg.logit_weight * loss)
+            terms[path] = torch.stack(parts).sum()
+        return terms
+
+    # MixE (section 3.4)
+
+    def _tau(self, progress: float) -> float:
+        cfg = self.cfg.mixe
+        return confidence_threshold(progress, cfg.tau_end, cfg.tau_ramp, start=cfg.tau_start, shape=cfg.tau_shape)
+
+    def _diffuse(
+        self,
+        batch: Batch,
+        step: Step,
+        seen: dict[str, Stream],
+        taught_labelled: dict[str, Stream],
+        soft_unlabelled: Tensor,
+        pseudo: Pseudo,
+        valid: Tensor,
+        mix: CutMix | None,
+    ) -> dict[str, Tensor]:
+        """The three terms of Eq. 13: corrupt the teacher's soft labels and ask the denoiser for the clean ones.
+
+        The condition is the student's view of the same picture, never the logits that x_0 was made from: those could be copied.
+        Targets are the masks, and on unlabelled images the teacher's confident labels as they were before refinement, so that
+        the denoiser never learns from its own output.
+        """
+        assert self.denoiser is not None
+        cfg, labelled, size = self.cfg.mixe, len(batch.image), batch.image.shape[-2:]
+        condition, stride = self._condition(seen), self.student.decoder.stride
+        soft, keys, rows = [], [], []
+        if cfg.train_on != "unlabelled":
+            soft.append(self._source_logits(taught_labelled).softmax(1))
+            keys += [f"l{key}" for key in batch.keys]
+            rows += list(range(labelled))
+        if cfg.train_on != "labelled":
+            x0 = soft_unlabelled.softmax(1)
+            soft.append(x0 if mix is None else apply_cutmix(x0, mix, stride))
+            keys += [f"u{key}" for key in batch.keys_u]
+            rows += list(range(labelled, len(condition.mid)))
+        mid, logits = condition.mid.detach()[rows].float(), condition.logits.detach()[rows]
+        if cfg.cond_noise:
+            noise = draws.normal(keys, tuple(mid.shape[1:]), step.seed, "mixe-condition", step.index, device=mid.device)
+            mid = mid + cfg.cond_noise * noise
+        clean, gaussian, noise_hat, noise = self._denoised(torch.cat(soft), mid, logits, keys, step)
+        clean = upsample(clean, size)
+
+        ce, edge = [], []
+        if cfg.train_on != "unlabelled":
+            ce.append(cross_entropy(clean[:labelled], batch.target))
+            edge.append(edge_cross_entropy(clean[:labelled], batch.target, edge_mask(batch.target)))
+        if cfg.train_on != "labelled":
+            accepted = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
+            rest = clean[-len(pseudo.labels) :]
+            ce.append(hard_consistency(rest, pseudo.labels, accepted, valid))
+            known = torch.where((accepted * valid) > 0, pseudo.labels, 255)
+            edge.append(edge_cross_entropy(rest, known, edge_mask(pseudo.labels)))
+        seen_pixels = torch.cat([batch.target != 255, valid])[rows]
+        counted = F.avg_pool2d(seen_pixels.float()[:, None], stride)[:, 0] > 0.5
+        terms = {
+            "mixe_ce": torch.stack(ce).sum(),
+            "mixe_edge": torch.stack(edge).sum() if cfg.edge_loss else clean.sum() * 0,
+            "mixe_noise": noise_loss(noise_hat, noise, gaussian & counted & cfg.gaussian),
+        }
+        return terms | {"tau": torch.tensor(self._tau(step.progress)), "gaussian": gaussian.float().mean()}
+
+    def _denoised(
+        self, soft: Tensor, mid: Tensor, logits: Tensor, keys: list[str], step: Step
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Class logits, Gaussian region, predicted and true noise for one random timestep per image (Eqs. 3-8)."""
+        assert self.denoiser is not None
+        cfg, device, (batch, _, h, w) = self.cfg.mixe, soft.device, soft.shape
+        condition = self.denoiser.prepare(mid, logits)
+        codes = class_codes(self.student.num_classes).shape[1]
+        if cfg.denoiser == "plain":
+            nothing = torch.zeros(batch, codes, h, w, device=device)
+            nowhere = torch.zeros(batch, h, w, dtype=torch.bool, device=device)
+            clean, noise_hat = self.denoiser(nothing, nowhere, nowhere, torch.zeros(batch, device=device).long(), condition)
+            return clean, nowhere, noise_hat, nothing
+        name = (step.seed, "mixe-t", step.index)
+        t = torch.tensor([int(draws.rng(*name, key).integers(1, cfg.timesteps + 1)) for key in keys], device=device)
+        noise = draws.normal(keys, (codes, h, w), step.seed, "mixe-noise", step.index, device=device)
+        uniform = draws.uniform(keys, (h, w), step.seed, "mixe-flip", step.index, device=device)
+        state = corrupt(soft, t, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
+        clean, noise_hat = self.denoiser(state.codes, state.gaussian, state.edges, t, condition)
+        return clean, state.gaussian, noise_hat, noise
+
+    def _refined(
+        self, taught: dict[str, Stream], soft: Tensor, keys: tuple[int, ...], step: Step, always: bool = False
+    ) -> Tensor | None:
+        """Grid logits (U, C, h, w) of the labels after the reverse chain, or None where MixE does not refine yet."""
+        cfg = self.cfg.mixe
+        if self.denoiser is None or not cfg.refine or (step.progress < cfg.refine_from and not always):
+            return None
+        source = self._condition(taught)
+        condition = self.denoiser.prepare(source.mid.float(), source.logits)
+        batch, _, h, w = soft.shape
+        codes, steps = class_codes(self.student.num_classes).shape[1], cfg.refine_steps or cfg.timesteps
+        if cfg.denoiser == "plain":
+            nothing = torch.zeros(batch, codes, h, w, device=soft.device)
+            nowhere = torch.zeros(batch, h, w, dtype=torch.bool, device=soft.device)
+            return self.denoiser(nothing, nowhere, nowhere, torch.zeros(batch, device=soft.device).long(), condition)[0]
+        noise = draws.normal(keys, (codes, h, w), step.seed, "refine-noise", step.index, device=soft.device)
+        uniforms = draws.uniform(keys, (steps, h, w), step.seed, "refine-flip", step.index, device=soft.device)
+        tau = self._tau(step.progress)
+        return refine(self.denoiser, condition, soft.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
+
+
+def _pseudo(logits: Tensor, size: torch.Size) -> Pseudo:
+    return Pseudo(*upsample(logits, size).softmax(1).max(1))
+
+
+def _join(first: TextBatch | None, second: TextBatch | None) -> TextBatch | None:
+    """One batch of words from two, the shorter one padded."""
+    if first is None or second is None:
+        return None
+    length = max(first.mask.shape[1], second.mask.shape[1])
+    padded = [
+        TextBatch(F.pad(text.tokens, (0, 0, 0, length - text.mask.shape[1])), F.pad(text.mask, (0, length - text.mask.shape[1])))
+        for text in (first, second)
+    ]
+    return TextBatch(torch.cat([text.tokens for text in padded]), torch.cat([text.mask for text in padded]))
+
+
+def _mixed(stream: Stream, mix: CutMix, h: int, w: int, patch: int, stride: int) -> Stream:
+    """A teacher stream with the boxes of the strong view pasted into its tokens, map and logits."""
+    tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
+    tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
+    return Stream(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
+
+
+def _scope(
+    teacher: Tensor, student: Tensor, cells: Tensor, weight: Tensor, scope: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features (U, N, W) as the rows (B', D') that Eq. 1 compares, each row's weight, and the number of rows.
+
+    Padding never counts; a row that is gated off still does, so that the gate scales the loss.
+    """
+    mask, images = cells[..., None].to(teacher.dtype), torch.full((), len(weight), device=weight.device)
+    if scope == "tokens":
+        return teacher.flatten(0, 1), student.flatten(0, 1), (weight[:, None] * cells).flatten(), cells.sum()
+    if scope == "flattened":
+        return (teacher * mask).flatten(1), (student * mask).flatten(1), weight, images
+    share = mask.sum(1).clamp(min=1)
+    return (teacher * mask).sum(1) / share, (student * mask).sum(1) / share, weight, images

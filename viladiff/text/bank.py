@@ -105,7 +105,8 @@ def encode_all(captions: Captions, encoder: TextEncoder) -> dict[str, np.ndarray
 def load_text(dataset: Dataset, encoder: str = "words", variant: Control = "own", seed: int = 0) -> tuple[Bank, Bank]:
     """Banks of the training pool and of validation, both under the same control.
 
-    The encoder learns from the pool's own captions whatever the control, so that only the pairing changes. Raises ValueError for an unknown encoder or control, and for a damaged or unwritable cache.
+    The encoder learns from the pool's own captions whatever the control, so that only the pairing changes. Raises
+    ValueError for an unknown encoder or control, and for a damaged or unwritable cache.
     """
     learned = build_encoder(encoder, dataset.captions)
     train, val = (

@@ -1,0 +1,268 @@
+"""The loop: resuming, workers, precision, faults. Runs are a few steps on the rendered digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from viladiff.checkpoint import load
+from viladiff.config import RunConfig, override
+from viladiff.train import Run, TrainingError, fit, lr_factor, param_groups
+
+TINY = {
+    "method.name": "viladiff",
+    "model.pretrained": "none",
+    "method.mixe.refine_from": 0.4,
+    "method.mixe.timesteps": 3,
+    "method.pseudo.threshold": 0.2,
+    "train.steps": 6,
+    "eval.images": 8,
+    "runtime.threads": 1,
+    "runtime.progress": False,
+}
+
+
+def config(out: Path, **changes: Any) -> RunConfig:
+    flat = {path.replace("__", "."): value for path, value in changes.items()}
+    return override(RunConfig(), {**TINY, "runtime.out": str(out), **flat})
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    state = load(directory / "checkpoint.pt")
+    assert state is not None
+    return state["method"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_fit_returns_scores_and_a_log_that_pandas_likes(tmp_path: Path) -> None:
+    result = fit(config(tmp_path, eval__every=3, runtime__log_every=2))
+    record = result.record
+    assert result.directory == tmp_path / record.run_id
+    assert record.miou is not None and 0 <= record.miou <= 1
+    assert set(record.scores) == {"student", "teacher"}
+    assert set(record.scores["teacher"]) == {"visual", "fusion", "fusion_no_text", "mean"}
+    assert record.scores["teacher"]["visual"]["boundary_iou"] is not None
+    assert {"before/coverage", "after/precision", "rescued"} <= set(record.pseudo_labels)
+    assert [entry["step"] for entry in record.history] == [3, 6]
+    assert "simulated" in record.captions
+    frame = result.frame()
+    assert list(frame["step"]) == list(range(6))
+    assert {"total", "sup", "pseudo", "mixe_ce", "lr", "coverage"} <= set(frame.columns)
+    row = pd.DataFrame([result.summary()])
+    assert row["miou"][0] == record.miou and row["method.name"][0] == "viladiff"
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = fit(config(tmp_path))
+    stamp = (first.directory / "checkpoint.pt").stat().st_mtime_ns
+    again = fit(config(tmp_path))
+    assert again.record == first.record and (first.directory / "checkpoint.pt").stat().st_mtime_ns == stamp
+    fresh = fit(config(tmp_path), resume=False)
+    assert (first.directory / "checkpoint.pt").stat().st_mtime_ns != stamp
+    assert fresh.record.miou == first.record.miou
+
+
+def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    a, b, c = (fit(config(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert same(weights(a.directory), weights(b.directory))
+    assert not same(weights(a.directory), weights(c.directory))
+
+
+SCRIPT = """
+import sys
+from viladiff.config import RunConfig, override
+from viladiff.train import fit
+import json
+fit(override(RunConfig(), json.loads(sys.argv[1])))
+"""
+
+
+def _start(changes: dict[str, Any]) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(changes)], env=env, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kill_9_at_seeded_moments_then_resume_is_bit_for_bit(tmp_path: Path) -> None:
+    """The process is killed at random moments, also while it writes a checkpoint (it writes one every step)."""
+    changes = {**TINY, "train.steps": 14, "runtime.checkpoint_every": 1}
+    undisturbed = fit(config(tmp_path / "plain", train__steps=14))
+    out = tmp_path / "killed"
+    changes["runtime.out"] = str(out)
+    directory = out / undisturbed.record.run_id
+    rng, kills, writing, attempt = random.Random(5), 0, 0, 0
+    while not (directory / "record.json").exists():
+        process = _start(changes)
+        before = _step(directory)
+        deadline = time.monotonic() + 120
+        # Every second kill waits for a temporary checkpoint file: the process is then in the middle of writing.
+        attempt += 1
+        while process.poll() is None and kills < 6 and time.monotonic() < deadline:
+            temporary = [p for p in directory.glob("*") if "checkpoint" in p.name and p.suffix not in (".pt",)]
+            if attempt % 2 and temporary:
+                writing += 1
+                break
+            if attempt % 2 == 0 and _step(directory) > before:
+                time.sleep(rng.random() * 0.4)
+                break
+            time.sleep(0.001)
+        if process.poll() is None and kills < 6:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert attempt < 20
+    assert kills >= 5 and writing >= 1
+    assert same(weights(directory), weights(undisturbed.directory))
+    logged = [row["step"] for row in map(json.loads, (directory / "steps.jsonl").read_text().splitlines())]
+    assert logged == list(range(14))
+
+
+def _step(directory: Path) -> int:
+    try:
+        state = load(directory / "checkpoint.pt")
+    except ValueError:
+        return 0
+    return 0 if state is None else state["step"]
+
+
+def test_stopped_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick version of the test above: an error in the middle, in this process."""
+    plain = fit(config(tmp_path / "plain"))
+    step = Run._step
+
+    def fails(self: Run, batches: Any) -> Any:
+        if self.step == 4:
+            raise RuntimeError("pulled the plug")
+        return step(self, batches)
+
+    monkeypatch.setattr(Run, "_step", fails)
+    with pytest.raises(RuntimeError, match="plug"):
+        fit(config(tmp_path / "broken", runtime__checkpoint_every=3))
+    monkeypatch.setattr(Run, "_step", step)
+    resumed = fit(config(tmp_path / "broken", runtime__checkpoint_every=3))
+    assert same(weights(plain.directory), weights(resumed.directory))
+    assert resumed.record.scores == plain.record.scores
+    assert resumed.frame().drop(columns="lr").equals(plain.frame().drop(columns="lr"))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    changes = {**TINY, "train.steps": 5000, "runtime.out": str(tmp_path), "runtime.log_every": 1}
+    process = _start(changes)
+    log = None
+    while log is None and process.poll() is None:
+        log = next(iter(tmp_path.glob("*/steps.jsonl")), None)
+        log = log if log is not None and log.stat().st_size else None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert b"the same command continues" in error and process.returncode != 0
+    assert log is not None and _step(log.parent) > 0
+
+
+@pytest.mark.timeout(300)
+def test_two_workers_follow_one(tmp_path: Path) -> None:
+    """Not to the bit: sums over two workers round differently, and Adam turns a sign of almost nothing into a whole step."""
+    base = {"method__name": "semibaseline", "train__steps": 3, "method__pseudo__threshold": 0.0}
+    changes = {**base, "data__batch_labelled": 4, "data__batch_unlabelled": 4}
+    flat = {k: v for k, v in TINY.items() if "mixe" not in k}
+    one = fit(override(RunConfig(), {**flat, **_dots(changes), "runtime.out": str(tmp_path / "one")}))
+    two = fit(override(RunConfig(), {**flat, **_dots(changes), "runtime.out": str(tmp_path / "two"), "runtime.workers": 2}))
+    assert two.record.workers == 2 and two.record.run_id == one.record.run_id
+    a, b = one.frame(), two.frame()
+    assert list(a["step"]) == list(b["step"])
+    assert a["total"].to_numpy() == pytest.approx(b["total"].to_numpy(), rel=2e-3)
+    assert one.record.scores["student"]["visual"]["images"] == two.record.scores["student"]["visual"]["images"] == 8
+
+
+def _dots(changes: dict[str, Any]) -> dict[str, Any]:
+    return {path.replace("__", "."): value for path, value in changes.items()}
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path: Path) -> None:
+    """Without ignored pixels each micro-batch weighs the same, so the sum is exact up to rounding."""
+    frames = []
+    for parts in (1, 2):
+        flat = {**_dots({"method__name": "supervised", "data__scale": (1.0, 1.0), "train__accumulate": parts, "train__steps": 3})}
+        rest = {k: v for k, v in TINY.items() if not k.startswith("method")}
+        frames.append(fit(override(RunConfig(), {**rest, **flat, "runtime.out": str(tmp_path)})).frame())
+    assert frames[0]["total"].to_numpy() == pytest.approx(frames[1]["total"].to_numpy(), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains(tmp_path: Path, precision: str) -> None:
+    frame = fit(config(tmp_path, train__precision=precision, train__steps=4)).frame()
+    assert frame["total"].notna().all() and len(frame) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step \d+ of 60 .*optim.lr = 1e\+06"):
+        fit(config(tmp_path, optim__lr=1e6, train__steps=60, runtime__log_every=5, runtime__checkpoint_every=5))
+    for checkpoint in tmp_path.glob("*/checkpoint.pt"):
+        assert all(value.isfinite().all() for value in weights(checkpoint.parent).values())
+
+
+def test_too_little_memory_is_one_clear_error(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from viladiff.config import RunConfig, override\n"
+        "from viladiff.train import fit, TrainingError\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30))\n"
+        "cfg = override(RunConfig(), {'data.batch_labelled': 20000, 'runtime.out': sys.argv[1], 'runtime.progress': False})\n"
+        "try:\n    fit(cfg)\n"
+        "except TrainingError as error:\n    print(error)\n"
+    )
+    assert resource.RLIMIT_DATA is not None
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert "data.batch_labelled = 20000" in done.stdout and "train.accumulate" in done.stdout, done.stderr[-500:]
+
+
+def test_truncated_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    result = fit(config(tmp_path))
+    (result.directory / "record.json").unlink()
+    path = result.directory / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match=r"checkpoint.pt"):
+        fit(config(tmp_path))
+
+
+@pytest.mark.parametrize("schedule", ["poly", "cosine", "constant"])
+def test_learning_rate_schedules(schedule: str) -> None:
+    cfg = override(RunConfig(), {"optim.schedule": schedule, "optim.warmup_steps": 10})
+    factors = [lr_factor(cfg, step, 110) for step in range(110)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1.0) and factors[10] == pytest.approx(1.0)
+    expected = {"poly": 0.5**0.9, "cosine": 0.5, "constant": 1.0}[schedule]
+    assert factors[60] == pytest.approx(expected)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_encoder_has_its_own_rate_and_norms_do_not_decay() -> None:
+    run = Run(override(RunConfig(), {"optim.encoder_lr_scale": 0.1, "method.name": "viladiff"}))
+    run._build()
+    groups = param_groups(run.method, run.cfg)
+    assert {(g["scale"], g["weight_decay"]) for g in groups} == {(0.1, 0.01), (0.1, 0.0), (1.0, 0.01), (1.0, 0.0)}
+    count = sum(p.numel() for g in groups for p in g["params"])
+    assert count == sum(p.numel() for p in run.method.parameters() if p.requires_grad)
+
+
+def test_cuda_that_is_absent_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="runtime.device"):
+        fit(override(RunConfig(), {"runtime.device": "cuda"}))

@@ -1,0 +1,90 @@
+"""Transformer pieces that the small encoder and ViLa share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention from one set of tokens to another; to itself when no other is given."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not divisible by {heads} heads")
+        self.heads = heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, other: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D) asks, other (B, L, D) answers; mask (B, L) bool is False where nothing may be read."""
+        source = x if other is None else other
+        batch, tokens, dim = x.shape
+        q = self.query(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
+        k, v = self.key_value(source).view(batch, source.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        return self.out(attended.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class Mlp(nn.Sequential):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, ratio: int) -> None:
+        super().__init__(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
+
+
+class DropPath(nn.Module):
+    """Skips a residual branch for whole images at random while training (stochastic depth)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand((x.shape[0], *[1] * (x.ndim - 1)), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+class SelfBlock(nn.Module):
+    """Pre-norm transformer block on (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int, ratio: int = 4, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm_attention, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm_mlp, self.mlp = nn.LayerNorm(dim), Mlp(dim, ratio)
+        self.drop = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attention(self.norm_attention(x)))
+        return x + self.drop(self.mlp(self.norm_mlp(x)))
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block in which image tokens (B, N, D) read words (B, L, D), residually."""
+
+    def __init__(self, dim: int, heads: int, ratio: int = 2) -> None:
+        super().__init__()
+        self.norm_attention, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm_mlp, self.mlp = nn.LayerNorm(dim), Mlp(dim, ratio)
+
+    def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), words, mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+def sincos_2d(h: int, w: int, dim: int, device: torch.device) -> Tensor:
+    """Fixed sine and cosine positions of an h x w grid: (h * w, dim), a quarter of the channels for each of sin, cos, y, x.
+
+    Raises ValueError where dim is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"positions need a width that is a multiple of 4, got {dim}")
+    rate = 1e-4 ** (torch.arange(dim // 4, device=device) / (dim // 4))
+    y = (torch.arange(h, device=device)[:, None] * rate)[:, None].expand(h, w, -1)
+    x = (torch.arange(w, device=device)[:, None] * rate)[None].expand(h, w, -1)
+    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1).reshape(h * w, dim)

@@ -1,0 +1,54 @@
+"""A light DPT-like head: four encoder maps to one map at the output stride, without BatchNorm."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Refine(nn.Module):
+    """Residual GroupNorm, ReLU, 3 x 3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.GroupNorm(8, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Decoder(nn.Module):
+    """Brings level i to stride ``output * 2 ** i`` (never coarser than the encoder's coarsest) and adds from coarse to fine.
+
+    The three finer levels do not depend on the stream, so ``laterals`` is computed once for both streams.
+    """
+
+    def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...], width: int, output: int | None = None) -> None:
+        super().__init__()
+        self.stride = output or min(4, strides[0])
+        self.width = width
+        targets = [min(self.stride * 2**i, max(strides)) for i in range(4)]
+        self.reshape = nn.ModuleList([_resize(c, width, s, t) for c, s, t in zip(channels, strides, targets, strict=True)])
+        self.fuse = nn.ModuleList([Refine(width) for _ in range(4)])
+        self.norm = nn.GroupNorm(8, width)
+
+    def laterals(self, features: list[Tensor]) -> list[Tensor]:
+        """The three finer levels at their target strides, each (B, width, h_i, w_i)."""
+        return [reshape(level) for reshape, level in zip(self.reshape[:3], features[:3], strict=True)]
+
+    def forward(self, top: Tensor, laterals: list[Tensor]) -> Tensor:
+        """top (k * B, D, h, w) for k streams, laterals (B, ...) as above: (k * B, width, H / stride, W / stride)."""
+        x = self.fuse[3](self.reshape[3](top))
+        for fuse, lateral in zip(list(self.fuse[:3])[::-1], laterals[::-1], strict=True):
+            if x.shape[-2:] != lateral.shape[-2:]:
+                x = F.interpolate(x, lateral.shape[-2:], mode="bilinear", align_corners=False)
+            copies = x.shape[0] // lateral.shape[0]
+            x = fuse(x + (lateral if copies == 1 else lateral.repeat(copies, 1, 1, 1)))
+        return F.relu(self.norm(x))
+
+
+def _resize(inputs: int, width: int, stride: int, target: int) -> nn.Module:
+    if stride > target:
+        factor = stride // target
+        return nn.Sequential(nn.Conv2d(inputs, width, 1), nn.ConvTranspose2d(width, width, factor, stride=factor))
+    return nn.Conv2d(inputs, width, 3, stride=target // stride, padding=1)

@@ -1,0 +1,100 @@
+"""The network that all methods share: encoder, decoder, classifier; with ViLa, two streams through one decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from viladiff.batch import TextBatch
+from viladiff.models.backbones import Encoder, build_encoder
+from viladiff.models.decoder import Decoder
+from viladiff.models.vila import ViLa
+
+if TYPE_CHECKING:
+    from viladiff.config import ModelConfig
+    from viladiff.methods.viladiff import VilaConfig
+
+
+class Stream(NamedTuple):
+    """What one stream says of a batch, on the decoder's grid (h = H / stride)."""
+
+    features: Tensor
+    """(B, N, W) tokens of ViLa, or the encoder's last tokens where there is no ViLa."""
+    mid: Tensor
+    """(B, decoder width, h, w) the map that the classifier reads."""
+    logits: Tensor
+    """(B, C, h, w)."""
+
+
+class Segmenter(nn.Module):
+    """``forward`` gives full-size logits per stream; methods that need more call ``streams``."""
+
+    def __init__(self, encoder: Encoder, width: int, num_classes: int, vila: ViLa | None = None) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.encoder = encoder
+        self.decoder = Decoder(encoder.channels, encoder.strides, width)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.vila = vila
+        self.classifier_fusion = None if vila is None else nn.Conv2d(width, num_classes, 1)
+
+    @property
+    def patch(self) -> int:
+        """Image sides must be multiples of this."""
+        return self.encoder.patch
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Streams that this network has; the first needs no text."""
+        return ("visual",) if self.vila is None else ("visual", "fusion")
+
+    def streams(self, images: Tensor, text: TextBatch | None = None, names: tuple[str, ...] | None = None) -> dict[str, Stream]:
+        """images (B, 3, H, W) to the named streams (all by default); the encoder and the decoder's fine levels run once."""
+        names = self.names if names is None else names
+        features = self.encoder(images)
+        top = features[-1]
+        if self.vila is None:
+            tokens, tops = [top.flatten(2).transpose(1, 2)], top
+        else:
+            found = self.vila(top, text, names)
+            tokens, tops = [found[name].features for name in names], torch.cat([found[name].top for name in names])
+        mids = self.decoder(tops, self.decoder.laterals(features)).chunk(len(names))
+        return {name: Stream(t, mid, self.classify(mid, name)) for name, t, mid in zip(names, tokens, mids, strict=True)}
+
+    def classify(self, mid: Tensor, name: str = "visual") -> Tensor:
+        """Decoder map (B, width, h, w) to logits (B, C, h, w) by the stream's own classifier, in float32."""
+        head = self.classifier_fusion if name == "fusion" else self.classifier
+        assert head is not None
+        return head(mid).float()
+
+    def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
+        """images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
+        return {name: upsample(stream.logits, images.shape[-2:]) for name, stream in self.streams(images, text).items()}
+
+
+def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+    """Grid logits (B, C, h, w) to pixels, bilinearly."""
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a method gets its networks: called once per independently initialised student."""
+
+    model: ModelConfig
+    num_classes: int
+    text_dim: int
+
+    def __call__(self, vila: VilaConfig | None = None) -> Segmenter:
+        encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, self.model.drop_path)
+        network = Segmenter(encoder, self.model.decoder_width, self.num_classes)
+        if vila is not None:  # made after the rest, so that the shared part starts from the same weights with and without it
+            network.vila = ViLa(encoder.channels[-1], self.text_dim, vila)
+            network.classifier_fusion = nn.Conv2d(self.model.decoder_width, self.num_classes, 1)
+        if self.model.encoder_frozen:
+            encoder.requires_grad_(False)
+        return network

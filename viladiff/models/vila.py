@@ -1,0 +1,72 @@
+"""ViLa's two streams: image tokens alone, and image tokens that have read the captions (paper, section 3.3, Figure 2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from viladiff.batch import TextBatch
+from viladiff.models.blocks import CrossBlock, SelfBlock, sincos_2d
+
+if TYPE_CHECKING:
+    from viladiff.methods.viladiff import VilaConfig
+
+
+class Tokens(NamedTuple):
+    """One stream's result before the decoder."""
+
+    features: Tensor
+    """(B, N, W) normalised tokens: the F of Eq. 1."""
+    top: Tensor
+    """(B, D, h, w) what replaces the encoder's coarsest map."""
+
+
+class ViLa(nn.Module):
+    """Project, inject, reconstruct. Projection, reconstruction and the way back are shared by both streams; injection is not.
+
+    The way back starts at zero, so that training begins from the encoder's own features.
+    """
+
+    def __init__(self, dim: int, text_dim: int, cfg: VilaConfig) -> None:
+        super().__init__()
+        self.width = cfg.width
+        self.project = nn.Linear(dim, cfg.width)
+        self.words = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cfg.width))
+        # Always among the words, so that an image without a caption has something to read and DDP sees the parameter used.
+        self.null = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        nn.init.trunc_normal_(self.null, std=0.02)
+        self.inject = nn.ModuleList([CrossBlock(cfg.width, cfg.heads) for _ in range(cfg.depth)])
+        self.reconstruct = nn.ModuleList([SelfBlock(cfg.width, cfg.heads, ratio=2) for _ in range(cfg.depth)])
+        self.norm = nn.LayerNorm(cfg.width)
+        self.back = nn.Linear(cfg.width, dim)
+        nn.init.zeros_(self.back.weight)
+        nn.init.zeros_(self.back.bias)
+
+    def forward(self, top: Tensor, text: TextBatch | None, streams: tuple[str, ...]) -> dict[str, Tokens]:
+        """top (B, D, h, w) to the asked streams; without text the fusion stream reads the null token alone."""
+        batch, dim, h, w = top.shape
+        tokens = self.project(top.flatten(2).transpose(1, 2)) + sincos_2d(h, w, self.width, top.device)
+        inputs = []
+        for stream in streams:
+            inputs.append(self._injected(tokens, text) if stream == "fusion" else tokens)
+        x = torch.cat(inputs)
+        for block in self.reconstruct:
+            x = block(x)
+        x = self.norm(x)
+        change = self.back(x).transpose(1, 2).reshape(len(streams) * batch, dim, h, w)
+        return {
+            stream: Tokens(x[i * batch : (i + 1) * batch], top + change[i * batch : (i + 1) * batch])
+            for i, stream in enumerate(streams)
+        }
+
+    def _injected(self, tokens: Tensor, text: TextBatch | None) -> Tensor:
+        words = self.null.expand(tokens.shape[0], -1, -1)
+        mask = torch.ones(words.shape[:2], dtype=torch.bool, device=tokens.device)
+        if text is not None:
+            words = torch.cat([words, self.words(text.tokens).to(words.dtype)], dim=1)
+            mask = torch.cat([mask, text.mask], dim=1)
+        for block in self.inject:
+            tokens = block(tokens, words, mask)
+        return tokens

@@ -1,0 +1,57 @@
+"""A bar with time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+
+class Progress:
+    """Shows how far ``total`` steps are; writes to stderr, so that standard output stays for results."""
+
+    def __init__(self, total: int, done: int, title: str, show: bool) -> None:
+        self.total, self.done, self.title, self.show = total, done, title, show
+        self.begun, self.first, self.spoken = time.monotonic(), done, time.monotonic()
+        self.text = ""
+        self.bar = None
+        if show and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            ]
+            self.bar = Bar(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def note(self, loss: float) -> None:
+        """The newest loss, shown beside the bar."""
+        self.text = f"loss {loss:.3f}"
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, note=self.text)
+        elif self.show and (time.monotonic() - self.spoken > 10 or self.done == self.total):
+            self.spoken = time.monotonic()
+            rate = (self.done - self.first) / (self.spoken - self.begun + 1e-9)
+            left = (self.total - self.done) / max(rate, 1e-9)
+            print(f"{self.title}: {self.done}/{self.total} {self.text}, {left:.0f} s left", file=sys.stderr, flush=True)
