@@ -1,0 +1,368 @@
+"""The embedded data sets: what a scene depends on, how the cache fails, which images are labelled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from viladiff.data import cache, datasets, digits, splits
+from viladiff.data.digits import DENSE, DIGITS, Recipe, Variant, render
+
+SMALL = {"digits": Variant(DIGITS, 120, 12), "dense": Variant(DENSE, 40, 4)}
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """Lets a test change what scikit-learn hands out."""
+    digits.load_sources.cache_clear()
+    digits._scans.cache_clear()
+    yield
+    digits.load_sources.cache_clear()
+    digits._scans.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("VILADIFF_CACHE", str(folder))
+        patch.setattr(digits, "VARIANTS", SMALL)
+        digits.open_pixels("digits")
+        yield folder
+
+
+def same(one: digits.Scene, other: digits.Scene) -> bool:
+    return np.array_equal(one.image, other.image) and np.array_equal(one.mask, other.mask)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("digits", DIGITS), ("dense", DENSE)])
+def test_a_scene_depends_on_its_index_alone(name: str, recipe: Recipe) -> None:
+    forward = [render(recipe, name, "train", index) for index in range(6)]
+    backward = [render(recipe, name, "train", index) for index in reversed(range(6))][::-1]
+    assert all(map(same, forward, backward))
+    assert len({scene.image.tobytes() for scene in forward}) == 6
+
+
+def test_parts_and_variants_draw_differently() -> None:
+    scenes = [render(DIGITS, name, part, 3) for name in ("digits", "dense") for part in ("train", "val", "pretrain")]
+    assert len({scene.image.tobytes() for scene in scenes}) == 6
+
+
+def test_scene_shapes_and_labels() -> None:
+    masks = []
+    for index in range(80):
+        image, mask = render(DIGITS, "digits", "train", index)
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8 and mask.shape == (64, 64)
+        masks.append(mask)
+    assert np.array_equal(np.unique(masks), np.arange(11))
+    shown = splits.classes_present(np.stack(masks), 11)[:, 1:].sum(1)
+    assert shown.min() >= 1 and shown.max() == 3
+
+
+def test_handwriting_and_photo_columns_are_disjoint() -> None:
+    train, val = (np.concatenate(digits.load_sources(side).scans) for side in ("train", "val"))
+    assert not set(train) & set(val)
+    assert len(train) + len(val) == 1797 and len(val) == digits.VAL_SCANS
+    assert digits.VAL_COLUMNS[1] + 16 <= digits.TRAIN_COLUMNS[0] and digits.TRAIN_COLUMNS[1] == 640
+
+
+@pytest.mark.parametrize("spoilt", ["train", "val"])
+def test_neither_side_sees_the_others_material(spoilt: str, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
+    import sklearn.datasets
+
+    def scenes() -> dict[str, list[digits.Scene]]:
+        digits.load_sources.cache_clear()
+        digits._scans.cache_clear()
+        return {part: [render(DIGITS, "digits", part, i) for i in range(25)] for part in ("train", "pretrain", "val")}
+
+    before = scenes()
+    scans, photos = sklearn.datasets.load_digits(), sklearn.datasets.load_sample_images()
+    border = len(scans.images) - digits.VAL_SCANS
+    rows = slice(border, None) if spoilt == "val" else slice(None, border)
+    columns = slice(*(digits.VAL_COLUMNS if spoilt == "val" else digits.TRAIN_COLUMNS))
+    scans.images = scans.images.copy()
+    scans.images[rows] = 16 - scans.images[rows]
+    photos.images = [photo.copy() for photo in photos.images]
+    for photo in photos.images:
+        photo[:, columns] = 255 - photo[:, columns]
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: scans)
+    monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: photos)
+    after = scenes()
+    for part in ("train", "pretrain", "val"):
+        changed = [not same(*pair) for pair in zip(before[part], after[part], strict=True)]
+        assert all(changed) if (part == "val") == (spoilt == "val") else not any(changed)
+
+
+def test_the_mask_is_the_topmost_digit_with_half_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[np.ndarray] = []
+    places: list[tuple[int, int]] = []
+    write, place = digits.write_digits, digits._place
+
+    def spy_write(*args: object) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = write(*args)
+        written.extend(alpha for _, alpha in found)
+        return found
+
+    def spy_place(*args: object) -> tuple[int, int]:
+        places.append(place(*args))
+        return places[-1]
+
+    monkeypatch.setattr(digits, "write_digits", spy_write)
+    monkeypatch.setattr(digits, "_place", spy_place)
+    crowded = dataclasses.replace(DENSE, overlap=1.0)
+    for index in range(10):
+        written.clear()
+        places.clear()
+        mask = render(crowded, "dense", "train", index).mask
+        top = np.zeros((64, 64), int)
+        for number, (alpha, (row, column)) in enumerate(zip(written, places, strict=True), 1):
+            for (y, x), value in np.ndenumerate(alpha):
+                if value >= 0.5 and 0 <= row + y < 64 and 0 <= column + x < 64:
+                    top[row + y, column + x] = number
+        assert len(written) >= 4
+        assert np.array_equal(top > 0, mask > 0)
+        for number in range(1, len(written) + 1):
+            assert len(np.unique(mask[top == number])) <= 1, "one digit, one class"
+
+
+def test_the_mask_lies_where_the_digit_was_painted() -> None:
+    flat = dataclasses.replace(
+        DIGITS, objects=(1, 1), texture=0, own_chroma=0, noise=0, shadow=(0, 0), contrast=(0.3, 0.3), chroma=(0.2, 0.2)
+    )
+    for index in range(20):
+        image, mask = render(flat, "digits", "train", index)
+        inside = ndimage.binary_erosion(mask > 0, iterations=2)
+        if inside.any():
+            colours = np.unique(image[inside], axis=0)
+            assert len(colours) == 1, "the inside of a digit without texture has one colour"
+            beyond = ~ndimage.binary_dilation(mask > 0, iterations=3)
+            assert (image[beyond] == colours[0]).all(-1).mean() < 0.02, "the background has not"
+
+
+def test_edges_are_smooth() -> None:
+    rng = np.random.default_rng(0)
+    for _, alpha in digits.write_digits(rng, DIGITS, list(range(20))):
+        partial = ((alpha > 0.05) & (alpha < 0.95)).sum()
+        assert 0.1 < partial / (alpha >= 0.5).sum() < 1.5
+
+
+def test_mean_colour_does_not_give_the_class_away() -> None:
+    from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
+
+    single = dataclasses.replace(DIGITS, objects=(1, 1))
+
+    def colours(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        scenes = [render(single, "digits", "train", index) for index in range(start, stop)]
+        features = [scene.image[scene.mask > 0].mean(0) for scene in scenes]
+        return np.stack(features), np.array([scene.mask.max() for scene in scenes])
+
+    model = QuadraticDiscriminantAnalysis(reg_param=0.01).fit(*colours(0, 600))
+    accuracy = model.score(*colours(600, 900))
+    assert 0.12 < accuracy < 0.45, "better than guessing among ten, far from enough"
+
+
+def test_every_recipe_field_is_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {digits.variant_fingerprint("digits")}
+    fields = dataclasses.fields(Recipe)
+    for field in fields:
+        value = getattr(DIGITS, field.name)
+        changed = (value[0], value[1] + 1) if isinstance(value, tuple) else value + 1
+        recipe = dataclasses.replace(DIGITS, **{field.name: changed})
+        monkeypatch.setitem(digits.VARIANTS, "digits", Variant(recipe, 4000, 400))
+        names.add(digits.variant_fingerprint("digits"))
+    monkeypatch.setitem(digits.VARIANTS, "digits", Variant(DIGITS, 4000, 401))
+    names.add(digits.variant_fingerprint("digits"))
+    assert len(names) == len(fields) + 2
+
+
+def test_pretrain_images_are_in_no_pool() -> None:
+    images = digits.pretrain_images("digits", 5)
+    assert images.shape == (5, 64, 64, 3)
+    pool = {render(DIGITS, "digits", "train", index).image.tobytes() for index in range(5)}
+    assert not pool & {image.tobytes() for image in images}
+
+
+# The cache
+
+
+def test_the_cache_holds_what_is_rendered(rendered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [render(DIGITS, "digits", "train", 7), render(DIGITS, "digits", "val", 7)]
+    monkeypatch.setattr(digits, "render", None)
+    arrays = digits.open_pixels("digits").arrays
+    assert {name: len(array) for name, array in arrays.items()} == {
+        "images": 120,
+        "masks": 120,
+        "val_images": 12,
+        "val_masks": 12,
+    }
+    assert same(expected[0], digits.Scene(arrays["images"][7], arrays["masks"][7]))
+    assert same(expected[1], digits.Scene(arrays["val_images"][7], arrays["val_masks"][7]))
+    assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in arrays.values())
+
+
+def make_small(draft: Path) -> cache.Facts:
+    np.save(draft / "numbers.npy", np.arange(1000))
+    return {"made": 1}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    directory = tmp_path / "name"
+    assert np.array_equal(cache.open_or_make(directory, make_small).arrays["numbers"], np.arange(1000))
+    return directory
+
+
+def test_a_truncated_file_is_named_with_its_sizes(folder: Path) -> None:
+    path = folder / "numbers.npy"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=rf"numbers\.npy: {size - 100} bytes found, {size} expected; delete the directory"
+    ):
+        cache.open_or_make(folder, make_small)
+
+
+def test_an_altered_file_fails_its_checksum(folder: Path) -> None:
+    content = bytearray((folder / "numbers.npy").read_bytes())
+    content[-5] ^= 1
+    (folder / "numbers.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"numbers\.npy: altered, its SHA-256 begins .* delete the directory"):
+        cache.open_or_make(folder, make_small)
+
+
+@pytest.mark.parametrize("name", ["numbers.npy", "manifest.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}: missing.*delete the directory"):
+        cache.open_or_make(folder, make_small)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}', '{"fingerprint": "name", "files": {"a": 1}}', "\xff"])
+def test_a_spoilt_manifest_is_named(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"manifest\.json: .*delete the directory"):
+        cache.open_or_make(folder, make_small)
+
+
+def test_a_manifest_of_another_folder_or_pointing_outside_is_refused(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for change in ({"fingerprint": "other"}, {"files": {"../x": manifest["files"]["numbers.npy"]}}):
+        (folder / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            cache.open_checked(folder)
+
+
+def test_an_unwritable_cache_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(digits, "VARIANTS", SMALL)
+    with pytest.raises(ValueError, match=r"cannot be written.*VILADIFF_CACHE"):
+        digits.open_pixels("dense")
+
+
+def test_a_maker_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(draft: Path) -> cache.Facts:
+        make_small(draft)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        cache.open_or_make(tmp_path / "name", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _race(directory: Path, barrier: object, results: object) -> None:
+    def make(draft: Path) -> cache.Facts:
+        facts = make_small(draft)
+        barrier.wait(20)  # both have filled a draft, neither has published one
+        return facts
+
+    results.put(int(cache.open_or_make(directory, make).arrays["numbers"].sum()))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_processes_that_race_both_end_well(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    racers = [context.Process(target=_race, args=(tmp_path / "name", barrier, results)) for _ in range(2)]
+    for racer in racers:
+        racer.start()
+    assert [results.get(timeout=30) for _ in racers] == [499500, 499500]
+    for racer in racers:
+        racer.join(30)
+    assert [racer.exitcode for racer in racers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["name"], "the loser's copy is gone"
+
+
+# Splits and data sets
+
+
+def presence(images: int = 4000, rare: int = 3) -> np.ndarray:
+    present = np.random.default_rng(0).random((images, 11)) < 0.2
+    present[:, 0] = True
+    present[:, 10] = False
+    present[-rare:, 10] = True
+    return present
+
+
+def test_published_lists_are_nested_and_cover_every_class() -> None:
+    for name, sizes in splits.SPLITS.items():
+        order = splits.labelled_order(name, presence())
+        assert np.array_equal(np.sort(order), np.arange(4000))
+        assert np.array_equal(order, splits.labelled_order(name, presence()))
+        assert presence()[order[: int(sizes[0])]].any(0).all()
+        assert [int(size) for size in sizes] == sorted(int(size) for size in sizes)
+    unlabelled = presence()
+    unlabelled[:, 10] = False
+    with pytest.raises(ValueError, match="class 10 is in none"):
+        splits.labelled_order("digits", unlabelled)
+
+
+def test_other_seeds_draw_other_lists_that_cover_every_class() -> None:
+    lists = [splits.labelled_order("digits", presence(), seed)[:92] for seed in (None, 0, 1, 2)]
+    assert all(presence()[chosen].any(0).all() for chosen in lists)
+    assert len({tuple(sorted(chosen)) for chosen in lists}) == 4
+
+
+def test_presence_counts_pixels() -> None:
+    masks = np.zeros((2, 8, 8), np.uint8)
+    masks[0, :3, :4] = 2
+    masks[1, 0, :3] = 2
+    assert splits.classes_present(masks, 3, least=12).tolist() == [[True, False, True], [True, False, False]]
+
+
+def test_a_data_set_and_its_labelled_list(rendered: Path) -> None:
+    data = datasets.load("digits", "92")
+    assert data.num_classes == 11 == len(data.class_names) and data.class_names[:2] == ("background", "zero")
+    assert len(data.labelled) == 92 and data.labelled.dtype == np.int64
+    assert np.array_equal(np.sort(np.concatenate([data.labelled, data.unlabelled])), np.arange(120))
+    assert len(data.captions) == 120 and len(data.val_captions) == 12
+    assert np.array_equal(data.target(int(data.labelled[3])), data.masks[data.labelled[3]])
+    with pytest.raises(ValueError, match=f"image {data.unlabelled[0]} is not among the 92 labelled"):
+        data.target(int(data.unlabelled[0]))
+    other = datasets.load("digits", "92", split_seed=1)
+    assert set(other.labelled) != set(data.labelled) and other.fingerprint != data.fingerprint
+    assert datasets.load("digits", "92").fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("digts", "92", "'digts'.*did you mean 'digits'"),
+        ("voc", "92", "'voc': its reader comes later"),
+        ("folder", "92", "comes later"),
+        ("digits", "93", "'93'.*allowed: 92, 183, 366, 732, 1464; did you mean '92'"),
+        ("digits", "1464", "more labelled images than the pool of 'digits' has \\(120\\)"),
+        ("digits", "", "no split"),
+    ],
+)
+def test_unknown_names_say_what_is_allowed(rendered: Path, name: str, split: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        datasets.load(name, split)
