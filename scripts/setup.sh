@@ -39,7 +39,8 @@ if .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2
 else
     "$PYTHON" -m venv --clear .venv || fail "could not make .venv (on Debian: apt-get install python3-venv)"
 fi
-.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '.[dev]' |
+    sed -un 's/^Collecting \([A-Za-z0-9_.-]*\).*/  fetching \1/p; s/^Installing collected packages:.*/  unpacking, the longest part/p'
 .venv/bin/python -c 'import pydantic, timm, torch, torchvision' || fail "the installed packages do not import; remove .venv and try again"
 echo "$want" >"$stamp"
 echo "setup: done"

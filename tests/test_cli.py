@@ -14,6 +14,13 @@ import pytest
 from viladiff import cli, doctor
 from viladiff.config import RunConfig, override
 
+RESULT = {
+    "miou": 0.25,
+    "best": None,
+    "teacher/visual/miou": 0.25,
+    "student/visual/miou": None,
+    "student/visual/images": 4,
+}
 HEAVY = ("torch", "numpy", "pydantic", "rich")
 
 
@@ -25,7 +32,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[RunCo
     def fit(cfg: RunConfig, **options: Any) -> SimpleNamespace:
         calls.append((cfg, options))
         (tmp_path / "record.json").write_text("{}")
-        return SimpleNamespace(summary=lambda: {"miou": 0.25, "best": None}, directory=tmp_path)
+        return SimpleNamespace(summary=lambda: dict(RESULT), directory=tmp_path)
 
     monkeypatch.setitem(sys.modules, "viladiff.train", SimpleNamespace(fit=fit))  # type: ignore[arg-type]
     return calls
@@ -76,6 +83,8 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
     assert trained == [(override(RunConfig(), wanted), {"resume": True})]
     out = capsys.readouterr().out
     assert "miou" in out and "0.25" in out and "none" in out and "finished before" not in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["teacher/visual", "0.2500", "-"] in rows and ["student/visual", "-", "4"] in rows
 
 
 def test_fresh_and_workers(trained: list[Any]) -> None:

@@ -222,6 +222,7 @@ FAULTS = [
     ({"method.vila.lam": "1"}, r"method\.vila\.lam: .* it is one of method\.name=viladiff"),
     ({"data.split_family": "hq"}, r"data\.split_family: .* it is one of data\.dataset=voc"),
     ({"data.scale": "0.8"}, r"data\.scale = \(0\.8,\): must be 2 values: float, float"),
+    ({"data.scale": [0.8]}, r"data\.scale = \(0\.8,\): must be 2 values: float, float"),
     ({"data.scale": "2,1"}, r"data\.scale = \(2\.0, 1\.0\): must be low, high"),
     ({"optim.betas": "0.9,1"}, r"optim\.betas = \(0\.9, 1\.0\): both must be"),
     ({"optim.lr": "fast"}, r"optim\.lr = 'fast': must be a number"),

@@ -135,7 +135,7 @@ def _train(args: argparse.Namespace) -> int:
 
     started = time.time()
     result = fit(cfg, resume=not args.fresh)
-    _print_facts({**result.summary(), "directory": result.directory})
+    _print_result({**result.summary(), "directory": result.directory})
     if (result.directory / "record.json").stat().st_mtime < started:
         print("\nThis run was finished before and nothing was trained; --fresh starts over.")
     return 0
@@ -153,7 +153,7 @@ def _dry_run(cfg: RunConfig) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from viladiff.runs import evaluate_run
 
-    _print_facts(evaluate_run(args.directory, _changes(args)))
+    _print_result(evaluate_run(args.directory, _changes(args)))
     return 0
 
 
@@ -191,6 +191,31 @@ def _doctor(args: argparse.Namespace) -> int:
     checks = examine(args.out)
     show(checks)
     return int(any(check.broken for check in checks))
+
+
+def _print_result(row: dict[str, Any]) -> None:
+    """What a run is, a line each, and its scores, one network and stream a line; scores by class stay in the record."""
+    from rich.console import Console
+    from rich.table import Table
+
+    scores: dict[str, dict[str, object]] = {}
+    for name, value in row.items():
+        if name.count("/") == 2 and not isinstance(value, list | tuple):
+            stream, _, score = name.rpartition("/")
+            scores.setdefault(stream, {})[score] = value
+    _print_facts({name: value for name, value in row.items() if name.count("/") != 2})
+    columns = list(dict.fromkeys(score for found in scores.values() for score in found))
+    table = Table("network/stream", *columns, box=None, pad_edge=False)
+    for stream, found in scores.items():
+        table.add_row(stream, *(_score(found.get(score)) for score in columns))
+    console = Console(width=120, markup=False, highlight=False)
+    with console.capture() as text:
+        console.print(table)
+    print("\n" + text.get(), end="")
+
+
+def _score(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def _print_facts(facts: dict[str, Any], title: str = "") -> None:

@@ -59,5 +59,9 @@ def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[s
     found: dict[str, Any] = {"run": record.run_id, "protocol": run.cfg.eval.protocol}
     for name, network in run.method.networks().items():
         for stream, scores in run._scores(network, STREAMS, run.cfg.eval.boundary).items():
-            found |= {f"{name}/{stream}/{what}": value for what, value in scores.items() if not isinstance(value, list)}
+            found |= {
+                f"{name}/{stream}/{what}": value
+                for what, value in scores.items()
+                if not isinstance(value, list | tuple)
+            }
     return found
