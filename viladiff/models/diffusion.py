@@ -196,7 +196,7 @@ def flip_labels(
     # 16 bits hold every class and its successor, and move a quarter of the bytes of int64.
     small, probability = labels.to(torch.int16), probability.float()
     flipped = (uniform < probability) & (small != IGNORE)
-    # 1 ... C - 1 classes further, cyclically. u < p leaves u / p below 1; the clamps keep pixels that stay within 16 bits.
+    # 1 ... C - 1 classes further, cyclically. u < p leaves u / p below 1; the clamps keep other pixels within 16 bits.
     shift = uniform / probability.clamp(min=torch.finfo(torch.float32).tiny)
     moved = shift.mul_(num_classes - 1).clamp_(max=num_classes - 2).to(torch.int16).add_(small).add_(1)
     moved = torch.where(moved >= num_classes, moved - num_classes, moved)
