@@ -142,14 +142,21 @@ def decode(codes: Tensor, classes: int) -> Tensor:
     return scores.argmax(1)
 
 
-@pytest.mark.parametrize(("refine_steps", "schedule"), [(None, "cumulative"), (4, "cumulative"), (None, "matched")])
-def test_a_chain_that_knows_x0_walks_the_forward_marginals_backwards(refine_steps: int | None, schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("timesteps", "refine_steps", "schedule"),
+    [(10, None, "cumulative"), (10, 4, "cumulative"), (4, None, "matched"), (4, None, "constant")],
+)
+def test_a_chain_that_knows_x0_walks_the_forward_marginals_backwards(
+    timesteps: int, refine_steps: int | None, schedule: str
+) -> None:
     """If every step is right, z_t has the law of the forward process at each t; one wrong factor and it drifts away."""
     classes, size = 4, 96
     labels = torch.randint(0, classes, (4, size // 4, size // 4)).repeat_interleave(4, 1).repeat_interleave(4, 2)
     soft = F.one_hot(labels, classes).permute(0, 3, 1, 2).float()
-    cfg = MixeConfig(refine_steps=refine_steps, flip_schedule=schedule, gaussian_region="uncertain")
-    times = mixe.reverse_times(10, refine_steps)[:-1]
+    cfg = MixeConfig(
+        timesteps=timesteps, refine_steps=refine_steps, flip_schedule=schedule, gaussian_region="uncertain"
+    )
+    times = mixe.reverse_times(timesteps, refine_steps)[:-1]
     noise, uniforms = draws_for(soft, len(times), seed=3)
     oracle = Oracle(soft, noise)
     out = mixe.refine(oracle, torch.empty(0), soft, 0.5, cfg, noise, uniforms)
@@ -159,7 +166,7 @@ def test_a_chain_that_knows_x0_walks_the_forward_marginals_backwards(refine_step
         assert not gaussian.any() and torch.equal(edges, mixe.edge_mask(labels))
         left = decode(codes, classes) != labels
         for beta, where in ((0.1, ~edges), (0.2, edges)):
-            p, n = float(mixe.flip_probability(t, beta, classes, schedule, 10)), int(where.sum())
+            p, n = float(mixe.flip_probability(t, beta, classes, schedule, timesteps)), int(where.sum())
             assert stats.binomtest(int(left[where].sum()), n, p).pvalue > 1e-4, (t, beta)
 
 
