@@ -10,7 +10,8 @@ from viladiff.models.ema import ema_momentum, ema_update, frozen_copy
 def small_net(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(5, 2))
-    net(torch.randn(2, 3, 7, 7))  # moves the running statistics and the integer counter
+    for _ in range(seed + 1):  # moves the running statistics and the integer counter, differently for each seed
+        net(torch.randn(2, 3, 7, 7))
     return net
 
 

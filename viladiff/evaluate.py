@@ -17,9 +17,6 @@ STREAMS = ("visual", "fusion", "fusion_no_text", "mean")
 
 PROTOCOLS = ("original", "center_crop", "sliding_window")
 
-BOUNDARY_RATIO = 0.02
-"""Width of the boundary band as a share of the image diagonal (Cheng et al. 2021, Boundary IoU, section 4)."""
-
 Batches = Iterable[tuple[Tensor, Tensor, TextBatch | None]]
 Labelling = tuple[Tensor, Tensor]  # confidence and labels, each (B, H, W)
 
@@ -83,22 +80,27 @@ def _mean_iou(intersection: Tensor, union: Tensor) -> tuple[float, list[float]]:
 
 
 def boundary_width(height: int, width: int) -> int:
-    """The band's width d in pixels: 2 % of the diagonal, at least 1."""
-    return max(1, round(BOUNDARY_RATIO * (height**2 + width**2) ** 0.5))
+    """d in pixels: 2 % of the image diagonal, at least 1 (Cheng et al. 2021, Boundary IoU, section 4)."""
+    return max(1, round(0.02 * (height**2 + width**2) ** 0.5))
 
 
 def _uniform(labels: Tensor, d: int) -> Tensor:
     """(B, H, W) bool: the (2d+1)-square window around the pixel, clipped at the image border, holds one label only.
 
-    Where it does, the pixel survives erosion of its own class by d, so one pass serves all classes at once.
+    Where it does, the pixel survives erosion of its own class by d, so one pass serves all classes at once. A window
+    holds one label where no two neighbours inside it differ; running sums count them in a time that d does not change.
     """
+    across = _near(_near(F.pad(labels.diff(dim=2) != 0, (0, 1)), 2, d, d - 1), 1, d, d)
+    down = _near(_near(F.pad(labels.diff(dim=1) != 0, (0, 0, 0, 1)), 1, d, d - 1), 2, d, d)
+    return ~(across | down)
 
-    def highest(x: Tensor) -> Tensor:
-        rows = F.max_pool2d(x, (2 * d + 1, 1), stride=1, padding=(d, 0))
-        return F.max_pool2d(rows, (1, 2 * d + 1), stride=1, padding=(0, d))
 
-    x = labels.unsqueeze(1).float()
-    return (highest(x) == -highest(-x)).squeeze(1)
+def _near(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """Whether any of x[i - before : i + after + 1] along ``dim`` is True, clipped at the ends; bool, shape of x."""
+    sums = F.pad(x.cumsum(dim, dtype=torch.int32), (1, 0) if dim == 2 else (0, 0, 1, 0))
+    places = torch.arange(x.shape[dim], device=x.device)
+    high = sums.index_select(dim, (places + after + 1).clamp_(max=x.shape[dim]))
+    return high != sums.index_select(dim, (places - before).clamp_(min=0))
 
 
 def boundary_band(labels: Tensor, d: int) -> Tensor:
@@ -107,10 +109,9 @@ def boundary_band(labels: Tensor, d: int) -> Tensor:
     labels (B, H, W) hold integers in 0..255. Equals mask & ~erode(mask) for every class, with a 3 x 3 square applied d
     times and everything outside the image taken as another class (Cheng et al. 2021, Boundary IoU, section 4).
     """
-    height, width = labels.shape[-2:]
-    inside = torch.zeros(height, width, dtype=torch.bool, device=labels.device)
-    inside[d : max(d, height - d), d : max(d, width - d)] = True
-    return ~(_uniform(labels, d) & inside)
+    band = ~_uniform(labels, d)
+    band[:, :d], band[:, -d:], band[..., :d], band[..., -d:] = True, True, True, True
+    return band
 
 
 def boundary_counts(pred: Tensor, target: Tensor, num_classes: int, d: int) -> Tensor:
