@@ -14,7 +14,6 @@ from viladiff.batch import IGNORE, TextBatch
 
 STREAMS = ("visual", "fusion", "fusion_no_text", "mean")
 """``fusion`` and ``mean`` read the text; ``mean`` averages probabilities; ``fusion_no_text`` reads the null token."""
-
 PROTOCOLS = ("original", "center_crop", "sliding_window")
 
 Batches = Iterable[tuple[Tensor, Tensor, TextBatch | None]]
