@@ -1,0 +1,150 @@
+"""Pages under docs name functions, tests, fields and modules; a page that has gone stale fails here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from viladiff.config import RunConfig, flatten, override, schema
+from viladiff.methods import METHODS
+from viladiff.sections import DATASETS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+NOTES = (ROOT / "docs" / "paper-notes.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+OURS = override(RunConfig(), {"method.name": "viladiff", "data.dataset": "voc", "data.split": "183"})
+FIELD = r"(?:seed|(?:data|method|model|optim|train|eval|runtime)\.[a-z_.]+)"
+
+
+@cache
+def every_field() -> frozenset[str]:
+    return frozenset(path for data in DATASETS for method in METHODS for path in schema(data, method))
+
+
+def functions(text: str) -> set[tuple[str, str]]:
+    """(file, dotted name) of each `path.py:name`."""
+    return set(re.findall(r"`([\w/]+\.py):([\w.]+)`", text))
+
+
+def fields(text: str) -> set[str]:
+    """Dotted paths in backticks, alone or set to a value."""
+    return set(re.findall(rf"`({FIELD})(?:=[^`\s]*)?`", text))
+
+
+def exists(file: str, name: str) -> bool:
+    if file.startswith("tests/"):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        return name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    module = importlib.import_module("viladiff." + file.removesuffix(".py").replace("/", "."))
+    return callable(reduce(getattr, name.split("."), module))
+
+
+def modules() -> dict[str, Path]:
+    """File of each module by its name inside the package."""
+    package = ROOT / "viladiff"
+    paths = [path for path in package.rglob("*.py") if not path.stem.startswith("__")]
+    return {".".join(path.relative_to(package).with_suffix("").parts): path for path in paths}
+
+
+def rows() -> dict[str, tuple[str, str]]:
+    """field: (default, alternatives) of every row of the tables of choices."""
+    found = re.findall(rf"^\| `({FIELD})` \| (.*?) \| (.*?) \|", NOTES, re.MULTILINE)
+    return {field: (default, others) for field, default, others in found}
+
+
+def written(value: object) -> str:
+    """A value as the table writes it."""
+    if isinstance(value, tuple):
+        return ", ".join(map(written, value))
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_function_and_field_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    missing = []
+    for file, name in sorted(functions(text)):
+        try:
+            found = exists(file, name)
+        except (AttributeError, ImportError, OSError):
+            found = False
+        missing += [] if found else [f"{file}:{name}"]
+    assert missing == []
+    assert sorted(fields(text) - every_field() - set(modules())) == []
+
+
+def test_notes_name_enough_to_be_worth_checking() -> None:
+    assert len(functions(NOTES)) > 50 and len(rows()) > 50
+    named = set(re.findall(r"Eqs?\. (\d+)", NOTES)) | {"9", "11"}
+    assert {str(number) for number in range(1, 14)} <= named
+
+
+def test_every_field_of_viladiff_has_a_row() -> None:
+    missing = [path for path in schema("digits", "viladiff") if path.startswith("method.") and path not in rows()]
+    assert missing == []
+
+
+def test_defaults_in_the_tables_are_the_real_ones() -> None:
+    real = flatten(OURS)
+    pairs = {field: (row[0], written(real[field])) for field, row in rows().items()}
+    assert {field: pair for field, pair in pairs.items() if pair[0] != pair[1]} == {}
+
+
+def test_alternatives_in_the_tables_are_the_allowed_ones() -> None:
+    known = schema("voc", "viladiff")
+    for field, (default, others) in rows().items():
+        if field == "method.name":
+            continue
+        choices = _choices(known[field].annotation)
+        if choices:
+            assert {default, *others.split(", ")} == choices, field
+
+
+def _choices(kind: Any) -> set[str]:
+    """Words that a field of this type can be; empty for numbers."""
+    if kind is bool:
+        return {"true", "false"}
+    if get_origin(kind) is Literal:
+        return {str(choice) for choice in get_args(kind)}
+    return set()
+
+
+def test_layers_name_every_module_and_imports_point_upwards() -> None:
+    """A module may import, when it is loaded, what stands in its own row or above; types may come from anywhere."""
+    layer, there = _layers(), modules()
+    assert sorted(set(there) - set(layer)) == [], "exist, but are in no layer"
+    assert sorted(set(layer) - set(there)) == [], "are in a layer, but do not exist"
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in there.items()
+        for other in _loads(path)
+        if layer.get(other, 0) > layer[name]
+    ]
+    assert wrong == []
+
+
+def _layers() -> dict[str, int]:
+    table = ARCHITECTURE.split("## Layers")[1].split("\n## ")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    return {name: i for i, line in enumerate(lines) for name in re.findall(r"`([\w.]+)`", line.split("|")[2])}
+
+
+def _loads(path: Path) -> set[str]:
+    """Modules of this package that ``path`` imports when it is itself imported."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "viladiff":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("viladiff."):
+            found.add(str(node.module).removeprefix("viladiff."))
+    # The package is its table, which imports every method.
+    return {"methods.viladiff" if name == "methods" else name for name in found}
