@@ -40,7 +40,11 @@ def make(name: str, **changes: object) -> Method:
 def make_batch(size: int = 4, seed: int = 0) -> Batch:
     gen = draws.generator("batch", seed)
     image, weak, strong = (torch.randn(size, 3, SIDE, SIDE, generator=gen) for _ in range(3))
-    target = torch.randint(0, CLASSES, (size, SIDE // 8, SIDE // 8), generator=gen).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    target = (
+        torch.randint(0, CLASSES, (size, SIDE // 8, SIDE // 8), generator=gen)
+        .repeat_interleave(8, 1)
+        .repeat_interleave(8, 2)
+    )
     target[:, :, -3:] = 255
     valid = torch.ones(size, SIDE, SIDE, dtype=torch.bool)
     valid[0, -8:] = False
@@ -48,7 +52,8 @@ def make_batch(size: int = 4, seed: int = 0) -> Batch:
     boxes[0] = torch.tensor([0, 8, 16, 24])
     boxes[3 % size] = torch.tensor([8, 8, 32, 24])
     texts = [
-        TextBatch(torch.randn(size, WORDS, 12, generator=gen), torch.rand(size, WORDS, generator=gen) < 0.7) for _ in range(2)
+        TextBatch(torch.randn(size, WORDS, 12, generator=gen), torch.rand(size, WORDS, generator=gen) < 0.7)
+        for _ in range(2)
     ]
     keys = tuple(range(size))
     mix = CutMix(boxes, torch.arange(size) ^ 1)
@@ -171,11 +176,13 @@ def test_state_dict_round_trip_continues_bit_for_bit(name: str) -> None:
     second.load_state_dict(first.state_dict())
     other.load_state_dict(copy.deepcopy(adam.state_dict()))  # Adam would share its moments otherwise
     assert _steps(first, adam, 3, 6) == _steps(second, other, 3, 6)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 def test_golden_losses(name: str) -> None:
-    """Ten steps on fixed batches; VILADIFF_GOLDEN=write makes the file anew, together with a new revision of the method."""
+    """Ten steps on fixed batches; VILADIFF_GOLDEN=write makes the file anew; raise the method's revision with it."""
     method = make(name)
     totals = _steps(method, torch.optim.AdamW(method.parameters(), 1e-3), 0, 10)
     path = GOLDEN / f"{name}.json"
@@ -261,10 +268,7 @@ def test_each_choice_of_viladiff_changes_the_loss_or_the_log(changes: dict[str, 
         with torch.no_grad():
             for parameter in method.student.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=gen))
-    if not other.views_wanted().cutmix:
-        batch_other = replace(batch, mix=())
-    else:
-        batch_other = batch
+    batch_other = batch if other.views_wanted().cutmix else replace(batch, mix=())
     a, b = default(batch, STEP), other(batch_other, STEP)
     assert 0 < a.terms["gate"] < 1 and 0 < a.terms["gaussian"] < 1
     assert b.total.isfinite()
@@ -274,7 +278,10 @@ def test_each_choice_of_viladiff_changes_the_loss_or_the_log(changes: dict[str, 
 
 def test_arrows_reach_their_heads_alone() -> None:
     """The fusion stream teaches the visual one; nothing flows back through the arrow."""
-    method = make("viladiff", **{"mixe.enabled": False, "vila.paths": ("student_logits",), "pseudo.weight": 0.0, "vila.gate": "always"})
+    method = make(
+        "viladiff",
+        **{"mixe.enabled": False, "vila.paths": ("student_logits",), "pseudo.weight": 0.0, "vila.gate": "always"},
+    )
     batch = make_batch()
     batch.target.fill_(255)
     method(batch, STEP).total.backward()

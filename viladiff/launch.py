@@ -1,4 +1,4 @@
-"""Several workers on this machine, without any launcher: each is a process, joined over loopback."""
+"""Where a run computes: the device of each worker, and several workers on one machine without any launcher."""
 
 from __future__ import annotations
 
@@ -9,26 +9,47 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing import SimpleQueue, get_context
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from viladiff.config import RunConfig
 
 
+def pick_device(cfg: RunConfig) -> torch.device:
+    """The device of this worker. Raises ValueError where CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if cfg.runtime.device == "cuda" and not available:
+        raise ValueError('runtime.device = "cuda": this machine has no usable CUDA device (use auto or cpu)')
+    if cfg.runtime.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def join_group(cfg: RunConfig) -> None:
+    """Joins the group that torchrun announces in the environment."""
+    if (
+        {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+        and not dist.is_initialized()
+        and cfg.runtime.workers > 1
+    ):
+        dist.init_process_group("nccl" if pick_device(cfg).type == "cuda" else "gloo")
+
+
 def launch(cfg: RunConfig, resume: bool):  # type: ignore[no-untyped-def]  # Result; train imports this module
-    """Runs ``fit`` in ``runtime.workers`` processes and returns its result. Errors of a worker are raised here as they were."""
+    """Runs ``fit`` in ``runtime.workers`` processes and returns its result; a worker's error is raised here."""
     from viladiff.record import load_record
-    from viladiff.train import Result, pick_device
+    from viladiff.train import Result
 
     backend = "nccl" if pick_device(cfg).type == "cuda" and torch.cuda.device_count() >= cfg.runtime.workers else "gloo"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    queue: mp.SimpleQueue = mp.get_context("spawn").SimpleQueue()
+    queue: SimpleQueue = get_context("spawn").SimpleQueue()
     # Workers get a terminal's Ctrl-C themselves and stop together; this process only waits for them.
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        mp.spawn(_worker, (cfg.model_dump(mode="json"), resume, backend, port, queue), nprocs=cfg.runtime.workers)
-    except mp.ProcessRaisedException as error:
+        spawn(_worker, (cfg.model_dump(mode="json"), resume, backend, port, queue), nprocs=cfg.runtime.workers)
+    except ProcessRaisedException as error:
         if not queue.empty():
             kind, text = queue.get()
             if kind == "KeyboardInterrupt":
@@ -42,7 +63,7 @@ def launch(cfg: RunConfig, resume: bool):  # type: ignore[no-untyped-def]  # Res
     return Result(directory, load_record(directory / "record.json"))
 
 
-def _worker(rank: int, dump: dict, resume: bool, backend: str, port: int, queue: mp.SimpleQueue) -> None:
+def _worker(rank: int, dump: dict, resume: bool, backend: str, port: int, queue: SimpleQueue) -> None:
     from viladiff.train import fit
 
     workers = dump["runtime"]["workers"]

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "scikit-learn",
 
 
 class RunRecord(BaseModel):
-    """One run, as written to ``record.json``. A number that was not measured is None, never 0. mIoU and the like are in [0, 1]."""
+    """One run, as in ``record.json``; what was not measured is None, never 0; mIoU and the like are in [0, 1]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +38,7 @@ class RunRecord(BaseModel):
     """Best evaluation along the way, for comparison only: it is chosen on the set that it reports."""
     history: list[dict[str, Any]]
     pseudo_labels: dict[str, float | None]
-    """Coverage, precision, rescued and spoiled shares on validation images through the weak view, before and after refinement."""
+    """Coverage, precision, rescued and spoiled shares on weakly viewed validation images, before and after MixE."""
     class_names: list[str]
     captions: str
     text_encoder: str
@@ -86,7 +86,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Revision of the checkout that the package was imported from and whether it was changed; empty outside a checkout."""
+    """Revision of the checkout that the package is imported from, and whether it was changed; empty outside of one."""
     here = Path(__file__).parent
     try:
         run = lambda *words: subprocess.run(  # noqa: E731
@@ -95,3 +95,10 @@ def git_state() -> dict[str, Any]:
         return {"revision": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
         return {}
+
+
+def peak_memory() -> int:
+    """Most bytes of main memory that this process has held so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,26 +17,24 @@ from viladiff import draws
 from viladiff.batch import Batch, Step
 from viladiff.checkpoint import StepLog, load, save
 from viladiff.config import RunConfig, changed, flatten, run_id
-from viladiff.data.datasets import Dataset
 from viladiff.data.datasets import load as load_dataset
 from viladiff.data.loader import Loader, validation
 from viladiff.evaluate import STREAMS, evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
+from viladiff.guards import TrainingError, check_finite, memory_errors, stop_flag
+from viladiff.launch import join_group, launch, pick_device
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.models.backbones import SHIPPED
+from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.segmenter import Build
+from viladiff.optim import lr_factor, param_groups, total_steps
 from viladiff.progress import Progress
-from viladiff.record import RunRecord, git_state, load_record, save_record, versions
-from viladiff.text.bank import Bank, load_text
+from viladiff.record import RunRecord, git_state, load_record, peak_memory, save_record, versions
+from viladiff.text.bank import load_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Report = Callable[[dict[str, Any]], None]
-
-
-class TrainingError(ValueError):
-    """Training cannot go on; the message says where it stopped and what to change."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,15 @@ class Result:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The run's name, choices and scores as one flat row; ``pandas.DataFrame([r.summary() for r in results])`` is a table."""
+        """The run's name, choices and scores as one flat row; a list of such rows makes a ``pandas.DataFrame``."""
         chosen = {path: value for path, value in self.record.changed.items() if not path.startswith("runtime.")}
-        return {"run_id": self.record.run_id, **chosen, "seed": self.record.config["seed"], "miou": self.miou, **self.metrics}
+        return {
+            "run_id": self.record.run_id,
+            **chosen,
+            "seed": self.record.config["seed"],
+            "miou": self.miou,
+            **self.metrics,
+        }
 
     def frame(self) -> pd.DataFrame:
         """The per-step log."""
@@ -81,76 +81,20 @@ class Result:
 def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True) -> Result:
     """Trains, evaluates and records one run in ``runtime.out/<run_id>``.
 
-    A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless ``resume`` is False.
-    ``report`` is called with the metrics of each evaluation. With ``runtime.workers`` > 1 and no process group, the workers are
-    started here; inside an existing group (torchrun, Ray Train) the loop joins it.
-    Raises TrainingError for a loss that is not finite and for too little memory, ValueError for inputs that cannot be used.
+    A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless
+    ``resume`` is False. ``report`` is called with the metrics of each evaluation. With ``runtime.workers`` > 1 and no
+    process group, the workers are started here; inside an existing group (torchrun, Ray Train) the loop joins it.
+    Raises TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
     """
-    _join_group(cfg)
+    join_group(cfg)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if dist.is_initialized() and world != cfg.runtime.workers:
         raise ValueError(f"runtime.workers = {cfg.runtime.workers}, but the process group has {world} workers")
     if cfg.runtime.workers > 1 and not dist.is_initialized():
-        from viladiff.launch import launch
-
         if report is not None:
             raise ValueError("report: a callback cannot be sent to other processes; call fit inside a process group")
         return launch(cfg, resume)
     return Run(cfg).execute(report, resume)
-
-
-def _join_group(cfg: RunConfig) -> None:
-    """Joins the group that torchrun announces in the environment."""
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and not dist.is_initialized() and cfg.runtime.workers > 1:
-        dist.init_process_group("nccl" if pick_device(cfg).type == "cuda" else "gloo")
-
-
-def pick_device(cfg: RunConfig) -> torch.device:
-    """The device of this worker. Raises ValueError where CUDA is asked for and absent."""
-    available = torch.cuda.is_available()
-    if cfg.runtime.device == "cuda" and not available:
-        raise ValueError('runtime.device = "cuda": this machine has no usable CUDA device (use auto or cpu)')
-    if cfg.runtime.device == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-
-
-def total_steps(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool) -> int:
-    """Optimiser steps of the run; an epoch is one pass over the unlabelled list, or over the labelled one if nothing else is used."""
-    if cfg.train.steps is not None:
-        return cfg.train.steps
-    assert cfg.train.epochs is not None
-    images, batch = len(dataset.labelled), cfg.data.batch_labelled
-    if uses_unlabelled and len(dataset.unlabelled):
-        images, batch = len(dataset.unlabelled), cfg.data.batch_unlabelled
-    return max(1, math.ceil(cfg.train.epochs * images / batch))
-
-
-def lr_factor(cfg: RunConfig, step: int, steps: int) -> float:
-    """Share of the base learning rate at ``step`` of ``steps``: linear warm-up, then poly, cosine or constant."""
-    optim = cfg.optim
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    if optim.schedule == "poly":
-        return float((1 - progress) ** optim.poly_power)
-    return 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0
-
-
-def param_groups(method: nn.Module, cfg: RunConfig) -> list[dict[str, Any]]:
-    """Four groups: encoder or not, with weight decay (matrices and kernels) or without (biases, norms)."""
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((".encoder." in f".{name}", parameter.ndim >= 2), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "scale": cfg.optim.encoder_lr_scale if encoder else 1.0,
-            "weight_decay": cfg.optim.weight_decay if decays else 0.0,
-        }
-        for (encoder, decays), parameters in groups.items()
-    ]
 
 
 class Run:
@@ -165,7 +109,11 @@ class Run:
         self.dataset = load_dataset(cfg.data.dataset, cfg.data.split, split_seed=cfg.data.split_seed)
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
         self.bank, self.val_bank = load_text(self.dataset, cfg.data.text_encoder, cfg.data.captions)
-        self.fingerprints = {"data": self.dataset.fingerprint, "text": self.bank.fingerprint, **weights_fingerprint(cfg)}
+        self.fingerprints = {
+            "data": self.dataset.fingerprint,
+            "text": self.bank.fingerprint,
+            **weights_fingerprint(cfg),
+        }
         self.name = run_id(cfg, self.fingerprints)
         self.directory = Path(cfg.runtime.out).expanduser().resolve() / self.name
         self.started = time.time()
@@ -181,7 +129,7 @@ class Run:
                 for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl"):
                     (self.directory / name).unlink(missing_ok=True)
         self._barrier()
-        with _memory_errors(self.cfg):
+        with memory_errors(self.cfg):
             self._build()
             self._restore()
             self._train(report)
@@ -200,7 +148,9 @@ class Run:
         self.method: Method = METHODS[cfg.method.name](cfg.method, build).to(self.device)
         views = self.method.views_wanted()
         if views.unlabelled and cfg.data.crop % self.method.student.patch:
-            raise ValueError(f"data.crop = {cfg.data.crop}: must be a multiple of the encoder's patch, {self.method.student.patch}")
+            raise ValueError(
+                f"data.crop = {cfg.data.crop}: must be a multiple of the encoder's patch, {self.method.student.patch}"
+            )
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
         patch = self.method.student.patch
         bank = self.bank if views.text else None
@@ -247,7 +197,10 @@ class Run:
         pending: list[tuple[int, float, dict[str, Tensor]]] = []
         writer = self._tensorboard()
         ahead = 2 if self.device.type == "cuda" else 0
-        with Progress(self.steps, self.step, self._title(), runtime.progress and self.rank == 0) as bar, _stop_flag() as stop:
+        with (
+            Progress(self.steps, self.step, self._title(), runtime.progress and self.rank == 0) as bar,
+            stop_flag() as stop,
+        ):
             mark = time.perf_counter()
             for batches in self.loader.stream(self.step, self.steps, ahead):
                 pending.append((self.step, lr_factor(cfg, self.step, self.steps) * cfg.optim.lr, self._step(batches)))
@@ -267,12 +220,14 @@ class Run:
                     mark = time.perf_counter()
                 bar.advance()
                 if stopped:
-                    raise KeyboardInterrupt(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
+                    raise KeyboardInterrupt(
+                        f"stopped at step {self.step} of {self.steps}; the same command continues from there"
+                    )
         if writer is not None:
             writer.close()
 
     def _step(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """One optimiser step on this worker's micro-batches; returns the mean of their loss terms, not yet synchronised."""
+        """One optimiser step on this worker's micro-batches; returns the mean of their loss terms, not synchronised."""
         cfg = self.cfg
         step = Step(self.step, self.step / self.steps, cfg.seed)
         torch.manual_seed(draws.key(cfg.seed, "dropout", self.step, self.rank))
@@ -301,7 +256,7 @@ class Run:
         return sums
 
     def _write(self, pending: list[tuple[int, float, dict[str, Tensor]]], writer: Any) -> float:
-        """Brings the loss terms of the last steps to the host in one go, checks them and logs them; returns the newest total."""
+        """Brings the last steps' loss terms to the host at once, checks and logs them; returns the newest total."""
         names = list(pending[0][2])
         table = torch.stack([torch.stack([terms[name].to(self.device) for name in names]) for _, _, terms in pending])
         if self.world > 1:
@@ -310,9 +265,7 @@ class Run:
         rows = table.cpu().tolist()
         for (step, lr, _), row in zip(pending, rows, strict=True):
             values = dict(zip(names, row, strict=True))
-            broken = [name for name, value in values.items() if not math.isfinite(value)]
-            if broken:
-                raise TrainingError(self._broken(step, broken, values))
+            check_finite(values, step, self.steps, self.cfg, self.directory)
             if self.rank == 0:
                 self.log.append({"step": step, "lr": lr, **values})
                 if writer is not None:
@@ -322,15 +275,6 @@ class Run:
         if self.rank == 0:
             self.log.flush()
         return rows[-1][names.index("total")]
-
-    def _broken(self, step: int, broken: list[str], values: dict[str, float]) -> str:
-        cfg = self.cfg
-        terms = [name for name in broken if name != "total"] or broken
-        kept = f"the checkpoint in {self.directory} is from before it" if (self.directory / "checkpoint.pt").exists() else ""
-        return (
-            f"the loss is {values[broken[0]]} at step {step} of {self.steps} (terms: {', '.join(terms)}) with optim.lr = {cfg.optim.lr:g}, "
-            f'train.precision = "{cfg.train.precision}"; try a lower optim.lr, optim.clip_norm=1 or train.precision=fp32. {kept}'
-        ).strip()
 
     def _tensorboard(self) -> Any:
         if not self.cfg.runtime.tensorboard or self.rank:
@@ -439,7 +383,7 @@ class Run:
             wall_seconds=time.time() - self.started,
             train_seconds=self.train_seconds,
             seconds_per_step=self.train_seconds / self.steps,
-            peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else _peak_memory(),
+            peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else peak_memory(),
             workers=self.world,
             threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name() if cuda else "cpu",
@@ -448,62 +392,14 @@ class Run:
         )
 
 
-def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
-    """Checksum of the file that the encoder starts from, where there is one."""
-    import hashlib
-
-    path = Path(cfg.model.weights) if cfg.model.weights else SHIPPED if cfg.model.pretrained == "shipped" else None
-    if path is None:
-        return {}
-    if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist (model.weights, model.pretrained)")
-    return {"weights": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
-
-
-def _peak_memory() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM, so that a step is never torn; a second one stops at once."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag  # trials of a sweep run in other threads, where no handler can be set
-        return
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: Any) -> None:
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    for number in old:
-        signal.signal(number, handle)
-    try:
-        yield flag
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _memory_errors(cfg: RunConfig) -> Iterator[None]:
-    """Turns an allocation that fails into an error that names what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not out:
-            raise
-        data = cfg.data
-        raise TrainingError(
-            f"out of memory with data.batch_labelled = {data.batch_labelled}, data.batch_unlabelled = {data.batch_unlabelled}, "
-            f"data.crop = {data.crop}, train.accumulate = {cfg.train.accumulate} on {cfg.runtime.workers} workers: raise train.accumulate "
-            f"(same result, less memory), lower data.crop or the batch ({str(error).splitlines()[0]})"
-        ) from error
-
-
-__all__ = ["Bank", "Result", "Run", "TrainingError", "fit"]
+__all__ = [
+    "Result",
+    "Run",
+    "TrainingError",
+    "fit",
+    "lr_factor",
+    "param_groups",
+    "pick_device",
+    "total_steps",
+    "weights_fingerprint",
+]

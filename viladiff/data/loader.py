@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: whoever asks for step s, on however many workers, gets the same global batch."""
+"""Batches as a pure function of the step: whoever asks for step s, on any number of workers, gets the same batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Order:
 
 
 class Loader:
-    """Makes this worker's part of any step's batch; the part is contiguous, and each micro-batch is a contiguous part of that."""
+    """Makes this worker's part of any step's batch; it is contiguous, and so is each micro-batch within it."""
 
     def __init__(
         self,
@@ -57,7 +57,9 @@ class Loader:
         # Both lists, since a method that asks for unlabelled images learns from the labelled ones in that role too.
         everything = np.concatenate([dataset.labelled, dataset.unlabelled])
         self.labelled = Order(dataset.labelled, cfg.seed, "labelled")
-        self.unlabelled = Order(everything if len(dataset.unlabelled) == 0 else dataset.unlabelled, cfg.seed, "unlabelled")
+        self.unlabelled = Order(
+            everything if len(dataset.unlabelled) == 0 else dataset.unlabelled, cfg.seed, "unlabelled"
+        )
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The batches whose gradients make up one optimiser step."""
@@ -75,6 +77,7 @@ class Loader:
         drawn = [self.labelled[step * data.batch_labelled + key] for key in keys]
         masks = np.stack([self.dataset.target(i) for _, i in drawn])
         image, target, _ = self._geometry("labelled", drawn, masks)
+        assert target is not None  # masks went in
         batch = Batch(normalise(image), target, tuple(keys), text=self._text(drawn))
         if not self.views.unlabelled:
             return batch

@@ -1,6 +1,7 @@
 """What every method is: a module that owns its networks and says which views it wants.
 
-``backward`` stands in the loop and nowhere else; the loop, the data layer and the evaluator know a method only through this class.
+``backward`` stands in the loop and nowhere else; the loop, the data layer and the evaluator know a method only through
+this class.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Section(BaseModel):
 class MethodConfig(Section):
     """Base of each method's own section; ``name`` tells the sections apart."""
 
-    name: Literal[""]
+    name: str
 
 
 class TeacherConfig(Section):
@@ -78,7 +79,7 @@ class Method(nn.Module):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """Class probabilities (B, C, H, W) that would become pseudo-labels of these weak views, by stage; empty without a teacher."""
+        """Class probabilities (B, C, H, W) behind these weak views' pseudo-labels, by stage; none without a teacher."""
         return {}
 
     def predictor(self) -> Segmenter:

@@ -49,9 +49,9 @@ class VilaConfig(Section):
     gate: Literal["per_image", "per_batch", "always"] = "per_image"
     """When the fusion stream teaches the visual one: where its cross-entropy is lower, or always."""
     paths: tuple[Path, ...] = ("student_features", "student_logits", "teacher_features", "teacher_logits")
-    """Arrows that are on. Student: fusion to visual inside the student. Teacher: from the teacher's streams to the student's."""
+    """Arrows that are on. Student: its fusion stream to its visual one. Teacher: its streams to the student's."""
     teacher_to_visual: bool = True
-    """Whether the teacher path also has the arrow teacher fusion to student visual (ours; the paper names only visual to fusion)."""
+    """Whether teacher fusion also teaches student visual (ours; the paper's teacher path is visual to fusion)."""
     feature_weight: float = Field(1.0, ge=0)
     logit_weight: float = Field(1.0, ge=0)
     depth: int = Field(1, ge=1, le=12)
@@ -209,7 +209,9 @@ class ViLaDiff(MeanTeacher):
         return Losses(total, {name: value.detach() for name, value in terms.items()})
 
     @torch.no_grad()
-    def pseudo_labels(self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step) -> dict[str, Tensor]:
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
         taught = self.teacher.streams(images, text)
         soft = self._source_logits(taught)
         refined = self._refined(taught, soft, keys, step, always=True)
@@ -256,7 +258,9 @@ class ViLaDiff(MeanTeacher):
     def _gate(self, logits: dict[str, Tensor], labels: Tensor, weight: Tensor) -> Tensor:
         """(U,) 1 where the fusion stream may teach the visual one: where its cross-entropy to the labels is lower."""
         with torch.no_grad():
-            fusion, visual = (per_image_cross_entropy(logits[name], labels, weight > 0) for name in ("fusion", "visual"))
+            fusion, visual = (
+                per_image_cross_entropy(logits[name], labels, weight > 0) for name in ("fusion", "visual")
+            )
             if self.cfg.vila.gate == "always":
                 return torch.ones_like(fusion)
             if self.cfg.vila.gate == "per_batch":
@@ -324,9 +328,9 @@ class ViLaDiff(MeanTeacher):
     ) -> dict[str, Tensor]:
         """The three terms of Eq. 13: corrupt the teacher's soft labels and ask the denoiser for the clean ones.
 
-        The condition is the student's view of the same picture, never the logits that x_0 was made from: those could be copied.
-        Targets are the masks, and on unlabelled images the teacher's confident labels as they were before refinement, so that
-        the denoiser never learns from its own output.
+        The condition is the student's view of the same picture, never the logits that x_0 was made from: those could be
+        copied. Targets are the masks, and on unlabelled images the teacher's confident labels as they were before
+        refinement, so that the denoiser never learns from its own output.
         """
         assert self.denoiser is not None
         cfg, labelled, size = self.cfg.mixe, len(batch.image), batch.image.shape[-2:]
@@ -378,7 +382,9 @@ class ViLaDiff(MeanTeacher):
         if cfg.denoiser == "plain":
             nothing = torch.zeros(batch, codes, h, w, device=device)
             nowhere = torch.zeros(batch, h, w, dtype=torch.bool, device=device)
-            clean, noise_hat = self.denoiser(nothing, nowhere, nowhere, torch.zeros(batch, device=device).long(), condition)
+            clean, noise_hat = self.denoiser(
+                nothing, nowhere, nowhere, torch.zeros(batch, device=device).long(), condition
+            )
             return clean, nowhere, noise_hat, nothing
         name = (step.seed, "mixe-t", step.index)
         t = torch.tensor([int(draws.rng(*name, key).integers(1, cfg.timesteps + 1)) for key in keys], device=device)
@@ -419,7 +425,10 @@ def _join(first: TextBatch | None, second: TextBatch | None) -> TextBatch | None
         return None
     length = max(first.mask.shape[1], second.mask.shape[1])
     padded = [
-        TextBatch(F.pad(text.tokens, (0, 0, 0, length - text.mask.shape[1])), F.pad(text.mask, (0, length - text.mask.shape[1])))
+        TextBatch(
+            F.pad(text.tokens, (0, 0, 0, length - text.mask.shape[1])),
+            F.pad(text.mask, (0, length - text.mask.shape[1])),
+        )
         for text in (first, second)
     ]
     return TextBatch(torch.cat([text.tokens for text in padded]), torch.cat([text.mask for text in padded]))

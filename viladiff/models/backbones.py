@@ -1,15 +1,20 @@
-"""Encoders: four feature maps, coarsest last, from timm by name or from the small conv-stem ViT of the embedded data."""
+"""Encoders: four feature maps, coarsest last, from timm by name or from the conv-stem ViT of the embedded data."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from viladiff.models.blocks import SelfBlock
+
+if TYPE_CHECKING:
+    from viladiff.config import RunConfig
 
 SHIPPED = Path(__file__).with_name("digits_vit.safetensors")
 """Weights of ``digits_vit`` that come with the package; ``scripts/pretrain_digits.py`` remakes them."""
@@ -64,7 +69,7 @@ class DigitsViT(Encoder):
         fine = self.stem[0](x)
         middle = self.stem[1](fine)
         grid = self.stem[2](middle)
-        positions = self.positions
+        positions: Tensor = self.positions
         if grid.shape[-2:] != positions.shape[-2:]:
             positions = nn.functional.interpolate(positions, grid.shape[-2:], mode="bicubic", align_corners=False)
         tokens = self.norm(self.blocks((grid + positions).flatten(2).transpose(1, 2)))
@@ -86,20 +91,20 @@ class TimmEncoder(Encoder):
         if name.split(".")[0] not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none is near"
             raise ValueError(f'model.encoder = "{name}": timm has no such model (did you mean: {near}?)')
-        options: dict[str, object] = {"pretrained": pretrained, "features_only": True}
+        options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
         if drop_path:
             options["drop_path_rate"] = drop_path
         try:
-            levels = len(timm.create_model(name, features_only=True).feature_info)
+            levels = len(_feature_info(timm.create_model(name, features_only=True)))
             # A ViT reports every block; a pyramid its few stages.
             indices = [(levels * (i + 1)) // 4 - 1 for i in range(4)] if levels >= 8 else list(range(levels))[-4:]
             plain = levels >= 8
-            extra: dict[str, object] = {"dynamic_img_size": True} if plain else {}
+            extra: dict[str, Any] = {"dynamic_img_size": True} if plain else {}
             self.net = timm.create_model(name, out_indices=indices, **options, **extra)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(f'model.encoder = "{name}": timm offers no feature maps for it ({error})') from error
-        self.channels = tuple(self.net.feature_info.channels())
-        self.strides = tuple(self.net.feature_info.reduction())
+        self.channels = tuple(_feature_info(self.net).channels())
+        self.strides = tuple(_feature_info(self.net).reduction())
         if len(self.channels) != 4:
             raise ValueError(f'model.encoder = "{name}": {len(self.channels)} feature levels, four are needed')
         # Some transformers have no norm on intermediate features; the decoder expects maps of one scale.
@@ -107,6 +112,11 @@ class TimmEncoder(Encoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [norm(level) for norm, level in zip(self.norms, self.net(x), strict=True)]
+
+
+def _feature_info(net: nn.Module) -> Any:
+    """timm's description of each feature level; it is no module, which is all that type checkers know of attributes."""
+    return net.feature_info
 
 
 def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_path: float = 0.0) -> Encoder:
@@ -128,6 +138,16 @@ def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_p
     return encoder
 
 
+def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
+    """Checksum of the file that the encoder starts from, where there is one."""
+    path = Path(cfg.model.weights) if cfg.model.weights else SHIPPED if cfg.model.pretrained == "shipped" else None
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise ValueError(f"weights file {path} does not exist (model.weights, model.pretrained)")
+    return {"weights": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+
+
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fills ``module`` from a safetensors or torch file without running any code that the file may carry.
 
@@ -136,10 +156,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
-    state = state.get("state_dict", state.get("model", state))
+    state: dict[str, Tensor] = found.get("state_dict", found.get("model", found))
     wanted = module.state_dict()
     # timm's feature wrappers put the network under "model."; files of the plain network do not.
     if not set(state) & set(wanted):
@@ -148,5 +168,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     wrong = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
     if missing or wrong:
         what = f"lacks {missing[0]}" if missing else f"has {tuple(state[wrong[0]].shape)} for {wrong[0]}"
-        raise ValueError(f"weights file {path} does not fit: it {what} ({len(missing)} missing, {len(wrong)} of another shape)")
+        raise ValueError(
+            f"weights file {path} does not fit: it {what} ({len(missing)} missing, {len(wrong)} of another shape)"
+        )
     module.load_state_dict({name: state[name].to(wanted[name].dtype) for name in wanted})

@@ -78,7 +78,7 @@ class CrossBlock(nn.Module):
 
 
 def sincos_2d(h: int, w: int, dim: int, device: torch.device) -> Tensor:
-    """Fixed sine and cosine positions of an h x w grid: (h * w, dim), a quarter of the channels for each of sin, cos, y, x.
+    """Fixed positions of an h x w grid: (h * w, dim), a quarter of the channels each for sine and cosine of y and of x.
 
     Raises ValueError where dim is not a multiple of 4.
     """

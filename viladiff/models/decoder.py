@@ -18,17 +18,21 @@ class Refine(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Brings level i to stride ``output * 2 ** i`` (never coarser than the encoder's coarsest) and adds from coarse to fine.
+    """Brings level i to stride ``output * 2 ** i``, never coarser than the encoder's top; adds from coarse to fine.
 
     The three finer levels do not depend on the stream, so ``laterals`` is computed once for both streams.
     """
 
-    def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...], width: int, output: int | None = None) -> None:
+    def __init__(
+        self, channels: tuple[int, ...], strides: tuple[int, ...], width: int, output: int | None = None
+    ) -> None:
         super().__init__()
         self.stride = output or min(4, strides[0])
         self.width = width
         targets = [min(self.stride * 2**i, max(strides)) for i in range(4)]
-        self.reshape = nn.ModuleList([_resize(c, width, s, t) for c, s, t in zip(channels, strides, targets, strict=True)])
+        self.reshape = nn.ModuleList(
+            [_resize(c, width, s, t) for c, s, t in zip(channels, strides, targets, strict=True)]
+        )
         self.fuse = nn.ModuleList([Refine(width) for _ in range(4)])
         self.norm = nn.GroupNorm(8, width)
 

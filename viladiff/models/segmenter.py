@@ -15,8 +15,8 @@ from viladiff.models.decoder import Decoder
 from viladiff.models.vila import ViLa
 
 if TYPE_CHECKING:
-    from viladiff.config import ModelConfig
     from viladiff.methods.viladiff import VilaConfig
+    from viladiff.sections import ModelConfig
 
 
 class Stream(NamedTuple):
@@ -52,8 +52,10 @@ class Segmenter(nn.Module):
         """Streams that this network has; the first needs no text."""
         return ("visual",) if self.vila is None else ("visual", "fusion")
 
-    def streams(self, images: Tensor, text: TextBatch | None = None, names: tuple[str, ...] | None = None) -> dict[str, Stream]:
-        """images (B, 3, H, W) to the named streams (all by default); the encoder and the decoder's fine levels run once."""
+    def streams(
+        self, images: Tensor, text: TextBatch | None = None, names: tuple[str, ...] | None = None
+    ) -> dict[str, Stream]:
+        """images (B, 3, H, W) to the named streams, all by default; encoder and fine decoder levels run once."""
         names = self.names if names is None else names
         features = self.encoder(images)
         top = features[-1]
@@ -63,7 +65,9 @@ class Segmenter(nn.Module):
             found = self.vila(top, text, names)
             tokens, tops = [found[name].features for name in names], torch.cat([found[name].top for name in names])
         mids = self.decoder(tops, self.decoder.laterals(features)).chunk(len(names))
-        return {name: Stream(t, mid, self.classify(mid, name)) for name, t, mid in zip(names, tokens, mids, strict=True)}
+        return {
+            name: Stream(t, mid, self.classify(mid, name)) for name, t, mid in zip(names, tokens, mids, strict=True)
+        }
 
     def classify(self, mid: Tensor, name: str = "visual") -> Tensor:
         """Decoder map (B, width, h, w) to logits (B, C, h, w) by the stream's own classifier, in float32."""
@@ -92,7 +96,8 @@ class Build:
     def __call__(self, vila: VilaConfig | None = None) -> Segmenter:
         encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, self.model.drop_path)
         network = Segmenter(encoder, self.model.decoder_width, self.num_classes)
-        if vila is not None:  # made after the rest, so that the shared part starts from the same weights with and without it
+        if vila is not None:
+            # Made after the rest, so that the shared part starts from the same weights with and without it.
             network.vila = ViLa(encoder.channels[-1], self.text_dim, vila)
             network.classifier_fusion = nn.Conv2d(self.model.decoder_width, self.num_classes, 1)
         if self.model.encoder_frozen:

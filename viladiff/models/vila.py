@@ -1,4 +1,4 @@
-"""ViLa's two streams: image tokens alone, and image tokens that have read the captions (paper, section 3.3, Figure 2)."""
+"""ViLa's two streams: image tokens alone, and image tokens that have read the captions (paper, section 3.3, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tokens(NamedTuple):
 
 
 class ViLa(nn.Module):
-    """Project, inject, reconstruct. Projection, reconstruction and the way back are shared by both streams; injection is not.
+    """Project, inject, reconstruct: both streams share projection, reconstruction and the way back, but not injection.
 
     The way back starts at zero, so that training begins from the encoder's own features.
     """
@@ -34,7 +34,7 @@ class ViLa(nn.Module):
         self.width = cfg.width
         self.project = nn.Linear(dim, cfg.width)
         self.words = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cfg.width))
-        # Always among the words, so that an image without a caption has something to read and DDP sees the parameter used.
+        # Always among the words, so that an image without a caption has something to read, and DDP sees it used.
         self.null = nn.Parameter(torch.zeros(1, 1, cfg.width))
         nn.init.trunc_normal_(self.null, std=0.02)
         self.inject = nn.ModuleList([CrossBlock(cfg.width, cfg.heads) for _ in range(cfg.depth)])

@@ -1,0 +1,50 @@
+"""How long a run is, and how fast each of its parameters learns at each step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from viladiff.config import RunConfig
+    from viladiff.data.datasets import Dataset
+
+
+def total_steps(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool) -> int:
+    """Optimiser steps of the run; an epoch is one pass over the unlabelled list, or the labelled one if it is alone."""
+    if cfg.train.steps is not None:
+        return cfg.train.steps
+    assert cfg.train.epochs is not None
+    images, batch = len(dataset.labelled), cfg.data.batch_labelled
+    if uses_unlabelled and len(dataset.unlabelled):
+        images, batch = len(dataset.unlabelled), cfg.data.batch_unlabelled
+    return max(1, math.ceil(cfg.train.epochs * images / batch))
+
+
+def lr_factor(cfg: RunConfig, step: int, steps: int) -> float:
+    """Share of the base learning rate at ``step`` of ``steps``: linear warm-up, then poly, cosine or constant."""
+    optim = cfg.optim
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    if optim.schedule == "poly":
+        return float((1 - progress) ** optim.poly_power)
+    return 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0
+
+
+def param_groups(method: nn.Module, cfg: RunConfig) -> list[dict[str, Any]]:
+    """Four groups: encoder or not, with weight decay (matrices and kernels) or without (biases, norms)."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((".encoder." in f".{name}", parameter.ndim >= 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "scale": cfg.optim.encoder_lr_scale if encoder else 1.0,
+            "weight_decay": cfg.optim.weight_decay if decays else 0.0,
+        }
+        for (encoder, decays), parameters in groups.items()
+    ]
