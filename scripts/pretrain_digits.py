@@ -1,8 +1,9 @@
 """Remakes ``viladiff/models/digits_vit.safetensors``, which stands where ImageNet weights stand on real data.
 
-As in ImageNet, each image shows one object and has one label: a training digit of any colour on a piece of a training photograph.
-Such scenes are in no pool, validation handwriting and photo regions are never drawn, and no mask is made or read. The class scores
-of all tokens are pooled by a log-sum-exp, so that the tokens on the object learn to speak for it. Example (about 15 minutes):
+As in ImageNet, each image shows one object and has one label: a training digit of any colour on a piece of a training
+photograph. Such scenes are in no pool, and validation handwriting and photo regions are never drawn. The encoder is
+shown no mask, only which digit it is. The class scores of all tokens are pooled by a log-sum-exp, so that the tokens on
+the object learn to speak for it. Example (about 5 minutes):
 
     python scripts/pretrain_digits.py --threads 1
 """
@@ -25,12 +26,25 @@ from viladiff.data.digits import DIGITS, render
 from viladiff.models.backbones import SHIPPED, DigitsViT
 from viladiff.progress import Progress
 
-RECIPE = replace(DIGITS, objects=(1, 1), height=(14, 40), hue_spread=360.0)
-"""One object of any size and colour: what an image of the pool looks like is not given away."""
+RECIPE = replace(
+    DIGITS,
+    side=40,
+    objects=(1, 1),
+    height=(22, 38),
+    aspect=(0.8, 1.2),
+    rotation=20,
+    shear=0.25,
+    hue_spread=360.0,
+    background_gain=(0.0, 1.0),
+    contrast=(0.16, 0.5),
+    texture=0.7,
+    outside=0.05,
+)
+"""One object fills the frame, in any colour, on plain to busy grounds: scenes of the pool look otherwise."""
 
 
 def scenes(count: int) -> tuple[Tensor, Tensor]:
-    """(count, 64, 64, 3) uint8 images and (count,) int64 digits; the label is read off the drawn class, the mask is dropped."""
+    """(count, 40, 40, 3) uint8 images and (count,) int64 digits; of the scene's mask only the class is kept."""
     images = np.empty((count, RECIPE.side, RECIPE.side, 3), np.uint8)
     labels = np.empty(count, np.int64)
     with Progress(count, 0, "rendering", True) as bar:
@@ -42,7 +56,7 @@ def scenes(count: int) -> tuple[Tensor, Tensor]:
 
 
 def pretrain(images: Tensor, labels: Tensor, steps: int, batch: int, lr: float, seed: int) -> tuple[DigitsViT, float]:
-    """The trained encoder and its share of right labels over the last tenth of the steps, on images before they were learned from."""
+    """The trained encoder, and its share of right labels over the last tenth of the steps, before each update."""
     torch.manual_seed(draws.key(seed, "pretrain"))
     encoder = DigitsViT()
     heads = nn.ModuleList([nn.Conv2d(channels, 10, 1) for channels in encoder.channels[2:]])
@@ -70,8 +84,8 @@ def pretrain(images: Tensor, labels: Tensor, steps: int, batch: int, lr: float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--images", type=int, default=16000)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -82,7 +96,9 @@ def main() -> None:
     images, labels = scenes(args.images)
     encoder, right = pretrain(images, labels, args.steps, args.batch, args.lr, args.seed)
     save_file({name: value.half().contiguous() for name, value in encoder.state_dict().items()}, args.out)
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {100 * right:.1f} % of training labels right at the end")
+    print(
+        f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {100 * right:.1f} % of training labels right at the end"
+    )
 
 
 if __name__ == "__main__":

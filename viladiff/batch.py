@@ -1,13 +1,13 @@
 """What passes between data, method and loop.
 
-Shape letters used in every docstring: B images of a labelled batch, U of an unlabelled one, C classes, H x W pixels of a crop,
-h x w cells of a feature grid, N = h * w tokens, D channels, L words, T diffusion steps.
+Shape letters used in every docstring: B images of a labelled batch, U of an unlabelled one, C classes, H x W pixels of
+a crop, h x w cells of a feature grid, N = h * w tokens, D channels, L words, T diffusion steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+        moved: dict[str, Any] = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        return replace(self, **moved)
 
 
 def _move(value: object, device: torch.device) -> object:
@@ -85,7 +86,8 @@ def _move(value: object, device: torch.device) -> object:
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
     if isinstance(value, TextBatch | CutMix):
-        return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
+        moved: dict[str, Any] = {f.name: _move(getattr(value, f.name), device) for f in fields(value)}
+        return replace(value, **moved)
     return value
 
 
@@ -101,7 +103,7 @@ class Losses(NamedTuple):
 class Step(NamedTuple):
     """Where in training a forward pass stands."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name, which nobody calls
     """Optimiser steps done so far."""
     progress: float
     """index / steps, in [0, 1)."""

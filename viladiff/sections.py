@@ -63,8 +63,9 @@ class DataConfig(Section):
 class EmbeddedData(DataConfig):
     """The rendered data sets: small images, no mirroring (a mirrored digit is none), words as text."""
 
-    crop: int = Field(64, ge=16)
-    scale: tuple[float, float] = (0.8, 1.25)
+    batch_labelled: int = Field(12, ge=1)
+    crop: int = Field(48, ge=16)
+    scale: tuple[float, float] = (0.9, 1.1)
     hflip: float = Field(0.0, ge=0, le=1)
     text_encoder: Literal["words", "open_clip", "transformers"] = "words"
 
@@ -153,7 +154,8 @@ class ModelConfig(Section):
     """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
     weights: str | None = None
     """A safetensors file of encoder weights, taken in place of ``pretrained``."""
-    decoder_width: int = Field(48, ge=8)
+    decoder_width: int = Field(16, ge=8)
+    """Channels of the decoder, a multiple of 8; 128 unless the data set is embedded."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     encoder_frozen: bool = False
 
@@ -233,8 +235,12 @@ class RuntimeConfig(Section):
     progress: bool = True
 
 
-_REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm"}
+_REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm", "decoder_width": 128}
+_EMBEDDED: dict[str, dict[str, object]] = {"optim": {"lr": 6e-3, "encoder_lr_scale": 0.05, "warmup_steps": 30}}
+"""Fixed with ``supervised`` alone, before ViLaDiff was trained: docs/experiments.md."""
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "digits": _EMBEDDED,
+    "dense": _EMBEDDED,
     "voc": {"model": _REAL, "train": {"epochs": 60.0}},
     "cityscapes": {"model": _REAL, "train": {"epochs": 180.0}, "eval": {"protocol": "sliding_window"}},
     "coco": {"model": _REAL, "train": {"epochs": 20.0}},

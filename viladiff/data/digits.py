@@ -53,12 +53,12 @@ class Recipe:
     side: int = 64
     objects: tuple[int, int] = (1, 3)
     """Fewest and most digits in a scene."""
-    height: Range = (22, 38)
-    aspect: Range = (0.8, 1.2)
+    height: Range = (26, 36)
+    aspect: Range = (0.9, 1.1)
     """Width over height, against that of the scan."""
-    rotation: float = 20
+    rotation: float = 8
     """Largest angle to either side."""
-    shear: float = 0.25
+    shear: float = 0.1
     ink: Range = (0.40, 0.56)
     """Level of the upsampled scan (1 = darkest) where the outline lies; lower is thicker."""
     hue_spread: float = 50
@@ -67,9 +67,9 @@ class Recipe:
     """Strength of the class's hue; 0 is grey."""
     own_chroma: float = 0.35
     """Share of the crop's own colour that is kept."""
-    contrast: Range = (0.16, 0.38)
+    contrast: Range = (0.22, 0.45)
     """Difference in mean luminance between a digit and what lies behind it."""
-    texture: float = 0.7
+    texture: float = 0.5
     """Factor of the photo's own light and dark inside a digit."""
     background_gain: Range = (0.65, 1.0)
     background_shift: Range = (-0.08, 0.12)

@@ -54,12 +54,10 @@ class Loader:
     ) -> None:
         self.cfg, self.dataset, self.views, self.bank = cfg, dataset, views, bank
         self.patch, self.device, self.rank, self.world = patch, device, rank, world
-        # Both lists, since a method that asks for unlabelled images learns from the labelled ones in that role too.
-        everything = np.concatenate([dataset.labelled, dataset.unlabelled])
         self.labelled = Order(dataset.labelled, cfg.seed, "labelled")
-        self.unlabelled = Order(
-            everything if len(dataset.unlabelled) == 0 else dataset.unlabelled, cfg.seed, "unlabelled"
-        )
+        # Where every image is labelled, they serve in both roles.
+        rest = dataset.unlabelled if len(dataset.unlabelled) else dataset.labelled
+        self.unlabelled = Order(rest, cfg.seed, "unlabelled")
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The batches whose gradients make up one optimiser step."""

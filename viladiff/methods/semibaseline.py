@@ -35,7 +35,9 @@ class SemiBaseline(MeanTeacher):
             confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
         strong, valid = batch.strong[0], batch.valid
         if batch.mix:
-            strong, confidence, labels, valid = (apply_cutmix(x, batch.mix[0]) for x in (strong, confidence, labels, valid))
+            strong, confidence, labels, valid = (
+                apply_cutmix(x, batch.mix[0]) for x in (strong, confidence, labels, valid)
+            )
 
         logits = self.student(torch.cat([batch.image, strong]))["visual"]
         accepted = (confidence >= self.cfg.pseudo.threshold).float()

@@ -56,10 +56,17 @@ class VilaConfig(Section):
     logit_weight: float = Field(1.0, ge=0)
     depth: int = Field(1, ge=1, le=12)
     """Cross-attention blocks of the fusion stream, and shared reconstruction blocks."""
-    width: int = Field(128, ge=8)
+    width: int = Field(64, ge=8)
+    """Channels of the streams; sized for the embedded data, to be raised at paper scale."""
     heads: int = Field(4, ge=1)
     cutmix_text: Literal["both", "own"] = "both"
     """Words that a mixed image is given: its own and its partner's, or its own alone (ours)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VilaConfig:
+        if len(set(self.paths)) < len(self.paths):
+            raise ValueError(f"paths = {self.paths}: an arrow is named twice")
+        return self
 
 
 class MixeConfig(Section):
@@ -95,11 +102,11 @@ class MixeConfig(Section):
     """Reverse steps at refinement; none means ``timesteps``."""
     denoiser: Literal["diffusion", "plain"] = "diffusion"
     """``plain``: a network of the same size that never sees noise (control)."""
-    width: int = Field(64, ge=8)
+    width: int = Field(32, ge=8)
     depth: int = Field(2, ge=1)
     """Residual blocks of the denoiser."""
     cond_noise: float = Field(0.1, ge=0)
-    """Standard deviation of the noise on the conditioning features, in units of their own (ours)."""
+    """Standard deviation of the noise on the conditioning features, which are of about unit scale (ours)."""
 
     @model_validator(mode="after")
     def _check(self) -> MixeConfig:

@@ -1,0 +1,100 @@
+"""One ViLaDiff step against the sum of its passes, each measured alone: what losses, draws and optimiser add.
+
+python benchmarks/step.py              both halves of training, medians of interleaved repeats, one thread
+python benchmarks/step.py --profile    also where the time of a step goes
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from viladiff.config import RunConfig, override
+from viladiff.methods.viladiff import ViLaDiff
+from viladiff.models.mixe import class_codes
+from viladiff.models.segmenter import upsample
+from viladiff.train import Run
+
+
+def passes(run: Run, late: bool) -> dict[str, Callable[[], object]]:
+    """The forwards and backwards that a step cannot do without, on tensors of the step's shapes."""
+    method = run.method
+    assert isinstance(method, ViLaDiff) and method.denoiser is not None
+    data, cfg, denoiser = run.cfg.data, method.cfg.mixe, method.denoiser
+    labelled, unlabelled = data.batch_labelled, data.batch_unlabelled
+    both, grid = labelled + unlabelled, data.crop // method.student.decoder.stride
+    batch = run.loader.micro_batches(0)[0]
+    images = torch.cat([batch.image, batch.strong[0]])
+    assert batch.text is not None
+    text = type(batch.text)(*(x[torch.arange(both) % labelled] for x in (batch.text.tokens, batch.text.mask)))
+    twice = type(text)(torch.cat([text.tokens] * 2, 1), torch.cat([text.mask] * 2, 1))
+    codes = torch.randn(both, class_codes(run.dataset.num_classes).shape[1], grid, grid)
+    region, t = torch.zeros(both, grid, grid, dtype=torch.bool), torch.ones(both, dtype=torch.int64)
+    with torch.no_grad():
+        stream = method.student.streams(images, text)["fusion"]
+
+    def student() -> None:
+        found = method.student.streams(images, twice)
+        sum(upsample(s.logits, images.shape[-2:]).mean() + s.features.mean() for s in found.values()).backward()  # type: ignore[union-attr]
+
+    def teacher() -> None:
+        with torch.no_grad():
+            method.teacher.streams(images, text)
+
+    def denoise() -> None:
+        clean, noise = denoiser(codes, region, region, t, denoiser.prepare(stream.mid, stream.logits))
+        (upsample(clean, images.shape[-2:]).mean() + noise.mean()).backward()
+
+    def refine() -> None:
+        cut = slice(0, unlabelled)
+        with torch.no_grad():
+            condition = denoiser.prepare(stream.mid[cut], stream.logits[cut])
+            for _ in range(cfg.timesteps):
+                denoiser(codes[cut], region[cut], region[cut], t[cut], condition)
+
+    chosen: dict[str, Callable[[], object]] = {"student": student, "teacher": teacher, "denoiser": denoise}
+    return chosen | ({"refinement": refine} if late else {})
+
+
+def median_ms(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Medians of interleaved calls, so that a drift of the machine's speed meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for i in range(repeats + 2):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            if i >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as out:
+        run = Run(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.out": out}))
+        run._build()
+    run.method.train()
+    for half, step in (("first half", 100), ("second half, with refinement", 400)):
+        run.step = step
+        parts = passes(run, late=step > 300)
+        found = median_ms({"step": lambda: run._step(run.loader.micro_batches(run.step)), **parts}, args.repeats)
+        alone = sum(found[name] for name in parts)
+        listed = ", ".join(f"{name} {found[name]:.0f}" for name in parts)
+        print(f"{half}: step {found['step']:.0f} ms / passes {alone:.0f} ms ({listed}) = {found['step'] / alone:.2f}")
+        if args.profile:
+            with torch.profiler.profile() as profile:
+                for _ in range(5):
+                    run._step(run.loader.micro_batches(run.step))
+            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
+
+
+if __name__ == "__main__":
+    main()
