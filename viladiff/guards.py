@@ -57,7 +57,7 @@ def memory_errors(cfg: RunConfig) -> Iterator[None]:
             f"out of memory with data.batch_labelled = {data.batch_labelled}, "
             f"data.batch_unlabelled = {data.batch_unlabelled}, data.crop = {data.crop}, "
             f"train.accumulate = {cfg.train.accumulate} on {cfg.runtime.workers} workers: raise train.accumulate "
-            f"(same result, less memory), lower data.crop or the batch ({str(error).splitlines()[0]})"
+            f"(much the same result, less memory), lower data.crop or the batch ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from viladiff.batch import CutMix
+from viladiff.batch import CutMix, TextBatch
 
 TRIES = 1000
 
@@ -83,3 +84,27 @@ def _check(cutmix: CutMix, stride: int) -> None:
     alone = (cutmix.partner == torch.arange(len(cutmix.partner))) & cutmix.boxes.any(1)
     if bool(alone.any()):
         raise ValueError(f"image {int(alone.nonzero()[0])} is its own CutMix partner: nothing would be mixed")
+
+
+def mix_text(text: TextBatch | None, cutmix: CutMix) -> TextBatch | None:
+    """Where a box is pasted in, the partner's words belong to the picture too: (U, L, D) to (U, 2 L, D)."""
+    if text is None:
+        return None
+    pasted = (cutmix.boxes.sum(1) > 0)[:, None]
+    return TextBatch(
+        torch.cat([text.tokens, text.tokens[cutmix.partner]], dim=1),
+        torch.cat([text.mask, text.mask[cutmix.partner] & pasted], dim=1),
+    )
+
+
+def join_text(first: TextBatch | None, second: TextBatch | None) -> TextBatch | None:
+    """One batch from two, the one with fewer words padded; None where either has no text."""
+    if first is None or second is None:
+        return None
+    length = max(first.mask.shape[1], second.mask.shape[1])
+    padded = [
+        TextBatch(F.pad(text.tokens, (0, 0, 0, missing)), F.pad(text.mask, (0, missing)))
+        for text in (first, second)
+        for missing in [length - text.mask.shape[1]]
+    ]
+    return TextBatch(torch.cat([text.tokens for text in padded]), torch.cat([text.mask for text in padded]))

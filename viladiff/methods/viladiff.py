@@ -11,7 +11,7 @@ from torch import Tensor
 
 from viladiff import draws
 from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
-from viladiff.data.mixing import apply_cutmix
+from viladiff.data.mixing import apply_cutmix, join_text, mix_text
 from viladiff.losses import (
     cross_entropy,
     edge_cross_entropy,
@@ -183,12 +183,13 @@ class ViLaDiff(MeanTeacher):
             refined = self._refined(taught, soft, batch.keys_u, step)
             pseudo = plain if refined is None else _pseudo(refined, size)
 
-        strong, valid, pseudo = batch.strong[0], batch.valid, pseudo
+        strong, valid = batch.strong[0], batch.valid
         if mix is not None:
             strong, valid = apply_cutmix(strong, mix), apply_cutmix(valid, mix)
             pseudo = Pseudo(*(apply_cutmix(x, mix) for x in pseudo))
             plain = Pseudo(*(apply_cutmix(x, mix) for x in plain))
-        text = _join(batch.text, self._strong_text(batch.text_u, mix))
+        words = batch.text_u if mix is None or cfg.vila.cutmix_text == "own" else mix_text(batch.text_u, mix)
+        text = join_text(batch.text, words)
         seen = self.student.streams(torch.cat([batch.image, strong]), text)
         logits = {name: upsample(stream.logits, size) for name, stream in seen.items()}
 
@@ -232,7 +233,7 @@ class ViLaDiff(MeanTeacher):
         if self.denoiser is None or self.cfg.mixe.train_on == "unlabelled":
             return self.teacher.streams(batch.weak[0], batch.text_u), {}
         labelled = len(batch.image)
-        out = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]), _join(batch.text, batch.text_u))
+        out = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]), join_text(batch.text, batch.text_u))
         return (
             {name: Stream(*(x[labelled:] for x in stream)) for name, stream in out.items()},
             {name: Stream(*(x[:labelled] for x in stream)) for name, stream in out.items()},
@@ -251,16 +252,6 @@ class ViLaDiff(MeanTeacher):
         return streams["fusion" if source == "mean" else source]
 
     # ViLa (section 3.3)
-
-    def _strong_text(self, text: TextBatch | None, mix: CutMix | None) -> TextBatch | None:
-        """Words of the mixed images: with a box pasted in, the partner's words belong to the picture too."""
-        if text is None or mix is None or self.cfg.vila.cutmix_text == "own":
-            return text
-        pasted = (mix.boxes.sum(1) > 0)[:, None]
-        return TextBatch(
-            torch.cat([text.tokens, text.tokens[mix.partner]], dim=1),
-            torch.cat([text.mask, text.mask[mix.partner] & pasted], dim=1),
-        )
 
     def _gate(self, logits: dict[str, Tensor], labels: Tensor, weight: Tensor) -> Tensor:
         """(U,) 1 where the fusion stream may teach the visual one: where its cross-entropy to the labels is lower."""
@@ -424,21 +415,6 @@ class ViLaDiff(MeanTeacher):
 
 def _pseudo(logits: Tensor, size: torch.Size) -> Pseudo:
     return Pseudo(*upsample(logits, size).softmax(1).max(1))
-
-
-def _join(first: TextBatch | None, second: TextBatch | None) -> TextBatch | None:
-    """One batch of words from two, the shorter one padded."""
-    if first is None or second is None:
-        return None
-    length = max(first.mask.shape[1], second.mask.shape[1])
-    padded = [
-        TextBatch(
-            F.pad(text.tokens, (0, 0, 0, length - text.mask.shape[1])),
-            F.pad(text.mask, (0, length - text.mask.shape[1])),
-        )
-        for text in (first, second)
-    ]
-    return TextBatch(torch.cat([text.tokens for text in padded]), torch.cat([text.mask for text in padded]))
 
 
 def _mixed(stream: Stream, mix: CutMix, h: int, w: int, patch: int, stride: int) -> Stream:

@@ -30,6 +30,21 @@ class Stream(NamedTuple):
     """(B, C, h, w)."""
 
 
+class Classifier(nn.Module):
+    """Scores from the decoder's fine map plus scores straight from the coarse one.
+
+    The short way from the encoder's most semantic features to the classes is learned from few labels and few steps; the
+    decoder is left with the outlines.
+    """
+
+    def __init__(self, coarse: int, fine: int, num_classes: int) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(fine, num_classes, 1), nn.Conv2d(coarse, num_classes, 1)
+
+    def forward(self, mid: Tensor, top: Tensor) -> Tensor:
+        return self.fine(mid) + upsample(self.coarse(top), mid.shape[-2:])
+
+
 class Segmenter(nn.Module):
     """``forward`` gives full-size logits per stream; methods that need more call ``streams``."""
 
@@ -38,9 +53,9 @@ class Segmenter(nn.Module):
         self.num_classes = num_classes
         self.encoder = encoder
         self.decoder = Decoder(encoder.channels, encoder.strides, width)
-        self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.classifier = Classifier(encoder.channels[-1], width, num_classes)
         self.vila = vila
-        self.classifier_fusion = None if vila is None else nn.Conv2d(width, num_classes, 1)
+        self.classifier_fusion = None if vila is None else Classifier(encoder.channels[-1], width, num_classes)
 
     @property
     def patch(self) -> int:
@@ -66,14 +81,15 @@ class Segmenter(nn.Module):
             tokens, tops = [found[name].features for name in names], torch.cat([found[name].top for name in names])
         mids = self.decoder(tops, self.decoder.laterals(features)).chunk(len(names))
         return {
-            name: Stream(t, mid, self.classify(mid, name)) for name, t, mid in zip(names, tokens, mids, strict=True)
+            name: Stream(t, mid, self.classify(mid, top, name))
+            for name, t, mid, top in zip(names, tokens, mids, tops.chunk(len(names)), strict=True)
         }
 
-    def classify(self, mid: Tensor, name: str = "visual") -> Tensor:
-        """Decoder map (B, width, h, w) to logits (B, C, h, w) by the stream's own classifier, in float32."""
+    def classify(self, mid: Tensor, top: Tensor, name: str = "visual") -> Tensor:
+        """Decoder map (B, width, h, w) and coarse map (B, D, H / patch, W / patch) to float32 logits (B, C, h, w)."""
         head = self.classifier_fusion if name == "fusion" else self.classifier
         assert head is not None
-        return head(mid).float()
+        return head(mid, top).float()
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
@@ -99,7 +115,7 @@ class Build:
         if vila is not None:
             # Made after the rest, so that the shared part starts from the same weights with and without it.
             network.vila = ViLa(encoder.channels[-1], self.text_dim, vila)
-            network.classifier_fusion = nn.Conv2d(self.model.decoder_width, self.num_classes, 1)
+            network.classifier_fusion = Classifier(encoder.channels[-1], self.model.decoder_width, self.num_classes)
         if self.model.encoder_frozen:
             encoder.requires_grad_(False)
         return network

@@ -1,0 +1,58 @@
+"""Runs the campaign behind reports/published/core: three methods, five splits of ``digits``, three seeds, defaults otherwise.
+
+Runs that have a record there are skipped, interrupted ones continue from their checkpoint in ``--out``. Examples:
+
+    python scripts/core_curves.py --dry-run               what is left
+    python scripts/core_curves.py --shard 0/2             every second run of what is left, one thread; start 1/2 beside it
+    python scripts/core_curves.py --methods viladiff --seeds 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from viladiff.config import RunConfig, override
+from viladiff.record import load_record
+from viladiff.train import fit
+
+RECORDS = Path(__file__).resolve().parent.parent / "reports" / "published" / "core" / "records"
+METHODS = ("supervised", "semibaseline", "viladiff")
+SPLITS = ("92", "183", "366", "732", "1464")
+
+
+def done() -> set[tuple[str, str, int]]:
+    """Method, split and seed of every record that is there."""
+    configs = [load_record(path).config for path in RECORDS.glob("*.json")]
+    return {(config["method.name"], config["data.split"], config["seed"]) for config in configs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run, beginning with the I-th")
+    parser.add_argument("--out", default="runs/core")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    index, count = map(int, args.shard.split("/"))
+    wanted = [(m, s, seed) for seed in args.seeds for m in args.methods for s in args.splits]
+    for method, split, seed in wanted[index::count]:
+        if (method, split, seed) in done():
+            continue
+        print(f"{method} {split} seed {seed}", end=" ", flush=True)
+        if args.dry_run:
+            print("is to be run")
+            continue
+        fields = {"method.name": method, "data.split": split, "seed": seed}
+        runtime = {"runtime.out": args.out, "runtime.threads": 1, "runtime.progress": False}
+        result = fit(override(RunConfig(), {**fields, **runtime}))
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(result.directory / "record.json", RECORDS / f"{method}-{split}-{seed}.json")
+        print("no score" if result.miou is None else f"{100 * result.miou:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
