@@ -31,7 +31,8 @@ bench: setup ## every claim about speed, as ratios measured in one run each
 		[ -e "$$file" ] || { echo "no benchmarks yet"; exit 0; }; \
 		echo "== $$file"; $(one_thread) $(bin)/python "$$file" || exit 1; done
 
-published: setup ## render the committed reports again
+published: setup ## continue the campaigns behind the committed reports and render these again (hours)
+	$(one_thread) $(bin)/python scripts/core_curves.py
 	@for file in reports/render_*.py; do \
 		[ -e "$$file" ] || { echo "no published reports yet: they come with the study"; exit 0; }; \
 		echo "== $$file"; $(bin)/python "$$file" || exit 1; done

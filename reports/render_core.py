@@ -3,7 +3,7 @@
     python reports/render_core.py                         from reports/published/core/records, in place
     python reports/render_core.py --records runs --out /tmp/core
 
-Writes curves.png, table.md and table.csv. A cell that no run has filled stays empty; nothing is taken from anywhere else.
+Writes curves.png, table.md and table.csv. A cell that no run has filled stays empty.
 """
 
 from __future__ import annotations

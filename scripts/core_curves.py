@@ -1,9 +1,9 @@
-"""Runs the campaign behind reports/published/core: three methods, five splits of ``digits``, three seeds, defaults otherwise.
+"""Runs the campaign behind reports/published/core: three methods, five splits of ``digits``, three seeds.
 
 Runs that have a record there are skipped, interrupted ones continue from their checkpoint in ``--out``. Examples:
 
     python scripts/core_curves.py --dry-run               what is left
-    python scripts/core_curves.py --shard 0/2             every second run of what is left, one thread; start 1/2 beside it
+    python scripts/core_curves.py --shard 0/2             every second run, one thread; start 1/2 beside it
     python scripts/core_curves.py --methods viladiff --seeds 0
 """
 

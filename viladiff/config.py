@@ -262,5 +262,3 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
         allowed = "shipped or none" if own else "timm or none"
         here = f"model.pretrained = {cfg.model.pretrained!r}"
         yield f"{here}: there are none for model.encoder = {cfg.model.encoder!r}; allowed: {allowed}"
-    if cfg.train.steps is not None and cfg.optim.warmup_steps >= cfg.train.steps:
-        yield f"optim.warmup_steps = {cfg.optim.warmup_steps}: must be less than train.steps = {cfg.train.steps}"

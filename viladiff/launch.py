@@ -13,6 +13,7 @@ from torch.multiprocessing import SimpleQueue, get_context
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from viladiff.config import RunConfig
+from viladiff.guards import TrainingError
 
 
 def pick_device(cfg: RunConfig) -> torch.device:
@@ -26,13 +27,35 @@ def pick_device(cfg: RunConfig) -> torch.device:
 
 
 def join_group(cfg: RunConfig) -> None:
-    """Joins the group that torchrun announces in the environment."""
-    if (
-        {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
-        and not dist.is_initialized()
-        and cfg.runtime.workers > 1
-    ):
-        dist.init_process_group("nccl" if pick_device(cfg).type == "cuda" else "gloo")
+    """Joins the group that torchrun announces in the environment. Raises ValueError where it has another size."""
+    if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+        return
+    announced = int(os.environ["WORLD_SIZE"])
+    if announced != cfg.runtime.workers:
+        raise ValueError(f"runtime.workers = {cfg.runtime.workers}, but the launcher started {announced} processes")
+    if announced > 1:
+        dist.init_process_group(_backend(cfg))
+
+
+def _backend(cfg: RunConfig) -> str:
+    """nccl wants a GPU of its own for every worker of this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.runtime.workers))
+    return "nccl" if pick_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
+
+
+def summed_over_workers(counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Counts of all workers together; one that has seen no image has none to add, but must take part."""
+    parts: list[dict[str, dict[str, int]]] = [counts]
+    if dist.is_initialized():
+        parts = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, counts)
+    total: dict[str, dict[str, int]] = {}
+    for part in parts:
+        for name, found in part.items():
+            into = total.setdefault(name, {})
+            for what, count in found.items():
+                into[what] = into.get(what, 0) + count
+    return total
 
 
 def launch(cfg: RunConfig, resume: bool):  # type: ignore[no-untyped-def]  # Result; train imports this module
@@ -40,32 +63,39 @@ def launch(cfg: RunConfig, resume: bool):  # type: ignore[no-untyped-def]  # Res
     from viladiff.record import load_record
     from viladiff.train import Result
 
-    backend = "nccl" if pick_device(cfg).type == "cuda" and torch.cuda.device_count() >= cfg.runtime.workers else "gloo"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue: SimpleQueue = get_context("spawn").SimpleQueue()
     # Workers get a terminal's Ctrl-C themselves and stop together; this process only waits for them.
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    failure: Exception | None = None
     try:
-        spawn(_worker, (cfg.model_dump(mode="json"), resume, backend, port, queue), nprocs=cfg.runtime.workers)
+        arguments = (cfg.model_dump(mode="json"), resume, _backend(cfg), port, queue)
+        spawn(_worker, arguments, nprocs=cfg.runtime.workers)
     except ProcessRaisedException as error:
-        if not queue.empty():
-            kind, text = queue.get()
-            if kind == "KeyboardInterrupt":
-                raise KeyboardInterrupt(text) from None
-            if kind == "ValueError":
-                raise ValueError(text) from None
-        raise error
+        failure = error
     finally:
         signal.signal(signal.SIGINT, old)
-    directory = Path(queue.get()[1])
-    return Result(directory, load_record(directory / "record.json"))
+    kind, text = ("", "") if queue.empty() else queue.get()
+    if kind == "done":
+        return Result(Path(text), load_record(Path(text) / "record.json"))
+    if kind in _RAISED:
+        raise _RAISED[kind](text) from None
+    raise failure or RuntimeError("the workers ended without a result")
+
+
+_RAISED: dict[str, type[BaseException]] = {
+    "KeyboardInterrupt": KeyboardInterrupt,
+    "TrainingError": TrainingError,
+    "ValueError": ValueError,
+}
 
 
 def _worker(rank: int, dump: dict, resume: bool, backend: str, port: int, queue: SimpleQueue) -> None:
     from viladiff.train import fit
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent ignores it, and children inherit that
     workers = dump["runtime"]["workers"]
     os.environ |= {"LOCAL_RANK": str(rank)}
     threads = dump["runtime"]["threads"] or max(1, (os.cpu_count() or 1) // workers)
@@ -79,7 +109,7 @@ def _worker(rank: int, dump: dict, resume: bool, backend: str, port: int, queue:
         queue.put(("KeyboardInterrupt", str(stop)))
         raise
     except ValueError as error:
-        queue.put(("ValueError", str(error)))
+        queue.put(("TrainingError" if isinstance(error, TrainingError) else "ValueError", str(error)))
         raise
     finally:
         dist.destroy_process_group()

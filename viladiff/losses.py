@@ -32,6 +32,14 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
     return total * workers / count.clamp(min=1)
 
 
+def global_sum(values: Tensor) -> Tensor:
+    """For decisions that all workers must take alike: ``values`` summed over them, detached."""
+    values = values.detach().clone()
+    if _workers() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def feature_distillation(
     teacher: Tensor,
     student: Tensor,

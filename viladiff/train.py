@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from viladiff.data.datasets import load as load_dataset
 from viladiff.data.loader import Loader, validation
 from viladiff.evaluate import STREAMS, evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
 from viladiff.guards import TrainingError, check_finite, memory_errors, stop_flag
-from viladiff.launch import join_group, launch, pick_device
+from viladiff.launch import join_group, launch, pick_device, summed_over_workers
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_fingerprint
@@ -104,6 +105,8 @@ class Run:
         self.cfg, self.device = cfg, pick_device(cfg)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if cfg.runtime.threads is not None:
             torch.set_num_threads(cfg.runtime.threads)
         self.dataset = load_dataset(cfg.data.dataset, cfg.data.split, split_seed=cfg.data.split_seed)
@@ -157,6 +160,11 @@ class Run:
         self.loader = Loader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
         self.model: nn.Module = self.method
         if self.world > 1:
+            if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.method.modules()):
+                raise ValueError(
+                    f"model.encoder = {cfg.model.encoder!r}: it has BatchNorm, whose statistics would differ between "
+                    "workers; use runtime.workers = 1, or an encoder with other norms"
+                )
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(param_groups(self.method, cfg), cfg.optim.lr, cfg.optim.betas, fused=True)
@@ -168,7 +176,14 @@ class Run:
     def _restore(self) -> None:
         state = load(self.directory / "checkpoint.pt")
         if state is not None:
-            self.method.load_state_dict(state["method"])
+            try:
+                self.method.load_state_dict(state["method"])
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ValueError(
+                    f"{self.directory / 'checkpoint.pt'} is of another version of this model ({reason}); "
+                    "start over (viladiff train --fresh), or go back to the version that wrote it"
+                ) from error
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
@@ -179,6 +194,10 @@ class Run:
         if self.rank:
             return
         self.log.flush()
+        norms = torch._foreach_norm([p.detach() for p in self.method.parameters()])
+        if not torch.stack(norms).isfinite().all():
+            # The loss may still be finite where a gradient was not; such weights must not replace good ones.
+            check_finite({"weights": math.nan}, self.step, self.steps, self.cfg, self.directory)
         state = {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -211,8 +230,8 @@ class Run:
                 agree = self.world == 1 or self.step % 10 == 0
                 stopped = agree and self._any(stop.is_set())
                 if keep or stopped or self.step % runtime.log_every == 0:
-                    self.train_seconds += time.perf_counter() - mark
                     bar.note(self._write(pending, writer))
+                    self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
                     if evaluate:
                         self._evaluate_now(report)
                     if keep or stopped:
@@ -331,10 +350,13 @@ class Run:
         if threshold is None:
             return {}
         self.method.eval()
-        sums: dict[str, dict[str, Tensor]] = {}
+        sums: dict[str, dict[str, int]] = {}
         step = Step(self.steps, 1.0, self.cfg.seed)
-        for i, (images, target, text) in enumerate(self._validation()):
-            keys = tuple((i * self.world + self.rank) * 1000 + j for j in range(len(images)))
+        seen = 0
+        for images, target, text in self._validation():
+            # Draws are named by the place in the validation set, whichever worker looks at the image.
+            keys = tuple(self.rank + (seen + j) * self.world for j in range(len(images)))
+            seen += len(images)
             stages = {name: p.max(1) for name, p in self.method.pseudo_labels(images, text, keys, step).items()}
             found = {name: pseudo_quality(p.values, p.indices, target, threshold) for name, p in stages.items()}
             if "after" in stages:
@@ -343,12 +365,9 @@ class Run:
             for name, counts in found.items():
                 into = sums.setdefault(name, {})
                 for what, count in counts.items():
-                    into[what] = into.get(what, 0) + count
+                    into[what] = into.get(what, 0) + int(count)
         out: dict[str, float | None] = {}
-        for name, counts in sums.items():
-            if self.world > 1:
-                for count in counts.values():
-                    dist.all_reduce(count)
+        for name, counts in summed_over_workers(sums).items():
             prefix = "" if name == "change" else f"{name}/"
             out |= {f"{prefix}{what}": share for what, share in pseudo_shares(counts).items()}
         return out

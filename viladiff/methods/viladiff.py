@@ -17,6 +17,7 @@ from viladiff.losses import (
     edge_cross_entropy,
     feature_distillation,
     global_mean,
+    global_sum,
     hard_consistency,
     logit_distillation,
     noise_loss,
@@ -243,7 +244,8 @@ class ViLaDiff(MeanTeacher):
         """Grid logits (U, C, h, w) of the stream that makes pseudo-labels; of the mean, its log-probabilities."""
         source = self.cfg.pseudo.source if self.cfg.vila.enabled else "visual"
         if source == "mean":
-            return torch.stack([stream.logits.softmax(1) for stream in streams.values()]).mean(0).log()
+            mean = torch.stack([stream.logits.softmax(1) for stream in streams.values()]).mean(0)
+            return mean.clamp_min(1e-30).log()  # kept finite, since interpolating an infinity gives NaN
         return streams[source].logits
 
     def _condition(self, streams: dict[str, Stream]) -> Stream:
@@ -262,9 +264,8 @@ class ViLaDiff(MeanTeacher):
             if self.cfg.vila.gate == "always":
                 return torch.ones_like(fusion)
             if self.cfg.vila.gate == "per_batch":
-                count = torch.full_like(fusion.sum(), len(fusion))
-                better = global_mean(fusion.sum(), count) < global_mean(visual.sum(), count)
-                return better.float().expand_as(fusion)
+                totals = global_sum(torch.stack([fusion.sum(), visual.sum()]))
+                return (totals[0] < totals[1]).float().expand_as(fusion)
             return (fusion < visual).float()
 
     def _distil(
@@ -359,7 +360,8 @@ class ViLaDiff(MeanTeacher):
             rest = clean[-len(pseudo.labels) :]
             ce.append(hard_consistency(rest, pseudo.labels, accepted, valid))
             known = torch.where((accepted * valid) > 0, pseudo.labels, 255)
-            edge.append(edge_cross_entropy(rest, known, edge_mask(pseudo.labels)))
+            # The padding has labels too, made up by the teacher; they must not draw an edge around the picture.
+            edge.append(edge_cross_entropy(rest, known, edge_mask(pseudo.labels.masked_fill(~valid, 255))))
         seen_pixels = torch.cat([batch.target != 255, valid])[rows]
         counted = F.avg_pool2d(seen_pixels.float()[:, None], stride)[:, 0] > 0.5
         terms = {

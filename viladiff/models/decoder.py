@@ -28,6 +28,10 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.stride = output or min(4, strides[0])
+        if max(strides) % self.stride:
+            raise ValueError(
+                f"model.encoder: cells of {max(strides)} pixels; the decoder needs a multiple of {self.stride}"
+            )
         self.width = width
         targets = [min(self.stride * 2**i, max(strides)) for i in range(4)]
         self.reshape = nn.ModuleList(
