@@ -15,17 +15,16 @@ from pathlib import Path
 
 from viladiff.config import RunConfig, override
 from viladiff.record import load_record
-from viladiff.train import fit
+from viladiff.train import Run, fit
 
 RECORDS = Path(__file__).resolve().parent.parent / "reports" / "published" / "core" / "records"
 METHODS = ("supervised", "semibaseline", "viladiff")
 SPLITS = ("92", "183", "366", "732", "1464")
 
 
-def done() -> set[tuple[str, str, int]]:
-    """Method, split and seed of every record that is there."""
-    configs = [load_record(path).config for path in RECORDS.glob("*.json")]
-    return {(config["method.name"], config["data.split"], config["seed"]) for config in configs}
+def is_done(cfg: RunConfig, path: Path) -> bool:
+    """Whether the record there is of this very run: one of an older revision or another data set is stale."""
+    return path.exists() and load_record(path).run_id == Run(cfg).name
 
 
 def main() -> None:
@@ -40,17 +39,18 @@ def main() -> None:
     index, count = map(int, args.shard.split("/"))
     wanted = [(m, s, seed) for seed in args.seeds for m in args.methods for s in args.splits]
     for method, split, seed in wanted[index::count]:
-        if (method, split, seed) in done():
+        fields = {"method.name": method, "data.split": split, "seed": seed}
+        runtime = {"runtime.out": args.out, "runtime.threads": 1, "runtime.progress": False}
+        cfg, path = override(RunConfig(), {**fields, **runtime}), RECORDS / f"{method}-{split}-{seed}.json"
+        if is_done(cfg, path):
             continue
         print(f"{method} {split} seed {seed}", end=" ", flush=True)
         if args.dry_run:
             print("is to be run")
             continue
-        fields = {"method.name": method, "data.split": split, "seed": seed}
-        runtime = {"runtime.out": args.out, "runtime.threads": 1, "runtime.progress": False}
-        result = fit(override(RunConfig(), {**fields, **runtime}))
+        result = fit(cfg)
         RECORDS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(result.directory / "record.json", RECORDS / f"{method}-{split}-{seed}.json")
+        shutil.copyfile(result.directory / "record.json", path)
         print("no score" if result.miou is None else f"{100 * result.miou:.2f}", flush=True)
 
 

@@ -367,9 +367,9 @@ class Run:
                 for what, count in counts.items():
                     into[what] = into.get(what, 0) + int(count)
         out: dict[str, float | None] = {}
-        for name, counts in summed_over_workers(sums).items():
+        for name, total in summed_over_workers(sums).items():
             prefix = "" if name == "change" else f"{name}/"
-            out |= {f"{prefix}{what}": share for what, share in pseudo_shares(counts).items()}
+            out |= {f"{prefix}{what}": share for what, share in pseudo_shares(total).items()}
         return out
 
     def _finish(self) -> RunRecord:
