@@ -10,11 +10,10 @@ Runs that have a record there are skipped, interrupted ones continue from their 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from viladiff.config import RunConfig, override
-from viladiff.record import load_record
+from viladiff.record import load_record, save_record, without_paths
 from viladiff.train import Run, fit
 
 RECORDS = Path(__file__).resolve().parent.parent / "reports" / "published" / "core" / "records"
@@ -50,7 +49,7 @@ def main() -> None:
             continue
         result = fit(cfg)
         RECORDS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(result.directory / "record.json", path)
+        save_record(without_paths(result.record), path)
         print("no score" if result.miou is None else f"{100 * result.miou:.2f}", flush=True)
 
 

@@ -66,6 +66,16 @@ def save_record(record: RunRecord, path: Path) -> None:
     temporary.replace(path)
 
 
+def without_paths(record: RunRecord) -> RunRecord:
+    """A copy fit to be published: it no longer says where on somebody's machine it ran."""
+    hidden = ("runtime.out", "runtime.data_root")
+    config, changed = (
+        {name: value for name, value in fields.items() if name not in hidden}
+        for fields in (record.config, record.changed)
+    )
+    return RunRecord(**{**record.model_dump(), "config": config, "changed": changed})
+
+
 def load_record(path: Path) -> RunRecord:
     """Raises ValueError that names the file where it is not a record."""
     try:
