@@ -7,6 +7,7 @@ python benchmarks/step.py --profile    also where the time of a step goes
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -27,16 +28,18 @@ def passes(run: Run, late: bool) -> dict[str, Callable[[], object]]:
     assert isinstance(method, ViLaDiff) and method.denoiser is not None
     data, cfg, denoiser = run.cfg.data, method.cfg.mixe, method.denoiser
     labelled, unlabelled = data.batch_labelled, data.batch_unlabelled
-    both, grid = labelled + unlabelled, data.crop // method.student.decoder.stride
+    grid, taught = data.crop // method.student.decoder.stride, 2 * min(labelled, unlabelled)
     batch = run.loader.micro_batches(0)[0]
     images = torch.cat([batch.image, batch.strong[0]])
     assert batch.text is not None
-    text = type(batch.text)(*(x[torch.arange(both) % labelled] for x in (batch.text.tokens, batch.text.mask)))
+    rows = torch.arange(len(images)) % labelled
+    text = type(batch.text)(batch.text.tokens[rows], batch.text.mask[rows])
     twice = type(text)(torch.cat([text.tokens] * 2, 1), torch.cat([text.mask] * 2, 1))
-    codes = torch.randn(both, class_codes(run.dataset.num_classes).shape[1], grid, grid)
-    region, t = torch.zeros(both, grid, grid, dtype=torch.bool), torch.ones(both, dtype=torch.int64)
+    codes = torch.randn(taught, class_codes(run.dataset.num_classes).shape[1], grid, grid)
+    region, t = torch.zeros(taught, grid, grid, dtype=torch.bool), torch.ones(taught, dtype=torch.int64)
+    few = type(text)(text.tokens[:taught], text.mask[:taught])
     with torch.no_grad():
-        stream = method.student.streams(images, text)["fusion"]
+        stream = method.student.streams(images[:taught], few)["fusion"]
 
     def student() -> None:
         found = method.student.streams(images, twice)
@@ -44,7 +47,7 @@ def passes(run: Run, late: bool) -> dict[str, Callable[[], object]]:
 
     def teacher() -> None:
         with torch.no_grad():
-            method.teacher.streams(images, text)
+            method.teacher.streams(images[:taught], few)
 
     def denoise() -> None:
         clean, noise = denoiser(codes, region, region, t, denoiser.prepare(stream.mid, stream.logits))
@@ -85,10 +88,16 @@ def main() -> None:
     for half, step in (("first half", 100), ("second half, with refinement", 400)):
         run.step = step
         parts = passes(run, late=step > 300)
-        found = median_ms({"step": lambda: run._step(run.loader.micro_batches(run.step)), **parts}, args.repeats)
+        batches = run.loader.micro_batches(run.step)
+        data = {"data": functools.partial(run.loader.micro_batches, run.step)}
+        whole = {"step": functools.partial(run._step, batches)}
+        found = median_ms({**whole, **parts, **data}, args.repeats)
         alone = sum(found[name] for name in parts)
         listed = ", ".join(f"{name} {found[name]:.0f}" for name in parts)
-        print(f"{half}: step {found['step']:.0f} ms / passes {alone:.0f} ms ({listed}) = {found['step'] / alone:.2f}")
+        print(
+            f"{half}: step {found['step']:.0f} ms / passes {alone:.0f} ms ({listed}) = {found['step'] / alone:.2f}; "
+            f"making the batch {found['data']:.0f} ms"
+        )
         if args.profile:
             with torch.profiler.profile() as profile:
                 for _ in range(5):

@@ -233,11 +233,14 @@ class ViLaDiff(MeanTeacher):
         """The teacher's streams on the weak views and, where MixE learns from them, on the labelled images."""
         if self.denoiser is None or self.cfg.mixe.train_on == "unlabelled":
             return self.teacher.streams(batch.weak[0], batch.text_u), {}
-        labelled = len(batch.image)
-        out = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]), join_text(batch.text, batch.text_u))
+        chosen = _chosen(batch)
+        words = None if batch.text is None else TextBatch(batch.text.tokens[chosen], batch.text.mask[chosen])
+        images = torch.cat([batch.image[chosen], batch.weak[0]])
+        out = self.teacher.streams(images, join_text(words, batch.text_u))
+        count = len(chosen)
         return (
-            {name: Stream(*(x[labelled:] for x in stream)) for name, stream in out.items()},
-            {name: Stream(*(x[:labelled] for x in stream)) for name, stream in out.items()},
+            {name: Stream(*(x[count:] for x in stream)) for name, stream in out.items()},
+            {name: Stream(*(x[:count] for x in stream)) for name, stream in out.items()},
         )
 
     def _source_logits(self, streams: dict[str, Stream]) -> Tensor:
@@ -332,18 +335,19 @@ class ViLaDiff(MeanTeacher):
         refinement, so that the denoiser never learns from its own output.
         """
         assert self.denoiser is not None
-        cfg, labelled, size = self.cfg.mixe, len(batch.image), batch.image.shape[-2:]
+        cfg, size, chosen = self.cfg.mixe, batch.image.shape[-2:], _chosen(batch)
         condition, stride = self._condition(seen), self.student.decoder.stride
+        target, count = batch.target[chosen], len(chosen)
         soft, keys, rows = [], [], []
         if cfg.train_on != "unlabelled":
             soft.append(self._source_logits(taught_labelled).softmax(1))
-            keys += [f"l{key}" for key in batch.keys]
-            rows += list(range(labelled))
+            keys += [f"l{batch.keys[i]}" for i in chosen]
+            rows += chosen
         if cfg.train_on != "labelled":
             x0 = soft_unlabelled.softmax(1)
             soft.append(x0 if mix is None else apply_cutmix(x0, mix, stride))
             keys += [f"u{key}" for key in batch.keys_u]
-            rows += list(range(labelled, len(condition.mid)))
+            rows += range(len(batch.image), len(condition.mid))
         mid, logits = condition.mid.detach()[rows].float(), condition.logits.detach()[rows]
         if cfg.cond_noise:
             noise = draws.normal(keys, tuple(mid.shape[1:]), step.seed, "mixe-condition", step.index, device=mid.device)
@@ -353,8 +357,8 @@ class ViLaDiff(MeanTeacher):
 
         ce, edge = [], []
         if cfg.train_on != "unlabelled":
-            ce.append(cross_entropy(clean[:labelled], batch.target))
-            edge.append(edge_cross_entropy(clean[:labelled], batch.target, edge_mask(batch.target)))
+            ce.append(cross_entropy(clean[:count], target))
+            edge.append(edge_cross_entropy(clean[:count], target, edge_mask(target)))
         if cfg.train_on != "labelled":
             accepted = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
             rest = clean[-len(pseudo.labels) :]
@@ -413,6 +417,14 @@ class ViLaDiff(MeanTeacher):
         uniforms = draws.uniform(keys, (steps, h, w), step.seed, "refine-flip", step.index, device=soft.device)
         tau = self._tau(step.progress)
         return refine(self.denoiser, condition, soft.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
+
+
+def _chosen(batch: Batch) -> list[int]:
+    """Labelled images that MixE learns from: as many as there are unlabelled ones; all of them at equal batch sizes.
+
+    They are evenly spaced, so that workers with a share each choose together what one worker would.
+    """
+    return list(range(0, len(batch.image), max(1, len(batch.image) // len(batch.weak[0]))))[: len(batch.weak[0])]
 
 
 def _pseudo(logits: Tensor, size: torch.Size) -> Pseudo:
