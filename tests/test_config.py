@@ -26,9 +26,9 @@ from viladiff.config import (
     run_id,
     schema,
 )
-from viladiff.fields import parse
+from viladiff.fields import Section, parse
 from viladiff.methods import METHODS
-from viladiff.methods.base import MethodConfig, Section
+from viladiff.methods.base import MethodConfig
 from viladiff.sections import CLASSES, DATASETS, POOL, DigitsData, ModelConfig, TrainConfig, VocData
 
 PLAIN = RunConfig()

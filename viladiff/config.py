@@ -15,9 +15,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from viladiff.fields import ConfigError, FieldHelp, coerce, describe, explain, leaves, nearest, nest, unknown, values
+from viladiff.fields import (
+    ConfigError,
+    FieldHelp,
+    Section,
+    coerce,
+    describe,
+    explain,
+    leaves,
+    nearest,
+    nest,
+    unknown,
+    values,
+)
 from viladiff.methods import METHODS
-from viladiff.methods.base import MethodConfig, Section
+from viladiff.methods.base import MethodConfig
 from viladiff.methods.supervised import SupervisedConfig
 from viladiff.sections import (
     CLASSES,

@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 INTEGER = re.compile(r"[+-]?\d+")
@@ -26,6 +26,12 @@ REAL = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.I
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the field, its value and what is allowed."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, strict about keys, numbers that are not finite refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class FieldHelp(NamedTuple):

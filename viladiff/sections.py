@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from viladiff.methods.base import Section
+from viladiff.fields import Section
 
 CLASSES: dict[str, int | None] = {
     "digits": 11,

@@ -9,20 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.fields import Section
 from viladiff.models.ema import ema_update, frozen_copy
 
 if TYPE_CHECKING:
     from viladiff.models.segmenter import Build, Segmenter
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, strict about keys, numbers that are not finite refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class MethodConfig(Section):

@@ -12,6 +12,7 @@ from torch import Tensor
 from viladiff import draws
 from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import apply_cutmix, join_text, mix_text
+from viladiff.fields import Section
 from viladiff.losses import (
     cross_entropy,
     edge_cross_entropy,
@@ -28,7 +29,6 @@ from viladiff.methods.base import (
     MethodConfig,
     PredictConfig,
     PseudoConfig,
-    Section,
     TeacherConfig,
 )
 from viladiff.models.mixe import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
