@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -14,13 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from viladiff.checkpoint import load, save
 from viladiff.config import RunConfig, override
-from viladiff.train import Run, TrainingError, fit, lr_factor, param_groups
+from viladiff.train import Run, Stopped, TrainingError, fit, lr_factor, param_groups
 
 TINY = {
     "method.name": "viladiff",
@@ -339,3 +341,36 @@ def test_cuda_that_is_absent_is_refused() -> None:
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=r"runtime\.device"):
         fit(override(RunConfig(), {"runtime.device": "cuda"}))
+
+
+def test_a_watcher_hears_of_each_log_and_may_end_the_run(tmp_path: Path) -> None:
+    cfg = config(tmp_path, **{"train.steps": 6, "runtime.log_every": 2})
+    heard: list[dict] = []
+
+    def watch(news: dict) -> bool:
+        heard.append(news)
+        return news["step"] == 4
+
+    with pytest.raises(Stopped, match="stopped at step 4 of 6"):
+        fit(cfg, report=watch)
+    assert [(news["step"], news["steps"]) for news in heard] == [(2, 6), (4, 6)]
+    assert all(math.isfinite(news["loss"]) for news in heard)
+    result = fit(cfg, report=heard.append)
+    assert result.record.steps == 6 and result.frame()["step"].tolist() == list(range(6))
+    assert any(news.get("evaluating") for news in heard)
+
+
+def test_pictures_hold_every_stage_as_class_ids(tmp_path: Path) -> None:
+    cfg = config(tmp_path, **{"method.name": "viladiff", "train.steps": 2, "runtime.pictures": 3})
+    with np.load(fit(cfg).directory / "pictures.npz", allow_pickle=False) as found:
+        stages = [name.split("/")[1] for name in sorted(found)]
+        assert stages == [
+            *("image", "truth", "pseudo-label", "refined", "edges"),
+            *("noise t=1", "noise t=2", "noise t=3", "prediction"),
+        ]
+        assert all(array.dtype == np.uint8 and len(array) == 3 for array in found.values())
+        assert found["00/image"].shape == (*found["01/truth"].shape, 3)
+        # An untrained teacher is unsure, so all pixels are in the region of flips; more steps flip more of them.
+        changed = [(found[f"0{i}/noise t={t}"] != found["02/pseudo-label"]).mean() for i, t in ((5, 1), (7, 3))]
+        assert 0 < changed[0] < changed[1] < 1
+        assert set(np.unique(found["04/edges"])) <= {0, 1}

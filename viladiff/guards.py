@@ -20,6 +20,10 @@ class TrainingError(ValueError):
     """Training cannot go on; the message says where it stopped and what to change."""
 
 
+class Stopped(RuntimeError):
+    """Whoever watches a run asked it to end early; its checkpoint is saved, and the same command goes on from it."""
+
+
 @contextmanager
 def stop_flag() -> Iterator[threading.Event]:
     """Set by the first Ctrl-C or SIGTERM, so that a step is never torn; a second one stops at once."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import platform
+import secrets
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "scikit-learn", "viladiff")
 
@@ -54,16 +57,52 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
     git: dict[str, Any]
     step_log: str = "steps.jsonl"
+    scale: str = ""
+    """Size of experiment that the run was made for; empty for a run of its own."""
 
 
 def save_record(record: RunRecord, path: Path) -> None:
-    """Writes the record so that a reader sees none or all of it."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(record.model_dump_json(indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes the record, with its checksum, so that a reader sees none or all of it, also after a power cut."""
+    rest = json.loads(record.model_dump_json())
+    text = json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text.encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file holds the old bytes or the new ones, whole, whenever the process dies and however many write at once.
+
+    A killed writer leaves at most ``.<name>.<pid>.<token>.tmp``, which ``viladiff runs gc`` removes.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes a rename in it last through a power cut; not every platform can open a directory."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def checksum(rest: dict[str, Any]) -> str:
+    """SHA-256 of a record without its ``checksum``, over sorted compact JSON: of content, whatever the file's layout.
+
+    It covers what the file says, not what the model knows, so that fields added later invalidate no older record.
+    """
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def without_paths(record: RunRecord) -> RunRecord:
@@ -76,12 +115,39 @@ def without_paths(record: RunRecord) -> RunRecord:
     return RunRecord(**{**record.model_dump(), "config": config, "changed": changed})
 
 
+class DamagedRecord(ValueError):
+    """The bytes are not those that ``save_record`` wrote; a sound record of another version is a plain ValueError."""
+
+
 def load_record(path: Path) -> RunRecord:
-    """Raises ValueError that names the file where it is not a record."""
+    """Raises ValueError that names the file where it cannot be read, its checksum is wrong or missing, or a field is
+    one that this version does not know."""
     try:
-        return RunRecord.model_validate(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} is not a run's record: {error}") from error
+    return parse_record(data, path)
+
+
+def parse_record(data: bytes, path: Path | str) -> RunRecord:
+    """The record in the bytes of a file; ``path`` is only named. DamagedRecord or ValueError as ``load_record``."""
+    try:
+        rest = json.loads(data)
+        if not isinstance(rest, dict):
+            raise ValueError(f"holds a {type(rest).__name__}")
+    except ValueError as error:
+        raise DamagedRecord(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
+    written = rest.pop("checksum", None)
+    if written is None:
+        raise DamagedRecord(f"{path} is not a run's record: it has no checksum")
+    if written != (found := checksum(rest)):
+        raise DamagedRecord(f"{path} is damaged: its checksum is {str(written)[:12]}, its content gives {found[:12]}")
+    try:
+        return RunRecord.model_validate(rest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} was written by another version of viladiff: {field}: {first['msg']}") from error
 
 
 def versions() -> dict[str, str]:

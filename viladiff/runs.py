@@ -43,6 +43,7 @@ def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[s
     """
     from viladiff.evaluate import STREAMS
     from viladiff.record import load_record
+    from viladiff.scoring import scores
     from viladiff.train import Run
 
     directory = Path(directory)
@@ -58,10 +59,10 @@ def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[s
     run._restore()
     found: dict[str, Any] = {"run": record.run_id, "protocol": run.cfg.eval.protocol}
     for name, network in run.method.networks().items():
-        for stream, scores in run._scores(network, STREAMS, run.cfg.eval.boundary).items():
+        for stream, measured in scores(run, network, STREAMS, run.cfg.eval.boundary).items():
             found |= {
                 f"{name}/{stream}/{what}": value
-                for what, value in scores.items()
+                for what, value in measured.items()
                 if not isinstance(value, list | tuple)
             }
     return found

@@ -232,6 +232,10 @@ class RuntimeConfig(Section):
     """Directory of the real data sets."""
     log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(100, ge=1)
+    scale: str = ""
+    """Size of experiment that the run belongs to, for its record; set by the runner of tables."""
+    pictures: int = Field(0, ge=0, le=64)
+    """Validation images whose labels at every stage are kept in ``pictures.npz``."""
     tensorboard: bool = False
     progress: bool = True
 

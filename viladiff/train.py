@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +14,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from viladiff import draws
+from viladiff import draws, scoring
 from viladiff.batch import Batch, Step
 from viladiff.checkpoint import StepLog, load, save
-from viladiff.config import RunConfig, changed, flatten, run_id
+from viladiff.config import RunConfig, run_id
 from viladiff.data.datasets import load as load_dataset
-from viladiff.data.loader import Loader, validation
-from viladiff.evaluate import STREAMS, evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
-from viladiff.guards import TrainingError, check_finite, memory_errors, stop_flag
-from viladiff.launch import join_group, launch, pick_device, summed_over_workers
+from viladiff.data.loader import Loader
+from viladiff.guards import Stopped, TrainingError, check_finite, memory_errors, stop_flag
+from viladiff.launch import join_group, launch, pick_device
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.segmenter import Build
 from viladiff.optim import lr_factor, param_groups, total_steps
 from viladiff.progress import Progress
-from viladiff.record import RunRecord, git_state, load_record, peak_memory, save_record, versions
+from viladiff.record import RunRecord, load_record, save_record
 from viladiff.text.bank import load_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, Any]], bool | None]
+"""Called by every worker with step and steps: at each log also loss, and miou where one was measured, then True asks
+to stop; and with evaluating = True while no step ends."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,9 @@ def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True) ->
     """Trains, evaluates and records one run in ``runtime.out/<run_id>``.
 
     A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless
-    ``resume`` is False. ``report`` is called with the metrics of each evaluation. With ``runtime.workers`` > 1 and no
-    process group, the workers are started here; inside an existing group (torchrun, Ray Train) the loop joins it.
+    ``resume`` is False. ``report`` hears of each log and evaluation and may end the run early (Stopped). With
+    ``runtime.workers`` > 1 and no process group, the workers are started here; inside an existing group (torchrun, Ray
+    Train) the loop joins it.
     Raises TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
     """
     join_group(cfg)
@@ -120,23 +122,26 @@ class Run:
         self.name = run_id(cfg, self.fingerprints)
         self.directory = Path(cfg.runtime.out).expanduser().resolve() / self.name
         self.started = time.time()
+        self.report: Report | None = None
 
     def execute(self, report: Report | None, resume: bool) -> Result:
         """The whole life of the run; see ``fit``."""
+        self.report = report
         done = self.directory / "record.json"
         if resume and done.is_file():
             return Result(self.directory, load_record(done))
         if self.rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not resume:
-                for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl"):
+                for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl", "pictures.npz"):
                     (self.directory / name).unlink(missing_ok=True)
         self._barrier()
         with memory_errors(self.cfg):
             self._build()
             self._restore()
-            self._train(report)
-            record = self._finish()
+            self._train()
+            record = scoring.record(self)
+            scoring.draw(self)
         if self.rank == 0:
             save_record(record, done)
         self._barrier()
@@ -210,7 +215,7 @@ class Run:
 
     # The loop
 
-    def _train(self, report: Report | None) -> None:
+    def _train(self) -> None:
         cfg, runtime = self.cfg, self.cfg.runtime
         self.method.train()
         pending: list[tuple[int, float, dict[str, Tensor]]] = []
@@ -229,19 +234,23 @@ class Run:
                 keep = self.step % runtime.checkpoint_every == 0 or last or evaluate
                 agree = self.world == 1 or self.step % 10 == 0
                 stopped = agree and self._any(stop.is_set())
+                asked = False
                 if keep or stopped or self.step % runtime.log_every == 0:
-                    bar.note(self._write(pending, writer))
+                    loss = self._write(pending, writer)
+                    bar.note(loss)
                     self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
+                    news = {"step": self.step, "steps": self.steps, "loss": loss}
                     if evaluate:
-                        self._evaluate_now(report)
-                    if keep or stopped:
+                        news |= self._evaluate_now()
+                    if self.report is not None:
+                        asked = self._any(bool(self.report(news))) and not last
+                    if keep or stopped or asked:
                         self._save()
                     mark = time.perf_counter()
                 bar.advance()
-                if stopped:
-                    raise KeyboardInterrupt(
-                        f"stopped at step {self.step} of {self.steps}; the same command continues from there"
-                    )
+                if stopped or asked:
+                    text = f"stopped at step {self.step} of {self.steps}; the same command continues from there"
+                    raise Stopped(text) if asked else KeyboardInterrupt(text)
         if writer is not None:
             writer.close()
 
@@ -320,100 +329,23 @@ class Run:
         cfg = self.cfg
         return f"{cfg.method.name} on {cfg.data.dataset} {cfg.data.split}, seed {cfg.seed}"
 
-    # Evaluation
+    def alive(self) -> None:
+        """Tells whoever watches that the run is at work, where no step ends for long."""
+        if self.report is not None:
+            self.report({"step": self.step, "steps": self.steps, "evaluating": True})
 
-    def _validation(self) -> Iterator[Any]:
-        images = len(self.dataset.val_images)
-        count = min(images, self.cfg.eval.images or images)
-        batch = 1 if self.cfg.eval.protocol != "original" else 25
-        bank = self.val_bank if self.method.views_wanted().text else None
-        return validation(self.dataset, bank, self.device, batch, range(self.rank, count, self.world))
-
-    def _scores(self, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, dict[str, Any]]:
-        ev = self.cfg.eval
-        found = evaluate_network(
-            network, self._validation(), streams, self.dataset.num_classes, boundary, ev.protocol, self.cfg.data.crop
-        )
-        return {name: asdict(scores) for name, scores in found.items()}
-
-    def _evaluate_now(self, report: Report | None) -> None:
+    def _evaluate_now(self) -> dict[str, Any]:
         """A quick look on the way: the headline stream of the predictor, without boundary scores."""
         stream = self.method.headline()
-        scores = self._scores(self.method.predictor(), (stream,), False)
+        scores = scoring.scores(self, self.method.predictor(), (stream,), False)
         self.history.append({"step": self.step, "miou": scores[stream]["miou"] if stream in scores else None})
-        if report is not None:
-            report(dict(self.history[-1]))
-
-    def _pseudo(self) -> dict[str, float | None]:
-        """Quality of the pseudo-labels on validation images, since masks of unlabelled images are never read."""
-        threshold = getattr(getattr(self.cfg.method, "pseudo", None), "threshold", None)
-        if threshold is None:
-            return {}
-        self.method.eval()
-        sums: dict[str, dict[str, int]] = {}
-        step = Step(self.steps, 1.0, self.cfg.seed)
-        seen = 0
-        for images, target, text in self._validation():
-            # Draws are named by the place in the validation set, whichever worker looks at the image.
-            keys = tuple(self.rank + (seen + j) * self.world for j in range(len(images)))
-            seen += len(images)
-            stages = {name: p.max(1) for name, p in self.method.pseudo_labels(images, text, keys, step).items()}
-            found = {name: pseudo_quality(p.values, p.indices, target, threshold) for name, p in stages.items()}
-            if "after" in stages:
-                before, after = ((stages[name].values, stages[name].indices) for name in ("before", "after"))
-                found["change"] = pseudo_change(before, after, target, threshold)
-            for name, counts in found.items():
-                into = sums.setdefault(name, {})
-                for what, count in counts.items():
-                    into[what] = into.get(what, 0) + int(count)
-        out: dict[str, float | None] = {}
-        for name, total in summed_over_workers(sums).items():
-            prefix = "" if name == "change" else f"{name}/"
-            out |= {f"{prefix}{what}": share for what, share in pseudo_shares(total).items()}
-        return out
-
-    def _finish(self) -> RunRecord:
-        cfg = self.cfg
-        predictor, stream = self.method.predictor(), self.method.headline()
-        scores = {name: self._scores(net, STREAMS, cfg.eval.boundary) for name, net in self.method.networks().items()}
-        network = next(name for name, net in self.method.networks().items() if net is predictor)
-        miou = scores[network][stream]["miou"] if stream in scores[network] else None
-        history = [*self.history, {"step": self.steps, "miou": miou}]
-        measured = [entry for entry in history if entry["miou"] is not None]
-        cuda = self.device.type == "cuda"
-        return RunRecord(
-            run_id=self.name,
-            config=flatten(cfg),
-            changed=changed(cfg),
-            fingerprints=self.fingerprints,
-            steps=self.steps,
-            miou=miou,
-            network=network,
-            stream=stream,
-            scores=scores,
-            best=max(measured, key=lambda entry: entry["miou"]) if len(measured) > 1 else None,
-            history=history,
-            pseudo_labels=self._pseudo(),
-            class_names=list(self.dataset.class_names),
-            captions=self.dataset.caption_source,
-            text_encoder=cfg.data.text_encoder,
-            encoder=cfg.model.encoder,
-            pretrained=cfg.model.weights or cfg.model.pretrained,
-            wall_seconds=time.time() - self.started,
-            train_seconds=self.train_seconds,
-            seconds_per_step=self.train_seconds / self.steps,
-            peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else peak_memory(),
-            workers=self.world,
-            threads=torch.get_num_threads(),
-            device=torch.cuda.get_device_name() if cuda else "cpu",
-            versions=versions(),
-            git=git_state(),
-        )
+        return {"steps": self.steps, **self.history[-1]}
 
 
 __all__ = [
     "Result",
     "Run",
+    "Stopped",
     "TrainingError",
     "fit",
     "lr_factor",

@@ -77,6 +77,12 @@ class Method(nn.Module):
         """Class probabilities (B, C, H, W) behind these weak views' pseudo-labels, by stage; none without a teacher."""
         return {}
 
+    def illustrate(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        """Label maps (B, H, W) worth a look, in the order they arise in; by default those of the pseudo-labels."""
+        return {name: found.argmax(1) for name, found in self.pseudo_labels(images, text, keys, step).items()}
+
     def predictor(self) -> Segmenter:
         """The network that is evaluated, shipped and quoted."""
         return self.student

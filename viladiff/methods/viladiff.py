@@ -32,7 +32,8 @@ from viladiff.methods.base import (
     TeacherConfig,
 )
 from viladiff.models.mixe import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
-from viladiff.models.segmenter import Build, Segmenter, Stream, upsample
+from viladiff.models.segmenter import Build, Segmenter, Stream, mixed, upsample
+from viladiff.models.vila import compared
 
 Path = Literal["student_features", "student_logits", "teacher_features", "teacher_logits"]
 
@@ -227,6 +228,28 @@ class ViLaDiff(MeanTeacher):
         stages = {"before": soft} if refined is None else {"before": soft, "after": refined}
         return {name: upsample(x, images.shape[-2:]).softmax(1) for name, x in stages.items()}
 
+    @torch.no_grad()
+    def illustrate(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        """Pseudo-labels before and after refinement, the edges that flip more, and the labels at a few noise levels."""
+        stages = [x.argmax(1) for x in self.pseudo_labels(images, text, keys, step).values()]
+        found = dict(zip(("pseudo-label", "refined"), stages, strict=False))
+        cfg, size = self.cfg.mixe, images.shape[-2:]
+        if self.denoiser is None or cfg.denoiser == "plain":
+            return found
+        soft = self._source_logits(self.teacher.streams(images, text)).softmax(1)
+        _, classes, h, w = soft.shape
+        codes = class_codes(classes).to(soft.device)
+        noise = draws.normal(keys, (codes.shape[1], h, w), step.seed, "picture-noise", step.index, device=soft.device)
+        uniform = draws.uniform(keys, (h, w), step.seed, "picture-flip", step.index, device=soft.device)
+        for t in sorted({1, (cfg.timesteps + 1) // 2, cfg.timesteps}):
+            state = corrupt(soft, t, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
+            found.setdefault("edges", _enlarged(state.edges, size))
+            nearest = torch.einsum("bdhw,cd->bchw", state.codes, codes).argmax(1)
+            found[f"noise t={t}"] = _enlarged(nearest, size)
+        return found
+
     # Teacher
 
     def _teach(self, batch: Batch) -> tuple[dict[str, Stream], dict[str, Stream]]:
@@ -288,7 +311,7 @@ class ViLaDiff(MeanTeacher):
         cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)
         pixels = F.avg_pool2d(valid.float()[:, None], stride)[:, 0] > 0.5
         if mix is not None:
-            taught = {name: _mixed(stream, mix, h, w, patch, stride) for name, stream in taught.items()}
+            taught = {name: mixed(stream, mix, h, w, patch, stride) for name, stream in taught.items()}
         arrows = {"student": [(student["fusion"], student["visual"], gate)], "teacher": []}
         arrows["teacher"].append((taught["visual"], student["fusion"], torch.ones_like(gate)))
         if cfg.teacher_to_visual:
@@ -299,7 +322,7 @@ class ViLaDiff(MeanTeacher):
             parts = []
             for tail, head, weight in arrows[origin]:
                 if what == "features":
-                    source, sink, keep, count = _scope(tail.features, head.features, cells, weight, cfg.feature_scope)
+                    source, sink, keep, count = compared(tail.features, head.features, cells, weight, cfg.feature_scope)
                     loss = feature_distillation(source, sink, cfg.lam, cfg.feature_reduction, weight=keep, count=count)
                     parts.append(cfg.feature_weight * loss)
                 else:
@@ -427,28 +450,10 @@ def _chosen(batch: Batch) -> list[int]:
     return list(range(0, len(batch.image), max(1, len(batch.image) // len(batch.weak[0]))))[: len(batch.weak[0])]
 
 
+def _enlarged(labels: Tensor, size: torch.Size) -> Tensor:
+    """(B, h, w) labels to pixels, each cell as a block."""
+    return F.interpolate(labels.float()[:, None], size, mode="nearest")[:, 0].long()
+
+
 def _pseudo(logits: Tensor, size: torch.Size) -> Pseudo:
     return Pseudo(*upsample(logits, size).softmax(1).max(1))
-
-
-def _mixed(stream: Stream, mix: CutMix, h: int, w: int, patch: int, stride: int) -> Stream:
-    """A teacher stream with the boxes of the strong view pasted into its tokens, map and logits."""
-    tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
-    tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
-    return Stream(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
-
-
-def _scope(
-    teacher: Tensor, student: Tensor, cells: Tensor, weight: Tensor, scope: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features (U, N, W) as the rows (B', D') that Eq. 1 compares, each row's weight, and the number of rows.
-
-    Padding never counts; a row that is gated off still does, so that the gate scales the loss.
-    """
-    mask, images = cells[..., None].to(teacher.dtype), torch.full((), len(weight), device=weight.device)
-    if scope == "tokens":
-        return teacher.flatten(0, 1), student.flatten(0, 1), (weight[:, None] * cells).flatten(), cells.sum()
-    if scope == "flattened":
-        return (teacher * mask).flatten(1), (student * mask).flatten(1), weight, images
-    share = mask.sum(1).clamp(min=1)
-    return (teacher * mask).sum(1) / share, (student * mask).sum(1) / share, weight, images

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viladiff.batch import TextBatch
+from viladiff.batch import CutMix, TextBatch
+from viladiff.data.mixing import apply_cutmix
 from viladiff.models.backbones import Encoder, build_encoder
 from viladiff.models.decoder import Decoder
 from viladiff.models.vila import ViLa
@@ -94,6 +95,13 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
         return {name: upsample(stream.logits, images.shape[-2:]) for name, stream in self.streams(images, text).items()}
+
+
+def mixed(stream: Stream, mix: CutMix, h: int, w: int, patch: int, stride: int) -> Stream:
+    """A teacher stream with the boxes of the strong view pasted into its tokens, map and logits."""
+    tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
+    tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
+    return Stream(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
 
 
 def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:

@@ -70,3 +70,19 @@ class ViLa(nn.Module):
         for block in self.inject:
             tokens = block(tokens, words, mask)
         return tokens
+
+
+def compared(
+    teacher: Tensor, student: Tensor, cells: Tensor, weight: Tensor, scope: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features (U, N, W) as the rows (B', D') that Eq. 1 compares, each row's weight, and the number of rows.
+
+    Padding never counts; a row that is gated off still does, so that the gate scales the loss.
+    """
+    mask, images = cells[..., None].to(teacher.dtype), torch.full((), len(weight), device=weight.device)
+    if scope == "tokens":
+        return teacher.flatten(0, 1), student.flatten(0, 1), (weight[:, None] * cells).flatten(), cells.sum()
+    if scope == "flattened":
+        return (teacher * mask).flatten(1), (student * mask).flatten(1), weight, images
+    share = mask.sum(1).clamp(min=1)
+    return (teacher * mask).sum(1) / share, (student * mask).sum(1) / share, weight, images

@@ -1,0 +1,140 @@
+"""What is measured of a trained run: scores of its networks, quality of its pseudo-labels, pictures, its record."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from viladiff.batch import Step, TextBatch
+from viladiff.config import changed, flatten
+from viladiff.data.loader import validation
+from viladiff.evaluate import STREAMS, evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
+from viladiff.launch import summed_over_workers
+from viladiff.record import RunRecord, git_state, peak_memory, versions
+
+if TYPE_CHECKING:
+    from viladiff.train import Run
+
+
+def batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
+    """This worker's validation images with masks and words; whoever watches the run sees that it is alive."""
+    images = len(run.dataset.val_images)
+    count = min(images, run.cfg.eval.images or images)
+    size = 1 if run.cfg.eval.protocol != "original" else 25
+    bank = run.val_bank if run.method.views_wanted().text else None
+    for batch in validation(run.dataset, bank, run.device, size, range(run.rank, count, run.world)):
+        run.alive()
+        yield batch
+
+
+def scores(run: Run, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, dict[str, Any]]:
+    """{stream: {score: value}} of one network over the validation images of all workers."""
+    cfg = run.cfg.eval
+    classes, crop = run.dataset.num_classes, run.cfg.data.crop
+    found = evaluate_network(network, batches(run), streams, classes, boundary, cfg.protocol, crop)
+    return {name: asdict(measured) for name, measured in found.items()}
+
+
+def pseudo_labels(run: Run) -> dict[str, float | None]:
+    """Quality of the pseudo-labels on validation images, since masks of unlabelled images are never read."""
+    threshold = getattr(getattr(run.cfg.method, "pseudo", None), "threshold", None)
+    if threshold is None:
+        return {}
+    run.method.eval()
+    sums: dict[str, dict[str, int]] = {}
+    step = Step(run.steps, 1.0, run.cfg.seed)
+    seen = 0
+    for images, target, text in batches(run):
+        # Draws are named by the place in the validation set, whichever worker looks at the image.
+        keys = tuple(run.rank + (seen + j) * run.world for j in range(len(images)))
+        seen += len(images)
+        stages = {name: p.max(1) for name, p in run.method.pseudo_labels(images, text, keys, step).items()}
+        found = {name: pseudo_quality(p.values, p.indices, target, threshold) for name, p in stages.items()}
+        if "after" in stages:
+            before, after = ((stages[name].values, stages[name].indices) for name in ("before", "after"))
+            found["change"] = pseudo_change(before, after, target, threshold)
+        for name, counts in found.items():
+            into = sums.setdefault(name, {})
+            for what, count in counts.items():
+                into[what] = into.get(what, 0) + int(count)
+    out: dict[str, float | None] = {}
+    for name, total in summed_over_workers(sums).items():
+        prefix = "" if name == "change" else f"{name}/"
+        out |= {f"{prefix}{what}": share for what, share in pseudo_shares(total).items()}
+    return out
+
+
+def record(run: Run) -> RunRecord:
+    """Everything that is worth keeping of a run that has taken its last step; all workers take part."""
+    cfg = run.cfg
+    predictor, stream = run.method.predictor(), run.method.headline()
+    found = {name: scores(run, net, STREAMS, cfg.eval.boundary) for name, net in run.method.networks().items()}
+    network = next(name for name, net in run.method.networks().items() if net is predictor)
+    miou = found[network][stream]["miou"] if stream in found[network] else None
+    history = [*run.history, {"step": run.steps, "miou": miou}]
+    measured = [entry for entry in history if entry["miou"] is not None]
+    cuda = run.device.type == "cuda"
+    return RunRecord(
+        run_id=run.name,
+        scale=cfg.runtime.scale,
+        config=flatten(cfg),
+        changed=changed(cfg),
+        fingerprints=run.fingerprints,
+        steps=run.steps,
+        miou=miou,
+        network=network,
+        stream=stream,
+        scores=found,
+        best=max(measured, key=lambda entry: entry["miou"]) if len(measured) > 1 else None,
+        history=history,
+        pseudo_labels=pseudo_labels(run),
+        class_names=list(run.dataset.class_names),
+        captions=run.dataset.caption_source,
+        text_encoder=cfg.data.text_encoder,
+        encoder=cfg.model.encoder,
+        pretrained=cfg.model.weights or cfg.model.pretrained,
+        wall_seconds=time.time() - run.started,
+        train_seconds=run.train_seconds,
+        seconds_per_step=run.train_seconds / run.steps,
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else peak_memory(),
+        workers=run.world,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        versions=versions(),
+        git=git_state(),
+    )
+
+
+@torch.no_grad()
+def draw(run: Run) -> None:
+    """Writes ``pictures.npz``: evenly spaced validation images, and their labels at every stage, in order of name.
+
+    Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1.
+    """
+    count = min(run.cfg.runtime.pictures, len(run.dataset.val_images))
+    if run.rank or not count:
+        return
+    run.method.eval()
+    places = np.linspace(0, len(run.dataset.val_images) - 1, count).astype(int).tolist()
+    bank = run.val_bank if run.method.views_wanted().text else None
+    stages: list[tuple[str, np.ndarray]] = [
+        ("image", np.stack([run.dataset.val_images[i] for i in places])),
+        ("truth", np.stack([run.dataset.val_masks[i] for i in places])),
+    ]
+    predictor, stream = run.method.predictor(), run.method.headline()
+    for images, _, text in validation(run.dataset, bank, run.device, count, places):
+        shown = run.method.illustrate(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
+        predicted = {"prediction": predictor(images, text)[stream].argmax(1)}
+        stages += [(name, labels.to(torch.uint8).cpu().numpy()) for name, labels in {**shown, **predicted}.items()]
+    temporary = run.directory / f"pictures.tmp{os.getpid()}"
+    with temporary.open("wb") as file:
+        named: dict[str, Any] = {f"{i:02}/{name}": array for i, (name, array) in enumerate(stages)}
+        np.savez_compressed(file, allow_pickle=False, **named)
+    temporary.replace(run.directory / "pictures.npz")
