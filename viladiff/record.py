@@ -135,7 +135,7 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
         rest = json.loads(data)
         if not isinstance(rest, dict):
             raise ValueError(f"holds a {type(rest).__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedRecord(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
     written = rest.pop("checksum", None)
     if written is None:
