@@ -1,42 +1,92 @@
-"""A table of the paper as data: one TOML file says rows, columns, scales, printed numbers and claims."""
+"""A table of the paper as data: one TOML file says rows, columns, scales, printed numbers and claims.
+
+Nothing here loads torch: what the fields' paths and values mean is checked by ``viladiff.study.cells``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from viladiff.fields import Section
+from viladiff.fields import Section, nearest
 
-Printed = float | Literal["-"]
-"""A number as the paper prints it; "-" where it leaves one out."""
+RESERVED = {
+    "seed": "write seeds = [...] at the top, or ask for other seeds when the table is run",
+    "runtime.scale": "it is the name of the scale",
+}
+_PATH = re.compile(r"[a-z][a-z_]*(\.[a-z][a-z_]*)*")
 
 
-class Scale(Section):
+def _as_printed(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "-" or (number and 0 <= value <= 100):  # type: ignore[operator]
+        return value
+    raise ValueError('must be a number from 0 to 100, or "-" where the paper leaves it out')
+
+
+def _as_seed(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("a seed must be a whole number that is not negative")
+
+
+Printed = Annotated[float | Literal["-"], BeforeValidator(_as_printed)]
+"""A number as the paper prints it, in percent; "-" where it leaves one out."""
+Seeds = Annotated[tuple[Annotated[int, BeforeValidator(_as_seed)], ...], Field(min_length=1)]
+Metric = Literal["miou", "boundary_iou", "trimap_miou", "pixel_accuracy"]
+Kind = Literal["superset_increases", "best_row", "worst_rows", "higher", "gain_shrinks"]
+
+ROWS_OF: dict[str, tuple[int, int | None]] = {
+    "superset_increases": (0, 0),
+    "best_row": (1, 1),
+    "worst_rows": (1, None),
+    "higher": (2, 2),
+    "gain_shrinks": (2, 2),
+}
+"""Fewest and most rows that each kind of claim names; ``viladiff.study.claims`` says what they mean."""
+
+
+class Strict(Section):
+    """No number from text, no number from true, no text from numbers."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Scale(Strict):
     """What the paper's data sets become at one size of experiment."""
 
-    datasets: dict[str, str] = {}
-    """The paper's data set to the one used here."""
-    set: dict[str, Any] = {}
-    seeds: tuple[int, ...] | None = None
+    datasets: dict[str, str] = Field(default_factory=dict)
+    """The paper's data set to the one used here; empty uses the paper's own."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    seeds: Seeds | None = None
     """None takes the table's."""
-    threads: int | None = None
+    threads: int | None = Field(None, ge=1)
     """CPU threads of each run; fixed, since another count changes the last bits."""
     controls: bool = True
-    """Whether rows marked ``control`` are run."""
+    """Whether rows marked ``control`` are run when no rows are named."""
+    guess_step: float | None = Field(None, gt=0)
+    """Seconds a step, for an estimate before anything was measured; none where nobody can say."""
+    guess_besides: float = Field(0.0, ge=0)
+    """Seconds of a run outside its steps, likewise."""
 
 
-class Column(Section):
-    label: str
-    set: dict[str, Any] = {}
+class Column(Strict):
+    label: str = Field(min_length=1)
+    set: dict[str, Any] = Field(default_factory=dict)
 
 
-class Row(Section):
-    label: str
+class Row(Strict):
+    label: str = Field(min_length=1)
     parts: tuple[str, ...] = ()
     """What is on, as the paper ticks it; rows are compared by inclusion of these."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     paper: tuple[Printed, ...] = ()
     """One a column; empty for a row that the paper does not have."""
     control: bool = False
@@ -44,37 +94,200 @@ class Row(Section):
     note: str = ""
 
 
-class Claim(Section):
-    """A sentence of the paper in a form that records can decide."""
+class Claim(Strict):
+    """A sentence in a form that records can decide."""
 
-    text: str
-    kind: str
+    text: str = Field(min_length=1)
+    kind: Kind
+    source: Literal["paper", "ours"] = "paper"
+    """Whose claim it is; the two are corrected for their numbers apart."""
+    metric: Metric = "miou"
     rows: tuple[str, ...] = ()
+    """Labels; which of them is said to be higher depends on the kind."""
     columns: tuple[str, ...] = ()
-    options: dict[str, Any] = {}
+    """Labels, in the order that the claim means; empty for all."""
+    tolerance: float = Field(0.0, ge=0)
+    """Points by which the higher side may fall short and the claim still hold."""
 
 
-class Table(Section):
+class Table(Strict):
     name: str
     """The file's stem."""
     title: str
     metric: Literal["miou"] = "miou"
     select: Literal["last"] = "last"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    base: dict[str, Any] = {}
-    scale: dict[str, Scale]
+    seeds: Seeds = (0, 1, 2)
+    base: dict[str, Any] = Field(default_factory=dict)
+    scale: dict[str, Scale] = Field(min_length=1)
     columns: tuple[Column, ...] = Field(min_length=1)
     rows: tuple[Row, ...] = Field(min_length=1)
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run that a table asks for; equal runs in several cells happen once."""
+class Layer(NamedTuple):
+    """Fields that one place sets."""
 
-    row: int
-    column: int
-    seed: int
-    changes: dict[str, object]
-    """Everything set for this cell, by dotted path, precedence resolved."""
+    entry: str
+    """The place, in words for a message."""
+    fields: Mapping[str, object]
+
+
+def table_layers(table: Table) -> list[Layer]:
+    """What the table's own entries set, scales aside."""
+    columns = [Layer(entry_name("columns", i, one.label), one.set) for i, one in enumerate(table.columns)]
+    rows = [Layer(entry_name("rows", i, one.label), one.set) for i, one in enumerate(table.rows)]
+    return [Layer("base", table.base), *columns, *rows]
+
+
+# Reading
+
+
+def load_table(path: Path | str) -> Table:
+    """The table in a TOML file, checked but for what the paths and values of fields mean, which ``cells`` does.
+
+    Raises ValueError with one line a fault: file, entry (rows and the like are counted from 1), value, what is allowed.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML, or a key twice: {error}") from None
+    faults = [*_unknown_at_top(tree), *_strange_values(tree)]
+    if not faults:
+        try:
+            # JSON's strict mode takes an array for a tuple, which TOML cannot write.
+            table = Table.model_validate_json(json.dumps({**tree, "name": path.stem}))
+        except ValidationError as error:
+            faults = [_sentence(item, tree) for item in error.errors(include_url=False)]
+        else:
+            faults = [*_label_faults(table), *_row_faults(table), *_set_faults(table), *_claim_faults(table)]
+    if faults:
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
+    return table
+
+
+def _unknown_at_top(tree: Mapping[str, Any]) -> Iterator[str]:
+    if "name" in tree:
+        yield f"name = {tree['name']!r}: a table is named by its file; remove the line"
+
+
+def _strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """Dates and numbers that are not finite, wherever they stand: no field takes one."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _strange_values(one, (*where, key))
+    elif isinstance(value, list):
+        for i, one in enumerate(value):
+            yield from _strange_values(one, (*where, i))
+    elif not isinstance(value, str | int | float) or not (isinstance(value, str) or math.isfinite(value)):
+        yield f"{_place(where)} = {value}: must be text, a finite number, true, false or a list of those"
+
+
+def _place(where: Sequence[str | int]) -> str:
+    return "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
+
+
+def entry_name(kind: str, place: int, label: object) -> str:
+    return f"{kind}[{place + 1}] {label!r}"
+
+
+_SECTIONS: dict[str, type[Section]] = {"scale": Scale, "columns": Column, "rows": Row, "claims": Claim}
+
+
+def _sentence(item: Any, tree: Mapping[str, Any]) -> str:
+    """One fault that pydantic found, in the project's words."""
+    loc, value, ctx = list(item["loc"]), item.get("input"), item.get("ctx", {})
+    section = _SECTIONS.get(str(loc[0])) if len(loc) > 1 else None
+    entry, rest = "", loc
+    if section is not None:
+        entry, rest = f"{loc[0]}.{loc[1]}: ", loc[2:]
+        if isinstance(loc[1], int):
+            found = tree[loc[0]][loc[1]]
+            label = found.get("label", found.get("text", "")) if isinstance(found, dict) else found
+            entry = f"{entry_name(loc[0], loc[1], label)}: "
+    field = _place(rest)
+    if item["type"] == "extra_forbidden":
+        allowed = [name for name in (section or Table).model_fields if section or name != "name"]
+        return f"{entry}{field}: no such key{nearest(field, allowed)} Allowed: {', '.join(allowed)}"
+    if item["type"] == "missing":
+        return f"{entry}{field}: missing, and it has no default"
+    if item["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", ctx["expected"])
+        return f"{entry}{field} = {value!r}: allowed: {', '.join(choices)}{nearest(str(value), choices)}"
+    reason = str(ctx["error"]) if item["type"] == "value_error" else item["msg"][0].lower() + item["msg"][1:]
+    return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
+
+
+def _label_faults(table: Table) -> Iterator[str]:
+    for kind in ("rows", "columns"):
+        yield from _twice(kind, [one.label for one in getattr(table, kind)])
+    yield from _twice("claims", [claim.text for claim in table.claims])
+    for where, seeds in [("", table.seeds), *((f"scale.{name}.", one.seeds) for name, one in table.scale.items())]:
+        if seeds is not None and len(set(seeds)) < len(seeds):
+            yield f"{where}seeds = {list(seeds)}: a seed is named twice"
+
+
+def _twice(kind: str, labels: Sequence[str]) -> Iterator[str]:
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            yield f"{entry_name(kind, i, label)}: {kind}[{labels.index(label) + 1}] is called the same"
+
+
+def _row_faults(table: Table) -> Iterator[str]:
+    for i, row in enumerate(table.rows):
+        entry = entry_name("rows", i, row.label)
+        if row.control and row.paper:
+            yield f"{entry}: paper = {list(row.paper)}: a control is ours, so the paper has no numbers for it"
+        elif row.paper and len(row.paper) != len(table.columns):
+            yield f"{entry}: paper = {list(row.paper)}: {len(row.paper)} numbers for {len(table.columns)} columns"
+        if len(set(row.parts)) < len(row.parts):
+            yield f"{entry}: parts = {list(row.parts)}: a part is named twice"
+
+
+def _set_faults(table: Table) -> Iterator[str]:
+    scales = [Layer(f"scale.{name}", one.set) for name, one in table.scale.items()]
+    for entry, fields in (*table_layers(table), *scales):
+        for path, value in fields.items():
+            here = f"{entry}: {path} = {value!r}"
+            if path in RESERVED:
+                yield f"{here}: not set here: {RESERVED[path]}"
+            elif isinstance(value, dict):
+                yield f'{here}: write the whole path in quotes, as in "{path}.{next(iter(value), "field")}" = ...'
+            elif not _PATH.fullmatch(path):
+                yield f"{here}: not a dotted path such as 'train.steps'"
+    for name, one in table.scale.items():
+        if one.threads is not None and "runtime.threads" in one.set:
+            also = one.set["runtime.threads"]
+            yield f"scale.{name}: threads = {one.threads} and runtime.threads = {also!r}: keep one"
+        for entry, fields in table_layers(table):
+            asked = fields.get("data.dataset")
+            if one.datasets and asked is not None and asked not in one.datasets:
+                yield (
+                    f"scale.{name}: datasets = {one.datasets}: does not say what becomes of {asked!r}, "
+                    f"which {entry} asks for{nearest(str(asked), one.datasets)}"
+                )
+
+
+def _claim_faults(table: Table) -> Iterator[str]:
+    rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
+    for i, claim in enumerate(table.claims):
+        entry = entry_name("claims", i, claim.text)
+        fewest, most = ROWS_OF[claim.kind]
+        if len(claim.rows) < fewest or (most is not None and len(claim.rows) > most):
+            wanted = str(fewest) if fewest == most else f"{fewest} or more"
+            yield f"{entry}: rows = {list(claim.rows)}: {len(claim.rows)} rows, but {claim.kind} names {wanted}"
+        for kind, asked, known in (("rows", claim.rows, rows), ("columns", claim.columns, columns)):
+            for label in asked:
+                if label not in known:
+                    yield f"{entry}: {kind} = {label!r}: no such label{nearest(label, known) or '.'} {listed(known)}"
+            if len(set(asked)) < len(asked):
+                yield f"{entry}: {kind} = {list(asked)}: a label is named twice"
+        if claim.kind == "gain_shrinks" and len(claim.columns or columns) < 2:
+            yield f"{entry}: a gain shrinks from column to column, so it takes two at least"
+
+
+def listed(labels: Iterable[str]) -> str:
+    return "Allowed: " + ", ".join(f"{i} {label!r}" for i, label in enumerate(labels, 1))

@@ -1,0 +1,54 @@
+"""What a run will be called, known before it starts; what many runs share is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from viladiff.config import RunConfig, run_id
+from viladiff.data.cache import fingerprint
+from viladiff.data.datasets import Dataset
+from viladiff.data.datasets import load as load_dataset
+from viladiff.methods import METHODS
+from viladiff.models.backbones import weights_fingerprint
+from viladiff.optim import total_steps
+from viladiff.text.bank import load_text
+
+
+class Named(NamedTuple):
+    """A run's name and what it is made of."""
+
+    run_id: str
+    fingerprints: dict[str, str]
+    """Of data, text and, where a file is read, the encoder's first weights."""
+    steps: int
+
+
+def fingerprints(cfg: RunConfig) -> dict[str, str]:
+    """The fingerprints that ``viladiff.train.Run(cfg)`` computes; about a second. Raises ValueError as it does."""
+    return name_runs([cfg])[0].fingerprints
+
+
+def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
+    """The names that ``viladiff.train.Run`` would give, in order; renders data and encodes captions where missing.
+
+    A labelled list is read once and, since the words of a data set are the same under each of its lists, so is a
+    bank of words. Nothing is kept between calls: files may change. Raises ValueError for unusable inputs.
+    """
+    datasets: dict[object, tuple[Dataset, str]] = {}
+    banks: dict[object, str] = {}
+    found = []
+    for cfg in configs:
+        data = cfg.data
+        key = (data.dataset, data.split, data.split_seed)
+        if key not in datasets:
+            opened = load_dataset(data.dataset, data.split, split_seed=data.split_seed)
+            datasets[key] = opened, fingerprint(opened.captions, opened.val_captions, opened.caption_source)
+        dataset, words = datasets[key]
+        bank = (words, data.text_encoder, data.captions)
+        if bank not in banks:
+            banks[bank] = load_text(dataset, data.text_encoder, data.captions)[0].fingerprint
+        prints = {"data": dataset.fingerprint, "text": banks[bank], **weights_fingerprint(cfg)}
+        steps = total_steps(cfg, dataset, METHODS[cfg.method.name].views.unlabelled)
+        found.append(Named(run_id(cfg, prints), prints, steps))
+    return found

@@ -1,0 +1,205 @@
+"""From a table to its runs: what each cell sets, layer over layer, and whether that can be run.
+
+``cells`` loads torch, since it builds the configuration of every cell in order to check it; ``choose`` does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from viladiff.fields import ConfigError, nearest
+from viladiff.study.spec import RESERVED, Layer, Table, entry_name, listed, table_layers
+
+CHOOSERS = ("data.dataset", "method.name")
+"""Fields that choose a section; a layer that chooses another one leaves nothing of the section before."""
+_TYPED = "the command line"
+_NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run that a table asks for; equal runs in several cells happen once."""
+
+    row: int
+    column: int
+    seed: int
+    changes: dict[str, object]
+    """Everything set for this cell, by dotted path, precedence resolved."""
+
+
+# Selection
+
+
+def select(kind: str, labels: Sequence[str], asked: Iterable[str | int]) -> tuple[int, ...]:
+    """Places of the rows or columns that were asked for, in the table's order, each once.
+
+    Each is a label, a number counted from 1, or the beginning of one label only (case does not matter); a label goes
+    before a number. Raises ValueError with the nearest label.
+    """
+    return tuple(sorted({_select_one(kind, labels, str(one)) for one in asked}))
+
+
+def _select_one(kind: str, labels: Sequence[str], asked: str) -> int:
+    if asked in labels:
+        return labels.index(asked)
+    if asked.isascii() and asked.isdigit():
+        if 1 <= int(asked) <= len(labels):
+            return int(asked) - 1
+        raise ValueError(f"{kind} = {asked}: there are {len(labels)}. {listed(labels)}")
+    begins = [i for i, label in enumerate(labels) if asked and label.casefold().startswith(asked.casefold())]
+    if len(begins) == 1:
+        return begins[0]
+    if begins:
+        raise ValueError(f"{kind} = {asked!r}: {len(begins)} begin so: {', '.join(repr(labels[i]) for i in begins)}")
+    raise ValueError(f"{kind} = {asked!r}: no such label{nearest(asked, labels) or '.'} {listed(labels)}")
+
+
+def choose(
+    table: Table,
+    scale: str,
+    seeds: Sequence[int] | None = None,
+    rows: Iterable[str | int] | None = None,
+    columns: Iterable[str | int] | None = None,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(rows, columns, seeds) that a scale runs: places in the table, controls last. Raises ValueError."""
+    if scale not in table.scale:
+        names = ", ".join(table.scale)
+        raise ValueError(f"{table.name}.toml: scale = {scale!r}: allowed: {names}{nearest(scale, table.scale)}")
+    size = table.scale[scale]
+    every = [i for i, row in enumerate(table.rows) if size.controls or not row.control]
+    chosen = every if rows is None else select("rows", [row.label for row in table.rows], rows)
+    across = range(len(table.columns))
+    chosen_columns = across if columns is None else select("columns", [one.label for one in table.columns], columns)
+    wanted = tuple(dict.fromkeys(seeds if seeds is not None else size.seeds or table.seeds))
+    for name, found in (("rows", chosen), ("columns", chosen_columns), ("seeds", wanted)):
+        if not found:
+            raise ValueError(f"{table.name}.toml: {name}: none is left to run")
+    if min(wanted) < 0:
+        raise ValueError(f"seeds = {list(wanted)}: a seed must not be negative")
+    return tuple(sorted(chosen, key=lambda i: table.rows[i].control)), tuple(chosen_columns), wanted
+
+
+# Merging
+
+
+def cells(
+    table: Table,
+    scale: str,
+    seeds: Sequence[int] | None = None,
+    rows: Iterable[str | int] | None = None,
+    columns: Iterable[str | int] | None = None,
+    changes: Mapping[str, object] = _NOTHING,
+) -> list[Cell]:
+    """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
+
+    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``). One that
+    chooses another method or data set drops what earlier ones set for the method or data set before, and of
+    ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
+    data set of a cell lacks is left out there, unless all cells lack it. Loads torch. Raises ValueError that names file
+    and entry.
+    """
+    chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
+    for path in RESERVED.keys() & changes.keys():
+        raise ValueError(f"{path} = {changes[path]}: not set here: {RESERVED[path]}")
+    places = [(row, column) for row in chosen_rows for column in chosen_columns]
+    layers = {place: _layers(table, scale, *place) for place in places}
+    typed = _fitting(changes, {place: _merge(layers[place]) for place in places})
+    settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
+    fixed = {"runtime.scale": scale}
+    found = [
+        Cell(*place, seed, {**{path: one.value for path, one in settled[place].items()}, "seed": seed, **fixed})
+        for seed in chosen_seeds
+        for place in places
+    ]
+    _check(table, found, settled)
+    return found
+
+
+class Setting(NamedTuple):
+    """A field's value and the layer that it comes from, the later the higher."""
+
+    value: object
+    entry: str
+    rank: int
+
+
+def _layers(table: Table, scale: str, row: int, column: int) -> list[Layer]:
+    """Base, scale, column and row, with the paper's data sets replaced by the scale's."""
+    size = table.scale[scale]
+    base, *entries = table_layers(table)
+    chosen = [base, entries[column], entries[len(table.columns) + row]]
+    mapped = [Layer(entry, _mapped(fields, size.datasets)) for entry, fields in chosen]
+    threads = {} if size.threads is None else {"runtime.threads": size.threads}
+    return [mapped[0], Layer(f"scale.{scale}", {**threads, **size.set}), *mapped[1:]]
+
+
+def _mapped(fields: Mapping[str, object], datasets: Mapping[str, str]) -> dict[str, object]:
+    asked = fields.get("data.dataset")
+    return {**fields, "data.dataset": datasets[asked]} if isinstance(asked, str) and asked in datasets else {**fields}
+
+
+def _merge(layers: Iterable[Layer]) -> dict[str, Setting]:
+    """See ``cells``; a chooser that no earlier layer names drops nothing, since what they set was meant for any."""
+    merged: dict[str, Setting] = {}
+    for rank, (entry, fields) in enumerate(layers):
+        for chooser in CHOOSERS:
+            if chooser in fields and chooser in merged and merged[chooser].value != fields[chooser]:
+                section = chooser.partition(".")[0]
+                merged = {path: one for path, one in merged.items() if not path.startswith(f"{section}.")}
+        for one, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
+            if one in fields:
+                merged.pop(other, None)
+        merged |= {path: Setting(value, entry, rank) for path, value in fields.items()}
+    return merged
+
+
+def _fitting(
+    changes: Mapping[str, object], settled: Mapping[tuple[int, int], Mapping[str, Setting]]
+) -> dict[tuple[int, int], Mapping[str, object]]:
+    """``changes`` for each cell, without the fields of other cells' methods and data sets."""
+    from viladiff.config import RunConfig, schema
+
+    plain = RunConfig()
+    defaults = {"data.dataset": plain.data.dataset, "method.name": plain.method.name}
+    fitting: dict[tuple[int, int], Mapping[str, object]] = {}
+    for place, before in settled.items():
+        now = {**defaults, **{path: one.value for path, one in before.items()}, **changes}
+        try:
+            known = schema(*(str(now[chooser]) for chooser in CHOOSERS))
+        except ConfigError:
+            return dict.fromkeys(settled, changes)
+        fitting[place] = {path: value for path, value in changes.items() if path in known}
+    if set(changes) - {path for fields in fitting.values() for path in fields}:
+        return dict.fromkeys(settled, changes)
+    return fitting
+
+
+def _check(table: Table, found: Sequence[Cell], settled: Mapping[tuple[int, int], Mapping[str, Setting]]) -> None:
+    """Raises ValueError with a line for each fault, which names the entry that set the field at fault."""
+    from viladiff.config import RunConfig, override
+
+    faults: dict[str, None] = {}
+    for cell in found:
+        try:
+            override(RunConfig(), cell.changes)
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                faults[f"{table.name}.toml: {_blamed(line, table, cell, settled[cell.row, cell.column])}: {line}"] = (
+                    None
+                )
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _blamed(line: str, table: Table, cell: Cell, settled: Mapping[str, Setting]) -> str:
+    """The last layer that set a field that the message names, or the cell."""
+    named = set(re.findall(r"[a-z_.]*[a-z]", line))
+    setting = [one for path, one in settled.items() if path in named]
+    if setting:
+        return max(setting, key=lambda one: one.rank).entry
+    row, column = table.rows[cell.row].label, table.columns[cell.column].label
+    return f"{entry_name('rows', cell.row, row)} in {entry_name('columns', cell.column, column)}"
