@@ -1,0 +1,234 @@
+"""At most one process works on a run at a time, on one machine or on several that share the directory.
+
+A lease is a file ``lease-<token>.json`` in the run's directory; its token is drawn anew each time and never used again.
+To take one: write one's own file, then look at the others. Whoever sees a living one beside his own withdraws. Of two
+that come at once, the later write is followed by a look that finds the earlier one, so never do both stay; that both
+withdraw is possible, hence they try again after a random pause. Since no name is ever used twice, removing the file of
+a dead holder can be done by anybody, any number of times, and can never hit a living one: a takeover needs no lock of
+its own. Whether a holder lives is seen in the kernel on its own machine, in its heartbeat from elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import secrets
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from viladiff.record import write_atomically
+
+HEARTBEAT = 10.0
+"""Seconds between renewals."""
+SILENT = 60.0
+"""Seconds without a renewal, watched by one's own clock, after which a holder on another machine is taken for dead."""
+LONG_DEAD = 1800.0
+"""Seconds of age by the file's clock that need no watching: no two machines' clocks are that far apart."""
+PATIENCE = 5.0
+"""Seconds to go on trying while others try too."""
+
+_NAME = re.compile(r"lease-[0-9a-f]{32}\.json")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who works on a run, as its lease file says."""
+
+    host: str
+    machine: str
+    """Boot and process namespace: process numbers mean the same only where this is equal; empty where unknown."""
+    pid: int
+    started: int
+    """Start of the process in clock ticks since boot; a process number is used again, with this it is not."""
+    since: str
+    """When the lease was taken, UTC."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+class Watch:
+    """When this process first saw each heartbeat of another machine, so that clocks are never compared."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def silent(self, name: str, beat: int) -> float:
+        """Seconds since ``beat``, the file's modification time in ns, was first seen unchanged."""
+        now = time.monotonic()
+        with self._lock:
+            known = self._seen.get(name)
+            if known is None or known[0] != beat:
+                self._seen[name] = known = (beat, now)
+        return now - known[1]
+
+    def forget(self, name: str) -> None:
+        with self._lock:
+            self._seen.pop(name, None)
+
+
+class Lease:
+    """The right to work on a run until ``release``; a context manager. Not inherited by a forked child."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pid = os.getpid()
+        self._done, self._lost = threading.Event(), threading.Event()
+        threading.Thread(target=self._beat, name=f"lease of {path.parent.name}", daemon=True).start()
+
+    @property
+    def lost(self) -> bool:
+        """True once another machine has taken over, after this one was silent for too long: stop and write nothing."""
+        return self._lost.is_set()
+
+    def release(self) -> None:
+        """May be called twice, and by a forked child, where it does nothing."""
+        if os.getpid() == self._pid:
+            self._done.set()
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT):
+            try:
+                os.utime(self.path)
+            except FileNotFoundError:
+                if not self._done.is_set():
+                    self._lost.set()
+                return
+            except OSError:
+                continue  # the file system may come back before others lose patience
+
+
+def take(directory: Path, watch: Watch) -> Lease | None:
+    """A lease on ``directory``, which is made where it is missing; None where somebody else has or gets one.
+
+    Safe between threads, processes and machines; a lease left by a dead holder is removed on the way.
+    """
+    until = time.monotonic() + PATIENCE
+    pause = 0.002
+    while not living(directory, watch):
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"lease-{secrets.token_hex(16)}.json"
+        try:
+            write_atomically(path, json.dumps(asdict(_self()), indent=1).encode())
+            alone = set(living(directory, watch)) == {path}
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        if alone:
+            return Lease(path)
+        path.unlink(missing_ok=True)
+        if time.monotonic() > until:
+            return None
+        time.sleep(random.uniform(0, pause))
+        pause = min(2 * pause, 0.2)
+    return None
+
+
+def living(directory: Path, watch: Watch) -> dict[Path, Holder | None]:
+    """Leases on ``directory`` whose holder lives, or may; those of dead holders are removed. None: unreadable."""
+    return {path: holder for path, holder, dead in inspect(directory, watch) if not (dead and _remove(path, watch))}
+
+
+def inspect(directory: Path, watch: Watch) -> list[tuple[Path, Holder | None, bool]]:
+    """(file, holder, whether the holder is dead) for each lease on ``directory``; removes nothing."""
+    try:
+        names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for name in sorted(names):
+        path = directory / name
+        try:
+            beat = path.stat().st_mtime_ns
+            text = path.read_bytes()
+        except FileNotFoundError:
+            continue  # released between the two looks
+        except PermissionError:
+            text = b""  # another user's: its heartbeat has to do
+        holder = _parse(text)
+        found.append((path, holder, _dead(holder, name, beat, watch)))
+    return found
+
+
+def runs_here(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    return _started(pid) is not None
+
+
+def _remove(path: Path, watch: Watch) -> bool:
+    path.unlink(missing_ok=True)
+    watch.forget(path.name)
+    return True
+
+
+def _parse(text: bytes) -> Holder | None:
+    try:
+        fields = json.loads(text)
+        holder = Holder(**fields)
+    except (ValueError, TypeError):
+        return None
+    return holder if type(holder.pid) is int and type(holder.started) is int else None
+
+
+def _dead(holder: Holder | None, name: str, beat: int, watch: Watch) -> bool:
+    if holder is not None and holder.machine and holder.machine == _machine():
+        alive = _alive(holder)
+        if alive is not None:
+            return not alive  # a stopped process is silent and may still go on: only the kernel knows
+    return time.time() - beat / 1e9 > LONG_DEAD or watch.silent(name, beat) > SILENT
+
+
+def _alive(holder: Holder) -> bool | None:
+    """Whether the process of this machine runs; None where the kernel does not tell."""
+    started = _started(holder.pid)
+    if started is not None:
+        return started == holder.started
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return None  # another user's, hidden from us
+    return _started(holder.pid) == holder.started  # a zombie, or it came just now
+
+
+def _started(pid: int) -> int | None:
+    """Start time of a process in ticks since boot; None where there is none, or only its remains."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name of the program stands in brackets and may hold anything, also brackets and spaces.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZXx" else int(fields[19])
+
+
+@cache
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _self() -> Holder:
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Holder(socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()) or 0, since)
