@@ -1,13 +1,39 @@
-"""What a table needs run: equal cells once, finished ones not again, and what the rest will cost."""
+"""What a table needs run: equal cells once, finished ones not again, and what the rest will cost.
+
+A plan names its runs, for which data sets, captions and weights have to be read; a plan that was made before is
+therefore kept in a file, and with that file nothing here loads torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from pydantic import TypeAdapter
+
+from viladiff.study.cells import cells, choose
 from viladiff.study.spec import Table
 
+if TYPE_CHECKING:
+    from viladiff.record import RunRecord
+
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
+
+_FORMAT = 1
+"""Raised when the file of a plan means something else than before."""
+_PACKAGE = Path(__file__).resolve().parent.parent
+_DATA_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch")
+"""What else decides the pixels, words and numbers behind a run's name."""
+_NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -20,7 +46,10 @@ class Planned:
     title: str
     """Row, column and seed of its first cell, for people."""
     steps: int
+    changed: dict[str, Any]
+    """Fields outside ``runtime`` that differ from their defaults, as a record has them."""
     workers: int = 1
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,4 +69,330 @@ class Plan:
     columns: tuple[int, ...]
     seeds: tuple[int, ...]
     cells: tuple[PlannedCell, ...]
+    """Seed by seed, so that a campaign that is cut short leaves whole tables."""
     runs: dict[str, Planned]
+    """In the order of their first cells."""
+
+    def run_ids(self, row: int, column: int) -> tuple[str, ...]:
+        """Runs of a cell, one a seed; a cell that was not asked for has none."""
+        return tuple(cell.run_id for cell in self.cells if (cell.row, cell.column) == (row, column))
+
+
+class Runs(Protocol):
+    """What is asked of a store."""
+
+    def records(self) -> dict[str, RunRecord]: ...
+
+    def directory(self, run_id: str) -> Path: ...
+
+    def failure(self, run_id: str) -> object | None: ...
+
+    def holder(self, run_id: str) -> object | None: ...
+
+
+class _Kept(NamedTuple):
+    """What of a plan is worth a file; titles come from the table's present labels."""
+
+    cells: tuple[PlannedCell, ...]
+    runs: tuple[Planned, ...]
+
+
+def make_plan(
+    table: Table,
+    scale: str,
+    *,
+    seeds: Sequence[int] | None = None,
+    rows: Iterable[str | int] | None = None,
+    columns: Iterable[str | int] | None = None,
+    changes: Mapping[str, object] = _NOTHING,
+    cache: Path | None = None,
+) -> Plan:
+    """The unique runs behind a table's cells, named as ``viladiff.train.Run`` names them.
+
+    ``changes`` come from the command line and go before everything that the table sets. ``cache`` is a directory for
+    plans; one made there before from the same fields, code and weights is used again, and torch is not loaded. Plans
+    with data that is not embedded are not kept, since it may change. Raises ValueError for what cannot be run.
+    """
+    chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
+    file = None
+    if cache is not None:
+        key = _key(table, scale, chosen_rows, chosen_columns, chosen_seeds, changes)
+        file = Path(cache) / f"plan-{key}.json"
+    kept = None if file is None else _read(file)
+    if kept is None:
+        kept, lasting = _make(table, scale, chosen_rows, chosen_columns, chosen_seeds, changes)
+        if file is not None and lasting:
+            _write(file, kept)
+    return Plan(table, scale, chosen_rows, chosen_columns, chosen_seeds, kept.cells, _titled(table, kept))
+
+
+def _make(
+    table: Table,
+    scale: str,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    seeds: Sequence[int],
+    changes: Mapping[str, object],
+) -> tuple[_Kept, bool]:
+    """The plan, and whether it holds for as long as its key does."""
+    from viladiff.config import RunConfig, changed, override
+    from viladiff.fingerprints import name_runs
+    from viladiff.sections import EmbeddedData
+
+    labels = [table.rows[i].label for i in rows], [table.columns[i].label for i in columns]
+    found = cells(table, scale, seeds, *labels, changes)
+    configs = [override(RunConfig(), cell.changes) for cell in found]
+    planned: dict[str, Planned] = {}
+    where = []
+    for cell, cfg, named in zip(found, configs, name_runs(configs), strict=True):
+        where.append(PlannedCell(cell.row, cell.column, cell.seed, named.run_id))
+        fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
+        run = Planned(named.run_id, cell.changes, "", named.steps, fields, cfg.runtime.workers, cfg.runtime.threads)
+        planned.setdefault(named.run_id, run)
+    # Through JSON, so that a plan is the same whether it was read or made: tuples become lists.
+    kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()))))
+    return kept, all(isinstance(cfg.data, EmbeddedData) for cfg in configs)
+
+
+def _titled(table: Table, kept: _Kept) -> dict[str, Planned]:
+    titles: dict[str, str] = {}
+    for cell in kept.cells:
+        row, column = table.rows[cell.row].label, table.columns[cell.column].label
+        titles.setdefault(cell.run_id, f"{row}, {column}, seed {cell.seed}")
+    return {run.run_id: replace(run, title=titles[run.run_id]) for run in kept.runs}
+
+
+# Keeping
+
+
+def _key(
+    table: Table,
+    scale: str,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    seeds: Sequence[int],
+    changes: Mapping[str, object],
+) -> str:
+    """Names everything that a plan follows from; titles, labels, printed numbers, notes and claims are not among it."""
+    size = table.scale[scale]
+    places = [
+        {"base": table.base},
+        *({i: table.columns[i].set} for i in columns),
+        *({i: table.rows[i].set} for i in rows),
+    ]
+    fields = {"scale": scale, "set": size.set, "datasets": size.datasets, "threads": size.threads}
+    weights = {
+        str(one["model.weights"]) for one in (table.base, size.set, *_sets(table), changes) if "model.weights" in one
+    }
+    content = [
+        _FORMAT,
+        fields,
+        places,
+        list(seeds),
+        sorted((path, repr(value)) for path, value in changes.items()),
+        [_digest(Path(path)) for path in sorted(weights)],
+        code_digest(),
+        [_version(name) for name in _DATA_PACKAGES],
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _sets(table: Table) -> list[dict[str, Any]]:
+    return [*(row.set for row in table.rows), *(column.set for column in table.columns)]
+
+
+def code_digest() -> str:
+    """Names the package's sources and the weights that it ships, by content."""
+    total = hashlib.sha256()
+    for path in sorted(path for kind in ("*.py", "*.safetensors") for path in _PACKAGE.rglob(kind)):
+        total.update(f"{path.relative_to(_PACKAGE).as_posix()} {_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return "missing"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+_ADAPTER = TypeAdapter(_Kept)
+
+
+def _dumps(kept: _Kept) -> str:
+    return json.dumps({"cells": [asdict(cell) for cell in kept.cells], "runs": [asdict(run) for run in kept.runs]})
+
+
+def _loads(text: str) -> _Kept:
+    return _ADAPTER.validate_json(text)
+
+
+def _read(file: Path) -> _Kept | None:
+    """The plan in a file; None where there is none, or where it is damaged, in which case it is made again."""
+    try:
+        checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
+        if hashlib.sha256(text.encode()).hexdigest() != checksum:
+            return None
+        return _loads(text)
+    except (OSError, ValueError):
+        return None
+
+
+def _write(file: Path, kept: _Kept) -> None:
+    text = _dumps(kept)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # A plan that cannot be kept is still a plan: the next one takes a few seconds longer.
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
+        temporary.replace(file)
+
+
+# What there is, and what it will take
+
+
+def states(plan: Plan, store: Runs) -> dict[str, State]:
+    """How far each run is: done, running (somebody holds it), failed, begun (a checkpoint is there), stale or missing.
+
+    The first that holds, in this order. Stale: nothing is there but a record with the same fields and seed and another
+    name, made with older code, data or weights.
+    """
+    records = store.records()
+    older = {_fields_of(record.changed) for record in records.values()}
+    return {run_id: _state(run, store, records, older) for run_id, run in plan.runs.items()}
+
+
+def _state(run: Planned, store: Runs, records: Mapping[str, RunRecord], older: set[str]) -> State:
+    if run.run_id in records:
+        return "done"
+    if store.holder(run.run_id) is not None:
+        return "running"
+    if store.failure(run.run_id) is not None:
+        return "failed"
+    if (store.directory(run.run_id) / "checkpoint.pt").is_file():
+        return "begun"
+    return "stale" if _fields_of(run.changed) in older else "missing"
+
+
+def _fields_of(changed: Mapping[str, Any]) -> str:
+    """Changed fields outside ``runtime`` as text, the seed among them."""
+    return json.dumps(
+        {path: value for path, value in changed.items() if not path.startswith("runtime.")}, sort_keys=True
+    )
+
+
+class Estimate(NamedTuple):
+    """What finishing a plan takes."""
+
+    cells: int
+    runs: int
+    """Unique ones."""
+    done: int
+    seconds: float | None
+    """Wall time left, with all trials at work; None where nobody can say."""
+    measured: int
+    """Unfinished runs whose time follows from records; those of the rest are guesses that the table states."""
+    cost: float | None
+    """Seconds left at the price that was given; None without one."""
+    basis: str
+    """What ``seconds`` rests on, in words."""
+
+
+def estimate(plan: Plan, store: Runs, concurrency: int = 1, price_per_hour: float | None = None) -> Estimate:
+    """Time that is left with ``concurrency`` runs at once, and its cost at a price per hour of the whole machine.
+
+    A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the records most
+    like it: those that differ in seed, labelled list, captions, length, learning rates and evaluation only, or else
+    those of the same method and data set. Without records the guesses of the scale are taken, and without those
+    nothing is said. Steps that the log of an interrupted run holds are not counted again.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency = {concurrency}: must be at least 1")
+    records = store.records()
+    left = [run for run in plan.runs.values() if run.run_id not in records]
+    size = plan.table.scale[plan.scale]
+    times, alike, akin = [], 0, 0
+    for run in left:
+        near, close = _nearest(run, records.values())
+        alike, akin = alike + (close and bool(near)), akin + (not close and bool(near))
+        step = median(near_step) if (near_step := [_per_step(one) for one in near]) else size.guess_step
+        if step is None:
+            return _estimate(plan, left, None, alike + akin, price_per_hour, f"no run like {run.title!r} was measured")
+        besides = _besides(run, near)
+        outside = size.guess_besides if besides is None else besides
+        times.append(max(0, run.steps - _logged(store.directory(run.run_id))) * step + outside)
+    guessed = len(left) - alike - akin
+    parts = [
+        f"{alike} as measured for runs of the same settings" if alike else "",
+        f"{akin} as measured for the same method and data set" if akin else "",
+        f"{guessed} as guessed in the table, not measured" if guessed else "",
+    ]
+    basis = f"{len(left)} runs to go: " + ", ".join(filter(None, parts)) if left else "nothing to run"
+    seconds = max([sum(times) / concurrency, *times]) if times else 0.0
+    return _estimate(plan, left, seconds, alike + akin, price_per_hour, basis)
+
+
+def _estimate(
+    plan: Plan, left: Sequence[Planned], seconds: float | None, measured: int, price: float | None, basis: str
+) -> Estimate:
+    cost = None if seconds is None or price is None else seconds / 3600 * price
+    return Estimate(len(plan.cells), len(plan.runs), len(plan.runs) - len(left), seconds, measured, cost, basis)
+
+
+_FREE = ("seed", "data.split", "data.split_seed", "data.captions", "train.steps", "train.epochs")
+"""Fields that leave the time of a step as it is; so do learning rates and evaluation."""
+
+
+def _cost_fields(changed: Mapping[str, Any]) -> str:
+    free = {path for path in changed if path in _FREE or path.startswith(("optim.", "eval."))}
+    return _fields_of({path: value for path, value in changed.items() if path not in free})
+
+
+def _nearest(run: Planned, records: Iterable[RunRecord]) -> tuple[list[RunRecord], bool]:
+    """Records to take times from, and whether their settings are the same; on as many threads, where there are such."""
+    usable = [one for one in records if one.steps > 0 and one.train_seconds > 0]
+    same = [one for one in usable if _cost_fields(one.changed) == _cost_fields(run.changed)]
+    kind = ("method.name", "data.dataset")
+    akin = [one for one in usable if all(one.changed.get(path) == run.changed.get(path) for path in kind)]
+    found = same or akin
+    threads = [one for one in found if run.threads is None or one.threads == run.threads]
+    return threads or found, bool(same)
+
+
+def _per_step(record: RunRecord) -> float:
+    return record.train_seconds / record.steps
+
+
+def _besides(run: Planned, near: Sequence[RunRecord]) -> float | None:
+    """Median seconds outside of steps, of records evaluated in the same way where there are such."""
+
+    def scored(changed: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: value for path, value in changed.items() if path.startswith("eval.")}
+
+    # A run that was resumed has trained for longer than its last process lived.
+    whole = [one for one in near if one.wall_seconds >= one.train_seconds]
+    same = [one for one in whole if scored(one.changed) == scored(run.changed)]
+    return median(one.wall_seconds - one.train_seconds for one in same or whole) if whole else None
+
+
+def _logged(directory: Path) -> int:
+    """Steps that an interrupted run has logged; its checkpoint may be somewhat older."""
+    if not (directory / "checkpoint.pt").is_file():
+        return 0
+    try:
+        lines = (directory / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"]) + 1
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0
