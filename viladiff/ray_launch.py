@@ -1,0 +1,210 @@
+"""A table's runs as trials of Ray Tune: one process a slot, reused from run to run, and the records are the truth.
+
+Tune places processes and notices their death. What is next, what is tried again and when to stop is decided by
+``viladiff.study.desk``; what Tune writes is thrown away, since a run continues from its own checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from viladiff.study.desk import Desk
+from viladiff.study.events import Event, Outcome, Settings
+from viladiff.study.plan import Planned
+from viladiff.study.store import Store
+
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever it is told
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths are meant from where the driver was started
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours lets each run end at a step, with a checkpoint
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
+    "TUNE_WARN_THRESHOLD_S": "1000000",
+}
+OBJECT_STORE = 100 * 2**20
+"""Bytes; only names and numbers pass through it."""
+
+
+def run_jobs(
+    jobs: Sequence[Planned], store: Store, settings: Settings, on_event: Callable[[Event], None] = lambda event: None
+) -> list[Outcome]:
+    """Runs what is not done yet and returns one outcome a job, in their order; ``on_event`` is called on this thread.
+
+    One run's failure is its own outcome and leaves the others alone. The first Ctrl-C or SIGTERM lets every run save
+    a checkpoint and come back as "stopped"; the second raises KeyboardInterrupt. A run that another driver is at is
+    waited for, and taken over if that driver dies. Raises ValueError for settings that this machine cannot meet.
+    """
+    if not jobs:
+        return []
+    settings = replace(settings, threads=max(job.threads or settings.threads for job in jobs))
+    slots = settings.max_concurrent or _slots(settings, len(jobs))
+    single = Desk([job for job in jobs if job.workers == 1], store, settings, slots, on_event)
+    shared = Desk([job for job in jobs if job.workers > 1], store, settings, slots, on_event)
+    for desk in (single, shared):
+        desk.settle()
+    if not (single.over and shared.over):  # starting Ray takes seconds
+        # Ray sets a handler of its own for SIGTERM, so ours come after it.
+        with cluster(settings, slots, shared.waiting) as scratch, _interrupts(single, shared):
+            _run_single(single, scratch)
+            _run_shared(shared)
+    outcomes = single.outcomes | shared.outcomes
+    return [outcomes[job.run_id] for job in jobs]
+
+
+# Ray itself
+
+
+@contextmanager
+def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> Iterator[Path]:
+    """Joins ``settings.address``, or has a silent Ray of this machine's own for the time; yields a scratch directory.
+
+    A driver that is killed takes the processes of its own Ray along; its directory is removed by the next one.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module="ray")
+    import ray
+
+    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    scratch = _scratch()
+    # An idle thread of a numerical library is still a thread that spins beside the others.
+    threads = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    options["runtime_env"] = {"env_vars": {**threads, "PL_DISABLE_FORK": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}}
+    try:
+        if settings.address is not None:
+            ray.init(address=settings.address, **options)
+        else:
+            wanted = max([slots * settings.threads, *(job.workers * settings.threads for job in shared)])
+            ray.init(
+                address="local",
+                num_cpus=max(cpus(), wanted),
+                object_store_memory=OBJECT_STORE,
+                include_dashboard=settings.dashboard,
+                dashboard_host="127.0.0.1",
+                _temp_dir=str(scratch / "ray"),
+                **options,
+            )
+        yield scratch
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _slots(settings: Settings, jobs: int) -> int:
+    if settings.address is not None:
+        return jobs  # a cluster may grow; Ray lets wait what it has no room for
+    if not settings.gpus_per_trial:
+        return max(1, cpus() // settings.threads)
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    found = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    if found < settings.gpus_per_trial:
+        raise ValueError(
+            f"gpus_per_trial = {settings.gpus_per_trial:g}, but this machine has {found} GPUs: "
+            "lower it, or give the address of a cluster"
+        )
+    return int(found / settings.gpus_per_trial)
+
+
+def _scratch() -> Path:
+    """A directory of this driver's own; those of drivers that were killed are removed."""
+    # Sockets lie in it, and their names must stay under 107 characters.
+    base = Path(tempfile.gettempdir())
+    base = base if len(str(base)) < 24 else Path("/tmp")
+    for old in base.glob("viladiff-*-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
+
+
+def _running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def _interrupts(*desks: Desk) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM is taken up by the desks' next ticks; a second one ends this process's wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if desks[0].asked_to_stop:
+            raise KeyboardInterrupt
+        for desk in desks:
+            desk.asked_to_stop = True
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# Trials of one worker
+
+
+def _run_single(desk: Desk, scratch: Path) -> None:
+    if desk.over:
+        return
+    from ray import tune
+
+    from viladiff.ray_trial import Place, trial
+    from viladiff.ray_tune import Queue, Watch, stop_name
+
+    settings = desk.settings
+    place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    jobs = {job.run_id: job for job in desk.waiting}
+    resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial}
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(trial, jobs=jobs, place=place), resources),
+        tune_config=tune.TuneConfig(search_alg=Queue(desk), num_samples=-1, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="table", storage_path=str(scratch / "tune"), verbose=0, callbacks=[Watch(desk, place.stop_name)]
+        ),
+    )
+    tuner.fit()
+
+
+def _run_shared(desk: Desk) -> None:
+    if desk.over:
+        return
+    from viladiff.ray_train import run_shared
+
+    run_shared(desk)
+
+
+__all__ = ["Event", "Outcome", "Settings", "cluster", "cpus", "run_jobs"]

@@ -1,0 +1,160 @@
+"""One run inside a Ray worker: lease, ``fit``, and every error turned into a word that the driver can act on.
+
+Torch is imported where it is used: the driver names these functions and never runs them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from viladiff.study.desk import SETUP
+from viladiff.study.plan import Planned
+from viladiff.study.store import Store
+
+if TYPE_CHECKING:
+    from viladiff.config import RunConfig
+    from viladiff.study.lease import Lease
+
+SAY_EVERY = 2.0
+"""Seconds between words to the driver, and between looks whether the run is to stop."""
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker has to know besides the run; every path is absolute."""
+
+    root: str
+    cwd: str
+    """Where the driver was started: paths in a configuration are meant from there."""
+    threads: int
+    hang_after: float
+    stop_name: str
+    """An actor of this name exists once all runs are to stop."""
+
+
+def trial(config: Mapping[str, Any], jobs: Mapping[str, Planned], place: Place) -> None:
+    """A Tune function trainable: runs ``jobs[config["run"]]`` and reports how it ended as the last result."""
+    from ray import tune
+
+    # A reused worker ends its trial with a report and not with a returned value, which costs one more exchange.
+    tune.report(attempt(jobs[config["run"]], place, tune.report))
+
+
+def attempt(job: Planned, place: Place, tell: Tell) -> dict[str, Any]:
+    """Does the run unless it is done or somebody else is at it; returns ``state`` and what belongs to it."""
+    store = Store(Path(place.root))
+    tell({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
+    lease = store.lease(job.run_id)
+    if lease is None:
+        return {"state": "elsewhere"}
+    with lease:
+        return _held(job, place, tell, store.directory(job.run_id), lease)
+
+
+def _held(job: Planned, place: Place, tell: Tell, directory: Path, lease: Lease) -> dict[str, Any]:
+    trace = directory / "hang.txt"
+    with trace.open("w") as file:
+        watchdog = _Watchdog(file.fileno(), place.hang_after)
+        report = _reporter(tell, watchdog, place.stop_name, lease)
+        try:
+            watchdog.arm(SETUP)
+            from viladiff.train import fit
+
+            cfg = _configuration(job, place)
+            began = time.time()
+            result = fit(cfg, report=report)
+        except BaseException as error:
+            found = explained(error)
+            if found is None:
+                raise
+            return found
+        finally:
+            watchdog.rest()
+            trace.unlink(missing_ok=True)
+    if result.directory.name != job.run_id:
+        message = f"the run is named {result.directory.name}, but was planned as {job.run_id}; plan it again"
+        return {"state": "failed", "kind": "error", "message": message}
+    return {"state": "done", "began": began, "ended": time.time(), "miou": result.miou}
+
+
+def _configuration(job: Planned, place: Place) -> RunConfig:
+    from viladiff.config import RunConfig, override
+
+    with suppress(FileNotFoundError):
+        os.chdir(place.cwd)
+    changes = {"runtime.threads": place.threads, **job.changes, "runtime.out": place.root, "runtime.progress": False}
+    return override(RunConfig(), changes)
+
+
+def explained(error: BaseException) -> dict[str, Any] | None:
+    """The last word of a run that ended with this error; None for one that is not the run's own (an interrupt)."""
+    from viladiff.guards import Stopped, TrainingError
+
+    if isinstance(error, Stopped):
+        return {"state": "stopped"}
+    if not isinstance(error, Exception):
+        return None
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        kind = "memory"
+    elif isinstance(error, TrainingError):
+        kind = "nan"
+    else:
+        kind = "error"
+        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+    return {"state": "failed", "kind": kind, "message": text}
+
+
+class _Watchdog:
+    """Ends the process when nobody arms it again in time, also where Python itself stands still; leaves the stacks."""
+
+    def __init__(self, file: int, seconds: float) -> None:
+        self.file, self.seconds = file, seconds
+
+    def arm(self, times: float = 1) -> None:
+        faulthandler.dump_traceback_later(self.seconds * times, exit=True, file=self.file)
+
+    def rest(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _reporter(tell: Tell, watchdog: _Watchdog, stop_name: str, lease: Lease) -> Callable[[dict[str, Any]], bool]:
+    """What ``fit`` calls at each log: a sign of life, now and then a word to the driver; True asks it to stop."""
+    said = time.monotonic()
+
+    def report(news: dict[str, Any]) -> bool:
+        nonlocal said
+        if lease.lost:
+            # Another machine has the run by now: two writers in one directory would spoil each other's files.
+            raise RuntimeError("the lease on this run was lost to another machine")
+        watchdog.arm()
+        if time.monotonic() - said < SAY_EVERY:
+            return False
+        # A driver that is busy or stopped keeps this call waiting, which is no fault of the run.
+        watchdog.rest()
+        tell({name: news[name] for name in ("step", "steps", "loss", "miou") if name in news})
+        asked = _stop_asked(stop_name)
+        watchdog.arm()
+        said = time.monotonic()
+        return asked
+
+    return report
+
+
+def _stop_asked(name: str) -> bool:
+    try:
+        ray.get_actor(name)
+    except ValueError:
+        return False
+    return True
