@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from viladiff import __version__
+from viladiff.study.runs_cli import add_runs
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig
@@ -94,8 +95,11 @@ def parser() -> argparse.ArgumentParser:
     render.add_argument("names", nargs="+", choices=("digits", "dense"), metavar="NAME", help="digits or dense")
     render.set_defaults(run=_render)
 
+    add_runs(commands)
+
     doctor = commands.add_parser("doctor", help="check this machine and installation")
     doctor.add_argument("--out", metavar="DIR", default="runs", help="directory of runs to check")
+    doctor.add_argument("--cluster", metavar="FILE", help="check a cluster's file instead, before `ray up` reads it")
     doctor.set_defaults(run=_doctor)
     return top
 
@@ -188,7 +192,12 @@ def _render(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from viladiff.doctor import examine, show
 
-    checks = examine(args.out)
+    if args.cluster:
+        from viladiff.ray_cluster import examine_cluster
+
+        checks = examine_cluster(args.cluster)
+    else:
+        checks = examine(args.out)
     show(checks)
     return int(any(check.broken for check in checks))
 
