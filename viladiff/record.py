@@ -59,13 +59,19 @@ class RunRecord(BaseModel):
     step_log: str = "steps.jsonl"
     scale: str = ""
     """Size of experiment that the run was made for; empty for a run of its own."""
+    finished: str = ""
+    """When the record was made, UTC, as 2026-01-31T12:00:00Z; empty where it was not noted."""
 
 
 def save_record(record: RunRecord, path: Path) -> None:
     """Writes the record, with its checksum, so that a reader sees none or all of it, also after a power cut."""
+    write_atomically(path, record_bytes(record))
+
+
+def record_bytes(record: RunRecord) -> bytes:
+    """What ``save_record`` writes: JSON, the checksum last."""
     rest = json.loads(record.model_dump_json())
-    text = json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, text.encode())
+    return json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -94,7 +94,7 @@ class Store:
     def published(self) -> list[RunRecord]:
         """Records of the layers, one a run."""
         found: dict[str, RunRecord] = {}
-        for path in self._layer_files():
+        for path in self.layer_files():
             record = self._load(path)
             if record is not None:
                 found.setdefault(record.run_id, record)
@@ -124,12 +124,12 @@ class Store:
         if mine.is_file():
             return mine
         if name == "record.json":
-            found = (path for path in self._layer_files() if (one := self._load(path)) and one.run_id == run_id)
+            found = (path for path in self.layer_files() if (one := self._load(path)) and one.run_id == run_id)
             return next(found, None)
         stem, suffix = os.path.splitext(name)
         return next((path for layer in self.layers for path in sorted(layer.glob(f"**/{stem}/{run_id}{suffix}"))), None)
 
-    def _layer_files(self) -> Iterator[Path]:
+    def layer_files(self) -> Iterator[Path]:
         for layer in self.layers:
             yield from sorted(layer.glob("**/records/*.json"))
 

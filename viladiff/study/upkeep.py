@@ -1,0 +1,151 @@
+"""Whether runs on disk are what they say, and what of them can go; both only look, ``remove`` alone deletes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from viladiff.fields import ConfigError, nest
+from viladiff.record import RunRecord, load_record
+from viladiff.study.lease import runs_here
+from viladiff.study.store import GRACE, Store
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.prev.pt")
+_DAMAGED = re.compile(r"[0-9a-f]{16}-\S+")
+_IMPORT = re.compile(r"\.import-(\d+)-\S+")
+
+
+class Finding(NamedTuple):
+    """One file that was looked at."""
+
+    path: Path
+    run_id: str
+    good: bool
+    text: str
+
+
+class Waste(NamedTuple):
+    """A file or directory that nothing needs any more."""
+
+    path: Path
+    why: str
+    size: int
+    """Bytes that removing it frees; a second name of a file that was counted is 0."""
+
+
+def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Finding]:
+    """Reads every record and checkpoint against its checksum and recomputes each run's name; None is all runs.
+
+    A run of an older revision is good: its numbers are what they were, only a table of today would run it again.
+    torch is loaded when the first sound record is met. Nothing is moved or changed.
+    """
+    files = [store.directory(run_id) / "record.json" for run_id in store.own()]
+    for path in [*(path for path in files if path.exists()), *store.layer_files()]:
+        mine = path.parent.parent == store.root
+        try:
+            record = load_record(path)
+        except ValueError as error:
+            # Which run a damaged file of a layer was is unknown, so it is always told.
+            if wanted is None or not mine or path.parent.name in wanted:
+                yield Finding(path, path.parent.name if mine else "", False, str(error))
+            continue
+        if wanted is not None and record.run_id not in wanted:
+            continue
+        if mine and path.parent.name != record.run_id:
+            yield Finding(path, path.parent.name, False, f"is the record of another run, {record.run_id}")
+        else:
+            yield Finding(path, record.run_id, True, _revision(record))
+    for run_id in store.own():
+        if wanted is None or run_id in wanted:
+            yield from _checkpoints(store.directory(run_id), run_id)
+
+
+def current_name(record: RunRecord) -> str | None:
+    """What the run would be called today; None where a field of it is gone or no longer allowed."""
+    from viladiff.config import RunConfig, run_id
+
+    try:
+        return run_id(RunConfig(**nest(record.config)), record.fingerprints)
+    except ConfigError:
+        return None
+
+
+def _revision(record: RunRecord) -> str:
+    name = current_name(record)
+    if name == record.run_id:
+        return "record and name are right"
+    return f"record is right; older revision, today's name would be {name}" if name else "record is right; older fields"
+
+
+def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
+    for path in (directory / name for name in CHECKPOINTS):
+        if not path.exists():
+            continue
+        from viladiff.checkpoint import load_file
+
+        try:
+            state = load_file(path)
+            yield Finding(path, run_id, True, f"readable, at step {state.get('step', '?')}")
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            yield Finding(path, run_id, False, str(error))
+
+
+def waste(store: Store, keep_checkpoints: bool = False) -> list[Waste]:
+    """What ``viladiff runs gc`` removes; never a record that can be read, never anything of a run in work."""
+    found: list[tuple[Path, str]] = [
+        (path, "lease of a process that is gone" if "lease-" in path.name else "left half written")
+        for path in store.litter()
+    ]
+    found += [(path, "left by an import") for path in _entries(store.root, _IMPORT) if _abandoned_import(path)]
+    found += [(path, "damaged, set aside") for path in _entries(store.root / "damaged", _DAMAGED)]
+    for run_id in [] if keep_checkpoints else store.own():
+        if _finished(store, run_id):
+            paths = (store.directory(run_id) / name for name in CHECKPOINTS)
+            found += [(path, "checkpoint of a finished run") for path in paths if path.is_file()]
+    seen: set[tuple[int, int]] = set()
+    return [Waste(path, why, _size(path, seen)) for path, why in found]
+
+
+def remove(item: Waste) -> None:
+    """Deletes it; what another process deleted first is no error."""
+    if item.path.is_dir() and not item.path.is_symlink():
+        shutil.rmtree(item.path, ignore_errors=True)
+    else:
+        item.path.unlink(missing_ok=True)
+
+
+def _finished(store: Store, run_id: str) -> bool:
+    """Not asked of the store, which would set a damaged record aside: looking must not move anything."""
+    try:
+        return load_record(store.directory(run_id) / "record.json").run_id == run_id and store.holder(run_id) is None
+    except ValueError:
+        return False
+
+
+def _entries(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    try:
+        return [folder / name for name in sorted(os.listdir(folder)) if names.fullmatch(name)]
+    except FileNotFoundError:
+        return []
+
+
+def _abandoned_import(path: Path) -> bool:
+    writer = int(path.name.split("-")[1])
+    return not runs_here(writer) and abs(time.time() - path.stat().st_mtime) > GRACE
+
+
+def _size(path: Path, seen: set[tuple[int, int]]) -> int:
+    total = 0
+    for file in [path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())]:
+        stat = file.lstat()
+        if (stat.st_dev, stat.st_ino) not in seen and not file.is_dir():
+            seen.add((stat.st_dev, stat.st_ino))
+            total += stat.st_size
+    return total
