@@ -198,6 +198,7 @@ def test_a_step_stays_finite_where_the_teacher_is_wholly_sure() -> None:
     losses = made(given, Step(7, 0.9, 3))
     losses.total.backward()
     assert losses.total.isfinite() and all(term.isfinite() for term in losses.terms.values())
+    assert losses.terms["coverage"] == 1  # a confidence that is no number would pass no threshold, unnoticed
     assert all(p.grad.isfinite().all() for p in made.parameters() if p.grad is not None)
 
 
