@@ -17,6 +17,7 @@ from torch import nn
 from viladiff import draws
 from viladiff.batch import Batch, CutMix, Step, TextBatch
 from viladiff.config import RunConfig, override
+from viladiff.losses import pixel_cross_entropy
 from viladiff.methods import METHODS
 from viladiff.methods.base import MeanTeacher, Method
 from viladiff.models.segmenter import Build
@@ -334,7 +335,8 @@ def test_gate_opens_where_the_fusion_stream_is_better() -> None:
     good, bad = torch.zeros(2, CLASSES, 4, 4), torch.zeros(2, CLASSES, 4, 4)
     good[:, 0], bad[:, 1] = 5.0, 5.0
     logits = {"fusion": torch.stack([good[0], bad[0]]), "visual": torch.stack([bad[0], good[0]])}
-    assert method._gate(logits, labels, torch.ones(2, 4, 4)).tolist() == [1.0, 0.0]
+    maps = {name: pixel_cross_entropy(x, labels) for name, x in logits.items()}
+    assert method._gate(maps, torch.ones(2, 4, 4, dtype=torch.bool)).tolist() == [1.0, 0.0]
 
 
 def test_denoiser_learns_from_labels_as_they_were_before_refinement(monkeypatch: pytest.MonkeyPatch) -> None:

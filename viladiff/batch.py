@@ -49,6 +49,8 @@ class CutMix:
     """(U, 4) int64: top, left, bottom, right in pixels, snapped to the patch grid; all zero means no box."""
     partner: Tensor
     """(U,) int64: index of the image that the box is cut from."""
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What is inside the boxes, by (stride, height, width) of a map; filled by ``apply_cutmix``."""
 
 
 @dataclass
@@ -86,7 +88,7 @@ def _move(value: object, device: torch.device) -> object:
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
     if isinstance(value, TextBatch | CutMix):
-        moved: dict[str, Any] = {f.name: _move(getattr(value, f.name), device) for f in fields(value)}
+        moved: dict[str, Any] = {f.name: _move(getattr(value, f.name), device) for f in fields(value) if f.init}
         return replace(value, **moved)
     return value
 

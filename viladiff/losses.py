@@ -94,10 +94,17 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
     included. Raises ValueError for unlike shapes and an unknown norm.
     """
     choose("norm", norm, ("labelled", "all"))
-    loss = _pixel_cross_entropy(logits, target)
+    loss = pixel_cross_entropy(logits, target)
+    if weight is None and norm == "labelled":
+        return labelled_mean(loss, target)
     total = loss.sum() if weight is None else (loss * weight.float()).sum()
     counted = target != IGNORE if norm == "labelled" else torch.ones_like(target, dtype=torch.bool)
     return global_mean(total, counted.sum())
+
+
+def labelled_mean(loss: Tensor, target: Tensor) -> Tensor:
+    """The reduction of ``cross_entropy``, of a map (B, H, W) that is 0 where ``target`` is 255."""
+    return global_mean(loss.sum(), (target != IGNORE).sum())
 
 
 def hard_consistency(logits: Tensor, labels: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
@@ -107,7 +114,11 @@ def hard_consistency(logits: Tensor, labels: Tensor, confidence_weight: Tensor, 
     bool, False in padding. The form is that of FixMatch and UniMatch. Raises ValueError for unlike shapes.
     """
     _same_shape("labels", labels, "valid", valid)
-    loss = _pixel_cross_entropy(logits, labels)
+    return confident_mean(pixel_cross_entropy(logits, labels), confidence_weight, valid)
+
+
+def confident_mean(loss: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
+    """The reduction of ``hard_consistency``, of a map (U, H, W)."""
     return global_mean((loss * (confidence_weight.float() * valid)).sum(), valid.sum())
 
 
@@ -118,8 +129,12 @@ def edge_cross_entropy(logits: Tensor, target: Tensor, edges: Tensor) -> Tensor:
     ValueError for unlike shapes.
     """
     _same_shape("target", target, "edges", edges)
-    counted = edges & (target != IGNORE)
-    return global_mean((_pixel_cross_entropy(logits, target) * counted).sum(), counted.sum())
+    return edge_mean(pixel_cross_entropy(logits, target), edges & (target != IGNORE))
+
+
+def edge_mean(loss: Tensor, edges: Tensor) -> Tensor:
+    """The reduction of ``edge_cross_entropy``, of a map (B, H, W) on edges with a known label."""
+    return global_mean((loss * edges).sum(), edges.sum())
 
 
 def noise_loss(pred: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
@@ -141,8 +156,13 @@ def per_image_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Te
     that are valid and not 255; 0 for an image that has none. Raises ValueError for unlike shapes.
     """
     _same_shape("labels", labels, "valid", valid)
-    counted = valid & (labels != IGNORE)
-    total = (_pixel_cross_entropy(logits, labels) * counted).flatten(1).sum(dim=1)
+    return image_mean(pixel_cross_entropy(logits, labels), valid & (labels != IGNORE))
+
+
+@torch.no_grad()
+def image_mean(loss: Tensor, counted: Tensor) -> Tensor:
+    """The reduction of ``per_image_cross_entropy``, of a map (B, H, W) over the bool pixels ``counted``."""
+    total = (loss * counted).flatten(1).sum(dim=1)
     return total / counted.flatten(1).sum(dim=1).clamp(min=1)
 
 
@@ -165,8 +185,11 @@ def _gated_mean(values: Tensor, weight: Tensor | None, count: Tensor | None) -> 
     return global_mean((values * weight).sum(), weight.sum() if count is None else count)
 
 
-def _pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """(B, H, W), 0 where the target is 255."""
+def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """(B, H, W) nats, 0 where the target is 255: where several losses read one map, it is computed once.
+
+    ``logits`` (B, C, H, W), ``target`` (B, H, W) int64. Raises ValueError for unlike shapes.
+    """
     if logits.ndim != target.ndim + 1 or logits.shape[:1] + logits.shape[2:] != target.shape:
         raise ValueError(
             f"target {tuple(target.shape)} does not fit logits {tuple(logits.shape)}: want (B, H, W), (B, C, H, W)"

@@ -71,10 +71,12 @@ def apply_cutmix(x: Tensor, cutmix: CutMix, stride: int = 1) -> Tensor:
     """
     if len(x) != len(cutmix.boxes) or len(x) != len(cutmix.partner):
         raise ValueError(f"{len(x)} images, {len(cutmix.boxes)} boxes, {len(cutmix.partner)} partners: must be equal")
-    if cutmix.boxes.device.type == "cpu":
-        _check(cutmix, stride)
-    mask = box_mask(cutmix.boxes, x.shape[-2], x.shape[-1], stride)
-    mask = mask.view(len(x), *[1] * (x.ndim - 3), *x.shape[-2:])
+    where = (stride, x.shape[-2], x.shape[-1])
+    if where not in cutmix.masks:
+        if cutmix.boxes.device.type == "cpu":
+            _check(cutmix, stride)
+        cutmix.masks[where] = box_mask(cutmix.boxes, x.shape[-2], x.shape[-1], stride)
+    mask = cutmix.masks[where].view(len(x), *[1] * (x.ndim - 3), *x.shape[-2:])
     return torch.where(mask, x[cutmix.partner], x)
 
 

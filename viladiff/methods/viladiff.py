@@ -14,15 +14,16 @@ from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import apply_cutmix, join_text, mix_text
 from viladiff.fields import Section
 from viladiff.losses import (
-    cross_entropy,
-    edge_cross_entropy,
+    confident_mean,
+    edge_mean,
     feature_distillation,
     global_mean,
     global_sum,
-    hard_consistency,
+    image_mean,
+    labelled_mean,
     logit_distillation,
     noise_loss,
-    per_image_cross_entropy,
+    pixel_cross_entropy,
 )
 from viladiff.methods.base import (
     MeanTeacher,
@@ -196,18 +197,17 @@ class ViLaDiff(MeanTeacher):
         logits = {name: upsample(stream.logits, size) for name, stream in seen.items()}
 
         accepted = (pseudo.confidence >= cfg.pseudo.threshold).float()
-        sup = torch.stack([cross_entropy(x[:labelled], batch.target) for x in logits.values()]).mean()
-        cons = torch.stack(
-            [hard_consistency(x[labelled:], pseudo.labels, accepted, valid) for x in logits.values()]
-        ).mean()
+        answers = torch.cat([batch.target, pseudo.labels])
+        maps = {name: pixel_cross_entropy(x, answers) for name, x in logits.items()}
+        sup = torch.stack([labelled_mean(x[:labelled], batch.target) for x in maps.values()]).mean()
+        cons = torch.stack([confident_mean(x[labelled:], accepted, valid) for x in maps.values()]).mean()
         total = sup + cfg.pseudo.weight * cons
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup, "pseudo": cons, "coverage": coverage}
 
         if cfg.vila.enabled:
             student = {name: Stream(*(x[labelled:] for x in stream)) for name, stream in seen.items()}
-            unlabelled = {name: x[labelled:] for name, x in logits.items()}
-            gate = self._gate(unlabelled, pseudo.labels, accepted * valid)
+            gate = self._gate({name: x[labelled:] for name, x in maps.items()}, (accepted * valid) > 0)
             distilled = self._distil(taught, student, gate, valid, mix)
             total = total + sum(distilled.values())
             terms |= distilled | {"gate": gate.mean()}
@@ -281,12 +281,13 @@ class ViLaDiff(MeanTeacher):
 
     # ViLa (section 3.3)
 
-    def _gate(self, logits: dict[str, Tensor], labels: Tensor, weight: Tensor) -> Tensor:
-        """(U,) 1 where the fusion stream may teach the visual one: where its cross-entropy to the labels is lower."""
+    def _gate(self, maps: dict[str, Tensor], counted: Tensor) -> Tensor:
+        """(U,) 1 where the fusion stream may teach the visual one: where its cross-entropy to the labels is lower.
+
+        ``maps`` (U, H, W) a stream, of which the bool pixels ``counted`` are read.
+        """
         with torch.no_grad():
-            fusion, visual = (
-                per_image_cross_entropy(logits[name], labels, weight > 0) for name in ("fusion", "visual")
-            )
+            fusion, visual = (image_mean(maps[name], counted) for name in ("fusion", "visual"))
             if self.cfg.vila.gate == "always":
                 return torch.ones_like(fusion)
             if self.cfg.vila.gate == "per_batch":
@@ -379,16 +380,18 @@ class ViLaDiff(MeanTeacher):
         clean = upsample(clean, size)
 
         ce, edge = [], []
+        answers = {"labelled": [target], "unlabelled": [pseudo.labels], "both": [target, pseudo.labels]}[cfg.train_on]
+        loss = pixel_cross_entropy(clean, torch.cat(answers))
         if cfg.train_on != "unlabelled":
-            ce.append(cross_entropy(clean[:count], target))
-            edge.append(edge_cross_entropy(clean[:count], target, edge_mask(target)))
+            ce.append(labelled_mean(loss[:count], target))
+            edge.append(edge_mean(loss[:count], edge_mask(target)))
         if cfg.train_on != "labelled":
             accepted = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
-            rest = clean[-len(pseudo.labels) :]
-            ce.append(hard_consistency(rest, pseudo.labels, accepted, valid))
-            known = torch.where((accepted * valid) > 0, pseudo.labels, 255)
+            rest = loss[-len(pseudo.labels) :]
+            ce.append(confident_mean(rest, accepted, valid))
             # The padding has labels too, made up by the teacher; they must not draw an edge around the picture.
-            edge.append(edge_cross_entropy(rest, known, edge_mask(pseudo.labels.masked_fill(~valid, 255))))
+            edges = edge_mask(pseudo.labels.masked_fill(~valid, 255))
+            edge.append(edge_mean(rest, edges & (accepted > 0)))
         seen_pixels = torch.cat([batch.target != 255, valid])[rows]
         counted = F.avg_pool2d(seen_pixels.float()[:, None], stride)[:, 0] > 0.5
         terms = {

@@ -8,6 +8,7 @@ matrix. Shape letters are those of ``viladiff.batch``; d is the length of a clas
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -229,25 +230,44 @@ def posterior(
         )
     if _known_below(t, 1):
         raise ValueError(f"t = {t}: must be at least 1")
-    t_prev = t - 1 if t_prev is None else t_prev
-    rate = beta.clamp(min=TINY_RATE) if isinstance(beta, Tensor) else max(beta, TINY_RATE)
-    lost_t, lost_prev, lost_step = (
-        _per_channel(lost.float())
-        for lost in (
-            _memory_lost(_exponent(t, schedule, timesteps), rate, num_classes),
-            _memory_lost(_exponent(t_prev, schedule, timesteps), rate, num_classes),
-            _step_memory_lost(t, t_prev, rate, num_classes, schedule, timesteps),
-        )
-    )
+    lost = posterior_memory(t, t - 1 if t_prev is None else t_prev, beta, num_classes, schedule, timesteps)
     unknown = (z_t == IGNORE).unsqueeze(1)
-    here = z_t.long().unsqueeze(1).masked_fill(unknown, 0)
-    probs, away = x0_probs.float(), (num_classes - 1) / num_classes
-    ratio = probs / (lost_t / num_classes)
-    ratio = ratio.scatter(1, here, probs.gather(1, here) / (1 - away * lost_t))
+    here = z_t.long().masked_fill(unknown[:, 0], 0)
+    result = posterior_of(here, x0_probs, *(_per_channel(part) for part in lost))
+    return torch.where(unknown, x0_probs.float(), result)
+
+
+def posterior_memory(
+    t: int | Tensor,
+    t_prev: int | Tensor,
+    beta: float | Tensor,
+    num_classes: int,
+    schedule: str = "cumulative",
+    timesteps: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares of labels redrawn by time t, by ``t_prev``, and between the two: all of ``posterior`` but its labels.
+
+    Float32, of the shape that ``t`` and ``beta`` broadcast to; a chain has all its steps at once from a ``t`` (S, 1,
+    1, 1) and a ``beta`` (B, h, w). A beta of 0 is read as a tiny one. Errors as for ``step_probability``.
+    """
+    rate = beta.clamp(min=TINY_RATE) if isinstance(beta, Tensor) else max(beta, TINY_RATE)
+    return (
+        _memory_lost(_exponent(t, schedule, timesteps), rate, num_classes).float(),
+        _memory_lost(_exponent(t_prev, schedule, timesteps), rate, num_classes).float(),
+        _step_memory_lost(t, t_prev, rate, num_classes, schedule, timesteps).float(),
+    )
+
+
+def posterior_of(z_t: Tensor, x0_probs: Tensor, lost_t: Tensor, lost_prev: Tensor, lost_step: Tensor) -> Tensor:
+    """``posterior`` from the three shares of ``posterior_memory``, made to broadcast against (B, C, h, w); no 255."""
+    here, probs, classes = z_t.unsqueeze(1), x0_probs.float(), x0_probs.shape[1]
+    away = (classes - 1) / classes
+    ratio = probs / (lost_t / classes)
+    ratio = ratio.scatter_(1, here, probs.gather(1, here) / (1 - away * lost_t))
     # W o + w(z) (d - o), and d - o is the share of memory kept at t_prev.
-    mixed = ratio.sum(1, keepdim=True) * (lost_prev / num_classes) + ratio * (1 - lost_prev)
-    result = (mixed * (lost_step / num_classes)).scatter(1, here, mixed.gather(1, here) * (1 - away * lost_step))
-    return torch.where(unknown, probs, result)
+    mixed = torch.addcmul(ratio.sum(1, keepdim=True) * (lost_prev / classes), ratio, 1 - lost_prev)
+    stayed = mixed.gather(1, here) * (1 - away * lost_step)
+    return (mixed * (lost_step / classes)).scatter_(1, here, stayed)
 
 
 def _per_channel(values: Tensor) -> Tensor:
@@ -303,19 +323,20 @@ def class_codes(num_classes: int) -> Tensor:
 
 
 def ddim_step(
-    x_t: Tensor, noise_pred: Tensor, t: int, alpha_bar: Tensor, t_prev: int | None = None
+    x_t: Tensor, noise_pred: Tensor, t: int, alpha_bar: Tensor | Sequence[float], t_prev: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """One DDIM step (eta = 0, no fresh noise) from t to ``t_prev`` (default t - 1): the new x and the x0 believed in.
 
     x0 is clipped to [-1, 1], where codes live, and the noise is recomputed from the clipped x0, so that x_t stays
-    explained by the pair; without it an error of the network at alpha_bar near 0 is amplified. ValueError unless 0 <=
-    t_prev < t.
+    explained by the pair; without it an error of the network at alpha_bar near 0 is amplified. ``alpha_bar`` is best a
+    list: a tensor on a GPU would be read, and stall it. ValueError unless 0 <= t_prev < t.
     """
     t_prev = t - 1 if t_prev is None else t_prev
     if not 0 <= t_prev < t:
         raise ValueError(f"t = {t}, t_prev = {t_prev}: must be 0 <= t_prev < t")
-    now, then = alpha_bar[t], alpha_bar[t_prev]
+    now, then = float(alpha_bar[t]), float(alpha_bar[t_prev])
     x_t = x_t.float()
-    x0 = ((x_t - (1 - now).sqrt() * noise_pred.float()) / now.sqrt()).clamp(-1, 1)
-    noise = (x_t - now.sqrt() * x0) / (1 - now).sqrt()
-    return then.sqrt() * x0 + (1 - then).sqrt() * noise, x0
+    x0 = torch.sub(x_t, noise_pred.float(), alpha=(1 - now) ** 0.5).div_(now**0.5).clamp_(-1, 1)
+    # sqrt(then) x0 + sqrt(1 - then) noise, where noise = (x_t - sqrt(now) x0) / sqrt(1 - now).
+    share = ((1 - then) / (1 - now)) ** 0.5
+    return torch.add(x_t * share, x0, alpha=then**0.5 - share * now**0.5), x0

@@ -28,6 +28,8 @@ from viladiff.models.diffusion import (
     flip_labels,
     flip_probability,
     posterior,
+    posterior_memory,
+    posterior_of,
     sample_classes,
     step_probability,
 )
@@ -66,6 +68,11 @@ def _codes_on(num_classes: int, device: torch.device) -> Tensor:
 def _alpha_bar_on(timesteps: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return alpha_bar(timesteps).to(device)
+
+
+@lru_cache(maxsize=64)
+def _alpha_bar_list(timesteps: int) -> list[float]:
+    return alpha_bar(timesteps).tolist()
 
 
 @dataclass
@@ -125,7 +132,8 @@ def _edge_aware_rate(edges: Tensor, cfg: MixeConfig, classes: int) -> Tensor:
 
 def _assemble(values: Tensor, labels: Tensor, gaussian: Tensor, classes: int) -> Tensor:
     """(B, d, h, w): continuous ``values`` in the Gaussian region, codes of ``labels`` elsewhere."""
-    codes = F.embedding(labels, _codes_on(classes, values.device)).permute(0, 3, 1, 2)
+    codes = _codes_on(classes, values.device).T.index_select(1, labels.flatten())
+    codes = codes.view(-1, *labels.shape).transpose(0, 1)
     return torch.where(gaussian.unsqueeze(1), values, codes)
 
 
@@ -217,10 +225,12 @@ def refine(
         raise ValueError(
             f"uniforms has {len(uniforms)} entries on axis 0: must have one per reverse step, {len(times) - 1}"
         )
-    kept = _alpha_bar_on(cfg.timesteps, soft.device)
+    kept = _alpha_bar_list(cfg.timesteps)
     state = corrupt(soft, cfg.timesteps, tau, cfg, noise=noise, uniform=uniforms[0])
     x, z = state.codes, state.labels
     rate = _edge_aware_rate(state.edges, cfg, classes)
+    steps = torch.tensor(times, device=soft.device)[:, None, None, None]
+    memory = posterior_memory(steps[:-1], steps[1:], rate, classes, cfg.flip_schedule, cfg.timesteps)
     for i, (t, t_prev) in enumerate(pairwise(times)):
         step = torch.full((len(soft),), t, device=soft.device)
         logits, noise_pred = denoiser(x, state.gaussian, state.edges, step, cond)
@@ -229,7 +239,7 @@ def refine(
         if cfg.flips:
             probs = logits.float().softmax(dim=1)
             if cfg.reverse == "posterior":
-                probs = posterior(z, probs, t, rate, classes, cfg.flip_schedule, cfg.timesteps, t_prev=t_prev)
+                probs = posterior_of(z, probs, *(part[i].unsqueeze(1) for part in memory))
             z = torch.where(state.gaussian, z, sample_classes(probs, uniforms[i + 1]))
         if cfg.gaussian:
             x, _ = ddim_step(x, noise_pred, t, kept, t_prev)
