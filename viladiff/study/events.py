@@ -71,7 +71,12 @@ class Settings:
                     "above 1, only whole GPUs",
                     self.gpus_per_trial <= 1 or float(self.gpus_per_trial).is_integer(),
                 ),
-                ("max_concurrent", self.max_concurrent, "must be at least 1", (self.max_concurrent or 1) >= 1),
+                (
+                    "max_concurrent",
+                    self.max_concurrent,
+                    "must be at least 1",
+                    self.max_concurrent is None or self.max_concurrent >= 1,
+                ),
                 ("retries", self.retries, "must not be negative", self.retries >= 0),
                 ("hang_after", self.hang_after, "must be more than 0 seconds", self.hang_after > 0),
             )
