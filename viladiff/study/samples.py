@@ -1,0 +1,141 @@
+"""What was measured in a table's cells, and the tests that tell differences from the spread between seeds.
+
+All numbers are in points: percent of mIoU and the like.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from viladiff.study.spec import Metric
+
+if TYPE_CHECKING:
+    from viladiff.record import RunRecord
+    from viladiff.study.plan import Plan
+
+LEVEL = 0.05
+"""Chance, in each direction, of any wrong decision among all claims of one source."""
+POWER = 0.8
+
+Records = Mapping[str, "RunRecord"]
+"""Finished runs by name."""
+
+
+class Term(NamedTuple):
+    """A cell's mean with its sign."""
+
+    row: int
+    column: int
+    sign: int
+
+
+class Sample(NamedTuple):
+    """What was measured in a cell."""
+
+    values: tuple[float, ...]
+    """Points, one a finished run."""
+    runs: tuple[str, ...]
+    """Their names: cells with the same runs are one sample."""
+
+
+Samples = dict[tuple[int, int], Sample]
+
+
+class Pool(NamedTuple):
+    """The standard deviation between seeds, taken as one for all cells."""
+
+    sd: float
+    df: int
+    cells: int
+
+
+class Tested(NamedTuple):
+    difference: float
+    error: float
+    """Standard error of the difference."""
+    p: float
+    p_reversed: float
+
+
+def score(record: RunRecord, metric: Metric) -> float | None:
+    """The headline's score in [0, 1]: last step, the network and stream that the run names."""
+    if metric == "miou":
+        return record.miou
+    value = record.scores.get(record.network, {}).get(record.stream, {}).get(metric)
+    return None if value is None else float(value)
+
+
+def samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
+    """What was measured in each cell of a plan; a run without a record or without the score is left out."""
+    found: Samples = {}
+    for row in plan.rows:
+        for column in plan.columns:
+            scores = {name: score(records[name], metric) for name in plan.run_ids(row, column) if name in records}
+            kept = {name: 100 * value for name, value in scores.items() if value is not None and math.isfinite(value)}
+            found[row, column] = Sample(tuple(kept.values()), tuple(kept))
+    return found
+
+
+def pooled(measured: Samples) -> Pool | None:
+    """One variance for all cells with two seeds or more: summed squares over summed degrees of freedom.
+
+    Cells that share their runs count once. None where no cell has two.
+    """
+    unique = {one.runs: one.values for one in measured.values() if len(one.values) >= 2}
+    df = sum(len(values) - 1 for values in unique.values())
+    if df == 0:
+        return None
+    squares = sum((x - sum(values) / len(values)) ** 2 for values in unique.values() for x in values)
+    return Pool(math.sqrt(squares / df), df, len(unique))
+
+
+def tested(terms: Sequence[Term], tolerance: float, measured: Samples, pool: Pool) -> Tested:
+    """Whether a sum of signed cell means is above minus the tolerance: a t test with the pooled standard deviation.
+
+    t = (sum + tolerance) / (sd √Σ(sign² / n)), n runs in a cell, with the degrees of freedom of the pool.
+    A cell's runs that stand on both sides cancel, mean and variance alike. Where the error is 0, a p value is 0 or 1.
+    """
+    from scipy import stats
+
+    weights: dict[tuple[str, ...], float] = defaultdict(float)
+    values: dict[tuple[str, ...], tuple[float, ...]] = {}
+    for row, column, sign in terms:
+        one = measured[row, column]
+        weights[one.runs] += sign
+        values[one.runs] = one.values
+    difference = sum(w * sum(values[runs]) / len(values[runs]) for runs, w in weights.items() if w)
+    error = pool.sd * math.sqrt(sum(w**2 / len(values[runs]) for runs, w in weights.items()))
+    beyond = difference + tolerance
+    if error == 0:
+        return Tested(difference, 0.0, float(beyond <= 0), float(beyond >= 0))
+    t = beyond / error
+    return Tested(difference, error, float(stats.t.sf(t, pool.df)), float(stats.t.cdf(t, pool.df)))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the k-th smallest of m times m - k + 1, never below a smaller one's, at most 1."""
+    order = sorted(range(len(ps)), key=lambda i: ps[i])
+    corrected, highest = [0.0] * len(ps), 0.0
+    for k, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - k) * ps[i]))
+        corrected[i] = highest
+    return corrected
+
+
+def smallest_detectable(error: float, df: int, comparisons: int) -> float:
+    """The true difference that such a test finds with a chance of 80 %, by the noncentral t distribution.
+
+    ``error``: standard error of the difference, taken as true. The level is Holm's first and strictest,
+    5 % / ``comparisons``, one-sided: whatever the other comparisons give, a difference of this size is found so often.
+    """
+    from scipy import optimize, stats
+
+    if error == 0:
+        return 0.0
+    critical = stats.t.isf(LEVEL / comparisons, df)
+    # The chance rises with the difference; at 4 times the critical value and some it is near 1.
+    shortfall = lambda effect: stats.nct.sf(critical, df, effect) - POWER  # noqa: E731
+    return float(error * optimize.brentq(shortfall, 0.0, 4 * critical + 10))
