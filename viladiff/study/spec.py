@@ -211,7 +211,7 @@ def _sentence(item: Any, tree: Mapping[str, Any]) -> str:
     field = _place(rest)
     if item["type"] == "extra_forbidden":
         allowed = [name for name in (section or Table).model_fields if section or name != "name"]
-        return f"{entry}{field}: no such key{nearest(field, allowed)} Allowed: {', '.join(allowed)}"
+        return f"{entry}{field}: no such key{nearest(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
     if item["type"] == "missing":
         return f"{entry}{field}: missing, and it has no default"
     if item["type"] == "literal_error":
