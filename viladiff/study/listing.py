@@ -74,6 +74,8 @@ def _unfinished(store: Store, run_id: str) -> Row | None:
     files = [path.stat().st_mtime for path in directory.iterdir() if not path.name.startswith(("lease-", "."))]
     if holder is not None:
         state, note = "running", str(holder)
+    elif (directory / "record.json").exists():
+        state, note = "damaged", "its record cannot be used; viladiff runs verify says why"
     elif failure is not None:
         at = "" if failure.step is None else f" at step {failure.step}"
         state, note = "failed", f"{failure.kind}{at}, attempt {failure.attempts}: {failure.message}"
@@ -108,7 +110,7 @@ def select(rows: Iterable[Row], filters: Sequence[str], state: str | None = None
             raise ValueError(f"{name}: no run has such a field{nearest(name, known)}")
         wanted.append((name, text))
     chosen = [row for row in rows if state in (None, row.state)]
-    return [row for row in chosen if all(_is(_value(row, name), text) for name, text in wanted)]
+    return [row for row in chosen if all(_has(row, name) and _is(_value(row, name), text) for name, text in wanted)]
 
 
 def why_none(rows: Sequence[Row], filters: Sequence[str], state: str | None) -> str:
@@ -138,10 +140,8 @@ def match(word: str, names: Collection[str]) -> str:
     if found:
         shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
         raise ValueError(f"run {word!r}: {len(found)} runs begin so ({shown}); type more of the name")
-    heads = {name[: len(start)]: name for name in names}
-    close = nearest(start, heads).removeprefix("; ").removesuffix("?")
-    hint = f"; did you mean {heads[close.split(chr(39))[1]]}?" if close else ""
-    raise ValueError(f"run {word!r}: there is none{hint}. viladiff runs list shows all {len(names)}")
+    heads = {name[: max(4, len(start))] for name in names}
+    raise ValueError(f"run {word!r}: viladiff runs list shows {len(names)} others{nearest(start, heads)}")
 
 
 def finished(row: Row) -> RunRecord:
@@ -171,6 +171,11 @@ def _value(row: Row, name: str) -> Any:
     if name in COLUMNS or name == "published":
         return getattr(row, name)
     return row.record.config.get(name) if row.record else None
+
+
+def _has(row: Row, name: str) -> bool:
+    """Whether the run has the field at all; "none" is a value, the field of another method is not."""
+    return _value(row, name) is not None or (row.record is not None and (name in COLUMNS or name in row.record.config))
 
 
 def _is(value: Any, text: str) -> bool:

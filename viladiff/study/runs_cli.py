@@ -26,7 +26,7 @@ examples:
   viladiff runs gc --dry-run                           what could be deleted
   viladiff runs export mine.tar.gz data.split=183      and elsewhere: viladiff runs import mine.tar.gz
 """
-STATES = ("done", "running", "failed", "begun")
+STATES = ("done", "running", "failed", "begun", "damaged")
 
 
 def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -80,20 +80,28 @@ def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     load.set_defaults(run=_import)
 
 
-def _store(args: argparse.Namespace) -> Store:
+def _store(args: argparse.Namespace, repair: bool = False) -> Store:
     from viladiff.study.store import Store
 
-    return Store(Path(args.store), [Path(args.published)])
+    return Store(Path(args.store), [Path(args.published)], repair=repair)
+
+
+def _places(args: argparse.Namespace) -> str:
+    return " or ".join(dict.fromkeys((args.store, args.published)))
 
 
 def _empty(args: argparse.Namespace) -> str:
-    places = " or ".join(dict.fromkeys((args.store, args.published)))
     return (
-        f"There is no run in {places}. To make one:\n"
+        f"There is no run in {_places(args)}. To make one:\n"
         "  viladiff train method.name=viladiff data.split=183\n"
         "  make table5                                          a whole table, in minutes\n"
         "Runs of another directory: viladiff runs list --store DIR; of somebody else: viladiff runs import FILE.tar.gz"
     )
+
+
+def _nothing(args: argparse.Namespace, what: str = "run") -> ValueError:
+    here = f"there is no {what} in {_places(args)}"
+    return ValueError(f"{here}: viladiff train method.name=viladiff makes one, --store DIR looks elsewhere")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -120,7 +128,7 @@ def _show(args: argparse.Namespace) -> int:
     store = _store(args)
     rows = listing.rows(store)
     if not rows:
-        raise ValueError(_empty(args))
+        raise _nothing(args)
     row = listing.pick(args.name, rows)
     if not args.json:
         listing.show(store, row)
@@ -136,7 +144,7 @@ def _diff(args: argparse.Namespace) -> int:
 
     rows = listing.rows(_store(args))
     if not rows:
-        raise ValueError(_empty(args))
+        raise _nothing(args)
     listing.diff(*(listing.finished(listing.pick(name, rows)) for name in args.names))
     return 0
 
@@ -145,7 +153,6 @@ def _verify(args: argparse.Namespace) -> int:
     from viladiff.study import upkeep
     from viladiff.study.listing import say
 
-    # What it finds damaged is told, not moved, so the store is not asked for records before.
     store = _store(args)
     wanted = _verified(store, args.runs) if args.runs else None
     good = bad = 0
@@ -192,7 +199,7 @@ def _export(args: argparse.Namespace) -> int:
     store = _store(args)
     rows = listing.rows(store)
     if not any(row.record for row in rows):
-        raise ValueError(_empty(args))
+        raise _nothing(args, "finished run")
     chosen = {listing.finished(listing.pick(word, rows)).run_id for word in args.runs if "=" not in word}
     filters = [word for word in args.runs if "=" in word]
     if filters or not args.runs:
@@ -208,7 +215,7 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from viladiff.study.archive import import_archive
 
-    done = import_archive(_store(args), Path(args.file))
+    done = import_archive(_store(args, repair=True), Path(args.file))
     for run_id, what in done.items():
         print(f"{run_id}  {what}")
     print(

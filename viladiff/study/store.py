@@ -59,13 +59,22 @@ def _to_stderr(text: str) -> None:
 
 
 class Store:
-    """Records, failures and leases of runs; safe between threads, and between processes that share ``root``."""
+    """Records, failures and leases of runs; safe between threads, and between processes that share ``root``.
 
-    def __init__(self, root: Path, layers: Sequence[Path] = (), say: Callable[[str], None] = _to_stderr) -> None:
+    Damaged records of ``root`` are set aside unless ``repair`` is False, as it is where somebody only looks.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        layers: Sequence[Path] = (),
+        say: Callable[[str], None] = _to_stderr,
+        repair: bool = True,
+    ) -> None:
         # Absolute, since a Ray worker sits in another working directory.
         self.root = Path(root).expanduser().absolute()
         self.layers = tuple(Path(layer).expanduser().absolute() for layer in layers)
-        self._say = say
+        self._say, self._repair = say, repair
         self._lock = threading.RLock()
         self._read: dict[Path, tuple[_Stamp, RunRecord | None]] = {}
         self._watch = leases.Watch()
@@ -141,7 +150,8 @@ class Store:
             self._set_aside(path, str(error))
             return None
         if record is not None and record.run_id != run_id:
-            self._set_aside(path, f"{path} is the record of another run, {record.run_id}")
+            if self._repair:
+                self._set_aside(path, f"{path} is the record of another run, {record.run_id}")
             return None
         return record
 
@@ -164,7 +174,7 @@ class Store:
             try:
                 record = parse_record(data, path)
             except DamagedRecord as error:
-                if path.parent.parent == self.root:
+                if self._repair and path.parent.parent == self.root:
                     raise
                 self._say(f"{error}. It is only read here, so it is left out and its run counts as missing")
             except ValueError as error:  # sound, so no reason to move it; this version cannot use it

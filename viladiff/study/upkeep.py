@@ -54,12 +54,13 @@ def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Find
             if wanted is None or not mine or path.parent.name in wanted:
                 yield Finding(path, path.parent.name if mine else "", False, str(error))
             continue
-        if wanted is not None and record.run_id not in wanted:
+        run_id = path.parent.name if mine else record.run_id
+        if wanted is not None and run_id not in wanted:
             continue
-        if mine and path.parent.name != record.run_id:
-            yield Finding(path, path.parent.name, False, f"is the record of another run, {record.run_id}")
+        if run_id != record.run_id:
+            yield Finding(path, run_id, False, f"is the record of another run, {record.run_id}")
         else:
-            yield Finding(path, record.run_id, True, _revision(record))
+            yield Finding(path, run_id, True, _revision(record))
     for run_id in store.own():
         if wanted is None or run_id in wanted:
             yield from _checkpoints(store.directory(run_id), run_id)

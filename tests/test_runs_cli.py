@@ -1,0 +1,448 @@
+"""``viladiff runs``: what it shows is what was recorded, what it deletes is waste, what it unpacks was checked."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from viladiff import cli
+from viladiff.record import RunRecord, load_record, record_bytes, save_record, without_paths
+from viladiff.study import archive
+from viladiff.study.store import Failure, Store
+
+CORE = Path(__file__).resolve().parent.parent / "reports" / "published" / "core" / "records"
+ONE, TWO, THREE = (
+    load_record(CORE / f"{name}.json") for name in ("viladiff-183-0", "viladiff-92-0", "supervised-1464-2")
+)
+BEGUN, FAILED = "00000000000000aa", "00000000000000bb"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store ``runs`` in the working directory with two finished, a begun and a failed run, and a published one."""
+    monkeypatch.chdir(tmp_path)
+    layer = tmp_path / "reports" / "published" / "core" / "records"
+    layer.mkdir(parents=True)
+    save_record(THREE, layer / "any.json")
+    store = Store(tmp_path / "runs")
+    for record in (ONE, TWO):
+        put(store, record)
+    for run_id in (BEGUN, FAILED):
+        store.directory(run_id).mkdir()
+    (store.directory(BEGUN) / "checkpoint.pt").write_bytes(b"weights")
+    failure = Failure(kind="nan", message="the loss is nan", step=7, attempts=1, when="2026-01-31T12:00:00Z")
+    store.record_failure(FAILED, failure)
+    return store
+
+
+def put(store: Store, record: RunRecord) -> Path:
+    path = store.directory(record.run_id) / "record.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_record(record, path)
+    return path
+
+
+@pytest.fixture
+def runs(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Carries out ``viladiff runs ...`` and returns what it prints, errors included."""
+
+    def call(*words: str, status: int = 0) -> str:
+        got = cli.main(["runs", *words])
+        text = capsys.readouterr()
+        assert got == status, text
+        return text.out + text.err
+
+    return call
+
+
+Runs = Callable[..., str]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list", "--help"], ["import", "--help"]])
+def test_help_has_examples_and_loads_nothing(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom viladiff.cli import main\ntry: main(['runs', *sys.argv[1:]])\n"
+        "finally: print([m for m in ('torch', 'numpy', 'pydantic', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n") and "example" in done.stdout and done.returncode == 0
+
+
+def test_reading_commands_need_no_torch(home: Store) -> None:
+    code = "import sys\nfrom viladiff.cli import main\nmain(['runs', *sys.argv[1:]])\nassert 'torch' not in sys.modules"
+    for words in (["list"], ["show", ONE.run_id], ["diff", ONE.run_id, TWO.run_id], ["gc", "--dry-run"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+# list
+
+
+def names(text: str) -> list[str]:
+    """First words of the lines of runs."""
+    return re.findall(r"^([0-9a-f]{16}) ", text, re.MULTILINE)
+
+
+def test_list_shows_every_run_sorted(home: Store, runs: Runs) -> None:
+    text = runs("list")
+    assert names(text) == [THREE.run_id, TWO.run_id, ONE.run_id, BEGUN, FAILED]  # split 92 before 183
+    line = next(line for line in text.splitlines() if line.startswith(ONE.run_id))
+    assert line.split()[:6] == [ONE.run_id, "viladiff", "digits", "183", "0", "600"]
+    assert "45.29" in line and "done" in line and "published" not in line
+    assert "published" in next(line for line in text.splitlines() if line.startswith(THREE.run_id))
+    assert "nan at step 7, attempt 1: the loss is nan" in text and text.endswith("5 runs\n")
+    assert names(runs("list", "--sort", "miou")) == [TWO.run_id, ONE.run_id, THREE.run_id, BEGUN, FAILED]
+    assert names(runs("list", "--sort", "miou", "--reverse"))[:3] == [THREE.run_id, ONE.run_id, TWO.run_id]
+
+
+def test_list_says_what_differs_and_the_scale(home: Store, runs: Runs) -> None:
+    changes = {"method.mixe.enabled": False, "runtime.out": "/somewhere", "data.split": "183"}
+    fields = {"run_id": "0" * 16, "changed": {**ONE.changed, **changes}, "scale": "quick"}
+    put(home, RunRecord(**{**ONE.model_dump(), **fields, "finished": "2026-01-31T12:00:00Z"}))
+    line = next(line for line in runs("list", "scale=quick").splitlines() if line.startswith("0" * 16))
+    assert line.split()[5:] == ["method.mixe.enabled=false", "600", "45.29", "done", "2026-01-31T12:00:00Z", "quick"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["data.split=183"], [ONE.run_id]),
+        (["method.name=viladiff", "seed=0"], [TWO.run_id, ONE.run_id]),
+        (["method=viladiff", "optim.lr=6e-3"], [TWO.run_id, ONE.run_id]),
+        (["data.scale=0.9,1.1", "method.mixe.enabled=true"], [TWO.run_id, ONE.run_id]),
+        (["train.epochs=none"], [THREE.run_id, TWO.run_id, ONE.run_id]),
+        (["published=true"], [THREE.run_id]),
+        (["--state", "failed"], [FAILED]),
+        (["--state", "begun"], [BEGUN]),
+        (["--state", "done", "seed=2"], [THREE.run_id]),
+    ],
+)
+def test_filters(home: Store, runs: Runs, words: list[str], found: list[str]) -> None:
+    assert names(runs("list", *words)) == found
+    assert [row["run_id"] for row in json.loads(runs("list", "--json", *words))] == found
+
+
+def test_filters_that_find_nothing_say_what_there_is(home: Store, runs: Runs) -> None:
+    assert "data.split is one of 92, 183, 1464; did you mean '183'?" in runs("list", "data.split=184")
+    assert "did you mean 'data.split'?" in runs("list", "data.splt=183", status=2)
+    assert "write field=value" in runs("list", "183", status=2)
+    assert "did you mean 'miou'?" in runs("list", "--sort", "moiu", status=2)
+    assert "None of 5 runs" in runs("list", "data.split=183", "--state", "failed")
+    assert json.loads(runs("list", "data.split=184", "--json")) == []
+
+
+def test_running_is_told_and_json_is_whole(home: Store, runs: Runs) -> None:
+    lease = home.lease(BEGUN)
+    assert lease is not None
+    rows = {row["run_id"]: row for row in json.loads(runs("list", "--json"))}
+    lease.release()
+    assert rows[BEGUN]["state"] == "running" and str(os.getpid()) in rows[BEGUN]["note"]
+    assert rows[ONE.run_id]["miou"] == ONE.miou and rows[BEGUN]["miou"] is None
+
+
+def test_no_run_is_met_with_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["list"], ["verify"]):
+        assert "viladiff train method.name=viladiff" in runs(*words)
+    for words in (["show", "a"], ["diff", "a", "b"], ["export", "a.tar.gz"]):
+        assert "there is no" in runs(*words, status=2)
+    assert "Nothing to delete" in runs("gc")
+    assert list(tmp_path.iterdir()) == []
+
+
+# show, diff
+
+
+def test_show_tells_scores_and_a_bar_for_each_class(home: Store, runs: Runs) -> None:
+    text = runs("show", ONE.run_id[:5])
+    assert text == runs("show", f"runs/{ONE.run_id}/")
+    assert f"run {ONE.run_id}: done" in text and "45.29 (teacher/visual" in text and "method.name" in text
+    for network, streams in ONE.scores.items():
+        for stream, scores in streams.items():
+            line = next(line for line in text.splitlines() if line.startswith(f"{network}/{stream} "))
+            assert f"{100 * scores['miou']:.2f}" in line
+    bars = {line.split()[0]: line.count("█") for line in text.splitlines() if "█" in line}
+    per_class = ONE.scores["teacher"]["visual"]["per_class"]
+    assert bars == {name: round(30 * iou) for name, iou in zip(ONE.class_names, per_class, strict=True)}
+    assert json.loads(runs("show", ONE.run_id, "--json"))["miou"] == ONE.miou
+
+
+def test_show_of_unfinished_runs(home: Store, runs: Runs) -> None:
+    assert "failed" in (text := runs("show", FAILED)) and "the loss is nan" in text
+    assert "begun" in (text := runs("show", BEGUN)) and "checkpoint.pt  7 B" in text
+
+
+def test_names_of_runs_are_understood_or_explained(home: Store, runs: Runs) -> None:
+    assert "2 runs begin so (00000000000000aa, 00000000000000bb)" in runs("show", "0000", status=2)
+    wrong = ONE.run_id[:5] + "z" + ONE.run_id[6:]
+    assert f"did you mean '{ONE.run_id}'?" in runs("show", wrong, status=2)
+    assert f"did you mean '{ONE.run_id[:4]}'?" in runs("show", ONE.run_id[:3] + "z", status=2)
+    assert "shows 5 others" in runs("show", "", status=2)
+    assert "is not finished (failed" in runs("diff", ONE.run_id, FAILED, status=2)
+
+
+def test_diff_shows_changed_fields_and_scores(home: Store, runs: Runs) -> None:
+    lines = [line.split() for line in runs("diff", ONE.run_id, TWO.run_id).splitlines()]
+    assert ["data.split", "183", "92"] in lines and ["data", *(r.fingerprints["data"] for r in (ONE, TWO))] in lines
+    assert not any("method.name" in line for line in lines)
+    a, b = (100 * record.scores["student"]["fusion"]["miou"] for record in (ONE, TWO))
+    assert ["student/fusion/miou", f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}"] in lines
+    text = runs("diff", ONE.run_id, THREE.run_id)
+    assert "method.name" in text and "teacher/visual/miou" in text
+
+
+# verify
+
+
+def test_verify_finds_damage_and_older_revisions_and_moves_nothing(home: Store, runs: Runs) -> None:
+    from viladiff import checkpoint
+
+    (home.directory(BEGUN) / "checkpoint.pt").unlink()
+    checkpoint.save(home.directory(ONE.run_id) / "checkpoint.pt", {"step": 600})
+    text = runs("verify")
+    assert text.count("record and name are right") == 3 and "at step 600" in text and text.endswith("4 good, 0 bad\n")
+    put(home, RunRecord(**{**ONE.model_dump(), "run_id": "1" * 16}))
+    path = home.directory("2" * 16) / "record.json"
+    put(home, RunRecord(**{**ONE.model_dump(), "run_id": "2" * 16, "config": {**ONE.config, "data.gone": 1}}))
+    text = runs("verify", "1" * 16, "2222")
+    assert f"older revision, today's name would be {ONE.run_id}" in text and "older fields" in text
+    assert text.endswith("2 good, 0 bad\n")
+    path.write_text(path.read_text().replace("0.4", "0.5", 1))
+    weights = home.directory(ONE.run_id) / "checkpoint.pt"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    text = runs("verify", status=1)
+    assert text.count("BAD") == 2 and "its checksum is" in text and "truncated or damaged" in text and path.exists()
+    assert "1 good, 0 bad" in runs("verify", "data.split=92", TWO.run_id)
+    assert names(text := runs("list", "--state", "damaged")) == ["2" * 16] and "is damaged: its checksum" in text
+    assert path.exists() and not (home.root / "damaged").exists()
+
+
+def test_verify_tells_a_record_under_another_name(home: Store, runs: Runs) -> None:
+    home.directory("3" * 16).mkdir()
+    save_record(ONE, home.directory("3" * 16) / "record.json")
+    assert "is the record of another run" in runs("verify", "3" * 16, status=1)
+
+
+# gc
+
+
+def test_gc_deletes_waste_and_says_how_much(home: Store, runs: Runs) -> None:
+    folder = home.directory(ONE.run_id)
+    (folder / "checkpoint.pt").write_bytes(b"x" * 3000)
+    os.link(folder / "checkpoint.pt", folder / "checkpoint.prev.pt")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    temporary = folder / f".record.json.{dead.pid}.0123abcd.tmp"
+    temporary.write_bytes(b"x" * 500)
+    os.utime(temporary, (1, 1))
+    lease = home.directory(BEGUN) / f"lease-{'0' * 32}.json"
+    lease.write_text("{}")
+    os.utime(lease, (1, 1))
+    leftover = home.root / f".import-{dead.pid}-abc"
+    leftover.mkdir()
+    os.utime(leftover, (1, 1))
+    aside = home.root / "damaged" / f"{TWO.run_id}-20260131T120000-000000001"
+    aside.mkdir(parents=True)
+    (aside / "record.json").write_bytes(b"x" * 400)
+    mine = home.root / "damaged" / "notes.txt"
+    mine.write_text("of a person")
+    before = {path: path.read_bytes() for path in home.root.rglob("*") if path.is_file()}
+    text = runs("gc", "--dry-run")
+    assert "It would free 3.9 kB (6 items)" in text and text.count("would delete") == 6
+    assert {path: path.read_bytes() for path in home.root.rglob("*") if path.is_file()} == before
+    assert "Freed 902 B" in runs("gc", "--keep-checkpoints") and (folder / "checkpoint.pt").exists()
+    assert "Freed 3.0 kB" in runs("gc")
+    left = {path for path in home.root.rglob("*") if path.is_file()}
+    records = {home.directory(record.run_id) / "record.json" for record in (ONE, TWO)}
+    kept = {mine, home.directory(BEGUN) / "checkpoint.pt", home.directory(FAILED) / "failure.json"}
+    assert left == records | kept and not leftover.exists() and not aside.exists()
+    assert "Nothing to delete" in runs("gc") and home.get(ONE.run_id) == ONE
+
+
+def test_gc_spares_checkpoints_that_are_needed(home: Store, runs: Runs) -> None:
+    for record in (ONE, TWO):
+        (home.directory(record.run_id) / "checkpoint.pt").write_bytes(b"x")
+    path = home.directory(ONE.run_id) / "record.json"
+    path.write_text("{}")  # its run will be finished again from the checkpoint
+    lease = home.lease(TWO.run_id)
+    assert lease is not None
+    assert "Nothing to delete" in runs("gc")
+    lease.release()
+    assert path.read_text() == "{}", "looking for waste moves nothing"
+    assert (home.directory(ONE.run_id) / "checkpoint.pt").exists()
+
+
+# export, import
+
+
+@pytest.fixture
+def packed(home: Store, runs: Runs) -> Path:
+    path = put(home, RunRecord(**{**ONE.model_dump(), "config": {**ONE.config, "runtime.out": "/home/me/runs"}}))
+    np.savez(path.parent / "pictures.npz", **{"0/image": np.zeros((1, 2, 2, 3), np.uint8)})
+    (path.parent / "steps.jsonl").write_text('{"step": 0, "total": 1.5}\n')
+    assert "2 runs in mine.tar.gz" in runs("export", "mine.tar.gz", "method.name=viladiff")
+    return Path("mine.tar.gz")
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+
+
+def pack(path: Path, files: dict[str, bytes], sums: bool = True) -> Path:
+    if sums:
+        files = {
+            **files,
+            "sums.json": json.dumps({k: hashlib.sha256(v).hexdigest() for k, v in files.items()}).encode(),
+        }
+    path.write_bytes(archive._pack(files))
+    return path
+
+
+def contents(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")} if root.exists() else set()
+
+
+def test_what_is_packed_is_what_is_unpacked(home: Store, packed: Path, runs: Runs) -> None:
+    assert b"/home/me" not in gzip.decompress(packed.read_bytes())
+    again = runs("export", "again.tar.gz", ONE.run_id[:6], TWO.run_id)
+    assert "2 runs" in again and Path("again.tar.gz").read_bytes() == packed.read_bytes()
+    text = runs("import", str(packed), "--store", "new")
+    assert "2 of 2 runs imported" in text
+    new = Store(Path("new"))
+    assert new.records() == {record.run_id: without_paths(home.records()[record.run_id]) for record in (ONE, TWO)}
+    for name in ("pictures.npz", "steps.jsonl"):
+        assert (new.directory(ONE.run_id) / name).read_bytes() == (home.directory(ONE.run_id) / name).read_bytes()
+    assert contents(new.root) == {
+        *(record.run_id for record in (ONE, TWO)),
+        *(f"{record.run_id}/record.json" for record in (ONE, TWO)),
+        *(f"{ONE.run_id}/{name}" for name in ("pictures.npz", "steps.jsonl")),
+    }
+    assert "0 of 2" in (text := runs("import", str(packed), "--store", "new")) and text.count("already here") == 2
+
+
+def test_export_refuses_what_it_cannot_do(home: Store, packed: Path, runs: Runs) -> None:
+    assert "exists and is not overwritten" in runs("export", "mine.tar.gz", status=2)
+    assert "ends in .tar.gz" in runs("export", "mine.zip", status=2)
+    assert "is not finished" in runs("export", "x.tar.gz", FAILED, status=2)
+    assert "data.split is one of" in runs("export", "x.tar.gz", "data.split=1", status=2)
+    assert "3 runs" in runs("export", "all.tar.gz")
+
+
+def test_import_never_replaces_a_good_record(home: Store, packed: Path, runs: Runs) -> None:
+    put(home, other := RunRecord(**{**TWO.model_dump(), "miou": 0.125}))
+    assert "another record of it is here, which stays" in runs("import", str(packed))
+    assert home.get(TWO.run_id) == other
+    (home.directory(TWO.run_id) / "record.json").write_text("{}")
+    text = runs("import", str(packed))
+    assert "set aside" not in text and "1 of 2 runs imported" in text and "moved to" in text
+    assert home.get(TWO.run_id) == without_paths(TWO)
+
+
+def test_import_leaves_runs_in_work_alone_and_finishes_begun_ones(home: Store, packed: Path, runs: Runs) -> None:
+    new = Store(Path("new"))
+    new.directory(ONE.run_id).mkdir(parents=True)
+    (new.directory(ONE.run_id) / "checkpoint.pt").write_bytes(b"half-trained")
+    lease = new.lease(TWO.run_id)
+    assert lease is not None
+    text = runs("import", str(packed), "--store", "new")
+    lease.release()
+    assert f"not imported: in work here (process {os.getpid()}" in text and "its checkpoint was removed" in text
+    assert not (new.directory(ONE.run_id) / "checkpoint.pt").exists() and list(new.records()) == [ONE.run_id]
+
+
+def member(name: str, **fields: object) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+RECORD = f"records/{ONE.run_id}.json"
+HOSTILE = {
+    "parent": member("../outside.json"),
+    "absolute": member("/tmp/viladiff-outside.json"),
+    "inside parent": member(f"records/../../{ONE.run_id}.json"),
+    "link": member(RECORD, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "hard link": member(RECORD, type=tarfile.LNKTYPE, linkname="/etc/passwd"),
+    "device": member(RECORD, type=tarfile.CHRTYPE),
+    "pipe": member(RECORD, type=tarfile.FIFOTYPE),
+    "folder": member(f"records/{'0' * 16}.json", type=tarfile.DIRTYPE),
+    "twice": member(RECORD),
+    "other name": member("records/short.json"),
+    "other part": member(f"checkpoints/{ONE.run_id}.pt"),
+    "other ending": member(f"records/{ONE.run_id}.npz"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_archives_put_nothing_anywhere(
+    tmp_path: Path, home: Store, packed: Path, runs: Runs, kind: str
+) -> None:
+    files = members(packed)
+    if HOSTILE[kind].name == RECORD and kind != "twice":
+        del files[RECORD]
+    path = Path("hostile.tar.gz")
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            tar.addfile(member(name, size=len(data)), io.BytesIO(data))
+        tar.addfile(HOSTILE[kind])
+    before = contents(tmp_path)
+    assert "nothing was imported" in runs("import", str(path), "--store", "new", status=2)
+    assert contents(tmp_path) - before <= {"new"} and contents(Path("new")) == set()
+    assert not Path("/tmp/viladiff-outside.json").exists()
+
+
+def test_archives_with_wrong_content_put_nothing_in_place(home: Store, packed: Path, runs: Runs) -> None:
+    good = {name: data for name, data in members(packed).items() if name != "sums.json"}
+    forged = good[RECORD].replace(b'"miou": 0.45', b'"miou": 0.95', 1)
+    assert forged != good[RECORD]
+    wrong: dict[str, tuple[dict[str, bytes], str]] = {
+        "forged": ({**good, RECORD: forged}, "is damaged: its checksum"),
+        "of another run": ({**good, RECORD: record_bytes(TWO)}, f"is the record of {TWO.run_id}"),
+        "pickle": ({**good, f"pictures/{ONE.run_id}.npz": b"\x80\x04."}, "cannot be read"),
+        "log": ({**good, f"steps/{ONE.run_id}.jsonl": b'{"step": "x"}\n'}, "cannot be read"),
+        "no record": ({**good, f"steps/{'9' * 16}.jsonl": b""}, "belongs to no record"),
+    }
+    for files, message in wrong.values():
+        path = pack(Path("wrong.tar.gz"), files)
+        assert message in runs("import", str(path), "--store", "new", status=2)
+        assert contents(Path("new")) == set()
+    sums = members(packed)["sums.json"]
+    for text, message in (
+        (sums.replace(b"a", b"b"), "does not match sums"),
+        (b"[", "cannot be read"),
+        (b"3", "cannot be"),
+    ):
+        path = pack(Path("wrong.tar.gz"), {**good, "sums.json": text}, sums=False)
+        assert message in runs("import", str(path), "--store", "new", status=2)
+    assert "has no sums.json" in runs("import", str(pack(Path("w.tar.gz"), good, False)), "--store", "new", status=2)
+    assert contents(Path("new")) == set()
+
+
+def test_broken_files_are_no_archives(home: Store, packed: Path, runs: Runs) -> None:
+    whole = packed.read_bytes()
+    for data in (b"", b"not an archive", whole[: len(whole) // 2], gzip.compress(b"not a tar" * 100)):
+        Path("broken.tar.gz").write_bytes(data)
+        assert "broken.tar.gz" in runs("import", "broken.tar.gz", "--store", "new", status=2)
+        assert contents(Path("new")) == set()
+    assert "No such file" in runs("import", "absent.tar.gz", "--store", "new", status=2)
+
+
+def test_archives_that_would_fill_the_disk_are_refused(
+    home: Store, packed: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "LIMITS", {**archive.LIMITS, "records": 100})
+    assert "too many" in runs("import", str(packed), "--store", "new", status=2) and contents(Path("new")) == set()
