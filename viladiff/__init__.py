@@ -3,6 +3,7 @@
 >>> import viladiff
 >>> cfg = viladiff.override(viladiff.RunConfig(), {"method.name": "viladiff", "data.split": "183"})
 >>> result = viladiff.fit(cfg)  # doctest: +SKIP
+>>> viladiff.table(5)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig, override
+    from viladiff.study.drive import table
     from viladiff.train import fit
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "fit", "override"]
+__all__ = ["RunConfig", "__version__", "fit", "override", "table"]
 
-_LAZY = {"RunConfig": "viladiff.config", "override": "viladiff.config", "fit": "viladiff.train"}
+_LAZY = {
+    "RunConfig": "viladiff.config",
+    "override": "viladiff.config",
+    "fit": "viladiff.train",
+    "table": "viladiff.study.drive",
+}
 
 
 def __getattr__(name: str) -> Any:

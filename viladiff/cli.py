@@ -9,10 +9,11 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from viladiff import __version__
+from viladiff.study.options import add_options
 from viladiff.study.runs_cli import add_runs
 
 if TYPE_CHECKING:
@@ -38,13 +39,24 @@ examples:
 A run's directory is named by its content. The same command goes on from the last checkpoint;
 a finished run is only shown.
 """
+TABLE_EXAMPLES = """\
+examples:
+  viladiff plan 5 --scale digits          what would run, and how long it would take
+  viladiff table 5                        scale quick: one seed, minutes on two cores
+  viladiff table 5 --scale digits --rows 1 8 --seeds 3 -- train.steps=300
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; errors that a user can mend are one line each on stderr."""
     args = parser().parse_args(argv)
+    return carry_out(lambda: int(args.run(args)))
+
+
+def carry_out(command: Callable[[], int]) -> int:
+    """The exit status of ``command``, or of what stopped it, with a line for each error."""
     try:
-        status: int = args.run(args)
+        status = command()
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of our output left, as `| head` does
@@ -96,6 +108,12 @@ def parser() -> argparse.ArgumentParser:
     render.set_defaults(run=_render)
 
     add_runs(commands)
+
+    for name, text in (("table", "run a table of the paper, and write its page"), ("plan", "table --dry-run")):
+        table = commands.add_parser(name, help=text, description=text, epilog=TABLE_EXAMPLES, formatter_class=raw)
+        table.add_argument("table", metavar="TABLE", help="number of the paper's table, or the path of a .toml file")
+        add_options(table)
+        table.set_defaults(run=_table, plan=name == "plan")
 
     doctor = commands.add_parser("doctor", help="check this machine and installation")
     doctor.add_argument("--out", metavar="DIR", default="runs", help="directory of runs to check")
@@ -187,6 +205,13 @@ def _render(args: argparse.Namespace) -> int:
         arrays = open_pixels(name).arrays
         print(f"{name}: " + ", ".join(f"{part} {array.shape}" for part, array in sorted(arrays.items())))
     return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    from viladiff.study.drive import find, run
+
+    args.dry_run = args.dry_run or args.plan
+    return run(find(args.table), args, " ".join(["viladiff", *sys.argv[1:]]))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from viladiff.fields import (
     leaves,
     nearest,
     nest,
+    parse_overrides,
     unknown,
     values,
 )
@@ -109,20 +110,6 @@ def override(cfg: RunConfig, changes: Mapping[str, object]) -> RunConfig:
         if one in changes and other not in changes:
             flat.pop(other, None)
     return RunConfig(**nest({**flat, **changes}))
-
-
-def parse_overrides(words: Iterable[str]) -> dict[str, str]:
-    """``["a.b=1"]`` as {"a.b": "1"}; raises ConfigError for a word without "=" and for a field given twice."""
-    found: dict[str, str] = {}
-    for word in words:
-        path, sign, text = word.partition("=")
-        path = path.strip()
-        if not sign or not path:
-            raise ConfigError(f"{word!r}: write field=value without spaces around '=', as in data.split=183")
-        if path in found:
-            raise ConfigError(f"{path}: given twice, as {found[path]!r} and as {text!r}; keep one")
-        found[path] = text
-    return found
 
 
 def flatten(cfg: RunConfig) -> dict[str, object]:

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from types import NoneType, UnionType
@@ -41,6 +41,20 @@ class FieldHelp(NamedTuple):
     kind: str
     default: object
     text: str
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, str]:
+    """``["a.b=1"]`` as {"a.b": "1"}; raises ConfigError for a word without "=" and for a field given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        path, sign, text = word.partition("=")
+        path = path.strip()
+        if not sign or not path:
+            raise ConfigError(f"{word!r}: write field=value without spaces around '=', as in data.split=183")
+        if path in found:
+            raise ConfigError(f"{path}: given twice, as {found[path]!r} and as {text!r}; keep one")
+        found[path] = text
+    return found
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:

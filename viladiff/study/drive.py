@@ -1,0 +1,255 @@
+"""From a table's file to its page: plan, run what is missing, and keep the page up to date. Ray and torch come late.
+
+A second call with nothing left to run loads neither, so that a changed title is on the page within seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from viladiff.fields import parse_overrides
+from viladiff.study.events import Event, Outcome, Settings
+from viladiff.study.options import parser
+from viladiff.study.plan import Plan, Planned, estimate, make_plan, states
+from viladiff.study.spec import Table, load_table
+from viladiff.study.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+"""The checkout: tables, reports and the records that are committed with them."""
+PICTURES = 4
+"""Validation images of each cell's first seed whose labels are kept at every stage."""
+REWRITE = 20.0
+"""Seconds at least between two versions of the page while runs finish."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call: a table at a scale, where its runs live, and where its page goes."""
+
+    table: Table
+    plan: Plan
+    store: Store
+    out: Path
+    command: str
+    published: bool = False
+    """Whether finished runs are copied beside the page, to be committed."""
+
+
+def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
+    """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors that a user can mend are a line each."""
+    from viladiff.cli import carry_out
+
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser(path, name or Path(sys.argv[0]).name).parse_args(given)
+    return carry_out(lambda: run(path, args, " ".join([name or _said(sys.argv[0]), *given])))
+
+
+def run(path: Path, args: argparse.Namespace, command: str) -> int:
+    """Plans, says or does, and writes; returns the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
+    job = prepare(path, args, command)
+    settings = Settings(
+        threads=job.table.scale[args.scale].threads or 1,
+        gpus_per_trial=args.gpus_per_trial,
+        max_concurrent=args.max_concurrent,
+        hang_after=args.hang_after,
+        address=args.address,
+        dashboard=args.dashboard,
+    )
+    if args.dry_run:
+        from viladiff.study.outline import outline
+
+        outline(job.plan, job.store, settings, job.out, args.price)
+        return 0
+    if args.fresh:
+        _set_aside(job)
+    outcomes = [] if args.render else execute(job, settings)
+    index = write(job)
+    return conclude(job, outcomes, index)
+
+
+def prepare(path: Path, args: argparse.Namespace, command: str) -> Job:
+    """Reads the table, checks all that was asked for and names its runs; nothing is trained."""
+    table = load_table(path)
+    changes: dict[str, object] = dict(parse_overrides(args.changes))
+    if args.encoder is not None:
+        changes.setdefault("model.encoder", args.encoder)
+        changes.setdefault("model.pretrained", "shipped" if args.encoder == "digits_vit" else "timm")
+    if args.workers is not None:
+        changes.setdefault("runtime.workers", args.workers)
+    published = ROOT / "reports" / "published"
+    storage = Path(args.storage).expanduser().absolute()
+    plan = make_plan(
+        table,
+        args.scale,
+        seeds=_seeds(args.seeds),
+        rows=args.rows,
+        columns=args.columns,
+        changes=changes,
+        cache=storage / "plans",
+    )
+    store = Store(storage, [] if args.fresh else [published])
+    store.sweep()
+    default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
+    out = Path(args.out).expanduser().absolute() if args.out else default
+    return Job(table, plan, store, out, command, args.publish)
+
+
+def execute(job: Job, settings: Settings) -> list[Outcome]:
+    """Runs what is not done, with a live table; the page is rewritten as runs finish, on a thread of its own."""
+    records = job.store.records()
+    left = [_with_extras(job, one) for one in job.plan.runs.values() if one.run_id not in records]
+    if not left:
+        return []
+    from viladiff.ray_launch import cpus, run_jobs
+    from viladiff.study.live import Live
+
+    at_once = settings.max_concurrent or max(1, cpus() // settings.threads)
+    expected = estimate(job.plan, job.store, at_once).seconds
+    done = {name: record.miou for name, record in records.items()}
+    with Pages(lambda: write(job)) as pages, Live(job.plan, done, at_once, expected=expected) as live:
+
+        def hear(event: Event) -> None:
+            live.hear(event)
+            if event.kind in ("done", "failed"):
+                pages.dirty.set()
+
+        return run_jobs(left, job.store, settings, hear)
+
+
+class Pages:
+    """Writes the page again when it is out of date, not more often than every ``REWRITE`` seconds, beside the runs."""
+
+    def __init__(self, write: Callable[[], object]) -> None:
+        self.write, self.dirty, self.over = write, threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._keep, name="page", daemon=True)
+
+    def __enter__(self) -> Pages:
+        self.dirty.set()  # a first page, so that there is something to look at from the beginning
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.dirty.set()
+        self.thread.join()
+
+    def _keep(self) -> None:
+        while True:
+            self.dirty.wait()
+            if self.over.is_set():
+                return  # whoever ends this writes the last page
+            self.dirty.clear()
+            try:
+                self.write()
+            except Exception as error:  # a page that cannot be drawn must not end a campaign
+                print(f"the page could not be written: {error}", file=sys.stderr)
+            self.over.wait(REWRITE)
+
+
+def write(job: Job) -> Path:
+    """Publishes finished runs if asked to, judges the claims, writes the page; returns the path of its index.html."""
+    from viladiff.report.page import render_table
+    from viladiff.study.claims import judge
+    from viladiff.study.publish import publish
+
+    if job.published:
+        publish(job.plan, job.store, job.out)
+    verdicts = judge(job.plan, job.store.records())
+    return render_table(job.plan, job.store, job.out, command=job.command, verdicts=verdicts)
+
+
+def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
+    """Says what came out, in a few lines."""
+    found = list(states(job.plan, job.store).values())
+    print((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
+    print(f"{found.count('done')} of {len(found)} runs done; the page: {_relative(index)}")
+    stopped = [outcome for outcome in outcomes if outcome.state == "stopped"]
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    for outcome in failed:
+        why = outcome.failure.message if outcome.failure else "no reason is known"
+        print(f"failed: {job.plan.runs[outcome.run_id].title}: {why}", file=sys.stderr)
+    if stopped:
+        print(f"{len(stopped)} runs were stopped; the same command continues:\n  {job.command}", file=sys.stderr)
+        return 130
+    return int(bool(failed))
+
+
+def table(name: str | int, scale: str = "digits", *, storage: str = "runs") -> pd.DataFrame:
+    """Means, spreads and numbers of runs of a table as far as it was run, rows by columns; trains nothing.
+
+    >>> import viladiff
+    >>> viladiff.table(5)  # doctest: +SKIP
+    """
+    from viladiff.report.tables import frame
+
+    found = load_table(find(name))
+    plan = make_plan(found, scale, cache=Path(storage).absolute() / "plans")
+    return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"]))
+
+
+def find(name: str | int) -> Path:
+    """The file of a table: by number, by name, or by path. ValueError lists those there are."""
+    given = Path(str(name))
+    path = given if given.suffix == ".toml" else ROOT / "ablations" / f"{'table' * given.name.isdigit()}{name}.toml"
+    if path.is_file():
+        return path
+    known = sorted(one.stem for one in (ROOT / "ablations").glob("*.toml"))
+    if not known:
+        raise ValueError(f"{ROOT / 'ablations'}: no tables there; they come with a checkout, not with a wheel")
+    raise ValueError(f"table {name!r}: not known; there are {', '.join(known)}, or give the path of a .toml file")
+
+
+# Parts
+
+
+def _seeds(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word.strip().isdigit() for word in words) or (len(words) == 1 and int(text) < 1):
+        raise ValueError(f"--seeds {text}: a number of seeds such as 3, or a list such as 0,1,5")
+    return tuple(range(int(text))) if len(words) == 1 else tuple(dict.fromkeys(int(word) for word in words))
+
+
+def _with_extras(job: Job, one: Planned) -> Planned:
+    """Fields outside a run's name that a table wants: a log that a screen can follow, pictures of the first seed."""
+    extras: dict[str, object] = {"runtime.log_every": 10}
+    seed = next(cell.seed for cell in job.plan.cells if cell.run_id == one.run_id)
+    if seed == job.plan.seeds[0]:
+        extras["runtime.pictures"] = PICTURES
+    return replace(one, changes={**extras, **one.changes})
+
+
+def _set_aside(job: Job) -> None:
+    aside = job.store.root / "replaced" / time.strftime("%Y%m%dT%H%M%S")
+    for run_id in job.plan.runs:
+        directory = job.store.directory(run_id)
+        lease = job.store.lease(run_id) if directory.is_dir() else None
+        if lease is None:
+            continue  # not there, or somebody is at it
+        with lease:
+            aside.mkdir(parents=True, exist_ok=True)
+            for path in [path for path in directory.iterdir() if not path.name.startswith("lease")]:
+                (aside / run_id).mkdir(exist_ok=True)
+                shutil.move(path, aside / run_id / path.name)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _said(program: str) -> str:
+    """The program as it would be typed, without where this machine keeps it."""
+    path = Path(program).absolute()
+    return f"python {path.relative_to(ROOT)}" if path.is_relative_to(ROOT / "ablations") else path.name

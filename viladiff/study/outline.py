@@ -1,0 +1,80 @@
+"""What a table would run and what that would take, said before anything is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from viladiff.study.events import Settings
+from viladiff.study.plan import Plan, State, estimate, states
+from viladiff.study.store import Store
+
+SIGNS: dict[State, str] = {
+    "done": "done",
+    "stale": "stale",
+    "failed": "failed",
+    "running": "running",
+    "begun": "begun",
+    "missing": "to run",
+}
+STYLES: dict[State, str] = {"done": "green", "failed": "red", "stale": "yellow", "running": "cyan", "begun": "cyan"}
+
+
+def outline(plan: Plan, store: Store, settings: Settings, out: Path, price: float | None = None) -> None:
+    """Prints the grid of cells with their states, runs, steps, seconds, and where everything goes."""
+    from viladiff.ray_launch import cpus
+
+    found = states(plan, store)
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console.print(f"[bold]{escape(plan.table.title)}[/bold], scale {plan.scale}, seeds {_listed(plan.seeds)}\n")
+    grid = Grid("", *(escape(plan.table.columns[column].label) for column in plan.columns), box=None, pad_edge=False)
+    for row in plan.rows:
+        label = plan.table.rows[row].label
+        cells = [_cell(plan, found, row, column) for column in plan.columns]
+        grid.add_row(f"{row + 1:>2}  {escape(label)}", *cells)
+    console.print(grid)
+    at_once = settings.max_concurrent or max(1, cpus() // settings.threads)
+    guess = estimate(plan, store, at_once, price)
+    left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]
+    lines = {
+        "cells": f"{guess.cells} with {guess.runs} different runs, of which {guess.done} are done",
+        "to train": f"{len(left)} runs, {sum(run.steps for run in left):,} steps, {at_once} at once, "
+        f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each",
+        "time": f"{_span(guess.seconds)} ({guess.basis})",
+        **({} if guess.cost is None else {"cost": f"{guess.cost:.2f}"}),
+        "runs go to": str(store.root),
+        "page": str(out / "index.html"),
+    }
+    console.print()
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
+    if "stale" in found.values():
+        console.print("\nstale: a record of the same settings comes from older code, data or weights, and is not used")
+
+
+def _cell(plan: Plan, found: dict[str, State], row: int, column: int) -> str:
+    """ "done" or "2 done, 1 to run"."""
+    asked = [found[run_id] for run_id in plan.run_ids(row, column)]
+    parts = [
+        f"[{STYLES.get(state, 'default')}]{asked.count(state) if len(asked) > 1 else ''} {sign}".replace("] ", "]")
+        + "[/]"
+        for state, sign in SIGNS.items()
+        if state in asked
+    ]
+    return ", ".join(parts)
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return "not known"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
