@@ -1,0 +1,129 @@
+"""A table's page is one file: style, charts and pictures are inside, and each missing number has its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+from markupsafe import Markup
+
+from viladiff.record import write_atomically
+from viladiff.report import figures, palette, plain, provenance, strips, tables, views
+from viladiff.report.curves import Curve, curves
+from viladiff.report.tables import METRICS, Agreement, Results
+
+if TYPE_CHECKING:
+    from viladiff.study.claims import Verdict
+    from viladiff.study.plan import Plan
+    from viladiff.study.store import Store
+
+HERE = Path(__file__).parent
+
+
+def render_table(
+    plan: Plan,
+    store: Store,
+    out: Path,
+    *,
+    command: str,
+    verdicts: Sequence[Verdict],
+    agreement: Sequence[Agreement] | None = None,
+) -> Path:
+    """Writes index.html, table.md, table.tex, table.csv and figures/ under ``out``; returns the path of index.html.
+
+    ``agreement`` is worked out here where it is not given. Each file is replaced in one go, so that a reader of the
+    page, which is rewritten as runs finish, never sees half of one.
+    """
+    results = tables.gather(plan, store)
+    drawn = curves(results, store)
+    agreements = agreement if agreement is not None else [tables.agreement(results, c) for c in plan.columns]
+    out.mkdir(parents=True, exist_ok=True)
+    files = [path.name for path in figures.save(results, drawn, out / "figures")]
+    said = banner(results)
+    texts = {
+        "table.md": plain.to_markdown(results, verdicts, agreements, command, said),
+        "table.tex": plain.to_latex(results, said),
+        "table.csv": plain.to_csv(results),
+        "index.html": html(results, store, out, command, verdicts, agreements, drawn, files),
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, text.encode())
+    return out / "index.html"
+
+
+def banner(results: Results) -> str:
+    """Empty once every run is done."""
+    counts = results.counts()
+    total, done = sum(counts.values()), counts.get("done", 0)
+    if done == total:
+        return ""
+    others = [f"{n} {state}" for state, n in counts.items() if state in ("failed", "running", "stale")]
+    return f"{', '.join([f'{done} of {total} runs done', *others])}; this page is rewritten as runs finish."
+
+
+def html(
+    results: Results,
+    store: Store,
+    out: Path,
+    command: str,
+    verdicts: Sequence[Verdict],
+    agreements: Sequence[Agreement],
+    drawn: dict[str, list[Curve]],
+    files: Sequence[str],
+) -> str:
+    """The page as text; everything that it shows is worked out here, and the template only lays it out."""
+    reasons = views.Reasons()
+    scores = {metric: views.lines(results, metric, reasons) for metric in METRICS}
+    seeds, axes = views.dots(results, scores[results.plan.table.metric])
+    pictures, wrong = strips.strips(results, store)
+    placed, reach = views.forest(verdicts)
+    head, nets, by_stream = views.streams(results)
+    facts = provenance.facts(results)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"part": views.part_html, "signed": plain.signed, "duration": provenance.duration}
+    environment.filters |= {"interval": views.interval, "p_value": views.p_value}
+    return environment.get_template("table.html.j2").render(
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        series=palette.SERIES,
+        table=results.plan.table,
+        scale=results.plan.scale,
+        columns=[results.plan.table.columns[c].label for c in results.plan.columns],
+        parts=tables.parts(results),
+        finding=tables.finding(results),
+        banner=banner(results),
+        counts=results.counts(),
+        context=views.context(results),
+        metrics=METRICS,
+        tables=scores,
+        spread=plain.SPREAD,
+        reasons=reasons.letters,
+        agreements=[(found, plain.agreement_text(found)) for found in agreements],
+        dots=seeds,
+        axes=axes,
+        verdicts=verdicts,
+        forest=placed,
+        reach=reach,
+        panels=views.panels(results, drawn),
+        strips=pictures,
+        wrong=wrong,
+        legend=strips.legend(results),
+        networks=views.networks(results),
+        streams=(head, nets, by_stream),
+        nets=list(dict.fromkeys(net for r in results.records().values() for net in r.scores)),
+        pseudo=views.pseudo(results),
+        pseudo_names=views.PSEUDO,
+        heat=views.heat(results),
+        facts=facts,
+        mixed=[fact for fact in facts if fact.mixed],
+        origins=provenance.origins(results, store, out),
+        number=lambda row: tables.number(results, row),
+        command=command,
+        files=files,
+        simulated=any("simulated" in r.captions for r in results.records().values()),
+        id=id,
+    )

@@ -1,0 +1,135 @@
+"""Where every number of a table comes from, and what differs between its runs although it should not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from viladiff.record import RunRecord
+from viladiff.report.tables import Entry, Results, number
+
+if TYPE_CHECKING:
+    from viladiff.study.store import Store
+
+
+@dataclass(frozen=True)
+class Fact:
+    name: str
+    values: tuple[tuple[str, int], ...]
+    """Each with the number of runs that have it, most frequent first."""
+    mixed: bool = False
+    """More than one value where one table should have one."""
+
+    def __str__(self) -> str:
+        if len(self.values) == 1:
+            return self.values[0][0]
+        return "; ".join(f"{value} ({n} runs)" if n > 1 else f"{value} (1 run)" for value, n in self.values)
+
+
+_SAME: dict[str, Callable[[RunRecord], object]] = {
+    "Encoder": lambda r: r.encoder,
+    "Pretraining": lambda r: r.pretrained,
+    "Text encoder": lambda r: r.text_encoder,
+    "Steps": lambda r: r.steps,
+    "Precision": lambda r: r.config.get("train.precision"),
+    "Workers a run": lambda r: r.workers,
+    "Threads": lambda r: r.threads,
+    "Device": lambda r: r.device,
+    "Code revision": lambda r: _revision(r),
+    "Versions": lambda r: ", ".join(f"{name} {version}" for name, version in sorted(r.versions.items())),
+}
+_MAY_DIFFER: dict[str, Callable[[RunRecord], object]] = {
+    "Data set": lambda r: f"{r.config.get('data.dataset')} (fingerprint {r.fingerprints.get('data', 'unknown')})",
+    "Split (labelled images)": lambda r: r.config.get("data.split"),
+    "Captions": lambda r: captions(r),
+    "Evaluated network and stream": lambda r: f"{r.network}, {r.stream}",
+    "Evaluation protocol": lambda r: r.config.get("eval.protocol"),
+    "Validation images": lambda r: r.scores.get(r.network, {}).get(r.stream, {}).get("images"),
+}
+
+
+def _revision(record: RunRecord) -> str:
+    revision = str(record.git.get("revision") or "unknown")[:12]
+    return f"{revision} with uncommitted changes" if record.git.get("dirty") else revision
+
+
+def captions(record: RunRecord) -> str:
+    """What the record says of its captions, and whether a control exchanged them."""
+    kind = record.config.get("data.captions", "own")
+    return record.captions if kind in ("own", None) else f"{kind}: {record.captions}"
+
+
+def facts(results: Results) -> list[Fact]:
+    """What the runs have in common, and how many have what where they differ."""
+    records = list(results.records().values())
+    if not records:
+        return []
+    found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
+    found += [_fact(name, map(read, records), True) for name, read in _SAME.items()]
+    scale = results.plan.scale
+    others = [r.scale or "none" for r in records if r.scale != scale]
+    if others:
+        same = len(records) - len(others)
+        found.append(_fact("Made for scale", [scale] * same + others, True))
+    wall = sum(record.wall_seconds for record in records)
+    cpu = sum(record.train_seconds for record in records)
+    seeds = ", ".join(map(str, sorted({e.cell.seed for e in results.entries})))
+    totals = {
+        "Scale": scale,
+        "Seeds": seeds,
+        "Wall time, all runs added": duration(wall),
+        "Training time, all runs added": duration(cpu),
+        "Most main memory of a run's process": f"{max(r.peak_memory_bytes for r in records) / 2**30:.1f} GiB",
+    }
+    return [*found, *(Fact(name, ((value, len(records)),)) for name, value in totals.items())]
+
+
+def _fact(name: str, values: Iterable[object], one: bool) -> Fact:
+    said = sorted("not recorded" if value is None else str(value) for value in values)
+    counted = sorted(((value, len(list(same))) for value, same in groupby(said)), key=lambda pair: (-pair[1], pair[0]))
+    return Fact(name, tuple(counted), one and len(counted) > 1)
+
+
+def duration(seconds: float) -> str:
+    """``2 h 5 min``, ``3 min 20 s``, ``8 s``."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One run behind the page, and the cells that it stands in."""
+
+    entry: Entry
+    cells: tuple[str, ...]
+    link: str
+    """Path of its record relative to the page; empty where there is none nearby."""
+
+
+def origins(results: Results, store: Store, out: Path) -> list[Origin]:
+    """Unique runs in the order of the table."""
+    seen: dict[str, list[Entry]] = {}
+    for entry in results.entries:
+        seen.setdefault(entry.cell.run_id, []).append(entry)
+    table = results.plan.table
+    return [
+        Origin(
+            same[0],
+            tuple(f"row {number(results, e.cell.row)}, {table.columns[e.cell.column].label}" for e in same),
+            _link(store.file(run_id, "record.json"), out) if same[0].record is not None else "",
+        )
+        for run_id, same in seen.items()
+    ]
+
+
+def _link(path: Path | None, out: Path) -> str:
+    """Nothing far from the page is named: the page may be published, and whose disk it was on is nobody's business."""
+    relative = Path(os.path.relpath(path, out)).as_posix() if path is not None else ""
+    return "" if relative.count("../") > 3 else relative

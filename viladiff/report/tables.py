@@ -1,0 +1,326 @@
+"""A cell of a table is a set of runs, one a seed: what they measured, and for each that is missing, why it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from viladiff.record import RunRecord
+from viladiff.study.plan import Plan, PlannedCell, State, states
+from viladiff.study.spec import Printed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from viladiff.study.store import Store
+
+METRICS = {"miou": "mIoU", "boundary_iou": "Boundary IoU", "trimap_miou": "Trimap mIoU"}
+"""Scores of the headline network and stream, in percent everywhere in this package."""
+_WHY: dict[State, str] = {
+    "missing": "not run yet",
+    "begun": "begun, not finished",
+    "running": "running now",
+    "failed": "failed",
+    "stale": "an older revision of the code made it; to be run again",
+    "done": "its record is gone",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One seed of one cell; ``why`` is empty where ``record`` counts."""
+
+    cell: PlannedCell
+    state: State
+    record: RunRecord | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    plan: Plan
+    entries: tuple[Entry, ...]
+
+    def at(self, row: int, column: int) -> list[Entry]:
+        return [e for e in self.entries if (e.cell.row, e.cell.column) == (row, column)]
+
+    def of_row(self, row: int) -> list[Entry]:
+        return [e for e in self.entries if e.cell.row == row]
+
+    def records(self) -> dict[str, RunRecord]:
+        """Records that the table's numbers come from, each once, in the order of the table."""
+        return {e.cell.run_id: e.record for e in self.entries if e.record is not None}
+
+    def counts(self) -> dict[State, int]:
+        """Unique runs by state; a run that stands in several cells counts once."""
+        by_run = {e.cell.run_id: e.state for e in self.entries}
+        return {state: n for state in _WHY if (n := sum(s == state for s in by_run.values()))}
+
+    def rows(self, control: bool | None = None) -> list[int]:
+        table = self.plan.table
+        return [row for row in self.plan.rows if control is None or table.rows[row].control == control]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean over seeds; ``spread`` is the sample standard deviation, None below two seeds. Percent."""
+
+    values: dict[int, float]
+    missing: dict[int, str]
+    """Seed to reason."""
+    marks: frozenset[State]
+    """States of the missing ones."""
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        return float(np.mean(list(self.values.values()))) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        return float(np.std(list(self.values.values()), ddof=1)) if self.n > 1 else None
+
+    def __str__(self) -> str:
+        """``78.1 ± 0.3 (3)``, ``78.1 (1)`` or an em dash."""
+        if self.mean is None:
+            return "—"
+        return f"{self.mean:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "") + f" ({self.n})"
+
+
+def gather(plan: Plan, store: Store) -> Results:
+    """Looks at each run of the plan once.
+
+    A record belongs here by its name alone, which is its content: one that was made for another scale is the same run,
+    and the page's provenance says so.
+    """
+    state = states(plan, store)
+    found = store.records()
+    read = {name: _entry(store, name, state[name], found.get(name)) for name in {c.run_id for c in plan.cells}}
+    wanted = {(row, column) for row in plan.rows for column in plan.columns}
+    cells = sorted(
+        (c for c in plan.cells if (c.row, c.column) in wanted),
+        key=lambda c: (plan.rows.index(c.row), plan.columns.index(c.column), c.seed),
+    )
+    return Results(plan, tuple(Entry(cell, *read[cell.run_id]) for cell in cells))
+
+
+def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) -> tuple[State, RunRecord | None, str]:
+    if state == "done" and record is not None:
+        return state, record, ""
+    failure = store.failure(run_id) if state == "failed" else None
+    if failure is None:
+        return state, None, _WHY[state]
+    at = f" at step {failure.step}" if failure.step is not None else ""
+    tries = f" after {failure.attempts} attempts" if failure.attempts > 1 else ""
+    return state, None, f"failed ({failure.kind}{at}{tries}): {failure.message}"
+
+
+def score(record: RunRecord, metric: str, network: str = "", stream: str = "") -> float | None:
+    """Percent, of the headline network and stream unless others are named; None where it was not measured."""
+    scores = record.scores.get(network or record.network, {}).get(stream or record.stream, {})
+    value = scores.get(metric)
+    return None if value is None or math.isnan(value) else 100 * float(value)
+
+
+def summary(entries: Sequence[Entry], metric: str, network: str = "", stream: str = "") -> Summary:
+    found = {e.cell.seed: score(e.record, metric, network, stream) if e.record is not None else None for e in entries}
+    lacking = [e for e in entries if found[e.cell.seed] is None]
+    return Summary(
+        {seed: value for seed, value in found.items() if value is not None},
+        {e.cell.seed: e.why or "not measured in this run" for e in lacking},
+        frozenset(e.state for e in lacking),
+    )
+
+
+class Difference(NamedTuple):
+    mean: float
+    seeds: tuple[int, ...]
+
+
+def difference(of: Summary, to: Summary) -> Difference | None:
+    """Mean over the seeds that both have, so that a seed's luck is in both or in neither; None without one."""
+    seeds = tuple(sorted(of.values.keys() & to.values.keys()))
+    if not seeds:
+        return None
+    return Difference(float(np.mean([of.values[s] - to.values[s] for s in seeds])), seeds)
+
+
+def printed(results: Results, row: int, column: int) -> Printed | None:
+    """The paper's number; "-" where it leaves one out, None for a row that it does not have."""
+    numbers = results.plan.table.rows[row].paper
+    return numbers[column] if column < len(numbers) else None
+
+
+def number(results: Results, row: int) -> str:
+    """Row 8 of the paper is "8" whatever was left out; our own rows are "a", "b", and so on."""
+    own = [i for i, r in enumerate(results.plan.table.rows) if r.control]
+    return chr(ord("a") + own.index(row)) if row in own else str(row + 1 - sum(i < row for i in own))
+
+
+def parts(results: Results) -> list[str]:
+    """Parts in the order in which the table's rows bring them in."""
+    return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.parts))
+
+
+class Agreement(NamedTuple):
+    """How far the measured order of rows is the printed one."""
+
+    column: str
+    tau: float | None
+    """Kendall's τ-b; None below two rows or where one side is all ties."""
+    rows: int
+    same: int
+    """Pairs of rows in the printed order."""
+    reverse: int
+    tied: int
+    chance: float | None
+    """Probability that a random order agrees at least so well; exact; None with ties."""
+
+
+def agreement(results: Results, column: int) -> Agreement:
+    """Over the paper's rows that are measured and printed in this column."""
+    pairs = []
+    for row in results.rows(control=False):
+        mean, paper = summary(results.at(row, column), results.plan.table.metric).mean, printed(results, row, column)
+        if mean is not None and isinstance(paper, float | int):
+            pairs.append((mean, float(paper)))
+    label = results.plan.table.columns[column].label
+    signs = [(_sign(a[0] - b[0]), _sign(a[1] - b[1])) for a, b in combinations(pairs, 2)]
+    same, reverse = (sum(x * y == sign for x, y in signs) for sign in (1, -1))
+    untied = math.sqrt(sum(x != 0 for x, _ in signs) * sum(y != 0 for _, y in signs))
+    tied = len(signs) - same - reverse
+    tau = (same - reverse) / untied if untied else None
+    return Agreement(label, tau, len(pairs), same, reverse, tied, None if tied or not signs else _chance(same, pairs))
+
+
+def _sign(difference: float) -> int:
+    return (difference > 0) - (difference < 0)
+
+
+def _chance(same: int, pairs: Sequence[object]) -> float:
+    """Share of the n! orders with at least ``same`` pairs in place (Mahonian numbers)."""
+    counts = np.ones(1)
+    for size in range(2, len(pairs) + 1):
+        counts = np.convolve(counts, np.ones(size)) / size
+    return float(counts[same:].sum())
+
+
+def finding(results: Results) -> str:
+    """One sentence made of the numbers: where the paper's last row ends, and against the first."""
+    ours = results.rows(control=False) or results.rows()
+    metric, table = results.plan.table.metric, results.plan.table
+    said = []
+    for column in results.plan.columns:
+        first, last = (summary(results.at(row, column), metric) for row in (ours[0], ours[-1]))
+        if last.mean is None:
+            continue
+        gap = difference(last, first) if len(ours) > 1 else None
+        said.append(f"{last} on {table.columns[column].label}{_against(gap, table.rows[ours[0]].label)}")
+    if not said:
+        done = any(e.record for e in results.entries)
+        return "Some runs are done, but none of the last row yet." if done else "No run of this table has finished yet."
+    label = table.rows[ours[-1]].label
+    return f"Row {number(results, ours[-1])} ({label}) reaches {'; '.join(said)}."
+
+
+def _against(gap: Difference | None, label: str) -> str:
+    if gap is None:
+        return ""
+    if abs(gap.mean) < 0.05:
+        return f", level with {label}"
+    return f", {abs(gap.mean):.1f} {'above' if gap.mean > 0 else 'below'} {label}"
+
+
+def long(results: Results) -> list[dict[str, object]]:
+    """A line a row, column and seed, with every number of its record; shares in percent; None where it is missing."""
+    found = [_line(results, entry) for entry in results.entries]
+    names = dict.fromkeys(name for line in found for name in line)
+    return [{name: line.get(name) for name in names} for line in found]
+
+
+def _line(results: Results, entry: Entry) -> dict[str, object]:
+    cell, table = entry.cell, results.plan.table
+    row, paper = table.rows[cell.row], printed(results, cell.row, cell.column)
+    out: dict[str, object] = {
+        "number": number(results, cell.row),
+        "row": row.label,
+        "parts": " + ".join(row.parts),
+        "control": row.control,
+        "column": table.columns[cell.column].label,
+        "seed": cell.seed,
+        "run_id": cell.run_id,
+        "state": entry.state,
+        "why": entry.why,
+        "scale": results.plan.scale,
+        "paper": paper if isinstance(paper, float | int) else None,
+    }
+    for metric in METRICS:
+        out[metric] = score(entry.record, metric) if entry.record else None
+    return out | (dict(_measured(entry.record)) if entry.record else {})
+
+
+def _measured(record: RunRecord) -> Iterator[tuple[str, Any]]:
+    yield from {"network": record.network, "stream": record.stream}.items()
+    for network, streams in record.scores.items():
+        for stream in streams:
+            for metric in METRICS:
+                yield f"{network}/{stream}/{metric}", score(record, metric, network, stream)
+    for name, share in record.pseudo_labels.items():
+        yield f"pseudo/{name}", None if share is None else 100 * share
+    for name, iou in per_class(record).items():
+        yield f"class/{name}", iou
+    for name in ("steps", "train_seconds", "wall_seconds", "peak_memory_bytes", "workers", "threads", "device"):
+        yield name, getattr(record, name)
+    for name in ("captions", "text_encoder", "encoder", "pretrained"):
+        yield name, getattr(record, name)
+    yield from {"revision": record.git.get("revision"), "dirty": record.git.get("dirty")}.items()
+
+
+def per_class(record: RunRecord) -> dict[str, float | None]:
+    """Percent by class name for the headline; a class in neither truth nor prediction has None."""
+    scores = record.scores.get(record.network, {}).get(record.stream, {})
+    shares = scores.get("per_class") or []
+    return {
+        name: None if share is None or math.isnan(share) else 100 * share
+        for name, share in zip(record.class_names, shares, strict=False)
+    }
+
+
+def frame(plan: Plan, store: Store, *, metric: str = "", long_form: bool = False) -> pd.DataFrame:
+    """Rows of the table by (column, mean | sd | n | paper) in percent; or, in the long form, a line a run.
+
+    ``metric`` is one of METRICS, by default the table's own. A cell without runs has NaN and n = 0. Raises ValueError
+    for another metric.
+    """
+    metric = metric or plan.table.metric
+    if metric not in METRICS:
+        raise ValueError(f"metric = {metric!r}: must be one of {', '.join(METRICS)}")
+    import pandas as pd  # takes longer to load than a page takes to make, so pages do without
+
+    results = gather(plan, store)
+    lines = pd.DataFrame(long(results))
+    if long_form:
+        return lines
+    lines = lines.assign(value=pd.to_numeric(lines[metric]), paper=pd.to_numeric(lines["paper"]))
+    grouped = lines.groupby(["number", "column"], sort=False)
+    parts = {"mean": grouped["value"].mean(), "sd": grouped["value"].std(), "n": grouped["value"].count()}
+    if metric == plan.table.metric:
+        parts["paper"] = grouped["paper"].first()
+    numbers = [number(results, row) for row in plan.rows]
+    found = {
+        (label, kind): values.unstack("column").reindex(index=numbers)[label]
+        for label in (plan.table.columns[c].label for c in plan.columns)
+        for kind, values in parts.items()
+    }
+    wide = pd.DataFrame(
+        {key: values.fillna(0).astype(int) if key[1] == "n" else values for key, values in found.items()}
+    )
+    return wide.set_axis([plan.table.rows[row].label for row in plan.rows], axis=0)
