@@ -1,0 +1,175 @@
+"""From a table's file to its page: what is asked for is checked first, what is done is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from viladiff.record import load_record, save_record
+from viladiff.study import drive, publish
+from viladiff.study.events import Outcome, Settings
+from viladiff.study.options import parser
+from viladiff.study.plan import Planned
+from viladiff.study.store import Failure, Store
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "ablations" / "table5.toml"
+
+
+def job(tmp_path: Path, *words: str) -> drive.Job:
+    args = parser(TABLE, "t").parse_args(["--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "page"), *words])
+    return drive.prepare(TABLE, args, "python ablations/run_table5.py")
+
+
+def test_a_plan_holds_what_was_asked_for(tmp_path: Path) -> None:
+    found = job(
+        tmp_path, "--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--seeds", "2", "--", "train.steps=3"
+    )
+    assert len(found.plan.runs) == 4
+    assert {run.steps for run in found.plan.runs.values()} == {3}
+    assert {run.changes["runtime.scale"] for run in found.plan.runs.values()} == {"smoke"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scale", "quik"], "quick"),
+        (["--rows", "9000"], "9000"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--seeds", "many"], "--seeds many"),
+        (["--", "train.step=3"], "train.steps"),
+        (["--encoder", "digits_vit", "--", "method.mixe.beta=2"], "method.mixe.beta"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_run_is_said_before_anything_runs(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        job(tmp_path, *words)
+
+
+def test_seeds_are_a_number_or_a_list() -> None:
+    assert drive._seeds("3") == (0, 1, 2)
+    assert drive._seeds("4,7") == (4, 7)
+    assert drive._seeds(None) is None
+
+
+def test_only_the_first_seed_keeps_pictures(tmp_path: Path) -> None:
+    found = job(tmp_path, "--scale", "smoke", "--rows", "8", "--columns", "1", "--seeds", "2,5")
+    extras = [drive._with_extras(found, run).changes for run in found.plan.runs.values()]
+    assert [one.get("runtime.pictures") for one in extras] == [drive.PICTURES, None]
+    assert all(one["runtime.log_every"] == 10 for one in extras)
+
+
+def test_nothing_left_to_run_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = job(tmp_path, "--scale", "digits", "--rows", "1", "--columns", "1", "--seeds", "1")
+    assert drive.execute(found, Settings()) == []  # a committed record has it
+    assert "ray" not in sys.modules
+
+
+def test_a_page_is_rewritten_beside_the_runs_and_survives_its_own_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drive, "REWRITE", 0.01)
+    calls, twice = [], threading.Event()
+
+    def write() -> None:
+        calls.append(time.monotonic())
+        if len(calls) == 2:
+            twice.set()
+            raise OSError("disk full")
+
+    with drive.Pages(write) as pages:
+        while not calls:
+            time.sleep(0.01)
+        pages.dirty.set()
+        assert twice.wait(10)
+    assert "disk full" in capsys.readouterr().err
+    assert not pages.thread.is_alive()
+
+
+def test_exit_status_tells_failed_and_stopped_runs_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = job(tmp_path, "--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1")
+    run_id = next(iter(found.plan.runs))
+    index = tmp_path / "page" / "index.html"
+    index.parent.mkdir()
+    (index.parent / "table.md").write_text("# Table\n\nfinding\n\n## rest\n")
+    failure = Failure(kind="nan", message="the loss is nan", step=3, attempts=1, when="now")
+    assert drive.conclude(found, [Outcome(run_id, "failed", failure)], index) == 1
+    assert "SemiBaseline, 1/8 (183), seed 0: the loss is nan" in capsys.readouterr().err
+    assert drive.conclude(found, [Outcome(run_id, "stopped")], index) == 130
+    assert "python ablations/run_table5.py" in capsys.readouterr().err
+    assert drive.conclude(found, [Outcome(run_id, "done")], index) == 0
+
+
+def test_fresh_sets_older_runs_aside_and_deletes_nothing(tmp_path: Path) -> None:
+    found = job(tmp_path, "--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1")
+    run_id = next(iter(found.plan.runs))
+    old = found.store.directory(run_id)
+    old.mkdir(parents=True)
+    (old / "steps.jsonl").write_text("{}\n")
+    drive._set_aside(found)
+    assert not any(old.iterdir())
+    assert [path.name for path in (tmp_path / "runs" / "replaced").glob(f"*/{run_id}/*")] == ["steps.jsonl"]
+
+
+def test_a_table_is_found_by_number_name_and_path() -> None:
+    assert drive.find(5) == drive.find("5") == drive.find("table5") == TABLE
+    assert drive.find(TABLE) == TABLE
+    with pytest.raises(ValueError, match="table5"):
+        drive.find(99)
+
+
+def test_published_runs_are_thin_and_read_back(tmp_path: Path) -> None:
+    found = job(tmp_path, "--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1")
+    run_id = next(iter(found.plan.runs))
+    some = load_record(next((ROOT / "reports" / "published" / "core" / "records").glob("*.json")))
+    directory = found.store.directory(run_id)
+    directory.mkdir(parents=True)
+    config = {**some.config, "runtime.out": "/somewhere"}
+    save_record(type(some)(**{**some.model_dump(), "run_id": run_id, "config": config}), directory / "record.json")
+    rows = [{"step": step, "total": float(step)} for step in range(100)]
+    (directory / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "published" / "table5"
+    assert len(publish.publish(found.plan, found.store, out)) == 1
+    layer = Store(tmp_path / "none", [tmp_path / "published"])
+    record = layer.get(run_id)
+    assert record is not None and record.miou == some.miou and "/somewhere" not in record.model_dump_json()
+    log = layer.file(run_id, "steps.jsonl")
+    assert log is not None
+    thin = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(thin) <= publish.POINTS and thin[0] == {"step": 3, "total": 1.5} and thin[-1]["step"] == 99
+    again = Store(found.store.root, [tmp_path / "published"])
+    assert publish.publish(found.plan, again, out) == []
+
+
+def test_a_plan_that_was_made_before_is_rendered_without_torch(tmp_path: Path) -> None:
+    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--storage", str(tmp_path / "runs")]
+    job(tmp_path, *words)  # makes the plan
+    code = f"""
+import sys
+from pathlib import Path
+from viladiff.study import drive
+status = drive.main(Path({str(TABLE)!r}), {[*words, "--render", "--out", str(tmp_path / "page")]!r}, "t")
+assert not any(name in sys.modules for name in ("torch", "ray", "viladiff.config")), "too much was imported"
+raise SystemExit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page" / "index.html").is_file()
+
+
+def test_planned_runs_keep_their_names(tmp_path: Path) -> None:
+    """Pictures and logs are not part of what a run is."""
+    from viladiff.config import RunConfig, override
+    from viladiff.train import Run
+
+    found = job(tmp_path, "--scale", "smoke", "--rows", "8", "--columns", "1", "--seeds", "1")
+    one: Planned = drive._with_extras(found, next(iter(found.plan.runs.values())))
+    assert Run(override(RunConfig(), one.changes)).name == one.run_id
