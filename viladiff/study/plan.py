@@ -9,22 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import TypeAdapter
 
+from viladiff.record import RunRecord, write_atomically
 from viladiff.study.cells import cells, choose
 from viladiff.study.spec import Table
-
-if TYPE_CHECKING:
-    from viladiff.record import RunRecord
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
 
@@ -247,12 +244,10 @@ def _read(file: Path) -> _Kept | None:
 
 def _write(file: Path, kept: _Kept) -> None:
     text = _dumps(kept)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     # A plan that cannot be kept is still a plan: the next one takes a few seconds longer.
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
-        temporary.replace(file)
+        write_atomically(file, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
 
 
 # What there is, and what it will take
