@@ -220,7 +220,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         [tuple("" if cell is None else str(cell) for cell in line) for line in lines],
         ("run", *COLUMNS[1:7], "mIoU %", *COLUMNS[8:]),
     )
-    print(f"\n{len(rows)} runs")
+    print(f"\n{len(rows)} run{'s' * (len(rows) != 1)}")
 
 
 def show(store: Store, row: Row) -> None:

@@ -69,7 +69,9 @@ def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verify.set_defaults(run=_verify)
     gc = action("gc", "delete what nothing needs any more; never a record", "viladiff runs gc --dry-run")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
-    gc.add_argument("--keep-checkpoints", action="store_true", help="keep the networks of finished runs")
+    gc.add_argument(
+        "--keep-checkpoints", action="store_true", help="keep the networks of finished runs, for viladiff evaluate"
+    )
     gc.set_defaults(run=_gc)
     export = action("export", "pack finished runs", "viladiff runs export mine.tar.gz method.name=viladiff")
     export.add_argument("file", metavar="FILE.tar.gz")
@@ -183,7 +185,7 @@ def _gc(args: argparse.Namespace) -> int:
         if not args.dry_run:
             upkeep.remove(item)
     total = size(sum(item.size for item in found))
-    kept = f"{len(store.own())} runs in {store.root}"
+    kept = f"runs in {store.root}: {len(store.own())}"
     if not found:
         print(f"Nothing to delete: {kept}.")
     else:
@@ -208,7 +210,8 @@ def _export(args: argparse.Namespace) -> int:
         raise ValueError(listing.why_none(rows, filters, "done"))
     path = Path(args.file)
     count = export(store, chosen, path)
-    print(f"{count} runs in {path}, {size(path.stat().st_size)}. Elsewhere: viladiff runs import {path.name}")
+    packed = f"{count} run{'s' * (count != 1)} in {path}, {size(path.stat().st_size)}"
+    print(f"{packed}. Elsewhere: viladiff runs import {path.name}")
     return 0
 
 
