@@ -88,7 +88,7 @@ def panel(curves: Sequence[Curve], colours: Sequence[str], bounds: tuple[Limits,
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> str:
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
 
 
 def save(results: Results, curves: dict[str, list[Curve]], folder: Path) -> list[Path]:

@@ -227,7 +227,7 @@ def to_latex(results: Results, banner: str) -> str:
         "% needs \\usepackage{booktabs, amssymb, xcolor}",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{latex(table.title)} {latex('mIoU (%). ' + SPREAD)} Grey: as printed in the paper."
+        rf"\caption{{{latex(table.title)} {latex('— mIoU (%). ' + SPREAD)} Grey: as printed in the paper."
         + (rf" \emph{{{latex(banner)}}}" if banner else "")
         + "}",
         rf"\begin{{tabular}}{{ll{'c' * len(names)}{'rrr' * len(spans)}}}",
