@@ -25,7 +25,7 @@ from viladiff.study.samples import (
     pooled,
     samples,
     smallest_detectable,
-    tested,
+    t_test,
 )
 from viladiff.study.spec import Claim, Metric, Table
 
@@ -190,9 +190,9 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
     results: dict[_Key, Tested | None] = {}
     for key, question in family.items():
         pool = pools[key.metric]
-        enough = pool is not None and not _lacking(plan, question, measured[key.metric])
+        enough = not any(_lacking(plan, question, measured[key.metric]))
         results[key] = (
-            tested(question.terms, question.tolerance, measured[key.metric], pool)
+            t_test(question.terms, question.tolerance, measured[key.metric], pool)
             if enough and pool is not None
             else None
         )
@@ -298,11 +298,12 @@ def _said(pool: Pool | None, comparisons: int, claim: Claim) -> str:
     if pool is None:
         return "none: no cell has two seeds"
     whose = "the paper's claims" if claim.source == "paper" else "our own claims"
+    count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
     beyond = f", with a tolerance of {claim.tolerance:g}," if claim.tolerance else ""
     return (
         f"one-sided t tests at 5 % in each direction{beyond} on {claim.metric} over seeds, one standard deviation, "
         f"{pool.sd:.2f} points, pooled within {pool.cells} cells ({pool.df} degrees of freedom; that cells share seeds "
-        f"is not used), Holm's correction for the {comparisons} comparisons of {whose}"
+        f"is not used), Holm's correction for {count} of {whose}"
     )
 
 

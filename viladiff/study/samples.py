@@ -92,7 +92,7 @@ def pooled(measured: Samples) -> Pool | None:
     return Pool(math.sqrt(squares / df), df, len(unique))
 
 
-def tested(terms: Sequence[Term], tolerance: float, measured: Samples, pool: Pool) -> Tested:
+def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, pool: Pool) -> Tested:
     """Whether a sum of signed cell means is above minus the tolerance: a t test with the pooled standard deviation.
 
     t = (sum + tolerance) / (sd √Σ(sign² / n)), n runs in a cell, with the degrees of freedom of the pool.

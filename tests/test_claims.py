@@ -1,0 +1,438 @@
+"""Verdicts: the statistics against straight-line NumPy and SciPy, the meaning of each kind, what is not decided."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from viladiff.record import RunRecord, load_record
+from viladiff.study.claims import Verdict, covering, judge, printed_verdict, questions, rank_agreement
+from viladiff.study.plan import Plan, PlannedCell
+from viladiff.study.samples import LEVEL, Sample, Term, holm, pooled, samples, smallest_detectable, t_test
+from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = load_record(ROOT / "reports" / "published" / "core" / "records" / "supervised-92-0.json")
+TABLE5 = load_table(ROOT / "ablations" / "table5.toml")
+
+Values = dict[tuple[int, int], list[float]]
+"""Points by (row, column), one a seed."""
+
+
+def a_table(rows: list[Row], columns: list[str], *claims: Claim) -> Table:
+    return Table(
+        name="t",
+        title="T",
+        scale={"s": Scale()},
+        columns=tuple(Column(label=label) for label in columns),
+        rows=tuple(rows),
+        claims=claims,
+    )
+
+
+def plain(count: int) -> list[Row]:
+    return [Row(label=f"r{i}") for i in range(count)]
+
+
+def a_record(run_id: str, points: float | None, boundary: float | None = None) -> RunRecord:
+    scores = {"teacher": {"visual": {"miou": 0.99, "boundary_iou": boundary}}, "student": {"visual": {"miou": 0.01}}}
+    given = {"run_id": run_id, "miou": None if points is None else points / 100, "network": "teacher"}
+    return RunRecord(**{**EXAMPLE.model_dump(), **given, "stream": "visual", "scores": scores})
+
+
+def world(table: Table, values: Values, seeds: int = 3) -> tuple[Plan, dict[str, RunRecord]]:
+    """A plan of all rows that have values or are named in ``values`` with an empty list, and the records."""
+    rows, columns = sorted({row for row, _ in values}), sorted({column for _, column in values})
+    cells = [
+        PlannedCell(row, column, seed, f"{row}/{column}/{seed}")
+        for seed in range(seeds)
+        for row in rows
+        for column in columns
+    ]
+    records = {
+        f"{row}/{column}/{seed}": a_record(f"{row}/{column}/{seed}", value, value / 200)
+        for (row, column), found in values.items()
+        for seed, value in enumerate(found)
+    }
+    return Plan(table, "s", tuple(rows), tuple(columns), tuple(range(seeds)), tuple(cells), {}), records
+
+
+def verdict(table: Table, values: Values, seeds: int = 3) -> Verdict:
+    (found,) = judge(*world(table, values, seeds))
+    return found
+
+
+def higher(*labels: str, kind: str = "higher", **more: object) -> Claim:
+    return Claim(text=f"{kind} {labels}", kind=kind, rows=labels, **more)  # type: ignore[arg-type]
+
+
+def near(center: float, spread: float = 0.1) -> list[float]:
+    return [center - spread, center, center + spread]
+
+
+# Statistics
+
+
+def test_two_cells_give_students_test() -> None:
+    table = a_table(plain(2), ["c"], higher("r0", "r1"))
+    one, other = [51.0, 52.5, 50.1], [49.9, 50.2, 51.4, 48.0]
+    found = verdict(table, {(0, 0): one, (1, 0): other}, seeds=4).comparisons[0]
+    up = stats.ttest_ind(one, other, alternative="greater")
+    down = stats.ttest_ind(one, other, alternative="less")
+    both = stats.ttest_ind(one, other).confidence_interval(0.95)
+    assert found.p == pytest.approx(up.pvalue) and found.p_reversed == pytest.approx(down.pvalue)
+    assert found.interval == pytest.approx((both.low, both.high))
+    assert found.difference == pytest.approx(np.mean(one) - np.mean(other)) and found.n == (3, 4)
+    assert (found.higher, found.lower, found.column, found.outcome) == ("r0", "r1", "c", "open")
+
+
+def test_many_cells_pool_one_variance_and_correct_for_all_comparisons() -> None:
+    """Straight through in NumPy: 3 rows x 2 columns of unequal numbers of seeds, 6 distinct comparisons."""
+    claims = (higher("r0", "r1"), higher("r1", "r2"), higher("r0", "r2"), higher("r0", kind="best_row"))
+    table = a_table(plain(3), ["a", "b"], *claims)
+    rng = np.random.default_rng(0)
+    sizes = {(0, 0): 3, (0, 1): 4, (1, 0): 5, (1, 1): 3, (2, 0): 3, (2, 1): 4}
+    values = {place: (50 + 0.8 * place[0] + rng.normal(0, 1, n)).tolist() for place, n in sizes.items()}
+    found = judge(*world(table, values, seeds=5))
+
+    df = sum(n - 1 for n in sizes.values())
+    sd = np.sqrt(sum(((np.array(v) - np.mean(v)) ** 2).sum() for v in values.values()) / df)
+    pairs = [((0, c), (1, c)) for c in (0, 1)] + [((1, c), (2, c)) for c in (0, 1)] + [((0, c), (2, c)) for c in (0, 1)]
+    diffs = np.array([np.mean(values[a]) - np.mean(values[b]) for a, b in pairs])
+    errors = sd * np.sqrt([1 / sizes[a] + 1 / sizes[b] for a, b in pairs])
+    for sign, name in ((1, "p"), (-1, "p_reversed")):
+        raw = stats.t.sf(sign * diffs / errors, df)
+        order = np.argsort(raw)
+        wanted = np.empty(6)
+        wanted[order] = np.minimum(1, np.maximum.accumulate(raw[order] * np.arange(6, 0, -1)))
+        first_three = [getattr(one, name) for v in found[:3] for one in v.comparisons]
+        assert first_three == pytest.approx(wanted)
+        best = [getattr(one, name) for one in found[3].comparisons]
+        assert best == pytest.approx(wanted[[0, 1, 4, 5]]), "comparisons that another claim asks for count once"
+    half = stats.t.ppf(0.975, df) * errors
+    assert [one.interval for one in found[0].comparisons] == [
+        pytest.approx((d - h, d + h)) for d, h in zip(diffs[:2], half[:2], strict=True)
+    ]
+    assert (
+        f"{sd:.2f} points, pooled within 6 cells ({df} degrees" in found[0].test
+        and "for 6 comparisons of the paper" in found[0].test
+    )
+
+
+def test_pool_counts_shared_runs_once_and_leaves_single_runs_out() -> None:
+    same = Sample((1.0, 3.0), ("x", "y"))
+    pool = pooled({(0, 0): same, (1, 0): same, (2, 0): Sample((9.0,), ("z",)), (3, 0): Sample((), ())})
+    assert pool is not None and (pool.df, pool.cells) == (1, 1) and pool.sd == pytest.approx(np.sqrt(2))
+    assert pooled({(0, 0): Sample((9.0,), ("z",))}) is None and pooled({}) is None
+
+
+def test_the_same_runs_cannot_differ() -> None:
+    measured = {(0, 0): Sample((1.0, 2.0, 4.0), ("x", "y", "z")), (1, 0): Sample((1.0, 2.0, 4.0), ("x", "y", "z"))}
+    pool = pooled(measured)
+    assert pool is not None
+    terms = (Term(0, 0, 1), Term(1, 0, -1))
+    assert t_test(terms, 0.0, measured, pool) == (0.0, 0.0, 1.0, 1.0)
+    assert t_test(terms, 0.4, measured, pool)[2:] == (0.0, 1.0), "within any tolerance, surely"
+
+
+def test_without_any_spread_a_difference_is_certain() -> None:
+    table = a_table(plain(2), ["c"], higher("r0", "r1"))
+    found = verdict(table, {(0, 0): [52.0] * 3, (1, 0): [51.0] * 3})
+    assert found.verdict == "holds" and found.comparisons[0].p == 0 and found.detectable == 0
+    assert verdict(table, {(0, 0): [51.0] * 3, (1, 0): [52.0] * 3}).verdict == "fails"
+    assert verdict(table, {(0, 0): [51.0] * 3, (1, 0): [51.0] * 3}).verdict == "not decided"
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9, 0.6]) == [1.0, 1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
+    assert holm([0.02, 0.02]) == [0.04, 0.04]
+
+
+def test_smallest_detectable_difference_is_found_four_times_in_five() -> None:
+    """By simulation: two cells of three seeds, the pool of eight cells, ten comparisons."""
+    df, comparisons, sd = 16, 10, 0.7
+    error = sd * np.sqrt(2 / 3)
+    effect = smallest_detectable(error, df, comparisons)
+    rng = np.random.default_rng(1)
+    draws = 200_000
+    difference = rng.normal(effect, error, draws)
+    spread = sd * np.sqrt(rng.chisquare(df, draws) / df)
+    found = stats.t.sf(difference / (spread * np.sqrt(2 / 3)), df) < LEVEL / comparisons
+    assert found.mean() == pytest.approx(0.8, abs=0.004)
+    assert smallest_detectable(2 * error, df, comparisons) == pytest.approx(2 * effect)
+    assert smallest_detectable(error, df, 1) < effect < smallest_detectable(error, 4, comparisons)
+    assert np.isfinite(smallest_detectable(1.0, 4, 500)) and smallest_detectable(0.0, 4, 5) == 0
+
+
+def test_detectable_is_that_of_the_hardest_comparison() -> None:
+    table = a_table(plain(2), ["a", "b"], higher("r0", "r1"))
+    values = {(0, 0): [50.0, 51, 52], (1, 0): [50.0, 51, 52], (0, 1): [50.0, 51, 52, 51], (1, 1): [50.0, 51, 52, 51]}
+    found = verdict(table, values, seeds=4)
+    df = 2 + 2 + 3 + 3
+    sd = np.sqrt((2 + 2 + 2 + 2) / df)
+    assert found.detectable == pytest.approx(smallest_detectable(sd * np.sqrt(2 / 3), df, 2))
+
+
+# Verdicts
+
+
+LADDER = [Row(label="r0", parts=("x",)), Row(label="r1", parts=("x", "y")), Row(label="r2", parts=("x", "y", "z"))]
+STEPS = Claim(text="steps", kind="superset_increases")
+
+
+def test_a_claim_holds_where_every_comparison_is_shown() -> None:
+    found = verdict(a_table(LADDER, ["c"], STEPS), {(0, 0): near(50), (1, 0): near(52), (2, 0): near(54)})
+    assert (found.verdict, found.why) == ("holds", "2 of 2 shown, 0 reversed, 0 open")
+    assert [one.outcome for one in found.comparisons] == ["shown", "shown"]
+
+
+def test_a_claim_fails_where_one_comparison_is_reversed() -> None:
+    found = verdict(a_table(LADDER, ["c"], STEPS), {(0, 0): near(50), (1, 0): near(52), (2, 0): near(51)})
+    assert found.verdict == "fails"
+    assert found.why == "1 of 2 shown, 1 reversed, 0 open: 'r2' is 1.0 points below 'r1' (c)"
+
+
+def test_a_claim_is_open_where_a_difference_may_be_chance() -> None:
+    found = verdict(a_table(LADDER, ["c"], STEPS), {(0, 0): near(50), (1, 0): near(52), (2, 0): near(52.05)})
+    assert (found.verdict, found.why) == ("not decided", "1 of 2 shown, 0 reversed, 1 open")
+    tied = verdict(a_table(LADDER, ["c"], STEPS), {(0, 0): near(50), (1, 0): near(52), (2, 0): near(52)})
+    assert tied.verdict == "not decided"
+
+
+def test_correction_can_undo_what_one_test_would_show() -> None:
+    values: Values = {(0, 0): [50.0, 50.6, 51.2], (1, 0): [49.0, 49.6, 50.2]}
+    alone = verdict(a_table(plain(2), ["c"], higher("r0", "r1")), values)
+    assert alone.verdict == "not decided" and alone.comparisons[0].p == pytest.approx(0.0555, abs=1e-3)
+    wider: Values = {(0, 0): [50.0, 50.6, 51.2], (1, 0): [48.8, 49.4, 50.0]}
+    assert verdict(a_table(plain(2), ["c"], higher("r0", "r1")), wider).verdict == "holds"
+    both = a_table(plain(2), ["c"], higher("r0", "r1"), higher("r1", "r0"))
+    assert [one.verdict for one in judge(*world(both, wider))] == ["not decided", "not decided"]
+
+
+def test_claims_of_the_paper_and_ours_are_corrected_apart() -> None:
+    values: Values = {(0, 0): [50.0, 50.6, 51.2], (1, 0): [48.8, 49.4, 50.0]}
+    ours = higher("r1", "r0", source="ours")
+    found = judge(*world(a_table(plain(2), ["c"], ours, higher("r0", "r1")), values))
+    assert [one.source for one in found] == ["ours", "paper"], "in the table's order"
+    assert found[1].verdict == "holds" and found[0].verdict == "fails"
+    assert "for 1 comparison of our own claims" in found[0].test and "of the paper's claims" in found[1].test
+
+
+@pytest.mark.parametrize(
+    ("values", "seeds", "why"),
+    [
+        ({(0, 0): near(54)[:2], (1, 0): near(50)}, 3, "'r0' at 'c' has 2 of 3 seeds, and 3 are needed; 1 of 1 diff"),
+        (
+            {(0, 0): [54.0], (1, 0): [50.0]},
+            1,
+            "'r0' at 'c' has 1 of 3 seeds, and 3 are needed (likewise 1 more cell); 1",
+        ),
+        ({(0, 0): [], (1, 0): near(50)}, 3, "'r0' at 'c' has 0 of 3 seeds, and 3 are needed; nothing to compare"),
+        ({(1, 0): near(50)}, 3, "'r0' at 'c' was not asked for; nothing to compare"),
+        ({(0, 0): near(54), (1, 0): near(50)[:2]}, 5, "'r1' at 'c' has 2 of 5 seeds, and 3 are needed; 1 of 1 diff"),
+    ],
+)
+def test_below_three_seeds_nothing_is_decided(values: Values, seeds: int, why: str) -> None:
+    found = verdict(a_table(plain(2), ["c"], higher("r0", "r1")), values, seeds)
+    assert found.verdict == "not decided" and found.why.startswith(why), found.why
+    assert found.comparisons == () and found.detectable is None
+
+
+def test_three_of_five_seeds_are_enough() -> None:
+    found = verdict(a_table(plain(2), ["c"], higher("r0", "r1")), {(0, 0): near(54), (1, 0): near(50)}, seeds=5)
+    assert found.verdict == "holds"
+
+
+def test_a_missing_cell_keeps_a_claim_open_even_where_another_is_reversed() -> None:
+    values: Values = {(0, 0): near(60), (1, 0): near(50), (2, 0): []}
+    found = verdict(a_table(LADDER, ["c"], STEPS), values)
+    assert found.verdict == "not decided" and [one.outcome for one in found.comparisons] == ["reversed"]
+    assert "'r2' at 'c' has 0 of 3 seeds" in found.why and "0 of 1 differences" in found.why
+
+
+def test_the_correction_is_the_same_before_the_table_is_full() -> None:
+    whole: Values = {(0, 0): near(50), (1, 0): near(50.3), (2, 0): near(54)}
+    part: Values = {**whole, (2, 0): []}
+    found = verdict(a_table(LADDER, ["c"], STEPS), part).comparisons[0]
+    alone = stats.ttest_ind(whole[1, 0], whole[0, 0], alternative="greater").pvalue
+    assert found.p == pytest.approx(2 * alone)
+
+
+def test_a_run_without_the_score_counts_as_missing() -> None:
+    table = a_table(plain(2), ["c"], higher("r0", "r1"))
+    plan, records = world(table, {(0, 0): near(54), (1, 0): near(50)})
+    records["0/0/1"] = a_record("0/0/1", None)
+    assert "has 2 of 3 seeds" in judge(plan, records)[0].why
+    records["0/0/1"] = a_record("0/0/1", 54.0)
+    assert judge(plan, records)[0].verdict == "holds"
+
+
+def test_another_metric_is_that_of_the_headline() -> None:
+    claim = higher("r0", "r1", metric="boundary_iou")
+    plan, records = world(a_table(plain(2), ["c"], claim), {(0, 0): near(54), (1, 0): near(50)})
+    assert samples(plan, records, "boundary_iou")[0, 0].values == pytest.approx((26.95, 27.0, 27.05))
+    (found,) = judge(plan, records)
+    assert found.comparisons[0].difference == pytest.approx(2.0) and found.metric == "boundary_iou"
+    bare = {name: a_record(name, 100 * (one.miou or 0), None) for name, one in records.items()}
+    assert judge(plan, bare)[0].verdict == "not decided"
+
+
+# Kinds
+
+
+def pairs_of(table: Table, claim: Claim) -> list[tuple[str, str, str]]:
+    return [(one.higher, one.lower, one.column) for one in questions(table, claim)]
+
+
+def test_covering_pairs_of_table5() -> None:
+    """Nine edges; the sixteen other inclusions follow from them. Controls take no part."""
+    assert sorted((low + 1, high + 1) for high, low in covering(TABLE5)) == [
+        *[(1, 2), (1, 3), (2, 4), (3, 4), (4, 5), (4, 6), (5, 7), (6, 7), (7, 8)]
+    ]
+    assert len(questions(TABLE5, TABLE5.claims[0])) == 18
+
+
+def test_covering_leaves_out_equal_parts_and_counts_both_of_equals() -> None:
+    rows = [
+        Row(label="a"),
+        Row(label="b", parts=("x",)),
+        Row(label="c", parts=("x",)),
+        Row(label="d", parts=("y", "x")),
+    ]
+    assert covering(a_table(rows, ["c"])) == [(1, 0), (2, 0), (3, 1), (3, 2)]
+    none = verdict(a_table(plain(2), ["c"], STEPS), {(0, 0): near(50), (1, 0): near(54)})
+    assert none.verdict == "not decided" and none.why == "no row's parts include another row's"
+
+
+def test_best_and_worst_rows_are_compared_with_the_papers_others() -> None:
+    rows = [*plain(3), Row(label="ours", control=True)]
+    table = a_table(rows, ["a", "b"])
+    assert pairs_of(table, higher("r1", kind="best_row", columns=("b",))) == [("r1", "r0", "b"), ("r1", "r2", "b")]
+    assert pairs_of(table, higher("r1", "r2", kind="worst_rows", columns=("a",))) == [
+        ("r0", "r1", "a"),
+        ("r0", "r2", "a"),
+    ]
+    assert len(questions(table, higher("r1", kind="best_row"))) == 4, "in every column, where none is named"
+
+
+def test_a_tolerance_forgives_a_small_shortfall_only() -> None:
+    best = higher("r0", kind="best_row", tolerance=0.4)
+    table = a_table(plain(2), ["c"], best)
+    assert verdict(table, {(0, 0): near(50, 0.02), (1, 0): near(50.2, 0.02)}).verdict == "holds"
+    assert verdict(table, {(0, 0): near(50, 0.02), (1, 0): near(50.6, 0.02)}).verdict == "fails"
+    assert verdict(table, {(0, 0): near(50, 0.5), (1, 0): near(50.2, 0.5)}).verdict == "not decided"
+
+
+def test_a_gain_shrinks_from_column_to_column() -> None:
+    """The gain of r0 over r1: 8, 5 and 2 points, then 8, 2 and 5; one variance, four means in each comparison."""
+    claim = higher("r0", "r1", kind="gain_shrinks")
+    table = a_table(plain(2), ["a", "b", "c"], claim)
+    values: Values = {(0, c): near(50 + gain) for c, gain in enumerate((8, 5, 2))} | {
+        (1, c): near(50) for c in range(3)
+    }
+    found = verdict(table, values)
+    assert found.verdict == "holds" and [one.difference for one in found.comparisons] == pytest.approx([3, 3])
+    first = found.comparisons[0]
+    error = 0.1 * np.sqrt(4 / 3)
+    assert first.interval[1] - first.difference == pytest.approx(stats.t.ppf(0.975, 12) * error)
+    assert (first.higher, first.lower, first.column) == ("a", "b", "r0 over r1") and first.n == (3, 3)
+    values = {**values, (0, 1): near(52), (0, 2): near(55)}
+    assert verdict(table, values).verdict == "fails"
+    reordered = a_table(plain(2), ["a", "b", "c"], higher("r0", "r1", kind="gain_shrinks", columns=("a", "c", "b")))
+    assert verdict(reordered, values).verdict == "holds"
+
+
+# The printed numbers
+
+
+def test_printed_numbers_of_table5() -> None:
+    found = {claim.text: printed_verdict(TABLE5, claim) for claim in TABLE5.claims}
+    verdicts = [one for one, _ in found.values()]
+    assert verdicts == ["holds", "holds", "holds", "not printed", "not printed", *["not printed"] * 5]
+    assert found[TABLE5.claims[0].text][1] == "all 18 printed differences are as claimed"
+    assert found[TABLE5.claims[3].text][1] == "the paper prints no boundary_iou"
+
+
+def test_printed_numbers_are_compared_as_decimals() -> None:
+    rows = [
+        Row(label="r0", paper=(78.3, 78.5)),
+        Row(label="r1", paper=(78.3, "-")),
+        Row(label="r2", paper=(77.9, 78.9)),
+    ]
+    table = a_table(rows, ["a", "b"])
+    tie = printed_verdict(table, higher("r0", "r1"))
+    assert tie == ("fails", "1 of 1 printed differences are not as claimed: 'r0' against 'r1' (a): +0.0")
+    edge = higher("r0", "r2", tolerance=0.4, columns=("b",))
+    assert 78.5 - 78.9 + 0.4 < 0, "as floats the edge would be missed"
+    assert printed_verdict(table, edge)[0] == "holds"
+    assert printed_verdict(table, higher("r0", "r2", tolerance=0.3, columns=("b",)))[0] == "fails"
+    assert printed_verdict(table, higher("r1", "r0", columns=("b",)))[0] == "not printed"
+    assert printed_verdict(table, higher("r0", "r2", columns=("a",)))[0] == "holds"
+
+
+def test_printed_gains_of_table1_shrink() -> None:
+    """28.0, 16.5, 10.7, 6.8, 6.7 points, as differences of the printed rows."""
+    base, ours = (50.7, 59.1, 65.0, 70.6, 74.1), (78.7, 75.6, 75.7, 77.4, 80.8)
+    rows = [Row(label="r0", paper=ours), Row(label="r1", paper=base)]
+    table = a_table(rows, list("abcde"))
+    assert printed_verdict(table, higher("r0", "r1", kind="gain_shrinks"))[0] == "holds"
+    assert printed_verdict(table, higher("r0", "r1", kind="gain_shrinks", columns=("e", "d")))[0] == "fails"
+
+
+# Rank agreement
+
+
+def test_rank_agreement_is_kendalls_tau_b_over_rows_with_both_numbers() -> None:
+    printed = [70.0, 71.0, 71.0, 74.0, 73.0]
+    rows = [Row(label=f"r{i}", paper=(number, "-")) for i, number in enumerate(printed)]
+    table = a_table([*rows, Row(label="ours", control=True), Row(label="late", paper=(90.0, 1.0))], ["a", "b"])
+    values: Values = {(i, 0): [mean] for i, mean in enumerate((50.0, 52.0, 51.0, 53.0, 54.0, 60.0))} | {(6, 0): []}
+    values |= {(i, 1): [50.0] for i in range(6)}
+    plan, records = world(table, values, seeds=1)
+    found = rank_agreement(plan, records)
+    wanted = stats.kendalltau(printed, [50, 52, 51, 53, 54])
+    assert found["a"] == pytest.approx((wanted.statistic, wanted.pvalue, 5))
+    # 10 pairs, one of them tied in print: 8 agree, 1 does not.
+    assert found["a"].tau == pytest.approx((8 - 1) / np.sqrt(10 * 9))
+    assert found["b"] == (None, None, 0)
+
+
+def test_rank_agreement_of_equal_numbers_is_nothing() -> None:
+    rows = [Row(label=f"r{i}", paper=(70.0 + i,)) for i in range(3)]
+    plan, records = world(a_table(rows, ["a"]), {(i, 0): [50.0] for i in range(3)}, seeds=1)
+    assert rank_agreement(plan, records)["a"] == (None, None, 3)
+    plan, records = world(a_table(rows, ["a"]), {(i, 0): near(50 - i) for i in range(3)})
+    assert rank_agreement(plan, records)["a"].tau == -1
+
+
+# The table that is there
+
+
+def test_claims_of_table5_over_made_up_records() -> None:
+    """The printed means as if measured with three seeds, 0.1 apart: what was printed is shown but for one."""
+    values: Values = {
+        (i, c): near(float(number))
+        for i, row in enumerate(TABLE5.rows)
+        for c, number in enumerate(row.paper or (70.0, 70.0))
+        if number != "-"
+    }
+    found = judge(*world(TABLE5, values))
+    assert [one.text for one in found] == [claim.text for claim in TABLE5.claims]
+    kinds = {one.text: (one.verdict, one.why) for one in found}
+    assert kinds[TABLE5.claims[0].text] == ("not decided", "17 of 18 shown, 0 reversed, 1 open"), "77.4 against 77.3"
+    assert kinds[TABLE5.claims[1].text][0] == "holds" and kinds[TABLE5.claims[2].text][0] == "holds"
+    assert {one.verdict for one in found if one.source == "ours"} == {"holds"}
+    for one in found:
+        assert one.detectable is not None and 0 < one.detectable < 0.5 and "Holm's correction" in one.test
+
+
+def test_verdicts_load_no_torch() -> None:
+    code = "import sys, viladiff.study.claims; print('torch' in sys.modules, 'scipy' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told == "False False\n"
