@@ -375,6 +375,7 @@ HOSTILE = {
     "parent": member("../outside.json"),
     "absolute": member("/tmp/viladiff-outside.json"),
     "inside parent": member(f"records/../../{ONE.run_id}.json"),
+    "around": member(f"evil/records/{'1' * 16}.json.sh"),
     "link": member(RECORD, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
     "hard link": member(RECORD, type=tarfile.LNKTYPE, linkname="/etc/passwd"),
     "device": member(RECORD, type=tarfile.CHRTYPE),
@@ -400,7 +401,7 @@ def test_hostile_archives_put_nothing_anywhere(
             tar.addfile(member(name, size=len(data)), io.BytesIO(data))
         tar.addfile(HOSTILE[kind])
     before = contents(tmp_path)
-    assert "nothing was imported" in runs("import", str(path), "--store", "new", status=2)
+    assert "is nothing that viladiff runs export writes" in runs("import", str(path), "--store", "new", status=2)
     assert contents(tmp_path) - before <= {"new"} and contents(Path("new")) == set()
     assert not Path("/tmp/viladiff-outside.json").exists()
 
