@@ -185,7 +185,11 @@ MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
     "GPU never 0": (lambda t: gpu(t).update(min_workers=1), "scaling", "without work.*set it to 0"),
     "many heads": (lambda t: head(t).update(max_workers=1), "scaling", "head's type"),
     "never idle": (lambda t: t.update(idle_timeout_minutes=600), "scaling", "600 minutes"),
-    "source gone": (lambda t: t["file_mounts"].update({"~/viladiff/scripts": "scripst"}), "sources", "scripst.*'scripts'"),
+    "source gone": (
+        lambda t: t["file_mounts"].update({"~/viladiff/scripts": "scripst"}),
+        "sources",
+        "scripst.*'scripts'",
+    ),
     "package not mounted": (
         lambda t: t["file_mounts"].pop("~/viladiff/viladiff"),
         "repository",
@@ -228,6 +232,11 @@ MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
         "no RA",
     ),
     "token in command": (in_command(HEAD, "ray start", "RAY_AUTH_TOKEN=abc ray start"), "token", "for all to read"),
+    "no token in shells": (
+        without("setup_commands", "bashrc"),
+        "token",
+        "head_setup.*ray exec cannot join.*>> ~/.bashrc",
+    ),
     "token not mounted": (lambda t: t["file_mounts"].pop("~/.ray/auth_token"), "token", "auth_token is not mounted"),
     "no head": (in_command(HEAD, "--head ", ""), "joining", "no --head"),
     "no autoscaler": (

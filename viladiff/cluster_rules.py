@@ -259,6 +259,12 @@ def _token(cluster: Cluster) -> Iterator[Fault]:
             yield Fault(keys, f"{found}: whoever reaches the port runs code here", remedy)
         if "RAY_AUTH_TOKEN=" in command:
             yield Fault(keys, "the token itself stands in the command, for all to read", f"mount {TOKEN} instead")
+    for keys, commands in cluster.setups().items():
+        if not any(
+            re.search(r"RAY_AUTH_MODE=token.*(bashrc|profile|/etc/environment)", command) for command in commands
+        ):
+            remedy = "add: echo 'export RAY_AUTH_MODE=token' >> ~/.bashrc"
+            yield Fault(keys, "no shell says RAY_AUTH_MODE=token, so programs of ray exec cannot join", remedy)
     local = cluster.raw.get("file_mounts", {}).get(TOKEN)
     if local is None:
         like = nearest(TOKEN, cluster.raw.get("file_mounts", {}))
