@@ -14,7 +14,7 @@ _MUTED = (
 MISTAKE, RIGHT = (196, 24, 60), (232, 232, 234)
 HATCH = ((120, 120, 124), (190, 190, 194))
 """Dark and light of the stripes over ignored pixels."""
-SERIES = ("#3b7dd8", "#d9822b", "#2a9d74", "#a05fc9", "#c2455a", "#7a7a80")
+SERIES = ("#3b7dd8", "#c8731c", "#2a9d74", "#a05fc9", "#c2455a", "#7a7a80")
 """Lines of charts, one a column; each has a contrast of 3 to 1 or more on white and on near-black."""
 
 
