@@ -22,14 +22,19 @@ from typing import Any
 from viladiff.study.desk import Desk
 from viladiff.study.events import Event, Outcome, Settings
 from viladiff.study.plan import Planned
+from viladiff.study.reaper import Reaper, descendants
 from viladiff.study.store import Store
 
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever it is told
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths are meant from where the driver was started
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # what the raylet says of a process that died comes as an outcome
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # a run is as urgent as the same run without Ray
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours lets each run end at a step, with a checkpoint
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -54,16 +59,17 @@ def run_jobs(
     if not jobs:
         return []
     settings = replace(settings, threads=max(job.threads or settings.threads for job in jobs))
-    slots = settings.max_concurrent or _slots(settings, len(jobs))
+    slots = settings.max_concurrent or _slots(settings, len(jobs), 1)
+    groups = settings.max_concurrent or _slots(settings, len(jobs), max(job.workers for job in jobs))
     single = Desk([job for job in jobs if job.workers == 1], store, settings, slots, on_event)
-    shared = Desk([job for job in jobs if job.workers > 1], store, settings, slots, on_event)
+    shared = Desk([job for job in jobs if job.workers > 1], store, settings, groups, on_event)
     for desk in (single, shared):
         desk.settle()
     if not (single.over and shared.over):  # starting Ray takes seconds
         # Ray sets a handler of its own for SIGTERM, so ours come after it.
         with cluster(settings, slots, shared.waiting) as scratch, _interrupts(single, shared):
             _run_single(single, scratch)
-            _run_shared(shared)
+            _run_shared(shared, scratch)
     outcomes = single.outcomes | shared.outcomes
     return [outcomes[job.run_id] for job in jobs]
 
@@ -75,7 +81,7 @@ def run_jobs(
 def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> Iterator[Path]:
     """Joins ``settings.address``, or has a silent Ray of this machine's own for the time; yields a scratch directory.
 
-    A driver that is killed takes the processes of its own Ray along; its directory is removed by the next one.
+    A driver that is killed takes its own Ray and the directory along.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -85,6 +91,8 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     scratch = _scratch()
+    reaper = Reaper(scratch)
+    others = set(descendants(os.getpid()))
     # An idle thread of a numerical library is still a thread that spins beside the others.
     threads = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
@@ -100,13 +108,15 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
                 object_store_memory=OBJECT_STORE,
                 include_dashboard=settings.dashboard,
                 dashboard_host="127.0.0.1",
-                _temp_dir=str(scratch / "ray"),
+                _temp_dir=str(scratch / "r"),
                 **options,
             )
+            reaper.watch([pid for pid in descendants(os.getpid()) if pid not in others])
         yield scratch
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+        reaper.dismiss()
 
 
 def cpus() -> int:
@@ -114,11 +124,12 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _slots(settings: Settings, jobs: int) -> int:
+def _slots(settings: Settings, jobs: int, workers: int) -> int:
+    """How many runs of so many workers fit at once; at least one, which then shares what there is."""
     if settings.address is not None:
         return jobs  # a cluster may grow; Ray lets wait what it has no room for
     if not settings.gpus_per_trial:
-        return max(1, cpus() // settings.threads)
+        return max(1, cpus() // (settings.threads * workers))
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
     found = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
@@ -127,14 +138,14 @@ def _slots(settings: Settings, jobs: int) -> int:
             f"gpus_per_trial = {settings.gpus_per_trial:g}, but this machine has {found} GPUs: "
             "lower it, or give the address of a cluster"
         )
-    return int(found / settings.gpus_per_trial)
+    return max(1, int(found / (settings.gpus_per_trial * workers)))
 
 
 def _scratch() -> Path:
-    """A directory of this driver's own; those of drivers that were killed are removed."""
+    """A directory of this driver's own; those that even a reaper left (a power cut) are removed."""
     # Sockets lie in it, and their names must stay under 107 characters.
     base = Path(tempfile.gettempdir())
-    base = base if len(str(base)) < 24 else Path("/tmp")
+    base = base if len(str(base)) < 14 else Path("/tmp")
     for old in base.glob("viladiff-*-*"):
         pid = old.name.split("-")[1]
         if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
@@ -199,12 +210,12 @@ def _run_single(desk: Desk, scratch: Path) -> None:
     tuner.fit()
 
 
-def _run_shared(desk: Desk) -> None:
+def _run_shared(desk: Desk, scratch: Path) -> None:
     if desk.over:
         return
     from viladiff.ray_train import run_shared
 
-    run_shared(desk)
+    run_shared(desk, scratch)
 
 
 __all__ = ["Event", "Outcome", "Settings", "cluster", "cpus", "run_jobs"]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SAY_EVERY = 2.0
 """Seconds between words to the driver, and between looks whether the run is to stop."""
 
+LOST_NEIGHBOUR = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says, in a plain RuntimeError, where another process of the group has died."""
+
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -59,10 +62,12 @@ def attempt(job: Planned, place: Place, tell: Tell) -> dict[str, Any]:
     if lease is None:
         return {"state": "elsewhere"}
     with lease:
-        return _held(job, place, tell, store.directory(job.run_id), lease)
+        return attempt_held(job, place, tell, lease)
 
 
-def _held(job: Planned, place: Place, tell: Tell, directory: Path, lease: Lease) -> dict[str, Any]:
+def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease) -> dict[str, Any]:
+    """``attempt``, once the lease is there."""
+    directory = Path(place.root) / job.run_id
     trace = directory / "hang.txt"
     with trace.open("w") as file:
         watchdog = _Watchdog(file.fileno(), place.hang_after)
@@ -71,7 +76,7 @@ def _held(job: Planned, place: Place, tell: Tell, directory: Path, lease: Lease)
             watchdog.arm(SETUP)
             from viladiff.train import fit
 
-            cfg = _configuration(job, place)
+            cfg = configuration(job, place)
             began = time.time()
             result = fit(cfg, report=report)
         except BaseException as error:
@@ -88,17 +93,20 @@ def _held(job: Planned, place: Place, tell: Tell, directory: Path, lease: Lease)
     return {"state": "done", "began": began, "ended": time.time(), "miou": result.miou}
 
 
-def _configuration(job: Planned, place: Place) -> RunConfig:
+def configuration(job: Planned, place: Place) -> RunConfig:
+    """The run's, with what this call decides: where it writes, and that it draws no bar of its own."""
     from viladiff.config import RunConfig, override
 
     with suppress(FileNotFoundError):
         os.chdir(place.cwd)
-    changes = {"runtime.threads": place.threads, **job.changes, "runtime.out": place.root, "runtime.progress": False}
-    return override(RunConfig(), changes)
+    here = {"runtime.out": place.root, "runtime.progress": False, "runtime.workers": job.workers}
+    return override(RunConfig(), {"runtime.threads": place.threads, **job.changes, **here})
 
 
 def explained(error: BaseException) -> dict[str, Any] | None:
     """The last word of a run that ended with this error; None for one that is not the run's own (an interrupt)."""
+    import torch.distributed as dist
+
     from viladiff.guards import Stopped, TrainingError
 
     if isinstance(error, Stopped):
@@ -110,6 +118,8 @@ def explained(error: BaseException) -> dict[str, Any] | None:
         kind = "memory"
     elif isinstance(error, TrainingError):
         kind = "nan"
+    elif isinstance(error, dist.DistError) or any(sign in text for sign in LOST_NEIGHBOUR):
+        kind, text = "killed", f"another worker of the run is gone ({text.splitlines()[0]})"
     else:
         kind = "error"
         text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
