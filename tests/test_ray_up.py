@@ -112,11 +112,10 @@ def on_this_machine(tree: dict, key: Path) -> dict:
         command = linked if "-m venv" in command else command.replace("sudo ", "")
         offline = "python -m pip install --quiet --no-index --no-deps --no-build-isolation"
         command = command.replace(pip, offline)
-        limits = "--object-store-memory=100000000"
-        command = command.replace(
-            "ray start --head", f"RAY_enable_autoscaler_v2=0 ray start --head --num-cpus=0 {limits}"
-        )
-        return command.replace("ray start --address", f"ray start --num-cpus=2 {limits} --address")
+        command = command.replace("ray start", "ray start --object-store-memory=100000000")
+        if "--head" in command:
+            return command.replace("ray start", "RAY_enable_autoscaler_v2=0 ray start --num-cpus=0")
+        return command.replace("ray start", "ray start --num-cpus=2")
 
     for name in [name for name in tree if name.endswith("_commands")]:
         tree[name] = [changed for command in tree[name] if (changed := here(command)) is not None]
@@ -185,6 +184,7 @@ def test_cluster_comes_up_works_and_goes_down(machines: Machines) -> None:
         seconds[name] = time.monotonic() - started
         return out
 
+    # Ray gives a node 15 s to start its agents, whatever else the processor does: this wants a quiet machine.
     machines.ray("get-auth-token", "--generate")
     timed("up", "up", "-y", "here.yaml")
     started = time.monotonic()
@@ -193,7 +193,7 @@ def test_cluster_comes_up_works_and_goes_down(machines: Machines) -> None:
         time.sleep(2)  # asking Ray itself would take a second of a busy processor each time
     while "2.0 CPU" not in (status := machines.ray("exec", "here.yaml", "ray status")):
         assert time.monotonic() - started < 600, status
-        time.sleep(5)
+        time.sleep(20)
     seconds["worker joined"] = time.monotonic() - started
 
     script = machines.checkout / "work.py"
@@ -214,7 +214,12 @@ def test_cluster_comes_up_works_and_goes_down(machines: Machines) -> None:
 
     assert sorted(machines.daemons()) == ["gcs_server", "raylet", "raylet"]
     timed("down", "down", "-y", "here.yaml")
-    assert machines.daemons() == []
+    assert machines.daemons() in (["raylet"], [])
+    started = time.monotonic()
+    while machines.daemons():  # with listed machines, ray down stops the head; a worker goes when it has missed it
+        assert time.monotonic() - started < 180
+        time.sleep(1)
+    seconds["worker gone"] = time.monotonic() - started
     print({name: round(value, 1) for name, value in seconds.items()})
 
 
