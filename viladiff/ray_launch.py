@@ -7,15 +7,17 @@ Tune places processes and notices their death. What is next, what is tried again
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_register_timeout_seconds": "300",  # a busy machine is no reason to give up
     "RAY_worker_niceness": "0",  # a run is as urgent as the same run without Ray
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours lets each run end at a step, with a checkpoint
@@ -43,6 +46,12 @@ QUIET = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
     "TUNE_WARN_THRESHOLD_S": "1000000",
 }
+SHARED_WITH_TUNE = (
+    "RAY_CHDIR_TO_TRIAL_DIR",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+)
+"""What Tune sets for its own processes; set for all, so that a process started early can become one of Tune's."""
 OBJECT_STORE = 100 * 2**20
 """Bytes; only names and numbers pass through it."""
 
@@ -67,9 +76,9 @@ def run_jobs(
         desk.settle()
     if not (single.over and shared.over):  # starting Ray takes seconds
         # Ray sets a handler of its own for SIGTERM, so ours come after it.
-        with cluster(settings, slots, shared.waiting) as scratch, _interrupts(single, shared):
-            _run_single(single, scratch)
-            _run_shared(shared, scratch)
+        with cluster(settings, slots, shared.waiting) as session, _interrupts(single, shared):
+            _run_single(single, session)
+            _run_shared(shared, session)
     outcomes = single.outcomes | shared.outcomes
     return [outcomes[job.run_id] for job in jobs]
 
@@ -77,11 +86,21 @@ def run_jobs(
 # Ray itself
 
 
-@contextmanager
-def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> Iterator[Path]:
-    """Joins ``settings.address``, or has a silent Ray of this machine's own for the time; yields a scratch directory.
+@dataclass
+class Session:
+    """A driver's hold on Ray."""
 
-    A driver that is killed takes its own Ray and the directory along.
+    scratch: Path
+    """Removed at the end, whatever the end is."""
+    refresh: Callable[[], None]
+    """To be called often: keeps the reaper's list of processes up to date."""
+
+
+@contextmanager
+def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> Iterator[Session]:
+    """Joins ``settings.address``, or has a silent Ray of this machine's own for the time.
+
+    A driver that is killed takes its own Ray and the scratch directory along.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -93,30 +112,61 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
     scratch = _scratch()
     reaper = Reaper(scratch)
     others = set(descendants(os.getpid()))
+
+    def ours() -> list[int]:
+        return [] if settings.address else [pid for pid in descendants(os.getpid()) if pid not in others]
+
     # An idle thread of a numerical library is still a thread that spins beside the others.
-    threads = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    env = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    env |= {name: os.environ[name] for name in SHARED_WITH_TUNE} | {"PL_DISABLE_FORK": "1"}
     options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
-    options["runtime_env"] = {"env_vars": {**threads, "PL_DISABLE_FORK": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}}
+    options["runtime_env"] = {"env_vars": env}
+    if settings.address is None:
+        wanted = max([slots * settings.threads, *(job.workers * settings.threads for job in shared)])
+        options |= {
+            "num_cpus": max(cpus(), wanted),
+            "object_store_memory": OBJECT_STORE,
+            "include_dashboard": settings.dashboard,
+            "dashboard_host": "127.0.0.1",
+            "_temp_dir": str(scratch / "r"),
+        }
     try:
-        if settings.address is not None:
-            ray.init(address=settings.address, **options)
-        else:
-            wanted = max([slots * settings.threads, *(job.workers * settings.threads for job in shared)])
-            ray.init(
-                address="local",
-                num_cpus=max(cpus(), wanted),
-                object_store_memory=OBJECT_STORE,
-                include_dashboard=settings.dashboard,
-                dashboard_host="127.0.0.1",
-                _temp_dir=str(scratch / "r"),
-                **options,
-            )
-            reaper.watch([pid for pid in descendants(os.getpid()) if pid not in others])
-        yield scratch
+        _start(settings.address or "local", options, ours)
+        yield Session(scratch, _seldom(lambda: reaper.watch(ours())))
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
         reaper.dismiss()
+
+
+def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]]) -> None:
+    """Ray gives a node half a minute, which a busy machine may need more than once."""
+    import ray
+
+    for last in (False, False, True):
+        try:
+            ray.init(address=address, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            for pid in ours():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if last or "timed out during startup" not in str(error):
+                raise
+
+
+def _seldom(do: Callable[[], None]) -> Callable[[], None]:
+    """The same, but not more often than every other second."""
+    before = -math.inf
+
+    def maybe() -> None:
+        nonlocal before
+        if time.monotonic() - before > 2:
+            before = time.monotonic()
+            do()
+
+    return maybe
 
 
 def cpus() -> int:
@@ -187,7 +237,7 @@ def _interrupts(*desks: Desk) -> Iterator[None]:
 # Trials of one worker
 
 
-def _run_single(desk: Desk, scratch: Path) -> None:
+def _run_single(desk: Desk, session: Session) -> None:
     if desk.over:
         return
     from ray import tune
@@ -204,18 +254,21 @@ def _run_single(desk: Desk, scratch: Path) -> None:
         tune.with_resources(tune.with_parameters(trial, jobs=jobs, place=place), resources),
         tune_config=tune.TuneConfig(search_alg=Queue(desk), num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
-            name="table", storage_path=str(scratch / "tune"), verbose=0, callbacks=[Watch(desk, place.stop_name)]
+            name="table",
+            storage_path=str(session.scratch / "tune"),
+            verbose=0,
+            callbacks=[Watch(desk, place.stop_name, session.refresh)],
         ),
     )
     tuner.fit()
 
 
-def _run_shared(desk: Desk, scratch: Path) -> None:
+def _run_shared(desk: Desk, session: Session) -> None:
     if desk.over:
         return
     from viladiff.ray_train import run_shared
 
-    run_shared(desk, scratch)
+    run_shared(desk, session.scratch, session.refresh)
 
 
 __all__ = ["Event", "Outcome", "Settings", "cluster", "cpus", "run_jobs"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Box:
         return self.last.pop(run_id, None)
 
 
-def run_shared(desk: Desk, scratch: Path) -> None:
+def run_shared(desk: Desk, scratch: Path, refresh: Callable[[], None]) -> None:
     """Runs the desk's jobs, ``desk.slots`` trainers at a time, until it is over."""
     settings = desk.settings
     place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
@@ -57,6 +58,7 @@ def run_shared(desk: Desk, scratch: Path) -> None:
     running: dict[Future[None], str] = {}
     with ThreadPoolExecutor(desk.slots, "trainer") as pool:
         while not desk.over:
+            refresh()
             look_around(desk)
             if desk.stopping and flag is None and running:
                 flag = raise_flag(place.stop_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -33,6 +34,7 @@ class Queue(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
+        look_around(self.desk)  # Tune asks nobody else while nothing runs
         job = self.desk.next()
         if job is not None:
             return {"run": job.run_id}
@@ -52,14 +54,15 @@ class Queue(Searcher):
 class Watch(Callback):
     """Brings what happens to trials to the desk, and the desk's wishes to trials."""
 
-    def __init__(self, desk: Desk, stop: str) -> None:
-        self.desk, self.stop = desk, stop
+    def __init__(self, desk: Desk, stop: str, refresh: Callable[[], None]) -> None:
+        self.desk, self.stop, self.refresh = desk, stop, refresh
         self.flag: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        self.refresh()
         look_around(self.desk)
         if self.desk.stopping and self.flag is None and self.desk.live:
             self.flag = raise_flag(self.stop)
