@@ -180,6 +180,8 @@ def test_evaluate_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest
     (tmp_path / "record.json").write_text("{}")
     assert cli.main(["evaluate", str(tmp_path), "seed=3"]) == 2
     assert "error: seed: would be another run" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(tmp_path)]) == 2
+    assert f"error: {tmp_path}: no checkpoint.pt" in capsys.readouterr().err
 
 
 def test_doctor_passes_on_a_sound_machine(

@@ -52,6 +52,8 @@ def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[s
     wrong = [path for path in changes if path.split(".")[0] not in ("eval", "runtime")]
     if wrong:
         raise ConfigError(f"{wrong[0]}: would be another run; of a finished one only eval and runtime can be changed")
+    if not (directory / "checkpoint.pt").is_file():
+        raise ValueError(f"{directory}: no checkpoint.pt in it (viladiff runs gc removes it), so no network to score")
     record = load_record(directory / "record.json")
     run = Run(override(RunConfig(**nest(record.config)), {"runtime.workers": 1, **changes}))
     run.directory = directory.resolve()

@@ -74,6 +74,7 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
     if args.fresh:
         _set_aside(job)
     outcomes = [] if args.render else execute(job, settings)
+    job.store.sweep()
     index = write(job)
     return conclude(job, outcomes, index)
 
