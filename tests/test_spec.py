@@ -205,6 +205,16 @@ def test_a_field_that_is_wrong_is_blamed_on_the_entry_that_sets_it(
     assert len(set(str(error.value).splitlines())) == len(str(error.value).splitlines())
 
 
+def test_a_fault_of_two_layers_is_blamed_on_the_later(tmp_path: Path) -> None:
+    table = read(
+        tmp_path,
+        ('"method.mixe.timesteps" = 4', '"method.mixe.beta" = 0.6'),
+        ('"data.captions" = "none"', '"method.mixe.edge_bonus" = 0.35'),
+    )
+    with pytest.raises(ValueError, match=r"small\.toml: rows\[3\] 'without words': method\.mixe\.beta \+ method\.mixe"):
+        cells(table, "tiny")
+
+
 def test_every_layer_goes_before_the_ones_above_it(tmp_path: Path) -> None:
     """base, scale, column, row, seed, command line: each sets a field that all earlier ones set too."""
     table = read(
@@ -314,7 +324,7 @@ def test_selection_by_label_number_and_beginning() -> None:
         select("rows", labels, ["6"])
     with pytest.raises(ValueError, match="rows = 0: there are 5"):
         select("rows", labels, [0])
-    with pytest.raises(ValueError, match="rows = ''"):
+    with pytest.raises(ValueError, match="rows = '': no such label"):
         select("rows", labels, [""])
 
 
