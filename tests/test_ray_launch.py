@@ -26,7 +26,7 @@ from viladiff.study.reaper import descendants
 from viladiff.study.store import Store
 from viladiff.train import Run, fit
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # Ray starts many processes; a machine may be busy
 
 SHORT: dict[str, object] = {
     "train.steps": 4,

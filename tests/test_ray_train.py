@@ -15,7 +15,7 @@ from viladiff.study.plan import Planned
 from viladiff.study.store import Store
 from viladiff.train import Run, fit
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # Ray starts many processes; a machine may be busy
 
 TWO: dict[str, object] = {
     "train.steps": 4,

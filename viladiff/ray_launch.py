@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_worker_prestart": "0",  # such processes lack the environment of a trial and are never used for one
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_worker_register_timeout_seconds": "300",  # a busy machine is no reason to give up
     "RAY_worker_niceness": "0",  # a run is as urgent as the same run without Ray
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -46,12 +49,6 @@ QUIET = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
     "TUNE_WARN_THRESHOLD_S": "1000000",
 }
-SHARED_WITH_TUNE = (
-    "RAY_CHDIR_TO_TRIAL_DIR",
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
-)
-"""What Tune sets for its own processes; set for all, so that a process started early can become one of Tune's."""
 OBJECT_STORE = 100 * 2**20
 """Bytes; only names and numbers pass through it."""
 
@@ -118,7 +115,6 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
 
     # An idle thread of a numerical library is still a thread that spins beside the others.
     env = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    env |= {name: os.environ[name] for name in SHARED_WITH_TUNE} | {"PL_DISABLE_FORK": "1"}
     options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
     options["runtime_env"] = {"env_vars": env}
     if settings.address is None:
@@ -130,9 +126,14 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
             "dashboard_host": "127.0.0.1",
             "_temp_dir": str(scratch / "r"),
         }
+    # Ray starts processes and waits; that is time to import in, but only Ray itself may be started on this thread: its
+    # processes die with the thread that started them.
+    threading.Thread(target=import_module, args=["ray.tune"], daemon=True).start()
     try:
         _start(settings.address or "local", options, ours)
-        yield Session(scratch, _seldom(lambda: reaper.watch(ours())))
+        session = Session(scratch, _seldom(lambda: reaper.watch(ours())))
+        session.refresh()
+        yield session
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
