@@ -148,6 +148,7 @@ def test_equal_cells_are_one_run_and_every_cell_has_one(made: Plan) -> None:
     assert {cell.run_id for cell in made.cells} == set(made.runs)
     assert made.run_ids(1, 0) == made.run_ids(2, 0) and len(set(made.run_ids(1, 0))) == 2
     assert made.run_ids(0, 0) != made.run_ids(0, 1) and made.run_ids(4, 0) == ()
+    assert "method.mixe.timesteps" not in made.runs[made.run_ids(1, 0)[0]].changes, "as its first cell asks for it"
     titles = [run.title for run in made.runs.values()]
     assert titles[:3] == ["2, 10, seed 0", "2, 20, seed 0", "1, 10, seed 0"] and "like 1, 10, seed 0" not in titles
     assert [cell.seed for cell in made.cells] == [0] * 8 + [1] * 8
