@@ -208,10 +208,10 @@ def _render(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from viladiff.study.drive import find, run
+    from viladiff.study.drive import find, run, typed
 
     args.dry_run = args.dry_run or args.plan
-    return run(find(args.table), args, " ".join(["viladiff", *sys.argv[1:]]))
+    return run(find(args.table), args, typed("viladiff", sys.argv[1:]))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from viladiff.config import changed, flatten
 from viladiff.data.loader import validation
 from viladiff.evaluate import STREAMS, evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
 from viladiff.launch import summed_over_workers
-from viladiff.record import RunRecord, git_state, peak_memory, versions
+from viladiff.record import RunRecord, git_state, peak_memory, versions, write_atomically
 
 if TYPE_CHECKING:
     from viladiff.train import Run
@@ -135,8 +135,7 @@ def draw(run: Run) -> None:
         shown = run.method.illustrate(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
         predicted = {"prediction": predictor(images, text)[stream].argmax(1)}
         stages += [(name, labels.to(torch.uint8).cpu().numpy()) for name, labels in {**shown, **predicted}.items()]
-    temporary = run.directory / f"pictures.tmp{os.getpid()}"
-    with temporary.open("wb") as file:
-        named: dict[str, Any] = {f"{i:02}/{name}": array for i, (name, array) in enumerate(stages)}
-        np.savez_compressed(file, allow_pickle=False, **named)
-    temporary.replace(run.directory / "pictures.npz")
+    packed = io.BytesIO()
+    named: dict[str, Any] = {f"{i:02}/{name}": array for i, (name, array) in enumerate(stages)}
+    np.savez_compressed(packed, allow_pickle=False, **named)
+    write_atomically(run.directory / "pictures.npz", packed.getvalue())

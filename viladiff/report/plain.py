@@ -127,6 +127,8 @@ def _some(cells: Sequence[str], most: int = 6) -> str:
 def agreement_text(found: Agreement) -> str:
     """Kendall's τ with what it is made of and what chance would do."""
     if found.tau is None:
+        if found.rows > 1:
+            return f"{found.column}: τ is not defined, since all {found.rows} rows are equal on one side."
         return f"{found.column}: τ needs two or more rows that are both measured and printed; there are {found.rows}."
     ties = f", {found.tied} tied" if found.tied else ""
     chance = f"; a random order does at least so well {_share(found.chance)}" if found.chance is not None else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -120,7 +121,9 @@ def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) ->
         return state, None, _WHY[state]
     at = f" at step {failure.step}" if failure.step is not None else ""
     tries = f" after {failure.attempts} attempts" if failure.attempts > 1 else ""
-    return state, None, f"failed ({failure.kind}{at}{tries}): {failure.message}"
+    # A page may be published, and whose disk the run was on is nobody's business.
+    message = failure.message.replace(f"{store.root}{os.sep}", "")
+    return state, None, f"failed ({failure.kind}{at}{tries}): {message}"
 
 
 def score(record: RunRecord, metric: str, network: str = "", stream: str = "") -> float | None:

@@ -6,6 +6,8 @@ A second call with nothing left to run loads neither, so that a changed title is
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import shutil
 import sys
 import threading
@@ -52,11 +54,12 @@ def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None)
 
     given = sys.argv[1:] if argv is None else list(argv)
     args = parser(path, name or Path(sys.argv[0]).name).parse_args(given)
-    return carry_out(lambda: run(path, args, " ".join([name or _said(sys.argv[0]), *given])))
+    return carry_out(lambda: run(path, args, typed(name or _said(sys.argv[0]), given)))
 
 
 def run(path: Path, args: argparse.Namespace, command: str) -> int:
     """Plans, says or does, and writes; returns the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
+    _check_options(args)
     job = prepare(path, args, command)
     settings = Settings(
         threads=job.table.scale[args.scale].threads or 1,
@@ -164,10 +167,13 @@ def write(job: Job) -> Path:
     from viladiff.study.claims import judge
     from viladiff.study.publish import publish
 
+    store = job.store
     if job.published:
-        publish(job.plan, job.store, job.out)
-    verdicts = judge(job.plan, job.store.records())
-    return render_table(job.plan, job.store, job.out, command=job.command, verdicts=verdicts)
+        publish(job.plan, store, job.out)
+        # From what is committed and nothing else, so that whoever clones it makes the same page.
+        store = Store(job.store.root / "nothing", job.store.layers)
+    verdicts = judge(job.plan, store.records())
+    return render_table(job.plan, store, job.out, command=hinted(job.command), verdicts=verdicts)
 
 
 def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
@@ -186,17 +192,17 @@ def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
     return int(bool(failed))
 
 
-def table(name: str | int, scale: str = "digits", *, storage: str = "runs") -> pd.DataFrame:
+def table(name: str | int, scale: str = "quick", *, storage: str = "runs") -> pd.DataFrame:
     """Means, spreads and numbers of runs of a table as far as it was run, rows by columns; trains nothing.
 
     >>> import viladiff
-    >>> viladiff.table(5)  # doctest: +SKIP
+    >>> viladiff.table(5, "digits")  # doctest: +SKIP
     """
     from viladiff.report.tables import frame
 
     found = load_table(find(name))
     plan = make_plan(found, scale, cache=Path(storage).absolute() / "plans")
-    return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"]))
+    return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"], repair=False))
 
 
 def find(name: str | int) -> Path:
@@ -212,6 +218,26 @@ def find(name: str | int) -> Path:
 
 
 # Parts
+
+
+def typed(program: str, words: Sequence[str]) -> str:
+    """The command that continues this one, to be pasted into a shell."""
+    return " ".join([program, *(shlex.quote(word) for word in words if word != "--fresh")])
+
+
+def hinted(command: str) -> str:
+    """The command for a page, which may be published: where this machine keeps things is left out."""
+    return re.sub(r"""(?<![\w.])[~/][^\s'"]*/""", "…/", command)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """ValueError for options that contradict each other."""
+    if args.fresh and args.render:
+        raise ValueError("--fresh --render: the first sets all runs aside, so the second would find none; give one")
+    partial = [name for name in ("rows", "columns", "seeds", "encoder", "changes", "fresh") if getattr(args, name)]
+    if args.publish and (partial or args.scale != "digits"):
+        wrong = f"--scale {args.scale}" if args.scale != "digits" else f"--{partial[0]}"
+        raise ValueError(f"--publish {wrong}: a published page is of the whole table, at --scale digits")
 
 
 def _seeds(text: str | None) -> tuple[int, ...] | None:

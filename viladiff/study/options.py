@@ -11,7 +11,7 @@ examples:
   {name}                                  scale quick: one seed, minutes on two cores
   {name} --scale digits --seeds 3         the embedded data set in full
   {name} --rows 1 8 --columns 1 -- train.steps=50
-  {name} --scale paper --address auto --gpus-per-trial 0.5 -- runtime.data_root=/data
+  {name} --scale digits --address auto --gpus-per-trial 0.5 --storage /shared/runs
 
 The same command continues where the last one stopped, runs nothing twice, and shares work with others like it.
 """
@@ -48,5 +48,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
     then = top.add_mutually_exclusive_group()
     then.add_argument("--dry-run", action="store_true", help="say what would run and what it would take, and stop")
     then.add_argument("--render", action="store_true", help="write the page of what there is, and run nothing")
-    top.add_argument("--fresh", action="store_true", help="run every cell again; older runs are set aside, not deleted")
+    top.add_argument(
+        "--fresh", action="store_true", help="every cell anew; older runs are set aside (leave out to continue)"
+    )
     top.add_argument("--price", type=float, metavar="P", help="price of an hour of this machine, for --dry-run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from viladiff.study.plan import Plan
 from viladiff.study.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 POINTS = 30
 """Lines that a published log has at most; each is the mean over a stretch of steps."""
@@ -30,7 +31,7 @@ def publish(plan: Plan, store: Store, out: Path) -> list[Path]:
         if log.is_file():
             target = out / "steps" / f"{run_id}.jsonl"
             target.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(row) for row in thinned(json.loads(line) for line in log.read_text().splitlines()))
+            lines = (json.dumps(row) for row in thinned(_rows(log)))
             write_atomically(target, "".join(f"{line}\n" for line in lines).encode())
         if pictures.is_file():
             (out / "pictures").mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,12 @@ def publish(plan: Plan, store: Store, out: Path) -> list[Path]:
     return new
 
 
+def _rows(log: Path) -> Iterator[dict[str, float]]:
+    for line in log.read_text().splitlines():
+        with suppress(json.JSONDecodeError):  # the last line of a run that was killed may be torn
+            yield json.loads(line)
+
+
 def thinned(rows: Iterable[dict[str, float]], points: int = POINTS) -> list[dict[str, float]]:
     """Means over stretches of equal length; ``step`` is the last of its stretch, so that a curve ends where it did."""
     every = list(rows)
@@ -49,6 +56,7 @@ def thinned(rows: Iterable[dict[str, float]], points: int = POINTS) -> list[dict
     found = []
     for start in range(0, len(every), length):
         stretch = every[start : start + length]
-        means = {name: sum(row[name] for row in stretch) / len(stretch) for name in stretch[0]}
+        values = {name: [row[name] for row in stretch if name in row] for name in stretch[0]}
+        means = {name: sum(found) / len(found) for name, found in values.items()}
         found.append({name: float(f"{value:.5g}") for name, value in means.items()} | {"step": stretch[-1]["step"]})
     return found
