@@ -216,12 +216,15 @@ def _slots(settings: Settings, jobs: int, workers: int) -> int:
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
     found = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
-    if found < settings.gpus_per_trial:
+    # Workers of one run do not share a GPU: nccl refuses that.
+    needed = settings.gpus_per_trial if workers == 1 else max(1.0, settings.gpus_per_trial) * workers
+    if found < needed:
+        each = "" if workers == 1 else f" for each of runtime.workers = {workers}"
         raise ValueError(
-            f"gpus_per_trial = {settings.gpus_per_trial:g}, but this machine has {found} GPUs: "
+            f"gpus_per_trial = {settings.gpus_per_trial:g}{each} needs {needed:g} GPUs, but this machine has {found}: "
             "lower it, or give the address of a cluster"
         )
-    return max(1, int(found / (settings.gpus_per_trial * workers)))
+    return int(found / needed)
 
 
 def _scratch() -> Path:
@@ -231,8 +234,9 @@ def _scratch() -> Path:
     base = base if len(str(base)) < 14 else Path("/tmp")
     for old in base.glob("viladiff-*-*"):
         pid = old.name.split("-")[1]
-        if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its reaper, or another driver, may be at it too
+            if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
+                shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
 
 

@@ -33,6 +33,10 @@ LOST_NEIGHBOUR = ("Connection closed by peer", "Connection reset by peer", "Brok
 Tell = Callable[[dict[str, Any]], None]
 
 
+class LeaseLost(Exception):
+    """Another machine took this one for dead and has the run now."""
+
+
 @dataclass(frozen=True)
 class Place:
     """What a worker has to know besides the run; every path is absolute."""
@@ -111,6 +115,8 @@ def explained(error: BaseException) -> dict[str, Any] | None:
 
     if isinstance(error, Stopped):
         return {"state": "stopped"}
+    if isinstance(error, LeaseLost):
+        return {"state": "elsewhere"}
     if not isinstance(error, Exception):
         return None
     text = str(error) or type(error).__name__
@@ -147,7 +153,7 @@ def _reporter(tell: Tell, watchdog: _Watchdog, stop_name: str, lease: Lease) -> 
         nonlocal said
         if lease.lost:
             # Another machine has the run by now: two writers in one directory would spoil each other's files.
-            raise RuntimeError("the lease on this run was lost to another machine")
+            raise LeaseLost
         watchdog.arm()
         if time.monotonic() - said < SAY_EVERY:
             return False
