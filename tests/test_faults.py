@@ -206,17 +206,17 @@ def test_padding_draws_no_edge_around_the_picture(monkeypatch: pytest.MonkeyPatc
     """The teacher labels the padding too; where that meets the picture is no edge of anything."""
     seen: list[Tensor] = []
 
-    def edge_cross_entropy(logits: Tensor, target: Tensor, edges: Tensor) -> Tensor:
+    def edge_mean(loss: Tensor, edges: Tensor) -> Tensor:
         seen.append(edges)
-        return original(logits, target, edges)
+        return original(loss, edges)
 
     def one_class_inside_another_outside(logits: Tensor, size: torch.Size) -> Pseudo:
         labels = torch.where(given.valid, 1, 2)
         labels[:, :6, :6] = 3  # a true edge, which must be kept
         return Pseudo(torch.ones(labels.shape), labels)
 
-    original, given = viladiff_file.edge_cross_entropy, batch()
-    monkeypatch.setattr(viladiff_file, "edge_cross_entropy", edge_cross_entropy)
+    original, given = viladiff_file.edge_mean, batch()
+    monkeypatch.setattr(viladiff_file, "edge_mean", edge_mean)
     monkeypatch.setattr(viladiff_file, "_pseudo", one_class_inside_another_outside)
     made = method(**{"cutmix": False, "mixe.train_on": "unlabelled", "mixe.refine": False})
     made(given, Step(7, 0.9, 3))

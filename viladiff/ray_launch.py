@@ -134,6 +134,10 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
     # Ray starts processes and waits; that is time to import in, but only Ray itself may be started on this thread: its
     # processes die with the thread that started them.
     threading.Thread(target=import_module, args=["ray.tune"], daemon=True).start()
+    from ray._private import worker
+
+    # The death of a process is told by its outcome; Ray prints it besides, whatever the logging level.
+    printer, worker.print_to_stdstream = worker.print_to_stdstream, _print_nothing
     try:
         bare = settings.address is None and not settings.dashboard
         with _without_web() if bare else nullcontext():
@@ -145,8 +149,13 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
         yield session
     finally:
         ray.shutdown()
+        worker.print_to_stdstream = printer
         shutil.rmtree(scratch, ignore_errors=True)
         reaper.dismiss()
+
+
+def _print_nothing(*given: Any, **words: Any) -> None:
+    """Stands in for Ray's printer."""
 
 
 def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]]) -> None:
