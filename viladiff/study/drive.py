@@ -221,8 +221,8 @@ def find(name: str | int) -> Path:
 
 
 def typed(program: str, words: Sequence[str]) -> str:
-    """The command that continues this one, to be pasted into a shell."""
-    return " ".join([program, *(shlex.quote(word) for word in words if word != "--fresh")])
+    """The command that brings the table on from here, to be pasted into a shell."""
+    return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--fresh", "--render"))])
 
 
 def hinted(command: str) -> str:
