@@ -356,7 +356,7 @@ def test_printed_numbers_of_table5() -> None:
     verdicts = [one for one, _ in found.values()]
     assert verdicts == ["holds", "holds", "holds", "not printed", "not printed", *["not printed"] * 5]
     assert found[TABLE5.claims[0].text][1] == "all 18 printed differences are as claimed"
-    assert found[TABLE5.claims[3].text][1] == "the paper prints no boundary_iou"
+    assert found[TABLE5.claims[3].text][1] == "the paper prints no boundary IoU"
 
 
 def test_printed_numbers_are_compared_as_decimals() -> None:

@@ -27,7 +27,7 @@ from viladiff.study.samples import (
     smallest_detectable,
     t_test,
 )
-from viladiff.study.spec import Claim, Metric, Table
+from viladiff.study.spec import METRIC_NAMES, Claim, Metric, Table
 
 if TYPE_CHECKING:
     from viladiff.study.plan import Plan
@@ -301,8 +301,8 @@ def _said(pool: Pool | None, comparisons: int, claim: Claim) -> str:
     count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
     beyond = f", with a tolerance of {claim.tolerance:g}," if claim.tolerance else ""
     return (
-        f"one-sided t tests at 5 % in each direction{beyond} on {claim.metric} over seeds, one standard deviation, "
-        f"{pool.sd:.2f} points, pooled within {pool.cells} cells ({pool.df} degrees of freedom; that cells share seeds "
+        f"one-sided t tests at 5 % in each direction{beyond} on {METRIC_NAMES[claim.metric]} over seeds, one standard "
+        f"deviation, {pool.sd:.2f} points, pooled within {pool.cells} cells ({pool.df} degrees of freedom; that cells share seeds "
         f"is not used), Holm's correction for {count} of {whose}"
     )
 
@@ -316,7 +316,7 @@ def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails
     Without a tolerance an equal number is not higher; with one, a number at its edge still counts.
     """
     if claim.metric != table.metric:
-        return "not printed", f"the paper prints no {claim.metric}"
+        return "not printed", f"the paper prints no {METRIC_NAMES[claim.metric]}"
     wrong, count = [], 0
     for question in questions(table, claim):
         printed = [_printed(table, term) for term in question.terms]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,27 +19,33 @@ POINTS = 30
 
 
 def publish(plan: Plan, store: Store, out: Path) -> list[Path]:
-    """Copies the plan's finished runs that no layer has yet into ``out``/records, pictures and steps; returns these."""
+    """Copies finished runs into ``out``/records, and logs and pictures beside, as far as no layer has them yet.
+
+    Returns the new records.
+    """
     published = {record.run_id for record in store.published()}
+    layers = Store(store.root / "nothing", store.layers)
     new = []
     for run_id in plan.runs:
-        record = None if run_id in published else store.get(run_id)
+        record = store.get(run_id)
         if record is None:
             continue
-        log, pictures = store.directory(run_id) / "steps.jsonl", store.directory(run_id) / "pictures.npz"
-        if log.is_file():
-            target = out / "steps" / f"{run_id}.jsonl"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(row) for row in thinned(_rows(log)))
-            write_atomically(target, "".join(f"{line}\n" for line in lines).encode())
-        if pictures.is_file():
-            (out / "pictures").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(pictures, out / "pictures" / f"{run_id}.npz")
+        for name, made in (("steps.jsonl", _thin_log), ("pictures.npz", Path.read_bytes)):
+            own, stem = store.directory(run_id) / name, Path(name)
+            if own.is_file() and layers.file(run_id, name) is None:
+                target = out / stem.stem / f"{run_id}{stem.suffix}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(target, made(own))
         # The record comes last: with it the run counts as published, and the rest is there.
-        (out / "records").mkdir(parents=True, exist_ok=True)
-        save_record(without_paths(record), out / "records" / f"{run_id}.json")
-        new.append(out / "records" / f"{run_id}.json")
+        if run_id not in published:
+            (out / "records").mkdir(parents=True, exist_ok=True)
+            save_record(without_paths(record), out / "records" / f"{run_id}.json")
+            new.append(out / "records" / f"{run_id}.json")
     return new
+
+
+def _thin_log(log: Path) -> bytes:
+    return "".join(f"{json.dumps(row)}\n" for row in thinned(_rows(log))).encode()
 
 
 def _rows(log: Path) -> Iterator[dict[str, float]]:

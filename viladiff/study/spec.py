@@ -41,6 +41,12 @@ Printed = Annotated[float | Literal["-"], BeforeValidator(_as_printed)]
 """A number as the paper prints it, in percent; "-" where it leaves one out."""
 Seeds = Annotated[tuple[Annotated[int, BeforeValidator(_as_seed)], ...], Field(min_length=1)]
 Metric = Literal["miou", "boundary_iou", "trimap_miou", "pixel_accuracy"]
+METRIC_NAMES: dict[str, str] = {
+    "miou": "mIoU",
+    "boundary_iou": "boundary IoU",
+    "trimap_miou": "trimap mIoU",
+    "pixel_accuracy": "pixel accuracy",
+}
 Kind = Literal["superset_increases", "best_row", "worst_rows", "higher", "gain_shrinks"]
 
 ROWS_OF: dict[str, tuple[int, int | None]] = {
