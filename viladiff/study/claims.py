@@ -302,8 +302,8 @@ def _said(pool: Pool | None, comparisons: int, claim: Claim) -> str:
     beyond = f", with a tolerance of {claim.tolerance:g}," if claim.tolerance else ""
     return (
         f"one-sided t tests at 5 % in each direction{beyond} on {METRIC_NAMES[claim.metric]} over seeds, one standard "
-        f"deviation, {pool.sd:.2f} points, pooled within {pool.cells} cells ({pool.df} degrees of freedom; that cells share seeds "
-        f"is not used), Holm's correction for {count} of {whose}"
+        f"deviation, {pool.sd:.2f} points, pooled within {pool.cells} cells ({pool.df} degrees of freedom; that cells "
+        f"share seeds is not used), Holm's correction for {count} of {whose}"
     )
 
 
