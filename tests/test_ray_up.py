@@ -198,11 +198,11 @@ def test_cluster_comes_up_works_and_goes_down(machines: Machines) -> None:
 
     script = machines.checkout / "work.py"
     script.write_text(WORK)
-    machines.ray("rsync-up", "here.yaml", str(script), "/root/work.py")
+    machines.ray("rsync-up", "here.yaml", str(script), str(Path.home() / "work.py"))
     out = timed("two tasks", "exec", "here.yaml", "~/viladiff-env/bin/python ~/work.py")
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=machines.checkout, capture_output=True, text=True)
     found = json.loads(re.search(r"FOUND (.*)", out).group(1))  # type: ignore[union-attr]
-    assert found == [[WORKER, "/root/viladiff/viladiff/record.py", revision.stdout.strip()]] * 2
+    assert found == [[WORKER, str(Path.home() / "viladiff/viladiff/record.py"), revision.stdout.strip()]] * 2
 
     # The dashboard is not for the network, and the head is for nobody without the token.
     reach = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
