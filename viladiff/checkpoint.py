@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from viladiff.record import sync_directory
 
 MAGIC = b"VILADIFF"
 VERSION = 1
@@ -49,7 +50,7 @@ def save(path: Path | str, state: dict[str, Any], keep_previous: bool = True) ->
         if keep_previous and path.exists():
             _duplicate(path, previous(path))
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -147,16 +148,6 @@ def _duplicate(path: Path, to: Path) -> None:
 def _sync_file(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename last through a power cut; not every platform can open a directory."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _check_plain(value: object, where: str) -> None:
