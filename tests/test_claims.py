@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from viladiff.record import RunRecord, load_record
-from viladiff.study.claims import Verdict, covering, judge, printed_verdict, questions, rank_agreement
+from viladiff.study.claims import Verdict, covering, judge, printed_verdict, questions
 from viladiff.study.plan import Plan, PlannedCell
 from viladiff.study.samples import LEVEL, Sample, Term, holm, pooled, samples, smallest_detectable, t_test
 from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
@@ -386,32 +386,6 @@ def test_printed_gains_of_table1_shrink() -> None:
 
 
 # Rank agreement
-
-
-def test_rank_agreement_is_kendalls_tau_b_over_rows_with_both_numbers() -> None:
-    printed = [70.0, 71.0, 71.0, 74.0, 73.0]
-    rows = [Row(label=f"r{i}", paper=(number, "-")) for i, number in enumerate(printed)]
-    table = a_table([*rows, Row(label="ours", control=True), Row(label="late", paper=(90.0, 1.0))], ["a", "b"])
-    values: Values = {(i, 0): [mean] for i, mean in enumerate((50.0, 52.0, 51.0, 53.0, 54.0, 60.0))} | {(6, 0): []}
-    values |= {(i, 1): [50.0] for i in range(6)}
-    plan, records = world(table, values, seeds=1)
-    found = rank_agreement(plan, records)
-    wanted = stats.kendalltau(printed, [50, 52, 51, 53, 54])
-    assert found["a"] == pytest.approx((wanted.statistic, wanted.pvalue, 5))
-    # 10 pairs, one of them tied in print: 8 agree, 1 does not.
-    assert found["a"].tau == pytest.approx((8 - 1) / np.sqrt(10 * 9))
-    assert found["b"] == (None, None, 0)
-
-
-def test_rank_agreement_of_equal_numbers_is_nothing() -> None:
-    rows = [Row(label=f"r{i}", paper=(70.0 + i,)) for i in range(3)]
-    plan, records = world(a_table(rows, ["a"]), {(i, 0): [50.0] for i in range(3)}, seeds=1)
-    assert rank_agreement(plan, records)["a"] == (None, None, 3)
-    plan, records = world(a_table(rows, ["a"]), {(i, 0): near(50 - i) for i in range(3)})
-    assert rank_agreement(plan, records)["a"].tau == -1
-
-
-# The table that is there
 
 
 def test_claims_of_table5_over_made_up_records() -> None:

@@ -6,7 +6,6 @@ a shrinking gain, a difference against a difference). All numbers here are in po
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -76,17 +75,6 @@ class Verdict:
     printed: Literal["holds", "fails", "not printed"]
     """Whether the printed numbers bear the claim out, compared as decimals."""
     printed_why: str
-
-
-class Agreement(NamedTuple):
-    """How far measured rows stand in the printed order."""
-
-    tau: float | None
-    """Kendall's tau-b; None where fewer than two rows can be compared, or all of them are equal."""
-    p: float | None
-    """Two-sided, against no association; not corrected."""
-    n: int
-    """Rows with both numbers."""
 
 
 class Question(NamedTuple):
@@ -339,24 +327,3 @@ def _printed(table: Table, term: Term) -> Decimal | None:
     numbers = table.rows[term.row].paper
     value = numbers[term.column] if numbers else "-"
     return None if value == "-" else Decimal(str(value))
-
-
-def rank_agreement(plan: Plan, records: Records) -> dict[str, Agreement]:
-    """Kendall's tau-b between printed numbers and measured means, by column label; whatever seeds there are count."""
-    measured = samples(plan, records, plan.table.metric)
-    return {plan.table.columns[column].label: _agreement(plan, measured, column) for column in plan.columns}
-
-
-def _agreement(plan: Plan, measured: Samples, column: int) -> Agreement:
-    from scipy import stats
-
-    pairs = []
-    for row in plan.rows:
-        number, values = _printed(plan.table, Term(row, column, 1)), measured[row, column].values
-        if number is not None and values:
-            pairs.append((float(number), sum(values) / len(values)))
-    if len(pairs) < 2:
-        return Agreement(None, None, len(pairs))
-    found = stats.kendalltau(*zip(*pairs, strict=True))
-    tau, p = float(found.statistic), float(found.pvalue)
-    return Agreement(None if math.isnan(tau) else tau, None if math.isnan(p) else p, len(pairs))
