@@ -12,3 +12,9 @@ METHODS: dict[str, type[Method]] = {
     "semibaseline": SemiBaseline,
     "viladiff": ViLaDiff,
 }
+
+PLANNED = (
+    *("fixmatch", "unimatch", "unimatch_v2", "daw", "cps", "psmt", "corrmatch", "swith"),
+    *("pseudoseg", "u2pl", "ddfp", "allspark", "logicdiag", "semivl"),
+)
+"""Methods that tables may ask for before they are written; one that is in ``METHODS`` is run."""
