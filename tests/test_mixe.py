@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
-from viladiff.methods.viladiff import MixeConfig
 from viladiff.models import mixe
+from viladiff.models.mixe import MixeConfig
 
 
 def kernel(beta: float, classes: int) -> np.ndarray:

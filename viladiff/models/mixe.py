@@ -10,12 +10,14 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from viladiff.fields import Section
 from viladiff.losses import choose
 from viladiff.models.diffusion import (
     add_gaussian_noise,
@@ -34,12 +36,10 @@ from viladiff.models.diffusion import (
     step_probability,
 )
 
-if TYPE_CHECKING:
-    from viladiff.methods.viladiff import MixeConfig
-
 __all__ = [
     "Corrupted",
     "Denoiser",
+    "MixeConfig",
     "add_gaussian_noise",
     "alpha_bar",
     "class_codes",
@@ -56,6 +56,58 @@ __all__ = [
     "sample_classes",
     "step_probability",
 ]
+
+
+class MixeConfig(Section):
+    """Edge-aware mixed-noise diffusion on labels (paper, section 3.4, Eqs. 3-8 and 13)."""
+
+    enabled: bool = True
+    gaussian: bool = True
+    """q_G of Table 5; off leaves its region clean."""
+    flips: bool = True
+    """q_C of Table 5; off leaves its region clean."""
+    edge_loss: bool = True
+    timesteps: int = Field(10, ge=1, le=1000)
+    beta: float = Field(0.1, ge=0, le=1)
+    """Probability of a flip in one step (Eq. 6)."""
+    edge_bonus: float = Field(0.1, ge=0, le=1)
+    """Added to ``beta`` on edge pixels, in each step."""
+    flip_schedule: Literal["cumulative", "constant", "matched"] = "cumulative"
+    gaussian_region: Literal["confident", "uncertain"] = "confident"
+    """Which side of τ gets Gaussian noise; Eq. 7 and the sentence below it disagree."""
+    tau_start: float = Field(0.0, ge=0, le=1)
+    tau_end: float = Field(0.8, ge=0, le=1)
+    tau_ramp: float = Field(0.5, ge=0, le=1)
+    """Share of training over which τ moves from start to end."""
+    tau_shape: Literal["linear", "cosine", "step"] = "linear"
+    reverse: Literal["posterior", "direct"] = "posterior"
+    train_on: Literal["labelled", "unlabelled", "both"] = "both"
+    mu: tuple[float, float, float] = (1.0, 0.5, 0.5)
+    """Weights of (L_ce, L_edge, L_d) in Eq. 11."""
+    refine: bool = True
+    """Whether refined labels replace the teacher's in the later part of training."""
+    refine_from: float = Field(0.5, ge=0, le=1)
+    refine_steps: int | None = Field(None, ge=1, le=1000)
+    """Reverse steps at refinement; none means ``timesteps``."""
+    denoiser: Literal["diffusion", "plain"] = "diffusion"
+    """``plain``: a network of the same size that never sees noise (control)."""
+    width: int = Field(32, ge=8)
+    depth: int = Field(2, ge=1)
+    """Residual blocks of the denoiser."""
+    cond_noise: float = Field(0.1, ge=0)
+    """Standard deviation of the noise on the conditioning features, which are of about unit scale (ours)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixeConfig:
+        if self.refine_steps is not None and self.refine_steps > self.timesteps:
+            raise ValueError(f"refine_steps = {self.refine_steps} is more than timesteps = {self.timesteps}")
+        if len(self.mu) != 3 or min(self.mu) < 0:
+            raise ValueError(f"mu = {self.mu}: three weights that are not negative, for (L_ce, L_edge, L_d)")
+        if self.beta + self.edge_bonus >= 1:
+            raise ValueError(
+                f"beta + edge_bonus = {self.beta + self.edge_bonus:g}: must be at most (C - 1) / C for C classes"
+            )
+        return self
 
 
 @lru_cache(maxsize=64)

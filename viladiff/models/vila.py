@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from viladiff.batch import TextBatch
+from viladiff.fields import Section
 from viladiff.models.blocks import CrossBlock, SelfBlock, sincos_2d
 
-if TYPE_CHECKING:
-    from viladiff.methods.viladiff import VilaConfig
+Path = Literal["student_features", "student_logits", "teacher_features", "teacher_logits"]
+
+
+class VilaConfig(Section):
+    """Vision-language dual distillation (paper, section 3.3, Eqs. 1, 2 and 12)."""
+
+    enabled: bool = True
+    lam: float = Field(0.5, ge=0)
+    """λ of Eq. 1: weight of the cosine distance against the squared one (paper, Table 6)."""
+    temperature: float = Field(2.0, gt=0)
+    """T of Eq. 2; the paper gives none."""
+    feature_reduction: Literal["mean", "sum"] = "mean"
+    feature_scope: Literal["pooled", "flattened", "tokens"] = "pooled"
+    gate: Literal["per_image", "per_batch", "always"] = "per_image"
+    """When the fusion stream teaches the visual one: where its cross-entropy is lower, or always."""
+    paths: tuple[Path, ...] = ("student_features", "student_logits", "teacher_features", "teacher_logits")
+    """Arrows that are on. Student: its fusion stream to its visual one. Teacher: its streams to the student's."""
+    teacher_to_visual: bool = True
+    """Whether teacher fusion also teaches student visual (ours; the paper's teacher path is visual to fusion)."""
+    feature_weight: float = Field(1.0, ge=0)
+    logit_weight: float = Field(1.0, ge=0)
+    depth: int = Field(1, ge=1, le=12)
+    """Cross-attention blocks of the fusion stream, and shared reconstruction blocks."""
+    width: int = Field(64, ge=8)
+    """Channels of the streams; sized for the embedded data, to be raised at paper scale."""
+    heads: int = Field(4, ge=1)
+    cutmix_text: Literal["both", "own"] = "both"
+    """Words that a mixed image is given: its own and its partner's, or its own alone (ours)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VilaConfig:
+        if len(set(self.paths)) < len(self.paths):
+            raise ValueError(f"paths = {self.paths}: an arrow is named twice")
+        return self
 
 
 class Tokens(NamedTuple):
