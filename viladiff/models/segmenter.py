@@ -13,10 +13,9 @@ from viladiff.batch import CutMix, TextBatch
 from viladiff.data.mixing import apply_cutmix
 from viladiff.models.backbones import Encoder, build_encoder
 from viladiff.models.decoder import Decoder
-from viladiff.models.vila import ViLa
+from viladiff.models.vila import ViLa, VilaConfig
 
 if TYPE_CHECKING:
-    from viladiff.methods.viladiff import VilaConfig
     from viladiff.sections import ModelConfig
 
 
@@ -72,8 +71,17 @@ class Segmenter(nn.Module):
         self, images: Tensor, text: TextBatch | None = None, names: tuple[str, ...] | None = None
     ) -> dict[str, Stream]:
         """images (B, 3, H, W) to the named streams, all by default; encoder and fine decoder levels run once."""
+        return self.decode(self.encode(images), text, names)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) to the encoder's four maps (B, D_i, h_i, w_i), coarsest last, for ``decode``."""
+        return self.encoder(images)
+
+    def decode(
+        self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
+    ) -> dict[str, Stream]:
+        """The second half of ``streams``: what a method may change in between is every map that the decoder reads."""
         names = self.names if names is None else names
-        features = self.encoder(images)
         top = features[-1]
         if self.vila is None:
             tokens, tops = [top.flatten(2).transpose(1, 2)], top
@@ -91,6 +99,10 @@ class Segmenter(nn.Module):
         head = self.classifier_fusion if name == "fusion" else self.classifier
         assert head is not None
         return head(mid, top).float()
+
+    def logits(self, features: list[Tensor], size: torch.Size | tuple[int, ...]) -> Tensor:
+        """Maps of ``encode``, as they are or changed, to the visual stream's full-size logits (B, C, H, W)."""
+        return upsample(self.decode(features, names=("visual",))["visual"].logits, size)
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
