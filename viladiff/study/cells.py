@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from viladiff.fields import ConfigError, nearest
-from viladiff.study.spec import RESERVED, Layer, Table, entry_name, listed, table_layers
+from viladiff.study.spec import RESERVED, Layer, Scale, Table, entry_name, listed, table_layers
 
 CHOOSERS = ("data.dataset", "method.name")
 """Fields that choose a section; a layer that chooses another one leaves nothing of the section before."""
@@ -71,6 +71,8 @@ def choose(
         raise ValueError(f"{table.name}.toml: scale = {scale!r}: allowed: {names}{nearest(scale, table.scale)}")
     size = table.scale[scale]
     every = [i for i, row in enumerate(table.rows) if size.controls or not row.control]
+    rows = size.rows or None if rows is None else rows
+    columns = size.columns or None if columns is None else columns
     chosen = every if rows is None else select("rows", [row.label for row in table.rows], rows)
     across = range(len(table.columns))
     chosen_columns = across if columns is None else select("columns", [one.label for one in table.columns], columns)
@@ -99,13 +101,14 @@ def cells(
     A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``). One that
     chooses another method or data set drops what earlier ones set for the method or data set before, and of
     ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
-    data set of a cell lacks is left out there, unless all cells lack it. Loads torch. Raises ValueError that names file
-    and entry.
+    data set of a cell lacks is left out there, unless all cells lack it. Rows whose method is not built yet have no
+    cells (``unbuilt``). Loads torch. Raises ValueError that names file and entry.
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():
         raise ValueError(f"{path} = {changes[path]}: not set here: {RESERVED[path]}")
-    places = [(row, column) for row in chosen_rows for column in chosen_columns]
+    later = unbuilt(table, changes)
+    places = [(row, column) for row in chosen_rows if row not in later for column in chosen_columns]
     layers = {place: _layers(table, scale, *place) for place in places}
     typed = _fitting(changes, {place: _merge(layers[place]) for place in places})
     settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
@@ -117,6 +120,24 @@ def cells(
     ]
     _check(table, found, settled)
     return found
+
+
+def unbuilt(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
+    """Why rows cannot be run yet, by place: their method is known by name and not written. Loads torch."""
+    from viladiff.methods import METHODS, PLANNED
+
+    found = {}
+    for place, row in enumerate(table.rows):
+        name = str({**table.base, **row.set, **changes}.get("method.name"))
+        if name in PLANNED and name not in METHODS:
+            found[place] = f"not built yet: method.name = {name}"
+    return found
+
+
+def settings(table: Table, row: int, column: int) -> dict[str, object]:
+    """What the paper's cell sets, before any scale: equal in two cells, also of two tables, where they are one run."""
+    base, *entries = table_layers(table)
+    return {p: one.value for p, one in _merge([base, entries[column], entries[len(table.columns) + row]]).items()}
 
 
 class Setting(NamedTuple):
@@ -132,14 +153,19 @@ def _layers(table: Table, scale: str, row: int, column: int) -> list[Layer]:
     size = table.scale[scale]
     base, *entries = table_layers(table)
     chosen = [base, entries[column], entries[len(table.columns) + row]]
-    mapped = [Layer(entry, _mapped(fields, size.datasets)) for entry, fields in chosen]
+    mapped = [Layer(entry, _mapped(fields, size)) for entry, fields in chosen]
     threads = {} if size.threads is None else {"runtime.threads": size.threads}
     return [mapped[0], Layer(f"scale.{scale}", {**threads, **size.set}), *mapped[1:]]
 
 
-def _mapped(fields: Mapping[str, object], datasets: Mapping[str, str]) -> dict[str, object]:
-    asked = fields.get("data.dataset")
-    return {**fields, "data.dataset": datasets[asked]} if isinstance(asked, str) and asked in datasets else {**fields}
+def _mapped(fields: Mapping[str, object], size: Scale) -> dict[str, object]:
+    """Fields with the scale's stand-ins for the paper's data sets, lists and lengths."""
+    found: dict[str, object] = {}
+    for path, value in fields.items():
+        if path == "data.dataset":
+            value = size.datasets.get(str(value), value)
+        found |= size.instead.get(f"{path}={value}", {path: value})
+    return found
 
 
 def _merge(layers: Iterable[Layer]) -> dict[str, Setting]:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -20,12 +20,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import TypeAdapter
 
 from viladiff.record import RunRecord, write_atomically
-from viladiff.study.cells import cells, choose
+from viladiff.study.cells import cells, choose, unbuilt
 from viladiff.study.spec import Table
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the file of a plan means something else than before."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DATA_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch")
@@ -69,6 +69,8 @@ class Plan:
     """Seed by seed, so that a campaign that is cut short leaves whole tables."""
     runs: dict[str, Planned]
     """In the order of their first cells."""
+    unbuilt: dict[int, str] = field(default_factory=dict)
+    """Why rows that were asked for have no cells, by place."""
 
     def run_ids(self, row: int, column: int) -> tuple[str, ...]:
         """Runs of a cell, one a seed; a cell that was not asked for has none."""
@@ -92,6 +94,7 @@ class _Kept(NamedTuple):
 
     cells: tuple[PlannedCell, ...]
     runs: tuple[Planned, ...]
+    unbuilt: dict[int, str] = {}  # noqa: RUF012, never changed
 
 
 def make_plan(
@@ -120,7 +123,7 @@ def make_plan(
         kept, lasting = _make(table, scale, chosen_rows, chosen_columns, chosen_seeds, changes)
         if file is not None and lasting:
             _write(file, kept)
-    return Plan(table, scale, chosen_rows, chosen_columns, chosen_seeds, kept.cells, _titled(table, kept))
+    return Plan(table, scale, chosen_rows, chosen_columns, chosen_seeds, kept.cells, _titled(table, kept), kept.unbuilt)
 
 
 def _make(
@@ -147,7 +150,8 @@ def _make(
         run = Planned(named.run_id, cell.changes, "", named.steps, fields, cfg.runtime.workers, cfg.runtime.threads)
         planned.setdefault(named.run_id, run)
     # Through JSON, so that a plan is the same whether it was read or made: tuples become lists.
-    kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()))))
+    later = {row: why for row, why in unbuilt(table, changes).items() if row in rows}
+    kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()), later)))
     return kept, all(isinstance(cfg.data, EmbeddedData) for cfg in configs)
 
 
@@ -224,7 +228,8 @@ _ADAPTER = TypeAdapter(_Kept)
 
 
 def _dumps(kept: _Kept) -> str:
-    return json.dumps({"cells": [asdict(cell) for cell in kept.cells], "runs": [asdict(run) for run in kept.runs]})
+    cells, runs = [asdict(cell) for cell in kept.cells], [asdict(run) for run in kept.runs]
+    return json.dumps({"cells": cells, "runs": runs, "unbuilt": kept.unbuilt})
 
 
 def _loads(text: str) -> _Kept:

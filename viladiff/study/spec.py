@@ -47,7 +47,17 @@ METRIC_NAMES: dict[str, str] = {
     "trimap_miou": "trimap mIoU",
     "pixel_accuracy": "pixel accuracy",
 }
-Kind = Literal["superset_increases", "best_row", "worst_rows", "higher", "gain_shrinks"]
+Kind = Literal[
+    "superset_increases",
+    "best_row",
+    "worst_rows",
+    "higher",
+    "gain_shrinks",
+    "gain_exceeds",
+    "returns_diminish",
+    "less_stable",
+    "differs",
+]
 
 ROWS_OF: dict[str, tuple[int, int | None]] = {
     "superset_increases": (0, 0),
@@ -55,8 +65,14 @@ ROWS_OF: dict[str, tuple[int, int | None]] = {
     "worst_rows": (1, None),
     "higher": (2, 2),
     "gain_shrinks": (2, 2),
+    "gain_exceeds": (4, 4),
+    "returns_diminish": (3, None),
+    "less_stable": (2, 2),
+    "differs": (1, 1),
 }
-"""Fewest and most rows that each kind of claim names; ``viladiff.study.claims`` says what they mean."""
+"""Fewest and most rows that each kind of claim names; ``viladiff.study.questions`` says what they mean."""
+AMONG = ("best_row", "worst_rows", "differs")
+"""Kinds that compare with all other rows, or with those in ``among``."""
 
 
 class Strict(Section):
@@ -73,6 +89,12 @@ class Scale(Strict):
     set: dict[str, Any] = Field(default_factory=dict)
     seeds: Seeds | None = None
     """None takes the table's."""
+    rows: tuple[str, ...] = ()
+    """Labels of those that are run when none are named; empty for all."""
+    columns: tuple[str, ...] = ()
+    """Likewise."""
+    instead: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """``field=value`` of the paper's to the fields that stand in for it here, such as a list that a data set lacks."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each run; fixed, since another count changes the last bits."""
     controls: bool = True
@@ -97,6 +119,14 @@ class Row(Strict):
     """One a column; empty for a row that the paper does not have."""
     control: bool = False
     """A row of ours, shown below the paper's."""
+    group: str = ""
+    """Heading over this row and those after it that have the same."""
+    encoder: str = ""
+    """The encoder behind the printed numbers; those measured here are all of one encoder."""
+    network: str = ""
+    """Whose scores are read from the row's runs; empty for the one that a run names itself."""
+    stream: str = ""
+    """Likewise."""
     note: str = ""
 
 
@@ -112,8 +142,12 @@ class Claim(Strict):
     """Labels; which of them is said to be higher depends on the kind."""
     columns: tuple[str, ...] = ()
     """Labels, in the order that the claim means; empty for all."""
+    among: tuple[str, ...] = ()
+    """Labels of the rows that best_row, worst_rows and differs compare with; empty for all but controls."""
     tolerance: float = Field(0.0, ge=0)
     """Points by which the higher side may fall short and the claim still hold."""
+    margin: float = Field(0.0, ge=0)
+    """Points by which the higher side has to be above."""
 
 
 class Table(Strict):
@@ -129,6 +163,15 @@ class Table(Strict):
     rows: tuple[Row, ...] = Field(min_length=1)
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = ()
+    reference: str = ""
+    """Label of the row that differences are taken to; empty for the first."""
+    headline: str = ""
+    """Label of the row that the page's first sentence is about; empty for the paper's last."""
+
+    @property
+    def printed(self) -> bool:
+        """Whether the paper has this table."""
+        return any(row.paper for row in self.rows)
 
 
 class Layer(NamedTuple):
@@ -169,7 +212,8 @@ def load_table(path: Path | str) -> Table:
         except ValidationError as error:
             faults = [_sentence(item, tree) for item in error.errors(include_url=False)]
         else:
-            faults = [*_label_faults(table), *_row_faults(table), *_set_faults(table), *_claim_faults(table)]
+            kinds = (_label_faults, _row_faults, _scale_faults, _set_faults, _claim_faults)
+            faults = [fault for kind in kinds for fault in kind(table)]
     if faults:
         raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
     return table
@@ -253,8 +297,31 @@ def _row_faults(table: Table) -> Iterator[str]:
             yield f"{entry}: parts = {list(row.parts)}: a part is named twice"
 
 
+def _scale_faults(table: Table) -> Iterator[str]:
+    """Labels and replaced values that the table does not have."""
+    rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
+    asked = [
+        (f"{name} = {label!r}", label, rows) for name in ("reference", "headline") if (label := getattr(table, name))
+    ]
+    for name, one in table.scale.items():
+        asked += [(f"scale.{name}: rows = {label!r}", label, rows) for label in one.rows]
+        asked += [(f"scale.{name}: columns = {label!r}", label, columns) for label in one.columns]
+    for said, label, known in asked:
+        if label not in known:
+            yield f"{said}: no such label{nearest(label, known) or '.'} {listed(known)}"
+    there = {f"{path}={value}" for _, fields in table_layers(table) for path, value in fields.items()}
+    for name, one in table.scale.items():
+        for key in one.instead.keys() - there:
+            yield f"scale.{name}: instead: {key!r}: nothing in the table sets this{nearest(key, there)}"
+
+
 def _set_faults(table: Table) -> Iterator[str]:
     scales = [Layer(f"scale.{name}", one.set) for name, one in table.scale.items()]
+    scales += [
+        Layer(f"scale.{name}: instead of {key}", fields)
+        for name, one in table.scale.items()
+        for key, fields in one.instead.items()
+    ]
     for entry, fields in (*table_layers(table), *scales):
         for path, value in fields.items():
             here = f"{entry}: {path} = {value!r}"
@@ -285,14 +352,22 @@ def _claim_faults(table: Table) -> Iterator[str]:
         if len(claim.rows) < fewest or (most is not None and len(claim.rows) > most):
             wanted = str(fewest) if fewest == most else f"{fewest} or more"
             yield f"{entry}: rows = {list(claim.rows)}: {len(claim.rows)} rows, but {claim.kind} names {wanted}"
-        for kind, asked, known in (("rows", claim.rows, rows), ("columns", claim.columns, columns)):
+        named = (("rows", claim.rows, rows), ("columns", claim.columns, columns), ("among", claim.among, rows))
+        for kind, asked, known in named:
             for label in asked:
                 if label not in known:
                     yield f"{entry}: {kind} = {label!r}: no such label{nearest(label, known) or '.'} {listed(known)}"
-            if len(set(asked)) < len(asked):
+            # Of two gains, the lower row of one may well be the higher one of the other.
+            if len(set(asked)) < len(asked) and (kind, claim.kind) != ("rows", "gain_exceeds"):
                 yield f"{entry}: {kind} = {list(asked)}: a label is named twice"
         if claim.kind == "gain_shrinks" and len(claim.columns or columns) < 2:
             yield f"{entry}: a gain shrinks from column to column, so it takes two at least"
+        if claim.among and claim.kind not in AMONG:
+            yield f"{entry}: among = {list(claim.among)}: only {', '.join(AMONG)} compare with other rows"
+        if claim.tolerance and claim.margin:
+            yield f"{entry}: tolerance = {claim.tolerance:g} and margin = {claim.margin:g}: keep one"
+        if claim.kind in ("less_stable", "differs") and (claim.tolerance or claim.margin):
+            yield f"{entry}: {claim.kind} takes neither tolerance nor margin"
 
 
 def listed(labels: Iterable[str]) -> str:
