@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.batch import IGNORE, TextBatch
-
-STREAMS = ("visual", "fusion", "fusion_no_text", "mean")
-"""``fusion`` and ``mean`` read the text; ``mean`` averages probabilities; ``fusion_no_text`` reads the null token."""
-PROTOCOLS = ("original", "center_crop", "sliding_window")
+from viladiff.protocols import Band, center, stream_bands
 
 Batches = Iterable[tuple[Tensor, Tensor, TextBatch | None]]
 Labelling = tuple[Tensor, Tensor]  # confidence and labels, each (B, H, W)
@@ -182,6 +178,10 @@ class Meter:
             torch.distributed.all_reduce(self.state)
         return self
 
+    def confusion(self) -> Tensor:
+        """(C, C) int64 on the CPU, rows are the truth; ValueError for a target that is neither a class nor 255."""
+        return _known_rows(self._all.cpu())
+
     def result(self) -> Scores:
         """ValueError where a target had a label that is neither a class nor 255."""
         state = self.state.cpu()
@@ -243,127 +243,7 @@ def pseudo_shares(sums: dict[str, Tensor] | dict[str, int]) -> dict[str, float |
     return {name: a / b if b else None for name, (a, b) in found.items()}
 
 
-def stream_logits(
-    network: nn.Module, images: Tensor, text: TextBatch | None, streams: Sequence[str] = STREAMS
-) -> dict[str, Tensor]:
-    """The asked streams that can be had, each (B, C, H, W) logits, from at most two forwards.
-
-    A network without ViLa gives ``visual`` alone; without text, ``fusion`` and ``mean`` are left out, not replaced.
-    ValueError for the name of an unknown stream.
-    """
-    for name in streams:
-        _one_of("stream", name, STREAMS)
-    text = text if {"fusion", "mean"} & set(streams) else None
-    first = network(images, text)
-    logits = {"visual": first["visual"]}
-    if "fusion" in first and text is not None:
-        logits["fusion"] = first["fusion"]
-        if "mean" in streams:
-            logits["mean"] = _log(first["visual"].float().softmax(1) + first["fusion"].float().softmax(1))
-    if "fusion" in first and "fusion_no_text" in streams:
-        logits["fusion_no_text"] = first["fusion"] if text is None else network(images, None)["fusion"]
-    return {name: logits[name] for name in streams if name in logits}
-
-
-def _snapped_starts(length: int, window: int, stride: int) -> list[int]:
-    """Window starts along one side; the last window ends at the border, so that all windows have one size."""
-    return [*range(0, length - window, stride), length - window]
-
-
-def _resized(forward: Callable[[Tensor], dict[str, Tensor]], image: Tensor, multiple: int) -> dict[str, Tensor]:
-    """Whole image at the nearest multiple of the patch, logits brought back to its own size."""
-    back = tuple(image.shape[-2:])
-    size = tuple(max(multiple, round(side / multiple) * multiple) for side in back)
-    if size == back:
-        return forward(image)
-    logits = forward(F.interpolate(image, size, mode="bilinear"))
-    return {name: F.interpolate(x, back, mode="bilinear") for name, x in logits.items()}
-
-
-def _slid(forward: Callable[[Tensor], dict[str, Tensor]], image: Tensor, crop: int) -> dict[str, Tensor]:
-    """Probabilities of overlapping windows are summed in place, so memory does not grow with the number of windows."""
-    height, width = image.shape[-2:]
-    stride = max(1, 2 * crop // 3)
-    sums: dict[str, Tensor] = {}
-    for top in _snapped_starts(height, crop, stride):
-        for left in _snapped_starts(width, crop, stride):
-            window = (..., slice(top, top + crop), slice(left, left + crop))
-            for name, logits in forward(image[window]).items():
-                if name not in sums:
-                    sums[name] = logits.new_zeros((*logits.shape[:2], height, width), dtype=torch.float32)
-                sums[name][window] += logits.float().softmax(1)
-    return {name: _log(x) for name, x in sums.items()}
-
-
-def _log(sums: Tensor) -> Tensor:
-    """Logits of summed probabilities (B, C, H, W); kept finite, since interpolating an infinity gives NaN."""
-    return (sums / sums.sum(1, keepdim=True)).clamp_min(1e-30).log()
-
-
-def predict_streams(
-    network: nn.Module,
-    image: Tensor,
-    text: TextBatch | None = None,
-    streams: Sequence[str] = STREAMS,
-    protocol: str = "original",
-    crop: int = 0,
-) -> dict[str, Tensor]:
-    """Logits by one of the three published protocols: (B, C, H, W), of the centre only for ``center_crop``.
-
-    image (B, 3, H, W) is normalised. ``original`` resizes to the nearest multiple of ``network.patch`` and back.
-    ``sliding_window`` steps by floor(2/3 crop) and snaps the last window to the border. Those with a crop pad a smaller
-    image with the mean colour at the bottom and right and cut that off again. Score centre crops against
-    ``center(target, crop)``. ValueError for an unknown protocol or a crop that the patch does not divide.
-    """
-    _one_of("protocol", protocol, PROTOCOLS)
-    multiple = int(getattr(network, "patch", 1))
-
-    def forward(x: Tensor) -> dict[str, Tensor]:
-        return stream_logits(network, x, text, streams)
-
-    if protocol == "original":
-        return _resized(forward, image, multiple)
-    if crop < 1 or crop % multiple:
-        raise ValueError(f"crop = {crop}: {protocol} needs a positive multiple of the patch, {multiple}")
-    if protocol == "center_crop":
-        image = center(image, crop)
-    height, width = image.shape[-2:]
-    padded = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
-    logits = forward(padded) if protocol == "center_crop" else _slid(forward, padded, crop)
-    return {name: x[..., :height, :width] for name, x in logits.items()}
-
-
-def predict_logits(
-    network: nn.Module,
-    image: Tensor,
-    text: TextBatch | None = None,
-    protocol: str = "original",
-    crop: int = 0,
-    stream: str = "visual",
-) -> Tensor:
-    """``predict_streams`` for one stream; ValueError where the network or the missing text does not allow it."""
-    found = predict_streams(network, image, text, (stream,), protocol, crop)
-    if stream not in found:
-        raise ValueError(f"stream = {stream!r}: needs a network with ViLa and, but for 'fusion_no_text', a caption")
-    return found[stream]
-
-
-def center(x: Tensor, crop: int) -> Tensor:
-    """The middle of (..., H, W), at most crop x crop."""
-    height, width = x.shape[-2:]
-    top, left = max(0, (height - crop) // 2), max(0, (width - crop) // 2)
-    return x[..., top : top + crop, left : left + crop]
-
-
-def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field} = {value!r}: must be one of {', '.join(allowed)}{hint}")
-
-
-@torch.inference_mode()
-def evaluate_network(
+def measure(
     network: nn.Module,
     images_iter: Batches,
     streams: Sequence[str],
@@ -371,8 +251,8 @@ def evaluate_network(
     boundary: bool = True,
     protocol: str = "original",
     crop: int = 0,
-) -> dict[str, Scores]:
-    """A stream that the network or the texts do not allow is left out; counts are summed over all workers.
+) -> dict[str, Meter]:
+    """Counts of each stream over the images of all workers; of no image where network or texts do not allow it.
 
     images_iter yields (normalised images (B, 3, H, W), targets (B, H, W), TextBatch or None). Each worker passes its
     own part of the set, maybe none of it, without a padded sampler's duplicates. The network is in eval mode meanwhile;
@@ -383,18 +263,42 @@ def evaluate_network(
     meters = {name: Meter(num_classes, device, boundary) for name in streams}
     network.eval()
     try:
-        for images, target, text in images_iter:
-            target = target.to(device, non_blocking=True)
-            if text is not None:
-                text = replace(text, tokens=text.tokens.to(device), mask=text.mask.to(device))
-            found = predict_streams(network, images.to(device, non_blocking=True), text, streams, protocol, crop)
-            target = center(target, crop) if protocol == "center_crop" else target
-            for name, logits in found.items():
-                if logits.shape[1] != num_classes:
-                    raise ValueError(f"num_classes = {num_classes}: the network has {logits.shape[1]}")
-                meters[name].update(logits.argmax(1), target)
+        with torch.inference_mode():
+            for images, target, text in images_iter:
+                target = target.to(device, non_blocking=True)
+                if text is not None:
+                    text = replace(text, tokens=text.tokens.to(device), mask=text.mask.to(device))
+                found = stream_bands(network, images.to(device, non_blocking=True), text, streams, protocol, crop)
+                target = center(target, crop) if protocol == "center_crop" else target
+                for name, labels in _label_maps(found, num_classes).items():
+                    meters[name].update(labels, target)
     finally:
         for module, training in modes.items():
             module.training = training
-    scores = {name: meter.all_reduce().result() for name, meter in meters.items()}
+    return {name: meter.all_reduce() for name, meter in meters.items()}
+
+
+def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
+    """(B, H, W) labels by stream; only they are kept of each band. ValueError for another number of classes."""
+    parts: dict[str, list[Tensor]] = {}
+    for band in bands:
+        for name, logits in band.logits.items():
+            if logits.shape[1] != num_classes:
+                raise ValueError(f"num_classes = {num_classes}: the network has {logits.shape[1]}")
+            parts.setdefault(name, []).append(logits.argmax(1))
+    return {name: torch.cat(labels, 1) for name, labels in parts.items()}
+
+
+def evaluate_network(
+    network: nn.Module,
+    images_iter: Batches,
+    streams: Sequence[str],
+    num_classes: int,
+    boundary: bool = True,
+    protocol: str = "original",
+    crop: int = 0,
+) -> dict[str, Scores]:
+    """Scores of ``measure``; a stream that the network or the texts do not allow is left out."""
+    found = measure(network, images_iter, streams, num_classes, boundary, protocol, crop)
+    scores = {name: meter.result() for name, meter in found.items()}
     return {name: score for name, score in scores.items() if score.images}

@@ -41,7 +41,7 @@ def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[s
 
     The record is left as it is. Raises ConfigError for other fields, ValueError where there is no finished run.
     """
-    from viladiff.evaluate import STREAMS
+    from viladiff.protocols import STREAMS
     from viladiff.record import load_record
     from viladiff.scoring import scores
     from viladiff.train import Run

@@ -16,8 +16,9 @@ from torch import nn
 from viladiff.batch import Step, TextBatch
 from viladiff.config import changed, flatten
 from viladiff.data.loader import validation
-from viladiff.evaluate import STREAMS, evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
+from viladiff.evaluate import evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
 from viladiff.launch import summed_over_workers
+from viladiff.protocols import STREAMS
 from viladiff.record import RunRecord, git_state, peak_memory, versions, write_atomically
 
 if TYPE_CHECKING:
