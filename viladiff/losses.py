@@ -40,6 +40,14 @@ def global_sum(values: Tensor) -> Tensor:
     return values
 
 
+def global_max(values: Tensor) -> Tensor:
+    """The largest of all workers' ``values``, element by element, detached."""
+    values = values.detach().clone()
+    if _workers() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def feature_distillation(
     teacher: Tensor,
     student: Tensor,
