@@ -261,3 +261,5 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
         allowed = "shipped or none" if own else "timm or none"
         here = f"model.pretrained = {cfg.model.pretrained!r}"
         yield f"{here}: there are none for model.encoder = {cfg.model.encoder!r}; allowed: {allowed}"
+    if cfg.eval.on == "holdout" and not cfg.data.holdout:
+        yield "eval.on = 'holdout': no images are held out; set data.holdout to a share of the labelled ones, as 0.25"

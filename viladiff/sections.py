@@ -35,6 +35,8 @@ class DataConfig(Section):
     """Which images have labels: the number of labelled images, as in the paper's tables."""
     split_seed: int | None = Field(None, ge=0)
     """Draws another labelled subset of the same size; none is the published list."""
+    holdout: float = Field(0.0, ge=0, lt=1)
+    """Share of the labelled list that is kept out of training, for choosing between runs."""
     batch_labelled: int = Field(4, ge=1)
     """Labelled images in a step, over all workers."""
     batch_unlabelled: int = Field(4, ge=1)
@@ -132,6 +134,8 @@ class FolderData(DataConfig):
     dataset: Literal["folder"] = "folder"
     split: str = Field("labelled", min_length=1)
     """Name of the list of labelled images."""
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
 
 
 DATASETS: dict[str, type[DataConfig]] = {
@@ -212,6 +216,8 @@ class EvalConfig(Section):
     """Optimiser steps between evaluations; 0 evaluates at the end only."""
     protocol: Literal["original", "center_crop", "sliding_window"] = "original"
     """``sliding_window`` by default on Cityscapes."""
+    on: Literal["val", "holdout"] = "val"
+    """Images that scores are of; ``holdout``: those that ``data.holdout`` keeps out of training."""
     images: int | None = Field(None, ge=1)
     """The first so many validation images, for quick looks; none takes all."""
     boundary: bool = True

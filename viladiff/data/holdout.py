@@ -1,0 +1,90 @@
+"""Runs are chosen between on labelled images that none of them trained on, so that the reported set stays unseen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from viladiff import draws
+from viladiff.data.cache import fingerprint
+from viladiff.data.splits import VISIBLE
+
+if TYPE_CHECKING:
+    from viladiff.data.datasets import Dataset
+
+
+class Subset:
+    """Some of a sequence, opened when they are asked for."""
+
+    def __init__(self, whole: Any, places: np.ndarray) -> None:
+        self.whole, self.places = whole, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.whole[int(self.places[index])]
+
+
+def hold_out(dataset: Dataset, share: float, scored: bool) -> Dataset:
+    """The data set with ``share`` of its labelled list taken out of training, from both roles.
+
+    The same images for every run on that list. ``scored``: they take the place of the validation images. Raises
+    ValueError where the list is too short.
+    """
+    held = dataset.labelled[choose(_present(dataset), share, dataset.name)]
+    if len(held) == 0:
+        raise ValueError(
+            f"data.holdout = {share:g}: none of the {len(dataset.labelled)} labelled images of {dataset.name!r} can be "
+            "held out without a class leaving training; take a longer list (data.split), or data.holdout=0"
+        )
+    kept = dataset.labelled[~np.isin(dataset.labelled, held)]
+    named = fingerprint("holdout", dataset.fingerprint, held.tolist(), scored)
+    rest = replace(dataset, labelled=kept, fingerprint=named)
+    if not scored:
+        return rest
+    return replace(
+        rest,
+        val_images=_some(dataset.images, held),
+        val_masks=_some(dataset.masks, held),
+        val_captions=tuple(dataset.captions[i] for i in held),
+        val_files=None,
+    )
+
+
+def choose(present: np.ndarray, share: float, *key: draws.Part) -> np.ndarray:
+    """Sorted places, about ``share`` of n, in an order drawn by ``key``; rare classes are seen to first.
+
+    present: (n, C) bool, which classes each labelled image shows. No class leaves training altogether, and each class
+    that two images show is shown by one held out, as far as ``share`` allows.
+    """
+    wanted = max(1, round(share * len(present)))
+    left = present.sum(0)
+    order = draws.rng("holdout", *key).permutation(len(present))
+    held: list[int] = []
+
+    def take(candidates: np.ndarray) -> bool:
+        for i in candidates:
+            if i not in held and (left[present[i]] > 1).all():
+                held.append(int(i))
+                left[present[i]] -= 1
+                return True
+        return False
+
+    for c in np.argsort(left, kind="stable"):
+        if len(held) < wanted and not present[held, c].any():
+            take(order[present[order, c]])
+    while len(held) < wanted and take(order):
+        pass
+    return np.array(sorted(held), np.int64)
+
+
+def _present(dataset: Dataset) -> np.ndarray:
+    counts = [np.bincount(dataset.target(i).ravel(), minlength=256) for i in dataset.labelled]
+    return np.stack([count[: dataset.num_classes] >= VISIBLE for count in counts])
+
+
+def _some(whole: Any, places: np.ndarray) -> Any:
+    return whole[places] if isinstance(whole, np.ndarray) else Subset(whole, places)
