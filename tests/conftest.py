@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,3 +23,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def load_module(path: Path) -> ModuleType:
+    """A file of Python that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def photographs() -> ModuleType:
+    """The module tests/photographs.py."""
+    return load_module(ROOT / "tests" / "photographs.py")
+
+
+@pytest.fixture
+def photo_folder(photographs: ModuleType, tmp_path: Path) -> Callable[..., Path]:
+    """Writes n photographs with masks and lists below the test's directory: ``photo_folder(n, "voc", labelled=3)``."""
+
+    def write(n: int, layout: str = "folder", *, root: str = "photos", **options: object) -> Path:
+        return Path(photographs.write(tmp_path / root, n, layout, **options))
+
+    return write

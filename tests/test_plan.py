@@ -111,8 +111,8 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     read: list[tuple[object, ...]] = []
 
-    def dataset(name: str, split: str, split_seed: int | None) -> SimpleNamespace:
-        read.append((name, split, split_seed))
+    def dataset(name: str, split: str, *rest: object) -> SimpleNamespace:
+        read.append((name, split, *rest))
         words = ((f"words of {name}",),)
         return SimpleNamespace(captions=words, val_captions=words, caption_source="us", fingerprint=f"{name} {split}")
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from viladiff.config import RunConfig, run_id
 from viladiff.data.cache import fingerprint
-from viladiff.data.datasets import Dataset
+from viladiff.data.datasets import Dataset, request
 from viladiff.data.datasets import load as load_dataset
 from viladiff.methods import METHODS
 from viladiff.models.backbones import weights_fingerprint
@@ -40,9 +40,9 @@ def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
     found = []
     for cfg in configs:
         data = cfg.data
-        key = (data.dataset, data.split, data.split_seed)
+        key = request(cfg)
         if key not in datasets:
-            opened = load_dataset(data.dataset, data.split, split_seed=data.split_seed)
+            opened = load_dataset(*key)
             datasets[key] = opened, fingerprint(opened.captions, opened.val_captions, opened.caption_source)
         dataset, words = datasets[key]
         bank = (words, data.text_encoder, data.captions)

@@ -19,6 +19,7 @@ from viladiff.batch import Batch, Step
 from viladiff.checkpoint import StepLog, load, save
 from viladiff.config import RunConfig, run_id
 from viladiff.data.datasets import load as load_dataset
+from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
 from viladiff.guards import Stopped, TrainingError, check_finite, memory_errors, stop_flag
 from viladiff.launch import join_group, launch, pick_device
@@ -111,7 +112,7 @@ class Run:
             torch.cuda.set_device(self.device)
         if cfg.runtime.threads is not None:
             torch.set_num_threads(cfg.runtime.threads)
-        self.dataset = load_dataset(cfg.data.dataset, cfg.data.split, split_seed=cfg.data.split_seed)
+        self.dataset = load_dataset(*request(cfg))
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
         self.bank, self.val_bank = load_text(self.dataset, cfg.data.text_encoder, cfg.data.captions)
         self.fingerprints = {
@@ -179,6 +180,11 @@ class Run:
         self.step, self.train_seconds = 0, 0.0
 
     def _restore(self) -> None:
+        if views.text and cfg.data.captions != "none" and not any(self.dataset.captions):
+            raise ValueError(
+                f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "
+                f"method.name={cfg.method.name} reads; set data.captions=none to train it without words"
+            )
         state = load(self.directory / "checkpoint.pt")
         if state is not None:
             try:

@@ -5,39 +5,64 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from viladiff.data.cache import fingerprint
 from viladiff.data.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
+from viladiff.data.files import FileList
+from viladiff.data.folder import Found, open_folder, resample
+from viladiff.data.holdout import hold_out
+from viladiff.data.images import FileImages, FileMasks
 from viladiff.data.splits import classes_present, labelled_order, nearest, split_size
 from viladiff.text.captions import SIMULATED, Captions, simulate
+
+if TYPE_CHECKING:
+    from viladiff.config import RunConfig
+
+
+class Arrays(Protocol):
+    """An array of arrays, or what looks like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A pool of training images with a labelled list, and a validation set; arrays are memory-mapped and read-only."""
+    """A pool of training images with a labelled list, and a validation set.
+
+    Images are memory-mapped arrays, or files that are decoded when they are asked for.
+    """
 
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    images: np.ndarray
-    """(N, H, W, 3) uint8."""
-    masks: np.ndarray = field(repr=False)
-    """(N, H, W) uint8 of the whole pool; training reads masks through ``target`` alone."""
-    val_images: np.ndarray
-    val_masks: np.ndarray
+    images: Arrays = field(repr=False)
+    """N times (H, W, 3) uint8."""
+    masks: Arrays = field(repr=False)
+    """N times (H, W) uint8, of the whole pool; training reads masks through ``target`` alone, and those of unlabelled
+    files need not exist."""
+    val_images: Arrays = field(repr=False)
+    val_masks: Arrays = field(repr=False)
     labelled: np.ndarray
     """(n,) int64 indices into the pool."""
     unlabelled: np.ndarray
     """(N - n,) int64: the rest of the pool."""
-    captions: Captions
+    captions: Captions = field(repr=False)
     """Per image of the pool, one text per prompt."""
-    val_captions: Captions
+    val_captions: Captions = field(repr=False)
     fingerprint: str
     """Names pixels, labelled list and captions."""
     caption_source: str
     """Who wrote the captions, in words that a page can print."""
+    uniform: bool = True
+    """Whether all images have one size and lie in arrays; those in files have any."""
+    files: FileList | None = field(default=None, repr=False)
+    """Name and path of each image of the pool, where there are files."""
+    val_files: FileList | None = field(default=None, repr=False)
 
     @cached_property
     def _labels(self) -> frozenset[int]:
@@ -50,19 +75,57 @@ class Dataset:
         return self.masks[index]
 
 
-def load(name: str, split: str, split_seed: int | None = None) -> Dataset:
+class Request(NamedTuple):
+    """Everything that chooses a data set; the arguments of ``load``, in order."""
+
+    name: str
+    split: str
+    split_seed: int | None = None
+    root: str | None = None
+    split_dir: str | None = None
+    holdout: float = 0.0
+    scored: str = "val"
+
+
+def request(cfg: RunConfig) -> Request:
+    """What a run asks for."""
+    data = cfg.data
+    return Request(
+        data.dataset,
+        data.split,
+        data.split_seed,
+        cfg.runtime.data_root,
+        getattr(data, "split_dir", None),
+        data.holdout,
+        cfg.eval.on,
+    )
+
+
+def load(
+    name: str,
+    split: str,
+    split_seed: int | None = None,
+    root: str | None = None,
+    split_dir: str | None = None,
+    holdout: float = 0.0,
+    scored: str = "val",
+) -> Dataset:
     """Opens a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
-    Raises ValueError for an unknown data set or split, and for a cache that is damaged or cannot be written.
+    root and split_dir: where the files and the lists of a data set that is not embedded are. holdout: see
+    ``data.holdout``; those images are the validation set where ``scored`` is "holdout". Raises ValueError for an
+    unknown data set or split, for a cache that is damaged or cannot be written, and for files that cannot be used.
     """
     if name in LATER:
         raise ValueError(f"data.dataset = {name!r}: its reader comes later; {nearest(name, tuple(READERS))}")
     if name not in READERS:
         raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, (*READERS, *LATER))}")
-    return READERS[name](name, split, split_seed)
+    whole = READERS[name](Request(name, split, split_seed, root, split_dir))
+    return hold_out(whole, holdout, scored == "holdout") if holdout else whole
 
 
-def _embedded(name: str, split: str, split_seed: int | None) -> Dataset:
+def _embedded(asked: Request) -> Dataset:
+    name, split, split_seed = asked[:3]
     arrays = open_pixels(name).arrays
     images, masks, val_masks = arrays["images"], arrays["masks"], arrays["val_masks"]
     size = split_size(name, split, len(images))
@@ -92,9 +155,58 @@ def _captions(name: str, part: Part, present: np.ndarray) -> Captions:
     return simulate(present, scenes, CLASS_NAMES, name, part)
 
 
-READERS: dict[str, Callable[[str, str, int | None], Dataset]] = {
+def _folder(asked: Request) -> Dataset:
+    return _of_files(asked, open_folder(_root(asked), asked.split, asked.split_dir))
+
+
+def _root(asked: Request) -> str:
+    if asked.root is None:
+        raise ValueError(f"runtime.data_root: must be set to the directory that holds the data set {asked.name!r}")
+    return asked.root
+
+
+def _of_files(asked: Request, found: Found) -> Dataset:
+    """The pool is the labelled images, then the others; no pixel is read."""
+    if asked.split_seed is not None:
+        found = found._replace(lists=resample(found, asked.split_seed))
+    lists, (names, colours) = found.lists, found.classes
+    files = found.tree.files((*lists.labelled, *lists.unlabelled))
+    val = found.tree.files(lists.val)
+    labelled = np.arange(len(lists.labelled))
+    return Dataset(
+        name=asked.name,
+        num_classes=len(names),
+        class_names=names,
+        images=FileImages(files.paths),
+        masks=FileMasks(files.masks, len(names), colours),
+        val_images=FileImages(val.paths),
+        val_masks=FileMasks(val.masks, len(names), colours),
+        labelled=labelled,
+        unlabelled=np.arange(len(labelled), len(files)),
+        captions=((),) * len(files),
+        val_captions=((),) * len(val),
+        fingerprint=files_fingerprint(asked.name, found),
+        caption_source="no captions",
+        uniform=False,
+        files=files,
+        val_files=val,
+    )
+
+
+def files_fingerprint(name: str, found: Found) -> str:
+    """Names lists, classes and each file's name and bytes (not its pixels); masks of unlabelled images are left out,
+    so that it is the same whether they exist or not."""
+    lists, (names, colours) = found.lists, found.classes
+    images = [[(one, found.tree.images[one].stat().st_size) for one in part] for part in lists]
+    masks = [[found.tree.masks[one].stat().st_size for one in part] for part in (lists.labelled, lists.val)]
+    palette = colours and (colours.rgb, colours.labels)
+    return fingerprint("files", name, images, masks, names, palette)
+
+
+READERS: dict[str, Callable[[Request], Dataset]] = {
     "digits": _embedded,
     "dense": _embedded,
+    "folder": _folder,
 }
-LATER = ("voc", "cityscapes", "coco", "ade20k", "folder")
+LATER = ("voc", "cityscapes", "coco", "ade20k")
 """Known to the configuration; their readers do not exist yet."""

@@ -13,7 +13,7 @@ from viladiff.batch import TextBatch
 from viladiff.data.cache import Facts, cache_dir, fingerprint, open_checked, open_or_make
 from viladiff.data.datasets import Dataset
 from viladiff.text.captions import Captions, CaptionTable, Control
-from viladiff.text.encoders import TextEncoder, build_encoder, unit
+from viladiff.text.encoders import WORDS_DIM, TextEncoder, build_encoder, unit
 
 _REVISION = 1
 
@@ -105,15 +105,31 @@ def encode_all(captions: Captions, encoder: TextEncoder) -> dict[str, np.ndarray
 def load_text(dataset: Dataset, encoder: str = "words", variant: Control = "own", seed: int = 0) -> tuple[Bank, Bank]:
     """Banks of the training pool and of validation, both under the same control.
 
-    The encoder learns from the pool's own captions whatever the control, so that only the pairing changes. Raises
-    ValueError for an unknown encoder or control, and for a damaged or unwritable cache.
+    The encoder learns from the pool's own captions whatever the control, so that only the pairing changes. Where no
+    image has a caption no encoder is needed, and both banks are silent. Raises ValueError for an unknown encoder or
+    control, and for a damaged or unwritable cache.
     """
+    if not any(dataset.captions) and not any(dataset.val_captions):
+        return silent(len(dataset.images)), silent(len(dataset.val_images))
     learned = build_encoder(encoder, dataset.captions)
     train, val = (
         build_bank(_table(part, texts, dataset.caption_source).variant(variant, seed), learned, cache_dir() / "text")
         for part, texts in (("train", dataset.captions), ("val", dataset.val_captions))
     )
     return train, val
+
+
+def silent(images: int) -> Bank:
+    """The bank of images without a word; its width is that of the ``words`` encoder, so that networks can be built."""
+    return Bank(
+        tokens=np.zeros((images, 1, WORDS_DIM), np.float16),
+        mask=np.zeros((images, 1), bool),
+        pooled=np.zeros((images, WORDS_DIM), np.float16),
+        fingerprint="no captions",
+        encoder="none",
+        source="no captions",
+        unknown=0,
+    )
 
 
 def _table(part: str, captions: Captions, source: str) -> CaptionTable:

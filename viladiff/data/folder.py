@@ -1,0 +1,151 @@
+"""A directory of one's own images and masks, with lists of which are labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from viladiff import draws
+from viladiff.batch import IGNORE
+from viladiff.data.files import FOLDER, Tree, scan
+from viladiff.data.images import Colours
+from viladiff.data.lists import (
+    LABELLED,
+    UNLABELLED,
+    VALIDATION,
+    Lists,
+    check_disjoint,
+    find_list,
+    read_lines,
+    read_list,
+)
+from viladiff.fields import nearest
+
+IGNORED = ("ignore", "void", "unlabelled", "unlabeled")
+"""Names in palette.txt whose colour is no class: its pixels count in no loss and no score."""
+
+
+class Classes(NamedTuple):
+    """Names of the classes by id, and the colours of masks where colours count."""
+
+    names: tuple[str, ...]
+    colours: Colours | None
+
+
+class Found(NamedTuple):
+    """What a reader of files finds: everything that ``Dataset`` needs but the pixels."""
+
+    tree: Tree
+    classes: Classes
+    lists: Lists
+    sources: tuple[Path | None, ...]
+    """The file of each list; none for unlabelled images that are simply all others."""
+
+
+def open_folder(root: Path | str, split: str, split_dir: Path | str | None = None) -> Found:
+    """``images/``, ``masks/``, ``classes.txt`` or ``palette.txt``, and lists in ``splits/`` or in ``split_dir``.
+
+    The labelled images of split NAME are listed in ``NAME/labelled.txt`` (or ``labeled.txt``) or ``NAME.txt``, the
+    validation images in ``NAME/val.txt`` or ``val.txt``; ``NAME/unlabelled.txt`` may list the others. Raises
+    ValueError for what is missing, empty, listed twice or outside of the root.
+    """
+    tree = scan(root, FOLDER)
+    return Found(tree, read_classes(tree.root), *read_lists(tree, split_directory(tree, split_dir), [split]))
+
+
+def split_directory(tree: Tree, given: Path | str | None) -> Path:
+    """The directory of lists that the user names, or ``splits`` below the root; ValueError where it is missing."""
+    directory = tree.root / "splits" if given is None else Path(given).expanduser()
+    if directory.is_dir():
+        return directory
+    if given is not None:
+        raise ValueError(f"data.split_dir = {str(given)!r}: there is no such directory")
+    raise ValueError(f"{directory}: no lists of images; make some with `viladiff data split`, or set data.split_dir")
+
+
+def read_lists(tree: Tree, directory: Path, names: Sequence[str]) -> tuple[Lists, tuple[Path | None, ...]]:
+    """The lists of a split under the first of its ``names`` that there is. ValueError where one cannot be used."""
+    for name in names:
+        if not name or ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"data.split = {name!r}: must be the name of a list in {directory}")
+    labelled = find_list(directory, LABELLED, names)
+    if labelled is None:
+        there = sorted({path.stem if path.is_file() else path.name for path in directory.iterdir()} - {"val"})
+        raise ValueError(
+            f"data.split = {names[0]!r}: {directory} has no list {LABELLED[0].format(names[0])}"
+            f" or {LABELLED[2].format(names[0])}; there are: {', '.join(there[:20]) or 'none'}"
+            f"{nearest(names[0], there)}"
+        )
+    val = find_list(directory, VALIDATION, names)
+    if val is None:
+        raise ValueError(f"{directory}: has no val.txt, the list of validation images; `viladiff data split` makes one")
+    first, last = (read_list(path, tree.layout, tree.images) for path in (labelled, val))
+    rest = find_list(directory, UNLABELLED, names)
+    if rest is not None:
+        others = read_list(rest, tree.layout, tree.images)
+    else:
+        taken = {*first, *last}
+        others = tuple(name for name in tree.images if name not in taken)
+    lists, sources = Lists(first, others, last), (labelled, rest, val)
+    check_disjoint(lists, [str(path) for path in sources])
+    _check_masks(tree, lists, sources)
+    return lists, sources
+
+
+def resample(found: Found, seed: int) -> Lists:
+    """As many labelled images as the list has, drawn by name from all of the pool that have a mask; none is opened."""
+    pool = sorted((*found.lists.labelled, *found.lists.unlabelled))
+    masked = [name for name in pool if name in found.tree.masks]
+    drawn = draws.rng("split", "files", seed).permutation(len(masked))[: len(found.lists.labelled)]
+    labelled = tuple(masked[place] for place in drawn)
+    return found.lists._replace(labelled=labelled, unlabelled=tuple(sorted({*pool} - {*labelled})))
+
+
+def _check_masks(tree: Tree, lists: Lists, sources: tuple[Path | None, ...]) -> None:
+    for ids, source in ((lists.labelled, sources[0]), (lists.val, sources[2])):
+        missing = [name for name in ids if name not in tree.masks]
+        if missing:
+            raise ValueError(
+                f"{source}: {len(missing)} of {len(ids)} images have no mask, first {missing[0]!r}: "
+                f"there is no {tree.root / tree.layout.masks / missing[0]}.png"
+            )
+
+
+def read_classes(root: Path) -> Classes:
+    """``palette.txt`` ("r g b name" a line) where there is one, else ``classes.txt`` (a name a line, id 0 first)."""
+    if (root / "palette.txt").is_file():
+        return _read_palette(root / "palette.txt")
+    path = root / "classes.txt"
+    if not path.is_file():
+        raise ValueError(
+            f"{root}: has no classes.txt (a class name a line, id 0 first), and no palette.txt ('r g b name' a line)"
+        )
+    return Classes(_checked(read_lines(path), path), None)
+
+
+def _read_palette(path: Path) -> Classes:
+    names: list[str] = []
+    rgb: list[tuple[int, int, int]] = []
+    labels: list[int] = []
+    for number, line in enumerate(read_lines(path), 1):
+        *channels, name = line.split(maxsplit=3)
+        if len(channels) != 3 or not all(one.isascii() and one.isdigit() and int(one) < 256 for one in channels):
+            raise ValueError(f"{path}, line {number}: {line!r} is not 'r g b name' with three numbers from 0 to 255")
+        colour = (int(channels[0]), int(channels[1]), int(channels[2]))
+        if colour in rgb:
+            raise ValueError(f"{path}, line {number}: the colour {colour} stands for two classes")
+        rgb.append(colour)
+        labels.append(IGNORE if name.lower() in IGNORED else len(names))
+        if name.lower() not in IGNORED:
+            names.append(name)
+    return Classes(_checked(names, path), Colours(tuple(rgb), tuple(labels)))
+
+
+def _checked(names: Sequence[str], path: Path) -> tuple[str, ...]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: the class {twice[0]!r} is named twice")
+    if not 2 <= len(names) <= IGNORE:
+        raise ValueError(f"{path}: names {len(names)} classes; 2 to {IGNORE} are possible, background among them")
+    return tuple(names)
