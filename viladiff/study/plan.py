@@ -181,7 +181,13 @@ def _key(
         *({i: table.columns[i].set} for i in columns),
         *({i: table.rows[i].set} for i in rows),
     ]
-    fields = {"scale": scale, "set": size.set, "datasets": size.datasets, "threads": size.threads}
+    fields = {
+        "scale": scale,
+        "set": size.set,
+        "datasets": size.datasets,
+        "instead": size.instead,
+        "threads": size.threads,
+    }
     weights = {
         str(one["model.weights"]) for one in (table.base, size.set, *_sets(table), changes) if "model.weights" in one
     }
