@@ -156,6 +156,11 @@ class Run:
         build = Build(cfg.model, self.dataset.num_classes, self.bank.dim)
         self.method: Method = METHODS[cfg.method.name](cfg.method, build).to(self.device)
         views = self.method.views_wanted()
+        if views.text and cfg.data.captions != "none" and not any(self.dataset.captions):
+            raise ValueError(
+                f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "
+                f"method.name={cfg.method.name} reads; set data.captions=none to train it without words"
+            )
         if views.unlabelled and cfg.data.crop % self.method.student.patch:
             raise ValueError(
                 f"data.crop = {cfg.data.crop}: must be a multiple of the encoder's patch, {self.method.student.patch}"
@@ -180,11 +185,6 @@ class Run:
         self.step, self.train_seconds = 0, 0.0
 
     def _restore(self) -> None:
-        if views.text and cfg.data.captions != "none" and not any(self.dataset.captions):
-            raise ValueError(
-                f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "
-                f"method.name={cfg.method.name} reads; set data.captions=none to train it without words"
-            )
         state = load(self.directory / "checkpoint.pt")
         if state is not None:
             try:
