@@ -24,6 +24,10 @@ class Views:
     strong: int = 0
     cutmix: bool = False
     text: bool = False
+    strong_labelled: bool = False
+    """Whether labelled images are wanted with the colour changes of a strong view as well."""
+    pairs: bool = False
+    """Whether the method itself mixes neighbours of a batch, whose number must then be even."""
 
     @property
     def unlabelled(self) -> bool:
@@ -75,6 +79,8 @@ class Batch:
     """As ``keys``, for the unlabelled images."""
     text: TextBatch | None = None
     text_u: TextBatch | None = None
+    image_strong: Tensor | None = None
+    """(B, 3, H, W) ``image`` with the colour changes of a strong view, where they are wanted."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""

@@ -226,15 +226,18 @@ def _batch_faults(cfg: RunConfig) -> Iterator[str]:
     workers, parts = cfg.runtime.workers, cfg.runtime.workers * cfg.train.accumulate
     by = f"runtime.workers × train.accumulate = {workers} × {cfg.train.accumulate}"
     sizes = {"data.batch_labelled": cfg.data.batch_labelled}
-    if getattr(METHODS[cfg.method.name].views, "unlabelled", True):
+    views = METHODS[cfg.method.name].views
+    if views.unlabelled:
         sizes["data.batch_unlabelled"] = cfg.data.batch_unlabelled
+    mixes = getattr(cfg.method, "cutmix", views.pairs or views.cutmix)
     for path, size in sizes.items():
         if size % parts:
             yield f"{path} = {size}: must be a multiple of {by}; {-(-size // parts) * parts} would do"
-        elif path == "data.batch_unlabelled" and getattr(cfg.method, "cutmix", False) and size // parts % 2:
+        elif path == "data.batch_unlabelled" and mixes and size // parts % 2:
+            otherwise = ", or method.cutmix=false" if hasattr(cfg.method, "cutmix") else ""
             yield (
                 f"{path} = {size}: {by} leaves {size // parts} an image part, and CutMix pairs images within a part; "
-                f"set {path} to a multiple of {2 * parts}, or method.cutmix=false"
+                f"set {path} to a multiple of {2 * parts}{otherwise}"
             )
 
 

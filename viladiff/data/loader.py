@@ -77,6 +77,8 @@ class Loader:
         image, target, _ = self._geometry("labelled", drawn, masks)
         assert target is not None  # masks went in
         batch = Batch(normalise(image), target, tuple(keys), text=self._text(drawn))
+        if self.views.strong_labelled:
+            batch.image_strong = self._strong(image, drawn, "labelled")
         if not self.views.unlabelled:
             return batch
         keys_u = self._places(data.batch_unlabelled, part, parts)
@@ -100,7 +102,7 @@ class Loader:
         labels = None if masks is None else torch.from_numpy(masks).to(self.device, non_blocking=True)
         return geometric(on_device, labels, data.crop, data.scale, data.hflip, self._rngs(f"crop-{purpose}", drawn))
 
-    def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int) -> Tensor:
+    def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:
         return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.colour else weak)
 
     def _mix(self, drawn: list[tuple[int, int]], view: int) -> CutMix:
