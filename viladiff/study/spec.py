@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
@@ -198,19 +199,14 @@ def load_table(path: Path | str) -> Table:
     Raises ValueError with one line a fault: file, entry (rows and the like are counted from 1), value, what is allowed.
     """
     path = Path(path)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML, or a key twice: {error}") from None
-    faults = [*_unknown_at_top(tree), *_strange_values(tree)]
+    tree = read_toml(path)
+    faults = [*_unknown_at_top(tree), *strange_values(tree)]
     if not faults:
         try:
             # JSON's strict mode takes an array for a tuple, which TOML cannot write.
             table = Table.model_validate_json(json.dumps({**tree, "name": path.stem}))
         except ValidationError as error:
-            faults = [_sentence(item, tree) for item in error.errors(include_url=False)]
+            faults = [sentence(item, tree) for item in error.errors(include_url=False)]
         else:
             kinds = (_label_faults, _row_faults, _scale_faults, _set_faults, _claim_faults)
             faults = [fault for kind in kinds for fault in kind(table)]
@@ -219,19 +215,29 @@ def load_table(path: Path | str) -> Table:
     return table
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tree in a TOML file; ValueError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML, or a key twice: {error}") from None
+
+
 def _unknown_at_top(tree: Mapping[str, Any]) -> Iterator[str]:
     if "name" in tree:
         yield f"name = {tree['name']!r}: a table is named by its file; remove the line"
 
 
-def _strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:
+def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:
     """Dates and numbers that are not finite, wherever they stand: no field takes one."""
     if isinstance(value, Mapping):
         for key, one in value.items():
-            yield from _strange_values(one, (*where, key))
+            yield from strange_values(one, (*where, key))
     elif isinstance(value, list):
         for i, one in enumerate(value):
-            yield from _strange_values(one, (*where, i))
+            yield from strange_values(one, (*where, i))
     elif not isinstance(value, str | int | float) or not (isinstance(value, str) or math.isfinite(value)):
         yield f"{_place(where)} = {value}: must be text, a finite number, true, false or a list of those"
 
@@ -244,13 +250,18 @@ def entry_name(kind: str, place: int, label: object) -> str:
     return f"{kind}[{place + 1}] {label!r}"
 
 
-_SECTIONS: dict[str, type[Section]] = {"scale": Scale, "columns": Column, "rows": Row, "claims": Claim}
+SECTIONS: dict[str, type[Section]] = {"scale": Scale, "columns": Column, "rows": Row, "claims": Claim}
 
 
-def _sentence(item: Any, tree: Mapping[str, Any]) -> str:
-    """One fault that pydantic found, in the project's words."""
+def sentence(
+    item: Any,
+    tree: Mapping[str, Any],
+    top: type[Section] = Table,
+    sections: Mapping[str, type[Section]] = MappingProxyType(SECTIONS),
+) -> str:
+    """One fault that pydantic found in a file of ``top``, in the project's words; ``sections`` lie in its lists."""
     loc, value, ctx = list(item["loc"]), item.get("input"), item.get("ctx", {})
-    section = _SECTIONS.get(str(loc[0])) if len(loc) > 1 else None
+    section = sections.get(str(loc[0])) if len(loc) > 1 else None
     entry, rest = "", loc
     if section is not None:
         entry, rest = f"{loc[0]}.{loc[1]}: ", loc[2:]
@@ -260,7 +271,7 @@ def _sentence(item: Any, tree: Mapping[str, Any]) -> str:
             entry = f"{entry_name(loc[0], loc[1], label)}: "
     field = _place(rest)
     if item["type"] == "extra_forbidden":
-        allowed = [name for name in (section or Table).model_fields if section or name != "name"]
+        allowed = [name for name in (section or top).model_fields if section or name != "name"]
         return f"{entry}{field}: no such key{nearest(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
     if item["type"] == "missing":
         return f"{entry}{field}: missing, and it has no default"
