@@ -129,8 +129,10 @@ class Build:
     num_classes: int
     text_dim: int
 
-    def __call__(self, vila: VilaConfig | None = None) -> Segmenter:
-        encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, self.model.drop_path)
+    def __call__(self, vila: VilaConfig | None = None, drop_path: float | None = None) -> Segmenter:
+        """``drop_path`` in place of the configured rate, for a method that is defined by its own."""
+        rate = self.model.drop_path if drop_path is None else drop_path
+        encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, rate)
         network = Segmenter(encoder, self.model.decoder_width, self.num_classes)
         if vila is not None:
             # Made after the rest, so that the shared part starts from the same weights with and without it.
