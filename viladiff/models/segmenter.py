@@ -88,10 +88,11 @@ class Segmenter(nn.Module):
         else:
             found = self.vila(top, text, names)
             tokens, tops = [found[name].features for name in names], torch.cat([found[name].top for name in names])
-        mids = self.decoder(tops, self.decoder.laterals(features)).chunk(len(names))
+        # Not chunk(): an exported graph would be held to one batch size by it.
+        mids = self.decoder(tops, self.decoder.laterals(features)).unflatten(0, (len(names), -1))
         return {
             name: Stream(t, mid, self.classify(mid, top, name))
-            for name, t, mid, top in zip(names, tokens, mids, tops.chunk(len(names)), strict=True)
+            for name, t, mid, top in zip(names, tokens, mids, tops.unflatten(0, (len(names), -1)), strict=True)
         }
 
     def classify(self, mid: Tensor, top: Tensor, name: str = "visual") -> Tensor:
