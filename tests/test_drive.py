@@ -124,6 +124,21 @@ def test_exit_status_tells_failed_and_stopped_runs_apart(tmp_path: Path, capsys:
     assert drive.conclude(found, [Outcome(run_id, "done")], index) == 0
 
 
+def test_a_plan_with_names_of_old_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1"]
+    found = job(tmp_path, *words)
+    index = tmp_path / "page" / "index.html"
+    index.parent.mkdir()
+    (index.parent / "table.md").write_text("# Table\n")
+    assert found.plan.file is not None and found.plan.file.is_file()
+    for kind, there in (("nan", True), ("stale", False)):
+        failure = Failure.model_validate({"kind": kind, "message": "m", "step": 3, "attempts": 1, "when": "now"})
+        drive.conclude(found, [Outcome(next(iter(found.plan.runs)), "failed", failure)], index)
+        assert found.plan.file.exists() is there
+    assert "the same command names them anew" in capsys.readouterr().err
+    assert job(tmp_path, *words).plan == found.plan and found.plan.file.exists()
+
+
 def test_fresh_sets_older_runs_aside_and_deletes_nothing(tmp_path: Path) -> None:
     found = job(tmp_path, "--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1")
     run_id = next(iter(found.plan.runs))

@@ -17,7 +17,8 @@ from viladiff.fingerprints import fingerprints, name_runs
 from viladiff.models.backbones import SHIPPED
 from viladiff.record import RunRecord, load_record, save_record
 from viladiff.study import plan as plans
-from viladiff.study.plan import Plan, Planned, estimate, make_plan, states
+from viladiff.study.estimate import estimate
+from viladiff.study.plan import Plan, Planned, make_plan, states
 from viladiff.study.spec import Table, load_table
 from viladiff.study.store import Failure, Store
 from viladiff.train import Run
@@ -136,8 +137,8 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unusable_inputs_are_refused_as_a_run_refuses_them() -> None:
-    with pytest.raises(ValueError, match=r"data\.dataset = 'voc': its reader comes later"):
-        name_runs([override(RunConfig(), {"data.dataset": "voc"})])
+    with pytest.raises(ValueError, match=r"data\.dataset = 'coco': its reader comes later"):
+        name_runs([override(RunConfig(), {"data.dataset": "coco"})])
 
 
 # Plans
@@ -330,7 +331,8 @@ def test_a_kept_plan_needs_no_torch_and_little_time(
     make_plan(table(tmp_path), "tiny", cache=tmp_path / "plans")
     code = (
         "import sys, time; from pathlib import Path; from viladiff.study.spec import load_table;"
-        "from viladiff.study.plan import make_plan, states, estimate; from viladiff.study.store import Store;"
+        "from viladiff.study.plan import make_plan, states; from viladiff.study.estimate import estimate;"
+        "from viladiff.study.store import Store;"
         "import viladiff; assert Path(viladiff.__file__).is_relative_to(Path.cwd());"
         "p = make_plan(load_table('small.toml'), 'tiny', cache=Path('plans')); s = Store(Path('runs'));"
         "states(p, s); estimate(p, s, 2);"

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -193,17 +194,39 @@ def test_record_of_another_run_is_set_aside(store: Store, said: list[str]) -> No
 
 def test_record_that_was_mended_meanwhile_is_put_back(store: Store, said: list[str]) -> None:
     path = put(store)
-    store._set_aside(path, "was damaged a moment ago")
+    store._set_aside(path, "was damaged a moment ago", "damaged")
     assert store.get(RUN) == a_record() and said == []
     assert list((store.root / "damaged").iterdir()) == []
 
 
-def test_sound_record_of_another_version_stays_where_it_is(store: Store, said: list[str]) -> None:
+def test_a_field_of_another_version_is_kept_unread(store: Store, said: list[str]) -> None:
     path = put(store)
     rest = {**a_record().model_dump(mode="json"), "colour": "red"}
     path.write_text(json.dumps({**rest, "checksum": checksum(rest)}))
-    assert store.get(RUN) is None and store.get(RUN) is None and path.exists()
-    assert len(said) == 1 and "another version" in said[0] and "colour" in said[0]
+    record = store.get(RUN)
+    assert record is not None and record.miou == EXAMPLE.miou and said == []
+    save_record(without_paths(record), path)
+    assert json.loads(path.read_text())["colour"] == "red", "and goes on with the record"
+
+
+@pytest.mark.parametrize(
+    "change", [lambda row: row.pop("steps"), lambda row: row.update(scores="none")], ids=["missing", "another type"]
+)
+def test_sound_record_that_this_version_cannot_use_is_set_aside_and_its_run_can_go_on(
+    store: Store, said: list[str], change: Callable[[dict[str, object]], object]
+) -> None:
+    path = put(store)
+    (path.parent / "checkpoint.pt").write_bytes(b"weights")
+    rest = a_record().model_dump(mode="json")
+    change(rest)
+    data = json.dumps({**rest, "checksum": checksum(rest)})
+    path.write_text(data)
+    looker = Store(store.root, say=said.append, repair=False)
+    assert looker.get(RUN) is None and path.exists(), "who only looks moves nothing"
+    assert store.get(RUN) is None and not path.exists() and (path.parent / "checkpoint.pt").exists()
+    (aside,) = (store.root / "other-version").rglob("record.json")
+    assert aside.read_text() == data
+    assert len(said) == 2 and "another version" in said[1] and str(aside.parent) in said[1]
 
 
 def test_damage_in_a_layer_is_only_told(tmp_path: Path, said: list[str]) -> None:

@@ -20,8 +20,12 @@ import pandas as pd
 import pytest
 import torch
 
+from viladiff import scoring
 from viladiff.checkpoint import load, save
 from viladiff.config import RunConfig, override
+from viladiff.guards import Renamed
+from viladiff.record import peak_memory
+from viladiff.study.lease import LeaseLost, take_or_say
 from viladiff.train import Run, Stopped, TrainingError, fit, lr_factor, param_groups
 
 TINY = {
@@ -172,10 +176,61 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         log = next(iter(tmp_path.glob("*/steps.jsonl")), None)
         log = log if log is not None and log.stat().st_size else None
         time.sleep(0.05)
+    with pytest.raises(ValueError, match=f"process {process.pid} on .* is at work on this run"):
+        fit(override(RunConfig(), changes))
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert b"the same command continues" in error and process.returncode != 0
     assert log is not None and _step(log.parent) > 0
+    assert not list(log.parent.glob("*lease*"))
+
+
+def test_a_lease_is_taken_for_the_planned_run_alone_and_ends_it_when_lost(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    with take_or_say(tmp_path / ("0" * 16)) as lease, pytest.raises(Renamed, match="planned as 0000000000000000"):
+        fit(cfg, lease=lease)
+    assert [path.name for path in tmp_path.iterdir()] == ["0" * 16], "nothing was trained under another name"
+    directory = tmp_path / Run(cfg).name
+    with take_or_say(directory) as lease, pytest.raises(LeaseLost, match="another machine"):
+        fit(config(tmp_path, runtime__log_every=2), lease=lease, report=lambda news: lease._lost.set())
+    assert [path.name for path in directory.iterdir()] == ["steps.jsonl"], "its files are another's by now"
+
+
+def test_wall_time_and_memory_are_those_of_all_legs_and_of_this_run_alone(tmp_path: Path) -> None:
+    held = np.ones(100_000_000)  # 800 MB, of something that was in this process before
+    before = peak_memory()
+    del held
+
+    def leave(news: dict[str, Any]) -> bool:
+        time.sleep(1)
+        return True
+
+    cfg = config(tmp_path, runtime__log_every=3)
+    with pytest.raises(Stopped):
+        fit(cfg, report=leave)
+    checkpoint = tmp_path / Run(cfg).name / "checkpoint.pt"
+    state = load(checkpoint)
+    assert state is not None and 0 < state["peak_memory"] < before - 400_000_000
+    state["peak_memory"] = before
+    save(checkpoint, state)
+    begun = time.time()
+    record = fit(cfg).record
+    took = time.time() - begun
+    assert record.wall_seconds is not None and took + 0.5 < record.wall_seconds < took + state["wall_seconds"] + 0.5
+    assert record.peak_memory_bytes == before, "the first leg held more"
+    (checkpoint.parent / "record.json").unlink()
+    save(checkpoint, {name: value for name, value in state.items() if name not in ("wall_seconds", "peak_memory")})
+    record = fit(cfg).record
+    assert record.wall_seconds is None and record.peak_memory_bytes is None, "an older checkpoint does not tell"
+
+
+def test_memory_is_not_known_where_the_kernel_cannot_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed in (True, False):
+        monkeypatch.setattr(scoring, "forget_peak_memory", lambda allowed=allowed: allowed)
+        memory = scoring.PeakMemory(torch.device("cpu"))
+        assert memory.bytes() is None, "not begun"
+        memory.start()
+        assert (memory.bytes() is not None) == allowed
 
 
 @pytest.mark.timeout(300)

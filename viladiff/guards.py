@@ -24,6 +24,10 @@ class Stopped(RuntimeError):
     """Whoever watches a run asked it to end early; its checkpoint is saved, and the same command goes on from it."""
 
 
+class Renamed(ValueError):
+    """A run's name is not the one that it was planned under: code, data or weights have changed since."""
+
+
 @contextmanager
 def stop_flag() -> Iterator[threading.Event]:
     """Set by the first Ctrl-C or SIGTERM, so that a step is never torn; a second one stops at once."""

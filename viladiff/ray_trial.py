@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from viladiff.study.desk import SETUP
+from viladiff.study.lease import LeaseLost
 from viladiff.study.plan import Planned
 from viladiff.study.store import Store
 
@@ -31,10 +32,6 @@ LOST_NEIGHBOUR = ("Connection closed by peer", "Connection reset by peer", "Brok
 """What gloo says, in a plain RuntimeError, where another process of the group has died."""
 
 Tell = Callable[[dict[str, Any]], None]
-
-
-class LeaseLost(Exception):
-    """Another machine took this one for dead and has the run now."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,14 @@ def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease) -> dict[s
     trace = directory / "hang.txt"
     with trace.open("w") as file:
         watchdog = _Watchdog(file.fileno(), place.hang_after)
-        report = _reporter(tell, watchdog, place.stop_name, lease)
+        report = _reporter(tell, watchdog, place.stop_name)
         try:
             watchdog.arm(SETUP)
             from viladiff.train import fit
 
             cfg = configuration(job, place)
             began = time.time()
-            result = fit(cfg, report=report)
+            result = fit(cfg, report=report, lease=lease)
         except BaseException as error:
             found = explained(error)
             if found is None:
@@ -91,9 +88,6 @@ def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease) -> dict[s
         finally:
             watchdog.rest()
             trace.unlink(missing_ok=True)
-    if result.directory.name != job.run_id:
-        message = f"the run is named {result.directory.name}, but was planned as {job.run_id}; plan it again"
-        return {"state": "failed", "kind": "error", "message": message}
     return {"state": "done", "began": began, "ended": time.time(), "miou": result.miou}
 
 
@@ -111,7 +105,7 @@ def explained(error: BaseException) -> dict[str, Any] | None:
     """The last word of a run that ended with this error; None for one that is not the run's own (an interrupt)."""
     import torch.distributed as dist
 
-    from viladiff.guards import Stopped, TrainingError
+    from viladiff.guards import Renamed, Stopped, TrainingError
 
     if isinstance(error, Stopped):
         return {"state": "stopped"}
@@ -124,6 +118,8 @@ def explained(error: BaseException) -> dict[str, Any] | None:
         kind = "memory"
     elif isinstance(error, TrainingError):
         kind = "nan"
+    elif isinstance(error, Renamed):
+        kind = "stale"
     elif isinstance(error, dist.DistError) or any(sign in text for sign in LOST_NEIGHBOUR):
         kind, text = "killed", f"another worker of the run is gone ({text.splitlines()[0]})"
     else:
@@ -145,15 +141,12 @@ class _Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _reporter(tell: Tell, watchdog: _Watchdog, stop_name: str, lease: Lease) -> Callable[[dict[str, Any]], bool]:
+def _reporter(tell: Tell, watchdog: _Watchdog, stop_name: str) -> Callable[[dict[str, Any]], bool]:
     """What ``fit`` calls at each log: a sign of life, now and then a word to the driver; True asks it to stop."""
     said = time.monotonic()
 
     def report(news: dict[str, Any]) -> bool:
         nonlocal said
-        if lease.lost:
-            # Another machine has the run by now: two writers in one directory would spoil each other's files.
-            raise LeaseLost
         watchdog.arm()
         if time.monotonic() - said < SAY_EVERY:
             return False

@@ -19,9 +19,12 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "scikit-learn",
 
 
 class RunRecord(BaseModel):
-    """One run, as in ``record.json``; what was not measured is None, never 0; mIoU and the like are in [0, 1]."""
+    """One run, as in ``record.json``; what was not measured is None, never 0; mIoU and the like are in [0, 1].
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    A field that only another version knows is kept as it is, so that reading and writing again loses nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     run_id: str
     config: dict[str, Any]
@@ -47,16 +50,20 @@ class RunRecord(BaseModel):
     text_encoder: str
     encoder: str
     pretrained: str
-    wall_seconds: float
+    wall_seconds: float | None
+    """Of all legs of the run; what a kill undid after a checkpoint is not in it."""
     train_seconds: float
     seconds_per_step: float | None
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
+    """Of the GPU where there is one, else main memory of the first worker; the most of all legs."""
     workers: int
     threads: int
     device: str
     versions: dict[str, str]
     git: dict[str, Any]
     step_log: str = "steps.jsonl"
+    split_name: str = ""
+    """Which list of files the labelled images are, and whether it is a published one; empty for embedded data sets."""
     scale: str = ""
     """Size of experiment that the run was made for; empty for a run of its own."""
     finished: str = ""
@@ -131,8 +138,8 @@ class DamagedRecord(ValueError):
 
 
 def load_record(path: Path) -> RunRecord:
-    """Raises ValueError that names the file where it cannot be read, its checksum is wrong or missing, or a field is
-    one that this version does not know."""
+    """Raises ValueError that names the file where it cannot be read, its checksum is wrong or missing, or a field that
+    this version needs is missing or of another type."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -184,8 +191,21 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-def peak_memory() -> int:
-    """Most bytes of main memory that this process has held so far."""
-    import resource
+def forget_peak_memory() -> bool:
+    """Lets ``peak_memory`` begin anew; False where the kernel has no such thing or does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak_memory() -> int:
+    """Most bytes of main memory that this process has held, since ``forget_peak_memory`` where that works."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,10 +18,34 @@ from viladiff.data.loader import validation
 from viladiff.evaluate import evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
 from viladiff.launch import summed_over_workers
 from viladiff.protocols import STREAMS
-from viladiff.record import RunRecord, git_state, peak_memory, versions, write_atomically
+from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, versions, write_atomically
 
 if TYPE_CHECKING:
     from viladiff.train import Run
+
+
+class PeakMemory:
+    """Most memory that a run holds in all its legs: of its GPU where it has one, else of this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before: int | None = 0
+        """Of earlier legs; None where they are not known."""
+        self.own = False
+        """Whether what is measured is this run's, and not what an earlier one in this process held."""
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.own = True
+        else:
+            self.own = forget_peak_memory()
+
+    def bytes(self) -> int | None:
+        if self.before is None or not self.own:
+            return None
+        cuda = self.device.type == "cuda"
+        return max(self.before, torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory())
 
 
 def batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
@@ -98,14 +121,15 @@ def record(run: Run) -> RunRecord:
         history=history,
         pseudo_labels=pseudo_labels(run),
         class_names=list(run.dataset.class_names),
+        split_name=run.dataset.split_name,
         captions=run.dataset.caption_source,
         text_encoder=cfg.data.text_encoder,
         encoder=cfg.model.encoder,
         pretrained=cfg.model.weights or cfg.model.pretrained,
-        wall_seconds=time.time() - run.started,
+        wall_seconds=run.wall_seconds(),
         train_seconds=run.train_seconds,
         seconds_per_step=run.train_seconds / run.steps,
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else peak_memory(),
+        peak_memory_bytes=run.memory.bytes(),
         workers=run.world,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if cuda else "cpu",

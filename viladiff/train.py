@@ -21,7 +21,7 @@ from viladiff.config import RunConfig, run_id
 from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
-from viladiff.guards import Stopped, TrainingError, check_finite, memory_errors, stop_flag
+from viladiff.guards import Renamed, Stopped, TrainingError, check_finite, memory_errors, stop_flag
 from viladiff.launch import join_group, launch, pick_device
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
@@ -30,6 +30,7 @@ from viladiff.models.segmenter import Build
 from viladiff.optim import lr_factor, param_groups, total_steps
 from viladiff.progress import Progress
 from viladiff.record import RunRecord, load_record, save_record
+from viladiff.study.lease import Lease, LeaseLost, take_or_say
 from viladiff.text.bank import load_text
 
 if TYPE_CHECKING:
@@ -81,14 +82,17 @@ class Result:
         return pd.DataFrame(StepLog(self.directory / self.record.step_log).read())
 
 
-def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True) -> Result:
+def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True, lease: Lease | None = None) -> Result:
     """Trains, evaluates and records one run in ``runtime.out/<run_id>``.
 
     A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless
     ``resume`` is False. ``report`` hears of each log and evaluation and may end the run early (Stopped). With
     ``runtime.workers`` > 1 and no process group, the workers are started here; inside an existing group (torchrun, Ray
-    Train) the loop joins it.
-    Raises TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
+    Train) the loop joins it. One process at a time works on a run: a lease on its directory is taken, unless the caller
+    holds one and gives it as ``lease``.
+
+    Raises Renamed where that lease is on another run's directory, LeaseLost once another machine has taken over,
+    TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
     """
     join_group(cfg)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -98,14 +102,14 @@ def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True) ->
         if report is not None:
             raise ValueError("report: a callback cannot be sent to other processes; call fit inside a process group")
         return launch(cfg, resume)
-    return Run(cfg).execute(report, resume)
+    return Run(cfg).execute(report, resume, lease)
 
 
 class Run:
     """One worker's side of a run."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg, self.device = cfg, pick_device(cfg)
+        self.cfg, self.device, self.started = cfg, pick_device(cfg), time.time()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if self.device.type == "cuda":
@@ -122,15 +126,34 @@ class Run:
         }
         self.name = run_id(cfg, self.fingerprints)
         self.directory = Path(cfg.runtime.out).expanduser().resolve() / self.name
-        self.started = time.time()
+        self.wall_before: float | None = 0.0
+        """Seconds of earlier legs, up to their last checkpoints; None where an older version kept none."""
         self.report: Report | None = None
+        self.lease: Lease | None = None
+        self.memory = scoring.PeakMemory(self.device)
 
-    def execute(self, report: Report | None, resume: bool) -> Result:
+    def execute(self, report: Report | None, resume: bool, lease: Lease | None = None) -> Result:
         """The whole life of the run; see ``fit``."""
-        self.report = report
+        self.report, self.lease = report, lease
         done = self.directory / "record.json"
+        if lease is not None and lease.path.parent.name != self.name:
+            planned = lease.path.parent.name
+            raise Renamed(f"planned as {planned}, it would be {self.name} now: its code, data or weights have changed")
         if resume and done.is_file():
             return Result(self.directory, load_record(done))
+        if lease is not None or self.rank:
+            return self._carry_out(done, resume)
+        with take_or_say(self.directory) as self.lease:
+            if resume and self.world == 1 and done.is_file():  # whoever had the lease has just finished
+                return Result(self.directory, load_record(done))
+            return self._carry_out(done, resume)
+
+    def wall_seconds(self) -> float | None:
+        """Of all legs; what a kill undid, after the last checkpoint, is not in it."""
+        return None if self.wall_before is None else self.wall_before + time.time() - self.started
+
+    def _carry_out(self, done: Path, resume: bool) -> Result:
+        self.memory.start()
         if self.rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not resume:
@@ -198,6 +221,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
+            self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
         if self.rank == 0:
             self.log.truncate_to(self.step)
 
@@ -216,6 +240,8 @@ class Run:
             "step": self.step,
             "history": self.history,
             "train_seconds": self.train_seconds,
+            "wall_seconds": self.wall_seconds(),
+            "peak_memory": self.memory.bytes(),
         }
         save(self.directory / "checkpoint.pt", state)
 
@@ -242,6 +268,7 @@ class Run:
                 stopped = agree and self._any(stop.is_set())
                 asked = False
                 if keep or stopped or self.step % runtime.log_every == 0:
+                    self._check_lease()
                     loss = self._write(pending, writer)
                     bar.note(loss)
                     self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
@@ -335,8 +362,13 @@ class Run:
         cfg = self.cfg
         return f"{cfg.method.name} on {cfg.data.dataset} {cfg.data.split}, seed {cfg.seed}"
 
+    def _check_lease(self) -> None:
+        if self.lease is not None and self.lease.lost:
+            raise LeaseLost(f"{self.directory}: another machine took this run over after this one was silent too long")
+
     def alive(self) -> None:
         """Tells whoever watches that the run is at work, where no step ends for long."""
+        self._check_lease()
         if self.report is not None:
             self.report({"step": self.step, "steps": self.steps, "evaluating": True})
 

@@ -75,15 +75,17 @@ def facts(results: Results) -> list[Fact]:
     if others:
         same = len(records) - len(others)
         found.append(_fact("Made for scale", [scale] * same + others, True))
-    wall = sum(record.wall_seconds for record in records)
+    walls = [record.wall_seconds for record in records if record.wall_seconds is not None]
+    peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
+    unknown = len(records) - len(walls)
     cpu = sum(record.train_seconds for record in records)
     seeds = ", ".join(map(str, sorted({e.cell.seed for e in results.entries})))
     totals = {
         "Scale": scale,
         "Seeds": seeds,
-        "Wall time, all runs added": duration(wall),
+        "Wall time, all runs added": duration(sum(walls)) + (f", {unknown} runs not known" if unknown else ""),
         "Training time, all runs added": duration(cpu),
-        "Most main memory of a run's process": f"{max(r.peak_memory_bytes for r in records) / 2**30:.1f} GiB",
+        "Most memory of a run's process": f"{max(peaks) / 2**30:.1f} GiB" if peaks else "not known",
     }
     return [*found, *(Fact(name, ((value, len(records)),)) for name, value in totals.items())]
 
@@ -94,8 +96,10 @@ def _fact(name: str, values: Iterable[object], one: bool) -> Fact:
     return Fact(name, tuple(counted), one and len(counted) > 1)
 
 
-def duration(seconds: float) -> str:
-    """``2 h 5 min``, ``3 min 20 s``, ``8 s``."""
+def duration(seconds: float | None) -> str:
+    """``2 h 5 min``, ``3 min 20 s``, ``8 s``; a dash for what is not known."""
+    if seconds is None:
+        return "—"
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     if hours:

@@ -162,8 +162,6 @@ def _place(store: Store, run_id: str, files: dict[str, Path]) -> str:
         if here is not None:
             same = without_paths(here) == parse_record(files["record.json"].read_bytes(), run_id)
             return "already here" if same else "not imported: another record of it is here, which stays"
-        if (directory / "record.json").exists():
-            return "not imported: its record here is of another version of viladiff"
         begun = [directory / name for name in CHECKPOINTS if (directory / name).exists()]
         for name, file in files.items():
             if name != "record.json":

@@ -2,8 +2,8 @@
 
 A run is handed out (``next``), heard of (``heard``) and comes back (``finished`` or ``lost``); ``tick`` looks at what
 does not come back by itself. Retries: a process that died, ``settings.retries`` times; a hang, once; too little
-memory, once, at the end and with nothing beside it; a loss that is not finite or an error, never, since the same
-arithmetic would end the same way.
+memory, once, at the end and with nothing beside it; a loss that is not finite, an error, or another name than planned,
+never, since it would end the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from viladiff.study.store import Failure, Store
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Kind = Literal["nan", "memory", "hang", "killed", "error"]
+Kind = Literal["nan", "memory", "hang", "killed", "stale", "error"]
 
 SETUP = 6
 """Rendering or reading a data set, and the first step, may take this many times ``hang_after``."""
@@ -207,7 +207,8 @@ class Desk:
         tries.append(kind)
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         failure = Failure(kind=kind, message=message, step=run.step, attempts=len(tries), when=now)
-        self.store.record_failure(run_id, failure)
+        if kind != "stale":  # then a run of this name is never asked for again
+            self.store.record_failure(run_id, failure)
         allowed = {"killed": self.settings.retries, "hang": 1, "memory": 1}.get(kind, 0)
         if tries.count(kind) > allowed or self.stopping:
             self._end(Outcome(run_id, "failed", failure, len(tries)), step=run.step)

@@ -13,14 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viladiff.fields import parse_overrides
+from viladiff.study.estimate import estimate
 from viladiff.study.events import Event, Outcome, Settings
 from viladiff.study.options import parser
-from viladiff.study.plan import Plan, Planned, estimate, make_plan, states
+from viladiff.study.plan import Plan, Planned, make_plan, states
 from viladiff.study.spec import Table, load_table
 from viladiff.study.store import Store
 
@@ -183,6 +185,8 @@ def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
     print(f"{found.count('done')} of {len(found)} runs done; the page: {_relative(index)}")
     stopped = [outcome for outcome in outcomes if outcome.state == "stopped"]
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if any(one.failure is not None and one.failure.kind == "stale" for one in failed):
+        _forget(job.plan)
     for outcome in failed:
         why = outcome.failure.message if outcome.failure else "no reason is known"
         print(f"failed: {job.plan.runs[outcome.run_id].title}: {why}", file=sys.stderr)
@@ -256,6 +260,17 @@ def _with_extras(job: Job, one: Planned) -> Planned:
     if seed == job.plan.seeds[0]:
         extras["runtime.pictures"] = PICTURES
     return replace(one, changes={**extras, **one.changes})
+
+
+def _forget(plan: Plan) -> None:
+    """Drops the file of a plan that is out of date."""
+    if plan.file is not None:
+        with suppress(OSError):
+            plan.file.unlink()
+    print(
+        "code, data or weights have changed since the runs were named; the same command names them anew",
+        file=sys.stderr,
+    )
 
 
 def _set_aside(job: Job) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from viladiff.record import write_atomically
+from viladiff.study.reaper import start
 
 HEARTBEAT = 10.0
 """Seconds between renewals."""
@@ -52,6 +53,10 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
+
+
+class LeaseLost(ValueError):
+    """Another machine took this one for dead and has the run now; writing on would spoil its files."""
 
 
 class Watch:
@@ -141,6 +146,17 @@ def take(directory: Path, watch: Watch) -> Lease | None:
     return None
 
 
+def take_or_say(directory: Path) -> Lease:
+    """``take``, once; ValueError that names the holder where somebody else has the directory."""
+    watch = Watch()
+    lease = take(directory, watch)
+    if lease is None:
+        holders = [str(holder) for holder in living(directory, watch).values() if holder is not None]
+        who = holders[0] if holders else "another process"
+        raise ValueError(f"{directory}: {who} is at work on this run; wait until it is done, or stop it first")
+    return lease
+
+
 def living(directory: Path, watch: Watch) -> dict[Path, Holder | None]:
     """Leases on ``directory`` whose holder lives, or may; those of dead holders are removed. None: unreadable."""
     return {path: holder for path, holder, dead in inspect(directory, watch) if not (dead and _remove(path, watch))}
@@ -169,7 +185,7 @@ def inspect(directory: Path, watch: Watch) -> list[tuple[Path, Holder | None, bo
 
 def runs_here(pid: int) -> bool:
     """Whether a process of this number runs on this machine."""
-    return _started(pid) is not None
+    return start(pid) is not None
 
 
 def _remove(path: Path, watch: Watch) -> bool:
@@ -197,7 +213,7 @@ def _dead(holder: Holder | None, name: str, beat: int, watch: Watch) -> bool:
 
 def _alive(holder: Holder) -> bool | None:
     """Whether the process of this machine runs; None where the kernel does not tell."""
-    started = _started(holder.pid)
+    started = start(holder.pid)
     if started is not None:
         return started == holder.started
     try:
@@ -206,18 +222,7 @@ def _alive(holder: Holder) -> bool | None:
         return False
     except OSError:
         return None  # another user's, hidden from us
-    return _started(holder.pid) == holder.started  # a zombie, or it came just now
-
-
-def _started(pid: int) -> int | None:
-    """Start time of a process in ticks since boot; None where there is none, or only its remains."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The name of the program stands in brackets and may hold anything, also brackets and spaces.
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZXx" else int(fields[19])
+    return start(holder.pid) == holder.started  # a zombie, or it came just now
 
 
 @cache
@@ -231,4 +236,4 @@ def _machine() -> str:
 
 def _self() -> Holder:
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Holder(socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()) or 0, since)
+    return Holder(socket.gethostname(), _machine(), os.getpid(), start(os.getpid()) or 0, since)

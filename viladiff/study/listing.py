@@ -247,12 +247,13 @@ def show(store: Store, row: Row) -> None:
 
 def _facts(record: RunRecord) -> dict[str, Any]:
     git = f"{record.git.get('revision', '')[:12]}{' with changes' if record.git.get('dirty') else ''}"
+    wall = "not known in all" if record.wall_seconds is None else f"{record.wall_seconds:.0f} s"
     per_step = "" if record.seconds_per_step is None else f"{1000 * record.seconds_per_step:.0f} ms a step"
     return {
         "mIoU %": f"{_percent(record.miou)} ({record.network}/{record.stream}, after the last of {record.steps} steps)",
         "best": record.best and f"{_percent(record.best['miou'])} at step {record.best['step']}, on the set it reports",
-        "time": f"{record.wall_seconds:.0f} s, of which {record.train_seconds:.0f} s training; {per_step}".rstrip("; "),
-        "memory": size(record.peak_memory_bytes),
+        "time": f"{wall}, {record.train_seconds:.0f} s of it training; {per_step}".rstrip("; "),
+        "memory": "" if record.peak_memory_bytes is None else size(record.peak_memory_bytes),
         "device": f"{record.device}, {record.workers} workers, {record.threads} threads",
         "encoder": f"{record.encoder}, weights: {record.pretrained}",
         "captions": f"{record.captions}; read by {record.text_encoder}",

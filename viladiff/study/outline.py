@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from viladiff.study.estimate import estimate
 from viladiff.study.events import Settings
-from viladiff.study.plan import Plan, State, estimate, states
+from viladiff.study.plan import Plan, State, states
 from viladiff.study.store import Store
 
 SIGNS: dict[State, str] = {

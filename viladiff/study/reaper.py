@@ -53,9 +53,14 @@ class Reaper:
 
 
 def start(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot; None where there is none. With it a number names one process."""
+    """Start of a process in clock ticks since boot; None where there is none, or only its remains.
+
+    A number is used again; with its start it names one process.
+    """
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        # The name of the program stands in brackets and may hold anything, also brackets and spaces.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZXx" else int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
 

@@ -37,7 +37,7 @@ class Failure(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["nan", "memory", "hang", "killed", "error"]
+    kind: Literal["nan", "memory", "hang", "killed", "stale", "error"]
     message: str
     step: int | None
     """Last step known; None if it failed before the first."""
@@ -61,7 +61,8 @@ def _to_stderr(text: str) -> None:
 class Store:
     """Records, failures and leases of runs; safe between threads, and between processes that share ``root``.
 
-    Damaged records of ``root`` are set aside unless ``repair`` is False, as it is where somebody only looks.
+    Records of ``root`` that cannot be used are set aside, damaged ones under ``damaged`` and sound ones of another
+    version under ``other-version``, unless ``repair`` is False, as it is where somebody only looks.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Store:
         return found
 
     def get(self, run_id: str) -> RunRecord | None:
-        """The record of a finished run; None where there is none, also after a damaged one was set aside."""
+        """The record of a finished run; None where there is none, also after one that is of no use was set aside."""
         record = self._own_record(run_id)
         if record is not None:
             return record
@@ -146,19 +147,19 @@ class Store:
         path = self.directory(run_id) / "record.json"
         try:
             record = self._load(path)
-        except DamagedRecord as error:
-            self._set_aside(path, str(error))
+        except ValueError as error:
+            self._set_aside(path, str(error), "damaged" if isinstance(error, DamagedRecord) else "other-version")
             return None
         if record is not None and record.run_id != run_id:
             if self._repair:
-                self._set_aside(path, f"{path} is the record of another run, {record.run_id}")
+                self._set_aside(path, f"{path} is the record of another run, {record.run_id}", "damaged")
             return None
         return record
 
     def _load(self, path: Path) -> RunRecord | None:
         """The record in a file; None where it is gone, or cannot be used, which is said once for each state of it.
 
-        Raises DamagedRecord for one's own, which its caller sets aside.
+        Raises ValueError as ``parse_record`` for one's own, which its caller sets aside.
         """
         with self._lock:
             try:
@@ -173,20 +174,18 @@ class Store:
             record = None
             try:
                 record = parse_record(data, path)
-            except DamagedRecord as error:
+            except ValueError as error:
                 if self._repair and path.parent.parent == self.root:
                     raise
                 self._say(f"{error}. It is only read here, so it is left out and its run counts as missing")
-            except ValueError as error:  # sound, so no reason to move it; this version cannot use it
-                self._say(f"{error}. It is left where it is, and its run counts as missing")
             self._read[path] = stamp, record
             return record
 
-    def _set_aside(self, path: Path, why: str) -> None:
+    def _set_aside(self, path: Path, why: str, where: str) -> None:
         # The checkpoint stays: it has a checksum of its own, and a finished run's is of its last step, so that the
         # run only has to be evaluated again to give the same numbers. If it is damaged too, loading it says so.
         run_id = path.parent.name
-        aside = self.root / "damaged" / f"{run_id}-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09d}"
+        aside = self.root / where / f"{run_id}-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09d}"
         try:
             aside.mkdir(parents=True)
             path.rename(aside / path.name)
