@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE = 255
-"""The label of pixels that no loss and no metric counts."""
+from viladiff.labels import IGNORE as IGNORE  # most modules that need it need the batch as well
 
 
 @dataclass(frozen=True)

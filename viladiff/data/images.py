@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from viladiff.batch import IGNORE
+from viladiff.labels import IGNORE
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM")
 """What Pillow may open; it knows formats that start other programs, and they are left out."""

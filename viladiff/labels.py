@@ -1,0 +1,6 @@
+"""What a label may be besides a class; here, and not beside the batch, so that decoding processes need no torch."""
+
+from __future__ import annotations
+
+IGNORE = 255
+"""The label of pixels that no loss and no metric counts."""
