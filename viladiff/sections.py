@@ -97,6 +97,8 @@ class VocData(DataConfig):
     split: Literal["92", "183", "366", "732", "1464", "662", "1323", "2646", "5291"] = "183"
     split_family: Literal["hq", "aug_cps", "aug_u2pl"] = "hq"
     """Which published lists: official masks (Table 1), or the augmented set as CPS or U2PL draws from it (Table 2)."""
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
 
     @model_validator(mode="after")
     def _check_family(self) -> VocData:

@@ -12,10 +12,11 @@ import numpy as np
 from viladiff.data.cache import fingerprint
 from viladiff.data.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
 from viladiff.data.files import FileList
-from viladiff.data.folder import Found, open_folder, resample
+from viladiff.data.folder import Found, describe_lists, open_folder, resample
 from viladiff.data.holdout import hold_out
 from viladiff.data.images import FileImages, FileMasks
 from viladiff.data.splits import classes_present, labelled_order, nearest, split_size
+from viladiff.data.voc import open_voc
 from viladiff.text.captions import SIMULATED, Captions, simulate
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class Dataset:
     files: FileList | None = field(default=None, repr=False)
     """Name and path of each image of the pool, where there are files."""
     val_files: FileList | None = field(default=None, repr=False)
+    split_name: str = ""
+    """Which list the labelled images are, in words, where it comes from a file."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the results should know of the lists, a sentence each."""
 
     @cached_property
     def _labels(self) -> frozenset[int]:
@@ -85,6 +90,7 @@ class Request(NamedTuple):
     split_dir: str | None = None
     holdout: float = 0.0
     scored: str = "val"
+    family: str = ""
 
 
 def request(cfg: RunConfig) -> Request:
@@ -98,6 +104,7 @@ def request(cfg: RunConfig) -> Request:
         getattr(data, "split_dir", None),
         data.holdout,
         cfg.eval.on,
+        getattr(data, "split_family", ""),
     )
 
 
@@ -109,18 +116,20 @@ def load(
     split_dir: str | None = None,
     holdout: float = 0.0,
     scored: str = "val",
+    family: str = "",
 ) -> Dataset:
     """Opens a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
     root and split_dir: where the files and the lists of a data set that is not embedded are. holdout: see
-    ``data.holdout``; those images are the validation set where ``scored`` is "holdout". Raises ValueError for an
-    unknown data set or split, for a cache that is damaged or cannot be written, and for files that cannot be used.
+    ``data.holdout``; those images are the validation set where ``scored`` is "holdout". family: which of several
+    published lists of that size. Raises ValueError for an unknown data set or split, for a cache that is damaged or
+    cannot be written, and for files that cannot be used.
     """
     if name in LATER:
         raise ValueError(f"data.dataset = {name!r}: its reader comes later; {nearest(name, tuple(READERS))}")
     if name not in READERS:
         raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, (*READERS, *LATER))}")
-    whole = READERS[name](Request(name, split, split_seed, root, split_dir))
+    whole = READERS[name](Request(name, split, split_seed, root, split_dir, holdout, scored, family))
     return hold_out(whole, holdout, scored == "holdout") if holdout else whole
 
 
@@ -159,6 +168,10 @@ def _folder(asked: Request) -> Dataset:
     return _of_files(asked, open_folder(_root(asked), asked.split, asked.split_dir))
 
 
+def _voc(asked: Request) -> Dataset:
+    return _of_files(asked, open_voc(_root(asked), asked.split, asked.family or "hq", asked.split_dir))
+
+
 def _root(asked: Request) -> str:
     if asked.root is None:
         raise ValueError(f"runtime.data_root: must be set to the directory that holds the data set {asked.name!r}")
@@ -167,8 +180,11 @@ def _root(asked: Request) -> str:
 
 def _of_files(asked: Request, found: Found) -> Dataset:
     """The pool is the labelled images, then the others; no pixel is read."""
+    drawn = ""
     if asked.split_seed is not None:
         found = found._replace(lists=resample(found, asked.split_seed))
+        drawn = f", drawn with data.split_seed = {asked.split_seed}"
+    split_name, notes = describe_lists(asked.name, found)
     lists, (names, colours) = found.lists, found.classes
     files = found.tree.files((*lists.labelled, *lists.unlabelled))
     val = found.tree.files(lists.val)
@@ -190,6 +206,8 @@ def _of_files(asked: Request, found: Found) -> Dataset:
         uniform=False,
         files=files,
         val_files=val,
+        split_name=split_name + drawn,
+        notes=notes,
     )
 
 
@@ -207,6 +225,7 @@ READERS: dict[str, Callable[[Request], Dataset]] = {
     "digits": _embedded,
     "dense": _embedded,
     "folder": _folder,
+    "voc": _voc,
 }
-LATER = ("voc", "cityscapes", "coco", "ade20k")
+LATER = ("cityscapes", "coco", "ade20k")
 """Known to the configuration; their readers do not exist yet."""

@@ -20,6 +20,7 @@ from viladiff.data.lists import (
     read_lines,
     read_list,
 )
+from viladiff.data.published import almost, list_hash, look_alikes, recognise
 from viladiff.fields import nearest
 
 IGNORED = ("ignore", "void", "unlabelled", "unlabeled")
@@ -64,8 +65,13 @@ def split_directory(tree: Tree, given: Path | str | None) -> Path:
     raise ValueError(f"{directory}: no lists of images; make some with `viladiff data split`, or set data.split_dir")
 
 
-def read_lists(tree: Tree, directory: Path, names: Sequence[str]) -> tuple[Lists, tuple[Path | None, ...]]:
-    """The lists of a split under the first of its ``names`` that there is. ValueError where one cannot be used."""
+def read_lists(
+    tree: Tree, directory: Path, names: Sequence[str], masked: bool = False
+) -> tuple[Lists, tuple[Path | None, ...]]:
+    """The lists of a split under the first of its ``names`` that there is. ValueError where one cannot be used.
+
+    Unlabelled images that no list names are all others; with ``masked``, all others that have a mask.
+    """
     for name in names:
         if not name or ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(f"data.split = {name!r}: must be the name of a list in {directory}")
@@ -86,11 +92,25 @@ def read_lists(tree: Tree, directory: Path, names: Sequence[str]) -> tuple[Lists
         others = read_list(rest, tree.layout, tree.images)
     else:
         taken = {*first, *last}
-        others = tuple(name for name in tree.images if name not in taken)
+        others = tuple(name for name in tree.images if name not in taken and (name in tree.masks or not masked))
     lists, sources = Lists(first, others, last), (labelled, rest, val)
     check_disjoint(lists, [str(path) for path in sources])
     _check_masks(tree, lists, sources)
     return lists, sources
+
+
+def describe_lists(dataset: str, found: Found) -> tuple[str, tuple[str, ...]]:
+    """Which published list the labelled images are, or that they are none; and what may be mistaken about the lists."""
+    labelled, val = recognise(found.lists.labelled), recognise(found.lists.val)
+    if labelled is None:
+        size = len(found.lists.labelled)
+        name = f"no published list: {size} images, SHA-256 {list_hash(found.lists.labelled)[:12]}"
+        return name, tuple(almost(dataset, size))
+    notes = look_alikes(labelled)
+    if val is None or (val.dataset, val.family) != (labelled.dataset, "val"):
+        here = f"{found.sources[2]}: {len(found.lists.val)} images"
+        notes.append(f"{here}, which are not the validation list of {labelled.dataset}; published scores are of that")
+    return str(labelled), tuple(notes)
 
 
 def resample(found: Found, seed: int) -> Lists:

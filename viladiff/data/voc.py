@@ -1,0 +1,63 @@
+"""Pascal VOC 2012: official and augmented training images, under the lists that the literature trains on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from viladiff.data.files import VOC, scan
+from viladiff.data.folder import Classes, Found, read_lists, split_directory
+from viladiff.data.published import recognise
+
+CLASS_NAMES = (
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
+PLACES = ("", "VOC", "voc", "VOC2012", "VOCdevkit/VOC2012")
+"""Where below the root the folder of images may lie."""
+_FRACTION = {"662": "1_16", "1323": "1_8", "2646": "1_4", "5291": "1_2"}
+
+
+def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path | str | None = None) -> Found:
+    """``JPEGImages/`` and ``SegmentationClass/`` (index PNGs), with lists in ``splits/`` or in ``split_dir``.
+
+    Lists are found as in ``folder``, those of the augmented families also under UniMatch's names (``1_16``,
+    ``u2pl_1_16``). Where none lists the unlabelled images, they are all others that have a mask, which is how the
+    usual archives tell training images from test images; the masks are not opened. Raises ValueError as ``folder``
+    does, and for a published list of another family than the one asked for.
+    """
+    top = Path(root).expanduser()
+    tree = scan(next((top / place for place in PLACES if (top / place / VOC.images).is_dir()), top), VOC)
+    lists, sources = read_lists(tree, split_directory(tree, split_dir), list_names(split, family), masked=True)
+    found = recognise(lists.labelled)
+    if found is not None and (found.family, found.split) not in ((family, split), ("pseudoseg", split)):
+        raise ValueError(
+            f"{sources[0]}: is the list {found}, but data.split_family = {family!r} and data.split = {split!r}; "
+            "set them to what the list is, or data.split_dir to where the other lists are"
+        )
+    return Found(tree, Classes(CLASS_NAMES, None), lists, sources)
+
+
+def list_names(split: str, family: str) -> list[str]:
+    """What a list is called by the repositories that have it, the unambiguous name first."""
+    if family == "hq":
+        return [split]
+    return [_FRACTION[split] if family == "aug_cps" else f"u2pl_{_FRACTION[split]}", split]
