@@ -1,0 +1,8 @@
+"""Table 2 of the paper: rivals on the augmented PASCAL VOC 2012, with two families of lists. ``--help`` has examples."""
+
+from pathlib import Path
+
+from viladiff.study.drive import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(__file__).with_name("table2.toml")))

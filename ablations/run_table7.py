@@ -1,0 +1,8 @@
+"""Table 7 of the paper: the number of diffusion steps, also with matched flips and without ViLa. ``--help`` has examples."""
+
+from pathlib import Path
+
+from viladiff.study.drive import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(__file__).with_name("table7.toml")))
