@@ -72,7 +72,10 @@ def voc_mask(labels: np.ndarray) -> np.ndarray:
 def save_mask(path: Path, labels: np.ndarray) -> None:
     """An index PNG with a palette, as VOC's are."""
     image = Image.frombytes("P", labels.shape[::-1], labels.tobytes())
-    image.putpalette([channel for colour in PALETTE for channel in colour])
+    # All 256 entries: Pillow would write fewer bits for a short palette, and 255 would become another class.
+    image.putpalette(
+        [channel for colour in (*PALETTE, *[(224, 224, 192)] * (256 - len(PALETTE))) for channel in colour]
+    )
     image.save(path)
 
 

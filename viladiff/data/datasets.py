@@ -12,10 +12,10 @@ import numpy as np
 from viladiff.data.cache import fingerprint
 from viladiff.data.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
 from viladiff.data.files import FileList
-from viladiff.data.folder import Found, describe_lists, open_folder, resample
+from viladiff.data.folder import Found, describe_lists, open_folder
 from viladiff.data.holdout import hold_out
 from viladiff.data.images import FileImages, FileMasks
-from viladiff.data.splits import classes_present, labelled_order, nearest, split_size
+from viladiff.data.splits import classes_present, labelled_order, nearest, resample, split_size
 from viladiff.data.voc import open_voc
 from viladiff.text.captions import SIMULATED, Captions, simulate
 
@@ -182,7 +182,7 @@ def _of_files(asked: Request, found: Found) -> Dataset:
     """The pool is the labelled images, then the others; no pixel is read."""
     drawn = ""
     if asked.split_seed is not None:
-        found = found._replace(lists=resample(found, asked.split_seed))
+        found = found._replace(lists=resample(found.lists, found.tree.masks, asked.split_seed))
         drawn = f", drawn with data.split_seed = {asked.split_seed}"
     split_name, notes = describe_lists(asked.name, found)
     lists, (names, colours) = found.lists, found.classes

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from viladiff import draws
-from viladiff.batch import IGNORE
 from viladiff.data.files import FOLDER, Tree, scan
 from viladiff.data.images import Colours
 from viladiff.data.lists import (
@@ -22,6 +20,7 @@ from viladiff.data.lists import (
 )
 from viladiff.data.published import almost, list_hash, look_alikes, recognise
 from viladiff.fields import nearest
+from viladiff.labels import IGNORE
 
 IGNORED = ("ignore", "void", "unlabelled", "unlabeled")
 """Names in palette.txt whose colour is no class: its pixels count in no loss and no score."""
@@ -111,15 +110,6 @@ def describe_lists(dataset: str, found: Found) -> tuple[str, tuple[str, ...]]:
         here = f"{found.sources[2]}: {len(found.lists.val)} images"
         notes.append(f"{here}, which are not the validation list of {labelled.dataset}; published scores are of that")
     return str(labelled), tuple(notes)
-
-
-def resample(found: Found, seed: int) -> Lists:
-    """As many labelled images as the list has, drawn by name from all of the pool that have a mask; none is opened."""
-    pool = sorted((*found.lists.labelled, *found.lists.unlabelled))
-    masked = [name for name in pool if name in found.tree.masks]
-    drawn = draws.rng("split", "files", seed).permutation(len(masked))[: len(found.lists.labelled)]
-    labelled = tuple(masked[place] for place in drawn)
-    return found.lists._replace(labelled=labelled, unlabelled=tuple(sorted({*pool} - {*labelled})))
 
 
 def _check_masks(tree: Tree, lists: Lists, sources: tuple[Path | None, ...]) -> None:

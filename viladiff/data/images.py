@@ -109,7 +109,12 @@ def orientation(image: Image.Image) -> int:
 def image_size(path: Path | str) -> tuple[int, int]:
     """(height, width) of ``read_image(path)``, from the header alone."""
     with open_image(path) as image:
-        return (image.width, image.height) if orientation(image) in _TURNED else (image.height, image.width)
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) once turned by EXIF, from the header alone."""
+    return (image.width, image.height) if orientation(image) in _TURNED else (image.height, image.width)
 
 
 def read_image(path: Path | str) -> np.ndarray:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Container
 
 import numpy as np
 
 from viladiff import draws
+from viladiff.data.lists import Lists
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "digits": ("92", "183", "366", "732", "1464"),
@@ -58,3 +60,12 @@ def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -
                 raise ValueError(f"data set {dataset!r}: class {c} is in none of the {len(present)} images of the pool")
             first.append(int(showing[0]))
     return np.concatenate([np.array(first, np.int64), drawn[~np.isin(drawn, first)]])
+
+
+def resample(lists: Lists, masked: Container[str], seed: int) -> Lists:
+    """As many labelled images as the list has, drawn by name from all of the pool that have a mask; none is opened."""
+    pool = sorted((*lists.labelled, *lists.unlabelled))
+    able = [name for name in pool if name in masked]
+    drawn = draws.rng("split", "files", seed).permutation(len(able))[: len(lists.labelled)]
+    labelled = tuple(able[place] for place in drawn)
+    return lists._replace(labelled=labelled, unlabelled=tuple(sorted({*pool} - {*labelled})))

@@ -44,8 +44,7 @@ def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path |
     usual archives tell training images from test images; the masks are not opened. Raises ValueError as ``folder``
     does, and for a published list of another family than the one asked for.
     """
-    top = Path(root).expanduser()
-    tree = scan(next((top / place for place in PLACES if (top / place / VOC.images).is_dir()), top), VOC)
+    tree = scan(voc_root(root), VOC)
     lists, sources = read_lists(tree, split_directory(tree, split_dir), list_names(split, family), masked=True)
     found = recognise(lists.labelled)
     if found is not None and (found.family, found.split) not in ((family, split), ("pseudoseg", split)):
@@ -54,6 +53,12 @@ def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path |
             "set them to what the list is, or data.split_dir to where the other lists are"
         )
     return Found(tree, Classes(CLASS_NAMES, None), lists, sources)
+
+
+def voc_root(root: Path | str) -> Path:
+    """Where the folder of images lies: the root or a folder of a usual name below it, else the root as it is."""
+    top = Path(root).expanduser()
+    return next((top / place for place in PLACES if (top / place / VOC.images).is_dir()), top)
 
 
 def list_names(split: str, family: str) -> list[str]:

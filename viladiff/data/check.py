@@ -1,0 +1,351 @@
+"""What a directory of images and masks holds, and every file in it that training or scoring would trip over."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from viladiff.data.files import FOLDER, VOC, FileList, Tree, scan
+from viladiff.data.folder import Classes, Found, describe_lists, read_classes, read_lists
+from viladiff.data.images import Colours, image_size, open_image, read_image, read_mask, upright_size
+from viladiff.data.lists import LABELLED
+from viladiff.data.voc import CLASS_NAMES, voc_root
+from viladiff.labels import IGNORE
+
+if TYPE_CHECKING:
+    from viladiff.data.datasets import Dataset
+
+SHOWN = 5
+"""Faults that a message quotes; the rest are counted."""
+_ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
+"""What a whole file has near its end. In a JPEG's pixels FF is always followed by 00 or a restart, never by D9."""
+_TAIL = 65536
+
+
+class Fault(NamedTuple):
+    """Something about a file that somebody should look at."""
+
+    level: Literal["error", "warning"]
+    """An error would stop a run that uses the file."""
+    path: str
+    reason: str
+
+
+class Seen(NamedTuple):
+    """What one image and its mask hold."""
+
+    size: tuple[int, int] | None
+    """(height, width) of the image; None where it cannot be read."""
+    pixels: dict[int, int] | None
+    """Pixels of the mask by label; None where there is no mask or it cannot be read."""
+    faults: tuple[Fault, ...]
+
+
+class Split(NamedTuple):
+    """A list of labelled images with what belongs to it."""
+
+    name: str
+    counts: tuple[int, int, int]
+    """Labelled, unlabelled, validation images."""
+    published: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that ``check`` finds out."""
+
+    tree: Tree = field(repr=False)
+    classes: Classes
+    seen: dict[str, Seen] = field(repr=False)
+    """By image id."""
+    splits: tuple[Split, ...]
+    faults: tuple[Fault, ...]
+
+    @property
+    def errors(self) -> int:
+        return sum(fault.level == "error" for fault in self.faults)
+
+    def pixels(self) -> np.ndarray:
+        """(256,) int64 pixels by label in all masks."""
+        total = np.zeros(256, np.int64)
+        for counts in self._masks():
+            total[list(counts)] += list(counts.values())
+        return total
+
+    def images(self) -> np.ndarray:
+        """(256,) int64 masks that show a label."""
+        total = np.zeros(256, np.int64)
+        for counts in self._masks():
+            total[list(counts)] += 1
+        return total
+
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """How many images have each (height, width)."""
+        return Counter(one.size for one in self.seen.values() if one.size is not None)
+
+    def _masks(self) -> Iterator[dict[int, int]]:
+        return (one.pixels for one in self.seen.values() if one.pixels is not None)
+
+
+def open_tree(root: Path | str) -> tuple[Tree, Classes]:
+    """The files below a root in whichever of the two layouts it has, and its classes. ValueError where it has none."""
+    top = voc_root(root)
+    if (top / VOC.images).is_dir() and not (top / FOLDER.images).is_dir():
+        return scan(top, VOC), Classes(CLASS_NAMES, None)
+    tree = scan(root, FOLDER)
+    return tree, read_classes(tree.root)
+
+
+def check(
+    root: Path | str,
+    split_dir: Path | str | None = None,
+    processes: int | None = None,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Report:
+    """Decodes every image and mask below ``root`` and reads every list, in ``processes`` (one for each core).
+
+    ``advance`` hears how many more images are done. Raises ValueError where there is nothing to check: no layout, no
+    classes, two files of one name, a link that leads out of the root.
+    """
+    tree, classes = open_tree(root)
+    seen = look_at_all(tree, classes, processes, advance)
+    faults = [fault for one in seen.values() for fault in one.faults]
+    faults += _strays(tree)
+    splits, more = _read_splits(tree, Path(split_dir).expanduser() if split_dir else tree.root / "splits")
+    report = Report(tree, classes, seen, tuple(splits), ())
+    faults += more + _doubts(report)
+    return Report(tree, classes, seen, tuple(splits), tuple(sorted(faults, key=lambda fault: fault.level)))
+
+
+def look_at_all(
+    tree: Tree, classes: Classes, processes: int | None, advance: Callable[[int], None] = lambda images: None
+) -> dict[str, Seen]:
+    """``look`` at every image, by id. ValueError where a process dies."""
+    jobs = [(path, tree.masks.get(name), len(classes.names), classes.colours) for name, path in tree.images.items()]
+    chunks = [jobs[start : start + 16] for start in range(0, len(jobs), 16)]
+    found: list[Seen] = []
+    with mapped(processes, len(chunks)) as run:
+        for some in run(_look_at_some, chunks):
+            found += some
+            advance(len(some))
+    return dict(zip(tree.images, found, strict=True))
+
+
+@contextmanager
+def mapped(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[list[Seen]]]]:
+    """``map``, in this process or in several that end with the block, whatever ends it."""
+    count = min(processes or cores(), jobs)
+    if count < 2:
+        yield map
+        return
+    # A fork costs no second import of everything; only Pillow and NumPy run in it.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(count, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield pool.map
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"one of the {count} processes that read images has died, as when memory is short; try --processes 1"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, Colours | None]]) -> list[Seen]:
+    return [look(*job) for job in jobs]
+
+
+def look(image: Path, mask: Path | None, num_classes: int, colours: Colours | None) -> Seen:
+    """Decodes an image and its mask and compares them."""
+    faults = []
+    size: tuple[int, int] | None = None
+    counts: dict[int, int] | None = None
+    try:
+        size = decode(image)
+    except ValueError as error:
+        faults.append(Fault("error", str(image), _reason(image, error)))
+    if mask is not None:
+        try:
+            labels = read_mask(mask, num_classes, colours)
+        except ValueError as error:
+            faults.append(Fault("error", str(mask), _reason(mask, error)))
+        else:
+            found = np.bincount(labels.ravel(), minlength=256)
+            counts = {int(label): int(found[label]) for label in np.flatnonzero(found)}
+            faults += [Fault("error", str(mask), text) for text in _mismatch(size, labels.shape)]
+            if counts.keys() == {IGNORE}:
+                faults.append(Fault("warning", str(mask), f"every pixel is {IGNORE}: nothing is labelled"))
+    return Seen(size, counts, tuple(faults))
+
+
+def decode(path: Path) -> tuple[int, int]:
+    """(height, width) of a whole image. A JPEG is decoded at an eighth of its size, which reads all of its bytes."""
+    with open_image(path) as image:
+        size = upright_size(image)
+        whole = image.format == "JPEG" or image.mode in ("L", "RGB", "RGBA", "P", "CMYK", "1", "LA")
+        if image.format == "JPEG":
+            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
+    if not whole:
+        read_image(path)  # says which depths cannot be brought to 8 bits
+    return size
+
+
+def _mismatch(size: tuple[int, int] | None, shape: tuple[int, ...]) -> list[str]:
+    if size is None or size == shape:
+        return []
+    text = f"the mask is {shape[1]} x {shape[0]} pixels (width x height), its image {size[1]} x {size[0]}"
+    return [text + ("; turned by EXIF, is the image's other way round" if size == shape[::-1] else "")]
+
+
+def _reason(path: Path, error: ValueError) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _strays(tree: Tree) -> list[Fault]:
+    """Masks that no image has, and files beside the masks that are no PNG."""
+    lost = [Fault("warning", str(path), "there is no image of this name") for name, path in tree.masks.items()]
+    lost = [fault for fault, name in zip(lost, tree.masks, strict=True) if name not in tree.images]
+    known = set(tree.masks.values())
+    folder = tree.root / tree.layout.masks
+    for path in sorted(folder.rglob("*.*")) if folder.is_dir() else ():
+        if path not in known and path.is_file() and not path.name.startswith("."):
+            lost.append(Fault("warning", str(path), "is not read: masks are PNG files"))
+    return lost
+
+
+def _read_splits(tree: Tree, directory: Path) -> tuple[list[Split], list[Fault]]:
+    """Every list of labelled images in the directory, with its validation list and the rest."""
+    if not directory.is_dir():
+        return [], [Fault("warning", str(directory), "no lists of images yet; `viladiff data split` makes some")]
+    names = {path.relative_to(directory).as_posix().removesuffix(".txt") for path in directory.glob("*.txt")}
+    for pattern in LABELLED[:2]:
+        names |= {path.parent.relative_to(directory).as_posix() for path in directory.rglob(pattern.format("*"))}
+    splits, faults = [], []
+    for name in sorted(names - {"val", "unlabelled", "unlabeled", "train"}):
+        try:
+            lists, sources = read_lists(tree, directory, [name], masked=tree.layout is VOC)
+        except ValueError as error:
+            faults.append(Fault("error", str(directory / name), str(error)))
+            continue
+        dataset = "voc" if tree.layout is VOC else "folder"
+        published, notes = describe_lists(dataset, Found(tree, Classes((), None), lists, sources))
+        splits.append(Split(name, (len(lists.labelled), len(lists.unlabelled), len(lists.val)), published, notes))
+    return splits, faults
+
+
+def _doubts(report: Report) -> list[Fault]:
+    """What no single file is to blame for."""
+    faults = []
+    root, names = str(report.tree.root / report.tree.layout.masks), report.classes.names
+    masks = [one.pixels for one in report.seen.values() if one.pixels is not None]
+    if not masks:
+        return [Fault("error", root, "there is no mask that can be read, so nothing to learn from")]
+    shown = report.images()
+    absent = [name for label, name in enumerate(names) if not shown[label]]
+    if absent:
+        faults.append(Fault("warning", root, f"{len(absent)} classes are in no mask: {', '.join(absent)}"))
+    if not shown[:IGNORE].any():
+        faults.append(Fault("error", root, f"every pixel of all {len(masks)} masks is {IGNORE}: nothing is labelled"))
+    elif len(names) == 2 and not shown[1] and shown[IGNORE]:
+        faults.append(
+            Fault(
+                "warning",
+                root,
+                f"the masks hold 0 and {IGNORE} only, and {IGNORE} is ignored; if it means {names[1]!r}, say so in "
+                f"palette.txt: '0 0 0 {names[0]}' and '255 255 255 {names[1]}'",
+            )
+        )
+    return faults
+
+
+# The part that every run begins with
+
+
+def check_files(dataset: Dataset) -> tuple[str, ...]:
+    """What a run on these files should be told, after a look at every header and at the masks that it will use.
+
+    Files are judged by their header and their end, those of which either is odd are decoded; masks of labelled and
+    validation images are read, all others are not opened. Raises ValueError that quotes the first faults. A data set
+    that is not in files has nothing to say.
+    """
+    if dataset.files is None:
+        return ()
+    labelled = _some(dataset.files, dataset.labelled.tolist())
+    parts = [labelled] if dataset.val_files is None else [labelled, dataset.val_files]
+    others = _some(dataset.files, dataset.unlabelled.tolist())
+    faults = [text for path in others.paths for text in _odd(path)[1]]
+    counts = []
+    for part in parts:
+        shown = np.zeros(256, np.int64)
+        for image, mask in zip(part.paths, part.masks, strict=True):
+            size, wrong = _odd(image)
+            found, more = _odd_mask(mask, size, dataset)
+            faults += wrong + more
+            shown += found
+        counts.append(shown)
+    if faults:
+        more = f"\n{len(faults) - SHOWN} more; `viladiff data check` lists all" if len(faults) > SHOWN else ""
+        raise ValueError("\n".join(faults[:SHOWN]) + more)
+    if not counts[0][: dataset.num_classes].any():
+        raise ValueError(f"data.split: none of the {len(labelled)} labelled images has a labelled pixel")
+    return (*dataset.notes, *_never(dataset, counts))
+
+
+def _some(files: FileList, places: Sequence[int]) -> FileList:
+    ids, paths, masks = ([column[i] for i in places] for column in (files.ids, files.paths, files.masks))
+    return FileList(tuple(ids), tuple(paths), tuple(masks))
+
+
+def _odd(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
+    try:
+        size = image_size(path)
+        end = _ENDS.get(path.suffix.lower())
+        if end is None or end not in _tail(path):
+            decode(path)
+    except (ValueError, OSError) as error:
+        return None, [str(error)]
+    return size, []
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+        return file.read()
+
+
+def _odd_mask(path: Path, size: tuple[int, int] | None, dataset: Dataset) -> tuple[np.ndarray, list[str]]:
+    masks = dataset.masks
+    try:
+        labels = read_mask(path, dataset.num_classes, getattr(masks, "colours", None))
+    except ValueError as error:
+        return np.zeros(256, np.int64), [str(error)]
+    return np.bincount(labels.ravel(), minlength=256), [f"{path}: {text}" for text in _mismatch(size, labels.shape)]
+
+
+def _never(dataset: Dataset, counts: Sequence[np.ndarray]) -> list[str]:
+    """A sentence where no labelled or no validation image shows a class."""
+    told = []
+    for where, shown in zip(("labelled", "validation"), counts, strict=False):
+        absent = [name for label, name in enumerate(dataset.class_names) if not shown[label]]
+        if absent:
+            told.append(f"no {where} image shows {', '.join(absent)}")
+    return told
