@@ -40,6 +40,12 @@ def photographs() -> ModuleType:
     return load_module(ROOT / "tests" / "photographs.py")
 
 
+@pytest.fixture(scope="session")
+def sweeping() -> ModuleType:
+    """The module tests/sweeping.py."""
+    return load_module(ROOT / "tests" / "sweeping.py")
+
+
 @pytest.fixture
 def photo_folder(photographs: ModuleType, tmp_path: Path) -> Callable[..., Path]:
     """Writes n photographs with masks and lists below the test's directory: ``photo_folder(n, "voc", labelled=3)``."""
