@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from viladiff.methods.base import Method
+from viladiff.methods.daw import Daw
+from viladiff.methods.fixmatch import FixMatch
 from viladiff.methods.semibaseline import SemiBaseline
 from viladiff.methods.supervised import Supervised
+from viladiff.methods.unimatch import UniMatch
+from viladiff.methods.unimatch_v2 import UniMatchV2
 from viladiff.methods.viladiff import ViLaDiff
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
     "semibaseline": SemiBaseline,
     "viladiff": ViLaDiff,
+    "fixmatch": FixMatch,
+    "unimatch": UniMatch,
+    "unimatch_v2": UniMatchV2,
+    "daw": Daw,
 }
 
 PLANNED = (

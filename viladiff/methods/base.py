@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.mixing import apply_cutmix
 from viladiff.fields import Section
 from viladiff.models.ema import ema_update, frozen_copy
 
@@ -55,6 +56,8 @@ class Method(nn.Module):
     views: ClassVar[Views] = Views()
     revision: ClassVar[int] = 1
     """Raised together with the golden file whenever the method computes something else than before."""
+    weak_trains: ClassVar[bool] = False
+    """Whether a weak view is also an input that trains, as where its features are perturbed."""
 
     def __init__(self, cfg: Any, build: Build) -> None:
         super().__init__()
@@ -91,9 +94,29 @@ class Method(nn.Module):
         """Every network worth evaluating, by the name that a record uses."""
         return {"student": self.student}
 
+    def threshold(self) -> float | None:
+        """Confidence above which a pseudo-label counts, now; none where the method has no such limit."""
+        pseudo = getattr(self.cfg, "pseudo", None)
+        return getattr(pseudo, "threshold", None)
+
     def views_wanted(self) -> Views:
         """The views this configuration of the method needs; the class's own by default."""
         return self.views
+
+    def check_images(self, unlabelled: int) -> None:
+        """ValueError before training where that many unlabelled images are too few, with what to change."""
+        views, name = self.views_wanted(), f"method.name = {self.cfg.name!r}"
+        if views.unlabelled and unlabelled == 0:
+            raise ValueError(
+                f"{name} learns from unlabelled images, and data.split leaves none; choose a split with fewer labels, "
+                "add images without masks, or train method.name=supervised"
+            )
+        if (views.cutmix or views.pairs) and unlabelled == 1:
+            otherwise = ", or set method.cutmix=false" if hasattr(self.cfg, "cutmix") else ""
+            raise ValueError(
+                f"{name} pastes unlabelled images into one another, and data.split leaves one; "
+                f"add images without masks, choose a split with fewer labels{otherwise}"
+            )
 
     def headline(self) -> str:
         """The prediction stream whose mIoU is the run's number."""
@@ -126,3 +149,8 @@ class MeanTeacher(Method):
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
         return {"before": self.teacher(images, text)["visual"].softmax(1)}
+
+
+def pasted(batch: Batch, view: int, *maps: Tensor) -> tuple[Tensor, ...]:
+    """Maps (U, ..., H, W) with the boxes of a strong view pasted in, or as they are where no boxes are wanted."""
+    return tuple(apply_cutmix(x, batch.mix[view]) for x in maps) if batch.mix else maps

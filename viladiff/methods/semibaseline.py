@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 
 from viladiff.batch import Batch, Losses, Step, Views
-from viladiff.data.mixing import apply_cutmix
 from viladiff.losses import cross_entropy, global_mean, hard_consistency
-from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, TeacherConfig, pasted
 
 
 class SemiBaselineConfig(MethodConfig):
@@ -33,11 +32,7 @@ class SemiBaseline(MeanTeacher):
         labelled = len(batch.image)
         with torch.no_grad():
             confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
-        strong, valid = batch.strong[0], batch.valid
-        if batch.mix:
-            strong, confidence, labels, valid = (
-                apply_cutmix(x, batch.mix[0]) for x in (strong, confidence, labels, valid)
-            )
+        strong, confidence, labels, valid = pasted(batch, 0, batch.strong[0], confidence, labels, batch.valid)
 
         logits = self.student(torch.cat([batch.image, strong]))["visual"]
         accepted = (confidence >= self.cfg.pseudo.threshold).float()

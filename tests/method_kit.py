@@ -1,0 +1,97 @@
+"""What tests of methods share: a small instance of any method, a batch with the views that it asks for, a few steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from viladiff import draws
+from viladiff.batch import Batch, CutMix, Step, TextBatch, Views
+from viladiff.config import RunConfig, override
+from viladiff.methods import METHODS
+from viladiff.methods.base import Method
+from viladiff.models.segmenter import Build
+
+CLASSES, SIDE, WORDS = 5, 32, 6
+STEP = Step(index=7, progress=0.9, seed=3)
+
+
+def make(name: str, **changes: object) -> Method:
+    """A method with an encoder of random weights; every pixel's pseudo-label is accepted unless told otherwise."""
+    cfg = override(RunConfig(), {"method.name": name, "model.pretrained": "none", "model.decoder_width": 16})
+    flat = {f"method.{path}": value for path, value in changes.items()}
+    if "threshold" not in str(changes) and hasattr(cfg.method, "pseudo"):
+        flat["method.pseudo.threshold"] = 0.0
+    cfg = override(cfg, flat)
+    torch.manual_seed(0)
+    return METHODS[name](cfg.method, Build(cfg.model, CLASSES, 12)).train()
+
+
+def make_batch(size: int = 4, seed: int = 0, views: Views | None = None) -> Batch:
+    """Noise with blocks of labels, some padding, boxes on some images and words; one view of each kind by default."""
+    gen = draws.generator("batch", seed)
+    image, weak, strong = (torch.randn(size, 3, SIDE, SIDE, generator=gen) for _ in range(3))
+    target = (
+        torch.randint(0, CLASSES, (size, SIDE // 8, SIDE // 8), generator=gen)
+        .repeat_interleave(8, 1)
+        .repeat_interleave(8, 2)
+    )
+    target[:, :, -3:] = 255
+    valid = torch.ones(size, SIDE, SIDE, dtype=torch.bool)
+    valid[0, -8:] = False
+    texts = [
+        TextBatch(torch.randn(size, WORDS, 12, generator=gen), torch.rand(size, WORDS, generator=gen) < 0.7)
+        for _ in range(2)
+    ]
+    keys = tuple(range(size))
+    views = views or Views(weak=1, strong=1, cutmix=True)
+    strongs = (strong, *(_noise(size, "strong", view, seed) for view in range(1, views.strong)))
+    mix = tuple(_boxes(size, view) for view in range(max(1, views.strong))) if views.cutmix else ()
+    coloured = _noise(size, "labelled", 0, seed) if views.strong_labelled else None
+    return Batch(image, target, keys, (weak,), strongs, mix, valid, keys, *texts, image_strong=coloured)
+
+
+def _noise(size: int, *name: str | int) -> Tensor:
+    return torch.randn(size, 3, SIDE, SIDE, generator=draws.generator(*name))
+
+
+def _boxes(size: int, view: int) -> CutMix:
+    boxes = torch.zeros(size, 4, dtype=torch.int64)
+    boxes[view % size] = torch.tensor([0, 8, 16, 24])
+    boxes[(3 + view) % size] = torch.tensor([8, 8, 32, 24])
+    return CutMix(boxes, torch.arange(size) ^ 1)
+
+
+def share(batch: Batch, rank: int, world: int) -> Batch:
+    """The part of a global batch that a worker gets."""
+    n = len(batch.image) // world
+    cut = slice(rank * n, (rank + 1) * n)
+    text, text_u = (TextBatch(t.tokens[cut], t.mask[cut]) for t in (batch.text, batch.text_u))  # type: ignore[union-attr]
+    return Batch(
+        batch.image[cut],
+        batch.target[cut],
+        batch.keys[cut],
+        tuple(x[cut] for x in batch.weak),
+        tuple(x[cut] for x in batch.strong),
+        tuple(CutMix(mix.boxes[cut], mix.partner[:n]) for mix in batch.mix),
+        batch.valid[cut],
+        batch.keys_u[cut],
+        text,
+        text_u,
+        None if batch.image_strong is None else batch.image_strong[cut],
+    )
+
+
+def take_steps(method: Method, optimizer: torch.optim.Optimizer, start: int, stop: int) -> list[float]:
+    """The totals of steps start ... stop - 1, each on a batch of its own."""
+    totals = []
+    for index in range(start, stop):
+        step = Step(index, index / 10, 3)
+        losses = method(make_batch(seed=index, views=method.views_wanted()), step)
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            method.after_step(step)
+        totals.append(losses.total.item())
+    return totals

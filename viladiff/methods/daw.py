@@ -1,0 +1,185 @@
+"""DAW: UniMatch with aligned class distributions and an estimated threshold (Sun et al., NeurIPS 2023).
+
+Views, losses and weights are UniMatch's. Before a label is read, the probabilities of unlabelled pixels are multiplied
+by the ratio of two running averages, of each class's confidence on labelled and on unlabelled images. A label counts
+above the confidence at which two Gaussians cross, one fitted to right and one to wrong predictions on labelled pixels.
+A moving average of the student is kept for evaluation alone.
+
+Differences from the released code, which cannot run as it is (its data set gives no map of ignored labelled pixels):
+labelled pixels of label 255 are left out; a step reads the statistics of the steps before it and adds its own when it
+is done, summed over all workers and micro-batches; equal variances, where the quadratic has no such root, give the
+midpoint; running values are saved. Which of student and average is quoted is ``predict.network``, never the better.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
+from viladiff.losses import global_sum
+from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.unimatch import UniMatch
+from viladiff.models.segmenter import Build
+
+ENOUGH = 10
+"""Right, or wrong, labelled pixels below which a step tells nothing of their confidence."""
+
+
+class DawTeacherConfig(TeacherConfig):
+    """The moving average that is evaluated; it teaches nothing."""
+
+    momentum: float = Field(0.999, ge=0, le=1)
+
+
+class DawPseudoConfig(PseudoConfig):
+    threshold: float = Field(0.95, ge=0, le=1)
+    """Where the threshold starts; it is estimated from the first step on."""
+
+
+class DawConfig(MethodConfig):
+    """UniMatch's fields, and the momentum of the running values."""
+
+    name: Literal["daw"] = "daw"
+    cutmix: bool = True
+    strong_weight: float = Field(0.5, ge=0)
+    feature_weight: float = Field(0.5, ge=0)
+    feature_dropout: float = Field(0.5, ge=0, lt=1)
+    momentum: float = Field(0.99, ge=0, le=1)
+    """Of class distributions and of the two Gaussians."""
+    align: bool = True
+    estimate: bool = True
+    """Off keeps the first threshold."""
+    teacher: DawTeacherConfig = DawTeacherConfig()
+    pseudo: DawPseudoConfig = DawPseudoConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+class Daw(UniMatch, MeanTeacher):
+    Config = DawConfig
+    views = Views(strong=2, cutmix=True)
+    distributions: Tensor
+    """(2, C) mean confidence of the pixels predicted as a class, on labelled and on unlabelled images."""
+    gaussians: Tensor
+    """(2, 2) mean and variance of the confidence of right and of wrong predictions."""
+    tau: Tensor
+
+    def __init__(self, cfg: DawConfig, build: Build) -> None:
+        super().__init__(cfg, build)
+        classes = build.num_classes
+        self.register_buffer("distributions", torch.full((2, classes), 1 / classes))
+        self.register_buffer("gaussians", torch.tensor([[1 / classes, 0.5]] * 2))
+        self.register_buffer("tau", torch.tensor(float(cfg.pseudo.threshold)))
+        self._sums: list[Tensor] = []
+
+    def judge(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        own, others = mine.softmax(1), clean.softmax(1)
+        if self.training:
+            known = batch.target != IGNORE
+            self._sums.append(
+                torch.cat(
+                    [
+                        class_confidence(own, known).flatten(),
+                        class_confidence(others, batch.valid).flatten(),
+                        right_and_wrong(own, batch.target).flatten(),
+                    ]
+                )
+            )
+        confidence, labels = self._aligned(others).max(1)
+        return confidence, labels, self.tau
+
+    def _aligned(self, probabilities: Tensor) -> Tensor:
+        return align(probabilities, *self.distributions) if self.cfg.align else probabilities
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        if not self._sums:
+            return
+        classes, keep = self.distributions.shape[1], self.cfg.momentum
+        sums = global_sum(torch.stack(self._sums).sum(0))
+        self._sums = []
+        count, total = sums[: 4 * classes].view(2, 2, classes).unbind(1)
+        seen = torch.where(count > 0, total / count.clamp(min=1), self.distributions)
+        self.distributions.lerp_(seen, 1 - keep)
+        self.gaussians.copy_(moved(self.gaussians, sums[4 * classes :].view(2, 3), keep))
+        if self.cfg.estimate:
+            self.tau.copy_(crossing(*self.gaussians, self.tau, 1 / classes))
+
+    def statistics(self) -> dict[str, Tensor]:
+        (right, spread), (wrong, spread_wrong) = self.gaussians
+        return {
+            "tau": self.tau.clone(),
+            "right": right.clone(),
+            "wrong": wrong.clone(),
+            "right_std": spread.sqrt(),
+            "wrong_std": spread_wrong.sqrt(),
+        }
+
+    def threshold(self) -> float:
+        return float(self.tau)
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        return {"before": self._aligned(self.student(images)["visual"].softmax(1))}
+
+
+def class_confidence(probabilities: Tensor, counted: Tensor) -> Tensor:
+    """(2, C): pixels predicted as each class, and the sum of their confidence.
+
+    ``probabilities`` (B, C, H, W), ``counted`` (B, H, W) bool.
+    """
+    confidence, labels = probabilities.max(1)
+    sums = torch.zeros(2, probabilities.shape[1], device=labels.device)
+    terms = torch.stack([counted.float(), confidence.float() * counted]).flatten(1)
+    return sums.scatter_add_(1, labels.flatten().expand(2, -1), terms)
+
+
+def right_and_wrong(probabilities: Tensor, target: Tensor) -> Tensor:
+    """(2, 3): right and wrong pixels, the sum of their doubt 1 - p, and of its square; label 255 is neither.
+
+    ``probabilities`` (B, C, H, W), ``target`` (B, H, W) int64. Doubt is near 0 where confidence is near 1, so that its
+    variance survives float32.
+    """
+    confidence, labels = probabilities.max(1)
+    doubt = 1 - confidence.float()
+    groups = torch.stack([labels == target, (labels != target) & (target != IGNORE)]).float().flatten(1)
+    powers = torch.stack([torch.ones_like(doubt), doubt, doubt.square()]).flatten(1)
+    return groups @ powers.T
+
+
+def align(probabilities: Tensor, labelled: Tensor, unlabelled: Tensor) -> Tensor:
+    """Class probabilities (U, C, H, W) times labelled / unlabelled (C,), normalised again."""
+    scaled = probabilities * (labelled / unlabelled).view(-1, 1, 1)
+    return scaled / scaled.sum(1, keepdim=True)
+
+
+def moved(gaussians: Tensor, sums: Tensor, momentum: float) -> Tensor:
+    """Means and variances (2, 2) after a step with the ``sums`` (2, 3) of ``right_and_wrong``; too few move nothing."""
+    count, doubt, square = sums.unbind(1)
+    mean = doubt / count.clamp(min=1)
+    variance = (square / count.clamp(min=1) - mean.square()).clamp(min=0)
+    seen = torch.stack([1 - mean, variance], 1)
+    return torch.where((count >= ENOUGH)[:, None], gaussians.lerp(seen, 1 - momentum), gaussians)
+
+
+def crossing(right: Tensor, wrong: Tensor, previous: Tensor, lowest: float) -> Tensor:
+    """The confidence, in [lowest, 1], at which the densities of two Gaussians, (mean, variance) each, are equal.
+
+    Of A t² + B t + C = 0 the root with + lies between the means; equal variances leave a line, whose root is their
+    midpoint. ``previous`` stays where the densities do not cross. Computed in float64, as A may be nearly 0.
+    """
+    (m, v), (n, w) = right.double(), wrong.double()
+    v, w = v.clamp(min=1e-12), w.clamp(min=1e-12)
+    a = v - w
+    b = 2 * (m * w - n * v)
+    c = n.square() * v - m.square() * w + v * w * (w / v).log()
+    inside = b.square() - 4 * a * c
+    level = a.abs() < 1e-9 * (v + w)
+    root = (inside.clamp(min=0).sqrt() - b) / (2 * torch.where(level, 1.0, a))
+    root = torch.where(level, (m + n) / 2, torch.where(inside > 0, root, previous.double()))
+    return root.clamp(lowest, 1).to(previous.dtype)

@@ -1,0 +1,92 @@
+"""UniMatch: two strong views and one with dropped channels learn the student's own labels (Yang et al., CVPR 2023).
+
+L = 1/2 [L_x + 1/4 L_s1 + 1/4 L_s2 + 1/2 L_fp]; the labels are the student's, detached, on the clean weak view, at
+confidence 0.95; a loss is divided by all pixels outside the padding. There is no teacher.
+
+Differences from the released code: the image that a box comes from is the neighbour in the batch, never another crop of
+the same image as there, and its labels are those already at hand, which saves a forward pass without a gradient
+(without BatchNorm nothing but drop-path would tell them apart); labelled images, whose perturbed half the released code
+throws away, are not perturbed; all views are one pass. One channel mask serves the four maps of an image.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from viladiff import draws
+from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.perturb import channel_dropout, widest
+from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.methods.base import Method, MethodConfig, PseudoConfig, pasted
+
+
+class UniMatchConfig(MethodConfig):
+    """Weights of the terms within L = 1/2 [...]; the pseudo-label threshold is 0 on Cityscapes."""
+
+    name: Literal["unimatch"] = "unimatch"
+    cutmix: bool = True
+    strong_weight: float = Field(0.5, ge=0)
+    """Of both strong views together."""
+    feature_weight: float = Field(0.5, ge=0)
+    """Of the weak view with dropped channels."""
+    feature_dropout: float = Field(0.5, ge=0, lt=1)
+    """Probability that a channel is dropped."""
+    pseudo: PseudoConfig = PseudoConfig()
+
+
+class UniMatch(Method):
+    Config = UniMatchConfig
+    views = Views(strong=2, cutmix=True)
+    weak_trains = True
+
+    def views_wanted(self) -> Views:
+        return Views(strong=2, cutmix=self.cfg.cutmix)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        cfg, labelled, unlabelled = self.cfg, len(batch.image), len(batch.weak[0])
+        strong = [pasted(batch, i, x)[0] for i, x in enumerate(batch.strong)]
+        features = self.student.encode(torch.cat([batch.image, batch.weak[0], *strong]))
+        weak = [level[labelled : labelled + unlabelled] for level in features]
+        uniform = draws.uniform(
+            batch.keys_u, (widest(weak),), step.seed, "feature-dropout", step.index, device=weak[0].device
+        )
+        perturbed = channel_dropout(weak, uniform, cfg.feature_dropout)
+        joined = [torch.cat(pair) for pair in zip(features, perturbed, strict=True)]
+        logits = self.student.logits(joined, batch.image.shape[-2:])
+        mine, clean, first, second, dropped = logits.split([labelled, *[unlabelled] * 4])
+
+        confidence, labels, threshold = self.judge(mine.detach(), clean.detach(), batch)
+        accepted, valid = (confidence >= threshold).float(), batch.valid
+        sup = cross_entropy(mine, batch.target)
+        streams = [
+            hard_consistency(z, *pasted(batch, i, labels, accepted, valid)) for i, z in enumerate((first, second))
+        ]
+        strong_loss = torch.stack(streams).mean()
+        feature_loss = hard_consistency(dropped, labels, accepted, valid)
+        unsup = cfg.strong_weight * strong_loss + cfg.feature_weight * feature_loss
+        total = (sup + cfg.pseudo.weight * unsup) / 2
+        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        terms = {"sup": sup, "pseudo": strong_loss, "feature": feature_loss, "coverage": coverage}
+        return Losses(total, {name: value.detach() for name, value in (terms | self.statistics()).items()})
+
+    def judge(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Confidence and labels (U, H, W) of the weak views and the least confidence that counts.
+
+        ``mine`` (B, C, H, W) are the logits of the labelled images, ``clean`` (U, C, H, W) those of the weak views.
+        """
+        confidence, labels = clean.softmax(1).max(1)
+        return confidence, labels, self.cfg.pseudo.threshold
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Running values for the log; here none."""
+        return {}
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        return {"before": self.student(images)["visual"].softmax(1)}

@@ -1,0 +1,78 @@
+"""UniMatch V2: two strong views, each with the feature channels that the other lacks (Yang et al., TPAMI 2025).
+
+L = 1/2 [L_x + 1/2 (L_s1 + L_s2)], labels from a moving-average teacher on the weak view, at confidence 0.95 on every
+data set. Both streams are one pass, and a channel mask of the widest map serves the four maps, narrower ones with its
+first part: the published encoder has four maps of one width. Which half of a batch keeps all its channels is drawn
+within pairs of neighbours, so that it is exactly half on any number of workers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from viladiff import draws
+from viladiff.batch import Batch, Losses, Step, Views
+from viladiff.data.perturb import complementary_dropout, half_of_pairs, widest
+from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, TeacherConfig, pasted
+
+
+class UniMatchV2TeacherConfig(TeacherConfig):
+    momentum: float = Field(0.996, ge=0, le=1)
+    """The first steps use min(momentum, 1 - 1 / (step + 1))."""
+
+
+class UniMatchV2Config(MethodConfig):
+    """Two strong views with CutMix and complementary channel dropout."""
+
+    name: Literal["unimatch_v2"] = "unimatch_v2"
+    cutmix: bool = True
+    complementary: bool = True
+    """Whether half of the images lose channels, each stream the other's; off leaves FixMatch with two strong views."""
+    teacher: UniMatchV2TeacherConfig = UniMatchV2TeacherConfig()
+    pseudo: PseudoConfig = PseudoConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+class UniMatchV2(MeanTeacher):
+    Config = UniMatchV2Config
+    views = Views(strong=2, cutmix=True)
+
+    def views_wanted(self) -> Views:
+        return Views(strong=2, cutmix=self.cfg.cutmix)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        labelled, unlabelled = len(batch.image), len(batch.weak[0])
+        with torch.no_grad():
+            confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
+        views = [pasted(batch, i, x, confidence, labels, batch.valid) for i, x in enumerate(batch.strong)]
+
+        features = self.student.encode(torch.cat([batch.image, *(view[0] for view in views)]))
+        if self.cfg.complementary:
+            features = self._dropped(features, labelled, batch.keys_u, step)
+        logits = self.student.logits(features, batch.image.shape[-2:])
+        mine, *streams = logits.split([labelled, unlabelled, unlabelled])
+
+        sup = cross_entropy(mine, batch.target)
+        accepted = [(view[1] >= self.cfg.pseudo.threshold).float() for view in views]
+        parts = [
+            hard_consistency(z, labels, weight, valid)
+            for z, (_, _, labels, valid), weight in zip(streams, views, accepted, strict=True)
+        ]
+        pseudo = torch.stack(parts).mean()
+        coverage = global_mean((accepted[0] * views[0][3]).sum(), views[0][3].sum())
+        total = (sup + self.cfg.pseudo.weight * pseudo) / 2
+        return Losses(total, {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage})
+
+    def _dropped(self, features: list[Tensor], labelled: int, keys: tuple[int, ...], step: Step) -> list[Tensor]:
+        """Maps (B + 2 U, ...) of labelled images and both streams, the latter without each other's channels."""
+        device = features[0].device
+        name = (step.seed, "complementary", step.index)
+        uniform = draws.uniform(keys, (widest(features),), *name, device=device)
+        whole = torch.tensor(half_of_pairs(keys, step.seed, "complementary-whole", step.index), device=device)
+        first, second = complementary_dropout([level[labelled:] for level in features], uniform, whole)
+        return [torch.cat([level[:labelled], a, b]) for level, a, b in zip(features, first, second, strict=True)]
