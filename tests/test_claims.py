@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from viladiff.record import RunRecord, load_record
-from viladiff.study.claims import Verdict, covering, judge, printed_verdict, questions
+from viladiff.study.claims import Verdict, judge, printed_verdict
 from viladiff.study.plan import Plan, PlannedCell
+from viladiff.study.questions import covering, questions
 from viladiff.study.samples import LEVEL, Sample, Term, holm, pooled, samples, smallest_detectable, t_test
 from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
 

@@ -10,13 +10,14 @@ import jinja2
 from markupsafe import Markup
 
 from viladiff.record import write_atomically
-from viladiff.report import figures, palette, plain, provenance, strips, tables, views
+from viladiff.report import choices, figures, palette, plain, provenance, strips, tables, views
 from viladiff.report.curves import Curve, curves
 from viladiff.report.tables import METRICS, Agreement, Results
 
 if TYPE_CHECKING:
     from viladiff.study.claims import Verdict
     from viladiff.study.plan import Plan
+    from viladiff.study.printed import Inconsistency
     from viladiff.study.store import Store
 
 HERE = Path(__file__).parent
@@ -30,11 +31,12 @@ def render_table(
     command: str,
     verdicts: Sequence[Verdict],
     agreement: Sequence[Agreement] | None = None,
+    printed: Sequence[Inconsistency] = (),
 ) -> Path:
     """Writes index.html, table.md, table.tex, table.csv and figures/ under ``out``; returns the path of index.html.
 
-    ``agreement`` is worked out here where it is not given. Each file is replaced in one go, so that a reader of the
-    page, which is rewritten as runs finish, never sees half of one.
+    ``agreement`` is worked out here where it is not given; ``printed`` is what is wrong with the paper's numbers. Each
+    file is replaced in one go, so that a reader of the page, which is rewritten as runs finish, never sees half of one.
     """
     results = tables.gather(plan, store)
     drawn = curves(results, store)
@@ -42,11 +44,16 @@ def render_table(
     out.mkdir(parents=True, exist_ok=True)
     files = [path.name for path in figures.save(results, drawn, out / "figures")]
     said = banner(results)
+    opened = choices.choices(results, verdicts)
+    more = {
+        "What each choice is worth": choices.to_markdown(opened),
+        "The paper's own numbers": [f"- {plain.markdown(one.text)}" for one in printed],
+    }
     texts = {
-        "table.md": plain.to_markdown(results, verdicts, agreements, command, said),
+        "table.md": plain.to_markdown(results, verdicts, agreements, command, said, more),
         "table.tex": plain.to_latex(results, said),
         "table.csv": plain.to_csv(results),
-        "index.html": html(results, store, out, command, verdicts, agreements, drawn, files),
+        "index.html": html(results, store, out, command, verdicts, agreements, drawn, files, printed, opened),
     }
     for name, text in texts.items():
         write_atomically(out / name, text.encode())
@@ -72,6 +79,8 @@ def html(
     agreements: Sequence[Agreement],
     drawn: dict[str, list[Curve]],
     files: Sequence[str],
+    printed: Sequence[Inconsistency] = (),
+    opened: Sequence[choices.Choice] = (),
 ) -> str:
     """The page as text; everything that it shows is worked out here, and the template only lays it out."""
     reasons = views.Reasons()
@@ -87,6 +96,7 @@ def html(
     )  # fmt: skip
     environment.filters |= {"part": views.part_html, "signed": plain.signed, "duration": provenance.duration}
     environment.filters |= {"interval": views.interval, "p_value": views.p_value}
+    environment.filters |= {"seen": views.seen, "least": views.least}
     return environment.get_template("table.html.j2").render(
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         series=palette.SERIES,
@@ -121,6 +131,10 @@ def html(
         facts=facts,
         mixed=[fact for fact in facts if fact.mixed],
         origins=provenance.origins(results, store, out),
+        reference=tables.number(results, results.reference),
+        encoders=any(row.encoder for row in results.plan.table.rows),
+        printed=printed,
+        choices=opened,
         number=lambda row: tables.number(results, row),
         command=command,
         files=files,

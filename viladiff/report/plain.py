@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.report import provenance
@@ -32,7 +33,7 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "—": "---", "–": "--", "−": "$-$", "×": r"$\times$",
     "λ": r"$\lambda$", "τ": r"$\tau$", "Δ": r"$\Delta$", "β": r"$\beta$", "γ": r"$\gamma$", "≥": r"$\geq$",
-    "≤": r"$\leq$", "→": r"$\rightarrow$", "\n": " ", "\r": " ",
+    "≤": r"$\leq$", "→": r"$\rightarrow$", "†": r"$\dagger$", "²": "$^2$", "\n": " ", "\r": " ",
 }  # fmt: skip
 SPREAD = "± is the sample standard deviation over seeds (n − 1); the number of seeds is in brackets."
 
@@ -73,7 +74,12 @@ def paper_text(value: object) -> str:
 
 
 def best(results: Results, column: int, metric: str) -> float | None:
-    """Highest mean of the paper's rows, as it is printed; controls are not in the race."""
+    """Highest mean of the paper's rows, as it is printed; controls are not in the race.
+
+    None where the paper has no such table: the best of many alternatives is mostly luck.
+    """
+    if not results.plan.table.printed:
+        return None
     means = [summary(results.at(row, column), metric).mean for row in results.rows(control=False)]
     return max((round(mean, 1) for mean in means if mean is not None), default=None)
 
@@ -85,13 +91,13 @@ class Row(NamedTuple):
     label: str
     ticks: tuple[bool, ...]
     cells: tuple[tuple[Summary, bool, Difference | None, str], ...]
-    """A column: measured, whether best, difference to the first row, printed."""
+    """A column: measured, whether best, difference to the reference, printed."""
     control: bool
 
 
 def lines(results: Results, metric: str) -> list[Row]:
     """The table as numbers, the paper's rows first."""
-    names, first = parts(results), (results.rows(control=False) or results.rows())[0]
+    names, first = parts(results), results.reference
     tops = {column: best(results, column, metric) for column in results.plan.columns}
     out = []
     for row in results.rows():
@@ -114,10 +120,10 @@ def reasons(results: Results) -> list[str]:
     for entry in results.entries:
         if entry.why:
             label = results.plan.table.columns[entry.cell.column].label
-            found.setdefault(entry.why, []).append(
-                f"row {number(results, entry.cell.row)}, {label}, seed {entry.cell.seed}"
-            )
-    return [f"{why}: {_some(cells)}" for why, cells in found.items()]
+            row = f"row {number(results, entry.cell.row)}"
+            whole = entry.state == "unbuilt"
+            found.setdefault(entry.why, []).append(row if whole else f"{row}, {label}, seed {entry.cell.seed}")
+    return [f"{why}: {_some(list(dict.fromkeys(cells)))}" for why, cells in found.items()]
 
 
 def _some(cells: Sequence[str], most: int = 6) -> str:
@@ -145,16 +151,25 @@ def _share(chance: float) -> str:
 
 
 def to_markdown(
-    results: Results, verdicts: Sequence[Verdict], agreements: Sequence[Agreement], command: str, banner: str
+    results: Results,
+    verdicts: Sequence[Verdict],
+    agreements: Sequence[Agreement],
+    command: str,
+    banner: str,
+    more: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
-    """The page without its pictures, for reading in a terminal or a repository."""
+    """The page without its pictures, for reading in a terminal or a repository; ``more``: sections and their lines."""
     say = markdown
     out = [f"# {say(results.plan.table.title)}", "", say(finding(results)), ""]
     out += [f"**{say(banner)}**", ""] if banner else []
     for metric, name in METRICS.items():
         out += [f"## {name} (%)", "", *_pipes(_grid(results, metric, say, "✓", "**{}**".format)), ""]
-    out += [f"{say(SPREAD)} The paper's numbers are of its own data sets and encoder; compare their order.", ""]
-    out += ["## Agreement with the printed order", "", *(f"- {say(agreement_text(a))}" for a in agreements), ""]
+    own = " The paper's numbers are of its own data sets and encoder; compare their order."
+    out += [f"{say(SPREAD)}{own if results.plan.table.printed else ''}", ""]
+    if results.plan.table.printed:
+        out += ["## Agreement with the printed order", "", *(f"- {say(agreement_text(a))}" for a in agreements), ""]
+    for heading, told in more.items():
+        out += [f"## {heading}", "", *told, ""] if told else []
     if verdicts:
         out += ["## Claims", "", *(f"- {_claim(verdict)}" for verdict in verdicts), ""]
     missing = reasons(results)
@@ -170,7 +185,9 @@ def to_markdown(
 
 def _claim(verdict: Verdict) -> str:
     whose = "The paper's" if verdict.source == "paper" else "Ours"
-    least = "" if verdict.detectable is None else f" Least difference that could be seen: {verdict.detectable:.1f}."
+    times = "× " if any(one.form == "spread" for one in verdict.comparisons) else ""
+    most = verdict.detectable
+    least = "" if most is None else f" Least difference that could be seen: {times}{most:.1f}."
     return (
         f"**{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {METRICS.get(verdict.metric, verdict.metric)}. "
         f"{markdown(verdict.why)}. Printed numbers: {verdict.printed} ({markdown(verdict.printed_why)}). "
@@ -184,22 +201,26 @@ def _grid(
     """Header and lines of one metric's table; printed numbers exist for the table's own metric only."""
     own = metric == results.plan.table.metric
     labels = [say(results.plan.table.columns[c].label) for c in results.plan.columns]
-    kinds = ["measured", "difference", "paper"] if own else ["measured", "difference"]
+    printed = own and results.plan.table.printed
+    encoders = own and any(row.encoder for row in results.plan.table.rows)
+    kinds = ["measured", "difference", *(["paper"] if printed else [])]
     head = [
         "",
         "row",
+        *(["encoder (paper)"] if encoders else []),
         *(map(say, parts(results)) if own else []),
         *(f"{label} {kind}" for label in labels for kind in kinds),
     ]
     body = []
-    for row in lines(results, metric):
+    for place, row in zip(results.rows(), lines(results, metric), strict=True):
         cells: list[str] = []
         for found, top, gap, paper in row.cells:
             text = say(str(found))
             cells += [bold(text) if top else text, say(signed(gap.mean)) if gap else ""]
-            cells += [say(paper)] if own else []
+            cells += [say(paper)] if printed else []
         ticks = [tick if on else "" for on in row.ticks] if own else []
-        body.append([row.number, say(row.label) + (" (ours)" if row.control else ""), *ticks, *cells])
+        encoder = [say(results.plan.table.rows[place].encoder)] if encoders else []
+        body.append([row.number, say(row.label) + (" (ours)" if row.control else ""), *encoder, *ticks, *cells])
     return [head, *body]
 
 
@@ -221,26 +242,30 @@ def to_csv(results: Results) -> str:
 def to_latex(results: Results, banner: str) -> str:
     """A booktabs table; printed numbers are set in grey columns headed as the paper's."""
     names, table = parts(results), results.plan.table
-    spans = [rf"\multicolumn{{3}}{{c}}{{{latex(table.columns[c].label)}}}" for c in results.plan.columns]
-    start = 3 + len(names)
-    rules = " ".join(rf"\cmidrule(lr){{{start + 3 * i}-{start + 3 * i + 2}}}" for i in range(len(spans)))
-    heads = [_latex_part(name) for name in names]
+    grey, encoders = r"\textcolor{gray}{%s}", any(row.encoder for row in table.rows)
+    kinds = ["measured", r"$\Delta$", *([grey % "paper"] if table.printed else [])]
+    wide = len(kinds)
+    spans = [rf"\multicolumn{{{wide}}}{{c}}{{{latex(table.columns[c].label)}}}" for c in results.plan.columns]
+    start = 3 + encoders + len(names)
+    rules = " ".join(rf"\cmidrule(lr){{{start + wide * i}-{start + wide * (i + 1) - 1}}}" for i in range(len(spans)))
+    heads = [*([grey % "Encoder"] if encoders else []), *map(_latex_part, names)]
     out = [
         "% needs \\usepackage{booktabs, amssymb, xcolor}",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{latex(table.title)} {latex('— mIoU (%). ' + SPREAD)} Grey: as printed in the paper."
+        rf"\caption{{{latex(table.title)} {latex('— mIoU (%). ' + SPREAD)}"
+        + (" Grey: as printed in the paper." if table.printed else "")
         + (rf" \emph{{{latex(banner)}}}" if banner else "")
         + "}",
-        rf"\begin{{tabular}}{{ll{'c' * len(names)}{'rrr' * len(spans)}}}",
+        rf"\begin{{tabular}}{{ll{'l' * encoders}{'c' * len(names)}{'r' * wide * len(spans)}}}",
         r"\toprule",
-        " & ".join(["", "", *[""] * len(names), *spans]) + r" \\",
+        " & ".join(["", "", *[""] * len(heads), *spans]) + r" \\",
         rules,
-        " & ".join(["", "Row", *heads, *["measured", r"$\Delta$", r"\textcolor{gray}{paper}"] * len(spans)]) + r" \\",
+        " & ".join(["", "Row", *heads, *kinds * len(spans)]) + r" \\",
         r"\midrule",
     ]
     ruled = False
-    for row in lines(results, table.metric):
+    for place, row in zip(results.rows(), lines(results, table.metric), strict=True):
         if row.control and not ruled:
             out.append(r"\midrule")
             ruled = True
@@ -248,9 +273,10 @@ def to_latex(results: Results, banner: str) -> str:
         for found, top, gap, paper in row.cells:
             text = latex(str(found))
             cells += [rf"\textbf{{{text}}}" if top else text, latex(signed(gap.mean)) if gap else ""]
-            cells.append(rf"\textcolor{{gray}}{{{latex(paper)}}}" if paper else "")
+            cells += [grey % latex(paper) if paper else ""] if table.printed else []
         ticks = [r"\checkmark" if on else "" for on in row.ticks]
-        out.append(" & ".join([row.number, latex(row.label), *ticks, *cells]) + r" \\")
+        encoder = [grey % latex(table.rows[place].encoder)] if encoders else []
+        out.append(" & ".join([row.number, latex(row.label), *encoder, *ticks, *cells]) + r" \\")
     return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 

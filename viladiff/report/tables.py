@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from viladiff.record import RunRecord
 from viladiff.study.plan import Plan, PlannedCell, State, states
+from viladiff.study.samples import score
 from viladiff.study.spec import Printed
 
 if TYPE_CHECKING:
@@ -32,14 +33,22 @@ _WHY: dict[State, str] = {
 }
 
 
+Mark = State | Literal["unbuilt"]
+"""How far a cell's run is; ``unbuilt`` has none, since its method is not written yet."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One seed of one cell; ``why`` is empty where ``record`` counts."""
 
     cell: PlannedCell
-    state: State
+    """Its ``run_id`` is empty where there is no run."""
+    state: Mark
     record: RunRecord | None
     why: str = ""
+    network: str = ""
+    """Whose score the row reads from its record; empty for the headline's."""
+    stream: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,26 @@ class Results:
 
     def counts(self) -> dict[State, int]:
         """Unique runs by state; a run that stands in several cells counts once."""
-        by_run = {e.cell.run_id: e.state for e in self.entries}
+        by_run = {e.cell.run_id: e.state for e in self.entries if e.cell.run_id}
         return {state: n for state in _WHY if (n := sum(s == state for s in by_run.values()))}
 
     def rows(self, control: bool | None = None) -> list[int]:
         table = self.plan.table
         return [row for row in self.plan.rows if control is None or table.rows[row].control == control]
+
+    @property
+    def reference(self) -> int:
+        """Place of the row that differences are taken to."""
+        return self._named(self.plan.table.reference, 0)
+
+    @property
+    def headline(self) -> int:
+        """Place of the row that the first sentence is about."""
+        return self._named(self.plan.table.headline, -1)
+
+    def _named(self, label: str, otherwise: int) -> int:
+        there = {self.plan.table.rows[row].label: row for row in self.plan.rows}
+        return there[label] if label in there else (self.rows(control=False) or self.rows())[otherwise]
 
 
 @dataclass(frozen=True)
@@ -74,7 +97,7 @@ class Summary:
     values: dict[int, float]
     missing: dict[int, str]
     """Seed to reason."""
-    marks: frozenset[State]
+    marks: frozenset[Mark]
     """States of the missing ones."""
 
     @property
@@ -110,7 +133,15 @@ def gather(plan: Plan, store: Store) -> Results:
         (c for c in plan.cells if (c.row, c.column) in wanted),
         key=lambda c: (plan.rows.index(c.row), plan.columns.index(c.column), c.seed),
     )
-    return Results(plan, tuple(Entry(cell, *read[cell.run_id]) for cell in cells))
+    rows = plan.table.rows
+    have = [Entry(c, *read[c.run_id], rows[c.row].network, rows[c.row].stream) for c in cells]
+    lack = [
+        Entry(PlannedCell(row, column, seed, ""), "unbuilt", None, why)
+        for row, why in plan.unbuilt.items()
+        for column in plan.columns
+        for seed in plan.seeds
+    ]
+    return Results(plan, (*have, *lack))
 
 
 def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) -> tuple[State, RunRecord | None, str]:
@@ -126,15 +157,11 @@ def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) ->
     return state, None, f"failed ({failure.kind}{at}{tries}): {message}"
 
 
-def score(record: RunRecord, metric: str, network: str = "", stream: str = "") -> float | None:
-    """Percent, of the headline network and stream unless others are named; None where it was not measured."""
-    scores = record.scores.get(network or record.network, {}).get(stream or record.stream, {})
-    value = scores.get(metric)
-    return None if value is None or math.isnan(value) else 100 * float(value)
-
-
 def summary(entries: Sequence[Entry], metric: str, network: str = "", stream: str = "") -> Summary:
-    found = {e.cell.seed: score(e.record, metric, network, stream) if e.record is not None else None for e in entries}
+    found = {
+        e.cell.seed: score(e.record, metric, network or e.network, stream or e.stream) if e.record is not None else None
+        for e in entries
+    }
     lacking = [e for e in entries if found[e.cell.seed] is None]
     return Summary(
         {seed: value for seed, value in found.items() if value is not None},
@@ -217,21 +244,42 @@ def _chance(same: int, pairs: Sequence[object]) -> float:
 
 
 def finding(results: Results) -> str:
-    """One sentence made of the numbers: where the paper's last row ends, and against the first."""
-    ours = results.rows(control=False) or results.rows()
-    metric, table = results.plan.table.metric, results.plan.table
+    """One sentence made of the numbers: where the headline's row ends, and against the reference."""
+    plan, row, other = results.plan, results.headline, results.reference
     said = []
-    for column in results.plan.columns:
-        first, last = (summary(results.at(row, column), metric) for row in (ours[0], ours[-1]))
-        if last.mean is None:
+    for column in plan.columns:
+        found, base = (summary(results.at(place, column), plan.table.metric) for place in (row, other))
+        if found.mean is None:
             continue
-        gap = difference(last, first) if len(ours) > 1 else None
-        said.append(f"{last} on {table.columns[column].label}{_against(gap, table.rows[ours[0]].label)}")
+        where = f"{found} on {plan.table.columns[column].label}"
+        if row == other:
+            said.append(where + (_standing(results, row, column) if plan.table.printed else ""))
+        else:
+            said.append(where + _against(difference(found, base), plan.table.rows[other].label))
+    label = plan.table.rows[row].label
     if not said:
+        which = "the last row" if not plan.table.headline else f"row {number(results, row)} ({label})"
         done = any(e.record for e in results.entries)
-        return "Some runs are done, but none of the last row yet." if done else "No run of this table has finished yet."
-    label = table.rows[ours[-1]].label
-    return f"Row {number(results, ours[-1])} ({label}) reaches {'; '.join(said)}."
+        return f"Some runs are done, but none of {which} yet." if done else "No run of this table has finished yet."
+    return f"Row {number(results, row)} ({label}) reaches {'; '.join(said)}."
+
+
+def _standing(results: Results, row: int, column: int) -> str:
+    """Where a row stands among the paper's that are measured."""
+    table = results.plan.table
+    means = {r: summary(results.at(r, column), table.metric).mean for r in results.rows(control=False)}
+    there = {r: mean for r, mean in means.items() if mean is not None}
+    top = max(there, key=lambda r: there[r], default=row)
+    short = there.get(top, 0.0) - there.get(row, 0.0)
+    if len(there) < 2:
+        return ""
+    if top == row:
+        return f", the highest of {len(there)} rows"
+    return (
+        f", level with the highest, {table.rows[top].label}"
+        if short < 0.05
+        else (f", {short:.1f} below the highest, {table.rows[top].label}")
+    )
 
 
 def _against(gap: Difference | None, label: str) -> str:
@@ -264,9 +312,10 @@ def _line(results: Results, entry: Entry) -> dict[str, object]:
         "why": entry.why,
         "scale": results.plan.scale,
         "paper": paper if isinstance(paper, float | int) else None,
+        "paper_encoder": row.encoder,
     }
     for metric in METRICS:
-        out[metric] = score(entry.record, metric) if entry.record else None
+        out[metric] = score(entry.record, metric, entry.network, entry.stream) if entry.record else None
     return out | (dict(_measured(entry.record)) if entry.record else {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,6 +57,8 @@ class Line(NamedTuple):
     ticks: tuple[bool, ...]
     cells: tuple[Cell, ...]
     printed: tuple[str, ...]
+    group: str
+    encoder: str
 
 
 class Reasons:
@@ -82,9 +84,10 @@ def lines(results: Results, metric: str, reasons: Reasons) -> list[Line]:
             _cell(results, row, column, found, longest, reasons)
             for column, found in zip(results.plan.columns, line.cells, strict=True)
         )
-        note = results.plan.table.rows[row].note
+        spec = results.plan.table.rows[row]
         papers = tuple(cell[3] for cell in line.cells)
-        out.append(Line(row, line.number, line.label, note, line.control, line.ticks, cells, papers))
+        about = (row, line.number, line.label, spec.note, line.control, line.ticks)
+        out.append(Line(*about, cells, papers, spec.group, spec.encoder))
     return out
 
 
@@ -109,7 +112,7 @@ def _cell(
         gap is not None and len(gap.seeds) < found.n,
         notes,
         "; ".join(values),
-        f"run-{entries[0].cell.run_id}" if entries else "",
+        f"run-{entries[0].cell.run_id}" if entries and entries[0].cell.run_id else "",
     )
 
 
@@ -160,22 +163,38 @@ def forest(verdicts: Sequence[Verdict]) -> tuple[dict[int, Forest], float]:
         for verdict in verdicts
         for c in verdict.comparisons
         for end in (*c.interval, c.difference)
-        if math.isfinite(end)
+        if math.isfinite(end) and c.form != "spread"
     ]
     reach = 1.1 * max(ends, default=1.0) or 1.0
     span = (-reach, reach)
     placed = {}
     for verdict in verdicts:
         for c in verdict.comparisons:
-            if all(map(math.isfinite, (*c.interval, c.difference))):
+            if c.form != "spread" and all(map(math.isfinite, (*c.interval, c.difference))):
                 low, at, high = (_place(points, span) for points in (c.interval[0], c.difference, c.interval[1]))
                 placed[id(c)] = Forest(low, high, at)
     return placed, reach
 
 
 def interval(comparison: Comparison) -> str:
-    """``−0.4 to +2.1``."""
+    """``−0.4 to +2.1``, or ``× 0.80 to 2.10`` of a ratio."""
+    if comparison.form == "spread":
+        return "× " + " to ".join(_times(end) for end in comparison.interval)
     return " to ".join(plain.signed(end) for end in comparison.interval)
+
+
+def seen(comparison: Comparison) -> str:
+    """``+2.1``, or ``× 1.40`` of a ratio."""
+    return f"× {_times(comparison.difference)}" if comparison.form == "spread" else plain.signed(comparison.difference)
+
+
+def least(comparison: Comparison) -> str:
+    """The smallest difference that the comparison would have seen."""
+    return f"× {comparison.least:.1f}" if comparison.form == "spread" else f"{comparison.least:.1f}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if math.isfinite(ratio) else "∞" if ratio > 0 else "—"
 
 
 def p_value(p: float) -> str:
@@ -282,7 +301,8 @@ def part_html(part: str) -> Markup:
 def context(results: Results) -> list[str]:
     """Sentences without which the numbers would mislead: stand-in data sets, captions, length."""
     table, records = results.plan.table, list(results.records().values())
-    swapped = table.scale[results.plan.scale].datasets if results.plan.scale in table.scale else {}
+    size = table.scale.get(results.plan.scale)
+    swapped = size.datasets if size else {}
     used = {str(table.columns[c].set.get("data.dataset")) for c in results.plan.columns}
     used.add(str(table.base.get("data.dataset")))
     said = [
@@ -290,6 +310,8 @@ def context(results: Results) -> list[str]:
         for paper, ours in swapped.items()
         if paper in used and paper != ours
     ]
+    stand_ins = [f"{_fields(fields)} for {asked}" for asked, fields in (size.instead.items() if size else ())]
+    said += [f"Stand-ins for what this data set lacks: {'; '.join(stand_ins)}."] if stand_ins else []
     own = list(dict.fromkeys(provenance.captions(r) for r in records if r.config.get("data.captions", "own") == "own"))
     said += [f"Captions: {'; '.join(own)}."] if own else []
     encoders = list(dict.fromkeys(f"{r.encoder} ({r.pretrained})" for r in records))
@@ -299,3 +321,7 @@ def context(results: Results) -> list[str]:
         else []
     )
     return said
+
+
+def _fields(fields: Mapping[str, object]) -> str:
+    return ", ".join(f"{path}={value}" for path, value in fields.items()) or "nothing"

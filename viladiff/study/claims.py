@@ -1,17 +1,17 @@
 """Whether a sentence about a table holds, and how sure that is: tests over seeds, corrected for how many there are.
 
-A claim becomes questions, each a sum of cell means with signs that is said to be above 0 (one cell against another; for
-a shrinking gain, a difference against a difference). All numbers here are in points, percent of mIoU and the like.
+A claim becomes questions (``viladiff.study.questions``), most of them a sum of cell means with signs that is said to be
+above 0. Numbers here are in points, percent of mIoU and the like, but where two spreads are compared, by their ratio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from viladiff.study.questions import Form, Question, questions
 from viladiff.study.samples import (
     LEVEL,
     Pool,
@@ -19,11 +19,12 @@ from viladiff.study.samples import (
     Sample,
     Samples,
     Term,
-    Tested,
+    f_test,
     holm,
     pooled,
     samples,
     smallest_detectable,
+    smallest_ratio,
     t_test,
 )
 from viladiff.study.spec import METRIC_NAMES, Claim, Metric, Table
@@ -41,21 +42,23 @@ class Comparison:
     """One measured difference; positive is the claimed direction."""
 
     higher: str
-    """Label of the row that is claimed to be higher; for a shrinking gain, the column whose gain is."""
+    """``Question.higher``, and so on."""
     lower: str
     column: str
-    """Label of the column; for a shrinking gain, which row is compared with which."""
     difference: float
-    """Points."""
+    """Points; of two spreads, their ratio."""
     interval: tuple[float, float]
     """95 % confidence interval of the difference, not corrected for the number of comparisons."""
     p: float
-    """One-sided, in the claimed direction, corrected."""
+    """In the claimed direction, corrected; where no direction is claimed, two-sided."""
     n: tuple[int, int]
     """Seeds on either side; of a gain, the fewer."""
     p_reversed: float
     """Likewise in the other direction."""
     outcome: Outcome
+    least: float = 0.0
+    """The smallest true difference, or ratio, that this comparison finds with a chance of 80 %."""
+    form: Form = "one_sided"
 
 
 @dataclass(frozen=True)
@@ -69,77 +72,12 @@ class Verdict:
     comparisons: tuple[Comparison, ...]
     """Those with enough seeds."""
     detectable: float | None
-    """Points of the least difference that the hardest comparison finds with a chance of 80 %; None if none was made."""
+    """``least`` of the hardest comparison; None if none was made."""
     source: Literal["paper", "ours"]
     metric: Metric
     printed: Literal["holds", "fails", "not printed"]
     """Whether the printed numbers bear the claim out, compared as decimals."""
     printed_why: str
-
-
-class Question(NamedTuple):
-    """Whether the sum of the terms is above minus the tolerance."""
-
-    higher: str
-    lower: str
-    column: str
-    terms: tuple[Term, ...]
-    tolerance: float
-
-
-# Questions
-
-
-def questions(table: Table, claim: Claim) -> list[Question]:
-    """What a claim asks, in the table's order.
-
-    superset_increases: each row without ``control`` is higher than those whose parts it includes, in every column; only
-    pairs with no row between them are asked, since the rest follows. best_row: the row is higher than every other row
-    of the paper's. worst_rows: every other row is higher than each of these. higher: the first row is higher than the
-    second. gain_shrinks: the first row's gain over the second is greater in each column than in the next one.
-    """
-    rows = {row.label: i for i, row in enumerate(table.rows)}
-    columns = {column.label: i for i, column in enumerate(table.columns)}
-    across = [columns[label] for label in claim.columns or columns]
-    named = [rows[label] for label in claim.rows]
-    if claim.kind == "gain_shrinks":
-        return [_shrinks(table, named, left, right, claim.tolerance) for left, right in pairwise(across)]
-    papers = [i for i, row in enumerate(table.rows) if not row.control]
-    pairs: dict[str, Callable[[], list[tuple[int, int]]]] = {
-        "superset_increases": lambda: covering(table),
-        "best_row": lambda: [(named[0], i) for i in papers if i != named[0]],
-        "worst_rows": lambda: [(i, worst) for worst in named for i in papers if i not in named],
-        "higher": lambda: [(named[0], named[1])],
-    }
-    return [
-        Question(
-            table.rows[high].label,
-            table.rows[low].label,
-            table.columns[column].label,
-            (Term(high, column, 1), Term(low, column, -1)),
-            claim.tolerance,
-        )
-        for high, low in pairs[claim.kind]()
-        for column in across
-    ]
-
-
-def covering(table: Table) -> list[tuple[int, int]]:
-    """(row, row) where the first's parts include the second's and no row stands between; controls stay out."""
-    parts = {i: frozenset(row.parts) for i, row in enumerate(table.rows) if not row.control}
-    return [
-        (high, low)
-        for high in parts
-        for low in parts
-        if parts[low] < parts[high] and not any(parts[low] < between < parts[high] for between in parts.values())
-    ]
-
-
-def _shrinks(table: Table, rows: Sequence[int], left: int, right: int, tolerance: float) -> Question:
-    one, other = rows
-    terms = (Term(one, left, 1), Term(other, left, -1), Term(one, right, -1), Term(other, right, 1))
-    what = f"{table.rows[one].label} over {table.rows[other].label}"
-    return Question(table.columns[left].label, table.columns[right].label, what, terms, tolerance)
 
 
 # Verdicts
@@ -162,12 +100,23 @@ class _Key(NamedTuple):
     """Two claims that ask the same count once."""
 
     metric: Metric
-    terms: frozenset[Term]
-    tolerance: float
+    terms: tuple[Term, ...]
+    limit: float
+    form: Form
+
+
+class _Answer(NamedTuple):
+    """A comparison before it is corrected."""
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+    p_reversed: float
+    least: float
 
 
 def _key(claim: Claim, question: Question) -> _Key:
-    return _Key(claim.metric, frozenset(question.terms), question.tolerance)
+    return _Key(claim.metric, tuple(sorted(question.terms)), question.limit, question.form)
 
 
 def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdict]:
@@ -175,76 +124,94 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
     measured = {claim.metric: samples(plan, records, claim.metric) for claim in claims}
     pools = {metric: pooled(found) for metric, found in measured.items()}
     family = {_key(claim, question): question for claim in claims for question in asked[claim.text]}
-    results: dict[_Key, Tested | None] = {}
+    answers: dict[_Key, _Answer | None] = {}
     for key, question in family.items():
-        pool = pools[key.metric]
-        enough = not any(_lacking(plan, question, measured[key.metric]))
-        results[key] = (
-            t_test(question.terms, question.tolerance, measured[key.metric], pool)
-            if enough and pool is not None
-            else None
-        )
-    forward = holm([1.0 if found is None else found.p for found in results.values()])
-    backward = holm([1.0 if found is None else found.p_reversed for found in results.values()])
-    corrected = dict(zip(results, zip(forward, backward, strict=True), strict=True))
+        pool, found = pools[key.metric], measured[key.metric]
+        enough = pool is not None and not any(_lacking(plan, question, found))
+        answers[key] = _answer(question, found, pool, len(family)) if enough and pool is not None else None
+    forward = holm([1.0 if found is None else found.p for found in answers.values()])
+    backward = holm([1.0 if found is None else found.p_reversed for found in answers.values()])
+    corrected = dict(zip(answers, zip(forward, backward, strict=True), strict=True))
     verdicts = []
     for claim in claims:
-        found, pool = measured[claim.metric], pools[claim.metric]
-        made = [
-            (question, result, *corrected[_key(claim, question)])
+        found = measured[claim.metric]
+        made = tuple(
+            _comparison(question, answer, *corrected[key], found)
             for question in asked[claim.text]
-            if (result := results[_key(claim, question)]) is not None
-        ]
-        comparisons = tuple(_comparison(*one, found, pool) for one in made if pool is not None)
-        hardest = max((result.error for _, result, _, _ in made), default=None)
-        least = None if hardest is None or pool is None else smallest_detectable(hardest, pool.df, len(family))
-        verdict, why = _verdict(plan, asked[claim.text], comparisons, found)
+            if (answer := answers[key := _key(claim, question)]) is not None
+        )
+        verdict, why = _verdict(plan, claim, asked[claim.text], made, found)
         printed, printed_why = printed_verdict(plan.table, claim)
-        test = _said(pool, len(family), claim)
         verdicts.append(
             Verdict(
-                claim.text, verdict, why, test, comparisons, least, claim.source, claim.metric, printed, printed_why
+                claim.text,
+                verdict,
+                why,
+                _said(pools[claim.metric], len(family), claim),
+                made,
+                max((one.least for one in made), default=None),
+                claim.source,
+                claim.metric,
+                printed,
+                printed_why,
             )
         )
     return verdicts
 
 
-def _comparison(
-    question: Question, result: Tested, p: float, p_reversed: float, measured: Samples, pool: Pool
-) -> Comparison:
+def _answer(question: Question, measured: Samples, pool: Pool, family: int) -> _Answer:
+    """``family``: how many comparisons there are in all."""
     from scipy import stats
 
+    if question.form == "spread":
+        above, below = ([measured[t.row, t.column] for t in question.terms if t.sign == sign] for sign in (1, -1))
+        found = f_test(above, below)
+        return _Answer(found.ratio, found.interval, found.p, found.p_reversed, smallest_ratio(found.df, family))
+    result = t_test(question.terms, -question.limit, measured, pool)
     half = float(stats.t.isf(0.025, pool.df)) * result.error
+    interval = (result.difference - half, result.difference + half)
+    if question.form == "two_sided":
+        p = min(1.0, 2 * min(result.p, result.p_reversed))
+        return _Answer(result.difference, interval, p, p, smallest_detectable(result.error, pool.df, 2 * family))
+    least = smallest_detectable(result.error, pool.df, family)
+    return _Answer(result.difference, interval, result.p, result.p_reversed, least)
+
+
+def _comparison(question: Question, answer: _Answer, p: float, p_reversed: float, measured: Samples) -> Comparison:
     n = tuple(
         min(len(measured[row, column].values) for row, column, _ in terms)
         for terms in (question.terms[: len(question.terms) // 2], question.terms[len(question.terms) // 2 :])
     )
     outcome: Outcome = "shown" if p < LEVEL else "reversed" if p_reversed < LEVEL else "open"
-    interval = (result.difference - half, result.difference + half)
+    if question.form == "two_sided" and outcome != "open":
+        outcome = "shown" if answer.difference > 0 else "reversed"
+    labels = (question.higher, question.lower, question.column)
     return Comparison(
-        question.higher,
-        question.lower,
-        question.column,
-        result.difference,
-        interval,
+        *labels,
+        answer.difference,
+        answer.interval,
         p,
         (n[0], n[1]),
         p_reversed,
         outcome,
+        answer.least,
+        question.form,
     )
 
 
 def _verdict(
-    plan: Plan, asked: Sequence[Question], made: Sequence[Comparison], measured: Samples
+    plan: Plan, claim: Claim, asked: Sequence[Question], made: Sequence[Comparison], measured: Samples
 ) -> tuple[Literal["holds", "fails", "not decided"], str]:
     if not asked:
         return "not decided", "no row's parts include another row's"
     counts = {outcome: sum(one.outcome == outcome for one in made) for outcome in ("shown", "reversed", "open")}
-    said = f"{counts['shown']} of {len(asked)} shown, {counts['reversed']} reversed, {counts['open']} open"
     lacking = list(dict.fromkeys(reason for question in asked for reason in _lacking(plan, question, measured)))
+    more = len(lacking) - 1
+    rest = f" (likewise {more} more cell{'s' if more > 1 else ''})" if more > 0 else ""
+    if claim.kind == "differs":
+        return _differs(counts, len(asked), f"; {lacking[0]}{rest}" if lacking else "")
+    said = f"{counts['shown']} of {len(asked)} shown, {counts['reversed']} reversed, {counts['open']} open"
     if lacking:
-        more = len(lacking) - 1
-        rest = f" (likewise {more} more cell{'s' if more > 1 else ''})" if more else ""
         return "not decided", f"{lacking[0]}{rest}; {_as_measured(asked, measured)}"
     if counts["shown"] == len(asked):
         return "holds", said
@@ -253,8 +220,17 @@ def _verdict(
     return "not decided", said
 
 
+def _differs(counts: Mapping[str, int], asked: int, lacking: str) -> tuple[Literal["holds", "not decided"], str]:
+    """One difference is enough; that there is none cannot be shown, only how large one could be."""
+    higher, lower = counts["shown"], counts["reversed"]
+    said = f"{higher + lower} of {asked} differ: {higher} higher, {lower} lower; {counts['open']} open{lacking}"
+    return ("holds" if higher + lower else "not decided"), said
+
+
 def _worst(reversed_: Sequence[Comparison]) -> str:
     one = min(reversed_, key=lambda one: one.difference)
+    if one.form == "spread":
+        return f"{one.higher!r} spreads {one.difference:.2f} times as much as {one.lower!r} ({one.column})"
     return f"{one.higher!r} is {-one.difference:.1f} points below {one.lower!r} ({one.column})"
 
 
@@ -273,12 +249,14 @@ def _as_measured(asked: Sequence[Question], measured: Samples) -> str:
     """How many differences point the claimed way, for a table too small to decide."""
     sums = []
     for question in asked:
+        if question.form == "spread":
+            continue
         cells = [(measured.get((row, column)), sign) for row, column, sign in question.terms]
         if all(one is not None and one.values for one, _ in cells):
             sums.append(sum(sign * sum(one.values) / len(one.values) for one, sign in cells if one is not None))
     if not sums:
         return "nothing to compare has been measured yet"
-    claimed = sum(total + asked[0].tolerance > 0 for total in sums)
+    claimed = sum(total > asked[0].limit for total in sums)
     return f"{claimed} of {len(sums)} differences measured so far point the claimed way"
 
 
@@ -287,11 +265,17 @@ def _said(pool: Pool | None, comparisons: int, claim: Claim) -> str:
         return "none: no cell has two seeds"
     whose = "the paper's claims" if claim.source == "paper" else "our own claims"
     count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
+    corrected = f"Holm's correction for {count} of {whose}"
+    on = f"on {METRIC_NAMES[claim.metric]} over seeds"
+    if claim.kind == "less_stable":
+        return f"F test {on}, of variances pooled within the cells of either side, at 5 %; {corrected}"
+    sides = "two-sided t tests at 5 %" if claim.kind == "differs" else "one-sided t tests at 5 % in each direction"
     beyond = f", with a tolerance of {claim.tolerance:g}," if claim.tolerance else ""
+    beyond = f", beyond a margin of {claim.margin:g}," if claim.margin else beyond
     return (
-        f"one-sided t tests at 5 % in each direction{beyond} on {METRIC_NAMES[claim.metric]} over seeds, one standard "
+        f"{sides}{beyond} {on}, one standard "
         f"deviation, {pool.sd:.2f} points, pooled within {pool.cells} cells ({pool.df} degrees of freedom; that cells "
-        f"share seeds is not used), Holm's correction for {count} of {whose}"
+        f"share seeds is not used), {corrected}"
     )
 
 
@@ -301,10 +285,12 @@ def _said(pool: Pool | None, comparisons: int, claim: Claim) -> str:
 def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails", "not printed"], str]:
     """What the paper's own numbers say of a claim, compared as decimals; a number left out is passed over.
 
-    Without a tolerance an equal number is not higher; with one, a number at its edge still counts.
+    Without tolerance and margin an equal number is not higher; with one of them, a number at its edge still counts.
     """
     if claim.metric != table.metric:
         return "not printed", f"the paper prints no {METRIC_NAMES[claim.metric]}"
+    if claim.kind in ("less_stable", "differs"):
+        return "not printed", "the paper prints no spread"
     wrong, count = [], 0
     for question in questions(table, claim):
         printed = [_printed(table, term) for term in question.terms]
@@ -313,14 +299,25 @@ def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails
             continue
         count += 1
         total = sum((term.sign * number for term, number in zip(question.terms, numbers, strict=True)), Decimal(0))
-        tolerance = Decimal(str(question.tolerance))
-        if not (total > 0 or (tolerance and total + tolerance >= 0)):
+        limit = Decimal(str(question.limit))
+        if not (total > 0 if limit == 0 else total >= limit):
             wrong.append(f"{question.higher!r} against {question.lower!r} ({question.column}): {total:+}")
     if not count:
         return "not printed", "the paper prints none of these numbers"
+    gains = f"; the gains are {', '.join(_gains(table, claim))}" if claim.kind == "gain_shrinks" else ""
     if wrong:
-        return "fails", f"{len(wrong)} of {count} printed differences are not as claimed: {'; '.join(wrong)}"
-    return "holds", f"all {count} printed differences are as claimed"
+        said = f"{len(wrong)} of {count} printed differences are not as claimed: {'; '.join(wrong)}"
+        return "fails", said + gains
+    return "holds", f"all {count} printed differences are as claimed{gains}"
+
+
+def _gains(table: Table, claim: Claim) -> Iterator[str]:
+    """Printed differences of the claim's two rows, column by column."""
+    one, other = ([row.label for row in table.rows].index(label) for label in claim.rows)
+    labels = [column.label for column in table.columns]
+    for label in claim.columns or labels:
+        ends = [_printed(table, Term(row, labels.index(label), 1)) for row in (one, other)]
+        yield "—" if None in ends else str(ends[0] - ends[1])  # type: ignore[operator]
 
 
 def _printed(table: Table, term: Term) -> Decimal | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.study.spec import Metric
@@ -38,7 +39,7 @@ class Sample(NamedTuple):
     values: tuple[float, ...]
     """Points, one a finished run."""
     runs: tuple[str, ...]
-    """Their names: cells with the same runs are one sample."""
+    """Their names, and which of their scores is read: cells with the same are one sample."""
 
 
 Samples = dict[tuple[int, int], Sample]
@@ -60,21 +61,37 @@ class Tested(NamedTuple):
     p_reversed: float
 
 
-def score(record: RunRecord, metric: Metric) -> float | None:
-    """The headline's score in [0, 1]: last step, the network and stream that the run names."""
-    if metric == "miou":
-        return record.miou
-    value = record.scores.get(record.network, {}).get(record.stream, {}).get(metric)
-    return None if value is None else float(value)
+class Ratio(NamedTuple):
+    """Of two standard deviations."""
+
+    ratio: float
+    """Infinite where the lower one is 0, not a number where both are."""
+    interval: tuple[float, float]
+    """95 %."""
+    df: tuple[int, int]
+    p: float
+    p_reversed: float
+
+
+def score(record: RunRecord, metric: str, network: str = "", stream: str = "") -> float | None:
+    """Percent, of the headline network and stream unless others are named; None where it was not measured."""
+    if metric == "miou" and not (network or stream):
+        value = record.miou
+    else:
+        value = record.scores.get(network or record.network, {}).get(stream or record.stream, {}).get(metric)
+    return None if value is None or not math.isfinite(value) else 100 * float(value)
 
 
 def samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
     """What was measured in each cell of a plan; a run without a record or without the score is left out."""
     found: Samples = {}
     for row in plan.rows:
+        spec = plan.table.rows[row]
+        read = f" {spec.network}/{spec.stream}" if spec.network or spec.stream else ""
         for column in plan.columns:
-            scores = {name: score(records[name], metric) for name in plan.run_ids(row, column) if name in records}
-            kept = {name: 100 * value for name, value in scores.items() if value is not None and math.isfinite(value)}
+            names = [name for name in plan.run_ids(row, column) if name in records]
+            scores = {f"{name}{read}": score(records[name], metric, spec.network, spec.stream) for name in names}
+            kept = {name: value for name, value in scores.items() if value is not None}
             found[row, column] = Sample(tuple(kept.values()), tuple(kept))
     return found
 
@@ -125,17 +142,49 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
+def f_test(above: Sequence[Sample], below: Sequence[Sample]) -> Ratio:
+    """Whether seeds spread more in some cells than in others: an F test of variances pooled within the cells of a side.
+
+    Raises ValueError where a side has no cell with two seeds.
+    """
+    from scipy import stats
+
+    pools = [pooled({(0, i): one for i, one in enumerate(side)}) for side in (above, below)]
+    up, down = pools
+    if up is None or down is None:
+        raise ValueError("a spread takes two seeds in a cell at least")
+    df = (up.df, down.df)
+    if down.sd == 0:
+        sure = float(up.sd == 0)
+        ratio = math.nan if up.sd == 0 else math.inf
+        return Ratio(ratio, (ratio, ratio), df, sure, 1.0)
+    ratio = up.sd / down.sd
+    ends = (ratio / math.sqrt(stats.f.isf(0.025, *df)), ratio / math.sqrt(stats.f.isf(0.975, *df)))
+    return Ratio(ratio, ends, df, float(stats.f.sf(ratio**2, *df)), float(stats.f.cdf(ratio**2, *df)))
+
+
+def smallest_ratio(df: tuple[int, int], comparisons: int) -> float:
+    """The true ratio of standard deviations that ``f_test`` finds with a chance of 80 %, at 5 % / ``comparisons``."""
+    from scipy import stats
+
+    return math.sqrt(stats.f.isf(LEVEL / comparisons, *df) / stats.f.isf(POWER, *df))
+
+
 def smallest_detectable(error: float, df: int, comparisons: int) -> float:
     """The true difference that such a test finds with a chance of 80 %, by the noncentral t distribution.
 
     ``error``: standard error of the difference, taken as true. The level is Holm's first and strictest,
     5 % / ``comparisons``, one-sided: whatever the other comparisons give, a difference of this size is found so often.
     """
+    return error * _detectable_errors(df, comparisons) if error else 0.0
+
+
+@cache
+def _detectable_errors(df: int, comparisons: int) -> float:
+    """That difference in standard errors."""
     from scipy import optimize, stats
 
-    if error == 0:
-        return 0.0
     critical = stats.t.isf(LEVEL / comparisons, df)
     # The chance rises with the difference; at 4 times the critical value and some it is near 1.
     shortfall = lambda effect: stats.nct.sf(critical, df, effect) - POWER  # noqa: E731
-    return float(error * optimize.brentq(shortfall, 0.0, 4 * critical + 10))
+    return float(optimize.brentq(shortfall, 0.0, 4 * critical + 10))

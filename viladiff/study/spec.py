@@ -168,6 +168,8 @@ class Table(Strict):
     """Label of the row that differences are taken to; empty for the first."""
     headline: str = ""
     """Label of the row that the page's first sentence is about; empty for the paper's last."""
+    supervised: str = ""
+    """Label of the row that sees labelled images alone, below which no printed row ought to be; empty for none."""
 
     @property
     def printed(self) -> bool:
@@ -311,9 +313,8 @@ def _row_faults(table: Table) -> Iterator[str]:
 def _scale_faults(table: Table) -> Iterator[str]:
     """Labels and replaced values that the table does not have."""
     rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
-    asked = [
-        (f"{name} = {label!r}", label, rows) for name in ("reference", "headline") if (label := getattr(table, name))
-    ]
+    own = {"reference": table.reference, "headline": table.headline, "supervised": table.supervised}
+    asked = [(f"{name} = {label!r}", label, rows) for name, label in own.items() if label]
     for name, one in table.scale.items():
         asked += [(f"scale.{name}: rows = {label!r}", label, rows) for label in one.rows]
         asked += [(f"scale.{name}: columns = {label!r}", label, columns) for label in one.columns]
