@@ -48,6 +48,8 @@ class Job:
     command: str
     published: bool = False
     """Whether finished runs are copied beside the page, to be committed."""
+    path: Path | None = None
+    """The table's file; the tables beside it are looked at for printed numbers that contradict its own."""
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
@@ -108,7 +110,7 @@ def prepare(path: Path, args: argparse.Namespace, command: str) -> Job:
     store.sweep()
     default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
     out = Path(args.out).expanduser().absolute() if args.out else default
-    return Job(table, plan, store, out, command, args.publish)
+    return Job(table, plan, store, out, command, args.publish, path)
 
 
 def execute(job: Job, settings: Settings) -> list[Outcome]:
@@ -167,6 +169,7 @@ def write(job: Job) -> Path:
     """Publishes finished runs if asked to, judges the claims, writes the page; returns the path of its index.html."""
     from viladiff.report.page import render_table
     from viladiff.study.claims import judge
+    from viladiff.study.printed import inconsistencies, siblings
     from viladiff.study.publish import publish
 
     store = job.store
@@ -175,7 +178,8 @@ def write(job: Job) -> Path:
         # From what is committed and nothing else, so that whoever clones it makes the same page.
         store = Store(job.store.root / "nothing", job.store.layers)
     verdicts = judge(job.plan, store.records())
-    return render_table(job.plan, store, job.out, command=hinted(job.command), verdicts=verdicts)
+    printed = inconsistencies(job.table, siblings(job.path) if job.path else ())
+    return render_table(job.plan, store, job.out, command=hinted(job.command), verdicts=verdicts, printed=printed)
 
 
 def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
