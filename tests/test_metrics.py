@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from viladiff.batch import TextBatch
 from viladiff.evaluate import (
     Meter,
+    Scores,
     boundary_band,
     boundary_counts,
     boundary_width,
     confusion_matrix,
-    evaluate_network,
+    measure,
     miou_from,
     pseudo_change,
     pseudo_quality,
     pseudo_shares,
+    results,
     trimap,
 )
 from viladiff.protocols import STREAMS, center, predict_logits, stream_logits
@@ -236,6 +239,10 @@ def test_pseudo_label_change_counts_rescued_and_spoiled() -> None:
     sums = pseudo_change(before, after, truth, 0.95)
     assert {name: int(value) for name, value in sums.items()} == {"lost": 3, "rescued": 2, "good": 2, "spoiled": 1}
     assert pseudo_shares(sums) == {"rescued": pytest.approx(2 / 3), "spoiled": 0.5}
+
+
+def evaluate_network(network: nn.Module, *given: Any, **named: Any) -> dict[str, Scores]:
+    return results(measure(network, *given, **named))
 
 
 class Toy(nn.Module):

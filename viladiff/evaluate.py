@@ -289,16 +289,7 @@ def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
     return {name: torch.cat(labels, 1) for name, labels in parts.items()}
 
 
-def evaluate_network(
-    network: nn.Module,
-    images_iter: Batches,
-    streams: Sequence[str],
-    num_classes: int,
-    boundary: bool = True,
-    protocol: str = "original",
-    crop: int = 0,
-) -> dict[str, Scores]:
+def results(found: dict[str, Meter]) -> dict[str, Scores]:
     """Scores of ``measure``; a stream that the network or the texts do not allow is left out."""
-    found = measure(network, images_iter, streams, num_classes, boundary, protocol, crop)
     scores = {name: meter.result() for name, meter in found.items()}
     return {name: score for name, score in scores.items() if score.images}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,6 +64,21 @@ def launch(cfg: RunConfig, resume: bool):  # type: ignore[no-untyped-def]  # Res
     from viladiff.record import load_record
     from viladiff.train import Result
 
+    directory = Path(in_workers(_fitted, cfg, resume))
+    return Result(directory, load_record(directory / "record.json"))
+
+
+def _fitted(cfg: RunConfig, resume: bool) -> str:
+    from viladiff.train import fit
+
+    return str(fit(cfg, resume=resume).directory)
+
+
+def in_workers(work: Callable[..., str], cfg: RunConfig, *arguments: object) -> str:
+    """``work(cfg, *arguments)`` in ``runtime.workers`` new processes that form a group; the first one's short answer.
+
+    work is a function of a module, since new processes look it up by name. A worker's error is raised here.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -71,15 +87,14 @@ def launch(cfg: RunConfig, resume: bool):  # type: ignore[no-untyped-def]  # Res
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     failure: Exception | None = None
     try:
-        arguments = (cfg.model_dump(mode="json"), resume, _backend(cfg), port, queue)
-        spawn(_worker, arguments, nprocs=cfg.runtime.workers)
+        spawn(_worker, (work, cfg.model_dump(mode="json"), arguments, _backend(cfg), port, queue), cfg.runtime.workers)
     except ProcessRaisedException as error:
         failure = error
     finally:
         signal.signal(signal.SIGINT, old)
     kind, text = ("", "") if queue.empty() else queue.get()
     if kind == "done":
-        return Result(Path(text), load_record(Path(text) / "record.json"))
+        return text
     if kind in _RAISED:
         raise _RAISED[kind](text) from None
     raise failure or RuntimeError("the workers ended without a result")
@@ -92,9 +107,9 @@ _RAISED: dict[str, type[BaseException]] = {
 }
 
 
-def _worker(rank: int, dump: dict, resume: bool, backend: str, port: int, queue: SimpleQueue) -> None:
-    from viladiff.train import fit
-
+def _worker(
+    rank: int, work: Callable[..., str], dump: dict, arguments: tuple, backend: str, port: int, queue: SimpleQueue
+) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent ignores it, and children inherit that
     workers = dump["runtime"]["workers"]
     os.environ |= {"LOCAL_RANK": str(rank)}
@@ -102,9 +117,9 @@ def _worker(rank: int, dump: dict, resume: bool, backend: str, port: int, queue:
     torch.set_num_threads(threads)
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     try:
-        result = fit(RunConfig(**dump), resume=resume)
+        answer = work(RunConfig(**dump), *arguments)
         if rank == 0:
-            queue.put(("done", str(result.directory)))
+            queue.put(("done", answer))
     except KeyboardInterrupt as stop:
         queue.put(("KeyboardInterrupt", str(stop)))
         raise

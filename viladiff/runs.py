@@ -1,23 +1,39 @@
-"""A run seen from outside: what it would be before it starts, and its scores once more after it is done."""
+"""A run seen from outside: what it would be before it starts, its networks and its scores after it is done."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch.distributed as dist
+
+from viladiff.checkpoint import load_file
 from viladiff.config import ConfigError, RunConfig, override
+from viladiff.evaluate import results
 from viladiff.fields import nest
+from viladiff.launch import in_workers
+from viladiff.methods import METHODS
+from viladiff.methods.base import Method
+from viladiff.models.segmenter import Build
+from viladiff.optim import total_steps
+from viladiff.protocols import STREAMS
+from viladiff.record import RunRecord, load_record, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def preview(cfg: RunConfig) -> dict[str, Any]:
     """Name, place, length, images and parameters of what ``fit(cfg)`` would do; may render data, trains nothing."""
-    from viladiff.methods import METHODS
-    from viladiff.models.segmenter import Build
-    from viladiff.train import Run, total_steps
+    from viladiff.train import Run
 
     run = Run(cfg)
     method = METHODS[cfg.method.name](cfg.method, Build(cfg.model, run.dataset.num_classes, run.bank.dim))
+    method.check_images(len(run.dataset.unlabelled))
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in method.networks().items()}
@@ -36,35 +52,103 @@ def preview(cfg: RunConfig) -> dict[str, Any]:
     }
 
 
-def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[str, Any]:
-    """``network/stream/score`` of a finished run, with other fields under ``eval`` and ``runtime`` if wanted.
+class Finished(NamedTuple):
+    """What is left of a run in its directory."""
 
-    The record is left as it is. Raises ConfigError for other fields, ValueError where there is no finished run.
+    directory: Path
+    record: RunRecord
+    cfg: RunConfig
+
+
+def finished(directory: Path | str, changes: Mapping[str, object] | None = None) -> Finished:
+    """The run of a directory, with other fields under ``eval`` and ``runtime`` if wanted; the record stays as it is.
+
+    Raises ConfigError for other fields, ValueError where there is no finished run or its network has been removed.
     """
-    from viladiff.protocols import STREAMS
-    from viladiff.record import load_record
-    from viladiff.scoring import scores
-    from viladiff.train import Run
-
-    directory = Path(directory)
+    directory, changes = Path(directory), changes or {}
     if not (directory / "record.json").is_file():
         raise ValueError(f"{directory}: no record.json in it, so it is not the directory of a finished run")
     wrong = [path for path in changes if path.split(".")[0] not in ("eval", "runtime")]
     if wrong:
         raise ConfigError(f"{wrong[0]}: would be another run; of a finished one only eval and runtime can be changed")
     if not (directory / "checkpoint.pt").is_file():
-        raise ValueError(f"{directory}: no checkpoint.pt in it (viladiff runs gc removes it), so no network to score")
+        raise ValueError(f"{directory}: no checkpoint.pt in it (viladiff runs gc removes it), so no network is left")
     record = load_record(directory / "record.json")
-    run = Run(override(RunConfig(**nest(record.config)), {"runtime.workers": 1, **changes}))
-    run.directory = directory.resolve()
-    run._build()
-    run._restore()
-    found: dict[str, Any] = {"run": record.run_id, "protocol": run.cfg.eval.protocol}
+    cfg = override(RunConfig(**nest(record.config)), {"runtime.workers": 1, **changes})
+    return Finished(directory.resolve(), record, cfg)
+
+
+def empty_method(cfg: RunConfig, num_classes: int, text_dim: int) -> Method:
+    """The method with weights that are still to be filled in: nothing pretrained is looked for."""
+    plain = override(cfg, {"model.pretrained": "none", "model.weights": None})
+    return METHODS[cfg.method.name](cfg.method, Build(plain.model, num_classes, text_dim))
+
+
+def trained_method(run: Finished) -> Method:
+    """The method as its last step left it, on the CPU, in evaluation mode; no data set is opened.
+
+    Raises ValueError where the checkpoint is damaged or of another version.
+    """
+    path = run.directory / "checkpoint.pt"
+    state: dict[str, Tensor] = load_file(path)["method"]
+    method = empty_method(run.cfg, len(run.record.class_names), text_dim(state))
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of another version of this model ({last_line(error)})") from error
+    return method.eval()
+
+
+def text_dim(state: Mapping[str, Tensor]) -> int:
+    """Channels of a word, read off the first layer of ViLa that sees one; 1 where no network reads text."""
+    return next((len(value) for name, value in state.items() if name.endswith("vila.words.0.weight")), 1)
+
+
+def last_line(error: Exception) -> str:
+    """Of a message that lists everything, the end, which names a parameter."""
+    return str(error).splitlines()[-1].strip()
+
+
+def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[str, Any]:
+    """Scores of a finished run once more, ``{network: {stream: {score: value}}}`` under ``scores``.
+
+    ``eval`` and ``runtime`` may be changed as in ``finished``. ``confusion`` holds {network: {stream: rows of counts}},
+    truth down, prediction across. Several workers share the images, each counted once. Raises as ``finished``, and
+    ValueError where the data cannot be read.
+    """
+    run = finished(directory, changes)
+    if run.cfg.runtime.workers == 1 or dist.is_initialized():
+        return _evaluated(run)
+    with tempfile.TemporaryDirectory() as place:
+        answer = in_workers(_evaluated_worker, run.cfg, str(run.directory), dict(changes), f"{place}/found.json")
+        return json.loads(Path(answer).read_text(encoding="utf-8"))
+
+
+def _evaluated_worker(cfg: RunConfig, directory: str, changes: dict[str, object], into: str) -> str:
+    found = _evaluated(finished(directory, changes))
+    if dist.get_rank() == 0:
+        write_atomically(Path(into), json.dumps(found).encode())
+    return into
+
+
+def _evaluated(finished_run: Finished) -> dict[str, Any]:
+    from viladiff.scoring import meters
+    from viladiff.train import Run
+
+    record, cfg = finished_run.record, finished_run.cfg
+    run = Run(cfg)
+    run.method = trained_method(finished_run).to(run.device)
+    if run.dataset.class_names != tuple(record.class_names):
+        raise ValueError(f"the data have the classes {run.dataset.class_names}, the run had {record.class_names}")
+    same = run.fingerprints["data"] == record.fingerprints.get("data")
+    found: dict[str, Any] = {"scores": {}, "confusion": {}}
     for name, network in run.method.networks().items():
-        for stream, measured in scores(run, network, STREAMS, run.cfg.eval.boundary).items():
-            found |= {
-                f"{name}/{stream}/{what}": value
-                for what, value in measured.items()
-                if not isinstance(value, list | tuple)
-            }
-    return found
+        measured = meters(run, network, STREAMS, cfg.eval.boundary)
+        found["scores"][name] = {s: asdict(score) for s, score in results(measured).items()}
+        found["confusion"][name] = {s: meter.confusion().tolist() for s, meter in measured.items() if meter.images}
+    return {
+        "run": record.run_id,
+        "protocol": cfg.eval.protocol,
+        "data": "as in training" if same else "not as in training: files or lists have changed since",
+        **found,
+    }

@@ -6,18 +6,20 @@ import io
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from viladiff.batch import Step, TextBatch
+from viladiff.batch import IGNORE, Step, TextBatch
 from viladiff.config import changed, flatten
+from viladiff.data.augment import normalise
 from viladiff.data.loader import validation
-from viladiff.evaluate import evaluate_network, pseudo_change, pseudo_quality, pseudo_shares
+from viladiff.evaluate import Meter, measure, pseudo_change, pseudo_quality, pseudo_shares, results
 from viladiff.launch import summed_over_workers
-from viladiff.protocols import STREAMS
+from viladiff.protocols import STREAMS, nearest_multiple, resized
 from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, versions, write_atomically
 
 if TYPE_CHECKING:
@@ -59,17 +61,24 @@ def batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | 
         yield batch
 
 
-def scores(run: Run, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, dict[str, Any]]:
-    """{stream: {score: value}} of one network over the validation images of all workers."""
+def meters(run: Run, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, Meter]:
+    """Counts of one network's streams over the validation images of all workers."""
     cfg = run.cfg.eval
     classes, crop = run.dataset.num_classes, run.cfg.data.crop
-    found = evaluate_network(network, batches(run), streams, classes, boundary, cfg.protocol, crop)
-    return {name: asdict(measured) for name, measured in found.items()}
+    return measure(network, batches(run), streams, classes, boundary, cfg.protocol, crop)
+
+
+def scores(run: Run, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, dict[str, Any]]:
+    """{stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
+    return {name: asdict(found) for name, found in results(meters(run, network, streams, boundary)).items()}
 
 
 def pseudo_labels(run: Run) -> dict[str, float | None]:
-    """Quality of the pseudo-labels on validation images, since masks of unlabelled images are never read."""
-    threshold = getattr(getattr(run.cfg.method, "pseudo", None), "threshold", None)
+    """Quality of the pseudo-labels on validation images, since masks of unlabelled images are never read.
+
+    Where a side is no multiple of the patch, they are made at the nearest one and their probabilities brought back.
+    """
+    threshold = run.method.threshold()
     if threshold is None:
         return {}
     run.method.eval()
@@ -80,7 +89,8 @@ def pseudo_labels(run: Run) -> dict[str, float | None]:
         # Draws are named by the place in the validation set, whichever worker looks at the image.
         keys = tuple(run.rank + (seen + j) * run.world for j in range(len(images)))
         seen += len(images)
-        stages = {name: p.max(1) for name, p in run.method.pseudo_labels(images, text, keys, step).items()}
+        made = partial(run.method.pseudo_labels, text=text, keys=keys, step=step)
+        stages = {name: p.max(1) for name, p in resized(made, images, run.method.student.patch).items()}
         found = {name: pseudo_quality(p.values, p.indices, target, threshold) for name, p in stages.items()}
         if "after" in stages:
             before, after = ((stages[name].values, stages[name].indices) for name in ("before", "after"))
@@ -143,24 +153,38 @@ def record(run: Run) -> RunRecord:
 def draw(run: Run) -> None:
     """Writes ``pictures.npz``: evenly spaced validation images, and their labels at every stage, in order of name.
 
-    Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1.
+    Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1. Of
+    images of different sizes it is the middle that is shown, padded where it is less than a crop.
     """
     count = min(run.cfg.runtime.pictures, len(run.dataset.val_images))
     if run.rank or not count:
         return
     run.method.eval()
     places = np.linspace(0, len(run.dataset.val_images) - 1, count).astype(int).tolist()
-    bank = run.val_bank if run.method.views_wanted().text else None
-    stages: list[tuple[str, np.ndarray]] = [
-        ("image", np.stack([run.dataset.val_images[i] for i in places])),
-        ("truth", np.stack([run.dataset.val_masks[i] for i in places])),
-    ]
-    predictor, stream = run.method.predictor(), run.method.headline()
-    for images, _, text in validation(run.dataset, bank, run.device, count, places):
-        shown = run.method.illustrate(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
-        predicted = {"prediction": predictor(images, text)[stream].argmax(1)}
-        stages += [(name, labels.to(torch.uint8).cpu().numpy()) for name, labels in {**shown, **predicted}.items()]
+    pixels = np.stack([_shown(run, run.dataset.val_images[i], 0) for i in places])
+    truth = np.stack([_shown(run, run.dataset.val_masks[i], IGNORE) for i in places])
+    stages: list[tuple[str, np.ndarray]] = [("image", pixels), ("truth", truth)]
+    images = normalise(torch.from_numpy(pixels).to(run.device).permute(0, 3, 1, 2).float() / 255)
+    text = None
+    if run.method.views_wanted().text:
+        words = run.val_bank.batch(places)
+        text = TextBatch(words.tokens.to(run.device), words.mask.to(run.device))
+    shown = run.method.illustrate(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
+    predicted = {"prediction": run.method.predictor()(images, text)[run.method.headline()].argmax(1)}
+    stages += [(name, labels.to(torch.uint8).cpu().numpy()) for name, labels in {**shown, **predicted}.items()]
     packed = io.BytesIO()
     named: dict[str, Any] = {f"{i:02}/{name}": array for i, (name, array) in enumerate(stages)}
     np.savez_compressed(packed, allow_pickle=False, **named)
     write_atomically(run.directory / "pictures.npz", packed.getvalue())
+
+
+def _shown(run: Run, array: np.ndarray, pad: int) -> np.ndarray:
+    """(H, W, ...) as it is where all images have one size, else its middle on a square of about the crop's size."""
+    if run.dataset.uniform:
+        return array
+    side = nearest_multiple(run.cfg.data.crop, run.method.student.patch)
+    found = np.full((side, side, *array.shape[2:]), pad, np.uint8)
+    height, width = (min(side, length) for length in array.shape[:2])
+    top, left = ((length - side) // 2 if length > side else 0 for length in array.shape[:2])
+    found[:height, :width] = array[top : top + side, left : left + side]
+    return found
