@@ -34,7 +34,8 @@ def outline(plan: Plan, store: Store, settings: Settings, out: Path, price: floa
     grid = Grid("", *(escape(plan.table.columns[column].label) for column in plan.columns), box=None, pad_edge=False)
     for row in plan.rows:
         label = plan.table.rows[row].label
-        cells = [_cell(plan, found, row, column) for column in plan.columns]
+        later = plan.unbuilt.get(row)
+        cells = [_cell(plan, found, row, column) if later is None else "not built yet" for column in plan.columns]
         grid.add_row(f"{row + 1:>2}  {escape(label)}", *cells)
     console.print(grid)
     at_once = settings.max_concurrent or max(1, cpus() // settings.threads)
