@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from viladiff import __version__
+from viladiff.data.cli import add_data
 from viladiff.study.options import add_options
 from viladiff.study.runs_cli import add_runs
 
@@ -101,12 +102,7 @@ def parser() -> argparse.ArgumentParser:
     _add_fields(config, "a section or field such as method.mixe, and field=value to see other defaults")
     config.set_defaults(run=_config)
 
-    data = commands.add_parser("data", help="prepare the embedded data sets", formatter_class=raw)
-    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
-    render = actions.add_parser("render", help="render into the cache, or check what is there")
-    render.add_argument("names", nargs="+", choices=("digits", "dense"), metavar="NAME", help="digits or dense")
-    render.set_defaults(run=_render)
-
+    add_data(commands)
     add_runs(commands)
 
     for name, text in (("table", "run a table of the paper, and write its page"), ("plan", "table --dry-run")):
@@ -195,15 +191,6 @@ def _config(args: argparse.Namespace) -> int:
     with console.capture() as text:
         console.print(table)
     sys.stdout.write(text.get())
-    return 0
-
-
-def _render(args: argparse.Namespace) -> int:
-    from viladiff.data.digits import open_pixels
-
-    for name in args.names:
-        arrays = open_pixels(name).arrays
-        print(f"{name}: " + ", ".join(f"{part} {array.shape}" for part, array in sorted(arrays.items())))
     return 0
 
 

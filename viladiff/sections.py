@@ -237,7 +237,7 @@ class RuntimeConfig(Section):
     out: str = Field("runs", min_length=1)
     """Directory that holds one directory a run."""
     data_root: str | None = None
-    """Directory of the real data sets."""
+    """Directory of the data, for ``folder`` the one with ``images`` in it; not needed by the embedded data sets."""
     log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(100, ge=1)
     scale: str = ""

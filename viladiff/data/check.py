@@ -27,6 +27,7 @@ from viladiff.labels import IGNORE
 if TYPE_CHECKING:
     from viladiff.data.datasets import Dataset
 
+Advance = Callable[[int, int], None]
 SHOWN = 5
 """Faults that a message quotes; the rest are counted."""
 _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
@@ -113,12 +114,12 @@ def check(
     root: Path | str,
     split_dir: Path | str | None = None,
     processes: int | None = None,
-    advance: Callable[[int], None] = lambda images: None,
+    advance: Advance = lambda done, of: None,
 ) -> Report:
     """Decodes every image and mask below ``root`` and reads every list, in ``processes`` (one for each core).
 
-    ``advance`` hears how many more images are done. Raises ValueError where there is nothing to check: no layout, no
-    classes, two files of one name, a link that leads out of the root.
+    ``advance`` hears how many images are done, and of how many. Raises ValueError where there is nothing to check: no
+    layout, no classes, two files of one name, a link that leads out of the root.
     """
     tree, classes = open_tree(root)
     seen = look_at_all(tree, classes, processes, advance)
@@ -131,7 +132,7 @@ def check(
 
 
 def look_at_all(
-    tree: Tree, classes: Classes, processes: int | None, advance: Callable[[int], None] = lambda images: None
+    tree: Tree, classes: Classes, processes: int | None, advance: Advance = lambda done, of: None
 ) -> dict[str, Seen]:
     """``look`` at every image, by id. ValueError where a process dies."""
     jobs = [(path, tree.masks.get(name), len(classes.names), classes.colours) for name, path in tree.images.items()]
@@ -140,7 +141,7 @@ def look_at_all(
     with mapped(processes, len(chunks)) as run:
         for some in run(_look_at_some, chunks):
             found += some
-            advance(len(some))
+            advance(len(found), len(jobs))
     return dict(zip(tree.images, found, strict=True))
 
 
