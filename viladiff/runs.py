@@ -43,6 +43,7 @@ def preview(cfg: RunConfig) -> dict[str, Any]:
         "state": state,
         "device": run.device,
         "steps": total_steps(cfg, run.dataset, method.views_wanted().unlabelled),
+        "list of labelled images": run.dataset.split_name or "the data set's own",
         "labelled images": len(run.dataset.labelled),
         "unlabelled images": len(run.dataset.unlabelled) if method.views_wanted().unlabelled else "not used",
         "validation images": len(run.dataset.val_images),

@@ -18,6 +18,7 @@ from viladiff import draws, scoring
 from viladiff.batch import Batch, Step
 from viladiff.checkpoint import StepLog, load, save
 from viladiff.config import RunConfig, run_id
+from viladiff.data.check import check_files
 from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
@@ -175,6 +176,9 @@ class Run:
 
     def _build(self) -> None:
         cfg = self.cfg
+        for note in check_files(self.dataset):
+            if self.rank == 0:
+                print(f"note: {note}", file=sys.stderr)
         torch.manual_seed(draws.key(cfg.seed, "init"))
         build = Build(cfg.model, self.dataset.num_classes, self.bank.dim)
         self.method: Method = METHODS[cfg.method.name](cfg.method, build).to(self.device)
