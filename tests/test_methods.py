@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from viladiff import draws
+from viladiff import draws, train
 from viladiff.batch import Batch, CutMix, Step, TextBatch
+from viladiff.config import ConfigError, RunConfig, override
+from viladiff.data.datasets import load as load_dataset
 from viladiff.losses import pixel_cross_entropy
 from viladiff.methods import METHODS
 from viladiff.methods.base import MeanTeacher, Method
+from viladiff.runs import preview
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -159,6 +162,30 @@ def test_too_few_images_are_said_before_training(name: str) -> None:
     if views.cutmix or views.pairs:
         with pytest.raises(ValueError, match=rf"{name}.*data.split leaves one.*add images"):
             method.check_images(1)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_run_without_enough_images_ends_before_it_starts(
+    left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"train.steps": 1, "eval.images": 1, "eval.boundary": False, "runtime.progress": False}
+    cfg = override(RunConfig(), {"method.name": "semibaseline", "runtime.out": str(tmp_path), **few})
+    dataset = load_dataset("digits", "92")
+    monkeypatch.setattr(train, "load_dataset", lambda *args: replace(dataset, unlabelled=dataset.unlabelled[:left]))
+    for start in (train.fit, preview):
+        with pytest.raises(ValueError, match=r"semibaseline.*data.split leaves (none|one)"):
+            start(cfg)
+    assert list(tmp_path.glob("*/steps.jsonl")) == []
+
+
+@pytest.mark.parametrize(("name", "advice"), [("unimatch", ", or method.cutmix=false"), ("viladiff", "method.cutmix")])
+def test_one_image_in_a_batch_is_refused_with_what_to_change(name: str, advice: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data.batch_unlabelled = 1: .*pairs images.*multiple of 2.*{advice}"):
+        override(RunConfig(), {"method.name": name, "data.batch_unlabelled": 1})
+    alone = override(RunConfig(), {"method.name": name, "data.batch_unlabelled": 1, "method.cutmix": False})
+    method = make(name, cutmix=False)
+    assert alone.data.batch_unlabelled == 1
+    assert method(share(wanted(method), 0, 4), STEP).total.isfinite()
 
 
 def test_state_dict_round_trip_continues_bit_for_bit(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -183,6 +184,7 @@ class Run:
         build = Build(cfg.model, self.dataset.num_classes, self.bank.dim)
         self.method: Method = METHODS[cfg.method.name](cfg.method, build).to(self.device)
         views = self.method.views_wanted()
+        self.method.check_images(len(self.dataset.unlabelled))
         if views.text and cfg.data.captions != "none" and not any(self.dataset.captions):
             raise ValueError(
                 f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "

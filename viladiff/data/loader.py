@@ -1,11 +1,17 @@
-"""Batches as a pure function of the step: whoever asks for step s, on any number of workers, gets the same batch."""
+"""Batches as a pure function of the step: whoever asks for step s, on any number of workers, gets the same batch.
+
+An embedded data set lies in arrays of one size and goes through ``augment.geometric``. Files are decoded and cut one by
+one on the host (``decode``), maybe in other processes; colours change in batches on the device for both.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +20,8 @@ from torch import Tensor
 from viladiff import draws
 from viladiff.batch import Batch, CutMix, TextBatch, Views
 from viladiff.data.augment import geometric, normalise, strong
+from viladiff.data.decode import Decoded, Decoders, Recipe, Sample, decode_all
+from viladiff.data.images import FileMasks
 from viladiff.data.mixing import cutmix_boxes, pair_partner
 
 if TYPE_CHECKING:
@@ -38,6 +46,15 @@ class Order:
         return epoch, int(self._permutation[offset])
 
 
+class Share(NamedTuple):
+    """Which images of one role are in a micro-batch."""
+
+    keys: tuple[int, ...]
+    """Places in the global batch."""
+    drawn: list[tuple[int, int]]
+    """(epoch, image id) of each."""
+
+
 class Loader:
     """Makes this worker's part of any step's batch; it is contiguous, and so is each micro-batch within it."""
 
@@ -58,41 +75,56 @@ class Loader:
         # Where every image is labelled, they serve in both roles.
         rest = dataset.unlabelled if len(dataset.unlabelled) else dataset.labelled
         self.unlabelled = Order(rest, cfg.seed, "unlabelled")
+        self._decoders: Decoders | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The batches whose gradients make up one optimiser step."""
-        parts = self.cfg.train.accumulate
-        return [self._batch(step, part, parts) for part in range(parts)]
+        return [self._batch(step, part) for part in range(self.cfg.train.accumulate)]
 
-    def _places(self, size: int, part: int, parts: int) -> list[int]:
+    def _shares(self, step: int, part: int) -> tuple[Share, Share]:
+        """The labelled and the unlabelled images; the second share is empty for a method that uses none."""
+        data = self.cfg.data
+        unlabelled = data.batch_unlabelled if self.views.unlabelled else 0
+        return (
+            self._share(self.labelled, data.batch_labelled, step, part),
+            self._share(self.unlabelled, unlabelled, step, part),
+        )
+
+    def _share(self, order: Order, size: int, step: int, part: int) -> Share:
+        parts = self.cfg.train.accumulate
         share = size // (self.world * parts)
         start = (self.rank * parts + part) * share
-        return list(range(start, start + share))
+        keys = tuple(range(start, start + share))
+        return Share(keys, [order[step * size + key] for key in keys])
 
-    def _batch(self, step: int, part: int, parts: int) -> Batch:
-        data = self.cfg.data
-        keys = self._places(data.batch_labelled, part, parts)
-        drawn = [self.labelled[step * data.batch_labelled + key] for key in keys]
-        masks = np.stack([self.dataset.target(i) for _, i in drawn])
-        image, target, _ = self._geometry("labelled", drawn, masks)
-        assert target is not None  # masks went in
-        batch = Batch(normalise(image), target, tuple(keys), text=self._text(drawn))
+    def _batch(self, step: int, part: int) -> Batch:
+        labelled, unlabelled = self._shares(step, part)
+        crops = self._from_arrays if self.dataset.files is None else self._from_files
+        image, target, weak, valid = crops(labelled, unlabelled)
+        batch = Batch(normalise(image), target, labelled.keys, text=self._text(labelled.drawn))
         if self.views.strong_labelled:
-            batch.image_strong = self._strong(image, drawn, "labelled")
+            batch.image_strong = self._strong(image, labelled.drawn, "labelled")
         if not self.views.unlabelled:
             return batch
-        keys_u = self._places(data.batch_unlabelled, part, parts)
-        drawn_u = [self.unlabelled[step * data.batch_unlabelled + key] for key in keys_u]
-        weak, _, valid = self._geometry("unlabelled", drawn_u, None)
-        batch.keys_u, batch.valid, batch.text_u = tuple(keys_u), valid, self._text(drawn_u)
+        batch.keys_u, batch.valid, batch.text_u = unlabelled.keys, valid, self._text(unlabelled.drawn)
         batch.weak = (normalise(weak),) * self.views.weak
-        batch.strong = tuple(self._strong(weak, drawn_u, view) for view in range(self.views.strong))
+        batch.strong = tuple(self._strong(weak, unlabelled.drawn, view) for view in range(self.views.strong))
         if self.views.cutmix:
-            batch.mix = tuple(self._mix(drawn_u, view) for view in range(self.views.strong))
+            batch.mix = tuple(self._mix(unlabelled.drawn, view) for view in range(self.views.strong))
         return batch
 
     def _rngs(self, purpose: str, drawn: list[tuple[int, int]]) -> list[np.random.Generator]:
         return [draws.rng(self.cfg.seed, purpose, epoch, image) for epoch, image in drawn]
+
+    def _from_arrays(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images in 0..1, masks of labelled ones, unlabelled images and where these are not padding."""
+        masks = np.stack([self.dataset.target(i) for _, i in labelled.drawn])
+        image, target, _ = self._geometry("labelled", labelled.drawn, masks)
+        assert target is not None  # masks went in
+        if not unlabelled.drawn:
+            return image, target, image[:0], target[:0] > 0
+        weak, _, valid = self._geometry("unlabelled", unlabelled.drawn, None)
+        return image, target, weak, valid
 
     def _geometry(
         self, purpose: str, drawn: list[tuple[int, int]], masks: np.ndarray | None
@@ -101,6 +133,38 @@ class Loader:
         on_device = torch.from_numpy(images).to(self.device, non_blocking=True)
         labels = None if masks is None else torch.from_numpy(masks).to(self.device, non_blocking=True)
         return geometric(on_device, labels, data.crop, data.scale, data.hflip, self._rngs(f"crop-{purpose}", drawn))
+
+    def _from_files(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As ``_from_arrays``."""
+        samples, count = self._samples(labelled, unlabelled), len(labelled.drawn)
+        found = decode_all(samples, self._recipe()) if self._decoders is None else self._decoders.take(samples)
+        pixels = torch.from_numpy(found.images).to(self.device, non_blocking=True).float().div_(255)
+        target = torch.from_numpy(found.masks[:count]).to(self.device, non_blocking=True).long()
+        return pixels[:count], target, pixels[count:], self._valid(found, count)
+
+    def _valid(self, found: Decoded, start: int) -> Tensor:
+        """(n, crop, crop) bool of the samples from ``start`` on, False in the padding, by geometry alone."""
+        shown = torch.tensor(found.shown[start:], dtype=torch.int64).view(-1, 3).to(self.device, non_blocking=True)
+        rows, columns, flip = shown[:, :, None].unbind(1)
+        place = torch.arange(self.cfg.data.crop, device=self.device)
+        column = torch.where(flip > 0, self.cfg.data.crop - 1 - place, place)
+        return (place < rows)[:, :, None] & (column < columns)[:, None, :]
+
+    def _samples(self, labelled: Share, unlabelled: Share) -> list[Sample]:
+        files = self.dataset.files
+        assert files is not None
+        return [
+            Sample(
+                str(files.paths[i]), str(self.dataset.target_path(i)) if masked else None, tuple(rng.random(4).tolist())
+            )
+            for share, purpose, masked in ((labelled, "crop-labelled", True), (unlabelled, "crop-unlabelled", False))
+            for (_, i), rng in zip(share.drawn, self._rngs(purpose, share.drawn), strict=True)
+        ]
+
+    def _recipe(self) -> Recipe:
+        data, masks = self.cfg.data, self.dataset.masks
+        assert isinstance(masks, FileMasks)
+        return Recipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.colours)
 
     def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:
         return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.colour else weak)
@@ -116,44 +180,105 @@ class Loader:
         return TextBatch(text.tokens.to(self.device), text.mask.to(self.device))
 
     def stream(self, start: int, stop: int, ahead: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of steps start ... stop - 1, with ``ahead`` steps prepared by a thread."""
-        if ahead == 0:
-            yield from map(self.micro_batches, range(start, stop))
-            return
-        queue: Queue[list[Batch] | BaseException] = Queue(ahead)
-        ended = threading.Event()
+        """The micro-batches of steps start ... stop - 1, with ``ahead`` steps prepared by a thread.
 
-        def fill() -> None:
-            try:
-                for step in range(start, stop):
-                    if ended.is_set():
-                        return
-                    queue.put(self.micro_batches(step))
-            except BaseException as error:
-                queue.put(error)
+        Files are decoded in ``decoding_processes``, which live as long as this iterator: close it.
+        """
+        with self._decoding():
+            if ahead == 0:
+                yield from self._steps(start, stop)
+            else:
+                yield from _threaded(self._steps(start, stop), ahead)
 
-        thread = threading.Thread(target=fill, daemon=True)
-        thread.start()
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        processes = 0 if self.dataset.files is None else decoding_processes(self.cfg, self.device)
+        if processes:
+            parts = self.cfg.train.accumulate
+            samples = len(self._samples(*self._shares(0, 0)))
+            self._decoders = Decoders(self._recipe(), processes, samples, (1 + DECODED_AHEAD) * parts - 1)
         try:
-            for _ in range(start, stop):
-                item = queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            yield
         finally:
-            ended.set()
+            if self._decoders is not None:
+                self._decoders.close()
+                self._decoders = None
+
+    def _steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        asked = start
+        for step in range(start, stop):
+            while self._decoders is not None and asked < min(stop, step + 1 + DECODED_AHEAD):
+                for part in range(self.cfg.train.accumulate):
+                    self._decoders.ask(self._samples(*self._shares(asked, part)))
+                asked += 1
+            yield self.micro_batches(step)
+
+
+DECODED_AHEAD = 2
+"""Steps that decoding processes are ahead."""
+
+
+def decoding_processes(cfg: RunConfig, device: torch.device) -> int:
+    """``runtime.loader_workers``, or what fits this machine: a process decodes some 150 images a second.
+
+    None where the network itself computes on the CPU, and none for a worker with fewer than four cores, whose thread
+    that prepares batches decodes as well; else half of the cores, four at most. ``runtime.threads`` counts as the cores
+    that a worker was given, as by Ray.
+    """
+    runtime = cfg.runtime
+    if runtime.loader_workers is not None:
+        return runtime.loader_workers
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.workers))
+    cores = runtime.threads or len(os.sched_getaffinity(0)) // here
+    return 0 if device.type == "cpu" or cores < 4 else min(cores // 2, 4)
+
+
+def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch]]:
+    """The same, ``ahead`` of them prepared by a thread, which has ended when this iterator is closed."""
+    queue: Queue[list[Batch] | BaseException | None] = Queue(ahead)
+    ended = threading.Event()
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                queue.put(batch)
+                if ended.is_set():
+                    return
+            queue.put(None)
+        except BaseException as error:
+            queue.put(error)
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+        while thread.is_alive():
             while not queue.empty():
                 queue.get_nowait()
+            thread.join(0.05)
 
 
 def validation(
     dataset: Dataset, bank: Bank | None, device: torch.device, batch: int, indices: range
 ) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
-    """Validation images (B, 3, H, W) normalised, masks (B, H, W) int64 and words, in order, without augmentation."""
+    """Validation images (B, 3, H, W) normalised, masks (B, H, W) int64 and words, in order, without augmentation.
+
+    B is ``batch``, or 1 where images have several sizes. ValueError for a mask of another size than its image.
+    """
+    batch = batch if dataset.uniform else 1
     for start in range(0, len(indices), batch):
         some = list(indices[start : start + batch])
         images = torch.from_numpy(np.stack([dataset.val_images[i] for i in some])).to(device)
         masks = torch.from_numpy(np.stack([dataset.val_masks[i] for i in some])).to(device)
+        if images.shape[:3] != masks.shape:
+            name = some if dataset.val_files is None else dataset.val_files.ids[some[0]]
+            sizes = f"{tuple(masks.shape[1:])}, the image {tuple(images.shape[1:3])} (height, width)"
+            raise ValueError(f"validation image {name}: its mask has {sizes}; both must have one size")
         text = None
         if bank is not None:
             found = bank.batch(some)
