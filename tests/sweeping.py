@@ -1,0 +1,132 @@
+"""A sweep whose runs are formulas: what its tests and its benchmark drive, without torch and without Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from viladiff.study.asking import Asker
+from viladiff.study.events import Event, Settings
+from viladiff.study.plan import Planned
+from viladiff.study.search import Judge, Nobody, Search, SearchDesk
+from viladiff.study.space import Dimension, Point
+
+STEPS = (25, 50, 100)
+SEEDS = (0, 1, 2)
+FIRST: dict[str, Any] = {"a": 0.5, "b": 4}
+SPACE = {
+    "a": Dimension(low=0.01, high=4.0, log=True),
+    "b": Dimension(low=1, high=9),
+}
+
+
+class Runs:
+    """A store of runs that are formulas of (point, seed, step); how far each has come outlives a driver."""
+
+    def __init__(self, root: Path, score: Callable[[dict[str, Any], int, int], float]) -> None:
+        self.root, self.score = root, score
+        self.progress: dict[str, int] = {}
+        self.records: dict[str, Any] = {}
+        self.failures: dict[str, Any] = {}
+        self.trained = 0
+
+    def get(self, run_id: str) -> Any:
+        return self.records.get(run_id)
+
+    def directory(self, run_id: str) -> Path:
+        return self.root / run_id
+
+    def holder(self, run_id: str) -> None:
+        return None
+
+    def failure(self, run_id: str) -> Any:
+        return self.failures.get(run_id)
+
+    def record_failure(self, run_id: str, failure: Any) -> None:
+        self.failures[run_id] = failure
+
+    def clear_failure(self, run_id: str) -> None:
+        self.failures.pop(run_id, None)
+
+
+def planned(point: Point, seed: int, title: str = "") -> Planned:
+    text = json.dumps([sorted(point.items()), seed])
+    return Planned(hashlib.sha256(text.encode()).hexdigest()[:16], {**point, "seed": seed}, title, STEPS[-1], {})
+
+
+def bowl(point: dict[str, Any], seed: int, step: int) -> float:
+    """Best at a = 0.5, b = 6; seeds differ a little, and longer is better."""
+    noise = int(hashlib.sha256(f"{point} {seed}".encode()).hexdigest()[:6], 16) / 16**6
+    loss = abs(point["a"] - 0.5) / 4 + (point["b"] - 6) ** 2 / 100
+    return (0.8 - 0.4 * loss) * (step / 100) ** 0.3 + 0.01 * noise
+
+
+def opened(
+    root: Path, runs: Runs, wanted: int, kind: Any = "tpe", judge: Judge | None = None, slots: int = 1, **more: Any
+) -> SearchDesk:
+    """A desk on the sweep in ``root``, new or as it was left."""
+    (root / "trials").mkdir(parents=True, exist_ok=True)
+    space = more.pop("space", SPACE)
+    first = more.pop("first", FIRST)
+    asker = Asker("sweep", space, first, kind, 7, slots > 1, more.pop("storage", str(root / "optuna.journal")))
+    search = Search(
+        root / "trials", asker, judge or Nobody(), planned, more.pop("seeds", SEEDS), STEPS, wanted, runs, **more
+    )  # type: ignore[arg-type]
+    return SearchDesk(search, runs, Settings(), slots, lambda event: None)  # type: ignore[arg-type]
+
+
+def drive(desk: SearchDesk, runs: Runs, event: Callable[[str], None] = lambda what: None) -> list[Event]:
+    """Plays Tune: hands out up to ``desk.slots`` runs, and lets each in turn come to its next rung or its end."""
+    live: dict[str, Planned] = {}
+    while not desk.over:
+        job = desk.next()
+        while job is not None:
+            live[job.run_id] = job
+            desk.started(job.run_id)
+            job = desk.next()
+        for run_id in list(live):
+            _advance(desk, runs, live.pop(run_id), live, event)
+    return []
+
+
+def _advance(
+    desk: SearchDesk, runs: Runs, job: Planned, live: dict[str, Planned], event: Callable[[str], None]
+) -> None:
+    point, seed, run_id = {**job.changes}, int(str(job.changes["seed"])), job.run_id
+    del point["seed"]
+    ahead = [step for step in STEPS if step > runs.progress.get(run_id, 0)]
+    passed = [step for step in STEPS[:-1] if step <= runs.progress.get(run_id, 0)]
+    # A run that goes on says once more what it had measured, as training does from its checkpoint.
+    if any(desk.judged(run_id, step, runs.score(point, seed, step)) for step in passed):
+        desk.finished(run_id, {"state": "stopped"})
+        return
+    step = ahead[0] if ahead else STEPS[-1]
+    event("before a step")
+    value = runs.score(point, seed, step)
+    runs.trained += step - runs.progress.get(run_id, 0)
+    runs.progress[run_id] = step
+    event("after a step")
+    if value != value or value < 0:
+        kind = "nan" if value != value else "error"
+        desk.finished(run_id, {"state": "failed", "kind": kind, "message": f"value {value}"})
+        return
+    if step < STEPS[-1]:
+        if desk.judged(run_id, step, value):
+            event("told to stop")
+            desk.finished(run_id, {"state": "stopped"})
+        else:
+            live[run_id] = job
+        return
+    history = [{"step": one, "miou": runs.score(point, seed, one)} for one in STEPS]
+    runs.records[run_id] = SimpleNamespace(miou=value, history=history)
+    event("recorded")
+    desk.finished(run_id, {"state": "done", "began": 0.0, "ended": 0.0, "miou": value})
+
+
+def told(desk: SearchDesk) -> list[dict[str, Any]]:
+    """All trials as their records have them."""
+    return [trial.model_dump() for trial in desk.search.trials]

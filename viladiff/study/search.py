@@ -1,0 +1,402 @@
+"""A sweep as it goes on: which point is next, what each run's end means, when a trial is stopped. No Ray, no torch.
+
+``Search`` decides; ``SearchDesk`` hands its runs out with the retries and leases that a table's runs have. All that
+happens is numbered and written before it counts, so that a search opened again on the same directory goes on as if it
+had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+from viladiff.study.asking import Asker
+from viladiff.study.desk import Desk, Kind, Live
+from viladiff.study.events import Event, Outcome, Settings
+from viladiff.study.plan import Planned
+from viladiff.study.space import Point
+from viladiff.study.store import Store
+from viladiff.study.trials import Promotion, Rung, State, Tally, Trial, load_trials, save_trial
+
+Decision = Literal["go", "stop", "pause"]
+HOPELESS = 3
+"""Trials that must have failed, and none done anything else, for a sweep to be given up."""
+
+
+class Judge(Protocol):
+    """Who decides at a rung whether a trial goes on; values of different rungs are never compared."""
+
+    def add(self, number: int) -> None:
+        """A trial begins."""
+
+    def hear(self, number: int, rung: int, value: float) -> Decision:
+        """Its first seed's value at a rung, counted from 0; the last rung is the full budget."""
+
+    def lose(self, number: int) -> None:
+        """It failed."""
+
+    def promoted(self, exhausted: bool) -> int | None:
+        """A paused trial that goes on now. ``exhausted``: no new trial will come to compare it with."""
+
+    def dropped(self) -> list[int]:
+        """Paused trials that will never go on, each told once."""
+
+
+class Nobody:
+    """The judge of a sweep that stops no trial."""
+
+    def add(self, number: int) -> None: ...
+
+    def hear(self, number: int, rung: int, value: float) -> Decision:
+        return "go"
+
+    def lose(self, number: int) -> None: ...
+
+    def promoted(self, exhausted: bool) -> int | None:
+        return None
+
+    def dropped(self) -> list[int]:
+        return []
+
+
+class Search:
+    """The trials of one sweep. Nothing here blocks but sampling."""
+
+    def __init__(
+        self,
+        directory: Path,
+        asker: Asker,
+        judge: Judge,
+        planned: Callable[[Point, int, str], Planned],
+        seeds: tuple[int, ...],
+        steps: tuple[int, ...],
+        wanted: int,
+        store: Store,
+        tell: Callable[[Trial], None] = lambda trial: None,
+    ) -> None:
+        """``planned`` names the run of a point under a seed; ``steps`` are the rungs, the last the full length."""
+        self.directory, self.asker, self.judge, self.planned = directory, asker, judge, planned
+        self.seeds, self.steps, self.wanted, self.store, self.tell = seeds, steps, wanted, store, tell
+        self.trials = load_trials(directory)
+        self.tally, self.order = Tally(), 0
+        self.owner: dict[str, tuple[int, int]] = {}
+        """Trial and seed of each run that is under way."""
+        self.first: dict[str, int] = {}
+        """Trial by its first run's name, to tell twins by."""
+        self.paused: set[int] = set()
+        self.wishes: dict[int, Decision] = {}
+        """Trials whose run was told to end at a rung, and why."""
+        self.twins: dict[int, list[int]] = {}
+        """Trials that wait for another one's end."""
+        self.done = False
+        """Nothing is under way and nothing more will be."""
+        self.hopeless = ""
+        self._exhausted = False
+        self._failed_now, self._fine_now = 0, False
+        asker.open(self.trials)
+        self._again = self._recall()
+
+    # Going on from records
+
+    def _recall(self) -> list[Trial]:
+        """Replays to judge and tally what happened, in its order; returns the trials that were under way."""
+        happened: list[tuple[int, Callable[[], None]]] = []
+        for trial in self.trials:
+            self.order = max([self.order, trial.order, trial.ended or 0, *(rung.order for rung in trial.rungs)])
+            self.order = max([self.order, *(promotion.order for promotion in trial.promotions)])
+            if trial.twin is not None:
+                if trial.state == "running":
+                    self.twins.setdefault(trial.twin, []).append(trial.number)
+                continue
+            self.first.setdefault(trial.runs[trial.seeds[0]], trial.number)
+            happened.append((trial.order, partial(self.judge.add, trial.number)))
+            happened += [(rung.order, partial(self._judge, trial, rung)) for rung in trial.rungs]
+            happened += [(one.order, partial(self._promoted, trial.number, one)) for one in trial.promotions]
+            if trial.ended is not None:
+                happened.append((trial.ended, partial(self._ended, trial)))
+        for _, event in sorted(happened, key=lambda one: one[0]):
+            event()
+        running = [trial for trial in self.trials if trial.state == "running" and trial.twin is None]
+        return [trial for trial in running if trial.number not in self.paused]
+
+    def _judge(self, trial: Trial, rung: Rung) -> None:
+        if rung.step not in self.steps:
+            return
+        decision = self.judge.hear(trial.number, self.steps.index(rung.step), rung.value)
+        if decision != "go" and rung.step != self.steps[-1]:
+            self.wishes[trial.number] = decision
+            if decision == "pause":
+                self.paused.add(trial.number)
+
+    def _promoted(self, number: int, promotion: Promotion) -> None:
+        while self.judge.promoted(promotion.exhausted) not in (number, None):
+            pass  # those that were passed over because they had ended
+        self._resume(number)
+
+    def _resume(self, number: int) -> None:
+        self.paused.discard(number)
+        self.wishes.pop(number, None)
+
+    def _ended(self, trial: Trial) -> None:
+        self._resume(trial.number)
+        if trial.state == "failed":
+            self.judge.lose(trial.number)
+        self.tally.add(trial)
+
+    # Handing out
+
+    def work(self) -> list[Planned]:
+        """Runs to start now; none where there is nothing to do but wait, or nothing left (``done``)."""
+        while not self.hopeless:
+            job = self._next()
+            if job is None:
+                break
+            if job:
+                return job
+        self.done = not self.owner
+        return []
+
+    def _next(self) -> list[Planned] | None:
+        """Jobs of one trial, none if it ended at once; None where there is no trial to go on with."""
+        for number in self.judge.dropped():
+            if self.trials[number].state == "running" and number in self.paused:
+                self._finish(self.trials[number], "pruned", "others were promoted in its place")
+        if self._again:
+            return self._go_on(self._again.pop(0))
+        promoted = self._promote(False)
+        if promoted is not None:
+            return self._go_on(promoted)
+        if len(self.trials) < self.wanted and not self._exhausted:
+            return self._ask()
+        if self.owner or not self.paused:
+            return None
+        promoted = self._promote(True)
+        if promoted is not None:
+            return self._go_on(promoted)
+        for number in sorted(self.paused):
+            self._finish(self.trials[number], "pruned", "the sweep ended before it was promoted")
+        return None
+
+    def _promote(self, exhausted: bool) -> Trial | None:
+        number = self.judge.promoted(exhausted)
+        while number is not None and number not in self.paused:  # a run that was done before paused for nobody
+            number = self.judge.promoted(exhausted)
+        if number is None:
+            return None
+        trial = self.trials[number]
+        self._resume(number)
+        trial.promotions.append(Promotion(order=self._tick(), exhausted=exhausted))
+        save_trial(trial, self.directory)
+        return trial
+
+    def _ask(self) -> list[Planned]:
+        number = len(self.trials)
+        asked = self.asker.ask(number, self.trials)
+        if asked is None:
+            self._exhausted = True
+            return []
+        point, origin = asked
+        runs = {str(seed): self._job(number, point, seed).run_id for seed in self.seeds}
+        twin = self.first.get(runs[str(self.seeds[0])])
+        trial = Trial(number=number, point=point, runs=runs, order=self._tick(), origin=origin, twin=twin)
+        self.trials.append(trial)
+        save_trial(trial, self.directory)
+        if twin is None:
+            self.first[runs[str(self.seeds[0])]] = number
+            self.judge.add(number)
+            return self._go_on(trial)
+        if self.trials[twin].state == "running":
+            self.twins.setdefault(twin, []).append(number)
+        else:
+            self._follow(trial)
+        return []
+
+    def _job(self, number: int, point: Point, seed: int) -> Planned:
+        return self.planned(point, seed, f"trial {number}, seed {seed}")
+
+    def _go_on(self, trial: Trial) -> list[Planned]:
+        """The next run of a trial; none if that was all, since it then ends."""
+        if self.wishes.get(trial.number) == "stop":
+            self._finish(trial, "pruned", self._stopped_at(trial))
+            return []
+        left = [seed for seed in trial.seeds if seed not in trial.values]
+        enough = self.tally.decided(list(trial.values.values())) if left else ""
+        if not left or enough:
+            self._finish(trial, "complete", enough)
+            return []
+        job = self._job(trial.number, trial.point, int(left[0]))
+        if job.run_id != trial.runs[left[0]]:
+            raise ValueError(
+                f"trial {trial.number} of {self.directory} has the run {trial.runs[left[0]]}, which is now named "
+                f"{job.run_id}: code, data or weights have changed; give the sweep another name with --study"
+            )
+        self.owner[job.run_id] = (trial.number, int(left[0]))
+        return [job]
+
+    # Hearing
+
+    def heard(self, run_id: str, step: int, value: float | None) -> bool:
+        """A score on the way; True asks the run to end here, with a checkpoint."""
+        number, seed = self.owner.get(run_id, (-1, -1))
+        if number < 0 or seed != self.seeds[0] or step not in self.steps:
+            return False
+        self._climb(self.trials[number], step, value)
+        return number in self.wishes
+
+    def _climb(self, trial: Trial, step: int, value: float | None) -> None:
+        if value is None or not math.isfinite(value) or any(rung.step == step for rung in trial.rungs):
+            return
+        trial.rungs.append(Rung(step=step, value=value, order=self._tick()))
+        save_trial(trial, self.directory)
+        self.asker.rung(trial.number, step, value)
+        self._judge(trial, trial.rungs[-1])
+
+    def ended(self, outcome: Outcome) -> list[Planned]:
+        """How a run ended; returns the next run of its trial, if there is one."""
+        number, seed = self.owner.pop(outcome.run_id, (-1, -1))
+        if number < 0:
+            return []
+        trial = self.trials[number]
+        if outcome.state == "done":
+            return self._scored(trial, seed, outcome.run_id)
+        if outcome.state == "failed":
+            why = f"{outcome.failure.kind}: {outcome.failure.message}" if outcome.failure else "no reason is known"
+            self._finish(trial, "failed", f"seed {seed}: {why}")
+        elif self.wishes.get(number) == "stop":
+            self._finish(trial, "pruned", self._stopped_at(trial))
+        elif number not in self.paused:
+            self._again.append(trial)  # interrupted: the next call goes on with it
+        return []
+
+    def _scored(self, trial: Trial, seed: int, run_id: str) -> list[Planned]:
+        record = self.store.get(run_id)
+        value = None if record is None else record.miou
+        if record is None or value is None or not math.isfinite(value):
+            self._finish(trial, "failed", f"seed {seed}: no mIoU was measured")
+            return []
+        if seed == self.seeds[0]:
+            for entry in record.history:
+                if entry["step"] in self.steps:
+                    self._climb(trial, entry["step"], entry["miou"])
+            self._resume(trial.number)  # what is finished needs not be stopped any more
+        trial.values[str(seed)] = value
+        save_trial(trial, self.directory)
+        return self._go_on(trial)
+
+    def _finish(self, trial: Trial, state: State, reason: str) -> None:
+        trial.state, trial.reason, trial.ended = state, reason, self._tick()
+        save_trial(trial, self.directory)
+        self.asker.tell(trial)
+        self._ended(trial)
+        if state == "failed":
+            self._failed_now += 1
+            if self._failed_now >= HOPELESS and not self._fine_now:
+                self.hopeless = f"the first {self._failed_now} trials all failed; the first of them: {self._worst()}"
+        else:
+            self._fine_now = True
+        self.tell(trial)
+        for number in self.twins.pop(trial.number, []):
+            self._follow(self.trials[number])
+
+    def _follow(self, trial: Trial) -> None:
+        """Ends a trial as its twin ended."""
+        assert trial.twin is not None
+        other = self.trials[trial.twin]
+        trial.rungs = [Rung(step=rung.step, value=rung.value, order=self._tick()) for rung in other.rungs]
+        trial.values = dict(other.values)
+        for rung in trial.rungs:
+            self.asker.rung(trial.number, rung.step, rung.value)
+        trial.state, trial.reason, trial.ended = other.state, f"as trial {other.number}, of the same runs", self._tick()
+        save_trial(trial, self.directory)
+        self.asker.tell(trial)
+        self.tell(trial)
+
+    def _worst(self) -> str:
+        """The first failure of this call, with its traceback where it left one."""
+        trial = [one for one in self.trials if one.state == "failed"][-self._failed_now]
+        trace = next(
+            (path for run in trial.runs.values() if (path := self.store.directory(run) / "traceback.txt").is_file()),
+            None,
+        )
+        return f"trial {trial.number}, {trial.reason}" + (f"\n{trace.read_text().rstrip()}" if trace else "")
+
+    def _stopped_at(self, trial: Trial) -> str:
+        return f"stopped at step {trial.rungs[-1].step} of {self.steps[-1]}" if trial.rungs else "stopped"
+
+    def _tick(self) -> int:
+        self.order += 1
+        return self.order
+
+
+class SearchDesk(Desk):
+    """A desk whose runs come from a search, and whose ends go to it."""
+
+    def __init__(
+        self,
+        search: Search,
+        store: Store,
+        settings: Settings,
+        slots: int,
+        tell: Callable[[Event], None] = lambda event: None,
+        timeout: float | None = None,
+    ) -> None:
+        """``timeout``: seconds that all runs of a trial may take together in this call."""
+        super().__init__([], store, settings, slots, tell)
+        self.search, self.timeout = search, timeout
+        self.spent: dict[int, float] = {}
+        self.began: dict[str, float] = {}
+
+    @property
+    def over(self) -> bool:
+        return super().over and (self.stopping or self.search.done)
+
+    def prime(self) -> None:
+        """Looks whether there is anything to run, before Ray is started for it."""
+        while not self.waiting and not self.elsewhere and not self.search.done:
+            self.waiting.extend(self.search.work())
+            self.settle()
+
+    def next(self) -> Planned | None:
+        while True:
+            job = super().next()
+            if job is not None or self.stopping or self.waiting or self.alone or len(self.live) >= self.slots:
+                return job
+            more = self.search.work()
+            if not more:
+                return None
+            self.waiting.extend(more)
+
+    def started(self, run_id: str) -> None:
+        self.began[run_id] = self.clock
+        super().started(run_id)
+
+    def judged(self, run_id: str, step: int, value: float | None) -> bool:
+        """A score at a step; True tells the run to end there."""
+        return self.search.heard(run_id, step, value)
+
+    def tick(self) -> Iterator[tuple[str, tuple[str, int]]]:
+        yield from super().tick()
+        for run_id, run in self.live.items():
+            if self.timeout is not None and run.place and not run.hung and self._spent(run_id) > self.timeout:
+                run.hung = True
+                yield run_id, run.place
+
+    def _spent(self, run_id: str) -> float:
+        number = self.search.owner.get(run_id, (-1, 0))[0]
+        return self.spent.get(number, 0.0) + self.clock - self.began.get(run_id, self.clock)
+
+    def _failed(self, run: Live, kind: Kind, message: str) -> None:
+        if self.timeout is not None and kind == "hang" and self._spent(run.job.run_id) > self.timeout:
+            self.tries.setdefault(run.job.run_id, []).append("hang")  # so that it is not tried again
+            message = f"longer than --trial-timeout {self.timeout:g} s"
+        super()._failed(run, kind, message)
+
+    def _end(self, outcome: Outcome, step: int | None = None, miou: float | None = None) -> None:
+        super()._end(outcome, step, miou)
+        number = self.search.owner.get(outcome.run_id, (-1, 0))[0]
+        self.spent[number] = self._spent(outcome.run_id)
+        self.began.pop(outcome.run_id, None)
+        self.waiting.extend(self.search.ended(outcome))

@@ -1,0 +1,268 @@
+"""A sweep as data: one TOML file says what is searched, from which point, at which budgets, and how runs are compared.
+
+Reading it loads no torch; ``check`` and ``Namer`` do, since they build configurations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from viladiff.fields import ConfigError, nearest
+from viladiff.study.plan import Planned
+from viladiff.study.space import Dimension, Point, Value, edges, strays
+from viladiff.study.spec import RESERVED, Printed, Scale, Seeds, Strict, read_toml, sentence, strange_values
+
+Select = Literal["holdout", "val"]
+FRESH = 5
+"""Fewest seeds that a winner is quoted with."""
+OURS = {
+    "data.holdout": "it is the sweep's own holdout",
+    "eval.on": "the sweep chooses on what it holds out; --select val looks at the reported set, and the page says so",
+    "eval.every": "it follows from the rungs",
+    **RESERVED,
+}
+
+
+def _as_rungs(value: object) -> object:
+    shares = value if isinstance(value, list | tuple) else ()
+    fine = all(isinstance(one, int | float) and 0 < one <= 1 for one in shares)
+    if fine and shares and list(shares) == sorted(set(shares)) and shares[-1] == 1:
+        return [float(one) for one in shares]
+    raise ValueError("shares of the steps in rising order, the last one 1.0, such as [0.25, 0.5, 1.0]")
+
+
+class Curve(Strict):
+    """Numbers that the paper prints along one dimension, to be drawn beside what was found."""
+
+    label: str = Field(min_length=1)
+    field: str
+    at: tuple[Value, ...] = Field(min_length=1)
+    miou: tuple[Printed, ...]
+    """Percent, one for each place."""
+
+
+class Sweep(Strict):
+    name: str
+    """The file's stem without ``sweep_``."""
+    title: str
+    metric: Literal["miou"] = "miou"
+    trials: int = Field(20, ge=1)
+    seeds: Seeds = (0, 1, 2)
+    finals: Seeds = (3, 4, 5, 6, 7)
+    """Fresh seeds with which the winner, the paper's value and the runner-up are trained anew, on the full list."""
+    holdout: float = Field(0.25, gt=0, lt=1)
+    """Share of the labelled list that trials are chosen on and not trained on."""
+    rungs: Annotated[tuple[float, ...], BeforeValidator(_as_rungs)] = (0.25, 0.5, 1.0)
+    """Shares of the steps at which trials may be stopped early."""
+    base: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Dimension] = Field(min_length=1)
+    first: dict[str, Value]
+    """The paper's value: the first point that is tried."""
+    scale: dict[str, Scale] = Field(min_length=1)
+    paper: tuple[Curve, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+# Reading
+
+
+def load_sweep(path: Path | str) -> Sweep:
+    """The sweep in a TOML file; what its fields mean is left to ``check``.
+
+    Raises ValueError with one line a fault: file, entry, value, what is allowed.
+    """
+    path = Path(path)
+    tree = read_toml(path)
+    faults = list(strange_values(tree))
+    if "name" in tree:
+        faults.append(f"name = {tree['name']!r}: a sweep is named by its file; remove the line")
+    if not faults:
+        try:
+            text = json.dumps({**tree, "name": path.stem.removeprefix("sweep_")})
+            sweep = Sweep.model_validate_json(text)
+        except ValidationError as error:
+            faults = [_said(item, tree) for item in error.errors(include_url=False)]
+        else:
+            faults = list(_faults(sweep))
+    if faults:
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
+    return sweep
+
+
+def _said(item: Any, tree: Mapping[str, Any]) -> str:
+    """Paths of fields have dots of their own, so that what lies in ``space`` is named here."""
+    loc = item["loc"]
+    if loc[0] in ("space", "first") and len(loc) > 1:
+        inner = {**item, "loc": loc[2:] if len(loc) > 2 and loc[0] == "space" else ()}
+        return f'{loc[0]}."{loc[1]}": {sentence(inner, tree, Dimension, {})}'
+    return sentence(item, tree, Sweep, {"scale": Scale, "paper": Curve})
+
+
+def _faults(sweep: Sweep) -> Iterator[str]:
+    for path, dimension in sweep.space.items():
+        here = f'space."{path}"'
+        if path in OURS:
+            yield f"{here}: not searched: {OURS[path]}"
+        if path in sweep.base:
+            yield f"{here}: base sets it too; keep one"
+        if path in sweep.first and not dimension.has(sweep.first[path]):
+            yield f'first."{path}" = {sweep.first[path]!r}: must lie in the space, {dimension}'
+    for fault in strays(sweep.first, sweep.space):
+        if "is not in" not in fault:
+            yield f"first: {fault}{nearest(fault.split(' ')[0], sweep.space)}"
+    for entry, fields in [("base", sweep.base), *((f"scale.{name}", one.set) for name, one in sweep.scale.items())]:
+        for path, value in fields.items():
+            if path in OURS:
+                yield f"{entry}: {path} = {value!r}: not set here: {OURS[path]}"
+            elif isinstance(value, dict):
+                yield f'{entry}: {path} = {value!r}: write the whole path in quotes, as in "{path}.field" = ...'
+    for name, seeds in (("seeds", sweep.seeds), ("finals", sweep.finals)):
+        if len(set(seeds)) < len(seeds):
+            yield f"{name} = {list(seeds)}: a seed is named twice"
+    if set(sweep.seeds) & set(sweep.finals) or len(sweep.finals) < FRESH:
+        yield f"finals = {list(sweep.finals)}: {FRESH} seeds or more, none of them in seeds = {list(sweep.seeds)}"
+    for i, curve in enumerate(sweep.paper):
+        here = f"paper[{i + 1}] {curve.label!r}"
+        if curve.field not in sweep.space:
+            yield f"{here}: field = {curve.field!r}: not in the space{nearest(curve.field, sweep.space)}"
+        if len(curve.at) != len(curve.miou):
+            yield f"{here}: {len(curve.miou)} numbers at {len(curve.at)} places"
+
+
+# Runs
+
+
+def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select) -> dict[str, object]:
+    """What every run of the search has: base, scale, command line, and what it is scored on; not the point or seed.
+
+    A run of the search trains without the images that are held out and is scored on them, at each rung and at the
+    end. Raises ValueError for an unknown scale, and for a field that is not to be set here.
+    """
+    fixed = common(sweep, scale, typed)
+    steps = rung_steps(sweep, fixed)
+    chosen: dict[str, object] = {"eval.every": math.gcd(*steps), "eval.boundary": False}
+    if select == "holdout":
+        chosen |= {"data.holdout": sweep.holdout, "eval.on": "holdout"}
+    return {**fixed, **chosen}
+
+
+def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, object]:
+    """What the runs of the search share with those that the winner is quoted from."""
+    if scale not in sweep.scale:
+        raise ValueError(f"scale = {scale!r}: allowed: {', '.join(sweep.scale)}{nearest(scale, sweep.scale)}")
+    for path, value in typed.items():
+        if path in OURS:
+            raise ValueError(f"{path} = {value}: not set here: {OURS[path]}")
+        if path in sweep.space:
+            raise ValueError(f"{path} = {value}: the sweep searches it; leave it out")
+    size = sweep.scale[scale]
+    mapped: dict[str, object] = dict(sweep.base)
+    for path, value in sweep.base.items():
+        mapped |= size.instead.get(f"{path}={value}", {})
+    asked = str(sweep.base.get("data.dataset"))
+    if asked in size.datasets:
+        mapped["data.dataset"] = size.datasets[asked]
+    threads: dict[str, object] = {} if size.threads is None else {"runtime.threads": size.threads}
+    return {**mapped, **threads, **size.set, **typed, "runtime.scale": scale}
+
+
+def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
+    """Steps of the rungs, the last one the full length. Raises ValueError where they are no steps of their own."""
+    text = str(fixed.get("train.steps"))
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"train.steps = {fixed.get('train.steps')}: a sweep needs a number of steps, set by its scale")
+    steps = tuple(round(share * int(text)) for share in sweep.rungs)
+    if len(set(steps)) < len(steps) or steps[0] < 1:
+        raise ValueError(f"rungs = {list(sweep.rungs)}: of train.steps = {text} they are the steps {list(steps)}")
+    if steps[-1] // math.gcd(*steps) > 100:
+        raise ValueError(
+            f"rungs = {list(sweep.rungs)}: of train.steps = {text} they are the steps {list(steps)}, which only an "
+            f"evaluation every {math.gcd(*steps)} steps would meet; choose others"
+        )
+    return steps
+
+
+def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, select: Select = "holdout") -> None:
+    """Builds the configurations at the space's edges, so that no trial can fail for its fields; loads torch.
+
+    Raises ValueError with a line a fault: entry, value, what is allowed, the nearest name.
+    """
+    from viladiff.config import RunConfig, override
+
+    fixed = changes(sweep, scale, typed or {}, select)
+    faults: dict[str, None] = {}
+    try:
+        override(RunConfig(), {**fixed, **sweep.first})
+    except ConfigError as error:
+        faults |= dict.fromkeys(_blamed(str(error), sweep, scale, sweep.first))
+    if not faults:
+        faults |= dict.fromkeys(_kinds(sweep, fixed))
+    if not faults:
+        for point in edges(sweep.space, sweep.first):
+            try:
+                override(RunConfig(), {**fixed, **point})
+            except ConfigError as error:
+                faults |= dict.fromkeys(_blamed(str(error), sweep, scale, point))
+    if faults:
+        shown = list(faults)[:8]
+        more = [f"and {len(faults) - len(shown)} more faults"] if len(faults) > len(shown) else []
+        raise ValueError("\n".join(f"sweep_{sweep.name}.toml: {fault}" for fault in [*shown, *more]))
+
+
+def _kinds(sweep: Sweep, fixed: Mapping[str, object]) -> Iterator[str]:
+    """Whole numbers for a field that holds any number would be searched as whole numbers."""
+    from viladiff.config import RunConfig, override, schema
+
+    cfg = override(RunConfig(), {**fixed, **sweep.first})
+    known = schema(cfg.data.dataset, cfg.method.name)
+    for path, dimension in sweep.space.items():
+        if dimension.whole and known[path].annotation is float:
+            yield (
+                f'space."{path}": low = {dimension.low}, high = {dimension.high}: whole numbers, but the field holds '
+                f"any; write {float(dimension.low or 0)} and {float(dimension.high or 0)}"
+            )
+
+
+def _blamed(error: str, sweep: Sweep, scale: str, point: Point) -> Iterator[str]:
+    for line in error.splitlines():
+        named = [path for path in sweep.space if path in line]
+        if named:
+            where = ", ".join(f"{path} = {point[path]!r}" for path in named if path in point)
+            yield f'space."{named[0]}" (at {where}): {line}'
+        else:
+            owner = next((f"scale.{scale}" for path in sweep.scale[scale].set if path in line), "base")
+            yield f"{owner}: {line}"
+
+
+class Namer:
+    """Runs of a point, named as training names them; data, words and weights are read once."""
+
+    def __init__(self, sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select, workers: int = 1) -> None:
+        self.sweep, self.workers = sweep, workers
+        self.fixed = {**changes(sweep, scale, typed, select), "runtime.workers": workers}
+        self.steps = rung_steps(sweep, self.fixed)
+        self._prints: dict[object, dict[str, str]] = {}
+
+    def planned(self, point: Point, seed: int, title: str = "") -> Planned:
+        """The run of a point under a seed; loads torch. Raises ValueError for a point that cannot be run."""
+        return self._named({**self.fixed, **point, "seed": seed}, title)
+
+    def _named(self, given: dict[str, object], title: str) -> Planned:
+        from viladiff.config import RunConfig, changed, override, run_id
+        from viladiff.fingerprints import name_runs
+
+        cfg = override(RunConfig(), given)
+        key = (cfg.data, cfg.model, cfg.eval.on)
+        if key not in self._prints:
+            self._prints[key] = name_runs([cfg])[0].fingerprints
+        fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
+        assert cfg.train.steps is not None  # rung_steps has seen it
+        return Planned(
+            run_id(cfg, self._prints[key]), given, title, cfg.train.steps, fields, self.workers, cfg.runtime.threads
+        )
