@@ -429,3 +429,21 @@ def test_pictures_hold_every_stage_as_class_ids(tmp_path: Path) -> None:
         changed = [(found[f"0{i}/noise t={t}"] != found["02/pseudo-label"]).mean() for i, t in ((5, 1), (7, 3))]
         assert 0 < changed[0] < changed[1] < 1
         assert set(np.unique(found["04/edges"])) <= {0, 1}
+
+
+def test_scores_from_before_an_interruption_are_told_once_more_and_may_end_the_run(tmp_path: Path) -> None:
+    cfg = config(tmp_path, train__steps=6, eval__every=2, eval__images=4, runtime__log_every=6)
+    with pytest.raises(Stopped, match="stopped at step 2 of 6"):
+        fit(cfg, report=lambda news: "miou" in news)
+    heard: list[list[int]] = []
+
+    def hear(news: dict[str, Any]) -> bool:
+        if "history" in news:
+            heard.append([entry["step"] for entry in news["history"]])
+        return len(heard) == 1
+
+    with pytest.raises(Stopped, match="stopped at step 2 of 6"):
+        fit(cfg, report=hear)
+    assert heard == [[2]]
+    record = fit(cfg, report=hear).record
+    assert heard == [[2], [2], [2, 4], [2, 4]] and [entry["step"] for entry in record.history] == [2, 4, 6]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from viladiff.study.store import Store
 if TYPE_CHECKING:
     from viladiff.config import RunConfig
     from viladiff.study.lease import Lease
+    from viladiff.train import Report
 
 SAY_EVERY = 2.0
 """Seconds between words to the driver, and between looks whether the run is to stop."""
@@ -32,6 +34,8 @@ LOST_NEIGHBOUR = ("Connection closed by peer", "Connection reset by peer", "Brok
 """What gloo says, in a plain RuntimeError, where another process of the group has died."""
 
 Tell = Callable[[dict[str, Any]], None]
+Judged = Callable[[int, float | None], bool]
+"""Told each score of a run with its step, those before an interruption again; True asks the run to end there."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def trial(config: Mapping[str, Any], jobs: Mapping[str, Planned], place: Place) 
     tune.report(attempt(jobs[config["run"]], place, tune.report))
 
 
-def attempt(job: Planned, place: Place, tell: Tell) -> dict[str, Any]:
+def attempt(job: Planned, place: Place, tell: Tell, judged: Judged | None = None) -> dict[str, Any]:
     """Does the run unless it is done or somebody else is at it; returns ``state`` and what belongs to it."""
     store = Store(Path(place.root))
     tell({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
@@ -63,16 +67,21 @@ def attempt(job: Planned, place: Place, tell: Tell) -> dict[str, Any]:
     if lease is None:
         return {"state": "elsewhere"}
     with lease:
-        return attempt_held(job, place, tell, lease)
+        return attempt_held(job, place, tell, lease, judged)
 
 
-def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease) -> dict[str, Any]:
+def attempt_held(
+    job: Planned, place: Place, tell: Tell, lease: Lease, judged: Judged | None = None
+) -> dict[str, Any]:
     """``attempt``, once the lease is there."""
     directory = Path(place.root) / job.run_id
-    trace = directory / "hang.txt"
+    trace, told = directory / "hang.txt", directory / "traceback.txt"
+    told.unlink(missing_ok=True)
     with trace.open("w") as file:
         watchdog = _Watchdog(file.fileno(), place.hang_after)
         report = _reporter(tell, watchdog, place.stop_name)
+        if judged is not None:
+            report = _hearing(report, judged, watchdog)
         try:
             watchdog.arm(SETUP)
             from viladiff.train import fit
@@ -84,6 +93,8 @@ def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease) -> dict[s
             found = explained(error)
             if found is None:
                 raise
+            if found.get("kind") == "error":
+                told.write_text(traceback.format_exc(), encoding="utf-8")
             return found
         finally:
             watchdog.rest()
@@ -159,6 +170,23 @@ def _reporter(tell: Tell, watchdog: _Watchdog, stop_name: str) -> Callable[[dict
         return asked
 
     return report
+
+
+def _hearing(report: Report, judged: Judged, watchdog: _Watchdog) -> Report:
+    """``report`` that also asks ``judged`` of each score of the run, once."""
+    heard = 0
+
+    def also(news: dict[str, Any]) -> bool:
+        nonlocal heard
+        asked = bool(report(news))
+        for entry in news.get("history", [])[heard:]:
+            watchdog.rest()  # whoever judges may be busy with other trials
+            asked = judged(entry["step"], entry["miou"]) or asked
+            watchdog.arm()
+            heard += 1
+        return asked
+
+    return also
 
 
 def _stop_asked(name: str) -> bool:

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Report = Callable[[dict[str, Any]], bool | None]
-"""Called by every worker with step and steps: at each log also loss, and miou where one was measured, then True asks
-to stop; and with evaluating = True while no step ends."""
+"""Called by every worker with step and steps: at each log also loss, history (all scores so far), and miou where one
+was measured, then True asks to stop; with history after a checkpoint was read, likewise; and with evaluating = True
+while no step ends."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class Run:
         with memory_errors(self.cfg):
             self._build()
             self._restore()
+            self._recall()
             self._train()
             record = scoring.record(self)
             scoring.draw(self)
@@ -231,6 +233,13 @@ class Run:
         if self.rank == 0:
             self.log.truncate_to(self.step)
 
+    def _recall(self) -> None:
+        """Says once more what was measured before an interruption: whoever should have heard may have died with it."""
+        if self.report is None or not self.history:
+            return
+        if self._any(bool(self.report({"step": self.step, "steps": self.steps, "history": self.history}))):
+            raise Stopped(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
+
     def _save(self) -> None:
         if self.rank:
             return
@@ -278,7 +287,7 @@ class Run:
                     loss = self._write(pending, writer)
                     bar.note(loss)
                     self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
-                    news = {"step": self.step, "steps": self.steps, "loss": loss}
+                    news = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
                     if evaluate:
                         news |= self._evaluate_now()
                     if self.report is not None:
