@@ -43,6 +43,7 @@ a finished run is only shown.
 TABLE_EXAMPLES = """\
 examples:
   viladiff plan 5 --scale digits          what would run, and how long it would take
+  viladiff plan all --scale digits        all tables: runs that they share, what is left, hours and price
   viladiff table 5                        scale quick: one seed, minutes on two cores
   viladiff table 5 --scale digits --rows 1 8 --seeds 3 -- train.steps=300
 """
@@ -195,8 +196,12 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from viladiff.study.drive import find, run, typed
+    from viladiff.study.drive import ROOT, find, run, typed
 
+    if args.plan and args.table == "all":
+        from viladiff.study.whole import outline_all
+
+        return outline_all(sorted((ROOT / "ablations").glob("*.toml")), args)
     args.dry_run = args.dry_run or args.plan
     return run(find(args.table), args, typed("viladiff", sys.argv[1:]))
 
