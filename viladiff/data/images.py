@@ -98,9 +98,10 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 where there is none, from the header alone."""
-    # Pillow decodes a whole PNG to look for EXIF behind its pixels; only what stands before them counts here.
-    if image.format == "PNG" and "exif" not in image.info:
+    """EXIF's orientation that is still to be applied, 1 where there is none, from the header alone."""
+    # Pillow decodes a whole PNG to look for EXIF behind its pixels; only what stands before them counts here. A TIFF
+    # it turns by itself, size and all.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     found = image.getexif().get(ExifTags.Base.Orientation, 1)
     return found if found in _UPRIGHT else 1
