@@ -157,10 +157,12 @@ def test_a_trace_of_the_watchdog_tells_a_hang_from_a_kill(tmp_path: Path) -> Non
 
 
 def test_a_stop_starts_nothing_more_and_lets_the_rest_end(tmp_path: Path) -> None:
-    found, _ = desk(tmp_path, 3)
+    found, events = desk(tmp_path, 3)
     assert names(found) == [0, 1]
     found.stop()
     assert names(found) == [] and not found.over
+    (note,) = [event for event in events if event.kind == "note"]
+    assert note.message.startswith("stopping: 2 runs save") and "Ctrl-C once more" in note.message
     found.finished(job(0).run_id, {"state": "stopped"})
     found.lost(job(1).run_id, "killed")
     assert found.over and {outcome.state for outcome in found.outcomes.values()} == {"stopped"}

@@ -89,6 +89,55 @@ def test_nothing_left_to_run_starts_nothing(tmp_path: Path, monkeypatch: pytest.
     assert drive.execute(found, Settings()) == []  # a committed record has it
 
 
+@pytest.mark.parametrize(
+    ("words", "gpus", "said"),
+    [
+        ([], 0, ["2 runs", "8 at once, 1 thread each"]),
+        (["--max-concurrent", "3"], 0, ["3 at once, 1 thread each"]),
+        (["--workers", "2"], 0, ["4 at once, 2 workers with 1 thread each"]),
+        ([], 2, ["2 at once", "2 GPUs here, one for each run; --gpus-per-trial says otherwise"]),
+        (["--gpus-per-trial", "0.5"], 2, ["4 at once"]),
+        (["--address", "auto"], 0, ["as many at once as the cluster has room for", "of work, one run after another"]),
+        (["--address", "auto", "--max-concurrent", "5"], 0, ["5 at once"]),
+    ],
+    ids=str,
+)
+def test_dry_run_says_what_would_go_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    gpus: int,
+    said: list[str],
+) -> None:
+    monkeypatch.setattr("viladiff.ray_room.cpus", lambda: 8)
+    monkeypatch.setattr("viladiff.ray_room.gpus", lambda: gpus)
+    what = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path)]
+    assert drive.run(TABLE, parser(TABLE, "t").parse_args([*what, "--dry-run", *words]), "t") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert [one for one in said if one not in text] == []
+
+
+def test_what_a_second_ctrl_c_leaves_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = job(tmp_path, "--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1")
+    run_id = next(iter(found.plan.runs))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+
+    def ended(jobs: object, store: Store, *rest: object) -> None:
+        directory = store.directory(run_id)
+        directory.mkdir(parents=True)
+        (directory / f".checkpoint.pt.{gone.pid}.tmp").write_bytes(b"half")
+        os.utime(directory / f".checkpoint.pt.{gone.pid}.tmp", (1, 1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("viladiff.ray_launch.run_jobs", ended)
+    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path / "runs")]
+    with pytest.raises(KeyboardInterrupt):
+        drive.run(TABLE, parser(TABLE, "t").parse_args([*words, "--out", str(tmp_path / "page")]), "t")
+    assert list(found.store.directory(run_id).iterdir()) == []
+
+
 def test_a_page_is_rewritten_beside_the_runs_and_survives_its_own_errors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,10 +46,10 @@ def plan(rows: int = 2, columns: int = 2, seeds: int = 1, steps: int = 100) -> P
 
 
 def live(
-    what: Plan, done: Mapping[str, float | None] | None = None, width: int = 80, terminal: bool = True
+    what: Plan, done: Mapping[str, float | None] | None = None, width: int = 80, terminal: bool = True, height: int = 60
 ) -> tuple[Live, Clock, io.StringIO]:
     clock, out = Clock(), io.StringIO()
-    console = Console(file=out, width=width, force_terminal=terminal, color_system=None, height=60)
+    console = Console(file=out, width=width, force_terminal=terminal, color_system=None, height=height)
     return Live(what, done or {}, 2, console=console, clock=clock), clock, out
 
 
@@ -137,6 +137,48 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int) -> N
     assert max(map(len, text.splitlines())) <= width
     assert "and 15 more" in text and text.count("123456.789") == 8
     assert text.count("12.3") >= 7 and "22 of 45 runs done" in text
+
+
+@pytest.mark.parametrize("height", [3, 5, 8, 12, 18, 24, 40])
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("active", [0, 1, 12])
+def test_a_low_screen_keeps_the_totals_and_what_is_under_way(height: int, width: int, active: int) -> None:
+    shown, _, _ = live(plan(rows=15, columns=1), height=height, width=width)
+    for name in list(shown.runs)[-active:] if active else []:
+        shown.hear(Event("started", name))
+    text = picture(shown, width)
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert len(lines) <= height, "rich would cut off the end"
+    assert " ".join(lines[-2:]).endswith("so far") and "0 of 15 runs done" in text
+    rows = [int(line.split()[1]) for line in lines if line.startswith("row ") and "," not in line]
+    assert len(rows) == 15 or height < 40
+    if len(rows) < 15 and height > 5:
+        assert f"and {15 - len(rows)} more rows" in text
+    if active and height > 5:
+        assert "starting" in text
+        missing = set(range(15)) - set(rows)
+        assert not missing or not rows or set(rows) <= set(range(15 - active, 15)) or missing <= set(range(15 - active))
+
+
+def test_a_note_is_told_at_once_and_belongs_to_no_run() -> None:
+    for terminal in (True, False):
+        shown, _, out = live(plan(), terminal=terminal)
+        with shown:
+            shown.hear(Event("note", "", message="stopping: 2 runs save [now]"))
+            assert "stopping: 2 runs save [now]" in out.getvalue()
+        assert shown.count("waiting") == 4
+
+
+def test_time_left_on_a_cluster_is_shared_by_the_runs_under_way() -> None:
+    shown, clock, _ = live(plan(rows=2, columns=2))
+    shown.concurrency = None
+    for name in (A, B, C):
+        shown.hear(Event("started", name))
+    clock.now = 50
+    shown.hear(Event("done", A, miou=0.5))
+    assert shown.left() == pytest.approx(75)  # three runs of 50 s, two of them now
+    shown.hear(Event("retry", B))
+    assert shown.left() == pytest.approx(150)
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then_and_each_failure() -> None:

@@ -283,16 +283,3 @@ def test_a_process_that_stands_still_is_killed_and_its_run_goes_on(tmp_path: Pat
     assert retry.message.startswith("hang: no sign of life for 12 s")
     undisturbed(job, tmp_path / "other")
     same(job, store.root, tmp_path / "other")
-
-
-def test_a_run_that_can_never_be_placed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray would wait for its GPUs for ever, and say nothing."""
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager
-
-    from viladiff.ray_launch import _slots
-
-    monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: 2))
-    assert [_slots(Settings(gpus_per_trial=share), 9, 1) for share in (0.25, 1, 2)] == [8, 2, 1]
-    assert _slots(Settings(gpus_per_trial=0.5), 9, 2) == 1
-    with pytest.raises(ValueError, match=r"workers = 4 needs 4 GPUs, but this machine has 2"):
-        _slots(Settings(gpus_per_trial=1), 9, 4)

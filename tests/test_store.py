@@ -267,6 +267,20 @@ def test_failure_is_noted_replaced_and_cleared(store: Store, said: list[str]) ->
     assert store.failure(RUN) is None and list(store.directory(RUN).iterdir()) == []
 
 
+def test_half_written_files_of_processes_that_one_has_ended_oneself_go_at_once(store: Store) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = put(store).parent / f".checkpoint.pt.{dead.pid}.tmp"
+    for name in (path.name, f".record.json.{dead.pid}.0123abcd.tmp", f".record.json.{os.getpid()}.0123abcd.tmp"):
+        (path.parent / name).write_bytes(b"half")
+    assert store.sweep() == [], "it may be a process of another machine"
+    lease = store.lease(RUN)
+    assert lease is not None and store.sweep([dead.pid]) == [], "somebody is at work there"
+    lease.release()
+    assert len(store.sweep([dead.pid, os.getpid()])) == 2
+    assert {one.name for one in path.parent.iterdir()} == {"record.json", f".record.json.{os.getpid()}.0123abcd.tmp"}
+
+
 def test_store_needs_no_torch() -> None:
     code = "import sys, viladiff.study.store; print([m for m in ('torch', 'viladiff.config') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

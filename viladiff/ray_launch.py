@@ -23,16 +23,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from viladiff.ray_room import ask_cluster, cpus, room, tell
 from viladiff.study.desk import Desk
 from viladiff.study.events import Event, Outcome, Settings
 from viladiff.study.plan import Planned
-from viladiff.study.reaper import Reaper, descendants
+from viladiff.study.reaper import Reaper, descendants, start
 from viladiff.study.store import Store
 
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever it is told
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths are meant from where the driver was started
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives its Ray must not start another
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # what the raylet says of a process that died comes as an outcome
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -64,23 +66,33 @@ def run_jobs(
     """Runs what is not done yet and returns one outcome a job, in their order; ``on_event`` is called on this thread.
 
     One run's failure is its own outcome and leaves the others alone. The first Ctrl-C or SIGTERM lets every run save
-    a checkpoint and come back as "stopped"; the second raises KeyboardInterrupt. A run that another driver is at is
-    waited for, and taken over if that driver dies. Raises ValueError for settings that this machine cannot meet.
+    a checkpoint and come back as "stopped"; the second ends them and raises KeyboardInterrupt. A run that another
+    driver is at is waited for, and taken over if that driver dies. Raises ValueError for settings that this machine
+    cannot meet.
     """
     if not jobs:
         return []
     settings = replace(settings, threads=max(job.threads or settings.threads for job in jobs))
-    slots = settings.max_concurrent or _slots(settings, len(jobs), 1)
-    groups = settings.max_concurrent or _slots(settings, len(jobs), max(job.workers for job in jobs))
-    single = Desk([job for job in jobs if job.workers == 1], store, settings, slots, on_event)
-    shared = Desk([job for job in jobs if job.workers > 1], store, settings, groups, on_event)
+    kinds = [job for job in jobs if job.workers == 1], [job for job in jobs if job.workers > 1]
+    rooms = [room(settings, some) for some in kinds]
+    single, shared = (
+        Desk(some, store, one.settings, one.slots, on_event) for some, one in zip(kinds, rooms, strict=True)
+    )
     for desk in (single, shared):
         desk.settle()
     if not (single.over and shared.over):  # starting Ray takes seconds
-        # Ray sets a handler of its own for SIGTERM, so ours come after it.
-        with cluster(settings, slots, shared.waiting) as session, _interrupts(single, shared):
-            _run_single(single, session)
-            _run_shared(shared, session)
+        for note in dict.fromkeys(one.note for one, desk in zip(rooms, (single, shared), strict=True) if not desk.over):
+            tell(on_event, note)
+        gone: list[int] = []
+        try:
+            # Ray sets a handler of its own for SIGTERM, so ours come after it.
+            with cluster(settings, single.slots, shared.waiting, gone) as session, interrupts(single, shared):
+                ask_cluster(single, shared)
+                _run_single(single, session)
+                _run_shared(shared, session)
+        except BaseException:
+            store.sweep(gone)  # what was ended in the middle of a step
+            raise
     outcomes = single.outcomes | shared.outcomes
     return [outcomes[job.run_id] for job in jobs]
 
@@ -99,10 +111,13 @@ class Session:
 
 
 @contextmanager
-def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> Iterator[Session]:
+def cluster(
+    settings: Settings, slots: int, shared: Iterable[Planned] = (), gone: list[int] | None = None
+) -> Iterator[Session]:
     """Joins ``settings.address``, or has a silent Ray of this machine's own for the time.
 
-    A driver that is killed takes its own Ray and the scratch directory along.
+    A driver that is killed takes its own Ray and the scratch directory along. ``gone`` is given the processes that were
+    ended with it.
     """
     for name, value in (QUIET if settings.dashboard else QUIET | NO_DASHBOARD).items():
         os.environ.setdefault(name, value)
@@ -114,9 +129,13 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
     scratch = _scratch()
     reaper = Reaper(scratch)
     others = set(descendants(os.getpid()))
+    roots: list[int] = []
 
     def ours() -> list[int]:
-        return [] if settings.address else [pid for pid in descendants(os.getpid()) if pid not in others]
+        """Ray's processes; what else this process has started is none of them."""
+        if settings.address is not None:
+            return []
+        return [*roots, *descendants(*roots)] if roots else sorted(set(descendants(os.getpid())) - others)
 
     # An idle thread of a numerical library is still a thread that spins beside the others.
     env = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -144,11 +163,16 @@ def cluster(settings: Settings, slots: int, shared: Iterable[Planned] = ()) -> I
             _start(settings.address or "local", options, ours)
         if bare:
             _end([pid for pid in ours() if "/ray/dashboard/dashboard.py" in _command(pid)])
+        roots += ours()
         session = Session(scratch, _seldom(lambda: reaper.watch(ours())))
         session.refresh()
         yield session
     finally:
+        left = {pid: start(pid) for pid in ours()}
         ray.shutdown()
+        _end_all(left)
+        if gone is not None:
+            gone += left
         worker.print_to_stdstream = printer
         shutil.rmtree(scratch, ignore_errors=True)
         reaper.dismiss()
@@ -191,6 +215,16 @@ def _end(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def _end_all(begun: dict[int, int | None]) -> None:
+    """Ends what is left of processes, each named by number and start, and waits a moment for them to be gone."""
+    until = time.monotonic() + 5
+    while (left := [pid for pid, began in begun.items() if began is not None and start(pid) == began]) and (
+        time.monotonic() < until
+    ):
+        _end(left)
+        time.sleep(0.02)
+
+
 def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -209,31 +243,6 @@ def _seldom(do: Callable[[], None]) -> Callable[[], None]:
             do()
 
     return maybe
-
-
-def cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _slots(settings: Settings, jobs: int, workers: int) -> int:
-    """How many runs of so many workers fit at once; at least one, which then shares what there is."""
-    if settings.address is not None:
-        return jobs  # a cluster may grow; Ray lets wait what it has no room for
-    if not settings.gpus_per_trial:
-        return max(1, cpus() // (settings.threads * workers))
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager
-
-    found = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
-    # Workers of one run do not share a GPU: nccl refuses that.
-    needed = settings.gpus_per_trial if workers == 1 else max(1.0, settings.gpus_per_trial) * workers
-    if found < needed:
-        each = "" if workers == 1 else f" for each of runtime.workers = {workers}"
-        raise ValueError(
-            f"gpus_per_trial = {settings.gpus_per_trial:g}{each} needs {needed:g} GPUs, but this machine has {found}: "
-            "lower it, or give the address of a cluster"
-        )
-    return int(found / needed)
 
 
 def _scratch() -> Path:
@@ -260,7 +269,7 @@ def _running(pid: int) -> bool:
 
 
 @contextmanager
-def _interrupts(*desks: Desk) -> Iterator[None]:
+def interrupts(*desks: Desk) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM is taken up by the desks' next ticks; a second one ends this process's wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -268,7 +277,7 @@ def _interrupts(*desks: Desk) -> Iterator[None]:
 
     def handle(number: int, frame: Any) -> None:
         if desks[0].asked_to_stop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("ended at once; the same command goes on from the last checkpoints")
         for desk in desks:
             desk.asked_to_stop = True
 
@@ -294,7 +303,7 @@ def _run_single(desk: Desk, session: Session) -> None:
     settings = desk.settings
     place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
     jobs = {job.run_id: job for job in desk.waiting}
-    resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial}
+    resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, jobs=jobs, place=place), resources),

@@ -7,9 +7,11 @@ placement groups. Torch and Ray Train are imported where they are used, since mo
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ class Box:
     def __init__(self) -> None:
         self.news: list[tuple[str, dict[str, Any]]] = []
         self.last: dict[str, dict[str, Any]] = {}
+        self.answers: dict[tuple[str, int], bool] = {}
 
     def put(self, run_id: str, news: dict[str, Any]) -> None:
         self.news.append((run_id, news))
@@ -39,6 +42,14 @@ class Box:
         """What came since the last time."""
         taken, self.news = self.news, []
         return taken
+
+    def decide(self, run_id: str, step: int, stop: bool) -> None:
+        """The driver's answer to a score at a step."""
+        self.answers[run_id, step] = stop
+
+    def answer(self, run_id: str, step: int) -> bool | None:
+        """What was decided; None where nothing was yet."""
+        return self.answers.pop((run_id, step), None)
 
     def end(self, run_id: str, result: dict[str, Any]) -> None:
         """The first cause stands; that a neighbour is gone is none."""
@@ -56,28 +67,45 @@ def run_shared(desk: Desk, scratch: Path, refresh: Callable[[], None]) -> None:
     box: Any = ray.remote(num_cpus=0)(Box).remote()
     flag: Any = None
     running: dict[Future[None], str] = {}
-    with ThreadPoolExecutor(desk.slots, "trainer") as pool:
-        while not desk.over:
-            refresh()
-            look_around(desk)
-            if desk.stopping and flag is None and running:
-                flag = raise_flag(place.stop_name)
-            while (job := desk.next()) is not None:
-                running[pool.submit(_train, job, place, box, settings.gpus_per_trial, scratch)] = job.run_id
-                desk.started(job.run_id)
-            for run_id, news in ray.get(box.take.remote()):
-                desk.heard(run_id, news)
-            for future in [future for future in running if future.done()]:
-                run_id = running.pop(future)
-                result, error = ray.get(box.pop.remote(run_id)), future.exception()
-                if result is not None:
-                    desk.finished(run_id, result)
-                else:
-                    desk.lost(run_id, died(error), isinstance(error, ray.exceptions.OutOfMemoryError))
-            time.sleep(PAUSE)
+    while not desk.over:
+        refresh()
+        look_around(desk)
+        if desk.stopping and flag is None and running:
+            flag = raise_flag(place.stop_name)
+        while (job := desk.next()) is not None:
+            running[_aside(_train, job, place, box, settings.gpus_per_trial or 0.0, scratch, desk.judges)] = job.run_id
+            desk.started(job.run_id)
+        for run_id, news in ray.get(box.take.remote()):
+            desk.heard(run_id, news)
+            if "judge" in news:
+                box.decide.remote(run_id, news["judge"], desk.judged(run_id, news["judge"], news["miou"]))
+        for future in [future for future in running if future.done()]:
+            run_id = running.pop(future)
+            result, error = ray.get(box.pop.remote(run_id)), future.exception()
+            if result is not None:
+                desk.finished(run_id, result)
+            else:
+                desk.lost(run_id, died(error), isinstance(error, ray.exceptions.OutOfMemoryError))
+        time.sleep(PAUSE)
 
 
-def _train(job: Planned, place: Place, box: Any, gpus: float, scratch: Path) -> None:
+def _aside(do: Callable[..., None], *given: Any) -> Future[None]:
+    """Calls it in a thread that holds nobody up at the end, as those of an executor would."""
+    future: Future[None] = Future()
+
+    def call() -> None:
+        try:
+            do(*given)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=call, name="trainer", daemon=True).start()
+    return future
+
+
+def _train(job: Planned, place: Place, box: Any, gpus: float, scratch: Path, judges: bool) -> None:
     """One trainer from start to end; blocks. Its own retries are off: a desk knows what is worth one."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -85,7 +113,7 @@ def _train(job: Planned, place: Place, box: Any, gpus: float, scratch: Path) -> 
     resources = {"CPU": place.threads, **({"GPU": max(1.0, gpus)} if gpus else {})}
     TorchTrainer(
         worker,
-        train_loop_config={"job": job, "place": place, "box": box},
+        train_loop_config={"job": job, "place": place, "box": box, "judges": judges},
         scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=bool(gpus), resources_per_worker=resources),
         run_config=RunConfig(
             # A name that was used before would be resumed.
@@ -112,7 +140,9 @@ def worker(config: dict[str, Any]) -> None:
         result = {"state": "elsewhere"}
     elif lease is not None:
         with lease:
-            result = attempt_held(job, place, lambda news: box.put.remote(job.run_id, news), lease)
+            put = partial(box.put.remote, job.run_id)
+            judged = partial(asked, box, put, job.run_id) if config["judges"] else None
+            result = attempt_held(job, place, put, lease, judged)
     else:
         result = _follow(job, place)
     failed = result["state"] == "failed"
@@ -120,6 +150,14 @@ def worker(config: dict[str, Any]) -> None:
         ray.get(box.end.remote(job.run_id, result))
     if failed:
         raise RuntimeError(result["message"])  # so that Train ends the other ranks, which may wait for this one
+
+
+def asked(box: Any, tell: Callable[[dict[str, Any]], Any], run_id: str, step: int, value: float | None) -> bool:
+    """Tells the driver a score and waits for its answer: whether the run is to end there."""
+    tell({"judge": step, "step": step, "miou": value})
+    while (answer := ray.get(box.answer.remote(run_id, step))) is None:
+        time.sleep(0.02)
+    return bool(answer)
 
 
 def _follow(job: Planned, place: Place) -> dict[str, Any]:

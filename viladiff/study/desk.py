@@ -111,6 +111,13 @@ class Desk:
             told: dict[str, Any] = {name: news.get(name) for name in ("step", "steps", "loss", "miou")}
             self.tell(Event("progress", run_id, **told))
 
+    judges = False
+    """Whether runs are to ask ``judged`` of each of their scores."""
+
+    def judged(self, run_id: str, step: int, value: float | None) -> bool:
+        """A score at a step; True tells the run to end there."""
+        return False
+
     def finished(self, run_id: str, result: dict[str, Any]) -> None:
         """The trial returned: ``state`` is done, stopped, elsewhere or failed (with ``kind`` and ``message``)."""
         run = self.live.pop(run_id)
@@ -162,6 +169,10 @@ class Desk:
     def stop(self) -> None:
         """Nothing new is started; what runs is to end at a step, with a checkpoint."""
         self.stopping = True
+        if self.live:
+            runs = "1 run saves" if len(self.live) == 1 else f"{len(self.live)} runs save"
+            told = f"stopping: {runs} at the next step; Ctrl-C once more ends them at once"
+            self.tell(Event("note", "", message=told))
         others = [job for job, _ in self.elsewhere.values()]
         for job in (*self.waiting, *self.alone, *others):
             self._end(Outcome(job.run_id, "stopped", attempts=len(self.tries.get(job.run_id, []))))

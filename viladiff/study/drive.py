@@ -80,8 +80,10 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         return 0
     if args.fresh:
         _set_aside(job)
-    outcomes = [] if args.render else execute(job, settings)
-    job.store.sweep()
+    try:
+        outcomes = [] if args.render else execute(job, settings)
+    finally:
+        job.store.sweep()  # also where a second Ctrl-C ended it at once
     index = write(job)
     return conclude(job, outcomes, index)
 
@@ -119,13 +121,14 @@ def execute(job: Job, settings: Settings) -> list[Outcome]:
     left = [_with_extras(job, one) for one in job.plan.runs.values() if one.run_id not in records]
     if not left:
         return []
-    from viladiff.ray_launch import cpus, run_jobs
+    from viladiff.ray_launch import run_jobs
+    from viladiff.ray_room import at_once
     from viladiff.study.live import Live
 
-    at_once = settings.max_concurrent or max(1, cpus() // settings.threads)
-    expected = estimate(job.plan, job.store, at_once).seconds
+    room = at_once(settings, left)
+    expected = None if room is None else estimate(job.plan, job.store, room.slots).seconds
     done = {name: record.miou for name, record in records.items()}
-    with Pages(lambda: write(job)) as pages, Live(job.plan, done, at_once, expected=expected) as live:
+    with Pages(lambda: write(job)) as pages, Live(job.plan, done, room and room.slots, expected=expected) as live:
 
         def hear(event: Event) -> None:
             live.hear(event)

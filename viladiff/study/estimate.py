@@ -103,7 +103,11 @@ def _besides(run: Planned, near: Sequence[RunRecord]) -> float | None:
     alike = [one for one in near if scored(one.changed) == scored(run.changed)]
     # Records of an older version count the last leg's wall time, and the training of all.
     found = [
-        [one.wall_seconds - one.train_seconds for one in some if (one.wall_seconds or 0.0) >= one.train_seconds]
+        [
+            one.wall_seconds - one.train_seconds
+            for one in some
+            if one.wall_seconds is not None and one.wall_seconds >= one.train_seconds
+        ]
         for some in (alike, near)
     ]
     return median(found[0] or found[1]) if found[1] else None

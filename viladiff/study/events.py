@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from viladiff.study.store import Failure
 
-EventKind = Literal["started", "progress", "done", "failed", "retry", "stopped", "elsewhere", "waiting"]
+EventKind = Literal["started", "progress", "done", "failed", "retry", "stopped", "elsewhere", "waiting", "note"]
+"""A note is about no run in particular: its ``run_id`` is empty, its ``message`` is for people."""
 OutcomeState = Literal["done", "failed", "stopped"]
 
 
@@ -48,7 +49,8 @@ class Settings:
 
     threads: int = 1
     """CPU threads, and so CPU resources, of a worker, unless a run says otherwise; the largest counts for all."""
-    gpus_per_trial: float = 0.0
+    gpus_per_trial: float | None = None
+    """None: the GPUs that there are, shared out among the runs at once; 0: none is kept, and all runs see all."""
     max_concurrent: int | None = None
     """Runs at once; None: as many as processors (or fractions of a GPU) allow, all of them on a cluster."""
     retries: int = 2
@@ -60,17 +62,13 @@ class Settings:
     dashboard: bool = False
 
     def __post_init__(self) -> None:
+        gpus = float(self.gpus_per_trial or 0.0)
         faults = [
             f"{name} = {value!r}: {rule}"
             for name, value, rule, fine in (
                 ("threads", self.threads, "must be at least 1", self.threads >= 1),
-                ("gpus_per_trial", self.gpus_per_trial, "must not be negative", self.gpus_per_trial >= 0),
-                (
-                    "gpus_per_trial",
-                    self.gpus_per_trial,
-                    "above 1, only whole GPUs",
-                    self.gpus_per_trial <= 1 or float(self.gpus_per_trial).is_integer(),
-                ),
+                ("gpus_per_trial", self.gpus_per_trial, "must not be negative", gpus >= 0),
+                ("gpus_per_trial", self.gpus_per_trial, "above 1, only whole GPUs", gpus <= 1 or gpus.is_integer()),
                 (
                     "max_concurrent",
                     self.max_concurrent,

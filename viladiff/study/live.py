@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -52,14 +52,17 @@ class Live:
         self,
         plan: Plan,
         done: Mapping[str, float | None],
-        concurrency: int,
+        concurrency: int | None,
         *,
         expected: float | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``done``: mIoU in [0, 1] of runs that need nothing more. ``expected``: seconds, until speed is measured."""
-        self.plan, self.concurrency, self.expected, self.clock = plan, max(1, concurrency), expected, clock
+        """``done``: mIoU in [0, 1] of runs that need nothing more. ``expected``: seconds, until speed is measured.
+
+        ``concurrency``: runs at once; None: as many as are under way.
+        """
+        self.plan, self.concurrency, self.expected, self.clock = plan, concurrency, expected, clock
         self.console = console or Console(stderr=True)
         self.runs = {name: Seen(steps=run.steps) for name, run in plan.runs.items()}
         for name in done.keys() & self.runs.keys():
@@ -85,6 +88,9 @@ class Live:
 
     def hear(self, event: Event) -> None:
         """Takes an event in; runs that are not in the plan are passed over."""
+        if event.kind == "note":
+            self.console.print(escape(event.message), style="yellow", highlight=False, soft_wrap=True)
+            return
         with self._lock:
             run = self.runs.get(event.run_id)
             if run is None:
@@ -137,7 +143,8 @@ class Live:
             if run in unknown
         ]
         longest = max(seconds for seconds, _ in per)
-        return max(longest, sum(seconds for seconds, _ in per) / min(self.concurrency, len(per)))
+        at_once = max(1, self.concurrency or self.count("running"))
+        return max(longest, sum(seconds for seconds, _ in per) / min(at_once, len(per)))
 
     def _pace(self, row: int | None) -> float | None:
         """Seconds of a slot's time for each step, in this row or in all."""
@@ -151,18 +158,40 @@ class Live:
     # Pictures
 
     def render(self) -> RenderableType:
-        """The table, the runs under way, and a line of totals."""
-        with self._lock:
-            return Group(self._grid(), self._running(), Text(self.totals(), style="bold"))
+        """The table, the runs under way, and a line of totals; what a low screen lacks room for is left out and told.
 
-    def _grid(self) -> Grid:
+        Half of it is for runs under way, of which few are shown, and the rest for rows, those with such runs first.
+        """
+        with self._lock:
+            last = Text(self.totals(), style="bold")
+            low = self.console.height - len(last.wrap(self.console, self.console.width))
+            room = low if self.console.is_terminal else len(self.runs) + len(self.plan.rows)
+            active = [name for name, run in self.runs.items() if run.state == "running"]
+            half = max(1, room // 2)
+            shown = len(active) if len(active) <= min(SHOWN, half) else min(SHOWN, half - 1)
+            lines = shown + (len(active) > shown)
+            free = room - lines - 2  # the title, and the columns' names
+            rows = self._chosen(free if free >= len(self.plan.rows) else max(0, free - 1))
+            parts: list[RenderableType] = [self._grid(rows)] if rows else []
+            if len(rows) < len(self.plan.rows) and room > lines:
+                parts.append(Text(f"and {len(self.plan.rows) - len(rows)} more rows", style="dim"))
+            parts += [self._running(active, shown)] if active else []
+            return Group(*parts, last)
+
+    def _chosen(self, count: int) -> list[int]:
+        """So many rows in their order; where not all have room, those with something under way."""
+        at_work = {self._rows.get(name) for name, run in self.runs.items() if run.state == "running"}
+        first = sorted(self.plan.rows, key=lambda row: row not in at_work)[:count]
+        return [row for row in self.plan.rows if row in first]
+
+    def _grid(self, rows: Sequence[int]) -> Grid:
         table = self.plan.table
         grid = Grid(title=escape(table.title), title_style="bold", title_justify="left", box=None, pad_edge=False)
         grid.add_column("", overflow="ellipsis", no_wrap=True, ratio=2)
         for column in self.plan.columns:
             label = escape(table.columns[column].label)
             grid.add_column(label, justify="right", no_wrap=True, overflow="ellipsis", ratio=1)
-        for row in self.plan.rows:
+        for row in rows:
             cells = [self._cell(self.plan.run_ids(row, column)) for column in self.plan.columns]
             grid.add_row(escape(table.rows[row].label), *cells, style="dim" if table.rows[row].control else "")
         return grid
@@ -186,22 +215,22 @@ class Live:
                 text.append(" " if text else "").append(shown or f"{part:.0%}", style=style)
         return text or Text("–" if any(run.state == "stopped" for run in runs) else "·", style="dim")
 
-    def _running(self) -> Grid:
+    def _running(self, active: Sequence[str], shown: int) -> Grid:
         grid = Grid.grid(padding=(0, 1), expand=True)
         grid.add_column(ratio=3, no_wrap=True, overflow="ellipsis")
         grid.add_column(ratio=2)
         for _ in range(3):
             grid.add_column(justify="right", no_wrap=True)
-        active = [(name, run) for name, run in self.runs.items() if run.state == "running"]
-        for name, run in active[:SHOWN]:
+        for name in active[:shown]:
+            run = self.runs[name]
             pace = self._own_pace(run)
             rest = "" if pace is None else _span(pace * (run.steps - run.step))
             loss = "" if run.loss is None else f"loss {run.loss:.3f}"
             bar = ProgressBar(total=max(1, run.steps), completed=run.step)
             title = Text(self.plan.runs[name].title)
             grid.add_row(title, bar, f"{run.step}/{run.steps}" if run.step else "starting", loss, rest)
-        if len(active) > SHOWN:
-            grid.add_row(Text(f"and {len(active) - SHOWN} more", style="dim"))
+        if len(active) > shown:
+            grid.add_row(Text(f"and {len(active) - shown} more", style="dim"))
         return grid
 
     def _own_pace(self, run: Seen) -> float | None:

@@ -17,6 +17,9 @@ The same command continues where the last one stopped, runs nothing twice, and s
 """
 
 
+SHARE = "share of a GPU, or whole GPUs (default: those of this machine, shared out; 0: none is kept)"
+
+
 def parser(path: Path, name: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = f"Runs what {path.name} asks for and is not done yet, and writes its page."
@@ -37,7 +40,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
     how = top.add_argument_group("how")
     how.add_argument("--workers", type=int, metavar="N", help="processes that share each run's batches")
     how.add_argument("--max-concurrent", type=int, metavar="N", help="runs at once (default: as many as fit)")
-    how.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="F", help="share of a GPU, or whole GPUs")
+    how.add_argument("--gpus-per-trial", type=float, metavar="F", help=SHARE)
     how.add_argument("--address", help="an existing Ray cluster, or auto; default: one of its own on this machine")
     how.add_argument("--hang-after", type=float, default=600.0, metavar="SECONDS", help="silence that ends a run")
     how.add_argument("--dashboard", action="store_true", help="Ray's dashboard, on this machine's loopback")

@@ -26,7 +26,7 @@ STYLES: dict[State, str] = {"done": "green", "failed": "red", "stale": "yellow",
 
 def outline(plan: Plan, store: Store, settings: Settings, out: Path, price: float | None = None) -> None:
     """Prints the grid of cells with their states, runs, steps, seconds, and where everything goes."""
-    from viladiff.ray_launch import cpus
+    from viladiff.ray_room import at_once
 
     found = states(plan, store)
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
@@ -38,14 +38,19 @@ def outline(plan: Plan, store: Store, settings: Settings, out: Path, price: floa
         cells = [_cell(plan, found, row, column) if later is None else "not built yet" for column in plan.columns]
         grid.add_row(f"{row + 1:>2}  {escape(label)}", *cells)
     console.print(grid)
-    at_once = settings.max_concurrent or max(1, cpus() // settings.threads)
-    guess = estimate(plan, store, at_once, price)
     left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]
+    room = at_once(settings, left)
+    guess = estimate(plan, store, room.slots if room else 1, price)
+    many = f"{room.slots} at once" if room else "as many at once as the cluster has room for"
+    workers = max((run.workers for run in left), default=1)
+    each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
+    spread = "" if room else " of work, one run after another"
     lines = {
         "cells": f"{guess.cells} with {guess.runs} different runs, of which {guess.done} are done",
-        "to train": f"{len(left)} runs, {sum(run.steps for run in left):,} steps, {at_once} at once, "
-        f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each",
-        "time": f"{_span(guess.seconds)} ({guess.basis})",
+        "to train": f"{len(left)} runs, {sum(run.steps for run in left):,} steps, {many}, "
+        + (f"{workers} workers with {each}" if workers > 1 else each),
+        **({"GPUs": room.note} if room and room.note else {}),
+        "time": f"{_span(guess.seconds)}{spread} ({guess.basis})",
         **({} if guess.cost is None else {"cost": f"{guess.cost:.2f}"}),
         "runs go to": str(store.root),
         "page": str(out / "index.html"),

@@ -65,13 +65,13 @@ def start(pid: int) -> int | None:
         return None
 
 
-def descendants(pid: int) -> list[int]:
-    """Children of a process, their children, and so on; empty where the system does not tell."""
+def descendants(*pids: int) -> list[int]:
+    """Children of processes, their children, and so on; empty where the system does not tell."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found, new = set[int](), {pid}
+    found, new = set[int](), set(pids)
     while new:
         new = {child for child, parent in parents.items() if parent in new} - found
         found |= new

@@ -8,12 +8,13 @@ torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -245,18 +246,19 @@ class Store:
         held = leases.living(self.directory(run_id), self._watch)
         return next((holder for holder in held.values() if holder is not None), None)
 
-    def sweep(self) -> list[Path]:
+    def sweep(self, gone: Collection[int] = ()) -> list[Path]:
         """Removes what killed processes left behind: leases of the dead, and files that were being written.
 
-        Returns what was removed. For a driver to call when it starts and when it ends.
+        Returns what was removed. For a driver to call when it starts and when it ends; ``gone`` are processes of this
+        machine that it has ended itself.
         """
         removed = []
-        for path in self.litter():
+        for path in self.litter(gone):
             path.unlink(missing_ok=True)
             removed.append(path)
         return removed
 
-    def litter(self) -> list[Path]:
+    def litter(self, gone: Collection[int] = ()) -> list[Path]:
         """What ``sweep`` would remove."""
         found: list[Path] = []
         for run_id in self.own():
@@ -264,7 +266,7 @@ class Store:
             state = leases.inspect(directory, self._watch)
             found += [path for path, _, dead in state if dead]
             if all(dead for _, _, dead in state):
-                found += _abandoned(directory)
+                found += abandoned(directory, gone)
         return found
 
 
@@ -273,14 +275,14 @@ def _stamp(path: Path) -> _Stamp:
     return _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
 
 
-def _abandoned(directory: Path) -> Iterator[Path]:
-    """Files whose writer is gone. One of another machine cannot be told from a dead one, so recent files stay."""
-    for path in directory.iterdir():
+def abandoned(directory: Path, gone: Collection[int] = ()) -> Iterator[Path]:
+    """Files in it whose writer is gone; none where there is no directory.
+
+    A writer on another machine cannot be told from a dead one, so recent files stay, except those of ``gone``.
+    """
+    for path in directory.iterdir() if directory.is_dir() else ():
         writer = _WRITER.fullmatch(path.name)
-        if writer and not leases.runs_here(int(writer[1])):
-            try:
-                age = time.time() - path.stat().st_mtime
-            except FileNotFoundError:
-                continue
-            if abs(age) > GRACE:
-                yield path
+        if writer and not leases.runs_here(pid := int(writer[1])):
+            with contextlib.suppress(FileNotFoundError):
+                if pid in gone or abs(time.time() - path.stat().st_mtime) > GRACE:
+                    yield path
