@@ -269,6 +269,7 @@ def of_two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.timeout(900)  # on a busy machine two processes wait for each other often
 @pytest.mark.parametrize("case", range(len(SHARED)), ids=[f"{name}-{changes}" for name, changes in SHARED])
 def test_two_workers_give_the_gradient_of_one(case: int, of_two_workers: Path) -> None:
     name, changes = SHARED[case]
@@ -329,6 +330,8 @@ def test_no_step_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch
     method.after_step(STEP)
     batch.mix = tuple(CutMix(mix.boxes, mix.partner) for mix in batch.mix)
     monkeypatch.setattr(draws, "generator", lambda *parts, device="cpu": None)
+    # A backward pass inside a step, as of adversarial noise, would ask for the GPU itself.
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, given, **options: [torch.zeros_like(x) for x in given])
     assert step_without_content(method, batch, STEP) == []
 
 

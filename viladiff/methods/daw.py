@@ -106,7 +106,7 @@ class Daw(UniMatch, MeanTeacher):
         self.distributions.lerp_(seen, 1 - keep)
         self.gaussians.copy_(moved(self.gaussians, sums[4 * classes :].view(2, 3), keep))
         if self.cfg.estimate:
-            self.tau.copy_(crossing(*self.gaussians, self.tau, 1 / classes))
+            self.tau.copy_(crossing(*self.gaussians, 1 / classes))
 
     def statistics(self) -> dict[str, Tensor]:
         (right, spread), (wrong, spread_wrong) = self.gaussians
@@ -167,19 +167,16 @@ def moved(gaussians: Tensor, sums: Tensor, momentum: float) -> Tensor:
     return torch.where((count >= ENOUGH)[:, None], gaussians.lerp(seen, 1 - momentum), gaussians)
 
 
-def crossing(right: Tensor, wrong: Tensor, previous: Tensor, lowest: float) -> Tensor:
+def crossing(right: Tensor, wrong: Tensor, lowest: float) -> Tensor:
     """The confidence, in [lowest, 1], at which the densities of two Gaussians, (mean, variance) each, are equal.
 
     Of A t² + B t + C = 0 the root with + lies between the means; equal variances leave a line, whose root is their
-    midpoint. ``previous`` stays where the densities do not cross. Computed in float64, as A may be nearly 0.
+    midpoint. B² - 4AC = 4 v w ((m - n)² + (v - w) ln(v / w)) is never negative. Float64, as A may be nearly 0.
     """
     (m, v), (n, w) = right.double(), wrong.double()
     v, w = v.clamp(min=1e-12), w.clamp(min=1e-12)
-    a = v - w
-    b = 2 * (m * w - n * v)
-    c = n.square() * v - m.square() * w + v * w * (w / v).log()
-    inside = b.square() - 4 * a * c
+    a, b = v - w, 2 * (m * w - n * v)
+    inside = 4 * v * w * ((m - n).square() + a * (v / w).log())
     level = a.abs() < 1e-9 * (v + w)
-    root = (inside.clamp(min=0).sqrt() - b) / (2 * torch.where(level, 1.0, a))
-    root = torch.where(level, (m + n) / 2, torch.where(inside > 0, root, previous.double()))
-    return root.clamp(lowest, 1).to(previous.dtype)
+    root = (inside.sqrt() - b) / (2 * torch.where(level, 1.0, a))
+    return torch.where(level, (m + n) / 2, root).clamp(lowest, 1).to(right.dtype)
