@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from viladiff.config import TAGS, RunConfig, changed, override
-from viladiff.study.cells import CHOOSERS, cells, choose, select
+from viladiff.study.cells import CHOOSERS, cells, choose, select, settings, unbuilt
 from viladiff.study.spec import Table, load_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +112,34 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
         ('"data.crop" = 32', '"runtime.scale" = "x"', "base: runtime.scale = 'x': not set here: it is the name"),
         ('title = "A table"', 'title = "A table"\nname = "x"', "name = 'x': a table is named by its file"),
         ('title = "A table"', "", "title: missing"),
+        (
+            'title = "A table"',
+            'title = "A table"\nreference = "hole"',
+            "reference = 'hole': no such label; did you mean 'whole",
+        ),
+        ('title = "A table"', 'title = "A table"\nheadline = "x"', "headline = 'x': no such label. Allowed: 1 'plain'"),
+        ('title = "A table"', 'title = "A table"\nsupervised = "x"', "supervised = 'x': no such label"),
+        ("seeds = [5]", 'rows = ["hole"]', "scale.real: rows = 'hole': no such label; did you mean 'whole'?"),
+        ("seeds = [5]", 'columns = ["third"]', "scale.real: columns = 'third': no such label"),
+        (
+            "seeds = [5]",
+            'instead = { "data.split=138" = { "data.split" = "92" } }',
+            "scale.real: instead: 'data.split=138': nothing in the table sets this; did you mean 'data.split=183'?",
+        ),
+        (
+            "seeds = [5]",
+            'instead = { "data.split=183" = { "seed" = 3 } }',
+            "scale.real: instead of data.split=183: seed = 3: not set here",
+        ),
+        (
+            'kind = "higher"',
+            'kind = "higher"\namong = ["whole"]',
+            "among = ['whole']: only best_row, worst_rows, differs compare",
+        ),
+        ('kind = "higher"', 'kind = "higher"\ntolerance = 0.4\nmargin = 1', "tolerance = 0.4 and margin = 1: keep one"),
+        ('kind = "higher"', 'kind = "less_stable"\nmargin = 1', "less_stable takes neither tolerance nor margin"),
+        ('kind = "higher"', 'kind = "gain_exceeds"', "2 rows, but gain_exceeds names 4"),
+        ('kind = "higher"', 'kind = "returns_diminish"', "2 rows, but returns_diminish names 3 or more"),
         (
             'title = "A table"',
             'title = "A table"\nmetrik = "miou"',
@@ -278,6 +306,61 @@ def test_a_scale_maps_data_sets_fixes_threads_and_says_its_name(tmp_path: Path) 
     assert real[1, 1, 5]["data.dataset"] == "voc" and "runtime.threads" not in real[1, 1, 5]
 
 
+def test_a_scale_has_stand_ins_for_lists_and_lengths_that_it_lacks(tmp_path: Path) -> None:
+    table = read(
+        tmp_path,
+        (
+            'datasets = { voc = "digits" }',
+            'datasets = { voc = "digits" }\ninstead = { "data.split=5291" = {}, '
+            '"data.split_family=aug_cps" = { "data.split_seed" = 4, "data.split" = "92" } }',
+        ),
+        ('"data.split" = "732" }', '"data.split" = "5291", "data.split_family" = "aug_cps" }'),
+    )
+    found = by_place(table, seeds=[0])[1, 1, 0]
+    assert found["data.split"] == "92" and found["data.split_seed"] == 4 and "data.split_family" not in found
+    real = by_place(table, "real")[1, 1, 5]
+    assert real["data.split"] == "5291" and real["data.split_family"] == "aug_cps", "of its own scale alone"
+    first = by_place(table, seeds=[0])[1, 0, 0]
+    assert first["data.split"] == "183" and "data.split_seed" not in first
+
+
+def test_a_scale_names_the_rows_and_columns_that_it_runs_by_itself(tmp_path: Path) -> None:
+    table = read(tmp_path, ("seeds = [5]", 'seeds = [5]\nrows = ["whole"]\ncolumns = ["second"]'))
+    assert choose(table, "real") == ((1,), (1,), (5,))
+    assert choose(table, "real", rows=[1, 2], columns=["first"]) == ((0, 1), (0,), (5,))
+    assert choose(table, "tiny")[:2] == ((0, 1, 2), (0, 1))
+
+
+def test_a_row_whose_method_is_not_written_waits_and_runs_once_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("viladiff.methods.PLANNED", ("semibaseline", "dreams"))
+    table = read(tmp_path, ('"method.name" = "semibaseline"', '"method.name" = "dreams"'))
+    assert unbuilt(table) == {0: "not built yet: method.name = dreams"}
+    assert {cell.row for cell in cells(table, "tiny")} == {1, 2}
+    assert unbuilt(read(tmp_path)) == {}, "it is planned, and built"
+    assert (
+        unbuilt(table, {"method.name": "viladiff"}) == {}
+        and len(cells(table, "tiny", changes={"method.name": "viladiff"})) == 18
+    )
+    with pytest.raises(ValueError, match=r"rows\[1\] 'plain': method\.name = 'dremas': allowed"):
+        cells(read(tmp_path, ('"method.name" = "semibaseline"', '"method.name" = "dremas"')), "tiny")
+
+
+def test_cells_set_the_same_where_they_are_one_run() -> None:
+    """``settings``, which loads no torch, against whole configurations: over all cells of all tables."""
+    tables = [load_table(path) for path in TABLES]
+    by_settings: dict[str, set[str]] = {}
+    for table in tables:
+        rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
+        for cell in cells(table, "paper", [0], rows, columns):
+            run = changed(override(RunConfig(), cell.changes))
+            key = str(sorted(settings(table, cell.row, cell.column).items()))
+            by_settings.setdefault(key, set()).add(str(sorted((k, str(v)) for k, v in run.items())))
+    assert all(len(runs) == 1 for runs in by_settings.values())
+    assert len(set.union(*by_settings.values())) == len(by_settings), "a row sets what is the default anyway"
+
+
 def test_a_typed_field_reaches_the_cells_that_have_it(tmp_path: Path) -> None:
     table = read(tmp_path)
     found = by_place(table, changes={"method.vila.lam": "0.1"})
@@ -356,10 +439,23 @@ def test_every_table_can_be_run_at_every_scale_with_cells_that_differ(path: Path
     table = load_table(path)
     assert {"smoke", "quick", "digits", "paper"} == set(table.scale)
     for scale in table.scale:
-        labels = [row.label for row in table.rows]
-        found = cells(table, scale, rows=labels)
-        keys = {str(sorted((k, v) for k, v in changed(override(RunConfig(), one.changes)).items())) for one in found}
-        assert len(keys) == len(found)
+        rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
+        found = cells(table, scale, [0], rows, columns)
+        read = [(table.rows[one.row].network, table.rows[one.row].stream) for one in found]
+        sets = [sorted(changed(override(RunConfig(), one.changes)).items()) for one in found]
+        assert len({str(key) for key in zip(read, sets, strict=True)}) == len(found)
+        there = {one.row for one in found}
+        assert there | set(unbuilt(table)) == set(range(len(table.rows))), "a row runs, or waits for its method"
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_scale_quick_is_a_matter_of_minutes(path: Path) -> None:
+    """On two cores, by the guesses that the table states itself."""
+    table = load_table(path)
+    size = table.scale["quick"]
+    rows, columns, seeds = choose(table, "quick")
+    assert size.guess_step is not None and seeds == (0,)
+    assert len(rows) * len(columns) * (100 * size.guess_step + size.guess_besides) / 2 < 8 * 60
 
 
 def test_table5_has_the_printed_numbers_and_parts() -> None:
