@@ -3,6 +3,7 @@
 >>> import viladiff
 >>> cfg = viladiff.override(viladiff.RunConfig(), {"method.name": "viladiff", "data.split": "183"})
 >>> result = viladiff.fit(cfg)  # doctest: +SKIP
+>>> labels, confidence = viladiff.load_model(result.directory).predict("photograph.jpg")  # doctest: +SKIP
 >>> viladiff.table(5)  # doctest: +SKIP
 """
 
@@ -13,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig, override
+    from viladiff.predict import load_model
     from viladiff.study.drive import table
     from viladiff.train import fit
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "fit", "override", "table"]
+__all__ = ["RunConfig", "__version__", "fit", "load_model", "override", "table"]
 
 _LAZY = {
     "RunConfig": "viladiff.config",
     "override": "viladiff.config",
     "fit": "viladiff.train",
+    "load_model": "viladiff.predict",
     "table": "viladiff.study.drive",
 }
 

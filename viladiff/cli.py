@@ -26,6 +26,8 @@ examples:
   viladiff train method.name=semibaseline train.steps=50 --dry-run
   viladiff config method.mixe                  what can be set, with types, defaults and meaning
   viladiff evaluate runs/0123456789abcdef      score a finished run again
+  viladiff predict DIR --model RUN             label photographs
+  viladiff export RUN OUT --onnx               a folder that needs neither the run nor its data
   viladiff doctor                              what is wrong with this machine, and how to mend it
 
 VILADIFF_DEBUG=1 shows the traceback behind an error.
@@ -39,6 +41,14 @@ examples:
 
 A run's directory is named by its content. The same command goes on from the last checkpoint;
 a finished run is only shown.
+"""
+PREDICT_EXAMPLES = """\
+examples:
+  viladiff predict holiday.jpg --model runs/0123456789abcdef
+  viladiff predict photographs/ --model model --out masks
+
+OUT/masks has PNGs with a palette, OUT/overlays both pictures in one, OUT/confidence the network's
+own probability from black to white, OUT/classes.csv which id and colour is which class.
 """
 TABLE_EXAMPLES = """\
 examples:
@@ -97,7 +107,30 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
     _add_fields(evaluate, "eval.protocol=sliding_window, and other fields under eval and runtime")
     _add_runtime(evaluate)
+    evaluate.add_argument("--workers", metavar="N", help="processes that share the images (runtime.workers)")
+    evaluate.add_argument("--cost", action="store_true", help="also parameters, FLOPs and time of an image")
+    evaluate.add_argument(
+        "--json", action="store_true", help="everything, with classes and confusion matrices, as JSON"
+    )
     evaluate.set_defaults(run=_evaluate)
+
+    predict = commands.add_parser("predict", help="label photographs", epilog=PREDICT_EXAMPLES, formatter_class=raw)
+    predict.add_argument("source", metavar="IMAGE|DIR", help="a photograph, or a directory of them, and below it")
+    predict.add_argument("--model", required=True, metavar="DIR", help="directory of a run, or a model folder")
+    predict.add_argument("--out", default="predictions", metavar="DIR", help="where masks go (default: %(default)s)")
+    predict.add_argument(
+        "--protocol", metavar="NAME", help="original or sliding_window; by default as the size asks for"
+    )
+    predict.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    predict.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    predict.add_argument("--quiet", action="store_true", help="no progress bar")
+    predict.set_defaults(run=_predict)
+
+    export = commands.add_parser("export", help="make a model folder of a run", formatter_class=raw)
+    export.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
+    export.add_argument("out", metavar="OUT", help="the folder to make")
+    export.add_argument("--onnx", action="store_true", help="also model.onnx, compared with torch on the spot")
+    export.set_defaults(run=_export)
 
     config = commands.add_parser("config", help="list fields with type, value and meaning", formatter_class=raw)
     _add_fields(config, "a section or field such as method.mixe, and field=value to see other defaults")
@@ -172,7 +205,56 @@ def _dry_run(cfg: RunConfig) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from viladiff.runs import evaluate_run
 
-    _print_result(evaluate_run(args.directory, _changes(args)))
+    found = evaluate_run(args.directory, _changes(args))
+    cost = _cost(args.directory) if args.cost else {}
+    if args.json:
+        import json
+
+        print(json.dumps({**found, **cost}, indent=1))
+        return 0
+    facts = {name: value for name, value in found.items() if isinstance(value, str)}
+    scores = {
+        f"{network}/{stream}/{score}": value
+        for network, streams in found["scores"].items()
+        for stream, measured in streams.items()
+        for score, value in measured.items()
+    }
+    _print_result({**facts, **cost, **scores})
+    return 0
+
+
+def _cost(directory: str) -> dict[str, str]:
+    from viladiff.cost import costs, table
+    from viladiff.predict import load_model
+    from viladiff.runs import text_dim
+
+    model = load_model(directory)
+    found = costs(model.network, model.crop, text_dim(model.network.state_dict()))
+    return table(found, model.crop, model.device)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import torch
+
+    from viladiff.predict import label_files, load_model
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model = load_model(args.model, args.device)
+    found = label_files(model, args.source, args.out, args.protocol, not args.quiet)
+    _print_facts({"photographs": found.images, "masks, overlays, confidence": args.out})
+    total = max(1, int(found.pixels.sum()))
+    shares = {name: f"{n / total:.1%}" for name, n in zip(model.class_names, found.pixels, strict=True) if n}
+    _print_facts(shares, "share of all pixels")
+    for sentence in found.failed:
+        print(f"error: {sentence}", file=sys.stderr)
+    return int(bool(found.failed))
+
+
+def _export(args: argparse.Namespace) -> int:
+    from viladiff.export import export_run
+
+    _print_facts(export_run(args.directory, args.out, args.onnx))
     return 0
 
 
