@@ -234,6 +234,8 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1)
     """CPU threads of each worker; another count changes the last bits of sums."""
+    loader_workers: int | None = Field(None, ge=0, le=64)
+    """Processes that decode image files, for each worker; none chooses: 0 on a CPU or below 4 cores, else up to 4."""
     out: str = Field("runs", min_length=1)
     """Directory that holds one directory a run."""
     data_root: str | None = None

@@ -113,17 +113,21 @@ def strong(
         raise ValueError(f"{len(images)} images, {len(draws)} generators: must be equal")
     drawn = np.array([[*rng.random(8), *rng.permutation(4)] for rng in draws])
     out = list(images)
-    jittered = np.flatnonzero(drawn[:, 0] < p_jitter).tolist()
-    if jittered:
-        amounts = (2 * drawn[jittered, 3:7] - 1) * (brightness, contrast, saturation, hue)
-        _put(out, jittered, jitter(torch.stack([out[i] for i in jittered]), amounts, drawn[jittered, 8:].astype(int)))
+    for some in _groups(np.flatnonzero(drawn[:, 0] < p_jitter).tolist(), images):
+        amounts = (2 * drawn[some, 3:7] - 1) * (brightness, contrast, saturation, hue)
+        _put(out, some, jitter(torch.stack([out[i] for i in some]), amounts, drawn[some, 8:].astype(int)))
     for i in np.flatnonzero(drawn[:, 1] < p_gray):
         out[i] = _gray(out[i]).expand_as(out[i])
-    blurred = np.flatnonzero(drawn[:, 2] < p_blur).tolist()
-    if blurred:
-        sigmas = sigma[0] + (sigma[1] - sigma[0]) * drawn[blurred, 7]
-        _put(out, blurred, blur(torch.stack([out[i] for i in blurred]), sigmas, radius=math.ceil(3 * sigma[1])))
+    for some in _groups(np.flatnonzero(drawn[:, 2] < p_blur).tolist(), images):
+        sigmas = sigma[0] + (sigma[1] - sigma[0]) * drawn[some, 7]
+        _put(out, some, blur(torch.stack([out[i] for i in some]), sigmas, radius=math.ceil(3 * sigma[1])))
     return torch.stack(out)
+
+
+def _groups(places: list[int], images: Tensor) -> list[list[int]]:
+    """The places, on a CPU in groups: two images of 321 x 321 at a time stay in its cache, which halves the time."""
+    size = max(2, 2**18 // (images.shape[-2] * images.shape[-1])) if images.device.type == "cpu" else len(places)
+    return [places[start : start + size] for start in range(0, len(places), size or 1)]
 
 
 def _put(into: list[Tensor], places: list[int], images: Tensor) -> None:
@@ -190,20 +194,43 @@ def turn_hue(images: Tensor, turns: np.ndarray) -> Tensor:
     return torch.addcmul(value.unsqueeze(1), chroma.unsqueeze(1), away, value=-1)
 
 
-def blur(images: Tensor, sigma: np.ndarray, radius: int) -> Tensor:
-    """Gaussian blur of (n, 3, H, W), one sigma an image in pixels, cut at ``radius`` and mirrored at the border.
+BLOCK = 64
 
-    One matrix product per axis: on a CPU faster than a grouped convolution, and mirrored without a padded copy.
-    """
+
+def blur(images: Tensor, sigma: np.ndarray, radius: int) -> Tensor:
+    """Gaussian blur of (n, 3, H, W), one sigma an image in pixels, cut at ``radius`` and mirrored at the border."""
     distances = np.arange(radius + 1)
     kernel = np.exp(-0.5 * (distances / np.maximum(sigma, 1e-3)[:, None]) ** 2)
     kernel /= kernel.sum(1, keepdims=True) + kernel[:, 1:].sum(1, keepdims=True)
     weights = torch.from_numpy(kernel).to(images.dtype).to(images.device, non_blocking=True)
+    return _blur_axis(_blur_axis(images, weights, radius, -2), weights, radius, -1)
 
-    def matrix(length: int) -> Tensor:
-        return (weights @ _shifts(length, radius, images.device).to(images.dtype)).view(-1, 1, length, length)
 
-    return matrix(images.shape[-2]) @ images @ matrix(images.shape[-1]).mT
+def _blur_axis(images: Tensor, weights: Tensor, radius: int, axis: int) -> Tensor:
+    """A matrix product, mirrored without a padded copy; on a CPU by blocks of pixels, each with the few it sees.
+
+    All blocks but the ends have one matrix. At 513 pixels that takes a third of the time of the dense product and half
+    of a grouped convolution's; below 193 the dense one is as fast.
+    """
+    length = images.shape[axis]
+    blocks = images.device.type == "cpu" and length > 3 * BLOCK and radius <= BLOCK // 2
+    side = 3 * BLOCK if blocks else length
+    matrix = (weights @ _shifts(side, radius, images.device).to(images.dtype)).view(-1, 1, side, side)
+
+    def product(part: Tensor, seen: Tensor) -> Tensor:
+        return part @ seen if axis == -2 else seen @ part.mT
+
+    if not blocks:
+        return product(matrix, images)
+    out = torch.empty_like(images)
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        low, high = max(0, start - radius), min(length, stop + radius)
+        # Where the small matrix has the same neighbourhood: at its start, in its middle or at its end.
+        shift = 0 if start == 0 else BLOCK - start if high < length else side - length
+        part = matrix[..., start + shift : stop + shift, low + shift : high + shift]
+        out.narrow(axis, start, stop - start).copy_(product(part, images.narrow(axis, low, high - low)))
+    return out
 
 
 @lru_cache(maxsize=4)

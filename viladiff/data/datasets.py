@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -75,9 +76,19 @@ class Dataset:
 
     def target(self, index: int) -> np.ndarray:
         """(H, W) uint8 mask of a labelled image. Raises ValueError for any other: its mask is not for training."""
+        self._check_labelled(index)
+        return self.masks[index]
+
+    def target_path(self, index: int) -> Path:
+        """The file of ``target(index)``, unopened. Raises ValueError where there are no files, and as ``target``."""
+        self._check_labelled(index)
+        if self.files is None:
+            raise ValueError(f"{self.name}: its masks are not in files")
+        return self.files.masks[index]
+
+    def _check_labelled(self, index: int) -> None:
         if int(index) not in self._labels:
             raise ValueError(f"{self.name}: image {index} is not among the {len(self.labelled)} labelled ones")
-        return self.masks[index]
 
 
 class Request(NamedTuple):
