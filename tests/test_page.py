@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -272,6 +275,39 @@ def test_the_same_runs_make_the_same_bytes_and_leave_nothing_else(tmp_path: Path
         page.render_table(plan, store, out, command="make", verdicts=VERDICTS)
         found.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()})
     assert found[0] == found[1] == found[2]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from viladiff.record import write_atomically
+out, turn = Path(sys.argv[1]), 0
+while True:
+    write_atomically(out / "index.html", b"ab"[turn : turn + 1] * 5_000_000)
+    turn = 1 - turn
+"""
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_page_and_the_next_one_tidies_up(tmp_path: Path) -> None:
+    out, draw = tmp_path / "out", random.Random(3)
+    out.mkdir()
+    for _ in range(4):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(out)])
+        while not (out / "index.html").exists():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.2, 0.6))
+        writer.kill()
+        writer.wait()
+        assert (out / "index.html").read_bytes() in (b"a" * 5_000_000, b"b" * 5_000_000)
+    (out / f".table.md.{writer.pid}.0123abcd.tmp").write_bytes(b"half")
+    (out / "figures").mkdir()
+    (out / "figures" / f".scores.png.{writer.pid}.0123abcd.tmp").write_bytes(b"half")
+    left = [path for path in out.rglob("*.tmp")]
+    assert len(left) >= 2
+    for path in left:
+        os.utime(path, (1, 1))
+    render(tmp_path, rising)
+    assert not list(out.rglob("*.tmp")) and "rewritten" not in (out / "index.html").read_text()
 
 
 def test_headings_tables_and_bars_are_told_to_those_who_cannot_see_them(tmp_path: Path) -> None:

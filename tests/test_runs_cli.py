@@ -20,6 +20,7 @@ import pytest
 from viladiff import cli
 from viladiff.record import RunRecord, load_record, record_bytes, save_record, without_paths
 from viladiff.study import archive
+from viladiff.study.plan import plan_stem
 from viladiff.study.store import Failure, Store
 
 CORE = Path(__file__).resolve().parent.parent / "reports" / "published" / "core" / "records"
@@ -269,6 +270,27 @@ def test_gc_deletes_waste_and_says_how_much(home: Store, runs: Runs) -> None:
     kept = {mine, home.directory(BEGUN) / "checkpoint.pt", home.directory(FAILED) / "failure.json"}
     assert left == records | kept and not leftover.exists() and not aside.exists()
     assert "Nothing to delete" in runs("gc") and home.get(ONE.run_id) == ONE
+
+
+def test_gc_knows_plans_pages_and_what_fresh_has_replaced(home: Store, runs: Runs) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    plans, page, replaced = home.root / "plans", Path("reports/quick/table5/figures"), home.root / "replaced" / "2026"
+    for folder in (plans, page, replaced / ONE.run_id, replaced / BEGUN):
+        folder.mkdir(parents=True)
+    waste = [plans / f"plan-{'0' * 12}-{'1' * 24}.json", plans / f"plan-{'1' * 24}.json", replaced / BEGUN / "x"]
+    half = [plans / f".plan.json.{dead.pid}.0123abcd.tmp", page / f".scores.png.{dead.pid}.0123abcd.tmp"]
+    kept = [plans / f"{plan_stem()}-{'1' * 24}.json", plans / "mine.txt", page / "scores.png"]
+    kept.append(page / f".scores.png.{os.getpid()}.0123abcd.tmp")
+    for path in (*waste, *half, *kept, replaced / ONE.run_id / "checkpoint.pt"):
+        path.write_bytes(b"x")
+        os.utime(path, (1, 1))
+    save_record(ONE, replaced / ONE.run_id / "record.json")
+    assert "Freed 5 B (5 items)" in runs("gc", "--keep-checkpoints")
+    assert (replaced / ONE.run_id / "checkpoint.pt").exists()
+    assert "Freed 1 B (1 items)" in runs("gc") and "Nothing to delete" in runs("gc")
+    assert all(path.exists() for path in (*kept, replaced / ONE.run_id / "record.json"))
+    assert not any(path.exists() for path in (*waste, *half, replaced / BEGUN))
 
 
 def test_gc_spares_checkpoints_that_are_needed(home: Store, runs: Runs) -> None:

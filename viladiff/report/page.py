@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -13,6 +13,7 @@ from viladiff.record import write_atomically
 from viladiff.report import choices, figures, palette, plain, provenance, strips, tables, views
 from viladiff.report.curves import Curve, curves
 from viladiff.report.tables import METRICS, Agreement, Results
+from viladiff.study.store import abandoned
 
 if TYPE_CHECKING:
     from viladiff.study.claims import Verdict
@@ -42,6 +43,8 @@ def render_table(
     drawn = curves(results, store)
     agreements = agreement if agreement is not None else [tables.agreement(results, c) for c in plan.columns]
     out.mkdir(parents=True, exist_ok=True)
+    for path in [*abandoned(out), *abandoned(out / "figures")]:
+        path.unlink(missing_ok=True)  # of a writer that was killed
     files = [path.name for path in figures.save(results, drawn, out / "figures")]
     said = banner(results)
     opened = choices.choices(results, verdicts)
@@ -83,13 +86,40 @@ def html(
     opened: Sequence[choices.Choice] = (),
 ) -> str:
     """The page as text; everything that it shows is worked out here, and the template only lays it out."""
-    reasons = views.Reasons()
-    scores = {metric: views.lines(results, metric, reasons) for metric in METRICS}
-    seeds, axes = views.dots(results, scores[results.plan.table.metric])
-    pictures, wrong = strips.strips(results, store)
-    placed, reach = views.forest(verdicts)
-    head, nets, by_stream = views.streams(results)
-    facts = provenance.facts(results)
+    table = results.plan.table
+    shown = {
+        **_numbers(results),
+        **_figures(results, store, drawn),
+        **_judged(results, verdicts, agreements),
+        **_sources(results, store, out),
+    }
+    return (
+        _environment()
+        .get_template("table.html.j2")
+        .render(
+            css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            series=palette.SERIES,
+            table=table,
+            scale=results.plan.scale,
+            columns=[table.columns[c].label for c in results.plan.columns],
+            parts=tables.parts(results),
+            finding=tables.finding(results),
+            banner=banner(results),
+            counts=results.counts(),
+            context=views.context(results),
+            encoders=any(row.encoder for row in table.rows),
+            printed=printed,
+            choices=opened,
+            number=lambda row: tables.number(results, row),
+            command=command,
+            files=files,
+            id=id,
+            **shown,
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -97,47 +127,50 @@ def html(
     environment.filters |= {"part": views.part_html, "signed": plain.signed, "duration": provenance.duration}
     environment.filters |= {"interval": views.interval, "p_value": views.p_value}
     environment.filters |= {"seen": views.seen, "least": views.least}
-    return environment.get_template("table.html.j2").render(
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        series=palette.SERIES,
-        table=results.plan.table,
-        scale=results.plan.scale,
-        columns=[results.plan.table.columns[c].label for c in results.plan.columns],
-        parts=tables.parts(results),
-        finding=tables.finding(results),
-        banner=banner(results),
-        counts=results.counts(),
-        context=views.context(results),
-        metrics=METRICS,
-        tables=scores,
-        spread=plain.SPREAD,
-        reasons=reasons.letters,
-        agreements=[(found, plain.agreement_text(found)) for found in agreements],
-        dots=seeds,
-        axes=axes,
-        verdicts=verdicts,
-        forest=placed,
-        reach=reach,
-        panels=views.panels(results, drawn),
-        strips=pictures,
-        wrong=wrong,
-        legend=strips.legend(results),
-        networks=views.networks(results),
-        streams=(head, nets, by_stream),
-        nets=list(dict.fromkeys(net for r in results.records().values() for net in r.scores)),
-        pseudo=views.pseudo(results),
-        pseudo_names=views.PSEUDO,
-        heat=views.heat(results),
-        facts=facts,
-        mixed=[fact for fact in facts if fact.mixed],
-        origins=provenance.origins(results, store, out),
-        reference=tables.number(results, results.reference),
-        encoders=any(row.encoder for row in results.plan.table.rows),
-        printed=printed,
-        choices=opened,
-        number=lambda row: tables.number(results, row),
-        command=command,
-        files=files,
-        simulated=any("simulated" in r.captions for r in results.records().values()),
-        id=id,
-    )
+    return environment
+
+
+def _numbers(results: Results) -> dict[str, Any]:
+    """Scores of every metric, network and stream, and of pseudo-labels and classes."""
+    reasons = views.Reasons()
+    scores = {metric: views.lines(results, metric, reasons) for metric in METRICS}
+    dots, axes = views.dots(results, scores[results.plan.table.metric])
+    return {
+        "metrics": METRICS,
+        "tables": scores,
+        "spread": plain.SPREAD,
+        "reasons": reasons.letters,
+        "dots": dots,
+        "axes": axes,
+        "reference": tables.number(results, results.reference),
+        "networks": views.networks(results),
+        "streams": views.streams(results),
+        "nets": list(dict.fromkeys(net for r in results.records().values() for net in r.scores)),
+        "pseudo": views.pseudo(results),
+        "pseudo_names": views.PSEUDO,
+        "heat": views.heat(results),
+    }
+
+
+def _figures(results: Results, store: Store, drawn: dict[str, list[Curve]]) -> dict[str, Any]:
+    pictures, wrong = strips.strips(results, store)
+    panels, legend = views.panels(results, drawn), strips.legend(results)
+    return {"panels": panels, "strips": pictures, "wrong": wrong, "legend": legend}
+
+
+def _judged(results: Results, verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dict[str, Any]:
+    """What is said of the numbers: agreement with the printed order, and each claim."""
+    placed, reach = views.forest(verdicts)
+    agreed = [(found, plain.agreement_text(found)) for found in agreements]
+    return {"agreements": agreed, "verdicts": verdicts, "forest": placed, "reach": reach}
+
+
+def _sources(results: Results, store: Store, out: Path) -> dict[str, Any]:
+    """Where the numbers come from."""
+    facts = provenance.facts(results)
+    return {
+        "facts": facts,
+        "mixed": [fact for fact in facts if fact.mixed],
+        "origins": provenance.origins(results, store, out),
+        "simulated": any("simulated" in r.captions for r in results.records().values()),
+    }

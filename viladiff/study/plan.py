@@ -118,7 +118,7 @@ def make_plan(
     file = None
     if cache is not None:
         key = _key(table, scale, chosen_rows, chosen_columns, chosen_seeds, changes)
-        file = Path(cache) / f"plan-{key}.json"
+        file = Path(cache) / f"{plan_stem()}-{key}.json"
     kept = None if file is None else _read(file)
     if kept is None:
         kept, lasting = _make(table, scale, chosen_rows, chosen_columns, chosen_seeds, changes)
@@ -208,6 +208,11 @@ def _key(
 
 def _sets(table: Table) -> list[dict[str, Any]]:
     return [*(row.set for row in table.rows), *(column.set for column in table.columns)]
+
+
+def plan_stem() -> str:
+    """How the names of plans by this code begin; those by other code are never used again."""
+    return f"plan-{code_digest()[:12]}"
 
 
 def code_digest() -> str:

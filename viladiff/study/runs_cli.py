@@ -72,6 +72,7 @@ def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     gc.add_argument(
         "--keep-checkpoints", action="store_true", help="keep the networks of finished runs, for viladiff evaluate"
     )
+    gc.add_argument("--pages", metavar="DIR", default="reports", help="directory of pages (default: reports)")
     gc.set_defaults(run=_gc)
     export = action("export", "pack finished runs", "viladiff runs export mine.tar.gz method.name=viladiff")
     export.add_argument("file", metavar="FILE.tar.gz")
@@ -179,7 +180,7 @@ def _gc(args: argparse.Namespace) -> int:
     from viladiff.study.listing import size
 
     store = _store(args)
-    found = upkeep.waste(store, args.keep_checkpoints)
+    found = upkeep.waste(store, args.keep_checkpoints, Path(args.pages))
     for item in found:
         print(f"{'would delete' if args.dry_run else 'deleted'}  {item.path}  {item.why}  {size(item.size)}")
         if not args.dry_run:

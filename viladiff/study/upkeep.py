@@ -13,10 +13,12 @@ from typing import NamedTuple
 from viladiff.fields import ConfigError, nest
 from viladiff.record import RunRecord, load_record
 from viladiff.study.lease import runs_here
-from viladiff.study.store import GRACE, Store
+from viladiff.study.plan import plan_stem
+from viladiff.study.store import GRACE, RUN_ID, Store, abandoned
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.prev.pt")
 _DAMAGED = re.compile(r"[0-9a-f]{16}-\S+")
+_PLAN = re.compile(r"plan-[0-9a-f-]+\.json")
 _IMPORT = re.compile(r"\.import-(\d+)-\S+")
 
 
@@ -98,12 +100,22 @@ def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
             yield Finding(path, run_id, False, str(error))
 
 
-def waste(store: Store, keep_checkpoints: bool = False) -> list[Waste]:
-    """What ``viladiff runs gc`` removes; never a record that can be read, never anything of a run in work."""
+def waste(store: Store, keep_checkpoints: bool = False, pages: Path | None = None) -> list[Waste]:
+    """What ``viladiff runs gc`` removes; never a record that can be read, never anything of a run in work.
+
+    ``pages``: a directory of reports, of which only half-written files are waste.
+    """
     found: list[tuple[Path, str]] = [
         (path, "lease of a process that is gone" if "lease-" in path.name else "left half written")
         for path in store.litter()
     ]
+    plans = store.root / "plans"
+    folders = [plans, *([pages, *filter(Path.is_dir, pages.rglob("*"))] if pages else [])]
+    found += [(path, "left half written") for folder in folders for path in abandoned(folder)]
+    found += [
+        (path, "plan by other code") for path in _entries(plans, _PLAN) if not path.name.startswith(plan_stem() + "-")
+    ]
+    found += _replaced(store.root / "replaced", keep_checkpoints)
     found += [(path, "left by an import") for path in _entries(store.root, _IMPORT) if _abandoned_import(path)]
     found += [(path, "damaged, set aside") for path in _entries(store.root / "damaged", _DAMAGED)]
     for run_id in [] if keep_checkpoints else store.own():
@@ -112,6 +124,15 @@ def waste(store: Store, keep_checkpoints: bool = False) -> list[Waste]:
             found += [(path, "checkpoint of a finished run") for path in paths if path.is_file()]
     seen: set[tuple[int, int]] = set()
     return [Waste(path, why, _size(path, seen)) for path, why in found]
+
+
+def _replaced(folder: Path, keep_checkpoints: bool) -> Iterator[tuple[Path, str]]:
+    """Of runs that ``--fresh`` has set aside: the networks of finished ones, and all of the others."""
+    for run in sorted(path for path in folder.glob("*/*") if path.is_dir() and RUN_ID.fullmatch(path.name)):
+        if not (run / "record.json").exists():
+            yield run, "unfinished, replaced"
+        elif not keep_checkpoints:
+            yield from ((run / name, "checkpoint of a replaced run") for name in CHECKPOINTS if (run / name).is_file())
 
 
 def remove(item: Waste) -> None:
