@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,9 +271,10 @@ class Run:
         with (
             Progress(self.steps, self.step, self._title(), runtime.progress and self.rank == 0) as bar,
             stop_flag() as stop,
+            closing(self.loader.stream(self.step, self.steps, ahead)) as stream,
         ):
             mark = time.perf_counter()
-            for batches in self.loader.stream(self.step, self.steps, ahead):
+            for batches in stream:
                 pending.append((self.step, lr_factor(cfg, self.step, self.steps) * cfg.optim.lr, self._step(batches)))
                 self.step += 1
                 last = self.step == self.steps

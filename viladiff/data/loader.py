@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from queue import Queue
 from typing import TYPE_CHECKING, NamedTuple
@@ -179,7 +179,7 @@ class Loader:
         text = self.bank.batch([i for _, i in drawn])
         return TextBatch(text.tokens.to(self.device), text.mask.to(self.device))
 
-    def stream(self, start: int, stop: int, ahead: int = 0) -> Iterator[list[Batch]]:
+    def stream(self, start: int, stop: int, ahead: int = 0) -> Generator[list[Batch], None, None]:
         """The micro-batches of steps start ... stop - 1, with ``ahead`` steps prepared by a thread.
 
         Files are decoded in ``decoding_processes``, which live as long as this iterator: close it.
