@@ -1,7 +1,8 @@
-"""What tests of methods share: a small instance of any method, a batch with the views that it asks for, a few steps."""
+"""What tests of methods share: a small instance of any method, a batch, a few steps, and loss formulas in NumPy."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,14 +18,28 @@ STEP = Step(index=7, progress=0.9, seed=3)
 
 
 def make(name: str, **changes: object) -> Method:
-    """A method with an encoder of random weights; every pixel's pseudo-label is accepted unless told otherwise."""
+    """A method with an encoder of random weights; every pixel's pseudo-label is accepted unless told otherwise.
+
+    Nor is a branch dropped: that is drawn from torch's own generator, which the loop seeds and tests do not.
+    """
     cfg = override(RunConfig(), {"method.name": name, "model.pretrained": "none", "model.decoder_width": 16})
     flat = {f"method.{path}": value for path, value in changes.items()}
     if "threshold" not in str(changes) and hasattr(cfg.method, "pseudo"):
         flat["method.pseudo.threshold"] = 0.0
+    if hasattr(cfg.method, "drop_path"):
+        flat.setdefault("method.drop_path", 0.0)
     cfg = override(cfg, flat)
     torch.manual_seed(0)
     return METHODS[name](cfg.method, Build(cfg.model, CLASSES, 12)).train()
+
+
+def make_uneven(name: str, **changes: object) -> Method:
+    """The same as if half-trained, each network in its own way, so that networks, pixels and confidences differ."""
+    method, gen = make(name, **changes), torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=gen))
+    return method
 
 
 def make_batch(size: int = 4, seed: int = 0, views: Views | None = None) -> Batch:
@@ -95,3 +110,28 @@ def take_steps(method: Method, optimizer: torch.optim.Optimizer, start: int, sto
             method.after_step(step)
         totals.append(losses.total.item())
     return totals
+
+
+# Formulas, written from the papers
+
+
+def softmax(x: np.ndarray, axis: int = 1) -> np.ndarray:
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return np.asarray(e / e.sum(axis=axis, keepdims=True))
+
+
+def cross_entropy_map(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(B, H, W), 0 where the label is 255."""
+    known = labels != 255
+    p = np.take_along_axis(softmax(logits), np.where(known, labels, 0)[:, None], 1)[:, 0]
+    return np.asarray(-np.log(p) * known)
+
+
+def mean_over(x: np.ndarray, counted: np.ndarray) -> float:
+    """Mean of the counted pixels, 0 where there are none."""
+    return float((x * counted).sum() / max(1, counted.sum()))
+
+
+def mixed(x: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Neighbours 2k and 2k + 1 of (n, ..., H, W) exchange what is ``inside`` (n, H, W)."""
+    return np.where(inside if x.ndim == 3 else inside[:, None], x[np.arange(len(x)) ^ 1], x)

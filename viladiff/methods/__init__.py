@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from viladiff.methods.base import Method
+from viladiff.methods.corrmatch import CorrMatch
+from viladiff.methods.cps import Cps
 from viladiff.methods.daw import Daw
 from viladiff.methods.fixmatch import FixMatch
+from viladiff.methods.psmt import PsMt
 from viladiff.methods.semibaseline import SemiBaseline
 from viladiff.methods.supervised import Supervised
+from viladiff.methods.swith import Swith
 from viladiff.methods.unimatch import UniMatch
 from viladiff.methods.unimatch_v2 import UniMatchV2
 from viladiff.methods.viladiff import ViLaDiff
@@ -19,6 +23,10 @@ METHODS: dict[str, type[Method]] = {
     "unimatch": UniMatch,
     "unimatch_v2": UniMatchV2,
     "daw": Daw,
+    "cps": Cps,
+    "psmt": PsMt,
+    "corrmatch": CorrMatch,
+    "swith": Swith,
 }
 
 PLANNED = (

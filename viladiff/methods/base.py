@@ -86,11 +86,11 @@ class Method(nn.Module):
         """Label maps (B, H, W) worth a look, in the order they arise in; by default those of the pseudo-labels."""
         return {name: found.argmax(1) for name, found in self.pseudo_labels(images, text, keys, step).items()}
 
-    def predictor(self) -> Segmenter:
-        """The network that is evaluated, shipped and quoted."""
+    def predictor(self) -> nn.Module:
+        """What is evaluated, shipped and quoted: (images, text) to logits by stream; it knows its ``patch``."""
         return self.student
 
-    def networks(self) -> dict[str, Segmenter]:
+    def networks(self) -> dict[str, nn.Module]:
         """Every network worth evaluating, by the name that a record uses."""
         return {"student": self.student}
 
@@ -138,10 +138,10 @@ class MeanTeacher(Method):
     def after_step(self, step: Step) -> None:
         ema_update(self.teacher, self.student, step.index, self.cfg.teacher.momentum)
 
-    def predictor(self) -> Segmenter:
+    def predictor(self) -> nn.Module:
         return self.teacher if self.cfg.predict.network == "teacher" else self.student
 
-    def networks(self) -> dict[str, Segmenter]:
+    def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student, "teacher": self.teacher}
 
     @torch.no_grad()

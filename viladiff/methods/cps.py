@@ -1,0 +1,97 @@
+"""CPS: two networks that start from different heads, each taught by the other's hard labels (Chen et al., CVPR 2021).
+
+Differences from the released code: the partner of a mixed image is its neighbour in the batch, whose labels are already
+there, so that a network looks at three times the unlabelled batch less than with a second one (6 forwards in place of
+8); padding trains nothing; losses are plain global means, where the released ones shrink with the number of workers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from viladiff import draws
+from viladiff.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
+from viladiff.data.mixing import pair_partner, parity_boxes, parity_mask, paste
+from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.methods.base import Method, MethodConfig, PseudoConfig
+from viladiff.models.segmenter import Build
+
+
+class CpsPseudoConfig(PseudoConfig):
+    threshold: float = Field(0.0, ge=0, le=1)
+    """The paper has none: every pixel of the other network's labels counts."""
+    weight: float = Field(1.0, ge=0)
+    """λ: 1 with CutMix on VOC, 1.5 without; 5 and 6 on Cityscapes."""
+
+
+class CpsConfig(MethodConfig):
+    """Cross pseudo supervision; weak views only, no colour changes."""
+
+    name: Literal["cps"] = "cps"
+    cutmix: bool = True
+    """Three boxes an image; without, both networks teach each other on labelled images too."""
+    pseudo: CpsPseudoConfig = CpsPseudoConfig()
+
+
+class Cps(Method):
+    Config = CpsConfig
+    views = Views(weak=1, pairs=True)
+    weak_trains = True
+
+    def __init__(self, cfg: CpsConfig, build: Build) -> None:
+        super().__init__(cfg, build)
+        self.second = self.build_student(build)
+        """Its encoder starts from the same weights; decoder and classifier are drawn anew."""
+
+    def views_wanted(self) -> Views:
+        return Views(weak=1, pairs=self.cfg.cutmix)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        nets, labelled, weak, valid = (self.student, self.second), len(batch.image), batch.weak[0], batch.valid
+        if self.cfg.cutmix:
+            with torch.no_grad():
+                answers = [_answers(net(weak)["visual"]) for net in nets]
+            partner, mask = self._boxes(batch, step)
+            weak, valid = paste(weak, mask, partner), paste(valid, mask, partner)
+            answers = [tuple(paste(x, mask, partner) for x in answer) for answer in answers]
+        images = torch.cat([batch.image, weak])
+        logits = [net(images)["visual"] for net in nets]
+        taught = [z[labelled:] for z in logits]
+        if not self.cfg.cutmix:
+            answers, taught = [_answers(z.detach()) for z in logits], logits
+            valid = torch.cat([batch.target != IGNORE, valid])
+
+        sup = torch.stack([cross_entropy(z[:labelled], batch.target) for z in logits]).sum()
+        accepted = [(confidence >= self.cfg.pseudo.threshold).float() for confidence, _ in answers]
+        cross = torch.stack(
+            [hard_consistency(z, answers[i][1], accepted[i], valid) for z, i in zip(taught, (1, 0), strict=True)]
+        ).sum()
+        agree = global_mean(((answers[0][1] == answers[1][1]) * valid).sum(), valid.sum())
+        terms = {"sup": sup.detach(), "pseudo": cross.detach(), "agreement": agree}
+        return Losses(sup + self.cfg.pseudo.weight * cross, terms)
+
+    def _boxes(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
+        """Each image's partner, and the pixels that come from it: (U,), (U, H, W)."""
+        device, (height, width) = batch.valid.device, batch.valid.shape[-2:]
+        rngs = [draws.rng(step.seed, "cps-boxes", step.index, key) for key in batch.keys_u]
+        boxes = parity_boxes(rngs, height).to(device, non_blocking=True)
+        return pair_partner(len(rngs)).to(device, non_blocking=True), parity_mask(boxes, height, width)
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        """Those of the second network, which teach the one that is evaluated."""
+        return {"before": self.second(images)["visual"].softmax(1)}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "second": self.second}
+
+
+def _answers(logits: Tensor) -> tuple[Tensor, ...]:
+    """Confidence and labels of one network, each (B, H, W)."""
+    return tuple(logits.softmax(1).max(1))

@@ -1,0 +1,187 @@
+"""PS-MT: two teachers in turn, confidence-weighted labels, adversarial noise on features (Liu et al., CVPR 2022).
+
+Differences from the released code. Its lengths in epochs are shares of training here: warm-up 5, turns 1, ramp 12, of
+80. All networks start from the same pretrained encoder, and the teachers' heads from other seeds; there whole teachers
+start at random. The teachers that the warm-up trains by gradient are networks of their own (``founders``), copied into
+the averages, since a network under DDP can get a gradient always or never. Noise is a share of the length of the
+decoder's whole input, as the published 2.0 belongs to another decoder's 304 channels, and its probe step is one that
+float32 can resolve. The assistant's top classes are chosen on the decoder's grid. An image is never mixed with itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from viladiff import draws
+from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
+from viladiff.data.mixing import apply_cutmix, beta_boxes, pair_partner
+from viladiff.data.perturb import virtual_adversarial
+from viladiff.fields import Section
+from viladiff.losses import cross_entropy, global_mean, pixel_cross_entropy
+from viladiff.methods.base import MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.two_teachers import TwoTeachers, turn
+from viladiff.models.ema import ema_update
+from viladiff.models.segmenter import Build, upsample
+
+
+class PsmtTeacherConfig(TeacherConfig):
+    momentum: float = Field(0.996, ge=0, le=1)
+    """The first steps use min(momentum, 1 - 1 / (step + 1))."""
+    period: float = Field(1 / 80, gt=0, le=1)
+    """Share of training after which the other teacher is active."""
+    assistant_classes: int = Field(7, ge=1)
+    """Classes of a pixel at which the inactive teacher is heard, its highest; elsewhere the active one counts twice."""
+
+
+class PsmtPseudoConfig(PseudoConfig):
+    threshold: float = Field(0.6, ge=0, le=1)
+    weight: float = Field(0.6, ge=0)
+    """At 183 to 732 labelled VOC images; 0.06 at 92, 1.5 on augmented VOC, 3 on Cityscapes."""
+    ramp: float = Field(12 / 80, ge=0, le=1)
+    """Share of training, from the end of the warm-up, over which the weight rises."""
+
+
+class VatConfig(Section):
+    """Adversarial noise on what the student's decoder reads, found with the teachers' decoders."""
+
+    radius: float = Field(0.1, ge=0)
+    """Length of the noise as a share of the features' (ours; 2.0 for the original's features). 0 turns it off."""
+    probe: float = Field(1e-2, gt=0)
+    """Length of the step that finds its direction, likewise (ours)."""
+
+
+class PsmtConfig(MethodConfig):
+    """Perturbed and strict mean teachers."""
+
+    name: Literal["psmt"] = "psmt"
+    cutmix: bool = True
+    warmup: float = Field(5 / 80, ge=0, lt=1)
+    """Share of training in which three networks learn from labels alone; with 0 both teachers start as the student."""
+    vat: VatConfig = VatConfig()
+    teacher: PsmtTeacherConfig = PsmtTeacherConfig()
+    pseudo: PsmtPseudoConfig = PsmtPseudoConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+class PsMt(TwoTeachers):
+    Config = PsmtConfig
+    views = Views(strong=1, strong_labelled=True, pairs=True)
+
+    def __init__(self, cfg: PsmtConfig, build: Build) -> None:
+        super().__init__(cfg, build)
+        self.founders = nn.ModuleList([self.build_student(build) for _ in range(2)] if cfg.warmup else [])
+        """What the teachers are until the warm-up ends; then they rest."""
+        self._copy_founders()
+
+    def views_wanted(self) -> Views:
+        return Views(strong=1, strong_labelled=True, pairs=self.cfg.cutmix)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        assert batch.image_strong is not None  # as ``views`` asks
+        return self._warm(batch) if step.progress < self.cfg.warmup else self._teach(batch, batch.image_strong, step)
+
+    def _warm(self, batch: Batch) -> Losses:
+        """Supervised: the student on coloured images, each coming teacher on plain ones."""
+        networks = [(self.student, batch.image_strong), *((founder, batch.image) for founder in self.founders)]
+        losses = [cross_entropy(network(image)["visual"], batch.target) for network, image in networks]
+        zero = torch.zeros((), device=losses[0].device)
+        terms = {"sup": losses[0].detach(), "pseudo": zero, "coverage": zero, "weight": zero}
+        return Losses(torch.stack(losses).sum(), terms)
+
+    def _teach(self, batch: Batch, image: Tensor, step: Step) -> Losses:
+        cfg, labelled, size = self.cfg, len(image), image.shape[-2:]
+        with torch.no_grad():
+            confidence, labels = upsample(self._pseudo_logits(batch.weak[0], step), size).softmax(1).max(1)
+        strong, valid = batch.strong[0], batch.valid
+        if cfg.cutmix:
+            mix = self._boxes(batch, step)
+            strong, confidence, labels, valid = (apply_cutmix(x, mix) for x in (strong, confidence, labels, valid))
+        features = self.student.encode(torch.cat([image, strong]))
+        if cfg.vat.radius:
+            noise = self._noise(features, batch, step)
+            features = [level + added for level, added in zip(features, noise, strict=True)]
+        logits = self.student.logits(features, size)
+
+        sup = cross_entropy(logits[:labelled], batch.target)
+        accepted = (confidence >= cfg.pseudo.threshold) & valid
+        pseudo = strict_consistency(logits[labelled:], labels, confidence, accepted)
+        weight = cfg.pseudo.weight * ramp(step.progress - cfg.warmup, cfg.pseudo.ramp)
+        rest = torch.stack([p.sum() for p in self.founders.parameters()]).sum() * 0 if self.founders else 0
+        coverage = global_mean(accepted.sum(), valid.sum())
+        terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
+        terms["weight"] = torch.tensor(weight, device=sup.device)
+        return Losses(sup + weight * pseudo + rest, terms)
+
+    def after_step(self, step: Step) -> None:
+        if step.progress < self.cfg.warmup:
+            self._copy_founders()
+        else:
+            ema_update(self.teachers[self._active(step)], self.student, step.index, self.cfg.teacher.momentum)
+
+    def _copy_founders(self) -> None:
+        for i, founder in enumerate(self.founders):
+            ema_update(self.teachers[i], founder, step=0)
+
+    def _active(self, step: Step) -> int:
+        return turn(step, self.cfg.teacher.period)[0] % 2
+
+    def _pseudo_logits(self, images: Tensor, step: Step) -> Tensor:
+        """Mean of the active teacher's grid logits and the strict assistant's: (U, C, h, w)."""
+        active = self._active(step)
+        mine, other = (self.teachers[i].streams(images)["visual"].logits for i in (active, 1 - active))
+        return (mine + strict(other, mine, self.cfg.teacher.assistant_classes)) / 2
+
+    def _noise(self, features: list[Tensor], batch: Batch, step: Step) -> list[Tensor]:
+        keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
+        start = [
+            draws.uniform(keys, tuple(x.shape[1:]), step.seed, "psmt-vat", i, step.index, device=x.device) - 0.5
+            for i, x in enumerate(features)
+        ]
+        vat = self.cfg.vat
+        return virtual_adversarial(features, self.teachers.grid_logits, start, vat.radius, vat.probe)
+
+    def _boxes(self, batch: Batch, step: Step) -> CutMix:
+        device = batch.valid.device
+        rngs = [draws.rng(step.seed, "psmt-boxes", step.index, key) for key in batch.keys_u]
+        boxes = beta_boxes(rngs, batch.valid.shape[-1])
+        return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        return {"before": upsample(self._pseudo_logits(images, step), images.shape[-2:]).softmax(1)}
+
+    def predictor(self) -> nn.Module:
+        """The mean of both teachers, as the paper evaluates."""
+        return self.teachers if self.cfg.predict.network == "teacher" else self.student
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "teacher": self.teachers}
+
+
+def strict(assistant: Tensor, active: Tensor, classes: int) -> Tensor:
+    """The assistant's logits (U, C, h, w) at its highest ``classes`` of each pixel, the active teacher's elsewhere."""
+    if classes >= assistant.shape[1]:
+        return assistant
+    lowest = assistant.topk(classes, 1).values[:, -1:]
+    return torch.where(assistant >= lowest, assistant, active)
+
+
+def strict_consistency(logits: Tensor, labels: Tensor, confidence: Tensor, accepted: Tensor) -> Tensor:
+    """Cross-entropy times confidence, a mean over the accepted pixels alone; 0 where there are none.
+
+    ``logits`` (U, C, H, W), ``labels`` int64, ``confidence`` and bool ``accepted`` (U, H, W).
+    """
+    loss = pixel_cross_entropy(logits, labels) * confidence.float()
+    return global_mean((loss * accepted).sum(), accepted.sum())
+
+
+def ramp(progress: float, length: float) -> float:
+    """Half a cosine from 0 to 1 over ``length``, both shares of training."""
+    return (1 - math.cos(math.pi * min(1.0, progress / length))) / 2 if length else 1.0

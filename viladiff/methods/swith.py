@@ -1,0 +1,132 @@
+"""SwiTh: two temporary teachers in turn, one for CutMix, one for ClassMix (Na et al., Dual Teacher, NeurIPS 2023).
+
+A teacher's moving average begins anew with its turn, so that its first step finds the student as it is. The student
+drops residual branches, the teachers do not.
+
+Differences from the released code. A turn is a share of training, not an epoch. Pictures are mixed from strong views,
+whose colours were drawn one by one, where CutMix there comes before colour, blur and flip. The padding that counts is
+that of the unlabelled images; the released consistency reads the labelled ones' by mistake. One pass of the teacher
+serves both losses, and images are mixed with their neighbours, never with themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from viladiff import draws
+from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
+from viladiff.losses import cross_entropy, global_mean, global_sum, hard_consistency
+from viladiff.methods.base import MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.two_teachers import TwoTeachers, turn
+from viladiff.models.ema import ema_update
+from viladiff.models.segmenter import Build, Segmenter
+
+
+class SwithTeacherConfig(TeacherConfig):
+    momentum: float = Field(0.99, ge=0, le=1)
+    """The first steps of each turn use min(momentum, 1 - 1 / (steps of the turn + 1))."""
+    period: float = Field(1 / 60, gt=0, le=1)
+    """Share of training after which the other teacher takes over: one of 60 epochs (of 200 in the released code)."""
+
+
+class SwithPseudoConfig(PseudoConfig):
+    threshold: float = Field(0.95, ge=0, le=1)
+    """The share of pixels at or above it weighs a mixed picture; in the consistency term it chooses pixels."""
+    consistency: float = Field(0.2, ge=0)
+    """Weight of the term without mixing (implicit consistency)."""
+
+
+class SwithPredictConfig(PredictConfig):
+    network: Literal["teacher", "student"] = "student"
+    """The paper's is the student; ``teacher`` is the mean of both."""
+
+
+class SwithConfig(MethodConfig):
+    """Switching temporary teachers."""
+
+    name: Literal["swith"] = "swith"
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """The student's, in place of ``model.drop_path``."""
+    teacher: SwithTeacherConfig = SwithTeacherConfig()
+    pseudo: SwithPseudoConfig = SwithPseudoConfig()
+    predict: SwithPredictConfig = SwithPredictConfig()
+
+
+class Swith(TwoTeachers):
+    Config = SwithConfig
+    views = Views(strong=2, pairs=True)
+
+    def build_student(self, build: Build) -> Segmenter:
+        return build(drop_path=self.cfg.drop_path)
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        count, cfg = len(batch.image), self.cfg.pseudo
+        active = self._active(step)
+        with torch.no_grad():
+            confidence, labels = self.teachers[active](batch.weak[0])["visual"].softmax(1).max(1)
+            partner = pair_partner(len(labels)).to(labels.device, non_blocking=True)
+            mask = (self._class_masks if active else self._box_masks)(batch, labels, partner, step)
+            mixed_labels, mixed_confidence, valid = (
+                paste(x, mask, partner) for x in (labels, confidence, batch.valid)
+            )
+            share = sure_share(mixed_confidence >= cfg.threshold, valid, whole_batch=active == 1)
+        mixed, strong = paste(batch.strong[0], mask, partner), batch.strong[1]
+        logits = self.student(torch.cat([batch.image, mixed, strong]))["visual"]
+        z, z_mixed, z_strong = logits.split([count, len(mixed), len(strong)])
+
+        sup = cross_entropy(z, batch.target)
+        pseudo = hard_consistency(z_mixed, mixed_labels, share.expand_as(mixed_confidence), valid)
+        accepted = (confidence >= cfg.threshold).float()
+        consistency = hard_consistency(z_strong, labels, accepted, batch.valid)
+        total = sup + cfg.weight * (pseudo + cfg.consistency * consistency)
+        terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "consistency": consistency.detach()}
+        terms["coverage"] = global_mean((accepted * batch.valid).sum(), batch.valid.sum())
+        return Losses(total, terms)
+
+    def after_step(self, step: Step) -> None:
+        """The teacher of the next step follows the student; at the start of its turn it becomes the student."""
+        number, done = turn(step, self.cfg.teacher.period, ahead=1)
+        ema_update(self.teachers[number % 2], self.student, done, self.cfg.teacher.momentum)
+
+    def _active(self, step: Step) -> int:
+        """0 in turns of CutMix, 1 in turns of ClassMix."""
+        return turn(step, self.cfg.teacher.period)[0] % 2
+
+    def _box_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
+        height, width = labels.shape[-2:]
+        rngs = [draws.rng(step.seed, "swith-boxes", step.index, key) for key in batch.keys_u]
+        return box_mask(beta_boxes(rngs, width).to(labels.device, non_blocking=True), height, width)
+
+    def _class_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
+        """The pixels of half of the classes that the teacher sees in each image's partner."""
+        shape, name = (self.student.num_classes,), (step.seed, "swith-classes", step.index)
+        uniform = draws.uniform(batch.keys_u, shape, *name, device=labels.device)
+        return class_mask(labels, batch.valid, uniform)[partner]
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        return {"before": self.teachers[self._active(step)](images)["visual"].softmax(1)}
+
+    def predictor(self) -> nn.Module:
+        return self.teachers if self.cfg.predict.network == "teacher" else self.student
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "teacher": self.teachers}
+
+
+def sure_share(sure: Tensor, valid: Tensor, whole_batch: bool) -> Tensor:
+    """Share of valid pixels that are sure: (U, 1, 1) by picture, or (1, 1, 1) over all pictures of all workers.
+
+    ``sure`` and ``valid`` (U, H, W) bool; 0 where nothing is valid.
+    """
+    counts = torch.stack([sure & valid, valid]).flatten(2).sum(2).float()
+    if whole_batch:
+        counts = global_sum(counts.sum(1, keepdim=True))
+    return (counts[0] / counts[1].clamp(min=1)).view(-1, 1, 1)
