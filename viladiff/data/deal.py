@@ -77,11 +77,18 @@ def draw(present: np.ndarray, labelled: int, val: int, seed: int) -> tuple[list[
 
 
 def _essential(present: np.ndarray, order: Sequence[int], most: int) -> list[int]:
-    """For each class that the ones chosen do not show yet, the first in order that does; rare classes come first."""
+    """For each class that the ones chosen do not show yet, the first in order that does; rare classes come first.
+
+    An image that is the last one left to show another class is only taken where there is no other.
+    """
     chosen: list[int] = []
-    for label in np.argsort(present.sum(0), kind="stable"):
-        if len(chosen) < most and not present[chosen, label].any():
-            chosen += [i for i in order if present[i, label]][:1]
+    left = present[list(order)].sum(0)
+    for label in np.argsort(left, kind="stable"):
+        showing = [i for i in order if present[i, label]]
+        if showing and len(chosen) < most and not present[chosen, label].any():
+            last = present[showing] & (left == 1)
+            chosen.append(showing[int(last.sum(1).argmin())])
+            left = left - present[chosen[-1]]
     return chosen
 
 
