@@ -137,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     add_data(commands)
+    methods = commands.add_parser("methods", help="list the methods: paper, what each needs, what a step costs")
+    methods.add_argument("--json", action="store_true", help="the same for programs")
+    methods.set_defaults(run=_methods)
+
     add_runs(commands)
 
     for name, text in (("table", "run a table of the paper, and write its page"), ("plan", "table --dry-run")):
@@ -274,6 +278,13 @@ def _config(args: argparse.Namespace) -> int:
     with console.capture() as text:
         console.print(table)
     sys.stdout.write(text.get())
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from viladiff.catalogue import show
+
+    sys.stdout.write(show(args.json, None if sys.stdout.isatty() else 160))
     return 0
 
 

@@ -6,7 +6,7 @@ this class.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -49,6 +49,30 @@ class PredictConfig(Section):
     network: Literal["teacher", "student"] = "teacher"
 
 
+class Paper(NamedTuple):
+    """Where a method was published."""
+
+    title: str
+    venue: str
+    year: int
+
+
+class Passes(NamedTuple):
+    """What a step costs, in passes of a batch through encoder and decoder; labelled and unlabelled batch equally large.
+
+    Of the default configuration, in the phase that most of training is spent in.
+    """
+
+    forward: int
+    backward: int
+    """How many of these forward passes are also gone through backwards."""
+    decoder_forward: int = 0
+    """Passes through a decoder beyond those of the encoder, likewise."""
+    decoder_backward: int = 0
+    beside: str = ""
+    """Networks of another kind."""
+
+
 class Method(nn.Module):
     """Base of all methods. ``state_dict()`` is the whole state: students, teachers, running statistics."""
 
@@ -56,6 +80,10 @@ class Method(nn.Module):
     views: ClassVar[Views] = Views()
     revision: ClassVar[int] = 1
     """Raised together with the golden file whenever the method computes something else than before."""
+    paper: ClassVar[Paper | None] = None
+    passes: ClassVar[Passes | None] = None
+    keeps: ClassVar[str] = ""
+    """What the method has beside its student."""
     weak_trains: ClassVar[bool] = False
     """Whether a weak view is also an input that trains, as where its features are perturbed."""
 

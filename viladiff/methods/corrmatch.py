@@ -23,7 +23,7 @@ from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import box_mask
 from viladiff.data.perturb import channel_dropout, widest
 from viladiff.losses import cross_entropy, global_max, global_mean, hard_consistency, logit_distillation
-from viladiff.methods.base import Method, MethodConfig, PseudoConfig, pasted
+from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
 from viladiff.models.segmenter import Build, upsample
 
 
@@ -71,6 +71,11 @@ class CorrMatch(Method):
     Config = CorrMatchConfig
     views = Views(strong=1, cutmix=True)
     weak_trains = True
+    paper = Paper(
+        "CorrMatch: Label Propagation via Correlation Matching for Semi-Supervised Semantic Segmentation", "CVPR", 2024
+    )
+    passes = Passes(3, 3, 1, 1, "correlation head: 3 forward and backward")
+    keeps = "correlation head, threshold"
     tau: Tensor
     highest: Tensor
 

@@ -17,7 +17,7 @@ from viladiff import draws
 from viladiff.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import pair_partner, parity_boxes, parity_mask, paste
 from viladiff.losses import cross_entropy, global_mean, hard_consistency
-from viladiff.methods.base import Method, MethodConfig, PseudoConfig
+from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
 from viladiff.models.segmenter import Build
 
 
@@ -41,6 +41,9 @@ class Cps(Method):
     Config = CpsConfig
     views = Views(weak=1, pairs=True)
     weak_trains = True
+    paper = Paper("Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", "CVPR", 2021)
+    passes = Passes(6, 4)
+    keeps = "second network"
 
     def __init__(self, cfg: CpsConfig, build: Build) -> None:
         super().__init__(cfg, build)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import global_sum
-from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.segmenter import Build
 
@@ -61,6 +61,10 @@ class DawConfig(MethodConfig):
 class Daw(UniMatch, MeanTeacher):
     Config = DawConfig
     views = Views(strong=2, cutmix=True)
+    paper = Paper(
+        "DAW: Exploring the Better Weighting Function for Semi-supervised Semantic Segmentation", "NeurIPS", 2023
+    )
+    keeps = "average for evaluation, class distributions, two Gaussians"
     distributions: Tensor
     """(2, C) mean confidence of the pixels predicted as a class, on labelled and on unlabelled images."""
     gaussians: Tensor

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from viladiff.batch import Batch, Losses, Step
-from viladiff.methods.base import MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.base import MethodConfig, Paper, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.semibaseline import SemiBaseline
 
 
@@ -32,6 +32,7 @@ class FixMatchConfig(MethodConfig):
 
 class FixMatch(SemiBaseline):
     Config = FixMatchConfig
+    paper = Paper("FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", "NeurIPS", 2020)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         losses = super().forward(batch, step)

@@ -23,7 +23,7 @@ from viladiff.data.mixing import apply_cutmix, beta_boxes, pair_partner
 from viladiff.data.perturb import virtual_adversarial
 from viladiff.fields import Section
 from viladiff.losses import cross_entropy, global_mean, pixel_cross_entropy
-from viladiff.methods.base import MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Build, upsample
@@ -71,6 +71,9 @@ class PsmtConfig(MethodConfig):
 class PsMt(TwoTeachers):
     Config = PsmtConfig
     views = Views(strong=1, strong_labelled=True, pairs=True)
+    paper = Paper("Perturbed and Strict Mean Teachers for Semi-supervised Semantic Segmentation", "CVPR", 2022)
+    passes = Passes(4, 2, 8, 4)
+    keeps = "two teachers, two networks of the warm-up"
 
     def __init__(self, cfg: PsmtConfig, build: Build) -> None:
         super().__init__(cfg, build)

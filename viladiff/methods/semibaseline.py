@@ -8,7 +8,7 @@ import torch
 
 from viladiff.batch import Batch, Losses, Step, Views
 from viladiff.losses import cross_entropy, global_mean, hard_consistency
-from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, TeacherConfig, pasted
+from viladiff.methods.base import MeanTeacher, MethodConfig, Passes, PredictConfig, PseudoConfig, TeacherConfig, pasted
 
 
 class SemiBaselineConfig(MethodConfig):
@@ -24,6 +24,8 @@ class SemiBaselineConfig(MethodConfig):
 class SemiBaseline(MeanTeacher):
     Config = SemiBaselineConfig
     views = Views(strong=1, cutmix=True)
+    passes = Passes(3, 2)
+    keeps = "teacher"
 
     def views_wanted(self) -> Views:
         return Views(strong=1, cutmix=self.cfg.cutmix)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from viladiff.batch import Batch, Losses, Step, Views
 from viladiff.losses import cross_entropy
-from viladiff.methods.base import Method, MethodConfig
+from viladiff.methods.base import Method, MethodConfig, Passes
 
 
 class SupervisedConfig(MethodConfig):
@@ -18,6 +18,7 @@ class SupervisedConfig(MethodConfig):
 class Supervised(Method):
     Config = SupervisedConfig
     views = Views(weak=0)
+    passes = Passes(1, 1)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         loss = cross_entropy(self.student(batch.image)["visual"], batch.target)

@@ -21,7 +21,7 @@ from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
 from viladiff.losses import cross_entropy, global_mean, global_sum, hard_consistency
-from viladiff.methods.base import MethodConfig, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Build, Segmenter
@@ -60,6 +60,9 @@ class SwithConfig(MethodConfig):
 class Swith(TwoTeachers):
     Config = SwithConfig
     views = Views(strong=2, pairs=True)
+    paper = Paper("Switching Temporary Teachers for Semi-Supervised Semantic Segmentation", "NeurIPS", 2023)
+    passes = Passes(4, 3)
+    keeps = "two teachers"
 
     def build_student(self, build: Build) -> Segmenter:
         return build(drop_path=self.cfg.drop_path)
@@ -71,9 +74,7 @@ class Swith(TwoTeachers):
             confidence, labels = self.teachers[active](batch.weak[0])["visual"].softmax(1).max(1)
             partner = pair_partner(len(labels)).to(labels.device, non_blocking=True)
             mask = (self._class_masks if active else self._box_masks)(batch, labels, partner, step)
-            mixed_labels, mixed_confidence, valid = (
-                paste(x, mask, partner) for x in (labels, confidence, batch.valid)
-            )
+            mixed_labels, mixed_confidence, valid = (paste(x, mask, partner) for x in (labels, confidence, batch.valid))
             share = sure_share(mixed_confidence >= cfg.threshold, valid, whole_batch=active == 1)
         mixed, strong = paste(batch.strong[0], mask, partner), batch.strong[1]
         logits = self.student(torch.cat([batch.image, mixed, strong]))["visual"]

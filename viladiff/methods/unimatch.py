@@ -21,7 +21,7 @@ from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.perturb import channel_dropout, widest
 from viladiff.losses import cross_entropy, global_mean, hard_consistency
-from viladiff.methods.base import Method, MethodConfig, PseudoConfig, pasted
+from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
 
 
 class UniMatchConfig(MethodConfig):
@@ -42,6 +42,8 @@ class UniMatch(Method):
     Config = UniMatchConfig
     views = Views(strong=2, cutmix=True)
     weak_trains = True
+    paper = Paper("Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", "CVPR", 2023)
+    passes = Passes(4, 4, 1, 1)
 
     def views_wanted(self) -> Views:
         return Views(strong=2, cutmix=self.cfg.cutmix)

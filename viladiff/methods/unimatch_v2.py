@@ -18,7 +18,16 @@ from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, Views
 from viladiff.data.perturb import complementary_dropout, half_of_pairs, widest
 from viladiff.losses import cross_entropy, global_mean, hard_consistency
-from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, TeacherConfig, pasted
+from viladiff.methods.base import (
+    MeanTeacher,
+    MethodConfig,
+    Paper,
+    Passes,
+    PredictConfig,
+    PseudoConfig,
+    TeacherConfig,
+    pasted,
+)
 
 
 class UniMatchV2TeacherConfig(TeacherConfig):
@@ -41,6 +50,9 @@ class UniMatchV2Config(MethodConfig):
 class UniMatchV2(MeanTeacher):
     Config = UniMatchV2Config
     views = Views(strong=2, cutmix=True)
+    paper = Paper("UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", "TPAMI", 2025)
+    passes = Passes(4, 3)
+    keeps = "teacher"
 
     def views_wanted(self) -> Views:
         return Views(strong=2, cutmix=self.cfg.cutmix)

@@ -26,6 +26,8 @@ from viladiff.losses import (
 from viladiff.methods.base import (
     MeanTeacher,
     MethodConfig,
+    Paper,
+    Passes,
     PredictConfig,
     PseudoConfig,
     TeacherConfig,
@@ -75,6 +77,14 @@ class Pseudo(NamedTuple):
 class ViLaDiff(MeanTeacher):
     Config = ViLaDiffConfig
     views = Views(strong=1, cutmix=True, text=True)
+    paper = Paper(
+        "Learning Beyond Vision: Vision-Language Distillation and Edge-Aware Mix Diffusion in Semi-Supervised "
+        "Semantic Segmentation",
+        "AAAI",
+        2026,
+    )
+    passes = Passes(4, 2, 4, 2, "denoiser: 1 forward and backward, later 10 forward")
+    keeps = "teacher, denoiser"
 
     def __init__(self, cfg: ViLaDiffConfig, build: Build) -> None:
         super().__init__(cfg, build)

@@ -1,0 +1,70 @@
+"""``viladiff methods``: what each method is, what it asks of the data, what it keeps, and what its step costs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from viladiff.batch import Views
+from viladiff.methods import METHODS
+from viladiff.methods.base import Method, Passes
+
+
+def rows() -> list[dict[str, Any]]:
+    """One flat row a method, in the order of the table; None where there is nothing to say."""
+    return [_row(name, method) for name, method in METHODS.items()]
+
+
+def _row(name: str, method: type[Method]) -> dict[str, Any]:
+    paper, passes = method.paper, method.passes
+    return {
+        "method": name,
+        "paper": paper.title if paper else None,
+        "venue": paper.venue if paper else None,
+        "year": paper.year if paper else None,
+        "views": needs(method.views),
+        "keeps": method.keeps or None,
+        "passes": written(passes) if passes else None,
+        "revision": method.revision,
+    }
+
+
+def needs(views: Views) -> str:
+    """What the data layer makes for a step, in words."""
+    parts = ["labelled"]
+    parts += ["labelled in colours"] if views.strong_labelled else []
+    parts += [f"{count} {kind}" for kind, count in (("weak", views.weak), ("strong", views.strong)) if count]
+    parts += ["CutMix boxes"] if views.cutmix else []
+    parts += ["pairs"] if views.pairs else []
+    parts += ["captions"] if views.text else []
+    return ", ".join(parts)
+
+
+def written(passes: Passes) -> str:
+    """Passes of a batch: forward f and backward b through everything, and df, db through a decoder alone."""
+    found = [(passes.forward, "f"), (passes.backward, "b"), (passes.decoder_forward, "df")]
+    text = " + ".join(f"{count}{kind}" for count, kind in [*found, (passes.decoder_backward, "db")] if count)
+    return f"{text}; {passes.beside}" if passes.beside else text
+
+
+def show(as_json: bool, width: int | None) -> str:
+    """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none."""
+    if as_json:
+        return json.dumps(rows(), indent=1, ensure_ascii=False) + "\n"
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("method", "published", "asks for", "keeps beside the student", "passes per step", "paper"):
+        table.add_column(title, no_wrap=title in ("method", "published"))
+    for row in rows():
+        published = f"{row['venue']} {row['year']}" if row["paper"] else "-"
+        rest = (row[name] or "-" for name in ("views", "keeps", "passes", "paper"))
+        table.add_row(row["method"], published, *rest)
+    console = Console(width=width, markup=False, highlight=False)
+    with console.capture() as text:
+        console.print(table)
+        console.print(
+            "\nf, b: a batch forward and backward through encoder and decoder; df, db: through a decoder alone."
+        )
+    return text.get()
