@@ -199,6 +199,18 @@ def test_fresh_sets_older_runs_aside_and_deletes_nothing(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "runs" / "replaced").glob(f"*/{run_id}/*")] == ["steps.jsonl"]
 
 
+def test_a_frame_counts_seeds_and_lets_rows_be_compared_within_a_seed(tmp_path: Path) -> None:
+    wide = drive.table(5, "digits", storage=str(tmp_path))
+    lines = drive.table(5, "digits", storage=str(tmp_path), long_form=True)
+    done = lines[lines["state"] == "done"]
+    column = done["column"].iloc[0]
+    counts = done[done["column"] == column].groupby("row")["seed"].nunique()
+    assert {row: n for row, n in wide[(column, "n")].items() if n} == counts.to_dict()
+    by_seed = done[done["column"] == column].pivot(index="seed", columns="row", values="miou")
+    assert by_seed.mean().round(9).to_dict() == wide[(column, "mean")].dropna().round(9).to_dict()
+    assert not (tmp_path / "damaged").exists()
+
+
 def test_a_table_is_found_by_number_name_and_path() -> None:
     assert drive.find(5) == drive.find("5") == drive.find("table5") == TABLE
     assert drive.find(TABLE) == TABLE

@@ -19,6 +19,7 @@ from viladiff.data.augment import normalise
 from viladiff.data.loader import validation
 from viladiff.evaluate import Meter, measure, pseudo_change, pseudo_quality, pseudo_shares, results
 from viladiff.launch import summed_over_workers
+from viladiff.models.backbones import weights_origin
 from viladiff.protocols import STREAMS, nearest_multiple, resized
 from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, versions, write_atomically
 
@@ -135,7 +136,7 @@ def record(run: Run) -> RunRecord:
         captions=run.dataset.caption_source,
         text_encoder=cfg.data.text_encoder,
         encoder=cfg.model.encoder,
-        pretrained=cfg.model.weights or cfg.model.pretrained,
+        pretrained=weights_origin(cfg),
         wall_seconds=run.wall_seconds(),
         train_seconds=run.train_seconds,
         seconds_per_step=run.train_seconds / run.steps,

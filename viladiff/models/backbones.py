@@ -87,10 +87,7 @@ class TimmEncoder(Encoder):
         super().__init__()
         import timm  # a second of import time that the embedded data does not need
 
-        known = timm.list_models(pretrained=False)
-        if name.split(".")[0] not in known:
-            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none is near"
-            raise ValueError(f'model.encoder = "{name}": timm has no such model (did you mean: {near}?)')
+        _check_known(name)
         options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
         if drop_path:
             options["drop_path_rate"] = drop_path
@@ -112,6 +109,15 @@ class TimmEncoder(Encoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [norm(level) for norm, level in zip(self.norms, self.net(x), strict=True)]
+
+
+def _check_known(name: str) -> None:
+    import timm
+
+    known = timm.list_models(pretrained=False)
+    if name.split(".")[0] not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none is near"
+        raise ValueError(f'model.encoder = "{name}": timm has no such model (did you mean: {near}?)')
 
 
 def _feature_info(net: nn.Module) -> Any:
@@ -139,13 +145,63 @@ def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_p
 
 
 def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
-    """Checksum of the file that the encoder starts from, where there is one."""
+    """What the encoder starts from: a file by its checksum, timm's weights by their tag and where timm has them from.
+
+    Those are fetched when the first run builds its network, after it was named; ``weights_origin`` has their checksum.
+    """
+    if _from_timm(cfg):
+        return {"weights": _timm_weights(cfg.model.encoder)}
     path = Path(cfg.model.weights) if cfg.model.weights else SHIPPED if cfg.model.pretrained == "shipped" else None
     if path is None:
         return {}
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist (model.weights, model.pretrained)")
-    return {"weights": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+    return {"weights": _checksum(path)}
+
+
+def weights_origin(cfg: RunConfig) -> str:
+    """For a record: a file's path, ``shipped`` or ``none``, or timm's weights with the checksum of the file read."""
+    if not _from_timm(cfg):
+        return cfg.model.weights or cfg.model.pretrained
+    path = _timm_file(cfg.model.encoder)
+    return _timm_weights(cfg.model.encoder) + (f", SHA-256 {_checksum(path)}" if path else "")
+
+
+def _from_timm(cfg: RunConfig) -> bool:
+    return cfg.model.pretrained == "timm" and cfg.model.weights is None and cfg.model.encoder != "digits_vit"
+
+
+def _timm_weights(name: str) -> str:
+    """``timm resnet18.a1_in1k (timm/resnet18.a1_in1k)``; ValueError where timm has no weights for the model."""
+    import timm
+
+    _check_known(name)
+    try:
+        found = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(f'model.encoder = "{name}": {error}') from error
+    home = found and (found.hf_hub_id or found.url or found.file)
+    if not home:
+        raise ValueError(f'model.pretrained = "timm": timm has no weights for "{name}" (use none, or model.weights)')
+    return f"timm {found.architecture}{'.' * bool(found.tag)}{found.tag or ''} ({home})"
+
+
+def _timm_file(name: str) -> Path | None:
+    """timm's weights as they lie in the hub's cache; None where they came in another way."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    found = timm.get_pretrained_cfg(name)
+    for file in (found.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+        path = try_to_load_from_cache(found.hf_hub_id, file) if file and found.hf_hub_id else None
+        if isinstance(path, str):
+            return Path(path)
+    return None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

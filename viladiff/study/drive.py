@@ -203,8 +203,12 @@ def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
     return int(bool(failed))
 
 
-def table(name: str | int, scale: str = "quick", *, storage: str = "runs") -> pd.DataFrame:
-    """Means, spreads and numbers of runs of a table as far as it was run, rows by columns; trains nothing.
+def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_form: bool = False) -> pd.DataFrame:
+    """A table as far as it was run; trains nothing. Rows by (column, mean | sd | n | paper), all in percent.
+
+    ``n`` counts the seeds of a cell that are done, ``sd`` is their sample standard deviation, NaN below two. Runs of
+    one seed share their labelled images and draws from row to row, so that ``sd`` is not the spread of a difference:
+    ``long_form`` has a line a run, with its seed, to take differences within a seed. Verdicts are on the page alone.
 
     >>> import viladiff
     >>> viladiff.table(5, "digits")  # doctest: +SKIP
@@ -213,7 +217,7 @@ def table(name: str | int, scale: str = "quick", *, storage: str = "runs") -> pd
 
     found = load_table(find(name))
     plan = make_plan(found, scale, cache=Path(storage).absolute() / "plans")
-    return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"], repair=False))
+    return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"], repair=False), long_form=long_form)
 
 
 def find(name: str | int) -> Path:
