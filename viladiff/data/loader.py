@@ -31,10 +31,15 @@ if TYPE_CHECKING:
 
 
 class Order:
-    """An endless list of image ids: one seeded permutation of ``ids`` after another."""
+    """An endless list of image ids: one seeded permutation of ``ids`` after another.
 
-    def __init__(self, ids: np.ndarray, seed: int, name: str) -> None:
+    ``paired``: neighbours are mixed, so where an odd list ends in the middle of a pair, the next one must not begin
+    with the same image.
+    """
+
+    def __init__(self, ids: np.ndarray, seed: int, name: str, paired: bool = False) -> None:
         self.ids, self.seed, self.name = ids, seed, name
+        self.paired = paired and len(ids) % 2 == 1 and len(ids) > 1
         self._epoch, self._permutation = -1, ids
 
     def __getitem__(self, place: int) -> tuple[int, int]:
@@ -42,8 +47,13 @@ class Order:
         epoch, offset = divmod(place, len(self.ids))
         if epoch != self._epoch:
             self._epoch = epoch
-            self._permutation = draws.rng(self.seed, "order", self.name, epoch).permutation(self.ids)
+            self._permutation = self._shuffled(epoch)
+            if self.paired and epoch % 2 and self._permutation[0] == self._shuffled(epoch - 1)[-1]:
+                self._permutation[:2] = self._permutation[1::-1].copy()
         return epoch, int(self._permutation[offset])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return draws.rng(self.seed, "order", self.name, epoch).permutation(self.ids)
 
 
 class Share(NamedTuple):
@@ -72,9 +82,7 @@ class Loader:
         self.cfg, self.dataset, self.views, self.bank = cfg, dataset, views, bank
         self.patch, self.device, self.rank, self.world = patch, device, rank, world
         self.labelled = Order(dataset.labelled, cfg.seed, "labelled")
-        # Where every image is labelled, they serve in both roles.
-        rest = dataset.unlabelled if len(dataset.unlabelled) else dataset.labelled
-        self.unlabelled = Order(rest, cfg.seed, "unlabelled")
+        self.unlabelled = Order(dataset.unlabelled, cfg.seed, "unlabelled", views.cutmix or views.pairs)
         self._decoders: Decoders | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
