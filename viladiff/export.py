@@ -66,7 +66,7 @@ def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> di
         (draft / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in state.items()}))
         (draft / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         (draft / CLASSES).write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
-        metrics = record.model_dump(mode="json", exclude={"config", "history", "step_log"})
+        metrics = record.model_dump(mode="json", exclude={"config", "changed", "history", "step_log"})
         (draft / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if onnx:
             facts["ONNX against torch"] = f"logits differ by at most {export_onnx(model, draft / ONNX):.2g}"
@@ -112,11 +112,13 @@ def export_onnx(model: Model, path: Path) -> float:
                 verbose=False,
             )
             assert program is not None
-            program.model.metadata_props |= {
-                "classes": json.dumps(model.class_names),
-                "patch": str(patch),
-                "input": "RGB in 0..1, sides multiples of patch",
-            }
+            program.model.metadata_props.update(
+                {
+                    "classes": json.dumps(model.class_names),
+                    "patch": str(patch),
+                    "input": "RGB in 0..1, sides multiples of patch",
+                }
+            )
             program.save(path, external_data=False)
         except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError) as error:
             raise ValueError(f"{model.network.encoder.__class__.__name__} has no ONNX form: {error}") from error
