@@ -85,9 +85,20 @@ def _choice(where: str, alternatives: Sequence[Alternative]) -> Choice:
     return Choice(where, said, tuple(alternatives))
 
 
+def answer(found: Sequence[Choice]) -> str:
+    """All choices in a sentence; empty where none is asked about."""
+    outcomes = [one.outcome for choice in found for one in choice.alternatives]
+    if not outcomes:
+        return ""
+    counts = [(sum(one == kind for one in outcomes), kind) for kind in ("higher", "lower", "not decided")]
+    told = ", ".join(f"{n} {'is' if n == 1 else 'are'} {kind}" for n, kind in counts)
+    open_ = outcomes.count("no difference shown")
+    return f"Of {len(outcomes)} alternatives {told}; for {open_} no difference is shown."
+
+
 def to_markdown(found: Sequence[Choice]) -> list[str]:
     """Lines of table.md."""
-    out = []
+    out = [answer(found), ""] if found else []
     for choice in found:
         out += [f"- **{markdown(choice.where)}** {markdown(choice.said)}"]
         for one in choice.alternatives:

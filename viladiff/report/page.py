@@ -103,7 +103,7 @@ def html(
             scale=results.plan.scale,
             columns=[table.columns[c].label for c in results.plan.columns],
             parts=tables.parts(results),
-            finding=tables.finding(results),
+            finding=" ".join(filter(None, [tables.finding(results), choices.answer(opened)])),
             banner=banner(results),
             counts=results.counts(),
             context=views.context(results),
