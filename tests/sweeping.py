@@ -12,7 +12,8 @@ from typing import Any
 from viladiff.study.asking import Asker
 from viladiff.study.events import Event, Settings
 from viladiff.study.plan import Planned
-from viladiff.study.search import Judge, Nobody, Search, SearchDesk
+from viladiff.study.search import Judge, Nobody, Search
+from viladiff.study.search_desk import SearchDesk
 from viladiff.study.space import Dimension, Point
 
 STEPS = (25, 50, 100)

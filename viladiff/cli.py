@@ -16,6 +16,7 @@ from viladiff import __version__
 from viladiff.data.cli import add_data
 from viladiff.study.options import add_options
 from viladiff.study.runs_cli import add_runs
+from viladiff.study.sweep_options import add_options as add_sweep_options
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig
@@ -148,6 +149,13 @@ def parser() -> argparse.ArgumentParser:
         table.add_argument("table", metavar="TABLE", help="number of the paper's table, or the path of a .toml file")
         add_options(table)
         table.set_defaults(run=_table, plan=name == "plan")
+
+    sweep = commands.add_parser("sweep", help="search a space of fields", formatter_class=raw)
+    sweep.add_argument(
+        "sweep", metavar="SWEEP", help="lambda, timesteps, tau, flip, joint, or the path of a .toml file"
+    )
+    add_sweep_options(sweep)
+    sweep.set_defaults(run=_sweep)
 
     doctor = commands.add_parser("doctor", help="check this machine and installation")
     doctor.add_argument("--out", metavar="DIR", default="runs", help="directory of runs to check")
@@ -297,6 +305,12 @@ def _table(args: argparse.Namespace) -> int:
         return outline_all(sorted((ROOT / "ablations").glob("*.toml")), args)
     args.dry_run = args.dry_run or args.plan
     return run(find(args.table), args, typed("viladiff", sys.argv[1:]))
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from viladiff.study.sweep_drive import find, run
+
+    return run(find(args.sweep), args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -102,7 +102,7 @@ def prepare(path: Path, args: argparse.Namespace, command: str) -> Job:
     plan = make_plan(
         table,
         args.scale,
-        seeds=_seeds(args.seeds),
+        seeds=seeds_of(args.seeds),
         rows=args.rows,
         columns=args.columns,
         changes=changes,
@@ -255,7 +255,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--publish {wrong}: a published page is of the whole table, at --scale digits")
 
 
-def _seeds(text: str | None) -> tuple[int, ...] | None:
+def seeds_of(text: str | None) -> tuple[int, ...] | None:
+    """Seeds as typed: how many, from 0, or a list; None where nothing was. Raises ValueError."""
     if text is None:
         return None
     words = text.split(",")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from viladiff.study.space import Dimension, Space, Value, grid
 from viladiff.study.trials import Trial
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 Kind = Literal["tpe", "gp", "cmaes", "random", "grid"]
-KINDS: tuple[str, ...] = get_args(Kind)
 SPREAD = 0.3
 """First standard deviation of CMA-ES, as a share of each dimension."""
 

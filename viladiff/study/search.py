@@ -1,21 +1,19 @@
 """A sweep as it goes on: which point is next, what each run's end means, when a trial is stopped. No Ray, no torch.
 
-``Search`` decides; ``SearchDesk`` hands its runs out with the retries and leases that a table's runs have. All that
-happens is numbered and written before it counts, so that a search opened again on the same directory goes on as if it
-had not been interrupted.
+``search_desk`` hands out what is decided here. All that happens is numbered and written before it counts, so that a
+search opened again on the same directory goes on as if it had not been interrupted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
 from viladiff.study.asking import Asker
-from viladiff.study.desk import Desk, Kind, Live
-from viladiff.study.events import Event, Outcome, Settings
+from viladiff.study.events import Outcome
 from viladiff.study.plan import Planned
 from viladiff.study.space import Point
 from viladiff.study.store import Store
@@ -329,74 +327,3 @@ class Search:
     def _tick(self) -> int:
         self.order += 1
         return self.order
-
-
-class SearchDesk(Desk):
-    """A desk whose runs come from a search, and whose ends go to it."""
-
-    def __init__(
-        self,
-        search: Search,
-        store: Store,
-        settings: Settings,
-        slots: int,
-        tell: Callable[[Event], None] = lambda event: None,
-        timeout: float | None = None,
-    ) -> None:
-        """``timeout``: seconds that all runs of a trial may take together in this call."""
-        super().__init__([], store, settings, slots, tell)
-        self.search, self.timeout = search, timeout
-        self.spent: dict[int, float] = {}
-        self.began: dict[str, float] = {}
-
-    @property
-    def over(self) -> bool:
-        return super().over and (self.stopping or self.search.done)
-
-    def prime(self) -> None:
-        """Looks whether there is anything to run, before Ray is started for it."""
-        while not self.waiting and not self.elsewhere and not self.search.done:
-            self.waiting.extend(self.search.work())
-            self.settle()
-
-    def next(self) -> Planned | None:
-        while True:
-            job = super().next()
-            if job is not None or self.stopping or self.waiting or self.alone or len(self.live) >= self.slots:
-                return job
-            more = self.search.work()
-            if not more:
-                return None
-            self.waiting.extend(more)
-
-    def started(self, run_id: str) -> None:
-        self.began[run_id] = self.clock
-        super().started(run_id)
-
-    def judged(self, run_id: str, step: int, value: float | None) -> bool:
-        """A score at a step; True tells the run to end there."""
-        return self.search.heard(run_id, step, value)
-
-    def tick(self) -> Iterator[tuple[str, tuple[str, int]]]:
-        yield from super().tick()
-        for run_id, run in self.live.items():
-            if self.timeout is not None and run.place and not run.hung and self._spent(run_id) > self.timeout:
-                run.hung = True
-                yield run_id, run.place
-
-    def _spent(self, run_id: str) -> float:
-        number = self.search.owner.get(run_id, (-1, 0))[0]
-        return self.spent.get(number, 0.0) + self.clock - self.began.get(run_id, self.clock)
-
-    def _failed(self, run: Live, kind: Kind, message: str) -> None:
-        if self.timeout is not None and kind == "hang" and self._spent(run.job.run_id) > self.timeout:
-            self.tries.setdefault(run.job.run_id, []).append("hang")  # so that it is not tried again
-            message = f"longer than --trial-timeout {self.timeout:g} s"
-        super()._failed(run, kind, message)
-
-    def _end(self, outcome: Outcome, step: int | None = None, miou: float | None = None) -> None:
-        super()._end(outcome, step, miou)
-        number = self.search.owner.get(outcome.run_id, (-1, 0))[0]
-        self.spent[number] = self._spent(outcome.run_id)
-        self.began.pop(outcome.run_id, None)
-        self.waiting.extend(self.search.ended(outcome))

@@ -33,7 +33,7 @@ def _as_rungs(value: object) -> object:
     shares = value if isinstance(value, list | tuple) else ()
     fine = all(isinstance(one, int | float) and 0 < one <= 1 for one in shares)
     if fine and shares and list(shares) == sorted(set(shares)) and shares[-1] == 1:
-        return [float(one) for one in shares]
+        return tuple(float(one) for one in shares)
     raise ValueError("shares of the steps in rising order, the last one 1.0, such as [0.25, 0.5, 1.0]")
 
 
@@ -245,6 +245,7 @@ class Namer:
 
     def __init__(self, sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select, workers: int = 1) -> None:
         self.sweep, self.workers = sweep, workers
+        self.common = {**common(sweep, scale, typed), "runtime.workers": workers}
         self.fixed = {**changes(sweep, scale, typed, select), "runtime.workers": workers}
         self.steps = rung_steps(sweep, self.fixed)
         self._prints: dict[object, dict[str, str]] = {}
@@ -252,6 +253,10 @@ class Namer:
     def planned(self, point: Point, seed: int, title: str = "") -> Planned:
         """The run of a point under a seed; loads torch. Raises ValueError for a point that cannot be run."""
         return self._named({**self.fixed, **point, "seed": seed}, title)
+
+    def final(self, point: Point, seed: int, title: str = "") -> Planned:
+        """The run that a point is quoted from: the full labelled list, scored on the reported set."""
+        return self._named({**self.common, **point, "seed": seed}, title)
 
     def _named(self, given: dict[str, object], title: str) -> Planned:
         from viladiff.config import RunConfig, changed, override, run_id

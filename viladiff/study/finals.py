@@ -1,0 +1,168 @@
+"""What a sweep is quoted for: its best points and the paper's, on fresh seeds and the reported set.
+
+A best trial is the best of many, on images and seeds that it was chosen by, so its own score is too good. Nothing here
+was chosen by what it reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from viladiff.study.plan import Planned
+from viladiff.study.samples import LEVEL, Records, holm, smallest_detectable
+from viladiff.study.space import Value
+from viladiff.study.sweep import FRESH, Namer, Sweep
+from viladiff.study.trials import Trial, ranked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Role = Literal["winner", "paper", "runner-up"]
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A point that is trained anew."""
+
+    roles: tuple[Role, ...]
+    """The paper's value may be the winner too."""
+    trial: int
+    point: dict[str, Value]
+    runs: dict[int, Planned]
+    """By fresh seed."""
+
+    @property
+    def label(self) -> str:
+        return " and ".join(self.roles)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A paired comparison of two finalists over the seeds that both have; points of mIoU."""
+
+    higher: str
+    lower: str
+    n: int
+    difference: float
+    interval: tuple[float, float]
+    """95 %, not corrected."""
+    p: float
+    """One-sided that the first is better, corrected by Holm."""
+    p_reversed: float
+    """Likewise that it is worse."""
+    detectable: float
+    """The true difference that would have been found with a chance of 80 %."""
+    outcome: Literal["shown", "reversed", "open"]
+
+
+def finalists(sweep: Sweep, trials: Sequence[Trial], namer: Namer) -> list[Finalist]:
+    """Winner, the paper's value and runner-up, equal ones once; none before a trial is complete. Loads torch."""
+    best = ranked(list(trials))
+    chosen: dict[int, list[Role]] = {}
+    if best:
+        chosen.setdefault(best[0].number, []).append("winner")
+    paper = next((trial for trial in trials if trial.origin == "paper"), None)
+    if best and paper is not None:
+        chosen.setdefault(paper.number, []).append("paper")
+    if len(best) > 1:
+        chosen.setdefault(best[1].number, []).append("runner-up")
+    return [
+        Finalist(
+            tuple(roles),
+            number,
+            dict(trials[number].point),
+            {seed: namer.final(trials[number].point, seed, " and ".join(roles)) for seed in sweep.finals},
+        )
+        for number, roles in chosen.items()
+    ]
+
+
+def scores(finalist: Finalist, records: Records) -> dict[int, float]:
+    """mIoU in points by seed, of runs that are done."""
+    found = {seed: records[run.run_id].miou for seed, run in finalist.runs.items() if run.run_id in records}
+    return {seed: 100 * miou for seed, miou in found.items() if miou is not None and math.isfinite(miou)}
+
+
+def contests(found: Sequence[Finalist], records: Records) -> list[Contest]:
+    """The winner against each other finalist, where both have five seeds; with Holm's correction for how many.
+
+    A paired t test: d_s = a_s - b_s over the n seeds that both have, t = mean(d) / (sd(d) / √n), n - 1 degrees of
+    freedom. Comparisons that cannot be made yet count in the correction too.
+    """
+    pairs = [(found[0], other) for other in found[1:]] if found else []
+    measured = [(a, b, _differences(scores(a, records), scores(b, records))) for a, b in pairs]
+    enough = [len(d) >= FRESH for _, _, d in measured]
+    tested = [_paired(d) if fine else None for (_, _, d), fine in zip(measured, enough, strict=True)]
+    forward = holm([1.0 if one is None else one[2] for one in tested])
+    backward = holm([1.0 if one is None else one[3] for one in tested])
+    return [
+        _contest(a, b, d, one, p, p_reversed, len(pairs))
+        for (a, b, d), one, p, p_reversed in zip(measured, tested, forward, backward, strict=True)
+        if one is not None
+    ]
+
+
+def _differences(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
+    return [a[seed] - b[seed] for seed in a if seed in b]
+
+
+def _paired(d: Sequence[float]) -> tuple[float, float, float, float]:
+    """Mean difference, its standard error, one-sided p and p in the other direction."""
+    from scipy import stats
+
+    mean = math.fsum(d) / len(d)
+    error = math.sqrt(math.fsum((one - mean) ** 2 for one in d) / (len(d) - 1) / len(d))
+    if error == 0:
+        return mean, 0.0, float(mean <= 0), float(mean >= 0)
+    t = mean / error
+    return mean, error, float(stats.t.sf(t, len(d) - 1)), float(stats.t.cdf(t, len(d) - 1))
+
+
+def _contest(
+    a: Finalist,
+    b: Finalist,
+    d: Sequence[float],
+    tested: tuple[float, float, float, float],
+    p: float,
+    p_reversed: float,
+    comparisons: int,
+) -> Contest:
+    from scipy import stats
+
+    mean, error, df = tested[0], tested[1], len(d) - 1
+    half = float(stats.t.isf(0.025, df)) * error
+    return Contest(
+        a.label,
+        b.label,
+        len(d),
+        mean,
+        (mean - half, mean + half),
+        p,
+        p_reversed,
+        smallest_detectable(error, df, comparisons),
+        "shown" if p < LEVEL else "reversed" if p_reversed < LEVEL else "open",
+    )
+
+
+def said(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[str]:
+    """The verdict in lines of text."""
+    for one in found:
+        values = list(scores(one, records).values())
+        if values:
+            mean = math.fsum(values) / len(values)
+            sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+            spread = "" if sd is None else f" ± {sd:.2f}"
+            yield f"{one.label}: {mean:.2f}{spread} mIoU over {len(values)} of {wanted} fresh seeds, trial {one.trial}"
+        else:
+            yield f"{one.label}: not trained anew yet, trial {one.trial}"
+    for contest in contests(found, records):
+        low, high = contest.interval
+        verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[contest.outcome]
+        yield (
+            f"{contest.higher} against {contest.lower}: {contest.difference:+.2f} points [{low:+.2f}, {high:+.2f}], "
+            f"{verdict} (paired t over {contest.n} seeds, Holm p = {min(contest.p, contest.p_reversed):.3f}; "
+            f"a difference of {contest.detectable:.2f} would have been seen)"
+        )
