@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from viladiff.config import RunConfig, override
 from viladiff.data import datasets, images
 from viladiff.data.check import check_files
 from viladiff.data.images import Colours, image_size, read_image, read_mask
 from viladiff.text.bank import load_text
+from viladiff.train import fit
 
 Make = Callable[..., Path]
 
@@ -496,6 +498,58 @@ def test_one_image(photo_folder: Make) -> None:
     _spoil(root, val="china_0000")
     with pytest.raises(ValueError, match="1 images are in both lists"):
         load(root)
+
+
+# Training
+
+
+def small(root: Path, out: Path, method: str, **changes: object) -> RunConfig:
+    fields: dict[str, object] = {
+        "data.dataset": "folder",
+        "runtime.data_root": str(root),
+        "runtime.out": str(out),
+        "runtime.progress": False,
+        "runtime.threads": 1,
+        "method.name": method,
+        "model.encoder": "digits_vit",
+        "model.pretrained": "shipped",
+        "model.decoder_width": 8,
+        "data.crop": 32,
+        "data.batch_labelled": 2,
+        "data.batch_unlabelled": 2,
+        "train.steps": 2,
+        "eval.images": 2,
+        "eval.boundary": False,
+    }
+    return override(RunConfig(), {**fields, **changes})
+
+
+@pytest.mark.parametrize("method", ["supervised", "semibaseline", "viladiff"])
+def test_methods_train_without_captions_and_without_other_masks(
+    photo_folder: Make, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = photo_folder(12, sizes=(40, 70))
+    words = {"data.captions": "none"} if method == "viladiff" else {}
+    record = fit(small(root, tmp_path / "runs", method, **words)).record
+    data = load(root)
+    assert record.miou is not None and record.class_names == list(data.class_names)
+    assert record.split_name == data.split_name and record.split_name.startswith("no published list: 3 images")
+    assert record.fingerprints["data"] == data.fingerprint and record.captions == "no captions"
+    assert "note: no labelled image shows" in capsys.readouterr().err
+
+
+def test_a_method_that_reads_captions_says_that_there_are_none(photo_folder: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'folder' has no captions, .*viladiff reads; set data\.captions=none"):
+        fit(small(photo_folder(8), tmp_path / "runs", "viladiff"))
+
+
+def test_a_run_on_a_broken_file_does_not_start(photo_folder: Make, tmp_path: Path) -> None:
+    root = photo_folder(12)
+    path = root / "images" / "grace_0005.jpg"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"grace_0005\.jpg: cannot be read"):
+        fit(small(root, tmp_path / "runs", "supervised"))
+    assert not list((tmp_path / "runs").rglob("steps.jsonl")) and not list((tmp_path / "runs").rglob("record.json"))
 
 
 # Words

@@ -304,16 +304,19 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
             shown += found
         counts.append(shown)
     if faults:
-        more = f"\n{len(faults) - SHOWN} more; `viladiff data check` lists all" if len(faults) > SHOWN else ""
-        raise ValueError("\n".join(faults[:SHOWN]) + more)
+        rest = f"\n{len(faults) - SHOWN} more; `viladiff data check` lists all" if len(faults) > SHOWN else ""
+        raise ValueError("\n".join(faults[:SHOWN]) + rest)
     if not counts[0][: dataset.num_classes].any():
         raise ValueError(f"data.split: none of the {len(labelled)} labelled images has a labelled pixel")
     return (*dataset.notes, *_never(dataset, counts))
 
 
 def _some(files: FileList, places: Sequence[int]) -> FileList:
-    ids, paths, masks = ([column[i] for i in places] for column in (files.ids, files.paths, files.masks))
-    return FileList(tuple(ids), tuple(paths), tuple(masks))
+    return FileList(
+        tuple(files.ids[i] for i in places),
+        tuple(files.paths[i] for i in places),
+        tuple(files.masks[i] for i in places),
+    )
 
 
 def _odd(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
