@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,3 +134,50 @@ def _advance(
 def told(desk: SearchDesk) -> list[dict[str, Any]]:
     """All trials as their records have them."""
     return [trial.model_dump() for trial in desk.search.trials]
+
+
+# The same formulas in processes
+
+
+class Files(Runs):
+    """Runs whose progress and results lie in files, since processes of Ray make them."""
+
+    def get(self, run_id: str) -> Any:
+        path = self.root / run_id / "result.json"
+        if not path.is_file():
+            return None
+        value = json.loads(path.read_text())
+        return SimpleNamespace(miou=value["history"][-1]["miou"], history=value["history"])
+
+    def sweep(self, gone: Any = ()) -> None:
+        """Nothing to clear up."""
+
+
+def work(job: Planned, place: Any, tell: Callable[[dict[str, Any]], Any], judged: Callable[[int, Any], bool]) -> Any:
+    """One run as a process does it; ``b`` = 3 fails, 7 is killed the first time, and each step takes a moment."""
+    directory = Path(place.root) / job.run_id
+    directory.mkdir(parents=True, exist_ok=True)
+    tell({"node": "", "pid": os.getpid()})
+    point, seed, began = {**job.changes}, int(str(job.changes["seed"])), time.time()
+    del point["seed"]
+    if point["b"] == 3:
+        return {"state": "failed", "kind": "nan", "message": "the loss is nan"}
+    if point["b"] == 7 and not (directory / "killed").exists():
+        (directory / "killed").write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    history: list[dict[str, Any]] = []
+    progress = directory / "progress"
+    reached = int(progress.read_text()) if progress.exists() else 0
+    for step in STEPS:
+        if step > reached:
+            time.sleep(0.02)
+            (directory / "new").write_text(str(step))
+            (directory / "new").rename(progress)
+            with (directory / "trained").open("a") as file:
+                file.write(f"{step}\n")
+        history.append({"step": step, "miou": bowl(point, seed, step)})
+        if step < STEPS[-1] and judged(step, history[-1]["miou"]):
+            return {"state": "stopped"}
+    (directory / "new").write_text(json.dumps({"history": history}))
+    (directory / "new").rename(directory / "result.json")
+    return {"state": "done", "began": began, "ended": time.time(), "miou": history[-1]["miou"]}
