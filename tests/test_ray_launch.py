@@ -100,6 +100,7 @@ class Driver:
     """A table's driver in a process of its own, as a person would start it."""
 
     def __init__(self, jobs: list[Planned], root: Path, **settings: Any) -> None:
+        """Of a process group of its own, as a shell makes one."""
         given = json.dumps({"jobs": [vars(job) for job in jobs], "root": str(root), "settings": settings})
         self.errors = (root.parent / f"stderr-{time.time_ns()}").open("w+")
         self.process = subprocess.Popen(
@@ -108,7 +109,12 @@ class Driver:
             stderr=self.errors,
             text=True,
             cwd=root.parent,
+            start_new_session=True,
         )
+
+    def ctrl_c(self) -> None:
+        """What a terminal does: a signal to every process of the group."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def events(self) -> Iterator[dict[str, Any]]:
         assert self.process.stdout is not None
@@ -248,12 +254,35 @@ def test_ctrl_c_saves_every_run_and_the_next_one_goes_on(tmp_path: Path) -> None
     driver = Driver(jobs, root)
     driver.until("progress")
     processes = descendants(driver.process.pid)
-    driver.process.send_signal(signal.SIGINT)
+    driver.ctrl_c()
+    assert "Ctrl-C once more" in driver.until("note")["message"]
     outcomes = driver.outcomes()
     assert {state for state, _ in outcomes.values()} == {"stopped"}
     assert not alive(processes)
     steps = [load_file(path)["step"] for path in root.glob("*/checkpoint.pt")]
     assert steps and all(0 < step < 30 for step in steps)
+    assert leftovers(root) == []
+    again = Driver(jobs, root).outcomes()
+    assert {state for state, _ in again.values()} == {"done"}
+    for job in jobs:
+        undisturbed(job, tmp_path / "other")
+        same(job, root, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    jobs = [planned({**LONG, "train.steps": 60}, 50 + i) for i in range(2)]
+    driver = Driver(jobs, root)
+    driver.until("progress")
+    processes = descendants(driver.process.pid)
+    driver.ctrl_c()
+    driver.until("note")
+    driver.ctrl_c()
+    assert driver.process.wait(60) != 0
+    assert not list(root.glob("*/record.json")), "it came too late to be a test"
+    wait_for(lambda: not alive(processes), 10)
+    wait_for(lambda: not scratch(driver.process.pid), 10)
     assert leftovers(root) == []
     again = Driver(jobs, root).outcomes()
     assert {state for state, _ in again.values()} == {"done"}

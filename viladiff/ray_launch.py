@@ -6,18 +6,20 @@ Tune places processes and notices their death. What is next, what is tried again
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -40,9 +42,10 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_agent_register_timeout_ms": "300000",  # a busy machine is no reason to give up
     "RAY_enable_worker_prestart": "0",  # such processes lack the environment of a trial and are never used for one
     "RAY_prestart_worker_first_driver": "0",
-    "RAY_worker_register_timeout_seconds": "300",  # a busy machine is no reason to give up
+    "RAY_worker_register_timeout_seconds": "300",
     "RAY_worker_niceness": "0",  # a run is as urgent as the same run without Ray
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours lets each run end at a step, with a checkpoint
@@ -54,6 +57,8 @@ QUIET = {
 }
 NO_DASHBOARD = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0"}
 """Ray starts its web server also where none is wanted, and would wait seconds for it."""
+PATIENCE = 300.0
+"""Seconds for Ray to come up, as long as its main process lives."""
 WEB = "ray.dashboard.optional_deps"
 """Where this module is missing, Ray's agents leave out their web parts, and start in half the time."""
 OBJECT_STORE = 100 * 2**20
@@ -174,7 +179,7 @@ def cluster(
         if gone is not None:
             gone += left
         worker.print_to_stdstream = printer
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
         reaper.dismiss()
 
 
@@ -183,18 +188,66 @@ def _print_nothing(*given: Any, **words: Any) -> None:
 
 
 def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]]) -> None:
-    """Ray gives a node half a minute, which a busy machine may need more than once."""
     import ray
 
-    for last in (False, False, True):
+    for last in (False, True):
         try:
-            ray.init(address=address, **options)
+            with _patient(ours) if options.get("include_dashboard") is False else nullcontext():
+                ray.init(address=address, **options)
             return
         except Exception as error:
             ray.shutdown()
             _end(ours())
+            if "_temp_dir" not in options and not isinstance(error, ValueError):
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ValueError(f"--address {address}: cannot be joined: {reason}") from error
             if last or "timed out during startup" not in str(error):
                 raise
+
+
+@contextmanager
+def _patient(ours: Callable[[], list[int]]) -> Iterator[None]:
+    """A raylet gives its agents 15 s to tell their ports, and Ray gives it 30: too little on a busy machine.
+
+    With ports that are known beforehand it comes up without them, which on an idle machine is quicker too; for the
+    agent that trials need it waits later, and longer.
+    """
+    from ray import _raylet
+    from ray._private import services
+
+    once, begin = services.get_node, services.start_raylet
+
+    def start_raylet(*given: Any, **words: Any) -> Any:
+        names = "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port"
+        words |= dict(zip(names, _free_ports(len(names)), strict=True))
+        told = inspect.signature(begin).bind(*given, **words).arguments
+        # That of the web part, which a raylet is told in a file alone; -1 is what an agent without one writes.
+        _raylet.persist_port(told["session_dir"], told["node_id"], _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME, -1)
+        return begin(*given, **words)
+
+    def get_node(*where: Any) -> Any:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return once(*where)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > until or not any("/raylet/raylet" in _command(pid) for pid in ours()):
+                    raise
+                time.sleep(0.1)
+
+    services.get_node, services.start_raylet = get_node, start_raylet
+    try:
+        yield
+    finally:
+        services.get_node, services.start_raylet = once, begin
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 @contextmanager
@@ -256,6 +309,15 @@ def _scratch() -> Path:
             if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
                 shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
+
+
+def _remove(scratch: Path) -> None:
+    """What is left of Ray may write for a moment."""
+    for _ in range(50):
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not scratch.exists():
+            return
+        time.sleep(0.1)
 
 
 def _running(pid: int) -> bool:
