@@ -76,7 +76,7 @@ def nearest_multiple(side: int, multiple: int) -> int:
 def _slid(forward: Forward, image: Tensor, crop: int) -> Iterator[Band]:
     """Probabilities of overlapping windows are summed in place, in a band one window high that moves down."""
     height, width = image.shape[-2:]
-    stride = max(1, 2 * crop // 3)
+    stride = window_stride(crop)
     sums: dict[str, Tensor] = {}
     for top, below in pairwise([*_snapped_starts(height, crop, stride), height]):
         for left in _snapped_starts(width, crop, stride):
@@ -90,6 +90,11 @@ def _slid(forward: Forward, image: Tensor, crop: int) -> Iterator[Band]:
         for x in sums.values():
             x[..., : crop - done, :] = x[..., done:, :].clone()
             x[..., crop - done :, :] = 0
+
+
+def window_stride(crop: int) -> int:
+    """floor(2/3 crop), as published for Cityscapes."""
+    return max(1, 2 * crop // 3)
 
 
 def _snapped_starts(length: int, window: int, stride: int) -> list[int]:
