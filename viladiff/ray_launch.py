@@ -212,9 +212,9 @@ def _patient(ours: Callable[[], list[int]]) -> Iterator[None]:
     With ports that are known beforehand it comes up without them, which on an idle machine is quicker too; for the
     agent that trials need it waits later, and longer.
     """
-    from ray import _raylet
     from ray._private import services
 
+    inner: Any = import_module("ray._raylet")  # compiled, so that type checkers know nothing of it
     once, begin = services.get_node, services.start_raylet
 
     def start_raylet(*given: Any, **words: Any) -> Any:
@@ -222,7 +222,7 @@ def _patient(ours: Callable[[], list[int]]) -> Iterator[None]:
         words |= dict(zip(names, _free_ports(len(names)), strict=True))
         told = inspect.signature(begin).bind(*given, **words).arguments
         # That of the web part, which a raylet is told in a file alone; -1 is what an agent without one writes.
-        _raylet.persist_port(told["session_dir"], told["node_id"], _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME, -1)
+        inner.persist_port(told["session_dir"], told["node_id"], inner.DASHBOARD_AGENT_LISTEN_PORT_NAME, -1)
         return begin(*given, **words)
 
     def get_node(*where: Any) -> Any:
