@@ -60,8 +60,8 @@ def crop_image(pixels: np.ndarray, to: Window, out: np.ndarray) -> None:
     """Writes the window of pixels (h, w, 3) uint8 to out (3, crop, crop) uint8, 0 in the padding.
 
     Bilinear, spread over more source pixels where it shrinks; columns first and rounded, then rows, as Pillow did when
-    the published results were made. A crop of the whole image resized so differs by at most 2 of 255, in values half-way
-    between two levels.
+    the published results were made. A crop of the whole image resized so differs by 2 of 255 at most, in values that
+    lie half-way between two levels.
     """
     edges = [_edges(*axis) for axis in zip(to.source, to.resized, to.start, to.shown, strict=True)]
     (top, bottom, first, last), (left, right, west, east) = edges
