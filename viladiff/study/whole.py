@@ -14,7 +14,7 @@ from rich.table import Table as Grid
 from viladiff.fields import parse_overrides
 from viladiff.report.provenance import duration
 from viladiff.study.cells import cells, unbuilt
-from viladiff.study.drive import Job, _seeds, prepare
+from viladiff.study.drive import Job, prepare, seeds_of
 from viladiff.study.estimate import estimate
 from viladiff.study.events import Settings
 from viladiff.study.plan import Plan
@@ -67,7 +67,7 @@ def share_of(path: Path, args: argparse.Namespace) -> Share:
     try:
         job = prepare(path, args, "")
     except ValueError as error:
-        found = cells(table, args.scale, _seeds(args.seeds), changes=dict(parse_overrides(args.changes)))
+        found = cells(table, args.scale, seeds_of(args.seeds), changes=dict(parse_overrides(args.changes)))
         from viladiff.config import RunConfig, override, run_id
 
         names = frozenset(run_id(override(RunConfig(), cell.changes)) for cell in found)
