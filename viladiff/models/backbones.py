@@ -180,8 +180,8 @@ def _timm_weights(name: str) -> str:
         found = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise ValueError(f'model.encoder = "{name}": {error}') from error
-    home = found and (found.hf_hub_id or found.url or found.file)
-    if not home:
+    home = None if found is None else found.hf_hub_id or found.url or found.file
+    if found is None or not home:
         raise ValueError(f'model.pretrained = "timm": timm has no weights for "{name}" (use none, or model.weights)')
     return f"timm {found.architecture}{'.' * bool(found.tag)}{found.tag or ''} ({home})"
 
@@ -192,8 +192,10 @@ def _timm_file(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = timm.get_pretrained_cfg(name)
+    if found is None or not found.hf_hub_id:
+        return None
     for file in (found.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
-        path = try_to_load_from_cache(found.hf_hub_id, file) if file and found.hf_hub_id else None
+        path = try_to_load_from_cache(found.hf_hub_id, file) if file else None
         if isinstance(path, str):
             return Path(path)
     return None
