@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from viladiff.config import RunConfig, override
+from viladiff.config import RunConfig, override, run_id
 from viladiff.data import datasets, images
 from viladiff.data.check import check_files
 from viladiff.data.images import Colours, image_size, read_image, read_mask
@@ -293,6 +293,11 @@ def test_plain_list_files_and_a_directory_of_lists_elsewhere(photo_folder: Make,
     assert data.files is not None and wanted.files is not None
     assert sorted(data.files.ids) == sorted(wanted.files.ids), "unlabelled images that no list names are all others"
     assert data.target(1).shape == wanted.target(1).shape and data.val_files == wanted.val_files
+    names = [
+        run_id(override(RunConfig(), {"data.dataset": "folder", "data.split_dir": place, "seed": seed}))
+        for place, seed in (("none", 0), ("lists", 0), ("lists", 1))
+    ]
+    assert names[0] == names[1] != names[2], "a run is named by what its lists hold, not by where they lie"
 
 
 def _spoil(root: Path, **lists: str) -> None:

@@ -50,6 +50,8 @@ __all__ = ["ConfigError", "RunConfig", "changed", "fields_help", "flatten", "ove
 CORE_REVISION = 1
 """Raised when the loop, the data layer or the evaluator computes something else than before; old records turn stale."""
 
+PLACES = ("runtime.", "data.split_dir")
+"""Where and how a run happens, by the beginning of a path: no part of its name."""
 TAGS = {"data": "dataset", "method": "name"}
 """Field that chooses the section, by section."""
 
@@ -127,12 +129,13 @@ def changed(cfg: RunConfig) -> dict[str, object]:
 def run_id(cfg: RunConfig, fingerprints: Mapping[str, str] | None = None) -> str:
     """16 hex digits that name a run by content: changed fields outside ``runtime``, revisions, fingerprints of inputs.
 
-    A field added later with a default leaves old names as they are; ``1`` and ``1.0`` in a float field are one name.
+    Where lists lie does not matter, since what they hold is in the data's fingerprint. A field added later with a
+    default leaves old names as they are; ``1`` and ``1.0`` in a float field are one name.
     """
     content = {
         "core": CORE_REVISION,
         "revision": METHODS[cfg.method.name].revision,
-        "fields": {path: _plus_zero(value) for path, value in changed(cfg).items() if not path.startswith("runtime.")},
+        "fields": {path: _plus_zero(value) for path, value in changed(cfg).items() if not path.startswith(PLACES)},
         "seed": cfg.seed,
         "precision": cfg.train.precision,
         "fingerprints": dict(fingerprints or {}),
