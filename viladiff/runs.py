@@ -145,8 +145,9 @@ def _evaluated(finished_run: Finished) -> dict[str, Any]:
     found: dict[str, Any] = {"scores": {}, "confusion": {}}
     for name, network in run.method.networks().items():
         measured = meters(run, network, STREAMS, cfg.eval.boundary)
-        found["scores"][name] = {s: asdict(score) for s, score in results(measured).items()}
-        found["confusion"][name] = {s: meter.confusion().tolist() for s, meter in measured.items() if meter.images}
+        scores = results(measured)
+        found["scores"][name] = {stream: asdict(score) for stream, score in scores.items()}
+        found["confusion"][name] = {stream: measured[stream].confusion().tolist() for stream in scores}
     return {
         "run": record.run_id,
         "protocol": cfg.eval.protocol,
