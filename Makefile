@@ -32,5 +32,6 @@ bench: setup ## every claim about speed, as ratios measured in one run each
 
 published: setup ## continue the campaigns behind the committed reports and render these again (hours)
 	$(one_thread) $(bin)/python scripts/core_curves.py
-	$(bin)/python ablations/run_table5.py --scale digits --publish
+	@for table in table5 table6 table7 choices; do \
+		echo "== $$table"; $(bin)/python ablations/run_$$table.py --scale digits --publish || exit 1; done
 	@for file in reports/render_*.py; do echo "== $$file"; $(bin)/python "$$file" || exit 1; done
