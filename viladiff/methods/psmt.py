@@ -117,7 +117,7 @@ class PsMt(TwoTeachers):
         rest = torch.stack([p.sum() for p in self.founders.parameters()]).sum() * 0 if self.founders else 0
         coverage = global_mean(accepted.sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
-        terms["weight"] = torch.tensor(weight, device=sup.device)
+        terms["weight"] = torch.full((), weight, device=sup.device)
         return Losses(sup + weight * pseudo + rest, terms)
 
     def after_step(self, step: Step) -> None:
@@ -141,10 +141,10 @@ class PsMt(TwoTeachers):
 
     def _noise(self, features: list[Tensor], batch: Batch, step: Step) -> list[Tensor]:
         keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
-        start = [
-            draws.uniform(keys, tuple(x.shape[1:]), step.seed, "psmt-vat", i, step.index, device=x.device) - 0.5
-            for i, x in enumerate(features)
-        ]
+        sizes = [level[0].numel() for level in features]
+        name = (step.seed, "psmt-vat", step.index)
+        uniform = draws.uniform(keys, (sum(sizes),), *name, device=features[0].device) - 0.5
+        start = [part.view_as(level) for part, level in zip(uniform.split(sizes, 1), features, strict=True)]
         vat = self.cfg.vat
         return virtual_adversarial(features, self.teachers.grid_logits, start, vat.radius, vat.probe)
 
