@@ -19,7 +19,7 @@ import numpy as np
 
 from viladiff.data.files import FOLDER, VOC, FileList, Tree, scan
 from viladiff.data.folder import Classes, Found, describe_lists, read_classes, read_lists
-from viladiff.data.images import Colours, image_size, open_image, read_image, read_mask, upright_size
+from viladiff.data.images import Colours, image_size, label_counts, open_image, read_image, read_mask, upright_size
 from viladiff.data.lists import LABELLED
 from viladiff.data.voc import CLASS_NAMES, voc_root
 from viladiff.labels import IGNORE
@@ -32,7 +32,7 @@ SHOWN = 5
 """Faults that a message quotes; the rest are counted."""
 _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
 """What a whole file has near its end. In a JPEG's pixels FF is always followed by 00 or a restart, never by D9."""
-_TAIL = 65536
+_TAIL = 4096
 
 
 class Fault(NamedTuple):
@@ -189,7 +189,7 @@ def look(image: Path, mask: Path | None, num_classes: int, colours: Colours | No
         except ValueError as error:
             faults.append(Fault("error", str(mask), _reason(mask, error)))
         else:
-            found = np.bincount(labels.ravel(), minlength=256)
+            found = label_counts(labels)
             counts = {int(label): int(found[label]) for label in np.flatnonzero(found)}
             faults += [Fault("error", str(mask), text) for text in _mismatch(size, labels.shape)]
             if counts.keys() == {IGNORE}:
@@ -342,7 +342,7 @@ def _odd_mask(path: Path, size: tuple[int, int] | None, dataset: Dataset) -> tup
         labels = read_mask(path, dataset.num_classes, getattr(masks, "colours", None))
     except ValueError as error:
         return np.zeros(256, np.int64), [str(error)]
-    return np.bincount(labels.ravel(), minlength=256), [f"{path}: {text}" for text in _mismatch(size, labels.shape)]
+    return label_counts(labels), [f"{path}: {text}" for text in _mismatch(size, labels.shape)]
 
 
 def _never(dataset: Dataset, counts: Sequence[np.ndarray]) -> list[str]:
