@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from viladiff.batch import TextBatch
+from viladiff.config import ConfigError, RunConfig, override
+from viladiff.data.datasets import load as load_dataset
+from viladiff.data.datasets import request
 from viladiff.evaluate import measure
 from viladiff.protocols import PROTOCOLS, Band, bands, center, predict_logits, stream_bands
+from viladiff.record import load_record
+from viladiff.runs import evaluate_run, finished
+from viladiff.train import fit
 
 C = 4
 
@@ -146,3 +156,53 @@ def test_two_shares_add_up_to_the_whole(protocol: str) -> None:
 def test_bands_say_where_they_are() -> None:
     found = list(bands(lambda x: {"a": x[:, :2]}, torch.zeros(1, 3, 8, 8), 4))
     assert [type(band) for band in found] == [Band] and found[0].top == 0
+
+
+@pytest.fixture(scope="module")
+def run(photographs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run on photographs of different sizes, one step long."""
+    place = tmp_path_factory.mktemp("evaluated")
+    changes = {
+        "data.dataset": "folder",
+        "runtime.data_root": str(photographs.write(place / "photos", 12, labelled=3, val=7, sizes=(40, 90))),
+        "runtime.out": str(place / "runs"),
+        "runtime.progress": False,
+        "runtime.threads": 1,
+        "method.name": "semibaseline",
+        "model.encoder": "digits_vit",
+        "model.pretrained": "shipped",
+        "model.decoder_width": 16,
+        "data.crop": 32,
+        "data.batch_labelled": 2,
+        "data.batch_unlabelled": 2,
+        "train.steps": 1,
+        "eval.images": 2,
+    }
+    return fit(override(RunConfig(), changes)).directory
+
+
+def test_two_processes_count_what_one_does(run: Path) -> None:
+    """Seven images of seven sizes: the shares are unequal, and a padded sampler would count one image twice."""
+    changes = {"eval.protocol": "sliding_window", "eval.images": None, "runtime.progress": False}
+    one = evaluate_run(run, changes)
+    two = evaluate_run(run, {**changes, "runtime.workers": 2})
+    assert one["confusion"].keys() == {"student", "teacher"} and one["scores"]["teacher"]["visual"]["images"] == 7
+    assert json.loads(json.dumps(one)) == two
+    pixels = sum(mask.size for mask in load_dataset(*request(finished(run).cfg)).val_masks)
+    assert np.sum(one["confusion"]["teacher"]["visual"]) == pixels
+    record = load_record(run / "record.json")
+    again = evaluate_run(run, {"eval.images": 2})
+    assert again["scores"]["teacher"]["visual"]["miou"] == record.miou and again["data"] == "as in training"
+
+
+def test_evaluation_says_that_the_data_have_changed(run: Path) -> None:
+    lists = run.parent.parent / "photos" / "splits" / "labelled" / "val.txt"
+    names = lists.read_text()
+    try:
+        lists.write_text("\n".join(names.split()[:4]))
+        found = evaluate_run(run, {"eval.boundary": False})
+    finally:
+        lists.write_text(names)
+    assert found["data"].startswith("not as in training") and found["scores"]["student"]["visual"]["images"] == 2
+    with pytest.raises(ConfigError, match=r"data.crop: would be another run"):
+        evaluate_run(run, {"data.crop": 64})

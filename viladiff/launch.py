@@ -35,12 +35,12 @@ def join_group(cfg: RunConfig) -> None:
     if announced != cfg.runtime.workers:
         raise ValueError(f"runtime.workers = {cfg.runtime.workers}, but the launcher started {announced} processes")
     if announced > 1:
-        dist.init_process_group(_backend(cfg))
+        dist.init_process_group(_backend(cfg, announced))
 
 
-def _backend(cfg: RunConfig) -> str:
+def _backend(cfg: RunConfig, workers: int) -> str:
     """nccl wants a GPU of its own for every worker of this machine."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.runtime.workers))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
     return "nccl" if pick_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
 
 
@@ -64,7 +64,7 @@ def launch(cfg: RunConfig, resume: bool):  # type: ignore[no-untyped-def]  # Res
     from viladiff.record import load_record
     from viladiff.train import Result
 
-    directory = Path(in_workers(_fitted, cfg, resume))
+    directory = Path(in_workers(_fitted, cfg, cfg.runtime.workers, resume))
     return Result(directory, load_record(directory / "record.json"))
 
 
@@ -74,8 +74,8 @@ def _fitted(cfg: RunConfig, resume: bool) -> str:
     return str(fit(cfg, resume=resume).directory)
 
 
-def in_workers(work: Callable[..., str], cfg: RunConfig, *arguments: object) -> str:
-    """``work(cfg, *arguments)`` in ``runtime.workers`` new processes that form a group; the first one's short answer.
+def in_workers(work: Callable[..., str], cfg: RunConfig, workers: int, *arguments: object) -> str:
+    """``work(cfg, *arguments)`` in ``workers`` new processes that form a group; the first one's short answer.
 
     work is a function of a module, since new processes look it up by name. A worker's error is raised here.
     """
@@ -87,7 +87,8 @@ def in_workers(work: Callable[..., str], cfg: RunConfig, *arguments: object) -> 
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     failure: Exception | None = None
     try:
-        spawn(_worker, (work, cfg.model_dump(mode="json"), arguments, _backend(cfg), port, queue), cfg.runtime.workers)
+        dump = cfg.model_dump(mode="json")
+        spawn(_worker, (work, dump, workers, arguments, _backend(cfg, workers), port, queue), workers)
     except ProcessRaisedException as error:
         failure = error
     finally:
@@ -108,10 +109,16 @@ _RAISED: dict[str, type[BaseException]] = {
 
 
 def _worker(
-    rank: int, work: Callable[..., str], dump: dict, arguments: tuple, backend: str, port: int, queue: SimpleQueue
+    rank: int,
+    work: Callable[..., str],
+    dump: dict,
+    workers: int,
+    arguments: tuple,
+    backend: str,
+    port: int,
+    queue: SimpleQueue,
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent ignores it, and children inherit that
-    workers = dump["runtime"]["workers"]
     os.environ |= {"LOCAL_RANK": str(rank)}
     threads = dump["runtime"]["threads"] or max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)

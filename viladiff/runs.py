@@ -14,7 +14,7 @@ import torch.distributed as dist
 from viladiff.checkpoint import load_file
 from viladiff.config import ConfigError, RunConfig, override
 from viladiff.evaluate import results
-from viladiff.fields import nest
+from viladiff.fields import INTEGER, nest
 from viladiff.launch import in_workers
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
@@ -117,12 +117,20 @@ def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[s
     truth down, prediction across. Several workers share the images, each counted once. Raises as ``finished``, and
     ValueError where the data cannot be read.
     """
-    run = finished(directory, changes)
-    if run.cfg.runtime.workers == 1 or dist.is_initialized():
+    rest = {path: value for path, value in changes.items() if path != "runtime.workers"}
+    run, workers = finished(directory, rest), _count(changes.get("runtime.workers", 1))
+    if workers == 1:
         return _evaluated(run)
     with tempfile.TemporaryDirectory() as place:
-        answer = in_workers(_evaluated_worker, run.cfg, str(run.directory), dict(changes), f"{place}/found.json")
+        answer = in_workers(_evaluated_worker, run.cfg, workers, str(run.directory), rest, f"{place}/found.json")
         return json.loads(Path(answer).read_text(encoding="utf-8"))
+
+
+def _count(workers: object) -> int:
+    """Not by way of the configuration: of training, another number of workers might not fit the batch."""
+    if not INTEGER.fullmatch(str(workers)) or int(str(workers)) < 1:
+        raise ConfigError(f"runtime.workers = {workers!r}: must be a whole number, 1 or more")
+    return int(str(workers))
 
 
 def _evaluated_worker(cfg: RunConfig, directory: str, changes: dict[str, object], into: str) -> str:
