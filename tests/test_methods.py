@@ -21,6 +21,7 @@ from method_kit import CLASSES, SIDE, STEP, make, make_batch, share, take_steps
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from viladiff import draws, train
 from viladiff.batch import Batch, CutMix, Step, TextBatch
@@ -297,8 +298,8 @@ def test_two_workers_give_the_gradient_of_one(case: int, of_two_workers: Path) -
 # Nothing in a step waits for the device
 
 
-class NoCopyToHost(TorchDispatchMode):
-    """Notes each copy from the (pretended) GPU to the host."""
+class Crossings(TorchDispatchMode):
+    """Notes what would wait between host and (pretended) GPU: copies, but for those up that are told not to block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,10 +307,12 @@ class NoCopyToHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = [x for x in args if isinstance(x, Tensor)]
-        target = out if isinstance(out, Tensor) else None
-        if target is not None and target.device.type == "cpu" and any(x.is_cuda for x in given):
-            self.found.append(str(func))
+        given = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        if func is torch.ops.aten._to_copy.default and out.device != given[0].device:
+            if not (out.is_cuda and (kwargs or {}).get("non_blocking")):
+                self.found.append(f"{given[0].device.type} to {out.device.type}")
+        elif any(x.is_cuda for x in given) and any(x.ndim and not x.is_cuda for x in given):
+            self.found.append(f"{func} of both devices")
         return out
 
 
@@ -325,9 +328,13 @@ def on_pretended_gpu(value: Any) -> Any:
 
 
 def step_without_content(method: Method, batch: Batch, step: Step) -> list[str]:
-    """One step with tensors that have shapes only: what looks into one raises. The copies to the host, by name."""
-    with FakeTensorMode(allow_non_fake_inputs=True), NoCopyToHost() as seen:
+    """One step with tensors that have shapes only: what looks into one raises. Returns what else would wait.
+
+    There are no threads that could go backwards on a GPU that is not there, so gradients of inputs are shapes as well.
+    """
+    with pytest.MonkeyPatch.context() as stack, FakeTensorMode(allow_non_fake_inputs=True), Crossings() as seen:
         method._apply(on_pretended_gpu)
+        stack.setattr(torch.autograd, "grad", lambda out, into, **options: [torch.zeros_like(x) for x in into])
         method(on_pretended_gpu(batch), step)
         with torch.no_grad():
             method.after_step(step)
@@ -357,8 +364,28 @@ def test_a_step_that_waits_is_noticed(look: Callable[[Tensor], object], monkeypa
     monkeypatch.setattr(method, "after_step", lambda step: look(method.student.decoder.norm.weight.sum()))
     with pytest.raises(Exception, match=r"aten\.|[Dd]ata.dependent|item"):
         step_without_content(method, make_batch(), STEP)
-    monkeypatch.setattr(method, "after_step", lambda step: method.student.decoder.norm.weight.sum().cpu())
-    assert step_without_content(method, make_batch(), STEP) != []
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda x: x.cpu(),
+        lambda x: x[[0, 1]],
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: torch.tensor([1.0, 2.0]).to(x.device),
+    ],
+    ids=["down", "list", "index", "new", "up"],
+)
+def test_a_copy_that_waits_is_noticed(copy: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make("supervised")
+    weight = method.student.decoder.norm
+    monkeypatch.setattr(method, "after_step", lambda step: copy(weight.weight))
+    assert len(step_without_content(method, make_batch(), STEP)) == 1
+    monkeypatch.setattr(
+        method, "after_step", lambda step: torch.tensor([1.0]).to(weight.weight.device, non_blocking=True)
+    )
+    assert step_without_content(method, make_batch(), STEP) == []
 
 
 def test_viladiff_without_its_modules_is_semibaseline_bit_for_bit() -> None:

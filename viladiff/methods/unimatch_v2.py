@@ -85,6 +85,7 @@ class UniMatchV2(MeanTeacher):
         device = features[0].device
         name = (step.seed, "complementary", step.index)
         uniform = draws.uniform(keys, (widest(features),), *name, device=device)
-        whole = torch.tensor(half_of_pairs(keys, step.seed, "complementary-whole", step.index), device=device)
+        whole = torch.tensor(half_of_pairs(keys, step.seed, "complementary-whole", step.index))
+        whole = whole.to(device, non_blocking=True)
         first, second = complementary_dropout([level[labelled:] for level in features], uniform, whole)
         return [torch.cat([level[:labelled], a, b]) for level, a, b in zip(features, first, second, strict=True)]

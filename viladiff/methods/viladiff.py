@@ -189,7 +189,7 @@ class ViLaDiff(MeanTeacher):
         words = None if batch.text is None else TextBatch(batch.text.tokens[chosen], batch.text.mask[chosen])
         images = torch.cat([batch.image[chosen], batch.weak[0]])
         out = self.teacher.streams(images, join_text(words, batch.text_u))
-        count = len(chosen)
+        count = len(images) - len(batch.weak[0])
         return (
             {name: Stream(*(x[count:] for x in stream)) for name, stream in out.items()},
             {name: Stream(*(x[:count] for x in stream)) for name, stream in out.items()},
@@ -290,18 +290,19 @@ class ViLaDiff(MeanTeacher):
         assert self.denoiser is not None
         cfg, size, chosen = self.cfg.mixe, batch.image.shape[-2:], _chosen(batch)
         condition, stride = self._condition(seen), self.student.decoder.stride
-        target, count = batch.target[chosen], len(chosen)
-        soft, keys, rows = [], [], []
+        target = batch.target[chosen]
+        soft, keys, parts = [], [], []
         if cfg.train_on != "unlabelled":
             soft.append(self._source_logits(taught_labelled).softmax(1))
-            keys += [f"l{batch.keys[i]}" for i in chosen]
-            rows += chosen
+            keys += [f"l{key}" for key in batch.keys[chosen]]
+            parts.append(chosen)
         if cfg.train_on != "labelled":
             x0 = soft_unlabelled.softmax(1)
             soft.append(x0 if mix is None else apply_cutmix(x0, mix, stride))
             keys += [f"u{key}" for key in batch.keys_u]
-            rows += range(len(batch.image), len(condition.mid))
-        mid, logits = condition.mid.detach()[rows].float(), condition.logits.detach()[rows]
+            parts.append(slice(len(batch.image), None))
+        mid, logits = (torch.cat([x.detach()[part] for part in parts]) for x in (condition.mid, condition.logits))
+        mid = mid.float()
         if cfg.cond_noise:
             noise = draws.normal(keys, tuple(mid.shape[1:]), step.seed, "mixe-condition", step.index, device=mid.device)
             mid = mid + cfg.cond_noise * noise
@@ -312,8 +313,8 @@ class ViLaDiff(MeanTeacher):
         answers = {"labelled": [target], "unlabelled": [pseudo.labels], "both": [target, pseudo.labels]}[cfg.train_on]
         loss = pixel_cross_entropy(clean, torch.cat(answers))
         if cfg.train_on != "unlabelled":
-            ce.append(labelled_mean(loss[:count], target))
-            edge.append(edge_mean(loss[:count], edge_mask(target)))
+            ce.append(labelled_mean(loss[: len(target)], target))
+            edge.append(edge_mean(loss[: len(target)], edge_mask(target)))
         if cfg.train_on != "labelled":
             accepted = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
             rest = loss[-len(pseudo.labels) :]
@@ -321,7 +322,8 @@ class ViLaDiff(MeanTeacher):
             # The padding has labels too, made up by the teacher; they must not draw an edge around the picture.
             edges = edge_mask(pseudo.labels.masked_fill(~valid, 255))
             edge.append(edge_mean(rest, edges & (accepted > 0)))
-        seen_pixels = torch.cat([batch.target != 255, valid])[rows]
+        known = torch.cat([batch.target != 255, valid])
+        seen_pixels = torch.cat([known[part] for part in parts])
         counted = F.avg_pool2d(seen_pixels.float()[:, None], stride)[:, 0] > 0.5
         terms = {
             "mixe_ce": torch.stack(ce).sum(),
@@ -346,7 +348,8 @@ class ViLaDiff(MeanTeacher):
             )
             return clean, nowhere, noise_hat, nothing
         name = (step.seed, "mixe-t", step.index)
-        t = torch.tensor([int(draws.rng(*name, key).integers(1, cfg.timesteps + 1)) for key in keys], device=device)
+        times = [int(draws.rng(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
+        t = torch.tensor(times).to(device, non_blocking=True)
         noise = draws.normal(keys, (codes, h, w), step.seed, "mixe-noise", step.index, device=device)
         uniform = draws.uniform(keys, (h, w), step.seed, "mixe-flip", step.index, device=device)
         state = corrupt(soft, t, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
@@ -374,12 +377,13 @@ class ViLaDiff(MeanTeacher):
         return refine(self.denoiser, condition, soft.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
 
 
-def _chosen(batch: Batch) -> list[int]:
+def _chosen(batch: Batch) -> slice:
     """Labelled images that MixE learns from: as many as there are unlabelled ones; all of them at equal batch sizes.
 
     They are evenly spaced, so that workers with a share each choose together what one worker would.
     """
-    return list(range(0, len(batch.image), max(1, len(batch.image) // len(batch.weak[0]))))[: len(batch.weak[0])]
+    every = max(1, len(batch.image) // len(batch.weak[0]))
+    return slice(0, every * len(batch.weak[0]), every)
 
 
 def _enlarged(labels: Tensor, size: torch.Size) -> Tensor:

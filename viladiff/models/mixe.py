@@ -113,13 +113,13 @@ class MixeConfig(Section):
 @lru_cache(maxsize=64)
 def _codes_on(num_classes: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return class_codes(num_classes).to(device)
+        return class_codes(num_classes).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)
 def _alpha_bar_on(timesteps: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return alpha_bar(timesteps).to(device)
+        return alpha_bar(timesteps).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)
@@ -281,7 +281,7 @@ def refine(
     state = corrupt(soft, cfg.timesteps, tau, cfg, noise=noise, uniform=uniforms[0])
     x, z = state.codes, state.labels
     rate = _edge_aware_rate(state.edges, cfg, classes)
-    steps = torch.tensor(times, device=soft.device)[:, None, None, None]
+    steps = torch.tensor(times).to(soft.device, non_blocking=True)[:, None, None, None]
     memory = posterior_memory(steps[:-1], steps[1:], rate, classes, cfg.flip_schedule, cfg.timesteps)
     for i, (t, t_prev) in enumerate(pairwise(times)):
         step = torch.full((len(soft),), t, device=soft.device)
