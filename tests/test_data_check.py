@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -118,6 +120,26 @@ def test_a_process_that_dies_is_an_error(photo_folder: Make, monkeypatch: pytest
     tree, classes = open_tree(photo_folder(40))
     with pytest.raises(ValueError, match=r"one of the 2 processes that read images has died.*--processes 1"):
         look_at_all(tree, classes, 2)
+
+
+def test_processes_end_with_the_one_that_asked_for_them(photo_folder: Make) -> None:
+    root = photo_folder(40)
+    script = (
+        "import os, sys, time\n"
+        "from viladiff.data import check\n"
+        "def look(*job):\n"
+        "    os.write(1, b'%d\\n' % os.getpid())\n"
+        "    time.sleep(60)\n"
+        "check.look = look\n"
+        "check.look_at_all(*check.open_tree(sys.argv[1]), 2)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    children = {int(parent.stdout.readline()) for _ in range(2)}
+    assert len(children) == 2 and parent.pid not in children
+    parent.kill()
+    assert parent.stdout.read() == "", "the pipe closes once nobody holds it"
+    parent.wait()
 
 
 def test_the_page_escapes_names_and_shows_every_fault(photo_folder: Make, tmp_path: Path) -> None:

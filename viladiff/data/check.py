@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -154,7 +156,7 @@ def mapped(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[
         return
     # A fork costs no second import of everything; only Pillow and NumPy run in it.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(count, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(count, context, initializer=_follow, initargs=(os.getpid(),))
     try:
         yield pool.map
     except BrokenProcessPool as error:
@@ -163,6 +165,18 @@ def mapped(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _follow(parent: int) -> None:
+    """Leaves Ctrl-C to the process that asked for this one, and ends with it, also when it is killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def cores() -> int:
