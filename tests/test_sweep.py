@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -431,3 +432,35 @@ def test_the_printed_command_and_toml_mean_the_same_run(sweep: Sweep, tmp_path: 
         ),
     )
     assert load_sweep(path).base["method.mixe.beta"] == 0.1 + 0.2
+
+
+def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path) -> None:
+    """A real sweep without Ray, one run of it interrupted; then the command that its conclusion prints."""
+    from viladiff.config import RunConfig, override
+    from viladiff.guards import Stopped
+    from viladiff.record import load_record
+    from viladiff.train import fit
+
+    words = ["--trials", "1", "--sampler", "random", "--no-finals", "--", "method.mixe.timesteps=2"]
+    job = sweep_drive.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path / "runs", *words))
+    with sweep_drive._alone(job.directory):
+        sweep_drive._open(job)
+        desk = sweep_drive._desk(job)
+        while (run := desk.next()) is not None:
+            desk.started(run.run_id)
+            cfg = override(
+                RunConfig(), {**run.changes, "runtime.out": str(tmp_path / "runs"), "runtime.progress": False}
+            )
+            with pytest.raises(Stopped):
+                fit(cfg, report=lambda news: "miou" in news and news["step"] == 2)
+            desk.finished(run.run_id, {"state": "done", "miou": fit(cfg).miou})
+    trials = desk.search.trials
+    assert [trial.state for trial in trials] == ["complete"] and desk.over
+    printed = shlex.split(sweep_drive.conclusion(job, trials, [])[-1])
+    assert viladiff([*printed[1:], "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    (path,) = (tmp_path / "again").glob("*/record.json")
+    best = max(trials, key=lambda trial: trial.value or 0)
+    assert load_record(path).miou == best.values["0"] and path.parent.name == best.runs["0"]
+    measured = {entry["step"]: entry["miou"] for entry in load_record(path).history}
+    assert [(rung.step, measured[rung.step]) for rung in best.rungs] == [(rung.step, rung.value) for rung in best.rungs]
+    assert [rung.step for rung in best.rungs] == [1, 2, 4]

@@ -1,0 +1,151 @@
+"""What a sweep costs beside its training: a suggestion, a report and memory over 10,000 trials, and a trial on Ray.
+
+OMP_NUM_THREADS=1 python benchmarks/sweeps.py [--trials 10000] [--samplers random tpe] [--slots 64] [--ray 24]
+
+Trials without training: formulas in place of runs, one seed, three rungs, ``--slots`` at once, Optuna's journal and a
+record of each trial on disk. Each line is of one tenth of the trials, in processor time, so that growth is seen.
+``--ray`` so many short real runs with TPE and ASHA asked at every rung (its word is heard and not followed, so that
+every trial has an end to measure); the overhead of a trial is the time of its process that is not spent inside
+``fit``. 0 leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the figures; returns 0 where the aims are met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("trials", 10_000), ("slots", 64), ("ray", 24)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--samplers", nargs="*", default=["random", "tpe"])
+    given = parser.parse_args(arguments)
+    fine = True
+    for sampler in given.samplers:
+        with tempfile.TemporaryDirectory() as root:
+            formulas(Path(root), sampler, given.trials, given.slots)
+    if given.ray:
+        with tempfile.TemporaryDirectory() as root:
+            median = on_ray(Path(root), given.ray)
+        fine = median <= 0.3
+    return 0 if fine else 1
+
+
+def formulas(root: Path, sampler: str, trials: int, slots: int) -> None:
+    """Time a suggestion and a report, and the driver's memory, tenth by tenth."""
+    sweeping = helper()
+    runs = sweeping.Runs(root, sweeping.bowl)
+    before = memory()
+    begun, spent = time.perf_counter(), time.process_time()
+    desk = sweeping.opened(root, runs, trials, sampler, None, slots, seeds=(0,))
+    asks, reports = timed(desk.search.asker, "ask"), timed(desk.search, "_climb")
+    sizes: list[float] = []
+    desk.search.tell = lambda trial: sizes.append(memory())
+    sweeping.drive(desk, runs)
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - spent
+    print(f"{sampler}: {trials} trials, {slots} at once: {1000 * cpu / trials:.1f} ms of processor time a trial")
+    print(
+        f"  {seconds:.0f} s in all, of which {cpu:.0f} s of processor time: the rest waits for the disk, or for others"
+    )
+    part = max(1, trials // 10)
+    for start in range(0, trials, part):
+        ask = statistics.median(asks[start : start + part])
+        share = reports[start * len(reports) // trials : (start + part) * len(reports) // trials]
+        grown = sizes[min(start + part, len(sizes)) - 1] - before
+        print(
+            f"  to {start + part:>6}: {ask:7.2f} ms a suggestion, {statistics.median(share):6.2f} ms a report,", end=" "
+        )
+        print(f"{grown:6.0f} MB more")
+    begun = time.perf_counter()
+    again = sweeping.opened(root, runs, trials, sampler, None, slots, seeds=(0,))
+    assert again.search.work() == [] and len(again.search.trials) == trials
+    print(f"  opened again in {time.perf_counter() - begun:.1f} s")
+
+
+def timed(owner: Any, name: str) -> list[float]:
+    """Milliseconds of processor time of each later call of a method that does something."""
+    found: list[float] = []
+    plain: Callable[..., Any] = getattr(owner, name)
+
+    def measured(*given: Any) -> Any:
+        order, begun = getattr(owner, "order", None), time.process_time()
+        try:
+            return plain(*given)
+        finally:
+            # What a run says again after an interruption is known already, and changes nothing.
+            if order is None or owner.order != order:
+                found.append(1000 * (time.process_time() - begun))
+
+    setattr(owner, name, measured)
+    return found
+
+
+def memory() -> float:
+    """Megabytes that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def on_ray(root: Path, trials: int) -> float:
+    """Median overhead of a trial with a searcher and a scheduler."""
+    from viladiff.ray_judges import judge
+    from viladiff.ray_search import run_search
+    from viladiff.study.asking import Asker
+    from viladiff.study.events import Settings
+    from viladiff.study.search import Search
+    from viladiff.study.search_desk import SearchDesk
+    from viladiff.study.store import Store
+    from viladiff.study.sweep import Namer, load_sweep
+
+    sweep = load_sweep(ROOT / "tune" / "sweep_joint.toml")
+    namer = Namer(sweep, "smoke", {"train.steps": "20", "eval.images": "25"}, "holdout")
+    (root / "trials").mkdir()
+    asker = Asker("sweep", sweep.space, sweep.first, "tpe", 0, True, str(root / "optuna.journal"))
+    asha = judge("asha", len(namer.steps), 2)
+    heard = asha.hear
+
+    def heard_only(number: int, rung: int, value: float) -> str:
+        heard(number, rung, value)
+        return "go"
+
+    asha.hear = heard_only  # type: ignore[assignment, method-assign]
+    store = Store(root / "runs")
+    search = Search(root / "trials", asker, asha, namer.planned, (0,), namer.steps, trials, store)
+    desk = SearchDesk(search, store, Settings(), 2)
+    run_search(desk)
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for outcome in desk.outcomes.values():
+        if outcome.began is not None and outcome.ended is not None:
+            spans.setdefault(outcome.worker, []).append((outcome.began, outcome.ended))
+    gaps = [later[0] - earlier[1] for runs in spans.values() for earlier, later in pairwise(sorted(runs))]
+    states = [trial.state for trial in search.trials]
+    median = statistics.median(gaps)
+    print(f"on Ray: {states.count('complete')} of {trials} trials in {len(spans)} processes, TPE, ASHA at every rung")
+    print(f"  overhead of a trial: median {median:.3f} s (aim: at most 0.3 s), largest {max(gaps):.3f} s")
+    return median
+
+
+def helper() -> ModuleType:
+    """tests/sweeping.py, whose formulas this shares."""
+    spec = importlib.util.spec_from_file_location("sweeping", ROOT / "tests" / "sweeping.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())
