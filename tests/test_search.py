@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -263,6 +266,34 @@ def test_cmaes_improves_and_says_what_it_cannot_search(sweeping: ModuleType, tmp
     with pytest.raises(ValueError, match=r"--sampler cmaes: .*m has choices; take tpe"):
         space = {"a": sweeping.SPACE["a"], "m": Dimension(choices=("x", "y"))}
         sweeping.opened(tmp_path / "other", runs, 3, kind="cmaes", space=space, first={"a": 1.0, "m": "x"})
+
+
+def test_gp_draws_the_same_again(sweeping: ModuleType, tmp_path: Path) -> None:
+    points = []
+    for name, parts in (("whole", (12,)), ("parts", (11, 12))):
+        runs = sweeping.Runs(tmp_path / name, sweeping.bowl)
+        for wanted in parts:
+            desk = sweeping.opened(tmp_path / name, runs, wanted, "gp", seeds=(0,))
+            sweeping.drive(desk, runs)
+        points.append(sweeping.told(desk))
+    assert points[0] == points[1] and points[0][11]["origin"] == "gp"
+
+
+def test_optunas_dashboard_opens_the_study(sweeping: ModuleType, tmp_path: Path) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard")
+    runs = sweeping.Runs(tmp_path, sweeping.bowl)
+    sweeping.drive(sweeping.opened(tmp_path, runs, 5, judge=Half()), runs)
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "optuna.journal"))
+    app = dashboard.wsgi(optuna.storages.JournalStorage(backend))
+    heard: list[str] = []
+    request = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": "/api/studies",
+        "wsgi.input": io.BytesIO(),
+        "wsgi.errors": sys.stderr,
+    }
+    body = b"".join(app(request, lambda status, headers, *rest: heard.append(status)))
+    assert heard[0].startswith("200") and json.loads(body)["study_summaries"][0]["study_name"] == "sweep"
 
 
 def test_a_torn_or_lost_study_is_made_anew_and_a_foreign_one_left_alone(sweeping: ModuleType, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def run_search(desk: SearchDesk, work: Work = attempt) -> None:
     desk.prime()
     if desk.over:  # starting Ray takes seconds
         return
-    shared = [job for job in desk.waiting if job.workers > 1]
+    known = [*desk.waiting, *(job for job, _ in desk.elsewhere.values())]
+    shared = [job for job in known if job.workers > 1]
     gone: list[int] = []
     try:
         with cluster(desk.settings, desk.slots, shared, gone) as session, interrupts(desk):

@@ -86,7 +86,10 @@ def run(path: Path, args: argparse.Namespace) -> int:
         _open(job)
         desk = _desk(job)
         if not args.render:
-            print(f"{job.sweep.title}, scale {job.scale}: {len(desk.search.trials)} of {job.trials} trials begun")
+            print(
+                f"{job.sweep.title}, scale {job.scale}: {len(desk.search.trials)} of {job.trials} trials begun",
+                flush=True,
+            )
             from viladiff.ray_search import run_search
 
             run_search(desk)
@@ -222,7 +225,7 @@ def _desk(job: Job) -> SearchDesk:
         job.namer.steps,
         job.trials,
         job.store,
-        lambda trial: print(line(trial, job.namer.steps[-1])),
+        lambda trial: print(line(trial, job.namer.steps[-1]), flush=True),
     )
     then = None if args.no_finals else partial(_finals, job, search)
     return SearchDesk(search, job.store, found.settings, found.slots, timeout=args.trial_timeout, then=then)
@@ -241,7 +244,7 @@ def _finals(job: Job, search: Search) -> list[Planned]:
     found = finalists(job.sweep, search.trials, job.namer)
     left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
     if left:
-        print(f"the best points anew: {len(left)} runs on fresh seeds, on the whole labelled list")
+        print(f"the best points anew: {len(left)} runs on fresh seeds, on the whole labelled list", flush=True)
     return left
 
 
