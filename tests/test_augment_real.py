@@ -295,8 +295,8 @@ def test_blur_by_blocks_equals_the_convolution(length: int) -> None:
 
 def test_large_views_do_not_depend_on_their_neighbours() -> None:
     """A CPU takes large images in groups; what an image becomes is the same in any batch."""
-    images = torch.rand(5, 3, 400, 400, generator=torch.Generator().manual_seed(2))
-    assert len(augment._groups([0, 1, 2, 3, 4], images)) == 3
+    images = torch.rand(5, 3, 257, 257, generator=torch.Generator().manual_seed(2))
+    assert len(augment._groups([0, 1, 2, 3, 4], images)) == 2
 
     def rngs(places: range) -> list[np.random.Generator]:
         return [draws.rng(0, "large", i) for i in places]

@@ -258,7 +258,7 @@ def test_a_process_that_dies_is_an_error_that_says_so(root: Path, ahead: int) ->
     with pytest.raises(ChildProcessError, match=wanted), closing(made.stream(0, 50, ahead)) as stream:
         next(stream)
         assert made._decoders is not None
-        os.kill(made._decoders._processes[1].pid, signal.SIGKILL)
+        os.kill(made._decoders.pids[1], signal.SIGKILL)
         list(stream)
     assert not children()
 
@@ -281,7 +281,7 @@ ALONE = """
     samples = [Sample(str(image), None, (0.5, 0.5, 0.5, 0.5))] * 8
     decoders = Decoders(Recipe(64, (0.5, 2.0), 0.5, 3, None), 2, 8, 2)
     decoders.take(samples)
-    print(*(process.pid for process in decoders._processes), flush=True)
+    print(*decoders.pids, flush=True)
     for _ in range(3):
         decoders.ask(samples)
 """
@@ -299,7 +299,7 @@ STREAM = """
     made = Loader(cfg, datasets.load(*datasets.request(cfg)), Views(), None, 16, torch.device("cpu"))
     stream = made.stream(0, 1000, 2)
     next(stream)
-    print(*(process.pid for process in made._decoders._processes), flush=True)
+    print(*made._decoders.pids, flush=True)
     try:
         for _ in stream: pass
     except KeyboardInterrupt:

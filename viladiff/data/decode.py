@@ -118,6 +118,10 @@ class Decoders:
         self._finalizer = weakref.finalize(self, _end, self._processes)
         self._finalizer.atexit = False  # a forked copy of this process must not end them when it exits
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
     def ask(self, samples: Sequence[Sample]) -> None:
         """Hands a batch out. At most ``ahead`` may be out at a time."""
         if len(self._asked) >= self.slots or len(samples) > self.samples:

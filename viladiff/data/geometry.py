@@ -53,7 +53,7 @@ def window(size: tuple[int, int], crop: int, scale: Range, hflip: float, draws: 
         resized = max(1, int(height * side / width + 0.5)), side
     rows, columns = (int(draw * (max(length - crop, 0) + 1)) for draw, length in zip(draws[1:3], resized, strict=True))
     shown = min(crop, resized[0]), min(crop, resized[1])
-    return Window(size, resized, (rows, columns), shown, draws[3] < hflip)
+    return Window(size, resized, (rows, columns), shown, bool(draws[3] < hflip))
 
 
 def crop_image(pixels: np.ndarray, to: Window, out: np.ndarray) -> None:

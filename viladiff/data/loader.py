@@ -20,7 +20,7 @@ from torch import Tensor
 from viladiff import draws
 from viladiff.batch import Batch, CutMix, TextBatch, Views
 from viladiff.data.augment import geometric, normalise, strong
-from viladiff.data.decode import Decoded, Decoders, Recipe, Sample, decode_all
+from viladiff.data.decode import Decoders, Recipe, Sample, decode_all
 from viladiff.data.images import FileMasks
 from viladiff.data.mixing import cutmix_boxes, pair_partner
 
@@ -148,15 +148,8 @@ class Loader:
         found = decode_all(samples, self._recipe()) if self._decoders is None else self._decoders.take(samples)
         pixels = torch.from_numpy(found.images).to(self.device, non_blocking=True).float().div_(255)
         target = torch.from_numpy(found.masks[:count]).to(self.device, non_blocking=True).long()
-        return pixels[:count], target, pixels[count:], self._valid(found, count)
-
-    def _valid(self, found: Decoded, start: int) -> Tensor:
-        """(n, crop, crop) bool of the samples from ``start`` on, False in the padding, by geometry alone."""
-        shown = torch.tensor(found.shown[start:], dtype=torch.int64).view(-1, 3).to(self.device, non_blocking=True)
-        rows, columns, flip = shown[:, :, None].unbind(1)
-        place = torch.arange(self.cfg.data.crop, device=self.device)
-        column = torch.where(flip > 0, self.cfg.data.crop - 1 - place, place)
-        return (place < rows)[:, :, None] & (column < columns)[:, None, :]
+        valid = valid_pixels(found.shown[count:], self.cfg.data.crop, self.device)
+        return pixels[:count], target, pixels[count:], valid
 
     def _samples(self, labelled: Share, unlabelled: Share) -> list[Sample]:
         files = self.dataset.files
@@ -220,6 +213,15 @@ class Loader:
                     self._decoders.ask(self._samples(*self._shares(asked, part)))
                 asked += 1
             yield self.micro_batches(step)
+
+
+def valid_pixels(shown: list[tuple[int, int, bool]], crop: int, device: torch.device) -> Tensor:
+    """(n, crop, crop) bool, False in the padding of each crop, by geometry alone; see ``Decoded.shown``."""
+    seen = torch.tensor(shown, dtype=torch.int64).view(-1, 3).to(device, non_blocking=True)
+    rows, columns, flip = seen[:, :, None].unbind(1)
+    place = torch.arange(crop, device=device)
+    column = torch.where(flip > 0, crop - 1 - place, place)
+    return (place < rows)[:, :, None] & (column < columns)[:, None, :]
 
 
 DECODED_AHEAD = 2
