@@ -246,6 +246,9 @@ def test_psmt_and_swith_ship_what_their_papers_evaluate() -> None:
     psmt, swith, images = make_uneven("psmt"), make_uneven("swith"), make_batch().image
     both = np.mean([seen(psmt.teachers[i], images) for i in (0, 1)], axis=0)
     np.testing.assert_allclose(seen(psmt.predictor(), images), both, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # as predict and export ask
+        halves = psmt.predictor().logits(psmt.predictor().encode(images), (SIDE, SIDE)).numpy()
+    np.testing.assert_allclose(halves, both, rtol=1e-4, atol=1e-5)
     assert psmt.networks()["teacher"] is psmt.predictor() and psmt.predictor().patch == 8
     assert swith.predictor() is swith.student is swith.networks()["student"]
     assert make("swith", **{"predict.network": "teacher"}).predictor().members[0].num_classes == CLASSES

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from viladiff.batch import TextBatch
-from viladiff.models.segmenter import Segmenter
+from viladiff.models.segmenter import Network
 
 WORDS = 32
 """Words of the caption that the cost with text is measured with."""
@@ -33,7 +33,7 @@ class Cost(NamedTuple):
 class TextFree(nn.Module):
     """(B, 3, H, W) normalised images to the visual stream's full-size logits (B, C, H, W); nothing else is computed."""
 
-    def __init__(self, network: Segmenter) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
@@ -44,7 +44,7 @@ class TextFree(nn.Module):
 class WithText(nn.Module):
     """Images and captions to the logits of both streams."""
 
-    def __init__(self, network: Segmenter) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
@@ -52,7 +52,7 @@ class WithText(nn.Module):
         return tuple(self.network(images, TextBatch(tokens, mask)).values())
 
 
-def costs(network: Segmenter, side: int, text_dim: int, words: int = WORDS, passes: int = 5) -> dict[str, Cost]:
+def costs(network: Network, side: int, text_dim: int, words: int = WORDS, passes: int = 5) -> dict[str, Cost]:
     """``without text``, and of a network with ViLa ``with text``: both streams, and ``words`` words of a caption.
 
     The image is side x side, the network in evaluation mode; a word has ``text_dim`` channels.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from viladiff.cost import costs, table
 from viladiff.data.augment import normalise
-from viladiff.models.segmenter import Segmenter
+from viladiff.models.segmenter import Network
 from viladiff.predict import CLASSES, CONFIG, FORMAT, WEIGHTS, Model, load_model
 from viladiff.record import RunRecord, sync_directory, without_paths
 from viladiff.runs import finished, text_dim
@@ -33,7 +33,7 @@ TOLERANCE = 1e-3
 class Standalone(nn.Module):
     """Photographs (B, 3, H, W), RGB in 0..1, to logits (B, C, H, W): the text-free path with its normalisation."""
 
-    def __init__(self, network: Segmenter) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 

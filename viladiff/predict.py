@@ -26,7 +26,7 @@ from viladiff.data.augment import normalise
 from viladiff.data.images import SUFFIXES, read_image
 from viladiff.fields import nearest, nest
 from viladiff.launch import pick_device
-from viladiff.models.segmenter import Segmenter
+from viladiff.models.segmenter import Network
 from viladiff.progress import Progress
 from viladiff.protocols import bands
 from viladiff.record import write_atomically
@@ -56,7 +56,7 @@ class Prediction(NamedTuple):
 class Model:
     """A network that labels photographes without captions; made by ``load_model``."""
 
-    network: Segmenter
+    network: Network
     class_names: tuple[str, ...]
     crop: int
     """Side of the windows in which large images are done: that of training."""
@@ -129,7 +129,7 @@ def load_model(path: Path | str, device: str = "auto") -> Model:
     return Model(network.requires_grad_(False).eval().to(place), names, cfg.data.crop, cfg.eval.protocol, place)
 
 
-def _from_folder(folder: Path) -> tuple[Segmenter, RunConfig, tuple[str, ...]]:
+def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...]]:
     facts = _read_config(folder / CONFIG)
     names = tuple(_read_text(folder / CLASSES).removesuffix("\n").split("\n"))
     try:

@@ -18,7 +18,7 @@ from viladiff.fields import Section
 from viladiff.models.ema import ema_update, frozen_copy
 
 if TYPE_CHECKING:
-    from viladiff.models.segmenter import Build, Segmenter
+    from viladiff.models.segmenter import Build, Network, Segmenter
 
 
 class MethodConfig(Section):
@@ -114,11 +114,11 @@ class Method(nn.Module):
         """Label maps (B, H, W) worth a look, in the order they arise in; by default those of the pseudo-labels."""
         return {name: found.argmax(1) for name, found in self.pseudo_labels(images, text, keys, step).items()}
 
-    def predictor(self) -> nn.Module:
-        """What is evaluated, shipped and quoted: (images, text) to logits by stream; it knows its ``patch``."""
+    def predictor(self) -> Network:
+        """What is evaluated, shipped and quoted."""
         return self.student
 
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Network]:
         """Every network worth evaluating, by the name that a record uses."""
         return {"student": self.student}
 
@@ -166,10 +166,10 @@ class MeanTeacher(Method):
     def after_step(self, step: Step) -> None:
         ema_update(self.teacher, self.student, step.index, self.cfg.teacher.momentum)
 
-    def predictor(self) -> nn.Module:
+    def predictor(self) -> Network:
         return self.teacher if self.cfg.predict.network == "teacher" else self.student
 
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Network]:
         return {"student": self.student, "teacher": self.teacher}
 
     @torch.no_grad()

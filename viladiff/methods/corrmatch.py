@@ -111,10 +111,10 @@ class CorrMatch(Method):
             taught, accepted = self._spread(a[counts[0] :][: counts[1]], mixed_labels, mixed_sure, valid, batch, step)
 
         sup, sup_r = cross_entropy(z, batch.target), cross_entropy(r, batch.target)
-        source, pixels = weak if self.cfg.faithful_kl else mixed_weak, batch.valid.sum()
+        source = weak if self.cfg.faithful_kl else mixed_weak
         terms = {
             "pseudo": hard_consistency(z_strong, taught, accepted, valid),
-            "kl": logit_distillation(source, z_strong, 1.0, weight=mixed_sure * valid, count=pixels),
+            "kl": logit_distillation(source, z_strong, 1.0, weight=mixed_sure * valid, count=valid.sum()),
             "dropped": hard_consistency(z_dropped, labels, sure, batch.valid),
             "correlation": (
                 hard_consistency(r_strong, taught, accepted, valid)

@@ -11,14 +11,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from viladiff import draws
 from viladiff.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import pair_partner, parity_boxes, parity_mask, paste
 from viladiff.losses import cross_entropy, global_mean, hard_consistency
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
-from viladiff.models.segmenter import Build
+from viladiff.models.segmenter import Build, Network
 
 
 class CpsPseudoConfig(PseudoConfig):
@@ -91,7 +91,7 @@ class Cps(Method):
         """Those of the second network, which teach the one that is evaluated."""
         return {"before": self.second(images)["visual"].softmax(1)}
 
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Network]:
         return {"student": self.student, "second": self.second}
 
 

@@ -26,7 +26,7 @@ from viladiff.losses import cross_entropy, global_mean, pixel_cross_entropy
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
-from viladiff.models.segmenter import Build, upsample
+from viladiff.models.segmenter import Build, Network, upsample
 
 
 class PsmtTeacherConfig(TeacherConfig):
@@ -51,8 +51,8 @@ class VatConfig(Section):
 
     radius: float = Field(0.1, ge=0)
     """Length of the noise as a share of the features' (ours; 2.0 for the original's features). 0 turns it off."""
-    probe: float = Field(1e-2, gt=0)
-    """Length of the step that finds its direction, likewise (ours)."""
+    probe: float = Field(0.1, gt=0)
+    """Length of the random step that finds its direction, likewise (ours); shorter ones find more of the rounding."""
 
 
 class PsmtConfig(MethodConfig):
@@ -160,11 +160,11 @@ class PsMt(TwoTeachers):
     ) -> dict[str, Tensor]:
         return {"before": upsample(self._pseudo_logits(images, step), images.shape[-2:]).softmax(1)}
 
-    def predictor(self) -> nn.Module:
+    def predictor(self) -> Network:
         """The mean of both teachers, as the paper evaluates."""
         return self.teachers if self.cfg.predict.network == "teacher" else self.student
 
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Network]:
         return {"student": self.student, "teacher": self.teachers}
 
 

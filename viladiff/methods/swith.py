@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
@@ -24,7 +24,7 @@ from viladiff.losses import cross_entropy, global_mean, global_sum, hard_consist
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
-from viladiff.models.segmenter import Build, Segmenter
+from viladiff.models.segmenter import Build, Network, Segmenter
 
 
 class SwithTeacherConfig(TeacherConfig):
@@ -115,10 +115,10 @@ class Swith(TwoTeachers):
     ) -> dict[str, Tensor]:
         return {"before": self.teachers[self._active(step)](images)["visual"].softmax(1)}
 
-    def predictor(self) -> nn.Module:
+    def predictor(self) -> Network:
         return self.teachers if self.cfg.predict.network == "teacher" else self.student
 
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Network]:
         return {"student": self.student, "teacher": self.teachers}
 
 

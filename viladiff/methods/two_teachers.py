@@ -5,39 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
-
-from viladiff.batch import Step, TextBatch
+from viladiff.batch import Step
 from viladiff.methods.base import Method
 from viladiff.models.ema import frozen_copy
-from viladiff.models.segmenter import Build, Segmenter
-
-
-class Pair(nn.Module):
-    """Two networks that predict together: ``forward`` gives the mean of their logits."""
-
-    def __init__(self, first: Segmenter, second: Segmenter) -> None:
-        super().__init__()
-        self.members = nn.ModuleList([first, second])
-
-    def __getitem__(self, place: int) -> Segmenter:
-        network = self.members[place]
-        assert isinstance(network, Segmenter)
-        return network
-
-    @property
-    def patch(self) -> int:
-        """Image sides must be multiples of this."""
-        return self[0].patch
-
-    def grid_logits(self, features: list[Tensor]) -> Tensor:
-        """Mean logits (B, C, h, w) of the two decoders on the same maps of an encoder."""
-        return torch.stack([self[i].decode(features)["visual"].logits for i in (0, 1)]).mean(0)
-
-    def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        """images (B, 3, H, W) to {"visual": (B, C, H, W) logits}."""
-        return {"visual": torch.stack([self[i](images)["visual"] for i in (0, 1)]).mean(0)}
+from viladiff.models.segmenter import Build, Pair
 
 
 class TwoTeachers(Method):

@@ -122,6 +122,52 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
 
 
+class Pair(nn.Module):
+    """Two networks that predict together, by the mean of their logits; what ships one network ships this as well."""
+
+    vila: ViLa | None = None
+
+    def __init__(self, first: Segmenter, second: Segmenter) -> None:
+        super().__init__()
+        self.members = nn.ModuleList([first, second])
+
+    def __getitem__(self, place: int) -> Segmenter:
+        network = self.members[place]
+        assert isinstance(network, Segmenter)
+        return network
+
+    @property
+    def patch(self) -> int:
+        """Image sides must be multiples of this."""
+        return self[0].patch
+
+    @property
+    def encoder(self) -> Encoder:
+        """The first network's; both are of one kind."""
+        return self[0].encoder
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) to the four maps of the first encoder and then those of the second."""
+        return [*self[0].encode(images), *self[1].encode(images)]
+
+    def logits(self, features: list[Tensor], size: torch.Size | tuple[int, ...]) -> Tensor:
+        """Maps of ``encode`` to mean full-size logits (B, C, H, W)."""
+        half = len(features) // 2
+        return (self[0].logits(features[:half], size) + self[1].logits(features[half:], size)) / 2
+
+    def grid_logits(self, features: list[Tensor]) -> Tensor:
+        """Mean logits (B, C, h, w) of the two decoders on the same four maps, of any encoder of their kind."""
+        return (self[0].decode(features)["visual"].logits + self[1].decode(features)["visual"].logits) / 2
+
+    def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
+        """images (B, 3, H, W) to {"visual": (B, C, H, W) logits}."""
+        return {"visual": self.logits(self.encode(images), images.shape[-2:])}
+
+
+Network = Segmenter | Pair
+"""What is evaluated and shipped."""
+
+
 @dataclass(frozen=True)
 class Build:
     """How a method gets its networks: called once per independently initialised student."""
