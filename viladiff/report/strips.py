@@ -43,10 +43,9 @@ class Strip:
 
 
 def strips(results: Results, store: Store, most: int = MOST) -> tuple[list[Strip], list[str]]:
-    """Of the first and the last of the paper's rows, first column and seed that have pictures; and what is wrong."""
+    """Of the reference and the headline, first column and seed that have pictures; and what is wrong."""
     found, wrong = [], []
-    paper = results.rows(control=False) or results.rows()
-    for row in dict.fromkeys((paper[0], paper[-1])):
+    for row in dict.fromkeys((results.reference, results.headline)):
         for entry in results.of_row(row):
             path = store.file(entry.cell.run_id, "pictures.npz") if entry.record is not None else None
             if path is None or entry.record is None:

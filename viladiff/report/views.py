@@ -225,16 +225,16 @@ def networks(results: Results) -> list[tuple[str, str, list[list[Summary]]]]:
     records = [e.record for e in results.entries if e.record]
     nets = list(dict.fromkeys(net for record in records for net in record.scores))
     for row in results.rows():
-        stream = next((e.record.stream for e in results.of_row(row) if e.record), "")
+        stream = next((e.stream or e.record.stream for e in results.of_row(row) if e.record), "")
         found = [[summary(results.at(row, c), table.metric, net) for net in nets] for c in results.plan.columns]
         out.append((f"{number(results, row)} {table.rows[row].label}", stream, found))
     return out
 
 
 def streams(results: Results) -> tuple[str, list[str], list[tuple[str, list[list[Summary]]]]]:
-    """Of the paper's last row with records: its label, networks, and each stream's mIoU by column and network."""
+    """Of the headline, or else the last row with records: label, networks, each stream's mIoU by column and network."""
     table = results.plan.table
-    for row in reversed(results.rows(control=False) or results.rows()):
+    for row in (results.headline, *reversed(results.rows(control=False) or results.rows())):
         record = next((e.record for e in results.of_row(row) if e.record), None)
         if record is None:
             continue
