@@ -1,0 +1,155 @@
+"""docs/your-data.md does what it says: its own commands, on a small folder of real photographs."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import viladiff
+from viladiff import cli
+from viladiff.config import RunConfig, override, parse_overrides
+from viladiff.data.images import image_size, read_mask
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "your-data.md"
+QUICK = ("train.steps=2", "data.batch_labelled=2", "data.batch_unlabelled=2", "eval.boundary=false")
+"""Replaces the length that the page gives; nothing else of a command is changed."""
+
+
+def commands() -> list[str]:
+    text = PAGE.read_text(encoding="utf-8")
+    return re.findall(r"^```sh\n(viladiff .*?)\n```$", text, re.MULTILINE | re.DOTALL)
+
+
+def words(command: str) -> list[str]:
+    """As a shell splits it: lines joined, ``*`` replaced by what there is."""
+    split = shlex.split(command.replace("\\\n", " "))
+    return [found for word in split for found in (sorted(glob.glob(word)) if "*" in word else [word])]
+
+
+def test_the_page_has_five_commands_and_one_more() -> None:
+    names = [" ".join(command.split()[1:3]) for command in commands()]
+    assert names == [
+        "data check",
+        "data split",
+        "train data.dataset=folder",
+        "evaluate runs/*",
+        "predict new",
+        "export runs/*",
+    ]
+
+
+def test_the_train_command_is_a_valid_run() -> None:
+    fields = words(commands()[2])[2:]
+    assert override(RunConfig(), parse_overrides(fields)).train.steps == 300
+
+
+def test_pictures_of_the_page_exist_and_are_small() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", PAGE.read_text(encoding="utf-8"))
+    assert len(pictures) == 2
+    for name in pictures:
+        path = PAGE.parent / name
+        assert min(image_size(path)) > 200 and path.stat().st_size < 400_000
+
+
+def test_from_a_folder_to_masks(
+    photo_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each command is as it stands there but for the training's length, and ONNX, which is tested elsewhere."""
+    shutil.rmtree(photo_folder(40, labelled=16, val=9, sizes=(40, 90)) / "splits")
+    new = tmp_path / "new" / "my holiday"
+    new.mkdir(parents=True)
+    sizes = {}
+    for i, path in enumerate(sorted((tmp_path / "photos" / "images").iterdir())[30:33]):
+        shutil.copy(path, new / f"Übung {i}.jpg")
+        sizes[f"my holiday/Übung {i}.png"] = image_size(path)
+    monkeypatch.chdir(tmp_path)
+    check, split, train, evaluate, predict, export = commands()
+
+    assert cli.main([*words(check)[1:], "--quiet"]) == 0
+    assert (tmp_path / "data-check" / "index.html").is_file()
+    assert cli.main([*words(split)[1:], "--quiet"]) == 0
+    lists = {path.stem: path.read_text().split() for path in (tmp_path / "photos" / "splits" / "labelled").iterdir()}
+    assert {name: len(names) for name, names in lists.items()} == {"labelled": 15, "unlabelled": 20, "val": 5}
+    capsys.readouterr()
+
+    quick = [word for word in words(train)[1:] if not word.startswith("train.steps=")]
+    assert cli.main([*quick, *QUICK, "--threads", "1", "--quiet"]) == 0
+    assert "teacher/visual" in capsys.readouterr().out
+    assert cli.main([*words(evaluate)[1:], "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "as in training" in said and "protocol  original" in said
+    assert cli.main([*words(evaluate)[1:], "eval.protocol=sliding_window", "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    truth = [read_mask(tmp_path / "photos" / "masks" / f"{name}.png", 6) for name in lists["val"]]
+    counts = np.bincount(np.concatenate([mask.ravel() for mask in truth]), minlength=6)[:6]
+    assert np.array(found["confusion"]["teacher"]["visual"]).sum(1).tolist() == counts.tolist()
+
+    assert cli.main([*words(predict)[1:], "--quiet"]) == 0
+    written = {
+        path.relative_to("predictions/masks").as_posix(): path for path in Path("predictions/masks").rglob("*.png")
+    }
+    assert {name: read_mask(path, 6).shape for name, path in written.items()} == sizes
+    with open("predictions/classes.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == (tmp_path / "photos" / "classes.txt").read_text().split()
+    assert sum(int(row["pixels"]) for row in rows) == sum(h * w for h, w in sizes.values())
+
+    assert cli.main([word for word in words(export)[1:] if word != "--onnx"]) == 0
+    shutil.rmtree(tmp_path / "photos")
+    photograph = new / "Übung 0.jpg"
+    labels, _ = viladiff.load_model("model").predict(photograph)
+    with Image.open(written["my holiday/Übung 0.png"]) as mask:
+        assert np.array_equal(np.asarray(mask), labels)
+
+
+TINY = ("model.encoder=vit_tiny_patch16_224", "model.pretrained=none", "model.decoder_width=16", "data.crop=64")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("method", ["supervised", "semibaseline", "viladiff"])
+@pytest.mark.parametrize("layout", ["folder", "voc"])
+def test_every_method_goes_from_photographs_to_a_model_folder(
+    layout: str, method: str, photo_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes as they come, an encoder from timm, no captions; what the folder predicts is what the run scored."""
+    root = photo_folder(14, layout, labelled=4, val=4, sizes=(50, 120))
+    words = [f"data.dataset={layout}", f"runtime.data_root={root}", f"method.name={method}", *TINY, *QUICK]
+    words += ["data.split=92", f"data.split_dir={root / 'splits'}"] if layout == "voc" else []
+    words += ["data.captions=none"] if method == "viladiff" else []
+    assert cli.main(["train", *words, "--out", str(tmp_path / "runs"), "--threads", "1", "--quiet"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    network = "student" if method == "supervised" else "teacher"
+    assert cli.main(["export", str(run), str(tmp_path / "model")]) == 0
+    images = root / ("JPEGImages" if layout == "voc" else "images")
+    out = ["--out", str(tmp_path / "out"), "--protocol", "original", "--quiet"]
+    assert cli.main(["predict", str(images), "--model", str(tmp_path / "model"), *out]) == 0
+    classes = 21 if layout == "voc" else 6
+    masks = root / ("SegmentationClass" if layout == "voc" else "masks")
+    counts = np.zeros((classes, classes), int)
+    for path in _validated(root, masks):
+        truth, labels = read_mask(path, classes), read_mask(tmp_path / "out" / "masks" / path.name, classes)
+        np.add.at(counts, (truth[truth < 255], labels[truth < 255]), 1)
+    assert np.array_equal(counts, found["confusion"][network]["visual"])
+
+
+def _validated(root: Path, masks: Path) -> list[Path]:
+    (lists,) = root.glob("splits/*/val.txt")
+    return [masks / f"{Path(line.split()[0]).stem}.png" for line in lists.read_text(encoding="utf-8").splitlines()]
