@@ -464,3 +464,26 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
     measured = {entry["step"]: entry["miou"] for entry in load_record(path).history}
     assert [(rung.step, measured[rung.step]) for rung in best.rungs] == [(rung.step, rung.value) for rung in best.rungs]
     assert [rung.step for rung in best.rungs] == [1, 2, 4]
+
+
+def test_the_page_says_what_is_known_and_flags_peeking(sweep: Sweep, tmp_path: Path) -> None:
+    from viladiff.report.sweep_page import render_sweep
+
+    trials = [trial(0, 0.5, 0.40, 0.44, origin="paper"), trial(1, 0.1, state="pruned"), trial(2, 0.9, 0.50)]
+    found, done = records({"winner": [50.0, 52, 51, 53, 49], "paper": [48.0, 50.5, 48.7, 51.2, 46.8]})
+    done |= {f"{2:015x}0": SimpleNamespace(train_seconds=90.0), f"{0:015x}0": SimpleNamespace(train_seconds=60.0)}
+    common: dict[str, Any] = {"command": "python tune/sweep_lambda.py", "again": "viladiff train x=<1>"}
+
+    def page(some: list[Trial], select: str, finals: list[Finalist]) -> str:
+        out = tmp_path / f"{select}{len(some)}"
+        return render_sweep(sweep, "smoke", some, finals, done, (2, 4), out, select=select, **common).read_text()
+
+    text = page(trials, "val", found)
+    assert "chosen by the reported validation set" in text and "Winner against paper: +1.96 points" in text
+    assert "11.00" in text and '<td class="num">2</td>' in text, "a stopped trial shows its budget"
+    assert text.count("<circle") >= 2 + 4 * 5 + 2 and "x=&lt;1&gt;" in text and "(11.0)" in text
+    assert (tmp_path / "val3" / "winner.toml").read_text() == '"method.vila.lam" = 0.9\n'
+    honest = page(trials, "holdout", found)
+    assert "chosen by the reported" not in honest
+    empty = page([], "holdout", [])
+    assert "Nothing is decided yet" in empty and "no trial is complete yet" in empty

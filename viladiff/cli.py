@@ -308,9 +308,10 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
+    from viladiff.study.drive import typed
     from viladiff.study.sweep_drive import find, run
 
-    return run(find(args.sweep), args)
+    return run(find(args.sweep), args, typed("viladiff", sys.argv[1:]))
 
 
 def _doctor(args: argparse.Namespace) -> int:

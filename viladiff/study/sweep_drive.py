@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from viladiff.fields import nearest, parse_overrides
 from viladiff.record import write_atomically
 from viladiff.study import lease as leases
 from viladiff.study.asking import JOURNAL, Asker
-from viladiff.study.drive import ROOT, seeds_of
+from viladiff.study.drive import ROOT, hinted, seeds_of, typed
 from viladiff.study.events import Settings
 from viladiff.study.finals import Finalist, finalists, said
 from viladiff.study.plan import Planned
@@ -62,8 +61,9 @@ def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None)
     """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors that a user can mend are a line each."""
     from viladiff.cli import carry_out
 
-    args = parser(path, name or Path(sys.argv[0]).name).parse_args(argv)
-    return carry_out(lambda: run(path, args))
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser(path, name or Path(sys.argv[0]).name).parse_args(given)
+    return carry_out(lambda: run(path, args, typed(f"python tune/{path.stem}.py", given)))
 
 
 def find(name: str) -> Path:
@@ -76,7 +76,7 @@ def find(name: str) -> Path:
     raise ValueError(f"sweep {name!r}: not known; {there}, or give the path of a .toml file")
 
 
-def run(path: Path, args: argparse.Namespace) -> int:
+def run(path: Path, args: argparse.Namespace, command: str) -> int:
     """Searches, trains the best anew, says; the exit status: 0 all done, 1 it was given up, 130 interrupted."""
     job = prepare(path, args)
     if args.dry_run:
@@ -101,14 +101,15 @@ def run(path: Path, args: argparse.Namespace) -> int:
         status = 130 if desk.stopping else int(any(_failed(job, desk, one) for one in found))
         job.store.sweep()
     print("\n".join(conclusion(job, search.trials, found)))
+    print(f"\nthe page: {page(job, search.trials, found, command)}")
     return status
 
 
 def prepare(path: Path, args: argparse.Namespace) -> Job:
     """Reads the sweep and checks all that was asked for, the space at its edges too; nothing is trained or written."""
     sweep = load_sweep(path)
-    typed = parse_overrides(args.changes)
-    check(sweep, args.scale, typed, args.select)
+    changes = parse_overrides(args.changes)
+    check(sweep, args.scale, changes, args.select)
     trials = sweep.trials if args.trials is None else args.trials
     seeds = seeds_of(args.seeds) or sweep.scale[args.scale].seeds or sweep.seeds
     for name, value, fine in (
@@ -125,7 +126,7 @@ def prepare(path: Path, args: argparse.Namespace) -> Job:
     name = args.study or f"{sweep.name}-{args.scale}" + ("-val" if args.select == "val" else "")
     if not _NAME.fullmatch(name):
         raise ValueError(f"--study {name!r}: letters, digits, dots, dashes and underscores only")
-    namer = Namer(sweep, args.scale, typed, args.select, args.workers)
+    namer = Namer(sweep, args.scale, changes, args.select, args.workers)
     store = Store(Path(args.storage), [ROOT / "reports" / "published"])
     return Job(sweep, args.scale, args, namer, store, name, trials, seeds)
 
@@ -330,7 +331,31 @@ def conclusion(job: Job, trials: Sequence[Trial], found: Sequence[Finalist]) -> 
     lines += ["", *said(found, job.store.records(), len(job.sweep.finals)), "", "winner:"]
     lines += toml(best[0].point).splitlines()
     seed = best[0].seeds[0]
-    run = job.namer.planned(best[0].point, int(seed))
-    value = best[0].values.get(seed, math.nan)
-    lines += ["", f"its trial's seed {seed} again ({100 * value:.2f} on what it was chosen by):"]
-    return [*lines, f"  {command(run.changed, run.threads)}"]
+    lines += ["", f"its trial's seed {seed} again ({100 * best[0].values[seed]:.2f} on what it was chosen by):"]
+    return [*lines, f"  {_again(job, best[0])}"]
+
+
+def _again(job: Job, trial: Trial) -> str:
+    """The command that trains a trial's first run again."""
+    run = job.namer.planned(trial.point, int(trial.seeds[0]))
+    return command(run.changed, run.threads)
+
+
+def page(job: Job, trials: Sequence[Trial], found: Sequence[Finalist], typed_: str) -> Path:
+    """Writes the page, and returns where it is."""
+    from viladiff.report.sweep_page import render_sweep
+
+    best = ranked(list(trials))
+    out = Path(job.args.out or ROOT / "reports" / job.scale / f"sweep_{job.sweep.name}").expanduser().absolute()
+    return render_sweep(
+        job.sweep,
+        job.scale,
+        trials,
+        found,
+        job.store.records(),
+        job.namer.steps,
+        out,
+        select=job.args.select,
+        command=hinted(typed_),
+        again=_again(job, best[0]) if best else "",
+    )

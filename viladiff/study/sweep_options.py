@@ -53,6 +53,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
     how.add_argument("--address", help="an existing Ray cluster, or auto; default: one of its own on this machine")
     where = top.add_argument_group("where")
     where.add_argument("--storage", default="runs", metavar="DIR", help="directory of runs and sweeps (default: runs)")
+    where.add_argument("--out", metavar="DIR", help="directory of the page (default: reports/<scale>/sweep_<name>)")
     where.add_argument("--study", metavar="NAME", help="name of the sweep's directory (default: sweep and scale)")
     where.add_argument(
         "--database", metavar="URL", help="where Optuna keeps its study (default: a journal beside the trials)"
