@@ -110,7 +110,8 @@ class Daw(UniMatch, MeanTeacher):
         self.distributions.lerp_(seen, 1 - keep)
         self.gaussians.copy_(moved(self.gaussians, sums[4 * classes :].view(2, 3), keep))
         if self.cfg.estimate:
-            self.tau.copy_(crossing(*self.gaussians, 1 / classes))
+            right, wrong = self.gaussians
+            self.tau.copy_(crossing(right, wrong, 1 / classes))
 
     def statistics(self) -> dict[str, Tensor]:
         (right, spread), (wrong, spread_wrong) = self.gaussians

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -22,7 +22,7 @@ class SemiBaselineConfig(MethodConfig):
 
 
 class SemiBaseline(MeanTeacher):
-    Config = SemiBaselineConfig
+    Config: ClassVar[type[MethodConfig]] = SemiBaselineConfig
     views = Views(strong=1, cutmix=True)
     passes = Passes(3, 2)
     keeps = "teacher"

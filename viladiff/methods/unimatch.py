@@ -11,7 +11,7 @@ throws away, are not perturbed; all views are one pass. One channel mask serves 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -39,7 +39,7 @@ class UniMatchConfig(MethodConfig):
 
 
 class UniMatch(Method):
-    Config = UniMatchConfig
+    Config: ClassVar[type[MethodConfig]] = UniMatchConfig
     views = Views(strong=2, cutmix=True)
     weak_trains = True
     paper = Paper("Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", "CVPR", 2023)
