@@ -37,6 +37,7 @@ VARIANTS = [("digits", name) for name in METHODS] + [(name, "supervised") for na
 
 COMPANIONS: dict[str, dict[str, object]] = {
     "data.split_family": {"data.split": "662"},
+    "eval.on": {"data.holdout": 0.25},
     "model.encoder": {"model.pretrained": "none"},
 }
 """What makes a second value of a field valid, where none is by itself."""
@@ -94,7 +95,7 @@ def test_every_hashed_leaf_changes_the_name(dataset: str, method: str) -> None:
             continue
         before, after = first_valid(base, path, other_values(flatten(base)[path], info.annotation))
         assert flatten(before)[path] != flatten(after)[path], path
-        if path.startswith("runtime."):
+        if path.startswith(config.PLACES):
             assert run_id(before) == run_id(after), path
         else:
             hashed += 1

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from viladiff.labels import IGNORE
 
@@ -90,7 +90,7 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from None
     except _UNREADABLE as error:
         text = str(error)
