@@ -2,7 +2,7 @@
 
 python scripts/your_data.py DIRECTORY [--pictures docs/pictures]
 
-The training takes minutes on a CPU. A DIRECTORY of an earlier call is gone on with; lists and model folder are made anew.
+The training takes minutes on a CPU. A DIRECTORY of an earlier call is gone on with; lists and model are made anew.
 """
 
 from __future__ import annotations
