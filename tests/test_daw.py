@@ -154,6 +154,16 @@ def test_evaluation_tells_nothing_to_the_running_values() -> None:
     assert all(torch.equal(value, before[name]) for name, value in state(method).items())
 
 
+def test_running_values_are_part_of_the_state() -> None:
+    first, second = make("daw", **{"pseudo.threshold": 0.7}), make("daw")
+    with torch.no_grad():
+        for i, value in enumerate((first.distributions, first.gaussians, first.tau)):
+            value.add_(0.01 * (i + 1))
+    second.load_state_dict(first.state_dict())
+    assert second.threshold() == pytest.approx(0.73)
+    assert all(torch.equal(value, state(second)[name]) for name, value in state(first).items())
+
+
 def test_daw_without_its_two_parts_is_unimatch_bit_for_bit() -> None:
     bare = make("daw", align=False, estimate=False, **{"pseudo.threshold": 0.3})
     base = make("unimatch", **{"pseudo.threshold": 0.3})
