@@ -26,10 +26,13 @@ def play(
     kill_at: int | None = None,
     wanted: int = 12,
     slots: int = 1,
-) -> tuple[Any, Any, int]:
-    """Drives a sweep on formulas to its end, over at most one death."""
+) -> tuple[Any, Any, int, list[int]]:
+    """Drives a sweep on formulas to its end, over at most one death.
+
+    Returns desk, runs, how much there was that lasts, and which of it were promotions.
+    """
     runs = sweeping.Runs(root, sweeping.bowl)
-    count = 0
+    count, promoted = 0, []
 
     def lasting(what: str = "") -> None:
         nonlocal count
@@ -40,6 +43,10 @@ def play(
     def saved(trial: Trial, directory: Path) -> None:
         lasting()
         save_trial(trial, directory)
+        if trial.promotions and trial.promotions[-1].order == max(
+            [one.order for one in (*trial.promotions, *trial.rungs)] + [trial.ended or 0]
+        ):
+            promoted.append(count + 1)
         lasting()
 
     monkeypatch.setattr(search_module, "save_trial", saved)
@@ -49,7 +56,7 @@ def play(
                 root, runs, wanted, "random", judge(kind, len(sweeping.STEPS), 2), slots=slots, seeds=(0,)
             )
             sweeping.drive(desk, runs, lasting)
-            return desk, runs, count
+            return desk, runs, count, promoted
         except KillError:
             continue
     raise AssertionError("it was killed twice")
@@ -59,12 +66,13 @@ def play(
 def test_killed_anywhere_it_equals_the_undisturbed_sweep(
     sweeping: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
-    desk, runs, count = play(sweeping, monkeypatch, tmp_path / "whole", kind)
+    desk, runs, count, promoted = play(sweeping, monkeypatch, tmp_path / "whole", kind)
     wanted = sweeping.told(desk)
     states = [trial["state"] for trial in wanted]
     assert len(wanted) == 12 and set(states) == {"complete", "pruned"}
-    for at in range(1, count + 1, max(1, count // 12)):
-        again, others, _ = play(sweeping, monkeypatch, tmp_path / f"{at}", kind, at)
+    assert bool(promoted) == (kind == "hyperband")
+    for at in (*range(1, count + 1, max(1, count // 6)), *promoted, *(at + 1 for at in promoted)):
+        again, others, *_ = play(sweeping, monkeypatch, tmp_path / f"{at}", kind, at)
         assert sweeping.told(again) == wanted, f"killed at {at} of {count}"
         assert others.trained == runs.trained
 
@@ -103,7 +111,7 @@ def test_hyperband_pauses_until_its_bracket_is_full_and_promotes_the_best() -> N
 def test_a_hyperband_sweep_runs_each_trial_to_one_rung_after_another(
     sweeping: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    desk, runs, _ = play(sweeping, monkeypatch, tmp_path, "hyperband", wanted=20, slots=3)
+    desk, runs, *_ = play(sweeping, monkeypatch, tmp_path, "hyperband", wanted=20, slots=3)
     trials = desk.search.trials
     assert all(trial.state in ("complete", "pruned") for trial in trials) and not desk.search.paused
     assert any(trial.promotions for trial in trials)

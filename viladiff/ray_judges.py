@@ -38,8 +38,8 @@ class TuneJudge:
     """
 
     def __init__(self, scheduler: TrialScheduler) -> None:
-        self.scheduler = scheduler
-        self.eta = int(getattr(scheduler, "_reduction_factor", None) or scheduler._eta)
+        self.scheduler: Any = scheduler  # which is given stand-ins for what it takes
+        self.eta = int(getattr(scheduler, "_reduction_factor", None) or self.scheduler._eta)
         self.seats: dict[int, Seat] = {}
         self.exhausted = False
         self._dropped: list[int] = []
@@ -79,7 +79,7 @@ class TuneJudge:
         if seat is None:
             return None
         seat.status = Trial.RUNNING
-        return seat.number
+        return int(seat.number)
 
     def dropped(self) -> list[int]:
         found, self._dropped = self._dropped, []

@@ -79,7 +79,7 @@ def attempt_held(
     told.unlink(missing_ok=True)
     with trace.open("w") as file:
         watchdog = _Watchdog(file.fileno(), place.hang_after)
-        report = _reporter(tell, watchdog, place.stop_name)
+        report: Report = _reporter(tell, watchdog, place.stop_name)
         if judged is not None:
             report = _hearing(report, judged, watchdog)
         try:

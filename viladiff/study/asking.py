@@ -73,7 +73,8 @@ class Asker:
         if "://" in self.where:
             return optuna.storages.get_storage(self.where)
         # One driver at a time has the sweep, by a lease that a kill does not leave behind, as it would Optuna's lock.
-        return optuna.storages.JournalStorage(JournalFileBackend(self.where, lock_obj=_Unlocked()))
+        backend = JournalFileBackend(self.where, lock_obj=_Unlocked())  # type: ignore[arg-type]
+        return optuna.storages.JournalStorage(backend)
 
     def _found(self) -> Study | None:
         import optuna
