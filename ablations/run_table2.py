@@ -1,4 +1,4 @@
-"""Table 2 of the paper: rivals on the augmented PASCAL VOC 2012, with two families of lists. ``--help`` has examples."""
+"""Table 2: rivals on the augmented PASCAL VOC 2012, with two families of lists. ``--help`` has examples."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Table 7 of the paper: the number of diffusion steps, also with matched flips and without ViLa. ``--help`` has examples."""
+"""Table 7: the number of diffusion steps, also with matched flips and without ViLa. ``--help`` has examples."""
 
 from pathlib import Path
 
