@@ -25,6 +25,21 @@ TUNE = Path(__file__).resolve().parent.parent / "tune"
 FILES = sorted(TUNE.glob("sweep_*.toml"))
 
 
+@pytest.fixture(autouse=True)
+def prints_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What data, words and weights are called is worked out once for all tests; it takes a second each time."""
+    plain = Namer.__init__
+
+    def made(self: Namer, *given: Any, **words: Any) -> None:
+        plain(self, *given, **words)
+        self._prints = PRINTS
+
+    monkeypatch.setattr(Namer, "__init__", made)
+
+
+PRINTS: dict[object, dict[str, str]] = {}
+
+
 def edited(tmp_path: Path, *changes: tuple[str, str], name: str = "lambda") -> Path:
     """A copy of a shipped sweep with text replaced."""
     text = (TUNE / f"sweep_{name}.toml").read_text()

@@ -39,7 +39,7 @@ class TuneJudge:
 
     def __init__(self, scheduler: TrialScheduler) -> None:
         self.scheduler: Any = scheduler  # which is given stand-ins for what it takes
-        self.eta = int(getattr(scheduler, "_reduction_factor", None) or self.scheduler._eta)
+        self.eta = int(getattr(scheduler, "_reduction_factor", 0) or getattr(scheduler, "_eta", 0))
         self.seats: dict[int, Seat] = {}
         self.exhausted = False
         self._dropped: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 from markupsafe import Markup, escape
@@ -120,11 +120,8 @@ def _importances(
     """(step, how, share by field) wherever enough trials came; a space of one dimension has nothing to share out."""
     if len(sweep.space) < 2:
         return []
-    found = [
-        (step, how, importances(trials, sweep.space, step, kind))
-        for step in steps
-        for kind, how in (("ped_anova", "PED-ANOVA"), ("fanova", "fANOVA"))
-    ]  # type: ignore[misc]
+    kinds: dict[str, Literal["ped_anova", "fanova"]] = {"PED-ANOVA": "ped_anova", "fANOVA": "fanova"}
+    found = [(step, how, importances(trials, sweep.space, step, kind)) for step in steps for how, kind in kinds.items()]
     return [(step, how, shares) for step, how, shares in found if shares is not None]
 
 
@@ -206,9 +203,10 @@ def chart(dots: Sequence[Dot], axis: Axis, words: str) -> Markup:
     for value in ticks(low, high, False):
         parts.append(f'<path class="grid" d="M{_LEFT} {down(value):.1f}H{WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 4}" y="{down(value) + 3:.1f}" text-anchor="end">{value:g}</text>')
-    named = list(enumerate(axis.names)) or [(one, f"{one:g}") for one in ticks(axis.low, axis.high, axis.log)]
-    for x, name in named:
-        parts.append(f'<text x="{across(x):.1f}" y="{bottom + 13}" text-anchor="middle">{escape(name)}</text>')
+    named = [(float(i), name) for i, name in enumerate(axis.names)]
+    named = named or [(one, f"{one:g}") for one in ticks(axis.low, axis.high, axis.log)]
+    for place, name in named:
+        parts.append(f'<text x="{across(place):.1f}" y="{bottom + 13}" text-anchor="middle">{escape(name)}</text>')
     for before, dot in zip([None, *dots], dots, strict=False):
         x, y = across(dot.x), down(dot.y)
         if dot.joined and before is not None:
