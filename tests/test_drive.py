@@ -71,9 +71,9 @@ def test_the_command_can_be_pasted_and_its_printed_form_names_no_directory() -> 
 
 
 def test_seeds_are_a_number_or_a_list() -> None:
-    assert drive._seeds("3") == (0, 1, 2)
-    assert drive._seeds("4,7") == (4, 7)
-    assert drive._seeds(None) is None
+    assert drive.seeds_of("3") == (0, 1, 2)
+    assert drive.seeds_of("4,7") == (4, 7)
+    assert drive.seeds_of(None) is None
 
 
 def test_only_the_first_seed_keeps_pictures(tmp_path: Path) -> None:

@@ -299,8 +299,8 @@ STREAM = """
     made = Loader(cfg, datasets.load(*datasets.request(cfg)), Views(), None, 16, torch.device("cpu"))
     stream = made.stream(0, 1000, 2)
     next(stream)
-    print(*made._decoders.pids, flush=True)
     try:
+        print(*made._decoders.pids, flush=True)  # the signal may come at once
         for _ in stream: pass
     except KeyboardInterrupt:
         stream.close()

@@ -70,9 +70,7 @@ def attempt(job: Planned, place: Place, tell: Tell, judged: Judged | None = None
         return attempt_held(job, place, tell, lease, judged)
 
 
-def attempt_held(
-    job: Planned, place: Place, tell: Tell, lease: Lease, judged: Judged | None = None
-) -> dict[str, Any]:
+def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease, judged: Judged | None = None) -> dict[str, Any]:
     """``attempt``, once the lease is there."""
     directory = Path(place.root) / job.run_id
     trace, told = directory / "hang.txt", directory / "traceback.txt"
