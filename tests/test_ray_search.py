@@ -135,7 +135,8 @@ def stamps(root: Path) -> int:
 def test_a_sweep_from_its_command_to_its_verdict(tmp_path: Path) -> None:
     """Real runs: search, stop, resume after Ctrl-C, finals, and nothing to do the second time."""
     words = [sys.executable, str(ROOT / "tune" / "sweep_lambda.py"), "--scale", "smoke", "--trials", "4"]
-    words += ["--scheduler", "asha", "--storage", str(tmp_path / "runs"), "--", "method.mixe.timesteps=2"]
+    words += ["--scheduler", "asha", "--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "page")]
+    words += ["--", "method.mixe.timesteps=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
