@@ -104,34 +104,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--workers", metavar="N", help="processes that share each batch (runtime.workers)")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="score the networks of a run", formatter_class=raw)
-    evaluate.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
-    _add_fields(evaluate, "eval.protocol=sliding_window, and other fields under eval and runtime")
-    _add_runtime(evaluate)
-    evaluate.add_argument("--workers", metavar="N", help="processes that share the images (runtime.workers)")
-    evaluate.add_argument("--cost", action="store_true", help="also parameters, FLOPs and time of an image")
-    evaluate.add_argument(
-        "--json", action="store_true", help="everything, with classes and confusion matrices, as JSON"
-    )
-    evaluate.set_defaults(run=_evaluate)
-
-    predict = commands.add_parser("predict", help="label photographs", epilog=PREDICT_EXAMPLES, formatter_class=raw)
-    predict.add_argument("source", metavar="IMAGE|DIR", help="a photograph, or a directory of them, and below it")
-    predict.add_argument("--model", required=True, metavar="DIR", help="directory of a run, or a model folder")
-    predict.add_argument("--out", default="predictions", metavar="DIR", help="where masks go (default: %(default)s)")
-    predict.add_argument(
-        "--protocol", metavar="NAME", help="original or sliding_window; by default as the size asks for"
-    )
-    predict.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    predict.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    predict.add_argument("--quiet", action="store_true", help="no progress bar")
-    predict.set_defaults(run=_predict)
-
-    export = commands.add_parser("export", help="make a model folder of a run", formatter_class=raw)
-    export.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
-    export.add_argument("out", metavar="OUT", help="the folder to make")
-    export.add_argument("--onnx", action="store_true", help="also model.onnx, compared with torch on the spot")
-    export.set_defaults(run=_export)
+    _add_uses(commands)
 
     config = commands.add_parser("config", help="list fields with type, value and meaning", formatter_class=raw)
     _add_fields(config, "a section or field such as method.mixe, and field=value to see other defaults")
@@ -162,6 +135,39 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--cluster", metavar="FILE", help="check a cluster's file instead, before `ray up` reads it")
     doctor.set_defaults(run=_doctor)
     return top
+
+
+def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """What can be done with a trained network."""
+    raw = argparse.RawDescriptionHelpFormatter
+    evaluate = commands.add_parser("evaluate", help="score the networks of a run", formatter_class=raw)
+    evaluate.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
+    _add_fields(evaluate, "eval.protocol=sliding_window, and other fields under eval and runtime")
+    _add_runtime(evaluate)
+    evaluate.add_argument("--workers", metavar="N", help="processes that share the images (runtime.workers)")
+    evaluate.add_argument("--cost", action="store_true", help="also parameters, FLOPs and time of an image")
+    evaluate.add_argument(
+        "--json", action="store_true", help="everything, with classes and confusion matrices, as JSON"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = commands.add_parser("predict", help="label photographs", epilog=PREDICT_EXAMPLES, formatter_class=raw)
+    predict.add_argument("source", metavar="IMAGE|DIR", help="a photograph, or a directory of them, and below it")
+    predict.add_argument("--model", required=True, metavar="DIR", help="directory of a run, or a model folder")
+    predict.add_argument("--out", default="predictions", metavar="DIR", help="where masks go (default: %(default)s)")
+    predict.add_argument(
+        "--protocol", metavar="NAME", help="original or sliding_window; by default as the size asks for"
+    )
+    predict.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    predict.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    predict.add_argument("--quiet", action="store_true", help="no progress bar")
+    predict.set_defaults(run=_predict)
+
+    export = commands.add_parser("export", help="make a model folder of a run", formatter_class=raw)
+    export.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
+    export.add_argument("out", metavar="OUT", help="the folder to make")
+    export.add_argument("--onnx", action="store_true", help="also model.onnx, compared with torch on the spot")
+    export.set_defaults(run=_export)
 
 
 def _first_line() -> str:
