@@ -39,10 +39,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
     what.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="fields for every cell, after --")
     how = top.add_argument_group("how")
     how.add_argument("--workers", type=int, metavar="N", help="processes that share each run's batches")
-    how.add_argument("--max-concurrent", type=int, metavar="N", help="runs at once (default: as many as fit)")
-    how.add_argument("--gpus-per-trial", type=float, metavar="F", help=SHARE)
-    how.add_argument("--address", help="an existing Ray cluster, or auto; default: one of its own on this machine")
-    how.add_argument("--hang-after", type=float, default=600.0, metavar="SECONDS", help="silence that ends a run")
+    add_placing(how)
     how.add_argument("--dashboard", action="store_true", help="Ray's dashboard, on this machine's loopback")
     where = top.add_argument_group("where")
     where.add_argument("--storage", default="runs", metavar="DIR", help="directory of runs (default: runs)")
@@ -55,3 +52,11 @@ def add_options(top: argparse.ArgumentParser) -> None:
         "--fresh", action="store_true", help="every cell anew; older runs are set aside (leave out to continue)"
     )
     top.add_argument("--price", type=float, metavar="P", help="price of an hour of this machine, for --dry-run")
+
+
+def add_placing(how: argparse._ArgumentGroup) -> None:
+    """Options that say where Ray puts runs, for tables and sweeps alike."""
+    how.add_argument("--max-concurrent", type=int, metavar="N", help="runs at once (default: as many as fit)")
+    how.add_argument("--gpus-per-trial", type=float, metavar="F", help=SHARE)
+    how.add_argument("--address", help="an existing Ray cluster, or auto; default: one of its own on this machine")
+    how.add_argument("--hang-after", type=float, default=600.0, metavar="SECONDS", help="silence that ends a run")

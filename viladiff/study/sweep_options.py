@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from viladiff.study.options import add_placing
+
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
 SCHEDULERS = ("none", "asha", "hyperband")
 EXAMPLES = """\
@@ -45,12 +47,9 @@ def add_options(top: argparse.ArgumentParser) -> None:
     )
     what.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="fields for every run, after --")
     how = top.add_argument_group("how")
-    how.add_argument("--max-concurrent", type=int, metavar="N", help="runs at once (default: as many as fit)")
+    add_placing(how)
     how.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share each run's batches")
-    how.add_argument("--gpus-per-trial", type=float, metavar="F", help="share of a GPU, or whole GPUs")
     how.add_argument("--trial-timeout", type=float, metavar="SECONDS", help="a trial that takes longer has failed")
-    how.add_argument("--hang-after", type=float, default=600.0, metavar="SECONDS", help="silence that ends a run")
-    how.add_argument("--address", help="an existing Ray cluster, or auto; default: one of its own on this machine")
     where = top.add_argument_group("where")
     where.add_argument("--storage", default="runs", metavar="DIR", help="directory of runs and sweeps (default: runs)")
     where.add_argument("--out", metavar="DIR", help="directory of the page (default: reports/<scale>/sweep_<name>)")
