@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run_kit import short_run
 from torch import Tensor, nn
 
 from viladiff import cli, export
@@ -20,23 +21,12 @@ from viladiff.models.blocks import Attention
 from viladiff.models.segmenter import Build, Segmenter
 from viladiff.predict import Model, load_model
 from viladiff.record import load_record
-from viladiff.train import fit
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a short run with one stream."""
-    changes = {
-        "method.name": "semibaseline",
-        "train.steps": 2,
-        "data.batch_labelled": 4,
-        "eval.images": 5,
-        "eval.boundary": False,
-        "runtime.out": str(tmp_path_factory.mktemp("runs")),
-        "runtime.progress": False,
-        "runtime.threads": 1,
-    }
-    return fit(override(RunConfig(), changes)).directory
+    return short_run(tmp_path_factory.mktemp("runs"), "semibaseline")
 
 
 def network(vila: bool, encoder: str = "digits_vit") -> Segmenter:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_kit import alive
 from torch import Tensor
 
 from viladiff import draws
@@ -321,18 +322,10 @@ def start(root: Path, script: str, then: str = "") -> tuple[subprocess.Popen[str
     return process, [int(pid) for pid in line.split()]
 
 
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
 def gone(pids: list[int], seconds: float = 20) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not any(map(alive, pids)):
+        if not alive(pids):
             return True
         time.sleep(0.05)
     return False

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from run_kit import short_run
 
 import viladiff
 from viladiff import cli
-from viladiff.config import RunConfig, override
 from viladiff.data import datasets
 from viladiff.data.augment import normalise
 from viladiff.data.images import read_image, read_mask
@@ -23,23 +23,12 @@ from viladiff.export import export_run
 from viladiff.predict import Model, label_files, load_model
 from viladiff.protocols import predict_logits
 from viladiff.report.palette import class_colours
-from viladiff.train import fit
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a short run with two streams."""
-    changes = {
-        "method.name": "viladiff",
-        "train.steps": 2,
-        "data.batch_labelled": 4,
-        "eval.images": 5,
-        "eval.boundary": False,
-        "runtime.out": str(tmp_path_factory.mktemp("runs")),
-        "runtime.progress": False,
-        "runtime.threads": 1,
-    }
-    return fit(override(RunConfig(), changes)).directory
+    return short_run(tmp_path_factory.mktemp("runs"), "viladiff")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_kit import alive
 
 from viladiff.checkpoint import load_file
 from viladiff.config import RunConfig, override
@@ -74,16 +75,6 @@ def same(job: Planned, one: Path, other: Path) -> None:
     assert records[0] and records[1] and records[0].scores == records[1].scores and records[0].miou == records[1].miou
     logs = [(root / job.run_id / "steps.jsonl").read_text() for root in (one, other)]
     assert logs[0] == logs[1] and logs[0].count("\n") == job.steps
-
-
-def alive(pids: list[int]) -> list[int]:
-    def state(pid: int) -> str:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return "X"
-
-    return [pid for pid in pids if state(pid) not in "ZX"]
 
 
 def wait_for(what: Callable[[], Any], seconds: float) -> Any:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from run_kit import alive
 
 from viladiff.ray_judges import judge
 from viladiff.ray_search import run_search
@@ -36,16 +37,6 @@ desk = sweeping.opened(root, runs, wanted, "tpe", judge("asha", len(sweeping.STE
 run_search(desk, sweeping.work)
 print("done", flush=True)
 """
-
-
-def alive(pids: list[int]) -> list[int]:
-    def state(pid: int) -> str:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return "X"
-
-    return [pid for pid in pids if state(pid) not in "ZX"]
 
 
 def test_ray_decides_what_formulas_do_and_records_deaths(sweeping: ModuleType, tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""What tests share that look at processes or at a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from viladiff.config import RunConfig, override
+from viladiff.train import fit
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that still run; one that ended and was not yet asked for its status does not."""
+
+    def state(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "X"
+
+    return [pid for pid in pids if state(pid) not in "ZX"]
+
+
+def short_run(out: Path, method: str) -> Path:
+    """The directory of a run of two steps, scored on five images."""
+    changes = {
+        "method.name": method,
+        "train.steps": 2,
+        "data.batch_labelled": 4,
+        "eval.images": 5,
+        "eval.boundary": False,
+        "runtime.out": str(out),
+        "runtime.progress": False,
+        "runtime.threads": 1,
+    }
+    return fit(override(RunConfig(), changes)).directory
