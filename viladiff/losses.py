@@ -48,6 +48,27 @@ def global_max(values: Tensor) -> Tensor:
     return values
 
 
+def global_gather(values: Tensor) -> Tensor:
+    """All workers' rows, one worker after the other, detached: (n, ...) to (workers * n, ...), n alike everywhere."""
+    values = values.detach().contiguous()
+    if _workers() == 1:
+        return values
+    found = [torch.empty_like(values) for _ in range(_workers())]
+    dist.all_gather(found, values)
+    return torch.cat(found)
+
+
+def mean_over_classes(values: Tensor, classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
+    """Mean, over the classes that have any, of the mean of each class's ``values``, over all workers; 0 without any.
+
+    ``values`` (n,) with a gradient, ``classes`` (n,) int64, ``counted`` (n,) bool.
+    """
+    weight = counted.float()
+    count = global_sum(torch.zeros(num_classes, device=weight.device).index_add_(0, classes, weight))
+    share = weight / count.clamp(min=1)[classes]
+    return (values * share).sum() * _workers() / (count > 0).sum().clamp(min=1)
+
+
 def feature_distillation(
     teacher: Tensor,
     student: Tensor,
