@@ -32,7 +32,8 @@ def preview(cfg: RunConfig) -> dict[str, Any]:
     from viladiff.train import Run
 
     run = Run(cfg)
-    method = METHODS[cfg.method.name](cfg.method, Build(cfg.model, run.dataset.num_classes, run.bank.dim))
+    build = Build(cfg.model, run.dataset.num_classes, run.bank.dim, cfg.data.dataset)
+    method = METHODS[cfg.method.name](cfg.method, build)
     method.check_images(len(run.dataset.unlabelled))
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
@@ -82,7 +83,7 @@ def finished(directory: Path | str, changes: Mapping[str, object] | None = None)
 def empty_method(cfg: RunConfig, num_classes: int, text_dim: int) -> Method:
     """The method with weights that are still to be filled in: nothing pretrained is looked for."""
     plain = override(cfg, {"model.pretrained": "none", "model.weights": None})
-    return METHODS[cfg.method.name](cfg.method, Build(plain.model, num_classes, text_dim))
+    return METHODS[cfg.method.name](cfg.method, Build(plain.model, num_classes, text_dim, cfg.data.dataset))
 
 
 def trained_method(run: Finished) -> Method:

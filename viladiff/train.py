@@ -183,8 +183,10 @@ class Run:
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
         torch.manual_seed(draws.key(cfg.seed, "init"))
-        build = Build(cfg.model, self.dataset.num_classes, self.bank.dim)
+        build = Build(cfg.model, self.dataset.num_classes, self.bank.dim, cfg.data.dataset)
         self.method: Method = METHODS[cfg.method.name](cfg.method, build).to(self.device)
+        for note in self.method.notes() if self.rank == 0 else ():
+            print(f"note: {note}", file=sys.stderr)
         views = self.method.views_wanted()
         self.method.check_images(len(self.dataset.unlabelled))
         if views.text and cfg.data.captions != "none" and not any(self.dataset.captions):

@@ -146,6 +146,10 @@ class Method(nn.Module):
                 f"add images without masks, choose a split with fewer labels{otherwise}"
             )
 
+    def notes(self) -> tuple[str, ...]:
+        """What should be known before training, a sentence each: what the method lacks here and how to give it."""
+        return ()
+
     def headline(self) -> str:
         """The prediction stream whose mIoU is the run's number."""
         return "visual"

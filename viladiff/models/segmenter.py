@@ -175,6 +175,8 @@ class Build:
     model: ModelConfig
     num_classes: int
     text_dim: int
+    dataset: str = ""
+    """Name of the data set, for a method that knows more of its classes than their number."""
 
     def __call__(self, vila: VilaConfig | None = None, drop_path: float | None = None) -> Segmenter:
         """``drop_path`` in place of the configured rate, for a method that is defined by its own."""
