@@ -134,7 +134,7 @@ def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...]]:
     names = tuple(_read_text(folder / CLASSES).removesuffix("\n").split("\n"))
     try:
         cfg = RunConfig(**nest(facts["fields"]))
-        network = empty_method(cfg, len(names), int(facts["text_dim"])).predictor()
+        network = empty_method(cfg, names, int(facts["text_dim"])).predictor()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: describes no model that can be built: {error}") from error
     path = folder / WEIGHTS

@@ -62,6 +62,8 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
     git: dict[str, Any]
     step_log: str = "steps.jsonl"
+    notes: list[str] = []
+    """What the method said before training of what it lacked here, a sentence each."""
     split_name: str = ""
     """Which list of files the labelled images are, and whether it is a published one; empty for embedded data sets."""
     scale: str = ""

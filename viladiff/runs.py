@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,8 +32,7 @@ def preview(cfg: RunConfig) -> dict[str, Any]:
     from viladiff.train import Run
 
     run = Run(cfg)
-    build = Build(cfg.model, run.dataset.num_classes, run.bank.dim, cfg.data.dataset)
-    method = METHODS[cfg.method.name](cfg.method, build)
+    method = METHODS[cfg.method.name](cfg.method, run.build())
     method.check_images(len(run.dataset.unlabelled))
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
@@ -80,10 +79,12 @@ def finished(directory: Path | str, changes: Mapping[str, object] | None = None)
     return Finished(directory.resolve(), record, cfg)
 
 
-def empty_method(cfg: RunConfig, num_classes: int, text_dim: int) -> Method:
+def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> Method:
     """The method with weights that are still to be filled in: nothing pretrained is looked for."""
     plain = override(cfg, {"model.pretrained": "none", "model.weights": None})
-    return METHODS[cfg.method.name](cfg.method, Build(plain.model, num_classes, text_dim, cfg.data.dataset))
+    data, names = cfg.data, tuple(class_names)
+    build = Build(plain.model, len(names), text_dim, data.dataset, names, data.crop)
+    return METHODS[cfg.method.name](cfg.method, build)
 
 
 def trained_method(run: Finished) -> Method:
@@ -93,7 +94,7 @@ def trained_method(run: Finished) -> Method:
     """
     path = run.directory / "checkpoint.pt"
     state: dict[str, Tensor] = load_file(path)["method"]
-    method = empty_method(run.cfg, len(run.record.class_names), text_dim(state))
+    method = empty_method(run.cfg, run.record.class_names, text_dim(state))
     try:
         method.load_state_dict(state)
     except RuntimeError as error:
@@ -102,8 +103,9 @@ def trained_method(run: Finished) -> Method:
 
 
 def text_dim(state: Mapping[str, Tensor]) -> int:
-    """Channels of a word, read off the first layer of ViLa that sees one; 1 where no network reads text."""
-    return next((len(value) for name, value in state.items() if name.endswith("vila.words.0.weight")), 1)
+    """Channels of a word, read off the first layer of ViLa that sees one, or off classes' texts; 1 without either."""
+    ends = ("vila.words.0.weight", "class_texts")
+    return next((value.shape[-1] for name, value in state.items() if name.endswith(ends)), 1)
 
 
 def last_line(error: Exception) -> str:

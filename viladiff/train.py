@@ -33,7 +33,7 @@ from viladiff.optim import lr_factor, param_groups, total_steps
 from viladiff.progress import Progress
 from viladiff.record import RunRecord, load_record, save_record
 from viladiff.study.lease import Lease, LeaseLost, take_or_say
-from viladiff.text.bank import load_text
+from viladiff.text.bank import load_text, text_vectors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,8 +183,7 @@ class Run:
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
         torch.manual_seed(draws.key(cfg.seed, "init"))
-        build = Build(cfg.model, self.dataset.num_classes, self.bank.dim, cfg.data.dataset)
-        self.method: Method = METHODS[cfg.method.name](cfg.method, build).to(self.device)
+        self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
         for note in self.method.notes() if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
         views = self.method.views_wanted()
@@ -216,6 +215,12 @@ class Run:
         self.log = StepLog(self.directory / "steps.jsonl")
         self.history: list[dict[str, Any]] = []
         self.step, self.train_seconds = 0, 0.0
+
+    def build(self) -> Build:
+        """What the method makes its networks of."""
+        cfg, data = self.cfg, self.dataset
+        texts = text_vectors(data, cfg.data.text_encoder)
+        return Build(cfg.model, data.num_classes, self.bank.dim, data.name, data.class_names, cfg.data.crop, texts)
 
     def _restore(self) -> None:
         state = load(self.directory / "checkpoint.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -177,6 +178,11 @@ class Build:
     text_dim: int
     dataset: str = ""
     """Name of the data set, for a method that knows more of its classes than their number."""
+    class_names: tuple[str, ...] = ()
+    crop: int = 0
+    """Side of a training crop in pixels."""
+    texts: Callable[[Sequence[str]], Tensor] | None = None
+    """Texts to their vectors (n, D) by the run's text encoder; none where a checkpoint brings what was made of them."""
 
     def __call__(self, vila: VilaConfig | None = None, drop_path: float | None = None) -> Segmenter:
         """``drop_path`` in place of the configured rate, for a method that is defined by its own."""

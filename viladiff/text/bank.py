@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,20 @@ def load_text(dataset: Dataset, encoder: str = "words", variant: Control = "own"
         for part, texts in (("train", dataset.captions), ("val", dataset.val_captions))
     )
     return train, val
+
+
+def text_vectors(dataset: Dataset, encoder: str = "words") -> Callable[[Sequence[str]], torch.Tensor]:
+    """Texts to their pooled vectors (n, D) float32; the encoder is that of the captions and is made when it is asked.
+
+    Where no image has a caption, an encoder that learns does so from the texts asked for. A text of which no word is
+    known has a vector of 0. Raises ValueError as ``build_encoder``.
+    """
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        learned = build_encoder(encoder, dataset.captions if any(dataset.captions) else [(text,) for text in texts])
+        return torch.from_numpy(learned.encode(texts)[2].astype(np.float32))
+
+    return encode
 
 
 def silent(images: int) -> Bank:
