@@ -61,7 +61,7 @@ def ours(network: Shallow, image: Tensor, stride: int) -> Iterator[Tensor]:
 
 
 def measured(side: str, stride: int) -> None:
-    """What a fresh process prints: bytes by which the peak grew, and a sum that both sides must agree on."""
+    """What a fresh process prints: bytes by which the peak grew, and a sum of labels that both sides must agree on."""
     torch.manual_seed(0)
     network, image = Shallow().eval(), torch.rand(1, 3, *SIZE)
     with torch.inference_mode():
@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"stride {stride}, {windows} windows: {found[stride]['bytes'] / 2**20:.0f} MiB over the network itself")
     rival = in_fresh_process("kept", STRIDES[0])
     print(f"stride {STRIDES[0]}, all windows kept: {rival['bytes'] / 2**20:.0f} MiB")
-    if rival["sum"] != found[STRIDES[0]]["sum"]:
+    # The order of additions differs, so that a pixel on a tie may fall to either class.
+    if abs(rival["sum"] - found[STRIDES[0]]["sum"]) > 1e-4 * SIZE[0] * SIZE[1]:
         raise SystemExit("the two sides see different classes")
     ratio = found[STRIDES[-1]]["bytes"] / found[STRIDES[0]]["bytes"]
     print(f"ratio of the most windows to the fewest {ratio:.3f} (aim: at most 1.05)")
