@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,21 @@ def global_gather(values: Tensor) -> Tensor:
     found = [torch.empty_like(values) for _ in range(_workers())]
     dist.all_gather(found, values)
     return torch.cat(found)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return global_gather(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return global_sum(grads[0].contiguous()).chunk(_workers())[dist.get_rank()]
+
+
+def trained_gather(values: Tensor) -> Tensor:
+    """``global_gather`` with a gradient: what all workers' losses say of this worker's rows comes back to them."""
+    return values if _workers() == 1 else _Gathered.apply(values)  # type: ignore[no-untyped-call]
 
 
 def mean_over_classes(values: Tensor, classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:

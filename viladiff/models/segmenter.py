@@ -184,11 +184,19 @@ class Build:
     texts: Callable[[Sequence[str]], Tensor] | None = None
     """Texts to their vectors (n, D) by the run's text encoder; none where a checkpoint brings what was made of them."""
 
-    def __call__(self, vila: VilaConfig | None = None, drop_path: float | None = None) -> Segmenter:
-        """``drop_path`` in place of the configured rate, for a method that is defined by its own."""
+    def __call__(
+        self,
+        vila: VilaConfig | None = None,
+        drop_path: float | None = None,
+        kind: Callable[[Encoder, int, int], Segmenter] = Segmenter,
+    ) -> Segmenter:
+        """``drop_path`` in place of the configured rate, for a method that is defined by its own.
+
+        ``kind`` makes the network from encoder, width of the decoder and number of classes, for one with other parts.
+        """
         rate = self.model.drop_path if drop_path is None else drop_path
         encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, rate)
-        network = Segmenter(encoder, self.model.decoder_width, self.num_classes)
+        network = kind(encoder, self.model.decoder_width, self.num_classes)
         if vila is not None:
             # Made after the rest, so that the shared part starts from the same weights with and without it.
             network.vila = ViLa(encoder.channels[-1], self.text_dim, vila)
