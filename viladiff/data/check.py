@@ -21,7 +21,7 @@ import numpy as np
 
 from viladiff.data.files import FOLDER, VOC, FileList, Tree, scan
 from viladiff.data.folder import Classes, Found, describe_lists, read_classes, read_lists
-from viladiff.data.images import Colours, image_size, label_counts, open_image, read_image, read_mask, upright_size
+from viladiff.data.images import Coding, image_size, label_counts, open_image, read_image, read_mask, upright_size
 from viladiff.data.lists import LABELLED
 from viladiff.data.voc import CLASS_NAMES, voc_root
 from viladiff.labels import IGNORE
@@ -137,7 +137,7 @@ def look_at_all(
     tree: Tree, classes: Classes, processes: int | None, advance: Advance = lambda done, of: None
 ) -> dict[str, Seen]:
     """``look`` at every image, by id. ValueError where a process dies."""
-    jobs = [(path, tree.masks.get(name), len(classes.names), classes.colours) for name, path in tree.images.items()]
+    jobs = [(path, tree.masks.get(name), len(classes.names), classes.coding) for name, path in tree.images.items()]
     chunks = [jobs[start : start + 16] for start in range(0, len(jobs), 16)]
     found: list[Seen] = []
     with mapped(processes, len(chunks)) as run:
@@ -184,11 +184,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, Colours | None]]) -> list[Seen]:
+def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, Coding | None]]) -> list[Seen]:
     return [look(*job) for job in jobs]
 
 
-def look(image: Path, mask: Path | None, num_classes: int, colours: Colours | None) -> Seen:
+def look(image: Path, mask: Path | None, num_classes: int, coding: Coding | None) -> Seen:
     """Decodes an image and its mask and compares them."""
     faults = []
     size: tuple[int, int] | None = None
@@ -199,7 +199,7 @@ def look(image: Path, mask: Path | None, num_classes: int, colours: Colours | No
         faults.append(Fault("error", str(image), _reason(image, error)))
     if mask is not None:
         try:
-            labels = read_mask(mask, num_classes, colours)
+            labels = read_mask(mask, num_classes, coding)
         except ValueError as error:
             faults.append(Fault("error", str(mask), _reason(mask, error)))
         else:
@@ -353,7 +353,7 @@ def _tail(path: Path) -> bytes:
 def _odd_mask(path: Path, size: tuple[int, int] | None, dataset: Dataset) -> tuple[np.ndarray, list[str]]:
     masks = dataset.masks
     try:
-        labels = read_mask(path, dataset.num_classes, getattr(masks, "colours", None))
+        labels = read_mask(path, dataset.num_classes, getattr(masks, "coding", None))
     except ValueError as error:
         return np.zeros(256, np.int64), [str(error)]
     return label_counts(labels), [f"{path}: {text}" for text in _mismatch(size, labels.shape)]

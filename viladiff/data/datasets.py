@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -196,7 +196,7 @@ def _of_files(asked: Request, found: Found) -> Dataset:
         found = found._replace(lists=resample(found.lists, found.tree.masks, asked.split_seed))
         drawn = f", drawn with data.split_seed = {asked.split_seed}"
     split_name, notes = describe_lists(asked.name, found)
-    lists, (names, colours) = found.lists, found.classes
+    lists, (names, coding) = found.lists, found.classes
     files = found.tree.files((*lists.labelled, *lists.unlabelled))
     val = found.tree.files(lists.val)
     labelled = np.arange(len(lists.labelled))
@@ -205,9 +205,9 @@ def _of_files(asked: Request, found: Found) -> Dataset:
         num_classes=len(names),
         class_names=names,
         images=FileImages(files.paths),
-        masks=FileMasks(files.masks, len(names), colours),
+        masks=FileMasks(files.masks, len(names), coding),
         val_images=FileImages(val.paths),
-        val_masks=FileMasks(val.masks, len(names), colours),
+        val_masks=FileMasks(val.masks, len(names), coding),
         labelled=labelled,
         unlabelled=np.arange(len(labelled), len(files)),
         captions=((),) * len(files),
@@ -225,10 +225,10 @@ def _of_files(asked: Request, found: Found) -> Dataset:
 def files_fingerprint(name: str, found: Found) -> str:
     """Names lists, classes and each file's name and bytes (not its pixels); masks of unlabelled images are left out,
     so that it is the same whether they exist or not."""
-    lists, (names, colours) = found.lists, found.classes
+    lists, (names, coding) = found.lists, found.classes
     images = [[(one, found.tree.images[one].stat().st_size) for one in part] for part in lists]
     masks = [[found.tree.masks[one].stat().st_size for one in part] for part in (lists.labelled, lists.val)]
-    palette = colours and (colours.rgb, colours.labels)
+    palette = coding and astuple(coding)[:2]
     return fingerprint("files", name, images, masks, names, palette)
 
 

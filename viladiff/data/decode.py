@@ -19,13 +19,14 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from viladiff.data.geometry import Range, Window, crop_image, crop_mask, window
-from viladiff.data.images import Colours, read_image, read_mask
+from viladiff.data.images import Coding, Colours, Numbers, read_image, read_mask
 
 ROOT = Path(__file__).resolve().parents[2]
 """The directory that a fresh interpreter finds this package in."""
@@ -38,8 +39,8 @@ class Recipe(NamedTuple):
     scale: Range
     hflip: float
     num_classes: int
-    colours: Colours | None
-    """Which class each colour of a mask is, where colours count."""
+    coding: Coding | None
+    """What the pixels of a mask stand for, where they are not class ids."""
 
 
 class Sample(NamedTuple):
@@ -73,7 +74,7 @@ def decode(sample: Sample, recipe: Recipe, image: np.ndarray, mask: np.ndarray) 
     to: Window = window((height, width), recipe.crop, recipe.scale, recipe.hflip, sample.draws)
     crop_image(pixels, to, image)
     if sample.mask is not None:
-        labels = read_mask(sample.mask, recipe.num_classes, recipe.colours)
+        labels = read_mask(sample.mask, recipe.num_classes, recipe.coding)
         if labels.shape != (height, width):
             sizes = f"{labels.shape[0]} x {labels.shape[1]} pixels, but {sample.image} has {height} x {width}"
             raise ValueError(f"{sample.mask}: {sizes}; an image and its mask must have one size")
@@ -201,7 +202,8 @@ def _start(memory: int, size: int, recipe: Recipe) -> subprocess.Popen[bytes]:
         start_new_session=True,  # a terminal's Ctrl-C is for the run, which ends these itself
     )
     with suppress(OSError):  # one that dies at once is noticed by whoever asks it
-        _write(process, [*recipe[:4], recipe.colours and [recipe.colours.rgb, recipe.colours.labels]])
+        coding = recipe.coding
+        _write(process, [*recipe[:4], coding and [isinstance(coding, Colours), *astuple(coding)]])
     return process
 
 
@@ -224,10 +226,10 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main(memory: int, size: int) -> None:
     """Answers each line of standard input until there are no more."""
-    crop, scale, hflip, num_classes, colours = json.loads(sys.stdin.buffer.readline())
-    if colours is not None:
-        colours = Colours(tuple(map(tuple, colours[0])), tuple(colours[1]))
-    recipe = Recipe(crop, tuple(scale), hflip, num_classes, colours)
+    crop, scale, hflip, num_classes, coding = _tupled(json.loads(sys.stdin.buffer.readline()))
+    if coding is not None:
+        coding = (Colours if coding[0] else Numbers)(*coding[1:])
+    recipe = Recipe(crop, scale, hflip, num_classes, coding)
     images, masks = _arrays(mmap.mmap(memory, size), crop)
     for line in sys.stdin.buffer:
         place, image, mask, draws = json.loads(line)
@@ -237,6 +239,11 @@ def main(memory: int, size: int) -> None:
             answer = str(error)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
+
+
+def _tupled(value: Any) -> Any:
+    """Lists, which JSON knows, as tuples, at any depth."""
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -14,14 +15,36 @@ from viladiff.fields import nearest
 
 
 class Layout(NamedTuple):
-    """Folders below a root; an image and its mask have the same relative name apart from the suffix."""
+    """Folders below a root, and how an image's id is found in a file's name.
 
+    With one folder of images an id is the name relative to it, without suffix, and masks have the same. Where the
+    validation images have a folder of their own, an id is the bare name without folders and endings.
+    """
+
+    dataset: str
+    """What ``data.dataset`` calls it."""
     images: str
+    """Of those to train on, where others are apart."""
     masks: str
+    val_images: str = ""
+    val_masks: str = ""
+    image_end: str = ""
+    """What stands behind the id in an image's name, before the suffix; other files are no images."""
+    mask_end: str = ""
+
+    def image_id(self, text: str) -> str:
+        """The id in a relative path of an image, as files and lists have it."""
+        if not self.val_images:
+            return image_id(text)
+        return PurePosixPath(image_id(text)).name.removesuffix(self.image_end)
+
+    def mask_name(self, name: str) -> str:
+        """The mask of an image, below the folder of masks."""
+        return f"{name}{self.mask_end}.png"
 
 
-FOLDER = Layout("images", "masks")
-VOC = Layout("JPEGImages", "SegmentationClass")
+FOLDER = Layout("folder", "images", "masks")
+VOC = Layout("voc", "JPEGImages", "SegmentationClass")
 
 
 @dataclass(frozen=True)
@@ -45,11 +68,17 @@ class Tree(NamedTuple):
     layout: Layout
     images: dict[str, Path]
     masks: dict[str, Path]
+    apart: frozenset[str] = frozenset()
+    """Images that are for validation alone, where the layout says which."""
+
+    def pool(self) -> list[str]:
+        """Images that may be trained on."""
+        return [name for name in self.images if name not in self.apart]
 
     def files(self, ids: Sequence[str]) -> FileList:
         """The images of these ids, with the place of each mask, whether it exists or not."""
         folder = self.root / self.layout.masks
-        masks = tuple(self.masks.get(name) or folder / f"{name}.png" for name in ids)
+        masks = tuple(self.masks.get(name) or folder / self.layout.mask_name(name) for name in ids)
         return FileList(tuple(ids), tuple(self.images[name] for name in ids), masks)
 
 
@@ -60,14 +89,22 @@ def scan(root: Path | str, layout: Layout) -> Tree:
     if not top.is_dir():
         raise ValueError(f"{top}: there is no such directory; set runtime.data_root to the one that holds the data")
     top = Path(os.path.realpath(top))
-    if not (top / layout.images).is_dir():
+    parts = [_images(top, layout, folder) for folder in (layout.images, layout.val_images) if folder]
+    folders = dict.fromkeys(folder for folder in (layout.masks, layout.val_masks) if (top / folder).is_dir() and folder)
+    masks = (_by_id(top, layout, folder, layout.mask_end, (".png",)).items() for folder in folders)
+    images = (part.items() for part in parts)
+    return Tree(top, layout, _unique(chain(*images)), _unique(chain(*masks)), frozenset(*parts[1:]))
+
+
+def _images(top: Path, layout: Layout, folder: str) -> dict[str, Path]:
+    if not (top / folder).is_dir():
         there = [entry.name for entry in os.scandir(top) if entry.is_dir()]
-        raise ValueError(f"{top}: has no folder {layout.images!r} of images{nearest(layout.images, there)}")
-    images = _by_id(top, layout.images, SUFFIXES)
-    if not images:
-        raise ValueError(f"{top / layout.images}: holds no image ({', '.join(SUFFIXES)})")
-    masks = _by_id(top, layout.masks, (".png",)) if (top / layout.masks).is_dir() else {}
-    return Tree(top, layout, images, masks)
+        raise ValueError(f"{top}: has no folder {folder!r} of images{nearest(folder, there)}")
+    found = _by_id(top, layout, folder, layout.image_end, SUFFIXES)
+    if not found:
+        named = f" whose name ends in {layout.image_end!r}" if layout.image_end else ""
+        raise ValueError(f"{top / folder}: holds no image{named} ({', '.join(SUFFIXES)})")
+    return found
 
 
 def image_id(text: str) -> str:
@@ -76,16 +113,22 @@ def image_id(text: str) -> str:
     return unicodedata.normalize("NFC", str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else str(path))
 
 
-def _by_id(root: Path, folder: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _by_id(root: Path, layout: Layout, folder: str, end: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files of one folder whose names end so; in a folder that keeps validation images apart, by bare name."""
     top = root / folder
     inside(root, top)
+    found = (path for path in _walk(root, top) if path.suffix.lower() in suffixes and path.stem.endswith(end))
+    names = ((path.name if layout.val_images else path.relative_to(top).as_posix(), path) for path in found)
+    return _unique((image_id(name).removesuffix(end), path) for name, path in names)
+
+
+def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """In order of id. ValueError where two have the same."""
     found: dict[str, Path] = {}
-    for path in _walk(root, top):
-        if path.suffix.lower() in suffixes:
-            name = image_id(path.relative_to(top).as_posix())
-            if name in found:
-                raise ValueError(f"{path} and {found[name]}: two files for one image, {name!r}; remove or rename one")
-            found[name] = path
+    for name, path in named:
+        if name in found:
+            raise ValueError(f"{path} and {found[name]}: two files for one image, {name!r}; remove or rename one")
+        found[name] = path
     return dict(sorted(found.items()))
 
 

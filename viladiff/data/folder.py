@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.data.files import FOLDER, Tree, scan
-from viladiff.data.images import Colours
+from viladiff.data.images import Coding, Colours
 from viladiff.data.lists import (
     LABELLED,
     UNLABELLED,
@@ -27,10 +27,10 @@ IGNORED = ("ignore", "void", "unlabelled", "unlabeled")
 
 
 class Classes(NamedTuple):
-    """Names of the classes by id, and the colours of masks where colours count."""
+    """Names of the classes by id, and what the pixels of masks stand for where they are not class ids."""
 
     names: tuple[str, ...]
-    colours: Colours | None
+    coding: Coding | None
 
 
 class Found(NamedTuple):
@@ -40,7 +40,9 @@ class Found(NamedTuple):
     classes: Classes
     lists: Lists
     sources: tuple[Path | None, ...]
-    """The file of each list; none for unlabelled images that are simply all others."""
+    """The file of each list; none for unlabelled images that are simply all others, and for all of a folder."""
+    notes: tuple[str, ...] = ()
+    """What the reader took otherwise than one might think, a sentence each."""
 
 
 def open_folder(root: Path | str, split: str, split_dir: Path | str | None = None) -> Found:
@@ -69,7 +71,8 @@ def read_lists(
 ) -> tuple[Lists, tuple[Path | None, ...]]:
     """The lists of a split under the first of its ``names`` that there is. ValueError where one cannot be used.
 
-    Unlabelled images that no list names are all others; with ``masked``, all others that have a mask.
+    Unlabelled images that no list names are all others; with ``masked``, all others that have a mask. Where a layout
+    keeps validation images apart, those are never among them, and are all validated on if no list says which.
     """
     for name in names:
         if not name or ".." in Path(name).parts or Path(name).is_absolute():
@@ -83,17 +86,22 @@ def read_lists(
             f"{nearest(names[0], there)}"
         )
     val = find_list(directory, VALIDATION, names)
-    if val is None:
+    if val is None and not tree.apart:
         raise ValueError(f"{directory}: has no val.txt, the list of validation images; `viladiff data split` makes one")
-    first, last = (read_list(path, tree.layout, tree.images) for path in (labelled, val))
+    pool = dict.fromkeys(tree.pool())
+    first = read_list(labelled, tree.layout, pool)
+    if val is None:
+        last = tuple(sorted(tree.apart))
+    else:
+        last = read_list(val, tree.layout, tree.apart or tree.images, tree.layout.val_images)
     rest = find_list(directory, UNLABELLED, names)
     if rest is not None:
-        others = read_list(rest, tree.layout, tree.images)
+        others = read_list(rest, tree.layout, pool)
     else:
         taken = {*first, *last}
-        others = tuple(name for name in tree.images if name not in taken and (name in tree.masks or not masked))
+        others = tuple(name for name in pool if name not in taken and (name in tree.masks or not masked))
     lists, sources = Lists(first, others, last), (labelled, rest, val)
-    check_disjoint(lists, [str(path) for path in sources])
+    check_disjoint(lists, [str(path or tree.root / tree.layout.val_images) for path in sources])
     _check_masks(tree, lists, sources)
     return lists, sources
 
@@ -107,7 +115,8 @@ def describe_lists(dataset: str, found: Found) -> tuple[str, tuple[str, ...]]:
         return name, tuple(almost(dataset, size))
     notes = look_alikes(labelled)
     if val is None or (val.dataset, val.family) != (labelled.dataset, "val"):
-        here = f"{found.sources[2]}: {len(found.lists.val)} images"
+        where = found.sources[2] or found.tree.root / found.tree.layout.val_images
+        here = f"{where}: {len(found.lists.val)} images"
         notes.append(f"{here}, which are not the validation list of {labelled.dataset}; published scores are of that")
     return str(labelled), tuple(notes)
 
@@ -117,9 +126,27 @@ def _check_masks(tree: Tree, lists: Lists, sources: tuple[Path | None, ...]) -> 
         missing = [name for name in ids if name not in tree.masks]
         if missing:
             raise ValueError(
-                f"{source}: {len(missing)} of {len(ids)} images have no mask, first {missing[0]!r}: "
-                f"there is no {tree.root / tree.layout.masks / missing[0]}.png"
+                f"{source or tree.layout.val_images}: {len(missing)} of {len(ids)} images have no mask, first "
+                f"{missing[0]!r}: there is no {tree.layout.mask_name(missing[0])} below {tree.root / tree.layout.masks}"
             )
+
+
+def refuse_other(lists: Lists, source: Path | None, family: str, split: str, dataset: str) -> None:
+    """ValueError where the labelled images are a published list, but not the one of this data set, split and family.
+
+    family: empty where the data set has no such field, and any will do.
+    """
+    known = recognise(lists.labelled)
+    if known is None:
+        return
+    families = (family or known.family, "pseudoseg")
+    if (known.dataset, known.split) == (dataset, split) and known.family in families:
+        return
+    asked = f"data.split_family = {family!r} and " if family else ""
+    raise ValueError(
+        f"{source}: is the list {known}, but {asked}data.split = {split!r}; "
+        "set them to what the list is, or data.split_dir to where the other lists are"
+    )
 
 
 def read_classes(root: Path) -> Classes:

@@ -77,6 +77,36 @@ class Colours:
         return labels[places]
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Which class each number of a mask stands for, where not every number is allowed or it is not the class itself."""
+
+    numbers: tuple[int, ...]
+    """From 0 to 255."""
+    labels: tuple[int, ...]
+    """As many: 0 ... C - 1, or 255 for a number that is ignored."""
+    hint: str
+    """What it tells of a file that it holds another number."""
+
+    def labels_of(self, ids: np.ndarray) -> np.ndarray:
+        """(h, w) uint8 from (h, w) integers; raises ValueError that names numbers which are not allowed."""
+        found = np.flatnonzero(label_counts(ids)) if ids.dtype == np.uint8 else np.unique(ids)
+        wrong = sorted(set(found.tolist()) - set(self.numbers))
+        if wrong:
+            raise ValueError(f"{np.isin(ids, wrong).sum()} pixels hold {_some(wrong)}; {self.hint}")
+        table = np.zeros(256, np.uint8)
+        table[list(self.numbers)] = self.labels
+        return table[ids]
+
+
+Coding = Colours | Numbers
+"""How the pixels of a mask say their class, where they are not class ids with 255 for what is ignored."""
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
+
+
 def _codes(rgb: np.ndarray) -> np.ndarray:
     wide = rgb.astype(np.uint32)
     return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
@@ -143,29 +173,29 @@ def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def read_mask(path: Path | str, num_classes: int, colours: Colours | None = None) -> np.ndarray:
+def read_mask(path: Path | str, num_classes: int, coding: Coding | None = None) -> np.ndarray:
     """(h, w) uint8 of class ids and 255, upright by its EXIF orientation.
 
-    Without ``colours`` a pixel is a class id: the index of a palette image, the value of a grey one (8 or 16 bits), or
-    the value common to all channels of an RGB one. With ``colours`` it is the colour that counts, whatever the file's
-    mode.
+    A pixel is a number: the index of a palette image, the value of a grey one (8 or 16 bits), or the value common to
+    all channels of an RGB one. It is the class id, unless ``coding`` says what it stands for. Where that is of colours,
+    the colour counts, whatever the file's mode.
     """
     with open_image(path) as image:
         turn = _UPRIGHT.get(orientation(image))
         image.load()
         upright = image if turn is None else image.transpose(turn)
-        if colours is not None:
-            return colours.labels_of(np.asarray(upright.convert("RGB")))
+        if isinstance(coding, Colours):
+            return coding.labels_of(np.asarray(upright.convert("RGB")))
         ids = _indices(upright)
+        if coding is not None:
+            return coding.labels_of(ids)
         wrong = ids >= num_classes
         wrong &= ids != IGNORE
         if ids.dtype.kind == "i":
             wrong |= ids < 0
         if wrong.any():
-            found = np.unique(ids[wrong]).tolist()
-            shown = ", ".join(map(str, found[:5])) + (" ..." if len(found) > 5 else "")
             raise ValueError(
-                f"{np.count_nonzero(wrong)} pixels are of no class ({shown}); "
+                f"{np.count_nonzero(wrong)} pixels are of no class ({_some(np.unique(ids[wrong]).tolist())}); "
                 f"allowed: 0 ... {num_classes - 1}, and {IGNORE} for what is ignored"
             )
         return ids.astype(np.uint8)
@@ -206,11 +236,11 @@ class FileImages(Sequence[np.ndarray]):
 class FileMasks(Sequence[np.ndarray]):
     """Masks of such images, each (h, w) uint8, opened when asked for."""
 
-    def __init__(self, paths: Sequence[Path], num_classes: int, colours: Colours | None) -> None:
-        self.paths, self.num_classes, self.colours = tuple(paths), num_classes, colours
+    def __init__(self, paths: Sequence[Path], num_classes: int, coding: Coding | None) -> None:
+        self.paths, self.num_classes, self.coding = tuple(paths), num_classes, coding
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
-        return read_mask(self.paths[index], self.num_classes, self.colours)
+        return read_mask(self.paths[index], self.num_classes, self.coding)

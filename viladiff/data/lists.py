@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from viladiff.data.files import Layout, image_id
+from viladiff.data.files import Layout
 from viladiff.fields import nearest
 
 LABELLED = ("{}/labelled.txt", "{}/labeled.txt", "{}.txt")
@@ -31,14 +31,17 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_list(path: Path, layout: Layout, known: Collection[str]) -> tuple[str, ...]:
-    """Ids of a list's images, in order. Raises ValueError that names file and line for an image that is not there, for
-    one that is listed twice, for a name that climbs out, and for an empty list."""
+def read_list(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> tuple[str, ...]:
+    """Ids of a list's images, in order; ``known``: those of ``folder``, or of the layout's one folder.
+
+    Raises ValueError that names file and line for an image that is not there, for one that is listed twice, for a name
+    that climbs out, and for an empty list.
+    """
     places: dict[str, int] = {}
     for number, line in enumerate(read_lines(path), 1):
         found = next((name for name in candidates(line, layout) if name in known), None)
         if found is None:
-            raise ValueError(f"{path}, line {number}: {_unknown(line, layout, known)}")
+            raise ValueError(f"{path}, line {number}: {_unknown(line, layout, known, folder or layout.images)}")
         if found in places:
             raise ValueError(f"{path}, line {number}: {found!r} is listed before, as line {places[found]}")
         places[found] = number
@@ -48,20 +51,26 @@ def read_list(path: Path, layout: Layout, known: Collection[str]) -> tuple[str, 
 
 
 def candidates(line: str, layout: Layout) -> Iterator[str]:
-    """Ids that a line may mean, most of the line first: names may hold spaces, and a mask's name may follow."""
+    """Ids that a line may mean, most of the line first: names may hold spaces, and a mask's name may follow.
+
+    Where ids are bare names, which hold no spaces, the first word says it all.
+    """
+    if layout.val_images:
+        yield layout.image_id(line.split()[0])
+        return
     words = line.split("\t")[0]
     while words:
         path = PurePosixPath(words.lstrip("/"))
         parts = path.parts[1:] if path.parts[:1] == (layout.images,) else path.parts
-        yield image_id("/".join(parts))
+        yield layout.image_id("/".join(parts))
         words = words.rpartition(" ")[0].rstrip()
 
 
-def _unknown(line: str, layout: Layout, known: Collection[str]) -> str:
+def _unknown(line: str, layout: Layout, known: Collection[str], folder: str) -> str:
     if ".." in PurePosixPath(line.split()[0]).parts:
-        return f"{line!r} climbs out of the folder; names are relative to {layout.images!r}"
+        return f"{line!r} climbs out of the folder; names are relative to {folder!r}"
     first = next(candidates(line, layout))
-    return f"{line!r} is not an image of {layout.images!r}{nearest(first, known)}"
+    return f"{line!r} is not an image of {folder!r}{nearest(first, known)}"
 
 
 def find_list(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> Path | None:

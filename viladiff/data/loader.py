@@ -165,7 +165,7 @@ class Loader:
     def _recipe(self) -> Recipe:
         data, masks = self.cfg.data, self.dataset.masks
         assert isinstance(masks, FileMasks)
-        return Recipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.colours)
+        return Recipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.coding)
 
     def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:
         return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.colour else weak)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from viladiff.data.files import VOC, scan
-from viladiff.data.folder import Classes, Found, read_lists, split_directory
-from viladiff.data.published import recognise
+from viladiff.data.folder import Classes, Found, read_lists, refuse_other, split_directory
 
 CLASS_NAMES = (
     "background",
@@ -46,12 +45,7 @@ def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path |
     """
     tree = scan(voc_root(root), VOC)
     lists, sources = read_lists(tree, split_directory(tree, split_dir), list_names(split, family), masked=True)
-    found = recognise(lists.labelled)
-    if found is not None and (found.family, found.split) not in ((family, split), ("pseudoseg", split)):
-        raise ValueError(
-            f"{sources[0]}: is the list {found}, but data.split_family = {family!r} and data.split = {split!r}; "
-            "set them to what the list is, or data.split_dir to where the other lists are"
-        )
+    refuse_other(lists, sources[0], family, split, "voc")
     return Found(tree, Classes(CLASS_NAMES, None), lists, sources)
 
 

@@ -63,7 +63,7 @@ def draw_mosaic(report: Report) -> np.ndarray | None:
 def _tile(report: Report, name: str) -> np.ndarray:
     classes = report.classes
     image = read_image(report.tree.images[name])
-    mask = read_mask(report.tree.masks[name], len(classes.names), classes.colours)
+    mask = read_mask(report.tree.masks[name], len(classes.names), classes.coding)
     factor = SIDE / max(mask.shape)
     size = (max(1, round(mask.shape[1] * factor)), max(1, round(mask.shape[0] * factor)))
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
