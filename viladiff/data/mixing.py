@@ -1,4 +1,4 @@
-"""Pictures made of two neighbours of a batch: CutMix in the four published forms, and ClassMix.
+"""Pictures made of two neighbours of a batch: CutMix in the four published forms, and ClassMix; and CutOut's squares.
 
 What is pasted is either a ``CutMix`` (one box an image, also on coarser maps) or a mask of any shape. Boxes are drawn
 on the host, each from its own generator, so that an image is mixed alike in any batch, on any number of workers.
@@ -88,6 +88,16 @@ def beta_boxes(draws: Sequence[np.random.Generator], size: int, concentration: f
         edges = (row - low, column - low, row + high, column + high)
         boxes.append(tuple(min(max(edge, 0), size) for edge in edges))
     return torch.tensor(boxes, dtype=torch.int64).view(-1, 4)
+
+
+def square_boxes(draws: Sequence[np.random.Generator], size: int, share: float) -> Tensor:
+    """One square per generator, its side ``share`` of the crop's: (n, 4) int64 as above, uniform within the crop.
+
+    CutOut's form, with whole pixels; a share of 0 gives no box.
+    """
+    side = round(share * size)
+    corners = [rng.integers(size - side + 1, size=2) for rng in draws] if side else [np.zeros(2, int)] * len(draws)
+    return torch.tensor([[*corner, *(corner + side)] for corner in corners], dtype=torch.int64).view(-1, 4)
 
 
 def parity_boxes(

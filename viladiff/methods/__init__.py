@@ -7,6 +7,8 @@ from viladiff.methods.corrmatch import CorrMatch
 from viladiff.methods.cps import Cps
 from viladiff.methods.daw import Daw
 from viladiff.methods.fixmatch import FixMatch
+from viladiff.methods.logicdiag import LogicDiag
+from viladiff.methods.pseudoseg import PseudoSeg
 from viladiff.methods.psmt import PsMt
 from viladiff.methods.semibaseline import SemiBaseline
 from viladiff.methods.supervised import Supervised
@@ -27,6 +29,8 @@ METHODS: dict[str, type[Method]] = {
     "psmt": PsMt,
     "corrmatch": CorrMatch,
     "swith": Swith,
+    "pseudoseg": PseudoSeg,
+    "logicdiag": LogicDiag,
 }
 
 PLANNED = (

@@ -1,0 +1,136 @@
+"""LogicDiag (reimpl.): pseudo-labels revised where they contradict a hierarchy of classes (Liang et al., ICCV 2023).
+
+No code of the authors is public. This is a reconstruction from the abstract and the introduction, and is named so
+wherever it appears: the rules, their fuzzy truth, diagnoses weighed by confidence and conflict, and that there is no
+threshold, are the paper's; the rest is ours. L = 1/2 (L_x + L_u) in the loop of ``fixmatch``: a moving-average teacher
+labels the weak view, the labels are revised, the student learns them on the strong view with CutMix.
+
+Ours are: a second classifier, for groups of classes, on what the first one reads; both losses are the binary
+cross-entropy of a label's path (``models.hierarchy``), a mean over classes and groups, so that labelled and unlabelled
+pixels have one scale. All C consistent states are weighed, where a search for small diagnoses would leave pixels
+unresolved. Diagnoses are made on the decoder's grid and their scores brought to pixels. The network that is evaluated
+is the segmenter alone: its highest class. A flat softmax cannot contradict itself; the groups' scores are the method,
+and ``method.revise=false`` shows what their rules add. There is no loss on the rules themselves.
+
+Groups are known for the embedded data sets, VOC, Cityscapes and COCO; of other data, ``groups`` says them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.losses import confident_mean, global_mean, labelled_mean
+from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, pasted
+from viladiff.methods.fixmatch import FixMatchTeacherConfig
+from viladiff.models.ema import ema_update, frozen_copy
+from viladiff.models.hierarchy import diagnose, known_groups, node_cross_entropy, parents
+from viladiff.models.segmenter import Build, Classifier, Segmenter, upsample
+
+
+class LogicDiagPseudoConfig(PseudoConfig):
+    threshold: float = Field(0.0, ge=0, le=1)
+    """Least share of a pixel's best path among all paths; the method has none."""
+
+
+class LogicDiagConfig(MethodConfig):
+    """A reconstruction: rules of a hierarchy of classes revise the teacher's labels."""
+
+    name: Literal["logicdiag"] = "logicdiag"
+    cutmix: bool = True
+    revise: bool = True
+    """Off takes the class of highest score, so that groups are learned and used for nothing."""
+    doubt: float = Field(1.0, ge=0)
+    """Weight of the conflict that a changed node is in (γ, ours); 0 weighs diagnoses by confidence alone."""
+    groups: tuple[str, ...] | None = None
+    """A word for each class in order, equal for classes of one group; none takes those known of the data set."""
+    teacher: FixMatchTeacherConfig = FixMatchTeacherConfig()
+    pseudo: LogicDiagPseudoConfig = LogicDiagPseudoConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+class LogicDiag(MeanTeacher):
+    Config = LogicDiagConfig
+    views = Views(strong=1, cutmix=True)
+    paper = Paper(
+        "Logic-induced Diagnostic Reasoning for Semi-supervised Semantic Segmentation (reimpl.)", "ICCV", 2023
+    )
+    passes = Passes(3, 2)
+    keeps = "teacher, classifier of groups"
+    parent: Tensor
+    """(C,) the group of each class."""
+
+    def __init__(self, cfg: LogicDiagConfig, build: Build) -> None:
+        super().__init__(cfg, build)
+        found = cfg.groups or known_groups(build.dataset, build.num_classes)
+        self.unknown = "" if found else build.dataset or "this data set"
+        names = found or ("any",) * build.num_classes
+        if len(names) != build.num_classes:
+            raise ValueError(
+                f"method.groups = {', '.join(names)!r}: {len(names)} words, must be one for each of the "
+                f"{build.num_classes} classes"
+            )
+        self.register_buffer("parent", parents(names), persistent=False)
+        student = self.student
+        self.groups = Classifier(student.encoder.channels[-1], student.decoder.width, len(set(names)))
+        self.teacher_groups = frozen_copy(self.groups)
+
+    def views_wanted(self) -> Views:
+        return Views(strong=1, cutmix=self.cfg.cutmix)
+
+    def notes(self) -> tuple[str, ...]:
+        if not self.unknown:
+            return ()
+        return (
+            f"method.name = 'logicdiag': no groups of {self.unknown}'s classes are known, so all are one group and "
+            "only the rules between classes are left; set method.groups to a word for each class, in order",
+        )
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        labelled, size = len(batch.image), batch.image.shape[-2:]
+        with torch.no_grad():
+            z = _nodes(self.teacher, self.teacher_groups, batch.weak[0])
+            before, after = (upsample(x, size) for x in self._stages(z))
+            confidence, labels = after.softmax(1).max(1)
+            revised = (labels != before.argmax(1)).float()
+            accepted = (confidence >= self.cfg.pseudo.threshold).float()
+            changed = global_mean((revised * batch.valid).sum(), batch.valid.sum())
+        strong, labels, accepted, valid = pasted(batch, 0, batch.strong[0], labels, accepted, batch.valid)
+
+        logits = upsample(_nodes(self.student, self.groups, torch.cat([batch.image, strong])), size)
+        maps = node_cross_entropy(logits, torch.cat([batch.target, labels]), self.parent)
+        sup = labelled_mean(maps[:labelled], batch.target)
+        pseudo = confident_mean(maps[labelled:], accepted, valid)
+        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage, "revised": changed}
+        return Losses((sup + self.cfg.pseudo.weight * pseudo) / 2, terms)
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        ema_update(self.teacher_groups, self.groups, step.index, self.cfg.teacher.momentum)
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        """The teacher's classes before revision, and the shares of their paths after it."""
+        stages = self._stages(_nodes(self.teacher, self.teacher_groups, images))
+        before, after = (upsample(x, images.shape[-2:]) for x in stages)
+        scores = before.sigmoid()
+        return {"before": scores / scores.sum(1, keepdim=True), "after": after.softmax(1)}
+
+    def _stages(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (U, C, h, w) of the classes alone, and after revision, from those of all nodes (U, C + S, h, w)."""
+        alone = z[:, : len(self.parent)]
+        return alone, diagnose(z, self.parent, self.cfg.doubt) if self.cfg.revise else alone
+
+
+def _nodes(network: Segmenter, groups: Classifier, images: Tensor) -> Tensor:
+    """Grid logits (B, C + S, h, w): the network's classes, then the groups, from the same maps."""
+    features = network.encode(images)
+    stream = network.decode(features)["visual"]
+    return torch.cat([stream.logits, groups(stream.mid, features[-1]).float()], 1)
