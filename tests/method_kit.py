@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from viladiff.methods.base import Method
 from viladiff.models.segmenter import Build
 
 CLASSES, SIDE, WORDS = 5, 32, 6
+NAMES = ("background", "one", "two", "three", "four")
 STEP = Step(index=7, progress=0.9, seed=3)
 
 
@@ -30,7 +33,14 @@ def make(name: str, **changes: object) -> Method:
         flat.setdefault("method.drop_path", 0.0)
     cfg = override(cfg, flat)
     torch.manual_seed(0)
-    return METHODS[name](cfg.method, Build(cfg.model, CLASSES, 12)).train()
+    build = Build(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)
+    return METHODS[name](cfg.method, build).train()
+
+
+def vectors(texts: Sequence[str]) -> Tensor:
+    """(n, 12) of length 1, each a text's own."""
+    found = torch.stack([torch.randn(12, generator=draws.generator("text", text)) for text in texts])
+    return found / found.norm(dim=1, keepdim=True)
 
 
 def make_uneven(name: str, **changes: object) -> Method:
