@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from viladiff.methods.allspark import AllSpark
 from viladiff.methods.base import Method
 from viladiff.methods.corrmatch import CorrMatch
 from viladiff.methods.cps import Cps
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "swith": Swith,
     "pseudoseg": PseudoSeg,
     "logicdiag": LogicDiag,
+    "allspark": AllSpark,
 }
 
 PLANNED = (

@@ -1,0 +1,154 @@
+"""AllSpark: labelled features are rebuilt from channels of unlabelled ones (Wang et al., CVPR 2024).
+
+L = 1/2 [L_x + CE(u, ŷ)], where ŷ is the network's own answer on the weak view, and no pixel is left out for being
+unsure. The encoder's last map goes through a block in which channels, not tokens, attend (``models.spark``). In
+training a labelled image asks the channels of unlabelled images, those of the memory, which keeps for each class the
+channels that look most like it; an unlabelled image asks its own, as does every image that is only looked at.
+
+Differences from the released code. Padding counts neither in CE(u, ŷ), nor as a token that labelled images read. The
+classes' maps that channels are compared with are probabilities, logits there. All workers' channels go into the one
+memory that all of them hold, and in the warm-up, too, a labelled image reads the unlabelled ones of all workers; there
+each worker has a memory of its own until it is overwritten by the first one's. Channels go into the memory from the
+first step on, though it is read only after the warm-up. The two halves have projections of their own, an answer is
+computed on labelled images' side of the block, and after it there are as many channels as before it. The block is no
+wider than the encoder's last map.
+
+Memory at width C, h heads, K classes and N tokens: of each labelled image a map of attention takes 4 (h C) (K h C)
+bytes in float32, and a few such maps are kept for the backward pass; the queues take 4 K C N bytes for the whole run.
+With C = 256, h = 2 and N = 1024 each of these is 22 MB for K = 21 and 85 MB for K = 81. ``width`` bounds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from viladiff import draws
+from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.losses import cross_entropy, global_gather, global_mean, hard_consistency, trained_gather
+from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
+from viladiff.models.segmenter import Build, Segmenter, upsample
+from viladiff.models.spark import Draw, SemanticMemory, SparkSegmenter, nearest_class, resized, spark_segmenter
+
+
+class AllSparkPseudoConfig(PseudoConfig):
+    threshold: float = Field(0.0, ge=0, le=1)
+    """The paper's has none, on purpose."""
+
+
+class AllSparkConfig(MethodConfig):
+    """One network, one weak view; labelled images in the colours of a strong view."""
+
+    name: Literal["allspark"] = "allspark"
+    width: int = Field(256, ge=8)
+    """Channels of the block and of each class's queue; the encoder's own number where it has fewer (ours)."""
+    attention_heads: int = Field(2, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Of the attention between channels."""
+    warmup: float = Field(1 / 16, ge=0, le=1)
+    """Share of training in which labelled images read the batch's unlabelled ones: 5 of 80 epochs, 15 of 240."""
+    pseudo: AllSparkPseudoConfig = AllSparkPseudoConfig()
+
+
+class AllSpark(Method):
+    Config = AllSparkConfig
+    views = Views(weak=1, strong_labelled=True)
+    weak_trains = True
+    paper = Paper(
+        "AllSpark: Reborn Labeled Features from Unlabeled in Transformer for Semi-Supervised Semantic Segmentation",
+        "CVPR",
+        2024,
+    )
+    passes = Passes(3, 2)
+    keeps = "a queue of channels for each class"
+    student: SparkSegmenter
+
+    def __init__(self, cfg: AllSparkConfig, build: Build) -> None:
+        super().__init__(cfg, build)
+        side = max(1, build.crop // self.student.patch)
+        self.memory = SemanticMemory(build.num_classes, self.student.spark.norm.normalized_shape[0], side)
+        self._new: list[tuple[Tensor, Tensor]] = []
+
+    def build_student(self, build: Build) -> Segmenter:
+        return build(kind=spark_segmenter(self.cfg.width, self.cfg.attention_heads))
+
+    def forward(self, batch: Batch, step: Step) -> Losses:
+        assert batch.image_strong is not None
+        size, labelled, weak, valid = batch.image.shape[-2:], len(batch.image), batch.weak[0], batch.valid
+        with torch.no_grad(), _evaluating(self.student):
+            seen = self.student.decode(self.student.encode(weak))["visual"].logits
+            confidence, labels = upsample(seen, size).softmax(1).max(1)
+
+        *fine, top = self.student.encode(torch.cat([batch.image_strong, weak]))
+        inside = F.max_pool2d(valid.float()[:, None], self.student.patch).flatten(2).mT  # (U, N, 1)
+        rebuilt, channels = self._rebuilt(top, labelled, inside, step, self._draws(batch, step))
+        z = upsample(self.student.decode_rebuilt([*fine, rebuilt])["visual"].logits, size)
+        if self.training:
+            maps = F.interpolate(seen.softmax(1), top.shape[-2:], mode="bilinear", align_corners=False)
+            self._keep(channels, maps.flatten(2), top.shape[-2:])
+
+        sup = cross_entropy(z[:labelled], batch.target)
+        accepted = (confidence >= self.cfg.pseudo.threshold).float()
+        pseudo = hard_consistency(z[labelled:], labels, accepted, valid)
+        total = (sup + self.cfg.pseudo.weight * pseudo) / 2
+        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage, "filled": self.memory.filled()}
+        return Losses(total, terms)
+
+    def _rebuilt(
+        self, top: Tensor, labelled: int, inside: Tensor, step: Step, both: tuple[Draw, Draw]
+    ) -> tuple[Tensor, Tensor]:
+        """The last map (B + U, D, h, w) through the block, and the tokens (U, N, C) that others may read."""
+        spark, cfg = self.student.spark, self.cfg
+        tokens, e = spark.embed(top)
+        own = e[labelled:] * inside
+        source = trained_gather(own) if step.progress < cfg.warmup else self.memory.read(top.shape[-2:])
+        found = [
+            spark.cross(e[:labelled], source[None], both[0], cfg.dropout),
+            spark.own.within(e[labelled:], both[1], cfg.dropout),
+        ]
+        return spark.restore(tokens + torch.cat(found), top.shape[-2:]), own
+
+    def _draws(self, batch: Batch, step: Step) -> tuple[Draw, Draw]:
+        device = batch.image.device
+
+        def draw(name: str, keys: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+            return draws.uniform(keys, shape, step.seed, name, step.index, device=device)
+
+        return partial(draw, "allspark-labelled", batch.keys), partial(draw, "allspark-unlabelled", batch.keys_u)
+
+    def _keep(self, tokens: Tensor, maps: Tensor, grid: torch.Size) -> None:
+        """Remembers this micro-batch's channels until the step is done; ``maps`` (U, K, N) are the classes' own."""
+        channels = tokens.detach().mT
+        side = self.memory.side
+        kept = resized(channels.float(), tuple(grid), (side, side))
+        self._new.append((kept.flatten(0, 1), nearest_class(channels, maps).flatten()))
+
+    def after_step(self, step: Step) -> None:
+        for channels, classes in self._new:
+            self.memory.push(global_gather(channels), global_gather(classes))
+        self._new = []
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
+    ) -> dict[str, Tensor]:
+        return {"before": self.student(images)["visual"].softmax(1)}
+
+
+@contextmanager
+def _evaluating(network: Segmenter) -> Iterator[None]:
+    """Drops no branch meanwhile."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
