@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from viladiff.batch import TextBatch
 from viladiff.evaluate import (
+    BINS,
     Meter,
     Scores,
     boundary_band,
     boundary_counts,
     boundary_width,
+    calibration_bins,
+    calibration_error,
     confusion_matrix,
     measure,
     miou_from,
@@ -239,6 +242,33 @@ def test_pseudo_label_change_counts_rescued_and_spoiled() -> None:
     sums = pseudo_change(before, after, truth, 0.95)
     assert {name: int(value) for name, value in sums.items()} == {"lost": 3, "rescued": 2, "good": 2, "spoiled": 1}
     assert pseudo_shares(sums) == {"rescued": pytest.approx(2 / 3), "spoiled": 0.5}
+
+
+def test_calibration_error_is_that_of_a_loop_over_bins_and_adds_over_batches() -> None:
+    draw = np.random.default_rng(5)
+    conf = draw.random((4, 6, 7)) ** 0.3
+    conf[0, 0, :4] = [0.0, 1 / 15, 2 / 15, 1.0]  # edges belong to the bin below
+    labels, truth = draw.integers(0, C, (2, 4, 6, 7))
+    truth[draw.random(truth.shape) < 0.1] = 255
+    error = 0.0
+    for k in range(BINS):
+        inside = (truth != 255) & (conf <= (k + 1) / BINS) & ((conf > k / BINS) | (k == 0))
+        if inside.any():
+            error += inside.sum() / (truth != 255).sum() * abs((labels == truth)[inside].mean() - conf[inside].mean())
+    maps = [torch.from_numpy(x) for x in (conf, labels, truth)]
+    whole = calibration_bins(*maps)
+    assert calibration_error(whole) == pytest.approx(error, abs=1e-12) and error > 0.3
+    halves = [calibration_bins(*(x[part] for x in maps)) for part in (slice(2), slice(2, 4))]
+    assert torch.allclose(whole, halves[0] + halves[1])
+    assert calibration_error(torch.zeros(3, BINS)) is None
+
+
+def test_labels_as_sure_as_they_are_right_have_no_calibration_error() -> None:
+    truth = torch.tensor([[[0, 1, 1, 1, 0, 0, 255]]])
+    labels = torch.tensor([[[1, 1, 1, 1, 0, 0, 0]]])
+    sure = torch.tensor([[[0.75, 0.75, 0.75, 0.75, 1.0, 1.0, 0.1]]])
+    assert calibration_error(calibration_bins(sure, labels, truth)) == pytest.approx(0)
+    assert calibration_error(calibration_bins(0 * sure + 1, labels, truth)) == pytest.approx(1 / 6)
 
 
 def evaluate_network(network: nn.Module, *given: Any, **named: Any) -> dict[str, Scores]:

@@ -217,6 +217,30 @@ def pseudo_quality(
     return {"valid": known.sum(), "accepted": accepted.sum(), "correct": (accepted & (labels == truth)).sum()}
 
 
+BINS = 15
+"""Equal parts of [0, 1] that confidences are sorted into (Guo et al. 2017, "On Calibration ...", section 2)."""
+
+
+def calibration_bins(conf: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
+    """(3, 15) float64, a column a bin of confidence: pixels, right ones, summed confidence; adds over batches.
+
+    All maps are (B, H, W); bin k holds confidences in (k / 15, (k + 1) / 15], the first 0 too. Pixels whose truth is
+    255 do not count, whatever their confidence; every other one does, trained on or not.
+    """
+    known = (truth != IGNORE).double().flatten()
+    conf = conf.double().flatten()
+    place = ((conf * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+    parts = torch.stack([known, known * (labels == truth).flatten(), known * conf])
+    return torch.zeros(3, BINS, dtype=torch.float64, device=conf.device).index_add_(1, place, parts)
+
+
+def calibration_error(bins: Tensor) -> float | None:
+    """Σ_k n_k / n · |accuracy_k - mean confidence_k| of summed ``calibration_bins``, in [0, 1]; None without pixels."""
+    count, correct, confidence = bins
+    total = float(count.sum())
+    return float((correct - confidence).abs().sum()) / total if total else None
+
+
 def pseudo_change(
     before: Labelling, after: Labelling, truth: Tensor, threshold: float, valid: Tensor | None = None
 ) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,13 +45,13 @@ def _backend(cfg: RunConfig, workers: int) -> str:
     return "nccl" if pick_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
 
 
-def summed_over_workers(counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Counts of all workers together; one that has seen no image has none to add, but must take part."""
-    parts: list[dict[str, dict[str, int]]] = [counts]
+def summed_over_workers(counts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Counts of all workers together, tensors on the CPU; one that has seen no image has none, but must take part."""
+    parts: list[dict[str, dict[str, Any]]] = [counts]
     if dist.is_initialized():
         parts = [{}] * dist.get_world_size()
         dist.all_gather_object(parts, counts)
-    total: dict[str, dict[str, int]] = {}
+    total: dict[str, dict[str, Any]] = {}
     for part in parts:
         for name, found in part.items():
             into = total.setdefault(name, {})

@@ -62,6 +62,9 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
     git: dict[str, Any]
     step_log: str = "steps.jsonl"
+    cpu_seconds: float | None = None
+    """Processor time of the first worker's process in ``train_seconds``, all its threads added; not that of programs
+    that decode. Other work on the machine lengthens it less than the clock's. None where a leg did not note it."""
     notes: list[str] = []
     """What the method said before training of what it lacked here, a sentence each."""
     split_name: str = ""

@@ -17,8 +17,18 @@ from viladiff.batch import IGNORE, Step, TextBatch
 from viladiff.config import changed, flatten
 from viladiff.data.augment import normalise
 from viladiff.data.loader import validation
-from viladiff.evaluate import Meter, measure, pseudo_change, pseudo_quality, pseudo_shares, results
+from viladiff.evaluate import (
+    Meter,
+    calibration_bins,
+    calibration_error,
+    measure,
+    pseudo_change,
+    pseudo_quality,
+    pseudo_shares,
+    results,
+)
 from viladiff.launch import summed_over_workers
+from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_origin
 from viladiff.protocols import STREAMS, nearest_multiple, resized
 from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, versions, write_atomically
@@ -77,13 +87,13 @@ def scores(run: Run, network: nn.Module, streams: tuple[str, ...], boundary: boo
 def pseudo_labels(run: Run) -> dict[str, float | None]:
     """Quality of the pseudo-labels on validation images, since masks of unlabelled images are never read.
 
-    Where a side is no multiple of the patch, they are made at the nearest one and their probabilities brought back.
+    ``ece`` is of all pixels' labels; what depends on a threshold is left out where the method has none. Where a side is
+    no multiple of the patch, labels are made at the nearest one and their probabilities brought back.
     """
-    threshold = run.method.threshold()
-    if threshold is None:
+    if type(run.method).pseudo_labels is Method.pseudo_labels:
         return {}
     run.method.eval()
-    sums: dict[str, dict[str, int]] = {}
+    sums: dict[str, dict[str, Any]] = {}
     step = Step(run.steps, 1.0, run.cfg.seed)
     seen = 0
     for images, target, text in batches(run):
@@ -92,19 +102,32 @@ def pseudo_labels(run: Run) -> dict[str, float | None]:
         seen += len(images)
         made = partial(run.method.pseudo_labels, text=text, keys=keys, step=step)
         stages = {name: p.max(1) for name, p in resized(made, images, run.method.student.patch).items()}
-        found = {name: pseudo_quality(p.values, p.indices, target, threshold) for name, p in stages.items()}
-        if "after" in stages:
-            before, after = ((stages[name].values, stages[name].indices) for name in ("before", "after"))
-            found["change"] = pseudo_change(before, after, target, threshold)
-        for name, counts in found.items():
+        for name, counts in _pseudo_counts(stages, target, run.method.threshold()).items():
             into = sums.setdefault(name, {})
             for what, count in counts.items():
-                into[what] = into.get(what, 0) + int(count)
+                into[what] = into.get(what, 0) + count.cpu()
     out: dict[str, float | None] = {}
     for name, total in summed_over_workers(sums).items():
+        bins = total.pop("bins", None)
         prefix = "" if name == "change" else f"{name}/"
         out |= {f"{prefix}{what}": share for what, share in pseudo_shares(total).items()}
+        out |= {} if bins is None else {f"{prefix}ece": calibration_error(bins)}
     return out
+
+
+def _pseudo_counts(
+    stages: dict[str, Any], target: torch.Tensor, threshold: float | None
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What adds over batches, by stage, and as ``change`` what the second stage does to the first."""
+    found = {name: {"bins": calibration_bins(p.values, p.indices, target)} for name, p in stages.items()}
+    if threshold is None:
+        return found
+    for name, p in stages.items():
+        found[name] |= pseudo_quality(p.values, p.indices, target, threshold)
+    if "after" in stages:
+        before, after = ((stages[name].values, stages[name].indices) for name in ("before", "after"))
+        found["change"] = pseudo_change(before, after, target, threshold)
+    return found
 
 
 def record(run: Run) -> RunRecord:
@@ -140,6 +163,7 @@ def record(run: Run) -> RunRecord:
         pretrained=weights_origin(cfg),
         wall_seconds=run.wall_seconds(),
         train_seconds=run.train_seconds,
+        cpu_seconds=run.cpu_seconds,
         seconds_per_step=run.train_seconds / run.steps,
         peak_memory_bytes=run.memory.bytes(),
         workers=run.world,

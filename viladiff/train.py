@@ -215,6 +215,7 @@ class Run:
         self.log = StepLog(self.directory / "steps.jsonl")
         self.history: list[dict[str, Any]] = []
         self.step, self.train_seconds = 0, 0.0
+        self.cpu_seconds: float | None = 0.0
 
     def build(self) -> Build:
         """What the method makes its networks of."""
@@ -237,6 +238,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
             self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
+            self.cpu_seconds = state.get("cpu_seconds")
         if self.rank == 0:
             self.log.truncate_to(self.step)
 
@@ -262,6 +264,7 @@ class Run:
             "step": self.step,
             "history": self.history,
             "train_seconds": self.train_seconds,
+            "cpu_seconds": self.cpu_seconds,
             "wall_seconds": self.wall_seconds(),
             "peak_memory": self.memory.bytes(),
         }
@@ -280,7 +283,7 @@ class Run:
             stop_flag() as stop,
             closing(self.loader.stream(self.step, self.steps, ahead)) as stream,
         ):
-            mark = time.perf_counter()
+            mark, used = time.perf_counter(), time.process_time()
             for batches in stream:
                 pending.append((self.step, lr_factor(cfg, self.step, self.steps) * cfg.optim.lr, self._step(batches)))
                 self.step += 1
@@ -295,6 +298,8 @@ class Run:
                     loss = self._write(pending, writer)
                     bar.note(loss)
                     self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
+                    if self.cpu_seconds is not None:
+                        self.cpu_seconds += time.process_time() - used
                     news = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
                     if evaluate:
                         news |= self._evaluate_now()
@@ -302,7 +307,7 @@ class Run:
                         asked = self._any(bool(self.report(news))) and not last
                     if keep or stopped or asked:
                         self._save()
-                    mark = time.perf_counter()
+                    mark, used = time.perf_counter(), time.process_time()
                 bar.advance()
                 if stopped or asked:
                     text = f"stopped at step {self.step} of {self.steps}; the same command continues from there"

@@ -329,7 +329,16 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, Any]]:
         yield f"pseudo/{name}", None if share is None else 100 * share
     for name, iou in per_class(record).items():
         yield f"class/{name}", iou
-    for name in ("steps", "train_seconds", "wall_seconds", "peak_memory_bytes", "workers", "threads", "device"):
+    for name in (
+        "steps",
+        "train_seconds",
+        "cpu_seconds",
+        "wall_seconds",
+        "peak_memory_bytes",
+        "workers",
+        "threads",
+        "device",
+    ):
         yield name, getattr(record, name)
     for name in ("captions", "text_encoder", "encoder", "pretrained"):
         yield name, getattr(record, name)

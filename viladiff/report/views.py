@@ -21,6 +21,8 @@ PSEUDO = {
     "after/coverage": "Coverage, refined",
     "before/precision": "Precision, teacher's",
     "after/precision": "Precision, refined",
+    "before/ece": "Calibration error, teacher's",
+    "after/ece": "Calibration error, refined",
     "rescued": "Rescued",
     "spoiled": "Spoiled",
 }
