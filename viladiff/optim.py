@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig
     from viladiff.data.datasets import Dataset
+    from viladiff.methods.base import Method
 
 
 def total_steps(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool) -> int:
@@ -34,17 +35,22 @@ def lr_factor(cfg: RunConfig, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0
 
 
-def param_groups(method: nn.Module, cfg: RunConfig) -> list[dict[str, Any]]:
-    """Four groups: encoder or not, with weight decay (matrices and kernels) or without (biases, norms)."""
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+def param_groups(method: Method, cfg: RunConfig) -> list[dict[str, Any]]:
+    """Four groups: encoder or not, with weight decay (matrices and kernels) or without (biases, norms).
+
+    Parts with rates of their own are groups beside these; the schedule is that of the run for all.
+    """
+    own = method.own_rates()
+    groups: dict[tuple[str, bool, bool], list[Tensor]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((".encoder." in f".{name}", parameter.ndim >= 2), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "scale": cfg.optim.encoder_lr_scale if encoder else 1.0,
-            "weight_decay": cfg.optim.weight_decay if decays else 0.0,
-        }
-        for (encoder, decays), parameters in groups.items()
-    ]
+            part = name.split(".")[0]
+            kind = (part if part in own else "", ".encoder." in f".{name}", parameter.ndim >= 2)
+            groups.setdefault(kind, []).append(parameter)
+    found = []
+    for (part, encoder, decays), parameters in groups.items():
+        options = dict(own.get(part, {}))
+        scale = options.pop("lr") / cfg.optim.lr if part else cfg.optim.encoder_lr_scale if encoder else 1.0
+        decay = cfg.optim.weight_decay if decays else 0.0
+        found.append({"params": parameters, "scale": scale, "weight_decay": decay, **options})
+    return found

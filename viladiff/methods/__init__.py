@@ -7,13 +7,16 @@ from viladiff.methods.base import Method
 from viladiff.methods.corrmatch import CorrMatch
 from viladiff.methods.cps import Cps
 from viladiff.methods.daw import Daw
+from viladiff.methods.ddfp import Ddfp
 from viladiff.methods.fixmatch import FixMatch
 from viladiff.methods.logicdiag import LogicDiag
 from viladiff.methods.pseudoseg import PseudoSeg
 from viladiff.methods.psmt import PsMt
 from viladiff.methods.semibaseline import SemiBaseline
+from viladiff.methods.semivl import SemiVl
 from viladiff.methods.supervised import Supervised
 from viladiff.methods.swith import Swith
+from viladiff.methods.u2pl import U2pl
 from viladiff.methods.unimatch import UniMatch
 from viladiff.methods.unimatch_v2 import UniMatchV2
 from viladiff.methods.viladiff import ViLaDiff
@@ -30,9 +33,12 @@ METHODS: dict[str, type[Method]] = {
     "psmt": PsMt,
     "corrmatch": CorrMatch,
     "swith": Swith,
+    "u2pl": U2pl,
+    "ddfp": Ddfp,
     "pseudoseg": PseudoSeg,
     "logicdiag": LogicDiag,
     "allspark": AllSpark,
+    "semivl": SemiVl,
 }
 
 PLANNED = (

@@ -102,6 +102,10 @@ class Method(nn.Module):
     def after_step(self, step: Step) -> None:
         """Runs after each optimiser step, outside autograd: moving averages, queues."""
 
+    def own_rates(self) -> dict[str, dict[str, Any]]:
+        """Options of AdamW, ``lr`` among them, for parts that are no part of a network, by the part's name."""
+        return {}
+
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:

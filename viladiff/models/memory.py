@@ -1,0 +1,79 @@
+"""Positions taken from a map by chance, and queues of their vectors that outlive a step.
+
+Queues are part of the state, and alike on all workers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from viladiff.losses import global_gather
+
+
+class Banks(nn.Module):
+    """First in, first out: ``size`` vectors of unit length for each of C classes, in half precision.
+
+    They take 2 * C * size * width bytes of the device and of every checkpoint. Nothing here waits for the device.
+    """
+
+    vectors: Tensor
+    """(C, size, width) float16; places not filled yet are 0."""
+    following: Tensor
+    """(C,) int64, the place that the next vector of a class goes to."""
+    filled: Tensor
+    """(C,) int64, how many places hold a vector."""
+
+    def __init__(self, num_classes: int, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("vectors", torch.zeros(num_classes, size, width, dtype=torch.float16))
+        self.register_buffer("following", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, vectors: Tensor, counted: Tensor) -> None:
+        """Takes in the ``counted`` (n, C, m) of ``vectors`` (n, C, m, width), of all workers, in the order of n.
+
+        Every worker hands in equally many. Of more than ``size`` new vectors of a class the last ones stay.
+        """
+        classes, size, width = self.vectors.shape
+        given = global_gather(vectors.to(self.vectors.dtype)).transpose(0, 1).reshape(classes, -1, width)
+        fits = global_gather(counted.to(torch.uint8)).transpose(0, 1).reshape(classes, -1)
+        count = fits.sum(1, dtype=torch.int64)
+        newest = (1 - fits).argsort(dim=1, stable=True)  # what counts first, oldest first
+        skip = (count - size).clamp(min=0)[:, None]
+        slots = torch.arange(min(size, newest.shape[1]), device=count.device)
+        chosen = newest.gather(1, slots + skip)
+        kept = (count[:, None] - skip).clamp(max=size)
+        place = (self.following[:, None] + slots) % size
+        place, chosen = (x[..., None].expand(-1, -1, width) for x in (place, chosen))
+        old = self.vectors.gather(1, place)
+        new = torch.where((slots < kept)[..., None], given.gather(1, chosen), old)
+        self.vectors.scatter_(1, place, new)
+        self.following.add_(kept[:, 0]).remainder_(size)
+        self.filled.add_(kept[:, 0]).clamp_(max=size)
+
+    def draw(self, classes: Tensor, uniform: Tensor) -> Tensor:
+        """For each of ``classes`` (...) int64 as many vectors of its bank as it has random numbers.
+
+        ``uniform`` (..., m) in [0, 1): (..., m, width) float16, with repetition; zeros where a bank is empty.
+        """
+        size, width = self.vectors.shape[1:]
+        filled = self.filled[classes][..., None]
+        place = (uniform * filled).long().minimum((filled - 1).clamp(min=0))
+        return self.vectors.view(-1, width)[classes[..., None] * size + place]
+
+
+def sample(counted: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Places (..., m) of at most ``count`` of the ``counted`` (..., n), and which of the places are of such, both m.
+
+    ``order`` (..., n) random in [0, 1), or what broadcasts to it.
+    """
+    score = torch.where(counted, order, -1.0)
+    top = score.topk(min(count, score.shape[-1]), -1)
+    return top.indices, top.values >= 0
+
+
+def pick(vectors: Tensor, at: Tensor) -> Tensor:
+    """(N, m, D): those of (N, n, D) at the places (N, m)."""
+    return vectors.gather(1, at[..., None].expand(-1, -1, vectors.shape[2]))
