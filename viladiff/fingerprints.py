@@ -12,7 +12,7 @@ from viladiff.data.datasets import load as load_dataset
 from viladiff.methods import METHODS
 from viladiff.models.backbones import weights_fingerprint
 from viladiff.optim import total_steps
-from viladiff.text.bank import load_text
+from viladiff.text.bank import text_fingerprint
 
 
 class Named(NamedTuple):
@@ -30,7 +30,7 @@ def fingerprints(cfg: RunConfig) -> dict[str, str]:
 
 
 def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
-    """The names that ``viladiff.train.Run`` would give, in order; renders data and encodes captions where missing.
+    """The names that ``viladiff.train.Run`` would give, in order; renders data where it is missing.
 
     A labelled list is read once and, since the words of a data set are the same under each of its lists, so is a
     bank of words. Nothing is kept between calls: files may change. Raises ValueError for unusable inputs.
@@ -45,9 +45,9 @@ def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
             opened = load_dataset(*key)
             datasets[key] = opened, fingerprint(opened.captions, opened.val_captions, opened.caption_source)
         dataset, words = datasets[key]
-        bank = (words, data.text_encoder, data.captions)
+        bank = (words, data.text_encoder, data.captions, cfg.runtime.text_model)
         if bank not in banks:
-            banks[bank] = load_text(dataset, data.text_encoder, data.captions)[0].fingerprint
+            banks[bank] = text_fingerprint(dataset, data.text_encoder, data.captions, model=cfg.runtime.text_model)
         prints = {"data": dataset.fingerprint, "text": banks[bank], **weights_fingerprint(cfg)}
         steps = total_steps(cfg, dataset, METHODS[cfg.method.name].views.unlabelled)
         found.append(Named(run_id(cfg, prints), prints, steps))

@@ -4,7 +4,35 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
+
+Advance = Callable[[int, int], None]
+"""Hears how many are done, and of how many."""
+
+
+@contextmanager
+def counter(title: str, show: bool) -> Iterator[Advance]:
+    """Counts on a terminal's stderr, from the first call on; elsewhere, and where not wanted, nothing is shown."""
+    if not show or not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(*Bar.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+
+    def advance(done: int, of: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=of)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 class Progress:

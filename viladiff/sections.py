@@ -51,8 +51,8 @@ class DataConfig(Section):
     """Whether strong views get colour changes and blur."""
     captions: Literal["own", "shuffled", "generic", "none"] = "own"
     """Each image's captions; or, as controls, another image's, one sentence for all, or no words."""
-    text_encoder: Literal["words", "open_clip", "transformers"] = "open_clip"
-    """What turns captions into vectors."""
+    text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "open_clip"
+    """What turns captions into vectors; the last two from ``runtime.text_model``."""
 
     @model_validator(mode="after")
     def _check_scale(self) -> DataConfig:
@@ -69,7 +69,7 @@ class EmbeddedData(DataConfig):
     crop: int = Field(48, ge=16)
     scale: tuple[float, float] = (0.9, 1.1)
     hflip: float = Field(0.0, ge=0, le=1)
-    text_encoder: Literal["words", "open_clip", "transformers"] = "words"
+    text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "words"
 
     @field_validator("split", mode="before")
     @classmethod
@@ -116,6 +116,8 @@ class CityscapesData(DataConfig):
     split_family: Literal["cps", "u2pl"] = "cps"
     """Two published families of lists share their names and few of their images."""
     crop: int = Field(800, ge=16)
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
 
 
 class CocoData(DataConfig):
@@ -123,11 +125,18 @@ class CocoData(DataConfig):
 
     dataset: Literal["coco"] = "coco"
     split: Literal["232", "463", "925", "1849", "3697"] = "463"
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
 
 
 class Ade20kData(DataConfig):
     dataset: Literal["ade20k"] = "ade20k"
-    split: Literal["316", "631", "1263", "2526", "5052", "10105"] = "1263"
+    split: Literal["158", "316", "631", "632", "1263", "2526", "5052", "10105"] = "1263"
+    """158 and 632 are SemiVL's lists; its others are those of UniMatch V2."""
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+    reduce_zero_label: bool = True
+    """Masks are as published: 0 is no class and 1 ... 150 are the classes; false where they are shifted already."""
 
 
 class FolderData(DataConfig):
@@ -240,6 +249,10 @@ class RuntimeConfig(Section):
     """Directory that holds one directory a run."""
     data_root: str | None = None
     """Directory of the data, for ``folder`` the one with ``images`` in it; not needed by the embedded data sets."""
+    captions: str | None = None
+    """File of captions (CSV, JSON lines or Parquet) in place of the data set's own; its content is in the run's name."""
+    text_model: str | None = None
+    """Directory of the text encoder ``open_clip`` or ``transformers``; its content is in the run's name."""
     log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(100, ge=1)
     scale: str = ""

@@ -154,7 +154,8 @@ def _make(
     # Through JSON, so that a plan is the same whether it was read or made: tuples become lists.
     later = {row: why for row, why in unbuilt(table, changes).items() if row in rows}
     kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()), later)))
-    return kept, all(isinstance(cfg.data, EmbeddedData) for cfg in configs)
+    fixed = (isinstance(cfg.data, EmbeddedData) and cfg.data.text_encoder == "words" for cfg in configs)
+    return kept, all(fixed) and not any(cfg.runtime.captions for cfg in configs)
 
 
 def _titled(table: Table, kept: _Kept) -> dict[str, Planned]:

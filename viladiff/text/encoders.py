@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from viladiff.data.cache import fingerprint
-from viladiff.data.splits import nearest
+from viladiff.fields import nearest
 
 WORDS_DIM = 48
+LONGEST = 77
+"""Tokens of a text at most, as CLIP reads; what follows is cut off, and counted."""
 _WORDS_REVISION = 1
 
 
@@ -26,6 +28,14 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32; L >= 1 tokens of the longest text."""
+        ...
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """(n,) int64 tokens that ``encode`` gives each text, without encoding it."""
+        ...
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of ``texts`` are longer than the encoder reads (LONGEST at most) and lose their end."""
         ...
 
     def unknown(self, texts: Sequence[str]) -> int:
@@ -72,15 +82,27 @@ class WordEncoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32, which is 0 where no word is known."""
-        known = [[self.vocabulary[word] for word in split_words(text) if word in self.vocabulary] for text in texts]
+        known = self._places(texts)
         mask = np.arange(max([1, *map(len, known)])) < np.array([len(places) for places in known], int)[:, None]
         tokens = np.zeros((*mask.shape, self.dim), np.float32)
         tokens[mask] = self.vectors[[place for places in known for place in places]]
         return tokens, mask, unit(tokens.sum(1))
 
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """As ``TextEncoder``: words that a training caption holds."""
+        return np.array([len(places) for places in self._places(texts)], np.int64)
+
     def unknown(self, texts: Sequence[str]) -> int:
         """How many words of ``texts`` no training caption holds."""
         return sum(word not in self.vocabulary for text in texts for word in split_words(text))
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of ``texts`` have more than LONGEST known words."""
+        return sum(sum(word in self.vocabulary for word in split_words(text)) > LONGEST for text in texts)
+
+    def _places(self, texts: Sequence[str]) -> list[list[int]]:
+        known = ([self.vocabulary[word] for word in split_words(text) if word in self.vocabulary] for text in texts)
+        return [places[:LONGEST] for places in known]
 
 
 def word_vectors(together: np.ndarray, images: int, dim: int) -> np.ndarray:
@@ -104,18 +126,19 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(length > 0, length, 1)
 
 
-def build_encoder(name: str, captions: Iterable[Sequence[str]]) -> TextEncoder:
+def build_encoder(name: str, captions: Iterable[Sequence[str]], model: str | None = None) -> TextEncoder:
     """The encoder of that name; one that learns does so from ``captions``, the training images' own.
 
-    Raises ValueError for a name that is unknown or whose encoder does not exist yet.
+    model: directory of a pretrained encoder (runtime.text_model). Raises ValueError for a name that is unknown, and as
+    ``viladiff.text.pretrained`` for a directory that is missing or of another kind.
     """
-    if name in LATER:
-        raise ValueError(f"data.text_encoder = {name!r}: comes later; {nearest(name, tuple(ENCODERS))}")
+    if name == "words":
+        return WordEncoder(captions)
     if name not in ENCODERS:
-        raise ValueError(f"data.text_encoder = {name!r}: unknown; {nearest(name, (*ENCODERS, *LATER))}")
-    return ENCODERS[name](captions)
+        raise ValueError(f"data.text_encoder = {name!r}: allowed: {', '.join(ENCODERS)}{nearest(name, ENCODERS)}")
+    from viladiff.text import pretrained  # transformers and open_clip take seconds to load
+
+    return pretrained.open_encoder(name, model)
 
 
-ENCODERS: dict[str, Callable[[Iterable[Sequence[str]]], TextEncoder]] = {"words": WordEncoder}
-LATER = ("open_clip", "transformers")
-"""Known to the configuration; they do not exist yet."""
+ENCODERS = ("words", "minilm", "open_clip", "transformers")
