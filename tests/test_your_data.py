@@ -116,20 +116,41 @@ def test_from_a_folder_to_masks(
         assert np.array_equal(np.asarray(mask), labels)
 
 
-TINY = ("model.encoder=vit_tiny_patch16_224", "model.pretrained=none", "model.decoder_width=16", "data.crop=64")
+OWN = ("model.encoder=digits_vit", "model.pretrained=shipped")
+TIMM = ("model.encoder=vit_tiny_patch16_224", "model.pretrained=none")
+HUNDREDS = [
+    pytest.param(layout, method, 240, TIMM, marks=(pytest.mark.slow, pytest.mark.timeout(1200)))
+    for layout in ("folder", "voc")
+    for method in ("supervised", "semibaseline", "viladiff")
+]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("method", ["supervised", "semibaseline", "viladiff"])
-@pytest.mark.parametrize("layout", ["folder", "voc"])
+@pytest.mark.parametrize(("layout", "method", "images", "encoder"), [("voc", "viladiff", 30, OWN), *HUNDREDS])
 def test_every_method_goes_from_photographs_to_a_model_folder(
-    layout: str, method: str, photo_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    layout: str,
+    method: str,
+    images: int,
+    encoder: tuple[str, ...],
+    photo_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Sizes as they come, an encoder from timm, no captions; what the folder predicts is what the run scored."""
-    root = photo_folder(14, layout, labelled=4, val=4, sizes=(50, 120))
-    words = [f"data.dataset={layout}", f"runtime.data_root={root}", f"method.name={method}", *TINY, *QUICK]
-    words += ["data.split=92", f"data.split_dir={root / 'splits'}"] if layout == "voc" else []
+    """Checked, dealt, trained on, scored, labelled, exported; what the folder predicts is what the run scored."""
+    root, voc = photo_folder(images, layout, unlabelled_masks=True, sizes=(50, 160)), layout == "voc"
+    pictures, masks = ((root / one) for one in (("JPEGImages", "SegmentationClass") if voc else ("images", "masks")))
+    assert len({image_size(path) for path in pictures.iterdir()}) > images * 0.9
+    shutil.rmtree(root / "splits")
+    assert cli.main(["data", "check", str(root), "--out", str(tmp_path / "check"), "--quiet"]) == 0
+    split = ["--labelled", str(images // 6), "--val", "0.2", "--name", "92" if voc else "labelled"]
+    assert cli.main(["data", "split", str(root), *split, "--quiet"]) == 0
+    lists = {path.stem: path.read_text(encoding="utf-8").split() for path in (root / "splits").rglob("*.txt")}
+    assert [len(lists[name]) for name in ("labelled", "val")] == [images // 6, images // 5]
+    assert sum(map(len, lists.values())) == images
+    for name in lists["unlabelled"]:
+        (masks / f"{name}.png").unlink()  # never opened from here on
+
+    words = [f"data.dataset={layout}", f"runtime.data_root={root}", f"method.name={method}", *encoder, *QUICK]
+    words += ["model.decoder_width=16", "data.crop=64", *(["data.split=92"] if voc else [])]
     words += ["data.captions=none"] if method == "viladiff" else []
     assert cli.main(["train", *words, "--out", str(tmp_path / "runs"), "--threads", "1", "--quiet"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
@@ -138,18 +159,12 @@ def test_every_method_goes_from_photographs_to_a_model_folder(
     found = json.loads(capsys.readouterr().out)
     network = "student" if method == "supervised" else "teacher"
     assert cli.main(["export", str(run), str(tmp_path / "model")]) == 0
-    images = root / ("JPEGImages" if layout == "voc" else "images")
     out = ["--out", str(tmp_path / "out"), "--protocol", "original", "--quiet"]
-    assert cli.main(["predict", str(images), "--model", str(tmp_path / "model"), *out]) == 0
-    classes = 21 if layout == "voc" else 6
-    masks = root / ("SegmentationClass" if layout == "voc" else "masks")
+    assert cli.main(["predict", str(pictures), "--model", str(tmp_path / "model"), *out]) == 0
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == images
+    classes = 21 if voc else 6
     counts = np.zeros((classes, classes), int)
-    for path in _validated(root, masks):
-        truth, labels = read_mask(path, classes), read_mask(tmp_path / "out" / "masks" / path.name, classes)
+    for name in lists["val"]:
+        truth, labels = (read_mask(folder / f"{name}.png", classes) for folder in (masks, tmp_path / "out" / "masks"))
         np.add.at(counts, (truth[truth < 255], labels[truth < 255]), 1)
     assert np.array_equal(counts, found["confusion"][network]["visual"])
-
-
-def _validated(root: Path, masks: Path) -> list[Path]:
-    (lists,) = root.glob("splits/*/val.txt")
-    return [masks / f"{Path(line.split()[0]).stem}.png" for line in lists.read_text(encoding="utf-8").splitlines()]
