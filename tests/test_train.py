@@ -23,10 +23,10 @@ import torch
 from viladiff import scoring
 from viladiff.checkpoint import load, save
 from viladiff.config import RunConfig, override
-from viladiff.guards import Renamed
+from viladiff.guards import Renamed, TrainingError
 from viladiff.record import peak_memory
 from viladiff.study.lease import LeaseLost, take_or_say
-from viladiff.train import Run, Stopped, TrainingError, fit, lr_factor, param_groups
+from viladiff.train import Run, Stopped, fit, lr_factor, param_groups
 
 TINY = {
     "method.name": "viladiff",
@@ -286,7 +286,8 @@ def test_too_little_memory_is_one_clear_error(tmp_path: Path) -> None:
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from viladiff.config import RunConfig, override\n"
-        "from viladiff.train import fit, TrainingError\n"
+        "from viladiff.guards import TrainingError\n"
+        "from viladiff.train import fit\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30))\n"
         "flat = {'data.batch_labelled': 20000, 'runtime.out': sys.argv[1], 'runtime.progress': False}\n"
         "cfg = override(RunConfig(), flat)\n"

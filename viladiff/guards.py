@@ -1,4 +1,4 @@
-"""What ends a run early: Ctrl-C between two steps, too little memory, a loss that is not finite."""
+"""What keeps a run from starting, and what ends it early: Ctrl-C, too little memory, a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig
+    from viladiff.data.datasets import Dataset
+    from viladiff.methods.base import Method
 
 
 class TrainingError(ValueError):
@@ -26,6 +29,31 @@ class Stopped(RuntimeError):
 
 class Renamed(ValueError):
     """A run's name is not the one that it was planned under: code, data or weights have changed since."""
+
+
+def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int) -> None:
+    """ValueError, with what to change, for what only network and data together show: too few images for the method, no
+    captions, a crop that the encoder cannot take, BatchNorm in several workers."""
+    views, patch = method.views_wanted(), method.student.patch
+    method.check_images(len(dataset.unlabelled))
+    if (views.text or views.tags) and cfg.data.captions != "none" and not any(dataset.captions):
+        raise ValueError(
+            f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "
+            f"method.name={cfg.method.name} reads; give a file of them (runtime.captions), or set "
+            "data.captions=none to train it without words"
+        )
+    if cfg.data.crop % patch and (views.unlabelled or not method.student.encoder.any_size):
+        below = cfg.data.crop // patch * patch
+        fits = f"{below} or {below + patch}" if below else f"{patch}"
+        raise ValueError(
+            f"data.crop = {cfg.data.crop}: must be a multiple of the patch of model.encoder = {cfg.model.encoder!r}, "
+            f"{patch}; nearest: {fits}"
+        )
+    if workers > 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules()):
+        raise ValueError(
+            f"model.encoder = {cfg.model.encoder!r}: it has BatchNorm, whose statistics would differ between "
+            "workers; use runtime.workers = 1, or an encoder with other norms"
+        )
 
 
 @contextmanager

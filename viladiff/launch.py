@@ -16,6 +16,8 @@ from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from viladiff.config import RunConfig
 from viladiff.guards import TrainingError
+from viladiff.record import load_record
+from viladiff.result import Result
 
 
 def pick_device(cfg: RunConfig) -> torch.device:
@@ -60,11 +62,8 @@ def summed_over_workers(counts: dict[str, dict[str, Any]]) -> dict[str, dict[str
     return total
 
 
-def launch(cfg: RunConfig, resume: bool):  # type: ignore[no-untyped-def]  # Result; train imports this module
+def launch(cfg: RunConfig, resume: bool) -> Result:
     """Runs ``fit`` in ``runtime.workers`` processes and returns its result; a worker's error is raised here."""
-    from viladiff.record import load_record
-    from viladiff.train import Result
-
     directory = Path(in_workers(_fitted, cfg, cfg.runtime.workers, resume))
     return Result(directory, load_record(directory / "record.json"))
 

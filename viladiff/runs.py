@@ -15,6 +15,7 @@ from viladiff.checkpoint import load_file
 from viladiff.config import ConfigError, RunConfig, override
 from viladiff.evaluate import results
 from viladiff.fields import INTEGER, nest
+from viladiff.guards import check_inputs
 from viladiff.launch import in_workers
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
@@ -33,7 +34,7 @@ def preview(cfg: RunConfig) -> dict[str, Any]:
 
     run = Run(cfg)
     method = METHODS[cfg.method.name](cfg.method, run.build())
-    method.check_images(len(run.dataset.unlabelled))
+    check_inputs(cfg, method, run.dataset, cfg.runtime.workers)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in method.networks().items()}

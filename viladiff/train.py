@@ -7,9 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from viladiff.data.check import check_files
 from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
-from viladiff.guards import Renamed, Stopped, TrainingError, check_finite, memory_errors, stop_flag
+from viladiff.guards import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
 from viladiff.launch import join_group, launch, pick_device
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
@@ -31,58 +30,15 @@ from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.segmenter import Build
 from viladiff.optim import lr_factor, param_groups, total_steps
 from viladiff.progress import Progress
-from viladiff.record import RunRecord, load_record, save_record
+from viladiff.record import load_record, save_record
+from viladiff.result import Result
 from viladiff.study.lease import Lease, LeaseLost, take_or_say
 from viladiff.text.bank import load_text, text_vectors
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Report = Callable[[dict[str, Any]], bool | None]
 """Called by every worker with step and steps: at each log also loss, history (all scores so far), and miou where one
 was measured, then True asks to stop; with history after a checkpoint was read, likewise; and with evaluating = True
 while no step ends."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    directory: Path
-    record: RunRecord = field(repr=False)
-
-    @property
-    def miou(self) -> float | None:
-        """The headline mIoU in [0, 1]."""
-        return self.record.miou
-
-    @property
-    def metrics(self) -> dict[str, float | None]:
-        """Flat scores, ``network/stream/score``."""
-        return {
-            f"{network}/{stream}/{name}": value
-            for network, streams in self.record.scores.items()
-            for stream, scores in streams.items()
-            for name, value in scores.items()
-            if not isinstance(value, list)
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """The run's name, choices and scores as one flat row; a list of such rows makes a ``pandas.DataFrame``."""
-        chosen = {path: value for path, value in self.record.changed.items() if not path.startswith("runtime.")}
-        return {
-            "run_id": self.record.run_id,
-            **chosen,
-            "seed": self.record.config["seed"],
-            "miou": self.miou,
-            **self.metrics,
-        }
-
-    def frame(self) -> pd.DataFrame:
-        """The per-step log."""
-        import pandas as pd
-
-        return pd.DataFrame(StepLog(self.directory / self.record.step_log).read())
 
 
 def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True, lease: Lease | None = None) -> Result:
@@ -187,27 +143,13 @@ class Run:
         for note in self.method.notes() if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
         views = self.method.views_wanted()
-        self.method.check_images(len(self.dataset.unlabelled))
-        if views.text and cfg.data.captions != "none" and not any(self.dataset.captions):
-            raise ValueError(
-                f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "
-                f"method.name={cfg.method.name} reads; set data.captions=none to train it without words"
-            )
-        if views.unlabelled and cfg.data.crop % self.method.student.patch:
-            raise ValueError(
-                f"data.crop = {cfg.data.crop}: must be a multiple of the encoder's patch, {self.method.student.patch}"
-            )
+        check_inputs(cfg, self.method, self.dataset, self.world)
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
         patch = self.method.student.patch
         bank = self.bank if views.text else None
         self.loader = Loader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
         self.model: nn.Module = self.method
         if self.world > 1:
-            if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.method.modules()):
-                raise ValueError(
-                    f"model.encoder = {cfg.model.encoder!r}: it has BatchNorm, whose statistics would differ between "
-                    "workers; use runtime.workers = 1, or an encoder with other norms"
-                )
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(param_groups(self.method, cfg), cfg.optim.lr, cfg.optim.betas, fused=True)
@@ -406,17 +348,3 @@ class Run:
         scores = scoring.scores(self, self.method.predictor(), (stream,), False)
         self.history.append({"step": self.step, "miou": scores[stream]["miou"] if stream in scores else None})
         return {"steps": self.steps, **self.history[-1]}
-
-
-__all__ = [
-    "Result",
-    "Run",
-    "Stopped",
-    "TrainingError",
-    "fit",
-    "lr_factor",
-    "param_groups",
-    "pick_device",
-    "total_steps",
-    "weights_fingerprint",
-]

@@ -25,6 +25,8 @@ class Encoder(nn.Module):
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    any_size: bool = True
+    """Whether it can do with sides that are no multiples of ``patch``; patches cut without overlap cannot."""
 
     @property
     def patch(self) -> int:
@@ -100,6 +102,7 @@ class TimmEncoder(Encoder):
             self.net = timm.create_model(name, out_indices=indices, **options, **extra)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(f'model.encoder = "{name}": timm offers no feature maps for it ({error})') from error
+        self.any_size = not plain
         self.channels = tuple(_feature_info(self.net).channels())
         self.strides = tuple(_feature_info(self.net).reduction())
         if len(self.channels) != 4:

@@ -18,20 +18,15 @@ class Refine(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Brings level i to stride ``output * 2 ** i``, never coarser than the encoder's top; adds from coarse to fine.
+    """Brings level i to stride ``output_stride * 2 ** i``, never coarser than the encoder's top; adds from coarse to
+    fine.
 
     The three finer levels do not depend on the stream, so ``laterals`` is computed once for both streams.
     """
 
-    def __init__(
-        self, channels: tuple[int, ...], strides: tuple[int, ...], width: int, output: int | None = None
-    ) -> None:
+    def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.stride = output or min(4, strides[0])
-        if max(strides) % self.stride:
-            raise ValueError(
-                f"model.encoder: cells of {max(strides)} pixels; the decoder needs a multiple of {self.stride}"
-            )
+        self.stride = output_stride(strides)
         self.width = width
         targets = [min(self.stride * 2**i, max(strides)) for i in range(4)]
         self.reshape = nn.ModuleList(
@@ -53,6 +48,21 @@ class Decoder(nn.Module):
             copies = x.shape[0] // lateral.shape[0]
             x = fuse(x + (lateral if copies == 1 else lateral.repeat(copies, 1, 1, 1)))
         return F.relu(self.norm(x))
+
+
+def output_stride(strides: tuple[int, ...]) -> int:
+    """Pixels a cell of the decoder's map is wide: 4, the encoder's finest where that is less, or 7 for patches of 14.
+
+    A cell must be whole pixels and a patch whole cells, since boxes are cut out of maps of both. ValueError for patches
+    that neither fits.
+    """
+    fine = min(4, strides[0])
+    found = next((stride for stride in (fine, 7) if max(strides) % stride == 0), None)
+    if found is None:
+        raise ValueError(
+            f"model.encoder: cells of {max(strides)} pixels; the decoder needs a multiple of {fine} or of 7"
+        )
+    return found
 
 
 def _resize(inputs: int, width: int, stride: int, target: int) -> nn.Module:
