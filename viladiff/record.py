@@ -130,11 +130,11 @@ def without_paths(record: RunRecord) -> RunRecord:
         {name: value for name, value in fields.items() if name not in hidden}
         for fields in (record.config, record.changed)
     )
-    weights = "model.weights"
     for fields in (config, changed):
-        if fields.get(weights):
-            fields[weights] = Path(fields[weights]).name
-    pretrained = Path(record.pretrained).name if record.config.get(weights) else record.pretrained
+        for weights in ("model.weights", "method.clip.weights"):
+            if fields.get(weights):
+                fields[weights] = Path(fields[weights]).name
+    pretrained = Path(record.pretrained).name if record.config.get("model.weights") else record.pretrained
     return RunRecord(**{**record.model_dump(), "config": config, "changed": changed, "pretrained": pretrained})
 
 

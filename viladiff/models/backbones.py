@@ -151,15 +151,16 @@ def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
     """What the encoder starts from: a file by its checksum, timm's weights by their tag and where timm has them from.
 
     Those are fetched when the first run builds its network, after it was named; ``weights_origin`` has their checksum.
+    The file of a method's frozen CLIP stands beside it.
     """
+    clip = getattr(getattr(cfg.method, "clip", None), "weights", None)
+    beside = {"clip": _file_checksum(Path(clip), "method.clip.weights")} if clip else {}
     if _from_timm(cfg):
-        return {"weights": _timm_weights(cfg.model.encoder)}
+        return {"weights": _timm_weights(cfg.model.encoder), **beside}
     path = Path(cfg.model.weights) if cfg.model.weights else SHIPPED if cfg.model.pretrained == "shipped" else None
     if path is None:
-        return {}
-    if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist (model.weights, model.pretrained)")
-    return {"weights": _checksum(path)}
+        return beside
+    return {"weights": _file_checksum(path, "model.weights, model.pretrained"), **beside}
 
 
 def weights_origin(cfg: RunConfig) -> str:
@@ -202,6 +203,12 @@ def _timm_file(name: str) -> Path | None:
         if isinstance(path, str):
             return Path(path)
     return None
+
+
+def _file_checksum(path: Path, fields: str) -> str:
+    if not path.is_file():
+        raise ValueError(f"weights file {path} does not exist ({fields})")
+    return _checksum(path)
 
 
 def _checksum(path: Path) -> str:
