@@ -16,12 +16,14 @@ from viladiff.methods import METHODS
 from viladiff.methods.base import Passes
 from viladiff.models.backbones import Encoder
 from viladiff.models.decoder import Decoder
+from viladiff.models.vl_decoder import VlDecoder
 
 
 def counted(name: str) -> tuple[float, float, float, float]:
     """Images through encoders and decoders in a step, forward and with a graph, over the images of a batch."""
     method, size = make(name), 4
     totals = {(kind, graph): 0 for kind in (Encoder, Decoder) for graph in (False, True)}
+    decoders = Decoder | VlDecoder
 
     def note(module: nn.Module, given: tuple[Tensor, ...], out: Tensor | list[Tensor]) -> None:
         kind = Encoder if isinstance(module, Encoder) else Decoder
@@ -30,7 +32,7 @@ def counted(name: str) -> tuple[float, float, float, float]:
         totals[kind, True] += len(found) * found.requires_grad
 
     for module in method.modules():
-        if isinstance(module, Encoder | Decoder):
+        if isinstance(module, Encoder | decoders):
             module.register_forward_hook(note)
     method(make_batch(size, views=method.views_wanted()), STEP)
     f, b, df, db = (totals[kind, graph] / size for kind in (Encoder, Decoder) for graph in (False, True))
@@ -49,7 +51,7 @@ def test_every_method_is_listed_with_its_paper(capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     assert found == rows() and [row["method"] for row in found] == list(METHODS)
     for row in found:
-        if row["method"] in ("supervised", "semibaseline"):
+        if row["method"] in ("supervised", "semibaseline", "fixmatch_tags"):
             assert row["paper"] is row["year"] is None
         else:
             assert len(row["paper"]) > 20 and row["venue"] and 2015 < row["year"] <= 2026

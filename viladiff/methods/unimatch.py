@@ -62,7 +62,7 @@ class UniMatch(Method):
         mine, clean, first, second, dropped = logits.split([labelled, *[unlabelled] * 4])
 
         confidence, labels, threshold = self.judge(mine.detach(), clean.detach(), batch)
-        accepted, valid = (confidence >= threshold).float(), batch.valid
+        accepted, valid = self.weigh(confidence, threshold, batch.valid), batch.valid
         sup = cross_entropy(mine, batch.target)
         streams = [
             hard_consistency(z, *pasted(batch, i, labels, accepted, valid)) for i, z in enumerate((first, second))
@@ -70,10 +70,11 @@ class UniMatch(Method):
         strong_loss = torch.stack(streams).mean()
         feature_loss = hard_consistency(dropped, labels, accepted, valid)
         unsup = cfg.strong_weight * strong_loss + cfg.feature_weight * feature_loss
-        total = (sup + cfg.pseudo.weight * unsup) / 2
+        added, more = self.beside(batch, step, features, (first, second, dropped))
+        total = (sup + cfg.pseudo.weight * unsup) / 2 + added
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup, "pseudo": strong_loss, "feature": feature_loss, "coverage": coverage}
-        return Losses(total, {name: value.detach() for name, value in (terms | self.statistics()).items()})
+        return Losses(total, {name: value.detach() for name, value in (terms | more | self.statistics()).items()})
 
     def judge(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor]:
         """Confidence and labels (U, H, W) of the weak views and the least confidence that counts.
@@ -82,6 +83,20 @@ class UniMatch(Method):
         """
         confidence, labels = clean.softmax(1).max(1)
         return confidence, labels, self.cfg.pseudo.threshold
+
+    def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
+        """(U, H, W) how much each pixel's label counts, by its confidence (U, H, W)."""
+        return (confidence >= threshold).float()
+
+    def beside(
+        self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is added to the total, and its terms; here nothing.
+
+        ``features`` are the encoder's maps of labelled, weak and both strong views, ``streams`` the logits
+        (U, C, H, W) of the strong views and of the weak one with dropped channels.
+        """
+        return streams[0].new_zeros(()), {}
 
     def statistics(self) -> dict[str, Tensor]:
         """Running values for the log; here none."""

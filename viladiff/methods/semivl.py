@@ -1,0 +1,219 @@
+"""SemiVL: UniMatch with a decoder that reads class names, and labels from text (Hoyer et al., ECCV 2024).
+
+L = L_UniMatch + λ (1/4 L_mc(s1) + 1/4 L_mc(s2) + 1/2 L_mc(fp)), λ falling in a line from 0.1 to 0. L_mc is the
+cross-entropy, over all pixels, with labels from text: dense features of the weak view and texts of the classes'
+concepts are compared in one space, a class has the likeness of its best concept, and 100 times that makes
+probabilities, of which those below 0.9 are left out. Logits come from ``models.vl_decoder``, which reads one text a
+class: the mean of its concepts.
+
+With ``clip.weights`` the dense features are MaskCLIP's, and frozen (``models.maskclip``). Without, they are those of
+the encoder in training, and the map into the space of the texts, which the decoder needs in any case, also learns from
+the labelled pixels (ours, ``guide.map_weight``); the texts are then the run's text encoder's, and the record says so.
+
+Differences from the released code. The encoder is the one that all methods share; CLIP's own can be had by name from
+timm, and ``spatial`` leaves all but its attention and positions as it is. Labels from text are made anew in each step;
+in padding there are none. The mean confidence that weighs an image (``pseudo.weighting``) is of its pixels outside the
+padding. What UniMatch does otherwise here (``methods.unimatch``) is otherwise here too. The finest map that joins in
+the decoder is the encoder's on all data sets. The concepts of a background are ours (``text.concepts``), and the sizes
+of the decoder's parts follow its width.
+
+Memory: the decoder works on K maps an image, each of up to W h w values on the grid of tokens and W / 4 on 16 times as
+many cells. At W = 128 and 32 x 32 tokens one such map is 11 MB for K = 21 and 42 MB for K = 81, and 4 times as much on
+the finest grid. ``decoder.classes_per_chunk`` bounds what is held within the stages; between them two maps of the
+first kind and the encoder's own remain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from viladiff.batch import IGNORE, Batch, Step, Views
+from viladiff.fields import Section
+from viladiff.losses import cross_entropy, global_mean
+from viladiff.methods.base import MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.methods.unimatch import UniMatch
+from viladiff.models.maskclip import MaskClip, load_clip
+from viladiff.models.segmenter import Build, Segmenter, upsample
+from viladiff.models.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
+from viladiff.text.concepts import concepts
+
+
+class SemiVlPseudoConfig(PseudoConfig):
+    weighting: Literal["pixel", "image"] = "pixel"
+    """``image``: all pixels count, by the mean confidence of their image, as on Cityscapes."""
+
+
+class ClipConfig(Section):
+    """The frozen model that labels from text."""
+
+    model: str = "ViT-B-16-quickgelu"
+    """open_clip's name of it."""
+    weights: str | None = None
+    """A local file; none takes the run's text encoder and a learned map to it."""
+
+
+class GuideConfig(Section):
+    """Labels from text."""
+
+    weight: float = Field(0.1, ge=0)
+    """λ at the first step; it is 0 at the end."""
+    threshold: float = Field(0.9, ge=0, le=1)
+    scale: float = Field(100.0, gt=0)
+    """Factor of cosines that makes them logits."""
+    map_weight: float = Field(1.0, ge=0)
+    """Of the cross-entropy that teaches the map to the texts where there are no CLIP weights (ours)."""
+
+
+class SemiVlConfig(MethodConfig):
+    """UniMatch's fields, the decoder's and those of the labels from text."""
+
+    name: Literal["semivl"] = "semivl"
+    cutmix: bool = True
+    strong_weight: float = Field(0.5, ge=0)
+    feature_weight: float = Field(0.5, ge=0)
+    feature_dropout: float = Field(0.5, ge=0, lt=1)
+    spatial: bool = False
+    """Whether of the encoder only attention and positions learn; for one that has seen much, as CLIP's."""
+    pseudo: SemiVlPseudoConfig = SemiVlPseudoConfig()
+    clip: ClipConfig = ClipConfig()
+    guide: GuideConfig = GuideConfig()
+    decoder: VlDecoderConfig = VlDecoderConfig()
+
+
+class SemiVl(UniMatch):
+    Config = SemiVlConfig
+    views = Views(strong=2, cutmix=True)
+    paper = Paper("SemiVL: Semi-Supervised Semantic Segmentation with Vision-Language Guidance", "ECCV", 2024)
+    passes = Passes(4, 4, 1, 1, "CLIP, where its weights are given: 1 forward")
+    keeps = "texts of the classes"
+    student: VlSegmenter
+    concepts: Tensor
+    """(M, T) unit vectors of all classes' concepts."""
+    owner: Tensor
+    """(M,) int64: whose each is."""
+
+    def build_student(self, build: Build) -> Segmenter:
+        clip, vectors, owner = read_texts(self.cfg.clip, build)
+        self._clip: tuple[MaskClip, ...] = clip  # in a tuple, so that its weights are no part of a checkpoint
+        # Made anew of the data's names and an encoder's file whenever a run starts.
+        self.register_buffer("concepts", vectors, persistent=False)
+        self.register_buffer("owner", owner, persistent=False)
+        student = build(kind=vl_segmenter(class_means(vectors, owner, build.num_classes), self.cfg.decoder))
+        if self.cfg.spatial:
+            tune_spatially(student.encoder, build.model.encoder)
+        return student
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for module in self._clip:
+            module._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def notes(self) -> tuple[str, ...]:
+        if self._clip:
+            return ()
+        return (
+            "semivl without CLIP: its labels from text come from the run's text encoder and a map learned from "
+            "labelled images; the published method's are those of a frozen CLIP, which method.clip.weights=FILE gives",
+        )
+
+    def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
+        if self.cfg.pseudo.weighting == "pixel":
+            return super().weigh(confidence, threshold, valid)
+        share = (confidence * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
+        return share[:, None, None].expand_as(confidence)
+
+    def threshold(self) -> float | None:
+        return super().threshold() if self.cfg.pseudo.weighting == "pixel" else None
+
+    def beside(
+        self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        cfg, size = self.cfg, batch.image.shape[-2:]
+        weak, taught = self._guide(batch, features[-1].detach())
+        confidence, labels = upsample(weak * cfg.guide.scale, size).softmax(1).max(1)
+        sure = (confidence >= cfg.guide.threshold) & batch.valid
+        labels = torch.where(sure, labels, IGNORE)
+        strong = [cross_entropy(z, *pasted(batch, i, labels), norm="all") for i, z in enumerate(streams[:2])]
+        dropped = cross_entropy(streams[2], labels, norm="all")
+        guided = cfg.strong_weight * torch.stack(strong).mean() + cfg.feature_weight * dropped
+        total = cfg.guide.weight * (1 - step.progress) * guided
+        terms = {"guided": guided, "guided_coverage": global_mean(sure.sum(), batch.valid.sum())}
+        if taught is not None:
+            terms["map"] = cross_entropy(upsample(taught * cfg.guide.scale, size), batch.target)
+            total = total + cfg.guide.map_weight * terms["map"]
+        return total, terms
+
+    def _guide(self, batch: Batch, top: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Likeness (U, K, h, w) of the weak views to the classes, and of the labelled images where it can be taught.
+
+        ``top`` holds the encoder's last map of labelled, weak and strong views, detached.
+        """
+        for clip in self._clip:
+            return self.likeness(clip(batch.weak[0])), None
+        counts = [len(batch.image), len(batch.weak[0])]
+        mine, weak = self.likeness(self.student.decoder.dense(top[: sum(counts)])).split(counts)
+        return weak.detach(), mine
+
+    def likeness(self, dense: Tensor) -> Tensor:
+        """Unit maps (B, T, h, w) to each class's best concept's cosine: (B, K, h, w)."""
+        return best_concepts(similarity(dense, self.concepts), self.owner, self.student.num_classes)
+
+
+def read_texts(cfg: ClipConfig, build: Build) -> tuple[tuple[MaskClip, ...], Tensor, Tensor]:
+    """CLIP where it is given, unit vectors (M, T) of the classes' concepts, and whose (M,) each is.
+
+    Concepts that the text encoder does not know are left out. Where a checkpoint brings the texts, there is neither
+    CLIP nor a concept. Raises ValueError for a class without a known concept, and as ``load_clip``.
+    """
+    classes = torch.arange(build.num_classes)
+    if build.texts is None:
+        return (), torch.zeros(build.num_classes, build.text_dim), classes
+    groups = concepts(build.class_names)
+    texts = [text for group in groups for text in group]
+    owner = classes.repeat_interleave(torch.tensor([len(group) for group in groups]))
+    if cfg.weights:
+        clip, vectors = load_clip(cfg.model, cfg.weights, texts)
+        return (clip,), vectors, owner
+    vectors = build.texts(texts)
+    known = vectors.any(1)
+    mute = sorted(set(range(build.num_classes)) - set(owner[known].tolist()))
+    if mute:
+        raise ValueError(
+            f"method.name = 'semivl': the text encoder knows no word of the class {build.class_names[mute[0]]!r} "
+            f"({', '.join(groups[mute[0]][:3])}); name it in a caption, choose another data.text_encoder, "
+            "or set method.clip.weights"
+        )
+    return (), F.normalize(vectors[known], dim=1), owner[known]
+
+
+def class_means(vectors: Tensor, owner: Tensor, num_classes: int) -> Tensor:
+    """(K, T): the mean of each class's unit vectors, at length 1."""
+    sums = torch.zeros(num_classes, vectors.shape[1]).index_add_(0, owner, vectors)
+    return F.normalize(sums, dim=1)
+
+
+def best_concepts(similar: Tensor, owner: Tensor, num_classes: int) -> Tensor:
+    """(B, M, h, w) to (B, K, h, w): the highest of each class's own."""
+    index = owner.view(1, -1, 1, 1).expand_as(similar)
+    found = similar.new_zeros(len(similar), num_classes, *similar.shape[2:])
+    return found.scatter_reduce(1, index, similar, "amax", include_self=False)
+
+
+def tune_spatially(encoder: nn.Module, name: str) -> None:
+    """Freezes all but attention and position embeddings. ValueError where there is no attention."""
+    chosen = {
+        n
+        for n, _ in encoder.named_parameters()
+        if any(part.startswith("attn") or part == "attention" for part in n.split("."))
+    }
+    if not chosen:
+        raise ValueError(f"method.spatial = true: model.encoder = {name!r} has no attention to train")
+    for n, parameter in encoder.named_parameters():
+        placed = n.split(".")[-1] in ("pos_embed", "positions", "position_embedding")
+        parameter.requires_grad_(parameter.requires_grad and (n in chosen or placed))
