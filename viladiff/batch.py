@@ -27,6 +27,8 @@ class Views:
     """Whether labelled images are wanted with the colour changes of a strong view as well."""
     pairs: bool = False
     """Whether the method itself mixes neighbours of a batch, whose number must then be even."""
+    tags: bool = False
+    """Whether the classes that each image's captions mention are wanted."""
 
     @property
     def unlabelled(self) -> bool:
@@ -80,6 +82,10 @@ class Batch:
     text_u: TextBatch | None = None
     image_strong: Tensor | None = None
     """(B, 3, H, W) ``image`` with the colour changes of a strong view, where they are wanted."""
+    tags: Tensor | None = None
+    """(B, C) float32, where wanted: 1 a class that the captions mention, 0 another, -1 where nothing is known."""
+    tags_u: Tensor | None = None
+    """(U, C) likewise."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""

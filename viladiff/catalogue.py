@@ -37,6 +37,7 @@ def needs(views: Views) -> str:
     parts += ["CutMix boxes"] if views.cutmix else []
     parts += ["pairs"] if views.pairs else []
     parts += ["captions"] if views.text else []
+    parts += ["classes that captions mention"] if views.tags else []
     return ", ".join(parts)
 
 

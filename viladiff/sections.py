@@ -32,7 +32,7 @@ class DataConfig(Section):
     dataset: str
     """Chooses the section; each kind below admits its own name only."""
     split: str
-    """Which images have labels: the number of labelled images, as in the paper's tables."""
+    """Which images have labels: the number of labelled images, as in the paper's tables, or all that have a mask."""
     split_seed: int | None = Field(None, ge=0)
     """Draws another labelled subset of the same size; none is the published list."""
     holdout: float = Field(0.0, ge=0, lt=1)
@@ -82,19 +82,19 @@ class EmbeddedData(DataConfig):
 
 class DigitsData(EmbeddedData):
     dataset: Literal["digits"] = "digits"
-    split: Literal["92", "183", "366", "732", "1464"] = "183"
+    split: Literal["92", "183", "366", "732", "1464", "all"] = "183"
 
 
 class DenseData(EmbeddedData):
     dataset: Literal["dense"] = "dense"
-    split: Literal["232", "463", "925", "1849"] = "463"
+    split: Literal["232", "463", "925", "1849", "all"] = "463"
 
 
 class VocData(DataConfig):
     """Crop of UniMatch V2 (518 there, for patches of 14), brought to a multiple of 16."""
 
     dataset: Literal["voc"] = "voc"
-    split: Literal["92", "183", "366", "732", "1464", "662", "1323", "2646", "5291"] = "183"
+    split: Literal["92", "183", "366", "732", "1464", "662", "1323", "2646", "5291", "all"] = "183"
     split_family: Literal["hq", "aug_cps", "aug_u2pl"] = "hq"
     """Which published lists: official masks (Table 1), or the augmented set as CPS or U2PL draws from it (Table 2)."""
     split_dir: str | None = None
@@ -103,7 +103,7 @@ class VocData(DataConfig):
     @model_validator(mode="after")
     def _check_family(self) -> VocData:
         hq = ("92", "183", "366", "732", "1464")
-        if (self.split in hq) != (self.split_family == "hq"):
+        if self.split != "all" and (self.split in hq) != (self.split_family == "hq"):
             fits = "hq" if self.split in hq else "aug_cps or aug_u2pl"
             here = f"split = {self.split!r} is not a list of split_family = {self.split_family!r}"
             raise ValueError(f"{here}; set data.split_family to {fits}")
@@ -112,7 +112,7 @@ class VocData(DataConfig):
 
 class CityscapesData(DataConfig):
     dataset: Literal["cityscapes"] = "cityscapes"
-    split: Literal["100", "186", "372", "744", "1488"] = "372"
+    split: Literal["100", "186", "372", "744", "1488", "all"] = "372"
     split_family: Literal["cps", "u2pl"] = "cps"
     """Two published families of lists share their names and few of their images."""
     crop: int = Field(800, ge=16)
@@ -124,14 +124,14 @@ class CocoData(DataConfig):
     """COCO 2017 things and background: 81 classes."""
 
     dataset: Literal["coco"] = "coco"
-    split: Literal["232", "463", "925", "1849", "3697"] = "463"
+    split: Literal["232", "463", "925", "1849", "3697", "all"] = "463"
     split_dir: str | None = None
     """Directory of the lists; none is ``splits`` below the data."""
 
 
 class Ade20kData(DataConfig):
     dataset: Literal["ade20k"] = "ade20k"
-    split: Literal["158", "316", "631", "632", "1263", "2526", "5052", "10105"] = "1263"
+    split: Literal["158", "316", "631", "632", "1263", "2526", "5052", "10105", "all"] = "1263"
     """158 and 632 are SemiVL's lists; its others are those of UniMatch V2."""
     split_dir: str | None = None
     """Directory of the lists; none is ``splits`` below the data."""

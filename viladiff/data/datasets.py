@@ -14,6 +14,7 @@ from viladiff.data.cache import fingerprint
 from viladiff.data.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
 from viladiff.data.files import FileList
 from viladiff.data.folder import Found, describe_lists, open_folder
+from viladiff.data.full import base_split, label_all
 from viladiff.data.holdout import hold_out
 from viladiff.data.images import FileImages, FileMasks
 from viladiff.data.splits import classes_present, labelled_order, nearest, resample, split_size
@@ -140,7 +141,10 @@ def load(
         raise ValueError(f"data.dataset = {name!r}: its reader comes later; {nearest(name, tuple(READERS))}")
     if name not in READERS:
         raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, (*READERS, *LATER))}")
-    whole = READERS[name](Request(name, split, split_seed, root, split_dir, holdout, scored, family))
+    base = base_split(name, split, family)
+    whole = READERS[name](Request(name, base, split_seed, root, split_dir, holdout, scored, family))
+    if base != split:
+        whole = label_all(whole)
     return hold_out(whole, holdout, scored == "holdout") if holdout else whole
 
 

@@ -23,6 +23,7 @@ from viladiff.data.augment import geometric, normalise, strong
 from viladiff.data.decode import Decoders, Recipe, Sample, decode_all
 from viladiff.data.images import FileMasks
 from viladiff.data.mixing import cutmix_boxes, pair_partner
+from viladiff.text.mentions import mentioned
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig
@@ -83,6 +84,7 @@ class Loader:
         self.patch, self.device, self.rank, self.world = patch, device, rank, world
         self.labelled = Order(dataset.labelled, cfg.seed, "labelled")
         self.unlabelled = Order(dataset.unlabelled, cfg.seed, "unlabelled", views.cutmix or views.pairs)
+        self._tags = torch.from_numpy(mentioned(dataset, cfg.data.captions)) if views.tags else None
         self._decoders: Decoders | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -110,11 +112,13 @@ class Loader:
         crops = self._from_arrays if self.dataset.files is None else self._from_files
         image, target, weak, valid = crops(labelled, unlabelled)
         batch = Batch(normalise(image), target, labelled.keys, text=self._text(labelled.drawn))
+        batch.tags = self._tagged(labelled.drawn)
         if self.views.strong_labelled:
             batch.image_strong = self._strong(image, labelled.drawn, "labelled")
         if not self.views.unlabelled:
             return batch
         batch.keys_u, batch.valid, batch.text_u = unlabelled.keys, valid, self._text(unlabelled.drawn)
+        batch.tags_u = self._tagged(unlabelled.drawn)
         batch.weak = (normalise(weak),) * self.views.weak
         batch.strong = tuple(self._strong(weak, unlabelled.drawn, view) for view in range(self.views.strong))
         if self.views.cutmix:
@@ -179,6 +183,9 @@ class Loader:
             return None
         text = self.bank.batch([i for _, i in drawn])
         return TextBatch(text.tokens.to(self.device), text.mask.to(self.device))
+
+    def _tagged(self, drawn: list[tuple[int, int]]) -> Tensor | None:
+        return None if self._tags is None else self._tags[[i for _, i in drawn]].to(self.device)
 
     def stream(self, start: int, stop: int, ahead: int = 0) -> Generator[list[Batch], None, None]:
         """The micro-batches of steps start ... stop - 1, with ``ahead`` steps prepared by a thread.

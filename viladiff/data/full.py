@@ -1,0 +1,45 @@
+"""What unlabelled images could be worth at best: the split under which every training image with a mask is labelled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from viladiff.data.cache import fingerprint
+
+if TYPE_CHECKING:
+    from viladiff.data.datasets import Dataset
+
+ALL = "all"
+"""Name of the split; in ``folder`` it is a list of that name, as any other."""
+LARGEST = {"digits": "1464", "dense": "1849", "cityscapes": "1488", "coco": "3697", "ade20k": "10105"}
+"""The list that is opened in its place: the pool is the same under each."""
+
+
+def base_split(name: str, split: str, family: str = "") -> str:
+    """The list that a reader has to open for a split: another one for ``all``, on any data set but ``folder``."""
+    if split != ALL or name == "folder":
+        return split
+    if name == "voc":
+        return "1464" if family in ("", "hq") else "5291"
+    return LARGEST[name]
+
+
+def label_all(dataset: Dataset) -> Dataset:
+    """The data set with labels for all images of its pool; of images in files, those whose mask is there."""
+    files = dataset.files
+    able = np.array([files is None or files.masks[i].is_file() for i in dataset.unlabelled], bool)
+    added = dataset.unlabelled[able]
+    sizes = [] if files is None else [files.masks[i].stat().st_size for i in added]
+    labelled = np.concatenate([dataset.labelled, added])
+    named = "" if files is None else f"all {len(labelled)} of {len(dataset.images)} training images that have a mask"
+    return replace(
+        dataset,
+        labelled=labelled,
+        unlabelled=dataset.unlabelled[~able],
+        fingerprint=fingerprint(ALL, dataset.fingerprint, added.tolist(), sizes),
+        split_name=named,
+        notes=(),
+    )
