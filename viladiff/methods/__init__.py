@@ -14,7 +14,6 @@ from viladiff.methods.pseudoseg import PseudoSeg
 from viladiff.methods.psmt import PsMt
 from viladiff.methods.semibaseline import SemiBaseline
 from viladiff.methods.semivl import SemiVl
-from viladiff.methods.semivl import SemiVl
 from viladiff.methods.supervised import Supervised
 from viladiff.methods.swith import Swith
 from viladiff.methods.u2pl import U2pl
@@ -39,7 +38,6 @@ METHODS: dict[str, type[Method]] = {
     "pseudoseg": PseudoSeg,
     "logicdiag": LogicDiag,
     "allspark": AllSpark,
-    "semivl": SemiVl,
     "semivl": SemiVl,
 }
 
