@@ -73,11 +73,19 @@ def make_batch(size: int = 4, seed: int = 0, views: Views | None = None) -> Batc
     strongs = (strong, *(_noise(size, "strong", view, seed) for view in range(1, views.strong)))
     mix = tuple(_boxes(size, view) for view in range(max(1, views.strong))) if views.cutmix else ()
     coloured = _noise(size, "labelled", 0, seed) if views.strong_labelled else None
-    return Batch(image, target, keys, (weak,), strongs, mix, valid, keys, *texts, image_strong=coloured)
+    tags = (_tags(size, seed, 0), _tags(size, seed, 1)) if views.tags else (None, None)
+    return Batch(image, target, keys, (weak,), strongs, mix, valid, keys, *texts, coloured, *tags)
 
 
 def _noise(size: int, *name: str | int) -> Tensor:
     return torch.randn(size, 3, SIDE, SIDE, generator=draws.generator(*name))
+
+
+def _tags(size: int, *name: int) -> Tensor:
+    """Some classes are mentioned, class 0 is not known."""
+    tags = (torch.rand(size, CLASSES, generator=draws.generator("tags", *name)) < 0.4).float()
+    tags[:, 0] = -1
+    return tags
 
 
 def _boxes(size: int, view: int) -> CutMix:
@@ -103,7 +111,7 @@ def share(batch: Batch, rank: int, world: int) -> Batch:
         batch.keys_u[cut],
         text,
         text_u,
-        None if batch.image_strong is None else batch.image_strong[cut],
+        *(None if x is None else x[cut] for x in (batch.image_strong, batch.tags, batch.tags_u)),
     )
 
 

@@ -9,6 +9,7 @@ from viladiff.methods.cps import Cps
 from viladiff.methods.daw import Daw
 from viladiff.methods.ddfp import Ddfp
 from viladiff.methods.fixmatch import FixMatch
+from viladiff.methods.fixmatch_tags import FixMatchTags
 from viladiff.methods.logicdiag import LogicDiag
 from viladiff.methods.pseudoseg import PseudoSeg
 from viladiff.methods.psmt import PsMt
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "semibaseline": SemiBaseline,
     "viladiff": ViLaDiff,
     "fixmatch": FixMatch,
+    "fixmatch_tags": FixMatchTags,
     "unimatch": UniMatch,
     "unimatch_v2": UniMatchV2,
     "daw": Daw,
