@@ -17,6 +17,7 @@ from viladiff.data.cli import add_data
 from viladiff.study.options import add_options
 from viladiff.study.runs_cli import add_runs
 from viladiff.study.sweep_options import add_options as add_sweep_options
+from viladiff.text.cli import add_text
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig
@@ -96,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train one run", epilog=TRAIN_EXAMPLES, formatter_class=raw)
     _add_fields(train)
     train.add_argument("--out", metavar="DIR", help="directory of runs (runtime.out)")
+    train.add_argument("--captions", metavar="FILE", help="in place of the data set's own (runtime.captions)")
     train.add_argument("--dry-run", action="store_true", help="say what would run and where it goes, and stop")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint (the default)")
@@ -111,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     add_data(commands)
+    add_text(commands)
     methods = commands.add_parser("methods", help="list the methods: paper, what each needs, what a step costs")
     methods.add_argument("--json", action="store_true", help="the same for programs")
     methods.set_defaults(run=_methods)
@@ -188,7 +191,7 @@ def _changes(args: argparse.Namespace) -> dict[str, object]:
     """The fields and the flags that stand for fields, as one flat map; a field given in both ways is refused."""
     from viladiff.config import parse_overrides
 
-    flags = {name: getattr(args, name, None) for name in ("out", "device", "workers", "threads")}
+    flags = {name: getattr(args, name, None) for name in ("out", "device", "workers", "threads", "captions")}
     words = [f"runtime.{name}={value}" for name, value in flags.items() if value is not None]
     if args.quiet:
         words.append("runtime.progress=false")

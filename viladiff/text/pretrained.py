@@ -128,11 +128,11 @@ def open_encoder(name: str, model: str | None) -> Pretrained:
         theirs = "config.json" if config.startswith("open") else "open_clip_config.json"
         instead = f"; it looks like one of {other}: data.text_encoder={other}" if (directory / theirs).is_file() else ""
         raise ValueError(f"{directory}: has no {config}, so it is no directory of {name}{instead}")
-    _require_weights(directory)
+    require_weights(directory)
     return Pretrained(name, directory, load_open_clip if name == "open_clip" else load_transformers)
 
 
-def _require_weights(directory: Path) -> None:
+def require_weights(directory: Path) -> None:
     if any(directory.glob("*.safetensors")):
         return
     others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(kind))
@@ -164,7 +164,7 @@ def load_open_clip(directory: Path) -> Tower:
         model = open_clip.create_model(place, load_weights=False)
         open_clip.load_checkpoint(model, str(weights[0]))
     except Exception as error:  # whatever a foreign file makes a library raise
-        raise ValueError(f"{directory}: open_clip cannot load it: {_short(error)}") from error
+        raise ValueError(f"{directory}: open_clip cannot load it: {short(error)}") from error
     text = getattr(model, "text", model)
     pooling = getattr(text, "text_pool_type", getattr(text, "pool_type", ""))
     if (
@@ -221,7 +221,7 @@ def load_transformers(directory: Path) -> Tower:
             directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
         )
     except Exception as error:  # whatever a foreign file makes a library raise
-        raise ValueError(f"{directory}: transformers cannot load it: {_short(error)}") from error
+        raise ValueError(f"{directory}: transformers cannot load it: {short(error)}") from error
     lacking = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))
     if lacking or told["mismatched_keys"]:
         raise ValueError(
@@ -289,5 +289,5 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
