@@ -155,7 +155,7 @@ def record(run: Run) -> RunRecord:
         history=history,
         pseudo_labels=pseudo_labels(run),
         class_names=list(run.dataset.class_names),
-        notes=list(run.method.notes()),
+        notes=[*run.bank.notes(), *run.method.notes()],
         split_name=run.dataset.split_name,
         captions=run.dataset.caption_source,
         text_encoder=cfg.data.text_encoder,

@@ -29,7 +29,7 @@ from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.segmenter import Build
 from viladiff.optim import lr_factor, param_groups, total_steps
-from viladiff.progress import Progress
+from viladiff.progress import Progress, counter
 from viladiff.record import load_record, save_record
 from viladiff.result import Result
 from viladiff.study.lease import Lease, LeaseLost, take_or_say
@@ -77,7 +77,9 @@ class Run:
             torch.set_num_threads(cfg.runtime.threads)
         self.dataset = load_dataset(*request(cfg))
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
-        self.bank, self.val_bank = load_text(self.dataset, cfg.data.text_encoder, cfg.data.captions)
+        with counter("encoding captions", cfg.runtime.progress and not self.rank) as advance:
+            asked = cfg.data.text_encoder, cfg.data.captions
+            self.bank, self.val_bank = load_text(self.dataset, *asked, model=cfg.runtime.text_model, advance=advance)
         self.fingerprints = {
             "data": self.dataset.fingerprint,
             "text": self.bank.fingerprint,
@@ -135,7 +137,7 @@ class Run:
 
     def _build(self) -> None:
         cfg = self.cfg
-        for note in check_files(self.dataset):
+        for note in (*check_files(self.dataset), *self.bank.notes()):
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
         torch.manual_seed(draws.key(cfg.seed, "init"))
@@ -162,7 +164,7 @@ class Run:
     def build(self) -> Build:
         """What the method makes its networks of."""
         cfg, data = self.cfg, self.dataset
-        texts = text_vectors(data, cfg.data.text_encoder)
+        texts = text_vectors(data, cfg.data.text_encoder, cfg.runtime.text_model)
         return Build(cfg.model, data.num_classes, self.bank.dim, data.name, data.class_names, cfg.data.crop, texts)
 
     def _restore(self) -> None:
