@@ -17,7 +17,9 @@ from PIL import Image, ImageOps
 from viladiff.config import RunConfig, override, run_id
 from viladiff.data import datasets, images
 from viladiff.data.check import check_files
-from viladiff.data.images import Colours, image_size, read_image, read_mask
+from viladiff.data.images import Colours, image_size, label_counts, read_image, read_mask
+from viladiff.data.lists import Lists
+from viladiff.data.splits import VISIBLE, resample
 from viladiff.text.bank import load_text
 from viladiff.train import fit
 
@@ -249,6 +251,56 @@ def test_only_images_with_masks_can_be_drawn(photo_folder: Make) -> None:
         data.labelled
     ) == 6
     assert all(data.files.masks[i].is_file() for i in data.labelled)
+
+
+def test_a_drawn_list_shows_every_class_and_looks_no_further() -> None:
+    """Six images of 28 with masks, five classes of which some are rare or in no mask."""
+    names = [f"{i:02}" for i in range(30)]
+    lists, swapped = Lists(tuple(names[:6]), tuple(names[6:]), ()), 0
+    for seed in range(100):
+        present = np.random.default_rng(seed).random((30, 5)) < (0.6, 0.3, 0.1, 0.05, 0.03)
+        looked: list[int] = []
+
+        def shows(name: str, present: np.ndarray = present, looked: list[int] = looked) -> np.ndarray:
+            looked.append(int(name))
+            return present[int(name)]
+
+        found = resample(lists, names[:28], seed, shows)
+        rows = present[[int(name) for name in found.labelled]]
+        assert len(rows) == 6 and rows.any(1).all() and (rows.any(0) == present[:28].any(0)).all()
+        assert sorted((*found.labelled, *found.unlabelled)) == names and not {"28", "29"} & {*found.labelled}
+        assert len({*looked}) == len(looked) and {*map(int, found.labelled)} <= {*looked}
+        before = present[looked[:-1]]
+        assert before.any(1).sum() < 6 or not before.any(0).all(), "the last look was needed"
+        plain = [i for i in looked if present[i].any()][:6]
+        swapped += sorted(plain) != sorted(map(int, found.labelled))
+        assert not present[plain].any(0).all() or sorted(plain) == sorted(map(int, found.labelled))
+    assert 20 < swapped < 100
+    with pytest.raises(ValueError, match=r"data\.split_seed = 3: only 0 masks show a class, and 6 are to be drawn"):
+        resample(lists, names, 3, lambda name: np.zeros(5, bool))
+
+
+def test_a_draw_opens_masks_of_the_pool_alone(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = photo_folder(24, unlabelled_masks=True)
+    opened: set[str] = set()
+
+    def spy(path: Path, *rest: Any) -> np.ndarray:
+        opened.add(path.stem)
+        return read_mask(path, *rest)
+
+    monkeypatch.setattr(datasets, "read_mask", spy)
+    data = load(root, split_seed=2)
+    assert data.files is not None and data.val_files is not None
+    pool, names = set(data.files.ids), [data.files.ids[i] for i in data.labelled]
+    assert set(names) <= opened <= pool and not opened & set(data.val_files.ids)
+    shown, there = (
+        np.any([label_counts(read_mask(root / "masks" / f"{name}.png", 6))[:6] >= VISIBLE for name in some], 0)
+        for some in (names, pool)
+    )
+    assert np.array_equal(shown, there)
+    opened.clear()
+    load(root)
+    assert not opened
 
 
 # Lists
@@ -544,7 +596,7 @@ def test_methods_train_without_captions_and_without_other_masks(
 
 
 def test_a_method_that_reads_captions_says_that_there_are_none(photo_folder: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'folder' has no captions, .*viladiff reads; set data\.captions=none"):
+    with pytest.raises(ValueError, match=r"'folder' has no captions, .*viladiff reads; .*set data\.captions=none"):
         fit(small(photo_folder(8), tmp_path / "runs", "viladiff"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from viladiff.data import published
-from viladiff.data.published import LISTS, Published, almost, list_hash, look_alikes, recognise
+from viladiff.data.published import LISTS, Published, almost, fewer, list_hash, look_alikes, recognise
 
 SHARED = Path(os.environ.get("VILADIFF_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data" / "splits"
 LISTED = {
@@ -118,3 +118,12 @@ def test_every_pair_that_shares_a_name_has_its_overlap() -> None:
     names = Counter((one.dataset, one.split) for one in LISTS)
     assert sum(count == 2 for count in names.values()) == len(published.IN_COMMON) and max(names.values()) == 2
     assert all(look_alikes(one) for one in LISTS if names[one.dataset, one.split] == 2)
+
+
+def test_unlabelled_images_that_are_not_all_others_draw_a_note() -> None:
+    hq = named("voc", "hq", "92")
+    assert fewer(hq, 10490) == [] == fewer(named("coco", "pseudoseg", "232"), 5)
+    assert fewer(hq, 1373) == [f"1373 unlabelled images; the training set has 10490 beside {hq}"]
+    assert fewer(named("cityscapes", "u2pl", "186"), 2790)[0].endswith(
+        "the training set has 2789 beside cityscapes u2pl 186 (186 images; U2PL, DDFP)"
+    )

@@ -13,7 +13,7 @@ import pytest
 
 from viladiff.config import ConfigError, RunConfig, override
 from viladiff.data import datasets, published
-from viladiff.data.check import check_files
+from viladiff.data.check import check, check_files
 from viladiff.data.published import Published, list_hash
 from viladiff.record import RunRecord
 
@@ -99,6 +99,65 @@ def test_families_are_found_under_their_names(photo_folder: Make) -> None:
     shutil.move(lists / "u2pl_1_16", lists / "662")
     assert load(root, "662", "aug_u2pl").fingerprint == u2pl.fingerprint
     assert load(root, "662", "aug_cps").fingerprint == cps.fingerprint, "the unambiguous name comes first"
+
+
+def test_lists_under_the_names_of_cps_and_ps_mt(photo_folder: Make, tmp_path: Path) -> None:
+    root = photo_folder(20, "voc", labelled=4, val=4, unlabelled_masks=True)
+    names, lists = ids(load(root)), tmp_path / "lists"
+    val = (root / "splits" / "92" / "val.txt").read_text(encoding="utf-8")
+    files = {
+        "cps/train_aug_labeled_1-16.txt": "\n".join(names[:3]),
+        "cps/train_aug_unlabeled_1-16.txt": "\n".join(names[3:9]),
+        "cps/pseudoseg_labeled_1-2.txt": "\n".join(names[5:9]),
+        "cps/pseudoseg_unlabeled_1-2.txt": "\n".join(names[9:12]),
+        "cps/val.txt": val,
+        "psmt/662_train_supervised.txt": _columns(names[2:5]),
+        "psmt/662_train_unsupervised.txt": _columns(names[5:]),
+        "psmt/6620_train_supervised.txt": _columns(names[7:9]),
+        "psmt/val.txt": val,
+    }
+    for name, text in files.items():
+        (lists / name).parent.mkdir(parents=True, exist_ok=True)
+        (lists / name).write_text(text, encoding="utf-8")
+
+    def read(below: str, *asked: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        data = load(root, *asked, split_dir=str(lists / below))
+        return ids(data)[: len(data.labelled)], ids(data)[len(data.labelled) :]
+
+    assert read("cps", "662", "aug_cps") == (names[:3], names[3:9])
+    assert read("cps", "732") == (names[5:9], names[9:12])
+    assert read("psmt", "662", "aug_cps") == (names[2:5], names[5:])
+    labelled, others = read("psmt", "662", "aug_u2pl")
+    assert labelled == names[7:9] and set(others) == {*names} - {*labelled}, "no list of others, so all others"
+    with pytest.raises(ValueError, match=r"no list 183/labelled\.txt or 183\.txt, nor a file of its images; there are"):
+        read("cps", "183")
+    report = check(root, lists / "psmt", 1)
+    counts = {one.name: one.counts for one in report.splits}
+    assert counts == {"662_train_supervised": (3, 11, 4), "6620_train_supervised": (2, 14, 4)} and not report.errors
+
+
+def _columns(names: tuple[str, ...]) -> str:
+    return "\n".join(f"/JPEGImages/{one}.jpg /SegmentationClassAug/{one}.png" for one in names)
+
+
+def test_a_published_list_is_found_by_its_images(
+    photo_folder: Make, tmp_path: Path, known: Callable[..., Published], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = photo_folder(16, "voc", unlabelled_masks=True)
+    names, lists = ids(load(root)), tmp_path / "lists"
+    (lists / "some" / "where").mkdir(parents=True)
+    shutil.move(root / "splits" / "92" / "val.txt", lists / "some" / "val.txt")
+    for file, some in {"a_labeled": names[1:4], "a_unlabeled": names[4:9], "b": names[4:7], "c": names[1:3]}.items():
+        (lists / "some" / "where" / f"{file}.txt").write_text(_columns(some), encoding="utf-8")
+    (lists / "notes.txt").write_bytes(b"\xff\xfe no list \x00")
+    both = known(list(names[1:4]), "aug_u2pl", "662"), known(list(names[4:7]), "aug_cps", "662")
+    monkeypatch.setattr(published, "IN_COMMON", {frozenset(one.sha256 for one in both): 0})
+    u2pl, cps = (load(root, "662", family, split_dir=str(lists)) for family in ("aug_u2pl", "aug_cps"))
+    assert ids(u2pl) == (*names[1:4], *names[4:9]) and u2pl.split_name.startswith("voc aug_u2pl 662 (3 images")
+    assert ids(cps)[:3] == names[4:7] and len(cps.unlabelled) == len(names) - 3
+    (lists / "some" / "val.txt").unlink()
+    with pytest.raises(ValueError, match=r"has no val\.txt"):
+        load(root, "662", "aug_u2pl", split_dir=str(lists))
 
 
 def test_a_list_of_another_family_is_refused(photo_folder: Make, known: Callable[..., Published]) -> None:

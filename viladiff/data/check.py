@@ -255,7 +255,8 @@ def _read_splits(tree: Tree, directory: Path) -> tuple[list[Split], list[Fault]]
     for pattern in LABELLED[:2]:
         names |= {path.parent.relative_to(directory).as_posix() for path in directory.rglob(pattern.format("*"))}
     splits, faults = [], []
-    for name in sorted(names - {"val", "unlabelled", "unlabeled", "train"}):
+    others = {name for name in names if "unlabel" in name or "unsupervised" in name}
+    for name in sorted(names - others - {"val", "train"}):
         try:
             lists, sources = read_lists(tree, directory, [name], masked=tree.layout is VOC)
         except ValueError as error:

@@ -16,8 +16,8 @@ from viladiff.data.files import FileList
 from viladiff.data.folder import Found, describe_lists, open_folder
 from viladiff.data.full import base_split, label_all
 from viladiff.data.holdout import hold_out
-from viladiff.data.images import FileImages, FileMasks
-from viladiff.data.splits import classes_present, labelled_order, nearest, resample, split_size
+from viladiff.data.images import FileImages, FileMasks, label_counts, read_mask
+from viladiff.data.splits import VISIBLE, classes_present, labelled_order, nearest, resample, split_size
 from viladiff.data.voc import open_voc
 from viladiff.text.captions import SIMULATED, Captions, simulate
 
@@ -197,7 +197,7 @@ def _of_files(asked: Request, found: Found) -> Dataset:
     """The pool is the labelled images, then the others; no pixel is read."""
     drawn = ""
     if asked.split_seed is not None:
-        found = found._replace(lists=resample(found.lists, found.tree.masks, asked.split_seed))
+        found = found._replace(lists=resample(found.lists, found.tree.masks, asked.split_seed, _shown(found)))
         drawn = f", drawn with data.split_seed = {asked.split_seed}"
     split_name, notes = describe_lists(asked.name, found)
     lists, (names, coding) = found.lists, found.classes
@@ -224,6 +224,17 @@ def _of_files(asked: Request, found: Found) -> Dataset:
         split_name=split_name + drawn,
         notes=notes,
     )
+
+
+def _shown(found: Found) -> Callable[[str], np.ndarray]:
+    """Which classes the mask of an image shows, (C,) bool."""
+    count = len(found.classes.names)
+
+    def shown(name: str) -> np.ndarray:
+        labels = read_mask(found.tree.masks[name], count, found.classes.coding)
+        return label_counts(labels)[:count] >= VISIBLE
+
+    return shown
 
 
 def files_fingerprint(name: str, found: Found) -> str:

@@ -10,15 +10,14 @@ from viladiff.data.files import FOLDER, Tree, scan
 from viladiff.data.images import Coding, Colours
 from viladiff.data.lists import (
     LABELLED,
-    UNLABELLED,
-    VALIDATION,
     Lists,
+    Wanted,
     check_disjoint,
-    find_list,
+    find_lists,
     read_lines,
     read_list,
 )
-from viladiff.data.published import almost, list_hash, look_alikes, recognise
+from viladiff.data.published import almost, fewer, list_hash, look_alikes, recognise
 from viladiff.fields import nearest
 from viladiff.labels import IGNORE
 
@@ -67,25 +66,26 @@ def split_directory(tree: Tree, given: Path | str | None) -> Path:
 
 
 def read_lists(
-    tree: Tree, directory: Path, names: Sequence[str], masked: bool = False
+    tree: Tree, directory: Path, names: Sequence[str], masked: bool = False, wanted: Wanted | None = None
 ) -> tuple[Lists, tuple[Path | None, ...]]:
-    """The lists of a split under the first of its ``names`` that there is. ValueError where one cannot be used.
+    """The lists of a split under the first of its ``names`` that there is, or a published list of whatever name.
 
+    ValueError where one cannot be used.
     Unlabelled images that no list names are all others; with ``masked``, all others that have a mask. Where a layout
     keeps validation images apart, those are never among them, and are all validated on if no list says which.
     """
     for name in names:
         if not name or ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(f"data.split = {name!r}: must be the name of a list in {directory}")
-    labelled = find_list(directory, LABELLED, names)
+    labelled, rest, val = find_lists(directory, names, wanted)
     if labelled is None:
+        other = ", nor a file of its images" if wanted else ""
         there = sorted({path.stem if path.is_file() else path.name for path in directory.iterdir()} - {"val"})
         raise ValueError(
             f"data.split = {names[0]!r}: {directory} has no list {LABELLED[0].format(names[0])}"
-            f" or {LABELLED[2].format(names[0])}; there are: {', '.join(there[:20]) or 'none'}"
+            f" or {LABELLED[2].format(names[0])}{other}; there are: {', '.join(there[:20]) or 'none'}"
             f"{nearest(names[0], there)}"
         )
-    val = find_list(directory, VALIDATION, names)
     if val is None and not tree.apart:
         raise ValueError(f"{directory}: has no val.txt, the list of validation images; `viladiff data split` makes one")
     pool = dict.fromkeys(tree.pool())
@@ -94,7 +94,6 @@ def read_lists(
         last = tuple(sorted(tree.apart))
     else:
         last = read_list(val, tree.layout, tree.apart or tree.images, tree.layout.val_images)
-    rest = find_list(directory, UNLABELLED, names)
     if rest is not None:
         others = read_list(rest, tree.layout, pool)
     else:
@@ -113,7 +112,7 @@ def describe_lists(dataset: str, found: Found) -> tuple[str, tuple[str, ...]]:
         size = len(found.lists.labelled)
         name = f"no published list: {size} images, SHA-256 {list_hash(found.lists.labelled)[:12]}"
         return name, tuple(almost(dataset, size))
-    notes = look_alikes(labelled)
+    notes = [*look_alikes(labelled), *fewer(labelled, len(found.lists.unlabelled))]
     if val is None or (val.dataset, val.family) != (labelled.dataset, "val"):
         where = found.sources[2] or found.tree.root / found.tree.layout.val_images
         here = f"{where}: {len(found.lists.val)} images"

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from viladiff.data import published
 from viladiff.data.files import Layout
 from viladiff.fields import nearest
 
-LABELLED = ("{}/labelled.txt", "{}/labeled.txt", "{}.txt")
-UNLABELLED = ("{}/unlabelled.txt", "{}/unlabeled.txt")
+LABELLED = ("{}/labelled.txt", "{}/labeled.txt", "{}.txt", "{}_train_supervised.txt")
+UNLABELLED = ("{}/unlabelled.txt", "{}/unlabeled.txt", "{}_train_unsupervised.txt")
 VALIDATION = ("{}/val.txt", "val.txt")
+
+
+class Wanted(NamedTuple):
+    """Which published list is asked for."""
+
+    dataset: str
+    family: str
+    """Empty where the data set has one family only."""
+    split: str
 
 
 class Lists(NamedTuple):
@@ -56,7 +67,9 @@ def candidates(line: str, layout: Layout) -> Iterator[str]:
     Where ids are bare names, which hold no spaces, the first word says it all.
     """
     if layout.val_images:
-        yield layout.image_id(line.split()[0])
+        first = line.split()[0]
+        if ".." not in PurePosixPath(first).parts:
+            yield layout.image_id(first)
         return
     words = line.split("\t")[0]
     while words:
@@ -76,6 +89,57 @@ def _unknown(line: str, layout: Layout, known: Collection[str], folder: str) -> 
 def find_list(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> Path | None:
     """The first file that exists, patterns before names."""
     tried = (directory / pattern.format(name) for pattern in patterns for name in names)
+    return next((path for path in tried if path.is_file()), None)
+
+
+class Places(NamedTuple):
+    """Where the lists of a split are; none for one that there is not."""
+
+    labelled: Path | None
+    unlabelled: Path | None
+    val: Path | None
+
+
+def find_lists(directory: Path, names: Sequence[str], wanted: Wanted | None = None) -> Places:
+    """All three lists of the first name under which images are labelled; else those of the published list ``wanted``,
+    whatever its file below the directory is called."""
+    for name in names:
+        labelled = find_list(directory, LABELLED, [name])
+        if labelled is not None:
+            rest = _others(labelled) or find_list(directory, UNLABELLED, [name])
+            return Places(labelled, rest, find_list(directory, VALIDATION, [name]) or _above(directory, labelled))
+    same = None if wanted is None else find_published(directory, wanted)
+    if same is not None:
+        return Places(same, _others(same), _above(directory, same))
+    return Places(None, None, find_list(directory, VALIDATION, names))
+
+
+def find_published(directory: Path, wanted: Wanted) -> Path | None:
+    """The file below the directory with exactly the images of a published list, the first by name."""
+    hashes = {
+        one.size: one.sha256
+        for one in published.LISTS
+        if (one.dataset, one.split) == (wanted.dataset, wanted.split) and wanted.family in ("", one.family)
+    }
+    for path in sorted(directory.rglob("*.txt")):
+        with suppress(ValueError):  # some other text
+            images = [line.split()[0] for line in read_lines(path)]
+            found = hashes.get(len(images))
+            if found is not None and published.list_hash(images).startswith(found):
+                return path
+    return None
+
+
+def _others(labelled: Path) -> Path | None:
+    """The list of unlabelled images that lies beside one of labelled images, under its name with "un" in it."""
+    name = labelled.name
+    same = (name.replace(word, f"un{word}") for word in ("labelled", "labeled", "supervised") if word in name)
+    return next((path for path in map(labelled.with_name, same) if path.is_file()), None)
+
+
+def _above(directory: Path, labelled: Path) -> Path | None:
+    """The ``val.txt`` beside a list or further up, in the directory at most."""
+    tried = [folder / "val.txt" for folder in labelled.parents if folder.is_relative_to(directory)]
     return next((path for path in tried if path.is_file()), None)
 
 

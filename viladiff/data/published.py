@@ -132,6 +132,16 @@ def look_alikes(found: Published) -> list[str]:
     ]
 
 
+def fewer(found: Published, unlabelled: int) -> list[str]:
+    """A sentence where the unlabelled images are not all others of the training set, as they are in most papers."""
+    whole = (one.size for one in LISTS if (one.dataset, one.family) == (found.dataset, "train"))
+    return [
+        f"{unlabelled} unlabelled images; the training set has {size - found.size} beside {found}"
+        for size in whole
+        if unlabelled != size - found.size
+    ]
+
+
 def almost(dataset: str, size: int) -> list[str]:
     """A sentence for each published list that an unknown one could be taken for, since it has as many images."""
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 import numpy as np
 
@@ -62,10 +62,32 @@ def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -
     return np.concatenate([np.array(first, np.int64), drawn[~np.isin(drawn, first)]])
 
 
-def resample(lists: Lists, masked: Container[str], seed: int) -> Lists:
-    """As many labelled images as the list has, drawn by name from all of the pool that have a mask; none is opened."""
+def resample(lists: Lists, masked: Container[str], seed: int, shows: Callable[[str], np.ndarray]) -> Lists:
+    """As many labelled images as the list has, drawn from the pool: all images of both lists that have a mask.
+
+    shows: (C,) bool, which classes the mask of an image of the pool shows. One that shows none is passed over. Where
+    the draw lacks a class, the first image further on in the drawn order that shows it takes the place of the last one
+    that can be spared, so that with as many images as classes every class of the pool is labelled. Masks are looked at
+    in the drawn order and no further than that takes. ValueError where too few show a class.
+    """
     pool = sorted((*lists.labelled, *lists.unlabelled))
-    able = [name for name in pool if name in masked]
-    drawn = draws.rng("split", "files", seed).permutation(len(able))[: len(lists.labelled)]
-    labelled = tuple(able[place] for place in drawn)
-    return lists._replace(labelled=labelled, unlabelled=tuple(sorted({*pool} - {*labelled})))
+    able, size = [name for name in pool if name in masked], len(lists.labelled)
+    names: list[str] = []
+    present: list[np.ndarray] = []
+    counts = np.zeros(1, np.int64)  # of the images drawn that show each class
+    for place in draws.rng("split", "files", seed).permutation(len(able)):
+        if len(names) == size and counts.all():
+            break
+        row = shows(able[place])
+        into = None
+        if len(names) < size and row.any():
+            into = len(names)
+        elif len(names) == size and row[counts == 0].any():
+            lost = (counts == 1) & ~row
+            into = max((i for i in range(size) if not present[i][lost].any()), default=None)
+        if into is not None:
+            counts = counts + row - sum(present[into : into + 1])
+            names[into : into + 1], present[into : into + 1] = [able[place]], [row]
+    if len(names) < size:
+        raise ValueError(f"data.split_seed = {seed}: only {len(names)} masks show a class, and {size} are to be drawn")
+    return lists._replace(labelled=tuple(names), unlabelled=tuple(sorted({*pool} - {*names})))
