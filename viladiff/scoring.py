@@ -32,6 +32,7 @@ from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_origin
 from viladiff.protocols import STREAMS, nearest_multiple, resized
 from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, versions, write_atomically
+from viladiff.text.encoders import describe
 
 if TYPE_CHECKING:
     from viladiff.train import Run
@@ -158,7 +159,7 @@ def record(run: Run) -> RunRecord:
         notes=[*run.bank.notes(), *run.method.notes()],
         split_name=run.dataset.split_name,
         captions=run.dataset.caption_source,
-        text_encoder=cfg.data.text_encoder,
+        text_encoder=describe(cfg.data.text_encoder, cfg.runtime.text_model),
         encoder=cfg.model.encoder,
         pretrained=weights_origin(cfg),
         wall_seconds=run.wall_seconds(),

@@ -22,6 +22,7 @@ from viladiff.data.digits import open_pixels
 from viladiff.data.images import read_image
 from viladiff.text.caption_files import clean
 from viladiff.text.captions import PROMPTS
+from viladiff.text.encoders import model_name
 from viladiff.text.pretrained import KINDS, require_weights, short
 
 READERS = 4
@@ -83,10 +84,10 @@ def writer(directory: Path | str, prompts: Sequence[str] = PROMPTS, longest: int
         raise ValueError(f"{top}: holds a {kind!r}, not a 'blip-2'")
     require_weights(top)
     real = top.resolve()
-    hub = real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--")
-    name = real.parent.parent.name.removeprefix("models--").replace("--", "/") if hub else real.name
+    name = model_name(real)
     files = sorted(path for path in real.iterdir() if path.suffix in KINDS and path.is_file())
-    revision = real.name[:12] if hub else fingerprint([(path.name, digest(path)) for path in files])
+    hashed = fingerprint([(path.name, digest(path)) for path in files])
+    revision = hashed if name == real.name else real.name[:12]
     return Writer(str(real), name, revision, tuple(prompts), longest)
 
 

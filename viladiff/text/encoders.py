@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -139,6 +140,18 @@ def build_encoder(name: str, captions: Iterable[Sequence[str]], model: str | Non
     from viladiff.text import pretrained  # transformers and open_clip take seconds to load
 
     return pretrained.open_encoder(name, model)
+
+
+def model_name(directory: Path | str) -> str:
+    """What a model is called: as its directory is, or as the folder of a model hub's cache says."""
+    real = Path(directory).expanduser().resolve()
+    hub = real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--")
+    return real.parent.parent.name.removeprefix("models--").replace("--", "/") if hub else real.name
+
+
+def describe(name: str, model: str | None) -> str:
+    """The encoder for a record: its kind and, where it comes from a directory, the model's name."""
+    return f"{name} {model_name(model)}" if model is not None and name in ("open_clip", "transformers") else name
 
 
 ENCODERS = ("words", "minilm", "open_clip", "transformers")
