@@ -14,7 +14,7 @@ computed on labelled images' side of the block, and after it there are as many c
 wider than the encoder's last map.
 
 Memory at width C, h heads, K classes and N tokens: of each labelled image a map of attention takes 4 (h C) (K h C)
-bytes in float32, and a few such maps are kept for the backward pass; the queues take 4 K C N bytes for the whole run.
+bytes in float32, and four such maps are kept for the backward pass; the queues take 4 K C N bytes for the whole run.
 With C = 256, h = 2 and N = 1024 each of these is 22 MB for K = 21 and 85 MB for K = 81. ``width`` bounds both.
 """
 
