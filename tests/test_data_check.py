@@ -19,8 +19,9 @@ from PIL import Image
 from viladiff import cli
 from viladiff.data import check as module
 from viladiff.data import datasets, deal
-from viladiff.data.check import Report, check, look_at_all, open_tree
+from viladiff.data.check import Report, check, look_at_all
 from viladiff.data.images import read_mask
+from viladiff.data.layouts import open_tree
 from viladiff.report import datacheck
 
 Make = Callable[..., Path]
@@ -126,12 +127,12 @@ def test_processes_end_with_the_one_that_asked_for_them(photo_folder: Make) -> N
     root = photo_folder(40)
     script = (
         "import os, sys, time\n"
-        "from viladiff.data import check\n"
+        "from viladiff.data import check, layouts\n"
         "def look(*job):\n"
         "    os.write(1, b'%d\\n' % os.getpid())\n"
         "    time.sleep(60)\n"
         "check.look = look\n"
-        "check.look_at_all(*check.open_tree(sys.argv[1]), 2)\n"
+        "check.look_at_all(*layouts.open_tree(sys.argv[1]), 2)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

@@ -356,7 +356,7 @@ def test_a_data_set_and_its_labelled_list(rendered: Path) -> None:
     ("name", "split", "message"),
     [
         ("digts", "92", "'digts'.*did you mean 'digits'"),
-        ("coco", "232", "'coco': its reader comes later"),
+        ("coco", "232", "runtime.data_root: must be set .* 'coco'"),
         ("voc", "92", "runtime.data_root: must be set"),
         ("folder", "92", "runtime.data_root: must be set"),
         ("digits", "93", "'93'.*allowed: 92, 183, 366, 732, 1464; did you mean '92'"),

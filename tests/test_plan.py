@@ -137,7 +137,7 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unusable_inputs_are_refused_as_a_run_refuses_them() -> None:
-    with pytest.raises(ValueError, match=r"data\.dataset = 'coco': its reader comes later"):
+    with pytest.raises(ValueError, match=r"runtime\.data_root: must be set .* 'coco'"):
         name_runs([override(RunConfig(), {"data.dataset": "coco"})])
 
 

@@ -15,15 +15,24 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from viladiff.data.files import FOLDER, VOC, FileList, Tree, scan
-from viladiff.data.folder import Classes, Found, describe_lists, read_classes, read_lists
-from viladiff.data.images import Coding, image_size, label_counts, open_image, read_image, read_mask, upright_size
+from viladiff.data.files import VOC, FileList, Tree
+from viladiff.data.folder import Classes, Found, describe_lists, read_lists
+from viladiff.data.images import (
+    Coding,
+    Numbers,
+    image_size,
+    label_counts,
+    open_image,
+    read_image,
+    read_mask,
+    upright_size,
+)
+from viladiff.data.layouts import open_tree
 from viladiff.data.lists import LABELLED
-from viladiff.data.voc import CLASS_NAMES, voc_root
 from viladiff.labels import IGNORE
 
 if TYPE_CHECKING:
@@ -103,29 +112,22 @@ class Report:
         return (one.pixels for one in self.seen.values() if one.pixels is not None)
 
 
-def open_tree(root: Path | str) -> tuple[Tree, Classes]:
-    """The files below a root in whichever of the two layouts it has, and its classes. ValueError where it has none."""
-    top = voc_root(root)
-    if (top / VOC.images).is_dir() and not (top / FOLDER.images).is_dir():
-        return scan(top, VOC), Classes(CLASS_NAMES, None)
-    tree = scan(root, FOLDER)
-    return tree, read_classes(tree.root)
-
-
 def check(
     root: Path | str,
     split_dir: Path | str | None = None,
     processes: int | None = None,
     advance: Advance = lambda done, of: None,
+    reduce_zero_label: bool = True,
 ) -> Report:
     """Decodes every image and mask below ``root`` and reads every list, in ``processes`` (one for each core).
 
     ``advance`` hears how many images are done, and of how many. Raises ValueError where there is nothing to check: no
     layout, no classes, two files of one name, a link that leads out of the root.
     """
-    tree, classes = open_tree(root)
+    tree, classes = open_tree(root, reduce_zero_label)
     seen = look_at_all(tree, classes, processes, advance)
     faults = [fault for one in seen.values() for fault in one.faults]
+    faults += [Fault("warning", str(tree.root / tree.layout.masks), note) for note in tree.notes]
     faults += _strays(tree)
     splits, more = _read_splits(tree, Path(split_dir).expanduser() if split_dir else tree.root / "splits")
     report = Report(tree, classes, seen, tuple(splits), ())
@@ -148,7 +150,7 @@ def look_at_all(
 
 
 @contextmanager
-def mapped(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[list[Seen]]]]:
+def mapped(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[list[Any]]]]:
     """``map``, in this process or in several that end with the block, whatever ends it."""
     count = min(processes or cores(), jobs)
     if count < 2:
@@ -242,7 +244,7 @@ def _strays(tree: Tree) -> list[Fault]:
     known = set(tree.masks.values())
     folder = tree.root / tree.layout.masks
     for path in sorted(folder.rglob("*.*")) if folder.is_dir() else ():
-        if path not in known and path.is_file() and not path.name.startswith("."):
+        if path not in known and path.is_file() and not path.name.startswith(".") and not tree.layout.mask_end:
             lost.append(Fault("warning", str(path), "is not read: masks are PNG files"))
     return lost
 
@@ -262,8 +264,7 @@ def _read_splits(tree: Tree, directory: Path) -> tuple[list[Split], list[Fault]]
         except ValueError as error:
             faults.append(Fault("error", str(directory / name), str(error)))
             continue
-        dataset = "voc" if tree.layout is VOC else "folder"
-        published, notes = describe_lists(dataset, Found(tree, Classes((), None), lists, sources))
+        published, notes = describe_lists(tree.layout.dataset, Found(tree, Classes((), None), lists, sources))
         splits.append(Split(name, (len(lists.labelled), len(lists.unlabelled), len(lists.val)), published, notes))
     return splits, faults
 
@@ -300,11 +301,11 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
     """What a run on these files should be told, after a look at every header and at the masks that it will use.
 
     Files are judged by their header and their end, those of which either is odd are decoded; masks of labelled and
-    validation images are read, all others are not opened. Raises ValueError that quotes the first faults. A data set
-    that is not in files has nothing to say.
+    validation images are read, all others are not opened. Raises ValueError that quotes the first faults. Of a data
+    set that is not in files nothing is read.
     """
     if dataset.files is None:
-        return ()
+        return dataset.notes
     labelled = _some(dataset.files, dataset.labelled.tolist())
     parts = [labelled] if dataset.val_files is None else [labelled, dataset.val_files]
     others = _some(dataset.files, dataset.unlabelled.tolist())
@@ -323,7 +324,10 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
         raise ValueError("\n".join(faults[:SHOWN]) + rest)
     if not counts[0][: dataset.num_classes].any():
         raise ValueError(f"data.split: none of the {len(labelled)} labelled images has a labelled pixel")
-    return (*dataset.notes, *_never(dataset, counts))
+    coding = getattr(dataset.masks, "coding", None)
+    odd = [] if not isinstance(coding, Numbers) or any(shown[IGNORE] for shown in counts) else [coding.hint]
+    told = [f"no mask has an ignored pixel, which is unusual of {dataset.name}: {hint}" for hint in odd]
+    return (*dataset.notes, *told, *_never(dataset, counts))
 
 
 def _some(files: FileList, places: Sequence[int]) -> FileList:

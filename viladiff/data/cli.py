@@ -1,4 +1,4 @@
-"""The command ``viladiff data``: look at images and masks, deal them into lists, render the embedded data sets.
+"""The command ``viladiff data``: look at images and masks, deal them into lists, make what data sets lack.
 
 Only the standard library is loaded until a command is carried out.
 """
@@ -20,6 +20,7 @@ examples:
   viladiff data check photos                   every file, with reasons; writes data-check/index.html
   viladiff data split photos --labelled 30     photos/splits/labelled/: 30 labelled images, a fifth for validation
   viladiff data split photos --labelled 30 --seed 1 --name labelled-1
+  viladiff data coco-masks coco                coco/masks/: from COCO's instances; goes on where it stopped
   viladiff train data.dataset=folder runtime.data_root=photos data.split=labelled
 """
 SHOWN = 20
@@ -48,13 +49,28 @@ def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     split.add_argument("--name", default="labelled", help="of the split, for data.split (default: labelled)")
     split.set_defaults(run=_split)
 
+    masks = actions.add_parser("coco-masks", help="make the masks of COCO 2017 from its instances")
+    masks.add_argument("root", metavar="ROOT", help="directory with train2017/, val2017/ and annotations/")
+    masks.add_argument(
+        "--instances", metavar="FILE", action="append", default=[], help="a JSON file (default: both of annotations/)"
+    )
+    masks.add_argument("--out", metavar="DIR", help="for the masks (default: masks below ROOT)")
+    masks.add_argument("--processes", metavar="N", type=int, help="that draw masks (default: one a core)")
+    masks.add_argument("--quiet", action="store_true", help="no progress bar")
+    masks.set_defaults(run=_coco_masks)
+
     render = actions.add_parser("render", help="render into the cache, or check what is there")
     render.add_argument("names", nargs="+", choices=("digits", "dense"), metavar="NAME", help="digits or dense")
     render.set_defaults(run=_render)
 
 
 def _add_root(command: argparse.ArgumentParser) -> None:
-    command.add_argument("root", metavar="ROOT", help="directory with images/ and masks/, or in VOC's layout")
+    command.add_argument(
+        "root", metavar="ROOT", help="directory with images/ and masks/, or as VOC, Cityscapes, COCO or ADE20K"
+    )
+    command.add_argument(
+        "--shifted", action="store_true", help="ADE20K's masks hold 0 ... 149 and 255 (data.reduce_zero_label=false)"
+    )
     command.add_argument("--processes", metavar="N", type=int, help="that read files (default: one a core)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -64,7 +80,7 @@ def _check(args: argparse.Namespace) -> int:
     from viladiff.report.datacheck import write_page
 
     with _bar("reading images", args.quiet) as advance:
-        report = check(args.root, args.split_dir, args.processes, advance)
+        report = check(args.root, args.split_dir, args.processes, advance, not args.shifted)
     page = write_page(report, Path(args.out).expanduser(), f"viladiff data check {args.root}")
     _say(report)
     print(f"\n{page}")
@@ -94,10 +110,11 @@ def _say(report: Report) -> None:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from viladiff.data.check import look_at_all, open_tree
+    from viladiff.data.check import look_at_all
     from viladiff.data.deal import deal, write_lists
+    from viladiff.data.layouts import open_tree
 
-    tree, classes = open_tree(args.root)
+    tree, classes = open_tree(args.root, not args.shifted)
     with _bar("reading masks", args.quiet) as advance:
         seen = look_at_all(tree, classes, args.processes, advance)
     dealt = deal(args.root, seen, args.labelled, args.val, args.seed)
@@ -107,6 +124,18 @@ def _split(args: argparse.Namespace) -> int:
     print(f"{directory}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images{kept}")
     for name, missing in dealt.uncovered.items():
         print(f"warning: no {name} image shows {', '.join(missing)}; deal more images, or another --seed")
+    return 0
+
+
+def _coco_masks(args: argparse.Namespace) -> int:
+    from viladiff.data.coco_masks import make_masks
+
+    with _bar("drawing masks", args.quiet) as advance:
+        made = make_masks(args.root, args.instances, args.out, args.processes, advance)
+    print(f"{made.written:,} masks written, {made.there:,} were there already")
+    print(f"{made.empty:,} images have no annotation and are background; {made.crowds:,} crowds are 255")
+    if made.hollow:
+        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were left out")
     return 0
 
 

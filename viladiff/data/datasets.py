@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from viladiff.data.ade20k import open_ade20k
 from viladiff.data.cache import fingerprint
+from viladiff.data.cityscapes import open_cityscapes
+from viladiff.data.coco import open_coco
 from viladiff.data.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
 from viladiff.data.files import FileList
 from viladiff.data.folder import Found, describe_lists, open_folder
@@ -103,6 +106,7 @@ class Request(NamedTuple):
     holdout: float = 0.0
     scored: str = "val"
     family: str = ""
+    reduce_zero_label: bool = True
 
 
 def request(cfg: RunConfig) -> Request:
@@ -117,6 +121,7 @@ def request(cfg: RunConfig) -> Request:
         data.holdout,
         cfg.eval.on,
         getattr(data, "split_family", ""),
+        getattr(data, "reduce_zero_label", True),
     )
 
 
@@ -129,20 +134,20 @@ def load(
     holdout: float = 0.0,
     scored: str = "val",
     family: str = "",
+    reduce_zero_label: bool = True,
 ) -> Dataset:
     """Opens a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
     root and split_dir: where the files and the lists of a data set that is not embedded are. holdout: see
     ``data.holdout``; those images are the validation set where ``scored`` is "holdout". family: which of several
-    published lists of that size. Raises ValueError for an unknown data set or split, for a cache that is damaged or
-    cannot be written, and for files that cannot be used.
+    published lists of that size. reduce_zero_label: see ``data.ade20k``. Raises ValueError for an unknown data set or
+    split, for a cache that is damaged or cannot be written, and for files that cannot be used.
     """
-    if name in LATER:
-        raise ValueError(f"data.dataset = {name!r}: its reader comes later; {nearest(name, tuple(READERS))}")
     if name not in READERS:
-        raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, (*READERS, *LATER))}")
+        raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, tuple(READERS))}")
     base = base_split(name, split, family)
-    whole = READERS[name](Request(name, base, split_seed, root, split_dir, holdout, scored, family))
+    asked = Request(name, base, split_seed, root, split_dir, holdout, scored, family, reduce_zero_label)
+    whole = READERS[name](asked)
     if base != split:
         whole = label_all(whole)
     return hold_out(whole, holdout, scored == "holdout") if holdout else whole
@@ -222,7 +227,7 @@ def _of_files(asked: Request, found: Found) -> Dataset:
         files=files,
         val_files=val,
         split_name=split_name + drawn,
-        notes=notes,
+        notes=(*found.tree.notes, *notes),
     )
 
 
@@ -247,11 +252,24 @@ def files_fingerprint(name: str, found: Found) -> str:
     return fingerprint("files", name, images, masks, names, palette)
 
 
+def _cityscapes(asked: Request) -> Dataset:
+    return _of_files(asked, open_cityscapes(_root(asked), asked.split, asked.family or "cps", asked.split_dir))
+
+
+def _coco(asked: Request) -> Dataset:
+    return _of_files(asked, open_coco(_root(asked), asked.split, asked.split_dir))
+
+
+def _ade20k(asked: Request) -> Dataset:
+    return _of_files(asked, open_ade20k(_root(asked), asked.split, asked.reduce_zero_label, asked.split_dir))
+
+
 READERS: dict[str, Callable[[Request], Dataset]] = {
     "digits": _embedded,
     "dense": _embedded,
     "folder": _folder,
     "voc": _voc,
+    "cityscapes": _cityscapes,
+    "coco": _coco,
+    "ade20k": _ade20k,
 }
-LATER = ("cityscapes", "coco", "ade20k")
-"""Known to the configuration; their readers do not exist yet."""

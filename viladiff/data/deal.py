@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from viladiff import draws
-from viladiff.data.check import Seen, open_tree
+from viladiff.data.check import Seen
 from viladiff.data.files import VOC, Tree
+from viladiff.data.layouts import open_tree
 from viladiff.data.lists import VALIDATION, Lists, find_list, read_list
 from viladiff.data.splits import VISIBLE
 from viladiff.labels import IGNORE
@@ -38,17 +39,19 @@ def deal(
 ) -> Dealt:
     """Deals the images that have a sound mask into labelled and validation images; all others are unlabelled.
 
-    labelled: how many, or all that validation leaves. val: how many, or a share below 1; none keeps a val.txt that
-    the directory has, or takes a fifth. In either list rare classes are seen to first, the rest is drawn by ``seed``.
-    Raises ValueError where there are too few masks, or a number makes no sense.
+    labelled: how many, or all that validation leaves. val: how many, or a share below 1; none keeps a val.txt that the
+    directory has, or the layout's own images for validation, or takes a fifth. In either list rare classes are seen to
+    first, the rest is drawn by ``seed``. Raises ValueError for too few masks, or numbers that make no sense.
     """
     tree, classes = open_tree(root)
-    able = [name for name in tree.images if _sound(seen[name])]
+    if tree.apart and val is not None:
+        raise ValueError(f"--val {val:g}: {tree.layout.dataset} is validated on all of {tree.layout.val_images!r}")
+    able = [name for name in tree.pool() if _sound(seen[name])]
     kept = find_list(tree.root / "splits", VALIDATION[1:], [""]) if val is None else None
-    fixed = read_list(kept, tree.layout, tree.images) if kept else ()
+    fixed = read_list(kept, tree.layout, tree.images) if kept else tuple(sorted(tree.apart))
     free = [name for name in able if name not in set(fixed)]
     present = np.array([[_shows(seen[name], label) for label in range(len(classes.names))] for name in free], bool)
-    wanted = 0 if kept else _count("--val", 0.2 if val is None else val, len(free))
+    wanted = 0 if fixed else _count("--val", 0.2 if val is None else val, len(free))
     count = len(free) - wanted if labelled is None else labelled
     if count < 1 or count + wanted > len(free):
         raise ValueError(
@@ -57,7 +60,7 @@ def deal(
         )
     first, last = draw(present, count, wanted, seed)
     lists = _lists(tree, [free[i] for i in first], fixed or [free[i] for i in last])
-    covered = {"labelled": present[first].any(0)} | ({} if kept else {"validation": present[last].any(0)})
+    covered = {"labelled": present[first].any(0)} | ({} if fixed else {"validation": present[last].any(0)})
     absent = {name: tuple(np.array(classes.names)[present.any(0) & ~shown].tolist()) for name, shown in covered.items()}
     return Dealt(lists, {name: names for name, names in absent.items() if names}, kept)
 

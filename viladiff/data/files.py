@@ -38,6 +38,10 @@ class Layout(NamedTuple):
             return image_id(text)
         return PurePosixPath(image_id(text)).name.removesuffix(self.image_end)
 
+    def is_at(self, root: Path, places: Sequence[str]) -> bool:
+        """Whether the root, or one of ``places`` below it, has the folder of images."""
+        return (locate(root, places, self) / self.images).is_dir()
+
     def mask_name(self, name: str) -> str:
         """The mask of an image, below the folder of masks."""
         return f"{name}{self.mask_end}.png"
@@ -70,6 +74,8 @@ class Tree(NamedTuple):
     masks: dict[str, Path]
     apart: frozenset[str] = frozenset()
     """Images that are for validation alone, where the layout says which."""
+    notes: tuple[str, ...] = ()
+    """What its reader took otherwise than one might think, a sentence each."""
 
     def pool(self) -> list[str]:
         """Images that may be trained on."""
@@ -105,6 +111,12 @@ def _images(top: Path, layout: Layout, folder: str) -> dict[str, Path]:
         named = f" whose name ends in {layout.image_end!r}" if layout.image_end else ""
         raise ValueError(f"{top / folder}: holds no image{named} ({', '.join(SUFFIXES)})")
     return found
+
+
+def locate(root: Path | str, places: Sequence[str], layout: Layout) -> Path:
+    """The first of ``places`` below the root that has the folder of images; the root as it is where none has."""
+    top = Path(root).expanduser()
+    return next((top / place for place in places if (top / place / layout.images).is_dir()), top)
 
 
 def image_id(text: str) -> str:

@@ -40,8 +40,6 @@ class Found(NamedTuple):
     lists: Lists
     sources: tuple[Path | None, ...]
     """The file of each list; none for unlabelled images that are simply all others, and for all of a folder."""
-    notes: tuple[str, ...] = ()
-    """What the reader took otherwise than one might think, a sentence each."""
 
 
 def open_folder(root: Path | str, split: str, split_dir: Path | str | None = None) -> Found:

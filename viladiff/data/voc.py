@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from viladiff.data.files import VOC, scan
+from viladiff.data.files import VOC, locate, scan
 from viladiff.data.folder import Classes, Found, read_lists, refuse_other, split_directory
 from viladiff.data.lists import Wanted
 
@@ -55,8 +55,7 @@ def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path |
 
 def voc_root(root: Path | str) -> Path:
     """Where the folder of images lies: the root or a folder of a usual name below it, else the root as it is."""
-    top = Path(root).expanduser()
-    return next((top / place for place in PLACES if (top / place / VOC.images).is_dir()), top)
+    return locate(root, PLACES, VOC)
 
 
 def list_names(split: str, family: str) -> list[str]:
