@@ -247,6 +247,7 @@ def test_boxes_fit_lie_on_the_grid_and_are_never_empty() -> None:
     assert float(share.mean()) == pytest.approx(0.21, abs=0.02)
     ratio = height.double() / width.double()
     assert ratio.min() < 0.5 and ratio.max() > 2.5
+    assert float((ratio > 1).double().mean()) > 0.6, "height over width is uniform in 0.3 .. 3.3: mostly above 1"
     assert set(drawn[:, 0].tolist()) >= set(range(0, 48, snap)) and drawn[:, 2].max() == size
 
 

@@ -12,6 +12,7 @@ from viladiff import draws
 from viladiff.batch import Batch
 from viladiff.data.mixing import box_mask
 from viladiff.data.perturb import channel_dropout
+from viladiff.losses import cross_entropy
 from viladiff.methods.corrmatch import (
     Correlation,
     CorrMatch,
@@ -224,6 +225,18 @@ def test_loss_is_that_of_the_formula(changes: dict[str, object]) -> None:
     named = {"sup": sup, "sup_correlation": sup_r, "pseudo": l_s, "kl": kl, "dropped": l_fp, "correlation": l_corr}
     assert {k: float(losses.terms[k]) for k in named} == pytest.approx(named, rel=2e-3, abs=1e-5)
     assert float(losses.total.detach()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_classifier_does_not_learn_from_the_scores_that_are_spread() -> None:
+    """Without a clean loss or a strong view's, no gradient is left for it; the correlation head still gets one."""
+    method, batch = ready(**{"pseudo.weight": 0.0})
+    method(batch, STEP).total.backward()
+    both = method.student.classifier.fine.weight.grad.clone()
+    method.zero_grad()
+    logits = method.student(batch.image)["visual"]
+    (cross_entropy(logits, batch.target) / 4).backward()
+    torch.testing.assert_close(method.student.classifier.fine.weight.grad, both, rtol=1e-3, atol=1e-6)
+    assert method.correlation.first.weight.grad is None or not method.correlation.first.weight.grad.any()
 
 
 def test_correlation_learns_but_does_not_teach_the_scores_it_spreads() -> None:

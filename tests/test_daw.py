@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from method_kit import CLASSES, STEP, make, make_batch, share, take_steps
+from method_kit import CLASSES, STEP, make, make_batch, make_uneven, share, take_steps
 from scipy.stats import norm
 from torch import Tensor
 
 from viladiff.batch import Step
+from viladiff.methods import unimatch
 from viladiff.methods.base import Method
 from viladiff.methods.daw import align, class_confidence, crossing, moved, right_and_wrong
 
@@ -178,6 +179,26 @@ def test_each_part_of_daw_changes_training(changes: dict[str, object]) -> None:
     for method in (make("daw", **{"pseudo.threshold": 0.5}), make("daw", **{"pseudo.threshold": 0.5, **changes})):
         totals.append(take_steps(method, torch.optim.AdamW(method.parameters(), 3e-3), 0, 3))
     assert totals[0] != totals[1]
+
+
+def test_a_step_judges_aligned_labels_by_the_running_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels and confidence both, the latter against τ, not against the field."""
+    method, seen = make_uneven("daw", **{"pseudo.threshold": 0.95}), []
+    batch = make_batch(views=method.views_wanted())
+    with torch.no_grad():
+        method.distributions.copy_(torch.rand(2, CLASSES, generator=torch.Generator().manual_seed(4)) + 0.2)
+        method.tau.fill_(0.8)
+        raw = method.student(batch.weak[0])["visual"].softmax(1)
+    wanted = raw.numpy() * (method.distributions[0] / method.distributions[1]).numpy()[:, None, None]
+    wanted /= wanted.sum(1, keepdims=True)
+    assert (wanted.argmax(1) != raw.numpy().argmax(1)).mean() > 0.05
+    monkeypatch.setattr(unimatch, "hard_consistency", lambda *given: seen.append(given) or given[0].sum() * 0)
+    losses = method(batch, STEP)
+    _, labels, accepted, valid = seen[-1]  # of the view with dropped channels, which has no boxes
+    assert np.array_equal(labels.numpy(), wanted.argmax(1)) and torch.equal(valid, batch.valid)
+    sure = wanted.max(1) >= np.float32(0.8)
+    assert 0.05 < sure.mean() < 0.95 and np.array_equal(accepted.numpy() > 0, sure)
+    assert losses.terms["tau"] == pytest.approx(0.8)
 
 
 def test_pseudo_labels_are_the_aligned_ones() -> None:

@@ -30,6 +30,7 @@ from viladiff.data.datasets import load as load_dataset
 from viladiff.losses import pixel_cross_entropy
 from viladiff.methods import METHODS
 from viladiff.methods.base import MeanTeacher, Method
+from viladiff.models.segmenter import Classifier
 from viladiff.runs import preview
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -126,6 +127,28 @@ def test_padding_never_trains(name: str) -> None:
     losses = method(batch, STEP)
     losses.total.backward()
     assert all(x.grad is None or x.grad.abs().sum() == 0 for x in (*batch.strong, *batch.weak))
+
+
+JUDGED = {
+    **{name: {} for name in ("semibaseline", "fixmatch", "unimatch", "unimatch_v2", "daw", "cps", "psmt", "swith")},
+    **{"corrmatch": {}, "logicdiag": {}, "viladiff": {"mixe.enabled": False}},
+}
+"""Methods whose labels are a classifier's, pixel by pixel, with what makes them so."""
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_label_exactly_at_the_threshold_counts(name: str) -> None:
+    """Networks that give every class 1 / C."""
+    found = []
+    for threshold in (1 / CLASSES, 1.001 / CLASSES):
+        method = make(name, **{"pseudo.threshold": threshold, **JUDGED[name]})
+        with torch.no_grad():
+            for part in method.modules():
+                if isinstance(part, Classifier):
+                    for parameter in part.parameters():
+                        parameter.zero_()
+        found.append(float(method(wanted(method), STEP).terms["coverage"]))
+    assert found == [1, 0]
 
 
 def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:

@@ -54,6 +54,11 @@ def test_half_boxes_have_half_the_area_and_come_for_the_whole_batch_or_not_at_al
     assert boxes[:, 0].min() == 0 and boxes[:, 2].max() == size
 
 
+def test_probability_of_half_boxes_is_that_of_getting_them() -> None:
+    assert area(half_boxes(rngs(4), draws.rng(0, "coin"), 32, p=1.0)).all()
+    assert not half_boxes(rngs(4), draws.rng(0, "coin"), 32, p=0.0).any()
+
+
 def test_beta_boxes_are_clipped_squares_around_their_centre() -> None:
     size, n = 64, 4000
     boxes = beta_boxes(rngs(n), size)

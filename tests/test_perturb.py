@@ -74,6 +74,18 @@ def test_adversarial_noise_is_the_exact_power_step_and_has_its_length() -> None:
     assert not any(x.requires_grad for x in found)
 
 
+def test_adversarial_direction_is_the_gradient_of_kl_from_the_clean_prediction() -> None:
+    """At a probe so long that KL(p || q) and KL(q || p) part: W (q - p), q at f + probe |f| d."""
+    gen = torch.Generator().manual_seed(1)
+    weight, features = torch.randn(12, 5, generator=gen), [torch.randn(3, 12, 1, 1, generator=gen)]
+    start = [torch.rand(3, 12, 1, 1, generator=gen) - 0.5]
+    found = virtual_adversarial(features, lambda given: given[0].flatten(1) @ weight, start, 0.1, probe=0.7)[0]
+    f, d = features[0].flatten(1), torch.nn.functional.normalize(start[0].flatten(1))
+    p, q = ((x @ weight).softmax(1) for x in (f, f + 0.7 * f.norm(dim=1, keepdim=True) * d))
+    exact = torch.nn.functional.normalize((q - p) @ weight.T)
+    torch.testing.assert_close(found.flatten(1), 0.1 * f.norm(dim=1, keepdim=True) * exact, rtol=1e-3, atol=1e-4)
+
+
 def test_adversarial_noise_hurts_more_than_random_noise_and_touches_no_parameter() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 5, 1))

@@ -196,6 +196,29 @@ def test_each_choice_of_unimatch_v2_changes_the_loss(changes: dict[str, object])
     assert not torch.equal(*totals)
 
 
+@pytest.mark.parametrize("cutmix", [True, False])
+def test_semibaseline_loss_in_numpy(cutmix: bool) -> None:
+    """Labels, confidence and padding are cut as the picture is; the teacher makes them."""
+    method = half_trained("semibaseline", cutmix=cutmix, **{"pseudo.weight": 0.8})
+    batch = make_batch(views=method.views_wanted())
+    losses = method(batch, STEP)
+
+    def boxed(x: np.ndarray) -> np.ndarray:
+        return cut(x, batch, 0) if cutmix else x
+
+    with torch.no_grad():
+        mine = method.student(batch.image)["visual"].numpy()
+        z = method.student(torch.from_numpy(boxed(batch.strong[0].numpy())))["visual"].numpy()
+        p = softmax(method.teacher(batch.weak[0])["visual"].numpy())
+    labels, weight, valid = (boxed(x) for x in (p.argmax(1), (p.max(1) >= 0.5).astype(float), batch.valid.numpy()))
+    assert 0.05 < weight.mean() < 0.95
+    sup, unsup = supervised(mine, batch.target.numpy()), pseudo(z, labels, weight, valid)
+    assert losses.terms["sup"] == pytest.approx(sup, rel=1e-5)
+    assert losses.terms["pseudo"] == pytest.approx(unsup, rel=1e-5)
+    assert losses.terms["coverage"] == pytest.approx((weight * valid).sum() / valid.sum(), rel=1e-5)
+    assert losses.total.item() == pytest.approx(sup + 0.8 * unsup, rel=1e-5)
+
+
 def test_fixmatch_is_half_of_semibaseline_with_a_slower_teacher() -> None:
     batch = make_batch()
     found, base = (half_trained(name)(batch, STEP) for name in ("fixmatch", "semibaseline"))
