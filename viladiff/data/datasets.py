@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -22,6 +22,7 @@ from viladiff.data.holdout import hold_out
 from viladiff.data.images import FileImages, FileMasks, label_counts, read_mask
 from viladiff.data.splits import VISIBLE, classes_present, labelled_order, nearest, resample, split_size
 from viladiff.data.voc import open_voc
+from viladiff.text.caption_files import match, read_captions
 from viladiff.text.captions import SIMULATED, Captions, simulate
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Request(NamedTuple):
     scored: str = "val"
     family: str = ""
     reduce_zero_label: bool = True
+    captions: str | None = None
 
 
 def request(cfg: RunConfig) -> Request:
@@ -122,6 +124,7 @@ def request(cfg: RunConfig) -> Request:
         cfg.eval.on,
         getattr(data, "split_family", ""),
         getattr(data, "reduce_zero_label", True),
+        cfg.runtime.captions,
     )
 
 
@@ -135,22 +138,47 @@ def load(
     scored: str = "val",
     family: str = "",
     reduce_zero_label: bool = True,
+    captions: str | None = None,
 ) -> Dataset:
     """Opens a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
-    root and split_dir: where the files and the lists of a data set that is not embedded are. holdout: see
-    ``data.holdout``; those images are the validation set where ``scored`` is "holdout". family: which of several
-    published lists of that size. reduce_zero_label: see ``data.ade20k``. Raises ValueError for an unknown data set or
-    split, for a cache that is damaged or cannot be written, and for files that cannot be used.
+    split: the name of a list, or "all" (``data.full``). root and split_dir: where the files and the lists of a data set
+    that is not embedded are. holdout: see ``data.holdout``; those images are the validation set where ``scored`` is
+    "holdout". family: which of several published lists of that size. reduce_zero_label: see ``data.ade20k``. captions:
+    a file of captions in place of the data set's own. Raises ValueError for an unknown data set or split, for a cache
+    that is damaged or cannot be written, and for files that cannot be used.
     """
     if name not in READERS:
         raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, tuple(READERS))}")
-    base = base_split(name, split, family)
-    asked = Request(name, base, split_seed, root, split_dir, holdout, scored, family, reduce_zero_label)
-    whole = READERS[name](asked)
-    if base != split:
+    asked = Request(name, split, split_seed, root, split_dir, holdout, scored, family, reduce_zero_label, captions)
+    whole = READERS[name](asked._replace(split=base_split(name, split, family)))
+    if base_split(name, split, family) != split:
         whole = label_all(whole)
+    if captions is not None:
+        whole = with_captions(whole, captions)
     return hold_out(whole, holdout, scored == "holdout") if holdout else whole
+
+
+def with_captions(dataset: Dataset, path: str) -> Dataset:
+    """The data set under the captions of a file. Raises ValueError as ``read_captions`` and ``match``."""
+    found = match(read_captions(path), *image_ids(dataset))
+    return replace(
+        dataset,
+        captions=found.train,
+        val_captions=found.val,
+        caption_source=found.source,
+        notes=(*dataset.notes, *found.notes),
+        fingerprint=fingerprint("captions", dataset.fingerprint, found.train, found.val),
+    )
+
+
+def image_ids(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What captions call the images of the pool and of validation: ids of files, else ``train/0`` and ``val/0`` on."""
+    if dataset.files is not None and dataset.val_files is not None:
+        return dataset.files.ids, dataset.val_files.ids
+    sizes = {"train": len(dataset.images), "val": len(dataset.val_images)}
+    train, val = (tuple(f"{part}/{i}" for i in range(size)) for part, size in sizes.items())
+    return train, val
 
 
 def _embedded(asked: Request) -> Dataset:

@@ -23,7 +23,7 @@ from viladiff.data.images import read_image
 from viladiff.text.caption_files import clean
 from viladiff.text.captions import PROMPTS
 from viladiff.text.encoders import model_name
-from viladiff.text.pretrained import KINDS, require_weights, short
+from viladiff.text.pretrained import KINDS, quiet, require_weights, short
 
 READERS = 4
 """Threads that decode images."""
@@ -96,19 +96,18 @@ class Captioner:
 
     def __init__(self, who: Writer) -> None:
         """Raises ValueError where transformers cannot load the directory, or weights are missing."""
-        import transformers
         from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-        transformers.utils.logging.disable_progress_bar()
         self.who = who
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         try:
             self.processor: Any = Blip2Processor.from_pretrained(who.directory, **options)
-            model, told = Blip2ForConditionalGeneration.from_pretrained(
-                who.directory, use_safetensors=True, output_loading_info=True, dtype=dtype, **options
-            )
+            with quiet():
+                model, told = Blip2ForConditionalGeneration.from_pretrained(
+                    who.directory, use_safetensors=True, output_loading_info=True, dtype=dtype, **options
+                )
         except Exception as error:  # whatever a foreign file makes a library raise
             raise ValueError(f"{who.directory}: transformers cannot load it: {short(error)}") from error
         if told["missing_keys"] or told["mismatched_keys"]:

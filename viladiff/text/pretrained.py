@@ -7,7 +7,8 @@ vectors, so that both have D channels and an image's vectors can be compared wit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +141,21 @@ def require_weights(directory: Path) -> None:
     raise ValueError(f"{directory}: has no weights (*.safetensors){why}")
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers neither counts weights nor tells of those that are not needed; missing ones are looked for."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -211,15 +227,18 @@ def load_transformers(directory: Path) -> Tower:
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
-    transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(directory, **options)
         kind = _class(transformers, config)
+        if config.model_type == "clip":  # its text tower has a configuration of its own
+            config.text_config.projection_dim = config.projection_dim
+            config = config.text_config
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
-        model, told = kind.from_pretrained(
-            directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
-        )
+        with quiet():
+            model, told = kind.from_pretrained(
+                directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
+            )
     except Exception as error:  # whatever a foreign file makes a library raise
         raise ValueError(f"{directory}: transformers cannot load it: {short(error)}") from error
     lacking = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))
