@@ -34,4 +34,7 @@ published: setup ## continue the campaigns behind the committed reports and rend
 	$(one_thread) $(bin)/python scripts/core_curves.py
 	@for table in table5 table6 table7 choices; do \
 		echo "== $$table"; $(bin)/python ablations/run_$$table.py --scale digits --publish || exit 1; done
+	@for sweep in lambda flip; do \
+		echo "== sweep_$$sweep"; \
+		$(bin)/python tune/sweep_$$sweep.py --scale digits --scheduler asha --publish || exit 1; done
 	@for file in reports/render_*.py; do echo "== $$file"; $(bin)/python "$$file" || exit 1; done

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,23 @@ def photographs() -> ModuleType:
 def sweeping() -> ModuleType:
     """The module tests/sweeping.py."""
     return load_module(ROOT / "tests" / "sweeping.py")
+
+
+PRINTS: dict[object, dict[str, str]] = {}
+
+
+@pytest.fixture
+def prints_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What data, words and weights are called is worked out once for all sweeps; it takes a second each time."""
+    from viladiff.study.sweep import Namer
+
+    plain = Namer.__init__
+
+    def made(self: Namer, *given: Any, **words: Any) -> None:
+        plain(self, *given, **words)
+        self._prints = PRINTS
+
+    monkeypatch.setattr(Namer, "__init__", made)
 
 
 @pytest.fixture

@@ -107,8 +107,11 @@ def test_killed_anywhere_it_equals_the_undisturbed_sweep(
 
 
 def study(desk: Any) -> list[tuple[str, Any, Any]]:
-    found = optuna.load_study(study_name="sweep", storage=desk.search.asker.storage).trials
-    return [(one.state.name, one.values and one.values[0], one.intermediate_values) for one in found]
+    return said(optuna.load_study(study_name="sweep", storage=desk.search.asker.storage))
+
+
+def said(theirs: optuna.Study) -> list[tuple[str, Any, Any]]:
+    return [(one.state.name, one.values and one.values[0], one.intermediate_values) for one in theirs.trials]
 
 
 def study_of(trials: list[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
@@ -357,3 +360,46 @@ def test_a_trial_that_takes_too_long_is_ended_once(sweeping: ModuleType, tmp_pat
     desk.lost(job.run_id, "its process died")
     trial = desk.search.trials[0]
     assert trial.state == "failed" and trial.reason == "seed 0: hang: longer than --trial-timeout 10 s"
+
+
+def test_a_long_sweep_shows_its_sampler_the_best_and_the_latest(
+    sweeping: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever was seen before: a study opened anew shows the same as one that has grown."""
+    from viladiff.study import recent
+
+    monkeypatch.setattr(recent, "SEEN", 30)
+    monkeypatch.setattr(recent, "GOOD", 10)
+    runs = sweeping.Runs(tmp_path, sweeping.bowl)
+    desk = sweeping.opened(tmp_path, runs, 60, judge=Half(), kind="tpe", slots=4, seeds=(0,))
+    most: list[int] = []
+    ask = desk.search.asker.ask
+
+    def asked(number: int, trials: list[Trial]) -> Any:
+        most.append(len(desk.search.asker.study.get_trials(deepcopy=False)))
+        return ask(number, trials)
+
+    monkeypatch.setattr(desk.search.asker, "ask", asked)
+    sweeping.drive(desk, runs)
+    assert max(most) <= 34 and most[:20] == list(range(20))
+    grown = desk.search.asker.study
+    found = [trial.number for trial in grown.get_trials(deepcopy=False)]
+    assert found[10:] == list(range(40, 60))
+    old = [trial for trial in desk.search.trials[:40] if trial.value is not None]
+    best = {trial.number for trial in sorted(old, key=lambda trial: -(trial.value or 0))[:10]}
+    assert set(found[:10]) == best if len(old) >= 10 else best < set(found[:10])
+    again = sweeping.opened(tmp_path, runs, 60, kind="tpe", seeds=(0,)).search.asker.study
+    assert [trial.number for trial in again.get_trials(deepcopy=False)] == found
+    whole = optuna.load_study(study_name="sweep", storage=desk.search.asker.storage)
+    assert len(whole.get_trials()) == 60, "others see all of it"
+
+
+def test_optuna_itself_reads_the_journal(sweeping: ModuleType, tmp_path: Path) -> None:
+    """With its own reader and lock, as anybody would open it beside a sweep."""
+    runs = sweeping.Runs(tmp_path, sweeping.bowl)
+    sweeping.drive(desk := sweeping.opened(tmp_path, runs, 9, judge=Half()), runs)
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "optuna.journal"))
+    theirs = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
+    assert said(theirs) == study_of(sweeping.told(desk))
+    assert theirs.best_trial.number == ranked(desk.search.trials)[0].number
+    assert [trial.params for trial in theirs.trials] == [trial.point for trial in desk.search.trials]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from viladiff.cli import main as viladiff
-from viladiff.study import sweep_drive
+from viladiff.study import sweep_drive, sweep_job, sweep_words
 from viladiff.study.finals import Finalist, contests, finalists, said
 from viladiff.study.plan import Planned
 from viladiff.study.space import Dimension, edges, grid, shrunk
@@ -21,23 +21,9 @@ from viladiff.study.sweep_options import parser
 from viladiff.study.sweeps import best_so_far, command, importances, rows, rungs, toml
 from viladiff.study.trials import Rung, Trial
 
+pytestmark = pytest.mark.usefixtures("prints_once")
 TUNE = Path(__file__).resolve().parent.parent / "tune"
 FILES = sorted(TUNE.glob("sweep_*.toml"))
-
-
-@pytest.fixture(autouse=True)
-def prints_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What data, words and weights are called is worked out once for all tests; it takes a second each time."""
-    plain = Namer.__init__
-
-    def made(self: Namer, *given: Any, **words: Any) -> None:
-        plain(self, *given, **words)
-        self._prints = PRINTS
-
-    monkeypatch.setattr(Namer, "__init__", made)
-
-
-PRINTS: dict[object, dict[str, str]] = {}
 
 
 def edited(tmp_path: Path, *changes: tuple[str, str], name: str = "lambda") -> Path:
@@ -248,10 +234,10 @@ def asked(tmp_path: Path, *words: str) -> argparse.Namespace:
     return parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--scale", "smoke", "--storage", str(tmp_path), *words])
 
 
-def opened(tmp_path: Path, *words: str, path: Path = TUNE / "sweep_lambda.toml") -> sweep_drive.Job:
-    job = sweep_drive.prepare(path, asked(tmp_path, *words))
-    with sweep_drive._alone(job.directory):
-        sweep_drive._open(job)
+def opened(tmp_path: Path, *words: str, path: Path = TUNE / "sweep_lambda.toml") -> sweep_job.Job:
+    job = sweep_job.prepare(path, asked(tmp_path, *words))
+    with sweep_job.alone(job.directory):
+        sweep_job.open_directory(job)
     return job
 
 
@@ -273,10 +259,10 @@ def test_a_sweep_is_not_continued_as_another_one(tmp_path: Path) -> None:
 
 
 def test_one_driver_at_a_time(tmp_path: Path) -> None:
-    job = sweep_drive.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path))
-    with sweep_drive._alone(job.directory), pytest.raises(ValueError, match=r"process \d+ on .* is at this sweep"):
-        sweep_drive._alone(job.directory)
-    with sweep_drive._alone(job.directory):
+    job = sweep_job.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path))
+    with sweep_job.alone(job.directory), pytest.raises(ValueError, match=r"process \d+ on .* is at this sweep"):
+        sweep_job.alone(job.directory)
+    with sweep_job.alone(job.directory):
         pass
 
 
@@ -291,7 +277,7 @@ def test_storage_that_cannot_be_written_and_wrong_words_are_said_at_once(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_drive, "write_atomically", full)
+        patch.setattr(sweep_job, "write_atomically", full)
         with pytest.raises(ValueError, match=r"sweep.json: cannot be written \(No space left on device\)"):
             opened(tmp_path)
     for words, why in (
@@ -301,7 +287,7 @@ def test_storage_that_cannot_be_written_and_wrong_words_are_said_at_once(
         (["--trial-timeout", "-1"], "must be more than 0"),
     ):
         with pytest.raises(ValueError, match=why):
-            sweep_drive.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path, *words))
+            sweep_job.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path, *words))
     assert viladiff(["sweep", "lambd", "--dry-run"]) == 2
     assert "there are flip, joint, lambda, tau, timesteps; did you mean 'lambda'?" in capsys.readouterr().err
 
@@ -457,9 +443,9 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
     from viladiff.train import fit
 
     words = ["--trials", "1", "--sampler", "random", "--no-finals", "--", "method.mixe.timesteps=2"]
-    job = sweep_drive.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path / "runs", *words))
-    with sweep_drive._alone(job.directory):
-        sweep_drive._open(job)
+    job = sweep_job.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path / "runs", *words))
+    with sweep_job.alone(job.directory):
+        sweep_job.open_directory(job)
         desk = sweep_drive._desk(job)
         while (run := desk.next()) is not None:
             desk.started(run.run_id)
@@ -471,7 +457,7 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
             desk.finished(run.run_id, {"state": "done", "miou": fit(cfg).miou})
     trials = desk.search.trials
     assert [trial.state for trial in trials] == ["complete"] and desk.over
-    printed = shlex.split(sweep_drive.conclusion(job, trials, [])[-1])
+    printed = shlex.split(sweep_words.conclusion(job, trials, [])[-1])
     assert viladiff([*printed[1:], "--out", str(tmp_path / "again"), "--quiet"]) == 0
     (path,) = (tmp_path / "again").glob("*/record.json")
     best = max(trials, key=lambda trial: trial.value or 0)
@@ -479,26 +465,3 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
     measured = {entry["step"]: entry["miou"] for entry in load_record(path).history}
     assert [(rung.step, measured[rung.step]) for rung in best.rungs] == [(rung.step, rung.value) for rung in best.rungs]
     assert [rung.step for rung in best.rungs] == [1, 2, 4]
-
-
-def test_the_page_says_what_is_known_and_flags_peeking(sweep: Sweep, tmp_path: Path) -> None:
-    from viladiff.report.sweep_page import render_sweep
-
-    trials = [trial(0, 0.5, 0.40, 0.44, origin="paper"), trial(1, 0.1, state="pruned"), trial(2, 0.9, 0.50)]
-    found, done = records({"winner": [50.0, 52, 51, 53, 49], "paper": [48.0, 50.5, 48.7, 51.2, 46.8]})
-    done |= {f"{2:015x}0": SimpleNamespace(train_seconds=90.0), f"{0:015x}0": SimpleNamespace(train_seconds=60.0)}
-    common: dict[str, Any] = {"command": "python tune/sweep_lambda.py", "again": "viladiff train x=<1>"}
-
-    def page(some: list[Trial], select: str, finals: list[Finalist]) -> str:
-        out = tmp_path / f"{select}{len(some)}"
-        return render_sweep(sweep, "smoke", some, finals, done, (2, 4), out, select=select, **common).read_text()
-
-    text = page(trials, "val", found)
-    assert "chosen by the reported validation set" in text and "Winner against paper: +1.96 points" in text
-    assert "11.00" in text and '<td class="num">2</td>' in text, "a stopped trial shows its budget"
-    assert text.count("<circle") >= 2 + 4 * 5 + 2 and "x=&lt;1&gt;" in text and "(11.0)" in text
-    assert (tmp_path / "val3" / "winner.toml").read_text() == '"method.vila.lam" = 0.9\n'
-    honest = page(trials, "holdout", found)
-    assert "chosen by the reported" not in honest
-    empty = page([], "holdout", [])
-    assert "Nothing is decided yet" in empty and "no trial is complete yet" in empty

@@ -78,6 +78,17 @@ def ask_cluster(*desks: Desk) -> None:
     tell(open_[0].tell, f"{some if found else none}; --gpus-per-trial says otherwise")
 
 
+def fitting(settings: Settings, workers: int) -> int:
+    """How many runs of so many workers the cluster that was joined has room for now; at least one."""
+    import ray
+
+    found = ray.cluster_resources()
+    rooms = [found.get("CPU", 0) / (settings.threads * workers)]
+    if settings.gpus_per_trial:
+        rooms.append(found.get("GPU", 0) / (settings.gpus_per_trial * workers))
+    return max(1, int(min(rooms)))
+
+
 def gpus() -> int:
     """GPUs that this process may use."""
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists():

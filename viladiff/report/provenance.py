@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viladiff.record import RunRecord
+from viladiff.report import contamination
 from viladiff.report.tables import Entry, Results, number
 
 if TYPE_CHECKING:
@@ -68,26 +69,36 @@ def facts(results: Results) -> list[Fact]:
     records = list(results.records().values())
     if not records:
         return []
-    found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
-    found += [_fact(name, map(read, records), True) for name, read in _SAME.items()]
+    found = shared(records)
     scale = results.plan.scale
     others = [r.scale or "none" for r in records if r.scale != scale]
     if others:
         same = len(records) - len(others)
         found.append(_fact("Made for scale", [scale] * same + others, True))
+    seeds = ", ".join(map(str, sorted({e.cell.seed for e in results.entries})))
+    totals = {"Scale": scale, "Seeds": seeds, **spent(records)}
+    return [*found, *(Fact(name, ((value, len(records)),)) for name, value in totals.items())]
+
+
+def shared(records: Sequence[RunRecord]) -> list[Fact]:
+    """What runs have in common or not: data, evaluation, what their models were trained on, encoder, code, versions."""
+    found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
+    told = [contamination.seen(record) for record in records]
+    names = dict.fromkeys(name for one in told for name in one)
+    found += [_fact(name, (one[name] for one in told if name in one), False) for name in names]
+    return found + [_fact(name, map(read, records), True) for name, read in _SAME.items()]
+
+
+def spent(records: Sequence[RunRecord]) -> dict[str, str]:
+    """Time and memory of all runs together."""
     walls = [record.wall_seconds for record in records if record.wall_seconds is not None]
     peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     unknown = len(records) - len(walls)
-    cpu = sum(record.train_seconds for record in records)
-    seeds = ", ".join(map(str, sorted({e.cell.seed for e in results.entries})))
-    totals = {
-        "Scale": scale,
-        "Seeds": seeds,
+    return {
         "Wall time, all runs added": duration(sum(walls)) + (f", {unknown} runs not known" if unknown else ""),
-        "Training time, all runs added": duration(cpu),
+        "Training time, all runs added": duration(sum(record.train_seconds for record in records)),
         "Most memory of a run's process": f"{max(peaks) / 2**30:.1f} GiB" if peaks else "not known",
     }
-    return [*found, *(Fact(name, ((value, len(records)),)) for name, value in totals.items())]
 
 
 def _fact(name: str, values: Iterable[object], one: bool) -> Fact:

@@ -2,111 +2,148 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+from urllib.parse import quote
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from viladiff.record import write_atomically
-from viladiff.report.figures import HEIGHT, WIDTH, ticks
-from viladiff.report.palette import SERIES
+from viladiff.record import RunRecord, write_atomically
+from viladiff.report import provenance, sweep_views
+from viladiff.report.sweep_charts import BEST, LINE, PAPER, PLAIN
 from viladiff.study.finals import Contest, Finalist, contests, scores
 from viladiff.study.samples import Records
-from viladiff.study.space import Dimension
+from viladiff.study.store import abandoned
 from viladiff.study.sweep import Sweep
-from viladiff.study.sweeps import Row, best_so_far, importances, rows, rungs, toml
-from viladiff.study.trials import Trial, ranked
+from viladiff.study.sweeps import FOREST, Row, importances, one_budget, rows, rungs, toml
+from viladiff.study.trials import Trial, without_paths
 
 HERE = Path(__file__).parent
-_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 10, 8, 20
+LISTED = 500
+"""Trials that the table shows at most; trials.csv has every one."""
 
 
-class Dot(NamedTuple):
-    """A place in a chart, with its spread."""
+@dataclass(frozen=True)
+class Shown:
+    """All that a page is made from."""
 
-    x: float
-    y: float
-    low: float
-    high: float
-    colour: str
-    words: str
-    joined: bool = False
-    """Whether a line leads to it from the dot before."""
+    sweep: Sweep
+    scale: str
+    trials: Sequence[Trial]
+    finalists: Sequence[Finalist]
+    records: Records
+    steps: Sequence[int]
+    """Of the rungs, the last the full length."""
+    wanted: int
+    select: str
+    command: str
+    """Goes on with the sweep."""
+    again: str
+    """Trains the winner's first run again."""
+    given_up: str = ""
+    resting: bool = True
+    """Whether the sweep does not go on now; only then is there time for what takes long."""
 
 
-class Axis(NamedTuple):
-    low: float
-    high: float
-    log: bool = False
-    names: tuple[str, ...] = ()
-    """Of the places 0, 1, ... on an axis of choices."""
+def render_sweep(shown: Shown, out: Path) -> Path:
+    """Writes index.html, trials.csv and winner.toml under ``out``; returns the path of index.html.
 
-
-def render_sweep(
-    sweep: Sweep,
-    scale: str,
-    trials: Sequence[Trial],
-    found: Sequence[Finalist],
-    records: Records,
-    steps: Sequence[int],
-    out: Path,
-    *,
-    select: str,
-    command: str,
-    again: str,
-) -> Path:
-    """Writes index.html and winner.toml under ``out``; returns the path of index.html.
-
-    ``again`` trains the winner's first run again; ``command`` goes on with the sweep.
+    Each file is replaced in one go: the page is rewritten while the sweep goes on.
     """
-    shown = rows(trials, records, steps[-1])
-    best = ranked(list(trials))
     out.mkdir(parents=True, exist_ok=True)
+    for path in abandoned(out):
+        path.unlink(missing_ok=True)  # of a writer that was killed
+    trials = [without_paths(trial) for trial in shown.trials]
+    every = rows(trials, shown.records, shown.steps[-1])
+    best = min((row for row in every if row.rank is not None), key=lambda row: row.rank or 0, default=None)
+    if best is not None:
+        write_atomically(out / "winner.toml", toml(best.point).encode())
+    else:
+        (out / "winner.toml").unlink(missing_ok=True)
+    write_atomically(out / "trials.csv", to_csv(shown.sweep, trials, every).encode())
+    write_atomically(out / "index.html", html(shown, trials, every, best, out).encode())
+    return out / "index.html"
+
+
+def html(shown: Shown, trials: Sequence[Trial], every: Sequence[Row], best: Row | None, out: Path) -> str:
+    """The page as text; what it shows is worked out here, and the template lays it out."""
+    sweep, records = shown.sweep, shown.records
+    used = _used(trials, shown.finalists, records)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    text = environment.get_template("sweep.html.j2").render(
+    environment.filters |= {"last": sweep_views.last, "short": sweep_views.short}
+    facts = [*provenance.shared(list(used.values())), *_totals(used)] if used else []
+    return environment.get_template("sweep.html.j2").render(
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        colours={"plain": PLAIN, "best": BEST, "line": LINE, "paper": PAPER},
         sweep=sweep,
-        scale=scale,
-        peeked=select == "val",
-        rows=shown,
-        steps=list(steps),
-        finals=[_final(one, records, len(sweep.finals)) for one in found],
-        contests=[_said(one) for one in contests(found, records)],
-        slices=[(path, slice_(sweep, path, shown, best)) for path in sweep.space] if best else [],
-        printed=[(curve.label, _printed(sweep.space[curve.field], curve)) for curve in sweep.paper],
-        history=_history(trials) if best else None,
-        time=_time(shown),
-        rungs=rungs(trials, steps),
-        importances=_importances(sweep, trials, steps),
-        winner=toml(best[0].point) if best else "",
-        command=command,
-        again=again,
-        last=lambda path: path.rpartition(".")[2],
-        short=lambda value: f"{value:.4g}" if isinstance(value, float) else str(value),
+        scale=shown.scale,
+        command=shown.command,
+        again=shown.again,
+        given_up=shown.given_up,
+        peeked=shown.select == "val",
+        wanted=shown.wanted,
+        counts={state: sum(trial.state == state for trial in trials) for state in _STATES},
+        steps=list(shown.steps),
+        finals=[_final(one, records, len(sweep.finals)) for one in shown.finalists],
+        contests=[_said(one) for one in contests(shown.finalists, records)],
+        winner=toml(best.point) if best else "",
+        download=f"data:application/toml;charset=utf-8,{quote(toml(best.point))}" if best else "",
+        responses=[(path, *sweep_views.response(sweep, path, every, best)) for path in sweep.space] if best else [],
+        printed=sweep_views.printed(sweep),
+        threads=sweep_views.threads(sweep, every, best) if best and len(sweep.space) > 1 else None,
+        history=sweep_views.history(every, trials),
+        cost=sweep_views.cost(trials, shown.steps[-1]) if best else None,
+        minutes=sweep_views.minutes(every, best) if best else None,
+        climbs=sweep_views.climbs(trials, shown.steps),
+        rungs=rungs(trials, shown.steps),
+        mattered=_mattered(sweep, trials, shown.steps) if shown.resting else None,
+        later=not shown.resting and len(sweep.space) > 1,
+        every=len(every),
+        listed=_listed(every),
+        runs=_runs(trials, shown.finalists, records, out),
+        facts=facts,
+        mixed=[fact.name.lower() for fact in facts if fact.mixed],
     )
-    write_atomically(out / "index.html", text.encode())
-    if best:
-        write_atomically(out / "winner.toml", toml(best[0].point).encode())
-    return out / "index.html"
+
+
+_STATES = ("complete", "pruned", "failed", "running")
 
 
 # Numbers
 
 
+def to_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[Row]) -> str:
+    """A line a trial: its point, its score in percent and the step that it is of; empty where a number is missing."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    names = ("state", "score", "step", "seeds", "rank", "train_seconds", "origin", "reason", "runs")
+    writer.writerow(["trial", *sweep.space, *names])
+    for trial, row in zip(trials, every, strict=True):
+        about = (row.state, row.mean, row.budget, row.seeds, row.rank, row.seconds, row.origin, row.reason)
+        writer.writerow(
+            [row.number, *(row.point.get(path) for path in sweep.space), *about, " ".join(trial.runs.values())]
+        )
+    return buffer.getvalue()
+
+
 def _final(one: Finalist, records: Records, wanted: int) -> dict[str, Any]:
     values = list(scores(one, records).values())
     mean = math.fsum(values) / len(values) if values else None
-    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if mean and len(values) > 1 else None
-    return {"label": one.label, "trial": one.trial, "point": one.point, "n": len(values), "wanted": wanted} | {
-        "mean": mean,
-        "sd": sd,
-    }
+    sd = None
+    if mean is not None and len(values) > 1:
+        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    about = {"label": one.label, "trial": one.trial, "point": one.point, "values": values, "wanted": wanted}
+    return {**about, "mean": mean, "sd": sd}
 
 
 def _said(one: Contest) -> dict[str, Any]:
@@ -114,108 +151,59 @@ def _said(one: Contest) -> dict[str, Any]:
     return {**vars(one), "verdict": verdict, "p_shown": min(one.p, one.p_reversed)}
 
 
-def _importances(
-    sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]
-) -> list[tuple[int, str, Mapping[str, float]]]:
-    """(step, how, share by field) wherever enough trials came; a space of one dimension has nothing to share out."""
-    if len(sweep.space) < 2:
-        return []
-    kinds: dict[str, Literal["ped_anova", "fanova"]] = {"PED-ANOVA": "ped_anova", "fANOVA": "fanova"}
-    found = [(step, how, importances(trials, sweep.space, step, kind)) for step in steps for how, kind in kinds.items()]
-    return [(step, how, shares) for step, how, shares in found if shares is not None]
-
-
-# Charts
-
-
-def slice_(sweep: Sweep, path: str, shown: Sequence[Row], best: Sequence[Trial]) -> Markup:
-    """Completed trials along one dimension: mean and range over seeds; the best one and the paper's stand out."""
-    dimension = sweep.space[path]
-    dots = []
-    for row in shown:
-        if row.state != "complete" or row.mean is None or row.rank is None:
-            continue
-        colour = SERIES[1] if row.number == best[0].number else SERIES[3] if row.origin == "paper" else SERIES[0]
-        who = "best, " if row.number == best[0].number else "the paper's value, " if row.origin == "paper" else ""
-        words = f"trial {row.number} ({who}{row.seeds} seeds): {path} = {row.point[path]}, {row.mean:.2f}"
-        dots.append(
-            Dot(_place(dimension, row.point[path]), row.mean, row.low or row.mean, row.high or row.mean, colour, words)
-        )
-    return chart(dots, _axis(dimension), f"mIoU of completed trials along {path}")
-
-
-def _place(dimension: Dimension, value: Any) -> float:
-    return float(dimension.choices.index(value)) if dimension.choices else float(value)
-
-
-def _axis(dimension: Dimension) -> Axis:
-    if dimension.choices:
-        return Axis(-0.5, len(dimension.choices) - 0.5, names=tuple(map(str, dimension.choices)))
-    low, high = (float(end) for end in dimension.ends)
-    return Axis(low, high, dimension.log)
-
-
-def _printed(dimension: Dimension, curve: Any) -> Markup:
-    places = [
-        (_place(dimension, at), float(miou)) for at, miou in zip(curve.at, curve.miou, strict=True) if miou != "-"
-    ]
-    dots = [
-        Dot(x, y, y, y, SERIES[3], f"{curve.label}: {curve.field} = {x:g}, {y:g} (printed)", i > 0)
-        for i, (x, y) in enumerate(places)
-    ]
-    return chart(dots, _axis(dimension), f"{curve.label}: numbers that the paper prints along {curve.field}")
-
-
-def _history(trials: Sequence[Trial]) -> Markup:
-    best = best_so_far(trials)
-    dots = [
-        Dot(float(number), mean, mean, mean, SERIES[2], f"trial {number}: best so far, {mean:.2f}", i > 0)
-        for i, (number, mean) in enumerate(best)
-    ]
-    return chart(dots, Axis(0.0, max(1.0, float(len(trials) - 1))), "Best completed trial so far")
-
-
-def _time(shown: Sequence[Row]) -> Markup | None:
-    dots = [
-        Dot(row.seconds / 60, row.mean, row.mean, row.mean, SERIES[0], f"trial {row.number}: {row.seconds:.0f} s")
-        for row in shown
-        if row.seconds is not None and row.mean is not None and row.rank is not None
-    ]
-    if not dots:
+def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> dict[str, Any] | None:
+    """Shares by field from both evaluators at one budget; a space of one dimension has nothing to share out."""
+    step = one_budget(trials, steps)
+    if len(sweep.space) < 2 or step is None:
         return None
-    return chart(dots, Axis(0.0, max(dot.x for dot in dots) * 1.05 or 1.0), "mIoU against minutes of training")
+    kinds: dict[str, Literal["ped_anova", "fanova"]] = {"PED-ANOVA": "ped_anova", "fANOVA": "fanova"}
+    shares = {how: importances(trials, sweep.space, step, kind) for how, kind in kinds.items()}
+    if any(one is None for one in shares.values()):
+        return None
+    order = sorted(sweep.space, key=lambda path: -(shares["fANOVA"] or {})[path])
+    came = sum(trial.twin is None and any(rung.step == step for rung in trial.rungs) for trial in trials)
+    return {"step": step, "shares": shares, "order": order, "came": came, "forest": min(came, FOREST)}
 
 
-def chart(dots: Sequence[Dot], axis: Axis, words: str) -> Markup:
-    """Dots with their spread; hovering names each."""
-    low, high = min((dot.low for dot in dots), default=0.0), max((dot.high for dot in dots), default=1.0)
-    margin = 0.08 * (high - low) or 0.5
-    low, high, bottom = low - margin, high + margin, HEIGHT - _BOTTOM
-    warp = math.log if axis.log else float
+def _listed(every: Sequence[Row]) -> list[Row]:
+    """All trials, or of very many the best and the latest."""
+    if len(every) <= LISTED:
+        return list(every)
+    first = sorted((row for row in every if row.rank is not None), key=lambda row: row.rank or 0)[: LISTED // 2]
+    kept = {row.number for row in (*first, *every[-LISTED // 2 :])}
+    return [row for row in every if row.number in kept]
 
-    def across(x: float) -> float:
-        return _LEFT + (warp(x) - warp(axis.low)) / (warp(axis.high) - warp(axis.low)) * (WIDTH - _LEFT - _RIGHT)
 
-    def down(y: float) -> float:
-        return bottom - (y - low) / (high - low) * (bottom - _TOP)
+def _used(trials: Sequence[Trial], found: Sequence[Finalist], records: Records) -> dict[str, RunRecord]:
+    """Records behind the page."""
+    names = [*(run for trial in trials for run in trial.runs.values())]
+    names += [run.run_id for one in found for run in one.runs.values()]
+    return {name: records[name] for name in names if name in records}
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="panel"><title>{escape(words)}</title>']
-    for value in ticks(low, high, False):
-        parts.append(f'<path class="grid" d="M{_LEFT} {down(value):.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 4}" y="{down(value) + 3:.1f}" text-anchor="end">{value:g}</text>')
-    named = [(float(i), name) for i, name in enumerate(axis.names)]
-    named = named or [(one, f"{one:g}") for one in ticks(axis.low, axis.high, axis.log)]
-    for place, name in named:
-        parts.append(f'<text x="{across(place):.1f}" y="{bottom + 13}" text-anchor="middle">{escape(name)}</text>')
-    for before, dot in zip([None, *dots], dots, strict=False):
-        x, y = across(dot.x), down(dot.y)
-        if dot.joined and before is not None:
-            start = f"{across(before.x):.1f},{down(before.y):.1f}"
-            parts.append(f'<polyline points="{start} {x:.1f},{y:.1f}" stroke="{dot.colour}"/>')
-        if dot.high > dot.low:
-            ends = f"{x:.1f},{down(dot.low):.1f} {x:.1f},{down(dot.high):.1f}"
-            parts.append(f'<polyline points="{ends}" stroke="{dot.colour}" opacity=".5"/>')
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{dot.colour}"><title>{escape(dot.words)}</title></circle>'
-        )
-    return Markup("".join([*parts, "</svg>"]))
+
+def _totals(used: Mapping[str, RunRecord]) -> list[provenance.Fact]:
+    return [
+        provenance.Fact(name, ((value, len(used)),)) for name, value in provenance.spent(list(used.values())).items()
+    ]
+
+
+def _runs(trials: Sequence[Trial], found: Sequence[Finalist], records: Records, out: Path) -> list[dict[str, Any]]:
+    """Finished runs of the finalists, and of all trials where there are not very many; with links to records nearby."""
+    stands: dict[str, list[str]] = {}
+    for one in found:
+        for seed, run in one.runs.items():
+            stands.setdefault(run.run_id, []).append(f"{one.label}, fresh seed {seed}")
+    for trial in trials if len(trials) <= LISTED else ():
+        for seed, run_id in trial.runs.items():
+            stands.setdefault(run_id, []).append(f"trial {trial.number}, seed {seed}")
+    return [
+        {"run": run_id, "stands": where, "record": records[run_id], "link": _link(run_id, out)}
+        for run_id, where in stands.items()
+        if run_id in records
+    ]
+
+
+def _link(run_id: str, out: Path) -> str:
+    """A record that lies beside the page; nothing else is named, since the page may be published."""
+    path = out / "records" / f"{run_id}.json"
+    return Path(os.path.relpath(path, out)).as_posix() if path.is_file() else ""

@@ -47,6 +47,8 @@ class Asker:
 
     def open(self, trials: Sequence[Trial]) -> None:
         """Brings the study to what the records say."""
+        from viladiff.study.recent import Recent
+
         frozen = [self._frozen(trial) for trial in trials]
         try:
             self.storage = self._connect()
@@ -63,18 +65,17 @@ class Asker:
             else:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(f"{_hidden(self.where)}: Optuna cannot keep its study there ({why})") from error
-        self.study = found
+        self.study = Recent(self.name, self.storage)
         self.study_id = self.storage.get_study_id_from_name(self.name)
 
     def _connect(self) -> BaseStorage:
         import optuna
-        from optuna.storages.journal import JournalFileBackend
+
+        from viladiff.study.recent import Journal
 
         if "://" in self.where:
             return optuna.storages.get_storage(self.where)
-        # One driver at a time has the sweep, by a lease that a kill does not leave behind, as it would Optuna's lock.
-        backend = JournalFileBackend(self.where, lock_obj=_Unlocked())  # type: ignore[arg-type]
-        return optuna.storages.JournalStorage(backend)
+        return optuna.storages.JournalStorage(Journal(self.where))
 
     def _found(self) -> Study | None:
         import optuna
@@ -186,16 +187,6 @@ def _same(found: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
         )
 
     return len(found) == len(wanted) and all(content(a) == content(b) for a, b in zip(found, wanted, strict=True))
-
-
-class _Unlocked:
-    """What Optuna takes for a lock on its journal."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        return None
 
 
 def _hidden(storage: str) -> str:

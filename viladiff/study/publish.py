@@ -23,24 +23,29 @@ def publish(plan: Plan, store: Store, out: Path) -> list[Path]:
 
     Returns the new records.
     """
-    published = {record.run_id for record in store.published()}
     layers = Store(store.root / "nothing", store.layers)
-    new = []
-    for run_id in plan.runs:
-        record = store.get(run_id)
-        if record is None:
-            continue
+    done = [run_id for run_id in plan.runs if store.get(run_id) is not None]
+    for run_id in done:
         for name, made in (("steps.jsonl", _thin_log), ("pictures.npz", Path.read_bytes)):
             own, stem = store.directory(run_id) / name, Path(name)
             if own.is_file() and layers.file(run_id, name) is None:
                 target = out / stem.stem / f"{run_id}{stem.suffix}"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(target, made(own))
-        # The record comes last: with it the run counts as published, and the rest is there.
-        if run_id not in published:
+    # Records come last: with its record a run counts as published, and the rest is there.
+    return publish_records(done, store, out)
+
+
+def publish_records(runs: Iterable[str], store: Store, out: Path) -> list[Path]:
+    """Copies records of finished runs into ``out``/records, as far as no layer has them yet; returns the new ones."""
+    published = {record.run_id for record in store.published()}
+    new = []
+    for run_id in runs:
+        record = None if run_id in published else store.get(run_id)
+        if record is not None:
             (out / "records").mkdir(parents=True, exist_ok=True)
-            save_record(without_paths(record), out / "records" / f"{run_id}.json")
             new.append(out / "records" / f"{run_id}.json")
+            save_record(without_paths(record), new[-1])
     return new
 
 

@@ -53,11 +53,14 @@ def add_options(top: argparse.ArgumentParser) -> None:
     where = top.add_argument_group("where")
     where.add_argument("--storage", default="runs", metavar="DIR", help="directory of runs and sweeps (default: runs)")
     where.add_argument("--out", metavar="DIR", help="directory of the page (default: reports/<scale>/sweep_<name>)")
+    where.add_argument(
+        "--publish", action="store_true", help="page, trials and records to reports/published/sweep_<name>"
+    )
     where.add_argument("--study", metavar="NAME", help="name of the sweep's directory (default: sweep and scale)")
     where.add_argument(
         "--database", metavar="URL", help="where Optuna keeps its study (default: a journal beside the trials)"
     )
     then = top.add_mutually_exclusive_group()
     then.add_argument("--dry-run", action="store_true", help="say what would run and what it would take, and stop")
-    then.add_argument("--render", action="store_true", help="say what was found so far, and run nothing")
+    then.add_argument("--render", action="store_true", help="write the page of what there is, and run nothing")
     top.add_argument("--no-finals", action="store_true", help="leave out the training of the best points anew")

@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from viladiff.study.samplers import distributions
 from viladiff.study.samples import Records
 from viladiff.study.space import Space
@@ -17,6 +19,11 @@ from viladiff.study.trials import Trial, ranked
 
 FEWEST = 8
 """Trials at one budget, fewer of which say nothing of what matters."""
+WIDTHS = (0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0)
+"""Of the kernel of ``local_mean``, as shares of a dimension."""
+PLACES = 49
+FOREST, TREES = 150, 32
+"""Trials that fANOVA sees at most, an even choice, and its trees: its time grows faster than both."""
 
 
 class Row(NamedTuple):
@@ -84,6 +91,58 @@ def best_so_far(trials: Sequence[Trial]) -> list[tuple[int, float]]:
     return found
 
 
+def trained(trials: Sequence[Trial], full: int) -> list[tuple[int, int]]:
+    """(trial, steps trained until it ended) of each trial that ended, in that order; twins cost nothing.
+
+    A stopped trial counts up to its last rung, a failed one up to the last rung that it is known to have reached.
+    """
+    found, total = [], 0
+    for trial in sorted((one for one in trials if one.ended is not None), key=lambda one: one.ended or 0):
+        if trial.twin is None:
+            reached = trial.rungs[-1].step if trial.rungs else 0
+            total += max(full * len(trial.values), reached)
+        found.append((trial.number, total))
+    return found
+
+
+class Smooth(NamedTuple):
+    """A line through scattered points, with the standard error of each place of it."""
+
+    at: list[float]
+    """Places on the dimension, 0 to 1."""
+    mean: list[float]
+    error: list[float]
+    width: float
+
+
+def local_mean(at: Sequence[float], values: Sequence[float]) -> Smooth | None:
+    """m(u) = Σ w_i y_i / Σ w_i with w_i = exp(-(u - u_i)² / 2h²), between the outermost points; None for fewer than
+    FEWEST different places (Nadaraya 1964, Watson 1964).
+
+    h is that of WIDTHS whose predictions of each point from the others err least, and s² their mean squared error; the
+    standard error at u is s √Σ w_i² / Σ w_i.
+    """
+    u, y = np.asarray(at, float), np.asarray(values, float)
+    if len(set(at)) < FEWEST:
+        return None
+    apart = (u[:, None] - u[None, :]) ** 2
+    found = []
+    for width in WIDTHS:
+        weights = np.exp(-apart / (2 * width**2))
+        np.fill_diagonal(weights, 0.0)
+        total = weights.sum(1)
+        if (total > 1e-12).all():
+            found.append((float(np.mean((y - weights @ y / total) ** 2)), width))
+    if not found:
+        return None
+    square, width = min(found)
+    places = np.linspace(u.min(), u.max(), PLACES)
+    weights = np.exp(-((places[:, None] - u[None, :]) ** 2) / (2 * width**2))
+    total = weights.sum(1)
+    error = math.sqrt(square) * np.sqrt((weights**2).sum(1)) / total
+    return Smooth(places.tolist(), (weights @ y / total).tolist(), error.tolist(), width)
+
+
 class Step(NamedTuple):
     """One rung: who came to it, and who went on."""
 
@@ -105,12 +164,24 @@ def rungs(trials: Sequence[Trial], steps: Sequence[int]) -> list[Step]:
     return found
 
 
+def one_budget(trials: Sequence[Trial], steps: Sequence[int]) -> int | None:
+    """The step at which trials are compared for what matters: the last one that half of all, and FEWEST, came to.
+
+    Later ones were reached by the best alone, among whom what matters most no longer differs.
+    """
+    own = [trial for trial in trials if trial.twin is None]
+    came = {step: sum(any(rung.step == step for rung in trial.rungs) for trial in own) for step in steps}
+    fit = [step for step in steps if came[step] >= max(FEWEST, came[steps[0]] / 2)]
+    return fit[-1] if fit else None
+
+
 def importances(
     trials: Sequence[Trial], space: Space, step: int, kind: Literal["ped_anova", "fanova"] = "ped_anova", seed: int = 0
 ) -> dict[str, float] | None:
     """Share of each dimension in what the first seed scored at one rung; None where too few trials came to it.
 
-    ``ped_anova`` asks what tells good trials from the rest, ``fanova`` what the variance is due to (a forest's guess).
+    ``ped_anova`` asks what tells good trials from the rest, ``fanova`` what the variance is due to (a forest's guess
+    from FOREST trials).
     """
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
@@ -120,6 +191,8 @@ def importances(
     }
     if len(at) < FEWEST or len(set(at.values())) < 2:
         return None
+    if kind == "fanova":
+        at = dict(list(at.items())[:: -(-len(at) // FOREST)])
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
     known = distributions(space)
@@ -129,7 +202,8 @@ def importances(
             for number, value in at.items()
         ]
     )
-    evaluator = FanovaImportanceEvaluator(seed=seed) if kind == "fanova" else PedAnovaImportanceEvaluator()
+    forest = kind == "fanova"
+    evaluator = FanovaImportanceEvaluator(n_trees=TREES, seed=seed) if forest else PedAnovaImportanceEvaluator()
     found = get_param_importances(study, evaluator=evaluator)
     return {path: float(found.get(path, 0.0)) for path in space}
 

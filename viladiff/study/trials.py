@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ State = Literal["running", "complete", "pruned", "failed"]
 
 DECIDED = 2.0
 """Standard errors by which a trial must stay behind the best for its other seeds to be left out."""
+_FOLDERS = re.compile(r"""(?<![\w.])(?:~|[A-Za-z]:)?[/\\][^\s'"]*[/\\]""")
 FEWEST_DF = 3
 """Degrees of freedom of the spread between seeds before anything is left out."""
 
@@ -83,10 +85,14 @@ class Trial(BaseModel):
 
 
 def save_trial(trial: Trial, directory: Path) -> None:
-    """Writes ``<number>.json``, checksum last, whole or not at all."""
+    """Writes ``<number>.json``, whole or not at all."""
+    write_atomically(directory / f"{trial.number:06}.json", trial_bytes(trial))
+
+
+def trial_bytes(trial: Trial) -> bytes:
+    """What ``save_trial`` writes: JSON, the checksum last."""
     rest = json.loads(trial.model_dump_json())
-    text = json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(directory / f"{trial.number:06}.json", text.encode())
+    return json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
 def load_trials(directory: Path) -> list[Trial]:
@@ -100,6 +106,11 @@ def load_trials(directory: Path) -> list[Trial]:
                 "sweep another name with --study (finished runs are used again)"
             )
     return trials
+
+
+def without_paths(trial: Trial) -> Trial:
+    """A copy fit to be published: why it ended no longer says where on somebody's machine."""
+    return Trial(**{**trial.model_dump(), "reason": _FOLDERS.sub("…/", trial.reason)})
 
 
 def _load(path: Path) -> Trial:
