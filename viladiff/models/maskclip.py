@@ -42,13 +42,14 @@ class MaskClip(nn.Module):
 
         from viladiff.data.augment import IMAGENET_MEAN, IMAGENET_STD
 
-        self.visual: Any = visual.eval().requires_grad_(False)
+        self.visual: Any = visual.requires_grad_(False)
         mean, std, to_mean, to_std = (
             torch.tensor(x).view(3, 1, 1)
             for x in (IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
         )
         self.register_buffer("scale", std / to_std)
         self.register_buffer("shift", (mean - to_mean) / to_std)
+        self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
