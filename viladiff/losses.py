@@ -7,6 +7,7 @@ data goes through ``global_mean``. All return scalars unless they say otherwise.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,6 +151,22 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
 def labelled_mean(loss: Tensor, target: Tensor) -> Tensor:
     """The reduction of ``cross_entropy``, of a map (B, H, W) that is 0 where ``target`` is 255."""
     return global_mean(loss.sum(), (target != IGNORE).sum())
+
+
+def hard_mean(loss: Tensor, target: Tensor, threshold: float, share: float) -> Tensor:
+    """``labelled_mean`` of the hard pixels alone (online hard example mining): those with p <= max(threshold, p_n).
+
+    p = exp(-loss) is the probability of the true class, p_n that of the n-th hardest pixel of all workers' maps, with n
+    their pixels times ``share``; where fewer than n are labelled, all are kept. ``loss`` (B, H, W), 0 where ``target``
+    is 255; ``threshold`` and ``share`` in (0, 1]. The divisor is the number of pixels kept.
+    """
+    known = target != IGNORE
+    ranked = loss.detach().masked_fill(~known, -1.0)  # below any loss
+    everyone = global_gather(ranked).flatten()
+    n = max(1, round(share * everyone.numel()))
+    nth = everyone.kthvalue(everyone.numel() - n + 1).values
+    kept = known & (ranked >= nth.clamp(max=-math.log(threshold)))
+    return global_mean((loss * kept).sum(), kept.sum())
 
 
 def hard_consistency(logits: Tensor, labels: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:

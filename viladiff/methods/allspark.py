@@ -32,7 +32,7 @@ from torch import Tensor
 
 from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.losses import cross_entropy, global_gather, global_mean, hard_consistency, trained_gather
+from viladiff.losses import global_gather, global_mean, hard_consistency, trained_gather
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
 from viladiff.models.segmenter import Build, Segmenter, upsample
 from viladiff.models.spark import Draw, SemanticMemory, SparkSegmenter, nearest_class, resized, spark_segmenter
@@ -94,7 +94,7 @@ class AllSpark(Method):
             maps = F.interpolate(seen.softmax(1), top.shape[-2:], mode="bilinear", align_corners=False)
             self._keep(channels, maps.flatten(2), top.shape[-2:])
 
-        sup = cross_entropy(z[:labelled], batch.target)
+        sup = self.supervised(z[:labelled], batch.target)
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
         pseudo = hard_consistency(z[labelled:], labels, accepted, valid)
         total = (sup + self.cfg.pseudo.weight * pseudo) / 2

@@ -15,16 +15,28 @@ from torch import Tensor, nn
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import apply_cutmix
 from viladiff.fields import Section
+from viladiff.losses import hard_mean, labelled_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
 
 if TYPE_CHECKING:
     from viladiff.models.segmenter import Build, Network, Segmenter
 
 
+class OhemConfig(Section):
+    """Supervised cross-entropy of hard pixels alone (online hard example mining), usual on Cityscapes."""
+
+    enabled: bool = False
+    threshold: float = Field(0.7, gt=0, le=1)
+    """A pixel is hard up to this probability of its true class."""
+    min_kept: float = Field(0.156, gt=0, le=1)
+    """Share of the crops' pixels that is kept at least; published as 200,000 of two crops of 801 x 801."""
+
+
 class MethodConfig(Section):
     """Base of each method's own section; ``name`` tells the sections apart."""
 
     name: str
+    ohem: OhemConfig = OhemConfig()
 
 
 class TeacherConfig(Section):
@@ -98,6 +110,17 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         raise NotImplementedError
+
+    def supervised(self, logits: Tensor, target: Tensor) -> Tensor:
+        """L_sup, Eq. 10 with the masks of labelled images: of all pixels, or with ``cfg.ohem`` of the hard ones."""
+        return self.supervised_mean(pixel_cross_entropy(logits, target), target)
+
+    def supervised_mean(self, loss: Tensor, target: Tensor) -> Tensor:
+        """``supervised`` of a loss map (B, H, W) that is 0 where ``target`` is 255."""
+        ohem = self.cfg.ohem
+        if ohem.enabled:
+            return hard_mean(loss, target, ohem.threshold, ohem.min_kept)
+        return labelled_mean(loss, target)
 
     def after_step(self, step: Step) -> None:
         """Runs after each optimiser step, outside autograd: moving averages, queues."""

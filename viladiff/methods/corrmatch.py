@@ -22,7 +22,7 @@ from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import box_mask
 from viladiff.data.perturb import channel_dropout, widest
-from viladiff.losses import cross_entropy, global_max, global_mean, hard_consistency, logit_distillation
+from viladiff.losses import global_max, global_mean, hard_consistency, logit_distillation
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
 from viladiff.models.segmenter import Build, upsample
 
@@ -110,7 +110,7 @@ class CorrMatch(Method):
             mixed_sure = mixed_confidence >= self.tau
             taught, accepted = self._spread(a[counts[0] :][: counts[1]], mixed_labels, mixed_sure, valid, batch, step)
 
-        sup, sup_r = cross_entropy(z, batch.target), cross_entropy(r, batch.target)
+        sup, sup_r = self.supervised(z, batch.target), self.supervised(r, batch.target)
         source = weak if self.cfg.faithful_kl else mixed_weak
         terms = {
             "pseudo": hard_consistency(z_strong, taught, accepted, valid),

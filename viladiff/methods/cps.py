@@ -16,7 +16,7 @@ from torch import Tensor
 from viladiff import draws
 from viladiff.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import pair_partner, parity_boxes, parity_mask, paste
-from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
 from viladiff.models.segmenter import Build, Network
 
@@ -68,7 +68,7 @@ class Cps(Method):
             answers, taught = [_answers(z.detach()) for z in logits], logits
             valid = torch.cat([batch.target != IGNORE, valid])
 
-        sup = torch.stack([cross_entropy(z[:labelled], batch.target) for z in logits]).sum()
+        sup = torch.stack([self.supervised(z[:labelled], batch.target) for z in logits]).sum()
         accepted = [(confidence >= self.cfg.pseudo.threshold).float() for confidence, _ in answers]
         cross = torch.stack(
             [hard_consistency(z, answers[i][1], accepted[i], valid) for z, i in zip(taught, (1, 0), strict=True)]

@@ -118,7 +118,7 @@ class Ddfp(MeanTeacher):
         return self._warm(batch) if step.progress < self.cfg.warmup else self._teach(batch, step)
 
     def _warm(self, batch: Batch) -> Losses:
-        sup = cross_entropy(self.student(batch.image)["visual"], batch.target)
+        sup = self.supervised(self.student(batch.image)["visual"], batch.target)
         rest = torch.stack([p.sum() for p in self.flow.parameters()]).sum() * 0
         zero = torch.zeros((), device=sup.device)
         names = ("pseudo", "perturbed", "nll", "coverage")
@@ -142,7 +142,7 @@ class Ddfp(MeanTeacher):
             features = [torch.cat([f, m + d]) for f, m, d in zip(features, mine, moves, strict=True)]
         logits = self.student.logits(features, size)
 
-        sup = cross_entropy(logits[:labelled], batch.target)
+        sup = self.supervised(logits[:labelled], batch.target)
         streams = [cross_entropy(z, labels) for z in logits[labelled:].split(len(labels))]
         total = sup + cfg.pseudo.weight * torch.stack(streams).mean() + nll
         terms = {"sup": sup, "pseudo": streams[0], "perturbed": streams[-1], "nll": nll}

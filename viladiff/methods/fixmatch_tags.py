@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.batch import IGNORE, Batch, CutMix, Losses, Step, Views
-from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import pasted
 from viladiff.methods.fixmatch import FixMatch, FixMatchConfig
 from viladiff.models.segmenter import Build
@@ -54,7 +54,7 @@ class FixMatchTags(FixMatch):
         features = self.student.encode(torch.cat([batch.image, strong]))
         logits = self.student.logits(features, strong.shape[-2:])
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
-        sup = cross_entropy(logits[:labelled], batch.target)
+        sup = self.supervised(logits[:labelled], batch.target)
         pseudo = hard_consistency(logits[labelled:], labels, accepted, valid)
 
         tags = torch.cat([batch.tags, of_both(batch.tags_u, batch.mix[0]) if batch.mix else batch.tags_u])

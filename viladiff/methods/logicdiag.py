@@ -5,9 +5,9 @@ wherever it appears: the rules, their fuzzy truth, diagnoses weighed by confiden
 threshold, are the paper's; the rest is ours. L = 1/2 (L_x + L_u) in the loop of ``fixmatch``: a moving-average teacher
 labels the weak view, the labels are revised, the student learns them on the strong view with CutMix.
 
-Ours are: a second classifier, for groups of classes, on what the first one reads; both losses are the binary
-cross-entropy of a label's path (``models.hierarchy``), a mean over classes and groups, so that labelled and unlabelled
-pixels have one scale. All C consistent states are weighed, where a search for small diagnoses would leave pixels
+Ours are: a second classifier, for groups of classes, on what the first one reads; L_x is the binary cross-entropy of a
+label's path, a sum over classes and groups (``models.hierarchy``), L_u the usual cross-entropy of the classes, so that
+groups are learned from masks alone and no revision confirms itself through them. All C consistent states are weighed, where a search for small diagnoses would leave pixels
 unresolved. Diagnoses are made on the decoder's grid and their scores brought to pixels. The network that is evaluated
 is the segmenter alone: its highest class. A flat softmax cannot contradict itself; the groups' scores are the method,
 and ``method.revise=false`` shows what their rules add. There is no loss on the rules themselves.
@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.losses import confident_mean, global_mean, labelled_mean
+from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, pasted
 from viladiff.methods.fixmatch import FixMatchTeacherConfig
 from viladiff.models.ema import ema_update, frozen_copy
@@ -102,9 +102,9 @@ class LogicDiag(MeanTeacher):
         strong, labels, accepted, valid = pasted(batch, 0, batch.strong[0], labels, accepted, batch.valid)
 
         logits = upsample(_nodes(self.student, self.groups, torch.cat([batch.image, strong])), size)
-        maps = node_cross_entropy(logits, torch.cat([batch.target, labels]), self.parent)
-        sup = labelled_mean(maps[:labelled], batch.target)
-        pseudo = confident_mean(maps[labelled:], accepted, valid)
+        mine, taught = logits[:labelled], logits[labelled:, : len(self.parent)]
+        sup = self.supervised_mean(node_cross_entropy(mine, batch.target, self.parent), batch.target)
+        pseudo = hard_consistency(taught, labels, accepted, valid)
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage, "revised": changed}
         return Losses((sup + self.cfg.pseudo.weight * pseudo) / 2, terms)

@@ -72,7 +72,7 @@ class PseudoSeg(Method):
         scores = upsample(self.sgc(own, found.present, batch.target != IGNORE), size)
         accepted = (soft.amax(1) >= self.cfg.pseudo.threshold).float()
         terms = {
-            "sup": cross_entropy(mine, batch.target),
+            "sup": self.supervised(mine, batch.target),
             "maps": cross_entropy(scores, batch.target),
             "tags": tag_loss(self.sgc.tags(own[-1]), found),
             "pseudo": confident_mean(soft_cross_entropy(taught, soft), accepted, valid),

@@ -22,7 +22,7 @@ from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import apply_cutmix, beta_boxes, pair_partner
 from viladiff.data.perturb import virtual_adversarial
 from viladiff.fields import Section
-from viladiff.losses import cross_entropy, global_mean, pixel_cross_entropy
+from viladiff.losses import global_mean, pixel_cross_entropy
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
@@ -91,7 +91,7 @@ class PsMt(TwoTeachers):
     def _warm(self, batch: Batch) -> Losses:
         """Supervised: the student on coloured images, each coming teacher on plain ones."""
         networks = [(self.student, batch.image_strong), *((founder, batch.image) for founder in self.founders)]
-        losses = [cross_entropy(network(image)["visual"], batch.target) for network, image in networks]
+        losses = [self.supervised(network(image)["visual"], batch.target) for network, image in networks]
         zero = torch.zeros((), device=losses[0].device)
         terms = {"sup": losses[0].detach(), "pseudo": zero, "coverage": zero, "weight": zero}
         return Losses(torch.stack(losses).sum(), terms)
@@ -110,7 +110,7 @@ class PsMt(TwoTeachers):
             features = [level + added for level, added in zip(features, noise, strict=True)]
         logits = self.student.logits(features, size)
 
-        sup = cross_entropy(logits[:labelled], batch.target)
+        sup = self.supervised(logits[:labelled], batch.target)
         accepted = (confidence >= cfg.pseudo.threshold) & valid
         pseudo = strict_consistency(logits[labelled:], labels, confidence, accepted)
         weight = cfg.pseudo.weight * ramp(step.progress - cfg.warmup, cfg.pseudo.ramp)

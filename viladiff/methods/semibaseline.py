@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from viladiff.batch import Batch, Losses, Step, Views
-from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import MeanTeacher, MethodConfig, Passes, PredictConfig, PseudoConfig, TeacherConfig, pasted
 
 
@@ -38,7 +38,7 @@ class SemiBaseline(MeanTeacher):
 
         logits = self.student(torch.cat([batch.image, strong]))["visual"]
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
-        sup = cross_entropy(logits[:labelled], batch.target)
+        sup = self.supervised(logits[:labelled], batch.target)
         pseudo = hard_consistency(logits[labelled:], labels, accepted, valid)
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         total = sup + self.cfg.pseudo.weight * pseudo

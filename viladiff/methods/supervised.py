@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from viladiff.batch import Batch, Losses, Step, Views
-from viladiff.losses import cross_entropy
 from viladiff.methods.base import Method, MethodConfig, Passes
 
 
 class SupervisedConfig(MethodConfig):
-    """Nothing to choose: cross-entropy on labelled pixels (paper, Eq. 10)."""
+    """Nothing of its own to choose: cross-entropy on labelled pixels (paper, Eq. 10)."""
 
     name: Literal["supervised"] = "supervised"
 
@@ -21,5 +20,5 @@ class Supervised(Method):
     passes = Passes(1, 1)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        loss = cross_entropy(self.student(batch.image)["visual"], batch.target)
+        loss = self.supervised(self.student(batch.image)["visual"], batch.target)
         return Losses(loss, {"sup": loss.detach()})

@@ -20,7 +20,7 @@ from torch import Tensor
 from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
-from viladiff.losses import cross_entropy, global_mean, global_sum, hard_consistency
+from viladiff.losses import global_mean, global_sum, hard_consistency
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
@@ -80,7 +80,7 @@ class Swith(TwoTeachers):
         logits = self.student(torch.cat([batch.image, mixed, strong]))["visual"]
         z, z_mixed, z_strong = logits.split([count, len(mixed), len(strong)])
 
-        sup = cross_entropy(z, batch.target)
+        sup = self.supervised(z, batch.target)
         pseudo = hard_consistency(z_mixed, mixed_labels, share.expand_as(mixed_confidence), valid)
         accepted = (confidence >= cfg.threshold).float()
         consistency = hard_consistency(z_strong, labels, accepted, batch.valid)

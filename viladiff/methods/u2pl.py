@@ -29,7 +29,6 @@ from viladiff.batch import IGNORE, Batch, CutMix, Losses, Step, Views
 from viladiff.data.mixing import apply_cutmix, half_boxes, pair_partner
 from viladiff.data.perturb import channel_dropout
 from viladiff.losses import (
-    cross_entropy,
     global_gather,
     global_mean,
     global_sum,
@@ -131,7 +130,7 @@ class U2pl(MeanTeacher):
         return self._warm(batch) if step.progress < self.cfg.warmup else self._teach(batch, step)
 
     def _warm(self, batch: Batch) -> Losses:
-        sup = cross_entropy(self.student(batch.image)["visual"], batch.target)
+        sup = self.supervised(self.student(batch.image)["visual"], batch.target)
         rest = torch.stack([p.sum() for p in self.head.parameters()]).sum() * 0
         zero = torch.zeros((), device=sup.device)
         names = ("pseudo", "contrast", "coverage", "anchors")
@@ -155,7 +154,7 @@ class U2pl(MeanTeacher):
 
         stream = self.student.streams(images)["visual"]
         z = upsample(stream.logits, size)
-        sup = cross_entropy(z[:labelled], batch.target)
+        sup = self.supervised(z[:labelled], batch.target)
         pseudo = kept_consistency(z[labelled:], labels, kept, valid)
         classes = torch.cat([batch.target, labels.masked_fill(~valid, IGNORE)])
         limits = [F.pad(x, (0, 0, 0, 0, labelled, 0), value=True) for x in (uncertain <= low, uncertain >= high)]

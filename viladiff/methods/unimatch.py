@@ -20,7 +20,7 @@ from torch import Tensor
 from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.perturb import channel_dropout, widest
-from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
 
 
@@ -63,7 +63,7 @@ class UniMatch(Method):
 
         confidence, labels, threshold = self.judge(mine.detach(), clean.detach(), batch)
         accepted, valid = self.weigh(confidence, threshold, batch.valid), batch.valid
-        sup = cross_entropy(mine, batch.target)
+        sup = self.supervised(mine, batch.target)
         streams = [
             hard_consistency(z, *pasted(batch, i, labels, accepted, valid)) for i, z in enumerate((first, second))
         ]

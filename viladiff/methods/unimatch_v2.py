@@ -17,7 +17,7 @@ from torch import Tensor
 from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, Views
 from viladiff.data.perturb import complementary_dropout, half_of_pairs, widest
-from viladiff.losses import cross_entropy, global_mean, hard_consistency
+from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import (
     MeanTeacher,
     MethodConfig,
@@ -69,7 +69,7 @@ class UniMatchV2(MeanTeacher):
         logits = self.student.logits(features, batch.image.shape[-2:])
         mine, *streams = logits.split([labelled, unlabelled, unlabelled])
 
-        sup = cross_entropy(mine, batch.target)
+        sup = self.supervised(mine, batch.target)
         accepted = [(view[1] >= self.cfg.pseudo.threshold).float() for view in views]
         parts = [
             hard_consistency(z, labels, weight, valid)

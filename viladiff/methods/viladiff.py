@@ -128,7 +128,7 @@ class ViLaDiff(MeanTeacher):
         accepted = (pseudo.confidence >= cfg.pseudo.threshold).float()
         answers = torch.cat([batch.target, pseudo.labels])
         maps = {name: pixel_cross_entropy(x, answers) for name, x in logits.items()}
-        sup = torch.stack([labelled_mean(x[:labelled], batch.target) for x in maps.values()]).mean()
+        sup = torch.stack([self.supervised_mean(x[:labelled], batch.target) for x in maps.values()]).mean()
         cons = torch.stack([confident_mean(x[labelled:], accepted, valid) for x in maps.values()]).mean()
         total = sup + cfg.pseudo.weight * cons
         coverage = global_mean((accepted * valid).sum(), valid.sum())
