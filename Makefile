@@ -32,7 +32,7 @@ bench: setup ## every claim about speed, as ratios measured in one run each
 
 published: setup ## continue the campaigns behind the committed reports and render these again (hours)
 	$(one_thread) $(bin)/python scripts/core_curves.py
-	@for table in table5 table6 table7 choices; do \
+	@for table in table5 table6 table7 choices rates leaderboard; do \
 		echo "== $$table"; $(bin)/python ablations/run_$$table.py --scale digits --publish || exit 1; done
 	@for sweep in lambda flip; do \
 		echo "== sweep_$$sweep"; \

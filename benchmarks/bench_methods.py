@@ -8,6 +8,9 @@ in one step with what went in, and timed alone on the same tensors, backwards to
 step adds to them is losses, mixing, draws, averages and the optimiser. Words after -- are fields as in viladiff train.
 Peak memory is that of the first steps, before any pass is timed: on a CPU the process's, less what it held before the
 first step; on a GPU what torch allocated.
+
+--json FILE times a step of `supervised` between those of each method as well, and keeps everything with machine and
+date: the leaderboard's page shows what is in reports/published/leaderboard/steps.json.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -23,16 +28,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from viladiff.batch import Batch
+from viladiff.catalogue import written
 from viladiff.config import RunConfig, override
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.record import peak_memory
+from viladiff.record import git_state, peak_memory, versions, write_atomically
 from viladiff.train import Run
 
 AIM = 1.2
@@ -108,8 +117,8 @@ def noting(method: Method) -> Iterator[list[Call]]:
             hook.remove()
 
 
-def one(name: str, words: list[str], repeats: int) -> dict[str, Any]:
-    """Medians in ms, wall time and processor time, and peak memory in MB, of one method in this process."""
+def ready(name: str, words: list[str]) -> tuple[Run, list[Batch]]:
+    """A run of the method in the later part of training, and the batches of a step."""
     fields = dict(word.split("=", 1) for word in words)
     with tempfile.TemporaryDirectory() as out:
         cfg = override(RunConfig(), {"method.name": name, "runtime.threads": 1, "runtime.out": out, **fields})
@@ -117,7 +126,15 @@ def one(name: str, words: list[str], repeats: int) -> dict[str, Any]:
         run._build()
     run.method.train()
     run.step = int(0.7 * run.steps)  # after warm-ups, and with what begins in the later part of training
-    batches = run.loader.micro_batches(run.step)
+    return run, run.loader.micro_batches(run.step)
+
+
+def one(name: str, words: list[str], repeats: int, reference: bool = False) -> dict[str, Any]:
+    """Medians in ms, wall time and processor time, and peak memory in MB, of one method in this process.
+
+    ``reference``: also of a step of ``supervised``, with the same fields as far as it has them.
+    """
+    run, batches = ready(name, words)
     cuda = run.device.type == "cuda"
     before = 0 if cuda else peak_memory()
     for _ in range(3):
@@ -125,10 +142,15 @@ def one(name: str, words: list[str], repeats: int) -> dict[str, Any]:
     memory = torch.cuda.max_memory_allocated() if cuda else peak_memory() - before
     with noting(run.method) as calls:
         run._step(batches)
-    times = medians(
-        {"step": functools.partial(run._step, batches), "passes": lambda: repeat(run, calls)}, repeats, cuda
-    )
-    return {"method": name, "device": str(run.device), **times, "memory_mb": memory / 2**20, "calls": len(calls)}
+    actions = {"step": functools.partial(run._step, batches), "passes": lambda: repeat(run, calls)}
+    if reference:
+        other, its = ready("supervised", [word for word in words if not word.startswith("method.")])
+        actions["reference"] = functools.partial(other._step, its)
+    times = medians(actions, repeats, cuda)
+    passes = METHODS[name].passes
+    about = {"method": name, "device": str(run.device), "threads": torch.get_num_threads()}
+    about["passes"] = written(passes) if passes else ""
+    return {**about, **times, "memory_mb": memory / 2**20, "calls": len(calls)}
 
 
 def repeat(run: Run, calls: list[Call]) -> None:
@@ -152,31 +174,62 @@ def medians(actions: dict[str, Callable[[], object]], repeats: int, cuda: bool) 
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+def keep(path: Path, methods: dict[str, dict[str, Any]], repeats: int, words: list[str]) -> None:
+    """Writes what was measured with machine, date and versions; what the file has of other methods is not kept."""
+    first = next(iter(methods.values()))
+    about = {
+        "made": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": processor(),
+        "device": first["device"],
+        "threads": first["threads"],
+        "repeats": repeats,
+        "fields": words,
+        "versions": versions(),
+        "git": git_state(),
+    }
+    write_atomically(path, (json.dumps({**about, "methods": methods}, indent=1) + "\n").encode())
+
+
+def processor() -> str:
+    """What the machine computes with, as the kernel calls it, and how many of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def main() -> int:
     """Prints a line a method; returns 0 where every ratio of processor times (on a GPU: wall times) meets the aim."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}; all by default")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to keep what is measured")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     given, words = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     if given.one:
-        print(json.dumps(one(given.one, words, given.repeats)))
+        print(json.dumps(one(given.one, words, given.repeats, given.json is not None)))
         return 0
     unknown = [name for name in given.methods if name not in METHODS]
     if unknown:
         parser.error(f"{unknown[0]}: no such method; there are {', '.join(METHODS)}")
     print(f"{'method':<12} {'step ms':>8} {'passes':>8} {'ratio':>6} {'cpu ratio':>9} {'peak MB':>8}", flush=True)
-    worst = 0.0
+    worst, kept = 0.0, {}
+    options = ["--repeats", str(given.repeats), *(["--json", str(given.json)] if given.json else [])]
     for name in given.methods or METHODS:
-        command = [sys.executable, __file__, "--one", name, "--repeats", str(given.repeats), "--", *words]
+        command = [sys.executable, __file__, "--one", name, *options, "--", *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         wall, cpu = (row[f"step_{kind}"] / row[f"passes_{kind}"] for kind in ("ms", "cpu_ms"))
+        kept[name] = row
         worst = max(worst, wall if row["device"].startswith("cuda") else cpu)
         numbers = f"{row['step_ms']:8.1f} {row['passes_ms']:8.1f} {wall:6.2f} {cpu:9.2f} {row['memory_mb']:8.0f}"
         print(f"{name:<12} {numbers}", flush=True)
+    if given.json:
+        keep(given.json, kept, given.repeats, words)
     print(f"largest ratio {worst:.2f} (aim: at most {AIM})")
     return 0 if worst <= AIM else 1
 

@@ -438,14 +438,17 @@ def test_reading_a_table_loads_no_torch() -> None:
 def test_every_table_can_be_run_at_every_scale_with_cells_that_differ(path: Path) -> None:
     table = load_table(path)
     assert {"smoke", "quick", "digits", "paper"} == set(table.scale)
+    whole = {i for i, row in enumerate(table.rows) if row.set.get("data.split") == "all"}
     for scale in table.scale:
         rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
-        found = cells(table, scale, [0], rows, columns)
+        every = cells(table, scale, [0], rows, columns)
+        # With all labels one run stands in every column.
+        found = [one for one in every if one.row not in whole or one.column == 0]
         read = [(table.rows[one.row].network, table.rows[one.row].stream) for one in found]
         sets = [sorted(changed(override(RunConfig(), one.changes)).items()) for one in found]
         assert len({str(key) for key in zip(read, sets, strict=True)}) == len(found)
-        there = {one.row for one in found}
-        assert there | set(unbuilt(table)) == set(range(len(table.rows))), "a row runs, or waits for its method"
+        there = {one.row for one in every} | set(unbuilt(table))
+        assert there == set(range(len(table.rows))), "a row runs, or waits for its method or for what it needs"
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

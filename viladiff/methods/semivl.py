@@ -26,20 +26,20 @@ first kind and the encoder's own remain.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from viladiff.batch import IGNORE, Batch, Step, Views
+from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.fields import Section
 from viladiff.losses import cross_entropy, global_mean
 from viladiff.methods.base import MethodConfig, Paper, Passes, PseudoConfig, pasted
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.maskclip import MaskClip, load_clip
-from viladiff.models.segmenter import Build, Segmenter, upsample
+from viladiff.models.segmenter import Build, Network, Segmenter, upsample
 from viladiff.models.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
 from viladiff.text.concepts import concepts
 
@@ -122,6 +122,11 @@ class SemiVl(UniMatch):
             "labelled images; the published method's are those of a frozen CLIP, which method.clip.weights=FILE gives",
         )
 
+    def networks(self) -> dict[str, Network]:
+        """Where there is a CLIP, it is scored by itself as well: what its labels from text are worth untrained."""
+        alone: dict[str, Any] = {"clip": ZeroShot(*self._clip, self)} if self._clip else {}
+        return {**super().networks(), **alone}
+
     def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
         if self.cfg.pseudo.weighting == "pixel":
             return super().weigh(confidence, threshold, valid)
@@ -163,6 +168,21 @@ class SemiVl(UniMatch):
     def likeness(self, dense: Tensor) -> Tensor:
         """Unit maps (B, T, h, w) to each class's best concept's cosine: (B, K, h, w)."""
         return best_concepts(similarity(dense, self.concepts), self.owner, self.student.num_classes)
+
+
+class ZeroShot(nn.Module):
+    """Labels from text alone: logits of a frozen CLIP's places against the classes' concepts."""
+
+    def __init__(self, clip: MaskClip, method: SemiVl) -> None:
+        super().__init__()
+        self.clip = clip
+        self._method = (method,)  # in a tuple: the method is no part of this
+
+    def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
+        """images (B, 3, H, W) to {"visual": (B, C, H, W) logits}."""
+        (method,) = self._method
+        likeness = method.likeness(self.clip(images)) * method.cfg.guide.scale
+        return {"visual": upsample(likeness, images.shape[-2:])}
 
 
 def read_texts(cfg: ClipConfig, build: Build) -> tuple[tuple[MaskClip, ...], Tensor, Tensor]:

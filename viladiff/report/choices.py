@@ -45,7 +45,7 @@ def choices(results: Results, verdicts: Sequence[Verdict]) -> list[Choice]:
     """By heading of rows, for a table that the paper does not have and that asks what differs from its reference."""
     table = results.plan.table
     claim = next((one for one in table.claims if one.kind == "differs" and one.metric == table.metric), None)
-    if table.printed or claim is None:
+    if table.printed or claim is None or table.page != "table":
         return []
     verdict = next((one for one in verdicts if one.text == claim.text), None)
     made = {(one.higher, one.column): one for one in verdict.comparisons} if verdict else {}

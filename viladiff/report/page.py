@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from viladiff.record import write_atomically
-from viladiff.report import choices, figures, palette, plain, provenance, strips, tables, views
+from viladiff.report import choices, figures, leaderboard, palette, plain, provenance, strips, tables, views
 from viladiff.report.curves import Curve, curves
 from viladiff.report.tables import METRICS, Agreement, Results
 from viladiff.study.store import abandoned
@@ -46,9 +46,12 @@ def render_table(
     for path in [*abandoned(out), *abandoned(out / "figures")]:
         path.unlink(missing_ok=True)  # of a writer that was killed
     files = [path.name for path in figures.save(results, drawn, out / "figures")]
+    board = leaderboard.board(results, store, out, verdicts)
+    files += board.files if board else ()
     said = banner(results)
     opened = choices.choices(results, verdicts)
     more = {
+        **leaderboard.to_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
         "What each choice is worth": choices.to_markdown(opened),
         "The paper's own numbers": [f"- {plain.markdown(one.text)}" for one in printed],
     }
@@ -56,7 +59,7 @@ def render_table(
         "table.md": plain.to_markdown(results, verdicts, agreements, command, said, more),
         "table.tex": plain.to_latex(results, said),
         "table.csv": plain.to_csv(results),
-        "index.html": html(results, store, out, command, verdicts, agreements, drawn, files, printed, opened),
+        "index.html": html(results, store, out, command, verdicts, agreements, drawn, files, printed, opened, board),
     }
     for name, text in texts.items():
         write_atomically(out / name, text.encode())
@@ -84,6 +87,7 @@ def html(
     files: Sequence[str],
     printed: Sequence[Inconsistency] = (),
     opened: Sequence[choices.Choice] = (),
+    board: leaderboard.Board | None = None,
 ) -> str:
     """The page as text; everything that it shows is worked out here, and the template only lays it out."""
     table = results.plan.table
@@ -110,6 +114,7 @@ def html(
             encoders=any(row.encoder for row in table.rows),
             printed=printed,
             choices=opened,
+            board=board,
             number=lambda row: tables.number(results, row),
             command=command,
             files=files,
@@ -126,7 +131,7 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     environment.filters |= {"part": views.part_html, "signed": plain.signed, "duration": provenance.duration}
     environment.filters |= {"interval": views.interval, "p_value": views.p_value}
-    environment.filters |= {"seen": views.seen, "least": views.least}
+    environment.filters |= {"seen": views.seen, "least": views.least, "figure": leaderboard.text}
     return environment
 
 

@@ -260,12 +260,13 @@ def pseudo(results: Results) -> list[tuple[str, str, list[Summary | None]]]:
         for column in results.plan.columns:
             entries = [e for e in results.at(row, column) if e.record and e.record.pseudo_labels]
             if entries:
-                shares = [_shares(entries, name) for name in PSEUDO]
-                out.append((f"{number(results, row)} {table.rows[row].label}", table.columns[column].label, shares))
+                found = [shares(entries, name) for name in PSEUDO]
+                out.append((f"{number(results, row)} {table.rows[row].label}", table.columns[column].label, found))
     return out
 
 
-def _shares(entries: Sequence[Entry], name: str) -> Summary | None:
+def shares(entries: Sequence[Entry], name: str) -> Summary | None:
+    """One of ``PSEUDO`` in percent by seed; None where no run measured it."""
     found = {e.cell.seed: e.record.pseudo_labels.get(name) for e in entries if e.record}
     values = {seed: 100 * share for seed, share in found.items() if share is not None and math.isfinite(share)}
     return Summary(values, {}, frozenset()) if values else None

@@ -101,8 +101,8 @@ def cells(
     A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``). One that
     chooses another method or data set drops what earlier ones set for the method or data set before, and of
     ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
-    data set of a cell lacks is left out there, unless all cells lack it. Rows whose method is not built yet have no
-    cells (``unbuilt``). Loads torch. Raises ValueError that names file and entry.
+    data set of a cell lacks is left out there, unless all cells lack it. Rows that cannot be run yet have no cells
+    (``unbuilt``). Loads torch. Raises ValueError that names file and entry.
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():
@@ -123,12 +123,15 @@ def cells(
 
 
 def unbuilt(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
-    """Why rows cannot be run yet, by place: their method is known by name and not written. Loads torch."""
+    """Why rows cannot be run yet, by place: a method that is not written, a field that has to be given. Loads torch."""
     from viladiff.methods import METHODS, PLANNED
 
     found = {}
     for place, row in enumerate(table.rows):
-        name = str({**table.base, **row.set, **changes}.get("method.name"))
+        given = {**table.base, **row.set, **changes}
+        name = str(given.get("method.name"))
+        if row.needs and given.get(row.needs) is None:
+            found[place] = f"not available: {row.needs} is not given"
         if name in PLANNED and name not in METHODS:
             found[place] = f"not built yet: method.name = {name}"
     return found

@@ -35,7 +35,7 @@ def outline(plan: Plan, store: Store, settings: Settings, out: Path, price: floa
     for row in plan.rows:
         label = plan.table.rows[row].label
         later = plan.unbuilt.get(row)
-        cells = [_cell(plan, found, row, column) if later is None else "not built yet" for column in plan.columns]
+        cells = [_cell(plan, found, row, column) if later is None else later.split(":")[0] for column in plan.columns]
         grid.add_row(f"{row + 1:>2}  {escape(label)}", *cells)
     console.print(grid)
     left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]

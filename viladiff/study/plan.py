@@ -182,7 +182,7 @@ def _key(
     places = [
         {"base": table.base},
         *({i: table.columns[i].set} for i in columns),
-        *({i: table.rows[i].set} for i in rows),
+        *({i: [table.rows[i].set, table.rows[i].needs]} for i in rows),
     ]
     fields = {
         "scale": scale,

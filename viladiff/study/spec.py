@@ -128,6 +128,8 @@ class Row(Strict):
     """Whose scores are read from the row's runs; empty for the one that a run names itself."""
     stream: str = ""
     """Likewise."""
+    needs: str = ""
+    """A field that has to be given before the row can be run, such as a file; until then its cells say so."""
     note: str = ""
 
 
@@ -170,6 +172,8 @@ class Table(Strict):
     """Label of the row that the page's first sentence is about; empty for the paper's last."""
     supervised: str = ""
     """Label of the row that sees labelled images alone, below which no printed row ought to be; empty for none."""
+    page: Literal["table", "leaderboard"] = "table"
+    """``leaderboard``: the page also has accuracy against cost, calibration, and learning rates that were tried."""
 
     @property
     def printed(self) -> bool:
@@ -306,6 +310,8 @@ def _row_faults(table: Table) -> Iterator[str]:
             yield f"{entry}: paper = {list(row.paper)}: a control is ours, so the paper has no numbers for it"
         elif row.paper and len(row.paper) != len(table.columns):
             yield f"{entry}: paper = {list(row.paper)}: {len(row.paper)} numbers for {len(table.columns)} columns"
+        if row.needs and not _PATH.fullmatch(row.needs):
+            yield f"{entry}: needs = {row.needs!r}: not a dotted path such as 'method.clip.weights'"
         if len(set(row.parts)) < len(row.parts):
             yield f"{entry}: parts = {list(row.parts)}: a part is named twice"
 

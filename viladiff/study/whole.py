@@ -30,7 +30,7 @@ class Share:
     runs: frozenset[str]
     """Names of its runs; where data are not here, names made of settings alone."""
     waiting: int
-    """Rows whose method is not built yet."""
+    """Rows that cannot be run yet."""
     job: Job | None = None
     """None where its runs cannot be named."""
     why: str = ""
@@ -97,7 +97,11 @@ def totals(shares: Sequence[Share], args: argparse.Namespace) -> dict[str, str]:
         }
         lines |= {"cost": f"{guess.cost:.2f}"} if guess.cost is not None else {}
     waiting = sum(share.waiting for share in shares)
-    lines |= {"waiting": f"{waiting} rows, whose methods are not built yet"} if waiting else {}
+    lines |= (
+        {"waiting": f"{waiting} rows, whose methods are not built yet, or which need a field that is not given"}
+        if waiting
+        else {}
+    )
     lines |= {share.name: f"not timed: {share.why}" for share in shares if share.job is None}
     return lines
 

@@ -1,0 +1,8 @@
+"""Every method under one protocol, with what it costs. ``--help`` has examples."""
+
+from pathlib import Path
+
+from viladiff.study.drive import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(__file__).with_name("leaderboard.toml")))

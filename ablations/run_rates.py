@@ -1,0 +1,8 @@
+"""Three learning rates for each family of methods, on held-out labelled images. ``--help`` has examples."""
+
+from pathlib import Path
+
+from viladiff.study.drive import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(__file__).with_name("rates.toml")))

@@ -1,0 +1,432 @@
+"""The leaderboard: its runs are those of the tables, and its page says what was measured, what it cost and what not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from viladiff.config import RunConfig, changed, override, run_id
+from viladiff.record import RunRecord, load_record, save_record
+from viladiff.report import costs, figures, rates, scatter, standing
+from viladiff.report.page import render_table
+from viladiff.report.tables import gather
+from viladiff.study.cells import cells, unbuilt
+from viladiff.study.claims import judge
+from viladiff.study.plan import Plan, Planned, PlannedCell
+from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
+from viladiff.study.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "reports" / "published"
+
+
+# The specs
+
+
+def configs(name: str, scale: str = "digits", seeds: tuple[int, ...] = (0,)) -> dict[tuple[str, str, int], RunConfig]:
+    """By row, column and seed."""
+    table = load_table(ROOT / "ablations" / f"{name}.toml")
+    found = cells(table, scale, seeds, [row.label for row in table.rows], [one.label for one in table.columns])
+    return {
+        (table.rows[one.row].label, table.columns[one.column].label, one.seed): override(RunConfig(), one.changes)
+        for one in found
+    }
+
+
+def fields(cfg: RunConfig) -> str:
+    return json.dumps({k: v for k, v in changed(cfg).items() if not k.startswith("runtime.")}, sort_keys=True)
+
+
+def test_cells_are_the_runs_of_the_tables_and_of_what_is_published() -> None:
+    mine = configs("leaderboard", seeds=(0, 1, 2))
+    by_fields = {fields(cfg): cfg for cfg in mine.values()}
+    for name, lists in (("table1", {"1/16 (92)", "1/8 (183)", "1/2 (732)"}), ("table5", {"1/8 (183)", "1/2 (732)"})):
+        theirs = {key: cfg for key, cfg in configs(name).items() if key[1] in lists}
+        same = {row for (row, _, _), cfg in theirs.items() if fields(cfg) in by_fields}
+        lacking = {row for row, _, _ in theirs} - same
+        if name == "table1":
+            assert lacking == set(), "every row of Table 1 is on the leaderboard"
+        else:
+            assert same >= {"SemiBaseline", "ViLaDiff", "ViLaDiff, shuffled captions", "ViLaDiff, no captions"}
+    met = 0
+    for path in [*(PUBLISHED / "core" / "records").glob("*.json"), *(PUBLISHED / "table5" / "records").glob("*.json")]:
+        record = load_record(path)
+        changes = {k: v for k, v in record.changed.items() if not k.startswith("runtime.")}
+        text = fields(override(RunConfig(), {**changes, "seed": record.config["seed"]}))
+        if text in by_fields:
+            met += 1
+            assert run_id(by_fields[text], record.fingerprints) == record.run_id
+    assert met >= 27, "three methods, three lists and three seeds of the core"
+
+
+def test_rows_of_our_own_stand_in_tables_1_to_4() -> None:
+    for name, double in (("table1", 120), ("table2", 120), ("table3", 360), ("table4", 40)):
+        table = load_table(ROOT / "ablations" / f"{name}.toml")
+        rows = {row.label: row for row in table.rows}
+        assert rows["All training images labelled"].set == {"method.name": "supervised", "data.split": "all"}
+        assert rows["FixMatch-EMA, twice the steps"].set["train.epochs"] == double
+        assert rows["FixMatch-EMA, tags from captions"].set == {"method.name": "fixmatch_tags"}
+        assert all(
+            row.control for row in rows.values() if row.label.startswith(("FixMatch-EMA", "All training", "Zero"))
+        )
+        zero = [row.label for row in table.rows].index("Zero-shot text (CLIP)")
+        assert unbuilt(table) == {zero: "not available: method.clip.weights is not given"}
+        assert unbuilt(table, {"method.clip.weights": "some.safetensors"}) == {}
+        first = cells(table, "paper", [0], ["FixMatch-EMA", "FixMatch-EMA, twice the steps"], [1])
+        lengths = [override(RunConfig(), one.changes).train.epochs for one in first]
+        assert lengths[1] == 2 * lengths[0] == double  # type: ignore[operator]
+        steps = [override(RunConfig(), one.changes).train.steps for one in cells(table, "digits", [0], [zero - 2], [1])]
+        assert steps == [1200]
+
+
+def test_given_weights_are_read_by_the_row_that_needs_them_and_by_semivl() -> None:
+    table = load_table(ROOT / "ablations" / "leaderboard.toml")
+    given = {"method.clip.weights": "some.safetensors"}
+    found = cells(table, "digits", [0], ["Zero-shot", "SemiVL", "ViLaDiff"], ["183"], given)
+    read = {table.rows[one.row].label: one.changes.get("method.clip.weights") for one in found}
+    assert read == {"SemiVL": "some.safetensors", "ViLaDiff": None, "Zero-shot text (CLIP)": "some.safetensors"}
+
+
+def test_rates_are_half_and_twice_of_what_the_leaderboard_takes_and_never_see_the_reported_set() -> None:
+    board, tried = configs("leaderboard"), configs("rates")
+    assert len(tried) == 21
+    families = {row.label: row.group for row in load_table(ROOT / "ablations" / "leaderboard.toml").rows}
+    table = load_table(ROOT / "ablations" / "rates.toml")
+    assert {row.label: row.group for row in table.rows}.items() <= families.items()
+    assert {row.group for row in table.rows} == {
+        g for r, g in families.items() if g not in ("References", "Captions exchanged")
+    }
+    for (row, column, _), cfg in tried.items():
+        other = board[row, "183", 0]
+        apart = {k: v for k, v in changed(cfg).items() if changed(other).get(k) != v and not k.startswith("runtime.")}
+        rate = {"Half": 0.5, "Default": 1, "Double": 2}[column] * other.optim.lr
+        assert cfg.optim.lr == pytest.approx(rate) and (cfg.data.holdout, cfg.eval.on) == (0.25, "holdout")
+        assert apart.keys() - {"optim.lr"} == {"data.holdout", "eval.on", "eval.boundary"}
+
+
+# A page with made-up records
+
+
+ROWS = (
+    Row(label="Plain", group="Labelled", set={"method.name": "supervised"}),
+    Row(label="Fix <b>", group="Teacher", set={"method.name": "fixmatch"}),
+    Row(label="Vila", group="Language", set={"method.name": "viladiff"}),
+    Row(label="All", group="References", control=True, set={"method.name": "supervised", "data.split": "all"}),
+    Row(label="Fix twice", group="References", control=True, set={"method.name": "fixmatch"}),
+    Row(label="Zero", group="References", control=True, needs="method.clip.weights"),
+)
+CLAIMS = (
+    Claim(text="Something differs", kind="differs", source="ours", rows=("Fix <b>",)),
+    Claim(text="Twice is more", kind="higher", source="ours", rows=("Fix twice", "Fix <b>")),
+)
+MEANS = {0: 40.0, 1: 44.0, 2: 42.0, 3: 50.0, 4: 44.2}
+
+
+def record(name: str, points: float, **more: Any) -> RunRecord:
+    score = {"miou": points / 100, "boundary_iou": points / 200, "per_class": [0.5]}
+    known: dict[str, Any] = {
+        "run_id": name, "config": {"data.dataset": "digits", "optim.lr": 0.006, "seed": 0}, "changed": {},
+        "fingerprints": {}, "steps": 600, "miou": points / 100, "network": "teacher", "stream": "visual",
+        "scores": {"teacher": {"visual": score}}, "best": None, "history": [], "pseudo_labels": {"before/ece": 0.05},
+        "class_names": ["sky"], "captions": "c", "text_encoder": "words", "encoder": "vit", "pretrained": "shipped",
+        "wall_seconds": 200, "train_seconds": 150, "cpu_seconds": 100, "seconds_per_step": None,
+        "peak_memory_bytes": 2**30, "workers": 1, "threads": 1, "device": "cpu", "versions": {}, "git": {},
+        "scale": "s",
+    }  # fmt: skip
+    return RunRecord(**{**known, **more})
+
+
+def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store]:
+    """Two columns; the row "Vila" was run by an older version, which noted neither calibration nor processor time."""
+    names = {"name": "board", "title": "Board", "page": "leaderboard", "reference": "Fix <b>", "supervised": "Plain"}
+    columns = (Column(label="92"), Column(label="183"))
+    table = Table(**{**names, "scale": {"s": Scale()}, "columns": columns, "rows": ROWS, "claims": CLAIMS, **changes})
+    store, found, runs = Store(tmp_path / "runs", [tmp_path / "published"]), [], {}
+    for seed, row, column in itertools.product(range(seeds), range(5), range(2)):
+        name = f"{row}{0 if row == 3 else column}{seed}".rjust(16, "0")
+        method = str(ROWS[row].set["method.name"])
+        fields = {"method.name": method, "data.split": "all" if row == 3 else columns[column].label, "seed": seed}
+        found.append(PlannedCell(row, column, seed, name))
+        runs[name] = Planned(name, {}, "t", 1200 if row == 4 else 600, fields)
+        points = MEANS[row] + (0 if row == 3 else 4 * column) + 0.2 * (seed - 1)
+        old = {"pseudo_labels": {}, "cpu_seconds": None} if row == 2 else {}
+        store.directory(name).mkdir(parents=True, exist_ok=True)
+        one = record(name, points, changed=fields, steps=runs[name].steps, **old)
+        save_record(one, store.directory(name) / "record.json")
+    later = {5: "not available: method.clip.weights is not given"}
+    return Plan(table, "s", tuple(range(6)), (0, 1), tuple(range(seeds)), tuple(found), runs, later), store
+
+
+def steps_file(path: Path, **changes: Any) -> Path:
+    """As the benchmark writes it."""
+    times = {"supervised": 80, "fixmatch": 160, "viladiff": 360}
+    methods = {
+        name: {
+            "device": "cpu", "passes": "3f + 2b", "step_ms": 999, "step_cpu_ms": ms, "reference_ms": 1,
+            "reference_cpu_ms": 80,
+        }
+        for name, ms in times.items()
+    }  # fmt: skip
+    about = {"made": "2026-01-31T12:00:00Z", "machine": "a machine", "device": "cpu", "threads": 1, "repeats": 10}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "fields": [], "methods": methods, **changes}))
+    return path
+
+
+class Page(HTMLParser):
+    """Words, cells of rows, and pictures of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] = f"{self.rows[-1][-1]}{data}"
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def row(self, label: str, cells: int) -> list[str]:
+        """Texts of the row that begins so and has so many cells."""
+        every = [[" ".join(cell.split()) for cell in row] for row in self.rows]
+        return next(row for row in every if len(row) == cells and row[0].endswith(label))
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[scatter.Chart]:
+    """Charts that were asked for; matplotlib takes seconds."""
+    charts: list[scatter.Chart] = []
+
+    def save(chart: scatter.Chart, folder: Path, name: str) -> dict[str, Path]:
+        charts.append(chart)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {theme: folder / f"{name}-{theme}.svg" for theme in scatter.THEMES}
+        for theme, path in paths.items():
+            path.write_text(f"<svg>{theme}</svg>")
+        return paths
+
+    monkeypatch.setattr(figures, "save", lambda *_: [])
+    monkeypatch.setattr(scatter, "save", save)
+    return charts
+
+
+def render(plan: Plan, store: Store, out: Path) -> tuple[Page, str]:
+    verdicts = judge(plan, store.records())
+    index = render_table(plan, store, out, command="make", verdicts=verdicts)
+    return Page(index.read_text(encoding="utf-8")), (out / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, drawn: list[scatter.Chart]) -> None:
+    plan, store = studied(tmp_path)
+    steps_file(tmp_path / "published" / "leaderboard" / "steps.json")
+    page, markdown = render(plan, store, tmp_path / "out")
+    fix = page.row("Fix <b>", 13)
+    assert fix[1:7] == ["44.0 ± 0.2 (3)", "48.0 ± 0.2 (3)", "22.0 ± 0.1 (3)", "24.0 ± 0.1 (3)", *["5.0 ± 0.0 (3)"] * 2]
+    assert fix[7:] == ["2.00", "2.00", "3f + 2b", "1024", "100", "150"]
+    assert page.row("Fix twice", 13)[7:9] == ["2.00", "4.00"], "twice the steps cost twice"
+    vila = page.row("Vila", 13)
+    assert vila[5:7] == ["—", "—"] and vila[11:] == ["—", "150"], "what an older version did not note is missing, not 0"
+    assert page.row("Zero", 2)[1] == "not available: method.clip.weights is not given"
+    assert [row[0].strip() for row in page.rows if len(row) == 1][:4] == [
+        "Labelled",
+        "Teacher",
+        "Language",
+        "References",
+    ]
+    assert "a machine, 1 thread, medians of 10 repeats, 2026-01-31T12:00:00Z" in page.text
+    pictures = [attrs for tag, attrs in page.tags if tag in ("img", "source")]
+    assert len(pictures) == 4 and all("data:image/svg+xml;base64," in str(one) for one in pictures)
+    assert {one.get("media") for one in pictures} == {None, "screen and (prefers-color-scheme: dark)"}
+    assert "Fix <b>: 44.0 at 2.0" in str(pictures[1]["alt"])
+    assert len(drawn) == 2 and [one.x for one in drawn[0].points] == [1.0, 2.0, 4.5, 1.0, 4.0]
+    assert [one.ours for one in drawn[0].points] == [False, False, False, True, True]
+    assert "1 thread" in markdown and "| 2 Fix &lt;b&gt; | 5.0 ± 0.0 (3)" in markdown
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    links = [str(attrs["href"]) for tag, attrs in page.tags if tag == "a" and str(attrs.get("href")).startswith("#")]
+    assert len(ids) == len(set(ids)) and {one[1:] for one in links} <= set(ids)
+
+
+def test_the_finding_is_made_of_tests_and_says_what_it_cannot_say(tmp_path: Path) -> None:
+    plan, store = studied(tmp_path)
+    found = standing.told(gather(plan, store), judge(plan, store.records()), [])
+    text = " ".join(found)
+    assert (
+        "3 of 3 methods have been trained, 3 of them in every column" in text and "600 optimiser steps, 3 seeds" in text
+    )
+    assert "92 labels: the highest of 3 means is Fix <b>'s, 44.0. Shown against Fix <b>" in text
+    assert "none above it; below it: Plain (−4.0), Vila (−2.0)." in text
+    assert "+10.0 points over Plain; the largest gain from unlabelled images is +4.0, 40 % of that." in text
+    assert "“Twice is more”: not decided (0 of 2 shown" in text and "+0.2 at 92, +0.2 at 183" in text
+    assert "one data set (digits) with one encoder, vit (shipped)" in text
+    assert "handwriting" in text and "tried for 0 of 3 families" in text
+    empty = Plan(plan.table, "s", plan.rows, plan.columns, plan.seeds, plan.cells, plan.runs, plan.unbuilt)
+    assert standing.told(gather(empty, Store(tmp_path / "none")), [], []) == ["Nothing has been measured yet."]
+
+
+def test_with_one_seed_nothing_is_shown_and_the_page_says_so(tmp_path: Path) -> None:
+    plan, store = studied(tmp_path, seeds=1)
+    page, _ = render(plan, store, tmp_path / "out")
+    assert "Nothing has three seeds on both sides yet, so no difference to Fix <b> is tested." in page.text
+    assert "No picture yet: it takes a score and the cost of a step (not measured here;" in page.text
+    assert page.row("Fix <b>", 13)[7:10] == ["—", "—", "—"]
+    assert "None yet: no run in the store differs from a row in its rate alone" in page.text
+
+
+def test_a_table_has_none_of_it(tmp_path: Path) -> None:
+    plan, store = studied(tmp_path, page="table")
+    page, markdown = render(plan, store, tmp_path / "out")
+    assert "Accuracy against cost" not in page.text and "What this shows" not in markdown
+    assert "What each choice is worth" in page.text, "which a leaderboard leaves to its finding"
+    assert not any(one.get("id") == "choices" for _, one in Page(render_board(tmp_path)).tags)
+
+
+def render_board(tmp_path: Path) -> str:
+    plan, store = studied(tmp_path / "board")
+    render(plan, store, tmp_path / "board" / "out")
+    return (tmp_path / "board" / "out" / "index.html").read_text(encoding="utf-8")
+
+
+# Costs
+
+
+def test_costs_come_from_a_file_that_a_benchmark_made(tmp_path: Path) -> None:
+    out, layer = tmp_path / "out", tmp_path / "published"
+    lacking = costs.read(out, [layer])
+    assert lacking.measured is None and "bench_methods.py --json" in lacking.why
+    steps_file(layer / "leaderboard" / "steps.json", machine="far")
+    found = costs.read(out, [layer]).measured
+    assert found is not None and found.machine == "far" and found.methods["viladiff"].relative == 4.5
+    steps_file(out / "steps.json", machine="near", device="cuda:0")
+    near = costs.read(out, [layer]).measured
+    assert near is not None and near.machine == "near" and "near (cuda:0), 1 thread" in str(near)
+    gpu = near.methods["fixmatch"].model_copy()
+    assert costs.StepCost(**{**gpu.model_dump(), "device": "cuda:0"}).relative == 999, "on a GPU the clock counts"
+    (out / "steps.json").write_text('{"made": 1')
+    assert "cannot be used" in costs.read(out, []).why and str(tmp_path) not in costs.read(out, []).why
+    steps_file(out / "steps.json", methods={"supervised": {"device": "cpu", "passes": "", "step_ms": 0}})
+    assert "methods.supervised.step_ms" in costs.read(out, []).why
+
+
+@pytest.mark.slow
+def test_the_benchmark_writes_what_the_page_reads(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "bench_methods.py"
+    words = ["supervised", "fixmatch", "--repeats", "2", "--json", str(tmp_path / "steps.json")]
+    subprocess.run([sys.executable, script, *words, "--", "data.batch_labelled=4"], check=False, stdout=subprocess.PIPE)
+    found = costs.read(tmp_path, []).measured
+    assert found is not None and found.fields == ("data.batch_labelled=4",) and found.repeats == 2
+    assert 0.5 < found.methods["supervised"].relative < 2 < 2.5 * found.methods["fixmatch"].relative
+    assert found.methods["fixmatch"].passes == "3f + 2b"
+
+
+# Rates
+
+
+def held_out(
+    store: Store, name: str, points: float, rate: float, split: str = "92", seed: int = 0, **more: Any
+) -> None:
+    own = {} if rate == 0.006 else {"optim.lr": rate}
+    extra = {"data.holdout": 0.25, "eval.on": "holdout", "eval.boundary": False, **more}
+    fields = {"method.name": "fixmatch", "data.split": split, "seed": seed, **own, **extra}
+    config = {"data.dataset": "digits", "optim.lr": rate, "seed": seed, **extra}
+    run = name.rjust(16, "a")
+    store.directory(run).mkdir(parents=True)
+    save_record(record(run, points, changed=fields, config=config), store.directory(run) / "record.json")
+
+
+def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_else(tmp_path: Path) -> None:
+    plan, store = studied(tmp_path)
+    held_out(store, "1", 41.0, 0.003)
+    held_out(store, "2", 43.0, 0.006)
+    held_out(store, "3", 44.0, 0.006, seed=1)
+    held_out(store, "4", 44.5, 0.012)
+    held_out(store, "5", 90.0, 0.024, **{"optim.weight_decay": 0.5})
+    held_out(store, "6", 90.0, 0.024, **{"eval.on": "val"})
+    held_out(store, "7", 90.0, 0.024, split="366")
+    (one,) = [two for two in rates.tried(gather(plan, store), store.records()) if two.label == "Fix <b>"]
+    assert (one.family, one.column) == ("Teacher", "92")
+    assert [(r.value, str(r.found), r.taken, r.highest) for r in one.rates] == [
+        (0.003, "41.0 (1)", False, False),
+        (0.006, "43.5 ± 0.7 (2)", True, False),
+        (0.012, "44.5 (1)", False, True),
+    ]
+    assert one.said == "0.012 is 1.0 points above the one that the table takes"
+    page, markdown = render(plan, store, tmp_path / "out")
+    assert "0.006: 43.5 ± 0.7 (2) ✓" in page.text and "tried for 1 of 3 families" in page.text
+    assert "0.006: 43.5 ± 0.7 (2) (taken)" in markdown
+    held_out(store, "8", 46.0, 0.006, seed=2)
+    again = rates.tried(gather(plan, store), store.records())[0]
+    assert again.said == "0.012 is 0.2 points above the one that the table takes"
+
+
+# The picture
+
+
+def test_no_name_overlaps_another_a_point_or_the_key_and_all_are_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(4)
+    labels = [f"A method of name {'n' * (i % 9)} {i}" for i in range(23)]
+    points = tuple(
+        scatter.Point(1 + i % 5 * 0.7, 45 + 3 * draw.random(), 0.4 if i % 4 else None, label, i % 7, i > 18)
+        for i, label in enumerate(labels)
+    )
+    chart = scatter.Chart("183 labels", "cost", "mIoU", points, tuple(f"Family {i}" for i in range(7)))
+    figure = scatter.draw(chart, "dark")
+    (axes,), renderer = figure.axes, figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    from matplotlib.text import Annotation, Text
+
+    names = [child for child in axes.get_children() if isinstance(child, Annotation)]
+    for name in names:
+        name.update_positions(renderer)
+    boxes = [np.array(Text.get_window_extent(name, renderer).extents) for name in names]
+    assert sorted(name.get_text() for name in names) == sorted(labels)
+    frame = np.array(figure.bbox.extents)
+    for i, box in enumerate(boxes):
+        others = [*boxes[:i], *boxes[i + 1 :], np.array(axes.get_legend().get_window_extent(renderer).extents)]
+        others += [
+            np.array([x - 2, y - 2, x + 2, y + 2]) for x, y in axes.transData.transform([one[:2] for one in points])
+        ]
+        assert not any((np.minimum(box[2:], o[2:]) > np.maximum(box[:2], o[:2])).all() for o in others), names[i]
+        assert (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
+
+
+def test_a_picture_is_drawn_again_only_for_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    chart = scatter.Chart("t", "x", "y", (scatter.Point(1.0, 2.0, None, "costs $1", 0),), ("f",))
+    paths = scatter.save(chart, tmp_path, "cost-1")
+    assert {path.name for path in paths.values()} == {"cost-1-light.svg", "cost-1-dark.svg"}
+    texts = {theme: path.read_text() for theme, path in paths.items()}
+    assert "#131417" in texts["dark"] and "#131417" not in texts["light"] and "costs $1" in texts["light"]
+    monkeypatch.setattr(scatter, "draw", lambda *_: pytest.fail("drawn again"))
+    scatter.save(chart, tmp_path, "cost-1")
+    with pytest.raises(pytest.fail.Exception):
+        scatter.save(chart._replace(title="other"), tmp_path, "cost-1")
+
+
+def test_the_page_loads_neither_torch_nor_matplotlib() -> None:
+    code = "import sys, viladiff.report.leaderboard; print({'torch', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,95 @@
+"""Learning rates tried for a table's methods: whatever runs of a store differ from its own in the rate alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from viladiff.record import RunRecord
+from viladiff.report.tables import Results, Summary, number
+from viladiff.study.plan import fields_of
+from viladiff.study.samples import score
+
+RATE = "optim.lr"
+APART = (RATE, "seed", "data.holdout", "eval.on", "eval.every", "eval.boundary")
+"""Fields in which a run that tries a rate may differ from the one that is reported."""
+
+
+class Rate(NamedTuple):
+    value: float
+    found: Summary
+    """mIoU on images that the run held out."""
+    taken: bool
+    """Whether the table's own runs have it."""
+    highest: bool
+
+
+class Tried(NamedTuple):
+    """All rates of one row in one column."""
+
+    number: str
+    label: str
+    family: str
+    column: str
+    rates: tuple[Rate, ...]
+
+    @property
+    def said(self) -> str:
+        """Whether what the table takes is what scored highest, and how far apart the rates are."""
+        taken = next((one for one in self.rates if one.taken), None)
+        top = next(one for one in self.rates if one.highest)
+        if len(self.rates) < 2:
+            return "one rate alone was tried"
+        if taken is None:
+            return f"the rate of the table was not tried; {top.value:g} is highest"
+        if taken is top:
+            return "the table takes the highest"
+        return f"{top.value:g} is {_mean(top) - _mean(taken):.1f} points above the one that the table takes"
+
+
+def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
+    """In the table's order; rows of which no run was scored on held-out images are left out."""
+    by_fields: dict[str, list[RunRecord]] = defaultdict(list)
+    for record in records.values():
+        if record.config.get("eval.on") == "holdout" and record.config.get(RATE) is not None:
+            by_fields[_key(record.changed)].append(record)
+    found, table = [], results.plan.table
+    for row in results.rows():
+        for column in results.plan.columns:
+            names = results.plan.run_ids(row, column)
+            mine = by_fields.get(_key(results.plan.runs[names[0]].changed), []) if names else []
+            rates = _rates(mine, _taken(results, names[0], mine)) if mine else ()
+            if rates:
+                label, where = table.rows[row].label, table.columns[column].label
+                found.append(Tried(number(results, row), label, table.rows[row].group, where, rates))
+    return found
+
+
+def _key(changed: Mapping[str, Any]) -> str:
+    return fields_of({path: value for path, value in changed.items() if path not in APART})
+
+
+def _taken(results: Results, run_id: str, mine: Iterable[RunRecord]) -> float | None:
+    """The rate of the table's run: as it was set, or else the default, which runs that do not set it tell."""
+    changed = results.plan.runs[run_id].changed
+    if RATE in changed:
+        return float(changed[RATE])
+    return next((float(one.config[RATE]) for one in mine if RATE not in one.changed), None)
+
+
+def _rates(records: Iterable[RunRecord], taken: float | None) -> tuple[Rate, ...]:
+    values: dict[float, dict[int, float]] = defaultdict(dict)
+    for record in records:
+        found = score(record, "miou")
+        if found is not None:
+            values[float(record.config[RATE])][int(record.config.get("seed", 0))] = found
+    summaries = {value: Summary(dict(sorted(those.items())), {}, frozenset()) for value, those in values.items()}
+    top = max(summaries, key=lambda value: summaries[value].mean or 0.0, default=None)
+    return tuple(Rate(value, summaries[value], value == taken, value == top) for value in sorted(summaries))
+
+
+def _mean(rate: Rate) -> float:
+    mean = rate.found.mean
+    assert mean is not None  # a rate without a score is not listed
+    return mean

@@ -1,0 +1,126 @@
+"""What a leaderboard shows in sentences, each made of its numbers and tests, and what such numbers cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from viladiff.report.plain import signed
+from viladiff.report.rates import Tried
+from viladiff.report.tables import Results, difference, summary
+
+if TYPE_CHECKING:
+    from viladiff.study.claims import Comparison, Verdict
+
+
+def told(results: Results, verdicts: Sequence[Verdict], tried: Sequence[Tried]) -> list[str]:
+    """How much has been measured, which differences are shown, what was not seen, and what it does not tell."""
+    if not results.records():
+        return ["Nothing has been measured yet."]
+    found = [*_extent(results), *_shown(results, verdicts), *_gap(results), *_controls(verdicts)]
+    return [*found, *_limits(results, tried)]
+
+
+def _extent(results: Results) -> Iterator[str]:
+    rows = results.rows(control=False)
+    there = [row for row in rows if any(e.record for e in results.of_row(row))]
+    whole = [row for row in there if all(e.record for e in results.of_row(row))]
+    steps = sorted({r.steps for row in there for e in results.of_row(row) if (r := e.record)})
+    seeds = len({e.cell.seed for e in results.entries if e.record})
+    length = " or ".join(map(str, steps))
+    missing = [results.plan.table.rows[row].label for row in rows if row not in there]
+    yield (
+        f"{len(there)} of {len(rows)} methods have been trained, {len(whole)} of them in every column with every seed: "
+        f"{length} optimiser steps, {seeds} seed{'s' if seeds != 1 else ''}"
+        + (f"; none yet of {', '.join(missing)}." if missing else ".")
+    )
+
+
+def _shown(results: Results, verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """Who is above and below the reference, by the test of the claim that asks what differs from it."""
+    table = results.plan.table
+    claim = next((one for one in table.claims if one.kind == "differs" and one.metric == table.metric), None)
+    verdict = next((one for one in verdicts if claim is not None and one.text == claim.text), None)
+    if claim is None or verdict is None:
+        return
+    for column in results.plan.columns:
+        label = table.columns[column].label
+        means = {row: summary(results.at(row, column), table.metric).mean for row in results.rows(control=False)}
+        there = {row: mean for row, mean in means.items() if mean is not None}
+        if not there:
+            yield f"{label} labels: nothing measured yet."
+            continue
+        top = max(there, key=lambda row: there[row])
+        lead = f"{label} labels: the highest of {len(there)} means is {table.rows[top].label}'s, {there[top]:.1f}"
+        yield f"{lead}. {_against(claim.rows[0], [one for one in verdict.comparisons if one.column == label])}"
+
+
+def _against(reference: str, made: Sequence[Comparison]) -> str:
+    if not made:
+        return f"Nothing has three seeds on both sides yet, so no difference to {reference} is tested."
+    parts = []
+    for outcome, word in (("shown", "above"), ("reversed", "below")):
+        those = [f"{c.higher} ({signed(c.difference)})" for c in made if c.outcome == outcome]
+        parts.append(f"{word} it: {', '.join(those)}" if those else f"none {word} it")
+    open_ = [c for c in made if c.outcome == "open"]
+    rest = ""
+    if open_:
+        least = max(c.least for c in open_)
+        rest = f"; of {len(open_)} no difference is shown, and one of up to {least:.1f} points may be there"
+    return f"Shown against {reference}, corrected for all comparisons: {'; '.join(parts)}{rest}."
+
+
+def _gap(results: Results) -> Iterator[str]:
+    """How much of what labels for all images would bring the best method reaches."""
+    table = results.plan.table
+    labels = {table.rows[row].label: row for row in results.plan.rows}
+    low = labels.get(table.supervised)
+    high = next((row for row in results.plan.rows if table.rows[row].set.get("data.split") == "all"), None)
+    if low is None or high is None:
+        return
+    for column in results.plan.columns:
+        base, full = (summary(results.at(row, column), table.metric) for row in (low, high))
+        gap = difference(full, base)
+        others = [row for row in results.rows(control=False) if row != low]
+        gains = [difference(summary(results.at(row, column), table.metric), base) for row in others]
+        best = max((gain.mean for gain in gains if gain), default=None)
+        if gap is None or best is None or gap.mean <= 0:
+            continue
+        yield (
+            f"{table.columns[column].label} labels: with labels for every training image the same network reaches "
+            f"{signed(gap.mean)} points over {table.supervised}; the largest gain from unlabelled images is "
+            f"{signed(best)}, {100 * best / gap.mean:.0f} % of that."
+        )
+
+
+def _controls(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """Every other question of ours, with its answer."""
+    for verdict in verdicts:
+        if verdict.source == "ours" and any(c.form == "one_sided" for c in verdict.comparisons):
+            few = verdict.comparisons if len(verdict.comparisons) <= 4 else ()
+            listed = ", ".join(f"{signed(c.difference)} at {c.column}" for c in few)
+            yield f"“{verdict.text}”: {verdict.verdict} ({'; '.join(filter(None, [verdict.why, listed]))})."
+
+
+def _limits(results: Results, tried: Sequence[Tried]) -> Iterator[str]:
+    records = list(results.records().values())
+    sets = sorted({str(r.config.get("data.dataset")) for r in records})
+    encoders = sorted({f"{r.encoder} ({r.pretrained})" for r in records})
+    one = f"one data set ({sets[0]})" if len(sets) == 1 else f"the data sets {', '.join(sets)}"
+    network = f"one encoder, {encoders[0]}" if len(encoders) == 1 else f"the encoders {', '.join(encoders)}"
+    yield (
+        f"This is {one} with {network}, few steps and a small decoder. It says how these methods behave under one "
+        "protocol at that size. It does not say how they rank on photographs, with large pretrained encoders or after "
+        "the tens of thousands of steps that they were published with; a method made for those may be held back here."
+    )
+    if {"digits", "dense"} & set(sets):
+        yield (
+            "The images are drawn: handwriting on photographs, few classes, captions simulated from the truth. What "
+            "helps against ambiguity between many classes, or with real captions, cannot show itself."
+        )
+    families = {row.group for row in results.plan.table.rows if not row.control}
+    have = {one.family for one in tried}
+    yield (
+        "Seeds change first weights and draws, not the labelled images: another draw of these may change the order. "
+        f"Learning rates were tried for {len(have & families)} of {len(families)} families; nothing else was tuned."
+    )
