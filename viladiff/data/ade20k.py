@@ -7,6 +7,7 @@ from pathlib import Path
 from viladiff.data.files import Layout, Tree, locate, scan
 from viladiff.data.folder import Classes, Found, read_lists, refuse_other, split_directory
 from viladiff.data.images import Numbers
+from viladiff.data.lists import Wanted
 from viladiff.labels import IGNORE
 
 _NAMES = (
@@ -56,12 +57,13 @@ def open_ade20k(
 ) -> Found:
     """``images/{training,validation}`` and ``annotations`` beside it, with lists in ``splits/`` or in ``split_dir``.
 
-    Lists are found as in ``folder``, also under names such as ``1_64``. Without a list, all of ``validation`` are
-    validated on, and the unlabelled are all others of ``training``. Raises ValueError as ``folder`` does, and for a
-    published list of another size.
+    Lists are found as in ``folder``, also under names such as ``1_64`` or by their images. Without a list, all of
+    ``validation`` are validated on, and the unlabelled are all others of ``training``. Raises ValueError as ``folder``
+    does, and for a published list of another size.
     """
     tree, classes = ade_tree(root, reduce_zero_label)
-    lists, sources = read_lists(tree, split_directory(tree, split_dir), [split, _FRACTION[split]])
+    wanted = Wanted("ade20k", "semivl" if split in ("158", "632") else "unimatch_v2", split)
+    lists, sources = read_lists(tree, split_directory(tree, split_dir), [split, _FRACTION[split]], wanted=wanted)
     refuse_other(lists, sources[0], "", split, "ade20k")
     return Found(tree, classes, lists, sources)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from viladiff.data.files import Layout, Tree, locate, scan
 from viladiff.data.folder import Classes, Found, read_lists, refuse_other, split_directory
 from viladiff.data.images import Numbers
+from viladiff.data.lists import Wanted
 from viladiff.labels import IGNORE
 
 CLASS_NAMES = (
@@ -62,13 +63,14 @@ _FRACTION = {"100": "1_30", "186": "1_16", "372": "1_8", "744": "1_4", "1488": "
 def open_cityscapes(root: Path | str, split: str, family: str = "cps", split_dir: Path | str | None = None) -> Found:
     """``leftImg8bit/{train,val}/<city>`` and ``gtFine`` beside it, with lists in ``splits/`` or in ``split_dir``.
 
-    Lists are found as in ``folder``, also under the names ``1_16`` (CPS's) and ``u2pl_1_16``. Without a list, all of
-    ``val`` are validated on, and the unlabelled are all others of ``train``. Raises ValueError as ``folder`` does, and
-    for a published list of the other family.
+    Lists are found as in ``folder``, also under the names ``1_16`` (CPS's) and ``u2pl_1_16``, or by their images.
+    Without a list, all of ``val`` are validated on, and the unlabelled are all others of ``train``. Raises ValueError
+    as ``folder`` does, and for a published list of the other family.
     """
     tree, classes = city_tree(root)
     names = [("" if family == "cps" else "u2pl_") + _FRACTION[split], split]
-    lists, sources = read_lists(tree, split_directory(tree, split_dir), names)
+    wanted = Wanted("cityscapes", family, split)
+    lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=wanted)
     refuse_other(lists, sources[0], family, split, "cityscapes")
     return Found(tree, classes, lists, sources)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from viladiff.data.files import Layout, Tree, locate, scan
 from viladiff.data.folder import Classes, Found, read_lists, refuse_other, split_directory
+from viladiff.data.lists import Wanted
 
 _NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
@@ -30,13 +31,13 @@ _FRACTION = {"232": "512", "463": "256", "925": "128", "1849": "64", "3697": "32
 def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None) -> Found:
     """``train2017``, ``val2017`` and the PNGs of both in ``masks``, with lists in ``splits/`` or in ``split_dir``.
 
-    Lists are found as in ``folder``, also under the names ``1_512`` and ``512_all``. Without a list, all of ``val2017``
-    are validated on, and the unlabelled are all others of ``train2017``. Raises ValueError as ``folder`` does, and for
-    a published list of another size.
+    Lists are found as in ``folder``, also under the names ``1_512`` and ``512_all`` or by their images. Without a list,
+    all of ``val2017`` are validated on, and the unlabelled are all others of ``train2017``. Raises ValueError as
+    ``folder`` does, and for a published list of another size.
     """
     tree, classes = coco_tree(root)
     names = [split, f"1_{_FRACTION[split]}", f"{_FRACTION[split]}_all"]
-    lists, sources = read_lists(tree, split_directory(tree, split_dir), names)
+    lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=Wanted("coco", "", split))
     refuse_other(lists, sources[0], "", split, "coco")
     return Found(tree, classes, lists, sources)
 

@@ -8,6 +8,7 @@ later one in the file last. A crowd is painted in the same order, as 255.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 from collections.abc import Sequence
@@ -81,6 +82,8 @@ def make_masks(
     written whole or not at all, so that an interrupted call goes on where it stopped. Raises ValueError for a file that
     is not of COCO's instances, and for masks in ``out`` that other files were made of.
     """
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ValueError("pycocotools is missing, which reads COCO's regions: pip install 'viladiff[coco]'")
     top = locate(root, PLACES, LAYOUT)
     folder = top / LAYOUT.masks if out is None else Path(out).expanduser()
     files = [Path(path).expanduser() for path in instances] or _default(top)

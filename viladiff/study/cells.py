@@ -15,7 +15,9 @@ from viladiff.fields import ConfigError, nearest
 from viladiff.study.spec import RESERVED, Layer, Scale, Table, entry_name, listed, table_layers
 
 CHOOSERS = ("data.dataset", "method.name")
-"""Fields that choose a section; a layer that chooses another one leaves nothing of the section before."""
+"""Fields that choose a section; a layer that chooses another leaves nothing of the section before but ``COMMON``."""
+COMMON = "method.ohem."
+"""Fields that every method has: set for a scale, they are meant for all rows."""
 _TYPED = "the command line"
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 
@@ -99,7 +101,7 @@ def cells(
     """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
 
     A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``). One that
-    chooses another method or data set drops what earlier ones set for the method or data set before, and of
+    chooses another method or data set drops what earlier ones set for the one before alone, and of
     ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
     data set of a cell lacks is left out there, unless all cells lack it. Rows that cannot be run yet have no cells
     (``unbuilt``). Loads torch. Raises ValueError that names file and entry.
@@ -178,7 +180,8 @@ def _merge(layers: Iterable[Layer]) -> dict[str, Setting]:
         for chooser in CHOOSERS:
             if chooser in fields and chooser in merged and merged[chooser].value != fields[chooser]:
                 section = chooser.partition(".")[0]
-                merged = {path: one for path, one in merged.items() if not path.startswith(f"{section}.")}
+                own = {path for path in merged if path.startswith(f"{section}.") and not path.startswith(COMMON)}
+                merged = {path: one for path, one in merged.items() if path not in own}
         for one, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
             if one in fields:
                 merged.pop(other, None)
