@@ -76,7 +76,8 @@ def opened(
     (root / "trials").mkdir(parents=True, exist_ok=True)
     space = more.pop("space", SPACE)
     first = more.pop("first", FIRST)
-    asker = Asker("sweep", space, first, kind, 7, slots > 1, more.pop("storage", str(root / "optuna.journal")))
+    storage, seed = more.pop("storage", str(root / "optuna.journal")), more.pop("seed", 7)
+    asker = Asker("sweep", space, first, kind, seed, slots > 1, storage)
     search = Search(
         root / "trials", asker, judge or Nobody(), planned, more.pop("seeds", SEEDS), STEPS, wanted, runs, **more
     )  # type: ignore[arg-type]
