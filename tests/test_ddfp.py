@@ -34,7 +34,7 @@ def on_grid(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("step", [BETWEEN, STEP], ids=["plain", "moved"])
 @pytest.mark.parametrize("cutmix", [True, False])
 def test_loss_is_that_of_the_formula(step: Step, cutmix: bool) -> None:
-    method, batch = ready(cutmix=cutmix, **{"pseudo.weight": 0.7, "flow.samples": 9999})
+    method, batch = ready(cutmix=cutmix, radius=0.8, **{"pseudo.weight": 0.7, "flow.samples": 9999})
     losses = method(batch, step)
     valid, target = batch.valid.numpy(), batch.target.numpy()
     inside = np.zeros_like(valid)
@@ -66,7 +66,7 @@ def test_loss_is_that_of_the_formula(step: Step, cutmix: bool) -> None:
 
 
 def descended(method: Ddfp, features: list[Tensor], counted: np.ndarray) -> list[Tensor]:
-    """Maps after a move of 0.3 mean lengths along the gradient of the summed likelihood, taken in float64."""
+    """Maps after a move of 0.8 mean lengths along the gradient of the summed likelihood, taken in float64."""
     network, flow = (module.double() for module in (method.student, method.flow))
     moved = [level.detach().double().requires_grad_() for level in features]
     mid = network.decode(moved)["visual"].mid.flatten(2).mT[torch.from_numpy(counted)]
@@ -77,7 +77,7 @@ def descended(method: Ddfp, features: list[Tensor], counted: np.ndarray) -> list
         length = np.linalg.norm(x, axis=1).mean((1, 2))[:, None, None, None]
         norm = np.linalg.norm(g, axis=1, keepdims=True)
         found.append(
-            torch.from_numpy(x + 0.3 * length * np.where(norm > 0, g / np.where(norm > 0, norm, 1), 0)).float()
+            torch.from_numpy(x + 0.8 * length * np.where(norm > 0, g / np.where(norm > 0, norm, 1), 0)).float()
         )
     network.float(), flow.float()
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 START = 0.05
-"""Standard deviation of all weights and biases at first, so that the map is nearly the identity."""
+"""Standard deviation of all parameters at first, so that the density is nearly that of one unit Gaussian."""
 
 
 class Coupling(nn.Module):
@@ -57,9 +57,9 @@ class Flow(nn.Module):
         if width < 2:
             raise ValueError(f"width = {width}: a coupling needs two channels to divide")
         self.couplings = nn.ModuleList([Coupling(width, hidden, clamp) for _ in range(depth)])
-        for parameter in self.couplings.parameters():
+        self.means = nn.Parameter(torch.empty(num_classes, width))
+        for parameter in self.parameters():
             nn.init.normal_(parameter, std=START)
-        self.means = nn.Parameter(torch.randn(num_classes, width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (n, D) to z (n, D) and log |det dz/dx| (n,)."""
