@@ -150,13 +150,13 @@ def joined(prompt: str, text: str) -> str:
 
 @contextmanager
 def _seen_once(vision: Any) -> Iterator[None]:
-    """Within it, the image encoder answers the same pixels from memory: each prompt asks for them once more."""
-    forward, seen = vision.forward, {}
+    """Within it, which is for one batch of images, their encoder computes once and then answers from memory."""
+    forward, seen = vision.forward, []
 
     def once(pixels: torch.Tensor, **words: Any) -> Any:
-        if id(pixels) not in seen:
-            seen[id(pixels)] = forward(pixels, **words), pixels  # kept, so that no other tensor gets its id
-        return seen[id(pixels)][0]
+        if not seen:
+            seen.append(forward(pixels, **words))
+        return seen[0]
 
     vision.forward = once
     try:

