@@ -256,6 +256,7 @@ WITHOUT_DROP_PATH: dict[str, dict[str, object]] = {"swith": {"drop_path": 0.0}}
 SHARED: list[tuple[str, dict[str, object]]] = [
     *((name, WITHOUT_DROP_PATH.get(name, {})) for name in METHODS),
     ("viladiff", {"vila.gate": "per_batch"}),
+    ("allspark", {"warmup": 1.0}),
 ]
 
 
