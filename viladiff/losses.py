@@ -72,7 +72,7 @@ class _Gathered(torch.autograd.Function):
 
 def trained_gather(values: Tensor) -> Tensor:
     """``global_gather`` with a gradient: what all workers' losses say of this worker's rows comes back to them."""
-    return values if _workers() == 1 else _Gathered.apply(values)  # type: ignore[no-untyped-call]
+    return values if _workers() == 1 else _Gathered.apply(values)
 
 
 def mean_over_classes(values: Tensor, classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
