@@ -226,6 +226,14 @@ def test_a_rare_class_is_labelled_first_then_validated_on() -> None:
     assert len(first) == len(last) == 1
 
 
+def test_the_last_image_that_shows_a_class_is_left_to_validation() -> None:
+    """Image 3, for the third class, also shows the second; then 0, which shows the first, is the second one's last."""
+    present = np.array([(1, 1, 0), (1, 0, 0), (1, 0, 0), (0, 1, 1)], bool)
+    for seed in range(20):
+        first, last = deal.draw(present, 2, 1, seed)
+        assert 3 in first and last == [0]
+
+
 def test_what_cannot_be_labelled_is_left_unlabelled(photo_folder: Make, photographs: ModuleType) -> None:
     root = photo_folder(16, unlabelled_masks=True)
     (root / "masks" / "china_0000.png").unlink()

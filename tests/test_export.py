@@ -71,6 +71,10 @@ def test_a_folder_appears_whole_or_not_at_all(run: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(export, "card", full)
     with pytest.raises(OSError, match="No space left"):
         export_run(run, tmp_path / "model")
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(run, tmp_path / "model")
     with pytest.raises(ValueError, match=r"no record.json"):
         export_run(tmp_path, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -104,6 +104,10 @@ def test_exif_turns_images_and_their_sizes(tmp_path: Path, pixels: np.ndarray, t
         found = read_image(tmp_path / name)
         assert np.array_equal(found, wanted)
         assert image_size(tmp_path / name) == found.shape[:2] == ((60, 40) if turn > 4 else (40, 60))
+    mask = Image.fromarray(pixels[..., 0] // 100)
+    mask.save(tmp_path / "mask.png", exif=exif)
+    exif_turned = ImageOps.exif_transpose(Image.open(tmp_path / "mask.png"))
+    assert np.array_equal(read_mask(tmp_path / "mask.png", 3), np.asarray(exif_turned))
 
 
 def test_broken_images_are_named_with_the_reason(tmp_path: Path, pixels: np.ndarray) -> None:
@@ -153,6 +157,15 @@ def test_masks_of_every_mode_give_the_same_labels(tmp_path: Path, photographs: M
     Image.fromarray(shown).save(tmp_path / "rgb.png")
     assert np.array_equal(read_mask(tmp_path / "rgb.png", 6, colours), labels)
     assert np.array_equal(read_mask(tmp_path / "index.png", 6, colours), labels), "the colours of its own palette count"
+
+
+def test_colours_are_told_apart_by_all_three_channels() -> None:
+    rng = np.random.default_rng(0)
+    levels = np.array([(r, g, b) for r in (0, 1, 2, 255) for g in (0, 1, 2, 255) for b in (0, 1, 2, 255)], np.uint8)
+    rng.shuffle(levels)
+    colours = Colours(tuple(map(tuple, levels.tolist())), tuple(range(64)))
+    labels = rng.integers(0, 64, (20, 30)).astype(np.uint8)
+    assert np.array_equal(colours.labels_of(levels[labels]), labels)
 
 
 def test_unknown_ids_and_colours_are_named(tmp_path: Path) -> None:
@@ -229,7 +242,9 @@ def test_the_fingerprint_names_lists_files_and_classes(photo_folder: Make, tmp_p
     changed(image, image.read_bytes() + b" ")
     mask = root / "masks" / "china_0000.png"
     changed(mask, mask.read_bytes() + b" ")
-    assert len(set(prints)) == 6
+    judge = next(root / "masks" / f"{name}.png" for name in (root / "splits/labelled/val.txt").read_text().split())
+    changed(judge, judge.read_bytes() + b" ")
+    assert len(set(prints)) == 7
 
 
 def test_another_split_seed_draws_another_list_of_that_size(photo_folder: Make) -> None:
@@ -278,6 +293,18 @@ def test_a_drawn_list_shows_every_class_and_looks_no_further() -> None:
     assert 20 < swapped < 100
     with pytest.raises(ValueError, match=r"data\.split_seed = 3: only 0 masks show a class, and 6 are to be drawn"):
         resample(lists, names, 3, lambda name: np.zeros(5, bool))
+
+
+def test_the_last_image_that_can_be_spared_makes_room() -> None:
+    """Seen in this order: one class, another, and an image that shows it and the third; so the second one goes."""
+    rows, looked = [(1, 0, 0), (0, 1, 0), (0, 0, 0), (0, 1, 1), (1, 1, 1)], []
+
+    def shows(name: str) -> np.ndarray:
+        looked.append(name)
+        return np.array(rows[len(looked) - 1], bool)
+
+    found = resample(Lists(("a", "b"), ("c", "d", "e"), ()), "abcde", 0, shows)
+    assert found.labelled == (looked[0], looked[3]) and len(looked) == 4
 
 
 def test_a_draw_opens_masks_of_the_pool_alone(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:

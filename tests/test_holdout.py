@@ -49,6 +49,7 @@ def test_without_scoring_the_reported_set_stays() -> None:
     whole, held = load("digits", "92"), load("digits", "92", holdout=0.25)
     assert len(held.labelled) == 69 and held.fingerprint != whole.fingerprint
     assert np.array_equal(held.val_images, whole.val_images)
+    assert held.fingerprint != load("digits", "92", holdout=0.3).fingerprint
 
 
 def test_every_class_stays_in_training_and_is_scored_where_two_show_it() -> None:

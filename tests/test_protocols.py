@@ -16,7 +16,7 @@ from viladiff.config import ConfigError, RunConfig, override
 from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.evaluate import measure
-from viladiff.protocols import PROTOCOLS, Band, bands, center, predict_logits, stream_bands
+from viladiff.protocols import PROTOCOLS, Band, bands, center, nearest_multiple, predict_logits, stream_bands
 from viladiff.record import load_record
 from viladiff.runs import evaluate_run, finished
 from viladiff.train import fit
@@ -102,6 +102,12 @@ def test_a_crop_that_the_patch_does_not_divide_is_resized_window_by_window() -> 
     network.windows.clear()
     assert predict_logits(network, torch.randn(1, 3, 60, 20), None, "center_crop", 33).shape == (1, C, 33, 20)
     assert network.windows == [(1, 3, 32, 32)]
+
+
+def test_the_middle_of_odd_sides_and_the_nearest_multiples() -> None:
+    x = torch.arange(30).view(1, 1, 5, 6)
+    assert center(x, 2).tolist() == [[[[8, 9], [14, 15]]]] and center(x, 9).shape == x.shape
+    assert [nearest_multiple(side, 8) for side in (1, 11, 12, 13, 20, 25, 29)] == [8, 8, 16, 16, 16, 24, 32]
 
 
 def test_rows_of_bands_need_no_more_memory_than_one_row_of_windows() -> None:

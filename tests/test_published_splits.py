@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from viladiff.data import published
+from viladiff.data.lists import Wanted, find_lists
 from viladiff.data.published import LISTS, Published, almost, fewer, list_hash, look_alikes, recognise
 
 SHARED = Path(os.environ.get("VILADIFF_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data" / "splits"
@@ -86,6 +87,18 @@ def test_overlaps_of_look_alikes_that_are_here() -> None:
     assert shown == 3
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published lists are not on this machine")
+def test_each_list_is_found_by_what_it_holds_wherever_it_lies() -> None:
+    for name in ("allspark-aug/1_8", "allspark-aug/u2pl_1_8", "unimatch-v2/pascal/732", "unimatch-v2/coco/1_512"):
+        wanted = Wanted(*LISTED[f"{name}/labeled.txt"])
+        found = find_lists(SHARED, ["nowhere"], wanted)
+        assert found.labelled == SHARED / name / "labeled.txt"
+        assert (
+            found.val == (SHARED / name).parent / "val.txt" or not (SHARED / name).parent.joinpath("val.txt").is_file()
+        )
+    assert find_lists(SHARED, ["nowhere"], Wanted("voc", "hq", "5291")).labelled is None
+
+
 def test_a_small_list_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """Always runs: a table of its own in place of the published one."""
     ids = ["2007_000032", "2008_000001", "2010_004000"]
@@ -99,6 +112,7 @@ def test_a_small_list_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
         [f"JPEGImages/{one}.png" for one in ids],
     ]
     assert [recognise(form) for form in forms] == [mine] * len(forms)
+    assert recognise([*ids, ids[0]]) == mine, "a list with an image twice holds the same images"
     assert recognise(ids[:2]) is None and recognise([*ids, "2011_000001"]) is None
     assert list_hash(["leftImg8bit/train/jena/jena_000078_000019_leftImg8bit.png"]) == list_hash(["jena_000078_000019"])
     assert str(mine) == "voc hq 3 (3 images; us)"

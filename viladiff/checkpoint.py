@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from viladiff.record import sync_directory
+from viladiff.record import naming, sync_directory
 
 MAGIC = b"VILADIFF"
 VERSION = 1
@@ -43,7 +43,7 @@ def save(path: Path | str, state: dict[str, Any], keep_previous: bool = True) ->
         stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             _write(file, state)
             file.flush()
             os.fsync(file.fileno())
@@ -121,7 +121,12 @@ class _Hashing:
 
 def _write(file: IO[bytes], state: dict[str, Any]) -> None:
     hashing = _Hashing(file)
-    torch.save(state, hashing)  # type: ignore[arg-type]
+    try:
+        torch.save(state, hashing)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a write that failed; torch then complains of its file's length
+            raise error.__context__ from None
+        raise
     file.write(_TRAILER.pack(MAGIC, VERSION, hashing.length, hashing.hash.digest()))
 
 
@@ -211,7 +216,7 @@ class StepLog:
         """Puts the pending rows on the disk, so that a checkpoint written after it never knows more than the log."""
         if not self._lines:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(self._lines))
             file.flush()
             os.fsync(file.fileno())
@@ -223,7 +228,7 @@ class StepLog:
         if not self.path.exists():
             return
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with naming(self.path), open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self._rows() if row["step"] < step)
             file.flush()
             os.fsync(file.fileno())

@@ -22,7 +22,7 @@ from viladiff.cost import costs, table
 from viladiff.data.augment import normalise
 from viladiff.models.segmenter import Network
 from viladiff.predict import CLASSES, CONFIG, FORMAT, WEIGHTS, Model, load_model
-from viladiff.record import RunRecord, sync_directory, without_paths
+from viladiff.record import RunRecord, naming, sync_directory, without_paths
 from viladiff.runs import finished, text_dim
 
 ONNX = "model.onnx"
@@ -60,18 +60,19 @@ def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> di
     draft = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
     draft.mkdir()
     try:
-        record = without_paths(run.record)
-        fields = {path: value for path, value in record.config.items() if not path.startswith("runtime.")}
-        config = {"format": FORMAT, "text_dim": text_dim(state), "fields": fields}
-        (draft / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in state.items()}))
-        (draft / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        (draft / CLASSES).write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
-        metrics = record.model_dump(mode="json", exclude={"config", "changed", "history", "step_log"})
-        (draft / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        if onnx:
-            facts["ONNX against torch"] = f"logits differ by at most {export_onnx(model, draft / ONNX):.2g}"
-        (draft / "README.md").write_text(card(model, record, facts, onnx), encoding="utf-8")
-        draft.rename(out)
+        with naming(out):
+            record = without_paths(run.record)
+            fields = {path: value for path, value in record.config.items() if not path.startswith("runtime.")}
+            config = {"format": FORMAT, "text_dim": text_dim(state), "fields": fields}
+            (draft / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in state.items()}))
+            (draft / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            (draft / CLASSES).write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
+            metrics = record.model_dump(mode="json", exclude={"config", "changed", "history", "step_log"})
+            (draft / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            if onnx:
+                facts["ONNX against torch"] = f"logits differ by at most {export_onnx(model, draft / ONNX):.2g}"
+            (draft / "README.md").write_text(card(model, record, facts, onnx), encoding="utf-8")
+            draft.rename(out)
         sync_directory(out.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
