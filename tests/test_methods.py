@@ -129,6 +129,20 @@ def test_padding_never_trains(name: str) -> None:
     assert all(x.grad is None or x.grad.abs().sum() == 0 for x in (*batch.strong, *batch.weak))
 
 
+def test_padding_is_pasted_with_the_picture(name: str) -> None:
+    """All that is valid is replaced by padding of the partner, so that nothing is left to train on."""
+    method = make(name)
+    if not method.views_wanted().cutmix:
+        pytest.skip("no boxes")
+    batch = wanted(method)
+    top, left, bottom, right = batch.mix[0].boxes[0].tolist()
+    batch.valid.fill_(False)
+    batch.valid[0, top:bottom, left:right] = True
+    batch.strong = (batch.strong[0].requires_grad_(), *batch.strong[1:])
+    method(batch, STEP).total.backward()
+    assert not batch.strong[0].grad.any()
+
+
 JUDGED = {
     **{name: {} for name in ("semibaseline", "fixmatch", "unimatch", "unimatch_v2", "daw", "cps", "psmt", "swith")},
     **{"corrmatch": {}, "logicdiag": {}, "viladiff": {"mixe.enabled": False}},

@@ -1,8 +1,8 @@
 """CPS: two networks that start from different heads, each taught by the other's hard labels (Chen et al., CVPR 2021).
 
 Differences from the released code: the partner of a mixed image is its neighbour in the batch, whose labels are already
-there, so that a network looks at three times the unlabelled batch less than with a second one (6 forwards in place of
-8); padding trains nothing; losses are plain global means, where the released ones shrink with the number of workers.
+there, so that no second unlabelled batch has to be looked at (6 forwards in place of 8); padding trains nothing; losses
+are plain global means, where the released ones shrink with the number of workers.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ labels the weak view, the labels are revised, the student learns them on the str
 
 Ours are: a second classifier, for groups of classes, on what the first one reads; L_x is the binary cross-entropy of a
 label's path, a sum over classes and groups (``models.hierarchy``), L_u the usual cross-entropy of the classes, so that
-groups are learned from masks alone and no revision confirms itself through them. All C consistent states are weighed, where a search for small diagnoses would leave pixels
-unresolved. Diagnoses are made on the decoder's grid and their scores brought to pixels. The network that is evaluated
-is the segmenter alone: its highest class. A flat softmax cannot contradict itself; the groups' scores are the method,
-and ``method.revise=false`` shows what their rules add. There is no loss on the rules themselves.
+groups are learned from masks alone and no revision confirms itself through them. All C consistent states are weighed,
+where a search for small diagnoses would leave pixels unresolved. Diagnoses are made on the decoder's grid and their
+scores brought to pixels. The network that is evaluated is the segmenter alone: its highest class. A flat softmax cannot
+contradict itself; the groups' scores are the method, and ``method.revise=false`` shows what their rules add. There is
+no loss on the rules themselves.
 
 Groups are known for the embedded data sets, VOC, Cityscapes and COCO; of other data, ``groups`` says them.
 """
@@ -56,6 +57,7 @@ class LogicDiagConfig(MethodConfig):
 class LogicDiag(MeanTeacher):
     Config = LogicDiagConfig
     views = Views(strong=1, cutmix=True)
+    revision = 2
     paper = Paper(
         "Logic-induced Diagnostic Reasoning for Semi-supervised Semantic Segmentation (reimpl.)", "ICCV", 2023
     )

@@ -3,7 +3,8 @@
 L = 1/2 [L_x + 1/2 (L_s1 + L_s2)], labels from a moving-average teacher on the weak view, at confidence 0.95 on every
 data set. Both streams are one pass, and a channel mask of the widest map serves the four maps, narrower ones with its
 first part: the published encoder has four maps of one width. Which half of a batch keeps all its channels is drawn
-within pairs of neighbours, so that it is exactly half on any number of workers.
+within pairs of neighbours, so that it is exactly half on any number of workers; boxes come from the neighbour, where
+the released code pairs the first image of a batch with the last.
 """
 
 from __future__ import annotations

@@ -78,16 +78,16 @@ def parents(groups: tuple[str, ...]) -> Tensor:
 
 
 def node_cross_entropy(logits: Tensor, target: Tensor, parent: Tensor) -> Tensor:
-    """(B, H, W) binary cross-entropy of a label's path, a mean over the nodes; 0 where the label is 255.
+    """(B, H, W) nats, - log P(path of the label): the sum of all nodes' binary cross-entropies; 0 where it is 255.
 
     ``logits`` (B, C + S, H, W) of classes and then groups, ``target`` (B, H, W) int64, ``parent`` (C,). With path π it
-    is the mean over nodes of softplus(z) - π z.
+    is the sum of softplus(z) - π z.
     """
     known = target != IGNORE
     label = torch.where(known, target, 0)
     path = torch.stack([label, len(parent) + parent[label]], 1)
     z = logits.float()
-    return (F.softplus(z).sum(1) - z.gather(1, path).sum(1)) * known / logits.shape[1]
+    return (F.softplus(z).sum(1) - z.gather(1, path).sum(1)) * known
 
 
 def conflicts(classes: Tensor, groups: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,8 @@ def diagnose(logits: Tensor, parent: Tensor, doubt: float) -> Tensor:
     ``logits`` (U, C + S, h, w). Each node is observed to hold or not, at s = 1/2. A path's diagnosis is the set of
     nodes observed otherwise; its score is the sum of log P(node as on the path), and of ``doubt`` times
     log(conflict + FLOOR) over the diagnosis: cheap is to change what is unsure and in conflict. A path differs from no
-    class at all in two nodes, so all C are weighed exactly by C + S terms.
+    class at all in two nodes, so all C are weighed exactly by C + S terms. Counted of an image with 94 nodes on a grid
+    of 128 x 128: 35 MB at most, beside the 6 MB that come in.
     """
     z = logits.float()
     scores = z.sigmoid()
