@@ -218,9 +218,9 @@ def compare(replay: Replay, space: Space, seeds: int, trials: int) -> float:
     never = sum(math.isinf(one) for one in shares)
     left = 100 * statistics.median(one.regret[-1] for one in guided)
     print(
-        f"{replay.name}: random search ends {100 * goal:.2f} points below the best of {100 * replay.best:.1f}; TPE with "
-        f"ASHA is\n  there after {share:.0%} of its steps (aim: at most {AIM:.0%}; quartiles {low:.0%} and {high:.0%}; "
-        f"{never} of {seeds} never), and ends {left:.2f} below"
+        f"{replay.name}: random search ends {100 * goal:.2f} points below the best of {100 * replay.best:.1f}; TPE "
+        f"and ASHA are\n  there after {share:.0%} of its steps (aim: at most {AIM:.0%}; quartiles {low:.0%} and "
+        f"{high:.0%}; {never} of {seeds} never), and end {left:.2f} below"
     )
     return share
 

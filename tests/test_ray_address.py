@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from viladiff.study.store import Store
+from viladiff.study.trials import load_trials
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """
@@ -32,9 +33,12 @@ class Head(NamedTuple):
     environment: dict[str, str]
 
     def table(self, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        words = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--address", self.address]
-        words += ["--storage", str(out / "runs"), "--out", str(out / "page")]
-        command = [sys.executable, str(ROOT / "ablations" / "run_table5.py"), *words]
+        words = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1"]
+        return self.call("ablations/run_table5.py", words, out, **environment)
+
+    def call(self, script: str, words: list[str], out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        where = ["--address", self.address, "--storage", str(out / "runs"), "--out", str(out / "page")]
+        command = [sys.executable, str(ROOT / script), *where, *words]
         env = self.environment | environment
         return subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, timeout=800)
 
@@ -77,3 +81,23 @@ def test_two_cells_on_a_cluster_with_a_token(head: Head, tmp_path: Path) -> None
     assert head.process.poll() is None, "the cluster is not the driver's to end"
     again = head.table(tmp_path)
     assert again.returncode == 0 and "cluster" not in again.stderr, "nothing is left to run, so none is joined"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_a_sweep_on_a_cluster_takes_the_room_that_there_is(head: Head, tmp_path: Path) -> None:
+    """Three trials, of which two fit at once: none is asked for before there is room, so that each learns from those
+    before it."""
+    words = ["--scale", "smoke", "--trials", "3", "--scheduler", "asha", "--no-finals"]
+    done = head.call("tune/sweep_lambda.py", words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 trials" in done.stdout and "no GPU in the cluster so far" in done.stderr
+    trials = load_trials(tmp_path / "runs" / "sweeps" / "lambda-smoke" / "trials")
+    assert all(trial.state in ("complete", "pruned") for trial in trials)
+    assert trials[2].order > min(trial.ended or 0 for trial in trials[:2]), "it was asked for once another had ended"
+    assert (tmp_path / "page" / "index.html").is_file()
+    assert head.process.poll() is None, "the cluster is not the driver's to end"
+    assert [path.name for path in (tmp_path / "runs").rglob("lease-*")] == []
+    again = head.call("tune/sweep_lambda.py", words, tmp_path)
+    assert again.returncode == 0 and "trial 2:" not in again.stdout

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from run_kit import alive
 from viladiff.ray_judges import judge
 from viladiff.ray_search import run_search
 from viladiff.study.reaper import descendants
+from viladiff.study.space import Dimension
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +68,40 @@ def bad(sweeping: ModuleType) -> Any:
         return float("nan") if point["b"] == 3 else float(sweeping.bowl(point, seed, step))
 
     return score
+
+
+@pytest.mark.slow
+def test_a_run_that_stands_still_is_ended_tried_again_and_recorded(sweeping: ModuleType, tmp_path: Path) -> None:
+    """A process that is stopped cannot answer, whatever it was at: the driver ends it. What hangs twice has failed."""
+    work = sweeping.work
+
+    def standing(job: Any, place: Any, tell: Any, judged: Any) -> Any:
+        """Stops its process before it begins: the first time at ``b`` = 6, every time at ``b`` = 5."""
+        import ray
+
+        directory, b = Path(place.root) / job.run_id, job.changes["b"]
+        directory.mkdir(parents=True, exist_ok=True)
+        tell({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
+        hung = directory / "hung"
+        if b == 5 or (b == 6 and not hung.exists()):
+            with hung.open("a") as file:
+                file.write(f"{os.getpid()} ")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return work(job, SimpleNamespace(root=place.root), lambda news: None, judged)
+
+    runs = sweeping.Files(tmp_path, sweeping.bowl)
+    space = {"a": Dimension(choices=(0.5, 0.7)), "b": Dimension(low=5, high=9, step=1)}
+    desk = sweeping.opened(tmp_path, runs, 3, "grid", space=space, first={"a": 0.5, "b": 6}, seeds=(0,))
+    desk.settings = replace(desk.settings, hang_after=3.0)
+    run_search(desk, standing)
+    trials = desk.search.trials
+    assert [trial.point["b"] for trial in trials] == [6, 5, 7]
+    hung = [tmp_path / trial.runs["0"] / "hung" for trial in trials]
+    pids = [[int(word) for word in path.read_text().split()] for path in hung[:2]]
+    assert [len(set(some)) for some in pids] == [1, 2] and not hung[2].exists()
+    assert [trial.state for trial in trials] == ["complete", "failed", "complete"], "the sweep goes on"
+    assert trials[1].reason.startswith("seed 0: hang: no sign of life for 3 s")
+    assert alive([pid for some in pids for pid in some]) == []
 
 
 @pytest.mark.slow
