@@ -179,13 +179,13 @@ def test_more_new_vectors_than_places_leave_the_last_ones() -> None:
 def test_draws_come_from_filled_places_of_the_right_class() -> None:
     banks = Banks(3, 50, 1)
     banks.push(
-        torch.arange(8.0).view(1, 1, 8, 1).expand(1, 3, 8, 1),
+        torch.arange(8.0).view(1, 1, 8, 1) + torch.tensor([0.0, 100.0, 200.0]).view(1, 3, 1, 1),
         torch.tensor([[[True] * 8, [True] * 3 + [False] * 5, [False] * 8]]),
     )
     uniform = torch.rand(1, 3, 400, generator=generator())
     uniform[0, :, 0] = 1 - 2**-24
     found = banks.draw(torch.tensor([[0, 1, 2]]), uniform)[..., 0]
-    assert set(found[0, 0].tolist()) == set(range(8)) and set(found[0, 1].tolist()) == {0, 1, 2}
+    assert set(found[0, 0].tolist()) == set(range(8)) and set(found[0, 1].tolist()) == {100, 101, 102}
     assert not found[0, 2].any()
     counts = np.bincount(found[0, 0].int().numpy())
     assert counts.min() > 25
