@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import tiny_models
 from PIL import Image
 
 from viladiff import cli
+from viladiff.config import RunConfig, override, parse_overrides
 from viladiff.data import digits
 from viladiff.text import caption_job as jobs
 from viladiff.text.caption_files import read_captions
@@ -229,6 +232,17 @@ def test_a_dry_run_and_a_finished_one_start_nothing(
     assert cli.main(asked) == 0 and "has all captions of 8 images; nothing to do" in capsys.readouterr().out
     assert cli.main(["caption", "photo", "--model", str(blip)]) == 2
     assert "'photo': is neither a directory nor an embedded data set" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_can_be_typed() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "captions.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```sh\n(viladiff .*?)\n```$", page, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(command.replace("\\\n", " "))[1:] for command in found]
+    assert [words[0] for words in commands] == ["caption", "embed", "train"]
+    for words in commands:
+        args = cli.parser().parse_args(words)
+        if words[0] != "caption":
+            assert override(RunConfig(), dict(parse_overrides(args.fields))).data.text_encoder == "open_clip"
 
 
 @pytest.mark.ray

@@ -26,7 +26,7 @@ def like(dataset: str = "voc", **changes: object) -> RunRecord:
 @pytest.mark.parametrize(
     ("dataset", "pretrained", "words"),
     [
-        ("voc", "timm vit_base_patch14_dinov2.lvd142m", "LVD-142M .* of voc it saw training images, without masks"),
+        ("voc", "timm vit_base_patch14_dinov2.lvd142m", "LVD-142M: .*; of voc it saw training images, without masks"),
         ("coco", "timm vit_base_patch14_dinov2.lvd142m", "LVD-142M[^;]*$"),
         ("voc", "timm vit_base_patch16_224.augreg2_in21k_ft_in1k (timm/x)", "ImageNet-21k .* ImageNet-1k, with labels"),
         ("voc", "timm resnet18.a1_in1k (timm/resnet18.a1_in1k)", "ImageNet-1k, with labels"),

@@ -115,7 +115,7 @@ def match(file: CaptionFile, train: Sequence[str], val: Sequence[str]) -> Matche
     texts: dict[str, tuple[str, ...]] = {}
     strange = []
     for given, lines in file.texts.items():
-        image = next((name for name in _names(given) if name in known), None)
+        image = given if given in known else next((name for name in _names(given) if name in known), None)
         if image is None:
             strange.append(given)
         elif image in texts:
@@ -137,6 +137,8 @@ def match(file: CaptionFile, train: Sequence[str], val: Sequence[str]) -> Matche
 
 def clean(text: str) -> str:
     """One line in Unicode's composed spelling, without control characters. Raises ValueError for half a character."""
+    if text.isascii() and text.isprintable():  # as nearly all are
+        return " ".join(text.split())
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -166,13 +168,18 @@ def _rows(path: Path) -> Iterator[Row]:
 def _row(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[Row]:
     """One row, or one for each text of a list; ``names`` says which column is which."""
     text = values[names["text"]]
-    rest = {what: values.get(names[what]) if what in names else None for what in ("prompt", "model", "revision")}
-    said = {what: "" if value is None else clean(str(value)) for what, value in rest.items()}
+    said = [_repeated(values.get(names[what])) if what in names else "" for what in ("prompt", "model", "revision")]
     image = values[names["image"]]
     for one in text if isinstance(text, list) else [text]:
         if one is not None and not isinstance(one, str):
             raise ValueError(f"the text is {one!r}, not a text")
-        yield Row("" if image is None else str(image).strip(), clean(one or ""), **said)
+        yield Row("" if image is None else str(image).strip(), clean(one or ""), *said)
+
+
+@cache
+def _repeated(value: object) -> str:
+    """What many rows have in common, cleaned once."""
+    return "" if value is None else clean(str(value))
 
 
 @cache
@@ -267,7 +274,8 @@ def _left_out(file: CaptionFile, strange: Sequence[str]) -> Iterator[str]:
 
 
 def _foreign(file: CaptionFile, texts: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    found = Counter(name for lines in texts.values() for text in lines for name in scripts(text) - {"LATIN"})
+    odd = (text for lines in texts.values() for text in lines if not text.isascii())
+    found = Counter(name for text in odd for name in scripts(text) - {"LATIN"})
     if found:
         listed = ", ".join(f"{name.title()} {count}" for name, count in found.most_common(5))
         yield (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from viladiff.record import write_atomically
@@ -98,7 +99,7 @@ def state(job: Job) -> State:
             f"{job.out}: has captions of {', '.join(f'{a} {b}' for a, b in strange)} for {', '.join(sorted(prompts))}, "
             f"not of {job.who.model} {job.who.revision} for {', '.join(job.who.prompts)}; name another file with --out"
         )
-    sound = done.filter(pa.compute.is_valid(done["text"]))
+    sound = done.filter(pc.is_valid(done["text"]))
     count: dict[str, int] = {}
     for image in sound["image"].to_pylist():
         count[image] = count.get(image, 0) + 1
@@ -140,7 +141,7 @@ def finish(job: Job) -> pa.Table:
 
 def failures(table: pa.Table) -> dict[str, str]:
     """Images without a caption, each with the reason."""
-    lost = table.filter(pa.compute.is_valid(table["error"]))
+    lost = table.filter(pc.is_valid(table["error"]))
     return dict(zip(lost["image"].to_pylist(), lost["error"].to_pylist(), strict=True))
 
 
