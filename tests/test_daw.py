@@ -200,6 +200,15 @@ def test_a_step_judges_aligned_labels_by_the_running_threshold(monkeypatch: pyte
     assert 0.05 < sure.mean() < 0.95 and np.array_equal(accepted.numpy() > 0, sure)
     assert losses.terms["tau"] == pytest.approx(0.8)
 
+    before = method.distributions.clone()
+    with torch.no_grad():
+        own = method.student(batch.image)["visual"].softmax(1)
+    method.after_step(STEP)
+    for row, p, counted in ((0, own, batch.target != 255), (1, raw, batch.valid)):  # both as they were before alignment
+        count, total = class_confidence(p, counted)
+        mean = torch.where(count > 0, total / count.clamp(min=1), before[row])
+        torch.testing.assert_close(method.distributions[row], 0.99 * before[row] + 0.01 * mean)
+
 
 def test_pseudo_labels_are_the_aligned_ones() -> None:
     method = make("daw")

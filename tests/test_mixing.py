@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from viladiff import draws
-from viladiff.batch import CutMix
+from viladiff.batch import CutMix, TextBatch
 from viladiff.data.mixing import (
     apply_cutmix,
     beta_boxes,
     box_mask,
     class_mask,
     half_boxes,
+    join_text,
+    mix_text,
     pair_partner,
     parity_boxes,
     parity_mask,
@@ -149,3 +151,30 @@ def test_paste_refuses_what_would_mix_wrongly() -> None:
         paste(x, mask[:, :4], pair_partner(2))
     with pytest.raises(ValueError, match="3 partners"):
         paste(x, mask, torch.tensor([1, 0, 1]))
+
+
+def words(n: int, length: int, seed: int) -> TextBatch:
+    gen = torch.Generator().manual_seed(seed)
+    return TextBatch(torch.rand(n, length, 3, generator=gen), torch.rand(n, length, generator=gen) < 0.7)
+
+
+def test_words_come_with_a_box_and_only_with_a_box() -> None:
+    text = words(4, 5, 0)
+    boxes = torch.tensor([[0, 0, 8, 8], [0, 0, 0, 0], [0, 0, 0, 0], [8, 0, 16, 8]])
+    found = mix_text(text, CutMix(boxes, pair_partner(4)))
+    assert found is not None and mix_text(None, CutMix(boxes, pair_partner(4))) is None
+    for i, boxed in enumerate((True, False, False, True)):
+        assert torch.equal(found.tokens[i, :5], text.tokens[i]) and torch.equal(found.mask[i, :5], text.mask[i])
+        partner = text.mask[i ^ 1] if boxed else torch.zeros(5, dtype=torch.bool)
+        assert torch.equal(found.mask[i, 5:], partner) and text.mask[i ^ 1].any()
+        assert torch.equal(found.tokens[i, 5:][partner], text.tokens[i ^ 1][partner])
+
+
+def test_joined_batches_of_words_keep_each_image_s_own() -> None:
+    first, second = words(2, 3, 1), words(3, 5, 2)
+    for one, other in ((first, second), (second, first)):
+        found = join_text(one, other)
+        assert found is not None and found.tokens.shape == (5, 5, 3) and join_text(one, None) is None
+        mine = [(text.tokens[i][text.mask[i]]) for text in (one, other) for i in range(len(text.mask))]
+        for i, tokens in enumerate(mine):
+            assert torch.equal(found.tokens[i][found.mask[i]], tokens)
