@@ -63,22 +63,23 @@ def choose(present: np.ndarray, share: float, *key: draws.Part) -> np.ndarray:
     wanted = max(1, round(share * len(present)))
     left = present.sum(0)
     order = draws.rng("holdout", *key).permutation(len(present))
-    held: list[int] = []
+    held = np.zeros(len(present), bool)
 
-    def take(candidates: np.ndarray) -> bool:
+    def take(candidates: np.ndarray, most: int) -> None:
+        # One pass is enough: what is left of a class only shrinks, so an image that was refused stays refused.
         for i in candidates:
-            if i not in held and (left[present[i]] > 1).all():
-                held.append(int(i))
+            if most <= 0:
+                return
+            if not held[i] and (left[present[i]] > 1).all():
+                held[i] = True
                 left[present[i]] -= 1
-                return True
-        return False
+                most -= 1
 
     for c in np.argsort(left, kind="stable"):
-        if len(held) < wanted and not present[held, c].any():
-            take(order[present[order, c]])
-    while len(held) < wanted and take(order):
-        pass
-    return np.array(sorted(held), np.int64)
+        if held.sum() < wanted and not present[held, c].any():
+            take(order[present[order, c]], 1)
+    take(order, wanted - int(held.sum()))
+    return np.flatnonzero(held)
 
 
 def _present(dataset: Dataset) -> np.ndarray:
