@@ -148,7 +148,7 @@ def _pictures(results: Results, lines: Sequence[Line], folder: Path) -> tuple[tu
         )
         if not points:
             continue
-        title = f"{table.columns[column].label} labels"
+        title = table.columns[column].label
         chart = scatter.Chart(title, ACROSS, "mIoU (%), mean and standard deviation of seeds", points, groups)
         paths = scatter.save(chart, folder, f"cost-{place + 1}")
         words = "; ".join(f"{one.label}: {one.y:.1f} at {one.x:.1f}" for one in points)
@@ -191,7 +191,7 @@ def _cells(line: Line) -> list[str]:
 
 def _rates(one: Tried) -> str:
     listed = "; ".join(f"{rate.value:g}: {rate.found}{' (taken)' if rate.taken else ''}" for rate in one.rates)
-    return f"- {markdown(f'{one.number} {one.label}, {one.column}: {listed}. {one.said}')}"
+    return f"- {markdown(f'{one.number} {one.label}, {one.column}: {listed}; {one.said}')}"
 
 
 def text(value: float | None, form: str) -> str:

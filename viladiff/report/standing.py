@@ -48,10 +48,10 @@ def _shown(results: Results, verdicts: Sequence[Verdict]) -> Iterator[str]:
         means = {row: summary(results.at(row, column), table.metric).mean for row in results.rows(control=False)}
         there = {row: mean for row, mean in means.items() if mean is not None}
         if not there:
-            yield f"{label} labels: nothing measured yet."
+            yield f"{label}: nothing measured yet."
             continue
         top = max(there, key=lambda row: there[row])
-        lead = f"{label} labels: the highest of {len(there)} means is {table.rows[top].label}'s, {there[top]:.1f}"
+        lead = f"{label}: the highest of {len(there)} means is {table.rows[top].label}'s, {there[top]:.1f}"
         yield f"{lead}. {_against(claim.rows[0], [one for one in verdict.comparisons if one.column == label])}"
 
 
@@ -86,10 +86,10 @@ def _gap(results: Results) -> Iterator[str]:
         best = max((gain.mean for gain in gains if gain), default=None)
         if gap is None or best is None or gap.mean <= 0:
             continue
+        share = f"{signed(best)}, {100 * best / gap.mean:.0f} % of that" if best > 0 else f"none ({signed(best)})"
         yield (
-            f"{table.columns[column].label} labels: with labels for every training image the same network reaches "
-            f"{signed(gap.mean)} points over {table.supervised}; the largest gain from unlabelled images is "
-            f"{signed(best)}, {100 * best / gap.mean:.0f} % of that."
+            f"{table.columns[column].label}: with labels for every training image the same network reaches "
+            f"{signed(gap.mean)} points over {table.supervised}; the largest gain from unlabelled images is {share}."
         )
 
 
