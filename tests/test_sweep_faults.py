@@ -6,8 +6,10 @@ Training is made up, and handed out without Ray; ``test_ray_search`` has process
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +156,24 @@ def test_two_sweeps_of_other_spaces_do_not_mix(
     before = len(played.runs)
     assert sweep(tmp_path, "--trials", "2", "--", "method.mixe.timesteps=2") == 2
     assert "is another sweep: fields was" in capsys.readouterr().err and len(played.runs) == before
+    assert sweep(tmp_path, "--render", "--", "method.mixe.timesteps=2") == 2
+    assert "is another sweep: fields was" in capsys.readouterr().err
+
+
+def test_the_page_is_rewritten_as_trials_end(played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that the thread which writes it is woken; here it writes at once."""
+    seen: list[str] = []
+
+    class AtOnce:
+        def __init__(self, write: Callable[[], Path]) -> None:
+            self.dirty = SimpleNamespace(set=lambda: seen.append(write().read_text()))
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(sweep_drive, "Pages", AtOnce)
+    assert sweep(tmp_path, "--trials", "3", "--no-finals") == 0
+    counts = [int(found[1]) for page in seen if (found := re.search(r"(\d) of 3 trials have ended; this page", page))]
+    assert counts == sorted(counts) and {1, 2} <= set(counts)
+    assert "this page is rewritten" not in (tmp_path / "page" / "index.html").read_text()

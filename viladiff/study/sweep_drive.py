@@ -17,7 +17,7 @@ from viladiff.study.plan import Planned
 from viladiff.study.search import Judge, Nobody, Search
 from viladiff.study.search_desk import SearchDesk
 from viladiff.study.store import Store
-from viladiff.study.sweep_job import Job, alone, open_directory, prepare
+from viladiff.study.sweep_job import Job, alone, check_same, open_directory, prepare
 from viladiff.study.sweep_options import parser
 from viladiff.study.sweep_publish import adopt, publish_sweep, published_trials
 from viladiff.study.sweep_words import again, conclusion, line, outline
@@ -50,6 +50,7 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         print("\n".join(outline(job)))
         return 0
     if args.render:
+        check_same(job)
         trials = load_trials(job.directory / "trials") or published_trials(job)
         return conclude(job, trials, write(job, trials, command))
     with alone(job.directory):

@@ -119,26 +119,31 @@ def alone(directory: Path) -> leases.Lease:
 
 
 def open_directory(job: Job) -> None:
-    """Compares with what the sweep was begun as, and notes the space, which may be wider now. Raises ValueError."""
+    """Notes what the sweep is of, as ``check_same`` compares it; its space may be wider now. Raises ValueError."""
     path = job.directory / META
     for left in job.directory.rglob(".*.tmp"):  # of a driver that was killed while it wrote
         left.unlink(missing_ok=True)
-    now = meta(job)
+    check_same(job)
+    try:
+        (job.directory / "trials").mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(meta(job), indent=1).encode())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); see --storage") from error
+
+
+def check_same(job: Job) -> None:
+    """Raises ValueError where the sweep's directory is that of another sweep; one that is not there yet is of none."""
+    path = job.directory / META
     try:
         before = json.loads(path.read_bytes())
     except FileNotFoundError:
-        before = None
+        return
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); give the sweep another name with --study") from None
-    faults = [] if before is None else differences(before, job)
+    faults = differences(before, job)
     if faults:
         more = "; a wider space or more trials would go on with it, this needs another name: --study NAME"
         raise ValueError(f"{job.directory} is another sweep: {'; '.join(faults)}{more}")
-    try:
-        (job.directory / "trials").mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(now, indent=1).encode())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); see --storage") from error
 
 
 def differences(before: Mapping[str, Any], job: Job) -> list[str]:
