@@ -187,6 +187,7 @@ def keep(path: Path, methods: dict[str, dict[str, Any]], repeats: int, words: li
         "versions": versions(),
         "git": git_state(),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps({**about, "methods": methods}, indent=1) + "\n").encode())
 
 
