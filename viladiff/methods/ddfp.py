@@ -76,8 +76,8 @@ class DdfpConfig(MethodConfig):
     perturb_from: float = Field(2 / 80, ge=0, le=1)
     """Share of training from which features are moved; until then the plain strong view counts twice. 1 is never."""
     radius: float = Field(0.3, gt=0)
-    """Length of a move as a share of the vectors' mean length (ours; there 4.0, where vectors of 304 channels after a norm
-    and ReLU have a length of about 12)."""
+    """Length of a move as a share of the vectors' mean length (ours; there 4.0, where a vector has 304 channels after a
+    norm and ReLU, hence a length of about 12)."""
     flow: FlowConfig = FlowConfig()
     teacher: DdfpTeacherConfig = DdfpTeacherConfig()
     pseudo: PseudoConfig = PseudoConfig()
