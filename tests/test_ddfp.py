@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from method_kit import SIDE, cross_entropy_map, make, make_batch, make_uneven, mean_over, mixed, softmax
 from torch import Tensor
 
@@ -24,6 +25,8 @@ BETWEEN = Step(index=71, progress=0.02, seed=3)
 def ready(**changes: object) -> tuple[Ddfp, Batch]:
     method = make_uneven("ddfp", **{"pseudo.threshold": 0.5} | changes)
     assert isinstance(method, Ddfp)
+    with torch.no_grad():
+        method.flow.means.mul_(10)  # as if learned: classes lie apart
     return method, make_batch(views=method.views_wanted())
 
 
@@ -34,7 +37,7 @@ def on_grid(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("step", [BETWEEN, STEP], ids=["plain", "moved"])
 @pytest.mark.parametrize("cutmix", [True, False])
 def test_loss_is_that_of_the_formula(step: Step, cutmix: bool) -> None:
-    method, batch = ready(cutmix=cutmix, radius=0.8, **{"pseudo.weight": 0.7, "flow.samples": 9999})
+    method, batch = ready(cutmix=cutmix, radius=0.8, **{"pseudo.weight": 0.7, "flow.samples": 9999, "flow.noise": 0.5})
     losses = method(batch, step)
     valid, target = batch.valid.numpy(), batch.target.numpy()
     inside = np.zeros_like(valid)
@@ -95,7 +98,7 @@ def likelihood(method: Ddfp, mid: Tensor, step: Step, batch: Batch, classes: np.
         score = torch.where(torch.from_numpy(kinds) != 255, rank, -1.0)
         for place, extra in zip(score.topk(len(score)).indices.tolist(), added, strict=True):
             if kinds[place] != 255:
-                found.append((x[place] + 0.05 * extra, int(kinds[place])))
+                found.append((x[place] + 0.5 * extra, int(kinds[place])))
     with torch.no_grad():
         nll = method.flow.nll(torch.stack([x for x, _ in found]), torch.tensor([k for _, k in found]))
     return float(nll.mean() / vectors.shape[2])
@@ -142,6 +145,24 @@ def test_features_move_where_the_flow_finds_them_rarer() -> None:
             given = [f + n * d.norm(dim=1, keepdim=True) for f, n, d in zip(features, noise, moves, strict=True)]
             others.append(abs(float(rarity(given)) - before))
     assert gained > 3 * max(others)
+
+
+def test_moved_features_teach_the_encoder_too() -> None:
+    method, batch = ready(cutmix=False)
+    method(batch, STEP).total.backward()
+    found = gradients(method)
+    method.zero_grad()
+    with torch.no_grad():
+        p = method.teacher(batch.weak[0])["visual"].softmax(1)
+        labels = p.argmax(1).masked_fill((p.amax(1) < 0.5) | ~batch.valid, 255)
+    own = method.student.encode(batch.strong[0])
+    moved = [f + d for f, d in zip(own, lower_density(own, method._rarity(labels), 0.3), strict=True)]
+    losses = [F.cross_entropy(method.student.logits(x, (SIDE, SIDE)), labels, ignore_index=255) for x in (own, moved)]
+    sup = F.cross_entropy(method.student(batch.image)["visual"], batch.target, ignore_index=255)
+    (sup + (losses[0] + losses[1]) / 2).backward()
+    for name, expected in gradients(method).items():
+        if name.startswith("student.encoder"):
+            torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_positions_without_a_label_are_not_asked_how_rare_they_are() -> None:
