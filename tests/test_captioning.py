@@ -27,6 +27,7 @@ from viladiff.text.caption_files import read_captions
 from viladiff.text.caption_job import Job, pictures, rows_table, state
 from viladiff.text.captioner import Captioner, Picture, Said, caption, joined, reader, writer
 from viladiff.text.captions import PROMPTS
+from viladiff.text.cli import CAPTION_EXAMPLES, EMBED_EXAMPLES
 
 Make = Callable[..., Path]
 
@@ -239,10 +240,13 @@ def test_the_commands_of_the_page_can_be_typed() -> None:
     found = re.findall(r"^```sh\n(viladiff .*?)\n```$", page, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(command.replace("\\\n", " "))[1:] for command in found]
     assert [words[0] for words in commands] == ["caption", "embed", "train"]
+    examples = re.sub(r"\\\n +", " ", CAPTION_EXAMPLES + EMBED_EXAMPLES)
+    commands += [shlex.split(line.split("   ")[0])[1:] for line in re.findall(r"^  (viladiff .*)$", examples, re.M)]
+    assert len(commands) == 9
     for words in commands:
         args = cli.parser().parse_args(words)
         if words[0] != "caption":
-            assert override(RunConfig(), dict(parse_overrides(args.fields))).data.text_encoder == "open_clip"
+            override(RunConfig(), dict(parse_overrides(args.fields)))
 
 
 @pytest.mark.ray

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MANIFEST = "manifest.json"
-LARGE = 2**30
+LARGE = 2**26
 """Bytes from which a file is known by evenly spaced pieces of it: to read all of it would take longer than its use."""
 PIECES, PIECE = 256, 2**16
 """How many pieces, and bytes of each."""

@@ -26,8 +26,8 @@ on where it was stopped, and tries failed images again.
 """
 EMBED_EXAMPLES = """\
 examples:
-  viladiff embed data.dataset=voc runtime.data_root=VOC2012 --captions voc.parquet \\
-    data.text_encoder=open_clip --text-model CLIP-ViT-B-16
+  viladiff embed data.dataset=voc runtime.data_root=VOC2012 data.text_encoder=open_clip \\
+    --captions voc.parquet --text-model CLIP-ViT-B-16
   viladiff embed data.text_encoder=minilm           the embedded data set; pip install "viladiff[minilm]" first
 
 Takes the fields of viladiff train, which finds what was encoded here and would otherwise encode it itself.
