@@ -93,10 +93,13 @@ def test_one_kind_under_the_others_name_is_refused(tmp_path: Path) -> None:
 def test_training_ids_without_an_ignored_pixel_draw_a_warning(tmp_path: Path) -> None:
     made = layouts.cityscapes(tmp_path / "city")
     assert not any("ignored pixel" in note for note in check_files(load(made.root)))
-    for path in mask_files(made.root, "labelTrainIds"):
-        labels = np.asarray(Image.open(path)).copy()
-        Image.fromarray(np.where(labels == 255, 0, labels).astype(np.uint8)).save(path)
-    assert any("no mask has an ignored pixel" in note for note in check_files(load(made.root)))
+    for part, wanted in (("train", False), ("val", True)):
+        for path in mask_files(made.root, "labelTrainIds"):
+            labels = np.asarray(Image.open(path)).copy()
+            if part in path.parts:
+                Image.fromarray(np.where(labels == 255, 0, labels).astype(np.uint8)).save(path)
+        told = check_files(load(made.root))
+        assert any("no mask has an ignored pixel" in note for note in told) == wanted, "one in either list is enough"
 
 
 def test_missing_annotations_are_named(tmp_path: Path) -> None:
@@ -217,6 +220,13 @@ def test_check_and_split_know_the_layout(tmp_path: Path) -> None:
     assert not set(made.val) & {*dealt.lists.labelled, *dealt.lists.unlabelled}
     deal.write_lists(made.root, "186", dealt.lists)
     assert ids(load(made.root, "186"))[:4] == dealt.lists.labelled
+    (made.root / "splits" / "val.txt").write_text(made.val[0], encoding="utf-8")
+    dealt = deal.deal(made.root, seen, 7, None, 0)
+    assert dealt.lists.val == made.val[:1] and not dealt.lists.unlabelled
+    assert made.val[1] not in dealt.lists.labelled, "what is for validation is not dealt, whether listed or not"
+    dealt = deal.deal(made.root, seen, 3, None, 0)
+    deal.write_lists(made.root, "744", dealt.lists)
+    assert len(load(made.root, "744").unlabelled) == 4
     with pytest.raises(ValueError, match=r"--val 3: cityscapes is validated on all of 'leftImg8bit/val'"):
         deal.deal(made.root, seen, 4, 3, 0)
 

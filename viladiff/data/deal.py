@@ -119,7 +119,7 @@ def write_lists(root: Path | str, name: str, lists: Lists) -> Path:
 
 def _lists(tree: Tree, labelled: Sequence[str], val: Sequence[str]) -> Lists:
     taken = {*labelled, *val}
-    others = (name for name in tree.images if name not in taken and (tree.layout is not VOC or name in tree.masks))
+    others = (name for name in tree.pool() if name not in taken and (tree.layout is not VOC or name in tree.masks))
     return Lists(tuple(labelled), tuple(others), tuple(val))
 
 
