@@ -26,6 +26,10 @@ OWNER = "viladiff"
 """Attribute of a study that was made here, and may therefore be made anew."""
 
 
+class ForeignStudy(ValueError):
+    """A study of the sweep's name that was not made here, and is left alone."""
+
+
 class Asker:
     """Where points come from, and where values go."""
 
@@ -55,7 +59,7 @@ class Asker:
             found = self._found()
             if found is None or not _same(found.get_trials(deepcopy=False), frozen):
                 found = self._anew(frozen)
-        except ValueError:
+        except ForeignStudy:
             raise
         except Exception as error:  # each kind of storage has errors of its own
             if "://" not in self.where:  # a journal that a kill has torn
@@ -85,7 +89,7 @@ class Asker:
             return None
         study = optuna.load_study(study_name=self.name, storage=self.storage)
         if study.user_attrs.get(OWNER) is None:
-            raise ValueError(
+            raise ForeignStudy(
                 f"{_hidden(self.where)}: holds a study {self.name!r} that was not made by viladiff; give --study NAME"
             )
         return study

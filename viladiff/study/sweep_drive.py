@@ -62,13 +62,13 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
 def _search(job: Job, command: str) -> int:
     """The sweep from where it is to its end, with a page that is rewritten on the way."""
     load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
-    with Pages(lambda: write(job, load(), command, resting=False)) as pages:
-        desk = _desk(job, pages.dirty.set)
-        print(
-            f"{job.sweep.title}, scale {job.scale}: {len(desk.search.trials)} of {job.trials} trials begun", flush=True
-        )
-        from viladiff.ray_search import run_search
+    pages = Pages(lambda: write(job, load(), command, resting=False))
+    desk = _desk(job, pages.dirty.set)
+    begun = len(desk.search.trials)
+    print(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
+    from viladiff.ray_search import run_search
 
+    with pages:
         run_search(desk)
     trials, given_up = desk.search.trials, desk.search.hopeless
     index = write(job, trials, command, given_up)
