@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -69,7 +70,13 @@ def test_palette_images(tmp_path: Path, pixels: np.ndarray) -> None:
     image.save(tmp_path / "clear.png", transparency=3)
     wanted = np.asarray(image.convert("RGB"))
     assert np.array_equal(read_image(tmp_path / "palette.png"), wanted)
-    assert np.array_equal(read_image(tmp_path / "clear.png"), wanted), "a transparent colour is still that colour"
+    image.save(tmp_path / "half.png", transparency=bytes(range(0, 256, 8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("clear", "half"):
+            assert np.array_equal(read_image(tmp_path / f"{name}.png"), wanted), (
+                "a transparent colour is still that colour"
+            )
 
 
 def test_cmyk_jpeg(tmp_path: Path, pixels: np.ndarray) -> None:
@@ -305,6 +312,10 @@ def test_the_last_image_that_can_be_spared_makes_room() -> None:
 
     found = resample(Lists(("a", "b"), ("c", "d", "e"), ()), "abcde", 0, shows)
     assert found.labelled == (looked[0], looked[3]) and len(looked) == 4
+    looked.clear()
+    rows[2:] = [(0, 0, 1)] * 3
+    found = resample(Lists(("a", "b"), ("c", "d", "e"), ()), "abcde", 0, shows)
+    assert found.labelled == (*looked[:2],) and len(looked) == 5, "none can be spared: each shows a class alone"
 
 
 def test_a_draw_opens_masks_of_the_pool_alone(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:

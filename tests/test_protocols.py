@@ -107,6 +107,9 @@ def test_a_crop_that_the_patch_does_not_divide_is_resized_window_by_window() -> 
 def test_the_middle_of_odd_sides_and_the_nearest_multiples() -> None:
     x = torch.arange(30).view(1, 1, 5, 6)
     assert center(x, 2).tolist() == [[[[8, 9], [14, 15]]]] and center(x, 9).shape == x.shape
+    small, more = torch.rand(1, 3, 5, 6), 8
+    (band,) = bands(lambda seen: {"echo": seen}, small, 1, "center_crop", more)
+    assert torch.equal(band.logits["echo"], small), "what is added to a small image is below it and on its right"
     assert [nearest_multiple(side, 8) for side in (1, 11, 12, 13, 20, 25, 29)] == [8, 8, 16, 16, 16, 24, 32]
 
 

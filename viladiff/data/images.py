@@ -160,7 +160,7 @@ def read_image(path: Path | str) -> np.ndarray:
         upright = image if turn is None else image.transpose(turn)
         if upright.mode.startswith("I") or upright.mode == "F":
             return np.repeat(_to_8_bits(np.asarray(upright), upright.mode)[..., None], 3, axis=2)
-        # A palette with transparency goes by way of RGBA, or Pillow warns and takes the transparent colour for black.
+        # A palette with transparency goes by way of RGBA, or Pillow warns where it is given for each colour.
         if upright.mode == "P" and "transparency" in upright.info:
             upright = upright.convert("RGBA")
         return np.array(upright.convert("RGB"))
