@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from viladiff import ray_room
-from viladiff.ray_room import at_once, room
+from viladiff.ray_room import at_once, fitting, room
 from viladiff.study.events import Settings
 from viladiff.study.plan import Planned
 
@@ -87,6 +87,18 @@ def test_runs_at_once_are_those_of_the_machine_and_not_known_of_a_cluster(machin
     assert at_once(Settings(threads=2), jobs(9, 2)).slots == 4  # type: ignore[union-attr]
     assert at_once(Settings(address="auto"), jobs(9)) is None
     assert at_once(Settings(address="auto", max_concurrent=3), jobs(9)).slots == 3  # type: ignore[union-attr]
+
+
+def test_a_sweep_takes_the_room_that_a_cluster_has_when_it_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, settings, workers, wanted in (
+        ({"CPU": 8.0}, Settings(threads=2, gpus_per_trial=0.0), 1, 4),
+        ({"CPU": 8.0}, Settings(threads=2, gpus_per_trial=0.0), 2, 2),
+        ({"CPU": 64.0, "GPU": 3.0}, Settings(threads=2, gpus_per_trial=0.5), 1, 6),
+        ({"CPU": 64.0, "GPU": 3.0}, Settings(threads=2, gpus_per_trial=1.0), 2, 1),
+        ({}, Settings(threads=1, gpus_per_trial=1.0), 1, 1),
+    ):
+        monkeypatch.setattr("ray.cluster_resources", lambda found=there: found)
+        assert fitting(settings, workers) == wanted
 
 
 def test_gpus_that_a_process_may_not_see_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

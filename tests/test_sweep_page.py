@@ -362,6 +362,7 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
     assert not (tmp_path / "c" / "sweeps").exists()
 
 
+@pytest.mark.slow
 def test_trials_that_went_another_way_are_not_published_over(checkout: Path, tmp_path: Path) -> None:
     job = machine(tmp_path / "a", "--trials", "2", "--publish")
     train(job, 2)
