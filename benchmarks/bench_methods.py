@@ -142,7 +142,10 @@ def one(name: str, words: list[str], repeats: int, reference: bool = False) -> d
     memory = torch.cuda.max_memory_allocated() if cuda else peak_memory() - before
     with noting(run.method) as calls:
         run._step(batches)
-    actions = {"step": functools.partial(run._step, batches), "passes": lambda: repeat(run, calls)}
+    actions: dict[str, Callable[[], object]] = {
+        "step": functools.partial(run._step, batches),
+        "passes": lambda: repeat(run, calls),
+    }
     if reference:
         other, its = ready("supervised", [word for word in words if not word.startswith("method.")])
         actions["reference"] = functools.partial(other._step, its)

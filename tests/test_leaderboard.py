@@ -162,7 +162,7 @@ def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store
         found.append(PlannedCell(row, column, seed, name))
         runs[name] = Planned(name, {}, "t", 1200 if row == 4 else 600, fields)
         points = MEANS[row] + (0 if row == 3 else 4 * column) + 0.2 * (seed - 1)
-        old = {"pseudo_labels": {}, "cpu_seconds": None} if row == 2 else {}
+        old: dict[str, Any] = {"pseudo_labels": {}, "cpu_seconds": None} if row == 2 else {}
         store.directory(name).mkdir(parents=True, exist_ok=True)
         one = record(name, points, changed=fields, steps=runs[name].steps, **old)
         save_record(one, store.directory(name) / "record.json")
@@ -352,10 +352,16 @@ def test_the_benchmark_writes_what_the_page_reads(tmp_path: Path) -> None:
 
 
 def held_out(
-    store: Store, name: str, points: float, rate: float, split: str = "92", seed: int = 0, **more: Any
+    store: Store,
+    name: str,
+    points: float,
+    rate: float,
+    split: str = "92",
+    seed: int = 0,
+    more: dict[str, Any] | None = None,
 ) -> None:
     own = {} if rate == 0.006 else {"optim.lr": rate}
-    extra = {"data.holdout": 0.25, "eval.on": "holdout", "eval.boundary": False, **more}
+    extra = {"data.holdout": 0.25, "eval.on": "holdout", "eval.boundary": False, **(more or {})}
     fields = {"method.name": "fixmatch", "data.split": split, "seed": seed, **own, **extra}
     config = {"data.dataset": "digits", "optim.lr": rate, "seed": seed, **extra}
     run = name.rjust(16, "a")
@@ -369,8 +375,8 @@ def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_els
     held_out(store, "2", 43.0, 0.006)
     held_out(store, "3", 44.0, 0.006, seed=1)
     held_out(store, "4", 44.5, 0.012)
-    held_out(store, "5", 90.0, 0.024, **{"optim.weight_decay": 0.5})
-    held_out(store, "6", 90.0, 0.024, **{"eval.on": "val"})
+    held_out(store, "5", 90.0, 0.024, more={"optim.weight_decay": 0.5})
+    held_out(store, "6", 90.0, 0.024, more={"eval.on": "val"})
     held_out(store, "7", 90.0, 0.024, split="366")
     (one,) = [two for two in rates.tried(gather(plan, store), store.records()) if two.label == "Fix <b>"]
     assert (one.family, one.column) == ("Teacher", "92 labels")
@@ -408,9 +414,10 @@ def test_no_name_overlaps_another_a_point_or_the_key_and_all_are_inside(monkeypa
         name.update_positions(renderer)
     boxes = [np.array(Text.get_window_extent(name, renderer).extents) for name in names]
     assert sorted(name.get_text() for name in names) == sorted(labels)
-    frame = np.array(figure.bbox.extents)
+    frame, key = np.array(figure.bbox.extents), axes.get_legend()
+    assert key is not None
     for i, box in enumerate(boxes):
-        others = [*boxes[:i], *boxes[i + 1 :], np.array(axes.get_legend().get_window_extent(renderer).extents)]
+        others = [*boxes[:i], *boxes[i + 1 :], np.array(key.get_window_extent(renderer).extents)]
         others += [
             np.array([x - 2, y - 2, x + 2, y + 2]) for x, y in axes.transData.transform([one[:2] for one in points])
         ]

@@ -148,7 +148,7 @@ def _frame(axes: Axes, chart: Chart, look: dict[str, str]) -> None:
     axes.set_xlabel(_plain(chart.across), fontsize=8, color=look["faint"])
     axes.set_ylabel(_plain(chart.upwards), fontsize=8, color=look["faint"])
     style = {"fontsize": 6.5, "frameon": False, "labelcolor": look["faint"], "handletextpad": 0.2}
-    axes.legend(loc="lower center", ncol=3, columnspacing=1.0, **style)  # type: ignore[arg-type]
+    axes.legend(loc="lower center", ncol=3, columnspacing=1.0, **style)
 
 
 def _name(axes: Axes, points: Sequence[Point], look: dict[str, str]) -> None:
@@ -166,7 +166,7 @@ def _name(axes: Axes, points: Sequence[Point], look: dict[str, str]) -> None:
             va=("top", "center", "bottom")[_side(y) + 1],
             fontsize=SIZE,
             color=look["faint"] if one.ours else look["ink"],
-            arrowprops=line if far else None,  # type: ignore[arg-type]
+            arrowprops=line if far else None,
             zorder=4,
         )
 
@@ -177,19 +177,20 @@ def offsets(axes: Axes, points: Sequence[Point]) -> list[tuple[float, float]]:
     Taken are points with their spreads, the key and the names before. Where no place is free, it is the one that the
     least is lost at.
     """
-    figure = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     legend, unit = axes.get_legend(), figure.dpi / 72
     boxes = [_around(axes, one) for one in points]
-    boxes += [legend.get_window_extent(renderer).extents] if legend else []
+    boxes += [list(legend.get_window_extent(renderer).extents)] if legend else []
     taken, found = np.array(boxes), []
     for one in points:
         text = axes.text(0, 0, _plain(one.label), fontsize=SIZE)
         extent = text.get_window_extent(renderer)
         text.remove()
         here = _boxes(axes.transData.transform((one.x, one.y)), WAYS * unit, (extent.width, extent.height))
-        best = int(np.argmin(_overlap(here, taken) + 1e3 * _outside(here, axes.bbox.extents)))
+        best = int(np.argmin(_overlap(here, taken) + 1e3 * _outside(here, np.asarray(axes.bbox.extents))))
         taken = np.concatenate([taken, here[best : best + 1]])
         found.append((float(WAYS[best, 0]), float(WAYS[best, 1])))
     return found
