@@ -34,7 +34,7 @@ class FixMatchTagsConfig(FixMatchConfig):
 class FixMatchTags(FixMatch):
     Config = FixMatchTagsConfig
     views = Views(strong=1, cutmix=True, tags=True)
-    paper = None
+    paper = None  # type: ignore[assignment]  # ours
     keeps = "teacher, tag head"
 
     def __init__(self, cfg: FixMatchTagsConfig, build: Build) -> None:

@@ -183,7 +183,7 @@ def to_markdown(found: Board | None, columns: Sequence[str]) -> dict[str, list[s
 
 def _cells(line: Line) -> list[str]:
     shown = [f"{line.number} {line.label}", *(str(one) if one else "—" for one in line.calibration)]
-    numbers = [(line.step and line.step.relative, ".2f"), (line.cost, ".2f")]
+    numbers = [(line.step.relative if line.step else None, ".2f"), (line.cost, ".2f")]
     shown += [text(value, form) for value, form in numbers]
     shown.append(line.step.passes if line.step else "—")
     return [*shown, *(text(value, ".0f") for value in (line.memory, line.cpu, line.clock))]
