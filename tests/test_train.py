@@ -66,7 +66,7 @@ def test_fit_returns_scores_and_a_log_that_pandas_likes(tmp_path: Path) -> None:
     assert record.scores["teacher"]["visual"]["boundary_iou"] is not None
     assert {"before/coverage", "after/precision", "after/ece", "rescued"} <= set(record.pseudo_labels)
     assert 0 < record.pseudo_labels["before/ece"] < 1  # type: ignore[operator]
-    assert record.cpu_seconds is not None and 0 < record.cpu_seconds
+    assert record.cpu_seconds is not None and record.cpu_seconds > 0
     assert [entry["step"] for entry in record.history] == [3, 6]
     assert "simulated" in record.captions
     frame = result.frame()

@@ -250,7 +250,7 @@ class RuntimeConfig(Section):
     data_root: str | None = None
     """Directory of the data, for ``folder`` the one with ``images`` in it; not needed by the embedded data sets."""
     captions: str | None = None
-    """File of captions (CSV, JSON lines or Parquet) in place of the data set's own; its content is in the run's name."""
+    """File of captions (CSV, JSON lines or Parquet) in place of the data set's own; the run's name has its content."""
     text_model: str | None = None
     """Directory of the text encoder ``open_clip`` or ``transformers``; its content is in the run's name."""
     log_every: int = Field(50, ge=1)
