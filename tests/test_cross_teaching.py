@@ -15,6 +15,7 @@ from viladiff import draws
 from viladiff.batch import Batch, Step
 from viladiff.config import RunConfig, override
 from viladiff.data.mixing import beta_boxes, box_mask, class_mask
+from viladiff.data.perturb import virtual_adversarial
 from viladiff.methods.base import Method
 from viladiff.methods.cps import Cps
 from viladiff.methods.psmt import PsMt, ramp, strict, strict_consistency
@@ -26,10 +27,12 @@ STEP = Step(index=70, progress=0.7, seed=3)
 
 
 def ready(name: str, **changes: object) -> tuple[Method, Batch]:
-    """A method and a batch with its views; its labels are judged by its own threshold."""
+    """A method and a batch with its views, padding enough to be pasted; labels are judged by its own threshold."""
     changes.setdefault("pseudo.threshold", {"cps": 0.0, "psmt": 0.6, "swith": 0.95}[name])
     method = make_uneven(name, **changes)
-    return method, make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.views_wanted())
+    batch.valid[1, :, : SIDE // 2] = False
+    return method, batch
 
 
 @torch.no_grad()
@@ -253,6 +256,26 @@ def test_psmt_and_swith_ship_what_their_papers_evaluate() -> None:
     assert swith.predictor() is swith.student is swith.networks()["student"]
     assert make("swith", **{"predict.network": "teacher"}).predictor().members[0].num_classes == CLASSES
     assert not any(p.requires_grad for method in (psmt, swith) for p in method.teachers.parameters())
+
+
+def test_psmt_noise_is_found_with_both_teachers_from_centred_draws_of_each_image() -> None:
+    """Labelled image 0 and unlabelled image 0 have draws of their own."""
+    method, batch = ready("psmt", **{"vat.radius": 0.2, "vat.probe": 0.3})
+    assert isinstance(method, PsMt)
+    with torch.no_grad():
+        features = method.student.encode(torch.cat([batch.image, batch.strong[0]]))
+    sizes = [level[0].numel() for level in features]
+    keys = [f"{kind}{key}" for kind in "lu" for key in range(4)]
+    drawn = draws.uniform(keys, (sum(sizes),), STEP.seed, "psmt-vat", STEP.index)
+    start = [part.view_as(x) - 0.5 for part, x in zip(drawn.split(sizes, 1), features, strict=True)]
+
+    def mean_of_teachers(given: list[Tensor]) -> Tensor:
+        both = [method.teachers[i].decode(given)["visual"].logits for i in (0, 1)]
+        return torch.stack(both).mean(0)
+
+    expected = virtual_adversarial(features, mean_of_teachers, start, 0.2, 0.3)
+    for found, wanted in zip(method._noise(features, batch, STEP), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_psmt_noise_is_adversarial_to_the_teachers() -> None:
