@@ -192,6 +192,18 @@ def test_a_job_goes_on_from_its_parts(job: Job) -> None:
     assert [one.image for one in state(more).todo] == ["i9"], "of a data set that has grown"
 
 
+def test_a_prompt_that_is_missing_is_asked_again_and_undoes_nothing(job: Job) -> None:
+    said = rows(job, slice(0, 6))
+    jobs.begin(job)
+    jobs.write_part(job, [rows_table([*said[:4], *said[5:]])])
+    assert [one.image for one in state(job).todo] == ["i2"]
+    jobs.finish(job)
+    jobs.begin(job)
+    jobs.write_part(job, [rows_table([said[4]._replace(text="new"), said[5]._replace(text=None, error="odd")])])
+    table = jobs.finish(job)
+    assert [row["text"] for row in table.to_pylist()][4:6] == ["new", said[5].text] and jobs.failures(table) == {}
+
+
 def test_failures_stay_in_the_table_and_out_of_training(job: Job) -> None:
     jobs.begin(job)
     jobs.write_part(job, [rows_table([*rows(job, slice(0, 5)), *rows(job, slice(5, 6), "broken")])])

@@ -17,7 +17,7 @@ from viladiff.text.caption_job import Job
 from viladiff.text.captioner import Captioner, Picture, Writer, caption, reader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
 PART = 256
 """Images of a part."""
@@ -106,7 +106,7 @@ def _carry_out(
         raise ValueError(str(cause).strip().splitlines()[-1]) from error
 
 
-def _keep(job: Job, tables: Iterator[pa.Table], images: int, advance: Advance, refresh: Any) -> None:
+def _keep(job: Job, tables: Iterable[pa.Table], images: int, advance: Advance, refresh: Any) -> None:
     """Writes a part whenever there is one, and the rest whatever ends it."""
     before = len(job.pictures) - images
     waiting: list[pa.Table] = []

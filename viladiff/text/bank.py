@@ -138,7 +138,9 @@ def open_bank(directory: Path) -> Bank:
     """A bank that exists. Raises ValueError that names the file where one is missing, truncated or altered."""
     arrays, facts = open_checked(directory)
     return Bank(
-        **arrays,
+        tokens=arrays["tokens"],
+        mask=arrays["mask"],
+        pooled=arrays["pooled"],
         fingerprint=directory.name,
         encoder=str(facts["encoder"]),
         source=str(facts["source"]),

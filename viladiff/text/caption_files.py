@@ -98,11 +98,11 @@ def read_captions(path: Path | str) -> CaptionFile:
     if not found:
         raise ValueError(f"{path}: holds no caption" + (f"; {empty} rows have an empty text" if empty else ""))
     order = {prompt: place for place, prompt in enumerate(prompts)}
-    texts = {
+    in_order = {
         image: tuple(lines[key] for key in sorted(lines, key=lambda key: order.get(key, len(order))))
         for image, lines in found.items()
     }
-    return CaptionFile(path.name, texts, tuple(prompts), tuple(writers), empty)
+    return CaptionFile(path.name, in_order, tuple(prompts), tuple(writers), empty)
 
 
 def match(file: CaptionFile, train: Sequence[str], val: Sequence[str]) -> Matched:
@@ -132,7 +132,8 @@ def match(file: CaptionFile, train: Sequence[str], val: Sequence[str]) -> Matche
     source = f"{writers} ({file.name})"
     lacking = len(known) - len(texts)
     source += f"; {lacking} of {len(known)} images have none" if lacking else ""
-    return Matched(*(tuple(texts.get(image, ()) for image in part) for part in (train, val)), source, tuple(notes))
+    captions, val_captions = (tuple(texts.get(image, ()) for image in part) for part in (train, val))
+    return Matched(captions, val_captions, source, tuple(notes))
 
 
 def clean(text: str) -> str:

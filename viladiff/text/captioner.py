@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,16 +97,17 @@ class Captioner:
 
     def __init__(self, who: Writer) -> None:
         """Raises ValueError where transformers cannot load the directory, or weights are missing."""
-        from transformers import Blip2ForConditionalGeneration, Blip2Processor
+        import transformers
 
         self.who = who
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         try:
-            self.processor: Any = Blip2Processor.from_pretrained(who.directory, **options)
+            kind: Any = transformers.Blip2ForConditionalGeneration
+            self.processor: Any = transformers.Blip2Processor.from_pretrained(who.directory, **options)
             with quiet():
-                model, told = Blip2ForConditionalGeneration.from_pretrained(
+                model, told = kind.from_pretrained(
                     who.directory, use_safetensors=True, output_loading_info=True, dtype=dtype, **options
                 )
         except Exception as error:  # whatever a foreign file makes a library raise
@@ -151,7 +153,8 @@ def joined(prompt: str, text: str) -> str:
 @contextmanager
 def _seen_once(vision: Any) -> Iterator[None]:
     """Within it, which is for one batch of images, their encoder computes once and then answers from memory."""
-    forward, seen = vision.forward, []
+    forward: Any = vision.forward
+    seen: list[Any] = []
 
     def once(pixels: torch.Tensor, **words: Any) -> Any:
         if not seen:
@@ -187,7 +190,7 @@ def caption(captioner: Captioner, pictures: Sequence[Picture], read: Callable[[s
     images = {place: found for place, found in enumerate(opened) if not isinstance(found, str)}
     said = _attempt(lambda: dict(zip(images, captioner.say(list(images.values())), strict=True)) if images else {})
     if isinstance(said, str):  # one by one, to know whose fault it is; or too little memory for so many
-        said = {place: _attempt(lambda image=image: captioner.say([image])[0]) for place, image in images.items()}
+        said = {place: _attempt(partial(_alone, captioner, image)) for place, image in images.items()}
     share = (time.perf_counter() - begun) / (len(pictures) * len(captioner.who.prompts))
     rows = []
     for place, picture in enumerate(pictures):
@@ -198,6 +201,10 @@ def caption(captioner: Captioner, pictures: Sequence[Picture], read: Callable[[s
                 text, error = None, "the model added nothing to the prompt"
             rows.append(Said(picture.image, prompt, text, captioner.who.model, captioner.who.revision, share, error))
     return rows
+
+
+def _alone(captioner: Captioner, image: np.ndarray) -> list[str]:
+    return captioner.say([image])[0]
 
 
 def _attempt(what: Callable[[], Any]) -> Any:

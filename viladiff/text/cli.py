@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from viladiff.config import RunConfig
     from viladiff.text.caption_job import Job
 
@@ -76,7 +78,8 @@ def _positive(text: str) -> int:
 def _caption(args: argparse.Namespace) -> int:
     from viladiff.progress import counter
     from viladiff.text.caption_job import Job, failures, pictures, state
-    from viladiff.text.captioner import PROMPTS, writer
+    from viladiff.text.captioner import writer
+    from viladiff.text.captions import PROMPTS
 
     who = writer(args.model, tuple(args.prompt or PROMPTS))
     job = Job(*pictures(args.source), who, Path(args.out).expanduser().absolute())
@@ -158,7 +161,7 @@ def _wanted(cfg: RunConfig, source: str, captions: list[tuple[str, ...]], before
     }
 
 
-def _print(facts: dict[str, object]) -> None:
+def _print(facts: Mapping[str, object]) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")

@@ -23,9 +23,13 @@ class TextEncoder(Protocol):
     """What the text bank asks of an encoder."""
 
     name: str
-    dim: int
     fingerprint: str
     """Names everything that decides the vectors."""
+
+    @property
+    def dim(self) -> int:
+        """D, channels of a token."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32; L >= 1 tokens of the longest text."""

@@ -53,13 +53,14 @@ class Pretrained:
         files = sorted(path for path in directory.rglob("*") if path.suffix in KINDS and path.is_file())
         named = [(path.relative_to(directory).as_posix(), digest(path)) for path in files]
         self.fingerprint = fingerprint(name, _REVISION, LONGEST, named)
-        self._load, self._tower = load, None
+        self._load = load
+        self._tower: Tower | None = None
 
     @property
     def tower(self) -> Tower:
         """Loaded once. Raises ValueError for a directory that holds no such model."""
         if self._tower is None:
-            self._tower: Tower | None = self._load(self.directory)
+            self._tower = self._load(self.directory)
         return self._tower
 
     @property
@@ -287,7 +288,7 @@ def _class(transformers: Any, config: Any) -> Any:
     if (
         not hasattr(config, "vocab_size")
         or hasattr(config, "vision_config")
-        or getattr(config, "is_encoder_decoder", 0)
+        or getattr(config, "is_encoder_decoder", False)
     ):
         raise ValueError(f"a {config.model_type!r} is no text encoder")
     return transformers.AutoModel
