@@ -45,11 +45,11 @@ class Banks(nn.Module):
         slots = torch.arange(min(size, newest.shape[1]), device=count.device)
         chosen = newest.gather(1, slots + skip)
         kept = (count[:, None] - skip).clamp(max=size)
-        place = (self.following[:, None] + slots) % size
-        place, chosen = (x[..., None].expand(-1, -1, width) for x in (place, chosen))
-        old = self.vectors.gather(1, place)
-        new = torch.where((slots < kept)[..., None], given.gather(1, chosen), old)
-        self.vectors.scatter_(1, place, new)
+        first = torch.arange(classes, device=count.device)[:, None] * size
+        rows = ((self.following[:, None] + slots) % size + first).flatten()
+        places = self.vectors.view(-1, width)
+        new = torch.where((slots < kept)[..., None].flatten(0, 1), pick(given, chosen).flatten(0, 1), places[rows])
+        places.index_copy_(0, rows, new)
         self.following.add_(kept[:, 0]).remainder_(size)
         self.filled.add_(kept[:, 0]).clamp_(max=size)
 
