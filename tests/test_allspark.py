@@ -281,6 +281,10 @@ def test_dropout_is_named_by_step_and_image(monkeypatch: pytest.MonkeyPatch) -> 
     for part in (slice(0, 4), slice(4, 8)):
         assert not any(torch.equal(first[part], x[part]) for x in (other, plain))
         assert not torch.equal(first[part][0], keys[part][0]) and torch.equal(first[part][2], keys[part][2])
+    method.cfg = AllSparkConfig(width=16)
+    method(replace(batch, keys=(1, 0, 2, 3)), STEP)
+    mine = seen.tops[-1]
+    assert torch.equal(mine[4:], first[4:]) and torch.equal(mine[:2], keys[:2])  # each half is named by its own images
     looked_at = seen.tops[::2]
     assert all(torch.equal(x, looked_at[0]) for x in looked_at)  # nothing is dropped there
 
