@@ -110,8 +110,8 @@ def write(store: Store, runs: Iterable[tuple[int, int, str]], points: list[dict[
 def provenance(records: list[RunRecord]) -> dict[str, Any]:
     """What the curves have in common, or all the values where they differ."""
 
-    def all_of(values: Iterable[object]) -> list[object]:
-        return sorted({json.dumps(value, sort_keys=True) for value in values})  # type: ignore[type-var]
+    def all_of(values: Iterable[object]) -> list[str]:
+        return sorted({json.dumps(value, sort_keys=True) for value in values})
 
     varied = {"seed", *(load_sweep(ROOT / "tune" / "sweep_joint.toml").space)}
     fixed = [

@@ -92,7 +92,7 @@ def test_some_that_fail_are_recorded_and_the_best_is_quoted(
     out = capsys.readouterr().out
     trials = trials_in(tmp_path)
     failed = [trial for trial in trials if trial.state == "failed"]
-    assert len(trials) == 12 and failed and all(0.2 < trial.point["method.vila.lam"] < 0.45 for trial in failed)
+    assert len(trials) == 12 and failed and all(0.2 < float(trial.point["method.vila.lam"]) < 0.45 for trial in failed)
     assert all(trial.reason == "seed 0: error: KeyError: 'lam'" for trial in failed)
     assert f"{12 - len(failed)} complete, {len(failed)} failed" in out and "over 5 of 5 fresh seeds" in out
     before = len(played.runs)

@@ -17,7 +17,7 @@ import pytest
 from viladiff.record import RunRecord, save_record
 from viladiff.report import sweep_page
 from viladiff.report.sweep_page import Shown, render_sweep
-from viladiff.study import sweep_drive, sweep_job, sweep_publish
+from viladiff.study import sweep_drive, sweep_job, sweep_publish, sweeps
 from viladiff.study.finals import Finalist
 from viladiff.study.plan import Planned
 from viladiff.study.sweep import Sweep, load_sweep
@@ -64,7 +64,7 @@ def run_of(number: int, seed: int) -> str:
     return f"{number:012x}{seed:04x}"
 
 
-def trial(number: int, point: dict[str, Any], *values: float, state: str = "complete", reached: int = 3) -> Trial:
+def trial(number: int, point: dict[str, Any], *values: float, state: Any = "complete", reached: int = 3) -> Trial:
     """A trial whose first seed scored 0.1, 0.2 on its way, and less than its end where it is bad."""
     first = values[0] if values else 0.3 - number / 1000
     rungs = [Rung(step=step, value=first * (0.5 + 0.25 * i), order=20 * number + i + 1) for i, step in enumerate(STEPS)]
@@ -73,7 +73,7 @@ def trial(number: int, point: dict[str, Any], *values: float, state: str = "comp
         point=point,
         runs={str(seed): run_of(number, seed) for seed in range(3)},
         order=20 * number,
-        state=state,  # type: ignore[arg-type]
+        state=state,
         values={str(seed): value for seed, value in enumerate(values)},
         rungs=rungs[:reached],
         reason="" if state == "complete" else f"{state} at /home/somebody/runs/x/hang.txt",
@@ -98,7 +98,7 @@ def finals(sweep: Sweep, *trials: Trial) -> tuple[list[Finalist], dict[str, RunR
     found, records = [], {}
     for role, one in zip(("winner", "paper"), trials, strict=True):
         runs = {seed: Planned(run_of(1000 + one.number, seed), {}, "", 600, {}) for seed in sweep.finals}
-        found.append(Finalist((role,), one.number, dict(one.point), runs))
+        found.append(Finalist((role,), one.number, dict(one.point), runs))  # type: ignore[arg-type]
         for seed, run in runs.items():
             records[run.run_id] = record(run.run_id, 0.5 - 0.02 * (role == "paper") + 0.001 * (seed * one.number % 3))
     return found, records
@@ -158,7 +158,9 @@ def test_the_page_shows_all_that_a_sweep_found(sweep: Sweep, tmp_path: Path) -> 
     # The response: nine places with their spread, a local mean with its band, what was stopped, the paper's own curve.
     response = text.split('id="response"')[1].split("</section>")[0]
     measured, printed = response.split("</svg>")[:2]
-    assert measured.count("<circle") == 9 and measured.count("<polygon") == 1 and measured.count('class="rug"') == 2
+    assert (
+        measured.count("<circle") == 9 and measured.count("<polygon") == 1 and measured.count('<path class="rug"') == 2
+    )
     assert printed.count("<polyline") == 4 and printed.count("<circle") == 20
     assert all(number in page.said["response"] for number in ("77.5", "82.4", "46.3"))
     assert "What mattered" not in text, "a space of one dimension has nothing to share out"
@@ -205,7 +207,7 @@ def test_a_space_of_many_dimensions_has_threads_and_importances_at_one_budget(
 ) -> None:
     flip = load_sweep(TUNE / "sweep_flip.toml")
     asked: list[int] = []
-    found = sweep_page.importances
+    found = sweeps.importances
 
     def importances(trials: Any, space: Any, step: int, kind: Any) -> Any:
         asked.append(step)
@@ -424,6 +426,12 @@ def test_continues_knows_what_may_grow() -> None:
     assert not sweep_publish.continues([done, trial(1, {"x": 3}, 0.4, 0.5, 0.6)], [done, running])
     assert not sweep_publish.continues([done, trial(1, {"x": 2}, 0.41, 0.5, 0.6)], [done, running])
     assert sweep_publish.continues([done], [])
+    further = trial(1, {"x": 2}, 0.4, state="running", reached=2)
+    assert sweep_publish.continues([done, further], [done, running])
+    assert not sweep_publish.continues([done, running], [done, further])
+    forgotten = Trial(**{**running.model_dump(), "values": {}})
+    assert sweep_publish.continues([done, running], [done, forgotten])
+    assert not sweep_publish.continues([done, forgotten], [done, running])
 
 
 def test_a_published_trial_is_written_once(checkout: Path, tmp_path: Path) -> None:

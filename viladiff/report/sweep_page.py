@@ -194,8 +194,8 @@ def _runs(trials: Sequence[Trial], found: Sequence[Finalist], records: Records, 
         for seed, run in one.runs.items():
             stands.setdefault(run.run_id, []).append(f"{one.label}, fresh seed {seed}")
     for trial in trials if len(trials) <= LISTED else ():
-        for seed, run_id in trial.runs.items():
-            stands.setdefault(run_id, []).append(f"trial {trial.number}, seed {seed}")
+        for named, run_id in trial.runs.items():
+            stands.setdefault(run_id, []).append(f"trial {trial.number}, seed {named}")
     return [
         {"run": run_id, "stands": where, "record": records[run_id], "link": _link(run_id, out)}
         for run_id, where in stands.items()
