@@ -123,8 +123,8 @@ def diagnose(logits: Tensor, parent: Tensor, doubt: float) -> Tensor:
     of 128 x 128: 35 MB at most, beside the 6 MB that come in.
     """
     z = logits.float()
-    scores = z.sigmoid()
-    conflict = torch.cat(conflicts(*scores.split([len(parent), z.shape[1] - len(parent)], 1), parent), 1)
+    classes, groups = z.sigmoid().tensor_split([len(parent)], 1)
+    conflict = torch.cat(conflicts(classes, groups, parent), 1)
     # From not holding to holding: log s - log(1 - s) = z, and the doubt is gained or saved.
     gain = z - torch.where(z > 0, 1.0, -1.0) * doubt * (conflict + FLOOR).log()
     return gain[:, : len(parent)] + gain[:, len(parent) :][:, parent]

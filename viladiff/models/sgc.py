@@ -49,8 +49,9 @@ class Sgc(nn.Module):
         """
         lower, top = (level.detach() for level in features[-2:])
         maps = class_maps(top, self.tag.weight.detach(), present)
-        columns = torch.cat([F.adaptive_avg_pool2d(lower, top.shape[-2:]), top], 1)
-        counted = F.adaptive_max_pool2d(valid.float()[:, None], top.shape[-2:]).flatten(1) > 0
+        grid = (top.shape[-2], top.shape[-1])
+        columns = torch.cat([F.adaptive_avg_pool2d(lower, grid), top], 1)
+        counted = F.adaptive_max_pool2d(valid.float()[:, None], grid).flatten(1) > 0
         return self.score(spread(maps, attention(self.query(columns), self.key(columns), counted))).float()
 
 
