@@ -124,7 +124,7 @@ class SemiVl(UniMatch):
 
     def networks(self) -> dict[str, Network]:
         """Where there is a CLIP, it is scored by itself as well: what its labels from text are worth untrained."""
-        alone: dict[str, Any] = {"clip": ZeroShot(*self._clip, self)} if self._clip else {}
+        alone: dict[str, Any] = {"clip": ZeroShot(clip, self) for clip in self._clip}
         return {**super().networks(), **alone}
 
     def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class SemiVl(UniMatch):
         confidence, labels = upsample(weak * cfg.guide.scale, size).softmax(1).max(1)
         sure = (confidence >= cfg.guide.threshold) & batch.valid
         labels = torch.where(sure, labels, IGNORE)
-        strong = [cross_entropy(z, *pasted(batch, i, labels), norm="all") for i, z in enumerate(streams[:2])]
+        strong = [cross_entropy(z, pasted(batch, i, labels)[0], norm="all") for i, z in enumerate(streams[:2])]
         dropped = cross_entropy(streams[2], labels, norm="all")
         guided = cfg.strong_weight * torch.stack(strong).mean() + cfg.feature_weight * dropped
         total = cfg.guide.weight * (1 - step.progress) * guided
