@@ -124,7 +124,7 @@ class SemiVl(UniMatch):
 
     def networks(self) -> dict[str, Network]:
         """Where there is a CLIP, it is scored by itself as well: what its labels from text are worth untrained."""
-        alone: dict[str, Any] = {"clip": ZeroShot(clip, self) for clip in self._clip}
+        alone: dict[str, Any] = {"clip": ZeroShot(self._clip[0], self)} if self._clip else {}
         return {**super().networks(), **alone}
 
     def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
