@@ -169,8 +169,8 @@ def test_up_in_numpy() -> None:
     y = np.concatenate([grown, skip[[0, 0, 1, 1, 2, 2]]], 1)
     for place in (0, 3):
         y = relu(group_norm(conv(y, net.join[place], 1), net.join[place + 1]))
-    found = net(torch.from_numpy(x).float(), torch.from_numpy(skip).float())
-    np.testing.assert_allclose(np_(found), y, atol=1e-4)
+    found = net(torch.from_numpy(x.reshape(3, 2, 8, 3, 2)).float(), torch.from_numpy(skip).float())
+    np.testing.assert_allclose(np_(found), y.reshape(3, 2, 8, 6, 4), atol=1e-4)
 
 
 def decoder(chunk: int = 21, classes: int = 5, width: int = 16) -> VlDecoder:
@@ -210,7 +210,7 @@ def test_the_stages_of_the_decoder_follow_one_another() -> None:
     for k in range(5):
         y = x[:, k]
         for up, skip in zip(net.ups, skips, strict=True):
-            y = up(y, skip)
+            y = up(y[:, None], skip)[:, 0]
         found.append(net.score(y))
     torch.testing.assert_close(net(maps), torch.cat(found, 1), rtol=1e-4, atol=1e-5)
 
@@ -261,7 +261,7 @@ def test_stated_memory_is_that_of_the_shapes() -> None:
         with torch.device("meta"):
             net = VlDecoder((768,) * 4, (16,) * 4, 128, torch.empty(classes, 512), cfg)
             sizes: list[tuple[int, ...]] = []
-            for module in (net.aspp, net.ups[1]):
+            for module in (net.aspp, net.ups[1].join):
                 module.register_forward_hook(lambda m, given, out, sizes=sizes: sizes.append(tuple(out.shape)))
             assert net([torch.empty(1, 768, 32, 32) for _ in range(4)]).shape == (1, classes, 128, 128)
         middle, fine = (sum(np.prod(s) for s in sizes if s[1] == width) for width in (128, 32))

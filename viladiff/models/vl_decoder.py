@@ -63,13 +63,14 @@ class SemanticBlock(nn.Module):
 
     def forward(self, x: Tensor, texts: Tensor) -> Tensor:
         """x (B, K, W, h, w), texts (K, T)."""
-        batch, classes, width, *grid = x.shape
+        classes, width = x.shape[1:3]
         pooled = F.avg_pool2d(x.flatten(0, 1), POOL, ceil_mode=True, count_include_pad=False)
-        tokens = pooled.unflatten(0, (batch, classes)).permute(0, 3, 4, 1, 2)  # (B, h', w', K, W)
+        tokens = pooled.unflatten(0, (-1, classes)).permute(0, 3, 4, 1, 2)  # (B, h', w', K, W)
         words = self.text(texts).to(tokens.dtype).expand_as(tokens)
         seen = self.block(torch.cat([tokens, words], -1).flatten(0, 2))[..., :width]
         maps = seen.reshape(tokens.shape).permute(0, 3, 4, 1, 2).flatten(0, 1)
-        return x + F.interpolate(maps, grid, mode="bilinear", align_corners=False).unflatten(0, (batch, classes))
+        fine = F.interpolate(maps, x.shape[-2:], mode="bilinear", align_corners=False)
+        return x + fine.unflatten(0, (-1, classes))
 
 
 class Up(nn.Module):
@@ -81,8 +82,10 @@ class Up(nn.Module):
         self.join = nn.Sequential(*_conv(inputs, outputs), *_conv(outputs, outputs))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """x (B * k, inputs, h, w) of k classes, skip (B, ..., 2 h, 2 w)."""
-        return self.join(torch.cat([self.grow(x), skip.repeat_interleave(len(x) // len(skip), 0)], 1))
+        """x (B, k, inputs, h, w) of k classes, skip (B, ..., 2 h, 2 w)."""
+        classes = x.shape[1]  # a number also in an exported graph, where the batch is free
+        repeated = skip[:, None].expand(-1, classes, -1, -1, -1).flatten(0, 1)
+        return self.join(torch.cat([self.grow(x.flatten(0, 1)), repeated], 1)).unflatten(0, (-1, classes))
 
 
 class VlDecoder(nn.Module):
@@ -141,15 +144,14 @@ class VlDecoder(nn.Module):
 
     def _read(self, maps: Tensor) -> Tensor:
         """(B, k, h, w) to (B, k, W, h, w)."""
-        return self.aspp(self.embed(maps.flatten(0, 1)[:, None])).unflatten(0, maps.shape[:2])
+        return self.aspp(self.embed(maps.flatten(0, 1)[:, None])).unflatten(0, (-1, maps.shape[1]))
 
     def _grow(self, x: Tensor, *skips: Tensor) -> Tensor:
         """(B, k, W, h, w) to (B, k, 4 h, 4 w)."""
-        shape = x.shape[:2]
-        x = x.flatten(0, 1)
+        classes = x.shape[1]
         for up, skip in zip(self.ups, skips, strict=True):
             x = up(x, skip)
-        return self.score(x)[:, 0].unflatten(0, shape)
+        return self.score(x.flatten(0, 1))[:, 0].unflatten(0, (-1, classes))
 
 
 class VlSegmenter(Segmenter):
