@@ -395,6 +395,15 @@ def test_labels_from_text_carry_no_gradient_and_fade() -> None:
     assert weak.grad is not None and not weak.grad.any()
 
 
+def test_a_map_that_the_decoder_does_not_read_leaves_no_parameter_without_a_gradient() -> None:
+    changes = {"method.name": "semivl", "model.pretrained": "none", "model.encoder": "vit_tiny_patch16_224"}
+    cfg = override(RunConfig(), changes)
+    method = SemiVl(cfg.method, Build(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)).train()
+    assert method.student.decoder.levels == (2, 0)
+    method(replace(make_batch(2, views=method.views_wanted()), mix=()), STEP).total.backward()
+    assert [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_only_attention_and_positions_learn_when_tuned_spatially() -> None:
     method = make("semivl", spatial=True)
     learning = {name for name, p in method.student.encoder.named_parameters() if p.requires_grad}

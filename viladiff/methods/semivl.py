@@ -148,6 +148,8 @@ class SemiVl(UniMatch):
         dropped = cross_entropy(streams[2], labels, norm="all")
         guided = cfg.strong_weight * torch.stack(strong).mean() + cfg.feature_weight * dropped
         total = cfg.guide.weight * (1 - step.progress) * guided
+        for level in {0, 1, 2} - set(self.student.decoder.levels):
+            total = total + 0 * features[level].float().mean()  # a norm of its own, as timm's have, must get a gradient
         terms = {"guided": guided, "guided_coverage": global_mean(sure.sum(), batch.valid.sum())}
         if taught is not None:
             terms["map"] = cross_entropy(upsample(taught * cfg.guide.scale, size), batch.target)
