@@ -58,6 +58,9 @@ def other_values(value: Any, kind: Any) -> list[Any]:
         inner = [found for member in args if member is not NoneType for found in other_values(value, member)]
         return inner if value is None else [*inner, None]
     if origin is tuple:
+        value = value or ()
+        if not value and ... in args:
+            return [(other,) for other in other_values(None, args[0])]
         changes = [
             (*value[:place], other, *value[place + 1 :])
             for place in range(len(value))
@@ -69,7 +72,7 @@ def other_values(value: Any, kind: Any) -> list[Any]:
     if kind is str:
         return [f"{value or ''}x"]
     number = value or 0
-    candidates = [number * 2, number + 1, number / 2, number + 0.05, 5, 0.7]
+    candidates = [number * 2, number + 1, number / 2, number + 0.05, 5, 0.7, 8]
     return [kind(one) for one in candidates if kind(one) != value]
 
 

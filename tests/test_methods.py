@@ -415,15 +415,15 @@ def test_a_step_that_waits_is_noticed(look: Callable[[Tensor], object], monkeypa
     ],
     ids=["down", "list", "index", "new", "up"],
 )
-def test_a_copy_that_waits_is_noticed(copy: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    method = make("supervised")
-    weight = method.student.decoder.norm
-    monkeypatch.setattr(method, "after_step", lambda step: copy(weight.weight))
-    assert len(step_without_content(method, make_batch(), STEP)) == 1
-    monkeypatch.setattr(
-        method, "after_step", lambda step: torch.tensor([1.0]).to(weight.weight.device, non_blocking=True)
-    )
-    assert step_without_content(method, make_batch(), STEP) == []
+def test_a_copy_that_waits_is_noticed(copy: Callable[[Tensor], object]) -> None:
+    def found(copy: Callable[[Tensor], object]) -> list[str]:
+        method = make("supervised")  # a new one each time: weights without content cannot be exchanged for others
+        with pytest.MonkeyPatch.context() as stack:
+            stack.setattr(method, "after_step", lambda step: copy(method.student.decoder.norm.weight))
+            return step_without_content(method, make_batch(), STEP)
+
+    assert len(found(copy)) == 1
+    assert found(lambda x: torch.tensor([1.0]).to(x.device, non_blocking=True)) == []
 
 
 def test_viladiff_without_its_modules_is_semibaseline_bit_for_bit() -> None:

@@ -117,12 +117,12 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         words = ((f"words of {name}",),)
         return SimpleNamespace(captions=words, val_captions=words, caption_source="us", fingerprint=f"{name} {split}")
 
-    def text(opened: SimpleNamespace, encoder: str, control: str) -> tuple[SimpleNamespace]:
+    def text(opened: SimpleNamespace, encoder: str, control: str, *, model: str | None) -> str:
         read.append((opened.captions, control))
-        return (SimpleNamespace(fingerprint=f"{opened.captions} {control}"),)
+        return f"{opened.captions} {control}"
 
     monkeypatch.setattr(module, "load_dataset", dataset)
-    monkeypatch.setattr(module, "load_text", text)
+    monkeypatch.setattr(module, "text_fingerprint", text)
     splits = [("digits", "183"), ("digits", "732"), ("dense", "232")]
     fields = [
         {"data.dataset": name, "data.split": split, "data.captions": control, "seed": seed}
