@@ -331,18 +331,13 @@ def test_a_scale_names_the_rows_and_columns_that_it_runs_by_itself(tmp_path: Pat
     assert choose(table, "tiny")[:2] == ((0, 1, 2), (0, 1))
 
 
-def test_a_row_whose_method_is_not_written_waits_and_runs_once_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("viladiff.methods.PLANNED", ("semibaseline", "dreams"))
-    table = read(tmp_path, ('"method.name" = "semibaseline"', '"method.name" = "dreams"'))
-    assert unbuilt(table) == {0: "not built yet: method.name = dreams"}
+def test_a_row_waits_for_the_field_that_it_needs(tmp_path: Path) -> None:
+    table = read(tmp_path, ('label = "plain"', 'label = "plain"\nneeds = "runtime.data_root"'))
+    assert unbuilt(table) == {0: "not available: runtime.data_root is not given"}
     assert {cell.row for cell in cells(table, "tiny")} == {1, 2}
-    assert unbuilt(read(tmp_path)) == {}, "it is planned, and built"
-    assert (
-        unbuilt(table, {"method.name": "viladiff"}) == {}
-        and len(cells(table, "tiny", changes={"method.name": "viladiff"})) == 18
-    )
+    given = {"runtime.data_root": str(tmp_path)}
+    assert unbuilt(table, given) == {} and len(cells(table, "tiny", changes=given)) == 18
+    assert unbuilt(read(tmp_path)) == {}, "a row that needs nothing"
     with pytest.raises(ValueError, match=r"rows\[1\] 'plain': method\.name = 'dremas': allowed"):
         cells(read(tmp_path, ('"method.name" = "semibaseline"', '"method.name" = "dremas"')), "tiny")
 
@@ -448,7 +443,7 @@ def test_every_table_can_be_run_at_every_scale_with_cells_that_differ(path: Path
         sets = [sorted(changed(override(RunConfig(), one.changes)).items()) for one in found]
         assert len({str(key) for key in zip(read, sets, strict=True)}) == len(found)
         there = {one.row for one in every} | set(unbuilt(table))
-        assert there == set(range(len(table.rows))), "a row runs, or waits for its method or for what it needs"
+        assert there == set(range(len(table.rows))), "a row runs, or waits for what it needs"
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

@@ -31,13 +31,12 @@ label = "183"
 set = { "data.dataset" = "voc", "data.split" = "183" }
 """
 ONE = '[[rows]]\nlabel = "base"\n[[rows]]\nlabel = "slow"\nset = { "optim.lr" = 0.002 }\n'
-OTHER = '[[rows]]\nlabel = "the same"\n[[rows]]\nlabel = "later"\nset = { "method.name" = "dreams" }\n'
+OTHER = '[[rows]]\nlabel = "the same"\n[[rows]]\nlabel = "later"\nneeds = "method.clip.weights"\n'
 
 
 @pytest.fixture
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Two tables: 2 and 1 rows that can be run, of which one is the same, on 2 columns and 2 seeds."""
-    monkeypatch.setattr("viladiff.methods.PLANNED", ("dreams",))
     monkeypatch.setattr("viladiff.study.drive.ROOT", tmp_path)  # or committed records would be as good as one's own
     found = [tmp_path / "one.toml", tmp_path / "other.toml"]
     for path, rows in zip(found, (ONE, OTHER), strict=True):

@@ -42,9 +42,3 @@ METHODS: dict[str, type[Method]] = {
     "allspark": AllSpark,
     "semivl": SemiVl,
 }
-
-PLANNED = (
-    *("fixmatch", "unimatch", "unimatch_v2", "daw", "cps", "psmt", "corrmatch", "swith"),
-    *("pseudoseg", "u2pl", "ddfp", "allspark", "logicdiag", "semivl"),
-)
-"""Methods that tables may ask for before they are written; one that is in ``METHODS`` is run."""

@@ -34,7 +34,7 @@ _WHY: dict[State, str] = {
 
 
 Mark = State | Literal["unbuilt"]
-"""How far a cell's run is; ``unbuilt`` has none, since its method is not written yet, or wants what is not given."""
+"""How far a cell's run is; ``unbuilt`` has none, since it wants what is not given."""
 
 
 @dataclass(frozen=True)

@@ -125,18 +125,12 @@ def cells(
 
 
 def unbuilt(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
-    """Why rows cannot be run yet, by place: a method that is not written, a field that has to be given. Loads torch."""
-    from viladiff.methods import METHODS, PLANNED
-
-    found = {}
-    for place, row in enumerate(table.rows):
-        given = {**table.base, **row.set, **changes}
-        name = str(given.get("method.name"))
-        if row.needs and given.get(row.needs) is None:
-            found[place] = f"not available: {row.needs} is not given"
-        if name in PLANNED and name not in METHODS:
-            found[place] = f"not built yet: method.name = {name}"
-    return found
+    """Why rows cannot be run, by place: a field that has to be given, such as a file, is not."""
+    return {
+        place: f"not available: {row.needs} is not given"
+        for place, row in enumerate(table.rows)
+        if row.needs and {**table.base, **row.set, **changes}.get(row.needs) is None
+    }
 
 
 def settings(table: Table, row: int, column: int) -> dict[str, object]:

@@ -97,11 +97,7 @@ def totals(shares: Sequence[Share], args: argparse.Namespace) -> dict[str, str]:
         }
         lines |= {"cost": f"{guess.cost:.2f}"} if guess.cost is not None else {}
     waiting = sum(share.waiting for share in shares)
-    lines |= (
-        {"waiting": f"{waiting} rows, whose methods are not built yet, or which need a field that is not given"}
-        if waiting
-        else {}
-    )
+    lines |= {"waiting": f"{waiting} rows, which need a field that is not given"} if waiting else {}
     lines |= {share.name: f"not timed: {share.why}" for share in shares if share.job is None}
     return lines
 
