@@ -324,6 +324,28 @@ def test_a_scale_has_stand_ins_for_lists_and_lengths_that_it_lacks(tmp_path: Pat
     assert first["data.split"] == "183" and "data.split_seed" not in first
 
 
+def test_what_all_methods_share_goes_to_those_that_have_it_and_do_not_set_it(tmp_path: Path) -> None:
+    shared = '[scale.tiny]\nshared = { "method.teacher.momentum" = 0.9, "method.mixe.timesteps" = 6 }'
+    table = read(
+        tmp_path,
+        ("[scale.tiny]", shared),
+        ('"method.name" = "semibaseline" }', '"method.name" = "supervised" }'),
+        ('"data.captions" = "none"', '"data.captions" = "none", "method.teacher.momentum" = 0.5'),
+    )
+    found = by_place(table, seeds=[0])
+    momenta = [found[row, 0, 0].get("method.teacher.momentum") for row in range(3)]
+    assert momenta == [None, 0.9, 0.5], "a method without it, one with it, and one whose row sets it"
+    assert found[1, 0, 0]["method.mixe.timesteps"] == 6, "base is the paper's, a scale's goes before it"
+    assert "method.teacher.momentum" not in by_place(table, "real")[1, 0, 5]
+    assert (
+        by_place(table, seeds=[0], changes={"method.teacher.momentum": "0.7"})[1, 0, 0]["method.teacher.momentum"]
+        == "0.7"
+    )
+    wrong = read(tmp_path, ("[scale.tiny]", '[scale.tiny]\nshared = { "method.teacher.momentun" = 0.9 }'))
+    with pytest.raises(ValueError, match=r"scale\.tiny: shared: method\.teacher\.momentun: .*momentum"):
+        cells(wrong, "tiny")
+
+
 def test_a_scale_names_the_rows_and_columns_that_it_runs_by_itself(tmp_path: Path) -> None:
     table = read(tmp_path, ("seeds = [5]", 'seeds = [5]\nrows = ["whole"]\ncolumns = ["second"]'))
     assert choose(table, "real") == ((1,), (1,), (5,))

@@ -315,6 +315,7 @@ def context(results: Results) -> list[str]:
     ]
     stand_ins = [f"{_fields(fields)} for {asked}" for asked, fields in (size.instead.items() if size else ())]
     said += [f"Stand-ins for what this data set lacks: {'; '.join(stand_ins)}."] if stand_ins else []
+    said += [f"In every method that has it: {_fields(size.shared)}."] if size and size.shared else []
     own = list(dict.fromkeys(provenance.captions(r) for r in records if r.config.get("data.captions", "own") == "own"))
     said += [f"Captions: {'; '.join(own)}."] if own else []
     encoders = list(dict.fromkeys(f"{r.encoder} ({r.pretrained})" for r in records))

@@ -9,10 +9,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.fields import ConfigError, nearest
 from viladiff.study.spec import RESERVED, Layer, Scale, Table, entry_name, listed, table_layers
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 CHOOSERS = ("data.dataset", "method.name")
 """Fields that choose a section; a layer that chooses another leaves nothing of the section before but ``COMMON``."""
@@ -100,7 +103,8 @@ def cells(
 ) -> list[Cell]:
     """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
 
-    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``). One that
+    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); what a scale
+    has as ``shared`` goes to cells whose method has the field and where neither column nor row sets it. One that
     chooses another method or data set drops what earlier ones set for the one before alone, and of
     ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
     data set of a cell lacks is left out there, unless all cells lack it. Rows that cannot be run yet have no cells
@@ -111,7 +115,7 @@ def cells(
         raise ValueError(f"{path} = {changes[path]}: not set here: {RESERVED[path]}")
     later = unbuilt(table, changes)
     places = [(row, column) for row in chosen_rows if row not in later for column in chosen_columns]
-    layers = {place: _layers(table, scale, *place) for place in places}
+    layers = {place: _shared(table, scale, _layers(table, scale, *place)) for place in places}
     typed = _fitting(changes, {place: _merge(layers[place]) for place in places})
     settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
     fixed = {"runtime.scale": scale}
@@ -157,6 +161,32 @@ def _layers(table: Table, scale: str, row: int, column: int) -> list[Layer]:
     return [mapped[0], Layer(f"scale.{scale}", {**threads, **size.set}), *mapped[1:]]
 
 
+def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
+    """``layers`` and what the scale sets for all methods that have it; raises ValueError where no method has it."""
+    from viladiff.methods import METHODS
+
+    shared = table.scale[scale].shared
+    if not shared:
+        return layers
+    merged = _merge(layers)
+    every = set().union(*(_known(merged, method) for method in METHODS))
+    for path in shared.keys() - every:
+        raise ValueError(f"{table.name}.toml: scale.{scale}: shared: {path}: no method has it{nearest(path, every)}")
+    known = _known(merged).keys() - {path for layer in layers[2:] for path in layer.fields}
+    fields = {path: value for path, value in shared.items() if path in known}
+    return [*layers, Layer(f"scale.{scale}: shared", fields)]
+
+
+def _known(merged: Mapping[str, Setting], method: str | None = None) -> dict[str, FieldInfo]:
+    """The fields that a cell's data set and method have; raises ConfigError where there is no such one."""
+    from viladiff.config import RunConfig, schema
+
+    plain = RunConfig()
+    defaults = {"data.dataset": plain.data.dataset, "method.name": plain.method.name}
+    now = defaults | {path: str(one.value) for path, one in merged.items()}
+    return schema(now["data.dataset"], method or now["method.name"])
+
+
 def _mapped(fields: Mapping[str, object], size: Scale) -> dict[str, object]:
     """Fields with the scale's stand-ins for the paper's data sets, lists and lengths."""
     found: dict[str, object] = {}
@@ -187,15 +217,10 @@ def _fitting(
     changes: Mapping[str, object], settled: Mapping[tuple[int, int], Mapping[str, Setting]]
 ) -> dict[tuple[int, int], Mapping[str, object]]:
     """``changes`` for each cell, without the fields of other cells' methods and data sets."""
-    from viladiff.config import RunConfig, schema
-
-    plain = RunConfig()
-    defaults = {"data.dataset": plain.data.dataset, "method.name": plain.method.name}
     fitting: dict[tuple[int, int], Mapping[str, object]] = {}
     for place, before in settled.items():
-        now = {**defaults, **{path: one.value for path, one in before.items()}, **changes}
         try:
-            known = schema(*(str(now[chooser]) for chooser in CHOOSERS))
+            known = _known(before | {path: Setting(value, _TYPED, 0) for path, value in changes.items()})
         except ConfigError:
             return dict.fromkeys(settled, changes)
         fitting[place] = {path: value for path, value in changes.items() if path in known}

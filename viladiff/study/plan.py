@@ -187,6 +187,7 @@ def _key(
     fields = {
         "scale": scale,
         "set": size.set,
+        "shared": size.shared,
         "datasets": size.datasets,
         "instead": size.instead,
         "threads": size.threads,

@@ -88,6 +88,8 @@ class Scale(Strict):
     datasets: dict[str, str] = Field(default_factory=dict)
     """The paper's data set to the one used here; empty uses the paper's own."""
     set: dict[str, Any] = Field(default_factory=dict)
+    shared: dict[str, Any] = Field(default_factory=dict)
+    """Fields for cells whose method has them and that do not set them: one momentum for all moving averages."""
     seeds: Seeds | None = None
     """None takes the table's."""
     rows: tuple[str, ...] = ()
@@ -335,6 +337,7 @@ def _scale_faults(table: Table) -> Iterator[str]:
 
 def _set_faults(table: Table) -> Iterator[str]:
     scales = [Layer(f"scale.{name}", one.set) for name, one in table.scale.items()]
+    scales += [Layer(f"scale.{name}: shared", one.shared) for name, one in table.scale.items()]
     scales += [
         Layer(f"scale.{name}: instead of {key}", fields)
         for name, one in table.scale.items()

@@ -169,7 +169,7 @@ def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, o
     if asked in size.datasets:
         mapped["data.dataset"] = size.datasets[asked]
     threads: dict[str, object] = {} if size.threads is None else {"runtime.threads": size.threads}
-    return {**mapped, **threads, **size.set, **typed, "runtime.scale": scale}
+    return {**mapped, **threads, **size.shared, **size.set, **typed, "runtime.scale": scale}
 
 
 def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
