@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,6 @@ from viladiff.text.encoders import LONGEST, WORDS_DIM, TextEncoder, build_encode
 _REVISION = 1
 CHUNK = 1024
 """Images whose words are encoded, and held in memory, at once."""
-RESIDENT = 64 * 2**20
-"""Bytes that are looked up before what was read is given back to the system, so that a large bank stays on disk."""
 NO_CAPTIONS = "no captions"
 """Stands for the fingerprint of a bank without a word."""
 
@@ -50,7 +48,8 @@ class Bank:
     """Captions that were longer than the encoder reads."""
     rows: np.ndarray | None = None
     """(N,) int64, the row of each image, where images share rows; else they are numbered alike."""
-    _read: int = field(default=0, repr=False)
+    _file: FileIO | None = field(default=None, repr=False)
+    """Where ``tokens`` is mapped from, kept open: reading a row costs one call, and through the map a fault a page."""
 
     @property
     def dim(self) -> int:
@@ -63,12 +62,8 @@ class Bank:
     def batch(self, indices: Sequence[int] | np.ndarray) -> TextBatch:
         """Words of these images: tokens (B, L, D) float32 and mask (B, L), on the CPU."""
         rows = self._rows(indices)
-        found = TextBatch(torch.from_numpy(self.tokens[rows].astype(np.float32)), torch.from_numpy(self.mask[rows]))
-        self._read += len(rows) * self.tokens[:1].nbytes
-        if self._read > RESIDENT and isinstance(self.tokens.base, mmap.mmap):
-            self.tokens.base.madvise(mmap.MADV_DONTNEED)
-            self._read = 0
-        return found
+        mask = torch.from_numpy(self.mask[rows])
+        return TextBatch(torch.from_numpy(self._tokens_of(rows).astype(np.float32)), mask)
 
     def pooled_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """(B, D) float32: the pooled vectors of these images."""
@@ -84,6 +79,18 @@ class Bank:
                 f"text encoder {self.encoder!r}: {self.cut} captions are longer than {LONGEST} tokens and were cut"
             )
         return tuple(lost)
+
+    def _tokens_of(self, rows: np.ndarray) -> np.ndarray:
+        """(B, L, D) float16; raises ValueError that names the file where it has been cut since it was opened."""
+        if self._file is None or not isinstance(self.tokens, np.memmap):
+            return self.tokens[rows]
+        found = np.empty((len(rows), *self.tokens.shape[1:]), self.tokens.dtype)
+        size = self.tokens[:1].nbytes
+        for into, row in zip(found, (int(row) % len(self.tokens) for row in rows), strict=True):
+            got = os.preadv(self._file.fileno(), [into], self.tokens.offset + row * size)
+            if got < size:
+                raise ValueError(f"{self._file.name}: {got} of {size} bytes of row {row} are there; the file was cut")
+        return found
 
     def _rows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         places = np.asarray(indices, dtype=np.int64)
@@ -138,6 +145,7 @@ def open_bank(directory: Path) -> Bank:
     """A bank that exists. Raises ValueError that names the file where one is missing, truncated or altered."""
     arrays, facts = open_checked(directory)
     return Bank(
+        _file=FileIO(directory / "tokens.npy"),
         tokens=arrays["tokens"],
         mask=arrays["mask"],
         pooled=arrays["pooled"],
