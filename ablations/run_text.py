@@ -1,0 +1,8 @@
+"""What encodes the captions: learned words against a pretrained encoder. ``--help`` has examples."""
+
+from pathlib import Path
+
+from viladiff.study.drive import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(__file__).with_name("text.toml")))
