@@ -16,6 +16,8 @@ from viladiff.methods import METHODS
 from viladiff.methods.base import Passes
 from viladiff.models.backbones import Encoder
 from viladiff.models.decoder import Decoder
+from viladiff.models.probe import Masks
+from viladiff.models.segmenter import Stream
 from viladiff.models.vl_decoder import VlDecoder
 
 
@@ -23,11 +25,11 @@ def counted(name: str) -> tuple[float, float, float, float]:
     """Images through encoders and decoders in a step, forward and with a graph, over the images of a batch."""
     method, size = make(name), 4
     totals = {(kind, graph): 0 for kind in (Encoder, Decoder) for graph in (False, True)}
-    decoders = Decoder | VlDecoder
+    decoders = Decoder | VlDecoder | Masks
 
-    def note(module: nn.Module, given: tuple[Tensor, ...], out: Tensor | list[Tensor]) -> None:
+    def note(module: nn.Module, given: tuple[Tensor, ...], out: Tensor | list[Tensor] | Stream) -> None:
         kind = Encoder if isinstance(module, Encoder) else Decoder
-        found = out[-1] if isinstance(out, list) else out
+        found = out[-1] if isinstance(out, list | tuple) else out
         totals[kind, False] += len(found)
         totals[kind, True] += len(found) * found.requires_grad
 
@@ -51,7 +53,7 @@ def test_every_method_is_listed_with_its_paper(capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     assert found == rows() and [row["method"] for row in found] == list(METHODS)
     for row in found:
-        if row["method"] in ("supervised", "semibaseline", "fixmatch_tags"):
+        if row["method"] in ("supervised", "semibaseline", "fixmatch_tags", "textprobe"):
             assert row["paper"] is row["year"] is None
         else:
             assert len(row["paper"]) > 20 and row["venue"] and 2015 < row["year"] <= 2026

@@ -104,8 +104,8 @@ def trained_method(run: Finished) -> Method:
 
 
 def text_dim(state: Mapping[str, Tensor]) -> int:
-    """Channels of a word, read off the first layer of ViLa that sees one, or off classes' texts; 1 without either."""
-    ends = ("vila.words.0.weight", "class_texts")
+    """Channels of a word, read off the first layer that sees one, or off classes' texts; 1 without either."""
+    ends = ("words.0.weight", "class_texts")
     return next((value.shape[-1] for name, value in state.items() if name.endswith(ends)), 1)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from viladiff import clusters
 from viladiff.batch import IGNORE, Step, TextBatch
 from viladiff.config import changed, flatten
 from viladiff.data.augment import normalise
@@ -36,6 +37,10 @@ from viladiff.text.encoders import describe
 
 if TYPE_CHECKING:
     from viladiff.train import Run
+
+
+FILES = ("pictures.npz", "features.npz", "plane.npz")
+"""What a finished run may have beside its record and its log."""
 
 
 class PeakMemory:
@@ -138,6 +143,8 @@ def record(run: Run) -> RunRecord:
     found = {name: scores(run, net, STREAMS, cfg.eval.boundary) for name, net in run.method.networks().items()}
     network = next(name for name, net in run.method.networks().items() if net is predictor)
     miou = found[network][stream]["miou"] if stream in found[network] else None
+    if stream in found[network]:
+        found[network][stream] |= clusters.measured(run)
     history = [*run.history, {"step": run.steps, "miou": miou}]
     measured = [entry for entry in history if entry["miou"] is not None]
     cuda = run.device.type == "cuda"

@@ -118,7 +118,7 @@ class Run:
         if self.rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not resume:
-                for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl", "pictures.npz"):
+                for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl", *scoring.FILES):
                     (self.directory / name).unlink(missing_ok=True)
         self._barrier()
         with memory_errors(self.cfg):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Queue
 from typing import TYPE_CHECKING, NamedTuple
@@ -281,7 +281,7 @@ def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch
 
 
 def validation(
-    dataset: Dataset, bank: Bank | None, device: torch.device, batch: int, indices: range
+    dataset: Dataset, bank: Bank | None, device: torch.device, batch: int, indices: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
     """Validation images (B, 3, H, W) normalised, masks (B, H, W) int64 and words, in order, without augmentation.
 

@@ -17,6 +17,7 @@ from viladiff.methods.semibaseline import SemiBaseline
 from viladiff.methods.semivl import SemiVl
 from viladiff.methods.supervised import Supervised
 from viladiff.methods.swith import Swith
+from viladiff.methods.textprobe import TextProbe
 from viladiff.methods.u2pl import U2pl
 from viladiff.methods.unimatch import UniMatch
 from viladiff.methods.unimatch_v2 import UniMatchV2
@@ -41,4 +42,5 @@ METHODS: dict[str, type[Method]] = {
     "logicdiag": LogicDiag,
     "allspark": AllSpark,
     "semivl": SemiVl,
+    "textprobe": TextProbe,
 }

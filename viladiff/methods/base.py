@@ -141,6 +141,13 @@ class Method(nn.Module):
         """Label maps (B, H, W) worth a look, in the order they arise in; by default those of the pseudo-labels."""
         return {name: found.argmax(1) for name, found in self.pseudo_labels(images, text, keys, step).items()}
 
+    def token_features(self, images: Tensor, text: TextBatch | None) -> dict[str, Tensor]:
+        """Features (B, N, W) of the coarsest grid's cells, row by row, by stage; none where clusters are no question.
+
+        ``after`` is what the headline's masks are made of, ``before`` the same before words were read.
+        """
+        return {}
+
     def predictor(self) -> Network:
         """What is evaluated, shipped and quoted."""
         return self.student

@@ -96,14 +96,20 @@ class ViLa(nn.Module):
         }
 
     def _injected(self, tokens: Tensor, text: TextBatch | None) -> Tensor:
-        words = self.null.expand(tokens.shape[0], -1, -1)
-        mask = torch.ones(words.shape[:2], dtype=torch.bool, device=tokens.device)
-        if text is not None:
-            words = torch.cat([words, self.words(text.tokens).to(words.dtype)], dim=1)
-            mask = torch.cat([mask, text.mask], dim=1)
+        words, mask = read_with_null(self.null, self.words, text, len(tokens))
         for block in self.inject:
             tokens = block(tokens, words, mask)
         return tokens
+
+
+def read_with_null(null: Tensor, embed: nn.Module, text: TextBatch | None, batch: int) -> tuple[Tensor, Tensor]:
+    """The null token (1, 1, W) and then the embedded words: (B, 1 + L, W), and (B, 1 + L) bool: what may be read."""
+    words = null.expand(batch, -1, -1)
+    mask = torch.ones(words.shape[:2], dtype=torch.bool, device=null.device)
+    if text is not None:
+        words = torch.cat([words, embed(text.tokens).to(words.dtype)], dim=1)
+        mask = torch.cat([mask, text.mask], dim=1)
+    return words, mask
 
 
 def compared(

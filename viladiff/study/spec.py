@@ -41,12 +41,17 @@ def _as_seed(value: object) -> object:
 Printed = Annotated[float | Literal["-"], BeforeValidator(_as_printed)]
 """A number as the paper prints it, in percent; "-" where it leaves one out."""
 Seeds = Annotated[tuple[Annotated[int, BeforeValidator(_as_seed)], ...], Field(min_length=1)]
-Metric = Literal["miou", "boundary_iou", "trimap_miou", "pixel_accuracy"]
+Metric = Literal[
+    "miou", "boundary_iou", "trimap_miou", "pixel_accuracy", "silhouette", "davies_bouldin", "image_silhouette"
+]
 METRIC_NAMES: dict[str, str] = {
     "miou": "mIoU",
     "boundary_iou": "boundary IoU",
     "trimap_miou": "trimap mIoU",
     "pixel_accuracy": "pixel accuracy",
+    "silhouette": "100 × silhouette coefficient by class",
+    "davies_bouldin": "100 × Davies-Bouldin index",
+    "image_silhouette": "100 × silhouette coefficient by image",
 }
 Kind = Literal[
     "superset_increases",
@@ -174,8 +179,8 @@ class Table(Strict):
     """Label of the row that the page's first sentence is about; empty for the paper's last."""
     supervised: str = ""
     """Label of the row that sees labelled images alone, below which no printed row ought to be; empty for none."""
-    page: Literal["table", "leaderboard"] = "table"
-    """``leaderboard``: the page also has accuracy against cost, calibration, and learning rates that were tried."""
+    page: Literal["table", "leaderboard", "clusters"] = "table"
+    """``leaderboard``: also accuracy against cost, calibration, rates that were tried; ``clusters``: also features."""
 
     @property
     def printed(self) -> bool:
