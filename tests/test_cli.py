@@ -87,6 +87,18 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
     assert ["teacher/visual", "0.2500", "-"] in rows and ["student/visual", "-", "4"] in rows
 
 
+def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
+    read = cli.read_arguments(
+        cli.parser(), ["train", "seed=1", "--out", "here", "train.steps=5", "--fresh", "data.split=92"]
+    )
+    assert read.fields == ["seed=1", "train.steps=5", "data.split=92"] and read.out == "here" and read.fresh
+    assert cli.read_arguments(cli.parser(), ["train", "--out", "a=b"]).fields == []
+    for words, wrong in ((["train", "seed=1", "--fresh", "--frsh"], "--frsh"), (["methods", "a=b"], "a=b")):
+        with pytest.raises(SystemExit):
+            cli.read_arguments(cli.parser(), words)
+        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
+
+
 def test_fresh_and_workers(trained: list[Any]) -> None:
     assert cli.main(["train", "--fresh", "--workers", "2"]) == 0
     cfg, options = trained[0]

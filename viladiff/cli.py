@@ -63,8 +63,19 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; errors that a user can mend are one line each on stderr."""
-    args = parser().parse_args(argv)
+    args = read_arguments(parser(), argv)
     return carry_out(lambda: int(args.run(args)))
+
+
+def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """``FIELD=VALUE`` may stand before and after options, of which argparse takes the first few alone."""
+    args, left = into.parse_known_args(argv)
+    late = [text for text in left if "=" in text and not text.startswith("-")]
+    if len(late) < len(left) or (late and not hasattr(args, "fields")):
+        into.error(f"unrecognized arguments: {' '.join(text for text in left if text not in late) or ' '.join(left)}")
+    if late:
+        args.fields = [*args.fields, *late]
+    return args
 
 
 def carry_out(command: Callable[[], int]) -> int:
