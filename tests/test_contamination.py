@@ -68,6 +68,15 @@ def test_a_page_counts_the_runs_of_each() -> None:
     assert "Captioner was trained on" not in facts
 
 
+def test_a_page_says_what_runs_said() -> None:
+    noted = [like(), like(notes=["guided by words", "guided by words"]), like(notes=["guided by words", "3 cut"])]
+    facts = {fact.name: str(fact) for fact in provenance.shared(noted)}
+    assert facts["Said by runs"] == "guided by words (2 runs); 3 cut (1 run)"
+    assert str(next(f for f in provenance.shared(noted[:2]) if f.name == "Said by runs")) == "guided by words (1 run)"
+    assert not any(fact.mixed for fact in provenance.shared(noted) if fact.name == "Said by runs")
+    assert "Said by runs" not in {fact.name for fact in provenance.shared(noted[:1])}
+
+
 def test_the_table_names_our_data_sets_only() -> None:
     tables = (*contamination.MODELS, *contamination.CAPTIONERS, *contamination.TEXT)
     assert {name for known in tables for name in known.seen} <= set(DATASETS)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from viladiff.study.store import Store
 
 
+NOTES = "Said by runs"
+"""Fact of which not every run has a value."""
+
+
 @dataclass(frozen=True)
 class Fact:
     name: str
@@ -26,7 +30,7 @@ class Fact:
     """More than one value where one table should have one."""
 
     def __str__(self) -> str:
-        if len(self.values) == 1:
+        if len(self.values) == 1 and self.name != NOTES:
             return self.values[0][0]
         return "; ".join(f"{value} ({n} runs)" if n > 1 else f"{value} (1 run)" for value, n in self.values)
 
@@ -81,11 +85,13 @@ def facts(results: Results) -> list[Fact]:
 
 
 def shared(records: Sequence[RunRecord]) -> list[Fact]:
-    """What runs have in common or not: data, evaluation, what their models were trained on, encoder, code, versions."""
+    """What runs have in common or not: data, evaluation, what models were trained on, notes, encoder, code."""
     found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
     told = [contamination.seen(record) for record in records]
     names = dict.fromkeys(name for one in told for name in one)
     found += [_fact(name, (one[name] for one in told if name in one), False) for name in names]
+    notes = [note for record in records for note in dict.fromkeys(record.notes)]
+    found += [_fact(NOTES, notes, False)] if notes else []
     return found + [_fact(name, map(read, records), True) for name, read in _SAME.items()]
 
 
