@@ -10,9 +10,10 @@ import jinja2
 from markupsafe import Markup
 
 from viladiff.record import write_atomically
-from viladiff.report import choices, figures, leaderboard, palette, plain, provenance, strips, tables, views
+from viladiff.report import choices, clusters, figures, leaderboard, palette, plain, provenance, strips, tables, views
 from viladiff.report.curves import Curve, curves
 from viladiff.report.tables import METRICS, Agreement, Results
+from viladiff.study.spec import METRIC_NAMES
 from viladiff.study.store import abandoned
 
 if TYPE_CHECKING:
@@ -48,10 +49,13 @@ def render_table(
     files = [path.name for path in figures.save(results, drawn, out / "figures")]
     board = leaderboard.board(results, store, out, verdicts)
     files += board.files if board else ()
+    grouped = clusters.clusters(results, store, out)
+    files += grouped.files if grouped else ()
     said = banner(results)
     opened = choices.choices(results, verdicts)
     more = {
         **leaderboard.to_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
+        **clusters.to_markdown(grouped),
         "What each choice is worth": choices.to_markdown(opened),
         "The paper's own numbers": [f"- {plain.markdown(one.text)}" for one in printed],
     }
@@ -59,7 +63,9 @@ def render_table(
         "table.md": plain.to_markdown(results, verdicts, agreements, command, said, more),
         "table.tex": plain.to_latex(results, said),
         "table.csv": plain.to_csv(results),
-        "index.html": html(results, store, out, command, verdicts, agreements, drawn, files, printed, opened, board),
+        "index.html": html(
+            results, store, out, command, verdicts, agreements, drawn, files, printed, opened, board, grouped
+        ),
     }
     for name, text in texts.items():
         write_atomically(out / name, text.encode())
@@ -88,6 +94,7 @@ def html(
     printed: Sequence[Inconsistency] = (),
     opened: Sequence[choices.Choice] = (),
     board: leaderboard.Board | None = None,
+    grouped: clusters.Clusters | None = None,
 ) -> str:
     """The page as text; everything that it shows is worked out here, and the template only lays it out."""
     table = results.plan.table
@@ -115,6 +122,7 @@ def html(
             printed=printed,
             choices=opened,
             board=board,
+            clusters=grouped,
             number=lambda row: tables.number(results, row),
             command=command,
             files=files,
@@ -141,7 +149,7 @@ def _numbers(results: Results) -> dict[str, Any]:
     scores = {metric: views.lines(results, metric, reasons) for metric in METRICS}
     dots, axes = views.dots(results, scores[results.plan.table.metric])
     return {
-        "metrics": METRICS,
+        "metrics": METRIC_NAMES | METRICS,
         "tables": scores,
         "spread": plain.SPREAD,
         "reasons": reasons.letters,

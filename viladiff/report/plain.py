@@ -24,6 +24,7 @@ from viladiff.report.tables import (
     printed,
     summary,
 )
+from viladiff.study.spec import METRIC_NAMES
 
 if TYPE_CHECKING:
     from viladiff.study.claims import Verdict
@@ -188,8 +189,9 @@ def _claim(verdict: Verdict) -> str:
     times = "× " if any(one.form == "spread" for one in verdict.comparisons) else ""
     most = verdict.detectable
     least = "" if most is None else f" Least difference that could be seen: {times}{most:.1f}."
+    metric = (METRIC_NAMES | METRICS)[verdict.metric]
     return (
-        f"**{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {METRICS.get(verdict.metric, verdict.metric)}. "
+        f"**{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {metric}. "
         f"{markdown(verdict.why)}. Printed numbers: {verdict.printed} ({markdown(verdict.printed_why)}). "
         f"Test: {markdown(verdict.test)}.{least}"
     )

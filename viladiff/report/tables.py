@@ -325,6 +325,10 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, Any]]:
         for stream in streams:
             for metric in METRICS:
                 yield f"{network}/{stream}/{metric}", score(record, metric, network, stream)
+    for name in ("silhouette", "davies_bouldin", "image_silhouette", "tokens"):
+        for key in (name, f"{name}_before"):
+            if key in (scores := record.scores.get(record.network, {}).get(record.stream, {})):
+                yield f"clusters/{key}", scores[key]
     for name, share in record.pseudo_labels.items():
         yield f"pseudo/{name}", None if share is None else 100 * share
     for name, iou in per_class(record).items():

@@ -18,6 +18,14 @@ POINTS = 30
 """Lines that a published log has at most; each is the mean over a stretch of steps."""
 
 
+def _thin_log(log: Path) -> bytes:
+    return "".join(f"{json.dumps(row)}\n" for row in thinned(_rows(log))).encode()
+
+
+BESIDE = {"steps.jsonl": _thin_log, "pictures.npz": Path.read_bytes, "plane.npz": Path.read_bytes}
+"""What of a run goes with its record, and in which form."""
+
+
 def publish(plan: Plan, store: Store, out: Path) -> list[Path]:
     """Copies finished runs into ``out``/records, and logs and pictures beside, as far as no layer has them yet.
 
@@ -26,7 +34,7 @@ def publish(plan: Plan, store: Store, out: Path) -> list[Path]:
     layers = Store(store.root / "nothing", store.layers)
     done = [run_id for run_id in plan.runs if store.get(run_id) is not None]
     for run_id in done:
-        for name, made in (("steps.jsonl", _thin_log), ("pictures.npz", Path.read_bytes)):
+        for name, made in BESIDE.items():
             own, stem = store.directory(run_id) / name, Path(name)
             if own.is_file() and layers.file(run_id, name) is None:
                 target = out / stem.stem / f"{run_id}{stem.suffix}"
@@ -47,10 +55,6 @@ def publish_records(runs: Iterable[str], store: Store, out: Path) -> list[Path]:
             new.append(out / "records" / f"{run_id}.json")
             save_record(without_paths(record), new[-1])
     return new
-
-
-def _thin_log(log: Path) -> bytes:
-    return "".join(f"{json.dumps(row)}\n" for row in thinned(_rows(log))).encode()
 
 
 def _rows(log: Path) -> Iterator[dict[str, float]]:
