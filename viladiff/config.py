@@ -263,7 +263,10 @@ def _method_faults(cfg: RunConfig) -> Iterator[str]:
 
 def _other_faults(cfg: RunConfig) -> Iterator[str]:
     own = cfg.model.encoder == "digits_vit"
-    if cfg.model.weights is None and cfg.model.pretrained == ("timm" if own else "shipped"):
+    if cfg.model.encoder == "transformers":
+        if cfg.model.weights is None:
+            yield "model.weights: must be set to the directory of the model for model.encoder = 'transformers'"
+    elif cfg.model.weights is None and cfg.model.pretrained == ("timm" if own else "shipped"):
         allowed = "shipped or none" if own else "timm or none"
         here = f"model.pretrained = {cfg.model.pretrained!r}"
         yield f"{here}: there are none for model.encoder = {cfg.model.encoder!r}; allowed: {allowed}"

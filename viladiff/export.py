@@ -50,7 +50,12 @@ def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> di
     out = Path(out).expanduser()
     if out.exists():
         raise ValueError(f"{out}: exists already; name another folder, or remove it first")
-    run, model = finished(directory), load_model(directory, "cpu")
+    run = finished(directory)
+    if run.cfg.model.encoder == "transformers":
+        raise ValueError(
+            f"{directory}: with model.encoder = 'transformers' no model folder can say what the network is"
+        )
+    model = load_model(directory, "cpu")
     if onnx:
         _need_onnx()
     state = model.network.state_dict()

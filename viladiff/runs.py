@@ -81,8 +81,12 @@ def finished(directory: Path | str, changes: Mapping[str, object] | None = None)
 
 
 def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> Method:
-    """The method with weights that are still to be filled in: nothing pretrained is looked for."""
-    plain = override(cfg, {"model.pretrained": "none", "model.weights": None})
+    """The method with weights that are still to be filled in: nothing pretrained is looked for.
+
+    But for ``model.encoder=transformers``, whose directory alone says what the network is. ValueError where it is gone.
+    """
+    gone: dict[str, object] = {} if cfg.model.encoder == "transformers" else {"model.weights": None}
+    plain = override(cfg, {"model.pretrained": "none", **gone})
     data, names = cfg.data, tuple(class_names)
     build = Build(plain.model, len(names), text_dim, data.dataset, names, data.crop)
     return METHODS[cfg.method.name](cfg.method, build)

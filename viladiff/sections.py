@@ -164,11 +164,11 @@ class ModelConfig(Section):
     """The segmenter that every method builds."""
 
     encoder: str = Field("digits_vit", min_length=1)
-    """``digits_vit``, or the name of any timm backbone; ``vit_base_patch16_224`` unless the data set is embedded."""
+    """``digits_vit``, any timm backbone, or ``transformers``; ``vit_base_patch16_224`` unless the data is embedded."""
     pretrained: Literal["shipped", "timm", "none"] = "shipped"
     """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
     weights: str | None = None
-    """A safetensors file of encoder weights, taken in place of ``pretrained``."""
+    """A safetensors file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory."""
     decoder_width: int = Field(16, ge=8)
     """Channels of the decoder, a multiple of 8; 128 unless the data set is embedded."""
     drop_path: float = Field(0.0, ge=0, lt=1)

@@ -132,9 +132,15 @@ def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_p
     """Makes an encoder by name.
 
     pretrained: ``shipped`` (the file in the package, for digits_vit alone), ``timm`` (timm's own weights) or ``none``.
-    weights: a local .safetensors or .pth file, which goes before ``pretrained``.
+    weights: a local .safetensors or .pth file, which goes before ``pretrained``; of ``transformers`` a directory.
     Raises ValueError for an unknown name, a file that does not fit, or a combination that does not exist.
     """
+    if name == "transformers":
+        from viladiff.models.vit_directory import DirectoryEncoder  # it builds on this module
+
+        if weights is None:
+            raise ValueError('model.encoder = "transformers": model.weights must be the directory of the model')
+        return DirectoryEncoder(Path(weights).expanduser(), drop_path)
     own = name == "digits_vit"
     if not own and pretrained == "shipped" and weights is None:
         raise ValueError(f'model.pretrained = "shipped": only digits_vit is shipped, not "{name}" (use timm or none)')
@@ -160,6 +166,10 @@ def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
     path = Path(cfg.model.weights) if cfg.model.weights else SHIPPED if cfg.model.pretrained == "shipped" else None
     if path is None:
         return beside
+    if cfg.model.encoder == "transformers":
+        from viladiff.models.vit_directory import directory_checksum
+
+        return {"weights": directory_checksum(path.expanduser()), **beside}
     return {"weights": _file_checksum(path, "model.weights, model.pretrained"), **beside}
 
 

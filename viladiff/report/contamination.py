@@ -24,6 +24,11 @@ class Known(NamedTuple):
 
 MODELS = (
     Known(
+        r"radio",
+        "by distillation from models of CLIP's kind, DINOv2 and SAM, on web images (AM-RADIO)",
+        {name: "training images, without masks, through DINOv2" for name in ("voc", "cityscapes", "ade20k")},
+    ),
+    Known(
         r"dinov2|lvd142m",
         "LVD-142M: web images that resemble those of curated sets, without labels (DINOv2, table 15)",
         {name: "training images, without masks" for name in ("voc", "cityscapes", "ade20k")},
