@@ -209,7 +209,7 @@ def _share_gradient(data: tuple[Tensor, ...], rows: slice) -> Tensor:
     x = logits * scale
     gate = (target.flatten(1) == 255).any(1).logical_not().float()
     total = losses.cross_entropy(x, target) + losses.edge_cross_entropy(x, target, target < 2)
-    total = total + losses.hard_mean(losses.pixel_cross_entropy(x, target), target, 0.05, 0.3)
+    total = total + losses.hard_mean(losses.pixel_cross_entropy(x, target), target, 0.01, 0.3)
     total = total + losses.hard_consistency(x, target, (target < 3).float(), target != 255)
     total = total + losses.noise_loss(x, noise, target == 1)
     total = total + losses.logit_distillation(teacher, x, 2.0, weight=(target != 255).float())
