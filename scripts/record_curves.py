@@ -28,7 +28,7 @@ from viladiff.study.sweep import Namer, load_sweep
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves.csv"
 CHANGES = {"train.steps": "120"}
-POINTS, SEEDS = 48, (0, 1, 2)
+POINTS, SEEDS = 40, (0, 1, 2)
 
 
 def main() -> None:
