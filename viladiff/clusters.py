@@ -167,7 +167,7 @@ def measured(run: Run) -> dict[str, float | int | None]:
     for stage, features in stages.items():
         ending = "" if stage == "after" else f"_{stage}"
         out |= {f"{name}{ending}": value for name, value in separation(features, chosen.label, chosen.image).items()}
-    about = {"image": chosen.image.astype(np.int32), "label": chosen.label.astype(np.uint8)}
+    about: dict[str, np.ndarray] = {"image": chosen.image.astype(np.int32), "label": chosen.label.astype(np.uint8)}
     _save(run, "features.npz", {**about, **{name: x.astype(np.float16) for name, x in stages.items()}})
     if run.cfg.runtime.pictures:
         _save(run, "plane.npz", {**about, **{name: plane(x).astype(np.float16) for name, x in stages.items()}})
@@ -176,5 +176,5 @@ def measured(run: Run) -> dict[str, float | int | None]:
 
 def _save(run: Run, name: str, arrays: dict[str, np.ndarray]) -> None:
     packed = io.BytesIO()
-    np.savez_compressed(packed, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
     write_atomically(run.directory / name, packed.getvalue())

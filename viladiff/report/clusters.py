@@ -182,7 +182,9 @@ def _said(results: Results) -> list[str]:
 
 def _panels(results: Results, store: Store) -> tuple[tuple[Panel, ...], set[int], tuple[str, ...]]:
     """Of each row after words were read, of the headline before as well; classes that occur; and what is wrong."""
-    table, panels, shown, wrong = results.plan.table, [], set(), []
+    table, panels = results.plan.table, []
+    shown: set[int] = set()
+    wrong: list[str] = []
     rows = dict.fromkeys((results.reference, results.headline, *results.rows()))
     for row, column in ((row, column) for row in rows for column in results.plan.columns):
         found = _first(results.at(row, column), store, wrong)
