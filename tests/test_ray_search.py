@@ -24,6 +24,8 @@ from viladiff.study.space import Dimension
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parent.parent
+TRAINERS = int(os.environ.get("VILADIFF_TRAINERS", "4"))
+"""Trials of two workers in one sweep; the aim is told of 20."""
 
 DRIVER = """
 import importlib.util, json, sys
@@ -184,6 +186,7 @@ def test_a_sweep_from_its_command_to_its_verdict(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + 180 * TRAINERS)
 def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> None:
     """TorchTrainer trials, half of them stopped at a rung; a leaked placement group would hang the next one."""
     from viladiff.study.asking import Asker
@@ -209,7 +212,6 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
         def dropped(self) -> list[int]:
             return []
 
-    trials = int(os.environ.get("VILADIFF_TRAINERS", "4"))
     sweep = load_sweep(ROOT / "tune" / "sweep_lambda.toml")
     typed = {"method.name": "semibaseline", "data.batch_labelled": "4", "eval.images": "8"}
     sweep = sweep.model_validate_json(
@@ -221,8 +223,8 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
     store = Store(tmp_path / "runs")
     (tmp_path / "trials").mkdir()
     asker = Asker("s", sweep.space, sweep.first, "random", 0, False, str(tmp_path / "optuna.journal"))
-    search = Search(tmp_path / "trials", asker, Every(), namer.planned, (0,), namer.steps, trials, store)
+    search = Search(tmp_path / "trials", asker, Every(), namer.planned, (0,), namer.steps, TRAINERS, store)
     desk = SearchDesk(search, store, Settings(gpus_per_trial=0.0), 1)
     run_search(desk)
-    assert [trial.state for trial in search.trials] == ["complete", "pruned"] * (trials // 2)
+    assert [trial.state for trial in search.trials] == ["complete", "pruned"] * (TRAINERS // 2)
     assert all(trial.rungs[-1].step == (1 if trial.number % 2 else 4) for trial in search.trials)
