@@ -110,6 +110,7 @@ def test_a_run_is_named_by_what_is_in_the_directory(tmp_path: Path) -> None:
         named(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_the_experiment_of_figure_1_runs_on_a_frozen_one(tmp_path: Path) -> None:
     changes = {
         "method.name": "textprobe", "model.encoder": "transformers", "model.encoder_frozen": True, "train.steps": 2,

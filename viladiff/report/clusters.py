@@ -43,7 +43,7 @@ class Values(NamedTuple):
         if not values:
             return "—"
         spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.3f}{spread} ({len(values)})"
+        return f"{np.mean(values):.3f}{spread} ({len(values)})".replace("-", "−")
 
 
 class Paired(NamedTuple):
@@ -165,7 +165,14 @@ def _said(results: Results) -> list[str]:
     found = {(s.get("tokens"), s.get("token_classes")) for s in map(_scores, results.records().values())}
     counts = sorted((int(tokens), int(classes or 0)) for tokens, classes in found if tokens)
     sampled = "; ".join(f"{n:,} tokens, {n // k} of each of {k} classes" for n, k in counts if k)
+    told = [
+        "Captions are simulated, that is, written from the masks: they name classes that are in the image, and leave "
+        "some out. With text a network is therefore told at validation what to look for, and a gain may be that and "
+        "nothing else. Another image's captions, or one caption for all, show what words do that say nothing of the "
+        "image; the null token shows what the attention does without words."
+    ]
     return [
+        *(told if any("simulated" in record.captions for record in results.records().values()) else ()),
         f"{sampled or 'No tokens yet'}: drawn from the validation images by a fixed seed, the same for every run. A "
         "token's class is the one that most of its pixels have; pixels that are ignored do not count.",
         "Features are the normalised tokens that the class queries attend to, each brought to length 1; distances are "
@@ -198,7 +205,8 @@ def _panels(results: Results, store: Store) -> tuple[tuple[Panel, ...], set[int]
             if stage in arrays:
                 title = f"{number(results, row)} {table.rows[row].label}"
                 title += f", {STAGES[stage]}" if row == results.headline else ""
-                about = f"{table.columns[column].label}, seed {entry.cell.seed}"
+                place = f"{table.columns[column].label}, " if len(results.plan.columns) > 1 else ""
+                about = f"{place}seed {entry.cell.seed}"
                 words = f"t-SNE of {len(label)} tokens of {len(set(label.tolist()))} classes, row {title}, {about}"
                 panels.append(Panel(title, about, drawn(arrays[stage], label, len(names), words)))
     return tuple(panels), shown, tuple(wrong)

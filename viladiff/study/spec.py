@@ -98,9 +98,8 @@ class Scale(Strict):
     seeds: Seeds | None = None
     """None takes the table's."""
     rows: tuple[str, ...] = ()
-    """Labels of those that are run when none are named; empty for all."""
+    """Labels of those that are run when none are named, and so for columns; empty for all."""
     columns: tuple[str, ...] = ()
-    """Likewise."""
     instead: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """``field=value`` of the paper's to the fields that stand in for it here, such as a list that a data set lacks."""
     threads: int | None = Field(None, ge=1)
