@@ -7,8 +7,9 @@ probabilities, of which those below 0.9 are left out. Logits come from ``models.
 class: the mean of its concepts.
 
 With ``clip.weights`` the dense features are MaskCLIP's, and frozen (``models.maskclip``). Without, they are those of
-the encoder in training, and the map into the space of the texts, which the decoder needs in any case, also learns from
-the labelled pixels (ours, ``guide.map_weight``); the texts are then the run's text encoder's, and the record says so.
+the encoder in training, and encoder and map into the space of the texts, which the decoder needs in any case, also
+learn from the labelled pixels (ours, ``guide.map_weight``), since the decoder tells classes apart by that space alone;
+the texts are then the run's text encoder's, and the record says so.
 
 Differences from the released code. The encoder is the one that all methods share; CLIP's own can be had by name from
 timm, and ``spatial`` leaves all but its attention and positions as it is. Labels from text are made anew in each step;
@@ -67,7 +68,9 @@ class GuideConfig(Section):
     scale: float = Field(100.0, gt=0)
     """Factor of cosines that makes them logits."""
     map_weight: float = Field(1.0, ge=0)
-    """Of the cross-entropy that teaches the map to the texts where there are no CLIP weights (ours)."""
+    """Of the cross-entropy that teaches map and encoder the texts where there are no CLIP weights (ours)."""
+    map_scale: float = Field(20.0, gt=0)
+    """``scale`` where there are no CLIP weights (ours): at 100 the map jumps from step to step and never settles."""
 
 
 class SemiVlConfig(MethodConfig):
@@ -88,6 +91,7 @@ class SemiVlConfig(MethodConfig):
 
 class SemiVl(UniMatch):
     Config = SemiVlConfig
+    revision = 2
     views = Views(strong=2, cutmix=True)
     paper = Paper("SemiVL: Semi-Supervised Semantic Segmentation with Vision-Language Guidance", "ECCV", 2024)
     passes = Passes(4, 4, 1, 1, "CLIP, where its weights are given: 1 forward")
@@ -140,8 +144,9 @@ class SemiVl(UniMatch):
         self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         cfg, size = self.cfg, batch.image.shape[-2:]
-        weak, taught = self._guide(batch, features[-1].detach())
-        confidence, labels = upsample(weak * cfg.guide.scale, size).softmax(1).max(1)
+        weak, taught = self._guide(batch, features[-1])
+        scale = cfg.guide.scale if self._clip else cfg.guide.map_scale
+        confidence, labels = upsample(weak * scale, size).softmax(1).max(1)
         sure = (confidence >= cfg.guide.threshold) & batch.valid
         labels = torch.where(sure, labels, IGNORE)
         strong = [cross_entropy(z, pasted(batch, i, labels)[0], norm="all") for i, z in enumerate(streams[:2])]
@@ -152,14 +157,14 @@ class SemiVl(UniMatch):
             total = total + 0 * features[level].float().mean()  # a norm of its own, as timm's have, must get a gradient
         terms = {"guided": guided, "guided_coverage": global_mean(sure.sum(), batch.valid.sum())}
         if taught is not None:
-            terms["map"] = cross_entropy(upsample(taught * cfg.guide.scale, size), batch.target)
+            terms["map"] = cross_entropy(upsample(taught * scale, size), batch.target)
             total = total + cfg.guide.map_weight * terms["map"]
         return total, terms
 
     def _guide(self, batch: Batch, top: Tensor) -> tuple[Tensor, Tensor | None]:
         """Likeness (U, K, h, w) of the weak views to the classes, and of the labelled images where it can be taught.
 
-        ``top`` holds the encoder's last map of labelled, weak and strong views, detached.
+        ``top`` holds the encoder's last map of labelled, weak and strong views; labelled ones teach the encoder as well.
         """
         for clip in self._clip:
             return self.likeness(clip(batch.weak[0])), None
