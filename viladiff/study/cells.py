@@ -220,7 +220,7 @@ def _fitting(
     fitting: dict[tuple[int, int], Mapping[str, object]] = {}
     for place, before in settled.items():
         try:
-            known = _known(before | {path: Setting(value, _TYPED, 0) for path, value in changes.items()})
+            known = _known({**before, **{path: Setting(value, _TYPED, 0) for path, value in changes.items()}})
         except ConfigError:
             return dict.fromkeys(settled, changes)
         fitting[place] = {path: value for path, value in changes.items() if path in known}
