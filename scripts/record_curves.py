@@ -1,6 +1,6 @@
 """Records learning curves over the joint space, for ``benchmarks/quality.py``: points spread evenly, three seeds each.
 
-Each run is an ordinary one of ``sweep_joint`` at scale quick with 120 steps, scored on held-out images every 30 of them.
+Each run is an ordinary one of ``sweep_joint`` at scale quick with 300 steps, scored on held-out images every 75 of them.
 What has a record in ``--out`` is not run again and what was interrupted goes on, so that several may work side by side.
 Each call writes benchmarks/curves.csv, and where it comes from to curves.json, from all records that there are.
 
@@ -27,8 +27,8 @@ from viladiff.study.sweep import Namer, load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves.csv"
-CHANGES = {"train.steps": "120"}
-POINTS, SEEDS = 40, (0, 1, 2)
+CHANGES = {"train.steps": "300"}
+POINTS, SEEDS = 24, (0, 1, 2)
 
 
 def main() -> None:
