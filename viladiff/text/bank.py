@@ -63,7 +63,7 @@ class Bank:
         """Words of these images: tokens (B, L, D) float32 and mask (B, L), on the CPU."""
         rows = self._rows(indices)
         mask = torch.from_numpy(self.mask[rows])
-        return TextBatch(torch.from_numpy(self._tokens_of(rows).astype(np.float32)), mask)
+        return TextBatch(torch.from_numpy(self._tokens_of(rows)).float(), mask)
 
     def pooled_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """(B, D) float32: the pooled vectors of these images."""
