@@ -107,6 +107,12 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
             "scale.tiny: train = {'steps': 7}: write the whole path in quotes, as",
         ),
         ('"train.steps" = 7', '"Train steps" = 7', "scale.tiny: Train steps = 7: not a dotted path"),
+        (
+            "seeds = [5]",
+            "shared = { method.ohem = 1 }",
+            "scale.real: shared: method = {'ohem': 1}: write the whole path",
+        ),
+        ("seeds = [5]", 'shared = { "seed" = 1 }', "scale.real: shared: seed = 1: not set here: write seeds"),
         ('"train.steps" = 7', '"train.steps" = 2024-01-01', "scale.tiny.set.train.steps = 2024-01-01: must be text"),
         ('"train.steps" = 7', '"seed" = 7', "scale.tiny: seed = 7: not set here: write seeds = [...]"),
         ('"data.crop" = 32', '"runtime.scale" = "x"', "base: runtime.scale = 'x': not set here: it is the name"),
@@ -341,9 +347,19 @@ def test_what_all_methods_share_goes_to_those_that_have_it_and_do_not_set_it(tmp
         by_place(table, seeds=[0], changes={"method.teacher.momentum": "0.7"})[1, 0, 0]["method.teacher.momentum"]
         == "0.7"
     )
-    wrong = read(tmp_path, ("[scale.tiny]", '[scale.tiny]\nshared = { "method.teacher.momentun" = 0.9 }'))
-    with pytest.raises(ValueError, match=r"scale\.tiny: shared: method\.teacher\.momentun: .*momentum"):
-        cells(wrong, "tiny")
+    own = '"data.split" = "183", "method.teacher.momentum" = 0.8'
+    table = read(tmp_path, ("[scale.tiny]", shared), ('"data.split" = "183"', own))
+    assert [by_place(table, seeds=[0])[1, k, 0]["method.teacher.momentum"] for k in (0, 1)] == [0.8, 0.9], "a column's"
+    for field, said in (
+        ("method.teacher.momentun", r"method\.teacher\.momentun: not a field of any method.*momentum"),
+        ("method.name", r"method\.name: not a field of any method"),
+        ("train.epochs", r"train\.epochs: not a field of any method"),
+        ("method.mixe.timesteps", r"method\.mixe\.timesteps: set has it too; keep one"),
+    ):
+        both = f'[scale.tiny]\nshared = {{ "{field}" = 3 }}', 'set = { "train.steps" = 7, "method.mixe.timesteps" = 2,'
+        wrong = read(tmp_path, ("[scale.tiny]", both[0]), ('set = { "train.steps" = 7,', both[1]))
+        with pytest.raises(ValueError, match=rf"scale\.tiny: shared: {said}"):
+            cells(wrong, "tiny")
 
 
 def test_a_scale_names_the_rows_and_columns_that_it_runs_by_itself(tmp_path: Path) -> None:

@@ -102,6 +102,10 @@ WRONG = {
         ('"data.split" = "183"', '"eval.on" = "val"'),
         r"base: eval.on = 'val': not set here: .*--select val",
     ),
+    "shared by one method": (
+        ("[scale.smoke]", '[scale.smoke]\nshared = { "eval.on" = "val" }'),
+        r"scale.smoke: shared = .*: a sweep has one method: write it in set",
+    ),
     "not finite": (("high = 2.0", "high = inf"), r"must be text, a finite number"),
     "twice": (('"data.split" = "183"', '"method.vila.lam" = 0.1'), r"base sets it too"),
     "too many numbers": (("miou = [77.5,", "miou = [77.5, 1.0,"), r"6 numbers at 5 places"),

@@ -104,8 +104,8 @@ def cells(
     """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
 
     A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); what a scale
-    has as ``shared`` goes to cells whose method has the field and where neither column nor row sets it. One that
-    chooses another method or data set drops what earlier ones set for the one before alone, and of
+    has as ``shared``, fields of methods, goes to cells whose method has it and where neither column nor row sets it.
+    One that chooses another method or data set drops what earlier ones set for the one before alone, and of
     ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
     data set of a cell lacks is left out there, unless all cells lack it. Rows that cannot be run yet have no cells
     (``unbuilt``). Loads torch. Raises ValueError that names file and entry.
@@ -169,9 +169,13 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
     if not shared:
         return layers
     merged = _merge(layers)
-    every = set().union(*(_known(merged, method) for method in METHODS))
-    for path in shared.keys() - every:
-        raise ValueError(f"{table.name}.toml: scale.{scale}: shared: {path}: no method has it{nearest(path, every)}")
+    here = f"{table.name}.toml: scale.{scale}: shared"
+    every = {path for method in METHODS for path in _known(merged, method) if path.startswith("method.")} - {*CHOOSERS}
+    for path in shared:
+        if path not in every:
+            raise ValueError(f"{here}: {path}: not a field of any method{nearest(path, every)}")
+        if path in table.scale[scale].set:
+            raise ValueError(f"{here}: {path}: set has it too; keep one")
     known = _known(merged).keys() - {path for layer in layers[2:] for path in layer.fields}
     fields = {path: value for path, value in shared.items() if path in known}
     return [*layers, Layer(f"scale.{scale}: shared", fields)]

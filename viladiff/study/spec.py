@@ -94,7 +94,7 @@ class Scale(Strict):
     """The paper's data set to the one used here; empty uses the paper's own."""
     set: dict[str, Any] = Field(default_factory=dict)
     shared: dict[str, Any] = Field(default_factory=dict)
-    """Fields for cells whose method has them and that do not set them: one momentum for all moving averages."""
+    """Fields of methods, for cells whose method has them and that do not set them: one momentum for all averages."""
     seeds: Seeds | None = None
     """None takes the table's."""
     rows: tuple[str, ...] = ()

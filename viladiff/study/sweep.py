@@ -122,6 +122,9 @@ def _faults(sweep: Sweep) -> Iterator[str]:
                 yield f"{entry}: {path} = {value!r}: not set here: {OURS[path]}"
             elif isinstance(value, dict):
                 yield f'{entry}: {path} = {value!r}: write the whole path in quotes, as in "{path}.field" = ...'
+    for name, one in sweep.scale.items():
+        if one.shared:
+            yield f"scale.{name}: shared = {one.shared}: a sweep has one method: write it in set"
     for name, seeds in (("seeds", sweep.seeds), ("finals", sweep.finals)):
         if len(set(seeds)) < len(seeds):
             yield f"{name} = {list(seeds)}: a seed is named twice"
@@ -169,7 +172,7 @@ def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, o
     if asked in size.datasets:
         mapped["data.dataset"] = size.datasets[asked]
     threads: dict[str, object] = {} if size.threads is None else {"runtime.threads": size.threads}
-    return {**mapped, **threads, **size.shared, **size.set, **typed, "runtime.scale": scale}
+    return {**mapped, **threads, **size.set, **typed, "runtime.scale": scale}
 
 
 def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
