@@ -93,7 +93,11 @@ def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert read.fields == ["seed=1", "train.steps=5", "data.split=92"] and read.out == "here" and read.fresh
     assert cli.read_arguments(cli.parser(), ["train", "--out", "a=b"]).fields == []
-    for words, wrong in ((["train", "seed=1", "--fresh", "--frsh"], "--frsh"), (["methods", "a=b"], "a=b")):
+    for words, wrong in (
+        (["train", "seed=1", "--fresh", "--frsh"], "--frsh"),
+        (["train", "--fresh", "--frsh=1", "seed=1"], "--frsh=1"),
+        (["methods", "a=b"], "a=b"),
+    ):
         with pytest.raises(SystemExit):
             cli.read_arguments(cli.parser(), words)
         assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err

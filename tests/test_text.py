@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import get_args
@@ -219,6 +220,28 @@ def test_the_bank_is_made_once_and_checked(
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"pooled\.npy: \d+ bytes found, \d+ expected"):
         open_bank(tmp_path / own.fingerprint)
+
+
+def test_a_bank_outlives_its_file_and_processes_share_it(
+    texts: cap.Captions, words: WordEncoder, tmp_path: Path
+) -> None:
+    bank = build_bank(CaptionTable({str(i): lines for i, lines in enumerate(texts[:40])}, "us"), words, tmp_path)
+    expected = torch.from_numpy(np.array(bank.tokens)).float()
+    assert torch.equal(bank.batch([-1, 0, -40]).tokens, expected[[-1, 0, 0]])
+    assert bank.batch([]).tokens.shape == (0, *expected.shape[1:])
+    for place in (40, -41):
+        with pytest.raises(IndexError):
+            bank.batch([place])
+    (file,) = tmp_path.glob("*/tokens.npy")
+    file.unlink()
+    child = os.fork()
+    if not child:  # reads other rows at the same time, of the same open file
+        same = all(torch.equal(bank.batch([k % 40]).tokens[0], expected[k % 40]) for k in range(0, 400, 3))
+        os._exit(0 if same else 1)
+    assert all(torch.equal(bank.batch([k % 40]).tokens[0], expected[k % 40]) for k in range(400))
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(ValueError, match=re.escape(str(file.parent))):
+        open_bank(file.parent)
 
 
 def test_no_text_at_all(words: WordEncoder) -> None:
