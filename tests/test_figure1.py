@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,14 @@ def test_what_cannot_be_told_is_left_out_and_never_0() -> None:
     assert clusters.separation(x, np.arange(20) % 2, np.arange(20)).keys() == {"silhouette", "davies_bouldin"}
     for flat in (np.zeros((20, 3)), np.ones((20, 3)), np.where(np.arange(20)[:, None] == 3, np.nan, x)):
         assert clusters.separation(flat, np.arange(20) % 2, image) == {}
+        assert clusters.plane(flat) is None, "of features that are all 0, t-SNE ends the process"
+
+
+def test_a_plane_is_of_features_of_length_1() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 3)) + 1
+    unit = x / np.sqrt((x**2).sum(1, keepdims=True))
+    np.testing.assert_array_equal(clusters.plane(x * rng.uniform(1, 9, (20, 1)).round()), clusters.plane(unit))
 
 
 def test_a_mask_of_another_size_is_seen_as_the_network_sees_the_image() -> None:
@@ -259,6 +268,31 @@ def test_a_mask_of_another_size_is_seen_as_the_network_sees_the_image() -> None:
     fitted = clusters._fitted(mask, 8)
     assert fitted.shape == (8, 16) and (np.diff(fitted[:, 0]) >= 0).all() and fitted[0, 0] == 0 and fitted[-1, 0] == 8
     assert np.array_equal(clusters._fitted(mask[:8, :16], 8), mask[:8, :16])
+
+
+def test_features_and_classes_are_of_the_same_places_where_sides_are_no_multiples() -> None:
+    """A picture's colour is its mask, so that the mean colour of a cell says which class it must have."""
+    rng = np.random.default_rng(0)
+    sizes = ((43, 30), (24, 61), (40, 40))
+    found = [rng.integers(0, 3, (-(-h // 8) + 1, -(-w // 8) + 1)).repeat(8, 0).repeat(8, 1)[:h, :w] for h, w in sizes]
+    images = [np.repeat(mask[..., None] * 100, 3, 2).astype(np.uint8) for mask in found]
+    data = SimpleNamespace(val_images=images, val_masks=found, uniform=False)
+    method = SimpleNamespace(
+        student=SimpleNamespace(patch=8),
+        eval=lambda: None,
+        views_wanted=lambda: SimpleNamespace(text=False),
+        token_features=lambda pixels, _: {"after": torch.nn.functional.avg_pool2d(pixels, 8).flatten(2).mT},
+    )
+    run: Any = SimpleNamespace(
+        dataset=data, method=method, device=torch.device("cpu"), alive=lambda: None,
+        cfg=SimpleNamespace(eval=SimpleNamespace(images=None)),
+    )  # fmt: skip
+    sampled = clusters.gathered(run)
+    assert sampled is not None
+    chosen, stages = sampled
+    assert set(chosen.image) == {0, 1, 2} and stages["after"].shape == (len(chosen.label), 3)
+    colour = (stages["after"].mean(1) * 0.2254 + 0.449) * 255 / 100
+    assert np.corrcoef(colour, chosen.label)[0, 1] > 0.95
 
 
 # Runs and their page
@@ -412,6 +446,19 @@ def test_a_damaged_plane_is_told_and_the_rest_is_there(trained: tuple[Plan, Stor
     found = page.clusters(gather(plan, elsewhere), elsewhere, tmp_path / "out")
     assert found is not None and len(found.wrong) == 1 and damaged.stem in found.wrong[0]
     assert 2 <= len(found.panels) < 4 and all(line.scores[0].after.by_seed for line in found.lines)
+
+
+def test_differences_are_after_less_before_and_less_the_reference(trained: tuple[Plan, Store]) -> None:
+    found = page.clusters(gather(*trained), trained[1], trained[1].root / "out")
+    assert found is not None and [line.label for line in found.lines][:2] == ["Without text", "With text"]
+    own, base = (entry(trained, label)[1].scores["student"]["fusion"] for label in ("With text", "Without text"))
+    for name, score, none in zip(page.SCORES, found.lines[1].scores, found.lines[0].scores, strict=True):
+        assert score.change is not None and score.gap is not None and none.gap is None
+        assert score.change.mean == pytest.approx(own[name] - own[f"{name}_before"])
+        assert score.gap.mean == pytest.approx(own[name] - base[name])
+    names = entry(trained, "With text")[1].class_names
+    with np.load(entry(trained, "With text")[0] / "plane.npz", allow_pickle=False) as file:
+        assert [name for name, _ in found.legend] == [names[k] for k in np.unique(file["label"])]
 
 
 def test_differences_are_paired_within_seeds() -> None:

@@ -90,8 +90,8 @@ def separation(features: np.ndarray, label: np.ndarray, image: np.ndarray) -> di
     """
     from sklearn.metrics import davies_bouldin_score, silhouette_score
 
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
-    if not np.isfinite(unit).all() or np.ptp(unit, axis=0).max() < 1e-6:
+    unit = _unit(features)
+    if unit is None:
         return {}
     found = {}
     if 1 < len(np.unique(label)) < len(label):
@@ -104,12 +104,23 @@ def separation(features: np.ndarray, label: np.ndarray, image: np.ndarray) -> di
     return found
 
 
-def plane(features: np.ndarray) -> np.ndarray:
-    """t-SNE of features (n, W), each brought to length 1: (n, 2) float32; the seed is fixed, and so is the start."""
+def plane(features: np.ndarray) -> np.ndarray | None:
+    """t-SNE of features (n, W), each brought to length 1: (n, 2) float32; the seed is fixed, and so is the start.
+
+    None of features that are all alike or not finite: of those scikit-learn's can end the whole process.
+    """
     from sklearn.manifold import TSNE
 
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+    unit = _unit(features)
+    if unit is None:
+        return None
     return TSNE(perplexity=min(PERPLEXITY, len(unit) / 3), init="pca", random_state=0).fit_transform(unit)
+
+
+def _unit(features: np.ndarray) -> np.ndarray | None:
+    """Features (n, W), each brought to length 1; None where they are all alike or not finite."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+    return unit if np.isfinite(unit).all() and np.ptp(unit, axis=0).max() >= 1e-6 else None
 
 
 @torch.inference_mode()
@@ -170,7 +181,9 @@ def measured(run: Run) -> dict[str, float | int | None]:
     about: dict[str, np.ndarray] = {"image": chosen.image.astype(np.int32), "label": chosen.label.astype(np.uint8)}
     _save(run, "features.npz", {**about, **{name: x.astype(np.float16) for name, x in stages.items()}})
     if run.cfg.runtime.pictures:
-        _save(run, "plane.npz", {**about, **{name: plane(x).astype(np.float16) for name, x in stages.items()}})
+        planes = {name: plane(x) for name, x in stages.items()}
+        drawn = {name: places.astype(np.float16) for name, places in planes.items() if places is not None}
+        _save(run, "plane.npz", {**about, **drawn})
     return {**out, "tokens": len(chosen.label), "token_classes": len(np.unique(chosen.label))}
 
 
