@@ -164,7 +164,7 @@ class SemiVl(UniMatch):
     def _guide(self, batch: Batch, top: Tensor) -> tuple[Tensor, Tensor | None]:
         """Likeness (U, K, h, w) of the weak views to the classes, and of the labelled images where it can be taught.
 
-        ``top`` holds the encoder's last map of labelled, weak and strong views; labelled ones teach the encoder as well.
+        ``top`` holds the encoder's last map of all views; labelled ones teach the encoder as well.
         """
         for clip in self._clip:
             return self.likeness(clip(batch.weak[0])), None
