@@ -169,7 +169,8 @@ def _said(results: Results) -> list[str]:
         "Captions are simulated, that is, written from the masks: they name classes that are in the image, and leave "
         "some out. With text a network is therefore told at validation what to look for, and a gain may be that and "
         "nothing else. Another image's captions, or one caption for all, show what words do that say nothing of the "
-        "image; the null token shows what the attention does without words."
+        "image; a null token shows what the block does without words: its attention then adds the same to every token, "
+        "and what is left of it is its feed-forward layer."
     ]
     return [
         *(told if any("simulated" in record.captions for record in results.records().values()) else ()),
@@ -177,10 +178,14 @@ def _said(results: Results) -> list[str]:
         "token's class is the one that most of its pixels have; pixels that are ignored do not count.",
         "Features are the normalised tokens that the class queries attend to, each brought to length 1; distances are "
         "Euclidean in the space of all channels, not in the plane of the pictures, whose distances mean little.",
+        "Before words are read, tokens are those that enter the block of the same network. It was trained to make "
+        "masks of what leaves the block, so that the change within a run does not say what text is worth; the "
+        "difference to the reference, a network trained without text, does.",
         "All tokens of an image read the same words, so that text can gather them by image rather than by class. "
         "The silhouette by image, over the same tokens but those that are alone in their image, tells how far it does.",
         "± after a difference is the 95 % interval of paired differences within seeds; p is two-sided and not "
-        "corrected for the number of differences. The claims are tested with Holm's correction.",
+        "corrected for the number of differences. Both are of the spread over seeds, on these tokens alone. The claims "
+        "are tested with Holm's correction.",
     ]
 
 
