@@ -81,7 +81,11 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     stamp = (first.directory / "checkpoint.pt").stat().st_mtime_ns
     again = fit(config(tmp_path))
     assert again.record == first.record and (first.directory / "checkpoint.pt").stat().st_mtime_ns == stamp
+    for name in scoring.FILES:
+        (first.directory / name).write_bytes(b"of an older version")
     fresh = fit(config(tmp_path), resume=False)
+    files = [path for path in fresh.directory.iterdir() if path.is_file()]
+    assert not any(path.read_bytes() == b"of an older version" for path in files)
     assert (first.directory / "checkpoint.pt").stat().st_mtime_ns != stamp
     assert fresh.record.miou == first.record.miou
 

@@ -11,6 +11,7 @@ import torch
 from tiny_models import bert, clip
 
 from viladiff.config import ConfigError, RunConfig, override
+from viladiff.export import export_run
 from viladiff.models.backbones import build_encoder, weights_fingerprint
 from viladiff.runs import finished, trained_method
 from viladiff.train import fit
@@ -106,6 +107,8 @@ def test_a_run_is_named_by_what_is_in_the_directory(tmp_path: Path) -> None:
     first = named(saved(tmp_path / "a"))
     assert first == named(saved(tmp_path / "b")) != named(saved(tmp_path / "c", seed=1))
     assert named(edited(tmp_path / "b", layer_norm_eps=1e-3)) != first
+    (tmp_path / "a" / "model-00002.safetensors").write_bytes(b"another part of the weights")
+    assert named(tmp_path / "a") != first
     with pytest.raises(ValueError, match=r"must be a directory with config\.json and"):
         named(tmp_path / "nothing")
 
@@ -123,3 +126,6 @@ def test_the_experiment_of_figure_1_runs_on_a_frozen_one(tmp_path: Path) -> None
     before = build_encoder("transformers", "none", str(tmp_path / "model")).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in method.student.encoder.state_dict().items())
     assert not any(p.requires_grad for p in method.student.encoder.parameters())
+    with pytest.raises(ValueError, match="no model folder can say what the network is"):
+        export_run(result.directory, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
