@@ -107,7 +107,7 @@ def test_a_run_is_named_by_what_is_in_the_directory(tmp_path: Path) -> None:
     first = named(saved(tmp_path / "a"))
     assert first == named(saved(tmp_path / "b")) != named(saved(tmp_path / "c", seed=1))
     assert named(edited(tmp_path / "b", layer_norm_eps=1e-3)) != first
-    (tmp_path / "a" / "model-00002.safetensors").write_bytes(b"another part of the weights")
+    (tmp_path / "a" / "more.safetensors").write_bytes(b"another part of the weights")
     assert named(tmp_path / "a") != first
     with pytest.raises(ValueError, match=r"must be a directory with config\.json and"):
         named(tmp_path / "nothing")
