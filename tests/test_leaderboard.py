@@ -443,3 +443,13 @@ def test_a_picture_is_drawn_again_only_for_other_numbers(tmp_path: Path, monkeyp
 def test_the_page_loads_neither_torch_nor_matplotlib() -> None:
     code = "import sys, viladiff.report.leaderboard; print({'torch', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_collapse_stands_below_the_others_with_its_number() -> None:
+    near = [scatter.Point(1.0, 45.0 + i, 0.5, str(i), 0) for i in range(6)]
+    far = scatter.Point(2.0, 6.0, 0.3, "lost", 0)
+    shown = scatter.brought_in([*near, far])
+    assert shown[:6] == tuple(near) and shown[6].label == "lost ↓ 6.0" and shown[6].spread is None
+    assert 43 < shown[6].y < 44.5 and shown[6].x == 2.0
+    assert scatter.brought_in([*near[:4], far]) == (*near[:4], far), "of five, nobody says which is far"
+    assert scatter.brought_in([*near, far._replace(y=40.0)])[6].y == 40.0

@@ -27,7 +27,7 @@ THEMES = {
 """As in page.css."""
 REACH = (7, 11, 16, 22, 29, 37, 46, 56, 67, 80, 95, 112)
 """How far a name may be from its point, in points of 1/72 inch, nearest first."""
-_FORM = 1
+_FORM = 2
 """Raised when the same numbers are drawn otherwise."""
 TURNS = 2 * math.pi * np.array([0, 8, 1, 15, 2, 14, 7, 9, 3, 13, 6, 10, 4, 12, 5, 11]) / 16
 """Directions, beside the point first."""
@@ -94,6 +94,7 @@ def _svg(figure: Figure, digest: str) -> str:
 
 def draw(chart: Chart) -> Figure:
     """The light picture; the more points, the taller."""
+    chart = chart._replace(points=brought_in(chart.points))
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: it keeps figures and picks a display
 
@@ -106,6 +107,22 @@ def draw(chart: Chart) -> Figure:
     _frame(axes, chart, look)
     _name(axes, chart.points, look)
     return figure
+
+
+def brought_in(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Points far below all others stand just below them, with their number and an arrow: one collapse hides no order.
+
+    Far is four times the distance of the quartiles below the lower one; nothing is far among fewer than six.
+    """
+    if len(points) < 6:
+        return tuple(points)
+    low, high = np.quantile([one.y for one in points], (0.25, 0.75))
+    near = [one for one in points if one.y >= low - 4 * max(high - low, 1.0)]
+    lowest, highest = min(one.y - (one.spread or 0) for one in near), max(one.y for one in near)
+    edge = lowest - 0.1 * (highest - lowest)
+    return tuple(
+        one if one in near else one._replace(y=edge, spread=None, label=f"{one.label} ↓ {one.y:.1f}") for one in points
+    )
 
 
 def _points(axes: Axes, points: Sequence[Point], place: int, group: str, look: dict[str, str]) -> None:
