@@ -1,6 +1,6 @@
 """Records learning curves over the joint space, for ``benchmarks/quality.py``: points spread evenly, three seeds each.
 
-Each run is an ordinary one of ``sweep_joint`` at scale quick with 300 steps, scored on held-out images every 75 of them.
+Each run is an ordinary one of ``sweep_joint`` at scale quick with 300 steps, scored on held-out images every 75.
 What has a record in ``--out`` is not run again and what was interrupted goes on, so that several may work side by side.
 Each call writes benchmarks/curves.csv, and where it comes from to curves.json, from all records that there are.
 
