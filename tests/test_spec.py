@@ -362,6 +362,21 @@ def test_what_all_methods_share_goes_to_those_that_have_it_and_do_not_set_it(tmp
             cells(wrong, "tiny")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"method.name" = "semibaseline"', '"method.name" = "semibaselin"', "small.toml: rows[1] 'plain': method.name"),
+        ('voc = "digits"', 'voc = "digit"', "small.toml: columns[1] 'first': data.dataset"),
+    ],
+)
+def test_with_shared_fields_too_a_misspelt_method_or_data_set_is_blamed_on_its_entry(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    table = read(tmp_path, ("[scale.tiny]", '[scale.tiny]\nshared = { "method.teacher.momentum" = 0.9 }'), (old, new))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        cells(table, "tiny")
+
+
 def test_a_scale_names_the_rows_and_columns_that_it_runs_by_itself(tmp_path: Path) -> None:
     table = read(tmp_path, ("seeds = [5]", 'seeds = [5]\nrows = ["whole"]\ncolumns = ["second"]'))
     assert choose(table, "real") == ((1,), (1,), (5,))

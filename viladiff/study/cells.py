@@ -169,6 +169,10 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
     if not shared:
         return layers
     merged = _merge(layers)
+    try:
+        found = _known(merged)
+    except ConfigError:  # an unknown method or data set: ``_check`` says which entry names it
+        return layers
     here = f"{table.name}.toml: scale.{scale}: shared"
     every = {path for method in METHODS for path in _known(merged, method) if path.startswith("method.")} - {*CHOOSERS}
     for path in shared:
@@ -176,7 +180,7 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
             raise ValueError(f"{here}: {path}: not a field of any method{nearest(path, every)}")
         if path in table.scale[scale].set:
             raise ValueError(f"{here}: {path}: set has it too; keep one")
-    known = _known(merged).keys() - {path for layer in layers[2:] for path in layer.fields}
+    known = found.keys() - {path for layer in layers[2:] for path in layer.fields}
     fields = {path: value for path, value in shared.items() if path in known}
     return [*layers, Layer(f"scale.{scale}: shared", fields)]
 
