@@ -93,6 +93,9 @@ def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert read.fields == ["seed=1", "train.steps=5", "data.split=92"] and read.out == "here" and read.fresh
     assert cli.read_arguments(cli.parser(), ["train", "--out", "a=b"]).fields == []
+    for command in (["table", "5"], ["sweep", "lambda"]):
+        read = cli.read_arguments(cli.parser(), [*command, "--dry-run", "train.steps=5", "--seeds", "2", "seed=1"])
+        assert read.changes == ["train.steps=5", "seed=1"] and read.dry_run and read.seeds == "2"
     for words, wrong in (
         (["train", "seed=1", "--fresh", "--frsh"], "--frsh"),
         (["train", "--fresh", "--frsh=1", "seed=1"], "--frsh=1"),

@@ -347,6 +347,10 @@ def test_what_all_methods_share_goes_to_those_that_have_it_and_do_not_set_it(tmp
         by_place(table, seeds=[0], changes={"method.teacher.momentum": "0.7"})[1, 0, 0]["method.teacher.momentum"]
         == "0.7"
     )
+    typed = by_place(table, seeds=[0], changes={"method.name": "fixmatch"})
+    assert [typed[row, 0, 0].get("method.teacher.momentum") for row in range(3)] == [0.9] * 3, "a method that is typed"
+    typed = by_place(table, seeds=[0], changes={"method.name": "supervised"})
+    assert all("method.teacher.momentum" not in one for one in typed.values())
     own = '"data.split" = "183", "method.teacher.momentum" = 0.8'
     table = read(tmp_path, ("[scale.tiny]", shared), ('"data.split" = "183"', own))
     assert [by_place(table, seeds=[0])[1, k, 0]["method.teacher.momentum"] for k in (0, 1)] == [0.8, 0.9], "a column's"

@@ -71,10 +71,11 @@ def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) ->
     """``FIELD=VALUE`` may stand before and after options, of which argparse takes the first few alone."""
     args, left = into.parse_known_args(argv)
     late = [text for text in left if "=" in text and not text.startswith("-")]
-    if len(late) < len(left) or (late and not hasattr(args, "fields")):
+    taking = next((name for name in ("fields", "changes") if hasattr(args, name)), None)
+    if len(late) < len(left) or (late and taking is None):
         into.error(f"unrecognized arguments: {' '.join(text for text in left if text not in late) or ' '.join(left)}")
-    if late:
-        args.fields = [*args.fields, *late]
+    if late and taking:
+        setattr(args, taking, [*getattr(args, taking), *late])
     return args
 
 

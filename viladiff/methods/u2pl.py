@@ -284,8 +284,10 @@ def not_of(p: Tensor, target: Tensor, labelled: int, first: int, last: int) -> T
     The first ``labelled`` images have the classes ``target`` (N, n); there the class is another one and among the
     ``first`` of the sorted probabilities ``p`` (N, C, n). In the others its place, from 0, is in [first, last).
     """
-    rank = p.argsort(1, descending=True).argsort(1)
-    other = torch.arange(p.shape[1], device=p.device)[:, None] != target[:labelled, None]
+    places = torch.arange(p.shape[1], device=p.device)[:, None]
+    order = p.argsort(1, descending=True)
+    rank = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+    other = places != target[:labelled, None]
     mine, theirs = rank[:labelled], rank[labelled:]
     return torch.cat([(mine < first) & other, (theirs >= first) & (theirs < last)])
 

@@ -115,7 +115,9 @@ def cells(
         raise ValueError(f"{path} = {changes[path]}: not set here: {RESERVED[path]}")
     later = unbuilt(table, changes)
     places = [(row, column) for row in chosen_rows if row not in later for column in chosen_columns]
-    layers = {place: _shared(table, scale, _layers(table, scale, *place)) for place in places}
+    # Which method and data set are meant has to be known before the shared fields are.
+    chosen = Layer(_TYPED, {path: changes[path] for path in CHOOSERS if path in changes})
+    layers = {place: _shared(table, scale, [*_layers(table, scale, *place), chosen]) for place in places}
     typed = _fitting(changes, {place: _merge(layers[place]) for place in places})
     settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
     fixed = {"runtime.scale": scale}
@@ -180,7 +182,7 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
             raise ValueError(f"{here}: {path}: not a field of any method{nearest(path, every)}")
         if path in table.scale[scale].set:
             raise ValueError(f"{here}: {path}: set has it too; keep one")
-    known = found.keys() - {path for layer in layers[2:] for path in layer.fields}
+    known = found.keys() - {path for path, one in merged.items() if one.rank > 1}
     fields = {path: value for path, value in shared.items() if path in known}
     return [*layers, Layer(f"scale.{scale}: shared", fields)]
 

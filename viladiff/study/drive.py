@@ -54,10 +54,10 @@ class Job:
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
     """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors that a user can mend are a line each."""
-    from viladiff.cli import carry_out
+    from viladiff.cli import carry_out, read_arguments
 
     given = sys.argv[1:] if argv is None else list(argv)
-    args = parser(path, name or Path(sys.argv[0]).name).parse_args(given)
+    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
     return carry_out(lambda: run(path, args, typed(name or _said(sys.argv[0]), given)))
 
 

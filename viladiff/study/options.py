@@ -36,7 +36,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
     what.add_argument("--rows", nargs="+", metavar="ROW", help="labels, their beginnings, or numbers from 1")
     what.add_argument("--columns", nargs="+", metavar="COLUMN", help="likewise")
     what.add_argument("--encoder", metavar="NAME", help="another encoder for every cell, such as a timm backbone")
-    what.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="fields for every cell, after --")
+    what.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="fields for every cell (-- first after --rows)")
     how = top.add_argument_group("how")
     how.add_argument("--workers", type=int, metavar="N", help="processes that share each run's batches")
     add_placing(how)

@@ -26,10 +26,10 @@ from viladiff.study.trials import Trial, load_trials, ranked
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
     """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors that a user can mend are a line each."""
-    from viladiff.cli import carry_out
+    from viladiff.cli import carry_out, read_arguments
 
     given = sys.argv[1:] if argv is None else list(argv)
-    args = parser(path, name or Path(sys.argv[0]).name).parse_args(given)
+    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
     return carry_out(lambda: run(path, args, typed(f"python tune/{path.stem}.py", given)))
 
 

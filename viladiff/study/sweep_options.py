@@ -45,7 +45,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
         default="holdout",
         help="images that points are chosen by; val is the reported set, and looking at it spoils what is reported",
     )
-    what.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="fields for every run, after --")
+    what.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="fields for every run")
     how = top.add_argument_group("how")
     add_placing(how)
     how.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share each run's batches")
