@@ -219,7 +219,7 @@ def test_rows_that_wait_have_a_dash_a_reason_and_no_run(tmp_path: Path) -> None:
         "unique runs; the row that waits has none, streams share theirs"
     )
     lines = [line for line in tables.long(results) if line["row"] == "late"]
-    assert {(line["state"], line["run_id"], line["miou"]) for line in lines} == {("unbuilt", "", None)}
+    assert {(line["state"], line["run_id"], line["miou"]) for line in lines} == {("unavailable", "", None)}
     assert [reason for reason in plain.reasons(results) if "not available" in reason] == [
         "not available: method.clip.weights is not given: row 5"
     ]

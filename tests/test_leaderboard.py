@@ -19,7 +19,7 @@ from viladiff.record import RunRecord, load_record, save_record
 from viladiff.report import costs, figures, rates, scatter, standing
 from viladiff.report.page import render_table
 from viladiff.report.tables import gather
-from viladiff.study.cells import cells, unbuilt
+from viladiff.study.cells import cells, unavailable
 from viladiff.study.claims import judge
 from viladiff.study.plan import Plan, Planned, PlannedCell
 from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
@@ -79,8 +79,8 @@ def test_rows_of_our_own_stand_in_tables_1_to_4() -> None:
             row.control for row in rows.values() if row.label.startswith(("FixMatch-EMA", "All training", "Zero"))
         )
         zero = [row.label for row in table.rows].index("Zero-shot text (CLIP)")
-        assert unbuilt(table) == {zero: "not available: method.clip.weights is not given"}
-        assert unbuilt(table, {"method.clip.weights": "some.safetensors"}) == {}
+        assert unavailable(table) == {zero: "not available: method.clip.weights is not given"}
+        assert unavailable(table, {"method.clip.weights": "some.safetensors"}) == {}
         first = cells(table, "paper", [0], ["FixMatch-EMA", "FixMatch-EMA, twice the steps"], [1])
         lengths = [override(RunConfig(), one.changes).train.epochs for one in first]
         assert lengths[1] == 2 * lengths[0] == double  # type: ignore[operator]
@@ -289,7 +289,7 @@ def test_the_finding_is_made_of_tests_and_says_what_it_cannot_say(tmp_path: Path
     assert "“Twice is more”: not decided (0 of 2 shown" in text and "+0.2 at 92 labels, +0.2 at 183 labels" in text
     assert "one data set (digits) with one encoder, vit (shipped)" in text
     assert "handwriting" in text and "tried for 0 of 3 families" in text
-    empty = Plan(plan.table, "s", plan.rows, plan.columns, plan.seeds, plan.cells, plan.runs, plan.unbuilt)
+    empty = Plan(plan.table, "s", plan.rows, plan.columns, plan.seeds, plan.cells, plan.runs, plan.unavailable)
     assert standing.told(gather(empty, Store(tmp_path / "none")), [], []) == ["Nothing has been measured yet."]
 
 

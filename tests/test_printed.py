@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from viladiff.config import RunConfig, changed, override
-from viladiff.study.cells import cells, unbuilt
+from viladiff.study.cells import cells, unavailable
 from viladiff.study.claims import printed_verdict
 from viladiff.study.printed import Inconsistency, inconsistencies, siblings
 from viladiff.study.spec import Column, Row, Scale, Table, load_table
@@ -198,7 +198,7 @@ def test_the_blocks_of_table_2_are_other_runs() -> None:
 
 def test_rows_that_wait_are_rows_of_others_methods() -> None:
     for table in TABLES.values():
-        waiting = {table.rows[place].label for place in unbuilt(table)}
+        waiting = {table.rows[place].label for place in unavailable(table)}
         assert "SupBaseline" not in waiting and not any("ViLaDiff" in label or "T = " in label for label in waiting)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from viladiff.config import TAGS, RunConfig, changed, override
-from viladiff.study.cells import CHOOSERS, cells, choose, select, settings, unbuilt
+from viladiff.study.cells import CHOOSERS, cells, choose, select, settings, unavailable
 from viladiff.study.spec import Table, load_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -390,11 +390,11 @@ def test_a_scale_names_the_rows_and_columns_that_it_runs_by_itself(tmp_path: Pat
 
 def test_a_row_waits_for_the_field_that_it_needs(tmp_path: Path) -> None:
     table = read(tmp_path, ('label = "plain"', 'label = "plain"\nneeds = "runtime.data_root"'))
-    assert unbuilt(table) == {0: "not available: runtime.data_root is not given"}
+    assert unavailable(table) == {0: "not available: runtime.data_root is not given"}
     assert {cell.row for cell in cells(table, "tiny")} == {1, 2}
     given = {"runtime.data_root": str(tmp_path)}
-    assert unbuilt(table, given) == {} and len(cells(table, "tiny", changes=given)) == 18
-    assert unbuilt(read(tmp_path)) == {}, "a row that needs nothing"
+    assert unavailable(table, given) == {} and len(cells(table, "tiny", changes=given)) == 18
+    assert unavailable(read(tmp_path)) == {}, "a row that needs nothing"
     with pytest.raises(ValueError, match=r"rows\[1\] 'plain': method\.name = 'dremas': allowed"):
         cells(read(tmp_path, ('"method.name" = "semibaseline"', '"method.name" = "dremas"')), "tiny")
 
@@ -499,7 +499,7 @@ def test_every_table_can_be_run_at_every_scale_with_cells_that_differ(path: Path
         read = [(table.rows[one.row].network, table.rows[one.row].stream) for one in found]
         sets = [sorted(changed(override(RunConfig(), one.changes)).items()) for one in found]
         assert len({str(key) for key in zip(read, sets, strict=True)}) == len(found)
-        there = {one.row for one in every} | set(unbuilt(table))
+        there = {one.row for one in every} | set(unavailable(table))
         assert there == set(range(len(table.rows))), "a row runs, or waits for what it needs"
 
 

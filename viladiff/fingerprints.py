@@ -32,11 +32,12 @@ def fingerprints(cfg: RunConfig) -> dict[str, str]:
 def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
     """The names that ``viladiff.train.Run`` would give, in order; renders data where it is missing.
 
-    A labelled list is read once and, since the words of a data set are the same under each of its lists, so is a
-    bank of words. Nothing is kept between calls: files may change. Raises ValueError for unusable inputs.
+    A labelled list and a file of weights are read once and, since the words of a data set are the same under each of
+    its lists, so is a bank of words. Nothing is kept between calls: files may change. ValueError for unusable inputs.
     """
     datasets: dict[object, tuple[Dataset, str]] = {}
     banks: dict[object, str] = {}
+    weights: dict[object, dict[str, str]] = {}
     found = []
     for cfg in configs:
         data = cfg.data
@@ -48,7 +49,10 @@ def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
         bank = (words, data.text_encoder, data.captions, cfg.runtime.text_model)
         if bank not in banks:
             banks[bank] = text_fingerprint(dataset, data.text_encoder, data.captions, model=cfg.runtime.text_model)
-        prints = {"data": dataset.fingerprint, "text": banks[bank], **weights_fingerprint(cfg)}
+        files = (cfg.model.model_dump_json(), getattr(getattr(cfg.method, "clip", None), "weights", None))
+        if files not in weights:
+            weights[files] = weights_fingerprint(cfg)
+        prints = {"data": dataset.fingerprint, "text": banks[bank], **weights[files]}
         steps = total_steps(cfg, dataset, METHODS[cfg.method.name].views.unlabelled)
         found.append(Named(run_id(cfg, prints), prints, steps))
     return found

@@ -93,7 +93,7 @@ def _line(results: Results, row: int, measured: Costs) -> Line:
     method = next((str(run.changed.get("method.name")) for run in _planned(results, row)), "")
     peaks = [r.peak_memory_bytes for r in records if r.peak_memory_bytes is not None]
     spec, read = table.rows[row], measured.measured
-    why = next((e.why for e in entries if e.state == "unbuilt"), "") if not records else ""
+    why = next((e.why for e in entries if e.state == "unavailable"), "") if not records else ""
     return Line(
         number(results, row),
         spec.label,

@@ -122,7 +122,7 @@ def reasons(results: Results) -> list[str]:
         if entry.why:
             label = results.plan.table.columns[entry.cell.column].label
             row = f"row {number(results, entry.cell.row)}"
-            whole = entry.state == "unbuilt"
+            whole = entry.state == "unavailable"
             found.setdefault(entry.why, []).append(row if whole else f"{row}, {label}, seed {entry.cell.seed}")
     return [f"{why}: {_some(list(dict.fromkeys(cells)))}" for why, cells in found.items()]
 

@@ -33,8 +33,8 @@ _WHY: dict[State, str] = {
 }
 
 
-Mark = State | Literal["unbuilt"]
-"""How far a cell's run is; ``unbuilt`` has none, since it wants what is not given."""
+Mark = State | Literal["unavailable"]
+"""How far a cell's run is; ``unavailable`` has none, since it wants what is not given."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def gather(plan: Plan, store: Store) -> Results:
     rows = plan.table.rows
     have = [Entry(c, *read[c.run_id], rows[c.row].network, rows[c.row].stream) for c in cells]
     lack = [
-        Entry(PlannedCell(row, column, seed, ""), "unbuilt", None, why)
-        for row, why in plan.unbuilt.items()
+        Entry(PlannedCell(row, column, seed, ""), "unavailable", None, why)
+        for row, why in plan.unavailable.items()
         for column in plan.columns
         for seed in plan.seeds
     ]

@@ -108,12 +108,12 @@ def cells(
     One that chooses another method or data set drops what earlier ones set for the one before alone, and of
     ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
     data set of a cell lacks is left out there, unless all cells lack it. Rows that cannot be run yet have no cells
-    (``unbuilt``). Loads torch. Raises ValueError that names file and entry.
+    (``unavailable``). Loads torch. Raises ValueError that names file and entry.
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():
         raise ValueError(f"{path} = {changes[path]}: not set here: {RESERVED[path]}")
-    later = unbuilt(table, changes)
+    later = unavailable(table, changes)
     places = [(row, column) for row in chosen_rows if row not in later for column in chosen_columns]
     # Which method and data set are meant has to be known before the shared fields are.
     chosen = Layer(_TYPED, {path: changes[path] for path in CHOOSERS if path in changes})
@@ -130,7 +130,7 @@ def cells(
     return found
 
 
-def unbuilt(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
+def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
     """Why rows cannot be run, by place: a field that has to be given, such as a file, is not."""
     return {
         place: f"not available: {row.needs} is not given"

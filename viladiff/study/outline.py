@@ -34,7 +34,7 @@ def outline(plan: Plan, store: Store, settings: Settings, out: Path, price: floa
     grid = Grid("", *(escape(plan.table.columns[column].label) for column in plan.columns), box=None, pad_edge=False)
     for row in plan.rows:
         label = plan.table.rows[row].label
-        later = plan.unbuilt.get(row)
+        later = plan.unavailable.get(row)
         cells = [_cell(plan, found, row, column) if later is None else later.split(":")[0] for column in plan.columns]
         grid.add_row(f"{row + 1:>2}  {escape(label)}", *cells)
     console.print(grid)

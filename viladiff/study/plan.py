@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import TypeAdapter
 
 from viladiff.record import RunRecord, write_atomically
-from viladiff.study.cells import cells, choose, unbuilt
+from viladiff.study.cells import cells, choose, unavailable
 from viladiff.study.spec import Table
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
@@ -68,7 +68,7 @@ class Plan:
     """Seed by seed, so that a campaign that is cut short leaves whole tables."""
     runs: dict[str, Planned]
     """In the order of their first cells."""
-    unbuilt: dict[int, str] = field(default_factory=dict)
+    unavailable: dict[int, str] = field(default_factory=dict)
     """Why rows that were asked for have no cells, by place."""
     file: Path | None = field(default=None, compare=False)
     """Where it is kept for the next time; None where it is made each time."""
@@ -95,7 +95,7 @@ class _Kept(NamedTuple):
 
     cells: tuple[PlannedCell, ...]
     runs: tuple[Planned, ...]
-    unbuilt: dict[int, str] = {}  # noqa: RUF012, never changed
+    unavailable: dict[int, str] = {}  # noqa: RUF012, never changed
 
 
 def make_plan(
@@ -125,7 +125,7 @@ def make_plan(
         if file is not None and lasting:
             _write(file, kept)
     titled = _titled(table, kept)
-    return Plan(table, scale, chosen_rows, chosen_columns, chosen_seeds, kept.cells, titled, kept.unbuilt, file)
+    return Plan(table, scale, chosen_rows, chosen_columns, chosen_seeds, kept.cells, titled, kept.unavailable, file)
 
 
 def _make(
@@ -152,7 +152,7 @@ def _make(
         run = Planned(named.run_id, cell.changes, "", named.steps, fields, cfg.runtime.workers, cfg.runtime.threads)
         planned.setdefault(named.run_id, run)
     # Through JSON, so that a plan is the same whether it was read or made: tuples become lists.
-    later = {row: why for row, why in unbuilt(table, changes).items() if row in rows}
+    later = {row: why for row, why in unavailable(table, changes).items() if row in rows}
     kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()), later)))
     fixed = (isinstance(cfg.data, EmbeddedData) and cfg.data.text_encoder == "words" for cfg in configs)
     return kept, all(fixed) and not any(cfg.runtime.captions for cfg in configs)
@@ -244,7 +244,7 @@ _ADAPTER = TypeAdapter(_Kept)
 
 def _dumps(kept: _Kept) -> str:
     cells, runs = [asdict(cell) for cell in kept.cells], [asdict(run) for run in kept.runs]
-    return json.dumps({"cells": cells, "runs": runs, "unbuilt": kept.unbuilt})
+    return json.dumps({"cells": cells, "runs": runs, "unavailable": kept.unavailable})
 
 
 def _loads(text: str) -> _Kept:

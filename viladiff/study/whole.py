@@ -13,7 +13,7 @@ from rich.table import Table as Grid
 
 from viladiff.fields import parse_overrides
 from viladiff.report.provenance import duration
-from viladiff.study.cells import cells, unbuilt
+from viladiff.study.cells import cells, unavailable
 from viladiff.study.drive import Job, prepare, seeds_of
 from viladiff.study.estimate import estimate
 from viladiff.study.events import Settings
@@ -71,8 +71,8 @@ def share_of(path: Path, args: argparse.Namespace) -> Share:
         from viladiff.config import RunConfig, override, run_id
 
         names = frozenset(run_id(override(RunConfig(), cell.changes)) for cell in found)
-        return Share(table.name, len(found), names, len(unbuilt(table)), why=str(error).splitlines()[0])
-    return Share(table.name, len(job.plan.cells), frozenset(job.plan.runs), len(job.plan.unbuilt), job)
+        return Share(table.name, len(found), names, len(unavailable(table)), why=str(error).splitlines()[0])
+    return Share(table.name, len(job.plan.cells), frozenset(job.plan.runs), len(job.plan.unavailable), job)
 
 
 def totals(shares: Sequence[Share], args: argparse.Namespace) -> dict[str, str]:
@@ -109,7 +109,7 @@ def merged(shares: Sequence[Share]) -> tuple[Plan | None, Job | None]:
         return None, None
     runs = {name: run for job in reversed(jobs) for name, run in job.plan.runs.items()}
     every = tuple(cell for job in jobs for cell in job.plan.cells)
-    return replace(jobs[0].plan, cells=every, runs=runs, unbuilt={}), jobs[0]
+    return replace(jobs[0].plan, cells=every, runs=runs, unavailable={}), jobs[0]
 
 
 def _said(seconds: float | None) -> str:
