@@ -4,11 +4,13 @@ OMP_NUM_THREADS=1 python benchmarks/quality.py [--seeds 20] [--trials 48]
 
 Replays whole sweeps, with their seeds, rungs, stopping and leaving out of seeds, on learning curves that
 ``scripts/record_curves.py`` has recorded from real runs over the joint space (curves.csv; curves.json says where they
-come from). What was not recorded is filled in by a forest (of mean curves, from the recorded points; what a seed adds
-is a recorded curve's difference from its mean). It cannot promise more than the best that was recorded, it knows
-nothing of who asks, and how well it predicts points that it has not seen is printed. ``nearest`` fills in nothing:
-each point has the curves of the recorded one that is nearest, so that in this many dimensions most of what a search
-could learn is lost; it is printed beside, and is no aim.
+come from). What was not recorded is filled in by a smooth surface (of mean curves, from the recorded points, over the
+learning rates of head and encoder; what a seed adds is a recorded curve's difference from its mean). It knows nothing
+of who asks, and how well it predicts points that it has not seen is printed: R² = 0.88, where forests, ridges and
+processes over all dimensions had at most 0.2. So eleven of the thirteen dimensions that are searched are idle in the
+replay, as far as 24 points can tell in the runs. Beside it, and no aim, stand the same surface with all seeds alike,
+and ``nearest``, which fills in nothing: each point has the curves of the recorded one that is nearest, so that in this
+many dimensions most of what a search could learn is lost.
 
 Random search has ``--trials`` full trials. The regret of a search is how far, at the full length and without noise, the
 trial that it ranks first lies below the best there is. Random search's final regret, the median over sampler seeds, is
@@ -27,6 +29,7 @@ import random
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves.csv"
 AIM = 0.4
 SHARES = (0.25, 0.5, 1.0)
-TREES, FOLDS = 60, 8
+FOLDS = 8
 
 
 class Curves(NamedTuple):
@@ -78,12 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{len(means)} points of {curves.values.shape[1]} seeds: {means.min():.1f} to {means.max():.1f} mIoU, median "
         f"{np.median(means):.1f}, standard deviation between seeds {noise:.1f}"
     )
-    r2 = predicted(curves, space)
-    print(f"the forest predicts points that it has not seen with R² = {r2:.2f} ({FOLDS} parts)")
+    print(f"the surface predicts points that it has not seen with R² = {predicted(curves):.2f} ({FOLDS} parts)")
     shares = {}
-    for replay in (Forest(curves, space), Nearest(curves, space)):
+    for replay in (Surface(curves, space), Surface(curves, space, noise=False), Nearest(curves, space)):
         shares[replay.name] = compare(replay, space, given.seeds, given.trials)
-    return 0 if shares["forest"] <= AIM else 1
+    return 0 if shares["surface"] <= AIM else 1
 
 
 def load(path: Path, space: Space) -> Curves:
@@ -129,45 +131,64 @@ def coordinates(point: dict[str, Any], space: Space) -> list[float]:
 # Curves of any point
 
 
-def forest(curves: Curves, space: Space, kept: Sequence[int] | None = None) -> Any:
-    """A forest of mean curves."""
-    from sklearn.ensemble import ExtraTreesRegressor
-
-    rows = list(range(len(curves.points))) if kept is None else list(kept)
-    at = np.array([coordinates(curves.points[row], space) for row in rows])
-    return ExtraTreesRegressor(TREES, min_samples_leaf=2, random_state=0).fit(at, curves.values[rows].mean(1))
+def rates(point: dict[str, Any]) -> list[float]:
+    """What the recorded points differ by most: the logarithms of the head's learning rate and of the encoder's."""
+    head = math.log(point["optim.lr"])
+    return [head, head + math.log(point["optim.encoder_lr_scale"])]
 
 
-def predicted(curves: Curves, space: Space) -> float:
+def surface(curves: Curves, kept: Sequence[int] | None = None) -> Any:
+    """A Gaussian process of mean curves over the two rates, with at least the noise that means of so few seeds have."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MinMaxScaler
+
+    values = curves.values if kept is None else curves.values[list(kept)]
+    points = curves.points if kept is None else [curves.points[row] for row in kept]
+    noise = values[..., -1].var(1, ddof=1).mean() / values.shape[1] / values[..., -1].mean(1).var()
+    others = WhiteKernel(0.1, (1e-4, 1.0))  # what the other dimensions do
+    kernel = ConstantKernel(1.0, (1e-2, 1e4)) * Matern(1.0, (0.05, 100.0), nu=2.5) + others
+    process = GaussianProcessRegressor(kernel, alpha=noise, normalize_y=True, n_restarts_optimizer=2, random_state=0)
+    at = np.array([rates(point) for point in points])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a parameter at a bound is an answer, too
+        return make_pipeline(MinMaxScaler(), process).fit(at, values.mean(1))
+
+
+def predicted(curves: Curves) -> float:
     """R² at the full length over points that were left out when they were predicted."""
     means, guess = curves.values[..., -1].mean(1), np.empty(len(curves.points))
     for fold in range(FOLDS):
         out = [i for i in range(len(means)) if i % FOLDS == fold]
-        model = forest(curves, space, [i for i in range(len(means)) if i % FOLDS != fold])
-        guess[out] = model.predict(np.array([coordinates(curves.points[i], space) for i in out]))[:, -1]
+        model = surface(curves, [i for i in range(len(means)) if i % FOLDS != fold])
+        guess[out] = model.predict(np.array([rates(curves.points[i]) for i in out]))[:, -1]
     return float(1 - ((means - guess) ** 2).sum() / ((means - means.mean()) ** 2).sum())
 
 
-class Forest:
-    """Mean curves from a forest; what a seed adds is the difference of a recorded curve from its point's mean."""
+class Surface:
+    """Mean curves from ``surface``; what a seed adds is the difference of a recorded curve from its point's mean.
 
-    name = "forest"
+    Without ``noise`` a seed adds nothing.
+    """
 
-    def __init__(self, curves: Curves, space: Space) -> None:
-        self.space, self.model = space, forest(curves, space)
+    def __init__(self, curves: Curves, space: Space, noise: bool = True) -> None:
+        self.name = "surface" if noise else "surface, all seeds alike"
+        self.model = surface(curves)
         seeds = curves.values.shape[1]
         apart = curves.values - curves.values.mean(1, keepdims=True)
         # Differences from a mean of so few seeds are too small by this factor.
-        self.noise = (apart * math.sqrt(seeds / (seeds - 1))).reshape(-1, len(SHARES))
+        self.noise = noise * (apart * math.sqrt(seeds / (seeds - 1))).reshape(-1, len(SHARES))
         self.known: dict[str, np.ndarray] = {}
-        drawn = random.Random("the best of the forest")
-        at = [coordinates(point, space) for point in (*curves.points, *(draw(space, drawn) for _ in range(4096)))]
+        drawn = random.Random("the best of the surface")
+        at = [rates(point) for point in (*curves.points, *(draw(space, drawn) for _ in range(4096)))]
         self.best = float(self.model.predict(np.array(at))[:, -1].max())
 
     def mean(self, point: dict[str, Any]) -> np.ndarray:
         name = repr(sorted(point.items()))
         if name not in self.known:
-            self.known[name] = self.model.predict(np.array([coordinates(point, self.space)]))[0]
+            self.known[name] = self.model.predict(np.array([rates(point)]))[0]
         return self.known[name]
 
     def curve(self, point: dict[str, Any], seed: int) -> np.ndarray:
@@ -195,7 +216,7 @@ class Nearest:
         return np.asarray(self.curves.values[self._row(point), seed % self.curves.values.shape[1]])
 
 
-Replay = Forest | Nearest
+Replay = Surface | Nearest
 
 
 def draw(space: Space, drawn: random.Random) -> dict[str, Value]:
@@ -217,10 +238,11 @@ def compare(replay: Replay, space: Space, seeds: int, trials: int) -> float:
     share = statistics.median(shares)
     never = sum(math.isinf(one) for one in shares)
     left = 100 * statistics.median(one.regret[-1] for one in guided)
+    after, first, third = ("never" if math.isinf(one) else f"{one:.0%}" for one in (share, low, high))
     print(
-        f"{replay.name}: random search ends {100 * goal:.2f} points below the best of {100 * replay.best:.1f}; TPE "
-        f"and ASHA are\n  there after {share:.0%} of its steps (aim: at most {AIM:.0%}; quartiles {low:.0%} and "
-        f"{high:.0%}; {never} of {seeds} never), and end {left:.2f} below"
+        f"{replay.name}: random search ends {100 * goal:.2f} points below the best of {100 * replay.best:.1f}; steps "
+        f"that TPE and ASHA take to\n  get there, of its own: {after} (aim: at most {AIM:.0%}; quartiles {first} and "
+        f"{third}; {never} of {seeds} never), and end {left:.2f} below"
     )
     return share
 

@@ -17,7 +17,8 @@ from viladiff.study.space import Dimension
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = {
-    "x": Dimension(low=0.01, high=1.0, log=True),
+    "optim.lr": Dimension(low=0.01, high=1.0, log=True),
+    "optim.encoder_lr_scale": Dimension(low=0.1, high=1.0, log=True),
     "n": Dimension(low=1, high=9),
     "c": Dimension(choices=("a", "b")),
 }
@@ -29,7 +30,7 @@ def quality() -> ModuleType:
 
 
 def score(point: dict[str, Any]) -> float:
-    return 0.5 - 0.3 * abs(SPACE["x"].unit(point["x"]) - 0.7) - 0.05 * (point["c"] == "b")
+    return 0.5 - 0.3 * abs(SPACE["optim.lr"].unit(point["optim.lr"]) - 0.7) - 0.05 * (point["c"] == "b")
 
 
 @pytest.fixture
@@ -61,23 +62,30 @@ def test_curves_are_read_at_the_rungs_and_whole(quality: ModuleType, table: Path
     with pytest.raises(ValueError, match=r"curves.csv: \d points of 3 seeds; at least 8 of 3 are needed"):
         quality.load(table, SPACE)
     table.write_text(text)
-    with pytest.raises(ValueError, match=r"point \d+: x = .* is not in the space"):
-        quality.load(table, {**SPACE, "x": Dimension(low=0.5, high=1.0, log=True)})
+    with pytest.raises(ValueError, match=r"point \d+: optim.lr = .* is not in the space"):
+        quality.load(table, {**SPACE, "optim.lr": Dimension(low=0.5, high=1.0, log=True)})
 
 
-def test_nearest_gives_what_was_recorded_and_the_forest_its_spread(quality: ModuleType, table: Path) -> None:
+def test_nearest_gives_what_was_recorded_and_the_surface_its_spread(quality: ModuleType, table: Path) -> None:
     curves = quality.load(table, SPACE)
-    nearest, forest = quality.Nearest(curves, SPACE), quality.Forest(curves, SPACE)
+    nearest, surface = quality.Nearest(curves, SPACE), quality.Surface(curves, SPACE)
     for number in (0, 17):
         for seed in (0, 1, 2):
             assert np.array_equal(nearest.curve(curves.points[number], seed), curves.values[number, seed])
-    assert nearest.best == curves.values[..., -1].mean(1).max() >= forest.best, "a forest does not go beyond its data"
-    point = {"x": 0.05, "n": 3, "c": "a"}
-    off = np.array([forest.curve(point, seed) - forest.mean(point) for seed in range(400)])
+    assert nearest.best == curves.values[..., -1].mean(1).max() == pytest.approx(surface.best, abs=0.05)
+    point = {"optim.lr": 0.05, "optim.encoder_lr_scale": 0.5, "n": 3, "c": "a"}
+    off = np.array([surface.curve(point, seed) - surface.mean(point) for seed in range(400)])
     within = math.sqrt(float(curves.values[..., -1].var(1, ddof=1).mean()))
     assert off[:, -1].std() == pytest.approx(within, rel=0.12) and abs(off[:, -1].mean()) < within / 5
-    assert np.array_equal(forest.curve(point, 1), forest.curve(dict(reversed(point.items())), 1))
-    assert quality.predicted(curves, SPACE) > 0.4
+    assert np.array_equal(surface.curve(point, 1), surface.curve(dict(reversed(point.items())), 1))
+    exact = quality.Surface(curves, SPACE, noise=False)
+    assert np.array_equal(exact.curve(point, 1), surface.mean(point)) and exact.best == surface.best
+    assert quality.predicted(curves) > 0.4
+
+
+def test_the_surface_is_over_the_rates_of_head_and_encoder(quality: ModuleType) -> None:
+    at = quality.rates({"optim.lr": 1e-3, "optim.encoder_lr_scale": 0.1})
+    assert at == pytest.approx([math.log(1e-3), math.log(1e-4)])
 
 
 def test_a_goal_is_reached_where_the_regret_stays_below_it(quality: ModuleType) -> None:
@@ -112,5 +120,7 @@ def test_the_points_to_record_lie_in_the_space_and_fill_it() -> None:
     points = script.spread(SPACE, 64)
     assert all(SPACE[path].has(point[path]) for point in points for path in SPACE)
     assert sum(point["c"] == "a" for point in points) == 32 and {point["n"] for point in points} == set(range(1, 10))
-    assert sum(point["x"] < 0.1 for point in points) == 32, "equally likely in each half of a logarithmic dimension"
+    assert sum(point["optim.lr"] < 0.1 for point in points) == 32, (
+        "equally likely in each half of a logarithmic dimension"
+    )
     assert script.spread(SPACE, 64) == points
