@@ -240,9 +240,9 @@ def compare(replay: Replay, space: Space, seeds: int, trials: int) -> float:
     left = 100 * statistics.median(one.regret[-1] for one in guided)
     after, first, third = ("never" if math.isinf(one) else f"{one:.0%}" for one in (share, low, high))
     print(
-        f"{replay.name}: random search ends {100 * goal:.2f} points below the best of {100 * replay.best:.1f}; steps "
-        f"that TPE and ASHA take to\n  get there, of its own: {after} (aim: at most {AIM:.0%}; quartiles {first} and "
-        f"{third}; {never} of {seeds} never), and end {left:.2f} below"
+        f"{replay.name}: random search ends {100 * goal:.2f} points below the best of {100 * replay.best:.1f}; share "
+        f"of its steps\n  that TPE and ASHA need to get there: {after} (aim: at most {AIM:.0%}; quartiles {first} and "
+        f"{third}; {never} of {seeds} never do); they end {left:.2f} below"
     )
     return share
 
