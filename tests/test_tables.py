@@ -17,7 +17,7 @@ import pytest
 from scipy import stats
 
 from viladiff.record import RunRecord, save_record
-from viladiff.report import plain, provenance, tables
+from viladiff.report import plain, provenance, tables, views
 from viladiff.study.claims import judge
 from viladiff.study.plan import Plan, Planned, PlannedCell
 from viladiff.study.spec import Column, Row, Scale, Table
@@ -227,6 +227,15 @@ def test_controls_come_last_have_letters_and_are_never_the_best(tmp_path: Path) 
     assert [line.number for line in found] == ["1", "2", "3", "a"]
     assert [[cell[1] for cell in line.cells] for line in found] == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
     assert found[3].cells[0][3] == "" and found[2].cells[1][3] == "—"
+
+
+def test_one_measured_row_is_not_the_best_and_an_empty_column_has_no_axis(tmp_path: Path) -> None:
+    few = {(0, 0), (3, 0)}  # of the first column one row and a control, of the second none
+    results = tables.gather(*study(tmp_path, lambda *at: rising(*at) if at[:2] in few else None))
+    assert not any(cell[1] for line in plain.lines(results, "miou") for cell in line.cells)
+    rows, axes = views.dots(results, views.lines(results, "miou", views.Reasons()))
+    assert axes[0] and axes[1] == [] and all(line.tracks[1] == ([], None) for line in rows)
+    assert len(rows[0].tracks[0][0]) == 3 and not rows[1].tracks[0][0]
 
 
 def test_runs_that_should_be_alike_and_are_not_are_flagged(tmp_path: Path) -> None:

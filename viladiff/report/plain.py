@@ -77,12 +77,13 @@ def paper_text(value: object) -> str:
 def best(results: Results, column: int, metric: str) -> float | None:
     """Highest mean of the paper's rows, as it is printed; controls are not in the race.
 
-    None where the paper has no such table: the best of many alternatives is mostly luck.
+    None where the paper has no such table, since the best of many alternatives is mostly luck, or one row is measured.
     """
     if not results.plan.table.printed:
         return None
     means = [summary(results.at(row, column), metric).mean for row in results.rows(control=False)]
-    return max((round(mean, 1) for mean in means if mean is not None), default=None)
+    measured = [round(mean, 1) for mean in means if mean is not None]
+    return max(measured) if len(measured) > 1 else None
 
 
 class Row(NamedTuple):

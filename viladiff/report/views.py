@@ -126,14 +126,15 @@ class Dots(NamedTuple):
 
 
 def dots(results: Results, table: Sequence[Line]) -> tuple[list[Dots], list[list[tuple[float, str]]]]:
-    """Seeds of each cell on one axis a column, and the axes' ticks."""
-    ranges = []
+    """Seeds of each cell on one axis a column, and the axes' ticks: none where nothing is measured."""
+    ranges, axes = [], []
     for i in range(len(results.plan.columns)):
         values = [value for line in table for value in line.cells[i].found.values.values()]
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         margin = 0.08 * (high - low) or 1.0
-        ranges.append((low - margin, high + margin))
-    axes = [[(_place(t, r), f"{t:g}") for t in figures.ticks(*r, False)] for r in ranges]
+        reach = (low - margin, high + margin)
+        ranges.append(reach)
+        axes.append([(_place(t, reach), f"{t:g}") for t in figures.ticks(*reach, False)] if values else [])
     rows = []
     for line in table:
         tracks = []
