@@ -6,11 +6,11 @@ Replays whole sweeps, with their seeds, rungs, stopping and leaving out of seeds
 ``scripts/record_curves.py`` has recorded from real runs over the joint space (curves.csv; curves.json says where they
 come from). What was not recorded is filled in by a smooth surface (of mean curves, from the recorded points, over the
 learning rates of head and encoder; what a seed adds is a recorded curve's difference from its mean). It knows nothing
-of who asks, and how well it predicts points that it has not seen is printed: R² = 0.88, where forests, ridges and
-processes over all dimensions had at most 0.2. So eleven of the thirteen dimensions that are searched are idle in the
-replay, as far as 24 points can tell in the runs. Beside it, and no aim, stand the same surface with all seeds alike,
-and ``nearest``, which fills in nothing: each point has the curves of the recorded one that is nearest, so that in this
-many dimensions most of what a search could learn is lost.
+of who asks, and how well it predicts points that it has not seen is printed; surfaces and forests over all dimensions
+predicted them hardly at all (docs/experiments.md). So the other dimensions that are searched are idle in the replay, as
+they are in the runs as far as so few points can tell. Beside it, and no aim, stand the same surface with all seeds
+alike, and ``nearest``, which fills in nothing: each point has the curves of the recorded one that is nearest, so that in
+this many dimensions most of what a search could learn is lost.
 
 Random search has ``--trials`` full trials. The regret of a search is how far, at the full length and without noise, the
 trial that it ranks first lies below the best there is. Random search's final regret, the median over sampler seeds, is
