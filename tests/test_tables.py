@@ -17,7 +17,7 @@ import pytest
 from scipy import stats
 
 from viladiff.record import RunRecord, save_record
-from viladiff.report import plain, provenance, tables, views
+from viladiff.report import figures, plain, provenance, tables, views
 from viladiff.study.claims import judge
 from viladiff.study.plan import Plan, Planned, PlannedCell
 from viladiff.study.spec import Column, Row, Scale, Table
@@ -236,6 +236,8 @@ def test_one_measured_row_is_not_the_best_and_an_empty_column_has_no_axis(tmp_pa
     rows, axes = views.dots(results, views.lines(results, "miou", views.Reasons()))
     assert axes[0] and axes[1] == [] and all(line.tracks[1] == ([], None) for line in rows)
     assert len(rows[0].tracks[0][0]) == 3 and not rows[1].tracks[0][0]
+    drawn = figures._scores(results).axes
+    assert len(drawn[0].get_xticks()) and not len(drawn[1].get_xticks())
 
 
 def test_runs_that_should_be_alike_and_are_not_are_flagged(tmp_path: Path) -> None:

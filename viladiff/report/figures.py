@@ -182,6 +182,8 @@ def _scores(results: Results) -> Figure:
             axis.plot(list(found.values.values()), [place] * found.n, "o", color=css, alpha=0.5, markersize=4)
             if found.mean is not None:
                 axis.plot([found.mean], [place], "|", color=css, markersize=12, markeredgewidth=2)
+        if not any(summary(results.at(row, column), table.metric).n for row in rows):
+            axis.set_xticks([])
         axis.set_title(_plain(table.columns[column].label), fontsize=8)
         axis.set_xlabel("mIoU (%)", fontsize=8)
     axes[0].set_yticks(range(len(rows)), labels)
