@@ -121,6 +121,12 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         read.append((opened.captions, control))
         return f"{opened.captions} {control}"
 
+    def weights(cfg: RunConfig) -> dict[str, str]:
+        hashed.append(cfg.model.pretrained)
+        return {"weights": cfg.model.pretrained}
+
+    hashed: list[str] = []
+    monkeypatch.setattr(module, "weights_fingerprint", weights)
     monkeypatch.setattr(module, "load_dataset", dataset)
     monkeypatch.setattr(module, "text_fingerprint", text)
     splits = [("digits", "183"), ("digits", "732"), ("dense", "232")]
@@ -130,8 +136,10 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for control in ("own", "none")
         for seed in range(3)
     ]
+    fields.append({"data.split": "183", "model.pretrained": "none"})
     found = name_runs([override(RunConfig(), one) for one in fields])
     assert len(read) == 3 + 2 * 2, "three labelled lists; the words of two data sets under two controls"
+    assert hashed == ["shipped", "none"] and found[-1].fingerprints["weights"] == "none"
     assert len({one.run_id for one in found}) == len(found)
     assert len({one.fingerprints["text"] for one in found}) == 4
 
