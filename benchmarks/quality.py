@@ -9,8 +9,8 @@ learning rates of head and encoder; what a seed adds is a recorded curve's diffe
 of who asks, and how well it predicts points that it has not seen is printed; surfaces and forests over all dimensions
 predicted them hardly at all (docs/experiments.md). So the other dimensions that are searched are idle in the replay, as
 they are in the runs as far as so few points can tell. Beside it, and no aim, stand the same surface with all seeds
-alike, and ``nearest``, which fills in nothing: each point has the curves of the recorded one that is nearest, so that in
-this many dimensions most of what a search could learn is lost.
+alike, and ``nearest``, which fills in nothing: each point has the curves of the recorded one that is nearest, so that
+in this many dimensions most of what a search could learn is lost.
 
 Random search has ``--trials`` full trials. The regret of a search is how far, at the full length and without noise, the
 trial that it ranks first lies below the best there is. Random search's final regret, the median over sampler seeds, is
