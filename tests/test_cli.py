@@ -106,6 +106,16 @@ def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["ablations/table5", "tune/sweep_lambda"])
+def test_so_they_may_in_scripts(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from viladiff.study import drive, sweep_drive
+
+    main = drive.main if script.startswith("ablations") else sweep_drive.main
+    words = ["--scale", "smoke", "--storage", str(tmp_path), "--dry-run", "train.stepz=5"]
+    assert main(Path(__file__).resolve().parent.parent / f"{script}.toml", words) == 2
+    assert "train.stepz: no such field; did you mean 'train.steps'?" in capsys.readouterr().err
+
+
 def test_fresh_and_workers(trained: list[Any]) -> None:
     assert cli.main(["train", "--fresh", "--workers", "2"]) == 0
     cfg, options = trained[0]
