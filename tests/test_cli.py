@@ -111,7 +111,7 @@ def test_so_they_may_in_scripts(script: str, tmp_path: Path, capsys: pytest.Capt
     from viladiff.study import drive, sweep_drive
 
     main = drive.main if script.startswith("ablations") else sweep_drive.main
-    words = ["--scale", "smoke", "--storage", str(tmp_path), "--dry-run", "train.stepz=5"]
+    words = ["eval.images=8", "--scale", "smoke", "--storage", str(tmp_path), "--dry-run", "train.stepz=5"]
     assert main(Path(__file__).resolve().parent.parent / f"{script}.toml", words) == 2
     assert "train.stepz: no such field; did you mean 'train.steps'?" in capsys.readouterr().err
 

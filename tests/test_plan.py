@@ -122,8 +122,8 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return f"{opened.captions} {control}"
 
     def weights(cfg: RunConfig) -> dict[str, str]:
-        hashed.append(cfg.model.pretrained)
-        return {"weights": cfg.model.pretrained}
+        hashed.append(getattr(getattr(cfg.method, "clip", None), "weights", cfg.model.pretrained))
+        return {"weights": hashed[-1]}
 
     hashed: list[str] = []
     monkeypatch.setattr(module, "weights_fingerprint", weights)
@@ -137,9 +137,11 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for seed in range(3)
     ]
     fields.append({"data.split": "183", "model.pretrained": "none"})
+    fields += [{"data.split": "183", "method.name": "semivl", "method.clip.weights": f"{name}.st"} for name in "ab"]
     found = name_runs([override(RunConfig(), one) for one in fields])
     assert len(read) == 3 + 2 * 2, "three labelled lists; the words of two data sets under two controls"
-    assert hashed == ["shipped", "none"] and found[-1].fingerprints["weights"] == "none"
+    assert hashed == ["shipped", "none", "a.st", "b.st"]
+    assert [one.fingerprints["weights"] for one in found[-3:]] == hashed[1:], "CLIP's file counts as well"
     assert len({one.run_id for one in found}) == len(found)
     assert len({one.fingerprints["text"] for one in found}) == 4
 
