@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from viladiff.cli import main as viladiff
 from viladiff.study import sweep_drive, sweep_job, sweep_words
 from viladiff.study.finals import Finalist, contests, finalists, said
 from viladiff.study.plan import Planned
+from viladiff.study.samples import smallest_detectable
 from viladiff.study.space import Dimension, edges, grid, shrunk
 from viladiff.study.sweep import Namer, Sweep, check, load_sweep, rung_steps
 from viladiff.study.sweep_options import parser
@@ -352,14 +355,25 @@ def test_contests_are_paired_corrected_and_say_what_could_have_been_seen() -> No
     winner, paper, second = [50.0, 52, 51, 53, 49], [48.0, 50.5, 48.7, 51.2, 46.8], [49.9, 52.3, 50.8, 53.1, 48.7]
     found, done = records({"winner": winner, "paper": paper, "runner-up": second})
     one, other = contests(found, done)
-    better = stats.ttest_rel(winner, paper, alternative="greater")
+    better = stats.ttest_rel(winner, paper)
     assert one.p == pytest.approx(2 * better.pvalue) and one.outcome == "shown" and one.n == 5
-    low, high = better.confidence_interval(0.9).low, stats.ttest_rel(winner, paper).confidence_interval(0.95)
-    assert one.interval == pytest.approx((high.low, high.high)) and low > one.interval[0]
-    assert other.outcome == "open" and other.p >= stats.ttest_rel(winner, second, alternative="greater").pvalue
+    assert one.interval == pytest.approx(tuple(better.confidence_interval(0.95)))
+    assert other.outcome == "open" and other.p == pytest.approx(stats.ttest_rel(winner, second).pvalue)
+    error = math.sqrt(statistics.variance([a - b for a, b in zip(winner, paper, strict=True)]) / 5)
+    assert one.detectable == pytest.approx(smallest_detectable(error, 4, 4)), "two comparisons with two sides each"
     lines = list(said(found, done, 5))
     assert "winner: 51.00 ± 1.58 mIoU over 5 of 5 fresh seeds" in lines[0]
-    assert "better (paired t over 5 seeds, Holm" in lines[3] and "not told apart" in lines[4]
+    assert "better (two-sided paired t over 5 seeds, Holm" in lines[3] and "not told apart" in lines[4]
+
+
+def test_a_contest_is_open_where_its_interval_has_zero_and_can_be_reversed() -> None:
+    """One comparison, so that nothing is corrected: verdict and interval must agree."""
+    for second, outcome in (([49.6, 51.2, 51.1, 51.9, 48.6], "open"), ([51.0, 53.2, 51.9, 54.1, 50.2], "reversed")):
+        found, done = records({"winner": [50.0, 52, 51, 53, 49], "runner-up": second})
+        (one,) = contests(found, done)
+        unsure = one.interval[0] < 0 < one.interval[1]
+        assert one.outcome == outcome and unsure == (outcome == "open") == (one.p >= 0.05)
+        assert (0.025 < one.p / 2 < 0.05) == (outcome == "open"), "one-sided, the first would be better"
 
 
 def test_four_fresh_seeds_decide_nothing() -> None:
@@ -371,8 +385,6 @@ def test_four_fresh_seeds_decide_nothing() -> None:
 def test_detectable_is_found_four_times_in_five() -> None:
     """Drawn with a true difference of what is said to be detectable."""
     import numpy as np
-
-    from viladiff.study.samples import smallest_detectable
 
     drawn, sd = np.random.default_rng(1), 1.3
     effect = smallest_detectable(sd / 5**0.5, 4, 1)

@@ -148,7 +148,7 @@ def _final(one: Finalist, records: Records, wanted: int) -> dict[str, Any]:
 
 def _said(one: Contest) -> dict[str, Any]:
     verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[one.outcome]
-    return {**vars(one), "verdict": verdict, "p_shown": min(one.p, one.p_reversed)}
+    return {**vars(one), "verdict": verdict}
 
 
 def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> dict[str, Any] | None:

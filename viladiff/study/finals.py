@@ -50,9 +50,7 @@ class Contest:
     interval: tuple[float, float]
     """95 %, not corrected."""
     p: float
-    """One-sided that the first is better, corrected by Holm."""
-    p_reversed: float
-    """Likewise that it is worse."""
+    """Two-sided, so that it agrees with the interval; corrected by Holm."""
     detectable: float
     """The true difference that would have been found with a chance of 80 %."""
     outcome: Literal["shown", "reversed", "open"]
@@ -89,18 +87,17 @@ def scores(finalist: Finalist, records: Records) -> dict[int, float]:
 def contests(found: Sequence[Finalist], records: Records) -> list[Contest]:
     """The winner against each other finalist, where both have five seeds; with Holm's correction for how many.
 
-    A paired t test: d_s = a_s - b_s over the n seeds that both have, t = mean(d) / (sd(d) / √n), n - 1 degrees of
-    freedom. Comparisons that cannot be made yet count in the correction too.
+    A two-sided paired t test: d_s = a_s - b_s over the n seeds that both have, t = mean(d) / (sd(d) / √n), n - 1
+    degrees of freedom. Comparisons that cannot be made yet count in the correction too.
     """
     pairs = [(found[0], other) for other in found[1:]] if found else []
     measured = [(a, b, _differences(scores(a, records), scores(b, records))) for a, b in pairs]
     enough = [len(d) >= FRESH for _, _, d in measured]
     tested = [_paired(d) if fine else None for (_, _, d), fine in zip(measured, enough, strict=True)]
-    forward = holm([1.0 if one is None else one[2] for one in tested])
-    backward = holm([1.0 if one is None else one[3] for one in tested])
+    corrected = holm([1.0 if one is None else one[2] for one in tested])
     return [
-        _contest(a, b, d, one, p, p_reversed, len(pairs))
-        for (a, b, d), one, p, p_reversed in zip(measured, tested, forward, backward, strict=True)
+        _contest(a, b, d, one, p, len(pairs))
+        for (a, b, d), one, p in zip(measured, tested, corrected, strict=True)
         if one is not None
     ]
 
@@ -109,25 +106,23 @@ def _differences(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
     return [a[seed] - b[seed] for seed in a if seed in b]
 
 
-def _paired(d: Sequence[float]) -> tuple[float, float, float, float]:
-    """Mean difference, its standard error, one-sided p and p in the other direction."""
+def _paired(d: Sequence[float]) -> tuple[float, float, float]:
+    """Mean difference, its standard error and the two-sided p."""
     from scipy import stats
 
     mean = math.fsum(d) / len(d)
     error = math.sqrt(math.fsum((one - mean) ** 2 for one in d) / (len(d) - 1) / len(d))
     if error == 0:
-        return mean, 0.0, float(mean <= 0), float(mean >= 0)
-    t = mean / error
-    return mean, error, float(stats.t.sf(t, len(d) - 1)), float(stats.t.cdf(t, len(d) - 1))
+        return mean, 0.0, float(mean == 0)
+    return mean, error, 2 * float(stats.t.sf(abs(mean / error), len(d) - 1))
 
 
 def _contest(
     a: Finalist,
     b: Finalist,
     d: Sequence[float],
-    tested: tuple[float, float, float, float],
+    tested: tuple[float, float, float],
     p: float,
-    p_reversed: float,
     comparisons: int,
 ) -> Contest:
     from scipy import stats
@@ -141,9 +136,8 @@ def _contest(
         mean,
         (mean - half, mean + half),
         p,
-        p_reversed,
-        smallest_detectable(error, df, comparisons),
-        "shown" if p < LEVEL else "reversed" if p_reversed < LEVEL else "open",
+        smallest_detectable(error, df, 2 * comparisons),  # one side of a two-sided test
+        "open" if p >= LEVEL else "shown" if mean > 0 else "reversed",
     )
 
 
@@ -163,6 +157,6 @@ def said(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[s
         verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[contest.outcome]
         yield (
             f"{contest.higher} against {contest.lower}: {contest.difference:+.2f} points [{low:+.2f}, {high:+.2f}], "
-            f"{verdict} (paired t over {contest.n} seeds, Holm p = {min(contest.p, contest.p_reversed):.3f}; "
+            f"{verdict} (two-sided paired t over {contest.n} seeds, Holm p = {contest.p:.3f}; "
             f"a difference of {contest.detectable:.2f} would have been seen)"
         )
