@@ -157,7 +157,7 @@ def test_where_nothing_is_shown_the_answer_names_the_size_that_would_have_been(t
     (found,) = choices.choices(results, judge(results.plan, store.records()))
     least = found.alternatives[0].tested
     assert least is not None and found.said == (
-        f"No difference shown; one of {least.least:.1f} points would have been seen."
+        f"No difference shown; one of {least.least:.1f} points would have been seen four times in five."
     )
 
 

@@ -131,13 +131,18 @@ CLAIMS = (
 MEANS = {0: 40.0, 1: 44.0, 2: 42.0, 3: 50.0, 4: 44.2}
 
 
+def score(points: float) -> dict[str, Any]:
+    return {"miou": points / 100, "boundary_iou": points / 200, "per_class": [0.5]}
+
+
 def record(name: str, points: float, **more: Any) -> RunRecord:
-    score = {"miou": points / 100, "boundary_iou": points / 200, "per_class": [0.5]}
+    batch = {"data.batch_labelled": 12, "data.batch_unlabelled": 4}
     known: dict[str, Any] = {
-        "run_id": name, "config": {"data.dataset": "digits", "optim.lr": 0.006, "seed": 0}, "changed": {},
+        "run_id": name, "config": {"data.dataset": "digits", "optim.lr": 0.006, "seed": 0, **batch}, "changed": {},
         "fingerprints": {}, "steps": 600, "miou": points / 100, "network": "teacher", "stream": "visual",
-        "scores": {"teacher": {"visual": score}}, "best": None, "history": [], "pseudo_labels": {"before/ece": 0.05},
-        "class_names": ["sky"], "captions": "c", "text_encoder": "words", "encoder": "vit", "pretrained": "shipped",
+        "scores": {"teacher": {"visual": score(points)}}, "best": None, "history": [],
+        "pseudo_labels": {"before/ece": 0.05}, "class_names": ["sky"], "captions": "c", "text_encoder": "words",
+        "encoder": "vit", "pretrained": "shipped",
         "wall_seconds": 200, "train_seconds": 150, "cpu_seconds": 100, "seconds_per_step": None,
         "peak_memory_bytes": 2**30, "workers": 1, "threads": 1, "device": "cpu", "versions": {}, "git": {},
         "scale": "s",
@@ -164,7 +169,9 @@ def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store
         points = MEANS[row] + (0 if row == 3 else 4 * column) + 0.2 * (seed - 1)
         old: dict[str, Any] = {"pseudo_labels": {}, "cpu_seconds": None} if row == 2 else {}
         store.directory(name).mkdir(parents=True, exist_ok=True)
-        one = record(name, points, changed=fields, steps=runs[name].steps, **old)
+        own: dict[str, Any] = {"network": "student"} if method == "supervised" else {}
+        scores = {net: {"visual": score(points - lag)} for net, lag in (("teacher", 0), ("student", 0 if own else 1))}
+        one = record(name, points, changed=fields, steps=runs[name].steps, scores=scores, **old, **own)
         save_record(one, store.directory(name) / "record.json")
     later = {5: "not available: method.clip.weights is not given"}
     return Plan(table, "s", tuple(range(6)), (0, 1), tuple(range(seeds)), tuple(found), runs, later), store
@@ -250,12 +257,14 @@ def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, dra
     plan, store = studied(tmp_path)
     steps_file(tmp_path / "published" / "leaderboard" / "steps.json")
     page, markdown = render(plan, store, tmp_path / "out")
-    fix = page.row("Fix <b>", 13)
-    assert fix[1:7] == ["44.0 ± 0.2 (3)", "48.0 ± 0.2 (3)", "22.0 ± 0.1 (3)", "24.0 ± 0.1 (3)", *["5.0 ± 0.0 (3)"] * 2]
-    assert fix[7:] == ["2.00", "2.00", "3f + 2b", "1024", "100", "150"]
-    assert page.row("Fix twice", 13)[7:9] == ["2.00", "4.00"], "twice the steps cost twice"
-    vila = page.row("Vila", 13)
-    assert vila[5:7] == ["—", "—"] and vila[11:] == ["—", "150"], "what an older version did not note is missing, not 0"
+    fix = page.row("Fix <b>", 15)
+    assert fix[1:5] == [f"{points}.0 ± 0.2 (3)" for points in (44, 48, 43, 47)], "the average's, then its network's"
+    assert fix[5:9] == ["22.0 ± 0.1 (3)", "24.0 ± 0.1 (3)", *["5.0 ± 0.0 (3)"] * 2]
+    assert fix[9:] == ["2.00", "2.00", "3f + 2b", "1024", "100 (6)", "150 (6)"]
+    assert page.row("Plain", 15)[3:5] == ["the same", "the same"]
+    assert page.row("Fix twice", 15)[9:11] == ["2.00", "4.00"], "twice the steps cost twice"
+    vila = page.row("Vila", 15)
+    assert vila[7:9] == ["—", "—"] and vila[13:] == ["—", "150 (6)"], "what an older version did not note is not 0"
     assert page.row("Zero", 2)[1] == "not available: method.clip.weights is not given"
     assert [row[0].strip() for row in page.rows if len(row) == 1][:4] == [
         "Labelled",
@@ -270,7 +279,7 @@ def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, dra
     assert "Fix <b>: 44.0 at 2.0" in str(pictures[1]["alt"])
     assert len(drawn) == 2 and [one.x for one in drawn[0].points] == [1.0, 2.0, 4.5, 1.0, 4.0]
     assert [one.ours for one in drawn[0].points] == [False, False, False, True, True]
-    assert "1 thread" in markdown and "| 2 Fix &lt;b&gt; | 5.0 ± 0.0 (3)" in markdown
+    assert "1 thread" in markdown and "| 2 Fix &lt;b&gt; | 43.0 ± 0.2 (3) | 47.0 ± 0.2 (3) | 5.0 ± 0.0 (3)" in markdown
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     links = [str(attrs["href"]) for tag, attrs in page.tags if tag == "a" and str(attrs.get("href")).startswith("#")]
     assert len(ids) == len(set(ids)) and {one[1:] for one in links} <= set(ids)
@@ -288,9 +297,30 @@ def test_the_finding_is_made_of_tests_and_says_what_it_cannot_say(tmp_path: Path
     assert "+10.0 points over Plain; the largest gain from unlabelled images is +4.0, 40 % of that." in text
     assert "“Twice is more”: not decided (0 of 2 shown" in text and "+0.2 at 92 labels, +0.2 at 183 labels" in text
     assert "one data set (digits) with one encoder, vit (shipped)" in text
-    assert "handwriting" in text and "tried for 0 of 3 families" in text
+    assert "handwriting" in text and "compared for 0 of 3 families" in text
+    assert "an average of weights for Fix <b>, Vila; the trained network itself for Plain." in text
+    assert "12 labelled and, in methods that want them, 4 unlabelled images: 600 steps draw 7,200 and 2,400 (" in text
     empty = Plan(plan.table, "s", plan.rows, plan.columns, plan.seeds, plan.cells, plan.runs, plan.unavailable)
     assert standing.told(gather(empty, Store(tmp_path / "none")), [], []) == ["Nothing has been measured yet."]
+
+
+def test_a_method_that_collapses_now_and_then_hides_no_difference_and_shows_none(tmp_path: Path) -> None:
+    plan, store = studied(tmp_path)
+    for cell, points in zip([c for c in plan.cells if (c.row, c.column) == (2, 1)], (6.0, 9.0, 41.8), strict=True):
+        one = store.records()[cell.run_id]
+        scores = {"teacher": {"visual": score(points)}}
+        save_record(
+            one.model_copy(update={"miou": points / 100, "scores": scores}),
+            store.directory(cell.run_id) / "record.json",
+        )
+    store = Store(tmp_path / "runs", [tmp_path / "published"])
+    text = " ".join(standing.told(gather(plan, store), judge(plan, store.records()), []))
+    assert "below it: Plain (−4.0); Vila (−29.1): seeds differ too much for a verdict." in text
+    page, _ = render(plan, store, tmp_path / "out")
+    assert (
+        "for cells that spread more than the others (F test, 1 % over all cells): Vila at 183 labels (19.9)"
+        in page.text
+    )
 
 
 def test_with_one_seed_nothing_is_shown_and_the_page_says_so(tmp_path: Path) -> None:
@@ -298,7 +328,7 @@ def test_with_one_seed_nothing_is_shown_and_the_page_says_so(tmp_path: Path) -> 
     page, _ = render(plan, store, tmp_path / "out")
     assert "Nothing has three seeds on both sides yet, so no difference to Fix <b> is tested." in page.text
     assert "No picture yet: it takes a score and the cost of a step (not measured here;" in page.text
-    assert page.row("Fix <b>", 13)[7:10] == ["—", "—", "—"]
+    assert page.row("Fix <b>", 15)[9:12] == ["—", "—", "—"]
     assert "None yet: no run in the store differs from a row in its rate alone" in page.text
 
 
@@ -387,7 +417,8 @@ def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_els
     ]
     assert one.said == "0.012 is 1.0 points above the one that the table takes"
     page, markdown = render(plan, store, tmp_path / "out")
-    assert "0.006: 43.5 ± 0.7 (2) ✓" in page.text and "tried for 1 of 3 families" in page.text
+    assert "0.006: 43.5 ± 0.7 (2) ✓" in page.text and "compared for 1 of 3 families" in page.text
+    assert "The table's rate was the highest for 0 of 1; it was left as it is for all." in page.text
     assert "0.006: 43.5 ± 0.7 (2) (taken)" in markdown
     held_out(store, "8", 46.0, 0.006, seed=2)
     again = rates.tried(gather(plan, store), store.records())[0]

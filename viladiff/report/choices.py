@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.report.plain import markdown, signed
 from viladiff.report.tables import Results, difference, number, summary
+from viladiff.study.questions import questions
 
 if TYPE_CHECKING:
     from viladiff.study.claims import Comparison, Verdict
@@ -50,7 +51,8 @@ def choices(results: Results, verdicts: Sequence[Verdict]) -> list[Choice]:
     verdict = next((one for one in verdicts if one.text == claim.text), None)
     made = {(one.higher, one.column): one for one in verdict.comparisons} if verdict else {}
     reference = [row.label for row in table.rows].index(claim.rows[0])
-    rows = [row for row in results.rows(control=False) if row != reference]
+    asked = {question.higher for question in questions(table, claim)}
+    rows = [row for row in results.rows(control=False) if table.rows[row].label in asked]
     return [
         _choice(where, [one for row in group for one in _alternatives(results, row, reference, made)])
         for where, group in groupby(rows, key=lambda row: table.rows[row].group)
@@ -81,7 +83,8 @@ def _choice(where: str, alternatives: Sequence[Alternative]) -> Choice:
     elif len(tested) < len(alternatives):
         said = "Not decided."
     else:
-        said = f"No difference shown; one of {max(one.least for one in tested):.1f} points would have been seen."
+        least = max(one.least for one in tested)
+        said = f"No difference shown; one of {least:.1f} points would have been seen four times in five."
     return Choice(where, said, tuple(alternatives))
 
 
@@ -93,7 +96,8 @@ def answer(found: Sequence[Choice]) -> str:
     counts = [(sum(one == kind for one in outcomes), kind) for kind in ("higher", "lower", "not decided")]
     told = ", ".join(f"{n} {'is' if n == 1 else 'are'} {kind}" for n, kind in counts)
     open_ = outcomes.count("no difference shown")
-    return f"Of {len(outcomes)} alternatives {told}; for {open_} no difference is shown."
+    many = "1 alternative" if len(outcomes) == 1 else f"{len(outcomes)} alternatives"
+    return f"Of {many} {told}; for {open_} no difference is shown."
 
 
 def to_markdown(found: Sequence[Choice]) -> list[str]:
@@ -109,7 +113,7 @@ def to_markdown(found: Sequence[Choice]) -> list[str]:
                 ends = " to ".join(signed(end) for end in tested.interval)
                 told = (
                     f"{signed(tested.difference)} (95 % interval {ends}; p {tested.p:.3f}): {one.outcome}; "
-                    f"{tested.least:.1f} would have been seen"
+                    f"{tested.least:.1f} would have been seen four times in five"
                 )
             out += [f"  - {markdown(f'{one.number} {one.label}, {one.column}: {told}')}"]
     return out

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 ACROSS = "processor time of training, supervised = 1"
 
 
+class Timed(NamedTuple):
+    """Mean over runs of any column."""
+
+    seconds: float | None
+    runs: int
+
+
 class Line(NamedTuple):
     """A row of the leaderboard; summaries stand one a column of the table."""
 
@@ -34,6 +41,8 @@ class Line(NamedTuple):
     group: str
     control: bool
     accuracy: tuple[Summary, ...]
+    student: tuple[Summary | None, ...]
+    """The trained network's own, where an average of its weights is evaluated; None where it is that network."""
     boundary: tuple[Summary, ...]
     calibration: tuple[Summary | None, ...]
     """Expected calibration error of the teacher's labels, in points."""
@@ -42,10 +51,10 @@ class Line(NamedTuple):
     """Steps, as a multiple of the supervised row's."""
     memory: float | None
     """MiB at most in any of its runs' processes."""
-    cpu: float | None
-    """Seconds of processor time in training, mean over runs that noted it."""
-    clock: float | None
-    """Seconds on the clock, likewise over all runs, whatever else the machine did."""
+    cpu: Timed
+    """Seconds of processor time in training, over runs that noted it."""
+    clock: Timed
+    """Seconds on the clock, whatever else the machine did."""
     why: str
     """Why it has no number at all; empty where it has one."""
 
@@ -93,6 +102,7 @@ def _line(results: Results, row: int, measured: Costs) -> Line:
     method = next((str(run.changed.get("method.name")) for run in _planned(results, row)), "")
     peaks = [r.peak_memory_bytes for r in records if r.peak_memory_bytes is not None]
     spec, read = table.rows[row], measured.measured
+    averaged = any(r.network != "student" for r in records)
     why = next((e.why for e in entries if e.state == "unavailable"), "") if not records else ""
     return Line(
         number(results, row),
@@ -100,6 +110,7 @@ def _line(results: Results, row: int, measured: Costs) -> Line:
         spec.group,
         spec.control,
         tuple(summary(results.at(row, column), "miou") for column in columns),
+        tuple(summary(results.at(row, column), "miou", "student") if averaged else None for column in columns),
         tuple(summary(results.at(row, column), "boundary_iou") for column in columns),
         tuple(shares(results.at(row, column), "before/ece") for column in columns),
         read.methods.get(method) if read else None,
@@ -127,9 +138,9 @@ def _lengths(results: Results, row: int) -> float | None:
     return mine[0] / Counter(others).most_common(1)[0][0] if mine and others else None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> Timed:
     there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    return Timed(sum(there) / len(there) if there else None, len(there))
 
 
 # Pictures
@@ -169,8 +180,16 @@ def to_markdown(found: Board | None, columns: Sequence[str]) -> dict[str, list[s
     """Sections of table.md."""
     if found is None:
         return {}
-    heads = ["row", *(f"calibration error, {one}" for one in columns)]
-    heads += ["step, supervised = 1", "training, supervised = 1", "passes", "peak MiB", "CPU s", "clock s"]
+    heads = ["row", *(f"mIoU of the trained network, {one}" for one in columns)]
+    heads += [f"calibration error, {one}" for one in columns]
+    heads += [
+        "step, supervised = 1",
+        "training, supervised = 1",
+        "passes",
+        "peak MiB",
+        "CPU s (runs)",
+        "clock s (runs)",
+    ]
     grid = [heads, *(_cells(line) for line in found.lines)]
     pipes = ["| " + " | ".join(markdown(cell) for cell in row) + " |" for row in grid]
     about = str(found.costs.measured) if found.costs.measured else found.costs.why
@@ -182,16 +201,26 @@ def to_markdown(found: Board | None, columns: Sequence[str]) -> dict[str, list[s
 
 
 def _cells(line: Line) -> list[str]:
-    shown = [f"{line.number} {line.label}", *(str(one) if one else "—" for one in line.calibration)]
+    students = (
+        "the same" if own is None and of.n else str(own or of)
+        for own, of in zip(line.student, line.accuracy, strict=True)
+    )
+    shown = [f"{line.number} {line.label}", *students]
+    shown += [str(one) if one else "—" for one in line.calibration]
     numbers = [(line.step.relative if line.step else None, ".2f"), (line.cost, ".2f")]
     shown += [text(value, form) for value, form in numbers]
     shown.append(line.step.passes if line.step else "—")
-    return [*shown, *(text(value, ".0f") for value in (line.memory, line.cpu, line.clock))]
+    return [*shown, text(line.memory, ".0f"), timed(line.cpu), timed(line.clock)]
 
 
 def _rates(one: Tried) -> str:
     listed = "; ".join(f"{rate.value:g}: {rate.found}{' (taken)' if rate.taken else ''}" for rate in one.rates)
     return f"- {markdown(f'{one.number} {one.label}, {one.column}: {listed}; {one.said}')}"
+
+
+def timed(found: Timed) -> str:
+    """``196 (3)``: seconds, and over how many runs."""
+    return "—" if found.seconds is None else f"{found.seconds:.0f} ({found.runs})"
 
 
 def text(value: float | None, form: str) -> str:

@@ -60,8 +60,8 @@ def render_table(
         "The paper's own numbers": [f"- {plain.markdown(one.text)}" for one in printed],
     }
     texts = {
-        "table.md": plain.to_markdown(results, verdicts, agreements, command, said, more),
-        "table.tex": plain.to_latex(results, said),
+        "table.md": plain.to_markdown(results, verdicts, agreements, command, said, views.context(results), more),
+        "table.tex": plain.to_latex(results, said, views.stand_ins(results)),
         "table.csv": plain.to_csv(results),
         "index.html": html(
             results, store, out, command, verdicts, agreements, drawn, files, printed, opened, board, grouped
@@ -139,7 +139,12 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     environment.filters |= {"part": views.part_html, "signed": plain.signed, "duration": provenance.duration}
     environment.filters |= {"interval": views.interval, "p_value": views.p_value}
-    environment.filters |= {"seen": views.seen, "least": views.least, "figure": leaderboard.text}
+    environment.filters |= {
+        "seen": views.seen,
+        "least": views.least,
+        "figure": leaderboard.text,
+        "timed": leaderboard.timed,
+    }
     return environment
 
 

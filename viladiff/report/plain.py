@@ -158,12 +158,17 @@ def to_markdown(
     agreements: Sequence[Agreement],
     command: str,
     banner: str,
+    context: Sequence[str] = (),
     more: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
-    """The page without its pictures, for reading in a terminal or a repository; ``more``: sections and their lines."""
+    """The page without its pictures, for reading in a terminal or a repository.
+
+    ``context``: sentences without which the numbers would mislead; ``more``: sections and their lines.
+    """
     say = markdown
     out = [f"# {say(results.plan.table.title)}", "", say(finding(results)), ""]
     out += [f"**{say(banner)}**", ""] if banner else []
+    out += [*(f"- {say(sentence)}" for sentence in context), ""] if context else []
     for metric, name in METRICS.items():
         out += [f"## {name} (%)", "", *_pipes(_grid(results, metric, say, "✓", "**{}**".format)), ""]
     own = " The paper's numbers are of its own data sets and encoder; compare their order."
@@ -189,7 +194,7 @@ def _claim(verdict: Verdict) -> str:
     whose = "The paper's" if verdict.source == "paper" else "Ours"
     times = "× " if any(one.form == "spread" for one in verdict.comparisons) else ""
     most = verdict.detectable
-    least = "" if most is None else f" Least difference that could be seen: {times}{most:.1f}."
+    least = "" if most is None else f" Least difference that it would have seen four times in five: {times}{most:.1f}."
     metric = (METRIC_NAMES | METRICS)[verdict.metric]
     return (
         f"**{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {metric}. "
@@ -242,7 +247,7 @@ def to_csv(results: Results) -> str:
     return buffer.getvalue()
 
 
-def to_latex(results: Results, banner: str) -> str:
+def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
     """A booktabs table; printed numbers are set in grey columns headed as the paper's."""
     names, table = parts(results), results.plan.table
     grey, encoders = r"\textcolor{gray}{%s}", any(row.encoder for row in table.rows)
@@ -258,6 +263,7 @@ def to_latex(results: Results, banner: str) -> str:
         r"\centering",
         rf"\caption{{{latex(table.title)} {latex('— mIoU (%). ' + SPREAD)}"
         + (" Grey: as printed in the paper." if table.printed else "")
+        + "".join(f" {latex(sentence)}" for sentence in context)
         + (rf" \emph{{{latex(banner)}}}" if banner else "")
         + "}",
         rf"\begin{{tabular}}{{ll{'l' * encoders}{'c' * len(names)}{'r' * wide * len(spans)}}}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from viladiff.report.rates import Tried
 from viladiff.report.tables import Results, difference, summary
 
 if TYPE_CHECKING:
+    from viladiff.record import RunRecord
     from viladiff.study.claims import Comparison, Verdict
 
 
@@ -64,9 +66,13 @@ def _against(reference: str, made: Sequence[Comparison]) -> str:
         parts.append(f"{word} it: {', '.join(those)}" if those else f"none {word} it")
     open_ = [c for c in made if c.outcome == "open"]
     rest = ""
-    if open_:
-        least = max(c.least for c in open_)
-        rest = f"; of {len(open_)} no difference is shown, and one of up to {least:.1f} points may be there"
+    alike = [c for c in open_ if not c.apart]
+    if alike:
+        least = max(c.least for c in alike)
+        rest = f"; of {len(alike)} no difference is shown, where one of {least:.1f} points is found four times in five"
+    wild = [f"{c.higher} ({signed(c.difference)})" for c in open_ if c.apart]
+    if wild:
+        rest += f"; {', '.join(wild)}: seeds differ too much for a verdict"
     return f"Shown against {reference}, corrected for all comparisons: {'; '.join(parts)}{rest}."
 
 
@@ -118,9 +124,53 @@ def _limits(results: Results, tried: Sequence[Tried]) -> Iterator[str]:
             "The images are drawn: handwriting on photographs, few classes, captions simulated from the truth. What "
             "helps against ambiguity between many classes, or with real captions, cannot show itself."
         )
-    families = {row.group for row in results.plan.table.rows if not row.control}
-    have = {one.family for one in tried}
+    yield from _evaluated(results)
+    yield from _draws(records)
+    yield "Seeds change first weights and draws, not the labelled images: another draw of these may change the order."
+    yield _rates(results, tried)
+
+
+def _evaluated(results: Results) -> Iterator[str]:
+    """Which network's score is whose."""
+    averaged, own = [], []
+    for row in results.rows(control=False):
+        networks = {e.record.network for e in results.of_row(row) if e.record}
+        label = results.plan.table.rows[row].label
+        averaged += [label] if networks - {"student"} else []
+        own += [label] if networks == {"student"} else []
+    if averaged and own:
+        yield (
+            f"Evaluated is what each method's authors evaluate: an average of weights for {', '.join(averaged)}; the "
+            f"trained network itself for {', '.join(own)}. In few steps an average lags behind its network, so that "
+            "this is no small thing here: the trained networks' scores stand beside."
+        )
+
+
+def _draws(records: Sequence[RunRecord]) -> Iterator[str]:
+    """How many images training sees, where that is the same for nearly all."""
+    batches = ("data.batch_labelled", "data.batch_unlabelled")
+    kinds = Counter((*(int(r.config.get(one) or 0) for one in batches), r.steps) for r in records)
+    (labelled, unlabelled, steps), count = kinds.most_common(1)[0]
+    if not labelled:
+        return  # not noted
     yield (
-        "Seeds change first weights and draws, not the labelled images: another draw of these may change the order. "
-        f"Learning rates were tried for {len(have & families)} of {len(families)} families; nothing else was tuned."
+        f"A step draws {labelled} labelled and, in methods that want them, {unlabelled} unlabelled images: {steps} "
+        f"steps draw {labelled * steps:,} and {unlabelled * steps:,}"
+        + ("." if count == len(records) else f" ({count} of {len(records)} runs).")
+    )
+
+
+def _rates(results: Results, tried: Sequence[Tried]) -> str:
+    """For how many families rates were compared, and what came of it."""
+    families = {row.group for row in results.plan.table.rows if not row.control}
+    compared = [one for one in tried if len(one.rates) > 1 and one.family in families]
+    have = {one.family for one in compared}
+    said = f"Learning rates were compared for {len(have)} of {len(families)} families"
+    if not compared:
+        return f"{said}; the table's own is the default of the data set."
+    highest = sum(any(rate.taken and rate.highest for rate in one.rates) for one in compared)
+    seeds = min(rate.found.n for one in compared for rate in one.rates)
+    return (
+        f"{said}, on images held out from the labelled ones, with {seeds} seed{'s' if seeds != 1 else ''} at least. "
+        f"The table's rate was the highest for {highest} of {len(compared)}; it was left as it is for all."
     )

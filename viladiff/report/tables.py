@@ -251,7 +251,7 @@ def finding(results: Results) -> str:
         found, base = (summary(results.at(place, column), plan.table.metric) for place in (row, other))
         if found.mean is None:
             continue
-        where = f"{found} on {plan.table.columns[column].label}"
+        where = f"{found} on {_column(results, column)}"
         if row == other:
             said.append(where + (_standing(results, row, column) if plan.table.printed else ""))
         else:
@@ -262,6 +262,20 @@ def finding(results: Results) -> str:
         done = any(e.record for e in results.entries)
         return f"Some runs are done, but none of {which} yet." if done else "No run of this table has finished yet."
     return f"Row {number(results, row)} ({label}) reaches {'; '.join(said)}."
+
+
+def swapped(results: Results, column: int) -> tuple[str, str] | None:
+    """The data set that a column asks for and the one that this scale has in its place; None where they are one."""
+    table, size = results.plan.table, results.plan.table.scale.get(results.plan.scale)
+    asked = str(table.columns[column].set.get("data.dataset", table.base.get("data.dataset")))
+    there = size.datasets.get(asked, asked) if size else asked
+    return None if there == asked else (asked, there)
+
+
+def _column(results: Results, column: int) -> str:
+    """A column's label; one that names a data set of the paper's says which is in its place."""
+    label, other = results.plan.table.columns[column].label, swapped(results, column)
+    return f"{label}, with {other[1]} in its place" if other and other[0] in label.lower() else label
 
 
 def _standing(results: Results, row: int, column: int) -> str:
@@ -316,11 +330,14 @@ def _line(results: Results, entry: Entry) -> dict[str, object]:
     }
     for metric in METRICS:
         out[metric] = score(entry.record, metric, entry.network, entry.stream) if entry.record else None
-    return out | (dict(_measured(entry.record)) if entry.record else {})
+    return out | (dict(_measured(entry)) if entry.record else {})
 
 
-def _measured(record: RunRecord) -> Iterator[tuple[str, Any]]:
-    yield from {"network": record.network, "stream": record.stream}.items()
+def _measured(entry: Entry) -> Iterator[tuple[str, Any]]:
+    record = entry.record
+    assert record is not None
+    yield from {"network": entry.network or record.network, "stream": entry.stream or record.stream}.items()
+    yield from {"dataset": record.config.get("data.dataset"), "split": record.config.get("data.split")}.items()
     for network, streams in record.scores.items():
         for stream in streams:
             for metric in METRICS:

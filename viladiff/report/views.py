@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from viladiff.report import figures, palette, plain, provenance
 from viladiff.report.curves import TERMS, Curve
-from viladiff.report.tables import Difference, Entry, Results, Summary, number, per_class, summary
+from viladiff.report.tables import Difference, Entry, Results, Summary, number, per_class, summary, swapped
 
 if TYPE_CHECKING:
     from viladiff.study.claims import Comparison, Verdict
@@ -160,12 +160,15 @@ class Forest:
 
 
 def forest(verdicts: Sequence[Verdict]) -> tuple[dict[int, Forest], float]:
-    """By ``id`` of each comparison, on one axis for all claims of the page; and the axis' half width in points."""
+    """By ``id`` of each comparison, on one axis for all claims of the page; and the axis' half width in points.
+
+    The interval of a cell that is set apart for its spread may run over the edge, or no other could be made out.
+    """
     ends = [
         abs(end)
         for verdict in verdicts
         for c in verdict.comparisons
-        for end in (*c.interval, c.difference)
+        for end in ((c.difference,) if c.apart else (*c.interval, c.difference))
         if math.isfinite(end) and c.form != "spread"
     ]
     reach = 1.1 * max(ends, default=1.0) or 1.0
@@ -304,18 +307,11 @@ def part_html(part: str) -> Markup:
 
 def context(results: Results) -> list[str]:
     """Sentences without which the numbers would mislead: stand-in data sets, captions, length."""
-    table, records = results.plan.table, list(results.records().values())
-    size = table.scale.get(results.plan.scale)
-    swapped = size.datasets if size else {}
-    used = {str(table.columns[c].set.get("data.dataset")) for c in results.plan.columns}
-    used.add(str(table.base.get("data.dataset")))
-    said = [
-        f"The paper's {paper} is {ours} here: compare order and direction with the paper's numbers, not levels."
-        for paper, ours in swapped.items()
-        if paper in used and paper != ours
-    ]
-    stand_ins = [f"{_fields(fields)} for {asked}" for asked, fields in (size.instead.items() if size else ())]
-    said += [f"Stand-ins for what this data set lacks: {'; '.join(stand_ins)}."] if stand_ins else []
+    records = list(results.records().values())
+    size = results.plan.table.scale.get(results.plan.scale)
+    said = stand_ins(results)
+    instead = [f"{_fields(fields)} for {asked}" for asked, fields in (size.instead.items() if size else ())]
+    said += [f"Stand-ins for what this data set lacks: {'; '.join(instead)}."] if instead else []
     said += [f"In every method that has it: {_fields(size.shared)}."] if size and size.shared else []
     own = list(dict.fromkeys(provenance.captions(r) for r in records if r.config.get("data.captions", "own") == "own"))
     said += [f"Captions: {'; '.join(own)}."] if own else []
@@ -326,6 +322,14 @@ def context(results: Results) -> list[str]:
         else []
     )
     return said
+
+
+def stand_ins(results: Results) -> list[str]:
+    """A sentence for each data set of the paper's columns that another stands for."""
+    return [
+        f"The paper's {paper} is {ours} here: compare order and direction with the paper's numbers, not levels."
+        for paper, ours in dict.fromkeys(filter(None, (swapped(results, column) for column in results.plan.columns)))
+    ]
 
 
 def _fields(fields: Mapping[str, object]) -> str:

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from viladiff.study.questions import Form, Question, questions
 from viladiff.study.samples import (
     LEVEL,
-    Pool,
     Records,
     Sample,
     Samples,
+    Spread,
     Term,
     f_test,
     holm,
-    pooled,
     samples,
     smallest_detectable,
     smallest_ratio,
+    spread,
     t_test,
 )
 from viladiff.study.spec import METRIC_NAMES, Claim, Metric, Table
@@ -59,6 +59,8 @@ class Comparison:
     least: float = 0.0
     """The smallest true difference, or ratio, that this comparison finds with a chance of 80 %."""
     form: Form = "one_sided"
+    apart: bool = False
+    """Whether a side's seeds spread so much more than other cells' that it is tested with a spread of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Verdict:
     comparisons: tuple[Comparison, ...]
     """Those with enough seeds."""
     detectable: float | None
-    """``least`` of the hardest comparison; None if none was made."""
+    """``least`` of the hardest comparison that no cell set apart takes part in, or of all if one always does; None if
+    none was made."""
     source: Literal["paper", "ours"]
     metric: Metric
     printed: Literal["holds", "fails", "not printed"]
@@ -113,6 +116,7 @@ class _Answer(NamedTuple):
     p: float
     p_reversed: float
     least: float
+    apart: bool = False
 
 
 def _key(claim: Claim, question: Question) -> _Key:
@@ -122,13 +126,13 @@ def _key(claim: Claim, question: Question) -> _Key:
 def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdict]:
     asked = {claim.text: questions(plan.table, claim) for claim in claims}
     measured = {claim.metric: samples(plan, records, claim.metric) for claim in claims}
-    pools = {metric: pooled(found) for metric, found in measured.items()}
+    known = {metric: spread(found) for metric, found in measured.items()}
     family = {_key(claim, question): question for claim in claims for question in asked[claim.text]}
     answers: dict[_Key, _Answer | None] = {}
     for key, question in family.items():
-        pool, found = pools[key.metric], measured[key.metric]
-        enough = pool is not None and not any(_lacking(plan, question, found))
-        answers[key] = _answer(question, found, pool, len(family)) if enough and pool is not None else None
+        found = measured[key.metric]
+        enough = not any(_lacking(plan, question, found))
+        answers[key] = _answer(question, found, known[key.metric], len(family)) if enough else None
     forward = holm([1.0 if found is None else found.p for found in answers.values()])
     backward = holm([1.0 if found is None else found.p_reversed for found in answers.values()])
     corrected = dict(zip(answers, zip(forward, backward, strict=True), strict=True))
@@ -147,9 +151,9 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
                 claim.text,
                 verdict,
                 why,
-                _said(pools[claim.metric], len(family), claim),
+                _said(plan, known[claim.metric], asked[claim.text], found, len(family), claim),
                 made,
-                max((one.least for one in made), default=None),
+                max((one.least for one in [c for c in made if not c.apart] or made), default=None),
                 claim.source,
                 claim.metric,
                 printed,
@@ -159,7 +163,7 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
     return verdicts
 
 
-def _answer(question: Question, measured: Samples, pool: Pool, family: int) -> _Answer:
+def _answer(question: Question, measured: Samples, known: Spread, family: int) -> _Answer:
     """``family``: how many comparisons there are in all."""
     from scipy import stats
 
@@ -167,14 +171,15 @@ def _answer(question: Question, measured: Samples, pool: Pool, family: int) -> _
         above, below = ([measured[t.row, t.column] for t in question.terms if t.sign == sign] for sign in (1, -1))
         found = f_test(above, below)
         return _Answer(found.ratio, found.interval, found.p, found.p_reversed, smallest_ratio(found.df, family))
-    result = t_test(question.terms, -question.limit, measured, pool)
-    half = float(stats.t.isf(0.025, pool.df)) * result.error
+    result = t_test(question.terms, -question.limit, measured, known)
+    half = float(stats.t.isf(0.025, result.df)) * result.error
     interval = (result.difference - half, result.difference + half)
+    sides = 2 if question.form == "two_sided" else 1
+    least = smallest_detectable(result.error, result.df, sides * family)
+    p, p_reversed = result.p, result.p_reversed
     if question.form == "two_sided":
-        p = min(1.0, 2 * min(result.p, result.p_reversed))
-        return _Answer(result.difference, interval, p, p, smallest_detectable(result.error, pool.df, 2 * family))
-    least = smallest_detectable(result.error, pool.df, family)
-    return _Answer(result.difference, interval, result.p, result.p_reversed, least)
+        p = p_reversed = min(1.0, 2 * min(p, p_reversed))
+    return _Answer(result.difference, interval, p, p_reversed, least, result.apart)
 
 
 def _comparison(question: Question, answer: _Answer, p: float, p_reversed: float, measured: Samples) -> Comparison:
@@ -196,6 +201,7 @@ def _comparison(question: Question, answer: _Answer, p: float, p_reversed: float
         outcome,
         answer.least,
         question.form,
+        answer.apart,
     )
 
 
@@ -260,8 +266,10 @@ def _as_measured(asked: Sequence[Question], measured: Samples) -> str:
     return f"{claimed} of {len(sums)} differences measured so far point the claimed way"
 
 
-def _said(pool: Pool | None, comparisons: int, claim: Claim) -> str:
-    if pool is None:
+def _said(
+    plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples, comparisons: int, claim: Claim
+) -> str:
+    if not known.pools:
         return "none: no cell has two seeds"
     whose = "the paper's claims" if claim.source == "paper" else "our own claims"
     count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
@@ -272,11 +280,42 @@ def _said(pool: Pool | None, comparisons: int, claim: Claim) -> str:
     sides = "two-sided t tests at 5 %" if claim.kind == "differs" else "one-sided t tests at 5 % in each direction"
     beyond = f", with a tolerance of {claim.tolerance:g}," if claim.tolerance else ""
     beyond = f", beyond a margin of {claim.margin:g}," if claim.margin else beyond
-    return (
-        f"{sides}{beyond} {on}, one standard "
-        f"deviation, {pool.sd:.2f} points, pooled within {pool.cells} cells ({pool.df} degrees of freedom; that cells "
-        f"share seeds is not used), {corrected}"
-    )
+    spreads = "; ".join(_spreads(plan, known, asked, measured))
+    return f"{sides}{beyond} {on}, {spreads}; {corrected}"
+
+
+def _spreads(plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples) -> Iterator[str]:
+    """Which standard deviations a claim's tests use."""
+    cells = list(dict.fromkeys((term.row, term.column) for question in asked for term in question.terms))
+    taken = {place: measured[place] for place in cells if place in measured}
+    reads = {one.read for one in taken.values()}
+    for read, pool in known.pools.items():
+        if read in reads:
+            of = f" of the {' '.join(filter(None, reversed(read.split('/'))))} reading" if read else ""
+            yield (
+                f"one standard deviation{of}, {pool.sd:.2f} points, pooled within {pool.cells} "
+                f"cell{'s' if pool.cells != 1 else ''} ({pool.df} degrees of freedom; that cells share seeds is not "
+                "used)"
+            )
+    if any(_one_run(question, measured) for question in asked):
+        yield "rows that read the same runs are compared run by run, with the spread of these differences"
+    table = plan.table
+    apart = [
+        f"{table.rows[row].label} at {table.columns[column].label} ({known.apart[one]:.1f})"
+        for (row, column), one in taken.items()
+        if one in known.apart
+    ]
+    if apart:
+        yield (
+            f"with standard deviations of their own, and Welch's degrees of freedom, for cells that spread more than "
+            f"the others (F test, 1 % over all cells): {', '.join(apart)}"
+        )
+
+
+def _one_run(question: Question, measured: Samples) -> bool:
+    """Whether a question compares two readings of one set of runs."""
+    found = {one for row, column, _ in question.terms if (one := measured.get((row, column))) and one.values}
+    return len({one.runs for one in found}) < len(found)
 
 
 # The printed numbers

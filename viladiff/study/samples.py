@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LEVEL = 0.05
 """Chance, in each direction, of any wrong decision among all claims of one source."""
 POWER = 0.8
+APART = 0.01
+"""Chance that any cell is set apart for its spread though all spread alike."""
 
 Records = Mapping[str, "RunRecord"]
 """Finished runs by name."""
@@ -39,26 +41,41 @@ class Sample(NamedTuple):
     values: tuple[float, ...]
     """Points, one a finished run."""
     runs: tuple[str, ...]
-    """Their names, and which of their scores is read: cells with the same are one sample."""
+    """Their names."""
+    read: str = ""
+    """Which of their scores it is, where not that of the headline: cells with the same runs and this are one sample."""
 
 
 Samples = dict[tuple[int, int], Sample]
 
 
 class Pool(NamedTuple):
-    """The standard deviation between seeds, taken as one for all cells."""
+    """The standard deviation between seeds, taken as one for all its cells."""
 
     sd: float
     df: int
     cells: int
 
 
+class Spread(NamedTuple):
+    """What is known of the variance between seeds."""
+
+    pools: dict[str, Pool]
+    """One for each reading of the networks that some cell with two seeds has, by ``Sample.read``."""
+    apart: dict[Sample, float]
+    """Cells that spread more than a pool explains, in none, and their own standard deviations."""
+
+
 class Tested(NamedTuple):
     difference: float
     error: float
     """Standard error of the difference."""
+    df: float
+    """Degrees of freedom of that error."""
     p: float
     p_reversed: float
+    apart: bool
+    """Whether a cell that is set apart takes part."""
 
 
 class Ratio(NamedTuple):
@@ -87,49 +104,112 @@ def samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
     found: Samples = {}
     for row in plan.rows:
         spec = plan.table.rows[row]
-        read = f" {spec.network}/{spec.stream}" if spec.network or spec.stream else ""
+        read = f"{spec.network}/{spec.stream}" if spec.network or spec.stream else ""
         for column in plan.columns:
             names = [name for name in plan.run_ids(row, column) if name in records]
-            scores = {f"{name}{read}": score(records[name], metric, spec.network, spec.stream) for name in names}
+            scores = {name: score(records[name], metric, spec.network, spec.stream) for name in names}
             kept = {name: value for name, value in scores.items() if value is not None}
-            found[row, column] = Sample(tuple(kept.values()), tuple(kept))
+            found[row, column] = Sample(tuple(kept.values()), tuple(kept), read)
     return found
 
 
-def pooled(measured: Samples) -> Pool | None:
+def pooled(measured: Iterable[Sample]) -> Pool | None:
     """One variance for all cells with two seeds or more: summed squares over summed degrees of freedom.
 
-    Cells that share their runs count once. None where no cell has two.
+    Cells that are one sample count once. None where no cell has two seeds.
     """
-    unique = {one.runs: one.values for one in measured.values() if len(one.values) >= 2}
-    df = sum(len(values) - 1 for values in unique.values())
+    unique = {one for one in measured if len(one.values) >= 2}
+    df = sum(len(one.values) - 1 for one in unique)
     if df == 0:
         return None
-    squares = sum((x - sum(values) / len(values)) ** 2 for values in unique.values() for x in values)
-    return Pool(math.sqrt(squares / df), df, len(unique))
+    return Pool(math.sqrt(sum(_squares(one.values) for one in unique) / df), df, len(unique))
 
 
-def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, pool: Pool) -> Tested:
-    """Whether a sum of signed cell means is above minus the tolerance: a t test with the pooled standard deviation.
+def spread(measured: Samples) -> Spread:
+    """A pool of all cells that read their networks alike, less those whose own variance is larger than the others'.
 
-    t = (sum + tolerance) / (sd √Σ(sign² / n)), n runs in a cell, with the degrees of freedom of the pool.
-    A cell's runs that stand on both sides cancel, mean and variance alike. Where the error is 0, a p value is 0 or 1.
+    The cell with the largest variance is set apart while an F test of it against the pool of the others gives p below
+    1 % / the number of cells; the next largest is then asked. A run that reads 40 once and 6 twice would otherwise hide
+    every other difference of its table, and lend its own a certainty that three such numbers do not have.
+    """
+    by_read: dict[str, list[Sample]] = defaultdict(list)
+    for one in dict.fromkeys(measured.values()):
+        if len(one.values) >= 2:
+            by_read[one.read].append(one)
+    pools: dict[str, Pool] = {}
+    apart: dict[Sample, float] = {}
+    for read, cells in by_read.items():
+        wild = _wild(cells)
+        pool = pooled(one for one in cells if one not in wild)
+        if pool is not None:
+            pools[read] = pool
+        apart |= {one: math.sqrt(_squares(one.values) / (len(one.values) - 1)) for one in wild}
+    return Spread(pools, apart)
+
+
+def _wild(cells: Sequence[Sample]) -> list[Sample]:
+    from scipy import stats
+
+    kept, wild = sorted(cells, key=lambda one: _squares(one.values) / (len(one.values) - 1)), []
+    while len(kept) > 2:
+        top, rest = kept[-1], pooled(kept[:-1])
+        df = len(top.values) - 1
+        if rest is None or rest.sd == 0:
+            break
+        if len(cells) * stats.f.sf(_squares(top.values) / df / rest.sd**2, df, rest.df) >= APART:
+            break
+        wild.append(kept.pop())
+    return wild
+
+
+def _squares(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((x - mean) ** 2 for x in values)
+
+
+def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: Spread) -> Tested:
+    """Whether a sum of signed cell means is above minus the tolerance.
+
+    t = (sum + tolerance) / error. The error's square is sd² Σ(sign² / n) over cells of a pool with standard deviation
+    sd, n runs in a cell; a cell that is set apart adds its own variance / n; cells that read the same runs are summed
+    run by run first, and add the variance of these sums / n, since what a seed does to one it does to the other. Where
+    more than one of these estimates takes part, degrees of freedom are Welch's and Satterthwaite's. A cell that stands
+    on both sides cancels. Where the error is 0, a p value is 0 or 1.
+
+    Raises ValueError where cells share a single run.
     """
     from scipy import stats
 
-    weights: dict[tuple[str, ...], float] = defaultdict(float)
-    values: dict[tuple[str, ...], tuple[float, ...]] = {}
+    by_runs: dict[tuple[str, ...], dict[Sample, float]] = defaultdict(lambda: defaultdict(float))
     for row, column, sign in terms:
-        one = measured[row, column]
-        weights[one.runs] += sign
-        values[one.runs] = one.values
-    difference = sum(w * sum(values[runs]) / len(values[runs]) for runs, w in weights.items() if w)
-    error = pool.sd * math.sqrt(sum(w**2 / len(values[runs]) for runs, w in weights.items()))
-    beyond = difference + tolerance
-    if error == 0:
-        return Tested(difference, 0.0, float(beyond <= 0), float(beyond >= 0))
+        by_runs[measured[row, column].runs][measured[row, column]] += sign
+    difference, apart = 0.0, False
+    parts: dict[object, float] = defaultdict(float)  # by estimate of a variance: its share of the error's square
+    freedom: dict[object, int] = {}
+    for runs, cells in by_runs.items():
+        kept = {one: weight for one, weight in cells.items() if weight}
+        if not kept:
+            continue
+        n = len(runs)
+        sums = [sum(weight * one.values[i] for one, weight in kept.items()) for i in range(n)]
+        difference += sum(sums) / n
+        first = next(iter(kept))
+        apart = apart or any(one in known.apart for one in kept)
+        if len(kept) > 1 or first in known.apart:
+            if n < 2:
+                raise ValueError(f"rows that read the same runs take two of them to compare, and there is {runs}")
+            parts[runs], freedom[runs] = _squares(sums) / (n - 1) / n, n - 1
+        else:
+            pool = known.pools[first.read]
+            parts[first.read] += pool.sd**2 * kept[first] ** 2 / n
+            freedom[first.read] = pool.df
+    square, beyond = sum(parts.values()), difference + tolerance
+    if square == 0:
+        return Tested(difference, 0.0, 1.0, float(beyond <= 0), float(beyond >= 0), apart)
+    error = math.sqrt(square)
+    df = square**2 / sum(part**2 / freedom[key] for key, part in parts.items())
     t = beyond / error
-    return Tested(difference, error, float(stats.t.sf(t, pool.df)), float(stats.t.cdf(t, pool.df)))
+    return Tested(difference, error, df, float(stats.t.sf(t, df)), float(stats.t.cdf(t, df)), apart)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -149,8 +229,7 @@ def f_test(above: Sequence[Sample], below: Sequence[Sample]) -> Ratio:
     """
     from scipy import stats
 
-    pools = [pooled({(0, i): one for i, one in enumerate(side)}) for side in (above, below)]
-    up, down = pools
+    up, down = pooled(above), pooled(below)
     if up is None or down is None:
         raise ValueError("a spread takes two seeds in a cell at least")
     df = (up.df, down.df)
@@ -170,7 +249,7 @@ def smallest_ratio(df: tuple[int, int], comparisons: int) -> float:
     return math.sqrt(stats.f.isf(LEVEL / comparisons, *df) / stats.f.isf(POWER, *df))
 
 
-def smallest_detectable(error: float, df: int, comparisons: int) -> float:
+def smallest_detectable(error: float, df: float, comparisons: int) -> float:
     """The true difference that such a test finds with a chance of 80 %, by the noncentral t distribution.
 
     ``error``: standard error of the difference, taken as true. The level is Holm's first and strictest,
@@ -180,7 +259,7 @@ def smallest_detectable(error: float, df: int, comparisons: int) -> float:
 
 
 @cache
-def _detectable_errors(df: int, comparisons: int) -> float:
+def _detectable_errors(df: float, comparisons: int) -> float:
     """That difference in standard errors."""
     from scipy import optimize, stats
 
