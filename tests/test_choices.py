@@ -161,6 +161,13 @@ def test_where_nothing_is_shown_the_answer_names_the_size_that_would_have_been(t
     )
 
 
+def test_rows_that_the_question_leaves_out_are_none_of_its_alternatives(tmp_path: Path) -> None:
+    plan, store = opened(tmp_path, claims=(DIFFERS.model_copy(update={"among": ("other norm",)}),))
+    found = choices.choices(tables.gather(plan, store), judge(plan, store.records()))
+    assert [one.label for choice in found for one in choice.alternatives] == ["other norm"]
+    assert choices.answer(found).startswith("Of 1 alternative 1 is higher")
+
+
 def test_a_table_of_the_papers_has_no_such_section(tmp_path: Path) -> None:
     plan, store = opened(tmp_path, rows=(Row(label="Defaults", paper=(50.0,)), *ROWS[1:]))
     assert choices.choices(tables.gather(plan, store), judge(plan, store.records())) == []

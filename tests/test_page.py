@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,11 @@ def test_forest_puts_all_intervals_on_one_axis_around_zero() -> None:
     assert reach == pytest.approx(3.3) and 50 < spot.left < spot.at < spot.right < 100
     assert spot.at == pytest.approx(50 + 50 * 2 / 3.3, abs=0.01)
     assert views.forest([])[0] == {}
+    (usual,) = VERDICTS[0].comparisons
+    wild = replace(usual, difference=-2.5, interval=(-60.0, 55.0), apart=True)
+    placed, reach = views.forest([replace(VERDICTS[0], comparisons=(usual, wild))])
+    assert reach == pytest.approx(3.3), "an interval of its own kind does not squeeze the others"
+    assert (placed[id(wild)].left, placed[id(wild)].right) == (0, 100), "and ends at the edge"
 
 
 def test_provenance_names_the_command_the_captions_and_every_run(tmp_path: Path) -> None:

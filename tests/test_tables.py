@@ -124,6 +124,27 @@ def test_a_score_that_was_not_measured_is_missing(tmp_path: Path) -> None:
     assert str(tables.summary(results.at(0, 0), "boundary_iou")) == "30.0 (1)"
 
 
+def test_texts_name_the_data_set_that_stands_for_a_column_and_the_reading_of_a_row(tmp_path: Path) -> None:
+    columns = (Column(label="PASCAL VOC 1/8", set={"data.dataset": "voc"}), Column(label="183 labels"))
+    rows = (Row(label="base"), Row(label="words", stream="fusion"))
+    plan, store = study(tmp_path, rising, columns=columns, rows=rows, base={"data.dataset": "voc"})
+    results = tables.gather(plan, store)
+    assert tables.swapped(results, 0) == tables.swapped(results, 1) == ("voc", "digits")
+    said = "The paper's voc is digits here: compare order and direction with the paper's numbers, not levels."
+    assert views.stand_ins(results) == [said], "once for both columns"
+    assert said in plain.to_latex(results, "", views.stand_ins(results))
+    assert f"- {said}" in plain.to_markdown(results, [], [], "make", "", views.context(results))
+    base = tables.gather(*study(tmp_path / "b", rising, columns=columns, rows=rows, headline="base", reference="base"))
+    assert "41.0 ± 1.0 (3) on PASCAL VOC 1/8, with digits in its place; 51.0 ± 1.0 (3) on 183 labels." in (
+        tables.finding(base)
+    ), "a label that names no data set is as it is"
+    lines = list(csv.DictReader(io.StringIO(plain.to_csv(results))))
+    assert {(line["row"], line["stream"], line["dataset"], line["split"]) for line in lines} == {
+        ("base", "visual", "digits", "183"),
+        ("words", "fusion", "digits", "183"),
+    }
+
+
 def test_differences_are_over_the_seeds_that_both_have(tmp_path: Path) -> None:
     def value(row: int, column: int, seed: int) -> float | None:
         return None if (row, seed) == (0, 2) else rising(row, column, seed) + (0.3 if seed == 2 else 0)
