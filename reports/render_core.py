@@ -41,6 +41,7 @@ def _rows(record: RunRecord) -> list[dict[str, object]]:
         "split": record.config["data.split"],
         "seed": record.config["seed"],
         "seconds": record.train_seconds,
+        "revision": str(record.git.get("revision") or "not known")[:12],
         **{f"pseudo {name}": 100 * value for name, value in record.pseudo_labels.items() if value is not None},
     }
     return [
@@ -126,6 +127,9 @@ def main() -> None:
         title = str(name).removeprefix("pseudo ")
         parts += [f"## Pseudo-labels on validation images: {title}", "", markdown(table(some, ["method"], name)), ""]
     parts += ["## Seconds of training, one thread", "", markdown(table(head, ["method"], "seconds")), ""]
+    parts += ["The machine did other work beside most runs, so that these seconds do not compare methods.", ""]
+    revisions = head.groupby("method")["revision"].agg(lambda found: ", ".join(sorted(set(found))))
+    parts += ["Code revisions: " + "; ".join(f"{method}: {found}" for method, found in revisions.items()) + ".", ""]
     parts += ["Made by `python reports/render_core.py` from the records beside this page.", ""]
     (args.out / "table.md").write_text("\n".join(parts))
     frame.to_csv(args.out / "table.csv", index=False)
