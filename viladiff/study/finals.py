@@ -158,5 +158,5 @@ def said(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[s
         yield (
             f"{contest.higher} against {contest.lower}: {contest.difference:+.2f} points [{low:+.2f}, {high:+.2f}], "
             f"{verdict} (two-sided paired t over {contest.n} seeds, Holm p = {contest.p:.3f}; "
-            f"a difference of {contest.detectable:.2f} would have been seen)"
+            f"a difference of {contest.detectable:.2f} would have been seen four times in five)"
         )
