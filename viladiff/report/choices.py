@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.report.plain import markdown, signed
 from viladiff.report.tables import Results, difference, number, summary
+from viladiff.report.views import p_value
 from viladiff.study.questions import questions
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def to_markdown(found: Sequence[Choice]) -> list[str]:
             else:
                 ends = " to ".join(signed(end) for end in tested.interval)
                 told = (
-                    f"{signed(tested.difference)} (95 % interval {ends}; p {tested.p:.3f}): {one.outcome}; "
+                    f"{signed(tested.difference)} (95 % interval {ends}; p {p_value(tested.p)}): {one.outcome}; "
                     f"{tested.least:.1f} would have been seen four times in five"
                 )
             out += [f"  - {markdown(f'{one.number} {one.label}, {one.column}: {told}')}"]
