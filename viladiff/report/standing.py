@@ -172,5 +172,5 @@ def _rates(results: Results, tried: Sequence[Tried]) -> str:
     seeds = min(rate.found.n for one in compared for rate in one.rates)
     return (
         f"{said}, on images held out from the labelled ones, with {seeds} seed{'s' if seeds != 1 else ''} at least. "
-        f"The table's rate was the highest for {highest} of {len(compared)}; it was left as it is for all."
+        f"The table's rate was the highest for {highest} of {len(compared)}."
     )
