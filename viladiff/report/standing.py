@@ -141,8 +141,8 @@ def _evaluated(results: Results) -> Iterator[str]:
     if averaged and own:
         yield (
             f"Evaluated is what each method's authors evaluate: an average of weights for {', '.join(averaged)}; the "
-            f"trained network itself for {', '.join(own)}. In few steps an average lags behind its network, so that "
-            "this is no small thing here: the trained networks' scores stand beside."
+            f"trained network itself for {', '.join(own)}. In few steps an average lags behind its network: the "
+            "trained networks' scores stand beside."
         )
 
 
@@ -167,7 +167,7 @@ def _rates(results: Results, tried: Sequence[Tried]) -> str:
     have = {one.family for one in compared}
     said = f"Learning rates were compared for {len(have)} of {len(families)} families"
     if not compared:
-        return f"{said}; the table's own is the default of the data set."
+        return f"{said}."
     highest = sum(any(rate.taken and rate.highest for rate in one.rates) for one in compared)
     seeds = min(rate.found.n for one in compared for rate in one.rates)
     return (
