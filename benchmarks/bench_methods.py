@@ -121,7 +121,7 @@ def ready(name: str, words: list[str]) -> tuple[Run, list[Batch]]:
     """A run of the method in the later part of training, and the batches of a step."""
     fields = dict(word.split("=", 1) for word in words)
     with tempfile.TemporaryDirectory() as out:
-        cfg = override(RunConfig(), {"method.name": name, "runtime.threads": 1, "runtime.out": out, **fields})
+        cfg = override(RunConfig(), {"method.name": name, "runtime.threads": 1, "runtime.runs_dir": out, **fields})
         run = Run(cfg)
         run._build()
     run.method.train()

@@ -107,7 +107,7 @@ def planned(trials: int, steps: int) -> list[Planned]:
         changes: dict[str, object] = {
             "seed": seed,
             "train.steps": steps,
-            "eval.images": 25,
+            "eval.max_images": 25,
             "eval.boundary": False,
             "runtime.threads": 1,
         }
@@ -149,7 +149,7 @@ def plain(jobs: list[Planned], concurrency: int) -> Side:
     """The same runs in ``concurrency`` processes that know nothing of each other."""
     with tempfile.TemporaryDirectory() as root:
         begun = time.time()
-        changes = [{**job.changes, "runtime.out": root, "runtime.progress": False} for job in jobs]
+        changes = [{**job.changes, "runtime.runs_dir": root, "runtime.progress": False} for job in jobs]
         parts = [json.dumps(changes[i::concurrency]) for i in range(concurrency)]
         command = [sys.executable, "-c", PLAIN]
         processes = [subprocess.Popen([*command, part], stdout=subprocess.PIPE, text=True) for part in parts]

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
-        run = Run(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.out": out}))
+        run = Run(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.runs_dir": out}))
         run._build()
     run.method.train()
     for half, step in (("first half", 100), ("second half, with refinement", 400)):

@@ -111,9 +111,9 @@ def on_ray(root: Path, trials: int) -> float:
     from viladiff.study.sweep import Namer, load_sweep
 
     sweep = load_sweep(ROOT / "tune" / "sweep_joint.toml")
-    namer = Namer(sweep, "smoke", {"train.steps": "20", "eval.images": "25"}, "holdout")
+    namer = Namer(sweep, "smoke", {"train.steps": "20", "eval.max_images": "25"}, "holdout")
     (root / "trials").mkdir()
-    asker = Asker("sweep", sweep.space, sweep.first, "tpe", 0, True, str(root / "optuna.journal"))
+    asker = Asker("sweep", sweep.space, sweep.initial_point, "tpe", 0, True, str(root / "optuna.journal"))
     asha = judge("asha", len(namer.steps), 2)
     heard = asha.hear
 

@@ -95,7 +95,7 @@ def looked_up(run: Run, bank: Bank) -> Callable[[], object]:
 
 def bench_step(repeats: int) -> bool:
     with tempfile.TemporaryDirectory() as out:
-        run = Run(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.out": out}))
+        run = Run(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.runs_dir": out}))
         run._build()
         run.method.train()
         coco = open_bank(sparse_bank(Path(out), 20_000))

@@ -39,7 +39,7 @@ def main() -> None:
     wanted = [(m, s, seed) for seed in args.seeds for m in args.methods for s in args.splits]
     for method, split, seed in wanted[index::count]:
         fields = {"method.name": method, "data.split": split, "seed": seed}
-        runtime = {"runtime.out": args.out, "runtime.threads": 1, "runtime.progress": False}
+        runtime = {"runtime.runs_dir": args.out, "runtime.threads": 1, "runtime.progress": False}
         cfg, path = override(RunConfig(), {**fields, **runtime}), RECORDS / f"{method}-{split}-{seed}.json"
         if is_done(cfg, path):
             continue

@@ -81,7 +81,7 @@ def train(run: Planned, store: Store) -> str:
     lease = store.lease(run.run_id)
     if lease is None:
         return "is in work elsewhere"
-    here = {"runtime.out": str(store.root), "runtime.threads": 1, "runtime.progress": False}
+    here = {"runtime.runs_dir": str(store.root), "runtime.threads": 1, "runtime.progress": False}
     with lease:
         try:
             result = fit(override(RunConfig(), {**run.changes, **here}), lease=lease)

@@ -26,9 +26,9 @@ def short_run(out: Path, method: str) -> Path:
         "method.name": method,
         "train.steps": 2,
         "data.batch_labelled": 4,
-        "eval.images": 5,
+        "eval.max_images": 5,
         "eval.boundary": False,
-        "runtime.out": str(out),
+        "runtime.runs_dir": str(out),
         "runtime.progress": False,
         "runtime.threads": 1,
     }

@@ -60,8 +60,8 @@ def test_every_choice_of_the_notes_is_varied_in_some_table() -> None:
     theirs = {field.partition(" ")[0] for field in lacking}
     assert theirs == {"method.cutmix", "method.ohem.enabled"}, "these are no choices of this paper's text"
     numbers = ("vila.temperature", "vila.depth", "pseudo.threshold", "mixe.refine_from", "mixe.refine_steps",
-               "mixe.tau_start", "mixe.tau_end", "mixe.tau_ramp", "mixe.cond_noise", "mixe.mu", "vila.lam",
-               "mixe.timesteps")  # fmt: skip
+               "mixe.tau_start", "mixe.tau_end", "mixe.tau_ramp", "mixe.condition_noise", "mixe.loss_weights",
+               "vila.lam", "mixe.timesteps")  # fmt: skip
     assert {f"method.{name}" for name in numbers} <= there.keys()
     others = {"optim.encoder_lr_scale", "optim.weight_decay", "optim.schedule", "data.crop", "train.steps"}
     assert others | {"data.batch_labelled", "data.batch_unlabelled"} <= there.keys()

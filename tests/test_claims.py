@@ -275,7 +275,11 @@ def test_detectable_is_that_of_the_hardest_comparison() -> None:
 # Verdicts
 
 
-LADDER = [Row(label="r0", parts=("x",)), Row(label="r1", parts=("x", "y")), Row(label="r2", parts=("x", "y", "z"))]
+LADDER = [
+    Row(label="r0", components=("x",)),
+    Row(label="r1", components=("x", "y")),
+    Row(label="r2", components=("x", "y", "z")),
+]
 STEPS = Claim(text="steps", kind="superset_increases")
 
 
@@ -394,9 +398,9 @@ def test_covering_pairs_of_table5() -> None:
 def test_covering_leaves_out_equal_parts_and_counts_both_of_equals() -> None:
     rows = [
         Row(label="a"),
-        Row(label="b", parts=("x",)),
-        Row(label="c", parts=("x",)),
-        Row(label="d", parts=("y", "x")),
+        Row(label="b", components=("x",)),
+        Row(label="c", components=("x",)),
+        Row(label="d", components=("y", "x")),
     ]
     assert covering(a_table(rows, ["c"])) == [(1, 0), (2, 0), (3, 1), (3, 2)]
     none = verdict(a_table(plain(2), ["c"], STEPS), {(0, 0): near(50), (1, 0): near(54)})

@@ -77,7 +77,7 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
         "data.split": "92",
         "runtime.device": "cpu",
         "runtime.threads": 2,
-        "runtime.out": "o",
+        "runtime.runs_dir": "o",
         "runtime.progress": False,
     }
     assert trained == [(override(RunConfig(), wanted), {"resume": True})]
@@ -111,7 +111,7 @@ def test_so_they_may_in_scripts(script: str, tmp_path: Path, capsys: pytest.Capt
     from viladiff.study import drive, sweep_drive
 
     main = drive.main if script.startswith("ablations") else sweep_drive.main
-    words = ["eval.images=8", "--scale", "smoke", "--storage", str(tmp_path), "--dry-run", "train.stepz=5"]
+    words = ["eval.max_images=8", "--scale", "smoke", "--storage", str(tmp_path), "--dry-run", "train.stepz=5"]
     assert main(Path(__file__).resolve().parent.parent / f"{script}.toml", words) == 2
     assert "train.stepz: no such field; did you mean 'train.steps'?" in capsys.readouterr().err
 

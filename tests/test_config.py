@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from viladiff import config
+from viladiff import config, renamed
 from viladiff.config import (
     ConfigError,
     RunConfig,
@@ -37,7 +37,7 @@ VARIANTS = [("digits", name) for name in METHODS] + [(name, "supervised") for na
 
 COMPANIONS: dict[str, dict[str, object]] = {
     "data.split_family": {"data.split": "662"},
-    "eval.on": {"data.holdout": 0.25},
+    "eval.split": {"data.holdout": 0.25},
     "model.encoder": {"model.pretrained": "none"},
 }
 """What makes a second value of a field valid, where none is by itself."""
@@ -183,15 +183,19 @@ def test_text_is_read_by_the_type_of_the_field() -> None:
             "data.split_seed": "7",
             "eval.boundary": "False",
             "data.captions": "none",
-            "method.vila.paths": "student_logits",
-            "method.mixe.mu": "[1, 2, 3]",
+            "method.vila.distillation_paths": "student_logits",
+            "method.mixe.loss_weights": "[1, 2, 3]",
             "model.weights": "none",
         },
     )
     method: Any = cfg.method
     assert (cfg.data.split, cfg.optim.lr, cfg.optim.clip_norm, cfg.data.split_seed) == ("183", 1e-4, None, 7)
     assert (cfg.data.scale, cfg.eval.boundary, cfg.data.captions) == ((0.5, 2.0), False, "none")
-    assert (method.vila.paths, method.mixe.mu, cfg.model.weights) == (("student_logits",), (1.0, 2.0, 3.0), None)
+    assert (method.vila.distillation_paths, method.mixe.loss_weights, cfg.model.weights) == (
+        ("student_logits",),
+        (1.0, 2.0, 3.0),
+        None,
+    )
     assert override(PLAIN, {"data.dataset": "folder", "data.split": "1_16"}).data.split == "1_16"
     assert override(PLAIN, {"optim.clip_norm": "1"}).optim.clip_norm == 1.0
 
@@ -209,8 +213,8 @@ FAULTS = [
     ({"seed": "1_000"}, r"seed = '1_000': must be a whole number"),
     ({"seed": "1.5"}, r"seed = '1\.5': must be a whole number"),
     ({"seed": True}, r"seed = True: must be int, not true or false"),
-    ({"data.colour": 1}, r"data\.colour = 1: must be true or false"),
-    ({"data.colour": "yes"}, r"data\.colour = 'yes': must be true or false"),
+    ({"data.color_jitter": 1}, r"data\.color_jitter = 1: must be true or false"),
+    ({"data.color_jitter": "yes"}, r"data\.color_jitter = 'yes': must be true or false"),
     ({"data.split": 183}, r"data\.split = 183: must be text, '183'"),
     ({"data.split": "184"}, r"data\.split = '184': allowed: 92, .*; did you mean '183'\?"),
     ({"data.split": "5000"}, r"data\.split: '5000' asks for more .* pool of 4000 .*; allowed: 92, 183"),
@@ -238,7 +242,7 @@ FAULTS = [
     ({"data.dataset": "voc", "data.split": "662"}, r"data\.split = '662' .*; set data\.split_family to aug_cps or"),
     ({"data.dataset": "voc", "data.split_family": "aug_cps"}, r"data\.split = '183' .*; set data\.split_family to hq"),
     ({"data.batch_labelled": "3", "runtime.workers": "2"}, r"data\.batch_labelled = 3: .* = 2 × 1; 4 would do"),
-    ({"train.accumulate": "5"}, r"data\.batch_labelled = 12: .* = 1 × 5; 15 would do"),
+    ({"train.grad_accum_steps": "5"}, r"data\.batch_labelled = 12: .* = 1 × 5; 15 would do"),
     ({"method.name": "viladiff", "method.mixe.timesteps": "0"}, r"method\.mixe\.timesteps = 0: must be ≥ 1"),
     (
         {"method.name": "viladiff", "method.vila.heads": "3"},
@@ -250,8 +254,8 @@ FAULTS = [
     ),
     ({"method.name": "viladiff", "method.mixe.refine_steps": "12"}, r"method\.mixe\.refine_steps = 12"),
     (
-        {"method.name": "viladiff", "method.vila.paths": "x"},
-        r"method\.vila\.paths\[0\] = 'x': allowed: student_features",
+        {"method.name": "viladiff", "method.vila.distillation_paths": "x"},
+        r"method\.vila\.distillation_paths\[0\] = 'x': allowed: student_features",
     ),
     (
         {"method.name": "viladiff", "method.vila.lamda": "1"},
@@ -382,3 +386,12 @@ def test_class_counts_are_those_of_the_renderer() -> None:
     for name, made in digits.VARIANTS.items():
         assert CLASSES[name] == len(digits.CLASS_NAMES)
         assert made.train == POOL
+
+
+def test_a_former_name_is_refused_and_the_error_gives_the_present_one() -> None:
+    fields = {path for name in METHODS for path in schema("digits", name)}
+    for old, new in renamed.FIELDS.items():
+        assert new in fields and old not in fields, old
+        method = next(name for name in METHODS if new in schema("digits", name))
+        with pytest.raises(ConfigError, match=rf"^{re.escape(old)}: renamed; write {re.escape(new)}$"):
+            override(RunConfig(), {"method.name": method, old: 1})

@@ -167,8 +167,13 @@ def test_ramp_is_half_a_cosine() -> None:
 @pytest.mark.parametrize("index", [70, 71])
 def test_psmt_loss_is_that_of_the_formula(radius: float, index: int) -> None:
     """Step 70 of 500 falls into an odd turn, step 71 of 444 into an even one."""
-    given = {"teacher.period": 0.02, "teacher.assistant_classes": 2, "pseudo.threshold": 0.4, "pseudo.weight": 0.7}
-    method, batch = ready("psmt", **{"vat.radius": radius}, **given)
+    given = {
+        "teacher.switch_period": 0.02,
+        "teacher.assistant_classes": 2,
+        "pseudo.threshold": 0.4,
+        "pseudo.weight": 0.7,
+    }
+    method, batch = ready("psmt", **{"vat.epsilon": radius}, **given)
     assert isinstance(method, PsMt) and batch.image_strong is not None
     step = Step(index, 0.14 if index == 70 else 0.16, 3)
     losses = method(batch, step)
@@ -220,7 +225,7 @@ def test_psmt_warms_three_networks_up_on_labels_alone() -> None:
 
 
 def test_psmt_teachers_take_turns_after_the_warm_up_and_the_founders_rest() -> None:
-    method, batch = ready("psmt", **{"teacher.period": 0.1})
+    method, batch = ready("psmt", **{"teacher.switch_period": 0.1})
     assert isinstance(method, PsMt)
     for index, active in ((25, 0), (35, 1)):
         step = Step(index, index / 100, 3)
@@ -260,7 +265,7 @@ def test_psmt_and_swith_ship_what_their_papers_evaluate() -> None:
 
 def test_psmt_noise_is_found_with_both_teachers_from_centred_draws_of_each_image() -> None:
     """Labelled image 0 and unlabelled image 0 have draws of their own."""
-    method, batch = ready("psmt", **{"vat.radius": 0.2, "vat.probe": 0.3})
+    method, batch = ready("psmt", **{"vat.epsilon": 0.2, "vat.xi": 0.3})
     assert isinstance(method, PsMt)
     with torch.no_grad():
         features = method.student.encode(torch.cat([batch.image, batch.strong[0]]))
@@ -316,8 +321,8 @@ def test_share_of_sure_pixels_by_picture_or_batch() -> None:
 @pytest.mark.parametrize("index", [70, 75])
 def test_swith_loss_is_that_of_the_formula(index: int) -> None:
     """Turns of five hundredths: CutMix at step 70, ClassMix at 75."""
-    pseudo = {"pseudo.threshold": 0.5, "pseudo.weight": 0.8, "pseudo.consistency": 0.3}
-    method, batch = ready("swith", **{"teacher.period": 0.05}, **pseudo)
+    pseudo = {"pseudo.threshold": 0.5, "pseudo.weight": 0.8, "pseudo.consistency_weight": 0.3}
+    method, batch = ready("swith", **{"teacher.switch_period": 0.05}, **pseudo)
     assert isinstance(method, Swith)
     step = Step(index, index / 100, 3)
     losses = method(batch, step)
@@ -354,7 +359,7 @@ def test_swith_loss_is_that_of_the_formula(index: int) -> None:
 
 def test_swith_teachers_are_temporary() -> None:
     """After the last step of a turn the other teacher becomes the student; then it follows, by steps of its turn."""
-    method = make_uneven("swith", **{"teacher.period": 0.05})
+    method = make_uneven("swith", **{"teacher.switch_period": 0.05})
     assert isinstance(method, Swith)
     for index, follows, keep in ((73, 0, 0.8), (74, 1, 0.0), (75, 1, 0.5), (76, 1, 2 / 3), (79, 0, 0.0)):
         before = [copies(method.teachers[i]) for i in (0, 1)]

@@ -35,18 +35,20 @@ def test_right_and_wrong_in_numpy() -> None:
     target = torch.randint(0, CLASSES, (3, 7, 5), generator=torch.Generator().manual_seed(2))
     target[0, :3] = 255
     found = right_and_wrong(p, target).numpy()
-    doubt, labels, y = 1 - p.max(1).values.numpy(), p.argmax(1).numpy(), target.numpy()
+    conflict_weight, labels, y = 1 - p.max(1).values.numpy(), p.argmax(1).numpy(), target.numpy()
     for row, here in zip(found, (labels == y, (labels != y) & (y != 255)), strict=True):
-        assert row == pytest.approx([here.sum(), doubt[here].sum(), (doubt[here] ** 2).sum()], rel=1e-5)
+        assert row == pytest.approx(
+            [here.sum(), conflict_weight[here].sum(), (conflict_weight[here] ** 2).sum()], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("near_one", [0.2, 1e-3])
 def test_gaussians_move_towards_mean_and_variance_also_of_confidences_near_one(near_one: float) -> None:
-    doubt = near_one * torch.rand(2, 400, generator=torch.Generator().manual_seed(1))
-    sums = torch.stack([torch.full((2,), 400.0), doubt.sum(1), doubt.square().sum(1)], 1)
+    conflict_weight = near_one * torch.rand(2, 400, generator=torch.Generator().manual_seed(1))
+    sums = torch.stack([torch.full((2,), 400.0), conflict_weight.sum(1), conflict_weight.square().sum(1)], 1)
     before = torch.tensor([[0.4, 0.3], [0.6, 0.2]])
     after = moved(before, sums, 0.0).double().numpy()
-    confidence = 1 - doubt.double().numpy()
+    confidence = 1 - conflict_weight.double().numpy()
     assert after[:, 0] == pytest.approx(confidence.mean(1), rel=1e-6)
     assert after[:, 1] == pytest.approx(confidence.var(1), rel=1e-3)
     torch.testing.assert_close(moved(before, sums, 0.9), 0.9 * before + 0.1 * moved(before, sums, 0.0))
@@ -166,14 +168,16 @@ def test_running_values_are_part_of_the_state() -> None:
 
 
 def test_daw_without_its_two_parts_is_unimatch_bit_for_bit() -> None:
-    bare = make("daw", align=False, estimate=False, **{"pseudo.threshold": 0.3})
+    bare = make("daw", distribution_alignment=False, adaptive_threshold=False, **{"pseudo.threshold": 0.3})
     base = make("unimatch", **{"pseudo.threshold": 0.3})
     totals = [take_steps(m, torch.optim.AdamW(m.parameters(), 1e-3), 0, 4) for m in (bare, base)]
     assert totals[0] == totals[1]
     assert bare.predictor() is bare.teacher and bare.cfg.teacher.momentum == 0.999
 
 
-@pytest.mark.parametrize("changes", [{"align": False}, {"estimate": False}, {"momentum": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"distribution_alignment": False}, {"adaptive_threshold": False}, {"momentum": 0.5}], ids=str
+)
 def test_each_part_of_daw_changes_training(changes: dict[str, object]) -> None:
     totals = []
     for method in (make("daw", **{"pseudo.threshold": 0.5}), make("daw", **{"pseudo.threshold": 0.5, **changes})):

@@ -79,7 +79,7 @@ def test_seeds_are_a_number_or_a_list() -> None:
 def test_only_the_first_seed_keeps_pictures(tmp_path: Path) -> None:
     found = job(tmp_path, "--scale", "smoke", "--rows", "8", "--columns", "1", "--seeds", "2,5")
     extras = [drive._with_extras(found, run).changes for run in found.plan.runs.values()]
-    assert [one.get("runtime.pictures") for one in extras] == [drive.PICTURES, None]
+    assert [one.get("runtime.visualizations") for one in extras] == [drive.PICTURES, None]
     assert all(one["runtime.log_every"] == 10 for one in extras)
 
 
@@ -224,7 +224,7 @@ def test_published_runs_are_thin_and_read_back(tmp_path: Path) -> None:
     some = load_record(next((ROOT / "reports" / "published" / "core" / "records").glob("*.json")))
     directory = found.store.directory(run_id)
     directory.mkdir(parents=True)
-    config = {**some.config, "runtime.out": "/somewhere"}
+    config = {**some.config, "runtime.runs_dir": "/somewhere"}
     save_record(type(some)(**{**some.model_dump(), "run_id": run_id, "config": config}), directory / "record.json")
     rows = [{"step": step, "total": float(step)} for step in range(100)]
     (directory / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -31,7 +31,7 @@ TINY = {
     "method.name": "supervised",
     "model.pretrained": "none",
     "train.steps": 4,
-    "eval.images": 2,
+    "eval.max_images": 2,
     "eval.boundary": False,
     "data.batch_labelled": 4,
     "runtime.threads": 1,
@@ -43,7 +43,7 @@ CLASSES, SIDE = 5, 32
 
 def config(out: Path, **changes: Any) -> RunConfig:
     flat = {path.replace("__", "."): value for path, value in changes.items()}
-    return override(RunConfig(), {**TINY, "runtime.out": str(out), **flat})
+    return override(RunConfig(), {**TINY, "runtime.runs_dir": str(out), **flat})
 
 
 # Several workers
@@ -102,7 +102,7 @@ def test_error_in_one_of_two_workers_is_the_one_message(tmp_path: Path, monkeypa
 
 def _train(out: Path, **changes: object) -> subprocess.Popen[str]:
     """``viladiff train`` in a process group of its own, as a shell starts it."""
-    flat = TINY | {path.replace("__", "."): value for path, value in changes.items()} | {"runtime.out": out}
+    flat = TINY | {path.replace("__", "."): value for path, value in changes.items()} | {"runtime.runs_dir": out}
     words = [f"{path}={json.dumps(value) if isinstance(value, bool) else value}" for path, value in flat.items()]
     command = [sys.executable, "-m", "viladiff", "train", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -218,7 +218,7 @@ def test_padding_draws_no_edge_around_the_picture(monkeypatch: pytest.MonkeyPatc
     original, given = viladiff_file.edge_mean, batch()
     monkeypatch.setattr(viladiff_file, "edge_mean", edge_mean)
     monkeypatch.setattr(viladiff_file, "_pseudo", one_class_inside_another_outside)
-    made = method(**{"cutmix": False, "mixe.train_on": "unlabelled", "mixe.refine": False})
+    made = method(**{"cutmix": False, "mixe.train_images": "unlabelled", "mixe.refine": False})
     made(given, Step(7, 0.9, 3))
     (edges,) = seen
     assert edges[:, :7, :7].any() and not edges[:, 8:].any()

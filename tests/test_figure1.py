@@ -306,7 +306,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Store]:
     storage = tmp_path_factory.mktemp("figure1")
     plan = make_plan(load_table(SPEC), "smoke", rows=[1, 2, 5], changes=FEW)
     for one in plan.runs.values():
-        extra = {"runtime.out": str(storage), "runtime.pictures": 1}
+        extra = {"runtime.runs_dir": str(storage), "runtime.visualizations": 1}
         fit(override(RunConfig(), {**one.changes, **extra}))
     return plan, Store(storage)
 

@@ -602,7 +602,7 @@ def small(root: Path, out: Path, method: str, **changes: object) -> RunConfig:
     fields: dict[str, object] = {
         "data.dataset": "folder",
         "runtime.data_root": str(root),
-        "runtime.out": str(out),
+        "runtime.runs_dir": str(out),
         "runtime.progress": False,
         "runtime.threads": 1,
         "method.name": method,
@@ -613,7 +613,7 @@ def small(root: Path, out: Path, method: str, **changes: object) -> RunConfig:
         "data.batch_labelled": 2,
         "data.batch_unlabelled": 2,
         "train.steps": 2,
-        "eval.images": 2,
+        "eval.max_images": 2,
         "eval.boundary": False,
     }
     return override(RunConfig(), {**fields, **changes})

@@ -46,7 +46,7 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     out, told, left = tmp_path_factory.mktemp("runs"), [], []
-    train = ["train", "train.steps=2", "data.batch_labelled=2", "eval.images=4", "eval.boundary=false"]
+    train = ["train", "train.steps=2", "data.batch_labelled=2", "eval.max_images=4", "eval.boundary=false"]
     train += ["--out", str(out), "--threads", "1", "--quiet"]
     for size in (100_000, 10):
         with redirect_stderr(StringIO()) as said, files_of_at_most(size):

@@ -20,13 +20,13 @@ SHORT: dict[str, object] = {
     "runtime.threads": 1,
     "runtime.progress": False,
 }
-HELD: dict[str, object] = {**SHORT, "data.holdout": 0.25, "eval.on": "holdout"}
+HELD: dict[str, object] = {**SHORT, "data.holdout": 0.25, "eval.split": "holdout"}
 
 
 def test_names_of_runs_without_stay() -> None:
     plain = override(RunConfig(), {"train.steps": 2})
-    assert run_id(plain) == run_id(override(plain, {"data.holdout": 0.0, "eval.on": "val"}))
-    others = [override(plain, {"data.holdout": 0.25}), override(plain, {"data.holdout": 0.25, "eval.on": "holdout"})]
+    assert run_id(plain) == run_id(override(plain, {"data.holdout": 0.0, "eval.split": "val"}))
+    others = [override(plain, {"data.holdout": 0.25}), override(plain, {"data.holdout": 0.25, "eval.split": "holdout"})]
     assert len({run_id(plain), *map(run_id, others)}) == 3
     assert len({one.run_id for one in name_runs([plain, *others])}) == 3
     assert len({one.fingerprints["data"] for one in name_runs([plain, *others])}) == 3
@@ -76,14 +76,14 @@ def test_a_list_too_short_is_refused() -> None:
 
 
 def test_scoring_on_images_that_are_not_held_out_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"eval.on = 'holdout': .* data.holdout"):
-        override(RunConfig(), {"eval.on": "holdout"})
+    with pytest.raises(ConfigError, match=r"eval.split = 'holdout': .* data.holdout"):
+        override(RunConfig(), {"eval.split": "holdout"})
     with pytest.raises(ConfigError, match=r"data.holdout = 1"):
         override(RunConfig(), {"data.holdout": 1})
 
 
 def test_a_run_is_scored_on_them(tmp_path: Path) -> None:
-    cfg = override(RunConfig(), {**HELD, "runtime.out": str(tmp_path)})
+    cfg = override(RunConfig(), {**HELD, "runtime.runs_dir": str(tmp_path)})
     record = fit(cfg).record
     assert record.scores[record.network][record.stream]["images"] == 46
     assert Run(cfg).name == record.run_id

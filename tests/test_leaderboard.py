@@ -109,8 +109,8 @@ def test_rates_are_half_and_twice_of_what_the_leaderboard_takes_and_never_see_th
         other = board[row, "183 labels", 0]
         apart = {k: v for k, v in changed(cfg).items() if changed(other).get(k) != v and not k.startswith("runtime.")}
         rate = {"Half": 0.5, "Default": 1, "Double": 2}[column] * other.optim.lr
-        assert cfg.optim.lr == pytest.approx(rate) and (cfg.data.holdout, cfg.eval.on) == (0.25, "holdout")
-        assert apart.keys() - {"optim.lr"} == {"data.holdout", "eval.on", "eval.boundary"}
+        assert cfg.optim.lr == pytest.approx(rate) and (cfg.data.holdout, cfg.eval.split) == (0.25, "holdout")
+        assert apart.keys() - {"optim.lr"} == {"data.holdout", "eval.split", "eval.boundary"}
 
 
 # A page with made-up records
@@ -122,7 +122,7 @@ ROWS = (
     Row(label="Vila", group="Language", set={"method.name": "viladiff"}),
     Row(label="All", group="References", control=True, set={"method.name": "supervised", "data.split": "all"}),
     Row(label="Fix twice", group="References", control=True, set={"method.name": "fixmatch"}),
-    Row(label="Zero", group="References", control=True, needs="method.clip.weights"),
+    Row(label="Zero", group="References", control=True, requires="method.clip.weights"),
 )
 CLAIMS = (
     Claim(text="Something differs", kind="differs", source="ours", rows=("Fix <b>",)),
@@ -391,7 +391,7 @@ def held_out(
     more: dict[str, Any] | None = None,
 ) -> None:
     own = {} if rate == 0.006 else {"optim.lr": rate}
-    extra = {"data.holdout": 0.25, "eval.on": "holdout", "eval.boundary": False, **(more or {})}
+    extra = {"data.holdout": 0.25, "eval.split": "holdout", "eval.boundary": False, **(more or {})}
     fields = {"method.name": "fixmatch", "data.split": split, "seed": seed, **own, **extra}
     config = {"data.dataset": "digits", "optim.lr": rate, "seed": seed, **extra}
     run = name.rjust(16, "a")
@@ -406,7 +406,7 @@ def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_els
     held_out(store, "3", 44.0, 0.006, seed=1)
     held_out(store, "4", 44.5, 0.012)
     held_out(store, "5", 90.0, 0.024, more={"optim.weight_decay": 0.5})
-    held_out(store, "6", 90.0, 0.024, more={"eval.on": "val"})
+    held_out(store, "6", 90.0, 0.024, more={"eval.split": "val"})
     held_out(store, "7", 90.0, 0.024, split="366")
     (one,) = [two for two in rates.tried(gather(plan, store), store.records()) if two.label == "Fix <b>"]
     assert (one.family, one.column) == ("Teacher", "92 labels")

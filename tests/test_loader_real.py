@@ -160,7 +160,7 @@ def test_processes_threads_resuming_and_workers_change_nothing(root: Path) -> No
 
 
 def test_accumulation_in_processes(root: Path) -> None:
-    cfg = config(root, train__accumulate=2)
+    cfg = config(root, train__grad_accum_steps=2)
     plain = [make(cfg).micro_batches(step) for step in range(4)]
     with closing(make(override(cfg, {"runtime.loader_workers": 2})).stream(0, 4)) as stream:
         assert same(plain, list(stream))

@@ -100,13 +100,13 @@ def test_conflict_of_a_node_is_the_mean_over_the_rules_it_stands_in(groups: tupl
             assert found[i, v, y, x] == pytest.approx(np.mean(mine), abs=1e-12)
 
 
-@pytest.mark.parametrize("doubt", [0.0, 1.0, 2.5])
-def test_paths_are_weighed_as_all_consistent_states_one_by_one(doubt: float) -> None:
+@pytest.mark.parametrize("conflict_weight", [0.0, 1.0, 2.5])
+def test_paths_are_weighed_as_all_consistent_states_one_by_one(conflict_weight: float) -> None:
     """Σ log κ over what is believed, Σ log(1 - κ) + γ log(ε + C) over what is not, up to one number a pixel."""
     gen = torch.Generator().manual_seed(2)
     z = 2 * torch.randn(2, 9, 4, 4, generator=gen).double()
     parent = parents(TOY)
-    found = diagnose(z, parent, doubt).double().numpy()
+    found = diagnose(z, parent, conflict_weight).double().numpy()
     s = sigmoid(z.numpy())
     degree = torch.cat(conflicts(*torch.from_numpy(s).split([6, 3], 1), parent), 1).numpy()
     changed = 0
@@ -117,7 +117,9 @@ def test_paths_are_weighed_as_all_consistent_states_one_by_one(doubt: float) -> 
         scores = []
         for path in paths(TOY):
             wrong = path != observed
-            scores.append(np.log(kappa[~wrong]).sum() + (np.log(1 - kappa) + doubt * np.log(FLOOR + c))[wrong].sum())
+            scores.append(
+                np.log(kappa[~wrong]).sum() + (np.log(1 - kappa) + conflict_weight * np.log(FLOOR + c))[wrong].sum()
+            )
         expected = np.array(scores)
         np.testing.assert_allclose(
             found[i, :, y, x] - found[i, :, y, x].max(), expected - expected.max(), rtol=1e-4, atol=1e-4
@@ -151,7 +153,7 @@ def test_node_loss_is_minus_the_log_of_the_path_s_probability() -> None:
 
 @pytest.mark.parametrize("revise", [True, False])
 def test_loss_in_numpy(revise: bool) -> None:
-    method, batch = ready(**{"revise": revise, "pseudo.weight": 0.7, "pseudo.threshold": 0.6, "doubt": 1.5})
+    method, batch = ready(**{"revise": revise, "pseudo.weight": 0.7, "pseudo.threshold": 0.6, "conflict_weight": 1.5})
     losses = method(batch, STEP)
     inside = box_mask(batch.mix[0].boxes, *batch.valid.shape[-2:])
     strong = torch.where(inside[:, None], batch.strong[0][[1, 0, 3, 2]], batch.strong[0])

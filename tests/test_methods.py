@@ -208,8 +208,8 @@ def test_too_few_images_are_said_before_training(name: str) -> None:
 def test_a_run_without_enough_images_ends_before_it_starts(
     left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {"train.steps": 1, "eval.images": 1, "eval.boundary": False, "runtime.progress": False}
-    cfg = override(RunConfig(), {"method.name": "semibaseline", "runtime.out": str(tmp_path), **few})
+    few = {"train.steps": 1, "eval.max_images": 1, "eval.boundary": False, "runtime.progress": False}
+    cfg = override(RunConfig(), {"method.name": "semibaseline", "runtime.runs_dir": str(tmp_path), **few})
     dataset = load_dataset("digits", "92")
     monkeypatch.setattr(train, "load_dataset", lambda *args: replace(dataset, unlabelled=dataset.unlabelled[:left]))
     for start in (train.fit, preview):
@@ -451,15 +451,15 @@ def test_viladiff_without_its_modules_is_semibaseline_bit_for_bit() -> None:
         {"mixe.reverse": "direct"},
         {"mixe.flip_schedule": "constant"},
         {"mixe.flip_schedule": "matched", "mixe.timesteps": 5},
-        {"mixe.train_on": "labelled"},
-        {"mixe.train_on": "unlabelled"},
+        {"mixe.train_images": "labelled"},
+        {"mixe.train_images": "unlabelled"},
         {"vila.gate": "always"},
         {"vila.gate": "per_batch"},
         {"vila.feature_scope": "tokens"},
         {"vila.feature_scope": "flattened"},
         {"vila.feature_reduction": "sum"},
-        {"vila.paths": ("student_features",)},
-        {"vila.paths": ()},
+        {"vila.distillation_paths": ("student_features",)},
+        {"vila.distillation_paths": ()},
         {"vila.teacher_to_visual": False},
         {"vila.cutmix_text": "own"},
         {"pseudo.source": "visual"},
@@ -491,7 +491,12 @@ def test_arrows_reach_their_heads_alone() -> None:
     """The fusion stream teaches the visual one; nothing flows back through the arrow."""
     method = make(
         "viladiff",
-        **{"mixe.enabled": False, "vila.paths": ("student_logits",), "pseudo.weight": 0.0, "vila.gate": "always"},
+        **{
+            "mixe.enabled": False,
+            "vila.distillation_paths": ("student_logits",),
+            "pseudo.weight": 0.0,
+            "vila.gate": "always",
+        },
     )
     batch = make_batch()
     batch.target.fill_(255)

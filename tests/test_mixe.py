@@ -220,8 +220,8 @@ def pictures(seed: int, batch: int = 8, classes: int = 4, size: int = 16) -> tup
     one_hot = F.one_hot(labels, classes).permute(0, 3, 1, 2).float()
     picture = one_hot + 0.5 * torch.randn(one_hot.shape, generator=gen)
     wrong = mixe.flip_labels(labels, 0.2, classes, gen)
-    doubt = torch.rand(labels.shape, generator=gen).unsqueeze(1)
-    soft = (F.one_hot(wrong, classes).permute(0, 3, 1, 2) * (1 + 4 * doubt)).softmax(1)
+    conflict_weight = torch.rand(labels.shape, generator=gen).unsqueeze(1)
+    soft = (F.one_hot(wrong, classes).permute(0, 3, 1, 2) * (1 + 4 * conflict_weight)).softmax(1)
     return labels, picture, soft
 
 

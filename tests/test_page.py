@@ -57,8 +57,8 @@ def study(root: Path, value: Callable[[int, int, int], float | None], seeds: Seq
         scale={"tiny": Scale(datasets={"voc": "digits"})},
         columns=(Column(label="1/8 (183)", set={"data.dataset": "voc"}), Column(label="1/2")),
         rows=(
-            Row(label="base", parts=("Baseline",), paper=(70.1, 75.0)),
-            Row(label=NASTY, parts=("Baseline", "L_feat (t)"), paper=(71.2, "-"), note="a & b"),
+            Row(label="base", components=("Baseline",), paper=(70.1, 75.0)),
+            Row(label=NASTY, components=("Baseline", "L_feat (t)"), paper=(71.2, "-"), note="a & b"),
             Row(label="own", control=True),
         ),
     )

@@ -39,5 +39,5 @@ def test_labelled_images_come_with_the_colours_of_a_strong_view_where_wanted() -
     assert torch.equal(plain.image, wanted.image) and torch.equal(plain.strong[0], wanted.strong[0])
     changed = (wanted.image_strong - wanted.image).abs().amax((1, 2, 3)) > 0.01
     assert changed.float().mean() > 0.6
-    grey = batch(Views(strong_labelled=True), **{"data.colour": False})
+    grey = batch(Views(strong_labelled=True), **{"data.color_jitter": False})
     assert grey.image_strong is not None and torch.equal(grey.image_strong, grey.image)

@@ -93,7 +93,7 @@ def changes(root: Path, method: str = "semibaseline", **fields: object) -> RunCo
         {
             "data.dataset": "folder",
             "runtime.data_root": str(root / "photos"),
-            "runtime.out": str(root / "runs"),
+            "runtime.runs_dir": str(root / "runs"),
             "runtime.progress": False,
             "runtime.threads": 1,
             "method.name": method,

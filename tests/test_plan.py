@@ -35,9 +35,9 @@ notes = ["a note"]
 [scale.tiny]
 datasets = { voc = "digits" }
 threads = 1
-guess_step = 0.5
-guess_besides = 2
-set = { "train.steps" = 10, "eval.images" = 8 }
+seconds_per_step = 0.5
+seconds_overhead = 2
+set = { "train.steps" = 10, "eval.max_images" = 8 }
 [scale.bare]
 datasets = { voc = "digits" }
 [[columns]]
@@ -50,7 +50,7 @@ set = { "data.dataset" = "voc", "data.split" = "732" }
 label = "2"
 set = { "method.name" = "semibaseline" }
 paper = [1, 2]
-parts = ["a"]
+components = ["a"]
 [[rows]]
 label = "1"
 [[rows]]
@@ -203,9 +203,9 @@ SAME = [
     ('notes = ["a note"]', "notes = []"),
     ('label = "own"', 'label = "ours"'),
     ("paper = [1, 2]", "paper = [3, 4]"),
-    ('parts = ["a"]', 'parts = ["b"]'),
+    ('components = ["a"]', 'components = ["b"]'),
     ('text = "a claim"', 'text = "another"'),
-    ("guess_step = 0.5", "guess_step = 0.6"),
+    ("seconds_per_step = 0.5", "seconds_per_step = 0.6"),
     ('[scale.bare]\ndatasets = { voc = "digits" }', '[scale.bare]\ndatasets = { voc = "dense" }'),
 ]
 OTHER = [
@@ -431,7 +431,7 @@ def test_estimate_prefers_records_of_as_many_threads_and_the_same_evaluation(mad
     ours = [run for run in made.runs.values() if run.changed["method.name"] == "semibaseline"]
     put(store, record(ours[0], train_seconds=10.0, wall_seconds=13.0))
     put(store, record(ours[0], run_id="0123456789abcdef", threads=4, train_seconds=1.0, wall_seconds=2.0))
-    all_images = {path: value for path, value in ours[1].changed.items() if path != "eval.images"}
+    all_images = {path: value for path, value in ours[1].changed.items() if path != "eval.max_images"}
     put(store, record(ours[1], run_id="1123456789abcdef", changed=all_images, train_seconds=10.0, wall_seconds=90.0))
     found = estimate(made, store)
     assert found.seconds == pytest.approx(3 * (10 + 3) + 8 * 7)
@@ -448,7 +448,7 @@ def test_estimate_takes_off_what_an_interrupted_run_has_done(made: Plan, tmp_pat
 
 
 def test_estimate_says_nothing_where_nobody_can(tmp_path: Path, made: Plan) -> None:
-    spec = table(tmp_path, ("guess_step = 0.5", ""))
+    spec = table(tmp_path, ("seconds_per_step = 0.5", ""))
     bare = Plan(spec, "tiny", made.rows, made.columns, made.seeds, made.cells, made.runs)
     found = estimate(bare, Store(tmp_path / "runs"), price_per_hour=1.0)
     assert found.seconds is None and found.cost is None and "no run like '2, 10, seed 0' was measured" in found.basis

@@ -174,7 +174,7 @@ def run(photographs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     changes = {
         "data.dataset": "folder",
         "runtime.data_root": str(photographs.write(place / "photos", 12, labelled=3, val=7, sizes=(40, 90))),
-        "runtime.out": str(place / "runs"),
+        "runtime.runs_dir": str(place / "runs"),
         "runtime.progress": False,
         "runtime.threads": 1,
         "method.name": "semibaseline",
@@ -185,14 +185,14 @@ def run(photographs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
         "data.batch_labelled": 2,
         "data.batch_unlabelled": 2,
         "train.steps": 1,
-        "eval.images": 2,
+        "eval.max_images": 2,
     }
     return fit(override(RunConfig(), changes)).directory
 
 
 def test_two_processes_count_what_one_does(run: Path) -> None:
     """Seven images of seven sizes: the shares are unequal, and a padded sampler would count one image twice."""
-    changes = {"eval.protocol": "sliding_window", "eval.images": None, "runtime.progress": False}
+    changes = {"eval.protocol": "sliding_window", "eval.max_images": None, "runtime.progress": False}
     one = evaluate_run(run, changes)
     two = evaluate_run(run, {**changes, "runtime.workers": 2})
     assert one["confusion"].keys() == {"student", "teacher"} and one["scores"]["teacher"]["visual"]["images"] == 7
@@ -200,7 +200,7 @@ def test_two_processes_count_what_one_does(run: Path) -> None:
     pixels = sum(mask.size for mask in load_dataset(*request(finished(run).cfg)).val_masks)
     assert np.sum(one["confusion"]["teacher"]["visual"]) == pixels
     record = load_record(run / "record.json")
-    again = evaluate_run(run, {"eval.images": 2})
+    again = evaluate_run(run, {"eval.max_images": 2})
     assert again["scores"]["teacher"]["visual"]["miou"] == record.miou and again["data"] == "as in training"
 
 

@@ -36,7 +36,7 @@ def train(root: Path, dataset: str, split: str, method: str, *words: str) -> Pat
     """The directory of a short run."""
     out = root.parent / f"runs-{method}"
     fields = [f"data.dataset={dataset}", f"data.split={split}", f"runtime.data_root={root}", f"method.name={method}"]
-    assert cli.main(["train", *fields, *SMALL, f"runtime.out={out}", *words, "--threads", "1", "--quiet"]) == 0
+    assert cli.main(["train", *fields, *SMALL, f"runtime.runs_dir={out}", *words, "--threads", "1", "--quiet"]) == 0
     return next(path.parent for path in out.glob("*/record.json"))
 
 

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # Ray starts many proc
 
 SHORT: dict[str, object] = {
     "train.steps": 4,
-    "eval.images": 8,
+    "eval.max_images": 8,
     "eval.boundary": False,
     "runtime.threads": 1,
     "runtime.log_every": 1,
@@ -63,7 +63,7 @@ def planned(changes: dict[str, object], seed: int = 0, title: str = "") -> Plann
 
 
 def undisturbed(job: Planned, root: Path) -> RunRecord:
-    return fit(override(RunConfig(), {**job.changes, "runtime.out": str(root), "runtime.progress": False})).record
+    return fit(override(RunConfig(), {**job.changes, "runtime.runs_dir": str(root), "runtime.progress": False})).record
 
 
 def same(job: Planned, one: Path, other: Path) -> None:

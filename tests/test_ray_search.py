@@ -213,7 +213,7 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
             return []
 
     sweep = load_sweep(ROOT / "tune" / "sweep_lambda.toml")
-    typed = {"method.name": "semibaseline", "data.batch_labelled": "4", "eval.images": "8"}
+    typed = {"method.name": "semibaseline", "data.batch_labelled": "4", "eval.max_images": "8"}
     sweep = sweep.model_validate_json(
         sweep.model_dump_json()
         .replace("method.vila.lam", "method.pseudo.threshold")
@@ -222,7 +222,7 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
     namer = Namer(sweep, "smoke", typed, "holdout", workers=2)
     store = Store(tmp_path / "runs")
     (tmp_path / "trials").mkdir()
-    asker = Asker("s", sweep.space, sweep.first, "random", 0, False, str(tmp_path / "optuna.journal"))
+    asker = Asker("s", sweep.space, sweep.initial_point, "random", 0, False, str(tmp_path / "optuna.journal"))
     search = Search(tmp_path / "trials", asker, Every(), namer.planned, (0,), namer.steps, TRAINERS, store)
     desk = SearchDesk(search, store, Settings(gpus_per_trial=0.0), 1)
     run_search(desk)

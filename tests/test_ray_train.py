@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # Ray starts many proc
 
 TWO: dict[str, object] = {
     "train.steps": 4,
-    "eval.images": 8,
+    "eval.max_images": 8,
     "eval.boundary": False,
     "runtime.workers": 2,
     "runtime.threads": 1,
@@ -44,7 +44,7 @@ def test_two_workers_make_one_record(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert {event.kind for event in events} >= {"started", "done"}
     assert not list(store.root.rglob("lease-*")) and not list(store.root.rglob("hang.txt"))
     assert capfd.readouterr() == ("", ""), "Ray must be silent"
-    one = fit(override(RunConfig(), {**job.changes, "runtime.workers": 1, "runtime.out": str(tmp_path / "one")}))
+    one = fit(override(RunConfig(), {**job.changes, "runtime.workers": 1, "runtime.runs_dir": str(tmp_path / "one")}))
     # Sums in another order: the last bits differ, and with them at most a few pixels.
     assert one.directory.name == job.run_id
     assert record.miou == pytest.approx(one.miou, abs=5e-3)
@@ -69,6 +69,6 @@ def test_a_killed_worker_and_a_diverging_run(tmp_path: Path) -> None:
     done, nan = run_jobs([job, broken], store, Settings(), tell)
     assert killed and done.state == "done" and done.attempts == 2, (done, events)
     assert nan.failure is not None and nan.failure.kind == "nan" and nan.attempts == 1
-    whole = fit(override(RunConfig(), {**job.changes, "runtime.out": str(tmp_path / "whole")}))
+    whole = fit(override(RunConfig(), {**job.changes, "runtime.runs_dir": str(tmp_path / "whole")}))
     record = store.get(job.run_id)
     assert record is not None and record.scores == whole.record.scores

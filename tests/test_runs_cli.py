@@ -109,7 +109,7 @@ def test_list_shows_every_run_sorted(home: Store, runs: Runs) -> None:
 
 
 def test_list_says_what_differs_and_the_scale(home: Store, runs: Runs) -> None:
-    changes = {"method.mixe.enabled": False, "runtime.out": "/somewhere", "data.split": "183"}
+    changes = {"method.mixe.enabled": False, "runtime.runs_dir": "/somewhere", "data.split": "183"}
     fields = {"run_id": "0" * 16, "changed": {**ONE.changed, **changes}, "scale": "quick"}
     put(home, RunRecord(**{**ONE.model_dump(), **fields, "finished": "2026-01-31T12:00:00Z"}))
     line = next(line for line in runs("list", "scale=quick").splitlines() if line.startswith("0" * 16))
@@ -311,7 +311,7 @@ def test_gc_spares_checkpoints_that_are_needed(home: Store, runs: Runs) -> None:
 
 @pytest.fixture
 def packed(home: Store, runs: Runs) -> Path:
-    path = put(home, RunRecord(**{**ONE.model_dump(), "config": {**ONE.config, "runtime.out": "/home/me/runs"}}))
+    path = put(home, RunRecord(**{**ONE.model_dump(), "config": {**ONE.config, "runtime.runs_dir": "/home/me/runs"}}))
     np.savez(path.parent / "pictures.npz", **{"0/image": np.zeros((1, 2, 2, 3), np.uint8)})
     (path.parent / "steps.jsonl").write_text('{"step": 0, "total": 1.5}\n')
     assert "2 runs in mine.tar.gz" in runs("export", "mine.tar.gz", "method.name=viladiff")

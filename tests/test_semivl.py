@@ -313,8 +313,13 @@ def cosine_maps(method: SemiVl, top: Tensor) -> Array:
 @pytest.mark.parametrize("weighting", ["pixel", "image"])
 def test_loss_in_numpy(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, batch = ready(
-        **{"pseudo.threshold": 0.25, "pseudo.weighting": weighting, "guide.threshold": 0.6, "guide.map_scale": 8.0},
-        **{"guide.weight": 0.3, "guide.map_weight": 0.6, "strong_weight": 0.7, "feature_weight": 0.4},
+        **{
+            "pseudo.threshold": 0.25,
+            "pseudo.weighting": weighting,
+            "guidance.threshold": 0.6,
+            "guidance.map_scale": 8.0,
+        },
+        **{"guidance.weight": 0.3, "guidance.map_weight": 0.6, "strong_weight": 0.7, "feature_weight": 0.4},
     )
     seen, step = Seen(method, monkeypatch), Step(7, 0.25, 3)
     losses = method(batch, step)
@@ -359,7 +364,7 @@ def test_loss_in_numpy(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_published_weights() -> None:
     cfg = SemiVlConfig()
     assert (cfg.strong_weight, cfg.feature_weight, cfg.feature_dropout, cfg.pseudo.threshold) == (0.5, 0.5, 0.5, 0.95)
-    assert (cfg.guide.weight, cfg.guide.threshold, cfg.guide.scale) == (0.1, 0.9, 100.0)  # map_scale is ours
+    assert (cfg.guidance.weight, cfg.guidance.threshold, cfg.guidance.scale) == (0.1, 0.9, 100.0)  # map_scale is ours
     assert (cfg.decoder.dilations, cfg.decoder.transformers) == ((6, 12, 18), 2)
     net = VlDecoder((768,) * 4, (16,) * 4, 128, torch.zeros(2, 512), cfg.decoder)
     sizes = [tuple(m.weight.shape) for m in (net.embed, net.skips[0], net.skips[1], net.score)]
@@ -370,10 +375,10 @@ def test_published_weights() -> None:
 
 
 def test_map_and_encoder_alone_learn_from_the_maps_own_loss() -> None:
-    changes = {"pseudo.weight": 0.0, "guide.weight": 0.0}
+    changes = {"pseudo.weight": 0.0, "guidance.weight": 0.0}
     grads = []
     for weight in (0.0, 1.0):
-        method, batch = ready(**changes, **{"guide.map_weight": weight})
+        method, batch = ready(**changes, **{"guidance.map_weight": weight})
         method(batch, STEP).total.backward()
         grads.append({name: p.grad for name, p in method.named_parameters()})
     moved = {name for name, grad in grads[0].items() if not torch.equal(grad, grads[1][name])}
@@ -382,14 +387,14 @@ def test_map_and_encoder_alone_learn_from_the_maps_own_loss() -> None:
 
 
 def test_labels_from_text_carry_no_gradient_and_fade() -> None:
-    method, batch = ready(**{"pseudo.weight": 0.0, "guide.map_weight": 0.0, "guide.threshold": 0.0})
+    method, batch = ready(**{"pseudo.weight": 0.0, "guidance.map_weight": 0.0, "guidance.threshold": 0.0})
     batch.target.fill_(255)
     totals = [method(batch, Step(7, progress, 3)) for progress in (0.0, 0.5, 1.0)]
     first = float(totals[0].terms["guided"])
     assert first > 0 and [x.total.item() for x in totals] == pytest.approx([0.1 * first, 0.05 * first, 0])
     weak = batch.weak[0].clone().requires_grad_()
     method.cfg = override(
-        RunConfig(), {"method.name": "semivl", "method.feature_weight": 0.0, "method.guide.threshold": 0.0}
+        RunConfig(), {"method.name": "semivl", "method.feature_weight": 0.0, "method.guidance.threshold": 0.0}
     ).method
     batch = replace(batch, weak=(weak,))
     method(batch, Step(0, 0.0, 3)).total.backward()
@@ -406,18 +411,20 @@ def test_a_map_that_the_decoder_does_not_read_leaves_no_parameter_without_a_grad
 
 
 def test_only_attention_and_positions_learn_when_tuned_spatially() -> None:
-    method = make("semivl", spatial=True)
+    method = make("semivl", train_attention_only=True)
     learning = {name for name, p in method.student.encoder.named_parameters() if p.requires_grad}
     every = {name for name, _ in method.student.encoder.named_parameters()}
     assert learning == {name for name in every if ".attention." in name} | {"positions"}
     assert 0 < len(learning) < len(every) and all(p.requires_grad for p in method.student.decoder.parameters())
-    changes = {"method.name": "semivl", "method.spatial": True, "model.pretrained": "none"}
+    changes = {"method.name": "semivl", "method.train_attention_only": True, "model.pretrained": "none"}
     cfg = override(RunConfig(), {**changes, "model.encoder": "vit_tiny_patch16_224"})
     build = Build(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)
     found = {n for n, p in SemiVl(cfg.method, build).student.encoder.named_parameters() if p.requires_grad}
     assert "net.model.pos_embed" in found and sum(".attn." in name for name in found) == len(found) - 1
     cfg = override(cfg, {"model.encoder": "resnet18"})
-    with pytest.raises(ValueError, match=r"method.spatial = true: model.encoder = 'resnet18' has no attention"):
+    with pytest.raises(
+        ValueError, match=r"method.train_attention_only = true: model.encoder = 'resnet18' has no attention"
+    ):
         SemiVl(cfg.method, replace(build, model=cfg.model))
 
 
@@ -512,7 +519,7 @@ def with_clip(clip_file: Path, **changes: object) -> tuple[SemiVl, Batch]:
 
 
 def test_clip_labels_and_is_no_part_of_the_state(clip_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    method, batch = with_clip(clip_file, **{"guide.scale": 10.0, "pseudo.weight": 0.0})
+    method, batch = with_clip(clip_file, **{"guidance.scale": 10.0, "pseudo.weight": 0.0})
     assert method.notes() == () and len(make("semivl").notes()) == 1
     clip = method._clip[0]
     assert not any(p.requires_grad for p in clip.parameters()) and not clip.training
@@ -525,7 +532,9 @@ def test_clip_labels_and_is_no_part_of_the_state(clip_file: Path, monkeypatch: p
     best = np.stack([cosines[:, method.owner.numpy() == k].max(1) for k in range(CLASSES)], 1)
     q = softmax(10 * np_(upsample(torch.from_numpy(best), (SIDE, SIDE))))
     middle = float(np.median(q.max(1)))
-    method.cfg = with_clip(clip_file, **{"guide.threshold": middle, "guide.scale": 10.0, "pseudo.weight": 0.0})[0].cfg
+    method.cfg = with_clip(clip_file, **{"guidance.threshold": middle, "guidance.scale": 10.0, "pseudo.weight": 0.0})[
+        0
+    ].cfg
     seen = Seen(method, monkeypatch)
     losses = method(batch, Step(0, 0.0, 3))
     sure = (q.max(1) >= middle) & batch.valid.numpy()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from viladiff import renamed
 from viladiff.config import TAGS, RunConfig, changed, override
 from viladiff.study.cells import CHOOSERS, cells, choose, select, settings, unavailable
 from viladiff.study.spec import Table, load_table
@@ -25,7 +26,7 @@ title = "A table"
 [scale.tiny]
 datasets = { voc = "digits" }
 threads = 1
-set = { "train.steps" = 7, "eval.images" = 8 }
+set = { "train.steps" = 7, "eval.max_images" = 8 }
 [scale.real]
 seeds = [5]
 controls = false
@@ -39,11 +40,11 @@ set = { "data.dataset" = "voc", "data.split" = "732" }
 label = "plain"
 set = { "method.name" = "semibaseline" }
 paper = [70.1, "-"]
-parts = ["a"]
+components = ["a"]
 [[rows]]
 label = "whole"
 paper = [72, 75.5]
-parts = ["a", "b"]
+components = ["a", "b"]
 [[rows]]
 label = "without words"
 control = true
@@ -92,7 +93,11 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
         ("paper = [72, 75.5]", "paper = [72, nan]", "rows[2].paper[2] = nan: must be text, a finite number"),
         ("control = true", "control = true\npaper = [1, 2]", "rows[3] 'without words': paper = [1.0, 2.0]: a control"),
         ("control = true", "control = 1", "rows[3] 'without words': control = 1: input should be a valid boolean"),
-        ('parts = ["a", "b"]', 'parts = ["a", "a"]', "rows[2] 'whole': parts = ['a', 'a']: a part is named twice"),
+        (
+            'components = ["a", "b"]',
+            'components = ["a", "a"]',
+            "rows[2] 'whole': components = ['a', 'a']: a component is named twice",
+        ),
         ("seeds = [5]", "seeds = [5.0]", "scale.real: seeds[1] = 5.0: a seed must be a whole number"),
         ("seeds = [5]", "seeds = [true]", "scale.real: seeds[1] = True: a seed must be a whole number"),
         ("seeds = [5]", "seeds = [-1]", "scale.real: seeds[1] = -1: a seed must be a whole number"),
@@ -109,10 +114,14 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
         ('"train.steps" = 7', '"Train steps" = 7', "scale.tiny: Train steps = 7: not a dotted path"),
         (
             "seeds = [5]",
-            "shared = { method.ohem = 1 }",
-            "scale.real: shared: method = {'ohem': 1}: write the whole path",
+            "shared_method_fields = { method.ohem = 1 }",
+            "scale.real: shared_method_fields: method = {'ohem': 1}: write the whole path",
         ),
-        ("seeds = [5]", 'shared = { "seed" = 1 }', "scale.real: shared: seed = 1: not set here: write seeds"),
+        (
+            "seeds = [5]",
+            'shared_method_fields = { "seed" = 1 }',
+            "scale.real: shared_method_fields: seed = 1: not set here: write seeds",
+        ),
         ('"train.steps" = 7', '"train.steps" = 2024-01-01', "scale.tiny.set.train.steps = 2024-01-01: must be text"),
         ('"train.steps" = 7', '"seed" = 7', "scale.tiny: seed = 7: not set here: write seeds = [...]"),
         ('"data.crop" = 32', '"runtime.scale" = "x"', "base: runtime.scale = 'x': not set here: it is the name"),
@@ -129,13 +138,13 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
         ("seeds = [5]", 'columns = ["third"]', "scale.real: columns = 'third': no such label"),
         (
             "seeds = [5]",
-            'instead = { "data.split=138" = { "data.split" = "92" } }',
-            "scale.real: instead: 'data.split=138': nothing in the table sets this; did you mean 'data.split=183'?",
+            'substitute = { "data.split=138" = { "data.split" = "92" } }',
+            "scale.real: substitute: 'data.split=138': nothing in the table sets this; did you mean 'data.split=183'?",
         ),
         (
             "seeds = [5]",
-            'instead = { "data.split=183" = { "seed" = 3 } }',
-            "scale.real: instead of data.split=183: seed = 3: not set here",
+            'substitute = { "data.split=183" = { "seed" = 3 } }',
+            "scale.real: substitute for data.split=183: seed = 3: not set here",
         ),
         (
             'kind = "higher"',
@@ -317,7 +326,7 @@ def test_a_scale_has_stand_ins_for_lists_and_lengths_that_it_lacks(tmp_path: Pat
         tmp_path,
         (
             'datasets = { voc = "digits" }',
-            'datasets = { voc = "digits" }\ninstead = { "data.split=5291" = {}, '
+            'datasets = { voc = "digits" }\nsubstitute = { "data.split=5291" = {}, '
             '"data.split_family=aug_cps" = { "data.split_seed" = 4, "data.split" = "92" } }',
         ),
         ('"data.split" = "732" }', '"data.split" = "5291", "data.split_family" = "aug_cps" }'),
@@ -331,7 +340,7 @@ def test_a_scale_has_stand_ins_for_lists_and_lengths_that_it_lacks(tmp_path: Pat
 
 
 def test_what_all_methods_share_goes_to_those_that_have_it_and_do_not_set_it(tmp_path: Path) -> None:
-    shared = '[scale.tiny]\nshared = { "method.teacher.momentum" = 0.9, "method.mixe.timesteps" = 6 }'
+    shared = '[scale.tiny]\nshared_method_fields = { "method.teacher.momentum" = 0.9, "method.mixe.timesteps" = 6 }'
     table = read(
         tmp_path,
         ("[scale.tiny]", shared),
@@ -360,9 +369,12 @@ def test_what_all_methods_share_goes_to_those_that_have_it_and_do_not_set_it(tmp
         ("train.epochs", r"train\.epochs: not a field of any method"),
         ("method.mixe.timesteps", r"method\.mixe\.timesteps: set has it too; keep one"),
     ):
-        both = f'[scale.tiny]\nshared = {{ "{field}" = 3 }}', 'set = { "train.steps" = 7, "method.mixe.timesteps" = 2,'
+        both = (
+            f'[scale.tiny]\nshared_method_fields = {{ "{field}" = 3 }}',
+            'set = { "train.steps" = 7, "method.mixe.timesteps" = 2,',
+        )
         wrong = read(tmp_path, ("[scale.tiny]", both[0]), ('set = { "train.steps" = 7,', both[1]))
-        with pytest.raises(ValueError, match=rf"scale\.tiny: shared: {said}"):
+        with pytest.raises(ValueError, match=rf"scale\.tiny: shared_method_fields: {said}"):
             cells(wrong, "tiny")
 
 
@@ -376,7 +388,11 @@ def test_what_all_methods_share_goes_to_those_that_have_it_and_do_not_set_it(tmp
 def test_with_shared_fields_too_a_misspelt_method_or_data_set_is_blamed_on_its_entry(
     tmp_path: Path, old: str, new: str, said: str
 ) -> None:
-    table = read(tmp_path, ("[scale.tiny]", '[scale.tiny]\nshared = { "method.teacher.momentum" = 0.9 }'), (old, new))
+    table = read(
+        tmp_path,
+        ("[scale.tiny]", '[scale.tiny]\nshared_method_fields = { "method.teacher.momentum" = 0.9 }'),
+        (old, new),
+    )
     with pytest.raises(ValueError, match=re.escape(said)):
         cells(table, "tiny")
 
@@ -388,8 +404,14 @@ def test_a_scale_names_the_rows_and_columns_that_it_runs_by_itself(tmp_path: Pat
     assert choose(table, "tiny")[:2] == ((0, 1, 2), (0, 1))
 
 
+@pytest.mark.parametrize("old", ["guess_step", "instead", "shared"])
+def test_a_former_key_is_refused_and_the_error_gives_the_present_one(tmp_path: Path, old: str) -> None:
+    with pytest.raises(ValueError, match=rf"scale\.tiny: {old}: renamed; write {renamed.KEYS[old]}$"):
+        read(tmp_path, ("[scale.tiny]", f"[scale.tiny]\n{old} = 1"))
+
+
 def test_a_row_waits_for_the_field_that_it_needs(tmp_path: Path) -> None:
-    table = read(tmp_path, ('label = "plain"', 'label = "plain"\nneeds = "runtime.data_root"'))
+    table = read(tmp_path, ('label = "plain"', 'label = "plain"\nrequires = "runtime.data_root"'))
     assert unavailable(table) == {0: "not available: runtime.data_root is not given"}
     assert {cell.row for cell in cells(table, "tiny")} == {1, 2}
     given = {"runtime.data_root": str(tmp_path)}
@@ -509,8 +531,8 @@ def test_scale_quick_is_a_matter_of_minutes(path: Path) -> None:
     table = load_table(path)
     size = table.scale["quick"]
     rows, columns, seeds = choose(table, "quick")
-    assert size.guess_step is not None and seeds == (0,)
-    assert len(rows) * len(columns) * (100 * size.guess_step + size.guess_besides) / 2 < 8 * 60
+    assert size.seconds_per_step is not None and seeds == (0,)
+    assert len(rows) * len(columns) * (100 * size.seconds_per_step + size.seconds_overhead) / 2 < 8 * 60
 
 
 def test_table5_has_the_printed_numbers_and_parts() -> None:
@@ -518,7 +540,7 @@ def test_table5_has_the_printed_numbers_and_parts() -> None:
     printed = [(72.2, 75.0), (74.5, 77.3), (73.7, 76.1), (75.3, 77.4), (77.8, 79.6), (78.1, 80.5), (79.6, 81.8)]
     papers = [row for row in table.rows if not row.control]
     assert [row.paper for row in papers] == [*printed, (80.1, 82.4)]
-    assert [len(row.parts) for row in papers] == [1, 2, 2, 3, 4, 4, 5, 6]
+    assert [len(row.components) for row in papers] == [1, 2, 2, 3, 4, 4, 5, 6]
     assert [column.label for column in table.columns] == ["1/8 (183)", "1/2 (732)"]
     assert sum(row.control for row in table.rows) == 5 and not any(row.control for row in table.rows[:8])
 
@@ -532,7 +554,7 @@ def test_table5_rows_are_the_runs_that_they_stand_for() -> None:
     on = [
         (
             cfg.method.vila.enabled,  # type: ignore[attr-defined]
-            *(f"teacher_{kind}" in cfg.method.vila.paths for kind in ("features", "logits")),  # type: ignore[attr-defined]
+            *(f"teacher_{kind}" in cfg.method.vila.distillation_paths for kind in ("features", "logits")),  # type: ignore[attr-defined]
             *(
                 getattr(cfg.method.mixe, part) and cfg.method.mixe.enabled
                 for part in ("gaussian", "flips", "edge_loss")
@@ -551,7 +573,7 @@ def test_table5_rows_are_the_runs_that_they_stand_for() -> None:
         (x, x, x, x, x, x),
     ]
     for cfg in found[1:8]:
-        assert {"student_features", "student_logits"} <= set(cfg.method.vila.paths)  # type: ignore[attr-defined]
+        assert {"student_features", "student_logits"} <= set(cfg.method.vila.distillation_paths)  # type: ignore[attr-defined]
     controls = [changed(cfg) for cfg in found[8:]]
     mine = [{k: v for k, v in one.items() if k not in changed(found[7])} for one in controls]
     assert mine == [

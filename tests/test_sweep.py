@@ -64,7 +64,7 @@ def test_the_papers_value_is_the_methods_default() -> None:
 
     plain = flatten(override(RunConfig(), {"method.name": "viladiff"}))
     for path in FILES:
-        first = load_sweep(path).first
+        first = load_sweep(path).initial_point
         assert first == {field: plain[field] for field in first}, path.stem
 
 
@@ -95,19 +95,25 @@ WRONG = {
     "first outside": (('"method.vila.lam" = 0.5', '"method.vila.lam" = 3.0'), r"= 3.0: must lie in the space, 0.05 to"),
     "first of another": (
         ('"method.vila.lam" = 0.5', '"method.vila.lan" = 0.5'),
-        r"first: method.vila.lan is not a dim.*",
+        r"initial_point: method.vila.lan is not a dim.*",
     ),
     "rungs that fall": (("[0.25, 0.5, 1.0]", "[0.5, 0.25, 1.0]"), r"rungs = .*rising order"),
     "rungs that do not end": (("[0.25, 0.5, 1.0]", "[0.25, 0.5]"), r"rungs = .*the last one 1.0"),
-    "finals that are not fresh": (("finals = [3, 4", "finals = [2, 4"), r"finals = .*none of them in seeds"),
-    "too few finals": (("finals = [3, 4, 5, 6, 7]", "finals = [3, 4]"), r"finals = \[3, 4\]: 5 seeds or more"),
+    "finals that are not fresh": (
+        ("final_seeds = [3, 4", "final_seeds = [2, 4"),
+        r"final_seeds = .*none of them in seeds",
+    ),
+    "too few finals": (
+        ("final_seeds = [3, 4, 5, 6, 7]", "final_seeds = [3, 4]"),
+        r"final_seeds = \[3, 4\]: 5 seeds or more",
+    ),
     "a field of the sweep": (
-        ('"data.split" = "183"', '"eval.on" = "val"'),
-        r"base: eval.on = 'val': not set here: .*--select val",
+        ('"data.split" = "183"', '"eval.split" = "val"'),
+        r"base: eval.split = 'val': not set here: .*--select val",
     ),
     "shared by one method": (
-        ("[scale.smoke]", '[scale.smoke]\nshared = { "eval.on" = "val" }'),
-        r"scale.smoke: shared = .*: a sweep has one method: write it in set",
+        ("[scale.smoke]", '[scale.smoke]\nshared_method_fields = { "eval.split" = "val" }'),
+        r"scale.smoke: shared_method_fields = .*: a sweep has one method: write it in set",
     ),
     "not finite": (("high = 2.0", "high = inf"), r"must be text, a finite number"),
     "twice": (('"data.split" = "183"', '"method.vila.lam" = 0.1'), r"base sets it too"),
@@ -136,7 +142,7 @@ IMPOSSIBLE = {
     "whole numbers for any": (
         (
             ("low = 0.05, high = 2.0, log = true", "low = 0, high = 2"),
-            ('[first]\n"method.vila.lam" = 0.5', '[first]\n"method.vila.lam" = 1'),
+            ('[initial_point]\n"method.vila.lam" = 0.5', '[initial_point]\n"method.vila.lam" = 1'),
         ),
         r"whole numbers, but the field holds any; write 0.0 and 2.0",
     ),
@@ -217,18 +223,20 @@ def test_a_search_runs_on_held_out_images_and_its_finals_on_the_reported_ones(sw
     assert namer.steps == (1, 2, 4)
     run, final = namer.planned({"method.vila.lam": 0.7}, 1), namer.final({"method.vila.lam": 0.5}, 3)
     assert (
-        run.changed["data.holdout"] == 0.25 and run.changed["eval.on"] == "holdout" and run.changed["eval.every"] == 1
+        run.changed["data.holdout"] == 0.25
+        and run.changed["eval.split"] == "holdout"
+        and run.changed["eval.every_steps"] == 1
     )
     assert run.changed["method.vila.lam"] == 0.7 and run.changed["seed"] == 1 and run.steps == 4 and run.threads == 1
-    assert not {"data.holdout", "eval.on", "eval.every", "method.vila.lam"} & set(final.changed)
+    assert not {"data.holdout", "eval.split", "eval.every_steps", "method.vila.lam"} & set(final.changed)
     for one in (run, final):
         assert name_runs([override(RunConfig(), one.changes)])[0].run_id == one.run_id
     peeking = Namer(sweep, "smoke", {}, "val").planned({"method.vila.lam": 0.7}, 1)
-    assert not {"data.holdout", "eval.on"} & set(peeking.changed) and peeking.run_id != run.run_id
+    assert not {"data.holdout", "eval.split"} & set(peeking.changed) and peeking.run_id != run.run_id
 
 
 def test_fields_of_the_sweep_are_not_typed(sweep: Sweep) -> None:
-    for typed, why in (("eval.on", "chooses on what it holds out"), ("method.vila.lam", "the sweep searches it")):
+    for typed, why in (("eval.split", "chooses on what it holds out"), ("method.vila.lam", "the sweep searches it")):
         with pytest.raises(ValueError, match=why):
             Namer(sweep, "smoke", {typed: "1"}, "holdout")
     with pytest.raises(ValueError, match=r"scale = 'digit': allowed: .*did you mean 'digits'"):
@@ -466,7 +474,7 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
         while (run := desk.next()) is not None:
             desk.started(run.run_id)
             cfg = override(
-                RunConfig(), {**run.changes, "runtime.out": str(tmp_path / "runs"), "runtime.progress": False}
+                RunConfig(), {**run.changes, "runtime.runs_dir": str(tmp_path / "runs"), "runtime.progress": False}
             )
             with pytest.raises(Stopped):
                 fit(cfg, report=lambda news: "miou" in news and news["step"] == 2)

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("prints_once")
 TUNE = Path(__file__).resolve().parent.parent / "tune"
 STEPS = (150, 300, 600)
 FIELDS: dict[str, Any] = {
-    "config": {"data.dataset": "digits", "runtime.out": "/home/somebody/runs"},
-    "changed": {"runtime.out": "/home/somebody/runs"},
+    "config": {"data.dataset": "digits", "runtime.runs_dir": "/home/somebody/runs"},
+    "changed": {"runtime.runs_dir": "/home/somebody/runs"},
     "fingerprints": {"data": "d"},
     "steps": 600,
     "network": "teacher",
@@ -97,7 +97,7 @@ def lambdas() -> list[Trial]:
 def finals(sweep: Sweep, *trials: Trial) -> tuple[list[Finalist], dict[str, RunRecord]]:
     found, records = [], {}
     for role, one in zip(("winner", "paper"), trials, strict=True):
-        runs = {seed: Planned(run_of(1000 + one.number, seed), {}, "", 600, {}) for seed in sweep.finals}
+        runs = {seed: Planned(run_of(1000 + one.number, seed), {}, "", 600, {}) for seed in sweep.final_seeds}
         found.append(Finalist((role,), one.number, dict(one.point), runs))  # type: ignore[arg-type]
         for seed, run in runs.items():
             records[run.run_id] = record(run.run_id, 0.5 - 0.02 * (role == "paper") + 0.001 * (seed * one.number % 3))
@@ -217,7 +217,7 @@ def test_a_space_of_many_dimensions_has_threads_and_importances_at_one_budget(
     trials = []
     for i in range(24):
         beta, bonus = 0.01 + 0.39 * (i * 0.618 % 1), 0.4 * (i * 0.414 % 1)
-        point = {**flip.first, "method.mixe.beta": beta, "method.mixe.edge_bonus": bonus}
+        point = {**flip.initial_point, "method.mixe.beta": beta, "method.mixe.edge_bonus": bonus}
         stopped = i % 4 > 1
         values = [] if stopped else [0.3 + beta / 2] * 3
         one = trial(i, point, *values, state="pruned" if stopped else "complete", reached=2 if stopped else 3)

@@ -33,9 +33,9 @@ def name(row: int, column: int, seed: int) -> str:
 
 def table(**changes: Any) -> Table:
     rows = (
-        Row(label="base", parts=("Baseline",), paper=(70.0, 75.0)),
-        Row(label=NASTY, parts=("Baseline", "L_feat (t)"), paper=(71.0, 74.0), note="a <note>"),
-        Row(label="all", parts=("Baseline", "L_feat (t)", "q_G"), paper=(72.0, "-")),
+        Row(label="base", components=("Baseline",), paper=(70.0, 75.0)),
+        Row(label=NASTY, components=("Baseline", "L_feat (t)"), paper=(71.0, 74.0), note="a <note>"),
+        Row(label="all", components=("Baseline", "L_feat (t)", "q_G"), paper=(72.0, "-")),
         Row(label="own", control=True),
     )
     fields = {

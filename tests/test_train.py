@@ -35,7 +35,7 @@ TINY = {
     "method.mixe.timesteps": 3,
     "method.pseudo.threshold": 0.2,
     "train.steps": 6,
-    "eval.images": 8,
+    "eval.max_images": 8,
     "runtime.threads": 1,
     "runtime.progress": False,
 }
@@ -43,7 +43,7 @@ TINY = {
 
 def config(out: Path, **changes: Any) -> RunConfig:
     flat = {path.replace("__", "."): value for path, value in changes.items()}
-    return override(RunConfig(), {**TINY, "runtime.out": str(out), **flat})
+    return override(RunConfig(), {**TINY, "runtime.runs_dir": str(out), **flat})
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_fit_returns_scores_and_a_log_that_pandas_likes(tmp_path: Path) -> None:
-    result = fit(config(tmp_path, eval__every=3, runtime__log_every=2))
+    result = fit(config(tmp_path, eval__every_steps=3, runtime__log_every=2))
     record = result.record
     assert result.directory == tmp_path / record.run_id
     assert record.miou is not None and 0 <= record.miou <= 1
@@ -117,7 +117,7 @@ def test_kill_9_at_seeded_moments_then_resume_is_bit_for_bit(tmp_path: Path) -> 
     changes = {**TINY, "train.steps": 14, "runtime.checkpoint_every": 1}
     undisturbed = fit(config(tmp_path / "plain", train__steps=14))
     out = tmp_path / "killed"
-    changes["runtime.out"] = str(out)
+    changes["runtime.runs_dir"] = str(out)
     directory = out / undisturbed.record.run_id
     rng, kills, writing, attempt = random.Random(5), 0, 0, 0
     while not (directory / "record.json").exists():
@@ -175,7 +175,7 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    changes = {**TINY, "train.steps": 5000, "runtime.out": str(tmp_path), "runtime.log_every": 1}
+    changes = {**TINY, "train.steps": 5000, "runtime.runs_dir": str(tmp_path), "runtime.log_every": 1}
     process = _start(changes)
     log = None
     while log is None and process.poll() is None:
@@ -245,9 +245,11 @@ def test_two_workers_follow_one(tmp_path: Path) -> None:
     base = {"method__name": "semibaseline", "train__steps": 3, "method__pseudo__threshold": 0.0}
     changes = {**base, "data__batch_labelled": 4, "data__batch_unlabelled": 4}
     flat = {k: v for k, v in TINY.items() if "mixe" not in k}
-    one = fit(override(RunConfig(), {**flat, **_dots(changes), "runtime.out": str(tmp_path / "one")}))
+    one = fit(override(RunConfig(), {**flat, **_dots(changes), "runtime.runs_dir": str(tmp_path / "one")}))
     two = fit(
-        override(RunConfig(), {**flat, **_dots(changes), "runtime.out": str(tmp_path / "two"), "runtime.workers": 2})
+        override(
+            RunConfig(), {**flat, **_dots(changes), "runtime.runs_dir": str(tmp_path / "two"), "runtime.workers": 2}
+        )
     )
     assert two.record.workers == 2 and two.record.run_id == one.record.run_id
     a, b = one.frame(), two.frame()
@@ -264,16 +266,21 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path: Path) ->
     """Without ignored pixels each micro-batch weighs the same, so the sum is exact up to rounding."""
     frames = []
     for parts in (1, 2):
-        flat = {"method.name": "supervised", "data.scale": (1.0, 1.0), "train.accumulate": parts, "train.steps": 3}
+        flat = {
+            "method.name": "supervised",
+            "data.scale": (1.0, 1.0),
+            "train.grad_accum_steps": parts,
+            "train.steps": 3,
+        }
         rest = {k: v for k, v in TINY.items() if not k.startswith("method")}
-        frames.append(fit(override(RunConfig(), {**rest, **flat, "runtime.out": str(tmp_path)})).frame())
+        frames.append(fit(override(RunConfig(), {**rest, **flat, "runtime.runs_dir": str(tmp_path)})).frame())
     assert frames[0]["total"].to_numpy() == pytest.approx(frames[1]["total"].to_numpy(), rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_trains(tmp_path: Path, precision: str) -> None:
     """Half precision is emulated, and slow, on most CPUs: two steps on the smallest batch."""
-    small = {"data__batch_labelled": 2, "data__batch_unlabelled": 2, "eval__images": 2, "eval__boundary": False}
+    small = {"data__batch_labelled": 2, "data__batch_unlabelled": 2, "eval__max_images": 2, "eval__boundary": False}
     frame = fit(config(tmp_path, train__precision=precision, train__steps=2, **small)).frame()
     assert frame["total"].notna().all() and len(frame) == 2
 
@@ -293,14 +300,14 @@ def test_too_little_memory_is_one_clear_error(tmp_path: Path) -> None:
         "from viladiff.guards import TrainingError\n"
         "from viladiff.train import fit\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30))\n"
-        "flat = {'data.batch_labelled': 20000, 'runtime.out': sys.argv[1], 'runtime.progress': False}\n"
+        "flat = {'data.batch_labelled': 20000, 'runtime.runs_dir': sys.argv[1], 'runtime.progress': False}\n"
         "cfg = override(RunConfig(), flat)\n"
         "try:\n    fit(cfg)\n"
         "except TrainingError as error:\n    print(error)\n"
     )
     assert resource.RLIMIT_DATA is not None
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert "data.batch_labelled = 20000" in done.stdout and "train.accumulate" in done.stdout, done.stderr[-500:]
+    assert "data.batch_labelled = 20000" in done.stdout and "train.grad_accum_steps" in done.stdout, done.stderr[-500:]
 
 
 def test_truncated_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -369,7 +376,7 @@ def test_half_precision_reaches_the_forward_pass(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_worker_without_a_validation_image_does_not_hang_the_others(tmp_path: Path) -> None:
-    changes = {"eval__images": 1, "train__steps": 1, "data__batch_labelled": 4}
+    changes = {"eval__max_images": 1, "train__steps": 1, "data__batch_labelled": 4}
     one = fit(config(tmp_path / "one", **changes))
     two = fit(config(tmp_path / "two", runtime__workers=2, **changes))
     assert two.record.pseudo_labels.keys() == one.record.pseudo_labels.keys()
@@ -423,7 +430,7 @@ def test_a_watcher_hears_of_each_log_and_may_end_the_run(tmp_path: Path) -> None
 
 
 def test_pictures_hold_every_stage_as_class_ids(tmp_path: Path) -> None:
-    cfg = config(tmp_path, **{"method.name": "viladiff", "train.steps": 2, "runtime.pictures": 3})
+    cfg = config(tmp_path, **{"method.name": "viladiff", "train.steps": 2, "runtime.visualizations": 3})
     with np.load(fit(cfg).directory / "pictures.npz", allow_pickle=False) as found:
         stages = [name.split("/")[1] for name in sorted(found)]
         assert stages == [
@@ -439,7 +446,7 @@ def test_pictures_hold_every_stage_as_class_ids(tmp_path: Path) -> None:
 
 
 def test_scores_from_before_an_interruption_are_told_once_more_and_may_end_the_run(tmp_path: Path) -> None:
-    cfg = config(tmp_path, train__steps=6, eval__every=2, eval__images=4, runtime__log_every=6)
+    cfg = config(tmp_path, train__steps=6, eval__every_steps=2, eval__max_images=4, runtime__log_every=6)
     with pytest.raises(Stopped, match="stopped at step 2 of 6"):
         fit(cfg, report=lambda news: "miou" in news)
     heard: list[list[int]] = []

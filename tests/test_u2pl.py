@@ -192,8 +192,8 @@ def test_draws_come_from_filled_places_of_the_right_class() -> None:
 
 
 def test_queues_are_bounded_by_vectors_and_by_megabytes() -> None:
-    assert make("u2pl", bank=100, width=32).banks.vectors.shape == (CLASSES, 100, 32)
-    big = make("u2pl", bank=10**6, bank_megabytes=1, width=64).banks.vectors
+    assert make("u2pl", queue_size=100, width=32).banks.vectors.shape == (CLASSES, 100, 32)
+    big = make("u2pl", queue_size=10**6, queue_megabytes=1, width=64).banks.vectors
     assert big.shape[1] == 2**20 // (2 * CLASSES * 64) and 0.99 * 2**20 < big.numel() * 2 <= 2**20
 
 
@@ -208,8 +208,15 @@ def draws_of(batch: Batch, shape: tuple[int, ...], what: str) -> Tensor:
 @pytest.mark.parametrize("cutmix", [True, False])
 def test_loss_is_that_of_the_formula(cutmix: bool) -> None:
     """One vector in each queue but one, so that which is drawn does not matter; every anchor counts."""
-    changes = {"anchors": 999, "negatives": 3, "bank": 1, "width": 8, "alpha": 40.0, "contrast_weight": 0.5}
-    method, batch = ready(cutmix=cutmix, weight=0.7, confidence=0.1, **changes)
+    changes = {
+        "anchors": 999,
+        "negatives": 3,
+        "queue_size": 1,
+        "width": 8,
+        "entropy_percent": 40.0,
+        "contrast_weight": 0.5,
+    }
+    method, batch = ready(cutmix=cutmix, unsup_weight=0.7, confidence=0.1, **changes)
     banked = torch.randn(1, CLASSES, 1, 8, generator=generator())
     has = torch.tensor([True, True, False, True, True])
     method.banks.push(torch.nn.functional.normalize(banked, dim=3), has[None, :, None])
@@ -265,7 +272,7 @@ def test_loss_is_that_of_the_formula(cutmix: bool) -> None:
 
 
 def test_queues_get_the_uncertain_pixels_of_a_step_when_it_is_done() -> None:
-    method, batch = ready(push=20, bank=1000, width=8)
+    method, batch = ready(max_enqueue=20, queue_size=1000, width=8)
     method(batch, STEP)
     assert not method.banks.filled.any()
     method.after_step(STEP)
@@ -283,7 +290,7 @@ def test_queues_get_the_uncertain_pixels_of_a_step_when_it_is_done() -> None:
 
 def test_micro_batches_of_a_step_go_into_the_queues_together() -> None:
     """Labelled pixels have no percentile: the same ones as of the whole batch."""
-    whole, parts = (ready(push=999, bank=5000, width=8, alpha=0.0)[0] for _ in range(2))
+    whole, parts = (ready(max_enqueue=999, queue_size=5000, width=8, entropy_percent=0.0)[0] for _ in range(2))
     batch = make_batch(views=whole.views_wanted())
     whole(batch, STEP)
     for rank in range(2):
@@ -314,7 +321,7 @@ def test_warm_up_learns_from_labels_alone_and_the_average_begins_after_it() -> N
 
 
 def test_fewer_pixels_are_dropped_and_fewer_are_sure_as_training_goes_on() -> None:
-    method, batch = ready(width=8, bank=50)
+    method, batch = ready(width=8, queue_size=50)
     found = []
     for progress in (0.1, 0.9):
         step = Step(70, progress, 3)
@@ -336,7 +343,7 @@ def test_representation_drops_channels_only_where_told() -> None:
 
 
 def test_contrast_reaches_student_and_head_and_no_teacher() -> None:
-    method, batch = ready(weight=0.0, width=8, bank=20)
+    method, batch = ready(unsup_weight=0.0, width=8, queue_size=20)
     method(batch, STEP)
     method.after_step(STEP)
     batch.target[:, ::2] = 255

@@ -117,8 +117,8 @@ def test_a_run_is_named_by_what_is_in_the_directory(tmp_path: Path) -> None:
 def test_the_experiment_of_figure_1_runs_on_a_frozen_one(tmp_path: Path) -> None:
     changes = {
         "method.name": "textprobe", "model.encoder": "transformers", "model.encoder_frozen": True, "train.steps": 2,
-        "model.weights": str(saved(tmp_path / "model", "Dinov2")), "eval.images": 16, "eval.boundary": False,
-        "data.batch_labelled": 2, "runtime.out": str(tmp_path / "runs"), "runtime.progress": False,
+        "model.weights": str(saved(tmp_path / "model", "Dinov2")), "eval.max_images": 16, "eval.boundary": False,
+        "data.batch_labelled": 2, "runtime.runs_dir": str(tmp_path / "runs"), "runtime.progress": False,
     }  # fmt: skip
     result = fit(override(RunConfig(), changes))
     assert result.record.scores["student"]["fusion"]["silhouette"] is not None

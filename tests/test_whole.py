@@ -19,8 +19,8 @@ title = "Table"
 datasets = { voc = "digits" }
 seeds = [0, 1]
 threads = 1
-guess_step = 1
-guess_besides = 5
+seconds_per_step = 1
+seconds_overhead = 5
 set = { "train.steps" = 10 }
 [scale.paper]
 [[columns]]
@@ -31,7 +31,7 @@ label = "183"
 set = { "data.dataset" = "voc", "data.split" = "183" }
 """
 ONE = '[[rows]]\nlabel = "base"\n[[rows]]\nlabel = "slow"\nset = { "optim.lr" = 0.002 }\n'
-OTHER = '[[rows]]\nlabel = "the same"\n[[rows]]\nlabel = "later"\nneeds = "method.clip.weights"\n'
+OTHER = '[[rows]]\nlabel = "the same"\n[[rows]]\nlabel = "later"\nrequires = "method.clip.weights"\n'
 
 
 @pytest.fixture

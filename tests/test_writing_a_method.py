@@ -74,7 +74,7 @@ def test_page_followed_gives_a_method_that_keeps_the_contract_and_trains(checkou
 
     command = re.search(r"`viladiff (train method\.name=[^`]+)`", PAGE)
     assert command
-    short = ["train.steps=2", "eval.images=2", "eval.boundary=false", f"runtime.out={checkout / 'runs'}"]
+    short = ["train.steps=2", "eval.max_images=2", "eval.boundary=false", f"runtime.runs_dir={checkout / 'runs'}"]
     run(checkout, "viladiff", *command.group(1).split(), *short)
     record = next((checkout / "runs").glob("*/record.json"))
     assert json.loads(record.read_text())["config"]["method.weight"] == 0.5

@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train one run", epilog=TRAIN_EXAMPLES, formatter_class=raw)
     _add_fields(train)
-    train.add_argument("--out", metavar="DIR", help="directory of runs (runtime.out)")
+    train.add_argument("--out", metavar="DIR", help="directory of runs (runtime.runs_dir)")
     train.add_argument("--captions", metavar="FILE", help="in place of the data set's own (runtime.captions)")
     train.add_argument("--dry-run", action="store_true", help="say what would run and where it goes, and stop")
     again = train.add_mutually_exclusive_group()
@@ -204,6 +204,7 @@ def _changes(args: argparse.Namespace) -> dict[str, object]:
     from viladiff.config import parse_overrides
 
     flags = {name: getattr(args, name, None) for name in ("out", "device", "workers", "threads", "captions")}
+    flags["runs_dir"] = flags.pop("out")
     words = [f"runtime.{name}={value}" for name, value in flags.items() if value is not None]
     if args.quiet:
         words.append("runtime.progress=false")

@@ -130,7 +130,7 @@ def gathered(run: Run) -> tuple[Sample, dict[str, np.ndarray]] | None:
     Images are seen whole, at the nearest multiples of the patch, whatever the protocol.
     """
     images, patch = len(run.dataset.val_images), run.method.student.patch
-    count = min(images, run.cfg.eval.images or images)
+    count = min(images, run.cfg.eval.max_images or images)
     chosen = sample([cell_labels(_fitted(run.dataset.val_masks[i], patch), patch) for i in range(count)])
     if chosen is None:
         return None
@@ -180,7 +180,7 @@ def measured(run: Run) -> dict[str, float | int | None]:
         out |= {f"{name}{ending}": value for name, value in separation(features, chosen.label, chosen.image).items()}
     about: dict[str, np.ndarray] = {"image": chosen.image.astype(np.int32), "label": chosen.label.astype(np.uint8)}
     _save(run, "features.npz", {**about, **{name: x.astype(np.float16) for name, x in stages.items()}})
-    if run.cfg.runtime.pictures:
+    if run.cfg.runtime.visualizations:
         planes = {name: plane(x) for name, x in stages.items()}
         drawn = {name: places.astype(np.float16) for name, places in planes.items() if places is not None}
         _save(run, "plane.npz", {**about, **drawn})

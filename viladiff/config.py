@@ -226,8 +226,8 @@ def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _batch_faults(cfg: RunConfig) -> Iterator[str]:
     """A global batch falls into equal parts, one for each worker and micro-batch; CutMix pairs images within a part."""
-    workers, parts = cfg.runtime.workers, cfg.runtime.workers * cfg.train.accumulate
-    by = f"runtime.workers × train.accumulate = {workers} × {cfg.train.accumulate}"
+    workers, parts = cfg.runtime.workers, cfg.runtime.workers * cfg.train.grad_accum_steps
+    by = f"runtime.workers × train.grad_accum_steps = {workers} × {cfg.train.grad_accum_steps}"
     sizes = {"data.batch_labelled": cfg.data.batch_labelled}
     views = METHODS[cfg.method.name].views
     if views.unlabelled:
@@ -270,5 +270,6 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
         allowed = "shipped or none" if own else "timm or none"
         here = f"model.pretrained = {cfg.model.pretrained!r}"
         yield f"{here}: there are none for model.encoder = {cfg.model.encoder!r}; allowed: {allowed}"
-    if cfg.eval.on == "holdout" and not cfg.data.holdout:
-        yield "eval.on = 'holdout': no images are held out; set data.holdout to a share of the labelled ones, as 0.25"
+    if cfg.eval.split == "holdout" and not cfg.data.holdout:
+        here = "eval.split = 'holdout'"
+        yield f"{here}: no images are held out; set data.holdout to a share of the labelled ones, such as 0.25"

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from viladiff import renamed
+
 INTEGER = re.compile(r"[+-]?\d+")
 FIELD_FIRST = re.compile(r"[a-z_]+ [=+] ")
 REAL = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
@@ -141,7 +143,9 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 def unknown(path: str, known: Collection[str]) -> str:
-    """The sentence for a path that names no field: the nearest one, and what the section that was meant offers."""
+    """The sentence for a path that names no field: its new name, or the nearest one and what the section offers."""
+    if path in renamed.FIELDS:
+        return f"{path}: renamed; write {renamed.FIELDS[path]}"
     inside = [name for name in known if name.startswith(path + ".")]
     if inside:
         return f"{path}: a section, not a field; set one of {', '.join(inside)}"

@@ -92,8 +92,9 @@ def memory_errors(cfg: RunConfig) -> Iterator[None]:
         raise TrainingError(
             f"out of memory with data.batch_labelled = {data.batch_labelled}, "
             f"data.batch_unlabelled = {data.batch_unlabelled}, data.crop = {data.crop}, "
-            f"train.accumulate = {cfg.train.accumulate} on {cfg.runtime.workers} workers: raise train.accumulate "
-            f"(much the same result, less memory), lower data.crop or the batch ({str(error).splitlines()[0]})"
+            f"train.grad_accum_steps = {cfg.train.grad_accum_steps} on {cfg.runtime.workers} workers: raise "
+            f"train.grad_accum_steps (much the same result, less memory), lower data.crop or the batch "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

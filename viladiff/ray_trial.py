@@ -106,7 +106,7 @@ def configuration(job: Planned, place: Place) -> RunConfig:
 
     with suppress(FileNotFoundError):
         os.chdir(place.cwd)
-    here = {"runtime.out": place.root, "runtime.progress": False, "runtime.workers": job.workers}
+    here = {"runtime.runs_dir": place.root, "runtime.progress": False, "runtime.workers": job.workers}
     return override(RunConfig(), {"runtime.threads": place.threads, **job.changes, **here})
 
 

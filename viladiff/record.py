@@ -138,7 +138,7 @@ def checksum(rest: dict[str, Any]) -> str:
 
 def without_paths(record: RunRecord) -> RunRecord:
     """A copy fit to be published: it no longer says where on somebody's machine it ran."""
-    hidden = ("runtime.out", "runtime.data_root", "data.split_dir", "runtime.captions", "runtime.text_model")
+    hidden = ("runtime.runs_dir", "runtime.data_root", "data.split_dir", "runtime.captions", "runtime.text_model")
     config, changed = (
         {name: value for name, value in fields.items() if name not in hidden}
         for fields in (record.config, record.changed)

@@ -70,7 +70,7 @@ class PeakMemory:
 def batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
     """This worker's validation images with masks and words; whoever watches the run sees that it is alive."""
     images = len(run.dataset.val_images)
-    count = min(images, run.cfg.eval.images or images)
+    count = min(images, run.cfg.eval.max_images or images)
     size = 1 if run.cfg.eval.protocol != "original" else 25
     bank = run.val_bank if run.method.views_wanted().text else None
     for batch in validation(run.dataset, bank, run.device, size, range(run.rank, count, run.world)):
@@ -190,7 +190,7 @@ def draw(run: Run) -> None:
     Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1. Of
     images of different sizes it is the middle that is shown, padded where it is less than a crop.
     """
-    count = min(run.cfg.runtime.pictures, len(run.dataset.val_images))
+    count = min(run.cfg.runtime.visualizations, len(run.dataset.val_images))
     if run.rank or not count:
         return
     run.method.eval()

@@ -47,7 +47,7 @@ class DataConfig(Section):
     """Range of the random resize before the crop."""
     hflip: float = Field(0.5, ge=0, le=1)
     """Probability of mirroring left and right."""
-    colour: bool = True
+    color_jitter: bool = True
     """Whether strong views get colour changes and blur."""
     captions: Literal["own", "shuffled", "generic", "none"] = "own"
     """Each image's captions; or, as controls, another image's, one sentence for all, or no words."""
@@ -205,7 +205,7 @@ class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0)
     """Passes over the unlabelled images (the labelled ones for a method that uses no others)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulate: int = Field(1, ge=1)
+    grad_accum_steps: int = Field(1, ge=1)
     """Parts that each worker's share of a step is computed in, to save memory."""
 
     @model_validator(mode="before")
@@ -223,13 +223,13 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    every: int = Field(0, ge=0)
+    every_steps: int = Field(0, ge=0)
     """Optimiser steps between evaluations; 0 evaluates at the end only."""
     protocol: Literal["original", "center_crop", "sliding_window"] = "original"
     """``sliding_window`` by default on Cityscapes."""
-    on: Literal["val", "holdout"] = "val"
+    split: Literal["val", "holdout"] = "val"
     """Images that scores are of; ``holdout``: those that ``data.holdout`` keeps out of training."""
-    images: int | None = Field(None, ge=1)
+    max_images: int | None = Field(None, ge=1)
     """The first so many validation images, for quick looks; none takes all."""
     boundary: bool = True
     """Whether boundary IoU and trimap mIoU are computed."""
@@ -245,7 +245,7 @@ class RuntimeConfig(Section):
     """CPU threads of each worker; another count changes the last bits of sums."""
     loader_workers: int | None = Field(None, ge=0, le=64)
     """Processes that decode image files, for each worker; none chooses: 0 on a CPU or below 4 cores, else up to 4."""
-    out: str = Field("runs", min_length=1)
+    runs_dir: str = Field("runs", min_length=1)
     """Directory that holds one directory a run."""
     data_root: str | None = None
     """Directory of the data, for ``folder`` the one with ``images`` in it; not needed by the embedded data sets."""
@@ -257,7 +257,7 @@ class RuntimeConfig(Section):
     checkpoint_every: int = Field(100, ge=1)
     scale: str = ""
     """Size of experiment that the run belongs to, for its record; set by the runner of tables."""
-    pictures: int = Field(0, ge=0, le=64)
+    visualizations: int = Field(0, ge=0, le=64)
     """Validation images whose labels at every stage are kept in ``pictures.npz``."""
     tensorboard: bool = False
     progress: bool = True

@@ -42,7 +42,7 @@ while no step ends."""
 
 
 def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True, lease: Lease | None = None) -> Result:
-    """Trains, evaluates and records one run in ``runtime.out/<run_id>``.
+    """Trains, evaluates and records one run in ``runtime.runs_dir/<run_id>``.
 
     A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless
     ``resume`` is False. ``report`` hears of each log and evaluation and may end the run early (Stopped). With
@@ -86,7 +86,7 @@ class Run:
             **weights_fingerprint(cfg),
         }
         self.name = run_id(cfg, self.fingerprints)
-        self.directory = Path(cfg.runtime.out).expanduser().resolve() / self.name
+        self.directory = Path(cfg.runtime.runs_dir).expanduser().resolve() / self.name
         self.wall_before: float | None = 0.0
         """Seconds of earlier legs, up to their last checkpoints; None where an older version kept none."""
         self.report: Report | None = None
@@ -232,7 +232,7 @@ class Run:
                 pending.append((self.step, lr_factor(cfg, self.step, self.steps) * cfg.optim.lr, self._step(batches)))
                 self.step += 1
                 last = self.step == self.steps
-                evaluate = cfg.eval.every and self.step % cfg.eval.every == 0 and not last
+                evaluate = cfg.eval.every_steps and self.step % cfg.eval.every_steps == 0 and not last
                 keep = self.step % runtime.checkpoint_every == 0 or last or evaluate
                 agree = self.world == 1 or self.step % 10 == 0
                 stopped = agree and self._any(stop.is_set())

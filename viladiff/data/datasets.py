@@ -121,7 +121,7 @@ def request(cfg: RunConfig) -> Request:
         cfg.runtime.data_root,
         getattr(data, "split_dir", None),
         data.holdout,
-        cfg.eval.on,
+        cfg.eval.split,
         getattr(data, "split_family", ""),
         getattr(data, "reduce_zero_label", True),
         cfg.runtime.captions,

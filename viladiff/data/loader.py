@@ -89,7 +89,7 @@ class Loader:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The batches whose gradients make up one optimiser step."""
-        return [self._batch(step, part) for part in range(self.cfg.train.accumulate)]
+        return [self._batch(step, part) for part in range(self.cfg.train.grad_accum_steps)]
 
     def _shares(self, step: int, part: int) -> tuple[Share, Share]:
         """The labelled and the unlabelled images; the second share is empty for a method that uses none."""
@@ -101,7 +101,7 @@ class Loader:
         )
 
     def _share(self, order: Order, size: int, step: int, part: int) -> Share:
-        parts = self.cfg.train.accumulate
+        parts = self.cfg.train.grad_accum_steps
         share = size // (self.world * parts)
         start = (self.rank * parts + part) * share
         keys = tuple(range(start, start + share))
@@ -172,7 +172,7 @@ class Loader:
         return Recipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.coding)
 
     def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:
-        return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.colour else weak)
+        return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.color_jitter else weak)
 
     def _mix(self, drawn: list[tuple[int, int]], view: int) -> CutMix:
         boxes = cutmix_boxes(self._rngs(f"cutmix-{view}", drawn), self.cfg.data.crop, self.patch)
@@ -202,7 +202,7 @@ class Loader:
     def _decoding(self) -> Iterator[None]:
         processes = 0 if self.dataset.files is None else decoding_processes(self.cfg, self.device)
         if processes:
-            parts = self.cfg.train.accumulate
+            parts = self.cfg.train.grad_accum_steps
             samples = len(self._samples(*self._shares(0, 0)))
             self._decoders = Decoders(self._recipe(), processes, samples, (1 + DECODED_AHEAD) * parts - 1)
         try:
@@ -216,7 +216,7 @@ class Loader:
         asked = start
         for step in range(start, stop):
             while self._decoders is not None and asked < min(stop, step + 1 + DECODED_AHEAD):
-                for part in range(self.cfg.train.accumulate):
+                for part in range(self.cfg.train.grad_accum_steps):
                     self._decoders.ask(self._samples(*self._shares(asked, part)))
                 asked += 1
             yield self.micro_batches(step)

@@ -50,8 +50,8 @@ class DawConfig(MethodConfig):
     feature_dropout: float = Field(0.5, ge=0, lt=1)
     momentum: float = Field(0.99, ge=0, le=1)
     """Of class distributions and of the two Gaussians."""
-    align: bool = True
-    estimate: bool = True
+    distribution_alignment: bool = True
+    adaptive_threshold: bool = True
     """Off keeps the first threshold."""
     teacher: DawTeacherConfig = DawTeacherConfig()
     pseudo: DawPseudoConfig = DawPseudoConfig()
@@ -96,7 +96,7 @@ class Daw(UniMatch, MeanTeacher):
         return confidence, labels, self.tau
 
     def _aligned(self, probabilities: Tensor) -> Tensor:
-        return align(probabilities, *self.distributions) if self.cfg.align else probabilities
+        return align(probabilities, *self.distributions) if self.cfg.distribution_alignment else probabilities
 
     def after_step(self, step: Step) -> None:
         super().after_step(step)
@@ -109,7 +109,7 @@ class Daw(UniMatch, MeanTeacher):
         seen = torch.where(count > 0, total / count.clamp(min=1), self.distributions)
         self.distributions.lerp_(seen, 1 - keep)
         self.gaussians.copy_(moved(self.gaussians, sums[4 * classes :].view(2, 3), keep))
-        if self.cfg.estimate:
+        if self.cfg.adaptive_threshold:
             right, wrong = self.gaussians
             self.tau.copy_(crossing(right, wrong, 1 / classes))
 
@@ -145,15 +145,15 @@ def class_confidence(probabilities: Tensor, counted: Tensor) -> Tensor:
 
 
 def right_and_wrong(probabilities: Tensor, target: Tensor) -> Tensor:
-    """(2, 3): right and wrong pixels, the sum of their doubt 1 - p, and of its square; label 255 is neither.
+    """(2, 3): right and wrong pixels, the sum of their conflict_weight 1 - p, and of its square; label 255 is neither.
 
     ``probabilities`` (B, C, H, W), ``target`` (B, H, W) int64. Doubt is near 0 where confidence is near 1, so that its
     variance survives float32.
     """
     confidence, labels = probabilities.max(1)
-    doubt = 1 - confidence.float()
+    conflict_weight = 1 - confidence.float()
     groups = torch.stack([labels == target, (labels != target) & (target != IGNORE)]).float().flatten(1)
-    powers = torch.stack([torch.ones_like(doubt), doubt, doubt.square()]).flatten(1)
+    powers = torch.stack([torch.ones_like(conflict_weight), conflict_weight, conflict_weight.square()]).flatten(1)
     return groups @ powers.T
 
 
@@ -165,8 +165,8 @@ def align(probabilities: Tensor, labelled: Tensor, unlabelled: Tensor) -> Tensor
 
 def moved(gaussians: Tensor, sums: Tensor, momentum: float) -> Tensor:
     """Means and variances (2, 2) after a step with the ``sums`` (2, 3) of ``right_and_wrong``; too few move nothing."""
-    count, doubt, square = sums.unbind(1)
-    mean = doubt / count.clamp(min=1)
+    count, conflict_weight, square = sums.unbind(1)
+    mean = conflict_weight / count.clamp(min=1)
     variance = (square / count.clamp(min=1) - mean.square()).clamp(min=0)
     seen = torch.stack([1 - mean, variance], 1)
     return torch.where((count >= ENOUGH)[:, None], gaussians.lerp(seen, 1 - momentum), gaussians)

@@ -45,7 +45,7 @@ class LogicDiagConfig(MethodConfig):
     cutmix: bool = True
     revise: bool = True
     """Off takes the class of highest score, so that groups are learned and used for nothing."""
-    doubt: float = Field(1.0, ge=0)
+    conflict_weight: float = Field(1.0, ge=0)
     """Weight of the conflict that a changed node is in (γ, ours); 0 weighs diagnoses by confidence alone."""
     groups: tuple[str, ...] | None = None
     """A word for each class in order, equal for classes of one group; none takes those known of the data set."""
@@ -128,7 +128,7 @@ class LogicDiag(MeanTeacher):
     def _stages(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (U, C, h, w) of the classes alone, and after revision, from those of all nodes (U, C + S, h, w)."""
         alone = z[:, : len(self.parent)]
-        return alone, diagnose(z, self.parent, self.cfg.doubt) if self.cfg.revise else alone
+        return alone, diagnose(z, self.parent, self.cfg.conflict_weight) if self.cfg.revise else alone
 
 
 def _nodes(network: Segmenter, groups: Classifier, images: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from viladiff.models.segmenter import Build, Network, upsample
 class PsmtTeacherConfig(TeacherConfig):
     momentum: float = Field(0.996, ge=0, le=1)
     """The first steps use min(momentum, 1 - 1 / (step + 1))."""
-    period: float = Field(1 / 80, gt=0, le=1)
+    switch_period: float = Field(1 / 80, gt=0, le=1)
     """Share of training after which the other teacher is active."""
     assistant_classes: int = Field(7, ge=1)
     """Classes of a pixel at which the inactive teacher is heard, its highest; elsewhere the active one counts twice."""
@@ -42,16 +42,16 @@ class PsmtPseudoConfig(PseudoConfig):
     threshold: float = Field(0.6, ge=0, le=1)
     weight: float = Field(0.6, ge=0)
     """At 183 to 732 labelled VOC images; 0.06 at 92, 1.5 on augmented VOC, 3 on Cityscapes."""
-    ramp: float = Field(12 / 80, ge=0, le=1)
+    rampup: float = Field(12 / 80, ge=0, le=1)
     """Share of training, from the end of the warm-up, over which the weight rises."""
 
 
 class VatConfig(Section):
     """Adversarial noise on what the student's decoder reads, found with the teachers' decoders."""
 
-    radius: float = Field(0.1, ge=0)
+    epsilon: float = Field(0.1, ge=0)
     """Length of the noise as a share of the features' (ours; 2.0 for the original's features). 0 turns it off."""
-    probe: float = Field(0.1, gt=0)
+    xi: float = Field(0.1, gt=0)
     """Length of the random step that finds its direction, likewise (ours); shorter ones find more of the rounding."""
 
 
@@ -105,7 +105,7 @@ class PsMt(TwoTeachers):
             mix = self._boxes(batch, step)
             strong, confidence, labels, valid = (apply_cutmix(x, mix) for x in (strong, confidence, labels, valid))
         features = self.student.encode(torch.cat([image, strong]))
-        if cfg.vat.radius:
+        if cfg.vat.epsilon:
             noise = self._noise(features, batch, step)
             features = [level + added for level, added in zip(features, noise, strict=True)]
         logits = self.student.logits(features, size)
@@ -113,7 +113,7 @@ class PsMt(TwoTeachers):
         sup = self.supervised(logits[:labelled], batch.target)
         accepted = (confidence >= cfg.pseudo.threshold) & valid
         pseudo = strict_consistency(logits[labelled:], labels, confidence, accepted)
-        weight = cfg.pseudo.weight * ramp(step.progress - cfg.warmup, cfg.pseudo.ramp)
+        weight = cfg.pseudo.weight * ramp(step.progress - cfg.warmup, cfg.pseudo.rampup)
         rest = torch.stack([p.sum() for p in self.founders.parameters()]).sum() * 0 if self.founders else 0
         coverage = global_mean(accepted.sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
@@ -131,7 +131,7 @@ class PsMt(TwoTeachers):
             ema_update(self.teachers[i], founder, step=0)
 
     def _active(self, step: Step) -> int:
-        return turn(step, self.cfg.teacher.period)[0] % 2
+        return turn(step, self.cfg.teacher.switch_period)[0] % 2
 
     def _pseudo_logits(self, images: Tensor, step: Step) -> Tensor:
         """Mean of the active teacher's grid logits and the strict assistant's: (U, C, h, w)."""
@@ -146,7 +146,7 @@ class PsMt(TwoTeachers):
         uniform = draws.uniform(keys, (sum(sizes),), *name, device=features[0].device) - 0.5
         start = [part.view_as(level) for part, level in zip(uniform.split(sizes, 1), features, strict=True)]
         vat = self.cfg.vat
-        return virtual_adversarial(features, self.teachers.grid_logits, start, vat.radius, vat.probe)
+        return virtual_adversarial(features, self.teachers.grid_logits, start, vat.epsilon, vat.xi)
 
     def _boxes(self, batch: Batch, step: Step) -> CutMix:
         device = batch.valid.device

@@ -8,15 +8,15 @@ class: the mean of its concepts.
 
 With ``clip.weights`` the dense features are MaskCLIP's, and frozen (``models.maskclip``). Without, they are those of
 the encoder in training, and encoder and map into the space of the texts, which the decoder needs in any case, also
-learn from the labelled pixels (ours, ``guide.map_weight``), since the decoder tells classes apart by that space alone;
-the texts are then the run's text encoder's, and the record says so.
+learn from the labelled pixels (ours, ``guidance.map_weight``), since the decoder tells classes apart by that space
+alone; the texts are then the run's text encoder's, and the record says so.
 
 Differences from the released code. The encoder is the one that all methods share; CLIP's own can be had by name from
-timm, and ``spatial`` leaves all but its attention and positions as it is. Labels from text are made anew in each step;
-in padding there are none. The mean confidence that weighs an image (``pseudo.weighting``) is of its pixels outside the
-padding. What UniMatch does otherwise here (``methods.unimatch``) is otherwise here too. The finest map that joins in
-the decoder is the encoder's on all data sets. The concepts of a background are ours (``text.concepts``), and the sizes
-of the decoder's parts follow its width.
+timm, and ``train_attention_only`` leaves all but its attention and positions as it is. Labels from text are made anew
+in each step; in padding there are none. The mean confidence that weighs an image (``pseudo.weighting``) is of its
+pixels outside the padding. What UniMatch does otherwise here (``methods.unimatch``) is otherwise here too. The finest
+map that joins in the decoder is the encoder's on all data sets. The concepts of a background are ours
+(``text.concepts``), and the sizes of the decoder's parts follow its width.
 
 Memory: the decoder works on K maps an image, each of up to W h w values on the grid of tokens and W / 4 on 16 times as
 many cells. At W = 128 and 32 x 32 tokens one such map is 11 MB for K = 21 and 42 MB for K = 81, and 4 times as much on
@@ -59,7 +59,7 @@ class ClipConfig(Section):
     """A local file; none takes the run's text encoder and a learned map to it."""
 
 
-class GuideConfig(Section):
+class GuidanceConfig(Section):
     """Labels from text."""
 
     weight: float = Field(0.1, ge=0)
@@ -81,11 +81,11 @@ class SemiVlConfig(MethodConfig):
     strong_weight: float = Field(0.5, ge=0)
     feature_weight: float = Field(0.5, ge=0)
     feature_dropout: float = Field(0.5, ge=0, lt=1)
-    spatial: bool = False
+    train_attention_only: bool = False
     """Whether of the encoder only attention and positions learn; for one that has seen much, as CLIP's."""
     pseudo: SemiVlPseudoConfig = SemiVlPseudoConfig()
     clip: ClipConfig = ClipConfig()
-    guide: GuideConfig = GuideConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
     decoder: VlDecoderConfig = VlDecoderConfig()
 
 
@@ -109,8 +109,8 @@ class SemiVl(UniMatch):
         self.register_buffer("concepts", vectors, persistent=False)
         self.register_buffer("owner", owner, persistent=False)
         student = build(kind=vl_segmenter(class_means(vectors, owner, build.num_classes), self.cfg.decoder))
-        if self.cfg.spatial:
-            tune_spatially(student.encoder, build.model.encoder)
+        if self.cfg.train_attention_only:
+            train_attention_only(student.encoder, build.model.encoder)
         return student
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -145,20 +145,20 @@ class SemiVl(UniMatch):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         cfg, size = self.cfg, batch.image.shape[-2:]
         weak, taught = self._guide(batch, features[-1])
-        scale = cfg.guide.scale if self._clip else cfg.guide.map_scale
+        scale = cfg.guidance.scale if self._clip else cfg.guidance.map_scale
         confidence, labels = upsample(weak * scale, size).softmax(1).max(1)
-        sure = (confidence >= cfg.guide.threshold) & batch.valid
+        sure = (confidence >= cfg.guidance.threshold) & batch.valid
         labels = torch.where(sure, labels, IGNORE)
         strong = [cross_entropy(z, pasted(batch, i, labels)[0], norm="all") for i, z in enumerate(streams[:2])]
         dropped = cross_entropy(streams[2], labels, norm="all")
         guided = cfg.strong_weight * torch.stack(strong).mean() + cfg.feature_weight * dropped
-        total = cfg.guide.weight * (1 - step.progress) * guided
+        total = cfg.guidance.weight * (1 - step.progress) * guided
         for level in {0, 1, 2} - set(self.student.decoder.levels):
             total = total + 0 * features[level].float().mean()  # a norm of its own, as timm's have, must get a gradient
         terms = {"guided": guided, "guided_coverage": global_mean(sure.sum(), batch.valid.sum())}
         if taught is not None:
             terms["map"] = cross_entropy(upsample(taught * scale, size), batch.target)
-            total = total + cfg.guide.map_weight * terms["map"]
+            total = total + cfg.guidance.map_weight * terms["map"]
         return total, terms
 
     def _guide(self, batch: Batch, top: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -188,7 +188,7 @@ class ZeroShot(nn.Module):
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """images (B, 3, H, W) to {"visual": (B, C, H, W) logits}."""
         (method,) = self._method
-        likeness = method.likeness(self.clip(images)) * method.cfg.guide.scale
+        likeness = method.likeness(self.clip(images)) * method.cfg.guidance.scale
         return {"visual": upsample(likeness, images.shape[-2:])}
 
 
@@ -232,7 +232,7 @@ def best_concepts(similar: Tensor, owner: Tensor, num_classes: int) -> Tensor:
     return found.scatter_reduce(1, index, similar, "amax", include_self=False)
 
 
-def tune_spatially(encoder: nn.Module, name: str) -> None:
+def train_attention_only(encoder: nn.Module, name: str) -> None:
     """Freezes all but attention and position embeddings. ValueError where there is no attention."""
     chosen = {
         n
@@ -240,7 +240,7 @@ def tune_spatially(encoder: nn.Module, name: str) -> None:
         if any(part.startswith("attn") or part == "attention" for part in n.split("."))
     }
     if not chosen:
-        raise ValueError(f"method.spatial = true: model.encoder = {name!r} has no attention to train")
+        raise ValueError(f"method.train_attention_only = true: model.encoder = {name!r} has no attention to train")
     for n, parameter in encoder.named_parameters():
         placed = n.split(".")[-1] in ("pos_embed", "positions", "position_embedding")
         parameter.requires_grad_(parameter.requires_grad and (n in chosen or placed))

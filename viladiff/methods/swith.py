@@ -30,14 +30,14 @@ from viladiff.models.segmenter import Build, Network, Segmenter
 class SwithTeacherConfig(TeacherConfig):
     momentum: float = Field(0.99, ge=0, le=1)
     """The first steps of each turn use min(momentum, 1 - 1 / (steps of the turn + 1))."""
-    period: float = Field(1 / 60, gt=0, le=1)
+    switch_period: float = Field(1 / 60, gt=0, le=1)
     """Share of training after which the other teacher takes over: one of 60 epochs (of 200 in the released code)."""
 
 
 class SwithPseudoConfig(PseudoConfig):
     threshold: float = Field(0.95, ge=0, le=1)
     """The share of pixels at or above it weighs a mixed picture; in the consistency term it chooses pixels."""
-    consistency: float = Field(0.2, ge=0)
+    consistency_weight: float = Field(0.2, ge=0)
     """Weight of the term without mixing (implicit consistency)."""
 
 
@@ -84,19 +84,19 @@ class Swith(TwoTeachers):
         pseudo = hard_consistency(z_mixed, mixed_labels, share.expand_as(mixed_confidence), valid)
         accepted = (confidence >= cfg.threshold).float()
         consistency = hard_consistency(z_strong, labels, accepted, batch.valid)
-        total = sup + cfg.weight * (pseudo + cfg.consistency * consistency)
+        total = sup + cfg.weight * (pseudo + cfg.consistency_weight * consistency)
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "consistency": consistency.detach()}
         terms["coverage"] = global_mean((accepted * batch.valid).sum(), batch.valid.sum())
         return Losses(total, terms)
 
     def after_step(self, step: Step) -> None:
         """The teacher of the next step follows the student; at the start of its turn it becomes the student."""
-        number, done = turn(step, self.cfg.teacher.period, ahead=1)
+        number, done = turn(step, self.cfg.teacher.switch_period, ahead=1)
         ema_update(self.teachers[number % 2], self.student, done, self.cfg.teacher.momentum)
 
     def _active(self, step: Step) -> int:
         """0 in turns of CutMix, 1 in turns of ClassMix."""
-        return turn(step, self.cfg.teacher.period)[0] % 2
+        return turn(step, self.cfg.teacher.switch_period)[0] % 2
 
     def _box_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
         height, width = labels.shape[-2:]

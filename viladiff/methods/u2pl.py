@@ -49,11 +49,11 @@ class U2plConfig(MethodConfig):
     """One box of half the picture in every second batch."""
     warmup: float = Field(1 / 80, ge=0, lt=1)
     """Share of training in which labels alone teach: one of 80 epochs on VOC, 0 on Cityscapes."""
-    weight: float = Field(1.0, ge=0)
+    unsup_weight: float = Field(1.0, ge=0)
     """Of the loss on pseudo-labels."""
-    drop: float = Field(20.0, ge=0, le=100)
+    drop_percent: float = Field(20.0, ge=0, le=100)
     """Percentage of most uncertain pixels that teach no label, at the start; falls to 0 linearly."""
-    alpha: float = Field(20.0, ge=0, le=50)
+    entropy_percent: float = Field(20.0, ge=0, le=50)
     """Percentage of pixels that are sure, and that are uncertain enough to be negatives; falls likewise."""
     contrast_weight: float = Field(1.0, ge=0)
     """Of L_c; with W workers the released code has 1 / W in effect."""
@@ -71,11 +71,11 @@ class U2plConfig(MethodConfig):
     """A pixel without a label is a negative of no class from this place on."""
     width: int | None = Field(None, ge=8, multiple_of=8)
     """Channels of a representation; none takes twice the decoder's, hence 256 on real images."""
-    bank: int = Field(30_000, ge=1)
+    queue_size: int = Field(30_000, ge=1)
     """Vectors in a class's queue."""
-    bank_megabytes: int = Field(512, ge=1)
+    queue_megabytes: int = Field(512, ge=1)
     """Limit of all queues together, which shortens them: 322 MB at 21 classes, but 1.24 GB at 81 without it."""
-    push: int = Field(64, ge=1)
+    max_enqueue: int = Field(64, ge=1)
     """Most vectors that an image adds to one queue in a step, by chance (ours; all of them there)."""
     teacher: TeacherConfig = TeacherConfig()
     predict: PredictConfig = PredictConfig()
@@ -116,7 +116,9 @@ class U2pl(MeanTeacher):
         width = cfg.width or 2 * channels
         self.head = Representation(channels, width)
         self.teacher_head = frozen_copy(self.head)
-        self.banks = Banks(classes, max(1, min(cfg.bank, (cfg.bank_megabytes << 20) // (2 * classes * width))), width)
+        self.banks = Banks(
+            classes, max(1, min(cfg.queue_size, (cfg.queue_megabytes << 20) // (2 * classes * width))), width
+        )
         self._seen: list[tuple[tuple[Tensor, Tensor], ...]] = []
 
     def views_wanted(self) -> Views:
@@ -148,7 +150,7 @@ class U2pl(MeanTeacher):
                 labels, valid = apply_cutmix(labels, mix), apply_cutmix(valid, mix)
             uncertain = entropy(upsample(found.logits[len(weak) + labelled :], size))
             shrink = 1 - step.progress
-            shares = (100 - cfg.drop * shrink, cfg.alpha * shrink, 100 - cfg.alpha * shrink)
+            shares = (100 - cfg.drop_percent * shrink, cfg.entropy_percent * shrink, 100 - cfg.entropy_percent * shrink)
             highest, low, high = percentiles(uncertain, valid, shares)
             kept = valid & (uncertain <= highest)
 
@@ -159,7 +161,7 @@ class U2pl(MeanTeacher):
         classes = torch.cat([batch.target, labels.masked_fill(~valid, IGNORE)])
         limits = [F.pad(x, (0, 0, 0, 0, labelled, 0), value=True) for x in (uncertain <= low, uncertain >= high)]
         contrast, anchors = self._contrast(stream, found, classes, limits, batch, step)
-        total = sup + cfg.weight * pseudo + cfg.contrast_weight * contrast
+        total = sup + cfg.unsup_weight * pseudo + cfg.contrast_weight * contrast
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "contrast": contrast.detach()}
         return Losses(
             total, {**terms, "coverage": global_mean(kept.sum(), valid.sum()), "anchors": anchors.float() / len(images)}
@@ -194,7 +196,7 @@ class U2pl(MeanTeacher):
             negatives = self.banks.draw(of, uniform)
             if self.training:
                 far = not_of(p, grid, labelled, cfg.first_rank, cfg.last_rank) & (high & known)[:, None]
-                at, given = sample(far, order[:, None], cfg.push)
+                at, given = sample(far, order[:, None], cfg.max_enqueue)
                 vectors = F.normalize(pick(theirs, at.flatten(1)), dim=2).unflatten(1, at.shape[1:])
                 self._seen.append(((vectors[:labelled], given[:labelled]), (vectors[labelled:], given[labelled:])))
         with torch.autocast(device.type, enabled=False):

@@ -142,7 +142,7 @@ class ViLaDiff(MeanTeacher):
             terms |= distilled | {"gate": gate.mean()}
         if self.denoiser is not None:
             diffusion = self._diffuse(batch, step, seen, taught_labelled, soft, plain, valid, mix)
-            ce, edge, noise = cfg.mixe.mu
+            ce, edge, noise = cfg.mixe.loss_weights
             total = total + ce * diffusion["mixe_ce"] + edge * diffusion["mixe_edge"] + noise * diffusion["mixe_noise"]
             terms |= diffusion
         return Losses(total, {name: value.detach() for name, value in terms.items()})
@@ -183,7 +183,7 @@ class ViLaDiff(MeanTeacher):
 
     def _teach(self, batch: Batch) -> tuple[dict[str, Stream], dict[str, Stream]]:
         """The teacher's streams on the weak views and, where MixE learns from them, on the labelled images."""
-        if self.denoiser is None or self.cfg.mixe.train_on == "unlabelled":
+        if self.denoiser is None or self.cfg.mixe.train_images == "unlabelled":
             return self.teacher.streams(batch.weak[0], batch.text_u), {}
         chosen = _chosen(batch)
         words = None if batch.text is None else TextBatch(batch.text.tokens[chosen], batch.text.mask[chosen])
@@ -247,7 +247,7 @@ class ViLaDiff(MeanTeacher):
         if cfg.teacher_to_visual:
             arrows["teacher"].append((taught["fusion"], student["visual"], gate))
         terms = {}
-        for path in cfg.paths:
+        for path in cfg.distillation_paths:
             origin, what = path.split("_")
             parts = []
             for tail, head, weight in arrows[origin]:
@@ -292,30 +292,32 @@ class ViLaDiff(MeanTeacher):
         condition, stride = self._condition(seen), self.student.decoder.stride
         target = batch.target[chosen]
         soft, keys, parts = [], [], []
-        if cfg.train_on != "unlabelled":
+        if cfg.train_images != "unlabelled":
             soft.append(self._source_logits(taught_labelled).softmax(1))
             keys += [f"l{key}" for key in batch.keys[chosen]]
             parts.append(chosen)
-        if cfg.train_on != "labelled":
+        if cfg.train_images != "labelled":
             x0 = soft_unlabelled.softmax(1)
             soft.append(x0 if mix is None else apply_cutmix(x0, mix, stride))
             keys += [f"u{key}" for key in batch.keys_u]
             parts.append(slice(len(batch.image), None))
         mid, logits = (torch.cat([x.detach()[part] for part in parts]) for x in (condition.mid, condition.logits))
         mid = mid.float()
-        if cfg.cond_noise:
+        if cfg.condition_noise:
             noise = draws.normal(keys, tuple(mid.shape[1:]), step.seed, "mixe-condition", step.index, device=mid.device)
-            mid = mid + cfg.cond_noise * noise
+            mid = mid + cfg.condition_noise * noise
         clean, gaussian, noise_hat, noise = self._denoised(torch.cat(soft), mid, logits, keys, step)
         clean = upsample(clean, size)
 
         ce, edge = [], []
-        answers = {"labelled": [target], "unlabelled": [pseudo.labels], "both": [target, pseudo.labels]}[cfg.train_on]
+        answers = {"labelled": [target], "unlabelled": [pseudo.labels], "both": [target, pseudo.labels]}[
+            cfg.train_images
+        ]
         loss = pixel_cross_entropy(clean, torch.cat(answers))
-        if cfg.train_on != "unlabelled":
+        if cfg.train_images != "unlabelled":
             ce.append(labelled_mean(loss[: len(target)], target))
             edge.append(edge_mean(loss[: len(target)], edge_mask(target)))
-        if cfg.train_on != "labelled":
+        if cfg.train_images != "labelled":
             accepted = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
             rest = loss[-len(pseudo.labels) :]
             ce.append(confident_mean(rest, accepted, valid))

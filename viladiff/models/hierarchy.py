@@ -113,11 +113,11 @@ def conflicts(classes: Tensor, groups: Tensor, parent: Tensor) -> tuple[Tensor, 
     return of_class / (size[parent] + 1), of_group / (size + len(size) + 1)
 
 
-def diagnose(logits: Tensor, parent: Tensor, doubt: float) -> Tensor:
+def diagnose(logits: Tensor, parent: Tensor, conflict_weight: float) -> Tensor:
     """Score of each class's path, up to a number that is common to a pixel's paths: (U, C, h, w).
 
     ``logits`` (U, C + S, h, w). Each node is observed to hold or not, at s = 1/2. A path's diagnosis is the set of
-    nodes observed otherwise; its score is the sum of log P(node as on the path), and of ``doubt`` times
+    nodes observed otherwise; its score is the sum of log P(node as on the path), and of ``conflict_weight`` times
     log(conflict + FLOOR) over the diagnosis: cheap is to change what is unsure and in conflict. A path differs from no
     class at all in two nodes, so all C are weighed exactly by C + S terms. Counted of an image with 94 nodes on a grid
     of 128 x 128: 35 MB at most, beside the 6 MB that come in.
@@ -125,6 +125,6 @@ def diagnose(logits: Tensor, parent: Tensor, doubt: float) -> Tensor:
     z = logits.float()
     classes, groups = z.sigmoid().tensor_split([len(parent)], 1)
     conflict = torch.cat(conflicts(classes, groups, parent), 1)
-    # From not holding to holding: log s - log(1 - s) = z, and the doubt is gained or saved.
-    gain = z - torch.where(z > 0, 1.0, -1.0) * doubt * (conflict + FLOOR).log()
+    # From not holding to holding: log s - log(1 - s) = z, and the conflict_weight is gained or saved.
+    gain = z - torch.where(z > 0, 1.0, -1.0) * conflict_weight * (conflict + FLOOR).log()
     return gain[:, : len(parent)] + gain[:, len(parent) :][:, parent]

@@ -81,8 +81,8 @@ class MixeConfig(Section):
     """Share of training over which τ moves from start to end."""
     tau_shape: Literal["linear", "cosine", "step"] = "linear"
     reverse: Literal["posterior", "direct"] = "posterior"
-    train_on: Literal["labelled", "unlabelled", "both"] = "both"
-    mu: tuple[float, float, float] = (1.0, 0.5, 0.5)
+    train_images: Literal["labelled", "unlabelled", "both"] = "both"
+    loss_weights: tuple[float, float, float] = (1.0, 0.5, 0.5)
     """Weights of (L_ce, L_edge, L_d) in Eq. 11."""
     refine: bool = True
     """Whether refined labels replace the teacher's in the later part of training."""
@@ -94,15 +94,17 @@ class MixeConfig(Section):
     width: int = Field(32, ge=8)
     depth: int = Field(2, ge=1)
     """Residual blocks of the denoiser."""
-    cond_noise: float = Field(0.1, ge=0)
+    condition_noise: float = Field(0.1, ge=0)
     """Standard deviation of the noise on the conditioning features, which are of about unit scale (ours)."""
 
     @model_validator(mode="after")
     def _check(self) -> MixeConfig:
         if self.refine_steps is not None and self.refine_steps > self.timesteps:
             raise ValueError(f"refine_steps = {self.refine_steps} is more than timesteps = {self.timesteps}")
-        if len(self.mu) != 3 or min(self.mu) < 0:
-            raise ValueError(f"mu = {self.mu}: three weights that are not negative, for (L_ce, L_edge, L_d)")
+        if len(self.loss_weights) != 3 or min(self.loss_weights) < 0:
+            raise ValueError(
+                f"loss_weights = {self.loss_weights}: three weights that are not negative, for (L_ce, L_edge, L_d)"
+            )
         if self.beta + self.edge_bonus >= 1:
             raise ValueError(
                 f"beta + edge_bonus = {self.beta + self.edge_bonus:g}: must be at most (C - 1) / C for C classes"

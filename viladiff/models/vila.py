@@ -27,7 +27,7 @@ class VilaConfig(Section):
     feature_scope: Literal["pooled", "flattened", "tokens"] = "pooled"
     gate: Literal["per_image", "per_batch", "always"] = "per_image"
     """When the fusion stream teaches the visual one: where its cross-entropy is lower, or always."""
-    paths: tuple[Path, ...] = ("student_features", "student_logits", "teacher_features", "teacher_logits")
+    distillation_paths: tuple[Path, ...] = ("student_features", "student_logits", "teacher_features", "teacher_logits")
     """Arrows that are on. Student: its fusion stream to its visual one. Teacher: its streams to the student's."""
     teacher_to_visual: bool = True
     """Whether teacher fusion also teaches student visual (ours; the paper's teacher path is visual to fusion)."""
@@ -43,8 +43,8 @@ class VilaConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> VilaConfig:
-        if len(set(self.paths)) < len(self.paths):
-            raise ValueError(f"paths = {self.paths}: an arrow is named twice")
+        if len(set(self.distillation_paths)) < len(self.distillation_paths):
+            raise ValueError(f"distillation_paths = {self.distillation_paths}: an arrow is named twice")
         return self
 
 

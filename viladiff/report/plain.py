@@ -111,7 +111,7 @@ def lines(results: Results, metric: str) -> list[Row]:
             top = found.mean is not None and not control and round(found.mean, 1) == tops[column]
             cells.append((found, top, gap, paper_text(printed(results, row, column))))
         spec = results.plan.table.rows[row]
-        ticks = tuple(name in spec.parts for name in names)
+        ticks = tuple(name in spec.components for name in names)
         out.append(Row(number(results, row), spec.label, ticks, tuple(cells), spec.control))
     return out
 

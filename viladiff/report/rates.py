@@ -12,7 +12,7 @@ from viladiff.study.plan import fields_of
 from viladiff.study.samples import score
 
 RATE = "optim.lr"
-APART = (RATE, "seed", "data.holdout", "eval.on", "eval.every", "eval.boundary")
+APART = (RATE, "seed", "data.holdout", "eval.split", "eval.every_steps", "eval.boundary")
 """Fields in which a run that tries a rate may differ from the one that is reported."""
 
 
@@ -52,7 +52,7 @@ def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
     """In the table's order; rows of which no run was scored on held-out images are left out."""
     by_fields: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records.values():
-        if record.config.get("eval.on") == "holdout" and record.config.get(RATE) is not None:
+        if record.config.get("eval.split") == "holdout" and record.config.get(RATE) is not None:
             by_fields[_key(record.changed)].append(record)
     found, table = [], results.plan.table
     for row in results.rows():

@@ -94,7 +94,7 @@ def html(shown: Shown, trials: Sequence[Trial], every: Sequence[Row], best: Row 
         wanted=shown.wanted,
         counts={state: sum(trial.state == state for trial in trials) for state in _STATES},
         steps=list(shown.steps),
-        finals=[_final(one, records, len(sweep.finals)) for one in shown.finalists],
+        finals=[_final(one, records, len(sweep.final_seeds)) for one in shown.finalists],
         contests=[_said(one) for one in contests(shown.finalists, records)],
         winner=toml(best.point) if best else "",
         download=f"data:application/toml;charset=utf-8,{quote(toml(best.point))}" if best else "",

@@ -122,7 +122,7 @@ def _printed_line(sweep: Sweep, curve: Curve) -> tuple[list[Line], list[Dot]]:
     """One printed curve, in points above what it prints at the value that the paper chose."""
     dimension = sweep.space[curve.field]
     known = {at: float(miou) for at, miou in zip(curve.at, curve.miou, strict=True) if miou != "-"}
-    base = known.get(sweep.first[curve.field])
+    base = known.get(sweep.initial_point[curve.field])
     if base is None:
         return [], []
     points = [(_place(dimension, at), miou - base) for at, miou in known.items()]

@@ -197,7 +197,7 @@ def number(results: Results, row: int) -> str:
 
 def parts(results: Results) -> list[str]:
     """Parts in the order in which the table's rows bring them in."""
-    return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.parts))
+    return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.components))
 
 
 class Agreement(NamedTuple):
@@ -317,7 +317,7 @@ def _line(results: Results, entry: Entry) -> dict[str, object]:
     out: dict[str, object] = {
         "number": number(results, cell.row),
         "row": row.label,
-        "parts": " + ".join(row.parts),
+        "components": " + ".join(row.components),
         "control": row.control,
         "column": table.columns[cell.column].label,
         "seed": cell.seed,

@@ -310,9 +310,13 @@ def context(results: Results) -> list[str]:
     records = list(results.records().values())
     size = results.plan.table.scale.get(results.plan.scale)
     said = stand_ins(results)
-    instead = [f"{_fields(fields)} for {asked}" for asked, fields in (size.instead.items() if size else ())]
+    instead = [f"{_fields(fields)} for {asked}" for asked, fields in (size.substitute.items() if size else ())]
     said += [f"Stand-ins for what this data set lacks: {'; '.join(instead)}."] if instead else []
-    said += [f"In every method that has it: {_fields(size.shared)}."] if size and size.shared else []
+    said += (
+        [f"In every method that has it: {_fields(size.shared_method_fields)}."]
+        if size and size.shared_method_fields
+        else []
+    )
     own = list(dict.fromkeys(provenance.captions(r) for r in records if r.config.get("data.captions", "own") == "own"))
     said += [f"Captions: {'; '.join(own)}."] if own else []
     encoders = list(dict.fromkeys(f"{r.encoder} ({r.pretrained})" for r in records))

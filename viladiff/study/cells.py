@@ -133,9 +133,9 @@ def cells(
 def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
     """Why rows cannot be run, by place: a field that has to be given, such as a file, is not."""
     return {
-        place: f"not available: {row.needs} is not given"
+        place: f"not available: {row.requires} is not given"
         for place, row in enumerate(table.rows)
-        if row.needs and {**table.base, **row.set, **changes}.get(row.needs) is None
+        if row.requires and {**table.base, **row.set, **changes}.get(row.requires) is None
     }
 
 
@@ -167,7 +167,7 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
     """``layers`` and what the scale sets for all methods that have it; raises ValueError where no method has it."""
     from viladiff.methods import METHODS
 
-    shared = table.scale[scale].shared
+    shared = table.scale[scale].shared_method_fields
     if not shared:
         return layers
     merged = _merge(layers)
@@ -175,7 +175,7 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
         found = _known(merged)
     except ConfigError:  # an unknown method or data set: ``_check`` says which entry names it
         return layers
-    here = f"{table.name}.toml: scale.{scale}: shared"
+    here = f"{table.name}.toml: scale.{scale}: shared_method_fields"
     every = {path for method in METHODS for path in _known(merged, method) if path.startswith("method.")} - {*CHOOSERS}
     for path in shared:
         if path not in every:
@@ -184,7 +184,7 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
             raise ValueError(f"{here}: {path}: set has it too; keep one")
     known = found.keys() - {path for path, one in merged.items() if one.rank > 1}
     fields = {path: value for path, value in shared.items() if path in known}
-    return [*layers, Layer(f"scale.{scale}: shared", fields)]
+    return [*layers, Layer(f"scale.{scale}: shared_method_fields", fields)]
 
 
 def _known(merged: Mapping[str, Setting], method: str | None = None) -> dict[str, FieldInfo]:
@@ -203,7 +203,7 @@ def _mapped(fields: Mapping[str, object], size: Scale) -> dict[str, object]:
     for path, value in fields.items():
         if path == "data.dataset":
             value = size.datasets.get(str(value), value)
-        found |= size.instead.get(f"{path}={value}", {path: value})
+        found |= size.substitute.get(f"{path}={value}", {path: value})
     return found
 
 

@@ -270,7 +270,7 @@ def _with_extras(job: Job, one: Planned) -> Planned:
     extras: dict[str, object] = {"runtime.log_every": 10}
     seed = next(cell.seed for cell in job.plan.cells if cell.run_id == one.run_id)
     if seed == job.plan.seeds[0]:
-        extras["runtime.pictures"] = PICTURES
+        extras["runtime.visualizations"] = PICTURES
     return replace(one, changes={**extras, **one.changes})
 
 

@@ -46,11 +46,11 @@ def estimate(plan: Plan, store: Runs, concurrency: int = 1, price_per_hour: floa
     for run in left:
         near, close = _nearest(run, records.values())
         alike, akin = alike + (close and bool(near)), akin + (not close and bool(near))
-        step = median(near_step) if (near_step := [_per_step(one) for one in near]) else size.guess_step
+        step = median(near_step) if (near_step := [_per_step(one) for one in near]) else size.seconds_per_step
         if step is None:
             return _estimate(plan, left, None, alike + akin, price_per_hour, f"no run like {run.title!r} was measured")
         besides = _besides(run, near)
-        outside = size.guess_besides if besides is None else besides
+        outside = size.seconds_overhead if besides is None else besides
         times.append(max(0, run.steps - _logged(store.directory(run.run_id))) * step + outside)
     guessed = len(left) - alike - akin
     parts = [

@@ -72,7 +72,7 @@ def finalists(sweep: Sweep, trials: Sequence[Trial], namer: Namer) -> list[Final
             tuple(roles),
             number,
             dict(trials[number].point),
-            {seed: namer.final(trials[number].point, seed, " and ".join(roles)) for seed in sweep.finals},
+            {seed: namer.final(trials[number].point, seed, " and ".join(roles)) for seed in sweep.final_seeds},
         )
         for number, roles in chosen.items()
     ]

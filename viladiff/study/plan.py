@@ -182,14 +182,14 @@ def _key(
     places = [
         {"base": table.base},
         *({i: table.columns[i].set} for i in columns),
-        *({i: [table.rows[i].set, table.rows[i].needs]} for i in rows),
+        *({i: [table.rows[i].set, table.rows[i].requires]} for i in rows),
     ]
     fields = {
         "scale": scale,
         "set": size.set,
-        "shared": size.shared,
+        "shared_method_fields": size.shared_method_fields,
         "datasets": size.datasets,
-        "instead": size.instead,
+        "substitute": size.substitute,
         "threads": size.threads,
     }
     weights = {

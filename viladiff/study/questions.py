@@ -88,7 +88,7 @@ def _others(table: Table, claim: Claim, named: Sequence[int]) -> list[int]:
 
 def covering(table: Table) -> list[tuple[int, int]]:
     """(row, row) where the first's parts include the second's and no row stands between; controls stay out."""
-    parts = {i: frozenset(row.parts) for i, row in enumerate(table.rows) if not row.control}
+    parts = {i: frozenset(row.components) for i, row in enumerate(table.rows) if not row.control}
     return [
         (high, low)
         for high in parts

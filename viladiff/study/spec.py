@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
+from viladiff import renamed
 from viladiff.fields import Section, nearest
 
 RESERVED = {
@@ -93,22 +94,22 @@ class Scale(Strict):
     datasets: dict[str, str] = Field(default_factory=dict)
     """The paper's data set to the one used here; empty uses the paper's own."""
     set: dict[str, Any] = Field(default_factory=dict)
-    shared: dict[str, Any] = Field(default_factory=dict)
+    shared_method_fields: dict[str, Any] = Field(default_factory=dict)
     """Fields of methods, for cells whose method has them and that do not set them: one momentum for all averages."""
     seeds: Seeds | None = None
     """None takes the table's."""
     rows: tuple[str, ...] = ()
     """Labels of those that are run when none are named, and so for columns; empty for all."""
     columns: tuple[str, ...] = ()
-    instead: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    substitute: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """``field=value`` of the paper's to the fields that stand in for it here, such as a list that a data set lacks."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each run; fixed, since another count changes the last bits."""
     controls: bool = True
     """Whether rows marked ``control`` are run when no rows are named."""
-    guess_step: float | None = Field(None, gt=0)
+    seconds_per_step: float | None = Field(None, gt=0)
     """Seconds a step, for an estimate before anything was measured; none where nobody can say."""
-    guess_besides: float = Field(0.0, ge=0)
+    seconds_overhead: float = Field(0.0, ge=0)
     """Seconds of a run outside its steps, likewise."""
 
 
@@ -119,7 +120,7 @@ class Column(Strict):
 
 class Row(Strict):
     label: str = Field(min_length=1)
-    parts: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
     """What is on, as the paper ticks it; rows are compared by inclusion of these."""
     set: dict[str, Any] = Field(default_factory=dict)
     paper: tuple[Printed, ...] = ()
@@ -134,7 +135,7 @@ class Row(Strict):
     """Whose scores are read from the row's runs; empty for the one that a run names itself."""
     stream: str = ""
     """Likewise."""
-    needs: str = ""
+    requires: str = ""
     """A field that has to be given before the row can be run, such as a file; until then its cells say so."""
     note: str = ""
 
@@ -282,6 +283,8 @@ def sentence(
             label = found.get("label", found.get("text", "")) if isinstance(found, dict) else found
             entry = f"{entry_name(loc[0], loc[1], label)}: "
     field = _place(rest)
+    if item["type"] == "extra_forbidden" and field in renamed.KEYS:
+        return f"{entry}{field}: renamed; write {renamed.KEYS[field]}"
     if item["type"] == "extra_forbidden":
         allowed = [name for name in (section or top).model_fields if section or name != "name"]
         return f"{entry}{field}: no such key{nearest(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
@@ -316,10 +319,10 @@ def _row_faults(table: Table) -> Iterator[str]:
             yield f"{entry}: paper = {list(row.paper)}: a control is ours, so the paper has no numbers for it"
         elif row.paper and len(row.paper) != len(table.columns):
             yield f"{entry}: paper = {list(row.paper)}: {len(row.paper)} numbers for {len(table.columns)} columns"
-        if row.needs and not _PATH.fullmatch(row.needs):
-            yield f"{entry}: needs = {row.needs!r}: not a dotted path such as 'method.clip.weights'"
-        if len(set(row.parts)) < len(row.parts):
-            yield f"{entry}: parts = {list(row.parts)}: a part is named twice"
+        if row.requires and not _PATH.fullmatch(row.requires):
+            yield f"{entry}: requires = {row.requires!r}: not a dotted path such as 'method.clip.weights'"
+        if len(set(row.components)) < len(row.components):
+            yield f"{entry}: components = {list(row.components)}: a component is named twice"
 
 
 def _scale_faults(table: Table) -> Iterator[str]:
@@ -335,17 +338,19 @@ def _scale_faults(table: Table) -> Iterator[str]:
             yield f"{said}: no such label{nearest(label, known) or '.'} {listed(known)}"
     there = {f"{path}={value}" for _, fields in table_layers(table) for path, value in fields.items()}
     for name, one in table.scale.items():
-        for key in one.instead.keys() - there:
-            yield f"scale.{name}: instead: {key!r}: nothing in the table sets this{nearest(key, there)}"
+        for key in one.substitute.keys() - there:
+            yield f"scale.{name}: substitute: {key!r}: nothing in the table sets this{nearest(key, there)}"
 
 
 def _set_faults(table: Table) -> Iterator[str]:
     scales = [Layer(f"scale.{name}", one.set) for name, one in table.scale.items()]
-    scales += [Layer(f"scale.{name}: shared", one.shared) for name, one in table.scale.items()]
     scales += [
-        Layer(f"scale.{name}: instead of {key}", fields)
+        Layer(f"scale.{name}: shared_method_fields", one.shared_method_fields) for name, one in table.scale.items()
+    ]
+    scales += [
+        Layer(f"scale.{name}: substitute for {key}", fields)
         for name, one in table.scale.items()
-        for key, fields in one.instead.items()
+        for key, fields in one.substitute.items()
     ]
     for entry, fields in (*table_layers(table), *scales):
         for path, value in fields.items():

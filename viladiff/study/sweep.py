@@ -23,8 +23,8 @@ FRESH = 5
 """Fewest seeds that a winner is quoted with."""
 OURS = {
     "data.holdout": "it is the sweep's own holdout",
-    "eval.on": "the sweep chooses on what it holds out; --select val looks at the reported set, and the page says so",
-    "eval.every": "it follows from the rungs",
+    "eval.split": "the sweep chooses on what it holds out; --select val reads the reported set and the page says it",
+    "eval.every_steps": "it follows from the rungs",
     **RESERVED,
 }
 
@@ -54,7 +54,7 @@ class Sweep(Strict):
     metric: Literal["miou"] = "miou"
     trials: int = Field(20, ge=1)
     seeds: Seeds = (0, 1, 2)
-    finals: Seeds = (3, 4, 5, 6, 7)
+    final_seeds: Seeds = (3, 4, 5, 6, 7)
     """Fresh seeds with which the winner, the paper's value and the runner-up are trained anew, on the full list."""
     holdout: float = Field(0.25, gt=0, lt=1)
     """Share of the labelled list that trials are chosen on and not trained on."""
@@ -62,7 +62,7 @@ class Sweep(Strict):
     """Shares of the steps at which trials may be stopped early."""
     base: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Dimension] = Field(min_length=1)
-    first: dict[str, Value]
+    initial_point: dict[str, Value]
     """The paper's value: the first point that is tried."""
     scale: dict[str, Scale] = Field(min_length=1)
     paper: tuple[Curve, ...] = ()
@@ -98,7 +98,7 @@ def load_sweep(path: Path | str) -> Sweep:
 def _said(item: Any, tree: Mapping[str, Any]) -> str:
     """Paths of fields have dots of their own, so that what lies in ``space`` is named here."""
     loc = item["loc"]
-    if loc[0] in ("space", "first") and len(loc) > 1:
+    if loc[0] in ("space", "initial_point") and len(loc) > 1:
         inner = {**item, "loc": loc[2:] if len(loc) > 2 and loc[0] == "space" else ()}
         return f'{loc[0]}."{loc[1]}": {sentence(inner, tree, Dimension, {})}'
     return sentence(item, tree, Sweep, {"scale": Scale, "paper": Curve})
@@ -111,11 +111,11 @@ def _faults(sweep: Sweep) -> Iterator[str]:
             yield f"{here}: not searched: {OURS[path]}"
         if path in sweep.base:
             yield f"{here}: base sets it too; keep one"
-        if path in sweep.first and not dimension.has(sweep.first[path]):
-            yield f'first."{path}" = {sweep.first[path]!r}: must lie in the space, {dimension}'
-    for fault in strays(sweep.first, sweep.space):
+        if path in sweep.initial_point and not dimension.has(sweep.initial_point[path]):
+            yield f'initial_point."{path}" = {sweep.initial_point[path]!r}: must lie in the space, {dimension}'
+    for fault in strays(sweep.initial_point, sweep.space):
         if "is not in" not in fault:
-            yield f"first: {fault}{nearest(fault.split(' ')[0], sweep.space)}"
+            yield f"initial_point: {fault}{nearest(fault.split(' ')[0], sweep.space)}"
     for entry, fields in [("base", sweep.base), *((f"scale.{name}", one.set) for name, one in sweep.scale.items())]:
         for path, value in fields.items():
             if path in OURS:
@@ -123,13 +123,15 @@ def _faults(sweep: Sweep) -> Iterator[str]:
             elif isinstance(value, dict):
                 yield f'{entry}: {path} = {value!r}: write the whole path in quotes, as in "{path}.field" = ...'
     for name, one in sweep.scale.items():
-        if one.shared:
-            yield f"scale.{name}: shared = {one.shared}: a sweep has one method: write it in set"
-    for name, seeds in (("seeds", sweep.seeds), ("finals", sweep.finals)):
+        if one.shared_method_fields:
+            fields = one.shared_method_fields
+            yield f"scale.{name}: shared_method_fields = {fields}: a sweep has one method: write it in set"
+    for name, seeds in (("seeds", sweep.seeds), ("final_seeds", sweep.final_seeds)):
         if len(set(seeds)) < len(seeds):
             yield f"{name} = {list(seeds)}: a seed is named twice"
-    if set(sweep.seeds) & set(sweep.finals) or len(sweep.finals) < FRESH:
-        yield f"finals = {list(sweep.finals)}: {FRESH} seeds or more, none of them in seeds = {list(sweep.seeds)}"
+    if set(sweep.seeds) & set(sweep.final_seeds) or len(sweep.final_seeds) < FRESH:
+        here = f"final_seeds = {list(sweep.final_seeds)}"
+        yield f"{here}: {FRESH} seeds or more, none of them in seeds = {list(sweep.seeds)}"
     for i, curve in enumerate(sweep.paper):
         here = f"paper[{i + 1}] {curve.label!r}"
         if curve.field not in sweep.space:
@@ -149,9 +151,9 @@ def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Selec
     """
     fixed = common(sweep, scale, typed)
     steps = rung_steps(sweep, fixed)
-    chosen: dict[str, object] = {"eval.every": math.gcd(*steps), "eval.boundary": False}
+    chosen: dict[str, object] = {"eval.every_steps": math.gcd(*steps), "eval.boundary": False}
     if select == "holdout":
-        chosen |= {"data.holdout": sweep.holdout, "eval.on": "holdout"}
+        chosen |= {"data.holdout": sweep.holdout, "eval.split": "holdout"}
     return {**fixed, **chosen}
 
 
@@ -167,7 +169,7 @@ def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, o
     size = sweep.scale[scale]
     mapped: dict[str, object] = dict(sweep.base)
     for path, value in sweep.base.items():
-        mapped |= size.instead.get(f"{path}={value}", {})
+        mapped |= size.substitute.get(f"{path}={value}", {})
     asked = str(sweep.base.get("data.dataset"))
     if asked in size.datasets:
         mapped["data.dataset"] = size.datasets[asked]
@@ -201,13 +203,13 @@ def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, s
     fixed = changes(sweep, scale, typed or {}, select)
     faults: dict[str, None] = {}
     try:
-        override(RunConfig(), {**fixed, **sweep.first})
+        override(RunConfig(), {**fixed, **sweep.initial_point})
     except ConfigError as error:
-        faults |= dict.fromkeys(_blamed(str(error), sweep, scale, sweep.first))
+        faults |= dict.fromkeys(_blamed(str(error), sweep, scale, sweep.initial_point))
     if not faults:
         faults |= dict.fromkeys(_kinds(sweep, fixed))
     if not faults:
-        for point in edges(sweep.space, sweep.first):
+        for point in edges(sweep.space, sweep.initial_point):
             try:
                 override(RunConfig(), {**fixed, **point})
             except ConfigError as error:
@@ -222,7 +224,7 @@ def _kinds(sweep: Sweep, fixed: Mapping[str, object]) -> Iterator[str]:
     """Whole numbers for a field that holds any number would be searched as whole numbers."""
     from viladiff.config import RunConfig, override, schema
 
-    cfg = override(RunConfig(), {**fixed, **sweep.first})
+    cfg = override(RunConfig(), {**fixed, **sweep.initial_point})
     known = schema(cfg.data.dataset, cfg.method.name)
     for path, dimension in sweep.space.items():
         if dimension.whole and known[path].annotation is float:
@@ -266,7 +268,7 @@ class Namer:
         from viladiff.fingerprints import name_runs
 
         cfg = override(RunConfig(), given)
-        key = (cfg.data, cfg.model, cfg.eval.on)
+        key = (cfg.data, cfg.model, cfg.eval.split)
         if key not in self._prints:
             self._prints[key] = name_runs([cfg])[0].fingerprints
         fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}

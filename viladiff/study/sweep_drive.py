@@ -94,7 +94,7 @@ def _desk(job: Job, changed: Callable[[], object] = lambda: None) -> SearchDesk:
         print(found.note)
     parallel = found.slots > 1
     where = args.database or str(job.directory / JOURNAL)
-    asker = Asker(job.name, job.sweep.space, job.sweep.first, args.sampler, args.sampler_seed, parallel, where)
+    asker = Asker(job.name, job.sweep.space, job.sweep.initial_point, args.sampler, args.sampler_seed, parallel, where)
 
     def ended(trial: Trial) -> None:
         print(line(trial, job.namer.steps[-1]), flush=True)

@@ -67,9 +67,9 @@ def prepare(path: Path, args: argparse.Namespace) -> Job:
     ):
         if not fine:
             raise ValueError(f"--{name} {value}: must be more than 0")
-    if set(seeds) & set(sweep.finals):
+    if set(seeds) & set(sweep.final_seeds):
         raise ValueError(
-            f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.finals))} are kept fresh for the finals"
+            f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.final_seeds))} are kept fresh for the finals"
         )
     name = args.study or f"{sweep.name}-{args.scale}" + ("-val" if args.select == "val" else "")
     if not _NAME.fullmatch(name):
@@ -80,7 +80,7 @@ def prepare(path: Path, args: argparse.Namespace) -> Job:
     store = Store(Path(args.storage), [published])
     own = published if args.publish else ROOT / "reports" / args.scale
     out = Path(args.out).expanduser().absolute() if args.out else own / f"sweep_{sweep.name}"
-    example = namer.planned(sweep.first, seeds[0])
+    example = namer.planned(sweep.initial_point, seeds[0])
     settings = Settings(
         threads=example.threads or sweep.scale[args.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
@@ -171,6 +171,6 @@ def meta(job: Job) -> dict[str, Any]:
         "seeds": list(job.seeds),
         "rungs": list(job.namer.steps),
         "fields": {path: fixed[path] for path in sorted(fixed)},
-        "first run": job.namer.planned(job.sweep.first, job.seeds[0]).run_id,
+        "first run": job.namer.planned(job.sweep.initial_point, job.seeds[0]).run_id,
         "space": dumped(job.sweep.space),
     }

@@ -30,10 +30,10 @@ def _short(value: object) -> str:
 def outline(job: Job) -> list[str]:
     """What would run and what it would take."""
     steps, size = job.namer.steps, job.sweep.scale[job.scale]
-    example = job.namer.planned(job.sweep.first, job.seeds[0])
-    step = _seconds(job, example) or size.guess_step
+    example = job.namer.planned(job.sweep.initial_point, job.seeds[0])
+    step = _seconds(job, example) or size.seconds_per_step
     ended = sum(trial.state != "running" for trial in load_trials(job.directory / "trials"))
-    runs = max(0, job.trials - ended) * len(job.seeds) + 3 * len(job.sweep.finals)
+    runs = max(0, job.trials - ended) * len(job.seeds) + 3 * len(job.sweep.final_seeds)
     known = job.args.address is None or job.args.max_concurrent is not None
     slots = min(job.room.slots, runs) if known else 1
     many = f"{slots} at once" if known else "one after another; a cluster does as many at once as it has room for"
@@ -41,18 +41,18 @@ def outline(job: Job) -> list[str]:
     stops = f" at steps {', '.join(map(str, steps[:-1]))}" if job.args.scheduler != "none" else ""
     lines = {
         "searched": "; ".join(f"{path} in {dimension}" for path, dimension in job.sweep.space.items()),
-        "first": ", ".join(f"{path} = {value}" for path, value in job.sweep.first.items()) + " (the paper's)",
+        "first": ", ".join(f"{path} = {value}" for path, value in job.sweep.initial_point.items()) + " (the paper's)",
         "chosen by": f"{job.sweep.holdout:.0%} of the labelled images, which no trial trains on"
         if job.args.select == "holdout"
         else "THE REPORTED VALIDATION SET (--select val): what is found there is too good",
         "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
         f"{job.args.scheduler}{stops}",
-        "then": f"the best, the paper's and the second on {len(job.sweep.finals)} fresh seeds, scored on the "
+        "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on the "
         "reported set",
         "at most": f"{runs} runs, {runs * steps[-1]:,} steps",
         "time": "not known"
         if step is None
-        else f"at most {runs * (steps[-1] * step + size.guess_besides) / 3600 / slots:.1f} h, {many}",
+        else f"at most {runs * (steps[-1] * step + size.seconds_overhead) / 3600 / slots:.1f} h, {many}",
         **({"GPUs": job.room.note} if job.room.note else {}),
         "sweep": str(job.directory),
         "page": str(job.out / "index.html"),
@@ -82,7 +82,7 @@ def conclusion(job: Job, trials: Sequence[Trial], found: Sequence[Finalist]) -> 
         lines.append("CHOSEN BY THE REPORTED SET (--select val): these scores are too good")
     if not best:
         return lines
-    lines += ["", *said(found, job.store.records(), len(job.sweep.finals)), "", "winner:"]
+    lines += ["", *said(found, job.store.records(), len(job.sweep.final_seeds)), "", "winner:"]
     lines += toml(best[0].point).splitlines()
     seed = best[0].seeds[0]
     lines += ["", f"its trial's seed {seed} again ({100 * best[0].values[seed]:.2f} on what it was chosen by):"]
