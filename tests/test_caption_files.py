@@ -149,8 +149,8 @@ def test_an_embedded_data_set_takes_them(tmp_path: Path, monkeypatch: pytest.Mon
     from viladiff.data import digits
 
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 4)})
-    path = write(tmp_path / "c.jsonl", rows_of(["train/99", "val/0"]))
+    monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 4, 4)})
+    path = write(tmp_path / "c.jsonl", rows_of(["train/99", "dev/0"]))
     found = datasets.load("digits", "92", captions=str(path))
     assert sum(map(bool, found.captions)) == 1 and found.captions[99][0] == "A photo of a thing, train/99"
     assert found.val_captions[0] and "simulated" not in found.caption_source

@@ -113,11 +113,16 @@ def test_a_failed_image_is_listed_and_the_others_go_on(
 
 def test_images_of_an_embedded_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 5, 3)})
+    monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 5, 3, 2)})
     name, found = pictures("digits")
-    assert [one.image for one in found] == [*(f"train/{i}" for i in range(5)), *(f"val/{i}" for i in range(3))]
+    assert [one.image for one in found] == [
+        *(f"train/{i}" for i in range(5)),
+        *(f"dev/{i}" for i in range(3)),
+        "test/0",
+        "test/1",
+    ]
     arrays = digits.open_pixels("digits").arrays
-    assert np.array_equal(reader(name)("val/2"), arrays["val_images"][2])
+    assert np.array_equal(reader(name)("dev/2"), arrays["dev_images"][2])
 
 
 def test_directories_that_hold_no_blip(blip: Path, tmp_path: Path) -> None:

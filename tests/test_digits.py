@@ -15,7 +15,7 @@ from scipy import ndimage
 from viladiff.data import cache, datasets, digits, splits
 from viladiff.data.digits import DENSE, DIGITS, Recipe, Variant, render
 
-SMALL = {"digits": Variant(DIGITS, 120, 12), "dense": Variant(DENSE, 40, 4)}
+SMALL = {"digits": Variant(DIGITS, 120, 12, 15), "dense": Variant(DENSE, 40, 4, 5)}
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_a_scene_depends_on_its_index_alone(name: str, recipe: Recipe) -> None:
 
 
 def test_parts_and_variants_draw_differently() -> None:
-    scenes = [render(DIGITS, name, part, 3) for name in ("digits", "dense") for part in ("train", "val", "pretrain")]
-    assert len({scene.image.tobytes() for scene in scenes}) == 6
+    scenes = [render(DIGITS, name, part, 3) for name in ("digits", "dense") for part in digits.MATERIAL]
+    assert len({scene.image.tobytes() for scene in scenes}) == 8
 
 
 def test_scene_shapes_and_labels() -> None:
@@ -66,38 +66,42 @@ def test_scene_shapes_and_labels() -> None:
     assert shown.min() >= 1 and shown.max() == 3
 
 
-def test_handwriting_and_photo_columns_are_disjoint() -> None:
-    train, val = (np.concatenate(digits.load_sources(side).scans) for side in ("train", "val"))
-    assert not set(train) & set(val)
-    assert len(train) + len(val) == 1797 and len(val) == digits.VAL_SCANS
-    assert digits.VAL_COLUMNS[1] + 16 <= digits.TRAIN_COLUMNS[0] and digits.TRAIN_COLUMNS[1] == 640
+def test_parts_share_no_handwriting_and_scored_parts_no_photo_columns() -> None:
+    scans = [np.concatenate(digits.load_sources(part).scans) for part in digits.MATERIAL]
+    assert np.array_equal(np.sort(np.concatenate(scans)), np.arange(digits.SCANS))
+    columns = {part: material.columns for part, material in digits.MATERIAL.items()}
+    assert columns["pretrain"] == columns["train"]
+    (_, end), (start, stop), (first, last) = columns["test"], columns["dev"], columns["train"]
+    assert end + 16 <= start and stop + 16 <= first and last == 640
+    assert all(edge % 16 == 0 for edge in (end, start, stop, first)), "a range begins and ends with a block of the JPEG"
 
 
-@pytest.mark.parametrize("spoilt", ["train", "val"])
-def test_neither_side_sees_the_others_material(spoilt: str, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
+@pytest.mark.parametrize("spoilt", ["pretrain", "train", "dev", "test"])
+def test_no_part_sees_the_material_of_another(
+    spoilt: digits.Part, monkeypatch: pytest.MonkeyPatch, forget: None
+) -> None:
     import sklearn.datasets
 
-    def scenes() -> dict[str, list[digits.Scene]]:
+    def scenes() -> dict[digits.Part, list[digits.Scene]]:
         digits.load_sources.cache_clear()
         digits._scans.cache_clear()
-        return {part: [render(DIGITS, "digits", part, i) for i in range(25)] for part in ("train", "pretrain", "val")}
+        return {part: [render(DIGITS, "digits", part, i) for i in range(20)] for part in digits.MATERIAL}
 
     before = scenes()
     scans, photos = sklearn.datasets.load_digits(), sklearn.datasets.load_sample_images()
-    border = len(scans.images) - digits.VAL_SCANS
-    rows = slice(border, None) if spoilt == "val" else slice(None, border)
-    columns = slice(*(digits.VAL_COLUMNS if spoilt == "val" else digits.TRAIN_COLUMNS))
+    rows, columns = (slice(*span) for span in digits.MATERIAL[spoilt])
     scans.images = scans.images.copy()
     scans.images[rows] = 16 - scans.images[rows]
     photos.images = [photo.copy() for photo in photos.images]
-    for photo in photos.images:
-        photo[:, columns] = 255 - photo[:, columns]
+    if spoilt in ("dev", "test"):  # the two parts of training share their photographs
+        for photo in photos.images:
+            photo[:, columns] = 255 - photo[:, columns]
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: scans)
     monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: photos)
     after = scenes()
-    for part in ("train", "pretrain", "val"):
+    for part in digits.MATERIAL:
         changed = [not same(*pair) for pair in zip(before[part], after[part], strict=True)]
-        assert all(changed) if (part == "val") == (spoilt == "val") else not any(changed)
+        assert all(changed) if part == spoilt else not any(changed)
 
 
 def test_the_mask_is_the_topmost_digit_with_half_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,35 +179,31 @@ def test_every_recipe_field_is_in_the_fingerprint(monkeypatch: pytest.MonkeyPatc
         value = getattr(DIGITS, field.name)
         changed = (value[0], value[1] + 1) if isinstance(value, tuple) else value + 1
         recipe = dataclasses.replace(DIGITS, **{field.name: changed})
-        monkeypatch.setitem(digits.VARIANTS, "digits", Variant(recipe, 4000, 400))
+        monkeypatch.setitem(digits.VARIANTS, "digits", Variant(recipe, 4000, 600, 1000))
         names.add(digits.variant_fingerprint("digits"))
-    monkeypatch.setitem(digits.VARIANTS, "digits", Variant(DIGITS, 4000, 401))
+    monkeypatch.setitem(digits.VARIANTS, "digits", Variant(DIGITS, 4000, 600, 1001))
     names.add(digits.variant_fingerprint("digits"))
     assert len(names) == len(fields) + 2
-
-
-def test_pretrain_images_are_in_no_pool() -> None:
-    images = digits.pretrain_images("digits", 5)
-    assert images.shape == (5, 64, 64, 3)
-    pool = {render(DIGITS, "digits", "train", index).image.tobytes() for index in range(5)}
-    assert not pool & {image.tobytes() for image in images}
 
 
 # The cache
 
 
 def test_the_cache_holds_what_is_rendered(rendered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [render(DIGITS, "digits", "train", 7), render(DIGITS, "digits", "val", 7)]
+    expected = [render(DIGITS, "digits", part, 7) for part in ("train", "dev", "test")]
     monkeypatch.setattr(digits, "render", None)
     arrays = digits.open_pixels("digits").arrays
     assert {name: len(array) for name, array in arrays.items()} == {
         "images": 120,
         "masks": 120,
-        "val_images": 12,
-        "val_masks": 12,
+        "dev_images": 12,
+        "dev_masks": 12,
+        "test_images": 15,
+        "test_masks": 15,
     }
     assert same(expected[0], digits.Scene(arrays["images"][7], arrays["masks"][7]))
-    assert same(expected[1], digits.Scene(arrays["val_images"][7], arrays["val_masks"][7]))
+    assert same(expected[1], digits.Scene(arrays["dev_images"][7], arrays["dev_masks"][7]))
+    assert same(expected[2], digits.Scene(arrays["test_images"][7], arrays["test_masks"][7]))
     assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in arrays.values())
 
 

@@ -25,7 +25,7 @@ HELD: dict[str, object] = {**SHORT, "data.holdout": 0.25, "eval.split": "holdout
 
 def test_names_of_runs_without_stay() -> None:
     plain = override(RunConfig(), {"train.steps": 2})
-    assert run_id(plain) == run_id(override(plain, {"data.holdout": 0.0, "eval.split": "val"}))
+    assert run_id(plain) == run_id(override(plain, {"data.holdout": 0.0, "eval.split": "dev"}))
     others = [override(plain, {"data.holdout": 0.25}), override(plain, {"data.holdout": 0.25, "eval.split": "holdout"})]
     assert len({run_id(plain), *map(run_id, others)}) == 3
     assert len({one.run_id for one in name_runs([plain, *others])}) == 3

@@ -253,7 +253,7 @@ def test_text_of_a_data_set_under_each_control(tmp_path: Path, monkeypatch: pyte
     from viladiff.data import datasets
 
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 10)})
+    monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 10, 10)})
     data = datasets.load("digits", "92")
     pairs = {control: load_text(data, "words", control) for control in ("own", "shuffled", "generic", "none")}
     assert all((len(train), len(val)) == (100, 10) for train, val in pairs.values())

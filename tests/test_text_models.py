@@ -187,7 +187,7 @@ def test_a_bank_is_written_in_pieces(models: Path, tmp_path: Path, monkeypatch: 
 @pytest.fixture
 def few_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> datasets.Dataset:
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 10)})
+    monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 10, 10)})
     return datasets.load("digits", "92")
 
 

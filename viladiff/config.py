@@ -38,6 +38,7 @@ from viladiff.sections import (
     PRESETS,
     DataConfig,
     DigitsData,
+    EmbeddedData,
     EvalConfig,
     ModelConfig,
     OptimConfig,
@@ -270,6 +271,10 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
         allowed = "shipped or none" if own else "timm or none"
         here = f"model.pretrained = {cfg.model.pretrained!r}"
         yield f"{here}: there are none for model.encoder = {cfg.model.encoder!r}; allowed: {allowed}"
+    parts = ("dev", "test") if isinstance(cfg.data, EmbeddedData) else ("val",)
+    if cfg.eval.split not in (*parts, "holdout"):
+        allowed = f"{', '.join(parts)} or holdout"
+        yield f"eval.split = {cfg.eval.split!r}: {cfg.data.dataset} has no such part; allowed: {allowed}"
     if cfg.eval.split == "holdout" and not cfg.data.holdout:
         here = "eval.split = 'holdout'"
         yield f"{here}: no images are held out; set data.holdout to a share of the labelled ones, such as 0.25"

@@ -227,8 +227,9 @@ class EvalConfig(Section):
     """Optimiser steps between evaluations; 0 evaluates at the end only."""
     protocol: Literal["original", "center_crop", "sliding_window"] = "original"
     """``sliding_window`` by default on Cityscapes."""
-    split: Literal["val", "holdout"] = "val"
-    """Images that scores are of; ``holdout``: those that ``data.holdout`` keeps out of training."""
+    split: Literal["val", "dev", "test", "holdout"] = "val"
+    """Images that scores are of. The embedded data sets have ``dev``, their default, for choices and ``test`` for
+    results; the others have ``val``. ``holdout``: labelled images that ``data.holdout`` keeps out of training."""
     max_images: int | None = Field(None, ge=1)
     """The first so many validation images, for quick looks; none takes all."""
     boundary: bool = True
@@ -264,7 +265,10 @@ class RuntimeConfig(Section):
 
 
 _REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm", "decoder_width": 128}
-_EMBEDDED: dict[str, dict[str, object]] = {"optim": {"lr": 6e-3, "encoder_lr_scale": 0.05, "warmup_steps": 30}}
+_EMBEDDED: dict[str, dict[str, object]] = {
+    "optim": {"lr": 6e-3, "encoder_lr_scale": 0.05, "warmup_steps": 30},
+    "eval": {"split": "dev"},
+}
 """Fixed with ``supervised`` alone, before ViLaDiff was trained: docs/experiments.md."""
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "digits": _EMBEDDED,

@@ -70,6 +70,8 @@ class Dataset:
     files: FileList | None = field(default=None, repr=False)
     """Name and path of each image of the pool, where there are files."""
     val_files: FileList | None = field(default=None, repr=False)
+    scored: str = "val"
+    """Which part of the data the validation images are."""
     split_name: str = ""
     """Which list the labelled images are, in words, where it comes from a file."""
     notes: tuple[str, ...] = ()
@@ -173,30 +175,31 @@ def with_captions(dataset: Dataset, path: str) -> Dataset:
 
 
 def image_ids(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What captions call the images of the pool and of validation: ids of files, else ``train/0`` and ``val/0`` on."""
+    """What captions call the images of the pool and of validation: ids of files, else ``train/0`` and ``dev/0`` on."""
     if dataset.files is not None and dataset.val_files is not None:
         return dataset.files.ids, dataset.val_files.ids
-    sizes = {"train": len(dataset.images), "val": len(dataset.val_images)}
+    sizes = {"train": len(dataset.images), dataset.scored: len(dataset.val_images)}
     train, val = (tuple(f"{part}/{i}" for i in range(size)) for part, size in sizes.items())
     return train, val
 
 
 def _embedded(asked: Request) -> Dataset:
     name, split, split_seed = asked[:3]
+    scored: Part = "test" if asked.scored == "test" else "dev"
     arrays = open_pixels(name).arrays
-    images, masks, val_masks = arrays["images"], arrays["masks"], arrays["val_masks"]
+    images, masks, val_masks = arrays["images"], arrays["masks"], arrays[f"{scored}_masks"]
     size = split_size(name, split, len(images))
     present = classes_present(masks, len(CLASS_NAMES))
     order = labelled_order(name, present, split_seed)
     captions = _captions(name, "train", present)
-    val_captions = _captions(name, "val", classes_present(val_masks, len(CLASS_NAMES)))
+    val_captions = _captions(name, scored, classes_present(val_masks, len(CLASS_NAMES)))
     return Dataset(
         name=name,
         num_classes=len(CLASS_NAMES),
         class_names=CLASS_NAMES,
         images=images,
         masks=masks,
-        val_images=arrays["val_images"],
+        val_images=arrays[f"{scored}_images"],
         val_masks=val_masks,
         labelled=order[:size],
         unlabelled=order[size:],
@@ -204,6 +207,7 @@ def _embedded(asked: Request) -> Dataset:
         val_captions=val_captions,
         fingerprint=fingerprint(variant_fingerprint(name), split, order[:size].tolist(), captions, val_captions),
         caption_source=str(SIMULATED),
+        scored=scored,
     )
 
 

@@ -1,8 +1,8 @@
 """Every scene is handwriting from scikit-learn's scans, filled with and laid on pieces of its two photographs.
 
-Nothing is downloaded. An image depends on its variant, part and index alone; `train` and `pretrain` share handwriting
-and photo columns, `val` has its own of both. While a scene is composed, colours are float32 in [0, 1] with the channel
-first; lengths are in pixels, angles in degrees.
+Nothing is downloaded. An image depends on its variant, part and index alone. The parts share no handwriting; ``dev``
+and ``test`` also have photo columns of their own (``MATERIAL``). While a scene is composed, colours are float32 in
+[0, 1] with the channel first; lengths are in pixels, angles in degrees.
 """
 
 from __future__ import annotations
@@ -21,22 +21,39 @@ from scipy import ndimage
 from viladiff import draws
 from viladiff.data.cache import Facts, Opened, cache_dir, fingerprint, open_or_make
 
-Part = Literal["train", "val", "pretrain"]
+Part = Literal["pretrain", "train", "dev", "test"]
 Array = np.ndarray
 Range = tuple[float, float]
 
-REVISION = 2
+REVISION = 3
 """Raised whenever a scene comes out different for an unchanged recipe."""
 SEED = 20240
 CLASS_NAMES = ("background", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCENES = ("building", "flowers")
 """What the photograph behind the digits shows, in the order in which scikit-learn lists its photographs."""
 
-VAL_SCANS = 396
-"""The last scans, 22 % of 1797, are for validation alone."""
-VAL_COLUMNS = (0, 184)
-TRAIN_COLUMNS = (200, 640)
-"""Photo columns of the two sides; the gap is one JPEG block, so that no decoded pixel leaks across."""
+SCANS = 1797
+
+
+class Material(NamedTuple):
+    """What the scenes of one part are made of, as half-open ranges."""
+
+    scans: tuple[int, int]
+    """Indices into scikit-learn's list, which is ordered by writer."""
+    columns: tuple[int, int]
+    """Pixels of the two photographs."""
+
+
+MATERIAL: dict[Part, Material] = {
+    "pretrain": Material((0, 600), (416, 640)),
+    "train": Material((600, 1197), (416, 640)),
+    "dev": Material((1197, 1437), (208, 400)),
+    "test": Material((1437, SCANS), (0, 192)),
+}
+"""``pretrain`` is for the shipped encoder, ``train`` is the pool, ``dev`` is for choices and ``test`` for results.
+
+The gap of 16 columns between ranges is one block of the JPEG's subsampled colours, so that no decoded pixel leaks.
+"""
 _ZOOMS = (1.0, 0.7, 0.5)
 _MARGIN = 3
 """Zero pixels around a scan, so that the spline falls to zero inside the patch."""
@@ -93,14 +110,19 @@ class Variant(NamedTuple):
 
     recipe: Recipe
     train: int
-    val: int
+    dev: int
+    test: int
+
+    def sizes(self) -> dict[Part, int]:
+        """Scenes of each part that is kept in the cache."""
+        return {"train": self.train, "dev": self.dev, "test": self.test}
 
 
-VARIANTS = {"digits": Variant(DIGITS, 4000, 400), "dense": Variant(DENSE, 4000, 400)}
+VARIANTS = {"digits": Variant(DIGITS, 4000, 600, 1000), "dense": Variant(DENSE, 4000, 600, 1000)}
 
 
 class Sources(NamedTuple):
-    """The raw material of one side of the split."""
+    """The raw material of one part."""
 
     scans: tuple[Array, ...]
     """Per digit: (number of the scan,), indices into scikit-learn's list."""
@@ -116,26 +138,19 @@ class Scene(NamedTuple):
 
 
 def variant_fingerprint(name: str) -> str:
-    """Names the pixels of a variant without rendering them: recipe, revision, seed and sizes."""
-    recipe, train, val = VARIANTS[name]
-    return fingerprint("scenes", name, REVISION, SEED, asdict(recipe), train, val)
+    """Names the pixels of a variant without rendering them: recipe, revision, seed, sizes and material."""
+    variant = VARIANTS[name]
+    return fingerprint("scenes", name, REVISION, SEED, asdict(variant.recipe), variant.sizes(), MATERIAL)
 
 
 def open_pixels(name: str) -> Opened:
-    """Arrays images, masks, val_images, val_masks of a variant: rendered on first use, which takes seconds.
+    """Arrays images, masks (the pool), dev_images, dev_masks, test_images, test_masks of a variant.
+
+    Rendered on first use, which takes seconds.
 
     Checked on every use. Raises ValueError for a damaged or unwritable cache.
     """
     return open_or_make(cache_dir() / name / variant_fingerprint(name), functools.partial(_fill, name))
-
-
-def pretrain_images(name: str, count: int) -> Array:
-    """(count, side, side, 3) uint8 scenes that are in no pool, of training handwriting and photos; without masks."""
-    recipe = VARIANTS[name].recipe
-    out = np.empty((count, recipe.side, recipe.side, 3), np.uint8)
-    for index in range(count):
-        out[index] = render(recipe, name, "pretrain", index).image
-    return out
 
 
 def scene_kind(name: str, part: Part, index: int) -> int:
@@ -146,7 +161,7 @@ def scene_kind(name: str, part: Part, index: int) -> int:
 def render(recipe: Recipe, name: str, part: Part, index: int) -> Scene:
     """Draws scene ``index``, far digits first; equal arguments give equal pixels, whatever was drawn before."""
     rng = draws.rng(SEED, name, part, index)
-    sources = load_sources("val" if part == "val" else "train")
+    sources = load_sources(part)
     image = _background(rng, recipe, sources.photos[scene_kind(name, part, index)])
     mask = np.zeros((recipe.side, recipe.side), np.uint8)
     digits = rng.integers(10, size=rng.integers(recipe.objects[0], recipe.objects[1] + 1)).tolist()
@@ -165,17 +180,16 @@ def render(recipe: Recipe, name: str, part: Part, index: int) -> Scene:
     return Scene(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0), mask)
 
 
-@functools.lru_cache(maxsize=2)
-def load_sources(side: Literal["train", "val"]) -> Sources:
-    """Handwriting and photo columns of one side of the split; the two sides share no scan and no pixel."""
+@functools.lru_cache(maxsize=4)
+def load_sources(part: Part) -> Sources:
+    """Handwriting and photo columns of one part."""
     from sklearn.datasets import load_digits, load_sample_images
 
+    (first, last), columns = MATERIAL[part]
     labels = load_digits().target
-    first, last = (len(labels) - VAL_SCANS, len(labels)) if side == "val" else (0, len(labels) - VAL_SCANS)
     scans = tuple(first + np.flatnonzero(labels[first:last] == digit) for digit in range(10))
-    columns = slice(*(VAL_COLUMNS if side == "val" else TRAIN_COLUMNS))
     regions = [
-        np.ascontiguousarray(photo[:, columns].transpose(2, 0, 1), np.float32) / 255
+        np.ascontiguousarray(photo[:, slice(*columns)].transpose(2, 0, 1), np.float32) / 255
         for photo in load_sample_images().images
     ]
     return Sources(scans, tuple(tuple(_shrink(region, zoom) for zoom in _ZOOMS) for region in regions))
@@ -298,12 +312,12 @@ def recolour(rng: np.random.Generator, recipe: Recipe, crop: Array, digit: int, 
 
 
 def _fill(name: str, directory: Path) -> Facts:
-    recipe, train, val = VARIANTS[name]
+    recipe, sizes = VARIANTS[name].recipe, VARIANTS[name].sizes()
     bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
-    parts: tuple[tuple[Part, str, int], ...] = (("train", "", train), ("val", "val_", val))
     with bar:
-        task = bar.add_task(f"rendering {name}", total=train + val)
-        for part, prefix, count in parts:
+        task = bar.add_task(f"rendering {name}", total=sum(sizes.values()))
+        for part, count in sizes.items():
+            prefix = "" if part == "train" else f"{part}_"
             shape = (count, recipe.side, recipe.side)
             images, masks = np.empty((*shape, 3), np.uint8), np.empty(shape, np.uint8)
             for index in range(count):
@@ -311,4 +325,4 @@ def _fill(name: str, directory: Path) -> Facts:
                 bar.advance(task)
             np.save(directory / f"{prefix}images.npy", images, allow_pickle=False)
             np.save(directory / f"{prefix}masks.npy", masks, allow_pickle=False)
-    return {"variant": name, "revision": REVISION, "train": train, "val": val}
+    return {"variant": name, "revision": REVISION, **{str(part): count for part, count in sizes.items()}}

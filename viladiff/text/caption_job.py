@@ -66,10 +66,9 @@ def pictures(source: str) -> tuple[str, tuple[Picture, ...]]:
     from viladiff.text.captioner import Picture
 
     if source in EMBEDDED:
-        from viladiff.data.digits import open_pixels
+        from viladiff.data.digits import VARIANTS
 
-        arrays = open_pixels(source).arrays
-        sizes = {"train": len(arrays["images"]), "val": len(arrays["val_images"])}
+        sizes = VARIANTS[source].sizes()
         names = [f"{part}/{place}" for part, size in sizes.items() for place in range(size)]
         return source, tuple(Picture(name, name) for name in names)
     if not Path(source).expanduser().is_dir():

@@ -173,7 +173,7 @@ def reader(dataset: str) -> Callable[[str], np.ndarray]:
     if not dataset:
         return read_image
     arrays = open_pixels(dataset).arrays
-    parts = {"train": arrays["images"], "val": arrays["val_images"]}
+    parts = {"train": arrays["images"], "dev": arrays["dev_images"], "test": arrays["test_images"]}
 
     def read(where: str) -> np.ndarray:
         part, _, number = where.partition("/")
