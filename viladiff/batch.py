@@ -29,6 +29,8 @@ class Views:
     """Whether the method itself mixes neighbours of a batch, whose number must then be even."""
     tags: bool = False
     """Whether the classes that each image's captions mention are wanted."""
+    truth: bool = False
+    """Whether true masks of unlabelled images are wanted: for oracle controls on embedded data alone."""
 
     @property
     def unlabelled(self) -> bool:
@@ -86,6 +88,8 @@ class Batch:
     """(B, C) float32, where wanted: 1 a class that the captions mention, 0 another, -1 where nothing is known."""
     tags_u: Tensor | None = None
     """(U, C) likewise."""
+    truth_u: Tensor | None = None
+    """(U, H, W) int64 true masks, 255 in padding, where an oracle control wants them."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""

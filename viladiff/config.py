@@ -275,6 +275,10 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
     if cfg.eval.split not in (*parts, "holdout"):
         allowed = f"{', '.join(parts)} or holdout"
         yield f"eval.split = {cfg.eval.split!r}: {cfg.data.dataset} has no such part; allowed: {allowed}"
+    oracle = getattr(getattr(cfg.method, "pseudo", None), "oracle", "none")
+    if oracle != "none" and not isinstance(cfg.data, EmbeddedData):
+        here = f"method.pseudo.oracle = {oracle!r}"
+        yield f"{here}: reads masks of unlabelled images, which only digits and dense give out; set none"
     if cfg.eval.split == "holdout" and not cfg.data.holdout:
         here = "eval.split = 'holdout'"
         yield f"{here}: no images are held out; set data.holdout to a share of the labelled ones, such as 0.25"

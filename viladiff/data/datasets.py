@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,12 @@ class Dataset:
         if self.files is None:
             raise ValueError(f"{self.name}: its masks are not in files")
         return self.files.masks[index]
+
+    def oracle_masks(self, indices: Sequence[int]) -> np.ndarray:
+        """(n, H, W) uint8 true masks of images of the pool, for oracle controls. ValueError where there are files."""
+        if self.files is not None:
+            raise ValueError(f"method.pseudo.oracle: masks of unlabelled images of {self.name!r} are never read")
+        return np.stack([self.masks[i] for i in indices])
 
     def _check_labelled(self, index: int) -> None:
         if int(index) not in self._labels:

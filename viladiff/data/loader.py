@@ -110,7 +110,7 @@ class Loader:
     def _batch(self, step: int, part: int) -> Batch:
         labelled, unlabelled = self._shares(step, part)
         crops = self._from_arrays if self.dataset.files is None else self._from_files
-        image, target, weak, valid = crops(labelled, unlabelled)
+        image, target, weak, valid, truth = crops(labelled, unlabelled)
         batch = Batch(normalise(image), target, labelled.keys, text=self._text(labelled.drawn))
         batch.tags = self._tagged(labelled.drawn)
         if self.views.strong_labelled:
@@ -118,6 +118,7 @@ class Loader:
         if not self.views.unlabelled:
             return batch
         batch.keys_u, batch.valid, batch.text_u = unlabelled.keys, valid, self._text(unlabelled.drawn)
+        batch.truth_u = truth
         batch.tags_u = self._tagged(unlabelled.drawn)
         batch.weak = (normalise(weak),) * self.views.weak
         batch.strong = tuple(self._strong(weak, unlabelled.drawn, view) for view in range(self.views.strong))
@@ -128,15 +129,16 @@ class Loader:
     def _rngs(self, purpose: str, drawn: list[tuple[int, int]]) -> list[np.random.Generator]:
         return [draws.rng(self.cfg.seed, purpose, epoch, image) for epoch, image in drawn]
 
-    def _from_arrays(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images in 0..1, masks of labelled ones, unlabelled images and where these are not padding."""
+    def _from_arrays(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Images in 0..1, masks of labelled ones, unlabelled images, where these are no padding, an oracle's masks."""
         masks = np.stack([self.dataset.target(i) for _, i in labelled.drawn])
         image, target, _ = self._geometry("labelled", labelled.drawn, masks)
         assert target is not None  # masks went in
         if not unlabelled.drawn:
-            return image, target, image[:0], target[:0] > 0
-        weak, _, valid = self._geometry("unlabelled", unlabelled.drawn, None)
-        return image, target, weak, valid
+            return image, target, image[:0], target[:0] > 0, None
+        hidden = self.dataset.oracle_masks([i for _, i in unlabelled.drawn]) if self.views.truth else None
+        weak, truth, valid = self._geometry("unlabelled", unlabelled.drawn, hidden)
+        return image, target, weak, valid, truth
 
     def _geometry(
         self, purpose: str, drawn: list[tuple[int, int]], masks: np.ndarray | None
@@ -146,14 +148,14 @@ class Loader:
         labels = None if masks is None else torch.from_numpy(masks).to(self.device, non_blocking=True)
         return geometric(on_device, labels, data.crop, data.scale, data.hflip, self._rngs(f"crop-{purpose}", drawn))
 
-    def _from_files(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _from_files(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         """As ``_from_arrays``."""
         samples, count = self._samples(labelled, unlabelled), len(labelled.drawn)
         found = decode_all(samples, self._recipe()) if self._decoders is None else self._decoders.take(samples)
         pixels = torch.from_numpy(found.images).to(self.device, non_blocking=True).float().div_(255)
         target = torch.from_numpy(found.masks[:count]).to(self.device, non_blocking=True).long()
         valid = valid_pixels(found.shown[count:], self.cfg.data.crop, self.device)
-        return pixels[:count], target, pixels[count:], valid
+        return pixels[:count], target, pixels[count:], valid, None
 
     def _samples(self, labelled: Share, unlabelled: Share) -> list[Sample]:
         files = self.dataset.files

@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from viladiff.batch import Batch, Losses, Step
-from viladiff.methods.base import MethodConfig, Paper, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.base import MethodConfig, Paper, PredictConfig, TeacherConfig
+from viladiff.methods.oracle import OraclePseudoConfig
 from viladiff.methods.semibaseline import SemiBaseline
 
 
@@ -26,7 +27,7 @@ class FixMatchConfig(MethodConfig):
     name: Literal["fixmatch"] = "fixmatch"
     cutmix: bool = True
     teacher: FixMatchTeacherConfig = FixMatchTeacherConfig()
-    pseudo: PseudoConfig = PseudoConfig()
+    pseudo: OraclePseudoConfig = OraclePseudoConfig()
     predict: PredictConfig = PredictConfig()
 
 

@@ -9,6 +9,7 @@ mentioned counts as absent, although captions leave some out. The weight was not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -42,13 +43,13 @@ class FixMatchTags(FixMatch):
         self.tagger = nn.Linear(self.student.encoder.channels[-1], build.num_classes)
 
     def views_wanted(self) -> Views:
-        return Views(strong=1, cutmix=self.cfg.cutmix, tags=True)
+        return replace(super().views_wanted(), tags=True)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         assert batch.tags is not None and batch.tags_u is not None  # the loader makes what views_wanted asks for
         labelled = len(batch.image)
         with torch.no_grad():
-            confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
+            confidence, labels = self._pseudo(batch, step)
         strong, confidence, labels, valid = pasted(batch, 0, batch.strong[0], confidence, labels, batch.valid)
 
         features = self.student.encode(torch.cat([batch.image, strong]))

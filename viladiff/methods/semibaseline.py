@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from viladiff.batch import Batch, Losses, Step, Views
 from viladiff.losses import global_mean, hard_consistency
-from viladiff.methods.base import MeanTeacher, MethodConfig, Passes, PredictConfig, PseudoConfig, TeacherConfig, pasted
+from viladiff.methods.base import MeanTeacher, MethodConfig, Passes, PredictConfig, TeacherConfig, pasted
+from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 
 
 class SemiBaselineConfig(MethodConfig):
@@ -17,7 +19,7 @@ class SemiBaselineConfig(MethodConfig):
     name: Literal["semibaseline"] = "semibaseline"
     cutmix: bool = True
     teacher: TeacherConfig = TeacherConfig()
-    pseudo: PseudoConfig = PseudoConfig()
+    pseudo: OraclePseudoConfig = OraclePseudoConfig()
     predict: PredictConfig = PredictConfig()
 
 
@@ -28,12 +30,18 @@ class SemiBaseline(MeanTeacher):
     keeps = "teacher"
 
     def views_wanted(self) -> Views:
-        return Views(strong=1, cutmix=self.cfg.cutmix)
+        return Views(strong=1, cutmix=self.cfg.cutmix, truth=self.cfg.pseudo.oracle != "none")
+
+    def _pseudo(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
+        """Confidence and labels (U, H, W) of the teacher on the weak views."""
+        confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
+        stride = self.student.decoder.stride
+        return with_truth(self.cfg.pseudo, step.progress, confidence, labels, batch.truth_u, stride)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         labelled = len(batch.image)
         with torch.no_grad():
-            confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
+            confidence, labels = self._pseudo(batch, step)
         strong, confidence, labels, valid = pasted(batch, 0, batch.strong[0], confidence, labels, batch.valid)
 
         logits = self.student(torch.cat([batch.image, strong]))["visual"]

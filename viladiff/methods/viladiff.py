@@ -29,9 +29,9 @@ from viladiff.methods.base import (
     Paper,
     Passes,
     PredictConfig,
-    PseudoConfig,
     TeacherConfig,
 )
+from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 from viladiff.models.mixe import (
     Denoiser,
     MixeConfig,
@@ -45,7 +45,7 @@ from viladiff.models.segmenter import Build, Segmenter, Stream, mixed, upsample
 from viladiff.models.vila import VilaConfig, compared
 
 
-class ViLaPseudoConfig(PseudoConfig):
+class ViLaPseudoConfig(OraclePseudoConfig):
     source: Literal["fusion", "visual", "mean"] = "fusion"
     """The teacher stream that makes the pseudo-labels."""
 
@@ -98,7 +98,8 @@ class ViLaDiff(MeanTeacher):
         return build(self.cfg.vila if self.cfg.vila.enabled else None)
 
     def views_wanted(self) -> Views:
-        return Views(strong=1, cutmix=self.cfg.cutmix, text=self.cfg.vila.enabled)
+        oracle = self.cfg.pseudo.oracle != "none"
+        return Views(strong=1, cutmix=self.cfg.cutmix, text=self.cfg.vila.enabled, truth=oracle)
 
     def headline(self) -> str:
         return self.cfg.predict.stream if self.cfg.vila.enabled else "visual"
@@ -114,6 +115,8 @@ class ViLaDiff(MeanTeacher):
             plain = _pseudo(soft, size)
             refined = self._refined(taught, soft, batch.keys_u, step)
             pseudo = plain if refined is None else _pseudo(refined, size)
+            stride = self.student.decoder.stride
+            pseudo = Pseudo(*with_truth(cfg.pseudo, step.progress, *pseudo, batch.truth_u, stride))
 
         strong, valid = batch.strong[0], batch.valid
         if mix is not None:
