@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,22 +37,49 @@ def lr_factor(cfg: RunConfig, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0
 
 
+def rate_scale(options: dict[str, Any], cfg: RunConfig) -> float:
+    """Takes ``lr`` or ``lr_scale`` out of the options of ``Method.own_rates``: the rate as a factor of ``optim.lr``."""
+    if "lr" in options:
+        return float(options.pop("lr") / cfg.optim.lr)
+    scale = options.pop("lr_scale")
+    return float(cfg.optim.encoder_lr_scale if scale == "encoder" else scale)
+
+
+def part_of(name: str, paths: Iterable[str]) -> str:
+    """The longest of the dotted ``paths`` that a parameter's name lies below, or ""."""
+    return max((path for path in paths if f"{name}.".startswith(f"{path}.")), key=len, default="")
+
+
+def check_paths(paths: Iterable[str], method: Method) -> None:
+    """ValueError, with the nearest part, for a path without a parameter below it."""
+    names = [name for name, _ in method.named_parameters()]
+    for path in paths:
+        if not any(part_of(name, [path]) for name in names):
+            parts = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)}
+            near = difflib.get_close_matches(path, sorted(parts), n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"own_rates of method.name = {method.cfg.name!r}: no parameter lies below this path, got {path!r}; "
+                f"nearest: {near!r}"
+            )
+
+
 def param_groups(method: Method, cfg: RunConfig) -> list[dict[str, Any]]:
     """Four groups: encoder or not, with weight decay (matrices and kernels) or without (biases, norms).
 
-    Parts with rates of their own are groups beside these; the schedule is that of the run for all.
+    Parts with rates of their own (``Method.own_rates``) are groups beside these; the schedule is that of the run for
+    all. ValueError for a path that names no part of the method.
     """
     own = method.own_rates()
+    check_paths(own, method)
     groups: dict[tuple[str, bool, bool], list[Tensor]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
-            part = name.split(".")[0]
-            kind = (part if part in own else "", ".encoder." in f".{name}", parameter.ndim >= 2)
+            kind = (part_of(name, own), ".encoder." in f".{name}", parameter.ndim >= 2)
             groups.setdefault(kind, []).append(parameter)
     found = []
     for (part, encoder, decays), parameters in groups.items():
-        options = dict(own.get(part, {}))
-        scale = options.pop("lr") / cfg.optim.lr if part else cfg.optim.encoder_lr_scale if encoder else 1.0
+        options = dict(own.get(part, {"lr_scale": "encoder" if encoder else 1.0}))
+        scale = rate_scale(options, cfg)
         decay = cfg.optim.weight_decay if decays else 0.0
         found.append({"params": parameters, "scale": scale, "weight_decay": decay, **options})
     return found

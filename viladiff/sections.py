@@ -49,6 +49,8 @@ class DataConfig(Section):
     """Probability of mirroring left and right."""
     color_jitter: bool = True
     """Whether strong views get colour changes and blur."""
+    cutmix_grid: Literal["patch", "pixel"] = "patch"
+    """Where CutMix boxes have their edges: between patches (ours, so that feature maps can be mixed too), or anywhere."""
     captions: Literal["own", "shuffled", "generic", "none"] = "own"
     """Each image's captions; or, as controls, another image's, one sentence for all, or no words."""
     text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "open_clip"

@@ -126,7 +126,11 @@ class Method(nn.Module):
         """Runs after each optimiser step, outside autograd: moving averages, queues."""
 
     def own_rates(self) -> dict[str, dict[str, Any]]:
-        """Options of AdamW, ``lr`` among them, for parts that are no part of a network, by the part's name."""
+        """Options of the optimiser for parts of the method, by dotted path ("flow", "student.spark").
+
+        Each has either ``lr``, the rate itself, or ``lr_scale``, a factor of ``optim.lr`` or "encoder" for the
+        encoder's; ``betas`` and ``weight_decay`` may stand beside it. Of two paths to a parameter the longer one holds.
+        """
         return {}
 
     def pseudo_labels(

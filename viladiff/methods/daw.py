@@ -8,7 +8,8 @@ A moving average of the student is kept for evaluation alone.
 Differences from the released code, which cannot run as it is (its data set gives no map of ignored labelled pixels):
 labelled pixels of label 255 are left out; a step reads the statistics of the steps before it and adds its own when it
 is done, summed over all workers and micro-batches; equal variances, where the quadratic has no such root, give the
-midpoint; running values are saved. Which of student and average is quoted is ``predict.network``, never the better.
+midpoint; running values are saved; CutMix boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``), as
+what else differs in UniMatch. Which of student and average is quoted is ``predict.network``, never the better.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The step is that of ``semibaseline``, the first row of the paper's Table 5. Two things differ: the teacher's momentum is
 0.996 there and 0.99 in the paper, and the total is halved, which AdamW undoes but for its epsilon and for clipping.
+
+Differences from the released code: CutMix boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``).
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ images and workers do not depend on each other; they are fused on the decoder's 
 labelled images is known by its label 255 alone. The strong view is that of the other methods (colours change with
 probability 0.8, also grey and blur), before CutOut; the place of the square is uniform within the crop. On data without
 a background, class 0 takes its part (the road on Cityscapes).
+
+The tags' gradient into the encoder, which is published so, is what holds the method back on the embedded data: at 183
+labels it reaches 45.5, 47.3 where that gradient is cut, and 45.2 without any pseudo-label.
 """
 
 from __future__ import annotations

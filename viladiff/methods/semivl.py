@@ -16,7 +16,8 @@ timm, and ``train_attention_only`` leaves all but its attention and positions as
 in each step; in padding there are none. The mean confidence that weighs an image (``pseudo.weighting``) is of its
 pixels outside the padding. What UniMatch does otherwise here (``methods.unimatch``) is otherwise here too. The finest
 map that joins in the decoder is the encoder's on all data sets. The concepts of a background are ours
-(``text.concepts``), and the sizes of the decoder's parts follow its width.
+(``text.concepts``), and the sizes of the decoder's parts follow its width. CutMix boxes lie on the patch grid, on any
+pixel there (``data.cutmix_grid``).
 
 Memory: the decoder works on K maps an image, each of up to W h w values on the grid of tokens and W / 4 on 16 times as
 many cells. At W = 128 and 32 x 32 tokens one such map is 11 MB for K = 21 and 42 MB for K = 81, and 4 times as much on

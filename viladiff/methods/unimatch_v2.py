@@ -4,7 +4,8 @@ L = 1/2 [L_x + 1/2 (L_s1 + L_s2)], labels from a moving-average teacher on the w
 data set. Both streams are one pass, and a channel mask of the widest map serves the four maps, narrower ones with its
 first part: the published encoder has four maps of one width. Which half of a batch keeps all its channels is drawn
 within pairs of neighbours, so that it is exactly half on any number of workers; boxes come from the neighbour, where
-the released code pairs the first image of a batch with the last.
+the released code pairs the first image of a batch with the last. They lie on the patch grid, on any pixel there
+(``data.cutmix_grid``).
 """
 
 from __future__ import annotations
