@@ -45,8 +45,8 @@ def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int)
         )
     if views.cutmix and views.whole_cells and cfg.data.cutmix_grid == "pixel":
         raise ValueError(
-            f"data.cutmix_grid: method.name={cfg.method.name} mixes feature maps, whose cells are patches, got 'pixel'; "
-            "set data.cutmix_grid=patch"
+            f"data.cutmix_grid: method.name={cfg.method.name} mixes feature maps, whose cells are patches, got 'pixel'"
+            "; set data.cutmix_grid=patch"
         )
     if cfg.data.crop % patch and (views.unlabelled or not method.student.encoder.any_size):
         below = cfg.data.crop // patch * patch

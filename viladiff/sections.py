@@ -50,7 +50,7 @@ class DataConfig(Section):
     color_jitter: bool = True
     """Whether strong views get colour changes and blur."""
     cutmix_grid: Literal["patch", "pixel"] = "patch"
-    """Where CutMix boxes have their edges: between patches (ours, so that feature maps can be mixed too), or anywhere."""
+    """Where CutMix boxes have their edges: between patches (ours, so that feature maps can be mixed), or anywhere."""
     captions: Literal["own", "shuffled", "generic", "none"] = "own"
     """Each image's captions; or, as controls, another image's, one sentence for all, or no words."""
     text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "open_clip"

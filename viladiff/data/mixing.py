@@ -126,7 +126,7 @@ def parity_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def class_mask(labels: Tensor, valid: Tensor, uniform: Tensor) -> Tensor:
-    """(n, H, W) bool: the pixels of half of the classes of each image, rounded down; for ``paste``, taken at the partner.
+    """(n, H, W) bool: the pixels of half of the classes of each image, rounded down.
 
     ClassMix's choice. ``labels`` (n, H, W) int64 in 0 .. C-1, ``valid`` (n, H, W) bool, False where no pixel may be
     pasted, ``uniform`` (n, C) random numbers that order the classes. Paste with ``paste(x, mask[partner], partner)``.

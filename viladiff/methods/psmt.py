@@ -6,9 +6,9 @@ start at random. The teachers that the warm-up trains by gradient are networks o
 the averages, since a network under DDP can get a gradient always or never. Noise is a share of the length of the
 decoder's whole input: the published 2.0 is 0.0015 of the length, about 1381, of the 304 channels that it is added to.
 Its probe step is one that float32 can resolve, not the published 1e-6. An average is no longer than a turn
-(``teacher.bounded``): 0.996 averages over 250 steps where a turn on VOC has some 330, and in a short run a teacher would
-be left behind within its turn. The assistant's top classes are chosen on the decoder's grid. An image is never mixed
-with itself.
+(``teacher.bounded``): 0.996 averages over 250 steps where a turn on VOC has some 330, and in a short run a teacher
+would be left behind within its turn. The assistant's top classes are chosen on the decoder's grid. An image is never
+mixed with itself.
 """
 
 from __future__ import annotations

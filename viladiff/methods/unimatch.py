@@ -6,8 +6,8 @@ confidence 0.95; a loss is divided by all pixels outside the padding. There is n
 Differences from the released code: the image that a box comes from is the neighbour in the batch, never another crop of
 the same image as there, and its labels are those already at hand, which saves a forward pass without a gradient
 (without BatchNorm nothing but drop-path would tell them apart); labelled images, whose perturbed half the released code
-throws away, are not perturbed; all views are one pass. One channel mask serves the four maps of an image. CutMix boxes lie on
-the patch grid, on any pixel there (``data.cutmix_grid``).
+throws away, are not perturbed; all views are one pass. One channel mask serves the four maps of an image. CutMix
+boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``).
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class SemanticMemory(nn.Module):
         self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.int64))
 
     def read(self, grid: torch.Size, slots: Tensor | None = None) -> Tensor:
-        """(K, N, C) tokens on that grid, of ``slots`` as ``placed`` gives them; a place without a channel so far is 0."""
+        """(K, N, C) tokens on that grid, or of the ``slots`` of ``placed``; a place without a channel so far is 0."""
         kept = (self.slots if slots is None else slots)[:-1].unflatten(0, (-1, self.width))
         return resized(kept, (self.side, self.side), tuple(grid)).mT
 
