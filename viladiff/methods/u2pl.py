@@ -16,7 +16,6 @@ workers (``contrast_weight``). There is no auxiliary loss on Cityscapes. Padding
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -35,7 +34,15 @@ from viladiff.losses import (
     mean_over_classes,
     pixel_cross_entropy,
 )
-from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, Passes, PredictConfig, TeacherConfig
+from viladiff.methods.base import (
+    MeanTeacher,
+    MethodConfig,
+    Paper,
+    Passes,
+    PredictConfig,
+    TeacherConfig,
+    steps_after,
+)
 from viladiff.models.ema import ema_update, frozen_copy
 from viladiff.models.memory import Banks, pick, sample
 from viladiff.models.segmenter import Build, Stream, upsample
@@ -206,9 +213,7 @@ class U2pl(MeanTeacher):
 
     def after_step(self, step: Step) -> None:
         """The teacher follows, anew from the end of the warm-up on; then the queues take in what the step has seen."""
-        done = 0
-        if step.index and step.progress >= self.cfg.warmup:
-            done = step.index - math.ceil(self.cfg.warmup * step.index / step.progress - 1e-6)
+        done = steps_after(self.cfg.warmup, step)
         for mine, theirs in ((self.teacher, self.student), (self.teacher_head, self.head)):
             ema_update(mine, theirs, done, self.cfg.teacher.momentum)
         seen, self._seen = self._seen, []
