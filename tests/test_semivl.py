@@ -428,6 +428,9 @@ def test_published_weights() -> None:
     sizes = [tuple(m.weight.shape) for m in (net.embed, first, second, net.score, words)]
     assert sizes == [(128, 1, 7, 7), (32, 768, 3, 3), (16, 768, 3, 3), (1, 32, 3, 3), (128, 512)]
     assert len(net.blocks) == 2 and sum(p.shape == (128, 512) for p in net.parameters()) == 1  # one projection of texts
+    plain = [m for part in (net.aspp, *(up.join for up in net.ups)) for m in part.modules() if isinstance(m, nn.Conv2d)]
+    assert len(plain) == 10 and all(m.bias is None for m in plain)  # what a norm follows
+    assert TEMPLATE.format("sky") == "a photo of a sky"
     norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
     assert len(norms) == 10 and {m.num_channels // m.num_groups for m in norms} == {16}
     assert [tuple(up.join[0].weight.shape[:2]) for up in net.ups] == [(64, 128), (32, 64)]
