@@ -6,6 +6,7 @@ this class.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -224,3 +225,10 @@ class MeanTeacher(Method):
 def pasted(batch: Batch, view: int, *maps: Tensor) -> tuple[Tensor, ...]:
     """Maps (U, ..., H, W) with the boxes of a strong view pasted in, or as they are where no boxes are wanted."""
     return tuple(apply_cutmix(x, batch.mix[view]) for x in maps) if batch.mix else maps
+
+
+def steps_after(warmup: float, step: Step) -> int:
+    """Steps done between the end of a warm-up, a share of training, and ``step``; 0 within it and at its end."""
+    if not step.index or step.progress < warmup:
+        return 0
+    return step.index - math.ceil(warmup * step.index / step.progress - 1e-6)
