@@ -19,6 +19,7 @@ from viladiff.losses import hard_mean, labelled_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
 
 if TYPE_CHECKING:
+    from viladiff.methods.published import PublishedSetting
     from viladiff.models.segmenter import Build, Network, Segmenter
 
 
@@ -96,6 +97,8 @@ class Method(nn.Module):
     passes: ClassVar[Passes | None] = None
     keeps: ClassVar[str] = ""
     """What the method has beside its student."""
+    published: ClassVar[tuple[PublishedSetting, ...]] = ()
+    """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
     weak_trains: ClassVar[bool] = False
     """Whether a weak view is also an input that trains, as where its features are perturbed."""
 
@@ -126,7 +129,10 @@ class Method(nn.Module):
         """Runs after each optimiser step, outside autograd: moving averages, queues."""
 
     def own_rates(self) -> dict[str, dict[str, Any]]:
-        """Options of AdamW, ``lr`` among them, for parts that are no part of a network, by the part's name."""
+        """Options, ``lr`` among them, for parts that are no part of a network, by the part's name.
+
+        With ``betas`` they are options of AdamW, which the part then has whatever ``optim.name`` is.
+        """
         return {}
 
     def pseudo_labels(

@@ -38,6 +38,7 @@ from viladiff.methods.base import (
     PseudoConfig,
     TeacherConfig,
 )
+from viladiff.methods.published import PublishedSetting
 from viladiff.models.flow import Flow
 from viladiff.models.memory import pick, sample
 from viladiff.models.segmenter import Build, upsample
@@ -101,6 +102,9 @@ class Ddfp(MeanTeacher):
         2024,
     )
     passes = Passes(4, 2, 2, 2, "flow: 2 forward and backward")
+    published = (
+        PublishedSetting(("voc",), {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.999}, "DDFP 7956c72"),
+    )
     keeps = "teacher, flow"
 
     def __init__(self, cfg: DdfpConfig, build: Build) -> None:
