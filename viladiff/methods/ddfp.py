@@ -9,7 +9,7 @@ L = L_sup + 1/2 CE(strong) + 1/2 CE(strong, moved), each over the pixels with a 
 
 Differences from the released code. Stages are shares of training, not epochs. All four maps that the decoder reads are
 moved, each by a share of its vectors' mean length in the picture (``radius``); there one map of 304 channels is, by a
-length of 4. The flow is a parameter group of the run's optimiser, with its own rate and betas, but on the run's
+length of 4. The flow is a parameter group of AdamW, with its own rate and betas, but on the run's
 schedule, and its gradient is not clipped by itself; its likelihood is taken per channel. It has as many hidden units as
 channels, and samples positions image by image. Labelled positions without a class are left out. There is no auxiliary
 BatchNorm, as there is no BatchNorm.

@@ -16,7 +16,7 @@ BEST = (
     "on average over 51 logs of UniMatch-V2 (f6afb4d) and 0.55 in those of UniMatch (0324f3d); of its own rows the "
     "paper does not say. Differences, order and claims are those of the last."
 )
-SHARED = "Encoder, optimiser, rate, batch, crop and length are the table's for all rows, whatever a publication has."
+SHARED = "Encoder, optimiser, rate, batch and crop are the table's, whatever a publication has."
 
 
 def shows_best(results: Results) -> bool:
