@@ -262,6 +262,9 @@ def _method_faults(cfg: RunConfig) -> Iterator[str]:
 
 
 def _other_faults(cfg: RunConfig) -> Iterator[str]:
+    if cfg.train.epoch_images is not None and METHODS[cfg.method.name].views.unlabelled:
+        here = f"train.epoch_images = {cfg.train.epoch_images!r}: not with method.name = {cfg.method.name!r}"
+        yield f"{here}, whose epoch is a pass over the unlabelled images; set it to none"
     own = cfg.model.encoder == "digits_vit"
     if cfg.model.encoder == "transformers":
         if cfg.model.weights is None:

@@ -42,7 +42,8 @@ class RunRecord(BaseModel):
     scores: dict[str, dict[str, dict[str, Any]]]
     """network, stream, score; ``per_class`` is a list."""
     best: dict[str, Any] | None
-    """Best evaluation along the way, for comparison only: it is chosen on the set that it reports."""
+    """Best of all evaluations, for comparison only; ``picked_on_reported`` says that the images which it was picked on,
+    ``picked_on``, are those that it reports, and ``evaluations`` from how many."""
     history: list[dict[str, Any]]
     pseudo_labels: dict[str, float | None]
     """Coverage, precision, rescued and spoiled shares on weakly viewed validation images, before and after MixE."""

@@ -136,6 +136,14 @@ def _pseudo_counts(
     return found
 
 
+def _best(measured: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
+    """The highest of the evaluations, marked as picked on the images that it reports; None where there is but one."""
+    if len(measured) < 2:
+        return None
+    best = max(measured, key=lambda entry: entry["miou"])
+    return {**best, "evaluations": len(measured), "picked_on": split, "picked_on_reported": True}
+
+
 def record(run: Run) -> RunRecord:
     """Everything that is worth keeping of a run that has taken its last step; all workers take part."""
     cfg = run.cfg
@@ -159,7 +167,7 @@ def record(run: Run) -> RunRecord:
         network=network,
         stream=stream,
         scores=found,
-        best=max(measured, key=lambda entry: entry["miou"]) if len(measured) > 1 else None,
+        best=_best(measured, cfg.eval.split),
         history=history,
         pseudo_labels=pseudo_labels(run),
         class_names=list(run.dataset.class_names),

@@ -28,7 +28,7 @@ from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.segmenter import Build
-from viladiff.optim import lr_factor, param_groups, total_steps
+from viladiff.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 from viladiff.progress import Progress, counter
 from viladiff.record import load_record, save_record
 from viladiff.result import Result
@@ -147,6 +147,7 @@ class Run:
         views = self.method.views_wanted()
         check_inputs(cfg, self.method, self.dataset, self.world)
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
+        self.evaluated_at = evaluation_steps(cfg, self.dataset, views.unlabelled, self.steps)
         patch = self.method.student.patch
         bank = self.bank if views.text else None
         self.loader = Loader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
@@ -154,7 +155,7 @@ class Run:
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
-        self.optimizer = torch.optim.AdamW(param_groups(self.method, cfg), cfg.optim.lr, cfg.optim.betas, fused=True)
+        self.optimizer = Optimizer(param_groups(self.method, cfg), cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
         self.log = StepLog(self.directory / "steps.jsonl")
         self.history: list[dict[str, Any]] = []
@@ -178,7 +179,11 @@ class Run:
                     f"{self.directory / 'checkpoint.pt'} is of another version of this model ({reason}); "
                     "start over (viladiff train --fresh), or go back to the version that wrote it"
                 ) from error
-            self.optimizer.load_state_dict(state["optimizer"])
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+            except ValueError as error:
+                here = self.directory / "checkpoint.pt"
+                raise ValueError(f"{here}: {error}; start over (viladiff train --fresh)") from error
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
             self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
@@ -232,7 +237,7 @@ class Run:
                 pending.append((self.step, lr_factor(cfg, self.step, self.steps) * cfg.optim.lr, self._step(batches)))
                 self.step += 1
                 last = self.step == self.steps
-                evaluate = cfg.eval.every_steps and self.step % cfg.eval.every_steps == 0 and not last
+                evaluate = self.step in self.evaluated_at
                 keep = self.step % runtime.checkpoint_every == 0 or last or evaluate
                 agree = self.world == 1 or self.step % 10 == 0
                 stopped = agree and self._any(stop.is_set())
@@ -279,11 +284,11 @@ class Run:
             for name, value in {"total": losses.total.detach(), **losses.terms}.items():
                 sums[name] = sums.get(name, 0) + value.float() / len(batches)
         if cfg.optim.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
+            self.optimizer.unscale(self.scaler)
             nn.utils.clip_grad_norm_(self.method.parameters(), cfg.optim.clip_norm)
-        self.scaler.step(self.optimizer)
+        self.optimizer.step(self.scaler)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         with torch.no_grad():
             self.method.after_step(step)
         return sums

@@ -36,6 +36,7 @@ from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.losses import global_gather, global_mean, hard_consistency, trained_gather
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.models.segmenter import Build, Segmenter, upsample
 from viladiff.models.spark import Draw, SemanticMemory, SparkSegmenter, nearest_class, resized, spark_segmenter
 
@@ -61,6 +62,10 @@ class AllSparkConfig(MethodConfig):
 
 class AllSpark(Method):
     Config = AllSparkConfig
+    published = (
+        PublishedSetting(("voc",), {"method.warmup": 5 / 80}, "AllSpark 9da63e2"),
+        PublishedSetting(("cityscapes",), {"method.warmup": 15 / 240, "method.ohem.enabled": True}, "AllSpark 9da63e2"),
+    )
     views = Views(weak=1, strong_labelled=True)
     weak_trains = True
     revision = 2

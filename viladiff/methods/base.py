@@ -20,6 +20,7 @@ from viladiff.losses import hard_mean, labelled_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
 
 if TYPE_CHECKING:
+    from viladiff.methods.published import PublishedSetting
     from viladiff.models.segmenter import Build, Network, Segmenter
 
 
@@ -97,6 +98,8 @@ class Method(nn.Module):
     passes: ClassVar[Passes | None] = None
     keeps: ClassVar[str] = ""
     """What the method has beside its student."""
+    published: ClassVar[tuple[PublishedSetting, ...]] = ()
+    """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
     weak_trains: ClassVar[bool] = False
     """Whether a weak view is also an input that trains, as where its features are perturbed."""
 
@@ -130,7 +133,8 @@ class Method(nn.Module):
         """Options of the optimiser for parts of the method, by dotted path ("flow", "student.spark").
 
         Each has either ``lr``, the rate itself, or ``lr_scale``, a factor of ``optim.lr`` or "encoder" for the
-        encoder's; ``betas`` and ``weight_decay`` may stand beside it. Of two paths to a parameter the longer one holds.
+        encoder's; ``betas`` and ``weight_decay`` may stand beside it. With ``betas`` they are options of AdamW, which
+        the part then has whatever ``optim.name`` is. Of two paths to a parameter the longer one holds.
         """
         return {}
 

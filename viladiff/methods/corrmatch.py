@@ -25,6 +25,7 @@ from viladiff.data.mixing import box_mask
 from viladiff.data.perturb import channel_dropout, widest
 from viladiff.losses import global_max, global_mean, hard_consistency, logit_distillation
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.methods.published import PublishedSetting
 from viladiff.models.segmenter import Build, upsample
 
 
@@ -70,6 +71,22 @@ class Correlation(nn.Module):
 
 class CorrMatch(Method):
     Config = CorrMatchConfig
+    published = (
+        PublishedSetting(
+            ("voc",),
+            {"method.pseudo.threshold": 0.85, "method.pseudo.threshold_momentum": 0.999},
+            "CorrMatch 44f9f9e",
+        ),
+        PublishedSetting(
+            ("cityscapes",),
+            {
+                "method.pseudo.threshold": 0.0,
+                "method.pseudo.threshold_momentum": 1.0,
+                "method.ohem.enabled": True,
+            },
+            "CorrMatch 44f9f9e; threshold: its issue 12",
+        ),
+    )
     views = Views(strong=1, cutmix=True)
     weak_trains = True
     paper = Paper(

@@ -23,6 +23,7 @@ from torch import Tensor
 from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import global_sum
 from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.segmenter import Build
 
@@ -61,6 +62,12 @@ class DawConfig(MethodConfig):
 
 class Daw(UniMatch, MeanTeacher):
     Config = DawConfig
+    published = (
+        PublishedSetting(("voc",), {"method.teacher.momentum": 0.999}, "DAW 3d1e093"),
+        PublishedSetting(
+            ("cityscapes",), {"method.teacher.momentum": 0.999, "method.ohem.enabled": True}, "DAW 3d1e093"
+        ),
+    )
     views = Views(strong=2, cutmix=True)
     paper = Paper(
         "DAW: Exploring the Better Weighting Function for Semi-supervised Semantic Segmentation", "NeurIPS", 2023

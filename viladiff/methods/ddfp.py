@@ -11,7 +11,7 @@ Differences from the released code. There the teacher's parameters are the stude
 warm-up on, so that its average moves nothing and the student labels for itself; here the teacher is the moving average
 that the paper describes. Stages are shares of training, not epochs. All four maps that the decoder reads are
 moved, each by a share of its vectors' mean length in the picture (``radius``); there one map of 304 channels is, by a
-length of 4. The flow is a parameter group of the run's optimiser, with its own rate and betas, but on the run's
+length of 4. The flow is a parameter group of AdamW, with its own rate and betas, but on the run's
 schedule, and its gradient is not clipped by itself; its likelihood is taken per channel. It has as many hidden units as
 channels, and samples positions image by image. Labelled positions without a class are left out. There is no auxiliary
 BatchNorm, as there is no BatchNorm.
@@ -41,6 +41,7 @@ from viladiff.methods.base import (
     TeacherConfig,
     steps_after,
 )
+from viladiff.methods.published import PublishedSetting
 from viladiff.models.ema import ema_update
 from viladiff.models.flow import Flow
 from viladiff.models.memory import pick, sample
@@ -106,6 +107,9 @@ class Ddfp(MeanTeacher):
         2024,
     )
     passes = Passes(4, 2, 2, 2, "flow: 2 forward and backward")
+    published = (
+        PublishedSetting(("voc",), {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.999}, "DDFP 7956c72"),
+    )
     keeps = "teacher, flow"
 
     def __init__(self, cfg: DdfpConfig, build: Build) -> None:

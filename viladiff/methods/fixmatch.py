@@ -14,6 +14,7 @@ from pydantic import Field
 
 from viladiff.batch import Batch, Losses, Step
 from viladiff.methods.base import MethodConfig, Paper, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.semibaseline import SemiBaseline
 
 
@@ -35,6 +36,18 @@ class FixMatchConfig(MethodConfig):
 class FixMatch(SemiBaseline):
     Config = FixMatchConfig
     paper = Paper("FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", "NeurIPS", 2020)
+    published = (
+        PublishedSetting(
+            ("voc", "coco", "ade20k"),
+            {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996},
+            "UniMatch-V2 f6afb4d, fixmatch.py",
+        ),
+        PublishedSetting(
+            ("cityscapes",),
+            {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996, "method.ohem.enabled": True},
+            "UniMatch-V2 f6afb4d, fixmatch.py",
+        ),
+    )
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         losses = super().forward(batch, step)

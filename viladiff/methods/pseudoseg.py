@@ -30,6 +30,7 @@ from viladiff.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import box_mask, square_boxes
 from viladiff.losses import confident_mean, cross_entropy, global_mean
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.models.segmenter import Build, upsample
 from viladiff.models.sgc import Sgc, tag_loss, tagged
 
@@ -54,6 +55,11 @@ class PseudoSegConfig(MethodConfig):
 
 class PseudoSeg(Method):
     Config = PseudoSegConfig
+    published = (
+        PublishedSetting(
+            ("voc", "coco"), {"method.pseudo.temperature": 0.5, "method.pseudo.threshold": 0.0}, "wss b01acaf"
+        ),
+    )
     views = Views(strong=1)
     paper = Paper("PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", "ICLR", 2021)
     passes = Passes(3, 2)

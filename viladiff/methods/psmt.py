@@ -27,6 +27,7 @@ from viladiff.data.perturb import virtual_adversarial
 from viladiff.fields import Section
 from viladiff.losses import global_mean, pixel_cross_entropy
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.two_teachers import TwoTeachers, turn, turn_length
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Build, Network, upsample
@@ -75,6 +76,16 @@ class PsmtConfig(MethodConfig):
 
 class PsMt(TwoTeachers):
     Config = PsmtConfig
+    published = (
+        PublishedSetting(("voc",), {"method.pseudo.weight": 0.06}, "PS-MT 058cdc3", splits=("92",), families=("hq",)),
+        PublishedSetting(
+            ("voc",), {"method.pseudo.weight": 0.6}, "PS-MT 058cdc3", splits=("183", "366", "732"), families=("hq",)
+        ),
+        PublishedSetting(("voc",), {"method.pseudo.weight": 1.5}, "PS-MT 058cdc3", families=("aug_cps", "aug_u2pl")),
+        PublishedSetting(
+            ("cityscapes",), {"method.pseudo.weight": 3.0}, "PS-MT 058cdc3", not_available="CutMix with three boxes"
+        ),
+    )
     views = Views(strong=1, strong_labelled=True, pairs=True)
     paper = Paper("Perturbed and Strict Mean Teachers for Semi-supervised Semantic Segmentation", "CVPR", 2022)
     passes = Passes(4, 2, 8, 4)

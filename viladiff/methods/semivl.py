@@ -42,6 +42,7 @@ from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.fields import Section
 from viladiff.losses import cross_entropy, global_mean
 from viladiff.methods.base import MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.maskclip import MaskClip, load_clip
 from viladiff.models.segmenter import Build, Network, Segmenter, upsample
@@ -95,6 +96,20 @@ class SemiVlConfig(MethodConfig):
 
 class SemiVl(UniMatch):
     Config = SemiVlConfig
+    published = (
+        PublishedSetting(
+            ("voc", "coco", "ade20k"),
+            {"method.pseudo.weighting": "pixel", "method.pseudo.threshold": 0.95},
+            "semivl 13ee65d",
+        ),
+        # A branch for OHEM is there, and no configuration reaches it.
+        PublishedSetting(
+            ("cityscapes",),
+            {"method.pseudo.weighting": "image", "method.ohem.enabled": False},
+            "semivl 13ee65d",
+            not_available="a ResNet-101's first stage as the decoder's finest map",
+        ),
+    )
     revision = 3
     views = Views(strong=2, cutmix=True)
     paper = Paper("SemiVL: Semi-Supervised Semantic Segmentation with Vision-Language Guidance", "ECCV", 2024)

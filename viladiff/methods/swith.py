@@ -23,6 +23,7 @@ from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
 from viladiff.losses import global_mean, global_sum, hard_consistency
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Build, Network, Segmenter
@@ -63,6 +64,13 @@ class SwithConfig(MethodConfig):
 
 class Swith(TwoTeachers):
     Config = SwithConfig
+    published = (
+        PublishedSetting(
+            ("ade20k",),
+            {"method.teacher.momentum": 0.99, "method.teacher.switch_period": 1 / 200},
+            "dual-teacher 868e6e7, which has ADE20K alone",
+        ),
+    )
     views = Views(strong=2, pairs=True)
     paper = Paper("Switching Temporary Teachers for Semi-Supervised Semantic Segmentation", "NeurIPS", 2023)
     passes = Passes(4, 3)

@@ -52,6 +52,7 @@ from viladiff.methods.base import (
     TeacherConfig,
     steps_after,
 )
+from viladiff.methods.published import PublishedSetting
 from viladiff.models.ema import ema_update, frozen_copy
 from viladiff.models.memory import Banks, pick, sample
 from viladiff.models.segmenter import Build, Stream, upsample
@@ -120,6 +121,16 @@ class Representation(nn.Module):
 
 class U2pl(MeanTeacher):
     Config = U2plConfig
+    published = (
+        PublishedSetting(("voc",), {"method.warmup": 1 / 80}, "U2PL ab3d2be"),
+        # OHEM there keeps 100,000 pixels of two crops of 769 x 769 at least.
+        PublishedSetting(
+            ("cityscapes",),
+            {"method.warmup": 0.0, "method.ohem.enabled": True, "method.ohem.min_kept": 0.085},
+            "U2PL ab3d2be",
+            not_available="an auxiliary loss of weight 0.4 on an inner map of the encoder",
+        ),
+    )
     views = Views(weak=1, pairs=True)
     weak_trains = True
     paper = Paper("Semi-Supervised Semantic Segmentation Using Unreliable Pseudo-Labels", "CVPR", 2022)

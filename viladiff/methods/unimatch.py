@@ -23,6 +23,7 @@ from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.perturb import channel_dropout, widest
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.methods.published import PublishedSetting
 
 
 class UniMatchConfig(MethodConfig):
@@ -45,6 +46,12 @@ class UniMatch(Method):
     weak_trains = True
     paper = Paper("Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", "CVPR", 2023)
     passes = Passes(4, 4, 1, 1)
+    published: ClassVar[tuple[PublishedSetting, ...]] = (
+        PublishedSetting(("voc", "coco"), {"method.pseudo.threshold": 0.95}, "UniMatch 0324f3d"),
+        PublishedSetting(
+            ("cityscapes",), {"method.pseudo.threshold": 0.0, "method.ohem.enabled": True}, "UniMatch 0324f3d"
+        ),
+    )
 
     def views_wanted(self) -> Views:
         return Views(strong=2, cutmix=self.cfg.cutmix)

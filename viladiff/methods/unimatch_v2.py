@@ -30,6 +30,7 @@ from viladiff.methods.base import (
     TeacherConfig,
     pasted,
 )
+from viladiff.methods.published import PublishedSetting
 
 
 class UniMatchV2TeacherConfig(TeacherConfig):
@@ -54,6 +55,18 @@ class UniMatchV2(MeanTeacher):
     views = Views(strong=2, cutmix=True)
     paper = Paper("UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", "TPAMI", 2025)
     passes = Passes(4, 3)
+    published = (
+        PublishedSetting(
+            ("voc", "coco", "ade20k"),
+            {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996},
+            "UniMatch-V2 f6afb4d",
+        ),
+        PublishedSetting(
+            ("cityscapes",),
+            {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996, "method.ohem.enabled": True},
+            "UniMatch-V2 f6afb4d",
+        ),
+    )
     keeps = "teacher"
 
     def views_wanted(self) -> Views:

@@ -12,7 +12,7 @@ from viladiff.study.plan import fields_of
 from viladiff.study.samples import score
 
 RATE = "optim.lr"
-APART = (RATE, "seed", "data.holdout", "eval.split", "eval.every_steps", "eval.boundary")
+APART = (RATE, "seed", "data.holdout", "eval.split", "eval.every_steps", "eval.every_epochs", "eval.boundary")
 """Fields in which a run that tries a rate may differ from the one that is reported."""
 
 

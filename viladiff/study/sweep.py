@@ -25,6 +25,7 @@ OURS = {
     "data.holdout": "it is the sweep's own holdout",
     "eval.split": "the sweep chooses on what it holds out; --select val reads the reported set and the page says it",
     "eval.every_steps": "it follows from the rungs",
+    "eval.every_epochs": "it follows from the rungs",
     **RESERVED,
 }
 
