@@ -16,12 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from viladiff import ray_caption, ray_launch, ray_search
 from viladiff.config import RunConfig, override
+from viladiff.ray_local import private
 from viladiff.study.reaper import descendants
 from viladiff.train import Run
 
 pytestmark = [pytest.mark.timeout(1800)]
 
+ROOT = Path(__file__).resolve().parent.parent
 RUN = ["method.name=semibaseline", "eval.max_images=5", "eval.boundary=false", "runtime.threads=1"]
 
 
@@ -73,6 +76,34 @@ def test_a_socket_is_found_and_judged(address: str) -> None:
         assert listening([os.getpid()]) - before <= {(os.getpid(), address)}
         assert (os.getpid(), address) in listening([os.getpid()])
         assert bool(reachable([os.getpid()])) == (address in ("0.0.0.0", "::"))
+
+
+def test_one_place_starts_ray_and_one_joins_a_group() -> None:
+    """So that what the tests below see of a table holds for sweeps and captioning."""
+    sources = {path.name: path.read_text() for path in (ROOT / "viladiff").rglob("*.py")}
+    assert [name for name, text in sources.items() if "ray.init(" in text] == ["ray_launch.py"]
+    assert [name for name, text in sources.items() if "init_process_group(" in text] == ["launch.py"]
+    assert ray_caption.cluster is ray_search.cluster is ray_launch.cluster
+
+
+def test_environment_and_library_are_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a user's own")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    before, old = dict(os.environ), os.umask(0)
+    try:
+        with private(tmp_path):
+            assert get_authentication_mode() == AuthenticationMode.TOKEN
+            assert "RAY_AUTH_TOKEN" not in os.environ and not ray_constants.ENABLE_RAY_CLUSTER
+            token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+            assert token.parent == tmp_path and token.stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(old)
+    assert dict(os.environ) == before and ray_constants.ENABLE_RAY_CLUSTER
+    assert get_authentication_mode() != AuthenticationMode.TOKEN
 
 
 class Watched:
