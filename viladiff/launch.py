@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,18 @@ def join_group(cfg: RunConfig) -> None:
         raise ValueError(f"runtime.workers = {cfg.runtime.workers}, but the launcher started {announced} processes")
     if announced > 1:
         dist.init_process_group(_backend(cfg, announced))
+
+
+def join_here(backend: str, meeting: Path, rank: int, workers: int) -> None:
+    """Joins a group of this machine alone: its workers meet in a file, which must be new, and talk over loopback.
+
+    A rendezvous over TCP would listen on every network of the machine, whatever address it is given.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback is not None:
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+    store = dist.FileStore(str(meeting), workers)  # type: ignore[attr-defined]  # public, and missing in __all__
+    dist.init_process_group(backend, store=store, rank=rank, world_size=workers)
 
 
 def _backend(cfg: RunConfig, workers: int) -> str:
@@ -79,16 +92,14 @@ def in_workers(work: Callable[..., str], cfg: RunConfig, workers: int, *argument
 
     work is a function of a module, since new processes look it up by name. A worker's error is raised here.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     queue: SimpleQueue = get_context("spawn").SimpleQueue()
     # Workers get a terminal's Ctrl-C themselves and stop together; this process only waits for them.
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     failure: Exception | None = None
     try:
         dump = cfg.model_dump(mode="json")
-        spawn(_worker, (work, dump, workers, arguments, _backend(cfg, workers), port, queue), workers)
+        with tempfile.TemporaryDirectory(prefix=f"viladiff-{os.getpid()}-", ignore_cleanup_errors=True) as meeting:
+            spawn(_worker, (work, dump, workers, arguments, _backend(cfg, workers), meeting, queue), workers)
     except ProcessRaisedException as error:
         failure = error
     finally:
@@ -115,14 +126,14 @@ def _worker(
     workers: int,
     arguments: tuple,
     backend: str,
-    port: int,
+    meeting: str,
     queue: SimpleQueue,
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent ignores it, and children inherit that
     os.environ |= {"LOCAL_RANK": str(rank)}
     threads = dump["runtime"]["threads"] or max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    join_here(backend, Path(meeting) / "store", rank, workers)
     try:
         answer = work(RunConfig(**dump), *arguments)
         if rank == 0:

@@ -105,11 +105,11 @@ def _check_publishing(args: argparse.Namespace) -> None:
 
 
 def alone(directory: Path) -> leases.Lease:
-    """The right to drive the sweep. ValueError where somebody else has it, or where nothing can be written."""
+    """The right to drive the sweep, after a wait if need be. ValueError where others have it, or writing fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         watch = leases.Watch()
-        lease = leases.take(directory, watch)
+        lease = leases.take_or_wait(directory, watch)
     except OSError as error:
         raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); see --storage") from error
     if lease is None:
