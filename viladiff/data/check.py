@@ -268,6 +268,7 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
     files, contents = dataset.files, dataset.contents
     if files is None or contents is None:
         return dataset.notes
+    contents.refresh()
     labelled = _some(files, dataset.labelled.tolist())
     parts = [labelled] if dataset.val_files is None else [labelled, dataset.val_files]
     others = _some(files, dataset.unlabelled.tolist())

@@ -59,10 +59,20 @@ class Contents:
     def __init__(self, root: Path) -> None:
         self.root, self._cut = root, len(os.fspath(root)) + 1
         self.places = (root / NAME, cache_dir() / "contents" / f"{fingerprint(str(root))}.json")
-        self._known: Known = {}
-        for found in (*map(_read, reversed(self.places)), _unkept.get(root, {})):
-            self._known |= found
+        self._known: Known = dict(_unkept.get(root, {}))
         self._new: Known = {}
+        self._seen: dict[Path, Stat] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads what other processes have kept meanwhile."""
+        for place in reversed(self.places):
+            with suppress(ValueError):
+                stat = _stat(place)
+                if self._seen.get(place) != stat:
+                    self._seen[place] = stat
+                    self._known |= _read(place)
+        self._known |= self._new
 
     def digests(self, paths: Sequence[Path]) -> list[str]:
         """SHA-256 of each file, its first 32 hexadecimal digits; a word on stderr where reading takes seconds.
@@ -111,10 +121,10 @@ class Contents:
             return
         for place in self.places:
             kept = {name: one for name, one in _read(place).items() if name in self._new or (self.root / name).exists()}
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(place, _packed(kept | self._new))
-                self._new = {}
+                self._seen[place], self._new = _stat(place), {}
                 return
         _unkept.setdefault(self.root, {}).update(self._new)
 
@@ -164,7 +174,7 @@ def _sha256(path: Path) -> str:
 
 
 def _packed(known: Known) -> bytes:
-    text = json.dumps({"format": FORMAT, "files": known}, separators=(",", ":"))
+    text = json.dumps({"format": FORMAT, "files": dict(sorted(known.items()))}, separators=(",", ":"))
     return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
 
 
