@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from viladiff import cli
 from viladiff.config import RunConfig, override, run_id
 from viladiff.data import contents, datasets, images
 from viladiff.data.check import check_files
@@ -579,6 +580,70 @@ def test_zero_labelled_pixels(photo_folder: Make) -> None:
         Image.fromarray(np.full_like(read_mask(path, 6), 255)).save(path)
     with pytest.raises(ValueError, match="none of the 2 labelled images has a labelled pixel"):
         check_files(load(root))
+
+
+@pytest.mark.parametrize("file", ["classes.txt", "palette.txt"])
+def test_a_class_that_no_labelled_mask_shows_stops_a_run(
+    photo_folder: Make, photographs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    root = photo_folder(8, sizes=(40, 60))
+    (root / "classes.txt").write_text("\n".join([*photographs.CLASSES, "unicorn", "yeti"]), encoding="utf-8")
+    if file == "palette.txt":
+        colours = [*photographs.PALETTE, (1, 2, 3), (4, 5, 6)]
+        lines = [
+            f"{r} {g} {b} {name}" for (r, g, b), name in zip(colours, read_text(root / "classes.txt"), strict=True)
+        ]
+        (root / "palette.txt").write_text("\n".join(lines), encoding="utf-8")
+    told = (
+        rf"masks: no mask of the 2 labelled images shows 'unicorn', 'yeti', 2 of the 8 classes of {file}; "
+        rf"label an image that shows it \(data\.split\), or remove the class from {file} and the masks$"
+    )
+    with pytest.raises(ValueError, match=told):
+        fit(small(root, tmp_path / "runs", "supervised"))
+    assert not list((tmp_path / "runs").rglob("steps.jsonl")) and not list((tmp_path / "runs").rglob("*.pt"))
+    words = ["data.dataset=folder", f"runtime.data_root={root}", "model.encoder=digits_vit", "model.pretrained=shipped"]
+    assert cli.main(["train", *words, "data.crop=32", "method.name=supervised", "--dry-run"]) != 0
+    assert "labelled images shows 'unicorn', 'yeti'" in " ".join(capsys.readouterr().err.split())
+
+
+def read_text(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split()
+
+
+def binary(root: Path, pixel: int) -> Path:
+    """Masks of 0 and ``pixel`` under two classes."""
+    (root / "classes.txt").write_text("ground\nplant", encoding="utf-8")
+    for path in (root / "masks").iterdir():
+        labels = read_mask(path, 6)
+        Image.fromarray(np.where(labels == labels[-1, -1], 0, pixel).astype(np.uint8)).save(path)
+    return root
+
+
+def test_masks_of_0_and_255_stop_a_run_with_the_way_out(photo_folder: Make, tmp_path: Path) -> None:
+    root = binary(photo_folder(8, sizes=(40, 60)), 255)
+    hint = (
+        r"no mask of the 2 labelled images shows 'plant', .*the masks hold 0 and 255 only, and 255 is ignored; if it "
+        r"means 'plant', say so in palette\.txt: '0 0 0 ground' and '255 255 255 plant'$"
+    )
+    with pytest.raises(ValueError, match=hint):
+        fit(small(root, tmp_path / "runs", "supervised"))
+    (root / "palette.txt").write_text("0 0 0 ground\n255 255 255 plant", encoding="utf-8")
+    assert fit(small(root, tmp_path / "runs", "supervised")).record.miou is not None, "and then it works"
+
+
+def test_validation_masks_of_one_class_stop_a_run(photo_folder: Make, tmp_path: Path) -> None:
+    root = binary(photo_folder(8, sizes=(40, 60)), 1)
+    check_files(load(root))
+    for name in read_text(root / "splits" / "labelled" / "val.txt"):
+        path = root / "masks" / f"{name}.png"
+        Image.fromarray(np.zeros_like(read_mask(path, 2))).save(path)
+    with pytest.raises(ValueError, match=r"the 2 validation images show 'ground' alone, .*validate on more images"):
+        check_files(load(root))
+
+
+def test_under_a_published_layout_a_class_may_be_missing(photo_folder: Make) -> None:
+    data = datasets.load("voc", "92", root=str(photo_folder(12, "voc")), family="hq")
+    assert any(note.startswith("no labelled image shows aeroplane, bicycle") for note in check_files(data))
 
 
 def test_one_image(photo_folder: Make) -> None:

@@ -87,11 +87,13 @@ class _Finder:
         here = f"the mask there is {self._relative(read)!r}" if read else f"there is no mask in {layout.masks!r}"
         if text == NONE:
             return f"{name!r} has {NONE} in place of a mask, and needs one; name it, or take the line out ({here})"
-        allowed = "a PNG" if layout == FOLDER else f"a PNG called {PurePosixPath(layout.mask_name(name)).name!r}"
-        close = nearest(text.lstrip("/"), [*self._pngs(text.lstrip("/").partition("/")[0])])
+        allowed, close = f"a PNG called {PurePosixPath(layout.mask_name(name)).name!r}", ""
+        if layout == FOLDER:
+            plain = text.lstrip("/")
+            allowed, close = "a PNG", nearest(plain, [*self._pngs(plain.partition("/")[0])])
         return (
-            f"names the mask {text!r}, which is not {allowed} below {root}{close}; {here}; "
-            "name one that is, or leave the second column out"
+            f"names the mask {text!r}, which is not {allowed} below {root}; {here}; "
+            f"name one that is, or leave the second column out{close}"
         )
 
     def _relative(self, path: Path) -> str:
