@@ -40,10 +40,13 @@ _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
 _TAIL = 4096
 
 
+Level = Literal["error", "warning"]
+
+
 class Fault(NamedTuple):
     """Something about a file that somebody should look at."""
 
-    level: Literal["error", "warning"]
+    level: Level
     """An error would stop a run that uses the file."""
     path: str
     reason: str
@@ -235,12 +238,13 @@ def _doubts(report: Report) -> list[Fault]:
         return [Fault("error", root, "there is no mask that can be read, so nothing to learn from")]
     shown = report.images()
     absent = [name for label, name in enumerate(names) if not shown[label]]
+    level: Level = "error" if report.tree.layout == FOLDER else "warning"
     if absent:
-        faults.append(Fault("warning", root, f"{len(absent)} classes are in no mask: {', '.join(absent)}"))
+        faults.append(Fault(level, root, f"{len(absent)} classes are in no mask: {', '.join(absent)}"))
     if not shown[:IGNORE].any():
         faults.append(Fault("error", root, f"every pixel of all {len(masks)} masks is {IGNORE}: nothing is labelled"))
     elif (hint := zero_or_ignored(names, shown)) is not None:
-        faults.append(Fault("warning", root, hint))
+        faults.append(Fault(level, root, hint))
     return faults
 
 
