@@ -62,8 +62,10 @@ def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
 def miou_from(confusion: Tensor) -> tuple[float, list[float]]:
     """A class in neither truth nor prediction is NaN and left out of the mean; (mean IoU, IoU per class) in [0, 1].
 
-    A class that is predicted but never true, or true but never predicted, counts as 0. Without any class the mean is
-    NaN. Published scripts add 1e-10 to the union, which counts an absent class as 0; in full sets no class is absent.
+    A class that is predicted but never true, or true but never predicted, counts as 0. Where less than two of several
+    classes are left the mean is NaN, since all pixels are of one class in truth and prediction, and it would be 1
+    whatever the network has learned. Published scripts add 1e-10 to the union, which counts an absent class as 0; in
+    full sets no class is absent.
     """
     counts = confusion.double()
     return _mean_iou(counts.diagonal(), counts.sum(1) + counts.sum(0) - counts.diagonal())
@@ -71,7 +73,8 @@ def miou_from(confusion: Tensor) -> tuple[float, list[float]]:
 
 def _mean_iou(intersection: Tensor, union: Tensor) -> tuple[float, list[float]]:
     per_class = torch.where(union > 0, intersection.double() / union.double(), torch.nan)
-    return float(per_class.nanmean()), per_class.tolist()
+    enough = int((union > 0).sum()) >= min(2, len(union))
+    return float(per_class.nanmean()) if enough else torch.nan, per_class.tolist()
 
 
 def boundary_width(height: int, width: int) -> int:

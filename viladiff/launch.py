@@ -7,8 +7,9 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from viladiff.config import RunConfig
 from viladiff.guards import TrainingError
 from viladiff.record import load_record
 from viladiff.result import Result
+
+PATIENCE = timedelta(hours=12)
+"""That workers wait for the first one of their machine to read a data set."""
 
 
 def pick_device(cfg: RunConfig) -> torch.device:
@@ -58,6 +62,31 @@ def _backend(cfg: RunConfig, workers: int) -> str:
     """nccl wants a GPU of its own for every worker of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
     return "nccl" if pick_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
+
+
+T = TypeVar("T")
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """``work()`` by the first worker of each machine, then by its others, which find what that one has kept.
+
+    An error of the first one is the others' as well, since they do the same afterwards.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    # A group of its own, since NCCL's waits for ten minutes alone, and reading a data set may take longer.
+    group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+    first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+    try:
+        if first:
+            try:
+                return work()
+            finally:
+                dist.barrier(group)
+        dist.barrier(group)
+        return work()
+    finally:
+        dist.destroy_process_group(group)
 
 
 def summed_over_workers(counts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from viladiff.checkpoint import load_file
 from viladiff.config import ConfigError, RunConfig, override
+from viladiff.data.check import check_files
 from viladiff.evaluate import results
 from viladiff.fields import INTEGER, nest
 from viladiff.guards import check_inputs
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 
 
 def preview(cfg: RunConfig) -> dict[str, Any]:
-    """Name, place, length, images and parameters of what ``fit(cfg)`` would do; may render data, trains nothing."""
+    """Name, place, length, images and parameters of what ``fit(cfg)`` would do; may render data, trains nothing.
+
+    Files are checked as ``fit`` does, which then finds what was read of them. Raises ValueError as it does.
+    """
     from viladiff.train import Run
 
     run = Run(cfg)
+    notes = check_files(run.dataset)
     method = METHODS[cfg.method.name](cfg.method, run.build())
     check_inputs(cfg, method, run.dataset, cfg.runtime.workers)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
@@ -51,6 +56,7 @@ def preview(cfg: RunConfig) -> dict[str, Any]:
         "captions": run.dataset.caption_source,
         **{f"parameters of {name}": f"{count:,}" for name, count in counts.items()},
         "trained parameters": f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,}",
+        **({"notes": "; ".join(notes)} if notes else {}),
     }
 
 

@@ -23,7 +23,7 @@ from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
 from viladiff.guards import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
-from viladiff.launch import join_group, launch, pick_device
+from viladiff.launch import in_turn, join_group, launch, pick_device
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_fingerprint
@@ -75,7 +75,7 @@ class Run:
             torch.cuda.set_device(self.device)
         if cfg.runtime.threads is not None:
             torch.set_num_threads(cfg.runtime.threads)
-        self.dataset = load_dataset(*request(cfg))
+        self.dataset = in_turn(lambda: load_dataset(*request(cfg)))
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
         with counter("encoding captions", cfg.runtime.progress and not self.rank) as advance:
             asked = cfg.data.text_encoder, cfg.data.captions
@@ -137,7 +137,7 @@ class Run:
 
     def _build(self) -> None:
         cfg = self.cfg
-        for note in (*check_files(self.dataset), *self.bank.notes()):
+        for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes()):
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
         torch.manual_seed(draws.key(cfg.seed, "init"))
