@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -184,32 +185,37 @@ def test_a_run_that_was_finished_before_is_not_stopped(
     assert second.state == "pruned" and second.rungs[-1].step == 25
 
 
-def test_a_trial_that_was_stopped_as_its_driver_died_stays_stopped(sweeping: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_trial_that_was_stopped_as_its_driver_died_stays_stopped(
+    sweeping: ModuleType, tmp_path: Path, finished: bool
+) -> None:
+    """Unless its run came to its end all the same."""
     runs = sweeping.Runs(tmp_path, sweeping.bowl)
     desk = sweeping.opened(tmp_path, runs, 2, "random", "asha", seeds=(0,))
-    for wanted in (False, True):
+    for stopped in (False, True):
         job = desk.next()
         desk.started(job.run_id)
-        assert desk.judged(job.run_id, 25, 0.4 if wanted else 0.5) is wanted
-        if not wanted:
+        assert desk.judged(job.run_id, 25, 0.4 if stopped else 0.5) is stopped
+        if finished or not stopped:
             runs.records[job.run_id] = SimpleNamespace(miou=0.6, history=[])
             desk.finished(job.run_id, {"state": "done", "began": 0.0, "ended": 0.0, "miou": 0.6})
     again = sweeping.opened(tmp_path, runs, 2, "random", "asha", seeds=(0,))
-    assert again.search.work() == [] and again.search.trials[1].reason == "stopped at step 25 of 100"
+    assert again.search.work() == []
+    second = again.search.trials[1]
+    assert (second.state, second.value) == (("complete", 0.6) if finished else ("pruned", None))
+    assert finished or second.reason == "stopped at step 25 of 100"
 
 
-def test_a_killed_drivers_lock_and_half_a_line_are_passed_over(
-    sweeping: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from viladiff.study import asking
-
-    monkeypatch.setattr(asking, "LOCK_SECONDS", 1)
+def test_a_killed_drivers_lock_and_half_a_line_are_passed_over(sweeping: ModuleType, tmp_path: Path) -> None:
     runs = sweeping.Runs(tmp_path, sweeping.bowl)
     sweeping.drive(sweeping.opened(tmp_path, runs, 3, "random", "asha"), runs)
     journal = tmp_path / "optuna.journal"
     with journal.open("ab") as file:
         file.write(b'{"op_code":4,"worker_id":"x"')  # of a point that was not written down yet
     (tmp_path / "optuna.journal.lock").touch()
+    begun = time.monotonic()
+    again = sweeping.opened(tmp_path, runs, 6, "random", "asha")
+    assert again.search.work() and time.monotonic() - begun < 25, "Optuna itself waits for 30 s"
     sweeping.drive(again := sweeping.opened(tmp_path, runs, 6, "random", "asha"), runs)
     assert len(again.search.trials) == 6 and not (tmp_path / "optuna.journal.lock").exists()
     whole = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
