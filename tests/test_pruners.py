@@ -13,8 +13,9 @@ import optuna
 import pytest
 
 from viladiff.study import search as search_module
+from viladiff.study.asking import Asker
 from viladiff.study.pruners import halving, optuna_pruner
-from viladiff.study.trials import Trial, save_trial
+from viladiff.study.trials import Rung, Trial, save_trial
 
 STEPS = (25, 50, 100)
 
@@ -144,6 +145,25 @@ def test_a_study_that_was_lost_is_replayed_with_the_pruners_notes(
     assert any(kept for *_, kept in wanted) == (kind != "median")
     (tmp_path / "optuna.journal").unlink()
     assert notes(sweeping.opened(tmp_path, runs, 30, **given)) == wanted
+
+
+def test_a_twin_counts_once(sweeping: ModuleType, tmp_path: Path) -> None:
+    """Of 0.4, 0.6 and 0.5 one goes on; with 0.4 once more two would."""
+    trials = [
+        Trial(
+            number=number,
+            point=sweeping.FIRST,
+            runs={"0": "r"},
+            order=10 * number + 1,
+            rungs=[Rung(step=25, value=value, order=10 * number + 2)],
+            twin=0 if number == 1 else None,
+        )
+        for number, value in enumerate((0.4, 0.4, 0.6, 0.5))
+    ]
+    pruner, journal = optuna_pruner("asha", STEPS), str(tmp_path / "optuna.journal")
+    asker = Asker("s", sweeping.SPACE, sweeping.FIRST, "random", 0, False, journal, pruner)
+    asker.open(trials, STEPS[-1])
+    assert asker.stopped == {3}
 
 
 class KillError(BaseException):
