@@ -202,8 +202,7 @@ class Run:
         if self.rank:
             return
         self.log.flush()
-        norms = torch._foreach_norm([p.detach() for p in self.method.parameters()])
-        if not torch.stack(norms).isfinite().all():
+        if not nn.utils.get_total_norm([p.detach() for p in self.method.parameters()]).isfinite():
             # The loss may still be finite where a gradient was not; such weights must not replace good ones.
             check_finite({"weights": math.nan}, self.step, self.steps, self.cfg, self.directory)
         state = {

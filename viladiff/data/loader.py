@@ -301,4 +301,4 @@ def validation(
         if bank is not None:
             found = bank.batch(some)
             text = TextBatch(found.tokens.to(device), found.mask.to(device))
-        yield normalise(images.permute(0, 3, 1, 2).float() / 255), masks.long(), text
+        yield normalise(images.permute(0, 3, 1, 2).contiguous().float() / 255), masks.long(), text
