@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from viladiff import cli
 from viladiff.config import RunConfig, override, run_id
 from viladiff.data import contents, datasets, images
-from viladiff.data.check import check_files
+from viladiff.data.check import check, check_files
 from viladiff.data.images import Colours, image_size, label_counts, read_image, read_mask
 from viladiff.data.lists import Lists
 from viladiff.data.splits import VISIBLE, resample
@@ -627,6 +627,8 @@ def test_masks_of_0_and_255_stop_a_run_with_the_way_out(photo_folder: Make, tmp_
     )
     with pytest.raises(ValueError, match=hint):
         fit(small(root, tmp_path / "runs", "supervised"))
+    faults = [fault for fault in check(root, processes=1).faults if fault.path == str(root / "masks")]
+    assert [fault.level for fault in faults] == ["error"] * 2 and "1 classes are in no mask: plant" in faults[0].reason
     (root / "palette.txt").write_text("0 0 0 ground\n255 255 255 plant", encoding="utf-8")
     assert fit(small(root, tmp_path / "runs", "supervised")).record.miou is not None, "and then it works"
 

@@ -26,7 +26,7 @@ from viladiff.data.images import Coding, label_counts, read_mask
 from viladiff.progress import counter
 from viladiff.record import write_atomically
 
-NAME = ".viladiff-contents.json"
+NAME = ".viladiff-contents.txt"
 """Hidden, so that no scan takes it for an image."""
 RACY = 3 * 10**9
 """Nanoseconds; file systems round times of modification to 2 s at most."""
@@ -38,8 +38,9 @@ _SAY_AFTER, _SAY_EVERY = 3.0, 10.0
 """Seconds of hashing before the first word, and between words where there is no terminal."""
 
 Stat = tuple[int, int, int, int]
-Known = dict[str, tuple[Stat, dict[str, Any]]]
-"""By path below the root, with "/" between folders: the file as it was, and what was found in it."""
+Known = dict[str, str]
+"""By path below the root, "/" between folders, escaped as in JSON: the file's ``Stat``, a space behind each number, and
+what was found in it, JSON. It is parsed where it is asked for, since there may be 100,000."""
 _unkept: dict[Path, Known] = {}
 """By root, what could be written nowhere."""
 
@@ -58,7 +59,7 @@ class Contents:
 
     def __init__(self, root: Path) -> None:
         self.root, self._cut = root, len(os.fspath(root)) + 1
-        self.places = (root / NAME, cache_dir() / "contents" / f"{fingerprint(str(root))}.json")
+        self.places = (root / NAME, cache_dir() / "contents" / f"{fingerprint(str(root))}.txt")
         self._known: Known = dict(_unkept.get(root, {}))
         self._new: Known = {}
         self._seen: dict[Path, Stat] = {}
@@ -96,9 +97,8 @@ class Contents:
         found = look()
         if stat[1] < now - RACY:
             name = self._name(path)
-            known = self._known.get(name)
-            facts = known[1] if known is not None and known[0] == stat else {}
-            self._known[name] = self._new[name] = stat, {**facts, what: found}
+            facts = {**_facts(self._known.get(name), stat), what: found}
+            self._known[name] = self._new[name] = _start(stat) + json.dumps(facts, separators=(",", ":"))
         return found
 
     def mask(self, path: Path, num_classes: int, coding: Coding | None) -> MaskFacts:
@@ -120,7 +120,7 @@ class Contents:
         if not self._new:
             return
         for place in self.places:
-            kept = {name: one for name, one in _read(place).items() if name in self._new or (self.root / name).exists()}
+            kept = {name: one for name, one in _read(place).items() if (self.root / json.loads(f'"{name}"')).exists()}
             with suppress(OSError, ValueError):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(place, _packed(kept | self._new))
@@ -129,11 +129,10 @@ class Contents:
         _unkept.setdefault(self.root, {}).update(self._new)
 
     def _name(self, path: Path) -> str:
-        return os.fspath(path)[self._cut :].replace(os.sep, "/")  # pathlib takes a second for a hundred thousand
+        return json.dumps(os.fspath(path)[self._cut :].replace(os.sep, "/"))[1:-1]  # pathlib's way is slow
 
     def _kept(self, path: Path, what: str, stat: Stat) -> Any:
-        known = self._known.get(self._name(path))
-        return known[1].get(what) if known is not None and known[0] == stat else None
+        return _facts(self._known.get(self._name(path)), stat).get(what)
 
     def _hash_all(self, paths: Sequence[Path]) -> list[str]:
         size = sum(path.stat().st_size for path in paths)
@@ -173,20 +172,32 @@ def _sha256(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+def _start(stat: Stat) -> str:
+    return "".join(f"{number} " for number in stat)
+
+
+def _facts(line: str | None, stat: Stat) -> dict[str, Any]:
+    """What a line says of a file; nothing where it is of another one."""
+    start = _start(stat)
+    return json.loads(line[len(start) :]) if line is not None and line.startswith(start) else {}
+
+
+def _head(text: str) -> str:
+    return f"{FORMAT} {hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def _packed(known: Known) -> bytes:
-    text = json.dumps({"format": FORMAT, "files": dict(sorted(known.items()))}, separators=(",", ":"))
-    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
+    text = "".join(f"{name}\t{line}\n" for name, line in sorted(known.items()))
+    return f"{_head(text)}\n{text}".encode()
 
 
 def _read(place: Path) -> Known:
     """Nothing where the file is missing, damaged or of another format."""
     try:
-        checksum, _, text = place.read_text(encoding="ascii").partition("\n")
-        if hashlib.sha256(text.rstrip("\n").encode()).hexdigest() != checksum:
-            return {}
-        content = json.loads(text)
-        if content["format"] != FORMAT:
-            return {}
-        return {name: (tuple(stat), dict(facts)) for name, (stat, facts) in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        head, _, text = place.read_text(encoding="ascii").partition("\n")
+    except (OSError, ValueError):
         return {}
+    if head != _head(text):
+        return {}
+    parts = (line.partition("\t") for line in text.splitlines())
+    return {name: line for name, _, line in parts}
