@@ -116,9 +116,7 @@ def _with_border(band: Tensor, d: int) -> Tensor:
     return band
 
 
-def boundary_counts(
-    pred: Tensor, target: Tensor, num_classes: int, d: int, true_band: Tensor | None = None
-) -> Tensor:
+def boundary_counts(pred: Tensor, target: Tensor, num_classes: int, d: int, true_band: Tensor | None = None) -> Tensor:
     """(3, C) pixels of: both bands at once, the truth's band, the prediction's band.
 
     Ignored pixels are cut out of both maps before the bands are made, so that a perfect prediction scores 1.

@@ -30,9 +30,9 @@ def ema_momentum(step: int, momentum: float) -> float:
 def ema_update(teacher: nn.Module, student: nn.Module, step: int, momentum: float = 0.99) -> None:
     """teacher <- m teacher + (1 - m) student over all parameters and float buffers; integer buffers are copied.
 
-    Both modules have the same structure, on the same device; their tensors are paired by place. The average is kept in the teacher's precision, which
-    must be float32 or better: in bfloat16 a step of 1 - m = 0.01 is mostly rounded away. ValueError where the
-    structures differ or the teacher is not in such a precision.
+    Both modules have the same structure, on the same device; their tensors are paired by place. The average is kept in
+    the teacher's precision, which must be float32 or better: in bfloat16 a step of 1 - m = 0.01 is mostly rounded away.
+    ValueError where the shapes differ or the teacher is not in such a precision.
     """
     average = get_ema_multi_avg_fn(ema_momentum(step, momentum))
     mine, theirs = _tensors(teacher), _tensors(student)

@@ -174,16 +174,18 @@ def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise
     if cfg.gaussian:
         values = add_gaussian_noise(values, t, _alpha_bar_on(cfg.timesteps, soft.device), noise)
     if cfg.flips:
-        rate = _edge_aware_rate(edges, cfg, soft.shape[1])
-        chance = flip_probability(t, rate, soft.shape[1], cfg.flip_schedule, cfg.timesteps)
+        rates, when = _rates(cfg, soft.shape[1], soft.device), t[:, None] if isinstance(t, Tensor) else t
+        chances = flip_probability(when, rates, soft.shape[1], cfg.flip_schedule, cfg.timesteps)
+        place = edges.flatten(1).long()
+        chance = chances.expand(len(soft), -1).gather(1, place).view_as(edges)
         labels = torch.where(gaussian, labels, flip_labels(labels, chance, soft.shape[1], uniform=uniform))
     return Corrupted(_assemble(values, labels, gaussian, soft.shape[1]), labels, gaussian, edges, noise)
 
 
-def _edge_aware_rate(edges: Tensor, cfg: MixeConfig, classes: int) -> Tensor:
-    """(B, h, w) probability of a flip in one step."""
+def _rates(cfg: MixeConfig, classes: int, device: torch.device) -> Tensor:
+    """(2,) probabilities of a flip in one step, off and on an edge: what depends on them is computed for these two."""
     check_beta(cfg.beta + cfg.edge_bonus, classes)
-    return cfg.beta + cfg.edge_bonus * edges.float()
+    return cfg.beta + cfg.edge_bonus * torch.arange(2, device=device).float()
 
 
 def _assemble(values: Tensor, labels: Tensor, gaussian: Tensor, classes: int) -> Tensor:
@@ -309,10 +311,11 @@ def refine(
     kept = _alpha_bar_list(cfg.timesteps)
     state = corrupt(soft, cfg.timesteps, tau, cfg, noise=noise, uniform=uniforms[0])
     x, z = state.codes, state.labels
-    rate = _edge_aware_rate(state.edges, cfg, classes)
+    rates, place = _rates(cfg, classes, soft.device), state.edges.flatten().long()
     at = torch.tensor(times).to(soft.device, non_blocking=True)
-    steps = at[:, None, None, None]
-    memory = posterior_memory(steps[:-1], steps[1:], rate, classes, cfg.flip_schedule, cfg.timesteps)
+    steps = at[:, None]
+    lost = posterior_memory(steps[:-1], steps[1:], rates, classes, cfg.flip_schedule, cfg.timesteps)
+    memory = [part[:, place].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost]
     denoise = denoiser.chain(state.gaussian, state.edges, at[:-1], cond)
     for i, (t, t_prev) in enumerate(pairwise(times)):
         logits, noise_pred = denoise(x, i)
@@ -321,7 +324,7 @@ def refine(
         if cfg.flips:
             probs = logits.float().softmax(dim=1)
             if cfg.reverse == "posterior":
-                probs = posterior_of(z, probs, *(part[i].unsqueeze(1) for part in memory))
+                probs = posterior_of(z, probs, *(part[i] for part in memory))
             z = torch.where(state.gaussian, z, sample_classes(probs, uniforms[i + 1]))
         if cfg.gaussian:
             x, _ = ddim_step(x, noise_pred, t, kept, t_prev)
