@@ -230,7 +230,7 @@ FAULTS = [
     ({"lr": "1"}, r"lr: no such field; did you mean 'optim\.lr'\?"),
     (
         {"optim.lrr": "1"},
-        r"optim\.lrr: no such field; did you mean 'optim\.lr'\? Allowed in optim: lr, encoder_lr_scale",
+        r"optim\.lrr: no such field; did you mean 'optim\.lr'\? Allowed in optim: name, lr, encoder_lr_scale",
     ),
     ({"method": "viladiff"}, r"method: a section, not a field; set one of method\.name"),
     ({"method.vila.lam": "1"}, r"method\.vila\.lam: .* it is one of method\.name=viladiff"),

@@ -9,6 +9,7 @@ from viladiff.batch import Views
 from viladiff.fields import ConfigError, nearest
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method, Passes
+from viladiff.methods.published import PublishedSetting
 
 
 def rows() -> list[dict[str, Any]]:
@@ -27,13 +28,15 @@ def _row(name: str, method: type[Method]) -> dict[str, Any]:
         "keeps": method.keeps or None,
         "passes": written(passes) if passes else None,
         "revision": method.revision,
-        "published": [
-            {name: value for name, value in one._asdict().items() if value}
-            | {"fields": dict(one.fields)}
-            | ({"given": dict(one.given)} if one.given else {})
-            for one in method.published
-        ],
+        "published": [_declared(one) for one in method.published],
     }
+
+
+def _declared(one: PublishedSetting) -> dict[str, Any]:
+    """Without what is empty."""
+    lists = {"datasets": list(one.datasets), "splits": list(one.splits), "families": list(one.families)}
+    rest = {"given": dict(one.given), "fields": dict(one.fields), "not_available": one.not_available}
+    return {name: value for name, value in {**lists, **rest, "source": one.source}.items() if value}
 
 
 def needs(views: Views) -> str:
