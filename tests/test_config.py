@@ -29,6 +29,7 @@ from viladiff.config import (
 from viladiff.fields import Section, parse
 from viladiff.methods import METHODS
 from viladiff.methods.base import MethodConfig
+from viladiff.run_name import PLACES
 from viladiff.sections import CLASSES, DATASETS, POOL, DigitsData, ModelConfig, TrainConfig, VocData
 
 PLAIN = RunConfig()
@@ -104,7 +105,7 @@ def test_every_hashed_leaf_changes_the_name(dataset: str, method: str) -> None:
             continue
         before, after = first_valid(base, path, other_values(flatten(base)[path], info.annotation))
         assert flatten(before)[path] != flatten(after)[path], path
-        if path.startswith(config.PLACES):
+        if path.startswith(PLACES):
             assert run_id(before) == run_id(after), path
         else:
             hashed += 1
@@ -341,7 +342,22 @@ def test_defaults_that_follow_the_data_set() -> None:
     assert override(voc, {"model.decoder_width": 64}).model.encoder == "vit_base_patch16_224"
     assert RunConfig(data=VocData(), model=ModelConfig(drop_path=0.1)).model.encoder == "vit_base_patch16_224"
     assert RunConfig(data=VocData(), train=TrainConfig(precision="bf16")).train.epochs == 60.0
+    assert RunConfig(data=VocData(), train=TrainConfig(steps=5)).train.precision == "bf16"
     assert RunConfig(data=DigitsData(split="92")) == override(PLAIN, {"data.split": "92"})
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_precision_follows_the_data_set_and_no_device(dataset: str) -> None:
+    plain = override(PLAIN, {"data.dataset": dataset})
+    assert plain.train.precision == ("fp32" if dataset in ("digits", "dense") else "bf16") and not plain.train.tf32
+    for length in ({"train.steps": "5"}, {"train.epochs": "3"}, {}):
+        one = override(plain, length)
+        assert one.train.precision == plain.train.precision
+        assert run_id(override(one, {"train.precision": plain.train.precision})) == run_id(one)
+        other = {"fp32": "bf16", "bf16": "fp32"}[plain.train.precision]
+        names = [run_id(override(one, {**how})) for how in ({}, {"train.precision": other}, {"train.tf32": "true"})]
+        assert len(set(names)) == 3
+        assert run_id(override(one, {"runtime.device": "cpu"})) == names[0]
 
 
 def test_steps_and_epochs_replace_each_other() -> None:

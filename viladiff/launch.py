@@ -6,7 +6,8 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,21 @@ def pick_device(cfg: RunConfig) -> torch.device:
     if cfg.runtime.device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether CUDA rounds inputs of fp32 products and convolutions to TF32; what held before holds again afterwards.
+
+    torch by itself allows it for convolutions alone. The flags are the process's.
+    """
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32
+    matmul.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32 = before
 
 
 def join_group(cfg: RunConfig) -> None:

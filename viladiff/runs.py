@@ -17,7 +17,7 @@ from viladiff.data.check import check_files
 from viladiff.evaluate import results
 from viladiff.fields import INTEGER, nest
 from viladiff.guards import check_inputs
-from viladiff.launch import in_workers
+from viladiff.launch import in_workers, tf32
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.segmenter import Build
@@ -166,7 +166,8 @@ def _evaluated(finished_run: Finished) -> dict[str, Any]:
     same = run.fingerprints["data"] == record.fingerprints.get("data")
     found: dict[str, Any] = {"scores": {}, "confusion": {}}
     for name, network in run.method.networks().items():
-        measured = meters(run, network, STREAMS, cfg.eval.boundary)
+        with tf32(cfg.train.tf32):
+            measured = meters(run, network, STREAMS, cfg.eval.boundary)
         scores = results(measured)
         found["scores"][name] = {stream: asdict(score) for stream, score in scores.items()}
         found["confusion"][name] = {stream: measured[stream].confusion().tolist() for stream in scores}

@@ -15,7 +15,7 @@ from torch import nn
 
 from viladiff import clusters
 from viladiff.batch import IGNORE, Step, TextBatch
-from viladiff.config import changed, flatten
+from viladiff.config import CORE_REVISION, changed, flatten
 from viladiff.data.augment import normalise
 from viladiff.data.loader import validation
 from viladiff.evaluate import (
@@ -189,6 +189,8 @@ def record(run: Run) -> RunRecord:
         config=flatten(cfg),
         changed=changed(cfg),
         fingerprints=run.fingerprints,
+        core_revision=CORE_REVISION,
+        method_revision=run.method.revision,
         steps=run.steps,
         miou=miou,
         network=network,

@@ -231,6 +231,11 @@ class TrainConfig(Section):
     """Images of an epoch of a method that uses labelled ones alone, whose list is repeated up to this number; none is
     the list once, ``unlabelled`` as many optimiser steps as a pass over the unlabelled list has."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass (autocast); ``bf16`` unless the data set is embedded, on whatever device. A CPU
+    computes in bf16 too, slower than in fp32 where it has no such instructions. Weights, averages and scores are fp32.
+    """
+    tf32: bool = False
+    """Whether a GPU may round the inputs of fp32 products and convolutions to TF32: faster, 10 bits in place of 23."""
     grad_accum_steps: int = Field(1, ge=1)
     """Parts that each worker's share of a step is computed in, to save memory."""
 
@@ -307,15 +312,17 @@ class RuntimeConfig(Section):
 
 
 _REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm", "decoder_width": 128}
+_MIXED: dict[str, object] = {"precision": "bf16"}
+"""Mixed precision (paper, section 4.1)."""
 _EMBEDDED: dict[str, dict[str, object]] = {"optim": {"lr": 6e-3, "encoder_lr_scale": 0.05, "warmup_steps": 30}}
 """Fixed with ``supervised`` alone, before ViLaDiff was trained: docs/experiments.md."""
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "digits": _EMBEDDED,
     "dense": _EMBEDDED,
-    "voc": {"model": _REAL, "train": {"epochs": 60.0}},
-    "cityscapes": {"model": _REAL, "train": {"epochs": 180.0}, "eval": {"protocol": "sliding_window"}},
-    "coco": {"model": _REAL, "train": {"epochs": 20.0}},
-    "ade20k": {"model": _REAL, "train": {"epochs": 60.0}},
-    "folder": {"model": _REAL, "train": {"epochs": 60.0}},
+    "voc": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
+    "cityscapes": {"model": _REAL, "train": {"epochs": 180.0, **_MIXED}, "eval": {"protocol": "sliding_window"}},
+    "coco": {"model": _REAL, "train": {"epochs": 20.0, **_MIXED}},
+    "ade20k": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
+    "folder": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
 }
 """Defaults of other sections that depend on the data set. Lengths are UniMatch V2's; ``folder`` is treated as VOC."""

@@ -23,7 +23,7 @@ from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
 from viladiff.guards import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
-from viladiff.launch import in_turn, join_group, launch, pick_device
+from viladiff.launch import in_turn, join_group, launch, pick_device, tf32
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_fingerprint
@@ -121,7 +121,7 @@ class Run:
                 for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl", *scoring.FILES):
                     (self.directory / name).unlink(missing_ok=True)
         self._barrier()
-        with memory_errors(self.cfg):
+        with memory_errors(self.cfg), tf32(self.cfg.train.tf32):
             self._build()
             self._restore()
             self._recall()

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import TypeAdapter
 
 from viladiff.record import RunRecord, write_atomically
+from viladiff.run_name import arithmetic
 from viladiff.study.cells import cells, choose, unavailable
 from viladiff.study.published import Stated, stated
 from viladiff.study.spec import Table
@@ -47,6 +48,8 @@ class Planned:
     """Fields outside ``runtime`` that differ from their defaults, as a record has them."""
     workers: int = 1
     threads: int | None = None
+    precision: str = "fp32"
+    """As ``RunRecord.precision``."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ def _make(
     for cell, cfg, named in zip(found, configs, name_runs(configs), strict=True):
         where.append(PlannedCell(cell.row, cell.column, cell.seed, named.run_id))
         fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
-        run = Planned(named.run_id, cell.changes, "", named.steps, fields, cfg.runtime.workers, cfg.runtime.threads)
+        how = cfg.runtime.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
+        run = Planned(named.run_id, cell.changes, "", named.steps, fields, *how)
         planned.setdefault(named.run_id, run)
     # Through JSON, so that a plan is the same whether it was read or made: tuples become lists.
     later = {row: why for row, why in unavailable(table, changes).items() if row in rows}
