@@ -7,7 +7,7 @@ ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 test lint bench published
+.PHONY: help setup table5 test lint bench records published
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ lint: setup ## ruff and mypy
 bench: setup ## every claim about speed, as ratios measured in one run each
 	@for file in benchmarks/*.py; do \
 		echo "== $$file"; $(one_thread) $(bin)/python "$$file" || exit 1; done
+
+records: setup ## make the tests' records anew, after a revision or a default has changed (a minute)
+	$(one_thread) $(bin)/python tests/make_records.py
 
 published: setup ## continue the campaigns behind the committed reports and render these again (hours)
 	$(one_thread) $(bin)/python scripts/core_curves.py

@@ -249,7 +249,6 @@ def compare(replay: Replay, space: Space, seeds: int, trials: int) -> float:
 
 def search(replay: Replay, space: Space, kind: str, seed: int, trials: int, budget: int | None = None) -> Course:
     """One sweep from a drawn first point; with a ``budget`` of steps ASHA stops trials, and none begins after it."""
-    from viladiff.ray_judges import judge
     from viladiff.study.trials import Trial
 
     sweeping = helper()
@@ -261,14 +260,16 @@ def search(replay: Replay, space: Space, kind: str, seed: int, trials: int, budg
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as root:
         runs = sweeping.Runs(Path(root), score)
-        asha = None if budget is None else judge("asha", len(SHARES), 2)
+        pruner = "none" if budget is None else "asha"
         first = draw(space, random.Random(f"first {seed}"))
 
         def tell(trial: Trial) -> None:
             if budget is not None and runs.trained >= budget:
                 desk.search.wanted = len(desk.search.trials)
 
-        desk = sweeping.opened(Path(root), runs, trials, kind, asha, 1, space=space, first=first, seed=seed, tell=tell)
+        desk = sweeping.opened(
+            Path(root), runs, trials, kind, pruner, 1, space=space, first=first, seed=seed, tell=tell
+        )
         sweeping.drive(desk, runs)
     found = desk.search.trials
     total, steps, regret = dict(trained(found, full)), [], []

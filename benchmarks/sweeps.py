@@ -1,12 +1,12 @@
-"""What a sweep costs beside its training: a suggestion, a report and memory over 10,000 trials, and a trial on Ray.
+"""What a sweep costs beside its training: a suggestion, a report and memory over 1,000 trials, and a trial on Ray.
 
-OMP_NUM_THREADS=1 python benchmarks/sweeps.py [--trials 10000] [--samplers random tpe] [--slots 64] [--ray 24]
+OMP_NUM_THREADS=1 python benchmarks/sweeps.py [--trials 1000] [--samplers random tpe] [--slots 64] [--ray 24]
 
 Trials without training: formulas in place of runs, one seed, three rungs, ``--slots`` at once, Optuna's journal and a
-record of each trial on disk. Each line is of one tenth of the trials, in processor time, so that growth is seen.
-``--ray`` so many short real runs with TPE and ASHA asked at every rung (its word is heard and not followed, so that
-every trial has an end to measure); the overhead of a trial is the time of its process that is not spent inside
-``fit``. 0 leaves it out.
+record of each trial on disk. Each line is of one tenth of the trials, so that growth is seen: processor time, and in
+brackets time by the clock, which is longer by Optuna's waits for the disk. ``--ray`` so many short real runs with TPE
+and ASHA asked at every rung (its word is heard and not followed, so that every trial has an end to measure); the
+overhead of a trial is the time of its process that is not spent inside ``fit``. 0 leaves it out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the figures; returns 0 where the aims are met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("trials", 10_000), ("slots", 64), ("ray", 24)):
+    for name, value in (("trials", 1000), ("slots", 64), ("ray", 24)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--samplers", nargs="*", default=["random", "tpe"])
     given = parser.parse_args(arguments)
@@ -51,8 +51,8 @@ def formulas(root: Path, sampler: str, trials: int, slots: int) -> None:
     runs = sweeping.Runs(root, sweeping.bowl)
     before = memory()
     begun, spent = time.perf_counter(), time.process_time()
-    desk = sweeping.opened(root, runs, trials, sampler, None, slots, seeds=(0,))
-    asks, reports = timed(desk.search.asker, "ask"), timed(desk.search, "_climb")
+    desk = sweeping.opened(root, runs, trials, sampler, "none", slots, seeds=(0,))
+    asks, reports = timed(desk.search.asker, "ask"), timed(desk.search, "heard")
     sizes: list[float] = []
     desk.search.tell = lambda trial: sizes.append(memory())
     sweeping.drive(desk, runs)
@@ -63,35 +63,38 @@ def formulas(root: Path, sampler: str, trials: int, slots: int) -> None:
     )
     part = max(1, trials // 10)
     for start in range(0, trials, part):
-        ask = statistics.median(asks[start : start + part])
-        share = reports[start * len(reports) // trials : (start + part) * len(reports) // trials]
+        ask = medians(asks[start : start + part])
+        report = medians(reports[start * len(reports) // trials : (start + part) * len(reports) // trials])
         grown = sizes[min(start + part, len(sizes)) - 1] - before
-        print(
-            f"  to {start + part:>6}: {ask:7.2f} ms a suggestion, {statistics.median(share):6.2f} ms a report,", end=" "
-        )
-        print(f"{grown:6.0f} MB more")
+        print(f"  to {start + part:>6}: {ask} ms a suggestion, {report} ms a report, {grown:6.0f} MB more")
     begun = time.perf_counter()
-    again = sweeping.opened(root, runs, trials, sampler, None, slots, seeds=(0,))
+    again = sweeping.opened(root, runs, trials, sampler, "none", slots, seeds=(0,))
     assert again.search.work() == [] and len(again.search.trials) == trials
     print(f"  opened again in {time.perf_counter() - begun:.1f} s")
 
 
-def timed(owner: Any, name: str) -> list[float]:
-    """Milliseconds of processor time of each later call of a method that does something."""
-    found: list[float] = []
+def timed(owner: Any, name: str) -> list[tuple[float, float]]:
+    """Milliseconds, of processor and by the clock, of each later call of a method that does something."""
+    found: list[tuple[float, float]] = []
     plain: Callable[..., Any] = getattr(owner, name)
 
     def measured(*given: Any) -> Any:
-        order, begun = getattr(owner, "order", None), time.process_time()
+        order, begun, since = getattr(owner, "order", None), time.process_time(), time.perf_counter()
         try:
             return plain(*given)
         finally:
             # What a run says again after an interruption is known already, and changes nothing.
             if order is None or owner.order != order:
-                found.append(1000 * (time.process_time() - begun))
+                found.append((1000 * (time.process_time() - begun), 1000 * (time.perf_counter() - since)))
 
     setattr(owner, name, measured)
     return found
+
+
+def medians(calls: Sequence[tuple[float, float]]) -> str:
+    """Processor time and, in brackets, time by the clock."""
+    cpu, clock = (statistics.median(call[kind] for call in calls) for kind in (0, 1))
+    return f"{cpu:6.2f} ({clock:6.2f})"
 
 
 def memory() -> float:
@@ -101,10 +104,12 @@ def memory() -> float:
 
 def on_ray(root: Path, trials: int) -> float:
     """Median overhead of a trial with a searcher and a scheduler."""
-    from viladiff.ray_judges import judge
+    from optuna.pruners import SuccessiveHalvingPruner
+
     from viladiff.ray_search import run_search
     from viladiff.study.asking import Asker
     from viladiff.study.events import Settings
+    from viladiff.study.pruners import halving
     from viladiff.study.search import Search
     from viladiff.study.search_desk import SearchDesk
     from viladiff.study.store import Store
@@ -113,17 +118,16 @@ def on_ray(root: Path, trials: int) -> float:
     sweep = load_sweep(ROOT / "tune" / "sweep_joint.toml")
     namer = Namer(sweep, "smoke", {"train.steps": "20", "eval.max_images": "25"}, "holdout")
     (root / "trials").mkdir()
-    asker = Asker("sweep", sweep.space, sweep.initial_point, "tpe", 0, True, str(root / "optuna.journal"))
-    asha = judge("asha", len(namer.steps), 2)
-    heard = asha.hear
 
-    def heard_only(number: int, rung: int, value: float) -> str:
-        heard(number, rung, value)
-        return "go"
+    class Heard(SuccessiveHalvingPruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            super().prune(study, trial)
+            return False
 
-    asha.hear = heard_only  # type: ignore[assignment, method-assign]
+    asha, journal = Heard(*halving("asha", namer.steps)), str(root / "optuna.journal")
+    asker = Asker("sweep", sweep.space, sweep.initial_point, "tpe", 0, True, journal, asha)
     store = Store(root / "runs")
-    search = Search(root / "trials", asker, asha, namer.planned, (0,), namer.steps, trials, store)
+    search = Search(root / "trials", asker, namer.planned, (0,), namer.steps, trials, store)
     desk = SearchDesk(search, store, Settings(), 2)
     run_search(desk)
     spans: dict[str, list[tuple[float, float]]] = {}

@@ -18,6 +18,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from viladiff.record import RunRecord, load_record
+from viladiff.study.samples import one_precision
+from viladiff.study.upkeep import contradiction
 
 HERE = Path(__file__).parent / "published" / "core"
 METHODS = {"supervised": "#777777", "semibaseline": "#2b7bba", "viladiff": "#c8553d"}
@@ -25,14 +27,17 @@ SPLITS = ("92", "183", "366", "732", "1464")
 
 
 def read(directory: Path) -> pd.DataFrame:
-    """One row a run and network stream; mIoU and the like in percent. Raises ValueError where there is no record."""
+    """One row a run and network stream; mIoU and the like in percent; none without a record.
+
+    Raises ValueError for a record that does not match its name, and for records of different precision.
+    """
     files = sorted([*directory.glob("*.json"), *directory.glob("*/record.json")])
-    if not files:
-        raise ValueError(f"{directory}: no records")
-    rows = []
-    for record in map(load_record, files):
-        rows += list(_rows(record))
-    return pd.DataFrame(rows)
+    records = [load_record(file) for file in files]
+    for file, record in zip(files, records, strict=True):
+        if why := contradiction(record):
+            raise ValueError(f"{file} does not match its name: {why}")
+    one_precision(records, str(directory))
+    return pd.DataFrame([row for record in records for row in _rows(record)])
 
 
 def _rows(record: RunRecord) -> list[dict[str, object]]:
@@ -107,6 +112,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     frame = read(args.records)
+    if frame.empty:
+        print(f"{args.records}: no records yet, nothing is drawn; python scripts/core_curves.py makes them")
+        return
     head = frame[frame["headline"]]
     args.out.mkdir(parents=True, exist_ok=True)
     parts = ["# The core on `digits`: three methods over the splits", ""]

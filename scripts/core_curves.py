@@ -22,8 +22,17 @@ SPLITS = ("92", "183", "366", "732", "1464")
 
 
 def is_done(cfg: RunConfig, path: Path) -> bool:
-    """Whether the record there is of this very run: one of an older revision or another data set is stale."""
-    return path.exists() and load_record(path).run_id == Run(cfg).name
+    """Whether the record there is of this very run: one of an older revision or another data set is stale.
+
+    So is one that cannot be used, which is said.
+    """
+    if not path.exists():
+        return False
+    try:
+        return load_record(path).run_id == Run(cfg).name
+    except ValueError as error:
+        print(f"{error}; it is made anew")
+        return False
 
 
 def main() -> None:

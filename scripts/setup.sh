@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout and installs the project into it; does nothing when that is done, and mends what was interrupted.
+# Versions are those of constraints.txt where Python and platform are those that it was made with, else the newest that fit.
+# CONSTRAINTS=FILE takes another file, anywhere; CONSTRAINTS=none takes the newest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 stamp=.venv/.installed
-want=$(sha256sum pyproject.toml | cut -d' ' -f1)
-if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
-    exit 0
+want=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+if [ -x .venv/bin/python ]; then
+    case "$(cat "$stamp" 2>/dev/null)" in
+    "$want ${CONSTRAINTS:-}"*) exit 0 ;;
+    esac
 fi
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -22,6 +26,9 @@ command -v "$PYTHON" >/dev/null || fail "no '$PYTHON' on the path; name an inter
 version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "'$PYTHON' does not run"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "'$PYTHON' is Python $version; 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11"
+
+constraints=${CONSTRAINTS:-constraints.txt}
+[ "$constraints" = none ] || [ -f "$constraints" ] || fail "CONSTRAINTS=$constraints: no such file; name one, or write none"
 
 free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }'; }
 have_gb=$(du -sk .venv 2>/dev/null | awk '{ print int($1 / 1048576) }' || true)
@@ -39,8 +46,18 @@ if .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2
 else
     "$PYTHON" -m venv --clear .venv || fail "could not make .venv (on Debian: apt-get install python3-venv)"
 fi
-.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '.[dev]' |
-    sed -un 's/^Collecting \([A-Za-z0-9_.-]*\).*/  fetching \1/p; s/^Installing collected packages:.*/  unpacking, the longest part/p'
+here=$(.venv/bin/python -c 'import platform as p, sys; print("%d.%d" % sys.version_info[:2], p.system(), p.machine())')
+made=$(sed -n 's/^# made with: //p' constraints.txt)
+if [ -z "${CONSTRAINTS:-}" ] && [ "$here" != "$made" ]; then
+    echo "setup: constraints.txt is of Python $made, here is $here: the newest versions that fit are installed, with which a" \
+        "published run may not repeat bit for bit. CONSTRAINTS=constraints.txt asks for those of the file all the same."
+    constraints=none
+fi
+pinned=()
+[ "$constraints" = none ] || pinned=(-c "$constraints")
+.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off ${pinned[@]+"${pinned[@]}"} -e '.[dev]' |
+    sed -un 's/^Collecting \([A-Za-z0-9_.-]*\).*/  fetching \1/p; s/^Installing collected packages:.*/  unpacking, the longest part/p' ||
+    fail "pip failed, see above; where a version is not to be had, CONSTRAINTS=none takes the newest that fit"
 .venv/bin/python -c 'import pydantic, timm, torch, torchvision' || fail "the installed packages do not import; remove .venv and try again"
-echo "$want" >"$stamp"
+echo "$want $constraints" >"$stamp"
 echo "setup: done"

@@ -62,6 +62,14 @@ def piece(index: int, sizes: tuple[int, int] = (64, 160), seed: int = 0) -> Phot
             return Photo(f"{photo.name}_{index:04}", photo.pixels[top : top + height, left : left + width], labels)
 
 
+def _with_patches(labels: np.ndarray, classes: list[int]) -> np.ndarray:
+    """Squares of 4 x 4 pixels of each class along the top."""
+    labels = labels.copy()
+    for place, label in enumerate(classes):
+        labels[:4, 4 * place : 4 * place + 4] = label
+    return labels
+
+
 def voc_mask(labels: np.ndarray) -> np.ndarray:
     """VOC's ids, with a band of 255 where two classes meet."""
     ids = VOC_IDS[labels]
@@ -95,7 +103,8 @@ def write(
 
     layout folder: images, masks, classes.txt and plain lists of ids in splits. layout voc: JPEGImages,
     SegmentationClass and lists of both columns. The split is called ``labelled`` or ``92`` unless given. The others
-    have no mask unless ``unlabelled_masks``.
+    have no mask unless ``unlabelled_masks``. In a folder the first mask has a square of each class that no labelled one
+    would show.
     """
     voc = layout == "voc"
     folders = [root / name for name in (("JPEGImages", "SegmentationClass") if voc else ("images", "masks"))]
@@ -104,8 +113,11 @@ def write(
     for folder in (*folders, root / "splits" / split):
         folder.mkdir(parents=True)
     names = []
+    shown = {int(label) for index in range(first) for label in np.unique(piece(index, sizes, seed).labels)}
     for index in range(n):
         name, pixels, labels = piece(index, sizes, seed)
+        if index == 0 and not voc:
+            labels = _with_patches(labels, sorted({*range(len(CLASSES))} - shown))
         names.append(name)
         Image.fromarray(pixels).save(folders[0] / f"{name}.jpg", quality=90)
         if index < first or index >= n - last or unlabelled_masks:

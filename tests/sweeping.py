@@ -15,7 +15,8 @@ from typing import Any
 from viladiff.study.asking import Asker
 from viladiff.study.events import Event, Settings
 from viladiff.study.plan import Planned
-from viladiff.study.search import Judge, Nobody, Search
+from viladiff.study.pruners import optuna_pruner
+from viladiff.study.search import Search
 from viladiff.study.search_desk import SearchDesk
 from viladiff.study.space import Dimension, Point
 
@@ -70,17 +71,16 @@ def bowl(point: dict[str, Any], seed: int, step: int) -> float:
 
 
 def opened(
-    root: Path, runs: Runs, wanted: int, kind: Any = "tpe", judge: Judge | None = None, slots: int = 1, **more: Any
+    root: Path, runs: Runs, wanted: int, kind: Any = "tpe", pruner: Any = "none", slots: int = 1, **more: Any
 ) -> SearchDesk:
-    """A desk on the sweep in ``root``, new or as it was left."""
+    """A desk on the sweep in ``root``, new or as it was left; ``pruner``: one of Optuna's, or its name here."""
     (root / "trials").mkdir(parents=True, exist_ok=True)
     space = more.pop("space", SPACE)
     first = more.pop("first", FIRST)
     storage, seed = more.pop("storage", str(root / "optuna.journal")), more.pop("seed", 7)
-    asker = Asker("sweep", space, first, kind, seed, slots > 1, storage)
-    search = Search(
-        root / "trials", asker, judge or Nobody(), planned, more.pop("seeds", SEEDS), STEPS, wanted, runs, **more
-    )  # type: ignore[arg-type]
+    made = optuna_pruner(pruner, STEPS) if isinstance(pruner, str) else pruner
+    asker = Asker("sweep", space, first, kind, seed, slots > 1, storage, made)
+    search = Search(root / "trials", asker, planned, more.pop("seeds", SEEDS), STEPS, wanted, runs, **more)  # type: ignore[arg-type]
     return SearchDesk(search, runs, Settings(), slots, lambda event: None)  # type: ignore[arg-type]
 
 

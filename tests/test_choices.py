@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from record_kit import name_of, told
 
 from viladiff.config import RunConfig, flatten, override, schema
 from viladiff.record import RunRecord, save_record
@@ -91,7 +92,7 @@ def record(run_id: str, points: float) -> RunRecord:
     share = points / 100
     scores = {"teacher": {"visual": {"miou": share, "per_class": [share]}, "fusion": {"miou": share + 0.05}}}
     return RunRecord(
-        run_id=run_id, config={}, changed={"x": run_id}, fingerprints={}, steps=6, miou=share, network="teacher",
+        **told(run_id), steps=6, miou=share, network="teacher",
         stream="visual", scores=scores, best=None, history=[], pseudo_labels={}, class_names=["sky"], captions="c",
         text_encoder="words", encoder="vit", pretrained="shipped", wall_seconds=2, train_seconds=1,
         seconds_per_step=None, peak_memory_bytes=1, workers=1, threads=1, device="cpu", versions={}, git={}, scale="s",
@@ -119,13 +120,13 @@ def opened(tmp_path: Path, **changes: Any) -> tuple[Plan, Store]:
     found = []
     for row in (0, 1, 2, 3, 5):
         for seed in range(3):
-            name = f"{0 if row == 3 else row}{seed}".rjust(16, "0")
+            name = name_of(x=0 if row == 3 else row, seed=seed)
             found.append(PlannedCell(row, 0, seed, name))
             if row != 3 and (row != 5 or seed == 0):
                 store.directory(name).mkdir(parents=True, exist_ok=True)
                 points = LEVELS[row] + 0.1 * (seed - 1)
                 save_record(record(name, points), store.directory(name) / "record.json")
-    runs = {cell.run_id: Planned(cell.run_id, {}, "t", 6, {"x": cell.run_id}) for cell in found}
+    runs = {cell.run_id: Planned(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in found}
     every = tuple(range(len(ROWS)))
     return Plan(
         table, "s", every, (0,), (0, 1, 2), tuple(found), runs, {4: "not available: method.clip.weights is not given"}

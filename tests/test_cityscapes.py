@@ -134,7 +134,13 @@ def test_masks_of_unlabelled_images_are_not_needed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "form",
-    ["{1}", "leftImg8bit/train/{0}/{1}_leftImg8bit.png", "/leftImg8bit/train/{0}/{1}_leftImg8bit.png\tgtFine/x.png"],
+    [
+        "{1}",
+        "leftImg8bit/train/{0}/{1}_leftImg8bit.png",
+        "leftImg8bit/train/{0}/{1}_leftImg8bit.png gtFine/train/{0}/{1}_gtFine_labelTrainIds.png",
+        "/images/train/{1}.png\t/segmentation/train/{1}_gtFine.png",
+        "/images/city_gt_fine/train/{1}_leftImg8bit.png /annotation/city_gt_fine/train/{1}_gtFine.png",
+    ],
 )
 def test_lists_in_every_form(tmp_path: Path, form: str) -> None:
     made = layouts.cityscapes(tmp_path / "city")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from record_kit import made
 from scipy import stats
 
-from viladiff.record import RunRecord, load_record
+from viladiff.record import RunRecord
 from viladiff.study.claims import Verdict, judge, printed_verdict
 from viladiff.study.plan import Plan, PlannedCell
 from viladiff.study.questions import covering, questions
@@ -30,7 +33,7 @@ from viladiff.study.samples import (
 from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = load_record(ROOT / "reports" / "published" / "core" / "records" / "supervised-92-0.json")
+EXAMPLE = made("supervised-92-0")
 TABLE5 = load_table(ROOT / "ablations" / "table5.toml")
 
 Values = dict[tuple[int, int], list[float]]
@@ -170,7 +173,7 @@ def test_two_readings_of_the_same_runs_are_compared_run_by_run() -> None:
         (2, 0): Sample((*other,), ("a", "b", "c")),
     }
     known = spread(measured)
-    assert {read: pool.df for read, pool in known.pools.items()} == {"": 4, "/fusion": 2} and not known.apart
+    assert {key: pool.df for key, pool in known.pools.items()} == {("", ""): 4, ("/fusion", ""): 2} and not known.apart
     found, wanted = t_test((Term(1, 0, 1), Term(0, 0, -1)), 0.0, measured, known), stats.ttest_rel(fusion, visual)
     assert found.p == pytest.approx(wanted.pvalue / 2) and found.df == pytest.approx(2) and not found.apart
     assert found.difference == pytest.approx(np.mean(fusion) - np.mean(visual)) and found.p < 0.01
@@ -219,7 +222,7 @@ def test_welchs_test_is_that_of_two_cells_with_spreads_of_their_own() -> None:
     pool = pooled([one])
     assert pool is not None
     found = t_test(
-        (Term(0, 0, 1), Term(1, 0, -1)), 0.0, {(0, 0): one, (1, 0): other}, Spread({"": pool}, {other: 19.9})
+        (Term(0, 0, 1), Term(1, 0, -1)), 0.0, {(0, 0): one, (1, 0): other}, Spread({("", ""): pool}, {other: 19.9})
     )
     wanted = stats.ttest_ind(one.values, other.values, equal_var=False, alternative="greater")
     assert found.p == pytest.approx(wanted.pvalue) and found.df == pytest.approx(wanted.df) and found.apart
@@ -507,3 +510,55 @@ def test_verdicts_load_no_torch() -> None:
     code = "import sys, viladiff.study.claims; print('torch' in sys.modules, 'scipy' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told == "False False\n"
+
+
+# Precision
+
+
+def in_precision(records: dict[str, RunRecord], which: Callable[[int, int, int], bool]) -> dict[str, RunRecord]:
+    """Some of the records as if they had been trained in bf16."""
+    changed = {}
+    for name, one in records.items():
+        row, column, seed = map(int, name.split("/"))
+        bf16 = {"config": {**one.config, "train.precision": "bf16"}}
+        changed[name] = one.model_copy(update=bf16) if which(row, column, seed) else one
+    return changed
+
+
+def test_a_cell_of_two_precisions_is_refused() -> None:
+    plan, records = world(a_table(plain(2), ["a"]), {(0, 0): [40.0, 41.0, 42.0], (1, 0): [43.0, 44.0, 45.0]})
+    assert samples(plan, records)[0, 0].precision == "fp32"
+    mixed = in_precision(records, lambda row, column, seed: (row, seed) == (1, 2))
+    with pytest.raises(ValueError, match="'r1' at 'a': runs of different precision are not averaged, got bf16; fp32"):
+        samples(plan, mixed)
+
+
+def test_variances_are_pooled_within_one_precision() -> None:
+    """Rows of fp32 spread by 1, those of bf16 by 2: a test within fp32 knows the first alone, and one across both."""
+    near, far = [40.0, 41.0, 42.0], [50.0, 52.0, 54.0]
+    values = {(0, 0): near, (1, 0): near, (2, 0): far, (3, 0): far}
+    claims = [Claim(text=f"{a} > r0", kind="higher", source="ours", rows=(a, "r0")) for a in ("r1", "r2")]
+    plan, records = world(a_table(plain(4), ["a"], *claims), values)
+    split = in_precision(records, lambda row, column, seed: row >= 2)
+    known = spread(samples(plan, split))
+    assert {key: (pool.sd, pool.df) for key, pool in known.pools.items()} == {
+        ("", "fp32"): (1.0, 4),
+        ("", "bf16"): (2.0, 4),
+    }
+    with pytest.raises(ValueError, match="different precision have no variance in common, got bf16; fp32"):
+        pooled(samples(plan, split).values())
+    within, across = judge(plan, split)
+    assert "one standard deviation in fp32, 1.00 points" in within.test and "bf16" not in within.test
+    assert "in fp32, 1.00 points" in across.test and "in bf16, 2.00 points" in across.test
+    found = t_test((Term(2, 0, 1), Term(0, 0, -1)), 0.0, samples(plan, split), known)
+    assert found.error == pytest.approx(math.sqrt(1 / 3 + 4 / 3)) and found.df < 8
+
+
+def test_spreads_of_cells_of_two_precisions_are_not_compared() -> None:
+    claim = Claim(text="r0 is less stable", kind="less_stable", source="ours", rows=("r0", "r1"))
+    one, other = [40.0, 41.0, 42.0], [50.0, 52.0, 54.0]
+    values = {(0, 0): other, (0, 1): other, (1, 0): one, (1, 1): one}
+    plan, records = world(a_table(plain(2), ["a", "b"], claim), values)
+    (verdict,) = judge(plan, in_precision(records, lambda row, column, seed: (row, column) == (0, 1)))
+    assert verdict.verdict == "not decided"
+    assert "'r0' has cells of different precision (bf16; fp32), whose spreads are not pooled" in verdict.why

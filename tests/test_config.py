@@ -29,6 +29,7 @@ from viladiff.config import (
 from viladiff.fields import Section, parse
 from viladiff.methods import METHODS
 from viladiff.methods.base import MethodConfig
+from viladiff.run_name import PLACES
 from viladiff.sections import CLASSES, DATASETS, POOL, DigitsData, ModelConfig, TrainConfig, VocData
 
 PLAIN = RunConfig()
@@ -39,6 +40,8 @@ COMPANIONS: dict[str, dict[str, object]] = {
     "data.split_family": {"data.split": "662"},
     "eval.split": {"data.holdout": 0.25},
     "model.encoder": {"model.pretrained": "none"},
+    "optim.momentum": {"optim.name": "sgd"},
+    "optim.nesterov": {"optim.name": "sgd"},
 }
 """What makes a second value of a field valid, where none is by itself."""
 COMPANION_START: dict[str, dict[str, object]] = {"data.split_family": {"data.split_family": "aug_u2pl"}}
@@ -96,9 +99,13 @@ def test_every_hashed_leaf_changes_the_name(dataset: str, method: str) -> None:
     for path, info in schema(dataset, method).items():
         if path in ("data.dataset", "method.name"):
             continue
+        if path == "train.epoch_images" and METHODS[method].views.unlabelled:
+            with pytest.raises(ConfigError, match=r"train\.epoch_images = 5: not with method\.name"):
+                override(base, {path: 5})
+            continue
         before, after = first_valid(base, path, other_values(flatten(base)[path], info.annotation))
         assert flatten(before)[path] != flatten(after)[path], path
-        if path.startswith(config.PLACES):
+        if path.startswith(PLACES):
             assert run_id(before) == run_id(after), path
         else:
             hashed += 1
@@ -224,7 +231,7 @@ FAULTS = [
     ({"lr": "1"}, r"lr: no such field; did you mean 'optim\.lr'\?"),
     (
         {"optim.lrr": "1"},
-        r"optim\.lrr: no such field; did you mean 'optim\.lr'\? Allowed in optim: lr, encoder_lr_scale",
+        r"optim\.lrr: no such field; did you mean 'optim\.lr'\? Allowed in optim: name, lr, encoder_lr_scale",
     ),
     ({"method": "viladiff"}, r"method: a section, not a field; set one of method\.name"),
     ({"method.vila.lam": "1"}, r"method\.vila\.lam: .* it is one of method\.name=viladiff"),
@@ -335,7 +342,22 @@ def test_defaults_that_follow_the_data_set() -> None:
     assert override(voc, {"model.decoder_width": 64}).model.encoder == "vit_base_patch16_224"
     assert RunConfig(data=VocData(), model=ModelConfig(drop_path=0.1)).model.encoder == "vit_base_patch16_224"
     assert RunConfig(data=VocData(), train=TrainConfig(precision="bf16")).train.epochs == 60.0
+    assert RunConfig(data=VocData(), train=TrainConfig(steps=5)).train.precision == "bf16"
     assert RunConfig(data=DigitsData(split="92")) == override(PLAIN, {"data.split": "92"})
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_precision_follows_the_data_set_and_no_device(dataset: str) -> None:
+    plain = override(PLAIN, {"data.dataset": dataset})
+    assert plain.train.precision == ("fp32" if dataset in ("digits", "dense") else "bf16") and not plain.train.tf32
+    for length in ({"train.steps": "5"}, {"train.epochs": "3"}, {}):
+        one = override(plain, length)
+        assert one.train.precision == plain.train.precision
+        assert run_id(override(one, {"train.precision": plain.train.precision})) == run_id(one)
+        other = {"fp32": "bf16", "bf16": "fp32"}[plain.train.precision]
+        names = [run_id(override(one, {**how})) for how in ({}, {"train.precision": other}, {"train.tf32": "true"})]
+        assert len(set(names)) == 3
+        assert run_id(override(one, {"runtime.device": "cpu"})) == names[0]
 
 
 def test_steps_and_epochs_replace_each_other() -> None:

@@ -6,14 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+from record_kit import made
 
 from viladiff.config import RunConfig, flatten, override
-from viladiff.record import RunRecord, load_record
+from viladiff.record import RunRecord
 from viladiff.report import contamination, provenance
 from viladiff.sections import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = load_record(ROOT / "reports" / "published" / "core" / "records" / "supervised-92-0.json")
+EXAMPLE = made("supervised-92-0")
 
 
 def like(dataset: str = "voc", **changes: object) -> RunRecord:

@@ -18,9 +18,9 @@ from viladiff.data.mixing import beta_boxes, box_mask, class_mask
 from viladiff.data.perturb import virtual_adversarial
 from viladiff.methods.base import Method
 from viladiff.methods.cps import Cps
-from viladiff.methods.psmt import PsMt, ramp, strict, strict_consistency
+from viladiff.methods.psmt import PsMt, bounded_momentum, ramp, strict, strict_consistency
 from viladiff.methods.swith import Swith, sure_share
-from viladiff.methods.two_teachers import turn
+from viladiff.methods.two_teachers import turn, turn_length
 from viladiff.models.segmenter import Build
 
 STEP = Step(index=70, progress=0.7, seed=3)
@@ -224,8 +224,20 @@ def test_psmt_warms_three_networks_up_on_labels_alone() -> None:
     assert not torch.equal(method.founders[0].classifier.fine.weight, method.founders[1].classifier.fine.weight)
 
 
-def test_psmt_teachers_take_turns_after_the_warm_up_and_the_founders_rest() -> None:
-    method, batch = ready("psmt", **{"teacher.switch_period": 0.1})
+def test_an_average_is_no_longer_than_a_turn() -> None:
+    """At the published size, 10,399 images in steps of 32 over 80 epochs, nothing changes."""
+    published = bounded_momentum(0.996, turn_length(Step(1000, 1000 / (80 * 10399 / 32), 0), 1 / 80))
+    assert published == 0.996
+    length = turn_length(Step(300, 0.5, 0), 1 / 80)
+    assert length == pytest.approx(7.5) and bounded_momentum(0.996, length) == pytest.approx(1 - 1 / 7.5)
+    assert bounded_momentum(0.5, length) == 0.5 and turn_length(Step(0, 0.0, 0), 1 / 80) == 2
+    assert turn_length(Step(10, 0.5, 0), 1 / 80) == 2
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_psmt_teachers_take_turns_after_the_warm_up_and_the_founders_rest(bounded: bool) -> None:
+    """A turn is 10 of 100 steps."""
+    method, batch = ready("psmt", **{"teacher.switch_period": 0.1, "teacher.bounded": bounded})
     assert isinstance(method, PsMt)
     for index, active in ((25, 0), (35, 1)):
         step = Step(index, index / 100, 3)
@@ -236,7 +248,7 @@ def test_psmt_teachers_take_turns_after_the_warm_up_and_the_founders_rest() -> N
         before = [copies(method.teachers[i]) for i in (0, 1)]
         method.after_step(step)
         assert [moved(before[i], method.teachers[i]) for i in (0, 1)] == [i == active for i in (0, 1)]
-        keep = 1 - 1 / (index + 1)
+        keep = 1 - 1 / 10 if bounded else 1 - 1 / (index + 1)
         old, new = before[active][0], next(method.teachers[active].parameters())
         torch.testing.assert_close(new, keep * old + (1 - keep) * next(method.student.parameters()))
 
@@ -340,12 +352,13 @@ def test_swith_loss_is_that_of_the_formula(index: int) -> None:
         inside = box_mask(
             beta_boxes([draws.rng(3, "swith-boxes", index, i) for i in range(4)], SIDE), SIDE, SIDE
         ).numpy()
-    assert 0.05 < inside.mean() < 0.95
+    assert 0.03 < inside.mean() < 0.95
     z = seen(method.student, mixed(batch.strong[0].numpy(), inside))
-    counted, sure = mixed(valid, inside), mixed(confidence, inside) >= np.float32(0.5)
-    w = [(sure[i] & counted[i]).sum() / counted[i].sum() for i in range(4)]
+    counted, sure = mixed(valid, inside), confidence >= np.float32(0.5)
+    w = [(sure[i] & valid[i]).sum() / valid[i].sum() for i in range(4)]  # of the picture before anything is pasted
+    assert (mixed(sure, inside) != sure).any()
     if classmix:
-        w = [(sure & counted).sum() / counted.sum()] * 4
+        w = [(mixed(sure, inside) & counted).sum() / counted.sum()] * 4
     assert min(w) > 0.05 and max(w) < 0.95
     weighted = cross_entropy_map(z, mixed(labels, inside)) * np.array(w)[:, None, None]
     pseudo_loss = mean_over(weighted, counted)

@@ -25,8 +25,6 @@ BETWEEN = Step(index=71, progress=0.02, seed=3)
 def ready(**changes: object) -> tuple[Ddfp, Batch]:
     method = make_uneven("ddfp", **{"pseudo.threshold": 0.5} | changes)
     assert isinstance(method, Ddfp)
-    with torch.no_grad():
-        method.flow.means.mul_(10)  # as if learned: classes lie apart
     return method, make_batch(views=method.views_wanted())
 
 
@@ -212,6 +210,21 @@ def test_flow_has_its_own_rate_and_betas_and_does_not_decay() -> None:
     assert count == len(of_flow) and {g["weight_decay"] for g in groups} == {0.0, 0.1}
     optimizer = torch.optim.AdamW(groups, cfg.optim.lr, cfg.optim.betas)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.9), (0.9, 0.999)}
+
+
+def test_the_average_begins_after_the_warm_up() -> None:
+    """With min(1 - 1 / (n + 1), 0.999), n the steps since its end: the first one copies the student."""
+    method, _ = ready(warmup=0.5, perturb_from=0.5)
+    after = [(0, 0.0, 0.0), (49, 0.49, 0.0), (50, 0.5, 0.0), (51, 0.51, 0.5), (54, 0.54, 0.8), (99, 0.99, 0.98)]
+    for index, progress, keep in [*after, (5000, 0.999, 0.9996)]:
+        before = [p.clone() for p in method.teacher.parameters()]
+        with torch.no_grad():
+            for parameter in method.student.parameters():
+                parameter.add_(0.1)
+            method.after_step(Step(index, progress, 3))
+        keep = min(keep, 0.999)
+        for old, new, own in zip(before, method.teacher.parameters(), method.student.parameters(), strict=True):
+            torch.testing.assert_close(new, keep * old + (1 - keep) * own)
 
 
 def test_no_confident_pixel_gives_a_loss_of_zero_and_no_move() -> None:

@@ -8,17 +8,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from record_kit import content_of, made
 
-from viladiff.record import load_record, save_record
+from viladiff.record import save_record
 from viladiff.study import drive, publish
 from viladiff.study.events import Outcome, Settings
 from viladiff.study.options import parser
 from viladiff.study.plan import Planned
 from viladiff.study.store import Failure, Store
 
+EXAMPLE = made("supervised-92-0")
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "ablations" / "table5.toml"
 
@@ -70,6 +73,14 @@ def test_the_command_can_be_pasted_and_its_printed_form_names_no_directory() -> 
     assert drive.hinted("x -- runtime.data_root=/data/voc --out ~/p/q") == "x -- runtime.data_root=…/voc --out …/q"
 
 
+def put(found: drive.Job, value: Callable[[Planned], float] = lambda run: 0.5) -> None:
+    """A record for every run of a job."""
+    for run in found.plan.runs.values():
+        record = type(EXAMPLE)(**{**EXAMPLE.model_dump(), **content_of(run), "miou": value(run)})
+        found.store.directory(run.run_id).mkdir(parents=True)
+        save_record(record, found.store.directory(run.run_id) / "record.json")
+
+
 def test_seeds_are_a_number_or_a_list() -> None:
     assert drive.seeds_of("3") == (0, 1, 2)
     assert drive.seeds_of("4,7") == (4, 7)
@@ -86,7 +97,8 @@ def test_only_the_first_seed_keeps_pictures(tmp_path: Path) -> None:
 def test_nothing_left_to_run_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("viladiff.ray_launch.run_jobs", lambda *given: pytest.fail("Ray was asked"))
     found = job(tmp_path, "--scale", "digits", "--rows", "1", "--columns", "1", "--seeds", "1")
-    assert drive.execute(found, Settings()) == []  # a committed record has it
+    put(found)
+    assert drive.execute(found, Settings()) == []
 
 
 @pytest.mark.parametrize(
@@ -200,6 +212,9 @@ def test_fresh_sets_older_runs_aside_and_deletes_nothing(tmp_path: Path) -> None
 
 
 def test_a_frame_counts_seeds_and_lets_rows_be_compared_within_a_seed(tmp_path: Path) -> None:
+    some = job(tmp_path, "--scale", "digits", "--rows", "1", "5", "--columns", "1", "2", "--seeds", "2")
+    put(some, lambda run: 0.4 + 0.05 * list(some.plan.runs).index(run.run_id))
+    tmp_path = some.store.root
     wide = drive.table(5, "digits", storage=str(tmp_path))
     lines = drive.table(5, "digits", storage=str(tmp_path), long_form=True)
     done = lines[lines["state"] == "done"]
@@ -221,11 +236,11 @@ def test_a_table_is_found_by_number_name_and_path() -> None:
 def test_published_runs_are_thin_and_read_back(tmp_path: Path) -> None:
     found = job(tmp_path, "--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1")
     run_id = next(iter(found.plan.runs))
-    some = load_record(next((ROOT / "reports" / "published" / "core" / "records").glob("*.json")))
+    some = EXAMPLE
     directory = found.store.directory(run_id)
     directory.mkdir(parents=True)
-    config = {**some.config, "runtime.runs_dir": "/somewhere"}
-    save_record(type(some)(**{**some.model_dump(), "run_id": run_id, "config": config}), directory / "record.json")
+    content = content_of(found.plan.runs[run_id], **{"runtime.runs_dir": "/somewhere"})
+    save_record(type(some)(**{**some.model_dump(), **content}), directory / "record.json")
     rows = [{"step": step, "total": float(step)} for step in range(100)]
     (directory / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "published" / "table5"

@@ -17,7 +17,8 @@ from viladiff.config import RunConfig, override
 from viladiff.cost import costs
 from viladiff.export import ONNX, Standalone, export_onnx, export_run, onnx_difference
 from viladiff.methods.viladiff import VilaConfig
-from viladiff.models.blocks import Attention
+from viladiff.models import decoder, segmenter
+from viladiff.models.blocks import Attention, bilinear
 from viladiff.models.segmenter import Build, Segmenter
 from viladiff.predict import Model, load_model
 from viladiff.record import load_record
@@ -97,7 +98,7 @@ def _changed(cfg: RunConfig) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("vila", [False, True])
-def test_flops_are_those_of_convolutions_products_and_attention(vila: bool) -> None:
+def test_flops_are_those_of_convolutions_products_and_attention(vila: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by hand, layer by layer, from the shapes that each layer sees."""
     net, counted = network(vila), [0]
 
@@ -112,11 +113,20 @@ def test_flops_are_those_of_convolutions_products_and_attention(vila: bool) -> N
             tokens, other = inputs[0], inputs[1] if len(inputs) > 1 and inputs[1] is not None else inputs[0]
             counted[0] += 4 * tokens.shape[0] * tokens.shape[1] * other.shape[1] * tokens.shape[2]
 
-    hooks = [module.register_forward_hook(count) for module in net.modules()]  # type: ignore[arg-type]
-    with torch.no_grad():
-        net.logits(net.encode(torch.zeros(1, 3, 64, 64)), (64, 64))
-    for hook in hooks:
-        hook.remove()
+    def enlarge(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+        """Two matrix products, along the columns and along the rows."""
+        (h, w), (height, width) = x.shape[-2:], size
+        counted[0] += 2 * x.shape[0] * x.shape[1] * (h * w * width + h * width * height)
+        return bilinear(x, size)
+
+    with monkeypatch.context() as patch:
+        for place in (decoder, segmenter):
+            patch.setattr(place, "bilinear", enlarge)
+        hooks = [module.register_forward_hook(count) for module in net.modules()]  # type: ignore[arg-type]
+        with torch.no_grad():
+            net.logits(net.encode(torch.zeros(1, 3, 64, 64)), (64, 64))
+        for hook in hooks:
+            hook.remove()
     assert costs(net, 64, 12, passes=1)["without text"].flops == counted[0] > 1e7
 
 

@@ -285,7 +285,7 @@ def test_features_and_classes_are_of_the_same_places_where_sides_are_no_multiple
     )
     run: Any = SimpleNamespace(
         dataset=data, method=method, device=torch.device("cpu"), alive=lambda: None,
-        cfg=SimpleNamespace(eval=SimpleNamespace(images=None)),
+        cfg=SimpleNamespace(eval=SimpleNamespace(max_images=None)),
     )  # fmt: skip
     sampled = clusters.gathered(run)
     assert sampled is not None

@@ -15,11 +15,11 @@ from viladiff.models.flow import Coupling, Flow, soft_clamp
 
 
 def strong_flow(width: int = 7, classes: int = 4, depth: int = 2) -> Flow:
-    """In float64, with weights large enough that scales reach their limits, and means that lie apart."""
+    """In float64, with weights large enough that scales reach their limits."""
     torch.manual_seed(0)
     flow = Flow(width, classes, 9, depth).double()
     with torch.no_grad():
-        for parameter in flow.parameters():
+        for parameter in flow.couplings.parameters():
             parameter.mul_(12)
     return flow
 
@@ -58,7 +58,7 @@ def test_coupling_in_numpy() -> None:
             if w is not weights[-2]:
                 given = np.maximum(given, 0)
         scale, shift = np.split(given, 2, 1)
-        return 4 / np.pi * np.arctan(scale / 2), shift
+        return 2 * 0.636 * np.arctan(scale), shift
 
     s, t = subnet(coupling.by_second, b)
     a = a * np.exp(s) + t
@@ -96,10 +96,21 @@ def test_density_integrates_to_one() -> None:
             assert (-flow.nll(grid, classes)).exp().sum().item() * 0.05**2 == pytest.approx(1, abs=1e-3)
 
 
-def test_soft_clamp_keeps_its_limit_and_small_values() -> None:
-    x = torch.tensor([-1e9, -1e-4, 0.0, 1e-4, 1e9], dtype=torch.float64)
-    torch.testing.assert_close(soft_clamp(x, 2.0)[[0, 4]], torch.tensor([-2.0, 2.0], dtype=torch.float64))
-    torch.testing.assert_close(soft_clamp(x, 2.0)[1:4], 2 / math.pi * x[1:4])
+@pytest.mark.parametrize("limit", [0.5, 2.0, 3.0])
+def test_soft_clamp_keeps_its_limit_and_its_slope_follows_the_limit(limit: float) -> None:
+    x = torch.tensor([-1e9, -1.7, -1e-4, 0.0, 1e-4, 0.6, 1e9], dtype=torch.float64)
+    found = soft_clamp(x, limit)
+    np.testing.assert_allclose(found.numpy(), limit * 0.636 * np.arctan(x.numpy()), rtol=1e-12)
+    assert 0.999 * limit < float(found[-1]) < limit and float(found[0]) == -float(found[-1])
+    torch.testing.assert_close(found[2:5], 0.636 * limit * x[2:5])
+
+
+def test_class_means_start_a_unit_apart_and_couplings_nearly_as_nothing() -> None:
+    torch.manual_seed(0)
+    flow = Flow(256, 21, 256).requires_grad_(False)
+    assert float(flow.means.std()) == pytest.approx(1, rel=0.03) and abs(float(flow.means.mean())) < 0.05
+    for parameter in flow.couplings.parameters():
+        assert float(parameter.std()) == pytest.approx(0.05, rel=0.2)
 
 
 def test_likelihood_is_in_float32_under_autocast() -> None:

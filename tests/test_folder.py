@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from viladiff import cli
 from viladiff.config import RunConfig, override, run_id
-from viladiff.data import datasets, images
-from viladiff.data.check import check_files
+from viladiff.data import contents, datasets, images
+from viladiff.data.check import check, check_files
 from viladiff.data.images import Colours, image_size, label_counts, read_image, read_mask
 from viladiff.data.lists import Lists
 from viladiff.data.splits import VISIBLE, resample
@@ -326,7 +327,7 @@ def test_a_draw_opens_masks_of_the_pool_alone(photo_folder: Make, monkeypatch: p
         opened.add(path.stem)
         return read_mask(path, *rest)
 
-    monkeypatch.setattr(datasets, "read_mask", spy)
+    monkeypatch.setattr(contents, "read_mask", spy)
     data = load(root, split_seed=2)
     assert data.files is not None and data.val_files is not None
     pool, names = set(data.files.ids), [data.files.ids[i] for i in data.labelled]
@@ -539,9 +540,9 @@ def test_masks_by_colour(photo_folder: Make, photographs: ModuleType) -> None:
 def test_the_start_of_a_run_names_what_would_break_it(photo_folder: Make) -> None:
     root = photo_folder(12)
     data = load(root)
-    absent = set(range(6)) - {int(label) for i in range(3) for label in np.unique(data.target(i))}
+    absent = set(range(6)) - {int(label) for mask in data.val_masks for label in np.unique(mask)}
     told = check_files(data)[0]
-    assert told == "no labelled image shows " + ", ".join(data.class_names[label] for label in sorted(absent))
+    assert absent and told == "no validation image shows " + ", ".join(data.class_names[i] for i in sorted(absent))
     jpeg = root / "images" / "flower_0004.jpg"
     whole = jpeg.read_bytes()
     jpeg.write_bytes(whole[:-40])
@@ -572,17 +573,79 @@ def test_a_mask_drawn_on_the_unturned_image(photo_folder: Make) -> None:
         check_files(load(root))
 
 
-def test_zero_labelled_pixels_and_a_class_that_never_occurs(photo_folder: Make) -> None:
+def test_zero_labelled_pixels(photo_folder: Make) -> None:
     root = photo_folder(8)
-    (root / "classes.txt").write_text("background\nsky\nbuilding\nfoliage\nflower\nperson\nunicorn", encoding="utf-8")
-    notes = check_files(load(root))
-    assert any(note.startswith("no labelled image shows") and "unicorn" in note for note in notes)
-    assert any(note.startswith("no validation image shows") and "unicorn" in note for note in notes)
     for name in ("china_0000", "flower_0001"):
         path = root / "masks" / f"{name}.png"
-        Image.fromarray(np.full_like(read_mask(path, 7), 255)).save(path)
+        Image.fromarray(np.full_like(read_mask(path, 6), 255)).save(path)
     with pytest.raises(ValueError, match="none of the 2 labelled images has a labelled pixel"):
         check_files(load(root))
+
+
+@pytest.mark.parametrize("file", ["classes.txt", "palette.txt"])
+def test_a_class_that_no_labelled_mask_shows_stops_a_run(
+    photo_folder: Make, photographs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    root = photo_folder(8, sizes=(40, 60))
+    (root / "classes.txt").write_text("\n".join([*photographs.CLASSES, "unicorn", "yeti"]), encoding="utf-8")
+    if file == "palette.txt":
+        colours = [*photographs.PALETTE, (1, 2, 3), (4, 5, 6)]
+        lines = [
+            f"{r} {g} {b} {name}" for (r, g, b), name in zip(colours, read_text(root / "classes.txt"), strict=True)
+        ]
+        (root / "palette.txt").write_text("\n".join(lines), encoding="utf-8")
+    told = (
+        rf"masks: no mask of the 2 labelled images shows 'unicorn', 'yeti', 2 of the 8 classes of {file}; "
+        rf"label an image that shows it \(data\.split\), or remove the class from {file} and the masks$"
+    )
+    with pytest.raises(ValueError, match=told):
+        fit(small(root, tmp_path / "runs", "supervised"))
+    assert not list((tmp_path / "runs").rglob("steps.jsonl")) and not list((tmp_path / "runs").rglob("*.pt"))
+    words = ["data.dataset=folder", f"runtime.data_root={root}", "model.encoder=digits_vit", "model.pretrained=shipped"]
+    assert cli.main(["train", *words, "data.crop=32", "method.name=supervised", "--dry-run"]) != 0
+    assert "labelled images shows 'unicorn', 'yeti'" in " ".join(capsys.readouterr().err.split())
+
+
+def read_text(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split()
+
+
+def binary(root: Path, pixel: int) -> Path:
+    """Masks of 0 and ``pixel`` under two classes."""
+    (root / "classes.txt").write_text("ground\nplant", encoding="utf-8")
+    for path in (root / "masks").iterdir():
+        labels = read_mask(path, 6)
+        Image.fromarray(np.where(labels == labels[-1, -1], 0, pixel).astype(np.uint8)).save(path)
+    return root
+
+
+def test_masks_of_0_and_255_stop_a_run_with_the_way_out(photo_folder: Make, tmp_path: Path) -> None:
+    root = binary(photo_folder(8, sizes=(40, 60)), 255)
+    hint = (
+        r"no mask of the 2 labelled images shows 'plant', .*the masks hold 0 and 255 only, and 255 is ignored; if it "
+        r"means 'plant', say so in palette\.txt: '0 0 0 ground' and '255 255 255 plant'$"
+    )
+    with pytest.raises(ValueError, match=hint):
+        fit(small(root, tmp_path / "runs", "supervised"))
+    faults = [fault for fault in check(root, processes=1).faults if fault.path == str(root / "masks")]
+    assert [fault.level for fault in faults] == ["error"] * 2 and "1 classes are in no mask: plant" in faults[0].reason
+    (root / "palette.txt").write_text("0 0 0 ground\n255 255 255 plant", encoding="utf-8")
+    assert fit(small(root, tmp_path / "runs", "supervised")).record.miou is not None, "and then it works"
+
+
+def test_validation_masks_of_one_class_stop_a_run(photo_folder: Make, tmp_path: Path) -> None:
+    root = binary(photo_folder(8, sizes=(40, 60)), 1)
+    check_files(load(root))
+    for name in read_text(root / "splits" / "labelled" / "val.txt"):
+        path = root / "masks" / f"{name}.png"
+        Image.fromarray(np.zeros_like(read_mask(path, 2))).save(path)
+    with pytest.raises(ValueError, match=r"the 2 validation images show 'ground' alone, .*validate on more images"):
+        check_files(load(root))
+
+
+def test_under_a_published_layout_a_class_may_be_missing(photo_folder: Make) -> None:
+    data = datasets.load("voc", "92", root=str(photo_folder(12, "voc")), family="hq")
+    assert any(note.startswith("no labelled image shows aeroplane, bicycle") for note in check_files(data))
 
 
 def test_one_image(photo_folder: Make) -> None:
@@ -623,14 +686,14 @@ def small(root: Path, out: Path, method: str, **changes: object) -> RunConfig:
 def test_methods_train_without_captions_and_without_other_masks(
     photo_folder: Make, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = photo_folder(12, sizes=(40, 70))
+    root = photo_folder(10, labelled=3, val=1, sizes=(40, 70))
     words = {"data.captions": "none"} if method == "viladiff" else {}
     record = fit(small(root, tmp_path / "runs", method, **words)).record
     data = load(root)
     assert record.miou is not None and record.class_names == list(data.class_names)
     assert record.split_name == data.split_name and record.split_name.startswith("no published list: 3 images")
     assert record.fingerprints["data"] == data.fingerprint and record.captions == "no captions"
-    assert "note: no labelled image shows" in capsys.readouterr().err
+    assert "note: no validation image shows" in capsys.readouterr().err
 
 
 def test_a_method_that_reads_captions_says_that_there_are_none(photo_folder: Make, tmp_path: Path) -> None:

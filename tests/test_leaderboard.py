@@ -7,18 +7,21 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from make_records import TINY
+from record_kit import CORE, name_of, told
 
 from viladiff.config import RunConfig, changed, override, run_id
 from viladiff.record import RunRecord, load_record, save_record
-from viladiff.report import costs, figures, rates, scatter, standing
+from viladiff.report import costs, figures, leaderboard, rates, scatter, standing
 from viladiff.report.page import render_table
-from viladiff.report.tables import gather
+from viladiff.report.tables import Results, gather, summary
 from viladiff.study.cells import cells, unavailable
 from viladiff.study.claims import judge
 from viladiff.study.plan import Plan, Planned, PlannedCell
@@ -26,7 +29,6 @@ from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
 from viladiff.study.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = ROOT / "reports" / "published"
 
 
 # The specs
@@ -46,7 +48,7 @@ def fields(cfg: RunConfig) -> str:
     return json.dumps({k: v for k, v in changed(cfg).items() if not k.startswith("runtime.")}, sort_keys=True)
 
 
-def test_cells_are_the_runs_of_the_tables_and_of_what_is_published() -> None:
+def test_cells_are_the_runs_of_the_tables_and_of_records() -> None:
     mine = configs("leaderboard", seeds=(0, 1, 2))
     by_fields = {fields(cfg): cfg for cfg in mine.values()}
     for name, lists in (("table1", {"1/16 (92)", "1/8 (183)", "1/2 (732)"}), ("table5", {"1/8 (183)", "1/2 (732)"})):
@@ -57,15 +59,15 @@ def test_cells_are_the_runs_of_the_tables_and_of_what_is_published() -> None:
             assert lacking == set(), "every row of Table 1 is on the leaderboard"
         else:
             assert same >= {"SemiBaseline", "ViLaDiff", "ViLaDiff, shuffled captions", "ViLaDiff, no captions"}
-    met = 0
-    for path in [*(PUBLISHED / "core" / "records").glob("*.json"), *(PUBLISHED / "table5" / "records").glob("*.json")]:
+    met, short = 0, {fields(one): one for one in (override(cfg, TINY) for cfg in mine.values())}
+    for path in CORE.glob("*.json"):
         record = load_record(path)
         changes = {k: v for k, v in record.changed.items() if not k.startswith("runtime.")}
         text = fields(override(RunConfig(), {**changes, "seed": record.config["seed"]}))
-        if text in by_fields:
+        if text in short:
             met += 1
-            assert run_id(by_fields[text], record.fingerprints) == record.run_id
-    assert met >= 27, "three methods, three lists and three seeds of the core"
+            assert run_id(short[text], record.fingerprints) == record.run_id
+    assert met >= 12, "three methods, two lists and two seeds"
 
 
 def test_rows_of_our_own_stand_in_tables_1_to_4() -> None:
@@ -137,9 +139,10 @@ def score(points: float) -> dict[str, Any]:
 
 def record(name: str, points: float, **more: Any) -> RunRecord:
     batch = {"data.batch_labelled": 12, "data.batch_unlabelled": 4}
+    about = told(name)
     known: dict[str, Any] = {
-        "run_id": name, "config": {"data.dataset": "digits", "optim.lr": 0.006, "seed": 0, **batch}, "changed": {},
-        "fingerprints": {}, "steps": 600, "miou": points / 100, "network": "teacher", "stream": "visual",
+        **about, "config": {"data.dataset": "digits", "optim.lr": 0.006, **batch, **about["config"]},
+        "steps": 600, "miou": points / 100, "network": "teacher", "stream": "visual",
         "scores": {"teacher": {"visual": score(points)}}, "best": None, "history": [],
         "pseudo_labels": {"before/ece": 0.05}, "class_names": ["sky"], "captions": "c", "text_encoder": "words",
         "encoder": "vit", "pretrained": "shipped",
@@ -157,13 +160,14 @@ def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store
     table = Table(**{**names, "scale": {"s": Scale()}, "columns": columns, "rows": ROWS, "claims": CLAIMS, **changes})
     store, found, runs = Store(tmp_path / "runs", [tmp_path / "published"]), [], {}
     for seed, row, column in itertools.product(range(seeds), range(5), range(2)):
-        name = f"{row}{0 if row == 3 else column}{seed}".rjust(16, "0")
         method = str(ROWS[row].set["method.name"])
         fields = {
             "method.name": method,
             "data.split": "all" if row == 3 else columns[column].label.split()[0],
             "seed": seed,
+            **({"train.steps": 1200} if row == 4 else {}),
         }
+        name = name_of(**fields)
         found.append(PlannedCell(row, column, seed, name))
         runs[name] = Planned(name, {}, "t", 1200 if row == 4 else 600, fields)
         points = MEANS[row] + (0 if row == 3 else 4 * column) + 0.2 * (seed - 1)
@@ -171,7 +175,7 @@ def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store
         store.directory(name).mkdir(parents=True, exist_ok=True)
         own: dict[str, Any] = {"network": "student"} if method == "supervised" else {}
         scores = {net: {"visual": score(points - lag)} for net, lag in (("teacher", 0), ("student", 0 if own else 1))}
-        one = record(name, points, changed=fields, steps=runs[name].steps, scores=scores, **old, **own)
+        one = record(name, points, steps=runs[name].steps, scores=scores, **old, **own)
         save_record(one, store.directory(name) / "record.json")
     later = {5: "not available: method.clip.weights is not given"}
     return Plan(table, "s", tuple(range(6)), (0, 1), tuple(range(seeds)), tuple(found), runs, later), store
@@ -346,6 +350,26 @@ def render_board(tmp_path: Path) -> str:
     return (tmp_path / "board" / "out" / "index.html").read_text(encoding="utf-8")
 
 
+def test_times_of_two_precisions_have_no_mean_and_no_cell_has_two(tmp_path: Path) -> None:
+    plan, store = studied(tmp_path)
+    results = gather(plan, store)
+
+    def in_bf16(*seeds: int) -> Results:
+        """With some seeds of the first row in its second column."""
+        found = []
+        for e in results.entries:
+            if e.record and (e.cell.row, e.cell.column) == (0, 1) and e.cell.seed in seeds:
+                config = {**e.record.config, "train.precision": "bf16"}
+                e = replace(e, record=e.record.model_copy(update={"config": config}))
+            found.append(e)
+        return replace(results, entries=tuple(found))
+
+    lines = [leaderboard._line(one, 0, costs.read(tmp_path, [])) for one in (results, in_bf16(0, 1, 2))]
+    assert [(line.cpu.runs, line.clock.runs) for line in lines] == [(6, 6), (0, 0)] and lines[1].cpu.seconds is None
+    with pytest.raises(ValueError, match="a cell: runs of different precision are not averaged, got bf16; fp32"):
+        summary(in_bf16(1).at(0, 1), "miou")
+
+
 # Costs
 
 
@@ -383,7 +407,6 @@ def test_the_benchmark_writes_what_the_page_reads(tmp_path: Path) -> None:
 
 def held_out(
     store: Store,
-    name: str,
     points: float,
     rate: float,
     split: str = "92",
@@ -393,21 +416,20 @@ def held_out(
     own = {} if rate == 0.006 else {"optim.lr": rate}
     extra = {"data.holdout": 0.25, "eval.split": "holdout", "eval.boundary": False, **(more or {})}
     fields = {"method.name": "fixmatch", "data.split": split, "seed": seed, **own, **extra}
-    config = {"data.dataset": "digits", "optim.lr": rate, "seed": seed, **extra}
-    run = name.rjust(16, "a")
+    run = name_of(**fields)
     store.directory(run).mkdir(parents=True)
-    save_record(record(run, points, changed=fields, config=config), store.directory(run) / "record.json")
+    save_record(record(run, points), store.directory(run) / "record.json")
 
 
 def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_else(tmp_path: Path) -> None:
     plan, store = studied(tmp_path)
-    held_out(store, "1", 41.0, 0.003)
-    held_out(store, "2", 43.0, 0.006)
-    held_out(store, "3", 44.0, 0.006, seed=1)
-    held_out(store, "4", 44.5, 0.012)
-    held_out(store, "5", 90.0, 0.024, more={"optim.weight_decay": 0.5})
-    held_out(store, "6", 90.0, 0.024, more={"eval.split": "val"})
-    held_out(store, "7", 90.0, 0.024, split="366")
+    held_out(store, 41.0, 0.003)
+    held_out(store, 43.0, 0.006)
+    held_out(store, 44.0, 0.006, seed=1)
+    held_out(store, 44.5, 0.012)
+    held_out(store, 90.0, 0.024, more={"optim.weight_decay": 0.5})
+    held_out(store, 90.0, 0.024, more={"eval.split": "val"})
+    held_out(store, 90.0, 0.024, split="366")
     (one,) = [two for two in rates.tried(gather(plan, store), store.records()) if two.label == "Fix <b>"]
     assert (one.family, one.column) == ("Teacher", "92 labels")
     assert [(r.value, str(r.found), r.taken, r.highest) for r in one.rates] == [
@@ -416,11 +438,17 @@ def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_els
         (0.012, "44.5 (1)", False, True),
     ]
     assert one.said == "0.012 is 1.0 points above the one that the table takes"
+    mixed = dict(store.records())
+    for name, one in mixed.items():
+        if one.config["optim.lr"] == 0.012:
+            mixed[name] = one.model_copy(update={"config": {**one.config, "train.precision": "bf16"}})
+    (apart,) = [two for two in rates.tried(gather(plan, store), mixed) if two.label == "Fix <b>"]
+    assert [r.value for r in apart.rates] == [0.003, 0.006], "a rate that was tried in another precision is none of it"
     page, markdown = render(plan, store, tmp_path / "out")
     assert "0.006: 43.5 ± 0.7 (2) ✓" in page.text and "compared for 1 of 3 families" in page.text
     assert "The table's rate was the highest for 0 of 1." in page.text
     assert "0.006: 43.5 ± 0.7 (2) (taken)" in markdown
-    held_out(store, "8", 46.0, 0.006, seed=2)
+    held_out(store, 46.0, 0.006, seed=2)
     again = rates.tried(gather(plan, store), store.records())[0]
     assert again.said == "0.012 is 0.2 points above the one that the table takes"
 

@@ -64,10 +64,24 @@ def same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
     )
 
 
-def children() -> set[int]:
-    """Processes that decode for this one; a zombie is one as well."""
+_BEFORE: set[int] = set()
+
+
+def _all_children() -> set[int]:
     path = Path(f"/proc/{os.getpid()}/task")
     return {int(pid) for task in path.iterdir() for pid in (task / "children").read_text().split()}
+
+
+@pytest.fixture(autouse=True)
+def _leave_out_those_of_other_tests() -> None:
+    """multiprocessing keeps helpers that earlier tests of this process have started."""
+    _BEFORE.clear()
+    _BEFORE.update(_all_children())
+
+
+def children() -> set[int]:
+    """Processes that decode for this one; a zombie is one as well."""
+    return _all_children() - _BEFORE
 
 
 # What is in a batch

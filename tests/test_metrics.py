@@ -125,6 +125,21 @@ def test_absent_classes_are_missing_and_missed_ones_are_zero() -> None:
     assert math.isnan(miou_from(torch.zeros(4, 4, dtype=torch.int64))[0])
 
 
+def test_one_class_of_several_is_no_mean() -> None:
+    """Masks of one class under a network that knows no other: it has learned nothing, and is not right everywhere."""
+    zeros = torch.zeros(1, 8, 8, dtype=torch.int64)
+    mean, per_class = miou_from(confusion_matrix(zeros, zeros, 2))
+    assert math.isnan(mean) and per_class[0] == 1.0 and math.isnan(per_class[1])
+    meter = Meter(2)
+    meter.update(zeros, zeros)
+    found = meter.result()
+    assert (found.miou, found.boundary_iou, found.trimap_miou, found.pixel_accuracy) == (None, None, None, 1.0)
+    half = zeros.clone()
+    half[..., 4:] = 1
+    assert miou_from(confusion_matrix(zeros, half, 2))[0] == 0.25, "a class that is missed counts as 0"
+    assert miou_from(confusion_matrix(zeros, zeros, 1))[0] == 1.0
+
+
 def scipy_band(mask: np.ndarray, d: int) -> np.ndarray:
     return mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), iterations=d, border_value=0)
 
@@ -211,7 +226,7 @@ def test_nothing_measured_is_missing_not_zero() -> None:
     assert (scores.miou, scores.boundary_iou, scores.trimap_miou, scores.pixel_accuracy) == (None,) * 4
     assert scores.per_class == (None,) * C and scores.images == 1
     plain = Meter(C, boundary=False)
-    plain.update(torch.zeros(1, 8, 8).long(), torch.zeros(1, 8, 8).long())
+    plain.update(torch.eye(8).long()[None], torch.eye(8).long()[None])
     assert plain.result().boundary_iou is None and plain.result().trimap_miou is None and plain.result().miou == 1
 
 

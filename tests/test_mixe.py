@@ -129,10 +129,16 @@ class Oracle(nn.Module):
         self.soft, self.noise = soft, noise
         self.shown: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-    def forward(self, codes: Tensor, gaussian: Tensor, edges: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        assert t.shape == (len(codes),) and t.dtype == torch.int64
-        self.shown.append((int(t[0]), codes, gaussian, edges))
-        return (self.soft * 50).log_softmax(1), self.noise
+    def chain(
+        self, gaussian: Tensor, edges: Tensor, times: Tensor, cond: Tensor
+    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        assert times.ndim == 1 and times.dtype == torch.int64
+
+        def answer(codes: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            self.shown.append((int(times[i]), codes, gaussian, edges))
+            return (self.soft * 50).log_softmax(1), self.noise
+
+        return answer
 
 
 def decode(codes: Tensor, classes: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from record_kit import name_of, told
 
 from viladiff.record import RunRecord, save_record
 from viladiff.report import figures, page, plain, tables, views
@@ -30,13 +31,12 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 def name(row: int, column: int, seed: int) -> str:
-    return f"{row}{column}{seed}".rjust(16, "0")
+    return name_of(row=row, column=column, seed=seed)
 
 
 def record(run_id: str, miou: float, **changes: Any) -> RunRecord:
     score = {"miou": miou, "per_class": [0.9, None], "boundary_iou": miou / 2, "trimap_miou": miou / 3, "images": 4}
     fields: dict[str, Any] = {
-        "run_id": run_id, "config": {"data.dataset": "digits"}, "changed": {"run": run_id}, "fingerprints": {},
         "steps": 6, "miou": miou, "network": "teacher", "stream": "visual",
         "scores": {"student": {"visual": score}, "teacher": {"visual": score, "fusion_no_text": score}},
         "best": None, "history": [], "pseudo_labels": {"before/coverage": 0.5, "after/coverage": 0.625},
@@ -46,7 +46,9 @@ def record(run_id: str, miou: float, **changes: Any) -> RunRecord:
         "device": "cpu", "versions": {"torch": "2"}, "git": {"revision": "abcdef0123456789", "dirty": False},
         "scale": "tiny",
     }  # fmt: skip
-    return RunRecord(**{**fields, **changes})
+    about = told(run_id)
+    about["config"] |= {"data.dataset": "digits"}
+    return RunRecord(**{**about, **fields, **changes})
 
 
 def study(root: Path, value: Callable[[int, int, int], float | None], seeds: Sequence[int] = (0, 1, 2)) -> Any:
@@ -72,7 +74,7 @@ def study(root: Path, value: Callable[[int, int, int], float | None], seeds: Seq
             save_record(record(cell.run_id, share), directory / "record.json")
             lines = "".join(f'{{"step": {i}, "sup": {2 / (i + 1)}, "total": {3 - i / 9}}}\n' for i in range(9))
             (directory / "steps.jsonl").write_text(lines)
-    runs = {cell.run_id: Planned(cell.run_id, {}, "t", 6, {"run": cell.run_id}) for cell in cells}
+    runs = {cell.run_id: Planned(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in cells}
     return Plan(table, "tiny", (0, 1, 2), (0, 1), tuple(seeds), tuple(cells), runs), store
 
 
@@ -242,7 +244,17 @@ def test_forest_puts_all_intervals_on_one_axis_around_zero() -> None:
 def test_provenance_names_the_command_the_captions_and_every_run(tmp_path: Path) -> None:
     reader = render(tmp_path, rising)
     text = reader.text
-    for words in ("simulated captions (recall 0.85)", "abcdef012345", "vit", "shipped", "torch 2", "18 min", "tiny"):
+    for words in (
+        "configuration matches name",
+        "fp32",
+        "simulated captions (recall 0.85)",
+        "abcdef012345",
+        "vit",
+        "shipped",
+        "torch 2",
+        "18 min",
+        "tiny",
+    ):
         assert words in text, words
     assert all(
         f"run-{name(r, c, s)}" in {attrs.get("id") for _, attrs in reader.tags}

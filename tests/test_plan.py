@@ -9,13 +9,16 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from record_kit import bound, content_of
+from record_kit import made as record_of
 
 from viladiff.config import RunConfig, changed, override
 from viladiff.fingerprints import fingerprints, name_runs
 from viladiff.models.backbones import SHIPPED
-from viladiff.record import RunRecord, load_record, save_record
+from viladiff.record import RunRecord, save_record
 from viladiff.study import plan as plans
 from viladiff.study.estimate import estimate
 from viladiff.study.plan import Plan, Planned, make_plan, states
@@ -24,7 +27,7 @@ from viladiff.study.store import Failure, Store
 from viladiff.train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = load_record(ROOT / "reports" / "published" / "core" / "records" / "supervised-92-0.json")
+EXAMPLE = record_of("supervised-92-0")
 
 SMALL = """
 title = "A table"
@@ -358,9 +361,9 @@ def test_a_kept_plan_needs_no_torch_and_little_time(
 # States
 
 
-def record(run: Planned, **fields: object) -> RunRecord:
-    mine = {"run_id": run.run_id, "changed": {**run.changed, "runtime.threads": 1}, "threads": 1, "steps": run.steps}
-    return RunRecord(**{**EXAMPLE.model_dump(), **mine, **fields})
+def record(run: Planned, **fields: Any) -> RunRecord:
+    """Of the plan's run; with other ``fingerprints`` or changed fields, of a run with the name that they give."""
+    return bound(EXAMPLE, **{**content_of(run), "threads": 1, "steps": run.steps, **fields})
 
 
 def put(store: Store, one: RunRecord) -> None:
@@ -375,8 +378,8 @@ def test_states_of_runs(made: Plan, tmp_path: Path) -> None:
     assert set(states(made, store).values()) == {"missing"}
     done, running, failed, begun, stale, other_seed, *rest = ids
     put(store, record(made.runs[done]))
-    put(store, record(made.runs[stale], run_id="0123456789abcdef"))
-    put(store, record(made.runs[rest[0]], run_id="1123456789abcdef", changed={"seed": 7}))
+    put(store, record(made.runs[stale], fingerprints={"data": "older"}))
+    put(store, record(made.runs[rest[0]], changed={"seed": 7}))
     for one in (done, running, failed, begun):
         store.directory(one).mkdir(parents=True, exist_ok=True)
         (store.directory(one) / "checkpoint.pt").write_bytes(b"")
@@ -418,7 +421,7 @@ def test_estimate_from_records_of_the_same_settings_then_of_the_same_method(made
     assert "6 as measured for runs of the same settings, 4 as guessed in the table" in found.basis
     first = next(run for run in runs if run.changed["method.name"] == "semibaseline")
     akin = {**first.changed, "method.cutmix": False}
-    put(store, record(first, run_id="0123456789abcdef", changed=akin, train_seconds=1.0, wall_seconds=2.0))
+    put(store, record(first, changed=akin, train_seconds=1.0, wall_seconds=2.0))
     found = estimate(made, store)
     assert (
         found.seconds == pytest.approx(6 * 7 + 4 * (10 * 0.1 + 1))
@@ -430,11 +433,21 @@ def test_estimate_prefers_records_of_as_many_threads_and_the_same_evaluation(mad
     store = Store(tmp_path / "runs")
     ours = [run for run in made.runs.values() if run.changed["method.name"] == "semibaseline"]
     put(store, record(ours[0], train_seconds=10.0, wall_seconds=13.0))
-    put(store, record(ours[0], run_id="0123456789abcdef", threads=4, train_seconds=1.0, wall_seconds=2.0))
+    put(store, record(ours[0], fingerprints={"data": "older"}, threads=4, train_seconds=1.0, wall_seconds=2.0))
     all_images = {path: value for path, value in ours[1].changed.items() if path != "eval.max_images"}
-    put(store, record(ours[1], run_id="1123456789abcdef", changed=all_images, train_seconds=10.0, wall_seconds=90.0))
+    put(store, record(ours[1], changed=all_images, train_seconds=10.0, wall_seconds=90.0))
     found = estimate(made, store)
     assert found.seconds == pytest.approx(3 * (10 + 3) + 8 * 7)
+
+
+def test_estimate_takes_no_time_of_another_precision(made: Plan, tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    (first, *_) = [run for run in made.runs.values() if run.changed["method.name"] == "semibaseline"]
+    bf16 = {**first.changed, "train.precision": "bf16"}
+    put(store, record(first, changed=bf16, train_seconds=1.0, wall_seconds=2.0))
+    assert estimate(made, store).measured == 0
+    put(store, record(first, fingerprints={"data": "older"}, train_seconds=1.0, wall_seconds=2.0))
+    assert estimate(made, store).measured > 0
 
 
 def test_estimate_takes_off_what_an_interrupted_run_has_done(made: Plan, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def a_record(run_id: str, points: float, fusion: float | None = None) -> RunReco
         "teacher": {"visual": {"miou": points / 100}, "fusion": {"miou": None if fusion is None else fusion / 100}}
     }
     return RunRecord(
-        run_id=run_id, config={}, changed={}, fingerprints={}, steps=1, miou=points / 100, network="teacher",
+        run_id=run_id, config={}, changed={}, fingerprints={}, core_revision=0, method_revision=0,
+        steps=1, miou=points / 100, network="teacher",
         stream="visual", scores=scores, best=None, history=[], pseudo_labels={}, class_names=[], captions="",
         text_encoder="", encoder="", pretrained="", wall_seconds=1, train_seconds=1, seconds_per_step=None,
         peak_memory_bytes=1, workers=1, threads=1, device="cpu", versions={}, git={},

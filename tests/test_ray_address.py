@@ -18,12 +18,10 @@ from viladiff.study.trials import load_trials
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """
 import sys
-from viladiff.ray_launch import cluster
-from viladiff.study.events import Settings
-with cluster(Settings(), 2):
-    import ray
-    print(ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.read()
+import ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="CRITICAL", log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
 """
 
 

@@ -37,7 +37,7 @@ SHORT: dict[str, object] = {
     "runtime.log_every": 1,
     "runtime.checkpoint_every": 4,
 }
-LONG = {**SHORT, "train.steps": 30}
+LONG = {**SHORT, "train.steps": 120}
 
 DRIVER = """
 import json, sys

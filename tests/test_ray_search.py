@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from run_kit import alive
 
-from viladiff.ray_judges import judge
 from viladiff.ray_search import run_search
 from viladiff.study.reaper import descendants
 from viladiff.study.space import Dimension
@@ -30,14 +29,13 @@ TRAINERS = int(os.environ.get("VILADIFF_TRAINERS", "4"))
 DRIVER = """
 import importlib.util, json, sys
 from pathlib import Path
-from viladiff.ray_judges import judge
 from viladiff.ray_search import run_search
 spec = importlib.util.spec_from_file_location("sweeping", sys.argv[1])
 sweeping = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sweeping)
 root, wanted = Path(sys.argv[2]), int(sys.argv[3])
 runs = sweeping.Files(root, sweeping.bowl)
-desk = sweeping.opened(root, runs, wanted, "tpe", judge("asha", len(sweeping.STEPS), 2))
+desk = sweeping.opened(root, runs, wanted, "tpe", "asha")
 run_search(desk, sweeping.work)
 print("done", flush=True)
 """
@@ -46,9 +44,9 @@ print("done", flush=True)
 def test_ray_decides_what_formulas_do_and_records_deaths(sweeping: ModuleType, tmp_path: Path) -> None:
     """A sequential sweep with ASHA: a run that fails is recorded, one whose process is killed is run again."""
     ray, plain = sweeping.Files(tmp_path / "ray", sweeping.bowl), sweeping.Runs(tmp_path / "plain", bad(sweeping))
-    desk = sweeping.opened(tmp_path / "ray", ray, 14, "random", judge("asha", 3, 2))
+    desk = sweeping.opened(tmp_path / "ray", ray, 14, "random", "asha")
     run_search(desk, sweeping.work)
-    other = sweeping.opened(tmp_path / "plain", plain, 14, "random", judge("asha", 3, 2))
+    other = sweeping.opened(tmp_path / "plain", plain, 14, "random", "asha")
     sweeping.drive(other, plain)
     found, wanted = sweeping.told(desk), sweeping.told(other)
     for one in (*found, *wanted):
@@ -109,7 +107,7 @@ def test_a_run_that_stands_still_is_ended_tried_again_and_recorded(sweeping: Mod
 @pytest.mark.slow
 def test_ten_kills_of_the_driver_change_nothing_and_leave_nothing(sweeping: ModuleType, tmp_path: Path) -> None:
     plain = sweeping.Runs(tmp_path / "plain", bad(sweeping))
-    other = sweeping.opened(tmp_path / "plain", plain, 30, "tpe", judge("asha", 3, 2))
+    other = sweeping.opened(tmp_path / "plain", plain, 30, "tpe", "asha")
     sweeping.drive(other, plain)
     wanted, root, drawn, kills = sweeping.told(other), tmp_path / "ray", random.Random(5), 0
     while True:
@@ -138,7 +136,7 @@ def test_ten_kills_of_the_driver_change_nothing_and_leave_nothing(sweeping: Modu
         assert process.wait(600) == 0
         break
     runs = sweeping.Files(root, sweeping.bowl)
-    again = sweeping.opened(root, runs, 30, "tpe", judge("asha", 3, 2))
+    again = sweeping.opened(root, runs, 30, "tpe", "asha")
     found = sweeping.told(again)
     for one in (*found, *wanted):
         one.pop("reason")
@@ -189,6 +187,8 @@ def test_a_sweep_from_its_command_to_its_verdict(tmp_path: Path) -> None:
 @pytest.mark.timeout(300 + 180 * TRAINERS)
 def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> None:
     """TorchTrainer trials, half of them stopped at a rung; a leaked placement group would hang the next one."""
+    from optuna.pruners import BasePruner
+
     from viladiff.study.asking import Asker
     from viladiff.study.events import Settings
     from viladiff.study.search import Search
@@ -196,21 +196,11 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
     from viladiff.study.store import Store
     from viladiff.study.sweep import Namer, load_sweep
 
-    class Every:
+    class Every(BasePruner):
         """Stops every other trial at its first rung."""
 
-        def add(self, number: int) -> None: ...
-
-        def hear(self, number: int, rung: int, value: float) -> Any:
-            return "stop" if number % 2 and rung == 0 else "go"
-
-        def lose(self, number: int) -> None: ...
-
-        def promoted(self, exhausted: bool) -> None:
-            return None
-
-        def dropped(self) -> list[int]:
-            return []
+        def prune(self, study: Any, trial: Any) -> bool:
+            return bool(trial.number % 2)
 
     sweep = load_sweep(ROOT / "tune" / "sweep_lambda.toml")
     typed = {"method.name": "semibaseline", "data.batch_labelled": "4", "eval.max_images": "8"}
@@ -222,8 +212,8 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
     namer = Namer(sweep, "smoke", typed, "holdout", workers=2)
     store = Store(tmp_path / "runs")
     (tmp_path / "trials").mkdir()
-    asker = Asker("s", sweep.space, sweep.initial_point, "random", 0, False, str(tmp_path / "optuna.journal"))
-    search = Search(tmp_path / "trials", asker, Every(), namer.planned, (0,), namer.steps, TRAINERS, store)
+    asker = Asker("s", sweep.space, sweep.initial_point, "random", 0, False, str(tmp_path / "optuna.journal"), Every())
+    search = Search(tmp_path / "trials", asker, namer.planned, (0,), namer.steps, TRAINERS, store)
     desk = SearchDesk(search, store, Settings(gpus_per_trial=0.0), 1)
     run_search(desk)
     assert [trial.state for trial in search.trials] == ["complete", "pruned"] * (TRAINERS // 2)

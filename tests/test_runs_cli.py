@@ -13,20 +13,24 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from record_kit import CORE, LAYER, bound, made
 
 from viladiff import cli
-from viladiff.record import RunRecord, load_record, record_bytes, save_record, without_paths
+from viladiff.record import RunRecord, record_bytes, save_record, without_paths
 from viladiff.study import archive
 from viladiff.study.plan import plan_stem
 from viladiff.study.store import Failure, Store
 
-CORE = Path(__file__).resolve().parent.parent / "reports" / "published" / "core" / "records"
-ONE, TWO, THREE = (
-    load_record(CORE / f"{name}.json") for name in ("viladiff-183-0", "viladiff-92-0", "supervised-1464-2")
-)
+ONE, TWO = made("viladiff-183-0"), made("viladiff-92-0")
+THREE = made("supervised-1464-2").model_copy(update={"finished": ""})  # as if it was not noted
+PERCENT = f"{100 * (ONE.miou or 0):.2f}"
+RISING = [record.run_id for record in sorted((ONE, TWO, THREE), key=lambda record: record.miou or 0)]
+SHORT = "data.batch_labelled=4 eval.every_steps=2 eval.max_images=8 eval.boundary=false"
+"""What tests/make_records.py sets for every run, as the list shows it."""
 BEGUN, FAILED = "00000000000000aa", "00000000000000bb"
 
 
@@ -100,20 +104,21 @@ def test_list_shows_every_run_sorted(home: Store, runs: Runs) -> None:
     text = runs("list")
     assert names(text) == [THREE.run_id, TWO.run_id, ONE.run_id, BEGUN, FAILED]  # split 92 before 183
     line = next(line for line in text.splitlines() if line.startswith(ONE.run_id))
-    assert line.split()[:6] == [ONE.run_id, "viladiff", "digits", "183", "0", "600"]
-    assert "45.29" in line and "done" in line and "published" not in line
+    assert line.split() == [ONE.run_id, "viladiff", "digits", "183", "0", *SHORT.split(), "4", *line.split()[-3:]]
+    assert PERCENT in line and "done" in line and "published" not in line
     assert "published" in next(line for line in text.splitlines() if line.startswith(THREE.run_id))
     assert "nan at step 7, attempt 1: the loss is nan" in text and text.endswith("5 runs\n")
-    assert names(runs("list", "--sort", "miou")) == [TWO.run_id, ONE.run_id, THREE.run_id, BEGUN, FAILED]
-    assert names(runs("list", "--sort", "miou", "--reverse"))[:3] == [THREE.run_id, ONE.run_id, TWO.run_id]
+    assert names(runs("list", "--sort", "miou")) == [*RISING, BEGUN, FAILED]
+    assert names(runs("list", "--sort", "miou", "--reverse"))[:3] == RISING[::-1]
 
 
 def test_list_says_what_differs_and_the_scale(home: Store, runs: Runs) -> None:
     changes = {"method.mixe.enabled": False, "runtime.runs_dir": "/somewhere", "data.split": "183"}
-    fields = {"run_id": "0" * 16, "changed": {**ONE.changed, **changes}, "scale": "quick"}
-    put(home, RunRecord(**{**ONE.model_dump(), **fields, "finished": "2026-01-31T12:00:00Z"}))
-    line = next(line for line in runs("list", "scale=quick").splitlines() if line.startswith("0" * 16))
-    assert line.split()[5:] == ["method.mixe.enabled=false", "600", "45.29", "done", "2026-01-31T12:00:00Z", "quick"]
+    more = {"scale": "quick", "finished": "2026-01-31T12:00:00Z"}
+    put(home, one := bound(ONE, changed={**ONE.changed, **changes}, **more))
+    line = next(line for line in runs("list", "scale=quick").splitlines() if line.startswith(one.run_id))
+    told = [*SHORT.split(), "method.mixe.enabled=false", "4", PERCENT, "done", "2026-01-31T12:00:00Z", "quick"]
+    assert line.split()[5:] == told
 
 
 @pytest.mark.parametrize(
@@ -169,14 +174,16 @@ def test_no_run_is_met_with_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_show_tells_scores_and_a_bar_for_each_class(home: Store, runs: Runs) -> None:
     text = runs("show", ONE.run_id[:5])
     assert text == runs("show", f"runs/{ONE.run_id}/")
-    assert f"run {ONE.run_id}: done" in text and "45.29 (teacher/visual" in text and "method.name" in text
+    assert f"run {ONE.run_id}: done" in text and f"{PERCENT} (teacher/visual" in text and "method.name" in text
+    assert re.search(r"^precision +fp32$", text, re.MULTILINE)
     for network, streams in ONE.scores.items():
         for stream, scores in streams.items():
             line = next(line for line in text.splitlines() if line.startswith(f"{network}/{stream} "))
             assert f"{100 * scores['miou']:.2f}" in line
     bars = {line.split()[0]: line.count("█") for line in text.splitlines() if "█" in line}
     per_class = ONE.scores["teacher"]["visual"]["per_class"]
-    assert bars == {name: round(30 * iou) for name, iou in zip(ONE.class_names, per_class, strict=True)}
+    wanted = {name: round(30 * iou) for name, iou in zip(ONE.class_names, per_class, strict=True)}
+    assert bars == {name: length for name, length in wanted.items() if length}
     assert json.loads(runs("show", ONE.run_id, "--json"))["miou"] == ONE.miou
 
 
@@ -213,20 +220,19 @@ def test_verify_finds_damage_and_older_revisions_and_moves_nothing(home: Store, 
     (home.directory(BEGUN) / "checkpoint.pt").unlink()
     checkpoint.save(home.directory(ONE.run_id) / "checkpoint.pt", {"step": 600})
     text = runs("verify")
-    assert text.count("record and name are right") == 3 and "at step 600" in text and text.endswith("4 good, 0 bad\n")
-    put(home, RunRecord(**{**ONE.model_dump(), "run_id": "1" * 16}))
-    path = home.directory("2" * 16) / "record.json"
-    put(home, RunRecord(**{**ONE.model_dump(), "run_id": "2" * 16, "config": {**ONE.config, "data.gone": 1}}))
-    text = runs("verify", "1" * 16, "2222")
-    assert f"older revision, today's name would be {ONE.run_id}" in text and "older fields" in text
+    assert text.count("configuration matches name") == 3 and "at step 600" in text and text.endswith("4 good, 0 bad\n")
+    put(home, older := bound(ONE, core_revision=0))
+    path = put(home, gone := bound(ONE, core_revision=0, changed={**ONE.changed, "data.gone": 1}))
+    text = runs("verify", older.run_id, gone.run_id)
+    assert f"stale: older revision, today's name would be {ONE.run_id}" in text and "stale: older fields" in text
     assert text.endswith("2 good, 0 bad\n")
-    path.write_text(path.read_text().replace("0.4", "0.5", 1))
+    path.write_text(path.read_text().replace("0.0", "0.5", 1))
     weights = home.directory(ONE.run_id) / "checkpoint.pt"
     weights.write_bytes(weights.read_bytes()[:-1])
     text = runs("verify", status=1)
     assert text.count("BAD") == 2 and "its checksum is" in text and "truncated or damaged" in text and path.exists()
     assert "1 good, 0 bad" in runs("verify", "data.split=92", TWO.run_id)
-    assert names(text := runs("list", "--state", "damaged")) == ["2" * 16] and "is damaged: its checksum" in text
+    assert names(text := runs("list", "--state", "damaged")) == [gone.run_id] and "is damaged: its checksum" in text
     assert path.exists() and not (home.root / "damaged").exists()
 
 
@@ -234,6 +240,64 @@ def test_verify_tells_a_record_under_another_name(home: Store, runs: Runs) -> No
     home.directory("3" * 16).mkdir()
     save_record(ONE, home.directory("3" * 16) / "record.json")
     assert "is the record of another run" in runs("verify", "3" * 16, status=1)
+
+
+FORGED: dict[str, tuple[dict[str, Any], str]] = {
+    "another run's place": (
+        {**made("semibaseline-183-0").model_dump(), "run_id": ONE.run_id, "miou": 0.99},
+        "fields, revisions, fingerprints, seed and precision give ",
+    ),
+    "the seed": ({"config": {**ONE.config, "seed": 1}, "changed": {**ONE.changed, "seed": 1}}, "give "),
+    "the seed in config": ({"config": {**ONE.config, "seed": 1}}, "give "),
+    "a changed field in config": ({"config": {**ONE.config, "train.steps": 600}}, "train.steps is 4 among the changed"),
+    "a field": ({"config": {**ONE.config, "optim.lr": 1.0}, "changed": {**ONE.changed, "optim.lr": 1.0}}, "give "),
+    "the precision": ({"config": {**ONE.config, "train.precision": "bf16"}}, "give "),
+    "tf32": ({"config": {**ONE.config, "train.tf32": True}}, "give "),
+    "a fingerprint": ({"fingerprints": {**ONE.fingerprints, "data": "0" * 16}}, "give "),
+    "the core's revision": ({"core_revision": ONE.core_revision + 1}, "give "),
+    "the method's revision": ({"method_revision": ONE.method_revision + 1}, "give "),
+}
+"""What is changed of ``ONE`` while its name and its checksum are right, and what is said."""
+UNSAID = {"config": {**ONE.config, "optim.lr": 1.0}}
+"""A field at its default is in no hash: what its value in ``config`` is, ``verify`` and ``import`` look up."""
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_record_that_does_not_match_its_name_is_refused_everywhere(home: Store, runs: Runs, kind: str) -> None:
+    fields, words = FORGED[kind]
+    forged = RunRecord(**{**ONE.model_dump(), **fields})
+    path = pack(Path("forged.tar.gz"), {RECORD: record_bytes(forged)})
+    told = f"does not match its name {ONE.run_id}: "
+    for text in (runs("import", str(path), "--store", "new", status=2), runs("import", str(path), status=2)):
+        assert told in text and words in text
+    assert contents(Path("new")) == set() and home.get(ONE.run_id) == ONE
+    layer = Path("reports/published/forged/records")
+    layer.mkdir(parents=True)
+    save_record(forged, layer / "any.json")
+    text = runs("verify", status=1)
+    assert text.count(told) == 1 and words in text
+    (layer / "any.json").unlink()
+    place = put(home, forged)
+    text = runs("verify", ONE.run_id, status=1)
+    assert told in text and words in text and place.exists(), "looking moves nothing"
+    said: list[str] = []
+    store = Store(home.root, [layer.parent.parent], said.append)
+    assert store.get(ONE.run_id) is None and told in said[0] and "damaged" in said[0] and not place.exists()
+
+
+def test_a_default_that_config_contradicts_is_refused(home: Store, runs: Runs) -> None:
+    forged = RunRecord(**{**ONE.model_dump(), **UNSAID})
+    words = "optim.lr is 1.0 in config, 0.006 by default, and not among the changed fields"
+    path = pack(Path("forged.tar.gz"), {RECORD: record_bytes(forged)})
+    assert words in runs("import", str(path), "--store", "new", status=2) and contents(Path("new")) == set()
+    put(home, forged)
+    assert words in runs("verify", ONE.run_id, status=1)
+
+
+def test_records_of_this_checkout_match_their_names(runs: Runs) -> None:
+    text = runs("verify", "--store", "nowhere", "--published", str(LAYER))
+    count = len(list(CORE.glob("*.json")))
+    assert text.count("configuration matches name") == count and "stale" not in text, "make records"
 
 
 # gc
@@ -430,7 +494,7 @@ def test_hostile_archives_put_nothing_anywhere(
 
 def test_archives_with_wrong_content_put_nothing_in_place(home: Store, packed: Path, runs: Runs) -> None:
     good = {name: data for name, data in members(packed).items() if name != "sums.json"}
-    forged = good[RECORD].replace(b'"miou": 0.45', b'"miou": 0.95', 1)
+    forged = re.sub(rb'"miou": 0\.', b'"miou": 0.9', good[RECORD], count=1)
     assert forged != good[RECORD]
     wrong: dict[str, tuple[dict[str, bytes], str]] = {
         "forged": ({**good, RECORD: forged}, "is damaged: its checksum"),

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,32 +14,8 @@ import optuna
 import pytest
 
 from viladiff.study import search as search_module
-from viladiff.study.search import Judge, Nobody
 from viladiff.study.space import Dimension
 from viladiff.study.trials import Tally, Trial, load_trials, ranked, save_trial
-
-
-class Half:
-    """Stops at each rung what is below the middle of those seen there before."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, list[float]] = {}
-
-    def add(self, number: int) -> None: ...
-
-    def hear(self, number: int, rung: int, value: float) -> Any:
-        before = self.seen.setdefault(rung, [])
-        low = bool(before) and value < sorted(before)[len(before) // 2]
-        before.append(value)
-        return "stop" if low else "go"
-
-    def lose(self, number: int) -> None: ...
-
-    def promoted(self, exhausted: bool) -> None:
-        return None
-
-    def dropped(self) -> list[int]:
-        return []
 
 
 class Deaths:
@@ -63,7 +38,7 @@ def play(
     sweeping: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     root: Path,
-    judge: Callable[[], Judge],
+    pruner: str,
     kill_at: int | None = None,
     wanted: int = 9,
     **more: Any,
@@ -80,7 +55,7 @@ def play(
     monkeypatch.setattr(search_module, "save_trial", saved)
     for _ in range(2):
         try:
-            desk = sweeping.opened(root, runs, wanted, judge=judge(), **more)
+            desk = sweeping.opened(root, runs, wanted, pruner=pruner, **more)
             sweeping.drive(desk, runs, deaths)
             return desk, runs, deaths.count
         except KillError:
@@ -89,18 +64,19 @@ def play(
 
 
 @pytest.mark.parametrize(
-    ("kind", "judge"), [("tpe", Half), ("random", Nobody), ("grid", Half), ("cmaes", Nobody), ("tpe", Nobody)]
+    ("kind", "pruner"),
+    [("tpe", "asha"), ("tpe", "hyperband"), ("random", "none"), ("grid", "median"), ("cmaes", "none"), ("tpe", "none")],
 )
 def test_killed_anywhere_it_equals_the_undisturbed_sweep(
-    sweeping: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, judge: Callable[[], Judge]
+    sweeping: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, pruner: str
 ) -> None:
     """Sequential: points, values, rungs, ends, and what Optuna's study says."""
     size = 16 if kind == "tpe" else 9  # TPE's first ten are drawn at random
-    desk, runs, count = play(sweeping, monkeypatch, tmp_path / "whole", judge, kind=kind, wanted=size)
+    desk, runs, count = play(sweeping, monkeypatch, tmp_path / "whole", pruner, kind=kind, wanted=size)
     wanted, trained = sweeping.told(desk), runs.trained
     assert len(wanted) == size and len({repr(trial["point"]) for trial in wanted}) > 3
     for at in range(1, count + 1, max(1, count // 6)):
-        desk, runs, _ = play(sweeping, monkeypatch, tmp_path / f"{at}", judge, at, kind=kind, wanted=size)
+        desk, runs, _ = play(sweeping, monkeypatch, tmp_path / f"{at}", pruner, at, kind=kind, wanted=size)
         assert sweeping.told(desk) == wanted, f"killed at {at} of {count}"
         assert runs.trained == trained
         assert study(desk) == study_of(wanted)
@@ -154,7 +130,7 @@ def test_a_wider_space_goes_on_in_the_same_study(sweeping: ModuleType, tmp_path:
 def test_a_stopped_trial_is_pruned_at_its_budget_and_has_no_value(
     sweeping: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    desk, runs, _ = play(sweeping, monkeypatch, tmp_path, Half, wanted=20, kind="random")
+    desk, runs, _ = play(sweeping, monkeypatch, tmp_path, "asha", wanted=20, kind="random")
     stopped = [trial for trial in desk.search.trials if trial.state == "pruned"]
     assert len(stopped) > 5
     frozen = optuna.load_study(study_name="sweep", storage=desk.search.asker.storage).trials
@@ -244,7 +220,7 @@ def test_when_all_fail_it_ends_with_the_first_traceback(sweeping: ModuleType, tm
 
 def test_many_at_once(sweeping: ModuleType, tmp_path: Path) -> None:
     runs = sweeping.Runs(tmp_path, sweeping.bowl)
-    desk = sweeping.opened(tmp_path, runs, 100, judge=Half(), kind="random", slots=64)
+    desk = sweeping.opened(tmp_path, runs, 100, pruner="asha", kind="random", slots=64)
     sweeping.drive(desk, runs)
     assert len({repr(trial.point) for trial in desk.search.trials}) == 100
     assert all(trial.state in ("complete", "pruned") for trial in desk.search.trials)
@@ -285,7 +261,7 @@ def test_gp_draws_the_same_again(sweeping: ModuleType, tmp_path: Path) -> None:
 def test_optunas_dashboard_opens_the_study(sweeping: ModuleType, tmp_path: Path) -> None:
     dashboard = pytest.importorskip("optuna_dashboard")
     runs = sweeping.Runs(tmp_path, sweeping.bowl)
-    sweeping.drive(sweeping.opened(tmp_path, runs, 5, judge=Half()), runs)
+    sweeping.drive(sweeping.opened(tmp_path, runs, 5, pruner="asha"), runs)
     backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "optuna.journal"))
     app = dashboard.wsgi(optuna.storages.JournalStorage(backend))
     heard: list[str] = []
@@ -363,42 +339,10 @@ def test_a_trial_that_takes_too_long_is_ended_once(sweeping: ModuleType, tmp_pat
     assert trial.state == "failed" and trial.reason == "seed 0: hang: longer than --trial-timeout 10 s"
 
 
-def test_a_long_sweep_shows_its_sampler_the_best_and_the_latest(
-    sweeping: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Whatever was seen before: a study opened anew shows the same as one that has grown."""
-    from viladiff.study import recent
-
-    monkeypatch.setattr(recent, "SEEN", 30)
-    monkeypatch.setattr(recent, "GOOD", 10)
-    runs = sweeping.Runs(tmp_path, sweeping.bowl)
-    desk = sweeping.opened(tmp_path, runs, 60, judge=Half(), kind="tpe", slots=4, seeds=(0,))
-    most: list[int] = []
-    ask = desk.search.asker.ask
-
-    def asked(number: int, trials: list[Trial]) -> Any:
-        most.append(len(desk.search.asker.study.get_trials(deepcopy=False)))
-        return ask(number, trials)
-
-    monkeypatch.setattr(desk.search.asker, "ask", asked)
-    sweeping.drive(desk, runs)
-    assert max(most) <= 34 and most[:20] == list(range(20))
-    grown = desk.search.asker.study
-    found = [trial.number for trial in grown.get_trials(deepcopy=False)]
-    assert found[10:] == list(range(40, 60))
-    old = [trial for trial in desk.search.trials[:40] if trial.value is not None]
-    best = {trial.number for trial in sorted(old, key=lambda trial: -(trial.value or 0))[:10]}
-    assert set(found[:10]) == best if len(old) >= 10 else best < set(found[:10])
-    again = sweeping.opened(tmp_path, runs, 60, kind="tpe", seeds=(0,)).search.asker.study
-    assert [trial.number for trial in again.get_trials(deepcopy=False)] == found
-    whole = optuna.load_study(study_name="sweep", storage=desk.search.asker.storage)
-    assert len(whole.get_trials()) == 60, "others see all of it"
-
-
 def test_optuna_itself_reads_the_journal(sweeping: ModuleType, tmp_path: Path) -> None:
     """With its own reader and lock, as anybody would open it beside a sweep."""
     runs = sweeping.Runs(tmp_path, sweeping.bowl)
-    sweeping.drive(desk := sweeping.opened(tmp_path, runs, 9, judge=Half()), runs)
+    sweeping.drive(desk := sweeping.opened(tmp_path, runs, 9, pruner="asha"), runs)
     backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "optuna.journal"))
     theirs = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
     assert said(theirs) == study_of(sweeping.told(desk))

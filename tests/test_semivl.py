@@ -31,7 +31,11 @@ from torch import Tensor, nn
 
 from viladiff.batch import Batch, Step
 from viladiff.config import RunConfig, override, run_id
+from viladiff.data.ade20k import CLASS_NAMES as ADE_NAMES
+from viladiff.data.cityscapes import CLASS_NAMES as CITY_NAMES
+from viladiff.data.coco import CLASS_NAMES as COCO_NAMES
 from viladiff.data.mixing import box_mask
+from viladiff.data.voc import CLASS_NAMES as VOC_NAMES
 from viladiff.methods import METHODS
 from viladiff.methods.semivl import SemiVl, SemiVlConfig, best_concepts, class_means
 from viladiff.models import vl_decoder
@@ -39,7 +43,7 @@ from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.maskclip import TEMPLATE, load_clip
 from viladiff.models.segmenter import Build, upsample
 from viladiff.models.vl_decoder import Aspp, SemanticBlock, Up, VlDecoder, VlDecoderConfig, similarity, skip_levels
-from viladiff.text.concepts import BACKGROUND, concepts
+from viladiff.text.concepts import APART, BACKGROUND, PUBLISHED, concepts, names
 
 Array = np.ndarray
 
@@ -57,6 +61,51 @@ def test_classes_are_called_by_their_concepts() -> None:
     assert found[0] == tuple(text for text in BACKGROUND if text != "tree")
     assert len(set(BACKGROUND)) == len(BACKGROUND) == 45
     assert concepts(("sky", "road")) == (("sky",), ("road",))
+
+
+def test_published_concepts_belong_to_the_classes_that_they_name() -> None:
+    """Each class is among its own concepts, by its name or as people write it; 45 name VOC's background."""
+    for dataset, classes in (("voc", VOC_NAMES), ("cityscapes", CITY_NAMES)):
+        found = concepts(classes, dataset)
+        assert found == PUBLISHED[dataset] and len(found) == len(classes)
+        every = [text for group in found for text in group]
+        assert len(set(every)) == len(every) and all(text == text.strip() and text for text in every)
+        for name, group in zip(classes, found, strict=True):
+            known = {name.replace("_", " "), *APART.get(name, ())} | ({"tv"} if name == "tvmonitor" else set())
+            assert known & set(group) or (dataset, name) == ("cityscapes", "wall"), name
+    voc, city = PUBLISHED["voc"], PUBLISHED["cityscapes"]
+    assert (len(voc[0]), sum(map(len, voc))) == (45, 98) and (len(city[11]), sum(map(len, city))) == (7, 54)
+    assert city[3] == ("individual standing wall, which is not part of a building",)
+    assert concepts(CITY_NAMES[:5], "cityscapes")[3] == ("wall",)  # other classes than those published
+    for dataset, classes in (("coco", COCO_NAMES), ("ade20k", ADE_NAMES)):
+        assert concepts(classes, dataset) == names(classes, dataset) == tuple((name,) for name in classes)
+
+
+def test_the_decoder_reads_a_name_alone_and_on_cityscapes_the_mean_of_the_concepts() -> None:
+    assert names(VOC_NAMES, "voc")[0] == ("background",) and names(VOC_NAMES, "voc")[11] == ("diningtable",)
+    assert names(CITY_NAMES, "cityscapes") == PUBLISHED["cityscapes"]
+    cfg = override(RunConfig(), {"method.name": "semivl", "model.pretrained": "none"})
+    for dataset, classes in (("voc", VOC_NAMES), ("cityscapes", CITY_NAMES), ("", NAMES)):
+        build = Build(cfg.model, len(classes), 12, dataset, class_names=classes, crop=SIDE, texts=vectors)
+        method = SemiVl(cfg.method, build)
+        read = [np_(vectors(group)).mean(0) for group in names(classes, dataset)]
+        expected = np.stack([x / np.linalg.norm(x) for x in read])
+        np.testing.assert_allclose(np_(method.student.decoder.class_texts), expected, atol=1e-6)
+        labelled_by = [text for group in concepts(classes, dataset) for text in group]
+        torch.testing.assert_close(method.concepts, F.normalize(vectors(labelled_by), dim=1))
+        assert method.owner.tolist() == [k for k, group in enumerate(concepts(classes, dataset)) for _ in group]
+
+
+def test_general_concepts_stand_in_where_the_encoder_knows_none_that_is_published() -> None:
+    cfg = override(RunConfig(), {"method.name": "semivl", "model.pretrained": "none"})
+    general = concepts(VOC_NAMES)
+
+    def texts(asked: Any) -> Tensor:  # no word for a sofa or for "tv"
+        mute = {"tv", "monitor", "standalone screen"}
+        return vectors(asked) * torch.tensor([[float(text not in mute)] for text in asked])
+
+    method = SemiVl(cfg.method, Build(cfg.model, 21, 12, "voc", class_names=VOC_NAMES, crop=SIDE, texts=texts))
+    assert len(method.owner) == sum(map(len, general)) and (method.owner == 20).sum() == 2
 
 
 def test_a_class_has_the_likeness_of_its_best_concept_and_the_mean_of_their_texts() -> None:
@@ -97,10 +146,12 @@ def test_unknown_concepts_are_left_out_and_a_class_without_any_is_refused() -> N
 
 def conv(x: Array, layer: nn.Module, pad: int = 0, dilation: int = 1) -> Array:
     """(B, C, h, w) by a convolution of stride 1, one tap at a time."""
-    weight, bias = np_(layer.weight), np_(layer.bias)  # type: ignore[arg-type]
+    weight: Array = np_(layer.weight)  # type: ignore[arg-type]
     h, w = x.shape[2:]
     padded = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    out = np.zeros((len(x), len(weight), h, w)) + bias[:, None, None]
+    out = np.zeros((len(x), len(weight), h, w))
+    if layer.bias is not None:
+        out += np_(layer.bias)[:, None, None]  # type: ignore[arg-type]
     for i in range(weight.shape[2]):
         for j in range(weight.shape[3]):
             part = padded[:, :, i * dilation : i * dilation + h, j * dilation : j * dilation + w]
@@ -128,23 +179,24 @@ def uneven(module: nn.Module, seed: int = 0) -> Any:
 
 
 def test_aspp_in_numpy() -> None:
-    net: Any = uneven(Aspp(16, (2, 3)))
-    x = np.random.default_rng(0).normal(size=(3, 16, 5, 7))
+    net: Any = uneven(Aspp(32, (2, 3)))
+    x = np.random.default_rng(0).normal(size=(3, 32, 5, 7))
     parts = [
         relu(group_norm(conv(x, branch[0], pad, max(1, pad)), branch[1]))
         for branch, pad in zip(net.branches, (0, 2, 3), strict=True)
     ]
-    mean = np.broadcast_to(relu(conv(x.mean((2, 3), keepdims=True), net.mean)), x.shape)
-    joined = group_norm(conv(np.concatenate([*parts, mean], 1), net.join[0]), net.join[1])
-    np.testing.assert_allclose(np_(net(torch.from_numpy(x).float())), relu(x + joined), atol=1e-4)
+    mean = np.broadcast_to(relu(group_norm(conv(x.mean((2, 3), keepdims=True), net.mean[0]), net.mean[1])), x.shape)
+    joined = relu(group_norm(conv(np.concatenate([*parts, mean], 1), net.join[0]), net.join[1]))
+    found = np_(net(torch.from_numpy(x).float()))
+    np.testing.assert_allclose(found, x + joined, atol=1e-4)
+    assert (found < 0).mean() > 0.1  # what is negative passes
 
 
 def test_semantic_block_in_numpy() -> None:
     """At each pooled place a sequence of classes, each its map beside its text; half of the answer is added."""
-    net: Any = uneven(SemanticBlock(8, 6), 1)
+    net: Any = uneven(SemanticBlock(8), 1)
     rng = np.random.default_rng(1)
-    x, texts = rng.normal(size=(2, 3, 8, 6, 5)), rng.normal(size=(3, 6))
-    words = relu(texts @ np_(net.text[0].weight).T + np_(net.text[0].bias))
+    x, words = rng.normal(size=(2, 3, 8, 6, 5)), relu(rng.normal(size=(3, 8)))
     coarse = np.zeros((2, 3, 8, 2, 2))
     for i in range(2):
         for j in range(2):
@@ -153,7 +205,7 @@ def test_semantic_block_in_numpy() -> None:
                 tokens = torch.from_numpy(np.concatenate([place[b], words], 1))[None].float()
                 coarse[b, ..., i, j] = np_(net.block(tokens))[0, :, :8]
     fine = np_(upsample(torch.from_numpy(coarse).flatten(0, 1), (6, 5))).reshape(x.shape)
-    found = net(torch.from_numpy(x).float(), torch.from_numpy(texts).float())
+    found = net(torch.from_numpy(x).float(), torch.from_numpy(words).float())
     np.testing.assert_allclose(np_(found), x + fine, atol=1e-4)
 
 
@@ -203,9 +255,14 @@ def test_the_stages_of_the_decoder_follow_one_another() -> None:
     net, maps = decoder(), features()
     sims = F.normalize(net.to_text(maps[3]), dim=1).permute(0, 2, 3, 1) @ net.class_texts.T
     x = torch.stack([net.aspp(net.embed(sims[..., k][:, None])) for k in range(5)], 1)
+    projection: Any = net.text[0]
+    words = relu(np_(net.class_texts) @ np_(projection.weight).T + np_(projection.bias))
     for block in net.blocks:
-        x = block(x, net.class_texts)
-    skips = [net.skips[0](maps[1]), net.skips[1](maps[0])]
+        x = block(x, torch.from_numpy(words).float())
+    skips = [
+        torch.from_numpy(relu(conv(np_(maps[level]), net.skips[i][0], 1))).float()  # type: ignore[index]
+        for i, level in enumerate((1, 0))
+    ]
     found = []
     for k in range(5):
         y = x[:, k]
@@ -367,8 +424,15 @@ def test_published_weights() -> None:
     assert (cfg.guidance.weight, cfg.guidance.threshold, cfg.guidance.scale) == (0.1, 0.9, 100.0)  # map_scale is ours
     assert (cfg.decoder.dilations, cfg.decoder.transformers) == ((6, 12, 18), 2)
     net = VlDecoder((768,) * 4, (16,) * 4, 128, torch.zeros(2, 512), cfg.decoder)
-    sizes = [tuple(m.weight.shape) for m in (net.embed, net.skips[0], net.skips[1], net.score)]
-    assert sizes == [(128, 1, 7, 7), (32, 768, 1, 1), (16, 768, 1, 1), (1, 32, 3, 3)]
+    first, second, words = (part[0] for part in (*net.skips, net.text))  # type: ignore[index]
+    sizes = [tuple(m.weight.shape) for m in (net.embed, first, second, net.score, words)]
+    assert sizes == [(128, 1, 7, 7), (32, 768, 3, 3), (16, 768, 3, 3), (1, 32, 3, 3), (128, 512)]
+    assert len(net.blocks) == 2 and sum(p.shape == (128, 512) for p in net.parameters()) == 1  # one projection of texts
+    plain = [m for part in (net.aspp, *(up.join for up in net.ups)) for m in part.modules() if isinstance(m, nn.Conv2d)]
+    assert len(plain) == 10 and all(m.bias is None for m in plain)  # what a norm follows
+    assert TEMPLATE.format("sky") == "a photo of a sky"
+    norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
+    assert len(norms) == 10 and {m.num_channels // m.num_groups for m in norms} == {16}
     assert [tuple(up.join[0].weight.shape[:2]) for up in net.ups] == [(64, 128), (32, 64)]
     block: Any = net.blocks[0]
     assert block.block.mlp[0].weight.shape == (512, 256) and block.block.attention.heads == 4

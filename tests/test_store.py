@@ -15,24 +15,36 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from record_kit import CORE, LAYER, bound, made
 
 from viladiff import record as records
-from viladiff.record import DamagedRecord, RunRecord, checksum, load_record, save_record, without_paths
+from viladiff.record import (
+    DamagedRecord,
+    ForgedRecord,
+    RunRecord,
+    checksum,
+    load_record,
+    mismatch,
+    parse_record,
+    record_bytes,
+    save_record,
+    without_paths,
+)
 from viladiff.study import lease as leases
 from viladiff.study.store import Failure, Store
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "reports" / "published"
-EXAMPLE = load_record(PUBLISHED / "core" / "records" / "supervised-92-0.json")
-RUN = "0123456789abcdef"
-OTHER = "fedcba9876543210"
+EXAMPLE, SECOND = made("supervised-92-0"), made("supervised-92-1")
+ROOT = Path(__file__).resolve().parent.parent
+RUN, OTHER = EXAMPLE.run_id, SECOND.run_id
 
 
 def a_record(run_id: str = RUN, **fields: object) -> RunRecord:
-    return RunRecord(**{**EXAMPLE.model_dump(), "run_id": run_id, **fields})
+    return RunRecord(**{**{RUN: EXAMPLE, OTHER: SECOND}[run_id].model_dump(), **fields})
 
 
 def put(store: Store, run_id: str = RUN, **fields: object) -> Path:
@@ -139,7 +151,7 @@ def test_store_and_layers_answer_together(tmp_path: Path, said: list[str]) -> No
         folder.mkdir(parents=True)
         save_record(a_record(miou=miou), folder / "any-name.json")
     save_record(a_record(OTHER), layers[1] / "table5" / "records" / "other.json")
-    assert {name: record.miou for name, record in store.records().items()} == {RUN: 0.1, OTHER: EXAMPLE.miou}
+    assert {name: record.miou for name, record in store.records().items()} == {RUN: 0.1, OTHER: SECOND.miou}
     put(store, miou=0.3)
     assert store.records()[RUN].miou == 0.3
     record = store.get(RUN)
@@ -154,9 +166,12 @@ def test_store_and_layers_answer_together(tmp_path: Path, said: list[str]) -> No
     assert said == []
 
 
-def test_published_records_of_this_checkout_load() -> None:
-    found = Store(Path("/nonexistent/runs"), [PUBLISHED]).records()
-    assert len(found) >= 28 and found[EXAMPLE.run_id] == EXAMPLE
+def test_records_of_this_checkout_load(said: list[str]) -> None:
+    found = Store(Path("/nonexistent/runs"), [LAYER], said.append).records()
+    assert len(found) == len(list(CORE.glob("*.json"))) >= 20 and found[RUN] == EXAMPLE and not said
+    published = ROOT / "reports" / "published"
+    files = len(list(published.glob("**/records/*.json")))
+    assert len(Store(Path("/nonexistent/runs"), [published], said.append).records()) == files and not said
 
 
 def test_records_are_read_again_only_when_they_change(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +205,57 @@ def test_damaged_record_is_set_aside_once_and_its_checkpoint_stays(store: Store,
 def test_record_of_another_run_is_set_aside(store: Store, said: list[str]) -> None:
     shutil.copytree(put(store, OTHER).parent, store.directory(RUN))
     assert list(store.records()) == [OTHER] and "is the record of another run" in said[0]
+
+
+def test_a_record_in_another_s_place_is_refused_and_one_of_an_older_revision_is_not(
+    store: Store, said: list[str]
+) -> None:
+    """What the name does not follow from is set aside; a file that is copied and given the name is no exception."""
+    best = made("semibaseline-183-0")
+    forged = RunRecord(**{**best.model_dump(), "run_id": made("viladiff-183-0").run_id, "miou": 0.99})
+    place = store.directory(forged.run_id) / "record.json"
+    place.parent.mkdir(parents=True)
+    save_record(forged, place)
+    older = bound(EXAMPLE, core_revision=EXAMPLE.core_revision - 1)
+    store.directory(older.run_id).mkdir()
+    save_record(older, store.directory(older.run_id) / "record.json")
+    with pytest.raises(ForgedRecord, match=f"does not match its name {forged.run_id}: .* give {best.run_id}"):
+        load_record(place)
+    assert store.records() == {older.run_id: older} and store.get(forged.run_id) is None and not place.exists()
+    assert len(said) == 1 and "does not match its name" in said[0] and "damaged" in said[0]
+
+
+def test_a_record_from_before_revisions_is_of_another_version(store: Store, said: list[str]) -> None:
+    path = put(store)
+    rest = {name: value for name, value in a_record().model_dump(mode="json").items() if "_revision" not in name}
+    path.write_text(json.dumps({**rest, "checksum": checksum(rest)}))
+    assert store.get(RUN) is None and list((store.root / "other-version").rglob("record.json"))
+    assert "another version of viladiff: core_revision" in said[0]
+
+
+def test_a_published_record_has_the_name_that_the_run_had_although_it_hides_paths() -> None:
+    fields = {"model.weights": "/home/me/w.safetensors", "method.clip.weights": "/data/clip.safetensors"}
+    mine = bound(EXAMPLE, changed={**EXAMPLE.changed, **fields, "runtime.runs_dir": "/home/me/runs"})
+    sent = without_paths(mine)
+    assert "/home" not in sent.model_dump_json() and mismatch(sent) == mismatch(mine) == ""
+    other = bound(EXAMPLE, changed={**EXAMPLE.changed, **fields, "model.weights": "/home/me/other.safetensors"})
+    assert other.run_id != mine.run_id
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["optim.lr", "data.scale", "model.weights", "x"]),
+        st.one_of(
+            st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(),
+            st.tuples(st.floats(-1, 1), st.integers()),
+        ),
+    )
+)  # fmt: skip
+def test_a_name_is_the_same_after_json(changed: dict[str, Any]) -> None:
+    one = bound(EXAMPLE, changed={**EXAMPLE.changed, **changed})
+    again = parse_record(record_bytes(one), "there")
+    assert again.run_id == one.run_id and mismatch(again) == ""
 
 
 def test_record_that_was_mended_meanwhile_is_put_back(store: Store, said: list[str]) -> None:

@@ -164,6 +164,13 @@ def test_an_impossible_space_is_refused_before_anything_runs(tmp_path: Path, nam
         check(load_sweep(edited(tmp_path, *changes_)), "smoke")
 
 
+def test_rungs_that_a_scheduler_would_skip_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    path = edited(tmp_path, ("[0.25, 0.5, 1.0]", "[0.5, 0.75, 1.0]"))
+    with pytest.raises(ValueError, match=r"--scheduler hyperband: rungs must grow by one factor .*\[2, 3, 4\]"):
+        sweep_job.prepare(path, asked(tmp_path, "--scheduler", "hyperband"))
+    assert sweep_job.prepare(path, asked(tmp_path, "--scheduler", "median")).namer.steps == (2, 3, 4)
+
+
 def test_limits_that_tie_fields_together_are_seen_at_the_corners(tmp_path: Path) -> None:
     path = edited(tmp_path, ("{ low = 0.0, high = 0.4 }", "{ low = 0.0, high = 0.59 }"), name="flip")
     with pytest.raises(ValueError, match=r"at method.mixe.beta = 0.4, method.mixe.edge_bonus = 0.59"):

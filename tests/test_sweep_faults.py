@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_sweep_page import record
+from test_sweep_page import record_of
 
 from viladiff import ray_search
 from viladiff.record import save_record
@@ -48,7 +48,7 @@ class Played:
                 (directory / "traceback.txt").write_text("Traceback (most recent call last):\nKeyError: 'lam'\n")
                 desk.finished(run.run_id, {"state": "failed", "kind": "error", "message": "KeyError: 'lam'"})
                 continue
-            made = record(run.run_id, 0.5 - 0.1 * abs(float(str(run.changes["method.vila.lam"])) - 0.6))
+            made = record_of(run, 0.5 - 0.1 * abs(float(str(run.changes["method.vila.lam"])) - 0.6))
             save_record(made, directory / "record.json")
             desk.finished(run.run_id, {"state": "done", "miou": made.miou})
 

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from record_kit import content_of
 
 from viladiff.record import RunRecord, save_record
 from viladiff.report import sweep_page
@@ -57,7 +58,12 @@ FIELDS: dict[str, Any] = {
 
 
 def record(run_id: str, miou: float) -> RunRecord:
-    return RunRecord(run_id=run_id, miou=miou, **FIELDS)
+    return RunRecord(run_id=run_id, miou=miou, core_revision=0, method_revision=0, **FIELDS)
+
+
+def record_of(run: Planned, miou: float) -> RunRecord:
+    """Of a run that a sweep has named; its file can be read."""
+    return RunRecord(miou=miou, **{**FIELDS, **content_of(run, **{"runtime.runs_dir": "/home/somebody/runs"})})
 
 
 def run_of(number: int, seed: int) -> str:
@@ -315,7 +321,7 @@ def train(job: sweep_job.Job, wanted: int, score: float = 0.4) -> None:
         desk.started(run.run_id)
         for step in desk.search.steps[:-1]:
             desk.judged(run.run_id, step, score / 2)
-        made = record(run.run_id, score + 0.001 * len(desk.search.trials))
+        made = record_of(run, score + 0.001 * len(desk.search.trials))
         (job.store.root / run.run_id).mkdir(parents=True)
         save_record(made, job.store.root / run.run_id / "record.json")
         if len(desk.search.trials) == wanted and run.changes["seed"] == 1:

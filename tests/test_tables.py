@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from record_kit import bound, name_of, told
 from scipy import stats
 
 from viladiff.record import RunRecord, save_record
@@ -28,7 +29,7 @@ LABELS = ("base", NASTY, "all", "own")
 
 
 def name(row: int, column: int, seed: int) -> str:
-    return f"{row}{column}{seed}".rjust(16, "0")
+    return name_of(row=row, column=column, seed=seed)
 
 
 def table(**changes: Any) -> Table:
@@ -51,8 +52,7 @@ def table(**changes: Any) -> Table:
 def record(run_id: str, miou: float | None, **changes: Any) -> RunRecord:
     score = {"miou": miou, "per_class": [miou, None], "boundary_iou": 0.3, "trimap_miou": None, "images": 4}
     fields: dict[str, Any] = {
-        "run_id": run_id, "config": {"data.dataset": "digits", "data.split": "183"}, "changed": {"run": run_id},
-        "fingerprints": {"data": "abc"}, "steps": 6, "miou": miou, "network": "teacher", "stream": "visual",
+        "steps": 6, "miou": miou, "network": "teacher", "stream": "visual",
         "scores": {"teacher": {"visual": score}}, "best": None, "history": [],
         "pseudo_labels": {"before/coverage": 0.5, "rescued": None}, "class_names": ["background", "zero"],
         "captions": "simulated captions", "text_encoder": "words", "encoder": "vit", "pretrained": "shipped",
@@ -60,7 +60,9 @@ def record(run_id: str, miou: float | None, **changes: Any) -> RunRecord:
         "workers": 1, "threads": 1, "device": "cpu", "versions": {"torch": "2"},
         "git": {"revision": "abcdef0123456789", "dirty": False}, "scale": "tiny",
     }  # fmt: skip
-    return RunRecord(**{**fields, **changes})
+    about = told(run_id)
+    about["config"] |= {"data.dataset": "digits", "data.split": "183"}
+    return RunRecord(**{**about, **fields, **changes})
 
 
 Value = Callable[[int, int, int], float | None]
@@ -74,7 +76,7 @@ def study(tmp_path: Path, value: Value, seeds: tuple[int, ...] = (0, 1, 2), **ch
         PlannedCell(row, column, seed, name(row, column, seed))
         for seed, row, column in itertools.product(seeds, range(len(spec.rows)), range(len(spec.columns)))
     ]
-    runs = {cell.run_id: Planned(cell.run_id, {}, "title", 6, {"run": cell.run_id}) for cell in cells}
+    runs = {cell.run_id: Planned(cell.run_id, {}, "title", 6, told(cell.run_id)["changed"]) for cell in cells}
     for cell in cells:
         share = value(cell.row, cell.column, cell.seed)
         if share is not None:
@@ -102,9 +104,9 @@ def test_missing_is_a_dash_with_a_reason_and_never_zero(tmp_path: Path) -> None:
     store.record_failure(name(2, 0, 0), save)
     store.directory(name(2, 0, 1)).mkdir(parents=True)
     (store.directory(name(2, 0, 1)) / "checkpoint.pt").touch()
-    older = "f" * 16
-    store.directory(older).mkdir(parents=True)
-    save_record(record(older, 0.9, changed={"run": name(2, 1, 0)}), store.directory(older) / "record.json")
+    older = bound(record(name(2, 1, 0), 0.9), method_revision=1)
+    store.directory(older.run_id).mkdir(parents=True)
+    save_record(older, store.directory(older.run_id) / "record.json")
     with store.lease(name(2, 1, 1)):  # type: ignore[union-attr]
         results = tables.gather(plan, store)
     found = tables.summary(results.at(2, 0), "miou")

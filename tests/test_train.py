@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -283,6 +285,40 @@ def test_lower_precision_trains(tmp_path: Path, precision: str) -> None:
     small = {"data__batch_labelled": 2, "data__batch_unlabelled": 2, "eval__max_images": 2, "eval__boundary": False}
     frame = fit(config(tmp_path, train__precision=precision, train__steps=2, **small)).frame()
     assert frame["total"].notna().all() and len(frame) == 2
+
+
+@contextmanager
+def whatever_holds(flags: tuple[Any, ...], values: tuple[bool, ...]) -> Iterator[None]:
+    """TF32 flags of torch set and put back; they are no attributes that monkeypatch could delete."""
+    old = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag, value in zip(flags, values, strict=True):
+            flag.allow_tf32 = value
+        yield
+    finally:
+        for flag, value in zip(flags, old, strict=True):
+            flag.allow_tf32 = value
+
+
+@pytest.mark.parametrize("before", [(False, True), (True, False)])
+def test_tf32_is_set_for_a_run_and_leaks_into_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[bool, bool]
+) -> None:
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    seen: list[tuple[bool, ...]] = []
+    real = Run._step
+    monkeypatch.setattr(
+        Run, "_step", lambda self, batches: (seen.append(tuple(f.allow_tf32 for f in flags)), real(self, batches))[1]
+    )
+    small = {"train__steps": 1, "eval__max_images": 1, "eval__boundary": False}
+    with whatever_holds(flags, before):
+        records = [fit(config(tmp_path, train__tf32=allowed, **small)).record for allowed in (True, False)]
+        assert seen == [(True, True), (False, False)] and tuple(flag.allow_tf32 for flag in flags) == before
+        with pytest.raises(TrainingError):
+            fit(config(tmp_path, train__tf32=True, optim__lr=1e6, train__steps=60, runtime__log_every=5))
+        assert tuple(flag.allow_tf32 for flag in flags) == before, "also after a fault"
+    assert [record.precision for record in records] == ["fp32, TF32", "fp32"]
+    assert records[0].config["train.tf32"] is True and records[0].run_id != records[1].run_id
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_both_columns_and_bare_ids_are_the_same_list(photo_folder: Make, photogr
         path.write_text("\n".join(line.split()[0].removeprefix("JPEGImages/").removesuffix(".jpg") for line in lines))
     bare = load(root)
     assert bare.fingerprint == data.fingerprint and ids(bare) == ids(data)
+    shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
     for path in lists.iterdir():
         text = path.read_text(encoding="utf-8")
         path.write_text("\n".join(f"/JPEGImages/{one}.jpg /SegmentationClassAug/{one}.png" for one in text.split()))
@@ -104,6 +105,7 @@ def test_families_are_found_under_their_names(photo_folder: Make) -> None:
 def test_lists_under_the_names_of_cps_and_ps_mt(photo_folder: Make, tmp_path: Path) -> None:
     root = photo_folder(20, "voc", labelled=4, val=4, unlabelled_masks=True)
     names, lists = ids(load(root)), tmp_path / "lists"
+    shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
     val = (root / "splits" / "92" / "val.txt").read_text(encoding="utf-8")
     files = {
         "cps/train_aug_labeled_1-16.txt": "\n".join(names[:3]),
@@ -145,6 +147,7 @@ def test_a_published_list_is_found_by_its_images(
 ) -> None:
     root = photo_folder(16, "voc", unlabelled_masks=True)
     names, lists = ids(load(root)), tmp_path / "lists"
+    shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
     (lists / "some" / "where").mkdir(parents=True)
     shutil.move(root / "splits" / "92" / "val.txt", lists / "some" / "val.txt")
     for file, some in {"a_labeled": names[1:4], "a_unlabeled": names[4:9], "b": names[4:7], "c": names[1:3]}.items():

@@ -27,6 +27,8 @@ class Views:
     """Whether labelled images are wanted with the colour changes of a strong view as well."""
     pairs: bool = False
     """Whether the method itself mixes neighbours of a batch, whose number must then be even."""
+    whole_cells: bool = False
+    """Whether the method mixes feature maps as well, so that boxes must consist of whole patches."""
     tags: bool = False
     """Whether the classes that each image's captions mention are wanted."""
     truth: bool = False
@@ -53,7 +55,7 @@ class CutMix:
     """One box per image; the pixels inside come from the partner image of the same batch."""
 
     boxes: Tensor
-    """(U, 4) int64: top, left, bottom, right in pixels, snapped to the patch grid; all zero means no box."""
+    """(U, 4) int64: top, left, bottom, right in pixels, as ``data.cutmix_grid`` snaps them; all zero means no box."""
     partner: Tensor
     """(U,) int64: index of the image that the box is cut from."""
     masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 from viladiff.batch import Views
+from viladiff.fields import ConfigError, nearest
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method, Passes
+from viladiff.methods.published import PublishedSetting
 
 
 def rows() -> list[dict[str, Any]]:
@@ -26,7 +28,15 @@ def _row(name: str, method: type[Method]) -> dict[str, Any]:
         "keeps": method.keeps or None,
         "passes": written(passes) if passes else None,
         "revision": method.revision,
+        "published": [_declared(one) for one in method.published],
     }
+
+
+def _declared(one: PublishedSetting) -> dict[str, Any]:
+    """Without what is empty."""
+    lists = {"datasets": list(one.datasets), "splits": list(one.splits), "families": list(one.families)}
+    rest = {"given": dict(one.given), "fields": dict(one.fields), "not_available": one.not_available}
+    return {name: value for name, value in {**lists, **rest, "source": one.source}.items() if value}
 
 
 def needs(views: Views) -> str:
@@ -48,17 +58,35 @@ def written(passes: Passes) -> str:
     return f"{text}; {passes.beside}" if passes.beside else text
 
 
-def show(as_json: bool, width: int | None) -> str:
-    """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none."""
+def settings(method: type[Method]) -> list[str]:
+    """What its publication sets by data set and list, a line each."""
+    said = []
+    for one in method.published:
+        limits = [*one.splits, *one.families, *(f"{path}={value}" for path, value in one.given.items())]
+        where = ", ".join(one.datasets) + (f" ({', '.join(limits)})" if limits else "")
+        fields = ", ".join(f"{path}={value}" for path, value in one.fields.items())
+        more = f"; not available here: {one.not_available}" if one.not_available else ""
+        said.append(f"{where}: {fields}{more} [{one.source}]")
+    return said
+
+
+def show(as_json: bool, width: int | None, name: str | None = None) -> str:
+    """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
+
+    With ``name`` that method's alone, and what its publication sets. Raises ConfigError for an unknown one.
+    """
+    if name is not None and name not in METHODS:
+        raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{nearest(name, METHODS)}")
+    chosen = [row for row in rows() if name in (None, row["method"])]
     if as_json:
-        return json.dumps(rows(), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(chosen, indent=1, ensure_ascii=False) + "\n"
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for title in ("method", "published", "asks for", "keeps beside the student", "passes per step", "paper"):
         table.add_column(title, no_wrap=title in ("method", "published"))
-    for row in rows():
+    for row in chosen:
         published = f"{row['venue']} {row['year']}" if row["paper"] else "-"
         rest = (row[name] or "-" for name in ("views", "keeps", "passes", "paper"))
         table.add_row(row["method"], published, *rest)
@@ -68,4 +96,8 @@ def show(as_json: bool, width: int | None) -> str:
         console.print(
             "\nf, b: a batch forward and backward through encoder and decoder; df, db: through a decoder alone."
         )
-    return text.get()
+    if name is None:
+        return text.get()
+    said = settings(METHODS[name]) or ["none is declared"]
+    heading = "Its publication's settings by data set, which the tables take at scale paper:"
+    return text.get() + "\n" + "\n".join([heading, *(f"  {line}" for line in said)]) + "\n"

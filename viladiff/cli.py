@@ -127,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_text(commands)
     methods = commands.add_parser("methods", help="list the methods: paper, what each needs, what a step costs")
+    methods.add_argument("name", nargs="?", help="one method alone, and what its publication sets by data set")
     methods.add_argument("--json", action="store_true", help="the same for programs")
     methods.set_defaults(run=_methods)
 
@@ -314,7 +315,7 @@ def _config(args: argparse.Namespace) -> int:
 def _methods(args: argparse.Namespace) -> int:
     from viladiff.catalogue import show
 
-    sys.stdout.write(show(args.json, None if sys.stdout.isatty() else 160))
+    sys.stdout.write(show(args.json, None if sys.stdout.isatty() else 160, args.name))
     return 0
 
 

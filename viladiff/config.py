@@ -6,8 +6,6 @@ space alike. ``data`` and ``method`` are unions: ``data.dataset`` and ``method.n
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Union
@@ -32,6 +30,7 @@ from viladiff.fields import (
 from viladiff.methods import METHODS
 from viladiff.methods.base import MethodConfig
 from viladiff.methods.supervised import SupervisedConfig
+from viladiff.run_name import Content, run_name
 from viladiff.sections import (
     CLASSES,
     DATASETS,
@@ -48,11 +47,11 @@ from viladiff.sections import (
 
 __all__ = ["ConfigError", "RunConfig", "changed", "fields_help", "flatten", "override", "parse_overrides", "run_id"]
 
-CORE_REVISION = 1
+CORE_REVISION = 2
 """Raised when the loop, the data layer or the evaluator computes something else than before; old records turn stale."""
 
-PLACES = ("runtime.", "data.split_dir")
-"""Where and how a run happens, by the beginning of a path: no part of its name."""
+LENGTH = frozenset({"steps", "epochs"})
+"""Fields of which one that is given replaces the other's preset."""
 TAGS = {"data": "dataset", "method": "name"}
 """Field that chooses the section, by section."""
 
@@ -127,22 +126,22 @@ def changed(cfg: RunConfig) -> dict[str, object]:
     return {path: value for path, value in flatten(cfg).items() if path in chosen or value != plain[path]}
 
 
+def defaults(dataset: str, method: str) -> Mapping[str, object]:
+    """Every field of a run on ``dataset`` with ``method`` where nothing is set, by dotted path. Raises ConfigError."""
+    _known_choice("data.dataset", dataset, DATASETS)
+    _known_choice("method.name", method, METHODS)
+    return _plain(RunConfig, dataset, method)
+
+
 def run_id(cfg: RunConfig, fingerprints: Mapping[str, str] | None = None) -> str:
     """16 hex digits that name a run by content: changed fields outside ``runtime``, revisions, fingerprints of inputs.
 
-    Where lists lie does not matter, since what they hold is in the data's fingerprint. A field added later with a
+    Where lists and weights lie does not matter, since what they hold is in the fingerprints. A field added later with a
     default leaves old names as they are; ``1`` and ``1.0`` in a float field are one name.
     """
-    content = {
-        "core": CORE_REVISION,
-        "revision": METHODS[cfg.method.name].revision,
-        "fields": {path: _plus_zero(value) for path, value in changed(cfg).items() if not path.startswith(PLACES)},
-        "seed": cfg.seed,
-        "precision": cfg.train.precision,
-        "fingerprints": dict(fingerprints or {}),
-    }
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    revision, train = METHODS[cfg.method.name].revision, cfg.train
+    given = dict(fingerprints or {})
+    return run_name(Content(CORE_REVISION, revision, changed(cfg), cfg.seed, train.precision, train.tf32, given))
 
 
 def fields_help(prefix: str = "", cfg: RunConfig | None = None) -> list[FieldHelp]:
@@ -158,13 +157,6 @@ def fields_help(prefix: str = "", cfg: RunConfig | None = None) -> list[FieldHel
         if found:
             return [row._replace(kind=choices.get(row.path, row.kind)) for row in found]
     raise ConfigError(unknown(prefix, flatten(cfg)))
-
-
-def _plus_zero(value: object) -> object:
-    """-0.0 as 0.0: equal values, but not equal text."""
-    if isinstance(value, tuple):
-        return [_plus_zero(item) for item in value]
-    return value + 0.0 if isinstance(value, float) else value
 
 
 @cache
@@ -216,8 +208,9 @@ def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for section, fields in PRESETS.get(str(chosen.get("data")), {}).items():
         here = tree.get(section, {})
         here = here.model_dump(exclude_unset=True) if isinstance(here, BaseModel) else here
-        if isinstance(here, Mapping) and not (section == "train" and here.keys() & {"steps", "epochs"}):
-            tree[section] = {**fields, **here}
+        if isinstance(here, Mapping):
+            length = LENGTH if here.keys() & LENGTH else frozenset()
+            tree[section] = {**{name: value for name, value in fields.items() if name not in length}, **here}
     if isinstance(tree.get("data"), Mapping):
         tree["data"] = coerce(DATASETS[chosen["data"]], tree["data"], "data.")
     if isinstance(tree.get("method"), Mapping):
@@ -263,6 +256,9 @@ def _method_faults(cfg: RunConfig) -> Iterator[str]:
 
 
 def _other_faults(cfg: RunConfig) -> Iterator[str]:
+    if cfg.train.epoch_images is not None and METHODS[cfg.method.name].views.unlabelled:
+        here = f"train.epoch_images = {cfg.train.epoch_images!r}: not with method.name = {cfg.method.name!r}"
+        yield f"{here}, whose epoch is a pass over the unlabelled images; set it to none"
     own = cfg.model.encoder == "digits_vit"
     if cfg.model.encoder == "transformers":
         if cfg.model.weights is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.batch import IGNORE, TextBatch
+from viladiff.models.segmenter import remembered
 from viladiff.protocols import Band, center, stream_bands
 
 Batches = Iterable[tuple[Tensor, Tensor, TextBatch | None]]
@@ -62,8 +63,10 @@ def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
 def miou_from(confusion: Tensor) -> tuple[float, list[float]]:
     """A class in neither truth nor prediction is NaN and left out of the mean; (mean IoU, IoU per class) in [0, 1].
 
-    A class that is predicted but never true, or true but never predicted, counts as 0. Without any class the mean is
-    NaN. Published scripts add 1e-10 to the union, which counts an absent class as 0; in full sets no class is absent.
+    A class that is predicted but never true, or true but never predicted, counts as 0. Where less than two of several
+    classes are left the mean is NaN, since all pixels are of one class in truth and prediction, and it would be 1
+    whatever the network has learned. Published scripts add 1e-10 to the union, which counts an absent class as 0; in
+    full sets no class is absent.
     """
     counts = confusion.double()
     return _mean_iou(counts.diagonal(), counts.sum(1) + counts.sum(0) - counts.diagonal())
@@ -71,7 +74,8 @@ def miou_from(confusion: Tensor) -> tuple[float, list[float]]:
 
 def _mean_iou(intersection: Tensor, union: Tensor) -> tuple[float, list[float]]:
     per_class = torch.where(union > 0, intersection.double() / union.double(), torch.nan)
-    return float(per_class.nanmean()), per_class.tolist()
+    enough = int((union > 0).sum()) >= min(2, len(union))
+    return float(per_class.nanmean()) if enough else torch.nan, per_class.tolist()
 
 
 def boundary_width(height: int, width: int) -> int:
@@ -104,18 +108,23 @@ def boundary_band(labels: Tensor, d: int) -> Tensor:
     labels (B, H, W) hold integers in 0..255. Equals mask & ~erode(mask) for every class, with a 3 x 3 square applied d
     times and everything outside the image taken as another class (Cheng et al. 2021, Boundary IoU, section 4).
     """
-    band = ~_uniform(labels, d)
+    return _with_border(~_uniform(labels, d), d)
+
+
+def _with_border(band: Tensor, d: int) -> Tensor:
     band[:, :d], band[:, -d:], band[..., :d], band[..., -d:] = True, True, True, True
     return band
 
 
-def boundary_counts(pred: Tensor, target: Tensor, num_classes: int, d: int) -> Tensor:
+def boundary_counts(pred: Tensor, target: Tensor, num_classes: int, d: int, true_band: Tensor | None = None) -> Tensor:
     """(3, C) pixels of: both bands at once, the truth's band, the prediction's band.
 
     Ignored pixels are cut out of both maps before the bands are made, so that a perfect prediction scores 1.
+    ``true_band`` is ``boundary_band(target, d)`` where that was made before.
     """
     pred = torch.where(target == IGNORE, IGNORE, pred)
-    true_band, pred_band = boundary_band(target, d), boundary_band(pred, d)
+    true_band = boundary_band(target, d) if true_band is None else true_band
+    pred_band = boundary_band(pred, d)
     both = true_band & pred_band & (pred == target)
     parts = ((both, target), (true_band, target), (pred_band, pred))
     return torch.stack([_count(torch.where(keep, x, IGNORE).long(), 256)[:num_classes] for keep, x in parts])
@@ -127,6 +136,27 @@ def trimap(target: Tensor, d: int) -> Tensor:
     Data sets put 255 along outlines, so leaving it out would leave out most boundaries.
     """
     return ~_uniform(target, d)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A batch's masks and what is made of them once for all predictions."""
+
+    target: Tensor
+    """(B, H, W) integers, 255 = ignore."""
+    width: int
+    """d of the bands."""
+    near: Tensor
+    """(B, H, W) ``target`` within the trimap, 255 elsewhere."""
+    band: Tensor
+    """(B, H, W) bool, the true boundary band."""
+
+
+def truth_of(target: Tensor) -> Truth:
+    """One pass over ``target`` (B, H, W) for trimap and band."""
+    d = boundary_width(*target.shape[-2:])
+    close = trimap(target, d)
+    return Truth(target, d, torch.where(close, target, IGNORE), _with_border(close, d))
 
 
 @dataclass(frozen=True)
@@ -156,13 +186,16 @@ class Meter:
         rows = self.state[:-1].view(515, num_classes)
         self._all, self._near, self._bands = rows[:256], rows[256:512], rows[512:]
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
-        """pred (B, H, W) of classes 0..C-1, as an argmax gives (checking would wait); target likewise, 255 = ignore."""
+    def update(self, pred: Tensor, target: Tensor, truth: Truth | None = None) -> None:
+        """pred (B, H, W) of classes 0..C-1, as an argmax gives (checking would wait); target likewise, 255 = ignore.
+
+        ``truth`` is ``truth_of(target)`` where several predictions are measured against one target.
+        """
         self._all += _counts(pred, target, self.num_classes)
         if self.boundary:
-            d = boundary_width(*target.shape[-2:])
-            self._near += _counts(pred, torch.where(trimap(target, d), target, IGNORE), self.num_classes)
-            self._bands += boundary_counts(pred, target, self.num_classes, d)
+            truth = truth_of(target) if truth is None else truth
+            self._near += _counts(pred, truth.near, self.num_classes)
+            self._bands += boundary_counts(pred, target, self.num_classes, truth.width, truth.band)
         self.state[-1] += len(target)
 
     def merge(self, other: Meter) -> Meter:
@@ -276,30 +309,58 @@ def measure(
     protocol: str = "original",
     crop: int = 0,
 ) -> dict[str, Meter]:
-    """Counts of each stream over the images of all workers; of no image where network or texts do not allow it.
+    """``measure_all`` of one network: {stream: counts}."""
+    return measure_all({"": network}, images_iter, streams, num_classes, boundary, protocol, crop)[""]
+
+
+def measure_all(
+    networks: Mapping[str, nn.Module],
+    images_iter: Batches,
+    streams: Sequence[str],
+    num_classes: int,
+    boundary: bool = True,
+    protocol: str = "original",
+    crop: int = 0,
+    also: Callable[[Tensor, Tensor, TextBatch | None], None] | None = None,
+) -> dict[str, dict[str, Meter]]:
+    """Counts of each network's streams over the images of all workers, from one pass over the images.
 
     images_iter yields (normalised images (B, 3, H, W), targets (B, H, W), TextBatch or None). Each worker passes its
-    own part of the set, maybe none of it, without a padded sampler's duplicates. The network is in eval mode meanwhile;
-    each module's mode is restored, also after an error. ValueError for a network of another number of classes.
+    own part of the set, maybe none of it, without a padded sampler's duplicates. A stream that network or texts do not
+    allow has seen no image. ``also`` is called with each batch after the networks, and what it asks of them for the
+    same tensors is not computed again. Networks are in eval mode meanwhile; each module's mode is restored, also after
+    an error. ValueError for a network of another number of classes.
     """
-    modes = {module: module.training for module in network.modules()}
-    device = next(network.parameters()).device
-    meters = {name: Meter(num_classes, device, boundary) for name in streams}
-    network.eval()
+    modes = {module: module.training for network in networks.values() for module in network.modules()}
+    device = next(next(iter(networks.values())).parameters()).device
+    meters = {name: {stream: Meter(num_classes, device, boundary) for stream in streams} for name in networks}
+    for network in networks.values():
+        network.eval()
     try:
-        with torch.inference_mode():
+        # Not inference_mode(): what ``also`` keeps in caches must be of use in training too.
+        with torch.no_grad(), remembered(networks.values()):
             for images, target, text in images_iter:
-                target = target.to(device, non_blocking=True)
-                if text is not None:
-                    text = replace(text, tokens=text.tokens.to(device), mask=text.mask.to(device))
-                found = stream_bands(network, images.to(device, non_blocking=True), text, streams, protocol, crop)
-                target = center(target, crop) if protocol == "center_crop" else target
-                for name, labels in _label_maps(found, num_classes).items():
-                    meters[name].update(labels, target)
+                images, target, text = _moved(images, target, text, device)
+                centred = center(target, crop) if protocol == "center_crop" else target
+                truth = truth_of(centred) if boundary else None
+                for name, network in networks.items():
+                    found = stream_bands(network, images, text, streams, protocol, crop)
+                    for stream, labels in _label_maps(found, num_classes).items():
+                        meters[name][stream].update(labels, centred, truth)
+                if also is not None:
+                    also(images, target, text)
     finally:
         for module, training in modes.items():
             module.training = training
-    return {name: meter.all_reduce() for name, meter in meters.items()}
+    return {name: {stream: meter.all_reduce() for stream, meter in found.items()} for name, found in meters.items()}
+
+
+def _moved(
+    images: Tensor, target: Tensor, text: TextBatch | None, device: torch.device
+) -> tuple[Tensor, Tensor, TextBatch | None]:
+    if text is not None:
+        text = replace(text, tokens=text.tokens.to(device), mask=text.mask.to(device))
+    return images.to(device, non_blocking=True), target.to(device, non_blocking=True), text
 
 
 def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
@@ -309,7 +370,7 @@ def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
         for name, logits in band.logits.items():
             if logits.shape[1] != num_classes:
                 raise ValueError(f"num_classes = {num_classes}: the network has {logits.shape[1]}")
-            parts.setdefault(name, []).append(logits.argmax(1))
+            parts.setdefault(name, []).append(logits.max(1).indices)  # on a CPU a fifth of argmax's time
     return {name: torch.cat(labels, 1) for name, labels in parts.items()}
 
 

@@ -25,7 +25,10 @@ class Named(NamedTuple):
 
 
 def fingerprints(cfg: RunConfig) -> dict[str, str]:
-    """The fingerprints that ``viladiff.train.Run(cfg)`` computes; about a second. Raises ValueError as it does."""
+    """The fingerprints that ``viladiff.train.Run(cfg)`` computes. Raises ValueError as it does.
+
+    About a second; files of a data set that are new or changed are read as well.
+    """
     return name_runs([cfg])[0].fingerprints
 
 

@@ -33,7 +33,8 @@ class Renamed(ValueError):
 
 def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int) -> None:
     """ValueError, with what to change, for what only network and data together show: too few images for the method, no
-    captions, a crop that the encoder cannot take, BatchNorm in several workers."""
+    captions, boxes that cut through cells of maps that are mixed, a crop that the encoder cannot take, BatchNorm in
+    several workers."""
     views, patch = method.views_wanted(), method.student.patch
     method.check_images(len(dataset.unlabelled))
     if (views.text or views.tags) and cfg.data.captions != "none" and not any(dataset.captions):
@@ -41,6 +42,11 @@ def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int)
             f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "
             f"method.name={cfg.method.name} reads; give a file of them (runtime.captions), or set "
             "data.captions=none to train it without words"
+        )
+    if views.cutmix and views.whole_cells and cfg.data.cutmix_grid == "pixel":
+        raise ValueError(
+            f"data.cutmix_grid: method.name={cfg.method.name} mixes feature maps, whose cells are patches, got 'pixel'"
+            "; set data.cutmix_grid=patch"
         )
     if cfg.data.crop % patch and (views.unlabelled or not method.student.encoder.any_size):
         below = cfg.data.crop // patch * patch

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from viladiff.batch import TextBatch
 from viladiff.fields import nearest
+from viladiff.models.segmenter import Segmenter, upsample
 
 STREAMS = ("visual", "fusion", "fusion_no_text", "mean")
 """``fusion`` and ``mean`` read the text; ``mean`` averages probabilities; ``fusion_no_text`` reads the null token."""
@@ -133,8 +134,15 @@ def stream_logits(
         if "mean" in streams:
             logits["mean"] = _log(first["visual"].float().softmax(1) + first["fusion"].float().softmax(1))
     if "fusion" in first and "fusion_no_text" in streams:
-        logits["fusion_no_text"] = first["fusion"] if text is None else network(images, None)["fusion"]
+        logits["fusion_no_text"] = first["fusion"] if text is None else _without_text(network, images)
     return {name: logits[name] for name in streams if name in logits}
+
+
+def _without_text(network: nn.Module, images: Tensor) -> Tensor:
+    """Full-size logits of the fusion stream, of a segmenter without those of the other."""
+    if isinstance(network, Segmenter):
+        return upsample(network.streams(images, None, ("fusion",))["fusion"].logits, images.shape[-2:])
+    return network(images, None)["fusion"]
 
 
 def stream_bands(

@@ -6,25 +6,23 @@ Tune places processes and notices their death. What is next, what is tried again
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
 import shutil
 import signal
-import socket
-import sys
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from viladiff.ray_local import patient, private, without_web
 from viladiff.ray_room import ask_cluster, cpus, room, tell
 from viladiff.study.desk import Desk
 from viladiff.study.events import Event, Outcome, Settings
@@ -57,10 +55,6 @@ QUIET = {
 }
 NO_DASHBOARD = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0"}
 """Ray starts its web server also where none is wanted, and would wait seconds for it."""
-PATIENCE = 300.0
-"""Seconds for Ray to come up, as long as its main process lives."""
-WEB = "ray.dashboard.optional_deps"
-"""Where this module is missing, Ray's agents leave out their web parts, and start in half the time."""
 OBJECT_STORE = 100 * 2**20
 """Bytes; only names and numbers pass through it."""
 
@@ -119,7 +113,7 @@ class Session:
 def cluster(
     settings: Settings, slots: int, shared: Iterable[Planned] = (), gone: list[int] | None = None
 ) -> Iterator[Session]:
-    """Joins ``settings.address``, or has a silent Ray of this machine's own for the time.
+    """Joins ``settings.address``, or has a silent Ray of this machine's own for the time, which no other can reach.
 
     A driver that is killed takes its own Ray and the scratch directory along. ``gone`` is given the processes that were
     ended with it.
@@ -142,6 +136,40 @@ def cluster(
             return []
         return [*roots, *descendants(*roots)] if roots else sorted(set(descendants(os.getpid())) - others)
 
+    # Ray starts processes and waits; that is time to import in, but only Ray itself may be started on this thread: its
+    # processes die with the thread that started them.
+    threading.Thread(target=import_module, args=["ray.tune"], daemon=True).start()
+    from ray._private import worker
+
+    # The death of a process is told by its outcome; Ray prints it besides, whatever the logging level.
+    printer, worker.print_to_stdstream = worker.print_to_stdstream, _print_nothing
+    options = _options(settings, slots, shared, scratch)
+    bare = settings.address is None and not settings.dashboard
+    try:
+        with nullcontext() if settings.address else private(scratch):
+            try:
+                with without_web() if bare else nullcontext():
+                    _start(settings.address or "local", options, ours)
+                if bare:
+                    _end([pid for pid in ours() if "/ray/dashboard/dashboard.py" in _command(pid)])
+                roots += ours()
+                session = Session(scratch, _seldom(lambda: reaper.watch(ours())))
+                session.refresh()
+                yield session
+            finally:
+                left = {pid: start(pid) for pid in ours()}
+                ray.shutdown()
+                _end_all(left)
+                if gone is not None:
+                    gone += left
+    finally:
+        worker.print_to_stdstream = printer
+        _remove(scratch)
+        reaper.dismiss()
+
+
+def _options(settings: Settings, slots: int, shared: Iterable[Planned], scratch: Path) -> dict[str, Any]:
+    """What Ray is told when it is joined, and more when it is started."""
     # An idle thread of a numerical library is still a thread that spins beside the others.
     env = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
@@ -155,32 +183,7 @@ def cluster(
             "dashboard_host": "127.0.0.1",
             "_temp_dir": str(scratch / "r"),
         }
-    # Ray starts processes and waits; that is time to import in, but only Ray itself may be started on this thread: its
-    # processes die with the thread that started them.
-    threading.Thread(target=import_module, args=["ray.tune"], daemon=True).start()
-    from ray._private import worker
-
-    # The death of a process is told by its outcome; Ray prints it besides, whatever the logging level.
-    printer, worker.print_to_stdstream = worker.print_to_stdstream, _print_nothing
-    try:
-        bare = settings.address is None and not settings.dashboard
-        with _without_web() if bare else nullcontext():
-            _start(settings.address or "local", options, ours)
-        if bare:
-            _end([pid for pid in ours() if "/ray/dashboard/dashboard.py" in _command(pid)])
-        roots += ours()
-        session = Session(scratch, _seldom(lambda: reaper.watch(ours())))
-        session.refresh()
-        yield session
-    finally:
-        left = {pid: start(pid) for pid in ours()}
-        ray.shutdown()
-        _end_all(left)
-        if gone is not None:
-            gone += left
-        worker.print_to_stdstream = printer
-        _remove(scratch)
-        reaper.dismiss()
+    return options
 
 
 def _print_nothing(*given: Any, **words: Any) -> None:
@@ -192,7 +195,7 @@ def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]])
 
     for last in (False, True):
         try:
-            with _patient(ours) if options.get("include_dashboard") is False else nullcontext():
+            with patient() if options.get("include_dashboard") is False else nullcontext():
                 ray.init(address=address, **options)
             return
         except Exception as error:
@@ -203,63 +206,6 @@ def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]])
                 raise ValueError(f"--address {address}: cannot be joined: {reason}") from error
             if last or "timed out during startup" not in str(error):
                 raise
-
-
-@contextmanager
-def _patient(ours: Callable[[], list[int]]) -> Iterator[None]:
-    """A raylet gives its agents 15 s to tell their ports, and Ray gives it 30: too little on a busy machine.
-
-    With ports that are known beforehand it comes up without them, which on an idle machine is quicker too; for the
-    agent that trials need it waits later, and longer.
-    """
-    from ray._private import services
-
-    inner: Any = import_module("ray._raylet")  # compiled, so that type checkers know nothing of it
-    once, begin = services.get_node, services.start_raylet
-
-    def start_raylet(*given: Any, **words: Any) -> Any:
-        names = "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port"
-        words |= dict(zip(names, _free_ports(len(names)), strict=True))
-        told = inspect.signature(begin).bind(*given, **words).arguments
-        # That of the web part, which a raylet is told in a file alone; -1 is what an agent without one writes.
-        inner.persist_port(told["session_dir"], told["node_id"], inner.DASHBOARD_AGENT_LISTEN_PORT_NAME, -1)
-        return begin(*given, **words)
-
-    def get_node(*where: Any) -> Any:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return once(*where)
-            except RuntimeError:  # it is not there yet
-                if time.monotonic() > until or not any("/raylet/raylet" in _command(pid) for pid in ours()):
-                    raise
-                time.sleep(0.1)
-
-    services.get_node, services.start_raylet = get_node, start_raylet
-    try:
-        yield
-    finally:
-        services.get_node, services.start_raylet = once, begin
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-@contextmanager
-def _without_web() -> Iterator[None]:
-    known = sys.modules.get(WEB)
-    sys.modules[WEB] = None  # type: ignore[assignment]  # an import of it fails
-    try:
-        yield
-    finally:
-        del sys.modules[WEB]
-        if known is not None:
-            sys.modules[WEB] = known
 
 
 def _end(pids: Iterable[int]) -> None:

@@ -1,8 +1,8 @@
-"""A sweep on Ray: Tune asks for runs and carries their scores; Optuna and Tune's schedulers answer, through a desk.
+"""A sweep on Ray: Tune asks for runs and carries their scores; Optuna's sampler and pruner answer, through a desk.
 
-A searcher asks the sweep's study for points and a scheduler asks its judge at rungs, so that Tune's interfaces are what
-they are for others; but what they say comes from the sweep's records, and stopping is a flag that the training loop
-reads where it reports, never a process that is ended.
+A searcher asks the sweep's study for points and a scheduler asks its pruner at rungs, so that Tune's interfaces are
+what they are for others; but what they say comes from the sweep's records, and stopping is a flag that the training
+loop reads where it reports, never a process that is ended.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Asking(Queue):
 
 
 class Rungs(FIFOScheduler):
-    """Tune's scheduler: brings scores to the sweep's judge and its answers to the runs; it ends nothing itself."""
+    """Tune's scheduler: brings scores to the sweep's pruner and its answers to the runs; it ends nothing itself."""
 
     def __init__(self, desk: SearchDesk, box: Any) -> None:
         super().__init__()

@@ -73,7 +73,9 @@ def run_shared(desk: Desk, scratch: Path, refresh: Callable[[], None]) -> None:
         if desk.stopping and flag is None and running:
             flag = raise_flag(place.stop_name)
         while (job := desk.next()) is not None:
-            running[_aside(_train, job, place, box, settings.gpus_per_trial or 0.0, scratch, desk.judges)] = job.run_id
+            alone = settings.address is None
+            given = job, place, box, settings.gpus_per_trial or 0.0, scratch, desk.judges, alone
+            running[_aside(_train, *given)] = job.run_id
             desk.started(job.run_id)
         for run_id, news in ray.get(box.take.remote()):
             desk.heard(run_id, news)
@@ -105,19 +107,26 @@ def _aside(do: Callable[..., None], *given: Any) -> Future[None]:
     return future
 
 
-def _train(job: Planned, place: Place, box: Any, gpus: float, scratch: Path, judges: bool) -> None:
-    """One trainer from start to end; blocks. Its own retries are off: a desk knows what is worth one."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+def _train(job: Planned, place: Place, box: Any, gpus: float, scratch: Path, judges: bool, alone: bool) -> None:
+    """One trainer from start to end; blocks. Its own retries are off: a desk knows what is worth one.
 
+    alone: whether all workers are on this machine, and so meet in a file.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from viladiff.ray_group import Apart
+
+    name = f"{job.run_id}-{time.time_ns()}"  # one that was used before would be resumed
+    meeting = (str(scratch / f"{name}.store"), "nccl" if gpus else "gloo") if alone else None
     resources = {"CPU": place.threads, **({"GPU": max(1.0, gpus)} if gpus else {})}
     TorchTrainer(
         worker,
-        train_loop_config={"job": job, "place": place, "box": box, "judges": judges},
+        train_loop_config={"job": job, "place": place, "box": box, "judges": judges, "meeting": meeting},
+        torch_config=Apart() if alone else TorchConfig(),
         scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=bool(gpus), resources_per_worker=resources),
         run_config=RunConfig(
-            # A name that was used before would be resumed.
-            name=f"{job.run_id}-{time.time_ns()}",
+            name=name,
             storage_path=str(scratch / "train"),
             failure_config=FailureConfig(max_failures=0),
         ),
@@ -125,7 +134,18 @@ def _train(job: Planned, place: Place, box: Any, gpus: float, scratch: Path, jud
 
 
 def worker(config: dict[str, Any]) -> None:
-    """One rank of a run, in a process that Ray Train has joined to the others."""
+    """One rank of a run, in a process of Ray Train, which joins it to those on other machines."""
+    if config["meeting"] is None:
+        _work(config)
+        return
+    from viladiff.ray_group import joined
+
+    path, backend = config["meeting"]
+    with joined(Path(path), backend):
+        _work(config)
+
+
+def _work(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     job, place, box = config["job"], config["place"], config["box"]

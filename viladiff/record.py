@@ -16,6 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from viladiff.run_name import WEIGHTS, Content, arithmetic, run_name
+
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "scikit-learn", "viladiff")
 
 
@@ -33,6 +35,10 @@ class RunRecord(BaseModel):
     changed: dict[str, Any]
     """The fields that differ from their defaults."""
     fingerprints: dict[str, str]
+    core_revision: int
+    """``viladiff.config.CORE_REVISION`` that the run was made with."""
+    method_revision: int
+    """Its method's ``revision``, likewise."""
     steps: int
     miou: float | None
     """The headline: last step, ``predictor()``, the stream that the method names."""
@@ -42,7 +48,8 @@ class RunRecord(BaseModel):
     scores: dict[str, dict[str, dict[str, Any]]]
     """network, stream, score; ``per_class`` is a list."""
     best: dict[str, Any] | None
-    """Best evaluation along the way, for comparison only: it is chosen on the set that it reports."""
+    """Best of all evaluations, for comparison only; ``picked_on_reported`` says that the images which it was picked on,
+    ``picked_on``, are those that it reports, and ``evaluations`` from how many."""
     history: list[dict[str, Any]]
     pseudo_labels: dict[str, float | None]
     """Coverage, precision, rescued and spoiled shares on weakly viewed validation images, before and after MixE."""
@@ -74,6 +81,29 @@ class RunRecord(BaseModel):
     """Size of experiment that the run was made for; empty for a run of its own."""
     finished: str = ""
     """When the record was made, UTC, as 2026-01-31T12:00:00Z; empty where it was not noted."""
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of its training: ``fp32``, ``bf16`` or ``fp16``, and ``fp32, TF32`` where that was allowed."""
+        return arithmetic(self.config.get("train.precision", "fp32"), bool(self.config.get("train.tf32")))
+
+
+def mismatch(record: RunRecord) -> str:
+    """How a record's configuration contradicts its name, in a clause; empty where it matches.
+
+    The name is computed again from what the record says: changed fields, revisions, fingerprints, seed and precision.
+    It says nothing of a score. Fields at their defaults are compared by ``viladiff.study.upkeep.contradiction``.
+    """
+    config, changed = record.config, record.changed
+    for path, value in changed.items():
+        if path not in config or config[path] != value:
+            return f"{path} is {value!r} among the changed fields and {config.get(path, 'missing')!r} in config"
+    if type(config.get("seed")) is not int or not isinstance(config.get("train.precision"), str):
+        return "config lacks seed or train.precision"
+    revisions = record.core_revision, record.method_revision
+    precision, tf32 = config["train.precision"], bool(config.get("train.tf32"))
+    found = run_name(Content(*revisions, changed, config["seed"], precision, tf32, record.fingerprints))
+    return "" if found == record.run_id else f"fields, revisions, fingerprints, seed and precision give {found}"
 
 
 def save_record(record: RunRecord, path: Path) -> None:
@@ -144,7 +174,7 @@ def without_paths(record: RunRecord) -> RunRecord:
         for fields in (record.config, record.changed)
     )
     for fields in (config, changed):
-        for weights in ("model.weights", "method.clip.weights"):
+        for weights in WEIGHTS:
             if fields.get(weights):
                 fields[weights] = Path(fields[weights]).name
     pretrained = Path(record.pretrained).name if record.config.get("model.weights") else record.pretrained
@@ -155,9 +185,13 @@ class DamagedRecord(ValueError):
     """The bytes are not those that ``save_record`` wrote; a sound record of another version is a plain ValueError."""
 
 
+class ForgedRecord(DamagedRecord):
+    """The record's configuration does not match its name."""
+
+
 def load_record(path: Path) -> RunRecord:
-    """Raises ValueError that names the file where it cannot be read, its checksum is wrong or missing, or a field that
-    this version needs is missing or of another type."""
+    """Raises ValueError that names the file where it cannot be read, its checksum is wrong or missing, a field that
+    this version needs is missing or of another type, or its configuration does not match its name."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -166,7 +200,8 @@ def load_record(path: Path) -> RunRecord:
 
 
 def parse_record(data: bytes, path: Path | str) -> RunRecord:
-    """The record in the bytes of a file; ``path`` is only named. DamagedRecord or ValueError as ``load_record``."""
+    """The record in the bytes of a file; ``path`` is only named. DamagedRecord, ForgedRecord or ValueError, as
+    ``load_record``."""
     try:
         rest = json.loads(data)
         if not isinstance(rest, dict):
@@ -179,11 +214,14 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
     if written != (found := checksum(rest)):
         raise DamagedRecord(f"{path} is damaged: its checksum is {str(written)[:12]}, its content gives {found[:12]}")
     try:
-        return RunRecord.model_validate(rest)
+        record = RunRecord.model_validate(rest)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path} was written by another version of viladiff: {field}: {first['msg']}") from error
+    if why := mismatch(record):
+        raise ForgedRecord(f"{path} does not match its name {record.run_id}: {why}")
+    return record
 
 
 def versions() -> dict[str, str]:

@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 from viladiff.checkpoint import load_file
 from viladiff.config import ConfigError, RunConfig, override
+from viladiff.data.check import check_files
 from viladiff.evaluate import results
 from viladiff.fields import INTEGER, nest
 from viladiff.guards import check_inputs
-from viladiff.launch import in_workers
+from viladiff.launch import in_workers, tf32
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.segmenter import Build
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 
 
 def preview(cfg: RunConfig) -> dict[str, Any]:
-    """Name, place, length, images and parameters of what ``fit(cfg)`` would do; may render data, trains nothing."""
+    """Name, place, length, images and parameters of what ``fit(cfg)`` would do; may render data, trains nothing.
+
+    Files are checked as ``fit`` does, which then finds what was read of them. Raises ValueError as it does.
+    """
     from viladiff.train import Run
 
     run = Run(cfg)
+    notes = check_files(run.dataset)
     method = METHODS[cfg.method.name](cfg.method, run.build())
     check_inputs(cfg, method, run.dataset, cfg.runtime.workers)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
@@ -51,6 +56,7 @@ def preview(cfg: RunConfig) -> dict[str, Any]:
         "captions": run.dataset.caption_source,
         **{f"parameters of {name}": f"{count:,}" for name, count in counts.items()},
         "trained parameters": f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,}",
+        **({"notes": "; ".join(notes)} if notes else {}),
     }
 
 
@@ -160,7 +166,8 @@ def _evaluated(finished_run: Finished) -> dict[str, Any]:
     same = run.fingerprints["data"] == record.fingerprints.get("data")
     found: dict[str, Any] = {"scores": {}, "confusion": {}}
     for name, network in run.method.networks().items():
-        measured = meters(run, network, STREAMS, cfg.eval.boundary)
+        with tf32(cfg.train.tf32):
+            measured = meters(run, network, STREAMS, cfg.eval.boundary)
         scores = results(measured)
         found["scores"][name] = {stream: asdict(score) for stream, score in scores.items()}
         found["confusion"][name] = {stream: measured[stream].confusion().tolist() for stream in scores}

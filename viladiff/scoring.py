@@ -15,7 +15,7 @@ from torch import nn
 
 from viladiff import clusters
 from viladiff.batch import IGNORE, Step, TextBatch
-from viladiff.config import changed, flatten
+from viladiff.config import CORE_REVISION, changed, flatten
 from viladiff.data.augment import normalise
 from viladiff.data.loader import validation
 from viladiff.evaluate import (
@@ -23,6 +23,7 @@ from viladiff.evaluate import (
     calibration_bins,
     calibration_error,
     measure,
+    measure_all,
     pseudo_change,
     pseudo_quality,
     pseudo_shares,
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 FILES = ("pictures.npz", "features.npz", "plane.npz")
 """What a finished run may have beside its record and its log."""
+
+
+BATCH_PIXELS = 25 * 64 * 64
+"""Of the images that are scored together, where all have one size."""
 
 
 class PeakMemory:
@@ -71,7 +76,10 @@ def batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | 
     """This worker's validation images with masks and words; whoever watches the run sees that it is alive."""
     images = len(run.dataset.val_images)
     count = min(images, run.cfg.eval.max_images or images)
-    size = 1 if run.cfg.eval.protocol != "original" else 25
+    size = 1
+    if run.cfg.eval.protocol == "original" and run.dataset.uniform and count:
+        height, width = run.dataset.val_images[0].shape[:2]
+        size = max(1, BATCH_PIXELS // (height * width))
     bank = run.val_bank if run.method.views_wanted().text else None
     for batch in validation(run.dataset, bank, run.device, size, range(run.rank, count, run.world)):
         run.alive()
@@ -90,35 +98,54 @@ def scores(run: Run, network: nn.Module, streams: tuple[str, ...], boundary: boo
     return {name: asdict(found) for name, found in results(meters(run, network, streams, boundary)).items()}
 
 
-def pseudo_labels(run: Run) -> dict[str, float | None]:
+class PseudoLabels:
     """Quality of the pseudo-labels on validation images, since masks of unlabelled images are never read.
 
     ``ece`` is of all pixels' labels; what depends on a threshold is left out where the method has none. Where a side is
     no multiple of the patch, labels are made at the nearest one and their probabilities brought back.
     """
-    if type(run.method).pseudo_labels is Method.pseudo_labels:
-        return {}
-    run.method.eval()
-    sums: dict[str, dict[str, Any]] = {}
-    step = Step(run.steps, 1.0, run.cfg.seed)
-    seen = 0
-    for images, target, text in batches(run):
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.seen = run, 0
+        self.wanted = type(run.method).pseudo_labels is not Method.pseudo_labels
+        self.sums: dict[str, dict[str, Any]] = {}
+
+    def add(self, images: torch.Tensor, target: torch.Tensor, text: TextBatch | None) -> None:
+        """A batch, the method in evaluation mode; sums stay on the device."""
+        if not self.wanted:
+            return
+        run, method = self.run, self.run.method
         # Draws are named by the place in the validation set, whichever worker looks at the image.
-        keys = tuple(run.rank + (seen + j) * run.world for j in range(len(images)))
-        seen += len(images)
-        made = partial(run.method.pseudo_labels, text=text, keys=keys, step=step)
-        stages = {name: p.max(1) for name, p in resized(made, images, run.method.student.patch).items()}
-        for name, counts in _pseudo_counts(stages, target, run.method.threshold()).items():
-            into = sums.setdefault(name, {})
+        keys = tuple(run.rank + (self.seen + j) * run.world for j in range(len(images)))
+        self.seen += len(images)
+        made = partial(method.pseudo_labels, text=text, keys=keys, step=Step(run.steps, 1.0, run.cfg.seed))
+        stages = {name: p.max(1) for name, p in resized(made, images, method.student.patch).items()}
+        for name, counts in _pseudo_counts(stages, target, method.threshold()).items():
+            into = self.sums.setdefault(name, {})
             for what, count in counts.items():
-                into[what] = into.get(what, 0) + count.cpu()
-    out: dict[str, float | None] = {}
-    for name, total in summed_over_workers(sums).items():
-        bins = total.pop("bins", None)
-        prefix = "" if name == "change" else f"{name}/"
-        out |= {f"{prefix}{what}": share for what, share in pseudo_shares(total).items()}
-        out |= {} if bins is None else {f"{prefix}ece": calibration_error(bins)}
-    return out
+                into[what] = into.get(what, 0) + count
+
+    def shares(self) -> dict[str, float | None]:
+        """Of all workers' images; all of them must ask."""
+        out: dict[str, float | None] = {}
+        here = {name: {what: count.cpu() for what, count in found.items()} for name, found in self.sums.items()}
+        for name, total in (summed_over_workers(here) if self.wanted else {}).items():
+            bins = total.pop("bins", None)
+            prefix = "" if name == "change" else f"{name}/"
+            out |= {f"{prefix}{what}": share for what, share in pseudo_shares(total).items()}
+            out |= {} if bins is None else {f"{prefix}ece": calibration_error(bins)}
+        return out
+
+
+def evaluated(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
+    """{network: {stream: {score: value}}} and the quality of the pseudo-labels, from one pass over the images."""
+    cfg, networks = run.cfg.eval, run.method.networks()
+    run.method.eval()
+    pseudo = PseudoLabels(run)
+    given = STREAMS, run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
+    found = measure_all(networks, batches(run), *given, also=pseudo.add)
+    scored = {name: {stream: asdict(x) for stream, x in results(meters).items()} for name, meters in found.items()}
+    return scored, pseudo.shares()
 
 
 def _pseudo_counts(
@@ -136,11 +163,19 @@ def _pseudo_counts(
     return found
 
 
+def _best(measured: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
+    """The highest of the evaluations, marked as picked on the images that it reports; None where there is but one."""
+    if len(measured) < 2:
+        return None
+    best = max(measured, key=lambda entry: entry["miou"])
+    return {**best, "evaluations": len(measured), "picked_on": split, "picked_on_reported": True}
+
+
 def record(run: Run) -> RunRecord:
     """Everything that is worth keeping of a run that has taken its last step; all workers take part."""
     cfg = run.cfg
     predictor, stream = run.method.predictor(), run.method.headline()
-    found = {name: scores(run, net, STREAMS, cfg.eval.boundary) for name, net in run.method.networks().items()}
+    found, pseudo_labels = evaluated(run)
     network = next(name for name, net in run.method.networks().items() if net is predictor)
     miou = found[network][stream]["miou"] if stream in found[network] else None
     if stream in found[network]:
@@ -154,14 +189,16 @@ def record(run: Run) -> RunRecord:
         config=flatten(cfg),
         changed=changed(cfg),
         fingerprints=run.fingerprints,
+        core_revision=CORE_REVISION,
+        method_revision=run.method.revision,
         steps=run.steps,
         miou=miou,
         network=network,
         stream=stream,
         scores=found,
-        best=max(measured, key=lambda entry: entry["miou"]) if len(measured) > 1 else None,
+        best=_best(measured, cfg.eval.split),
         history=history,
-        pseudo_labels=pseudo_labels(run),
+        pseudo_labels=pseudo_labels,
         class_names=list(run.dataset.class_names),
         notes=[*run.bank.notes(), *run.method.notes()],
         split_name=run.dataset.split_name,

@@ -49,6 +49,8 @@ class DataConfig(Section):
     """Probability of mirroring left and right."""
     color_jitter: bool = True
     """Whether strong views get colour changes and blur."""
+    cutmix_grid: Literal["patch", "pixel"] = "patch"
+    """Where CutMix boxes have their edges: between patches (ours, so that feature maps can be mixed), or anywhere."""
     captions: Literal["own", "shuffled", "generic", "none"] = "own"
     """Each image's captions; or, as controls, another image's, one sentence for all, or no words."""
     text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "open_clip"
@@ -176,13 +178,22 @@ class ModelConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW (paper, section 4.1)."""
+    """AdamW (paper, section 4.1), or SGD, as the methods with ResNet-101 were published."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     encoder_lr_scale: float = Field(1.0, ge=0)
     """Factor of ``lr`` for the encoder (ours; the paper's rate is high for a pretrained one)."""
     weight_decay: float = Field(0.01, ge=0)
+    """Decoupled from the gradient under ``adamw``, added to it under ``sgd``, where 1e-4 is usual."""
+    decay_norm_and_bias: bool = False
+    """Whether parameters of one dimension (biases, scales of norms) decay too."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of ``adamw`` alone."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of ``sgd`` alone."""
+    nesterov: bool = False
+    """Of ``sgd`` alone: the gradient is that at the point which the momentum leads to."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
     poly_power: float = Field(0.9, gt=0)
     warmup_steps: int = Field(0, ge=0)
@@ -196,6 +207,18 @@ class OptimConfig(Section):
             raise ValueError(f"betas = {self.betas}: both must be ≥ 0 and < 1")
         return self
 
+    @model_validator(mode="after")
+    def _fits_the_optimiser(self) -> OptimConfig:
+        for field in {"adamw": ("momentum", "nesterov"), "sgd": ("betas",)}[self.name]:
+            value = getattr(self, field)
+            if value != type(self).model_fields[field].default:
+                other = "adamw" if self.name == "sgd" else "sgd"
+                here = f"{field} = {value}: not a field of optim.name = {self.name!r}"
+                raise ValueError(f"{here}; remove it, or set optim.name to {other}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov = True: needs a momentum above 0, got optim.momentum = 0; remove it")
+        return self
+
 
 class TrainConfig(Section):
     """How long, and in which arithmetic."""
@@ -204,7 +227,15 @@ class TrainConfig(Section):
     """Optimiser steps; giving ``epochs`` makes this none."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the unlabelled images (the labelled ones for a method that uses no others)."""
+    epoch_images: int | Literal["unlabelled"] | None = Field(None)
+    """Images of an epoch of a method that uses labelled ones alone, whose list is repeated up to this number; none is
+    the list once, ``unlabelled`` as many optimiser steps as a pass over the unlabelled list has."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass (autocast); ``bf16`` unless the data set is embedded, on whatever device. A CPU
+    computes in bf16 too, slower than in fp32 where it has no such instructions. Weights, averages and scores are fp32.
+    """
+    tf32: bool = False
+    """Whether a GPU may round the inputs of fp32 products and convolutions to TF32: faster, 10 bits in place of 23."""
     grad_accum_steps: int = Field(1, ge=1)
     """Parts that each worker's share of a step is computed in, to save memory."""
 
@@ -221,10 +252,20 @@ class TrainConfig(Section):
             raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: give exactly one of the two")
         return self
 
+    @field_validator("epoch_images", mode="before")
+    @classmethod
+    def _some_images(cls, images: object) -> object:
+        whole = isinstance(images, int) and not isinstance(images, bool)
+        if not (images in (None, "unlabelled") or (whole and images >= 1)):  # type: ignore[operator]
+            raise ValueError(f"must be a number of images ≥ 1, unlabelled or none, got {images!r}")
+        return images
+
 
 class EvalConfig(Section):
     every_steps: int = Field(0, ge=0)
     """Optimiser steps between evaluations; 0 evaluates at the end only."""
+    every_epochs: float | None = Field(None, gt=0)
+    """Epochs between evaluations, in place of ``every_steps``; an evaluation follows the step that completes one."""
     protocol: Literal["original", "center_crop", "sliding_window"] = "original"
     """``sliding_window`` by default on Cityscapes."""
     split: Literal["val", "dev", "test", "holdout"] = "val"
@@ -234,6 +275,13 @@ class EvalConfig(Section):
     """The first so many validation images, for quick looks; none takes all."""
     boundary: bool = True
     """Whether boundary IoU and trimap mIoU are computed."""
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> EvalConfig:
+        if self.every_steps and self.every_epochs is not None:
+            both = f"every_steps = {self.every_steps} and eval.every_epochs = {self.every_epochs:g}"
+            raise ValueError(f"{both}: give one of the two")
+        return self
 
 
 class RuntimeConfig(Section):
@@ -265,6 +313,8 @@ class RuntimeConfig(Section):
 
 
 _REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm", "decoder_width": 128}
+_MIXED: dict[str, object] = {"precision": "bf16"}
+"""Mixed precision (paper, section 4.1)."""
 _EMBEDDED: dict[str, dict[str, object]] = {
     "optim": {"lr": 6e-3, "encoder_lr_scale": 0.05, "warmup_steps": 30},
     "eval": {"split": "dev"},
@@ -273,10 +323,10 @@ _EMBEDDED: dict[str, dict[str, object]] = {
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "digits": _EMBEDDED,
     "dense": _EMBEDDED,
-    "voc": {"model": _REAL, "train": {"epochs": 60.0}},
-    "cityscapes": {"model": _REAL, "train": {"epochs": 180.0}, "eval": {"protocol": "sliding_window"}},
-    "coco": {"model": _REAL, "train": {"epochs": 20.0}},
-    "ade20k": {"model": _REAL, "train": {"epochs": 60.0}},
-    "folder": {"model": _REAL, "train": {"epochs": 60.0}},
+    "voc": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
+    "cityscapes": {"model": _REAL, "train": {"epochs": 180.0, **_MIXED}, "eval": {"protocol": "sliding_window"}},
+    "coco": {"model": _REAL, "train": {"epochs": 20.0, **_MIXED}},
+    "ade20k": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
+    "folder": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
 }
 """Defaults of other sections that depend on the data set. Lengths are UniMatch V2's; ``folder`` is treated as VOC."""

@@ -23,12 +23,12 @@ from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
 from viladiff.guards import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
-from viladiff.launch import join_group, launch, pick_device
+from viladiff.launch import in_turn, join_group, launch, pick_device, tf32
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.segmenter import Build
-from viladiff.optim import lr_factor, param_groups, total_steps
+from viladiff.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 from viladiff.progress import Progress, counter
 from viladiff.record import load_record, save_record
 from viladiff.result import Result
@@ -75,7 +75,7 @@ class Run:
             torch.cuda.set_device(self.device)
         if cfg.runtime.threads is not None:
             torch.set_num_threads(cfg.runtime.threads)
-        self.dataset = load_dataset(*request(cfg))
+        self.dataset = in_turn(lambda: load_dataset(*request(cfg)))
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
         with counter("encoding captions", cfg.runtime.progress and not self.rank) as advance:
             asked = cfg.data.text_encoder, cfg.data.captions
@@ -121,7 +121,7 @@ class Run:
                 for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl", *scoring.FILES):
                     (self.directory / name).unlink(missing_ok=True)
         self._barrier()
-        with memory_errors(self.cfg):
+        with memory_errors(self.cfg), tf32(self.cfg.train.tf32):
             self._build()
             self._restore()
             self._recall()
@@ -137,7 +137,7 @@ class Run:
 
     def _build(self) -> None:
         cfg = self.cfg
-        for note in (*check_files(self.dataset), *self.bank.notes()):
+        for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes()):
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
         torch.manual_seed(draws.key(cfg.seed, "init"))
@@ -147,6 +147,7 @@ class Run:
         views = self.method.views_wanted()
         check_inputs(cfg, self.method, self.dataset, self.world)
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
+        self.evaluated_at = evaluation_steps(cfg, self.dataset, views.unlabelled, self.steps)
         patch = self.method.student.patch
         bank = self.bank if views.text else None
         self.loader = Loader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
@@ -154,7 +155,7 @@ class Run:
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
-        self.optimizer = torch.optim.AdamW(param_groups(self.method, cfg), cfg.optim.lr, cfg.optim.betas, fused=True)
+        self.optimizer = Optimizer(param_groups(self.method, cfg), cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
         self.log = StepLog(self.directory / "steps.jsonl")
         self.history: list[dict[str, Any]] = []
@@ -178,7 +179,11 @@ class Run:
                     f"{self.directory / 'checkpoint.pt'} is of another version of this model ({reason}); "
                     "start over (viladiff train --fresh), or go back to the version that wrote it"
                 ) from error
-            self.optimizer.load_state_dict(state["optimizer"])
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+            except ValueError as error:
+                here = self.directory / "checkpoint.pt"
+                raise ValueError(f"{here}: {error}; start over (viladiff train --fresh)") from error
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
             self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
@@ -197,8 +202,7 @@ class Run:
         if self.rank:
             return
         self.log.flush()
-        norms = torch._foreach_norm([p.detach() for p in self.method.parameters()])
-        if not torch.stack(norms).isfinite().all():
+        if not nn.utils.get_total_norm([p.detach() for p in self.method.parameters()]).isfinite():
             # The loss may still be finite where a gradient was not; such weights must not replace good ones.
             check_finite({"weights": math.nan}, self.step, self.steps, self.cfg, self.directory)
         state = {
@@ -232,7 +236,7 @@ class Run:
                 pending.append((self.step, lr_factor(cfg, self.step, self.steps) * cfg.optim.lr, self._step(batches)))
                 self.step += 1
                 last = self.step == self.steps
-                evaluate = cfg.eval.every_steps and self.step % cfg.eval.every_steps == 0 and not last
+                evaluate = self.step in self.evaluated_at
                 keep = self.step % runtime.checkpoint_every == 0 or last or evaluate
                 agree = self.world == 1 or self.step % 10 == 0
                 stopped = agree and self._any(stop.is_set())
@@ -279,11 +283,11 @@ class Run:
             for name, value in {"total": losses.total.detach(), **losses.terms}.items():
                 sums[name] = sums.get(name, 0) + value.float() / len(batches)
         if cfg.optim.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
+            self.optimizer.unscale(self.scaler)
             nn.utils.clip_grad_norm_(self.method.parameters(), cfg.optim.clip_norm)
-        self.scaler.step(self.optimizer)
+        self.optimizer.step(self.scaler)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         with torch.no_grad():
             self.method.after_step(step)
         return sums

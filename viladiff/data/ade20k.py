@@ -63,7 +63,7 @@ def open_ade20k(
     """
     tree, classes = ade_tree(root, reduce_zero_label)
     wanted = Wanted("ade20k", "semivl" if split in ("158", "632") else "unimatch_v2", split)
-    lists, sources = read_lists(tree, split_directory(tree, split_dir), [split, _FRACTION[split]], wanted=wanted)
+    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), [split, _FRACTION[split]], wanted=wanted)
     refuse_other(lists, sources[0], "", split, "ade20k")
     return Found(tree, classes, lists, sources)
 

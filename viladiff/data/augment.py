@@ -51,7 +51,7 @@ def geometric(
     rows, columns = zip(*(_draw_window(rng, height, width, crop, scale, hflip) for rng in draws), strict=True)
     weights_y, nearest_y, valid_y = _axis(np.stack(rows), height, pixels.device)
     weights_x, nearest_x, valid_x = _axis(np.stack(columns), width, pixels.device)
-    planes = pixels.permute(0, 3, 1, 2).float()
+    planes = pixels.permute(0, 3, 1, 2).contiguous().float()
     out = weights_y[:, None] @ planes @ weights_x[:, None].mT / 255
     valid = valid_y[:, :, None] & valid_x[:, None, :]
     if masks is None:

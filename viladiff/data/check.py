@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from viladiff.data.files import VOC, FileList, Tree
+from viladiff.data.contents import Contents
+from viladiff.data.files import FOLDER, VOC, FileList, Tree
 from viladiff.data.folder import Classes, Found, describe_lists, read_lists
 from viladiff.data.images import (
     Coding,
@@ -33,6 +26,7 @@ from viladiff.data.images import (
 )
 from viladiff.data.layouts import open_tree
 from viladiff.data.lists import LABELLED
+from viladiff.data.processes import mapped
 from viladiff.labels import IGNORE
 
 if TYPE_CHECKING:
@@ -46,10 +40,13 @@ _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
 _TAIL = 4096
 
 
+Level = Literal["error", "warning"]
+
+
 class Fault(NamedTuple):
     """Something about a file that somebody should look at."""
 
-    level: Literal["error", "warning"]
+    level: Level
     """An error would stop a run that uses the file."""
     path: str
     reason: str
@@ -149,43 +146,6 @@ def look_at_all(
     return dict(zip(tree.images, found, strict=True))
 
 
-@contextmanager
-def mapped(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[list[Any]]]]:
-    """``map``, in this process or in several that end with the block, whatever ends it."""
-    count = min(processes or cores(), jobs)
-    if count < 2:
-        yield map
-        return
-    # A fork costs no second import of everything; only Pillow and NumPy run in it.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(count, context, initializer=_follow, initargs=(os.getpid(),))
-    try:
-        yield pool.map
-    except BrokenProcessPool as error:
-        raise ValueError(
-            f"one of the {count} processes that read images has died, as when memory is short; try --processes 1"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _follow(parent: int) -> None:
-    """Leaves Ctrl-C to the process that asked for this one, and ends with it, also when it is killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, Coding | None]]) -> list[Seen]:
     return [look(*job) for job in jobs]
 
@@ -260,7 +220,7 @@ def _read_splits(tree: Tree, directory: Path) -> tuple[list[Split], list[Fault]]
     others = {name for name in names if "unlabel" in name or "unsupervised" in name}
     for name in sorted(names - others - {"val", "train"}):
         try:
-            lists, sources = read_lists(tree, directory, [name], masked=tree.layout is VOC)
+            _, lists, sources = read_lists(tree, directory, [name], masked=tree.layout is VOC)
         except ValueError as error:
             faults.append(Fault("error", str(directory / name), str(error)))
             continue
@@ -278,20 +238,24 @@ def _doubts(report: Report) -> list[Fault]:
         return [Fault("error", root, "there is no mask that can be read, so nothing to learn from")]
     shown = report.images()
     absent = [name for label, name in enumerate(names) if not shown[label]]
+    level: Level = "error" if report.tree.layout == FOLDER else "warning"
     if absent:
-        faults.append(Fault("warning", root, f"{len(absent)} classes are in no mask: {', '.join(absent)}"))
+        faults.append(Fault(level, root, f"{len(absent)} classes are in no mask: {', '.join(absent)}"))
     if not shown[:IGNORE].any():
         faults.append(Fault("error", root, f"every pixel of all {len(masks)} masks is {IGNORE}: nothing is labelled"))
-    elif len(names) == 2 and not shown[1] and shown[IGNORE]:
-        faults.append(
-            Fault(
-                "warning",
-                root,
-                f"the masks hold 0 and {IGNORE} only, and {IGNORE} is ignored; if it means {names[1]!r}, say so in "
-                f"palette.txt: '0 0 0 {names[0]}' and '255 255 255 {names[1]}'",
-            )
-        )
+    elif (hint := zero_or_ignored(names, shown)) is not None:
+        faults.append(Fault(level, root, hint))
     return faults
+
+
+def zero_or_ignored(names: Sequence[str], shown: np.ndarray) -> str | None:
+    """What to do about masks of 0 and 255 where there are two classes; shown: (256,) how often each label occurs."""
+    if len(names) != 2 or shown[1] or not shown[IGNORE]:
+        return None
+    return (
+        f"the masks hold 0 and {IGNORE} only, and {IGNORE} is ignored; if it means {names[1]!r}, say so in "
+        f"palette.txt: '0 0 0 {names[0]}' and '255 255 255 {names[1]}'"
+    )
 
 
 # The part that every run begins with
@@ -301,33 +265,69 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
     """What a run on these files should be told, after a look at every header and at the masks that it will use.
 
     Files are judged by their header and their end, those of which either is odd are decoded; masks of labelled and
-    validation images are read, all others are not opened. Raises ValueError that quotes the first faults. Of a data
-    set that is not in files nothing is read.
+    validation images are read, all others are not opened. What was found in a file is kept (``data.contents``), so that
+    it is read once. Raises ValueError that quotes the first faults; of a folder of one's own, also where no labelled
+    mask shows a class, or validation masks show less than two. Of a data set that is not in files nothing is read.
     """
-    if dataset.files is None:
+    files, contents = dataset.files, dataset.contents
+    if files is None or contents is None:
         return dataset.notes
-    labelled = _some(dataset.files, dataset.labelled.tolist())
+    contents.refresh()
+    labelled = _some(files, dataset.labelled.tolist())
     parts = [labelled] if dataset.val_files is None else [labelled, dataset.val_files]
-    others = _some(dataset.files, dataset.unlabelled.tolist())
-    faults = [text for path in others.paths for text in _odd(path)[1]]
-    counts = []
-    for part in parts:
-        shown = np.zeros(256, np.int64)
-        for image, mask in zip(part.paths, part.masks, strict=True):
-            size, wrong = _odd(image)
-            found, more = _odd_mask(mask, size, dataset)
-            faults += wrong + more
-            shown += found
-        counts.append(shown)
+    others = _some(files, dataset.unlabelled.tolist())
+    try:
+        faults = [text for path in others.paths for text in _odd(path, contents)[1]]
+        looked = [_look_at_part(part, dataset, contents) for part in parts]
+    finally:
+        contents.save()
+    faults += [text for _, wrong in looked for text in wrong]
+    counts = [shown for shown, _ in looked]
     if faults:
         rest = f"\n{len(faults) - SHOWN} more; `viladiff data check` lists all" if len(faults) > SHOWN else ""
         raise ValueError("\n".join(faults[:SHOWN]) + rest)
     if not counts[0][: dataset.num_classes].any():
         raise ValueError(f"data.split: none of the {len(labelled)} labelled images has a labelled pixel")
+    if dataset.name == FOLDER.dataset:
+        _refuse_absent(dataset, contents.root, counts)
     coding = getattr(dataset.masks, "coding", None)
     odd = [] if not isinstance(coding, Numbers) or any(shown[IGNORE] for shown in counts) else [coding.hint]
     told = [f"no mask has an ignored pixel, which is unusual of {dataset.name}: {hint}" for hint in odd]
     return (*dataset.notes, *told, *_never(dataset, counts))
+
+
+def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> tuple[np.ndarray, list[str]]:
+    """(256,) pixels by label in the masks of some images, and what is wrong with their files."""
+    total, faults = np.zeros(256, np.int64), []
+    for image, mask in zip(part.paths, part.masks, strict=True):
+        size, wrong = _odd(image, contents)
+        found, more = _odd_mask(mask, size, dataset, contents)
+        faults += wrong + more
+        total += found
+    return total, faults
+
+
+def _refuse_absent(dataset: Dataset, root: Path, counts: Sequence[np.ndarray]) -> None:
+    """ValueError where a class cannot be learnt or a score would be of one class alone: mIoU leaves out a class that is
+    in neither truth nor prediction, so that it would be 1."""
+    masks, names = root / FOLDER.masks, dataset.class_names
+    hint = zero_or_ignored(names, sum(counts, np.zeros(256, np.int64)))
+    absent = [name for label, name in enumerate(names) if not counts[0][label]]
+    if absent:
+        file = "palette.txt" if (root / "palette.txt").is_file() else "classes.txt"
+        shown = ", ".join(map(repr, absent[:SHOWN])) + (" ..." if len(absent) > SHOWN else "")
+        raise ValueError(
+            f"{masks}: no mask of the {len(dataset.labelled)} labelled images shows {shown}, "
+            f"{len(absent)} of the {len(names)} classes of {file}; "
+            + (hint or f"label an image that shows it (data.split), or remove the class from {file} and the masks")
+        )
+    there = np.flatnonzero(counts[-1][: len(names)]).tolist()
+    if len(there) < 2:
+        only = f"{names[there[0]]!r} alone" if there else "no class"
+        raise ValueError(
+            f"{masks}: the {len(dataset.val_images)} validation images show {only}, so that mIoU would be of "
+            "less than two classes; validate on more images (val.txt)"
+        )
 
 
 def _some(files: FileList, places: Sequence[int]) -> FileList:
@@ -335,18 +335,25 @@ def _some(files: FileList, places: Sequence[int]) -> FileList:
         tuple(files.ids[i] for i in places),
         tuple(files.paths[i] for i in places),
         tuple(files.masks[i] for i in places),
+        files.unmasked,
     )
 
 
-def _odd(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
-    try:
+def _odd(path: Path, contents: Contents) -> tuple[tuple[int, int] | None, list[str]]:
+    """(height, width) of an image that seems whole, or what is wrong with it."""
+
+    def look() -> tuple[int, int]:
         size = image_size(path)
         end = _ENDS.get(path.suffix.lower())
         if end is None or end not in _tail(path):
             decode(path)
+        return size
+
+    try:
+        height, width = contents.find(path, "image", look)
     except (ValueError, OSError) as error:
         return None, [str(error)]
-    return size, []
+    return (height, width), []
 
 
 def _tail(path: Path) -> bytes:
@@ -355,13 +362,14 @@ def _tail(path: Path) -> bytes:
         return file.read()
 
 
-def _odd_mask(path: Path, size: tuple[int, int] | None, dataset: Dataset) -> tuple[np.ndarray, list[str]]:
-    masks = dataset.masks
+def _odd_mask(
+    path: Path, size: tuple[int, int] | None, dataset: Dataset, contents: Contents
+) -> tuple[np.ndarray, list[str]]:
     try:
-        labels = read_mask(path, dataset.num_classes, getattr(masks, "coding", None))
+        found = contents.mask(path, dataset.num_classes, getattr(dataset.masks, "coding", None))
     except ValueError as error:
         return np.zeros(256, np.int64), [str(error)]
-    return label_counts(labels), [f"{path}: {text}" for text in _mismatch(size, labels.shape)]
+    return found.counts, [f"{path}: {text}" for text in _mismatch(size, found.shape)]
 
 
 def _never(dataset: Dataset, counts: Sequence[np.ndarray]) -> list[str]:

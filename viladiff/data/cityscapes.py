@@ -43,6 +43,7 @@ LAYOUT = Layout(
     "gtFine/val",
     "_leftImg8bit",
     "_gtFine_labelTrainIds",
+    ("_gtFine_labelTrainIds", "_gtFine_labelIds", "_gtFine"),
 )
 LABEL_IDS = LAYOUT._replace(mask_end="_gtFine_labelIds")
 _CODINGS = {
@@ -70,7 +71,7 @@ def open_cityscapes(root: Path | str, split: str, family: str = "cps", split_dir
     tree, classes = city_tree(root)
     names = [("" if family == "cps" else "u2pl_") + _FRACTION[split], split]
     wanted = Wanted("cityscapes", family, split)
-    lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=wanted)
+    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=wanted)
     refuse_other(lists, sources[0], family, split, "cityscapes")
     return Found(tree, classes, lists, sources)
 

@@ -37,7 +37,7 @@ def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None)
     """
     tree, classes = coco_tree(root)
     names = [split, f"1_{_FRACTION[split]}", f"{_FRACTION[split]}_all"]
-    lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=Wanted("coco", "", split))
+    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=Wanted("coco", "", split))
     refuse_other(lists, sources[0], "", split, "coco")
     return Found(tree, classes, lists, sources)
 

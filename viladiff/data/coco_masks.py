@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from viladiff.data.check import Advance, mapped
+from viladiff.data.check import Advance
 from viladiff.data.coco import CATEGORY_IDS, CLASS_NAMES, LAYOUT, PLACES
 from viladiff.data.files import locate
+from viladiff.data.processes import mapped
 from viladiff.labels import IGNORE
 from viladiff.record import write_atomically
 

@@ -14,12 +14,13 @@ from viladiff.data.ade20k import open_ade20k
 from viladiff.data.cache import fingerprint
 from viladiff.data.cityscapes import open_cityscapes
 from viladiff.data.coco import open_coco
+from viladiff.data.contents import Contents
 from viladiff.data.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
 from viladiff.data.files import FileList
 from viladiff.data.folder import Found, describe_lists, open_folder
 from viladiff.data.full import base_split, label_all
 from viladiff.data.holdout import hold_out
-from viladiff.data.images import FileImages, FileMasks, label_counts, read_mask
+from viladiff.data.images import FileImages, FileMasks
 from viladiff.data.splits import VISIBLE, classes_present, labelled_order, nearest, resample, split_size
 from viladiff.data.voc import open_voc
 from viladiff.text.caption_files import match, read_captions
@@ -74,6 +75,8 @@ class Dataset:
     """Which part of the data the validation images are."""
     split_name: str = ""
     """Which list the labelled images are, in words, where it comes from a file."""
+    contents: Contents | None = field(default=None, repr=False)
+    """What is known of the files, where there are some."""
     notes: tuple[str, ...] = ()
     """What a reader of the results should know of the lists, a sentence each."""
 
@@ -237,10 +240,11 @@ def _root(asked: Request) -> str:
 
 
 def _of_files(asked: Request, found: Found) -> Dataset:
-    """The pool is the labelled images, then the others; no pixel is read."""
-    drawn = ""
+    """The pool is the labelled images, then the others. Files that are new or changed are read, and none is decoded but
+    masks that ``data.split_seed`` looks at."""
+    drawn, contents = "", Contents(found.tree.root)
     if asked.split_seed is not None:
-        found = found._replace(lists=resample(found.lists, found.tree.masks, asked.split_seed, _shown(found)))
+        found = found._replace(lists=resample(found.lists, found.tree.masks, asked.split_seed, _shown(found, contents)))
         drawn = f", drawn with data.split_seed = {asked.split_seed}"
     split_name, notes = describe_lists(asked.name, found)
     lists, (names, coding) = found.lists, found.classes
@@ -259,7 +263,8 @@ def _of_files(asked: Request, found: Found) -> Dataset:
         unlabelled=np.arange(len(labelled), len(files)),
         captions=((),) * len(files),
         val_captions=((),) * len(val),
-        fingerprint=files_fingerprint(asked.name, found),
+        fingerprint=files_fingerprint(asked.name, found, contents),
+        contents=contents,
         caption_source="no captions",
         uniform=False,
         files=files,
@@ -269,25 +274,26 @@ def _of_files(asked: Request, found: Found) -> Dataset:
     )
 
 
-def _shown(found: Found) -> Callable[[str], np.ndarray]:
+def _shown(found: Found, contents: Contents) -> Callable[[str], np.ndarray]:
     """Which classes the mask of an image shows, (C,) bool."""
     count = len(found.classes.names)
 
     def shown(name: str) -> np.ndarray:
-        labels = read_mask(found.tree.masks[name], count, found.classes.coding)
-        return label_counts(labels)[:count] >= VISIBLE
+        return contents.mask(found.tree.masks[name], count, found.classes.coding).counts[:count] >= VISIBLE
 
     return shown
 
 
-def files_fingerprint(name: str, found: Found) -> str:
-    """Names lists, classes and each file's name and bytes (not its pixels); masks of unlabelled images are left out,
-    so that it is the same whether they exist or not."""
+def files_fingerprint(name: str, found: Found, contents: Contents) -> str:
+    """Names lists, classes and each file by its name and all of its bytes; masks of unlabelled images are left out and
+    not read, so that it is the same whether they exist or not."""
     lists, (names, coding) = found.lists, found.classes
-    images = [[(one, found.tree.images[one].stat().st_size) for one in part] for part in lists]
-    masks = [[found.tree.masks[one].stat().st_size for one in part] for part in (lists.labelled, lists.val)]
+    ids = [one for part in lists for one in part]
+    used = [one for part in (lists.labelled, lists.val) for one in part]
+    digests = contents.digests([*(found.tree.images[one] for one in ids), *(found.tree.masks[one] for one in used)])
+    images, masks = digests[: len(ids)], digests[len(ids) :]
     palette = coding and astuple(coding)[:2]
-    return fingerprint("files", name, images, masks, names, palette)
+    return fingerprint("contents", name, lists, images, masks, names, palette)
 
 
 def _cityscapes(asked: Request) -> Dataset:

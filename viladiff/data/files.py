@@ -31,6 +31,9 @@ class Layout(NamedTuple):
     image_end: str = ""
     """What stands behind the id in an image's name, before the suffix; other files are no images."""
     mask_end: str = ""
+    same_ends: tuple[str, ...] = ()
+    """What else may stand behind the id in the name of the same mask: in another coding, or in lists for a layout that
+    another repository has."""
 
     def image_id(self, text: str) -> str:
         """The id in a relative path of an image, as files and lists have it."""
@@ -60,6 +63,8 @@ class FileList:
     paths: tuple[Path, ...]
     masks: tuple[Path, ...]
     """Where each image's mask is or would be; an unlabelled image need not have one."""
+    unmasked: frozenset[str] = frozenset()
+    """Ids of which a list says that they have none."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,6 +81,8 @@ class Tree(NamedTuple):
     """Images that are for validation alone, where the layout says which."""
     notes: tuple[str, ...] = ()
     """What its reader took otherwise than one might think, a sentence each."""
+    unmasked: frozenset[str] = frozenset()
+    """Images of which a list says that they have no mask."""
 
     def pool(self) -> list[str]:
         """Images that may be trained on."""
@@ -85,7 +92,7 @@ class Tree(NamedTuple):
         """The images of these ids, with the place of each mask, whether it exists or not."""
         folder = self.root / self.layout.masks
         masks = tuple(self.masks.get(name) or folder / self.layout.mask_name(name) for name in ids)
-        return FileList(tuple(ids), tuple(self.images[name] for name in ids), masks)
+        return FileList(tuple(ids), tuple(self.images[name] for name in ids), masks, self.unmasked)
 
 
 def scan(root: Path | str, layout: Layout) -> Tree:
@@ -158,6 +165,17 @@ def _walk(root: Path, folder: str) -> Iterator[str]:
             yield from _walk(root, entry.path)
         elif entry.is_file():
             yield entry.path
+
+
+def below(root: Path, folder: str) -> Iterator[tuple[str, Path]]:
+    """Each file below a folder of the root, by its path from there with "/" between folders; none where it is hidden or
+    not there. ValueError where a link leads out of the root."""
+    if folder.startswith(".") or not (root / folder).is_dir():
+        return
+    inside(root, root / folder)
+    cut = len(os.fspath(root)) + 1
+    for path in _walk(root, os.fspath(root / folder)):
+        yield path[cut:].replace(os.sep, "/"), Path(path)
 
 
 def inside(root: Path, path: Path) -> Path:

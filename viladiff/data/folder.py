@@ -14,10 +14,11 @@ from viladiff.data.lists import (
     Wanted,
     check_disjoint,
     find_lists,
+    read_columns,
     read_lines,
-    read_list,
 )
 from viladiff.data.published import almost, fewer, list_hash, look_alikes, recognise
+from viladiff.data.second_column import named_masks
 from viladiff.fields import nearest
 from viladiff.labels import IGNORE
 
@@ -50,7 +51,8 @@ def open_folder(root: Path | str, split: str, split_dir: Path | str | None = Non
     ValueError for what is missing, empty, listed twice or outside of the root.
     """
     tree = scan(root, FOLDER)
-    return Found(tree, read_classes(tree.root), *read_lists(tree, split_directory(tree, split_dir), [split]))
+    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), [split])
+    return Found(tree, read_classes(tree.root), lists, sources)
 
 
 def split_directory(tree: Tree, given: Path | str | None) -> Path:
@@ -65,10 +67,10 @@ def split_directory(tree: Tree, given: Path | str | None) -> Path:
 
 def read_lists(
     tree: Tree, directory: Path, names: Sequence[str], masked: bool = False, wanted: Wanted | None = None
-) -> tuple[Lists, tuple[Path | None, ...]]:
-    """The lists of a split under the first of its ``names`` that there is, or a published list of whatever name.
+) -> tuple[Tree, Lists, tuple[Path | None, ...]]:
+    """The lists of a split under the first of its ``names`` that there is, or a published list of whatever name; the
+    tree is given back with the masks that they name. ValueError where one cannot be used.
 
-    ValueError where one cannot be used.
     Unlabelled images that no list names are all others; with ``masked``, all others that have a mask. Where a layout
     keeps validation images apart, those are never among them, and are all validated on if no list says which.
     """
@@ -87,20 +89,22 @@ def read_lists(
     if val is None and not tree.apart:
         raise ValueError(f"{directory}: has no val.txt, the list of validation images; `viladiff data split` makes one")
     pool = dict.fromkeys(tree.pool())
-    first = read_list(labelled, tree.layout, pool)
-    if val is None:
-        last = tuple(sorted(tree.apart))
-    else:
-        last = read_list(val, tree.layout, tree.apart or tree.images, tree.layout.val_images)
+    first = read_columns(labelled, tree.layout, pool)
+    tree = named_masks(tree, labelled, first, needed=True)
+    last = tuple(sorted(tree.apart))
+    if val is not None:
+        listed = read_columns(val, tree.layout, tree.apart or tree.images, tree.layout.val_images)
+        tree, last = named_masks(tree, val, listed, needed=True), tuple(listed)
     if rest is not None:
-        others = read_list(rest, tree.layout, pool)
+        found = read_columns(rest, tree.layout, pool)
+        tree, others = named_masks(tree, rest, found, needed=False), tuple(found)
     else:
         taken = {*first, *last}
         others = tuple(name for name in pool if name not in taken and (name in tree.masks or not masked))
-    lists, sources = Lists(first, others, last), (labelled, rest, val)
+    lists, sources = Lists(tuple(first), others, last), (labelled, rest, val)
     check_disjoint(lists, [str(path or tree.root / tree.layout.val_images) for path in sources])
     _check_masks(tree, lists, sources)
-    return lists, sources
+    return tree, lists, sources
 
 
 def describe_lists(dataset: str, found: Found) -> tuple[str, tuple[str, ...]]:

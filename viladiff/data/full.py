@@ -11,6 +11,7 @@ from viladiff.data.cache import fingerprint
 
 if TYPE_CHECKING:
     from viladiff.data.datasets import Dataset
+    from viladiff.data.files import FileList
 
 ALL = "all"
 """Name of the split; in ``folder`` it is a list of that name, as any other."""
@@ -30,16 +31,21 @@ def base_split(name: str, split: str, family: str = "") -> str:
 def label_all(dataset: Dataset) -> Dataset:
     """The data set with labels for all images of its pool; of images in files, those whose mask is there."""
     files = dataset.files
-    able = np.array([files is None or files.masks[i].is_file() for i in dataset.unlabelled], bool)
+    able = np.array([files is None or _has_mask(files, i) for i in dataset.unlabelled], bool)
     added = dataset.unlabelled[able]
-    sizes = [] if files is None else [files.masks[i].stat().st_size for i in added]
+    paths = [] if files is None else [files.masks[i] for i in added]
+    masks = [] if dataset.contents is None else dataset.contents.digests(paths)
     labelled = np.concatenate([dataset.labelled, added])
     named = "" if files is None else f"all {len(labelled)} of {len(dataset.images)} training images that have a mask"
     return replace(
         dataset,
         labelled=labelled,
         unlabelled=dataset.unlabelled[~able],
-        fingerprint=fingerprint(ALL, dataset.fingerprint, added.tolist(), sizes),
+        fingerprint=fingerprint(ALL, dataset.fingerprint, added.tolist(), masks),
         split_name=named,
         notes=(),
     )
+
+
+def _has_mask(files: FileList, index: int) -> bool:
+    return files.ids[index] not in files.unmasked and files.masks[index].is_file()

@@ -83,8 +83,18 @@ def choose(present: np.ndarray, share: float, *key: draws.Part) -> np.ndarray:
 
 
 def _present(dataset: Dataset) -> np.ndarray:
-    counts = [np.bincount(dataset.target(i).ravel(), minlength=256) for i in dataset.labelled]
-    return np.stack([count[: dataset.num_classes] >= VISIBLE for count in counts])
+    present = np.stack([_counts(dataset, i)[: dataset.num_classes] >= VISIBLE for i in dataset.labelled])
+    if dataset.contents is not None:
+        dataset.contents.save()
+    return present
+
+
+def _counts(dataset: Dataset, index: int) -> np.ndarray:
+    """(256,) pixels by label of a labelled image."""
+    if dataset.contents is None:
+        return np.bincount(dataset.target(index).ravel(), minlength=256)
+    coding = getattr(dataset.masks, "coding", None)
+    return dataset.contents.mask(dataset.target_path(index), dataset.num_classes, coding).counts
 
 
 def _some(whole: Any, places: np.ndarray) -> Any:

@@ -42,47 +42,61 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+class Line(NamedTuple):
+    """What a list says of an image besides its name."""
+
+    number: int
+    """From 1, empty lines left out."""
+    mask: str
+    """The second column; empty where there is none."""
+
+
 def read_list(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> tuple[str, ...]:
-    """Ids of a list's images, in order; ``known``: those of ``folder``, or of the layout's one folder.
+    """The ids of ``read_columns``, in order."""
+    return tuple(read_columns(path, layout, known, folder))
+
+
+def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> dict[str, Line]:
+    """A list's images by id, in order; ``known``: those of ``folder``, or of the layout's one folder.
 
     Raises ValueError that names file and line for an image that is not there, for one that is listed twice, for a name
     that climbs out, and for an empty list.
     """
-    places: dict[str, int] = {}
+    found: dict[str, Line] = {}
     for number, line in enumerate(read_lines(path), 1):
-        found = next((name for name in candidates(line, layout) if name in known), None)
-        if found is None:
+        name, mask = next((one for one in candidates(line, layout) if one[0] in known), ("", ""))
+        if not name:
             raise ValueError(f"{path}, line {number}: {_unknown(line, layout, known, folder or layout.images)}")
-        if found in places:
-            raise ValueError(f"{path}, line {number}: {found!r} is listed before, as line {places[found]}")
-        places[found] = number
-    if not places:
+        if name in found:
+            raise ValueError(f"{path}, line {number}: {name!r} is listed before, as line {found[name].number}")
+        found[name] = Line(number, mask)
+    if not found:
         raise ValueError(f"{path}: the list is empty")
-    return tuple(places)
+    return found
 
 
-def candidates(line: str, layout: Layout) -> Iterator[str]:
-    """Ids that a line may mean, most of the line first: names may hold spaces, and a mask's name may follow.
+def candidates(line: str, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Ids that a line may mean, each with what follows it, most of the line first: names may hold spaces.
 
     Where ids are bare names, which hold no spaces, the first word says it all.
     """
     if layout.val_images:
         first = line.split()[0]
         if ".." not in PurePosixPath(first).parts:
-            yield layout.image_id(first)
+            yield layout.image_id(first), line.removeprefix(first).strip()
         return
     words = line.split("\t")[0]
     while words:
         path = PurePosixPath(words.lstrip("/"))
         parts = path.parts[1:] if path.parts[:1] == (layout.images,) else path.parts
-        yield layout.image_id("/".join(parts))
+        yield layout.image_id("/".join(parts)), line.removeprefix(words).strip()
         words = words.rpartition(" ")[0].rstrip()
 
 
 def _unknown(line: str, layout: Layout, known: Collection[str], folder: str) -> str:
     if ".." in PurePosixPath(line.split()[0]).parts:
         return f"{line!r} climbs out of the folder; names are relative to {folder!r}"
-    first = next(candidates(line, layout))
+    first, _ = next(candidates(line, layout))
     return f"{line!r} is not an image of {folder!r}{nearest(first, known)}"
 
 

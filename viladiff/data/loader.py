@@ -177,7 +177,8 @@ class Loader:
         return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.color_jitter else weak)
 
     def _mix(self, drawn: list[tuple[int, int]], view: int) -> CutMix:
-        boxes = cutmix_boxes(self._rngs(f"cutmix-{view}", drawn), self.cfg.data.crop, self.patch)
+        snap = self.patch if self.cfg.data.cutmix_grid == "patch" else 1
+        boxes = cutmix_boxes(self._rngs(f"cutmix-{view}", drawn), self.cfg.data.crop, snap)
         return CutMix(boxes.to(self.device), pair_partner(len(drawn)).to(self.device))
 
     def _text(self, drawn: list[tuple[int, int]]) -> TextBatch | None:
@@ -302,4 +303,4 @@ def validation(
         if bank is not None:
             found = bank.batch(some)
             text = TextBatch(found.tokens.to(device), found.mask.to(device))
-        yield normalise(images.permute(0, 3, 1, 2).float() / 255), masks.long(), text
+        yield normalise(images.permute(0, 3, 1, 2).contiguous().float() / 255), masks.long(), text

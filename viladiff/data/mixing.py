@@ -126,7 +126,7 @@ def parity_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def class_mask(labels: Tensor, valid: Tensor, uniform: Tensor) -> Tensor:
-    """(n, H, W) bool: the pixels of half of the classes of each image, rounded up; for ``paste``, taken at the partner.
+    """(n, H, W) bool: the pixels of half of the classes of each image, rounded down.
 
     ClassMix's choice. ``labels`` (n, H, W) int64 in 0 .. C-1, ``valid`` (n, H, W) bool, False where no pixel may be
     pasted, ``uniform`` (n, C) random numbers that order the classes. Paste with ``paste(x, mask[partner], partner)``.
@@ -134,7 +134,7 @@ def class_mask(labels: Tensor, valid: Tensor, uniform: Tensor) -> Tensor:
     flat = labels.flatten(1)
     present = torch.zeros_like(uniform).scatter_reduce_(1, flat, valid.flatten(1).to(uniform.dtype), "amax")
     rank = (uniform + 2 * (1 - present)).argsort(1).argsort(1)  # absent classes come last
-    chosen = rank < (present.sum(1, keepdim=True) / 2).ceil()
+    chosen = rank < (present.sum(1, keepdim=True) / 2).floor()
     return chosen.gather(1, flat).view_as(labels) & valid
 
 

@@ -48,7 +48,7 @@ def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path |
     """
     tree = scan(voc_root(root), VOC)
     names, wanted = list_names(split, family), Wanted("voc", family, split)
-    lists, sources = read_lists(tree, split_directory(tree, split_dir), names, masked=True, wanted=wanted)
+    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, masked=True, wanted=wanted)
     refuse_other(lists, sources[0], family, split, "voc")
     return Found(tree, Classes(CLASS_NAMES, None), lists, sources)
 

@@ -3,15 +3,17 @@
 L = 1/2 [L_x + CE(u, ŷ)], where ŷ is the network's own answer on the weak view, and no pixel is left out for being
 unsure. The encoder's last map goes through a block in which channels, not tokens, attend (``models.spark``). In
 training a labelled image asks the channels of unlabelled images, those of the memory, which keeps for each class the
-channels that look most like it; an unlabelled image asks its own, as does every image that is only looked at.
+channels that look most like it, those of this step among them; an unlabelled image asks its own. For ŷ an image asks
+the channels of the whole unlabelled batch, and in evaluation its own.
 
-Differences from the released code. Padding counts neither in CE(u, ŷ), nor as a token that labelled images read. The
-classes' maps that channels are compared with are probabilities, logits there. All workers' channels go into the one
-memory that all of them hold, and in the warm-up, too, a labelled image reads the unlabelled ones of all workers; there
-each worker has a memory of its own until it is overwritten by the first one's. Channels go into the memory from the
-first step on, though it is read only after the warm-up. The two halves have projections of their own, an answer is
-computed on labelled images' side of the block, and after it there are as many channels as before it. The block is no
-wider than the encoder's last map.
+Differences from the released code. The block learns at the encoder's rate: AdamW moves each weight by the rate whatever
+its gradient, and at the head's rate the answers of the attention outgrow the tokens that they are added to (15 times
+their standard deviation by step 300 of a run that collapsed, 0.3 at the encoder's rate); there SGD drives it, at the
+head's rate. Padding counts neither in CE(u, ŷ), nor as a token that others read. The classes' maps that channels are
+compared with are probabilities, logits there. A place of the memory that no channel has filled is 0, noise there. All
+workers' channels go into the one memory that all of them hold, and where the batch is read, that of all workers is;
+there each worker has a memory of its own until it is overwritten by the first one's. Of a step in several micro-batches
+each reads the memory with its own channels. The block is no wider than the encoder's last map, as wide there.
 
 Memory at width C, h heads, K classes and N tokens: of each labelled image a map of attention takes 4 (h C) (K h C)
 bytes in float32, and four such maps are kept for the backward pass; the queues take 4 K C N bytes for the whole run.
@@ -23,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,7 @@ from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.losses import global_gather, global_mean, hard_consistency, trained_gather
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.models.segmenter import Build, Segmenter, upsample
 from viladiff.models.spark import Draw, SemanticMemory, SparkSegmenter, nearest_class, resized, spark_segmenter
 
@@ -51,7 +54,7 @@ class AllSparkConfig(MethodConfig):
     """Channels of the block and of each class's queue; the encoder's own number where it has fewer (ours)."""
     attention_heads: int = Field(2, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Of the attention between channels."""
+    """Of the attention between channels, and of its answers."""
     warmup: float = Field(1 / 16, ge=0, le=1)
     """Share of training in which labelled images read the batch's unlabelled ones: 5 of 80 epochs, 15 of 240."""
     pseudo: AllSparkPseudoConfig = AllSparkPseudoConfig()
@@ -59,8 +62,13 @@ class AllSparkConfig(MethodConfig):
 
 class AllSpark(Method):
     Config = AllSparkConfig
+    published = (
+        PublishedSetting(("voc",), {"method.warmup": 5 / 80}, "AllSpark 9da63e2"),
+        PublishedSetting(("cityscapes",), {"method.warmup": 15 / 240, "method.ohem.enabled": True}, "AllSpark 9da63e2"),
+    )
     views = Views(weak=1, strong_labelled=True)
     weak_trains = True
+    revision = 2
     paper = Paper(
         "AllSpark: Reborn Labeled Features from Unlabeled in Transformer for Semi-Supervised Semantic Segmentation",
         "CVPR",
@@ -79,20 +87,19 @@ class AllSpark(Method):
     def build_student(self, build: Build) -> Segmenter:
         return build(kind=spark_segmenter(self.cfg.width, self.cfg.attention_heads))
 
+    def own_rates(self) -> dict[str, dict[str, Any]]:
+        return {"student.spark": {"lr_scale": "encoder"}}
+
     def forward(self, batch: Batch, step: Step) -> Losses:
         assert batch.image_strong is not None
         size, labelled, weak, valid = batch.image.shape[-2:], len(batch.image), batch.weak[0], batch.valid
-        with torch.no_grad(), _evaluating(self.student):
-            seen = self.student.decode(self.student.encode(weak))["visual"].logits
-            confidence, labels = upsample(seen, size).softmax(1).max(1)
+        inside = F.max_pool2d(valid.float()[:, None], self.student.patch).flatten(2).mT  # (U, N, 1)
+        seen = self._answers(weak, inside)
+        confidence, labels = upsample(seen, size).softmax(1).max(1)
 
         *fine, top = self.student.encode(torch.cat([batch.image_strong, weak]))
-        inside = F.max_pool2d(valid.float()[:, None], self.student.patch).flatten(2).mT  # (U, N, 1)
-        rebuilt, channels = self._rebuilt(top, labelled, inside, step, self._draws(batch, step))
+        rebuilt = self._rebuilt(top, seen, labelled, inside, step, self._draws(batch, step))
         z = upsample(self.student.decode_rebuilt([*fine, rebuilt])["visual"].logits, size)
-        if self.training:
-            maps = F.interpolate(seen.softmax(1), top.shape[-2:], mode="bilinear", align_corners=False)
-            self._keep(channels, maps.flatten(2), top.shape[-2:])
 
         sup = self.supervised(z[:labelled], batch.target)
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
@@ -102,45 +109,62 @@ class AllSpark(Method):
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage, "filled": self.memory.filled()}
         return Losses(total, terms)
 
+    @torch.no_grad()
+    def _answers(self, images: Tensor, inside: Tensor | None = None) -> Tensor:
+        """Grid logits (U, K, h, w) of images that read the channels of the whole batch, without dropped branches.
+
+        With ``inside`` (U, N, 1), 0 in padding, the batch is that of all workers.
+        """
+        spark = self.student.spark
+        with _evaluating(self.student):
+            *fine, top = self.student.encode(images)
+            tokens, e = spark.embed(top)
+            source = e if inside is None else global_gather(e * inside)
+            rebuilt = spark.restore(tokens + spark.cross(e, source[None]), top.shape[-2:])
+            return self.student.decode_rebuilt([*fine, rebuilt])["visual"].logits
+
     def _rebuilt(
-        self, top: Tensor, labelled: int, inside: Tensor, step: Step, both: tuple[Draw, Draw]
-    ) -> tuple[Tensor, Tensor]:
-        """The last map (B + U, D, h, w) through the block, and the tokens (U, N, C) that others may read."""
-        spark, cfg = self.student.spark, self.cfg
+        self, top: Tensor, seen: Tensor, labelled: int, inside: Tensor, step: Step, both: tuple[Draw, Draw]
+    ) -> Tensor:
+        """The last map (B + U, D, h, w) through the block; ``seen`` (U, K, h', w') are the answers behind ŷ."""
+        spark, cfg, grid = self.student.spark, self.cfg, top.shape[-2:]
         tokens, e = spark.embed(top)
         own = e[labelled:] * inside
-        source = trained_gather(own) if step.progress < cfg.warmup else self.memory.read(top.shape[-2:])
+        slots = self._keep(own, seen, grid) if self.training else None
+        source = trained_gather(own) if step.progress < cfg.warmup else self.memory.read(grid, slots)
         found = [
             spark.cross(e[:labelled], source[None], both[0], cfg.dropout),
             spark.own.within(e[labelled:], both[1], cfg.dropout),
         ]
-        return spark.restore(tokens + torch.cat(found), top.shape[-2:]), own
+        return spark.restore(tokens + torch.cat(found), grid)
 
     def _draws(self, batch: Batch, step: Step) -> tuple[Draw, Draw]:
         device = batch.image.device
 
-        def draw(name: str, keys: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-            return draws.uniform(keys, shape, step.seed, name, step.index, device=device)
+        def draw(half: str, keys: tuple[int, ...], what: str, shape: tuple[int, ...]) -> Tensor:
+            return draws.uniform(keys, shape, step.seed, f"allspark-{half}-{what}", step.index, device=device)
 
-        return partial(draw, "allspark-labelled", batch.keys), partial(draw, "allspark-unlabelled", batch.keys_u)
+        return partial(draw, "labelled", batch.keys), partial(draw, "unlabelled", batch.keys_u)
 
-    def _keep(self, tokens: Tensor, maps: Tensor, grid: torch.Size) -> None:
-        """Remembers this micro-batch's channels until the step is done; ``maps`` (U, K, N) are the classes' own."""
+    def _keep(self, tokens: Tensor, seen: Tensor, grid: torch.Size) -> Tensor:
+        """Remembers this micro-batch's channels until the step is done, and gives the slots of the memory with them."""
         channels = tokens.detach().mT
-        side = self.memory.side
-        kept = resized(channels.float(), tuple(grid), (side, side))
-        self._new.append((kept.flatten(0, 1), nearest_class(channels, maps).flatten()))
+        maps = F.interpolate(seen.softmax(1), grid, mode="bilinear", align_corners=False).flatten(2)
+        kept = resized(channels.float(), tuple(grid), (self.memory.side, self.memory.side)).flatten(0, 1)
+        new = (global_gather(kept), global_gather(nearest_class(channels, maps).flatten()))
+        self._new.append(new)
+        return self.memory.placed(*new)
 
     def after_step(self, step: Step) -> None:
         for channels, classes in self._new:
-            self.memory.push(global_gather(channels), global_gather(classes))
+            self.memory.push(channels, classes)
         self._new = []
 
     @torch.no_grad()
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        return {"before": self.student(images)["visual"].softmax(1)}
+        return {"before": upsample(self._answers(images), images.shape[-2:]).softmax(1)}
 
 
 @contextmanager

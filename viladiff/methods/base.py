@@ -6,6 +6,7 @@ this class.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -19,6 +20,7 @@ from viladiff.losses import hard_mean, labelled_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
 
 if TYPE_CHECKING:
+    from viladiff.methods.published import PublishedSetting
     from viladiff.models.segmenter import Build, Network, Segmenter
 
 
@@ -96,6 +98,8 @@ class Method(nn.Module):
     passes: ClassVar[Passes | None] = None
     keeps: ClassVar[str] = ""
     """What the method has beside its student."""
+    published: ClassVar[tuple[PublishedSetting, ...]] = ()
+    """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
     weak_trains: ClassVar[bool] = False
     """Whether a weak view is also an input that trains, as where its features are perturbed."""
 
@@ -126,7 +130,12 @@ class Method(nn.Module):
         """Runs after each optimiser step, outside autograd: moving averages, queues."""
 
     def own_rates(self) -> dict[str, dict[str, Any]]:
-        """Options of AdamW, ``lr`` among them, for parts that are no part of a network, by the part's name."""
+        """Options of the optimiser for parts of the method, by dotted path ("flow", "student.spark").
+
+        Each has either ``lr``, the rate itself, or ``lr_scale``, a factor of ``optim.lr`` or "encoder" for the
+        encoder's; ``betas`` and ``weight_decay`` may stand beside it. With ``betas`` they are options of AdamW, which
+        the part then has whatever ``optim.name`` is. Of two paths to a parameter the longer one holds.
+        """
         return {}
 
     def pseudo_labels(
@@ -220,3 +229,10 @@ class MeanTeacher(Method):
 def pasted(batch: Batch, view: int, *maps: Tensor) -> tuple[Tensor, ...]:
     """Maps (U, ..., H, W) with the boxes of a strong view pasted in, or as they are where no boxes are wanted."""
     return tuple(apply_cutmix(x, batch.mix[view]) for x in maps) if batch.mix else maps
+
+
+def steps_after(warmup: float, step: Step) -> int:
+    """Steps done between the end of a warm-up, a share of training, and ``step``; 0 within it and at its end."""
+    if not step.index or step.progress < warmup:
+        return 0
+    return step.index - math.ceil(warmup * step.index / step.progress - 1e-6)

@@ -8,7 +8,8 @@ A moving average of the student is kept for evaluation alone.
 Differences from the released code, which cannot run as it is (its data set gives no map of ignored labelled pixels):
 labelled pixels of label 255 are left out; a step reads the statistics of the steps before it and adds its own when it
 is done, summed over all workers and micro-batches; equal variances, where the quadratic has no such root, give the
-midpoint; running values are saved. Which of student and average is quoted is ``predict.network``, never the better.
+midpoint; running values are saved; CutMix boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``), as
+what else differs in UniMatch. Which of student and average is quoted is ``predict.network``, never the better.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import global_sum
 from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.segmenter import Build
 
@@ -60,6 +62,12 @@ class DawConfig(MethodConfig):
 
 class Daw(UniMatch, MeanTeacher):
     Config = DawConfig
+    published = (
+        PublishedSetting(("voc",), {"method.teacher.momentum": 0.999}, "DAW 3d1e093"),
+        PublishedSetting(
+            ("cityscapes",), {"method.teacher.momentum": 0.999, "method.ohem.enabled": True}, "DAW 3d1e093"
+        ),
+    )
     views = Views(strong=2, cutmix=True)
     paper = Paper(
         "DAW: Exploring the Better Weighting Function for Semi-supervised Semantic Segmentation", "NeurIPS", 2023

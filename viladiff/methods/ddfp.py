@@ -7,9 +7,11 @@ network and no network teaches it.
 
 L = L_sup + 1/2 CE(strong) + 1/2 CE(strong, moved), each over the pixels with a label, plus the flow's NLL.
 
-Differences from the released code. Stages are shares of training, not epochs. All four maps that the decoder reads are
+Differences from the released code. There the teacher's parameters are the student's own tensors from the end of the
+warm-up on, so that its average moves nothing and the student labels for itself; here the teacher is the moving average
+that the paper describes. Stages are shares of training, not epochs. All four maps that the decoder reads are
 moved, each by a share of its vectors' mean length in the picture (``radius``); there one map of 304 channels is, by a
-length of 4. The flow is a parameter group of the run's optimiser, with its own rate and betas, but on the run's
+length of 4. The flow is a parameter group of AdamW, with its own rate and betas, but on the run's
 schedule, and its gradient is not clipped by itself; its likelihood is taken per channel. It has as many hidden units as
 channels, and samples positions image by image. Labelled positions without a class are left out. There is no auxiliary
 BatchNorm, as there is no BatchNorm.
@@ -37,7 +39,10 @@ from viladiff.methods.base import (
     PredictConfig,
     PseudoConfig,
     TeacherConfig,
+    steps_after,
 )
+from viladiff.methods.published import PublishedSetting
+from viladiff.models.ema import ema_update
 from viladiff.models.flow import Flow
 from viladiff.models.memory import pick, sample
 from viladiff.models.segmenter import Build, upsample
@@ -45,7 +50,7 @@ from viladiff.models.segmenter import Build, upsample
 
 class DdfpTeacherConfig(TeacherConfig):
     momentum: float = Field(0.999, ge=0, le=1)
-    """The first steps use min(momentum, 1 - 1 / (step + 1))."""
+    """The first steps after the warm-up, counted from 0 there, use min(momentum, 1 - 1 / (step + 1))."""
 
 
 class FlowConfig(Section):
@@ -56,7 +61,7 @@ class FlowConfig(Section):
     hidden: int | None = Field(None, ge=1)
     """Units of each of a coupling's networks; none takes as many as there are channels, as 256 there."""
     clamp: float = Field(2.0, gt=0)
-    """Limit of the logarithm of a coupling's scales."""
+    """Limit c of the logarithm of a coupling's scales, which is 0.636 c atan(.) of what its network says."""
     lr: float = Field(1e-3, gt=0)
     """In place of ``optim.lr``; betas are 0.5 and 0.9, and nothing decays."""
     noise: float = Field(0.05, ge=0)
@@ -94,6 +99,7 @@ class DdfpConfig(MethodConfig):
 
 class Ddfp(MeanTeacher):
     Config = DdfpConfig
+    revision = 2
     views = Views(strong=1, pairs=True)
     paper = Paper(
         "Towards the Uncharted: Density-Descending Feature Perturbation for Semi-supervised Semantic Segmentation",
@@ -101,6 +107,9 @@ class Ddfp(MeanTeacher):
         2024,
     )
     passes = Passes(4, 2, 2, 2, "flow: 2 forward and backward")
+    published = (
+        PublishedSetting(("voc",), {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.999}, "DDFP 7956c72"),
+    )
     keeps = "teacher, flow"
 
     def __init__(self, cfg: DdfpConfig, build: Build) -> None:
@@ -148,6 +157,10 @@ class Ddfp(MeanTeacher):
         terms = {"sup": sup, "pseudo": streams[0], "perturbed": streams[-1], "nll": nll}
         terms["coverage"] = global_mean((labels != IGNORE).sum(), valid.sum())
         return Losses(total, {name: value.detach() for name, value in terms.items()})
+
+    def after_step(self, step: Step) -> None:
+        """The teacher follows, anew from the end of the warm-up on."""
+        ema_update(self.teacher, self.student, steps_after(self.cfg.warmup, step), self.cfg.teacher.momentum)
 
     def _likelihood(self, mid: Tensor, batch: Batch, step: Step) -> Tensor:
         """Mean -log p per channel of the teacher's vectors ``mid`` (B + U, D, h, w) with noise; detached from them."""

@@ -2,6 +2,8 @@
 
 The step is that of ``semibaseline``, the first row of the paper's Table 5. Two things differ: the teacher's momentum is
 0.996 there and 0.99 in the paper, and the total is halved, which AdamW undoes but for its epsilon and for clipping.
+
+Differences from the released code: CutMix boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pydantic import Field
 from viladiff.batch import Batch, Losses, Step
 from viladiff.methods.base import MethodConfig, Paper, PredictConfig, TeacherConfig
 from viladiff.methods.oracle import OraclePseudoConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.semibaseline import SemiBaseline
 
 
@@ -34,6 +37,18 @@ class FixMatchConfig(MethodConfig):
 class FixMatch(SemiBaseline):
     Config = FixMatchConfig
     paper = Paper("FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", "NeurIPS", 2020)
+    published = (
+        PublishedSetting(
+            ("voc", "coco", "ade20k"),
+            {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996},
+            "UniMatch-V2 f6afb4d, fixmatch.py",
+        ),
+        PublishedSetting(
+            ("cityscapes",),
+            {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996, "method.ohem.enabled": True},
+            "UniMatch-V2 f6afb4d, fixmatch.py",
+        ),
+    )
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         losses = super().forward(batch, step)

@@ -4,7 +4,8 @@ L = FixMatch's + weight · BCE(linear head on the mean of the encoder's last map
 It is the control of methods that read captions: whatever part of their gain comes from knowing what is in an image,
 this one can have too. Captions are of whole images, so a class that the crop leaves out counts as there, and an image
 that another was pasted into has the tags of both, as ViLaDiff gives it the words of both. A class that is not
-mentioned counts as absent, although captions leave some out. The weight was not tuned.
+mentioned counts as absent, although captions leave some out. The weight was not tuned. CutMix boxes lie on the patch
+grid unless ``data.cutmix_grid`` says otherwise, as in FixMatch.
 """
 
 from __future__ import annotations

@@ -4,8 +4,11 @@ Differences from the released code. Its lengths in epochs are shares of training
 80. All networks start from the same pretrained encoder, and the teachers' heads from other seeds; there whole teachers
 start at random. The teachers that the warm-up trains by gradient are networks of their own (``founders``), copied into
 the averages, since a network under DDP can get a gradient always or never. Noise is a share of the length of the
-decoder's whole input, as the published 2.0 belongs to another decoder's 304 channels, and its probe step is one that
-float32 can resolve. The assistant's top classes are chosen on the decoder's grid. An image is never mixed with itself.
+decoder's whole input: the published 2.0 is 0.0015 of the length, about 1381, of the 304 channels that it is added to.
+Its probe step is one that float32 can resolve, not the published 1e-6. An average is no longer than a turn
+(``teacher.bounded``): 0.996 averages over 250 steps where a turn on VOC has some 330, and in a short run a teacher
+would be left behind within its turn. The assistant's top classes are chosen on the decoder's grid. An image is never
+mixed with itself.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from viladiff.data.perturb import virtual_adversarial
 from viladiff.fields import Section
 from viladiff.losses import global_mean, pixel_cross_entropy
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
-from viladiff.methods.two_teachers import TwoTeachers, turn
+from viladiff.methods.published import PublishedSetting
+from viladiff.methods.two_teachers import TwoTeachers, turn, turn_length
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Build, Network, upsample
 
@@ -32,6 +36,8 @@ from viladiff.models.segmenter import Build, Network, upsample
 class PsmtTeacherConfig(TeacherConfig):
     momentum: float = Field(0.996, ge=0, le=1)
     """The first steps use min(momentum, 1 - 1 / (step + 1))."""
+    bounded: bool = True
+    """Whether momentum is at most 1 - 1 / (steps of a turn) (ours); that leaves 0.996 where turns have 250 steps."""
     switch_period: float = Field(1 / 80, gt=0, le=1)
     """Share of training after which the other teacher is active."""
     assistant_classes: int = Field(7, ge=1)
@@ -49,8 +55,8 @@ class PsmtPseudoConfig(PseudoConfig):
 class VatConfig(Section):
     """Adversarial noise on what the student's decoder reads, found with the teachers' decoders."""
 
-    epsilon: float = Field(0.1, ge=0)
-    """Length of the noise as a share of the features' (ours; 2.0 for the original's features). 0 turns it off."""
+    epsilon: float = Field(0.0015, ge=0)
+    """Length of the noise as a share of the features'; 2.0 on maps of length 1381 as published. 0 turns it off."""
     xi: float = Field(0.1, gt=0)
     """Length of the random step that finds its direction, likewise (ours); shorter ones find more of the rounding."""
 
@@ -70,9 +76,20 @@ class PsmtConfig(MethodConfig):
 
 class PsMt(TwoTeachers):
     Config = PsmtConfig
+    published = (
+        PublishedSetting(("voc",), {"method.pseudo.weight": 0.06}, "PS-MT 058cdc3", splits=("92",), families=("hq",)),
+        PublishedSetting(
+            ("voc",), {"method.pseudo.weight": 0.6}, "PS-MT 058cdc3", splits=("183", "366", "732"), families=("hq",)
+        ),
+        PublishedSetting(("voc",), {"method.pseudo.weight": 1.5}, "PS-MT 058cdc3", families=("aug_cps", "aug_u2pl")),
+        PublishedSetting(
+            ("cityscapes",), {"method.pseudo.weight": 3.0}, "PS-MT 058cdc3", not_available="CutMix with three boxes"
+        ),
+    )
     views = Views(strong=1, strong_labelled=True, pairs=True)
     paper = Paper("Perturbed and Strict Mean Teachers for Semi-supervised Semantic Segmentation", "CVPR", 2022)
     passes = Passes(4, 2, 8, 4)
+    revision = 2
     keeps = "two teachers, two networks of the warm-up"
 
     def __init__(self, cfg: PsmtConfig, build: Build) -> None:
@@ -124,7 +141,10 @@ class PsMt(TwoTeachers):
         if step.progress < self.cfg.warmup:
             self._copy_founders()
         else:
-            ema_update(self.teachers[self._active(step)], self.student, step.index, self.cfg.teacher.momentum)
+            cfg = self.cfg.teacher
+            length = turn_length(step, cfg.switch_period)
+            momentum = bounded_momentum(cfg.momentum, length) if cfg.bounded else cfg.momentum
+            ema_update(self.teachers[self._active(step)], self.student, step.index, momentum)
 
     def _copy_founders(self) -> None:
         for i, founder in enumerate(self.founders):
@@ -166,6 +186,11 @@ class PsMt(TwoTeachers):
 
     def networks(self) -> dict[str, Network]:
         return {"student": self.student, "teacher": self.teachers}
+
+
+def bounded_momentum(momentum: float, turn_steps: float) -> float:
+    """min(m, 1 - 1 / T): an average over 1 / (1 - m) steps is no longer than the turn of T steps that updates it."""
+    return min(momentum, 1 - 1 / turn_steps)
 
 
 def strict(assistant: Tensor, active: Tensor, classes: int) -> Tensor:

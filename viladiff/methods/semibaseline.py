@@ -1,4 +1,8 @@
-"""Weak-to-strong consistency with a moving-average teacher: the SemiBaseline of the paper's Table 5."""
+"""Weak-to-strong consistency with a moving-average teacher: the SemiBaseline of the paper's Table 5.
+
+CutMix boxes lie on the patch grid (ours), as those of ``viladiff`` must; UniMatch's, of which they have size and shape,
+lie on any pixel, as with ``data.cutmix_grid=pixel``.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ L = L_UniMatch + λ (1/4 L_mc(s1) + 1/4 L_mc(s2) + 1/2 L_mc(fp)), λ falling in 
 cross-entropy, over all pixels, with labels from text: dense features of the weak view and texts of the classes'
 concepts are compared in one space, a class has the likeness of its best concept, and 100 times that makes
 probabilities, of which those below 0.9 are left out. Logits come from ``models.vl_decoder``, which reads one text a
-class: the mean of its concepts.
+class: its name alone, or on Cityscapes the mean of its concepts. A name that the run's text encoder does not know is
+replaced by the mean of the concepts that it knows.
 
 With ``clip.weights`` the dense features are MaskCLIP's, and frozen (``models.maskclip``). Without, they are those of
 the encoder in training, and encoder and map into the space of the texts, which the decoder needs in any case, also
@@ -15,8 +16,11 @@ Differences from the released code. The encoder is the one that all methods shar
 timm, and ``train_attention_only`` leaves all but its attention and positions as it is. Labels from text are made anew
 in each step; in padding there are none. The mean confidence that weighs an image (``pseudo.weighting``) is of its
 pixels outside the padding. What UniMatch does otherwise here (``methods.unimatch``) is otherwise here too. The finest
-map that joins in the decoder is the encoder's on all data sets. The concepts of a background are ours
-(``text.concepts``), and the sizes of the decoder's parts follow its width.
+map that joins in the decoder is the encoder's on all data sets, where on Cityscapes a ResNet-101's first stage does.
+Concepts are published for VOC and Cityscapes, and for other data a background's are ours (``text.concepts``); means
+are of unit vectors, where there of vectors as CLIP gives them. The sizes of the decoder's parts follow its width; what
+else differs in it is said there (``models.vl_decoder``). CutMix boxes lie on the patch grid, on any pixel there
+(``data.cutmix_grid``).
 
 Memory: the decoder works on K maps an image, each of up to W h w values on the grid of tokens and W / 4 on 16 times as
 many cells. At W = 128 and 32 x 32 tokens one such map is 11 MB for K = 21 and 42 MB for K = 81, and 4 times as much on
@@ -27,7 +31,7 @@ first kind and the encoder's own remain.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +42,12 @@ from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.fields import Section
 from viladiff.losses import cross_entropy, global_mean
 from viladiff.methods.base import MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.maskclip import MaskClip, load_clip
 from viladiff.models.segmenter import Build, Network, Segmenter, upsample
 from viladiff.models.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
-from viladiff.text.concepts import concepts
+from viladiff.text.concepts import concepts, names
 
 
 class SemiVlPseudoConfig(PseudoConfig):
@@ -91,7 +96,21 @@ class SemiVlConfig(MethodConfig):
 
 class SemiVl(UniMatch):
     Config = SemiVlConfig
-    revision = 2
+    published = (
+        PublishedSetting(
+            ("voc", "coco", "ade20k"),
+            {"method.pseudo.weighting": "pixel", "method.pseudo.threshold": 0.95},
+            "semivl 13ee65d",
+        ),
+        # A branch for OHEM is there, and no configuration reaches it.
+        PublishedSetting(
+            ("cityscapes",),
+            {"method.pseudo.weighting": "image", "method.ohem.enabled": False},
+            "semivl 13ee65d",
+            not_available="a ResNet-101's first stage as the decoder's finest map",
+        ),
+    )
+    revision = 3
     views = Views(strong=2, cutmix=True)
     paper = Paper("SemiVL: Semi-Supervised Semantic Segmentation with Vision-Language Guidance", "ECCV", 2024)
     passes = Passes(4, 4, 1, 1, "CLIP, where its weights are given: 1 forward")
@@ -103,12 +122,12 @@ class SemiVl(UniMatch):
     """(M,) int64: whose each is."""
 
     def build_student(self, build: Build) -> Segmenter:
-        clip, vectors, owner = read_texts(self.cfg.clip, build)
-        self._clip: tuple[MaskClip, ...] = clip  # in a tuple, so that its weights are no part of a checkpoint
+        texts = read_texts(self.cfg.clip, build)
+        self._clip: tuple[MaskClip, ...] = texts.clip  # in a tuple, so that its weights are no part of a checkpoint
         # Made anew of the data's names and an encoder's file whenever a run starts.
-        self.register_buffer("concepts", vectors, persistent=False)
-        self.register_buffer("owner", owner, persistent=False)
-        student = build(kind=vl_segmenter(class_means(vectors, owner, build.num_classes), self.cfg.decoder))
+        self.register_buffer("concepts", texts.concepts, persistent=False)
+        self.register_buffer("owner", texts.owner, persistent=False)
+        student = build(kind=vl_segmenter(texts.classes, self.cfg.decoder))
         if self.cfg.train_attention_only:
             train_attention_only(student.encoder, build.model.encoder)
         return student
@@ -192,35 +211,61 @@ class ZeroShot(nn.Module):
         return {"visual": upsample(likeness, images.shape[-2:])}
 
 
-def read_texts(cfg: ClipConfig, build: Build) -> tuple[tuple[MaskClip, ...], Tensor, Tensor]:
-    """CLIP where it is given, unit vectors (M, T) of the classes' concepts, and whose (M,) each is.
+class Texts(NamedTuple):
+    """What the labels from text and the decoder read; vectors are of length 1."""
 
-    Concepts that the text encoder does not know are left out. Where a checkpoint brings the texts, there is neither
-    CLIP nor a concept. Raises ValueError for a class without a known concept, and as ``load_clip``.
+    clip: tuple[MaskClip, ...]
+    """One where it is given, or none."""
+    concepts: Tensor
+    """(M, T) of the classes' concepts."""
+    owner: Tensor
+    """(M,) int64: whose each is."""
+    classes: Tensor
+    """(K, T) what the decoder reads."""
+
+
+def read_texts(cfg: ClipConfig, build: Build) -> Texts:
+    """The vectors of the classes' concepts and names, of CLIP where it is given.
+
+    Concepts that the text encoder does not know are left out; where it knows none of those published for a class, the
+    general ones stand in for those of all. Where a checkpoint brings the texts, there is neither CLIP nor a concept.
+    Raises ValueError for a class without a known concept, and as ``load_clip``.
     """
-    classes = torch.arange(build.num_classes)
+    count = build.num_classes
     if build.texts is None:
-        return (), torch.zeros(build.num_classes, build.text_dim), classes
-    groups = concepts(build.class_names)
-    texts = [text for group in groups for text in group]
-    owner = classes.repeat_interleave(torch.tensor([len(group) for group in groups]))
+        return Texts((), torch.zeros(count, build.text_dim), torch.arange(count), torch.zeros(count, build.text_dim))
     if cfg.weights:
-        clip, vectors = load_clip(cfg.model, cfg.weights, texts)
-        return (clip,), vectors, owner
-    vectors = build.texts(texts)
-    known = vectors.any(1)
-    mute = sorted(set(range(build.num_classes)) - set(owner[known].tolist()))
-    if mute:
-        raise ValueError(
-            f"method.name = 'semivl': the text encoder knows no word of the class {build.class_names[mute[0]]!r} "
-            f"({', '.join(groups[mute[0]][:3])}); name it in a caption, choose another data.text_encoder, "
-            "or set method.clip.weights"
-        )
-    return (), F.normalize(vectors[known], dim=1), owner[known]
+        said, owner = _said(build, build.dataset)
+        clip, vectors = load_clip(cfg.model, cfg.weights, said)
+        return _gathered((clip,), vectors, owner, count)
+    for dataset in (build.dataset, ""):
+        said, owner = _said(build, dataset)
+        vectors = F.normalize(build.texts(said), dim=1)
+        mute = sorted(set(range(count)) - set(owner[vectors.any(1)].tolist()))
+        if not mute:
+            return _gathered((), vectors, owner, count)
+    raise ValueError(
+        f"method.name = 'semivl': the text encoder knows no word of the class {build.class_names[mute[0]]!r} "
+        f"({', '.join(concepts(build.class_names)[mute[0]][:3])}); name it in a caption, choose another "
+        "data.text_encoder, or set method.clip.weights"
+    )
+
+
+def _said(build: Build, dataset: str) -> tuple[list[str], Tensor]:
+    """All concepts and then all names, and whose each is: class k for a concept, K + k for a name."""
+    groups = (*concepts(build.class_names, dataset), *names(build.class_names, dataset))
+    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
+    return [text for group in groups for text in group], owner
+
+
+def _gathered(clip: tuple[MaskClip, ...], vectors: Tensor, owner: Tensor, count: int) -> Texts:
+    mine = vectors.any(1) & (owner < count)
+    of_concepts, of_names = class_means(vectors, owner, 2 * count).split(count)
+    return Texts(clip, vectors[mine], owner[mine], torch.where(of_names.any(1, keepdim=True), of_names, of_concepts))
 
 
 def class_means(vectors: Tensor, owner: Tensor, num_classes: int) -> Tensor:
-    """(K, T): the mean of each class's unit vectors, at length 1."""
+    """(K, T): the mean of each class's unit vectors (M, T), at length 1, or 0 where all are 0; ``owner`` (M,) int64."""
     sums = torch.zeros(num_classes, vectors.shape[1]).index_add_(0, owner, vectors)
     return F.normalize(sums, dim=1)
 

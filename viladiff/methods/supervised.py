@@ -6,6 +6,7 @@ from typing import Literal
 
 from viladiff.batch import Batch, Losses, Step, Views
 from viladiff.methods.base import Method, MethodConfig, Passes
+from viladiff.methods.published import PublishedSetting
 
 
 class SupervisedConfig(MethodConfig):
@@ -18,6 +19,15 @@ class Supervised(Method):
     Config = SupervisedConfig
     views = Views(weak=0)
     passes = Passes(1, 1)
+    published = tuple(
+        PublishedSetting((dataset,), {"train.epoch_images": images, **hard}, "UniMatch-V2 f6afb4d, supervised.py")
+        for dataset, images, hard in (
+            ("voc", 3000, {}),
+            ("cityscapes", 3000, {"method.ohem.enabled": True}),
+            ("ade20k", 6000, {}),
+            ("coco", 30_000, {}),
+        )
+    )
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         loss = self.supervised(self.student(batch.image)["visual"], batch.target)

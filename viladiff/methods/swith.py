@@ -6,7 +6,8 @@ drops residual branches, the teachers do not.
 Differences from the released code. A turn is a share of training, not an epoch. Pictures are mixed from strong views,
 whose colours were drawn one by one, where CutMix there comes before colour, blur and flip. The padding that counts is
 that of the unlabelled images; the released consistency reads the labelled ones' by mistake. One pass of the teacher
-serves both losses, and images are mixed with their neighbours, never with themselves.
+serves both losses, and images are mixed with their neighbours, never with themselves. The loss of a picture with CutMix
+is a mean over its valid pixels, over those with a loss above 0 there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
 from viladiff.losses import global_mean, global_sum, hard_consistency
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.published import PublishedSetting
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Build, Network, Segmenter
@@ -36,7 +38,10 @@ class SwithTeacherConfig(TeacherConfig):
 
 class SwithPseudoConfig(PseudoConfig):
     threshold: float = Field(0.95, ge=0, le=1)
-    """The share of pixels at or above it weighs a mixed picture; in the consistency term it chooses pixels."""
+    """The share of pixels at or above it weighs a mixed picture; in the consistency term it chooses pixels.
+
+    With CutMix the share is that of the picture before anything is pasted, with ClassMix that of the mixed batch.
+    """
     consistency_weight: float = Field(0.2, ge=0)
     """Weight of the term without mixing (implicit consistency)."""
 
@@ -59,9 +64,17 @@ class SwithConfig(MethodConfig):
 
 class Swith(TwoTeachers):
     Config = SwithConfig
+    published = (
+        PublishedSetting(
+            ("ade20k",),
+            {"method.teacher.momentum": 0.99, "method.teacher.switch_period": 1 / 200},
+            "dual-teacher 868e6e7, which has ADE20K alone",
+        ),
+    )
     views = Views(strong=2, pairs=True)
     paper = Paper("Switching Temporary Teachers for Semi-Supervised Semantic Segmentation", "NeurIPS", 2023)
     passes = Passes(4, 3)
+    revision = 2
     keeps = "two teachers"
 
     def build_student(self, build: Build) -> Segmenter:
@@ -74,15 +87,16 @@ class Swith(TwoTeachers):
             confidence, labels = self.teachers[active](batch.weak[0])["visual"].softmax(1).max(1)
             partner = pair_partner(len(labels)).to(labels.device, non_blocking=True)
             mask = (self._class_masks if active else self._box_masks)(batch, labels, partner, step)
-            mixed_labels, mixed_confidence, valid = (paste(x, mask, partner) for x in (labels, confidence, batch.valid))
-            share = sure_share(mixed_confidence >= cfg.threshold, valid, whole_batch=active == 1)
+            sure = confidence >= cfg.threshold
+            mixed_labels, mixed_sure, valid = (paste(x, mask, partner) for x in (labels, sure, batch.valid))
+            share = sure_share(mixed_sure, valid, True) if active else sure_share(sure, batch.valid, False)
         mixed, strong = paste(batch.strong[0], mask, partner), batch.strong[1]
         logits = self.student(torch.cat([batch.image, mixed, strong]))["visual"]
         z, z_mixed, z_strong = logits.split([count, len(mixed), len(strong)])
 
         sup = self.supervised(z, batch.target)
-        pseudo = hard_consistency(z_mixed, mixed_labels, share.expand_as(mixed_confidence), valid)
-        accepted = (confidence >= cfg.threshold).float()
+        pseudo = hard_consistency(z_mixed, mixed_labels, share.expand_as(confidence), valid)
+        accepted = sure.float()
         consistency = hard_consistency(z_strong, labels, accepted, batch.valid)
         total = sup + cfg.weight * (pseudo + cfg.consistency_weight * consistency)
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "consistency": consistency.detach()}

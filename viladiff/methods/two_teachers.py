@@ -24,15 +24,22 @@ class TwoTeachers(Method):
         return self
 
 
+def turn_length(step: Step, period: float) -> float:
+    """Steps of a turn, which is ``period``, a share of training, and at least two steps.
+
+    Published code says epochs, whose length is that of a data set. The first step does not know how long the run is: 2.
+    """
+    return max(2.0, period * step.index / step.progress) if step.index else 2.0
+
+
 def turn(step: Step, period: float, ahead: int = 0) -> tuple[int, int]:
     """Which turn the step ``ahead`` of this one falls into, from 0, and how many of the turn's steps came before it.
 
-    A turn is ``period``, a share of training, and at least two steps: published code says epochs, whose length is that
-    of a data set. The first step does not know how long the run is, and need not.
+    The first step does not know how long the run is, and need not.
     """
     index = step.index + ahead
     if step.index == 0:
         return 0, index
-    length = max(2.0, period * step.index / step.progress)
+    length = turn_length(step, period)
     number = int((index + 1e-6) / length)
     return number, index - math.ceil(number * length - 1e-6)

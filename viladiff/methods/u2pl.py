@@ -6,17 +6,25 @@ pixels of a class are pulled to their class's mean and pushed from what its queu
 
 L = L_sup + (N / N_kept) CE_kept + L_c; see ``kept_consistency`` and ``contrast``.
 
-Differences from the released code. Percentiles and the share of training that they follow move with every step, and are
-those of the pixels that all workers see at once: under accumulation of a micro-batch. A step samples anchors and new
-negatives image by image and puts the latter away when it is done, for the next step, so that it does not matter who
-looks at which image. Queues are in half precision on the device, gathered over workers, and saved with the rest. The
-teacher's representation drops no channels. L_c is a plain mean where the released one shrinks with the number of
-workers (``contrast_weight``). There is no auxiliary loss on Cityscapes. Padding is among no pixels, and counts in no N.
+The rule of the negatives is the paper's, which the released code does not follow (its issues 27, 111 and 171): there
+the queue of a class takes only pixels that carry that class as their pseudo-label. No labelled pixel does, and of the
+others only those of which the teacher thinks otherwise in its second pass. And where a class is absent from a batch,
+the anchors of one class there meet the queue of another. Measured on `digits`, two thirds through training, on the same
+tensors of 10 batches, after 60 that filled the queues: 2.8 new vectors a class and step by the released rule, 1,438 by
+the paper's; L_c 3.1 and 2.7; the gradient of L_c in the student, as a share of that of L_sup, 0.27 and 0.50.
+
+Differences from the released code. L_c is a mean over the classes with an anchor; there a class that has sure pixels
+and no anchor counts as 0, which made L_c 0.85 times ours on those tensors. Percentiles and the share of training that
+they follow move with every step, and are those of the pixels that all workers see at once: under accumulation of a
+micro-batch. A step samples anchors and new negatives image by image and puts the latter away when it is done, for the
+next step, so that it does not matter who looks at which image. Queues are in half precision on the device, gathered
+over workers, and saved with the rest. The teacher's representation drops no channels. L_c is a plain mean where the
+released one shrinks with the number of workers (``contrast_weight``). There is no auxiliary loss on Cityscapes. Padding
+is among no pixels, and counts in no N. The background's queue is as long as the others', where there it has 50,000.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -35,7 +43,16 @@ from viladiff.losses import (
     mean_over_classes,
     pixel_cross_entropy,
 )
-from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, Passes, PredictConfig, TeacherConfig
+from viladiff.methods.base import (
+    MeanTeacher,
+    MethodConfig,
+    Paper,
+    Passes,
+    PredictConfig,
+    TeacherConfig,
+    steps_after,
+)
+from viladiff.methods.published import PublishedSetting
 from viladiff.models.ema import ema_update, frozen_copy
 from viladiff.models.memory import Banks, pick, sample
 from viladiff.models.segmenter import Build, Stream, upsample
@@ -56,7 +73,7 @@ class U2plConfig(MethodConfig):
     entropy_percent: float = Field(20.0, ge=0, le=50)
     """Percentage of pixels that are sure, and that are uncertain enough to be negatives; falls likewise."""
     contrast_weight: float = Field(1.0, ge=0)
-    """Of L_c; with W workers the released code has 1 / W in effect."""
+    """Of L_c: 1 as released, where W workers make it 1 / W in effect; 0.1, which users quote, is the paper's."""
     temperature: float = Field(0.5, gt=0)
     confidence: float = Field(0.3, ge=0, le=1)
     """Least probability of its class, by the teacher, that makes a pixel an anchor."""
@@ -104,6 +121,16 @@ class Representation(nn.Module):
 
 class U2pl(MeanTeacher):
     Config = U2plConfig
+    published = (
+        PublishedSetting(("voc",), {"method.warmup": 1 / 80}, "U2PL ab3d2be"),
+        # OHEM there keeps 100,000 pixels of two crops of 769 x 769 at least.
+        PublishedSetting(
+            ("cityscapes",),
+            {"method.warmup": 0.0, "method.ohem.enabled": True, "method.ohem.min_kept": 0.085},
+            "U2PL ab3d2be",
+            not_available="an auxiliary loss of weight 0.4 on an inner map of the encoder",
+        ),
+    )
     views = Views(weak=1, pairs=True)
     weak_trains = True
     paper = Paper("Semi-Supervised Semantic Segmentation Using Unreliable Pseudo-Labels", "CVPR", 2022)
@@ -206,9 +233,7 @@ class U2pl(MeanTeacher):
 
     def after_step(self, step: Step) -> None:
         """The teacher follows, anew from the end of the warm-up on; then the queues take in what the step has seen."""
-        done = 0
-        if step.index and step.progress >= self.cfg.warmup:
-            done = step.index - math.ceil(self.cfg.warmup * step.index / step.progress - 1e-6)
+        done = steps_after(self.cfg.warmup, step)
         for mine, theirs in ((self.teacher, self.student), (self.teacher_head, self.head)):
             ema_update(mine, theirs, done, self.cfg.teacher.momentum)
         seen, self._seen = self._seen, []

@@ -6,7 +6,8 @@ confidence 0.95; a loss is divided by all pixels outside the padding. There is n
 Differences from the released code: the image that a box comes from is the neighbour in the batch, never another crop of
 the same image as there, and its labels are those already at hand, which saves a forward pass without a gradient
 (without BatchNorm nothing but drop-path would tell them apart); labelled images, whose perturbed half the released code
-throws away, are not perturbed; all views are one pass. One channel mask serves the four maps of an image.
+throws away, are not perturbed; all views are one pass. One channel mask serves the four maps of an image. CutMix
+boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.perturb import channel_dropout, widest
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.methods.published import PublishedSetting
 
 
 class UniMatchConfig(MethodConfig):
@@ -44,6 +46,12 @@ class UniMatch(Method):
     weak_trains = True
     paper = Paper("Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", "CVPR", 2023)
     passes = Passes(4, 4, 1, 1)
+    published: ClassVar[tuple[PublishedSetting, ...]] = (
+        PublishedSetting(("voc", "coco"), {"method.pseudo.threshold": 0.95}, "UniMatch 0324f3d"),
+        PublishedSetting(
+            ("cityscapes",), {"method.pseudo.threshold": 0.0, "method.ohem.enabled": True}, "UniMatch 0324f3d"
+        ),
+    )
 
     def views_wanted(self) -> Views:
         return Views(strong=2, cutmix=self.cfg.cutmix)

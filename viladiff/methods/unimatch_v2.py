@@ -4,7 +4,8 @@ L = 1/2 [L_x + 1/2 (L_s1 + L_s2)], labels from a moving-average teacher on the w
 data set. Both streams are one pass, and a channel mask of the widest map serves the four maps, narrower ones with its
 first part: the published encoder has four maps of one width. Which half of a batch keeps all its channels is drawn
 within pairs of neighbours, so that it is exactly half on any number of workers; boxes come from the neighbour, where
-the released code pairs the first image of a batch with the last.
+the released code pairs the first image of a batch with the last. They lie on the patch grid, on any pixel there
+(``data.cutmix_grid``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from viladiff.methods.base import (
     TeacherConfig,
     pasted,
 )
+from viladiff.methods.published import PublishedSetting
 
 
 class UniMatchV2TeacherConfig(TeacherConfig):
@@ -53,6 +55,18 @@ class UniMatchV2(MeanTeacher):
     views = Views(strong=2, cutmix=True)
     paper = Paper("UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", "TPAMI", 2025)
     passes = Passes(4, 3)
+    published = (
+        PublishedSetting(
+            ("voc", "coco", "ade20k"),
+            {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996},
+            "UniMatch-V2 f6afb4d",
+        ),
+        PublishedSetting(
+            ("cityscapes",),
+            {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996, "method.ohem.enabled": True},
+            "UniMatch-V2 f6afb4d",
+        ),
+    )
     keeps = "teacher"
 
     def views_wanted(self) -> Views:

@@ -1,4 +1,8 @@
-"""ViLaDiff: two streams with and without text (ViLa), and pseudo-labels refined by diffusion (MixE)."""
+"""ViLaDiff: two streams with and without text (ViLa), and pseudo-labels refined by diffusion (MixE).
+
+CutMix boxes lie on the patch grid (ours), since they are cut out of feature maps as well. With neither ViLa nor MixE on
+unlabelled images nothing but pixels is mixed, and ``data.cutmix_grid`` may be "pixel".
+"""
 
 from __future__ import annotations
 
@@ -76,7 +80,7 @@ class Pseudo(NamedTuple):
 
 class ViLaDiff(MeanTeacher):
     Config = ViLaDiffConfig
-    views = Views(strong=1, cutmix=True, text=True)
+    views = Views(strong=1, cutmix=True, text=True, whole_cells=True)
     paper = Paper(
         "Learning Beyond Vision: Vision-Language Distillation and Edge-Aware Mix Diffusion in Semi-Supervised "
         "Semantic Segmentation",
@@ -98,8 +102,9 @@ class ViLaDiff(MeanTeacher):
         return build(self.cfg.vila if self.cfg.vila.enabled else None)
 
     def views_wanted(self) -> Views:
-        oracle = self.cfg.pseudo.oracle != "none"
-        return Views(strong=1, cutmix=self.cfg.cutmix, text=self.cfg.vila.enabled, truth=oracle)
+        cfg, oracle = self.cfg, self.cfg.pseudo.oracle != "none"
+        maps = cfg.vila.enabled or (cfg.mixe.enabled and cfg.mixe.train_images != "labelled")
+        return Views(strong=1, cutmix=cfg.cutmix, text=cfg.vila.enabled, whole_cells=maps, truth=oracle)
 
     def headline(self) -> str:
         return self.cfg.predict.stream if self.cfg.vila.enabled else "visual"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SMALL = 48
+"""Longest side of a map that a CPU enlarges by matrix products, two to three times faster there both ways."""
 
 
 class Attention(nn.Module):
@@ -88,3 +93,20 @@ def sincos_2d(h: int, w: int, dim: int, device: torch.device) -> Tensor:
     y = (torch.arange(h, device=device)[:, None] * rate)[:, None].expand(h, w, -1)
     x = (torch.arange(w, device=device)[:, None] * rate)[None].expand(h, w, -1)
     return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1).reshape(h * w, dim)
+
+
+def bilinear(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+    """(B, C, h, w) to ``size`` = (H, W), pixel centres at half-integers, edges replicated."""
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or max(x.shape[-2:]) > SMALL
+    if plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+    rows, columns = _weights(x.shape[-2], size[0]), _weights(x.shape[-1], size[1])
+    return rows @ (x @ columns.mT)
+
+
+@lru_cache(maxsize=64)
+def _weights(source: int, length: int) -> Tensor:
+    """(length, source) weight of each source in each result along one axis."""
+    with torch.inference_mode(False), torch.no_grad():
+        unit = torch.eye(source).unsqueeze(1)
+        return F.interpolate(unit, length, mode="linear", align_corners=False)[:, 0].T.contiguous()

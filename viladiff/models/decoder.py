@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from viladiff.models.blocks import bilinear
+
 
 class Refine(nn.Module):
     """Residual GroupNorm, ReLU, 3 x 3 convolution."""
@@ -44,7 +46,7 @@ class Decoder(nn.Module):
         x = self.fuse[3](self.reshape[3](top))
         for fuse, lateral in zip(list(self.fuse[:3])[::-1], laterals[::-1], strict=True):
             if x.shape[-2:] != lateral.shape[-2:]:
-                x = F.interpolate(x, lateral.shape[-2:], mode="bilinear", align_corners=False)
+                x = bilinear(x, lateral.shape[-2:])
             copies = x.shape[0] // lateral.shape[0]
             x = fuse(x + (lateral if copies == 1 else lateral.repeat(copies, 1, 1, 1)))
         return F.relu(self.norm(x))

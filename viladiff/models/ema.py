@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,31 +30,42 @@ def ema_momentum(step: int, momentum: float) -> float:
 def ema_update(teacher: nn.Module, student: nn.Module, step: int, momentum: float = 0.99) -> None:
     """teacher <- m teacher + (1 - m) student over all parameters and float buffers; integer buffers are copied.
 
-    Both modules have the same structure, on the same device. The average is kept in the teacher's precision, which
-    must be float32 or better: in bfloat16 a step of 1 - m = 0.01 is mostly rounded away. ValueError where the
-    structures differ or the teacher is not in such a precision.
+    Both modules have the same structure, on the same device; their tensors are paired by place. The average is kept in
+    the teacher's precision, which must be float32 or better: in bfloat16 a step of 1 - m = 0.01 is mostly rounded away.
+    ValueError where the shapes differ or the teacher is not in such a precision.
     """
-    weight = 1 - ema_momentum(step, momentum)
+    average = get_ema_multi_avg_fn(ema_momentum(step, momentum))
+    mine, theirs = _tensors(teacher), _tensors(student)
+    if [x.shape for x in mine] != [x.shape for x in theirs]:
+        _refuse(teacher, student)
     averaged: list[Tensor] = []
     towards: list[Tensor] = []
-    for (name, mine), (other, theirs) in zip(_tensors(teacher), _tensors(student), strict=True):
-        if name != other or mine.shape != theirs.shape:
-            raise ValueError(
-                f"teacher has {name} {tuple(mine.shape)} where the student has {other} {tuple(theirs.shape)}"
-            )
-        if not mine.is_floating_point():
-            mine.copy_(theirs)
-        elif mine.dtype in (torch.float32, torch.float64):
-            averaged.append(mine)
-            towards.append(theirs.detach().to(mine.dtype))
+    for into, source in zip(mine, theirs, strict=True):
+        if into.dtype in (torch.float32, torch.float64):
+            averaged.append(into)
+            towards.append(source.to(into.dtype))
+        elif into.is_floating_point():
+            name = next(name for name, x in _named(teacher) if x is into)
+            raise ValueError(f"teacher's {name} is {into.dtype}: averages need float32 or float64")
         else:
-            raise ValueError(f"teacher's {name} is {mine.dtype}: averages need float32 or float64")
+            into.copy_(source)
     if averaged:
-        torch._foreach_lerp_(averaged, towards, weight)
+        average(averaged, towards, step)
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _refuse(teacher: nn.Module, student: nn.Module) -> None:
+    for (name, mine), (other, theirs) in zip_longest(_named(teacher), _named(student), fillvalue=("nothing", None)):
+        have, has = (() if x is None else tuple(x.shape) for x in (mine, theirs))
+        if name != other or have != has:
+            raise ValueError(f"teacher has {name} {have} where the student has {other} {has}")
 
 
 def frozen_copy(module: M) -> M:

@@ -7,8 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-START = 0.05
-"""Standard deviation of all parameters at first, so that the density is nearly that of one unit Gaussian."""
+COUPLING_STD = 0.05
+"""Standard deviation of the couplings' parameters at first, so that z is nearly x, permuted; DDFP's release."""
+MEAN_STD = 1.0
+"""Standard deviation of the class means at first; DDFP's release. At 0.05 all classes are one Gaussian, and the
+density falls away from the origin alone."""
 
 
 class Coupling(nn.Module):
@@ -58,8 +61,9 @@ class Flow(nn.Module):
             raise ValueError(f"width = {width}: a coupling needs two channels to divide")
         self.couplings = nn.ModuleList([Coupling(width, hidden, clamp) for _ in range(depth)])
         self.means = nn.Parameter(torch.empty(num_classes, width))
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=START)
+        for parameter in self.couplings.parameters():
+            nn.init.normal_(parameter, std=COUPLING_STD)
+        nn.init.normal_(self.means, std=MEAN_STD)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (n, D) to z (n, D) and log |det dz/dx| (n,)."""
@@ -93,8 +97,11 @@ class Flow(nn.Module):
 
 
 def soft_clamp(x: Tensor, limit: float) -> Tensor:
-    """x squeezed into (-limit, limit): 2 limit / pi * atan(x / limit)."""
-    return (2 / math.pi * limit) * torch.atan(x / limit)
+    """x squeezed into (-limit, limit): 0.636 limit atan(x), of any shape, without units; FrEIA's since its version 0.2.
+
+    x itself is not divided by the limit, so the slope at 0 is 0.636 limit; 0.636 stands for 2 / pi.
+    """
+    return 0.636 * limit * torch.atan(x)
 
 
 def _subnet(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from viladiff.fields import nearest
 from viladiff.models.backbones import load_weights
 
-TEMPLATE = "a photo of a {}."
+TEMPLATE = "a photo of a {}"
+"""SemiVL's, without a full stop."""
 PLAIN = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
 """What the configuration of a CLIP as first published consists of."""
 

@@ -7,10 +7,11 @@ is the length of a class's code, S the number of reverse steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from viladiff.fields import Section
 from viladiff.losses import choose
+from viladiff.models.blocks import bilinear
 from viladiff.models.diffusion import (
     add_gaussian_noise,
     alpha_bar,
@@ -165,23 +167,25 @@ def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise
     that do not fit.
     """
     soft = soft.float()
-    labels = soft.argmax(dim=1)
+    labels = soft.max(dim=1).indices  # on a CPU a tenth of argmax's time
     gaussian, edges = regions(soft, tau, cfg.gaussian_region), edge_mask(labels)
     with torch.autocast(soft.device.type, enabled=False):
         values = torch.einsum("bchw,cd->bdhw", soft, _codes_on(soft.shape[1], soft.device))
     if cfg.gaussian:
         values = add_gaussian_noise(values, t, _alpha_bar_on(cfg.timesteps, soft.device), noise)
     if cfg.flips:
-        rate = _edge_aware_rate(edges, cfg, soft.shape[1])
-        chance = flip_probability(t, rate, soft.shape[1], cfg.flip_schedule, cfg.timesteps)
+        rates, when = _rates(cfg, soft.shape[1], soft.device), t[:, None] if isinstance(t, Tensor) else t
+        chances = flip_probability(when, rates, soft.shape[1], cfg.flip_schedule, cfg.timesteps)
+        place = edges.flatten(1).long()
+        chance = chances.expand(len(soft), -1).gather(1, place).view_as(edges)
         labels = torch.where(gaussian, labels, flip_labels(labels, chance, soft.shape[1], uniform=uniform))
     return Corrupted(_assemble(values, labels, gaussian, soft.shape[1]), labels, gaussian, edges, noise)
 
 
-def _edge_aware_rate(edges: Tensor, cfg: MixeConfig, classes: int) -> Tensor:
-    """(B, h, w) probability of a flip in one step."""
+def _rates(cfg: MixeConfig, classes: int, device: torch.device) -> Tensor:
+    """(2,) probabilities of a flip in one step, off and on an edge: what depends on them is computed for these two."""
     check_beta(cfg.beta + cfg.edge_bonus, classes)
-    return cfg.beta + cfg.edge_bonus * edges.float()
+    return cfg.beta + cfg.edge_bonus * torch.arange(2, device=device).float()
 
 
 def _assemble(values: Tensor, labels: Tensor, gaussian: Tensor, classes: int) -> Tensor:
@@ -220,7 +224,7 @@ class Denoiser(nn.Module):
         """
         seen = self.features_norm(self.features(features.detach()))
         if seen.shape[-2:] != logits.shape[-2:]:
-            seen = F.interpolate(seen, size=logits.shape[-2:], mode="bilinear", align_corners=False)
+            seen = bilinear(seen, logits.shape[-2:])
         return seen + self.logits(logits.detach().float().softmax(dim=1))
 
     def forward(self, codes: Tensor, gaussian: Tensor, edges: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,16 +233,33 @@ class Denoiser(nn.Module):
         ``codes`` (B, d, h, w), ``gaussian`` and ``edges`` (B, h, w) bool, ``t`` (B,) int64, ``cond`` from
         ``prepare``.
         """
-        maps = torch.stack((gaussian, edges), dim=1).to(codes.dtype)
-        x = self.entry(torch.cat((codes, maps), dim=1)) + cond
-        films = self.time(_sinusoids(t / self.timesteps, self.width))[:, :, None, None].chunk(
-            2 * len(self.convs), dim=1
-        )
-        for norm, conv, scale, shift in zip(self.norms, self.convs, films[::2], films[1::2], strict=True):
-            x = x + conv(F.silu(norm(x))) * (1 + scale) + shift
+        return self.denoise(codes, self.films(t), self.placed(cond, gaussian, edges))
+
+    def placed(self, cond: Tensor, gaussian: Tensor, edges: Tensor) -> Tensor:
+        """``cond`` and what the entry makes of the two regions, which stay as they are for a whole chain."""
+        maps = torch.stack((gaussian, edges), dim=1).to(self.entry.weight.dtype)
+        return cond + F.conv2d(maps, self.entry.weight[:, -2:], self.entry.bias, padding=1)
+
+    def films(self, t: Tensor) -> Tensor:
+        """(B, 2 * depth * width, 1, 1) scale and shift of each block at ``t`` (B,) int64."""
+        return self.time(_sinusoids(t / self.timesteps, self.width))[:, :, None, None]
+
+    def denoise(self, codes: Tensor, films: Tensor, placed: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` from what ``films`` and ``placed`` give; one row of ``films`` serves a whole batch."""
+        x = placed + F.conv2d(codes, self.entry.weight[:, :-2], padding=1)
+        parts = films.chunk(2 * len(self.convs), dim=1)
+        for norm, conv, scale, shift in zip(self.norms, self.convs, parts[::2], parts[1::2], strict=True):
+            x = torch.addcmul(x + shift, conv(F.silu(norm(x))), 1 + scale)
         with torch.autocast(x.device.type, enabled=False):
             x = F.silu(self.exit(x.float()))
             return self.class_head(x), self.noise_head(x)
+
+    def chain(
+        self, gaussian: Tensor, edges: Tensor, times: Tensor, cond: Tensor
+    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """``forward`` of codes at the i-th of ``times`` (S,) int64, with all that the steps share done once."""
+        films, placed = self.films(times), self.placed(cond, gaussian, edges)
+        return lambda codes, i: self.denoise(codes, films[i : i + 1], placed)
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -263,13 +284,21 @@ def reverse_times(timesteps: int, steps: int | None) -> list[int]:
     return [timesteps - i * timesteps // steps for i in range(steps + 1)]
 
 
+class Chained(Protocol):
+    """What ``refine`` asks of a denoiser; see ``Denoiser.chain``."""
+
+    def chain(
+        self, gaussian: Tensor, edges: Tensor, times: Tensor, cond: Tensor, /
+    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]: ...
+
+
 @torch.no_grad()
 def refine(
-    denoiser: nn.Module, cond: Tensor, soft: Tensor, tau: float, cfg: MixeConfig, noise: Tensor, uniforms: Tensor
+    denoiser: Chained, cond: Tensor, soft: Tensor, tau: float, cfg: MixeConfig, noise: Tensor, uniforms: Tensor
 ) -> Tensor:
     """(B, C, h, w) logits of the clean class after the whole chain: corrupt ``soft`` at T, then undo it step by step.
 
-    ``denoiser`` is called as a ``Denoiser`` is; ``cond`` as from its ``prepare``; ``soft`` (B, C, h, w)
+    ``denoiser`` has the ``chain`` of a ``Denoiser``; ``cond`` as from its ``prepare``; ``soft`` (B, C, h, w)
     probabilities; ``noise`` (B, d, h, w) normal; ``uniforms`` (S, B, h, w) in [0, 1), the first for the corruption.
     Regions and edges are those of ``soft`` throughout. S = cfg.refine_steps or T. ValueError if ``uniforms`` has
     another S.
@@ -282,18 +311,20 @@ def refine(
     kept = _alpha_bar_list(cfg.timesteps)
     state = corrupt(soft, cfg.timesteps, tau, cfg, noise=noise, uniform=uniforms[0])
     x, z = state.codes, state.labels
-    rate = _edge_aware_rate(state.edges, cfg, classes)
-    steps = torch.tensor(times).to(soft.device, non_blocking=True)[:, None, None, None]
-    memory = posterior_memory(steps[:-1], steps[1:], rate, classes, cfg.flip_schedule, cfg.timesteps)
+    rates, place = _rates(cfg, classes, soft.device), state.edges.flatten().long()
+    at = torch.tensor(times).to(soft.device, non_blocking=True)
+    steps = at[:, None]
+    lost = posterior_memory(steps[:-1], steps[1:], rates, classes, cfg.flip_schedule, cfg.timesteps)
+    memory = [part[:, place].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost]
+    denoise = denoiser.chain(state.gaussian, state.edges, at[:-1], cond)
     for i, (t, t_prev) in enumerate(pairwise(times)):
-        step = torch.full((len(soft),), t, device=soft.device)
-        logits, noise_pred = denoiser(x, state.gaussian, state.edges, step, cond)
+        logits, noise_pred = denoise(x, i)
         if t_prev == 0:
             break
         if cfg.flips:
             probs = logits.float().softmax(dim=1)
             if cfg.reverse == "posterior":
-                probs = posterior_of(z, probs, *(part[i].unsqueeze(1) for part in memory))
+                probs = posterior_of(z, probs, *(part[i] for part in memory))
             z = torch.where(state.gaussian, z, sample_classes(probs, uniforms[i + 1]))
         if cfg.gaussian:
             x, _ = ddim_step(x, noise_pred, t, kept, t_prev)

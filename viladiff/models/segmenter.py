@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.batch import CutMix, TextBatch
 from viladiff.data.mixing import apply_cutmix
 from viladiff.models.backbones import Encoder, build_encoder
+from viladiff.models.blocks import bilinear
 from viladiff.models.decoder import Decoder
 from viladiff.models.vila import ViLa, VilaConfig
 
@@ -46,8 +47,49 @@ class Classifier(nn.Module):
         return self.fine(mid) + upsample(self.coarse(top), mid.shape[-2:])
 
 
+class _Last:
+    """What a segmenter found in the images that it saw last, by identity of the tensors that it was given."""
+
+    def __init__(self) -> None:
+        self.images: Tensor | None = None
+        self.maps: list[Tensor] = []
+        self.streams: list[tuple[TextBatch | None, dict[str, Stream]]] = []
+
+    def encoded(self, images: Tensor, encoder: Encoder) -> list[Tensor]:
+        if self.images is not images:
+            self.maps, self.streams = encoder(images), []
+            self.images = images
+        return self.maps
+
+    def found(self, text: TextBatch | None, names: tuple[str, ...]) -> dict[str, Stream] | None:
+        for words, streams in self.streams:
+            if words is text and set(names) <= set(streams):
+                return {name: streams[name] for name in names}
+        return None
+
+
+@contextmanager
+def remembered(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, segmenters in ``networks`` do not go again through the images that they saw last, nor their streams.
+
+    For evaluation alone, where several scores read one prediction: nothing may change images, words or weights in
+    place. One batch of maps is kept for each segmenter, until the next one.
+    """
+    found = {module for network in networks for module in network.modules() if isinstance(module, Segmenter)}
+    try:
+        for segmenter in found:
+            segmenter.last = _Last()
+        yield
+    finally:
+        for segmenter in found:
+            segmenter.last = None
+
+
 class Segmenter(nn.Module):
     """``forward`` gives full-size logits per stream; methods that need more call ``streams``."""
+
+    last: _Last | None = None
+    """Set by ``remembered``."""
 
     def __init__(self, encoder: Encoder, width: int, num_classes: int, vila: ViLa | None = None) -> None:
         super().__init__()
@@ -72,11 +114,18 @@ class Segmenter(nn.Module):
         self, images: Tensor, text: TextBatch | None = None, names: tuple[str, ...] | None = None
     ) -> dict[str, Stream]:
         """images (B, 3, H, W) to the named streams, all by default; encoder and fine decoder levels run once."""
-        return self.decode(self.encode(images), text, names)
+        features, names = self.encode(images), self.names if names is None else names
+        if self.last is None:
+            return self.decode(features, text, names)
+        found = self.last.found(text, names)
+        if found is None:
+            found = self.decode(features, text, names)
+            self.last.streams.append((text, found))
+        return found
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) to the encoder's four maps (B, D_i, h_i, w_i), coarsest last, for ``decode``."""
-        return self.encoder(images)
+        return self.encoder(images) if self.last is None else self.last.encoded(images, self.encoder)
 
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
@@ -89,6 +138,7 @@ class Segmenter(nn.Module):
         else:
             found = self.vila(top, text, names)
             tokens, tops = [found[name].features for name in names], torch.cat([found[name].top for name in names])
+        tops = tops.contiguous()  # tokens are channels-last; in the decoder that form makes norms and softmax slow
         # Not chunk(): an exported graph would be held to one batch size by it.
         mids = self.decoder(tops, self.decoder.laterals(features)).unflatten(0, (len(names), -1))
         return {
@@ -120,7 +170,7 @@ def mixed(stream: Stream, mix: CutMix, h: int, w: int, patch: int, stride: int) 
 
 def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     """Grid logits (B, C, h, w) to pixels, bilinearly."""
-    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+    return bilinear(logits, size)
 
 
 class Pair(nn.Module):

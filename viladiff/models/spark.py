@@ -16,8 +16,8 @@ from viladiff.batch import TextBatch
 from viladiff.models.backbones import Encoder
 from viladiff.models.segmenter import Segmenter, Stream
 
-Draw = Callable[[tuple[int, ...]], Tensor]
-"""A shape to that many uniform numbers for each image of a batch: (B, *shape)."""
+Draw = Callable[[str, tuple[int, ...]], Tensor]
+"""What they are for and a shape, to that many uniform numbers for each image of a batch: (B, *shape)."""
 
 
 class ChannelAttention(nn.Module):
@@ -27,31 +27,39 @@ class ChannelAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(width, heads * width, bias=False) for _ in range(3))
-        self.out = nn.Linear(heads * width, width)
+        self.out = nn.Linear(heads * width, width, bias=False)
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor, source: Tensor, draw: Draw | None = None, p: float = 0.1) -> Tensor:
         """x (B, N, C) asks; the channels of source (G, S, N, C) answer all together, those of S images and all heads.
 
-        G is 1 where all images of x read the same source, else B. The map is (B, h C, S h C).
+        G is 1 where all images of x read the same source, else B. The map is (B, h C, S h C). With ``draw``, weights of
+        the map and numbers of the answer are each dropped with probability ``p``.
         """
         keys, values = (f(source).transpose(1, 2).flatten(2) for f in (self.key, self.value))
         found = _attend(self.query(x).mT, keys, values.mT, draw, p)
-        return self.out(found.mT)
+        return _dropped(self.out(found.mT), draw, p)
 
     def within(self, x: Tensor, draw: Draw | None = None, p: float = 0.1) -> Tensor:
         """x (B, N, C) asks itself, each head for itself: maps (B, h, C, C)."""
         q, k, v = (f(x).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1) for f in (self.query, self.key, self.value))
         found = _attend(q, k.mT, v, draw, p)
-        return self.out(found.flatten(1, 2).mT)
+        return _dropped(self.out(found.flatten(1, 2).mT), draw, p)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, draw: Draw | None, p: float) -> Tensor:
     """queries (..., R, N), keys (..., N, M), values (..., M, N) to (..., R, N); of float32 but for the products."""
     scores = (queries @ keys).float()
     weights = F.layer_norm(scores, scores.shape[-2:]).softmax(-1)
-    if draw is not None and p:
-        weights = weights * ((draw(tuple(weights.shape[1:])) >= p) / (1 - p))
-    return weights.to(values.dtype) @ values
+    return _dropped(weights, draw, p, "weights").to(values.dtype) @ values
+
+
+def _dropped(x: Tensor, draw: Draw | None, p: float, what: str = "answer") -> Tensor:
+    """x (B, ...) with each number dropped with probability p and the rest scaled by 1 / (1 - p)."""
+    if draw is None or not p:
+        return x
+    return x * ((draw(what, tuple(x.shape[1:])) >= p) / (1 - p)).to(x.dtype)
 
 
 class Spark(nn.Module):
@@ -117,9 +125,9 @@ class SemanticMemory(nn.Module):
         self.register_buffer("slots", torch.zeros(num_classes * width + 1, side * side))
         self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.int64))
 
-    def read(self, grid: torch.Size) -> Tensor:
-        """(K, N, C) tokens on that grid; a place without a channel so far is 0."""
-        kept = self.slots[:-1].unflatten(0, (-1, self.width))
+    def read(self, grid: torch.Size, slots: Tensor | None = None) -> Tensor:
+        """(K, N, C) tokens on that grid, or of the ``slots`` of ``placed``; a place without a channel so far is 0."""
+        kept = (self.slots if slots is None else slots)[:-1].unflatten(0, (-1, self.width))
         return resized(kept, (self.side, self.side), tuple(grid)).mT
 
     def filled(self) -> Tensor:
@@ -128,15 +136,20 @@ class SemanticMemory(nn.Module):
 
     def push(self, channels: Tensor, classes: Tensor) -> None:
         """Each class takes its channels (R, N) in their order and forgets its oldest; ``classes`` (R,) int64."""
+        self.slots.copy_(self.placed(channels, classes))
+        self.pushed.add_(F.one_hot(classes, len(self.pushed)).sum(0))
+
+    def placed(self, channels: Tensor, classes: Tensor) -> Tensor:
+        """The slots as they will be after ``push``; the memory itself stays as it is."""
         own = F.one_hot(classes, len(self.pushed))
         rank = own.cumsum(0).gather(1, classes[:, None])[:, 0] - 1
         total = own.sum(0)
         place = classes * self.width + (self.pushed[classes] + rank) % self.width
         newest = rank >= total[classes] - self.width  # of more than a queue holds, the last
         rows = torch.where(newest, place, len(self.slots) - 1)
-        self.slots.index_copy_(0, rows, channels.to(self.slots.dtype))
-        self.slots[-1].zero_()
-        self.pushed.add_(total)
+        slots = self.slots.index_copy(0, rows, channels.to(self.slots.dtype))
+        slots[-1].zero_()
+        return slots
 
 
 def resized(maps: Tensor, grid: tuple[int, ...], to: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,11 @@
 """SemiVL's decoder: a map of likeness to its text for each class, read class by class, and classes read one another.
 
 T is the width of the text vectors, K the number of classes, W the decoder's width (128 as published). Norms are
-GroupNorm, so a class's map is done alike in any batch.
+GroupNorm with 16 channels a group, so a class's map is done alike in any batch.
+
+Differences from the released code: maps are resized without aligned corners, cells at a border that fill no whole token
+are pooled all the same, and which of the encoder's maps join follows their sizes (``skip_levels``: of a plain
+transformer the third and the first of four, where there the outputs of blocks 5 and 1 join).
 """
 
 from __future__ import annotations
@@ -38,36 +42,36 @@ class VlDecoderConfig(Section):
 
 
 class Aspp(nn.Module):
-    """Parallel convolutions of several reaches and the mean, joined, with a residual."""
+    """x + ReLU(norm(.)) of parallel convolutions of several reaches and the mean, joined."""
 
     def __init__(self, width: int, dilations: Sequence[int]) -> None:
         super().__init__()
-        near = nn.Conv2d(width, width, 1)
-        far = [nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in dilations]
-        self.branches = nn.ModuleList([nn.Sequential(conv, _norm(width), nn.ReLU()) for conv in (near, *far)])
-        self.mean = nn.Conv2d(width, width, 1)
-        self.join = nn.Sequential(nn.Conv2d((len(self.branches) + 1) * width, width, 1), _norm(width))
+        near = _conv(width, width, 1)
+        far = [_conv(width, width, 3, dilation) for dilation in dilations]
+        self.branches = nn.ModuleList([nn.Sequential(*layers) for layers in (near, *far)])
+        self.mean = nn.Sequential(*_conv(width, width, 1))
+        self.join = nn.Sequential(*_conv((len(self.branches) + 1) * width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = F.relu(self.mean(x.mean((2, 3), keepdim=True))).expand_as(x)
-        return F.relu(x + self.join(torch.cat([*(branch(x) for branch in self.branches), mean], 1)))
+        """x (B, W, h, w) to its like; the residual passes unchanged, negative values too."""
+        mean = self.mean(x.mean((2, 3), keepdim=True)).expand_as(x)
+        return x + self.join(torch.cat([*(branch(x) for branch in self.branches), mean], 1))
 
 
 class SemanticBlock(nn.Module):
     """At each place of a pooled grid the classes are the tokens; each brings its map and its text."""
 
-    def __init__(self, width: int, text_dim: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.text = nn.Sequential(nn.Linear(text_dim, width), nn.ReLU())
         self.block = SelfBlock(2 * width, 4, ratio=2)
 
-    def forward(self, x: Tensor, texts: Tensor) -> Tensor:
-        """x (B, K, W, h, w), texts (K, T)."""
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        """x (B, K, W, h, w), words (K, W) the projected texts."""
         classes, width = x.shape[1:3]
         pooled = F.avg_pool2d(x.flatten(0, 1), POOL, ceil_mode=True, count_include_pad=False)
         tokens = pooled.unflatten(0, (-1, classes)).permute(0, 3, 4, 1, 2)  # (B, h', w', K, W)
-        words = self.text(texts).to(tokens.dtype).expand_as(tokens)
-        seen = self.block(torch.cat([tokens, words], -1).flatten(0, 2))[..., :width]
+        beside = words.to(tokens.dtype).expand_as(tokens)
+        seen = self.block(torch.cat([tokens, beside], -1).flatten(0, 2))[..., :width]
         maps = seen.reshape(tokens.shape).permute(0, 3, 4, 1, 2).flatten(0, 1)
         fine = F.interpolate(maps, x.shape[-2:], mode="bilinear", align_corners=False)
         return x + fine.unflatten(0, (-1, classes))
@@ -109,11 +113,15 @@ class VlDecoder(nn.Module):
         self.to_text = nn.Conv2d(channels[-1], text_dim, 1)
         self.embed = nn.Conv2d(1, width, 7, padding=3)
         self.aspp = Aspp(width, cfg.dilations)
-        self.blocks = nn.ModuleList([SemanticBlock(width, text_dim) for _ in range(cfg.transformers)])
+        self.text = nn.Sequential(nn.Linear(text_dim, width), nn.ReLU()) if cfg.transformers else nn.Identity()
+        self.blocks = nn.ModuleList([SemanticBlock(width) for _ in range(cfg.transformers)])
         first, second = max(4, width // 4), max(4, width // 8)
         self.levels = skip_levels(strides)
         self.skips = nn.ModuleList(
-            [nn.Conv2d(channels[level], size, 1) for level, size in zip(self.levels, (first, second), strict=True)]
+            [
+                nn.Sequential(nn.Conv2d(channels[level], size, 3, padding=1), nn.ReLU())
+                for level, size in zip(self.levels, (first, second), strict=True)
+            ]
         )
         self.ups = nn.ModuleList([Up(width, first, half), Up(half, second, quarter)])
         self.score = nn.Conv2d(quarter, 1, 3, padding=1)
@@ -127,8 +135,9 @@ class VlDecoder(nn.Module):
         maps = similarity(self.dense(features[-1]), self.class_texts)
         height, width = maps.shape[-2:]
         x = torch.cat([self._chunked(self._read, part) for part in maps.split(self.chunk, 1)], 1)
+        words = self.text(self.class_texts)  # one projection, which all blocks read
         for block in self.blocks:
-            x = block(x, self.class_texts)
+            x = block(x, words)
         skips = [
             _fitted(skip(features[level]), (scale * height, scale * width))
             for skip, level, scale in zip(self.skips, self.levels, (2, 4), strict=True)
@@ -202,8 +211,13 @@ def _fitted(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, width), width)
+    """16 channels a group, or the least number above it that divides the width."""
+    groups = max(count for count in range(1, max(1, width // 16) + 1) if width % count == 0)
+    return nn.GroupNorm(groups, width)
 
 
-def _conv(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, 3, padding=1), _norm(outputs), nn.ReLU()
+def _conv(inputs: int, outputs: int, kernel: int = 3, dilation: int = 1) -> tuple[nn.Module, ...]:
+    """Convolution without a bias, norm, ReLU; the size of the map stays."""
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
+    return conv, _norm(outputs), nn.ReLU()

@@ -9,7 +9,7 @@ import base64
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.report import costs, scatter, standing
 from viladiff.report.costs import Costs, StepCost
@@ -19,6 +19,7 @@ from viladiff.report.tables import Results, Summary, number, summary
 from viladiff.report.views import shares
 
 if TYPE_CHECKING:
+    from viladiff.record import RunRecord
     from viladiff.study.claims import Verdict
     from viladiff.study.plan import Planned
     from viladiff.study.store import Store
@@ -116,8 +117,8 @@ def _line(results: Results, row: int, measured: Costs) -> Line:
         read.methods.get(method) if read else None,
         _lengths(results, row),
         max(peaks) / 2**20 if peaks else None,
-        _mean([r.cpu_seconds for r in records]),
-        _mean([r.train_seconds for r in records]),
+        _time(records, "cpu_seconds"),
+        _time(records, "train_seconds"),
         why,
     )
 
@@ -138,7 +139,11 @@ def _lengths(results: Results, row: int) -> float | None:
     return mine[0] / Counter(others).most_common(1)[0][0] if mine and others else None
 
 
-def _mean(values: Sequence[float | None]) -> Timed:
+def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seconds"]) -> Timed:
+    """Mean over a row's runs of all columns; none where they differ in precision, and so in what a step is."""
+    if len({record.precision for record in records}) > 1:
+        return Timed(None, 0)
+    values: list[float | None] = [getattr(record, name) for record in records]
     there = [value for value in values if value is not None]
     return Timed(sum(there) / len(there) if there else None, len(there))
 

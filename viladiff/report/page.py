@@ -10,7 +10,19 @@ import jinja2
 from markupsafe import Markup
 
 from viladiff.record import write_atomically
-from viladiff.report import choices, clusters, figures, leaderboard, palette, plain, provenance, strips, tables, views
+from viladiff.report import (
+    choices,
+    clusters,
+    figures,
+    leaderboard,
+    palette,
+    plain,
+    provenance,
+    strips,
+    tables,
+    training,
+    views,
+)
 from viladiff.report.curves import Curve, curves
 from viladiff.report.tables import METRICS, Agreement, Results
 from viladiff.study.spec import METRIC_NAMES
@@ -56,6 +68,7 @@ def render_table(
     more = {
         **leaderboard.to_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
         **clusters.to_markdown(grouped),
+        **training.to_markdown(results),
         "What each choice is worth": choices.to_markdown(opened),
         "The paper's own numbers": [f"- {plain.markdown(one.text)}" for one in printed],
     }
@@ -119,6 +132,10 @@ def html(
             counts=results.counts(),
             context=views.context(results),
             encoders=any(row.encoder for row in table.rows),
+            best_epochs=training.shows_best(results),
+            lengths=training.lengths(results),
+            settings=training.lines(results),
+            settings_notes=[*filter(None, [training.undeclared(results)]), training.SHARED],
             printed=printed,
             choices=opened,
             board=board,

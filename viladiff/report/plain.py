@@ -24,6 +24,7 @@ from viladiff.report.tables import (
     printed,
     summary,
 )
+from viladiff.report.training import best_epoch, shows_best
 from viladiff.study.spec import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -211,7 +212,8 @@ def _grid(
     labels = [say(results.plan.table.columns[c].label) for c in results.plan.columns]
     printed = own and results.plan.table.printed
     encoders = own and any(row.encoder for row in results.plan.table.rows)
-    kinds = ["measured", "difference", *(["paper"] if printed else [])]
+    best = own and shows_best(results)
+    kinds = ["measured", *(["best epoch"] if best else []), "difference", *(["paper"] if printed else [])]
     head = [
         "",
         "row",
@@ -222,10 +224,11 @@ def _grid(
     body = []
     for place, row in zip(results.rows(), lines(results, metric), strict=True):
         cells: list[str] = []
-        for found, top, gap, paper in row.cells:
+        for column, (found, top, gap, paper) in zip(results.plan.columns, row.cells, strict=True):
             text = say(str(found))
-            cells += [bold(text) if top else text, say(signed(gap.mean)) if gap else ""]
-            cells += [say(paper)] if printed else []
+            cells += [bold(text) if top else text]
+            cells += [say(str(best_epoch(results.at(place, column))))] if best else []
+            cells += [say(signed(gap.mean)) if gap else "", *([say(paper)] if printed else [])]
         ticks = [tick if on else "" for on in row.ticks] if own else []
         encoder = [say(results.plan.table.rows[place].encoder)] if encoders else []
         body.append([row.number, say(row.label) + (" (ours)" if row.control else ""), *encoder, *ticks, *cells])
@@ -251,7 +254,9 @@ def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
     """A booktabs table; printed numbers are set in grey columns headed as the paper's."""
     names, table = parts(results), results.plan.table
     grey, encoders = r"\textcolor{gray}{%s}", any(row.encoder for row in table.rows)
-    kinds = ["measured", r"$\Delta$", *([grey % "paper"] if table.printed else [])]
+    with_best = shows_best(results)
+    kinds = ["measured", *(["best epoch"] if with_best else []), r"$\Delta$"]
+    kinds += [grey % "paper"] if table.printed else []
     wide = len(kinds)
     spans = [rf"\multicolumn{{{wide}}}{{c}}{{{latex(table.columns[c].label)}}}" for c in results.plan.columns]
     start = 3 + encoders + len(names)
@@ -279,9 +284,11 @@ def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
             out.append(r"\midrule")
             ruled = True
         cells: list[str] = []
-        for found, top, gap, paper in row.cells:
+        for column, (found, top, gap, paper) in zip(results.plan.columns, row.cells, strict=True):
             text = latex(str(found))
-            cells += [rf"\textbf{{{text}}}" if top else text, latex(signed(gap.mean)) if gap else ""]
+            cells += [rf"\textbf{{{text}}}" if top else text]
+            cells += [latex(str(best_epoch(results.at(place, column))))] if with_best else []
+            cells += [latex(signed(gap.mean)) if gap else ""]
             cells += [grey % latex(paper) if paper else ""] if table.printed else []
         ticks = [r"\checkmark" if on else "" for on in row.ticks]
         encoder = [grey % latex(table.rows[place].encoder)] if encoders else []

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from viladiff.record import RunRecord
+from viladiff.record import RunRecord, mismatch
 from viladiff.report import contamination
 from viladiff.report.tables import Entry, Results, number
 
@@ -40,11 +40,12 @@ _SAME: dict[str, Callable[[RunRecord], object]] = {
     "Pretraining": lambda r: r.pretrained,
     "Text encoder": lambda r: r.text_encoder,
     "Steps": lambda r: r.steps,
-    "Precision": lambda r: r.config.get("train.precision"),
+    "Precision": lambda r: r.precision,
     "Workers a run": lambda r: r.workers,
     "Threads": lambda r: r.threads,
     "Device": lambda r: r.device,
     "Code revision": lambda r: _revision(r),
+    "Records": lambda r: mismatch(r) or "configuration matches name",
     "Versions": lambda r: ", ".join(f"{name} {version}" for name, version in sorted(r.versions.items())),
 }
 _MAY_DIFFER: dict[str, Callable[[RunRecord], object]] = {

@@ -12,7 +12,7 @@ from viladiff.study.plan import fields_of
 from viladiff.study.samples import score
 
 RATE = "optim.lr"
-APART = (RATE, "seed", "data.holdout", "eval.split", "eval.every_steps", "eval.boundary")
+APART = (RATE, "seed", "data.holdout", "eval.split", "eval.every_steps", "eval.every_epochs", "eval.boundary")
 """Fields in which a run that tries a rate may differ from the one that is reported."""
 
 
@@ -50,15 +50,16 @@ class Tried(NamedTuple):
 
 def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
     """In the table's order; rows of which no run was scored on held-out images are left out."""
-    by_fields: dict[str, list[RunRecord]] = defaultdict(list)
+    by_fields: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
     for record in records.values():
         if record.config.get("eval.split") == "holdout" and record.config.get(RATE) is not None:
-            by_fields[_key(record.changed)].append(record)
+            by_fields[_key(record.changed), record.precision].append(record)
     found, table = [], results.plan.table
     for row in results.rows():
         for column in results.plan.columns:
             names = results.plan.run_ids(row, column)
-            mine = by_fields.get(_key(results.plan.runs[names[0]].changed), []) if names else []
+            run = results.plan.runs[names[0]] if names else None
+            mine = by_fields.get((_key(run.changed), run.precision), []) if run else []
             rates = _rates(mine, _taken(results, names[0], mine)) if mine else ()
             if rates:
                 label, where = table.rows[row].label, table.columns[column].label

@@ -13,7 +13,7 @@ import numpy as np
 
 from viladiff.record import RunRecord
 from viladiff.study.plan import Plan, PlannedCell, State, states
-from viladiff.study.samples import score
+from viladiff.study.samples import one_precision, score
 from viladiff.study.spec import Printed
 
 if TYPE_CHECKING:
@@ -158,6 +158,8 @@ def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) ->
 
 
 def summary(entries: Sequence[Entry], metric: str, network: str = "", stream: str = "") -> Summary:
+    """Of one cell. Raises ValueError where its runs differ in precision."""
+    one_precision((e.record for e in entries if e.record is not None), "a cell")
     found = {
         e.cell.seed: score(e.record, metric, network or e.network, stream or e.stream) if e.record is not None else None
         for e in entries

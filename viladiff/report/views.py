@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-from viladiff.report import figures, palette, plain, provenance
+from viladiff.report import figures, palette, plain, provenance, training
 from viladiff.report.curves import TERMS, Curve
-from viladiff.report.tables import Difference, Entry, Results, Summary, number, per_class, summary, swapped
+from viladiff.report.tables import (
+    Difference,
+    Entry,
+    Results,
+    Summary,
+    number,
+    per_class,
+    summary,
+    swapped,
+)
 
 if TYPE_CHECKING:
     from viladiff.study.claims import Comparison, Verdict
@@ -48,6 +57,7 @@ class Cell(NamedTuple):
     """Letters of the reasons why seeds are missing."""
     hover: str
     anchor: str
+    best_epoch: Summary | None = None
 
 
 class Line(NamedTuple):
@@ -115,6 +125,7 @@ def _cell(
         notes,
         "; ".join(values),
         f"run-{entries[0].cell.run_id}" if entries and entries[0].cell.run_id else "",
+        training.best_epoch(entries),
     )
 
 
@@ -309,7 +320,7 @@ def context(results: Results) -> list[str]:
     """Sentences without which the numbers would mislead: stand-in data sets, captions, length."""
     records = list(results.records().values())
     size = results.plan.table.scale.get(results.plan.scale)
-    said = stand_ins(results)
+    said = [*stand_ins(results), *([training.BEST] if training.shows_best(results) else [])]
     instead = [f"{_fields(fields)} for {asked}" for asked, fields in (size.substitute.items() if size else ())]
     said += [f"Stand-ins for what this data set lacks: {'; '.join(instead)}."] if instead else []
     said += (

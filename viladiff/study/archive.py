@@ -21,7 +21,7 @@ from pathlib import Path
 
 from viladiff.record import parse_record, record_bytes, without_paths, write_atomically
 from viladiff.study.store import Store
-from viladiff.study.upkeep import CHECKPOINTS
+from viladiff.study.upkeep import CHECKPOINTS, contradiction
 
 PARTS = {"records": "record.json", "pictures": "pictures.npz", "steps": "steps.jsonl"}
 LIMITS = {"records": 16 << 20, "pictures": 1 << 30, "steps": 1 << 30}
@@ -55,8 +55,8 @@ def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
 def import_archive(store: Store, path: Path) -> dict[str, str]:
     """Puts the runs of an archive into the store and says of each what was done; a good record is never replaced.
 
-    ValueError, with nothing put in place, where the archive holds anything but the files named above, or one of them
-    is damaged.
+    ValueError, with nothing put in place, where the archive holds anything but the files named above, one of them is
+    damaged, or a record's configuration does not match its name. Loads torch.
     """
     store.root.mkdir(parents=True, exist_ok=True)
     # Inside the store, so that each file is put in place by a rename.
@@ -123,6 +123,8 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
             record = parse_record((folder / name).read_bytes(), f"{path}: {name}")
             if record.run_id != run_id:
                 raise ValueError(f"{path}: {name} is the record of {record.run_id}; nothing was imported")
+            if why := contradiction(record):
+                raise ValueError(f"{path}: {name} does not match its name: {why}; nothing was imported")
         elif run_id not in runs:
             raise ValueError(f"{path}: {name} belongs to no record in it; nothing was imported")
         elif not (_is_arrays if part == "pictures" else _is_log)(folder / name):

@@ -1,29 +1,36 @@
-"""Optuna's side of a sweep: a study that always says what the trials' records say, asked for points and told of ends.
+"""Optuna's side of a sweep: a study of the trials' records, with ask, report and tell.
 
-The study is a view. It is checked against the records when a sweep is opened and made anew where it differs, so that a
-kill between two writes, or a file that somebody lost, changes nothing. Optuna is imported where it is used.
+The study is a view. When a sweep is opened, its records are replayed to a study in memory, and the stored study is made
+anew where it differs from that one. So a kill between two writes, or a lost file, changes nothing; nor are the
+attributes that Optuna's pruners keep in a study needed in the records. Optuna is imported where it is used.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from viladiff.study.samplers import Cmaes, Kind, distributions, next_on_grid, optuna_sampler
 from viladiff.study.space import Space, Value
-from viladiff.study.trials import Trial
+from viladiff.study.trials import Rung, Trial
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
+    from optuna.trial import Trial as OptunaTrial
 
 JOURNAL = "optuna.journal"
 OWNER = "viladiff"
 """Attribute of a study that was made here, and may therefore be made anew."""
+LOCK_SECONDS = 3
+"""Age at which the journal's lock is that of a killed driver; one driver at a time has the sweep, by its lease."""
 
 
 class ForeignStudy(ValueError):
@@ -34,52 +41,84 @@ class Asker:
     """Where points come from, and where values go."""
 
     def __init__(
-        self, name: str, space: Space, first: Mapping[str, Value], kind: Kind, seed: int, parallel: bool, storage: str
+        self,
+        name: str,
+        space: Space,
+        first: Mapping[str, Value],
+        kind: Kind,
+        seed: int,
+        parallel: bool,
+        storage: str,
+        pruner: BasePruner,
     ) -> None:
         """``storage``: an URL as Optuna takes it, or the path of a journal. Raises ValueError where it is out of reach,
         or holds a study of the same name that is not ours."""
         _quiet()
         self.name, self.space, self.first = name, space, dict(first)
-        self.kind, self.seed, self.parallel = kind, seed, parallel
+        self.kind, self.seed, self.parallel, self.pruner = kind, seed, parallel, pruner
         self.distributions = distributions(space)
         self.cmaes = Cmaes(space, self.first, seed) if kind == "cmaes" else None
         self.where = storage
         self.storage: BaseStorage
-        self.study: Study
+        self.told: Told
+
+    @property
+    def study(self) -> Study:
+        return self.told.study
+
+    @property
+    def stopped(self) -> set[int]:
+        """Trials under way that the pruner has ended."""
+        return self.told.stopped
 
     # Opening
 
-    def open(self, trials: Sequence[Trial]) -> None:
-        """Brings the study to what the records say."""
-        from viladiff.study.recent import Recent
-
-        frozen = [self._frozen(trial) for trial in trials]
+    def open(self, trials: Sequence[Trial], full: int) -> None:
+        """Brings the study to what the records say; ``full``: steps of the last rung, where nothing is pruned."""
+        replayed = self._replay(trials, full)
+        wanted = replayed.study.get_trials(deepcopy=False)
         try:
             self.storage = self._connect()
-            found = self._found()
-            if found is None or not _same(found.get_trials(deepcopy=False), frozen):
-                found = self._anew(frozen)
+            study = self._found()
+            if study is None or not _same(study.get_trials(deepcopy=False), wanted):
+                study = self._anew(wanted)
         except ForeignStudy:
             raise
         except Exception as error:  # each kind of storage has errors of its own
-            if "://" not in self.where:  # a journal that a kill has torn
-                Path(self.where).unlink(missing_ok=True)
-                self.storage = self._connect()
-                found = self._anew(frozen)
-            else:
+            if "://" in self.where:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(f"{_hidden(self.where)}: Optuna cannot keep its study there ({why})") from error
-        self.study = Recent(self.name, self.storage)
-        self.study_id = self.storage.get_study_id_from_name(self.name)
+            study = self._anew(wanted)  # a journal that is damaged
+        self.told = Told(study, self.storage, self.distributions, full, replayed.stopped)
+
+    def _replay(self, trials: Sequence[Trial], full: int) -> Told:
+        """What happened, told in its order to a study in memory."""
+        import optuna
+
+        storage = optuna.storages.InMemoryStorage()
+        told = Told(self._create(storage), storage, self.distributions, full, set())
+        happened: list[tuple[int, Callable[[], object]]] = []
+        for trial in trials:
+            happened.append((trial.order, partial(told.add, trial.point)))
+            happened += [(rung.order, partial(told.report, trial, [rung])) for rung in trial.rungs]
+            if trial.ended is not None:
+                happened.append((trial.ended, partial(told.tell, trial)))
+        for _, event in sorted(happened, key=lambda one: one[0]):
+            event()
+        return told
 
     def _connect(self) -> BaseStorage:
         import optuna
-
-        from viladiff.study.recent import Journal
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         if "://" in self.where:
             return optuna.storages.get_storage(self.where)
-        return optuna.storages.JournalStorage(Journal(self.where))
+        journal = Path(self.where)
+        if journal.is_file() and not journal.read_bytes().endswith(b"\n"):
+            journal.unlink()  # torn by a full disk: the next line would be added to half of one
+        # Optuna's other lock, a link, is waited for without an end where it points to no file.
+        lock = JournalFileOpenLock(self.where, grace_period=LOCK_SECONDS)
+        return optuna.storages.JournalStorage(JournalFileBackend(self.where, lock))
 
     def _found(self) -> Study | None:
         import optuna
@@ -87,7 +126,7 @@ class Asker:
         names = {one.study_name for one in self.storage.get_all_studies()}
         if self.name not in names:
             return None
-        study = optuna.load_study(study_name=self.name, storage=self.storage)
+        study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=self.pruner)
         if study.user_attrs.get(OWNER) is None:
             raise ForeignStudy(
                 f"{_hidden(self.where)}: holds a study {self.name!r} that was not made by viladiff; give --study NAME"
@@ -102,10 +141,15 @@ class Asker:
             self.storage = self._connect()
         elif self._found() is not None:
             optuna.delete_study(study_name=self.name, storage=self.storage)
-        study = optuna.create_study(study_name=self.name, storage=self.storage, direction="maximize")
+        study = self._create(self.storage)
         study.set_user_attr(OWNER, "rebuilt from the records of its trials")
         study.add_trials(frozen)
         return study
+
+    def _create(self, storage: BaseStorage) -> Study:
+        import optuna
+
+        return optuna.create_study(study_name=self.name, storage=storage, direction="maximize", pruner=self.pruner)
 
     # Asking and telling
 
@@ -124,18 +168,50 @@ class Asker:
         return {path: asked.params[path] for path in self.space}, self.kind
 
     def _fixed(self, point: dict[str, Value], origin: str) -> tuple[dict[str, Value], str]:
+        self.told.add(point)
+        return dict(point), origin
+
+    def report(self, trial: Trial, rungs: Iterable[Rung]) -> None:
+        """Values on the way, as ``Told.report`` takes them."""
+        self.told.report(trial, rungs)
+
+    def tell(self, trial: Trial) -> None:
+        """How a trial ended."""
+        self.told.tell(trial)
+
+
+class Told:
+    """A study that is told what happens in a sweep, and what its pruner says to that."""
+
+    def __init__(
+        self,
+        study: Study,
+        storage: BaseStorage,
+        distributions: Mapping[str, BaseDistribution],
+        full: int,
+        stopped: set[int],
+    ) -> None:
+        self.study, self.storage, self.distributions, self.full = study, storage, dict(distributions), full
+        self.study_id = storage.get_study_id_from_name(study.study_name)
+        self.stopped = set(stopped)
+
+    def add(self, point: Mapping[str, Value]) -> None:
+        """A trial begins at a point that no sampler of Optuna's has drawn."""
         import optuna
 
         running = optuna.trial.TrialState.RUNNING
         self.study.add_trial(
-            optuna.trial.create_trial(state=running, params=point, distributions=dict(self.distributions))
+            optuna.trial.create_trial(state=running, params=dict(point), distributions=self.distributions)
         )
-        return dict(point), origin
 
-    def rung(self, number: int, step: int, value: float) -> None:
-        """A value on the way."""
-        trial = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
-        self.storage.set_trial_intermediate_value(trial, step, value)
+    def report(self, trial: Trial, rungs: Iterable[Rung]) -> None:
+        """The first seed's values on the way. The pruner judges each but the last rung's, and none of a twin, whose
+        values it knows; it does not stop a trial that has a value."""
+        asked = self._asked(trial.number)
+        for rung in rungs:
+            asked.report(rung.value, rung.step)
+            if trial.twin is None and rung.step < self.full and asked.should_prune() and not trial.values:
+                self.stopped.add(trial.number)
 
     def tell(self, trial: Trial) -> None:
         """How a trial ended. A stopped one is PRUNED at the budget of its last rung, never COMPLETE."""
@@ -143,32 +219,17 @@ class Asker:
 
         states = optuna.trial.TrialState
         state = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[trial.state]
-        known = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, trial.number)
+        asked = self._asked(trial.number)
         for name, value in _attributes(trial).items():
-            self.storage.set_trial_user_attr(known, name, value)
+            asked.set_user_attr(name, value)
         self.study.tell(trial.number, trial.value if trial.state == "complete" else None, state)
+        self.stopped.discard(trial.number)
 
-    def _frozen(self, trial: Trial) -> FrozenTrial:
-        """A trial as the study would have it after ``ask``, ``rung`` and ``tell``, under the space as it is now."""
+    def _asked(self, number: int) -> OptunaTrial:
         import optuna
 
-        states = optuna.trial.TrialState
-        state = {
-            "running": states.RUNNING,
-            "complete": states.COMPLETE,
-            "pruned": states.PRUNED,
-            "failed": states.FAIL,
-        }[trial.state]
-        value = trial.value
-        if trial.state == "pruned" and trial.rungs:
-            value = trial.rungs[-1].value
-        return optuna.trial.create_trial(
-            state=state,
-            value=value,
-            params=trial.point,
-            distributions=dict(self.distributions),
-            intermediate_values={rung.step: rung.value for rung in trial.rungs},
-            user_attrs=_attributes(trial) if trial.state != "running" else {},
+        return optuna.trial.Trial(
+            self.study, self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
         )
 
 
@@ -190,7 +251,11 @@ def _same(found: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
             one.user_attrs,
         )
 
-    return len(found) == len(wanted) and all(content(a) == content(b) for a, b in zip(found, wanted, strict=True))
+    return len(found) == len(wanted) and all(
+        # What a sampler has noted of a trial cannot be replayed, and is of no use once the trial has its point.
+        content(a) == content(b) and b.system_attrs.items() <= a.system_attrs.items()
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
 def _hidden(storage: str) -> str:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.fields import ConfigError, nearest
+from viladiff.study.published import published_fields
 from viladiff.study.spec import RESERVED, Layer, Scale, Table, entry_name, listed, table_layers
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ CHOOSERS = ("data.dataset", "method.name")
 COMMON = "method.ohem."
 """Fields that every method has: set for a scale, they are meant for all rows."""
 _TYPED = "the command line"
+_SCALE = 1
+"""Rank of the scale's layer, below those of column, row and command line."""
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
@@ -104,7 +107,8 @@ def cells(
     """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
 
     A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); what a scale
-    has as ``shared``, fields of methods, goes to cells whose method has it and where neither column nor row sets it.
+    has as ``shared_method_fields`` goes to cells whose method has it and where neither column nor row sets it. Where a
+    scale has ``published``, what a method's publication sets for the cell's data set goes before base and scale alone.
     One that chooses another method or data set drops what earlier ones set for the one before alone, and of
     ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
     data set of a cell lacks is left out there, unless all cells lack it. Rows that cannot be run yet have no cells
@@ -120,6 +124,8 @@ def cells(
     layers = {place: _shared(table, scale, [*_layers(table, scale, *place), chosen]) for place in places}
     typed = _fitting(changes, {place: _merge(layers[place]) for place in places})
     settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
+    if table.scale[scale].published:
+        settled = {place: _with_published(merged) for place, merged in settled.items()}
     fixed = {"runtime.scale": scale}
     found = [
         Cell(*place, seed, {**{path: one.value for path, one in settled[place].items()}, "seed": seed, **fixed})
@@ -182,9 +188,20 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
             raise ValueError(f"{here}: {path}: not a field of any method{nearest(path, every)}")
         if path in table.scale[scale].set:
             raise ValueError(f"{here}: {path}: set has it too; keep one")
-    known = found.keys() - {path for path, one in merged.items() if one.rank > 1}
+    known = found.keys() - {path for path, one in merged.items() if one.rank > _SCALE}
     fields = {path: value for path, value in shared.items() if path in known}
     return [*layers, Layer(f"scale.{scale}: shared_method_fields", fields)]
+
+
+def _with_published(merged: Mapping[str, Setting]) -> dict[str, Setting]:
+    """``merged`` and the fields of the cell's publication that nothing above the scale sets."""
+    try:
+        fields = published_fields({path: one.value for path, one in merged.items()})
+    except ConfigError:  # an unknown method or data set: ``_check`` says which entry names it
+        return dict(merged)
+    entry = f"the published settings of {merged['method.name'].value}" if "method.name" in merged else "published"
+    free = {path: value for path, value in fields.items() if path not in merged or merged[path].rank <= _SCALE}
+    return {**merged, **{path: Setting(value, entry, _SCALE) for path, value in free.items()}}
 
 
 def _known(merged: Mapping[str, Setting], method: str | None = None) -> dict[str, FieldInfo]:

@@ -241,7 +241,7 @@ def _worst(reversed_: Sequence[Comparison]) -> str:
 
 
 def _lacking(plan: Plan, question: Question, measured: Samples) -> Iterator[str]:
-    """Why a question cannot be answered: cells that have fewer than three seeds."""
+    """Why a question cannot be answered: cells that have fewer than three seeds, spreads of different precision."""
     for row, column, _ in question.terms:
         have, planned = len(measured.get((row, column), Sample((), ())).values), len(plan.run_ids(row, column))
         where = f"{plan.table.rows[row].label!r} at {plan.table.columns[column].label!r}"
@@ -249,6 +249,13 @@ def _lacking(plan: Plan, question: Question, measured: Samples) -> Iterator[str]
             yield f"{where} was not asked for"
         elif have < FEWEST_SEEDS:
             yield f"{where} has {have} of {max(planned, FEWEST_SEEDS)} seeds, and {FEWEST_SEEDS} are needed"
+    if question.form == "spread":
+        for sign in (1, -1):
+            side = [measured.get((t.row, t.column)) for t in question.terms if t.sign == sign]
+            found = sorted({one.precision for one in side if one and one.values})
+            if len(found) > 1:
+                label = question.higher if sign > 0 else question.lower
+                yield f"{label!r} has cells of different precision ({'; '.join(found)}), whose spreads are not pooled"
 
 
 def _as_measured(asked: Sequence[Question], measured: Samples) -> str:
@@ -288,10 +295,11 @@ def _spreads(plan: Plan, known: Spread, asked: Sequence[Question], measured: Sam
     """Which standard deviations a claim's tests use."""
     cells = list(dict.fromkeys((term.row, term.column) for question in asked for term in question.terms))
     taken = {place: measured[place] for place in cells if place in measured}
-    reads = {one.read for one in taken.values()}
-    for read, pool in known.pools.items():
-        if read in reads:
+    several = len({precision for _, precision in known.pools}) > 1
+    for (read, precision), pool in known.pools.items():
+        if any(one.read == read and one.precision in (precision, "") for one in taken.values()):
             of = f" of the {' '.join(filter(None, reversed(read.split('/'))))} reading" if read else ""
+            of += f" in {precision}" if several else ""
             yield (
                 f"one standard deviation{of}, {pool.sd:.2f} points, pooled within {pool.cells} "
                 f"cell{'s' if pool.cells != 1 else ''} ({pool.df} degrees of freedom; that cells share seeds is not "

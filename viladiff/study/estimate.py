@@ -33,9 +33,9 @@ def estimate(plan: Plan, store: Runs, concurrency: int = 1, price_per_hour: floa
     """Time that is left with ``concurrency`` runs at once, and its cost at a price per hour of the whole machine.
 
     A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the records most
-    like it: those that differ in seed, labelled list, captions, length, learning rates and evaluation only, or else
-    those of the same method and data set. Without records the guesses of the scale are taken, and without those
-    nothing is said. Steps that the log of an interrupted run holds are not counted again.
+    like it, of its precision: those that differ in seed, labelled list, captions, length, learning rates and evaluation
+    only, or else those of the same method and data set. Without records the guesses of the scale are taken, and without
+    those nothing is said. Steps that the log of an interrupted run holds are not counted again.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency}: must be at least 1")
@@ -81,7 +81,7 @@ def _cost_fields(changed: Mapping[str, Any]) -> str:
 
 def _nearest(run: Planned, records: Iterable[RunRecord]) -> tuple[list[RunRecord], bool]:
     """Records to take times from, and whether their settings are the same; on as many threads, where there are such."""
-    usable = [one for one in records if one.steps > 0 and one.train_seconds > 0]
+    usable = [one for one in records if one.steps > 0 and one.train_seconds > 0 and one.precision == run.precision]
     same = [one for one in usable if _cost_fields(one.changed) == _cost_fields(run.changed)]
     kind = ("method.name", "data.dataset")
     akin = [one for one in usable if all(one.changed.get(path) == run.changed.get(path) for path in kind)]

@@ -11,17 +11,22 @@ its own. Whether a holder lives is seen in the kernel on its own machine, in its
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from viladiff.record import write_atomically
 from viladiff.study.reaper import start
@@ -147,9 +152,9 @@ def take(directory: Path, watch: Watch) -> Lease | None:
 
 
 def take_or_say(directory: Path) -> Lease:
-    """``take``, once; ValueError that names the holder where somebody else has the directory."""
+    """``take_or_wait``; ValueError that names the holder where somebody else has the directory."""
     watch = Watch()
-    lease = take(directory, watch)
+    lease = take_or_wait(directory, watch)
     if lease is None:
         holders = [str(holder) for holder in living(directory, watch).values() if holder is not None]
         who = holders[0] if holders else "another process"
@@ -157,13 +162,65 @@ def take_or_say(directory: Path) -> Lease:
     return lease
 
 
+def take_or_wait(directory: Path, watch: Watch) -> Lease | None:
+    """``take``, which waits as long as nobody can know whether the holder lives; None once somebody is seen to live.
+
+    After a restart of the machine or the container, the lease of a run that died with it is as one of another machine.
+    Its heartbeat is watched until there is one or SILENT seconds have passed, which are counted down on stderr.
+    Ctrl-C meanwhile leaves the lease as it is.
+    """
+    first: dict[Path, int] = {}
+    with _countdown(directory) as show:
+        while (lease := take(directory, watch)) is None:
+            held = [found for found in inspect(directory, watch) if not found.dead]
+            if any(_lives(found.holder) or first.setdefault(found.path, found.beat) != found.beat for found in held):
+                return None
+            if held:
+                show(held[0].holder, SILENT - min(watch.silent(found.path.name, found.beat) for found in held))
+            time.sleep(min(1.0, SILENT / 10))
+    return lease
+
+
+@contextmanager
+def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], None]]:
+    """Shows whom one waits for, and how many seconds at most: on a terminal in one line, elsewhere now and then."""
+    terminal, spoken = sys.stderr.isatty(), math.inf
+
+    def show(holder: Holder | None, left: float) -> None:
+        nonlocal spoken
+        if terminal or spoken - left >= HEARTBEAT:
+            spoken = left
+            who = f"{holder or 'another process'} has this run, on another machine or before a restart"
+            line = f"{directory.name}: {who}; without a sign of life it is taken over in {max(left, 0):.0f} s"
+            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if terminal and spoken < math.inf:
+            print(file=sys.stderr, flush=True)
+
+
 def living(directory: Path, watch: Watch) -> dict[Path, Holder | None]:
     """Leases on ``directory`` whose holder lives, or may; those of dead holders are removed. None: unreadable."""
-    return {path: holder for path, holder, dead in inspect(directory, watch) if not (dead and _remove(path, watch))}
+    seen = inspect(directory, watch)
+    return {found.path: found.holder for found in seen if not (found.dead and _remove(found.path, watch))}
 
 
-def inspect(directory: Path, watch: Watch) -> list[tuple[Path, Holder | None, bool]]:
-    """(file, holder, whether the holder is dead) for each lease on ``directory``; removes nothing."""
+class Found(NamedTuple):
+    """A lease as it was seen."""
+
+    path: Path
+    holder: Holder | None
+    """None where it cannot be read."""
+    beat: int
+    """The file's modification time in ns."""
+    dead: bool
+    """Whether the holder is."""
+
+
+def inspect(directory: Path, watch: Watch) -> list[Found]:
+    """Each lease on ``directory``; removes nothing."""
     try:
         names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -179,7 +236,7 @@ def inspect(directory: Path, watch: Watch) -> list[tuple[Path, Holder | None, bo
         except PermissionError:
             text = b""  # another user's: its heartbeat has to do
         holder = _parse(text)
-        found.append((path, holder, _dead(holder, name, beat, watch)))
+        found.append(Found(path, holder, beat, _dead(holder, name, beat, watch)))
     return found
 
 
@@ -204,15 +261,16 @@ def _parse(text: bytes) -> Holder | None:
 
 
 def _dead(holder: Holder | None, name: str, beat: int, watch: Watch) -> bool:
-    if holder is not None and holder.machine and holder.machine == _machine():
-        alive = _alive(holder)
-        if alive is not None:
-            return not alive  # a stopped process is silent and may still go on: only the kernel knows
+    alive = _lives(holder)
+    if alive is not None:
+        return not alive  # a stopped process is silent and may still go on: only the kernel knows
     return time.time() - beat / 1e9 > LONG_DEAD or watch.silent(name, beat) > SILENT
 
 
-def _alive(holder: Holder) -> bool | None:
-    """Whether the process of this machine runs; None where the kernel does not tell."""
+def _lives(holder: Holder | None) -> bool | None:
+    """Whether the process runs, as this machine's kernel knows it; None where the heartbeat alone tells."""
+    if holder is None or not holder.machine or holder.machine != _machine():
+        return None
     started = start(holder.pid)
     if started is not None:
         return started == holder.started

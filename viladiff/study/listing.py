@@ -255,6 +255,7 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "time": f"{wall}, {record.train_seconds:.0f} s of it training; {per_step}".rstrip("; "),
         "memory": "" if record.peak_memory_bytes is None else size(record.peak_memory_bytes),
         "device": f"{record.device}, {record.workers} workers, {record.threads} threads",
+        "precision": record.precision,
         "encoder": f"{record.encoder}, weights: {record.pretrained}",
         "captions": f"{record.captions}; read by {record.text_encoder}",
         "fingerprints": " ".join(f"{name}={value}" for name, value in record.fingerprints.items()),

@@ -19,12 +19,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import TypeAdapter
 
 from viladiff.record import RunRecord, write_atomically
+from viladiff.run_name import arithmetic
 from viladiff.study.cells import cells, choose, unavailable
+from viladiff.study.published import Stated, stated
 from viladiff.study.spec import Table
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
 
-_FORMAT = 2
+_FORMAT = 3
 """Raised when the file of a plan means something else than before."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DATA_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch")
@@ -46,6 +48,8 @@ class Planned:
     """Fields outside ``runtime`` that differ from their defaults, as a record has them."""
     workers: int = 1
     threads: int | None = None
+    precision: str = "fp32"
+    """As ``RunRecord.precision``."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Plan:
     """In the order of their first cells."""
     unavailable: dict[int, str] = field(default_factory=dict)
     """Why rows that were asked for have no cells, by place."""
+    published: tuple[Stated, ...] = ()
+    """What the publications of the cells' methods set there, and what the runs have."""
     file: Path | None = field(default=None, compare=False)
     """Where it is kept for the next time; None where it is made each time."""
 
@@ -96,6 +102,7 @@ class _Kept(NamedTuple):
     cells: tuple[PlannedCell, ...]
     runs: tuple[Planned, ...]
     unavailable: dict[int, str] = {}  # noqa: RUF012, never changed
+    published: tuple[Stated, ...] = ()
 
 
 def make_plan(
@@ -125,7 +132,8 @@ def make_plan(
         if file is not None and lasting:
             _write(file, kept)
     titled = _titled(table, kept)
-    return Plan(table, scale, chosen_rows, chosen_columns, chosen_seeds, kept.cells, titled, kept.unavailable, file)
+    rest = kept.cells, titled, kept.unavailable, kept.published, file
+    return Plan(table, scale, chosen_rows, chosen_columns, chosen_seeds, *rest)
 
 
 def _make(
@@ -149,11 +157,12 @@ def _make(
     for cell, cfg, named in zip(found, configs, name_runs(configs), strict=True):
         where.append(PlannedCell(cell.row, cell.column, cell.seed, named.run_id))
         fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
-        run = Planned(named.run_id, cell.changes, "", named.steps, fields, cfg.runtime.workers, cfg.runtime.threads)
+        how = cfg.runtime.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
+        run = Planned(named.run_id, cell.changes, "", named.steps, fields, *how)
         planned.setdefault(named.run_id, run)
     # Through JSON, so that a plan is the same whether it was read or made: tuples become lists.
     later = {row: why for row, why in unavailable(table, changes).items() if row in rows}
-    kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()), later)))
+    kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()), later, stated(table, found))))
     fixed = (isinstance(cfg.data, EmbeddedData) and cfg.data.text_encoder == "words" for cfg in configs)
     return kept, all(fixed) and not any(cfg.runtime.captions for cfg in configs)
 
@@ -188,6 +197,7 @@ def _key(
         "scale": scale,
         "set": size.set,
         "shared_method_fields": size.shared_method_fields,
+        "published": size.published,
         "datasets": size.datasets,
         "substitute": size.substitute,
         "threads": size.threads,
@@ -244,7 +254,8 @@ _ADAPTER = TypeAdapter(_Kept)
 
 def _dumps(kept: _Kept) -> str:
     cells, runs = [asdict(cell) for cell in kept.cells], [asdict(run) for run in kept.runs]
-    return json.dumps({"cells": cells, "runs": runs, "unavailable": kept.unavailable})
+    published = [one._asdict() for one in kept.published]
+    return json.dumps({"cells": cells, "runs": runs, "unavailable": kept.unavailable, "published": published})
 
 
 def _loads(text: str) -> _Kept:

@@ -1,6 +1,6 @@
 """The command ``viladiff runs``: what has been run, whether it is sound, and what of it to send or throw away.
 
-Only the standard library is loaded until a command is carried out, and torch only by ``verify``.
+Only the standard library is loaded until a command is carried out, and torch only by ``verify`` and ``import``.
 """
 
 from __future__ import annotations

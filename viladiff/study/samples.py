@@ -44,6 +44,13 @@ class Sample(NamedTuple):
     """Their names."""
     read: str = ""
     """Which of their scores it is, where not that of the headline: cells with the same runs and this are one sample."""
+    precision: str = ""
+    """``RunRecord.precision`` of all its runs."""
+
+    @property
+    def pool(self) -> tuple[str, str]:
+        """Cells that differ in this have no variance in common."""
+        return self.read, self.precision
 
 
 Samples = dict[tuple[int, int], Sample]
@@ -60,8 +67,9 @@ class Pool(NamedTuple):
 class Spread(NamedTuple):
     """What is known of the variance between seeds."""
 
-    pools: dict[str, Pool]
-    """One for each reading of the networks that some cell with two seeds has, by ``Sample.read``."""
+    pools: dict[tuple[str, str], Pool]
+    """One for each reading of the networks, and each precision, that some cell with two seeds has, by ``Sample.pool``.
+    """
     apart: dict[Sample, float]
     """Cells that spread more than a pool explains, in none, and their own standard deviations."""
 
@@ -99,8 +107,22 @@ def score(record: RunRecord, metric: str, network: str = "", stream: str = "") -
     return None if value is None or not math.isfinite(value) else 100 * float(value)
 
 
+def one_precision(records: Iterable[RunRecord], of: str) -> str:
+    """``RunRecord.precision`` that all of them have, empty without any; ValueError that names ``of`` for more than one.
+
+    Runs of different precision are never averaged: their numbers differ by more than seeds.
+    """
+    found = sorted({record.precision for record in records})
+    if len(found) > 1:
+        raise ValueError(f"{of}: runs of different precision are not averaged, got {'; '.join(found)}")
+    return found[0] if found else ""
+
+
 def samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
-    """What was measured in each cell of a plan; a run without a record or without the score is left out."""
+    """What was measured in each cell of a plan; a run without a record or without the score is left out.
+
+    Raises ValueError where the runs of a cell differ in precision.
+    """
     found: Samples = {}
     for row in plan.rows:
         spec = plan.table.rows[row]
@@ -109,15 +131,21 @@ def samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
             names = [name for name in plan.run_ids(row, column) if name in records]
             scores = {name: score(records[name], metric, spec.network, spec.stream) for name in names}
             kept = {name: value for name, value in scores.items() if value is not None}
-            found[row, column] = Sample(tuple(kept.values()), tuple(kept), read)
+            cell = f"{spec.label!r} at {plan.table.columns[column].label!r}"
+            precision = one_precision((records[name] for name in kept), cell)
+            found[row, column] = Sample(tuple(kept.values()), tuple(kept), read, precision)
     return found
 
 
 def pooled(measured: Iterable[Sample]) -> Pool | None:
     """One variance for all cells with two seeds or more: summed squares over summed degrees of freedom.
 
-    Cells that are one sample count once. None where no cell has two seeds.
+    Cells that are one sample count once. None where no cell has two seeds. ValueError for cells of two precisions.
     """
+    measured = list(measured)
+    precisions = sorted({one.precision for one in measured if one.values})
+    if len(precisions) > 1:
+        raise ValueError(f"cells of different precision have no variance in common, got {'; '.join(precisions)}")
     unique = {one for one in measured if len(one.values) >= 2}
     df = sum(len(one.values) - 1 for one in unique)
     if df == 0:
@@ -126,23 +154,23 @@ def pooled(measured: Iterable[Sample]) -> Pool | None:
 
 
 def spread(measured: Samples) -> Spread:
-    """A pool of all cells that read their networks alike, less those whose own variance is larger than the others'.
+    """A pool of all cells that read their networks alike, of one precision, less those of too large a variance.
 
     The cell with the largest variance is set apart while an F test of it against the pool of the others gives p below
     1 % / the number of cells; the next largest is then asked. A run that reads 40 once and 6 twice would otherwise hide
     every other difference of its table, and lend its own a certainty that three such numbers do not have.
     """
-    by_read: dict[str, list[Sample]] = defaultdict(list)
+    by_pool: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for one in dict.fromkeys(measured.values()):
         if len(one.values) >= 2:
-            by_read[one.read].append(one)
-    pools: dict[str, Pool] = {}
+            by_pool[one.pool].append(one)
+    pools: dict[tuple[str, str], Pool] = {}
     apart: dict[Sample, float] = {}
-    for read, cells in by_read.items():
+    for key, cells in by_pool.items():
         wild = _wild(cells)
         pool = pooled(one for one in cells if one not in wild)
         if pool is not None:
-            pools[read] = pool
+            pools[key] = pool
         apart |= {one: math.sqrt(_squares(one.values) / (len(one.values) - 1)) for one in wild}
     return Spread(pools, apart)
 
@@ -200,9 +228,9 @@ def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: Sp
                 raise ValueError(f"rows that read the same runs take two of them to compare, and there is {runs}")
             parts[runs], freedom[runs] = _squares(sums) / (n - 1) / n, n - 1
         else:
-            pool = known.pools[first.read]
-            parts[first.read] += pool.sd**2 * kept[first] ** 2 / n
-            freedom[first.read] = pool.df
+            pool = known.pools[first.pool]
+            parts[first.pool] += pool.sd**2 * kept[first] ** 2 / n
+            freedom[first.pool] = pool.df
     square, beyond = sum(parts.values()), difference + tolerance
     if square == 0:
         return Tested(difference, 0.0, 1.0, float(beyond <= 0), float(beyond >= 0), apart)
@@ -225,7 +253,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 def f_test(above: Sequence[Sample], below: Sequence[Sample]) -> Ratio:
     """Whether seeds spread more in some cells than in others: an F test of variances pooled within the cells of a side.
 
-    Raises ValueError where a side has no cell with two seeds.
+    Raises ValueError where a side has no cell with two seeds, or cells of different precision.
     """
     from scipy import stats
 

@@ -7,57 +7,18 @@ search opened again on the same directory goes on as if it had not been interrup
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, Protocol
 
 from viladiff.study.asking import Asker
 from viladiff.study.events import Outcome
 from viladiff.study.plan import Planned
 from viladiff.study.space import Point
 from viladiff.study.store import Store
-from viladiff.study.trials import Promotion, Rung, State, Tally, Trial, load_trials, save_trial
+from viladiff.study.trials import Rung, State, Tally, Trial, load_trials, save_trial
 
-Decision = Literal["go", "stop", "pause"]
 HOPELESS = 3
 """Trials that must have failed, and none done anything else, for a sweep to be given up."""
-
-
-class Judge(Protocol):
-    """Who decides at a rung whether a trial goes on; values of different rungs are never compared."""
-
-    def add(self, number: int) -> None:
-        """A trial begins."""
-
-    def hear(self, number: int, rung: int, value: float) -> Decision:
-        """Its first seed's value at a rung, counted from 0; the last rung is the full budget."""
-
-    def lose(self, number: int) -> None:
-        """It failed."""
-
-    def promoted(self, exhausted: bool) -> int | None:
-        """A paused trial that goes on now. ``exhausted``: no new trial will come to compare it with."""
-
-    def dropped(self) -> list[int]:
-        """Paused trials that will never go on, each told once."""
-
-
-class Nobody:
-    """The judge of a sweep that stops no trial."""
-
-    def add(self, number: int) -> None: ...
-
-    def hear(self, number: int, rung: int, value: float) -> Decision:
-        return "go"
-
-    def lose(self, number: int) -> None: ...
-
-    def promoted(self, exhausted: bool) -> int | None:
-        return None
-
-    def dropped(self) -> list[int]:
-        return []
 
 
 class Search:
@@ -67,7 +28,6 @@ class Search:
         self,
         directory: Path,
         asker: Asker,
-        judge: Judge,
         planned: Callable[[Point, int, str], Planned],
         seeds: tuple[int, ...],
         steps: tuple[int, ...],
@@ -76,7 +36,7 @@ class Search:
         tell: Callable[[Trial], None] = lambda trial: None,
     ) -> None:
         """``planned`` names the run of a point under a seed; ``steps`` are the rungs, the last the full length."""
-        self.directory, self.asker, self.judge, self.planned = directory, asker, judge, planned
+        self.directory, self.asker, self.planned = directory, asker, planned
         self.seeds, self.steps, self.wanted, self.store, self.tell = seeds, steps, wanted, store, tell
         self.trials = load_trials(directory)
         self.tally, self.order = Tally(), 0
@@ -84,9 +44,6 @@ class Search:
         """Trial and seed of each run that is under way."""
         self.first: dict[str, int] = {}
         """Trial by its first run's name, to tell twins by."""
-        self.paused: set[int] = set()
-        self.wishes: dict[int, Decision] = {}
-        """Trials whose run was told to end at a rung, and why."""
         self.twins: dict[int, list[int]] = {}
         """Trials that wait for another one's end."""
         self.done = False
@@ -94,55 +51,22 @@ class Search:
         self.hopeless = ""
         self._exhausted = False
         self._failed_now, self._fine_now = 0, False
-        asker.open(self.trials)
+        asker.open(self.trials, steps[-1])
         self._again = self._recall()
 
     # Going on from records
 
     def _recall(self) -> list[Trial]:
-        """Replays to judge and tally what happened, in its order; returns the trials that were under way."""
-        happened: list[tuple[int, Callable[[], None]]] = []
+        """Counts what happened, in its order; returns the trials that were under way."""
         for trial in self.trials:
             self.order = max([self.order, trial.order, trial.ended or 0, *(rung.order for rung in trial.rungs)])
-            self.order = max([self.order, *(promotion.order for promotion in trial.promotions)])
-            if trial.twin is not None:
-                if trial.state == "running":
-                    self.twins.setdefault(trial.twin, []).append(trial.number)
-                continue
-            self.first.setdefault(trial.runs[trial.seeds[0]], trial.number)
-            happened.append((trial.order, partial(self.judge.add, trial.number)))
-            happened += [(rung.order, partial(self._judge, trial, rung)) for rung in trial.rungs]
-            happened += [(one.order, partial(self._promoted, trial.number, one)) for one in trial.promotions]
-            if trial.ended is not None:
-                happened.append((trial.ended, partial(self._ended, trial)))
-        for _, event in sorted(happened, key=lambda one: one[0]):
-            event()
-        running = [trial for trial in self.trials if trial.state == "running" and trial.twin is None]
-        return [trial for trial in running if trial.number not in self.paused]
-
-    def _judge(self, trial: Trial, rung: Rung) -> None:
-        if rung.step not in self.steps:
-            return
-        decision = self.judge.hear(trial.number, self.steps.index(rung.step), rung.value)
-        if decision != "go" and rung.step != self.steps[-1]:
-            self.wishes[trial.number] = decision
-            if decision == "pause":
-                self.paused.add(trial.number)
-
-    def _promoted(self, number: int, promotion: Promotion) -> None:
-        while self.judge.promoted(promotion.exhausted) not in (number, None):
-            pass  # those that were passed over because they had ended
-        self._resume(number)
-
-    def _resume(self, number: int) -> None:
-        self.paused.discard(number)
-        self.wishes.pop(number, None)
-
-    def _ended(self, trial: Trial) -> None:
-        self._resume(trial.number)
-        if trial.state == "failed":
-            self.judge.lose(trial.number)
-        self.tally.add(trial)
+            if trial.twin is None:
+                self.first.setdefault(trial.runs[trial.seeds[0]], trial.number)
+            elif trial.state == "running":
+                self.twins.setdefault(trial.twin, []).append(trial.number)
+        for trial in sorted(self.trials, key=lambda trial: trial.ended or 0):
+            self.tally.add(trial)
+        return [trial for trial in self.trials if trial.state == "running" and trial.twin is None]
 
     # Handing out
 
@@ -159,36 +83,11 @@ class Search:
 
     def _next(self) -> list[Planned] | None:
         """Jobs of one trial, none if it ended at once; None where there is no trial to go on with."""
-        for number in self.judge.dropped():
-            if self.trials[number].state == "running" and number in self.paused:
-                self._finish(self.trials[number], "pruned", "others were promoted in its place")
         if self._again:
             return self._go_on(self._again.pop(0))
-        promoted = self._promote(False)
-        if promoted is not None:
-            return self._go_on(promoted)
         if len(self.trials) < self.wanted and not self._exhausted:
             return self._ask()
-        if self.owner or not self.paused:
-            return None
-        promoted = self._promote(True)
-        if promoted is not None:
-            return self._go_on(promoted)
-        for number in sorted(self.paused):
-            self._finish(self.trials[number], "pruned", "the sweep ended before it was promoted")
         return None
-
-    def _promote(self, exhausted: bool) -> Trial | None:
-        number = self.judge.promoted(exhausted)
-        while number is not None and number not in self.paused:  # a run that was done before paused for nobody
-            number = self.judge.promoted(exhausted)
-        if number is None:
-            return None
-        trial = self.trials[number]
-        self._resume(number)
-        trial.promotions.append(Promotion(order=self._tick(), exhausted=exhausted))
-        save_trial(trial, self.directory)
-        return trial
 
     def _ask(self) -> list[Planned]:
         number = len(self.trials)
@@ -204,7 +103,6 @@ class Search:
         save_trial(trial, self.directory)
         if twin is None:
             self.first[runs[str(self.seeds[0])]] = number
-            self.judge.add(number)
             return self._go_on(trial)
         if self.trials[twin].state == "running":
             self.twins.setdefault(twin, []).append(number)
@@ -217,7 +115,7 @@ class Search:
 
     def _go_on(self, trial: Trial) -> list[Planned]:
         """The next run of a trial; none if that was all, since it then ends."""
-        if self.wishes.get(trial.number) == "stop":
+        if trial.number in self.asker.stopped:
             self._finish(trial, "pruned", self._stopped_at(trial))
             return []
         left = [seed for seed in trial.seeds if seed not in trial.values]
@@ -239,18 +137,25 @@ class Search:
     def heard(self, run_id: str, step: int, value: float | None) -> bool:
         """A score on the way; True asks the run to end here, with a checkpoint."""
         number, seed = self.owner.get(run_id, (-1, -1))
-        if number < 0 or seed != self.seeds[0] or step not in self.steps:
+        if number < 0 or seed != self.seeds[0]:
             return False
-        self._climb(self.trials[number], step, value)
-        return number in self.wishes
+        trial = self.trials[number]
+        rungs = self._new_rungs(trial, [(step, value)])
+        if rungs:
+            save_trial(trial, self.directory)
+            self.asker.report(trial, rungs)
+        return number in self.asker.stopped
 
-    def _climb(self, trial: Trial, step: int, value: float | None) -> None:
-        if value is None or not math.isfinite(value) or any(rung.step == step for rung in trial.rungs):
-            return
-        trial.rungs.append(Rung(step=step, value=value, order=self._tick()))
-        save_trial(trial, self.directory)
-        self.asker.rung(trial.number, step, value)
-        self._judge(trial, trial.rungs[-1])
+    def _new_rungs(self, trial: Trial, scores: Iterable[tuple[int, float | None]]) -> list[Rung]:
+        """Adds the scores that were measured at rungs and are not known yet."""
+        known = {rung.step for rung in trial.rungs}
+        new = [
+            Rung(step=step, value=value, order=self._tick())
+            for step, value in scores
+            if step in self.steps and step not in known and value is not None and math.isfinite(value)
+        ]
+        trial.rungs += new
+        return new
 
     def ended(self, outcome: Outcome) -> list[Planned]:
         """How a run ended; returns the next run of its trial, if there is one."""
@@ -263,9 +168,9 @@ class Search:
         if outcome.state == "failed":
             why = f"{outcome.failure.kind}: {outcome.failure.message}" if outcome.failure else "no reason is known"
             self._finish(trial, "failed", f"seed {seed}: {why}")
-        elif self.wishes.get(number) == "stop":
+        elif number in self.asker.stopped:
             self._finish(trial, "pruned", self._stopped_at(trial))
-        elif number not in self.paused:
+        else:
             self._again.append(trial)  # interrupted: the next call goes on with it
         return []
 
@@ -275,20 +180,20 @@ class Search:
         if record is None or value is None or not math.isfinite(value):
             self._finish(trial, "failed", f"seed {seed}: no mIoU was measured")
             return []
-        if seed == self.seeds[0]:
-            for entry in record.history:
-                if entry["step"] in self.steps:
-                    self._climb(trial, entry["step"], entry["miou"])
-            self._resume(trial.number)  # what is finished needs not be stopped any more
+        # Written at once: a trial with a value is finished, whatever the pruner says of the scores on its way.
+        first = seed == self.seeds[0]
+        rungs = self._new_rungs(trial, [(one["step"], one["miou"]) for one in record.history]) if first else []
         trial.values[str(seed)] = value
         save_trial(trial, self.directory)
+        self.asker.stopped.discard(trial.number)
+        self.asker.report(trial, rungs)
         return self._go_on(trial)
 
     def _finish(self, trial: Trial, state: State, reason: str) -> None:
         trial.state, trial.reason, trial.ended = state, reason, self._tick()
         save_trial(trial, self.directory)
         self.asker.tell(trial)
-        self._ended(trial)
+        self.tally.add(trial)
         if state == "failed":
             self._failed_now += 1
             if self._failed_now >= HOPELESS and not self._fine_now:
@@ -305,8 +210,7 @@ class Search:
         other = self.trials[trial.twin]
         trial.rungs = [Rung(step=rung.step, value=rung.value, order=self._tick()) for rung in other.rungs]
         trial.values = dict(other.values)
-        for rung in trial.rungs:
-            self.asker.rung(trial.number, rung.step, rung.value)
+        self.asker.report(trial, trial.rungs)
         trial.state, trial.reason, trial.ended = other.state, f"as trial {other.number}, of the same runs", self._tick()
         save_trial(trial, self.directory)
         self.asker.tell(trial)

@@ -264,8 +264,8 @@ class Store:
         for run_id in self.own():
             directory = self.directory(run_id)
             state = leases.inspect(directory, self._watch)
-            found += [path for path, _, dead in state if dead]
-            if all(dead for _, _, dead in state):
+            found += [lease.path for lease in state if lease.dead]
+            if all(lease.dead for lease in state):
                 found += abandoned(directory, gone)
         return found
 

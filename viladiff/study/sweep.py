@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from viladiff.fields import ConfigError, nearest
+from viladiff.run_name import arithmetic
 from viladiff.study.plan import Planned
 from viladiff.study.space import Dimension, Point, Value, edges, strays
 from viladiff.study.spec import RESERVED, Printed, Scale, Seeds, Strict, read_toml, sentence, strange_values
@@ -25,6 +26,7 @@ OURS = {
     "data.holdout": "it is the sweep's own holdout",
     "eval.split": "the sweep chooses on what it holds out; --select val reads the reported set and the page says it",
     "eval.every_steps": "it follows from the rungs",
+    "eval.every_epochs": "it follows from the rungs",
     **RESERVED,
 }
 
@@ -273,6 +275,5 @@ class Namer:
             self._prints[key] = name_runs([cfg])[0].fingerprints
         fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
         assert cfg.train.steps is not None  # rung_steps has seen it
-        return Planned(
-            run_id(cfg, self._prints[key]), given, title, cfg.train.steps, fields, self.workers, cfg.runtime.threads
-        )
+        how = self.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
+        return Planned(run_id(cfg, self._prints[key]), given, title, cfg.train.steps, fields, *how)

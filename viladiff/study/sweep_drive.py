@@ -14,7 +14,8 @@ from viladiff.study.drive import ROOT, Pages, hinted, typed
 from viladiff.study.events import Event
 from viladiff.study.finals import Finalist, finalists
 from viladiff.study.plan import Planned
-from viladiff.study.search import Judge, Nobody, Search
+from viladiff.study.pruners import optuna_pruner
+from viladiff.study.search import Search
 from viladiff.study.search_desk import SearchDesk
 from viladiff.study.store import Store
 from viladiff.study.sweep_job import Job, alone, check_same, open_directory, prepare
@@ -94,7 +95,16 @@ def _desk(job: Job, changed: Callable[[], object] = lambda: None) -> SearchDesk:
         print(found.note)
     parallel = found.slots > 1
     where = args.database or str(job.directory / JOURNAL)
-    asker = Asker(job.name, job.sweep.space, job.sweep.initial_point, args.sampler, args.sampler_seed, parallel, where)
+    asker = Asker(
+        job.name,
+        job.sweep.space,
+        job.sweep.initial_point,
+        args.sampler,
+        args.sampler_seed,
+        parallel,
+        where,
+        optuna_pruner(args.scheduler, job.namer.steps),
+    )
 
     def ended(trial: Trial) -> None:
         print(line(trial, job.namer.steps[-1]), flush=True)
@@ -109,7 +119,6 @@ def _desk(job: Job, changed: Callable[[], object] = lambda: None) -> SearchDesk:
     search = Search(
         job.directory / "trials",
         asker,
-        _judge(job),
         job.namer.planned,
         job.seeds,
         job.namer.steps,
@@ -119,14 +128,6 @@ def _desk(job: Job, changed: Callable[[], object] = lambda: None) -> SearchDesk:
     )
     then = None if args.no_finals else partial(_finals, job, search)
     return SearchDesk(search, job.store, found.settings, found.slots, hear, timeout=args.trial_timeout, then=then)
-
-
-def _judge(job: Job) -> Judge:
-    if job.args.scheduler == "none":
-        return Nobody()
-    from viladiff.ray_judges import judge
-
-    return judge(job.args.scheduler, len(job.namer.steps), job.eta)
 
 
 def _finals(job: Job, search: Search) -> list[Planned]:

@@ -16,6 +16,7 @@ from viladiff.record import write_atomically
 from viladiff.study import lease as leases
 from viladiff.study.drive import ROOT, seeds_of
 from viladiff.study.events import Settings
+from viladiff.study.pruners import optuna_pruner
 from viladiff.study.space import dumped, shrunk
 from viladiff.study.store import Store
 from viladiff.study.sweep import Namer, Sweep, check, load_sweep
@@ -46,12 +47,6 @@ class Job:
     def directory(self) -> Path:
         return self.store.root / "sweeps" / self.name
 
-    @property
-    def eta(self) -> int:
-        """How many times fewer trials a scheduler lets pass at each rung: as many as the budget grows there."""
-        steps = self.namer.steps
-        return max(2, round((steps[-1] / steps[0]) ** (1 / max(1, len(steps) - 1))))
-
 
 def prepare(path: Path, args: argparse.Namespace) -> Job:
     """Reads the sweep and checks all that was asked for, the space at its edges too; nothing is trained or written."""
@@ -76,6 +71,7 @@ def prepare(path: Path, args: argparse.Namespace) -> Job:
         raise ValueError(f"--study {name!r}: letters, digits, dots, dashes and underscores only")
     _check_publishing(args)
     namer = Namer(sweep, args.scale, changes, args.select, args.workers)
+    optuna_pruner(args.scheduler, namer.steps)  # whether it can judge at these rungs
     published = ROOT / "reports" / "published"
     store = Store(Path(args.storage), [published])
     own = published if args.publish else ROOT / "reports" / args.scale
@@ -105,11 +101,11 @@ def _check_publishing(args: argparse.Namespace) -> None:
 
 
 def alone(directory: Path) -> leases.Lease:
-    """The right to drive the sweep. ValueError where somebody else has it, or where nothing can be written."""
+    """The right to drive the sweep, after a wait if need be. ValueError where others have it, or writing fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         watch = leases.Watch()
-        lease = leases.take(directory, watch)
+        lease = leases.take_or_wait(directory, watch)
     except OSError as error:
         raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); see --storage") from error
     if lease is None:

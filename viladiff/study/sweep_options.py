@@ -8,7 +8,7 @@ from pathlib import Path
 from viladiff.study.options import add_placing
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
-SCHEDULERS = ("none", "asha", "hyperband")
+SCHEDULERS = ("none", "asha", "hyperband", "median")
 EXAMPLES = """\
 examples:
   {name} --dry-run                        what is searched, what would run, and how long it would take
@@ -37,7 +37,12 @@ def add_options(top: argparse.ArgumentParser) -> None:
     what.add_argument("--trials", type=int, metavar="N", help="points in all, those of earlier calls included")
     what.add_argument("--seeds", metavar="N", help="seeds of each trial: so many, from 0; or a list such as 0,1")
     what.add_argument("--sampler", choices=SAMPLERS, default="tpe", help="where points come from (default: tpe)")
-    what.add_argument("--scheduler", choices=SCHEDULERS, default="none", help="who stops trials early (default: none)")
+    what.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default="none",
+        help="Optuna's pruner that stops trials early (default: none)",
+    )
     what.add_argument("--sampler-seed", type=int, default=0, metavar="N", help="names the sampler's draws")
     what.add_argument(
         "--select",

@@ -1,6 +1,6 @@
 """What is kept of each trial of a sweep: point, runs, values at each budget, and how it ended. The truth of a sweep.
 
-A study of Optuna's, the schedulers' brackets and the page all follow from these files. A trial is a point of the
+Optuna's study with its pruner's decisions and the page all follow from these files. A trial is a point of the
 space; its runs are the point under each seed. Scores are shares in [0, 1].
 """
 
@@ -37,16 +37,6 @@ class Rung(BaseModel):
     """Place among all that happened in the sweep."""
 
 
-class Promotion(BaseModel):
-    """That a paused trial went on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    order: int
-    exhausted: bool
-    """Whether it went on for want of new trials."""
-
-
 class Trial(BaseModel):
     """One point of a sweep."""
 
@@ -60,7 +50,6 @@ class Trial(BaseModel):
     """When it was asked for, among all that happened in the sweep."""
     state: State = "running"
     rungs: list[Rung] = Field(default_factory=list)
-    promotions: list[Promotion] = Field(default_factory=list)
     values: dict[str, float] = Field(default_factory=dict)
     """Score by seed at the full budget; seeds that were left out are missing."""
     reason: str = ""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from viladiff.fields import ConfigError, nest
 from viladiff.record import RunRecord, load_record
+from viladiff.run_name import PLACES, hashed
 from viladiff.study.lease import runs_here
 from viladiff.study.plan import plan_stem
 from viladiff.study.store import GRACE, RUN_ID, Store, abandoned
@@ -43,7 +44,8 @@ class Waste(NamedTuple):
 def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Finding]:
     """Reads every record and checkpoint against its checksum and recomputes each run's name; None is all runs.
 
-    A run of an older revision is good: its numbers are what they were, only a table of today would run it again.
+    A record is good where its configuration matches its name, which authenticates no score. A run of an older revision
+    is good: its numbers are what they were, only a table of today would run it again.
     torch is loaded when the first sound record is met. Nothing is moved or changed.
     """
     files = [store.directory(run_id) / "record.json" for run_id in store.own()]
@@ -61,11 +63,37 @@ def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Find
             continue
         if run_id != record.run_id:
             yield Finding(path, run_id, False, f"is the record of another run, {record.run_id}")
+        elif why := contradiction(record):
+            yield Finding(path, run_id, False, f"does not match its name: {why}")
         else:
             yield Finding(path, run_id, True, _revision(record))
     for run_id in store.own():
         if wanted is None or run_id in wanted:
             yield from _checkpoints(store.directory(run_id), run_id)
+
+
+def contradiction(record: RunRecord) -> str:
+    """A field of ``config`` that is neither among the changed ones nor at its default, in a clause; empty without one.
+
+    ``viladiff.record.mismatch`` binds changed fields to the name, and this what they leave out. Only a record of
+    today's revisions is asked, since defaults of an older one are not known. Loads torch.
+    """
+    from viladiff.config import CORE_REVISION, defaults
+    from viladiff.methods import METHODS
+
+    method = METHODS.get(str(record.changed.get("method.name")))
+    if method is None or (record.core_revision, record.method_revision) != (CORE_REVISION, method.revision):
+        return ""
+    try:
+        plain = defaults(str(record.changed.get("data.dataset")), str(record.changed["method.name"]))
+    except ConfigError:
+        return ""
+    for path, value in plain.items():
+        if path in record.config and path not in record.changed and not path.startswith(PLACES):
+            there = record.config[path]
+            if hashed(path, there) != hashed(path, value):
+                return f"{path} is {there!r} in config, {value!r} by default, and not among the changed fields"
+    return ""
 
 
 def current_name(record: RunRecord) -> str | None:
@@ -81,8 +109,9 @@ def current_name(record: RunRecord) -> str | None:
 def _revision(record: RunRecord) -> str:
     name = current_name(record)
     if name == record.run_id:
-        return "record and name are right"
-    return f"record is right; older revision, today's name would be {name}" if name else "record is right; older fields"
+        return "configuration matches name"
+    told = f"older revision, today's name would be {name}" if name else "older fields"
+    return f"configuration matches name; stale: {told}"
 
 
 def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:

@@ -1,0 +1,141 @@
+"""Scoring a run: one pass of each network through each image, and the numbers of a pass for each score."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from viladiff import scoring
+from viladiff.config import RunConfig, override
+from viladiff.evaluate import Meter, measure, results, truth_of
+from viladiff.models.blocks import SMALL, bilinear
+from viladiff.models.segmenter import Segmenter, remembered
+from viladiff.protocols import STREAMS
+from viladiff.train import Run
+
+IMAGES = 30
+
+
+def prepared(name: str, path: Path, **changes: object) -> Run:
+    flat = {"method.name": name, "eval.max_images": IMAGES, "runtime.runs_dir": str(path), "runtime.device": "cpu"}
+    run = Run(override(RunConfig(), {**flat, **changes}))
+    run._build()
+    gen = torch.Generator().manual_seed(4)
+    with torch.no_grad():  # so that networks and streams differ
+        for parameter in run.method.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=gen))
+    return run
+
+
+def counted(module: nn.Module, name: str, into: Counter[str]) -> None:
+    def count(_: nn.Module, given: tuple[Tensor, ...], __: object) -> None:
+        into[name] += len(given[0])
+
+    module.register_forward_hook(count)
+
+
+@pytest.mark.parametrize("name", ["supervised", "semibaseline", "unimatch", "cps", "viladiff"])
+def test_each_network_goes_once_through_each_image(name: str, tmp_path: Path) -> None:
+    run = prepared(name, tmp_path)
+    segmenters = {path: m for path, m in run.method.named_modules() if isinstance(m, Segmenter)}
+    passes: Counter[str] = Counter()
+    for path, segmenter in segmenters.items():
+        counted(segmenter.encoder, path, passes)
+    scored, _ = scoring.evaluated(run)
+    assert passes == dict.fromkeys(segmenters, IMAGES)
+    assert set(scored) == set(run.method.networks())
+    assert all(score["images"] == IMAGES for found in scored.values() for score in found.values())
+    assert all(segmenter.last is None for segmenter in segmenters.values())
+
+
+def test_the_decoder_makes_each_stream_of_an_image_once(tmp_path: Path) -> None:
+    run = prepared("viladiff", tmp_path)
+    passes: Counter[str] = Counter()
+    for name, network in run.method.networks().items():
+        counted(network.get_submodule("decoder"), name, passes)
+    scoring.evaluated(run)
+    assert passes == {"student": 3 * IMAGES, "teacher": 3 * IMAGES}  # visual, fusion, fusion without text
+
+
+def test_one_pass_for_all_scores_gives_those_of_a_pass_for_each(tmp_path: Path) -> None:
+    run = prepared("viladiff", tmp_path)
+    scored, shares = scoring.evaluated(run)
+    given = run.dataset.num_classes, True, "original", run.cfg.data.crop
+    for name, network in run.method.networks().items():
+        for stream in STREAMS:
+            alone = results(measure(network, scoring.batches(run), (stream,), *given))[stream]
+            # What reads no text is then made beside the visual stream, in another batch: last bits of logits differ.
+            loose = pytest.approx(alone.miou, abs=1e-4)
+            assert scored[name][stream]["miou"] == (loose if stream == "fusion_no_text" else alone.miou)
+            assert stream == "fusion_no_text" or scored[name][stream] == asdict(alone)
+    run.method.eval()
+    alone_shares = scoring.PseudoLabels(run)
+    for batch in scoring.batches(run):
+        alone_shares.add(*batch)
+    assert shares == alone_shares.shares() and shares["after/ece"] is not None
+
+
+def test_large_images_go_one_by_one_and_small_ones_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepared("supervised", tmp_path)
+    assert [len(images) for images, *_ in scoring.batches(run)] == [25, 5]
+    monkeypatch.setattr(scoring, "BATCH_PIXELS", 2 * 64 * 64 + 1)
+    assert [len(images) for images, *_ in scoring.batches(run)] == [2] * 15
+    monkeypatch.setattr(scoring, "BATCH_PIXELS", 64)
+    assert [len(images) for images, *_ in scoring.batches(run)] == [1] * IMAGES
+
+
+def test_what_was_remembered_is_of_the_same_images_words_and_streams(tmp_path: Path) -> None:
+    run = prepared("viladiff", tmp_path)
+    network = run.method.student.eval()
+    (images, _, text), (others, _, words) = scoring.batches(run)
+    plain: Callable[..., object] = network.streams
+    with torch.no_grad():
+        asked = [(images, text), (images, None), (images, text), (others, words), (images, text)]
+        expected = [plain(*given) for given in asked]
+        with remembered((network,)):
+            found = [network.streams(*given) for given in asked]
+            assert found[2]["visual"].logits is found[0]["visual"].logits
+            assert set(network.streams(images, text, ("fusion",))) == {"fusion"}
+    for one, other in zip(expected, found, strict=True):
+        assert isinstance(one, dict)
+        for name in one:
+            assert all(torch.equal(a, b) for a, b in zip(one[name], other[name], strict=True))
+
+
+def test_a_batch_counts_as_its_images_do_one_by_one() -> None:
+    gen = torch.Generator().manual_seed(1)
+    target = torch.randint(0, 5, (6, 8, 10), generator=gen).repeat_interleave(6, 1).repeat_interleave(6, 2)
+    pred = torch.where(torch.rand(target.shape, generator=gen) < 0.1, 2, target.roll(2, 2))
+    target[torch.rand(target.shape, generator=gen) < 0.05] = 255
+    together, alone, shared = Meter(5), Meter(5), Meter(5)
+    together.update(pred, target)
+    for i in range(len(target)):
+        alone.update(pred[i : i + 1], target[i : i + 1])
+    truth = truth_of(target)
+    shared.update(pred, target, truth)
+    assert torch.equal(together.state, alone.state) and torch.equal(together.state, shared.state)
+    assert 0 < int((truth.near != 255).sum()) < int(truth.band.sum()) < target.numel()
+
+
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [((24, 24), (48, 48)), ((6, 9), (24, 20)), ((7, 5), (7, 5)), ((48, 3), (9, 9)), ((5, 49), (9, 98))],
+)
+def test_bilinear_is_that_of_torch_both_ways(source: tuple[int, int], size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *source, dtype=torch.float64).float().requires_grad_()
+    weight = torch.randn(2, 3, *size)
+    expected = F.interpolate(x, size, mode="bilinear", align_corners=False)
+    found = bilinear(x, size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), x)
+    (wanted,) = torch.autograd.grad((expected * weight).sum(), x)
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5)
+    assert max(source) <= SMALL or torch.equal(found, expected)
+    assert torch.equal(bilinear(x.double(), size), F.interpolate(x.double(), size, mode="bilinear"))

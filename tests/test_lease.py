@@ -1,0 +1,185 @@
+"""Runs whose machine or container was restarted: one call waits until their lease is silent, and takes it over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from run_kit import short_run
+
+from viladiff.study import desk as desks
+from viladiff.study import lease as leases
+from viladiff.study.desk import Desk
+from viladiff.study.events import Event, Settings
+from viladiff.study.lease import take_or_say
+from viladiff.study.plan import Planned
+from viladiff.study.store import Store
+from viladiff.study.sweep_job import alone
+
+
+def left_behind(directory: Path, host: str = "far") -> Path:
+    """The lease of a process of another boot, which may also be another machine's; its heart beat just now."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"lease-{'0' * 32}.json"
+    holder = {"host": host, "machine": "another", "pid": os.getpid(), "started": 1, "since": "2026-01-31T12:00:00Z"}
+    path.write_text(json.dumps(holder))
+    return path
+
+
+@pytest.mark.parametrize("host", ["far", socket.gethostname()])
+@pytest.mark.parametrize("take", [take_or_say, alone])
+def test_one_call_waits_and_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str, take: object
+) -> None:
+    """An equal host name proves nothing: a run on another machine of that name would lose its files."""
+    monkeypatch.setattr(leases, "SILENT", 0.5)
+    path, begun = left_behind(tmp_path / "run", host), time.monotonic()
+    lease = take(tmp_path / "run")  # type: ignore[operator]
+    assert time.monotonic() - begun > 0.5 and not path.exists() and lease.path.exists()
+    told = capsys.readouterr().err
+    assert told.startswith(f"run: process {os.getpid()} on {host} since 2026-01-31T12:00:00Z has this run")
+    assert "without a sign of life it is taken over in" in told
+    lease.release()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_countdown_goes_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "SILENT", 0.5)
+    monkeypatch.setattr(leases, "HEARTBEAT", 0.0)
+    shown: list[float] = []
+    real = leases._countdown
+
+    @leases.contextmanager
+    def countdown(directory: Path):  # type: ignore[no-untyped-def]
+        with real(directory) as show:
+            yield lambda holder, left: (shown.append(left), show(holder, left))
+
+    monkeypatch.setattr(leases, "_countdown", countdown)
+    left_behind(tmp_path)
+    take_or_say(tmp_path).release()
+    assert len(shown) > 1 and shown == sorted(shown, reverse=True) and shown[0] <= 0.5
+
+
+def test_a_beating_heart_is_refused(tmp_path: Path) -> None:
+    path, over = left_behind(tmp_path / "run"), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(ValueError, match=f"process {os.getpid()} on far since .* is at work on this run; wait"):
+            take_or_say(tmp_path / "run")
+    finally:
+        over.set()
+        thread.join()
+    assert list((tmp_path / "run").iterdir()) == [path]
+
+
+def test_a_process_that_this_kernel_knows_is_neither_waited_for_nor_watched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with take_or_say(tmp_path) as mine:
+        with pytest.raises(ValueError, match="is at work on this run"):
+            take_or_say(tmp_path)
+        fields = json.loads(mine.path.read_text())
+        mine.path.write_text(json.dumps({**fields, "started": fields["started"] - 1}))
+        take_or_say(tmp_path).release()
+    assert capsys.readouterr().err == ""
+
+
+WAITS = """
+import sys
+from pathlib import Path
+from viladiff.study import lease as leases
+leases.SILENT = 1.0
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    lease = leases.take_or_say(Path(sys.argv[1]))
+except ValueError as error:
+    print("refused", error, flush=True)
+else:
+    print("got", lease.path.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_of_four_that_wait_one_takes_it(tmp_path: Path) -> None:
+    path = left_behind(tmp_path / "run")
+    words = [sys.executable, "-c", WAITS, str(path.parent)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    callers = [subprocess.Popen(words, **pipes) for _ in range(4)]  # type: ignore[call-overload]
+    try:
+        for caller in callers:
+            assert caller.stdout.readline() == "ready\n"
+        for caller in callers:
+            caller.stdin.write("go\n")
+            caller.stdin.flush()
+        said = [caller.stdout.readline().split() for caller in callers]
+        assert sorted(words[0] for words in said) == ["got", "refused", "refused", "refused"], said
+        names = [words[1] for words in said if words[0] == "got"]
+        assert [held.name for held in path.parent.iterdir()] == names
+    finally:
+        for caller in callers:
+            caller.kill()
+            caller.communicate()
+
+
+TRAIN = ["train", "method.name=semibaseline", "train.steps=2", "eval.max_images=5", "eval.boundary=false"]
+
+
+def test_ctrl_c_leaves_the_lease_as_it_was(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "viladiff", *TRAIN, "--out", str(tmp_path), "--threads", "1"]
+    name = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=True).stdout
+    run = next(
+        word for word in name.replace("/", " ").split() if len(word) == 16 and set(word) <= set("0123456789abcdef")
+    )
+    path = left_behind(tmp_path / run)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = ""
+    while "taken over in" not in line:
+        line = process.stderr.readline()
+        assert line, "it ended without a countdown"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert [(found.read_bytes(), found.stat().st_mtime_ns) for found in path.parent.iterdir()] == [before]
+
+
+def test_training_goes_on_after_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "SILENT", 0.5)
+    done = short_run(tmp_path, "semibaseline")
+    (done / "record.json").unlink()
+    left_behind(done)
+    assert short_run(tmp_path, "semibaseline") == done
+    assert (done / "record.json").is_file() and not list(done.glob("lease-*"))
+
+
+def test_a_table_does_its_other_runs_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "SILENT", 0.5)
+    monkeypatch.setattr(desks, "LOOK", 0.0)
+    jobs = [Planned(f"{number:016x}", {"seed": number}, f"seed {number}", 100, {}) for number in range(2)]
+    path = left_behind(tmp_path / jobs[0].run_id)
+    events: list[Event] = []
+    desk = Desk(jobs, Store(tmp_path), Settings(), 2, events.append)
+    desk.settle()
+    assert desk.next() == jobs[1] and desk.next() is None, "the other run does not wait"
+    assert [event.run_id for event in events if event.kind == "elsewhere"] == [jobs[0].run_id]
+    until = time.monotonic() + 60
+    while (taken := desk.next()) is None and time.monotonic() < until:
+        list(desk.tick())
+        time.sleep(0.05)
+    assert taken == jobs[0] and not path.exists()

@@ -1,0 +1,92 @@
+"""What ``make setup`` installs: the versions of constraints.txt where it was made, elsewhere the newest, said."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+MADE = "3.11 Linux x86_64"
+SHIM = f"""#!/bin/bash
+case "$*" in
+"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+"-m pip"*) echo "$*" >>pip.log; [ -z "$BROKEN" ] ;;
+*platform*) echo "$HERE" ;;
+"-c import pydantic"*) ;;
+*) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_constraints_are_exact_versions_and_name_every_dependency() -> None:
+    lines = [line for line in CONSTRAINTS.splitlines() if not line.startswith("#")]
+    wrong = [line for line in lines if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!]+", line)]
+    assert not wrong, "a name and a version, no host, path or option"
+    names = [plain(line.partition("==")[0]) for line in lines]
+    assert len(set(names)) == len(names) and "viladiff" not in names
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    assert {plain(re.split(r"[^A-Za-z0-9._-]", one)[0]) for one in asked} <= set(names)
+    assert not re.search(r"://|index|/", CONSTRAINTS)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/setup.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "python").write_text(SHIM)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def setup(checkout: Path, status: int = 0, **given: str) -> tuple[str, list[str]]:
+    """What it says, and how pip was called since the last time."""
+    environment = {name: value for name, value in os.environ.items() if name != "CONSTRAINTS"}
+    environment |= {"PYTHON": str(checkout / "python"), "HERE": MADE, "VILADIFF_SETUP_GB": "1", "BROKEN": "", **given}
+    done = subprocess.run(["bash", "scripts/setup.sh"], cwd=checkout, capture_output=True, text=True, env=environment)
+    assert done.returncode == status, done.stdout + done.stderr
+    log = checkout / "pip.log"
+    calls = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return done.stdout + done.stderr, calls
+
+
+def test_the_versions_of_the_file_are_installed_once(checkout: Path) -> None:
+    said, (call,) = setup(checkout)
+    assert "-c constraints.txt -e .[dev]" in call and "newest" not in said
+    assert setup(checkout) == ("", []), "nothing to do"
+    with (checkout / "constraints.txt").open("a") as file:
+        file.write("another==1\n")
+    assert len(setup(checkout)[1]) == 1, "other versions are another installation"
+
+
+def test_elsewhere_the_newest_are_installed_and_that_is_said(checkout: Path) -> None:
+    said, (call,) = setup(checkout, HERE="3.13 Darwin arm64")
+    assert "-c" not in call.split() and "is of Python 3.11 Linux x86_64, here is 3.13 Darwin arm64" in said
+    assert setup(checkout, HERE="3.13 Darwin arm64") == ("", [])
+    _, (call,) = setup(checkout, HERE="3.13 Darwin arm64", CONSTRAINTS="constraints.txt")
+    assert "-c constraints.txt" in call
+
+
+def test_constraints_can_be_left_out_or_be_others(checkout: Path) -> None:
+    _, (call,) = setup(checkout, CONSTRAINTS="none")
+    assert "-c" not in call.split()
+    assert setup(checkout) == ("", []), "what was chosen stays until something else is asked for"
+    assert "no such file" in setup(checkout, 1, CONSTRAINTS="mine.txt")[0]
+    (checkout / "mine.txt").write_text("torch==2.11.0\n")
+    _, (call,) = setup(checkout, CONSTRAINTS="mine.txt")
+    assert "-c mine.txt" in call
+    assert "CONSTRAINTS=none takes the newest" in setup(checkout, 1, CONSTRAINTS="constraints.txt", BROKEN="1")[0]

@@ -1,0 +1,52 @@
+"""Several processes that read or draw images, and end with the one that asked for them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def mapped(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[list[Any]]]]:
+    """``map``, in this process or in several that end with the block, whatever ends it."""
+    count = min(processes or cores(), jobs)
+    if count < 2:
+        yield map
+        return
+    # A fork costs no second import of everything; only Pillow and NumPy run in it.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(count, context, initializer=_follow, initargs=(os.getpid(),))
+    try:
+        yield pool.map
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"one of the {count} processes that read images has died, as when memory is short; try --processes 1"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow(parent: int) -> None:
+    """Leaves Ctrl-C to the process that asked for this one, and ends with it, also when it is killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
