@@ -27,6 +27,7 @@ TINY: dict[str, object] = {
     "eval.max_images": 8,
     "eval.every_steps": 2,
     "eval.boundary": False,
+    "eval.split": "test",
 }
 HELD_OUT = {"data.holdout": 0.25, "eval.split": "holdout"}
 

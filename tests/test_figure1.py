@@ -346,7 +346,7 @@ def test_features_beside_a_run_are_those_of_the_tokens_that_they_say(trained: tu
     assert tokens[0] == tokens[1], "the same tokens for every run"
     method = trained_method(finished(directory))
     assert isinstance(method, TextProbe)
-    data = load_dataset("digits", "all")
+    data = load_dataset("digits", "all", scored="test")
     place = int(found["image"][-1])
     mine = found["image"] == place
     labels = clusters.cell_labels(np.asarray(data.val_masks[place]), method.student.patch)
@@ -486,7 +486,13 @@ def test_the_spec_compares_equal_runs_but_for_the_words() -> None:
     ):  # fmt: skip
         assert by_row[label] == override(base, {"data.captions": kind})
     assert by_row["No attention to words"] == override(base, {"method.probe.text": False})
-    plain = {"method.name": "textprobe", "data.split": "all", "runtime.scale": "digits", "runtime.threads": 1}
+    plain = {
+        "method.name": "textprobe",
+        "data.split": "all",
+        "eval.split": "test",
+        "runtime.scale": "digits",
+        "runtime.threads": 1,
+    }
     assert base == override(RunConfig(), plain)
     paper = [override(RunConfig(), one.changes) for one in cells(table, "paper", [0], labels, [1])]
     assert {(cfg.data.dataset, cfg.model.encoder_frozen) for cfg in paper} == {("ade20k", True)}

@@ -111,8 +111,9 @@ def test_rates_are_half_and_twice_of_what_the_leaderboard_takes_and_never_see_th
         other = board[row, "183 labels", 0]
         apart = {k: v for k, v in changed(cfg).items() if changed(other).get(k) != v and not k.startswith("runtime.")}
         rate = {"Half": 0.5, "Default": 1, "Double": 2}[column] * other.optim.lr
-        assert cfg.optim.lr == pytest.approx(rate) and (cfg.data.holdout, cfg.eval.split) == (0.25, "holdout")
-        assert apart.keys() - {"optim.lr"} == {"data.holdout", "eval.split", "eval.boundary"}
+        assert cfg.optim.lr == pytest.approx(rate) and (cfg.data.holdout, cfg.eval.split) == (0.0, "dev")
+        assert apart.keys() - {"optim.lr"} == {"eval.boundary"}, "dev is the default of embedded data"
+        assert other.eval.split == "test"
 
 
 # A page with made-up records

@@ -19,7 +19,7 @@ from viladiff.study.finals import Finalist, contests, finalists, said
 from viladiff.study.plan import Planned
 from viladiff.study.samples import smallest_detectable
 from viladiff.study.space import Dimension, edges, grid, shrunk
-from viladiff.study.sweep import Namer, Sweep, check, load_sweep, rung_steps
+from viladiff.study.sweep import Namer, Sweep, changes, check, load_sweep, rung_steps
 from viladiff.study.sweep_options import parser
 from viladiff.study.sweeps import best_so_far, command, importances, rows, rungs, toml
 from viladiff.study.trials import Rung, Trial
@@ -229,17 +229,17 @@ def test_a_search_runs_on_held_out_images_and_its_finals_on_the_reported_ones(sw
     namer = Namer(sweep, "smoke", {}, "holdout")
     assert namer.steps == (1, 2, 4)
     run, final = namer.planned({"method.vila.lam": 0.7}, 1), namer.final({"method.vila.lam": 0.5}, 3)
-    assert (
-        run.changed["data.holdout"] == 0.25
-        and run.changed["eval.split"] == "holdout"
-        and run.changed["eval.every_steps"] == 1
-    )
+    assert run.changed["eval.every_steps"] == 1 and not {"data.holdout", "eval.split"} & set(run.changed), "dev"
     assert run.changed["method.vila.lam"] == 0.7 and run.changed["seed"] == 1 and run.steps == 4 and run.threads == 1
-    assert not {"data.holdout", "eval.split", "eval.every_steps", "method.vila.lam"} & set(final.changed)
+    assert final.changed["eval.split"] == "test"
+    assert not {"data.holdout", "eval.every_steps", "method.vila.lam"} & set(final.changed)
     for one in (run, final):
         assert name_runs([override(RunConfig(), one.changes)])[0].run_id == one.run_id
     peeking = Namer(sweep, "smoke", {}, "val").planned({"method.vila.lam": 0.7}, 1)
-    assert not {"data.holdout", "eval.split"} & set(peeking.changed) and peeking.run_id != run.run_id
+    assert peeking.changed["eval.split"] == "test" and peeking.run_id != run.run_id
+    real = changes(sweep, "paper", {}, "holdout")
+    assert (real["data.holdout"], real["eval.split"]) == (0.25, "holdout")
+    assert not {"data.holdout", "eval.split"} & set(changes(sweep, "paper", {}, "val"))
 
 
 def test_fields_of_the_sweep_are_not_typed(sweep: Sweep) -> None:

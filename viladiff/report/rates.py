@@ -52,7 +52,7 @@ def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
     """In the table's order; rows of which no run was scored on held-out images are left out."""
     by_fields: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
     for record in records.values():
-        if record.config.get("eval.split") == "holdout" and record.config.get(RATE) is not None:
+        if record.config.get("eval.split") in ("dev", "holdout") and record.config.get(RATE) is not None:
             by_fields[_key(record.changed), record.precision].append(record)
     found, table = [], results.plan.table
     for row in results.rows():

@@ -148,14 +148,16 @@ def _faults(sweep: Sweep) -> Iterator[str]:
 def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select) -> dict[str, object]:
     """What every run of the search has: base, scale, command line, and what it is scored on; not the point or seed.
 
-    A run of the search trains without the images that are held out and is scored on them, at each rung and at the
-    end. Raises ValueError for an unknown scale, and for a field that is not to be set here.
+    A run of the search is scored at each rung and at the end on images that it does not train on and that no result
+    is read from: ``dev`` of an embedded data set, else labelled images that are held out. Raises
+    ValueError for an unknown scale, and for a field that is not to be set here.
     """
     fixed = common(sweep, scale, typed)
     steps = rung_steps(sweep, fixed)
     chosen: dict[str, object] = {"eval.every_steps": math.gcd(*steps), "eval.boundary": False}
     if select == "holdout":
-        chosen |= {"data.holdout": sweep.holdout, "eval.split": "holdout"}
+        dev = {"eval.split": "dev"}
+        chosen |= dev if embedded(fixed) else {"data.holdout": sweep.holdout, "eval.split": "holdout"}
     return {**fixed, **chosen}
 
 
@@ -176,7 +178,15 @@ def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, o
     if asked in size.datasets:
         mapped["data.dataset"] = size.datasets[asked]
     threads: dict[str, object] = {} if size.threads is None else {"runtime.threads": size.threads}
-    return {**mapped, **threads, **size.set, **typed, "runtime.scale": scale}
+    found = {**mapped, **threads, **size.set, **typed, "runtime.scale": scale}
+    return {**found, "eval.split": "test"} if embedded(found) else found
+
+
+def embedded(fixed: Mapping[str, object]) -> bool:
+    """Whether these runs are on an embedded data set, which has parts ``dev`` and ``test``."""
+    from viladiff.sections import DATASETS, EmbeddedData
+
+    return issubclass(DATASETS.get(str(fixed.get("data.dataset", "digits")), object), EmbeddedData)
 
 
 def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
