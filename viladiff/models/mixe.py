@@ -51,6 +51,7 @@ __all__ = [
     "edge_mask",
     "flip_labels",
     "flip_probability",
+    "noise_levels",
     "posterior",
     "refine",
     "regions",
@@ -180,6 +181,20 @@ def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise
         chance = chances.expand(len(soft), -1).gather(1, place).view_as(edges)
         labels = torch.where(gaussian, labels, flip_labels(labels, chance, soft.shape[1], uniform=uniform))
     return Corrupted(_assemble(values, labels, gaussian, soft.shape[1]), labels, gaussian, edges, noise)
+
+
+def noise_levels(soft: Tensor, tau: float, cfg: MixeConfig, *, noise: Tensor, uniform: Tensor) -> dict[str, Tensor]:
+    """For pictures, (B, h, w) each: ``edges``, the pixels that flip more, and the nearest classes at three timesteps.
+
+    Arguments as of ``corrupt``.
+    """
+    codes = _codes_on(soft.shape[1], soft.device)
+    found: dict[str, Tensor] = {}
+    for t in sorted({1, (cfg.timesteps + 1) // 2, cfg.timesteps}):
+        state = corrupt(soft, t, tau, cfg, noise=noise, uniform=uniform)
+        found.setdefault("edges", state.edges)
+        found[f"noise t={t}"] = torch.einsum("bdhw,cd->bchw", state.codes, codes).argmax(1)
+    return found
 
 
 def _rates(cfg: MixeConfig, classes: int, device: torch.device) -> Tensor:
