@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -114,6 +116,52 @@ def test_forged_record_is_refused(tmp_path: Path, change: object, message: str) 
     with pytest.raises(DamagedRecord, match=message) as caught:
         load_record(path)
     assert str(path) in str(caught.value)
+
+
+def forged_bytes(change: Callable[[dict[str, Any]], object]) -> bytes:
+    """A record that was edited and given the checksum of what it then says."""
+    rest = a_record().model_dump(mode="json")
+    change(rest)
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    found = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return json.dumps({**rest, "checksum": found}).encode()
+
+
+def headline(row: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = row["scores"][row["network"]][row["stream"]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row.update(miou=math.nan), "not JSON compliant"),
+        (lambda row: row["changed"].update({"optim.lr": math.inf}), "not JSON compliant"),
+        (lambda row: row.update(notes=["\ud800"]), "surrogates not allowed"),
+        (lambda row: row.update(miou=7.0), "miou: must be a number from 0 to 1, got 7.0"),
+        (lambda row: row.update(steps=10**400), r"steps: must be a number from 0 to 2\^63, got 1000+\.\.\."),
+        (lambda row: row.update(train_seconds=-1.0), "train_seconds: must be a number from 0"),
+        (
+            lambda row: headline(row).update(boundary_iou="high"),
+            "boundary_iou: must be a number from 0 to 1, got 'high'",
+        ),
+        (lambda row: headline(row).update(tokens=10**400), "tokens: must be a number, got 1000"),
+        (lambda row: headline(row).update(per_class=[0.5, True]), "per_class: must be a number from 0 to 1, got True"),
+        (lambda row: row.update(best={"step": 1, "miou": "9"}), "best.miou: must be a number from 0 to 1, got '9'"),
+        (lambda row: row.update(history=[{"x": 1}]), r"history\[0\]: must have step"),
+    ],
+)
+def test_numbers_that_no_run_measures_are_refused(change: Callable[[dict[str, Any]], object], message: str) -> None:
+    with pytest.raises(DamagedRecord, match=message) as caught:
+        parse_record(forged_bytes(change), "records/one.json")
+    assert str(caught.value).startswith("records/one.json ")
+
+
+def test_a_key_that_is_there_twice_is_refused() -> None:
+    data = forged_bytes(lambda row: None)
+    assert parse_record(data, "one.json") == a_record()
+    with pytest.raises(DamagedRecord, match=r"^one\.json is not a run's record: has 'miou' twice"):
+        parse_record(b'{"miou": 0.999, ' + data[1:], "one.json")
 
 
 def test_missing_and_empty_files_and_deep_nests_are_no_records(tmp_path: Path) -> None:

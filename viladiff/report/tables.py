@@ -124,7 +124,7 @@ def gather(plan: Plan, store: Store) -> Results:
     and the page's provenance says so.
     """
     state = states(plan, store)
-    found = store.records()
+    found = {name: plan.settled(one) for name, one in store.records().items() if name in plan.runs}
     read = {name: _entry(store, name, state[name], found.get(name)) for name in {c.run_id for c in plan.cells}}
     wanted = {(row, column) for row in plan.rows for column in plan.columns}
     cells = sorted(
