@@ -131,9 +131,9 @@ def impossible(record: RunRecord) -> str:
     found += [(f"{where}.miou", one["miou"]) for where, one in events]
     for name, value in found:
         share = name.rpartition(".")[2] in SHARES
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and not _measured(one, share):
-                return f"{name}: must be a number{' from 0 to 1' * share}, got {_short(one)}"
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not _measured(number, share):
+                return f"{name}: must be a number{' from 0 to 1' * share}, got {_short(number)}"
     return ""
 
 
