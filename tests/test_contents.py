@@ -412,6 +412,23 @@ def test_files_that_cannot_be_read_are_named(photo_folder: Make, tmp_path: Path)
         known.digests([tmp_path / "folder.jpg"])
 
 
+def test_a_file_that_changes_while_it_is_read(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = photo_folder(8)
+    path, plain = root / "images" / "china_0000.jpg", contents._sha256
+
+    def written(read: Path) -> str:
+        found = plain(read)
+        if read == path:
+            path.write_bytes(path.read_bytes() + b" ")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "_sha256", written)
+        with pytest.raises(ValueError, match=r"china_0000\.jpg: was changed while it was read; start again"):
+            load(root)
+    load(root)
+
+
 def test_reading_for_long_says_so(
     photo_folder: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

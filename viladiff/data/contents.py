@@ -30,7 +30,7 @@ NAME = ".viladiff-contents.txt"
 """Hidden, so that no scan takes it for an image."""
 RACY = 3 * 10**9
 """Nanoseconds; file systems round times of modification to 2 s at most."""
-FORMAT = 1
+FORMAT = 2
 """Raised when what is kept would mean something else, or a check would find something else in the same file."""
 _THREADS = 4
 """That hash at once; hashlib and reading release the interpreter's lock."""
@@ -87,12 +87,17 @@ class Contents:
         return [digest or fresh[path] for path, digest in zip(paths, kept, strict=True)]
 
     def find(self, path: Path, what: str, look: Callable[[], Any]) -> Any:
-        """What is kept of the file as ``what``, anything JSON can hold; where nothing is, ``look`` reads it."""
+        """What is kept of the file as ``what``, anything JSON can hold; where nothing is, ``look`` reads it.
+
+        Raises ValueError as ``look``, and for a file that cannot be read or is changed meanwhile.
+        """
         now, stat, name = time.time_ns(), _stat(path), self._name(path)
         facts = self._facts(name, stat)
         if facts.get(what) is not None:
             return facts[what]
         found = look()
+        if _stat(path) != stat:
+            raise ValueError(f"{path}: was changed while it was read; start again once nothing writes to it")
         if max(stat[1:3]) < now - RACY:
             self._new[name] = _start(stat) + json.dumps({**facts, what: found}, separators=(",", ":"))
         return found
