@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -96,6 +98,77 @@ def test_a_process_that_this_kernel_knows_is_neither_waited_for_nor_watched(
         mine.path.write_text(json.dumps({**fields, "started": fields["started"] - 1}))
         take_or_say(tmp_path).release()
     assert capsys.readouterr().err == ""
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from viladiff.study.lease import take_or_say
+from viladiff.study.store import Store
+run = Path(sys.argv[1])
+os.chmod(run, 0o555)
+if os.getuid() == 0:
+    os.setuid(65534)
+store = Store(run.parent)
+print(store.holder(run.name), store.held(run.name), store.sweep())
+take_or_say(run)
+"""
+
+
+def test_a_directory_to_look_at_only_is_looked_at_and_refused_at_once() -> None:
+    with tempfile.TemporaryDirectory() as parent:  # pytest's own would be closed to the other user
+        os.chmod(parent, 0o755)
+        path = left_behind(Path(parent, "0" * 16))
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        holder = {"host": "here", "machine": leases._machine(), "pid": gone.pid, "started": 1, "since": "x"}
+        path.write_text(json.dumps(holder))
+        words = [sys.executable, "-c", READ_ONLY, str(path.parent)]
+        said = subprocess.run(words, capture_output=True, text=True, timeout=50, env=os.environ | {"HOME": parent})
+        os.chmod(path.parent, 0o755)
+        assert said.stdout == "None False []\n", said
+        assert said.stderr.splitlines()[-1] == f"PermissionError: [Errno 13] Permission denied: {str(path.parent)!r}"
+        assert path.exists()
+
+
+def test_a_directory_whose_files_cannot_be_looked_at_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network file system, a lease that was just released is stale; other errors are not hidden."""
+    path = left_behind(tmp_path)
+    real = Path.stat
+
+    def broken(number: int) -> None:
+        def stat(self: Path, **words: bool) -> os.stat_result:
+            if self == path:
+                raise OSError(number, os.strerror(number), str(path))
+            return real(self, **words)
+
+        monkeypatch.setattr(Path, "stat", stat)
+
+    broken(errno.ESTALE)
+    assert leases.inspect(tmp_path, leases.Watch()) == []
+    for number in (errno.EIO, errno.EACCES):
+        broken(number)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            leases.inspect(tmp_path, leases.Watch())
+
+
+ELSEWHERE = """
+import os, sys
+from viladiff.study import lease
+print(os.getpid(), lease._machine() == "")
+"""
+
+
+def test_starts_of_another_process_namespace_prove_nothing() -> None:
+    """Where /proc is not mounted anew, process 1 there has the start of this machine's: it would never die."""
+    words = [sys.executable, "-c", ELSEWHERE]
+    inside = subprocess.run(["unshare", "--pid", "--fork", *words], capture_output=True, text=True)
+    if inside.returncode and "unshare" in inside.stderr:
+        pytest.skip("this machine makes no process namespaces")
+    assert inside.stdout == "1 True\n", inside
+    assert leases._machine()
 
 
 WAITS = """

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from scipy import ndimage
 
 from viladiff import draws
 from viladiff.data.cache import Facts, Opened, cache_dir, fingerprint, open_or_make
+from viladiff.progress import counter
 
 Part = Literal["train", "val", "pretrain"]
 Array = np.ndarray
@@ -299,16 +298,16 @@ def recolour(rng: np.random.Generator, recipe: Recipe, crop: Array, digit: int, 
 
 def _fill(name: str, directory: Path) -> Facts:
     recipe, train, val = VARIANTS[name]
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
+    done = 0
     parts: tuple[tuple[Part, str, int], ...] = (("train", "", train), ("val", "val_", val))
-    with bar:
-        task = bar.add_task(f"rendering {name}", total=train + val)
+    with counter(f"rendering {name}", True) as advance:
         for part, prefix, count in parts:
             shape = (count, recipe.side, recipe.side)
             images, masks = np.empty((*shape, 3), np.uint8), np.empty(shape, np.uint8)
             for index in range(count):
                 images[index], masks[index] = render(recipe, name, part, index)
-                bar.advance(task)
+                done += 1
+                advance(done, train + val)
             np.save(directory / f"{prefix}images.npy", images, allow_pickle=False)
             np.save(directory / f"{prefix}masks.npy", masks, allow_pickle=False)
     return {"variant": name, "revision": REVISION, "train": train, "val": val}
