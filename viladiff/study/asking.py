@@ -123,8 +123,13 @@ class Asker:
     def _found(self) -> Study | None:
         import optuna
 
-        names = {one.study_name for one in self.storage.get_all_studies()}
-        if self.name not in names:
+        studies = self.storage.get_all_studies()
+        foreign = [one.study_name for one in studies if one.user_attrs.get(OWNER) is None]
+        if "://" not in self.where and foreign:  # the journal is made anew as a whole
+            raise ForeignStudy(
+                f"{self.where}: holds a study {foreign[0]!r} that was not made by viladiff; move the file away"
+            )
+        if self.name not in {one.study_name for one in studies}:
             return None
         study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=self.pruner)
         if study.user_attrs.get(OWNER) is None:
