@@ -106,6 +106,12 @@ class Lease:
                     self._lost.set()
         return self._lost.is_set()
 
+    def check(self) -> None:
+        """Raises LeaseLost where another machine has taken over; looks at once, not at the next heartbeat."""
+        if not self.path.exists():
+            self._lost.set()
+            raise LeaseLost(f"{self.path.parent}: another machine took this over after this one was silent too long")
+
     def release(self) -> None:
         """May be called twice, and by a forked child, where it does nothing."""
         if os.getpid() == self._pid:
