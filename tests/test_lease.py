@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -256,3 +257,27 @@ def test_a_table_does_its_other_runs_meanwhile(tmp_path: Path, monkeypatch: pyte
         list(desk.tick())
         time.sleep(0.05)
     assert taken == jobs[0] and not path.exists()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of system calls differ")
+def test_a_killed_process_is_dead_only_when_all_its_threads_are(tmp_path: Path) -> None:
+    """The first thread ends alone, as it may when a signal kills the process: what the others still write may come."""
+    code = (
+        "import ctypes, sys, threading, time; from pathlib import Path; from viladiff.study.lease import Watch, take\n"
+        "lease = take(Path(sys.argv[1]), Watch())\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start(); print('taken', flush=True)\n"
+        "ctypes.CDLL(None).syscall(60, 0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "taken\n"
+    stat = Path(f"/proc/{process.pid}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert leases.take(tmp_path / "run", leases.Watch()) is None
+    process.kill()
+    while len(os.listdir(f"/proc/{process.pid}/task")) > 1:
+        time.sleep(0.01)
+    taken = leases.take(tmp_path / "run", leases.Watch())
+    assert taken is not None
+    taken.release()
+    process.wait()

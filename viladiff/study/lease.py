@@ -321,7 +321,14 @@ def _lives(holder: Holder | None) -> bool | None:
         return False
     except OSError:
         return None  # another user's, hidden from us
-    return start(holder.pid) == holder.started  # a zombie, or it came just now
+    return start(holder.pid) == holder.started or _dying(holder.pid)  # a zombie, or it came just now
+
+
+def _dying(pid: int) -> bool:
+    """Whether threads of a killed process are left, whose last write may not be over though the first is a zombie."""
+    with suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    return False
 
 
 @cache

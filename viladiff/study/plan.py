@@ -96,7 +96,7 @@ class Plan:
         """
         plain = self.defaults.get(kind_of(record.changed), _NOTHING)
         rest = {path: value for path, value in plain.items() if path not in record.changed}
-        return record.model_copy(update={"config": {**record.config, **rest}})
+        return RunRecord(**{**dict(record), "config": {**record.config, **rest}})
 
 
 class Runs(Protocol):
