@@ -62,6 +62,8 @@ class Course(NamedTuple):
 
     steps: list[int]
     regret: list[float]
+    complete: int = 0
+    """Trials of them that were not stopped, nor failed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -247,8 +249,10 @@ def compare(replay: Replay, space: Space, seeds: int, trials: int) -> float:
     return share
 
 
-def search(replay: Replay, space: Space, kind: str, seed: int, trials: int, budget: int | None = None) -> Course:
-    """One sweep from a drawn first point; with a ``budget`` of steps ASHA stops trials, and none begins after it."""
+def search(
+    replay: Replay, space: Space, kind: str, seed: int, trials: int, budget: int | None = None, pruner: Any = "asha"
+) -> Course:
+    """One sweep from a drawn first point; with a ``budget`` ``pruner`` stops trials, and none begins after it."""
     from viladiff.study.trials import Trial
 
     sweeping = helper()
@@ -260,16 +264,14 @@ def search(replay: Replay, space: Space, kind: str, seed: int, trials: int, budg
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as root:
         runs = sweeping.Runs(Path(root), score)
-        pruner = "none" if budget is None else "asha"
         first = draw(space, random.Random(f"first {seed}"))
 
         def tell(trial: Trial) -> None:
             if budget is not None and runs.trained >= budget:
                 desk.search.wanted = len(desk.search.trials)
 
-        desk = sweeping.opened(
-            Path(root), runs, trials, kind, pruner, 1, space=space, first=first, seed=seed, tell=tell
-        )
+        stops = "none" if budget is None else pruner
+        desk = sweeping.opened(Path(root), runs, trials, kind, stops, 1, space=space, first=first, seed=seed, tell=tell)
         sweeping.drive(desk, runs)
     found = desk.search.trials
     total, steps, regret = dict(trained(found, full)), [], []
@@ -278,7 +280,7 @@ def search(replay: Replay, space: Space, kind: str, seed: int, trials: int, budg
         best = ranked(ended[:i])
         steps.append(total[trial.number])
         regret.append(replay.best - float(replay.mean(best[0].point)[-1]) if best else math.inf)
-    return Course(steps, regret)
+    return Course(steps, regret, sum(trial.state == "complete" for trial in found))
 
 
 def reached(path: Course, goal: float) -> float:

@@ -3,7 +3,7 @@
 As in ImageNet, each image shows one object and has one label: a training digit of any colour on a piece of a training
 photograph. Such scenes are in no pool, and validation handwriting and photo regions are never drawn. The encoder is
 shown no mask, only which digit it is. The class scores of all tokens are pooled by a log-sum-exp, so that the tokens on
-the object learn to speak for it. Example (about 5 minutes):
+the object learn to speak for it. Example (about 8 minutes):
 
     python scripts/pretrain_digits.py --threads 1
 """
@@ -84,9 +84,9 @@ def pretrain(images: Tensor, labels: Tensor, steps: int, batch: int, lr: float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--images", type=int, default=16000)
+    parser.add_argument("--images", type=int, default=32000)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -7,11 +7,10 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 stamp=.venv/.installed
-want=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+want=$(cat pyproject.toml constraints.txt | cksum | tr ' ' -) # POSIX: not every system has sha256sum
 if [ -x .venv/bin/python ]; then
-    case "$(cat "$stamp" 2>/dev/null)" in
-    "$want ${CONSTRAINTS:-}"*) exit 0 ;;
-    esac
+    there=$(cat "$stamp" 2>/dev/null || true)
+    [ "${there%% *}" != "$want" ] || [ "${CONSTRAINTS:-${there#* }}" != "${there#* }" ] || exit 0
 fi
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -50,14 +49,20 @@ here=$(.venv/bin/python -c 'import platform as p, sys; print("%d.%d" % sys.versi
 made=$(sed -n 's/^# made with: //p' constraints.txt)
 if [ -z "${CONSTRAINTS:-}" ] && [ "$here" != "$made" ]; then
     echo "setup: constraints.txt is of Python $made, here is $here: the newest versions that fit are installed, with which a" \
-        "published run may not repeat bit for bit. CONSTRAINTS=constraints.txt asks for those of the file all the same."
+        "published run may not repeat bit for bit. CONSTRAINTS=constraints.txt installs those of the file all the same."
     constraints=none
 fi
 pinned=()
 [ "$constraints" = none ] || pinned=(-c "$constraints")
 .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off ${pinned[@]+"${pinned[@]}"} -e '.[dev]' |
-    sed -un 's/^Collecting \([A-Za-z0-9_.-]*\).*/  fetching \1/p; s/^Installing collected packages:.*/  unpacking, the longest part/p' ||
-    fail "pip failed, see above; where a version is not to be had, CONSTRAINTS=none takes the newest that fit"
+    while IFS= read -r line; do
+        case $line in
+        "Collecting "*) line=${line#Collecting } && echo "  fetching ${line%%[!A-Za-z0-9_.-]*}" ;;
+        "Installing collected packages:"*) echo "  unpacking, the longest part" ;;
+        esac
+    done ||
+    fail "pip failed, see above. Without a connection the same command goes on later; where a version is not to be had," \
+        "CONSTRAINTS=none takes the newest that fit."
 .venv/bin/python -c 'import pydantic, timm, torch, torchvision' || fail "the installed packages do not import; remove .venv and try again"
 echo "$want $constraints" >"$stamp"
 echo "setup: done"

@@ -45,6 +45,10 @@ class Runs:
     def directory(self, run_id: str) -> Path:
         return self.root / run_id
 
+    def held(self, run_id: str) -> bool:
+        """Nobody else is here."""
+        return False
+
     def holder(self, run_id: str) -> None:
         return None
 

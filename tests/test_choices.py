@@ -12,7 +12,7 @@ from record_kit import name_of, told
 
 from viladiff.config import RunConfig, flatten, override, schema
 from viladiff.record import RunRecord, save_record
-from viladiff.report import choices, plain, tables
+from viladiff.report import choices, long, plain, tables
 from viladiff.report.page import render_table
 from viladiff.study.cells import cells
 from viladiff.study.claims import judge
@@ -226,7 +226,7 @@ def test_rows_that_wait_have_a_dash_a_reason_and_no_run(tmp_path: Path) -> None:
     assert results.counts() == {"missing": 2, "done": 10}, (
         "unique runs; the row that waits has none, streams share theirs"
     )
-    lines = [line for line in tables.long(results) if line["row"] == "late"]
+    lines = [line for line in long.long(results) if line["row"] == "late"]
     assert {(line["state"], line["run_id"], line["miou"]) for line in lines} == {("unavailable", "", None)}
     assert [reason for reason in plain.reasons(results) if "not available" in reason] == [
         "not available: method.clip.weights is not given: row 5"

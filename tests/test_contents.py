@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ from viladiff.study.lease import take_or_say
 from viladiff.train import fit
 
 Make = Callable[..., Path]
+RACY = contents.RACY
+"""As it is for users."""
 _opened: list[str] = []
 _listening = threading.Event()
 
@@ -62,6 +65,12 @@ def aged(root: Path) -> Path:
             then = path.stat().st_mtime_ns - 3600 * 10**9
             os.utime(path, ns=(then, then))
     return root
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test has just written counts as old: no call sets the time of change back."""
+    monkeypatch.setattr(contents, "RACY", 0)
 
 
 def load(root: Path, split: str = "labelled", **options: Any) -> datasets.Dataset:
@@ -229,23 +238,26 @@ def test_the_second_start_opens_no_file(photo_folder: Make, options: dict[str, A
     assert {*third} == {str(path)}, "the file that has changed, and no other"
 
 
-def test_a_second_change_in_the_same_tick_is_seen(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_second_change_in_the_same_tick_is_seen(
+    photo_folder: Make, monkeypatch: pytest.MonkeyPatch, restored: bool
+) -> None:
     root = photo_folder(8)
     path = root / "images" / "china_0000.jpg"
-    plain = contents._stat
+    plain, data, now = contents._stat, path.read_bytes(), time.time_ns()
+    then = 10**18 if restored else now
+    monkeypatch.setattr(contents, "RACY", RACY)
     # As on a file system whose clock ticks rarely: nothing but the content shows the second change.
-    monkeypatch.setattr(contents, "_stat", lambda path: (*plain(path)[:2], 0, 0))
-    data = path.read_bytes()
+    monkeypatch.setattr(contents, "_stat", lambda path: (*plain(path)[:2], now if restored else 0, 0))
 
-    def found(last: bytes, then: int) -> str:
+    def found(last: bytes) -> str:
         path.write_bytes(data + last)
         os.utime(path, ns=(then, then))
         return load(root).fingerprint
 
-    now = time.time_ns()
-    assert found(b"1", now) != found(b"2", now)
+    assert found(b"1") != found(b"2")
     monkeypatch.setattr(contents, "RACY", -(10**12))
-    assert found(b"3", now) == found(b"4", now), "without the pause this goes unseen, so the test can fail"
+    assert found(b"3") == found(b"4"), "without the pause this goes unseen, so the test can fail"
 
 
 def test_a_file_that_takes_its_old_time_back_is_read_again(photo_folder: Make) -> None:
@@ -305,6 +317,61 @@ def test_where_the_data_cannot_be_written_the_cache_folder_is(
     assert first and not second, "kept for as long as the process lives"
 
 
+def test_of_two_places_either_may_know_more(
+    photo_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = photo_folder(8)
+    monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
+    load(root)  # the owner of the data has hashed them, and has checked nothing
+    kept = (root / NAME).read_bytes()
+    changed = root / "images" / "flower_0001.jpg"
+    changed.write_bytes(changed.read_bytes() + b" ")
+    (root / NAME).unlink()
+    (root / NAME).mkdir()
+    data = load(root)  # one who cannot write there, of a file that has changed since
+    check_files(data)
+    (root / NAME).rmdir()
+    (root / NAME).write_bytes(kept)
+    with opens(root) as found:
+        assert load(root).fingerprint == data.fingerprint
+        check_files(load(root))
+    assert not found
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["pipe", "endless", "lines"])
+def test_what_lies_in_the_place_of_what_is_kept(photo_folder: Make, tmp_path: Path, what: str) -> None:
+    root = photo_folder(8)
+    wanted = load(root).fingerprint
+    kept = root / NAME
+    data = kept.read_bytes()
+    kept.unlink()
+    if what == "pipe":
+        os.mkfifo(kept)
+    elif what == "endless":
+        kept.symlink_to("/dev/zero")
+    else:
+        stat = contents._stat(root / "images" / "china_0000.jpg")
+        lines = {"images/china_0000.jpg": contents._start(stat) + "null", "images/flower_0001.jpg": "", '"': "x"}
+        kept.write_bytes(contents._packed(lines))
+    assert load(root).fingerprint == wanted
+    assert load(root).fingerprint == wanted and (what == "lines" or kept.read_bytes() == data)
+
+
+def test_of_a_large_file_that_was_not_written_here_nothing_is_held(photo_folder: Make) -> None:
+    root = photo_folder(8)
+    wanted, kept = load(root).fingerprint, root / NAME
+    head, size = kept.read_bytes().partition(b"\n")[0], 2**25
+    for garbage in (b"", head + b"\n"):
+        kept.write_bytes(garbage + b"a" * size)
+        tracemalloc.start()
+        assert contents._read(kept) == {}
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < size / 8
+    assert load(root).fingerprint == wanted
+
+
 def test_two_that_write_at_once_keep_what_the_other_found(photo_folder: Make) -> None:
     root = aged(photo_folder(8))
     one, other = Contents(root), Contents(root)
@@ -345,6 +412,23 @@ def test_files_that_cannot_be_read_are_named(photo_folder: Make, tmp_path: Path)
         known.digests([tmp_path / "folder.jpg"])
 
 
+def test_a_file_that_changes_while_it_is_read(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = photo_folder(8)
+    path, plain = root / "images" / "china_0000.jpg", contents._sha256
+
+    def written(read: Path) -> str:
+        found = plain(read)
+        if read == path:
+            path.write_bytes(path.read_bytes() + b" ")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "_sha256", written)
+        with pytest.raises(ValueError, match=r"china_0000\.jpg: was changed while it was read; start again"):
+            load(root)
+    load(root)
+
+
 def test_reading_for_long_says_so(
     photo_folder: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,7 +452,8 @@ def _reads(cfg: RunConfig, out: str) -> str:
 
 
 def test_of_several_workers_one_reads(photo_folder: Make, tmp_path: Path) -> None:
-    root = aged(photo_folder(8))
+    root = photo_folder(8)
+    time.sleep(1.1 * RACY / 1e9)
     in_workers(_reads, small(root, tmp_path / "runs", **{"runtime.workers": 2}), 2, str(tmp_path))
     first, second = ((tmp_path / rank).read_text().split() for rank in "01")
     assert int(first[0]) >= 12 and second == ["0", first[1]]

@@ -41,6 +41,15 @@ def seen(network: nn.Module, images: np.ndarray | Tensor) -> np.ndarray:
     return network(torch.as_tensor(images))["visual"].numpy()
 
 
+@torch.no_grad()
+def see_all_classes(network: nn.Module, images: Tensor) -> None:
+    """Gives each class's logits the mean 0, so that each is somewhere the highest, and four times their size."""
+    head = network.classifier
+    head.fine.bias.sub_(network(images)["visual"].mean((0, 2, 3)))  # type: ignore[union-attr, operator]
+    for parameter in head.parameters():  # type: ignore[union-attr]
+        parameter.mul_(4)
+
+
 def moved(before: list[Tensor], network: nn.Module) -> bool:
     return any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
@@ -337,6 +346,8 @@ def test_swith_loss_is_that_of_the_formula(index: int) -> None:
     method, batch = ready("swith", **{"teacher.switch_period": 0.05}, **pseudo)
     assert isinstance(method, Swith)
     step = Step(index, index / 100, 3)
+    for i in (0, 1):
+        see_all_classes(method.teachers[i], batch.weak[0])
     losses = method(batch, step)
     classmix = index == 75
     p, valid, target = (
@@ -345,6 +356,7 @@ def test_swith_loss_is_that_of_the_formula(index: int) -> None:
         batch.target.numpy(),
     )
     confidence, labels = p.max(1), p.argmax(1)
+    assert min(len(np.unique(x)) for x in labels) > 2
     if classmix:
         uniform = draws.uniform(range(4), (CLASSES,), 3, "swith-classes", index)
         inside = class_mask(torch.from_numpy(labels), batch.valid, uniform).numpy()[np.arange(4) ^ 1]
@@ -352,7 +364,7 @@ def test_swith_loss_is_that_of_the_formula(index: int) -> None:
         inside = box_mask(
             beta_boxes([draws.rng(3, "swith-boxes", index, i) for i in range(4)], SIDE), SIDE, SIDE
         ).numpy()
-    assert 0.03 < inside.mean() < 0.95
+    assert 0.05 < inside.mean() < 0.95
     z = seen(method.student, mixed(batch.strong[0].numpy(), inside))
     counted, sure = mixed(valid, inside), confidence >= np.float32(0.5)
     w = [(sure[i] & valid[i]).sum() / valid[i].sum() for i in range(4)]  # of the picture before anything is pasted

@@ -278,6 +278,17 @@ def test_one_image_cannot_be_dealt(photo_folder: Make) -> None:
         dealt(root, None, None)
 
 
+@pytest.mark.parametrize("name", [" a", "a\nb", "a\tb", os.fsdecode(b"a\xff"), "images/a"])
+def test_names_that_no_list_can_hold(photo_folder: Make, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    root = photo_folder(8)
+    (root / "images" / "images").mkdir()
+    shutil.copy(root / "images" / "china_0000.jpg", root / "images" / f"{name}.jpg")
+    assert cli.main(["data", "split", str(root), "--name", "other", "--labelled", "2", "--processes", "1"]) != 0
+    told = capsys.readouterr().err
+    assert "no list can hold this name; rename the image" in told and str(root / "images") in told
+    assert not (root / "splits" / "other").exists()
+
+
 def test_lists_are_written_whole_or_not_at_all(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     root = photo_folder(16, unlabelled_masks=True)
     lists = dealt(root).lists

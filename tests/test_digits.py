@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from viladiff import progress
 from viladiff.data import cache, datasets, digits, splits
 from viladiff.data.digits import DENSE, DIGITS, Recipe, Variant, render
 
@@ -187,6 +189,22 @@ def test_every_recipe_field_is_in_the_fingerprint(monkeypatch: pytest.MonkeyPatc
 
 
 # The cache
+
+
+def test_rendering_is_silent_but_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(digits.VARIANTS, "digits", Variant(DIGITS, 3, 2))
+    told: list[tuple[int, int]] = []
+
+    @contextmanager
+    def counter(title: str, show: bool) -> Iterator[Callable[[int, int], None]]:
+        with progress.counter(title, show) as advance:
+            yield lambda done, of: (told.append((done, of)), advance(done, of))[1]
+
+    monkeypatch.setattr(digits, "counter", counter)
+    digits._fill("digits", tmp_path)
+    assert capfd.readouterr() == ("", "") and told == [(done, 5) for done in range(1, 6)]
 
 
 def test_the_cache_holds_what_is_rendered(rendered: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -165,6 +167,22 @@ def test_masks_of_every_mode_give_the_same_labels(tmp_path: Path, photographs: M
     Image.fromarray(shown).save(tmp_path / "rgb.png")
     assert np.array_equal(read_mask(tmp_path / "rgb.png", 6, colours), labels)
     assert np.array_equal(read_mask(tmp_path / "index.png", 6, colours), labels), "the colours of its own palette count"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_masks_of_few_bits_hold_class_numbers(tmp_path: Path, bits: int) -> None:
+    labels = np.arange(2**bits, dtype=np.uint8).repeat(8)[None].repeat(3, 0)
+    packed = np.packbits(np.unpackbits(labels[..., None], axis=-1)[..., -bits:].reshape(3, -1), axis=1)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", labels.shape[1], 3, bits, 0, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", rows), chunk(b"IEND", b"")
+    path = tmp_path / "mask.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert np.array_equal(read_mask(path, 2**bits), labels)
 
 
 def test_colours_are_told_apart_by_all_three_channels() -> None:
@@ -391,6 +409,50 @@ def test_plain_list_files_and_a_directory_of_lists_elsewhere(photo_folder: Make,
     assert names[0] == names[1] != names[2], "a run is named by what its lists hold, not by where they lie"
 
 
+def test_a_name_that_two_images_may_have(photo_folder: Make) -> None:
+    root = photo_folder(8)
+    for folder in ("images", "masks"):
+        suffix = ".png" if folder == "masks" else ".jpg"
+        (root / folder / f"china_0000{suffix}").rename(root / folder / f"china_0000.jpg{suffix}")
+    _spoil(root, labelled="china_0000.jpg\nflower_0001")
+    assert load(root).files.ids[0] == "china_0000.jpg", "of china_0000.jpg.jpg, as `data split` writes it"
+    shutil.copy(root / "images" / "flower_0001.jpg", root / "images" / "china_0000.jpg")
+    with pytest.raises(ValueError, match=r"line 1: may mean the images 'china_0000\.jpg' and 'china_0000'; rename one"):
+        load(root)
+
+
+def test_a_copy_of_a_training_image_in_validation_is_told(photo_folder: Make) -> None:
+    root = photo_folder(8)
+    assert load(root).notes == ()
+    (first, second), trained = read_text(root / "splits" / "labelled" / "val.txt"), "china_0000"
+    for folder, suffix in (("images", ".jpg"), ("masks", ".png")):
+        shutil.copy(root / folder / f"{trained}{suffix}", root / folder / f"{first}{suffix}")
+    shutil.copy(root / "images" / "grace_0002.jpg", root / "images" / f"{second}.jpg")
+    (note,) = load(root).notes
+    assert note.startswith(
+        f"2 validation images are training images under another name, first {first!r} (as {trained!r})"
+    )
+
+
+def test_folders_that_links_lead_to(photo_folder: Make) -> None:
+    root = photo_folder(8)
+    (root / "splits" / "labelled" / "unlabelled.txt").unlink()
+    ids = {*load(root).files.ids}
+    (root / "more").mkdir()
+    shutil.copy(root / "images" / "grace_0002.jpg", root / "more" / "a.jpg")
+    (root / "images" / "sub").symlink_to("../more")
+    assert {*load(root).files.ids} == ids | {"sub/a"}
+    (root / "images" / "gone.jpg").symlink_to("../more/b.jpg")
+    with pytest.raises(ValueError, match=r"images/gone\.jpg: cannot be read: No such file"):
+        load(root)
+    (root / "images" / "gone.jpg").unlink()
+    for place in (root / "images" / "round", root / "more" / "round"):
+        place.symlink_to(root / "images")
+        with pytest.raises(ValueError, match=r"round: leads to .*/images, which it is in; remove it"):
+            load(root)
+        place.unlink()
+
+
 def _spoil(root: Path, **lists: str) -> None:
     for name, text in lists.items():
         (root / "splits" / "labelled" / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -408,7 +470,8 @@ def _spoil(root: Path, **lists: str) -> None:
         ({"labelled": "china_0000\nchina_0000.jpg"}, r"line 2: 'china_0000' is listed before, as line 1"),
         ({"labelled": "grace_0002", "unlabelled": "china_0000"}, r"1 of 1 images have no mask, first 'grace_0002'"),
         ({"labelled": "../../secret"}, r"line 1: '\.\./\.\./secret' climbs out of the folder"),
-        ({"labelled": "/etc/passwd"}, r"'/etc/passwd' is not an image of 'images'"),
+        ({"labelled": "china_0000\n\n\nflower_0001\nchina_0000"}, r"line 5: 'china_0000' is listed before, as line 1"),
+        ({"labelled": "/etc/passwd"}, r"'/etc/passwd' is not an image of 'images'; names are relative to 'images'"),
         ({"labelled": "china_000"}, r"line 1: 'china_000' is not an image of 'images'; did you mean 'china_000"),
     ],
 )
@@ -631,6 +694,26 @@ def test_masks_of_0_and_255_stop_a_run_with_the_way_out(photo_folder: Make, tmp_
     assert [fault.level for fault in faults] == ["error"] * 2 and "1 classes are in no mask: plant" in faults[0].reason
     (root / "palette.txt").write_text("0 0 0 ground\n255 255 255 plant", encoding="utf-8")
     assert fit(small(root, tmp_path / "runs", "supervised")).record.miou is not None, "and then it works"
+
+
+def test_masks_of_0_and_255_among_others_are_told(photo_folder: Make) -> None:
+    root = binary(photo_folder(8, sizes=(40, 60)), 1)
+    assert not any("255" in note for note in check_files(load(root)))
+    name = read_text(root / "splits" / "labelled" / "val.txt")[0]
+    path = root / "masks" / f"{name}.png"
+    labels = read_mask(path, 2)
+    Image.fromarray(np.where(labels == 1, 255, 0).astype(np.uint8)).save(path)
+    told = "1 of 4 masks hold 0 and 255 only, others 1, and 255 is ignored; if it means 'plant' there, write 1"
+    assert any(note.startswith(f"{root / 'masks'}: {told}") for note in check_files(load(root)))
+    faults = [fault for fault in check(root, processes=1).faults if fault.path == str(root / "masks")]
+    assert [fault.level for fault in faults] == ["warning"] and "and 255 is ignored" in faults[0].reason
+
+
+def test_a_third_class_that_is_255_is_explained(photo_folder: Make) -> None:
+    root = binary(photo_folder(8, sizes=(40, 60)), 255)
+    (root / "classes.txt").write_text("ground\nplant\nstone", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"masks hold 255, which is ignored: if it is a class, palette\.txt says"):
+        check_files(load(root))
 
 
 def test_validation_masks_of_one_class_stop_a_run(photo_folder: Make, tmp_path: Path) -> None:

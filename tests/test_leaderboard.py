@@ -179,7 +179,9 @@ def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store
         one = record(name, points, steps=runs[name].steps, scores=scores, **old, **own)
         save_record(one, store.directory(name) / "record.json")
     later = {5: "not available: method.clip.weights is not given"}
-    return Plan(table, "s", tuple(range(6)), (0, 1), tuple(range(seeds)), tuple(found), runs, later), store
+    defaults = {f"None {row.set.get('method.name')}": {"optim.lr": 0.006} for row in ROWS}
+    about = "s", tuple(range(6)), (0, 1), tuple(range(seeds)), tuple(found), runs, later
+    return Plan(table, *about, defaults=defaults), store
 
 
 def steps_file(path: Path, **changes: Any) -> Path:
@@ -452,6 +454,18 @@ def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_els
     held_out(store, 46.0, 0.006, seed=2)
     again = rates.tried(gather(plan, store), store.records())[0]
     assert again.said == "0.012 is 0.2 points above the one that the table takes"
+
+
+def test_a_default_rate_is_the_plan_s_whatever_a_record_says_of_it(tmp_path: Path) -> None:
+    plan, store = studied(tmp_path)
+    held_out(store, 43.0, 0.006)
+    held_out(store, 44.5, 0.012)
+    forged = {
+        name: one if "optim.lr" in one.changed else one.model_copy(update={"config": {**one.config, "optim.lr": 0.5}})
+        for name, one in store.records().items()
+    }
+    (found,) = rates.tried(gather(plan, store), forged)
+    assert [(r.value, r.taken) for r in found.rates] == [(0.006, True), (0.012, False)]
 
 
 # The picture

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -98,6 +101,77 @@ def test_a_process_that_this_kernel_knows_is_neither_waited_for_nor_watched(
     assert capsys.readouterr().err == ""
 
 
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from viladiff.study.lease import take_or_say
+from viladiff.study.store import Store
+run = Path(sys.argv[1])
+os.chmod(run, 0o555)
+if os.getuid() == 0:
+    os.setuid(65534)
+store = Store(run.parent)
+print(store.holder(run.name), store.held(run.name), store.sweep())
+take_or_say(run)
+"""
+
+
+def test_a_directory_to_look_at_only_is_looked_at_and_refused_at_once() -> None:
+    with tempfile.TemporaryDirectory() as parent:  # pytest's own would be closed to the other user
+        os.chmod(parent, 0o755)
+        path = left_behind(Path(parent, "0" * 16))
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        holder = {"host": "here", "machine": leases._machine(), "pid": gone.pid, "started": 1, "since": "x"}
+        path.write_text(json.dumps(holder))
+        words = [sys.executable, "-c", READ_ONLY, str(path.parent)]
+        said = subprocess.run(words, capture_output=True, text=True, timeout=50, env=os.environ | {"HOME": parent})
+        os.chmod(path.parent, 0o755)
+        assert said.stdout == "None False []\n", said
+        assert said.stderr.splitlines()[-1] == f"PermissionError: [Errno 13] Permission denied: {str(path.parent)!r}"
+        assert path.exists()
+
+
+def test_a_directory_whose_files_cannot_be_looked_at_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network file system, a lease that was just released is stale; other errors are not hidden."""
+    path = left_behind(tmp_path)
+    real = Path.stat
+
+    def broken(number: int) -> None:
+        def stat(self: Path, **words: bool) -> os.stat_result:
+            if self == path:
+                raise OSError(number, os.strerror(number), str(path))
+            return real(self, **words)
+
+        monkeypatch.setattr(Path, "stat", stat)
+
+    broken(errno.ESTALE)
+    assert leases.inspect(tmp_path, leases.Watch()) == []
+    for number in (errno.EIO, errno.EACCES):
+        broken(number)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            leases.inspect(tmp_path, leases.Watch())
+
+
+ELSEWHERE = """
+import os, sys
+from viladiff.study import lease
+print(os.getpid(), lease._machine() == "")
+"""
+
+
+def test_starts_of_another_process_namespace_prove_nothing() -> None:
+    """Where /proc is not mounted anew, process 1 there has the start of this machine's: it would never die."""
+    words = [sys.executable, "-c", ELSEWHERE]
+    inside = subprocess.run(["unshare", "--pid", "--fork", *words], capture_output=True, text=True)
+    if inside.returncode and "unshare" in inside.stderr:
+        pytest.skip("this machine makes no process namespaces")
+    assert inside.stdout == "1 True\n", inside
+    assert leases._machine()
+
+
 WAITS = """
 import sys
 from pathlib import Path
@@ -183,3 +257,27 @@ def test_a_table_does_its_other_runs_meanwhile(tmp_path: Path, monkeypatch: pyte
         list(desk.tick())
         time.sleep(0.05)
     assert taken == jobs[0] and not path.exists()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of system calls differ")
+def test_a_killed_process_is_dead_only_when_all_its_threads_are(tmp_path: Path) -> None:
+    """The first thread ends alone, as it may when a signal kills the process: what the others still write may come."""
+    code = (
+        "import ctypes, sys, threading, time; from pathlib import Path; from viladiff.study.lease import Watch, take\n"
+        "lease = take(Path(sys.argv[1]), Watch())\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start(); print('taken', flush=True)\n"
+        "ctypes.CDLL(None).syscall(60, 0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "taken\n"
+    stat = Path(f"/proc/{process.pid}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert leases.take(tmp_path / "run", leases.Watch()) is None
+    process.kill()
+    while len(os.listdir(f"/proc/{process.pid}/task")) > 1:
+        time.sleep(0.01)
+    taken = leases.take(tmp_path / "run", leases.Watch())
+    assert taken is not None
+    taken.release()
+    process.wait()

@@ -372,6 +372,21 @@ def put(store: Store, one: RunRecord) -> None:
     save_record(one, directory / "record.json")
 
 
+def test_a_page_takes_settings_at_their_defaults_from_the_plan(made: Plan, tmp_path: Path) -> None:
+    from viladiff.report.tables import gather
+
+    run = next(iter(made.runs.values()))
+    store = Store(tmp_path)
+    put(store, record(run))
+    (one,) = store.records().values()
+    assert "eval.protocol" not in run.changed and made.settled(one) == one
+    forged = RunRecord(**{**one.model_dump(), "config": {**one.config, "eval.protocol": "sliding", "optim.lr": 9.0}})
+    put(store, forged)
+    assert store.records()[run.run_id].config["optim.lr"] == 9.0, "no hash says so"
+    (shown,) = gather(made, store).records().values()
+    assert shown == one and made.default(run.changed, "optim.lr") == one.config["optim.lr"]
+
+
 def test_states_of_runs(made: Plan, tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     ids = list(made.runs)

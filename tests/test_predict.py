@@ -6,6 +6,7 @@ import csv
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,20 @@ def test_a_run_scored_in_windows_predicts_in_windows(model: Model) -> None:
     from dataclasses import replace
 
     assert replace(model, protocol="sliding_window").protocol_for(10, 10) == "sliding_window"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_that_of_the_run(model: Model, monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
+    flags, seen = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+    before, real = [flag.allow_tf32 for flag in flags], Model._forward
+
+    def forward(self: Model, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.extend(flag.allow_tf32 for flag in flags)
+        return real(self, images)
+
+    monkeypatch.setattr(Model, "_forward", forward)
+    replace(model, tf32=allowed).predict(np.zeros((16, 16, 3), np.uint8))
+    assert seen == [allowed, allowed] and [flag.allow_tf32 for flag in flags] == before
 
 
 def test_what_is_no_image_is_refused(model: Model, tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_median_stops_what_is_below_the_middle_of_complete_trials() -> None:
 
 
 def notes(desk: Any) -> list[Any]:
-    """All that the study has of each trial, the pruner's notes with it."""
-    study = optuna.load_study(study_name="sweep", storage=desk.search.asker.storage)
+    """All that the study in memory has of each trial, the pruner's notes with it."""
+    study = desk.search.asker.memory.study
     return [(one.state, one.values, one.intermediate_values, one.user_attrs, pruners_of(one)) for one in study.trials]
 
 

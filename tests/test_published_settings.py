@@ -77,6 +77,8 @@ def test_what_the_publications_say() -> None:
     for row in ("UniMatch", "CorrMatch"):
         assert {one["method.pseudo.threshold"] for one in runs("table3", row)} == {0.0}
     assert {one["method.pseudo.threshold_momentum"] for one in runs("table3", "CorrMatch")} == {1.0}
+    for one in runs("table3", "CorrMatch"):
+        assert one["method.ohem.min_kept"] == pytest.approx(100_000 / (2 * 801**2), abs=2e-4)
     assert {one["method.pseudo.threshold"] for one in runs("table1", "UniMatch")} == {0.95}
     for one in runs("table3", "SemiVL†"):
         assert (one["method.pseudo.weighting"], one["method.ohem.enabled"]) == ("image", False)

@@ -13,13 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
 from viladiff import ray_caption, ray_launch, ray_search
 from viladiff.config import RunConfig, override
 from viladiff.ray_local import private
+from viladiff.study.events import Event, Settings
+from viladiff.study.plan import Planned
 from viladiff.study.reaper import descendants
+from viladiff.study.store import Store
 from viladiff.train import Run
 
 pytestmark = [pytest.mark.timeout(1800)]
@@ -246,3 +251,38 @@ def test_a_stranger_needs_the_token(tmp_path: Path) -> None:
         process.stdin.close()
         process.wait(300)
     assert not Path(scratch).exists() and not list(home.iterdir()), "it writes no token into anybody's home"
+
+
+def test_what_ray_notes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def cluster(*given: object) -> Iterator[ray_launch.Session]:
+        yield ray_launch.Session(tmp_path, lambda: None, "dashboard: there")
+
+    def asked(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray_launch, "cluster", cluster)
+    monkeypatch.setattr(ray_launch, "ask_cluster", asked)
+    told: list[Event] = []
+    job = Planned(run_id="0" * 16, changes={}, title="", steps=9, changed={}, workers=1, threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        ray_launch.run_jobs([job], Store(tmp_path / "runs"), Settings(), told.append)
+    assert "dashboard: there" in [event.message for event in told if event.kind == "note"]
+
+
+@pytest.mark.ray
+def test_a_dashboard_is_told_of_and_wants_the_token() -> None:
+    with ray_launch.cluster(Settings(dashboard=True), 1) as session:
+        told = re.fullmatch(r"dashboard: (http://127\.0\.0\.1:\d+) asks for the token in (\S+)", session.note)
+        assert told is not None, session.note
+        assert reachable([os.getpid(), *descendants(os.getpid())]) == []
+
+        def asked(**headers: str) -> int:
+            try:
+                with urlopen(Request(f"{told[1]}/nodes?view=summary", headers=headers), timeout=100) as answer:
+                    return int(answer.status)
+            except HTTPError as error:
+                return error.code
+
+        token = Path(told[2]).read_text()
+        assert (asked(), asked(Authorization="Bearer 0"), asked(Authorization=f"Bearer {token}")) == (401, 403, 200)

@@ -143,6 +143,7 @@ def test_filters(home: Store, runs: Runs, words: list[str], found: list[str]) ->
 def test_filters_that_find_nothing_say_what_there_is(home: Store, runs: Runs) -> None:
     assert "data.split is one of 92, 183, 1464; did you mean '183'?" in runs("list", "data.split=184")
     assert "did you mean 'data.split'?" in runs("list", "data.splt=183", status=2)
+    assert "eval.on: renamed; write eval.split" in runs("list", "eval.on=val", status=2)
     assert "write field=value" in runs("list", "183", status=2)
     assert "did you mean 'miou'?" in runs("list", "--sort", "moiu", status=2)
     assert "None of 5 runs" in runs("list", "data.split=183", "--state", "failed")
@@ -258,8 +259,16 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "the method's revision": ({"method_revision": ONE.method_revision + 1}, "give "),
 }
 """What is changed of ``ONE`` while its name and its checksum are right, and what is said."""
-UNSAID = {"config": {**ONE.config, "optim.lr": 1.0}}
-"""A field at its default is in no hash: what its value in ``config`` is, ``verify`` and ``import`` look up."""
+UNSAID: dict[str, tuple[dict[str, Any], str]] = {
+    "a default": (
+        {"config": {**ONE.config, "optim.lr": 1.0}},
+        "optim.lr is 1.0 in config, 0.006 by default, and not among the changed fields",
+    ),
+    "the headline": ({"miou": 0.99}, f"miou is 0.99, and {ONE.miou} among the scores of teacher, visual"),
+    "the stream": ({"stream": "fusion"}, "among the scores of teacher, fusion"),
+    "the steps": ({"steps": 600}, "steps is 600, and train.steps 4"),
+}
+"""What is in no hash, and is looked up by ``verify`` and ``import``."""
 
 
 @pytest.mark.parametrize("kind", FORGED)
@@ -285,9 +294,10 @@ def test_a_record_that_does_not_match_its_name_is_refused_everywhere(home: Store
     assert store.get(ONE.run_id) is None and told in said[0] and "damaged" in said[0] and not place.exists()
 
 
-def test_a_default_that_config_contradicts_is_refused(home: Store, runs: Runs) -> None:
-    forged = RunRecord(**{**ONE.model_dump(), **UNSAID})
-    words = "optim.lr is 1.0 in config, 0.006 by default, and not among the changed fields"
+@pytest.mark.parametrize("kind", UNSAID)
+def test_a_record_that_contradicts_itself_is_refused(home: Store, runs: Runs, kind: str) -> None:
+    fields, words = UNSAID[kind]
+    forged = RunRecord(**{**ONE.model_dump(), **fields})
     path = pack(Path("forged.tar.gz"), {RECORD: record_bytes(forged)})
     assert words in runs("import", str(path), "--store", "new", status=2) and contents(Path("new")) == set()
     put(home, forged)

@@ -295,6 +295,28 @@ def test_a_torn_or_lost_study_is_made_anew_and_a_foreign_one_left_alone(sweeping
     assert "secret" not in str(found.value)
 
 
+@pytest.mark.parametrize("kind", ["tpe", "random", "grid"])
+def test_a_point_is_one_write_to_the_journal(sweeping: ModuleType, tmp_path: Path, kind: str) -> None:
+    """Each write waits for the disk, and a suggestion of 13 parameters would wait 14 times."""
+    runs, journal = sweeping.Runs(tmp_path, sweeping.bowl), tmp_path / "optuna.journal"
+    sweeping.drive(sweeping.opened(tmp_path, runs, 11, kind, seeds=(0,)), runs)
+    desk = sweeping.opened(tmp_path, runs, 12, kind, seeds=(0,))
+    before = journal.read_bytes().count(b"\n")
+    assert desk.next() is not None and journal.read_bytes().count(b"\n") == before + 1
+    stored = optuna.load_study(study_name="sweep", storage=desk.search.asker.storage).trials[11]
+    assert stored.state.name == "RUNNING" and stored.params == desk.search.trials[11].point
+
+
+def test_a_journal_with_a_study_of_somebody_else_is_left_alone(sweeping: ModuleType, tmp_path: Path) -> None:
+    journal = tmp_path / "optuna.journal"
+    backend = optuna.storages.journal.JournalFileBackend(str(journal))
+    optuna.create_study(study_name="thesis", storage=optuna.storages.JournalStorage(backend))
+    before = journal.read_bytes()
+    with pytest.raises(ValueError, match=r"optuna.journal: holds a study 'thesis' .* not made by viladiff; move the"):
+        sweeping.opened(tmp_path, sweeping.Runs(tmp_path, sweeping.bowl), 6)
+    assert journal.read_bytes() == before
+
+
 def test_records_that_are_damaged_or_missing_are_named(sweeping: ModuleType, tmp_path: Path) -> None:
     runs = sweeping.Runs(tmp_path, sweeping.bowl)
     sweeping.drive(sweeping.opened(tmp_path, runs, 4), runs)

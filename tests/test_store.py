@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -114,6 +116,52 @@ def test_forged_record_is_refused(tmp_path: Path, change: object, message: str) 
     with pytest.raises(DamagedRecord, match=message) as caught:
         load_record(path)
     assert str(path) in str(caught.value)
+
+
+def forged_bytes(change: Callable[[dict[str, Any]], object]) -> bytes:
+    """A record that was edited and given the checksum of what it then says."""
+    rest = a_record().model_dump(mode="json")
+    change(rest)
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    found = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return json.dumps({**rest, "checksum": found}).encode()
+
+
+def headline(row: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = row["scores"][row["network"]][row["stream"]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row.update(miou=math.nan), "not JSON compliant"),
+        (lambda row: row["changed"].update({"optim.lr": math.inf}), "not JSON compliant"),
+        (lambda row: row.update(notes=["\ud800"]), "surrogates not allowed"),
+        (lambda row: row.update(miou=7.0), "miou: must be a number from 0 to 1, got 7.0"),
+        (lambda row: row.update(steps=10**400), r"steps: must be a number from 0 to 2\^63, got 1000+\.\.\."),
+        (lambda row: row.update(train_seconds=-1.0), "train_seconds: must be a number from 0"),
+        (
+            lambda row: headline(row).update(boundary_iou="high"),
+            "boundary_iou: must be a number from 0 to 1, got 'high'",
+        ),
+        (lambda row: headline(row).update(tokens=10**400), "tokens: must be a number, got 1000"),
+        (lambda row: headline(row).update(per_class=[0.5, True]), "per_class: must be a number from 0 to 1, got True"),
+        (lambda row: row.update(best={"step": 1, "miou": "9"}), "best.miou: must be a number from 0 to 1, got '9'"),
+        (lambda row: row.update(history=[{"x": 1}]), r"history\[0\]: must have step"),
+    ],
+)
+def test_numbers_that_no_run_measures_are_refused(change: Callable[[dict[str, Any]], object], message: str) -> None:
+    with pytest.raises(DamagedRecord, match=message) as caught:
+        parse_record(forged_bytes(change), "records/one.json")
+    assert str(caught.value).startswith("records/one.json ")
+
+
+def test_a_key_that_is_there_twice_is_refused() -> None:
+    data = forged_bytes(lambda row: None)
+    assert parse_record(data, "one.json") == a_record()
+    with pytest.raises(DamagedRecord, match=r"^one\.json is not a run's record: has 'miou' twice"):
+        parse_record(b'{"miou": 0.999, ' + data[1:], "one.json")
 
 
 def test_missing_and_empty_files_and_deep_nests_are_no_records(tmp_path: Path) -> None:
@@ -564,18 +612,35 @@ def test_clock_of_another_machine_may_be_wrong(store: Store, age: float) -> None
     assert store.lease(RUN) is None, "only a heartbeat watched to stand still is a dead one's"
 
 
-def test_long_dead_holder_of_another_machine_needs_no_watching(store: Store) -> None:
-    foreign(store, 2 * leases.LONG_DEAD)
+def test_long_dead_holder_of_another_machine_needs_two_heartbeats(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock may have jumped, as after a suspension, which the holder survives."""
+    monkeypatch.setattr(leases, "HEARTBEAT", 0.2)
+    path = foreign(store, 2 * leases.LONG_DEAD)
+    assert store.lease(RUN) is None and store.held(RUN) and store.sweep() == [], "it may beat in a moment"
+    assert store.holder(RUN) is None and store.litter() == [path], "one look tells more than nothing"
+    os.utime(path, (1, 1))
+    time.sleep(0.3)
+    assert store.lease(RUN) is None
+    os.utime(path, (2, 2))
+    assert store.lease(RUN) is None, "its heart beats, whatever the clocks say"
+    assert store.lease(RUN) is None
+    time.sleep(0.5)
     lease = store.lease(RUN)
-    assert lease is not None and len(lease_files(store)) == 1
+    assert lease is not None and len(lease_files(store)) == 1 and not store.held(OTHER)
     lease.release()
 
 
 def test_unreadable_lease_holds_until_it_is_silent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     path = foreign(store)
-    for text in ("", "{}", "[]", '{"pid": "x"}', "\x00"):
+    whole = path.read_text()
+    machine = json.dumps(leases._machine())
+    numbers = [whole.replace(f'"pid": {os.getpid()}', f'"pid": {pid}') for pid in (0, -1, 10**30)]
+    numbers = [text.replace('"another"', machine) for text in numbers]
+    for text in ("", "{}", "[]", '{"pid": "x"}', "\x00", "[" * 10**5, *numbers):
         path.write_text(text)
-        assert store.lease(RUN) is None
+        assert store.lease(RUN) is None and store.holder(RUN) is None
     monkeypatch.setattr(leases, "SILENT", 0.0)
     time.sleep(0.01)
     lease = store.lease(RUN)
@@ -599,6 +664,19 @@ def test_heart_beats_and_a_lost_lease_is_noticed(store: Store, monkeypatch: pyte
     lease.release()
 
 
+def test_a_lost_lease_is_noticed_after_a_stall_before_the_next_beat(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspended machine wakes in the middle of a step, and writes soon after."""
+    with store.lease(RUN) as lease:  # type: ignore[union-attr]
+        assert lease is not None
+        lease.path.unlink()
+        assert not lease.lost, "the file is not looked for at every step"
+        now = time.time()
+        monkeypatch.setattr(leases.time, "time", lambda: now + leases.SILENT)
+        assert lease.lost
+
+
 def test_forked_child_does_not_give_the_lease_away(store: Store) -> None:
     lease = store.lease(RUN)
     assert lease is not None
@@ -617,7 +695,7 @@ def dead_pid() -> int:
     return process.pid
 
 
-def test_sweep_removes_what_the_dead_left_and_nothing_else(store: Store) -> None:
+def test_sweep_removes_what_the_dead_left_and_nothing_else(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = put(store)
     names = [f".record.json.{dead_pid()}.0123abcd.tmp", f".checkpoint.pt.{dead_pid()}.tmp"]
     names += [f".checkpoint.pt.{dead_pid()}.prev.tmp", f".record.json.{os.getpid()}.0123abcd.tmp", ".notes.tmp"]
@@ -627,6 +705,9 @@ def test_sweep_removes_what_the_dead_left_and_nothing_else(store: Store) -> None
     fresh = kept.parent / f".steps.jsonl.{dead_pid()}.tmp"
     fresh.write_bytes(b"half")
     stale = foreign(store, 2 * leases.LONG_DEAD)
+    monkeypatch.setattr(leases, "HEARTBEAT", 0.0)
+    assert store.held(RUN)
+    time.sleep(0.01)
     removed = {path.name for path in store.sweep()}
     assert removed == {*names[:3], stale.name}
     assert {path.name for path in kept.parent.iterdir()} == {"record.json", *names[3:], fresh.name}

@@ -177,3 +177,36 @@ def test_the_page_is_rewritten_as_trials_end(played: Played, tmp_path: Path, mon
     counts = [int(found[1]) for page in seen if (found := re.search(r"(\d) of 3 trials have ended; this page", page))]
     assert counts == sorted(counts) and {1, 2} <= set(counts)
     assert "this page is rewritten" not in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_a_driver_that_was_taken_over_writes_nothing_more(
+    played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was silent, another machine removed its lease and brought the sweep to its end; then it wakes up."""
+    directory = tmp_path / "runs" / "sweeps" / "lambda-smoke"
+
+    def silent(desk: SearchDesk) -> None:
+        run = desk.next()
+        assert run is not None
+        desk.started(run.run_id)
+        (lease,) = directory.glob("lease-*.json")
+        lease.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_search, "run_search", played)
+            assert sweep(tmp_path, "--trials", "2", "--no-finals") == 0
+        desk.finished(run.run_id, {"state": "failed", "kind": "error", "message": "another machine took this run over"})
+
+    monkeypatch.setattr(ray_search, "run_search", silent)
+    assert sweep(tmp_path, "--trials", "3", "--no-finals") == 2
+    assert f"error: {directory}: another machine took this over" in capsys.readouterr().err
+    assert [trial.state for trial in trials_in(tmp_path)] == ["complete"] * 2, "its failure is not written over them"
+
+
+@pytest.mark.parametrize("text", ["a user's own file\n", "without an end of line"])
+def test_a_database_that_is_a_file_is_refused_and_left_as_it_is(
+    played: Played, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "mine.txt").write_text(text)
+    assert sweep(tmp_path, "--database", str(tmp_path / "mine.txt")) == 2
+    assert "mine.txt: must be an URL, such as sqlite:///" in capsys.readouterr().err and played.runs == []
+    assert (tmp_path / "mine.txt").read_text() == text

@@ -18,7 +18,7 @@ from record_kit import bound, name_of, told
 from scipy import stats
 
 from viladiff.record import RunRecord, save_record
-from viladiff.report import figures, plain, provenance, tables, views
+from viladiff.report import figures, long, plain, provenance, tables, views
 from viladiff.study.claims import judge
 from viladiff.study.plan import Plan, Planned, PlannedCell
 from viladiff.study.spec import Column, Row, Scale, Table
@@ -201,18 +201,18 @@ def test_frame_has_mean_deviation_number_and_the_printed_apart(tmp_path: Path) -
     plan, store = study(
         tmp_path, lambda row, column, seed: None if (row, column) == (1, 1) else rising(row, column, seed)
     )
-    found = tables.frame(plan, store)
+    found = long.frame(plan, store)
     assert list(found.index) == list(LABELS)
     assert found.loc["all", ("1/8 (183)", "mean")] == pytest.approx(45)
     assert found.loc["all", ("1/8 (183)", "sd")] == pytest.approx(1)
     missing = found.loc[NASTY, "1/2_{732}"]
     assert math.isnan(missing["mean"]) and missing["n"] == 0 and missing["paper"] == 74
     assert math.isnan(found.loc["all", ("1/2_{732}", "paper")]) and math.isnan(found.loc["own", ("1/8 (183)", "paper")])
-    assert ("1/8 (183)", "paper") not in tables.frame(plan, store, metric="boundary_iou")
-    lines = tables.frame(plan, store, long_form=True)
+    assert ("1/8 (183)", "paper") not in long.frame(plan, store, metric="boundary_iou")
+    lines = long.frame(plan, store, long_form=True)
     assert len(lines) == 24 and lines["miou"].isna().sum() == 3
     with pytest.raises(ValueError, match="metric = 'mIoU'"):
-        tables.frame(plan, store, metric="mIoU")
+        long.frame(plan, store, metric="mIoU")
 
 
 def test_csv_has_a_line_a_run_and_empty_cells_for_what_is_missing(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from viladiff.config import RunConfig, override
 from viladiff.data.augment import normalise
 from viladiff.data.images import SUFFIXES, read_image
 from viladiff.fields import nearest, nest
-from viladiff.launch import pick_device
+from viladiff.launch import pick_device, tf32
 from viladiff.models.segmenter import Network
 from viladiff.progress import Progress
 from viladiff.protocols import bands
@@ -63,6 +63,8 @@ class Model:
     protocol: str
     """The one that the run was scored by."""
     device: torch.device
+    tf32: bool = False
+    """``train.tf32`` of the run, so that a GPU labels as it was scored."""
 
     @torch.inference_mode()
     def predict(self, image: np.ndarray | Path | str, protocol: str | None = None) -> Prediction:
@@ -79,7 +81,8 @@ class Model:
         if chosen not in WHOLE:
             raise ValueError(f"protocol = {chosen!r}: allowed: {', '.join(WHOLE)}{nearest(chosen, WHOLE)}")
         try:
-            return self._predicted(pixels, chosen)
+            with tf32(self.tf32):
+                return self._predicted(pixels, chosen)
         except (MemoryError, RuntimeError) as error:
             if not _memory_is_short(error):
                 raise
@@ -126,7 +129,8 @@ def load_model(path: Path | str, device: str = "auto") -> Model:
         wrong = "there is no such directory" if not folder.is_dir() else f"no {WEIGHTS} and no record.json in it"
         raise ValueError(f"{folder}: {wrong}; give a model folder (viladiff export) or the directory of a finished run")
     place = pick_device(override(cfg, {"runtime.device": device}))
-    return Model(network.requires_grad_(False).eval().to(place), names, cfg.data.crop, cfg.eval.protocol, place)
+    network = network.requires_grad_(False).eval().to(place)
+    return Model(network, names, cfg.data.crop, cfg.eval.protocol, place, cfg.train.tf32)
 
 
 def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...]]:

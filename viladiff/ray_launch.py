@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from viladiff.ray_local import patient, private, without_web
+from viladiff.ray_local import TOKEN, patient, private, without_web
 from viladiff.ray_room import ask_cluster, cpus, room, tell
 from viladiff.study.desk import Desk
 from viladiff.study.events import Event, Outcome, Settings
@@ -86,6 +86,7 @@ def run_jobs(
         try:
             # Ray sets a handler of its own for SIGTERM, so ours come after it.
             with cluster(settings, single.slots, shared.waiting, gone) as session, interrupts(single, shared):
+                tell(on_event, session.note)
                 ask_cluster(single, shared)
                 _run_single(single, session)
                 _run_shared(shared, session)
@@ -107,6 +108,8 @@ class Session:
     """Removed at the end, whatever the end is."""
     refresh: Callable[[], None]
     """To be called often: keeps the reaper's list of processes up to date."""
+    note: str = ""
+    """Where its dashboard is and what that asks for, if it has one."""
 
 
 @contextmanager
@@ -149,11 +152,13 @@ def cluster(
         with nullcontext() if settings.address else private(scratch):
             try:
                 with without_web() if bare else nullcontext():
-                    _start(settings.address or "local", options, ours)
+                    begun = _start(settings.address or "local", options, ours)
                 if bare:
                     _end([pid for pid in ours() if "/ray/dashboard/dashboard.py" in _command(pid)])
                 roots += ours()
-                session = Session(scratch, _seldom(lambda: reaper.watch(ours())))
+                asks = f"dashboard: http://{begun.dashboard_url} asks for the token in {scratch / TOKEN}"
+                note = asks if options.get("include_dashboard") else ""
+                session = Session(scratch, _seldom(lambda: reaper.watch(ours())), note)
                 session.refresh()
                 yield session
             finally:
@@ -190,14 +195,14 @@ def _print_nothing(*given: Any, **words: Any) -> None:
     """Stands in for Ray's printer."""
 
 
-def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]]) -> None:
+def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]]) -> Any:
+    """What ``ray.init`` says of it; tries once more where the machine was too busy."""
     import ray
 
     for last in (False, True):
         try:
             with patient() if options.get("include_dashboard") is False else nullcontext():
-                ray.init(address=address, **options)
-            return
+                return ray.init(address=address, **options)
         except Exception as error:
             ray.shutdown()
             _end(ours())

@@ -19,7 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from viladiff.ray_launch import Session, cluster, interrupts
-from viladiff.ray_room import ask_cluster, fitting
+from viladiff.ray_room import ask_cluster, fitting, tell
 from viladiff.ray_train import Box, asked, run_shared
 from viladiff.ray_trial import Place, Tell, attempt
 from viladiff.ray_tune import Queue, Watch, look_around, stop_name
@@ -43,6 +43,7 @@ def run_search(desk: SearchDesk, work: Work = attempt) -> None:
     gone: list[int] = []
     try:
         with cluster(desk.settings, desk.slots, shared, gone) as session, interrupts(desk):
+            tell(desk.tell, session.note)
             ask_cluster(desk)
             if desk.settings.address is not None and desk.settings.max_concurrent is None:
                 # Each point is the better for knowing those before it, so that none is asked for ahead of its place.

@@ -106,6 +106,57 @@ def mismatch(record: RunRecord) -> str:
     return "" if found == record.run_id else f"fields, revisions, fingerprints, seed and precision give {found}"
 
 
+SHARES = ("miou", "boundary_iou", "trimap_miou", "pixel_accuracy", "per_class")
+"""Scores in [0, 1]."""
+_LARGEST = 2.0**63
+
+
+def impossible(record: RunRecord) -> str:
+    """A number that no run can have measured, in a clause; empty without one.
+
+    A page computes with these, so that one of another type or size must not come so far.
+    """
+    for name in ("steps", "train_seconds", "wall_seconds", "seconds_per_step", "cpu_seconds", "peak_memory_bytes"):
+        value = getattr(record, name)
+        if value is not None and not 0 <= value < _LARGEST:
+            return f"{name}: must be a number from 0 to 2^63, got {_short(value)}"
+    found: list[tuple[str, object]] = [("miou", record.miou)]
+    streams = [(f"{net}.{stream}", one) for net, those in record.scores.items() for stream, one in those.items()]
+    events = [("best", record.best)] if record.best is not None else []
+    events += [(f"history[{i}]", one) for i, one in enumerate(record.history)]
+    for where, one in events:
+        if type(one.get("step")) is not int or "miou" not in one:
+            return f"{where}: must have step, an integer, and miou, got {_short(one)}"
+    found += [(f"{where}.{name}", value) for where, one in streams for name, value in one.items()]
+    found += [(f"{where}.miou", one["miou"]) for where, one in events]
+    for name, value in found:
+        share = name.rpartition(".")[2] in SHARES
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not _measured(number, share):
+                return f"{name}: must be a number{' from 0 to 1' * share}, got {_short(number)}"
+    return ""
+
+
+def _measured(value: object, share: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value <= 1 if share else abs(value) < _LARGEST
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key that is there twice, of which readers choose different ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
 def save_record(record: RunRecord, path: Path) -> None:
     """Writes the record, with its checksum, so that a reader sees none or all of it, also after a power cut."""
     write_atomically(path, record_bytes(record))
@@ -161,8 +212,9 @@ def checksum(rest: dict[str, Any]) -> str:
     """SHA-256 of a record without its ``checksum``, over sorted compact JSON: of content, whatever the file's layout.
 
     It covers what the file says, not what the model knows, so that fields added later invalidate no older record.
+    ValueError where a number is not finite or text has no UTF-8.
     """
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -203,15 +255,16 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
     """The record in the bytes of a file; ``path`` is only named. DamagedRecord, ForgedRecord or ValueError, as
     ``load_record``."""
     try:
-        rest = json.loads(data)
+        rest = json.loads(data, object_pairs_hook=_once)
         if not isinstance(rest, dict):
             raise ValueError(f"holds a {type(rest).__name__}")
+        written = rest.pop("checksum", None)
+        found = checksum(rest)
     except (ValueError, RecursionError) as error:
         raise DamagedRecord(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
-    written = rest.pop("checksum", None)
     if written is None:
         raise DamagedRecord(f"{path} is not a run's record: it has no checksum")
-    if written != (found := checksum(rest)):
+    if written != found:
         raise DamagedRecord(f"{path} is damaged: its checksum is {str(written)[:12]}, its content gives {found[:12]}")
     try:
         record = RunRecord.model_validate(rest)
@@ -219,6 +272,8 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path} was written by another version of viladiff: {field}: {first['msg']}") from error
+    if why := impossible(record):
+        raise DamagedRecord(f"{path} is not a run's record: {why}")
     if why := mismatch(record):
         raise ForgedRecord(f"{path} does not match its name {record.run_id}: {why}")
     return record

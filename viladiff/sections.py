@@ -174,14 +174,18 @@ class ModelConfig(Section):
     decoder_width: int = Field(16, ge=8)
     """Channels of the decoder, a multiple of 8; 128 unless the data set is embedded."""
     drop_path: float = Field(0.0, ge=0, lt=1)
+    """Rate of stochastic depth in the encoder."""
     encoder_frozen: bool = False
+    """Whether the encoder's weights stay as they are."""
 
 
 class OptimConfig(Section):
     """AdamW (paper, section 4.1), or SGD, as the methods with ResNet-101 were published."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """The optimiser."""
     lr: float = Field(1e-3, gt=0)
+    """Learning rate at its highest, of all but the encoder."""
     encoder_lr_scale: float = Field(1.0, ge=0)
     """Factor of ``lr`` for the encoder (ours; the paper's rate is high for a pretrained one)."""
     weight_decay: float = Field(0.01, ge=0)
@@ -195,7 +199,9 @@ class OptimConfig(Section):
     nesterov: bool = False
     """Of ``sgd`` alone: the gradient is that at the point which the momentum leads to."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """How rates fall from step to step."""
     poly_power: float = Field(0.9, gt=0)
+    """Exponent of ``poly``."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the rate rises linearly; a run that is shorter never reaches the full rate."""
     clip_norm: float | None = Field(None, gt=0)
@@ -290,6 +296,7 @@ class RuntimeConfig(Section):
     workers: int = Field(1, ge=1)
     """Processes that share each global batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU where there is one."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each worker; another count changes the last bits of sums."""
     loader_workers: int | None = Field(None, ge=0, le=64)
@@ -303,13 +310,17 @@ class RuntimeConfig(Section):
     text_model: str | None = None
     """Directory of the text encoder ``open_clip`` or ``transformers``; its content is in the run's name."""
     log_every: int = Field(50, ge=1)
+    """Steps between two writes of the log, which has a line a step."""
     checkpoint_every: int = Field(100, ge=1)
+    """Steps between two checkpoints."""
     scale: str = ""
     """Size of experiment that the run belongs to, for its record; set by the runner of tables."""
     visualizations: int = Field(0, ge=0, le=64)
     """Validation images whose labels at every stage are kept in ``pictures.npz``."""
     tensorboard: bool = False
+    """Whether losses and scores go to TensorBoard's files, too."""
     progress: bool = True
+    """Whether a bar shows how far the run is."""
 
 
 _REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm", "decoder_width": 128}

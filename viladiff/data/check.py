@@ -245,7 +245,20 @@ def _doubts(report: Report) -> list[Fault]:
         faults.append(Fault("error", root, f"every pixel of all {len(masks)} masks is {IGNORE}: nothing is labelled"))
     elif (hint := zero_or_ignored(names, shown)) is not None:
         faults.append(Fault(level, root, hint))
+    unsure = sum(one.keys() == {0, IGNORE} for one in masks)
+    if (hint := some_ignored(report.classes, shown, unsure, len(masks))) is not None:
+        faults.append(Fault("warning", root, hint))
     return faults
+
+
+def some_ignored(classes: Classes, shown: np.ndarray, unsure: int, masks: int) -> str | None:
+    """What to look at where ``unsure`` of the masks of two classes hold 0 and 255 alone, and others 1."""
+    if len(classes.names) != 2 or classes.coding is not None or not unsure or not shown[1]:
+        return None
+    return (
+        f"{unsure} of {masks} masks hold 0 and {IGNORE} only, others 1, and {IGNORE} is ignored; "
+        f"if it means {classes.names[1]!r} there, write 1 in its place"
+    )
 
 
 def zero_or_ignored(names: Sequence[str], shown: np.ndarray) -> str | None:
@@ -281,8 +294,8 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
         looked = [_look_at_part(part, dataset, contents) for part in parts]
     finally:
         contents.save()
-    faults += [text for _, wrong in looked for text in wrong]
-    counts = [shown for shown, _ in looked]
+    faults += [text for *_, wrong in looked for text in wrong]
+    counts = [shown for shown, *_ in looked]
     if faults:
         rest = f"\n{len(faults) - SHOWN} more; `viladiff data check` lists all" if len(faults) > SHOWN else ""
         raise ValueError("\n".join(faults[:SHOWN]) + rest)
@@ -293,33 +306,42 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
     coding = getattr(dataset.masks, "coding", None)
     odd = [] if not isinstance(coding, Numbers) or any(shown[IGNORE] for shown in counts) else [coding.hint]
     told = [f"no mask has an ignored pixel, which is unusual of {dataset.name}: {hint}" for hint in odd]
+    both, unsure = sum(counts, np.zeros(256, np.int64)), sum(one for _, one, _ in looked)
+    hint = some_ignored(Classes(dataset.class_names, coding), both, unsure, sum(map(len, parts)))
+    told += [f"{files.masks[0].parent}: {hint}"] if hint else []
     return (*dataset.notes, *told, *_never(dataset, counts))
 
 
-def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> tuple[np.ndarray, list[str]]:
-    """(256,) pixels by label in the masks of some images, and what is wrong with their files."""
-    total, faults = np.zeros(256, np.int64), []
+def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> tuple[np.ndarray, int, list[str]]:
+    """(256,) pixels by label in some masks, how many of these hold 0 and 255 alone, and what is wrong with files."""
+    total, unsure, faults = np.zeros(256, np.int64), 0, []
     for image, mask in zip(part.paths, part.masks, strict=True):
         size, wrong = _odd(image, contents)
         found, more = _odd_mask(mask, size, dataset, contents)
         faults += wrong + more
         total += found
-    return total, faults
+        unsure += np.flatnonzero(found).tolist() == [0, IGNORE]
+    return total, unsure, faults
 
 
 def _refuse_absent(dataset: Dataset, root: Path, counts: Sequence[np.ndarray]) -> None:
     """ValueError where a class cannot be learnt or a score would be of one class alone: mIoU leaves out a class that is
     in neither truth nor prediction, so that it would be 1."""
     masks, names = root / FOLDER.masks, dataset.class_names
+    file = "palette.txt" if (root / "palette.txt").is_file() else "classes.txt"
     hint = zero_or_ignored(names, sum(counts, np.zeros(256, np.int64)))
+    ignored = file == "classes.txt" and any(shown[IGNORE] for shown in counts)
     absent = [name for label, name in enumerate(names) if not counts[0][label]]
     if absent:
-        file = "palette.txt" if (root / "palette.txt").is_file() else "classes.txt"
         shown = ", ".join(map(repr, absent[:SHOWN])) + (" ..." if len(absent) > SHOWN else "")
+        also = f"; masks hold {IGNORE}, which is ignored: if it is a class, palette.txt says so" if ignored else ""
         raise ValueError(
             f"{masks}: no mask of the {len(dataset.labelled)} labelled images shows {shown}, "
             f"{len(absent)} of the {len(names)} classes of {file}; "
-            + (hint or f"label an image that shows it (data.split), or remove the class from {file} and the masks")
+            + (
+                hint
+                or f"label an image that shows it (data.split), or remove the class from {file} and the masks{also}"
+            )
         )
     there = np.flatnonzero(counts[-1][: len(names)]).tolist()
     if len(there) < 2:
@@ -331,12 +353,8 @@ def _refuse_absent(dataset: Dataset, root: Path, counts: Sequence[np.ndarray]) -
 
 
 def _some(files: FileList, places: Sequence[int]) -> FileList:
-    return FileList(
-        tuple(files.ids[i] for i in places),
-        tuple(files.paths[i] for i in places),
-        tuple(files.masks[i] for i in places),
-        files.unmasked,
-    )
+    paths, masks = (tuple(every[i] for i in places) for every in (files.paths, files.masks))
+    return FileList(tuple(files.ids[i] for i in places), paths, masks, files.unmasked)
 
 
 def _odd(path: Path, contents: Contents) -> tuple[tuple[int, int] | None, list[str]]:

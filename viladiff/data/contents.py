@@ -2,8 +2,8 @@
 
 A file beside the data, or in the cache folder where that cannot be written, has of each file its SHA-256 and what
 checks found, under its size, its times of modification and change in nanoseconds and its inode. It is not believed of a
-file of which one of these has changed, and does not have what was read within RACY of the file's modification: a second
-change within the clock's granularity would leave all four as they were.
+file of which one of these has changed, and does not have what was read within RACY of the later of the two times: a
+second change within the clock's granularity would leave all four as they were.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = ".viladiff-contents.txt"
 """Hidden, so that no scan takes it for an image."""
 RACY = 3 * 10**9
 """Nanoseconds; file systems round times of modification to 2 s at most."""
-FORMAT = 1
+FORMAT = 2
 """Raised when what is kept would mean something else, or a check would find something else in the same file."""
 _THREADS = 4
 """That hash at once; hashlib and reading release the interpreter's lock."""
@@ -60,27 +60,25 @@ class Contents:
     def __init__(self, root: Path) -> None:
         self.root, self._cut = root, len(os.fspath(root)) + 1
         self.places = (root / NAME, cache_dir() / "contents" / f"{fingerprint(str(root))}.txt")
-        self._known: Known = dict(_unkept.get(root, {}))
-        self._new: Known = {}
+        self._kept: dict[Path, Known] = {}
+        self._new: Known = dict(_unkept.get(root, {}))
         self._seen: dict[Path, Stat] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Reads what other processes have kept meanwhile."""
-        for place in reversed(self.places):
+        for place in self.places:
             with suppress(ValueError):
                 stat = _stat(place)
                 if self._seen.get(place) != stat:
-                    self._seen[place] = stat
-                    self._known |= _read(place)
-        self._known |= self._new
+                    self._seen[place], self._kept[place] = stat, _read(place)
 
     def digests(self, paths: Sequence[Path]) -> list[str]:
         """SHA-256 of each file, its first 32 hexadecimal digits; a word on stderr where reading takes seconds.
 
         Raises ValueError that names a file which is gone or cannot be read.
         """
-        kept = [self._kept(path, "sha256", _stat(path)) for path in paths]
+        kept = [self._facts(self._name(path), _stat(path)).get("sha256") for path in paths]
         missing = [path for path, digest in zip(paths, kept, strict=True) if digest is None]
         try:
             fresh = dict(zip(missing, self._hash_all(missing), strict=True))
@@ -89,16 +87,19 @@ class Contents:
         return [digest or fresh[path] for path, digest in zip(paths, kept, strict=True)]
 
     def find(self, path: Path, what: str, look: Callable[[], Any]) -> Any:
-        """What is kept of the file as ``what``, anything JSON can hold; where nothing is, ``look`` reads it."""
-        now, stat = time.time_ns(), _stat(path)
-        kept = self._kept(path, what, stat)
-        if kept is not None:
-            return kept
+        """What is kept of the file as ``what``, anything JSON can hold; where nothing is, ``look`` reads it.
+
+        Raises ValueError as ``look``, and for a file that cannot be read or is changed meanwhile.
+        """
+        now, stat, name = time.time_ns(), _stat(path), self._name(path)
+        facts = self._facts(name, stat)
+        if facts.get(what) is not None:
+            return facts[what]
         found = look()
-        if stat[1] < now - RACY:
-            name = self._name(path)
-            facts = {**_facts(self._known.get(name), stat), what: found}
-            self._known[name] = self._new[name] = _start(stat) + json.dumps(facts, separators=(",", ":"))
+        if _stat(path) != stat:
+            raise ValueError(f"{path}: was changed while it was read; start again once nothing writes to it")
+        if max(stat[1:3]) < now - RACY:
+            self._new[name] = _start(stat) + json.dumps({**facts, what: found}, separators=(",", ":"))
         return found
 
     def mask(self, path: Path, num_classes: int, coding: Coding | None) -> MaskFacts:
@@ -120,19 +121,26 @@ class Contents:
         if not self._new:
             return
         for place in self.places:
-            kept = {name: one for name, one in _read(place).items() if (self.root / json.loads(f'"{name}"')).exists()}
             with suppress(OSError, ValueError):
+                there = {name: one for name, one in _read(place).items() if self._exists(name)} | self._new
                 place.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(place, _packed(kept | self._new))
-                self._seen[place], self._new = _stat(place), {}
+                write_atomically(place, _packed(there))
+                self._seen[place], self._kept[place], self._new = _stat(place), there, {}
                 return
         _unkept.setdefault(self.root, {}).update(self._new)
 
     def _name(self, path: Path) -> str:
         return json.dumps(os.fspath(path)[self._cut :].replace(os.sep, "/"))[1:-1]  # pathlib's way is slow
 
-    def _kept(self, path: Path, what: str, stat: Stat) -> Any:
-        return _facts(self._known.get(self._name(path)), stat).get(what)
+    def _exists(self, name: str) -> bool:
+        return (self.root / json.loads(f'"{name}"')).exists()
+
+    def _facts(self, name: str, stat: Stat) -> dict[str, Any]:
+        """What any place has of a file as it is: of two, either may be older, or know less."""
+        found: dict[str, Any] = {}
+        for known in (*self._kept.values(), self._new):
+            found |= _facts(known.get(name), stat)
+        return found
 
     def _hash_all(self, paths: Sequence[Path]) -> list[str]:
         size = sum(path.stat().st_size for path in paths)
@@ -177,27 +185,38 @@ def _start(stat: Stat) -> str:
 
 
 def _facts(line: str | None, stat: Stat) -> dict[str, Any]:
-    """What a line says of a file; nothing where it is of another one."""
+    """What a line says of a file; nothing where it is of another one, or says nothing that is written here."""
     start = _start(stat)
-    return json.loads(line[len(start) :]) if line is not None and line.startswith(start) else {}
-
-
-def _head(text: str) -> str:
-    return f"{FORMAT} {hashlib.sha256(text.encode()).hexdigest()}"
+    if line is None or not line.startswith(start):
+        return {}
+    with suppress(ValueError):
+        found = json.loads(line[len(start) :])
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _packed(known: Known) -> bytes:
-    text = "".join(f"{name}\t{line}\n" for name, line in sorted(known.items()))
-    return f"{_head(text)}\n{text}".encode()
+    text = "".join(f"{name}\t{line}\n" for name, line in sorted(known.items())).encode()
+    return _head(hashlib.sha256(text).hexdigest()) + text
+
+
+def _head(checksum: str) -> bytes:
+    return f"{FORMAT} {checksum}\n".encode()
 
 
 def _read(place: Path) -> Known:
-    """Nothing where the file is missing, damaged or of another format."""
+    """Nothing where the file is missing, damaged, of another format or no file; a damaged one is not held in memory."""
     try:
-        head, _, text = place.read_text(encoding="ascii").partition("\n")
+        if not place.is_file():  # a pipe would be waited for
+            return {}
+        with place.open("rb") as file:
+            head = file.readline(len(_head("0" * 64)))
+            begins = file.tell()
+            if not head.startswith(_head("")[:-1]) or head != _head(hashlib.file_digest(file, "sha256").hexdigest()):
+                return {}
+            file.seek(begins)
+            text = file.read().decode("ascii")
     except (OSError, ValueError):
-        return {}
-    if head != _head(text):
         return {}
     parts = (line.partition("\t") for line in text.splitlines())
     return {name: line for name, _, line in parts}

@@ -248,6 +248,7 @@ def _of_files(asked: Request, found: Found) -> Dataset:
         drawn = f", drawn with data.split_seed = {asked.split_seed}"
     split_name, notes = describe_lists(asked.name, found)
     lists, (names, coding) = found.lists, found.classes
+    named, copies = files_fingerprint(asked.name, found, contents)
     files = found.tree.files((*lists.labelled, *lists.unlabelled))
     val = found.tree.files(lists.val)
     labelled = np.arange(len(lists.labelled))
@@ -263,14 +264,14 @@ def _of_files(asked: Request, found: Found) -> Dataset:
         unlabelled=np.arange(len(labelled), len(files)),
         captions=((),) * len(files),
         val_captions=((),) * len(val),
-        fingerprint=files_fingerprint(asked.name, found, contents),
+        fingerprint=named,
         contents=contents,
         caption_source="no captions",
         uniform=False,
         files=files,
         val_files=val,
         split_name=split_name + drawn,
-        notes=(*found.tree.notes, *notes),
+        notes=(*found.tree.notes, *notes, *copies),
     )
 
 
@@ -284,16 +285,29 @@ def _shown(found: Found, contents: Contents) -> Callable[[str], np.ndarray]:
     return shown
 
 
-def files_fingerprint(name: str, found: Found, contents: Contents) -> str:
+def files_fingerprint(name: str, found: Found, contents: Contents) -> tuple[str, list[str]]:
     """Names lists, classes and each file by its name and all of its bytes; masks of unlabelled images are left out and
-    not read, so that it is the same whether they exist or not."""
+    not read, so that it is the same whether they exist or not. With it a note where training images are validated on.
+    """
     lists, (names, coding) = found.lists, found.classes
     ids = [one for part in lists for one in part]
     used = [one for part in (lists.labelled, lists.val) for one in part]
     digests = contents.digests([*(found.tree.images[one] for one in ids), *(found.tree.masks[one] for one in used)])
     images, masks = digests[: len(ids)], digests[len(ids) :]
     palette = coding and astuple(coding)[:2]
-    return fingerprint("contents", name, lists, images, masks, names, palette)
+    copies = _copies(dict(zip(ids, images, strict=True)), lists.val)
+    return fingerprint("contents", name, lists, images, masks, names, palette), copies
+
+
+def _copies(digests: dict[str, str], val: Sequence[str]) -> list[str]:
+    """A sentence where validation images have the bytes of training images; digests: of all, by id."""
+    apart = {*val}
+    trained = {digest: name for name, digest in digests.items() if name not in apart}
+    both = [(name, trained[digests[name]]) for name in val if digests[name] in trained]
+    if not both:
+        return []
+    first = "{!r} (as {!r})".format(*both[0])
+    return [f"{len(both)} validation images are training images under another name, first {first}: scores are too high"]
 
 
 def _cityscapes(asked: Request) -> Dataset:

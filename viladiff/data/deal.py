@@ -14,7 +14,7 @@ from viladiff import draws
 from viladiff.data.check import Seen
 from viladiff.data.files import VOC, Tree
 from viladiff.data.layouts import open_tree
-from viladiff.data.lists import VALIDATION, Lists, find_list, read_list
+from viladiff.data.lists import VALIDATION, Lists, find_list, listable, read_list
 from viladiff.data.splits import VISIBLE
 from viladiff.labels import IGNORE
 
@@ -96,10 +96,16 @@ def _essential(present: np.ndarray, order: Sequence[int], most: int) -> list[int
 
 
 def write_lists(root: Path | str, name: str, lists: Lists) -> Path:
-    """``splits/NAME/{labelled,unlabelled,val}.txt``, all or none. ValueError where that exists or cannot be written."""
+    """``splits/NAME/{labelled,unlabelled,val}.txt``, all or none.
+
+    ValueError where that exists or cannot be written, and for an image whose name no line of a list can be.
+    """
     if not name or name != Path(name).name or name in (".", ".."):
         raise ValueError(f"--name {name!r}: must be a single name, such as 'labelled'")
     tree, _ = open_tree(root)
+    unfit = next((one for ids in lists for one in ids if not listable(one, tree.layout, tree.images)), None)
+    if unfit is not None:
+        raise ValueError(f"{str(tree.images[unfit])!r}: no list can hold this name; rename the image and its mask")
     directory = tree.root / "splits" / name
     draft = directory.with_name(f".{name}-{secrets.token_hex(4)}")
     try:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from scipy import ndimage
 
 from viladiff import draws
 from viladiff.data.cache import Facts, Opened, cache_dir, fingerprint, open_or_make
+from viladiff.progress import counter
 
 Part = Literal["pretrain", "train", "dev", "test"]
 Array = np.ndarray
@@ -313,16 +312,16 @@ def recolour(rng: np.random.Generator, recipe: Recipe, crop: Array, digit: int, 
 
 def _fill(name: str, directory: Path) -> Facts:
     recipe, sizes = VARIANTS[name].recipe, VARIANTS[name].sizes()
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
-    with bar:
-        task = bar.add_task(f"rendering {name}", total=sum(sizes.values()))
+    done, total = 0, sum(sizes.values())
+    with counter(f"rendering {name}", True) as advance:
         for part, count in sizes.items():
             prefix = "" if part == "train" else f"{part}_"
             shape = (count, recipe.side, recipe.side)
             images, masks = np.empty((*shape, 3), np.uint8), np.empty(shape, np.uint8)
             for index in range(count):
                 images[index], masks[index] = render(recipe, name, part, index)
-                bar.advance(task)
+                done += 1
+                advance(done, total)
             np.save(directory / f"{prefix}images.npy", images, allow_pickle=False)
             np.save(directory / f"{prefix}masks.npy", masks, allow_pickle=False)
     return {"variant": name, "revision": REVISION, **{str(part): count for part, count in sizes.items()}}

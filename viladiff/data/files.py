@@ -154,16 +154,25 @@ def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _walk(root: Path, folder: str) -> Iterator[str]:
-    """Files below ``folder``, hidden ones left out; a link is followed where it stays below the root."""
+def _walk(root: Path, folder: str, within: tuple[str, ...] = ()) -> Iterator[str]:
+    """Files below ``folder``, hidden ones left out, and links to nothing, which whoever reads them refuses.
+
+    A link is followed where it stays below the root; ValueError where it leads out, or to a folder that it is in.
+    within: real folders that hold the links on the way here.
+    """
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_symlink():
+        linked = entry.is_symlink()
+        if linked:
             inside(root, Path(entry.path))
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(root, entry.path)
-        elif entry.is_file():
+        if entry.is_dir():
+            here = (*within, os.path.realpath(folder)) if linked else within
+            real = os.path.realpath(entry.path) if linked else ""
+            if linked and any(Path(one).is_relative_to(real) for one in here):
+                raise ValueError(f"{entry.path}: leads to {real}, which it is in; remove it")
+            yield from _walk(root, entry.path, here)
+        elif entry.is_file() or (linked and not os.path.exists(entry.path)):
             yield entry.path
 
 

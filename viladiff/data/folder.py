@@ -14,6 +14,7 @@ from viladiff.data.lists import (
     Wanted,
     check_disjoint,
     find_lists,
+    numbered,
     read_columns,
     read_lines,
 )
@@ -166,7 +167,7 @@ def _read_palette(path: Path) -> Classes:
     names: list[str] = []
     rgb: list[tuple[int, int, int]] = []
     labels: list[int] = []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in numbered(path):
         *channels, name = line.split(maxsplit=3)
         if len(channels) != 3 or not all(one.isascii() and one.isdigit() and int(one) < 256 for one in channels):
             raise ValueError(f"{path}, line {number}: {line!r} is not 'r g b name' with three numbers from 0 to 255")

@@ -176,17 +176,17 @@ def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
 def read_mask(path: Path | str, num_classes: int, coding: Coding | None = None) -> np.ndarray:
     """(h, w) uint8 of class ids and 255, upright by its EXIF orientation.
 
-    A pixel is a number: the index of a palette image, the value of a grey one (8 or 16 bits), or the value common to
+    A pixel is a number: the index of a palette image, the value of a grey one (1 to 16 bits), or the value common to
     all channels of an RGB one. It is the class id, unless ``coding`` says what it stands for. Where that is of colours,
     the colour counts, whatever the file's mode.
     """
     with open_image(path) as image:
-        turn = _UPRIGHT.get(orientation(image))
+        turn, step = _UPRIGHT.get(orientation(image)), _step(image)
         image.load()
         upright = image if turn is None else image.transpose(turn)
         if isinstance(coding, Colours):
             return coding.labels_of(np.asarray(upright.convert("RGB")))
-        ids = _indices(upright)
+        ids = _indices(upright) // step
         if coding is not None:
             return coding.labels_of(ids)
         wrong = ids >= num_classes
@@ -204,6 +204,13 @@ def read_mask(path: Path | str, num_classes: int, coding: Coding | None = None) 
 def label_counts(labels: np.ndarray) -> np.ndarray:
     """(256,) int64 pixels by label; many times faster than counting in NumPy, which would widen the labels first."""
     return np.array(Image.fromarray(labels).histogram(), np.int64)
+
+
+def _step(image: Image.Image) -> int:
+    """What Pillow multiplies the numbers of a grey PNG with 2 or 4 bits a pixel by, so that the largest becomes 255; 1
+    elsewhere. To be asked before the pixels are loaded."""
+    packed = {"L;2": 85, "L;4": 17}
+    return max((packed.get(str(tile[3]), 1) for tile in getattr(image, "tile", ())), default=1)
 
 
 def _indices(image: Image.Image) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -35,18 +36,23 @@ class Lists(NamedTuple):
 
 def read_lines(path: Path) -> list[str]:
     """Lines that are not empty. Raises ValueError for a file that is not UTF-8 text or cannot be read."""
+    return [line for _, line in numbered(path)]
+
+
+def numbered(path: Path) -> list[tuple[int, str]]:
+    """``read_lines``, each with its number in the file, from 1."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a list of images: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 class Line(NamedTuple):
     """What a list says of an image besides its name."""
 
     number: int
-    """From 1, empty lines left out."""
+    """In the file, from 1."""
     mask: str
     """The second column; empty where there is none."""
 
@@ -60,13 +66,17 @@ def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str
     """A list's images by id, in order; ``known``: those of ``folder``, or of the layout's one folder.
 
     Raises ValueError that names file and line for an image that is not there, for one that is listed twice, for a name
-    that climbs out, and for an empty list.
+    that climbs out or that two images have, and for an empty list.
     """
     found: dict[str, Line] = {}
-    for number, line in enumerate(read_lines(path), 1):
-        name, mask = next((one for one in candidates(line, layout) if one[0] in known), ("", ""))
+    for number, line in numbered(path):
+        meant = (one for one in candidates(line, layout) if one[0] in known)
+        name, mask = next(meant, ("", ""))
+        other, same = next(meant, ("", ""))
         if not name:
             raise ValueError(f"{path}, line {number}: {_unknown(line, layout, known, folder or layout.images)}")
+        if other and same == mask:
+            raise ValueError(f"{path}, line {number}: may mean the images {name!r} and {other!r}; rename one of them")
         if name in found:
             raise ValueError(f"{path}, line {number}: {name!r} is listed before, as line {found[name].number}")
         found[name] = Line(number, mask)
@@ -89,15 +99,27 @@ def candidates(line: str, layout: Layout) -> Iterator[tuple[str, str]]:
     while words:
         path = PurePosixPath(words.lstrip("/"))
         parts = path.parts[1:] if path.parts[:1] == (layout.images,) else path.parts
-        yield layout.image_id("/".join(parts)), line.removeprefix(words).strip()
+        text, rest = "/".join(parts), line.removeprefix(words).strip()
+        name, whole = layout.image_id(text), unicodedata.normalize("NFC", text)
+        if whole != name:  # the id of "a.jpg.png", too, looks like an image
+            yield whole, rest
+        yield name, rest
         words = words.rpartition(" ")[0].rstrip()
+
+
+def listable(name: str, layout: Layout, known: Collection[str]) -> bool:
+    """Whether a line with this id, and nothing else, is read as this image."""
+    meant = [one for one, rest in candidates(name, layout) if one in known and not rest]
+    odd = any(one in "\r\n" or "\ud800" <= one <= "\udfff" for one in name)  # the latter are bytes that are no text
+    return meant == [name] and name == name.strip() and not odd
 
 
 def _unknown(line: str, layout: Layout, known: Collection[str], folder: str) -> str:
     if ".." in PurePosixPath(line.split()[0]).parts:
         return f"{line!r} climbs out of the folder; names are relative to {folder!r}"
+    relative = f"; names are relative to {folder!r}" if line.startswith("/") else ""
     first, _ = next(candidates(line, layout))
-    return f"{line!r} is not an image of {folder!r}{nearest(first, known)}"
+    return f"{line!r} is not an image of {folder!r}{relative}{nearest(first, known)}"
 
 
 def find_list(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> Path | None:

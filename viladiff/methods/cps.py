@@ -1,8 +1,9 @@
 """CPS: two networks that start from different heads, each taught by the other's hard labels (Chen et al., CVPR 2021).
 
 Differences from the released code: the partner of a mixed image is its neighbour in the batch, whose labels are already
-there, so that no second unlabelled batch has to be looked at (6 forwards in place of 8); padding trains nothing; losses
-are plain global means, where the released ones shrink with the number of workers.
+there, so that no second unlabelled batch has to be looked at (6 forwards in place of 8); padding trains nothing, nor,
+without CutMix, do labelled images' pixels of label 255 teach the other network, as all do there; losses are plain
+global means, where the released ones shrink with the number of workers.
 
 No threshold leaves unsure labels out, as published: in runs of a few hundred steps on the embedded data, where early
 labels are poor, they cost 1.5 to 2 points.

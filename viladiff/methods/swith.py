@@ -8,6 +8,7 @@ whose colours were drawn one by one, where CutMix there comes before colour, blu
 that of the unlabelled images; the released consistency reads the labelled ones' by mistake. One pass of the teacher
 serves both losses, and images are mixed with their neighbours, never with themselves. The loss of a picture with CutMix
 is a mean over its valid pixels, over those with a loss above 0 there.
+Colours of labelled images do not change, where there they do (photometric distortion).
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ from viladiff.models.mixe import (
     confidence_threshold,
     corrupt,
     edge_mask,
+    noise_levels,
     refine,
 )
 from viladiff.models.segmenter import Build, Segmenter, Stream, mixed, upsample
@@ -177,15 +178,12 @@ class ViLaDiff(MeanTeacher):
             return found
         soft = self._source_logits(self.teacher.streams(images, text)).softmax(1)
         _, classes, h, w = soft.shape
-        codes = class_codes(classes).to(soft.device)
-        noise = draws.normal(keys, (codes.shape[1], h, w), step.seed, "picture-noise", step.index, device=soft.device)
+        length = class_codes(classes).shape[1]
+        noise = draws.normal(keys, (length, h, w), step.seed, "picture-noise", step.index, device=soft.device)
         uniform = draws.uniform(keys, (h, w), step.seed, "picture-flip", step.index, device=soft.device)
-        for t in sorted({1, (cfg.timesteps + 1) // 2, cfg.timesteps}):
-            state = corrupt(soft, t, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
-            found.setdefault("edges", _enlarged(state.edges, size))
-            nearest = torch.einsum("bdhw,cd->bchw", state.codes, codes).argmax(1)
-            found[f"noise t={t}"] = _enlarged(nearest, size)
-        return found
+        levels = noise_levels(soft, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
+        large = {name: F.interpolate(x.float()[:, None], size, mode="nearest")[:, 0] for name, x in levels.items()}
+        return found | {name: labels.long() for name, labels in large.items()}
 
     # Teacher
 
@@ -394,11 +392,6 @@ def _chosen(batch: Batch) -> slice:
     """
     every = max(1, len(batch.image) // len(batch.weak[0]))
     return slice(0, every * len(batch.weak[0]), every)
-
-
-def _enlarged(labels: Tensor, size: torch.Size) -> Tensor:
-    """(B, h, w) labels to pixels, each cell as a block."""
-    return F.interpolate(labels.float()[:, None], size, mode="nearest")[:, 0].long()
 
 
 def _pseudo(logits: Tensor, size: torch.Size) -> Pseudo:

@@ -96,8 +96,12 @@ def sincos_2d(h: int, w: int, dim: int, device: torch.device) -> Tensor:
 
 
 def bilinear(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    """(B, C, h, w) to ``size`` = (H, W), pixel centres at half-integers, edges replicated."""
+    """(B, C, h, w) to ``size`` = (H, W), pixel centres at half-integers, edges replicated.
+
+    One number that is not finite makes all of its map NaN where matrix products enlarge it, its surroundings elsewhere.
+    """
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or max(x.shape[-2:]) > SMALL
+    plain = plain or type(x) is not Tensor  # a fake one's weights would be fake, and are kept
     if plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
     rows, columns = _weights(x.shape[-2], size[0]), _weights(x.shape[-1], size[1])
@@ -108,5 +112,6 @@ def bilinear(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
 def _weights(source: int, length: int) -> Tensor:
     """(length, source) weight of each source in each result along one axis."""
     with torch.inference_mode(False), torch.no_grad():
-        unit = torch.eye(source).unsqueeze(1)
+        # Whatever device and type are the default now: the weights are kept.
+        unit = torch.eye(source, dtype=torch.float32, device="cpu").unsqueeze(1)
         return F.interpolate(unit, length, mode="linear", align_corners=False)[:, 0].T.contiguous()

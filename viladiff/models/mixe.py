@@ -51,6 +51,7 @@ __all__ = [
     "edge_mask",
     "flip_labels",
     "flip_probability",
+    "noise_levels",
     "posterior",
     "refine",
     "regions",
@@ -64,36 +65,47 @@ class MixeConfig(Section):
     """Edge-aware mixed-noise diffusion on labels (paper, section 3.4, Eqs. 3-8 and 13)."""
 
     enabled: bool = True
+    """Off: pseudo-labels are the teacher's, and there is no denoiser."""
     gaussian: bool = True
     """q_G of Table 5; off leaves its region clean."""
     flips: bool = True
     """q_C of Table 5; off leaves its region clean."""
     edge_loss: bool = True
+    """Cross-entropy on edge pixels once more, L_edge of Eq. 11."""
     timesteps: int = Field(10, ge=1, le=1000)
+    """T, the number of noise levels."""
     beta: float = Field(0.1, ge=0, le=1)
     """Probability of a flip in one step (Eq. 6)."""
     edge_bonus: float = Field(0.1, ge=0, le=1)
     """Added to ``beta`` on edge pixels, in each step."""
     flip_schedule: Literal["cumulative", "constant", "matched"] = "cumulative"
+    """Flips by step t: of t steps; of one, the letter of Eq. 6; as many at T as cumulative ones at 10."""
     gaussian_region: Literal["confident", "uncertain"] = "confident"
     """Which side of τ gets Gaussian noise; Eq. 7 and the sentence below it disagree."""
     tau_start: float = Field(0.0, ge=0, le=1)
+    """τ of Eq. 7 when training begins."""
     tau_end: float = Field(0.8, ge=0, le=1)
+    """τ from the end of its ramp on."""
     tau_ramp: float = Field(0.5, ge=0, le=1)
     """Share of training over which τ moves from start to end."""
     tau_shape: Literal["linear", "cosine", "step"] = "linear"
+    """How τ moves; ``step`` jumps at the end of the ramp."""
     reverse: Literal["posterior", "direct"] = "posterior"
+    """A step back draws by Bayes' rule over the predicted clean label, or from that prediction (letter of Eq. 8)."""
     train_images: Literal["labelled", "unlabelled", "both"] = "both"
+    """Images that the denoiser learns from."""
     loss_weights: tuple[float, float, float] = (1.0, 0.5, 0.5)
     """Weights of (L_ce, L_edge, L_d) in Eq. 11."""
     refine: bool = True
     """Whether refined labels replace the teacher's in the later part of training."""
     refine_from: float = Field(0.5, ge=0, le=1)
+    """Share of training after which refined labels are taken."""
     refine_steps: int | None = Field(None, ge=1, le=1000)
     """Reverse steps at refinement; none means ``timesteps``."""
     denoiser: Literal["diffusion", "plain"] = "diffusion"
     """``plain``: a network of the same size that never sees noise (control)."""
     width: int = Field(32, ge=8)
+    """Channels of the denoiser."""
     depth: int = Field(2, ge=1)
     """Residual blocks of the denoiser."""
     condition_noise: float = Field(0.1, ge=0)
@@ -180,6 +192,20 @@ def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise
         chance = chances.expand(len(soft), -1).gather(1, place).view_as(edges)
         labels = torch.where(gaussian, labels, flip_labels(labels, chance, soft.shape[1], uniform=uniform))
     return Corrupted(_assemble(values, labels, gaussian, soft.shape[1]), labels, gaussian, edges, noise)
+
+
+def noise_levels(soft: Tensor, tau: float, cfg: MixeConfig, *, noise: Tensor, uniform: Tensor) -> dict[str, Tensor]:
+    """For pictures, (B, h, w) each: ``edges``, the pixels that flip more, and the nearest classes at three timesteps.
+
+    Arguments as of ``corrupt``.
+    """
+    codes = _codes_on(soft.shape[1], soft.device)
+    found: dict[str, Tensor] = {}
+    for t in sorted({1, (cfg.timesteps + 1) // 2, cfg.timesteps}):
+        state = corrupt(soft, t, tau, cfg, noise=noise, uniform=uniform)
+        found.setdefault("edges", state.edges)
+        found[f"noise t={t}"] = torch.einsum("bdhw,cd->bchw", state.codes, codes).argmax(1)
+    return found
 
 
 def _rates(cfg: MixeConfig, classes: int, device: torch.device) -> Tensor:

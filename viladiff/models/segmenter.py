@@ -50,16 +50,26 @@ class Classifier(nn.Module):
 class _Last:
     """What a segmenter found in the images that it saw last, by identity of the tensors that it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, segmenter: Segmenter) -> None:
         self.images: Tensor | None = None
         self.maps: list[Tensor] = []
         self.streams: list[tuple[TextBatch | None, dict[str, Stream]]] = []
+        self._weights = [(x, _sum(x)) for x in (*segmenter.parameters(), *segmenter.buffers())]
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._changed: list[Tensor] = []
 
     def encoded(self, images: Tensor, encoder: Encoder) -> list[Tensor]:
         if self.images is not images:
-            self.maps, self.streams = encoder(images), []
+            self._let_go()
+            self.maps = encoder(images)
             self.images = images
-        return self.maps
+            self._keep(images, *self.maps)
+        return list(self.maps)
+
+    def add(self, text: TextBatch | None, streams: dict[str, Stream]) -> None:
+        self.streams.append((text, dict(streams)))
+        if text is not None:
+            self._keep(text.tokens, text.mask)
 
     def found(self, text: TextBatch | None, names: tuple[str, ...]) -> dict[str, Stream] | None:
         for words, streams in self.streams:
@@ -67,19 +77,44 @@ class _Last:
                 return {name: streams[name] for name in names}
         return None
 
+    def check(self) -> None:
+        """The one look at the device; raises RuntimeError where something was written to in place meanwhile."""
+        self._let_go()
+        if self._changed and bool(torch.stack(self._changed).any()):
+            raise RuntimeError("remembered: images, words or maps were changed in place; change copies of them")
+        if bool(torch.stack([_sum(x) != before for x, before in self._weights]).any()):
+            raise RuntimeError("remembered: weights were changed in place; change them before or after")
+
+    def _keep(self, *tensors: Tensor) -> None:
+        self._kept += [(x, _sum(x)) for x in tensors]
+
+    def _let_go(self) -> None:
+        self._changed += [_sum(x) != before for x, before in self._kept]
+        self.images, self.maps, self.streams, self._kept = None, [], [], []
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Of the numbers' bits as integers, so that it is exact, in any order and for NaN too."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().contiguous().view(kinds[x.element_size()]).sum()
+
 
 @contextmanager
 def remembered(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Within it, segmenters in ``networks`` do not go again through the images that they saw last, nor their streams.
 
-    For evaluation alone, where several scores read one prediction: nothing may change images, words or weights in
-    place. One batch of maps is kept for each segmenter, until the next one.
+    For evaluation, where several scores read one prediction. One batch of maps is kept for each segmenter, until the
+    next one. In training mode and where a gradient is wanted nothing is read of it. Raises RuntimeError at the end
+    where images, words, maps or weights were changed in place meanwhile, since older maps may have been read then.
     """
     found = {module for network in networks for module in network.modules() if isinstance(module, Segmenter)}
     try:
         for segmenter in found:
-            segmenter.last = _Last()
+            segmenter.last = _Last(segmenter)
         yield
+        for segmenter in found:
+            if segmenter.last is not None:
+                segmenter.last.check()
     finally:
         for segmenter in found:
             segmenter.last = None
@@ -114,18 +149,22 @@ class Segmenter(nn.Module):
         self, images: Tensor, text: TextBatch | None = None, names: tuple[str, ...] | None = None
     ) -> dict[str, Stream]:
         """images (B, 3, H, W) to the named streams, all by default; encoder and fine decoder levels run once."""
-        features, names = self.encode(images), self.names if names is None else names
-        if self.last is None:
-            return self.decode(features, text, names)
-        found = self.last.found(text, names)
+        features, names, last = self.encode(images), self.names if names is None else names, self._last()
+        found = None if last is None else last.found(text, names)
         if found is None:
             found = self.decode(features, text, names)
-            self.last.streams.append((text, found))
+            if last is not None:
+                last.add(text, found)
         return found
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) to the encoder's four maps (B, D_i, h_i, w_i), coarsest last, for ``decode``."""
-        return self.encoder(images) if self.last is None else self.last.encoded(images, self.encoder)
+        last = self._last()
+        return self.encoder(images) if last is None else last.encoded(images, self.encoder)
+
+    def _last(self) -> _Last | None:
+        """None also where branches may be dropped or a gradient is wanted: neither is what was found before."""
+        return None if self.training or torch.is_grad_enabled() else self.last
 
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None

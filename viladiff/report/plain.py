@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.report import provenance
+from viladiff.report.long import long
 from viladiff.report.tables import (
     METRICS,
     Agreement,
@@ -18,7 +19,6 @@ from viladiff.report.tables import (
     Summary,
     difference,
     finding,
-    long,
     number,
     parts,
     printed,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from viladiff.record import RunRecord
 from viladiff.report.tables import Results, Summary, number
+from viladiff.sections import DATASETS, EmbeddedData
 from viladiff.study.plan import fields_of
 from viladiff.study.samples import score
 
@@ -48,11 +49,18 @@ class Tried(NamedTuple):
         return f"{top.value:g} is {_mean(top) - _mean(taken):.1f} points above the one that the table takes"
 
 
+def _for_choices(changed: Mapping[str, object]) -> bool:
+    """Whether a run was scored on images for choices: held out, or the part ``dev``, the default of embedded data."""
+    if "eval.split" in changed:
+        return changed["eval.split"] in ("dev", "holdout")
+    return issubclass(DATASETS.get(str(changed.get("data.dataset")), object), EmbeddedData)
+
+
 def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
     """In the table's order; rows of which no run was scored on held-out images are left out."""
     by_fields: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
     for record in records.values():
-        if record.config.get("eval.split") in ("dev", "holdout") and record.config.get(RATE) is not None:
+        if _for_choices(record.changed):
             by_fields[_key(record.changed), record.precision].append(record)
     found, table = [], results.plan.table
     for row in results.rows():
@@ -60,7 +68,8 @@ def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
             names = results.plan.run_ids(row, column)
             run = results.plan.runs[names[0]] if names else None
             mine = by_fields.get((_key(run.changed), run.precision), []) if run else []
-            rates = _rates(mine, _taken(results, names[0], mine)) if mine else ()
+            plain = results.plan.default(run.changed, RATE) if run else None
+            rates = _rates(mine, run.changed.get(RATE, plain), plain) if run else ()
             if rates:
                 label, where = table.rows[row].label, table.columns[column].label
                 found.append(Tried(number(results, row), label, table.rows[row].group, where, rates))
@@ -71,20 +80,13 @@ def _key(changed: Mapping[str, Any]) -> str:
     return fields_of({path: value for path, value in changed.items() if path not in APART})
 
 
-def _taken(results: Results, run_id: str, mine: Iterable[RunRecord]) -> float | None:
-    """The rate of the table's run: as it was set, or else the default, which runs that do not set it tell."""
-    changed = results.plan.runs[run_id].changed
-    if RATE in changed:
-        return float(changed[RATE])
-    return next((float(one.config[RATE]) for one in mine if RATE not in one.changed), None)
-
-
-def _rates(records: Iterable[RunRecord], taken: float | None) -> tuple[Rate, ...]:
+def _rates(records: Iterable[RunRecord], taken: float | None, plain: float | None) -> tuple[Rate, ...]:
+    """``taken`` is the table's rate, ``plain`` the plan's default, of which a record's ``config`` is no witness."""
     values: dict[float, dict[int, float]] = defaultdict(dict)
     for record in records:
-        found = score(record, "miou")
-        if found is not None:
-            values[float(record.config[RATE])][int(record.config.get("seed", 0))] = found
+        found, rate = score(record, "miou"), record.changed.get(RATE, plain)
+        if found is not None and rate is not None:
+            values[float(rate)][int(record.config.get("seed", 0))] = found
     summaries = {value: Summary(dict(sorted(those.items())), {}, frozenset()) for value, those in values.items()}
     top = max(summaries, key=lambda value: summaries[value].mean or 0.0, default=None)
     return tuple(Rate(value, summaries[value], value == taken, value == top) for value in sorted(summaries))

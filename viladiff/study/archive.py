@@ -124,7 +124,7 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
             if record.run_id != run_id:
                 raise ValueError(f"{path}: {name} is the record of {record.run_id}; nothing was imported")
             if why := contradiction(record):
-                raise ValueError(f"{path}: {name} does not match its name: {why}; nothing was imported")
+                raise ValueError(f"{path}: {name} contradicts its name or itself: {why}; nothing was imported")
         elif run_id not in runs:
             raise ValueError(f"{path}: {name} belongs to no record in it; nothing was imported")
         elif not (_is_arrays if part == "pictures" else _is_log)(folder / name):

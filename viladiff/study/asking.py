@@ -1,8 +1,9 @@
 """Optuna's side of a sweep: a study of the trials' records, with ask, report and tell.
 
 The study is a view. When a sweep is opened, its records are replayed to a study in memory, and the stored study is made
-anew where it differs from that one. So a kill between two writes, or a lost file, changes nothing; nor are the
-attributes that Optuna's pruners keep in a study needed in the records. Optuna is imported where it is used.
+anew where it differs from that one. So a kill between two writes, or a lost file, changes nothing. Sampler and pruner
+work on the study in memory, with what they note there; the stored one, for whoever looks on, is told what came of it,
+a new trial with all its parameters in one write. Optuna is imported where it is used.
 """
 
 from __future__ import annotations
@@ -60,23 +61,22 @@ class Asker:
         self.cmaes = Cmaes(space, self.first, seed) if kind == "cmaes" else None
         self.where = storage
         self.storage: BaseStorage
-        self.told: Told
-
-    @property
-    def study(self) -> Study:
-        return self.told.study
+        self.memory: Told
+        """Where sampler and pruner work."""
+        self.stored: Told
+        """The same for whoever looks on."""
 
     @property
     def stopped(self) -> set[int]:
         """Trials under way that the pruner has ended."""
-        return self.told.stopped
+        return self.memory.stopped
 
     # Opening
 
     def open(self, trials: Sequence[Trial], full: int) -> None:
         """Brings the study to what the records say; ``full``: steps of the last rung, where nothing is pruned."""
-        replayed = self._replay(trials, full)
-        wanted = replayed.study.get_trials(deepcopy=False)
+        self.memory = self._replay(trials, full)
+        wanted = self.memory.study.get_trials(deepcopy=False)
         try:
             self.storage = self._connect()
             study = self._found()
@@ -89,14 +89,14 @@ class Asker:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(f"{_hidden(self.where)}: Optuna cannot keep its study there ({why})") from error
             study = self._anew(wanted)  # a journal that is damaged
-        self.told = Told(study, self.storage, self.distributions, full, replayed.stopped)
+        self.stored = Told(study, self.storage, self.distributions, full, judges=False)
 
     def _replay(self, trials: Sequence[Trial], full: int) -> Told:
         """What happened, told in its order to a study in memory."""
         import optuna
 
         storage = optuna.storages.InMemoryStorage()
-        told = Told(self._create(storage), storage, self.distributions, full, set())
+        told = Told(self._create(storage), storage, self.distributions, full)
         happened: list[tuple[int, Callable[[], object]]] = []
         for trial in trials:
             happened.append((trial.order, partial(told.add, trial.point)))
@@ -123,8 +123,13 @@ class Asker:
     def _found(self) -> Study | None:
         import optuna
 
-        names = {one.study_name for one in self.storage.get_all_studies()}
-        if self.name not in names:
+        studies = self.storage.get_all_studies()
+        foreign = [one.study_name for one in studies if one.user_attrs.get(OWNER) is None]
+        if "://" not in self.where and foreign:  # the journal is made anew as a whole
+            raise ForeignStudy(
+                f"{self.where}: holds a study {foreign[0]!r} that was not made by viladiff; move the file away"
+            )
+        if self.name not in {one.study_name for one in studies}:
             return None
         study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=self.pruner)
         if study.user_attrs.get(OWNER) is None:
@@ -162,26 +167,31 @@ class Asker:
             return None if point is None else self._fixed(point, "grid")
         if self.cmaes is not None:
             return self._fixed(self.cmaes.point(trials, number), "cmaes")
-        self.study.sampler = optuna_sampler(self.kind, self.seed, number, self.parallel)
-        asked = self.study.ask(self.distributions)
+        self.memory.study.sampler = optuna_sampler(self.kind, self.seed, number, self.parallel)
+        asked = self.memory.study.ask(self.distributions)
         assert asked.number == number, "the study has other trials than the records"
-        return {path: asked.params[path] for path in self.space}, self.kind
+        point = {path: asked.params[path] for path in self.space}
+        self.stored.add(point)
+        return point, self.kind
 
     def _fixed(self, point: dict[str, Value], origin: str) -> tuple[dict[str, Value], str]:
-        self.told.add(point)
+        self.memory.add(point)
+        self.stored.add(point)
         return dict(point), origin
 
-    def report(self, trial: Trial, rungs: Iterable[Rung]) -> None:
+    def report(self, trial: Trial, rungs: Sequence[Rung]) -> None:
         """Values on the way, as ``Told.report`` takes them."""
-        self.told.report(trial, rungs)
+        self.memory.report(trial, rungs)
+        self.stored.report(trial, rungs)
 
     def tell(self, trial: Trial) -> None:
         """How a trial ended."""
-        self.told.tell(trial)
+        self.memory.tell(trial)
+        self.stored.tell(trial)
 
 
 class Told:
-    """A study that is told what happens in a sweep, and what its pruner says to that."""
+    """A study that is told what happens in a sweep; where it ``judges``, also what its pruner says to that."""
 
     def __init__(
         self,
@@ -189,11 +199,12 @@ class Told:
         storage: BaseStorage,
         distributions: Mapping[str, BaseDistribution],
         full: int,
-        stopped: set[int],
+        judges: bool = True,
     ) -> None:
         self.study, self.storage, self.distributions, self.full = study, storage, dict(distributions), full
+        self.judges = judges
         self.study_id = storage.get_study_id_from_name(study.study_name)
-        self.stopped = set(stopped)
+        self.stopped: set[int] = set()
 
     def add(self, point: Mapping[str, Value]) -> None:
         """A trial begins at a point that no sampler of Optuna's has drawn."""
@@ -210,7 +221,8 @@ class Told:
         asked = self._asked(trial.number)
         for rung in rungs:
             asked.report(rung.value, rung.step)
-            if trial.twin is None and rung.step < self.full and asked.should_prune() and not trial.values:
+            judged = self.judges and trial.twin is None and rung.step < self.full
+            if judged and asked.should_prune() and not trial.values:
                 self.stopped.add(trial.number)
 
     def tell(self, trial: Trial) -> None:
@@ -252,8 +264,8 @@ def _same(found: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
         )
 
     return len(found) == len(wanted) and all(
-        # What a sampler has noted of a trial cannot be replayed, and is of no use once the trial has its point.
-        content(a) == content(b) and b.system_attrs.items() <= a.system_attrs.items()
+        # What sampler and pruner note of a trial is kept in memory alone.
+        content(a) == content(b)
         for a, b in zip(found, wanted, strict=True)
     )
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.fields import ConfigError, nearest
 from viladiff.study.published import published_fields
-from viladiff.study.spec import RESERVED, Layer, Scale, Table, entry_name, listed, table_layers
+from viladiff.study.spec import RESERVED, Layer, Scale, Table, table_layers
+from viladiff.study.toml_file import entry_name, listed
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

@@ -187,7 +187,7 @@ class Desk:
         record = self.store.get(job.run_id)
         if record is not None:
             self._end(Outcome(job.run_id, "done", attempts=0), miou=record.miou)
-        elif self.store.holder(job.run_id) is not None:
+        elif self.store.held(job.run_id):
             self._leave(job)
         else:
             return False
@@ -199,7 +199,7 @@ class Desk:
 
     def _look_elsewhere(self) -> None:
         for run_id, (job, before) in list(self.elsewhere.items()):
-            if self.store.holder(run_id) is not None:
+            if self.store.held(run_id):
                 continue
             record = self.store.get(run_id)
             failure = self.store.failure(run_id)

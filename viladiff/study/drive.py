@@ -213,7 +213,7 @@ def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_
     >>> import viladiff
     >>> viladiff.table(5, "digits")  # doctest: +SKIP
     """
-    from viladiff.report.tables import frame
+    from viladiff.report.long import frame
 
     found = load_table(find(name))
     plan = make_plan(found, scale, cache=Path(storage).absolute() / "plans")

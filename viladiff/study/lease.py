@@ -10,6 +10,7 @@ its own. Whether a holder lives is seen in the kernel on its own machine, in its
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ HEARTBEAT = 10.0
 SILENT = 60.0
 """Seconds without a renewal, watched by one's own clock, after which a holder on another machine is taken for dead."""
 LONG_DEAD = 1800.0
-"""Seconds of age by the file's clock that need no watching: no two machines' clocks are that far apart."""
+"""Seconds of age by the clock, after which two heartbeats need to be missed: a clock jumps, as after a suspension."""
 PATIENCE = 5.0
 """Seconds to go on trying while others try too."""
 
@@ -92,12 +93,24 @@ class Lease:
         self.path = path
         self._pid = os.getpid()
         self._done, self._lost = threading.Event(), threading.Event()
+        self._beaten = time.time()
         threading.Thread(target=self._beat, name=f"lease of {path.parent.name}", daemon=True).start()
 
     @property
     def lost(self) -> bool:
         """True once another machine has taken over, after this one was silent for too long: stop and write nothing."""
+        late = abs(time.time() - self._beaten) > 2 * HEARTBEAT
+        if late and not self._lost.is_set() and not self._done.is_set():  # as after a suspension: sooner than it beats
+            with suppress(OSError):
+                if not self.path.exists():
+                    self._lost.set()
         return self._lost.is_set()
+
+    def check(self) -> None:
+        """Raises LeaseLost where another machine has taken over; looks at once, not at the next heartbeat."""
+        if not self.path.exists():
+            self._lost.set()
+            raise LeaseLost(f"{self.path.parent}: another machine took this over after this one was silent too long")
 
     def release(self) -> None:
         """May be called twice, and by a forked child, where it does nothing."""
@@ -117,6 +130,7 @@ class Lease:
         while not self._done.wait(HEARTBEAT):
             try:
                 os.utime(self.path)
+                self._beaten = time.time()
             except FileNotFoundError:
                 if not self._done.is_set():
                     self._lost.set()
@@ -132,14 +146,15 @@ def take(directory: Path, watch: Watch) -> Lease | None:
     """
     until = time.monotonic() + PATIENCE
     pause = 0.002
-    while not living(directory, watch):
+    while not _held(directory, watch):
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"lease-{secrets.token_hex(16)}.json"
         try:
             write_atomically(path, json.dumps(asdict(_self()), indent=1).encode())
-            alone = set(living(directory, watch)) == {path}
+            alone = {found.path for found in _held(directory, watch)} == {path}
         except BaseException:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # as the first error, in a directory that cannot be written
+                path.unlink(missing_ok=True)
             raise
         if alone:
             return Lease(path)
@@ -169,14 +184,16 @@ def take_or_wait(directory: Path, watch: Watch) -> Lease | None:
     Its heartbeat is watched until there is one or SILENT seconds have passed, which are counted down on stderr.
     Ctrl-C meanwhile leaves the lease as it is.
     """
+    if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):  # said before the wait, not after it
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
     first: dict[Path, int] = {}
     with _countdown(directory) as show:
         while (lease := take(directory, watch)) is None:
-            held = [found for found in inspect(directory, watch) if not found.dead]
+            held = [found for found in inspect(directory, watch) if not found.sure]
             if any(_lives(found.holder) or first.setdefault(found.path, found.beat) != found.beat for found in held):
                 return None
             if held:
-                show(held[0].holder, SILENT - min(watch.silent(found.path.name, found.beat) for found in held))
+                show(held[0].holder, max(_left(found, watch) for found in held))
             time.sleep(min(1.0, SILENT / 10))
     return lease
 
@@ -202,9 +219,25 @@ def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], Non
 
 
 def living(directory: Path, watch: Watch) -> dict[Path, Holder | None]:
-    """Leases on ``directory`` whose holder lives, or may; those of dead holders are removed. None: unreadable."""
+    """Leases on ``directory`` whose holder lives, or may; None: unreadable. Those surely of the dead are removed."""
+    _held(directory, watch)
+    return {found.path: found.holder for found in inspect(directory, watch) if not found.dead}
+
+
+def held(directory: Path, watch: Watch) -> bool:
+    """Whether ``take`` would find somebody there, who may be dead and has to be watched for longer."""
+    return bool(_held(directory, watch))
+
+
+def _held(directory: Path, watch: Watch) -> list[Found]:
+    """Leases that nobody may take over; the others are removed, where this process may."""
     seen = inspect(directory, watch)
-    return {found.path: found.holder for found in seen if not (found.dead and _remove(found.path, watch))}
+    for found in seen:
+        if found.sure:
+            with suppress(OSError):  # another user's: it stays, without effect
+                found.path.unlink(missing_ok=True)
+                watch.forget(found.path.name)
+    return [found for found in seen if not found.sure]
 
 
 class Found(NamedTuple):
@@ -216,7 +249,9 @@ class Found(NamedTuple):
     beat: int
     """The file's modification time in ns."""
     dead: bool
-    """Whether the holder is."""
+    """Whether the holder is, as far as one look tells."""
+    sure: bool
+    """Whether it is also certain enough to take the run over."""
 
 
 def inspect(directory: Path, watch: Watch) -> list[Found]:
@@ -229,14 +264,14 @@ def inspect(directory: Path, watch: Watch) -> list[Found]:
     for name in sorted(names):
         path = directory / name
         try:
-            beat = path.stat().st_mtime_ns
-            text = path.read_bytes()
-        except FileNotFoundError:
-            continue  # released between the two looks
-        except PermissionError:
-            text = b""  # another user's: its heartbeat has to do
-        holder = _parse(text)
-        found.append(Found(path, holder, beat, _dead(holder, name, beat, watch)))
+            beat, text = path.stat().st_mtime_ns, b""
+            with suppress(PermissionError):  # another user's: its heartbeat has to do
+                text = path.read_bytes()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                continue  # released between the two looks; on a network file system the second one is stale
+            raise
+        found.append(_judged(path, _parse(text), beat, watch))
     return found
 
 
@@ -245,26 +280,32 @@ def runs_here(pid: int) -> bool:
     return start(pid) is not None
 
 
-def _remove(path: Path, watch: Watch) -> bool:
-    path.unlink(missing_ok=True)
-    watch.forget(path.name)
-    return True
-
-
 def _parse(text: bytes) -> Holder | None:
     try:
         fields = json.loads(text)
         holder = Holder(**fields)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
-    return holder if type(holder.pid) is int and type(holder.started) is int else None
+    whole = type(holder.pid) is int and type(holder.started) is int
+    return holder if whole and 0 < holder.pid < 2**31 else None
 
 
-def _dead(holder: Holder | None, name: str, beat: int, watch: Watch) -> bool:
-    alive = _lives(holder)
+def _judged(path: Path, holder: Holder | None, beat: int, watch: Watch) -> Found:
+    alive, silent = _lives(holder), watch.silent(path.name, beat)
     if alive is not None:
-        return not alive  # a stopped process is silent and may still go on: only the kernel knows
-    return time.time() - beat / 1e9 > LONG_DEAD or watch.silent(name, beat) > SILENT
+        return Found(path, holder, beat, not alive, not alive)  # one that is stopped is silent and may still go on
+    return Found(
+        path, holder, beat, silent > SILENT or _aged(beat), silent > (2 * HEARTBEAT if _aged(beat) else SILENT)
+    )
+
+
+def _aged(beat: int) -> bool:
+    return time.time() - beat / 1e9 > LONG_DEAD
+
+
+def _left(found: Found, watch: Watch) -> float:
+    """Seconds of silence after which it may be taken over."""
+    return (2 * HEARTBEAT if _aged(found.beat) else SILENT) - watch.silent(found.path.name, found.beat)
 
 
 def _lives(holder: Holder | None) -> bool | None:
@@ -280,12 +321,21 @@ def _lives(holder: Holder | None) -> bool | None:
         return False
     except OSError:
         return None  # another user's, hidden from us
-    return start(holder.pid) == holder.started  # a zombie, or it came just now
+    return start(holder.pid) == holder.started or _dying(holder.pid)  # a zombie, or it came just now
+
+
+def _dying(pid: int) -> bool:
+    """Whether threads of a killed process are left, whose last write may not be over though the first is a zombie."""
+    with suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    return False
 
 
 @cache
 def _machine() -> str:
     try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""  # /proc is of another process namespace, and so are the starts in it
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

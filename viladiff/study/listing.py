@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from viladiff import renamed
 from viladiff.fields import nearest
 from viladiff.record import RunRecord
 from viladiff.study.store import Store
@@ -107,7 +108,9 @@ def select(rows: Iterable[Row], filters: Sequence[str], state: str | None = None
         if not sign or not name:
             raise ValueError(f"{word!r}: write field=value, as in method.name=viladiff or seed=0")
         if name not in known and rows:
-            raise ValueError(f"{name}: no run has such a field{nearest(name, known)}")
+            new = renamed.FIELDS.get(name)
+            told = f"renamed; write {new}" if new else f"no run has such a field{nearest(name, known)}"
+            raise ValueError(f"{name}: {told}")
         wanted.append((name, text))
     chosen = [row for row in rows if state in (None, row.state)]
     return [row for row in chosen if all(_has(row, name) and _is(_value(row, name), text) for name, text in wanted)]

@@ -19,14 +19,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import TypeAdapter
 
 from viladiff.record import RunRecord, write_atomically
-from viladiff.run_name import arithmetic
+from viladiff.run_name import PLACES, arithmetic
 from viladiff.study.cells import cells, choose, unavailable
 from viladiff.study.published import Stated, stated
 from viladiff.study.spec import Table
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
 
-_FORMAT = 3
+_FORMAT = 4
 """Raised when the file of a plan means something else than before."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DATA_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch")
@@ -76,12 +76,27 @@ class Plan:
     """Why rows that were asked for have no cells, by place."""
     published: tuple[Stated, ...] = ()
     """What the publications of the cells' methods set there, and what the runs have."""
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Fields where nothing is set, by ``kind_of``; none of ``run_name.PLACES``."""
     file: Path | None = field(default=None, compare=False)
     """Where it is kept for the next time; None where it is made each time."""
 
     def run_ids(self, row: int, column: int) -> tuple[str, ...]:
         """Runs of a cell, one a seed; a cell that was not asked for has none."""
         return tuple(cell.run_id for cell in self.cells if (cell.row, cell.column) == (row, column))
+
+    def default(self, changed: Mapping[str, Any], path: str) -> Any:
+        """A field's value where a run with these changed fields does not set it; None where the plan has none."""
+        return self.defaults.get(kind_of(changed), _NOTHING).get(path)
+
+    def settled(self, record: RunRecord) -> RunRecord:
+        """The record of a run of the plan, with the plan's defaults in ``config``.
+
+        A run's name binds its changed fields alone, so that what a record says of the others is not to be relied on.
+        """
+        plain = self.defaults.get(kind_of(record.changed), _NOTHING)
+        rest = {path: value for path, value in plain.items() if path not in record.changed}
+        return RunRecord(**{**dict(record), "config": {**record.config, **rest}})
 
 
 class Runs(Protocol):
@@ -103,6 +118,7 @@ class _Kept(NamedTuple):
     runs: tuple[Planned, ...]
     unavailable: dict[int, str] = {}  # noqa: RUF012, never changed
     published: tuple[Stated, ...] = ()
+    defaults: dict[str, dict[str, Any]] = {}  # noqa: RUF012, never changed
 
 
 def make_plan(
@@ -132,7 +148,7 @@ def make_plan(
         if file is not None and lasting:
             _write(file, kept)
     titled = _titled(table, kept)
-    rest = kept.cells, titled, kept.unavailable, kept.published, file
+    rest = kept.cells, titled, kept.unavailable, kept.published, kept.defaults, file
     return Plan(table, scale, chosen_rows, chosen_columns, chosen_seeds, *rest)
 
 
@@ -145,7 +161,7 @@ def _make(
     changes: Mapping[str, object],
 ) -> tuple[_Kept, bool]:
     """The plan, and whether it holds for as long as its key does."""
-    from viladiff.config import RunConfig, changed, override
+    from viladiff.config import RunConfig, changed, defaults, override
     from viladiff.fingerprints import name_runs
     from viladiff.sections import EmbeddedData
 
@@ -153,16 +169,21 @@ def _make(
     found = cells(table, scale, seeds, *labels, changes)
     configs = [override(RunConfig(), cell.changes) for cell in found]
     planned: dict[str, Planned] = {}
-    where = []
+    where, plain = [], {}
     for cell, cfg, named in zip(found, configs, name_runs(configs), strict=True):
         where.append(PlannedCell(cell.row, cell.column, cell.seed, named.run_id))
         fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
         how = cfg.runtime.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
         run = Planned(named.run_id, cell.changes, "", named.steps, fields, *how)
         planned.setdefault(named.run_id, run)
+        plain[kind_of(fields)] = {
+            path: value
+            for path, value in defaults(cfg.data.dataset, cfg.method.name).items()
+            if not path.startswith(PLACES)
+        }
     # Through JSON, so that a plan is the same whether it was read or made: tuples become lists.
     later = {row: why for row, why in unavailable(table, changes).items() if row in rows}
-    kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()), later, stated(table, found))))
+    kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()), later, stated(table, found), plain)))
     fixed = (isinstance(cfg.data, EmbeddedData) and cfg.data.text_encoder == "words" for cfg in configs)
     return kept, all(fixed) and not any(cfg.runtime.captions for cfg in configs)
 
@@ -255,7 +276,8 @@ _ADAPTER = TypeAdapter(_Kept)
 def _dumps(kept: _Kept) -> str:
     cells, runs = [asdict(cell) for cell in kept.cells], [asdict(run) for run in kept.runs]
     published = [one._asdict() for one in kept.published]
-    return json.dumps({"cells": cells, "runs": runs, "unavailable": kept.unavailable, "published": published})
+    rest = {"unavailable": kept.unavailable, "published": published, "defaults": kept.defaults}
+    return json.dumps({"cells": cells, "runs": runs, **rest})
 
 
 def _loads(text: str) -> _Kept:
@@ -305,6 +327,11 @@ def _state(run: Planned, store: Runs, records: Mapping[str, RunRecord], older: s
     if (store.directory(run.run_id) / "checkpoint.pt").is_file():
         return "begun"
     return "stale" if fields_of(run.changed) in older else "missing"
+
+
+def kind_of(changed: Mapping[str, Any]) -> str:
+    """Data set and method, which decide a run's defaults."""
+    return f"{changed.get('data.dataset')} {changed.get('method.name')}"
 
 
 def fields_of(changed: Mapping[str, Any]) -> str:

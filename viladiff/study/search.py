@@ -34,10 +34,15 @@ class Search:
         wanted: int,
         store: Store,
         tell: Callable[[Trial], None] = lambda trial: None,
+        held: Callable[[], None] = lambda: None,
     ) -> None:
-        """``planned`` names the run of a point under a seed; ``steps`` are the rungs, the last the full length."""
+        """``planned`` names the run of a point under a seed; ``steps`` are the rungs, the last the full length.
+
+        ``held`` is asked before anything is written, and raises where another driver has the sweep now.
+        """
         self.directory, self.asker, self.planned = directory, asker, planned
         self.seeds, self.steps, self.wanted, self.store, self.tell = seeds, steps, wanted, store, tell
+        self.held = held
         self.trials = load_trials(directory)
         self.tally, self.order = Tally(), 0
         self.owner: dict[str, tuple[int, int]] = {}
@@ -90,6 +95,7 @@ class Search:
         return None
 
     def _ask(self) -> list[Planned]:
+        self.held()
         number = len(self.trials)
         asked = self.asker.ask(number, self.trials)
         if asked is None:
@@ -100,7 +106,7 @@ class Search:
         twin = self.first.get(runs[str(self.seeds[0])])
         trial = Trial(number=number, point=point, runs=runs, order=self._tick(), origin=origin, twin=twin)
         self.trials.append(trial)
-        save_trial(trial, self.directory)
+        self._save(trial)
         if twin is None:
             self.first[runs[str(self.seeds[0])]] = number
             return self._go_on(trial)
@@ -142,7 +148,7 @@ class Search:
         trial = self.trials[number]
         rungs = self._new_rungs(trial, [(step, value)])
         if rungs:
-            save_trial(trial, self.directory)
+            self._save(trial)
             self.asker.report(trial, rungs)
         return number in self.asker.stopped
 
@@ -184,14 +190,14 @@ class Search:
         first = seed == self.seeds[0]
         rungs = self._new_rungs(trial, [(one["step"], one["miou"]) for one in record.history]) if first else []
         trial.values[str(seed)] = value
-        save_trial(trial, self.directory)
+        self._save(trial)
         self.asker.stopped.discard(trial.number)
         self.asker.report(trial, rungs)
         return self._go_on(trial)
 
     def _finish(self, trial: Trial, state: State, reason: str) -> None:
         trial.state, trial.reason, trial.ended = state, reason, self._tick()
-        save_trial(trial, self.directory)
+        self._save(trial)
         self.asker.tell(trial)
         self.tally.add(trial)
         if state == "failed":
@@ -212,7 +218,7 @@ class Search:
         trial.values = dict(other.values)
         self.asker.report(trial, trial.rungs)
         trial.state, trial.reason, trial.ended = other.state, f"as trial {other.number}, of the same runs", self._tick()
-        save_trial(trial, self.directory)
+        self._save(trial)
         self.asker.tell(trial)
         self.tell(trial)
 
@@ -227,6 +233,10 @@ class Search:
 
     def _stopped_at(self, trial: Trial) -> str:
         return f"stopped at step {trial.rungs[-1].step} of {self.steps[-1]}" if trial.rungs else "stopped"
+
+    def _save(self, trial: Trial) -> None:
+        self.held()
+        save_trial(trial, self.directory)
 
     def _tick(self) -> int:
         self.order += 1

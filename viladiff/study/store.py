@@ -242,9 +242,13 @@ class Store:
         return leases.take(self.directory(run_id), self._watch)
 
     def holder(self, run_id: str) -> Holder | None:
-        """Who works on the run now; None where nobody does, or where the only lease cannot be read."""
+        """Who works on the run now, as far as one look tells; None also where the only lease cannot be read."""
         held = leases.living(self.directory(run_id), self._watch)
         return next((holder for holder in held.values() if holder is not None), None)
+
+    def held(self, run_id: str) -> bool:
+        """Whether ``lease`` would be refused now; not for ever where the holder may be dead and is watched."""
+        return leases.held(self.directory(run_id), self._watch)
 
     def sweep(self, gone: Collection[int] = ()) -> list[Path]:
         """Removes what killed processes left behind: leases of the dead, and files that were being written.
@@ -253,19 +257,21 @@ class Store:
         machine that it has ended itself.
         """
         removed = []
-        for path in self.litter(gone):
-            path.unlink(missing_ok=True)
-            removed.append(path)
+        for path in self.litter(gone, sure=True):
+            with contextlib.suppress(PermissionError):  # a run of another user is left to that one
+                path.unlink(missing_ok=True)
+                removed.append(path)
         return removed
 
-    def litter(self, gone: Collection[int] = ()) -> list[Path]:
-        """What ``sweep`` would remove."""
+    def litter(self, gone: Collection[int] = (), sure: bool = False) -> list[Path]:
+        """What ``sweep`` would remove; unless ``sure``, also what a longer look might find to be in use."""
         found: list[Path] = []
         for run_id in self.own():
             directory = self.directory(run_id)
             state = leases.inspect(directory, self._watch)
-            found += [lease.path for lease in state if lease.dead]
-            if all(lease.dead for lease in state):
+            dead = [lease.path for lease in state if (lease.sure if sure else lease.dead)]
+            found += dead
+            if len(dead) == len(state):
                 found += abandoned(directory, gone)
         return found
 

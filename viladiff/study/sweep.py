@@ -17,7 +17,8 @@ from viladiff.fields import ConfigError, nearest
 from viladiff.run_name import arithmetic
 from viladiff.study.plan import Planned
 from viladiff.study.space import Dimension, Point, Value, edges, strays
-from viladiff.study.spec import RESERVED, Printed, Scale, Seeds, Strict, read_toml, sentence, strange_values
+from viladiff.study.spec import RESERVED, Printed, Scale, Seeds, Strict
+from viladiff.study.toml_file import read_toml, sentence, strange_values
 
 Select = Literal["holdout", "val"]
 FRESH = 5

@@ -13,6 +13,7 @@ from viladiff.study.asking import JOURNAL, Asker
 from viladiff.study.drive import ROOT, Pages, hinted, typed
 from viladiff.study.events import Event
 from viladiff.study.finals import Finalist, finalists
+from viladiff.study.lease import Lease
 from viladiff.study.plan import Planned
 from viladiff.study.pruners import optuna_pruner
 from viladiff.study.search import Search
@@ -54,17 +55,17 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         check_same(job)
         trials = load_trials(job.directory / "trials") or published_trials(job)
         return conclude(job, trials, write(job, trials, command))
-    with alone(job.directory):
+    with alone(job.directory) as lease:
         open_directory(job)
         adopt(job)
-        return _search(job, command)
+        return _search(job, command, lease)
 
 
-def _search(job: Job, command: str) -> int:
+def _search(job: Job, command: str, lease: Lease) -> int:
     """The sweep from where it is to its end, with a page that is rewritten on the way."""
     load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
     pages = Pages(lambda: write(job, load(), command, resting=False))
-    desk = _desk(job, pages.dirty.set)
+    desk = _desk(job, lease.check, pages.dirty.set)
     begun = len(desk.search.trials)
     print(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
     from viladiff.ray_search import run_search
@@ -88,8 +89,10 @@ def conclude(job: Job, trials: Sequence[Trial], index: Path) -> int:
     return 0
 
 
-def _desk(job: Job, changed: Callable[[], object] = lambda: None) -> SearchDesk:
-    """The sweep as it was left; ``changed`` is called when there is something new for its page."""
+def _desk(
+    job: Job, held: Callable[[], None] = lambda: None, changed: Callable[[], object] = lambda: None
+) -> SearchDesk:
+    """The sweep as it was left; ``held`` as Search has it, ``changed`` when there is something new for its page."""
     args, found = job.args, job.room
     if found.note:
         print(found.note)
@@ -125,6 +128,7 @@ def _desk(job: Job, changed: Callable[[], object] = lambda: None) -> SearchDesk:
         job.trials,
         job.store,
         ended,
+        held,
     )
     then = None if args.no_finals else partial(_finals, job, search)
     return SearchDesk(search, job.store, found.settings, found.slots, hear, timeout=args.trial_timeout, then=then)

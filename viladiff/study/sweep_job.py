@@ -66,6 +66,11 @@ def prepare(path: Path, args: argparse.Namespace) -> Job:
         raise ValueError(
             f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.final_seeds))} are kept fresh for the finals"
         )
+    if args.database is not None and "://" not in args.database:
+        raise ValueError(
+            f"--database {args.database}: must be an URL, such as sqlite:///sweeps.db; leave it out for a journal "
+            "beside the trials"
+        )
     name = args.study or f"{sweep.name}-{args.scale}" + ("-val" if args.select == "val" else "")
     if not _NAME.fullmatch(name):
         raise ValueError(f"--study {name!r}: letters, digits, dots, dashes and underscores only")

@@ -41,7 +41,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
         "--scheduler",
         choices=SCHEDULERS,
         default="none",
-        help="Optuna's pruner that stops trials early (default: none)",
+        help="Optuna's pruner that stops trials early (default: none; docs/experiments.md has what stopping does)",
     )
     what.add_argument("--sampler-seed", type=int, default=0, metavar="N", help="names the sampler's draws")
     what.add_argument(

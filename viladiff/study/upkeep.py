@@ -64,7 +64,7 @@ def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Find
         if run_id != record.run_id:
             yield Finding(path, run_id, False, f"is the record of another run, {record.run_id}")
         elif why := contradiction(record):
-            yield Finding(path, run_id, False, f"does not match its name: {why}")
+            yield Finding(path, run_id, False, f"contradicts its name or itself: {why}")
         else:
             yield Finding(path, run_id, True, _revision(record))
     for run_id in store.own():
@@ -73,11 +73,17 @@ def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Find
 
 
 def contradiction(record: RunRecord) -> str:
-    """A field of ``config`` that is neither among the changed ones nor at its default, in a clause; empty without one.
+    """What in a record contradicts its name or itself, in a clause; empty without one. Loads torch.
 
-    ``viladiff.record.mismatch`` binds changed fields to the name, and this what they leave out. Only a record of
-    today's revisions is asked, since defaults of an older one are not known. Loads torch.
+    ``viladiff.record.mismatch`` binds changed fields to the name. This asks for fields of ``config`` that are neither
+    among them nor at their defaults, in records of today's revisions, since defaults of older ones are not known; and
+    whether ``miou`` is that of the scores and ``steps`` what ``train.steps`` asks for.
     """
+    headline = record.scores.get(record.network, {}).get(record.stream, {}).get("miou")
+    if record.miou != headline:
+        return f"miou is {record.miou}, and {headline} among the scores of {record.network}, {record.stream}"
+    if (asked := record.config.get("train.steps")) is not None and asked != record.steps:
+        return f"steps is {record.steps}, and train.steps {asked!r}"
     from viladiff.config import CORE_REVISION, defaults
     from viladiff.methods import METHODS
 
