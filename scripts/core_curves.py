@@ -47,7 +47,7 @@ def main() -> None:
     index, count = map(int, args.shard.split("/"))
     wanted = [(m, s, seed) for seed in args.seeds for m in args.methods for s in args.splits]
     for method, split, seed in wanted[index::count]:
-        fields = {"method.name": method, "data.split": split, "seed": seed}
+        fields = {"method.name": method, "data.split": split, "eval.split": "test", "seed": seed}
         runtime = {"runtime.runs_dir": args.out, "runtime.threads": 1, "runtime.progress": False}
         cfg, path = override(RunConfig(), {**fields, **runtime}), RECORDS / f"{method}-{split}-{seed}.json"
         if is_done(cfg, path):

@@ -1,9 +1,9 @@
 """Remakes ``viladiff/models/digits_vit.safetensors``, which stands where ImageNet weights stand on real data.
 
-As in ImageNet, each image shows one object and has one label: a digit of any colour on a piece of a training photograph.
-Its handwriting is the part ``pretrain`` of ``viladiff.data.digits``, which neither the pool nor dev and test have. The
-encoder is shown no mask, only which digit it is. The class scores of all tokens are pooled by a log-sum-exp, so that the tokens on
-the object learn to speak for it. Example (about 8 minutes):
+As in ImageNet, each image shows one object and has one label: a digit of any colour on a piece of a training
+photograph. Its handwriting is the part ``pretrain`` of ``viladiff.data.digits``, which neither the pool nor dev and
+test have. The encoder is shown no mask, only which digit it is. The class scores of all tokens are pooled by a
+log-sum-exp, so that the tokens on the object learn to speak for it. Example (about 8 minutes):
 
     python scripts/pretrain_digits.py --threads 1
 """

@@ -65,7 +65,7 @@ def test_what_is_left_of_the_campaign(
     save_record(RunRecord(**{**made("supervised-92-0").model_dump(), "run_id": "0" * 16}), path)
     call(script, monkeypatch, *words)
     assert "does not match its name" in (said := capsys.readouterr().out) and said.endswith(left)
-    fields = {"data.dataset": "digits", "data.split": "92", "method.name": "supervised"}
+    fields = {"data.dataset": "digits", "data.split": "92", "method.name": "supervised", "eval.split": "test"}
     done = bound(made("supervised-92-0"), changed=fields)
     save_record(done, path)
     call(script, monkeypatch, *words)

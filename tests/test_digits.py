@@ -194,7 +194,7 @@ def test_every_recipe_field_is_in_the_fingerprint(monkeypatch: pytest.MonkeyPatc
 def test_rendering_is_silent_but_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(digits.VARIANTS, "digits", Variant(DIGITS, 3, 2))
+    monkeypatch.setitem(digits.VARIANTS, "digits", Variant(DIGITS, 3, 1, 1))
     told: list[tuple[int, int]] = []
 
     @contextmanager

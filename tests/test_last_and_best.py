@@ -59,7 +59,7 @@ def test_the_best_is_marked_and_the_result_is_the_last(tmp_path: Path) -> None:
     assert record.best is not None
     scores = [entry["miou"] for entry in record.history]
     assert record.best["miou"] == max(scores) and record.miou == scores[-1]
-    assert (record.best["evaluations"], record.best["picked_on"], record.best["picked_on_reported"]) == (3, "val", True)
+    assert (record.best["evaluations"], record.best["picked_on"], record.best["picked_on_reported"]) == (3, "dev", True)
     alone, _, _ = run(tmp_path, "supervised")
     assert alone.best is None, "of one evaluation none is picked"
 

@@ -29,7 +29,7 @@ ONE, TWO = made("viladiff-183-0"), made("viladiff-92-0")
 THREE = made("supervised-1464-2").model_copy(update={"finished": ""})  # as if it was not noted
 PERCENT = f"{100 * (ONE.miou or 0):.2f}"
 RISING = [record.run_id for record in sorted((ONE, TWO, THREE), key=lambda record: record.miou or 0)]
-SHORT = "data.batch_labelled=4 eval.every_steps=2 eval.max_images=8 eval.boundary=false"
+SHORT = "data.batch_labelled=4 eval.every_steps=2 eval.split=test eval.max_images=8 eval.boundary=false"
 """What tests/make_records.py sets for every run, as the list shows it."""
 BEGUN, FAILED = "00000000000000aa", "00000000000000bb"
 
