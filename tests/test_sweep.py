@@ -19,7 +19,7 @@ from viladiff.study.finals import Finalist, contests, finalists, said
 from viladiff.study.plan import Planned
 from viladiff.study.samples import smallest_detectable
 from viladiff.study.space import Dimension, edges, grid, shrunk
-from viladiff.study.sweep import Namer, Sweep, changes, check, load_sweep, rung_steps
+from viladiff.study.sweep import Namer, Sweep, changes, check, choosing_images, load_sweep, rung_steps
 from viladiff.study.sweep_options import parser
 from viladiff.study.sweeps import best_so_far, command, importances, rows, rungs, toml
 from viladiff.study.trials import Rung, Trial
@@ -240,6 +240,11 @@ def test_a_search_runs_on_held_out_images_and_its_finals_on_the_reported_ones(sw
     real = changes(sweep, "paper", {}, "holdout")
     assert (real["data.holdout"], real["eval.split"]) == (0.25, "holdout")
     assert not {"data.holdout", "eval.split"} & set(changes(sweep, "paper", {}, "val"))
+
+
+def test_the_images_that_points_are_chosen_by_are_named(sweep: Sweep) -> None:
+    assert choosing_images(sweep, "digits") == choosing_images(sweep, "smoke") == "the part dev of the embedded data"
+    assert choosing_images(sweep, "paper") == "25% of the labelled images"
 
 
 def test_fields_of_the_sweep_are_not_typed(sweep: Sweep) -> None:

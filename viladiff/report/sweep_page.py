@@ -21,7 +21,7 @@ from viladiff.report.sweep_charts import BEST, LINE, PAPER, PLAIN
 from viladiff.study.finals import Contest, Finalist, contests, scores
 from viladiff.study.samples import Records
 from viladiff.study.store import abandoned
-from viladiff.study.sweep import Sweep
+from viladiff.study.sweep import Sweep, choosing_images
 from viladiff.study.sweeps import FOREST, Row, importances, one_budget, rows, rungs, toml
 from viladiff.study.trials import Trial, without_paths
 
@@ -91,6 +91,7 @@ def html(shown: Shown, trials: Sequence[Trial], every: Sequence[Row], best: Row 
         again=shown.again,
         given_up=shown.given_up,
         peeked=shown.select == "val",
+        chosen_by=choosing_images(sweep, shown.scale),
         wanted=shown.wanted,
         counts={state: sum(trial.state == state for trial in trials) for state in _STATES},
         steps=list(shown.steps),

@@ -183,6 +183,13 @@ def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, o
     return {**found, "eval.split": "test"} if embedded(found) else found
 
 
+def choosing_images(sweep: Sweep, scale: str) -> str:
+    """The images that points are chosen by, in words, where nobody looks at the reported set."""
+    if embedded(common(sweep, scale, {})):
+        return "the part dev of the embedded data"
+    return f"{sweep.holdout:.0%} of the labelled images"
+
+
 def embedded(fixed: Mapping[str, object]) -> bool:
     """Whether these runs are on an embedded data set, which has parts ``dev`` and ``test``."""
     from viladiff.sections import DATASETS, EmbeddedData

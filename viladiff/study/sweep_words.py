@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from viladiff.study.finals import Finalist, said
 from viladiff.study.plan import Planned
+from viladiff.study.sweep import choosing_images
 from viladiff.study.sweep_job import Job
 from viladiff.study.sweeps import command, toml
 from viladiff.study.trials import Trial, load_trials, ranked
@@ -42,7 +43,7 @@ def outline(job: Job) -> list[str]:
     lines = {
         "searched": "; ".join(f"{path} in {dimension}" for path, dimension in job.sweep.space.items()),
         "first": ", ".join(f"{path} = {value}" for path, value in job.sweep.initial_point.items()) + " (the paper's)",
-        "chosen by": f"{job.sweep.holdout:.0%} of the labelled images, which no trial trains on"
+        "chosen by": f"{choosing_images(job.sweep, job.scale)}, which no trial trains on"
         if job.args.select == "holdout"
         else "THE REPORTED VALIDATION SET (--select val): what is found there is too good",
         "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
