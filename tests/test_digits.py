@@ -73,9 +73,9 @@ def test_parts_share_no_handwriting_and_scored_parts_no_photo_columns() -> None:
     assert np.array_equal(np.sort(np.concatenate(scans)), np.arange(digits.SCANS))
     columns = {part: material.columns for part, material in digits.MATERIAL.items()}
     assert columns["pretrain"] == columns["train"]
-    (_, end), (start, stop), (first, last) = columns["test"], columns["dev"], columns["train"]
-    assert end + 16 <= start and stop + 16 <= first and last == 640
-    assert all(edge % 16 == 0 for edge in (end, start, stop, first)), "a range begins and ends with a block of the JPEG"
+    (_, end), (first, last), (start, stop) = columns["test"], columns["train"], columns["dev"]
+    assert end + 16 <= first and last + 16 <= start and stop == 640
+    assert all(edge % 16 == 0 for edge in (end, first, last, start)), "a range begins and ends with a block of the JPEG"
 
 
 @pytest.mark.parametrize("spoilt", ["pretrain", "train", "dev", "test"])
@@ -152,9 +152,32 @@ def test_the_mask_lies_where_the_digit_was_painted() -> None:
             assert (image[beyond] == colours[0]).all(-1).mean() < 0.02, "the background has not"
 
 
+def test_deformed_handwriting_keeps_its_digit_and_replaces_the_scan() -> None:
+    sources = digits.load_sources("pretrain")
+    deformed = digits.deform_handwriting(sources, 3, 0.4, seed=1)
+    assert len(deformed.ink) == 3 * 600
+    places = np.concatenate(deformed.scans)
+    assert np.array_equal(np.sort(places), np.arange(1800))
+    for digit in range(10):
+        scan, copies = sources.scans[digit][5], deformed.scans[digit][15:18]
+        near = [np.corrcoef(sources.ink[scan].ravel(), deformed.ink[copy].ravel())[0, 1] for copy in copies]
+        assert min(near) > 0.5 and max(near) < 0.999
+    still = digits.deform_handwriting(sources, 1, 0.0, seed=1)
+    for before, after in zip(sources.scans, still.scans, strict=True):
+        assert np.allclose(sources.ink[before], still.ink[after], atol=1e-6)
+    assert not same(*(render(DIGITS, "x", "pretrain", 0, material) for material in (sources, deformed)))
+    with pytest.raises(ValueError, match="copies = 0"):
+        digits.deform_handwriting(sources, 0, 0.4, seed=1)
+
+
+def test_a_scene_without_a_digit_is_background() -> None:
+    empty = dataclasses.replace(DIGITS, objects=(0, 0))
+    assert not render(empty, "digits", "train", 0).mask.any()
+
+
 def test_edges_are_smooth() -> None:
     rng = np.random.default_rng(0)
-    for _, alpha in digits.write_digits(rng, DIGITS, list(range(20))):
+    for _, alpha in digits.write_digits(rng, DIGITS, list(digits.load_sources("train").ink[:20])):
         partial = ((alpha > 0.05) & (alpha < 0.95)).sum()
         assert 0.1 < partial / (alpha >= 0.5).sum() < 1.5
 

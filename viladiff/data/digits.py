@@ -44,14 +44,16 @@ class Material(NamedTuple):
 
 
 MATERIAL: dict[Part, Material] = {
-    "pretrain": Material((0, 600), (416, 640)),
-    "train": Material((600, 1197), (416, 640)),
-    "dev": Material((1197, 1437), (208, 400)),
-    "test": Material((1437, SCANS), (0, 192)),
+    "pretrain": Material((0, 600), (160, 400)),
+    "train": Material((600, 1197), (160, 400)),
+    "dev": Material((1197, 1437), (416, 640)),
+    "test": Material((1437, SCANS), (0, 144)),
 }
 """``pretrain`` is for the shipped encoder, ``train`` is the pool, ``dev`` is for choices and ``test`` for results.
 
-The gap of 16 columns between ranges is one block of the JPEG's subsampled colours, so that no decoded pixel leaks.
+The pool has the middle of both photographs, with flower, building, trees and sky: a network that has never seen the
+flower takes its petals for digits. The gap of 16 columns between ranges is one block of the JPEG's subsampled colours,
+so that no decoded pixel leaks.
 """
 _ZOOMS = (1.0, 0.7, 0.5)
 _MARGIN = 3
@@ -123,8 +125,10 @@ VARIANTS = {"digits": Variant(DIGITS, 4000, 600, 1000), "dense": Variant(DENSE, 
 class Sources(NamedTuple):
     """The raw material of one part."""
 
+    ink: Array
+    """(scans, s, s) float32 in [0, 1], _FINE samples to a pixel of the scan."""
     scans: tuple[Array, ...]
-    """Per digit: (number of the scan,), indices into scikit-learn's list."""
+    """Per digit: (number of the scan,), indices into ``ink``."""
     photos: tuple[tuple[Array, ...], ...]
     """Per photograph and zoom: (3, h, w) float32."""
 
@@ -157,14 +161,17 @@ def scene_kind(name: str, part: Part, index: int) -> int:
     return int(draws.rng(SEED, name, part, index, "kind").integers(len(SCENES)))
 
 
-def render(recipe: Recipe, name: str, part: Part, index: int) -> Scene:
-    """Draws scene ``index``, far digits first; equal arguments give equal pixels, whatever was drawn before."""
+def render(recipe: Recipe, name: str, part: Part, index: int, sources: Sources | None = None) -> Scene:
+    """Draws scene ``index``, far digits first; equal arguments give equal pixels, whatever was drawn before.
+
+    ``sources`` replaces the material of ``part``.
+    """
     rng = draws.rng(SEED, name, part, index)
-    sources = load_sources(part)
+    sources = sources or load_sources(part)
     image = _background(rng, recipe, sources.photos[scene_kind(name, part, index)])
     mask = np.zeros((recipe.side, recipe.side), np.uint8)
     digits = rng.integers(10, size=rng.integers(recipe.objects[0], recipe.objects[1] + 1)).tolist()
-    scans = [int(sources.scans[digit][rng.integers(len(sources.scans[digit]))]) for digit in digits]
+    scans = [sources.ink[sources.scans[digit][rng.integers(len(sources.scans[digit]))]] for digit in digits]
     for digit, (ink, alpha) in zip(digits, write_digits(rng, recipe, scans), strict=True):
         top, left = _place(rng, recipe, alpha >= 0.5, mask)
         inner, outer = _windows(recipe.side, top, left, *alpha.shape)
@@ -191,7 +198,29 @@ def load_sources(part: Part) -> Sources:
         np.ascontiguousarray(photo[:, slice(*columns)].transpose(2, 0, 1), np.float32) / 255
         for photo in load_sample_images().images
     ]
-    return Sources(scans, tuple(tuple(_shrink(region, zoom) for zoom in _ZOOMS) for region in regions))
+    return Sources(_scans(), scans, tuple(tuple(_shrink(region, zoom) for zoom in _ZOOMS) for region in regions))
+
+
+def deform_handwriting(sources: Sources, copies: int, amplitude: float, seed: int) -> Sources:
+    """The same photographs with ``copies`` elastic deformations of each scan in place of the scan.
+
+    The displacement is a cubic spline through 5 x 5 normal draws of standard deviation ``amplitude``, in pixels of the
+    scan. Raises ValueError for no copies.
+    """
+    if copies < 1:
+        raise ValueError(f"copies = {copies}: must be at least 1")
+    side = sources.ink.shape[1]
+    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij")).astype(np.float32)
+    spline = ndimage.zoom(np.eye(5), (side / 5, 1), order=3)
+    chosen = np.sort(np.concatenate(sources.scans))
+    ink = np.empty((len(chosen) * copies, side, side), np.float32)
+    for place, scan in enumerate(chosen.tolist()):
+        for copy in range(copies):
+            field = draws.rng(seed, "elastic", scan, copy).standard_normal((2, 5, 5)) * amplitude * _FINE
+            shift = np.einsum("ia,nab,jb->nij", spline, field, spline)
+            ndimage.map_coordinates(sources.ink[scan], grid + shift, ink[place * copies + copy], order=1)
+    places = [np.searchsorted(chosen, scans)[:, None] * copies + np.arange(copies) for scans in sources.scans]
+    return sources._replace(ink=ink, scans=tuple(place.ravel() for place in places))
 
 
 def _shrink(region: Array, zoom: float) -> Array:
@@ -214,20 +243,22 @@ def _scans() -> Array:
     return (refine @ scans @ refine.T).astype(np.float32)
 
 
-def write_digits(rng: np.random.Generator, recipe: Recipe, scans: list[int]) -> list[tuple[Array, Array]]:
-    """Each scan under a random size, slant and turn: ink over the outline's level, at most 1, and coverage in [0, 1].
+def write_digits(rng: np.random.Generator, recipe: Recipe, scans: list[Array]) -> list[tuple[Array, Array]]:
+    """Each scan (s, s) under a random size, slant and turn: ink over the outline's level, at most 1, and coverage.
 
-    Both (p, q), without empty borders. Coverage is the distance to the outline in pixels, estimated as
+    Both (p, q), without empty borders. Coverage, in [0, 1], is the distance to the outline in pixels, estimated as
     (ink - level) / |gradient|, plus one half.
     """
+    if not scans:
+        return []
     spans = (recipe.height, recipe.aspect, (-recipe.rotation, recipe.rotation), (-recipe.shear, recipe.shear))
     low, high = np.transpose((*spans, recipe.ink))
     drawn = rng.uniform(low, high, (len(scans), 5))
     level = drawn[:, 4:, None].astype(np.float32)
     side = math.ceil((drawn[:, 0] * np.maximum(drawn[:, 1], 1)).max() * 1.4)
     ink = np.empty((len(scans), side, side), np.float32)
-    for patch, scan, (height, aspect, degrees, slant) in zip(ink, scans, drawn[:, :4].tolist(), strict=True):
-        source, matrix = _scans()[scan], _matrix(height, aspect, math.radians(degrees), slant)
+    for patch, source, (height, aspect, degrees, slant) in zip(ink, scans, drawn[:, :4].tolist(), strict=True):
+        matrix = _matrix(height, aspect, math.radians(degrees), slant)
         offset = (len(source) - 1) / 2 - matrix.sum(1) * ((side - 1) / 2)
         ndimage.affine_transform(source, matrix, offset, output=patch, order=1)
     down, across = ink[:, 2:, 1:-1] - ink[:, :-2, 1:-1], ink[:, 1:-1, 2:] - ink[:, 1:-1, :-2]
