@@ -48,8 +48,8 @@ def outline(job: Job) -> list[str]:
         else "THE REPORTED VALIDATION SET (--select val): what is found there is too good",
         "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
         f"{job.args.scheduler}{stops}",
-        "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on the "
-        "reported set",
+        "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on "
+        + ("the reported set" if job.sweep.finals_split == "test" else "the same images, to choose between them"),
         "at most": f"{runs} runs, {runs * steps[-1]:,} steps",
         "time": "not known"
         if step is None
