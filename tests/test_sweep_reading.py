@@ -28,7 +28,11 @@ def test_every_method_has_as_many_trials_and_seeds() -> None:
     for sweep in found.values():
         assert (sweep.trials, sweep.seeds, sweep.final_seeds) == (12, (0,), (1, 2, 3))
         assert sweep.finals_split == "dev" and sweep.base["data.split"] == "183"
-        assert "method.pseudo.threshold" in sweep.space and sweep.scale == main.scale
+        assert "method.pseudo.threshold" in sweep.space
+        momentum = {"method.teacher.momentum": 0.99} if sweep.base["method.name"] == "fixmatch_tags" else {}
+        for name, scale in sweep.scale.items():
+            own = momentum if name in ("quick", "digits") else {}
+            assert scale.set == {**main.scale[name].set, **own}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -131,6 +135,8 @@ def test_the_page_lists_every_method_and_calls_nothing_a_result(tmp_path: Path) 
     for word in ("The <reading>", "57.0", "59.0 ± 1.0 (3)", "61.0 ± 1.0 (3)", "threshold = 0.7", "not chosen yet"):
         assert word in section
     assert "none of them is a result" in text and "the reported set was not looked at" in text
+    assert (tmp_path / "dev" / "chosen.toml").read_text() == '"method.vila.lam" = 0.6\n'
     plain = render_sweep(shown(sweep, lambdas()), tmp_path / "test").read_text()
+    assert not (tmp_path / "test" / "chosen.toml").exists()
     assert 'id="tuned"' not in plain and "these scores alone are quoted" in plain
     assert "the reported set was looked at for the finalists alone" in plain

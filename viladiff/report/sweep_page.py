@@ -18,7 +18,7 @@ from markupsafe import Markup
 from viladiff.record import RunRecord, write_atomically
 from viladiff.report import provenance, sweep_views
 from viladiff.report.sweep_charts import BEST, LINE, PAPER, PLAIN
-from viladiff.study.finals import Contest, Finalist, Tuned, contests, scores
+from viladiff.study.finals import Contest, Finalist, Tuned, chosen, contests, scores
 from viladiff.study.samples import Records
 from viladiff.study.store import abandoned
 from viladiff.study.sweep import FRESH, Sweep, choosing_images
@@ -55,7 +55,8 @@ class Shown:
 
 
 def render_sweep(shown: Shown, out: Path) -> Path:
-    """Writes index.html, trials.csv and winner.toml under ``out``; returns the path of index.html.
+    """Writes index.html, trials.csv and winner.toml under ``out``; returns the path of index.html. A sweep that only
+    chooses writes chosen.toml too, the point with the highest mean on fresh seeds.
 
     Each file is replaced in one go: the page is rewritten while the sweep goes on.
     """
@@ -69,6 +70,11 @@ def render_sweep(shown: Shown, out: Path) -> Path:
         write_atomically(out / "winner.toml", toml(best.point).encode())
     else:
         (out / "winner.toml").unlink(missing_ok=True)
+    taken = chosen(shown.finalists, shown.records) if shown.sweep.finals_split == "dev" else None
+    if taken is not None:
+        write_atomically(out / "chosen.toml", toml(taken.point).encode())
+    else:
+        (out / "chosen.toml").unlink(missing_ok=True)
     write_atomically(out / "trials.csv", to_csv(shown.sweep, trials, every).encode())
     write_atomically(out / "index.html", html(shown, trials, every, best, out).encode())
     return out / "index.html"
