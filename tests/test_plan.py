@@ -120,7 +120,7 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         words = ((f"words of {name}",),)
         return SimpleNamespace(captions=words, val_captions=words, caption_source="us", fingerprint=f"{name} {split}")
 
-    def text(opened: SimpleNamespace, encoder: str, control: str, *, model: str | None) -> str:
+    def text(opened: SimpleNamespace, encoder: str, control: str, *, model: str | None, on: str) -> str:
         read.append((opened.captions, control))
         return f"{opened.captions} {control}"
 

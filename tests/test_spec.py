@@ -423,7 +423,7 @@ def test_a_row_waits_for_the_field_that_it_needs(tmp_path: Path) -> None:
 
 def test_cells_set_the_same_where_they_are_one_run() -> None:
     """``settings``, which loads no torch, against whole configurations: over all cells of all tables."""
-    tables = [load_table(path) for path in TABLES]
+    tables = [table for path in TABLES if "paper" in (table := load_table(path)).scale]
     by_settings: dict[str, set[str]] = {}
     for table in tables:
         rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
@@ -511,7 +511,8 @@ def test_reading_a_table_loads_no_torch() -> None:
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_table_can_be_run_at_every_scale_with_cells_that_differ(path: Path) -> None:
     table = load_table(path)
-    assert {"smoke", "quick", "digits", "paper"} == set(table.scale)
+    # Captions of known rates are simulated, on embedded data alone.
+    assert {"smoke", "quick", "digits", "paper"} - set(table.scale) == ({"paper"} if path.stem == "captions" else set())
     whole = {i for i, row in enumerate(table.rows) if row.set.get("data.split") == "all"}
     long = {i for i, row in enumerate(table.rows) if "train.epoch_images" in row.set}
     for scale in table.scale:

@@ -267,6 +267,7 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
         allowed = "shipped or none" if own else "timm or none"
         here = f"model.pretrained = {cfg.model.pretrained!r}"
         yield f"{here}: there are none for model.encoder = {cfg.model.encoder!r}; allowed: {allowed}"
+    yield from _caption_faults(cfg)
     parts = ("dev", "test") if isinstance(cfg.data, EmbeddedData) else ("val",)
     if cfg.eval.split not in (*parts, "holdout"):
         allowed = f"{', '.join(parts)} or holdout"
@@ -278,3 +279,16 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
     if cfg.eval.split == "holdout" and not cfg.data.holdout:
         here = "eval.split = 'holdout'"
         yield f"{here}: no images are held out; set data.holdout to a share of the labelled ones, such as 0.25"
+
+
+def _caption_faults(cfg: RunConfig) -> Iterator[str]:
+    """Fields that would say something of captions that are not there."""
+    data = cfg.data
+    if data.captions == "none" and data.captions_on != "both":
+        yield f"data.captions_on = {data.captions_on!r}: not with data.captions = 'none'; set it to both"
+    if isinstance(data, EmbeddedData) and cfg.runtime.captions is not None:
+        for field in ("caption_recall", "caption_false", "caption_synonyms"):
+            value, default = getattr(data, field), type(data).model_fields[field].default
+            if value != default:
+                here = f"data.{field} = {value:g}: of simulated captions, which runtime.captions takes the place of"
+                yield f"{here}; set it to {default:g}"

@@ -49,9 +49,11 @@ def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
             opened = load_dataset(*key)
             datasets[key] = opened, fingerprint(opened.captions, opened.val_captions, opened.caption_source)
         dataset, words = datasets[key]
-        bank = (words, data.text_encoder, data.captions, cfg.runtime.text_model)
+        kept = (data.captions_on, *(() if data.captions_on == "both" else (dataset.fingerprint,)))
+        bank = (words, data.text_encoder, data.captions, kept, cfg.runtime.text_model)
         if bank not in banks:
-            banks[bank] = text_fingerprint(dataset, data.text_encoder, data.captions, model=cfg.runtime.text_model)
+            asked = data.text_encoder, data.captions
+            banks[bank] = text_fingerprint(dataset, *asked, model=cfg.runtime.text_model, on=data.captions_on)
         files = (cfg.model.model_dump_json(), getattr(getattr(cfg.method, "clip", None), "weights", None))
         if files not in weights:
             weights[files] = weights_fingerprint(cfg)

@@ -26,6 +26,7 @@ FIELDS: dict[str, str] = {
     "method.vat.radius": "method.vat.epsilon",
     "method.vat.probe": "method.vat.xi",
     "method.teacher.period": "method.teacher.switch_period",
+    "method.tag_weight": "method.tags.weight",
     "method.pseudo.ramp": "method.pseudo.rampup",
     "method.pseudo.consistency": "method.pseudo.consistency_weight",
     "method.weight": "method.unsup_weight",

@@ -53,6 +53,8 @@ class DataConfig(Section):
     """Where CutMix boxes have their edges: between patches (ours, so that feature maps can be mixed), or anywhere."""
     captions: Literal["own", "shuffled", "generic", "none"] = "own"
     """Each image's captions; or, as controls, another image's, one sentence for all, or no words."""
+    captions_on: Literal["both", "labelled", "unlabelled"] = "both"
+    """Images of the pool that keep their captions; the others are given no words. Validation images keep theirs."""
     text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "open_clip"
     """What turns captions into vectors; the last two from ``runtime.text_model``."""
 
@@ -72,6 +74,13 @@ class EmbeddedData(DataConfig):
     scale: tuple[float, float] = (0.9, 1.1)
     hflip: float = Field(0.0, ge=0, le=1)
     text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "words"
+    caption_recall: float = Field(0.85, ge=0, le=1)
+    """Probability that a visible class is noticed; what is noticed at one rate is noticed at every higher one."""
+    caption_false: float = Field(0.02, ge=0, le=1)
+    """Probability that a class that is absent is noticed all the same."""
+    caption_synonyms: float = Field(0.0, ge=0, le=1)
+    """Probability that a class goes by its synonym in an image's captions, a word that no class is called. ``words``
+    learns one vector a word, so that 0 and 1 differ in no more than the name of each word."""
 
     @field_validator("split", mode="before")
     @classmethod

@@ -79,7 +79,9 @@ class Run:
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
         with counter("encoding captions", cfg.runtime.progress and not self.rank) as advance:
             asked = cfg.data.text_encoder, cfg.data.captions
-            self.bank, self.val_bank = load_text(self.dataset, *asked, model=cfg.runtime.text_model, advance=advance)
+            self.bank, self.val_bank = load_text(
+                self.dataset, *asked, model=cfg.runtime.text_model, advance=advance, on=cfg.data.captions_on
+            )
         self.fingerprints = {
             "data": self.dataset.fingerprint,
             "text": self.bank.fingerprint,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,10 +24,11 @@ from viladiff.data.images import FileImages, FileMasks
 from viladiff.data.splits import VISIBLE, classes_present, labelled_order, nearest, resample, split_size
 from viladiff.data.voc import open_voc
 from viladiff.text.caption_files import match, read_captions
-from viladiff.text.captions import SIMULATED, Captions, simulate
+from viladiff.text.captions import SIMULATED, Captions, CaptionSource, CaptionTable, Control, Images, simulate
 
 if TYPE_CHECKING:
     from viladiff.config import RunConfig
+    from viladiff.sections import DataConfig
 
 
 class Arrays(Protocol):
@@ -102,6 +103,21 @@ class Dataset:
             raise ValueError(f"method.pseudo.oracle: masks of unlabelled images of {self.name!r} are never read")
         return np.stack([self.masks[i] for i in indices])
 
+    def caption_table(
+        self, part: Literal["train", "val"], control: Control = "own", seed: int = 0, on: Images = "both"
+    ) -> CaptionTable:
+        """Texts of the pool or of validation under a control, by ``train/0`` or ``val/0`` on.
+
+        on: images of the pool that keep them, after captions have been exchanged. Raises ValueError as ``variant``.
+        """
+        texts = self.captions if part == "train" else self.val_captions
+        own = CaptionTable({f"{part}/{i}": lines for i, lines in enumerate(texts)}, self.caption_source)
+        found = own.variant(control, seed)
+        if part == "val" or on == "both":
+            return found
+        kept = {f"train/{i}" for i in (self.labelled if on == "labelled" else self.unlabelled).tolist()}
+        return found.silenced(image for image in found if image not in kept)
+
     def _check_labelled(self, index: int) -> None:
         if int(index) not in self._labels:
             raise ValueError(f"{self.name}: image {index} is not among the {len(self.labelled)} labelled ones")
@@ -120,6 +136,7 @@ class Request(NamedTuple):
     family: str = ""
     reduce_zero_label: bool = True
     captions: str | None = None
+    simulated: CaptionSource = SIMULATED
 
 
 def request(cfg: RunConfig) -> Request:
@@ -136,7 +153,14 @@ def request(cfg: RunConfig) -> Request:
         getattr(data, "split_family", ""),
         getattr(data, "reduce_zero_label", True),
         cfg.runtime.captions,
+        _simulated(data),
     )
+
+
+def _simulated(data: DataConfig) -> CaptionSource:
+    """Who writes the captions of the embedded data sets; other data sets have no such fields."""
+    rates = {"recall": "caption_recall", "false_mention": "caption_false", "synonyms": "caption_synonyms"}
+    return replace(SIMULATED, **{name: getattr(data, path) for name, path in rates.items() if hasattr(data, path)})
 
 
 def load(
@@ -150,18 +174,21 @@ def load(
     family: str = "",
     reduce_zero_label: bool = True,
     captions: str | None = None,
+    simulated: CaptionSource = SIMULATED,
 ) -> Dataset:
     """Opens a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
     split: the name of a list, or "all" (``data.full``). root and split_dir: where the files and the lists of a data set
     that is not embedded are. holdout: see ``data.holdout``; those images are the validation set where ``scored`` is
     "holdout". family: which of several published lists of that size. reduce_zero_label: see ``data.ade20k``. captions:
-    a file of captions in place of the data set's own. Raises ValueError for an unknown data set or split, for a cache
-    that is damaged or cannot be written, and for files that cannot be used.
+    a file of captions in place of the data set's own. simulated: who writes those of an embedded data set. Raises
+    ValueError for an unknown data set or split, for a cache that is damaged or cannot be written, and for files that
+    cannot be used.
     """
     if name not in READERS:
         raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, tuple(READERS))}")
     asked = Request(name, split, split_seed, root, split_dir, holdout, scored, family, reduce_zero_label, captions)
+    asked = asked._replace(simulated=simulated)
     whole = READERS[name](asked._replace(split=base_split(name, split, family)))
     if base_split(name, split, family) != split:
         whole = label_all(whole)
@@ -200,8 +227,8 @@ def _embedded(asked: Request) -> Dataset:
     size = split_size(name, split, len(images))
     present = classes_present(masks, len(CLASS_NAMES))
     order = labelled_order(name, present, split_seed)
-    captions = _captions(name, "train", present)
-    val_captions = _captions(name, scored, classes_present(val_masks, len(CLASS_NAMES)))
+    captions = _captions(name, "train", present, asked.simulated)
+    val_captions = _captions(name, scored, classes_present(val_masks, len(CLASS_NAMES)), asked.simulated)
     return Dataset(
         name=name,
         num_classes=len(CLASS_NAMES),
@@ -215,14 +242,14 @@ def _embedded(asked: Request) -> Dataset:
         captions=captions,
         val_captions=val_captions,
         fingerprint=fingerprint(variant_fingerprint(name), split, order[:size].tolist(), captions, val_captions),
-        caption_source=str(SIMULATED),
+        caption_source=str(asked.simulated),
         scored=scored,
     )
 
 
-def _captions(name: str, part: Part, present: np.ndarray) -> Captions:
+def _captions(name: str, part: Part, present: np.ndarray, source: CaptionSource) -> Captions:
     scenes = [SCENES[scene_kind(name, part, index)] for index in range(len(present))]
-    return simulate(present, scenes, CLASS_NAMES, name, part)
+    return simulate(present, scenes, CLASS_NAMES, name, part, source=source)
 
 
 def _folder(asked: Request) -> Dataset:

@@ -84,7 +84,8 @@ class Loader:
         self.patch, self.device, self.rank, self.world = patch, device, rank, world
         self.labelled = Order(dataset.labelled, cfg.seed, "labelled")
         self.unlabelled = Order(dataset.unlabelled, cfg.seed, "unlabelled", views.cutmix or views.pairs)
-        self._tags = torch.from_numpy(mentioned(dataset, cfg.data.captions)) if views.tags else None
+        asked = cfg.data.captions, cfg.data.captions_on
+        self._tags = torch.from_numpy(mentioned(dataset, *asked)) if views.tags else None
         self._decoders: Decoders | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:

@@ -17,6 +17,7 @@ from viladiff.methods.base import MethodConfig, Paper, PredictConfig, TeacherCon
 from viladiff.methods.oracle import OraclePseudoConfig
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.semibaseline import SemiBaseline
+from viladiff.methods.tags import TagsConfig
 
 
 class FixMatchTeacherConfig(TeacherConfig):
@@ -31,6 +32,7 @@ class FixMatchConfig(MethodConfig):
     cutmix: bool = True
     teacher: FixMatchTeacherConfig = FixMatchTeacherConfig()
     pseudo: OraclePseudoConfig = OraclePseudoConfig()
+    tags: TagsConfig = TagsConfig()
     predict: PredictConfig = PredictConfig()
 
 

@@ -6,15 +6,17 @@ lie on any pixel, as with ``data.cutmix_grid=pixel``.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from viladiff.batch import Batch, Losses, Step, Views
+from viladiff.batch import IGNORE, Batch, Losses, Step, Views
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import MeanTeacher, MethodConfig, Passes, PredictConfig, TeacherConfig, pasted
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
+from viladiff.methods.tags import TagsConfig, of_both, shown_mean, tag_cross_entropy
+from viladiff.models.segmenter import Build
 
 
 class SemiBaselineConfig(MethodConfig):
@@ -24,6 +26,7 @@ class SemiBaselineConfig(MethodConfig):
     cutmix: bool = True
     teacher: TeacherConfig = TeacherConfig()
     pseudo: OraclePseudoConfig = OraclePseudoConfig()
+    tags: TagsConfig = TagsConfig()
     predict: PredictConfig = PredictConfig()
 
 
@@ -33,8 +36,15 @@ class SemiBaseline(MeanTeacher):
     passes = Passes(3, 2)
     keeps = "teacher"
 
+    def __init__(self, cfg: Any, build: Build) -> None:
+        super().__init__(cfg, build)
+        self.tagger: nn.Linear | None = None
+        if cfg.tags.weight:
+            self.tagger = nn.Linear(self.student.encoder.channels[-1], build.num_classes)
+
     def views_wanted(self) -> Views:
-        return Views(strong=1, cutmix=self.cfg.cutmix, truth=self.cfg.pseudo.oracle != "none")
+        cfg = self.cfg
+        return Views(strong=1, cutmix=cfg.cutmix, truth=cfg.pseudo.oracle != "none", tags=cfg.tags.weight > 0)
 
     def _pseudo(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Confidence and labels (U, H, W) of the teacher on the weak views."""
@@ -48,10 +58,19 @@ class SemiBaseline(MeanTeacher):
             confidence, labels = self._pseudo(batch, step)
         strong, confidence, labels, valid = pasted(batch, 0, batch.strong[0], confidence, labels, batch.valid)
 
-        logits = self.student(torch.cat([batch.image, strong]))["visual"]
+        features = self.student.encode(torch.cat([batch.image, strong]))
+        logits = self.student.logits(features, strong.shape[-2:])
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
         sup = self.supervised(logits[:labelled], batch.target)
         pseudo = hard_consistency(logits[labelled:], labels, accepted, valid)
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         total = sup + self.cfg.pseudo.weight * pseudo
-        return Losses(total, {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage})
+        terms = {"sup": sup.detach(), "pseudo": pseudo.detach()}
+        if self.tagger is not None:
+            assert batch.tags is not None and batch.tags_u is not None  # the loader makes what views_wanted asks for
+            tags = torch.cat([batch.tags, of_both(batch.tags_u, batch.mix[0]) if batch.mix else batch.tags_u])
+            mean, seen = shown_mean(features[-1], torch.cat([batch.target != IGNORE, valid]))
+            tagged = tag_cross_entropy(self.tagger(mean), tags, seen)
+            total = total + self.cfg.tags.weight * tagged
+            terms["tags"] = tagged.detach()
+        return Losses(total, {**terms, "coverage": coverage})

@@ -168,13 +168,14 @@ def _pictures(results: Results, lines: Sequence[Line], folder: Path) -> tuple[tu
         chart = scatter.Chart(title, ACROSS, "mIoU (%), mean and standard deviation of seeds", points, groups)
         paths = scatter.save(chart, folder, f"cost-{place + 1}")
         words = "; ".join(f"{one.label}: {one.y:.1f} at {one.x:.1f}" for one in points)
-        light, dark = (_uri(paths[theme]) for theme in ("light", "dark"))
+        light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
         found.append(Picture(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))
         files += [path.name for path in paths.values()]
     return tuple(found), tuple(files)
 
 
-def _uri(path: Path) -> str:
+def uri(path: Path) -> str:
+    """A picture inside a page."""
     return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

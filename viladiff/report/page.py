@@ -13,6 +13,7 @@ from viladiff.record import write_atomically
 from viladiff.report import (
     choices,
     clusters,
+    dose,
     figures,
     leaderboard,
     palette,
@@ -64,10 +65,13 @@ def render_table(
     grouped = clusters.clusters(results, store, out)
     files += grouped.files if grouped else ()
     said = banner(results)
+    doses = dose.dose(results, out)
+    files += doses.files if doses else ()
     opened = choices.choices(results, verdicts)
     more = {
         **leaderboard.to_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
         **clusters.to_markdown(grouped),
+        **dose.to_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
         **training.to_markdown(results),
         "What each choice is worth": choices.to_markdown(opened),
         "The paper's own numbers": [f"- {plain.markdown(one.text)}" for one in printed],
@@ -77,7 +81,7 @@ def render_table(
         "table.tex": plain.to_latex(results, said, views.stand_ins(results)),
         "table.csv": plain.to_csv(results),
         "index.html": html(
-            results, store, out, command, verdicts, agreements, drawn, files, printed, opened, board, grouped
+            results, store, out, command, verdicts, agreements, drawn, files, printed, opened, board, grouped, doses
         ),
     }
     for name, text in texts.items():
@@ -108,6 +112,7 @@ def html(
     opened: Sequence[choices.Choice] = (),
     board: leaderboard.Board | None = None,
     grouped: clusters.Clusters | None = None,
+    doses: dose.Dose | None = None,
 ) -> str:
     """The page as text; everything that it shows is worked out here, and the template only lays it out."""
     table = results.plan.table
@@ -140,6 +145,7 @@ def html(
             choices=opened,
             board=board,
             clusters=grouped,
+            dose=doses,
             number=lambda row: tables.number(results, row),
             command=command,
             files=files,

@@ -65,8 +65,9 @@ def _revision(record: RunRecord) -> str:
 
 def captions(record: RunRecord) -> str:
     """What the record says of its captions, and whether a control exchanged them."""
-    kind = record.config.get("data.captions", "own")
-    return record.captions if kind in ("own", None) else f"{kind}: {record.captions}"
+    kind, on = record.config.get("data.captions", "own"), record.config.get("data.captions_on", "both")
+    said = record.captions if kind in ("own", None) else f"{kind}: {record.captions}"
+    return said if on in ("both", None) else f"{said}, on {on} images alone"
 
 
 def facts(results: Results) -> list[Fact]:

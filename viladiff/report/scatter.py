@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,11 +60,16 @@ class Chart(NamedTuple):
 
 def save(chart: Chart, folder: Path, name: str) -> dict[str, Path]:
     """Writes ``<name>-light.svg`` and ``<name>-dark.svg``; what was drawn from the same numbers is left as it is."""
+    return save_drawn(chart, lambda: draw(chart), folder, name)
+
+
+def save_drawn(numbers: object, picture: Callable[[], Figure], folder: Path, name: str) -> dict[str, Path]:
+    """``save`` for a light picture of any kind; ``numbers`` are all that it is drawn from, as JSON takes them."""
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps([_FORM, chart]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([_FORM, numbers]).encode()).hexdigest()
     paths = {theme: folder / f"{name}-{theme}.svg" for theme in THEMES}
     old = [path for path in paths.values() if not path.is_file() or digest not in _head(path)]
-    drawn = _svg(draw(chart), digest) if old else ""
+    drawn = _svg(picture(), digest) if old else ""
     for theme, path in paths.items():
         if path in old:
             write_atomically(path, _coloured(drawn, theme).encode())

@@ -18,10 +18,10 @@ from markupsafe import Markup
 from viladiff.record import RunRecord, write_atomically
 from viladiff.report import provenance, sweep_views
 from viladiff.report.sweep_charts import BEST, LINE, PAPER, PLAIN
-from viladiff.study.finals import Contest, Finalist, contests, scores
+from viladiff.study.finals import Contest, Finalist, Tuned, chosen, contests, scores
 from viladiff.study.samples import Records
 from viladiff.study.store import abandoned
-from viladiff.study.sweep import Sweep, choosing_images
+from viladiff.study.sweep import FRESH, Sweep, choosing_images
 from viladiff.study.sweeps import FOREST, Row, importances, one_budget, rows, rungs, toml
 from viladiff.study.trials import Trial, without_paths
 
@@ -50,10 +50,13 @@ class Shown:
     given_up: str = ""
     resting: bool = True
     """Whether the sweep does not go on now; only then is there time for what takes long."""
+    tuned: Sequence[Tuned] = ()
+    """This sweep and those ``beside`` it."""
 
 
 def render_sweep(shown: Shown, out: Path) -> Path:
-    """Writes index.html, trials.csv and winner.toml under ``out``; returns the path of index.html.
+    """Writes index.html, trials.csv and winner.toml under ``out``; returns the path of index.html. A sweep that only
+    chooses writes chosen.toml too, the point with the highest mean on fresh seeds.
 
     Each file is replaced in one go: the page is rewritten while the sweep goes on.
     """
@@ -67,6 +70,11 @@ def render_sweep(shown: Shown, out: Path) -> Path:
         write_atomically(out / "winner.toml", toml(best.point).encode())
     else:
         (out / "winner.toml").unlink(missing_ok=True)
+    taken = chosen(shown.finalists, shown.records) if shown.sweep.finals_split == "dev" else None
+    if taken is not None:
+        write_atomically(out / "chosen.toml", toml(taken.point).encode())
+    else:
+        (out / "chosen.toml").unlink(missing_ok=True)
     write_atomically(out / "trials.csv", to_csv(shown.sweep, trials, every).encode())
     write_atomically(out / "index.html", html(shown, trials, every, best, out).encode())
     return out / "index.html"
@@ -76,6 +84,7 @@ def html(shown: Shown, trials: Sequence[Trial], every: Sequence[Row], best: Row 
     """The page as text; what it shows is worked out here, and the template lays it out."""
     sweep, records = shown.sweep, shown.records
     used = _used(trials, shown.finalists, records)
+    fewest = min(FRESH, len(sweep.final_seeds))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -90,13 +99,16 @@ def html(shown: Shown, trials: Sequence[Trial], every: Sequence[Row], best: Row 
         command=shown.command,
         again=shown.again,
         given_up=shown.given_up,
+        quoted=sweep.finals_split == "test",
+        fewest=fewest,
+        tuned=shown.tuned,
         peeked=shown.select == "val",
         chosen_by=choosing_images(sweep, shown.scale),
         wanted=shown.wanted,
         counts={state: sum(trial.state == state for trial in trials) for state in _STATES},
         steps=list(shown.steps),
         finals=[_final(one, records, len(sweep.final_seeds)) for one in shown.finalists],
-        contests=[_said(one) for one in contests(shown.finalists, records)],
+        contests=[_said(one) for one in contests(shown.finalists, records, fewest)],
         winner=toml(best.point) if best else "",
         download=f"data:application/toml;charset=utf-8,{quote(toml(best.point))}" if best else "",
         responses=[(path, *sweep_views.response(sweep, path, every, best)) for path in sweep.space] if best else [],

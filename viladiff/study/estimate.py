@@ -70,7 +70,7 @@ def _estimate(
     return Estimate(len(plan.cells), len(plan.runs), len(plan.runs) - len(left), seconds, measured, cost, basis)
 
 
-_FREE = ("seed", "data.split", "data.split_seed", "data.captions", "train.steps", "train.epochs")
+_FREE = ("seed", "data.split", "data.split_seed", "data.captions", "data.captions_on", "train.steps", "train.epochs")
 """Fields that leave the time of a step as it is; so do learning rates and evaluation."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.study.plan import Planned
 from viladiff.study.samples import LEVEL, Records, holm, smallest_detectable
@@ -56,6 +56,25 @@ class Contest:
     outcome: Literal["shown", "reversed", "open"]
 
 
+class Tuned(NamedTuple):
+    """One sweep as a row; scores in percent of mIoU, an em dash where nothing was measured."""
+
+    title: str
+    wanted: int
+    """Trials that the sweep asks for."""
+    complete: int
+    first_trial: str
+    """Of the first point, as a trial."""
+    first: str
+    """Of the first point, on fresh seeds."""
+    chosen: str
+    """Of the chosen point, on fresh seeds."""
+    point: Mapping[str, Value]
+    """Empty until all finalists are scored."""
+    kept: bool
+    """Whether the first point is the chosen one."""
+
+
 def finalists(sweep: Sweep, trials: Sequence[Trial], namer: Namer) -> list[Finalist]:
     """Winner, the paper's value and runner-up, equal ones once; none before a trial is complete. Loads torch."""
     best = ranked(list(trials))
@@ -84,15 +103,26 @@ def scores(finalist: Finalist, records: Records) -> dict[int, float]:
     return {seed: 100 * miou for seed, miou in found.items() if miou is not None and math.isfinite(miou)}
 
 
-def contests(found: Sequence[Finalist], records: Records) -> list[Contest]:
-    """The winner against each other finalist, where both have five seeds; with Holm's correction for how many.
+def chosen(found: Sequence[Finalist], records: Records) -> Finalist | None:
+    """The finalist with the highest mean, the paper's of equal ones; None before all have all their fresh seeds."""
+    means = []
+    for one in found:
+        values = scores(one, records)
+        if len(values) < len(one.runs):
+            return None
+        means.append((math.fsum(values.values()) / len(values), "paper" in one.roles))
+    return found[max(range(len(found)), key=means.__getitem__)] if found else None
+
+
+def contests(found: Sequence[Finalist], records: Records, fewest: int = FRESH) -> list[Contest]:
+    """The winner against each other finalist, where both have ``fewest`` seeds; with Holm's correction for how many.
 
     A two-sided paired t test: d_s = a_s - b_s over the n seeds that both have, t = mean(d) / (sd(d) / √n), n - 1
     degrees of freedom. Comparisons that cannot be made yet count in the correction too.
     """
     pairs = [(found[0], other) for other in found[1:]] if found else []
     measured = [(a, b, _differences(scores(a, records), scores(b, records))) for a, b in pairs]
-    enough = [len(d) >= FRESH for _, _, d in measured]
+    enough = [len(d) >= fewest for _, _, d in measured]
     tested = [_paired(d) if fine else None for (_, _, d), fine in zip(measured, enough, strict=True)]
     corrected = holm([1.0 if one is None else one[2] for one in tested])
     return [
@@ -152,7 +182,7 @@ def said(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[s
             yield f"{one.label}: {mean:.2f}{spread} mIoU over {len(values)} of {wanted} fresh seeds, trial {one.trial}"
         else:
             yield f"{one.label}: not trained anew yet, trial {one.trial}"
-    for contest in contests(found, records):
+    for contest in contests(found, records, min(FRESH, wanted)):
         low, high = contest.interval
         verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[contest.outcome]
         yield (

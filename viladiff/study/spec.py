@@ -178,8 +178,9 @@ class Table(Strict):
     """Label of the row that the page's first sentence is about; empty for the paper's last."""
     supervised: str = ""
     """Label of the row that sees labelled images alone, below which no printed row ought to be; empty for none."""
-    page: Literal["table", "leaderboard", "clusters"] = "table"
-    """``leaderboard``: also accuracy against cost, calibration, rates that were tried; ``clusters``: also features."""
+    page: Literal["table", "leaderboard", "clusters", "captions"] = "table"
+    """``leaderboard``: also accuracy against cost, calibration, rates that were tried; ``clusters``: also features;
+    ``captions``: also mIoU against the recall of captions."""
 
     @property
     def printed(self) -> bool:

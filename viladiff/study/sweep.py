@@ -23,6 +23,8 @@ from viladiff.study.toml_file import read_toml, sentence, strange_values
 Select = Literal["holdout", "val"]
 FRESH = 5
 """Fewest seeds that a winner is quoted with."""
+FRESH_TO_CHOOSE = 3
+"""Fewest seeds that a winner is chosen with, where nothing is quoted (``finals_split = "dev"``)."""
 OURS = {
     "data.holdout": "it is the sweep's own holdout",
     "eval.split": "the sweep chooses on what it holds out; --select val reads the reported set and the page says it",
@@ -59,6 +61,11 @@ class Sweep(Strict):
     seeds: Seeds = (0, 1, 2)
     final_seeds: Seeds = (3, 4, 5, 6, 7)
     """Fresh seeds with which the winner, the paper's value and the runner-up are trained anew, on the full list."""
+    finals_split: Literal["test", "dev"] = "test"
+    """What those runs score: the reported set or, where the sweep is for a choice and quotes nothing, ``dev`` of
+    embedded data and elsewhere the labelled images that trials are chosen on."""
+    beside: tuple[str, ...] = ()
+    """Names of sweeps of other methods with as many trials and seeds, which the page lists beside this one."""
     holdout: float = Field(0.25, gt=0, lt=1)
     """Share of the labelled list that trials are chosen on and not trained on."""
     rungs: Annotated[tuple[float, ...], BeforeValidator(_as_rungs)] = (0.25, 0.5, 1.0)
@@ -92,7 +99,7 @@ def load_sweep(path: Path | str) -> Sweep:
         except ValidationError as error:
             faults = [_said(item, tree) for item in error.errors(include_url=False)]
         else:
-            faults = list(_faults(sweep))
+            faults = [*_faults(sweep), *_beside_faults(sweep, path)]
     if faults:
         raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
     return sweep
@@ -132,15 +139,30 @@ def _faults(sweep: Sweep) -> Iterator[str]:
     for name, seeds in (("seeds", sweep.seeds), ("final_seeds", sweep.final_seeds)):
         if len(set(seeds)) < len(seeds):
             yield f"{name} = {list(seeds)}: a seed is named twice"
-    if set(sweep.seeds) & set(sweep.final_seeds) or len(sweep.final_seeds) < FRESH:
+    fewest = FRESH if sweep.finals_split == "test" else FRESH_TO_CHOOSE
+    if set(sweep.seeds) & set(sweep.final_seeds) or len(sweep.final_seeds) < fewest:
         here = f"final_seeds = {list(sweep.final_seeds)}"
-        yield f"{here}: {FRESH} seeds or more, none of them in seeds = {list(sweep.seeds)}"
+        yield f"{here}: {fewest} seeds or more, none of them in seeds = {list(sweep.seeds)}"
     for i, curve in enumerate(sweep.paper):
         here = f"paper[{i + 1}] {curve.label!r}"
         if curve.field not in sweep.space:
             yield f"{here}: field = {curve.field!r}: not in the space{nearest(curve.field, sweep.space)}"
         if len(curve.at) != len(curve.miou):
             yield f"{here}: {len(curve.miou)} numbers at {len(curve.at)} places"
+
+
+def _beside_faults(sweep: Sweep, path: Path) -> Iterator[str]:
+    """Methods that are tuned with other means are not tuned equally."""
+    for name in sweep.beside:
+        other = path.with_name(f"sweep_{name}.toml")
+        if not other.is_file():
+            yield f"beside = {name!r}: there is no {other.name} beside this file"
+            continue
+        found = load_sweep(other)
+        for field in ("trials", "seeds", "final_seeds", "finals_split", "holdout", "rungs"):
+            mine, theirs = getattr(sweep, field), getattr(found, field)
+            if mine != theirs:
+                yield f"beside = {name!r}: {field} = {theirs} there, and {mine} here; both must be equal"
 
 
 # Runs
@@ -157,8 +179,7 @@ def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Selec
     steps = rung_steps(sweep, fixed)
     chosen: dict[str, object] = {"eval.every_steps": math.gcd(*steps), "eval.boundary": False}
     if select == "holdout":
-        dev = {"eval.split": "dev"}
-        chosen |= dev if embedded(fixed) else {"data.holdout": sweep.holdout, "eval.split": "holdout"}
+        chosen |= _choosing(sweep, fixed)
     return {**fixed, **chosen}
 
 
@@ -180,7 +201,14 @@ def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, o
         mapped["data.dataset"] = size.datasets[asked]
     threads: dict[str, object] = {} if size.threads is None else {"runtime.threads": size.threads}
     found = {**mapped, **threads, **size.set, **typed, "runtime.scale": scale}
+    if sweep.finals_split == "dev":
+        return {**found, **_choosing(sweep, found)}
     return {**found, "eval.split": "test"} if embedded(found) else found
+
+
+def _choosing(sweep: Sweep, fixed: Mapping[str, object]) -> dict[str, object]:
+    """What scores a run on images that no result is read from."""
+    return {"eval.split": "dev"} if embedded(fixed) else {"data.holdout": sweep.holdout, "eval.split": "holdout"}
 
 
 def choosing_images(sweep: Sweep, scale: str) -> str:
@@ -280,7 +308,8 @@ class Namer:
         return self._named({**self.fixed, **point, "seed": seed}, title)
 
     def final(self, point: Point, seed: int, title: str = "") -> Planned:
-        """The run that a point is quoted from: the full labelled list, scored on the reported set."""
+        """The run that a point is quoted from: the full labelled list, scored on the reported set; or, with
+        ``finals_split = "dev"``, chosen from: scored as a trial is."""
         return self._named({**self.common, **point, "seed": seed}, title)
 
     def _named(self, given: dict[str, object], title: str) -> Planned:

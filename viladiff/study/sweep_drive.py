@@ -19,6 +19,7 @@ from viladiff.study.pruners import optuna_pruner
 from viladiff.study.search import Search
 from viladiff.study.search_desk import SearchDesk
 from viladiff.study.store import Store
+from viladiff.study.sweep_beside import tuned
 from viladiff.study.sweep_job import Job, alone, check_same, open_directory, prepare
 from viladiff.study.sweep_options import parser
 from viladiff.study.sweep_publish import adopt, publish_sweep, published_trials
@@ -139,7 +140,7 @@ def _finals(job: Job, search: Search) -> list[Planned]:
     found = finalists(job.sweep, search.trials, job.namer)
     left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
     if left:
-        print(f"the best points anew: {len(left)} runs on fresh seeds, on the whole labelled list", flush=True)
+        print(f"the best points anew: {len(left)} runs on fresh seeds", flush=True)
     return left
 
 
@@ -178,5 +179,6 @@ def write(job: Job, trials: Sequence[Trial], command: str, given_up: str = "", r
         again(job, best[0]) if best else "",
         given_up,
         resting,
+        tuned(job, trials, found) if resting and job.sweep.beside else (),
     )
     return render_sweep(shown, job.out)

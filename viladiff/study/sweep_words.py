@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from viladiff.study.finals import Finalist, said
+from viladiff.study.finals import Finalist, chosen, said
 from viladiff.study.plan import Planned
 from viladiff.study.sweep import choosing_images
 from viladiff.study.sweep_job import Job
@@ -48,8 +48,8 @@ def outline(job: Job) -> list[str]:
         else "THE REPORTED VALIDATION SET (--select val): what is found there is too good",
         "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
         f"{job.args.scheduler}{stops}",
-        "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on the "
-        "reported set",
+        "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on "
+        + ("the reported set" if job.sweep.finals_split == "test" else "the same images, to choose between them"),
         "at most": f"{runs} runs, {runs * steps[-1]:,} steps",
         "time": "not known"
         if step is None
@@ -85,6 +85,9 @@ def conclusion(job: Job, trials: Sequence[Trial], found: Sequence[Finalist]) -> 
         return lines
     lines += ["", *said(found, job.store.records(), len(job.sweep.final_seeds)), "", "winner:"]
     lines += toml(best[0].point).splitlines()
+    if job.sweep.finals_split == "dev" and (one := chosen(found, job.store.records())):
+        lines += ["", f"chosen, by the mean over fresh seeds: {one.label}, trial {one.trial}:"]
+        lines += toml(one.point).splitlines()
     seed = best[0].seeds[0]
     lines += ["", f"its trial's seed {seed} again ({100 * best[0].values[seed]:.2f} on what it was chosen by):"]
     return [*lines, f"  {again(job, best[0])}"]

@@ -17,7 +17,7 @@ from viladiff.batch import TextBatch
 from viladiff.data.cache import Facts, cache_dir, fingerprint, open_checked, open_or_make
 from viladiff.data.datasets import Dataset
 from viladiff.progress import Advance
-from viladiff.text.captions import Captions, CaptionTable, Control
+from viladiff.text.captions import Captions, CaptionTable, Control, Images
 from viladiff.text.encoders import LONGEST, WORDS_DIM, TextEncoder, build_encoder, unit
 
 _REVISION = 1
@@ -211,8 +211,9 @@ def load_text(
     seed: int = 0,
     model: str | None = None,
     advance: Advance | None = None,
+    on: Images = "both",
 ) -> tuple[Bank, Bank]:
-    """Banks of the training pool and of validation, both under the same control.
+    """Banks of the training pool and of validation, both under the same control; ``on``: see ``Dataset.caption_table``.
 
     ``words`` learns from the pool's own captions whatever the control, so that only the pairing changes; ``model`` is
     the directory of a pretrained encoder. Where no image has a caption no encoder is needed, and both banks are silent.
@@ -221,7 +222,7 @@ def load_text(
     """
     if not any(dataset.captions) and not any(dataset.val_captions):
         return silent(len(dataset.images)), silent(len(dataset.val_images))
-    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed)
+    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
     if encoder == "words":
         train, val = (build_bank(table, made, cache_dir() / "text") for table in tables)
         return train, val
@@ -241,31 +242,40 @@ def load_text(
 
 
 def text_fingerprint(
-    dataset: Dataset, encoder: str = "words", variant: Control = "own", seed: int = 0, model: str | None = None
+    dataset: Dataset,
+    encoder: str = "words",
+    variant: Control = "own",
+    seed: int = 0,
+    model: str | None = None,
+    on: Images = "both",
 ) -> str:
     """The fingerprint of the first bank of ``load_text``; nothing is encoded. Raises ValueError as that does."""
     if not any(dataset.captions) and not any(dataset.val_captions):
         return NO_CAPTIONS
-    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed)
+    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
     if encoder == "words":
         return bank_name(tables[0], made)
     return _view(bank_name(_distinct(tables), made), tables[0])
 
 
 def is_encoded(
-    dataset: Dataset, encoder: str = "words", variant: Control = "own", seed: int = 0, model: str | None = None
+    dataset: Dataset,
+    encoder: str = "words",
+    variant: Control = "own",
+    seed: int = 0,
+    model: str | None = None,
+    on: Images = "both",
 ) -> bool:
     """Whether ``load_text`` would find everything encoded."""
     if not any(dataset.captions) and not any(dataset.val_captions):
         return True
-    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed)
+    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
     needed = tables if encoder == "words" else [_distinct(tables)]
     return all((cache_dir() / "text" / bank_name(table, made)).is_dir() for table in needed)
 
 
-def _tables(dataset: Dataset, variant: Control, seed: int) -> list[CaptionTable]:
-    parts = (("train", dataset.captions), ("val", dataset.val_captions))
-    return [_table(part, texts, dataset.caption_source).variant(variant, seed) for part, texts in parts]
+def _tables(dataset: Dataset, variant: Control, seed: int, on: Images) -> list[CaptionTable]:
+    return [dataset.caption_table("train", variant, seed, on), dataset.caption_table("val", variant, seed)]
 
 
 def _distinct(tables: Sequence[CaptionTable]) -> CaptionTable:
@@ -306,7 +316,3 @@ def silent(images: int) -> Bank:
         source="no captions",
         unknown=0,
     )
-
-
-def _table(part: str, captions: Captions, source: str) -> CaptionTable:
-    return CaptionTable({f"{part}/{index}": lines for index, lines in enumerate(captions)}, source)

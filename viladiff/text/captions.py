@@ -7,7 +7,7 @@ and makes the controls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,10 +19,25 @@ from viladiff.data.cache import fingerprint
 Captions = tuple[tuple[str, ...], ...]
 """Per image, one text per prompt."""
 Control = Literal["own", "shuffled", "generic", "none"]
+Images = Literal["both", "labelled", "unlabelled"]
+"""Images of the pool that have their captions; the others have no words."""
 
 PROMPTS = ("A photo of", "A photo contains")
 """The paper's two prompts (section 3.2)."""
 GENERIC = "A photo of something."
+SYNONYMS = {
+    "zero": "nought",
+    "one": "ace",
+    "two": "pair",
+    "three": "trio",
+    "four": "quartet",
+    "five": "quintet",
+    "six": "sextet",
+    "seven": "septet",
+    "eight": "octet",
+    "nine": "nonet",
+}
+"""Another word for each class that captions name; none of them is a class's name."""
 _BEHIND = {"building": "in front of a building", "flowers": "in front of flowers"}
 
 
@@ -36,8 +51,12 @@ class CaptionSource:
     false_mention: float
     """Probability that a class that is absent is noticed all the same."""
 
+    synonyms: float = 0.0
+    """Probability that a class goes by its synonym in the captions of an image."""
+
     def __str__(self) -> str:
-        return f"{self.name} (recall {self.recall:g}, false mentions {self.false_mention:g} a class)"
+        more = f", synonyms {self.synonyms:g}" if self.synonyms else ""
+        return f"{self.name} (recall {self.recall:g}, false mentions {self.false_mention:g} a class{more})"
 
 
 SIMULATED = CaptionSource("simulated captions", recall=0.85, false_mention=0.02)
@@ -66,22 +85,33 @@ def describe(
 ) -> tuple[str, str]:
     """The texts for both prompts depend on the classes (C,) bool, the scene and the key, hence on no position or size.
 
-    Each visible class is noticed with probability 0.85 and each absent one with 0.02 (``source``), once for both
-    prompts. The first names at most two of those noticed and the scene, the second all of them, each in an order of
-    its own draw.
+    Each visible class is noticed with probability ``source.recall`` and each absent one with ``source.false_mention``,
+    once for both prompts. The first names at most two of those noticed and the scene, the second all of them, each in
+    an order of its own draw. A class goes by its synonym with probability ``source.synonyms``, in both prompts alike.
+    Draws do not depend on the rates: what is noticed, or renamed, at a rate is so at every higher one. Raises
+    ValueError where a class that is to be renamed has no synonym.
     """
     rng = draws.rng("caption", *key)
     noticed = rng.random(len(present)) < np.where(present, source.recall, source.false_mention)
     noticed[0] = False
     orders = rng.permutation(len(present)), rng.permutation(len(present))
-    few, all_of_them = ([_with_article(class_names[c]) for c in order if noticed[c]] for order in orders)
+    names = _renamed(class_names, source.synonyms, *key) if source.synonyms else class_names
+    few, all_of_them = ([_with_article(names[c]) for c in order if noticed[c]] for order in orders)
     if not few:
         return f"{PROMPTS[0]} something", f"{PROMPTS[1]} something"
     return f"{PROMPTS[0]} {_listed(few[:2])} {_BEHIND[scene]}", f"{PROMPTS[1]} {_listed(all_of_them)}"
 
 
+def _renamed(class_names: Sequence[str], share: float, *key: draws.Part) -> list[str]:
+    chosen = draws.rng("caption synonyms", *key).random(len(class_names)) < share
+    chosen[0] = False
+    if lacking := [name for name, renamed in zip(class_names, chosen, strict=True) if renamed and name not in SYNONYMS]:
+        raise ValueError(f"data.caption_synonyms = {share:g}: no synonym is known of {', '.join(lacking)}")
+    return [SYNONYMS[name] if renamed else name for name, renamed in zip(class_names, chosen, strict=True)]
+
+
 def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiu' else 'a'} {noun}"
+    return f"{'an' if noun[0] in 'aeiu' or noun == 'octet' else 'a'} {noun}"
 
 
 def _listed(things: list[str]) -> str:
@@ -124,6 +154,12 @@ class CaptionTable(Mapping[str, tuple[str, ...]]):
         if control == "none":
             return CaptionTable(dict.fromkeys(images, ()), "no text")
         raise ValueError(f"data.captions = {control!r}: allowed: {', '.join(get_args(Control))}")
+
+    def silenced(self, images: Iterable[str]) -> CaptionTable:
+        """The table with no text for these images."""
+        dropped = frozenset(images)
+        texts = {image: () if image in dropped else lines for image, lines in self._texts.items()}
+        return CaptionTable(texts, self.source)
 
     def _deranged(self, seed: int) -> list[tuple[str, ...]]:
         if len(self) < 2:

@@ -130,12 +130,13 @@ def _embed(args: argparse.Namespace) -> int:
     if not any(dataset.captions):
         raise ValueError(f"the data set {cfg.data.dataset!r} has no captions to encode; give some with --captions FILE")
     asked = cfg.data.text_encoder, cfg.data.captions
-    before = is_encoded(dataset, *asked, model=cfg.runtime.text_model)
+    before = is_encoded(dataset, *asked, model=cfg.runtime.text_model, on=cfg.data.captions_on)
     if args.dry_run:
         _print(_wanted(cfg, dataset.caption_source, [*dataset.captions, *dataset.val_captions], before))
         return 0
     with counter("encoding captions", not args.quiet) as advance:
-        train, val = load_text(dataset, *asked, model=cfg.runtime.text_model, advance=advance)
+        model, on = cfg.runtime.text_model, cfg.data.captions_on
+        train, val = load_text(dataset, *asked, model=model, advance=advance, on=on)
     size = train.tokens.nbytes + train.mask.nbytes + train.pooled.nbytes
     facts = {
         "captions": train.source,

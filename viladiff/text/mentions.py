@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from viladiff.text.captions import Captions, CaptionTable, Control
+from viladiff.text.captions import Captions, Control, Images
 from viladiff.text.encoders import split_words
 
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ def mentions(captions: Captions, class_names: Sequence[str]) -> np.ndarray:
     return found
 
 
-def mentioned(dataset: Dataset, control: Control = "own") -> np.ndarray:
+def mentioned(dataset: Dataset, control: Control = "own", on: Images = "both") -> np.ndarray:
     """``mentions`` of the training pool's captions under a control, those that a method reading them is given."""
-    texts = {str(index): lines for index, lines in enumerate(dataset.captions)}
-    table = CaptionTable(texts, dataset.caption_source).variant(control)
-    return mentions(tuple(table.values()), dataset.class_names)
+    return mentions(tuple(dataset.caption_table("train", control, on=on).values()), dataset.class_names)
 
 
 def _joined(name: str) -> str:

@@ -1,0 +1,8 @@
+"""The reading of ViLaDiff. ``--help`` has examples."""
+
+from pathlib import Path
+
+from viladiff.study.sweep_drive import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(__file__).with_name("sweep_reading.toml")))

@@ -1,0 +1,8 @@
+"""SemiVL, tuned as ViLaDiff is. ``--help`` has examples."""
+
+from pathlib import Path
+
+from viladiff.study.sweep_drive import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(__file__).with_name("sweep_reading_semivl.toml")))
