@@ -64,8 +64,10 @@ class FixMatchTags(FixMatch):
         tagged = tag_cross_entropy(self.tagger(mean), tags, seen)
         terms = {"sup": sup, "pseudo": pseudo, "tags": tagged}
         terms["coverage"] = global_mean((accepted * valid).sum(), valid.sum())
-        total = (sup + self.cfg.pseudo.weight * pseudo) / 2 + self.cfg.tag_weight * tagged
-        return Losses(total, {name: value.detach() for name, value in terms.items()})
+        weighted = self.cfg.pseudo.weight * pseudo, self.cfg.tag_weight * tagged
+        total = (sup + weighted[0]) / 2 + weighted[1]
+        parts = {"sup": sup / 2, "pseudo": weighted[0] / 2, "tags": weighted[1]}
+        return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
 
 def of_both(tags: Tensor, mix: CutMix) -> Tensor:

@@ -53,5 +53,6 @@ class SemiBaseline(MeanTeacher):
         sup = self.supervised(logits[:labelled], batch.target)
         pseudo = hard_consistency(logits[labelled:], labels, accepted, valid)
         coverage = global_mean((accepted * valid).sum(), valid.sum())
-        total = sup + self.cfg.pseudo.weight * pseudo
-        return Losses(total, {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage})
+        parts = {"sup": sup, "pseudo": self.cfg.pseudo.weight * pseudo}
+        terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
+        return Losses(parts["sup"] + parts["pseudo"], terms, parts)
