@@ -321,9 +321,11 @@ def test_the_page_says_which_parts_a_table_cannot_test(tmp_path: Path) -> None:
     found = gradients.section(results(tmp_path, shares))
     assert found is not None
     lam, arrow, lacking = found.said
-    assert lam.startswith("method.vila.lam: in row 2 the parts that it weighs make 5.0 % at most (early)")
+    assert lam.startswith(
+        "method.vila.lam: the parts that it weighs reach, in row 2, 5.0 % (early) in 1/8 (183), below 10 %"
+    )
     assert "this table cannot test it" in lam
-    assert "18.0 % at most (early) in 1/8 (183): at least 10 %" in arrow and "cannot" not in arrow
+    assert "18.0 % (early) in 1/8 (183);" in arrow and "cannot" not in arrow
     assert lacking.startswith("Not measured in rows a own")
     chart = found.charts[0]
     assert chart.seeds == 2 and chart.terms[1].shares == (pytest.approx(0.13), None, None)

@@ -149,9 +149,9 @@ def _sentence(results: Results, field: str, row: int | None, sums: dict[int, Tri
     for column, triple in sums.items():
         most = max(share for share in triple if share is not None)
         third = THIRDS[triple.index(most)]
-        verdict = f"at least {100 * ENOUGH:g} %" if most >= ENOUGH else "this table cannot test it"
-        told.append(f"{percent(most)} % at most ({third}) in {labels[column].label}: {verdict}")
-    return f"{field}: in row {number(results, row)} the parts that it weighs make {'; '.join(told)}."
+        verdict = "" if most >= ENOUGH else f", below {100 * ENOUGH:g} %: this table cannot test it there"
+        told.append(f"{percent(most)} % ({third}) in {labels[column].label}{verdict}")
+    return f"{field}: the parts that it weighs reach, in row {number(results, row)}, {'; '.join(told)}."
 
 
 def _varied(results: Results, field: str) -> bool:
