@@ -50,7 +50,7 @@ def test_parts_add_up_to_the_total_and_so_do_their_gradients(method: str, step: 
     made = make_uneven(method)
     torch.manual_seed(1)
     losses = made(make_batch(views=made.views_wanted()), step)
-    assert sum(part.detach() for part in losses.parts.values()) == pytest.approx(float(losses.total), rel=1e-5)
+    assert sum(part.detach() for part in losses.parts.values()) == pytest.approx(losses.total.item(), rel=1e-5)
     assert "sup" in losses.parts
     weights = [p for place in made.shared().values() for p in place]
     whole = torch.autograd.grad(losses.total, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -133,7 +133,7 @@ def test_an_arrow_of_weight_0_leaves_the_rest_as_it_is() -> None:
     paths = ("student_features", "student_logits", "teacher_features")
     by_weight, by_path = make("viladiff", **weights), make("viladiff", **{"vila.distillation_paths": paths})
     batch = make_batch(views=by_path.views_wanted())
-    assert float(by_weight(batch, STEP).total) == pytest.approx(float(by_path(batch, STEP).total), rel=1e-6)
+    assert by_weight(batch, STEP).total.item() == pytest.approx(by_path(batch, STEP).total.item(), rel=1e-6)
     assert run_id(
         override(RunConfig(), {"method.name": "viladiff", "method.vila.path_weights.teacher_logits": 1.0})
     ) == (run_id(override(RunConfig(), {"method.name": "viladiff"})))
@@ -223,6 +223,17 @@ def test_a_gradient_that_is_not_finite_is_noted_without_norms() -> None:
     shares.finish(2, 1.0)
     assert shares.found == [{"step": 2, "norms": {}, "cosines": {}}]
     assert by_thirds(shares.record(), 3) == []
+
+
+def test_a_part_that_reaches_nothing_shared_is_measured_elsewhere() -> None:
+    """Of a frozen encoder, tags train their head alone."""
+    method = make("fixmatch_tags")
+    method.student.encoder.requires_grad_(False)
+    shares = meter(method)
+    shares.add(0, method(make_batch(views=method.views_wanted()), STEP), 1.0)
+    shares.finish(0, 1.0)
+    found = {place: list(norms) for place, norms in shares.found[0]["norms"].items()}
+    assert found == {"student": ["sup", "pseudo"], "elsewhere": ["tags"]}
 
 
 def test_the_cost_is_said_before(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class GradientShares:
     def __init__(self, cfg: RunConfig, method: Method, steps: int) -> None:
         self.each, self.name = cfg.runtime.gradient_shares, cfg.method.name
         self.at = measured_steps(self.each, steps)
-        self.places = method.shared() if self.each else {}
+        self.places = _everywhere(method) if self.each else {}
         self.fields = {f"method.{path}": list(names) for path, names in method.term_fields.items()}
         self.found: list[dict[str, Any]] = []
         """A measured step each; saved with the run."""
@@ -92,6 +92,14 @@ class GradientShares:
                 return place, [(weight.detach(), gradient) for weight, gradient in pairs]
             start += len(own)
         return "", []
+
+
+def _everywhere(method: Method) -> dict[str, list[torch.nn.Parameter]]:
+    """The method's shared parameters by place, and as ``elsewhere`` all others that are trained."""
+    places = method.shared()
+    there = {id(weight) for place in places.values() for weight in place}
+    rest = [weight for weight in method.parameters() if weight.requires_grad and id(weight) not in there]
+    return {**places, **({"elsewhere": rest} if rest else {})}
 
 
 def _mean_of_workers(vector: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class Method(nn.Module):
         """Trained parameters at which the gradients of the loss's parts are compared, by place.
 
         A part counts at the first place that its gradient comes to: the student's encoder and decoder, unless it
-        reaches none of both.
+        reaches none of both; one that reaches no place counts with all other trained parameters.
         """
         both = (*self.student.encoder.parameters(), *self.student.decoder.parameters())
         return {"student": [weight for weight in both if weight.requires_grad]}
