@@ -180,6 +180,7 @@ def config(out: Path, **changes: Any) -> RunConfig:
     return override(RunConfig(), {**small, **changes})
 
 
+@pytest.mark.timeout(900)  # a busy machine
 def test_a_run_with_and_without_is_one_run_also_where_it_is_interrupted(tmp_path: Path) -> None:
     plain = fit(config(tmp_path / "plain", **{"runtime.gradient_shares": 0}))
     whole = fit(config(tmp_path / "whole"))
@@ -197,6 +198,7 @@ def test_a_run_with_and_without_is_one_run_also_where_it_is_interrupted(tmp_path
         assert all(torch.equal(value, other[key]) for key, value in states[0].items())
 
 
+@pytest.mark.timeout(900)
 def test_shares_are_of_the_global_batch(tmp_path: Path) -> None:
     """Of one worker, of two, and of two micro-batches."""
     found = []
