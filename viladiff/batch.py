@@ -6,7 +6,9 @@ a crop, h x w cells of a feature grid, N = h * w tokens, D channels, L words, T 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +119,11 @@ class Losses(NamedTuple):
     """Scalar with a gradient."""
     terms: dict[str, Tensor]
     """Detached scalars for the log."""
+    parts: Mapping[str, Tensor] = MappingProxyType({})
+    """Scalars with a gradient, weighted as in ``total``, which is their sum: whose share of the gradient is measured.
+
+    ``sup`` is the supervised one. A part that some step lacks has no weight there.
+    """
 
 
 class Step(NamedTuple):

@@ -114,6 +114,24 @@ def feature_distillation(
     return total * _workers() + lam * _gated_mean(cosine, weight, count)
 
 
+def feature_terms(
+    teacher: Tensor,
+    student: Tensor,
+    lam: float,
+    reduction: str = "mean",
+    *,
+    weight: Tensor | None = None,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two summands of Eq. 1, the squared distance and lam * the cosine distance; their sum is the whole.
+
+    Arguments, reduction and errors as of ``feature_distillation``.
+    """
+    squared = feature_distillation(teacher, student, 0.0, reduction, weight=weight, count=count)
+    cosine = 1 - F.cosine_similarity(teacher.detach().float(), student.float(), dim=1)
+    return squared, lam * _gated_mean(cosine, weight, count)
+
+
 def logit_distillation(
     teacher: Tensor, student: Tensor, temperature: float, *, weight: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:

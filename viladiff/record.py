@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from viladiff import shares
 from viladiff.run_name import WEIGHTS, Content, arithmetic, run_name
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "scikit-learn", "viladiff")
@@ -79,6 +80,10 @@ class RunRecord(BaseModel):
     """Which list of files the labelled images are, and whether it is a published one; empty for embedded data sets."""
     scale: str = ""
     """Size of experiment that the run was made for; empty for a run of its own."""
+    gradient_shares: dict[str, Any] | None = None
+    """Norms of the gradients of the loss's parts where ``runtime.gradient_shares`` asked for them: ``measured``, a step
+    each with ``norms`` and ``cosines`` to the supervised gradient by place and part; and ``fields``, which parts the
+    method's fields weigh. ``viladiff.shares.by_thirds`` makes shares of it."""
     finished: str = ""
     """When the record was made, UTC, as 2026-01-31T12:00:00Z; empty where it was not noted."""
 
@@ -134,7 +139,7 @@ def impossible(record: RunRecord) -> str:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not _measured(number, share):
                 return f"{name}: must be a number{' from 0 to 1' * share}, got {_short(number)}"
-    return ""
+    return "" if record.gradient_shares is None else shares.fault(record.gradient_shares)
 
 
 def _measured(value: object, share: bool) -> bool:

@@ -199,6 +199,7 @@ def record(run: Run) -> RunRecord:
         best=_best(measured, cfg.eval.split),
         history=history,
         pseudo_labels=pseudo_labels,
+        gradient_shares=run.shares.record(),
         class_names=list(run.dataset.class_names),
         notes=[*run.bank.notes(), *run.method.notes()],
         split_name=run.dataset.split_name,

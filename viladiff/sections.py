@@ -326,6 +326,9 @@ class RuntimeConfig(Section):
     """Size of experiment that the run belongs to, for its record; set by the runner of tables."""
     visualizations: int = Field(0, ge=0, le=64)
     """Validation images whose labels at every stage are kept in ``pictures.npz``."""
+    gradient_shares: int = Field(0, ge=0, le=100)
+    """Steps of each third of training at which the share of the gradient that each part of the loss makes is measured;
+    5 is plenty. Weights stay the same bit for bit; each such step takes one more backward pass a part."""
     tensorboard: bool = False
     """Whether losses and scores go to TensorBoard's files, too."""
     progress: bool = True

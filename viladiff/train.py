@@ -22,6 +22,7 @@ from viladiff.data.check import check_files
 from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
+from viladiff.gradients import GradientShares
 from viladiff.guards import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
 from viladiff.launch import in_turn, join_group, launch, pick_device, tf32
 from viladiff.methods import METHODS
@@ -161,6 +162,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
         self.log = StepLog(self.directory / "steps.jsonl")
         self.history: list[dict[str, Any]] = []
+        self.shares = GradientShares(cfg, self.method, self.steps)
         self.step, self.train_seconds = 0, 0.0
         self.cpu_seconds: float | None = 0.0
 
@@ -190,6 +192,7 @@ class Run:
             self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
             self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
             self.cpu_seconds = state.get("cpu_seconds")
+            self.shares.found = state.get("gradient_shares", [])
         if self.rank == 0:
             self.log.truncate_to(self.step)
 
@@ -213,6 +216,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "history": self.history,
+            "gradient_shares": self.shares.found,
             "train_seconds": self.train_seconds,
             "cpu_seconds": self.cpu_seconds,
             "wall_seconds": self.wall_seconds(),
@@ -281,9 +285,11 @@ class Run:
             with hold:
                 with torch.autocast(self.device.type, dtype, enabled=cfg.train.precision != "fp32"):
                     losses = self.model(batch, step)
+                self.shares.add(self.step, losses, self._factor() / len(batches))
                 self.scaler.scale(losses.total / len(batches)).backward()
             for name, value in {"total": losses.total.detach(), **losses.terms}.items():
                 sums[name] = sums.get(name, 0) + value.float() / len(batches)
+        self.shares.finish(self.step, self._factor())
         if cfg.optim.clip_norm is not None:
             self.optimizer.unscale(self.scaler)
             nn.utils.clip_grad_norm_(self.method.parameters(), cfg.optim.clip_norm)
@@ -293,6 +299,10 @@ class Run:
         with torch.no_grad():
             self.method.after_step(step)
         return sums
+
+    def _factor(self) -> float:
+        """What the scaler multiplies losses by; asked only where shares are measured, since the host waits for it."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() and self.step in self.shares.at else 1.0
 
     def _write(self, pending: list[tuple[int, float, dict[str, Tensor]]], writer: Any) -> float:
         """Brings the last steps' loss terms to the host at once, checks and logs them; returns the newest total."""

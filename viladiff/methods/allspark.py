@@ -104,10 +104,10 @@ class AllSpark(Method):
         sup = self.supervised(z[:labelled], batch.target)
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
         pseudo = hard_consistency(z[labelled:], labels, accepted, valid)
-        total = (sup + self.cfg.pseudo.weight * pseudo) / 2
+        weighted = self.cfg.pseudo.weight * pseudo
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage, "filled": self.memory.filled()}
-        return Losses(total, terms)
+        return Losses((sup + weighted) / 2, terms, {"sup": sup / 2, "pseudo": weighted / 2})
 
     @torch.no_grad()
     def _answers(self, images: Tensor, inside: Tensor | None = None) -> Tensor:

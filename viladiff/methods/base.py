@@ -7,6 +7,7 @@ this class.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -100,6 +101,9 @@ class Method(nn.Module):
     """What the method has beside its student."""
     published: ClassVar[tuple[PublishedSetting, ...]] = ()
     """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
+    term_fields: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Fields that weigh single parts of the loss or leave them out, by path below ``method``: patterns of their names.
+    ``path=value`` is one of several values of a field. A table that varies such a field is told the parts' shares."""
     weak_trains: ClassVar[bool] = False
     """Whether a weak view is also an input that trains, as where its features are perturbed."""
 
@@ -125,6 +129,15 @@ class Method(nn.Module):
         if ohem.enabled:
             return hard_mean(loss, target, ohem.threshold, ohem.min_kept)
         return labelled_mean(loss, target)
+
+    def shared(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters at which the gradients of the loss's parts are compared, by place.
+
+        A part counts at the first place that its gradient comes to: the student's encoder and decoder, unless it
+        reaches none of both; one that reaches no place counts with all other trained parameters.
+        """
+        both = (*self.student.encoder.parameters(), *self.student.decoder.parameters())
+        return {"student": [weight for weight in both if weight.requires_grad]}
 
     def after_step(self, step: Step) -> None:
         """Runs after each optimiser step, outside autograd: moving averages, queues."""

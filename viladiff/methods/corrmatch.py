@@ -144,10 +144,12 @@ class CorrMatch(Method):
         }
         consistency = torch.stack(list(terms.values())).mean()
         total = ((sup + sup_r) / 2 + self.cfg.pseudo.weight * consistency) / 2
+        parts = {"sup": sup / 4, "sup_correlation": sup_r / 4}
+        parts |= {name: self.cfg.pseudo.weight / (2 * len(terms)) * value for name, value in terms.items()}
         terms |= {"sup": sup, "sup_correlation": sup_r, "tau": self.tau.clone()}
         terms["coverage"] = global_mean((mixed_sure * valid).sum(), valid.sum())
         terms["spread"] = global_mean((accepted * valid).sum(), valid.sum())
-        return Losses(total, {name: value.detach() for name, value in terms.items()})
+        return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     def after_step(self, step: Step) -> None:
         """τ <- m τ + (1 - m) mean of the highest confidences, over the classes that any worker predicted."""

@@ -101,7 +101,8 @@ class Cps(Method):
         ).sum()
         agree = global_mean(((answers[0][1] == answers[1][1]) * valid).sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": cross.detach(), "agreement": agree}
-        return Losses(sup + self.cfg.pseudo.weight * cross, terms)
+        parts = {"sup": sup, "pseudo": self.cfg.pseudo.weight * cross}
+        return Losses(parts["sup"] + parts["pseudo"], terms, parts)
 
     def _boxes(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Each image's partner, and the pixels that come from it: (U,), (U, H, W)."""

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from viladiff import draws
 from viladiff.batch import IGNORE, Batch, CutMix, Losses, Step, Views
@@ -120,6 +120,9 @@ class Ddfp(MeanTeacher):
     def own_rates(self) -> dict[str, dict[str, Any]]:
         return {"flow": {"lr": self.cfg.flow.lr, "betas": (0.5, 0.9), "weight_decay": 0.0}}
 
+    def shared(self) -> dict[str, list[nn.Parameter]]:
+        return {**super().shared(), "flow": list(self.flow.parameters())}
+
     def views_wanted(self) -> Views:
         return Views(strong=1, pairs=self.cfg.cutmix)
 
@@ -131,7 +134,7 @@ class Ddfp(MeanTeacher):
         rest = torch.stack([p.sum() for p in self.flow.parameters()]).sum() * 0
         zero = torch.zeros((), device=sup.device)
         names = ("pseudo", "perturbed", "nll", "coverage")
-        return Losses(sup + rest, {"sup": sup.detach(), **dict.fromkeys(names, zero)})
+        return Losses(sup + rest, {"sup": sup.detach(), **dict.fromkeys(names, zero)}, {"sup": sup})
 
     def _teach(self, batch: Batch, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(batch.image), batch.image.shape[-2:]
@@ -154,9 +157,11 @@ class Ddfp(MeanTeacher):
         sup = self.supervised(logits[:labelled], batch.target)
         streams = [cross_entropy(z, labels) for z in logits[labelled:].split(len(labels))]
         total = sup + cfg.pseudo.weight * torch.stack(streams).mean() + nll
+        halves = [cfg.pseudo.weight / len(streams) * stream for stream in streams]
+        parts = {"sup": sup, "pseudo": halves[0], **({"perturbed": halves[1]} if len(streams) > 1 else {}), "nll": nll}
         terms = {"sup": sup, "pseudo": streams[0], "perturbed": streams[-1], "nll": nll}
         terms["coverage"] = global_mean((labels != IGNORE).sum(), valid.sum())
-        return Losses(total, {name: value.detach() for name, value in terms.items()})
+        return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     def after_step(self, step: Step) -> None:
         """The teacher follows, anew from the end of the warm-up on."""

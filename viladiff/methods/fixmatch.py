@@ -54,4 +54,4 @@ class FixMatch(SemiBaseline):
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         losses = super().forward(batch, step)
-        return Losses(losses.total / 2, losses.terms)
+        return Losses(losses.total / 2, losses.terms, {name: part / 2 for name, part in losses.parts.items()})

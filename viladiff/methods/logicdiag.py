@@ -112,7 +112,8 @@ class LogicDiag(MeanTeacher):
         pseudo = hard_consistency(taught, labels, accepted, valid)
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage, "revised": changed}
-        return Losses((sup + self.cfg.pseudo.weight * pseudo) / 2, terms)
+        weighted = self.cfg.pseudo.weight * pseudo
+        return Losses((sup + weighted) / 2, terms, {"sup": sup / 2, "pseudo": weighted / 2})
 
     def after_step(self, step: Step) -> None:
         super().after_step(step)

@@ -86,9 +86,10 @@ class PseudoSeg(Method):
             "tags": tag_loss(self.sgc.tags(own[-1]), found),
             "pseudo": confident_mean(soft_cross_entropy(taught, soft), accepted, valid),
         }
-        total = terms["sup"] + terms["maps"] + terms["tags"] + self.cfg.pseudo.weight * terms["pseudo"]
+        parts = {**terms, "pseudo": self.cfg.pseudo.weight * terms["pseudo"]}
+        total = parts["sup"] + parts["maps"] + parts["tags"] + parts["pseudo"]
         terms["coverage"] = global_mean((accepted * valid).sum(), valid.sum())
-        return Losses(total, {name: value.detach() for name, value in terms.items()})
+        return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     @torch.no_grad()
     def _soft_labels(self, images: Tensor, valid: Tensor) -> Tensor:

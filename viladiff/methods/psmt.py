@@ -111,7 +111,8 @@ class PsMt(TwoTeachers):
         losses = [self.supervised(network(image)["visual"], batch.target) for network, image in networks]
         zero = torch.zeros((), device=losses[0].device)
         terms = {"sup": losses[0].detach(), "pseudo": zero, "coverage": zero, "weight": zero}
-        return Losses(torch.stack(losses).sum(), terms)
+        total = torch.stack(losses).sum()
+        return Losses(total, terms, {"sup": total})
 
     def _teach(self, batch: Batch, image: Tensor, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(image), image.shape[-2:]
@@ -135,7 +136,8 @@ class PsMt(TwoTeachers):
         coverage = global_mean(accepted.sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
         terms["weight"] = torch.full((), weight, device=sup.device)
-        return Losses(sup + weight * pseudo + rest, terms)
+        parts = {"sup": sup, "pseudo": weight * pseudo}
+        return Losses(parts["sup"] + parts["pseudo"] + rest, terms, parts)
 
     def after_step(self, step: Step) -> None:
         if step.progress < self.cfg.warmup:

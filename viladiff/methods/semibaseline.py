@@ -64,13 +64,15 @@ class SemiBaseline(MeanTeacher):
         sup = self.supervised(logits[:labelled], batch.target)
         pseudo = hard_consistency(logits[labelled:], labels, accepted, valid)
         coverage = global_mean((accepted * valid).sum(), valid.sum())
-        total = sup + self.cfg.pseudo.weight * pseudo
+        parts = {"sup": sup, "pseudo": self.cfg.pseudo.weight * pseudo}
+        total = parts["sup"] + parts["pseudo"]
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach()}
         if self.tagger is not None:
             assert batch.tags is not None and batch.tags_u is not None  # the loader makes what views_wanted asks for
             tags = torch.cat([batch.tags, of_both(batch.tags_u, batch.mix[0]) if batch.mix else batch.tags_u])
             mean, seen = shown_mean(features[-1], torch.cat([batch.target != IGNORE, valid]))
             tagged = tag_cross_entropy(self.tagger(mean), tags, seen)
-            total = total + self.cfg.tags.weight * tagged
+            parts["tags"] = self.cfg.tags.weight * tagged
+            total = total + parts["tags"]
             terms["tags"] = tagged.detach()
-        return Losses(total, {**terms, "coverage": coverage})
+        return Losses(total, {**terms, "coverage": coverage}, parts)

@@ -161,7 +161,7 @@ class SemiVl(UniMatch):
 
     def beside(
         self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         cfg, size = self.cfg, batch.image.shape[-2:]
         weak, taught = self._guide(batch, features[-1])
         scale = cfg.guidance.scale if self._clip else cfg.guidance.map_scale
@@ -171,14 +171,16 @@ class SemiVl(UniMatch):
         strong = [cross_entropy(z, pasted(batch, i, labels)[0], norm="all") for i, z in enumerate(streams[:2])]
         dropped = cross_entropy(streams[2], labels, norm="all")
         guided = cfg.strong_weight * torch.stack(strong).mean() + cfg.feature_weight * dropped
-        total = cfg.guidance.weight * (1 - step.progress) * guided
+        parts = {"guided": cfg.guidance.weight * (1 - step.progress) * guided}
+        total = parts["guided"]
         for level in {0, 1, 2} - set(self.student.decoder.levels):
             total = total + 0 * features[level].float().mean()  # a norm of its own, as timm's have, must get a gradient
         terms = {"guided": guided, "guided_coverage": global_mean(sure.sum(), batch.valid.sum())}
         if taught is not None:
             terms["map"] = cross_entropy(upsample(taught * scale, size), batch.target)
-            total = total + cfg.guidance.map_weight * terms["map"]
-        return total, terms
+            parts["map"] = cfg.guidance.map_weight * terms["map"]
+            total = total + parts["map"]
+        return total, terms, parts
 
     def _guide(self, batch: Batch, top: Tensor) -> tuple[Tensor, Tensor | None]:
         """Likeness (U, K, h, w) of the weak views to the classes, and of the labelled images where it can be taught.

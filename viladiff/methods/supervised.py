@@ -31,4 +31,4 @@ class Supervised(Method):
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         loss = self.supervised(self.student(batch.image)["visual"], batch.target)
-        return Losses(loss, {"sup": loss.detach()})
+        return Losses(loss, {"sup": loss.detach()}, {"sup": loss})

@@ -99,10 +99,12 @@ class Swith(TwoTeachers):
         pseudo = hard_consistency(z_mixed, mixed_labels, share.expand_as(confidence), valid)
         accepted = sure.float()
         consistency = hard_consistency(z_strong, labels, accepted, batch.valid)
-        total = sup + cfg.weight * (pseudo + cfg.consistency_weight * consistency)
+        weighted = cfg.consistency_weight * consistency
+        total = sup + cfg.weight * (pseudo + weighted)
+        parts = {"sup": sup, "pseudo": cfg.weight * pseudo, "consistency": cfg.weight * weighted}
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "consistency": consistency.detach()}
         terms["coverage"] = global_mean((accepted * batch.valid).sum(), batch.valid.sum())
-        return Losses(total, terms)
+        return Losses(total, terms, parts)
 
     def after_step(self, step: Step) -> None:
         """The teacher of the next step follows the student; at the start of its turn it becomes the student."""

@@ -46,7 +46,7 @@ class TextProbe(Method):
         loss = self.supervised(upsample(maps, batch.target.shape[-2:]), batch.target)
         # Finer maps of the encoder are not read, but a norm of their own, as timm's have, must get a gradient.
         unread = sum(level.float().mean() for level in features[:-1])
-        return Losses(loss + 0 * unread, {"sup": loss.detach()})
+        return Losses(loss + 0 * unread, {"sup": loss.detach()}, {"sup": loss})
 
     def token_features(self, images: Tensor, text: TextBatch | None) -> dict[str, Tensor]:
         return self.student.decoder.tokens(self.student.encode(images)[-1], text)

@@ -163,7 +163,7 @@ class U2pl(MeanTeacher):
         rest = torch.stack([p.sum() for p in self.head.parameters()]).sum() * 0
         zero = torch.zeros((), device=sup.device)
         names = ("pseudo", "contrast", "coverage", "anchors")
-        return Losses(sup + rest, {"sup": sup.detach(), **dict.fromkeys(names, zero)})
+        return Losses(sup + rest, {"sup": sup.detach(), **dict.fromkeys(names, zero)}, {"sup": sup})
 
     def _teach(self, batch: Batch, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(batch.image), batch.image.shape[-2:]
@@ -188,11 +188,11 @@ class U2pl(MeanTeacher):
         classes = torch.cat([batch.target, labels.masked_fill(~valid, IGNORE)])
         limits = [F.pad(x, (0, 0, 0, 0, labelled, 0), value=True) for x in (uncertain <= low, uncertain >= high)]
         contrast, anchors = self._contrast(stream, found, classes, limits, batch, step)
-        total = sup + cfg.unsup_weight * pseudo + cfg.contrast_weight * contrast
+        parts = {"sup": sup, "pseudo": cfg.unsup_weight * pseudo, "contrast": cfg.contrast_weight * contrast}
+        total = parts["sup"] + parts["pseudo"] + parts["contrast"]
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "contrast": contrast.detach()}
-        return Losses(
-            total, {**terms, "coverage": global_mean(kept.sum(), valid.sum()), "anchors": anchors.float() / len(images)}
-        )
+        terms |= {"coverage": global_mean(kept.sum(), valid.sum()), "anchors": anchors.float() / len(images)}
+        return Losses(total, terms, parts)
 
     def _contrast(
         self, stream: Stream, found: Stream, classes: Tensor, limits: list[Tensor], batch: Batch, step: Step

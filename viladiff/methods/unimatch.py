@@ -78,11 +78,14 @@ class UniMatch(Method):
         strong_loss = torch.stack(streams).mean()
         feature_loss = hard_consistency(dropped, labels, accepted, valid)
         unsup = cfg.strong_weight * strong_loss + cfg.feature_weight * feature_loss
-        added, more = self.beside(batch, step, features, (first, second, dropped))
+        weights = {"pseudo": cfg.strong_weight, "feature": cfg.feature_weight}
+        added, more, own = self.beside(batch, step, features, (first, second, dropped))
         total = (sup + cfg.pseudo.weight * unsup) / 2 + added
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup, "pseudo": strong_loss, "feature": feature_loss, "coverage": coverage}
-        return Losses(total, {name: value.detach() for name, value in (terms | more | self.statistics()).items()})
+        halves = {name: cfg.pseudo.weight * weight / 2 * terms[name] for name, weight in weights.items()}
+        logged = {name: value.detach() for name, value in (terms | more | self.statistics()).items()}
+        return Losses(total, logged, {"sup": sup / 2, **halves, **own})
 
     def judge(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor]:
         """Confidence and labels (U, H, W) of the weak views and the least confidence that counts.
@@ -98,13 +101,13 @@ class UniMatch(Method):
 
     def beside(
         self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is added to the total, and its terms; here nothing.
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """What is added to the total, its terms, and its weighted parts; here nothing.
 
         ``features`` are the encoder's maps of labelled, weak and both strong views, ``streams`` the logits
         (U, C, H, W) of the strong views and of the weak one with dropped channels.
         """
-        return streams[0].new_zeros(()), {}
+        return streams[0].new_zeros(()), {}, {}
 
     def statistics(self) -> dict[str, Tensor]:
         """Running values for the log; here none."""

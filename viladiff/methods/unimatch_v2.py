@@ -92,8 +92,9 @@ class UniMatchV2(MeanTeacher):
         ]
         pseudo = torch.stack(parts).mean()
         coverage = global_mean((accepted[0] * views[0][3]).sum(), views[0][3].sum())
-        total = (sup + self.cfg.pseudo.weight * pseudo) / 2
-        return Losses(total, {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage})
+        weighted = self.cfg.pseudo.weight * pseudo
+        terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
+        return Losses((sup + weighted) / 2, terms, {"sup": sup / 2, "pseudo": weighted / 2})
 
     def _dropped(self, features: list[Tensor], labelled: int, keys: tuple[int, ...], step: Step) -> list[Tensor]:
         """Maps (B + 2 U, ...) of labelled images and both streams, the latter without each other's channels."""

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from viladiff import draws
 from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
@@ -18,12 +18,10 @@ from viladiff.data.mixing import apply_cutmix, join_text, mix_text
 from viladiff.losses import (
     confident_mean,
     edge_mean,
-    feature_distillation,
     global_mean,
     global_sum,
     image_mean,
     labelled_mean,
-    logit_distillation,
     noise_loss,
     pixel_cross_entropy,
 )
@@ -47,7 +45,7 @@ from viladiff.models.mixe import (
     refine,
 )
 from viladiff.models.segmenter import Build, Segmenter, Stream, mixed, upsample
-from viladiff.models.vila import VilaConfig, compared
+from viladiff.models.vila import Distilled, VilaConfig, distil
 
 
 class ViLaPseudoConfig(OraclePseudoConfig):
@@ -70,6 +68,20 @@ class ViLaDiffConfig(MethodConfig):
     mixe: MixeConfig = MixeConfig()
 
 
+TERM_FIELDS = {
+    "vila.lam": ("*_features/cosine",),
+    "vila.feature_weight": ("*_features/*",),
+    "vila.logit_weight": ("*_logits",),
+    "vila.teacher_to_visual": ("teacher_to_visual_*",),
+    "vila.distillation_paths=student_features": ("student_features/*",),
+    "vila.distillation_paths=student_logits": ("student_logits",),
+    "vila.distillation_paths=teacher_features": ("teacher_features/*", "teacher_to_visual_features/*"),
+    "vila.distillation_paths=teacher_logits": ("teacher_logits", "teacher_to_visual_logits"),
+    "mixe.edge_loss": ("mixe_edge",),
+    "mixe.gaussian": ("mixe_noise",),
+}
+
+
 class Pseudo(NamedTuple):
     """Labels for the unlabelled pixels and how sure the teacher is of them."""
 
@@ -90,6 +102,7 @@ class ViLaDiff(MeanTeacher):
     )
     passes = Passes(4, 2, 4, 2, "denoiser: 1 forward and backward, later 10 forward")
     keeps = "teacher, denoiser"
+    term_fields = TERM_FIELDS
 
     def __init__(self, cfg: ViLaDiffConfig, build: Build) -> None:
         super().__init__(cfg, build)
@@ -106,6 +119,10 @@ class ViLaDiff(MeanTeacher):
         cfg, oracle = self.cfg, self.cfg.pseudo.oracle != "none"
         maps = cfg.vila.enabled or (cfg.mixe.enabled and cfg.mixe.train_images != "labelled")
         return Views(strong=1, cutmix=cfg.cutmix, text=cfg.vila.enabled, whole_cells=maps, truth=oracle)
+
+    def shared(self) -> dict[str, list[nn.Parameter]]:
+        own = {} if self.denoiser is None else {"denoiser": list(self.denoiser.parameters())}
+        return {**super().shared(), **own}
 
     def headline(self) -> str:
         return self.cfg.predict.stream if self.cfg.vila.enabled else "visual"
@@ -139,7 +156,8 @@ class ViLaDiff(MeanTeacher):
         maps = {name: pixel_cross_entropy(x, answers) for name, x in logits.items()}
         sup = torch.stack([self.supervised_mean(x[:labelled], batch.target) for x in maps.values()]).mean()
         cons = torch.stack([confident_mean(x[labelled:], accepted, valid) for x in maps.values()]).mean()
-        total = sup + cfg.pseudo.weight * cons
+        parts = {"sup": sup, "pseudo": cfg.pseudo.weight * cons}
+        total = parts["sup"] + parts["pseudo"]
         coverage = global_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup, "pseudo": cons, "coverage": coverage}
 
@@ -147,14 +165,17 @@ class ViLaDiff(MeanTeacher):
             student = {name: Stream(*(x[labelled:] for x in stream)) for name, stream in seen.items()}
             gate = self._gate({name: x[labelled:] for name, x in maps.items()}, (accepted * valid) > 0)
             distilled = self._distil(taught, student, gate, valid, mix)
-            total = total + sum(distilled.values())
-            terms |= distilled | {"gate": gate.mean()}
+            total = total + sum(distilled.terms.values())
+            terms |= distilled.terms | {"gate": gate.mean()}
+            parts |= distilled.parts
         if self.denoiser is not None:
             diffusion = self._diffuse(batch, step, seen, taught_labelled, soft, plain, valid, mix)
             ce, edge, noise = cfg.mixe.loss_weights
             total = total + ce * diffusion["mixe_ce"] + edge * diffusion["mixe_edge"] + noise * diffusion["mixe_noise"]
             terms |= diffusion
-        return Losses(total, {name: value.detach() for name, value in terms.items()})
+            weighted = zip(("mixe_ce", "mixe_edge", "mixe_noise"), cfg.mixe.loss_weights, strict=True)
+            parts |= {name: weight * diffusion[name] for name, weight in weighted}
+        return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     @torch.no_grad()
     def pseudo_labels(
@@ -237,38 +258,15 @@ class ViLaDiff(MeanTeacher):
         gate: Tensor,
         valid: Tensor,
         mix: CutMix | None,
-    ) -> dict[str, Tensor]:
-        """Eq. 12 over every arrow that is on: {term: scalar with a gradient to the arrow's head alone}.
-
-        Arrows that end in the visual stream are gated. Teacher maps are mixed with the boxes of the strong view.
-        """
+    ) -> Distilled:
+        """Eq. 12; teacher maps are mixed with the boxes of the strong view."""
         cfg, patch, stride = self.cfg.vila, self.student.patch, self.student.decoder.stride
         h, w = valid.shape[-2] // patch, valid.shape[-1] // patch
         cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)
         pixels = F.avg_pool2d(valid.float()[:, None], stride)[:, 0] > 0.5
         if mix is not None:
             taught = {name: mixed(stream, mix, h, w, patch, stride) for name, stream in taught.items()}
-        arrows = {"student": [(student["fusion"], student["visual"], gate)], "teacher": []}
-        arrows["teacher"].append((taught["visual"], student["fusion"], torch.ones_like(gate)))
-        if cfg.teacher_to_visual:
-            arrows["teacher"].append((taught["fusion"], student["visual"], gate))
-        terms = {}
-        for path in cfg.distillation_paths:
-            origin, what = path.split("_")
-            parts = []
-            for tail, head, weight in arrows[origin]:
-                if what == "features":
-                    source, sink, keep, count = compared(tail.features, head.features, cells, weight, cfg.feature_scope)
-                    loss = feature_distillation(source, sink, cfg.lam, cfg.feature_reduction, weight=keep, count=count)
-                    parts.append(cfg.feature_weight * loss)
-                else:
-                    keep = weight[:, None, None] * pixels
-                    loss = logit_distillation(
-                        tail.logits, head.logits, cfg.temperature, weight=keep, count=pixels.sum()
-                    )
-                    parts.append(cfg.logit_weight * loss)
-            terms[path] = torch.stack(parts).sum()
-        return terms
+        return distil(cfg, taught, student, gate, cells, pixels)
 
     # MixE (section 3.4)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -10,9 +10,30 @@ from torch import Tensor, nn
 
 from viladiff.batch import TextBatch
 from viladiff.fields import Section
+from viladiff.losses import feature_distillation, feature_terms, logit_distillation
 from viladiff.models.blocks import CrossBlock, SelfBlock, sincos_2d
 
+if TYPE_CHECKING:
+    from viladiff.models.segmenter import Stream
+
 Path = Literal["student_features", "student_logits", "teacher_features", "teacher_logits"]
+
+
+class PathWeights(Section):
+    """Factor of each arrow, on top of ``feature_weight`` or ``logit_weight``; 0 leaves it without a gradient."""
+
+    student_features: float = Field(1.0, ge=0)
+    """Student fusion to student visual, Eq. 1."""
+    student_logits: float = Field(1.0, ge=0)
+    """Student fusion to student visual, Eq. 2."""
+    teacher_features: float = Field(1.0, ge=0)
+    """Teacher visual to student fusion, Eq. 1."""
+    teacher_logits: float = Field(1.0, ge=0)
+    """Teacher visual to student fusion, Eq. 2."""
+    teacher_to_visual_features: float = Field(1.0, ge=0)
+    """Teacher fusion to student visual, Eq. 1 (ours)."""
+    teacher_to_visual_logits: float = Field(1.0, ge=0)
+    """Teacher fusion to student visual, Eq. 2 (ours)."""
 
 
 class VilaConfig(Section):
@@ -24,7 +45,10 @@ class VilaConfig(Section):
     temperature: float = Field(2.0, gt=0)
     """T of Eq. 2; the paper gives none."""
     feature_reduction: Literal["mean", "sum"] = "mean"
+    """Squared distance of Eq. 1: ``mean`` over rows and channels, or ``sum`` of all squares, as it is printed, which is
+    rows times channels as large. The cosine distance is a mean over rows in both."""
     feature_scope: Literal["pooled", "flattened", "tokens"] = "pooled"
+    """Rows that Eq. 1 compares: an image's mean token, all its tokens as one long vector, or each token by itself."""
     gate: Literal["per_image", "per_batch", "always"] = "per_image"
     """When the fusion stream teaches the visual one: where its cross-entropy is lower, or always."""
     distillation_paths: tuple[Path, ...] = ("student_features", "student_logits", "teacher_features", "teacher_logits")
@@ -32,7 +56,10 @@ class VilaConfig(Section):
     teacher_to_visual: bool = True
     """Whether teacher fusion also teaches student visual (ours; the paper's teacher path is visual to fusion)."""
     feature_weight: float = Field(1.0, ge=0)
+    """Factor of Eq. 1, both of its distances, in all arrows."""
     logit_weight: float = Field(1.0, ge=0)
+    """Factor of Eq. 2 in all arrows."""
+    path_weights: PathWeights = PathWeights()
     depth: int = Field(1, ge=1, le=12)
     """Cross-attention blocks of the fusion stream, and shared reconstruction blocks."""
     width: int = Field(64, ge=8)
@@ -126,3 +153,52 @@ def compared(
         return (teacher * mask).flatten(1), (student * mask).flatten(1), weight, images
     share = mask.sum(1).clamp(min=1)
     return (teacher * mask).sum(1) / share, (student * mask).sum(1) / share, weight, images
+
+
+class Distilled(NamedTuple):
+    """Eq. 12, term by term; the gradient of each goes to the arrow's head alone."""
+
+    terms: dict[str, Tensor]
+    """{path: scalar}, weighted; their sum is what is added to the loss."""
+    parts: dict[str, Tensor]
+    """The same taken apart: by arrow, and those of features by the two distances of Eq. 1."""
+
+
+def distil(
+    cfg: VilaConfig,
+    taught: dict[str, Stream],
+    student: dict[str, Stream],
+    gate: Tensor,
+    cells: Tensor,
+    pixels: Tensor,
+) -> Distilled:
+    """Every arrow that is on; those that end in the visual stream are weighted by ``gate`` (U,).
+
+    ``taught`` and ``student`` are the streams of U images by name, ``cells`` (U, N) and ``pixels`` (U, h, w) bool what
+    is not padding.
+    """
+    heads = {"student": [("student", student["fusion"], student["visual"], gate)], "teacher": []}
+    heads["teacher"].append(("teacher", taught["visual"], student["fusion"], torch.ones_like(gate)))
+    if cfg.teacher_to_visual:
+        heads["teacher"].append(("teacher_to_visual", taught["fusion"], student["visual"], gate))
+    terms: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
+    for path in cfg.distillation_paths:
+        origin, what = path.split("_")
+        losses = []
+        for start, tail, head, weight in heads[origin]:
+            name, own = f"{start}_{what}", getattr(cfg.path_weights, f"{start}_{what}")
+            if what == "features":
+                factor = cfg.feature_weight * own
+                *rows, keep, count = compared(tail.features, head.features, cells, weight, cfg.feature_scope)
+                given = rows[0], rows[1], cfg.lam, cfg.feature_reduction
+                losses.append(factor * feature_distillation(*given, weight=keep, count=count))
+                squared, cosine = feature_terms(*given, weight=keep, count=count)
+                parts |= {f"{name}/squared": factor * squared, f"{name}/cosine": factor * cosine}
+            else:
+                keep = weight[:, None, None] * pixels
+                loss = logit_distillation(tail.logits, head.logits, cfg.temperature, weight=keep, count=pixels.sum())
+                losses.append(cfg.logit_weight * own * loss)
+                parts[name] = losses[-1]
+        terms[path] = torch.stack(losses).sum()
+    return Distilled(terms, parts)

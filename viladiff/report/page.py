@@ -15,6 +15,7 @@ from viladiff.report import (
     clusters,
     dose,
     figures,
+    gradients,
     leaderboard,
     palette,
     plain,
@@ -73,6 +74,7 @@ def render_table(
         **clusters.to_markdown(grouped),
         **dose.to_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
         **training.to_markdown(results),
+        **gradients.to_markdown(gradients.section(results)),
         "What each choice is worth": choices.to_markdown(opened),
         "The paper's own numbers": [f"- {plain.markdown(one.text)}" for one in printed],
     }
@@ -167,6 +169,8 @@ def _environment() -> jinja2.Environment:
         "least": views.least,
         "figure": leaderboard.text,
         "timed": leaderboard.timed,
+        "percent": gradients.percent,
+        "small": gradients.small,
     }
     return environment
 
@@ -196,7 +200,13 @@ def _numbers(results: Results) -> dict[str, Any]:
 def _figures(results: Results, store: Store, drawn: dict[str, list[Curve]]) -> dict[str, Any]:
     pictures, wrong = strips.strips(results, store)
     panels, legend = views.panels(results, drawn), strips.legend(results)
-    return {"panels": panels, "strips": pictures, "wrong": wrong, "legend": legend}
+    return {
+        "gradients": gradients.section(results),
+        "panels": panels,
+        "strips": pictures,
+        "wrong": wrong,
+        "legend": legend,
+    }
 
 
 def _judged(results: Results, verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from viladiff import renamed
 from viladiff.fields import nearest
 from viladiff.record import RunRecord
+from viladiff.shares import THIRDS, by_thirds
 from viladiff.study.store import Store
 
 COLUMNS = ("run_id", "method", "dataset", "split", "seed", "differs", "steps", "miou", "state", "when", "scale")
@@ -242,6 +243,7 @@ def show(store: Store, row: Row) -> None:
         return
     _print_changed(record)
     _print_scores(record)
+    _print_shares(record)
     per_class = record.scores.get(record.network, {}).get(record.stream, {}).get("per_class") or []
     print(f"\nIoU of each class, {record.network}/{record.stream}, in per cent")
     lines = zip(record.class_names, per_class, strict=False)
@@ -278,6 +280,20 @@ def _print_scores(record: RunRecord) -> None:
     names = list(dict.fromkeys(name for scores in flat.values() for name in scores))
     print("\nscores, in per cent")
     say([(stream, *(_score(scores.get(name)) for name in names)) for stream, scores in flat.items()], ("", *names))
+
+
+def _print_shares(record: RunRecord) -> None:
+    found = by_thirds(record.gradient_shares, record.steps)
+    if not found:
+        return
+    steps = ", ".join(str(one["step"]) for one in (record.gradient_shares or {})["measured"])
+    print("\ngradient shares, in per cent, and cosines to the supervised gradient")
+    lines = [
+        (one.place, one.term, *map(_percent, one.shares), *("—" if c is None else f"{c:+.2f}" for c in one.cosines))
+        for one in found
+    ]
+    say(lines, ("at", "part", *THIRDS, *(f"cos {third}" for third in THIRDS)))
+    print(f"measured at steps {steps}, whose shares are averaged")
 
 
 def diff(one: RunRecord, two: RunRecord) -> None:
