@@ -117,8 +117,9 @@ class MixeTeacher(MeanTeacher):
         spaced, so that workers with a share each choose together what one worker would.
         """
         period = 1 if self.calibration is not None else self._period()
-        every = max(1, len(batch.image) // period // len(batch.weak[0]))
-        return slice(period - 1, period * every * len(batch.weak[0]), period * every)
+        count, most = len(batch.image), len(batch.weak[0])
+        every = period * max(1, count // period // most)
+        return slice(period - 1, min(count, every * most), every)
 
     def _teach(self, batch: Batch, mix: CutMix | None, step: Step) -> Taught:
         """The teacher's streams on the weak views and, where MixE learns from them, on other pictures, in one pass."""
