@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from method_kit import CLASSES, SIDE, STEP, cross_entropy_map, make_batch, make_uneven, mean_over
-from torch import Tensor
+from torch import Tensor, nn
 
 from viladiff.batch import Batch
 from viladiff.config import ConfigError, RunConfig, override
@@ -18,6 +20,7 @@ from viladiff.data.holdout import set_apart
 from viladiff.data.loader import Loader
 from viladiff.data.mixing import apply_cutmix
 from viladiff.evaluate import boundary_width, trimap
+from viladiff.losses import pixel_cross_entropy
 from viladiff.methods import viladiff, viladiff_mixe
 from viladiff.methods.viladiff import ViLaDiff
 from viladiff.models import guided
@@ -32,6 +35,21 @@ from viladiff.pseudo_scores import STEPS, matched, pseudo_counts, pseudo_scores
 def probabilities(seed: int, batch: int = 2, side: int = 8) -> Tensor:
     gen = torch.Generator().manual_seed(seed)
     return (2 * torch.randn(batch, CLASSES, side, side, generator=gen)).softmax(1)
+
+
+def denoiser_of(method: ViLaDiff) -> nn.Module:
+    assert method.denoiser is not None
+    return method.denoiser
+
+
+def noting(into: list[Any], place: slice | int, call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, with what it was given at ``place`` of its arguments kept."""
+
+    def noted(*given: Any) -> Any:
+        into.append(given[place])
+        return call(*given)
+
+    return noted
 
 
 def ours(**changes: object) -> ViLaDiff:
@@ -181,12 +199,10 @@ def test_supervised_term_is_that_of_the_images_left_in() -> None:
 def test_views_of_x0_and_its_targets(labelled: str, unlabelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = ours(**{"mixe.labelled_views": labelled, "mixe.unlabelled_views": unlabelled, "mixe.refine": False})
     batch, shown, answers, starts = batch_for(method), [], [], []
-    see, entropy, denoised = method._see, viladiff_mixe.pixel_cross_entropy, method._denoised
-    monkeypatch.setattr(method, "_see", lambda net, images, text: shown.append(images) or see(net, images, text))
-    monkeypatch.setattr(
-        viladiff_mixe, "pixel_cross_entropy", lambda x, target: answers.append(target) or entropy(x, target)
-    )
-    monkeypatch.setattr(method, "_denoised", lambda *given: starts.append(given) or denoised(*given))
+    see, entropy, denoised = method._see, pixel_cross_entropy, method._denoised
+    monkeypatch.setattr(method, "_see", noting(shown, 1, see))
+    monkeypatch.setattr(viladiff_mixe, "pixel_cross_entropy", noting(answers, 1, entropy))
+    monkeypatch.setattr(method, "_denoised", noting(starts, slice(None), denoised))
     method(batch, STEP)
     mix, boxes = batch.mix[0], method._boxes(batch.keys, batch.image, STEP)
     assert batch.image_strong is not None and boxes.boxes.any()
@@ -211,8 +227,9 @@ def test_views_of_x0_and_its_targets(labelled: str, unlabelled: str, monkeypatch
 def test_condition_has_the_maps_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     method = ours(**{"mixe.condition": ("image", "finer", "other_stream"), "mixe.refine": False}, cutmix=False)
     batch, seen = batch_for(method), []
-    prepare = method.denoiser.prepare
-    monkeypatch.setattr(method.denoiser, "prepare", lambda *maps: seen.append(maps) or prepare(*maps))
+    denoiser: Any = method.denoiser
+    prepare = denoiser.prepare
+    monkeypatch.setattr(denoiser, "prepare", noting(seen, slice(None), prepare))
     method(batch, STEP)
     _, _, image, fine, middle, other = seen[0]
     pictures = torch.cat([batch.image, batch.strong[0]])
@@ -255,7 +272,7 @@ def test_guided_control_has_no_noise_and_learns() -> None:
     losses = method(batch_for(method), STEP)
     losses.total.backward()
     assert losses.terms["gaussian"] == 0 and losses.terms["mixe_noise"] == 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.denoiser.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser_of(method).parameters())
 
 
 # Size, rates, inference
@@ -265,7 +282,7 @@ def test_a_large_denoiser_and_its_own_rate() -> None:
     method = ours(**{"mixe.width": 64, "mixe.depth": 4, "mixe.lr_scale": 3.0})
     assert method(batch_for(method), STEP).total.isfinite()
     cfg = override(RunConfig(), {"method.name": "viladiff"})
-    own = {id(p) for p in method.denoiser.parameters()}
+    own = {id(p) for p in denoiser_of(method).parameters()}
     scales = {(id(p) in own, group["scale"]) for group in param_groups(method, cfg) for p in group["params"]}
     assert {scale for mine, scale in scales if mine} == {3.0} and 3.0 not in {s for mine, s in scales if not mine}
     assert ours().own_rates() == {}
@@ -332,7 +349,7 @@ def test_scores_of_labels_before_and_after_refinement() -> None:
         pseudo_counts({n: (c[i : i + 1], y[i : i + 1]) for n, (c, y) in stages.items()}, truth[i : i + 1], 0.6)
         for i in range(2)
     ]
-    got = pseudo_scores({name: sum(half[name] for half in halves) for name in halves[0]})
+    got = pseudo_scores({name: halves[0][name] + halves[1][name] for name in halves[0]})
     near, known, t = trimap(truth, boundary_width(24, 24)).numpy(), truth.numpy() != 255, truth.numpy()
     for suffix, where in (("", known), ("/edges", known & near), ("/elsewhere", known & ~near)):
         n, good, right = where.sum(), {}, {}
