@@ -198,7 +198,7 @@ def test_supervised_term_is_that_of_the_images_left_in() -> None:
 @pytest.mark.parametrize(("labelled", "unlabelled"), [("strong", "strong"), ("cutmix", "cutmix"), ("strong", "weak")])
 def test_views_of_x0_and_its_targets(labelled: str, unlabelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = ours(**{"mixe.labelled_views": labelled, "mixe.unlabelled_views": unlabelled, "mixe.refine": False})
-    batch, shown, answers, starts = batch_for(method), [], [], []
+    batch, shown, answers, starts = batch_for(method), list[Any](), list[Any](), list[Any]()
     see, entropy, denoised = method._see, pixel_cross_entropy, method._denoised
     monkeypatch.setattr(method, "_see", noting(shown, 1, see))
     monkeypatch.setattr(viladiff_mixe, "pixel_cross_entropy", noting(answers, 1, entropy))
@@ -226,7 +226,7 @@ def test_views_of_x0_and_its_targets(labelled: str, unlabelled: str, monkeypatch
 
 def test_condition_has_the_maps_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     method = ours(**{"mixe.condition": ("image", "finer", "other_stream"), "mixe.refine": False}, cutmix=False)
-    batch, seen = batch_for(method), []
+    batch, seen = batch_for(method), list[Any]()
     denoiser: Any = method.denoiser
     prepare = denoiser.prepare
     monkeypatch.setattr(denoiser, "prepare", noting(seen, slice(None), prepare))
