@@ -270,6 +270,8 @@ WITHOUT_DROP_PATH: dict[str, dict[str, object]] = {"swith": {"drop_path": 0.0}}
 SHARED: list[tuple[str, dict[str, object]]] = [
     *((name, WITHOUT_DROP_PATH.get(name, {})) for name in METHODS),
     ("viladiff", {"vila.gate": "per_batch"}),
+    ("viladiff", {"mixe.confidence": "calibrated", "mixe.holdout": 0.5}),
+    ("viladiff", {"mixe.holdout": 0.5, "mixe.condition": ("finer", "other_stream", "image")}),
     ("allspark", {"warmup": 1.0}),
 ]
 
@@ -453,6 +455,16 @@ def test_viladiff_without_its_modules_is_semibaseline_bit_for_bit() -> None:
         {"mixe.flip_schedule": "matched", "mixe.timesteps": 5},
         {"mixe.train_images": "labelled"},
         {"mixe.train_images": "unlabelled"},
+        {"mixe.refine_where": "unsure"},
+        {"mixe.refine_where": "edges"},
+        {"mixe.confidence": "product"},
+        {"mixe.unlabelled_views": "strong"},
+        {"mixe.unlabelled_views": "cutmix"},
+        {"mixe.holdout": 0.5},
+        {"mixe.condition": ("finer",)},
+        {"mixe.condition": ("other_stream",)},
+        {"mixe.condition": ("image",)},
+        {"mixe.denoiser": "guided"},
         {"vila.gate": "always"},
         {"vila.gate": "per_batch"},
         {"vila.feature_scope": "tokens"},

@@ -35,6 +35,8 @@ class Views:
     """Whether the classes that each image's captions mention are wanted."""
     truth: bool = False
     """Whether true masks of unlabelled images are wanted: for oracle controls on embedded data alone."""
+    apart: int = 1
+    """Every such labelled image of a batch is of a part of the labelled list that is set apart; 1 where none is."""
 
     @property
     def unlabelled(self) -> bool:

@@ -236,6 +236,21 @@ def _batch_faults(cfg: RunConfig) -> Iterator[str]:
                 f"{path} = {size}: {by} leaves {size // parts} an image part, and CutMix pairs images within a part; "
                 f"set {path} to a multiple of {2 * parts}{otherwise}"
             )
+    mixe = getattr(cfg.method, "mixe", None)
+    if mixe is None or not mixe.enabled or sizes["data.batch_labelled"] % parts:
+        return
+    share, other = cfg.data.batch_labelled // parts, cfg.data.batch_unlabelled // parts
+    if share % mixe.period:
+        yield (
+            f"method.mixe.holdout = {mixe.holdout:g}: leaves out every {mixe.period}th labelled image, and {by} leaves "
+            f"{share} of data.batch_labelled an image part; set it to a multiple of {mixe.period * parts}"
+        )
+    period = 1 if mixe.confidence == "calibrated" else mixe.period
+    if mixe.labelled_views == "cutmix" and min(share // period, other) % 2:
+        yield (
+            f"method.mixe.labelled_views = 'cutmix': pairs labelled images within a part, and {by} leaves "
+            f"{min(share // period, other)} of them; set data.batch_labelled to a multiple of {2 * period * parts}"
+        )
 
 
 def _method_faults(cfg: RunConfig) -> Iterator[str]:

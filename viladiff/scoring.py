@@ -18,21 +18,12 @@ from viladiff.batch import IGNORE, Step, TextBatch
 from viladiff.config import CORE_REVISION, changed, flatten
 from viladiff.data.augment import normalise
 from viladiff.data.loader import validation
-from viladiff.evaluate import (
-    Meter,
-    calibration_bins,
-    calibration_error,
-    measure,
-    measure_all,
-    pseudo_change,
-    pseudo_quality,
-    pseudo_shares,
-    results,
-)
+from viladiff.evaluate import Meter, measure, measure_all, results
 from viladiff.launch import summed_over_workers
 from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_origin
 from viladiff.protocols import STREAMS, nearest_multiple, resized
+from viladiff.pseudo_scores import pseudo_counts, pseudo_scores
 from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, versions, write_atomically
 from viladiff.text.encoders import describe
 
@@ -108,7 +99,7 @@ class PseudoLabels:
     def __init__(self, run: Run) -> None:
         self.run, self.seen = run, 0
         self.wanted = type(run.method).pseudo_labels is not Method.pseudo_labels
-        self.sums: dict[str, dict[str, Any]] = {}
+        self.sums: dict[str, Any] = {}
 
     def add(self, images: torch.Tensor, target: torch.Tensor, text: TextBatch | None) -> None:
         """A batch, the method in evaluation mode; sums stay on the device."""
@@ -119,22 +110,15 @@ class PseudoLabels:
         keys = tuple(run.rank + (self.seen + j) * run.world for j in range(len(images)))
         self.seen += len(images)
         made = partial(method.pseudo_labels, text=text, keys=keys, step=Step(run.steps, 1.0, run.cfg.seed))
-        stages = {name: p.max(1) for name, p in resized(made, images, method.student.patch).items()}
-        for name, counts in _pseudo_counts(stages, target, method.threshold()).items():
-            into = self.sums.setdefault(name, {})
-            for what, count in counts.items():
-                into[what] = into.get(what, 0) + count
+        found = {name: p.max(1) for name, p in resized(made, images, method.student.patch).items()}
+        stages = {name: (p.values, p.indices) for name, p in found.items()}
+        for name, count in pseudo_counts(stages, target, method.threshold()).items():
+            self.sums[name] = self.sums.get(name, 0) + count
 
     def shares(self) -> dict[str, float | None]:
-        """Of all workers' images; all of them must ask."""
-        out: dict[str, float | None] = {}
-        here = {name: {what: count.cpu() for what, count in found.items()} for name, found in self.sums.items()}
-        for name, total in (summed_over_workers(here) if self.wanted else {}).items():
-            bins = total.pop("bins", None)
-            prefix = "" if name == "change" else f"{name}/"
-            out |= {f"{prefix}{what}": share for what, share in pseudo_shares(total).items()}
-            out |= {} if bins is None else {f"{prefix}ece": calibration_error(bins)}
-        return out
+        """``pseudo_scores`` of all workers' images; all of them must ask."""
+        here = {name: count.cpu() for name, count in self.sums.items()}
+        return pseudo_scores(summed_over_workers({"": here}).get("", {})) if self.wanted else {}
 
 
 def evaluated(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
@@ -146,21 +130,6 @@ def evaluated(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str,
     found = measure_all(networks, batches(run), *given, also=pseudo.add)
     scored = {name: {stream: asdict(x) for stream, x in results(meters).items()} for name, meters in found.items()}
     return scored, pseudo.shares()
-
-
-def _pseudo_counts(
-    stages: dict[str, Any], target: torch.Tensor, threshold: float | None
-) -> dict[str, dict[str, torch.Tensor]]:
-    """What adds over batches, by stage, and as ``change`` what the second stage does to the first."""
-    found = {name: {"bins": calibration_bins(p.values, p.indices, target)} for name, p in stages.items()}
-    if threshold is None:
-        return found
-    for name, p in stages.items():
-        found[name] |= pseudo_quality(p.values, p.indices, target, threshold)
-    if "after" in stages:
-        before, after = ((stages[name].values, stages[name].indices) for name in ("before", "after"))
-        found["change"] = pseudo_change(before, after, target, threshold)
-    return found
 
 
 def _best(measured: list[dict[str, Any]], split: str) -> dict[str, Any] | None:

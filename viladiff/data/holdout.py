@@ -54,6 +54,21 @@ def hold_out(dataset: Dataset, share: float, scored: bool) -> Dataset:
     )
 
 
+def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
+    """The labelled list without one image in ``period``, and those; the same ones for every run on that list.
+
+    For a method that leaves labelled images out of its supervised loss. ValueError where the list is too short.
+    """
+    held = dataset.labelled[choose(_present(dataset), 1 / period, dataset.name, "set apart")]
+    if len(held) == 0:
+        raise ValueError(
+            f"method.mixe.holdout = {1 / period:g}: none of the {len(dataset.labelled)} labelled images of "
+            f"{dataset.name!r} can be left out without a class leaving training; take a longer list (data.split), or "
+            "method.mixe.holdout=0"
+        )
+    return dataset.labelled[~np.isin(dataset.labelled, held)], held
+
+
 def choose(present: np.ndarray, share: float, *key: draws.Part) -> np.ndarray:
     """Sorted places, about ``share`` of n, in an order drawn by ``key``; rare classes are seen to first.
 

@@ -21,6 +21,7 @@ from viladiff import draws
 from viladiff.batch import Batch, CutMix, TextBatch, Views
 from viladiff.data.augment import geometric, normalise, strong
 from viladiff.data.decode import Decoders, Recipe, Sample, decode_all
+from viladiff.data.holdout import set_apart
 from viladiff.data.images import FileMasks
 from viladiff.data.mixing import cutmix_boxes, pair_partner
 from viladiff.text.mentions import mentioned
@@ -82,7 +83,9 @@ class Loader:
     ) -> None:
         self.cfg, self.dataset, self.views, self.bank = cfg, dataset, views, bank
         self.patch, self.device, self.rank, self.world = patch, device, rank, world
-        self.labelled = Order(dataset.labelled, cfg.seed, "labelled")
+        rest, apart = (dataset.labelled, None) if views.apart == 1 else set_apart(dataset, views.apart)
+        self.labelled = Order(rest, cfg.seed, "labelled")
+        self.apart = None if apart is None else Order(apart, cfg.seed, "labelled-apart")
         self.unlabelled = Order(dataset.unlabelled, cfg.seed, "unlabelled", views.cutmix or views.pairs)
         asked = cfg.data.captions, cfg.data.captions_on
         self._tags = torch.from_numpy(mentioned(dataset, *asked)) if views.tags else None
@@ -106,7 +109,15 @@ class Loader:
         share = size // (self.world * parts)
         start = (self.rank * parts + part) * share
         keys = tuple(range(start, start + share))
+        if order is self.labelled and self.apart is not None:
+            return Share(keys, [self._partly_apart(self.apart, step, size, key) for key in keys])
         return Share(keys, [order[step * size + key] for key in keys])
+
+    def _partly_apart(self, apart: Order, step: int, size: int, key: int) -> tuple[int, int]:
+        """The image at place ``key`` of a batch of which every ``views.apart``-th is set apart, the last of each."""
+        round_, place = divmod(step * size + key, self.views.apart)
+        last = self.views.apart - 1
+        return apart[round_] if place == last else self.labelled[round_ * last + place]
 
     def _batch(self, step: int, part: int) -> Batch:
         labelled, unlabelled = self._shares(step, part)

@@ -16,6 +16,7 @@ from torch import Tensor
 from viladiff.batch import IGNORE
 from viladiff.methods.base import PseudoConfig
 from viladiff.models.diffusion import edge_mask
+from viladiff.models.relabel import cells_with
 
 Oracle = Literal["none", "everywhere", "edges", "teacher_edges", "wrong_and_unsure", "grid"]
 
@@ -49,14 +50,8 @@ def with_truth(
         where = known & (labels != truth) & (confidence < cfg.threshold)
     else:
         drawn = truth if cfg.oracle == "edges" else labels.masked_fill(~known, IGNORE)
-        where = known & _cells_with(edge_mask(drawn), stride)
+        where = known & cells_with(edge_mask(drawn), stride)
     return torch.where(where, torch.ones_like(confidence), confidence), torch.where(where, truth, labels)
-
-
-def _cells_with(pixels: Tensor, stride: int) -> Tensor:
-    """(U, H, W) bool: all pixels of each cell that holds one of ``pixels``."""
-    cells = F.max_pool2d(pixels.float()[:, None], stride)
-    return F.interpolate(cells, scale_factor=stride, mode="nearest")[:, 0] > 0
 
 
 def _through_grid(truth: Tensor, stride: int) -> Tensor:

@@ -7,18 +7,16 @@ is the length of a class's code, S the number of reverse steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from viladiff.fields import Section
 from viladiff.losses import choose
 from viladiff.models.blocks import bilinear
 from viladiff.models.diffusion import (
@@ -37,6 +35,7 @@ from viladiff.models.diffusion import (
     sample_classes,
     step_probability,
 )
+from viladiff.models.mixe_config import MixeConfig
 
 __all__ = [
     "Corrupted",
@@ -59,71 +58,6 @@ __all__ = [
     "sample_classes",
     "step_probability",
 ]
-
-
-class MixeConfig(Section):
-    """Edge-aware mixed-noise diffusion on labels (paper, section 3.4, Eqs. 3-8 and 13)."""
-
-    enabled: bool = True
-    """Off: pseudo-labels are the teacher's, and there is no denoiser."""
-    gaussian: bool = True
-    """q_G of Table 5; off leaves its region clean."""
-    flips: bool = True
-    """q_C of Table 5; off leaves its region clean."""
-    edge_loss: bool = True
-    """Cross-entropy on edge pixels once more, L_edge of Eq. 11."""
-    timesteps: int = Field(10, ge=1, le=1000)
-    """T, the number of noise levels."""
-    beta: float = Field(0.1, ge=0, le=1)
-    """Probability of a flip in one step (Eq. 6)."""
-    edge_bonus: float = Field(0.1, ge=0, le=1)
-    """Added to ``beta`` on edge pixels, in each step."""
-    flip_schedule: Literal["cumulative", "constant", "matched"] = "cumulative"
-    """Flips by step t: of t steps; of one, the letter of Eq. 6; as many at T as cumulative ones at 10."""
-    gaussian_region: Literal["confident", "uncertain"] = "confident"
-    """Which side of τ gets Gaussian noise; Eq. 7 and the sentence below it disagree."""
-    tau_start: float = Field(0.0, ge=0, le=1)
-    """τ of Eq. 7 when training begins."""
-    tau_end: float = Field(0.8, ge=0, le=1)
-    """τ from the end of its ramp on."""
-    tau_ramp: float = Field(0.5, ge=0, le=1)
-    """Share of training over which τ moves from start to end."""
-    tau_shape: Literal["linear", "cosine", "step"] = "linear"
-    """How τ moves; ``step`` jumps at the end of the ramp."""
-    reverse: Literal["posterior", "direct"] = "posterior"
-    """A step back draws by Bayes' rule over the predicted clean label, or from that prediction (letter of Eq. 8)."""
-    train_images: Literal["labelled", "unlabelled", "both"] = "both"
-    """Images that the denoiser learns from."""
-    loss_weights: tuple[float, float, float] = (1.0, 0.5, 0.5)
-    """Weights of (L_ce, L_edge, L_d) in Eq. 11."""
-    refine: bool = True
-    """Whether refined labels replace the teacher's in the later part of training."""
-    refine_from: float = Field(0.5, ge=0, le=1)
-    """Share of training after which refined labels are taken."""
-    refine_steps: int | None = Field(None, ge=1, le=1000)
-    """Reverse steps at refinement; none means ``timesteps``."""
-    denoiser: Literal["diffusion", "plain"] = "diffusion"
-    """``plain``: a network of the same size that never sees noise (control)."""
-    width: int = Field(32, ge=8)
-    """Channels of the denoiser."""
-    depth: int = Field(2, ge=1)
-    """Residual blocks of the denoiser."""
-    condition_noise: float = Field(0.1, ge=0)
-    """Standard deviation of the noise on the conditioning features, which are of about unit scale (ours)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> MixeConfig:
-        if self.refine_steps is not None and self.refine_steps > self.timesteps:
-            raise ValueError(f"refine_steps = {self.refine_steps} is more than timesteps = {self.timesteps}")
-        if len(self.loss_weights) != 3 or min(self.loss_weights) < 0:
-            raise ValueError(
-                f"loss_weights = {self.loss_weights}: three weights that are not negative, for (L_ce, L_edge, L_d)"
-            )
-        if self.beta + self.edge_bonus >= 1:
-            raise ValueError(
-                f"beta + edge_bonus = {self.beta + self.edge_bonus:g}: must be at most (C - 1) / C for C classes"
-            )
-        return self
 
 
 @lru_cache(maxsize=64)
@@ -225,10 +159,12 @@ class Denoiser(nn.Module):
     """f_theta of Eq. 8 in one small body with two heads: the clean class of each pixel, and the noise of Eq. 4.
 
     ``cond_channels`` are those of the segmenter's features, ``width`` its own, ``depth`` residual blocks,
-    ``timesteps`` T.
+    ``timesteps`` T. ``more``: channels of each further map that it is conditioned on.
     """
 
-    def __init__(self, num_classes: int, cond_channels: int, width: int, depth: int, timesteps: int) -> None:
+    def __init__(
+        self, num_classes: int, cond_channels: int, width: int, depth: int, timesteps: int, more: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         code_length = class_codes(num_classes).shape[1]
         self.timesteps, self.width = timesteps, width
@@ -242,15 +178,17 @@ class Denoiser(nn.Module):
         self.exit = _norm(width)
         self.class_head = nn.Conv2d(width, num_classes, 1)
         self.noise_head = nn.Conv2d(width, code_length, 1)
+        self.more = nn.ModuleList(nn.Sequential(nn.Conv2d(inputs, width, 1), _norm(width)) for inputs in more)
 
-    def prepare(self, features: Tensor, logits: Tensor) -> Tensor:
+    def prepare(self, features: Tensor, logits: Tensor, *more: Tensor) -> Tensor:
         """(B, width, h, w) conditioning, computed once for the whole chain; no gradient reaches the segmenter.
 
-        ``features`` (B, cond_channels, ...), brought to the grid of ``logits`` (B, C, h, w) if theirs is another.
+        ``features`` (B, cond_channels, ...) and ``more`` (B, ...) are brought to the grid of ``logits`` (B, C, h, w) if
+        theirs is another.
         """
-        seen = self.features_norm(self.features(features.detach()))
-        if seen.shape[-2:] != logits.shape[-2:]:
-            seen = bilinear(seen, logits.shape[-2:])
+        seen = _on_grid(self.features_norm(self.features(features.detach())), logits)
+        for project, x in zip(self.more, more, strict=True):
+            seen = seen + _on_grid(project(x.detach()), logits)
         return seen + self.logits(logits.detach().float().softmax(dim=1))
 
     def forward(self, codes: Tensor, gaussian: Tensor, edges: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,6 +224,10 @@ class Denoiser(nn.Module):
         """``forward`` of codes at the i-th of ``times`` (S,) int64, with all that the steps share done once."""
         films, placed = self.films(times), self.placed(cond, gaussian, edges)
         return lambda codes, i: self.denoise(codes, films[i : i + 1], placed)
+
+
+def _on_grid(x: Tensor, logits: Tensor) -> Tensor:
+    return x if x.shape[-2:] == logits.shape[-2:] else bilinear(x, logits.shape[-2:])
 
 
 def _norm(width: int) -> nn.GroupNorm:

@@ -244,6 +244,7 @@ def show(store: Store, row: Row) -> None:
     _print_changed(record)
     _print_scores(record)
     _print_shares(record)
+    _print_pseudo_labels(record)
     per_class = record.scores.get(record.network, {}).get(record.stream, {}).get("per_class") or []
     print(f"\nIoU of each class, {record.network}/{record.stream}, in per cent")
     lines = zip(record.class_names, per_class, strict=False)
@@ -266,7 +267,6 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "fingerprints": " ".join(f"{name}={value}" for name, value in record.fingerprints.items()),
         "versions": " ".join(f"{name} {value}" for name, value in record.versions.items()),
         "revision": git,
-        "pseudo-labels": " ".join(f"{name} {_percent(value)}" for name, value in record.pseudo_labels.items()),
     }
 
 
@@ -294,6 +294,20 @@ def _print_shares(record: RunRecord) -> None:
     ]
     say(lines, ("at", "part", *THIRDS, *(f"cos {third}" for third in THIRDS)))
     print(f"measured at steps {steps}, whose shares are averaged")
+
+
+def _print_pseudo_labels(record: RunRecord) -> None:
+    """A line a score; columns are all pixels and, where they were told apart, those at edges and elsewhere."""
+    table: dict[str, dict[str, float | None]] = {}
+    for name, value in record.pseudo_labels.items():
+        score, _, area = name.rpartition("/")
+        score, area = (score, area) if area in ("edges", "elsewhere") else (name, "all")
+        table.setdefault(score, {})[area] = value
+    areas = [area for area in ("all", "edges", "elsewhere") if any(area in found for found in table.values())]
+    if table:
+        print("\npseudo-labels, in per cent")
+        lines = [(name, *(_percent(x[area]) if area in x else "" for area in areas)) for name, x in table.items()]
+        say(lines, ("", *areas))
 
 
 def diff(one: RunRecord, two: RunRecord) -> None:

@@ -1,0 +1,382 @@
+"""The MixE half of ViLaDiff: what its denoiser learns from, what it reads, and which labels it replaces."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, pixel_unshuffle
+
+from viladiff import draws
+from viladiff.batch import IGNORE, Batch, CutMix, Step, TextBatch
+from viladiff.data.mixing import apply_cutmix, cutmix_boxes, join_text, mix_text, pair_partner
+from viladiff.losses import confident_mean, edge_mean, labelled_mean, noise_loss, pixel_cross_entropy
+from viladiff.methods.base import MeanTeacher
+from viladiff.models.guided import Guided
+from viladiff.models.mixe import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
+from viladiff.models.relabel import Calibration, refined_pixels, relabelled
+from viladiff.models.segmenter import Build, Segmenter, Stream, upsample
+
+LEAD = 0.1
+"""Share of training before refinement from which refined confidence is calibrated."""
+
+
+class Pseudo(NamedTuple):
+    """Labels for the unlabelled pixels and how sure the teacher is of them."""
+
+    confidence: Tensor
+    """(U, H, W)."""
+    labels: Tensor
+    """(U, H, W) int64."""
+
+
+class Seen(NamedTuple):
+    """What a network says of pictures, with all that the denoiser may be conditioned on."""
+
+    streams: dict[str, Stream]
+    image: Tensor
+    """(B, 3, H, W)."""
+    finer: tuple[Tensor, ...] = ()
+    """The encoder's two finest maps (B, D_i, h_i, w_i), where they are wanted."""
+
+    def part(self, where: slice) -> Seen:
+        """Some of the pictures, without a gradient."""
+        streams = {name: Stream(*(x.detach()[where] for x in stream)) for name, stream in self.streams.items()}
+        return Seen(streams, self.image[where], tuple(x.detach()[where] for x in self.finer))
+
+    def mixed(self, mix: CutMix) -> Seen:
+        """The same with boxes pasted into every map but the tokens."""
+
+        def cut(x: Tensor) -> Tensor:
+            return apply_cutmix(x, mix, self.image.shape[-1] // x.shape[-1])
+
+        streams = {name: Stream(x.features, cut(x.mid), cut(x.logits)) for name, x in self.streams.items()}
+        return Seen(streams, cut(self.image), tuple(cut(x) for x in self.finer))
+
+
+class Taught(NamedTuple):
+    """The teacher's view of a batch; logits are those of the stream that makes pseudo-labels, on the grid."""
+
+    weak: Seen
+    """Of the unlabelled images' weak views."""
+    labelled: Tensor | None
+    """(K, C, h, w) logits behind x_0 of the labelled images that MixE learns from."""
+    unlabelled: Tensor | None
+    """(U, C, h, w) logits behind x_0 of the unlabelled images where those are of another view than the weak one."""
+    boxes: CutMix | None
+    """What was pasted into the labelled images before."""
+
+
+class MixeTeacher(MeanTeacher):
+    """A mean teacher whose labels MixE refines; ``cfg`` has ``mixe``, ``vila`` and ``pseudo`` as ViLaDiff's."""
+
+    def __init__(self, cfg: Any, build: Build) -> None:
+        super().__init__(cfg, build)
+        mixe, classes = cfg.mixe, build.num_classes
+        self.denoiser: Denoiser | Guided | None = None
+        self.calibration: Calibration | None = None
+        if mixe.enabled and mixe.denoiser == "guided":
+            self.denoiser = Guided(classes, self.student.decoder.stride, mixe.width, mixe.depth)
+        elif mixe.enabled:
+            width = self.student.decoder.width
+            sizes = {"finer": self.student.encoder.channels[:2], "other_stream": (width + classes,)}
+            sizes["image"] = (3 * self.student.decoder.stride**2,)
+            more = [channels for name in mixe.condition for channels in sizes[name]]
+            self.denoiser = Denoiser(classes, width, mixe.width, mixe.depth, mixe.timesteps, more)
+        if mixe.enabled and mixe.confidence == "calibrated":
+            self.calibration = Calibration()
+
+    def own_rates(self) -> dict[str, dict[str, Any]]:
+        scale = self.cfg.mixe.lr_scale
+        return {} if self.denoiser is None or scale == 1 else {"denoiser": {"lr_scale": scale}}
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        if self.calibration is not None:
+            self.calibration.after_step()
+
+    # Images: which ones, which views
+
+    def _period(self) -> int:
+        """Every such labelled image of a batch is left out of the supervised loss; 1 where none is."""
+        return int(self.cfg.mixe.period) if self.cfg.mixe.enabled else 1
+
+    def _supervised(self, batch: Batch) -> Tensor:
+        """(B, H, W) masks without those of images that are left out."""
+        if self._period() == 1:
+            return batch.target
+        target = batch.target.clone()
+        target[self._period() - 1 :: self._period()] = IGNORE
+        return target
+
+    def _chosen(self, batch: Batch) -> slice:
+        """Labelled images that MixE learns from: as many as there are unlabelled ones; all at equal batch sizes.
+
+        Of images that are left out where there are any, unless confidence is calibrated on those. They are evenly
+        spaced, so that workers with a share each choose together what one worker would.
+        """
+        period = 1 if self.calibration is not None else self._period()
+        count, most = len(batch.image), len(batch.weak[0])
+        every = period * max(1, count // period // most)
+        return slice(period - 1, min(count, every * most), every)
+
+    def _teach(self, batch: Batch, mix: CutMix | None, step: Step) -> Taught:
+        """The teacher's streams on the weak views and, where MixE learns from them, on other pictures, in one pass."""
+        cfg, boxes = self.cfg.mixe, None
+        learns = None if self.denoiser is None else cfg.train_images
+        pictures: dict[str, tuple[Tensor, TextBatch | None]] = {}
+        if learns in ("labelled", "both"):
+            chosen = self._chosen(batch)
+            picture, words = batch.image if cfg.labelled_views == "weak" else batch.image_strong, batch.text
+            assert picture is not None  # the views ask for it
+            picture, words = picture[chosen], _of(words, chosen)
+            if cfg.labelled_views == "cutmix":
+                boxes = self._boxes(batch.keys[chosen], picture, step)
+                picture, words = apply_cutmix(picture, boxes), self._words(words, boxes)
+            pictures["labelled"] = picture, words
+        pictures["weak"] = batch.weak[0], batch.text_u
+        if learns in ("unlabelled", "both") and cfg.unlabelled_views != "weak":
+            picture, words = batch.strong[0], batch.text_u
+            if cfg.unlabelled_views == "cutmix" and mix is not None:
+                picture, words = apply_cutmix(picture, mix), self._words(words, mix)
+            pictures["unlabelled"] = picture, words
+        images, text = next(iter(pictures.values()))
+        for more, words in list(pictures.values())[1:]:
+            images, text = torch.cat([images, more]), join_text(text, words)
+        seen = self._see(self.teacher, images, text)
+        parts, start = {}, 0
+        for name, (picture, _) in pictures.items():
+            parts[name] = seen.part(slice(start, start + len(picture)))
+            start += len(picture)
+        logits = {name: self._source_logits(part.streams) for name, part in parts.items() if name != "weak"}
+        return Taught(parts["weak"], logits.get("labelled"), logits.get("unlabelled"), boxes)
+
+    def _boxes(self, keys: tuple[int, ...], images: Tensor, step: Step) -> CutMix:
+        """CutMix of labelled neighbours, drawn as the unlabelled images' boxes are."""
+        rngs = [draws.rng(step.seed, "mixe-cutmix", step.index, key) for key in keys]
+        boxes = cutmix_boxes(rngs, images.shape[-1], self.student.patch)
+        return CutMix(*(x.to(images.device, non_blocking=True) for x in (boxes, pair_partner(len(keys)))))
+
+    def _words(self, words: TextBatch | None, mix: CutMix | None) -> TextBatch | None:
+        """Words of pictures into which boxes were pasted."""
+        return words if mix is None or self.cfg.vila.cutmix_text == "own" else mix_text(words, mix)
+
+    def _see(self, network: Segmenter, images: Tensor, text: TextBatch | None) -> Seen:
+        if not (self.cfg.mixe.enabled and "finer" in self.cfg.mixe.condition):
+            return Seen(network.streams(images, text), images)
+        maps = network.encode(images)
+        return Seen(network.decode(maps, text), images, tuple(maps[:2]))
+
+    def _source(self) -> str:
+        return self.cfg.pseudo.source if self.cfg.vila.enabled else "visual"
+
+    def _source_logits(self, streams: dict[str, Stream]) -> Tensor:
+        """Grid logits (U, C, h, w) of the stream that makes pseudo-labels; of the mean, its log-probabilities."""
+        if self._source() == "mean":
+            mean = torch.stack([stream.logits.softmax(1) for stream in streams.values()]).mean(0)
+            return mean.clamp_min(1e-30).log()  # kept finite, since interpolating an infinity gives NaN
+        return streams[self._source()].logits
+
+    def _condition(self, seen: Seen, source: str | None = None) -> list[Tensor]:
+        """Map and logits of the stream that conditions the denoiser, and the further maps of ``condition``."""
+        name = source or ("fusion" if self._source() == "mean" else self._source())
+        stream, more = seen.streams[name], list[Tensor]()
+        for part in self.cfg.mixe.condition:
+            if part == "finer":
+                more += seen.finer
+            elif part == "image":
+                more.append(pixel_unshuffle(seen.image, self.student.decoder.stride))
+            else:
+                other = seen.streams["visual" if name == "fusion" else "fusion"]
+                more.append(torch.cat([other.mid.float(), other.logits.softmax(1)], 1))
+        return [stream.mid.float(), stream.logits, *more]
+
+    def _unlabelled_start(self, taught: Taught, soft: Tensor, mix: CutMix | None) -> Tensor:
+        """(U, C, h, w) x_0 of the pictures that the student sees; ``soft`` are the weak views' logits."""
+        if taught.unlabelled is not None:
+            soft = taught.unlabelled
+        x0 = soft.softmax(1)
+        whole = taught.unlabelled is not None and self.cfg.mixe.unlabelled_views == "cutmix"
+        return x0 if mix is None or whole else apply_cutmix(x0, mix, self.student.decoder.stride)
+
+    # Training (section 3.4, Eqs. 3-8 and 11)
+
+    def _tau(self, progress: float) -> float:
+        cfg = self.cfg.mixe
+        return confidence_threshold(progress, cfg.tau_end, cfg.tau_ramp, start=cfg.tau_start, shape=cfg.tau_shape)
+
+    def _diffuse(
+        self, batch: Batch, step: Step, seen: Seen, taught: Taught, soft: Tensor, pseudo: Pseudo, valid: Tensor
+    ) -> dict[str, Tensor]:
+        """The three terms of Eq. 13: corrupt the teacher's soft labels and ask the denoiser for the clean ones.
+
+        The condition is the student's view of the same picture, never the logits that x_0 was made from: those could be
+        copied. Targets are the masks, and on unlabelled images the teacher's confident labels as they were before
+        refinement, so that the denoiser never learns from its own output. ``soft`` (U, C, h, w) is x_0 of the
+        unlabelled images; ``soft``, ``pseudo`` and ``valid`` are of the mixed pictures.
+        """
+        cfg, size = self.cfg.mixe, batch.image.shape[-2:]
+        starts, keys, looks, answers, known = [], [], [], [], []
+        if taught.labelled is not None:
+            chosen = self._chosen(batch)
+            target = (batch.target if self.calibration is None else self._supervised(batch))[chosen]
+            look = seen.part(chosen)
+            if taught.boxes is not None:
+                target, look = apply_cutmix(target, taught.boxes), look.mixed(taught.boxes)
+            starts.append(taught.labelled.softmax(1))
+            keys += [f"l{key}" for key in batch.keys[chosen]]
+            looks.append(look)
+            answers.append(target)
+            known.append(target != IGNORE)
+        if cfg.train_images != "labelled":
+            starts.append(soft)
+            keys += [f"u{key}" for key in batch.keys_u]
+            looks.append(seen.part(slice(len(batch.image), None)))
+            answers.append(pseudo.labels)
+            known.append(valid)
+        condition = [torch.cat(maps) for maps in zip(*(self._condition(look) for look in looks), strict=True)]
+        if cfg.condition_noise:
+            shape, device = tuple(condition[0].shape[1:]), soft.device
+            noise = draws.normal(keys, shape, step.seed, "mixe-condition", step.index, device=device)
+            condition[0] = condition[0] + cfg.condition_noise * noise
+        image = torch.cat([look.image for look in looks])
+        clean, gaussian, noise_hat, noise = self._denoised(torch.cat(starts), condition, image, keys, step)
+        clean = upsample(clean, size)
+
+        ce, edge = [], []
+        loss = pixel_cross_entropy(clean, torch.cat(answers))
+        if taught.labelled is not None:
+            ce.append(labelled_mean(loss[: len(target)], target))
+            edge.append(edge_mean(loss[: len(target)], edge_mask(target)))
+        if cfg.train_images != "labelled":
+            accepted = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
+            rest = loss[-len(pseudo.labels) :]
+            ce.append(confident_mean(rest, accepted, valid))
+            # The padding has labels too, made up by the teacher; they must not draw an edge around the picture.
+            edges = edge_mask(pseudo.labels.masked_fill(~valid, IGNORE))
+            edge.append(edge_mean(rest, edges & (accepted > 0)))
+        counted = avg_pool2d(torch.cat(known).float()[:, None], self.student.decoder.stride)[:, 0] > 0.5
+        terms = {
+            "mixe_ce": torch.stack(ce).sum(),
+            "mixe_edge": torch.stack(edge).sum() if cfg.edge_loss else clean.sum() * 0,
+            "mixe_noise": noise_loss(noise_hat, noise, gaussian & counted & cfg.gaussian),
+        }
+        return terms | {"tau": torch.tensor(self._tau(step.progress)), "gaussian": gaussian.float().mean()}
+
+    def _denoised(
+        self, soft: Tensor, condition: list[Tensor], image: Tensor, keys: list[str], step: Step
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Class logits, Gaussian region, predicted and true noise for one random timestep per image (Eqs. 3-8)."""
+        cfg, device, (batch, _, h, w) = self.cfg.mixe, soft.device, soft.shape
+        codes = class_codes(self.student.num_classes).shape[1]
+        if cfg.denoiser != "diffusion":
+            nothing = torch.zeros(batch, codes, h, w, device=device)
+            nowhere = torch.zeros(batch, h, w, dtype=torch.bool, device=device)
+            clean, noise_hat = self._without_noise(soft, condition, image)
+            return clean, nowhere, nothing if noise_hat is None else noise_hat, nothing
+        assert isinstance(self.denoiser, Denoiser)
+        name = (step.seed, "mixe-t", step.index)
+        times = [int(draws.rng(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
+        t = torch.tensor(times).to(device, non_blocking=True)
+        noise = draws.normal(keys, (codes, h, w), step.seed, "mixe-noise", step.index, device=device)
+        uniform = draws.uniform(keys, (h, w), step.seed, "mixe-flip", step.index, device=device)
+        state = corrupt(soft, t, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
+        prepared = self.denoiser.prepare(*condition)
+        clean, noise_hat = self.denoiser(state.codes, state.gaussian, state.edges, t, prepared)
+        return clean, state.gaussian, noise_hat, noise
+
+    def _without_noise(self, soft: Tensor, condition: list[Tensor], image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Class logits of a control, and what the noise head of a plain one says."""
+        if isinstance(self.denoiser, Guided):
+            return self.denoiser(soft, image), None
+        assert self.denoiser is not None
+        batch, _, h, w = soft.shape
+        codes = class_codes(self.student.num_classes).shape[1]
+        nothing = torch.zeros(batch, codes, h, w, device=soft.device)
+        nowhere = torch.zeros(batch, h, w, dtype=torch.bool, device=soft.device)
+        start = torch.zeros(batch, device=soft.device).long()
+        clean, noise_hat = self.denoiser(nothing, nowhere, nowhere, start, self.denoiser.prepare(*condition))
+        return clean, noise_hat
+
+    # Refinement (Eq. 8)
+
+    def _refined(
+        self, taught: Seen, soft: Tensor, keys: tuple[int, ...], step: Step, always: bool = False
+    ) -> Tensor | None:
+        """Grid logits (U, C, h, w) of the labels after the reverse chain, or None where MixE does not refine yet."""
+        cfg = self.cfg.mixe
+        if self.denoiser is None or not cfg.refine or (step.progress < cfg.refine_from and not always):
+            return None
+        return self.chained(taught, soft, keys, step)
+
+    def chained(
+        self,
+        seen: Seen,
+        soft: Tensor,
+        keys: tuple[int, ...] | tuple[str, ...],
+        step: Step,
+        source: str | None = None,
+    ) -> Tensor:
+        """Grid logits (B, C, h, w) of the labels after the reverse chain from logits ``soft``; no gradient.
+
+        ``source``: the stream that conditions the denoiser, if it is another than in training.
+        """
+        cfg, condition, (_, _, h, w) = self.cfg.mixe, self._condition(seen, source), soft.shape
+        if cfg.denoiser != "diffusion":
+            return self._without_noise(soft.softmax(1), condition, seen.image)[0]
+        assert isinstance(self.denoiser, Denoiser)
+        codes, steps = class_codes(self.student.num_classes).shape[1], cfg.refine_steps or cfg.timesteps
+        noise = draws.normal(keys, (codes, h, w), step.seed, "refine-noise", step.index, device=soft.device)
+        uniforms = draws.uniform(keys, (steps, h, w), step.seed, "refine-flip", step.index, device=soft.device)
+        prepared, tau = self.denoiser.prepare(*condition), self._tau(step.progress)
+        return refine(self.denoiser, prepared, soft.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
+
+    def relabelled(self, before: Tensor, refined: Tensor) -> Tensor:
+        """(B, C, H, W) scores of the labels that training uses, from the teacher's probabilities and refined logits.
+
+        ``before`` (B, C, H, W), ``refined`` (B, C, h, w) on the grid.
+        """
+        after, stride = upsample(refined, before.shape[-2:]).softmax(1), self.student.decoder.stride
+        return relabelled(before, after, self.cfg.mixe, self.cfg.pseudo.threshold, stride, self.calibration)
+
+    def _calibrate(self, batch: Batch, step: Step) -> None:
+        """Counts how often refined labels of left-out images are right, by their confidence."""
+        cfg, size = self.cfg.mixe, batch.image.shape[-2:]
+        if self.calibration is None or not cfg.refine or step.progress < cfg.refine_from - LEAD:
+            return
+        held = slice(self._period() - 1, None, self._period())
+        seen, target = self._see(self.teacher, batch.image[held], _of(batch.text, held)), batch.target[held]
+        soft = self._source_logits(seen.streams)
+        keys = tuple(f"l{key}" for key in batch.keys[held])
+        confidence, labels = upsample(self.chained(seen, soft, keys, step), size).softmax(1).max(1)
+        before, stride = upsample(soft, size).softmax(1), self.student.decoder.stride
+        replaced = refined_pixels(before, cfg.refine_where, self.cfg.pseudo.threshold, stride)
+        self.calibration.add(confidence, labels == target, replaced & (target != IGNORE))
+
+
+class Refined(nn.Module):
+    """The evaluated network and then the denoiser: a chain of MixE as the last step of inference (ours).
+
+    Each stream is refined by itself, with one noise for all images, and takes refined labels where training does.
+    """
+
+    def __init__(self, method: MixeTeacher, network: Segmenter) -> None:
+        super().__init__()
+        self.network, self.denoiser = network, method.denoiser
+        self._method = (method,)  # not a part of this module: its networks are evaluated beside it
+        self.patch = network.patch
+
+    def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
+        """images (B, 3, H, W) to {stream: (B, C, H, W) log-probabilities, up to a constant}."""
+        (method,) = self._method
+        seen, found = method._see(self.network, images, text), {}
+        for name, stream in seen.streams.items():
+            refined = method.chained(seen, stream.logits, (0,) * len(images), Step(0, 1.0, 0), name)
+            scores = method.relabelled(upsample(stream.logits, images.shape[-2:]).softmax(1), refined)
+            found[name] = scores.clamp_min(1e-30).log()
+        return found
+
+
+def _of(text: TextBatch | None, where: slice) -> TextBatch | None:
+    return None if text is None else TextBatch(text.tokens[where], text.mask[where])
