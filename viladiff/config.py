@@ -211,11 +211,29 @@ def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if isinstance(here, Mapping):
             length = LENGTH if here.keys() & LENGTH else frozenset()
             tree[section] = {**{name: value for name, value in fields.items() if name not in length}, **here}
+    if issubclass(DATASETS.get(str(chosen.get("data")), DataConfig), EmbeddedData) and chosen.get("method") in METHODS:
+        preset = METHODS[chosen["method"]].embedded
+        if preset:
+            tree["method"] = _filled(tree["method"], preset, chosen["method"])
     if isinstance(tree.get("data"), Mapping):
         tree["data"] = coerce(DATASETS[chosen["data"]], tree["data"], "data.")
     if isinstance(tree.get("method"), Mapping):
         tree["method"] = coerce(METHODS[chosen["method"]].Config, tree["method"], "method.")
     return coerce(RunConfig, tree, ""), list(known)
+
+
+def _filled(given: object, preset: Mapping[str, object], name: str) -> object:
+    """``given``, a method's section or what is set of it, with ``preset`` (dotted path to value) where it is silent."""
+    tree = given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else given
+    if not isinstance(tree, Mapping):
+        return given
+
+    def fill(below: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+        both = {key for key in below.keys() & over.keys() if isinstance(below[key], dict)}
+        deeper = {key: fill(below[key], over[key]) for key in both if isinstance(over[key], Mapping)}
+        return {**below, **over, **deeper}
+
+    return fill(nest(preset), {"name": name, **tree})
 
 
 def _batch_faults(cfg: RunConfig) -> Iterator[str]:

@@ -58,6 +58,10 @@ class PseudoConfig(Section):
     """Factor of the weak-to-strong cross-entropy in the total."""
 
 
+SHARED_THRESHOLD: Mapping[str, object] = {"pseudo.threshold": 0.7}
+"""On the embedded data, of all methods with a fixed threshold that is published as 0.9 or more: docs/experiments.md."""
+
+
 class PredictConfig(Section):
     """Which network is evaluated and shipped."""
 
@@ -101,6 +105,8 @@ class Method(nn.Module):
     """What the method has beside its student."""
     published: ClassVar[tuple[PublishedSetting, ...]] = ()
     """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
+    embedded: ClassVar[Mapping[str, object]] = {}
+    """Defaults on the embedded data sets, chosen on their part ``dev``: {path below ``method``: value}."""
     term_fields: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that weigh single parts of the loss or leave them out, by path below ``method``: patterns of their names.
     ``path=value`` is one of several values of a field. A table that varies such a field is told the parts' shares."""

@@ -14,7 +14,8 @@ what else differs in UniMatch. Which of student and average is quoted is ``predi
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -62,6 +63,7 @@ class DawConfig(MethodConfig):
 
 class Daw(UniMatch, MeanTeacher):
     Config = DawConfig
+    embedded: ClassVar[Mapping[str, object]] = {}  # the threshold is estimated from the first step on
     published = (
         PublishedSetting(("voc",), {"method.teacher.momentum": 0.999}, "DAW 3d1e093"),
         PublishedSetting(

@@ -32,6 +32,7 @@ from viladiff.data.mixing import apply_cutmix, half_boxes, pair_partner
 from viladiff.fields import Section
 from viladiff.losses import cross_entropy, global_mean
 from viladiff.methods.base import (
+    SHARED_THRESHOLD,
     MeanTeacher,
     MethodConfig,
     Paper,
@@ -99,6 +100,7 @@ class DdfpConfig(MethodConfig):
 
 class Ddfp(MeanTeacher):
     Config = DdfpConfig
+    embedded = SHARED_THRESHOLD
     revision = 2
     views = Views(strong=1, pairs=True)
     paper = Paper(

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from viladiff.batch import IGNORE, Batch, Losses, Step, Views
 from viladiff.losses import global_mean, hard_consistency
-from viladiff.methods.base import MeanTeacher, MethodConfig, Passes, PredictConfig, TeacherConfig, pasted
+from viladiff.methods.base import (
+    SHARED_THRESHOLD,
+    MeanTeacher,
+    MethodConfig,
+    Passes,
+    PredictConfig,
+    TeacherConfig,
+    pasted,
+)
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.tags import TagsConfig, of_both, shown_mean, tag_cross_entropy
 from viladiff.models.segmenter import Build
@@ -32,6 +40,7 @@ class SemiBaselineConfig(MethodConfig):
 
 class SemiBaseline(MeanTeacher):
     Config: ClassVar[type[MethodConfig]] = SemiBaselineConfig
+    embedded = SHARED_THRESHOLD
     views = Views(strong=1, cutmix=True)
     passes = Passes(3, 2)
     keeps = "teacher"

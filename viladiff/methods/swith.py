@@ -23,7 +23,15 @@ from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
 from viladiff.losses import global_mean, global_sum, hard_consistency
-from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.methods.base import (
+    SHARED_THRESHOLD,
+    MethodConfig,
+    Paper,
+    Passes,
+    PredictConfig,
+    PseudoConfig,
+    TeacherConfig,
+)
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
@@ -65,6 +73,7 @@ class SwithConfig(MethodConfig):
 
 class Swith(TwoTeachers):
     Config = SwithConfig
+    embedded = SHARED_THRESHOLD
     published = (
         PublishedSetting(
             ("ade20k",),

@@ -22,7 +22,7 @@ from viladiff import draws
 from viladiff.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.perturb import channel_dropout, widest
 from viladiff.losses import global_mean, hard_consistency
-from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.methods.base import SHARED_THRESHOLD, Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
 from viladiff.methods.published import PublishedSetting
 
 
@@ -42,6 +42,7 @@ class UniMatchConfig(MethodConfig):
 
 class UniMatch(Method):
     Config: ClassVar[type[MethodConfig]] = UniMatchConfig
+    embedded = SHARED_THRESHOLD
     views = Views(strong=2, cutmix=True)
     weak_trains = True
     paper = Paper("Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", "CVPR", 2023)

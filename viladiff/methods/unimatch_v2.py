@@ -21,6 +21,7 @@ from viladiff.batch import Batch, Losses, Step, Views
 from viladiff.data.perturb import complementary_dropout, half_of_pairs, widest
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import (
+    SHARED_THRESHOLD,
     MeanTeacher,
     MethodConfig,
     Paper,
@@ -52,6 +53,7 @@ class UniMatchV2Config(MethodConfig):
 
 class UniMatchV2(MeanTeacher):
     Config = UniMatchV2Config
+    embedded = SHARED_THRESHOLD
     views = Views(strong=2, cutmix=True)
     paper = Paper("UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", "TPAMI", 2025)
     passes = Passes(4, 3)

@@ -24,7 +24,7 @@ from viladiff.losses import (
     image_mean,
     pixel_cross_entropy,
 )
-from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, TeacherConfig
+from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, Paper, Passes, PredictConfig, TeacherConfig
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.viladiff_mixe import MixeTeacher, Pseudo, Refined
 from viladiff.models.mixe import MixeConfig, class_codes, noise_levels
@@ -86,6 +86,7 @@ TERM_FIELDS = {
 
 class ViLaDiff(MixeTeacher):
     Config = ViLaDiffConfig
+    embedded = SHARED_THRESHOLD
     views = Views(strong=1, cutmix=True, text=True, whole_cells=True)
     paper = Paper(
         "Learning Beyond Vision: Vision-Language Distillation and Edge-Aware Mix Diffusion in Semi-Supervised "
