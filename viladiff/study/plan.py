@@ -85,6 +85,10 @@ class Plan:
         """Runs of a cell, one a seed; a cell that was not asked for has none."""
         return tuple(cell.run_id for cell in self.cells if (cell.row, cell.column) == (row, column))
 
+    def by_seed(self, row: int, column: int) -> dict[int, str]:
+        """Runs of a cell by seed."""
+        return {cell.seed: cell.run_id for cell in self.cells if (cell.row, cell.column) == (row, column)}
+
     def default(self, changed: Mapping[str, Any], path: str) -> Any:
         """A field's value where a run with these changed fields does not set it; None where the plan has none."""
         return self.defaults.get(kind_of(changed), _NOTHING).get(path)
