@@ -77,7 +77,12 @@ def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
 
 
 def _key(changed: Mapping[str, Any]) -> str:
-    return fields_of({path: value for path, value in changed.items() if path not in APART})
+    """One for runs that differ in ``APART`` alone, and in the labelled list as seeds do that draw their own."""
+    fields = {path: value for path, value in changed.items() if path not in APART}
+    drawn = changed.get("data.split_seed")
+    if drawn is not None:
+        fields["data.split_seed"] = drawn - changed.get("seed", 0)
+    return fields_of(fields)
 
 
 def _rates(records: Iterable[RunRecord], taken: float | None, plain: float | None) -> tuple[Rate, ...]:

@@ -21,6 +21,7 @@ from viladiff.report.tables import (
     summary,
     swapped,
 )
+from viladiff.study.spec import OWN_LISTS
 
 if TYPE_CHECKING:
     from viladiff.study.claims import Comparison, Verdict
@@ -328,6 +329,7 @@ def context(results: Results) -> list[str]:
         if size and size.shared_method_fields
         else []
     )
+    said += [f"{OWN_LISTS[0].upper()}{OWN_LISTS[1:]}."] if size and size.split_per_seed else []
     own = list(dict.fromkeys(provenance.captions(r) for r in records if r.config.get("data.captions", "own") == "own"))
     said += [f"Captions: {'; '.join(own)}."] if own else []
     encoders = list(dict.fromkeys(f"{r.encoder} ({r.pretrained})" for r in records))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Fit:
     information: np.ndarray
     """(rows, rows): its Moore-Penrose inverse."""
 
-    def contrast(self, weights: Mapping[Hashable, float]) -> Contrast | None:
+    def contrast(self, weights: Mapping[Any, float]) -> Contrast | None:
         """None where the cells that are there do not tell it: rows that no chain of common seeds joins, or weights that
         do not add up to 0. Raises KeyError for a row that is not in the fit."""
         c = np.zeros(len(self.rows))
@@ -60,7 +60,7 @@ class Fit:
         return self.rows.index(row)
 
 
-def fit(cells: Mapping[Hashable, Mapping[int, float]]) -> Fit:
+def fit(cells: Mapping[Any, Mapping[int, float]]) -> Fit:
     """``cells``: each row's values by seed; rows without one are left out.
 
     With n_rs = 1 where row r has seed s, k_s rows at seed s and totals T_r and B_s: the estimates solve C b = q, C =

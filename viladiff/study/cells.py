@@ -107,7 +107,8 @@ def cells(
 ) -> list[Cell]:
     """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
 
-    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); what a scale
+    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); with the
+    scale's ``split_per_seed`` a seed also draws the labelled list. What a scale
     has as ``shared_method_fields`` goes to cells whose method has it and where neither column nor row sets it. Where a
     scale has ``published``, what a method's publication sets for the cell's data set goes before base and scale alone.
     One that chooses another method or data set drops what earlier ones set for the one before alone, and of
@@ -127,14 +128,44 @@ def cells(
     settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
     if table.scale[scale].published:
         settled = {place: _with_published(merged) for place, merged in settled.items()}
-    fixed = {"runtime.scale": scale}
-    found = [
-        Cell(*place, seed, {**{path: one.value for path, one in settled[place].items()}, "seed": seed, **fixed})
-        for seed in chosen_seeds
-        for place in places
-    ]
+    fixed: dict[str, object] = {"runtime.scale": scale}
+    own = table.scale[scale].split_per_seed
+    found = []
+    for seed in chosen_seeds:
+        for place in places:
+            fields = {path: one.value for path, one in settled[place].items()}
+            drawn = list_of_seed(fields, seed) if own else {}
+            found.append(Cell(*place, seed, {**fields, "seed": seed, **drawn, **fixed}))
     _check(table, found, settled)
+    if own:
+        for cell in found:
+            check_lists(f"{table.name}.toml: scale.{scale}", cell.changes)
     return found
+
+
+def list_of_seed(fields: Mapping[str, object], seed: int) -> dict[str, object]:
+    """``data.split_seed`` of a run whose seed draws its labelled list: the seed, added to what the fields set there."""
+    given = str(fields.get("data.split_seed"))
+    return {"data.split_seed": seed + (int(given) if given.isascii() and given.isdigit() else 0)}
+
+
+def check_lists(entry: str, fields: Mapping[str, object]) -> None:
+    """Raises ValueError where seeds cannot draw lists of their own: on data sets that come with published ones."""
+    if not embedded(fields):
+        from viladiff.sections import DATASETS, EmbeddedData
+
+        known = ", ".join(name for name, section in DATASETS.items() if issubclass(section, EmbeddedData))
+        raise ValueError(
+            f"{entry}: split_per_seed = true: data.dataset = {fields.get('data.dataset')!r} has published lists, which "
+            f"all seeds share; allowed: {known}"
+        )
+
+
+def embedded(fields: Mapping[str, object]) -> bool:
+    """Whether runs that set these fields are on an embedded data set, which has parts ``dev`` and ``test``."""
+    from viladiff.sections import DATASETS, EmbeddedData
+
+    return issubclass(DATASETS.get(str(fields.get("data.dataset", "digits")), object), EmbeddedData)
 
 
 def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:

@@ -150,7 +150,8 @@ def parts(terms: Sequence[Term], measured: Samples, known: Spread) -> list[Part]
     for one, weight in weights.items():
         if weight:
             columns[place[one]][one] = weight
-    found, loose = [], {}
+    found: list[Part] = []
+    loose: dict[Sample, float] = {}
     for column, cells in columns.items():
         sums: dict[tuple[str, str], float] = defaultdict(float)
         for one, weight in cells.items():

@@ -226,6 +226,7 @@ def _key(
         "datasets": size.datasets,
         "substitute": size.substitute,
         "threads": size.threads,
+        "split_per_seed": size.split_per_seed,
     }
     weights = {
         str(one["model.weights"]) for one in (table.base, size.set, *_sets(table), changes) if "model.weights" in one

@@ -79,6 +79,10 @@ AMONG = ("best_row", "worst_rows", "differs")
 """Kinds that compare with all other rows, or with those in ``among``."""
 
 
+OWN_LISTS = "each seed draws its own labelled images, the same for all rows (data.split_seed)"
+"""What a scale's ``split_per_seed`` means, in words."""
+
+
 class Strict(Section):
     """No number from text, no number from true, no text from numbers."""
 
@@ -97,6 +101,9 @@ class Scale(Strict):
     """Whether cells take what their methods' publications set for the data set, where neither column nor row does."""
     seeds: Seeds | None = None
     """None takes the table's."""
+    split_per_seed: bool = False
+    """Whether each seed draws its own labelled list, the same for all rows (``data.split_seed`` is the seed, added to
+    what a cell sets there); on embedded data alone, since other data sets have published lists."""
     rows: tuple[str, ...] = ()
     """Labels of those that are run when none are named, and so for columns; empty for all."""
     columns: tuple[str, ...] = ()
@@ -299,6 +306,7 @@ def _set_faults(table: Table) -> Iterator[str]:
                 yield f'{here}: write the whole path in quotes, as in "{path}.{next(iter(value), "field")}" = ...'
             elif not _PATH.fullmatch(path):
                 yield f"{here}: not a dotted path such as 'train.steps'"
+    yield from published_lists(table.scale)
     for name, one in table.scale.items():
         if one.threads is not None and "runtime.threads" in one.set:
             also = one.set["runtime.threads"]
@@ -310,6 +318,16 @@ def _set_faults(table: Table) -> Iterator[str]:
                     f"scale.{name}: datasets = {one.datasets}: does not say what becomes of {asked!r}, "
                     f"which {entry} asks for{nearest(str(asked), one.datasets)}"
                 )
+
+
+def published_lists(scales: Mapping[str, Scale]) -> Iterator[str]:
+    """A fault for a scale of the paper's own data whose seeds draw lists of their own."""
+    for name, one in scales.items():
+        if one.split_per_seed and name == "paper":
+            yield (
+                f"scale.{name}: split_per_seed = true: the paper's lists are published, so that all seeds train on "
+                "them; allowed at scales of embedded data; leave it out"
+            )
 
 
 def _claim_faults(table: Table) -> Iterator[str]:
