@@ -204,7 +204,7 @@ def test_false_alarms_are_as_often_as_is_said(rows: int, seeds: int) -> None:
 
 def test_false_alarms_of_incomplete_tables() -> None:
     rng = np.random.default_rng(7)
-    tables = []
+    tables: list[Samples] = []
     while len(tables) < 400:
         y = no_difference(rng, 5, 6)
         y[rng.random(y.shape) < 0.25] = np.nan

@@ -141,6 +141,7 @@ def html(
             board=board,
             clusters=grouped,
             number=lambda row: tables.number(results, row),
+            row_name=lambda row: tables.row_name(results, row),
             command=command,
             files=files,
             id=id,

@@ -131,7 +131,7 @@ def _limits(results: Results, tried: Sequence[Tried]) -> Iterator[str]:
     if size and size.split_per_seed:
         yield f"Beside first weights and draws, {OWN_LISTS}: differences are paired by seed."
     else:
-        yield "Seeds change first weights and draws, not the labelled images: another draw of these may change the order."
+        yield "Seeds change weights and draws, not the labelled images: another draw of these may change the order."
     yield _rates(results, tried)
 
 

@@ -74,12 +74,13 @@ def choose(
     rows: Iterable[str | int] | None = None,
     columns: Iterable[str | int] | None = None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(rows, columns, seeds) that a scale runs: places in the table, controls last. Raises ValueError."""
+    """(rows, columns, seeds) that a scale runs: places in the table, controls last, then ceilings. ValueError."""
     if scale not in table.scale:
         names = ", ".join(table.scale)
         raise ValueError(f"{table.name}.toml: scale = {scale!r}: allowed: {names}{nearest(scale, table.scale)}")
     size = table.scale[scale]
     every = [i for i, row in enumerate(table.rows) if size.controls or not row.control]
+    every = [i for i in every if not table.rows[i].scales or scale in table.rows[i].scales]
     rows = size.rows or None if rows is None else rows
     columns = size.columns or None if columns is None else columns
     chosen = every if rows is None else select("rows", [row.label for row in table.rows], rows)
@@ -91,7 +92,8 @@ def choose(
             raise ValueError(f"{table.name}.toml: {name}: none is left to run")
     if min(wanted) < 0:
         raise ValueError(f"seeds = {list(wanted)}: a seed must not be negative")
-    return tuple(sorted(chosen, key=lambda i: table.rows[i].control)), tuple(chosen_columns), wanted
+    order = sorted(chosen, key=lambda i: (table.rows[i].control, table.rows[i].oracle))
+    return tuple(order), tuple(chosen_columns), wanted
 
 
 # Merging
@@ -137,6 +139,8 @@ def cells(
             drawn = list_of_seed(fields, seed) if own else {}
             found.append(Cell(*place, seed, {**fields, "seed": seed, **drawn, **fixed}))
     _check(table, found, settled)
+    if table.chooses:
+        _check_chooses(table, found)
     if own:
         for cell in found:
             check_lists(f"{table.name}.toml: scale.{scale}", cell.changes)
@@ -303,6 +307,18 @@ def _check(table: Table, found: Sequence[Cell], settled: Mapping[tuple[int, int]
                 )
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def _check_chooses(table: Table, found: Iterable[Cell]) -> None:
+    """Raises ValueError where a run by which settings are chosen would be scored on what results are quoted from."""
+    for cell in found:
+        split = cell.changes.get("eval.split", "dev" if embedded(cell.changes) else "val")
+        if split not in ("dev", "holdout"):
+            where = entry_name("rows", cell.row, table.rows[cell.row].label)
+            raise ValueError(
+                f"{table.name}.toml: {where}: eval.split = {split!r}: settings are chosen by this table (chooses = "
+                "true), so that its runs are not scored on what results are quoted from; allowed: dev, holdout"
+            )
 
 
 def _blamed(line: str, table: Table, cell: Cell, settled: Mapping[str, Setting]) -> str:

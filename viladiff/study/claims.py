@@ -25,7 +25,7 @@ from viladiff.study.samples import (
     smallest_detectable,
     smallest_ratio,
 )
-from viladiff.study.spec import METRIC_NAMES, Claim, Metric, Table
+from viladiff.study.spec import METRIC_NAMES, ORACLE, Claim, Metric, Table
 
 if TYPE_CHECKING:
     from viladiff.study.plan import Plan
@@ -246,6 +246,8 @@ def _worst(reversed_: Sequence[Comparison]) -> str:
 def _lacking(plan: Plan, question: Question, measured: Samples, known: Spread) -> Iterator[str]:
     """Why a question cannot be answered: cells with fewer than three seeds, or in common; spreads of two precisions."""
     few = False
+    for label in dict.fromkeys(plan.table.rows[t.row].label for t in question.terms if _ceiling(plan, t.row)):
+        yield f"{label!r} reads true masks of unlabelled images here ({ORACLE}): a ceiling is no result of a method"
     for row, column, _ in question.terms:
         have, planned = len(measured.get((row, column), Sample((), (), ())).values), len(plan.run_ids(row, column))
         few = few or have < FEWEST_SEEDS
@@ -265,6 +267,11 @@ def _lacking(plan: Plan, question: Question, measured: Samples, known: Spread) -
             if len(found) > 1:
                 label = question.higher if sign > 0 else question.lower
                 yield f"{label!r} has cells of different precision ({'; '.join(found)}), whose spreads are not pooled"
+
+
+def _ceiling(plan: Plan, row: int) -> bool:
+    """Whether a row reads true masks, and not by its spec, which may ask about its own ceilings."""
+    return row in plan.ceilings and not plan.table.rows[row].oracle
 
 
 def _as_measured(asked: Sequence[Question], measured: Samples) -> str:

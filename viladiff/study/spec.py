@@ -79,6 +79,7 @@ AMONG = ("best_row", "worst_rows", "differs")
 """Kinds that compare with all other rows, or with those in ``among``."""
 
 
+ORACLE = "method.pseudo.oracle"
 OWN_LISTS = "each seed draws its own labelled images, the same for all rows (data.split_seed)"
 """What a scale's ``split_per_seed`` means, in words."""
 
@@ -141,9 +142,16 @@ class Row(Strict):
     """Whose scores are read from the row's runs; empty for the one that a run names itself."""
     stream: str = ""
     """Likewise."""
+    scales: tuple[str, ...] = ()
+    """Scales that run it when no rows are named; empty for all."""
     requires: str = ""
     """A field that has to be given before the row can be run, such as a file; until then its cells say so."""
     note: str = ""
+
+    @property
+    def oracle(self) -> bool:
+        """Whether its runs read true masks of unlabelled images: a ceiling, and no result of a method."""
+        return self.set.get(ORACLE, "none") != "none"
 
 
 class Claim(Strict):
@@ -172,6 +180,8 @@ class Table(Strict):
     title: str
     metric: Literal["miou"] = "miou"
     select: Literal["last"] = "last"
+    chooses: bool = False
+    """Whether settings are chosen by its scores: none of its runs may read the images that results are quoted from."""
     seeds: Seeds = (0, 1, 2)
     base: dict[str, Any] = Field(default_factory=dict)
     scale: dict[str, Scale] = Field(min_length=1)
@@ -227,7 +237,7 @@ def load_table(path: Path | str) -> Table:
         except ValidationError as error:
             faults = [sentence(item, tree, Table, SECTIONS) for item in error.errors(include_url=False)]
         else:
-            kinds = (_label_faults, _row_faults, _scale_faults, _set_faults, _claim_faults)
+            kinds = (_label_faults, _row_faults, _scale_faults, _set_faults, _claim_faults, _oracle_faults)
             faults = [fault for kind in kinds for fault in kind(table)]
     if faults:
         raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
@@ -273,6 +283,11 @@ def _row_faults(table: Table) -> Iterator[str]:
 def _scale_faults(table: Table) -> Iterator[str]:
     """Labels and replaced values that the table does not have."""
     rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
+    for i, row in enumerate(table.rows):
+        for name in row.scales:
+            if name not in table.scale:
+                allowed = f"allowed: {', '.join(table.scale)}{nearest(name, table.scale)}"
+                yield f"{entry_name('rows', i, row.label)}: scales = {name!r}: {allowed}"
     own = {"reference": table.reference, "headline": table.headline, "supervised": table.supervised}
     asked = [(f"{name} = {label!r}", label, rows) for name, label in own.items() if label]
     for name, one in table.scale.items():
@@ -354,3 +369,26 @@ def _claim_faults(table: Table) -> Iterator[str]:
             yield f"{entry}: tolerance = {claim.tolerance:g} and margin = {claim.margin:g}: keep one"
         if claim.kind in ("less_stable", "differs") and (claim.tolerance or claim.margin):
             yield f"{entry}: {claim.kind} takes neither tolerance nor margin"
+
+
+def _oracle_faults(table: Table) -> Iterator[str]:
+    """Rows that read true masks and do not say so, and claims that would rank them among methods."""
+    scales = [Layer(f"scale.{name}", {**one.set, **one.shared_method_fields}) for name, one in table.scale.items()]
+    columns = [Layer(entry_name("columns", i, one.label), one.set) for i, one in enumerate(table.columns)]
+    for entry, fields in (Layer("base", table.base), *scales, *columns):
+        if fields.get(ORACLE, "none") != "none":
+            yield f"{entry}: {ORACLE} = {fields[ORACLE]!r}: set it in a row with control = true, which is a ceiling"
+    ceilings = {row.label for row in table.rows if row.oracle}
+    for i, row in enumerate(table.rows):
+        if row.oracle and not row.control:
+            yield f"{entry_name('rows', i, row.label)}: {ORACLE} = {row.set[ORACLE]!r}: takes control = true"
+    for name, label in (("reference", table.reference), ("headline", table.headline), ("supervised", table.supervised)):
+        if label in ceilings:
+            yield f"{name} = {label!r}: a row that reads true masks ({ORACLE}) is a ceiling; name another"
+    for i, claim in enumerate(table.claims):
+        for label in (*claim.rows, *claim.among):
+            if label in ceilings and (claim.source == "paper" or claim.kind in (*AMONG, "superset_increases")):
+                yield (
+                    f"{entry_name('claims', i, claim.text)}: {label!r} reads true masks ({ORACLE}): a ceiling is in "
+                    "no ranking; leave it out, or ask source = 'ours' with kind = 'higher'"
+                )

@@ -26,6 +26,7 @@ FRESH = 5
 """Fewest seeds that a winner is quoted with."""
 OURS = {
     "data.holdout": "it is the sweep's own holdout",
+    "method.pseudo.oracle": "it reads true masks of unlabelled images: a ceiling is no method to be tuned",
     "eval.split": "the sweep chooses on what it holds out; --select val reads the reported set and the page says it",
     "eval.every_steps": "it follows from the rungs",
     "eval.every_epochs": "it follows from the rungs",
@@ -152,10 +153,16 @@ def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Selec
     """What every run of the search has: base, scale, command line, and what it is scored on; not the point or seed.
 
     A run of the search is scored at each rung and at the end on images that it does not train on and that no result
-    is read from: ``dev`` of an embedded data set, else labelled images that are held out. Raises
-    ValueError for an unknown scale, and for a field that is not to be set here.
+    is read from: ``dev`` of an embedded data set, else labelled images that are held out. ``select`` val is for data
+    in files alone: on embedded data it would be ``test``. Raises ValueError for that, for an unknown scale, and for a
+    field that is not to be set here.
     """
     fixed = common(sweep, scale, typed)
+    if select == "val" and embedded(fixed):
+        raise ValueError(
+            f"--select val: trials on {fixed.get('data.dataset', 'digits')!r} are scored on dev, and never on test, "
+            "which finals alone read; leave it out"
+        )
     steps = rung_steps(sweep, fixed)
     chosen: dict[str, object] = {"eval.every_steps": math.gcd(*steps), "eval.boundary": False}
     if select == "holdout":
@@ -275,7 +282,10 @@ class Namer:
 
     def planned(self, point: Point, seed: int, title: str = "") -> Planned:
         """The run of a point under a seed; loads torch. Raises ValueError for a point that cannot be run."""
-        return self._named({**self.fixed, **point, **self._seeded(point, seed)}, title)
+        found = self._named({**self.fixed, **point, **self._seeded(point, seed)}, title)
+        if found.changed.get("eval.split") == "test":
+            raise ValueError("eval.split = 'test': a trial is never scored on the images that finals are quoted from")
+        return found
 
     def final(self, point: Point, seed: int, title: str = "") -> Planned:
         """The run that a point is quoted from: the full labelled list, scored on the reported set."""
