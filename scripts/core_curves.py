@@ -1,5 +1,7 @@
 """Runs the campaign behind reports/published/core: three methods, five splits of ``digits``, three seeds.
 
+Each seed draws its own labelled images, the same for all methods.
+
 Runs that have a record there are skipped, interrupted ones continue from their checkpoint in ``--out``. Examples:
 
     python scripts/core_curves.py --dry-run               what is left
@@ -47,7 +49,13 @@ def main() -> None:
     index, count = map(int, args.shard.split("/"))
     wanted = [(m, s, seed) for seed in args.seeds for m in args.methods for s in args.splits]
     for method, split, seed in wanted[index::count]:
-        fields = {"method.name": method, "data.split": split, "eval.split": "test", "seed": seed}
+        fields = {
+            "method.name": method,
+            "data.split": split,
+            "eval.split": "test",
+            "data.split_seed": seed,
+            "seed": seed,
+        }
         runtime = {"runtime.runs_dir": args.out, "runtime.threads": 1, "runtime.progress": False}
         cfg, path = override(RunConfig(), {**fields, **runtime}), RECORDS / f"{method}-{split}-{seed}.json"
         if is_done(cfg, path):

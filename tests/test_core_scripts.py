@@ -10,6 +10,8 @@ import pytest
 from conftest import load_module
 from record_kit import CORE, bound, made
 
+from viladiff.config import RunConfig, override
+from viladiff.fingerprints import name_runs
 from viladiff.record import RunRecord, save_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +68,9 @@ def test_what_is_left_of_the_campaign(
     call(script, monkeypatch, *words)
     assert "does not match its name" in (said := capsys.readouterr().out) and said.endswith(left)
     fields = {"data.dataset": "digits", "data.split": "92", "method.name": "supervised", "eval.split": "test"}
-    done = bound(made("supervised-92-0"), changed=fields)
+    fields |= {"data.split_seed": 0}
+    named = name_runs([override(RunConfig(), fields)])[0]
+    done = bound(made("supervised-92-0"), changed=fields, fingerprints=named.fingerprints)
     save_record(done, path)
     call(script, monkeypatch, *words)
     assert capsys.readouterr().out == ""

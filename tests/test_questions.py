@@ -70,7 +70,9 @@ def verdict(table: Table, values: Values) -> Verdict:
 
 
 def near(center: float, spread: float = 0.1) -> list[float]:
-    return [center - spread, center, center + spread]
+    """Three seeds with this mean and standard deviation, in another direction for another mean."""
+    drawn = np.random.default_rng(round(1000 * center)).normal(size=3)
+    return (center + spread * (drawn - drawn.mean()) / drawn.std(ddof=1)).tolist()
 
 
 def asked(table: Table, one: Claim) -> list[tuple[str, str, str]]:
@@ -104,10 +106,12 @@ def test_a_cell_that_stands_in_both_gains_counts_twice() -> None:
     values: Values = {(0, 0): [50.0, 51.0, 52.5], (1, 0): [55.0, 56.1, 54.0], (2, 0): [57.0, 56.2, 57.9]}
     found = verdict(a_table(3, "a", one), values).comparisons[0]
     means = [np.mean(values[row, 0]) for row in range(3)]
-    sd = np.sqrt(np.mean([np.var(values[row, 0], ddof=1) for row in range(3)]))
+    y = np.array([values[row, 0] for row in range(3)])
+    left = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
+    sd = np.sqrt((left**2).sum() / 4)
     assert found.difference == pytest.approx(2 * means[1] - means[0] - means[2])
     t = found.difference / (sd * np.sqrt((4 + 1 + 1) / 3))
-    assert found.p == pytest.approx(stats.t.sf(t, 6)) and found.p_reversed == pytest.approx(stats.t.cdf(t, 6))
+    assert found.p == pytest.approx(stats.t.sf(t, 4)) and found.p_reversed == pytest.approx(stats.t.cdf(t, 4))
 
 
 def test_gain_exceeds_compares_two_pairs_of_rows() -> None:
@@ -141,7 +145,7 @@ def test_a_margin_has_to_be_exceeded() -> None:
     short = verdict(table, {(0, 0): near(51), (1, 0): near(50)})
     assert short.verdict == "fails" and short.comparisons[0].difference == pytest.approx(1.0)
     assert "beyond a margin of 1.8" in short.test
-    shown = verdict(table, {(0, 0): [50.7, 51.8, 52.9], (1, 0): [48.9, 50.0, 51.1]})
+    shown = verdict(table, {(0, 0): [50.7, 51.8, 52.9], (1, 0): [51.1, 50.0, 48.9]})
     assert shown.verdict == "not decided" and shown.comparisons[0].p == pytest.approx(0.5)
 
 
@@ -172,12 +176,14 @@ def test_differs_is_two_sided_and_corrected_for_all_rows() -> None:
     found = verdict(table, values)
     assert found.verdict == "holds" and found.why == "2 of 3 differ: 1 higher, 1 lower; 1 open"
     assert [c.outcome for c in found.comparisons] == ["shown", "reversed", "open"]
-    error = 0.1 * math.sqrt(2 / 3)
-    two_sided = [2 * stats.t.sf(abs(d) / error, 8) for d in (2.0, 1.0, 0.05)]
+    y = np.array([values[row, 0] for row in range(4)])
+    left = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
+    error = math.sqrt((left**2).sum() / 6 * 2 / 3)
+    two_sided = [2 * stats.t.sf(abs(d) / error, 6) for d in (2.0, 1.0, 0.05)]
     wanted = [min(1, two_sided[0] * 3), two_sided[1] * 2, two_sided[2]]
     assert [c.p for c in found.comparisons] == pytest.approx(wanted)
     assert [c.p_reversed for c in found.comparisons] == pytest.approx(wanted)
-    assert found.comparisons[0].least == pytest.approx(smallest_detectable(error, 8, 6)), "5 % in both directions"
+    assert found.comparisons[0].least == pytest.approx(smallest_detectable(error, 6, 6)), "5 % in both directions"
     assert "two-sided t tests at 5 %" in found.test and "3 comparisons of our own claims" in found.test
 
 
@@ -235,12 +241,12 @@ def test_a_spread_below_three_seeds_is_not_decided() -> None:
 
 
 def test_spreads_of_nothing() -> None:
-    flat, wide = Sample((1.0, 1.0, 1.0), ("a", "b", "c")), Sample((1.0, 2.0, 3.0), ("d", "e", "f"))
+    flat, wide = Sample((1.0, 1.0, 1.0), tuple("abc"), (0, 1, 2)), Sample((1.0, 2.0, 3.0), tuple("def"), (0, 1, 2))
     assert f_test([wide], [flat])[0] == math.inf and f_test([wide], [flat]).p == 0
     assert f_test([flat], [flat]).p == 1 and f_test([flat], [flat]).p_reversed == 1
     assert f_test([flat], [wide]).p == pytest.approx(1)
     with pytest.raises(ValueError, match="two seeds"):
-        f_test([Sample((1.0,), ("a",))], [wide])
+        f_test([Sample((1.0,), ("a",), (0,))], [wide])
 
 
 def test_smallest_ratio_is_found_four_times_in_five() -> None:
@@ -264,7 +270,9 @@ def test_a_row_can_read_another_stream_of_the_same_runs() -> None:
     shared = tuple(PlannedCell(row, 0, seed, f"0/0/{seed}") for row in range(3) for seed in range(3))
     plan = Plan(table, "s", (0, 1, 2), (0,), (0, 1, 2), shared, {})
     measured = samples(plan, records)
-    assert measured[0, 0].values == pytest.approx(near(50)) and measured[1, 0].values == pytest.approx(near(52))
+    assert measured[0, 0].values == pytest.approx(near(50)) and measured[1, 0].values == pytest.approx(
+        [one + 2 for one in near(50)]
+    )
     assert measured[2, 0].values == (), "no run has such a network"
     assert measured[0, 0].runs == measured[1, 0].runs
     assert measured[0, 0].read != measured[1, 0].read, "or the two would cancel"

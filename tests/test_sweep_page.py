@@ -412,7 +412,6 @@ def test_what_is_published_of_another_sweep_is_left_alone(checkout: Path, tmp_pa
     ("words", "wrong"),
     [
         (["--scale", "smoke"], "--publish --scale smoke"),
-        (["--scale", "digits", "--select", "val"], "--publish --select val"),
         (["--scale", "digits", "--seeds", "2"], "--publish --seeds"),
         (["--scale", "digits", "--", "train.steps=4"], "--publish --changes"),
     ],

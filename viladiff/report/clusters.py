@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from viladiff.record import RunRecord, write_atomically
 from viladiff.report import palette
 from viladiff.report.plain import markdown
-from viladiff.report.tables import Entry, Results, number
+from viladiff.report.tables import Entry, Results, number, row_name
 
 if TYPE_CHECKING:
     from viladiff.study.store import Store
@@ -208,7 +208,7 @@ def _panels(results: Results, store: Store) -> tuple[tuple[Panel, ...], set[int]
         shown |= set(label.tolist())
         for stage in STAGES if row == results.headline else ("after",):
             if stage in arrays:
-                title = f"{number(results, row)} {table.rows[row].label}"
+                title = f"{number(results, row)} {row_name(results, row)}"
                 title += f", {STAGES[stage]}" if row == results.headline else ""
                 place = f"{table.columns[column].label}, " if len(results.plan.columns) > 1 else ""
                 about = f"{place}seed {entry.cell.seed}"

@@ -16,7 +16,7 @@ from PIL import Image
 from viladiff.record import write_atomically
 from viladiff.report.curves import TERMS, Curve
 from viladiff.report.palette import SERIES
-from viladiff.report.tables import Results, number, summary
+from viladiff.report.tables import Results, number, row_name, summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +139,7 @@ def _drawn_from(path: Path) -> str:
 
 
 def _title(results: Results, row: int) -> str:
-    return f"{number(results, row)}  {results.plan.table.rows[row].label}"
+    return f"{number(results, row)}  {row_name(results, row)}"
 
 
 def _score_numbers(results: Results) -> list[object]:

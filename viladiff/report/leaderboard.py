@@ -15,7 +15,7 @@ from viladiff.report import costs, scatter, standing
 from viladiff.report.costs import Costs, StepCost
 from viladiff.report.plain import markdown
 from viladiff.report.rates import Tried, tried
-from viladiff.report.tables import Results, Summary, number, summary
+from viladiff.report.tables import Results, Summary, number, row_name, summary
 from viladiff.report.views import shares
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _line(results: Results, row: int, measured: Costs) -> Line:
     why = next((e.why for e in entries if e.state == "unavailable"), "") if not records else ""
     return Line(
         number(results, row),
-        spec.label,
+        row_name(results, row),
         spec.group,
         spec.control,
         tuple(summary(results.at(row, column), "miou") for column in columns),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from viladiff.report.tables import METRICS, Entry, Results, gather, number, per_class, printed
+from viladiff.report.tables import METRICS, Entry, Results, gather, number, per_class, printed, row_name
 from viladiff.study.plan import Plan
 from viladiff.study.samples import score
 
@@ -30,6 +30,7 @@ def _line(results: Results, entry: Entry) -> dict[str, object]:
         "row": row.label,
         "components": " + ".join(row.components),
         "control": row.control,
+        "ceiling": cell.row in results.plan.ceilings,
         "column": table.columns[cell.column].label,
         "seed": cell.seed,
         "run_id": cell.run_id,
@@ -106,4 +107,4 @@ def frame(plan: Plan, store: Store, *, metric: str = "", long_form: bool = False
     wide = pd.DataFrame(
         {key: values.fillna(0).astype(int) if key[1] == "n" else values for key, values in found.items()}
     )
-    return wide.set_axis([plan.table.rows[row].label for row in plan.rows], axis=0)
+    return wide.set_axis([row_name(results, row) for row in plan.rows], axis=0)

@@ -149,6 +149,7 @@ def html(
             clusters=grouped,
             dose=doses,
             number=lambda row: tables.number(results, row),
+            row_name=lambda row: tables.row_name(results, row),
             command=command,
             files=files,
             id=id,

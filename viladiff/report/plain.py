@@ -22,6 +22,7 @@ from viladiff.report.tables import (
     number,
     parts,
     printed,
+    row_name,
     summary,
 )
 from viladiff.report.training import best_epoch, shows_best
@@ -96,6 +97,8 @@ class Row(NamedTuple):
     cells: tuple[tuple[Summary, bool, Difference | None, str], ...]
     """A column: measured, whether best, difference to the reference, printed."""
     control: bool
+    ceiling: bool
+    """Whether its runs read true masks."""
 
 
 def lines(results: Results, metric: str) -> list[Row]:
@@ -108,12 +111,13 @@ def lines(results: Results, metric: str) -> list[Row]:
         for column in results.plan.columns:
             found = summary(results.at(row, column), metric)
             gap = difference(found, summary(results.at(first, column), metric)) if row != first else None
-            control = results.plan.table.rows[row].control
-            top = found.mean is not None and not control and round(found.mean, 1) == tops[column]
+            ranked = row in results.rows(control=False)
+            top = found.mean is not None and ranked and round(found.mean, 1) == tops[column]
             cells.append((found, top, gap, paper_text(printed(results, row, column))))
         spec = results.plan.table.rows[row]
         ticks = tuple(name in spec.components for name in names)
-        out.append(Row(number(results, row), spec.label, ticks, tuple(cells), spec.control))
+        about = (number(results, row), row_name(results, row), ticks, tuple(cells))
+        out.append(Row(*about, spec.control, row in results.plan.ceilings))
     return out
 
 
@@ -231,7 +235,15 @@ def _grid(
             cells += [say(signed(gap.mean)) if gap else "", *([say(paper)] if printed else [])]
         ticks = [tick if on else "" for on in row.ticks] if own else []
         encoder = [say(results.plan.table.rows[place].encoder)] if encoders else []
-        body.append([row.number, say(row.label) + (" (ours)" if row.control else ""), *encoder, *ticks, *cells])
+        body.append(
+            [
+                row.number,
+                say(row.label) + (" (ours)" if row.control and not row.ceiling else ""),
+                *encoder,
+                *ticks,
+                *cells,
+            ]
+        )
     return [head, *body]
 
 

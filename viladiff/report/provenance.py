@@ -51,6 +51,7 @@ _SAME: dict[str, Callable[[RunRecord], object]] = {
 _MAY_DIFFER: dict[str, Callable[[RunRecord], object]] = {
     "Data set": lambda r: f"{r.config.get('data.dataset')} (fingerprint {r.fingerprints.get('data', 'unknown')})",
     "Split (labelled images)": lambda r: r.config.get("data.split"),
+    "Labelled list": lambda r: labelled_list(r),
     "Captions": lambda r: captions(r),
     "Evaluated network and stream": lambda r: f"{r.network}, {r.stream}",
     "Evaluation protocol": lambda r: r.config.get("eval.protocol"),
@@ -61,6 +62,15 @@ _MAY_DIFFER: dict[str, Callable[[RunRecord], object]] = {
 def _revision(record: RunRecord) -> str:
     revision = str(record.git.get("revision") or "unknown")[:12]
     return f"{revision} with uncommitted changes" if record.git.get("dirty") else revision
+
+
+def labelled_list(record: RunRecord) -> str:
+    """Which labelled images a run had."""
+    drawn = record.config.get("data.split_seed")
+    if drawn is None:
+        return "one for all seeds"
+    own = drawn == record.config.get("seed", 0)
+    return "each seed's own (data.split_seed is the seed)" if own else f"drawn (data.split_seed={drawn})"
 
 
 def captions(record: RunRecord) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from viladiff.record import RunRecord
-from viladiff.report.tables import Results, Summary, number
+from viladiff.report.tables import Results, Summary, number, row_name
 from viladiff.sections import DATASETS, EmbeddedData
 from viladiff.study.plan import fields_of
 from viladiff.study.samples import score
@@ -71,13 +71,18 @@ def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
             plain = results.plan.default(run.changed, RATE) if run else None
             rates = _rates(mine, run.changed.get(RATE, plain), plain) if run else ()
             if rates:
-                label, where = table.rows[row].label, table.columns[column].label
+                label, where = row_name(results, row), table.columns[column].label
                 found.append(Tried(number(results, row), label, table.rows[row].group, where, rates))
     return found
 
 
 def _key(changed: Mapping[str, Any]) -> str:
-    return fields_of({path: value for path, value in changed.items() if path not in APART})
+    """One for runs that differ in ``APART`` alone, and in the labelled list as seeds do that draw their own."""
+    fields = {path: value for path, value in changed.items() if path not in APART}
+    drawn = changed.get("data.split_seed")
+    if drawn is not None:
+        fields["data.split_seed"] = drawn - changed.get("seed", 0)
+    return fields_of(fields)
 
 
 def _rates(records: Iterable[RunRecord], taken: float | None, plain: float | None) -> tuple[Rate, ...]:

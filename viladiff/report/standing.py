@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from viladiff.report.plain import signed
 from viladiff.report.rates import Tried
 from viladiff.report.tables import Results, difference, summary
+from viladiff.study.spec import OWN_LISTS
 
 if TYPE_CHECKING:
     from viladiff.record import RunRecord
@@ -126,7 +127,11 @@ def _limits(results: Results, tried: Sequence[Tried]) -> Iterator[str]:
         )
     yield from _evaluated(results)
     yield from _draws(records)
-    yield "Seeds change first weights and draws, not the labelled images: another draw of these may change the order."
+    size = results.plan.table.scale.get(results.plan.scale)
+    if size and size.split_per_seed:
+        yield f"Beside first weights and draws, {OWN_LISTS}: differences are paired by seed."
+    else:
+        yield "Seeds change weights and draws, not the labelled images: another draw of these may change the order."
     yield _rates(results, tried)
 
 

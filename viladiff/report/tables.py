@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 METRICS = {"miou": "mIoU", "boundary_iou": "Boundary IoU", "trimap_miou": "Trimap mIoU"}
 """Scores of the headline network and stream, in percent everywhere in this package."""
+CEILING = "ceiling: reads true masks"
+"""Mark of a row whose runs have an oracle for pseudo-labels."""
 _WHY: dict[State, str] = {
     "missing": "not run yet",
     "begun": "begun, not finished",
@@ -70,8 +72,10 @@ class Results:
         return {state: n for state in _WHY if (n := sum(s == state for s in by_run.values()))}
 
     def rows(self, control: bool | None = None) -> list[int]:
+        """``control`` False: the rows that are ranked, without ceilings."""
         table = self.plan.table
-        return [row for row in self.plan.rows if control is None or table.rows[row].control == control]
+        found = [row for row in self.plan.rows if control is None or table.rows[row].control == control]
+        return [row for row in found if control is not False or row not in self.plan.ceilings]
 
     @property
     def reference(self) -> int:
@@ -195,6 +199,12 @@ def number(results: Results, row: int) -> str:
     return chr(ord("a") + own.index(row)) if row in own else str(row + 1 - sum(i < row for i in own))
 
 
+def row_name(results: Results, row: int) -> str:
+    """A row's label; that of one whose runs read true masks says so."""
+    text = results.plan.table.rows[row].label
+    return f"{text} ({CEILING})" if row in results.plan.ceilings else text
+
+
 def parts(results: Results) -> list[str]:
     """Parts in the order in which the table's rows bring them in."""
     return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.components))
@@ -256,12 +266,12 @@ def finding(results: Results) -> str:
             said.append(where + (_standing(results, row, column) if plan.table.printed else ""))
         else:
             said.append(where + _against(difference(found, base), plan.table.rows[other].label))
-    label = plan.table.rows[row].label
+    name = row_name(results, row)
     if not said:
-        which = "the last row" if not plan.table.headline else f"row {number(results, row)} ({label})"
+        which = "the last row" if not plan.table.headline else f"row {number(results, row)} ({name})"
         done = any(e.record for e in results.entries)
         return f"Some runs are done, but none of {which} yet." if done else "No run of this table has finished yet."
-    return f"Row {number(results, row)} ({label}) reaches {'; '.join(said)}."
+    return f"Row {number(results, row)} ({name}) reaches {'; '.join(said)}."
 
 
 def swapped(results: Results, column: int) -> tuple[str, str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from viladiff.report.tables import Entry, Results, Summary, number, summary
+from viladiff.report.tables import Entry, Results, Summary, number, row_name, summary
 
 if TYPE_CHECKING:
     from viladiff.study.published import Stated
@@ -66,7 +66,7 @@ def lengths(results: Results) -> list[Length]:
         cells = [results.at(row, column) for column in plan.columns]
         steps = tuple(_steps(results, row, column) for column in plan.columns)
         scores = [(summary(cell, table.metric), best_epoch(cell)) for cell in cells]
-        about = (number(results, row), table.rows[row].label, steps)
+        about = (number(results, row), row_name(results, row), steps)
         found.append(Length(*about, tuple(last for last, _ in scores), tuple(best for _, best in scores)))
     by_column = zip(*(line.steps for line in found), strict=True)
     return found if any(len(set(steps) - {"—"}) > 1 for steps in by_column) or shows_best(results) else []
@@ -89,7 +89,7 @@ def lines(results: Results) -> list[Line]:
             applied = [one for one in mine if one.applied]
             other = [one for one in mine if not one.applied]
             sources = "; ".join(dict.fromkeys(one.source for one in mine))
-            label = results.plan.table.rows[row].label
+            label = row_name(results, row)
             told = (_told(results, applied, columns), _told(results, other, columns))
             found.append(Line(number(results, row), label, *told, sources))
     return found
@@ -98,8 +98,7 @@ def lines(results: Results) -> list[Line]:
 def undeclared(results: Results) -> str:
     """A sentence on the rows that ``lines`` leaves out; empty where there is none or it leaves out all."""
     there = {line.number for line in lines(results)}
-    table = results.plan.table
-    rows = [f"{number(results, row)} {table.rows[row].label}" for row in results.rows()]
+    rows = [f"{number(results, row)} {row_name(results, row)}" for row in results.rows()]
     rest = [row for row in rows if row.partition(" ")[0] not in there]
     return f"No setting by data set is declared for {', '.join(rest)}." if there and rest else ""
 

@@ -18,9 +18,11 @@ from viladiff.report.tables import (
     Summary,
     number,
     per_class,
+    row_name,
     summary,
     swapped,
 )
+from viladiff.study.spec import OWN_LISTS
 
 if TYPE_CHECKING:
     from viladiff.study.claims import Comparison, Verdict
@@ -71,6 +73,13 @@ class Line(NamedTuple):
     printed: tuple[str, ...]
     group: str
     encoder: str
+    ceiling: bool
+    """Whether its runs read true masks."""
+
+    @property
+    def section(self) -> int:
+        """The paper's rows, or those that are compared, then controls, then ceilings."""
+        return 2 if self.ceiling else int(self.control)
 
 
 class Reasons:
@@ -99,7 +108,7 @@ def lines(results: Results, metric: str, reasons: Reasons) -> list[Line]:
         spec = results.plan.table.rows[row]
         papers = tuple(cell[3] for cell in line.cells)
         about = (row, line.number, line.label, spec.note, line.control, line.ticks)
-        out.append(Line(*about, cells, papers, spec.group, spec.encoder))
+        out.append(Line(*about, cells, papers, spec.group, spec.encoder, line.ceiling))
     return out
 
 
@@ -229,7 +238,7 @@ def panels(results: Results, drawn: dict[str, list[Curve]]) -> list[dict[str, An
             mine = [c for c in found if c.row == row]
             colours = [f"var(--series-{results.plan.columns.index(c.column) % len(palette.SERIES)})" for c in mine]
             ends = "; ".join(f"{table.columns[c.column].label}: {c.mean[-1]:.3g} at the end" for c in mine)
-            title = f"{number(results, row)} {table.rows[row].label}"
+            title = f"{number(results, row)} {row_name(results, row)}"
             charts.append((title, figures.panel(mine, colours, bounds, f"{names[term]} of row {title}. {ends}")))
         seeds = max(c.seeds for c in found)
         groups.append({"term": term, "name": names[term], "charts": charts, "log": bounds[2], "seeds": seeds})
@@ -244,7 +253,7 @@ def networks(results: Results) -> list[tuple[str, str, list[list[Summary]]]]:
     for row in results.rows():
         stream = next((e.stream or e.record.stream for e in results.of_row(row) if e.record), "")
         found = [[summary(results.at(row, c), table.metric, net) for net in nets] for c in results.plan.columns]
-        out.append((f"{number(results, row)} {table.rows[row].label}", stream, found))
+        out.append((f"{number(results, row)} {row_name(results, row)}", stream, found))
     return out
 
 
@@ -264,7 +273,7 @@ def streams(results: Results) -> tuple[str, list[str], list[tuple[str, list[list
             )
             for s in kinds
         ]
-        return f"{number(results, row)} {table.rows[row].label}", nets, found
+        return f"{number(results, row)} {row_name(results, row)}", nets, found
     return "", [], []
 
 
@@ -276,7 +285,7 @@ def pseudo(results: Results) -> list[tuple[str, str, list[Summary | None]]]:
             entries = [e for e in results.at(row, column) if e.record and e.record.pseudo_labels]
             if entries:
                 found = [shares(entries, name) for name in PSEUDO]
-                out.append((f"{number(results, row)} {table.rows[row].label}", table.columns[column].label, found))
+                out.append((f"{number(results, row)} {row_name(results, row)}", table.columns[column].label, found))
     return out
 
 
@@ -296,7 +305,7 @@ def heat(results: Results) -> list[dict[str, Any]]:
         rows = []
         for row, found in by_row.items():
             if found:
-                label = f"{number(results, row)} {results.plan.table.rows[row].label}"
+                label = f"{number(results, row)} {row_name(results, row)}"
                 rows.append((label, [_mean([one.get(name) for one in found]) for name in names]))
         if rows:
             out.append({"column": results.plan.table.columns[column].label, "names": names, "rows": rows})
@@ -328,6 +337,13 @@ def context(results: Results) -> list[str]:
         if size and size.shared_method_fields
         else []
     )
+    ceilings = [f"{number(results, row)} {results.plan.table.rows[row].label}" for row in sorted(results.plan.ceilings)]
+    said += (
+        [f"Ceilings, which read true masks of unlabelled images and are no results of a method: {'; '.join(ceilings)}."]
+        if ceilings
+        else []
+    )
+    said += [f"{OWN_LISTS[0].upper()}{OWN_LISTS[1:]}."] if size and size.split_per_seed else []
     own = list(dict.fromkeys(provenance.captions(r) for r in records if r.config.get("data.captions", "own") == "own"))
     said += [f"Captions: {'; '.join(own)}."] if own else []
     encoders = list(dict.fromkeys(f"{r.encoder} ({r.pretrained})" for r in records))

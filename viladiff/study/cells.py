@@ -74,12 +74,13 @@ def choose(
     rows: Iterable[str | int] | None = None,
     columns: Iterable[str | int] | None = None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(rows, columns, seeds) that a scale runs: places in the table, controls last. Raises ValueError."""
+    """(rows, columns, seeds) that a scale runs: places in the table, controls last, then ceilings. ValueError."""
     if scale not in table.scale:
         names = ", ".join(table.scale)
         raise ValueError(f"{table.name}.toml: scale = {scale!r}: allowed: {names}{nearest(scale, table.scale)}")
     size = table.scale[scale]
     every = [i for i, row in enumerate(table.rows) if size.controls or not row.control]
+    every = [i for i in every if not table.rows[i].scales or scale in table.rows[i].scales]
     rows = size.rows or None if rows is None else rows
     columns = size.columns or None if columns is None else columns
     chosen = every if rows is None else select("rows", [row.label for row in table.rows], rows)
@@ -91,7 +92,8 @@ def choose(
             raise ValueError(f"{table.name}.toml: {name}: none is left to run")
     if min(wanted) < 0:
         raise ValueError(f"seeds = {list(wanted)}: a seed must not be negative")
-    return tuple(sorted(chosen, key=lambda i: table.rows[i].control)), tuple(chosen_columns), wanted
+    order = sorted(chosen, key=lambda i: (table.rows[i].control, table.rows[i].oracle))
+    return tuple(order), tuple(chosen_columns), wanted
 
 
 # Merging
@@ -107,7 +109,8 @@ def cells(
 ) -> list[Cell]:
     """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
 
-    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); what a scale
+    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); with the
+    scale's ``split_per_seed`` a seed also draws the labelled list. What a scale
     has as ``shared_method_fields`` goes to cells whose method has it and where neither column nor row sets it. Where a
     scale has ``published``, what a method's publication sets for the cell's data set goes before base and scale alone.
     One that chooses another method or data set drops what earlier ones set for the one before alone, and of
@@ -127,14 +130,46 @@ def cells(
     settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
     if table.scale[scale].published:
         settled = {place: _with_published(merged) for place, merged in settled.items()}
-    fixed = {"runtime.scale": scale}
-    found = [
-        Cell(*place, seed, {**{path: one.value for path, one in settled[place].items()}, "seed": seed, **fixed})
-        for seed in chosen_seeds
-        for place in places
-    ]
+    fixed: dict[str, object] = {"runtime.scale": scale}
+    own = table.scale[scale].split_per_seed
+    found = []
+    for seed in chosen_seeds:
+        for place in places:
+            fields = {path: one.value for path, one in settled[place].items()}
+            drawn = list_of_seed(fields, seed) if own else {}
+            found.append(Cell(*place, seed, {**fields, "seed": seed, **drawn, **fixed}))
     _check(table, found, settled)
+    if table.chooses:
+        _check_chooses(table, found)
+    if own:
+        for cell in found:
+            check_lists(f"{table.name}.toml: scale.{scale}", cell.changes)
     return found
+
+
+def list_of_seed(fields: Mapping[str, object], seed: int) -> dict[str, object]:
+    """``data.split_seed`` of a run whose seed draws its labelled list: the seed, added to what the fields set there."""
+    given = str(fields.get("data.split_seed"))
+    return {"data.split_seed": seed + (int(given) if given.isascii() and given.isdigit() else 0)}
+
+
+def check_lists(entry: str, fields: Mapping[str, object]) -> None:
+    """Raises ValueError where seeds cannot draw lists of their own: on data sets that come with published ones."""
+    if not embedded(fields):
+        from viladiff.sections import DATASETS, EmbeddedData
+
+        known = ", ".join(name for name, section in DATASETS.items() if issubclass(section, EmbeddedData))
+        raise ValueError(
+            f"{entry}: split_per_seed = true: data.dataset = {fields.get('data.dataset')!r} has published lists, which "
+            f"all seeds share; allowed: {known}"
+        )
+
+
+def embedded(fields: Mapping[str, object]) -> bool:
+    """Whether runs that set these fields are on an embedded data set, which has parts ``dev`` and ``test``."""
+    from viladiff.sections import DATASETS, EmbeddedData
+
+    return issubclass(DATASETS.get(str(fields.get("data.dataset", "digits")), object), EmbeddedData)
 
 
 def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
@@ -272,6 +307,18 @@ def _check(table: Table, found: Sequence[Cell], settled: Mapping[tuple[int, int]
                 )
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def _check_chooses(table: Table, found: Iterable[Cell]) -> None:
+    """Raises ValueError where a run by which settings are chosen would be scored on what results are quoted from."""
+    for cell in found:
+        split = cell.changes.get("eval.split", "dev" if embedded(cell.changes) else "val")
+        if split not in ("dev", "holdout"):
+            where = entry_name("rows", cell.row, table.rows[cell.row].label)
+            raise ValueError(
+                f"{table.name}.toml: {where}: eval.split = {split!r}: settings are chosen by this table (chooses = "
+                "true), so that its runs are not scored on what results are quoted from; allowed: dev, holdout"
+            )
 
 
 def _blamed(line: str, table: Table, cell: Cell, settled: Mapping[str, Setting]) -> str:

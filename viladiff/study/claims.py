@@ -11,23 +11,21 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from viladiff.study.paired import Spread, parts, spread, t_test, untestable
 from viladiff.study.questions import Form, Question, questions
 from viladiff.study.samples import (
     LEVEL,
     Records,
     Sample,
     Samples,
-    Spread,
     Term,
     f_test,
     holm,
     samples,
     smallest_detectable,
     smallest_ratio,
-    spread,
-    t_test,
 )
-from viladiff.study.spec import METRIC_NAMES, Claim, Metric, Table
+from viladiff.study.spec import METRIC_NAMES, ORACLE, Claim, Metric, Table
 
 if TYPE_CHECKING:
     from viladiff.study.plan import Plan
@@ -52,7 +50,7 @@ class Comparison:
     p: float
     """In the claimed direction, corrected; where no direction is claimed, two-sided."""
     n: tuple[int, int]
-    """Seeds on either side; of a gain, the fewer."""
+    """Seeds on either side; of a gain, the fewer. What is compared is paired by seed."""
     p_reversed: float
     """Likewise in the other direction."""
     outcome: Outcome
@@ -60,7 +58,7 @@ class Comparison:
     """The smallest true difference, or ratio, that this comparison finds with a chance of 80 %."""
     form: Form = "one_sided"
     apart: bool = False
-    """Whether a side's seeds spread so much more than other cells' that it is tested with a spread of its own."""
+    """Whether a side spreads so much more than other cells that differences are tested with a spread of their own."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
     answers: dict[_Key, _Answer | None] = {}
     for key, question in family.items():
         found = measured[key.metric]
-        enough = not any(_lacking(plan, question, found))
+        enough = not any(_lacking(plan, question, found, known[key.metric]))
         answers[key] = _answer(question, found, known[key.metric], len(family)) if enough else None
     forward = holm([1.0 if found is None else found.p for found in answers.values()])
     backward = holm([1.0 if found is None else found.p_reversed for found in answers.values()])
@@ -144,7 +142,7 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
             for question in asked[claim.text]
             if (answer := answers[key := _key(claim, question)]) is not None
         )
-        verdict, why = _verdict(plan, claim, asked[claim.text], made, found)
+        verdict, why = _verdict(plan, claim, asked[claim.text], made, found, known[claim.metric])
         printed, printed_why = printed_verdict(plan.table, claim)
         verdicts.append(
             Verdict(
@@ -206,12 +204,17 @@ def _comparison(question: Question, answer: _Answer, p: float, p_reversed: float
 
 
 def _verdict(
-    plan: Plan, claim: Claim, asked: Sequence[Question], made: Sequence[Comparison], measured: Samples
+    plan: Plan,
+    claim: Claim,
+    asked: Sequence[Question],
+    made: Sequence[Comparison],
+    measured: Samples,
+    known: Spread,
 ) -> tuple[Literal["holds", "fails", "not decided"], str]:
     if not asked:
         return "not decided", "no row's parts include another row's"
     counts = {outcome: sum(one.outcome == outcome for one in made) for outcome in ("shown", "reversed", "open")}
-    lacking = list(dict.fromkeys(reason for question in asked for reason in _lacking(plan, question, measured)))
+    lacking = list(dict.fromkeys(reason for question in asked for reason in _lacking(plan, question, measured, known)))
     more = len(lacking) - 1
     rest = f" (likewise {more} more cell{'s' if more > 1 else ''})" if more > 0 else ""
     if claim.kind == "differs":
@@ -240,16 +243,24 @@ def _worst(reversed_: Sequence[Comparison]) -> str:
     return f"{one.higher!r} is {-one.difference:.1f} points below {one.lower!r} ({one.column})"
 
 
-def _lacking(plan: Plan, question: Question, measured: Samples) -> Iterator[str]:
-    """Why a question cannot be answered: cells that have fewer than three seeds, spreads of different precision."""
+def _lacking(plan: Plan, question: Question, measured: Samples, known: Spread) -> Iterator[str]:
+    """Why a question cannot be answered: cells with fewer than three seeds, or in common; spreads of two precisions."""
+    few = False
+    for label in dict.fromkeys(plan.table.rows[t.row].label for t in question.terms if _ceiling(plan, t.row)):
+        yield f"{label!r} reads true masks of unlabelled images here ({ORACLE}): a ceiling is no result of a method"
     for row, column, _ in question.terms:
-        have, planned = len(measured.get((row, column), Sample((), ())).values), len(plan.run_ids(row, column))
+        have, planned = len(measured.get((row, column), Sample((), (), ())).values), len(plan.run_ids(row, column))
+        few = few or have < FEWEST_SEEDS
         where = f"{plan.table.rows[row].label!r} at {plan.table.columns[column].label!r}"
         if not planned:
             yield f"{where} was not asked for"
         elif have < FEWEST_SEEDS:
             yield f"{where} has {have} of {max(planned, FEWEST_SEEDS)} seeds, and {FEWEST_SEEDS} are needed"
-    if question.form == "spread":
+    if question.form != "spread":
+        why = "" if few else untestable(parts(question.terms, measured, known), known, FEWEST_SEEDS)
+        if why:
+            yield f"{question.higher!r} and {question.lower!r} ({question.column}): {why}"
+    else:
         for sign in (1, -1):
             side = [measured.get((t.row, t.column)) for t in question.terms if t.sign == sign]
             found = sorted({one.precision for one in side if one and one.values})
@@ -258,15 +269,22 @@ def _lacking(plan: Plan, question: Question, measured: Samples) -> Iterator[str]
                 yield f"{label!r} has cells of different precision ({'; '.join(found)}), whose spreads are not pooled"
 
 
+def _ceiling(plan: Plan, row: int) -> bool:
+    """Whether a row reads true masks, and not by its spec, which may ask about its own ceilings."""
+    return row in plan.ceilings and not plan.table.rows[row].oracle
+
+
 def _as_measured(asked: Sequence[Question], measured: Samples) -> str:
-    """How many differences point the claimed way, for a table too small to decide."""
+    """How many differences point the claimed way over the seeds in common, for a table too small to decide."""
     sums = []
     for question in asked:
         if question.form == "spread":
             continue
         cells = [(measured.get((row, column)), sign) for row, column, sign in question.terms]
-        if all(one is not None and one.values for one, _ in cells):
-            sums.append(sum(sign * sum(one.values) / len(one.values) for one, sign in cells if one is not None))
+        there = [(one.by_seed, sign) for one, sign in cells if one is not None]
+        seeds = set.intersection(*(set(values) for values, _ in there)) if len(there) == len(cells) else set()
+        if seeds:
+            sums.append(sum(sign * values[seed] for values, sign in there for seed in seeds) / len(seeds))
     if not sums:
         return "nothing to compare has been measured yet"
     claimed = sum(total > asked[0].limit for total in sums)
@@ -277,7 +295,7 @@ def _said(
     plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples, comparisons: int, claim: Claim
 ) -> str:
     if not known.pools:
-        return "none: no cell has two seeds"
+        return "none: no two rows have two seeds in common"
     whose = "the paper's claims" if claim.source == "paper" else "our own claims"
     count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
     corrected = f"Holm's correction for {count} of {whose}"
@@ -292,7 +310,7 @@ def _said(
 
 
 def _spreads(plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples) -> Iterator[str]:
-    """Which standard deviations a claim's tests use."""
+    """Which standard deviations a claim's tests use, and what is paired."""
     cells = list(dict.fromkeys((term.row, term.column) for question in asked for term in question.terms))
     taken = {place: measured[place] for place in cells if place in measured}
     several = len({precision for _, precision in known.pools}) > 1
@@ -301,12 +319,13 @@ def _spreads(plan: Plan, known: Spread, asked: Sequence[Question], measured: Sam
             of = f" of the {' '.join(filter(None, reversed(read.split('/'))))} reading" if read else ""
             of += f" in {precision}" if several else ""
             yield (
-                f"one standard deviation{of}, {pool.sd:.2f} points, pooled within {pool.cells} "
-                f"cell{'s' if pool.cells != 1 else ''} ({pool.df} degrees of freedom; that cells share seeds is not "
-                "used)"
+                f"differences paired by seed, one standard deviation of them{of}, {pool.paired:.2f} points (√2 times "
+                f"the residual's of rows and seeds, pooled over {pool.cells} cells, {pool.df} degrees of freedom)"
             )
-    if any(_one_run(question, measured) for question in asked):
-        yield "rows that read the same runs are compared run by run, with the spread of these differences"
+    if any(len({term.column for term in question.terms}) > 1 for question in asked):
+        yield "seeds are paired within each column, and what two columns leave is taken as independent"
+    if any(_seed_by_seed(question, measured, known) for question in asked):
+        yield "two readings or precisions are compared seed by seed, with the spread of their own differences"
     table = plan.table
     apart = [
         f"{table.rows[row].label} at {table.columns[column].label} ({known.apart[one]:.1f})"
@@ -315,15 +334,15 @@ def _spreads(plan: Plan, known: Spread, asked: Sequence[Question], measured: Sam
     ]
     if apart:
         yield (
-            f"with standard deviations of their own, and Welch's degrees of freedom, for cells that spread more than "
-            f"the others (F test, 1 % over all cells): {', '.join(apart)}"
+            f"with the spread of their own differences, seed by seed, for cells that spread more than the others (F "
+            f"test, 1 % over all cells; standard deviation of a cell in brackets): {', '.join(apart)}"
         )
 
 
-def _one_run(question: Question, measured: Samples) -> bool:
-    """Whether a question compares two readings of one set of runs."""
+def _seed_by_seed(question: Question, measured: Samples, known: Spread) -> bool:
+    """Whether differences of a question have a spread of their own for another reason than a cell's spread."""
     found = {one for row, column, _ in question.terms if (one := measured.get((row, column))) and one.values}
-    return len({one.runs for one in found}) < len(found)
+    return not found & known.apart.keys() and len({one.pool for one in found}) > 1
 
 
 # The printed numbers

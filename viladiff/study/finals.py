@@ -47,6 +47,8 @@ class Contest:
     lower: str
     n: int
     difference: float
+    spread: float
+    """Standard deviation of the paired differences."""
     interval: tuple[float, float]
     """95 %, not corrected."""
     p: float
@@ -164,6 +166,7 @@ def _contest(
         b.label,
         len(d),
         mean,
+        error * math.sqrt(len(d)),
         (mean - half, mean + half),
         p,
         smallest_detectable(error, df, 2 * comparisons),  # one side of a two-sided test
@@ -187,6 +190,7 @@ def said(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[s
         verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[contest.outcome]
         yield (
             f"{contest.higher} against {contest.lower}: {contest.difference:+.2f} points [{low:+.2f}, {high:+.2f}], "
-            f"{verdict} (two-sided paired t over {contest.n} seeds, Holm p = {contest.p:.3f}; "
+            f"{verdict} (two-sided paired t over {contest.n} seeds, standard deviation of paired differences "
+            f"{contest.spread:.2f}, Holm p = {contest.p:.3f}; "
             f"a difference of {contest.detectable:.2f} would have been seen four times in five)"
         )

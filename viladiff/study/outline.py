@@ -11,6 +11,7 @@ from rich.table import Table as Grid
 from viladiff.study.estimate import estimate
 from viladiff.study.events import Settings
 from viladiff.study.plan import Plan, State, states
+from viladiff.study.spec import OWN_LISTS
 from viladiff.study.store import Store
 
 SIGNS: dict[State, str] = {
@@ -45,10 +46,12 @@ def outline(plan: Plan, store: Store, settings: Settings, out: Path, price: floa
     workers = max((run.workers for run in left), default=1)
     each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
     spread = "" if room else " of work, one run after another"
+    lists = {"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {}
     lines = {
         "cells": f"{guess.cells} with {guess.runs} different runs, of which {guess.done} are done",
         "to train": f"{len(left)} runs, {sum(run.steps for run in left):,} steps, {many}, "
         + (f"{workers} workers with {each}" if workers > 1 else each),
+        **lists,
         **({"GPUs": room.note} if room and room.note else {}),
         "time": f"{_span(guess.seconds)}{spread} ({guess.basis})",
         **({} if guess.cost is None else {"cost": f"{guess.cost:.2f}"}),

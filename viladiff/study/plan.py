@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from viladiff.record import RunRecord, write_atomically
 from viladiff.run_name import PLACES, arithmetic
 from viladiff.study.cells import cells, choose, unavailable
 from viladiff.study.published import Stated, stated
-from viladiff.study.spec import Table
+from viladiff.study.spec import ORACLE, Table
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
 
@@ -84,6 +85,17 @@ class Plan:
     def run_ids(self, row: int, column: int) -> tuple[str, ...]:
         """Runs of a cell, one a seed; a cell that was not asked for has none."""
         return tuple(cell.run_id for cell in self.cells if (cell.row, cell.column) == (row, column))
+
+    @cached_property
+    def ceilings(self) -> frozenset[int]:
+        """Rows whose runs read true masks of unlabelled images, by the spec or by the command line."""
+        read = {name for name, run in self.runs.items() if run.changed.get(ORACLE, "none") != "none"}
+        found = {cell.row for cell in self.cells if cell.run_id in read}
+        return frozenset(found | {row for row in self.rows if self.table.rows[row].oracle})
+
+    def by_seed(self, row: int, column: int) -> dict[int, str]:
+        """Runs of a cell by seed."""
+        return {cell.seed: cell.run_id for cell in self.cells if (cell.row, cell.column) == (row, column)}
 
     def default(self, changed: Mapping[str, Any], path: str) -> Any:
         """A field's value where a run with these changed fields does not set it; None where the plan has none."""
@@ -222,6 +234,7 @@ def _key(
         "datasets": size.datasets,
         "substitute": size.substitute,
         "threads": size.threads,
+        "split_per_seed": size.split_per_seed,
     }
     weights = {
         str(one["model.weights"]) for one in (table.base, size.set, *_sets(table), changes) if "model.weights" in one

@@ -1,4 +1,4 @@
-"""What was measured in a table's cells, and the tests that tell differences from the spread between seeds.
+"""What was measured in a table's cells, and what any test of it takes; ``viladiff.study.paired`` has the tests of rows.
 
 All numbers are in points: percent of mIoU and the like.
 """
@@ -6,7 +6,6 @@ All numbers are in points: percent of mIoU and the like.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 LEVEL = 0.05
 """Chance, in each direction, of any wrong decision among all claims of one source."""
 POWER = 0.8
-APART = 0.01
-"""Chance that any cell is set apart for its spread though all spread alike."""
 
 Records = Mapping[str, "RunRecord"]
 """Finished runs by name."""
@@ -42,6 +39,8 @@ class Sample(NamedTuple):
     """Points, one a finished run."""
     runs: tuple[str, ...]
     """Their names."""
+    seeds: tuple[int, ...]
+    """Their seeds."""
     read: str = ""
     """Which of their scores it is, where not that of the headline: cells with the same runs and this are one sample."""
     precision: str = ""
@@ -52,38 +51,20 @@ class Sample(NamedTuple):
         """Cells that differ in this have no variance in common."""
         return self.read, self.precision
 
+    @property
+    def by_seed(self) -> dict[int, float]:
+        return dict(zip(self.seeds, self.values, strict=True))
+
 
 Samples = dict[tuple[int, int], Sample]
 
 
 class Pool(NamedTuple):
-    """The standard deviation between seeds, taken as one for all its cells."""
+    """The standard deviation within cells, taken as one for all of them."""
 
     sd: float
     df: int
     cells: int
-
-
-class Spread(NamedTuple):
-    """What is known of the variance between seeds."""
-
-    pools: dict[tuple[str, str], Pool]
-    """One for each reading of the networks, and each precision, that some cell with two seeds has, by ``Sample.pool``.
-    """
-    apart: dict[Sample, float]
-    """Cells that spread more than a pool explains, in none, and their own standard deviations."""
-
-
-class Tested(NamedTuple):
-    difference: float
-    error: float
-    """Standard error of the difference."""
-    df: float
-    """Degrees of freedom of that error."""
-    p: float
-    p_reversed: float
-    apart: bool
-    """Whether a cell that is set apart takes part."""
 
 
 class Ratio(NamedTuple):
@@ -128,17 +109,18 @@ def samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
         spec = plan.table.rows[row]
         read = f"{spec.network}/{spec.stream}" if spec.network or spec.stream else ""
         for column in plan.columns:
-            names = [name for name in plan.run_ids(row, column) if name in records]
+            names = {name: seed for seed, name in plan.by_seed(row, column).items() if name in records}
             scores = {name: score(records[name], metric, spec.network, spec.stream) for name in names}
             kept = {name: value for name, value in scores.items() if value is not None}
             cell = f"{spec.label!r} at {plan.table.columns[column].label!r}"
             precision = one_precision((records[name] for name in kept), cell)
-            found[row, column] = Sample(tuple(kept.values()), tuple(kept), read, precision)
+            seeds = tuple(names[name] for name in kept)
+            found[row, column] = Sample(tuple(kept.values()), tuple(kept), seeds, read, precision)
     return found
 
 
 def pooled(measured: Iterable[Sample]) -> Pool | None:
-    """One variance for all cells with two seeds or more: summed squares over summed degrees of freedom.
+    """One variance within cells of two seeds or more: summed squares over summed degrees of freedom.
 
     Cells that are one sample count once. None where no cell has two seeds. ValueError for cells of two precisions.
     """
@@ -150,94 +132,13 @@ def pooled(measured: Iterable[Sample]) -> Pool | None:
     df = sum(len(one.values) - 1 for one in unique)
     if df == 0:
         return None
-    return Pool(math.sqrt(sum(_squares(one.values) for one in unique) / df), df, len(unique))
+    return Pool(math.sqrt(sum(sum_of_squares(one.values) for one in unique) / df), df, len(unique))
 
 
-def spread(measured: Samples) -> Spread:
-    """A pool of all cells that read their networks alike, of one precision, less those of too large a variance.
-
-    The cell with the largest variance is set apart while an F test of it against the pool of the others gives p below
-    1 % / the number of cells; the next largest is then asked. A run that reads 40 once and 6 twice would otherwise hide
-    every other difference of its table, and lend its own a certainty that three such numbers do not have.
-    """
-    by_pool: dict[tuple[str, str], list[Sample]] = defaultdict(list)
-    for one in dict.fromkeys(measured.values()):
-        if len(one.values) >= 2:
-            by_pool[one.pool].append(one)
-    pools: dict[tuple[str, str], Pool] = {}
-    apart: dict[Sample, float] = {}
-    for key, cells in by_pool.items():
-        wild = _wild(cells)
-        pool = pooled(one for one in cells if one not in wild)
-        if pool is not None:
-            pools[key] = pool
-        apart |= {one: math.sqrt(_squares(one.values) / (len(one.values) - 1)) for one in wild}
-    return Spread(pools, apart)
-
-
-def _wild(cells: Sequence[Sample]) -> list[Sample]:
-    from scipy import stats
-
-    kept, wild = sorted(cells, key=lambda one: _squares(one.values) / (len(one.values) - 1)), []
-    while len(kept) > 2:
-        top, rest = kept[-1], pooled(kept[:-1])
-        df = len(top.values) - 1
-        if rest is None or rest.sd == 0:
-            break
-        if len(cells) * stats.f.sf(_squares(top.values) / df / rest.sd**2, df, rest.df) >= APART:
-            break
-        wild.append(kept.pop())
-    return wild
-
-
-def _squares(values: Sequence[float]) -> float:
+def sum_of_squares(values: Sequence[float]) -> float:
+    """About their mean."""
     mean = sum(values) / len(values)
     return sum((x - mean) ** 2 for x in values)
-
-
-def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: Spread) -> Tested:
-    """Whether a sum of signed cell means is above minus the tolerance.
-
-    t = (sum + tolerance) / error. The error's square is sd² Σ(sign² / n) over cells of a pool with standard deviation
-    sd, n runs in a cell; a cell that is set apart adds its own variance / n; cells that read the same runs are summed
-    run by run first, and add the variance of these sums / n, since what a seed does to one it does to the other. Where
-    more than one of these estimates takes part, degrees of freedom are Welch's and Satterthwaite's. A cell that stands
-    on both sides cancels. Where the error is 0, a p value is 0 or 1.
-
-    Raises ValueError where cells share a single run.
-    """
-    from scipy import stats
-
-    by_runs: dict[tuple[str, ...], dict[Sample, float]] = defaultdict(lambda: defaultdict(float))
-    for row, column, sign in terms:
-        by_runs[measured[row, column].runs][measured[row, column]] += sign
-    difference, apart = 0.0, False
-    parts: dict[object, float] = defaultdict(float)  # by estimate of a variance: its share of the error's square
-    freedom: dict[object, int] = {}
-    for runs, cells in by_runs.items():
-        kept = {one: weight for one, weight in cells.items() if weight}
-        if not kept:
-            continue
-        n = len(runs)
-        sums = [sum(weight * one.values[i] for one, weight in kept.items()) for i in range(n)]
-        difference += sum(sums) / n
-        first = next(iter(kept))
-        apart = apart or any(one in known.apart for one in kept)
-        if len(kept) > 1 or first in known.apart:
-            if n < 2:
-                raise ValueError(f"rows that read the same runs take two of them to compare, and there is {runs}")
-            parts[runs], freedom[runs] = _squares(sums) / (n - 1) / n, n - 1
-        else:
-            pool = known.pools[first.pool]
-            parts[first.pool] += pool.sd**2 * kept[first] ** 2 / n
-            freedom[first.pool] = pool.df
-    square, beyond = sum(parts.values()), difference + tolerance
-    if square == 0:
-        return Tested(difference, 0.0, 1.0, float(beyond <= 0), float(beyond >= 0), apart)
-    error = math.sqrt(square)
-    df = square**2 / sum(part**2 / freedom[key] for key, part in parts.items())
-    t = beyond / error
-    return Tested(difference, error, df, float(stats.t.sf(t, df)), float(stats.t.cdf(t, df)), apart)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -252,6 +153,8 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 def f_test(above: Sequence[Sample], below: Sequence[Sample]) -> Ratio:
     """Whether seeds spread more in some cells than in others: an F test of variances pooled within the cells of a side.
+
+    Of sides that have the same seeds it is on the safe side: what a seed does to both brings their variances nearer.
 
     Raises ValueError where a side has no cell with two seeds, or cells of different precision.
     """

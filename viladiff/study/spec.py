@@ -79,6 +79,11 @@ AMONG = ("best_row", "worst_rows", "differs")
 """Kinds that compare with all other rows, or with those in ``among``."""
 
 
+ORACLE = "method.pseudo.oracle"
+OWN_LISTS = "each seed draws its own labelled images, the same for all rows (data.split_seed)"
+"""What a scale's ``split_per_seed`` means, in words."""
+
+
 class Strict(Section):
     """No number from text, no number from true, no text from numbers."""
 
@@ -97,6 +102,9 @@ class Scale(Strict):
     """Whether cells take what their methods' publications set for the data set, where neither column nor row does."""
     seeds: Seeds | None = None
     """None takes the table's."""
+    split_per_seed: bool = False
+    """Whether each seed draws its own labelled list, the same for all rows (``data.split_seed`` is the seed, added to
+    what a cell sets there); on embedded data alone, since other data sets have published lists."""
     rows: tuple[str, ...] = ()
     """Labels of those that are run when none are named, and so for columns; empty for all."""
     columns: tuple[str, ...] = ()
@@ -134,9 +142,16 @@ class Row(Strict):
     """Whose scores are read from the row's runs; empty for the one that a run names itself."""
     stream: str = ""
     """Likewise."""
+    scales: tuple[str, ...] = ()
+    """Scales that run it when no rows are named; empty for all."""
     requires: str = ""
     """A field that has to be given before the row can be run, such as a file; until then its cells say so."""
     note: str = ""
+
+    @property
+    def oracle(self) -> bool:
+        """Whether its runs read true masks of unlabelled images: a ceiling, and no result of a method."""
+        return self.set.get(ORACLE, "none") != "none"
 
 
 class Claim(Strict):
@@ -165,6 +180,8 @@ class Table(Strict):
     title: str
     metric: Literal["miou"] = "miou"
     select: Literal["last"] = "last"
+    chooses: bool = False
+    """Whether settings are chosen by its scores: none of its runs may read the images that results are quoted from."""
     seeds: Seeds = (0, 1, 2)
     base: dict[str, Any] = Field(default_factory=dict)
     scale: dict[str, Scale] = Field(min_length=1)
@@ -221,7 +238,7 @@ def load_table(path: Path | str) -> Table:
         except ValidationError as error:
             faults = [sentence(item, tree, Table, SECTIONS) for item in error.errors(include_url=False)]
         else:
-            kinds = (_label_faults, _row_faults, _scale_faults, _set_faults, _claim_faults)
+            kinds = (_label_faults, _row_faults, _scale_faults, _set_faults, _claim_faults, _oracle_faults)
             faults = [fault for kind in kinds for fault in kind(table)]
     if faults:
         raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
@@ -267,6 +284,11 @@ def _row_faults(table: Table) -> Iterator[str]:
 def _scale_faults(table: Table) -> Iterator[str]:
     """Labels and replaced values that the table does not have."""
     rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
+    for i, row in enumerate(table.rows):
+        for name in row.scales:
+            if name not in table.scale:
+                allowed = f"allowed: {', '.join(table.scale)}{nearest(name, table.scale)}"
+                yield f"{entry_name('rows', i, row.label)}: scales = {name!r}: {allowed}"
     own = {"reference": table.reference, "headline": table.headline, "supervised": table.supervised}
     asked = [(f"{name} = {label!r}", label, rows) for name, label in own.items() if label]
     for name, one in table.scale.items():
@@ -300,6 +322,7 @@ def _set_faults(table: Table) -> Iterator[str]:
                 yield f'{here}: write the whole path in quotes, as in "{path}.{next(iter(value), "field")}" = ...'
             elif not _PATH.fullmatch(path):
                 yield f"{here}: not a dotted path such as 'train.steps'"
+    yield from published_lists(table.scale)
     for name, one in table.scale.items():
         if one.threads is not None and "runtime.threads" in one.set:
             also = one.set["runtime.threads"]
@@ -311,6 +334,16 @@ def _set_faults(table: Table) -> Iterator[str]:
                     f"scale.{name}: datasets = {one.datasets}: does not say what becomes of {asked!r}, "
                     f"which {entry} asks for{nearest(str(asked), one.datasets)}"
                 )
+
+
+def published_lists(scales: Mapping[str, Scale]) -> Iterator[str]:
+    """A fault for a scale of the paper's own data whose seeds draw lists of their own."""
+    for name, one in scales.items():
+        if one.split_per_seed and name == "paper":
+            yield (
+                f"scale.{name}: split_per_seed = true: the paper's lists are published, so that all seeds train on "
+                "them; allowed at scales of embedded data; leave it out"
+            )
 
 
 def _claim_faults(table: Table) -> Iterator[str]:
@@ -337,3 +370,26 @@ def _claim_faults(table: Table) -> Iterator[str]:
             yield f"{entry}: tolerance = {claim.tolerance:g} and margin = {claim.margin:g}: keep one"
         if claim.kind in ("less_stable", "differs") and (claim.tolerance or claim.margin):
             yield f"{entry}: {claim.kind} takes neither tolerance nor margin"
+
+
+def _oracle_faults(table: Table) -> Iterator[str]:
+    """Rows that read true masks and do not say so, and claims that would rank them among methods."""
+    scales = [Layer(f"scale.{name}", {**one.set, **one.shared_method_fields}) for name, one in table.scale.items()]
+    columns = [Layer(entry_name("columns", i, one.label), one.set) for i, one in enumerate(table.columns)]
+    for entry, fields in (Layer("base", table.base), *scales, *columns):
+        if fields.get(ORACLE, "none") != "none":
+            yield f"{entry}: {ORACLE} = {fields[ORACLE]!r}: set it in a row with control = true, which is a ceiling"
+    ceilings = {row.label for row in table.rows if row.oracle}
+    for i, row in enumerate(table.rows):
+        if row.oracle and not row.control:
+            yield f"{entry_name('rows', i, row.label)}: {ORACLE} = {row.set[ORACLE]!r}: takes control = true"
+    for name, label in (("reference", table.reference), ("headline", table.headline), ("supervised", table.supervised)):
+        if label in ceilings:
+            yield f"{name} = {label!r}: a row that reads true masks ({ORACLE}) is a ceiling; name another"
+    for i, claim in enumerate(table.claims):
+        for label in (*claim.rows, *claim.among):
+            if label in ceilings and (claim.source == "paper" or claim.kind in (*AMONG, "superset_increases")):
+                yield (
+                    f"{entry_name('claims', i, claim.text)}: {label!r} reads true masks ({ORACLE}): a ceiling is in "
+                    "no ranking; leave it out, or ask source = 'ours' with kind = 'higher'"
+                )

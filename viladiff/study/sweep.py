@@ -15,9 +15,10 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from viladiff.fields import ConfigError, nearest
 from viladiff.run_name import arithmetic
+from viladiff.study.cells import check_lists, embedded, list_of_seed
 from viladiff.study.plan import Planned
 from viladiff.study.space import Dimension, Point, Value, edges, strays
-from viladiff.study.spec import RESERVED, Printed, Scale, Seeds, Strict
+from viladiff.study.spec import RESERVED, Printed, Scale, Seeds, Strict, published_lists
 from viladiff.study.toml_file import read_toml, sentence, strange_values
 
 Select = Literal["holdout", "val"]
@@ -27,6 +28,7 @@ FRESH_TO_CHOOSE = 3
 """Fewest seeds that a winner is chosen with, where nothing is quoted (``finals_split = "dev"``)."""
 OURS = {
     "data.holdout": "it is the sweep's own holdout",
+    "method.pseudo.oracle": "it reads true masks of unlabelled images: a ceiling is no method to be tuned",
     "eval.split": "the sweep chooses on what it holds out; --select val reads the reported set and the page says it",
     "eval.every_steps": "it follows from the rungs",
     "eval.every_epochs": "it follows from the rungs",
@@ -132,6 +134,7 @@ def _faults(sweep: Sweep) -> Iterator[str]:
                 yield f"{entry}: {path} = {value!r}: not set here: {OURS[path]}"
             elif isinstance(value, dict):
                 yield f'{entry}: {path} = {value!r}: write the whole path in quotes, as in "{path}.field" = ...'
+    yield from published_lists(sweep.scale)
     for name, one in sweep.scale.items():
         if one.shared_method_fields:
             fields = one.shared_method_fields
@@ -172,10 +175,16 @@ def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Selec
     """What every run of the search has: base, scale, command line, and what it is scored on; not the point or seed.
 
     A run of the search is scored at each rung and at the end on images that it does not train on and that no result
-    is read from: ``dev`` of an embedded data set, else labelled images that are held out. Raises
-    ValueError for an unknown scale, and for a field that is not to be set here.
+    is read from: ``dev`` of an embedded data set, else labelled images that are held out. ``select`` val is for data
+    in files alone: on embedded data it would be ``test``. Raises ValueError for that, for an unknown scale, and for a
+    field that is not to be set here.
     """
     fixed = common(sweep, scale, typed)
+    if select == "val" and embedded(fixed):
+        raise ValueError(
+            f"--select val: trials on {fixed.get('data.dataset', 'digits')!r} are scored on dev, and never on test, "
+            "which finals alone read; leave it out"
+        )
     steps = rung_steps(sweep, fixed)
     chosen: dict[str, object] = {"eval.every_steps": math.gcd(*steps), "eval.boundary": False}
     if select == "holdout":
@@ -218,13 +227,6 @@ def choosing_images(sweep: Sweep, scale: str) -> str:
     return f"{sweep.holdout:.0%} of the labelled images"
 
 
-def embedded(fixed: Mapping[str, object]) -> bool:
-    """Whether these runs are on an embedded data set, which has parts ``dev`` and ``test``."""
-    from viladiff.sections import DATASETS, EmbeddedData
-
-    return issubclass(DATASETS.get(str(fixed.get("data.dataset", "digits")), object), EmbeddedData)
-
-
 def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
     """Steps of the rungs, the last one the full length. Raises ValueError where they are no steps of their own."""
     text = str(fixed.get("train.steps"))
@@ -249,6 +251,8 @@ def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, s
     from viladiff.config import RunConfig, override
 
     fixed = changes(sweep, scale, typed or {}, select)
+    if sweep.scale[scale].split_per_seed:
+        check_lists(f"sweep_{sweep.name}.toml: scale.{scale}", fixed)
     faults: dict[str, None] = {}
     try:
         override(RunConfig(), {**fixed, **sweep.initial_point})
@@ -298,6 +302,7 @@ class Namer:
 
     def __init__(self, sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select, workers: int = 1) -> None:
         self.sweep, self.workers = sweep, workers
+        self.own_lists = sweep.scale[scale].split_per_seed if scale in sweep.scale else False
         self.common = {**common(sweep, scale, typed), "runtime.workers": workers}
         self.fixed = {**changes(sweep, scale, typed, select), "runtime.workers": workers}
         self.steps = rung_steps(sweep, self.fixed)
@@ -305,12 +310,20 @@ class Namer:
 
     def planned(self, point: Point, seed: int, title: str = "") -> Planned:
         """The run of a point under a seed; loads torch. Raises ValueError for a point that cannot be run."""
-        return self._named({**self.fixed, **point, "seed": seed}, title)
+        found = self._named({**self.fixed, **point, **self._seeded(point, seed)}, title)
+        if found.changed.get("eval.split") == "test":
+            raise ValueError("eval.split = 'test': a trial is never scored on the images that finals are quoted from")
+        return found
 
     def final(self, point: Point, seed: int, title: str = "") -> Planned:
         """The run that a point is quoted from: the full labelled list, scored on the reported set; or, with
         ``finals_split = "dev"``, chosen from: scored as a trial is."""
-        return self._named({**self.common, **point, "seed": seed}, title)
+        return self._named({**self.common, **point, **self._seeded(point, seed)}, title)
+
+    def _seeded(self, point: Point, seed: int) -> dict[str, object]:
+        """What a seed sets: with the scale's ``split_per_seed`` the labelled list too, the same for all points."""
+        drawn = list_of_seed({**self.common, **point}, seed) if self.own_lists else {}
+        return {"seed": seed, **drawn}
 
     def _named(self, given: dict[str, object], title: str) -> Planned:
         from viladiff.config import RunConfig, changed, override, run_id

@@ -97,7 +97,7 @@ def _check_publishing(args: argparse.Namespace) -> None:
     """ValueError for what would make the published sweep another one than its file says."""
     others = [name for name in ("changes", "seeds", "out", "no_finals") if getattr(args, name)]
     wrong = [f"--{others[0].replace('_', '-')}"] if others else []
-    wrong += [f"--scale {args.scale}"] * (args.scale != "digits") + ["--select val"] * (args.select == "val")
+    wrong += [f"--scale {args.scale}"] * (args.scale != "digits")
     if args.publish and wrong:
         raise ValueError(f"--publish {wrong[0]}: a published page is of the sweep as its file has it, --scale digits")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from viladiff.study.finals import Finalist, chosen, said
 from viladiff.study.plan import Planned
+from viladiff.study.spec import OWN_LISTS
 from viladiff.study.sweep import choosing_images
 from viladiff.study.sweep_job import Job
 from viladiff.study.sweeps import command, toml
@@ -46,6 +47,7 @@ def outline(job: Job) -> list[str]:
         "chosen by": f"{choosing_images(job.sweep, job.scale)}, which no trial trains on"
         if job.args.select == "holdout"
         else "THE REPORTED VALIDATION SET (--select val): what is found there is too good",
+        **({"labelled": OWN_LISTS.replace("rows", "points")} if size.split_per_seed else {}),
         "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
         f"{job.args.scheduler}{stops}",
         "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on "
