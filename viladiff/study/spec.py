@@ -97,6 +97,8 @@ class Scale(Strict):
     """Whether cells take what their methods' publications set for the data set, where neither column nor row does."""
     seeds: Seeds | None = None
     """None takes the table's."""
+    published_runs: str = ""
+    """Another scale of the table, whose committed records are shown beside the runs of this one; empty for none."""
     rows: tuple[str, ...] = ()
     """Labels of those that are run when none are named, and so for columns; empty for all."""
     columns: tuple[str, ...] = ()
@@ -159,6 +161,19 @@ class Claim(Strict):
     """Points by which the higher side has to be above."""
 
 
+class Criterion(Strict):
+    """What runs of a scale with ``published_runs`` are to reach, measured against the published ones."""
+
+    row: str = Field(min_length=1)
+    """Label."""
+    above: str = ""
+    """Label of the row that it is to be above."""
+    deviations: float | None = Field(None, gt=0)
+    """By so many standard deviations over seeds of the published runs of both rows."""
+    points: float | None = Field(None, gt=0)
+    """Most points between its mean and the published one."""
+
+
 class Table(Strict):
     name: str
     """The file's stem."""
@@ -171,6 +186,7 @@ class Table(Strict):
     columns: tuple[Column, ...] = Field(min_length=1)
     rows: tuple[Row, ...] = Field(min_length=1)
     claims: tuple[Claim, ...] = ()
+    criteria: tuple[Criterion, ...] = ()
     notes: tuple[str, ...] = ()
     reference: str = ""
     """Label of the row that differences are taken to; empty for the first."""
@@ -220,7 +236,7 @@ def load_table(path: Path | str) -> Table:
         except ValidationError as error:
             faults = [sentence(item, tree, Table, SECTIONS) for item in error.errors(include_url=False)]
         else:
-            kinds = (_label_faults, _row_faults, _scale_faults, _set_faults, _claim_faults)
+            kinds = (_label_faults, _row_faults, _scale_faults, _beside_faults, _set_faults, _claim_faults)
             faults = [fault for kind in kinds for fault in kind(table)]
     if faults:
         raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
@@ -232,7 +248,13 @@ def _unknown_at_top(tree: Mapping[str, Any]) -> Iterator[str]:
         yield f"name = {tree['name']!r}: a table is named by its file; remove the line"
 
 
-SECTIONS: dict[str, type[Section]] = {"scale": Scale, "columns": Column, "rows": Row, "claims": Claim}
+SECTIONS: dict[str, type[Section]] = {
+    "scale": Scale,
+    "columns": Column,
+    "rows": Row,
+    "claims": Claim,
+    "criteria": Criterion,
+}
 
 
 def _label_faults(table: Table) -> Iterator[str]:
@@ -278,6 +300,29 @@ def _scale_faults(table: Table) -> Iterator[str]:
     for name, one in table.scale.items():
         for key in one.substitute.keys() - there:
             yield f"scale.{name}: substitute: {key!r}: nothing in the table sets this{nearest(key, there)}"
+
+
+def _beside_faults(table: Table) -> Iterator[str]:
+    """Scales and rows of what is compared with published runs."""
+    for name, one in table.scale.items():
+        other, here = one.published_runs, f"scale.{name}: published_runs = {one.published_runs!r}"
+        if other and other not in table.scale:
+            yield f"{here}: no such scale{nearest(other, table.scale)}. Allowed: {', '.join(table.scale)}"
+        elif other and (other == name or table.scale[other].published_runs):
+            why = "the scale itself" if other == name else "a scale that shows published runs itself"
+            yield f"{here}: {why}; name the scale that --publish runs at, such as 'digits'"
+    labels = [row.label for row in table.rows]
+    for i, wanted in enumerate(table.criteria):
+        entry = entry_name("criteria", i, wanted.row)
+        for key, label in (("row", wanted.row), ("above", wanted.above)):
+            if label and label not in labels:
+                yield f"{entry}: {key} = {label!r}: no such label{nearest(label, labels) or '.'} {listed(labels)}"
+        if (wanted.deviations is None) == (wanted.points is None):
+            yield f"{entry}: deviations = {wanted.deviations}, points = {wanted.points}: give one of the two"
+        elif (wanted.deviations is None) != (not wanted.above) or wanted.above == wanted.row:
+            yield f"{entry}: above = {wanted.above!r}: another row where deviations is given, and none where points is"
+    if table.criteria and not any(one.published_runs for one in table.scale.values()):
+        yield "criteria: no scale has published_runs, which they are measured against"
 
 
 def _set_faults(table: Table) -> Iterator[str]:
