@@ -14,7 +14,7 @@ from viladiff.report import provenance
 from viladiff.report.long import long
 from viladiff.report.plain import latex, markdown, paper_text, pipes, signed
 from viladiff.report.provenance import Origin
-from viladiff.report.tables import Difference, Results, Summary, difference, finding, number, printed, summary
+from viladiff.report.tables import Difference, Results, Summary, difference, finding, number, printed, summary, swapped
 from viladiff.study.spec import Criterion
 
 HEADING = "Paper, published runs, this machine"
@@ -121,37 +121,40 @@ def _number(results: Results, row: int, reference: int, column: int) -> Number:
 
 
 def sentence(both: Beside) -> str:
-    """The page's first: the published numbers, then this machine's, then the paper's, each against the reference."""
-    said = [f"In the published runs {_lowered(finding(both.published))}" if both.any_published else NO_RECORDS]
-    said.append(f"On this machine {_lowered(finding(both.here))}")
-    return " ".join([*said, *_paper(both)])
+    """The page's first: the published numbers, then this machine's; the paper's differences stand beside the first."""
+    if not both.any_published:
+        return f"{NO_RECORDS} On this machine {_reached(both, both.here, True)}"
+    published, here = _reached(both, both.published, True), _reached(both, both.here, False)
+    return f"In the published runs {published} On this machine {here}"
 
 
-def _lowered(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _reached(both: Beside, results: Results, with_paper: bool) -> str:
+    """Where the headline's row ends, and against the reference; a sentence without its beginning."""
+    table, row, base = both.here.plan.table, both.published.headline, both.published.reference
+    said = []
+    for column in results.plan.columns:
+        there = _number(results, row, base, column)
+        if there.found.mean is not None:
+            where = f"{there.found} on {table.columns[column].label}"
+            apart = "" if there.gap is None else f", {_against(there.gap.mean)} {table.rows[base].label}"
+            paper = _cell(both, row, column).paper_gap
+            note = f" (paper: {_against(paper)})" if with_paper and paper is not None else ""
+            said.append(where + apart + note)
+    if not said:
+        return finding(results)[:1].lower() + finding(results)[1:]
+    return f"{table.rows[row].label} (row {number(both.here, row)}) reaches {'; '.join(said)}."
 
 
-def _paper(both: Beside) -> Iterator[str]:
-    """How far the paper has the headline's row above the reference."""
-    row, base = both.published.headline, both.published.reference
-    table = both.here.plan.table
-    parts = []
-    for column in both.columns:
-        own, other = printed(both.here, row, column), printed(both.here, base, column)
-        if row != base and isinstance(own, float | int) and isinstance(other, float | int):
-            parts.append(f"{signed(own - other)} on {table.columns[column].label}")
-    if parts:
-        yield f"The paper has {table.rows[row].label} at {' and '.join(parts)}, against {table.rows[base].label}."
+def _against(gap: float) -> str:
+    return "level with" if abs(gap) < 0.05 else f"{abs(gap):.1f} {'above' if gap > 0 else 'below'}"
 
 
 def sources(both: Beside) -> list[tuple[str, str]]:
     """Each of the three with what its numbers are of."""
-    table = both.here.plan.table
-    size = table.scale[both.here.plan.scale]
-    data = " and ".join(sorted({str(one.set.get("data.dataset", "")) for one in table.columns} - {""}))
-    stand = " and ".join(dict.fromkeys(size.datasets.values()))
-    paper = f"as printed{f', on {data}' if data else ''}"
-    paper += f"; the other two are on {stand}, so compare differences and not levels" if stand else ""
+    pairs = dict.fromkeys(filter(None, (swapped(both.here, column) for column in both.columns)))
+    paper = f"as printed, on {' and '.join(asked for asked, _ in pairs)}" if pairs else "as printed"
+    stand = " and ".join(ours for _, ours in pairs)
+    paper += f"; the other two are on {stand}, so compare differences, not levels" if stand else ""
     records = len(both.published.records())
     every = sum(both.published.counts().values())
     published = f"{records} of {every} runs of scale {both.published.plan.scale}, from committed records"
@@ -203,7 +206,7 @@ def _apart(both: Beside, one: Criterion, row: int, column: int) -> Judged:
     """Whether a row's mean is near the published one."""
     table = both.here.plan.table
     mine, theirs = (summary(side.at(row, column), table.metric).mean for side in (both.here, both.published))
-    said = f"{one.row} is within {one.points:g} points of its published value on {table.columns[column].label}"
+    said = f"{one.row} within {one.points:g} points of its published value, {table.columns[column].label}"
     if mine is None or theirs is None:
         return Judged("not decided", f"{said}: {_lacking(mine is None, theirs is None)}.")
     assert one.points is not None
@@ -217,15 +220,15 @@ def _above(both: Beside, one: Criterion, row: int, other: int, column: int) -> J
     table = both.here.plan.table
     found, base = (summary(both.here.at(place, column), table.metric) for place in (row, other))
     gap, spread = difference(found, base), pooled_spread(both.published, (row, other), column)
-    where = f"{one.above} on {table.columns[column].label}"
-    said = f"{one.row} is at least {one.deviations:g} standard deviations of the published runs above {where}"
+    where = f"{one.above} by {one.deviations:g} standard deviations of the published runs"
+    said = f"{one.row} above {where}, {table.columns[column].label}"
     if gap is None or spread is None:
         seen = "" if gap is None else f"; the difference here is {signed(gap.mean)} points"
         lacking = _lacking(gap is None, spread is None, "no published record of two seeds")
         return Judged("not decided", f"{said}: {lacking}{seen}.")
     assert one.deviations is not None
     least = one.deviations * spread
-    why = f"{signed(gap.mean)} points here, {one.deviations:g} × {spread:.2f} = {least:.2f} are asked for"
+    why = f"{signed(gap.mean)} points here, at least {one.deviations:g} × {spread:.2f} = {least:.2f} wanted"
     return Judged("holds" if gap.mean >= least else "fails", f"{said}: {why}.")
 
 
@@ -325,7 +328,9 @@ def to_terminal(both: Beside) -> str:
         for row in grid
     ]
     judged = [f"{one.verdict}: {one.text}" for one in criteria(both)]
-    return "\n".join([*(row.rstrip() for row in rows), "", *judged])
+    mark = [f"{RECORDS}: not trained at this scale; the published number stands for it"]
+    mark = mark if any(RECORDS in texts for texts in grid) else []
+    return "\n".join([*(row.rstrip() for row in rows), *mark, "", *judged])
 
 
 def shared(both: Beside) -> list[provenance.Fact]:
