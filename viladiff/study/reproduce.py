@@ -57,7 +57,8 @@ def reproduce(args: argparse.Namespace) -> int:
     cache = storage / "plans"
     plan = make_plan(table, args.scale, seeds=[args.seed], rows=args.rows, columns=args.columns, cache=cache)
     committed = Store(storage / "nothing", [drive.ROOT / "reports" / "published"])
-    records = {name: record for name, record in committed.records().items() if name in plan.runs}
+    there = committed.records()
+    records = {name: there[name] for name in plan.runs if name in there}
     lacking = [Compared("not decided", text) for text in _lacking(plan, committed)]
     if args.dry_run or not records:
         for text in [*(one.text for one in lacking), *_outline(plan, records, storage)]:
