@@ -308,7 +308,7 @@ def _beside_faults(table: Table) -> Iterator[str]:
         other, here = one.published_runs, f"scale.{name}: published_runs = {one.published_runs!r}"
         if other and other not in table.scale:
             yield f"{here}: no such scale{nearest(other, table.scale)}. Allowed: {', '.join(table.scale)}"
-        elif other and (other == name or table.scale[other].published_runs):
+        elif other and table.scale[other].published_runs:
             why = "the scale itself" if other == name else "a scale that shows published runs itself"
             yield f"{here}: {why}; name the scale that --publish runs at, such as 'digits'"
     labels = [row.label for row in table.rows]
