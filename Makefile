@@ -7,7 +7,7 @@ ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 test lint bench records published
+.PHONY: help setup table5 reproduce test lint bench records published
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ setup: ## make .venv and install into it (says how much; nothing to do the secon
 
 table5: setup ## set up, then the main job: Table 5 on the embedded data set, in minutes (ARGS="--scale digits")
 	$(bin)/python ablations/run_table5.py $(ARGS)
+
+reproduce: setup ## train rows 1 and 8 of the published Table 5 anew and compare with their records (ARGS="--dry-run")
+	$(bin)/python scripts/reproduce.py $(ARGS)
 
 test: setup lint ## set up, then lint and tests
 	$(one_thread) $(bin)/python -m pytest -n 2 $(PYTEST_ARGS)

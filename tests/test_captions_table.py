@@ -17,7 +17,8 @@ from viladiff.study.cells import cells
 from viladiff.study.claims import judge
 from viladiff.study.plan import Plan, Planned, PlannedCell
 from viladiff.study.questions import questions
-from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
+from viladiff.study.spec import Claim, Column, Row, Scale, Table
+from viladiff.study.spec_file import load_table
 from viladiff.study.store import Store
 
 ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"

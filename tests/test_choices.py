@@ -18,7 +18,8 @@ from viladiff.study.cells import cells
 from viladiff.study.claims import judge
 from viladiff.study.plan import Plan, Planned, PlannedCell
 from viladiff.study.printed import Inconsistency
-from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
+from viladiff.study.spec import Claim, Column, Row, Scale, Table
+from viladiff.study.spec_file import load_table
 from viladiff.study.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent

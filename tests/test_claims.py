@@ -28,7 +28,8 @@ from viladiff.study.samples import (
     samples,
     smallest_detectable,
 )
-from viladiff.study.spec import Claim, Column, Row, Scale, Table, load_table
+from viladiff.study.spec import Claim, Column, Row, Scale, Table
+from viladiff.study.spec_file import load_table
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = made("supervised-92-0")

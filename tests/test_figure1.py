@@ -29,7 +29,8 @@ from viladiff.runs import finished, text_dim, trained_method
 from viladiff.study.cells import cells
 from viladiff.study.drive import Job, write
 from viladiff.study.plan import Plan, make_plan
-from viladiff.study.spec import Table, load_table
+from viladiff.study.spec import Table
+from viladiff.study.spec_file import load_table
 from viladiff.study.store import Store
 from viladiff.train import fit
 

@@ -16,7 +16,8 @@ from viladiff.study.claims import judge
 from viladiff.study.drive import main
 from viladiff.study.plan import Plan, Planned, PlannedCell
 from viladiff.study.questions import questions
-from viladiff.study.spec import OWN_LISTS, load_table
+from viladiff.study.spec import OWN_LISTS
+from viladiff.study.spec_file import load_table
 from viladiff.study.store import Store
 from viladiff.study.sweep import Namer, Sweep, changes, check, load_sweep
 

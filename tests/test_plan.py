@@ -22,7 +22,8 @@ from viladiff.record import RunRecord, save_record
 from viladiff.study import plan as plans
 from viladiff.study.estimate import estimate
 from viladiff.study.plan import Plan, Planned, make_plan, states
-from viladiff.study.spec import Table, load_table
+from viladiff.study.spec import Table
+from viladiff.study.spec_file import load_table
 from viladiff.study.store import Failure, Store
 from viladiff.train import Run
 
@@ -343,7 +344,7 @@ def test_a_kept_plan_needs_no_torch_and_little_time(
     monkeypatch.setattr(plans, "_make", lambda *_: (plans._Kept(made.cells, tuple(made.runs.values())), True))
     make_plan(table(tmp_path), "tiny", cache=tmp_path / "plans")
     code = (
-        "import sys, time; from pathlib import Path; from viladiff.study.spec import load_table;"
+        "import sys, time; from pathlib import Path; from viladiff.study.spec_file import load_table;"
         "from viladiff.study.plan import make_plan, states; from viladiff.study.estimate import estimate;"
         "from viladiff.study.store import Store;"
         "import viladiff; assert Path(viladiff.__file__).is_relative_to(Path.cwd());"

@@ -13,7 +13,8 @@ from viladiff.config import RunConfig, changed, override
 from viladiff.study.cells import cells, unavailable
 from viladiff.study.claims import printed_verdict
 from viladiff.study.printed import Inconsistency, inconsistencies, siblings
-from viladiff.study.spec import Column, Row, Scale, Table, load_table
+from viladiff.study.spec import Column, Row, Scale, Table
+from viladiff.study.spec_file import load_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = {path.stem: load_table(path) for path in sorted((ROOT / "ablations").glob("*.toml"))}

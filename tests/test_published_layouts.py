@@ -15,7 +15,7 @@ from viladiff.data.check import check
 from viladiff.study import drive
 from viladiff.study.cells import COMMON, cells
 from viladiff.study.options import parser
-from viladiff.study.spec import load_table
+from viladiff.study.spec_file import load_table
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITE = {"cityscapes": layouts.cityscapes, "coco": layouts.coco, "ade20k": layouts.ade20k}

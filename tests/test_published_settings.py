@@ -22,7 +22,8 @@ from viladiff.report import page, tables, training
 from viladiff.study.cells import Cell, cells, settings
 from viladiff.study.plan import _dumps, _Kept, _loads
 from viladiff.study.published import Stated, published, stated
-from viladiff.study.spec import Column, Row, Scale, Table, load_table
+from viladiff.study.spec import Column, Row, Scale, Table
+from viladiff.study.spec_file import load_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ("table1", "table2", "table3", "table4", "table5", "table6", "table7", "leaderboard", "rates")

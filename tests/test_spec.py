@@ -12,7 +12,8 @@ import pytest
 from viladiff import renamed
 from viladiff.config import TAGS, RunConfig, changed, override
 from viladiff.study.cells import CHOOSERS, cells, choose, select, settings, unavailable
-from viladiff.study.spec import Table, load_table
+from viladiff.study.spec import Table
+from viladiff.study.spec_file import load_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = sorted((ROOT / "ablations").glob("*.toml"))
@@ -500,7 +501,7 @@ def test_controls_come_last_and_a_named_one_is_run_also_where_the_scale_leaves_t
 
 
 def test_reading_a_table_loads_no_torch() -> None:
-    code = "import sys; from viladiff.study.spec import load_table; "
+    code = "import sys; from viladiff.study.spec_file import load_table; "
     code += f"load_table({str(TABLES[0])!r}); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -551,7 +552,7 @@ def test_table5_has_the_printed_numbers_and_parts() -> None:
     assert [row.paper for row in papers] == [*printed, (80.1, 82.4)]
     assert [len(row.components) for row in papers] == [1, 2, 2, 3, 4, 4, 5, 6]
     assert [column.label for column in table.columns] == ["1/8 (183)", "1/2 (732)"]
-    assert sum(row.control for row in table.rows) == 8 and not any(row.control for row in table.rows[:8])
+    assert sum(row.control for row in table.rows) == 9 and not any(row.control for row in table.rows[:8])
 
 
 def test_table5_rows_are_the_runs_that_they_stand_for() -> None:
@@ -587,8 +588,14 @@ def test_table5_rows_are_the_runs_that_they_stand_for() -> None:
         assert {"student_features", "student_logits"} <= set(cfg.method.vila.distillation_paths)  # type: ignore[attr-defined]
     controls = [changed(cfg) for cfg in found[8:]]
     mine = [{k: v for k, v in one.items() if k not in changed(found[7])} for one in controls]
-    assert [one["method.name"] for one in controls] == [*["viladiff"] * 5, "semibaseline", *["viladiff"] * 2]
-    assert mine == [
+    assert [one["method.name"] for one in controls] == [
+        "supervised",
+        *["viladiff"] * 5,
+        "semibaseline",
+        *["viladiff"] * 2,
+    ]
+    assert len(controls[0]) == 5
+    assert mine[1:] == [
         {"data.captions": "shuffled"},
         {"data.captions": "generic"},
         {"data.captions": "none"},
@@ -605,8 +612,8 @@ def test_table5_at_paper_scale_is_the_papers_own_data() -> None:
     cfg = override(RunConfig(), cells(table, "paper", [0], rows=["ViLaDiff"], columns=[2])[0].changes)
     assert (cfg.data.dataset, cfg.data.split, cfg.model.encoder) == ("voc", "732", "vit_base_patch16_224")
     assert (cfg.optim.lr, cfg.data.batch_labelled, cfg.data.batch_unlabelled) == (1e-3, 4, 4)
-    assert len(choose(table, "quick")[0]) == 8 and choose(table, "quick")[2] == (0,)
-    assert len(cells(table, "digits")) == 3 * 2 * 16
+    assert len(choose(table, "quick")[0]) == 4 and choose(table, "quick")[2] == (0,)
+    assert len(cells(table, "digits")) == 3 * 2 * 17
 
 
 def test_comments_of_table5_name_fields_that_exist() -> None:

@@ -84,6 +84,8 @@ class RunRecord(BaseModel):
     """Norms of the gradients of the loss's parts where ``runtime.gradient_shares`` asked for them: ``measured``, a step
     each with ``norms`` and ``cosines`` to the supervised gradient by place and part; and ``fields``, which parts the
     method's fields weigh. ``viladiff.shares.by_thirds`` makes shares of it."""
+    processor: str = ""
+    """Model of the first worker's processor, as the kernel names it; empty where it was not noted."""
     finished: str = ""
     """When the record was made, UTC, as 2026-01-31T12:00:00Z; empty where it was not noted."""
 
@@ -293,6 +295,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def processor() -> str:
+    """Model of this machine's processor, by name and by the numbers that tell apart those of one name."""
+    wanted = ("model name", "cpu family", "model", "stepping")
+    try:
+        block = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        said = dict(line.replace("\t", "").split(":", 1) for line in block.splitlines() if ":" in line)
+        name, family, model, stepping = (said[key].strip() for key in wanted)
+    except (OSError, UnicodeDecodeError, KeyError):
+        return platform.processor() or platform.machine()
+    return f"{name}, family {family}, model {model}, stepping {stepping}"
 
 
 def git_state() -> dict[str, Any]:

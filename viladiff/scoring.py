@@ -24,7 +24,7 @@ from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_origin
 from viladiff.protocols import STREAMS, nearest_multiple, resized
 from viladiff.pseudo_scores import pseudo_counts, pseudo_scores
-from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, versions, write_atomically
+from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, processor, versions, write_atomically
 from viladiff.text.encoders import describe
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def record(run: Run) -> RunRecord:
         workers=run.world,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if cuda else "cpu",
+        processor=processor(),
         versions=versions(),
         git=git_state(),
         finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from viladiff.record import write_atomically
 from viladiff.report import (
+    beside,
     choices,
     clusters,
     dose,
@@ -25,6 +26,7 @@ from viladiff.report import (
     training,
     views,
 )
+from viladiff.report.beside import Beside
 from viladiff.report.curves import Curve, curves
 from viladiff.report.tables import METRICS, Agreement, Results
 from viladiff.study.spec import METRIC_NAMES
@@ -48,15 +50,19 @@ def render_table(
     verdicts: Sequence[Verdict],
     agreement: Sequence[Agreement] | None = None,
     printed: Sequence[Inconsistency] = (),
+    published: tuple[Plan, Store] | None = None,
 ) -> Path:
     """Writes index.html, table.md, table.tex, table.csv and figures/ under ``out``; returns the path of index.html.
 
-    ``agreement`` is worked out here where it is not given; ``printed`` is what is wrong with the paper's numbers. Each
-    file is replaced in one go, so that a reader of the page, which is rewritten as runs finish, never sees half of one.
+    ``agreement`` is worked out here where it is not given; ``printed`` is what is wrong with the paper's numbers;
+    ``published`` is what stands beside the runs: the plan of another scale, and a store of committed records alone.
+    Each file is replaced in one go, so that a reader of the page, which is rewritten as runs finish, never sees half.
     """
     results = tables.gather(plan, store)
     drawn = curves(results, store)
-    agreements = agreement if agreement is not None else [tables.agreement(results, c) for c in plan.columns]
+    both = None if published is None else beside_of(results, *published, out)
+    judged = both.published if both and both.any_published else results
+    agreements = agreement if agreement is not None else [tables.agreement(judged, c) for c in judged.plan.columns]
     out.mkdir(parents=True, exist_ok=True)
     for path in [*abandoned(out), *abandoned(out / "figures")]:
         path.unlink(missing_ok=True)  # of a writer that was killed
@@ -78,17 +84,40 @@ def render_table(
         "What each choice is worth": choices.to_markdown(opened),
         "The paper's own numbers": [f"- {plain.markdown(one.text)}" for one in printed],
     }
+    stand_ins, context = views.stand_ins(results), views.context(results)
+    first = beside.sentence(both) if both else ""
+    before = {f"{beside.HEADING} (%)": beside.to_markdown(both)} if both else {}
     texts = {
-        "table.md": plain.to_markdown(results, verdicts, agreements, command, said, views.context(results), more),
-        "table.tex": plain.to_latex(results, said, views.stand_ins(results)),
-        "table.csv": plain.to_csv(results),
+        "table.md": plain.to_markdown(results, verdicts, agreements, command, said, context, more, first, before),
+        "table.tex": beside.to_latex(both, [said]) if both else plain.to_latex(results, said, stand_ins),
+        "table.csv": plain.csv_text(beside.long_lines(both)) if both else plain.to_csv(results),
         "index.html": html(
-            results, store, out, command, verdicts, agreements, drawn, files, printed, opened, board, grouped, doses
+            results,
+            store,
+            out,
+            command,
+            verdicts,
+            agreements,
+            drawn,
+            files,
+            printed,
+            opened,
+            board,
+            grouped,
+            doses,
+            both,
         ),
     }
     for name, text in texts.items():
         write_atomically(out / name, text.encode())
     return out / "index.html"
+
+
+def beside_of(results: Results, plan: Plan, store: Store, out: Path) -> Beside:
+    """``results`` and those of ``plan`` in ``store``; ``out`` is where the page goes, from which records are linked."""
+    published = tables.gather(plan, store)
+    found = [one for one in provenance.origins(published, store, out) if one.entry.record is not None]
+    return Beside(results, published, tuple(found))
 
 
 def banner(results: Results) -> str:
@@ -115,6 +144,7 @@ def html(
     board: leaderboard.Board | None = None,
     grouped: clusters.Clusters | None = None,
     doses: dose.Dose | None = None,
+    both: Beside | None = None,
 ) -> str:
     """The page as text; everything that it shows is worked out here, and the template only lays it out."""
     table = results.plan.table
@@ -134,7 +164,10 @@ def html(
             scale=results.plan.scale,
             columns=[table.columns[c].label for c in results.plan.columns],
             parts=tables.parts(results),
-            finding=" ".join(filter(None, [tables.finding(results), choices.answer(opened)])),
+            finding=" ".join(
+                filter(None, [beside.sentence(both) if both else tables.finding(results), choices.answer(opened)])
+            ),
+            beside=_beside(both) if both else None,
             banner=banner(results),
             counts=results.counts(),
             context=views.context(results),
@@ -195,6 +228,20 @@ def _numbers(results: Results) -> dict[str, Any]:
         "pseudo": views.pseudo(results),
         "pseudo_names": views.PSEUDO,
         "heat": views.heat(results),
+    }
+
+
+def _beside(both: Beside) -> dict[str, Any]:
+    """The section of three columns."""
+    return {
+        "labels": [both.here.plan.table.columns[column].label for column in both.columns],
+        "lines": beside.lines(both),
+        "sources": beside.sources(both),
+        "criteria": beside.criteria(both),
+        "reference": tables.number(both.published, both.published.reference),
+        "facts": beside.shared(both),
+        "origins": both.origins,
+        "any_published": both.any_published,
     }
 
 

@@ -165,17 +165,22 @@ def to_markdown(
     banner: str,
     context: Sequence[str] = (),
     more: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    first: str = "",
+    before: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
     """The page without its pictures, for reading in a terminal or a repository.
 
-    ``context``: sentences without which the numbers would mislead; ``more``: sections and their lines.
+    ``context``: sentences without which the numbers would mislead; ``more``: sections and their lines; ``before``:
+    those that stand before all others; ``first``: the first sentence, by default that of the results alone.
     """
     say = markdown
-    out = [f"# {say(results.plan.table.title)}", "", say(finding(results)), ""]
+    out = [f"# {say(results.plan.table.title)}", "", say(first or finding(results)), ""]
     out += [f"**{say(banner)}**", ""] if banner else []
     out += [*(f"- {say(sentence)}" for sentence in context), ""] if context else []
+    for heading, told in before.items():
+        out += [f"## {heading}", "", *told, ""]
     for metric, name in METRICS.items():
-        out += [f"## {name} (%)", "", *_pipes(_grid(results, metric, say, "✓", "**{}**".format)), ""]
+        out += [f"## {name} (%)", "", *pipes(_grid(results, metric, say, "✓", "**{}**".format)), ""]
     own = " The paper's numbers are of its own data sets and encoder; compare their order."
     out += [f"{say(SPREAD)}{own if results.plan.table.printed else ''}", ""]
     if results.plan.table.printed:
@@ -247,14 +252,19 @@ def _grid(
     return [head, *body]
 
 
-def _pipes(grid: Sequence[Iterable[str]]) -> list[str]:
+def pipes(grid: Sequence[Iterable[str]]) -> list[str]:
+    """Lines of a table in markdown; the first is its head."""
     head, *body = ["| " + " | ".join(row) + " |" for row in grid]
     return [head, "|" + " --- |" * len(list(grid[0])), *body]
 
 
 def to_csv(results: Results) -> str:
     """``long`` as text: a line a run and cell, empty where a number is missing."""
-    rows = long(results)
+    return csv_text(long(results))
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Lines that all have the names of the first."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["number", "row", "column", "seed"], lineterminator="\n")
     writer.writeheader()

@@ -55,6 +55,7 @@ _MAY_DIFFER: dict[str, Callable[[RunRecord], object]] = {
     "Captions": lambda r: captions(r),
     "Evaluated network and stream": lambda r: f"{r.network}, {r.stream}",
     "Evaluation protocol": lambda r: r.config.get("eval.protocol"),
+    "Processor": lambda r: r.processor or None,
     "Validation images": lambda r: r.scores.get(r.network, {}).get(r.stream, {}).get("images"),
 }
 

@@ -23,7 +23,8 @@ from viladiff.study.estimate import estimate
 from viladiff.study.events import Event, Outcome, Settings
 from viladiff.study.options import parser
 from viladiff.study.plan import Plan, Planned, make_plan, states
-from viladiff.study.spec import Table, load_table
+from viladiff.study.spec import Table
+from viladiff.study.spec_file import load_table
 from viladiff.study.store import Store
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ class Job:
     """Whether finished runs are copied beside the page, to be committed."""
     path: Path | None = None
     """The table's file; the tables beside it are looked at for printed numbers that contradict its own."""
+    beside: Plan | None = None
+    """Of the scale whose committed records stand beside these runs; None where the scale names none."""
+
+    @property
+    def records(self) -> Store:
+        """Committed records and nothing else."""
+        return Store(self.store.root / "nothing", [ROOT / "reports" / "published"])
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
@@ -76,7 +84,8 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
     if args.dry_run:
         from viladiff.study.outline import outline
 
-        outline(job.plan, job.store, settings, job.out, args.price)
+        beside = None if job.beside is None else (job.beside, job.records)
+        outline(job.plan, job.store, settings, job.out, args.price, beside)
         return 0
     if args.fresh:
         _set_aside(job)
@@ -108,11 +117,14 @@ def prepare(path: Path, args: argparse.Namespace, command: str) -> Job:
         changes=changes,
         cache=storage / "plans",
     )
-    store = Store(storage, [] if args.fresh else [published])
+    other = table.scale[args.scale].published_runs
+    beside = make_plan(table, other, cache=storage / "plans") if other else None
+    # Where published numbers have a column of their own, what counts as run here is what was run here.
+    store = Store(storage, [] if args.fresh or beside else [published])
     store.sweep()
     default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
     out = Path(args.out).expanduser().absolute() if args.out else default
-    return Job(table, plan, store, out, command, args.publish, path)
+    return Job(table, plan, store, out, command, args.publish, path, beside)
 
 
 def execute(job: Job, settings: Settings) -> list[Outcome]:
@@ -180,15 +192,32 @@ def write(job: Job) -> Path:
         publish(job.plan, store, job.out)
         # From what is committed and nothing else, so that whoever clones it makes the same page.
         store = Store(job.store.root / "nothing", job.store.layers)
-    verdicts = judge(job.plan, store.records())
+    judged, records, published = job.plan, store.records(), None
+    if job.beside is not None:
+        published = job.beside, job.records
+        committed = published[1].records()
+        if committed.keys() & job.beside.runs.keys():
+            judged, records = job.beside, committed
+    verdicts = judge(judged, records)
     printed = inconsistencies(job.table, siblings(job.path) if job.path else ())
-    return render_table(job.plan, store, job.out, command=hinted(job.command), verdicts=verdicts, printed=printed)
+    return render_table(
+        job.plan,
+        store,
+        job.out,
+        command=hinted(job.command),
+        verdicts=verdicts,
+        printed=printed,
+        published=published,
+    )
 
 
 def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
     """Says what came out, in a few lines."""
     found = list(states(job.plan, job.store).values())
-    print((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
+    if job.beside is None:
+        print((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
+    else:
+        _say_beside(job, job.beside)
     print(f"{found.count('done')} of {len(found)} runs done; the page: {_relative(index)}")
     stopped = [outcome for outcome in outcomes if outcome.state == "stopped"]
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
@@ -201,6 +230,16 @@ def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
         print(f"{len(stopped)} runs were stopped; the same command continues:\n  {job.command}", file=sys.stderr)
         return 130
     return int(bool(failed))
+
+
+def _say_beside(job: Job, other: Plan) -> None:
+    """The three columns in a few lines, and the sentence that they come to."""
+    from viladiff.report.beside import sentence, to_terminal
+    from viladiff.report.page import beside_of
+    from viladiff.report.tables import gather
+
+    both = beside_of(gather(job.plan, job.store), other, job.records, job.out)
+    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{sentence(both)}\n")
 
 
 def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_form: bool = False) -> pd.DataFrame:

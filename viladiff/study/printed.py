@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 from viladiff.study.cells import settings
 from viladiff.study.claims import printed_verdict
-from viladiff.study.spec import Table, load_table
+from viladiff.study.spec import Table
+from viladiff.study.spec_file import load_table
 
 FEWEST_REPEATED = 3
 """Numbers in a row that two rows must share to count as one copied from the other; two may agree by chance."""

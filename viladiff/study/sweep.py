@@ -18,7 +18,8 @@ from viladiff.run_name import arithmetic
 from viladiff.study.cells import check_lists, embedded, list_of_seed
 from viladiff.study.plan import Planned
 from viladiff.study.space import Dimension, Point, Value, edges, strays
-from viladiff.study.spec import RESERVED, Printed, Scale, Seeds, Strict, published_lists
+from viladiff.study.spec import RESERVED, Printed, Scale, Seeds, Strict
+from viladiff.study.spec_file import published_lists
 from viladiff.study.toml_file import read_toml, sentence, strange_values
 
 Select = Literal["holdout", "val"]

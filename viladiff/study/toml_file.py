@@ -57,7 +57,11 @@ def sentence(
         entry, rest = f"{loc[0]}.{loc[1]}: ", loc[2:]
         if isinstance(loc[1], int):
             found = tree[loc[0]][loc[1]]
-            label = found.get("label", found.get("text", "")) if isinstance(found, dict) else found
+            label = (
+                next((found[key] for key in ("label", "text", "row") if key in found), "")
+                if isinstance(found, dict)
+                else found
+            )
             entry = f"{entry_name(loc[0], loc[1], label)}: "
     field = _place(rest)
     if item["type"] == "extra_forbidden" and field in renamed.KEYS:

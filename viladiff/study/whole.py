@@ -18,7 +18,7 @@ from viladiff.study.drive import Job, prepare, seeds_of
 from viladiff.study.estimate import estimate
 from viladiff.study.events import Settings
 from viladiff.study.plan import Plan
-from viladiff.study.spec import load_table
+from viladiff.study.spec_file import load_table
 
 
 @dataclass(frozen=True)
