@@ -58,7 +58,7 @@ def pinned(name: str, text: str) -> str:
 
 
 def shared(value: Any, written: Any, where: str) -> Any:
-    """``value`` without the keys that the file does not have: a field may be added; one that was written must be read."""
+    """``value`` without the keys that the file does not have: one that was written must be read."""
     if isinstance(written, dict) and isinstance(value, dict):
         assert written.keys() <= value.keys(), f"{where}: no longer read: {sorted(written.keys() - value.keys())}"
         return {key: shared(value[key], written[key], f"{where}.{key}") for key in written}
