@@ -219,7 +219,7 @@ def record(run: RecordContext) -> RunRecord:
         captions=run.dataset.caption_source,
         text_encoder=describe(cfg.data.text_encoder, cfg.runtime.text_model),
         encoder=cfg.model.encoder,
-        pretrained=weights_origin(cfg),
+        pretrained=weights_origin(cfg.model),
         wall_seconds=run.wall_seconds(),
         train_seconds=run.train_seconds,
         cpu_seconds=run.cpu_seconds,

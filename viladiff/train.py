@@ -22,11 +22,11 @@ from viladiff.data.check import check_files
 from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
+from viladiff.fingerprints import weights_fingerprint
 from viladiff.guards import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
 from viladiff.launch import in_turn, in_workers, join_group, pick_device, tf32
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.segmenter import Build
 from viladiff.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 from viladiff.progress import Progress, counter
