@@ -7,7 +7,7 @@ ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 reproduce test lint bench records published
+.PHONY: help setup table5 reproduce test lint compat bench records published
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ lint: setup ## ruff and mypy
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
+
+compat: setup ## names of runs, stored records, Table 5's file and the golden losses are what they were (a minute)
+	$(one_thread) $(bin)/python -m pytest tests/test_compat.py tests/test_methods.py -k "compat or golden" $(PYTEST_ARGS)
 
 bench: setup ## every claim about speed, as ratios measured in one run each
 	@for file in benchmarks/*.py; do \

@@ -274,7 +274,8 @@ def test_a_killed_job_goes_on_through_ray(photo_folder: Make, blip: Path, tmp_pa
     root, out = photo_folder(40, sizes=(30, 40)), tmp_path / "c.parquet"
     broken = sorted((root / "images").iterdir())[7]
     broken.write_bytes(broken.read_bytes()[:100])
-    program = "import sys, viladiff.ray_caption as r, viladiff.cli as c; r.PART = 4; sys.exit(c.main(sys.argv[1:]))"
+    program = "import sys, viladiff.ray_caption as r, viladiff.cli as c\n"
+    program += "r.PART = 4; sys.exit(c.main(sys.argv[1:]))"
     asked = ["caption", str(root), "--model", str(blip), "--out", str(out), "--batch", "4", "--quiet"]
     first = subprocess.Popen([sys.executable, "-c", program, *asked], start_new_session=True)
     until = time.monotonic() + 600

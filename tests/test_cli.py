@@ -108,9 +108,9 @@ def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("script", ["ablations/table5", "tune/sweep_lambda"])
 def test_so_they_may_in_scripts(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from viladiff.study import drive, sweep_drive
+    from viladiff.study import options, sweep_options
 
-    main = drive.main if script.startswith("ablations") else sweep_drive.main
+    main = options.main if script.startswith("ablations") else sweep_options.main
     words = ["eval.max_images=8", "--scale", "smoke", "--storage", str(tmp_path), "--dry-run", "train.stepz=5"]
     assert main(Path(__file__).resolve().parent.parent / f"{script}.toml", words) == 2
     assert "train.stepz: no such field; did you mean 'train.steps'?" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from viladiff.report import plain, tables, views
 from viladiff.report.long import long
 from viladiff.study.cells import cells, choose
 from viladiff.study.claims import judge
-from viladiff.study.drive import main
+from viladiff.study.options import main
 from viladiff.study.plan import Plan, Planned, PlannedCell
 from viladiff.study.questions import questions
 from viladiff.study.spec import OWN_LISTS

@@ -371,7 +371,8 @@ def test_ctrl_c_reaches_the_run_alone(root: Path) -> None:
 
 def test_a_process_that_decodes_loads_no_torch() -> None:
     """Or each would take seconds to start and hundreds of MB."""
-    code = "import sys, viladiff.data.decode; print(sorted({'torch', 'pydantic', 'pandas', 'ray'} & set(sys.modules)))"
+    code = "import sys, viladiff.data.decode\n"
+    code += "print(sorted({'torch', 'pydantic', 'pandas', 'ray'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=decode.ROOT)
     assert found.stdout.strip() == "[]"
 

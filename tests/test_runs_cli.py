@@ -86,7 +86,8 @@ def test_help_has_examples_and_loads_nothing(words: list[str]) -> None:
 
 
 def test_reading_commands_need_no_torch(home: Store) -> None:
-    code = "import sys\nfrom viladiff.cli import main\nmain(['runs', *sys.argv[1:]])\nassert 'torch' not in sys.modules"
+    code = "import sys\nfrom viladiff.cli import main\nmain(['runs', *sys.argv[1:]])\n"
+    code += "assert 'torch' not in sys.modules"
     for words in (["list"], ["show", ONE.run_id], ["diff", ONE.run_id, TWO.run_id], ["gc", "--dry-run"]):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -36,10 +36,10 @@ from viladiff.data.cityscapes import CLASS_NAMES as CITY_NAMES
 from viladiff.data.coco import CLASS_NAMES as COCO_NAMES
 from viladiff.data.mixing import box_mask
 from viladiff.data.voc import CLASS_NAMES as VOC_NAMES
+from viladiff.fingerprints import weights_fingerprint
 from viladiff.methods import METHODS
 from viladiff.methods.semivl import SemiVl, SemiVlConfig, best_concepts, class_means
 from viladiff.models import vl_decoder
-from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.maskclip import TEMPLATE, load_clip
 from viladiff.models.segmenter import Build, upsample
 from viladiff.models.vl_decoder import Aspp, SemanticBlock, Up, VlDecoder, VlDecoderConfig, similarity, skip_levels

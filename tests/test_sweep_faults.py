@@ -18,7 +18,7 @@ from test_sweep_page import record_of
 from viladiff import ray_search
 from viladiff.record import save_record
 from viladiff.study import search as search_module
-from viladiff.study import sweep_drive
+from viladiff.study import sweep_drive, sweep_options
 from viladiff.study.search_desk import SearchDesk
 from viladiff.study.trials import Trial, load_trials, save_trial
 
@@ -62,7 +62,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
 
 def sweep(root: Path, *words: str) -> int:
     given = ["--scale", "smoke", "--sampler", "random", "--storage", str(root / "runs"), "--out", str(root / "page")]
-    return sweep_drive.main(TUNE / "sweep_lambda.toml", [*given, *words])
+    return sweep_options.main(TUNE / "sweep_lambda.toml", [*given, *words])
 
 
 def trials_in(root: Path) -> list[Trial]:
@@ -143,7 +143,8 @@ def test_a_misspelt_space_is_said_before_any_training(
     text = (TUNE / "sweep_lambda.toml").read_text().replace("method.vila.lam", "method.vila.lan")
     (tmp_path / "sweep_lambda.toml").write_text(text)
     assert (
-        sweep_drive.main(tmp_path / "sweep_lambda.toml", ["--scale", "smoke", "--storage", str(tmp_path / "runs")]) == 2
+        sweep_options.main(tmp_path / "sweep_lambda.toml", ["--scale", "smoke", "--storage", str(tmp_path / "runs")])
+        == 2
     )
     assert "did you mean 'method.vila.lam'" in capsys.readouterr().err and played.runs == []
     assert not (tmp_path / "runs").exists()

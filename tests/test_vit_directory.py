@@ -12,7 +12,8 @@ from tiny_models import bert, clip
 
 from viladiff.config import ConfigError, RunConfig, override
 from viladiff.export import export_run
-from viladiff.models.backbones import build_encoder, weights_fingerprint
+from viladiff.fingerprints import weights_fingerprint
+from viladiff.models.backbones import build_encoder
 from viladiff.runs import finished, trained_method
 from viladiff.train import fit
 

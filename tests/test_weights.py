@@ -9,7 +9,8 @@ import pytest
 import timm
 
 from viladiff.config import RunConfig, override, run_id
-from viladiff.models.backbones import weights_fingerprint, weights_origin
+from viladiff.fingerprints import weights_fingerprint
+from viladiff.models.backbones import weights_origin
 
 TIMM = override(RunConfig(), {"model.encoder": "resnet18", "model.pretrained": "timm"})
 
@@ -48,17 +49,17 @@ def test_the_record_has_the_checksum_of_the_file_and_the_name_has_not(
     """A run is named before its weights are fetched; its name may not change by that."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     before = weights_fingerprint(TIMM)
-    assert weights_origin(TIMM) == before["weights"]
+    assert weights_origin(TIMM.model) == before["weights"]
     repository = tmp_path / "models--timm--resnet18.a1_in1k"
     for folder in ("refs", "snapshots/abc"):
         (repository / folder).mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc")
     (repository / "snapshots" / "abc" / name).write_bytes(b"weights")
-    assert weights_origin(TIMM) == f"{before['weights']}, SHA-256 {hashlib.sha256(b'weights').hexdigest()[:16]}"
+    assert weights_origin(TIMM.model) == f"{before['weights']}, SHA-256 {hashlib.sha256(b'weights').hexdigest()[:16]}"
     assert weights_fingerprint(TIMM) == before
 
 
 def test_other_origins_are_as_they_were(tmp_path: Path) -> None:
-    assert weights_origin(RunConfig()) == "shipped"
-    assert weights_origin(override(RunConfig(), {"model.pretrained": "none"})) == "none"
-    assert weights_origin(override(RunConfig(), {"model.weights": "a.pth"})) == "a.pth"
+    assert weights_origin(RunConfig().model) == "shipped"
+    assert weights_origin(override(RunConfig(), {"model.pretrained": "none"}).model) == "none"
+    assert weights_origin(override(RunConfig(), {"model.weights": "a.pth"}).model) == "a.pth"

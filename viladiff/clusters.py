@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +12,11 @@ import torch.nn.functional as F
 
 from viladiff import draws
 from viladiff.data.loader import validation
+from viladiff.evaluation.context import EvalContext
 from viladiff.labels import IGNORE
 from viladiff.methods.base import Method
 from viladiff.protocols import nearest_multiple
 from viladiff.record import write_atomically
-
-if TYPE_CHECKING:
-    from viladiff.train import Run
 
 TOKENS = 100
 """Of each class, at most; all classes have equally many."""
@@ -124,7 +122,7 @@ def _unit(features: np.ndarray) -> np.ndarray | None:
 
 
 @torch.inference_mode()
-def gathered(run: Run) -> tuple[Sample, dict[str, np.ndarray]] | None:
+def gathered(run: EvalContext) -> tuple[Sample, dict[str, np.ndarray]] | None:
     """A sample of a run's validation images and its features (n, W) float32 by stage; None where there is no sample.
 
     Images are seen whole, at the nearest multiples of the patch, whatever the protocol.
@@ -161,7 +159,7 @@ def _fitted(mask: np.ndarray, patch: int) -> np.ndarray:
     return np.asarray(mask)[np.ix_(rows, columns)]
 
 
-def measured(run: Run) -> dict[str, float | int | None]:
+def measured(run: EvalContext) -> dict[str, float | int | None]:
     """What a record says of the headline's clusters; writes the features, and with pictures the plane, beside the run.
 
     Names of the stage before words were read end in ``_before``. ``tokens`` and ``token_classes`` say of how many.
@@ -187,7 +185,7 @@ def measured(run: Run) -> dict[str, float | int | None]:
     return {**out, "tokens": len(chosen.label), "token_classes": len(np.unique(chosen.label))}
 
 
-def _save(run: Run, name: str, arrays: dict[str, np.ndarray]) -> None:
+def _save(run: EvalContext, name: str, arrays: dict[str, np.ndarray]) -> None:
     packed = io.BytesIO()
     np.savez_compressed(packed, allow_pickle=False, **arrays)
     write_atomically(run.directory / name, packed.getvalue())

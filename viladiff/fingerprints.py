@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.config import RunConfig, run_id
@@ -10,7 +11,7 @@ from viladiff.data.cache import fingerprint
 from viladiff.data.datasets import Dataset, request
 from viladiff.data.datasets import load as load_dataset
 from viladiff.methods import METHODS
-from viladiff.models.backbones import weights_fingerprint
+from viladiff.models.backbones import encoder_fingerprint, file_checksum
 from viladiff.optim import total_steps
 from viladiff.text.bank import text_fingerprint
 
@@ -30,6 +31,13 @@ def fingerprints(cfg: RunConfig) -> dict[str, str]:
     About a second; files of a data set that are new or changed are read as well.
     """
     return name_runs([cfg])[0].fingerprints
+
+
+def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
+    """What the networks start from: the encoder's weights, and beside them the file of a method's frozen CLIP."""
+    clip = getattr(getattr(cfg.method, "clip", None), "weights", None)
+    beside = {"clip": file_checksum(Path(clip), "method.clip.weights")} if clip else {}
+    return {**encoder_fingerprint(cfg.model), **beside}
 
 
 def name_runs(configs: Iterable[RunConfig]) -> list[Named]:

@@ -19,8 +19,6 @@ from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from viladiff.config import RunConfig
 from viladiff.guards import TrainingError
-from viladiff.record import load_record
-from viladiff.result import Result
 
 PATIENCE = timedelta(hours=12)
 """That workers wait for the first one of their machine to read a data set."""
@@ -118,18 +116,6 @@ def summed_over_workers(counts: dict[str, dict[str, Any]]) -> dict[str, dict[str
             for what, count in found.items():
                 into[what] = into.get(what, 0) + count
     return total
-
-
-def launch(cfg: RunConfig, resume: bool) -> Result:
-    """Runs ``fit`` in ``runtime.workers`` processes and returns its result; a worker's error is raised here."""
-    directory = Path(in_workers(_fitted, cfg, cfg.runtime.workers, resume))
-    return Result(directory, load_record(directory / "record.json"))
-
-
-def _fitted(cfg: RunConfig, resume: bool) -> str:
-    from viladiff.train import fit
-
-    return str(fit(cfg, resume=resume).directory)
 
 
 def in_workers(work: Callable[..., str], cfg: RunConfig, workers: int, *arguments: object) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,17 +19,16 @@ from viladiff.config import CORE_REVISION, changed, flatten
 from viladiff.data.augment import normalise
 from viladiff.data.loader import validation
 from viladiff.evaluate import Meter, measure, measure_all, results
+from viladiff.evaluation.context import EvalContext
+from viladiff.gradients import GradientShares
 from viladiff.launch import summed_over_workers
 from viladiff.methods.base import Method
 from viladiff.models.backbones import weights_origin
 from viladiff.protocols import STREAMS, nearest_multiple, resized
 from viladiff.pseudo_scores import pseudo_counts, pseudo_scores
 from viladiff.record import RunRecord, forget_peak_memory, git_state, peak_memory, processor, versions, write_atomically
+from viladiff.text.bank import Bank
 from viladiff.text.encoders import describe
-
-if TYPE_CHECKING:
-    from viladiff.train import Run
-
 
 FILES = ("pictures.npz", "features.npz", "plane.npz")
 """What a finished run may have beside its record and its log."""
@@ -63,7 +62,7 @@ class PeakMemory:
         return max(self.before, torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory())
 
 
-def batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
+def batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
     """This worker's validation images with masks and words; whoever watches the run sees that it is alive."""
     images = len(run.dataset.val_images)
     count = min(images, run.cfg.eval.max_images or images)
@@ -77,14 +76,14 @@ def batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | 
         yield batch
 
 
-def meters(run: Run, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, Meter]:
+def meters(run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, Meter]:
     """Counts of one network's streams over the validation images of all workers."""
     cfg = run.cfg.eval
     classes, crop = run.dataset.num_classes, run.cfg.data.crop
     return measure(network, batches(run), streams, classes, boundary, cfg.protocol, crop)
 
 
-def scores(run: Run, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, dict[str, Any]]:
+def scores(run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, dict[str, Any]]:
     """{stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
     return {name: asdict(found) for name, found in results(meters(run, network, streams, boundary)).items()}
 
@@ -96,7 +95,7 @@ class PseudoLabels:
     no multiple of the patch, labels are made at the nearest one and their probabilities brought back.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: EvalContext) -> None:
         self.run, self.seen = run, 0
         self.wanted = type(run.method).pseudo_labels is not Method.pseudo_labels
         self.sums: dict[str, Any] = {}
@@ -121,7 +120,7 @@ class PseudoLabels:
         return pseudo_scores(summed_over_workers({"": here}).get("", {})) if self.wanted else {}
 
 
-def evaluated(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
+def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
     """{network: {stream: {score: value}}} and the quality of the pseudo-labels, from one pass over the images."""
     cfg, networks = run.cfg.eval, run.method.networks()
     run.method.eval()
@@ -140,7 +139,24 @@ def _best(measured: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
     return {**best, "evaluations": len(measured), "picked_on": split, "picked_on_reported": True}
 
 
-def record(run: Run) -> RunRecord:
+class RecordContext(EvalContext, Protocol):
+    """A run that has taken its last step: what its record says besides scores."""
+
+    name: str
+    bank: Bank
+    fingerprints: dict[str, str]
+    history: list[dict[str, Any]]
+    shares: GradientShares
+    train_seconds: float
+    cpu_seconds: float | None
+    memory: PeakMemory
+
+    def wall_seconds(self) -> float | None:
+        """Of all legs; None where they are not known."""
+        ...
+
+
+def record(run: RecordContext) -> RunRecord:
     """Everything that is worth keeping of a run that has taken its last step; all workers take part."""
     cfg = run.cfg
     predictor, stream = run.method.predictor(), run.method.headline()
@@ -175,7 +191,7 @@ def record(run: Run) -> RunRecord:
         captions=run.dataset.caption_source,
         text_encoder=describe(cfg.data.text_encoder, cfg.runtime.text_model),
         encoder=cfg.model.encoder,
-        pretrained=weights_origin(cfg),
+        pretrained=weights_origin(cfg.model),
         wall_seconds=run.wall_seconds(),
         train_seconds=run.train_seconds,
         cpu_seconds=run.cpu_seconds,
@@ -192,7 +208,7 @@ def record(run: Run) -> RunRecord:
 
 
 @torch.no_grad()
-def draw(run: Run) -> None:
+def draw(run: EvalContext) -> None:
     """Writes ``pictures.npz``: evenly spaced validation images, and their labels at every stage, in order of name.
 
     Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1. Of
@@ -220,7 +236,7 @@ def draw(run: Run) -> None:
     write_atomically(run.directory / "pictures.npz", packed.getvalue())
 
 
-def _shown(run: Run, array: np.ndarray, pad: int) -> np.ndarray:
+def _shown(run: EvalContext, array: np.ndarray, pad: int) -> np.ndarray:
     """(H, W, ...) as it is where all images have one size, else its middle on a square of about the crop's size."""
     if run.dataset.uniform:
         return array

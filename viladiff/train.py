@@ -22,12 +22,12 @@ from viladiff.data.check import check_files
 from viladiff.data.datasets import load as load_dataset
 from viladiff.data.datasets import request
 from viladiff.data.loader import Loader
+from viladiff.fingerprints import weights_fingerprint
 from viladiff.gradients import GradientShares
 from viladiff.guards import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
-from viladiff.launch import in_turn, join_group, launch, pick_device, tf32
+from viladiff.launch import in_turn, in_workers, join_group, pick_device, tf32
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.models.backbones import weights_fingerprint
 from viladiff.models.segmenter import Build
 from viladiff.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 from viladiff.progress import Progress, counter
@@ -61,8 +61,13 @@ def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True, le
     if cfg.runtime.workers > 1 and not dist.is_initialized():
         if report is not None:
             raise ValueError("report: a callback cannot be sent to other processes; call fit inside a process group")
-        return launch(cfg, resume)
+        directory = Path(in_workers(_fitted, cfg, cfg.runtime.workers, resume))
+        return Result(directory, load_record(directory / "record.json"))
     return Run(cfg).execute(report, resume, lease)
+
+
+def _fitted(cfg: RunConfig, resume: bool) -> str:
+    return str(fit(cfg, resume=resume).directory)
 
 
 class Run:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from viladiff.models.blocks import SelfBlock
 
 if TYPE_CHECKING:
-    from viladiff.config import RunConfig
+    from viladiff.sections import ModelConfig
 
 SHIPPED = Path(__file__).with_name("digits_vit.safetensors")
 """Weights of ``digits_vit`` that come with the package; ``scripts/pretrain_digits.py`` remakes them."""
@@ -153,36 +153,33 @@ def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_p
     return encoder
 
 
-def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
-    """What the encoder starts from: a file by its checksum, timm's weights by their tag and where timm has them from.
+def encoder_fingerprint(model: ModelConfig) -> dict[str, str]:
+    """What the encoder starts from, under ``weights``: a file by its checksum, timm's weights by their tag and home.
 
     Those are fetched when the first run builds its network, after it was named; ``weights_origin`` has their checksum.
-    The file of a method's frozen CLIP stands beside it.
     """
-    clip = getattr(getattr(cfg.method, "clip", None), "weights", None)
-    beside = {"clip": _file_checksum(Path(clip), "method.clip.weights")} if clip else {}
-    if _from_timm(cfg):
-        return {"weights": _timm_weights(cfg.model.encoder), **beside}
-    path = Path(cfg.model.weights) if cfg.model.weights else SHIPPED if cfg.model.pretrained == "shipped" else None
+    if _from_timm(model):
+        return {"weights": _timm_weights(model.encoder)}
+    path = Path(model.weights) if model.weights else SHIPPED if model.pretrained == "shipped" else None
     if path is None:
-        return beside
-    if cfg.model.encoder == "transformers":
+        return {}
+    if model.encoder == "transformers":
         from viladiff.models.vit_directory import directory_checksum
 
-        return {"weights": directory_checksum(path.expanduser()), **beside}
-    return {"weights": _file_checksum(path, "model.weights, model.pretrained"), **beside}
+        return {"weights": directory_checksum(path.expanduser())}
+    return {"weights": file_checksum(path, "model.weights, model.pretrained")}
 
 
-def weights_origin(cfg: RunConfig) -> str:
+def weights_origin(model: ModelConfig) -> str:
     """For a record: a file's path, ``shipped`` or ``none``, or timm's weights with the checksum of the file read."""
-    if not _from_timm(cfg):
-        return cfg.model.weights or cfg.model.pretrained
-    path = _timm_file(cfg.model.encoder)
-    return _timm_weights(cfg.model.encoder) + (f", SHA-256 {_checksum(path)}" if path else "")
+    if not _from_timm(model):
+        return model.weights or model.pretrained
+    path = _timm_file(model.encoder)
+    return _timm_weights(model.encoder) + (f", SHA-256 {_checksum(path)}" if path else "")
 
 
-def _from_timm(cfg: RunConfig) -> bool:
-    return cfg.model.pretrained == "timm" and cfg.model.weights is None and cfg.model.encoder != "digits_vit"
+def _from_timm(model: ModelConfig) -> bool:
+    return model.pretrained == "timm" and model.weights is None and model.encoder != "digits_vit"
 
 
 def _timm_weights(name: str) -> str:
@@ -215,7 +212,8 @@ def _timm_file(name: str) -> Path | None:
     return None
 
 
-def _file_checksum(path: Path, fields: str) -> str:
+def file_checksum(path: Path, fields: str) -> str:
+    """16 digits of the SHA-256 of a file of weights. ValueError that names the fields where there is none."""
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist ({fields})")
     return _checksum(path)

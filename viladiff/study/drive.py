@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from viladiff.fields import parse_overrides
 from viladiff.study.estimate import estimate
 from viladiff.study.events import Event, Outcome, Settings
-from viladiff.study.options import parser
 from viladiff.study.plan import Plan, Planned, make_plan, states
 from viladiff.study.spec import Table
 from viladiff.study.spec_file import load_table
@@ -58,15 +57,6 @@ class Job:
     def records(self) -> Store:
         """Committed records and nothing else."""
         return Store(self.store.root / "nothing", [ROOT / "reports" / "published"])
-
-
-def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors that a user can mend are a line each."""
-    from viladiff.cli import carry_out, read_arguments
-
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, typed(name or _said(sys.argv[0]), given)))
 
 
 def run(path: Path, args: argparse.Namespace, command: str) -> int:
@@ -340,9 +330,3 @@ def _set_aside(job: Job) -> None:
 
 def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _said(program: str) -> str:
-    """The program as it would be typed, without where this machine keeps it."""
-    path = Path(program).absolute()
-    return f"python {path.relative_to(ROOT)}" if path.is_relative_to(ROOT / "ablations") else path.name

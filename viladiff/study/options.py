@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from viladiff.cli_common import carry_out, read_arguments
 
 EXAMPLES = """\
 examples:
@@ -18,6 +22,23 @@ The same command continues where the last one stopped, runs nothing twice, and s
 
 
 SHARE = "share of a GPU, or whole GPUs (default: those of this machine, shared out; 0: none is kept)"
+
+
+def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
+    """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors that a user can mend are a line each."""
+    from viladiff.study.drive import run, typed
+
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
+    return carry_out(lambda: run(path, args, typed(name or _said(sys.argv[0]), given)))
+
+
+def _said(program: str) -> str:
+    """The program as it would be typed, without where this machine keeps it."""
+    from viladiff.study.drive import ROOT
+
+    path = Path(program).absolute()
+    return f"python {path.relative_to(ROOT)}" if path.is_relative_to(ROOT / "ablations") else path.name
 
 
 def parser(path: Path, name: str) -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ class Compared(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 all runs agree with their records, 1 one does not, 2 nothing to compare with, 130 interrupted."""
-    from viladiff.cli import carry_out, read_arguments
+    from viladiff.cli_common import carry_out, read_arguments
 
     args = read_arguments(parser(), argv)
     return carry_out(lambda: reproduce(args))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from viladiff.fields import nearest
 from viladiff.study.asking import JOURNAL, Asker
-from viladiff.study.drive import ROOT, Pages, hinted, typed
+from viladiff.study.drive import ROOT, Pages, hinted
 from viladiff.study.events import Event
 from viladiff.study.finals import Finalist, finalists
 from viladiff.study.lease import Lease
@@ -21,19 +21,9 @@ from viladiff.study.search_desk import SearchDesk
 from viladiff.study.store import Store
 from viladiff.study.sweep_beside import tuned
 from viladiff.study.sweep_job import Job, alone, check_same, open_directory, prepare
-from viladiff.study.sweep_options import parser
 from viladiff.study.sweep_publish import adopt, publish_sweep, published_trials
 from viladiff.study.sweep_words import again, conclusion, line, outline
 from viladiff.study.trials import Trial, load_trials, ranked
-
-
-def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors that a user can mend are a line each."""
-    from viladiff.cli import carry_out, read_arguments
-
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, typed(f"python tune/{path.stem}.py", given)))
 
 
 def find(name: str) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from viladiff.cli_common import carry_out, read_arguments
 from viladiff.study.options import add_placing
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
@@ -20,6 +23,16 @@ examples:
 The same command continues where the last one stopped and trains nothing twice. Points are chosen by images that are
 held out of the labelled list; the best ones are then trained anew on fresh seeds, and only those scores are quoted.
 """
+
+
+def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
+    """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors that a user can mend are a line each."""
+    from viladiff.study.drive import typed
+    from viladiff.study.sweep_drive import run
+
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
+    return carry_out(lambda: run(path, args, typed(f"python tune/{path.stem}.py", given)))
 
 
 def parser(path: Path, name: str) -> argparse.ArgumentParser:

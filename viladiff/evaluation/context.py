@@ -1,0 +1,37 @@
+"""What an evaluation asks of whoever runs it: a method in training, or one that was loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from viladiff.config import RunConfig
+    from viladiff.data.datasets import Dataset
+    from viladiff.methods.base import Method
+    from viladiff.text.bank import Bank
+
+
+class EvalContext(Protocol):
+    """A method with the images that it is scored on; ``viladiff.train.Run`` is one."""
+
+    cfg: RunConfig
+    method: Method
+    dataset: Dataset
+    val_bank: Bank
+    """Words of the validation images."""
+    device: torch.device
+    rank: int
+    """Of this worker."""
+    world: int
+    """Workers in all."""
+    steps: int
+    """Training steps of the whole run."""
+    directory: Path
+    """Where files beside the record go."""
+
+    def alive(self) -> None:
+        """Tells whoever watches that work goes on; may raise to end it."""
+        ...
