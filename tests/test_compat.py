@@ -32,7 +32,7 @@ SYMBOLS = {
     "load trials": "viladiff.study.trials:load_trials",
     "dimension": "viladiff.study.space:Dimension",
     "read captions": "viladiff.text.caption_files:read_captions",
-    "load table": "viladiff.study.spec:load_table",
+    "load table": "viladiff.study.spec_file:load_table",
     "plan": "viladiff.study.plan:Plan",
     "cell": "viladiff.study.plan:PlannedCell",
     "run": "viladiff.study.plan:Planned",

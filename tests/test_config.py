@@ -75,7 +75,7 @@ def other_values(value: Any, kind: Any) -> list[Any]:
     if kind is str:
         return [f"{value or ''}x"]
     number = value or 0
-    candidates = [number * 2, number + 1, number / 2, number + 0.05, 5, 0.7, 8]
+    candidates = [number * 2, number + 1, number / 2, number + 0.05, 5, 0.7, 8, 0.5]
     return [kind(one) for one in candidates if kind(one) != value]
 
 
@@ -249,7 +249,7 @@ FAULTS = [
     ({"data.dataset": "voc", "data.split": "662"}, r"data\.split = '662' .*; set data\.split_family to aug_cps or"),
     ({"data.dataset": "voc", "data.split_family": "aug_cps"}, r"data\.split = '183' .*; set data\.split_family to hq"),
     ({"data.batch_labelled": "3", "runtime.workers": "2"}, r"data\.batch_labelled = 3: .* = 2 × 1; 4 would do"),
-    ({"train.grad_accum_steps": "5"}, r"data\.batch_labelled = 12: .* = 1 × 5; 15 would do"),
+    ({"train.grad_accum_steps": "5"}, r"data\.batch_labelled = 8: .* = 1 × 5; 10 would do"),
     ({"method.name": "viladiff", "method.mixe.timesteps": "0"}, r"method\.mixe\.timesteps = 0: must be ≥ 1"),
     (
         {"method.name": "viladiff", "method.vila.heads": "3"},
@@ -269,7 +269,7 @@ FAULTS = [
         r"method\.vila\.lamda: .*did you mean 'method\.vila\.lam'\?",
     ),
     (
-        {"method.name": "semibaseline", "runtime.workers": "4"},
+        {"method.name": "semibaseline", "data.batch_unlabelled": "4", "runtime.workers": "4"},
         r"data\.batch_unlabelled = 4: .* a multiple of 8, or method\.cut",
     ),
 ]
@@ -363,7 +363,7 @@ def test_precision_follows_the_data_set_and_no_device(dataset: str) -> None:
 def test_steps_and_epochs_replace_each_other() -> None:
     epochs = override(PLAIN, {"train.epochs": "2"})
     assert (epochs.train.steps, epochs.train.epochs) == (None, 2.0)
-    assert override(epochs, {"train.steps": "600"}) == PLAIN
+    assert override(epochs, {"train.steps": "1200"}) == PLAIN
     assert override(PLAIN, {"data.dataset": "voc", "train.steps": "5"}).train.epochs is None
     assert RunConfig(train=TrainConfig(epochs=2)) == epochs
 

@@ -21,9 +21,9 @@ from viladiff.batch import Batch, Step, TextBatch
 from viladiff.checkpoint import load
 from viladiff.config import RunConfig, override
 from viladiff.guards import TrainingError
-from viladiff.methods import METHODS
+from viladiff.methods import METHODS, viladiff_mixe
 from viladiff.methods import viladiff as viladiff_file
-from viladiff.methods.viladiff import Pseudo, ViLaDiff
+from viladiff.methods.viladiff import ViLaDiff
 from viladiff.models.segmenter import Build, Stream, upsample
 from viladiff.train import Run, fit
 
@@ -210,19 +210,24 @@ def test_padding_draws_no_edge_around_the_picture(monkeypatch: pytest.MonkeyPatc
         seen.append(edges)
         return original(loss, edges)
 
-    def one_class_inside_another_outside(logits: Tensor, size: torch.Size) -> Pseudo:
+    def one_class_inside_another_outside(logits: Tensor, size: torch.Size) -> Tensor:
+        if asked:
+            return enlarge(logits, size)
+        asked.append(True)  # the teacher's answers come first
         labels = torch.where(given.valid, 1, 2)
         labels[:, :6, :6] = 3  # a true edge, which must be kept
-        return Pseudo(torch.ones(labels.shape), labels)
+        return 50 * torch.nn.functional.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2).float()
 
-    original, given = viladiff_file.edge_mean, batch()
-    monkeypatch.setattr(viladiff_file, "edge_mean", edge_mean)
-    monkeypatch.setattr(viladiff_file, "_pseudo", one_class_inside_another_outside)
+    asked: list[bool] = []
+    original, enlarge, given = viladiff_mixe.edge_mean, viladiff_file.upsample, batch()
+    monkeypatch.setattr(viladiff_mixe, "edge_mean", edge_mean)
+    monkeypatch.setattr(viladiff_file, "upsample", one_class_inside_another_outside)
     made = method(**{"cutmix": False, "mixe.train_images": "unlabelled", "mixe.refine": False})
     made(given, Step(7, 0.9, 3))
     (edges,) = seen
     assert edges[:, :7, :7].any() and not edges[:, 8:].any()
 
     # With nothing marked as padding the same labels do make an edge, so the lines above could have seen one.
+    asked.clear()
     made(replace(given, valid=torch.ones_like(given.valid)), Step(7, 0.9, 3))
     assert seen[1][:, 19:21].all()

@@ -490,6 +490,7 @@ def test_the_spec_compares_equal_runs_but_for_the_words() -> None:
     plain = {
         "method.name": "textprobe",
         "data.split": "all",
+        "data.split_seed": 0,
         "eval.split": "test",
         "runtime.scale": "digits",
         "runtime.threads": 1,

@@ -130,7 +130,8 @@ def test_every_spec_draws_lists_at_scale_digits_and_nowhere_else(path: Path) -> 
     spec = load_table(path) if path in TABLES else load_sweep(path)
     own = {name for name, scale in spec.scale.items() if scale.split_per_seed}
     many = {name for name, scale in spec.scale.items() if name != "paper" and len(scale.seeds or spec.seeds) > 1}
-    assert own == {"digits"} | many
+    beside = {name for name, scale in spec.scale.items() if getattr(scale, "published_runs", "")}
+    assert own == {"digits"} | many | beside
 
 
 def test_trials_and_finals_of_a_sweep_draw_lists_by_seed(tmp_path: Path) -> None:

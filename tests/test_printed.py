@@ -115,21 +115,23 @@ def test_every_printed_number_was_typed_twice(name: str) -> None:
     table = TABLES[name]
     splits, lines = typed(name)
     rows = [row for row in table.rows if row.paper]
-    assert [column.set["data.split"] for column in table.columns] == splits
+    assert [column.set["data.split"] for column in table.columns][: len(splits)] == splits
     assert len(rows) == len(lines) and not any(row.control for row in rows)
     for row, (label, numbers) in zip(rows, lines, strict=True):
         assert label.replace("·", " ") in row.label
         # As text: 79.50 or a digit more would not be what is printed.
-        assert [number if number == "-" else f"{number:.1f}" for number in row.paper] == numbers
+        paper, ours = row.paper[: len(splits)], row.paper[len(splits) :]
+        assert [number if number == "-" else f"{number:.1f}" for number in paper] == numbers and set(ours) <= {"-"}
         assert all(
-            number == "-" or Decimal(str(number)) == Decimal(text)
-            for number, text in zip(row.paper, numbers, strict=True)
+            number == "-" or Decimal(str(number)) == Decimal(text) for number, text in zip(paper, numbers, strict=True)
         )
 
 
 def test_all_seven_tables_are_there_and_nothing_else_claims_to_be_printed() -> None:
     assert {table.name for table in PRINTED} == set(TYPED)
-    assert sum(len(row.paper) for table in PRINTED for row in table.rows) == 231
+    assert sum(len(row.paper) for table in PRINTED for row in table.rows) == 239
+    ours = [column.label for column in TABLES["table5"].columns][2:]
+    assert ours == ["1/16 (92)"] and {row.paper[2] for row in TABLES["table5"].rows if row.paper} == {"-"}
 
 
 def test_rows_set_what_their_labels_say() -> None:
@@ -178,7 +180,8 @@ def test_cells_that_tables_share_are_one_run(scale: str) -> None:
     fifth, sixth, seventh = (
         runs(*one) for one in (("table5", scale, "ViLaDiff"), ("table6", scale, "λ = 0.5"), ("table7", scale, "T = 10"))
     )
-    assert (fifth["1/8 (183)"], fifth["1/2 (732)"]) == (first["1/8 (183)"], first["1/2 (732)"])
+    if scale != "quick":  # whose runs of Table 5 are longer
+        assert (fifth["1/8 (183)"], fifth["1/2 (732)"]) == (first["1/8 (183)"], first["1/2 (732)"])
     assert list(sixth.values()) == [
         first["1/16 (92)"],
         first["1/2 (732)"],

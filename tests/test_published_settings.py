@@ -37,7 +37,7 @@ def table(name: str) -> Table:
 
 @cache
 def found(name: str, scale: str = "paper") -> list[Cell]:
-    whole = [row.label for row in table(name).rows]
+    whole = [row.label for row in table(name).rows if not row.scales or scale in row.scales]
     return cells(table(name), scale, [0], whole, [column.label for column in table(name).columns])
 
 

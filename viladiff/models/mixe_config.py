@@ -82,7 +82,7 @@ class MixeConfig(Section):
     depth: int = Field(2, ge=1)
     """Residual blocks of the denoiser; passes of the guided filter."""
     lr_scale: float = Field(1.0, gt=0)
-    """Factor of ``optim.lr`` for the denoiser."""
+    """Factor of the learning rate for the denoiser."""
     condition: tuple[More, ...] = ()
     """What the denoiser reads besides the decoder's map and the classes of one stream: the encoder's two finest maps,
     map and classes of the other stream, the picture's pixels (ours)."""
