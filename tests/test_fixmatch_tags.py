@@ -58,7 +58,7 @@ def test_tags_are_of_the_words_that_a_method_reading_captions_is_given(dataset: 
 
 
 def test_the_loader_hands_out_the_tags_of_its_images(dataset: Dataset) -> None:
-    cfg = override(RunConfig(), {"method.name": "fixmatch_tags", "data.batch_labelled": 4})
+    cfg = override(RunConfig(), {"method.name": "fixmatch_tags", "data.batch_labelled": 4, "data.batch_unlabelled": 4})
     views = Views(strong=1, cutmix=True, tags=True)
     loader = Loader(cfg, dataset, views, None, 8, torch.device("cpu"))
     (batch,) = loader.micro_batches(3)

@@ -46,8 +46,8 @@ def test_an_evaluation_on_the_way_changes_no_loss_and_no_weight(tmp_path: Path, 
     """``swith`` drops branches by torch's own generator, ``corrmatch`` keeps running values and drops channels."""
     drops: dict[str, Any] = {} if method == "swith" else {"model__drop_path": 0.3}
     without = run(tmp_path / "a", method, **drops)
-    # 183 of 4,000 images have labels: 3,817 / 4 = 954.25 steps are an epoch, 1.9 of them 0.002.
-    every = run(tmp_path / "b", method, eval__every_epochs=0.002, **drops)
+    # 183 of 4,000 images have labels: 3,817 / 8 = 477.125 steps are an epoch, 1.9 of them 0.004.
+    every = run(tmp_path / "b", method, eval__every_epochs=0.004, **drops)
     assert [entry["step"] for entry in every[0].history] == [2, 4, 6] and len(without[0].history) == 1
     assert every[1] == without[1] and len(every[1]) == 6
     assert all(torch.equal(value, without[2][name]) for name, value in every[2].items())

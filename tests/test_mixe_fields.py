@@ -323,7 +323,7 @@ def test_refined_network_is_the_chain_after_the_evaluated_one() -> None:
         ({"mixe.holdout": 0.25, "mixe.train_images": "unlabelled"}, "use no left-out images"),
         ({"mixe.denoiser": "guided", "mixe.flips": False}, "flips = False: denoiser = 'guided'"),
         ({"mixe.denoiser": "guided", "mixe.condition": ("image",)}, "condition = .*'guided'"),
-        ({"mixe.labelled_views": "cutmix", "mixe.holdout": 0.25}, "labelled_views = 'cutmix'.*multiple of 8"),
+        ({"mixe.labelled_views": "cutmix", "mixe.holdout": 0.125}, "labelled_views = 'cutmix'.*multiple of 16"),
         ({"mixe.refine_where": "unshure"}, "refine_where.*unsure"),
     ],
 )
