@@ -47,7 +47,7 @@ from viladiff.sections import (
 
 __all__ = ["ConfigError", "RunConfig", "changed", "fields_help", "flatten", "override", "parse_overrides", "run_id"]
 
-CORE_REVISION = 3
+CORE_REVISION = 4
 """Raised when the loop, the data layer or the evaluator computes something else than before; old records turn stale."""
 
 LENGTH = frozenset({"steps", "epochs"})

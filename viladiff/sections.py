@@ -340,7 +340,7 @@ _REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "ti
 _MIXED: dict[str, object] = {"precision": "bf16"}
 """Mixed precision (paper, section 4.1)."""
 _EMBEDDED: dict[str, dict[str, object]] = {
-    "optim": {"lr": 6e-3, "encoder_lr_scale": 0.1, "warmup_steps": 30},
+    "optim": {"lr": 6e-3, "encoder_lr_scale": 0.2, "warmup_steps": 30},
     "eval": {"split": "dev"},
 }
 """Fixed with ``supervised`` and ``semibaseline``, before ViLaDiff was trained with them: docs/experiments.md."""
