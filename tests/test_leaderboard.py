@@ -91,7 +91,7 @@ def test_rows_of_our_own_stand_in_tables_1_to_4() -> None:
         lengths = [override(RunConfig(), one.changes).train.epochs for one in first]
         assert lengths[1] == 2 * lengths[0] == double  # type: ignore[operator]
         (twice,) = cells(table, "digits", [0], ["FixMatch-EMA, twice the steps"], [1])
-        assert override(RunConfig(), twice.changes).train.steps == 2400
+        assert override(RunConfig(), twice.changes).train.steps == 3000
 
 
 def test_given_weights_are_read_by_the_row_that_needs_them_and_by_semivl() -> None:

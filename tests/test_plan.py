@@ -105,7 +105,7 @@ def test_names_are_those_that_the_runs_give_themselves(tmp_path: Path) -> None:
         run = Run(cfg)
         assert (named.run_id, named.fingerprints) == (run.name, run.fingerprints)
     assert len({named.run_id for named in found}) == len(found)
-    assert [named.steps for named in found] == [1200, 1200, 1, 1200]
+    assert [named.steps for named in found] == [1500, 1500, 1, 1500]
     assert "weights" not in found[2].fingerprints and fingerprints(configs[0]) == found[0].fingerprints
     other.write_bytes(other.read_bytes() + b" ")
     assert name_runs([configs[3]])[0].run_id != found[3].run_id, "nothing is remembered of a file that has changed"

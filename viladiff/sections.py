@@ -239,7 +239,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, and in which arithmetic."""
 
-    steps: int | None = Field(1200, ge=1)
+    steps: int | None = Field(1500, ge=1)
     """Optimiser steps; giving ``epochs`` makes this none."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the unlabelled images (the labelled ones for a method that uses no others)."""
