@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,16 @@ def test_forest_puts_all_intervals_on_one_axis_around_zero() -> None:
     placed, reach = views.forest([replace(VERDICTS[0], comparisons=(usual, wild))])
     assert reach == pytest.approx(3.3), "an interval of its own kind does not squeeze the others"
     assert (placed[id(wild)].left, placed[id(wild)].right) == (0, 100), "and ends at the edge"
+
+
+def test_a_table_says_which_images_its_scores_are_of(tmp_path: Path) -> None:
+    assert "mIoU (%), validation set" in render(tmp_path, rising).text
+    one = record(name(0, 0, 0), 0.5)
+    of: list[dict[str, object]] = [{}, {"eval.split": "test"}, {"eval.split": "test"}]
+    records = {str(i): one.model_copy(update={"config": config}) for i, config in enumerate(of)}
+    for count, said in ((1, "validation set"), (3, "validation set and part test"), (0, "")):
+        shown = SimpleNamespace(records=lambda count=count: dict(list(records.items())[:count]))
+        assert views.scored_images(shown) == said  # type: ignore[arg-type]
 
 
 def test_provenance_names_the_command_the_captions_and_every_run(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def html(
             banner=banner(results),
             counts=results.counts(),
             context=views.context(results),
+            scored=views.scored_images(results),
             encoders=any(row.encoder for row in table.rows),
             best_epochs=training.shows_best(results),
             lengths=training.lengths(results),

@@ -325,6 +325,13 @@ def part_html(part: str) -> Markup:
     return Markup(f"<i>{escape(found.base)}</i><sub>{escape(found.below)}</sub>{above}")
 
 
+def scored_images(results: Results) -> str:
+    """Which images the scores are of, as a page says it; empty without a record."""
+    names = {"val": "validation set", "holdout": "held-out labelled images"}
+    parts = dict.fromkeys(str(record.config.get("eval.split", "val")) for record in results.records().values())
+    return " and ".join(names.get(part, f"part {part}") for part in parts)
+
+
 def context(results: Results) -> list[str]:
     """Sentences without which the numbers would mislead: stand-in data sets, captions, length."""
     records = list(results.records().values())
