@@ -313,3 +313,22 @@ def test_a_scale_without_published_runs_has_the_page_that_it_had(tmp_path: Path)
     out = page.render_table(plain, store, tmp_path / "out", command="make", verdicts=())
     assert "source" not in (out.parent / "table.csv").read_text().splitlines()[0].split(",")
     assert 'id="beside"' not in out.read_text()
+
+
+def test_an_oracle_is_marked_and_meets_no_criterion(tmp_path: Path) -> None:
+    """The baseline reads true masks on this machine alone, as where the command line sets it."""
+    both = both_of(tmp_path, levels)
+    plan = both.here.plan
+    (name,) = plan.run_ids(0, 0)
+    oracle = replace(plan.runs[name], changed={"method.pseudo.oracle": "edges"})
+    both = replace(both, here=replace(both.here, plan=replace(plan, runs={**plan.runs, name: oracle})))
+    found = beside.criteria(both)
+    assert [one.verdict for one in found] == ["not decided", "not decided"]
+    assert found[0].text.endswith("No result of a method: base reads true masks.")
+    assert beside.lines(both)[0].label == "base (this machine: ceiling: reads true masks)"
+    assert any("base (this machine: ceiling: reads true masks) |" in line for line in beside.to_markdown(both))
+
+
+def test_equal_scores_are_not_above_each_other_without_any_spread(tmp_path: Path) -> None:
+    found = beside.criteria(both_of(tmp_path, lambda cell: 0.6, {**HERE, 0: 0.5, 3: 0.5}))
+    assert found[0].verdict == "fails" and "0.0 points here, at least 2 × 0.00 = 0.00 wanted" in found[0].text

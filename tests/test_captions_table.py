@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,14 @@ def made(tmp_path: Path, **changes: Any) -> tuple[Results, dose.Dose]:
     found = dose.dose(results, tmp_path / "out")
     assert found is not None
     return results, found
+
+
+def test_a_ceiling_is_no_baseline(tmp_path: Path) -> None:
+    plan, store = opened(tmp_path)
+    oracle = {"method.name": "b", "method.pseudo.oracle": "edges"}
+    runs = {**plan.runs, **{name: replace(plan.runs[name], changed=oracle) for name in plan.run_ids(1, 0)}}
+    found = dose.dose(gather(replace(plan, runs=runs), store), tmp_path / "out")
+    assert found is not None and "+3.0 points to the best of 1 baseline, Base (50.0 ± 0.1 (3))" in found.said[0]
 
 
 def test_the_curve_is_of_rows_that_differ_in_recall_alone(tmp_path: Path) -> None:

@@ -273,6 +273,8 @@ def test_shares_are_means_over_steps_and_a_part_that_is_not_yet_there_has_none()
     assert pseudo == TermShare("student", "pseudo", (0.125, None, 0.8), (0.5, None, 0.5))
     assert together([sup, pseudo], ["p*", "nothing"]) == (0.125, None, 0.8)
     assert together([sup], ["p*"]) == (None, None, None)
+    elsewhere = TermShare("denoiser", "part", (0.9, 0.3, None), (None, None, None))
+    assert together([sup, pseudo, elsewhere], ["s*", "p*"]) == (1.0, 0.3, 1.0), "places are not added"
     assert by_thirds(None, 9) == [] and by_thirds(measured(at(0, sup=0.0)), 9)[0].shares == (None, None, None)
 
 
@@ -346,6 +348,18 @@ def test_the_page_says_which_parts_a_table_cannot_test(tmp_path: Path) -> None:
     assert chart.svg.count("<rect") == 4 and 'height="80.00"' in chart.svg
     markdown = gradients.to_markdown(found)["Gradient shares"]
     assert any("| 13.0 |" in line for line in markdown) and any("5.0 &lt;" in line for line in markdown)
+
+
+@pytest.mark.parametrize("name", ["column", "method.name"])
+def test_what_varies_between_columns_or_methods_alone_is_no_ablation(tmp_path: Path, name: str) -> None:
+    def shares(row: int, seed: int) -> dict[str, Any]:
+        return {"fields": {"method.vila.lam": ["*"]}, "measured": [at(0, sup=1.0)]}
+
+    found = results(tmp_path, shares)
+    for entry in found.entries:
+        there = entry.cell.row if name == "method.name" else entry.cell.column
+        entry.record.config.update({"method.name": f"m{there}", "method.vila.lam": there})
+    assert gradients.section(found).said == ()
 
 
 def test_a_table_without_measured_shares_has_no_section(tmp_path: Path) -> None:

@@ -304,6 +304,7 @@ def test_claims_leave_ceilings_out_but_for_our_own_question(tmp_path: Path) -> N
     found = judge(typed, store.records())
     assert found[0].comparisons == found[1].comparisons == ()
     assert found[1].why.startswith("'whole' reads true masks of unlabelled images here (method.pseudo.oracle): a ceil")
+    assert found[1].why.endswith("no difference is counted before that"), "90 points of true masks are not counted"
 
 
 def test_the_ceilings_of_table5_run_at_scale_digits_alone() -> None:

@@ -252,3 +252,9 @@ def test_a_difference_of_the_size_of_the_residuals_spread() -> None:
     pool = spread(measured(y)).pools["", ""]
     assert pool.paired == pytest.approx(np.std(y[0] - y[1], ddof=1))
     assert Residual(1.0, 4, 2).paired == pytest.approx(np.sqrt(2))
+
+
+def test_a_cell_is_set_apart_from_others_without_any_spread() -> None:
+    """Two rows that are equal bit for bit leave no residual, and would halve a third row's variance."""
+    found = spread(measured(np.array([[10.0, 11.0, 13.0], [10.0, 11.0, 13.0], [12.0, 11.0, 17.0]])))
+    assert [one.runs[0] for one in found.apart] == ["2/0/0"] and [one.sd for one in found.pools.values()] == [0.0]

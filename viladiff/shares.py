@@ -65,11 +65,16 @@ def by_thirds(found: Mapping[str, Any] | None, steps: int) -> list[TermShare]:
 def together(found: Sequence[TermShare], names: Sequence[str]) -> Triple:
     """Added shares of the terms that one of the patterns matches, by third; None where none of them was measured.
 
+    Shares of different places are of different gradients: they are added within a place, and the largest sum counts.
     Terms whose gradients point apart make less than that together, never more.
     """
-    mine = [one.shares for one in found if any(fnmatchcase(one.term, name) for name in names)]
-    sums = [[share for share in column if share is not None] for column in zip(*mine, strict=True)] or [[], [], []]
-    early, middle, late = (math.fsum(column) if column else None for column in sums)
+    mine = [one for one in found if any(fnmatchcase(one.term, name) for name in names)]
+    sums: list[list[float]] = [[], [], []]
+    for place in dict.fromkeys(one.place for one in mine):
+        for third, sum_ in enumerate(sums):
+            there = [share for one in mine if one.place == place and (share := one.shares[third]) is not None]
+            sum_ += [math.fsum(there)] if there else []
+    early, middle, late = (max(column, default=None) for column in sums)
     return early, middle, late
 
 

@@ -14,7 +14,19 @@ from viladiff.report import provenance
 from viladiff.report.long import long
 from viladiff.report.plain import latex, markdown, paper_text, pipes, signed
 from viladiff.report.provenance import Origin
-from viladiff.report.tables import Difference, Results, Summary, difference, finding, number, printed, summary, swapped
+from viladiff.report.tables import (
+    CEILING,
+    Difference,
+    Results,
+    Summary,
+    difference,
+    finding,
+    number,
+    printed,
+    row_name,
+    summary,
+    swapped,
+)
 from viladiff.study.spec import Criterion
 
 HEADING = "Paper, published runs, this machine"
@@ -95,13 +107,20 @@ def lines(both: Beside) -> list[Line]:
     return [
         Line(
             number(both.here, row),
-            table.rows[row].label,
+            _name(both, row),
             table.rows[row].control,
             any(both.trained(row, column) for column in both.columns),
             tuple(_cell(both, row, column) for column in both.columns),
         )
         for row in both.rows
     ]
+
+
+def _name(both: Beside, row: int) -> str:
+    """A row's label, with a mark where its runs read true masks, be it on this machine alone."""
+    if row in both.here.plan.ceilings - both.published.plan.ceilings:
+        return f"{both.here.plan.table.rows[row].label} (this machine: {CEILING})"
+    return row_name(both.published, row)
 
 
 def _cell(both: Beside, row: int, column: int) -> Cell:
@@ -142,7 +161,7 @@ def _reached(both: Beside, results: Results, with_paper: bool) -> str:
             said.append(where + apart + note)
     if not said:
         return finding(results)[:1].lower() + finding(results)[1:]
-    return f"{table.rows[row].label} (row {number(both.here, row)}) reaches {'; '.join(said)}."
+    return f"{row_name(results, row)} (row {number(both.here, row)}) reaches {'; '.join(said)}."
 
 
 def _against(gap: float) -> str:
@@ -198,8 +217,16 @@ def criteria(both: Beside) -> list[Judged]:
             if both.trained(row, column):
                 above = labels.index(one.above) if one.above else None
                 judged = _apart(both, one, row, column) if above is None else _above(both, one, row, above, column)
-                found.append(judged)
+                asked, ceilings = (row, above), both.here.plan.ceilings | both.published.plan.ceilings
+                found.append(_undecided(judged, [labels[i] for i in asked if i is not None and i in ceilings]))
     return found
+
+
+def _undecided(judged: Judged, ceilings: Sequence[str]) -> Judged:
+    """As it is without ``ceilings``, rows of the criterion that read true masks; they are no result of a method."""
+    if not ceilings:
+        return judged
+    return Judged("not decided", f"{judged.text} No result of a method: {', '.join(ceilings)} reads true masks.")
 
 
 def _apart(both: Beside, one: Criterion, row: int, column: int) -> Judged:
@@ -229,7 +256,7 @@ def _above(both: Beside, one: Criterion, row: int, other: int, column: int) -> J
     assert one.deviations is not None
     least = one.deviations * spread
     why = f"{signed(gap.mean)} points here, at least {one.deviations:g} × {spread:.2f} = {least:.2f} wanted"
-    return Judged("holds" if gap.mean >= least else "fails", f"{said}: {why}.")
+    return Judged("holds" if gap.mean > 0 and gap.mean >= least else "fails", f"{said}: {why}.")
 
 
 def _lacking(here: bool, published: bool, record: str = "no published record") -> str:
@@ -265,8 +292,8 @@ def to_markdown(both: Beside) -> list[str]:
     labels = [markdown(both.here.plan.table.columns[column].label) for column in both.columns]
     head = ["", "row", *(f"{label} {kind}" for label in labels for kind in ("paper", "published", "this machine"))]
     body = [
-        [line.number, markdown(line.label) + (" (ours)" if line.control else ""), *map(markdown, _texts(line))]
-        for line in lines(both)
+        [line.number, markdown(line.label) + " (ours)" * (line.control and CEILING not in line.label), *texts]
+        for line, texts in ((line, map(markdown, _texts(line))) for line in lines(both))
     ]
     told = [f"- {name}: {markdown(text)}" for name, text in sources(both)]
     mark = f"- “{RECORDS}”: not trained at this scale; the published number stands for it"

@@ -14,7 +14,7 @@ from viladiff.report.leaderboard import Picture, uri
 from viladiff.report.palette import SERIES
 from viladiff.report.plain import markdown, signed
 from viladiff.report.scatter import THEMES, save_drawn
-from viladiff.report.tables import Results, Summary, difference, number, summary
+from viladiff.report.tables import CEILING, Results, Summary, difference, number, row_name, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,12 +61,13 @@ def dose(results: Results, out: Path) -> Dose | None:
     lines = tuple(_line(results, row, base) for row in mine if not (table.rows[row].stream or table.rows[row].network))
     columns = results.plan.columns
     levels = tuple(
-        Level(table.rows[row].label, tuple(summary(results.at(row, column), "miou") for column in columns))
+        Level(row_name(results, row), tuple(summary(results.at(row, column), "miou") for column in columns))
         for row in results.rows()
         if row not in mine
     )
-    head = next((line for line in lines if line.label == table.rows[results.headline].label), None)
-    said = [] if head is None else [_said(table.columns[c].label, i, head, levels) for i, c in enumerate(columns)]
+    head = next((line for line in lines if line.number == number(results, results.headline)), None)
+    ranked = [level for level in levels if CEILING not in level.label]
+    said = [] if head is None else [_said(table.columns[c].label, i, head, ranked) for i, c in enumerate(columns)]
     pictures, files = _pictures(results, lines, levels, out / "figures")
     return Dose(tuple(said), lines, pictures, files)
 
@@ -88,7 +89,7 @@ def _line(results: Results, row: int, base: Mapping[str, Any]) -> Line:
         tuple(summary(results.at(row, column), "miou", stream=stream) for stream in STREAMS)
         for column in results.plan.columns
     )
-    return Line(number(results, row), results.plan.table.rows[row].label, recall, found)
+    return Line(number(results, row), row_name(results, row), recall, found)
 
 
 def _said(column: str, place: int, head: Line, levels: Sequence[Level]) -> str:

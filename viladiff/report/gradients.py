@@ -155,15 +155,16 @@ def _sentence(results: Results, field: str, row: int | None, sums: dict[int, Tri
 
 
 def _varied(results: Results, field: str) -> bool:
-    """Whether rows of the method that has the field differ in it; of ``path=value`` in whether the value is among."""
+    """Whether rows of one method differ in the field in a column; of ``path=value`` in whether the value is among."""
     path, _, one = field.partition("=")
-    values = set()
+    values: dict[tuple[int, object], set[bool | str]] = {}
     for entry in results.entries:
         config: dict[str, Any] = entry.record.config if entry.record is not None else {}
         if path in config:
             value = config[path]
-            values.add(one in value if one else str(value))
-    return len(values) > 1
+            method = entry.cell.column, config.get("method.name")
+            values.setdefault(method, set()).add(one in value if one else str(value))
+    return any(len(there) > 1 for there in values.values())
 
 
 def _any(measured: dict[tuple[int, int], list[TermShare]], row: int, names: Sequence[str]) -> bool:

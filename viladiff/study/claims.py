@@ -221,7 +221,7 @@ def _verdict(
         return _differs(counts, len(asked), f"; {lacking[0]}{rest}" if lacking else "")
     said = f"{counts['shown']} of {len(asked)} shown, {counts['reversed']} reversed, {counts['open']} open"
     if lacking:
-        return "not decided", f"{lacking[0]}{rest}; {_as_measured(asked, measured)}"
+        return "not decided", f"{lacking[0]}{rest}; {_as_measured(plan, asked, measured)}"
     if counts["shown"] == len(asked):
         return "holds", said
     if counts["reversed"]:
@@ -274,12 +274,13 @@ def _ceiling(plan: Plan, row: int) -> bool:
     return row in plan.ceilings and not plan.table.rows[row].oracle
 
 
-def _as_measured(asked: Sequence[Question], measured: Samples) -> str:
+def _as_measured(plan: Plan, asked: Sequence[Question], measured: Samples) -> str:
     """How many differences point the claimed way over the seeds in common, for a table too small to decide."""
+    counted = [one for one in asked if one.form != "spread" and not any(_ceiling(plan, t.row) for t in one.terms)]
+    if not counted:
+        return "no difference is counted before that"
     sums = []
-    for question in asked:
-        if question.form == "spread":
-            continue
+    for question in counted:
         cells = [(measured.get((row, column)), sign) for row, column, sign in question.terms]
         there = [(one.by_seed, sign) for one, sign in cells if one is not None]
         seeds = set.intersection(*(set(values) for values, _ in there)) if len(there) == len(cells) else set()

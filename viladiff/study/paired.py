@@ -110,8 +110,9 @@ def _wild(columns: Mapping[int, Sequence[Sample]]) -> list[Sample]:
             added = whole[column].squares - less.squares, whole[column].df - less.df
             rest = [less, *(other for place, other in whole.items() if place != column)]
             squares, df = sum(other.squares for other in rest), sum(other.df for other in rest)
-            if added[1] and df and squares:
-                p = float(stats.f.sf(added[0] / added[1] / (squares / df), added[1], df))
+            if added[1] and df:
+                ratio = added[0] / added[1] / (squares / df) if squares else math.inf if added[0] else 0.0
+                p = float(stats.f.sf(ratio, added[1], df))
                 asked.append((p, -sum_of_squares(one.values), column, one))
         if not asked or sum(map(len, columns.values())) * min(asked)[0] >= APART:
             break
