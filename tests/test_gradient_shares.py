@@ -350,6 +350,16 @@ def test_the_page_says_which_parts_a_table_cannot_test(tmp_path: Path) -> None:
     assert any("| 13.0 |" in line for line in markdown) and any("5.0 &lt;" in line for line in markdown)
 
 
+def test_a_part_that_is_large_in_another_row_can_be_tested(tmp_path: Path) -> None:
+    def shares(row: int, seed: int) -> dict[str, Any]:
+        fields = {"method.vila.lam": ["part"], "method.paths=a_features": ["a_features/*"]}
+        return {"fields": fields, "measured": [at(0, sup=9.5, part=(3.0, 0.5, 0.5)[row])]}
+
+    lam, arrow = gradients.section(results(tmp_path, shares)).said
+    assert "in row 2, 5.0 % (early) in 1/8 (183), but 24.0 % in row 1;" in lam and "cannot" not in lam
+    assert arrow.endswith("have no share in the rows that measured any.")
+
+
 @pytest.mark.parametrize("name", ["column", "method.name"])
 def test_what_varies_between_columns_or_methods_alone_is_no_ablation(tmp_path: Path, name: str) -> None:
     def shares(row: int, seed: int) -> dict[str, Any]:

@@ -307,6 +307,16 @@ def test_claims_leave_ceilings_out_but_for_our_own_question(tmp_path: Path) -> N
     assert found[1].why.endswith("no difference is counted before that"), "90 points of true masks are not counted"
 
 
+def test_a_ceiling_lends_no_spread_to_the_papers_claims(tmp_path: Path) -> None:
+    plan, store = world(tmp_path)
+    ours = [one for one in plan.table.claims if one.source == "ours"]
+    paper = [one for one in plan.table.claims if one.source == "paper"]
+    assert ours and paper
+    for claims, count in ((paper, 2), (ours, 3)):
+        one = replace(plan, table=plan.table.model_copy(update={"claims": tuple(claims)}))
+        assert f"pooled over {count} cells" in judge(one, store.records())[0].test
+
+
 def test_the_ceilings_of_table5_run_at_scale_digits_alone() -> None:
     table = load_table(ROOT / "ablations" / "table5.toml")
     oracles = [i for i, row in enumerate(table.rows) if row.oracle]

@@ -124,7 +124,8 @@ def small(share: float | None) -> bool:
 def ablated(results: Results, measured: dict[tuple[int, int], list[TermShare]]) -> list[str]:
     """A sentence for each field that rows of one method vary and that weighs parts of its loss.
 
-    The parts are looked at in the headline's row, or in the first row where they have a share.
+    The parts are looked at in the headline's row, or in the first row where they have a share. What cannot be tested is
+    said of parts that are small in every row that measured any: a row may weigh them more than the headline's.
     """
     records = {place: _records(results.at(*place)) for place in measured}
     fields: dict[str, tuple[str, ...]] = {}
@@ -138,18 +139,31 @@ def ablated(results: Results, measured: dict[tuple[int, int], list[TermShare]]) 
         row = next((r for r in (results.headline, *results.rows()) if _any(measured, r, names)), None)
         where = results.plan.columns
         sums = {} if row is None else {c: together(measured.get((row, c), []), names) for c in where}
-        said.append(_sentence(results, field, row, {c: s for c, s in sums.items() if any(x is not None for x in s)}))
+        tops = {c: _largest(measured, c, names) for c in where}
+        there = {c: s for c, s in sums.items() if any(x is not None for x in s)}
+        said.append(_sentence(results, field, row, there, tops))
     return said
 
 
-def _sentence(results: Results, field: str, row: int | None, sums: dict[int, Triple]) -> str:
+def _largest(measured: dict[tuple[int, int], list[TermShare]], column: int, names: Sequence[str]) -> tuple[float, int]:
+    """The parts' largest share in a column, and its row."""
+    shares = [(x or 0.0, r) for (r, c), terms in measured.items() if c == column for x in together(terms, names)]
+    return max(shares, key=lambda one: one[0], default=(0.0, -1))
+
+
+def _sentence(
+    results: Results, field: str, row: int | None, sums: dict[int, Triple], tops: dict[int, tuple[float, int]]
+) -> str:
     if row is None or not sums:
-        return f"{field}: the parts that it weighs have no measured share here, so that this table cannot test it."
+        return f"{field}: the parts that it weighs have no share in the rows that measured any."
     labels, told = results.plan.table.columns, []
     for column, triple in sums.items():
         most = max(share for share in triple if share is not None)
         third = THIRDS[triple.index(most)]
+        top, other = tops[column]
         verdict = "" if most >= ENOUGH else f", below {100 * ENOUGH:g} %: this table cannot test it there"
+        if most < ENOUGH <= top:
+            verdict = f", but {percent(top)} % in row {number(results, other)}"
         told.append(f"{percent(most)} % ({third}) in {labels[column].label}{verdict}")
     return f"{field}: the parts that it weighs reach, in row {number(results, row)}, {'; '.join(told)}."
 

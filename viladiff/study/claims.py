@@ -124,7 +124,11 @@ def _key(claim: Claim, question: Question) -> _Key:
 def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdict]:
     asked = {claim.text: questions(plan.table, claim) for claim in claims}
     measured = {claim.metric: samples(plan, records, claim.metric) for claim in claims}
-    known = {metric: spread(found) for metric, found in measured.items()}
+    rows = {t.row for found in asked.values() for one in found for t in one.terms if not _ceiling(plan, t.row)}
+    rows |= set(plan.rows) - plan.ceilings  # a ceiling lends its spread, which may be small, to its own questions alone
+    known = {
+        metric: spread({at: one for at, one in found.items() if at[0] in rows}) for metric, found in measured.items()
+    }
     family = {_key(claim, question): question for claim in claims for question in asked[claim.text]}
     answers: dict[_Key, _Answer | None] = {}
     for key, question in family.items():
@@ -245,7 +249,7 @@ def _worst(reversed_: Sequence[Comparison]) -> str:
 
 def _lacking(plan: Plan, question: Question, measured: Samples, known: Spread) -> Iterator[str]:
     """Why a question cannot be answered: cells with fewer than three seeds, or in common; spreads of two precisions."""
-    few = False
+    few = any(_ceiling(plan, term.row) for term in question.terms)
     for label in dict.fromkeys(plan.table.rows[t.row].label for t in question.terms if _ceiling(plan, t.row)):
         yield f"{label!r} reads true masks of unlabelled images here ({ORACLE}): a ceiling is no result of a method"
     for row, column, _ in question.terms:
