@@ -351,6 +351,19 @@ def test_below_three_seeds_nothing_is_decided(values: Values, seeds: int, why: s
     assert found.comparisons == () and found.detectable is None
 
 
+def test_the_test_is_named_where_no_residual_tells_its_spread() -> None:
+    claim = higher("r0", "r1", kind="less_stable", source="ours")
+    plan, records = world(a_table(plain(2), ["c"], claim), {(0, 0): near(50), (1, 0): near(60)}, seeds=6)
+    apart = {f"1/0/{seed + 3}": records.pop(f"1/0/{seed}") for seed in range(3)}
+    (found,) = judge(plan, {**records, **apart})
+    assert found.comparisons and found.test.startswith("F test on mIoU over seeds")
+    rows = [*plain(2), Row(label="f0", stream="fusion"), Row(label="f1", stream="fusion")]
+    values: Values = {(row, 0): near(50 + row) for row in range(4)}
+    plan, records = world(a_table(rows, ["c"], higher("f0", "f1")), values)
+    (found,) = judge(plan, records)  # no record has a fusion stream
+    assert "over seeds, differences paired by seed" in found.test
+
+
 def test_three_of_five_seeds_are_enough() -> None:
     found = verdict(a_table(plain(2), ["c"], higher("r0", "r1")), {(0, 0): near(54), (1, 0): near(50)}, seeds=5)
     assert found.verdict == "holds"

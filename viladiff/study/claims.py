@@ -299,18 +299,18 @@ def _as_measured(plan: Plan, asked: Sequence[Question], measured: Samples) -> st
 def _said(
     plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples, comparisons: int, claim: Claim
 ) -> str:
-    if not known.pools:
-        return "none: no two rows have two seeds in common"
     whose = "the paper's claims" if claim.source == "paper" else "our own claims"
     count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
     corrected = f"Holm's correction for {count} of {whose}"
     on = f"on {METRIC_NAMES[claim.metric]} over seeds"
     if claim.kind == "less_stable":
         return f"F test {on}, of variances pooled within the cells of either side, at 5 %; {corrected}"
+    if not known.pools:
+        return "none: no two rows have two seeds in common"
     sides = "two-sided t tests at 5 %" if claim.kind == "differs" else "one-sided t tests at 5 % in each direction"
     beyond = f", with a tolerance of {claim.tolerance:g}," if claim.tolerance else ""
     beyond = f", beyond a margin of {claim.margin:g}," if claim.margin else beyond
-    spreads = "; ".join(_spreads(plan, known, asked, measured))
+    spreads = "; ".join(_spreads(plan, known, asked, measured)) or "differences paired by seed"
     return f"{sides}{beyond} {on}, {spreads}; {corrected}"
 
 
