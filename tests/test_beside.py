@@ -152,6 +152,7 @@ def test_criteria_are_judged_by_the_published_runs(
     found = beside.criteria(both_of(tmp_path, levels, {**HERE, 0: base, 3: supervised}))
     assert [one.verdict for one in found] == verdicts
     assert "at least 2 × 0.50 = 1.00 wanted" in found[0].text and "60.0 published" in found[1].text
+    assert found[1].text.endswith(" apart; 1,000 steps here, 2,400 published.")
 
 
 def test_the_spread_is_pooled_over_cells_by_their_degrees_of_freedom(tmp_path: Path) -> None:

@@ -238,8 +238,16 @@ def _apart(both: Beside, one: Criterion, row: int, column: int) -> Judged:
         return Judged("not decided", f"{said}: {_lacking(mine is None, theirs is None)}.")
     assert one.points is not None
     holds = abs(mine - theirs) <= one.points
-    why = f"{mine:.1f} here, {theirs:.1f} published, {abs(mine - theirs):.1f} apart"
+    why = f"{mine:.1f} here, {theirs:.1f} published, {abs(mine - theirs):.1f} apart{_lengths(both, row, column)}"
     return Judged("holds" if holds else "fails", f"{said}: {why}.")
+
+
+def _lengths(both: Beside, row: int, column: int) -> str:
+    """How long a cell's runs are on either side; empty where that is the same."""
+    entries = [side.at(row, column) for side in (both.here, both.published)]
+    here, there = (sorted({one.record.steps for one in found if one.record is not None}) for found in entries)
+    said = (" and ".join(f"{steps:,}" for steps in found) for found in (here, there))
+    return "" if here == there else "; {} steps here, {} published".format(*said)
 
 
 def _above(both: Beside, one: Criterion, row: int, other: int, column: int) -> Judged:
