@@ -315,6 +315,27 @@ def test_guided_control_has_no_noise_and_learns() -> None:
 # Size, rates, inference
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixe.denoiser": "guided"},
+        {"mixe.denoiser": "plain", "mixe.confidence": "product", "pseudo.source": "mean"},
+        {"mixe.condition": ("image", "finer", "other_stream"), "mixe.confidence": "calibrated", "mixe.holdout": 0.5},
+    ],
+    ids=str,
+)
+def test_a_step_in_mixed_precision(changes: dict[str, object]) -> None:
+    losses = []
+    for enabled in (False, True):
+        method = ours(**changes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = method(batch_for(method), STEP)
+        found.total.backward()
+        assert all(p.grad.isfinite().all() for p in denoiser_of(method).parameters() if p.grad is not None)
+        losses.append(found.terms["mixe_ce"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
 def test_a_large_denoiser_and_its_own_rate() -> None:
     method = ours(**{"mixe.width": 64, "mixe.depth": 4, "mixe.lr_scale": 3.0})
     assert method(batch_for(method), STEP).total.isfinite()
