@@ -119,6 +119,37 @@ def test_names_of_all_variants_differ() -> None:
     assert len(set(every)) == len(every)
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "pseudo.threshold" in method.embedded])
+def test_a_methods_own_defaults_on_embedded_data_yield_to_what_is_set(name: str) -> None:
+    section: Any = METHODS[name].Config
+    part = section.model_fields["pseudo"].annotation
+    published, own = part().threshold, METHODS[name].embedded["pseudo.threshold"]
+    assert published != own
+
+    def threshold(cfg: Any) -> float:
+        return float(cfg.method.pseudo.threshold)
+
+    silent: list[Any] = [{"name": name}, {"name": name, "pseudo": {}}, {"name": name, "pseudo": part()}, section()]
+    for given_ in silent:
+        cfg = RunConfig(method=given_)
+        assert threshold(cfg) == own and "method.pseudo.threshold" not in config.changed(cfg)
+    for value in (published, own, 0.5):
+        pseudo: Any = {"threshold": value}
+        set_: list[Any] = [
+            {"name": name, "pseudo": pseudo},
+            {"name": name, "pseudo": part(**pseudo)},
+            section(pseudo=pseudo),
+        ]
+        for given_ in set_:
+            cfg = RunConfig(method=given_)
+            assert threshold(cfg) == value
+            assert ("method.pseudo.threshold" in config.changed(cfg)) == (value != own)
+    files = RunConfig(data={"dataset": "voc"}, method={"name": name})
+    assert threshold(files) == published and RunConfig(**files.model_dump()) == files
+    assert threshold(override(files, {"data.dataset": "digits"})) == own
+    assert threshold(override(files, {"data.dataset": "dense", "method.pseudo.threshold": "0.5"})) == 0.5
+
+
 def test_name_is_hex_and_stable_over_order() -> None:
     changes = {"train.steps": 10, "method.name": "viladiff", "method.vila.lam": 0.7}
     reverse = dict(reversed(list(changes.items())))

@@ -102,6 +102,17 @@ def test_parts_of_vila_are_those_that_their_fields_switch_off() -> None:
         assert norm([without - nothing]) == pytest.approx(found[f"{arrow}/squared"], rel=0.02)
 
 
+def test_a_part_that_depends_on_nothing_trained_has_no_share() -> None:
+    """The guided denoiser sees no noise, so that the noise term is a constant."""
+    method = make_uneven("viladiff", **{"mixe.denoiser": "guided"})
+    losses = method(make_batch(views=method.views_wanted()), STEP)
+    assert losses.parts["mixe_noise"].item() == 0 and not losses.parts["mixe_noise"].requires_grad
+    shares = meter(method)
+    shares.add(0, losses, 1.0)
+    shares.finish(0, 1.0)
+    assert set(shares.found[0]["norms"]["denoiser"]) == {"mixe_ce", "mixe_edge"}
+
+
 def test_shares_of_the_baseline_by_hand() -> None:
     """Two micro-batches: norms of the mean gradient, and the cosine of pseudo-labels' to labels'."""
     method = make_uneven("semibaseline", **{"pseudo.weight": 0.5})

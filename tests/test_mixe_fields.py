@@ -98,6 +98,14 @@ def test_relabelling_that_changes_nothing() -> None:
     torch.testing.assert_close(same.amax(1), teacher.amax(1).square())
 
 
+def test_a_product_keeps_the_label_that_the_teacher_rules_out() -> None:
+    teacher, refined = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.1, 0.2, 0.7])
+    before, after = (x.view(1, 3, 1, 1).expand(1, 3, 2, 2) for x in (teacher, refined))
+    scores = relabelled(before, after, MixeConfig(confidence="product"), 0.5, 2, None)
+    assert (scores.argmax(1) == 2).all() and (scores.clamp_min(1e-30).log().argmax(1) == 2).all()
+    assert scores.max() < 1e-6
+
+
 def test_calibration_is_the_running_precision_of_each_level() -> None:
     calibration, gen = Calibration(), torch.Generator().manual_seed(0)
     counts = np.zeros((2, LEVELS))
@@ -192,6 +200,35 @@ def test_supervised_term_is_that_of_the_images_left_in() -> None:
     assert method(batch, STEP).terms["sup"] == pytest.approx(mean_over(loss, target != 255), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "changes", "expected"),
+    [
+        ((8, 8), {}, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ((4, 8), {}, [0, 1, 2, 3]),
+        ((8, 4), {}, [0, 2, 4, 6]),
+        ((6, 4), {}, [0, 1, 3, 4]),
+        ((8, 4), {"mixe.holdout": 0.5}, [1, 3, 5, 7]),
+        ((12, 4), {"mixe.holdout": 0.5}, [1, 3, 7, 9]),
+    ],
+    ids=str,
+)
+def test_workers_choose_together_what_one_worker_would(
+    sizes: tuple[int, int], changes: dict[str, object], expected: list[int]
+) -> None:
+    method, whole = ours(**changes), make_batch(max(sizes))
+    for workers in (1, 2):
+        labelled, unlabelled = (size // workers for size in sizes)
+        found = list[int]()
+        for start in range(0, sizes[0], labelled):
+            keys, own = whole.keys[start : start + labelled], slice(start, start + labelled)
+            part = replace(whole, image=whole.image[own], keys=keys, weak=(whole.weak[0][:unlabelled],))
+            chosen = method._chosen(part)
+            mine = viladiff_mixe._keys(part, chosen)
+            assert torch.equal(viladiff_mixe._rows(part.image, chosen), whole.image[list(mine)])
+            found += mine
+        assert found == expected, workers
+
+
 # Views that x_0 is made from, and what the denoiser reads
 
 
@@ -276,6 +313,27 @@ def test_guided_control_has_no_noise_and_learns() -> None:
 
 
 # Size, rates, inference
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixe.denoiser": "guided"},
+        {"mixe.denoiser": "plain", "mixe.confidence": "product", "pseudo.source": "mean"},
+        {"mixe.condition": ("image", "finer", "other_stream"), "mixe.confidence": "calibrated", "mixe.holdout": 0.5},
+    ],
+    ids=str,
+)
+def test_a_step_in_mixed_precision(changes: dict[str, object]) -> None:
+    losses = []
+    for enabled in (False, True):
+        method = ours(**changes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = method(batch_for(method), STEP)
+        found.total.backward()
+        assert all(p.grad.isfinite().all() for p in denoiser_of(method).parameters() if p.grad is not None)
+        losses.append(found.terms["mixe_ce"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 def test_a_large_denoiser_and_its_own_rate() -> None:

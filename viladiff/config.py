@@ -224,11 +224,16 @@ def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _filled(given: object, preset: Mapping[str, object], name: str) -> object:
     """``given``, a method's section or what is set of it, with ``preset`` (dotted path to value) where it is silent."""
-    tree = given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else given
+
+    def plain(part: Any) -> Any:
+        return part.model_dump(exclude_unset=True) if isinstance(part, BaseModel) else part
+
+    tree = plain(given)
     if not isinstance(tree, Mapping):
         return given
 
     def fill(below: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+        over = {key: plain(part) if key in below else part for key, part in over.items()}
         both = {key for key in below.keys() & over.keys() if isinstance(below[key], dict)}
         deeper = {key: fill(below[key], over[key]) for key in both if isinstance(over[key], Mapping)}
         return {**below, **over, **deeper}

@@ -42,7 +42,8 @@ class GradientShares:
     def add(self, step: int, losses: Losses, scale: float) -> None:
         """Takes the gradients of a micro-batch's parts, where ``step`` is measured; before ``backward``.
 
-        ``scale`` multiplies each part: the micro-batch's share of the step, and the factor of a gradient scaler.
+        ``scale`` multiplies each part: the micro-batch's share of the step, and the factor of a gradient scaler. A part
+        that depends on no parameter has no share.
         Raises ValueError where the method does not say what its loss is made of.
         """
         if step not in self.at:
@@ -52,6 +53,8 @@ class GradientShares:
             raise ValueError(f"{here} does not give the parts of its loss (Losses.parts); set it to 0")
         weights = [weight for place in self.places.values() for weight in place]
         for term, part in losses.parts.items():
+            if not part.requires_grad:  # a constant, as the noise of a denoiser that sees none
+                continue
             taken = torch.autograd.grad(scale * part, weights, retain_graph=True, allow_unused=True)
             place, own = self._reached(weights, taken)
             if place:

@@ -22,6 +22,10 @@ LEAD = 0.1
 """Share of training before refinement from which refined confidence is calibrated."""
 
 
+Places = slice | list[int]
+"""Images of a batch."""
+
+
 class Pseudo(NamedTuple):
     """Labels for the unlabelled pixels and how sure the teacher is of them."""
 
@@ -40,10 +44,10 @@ class Seen(NamedTuple):
     finer: tuple[Tensor, ...] = ()
     """The encoder's two finest maps (B, D_i, h_i, w_i), where they are wanted."""
 
-    def part(self, where: slice) -> Seen:
+    def part(self, where: Places) -> Seen:
         """Some of the pictures, without a gradient."""
-        streams = {name: Stream(*(x.detach()[where] for x in stream)) for name, stream in self.streams.items()}
-        return Seen(streams, self.image[where], tuple(x.detach()[where] for x in self.finer))
+        streams = {name: Stream(*(_rows(x.detach(), where) for x in stream)) for name, stream in self.streams.items()}
+        return Seen(streams, _rows(self.image, where), tuple(_rows(x.detach(), where) for x in self.finer))
 
     def mixed(self, mix: CutMix) -> Seen:
         """The same with boxes pasted into every map but the tokens."""
@@ -110,16 +114,18 @@ class MixeTeacher(MeanTeacher):
         target[self._period() - 1 :: self._period()] = IGNORE
         return target
 
-    def _chosen(self, batch: Batch) -> slice:
+    def _chosen(self, batch: Batch) -> Places:
         """Labelled images that MixE learns from: as many as there are unlabelled ones; all at equal batch sizes.
 
         Of images that are left out where there are any, unless confidence is calibrated on those. They are evenly
         spaced, so that workers with a share each choose together what one worker would.
         """
         period = 1 if self.calibration is not None else self._period()
-        count, most = len(batch.image), len(batch.weak[0])
-        every = period * max(1, count // period // most)
-        return slice(period - 1, min(count, every * most), every)
+        count, most = len(batch.image) // period, len(batch.weak[0])
+        if count > most and count % most:
+            places = [i for i in range(count) if -(-(i + 1) * most // count) > -(-i * most // count)]
+            return [i * period + period - 1 for i in places]
+        return slice(period - 1, len(batch.image), period * max(1, count // most))
 
     def _teach(self, batch: Batch, mix: CutMix | None, step: Step) -> Taught:
         """The teacher's streams on the weak views and, where MixE learns from them, on other pictures, in one pass."""
@@ -130,9 +136,9 @@ class MixeTeacher(MeanTeacher):
             chosen = self._chosen(batch)
             picture, words = batch.image if cfg.labelled_views == "weak" else batch.image_strong, batch.text
             assert picture is not None  # the views ask for it
-            picture, words = picture[chosen], _of(words, chosen)
+            picture, words = _rows(picture, chosen), _of(words, chosen)
             if cfg.labelled_views == "cutmix":
-                boxes = self._boxes(batch.keys[chosen], picture, step)
+                boxes = self._boxes(_keys(batch, chosen), picture, step)
                 picture, words = apply_cutmix(picture, boxes), self._words(words, boxes)
             pictures["labelled"] = picture, words
         pictures["weak"] = batch.weak[0], batch.text_u
@@ -220,12 +226,12 @@ class MixeTeacher(MeanTeacher):
         starts, keys, looks, answers, known = [], [], [], [], []
         if taught.labelled is not None:
             chosen = self._chosen(batch)
-            target = (batch.target if self.calibration is None else self._supervised(batch))[chosen]
+            target = _rows(batch.target if self.calibration is None else self._supervised(batch), chosen)
             look = seen.part(chosen)
             if taught.boxes is not None:
                 target, look = apply_cutmix(target, taught.boxes), look.mixed(taught.boxes)
             starts.append(taught.labelled.softmax(1))
-            keys += [f"l{key}" for key in batch.keys[chosen]]
+            keys += [f"l{key}" for key in _keys(batch, chosen)]
             looks.append(look)
             answers.append(target)
             known.append(target != IGNORE)
@@ -378,5 +384,14 @@ class Refined(nn.Module):
         return found
 
 
-def _of(text: TextBatch | None, where: slice) -> TextBatch | None:
-    return None if text is None else TextBatch(text.tokens[where], text.mask[where])
+def _rows(x: Tensor, where: Places) -> Tensor:
+    """Some rows; of a list, without an index that the device would have to be sent."""
+    return x[where] if isinstance(where, slice) else torch.stack([x[i] for i in where])
+
+
+def _keys(batch: Batch, where: Places) -> tuple[int, ...]:
+    return batch.keys[where] if isinstance(where, slice) else tuple(batch.keys[i] for i in where)
+
+
+def _of(text: TextBatch | None, where: Places) -> TextBatch | None:
+    return None if text is None else TextBatch(_rows(text.tokens, where), _rows(text.mask, where))

@@ -43,7 +43,7 @@ class Guided(nn.Module):
         """(B, C, h, w) float32 logits from ``soft`` (B, C, h, w) probabilities and ``image`` (B, 3, H, W)."""
         seen = self.body(self.cells(image))
         with torch.autocast(soft.device.type, enabled=False):
-            distance = _distances(self.keys(seen).float())
+            distance = _distances(self.keys(seen.float()))
             probs = soft.detach().float()
             for near in self.near:
                 weight = (near[None, :, None, None] - distance).softmax(1)

@@ -22,6 +22,9 @@ LEVELS = 20
 KEPT = 0.99
 """Share of the counts of a calibration that is kept from step to step."""
 
+TINY = 1e-20
+"""Least factor of a product, so that scores never underflow to a tie that would put class 0 in the label's place."""
+
 
 def refined_pixels(teacher: Tensor, where: str, threshold: float, stride: int) -> Tensor:
     """(B, H, W) bool, True where the refined label replaces the teacher's.
@@ -52,7 +55,7 @@ def relabelled(
     if cfg.confidence != "refined":
         confidence, labels = refined.max(1, keepdim=True)
         if cfg.confidence == "product":
-            factor = teacher.gather(1, labels)
+            factor = teacher.gather(1, labels).clamp_min(TINY)
         else:
             assert calibration is not None
             factor = calibration(confidence) / confidence
