@@ -27,7 +27,8 @@ from viladiff.models import guided
 from viladiff.models.diffusion import edge_mask
 from viladiff.models.guided import Guided
 from viladiff.models.mixe import MixeConfig
-from viladiff.models.relabel import KEPT, LEVELS, Calibration, relabelled
+from viladiff.models.relabel import KEPT, LEVELS, Calibration, refined_pixels
+from viladiff.models.relabel import relabelled as relabel
 from viladiff.optim import param_groups
 from viladiff.pseudo_scores import STEPS, matched, pseudo_counts, pseudo_scores
 
@@ -65,13 +66,20 @@ def batch_for(method: ViLaDiff, seed: int = 0) -> Batch:
 # Which labels are replaced
 
 
+def relabelled(
+    teacher: Tensor, refined: Tensor, cfg: MixeConfig, threshold: float, calibration: Calibration | None = None
+) -> Tensor:
+    where = None if cfg.refine_where == "all" else refined_pixels(teacher, cfg.refine_where, threshold, 2)
+    return relabel(teacher, refined, where, cfg.confidence, calibration)
+
+
 @pytest.mark.parametrize("confidence", ["refined", "product", "calibrated"])
 @pytest.mark.parametrize("where", ["all", "unsure", "edges"])
 def test_relabelling_pixel_by_pixel(where: str, confidence: str) -> None:
     cfg = MixeConfig(refine_where=where, confidence=confidence, holdout=0.25)
     teacher, refined, calibration = probabilities(0), probabilities(1), Calibration()
     calibration.counts = torch.stack([torch.full((LEVELS,), 9.0), torch.linspace(0, 9, LEVELS)])
-    scores = relabelled(teacher, refined, cfg, 0.6, 2, calibration)
+    scores = relabelled(teacher, refined, cfg, 0.6, calibration)
     edges = edge_mask(teacher.argmax(1))
     for b, y, x in np.ndindex(2, 8, 8):
         p, q = (maps[b, :, y, x].numpy() for maps in (teacher, refined))
@@ -90,18 +98,18 @@ def test_relabelling_pixel_by_pixel(where: str, confidence: str) -> None:
 def test_relabelling_that_changes_nothing() -> None:
     teacher, refined = probabilities(0), probabilities(1)
     unsure = MixeConfig(refine_where="unsure")
-    assert relabelled(teacher, refined, unsure, 0.0, 2, None) is not refined
-    assert torch.equal(relabelled(teacher, refined, unsure, 0.0, 2, None), teacher)
-    assert torch.equal(relabelled(teacher, refined, unsure, 1.01, 2, None), refined)
-    assert relabelled(teacher, refined, MixeConfig(), 0.5, 2, None) is refined
-    same = relabelled(teacher, teacher, MixeConfig(confidence="product"), 0.5, 2, None)
+    assert relabelled(teacher, refined, unsure, 0.0) is not refined
+    assert torch.equal(relabelled(teacher, refined, unsure, 0.0), teacher)
+    assert torch.equal(relabelled(teacher, refined, unsure, 1.01), refined)
+    assert relabelled(teacher, refined, MixeConfig(), 0.5) is refined
+    same = relabelled(teacher, teacher, MixeConfig(confidence="product"), 0.5)
     torch.testing.assert_close(same.amax(1), teacher.amax(1).square())
 
 
 def test_a_product_keeps_the_label_that_the_teacher_rules_out() -> None:
     teacher, refined = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.1, 0.2, 0.7])
     before, after = (x.view(1, 3, 1, 1).expand(1, 3, 2, 2) for x in (teacher, refined))
-    scores = relabelled(before, after, MixeConfig(confidence="product"), 0.5, 2, None)
+    scores = relabelled(before, after, MixeConfig(confidence="product"), 0.5)
     assert (scores.argmax(1) == 2).all() and (scores.clamp_min(1e-30).log().argmax(1) == 2).all()
     assert scores.max() < 1e-6
 
@@ -125,6 +133,19 @@ def test_calibration_is_the_running_precision_of_each_level() -> None:
     np.testing.assert_allclose(calibration(asked).numpy(), expected, rtol=1e-5)
 
 
+def test_the_border_of_the_picture_is_no_edge() -> None:
+    """The teacher labels the padding too; where that meets the picture nothing is to be refined."""
+    labels = torch.zeros(1, 32, 32, dtype=torch.int64)
+    labels[:, 24:] = 1
+    labels[:, :4, :4] = 2  # a true edge
+    valid = torch.ones(1, 32, 32, dtype=torch.bool)
+    valid[:, 24:] = False
+    teacher = F.one_hot(labels, 3).permute(0, 3, 1, 2).float()
+    where = refined_pixels(teacher, "edges", 0.5, 2, valid)
+    assert where[:, :6, :6].any() and not where[:, 8:].any()
+    assert refined_pixels(teacher, "edges", 0.5, 2)[:, 8:].any(), "without it the border is one"
+
+
 CHOSEN = [
     {"mixe.refine_where": "unsure", "pseudo.threshold": 0.5},
     {"mixe.refine_where": "edges", "mixe.confidence": "product", "pseudo.threshold": 0.5},
@@ -145,6 +166,7 @@ def test_labels_that_are_scored_are_those_that_train(
 
     monkeypatch.setattr(viladiff, "with_truth", spy)
     batch = batch_for(method)
+    batch = replace(batch, valid=torch.ones_like(batch.valid))  # as an image that is scored is
     step = STEP._replace(progress=0.999999)  # τ is where it stays
     method(batch, step)
     found = method.pseudo_labels(batch.weak[0], batch.text_u, batch.keys_u, step)

@@ -132,7 +132,7 @@ class ViLaDiff(MixeTeacher):
             before = upsample(soft, size).softmax(1)
             plain = Pseudo(*before.max(1))
             refined = self._refined(taught.weak, soft, batch.keys_u, step)
-            pseudo = plain if refined is None else Pseudo(*self.relabelled(before, refined).max(1))
+            pseudo = plain if refined is None else Pseudo(*self.relabelled(before, refined, batch.valid).max(1))
             self._calibrate(batch, step)
             stride = self.student.decoder.stride
             pseudo = Pseudo(*with_truth(cfg.pseudo, step.progress, *pseudo, batch.truth_u, stride))

@@ -338,13 +338,16 @@ class MixeTeacher(MeanTeacher):
         prepared, tau = self.denoiser.prepare(*condition), self._tau(step.progress)
         return refine(self.denoiser, prepared, soft.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
 
-    def relabelled(self, before: Tensor, refined: Tensor) -> Tensor:
+    def relabelled(self, before: Tensor, refined: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, C, H, W) scores of the labels that training uses, from the teacher's probabilities and refined logits.
 
-        ``before`` (B, C, H, W), ``refined`` (B, C, h, w) on the grid.
+        ``before`` (B, C, H, W), ``refined`` (B, C, h, w) on the grid, ``valid`` (B, H, W) bool, False in padding.
         """
-        after, stride = upsample(refined, before.shape[-2:]).softmax(1), self.student.decoder.stride
-        return relabelled(before, after, self.cfg.mixe, self.cfg.pseudo.threshold, stride, self.calibration)
+        cfg, after = self.cfg.mixe, upsample(refined, before.shape[-2:]).softmax(1)
+        threshold, stride, where = self.cfg.pseudo.threshold, self.student.decoder.stride, None
+        if cfg.refine_where != "all":
+            where = refined_pixels(before, cfg.refine_where, threshold, stride, valid)
+        return relabelled(before, after, where, cfg.confidence, self.calibration)
 
     def _calibrate(self, batch: Batch, step: Step) -> None:
         """Counts how often refined labels of left-out images are right, by their confidence."""

@@ -5,17 +5,13 @@ Labels are handed on as class scores (B, C, H, W): the largest is the confidence
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from viladiff.batch import IGNORE
 from viladiff.losses import global_sum
 from viladiff.models.diffusion import edge_mask
-
-if TYPE_CHECKING:
-    from viladiff.models.mixe_config import MixeConfig
 
 LEVELS = 20
 """Equal parts of [0, 1] that a refined confidence is sorted into for its calibration."""
@@ -26,15 +22,18 @@ TINY = 1e-20
 """Least factor of a product, so that scores never underflow to a tie that would put class 0 in the label's place."""
 
 
-def refined_pixels(teacher: Tensor, where: str, threshold: float, stride: int) -> Tensor:
+def refined_pixels(teacher: Tensor, where: str, threshold: float, stride: int, valid: Tensor | None = None) -> Tensor:
     """(B, H, W) bool, True where the refined label replaces the teacher's.
 
     ``teacher`` (B, C, H, W) probabilities. ``where``: "all"; "unsure", those whose largest is below ``threshold``; or
-    "edges", all pixels of the cells, ``stride`` wide, that hold a pixel on an edge of the teacher's labels.
+    "edges", all pixels of the cells, ``stride`` wide, that hold a pixel on an edge of the teacher's labels. The border
+    of the picture, where ``valid`` (B, H, W) bool ends, is no edge.
     """
     confidence, labels = teacher.max(1)
     if where == "unsure":
         return confidence < threshold
+    if valid is not None:
+        labels = labels.masked_fill(~valid, IGNORE)
     return cells_with(edge_mask(labels), stride) if where == "edges" else torch.ones_like(labels, dtype=torch.bool)
 
 
@@ -45,24 +44,23 @@ def cells_with(pixels: Tensor, stride: int) -> Tensor:
 
 
 def relabelled(
-    teacher: Tensor, refined: Tensor, cfg: MixeConfig, threshold: float, stride: int, calibration: Calibration | None
+    teacher: Tensor, refined: Tensor, where: Tensor | None, confidence: str, calibration: Calibration | None
 ) -> Tensor:
-    """(B, C, H, W) class scores of the labels that training uses: refined ones where ``cfg.refine_where`` says.
+    """(B, C, H, W) class scores of the labels that training uses: refined ones in the pixels ``where``.
 
-    ``teacher`` and ``refined`` (B, C, H, W) probabilities; ``calibration`` where ``cfg.confidence`` is "calibrated".
+    ``teacher`` and ``refined`` (B, C, H, W) probabilities; ``where`` (B, H, W) bool, None is all; ``confidence`` as
+    ``method.mixe.confidence``, of which "calibrated" needs ``calibration``.
     """
     scores = refined
-    if cfg.confidence != "refined":
-        confidence, labels = refined.max(1, keepdim=True)
-        if cfg.confidence == "product":
+    if confidence != "refined":
+        sure, labels = refined.max(1, keepdim=True)
+        if confidence == "product":
             factor = teacher.gather(1, labels).clamp_min(TINY)
         else:
             assert calibration is not None
-            factor = calibration(confidence) / confidence
+            factor = calibration(sure) / sure
         scores = refined * factor
-    if cfg.refine_where == "all":
-        return scores
-    return torch.where(refined_pixels(teacher, cfg.refine_where, threshold, stride)[:, None], scores, teacher)
+    return scores if where is None else torch.where(where[:, None], scores, teacher)
 
 
 class Calibration(nn.Module):
