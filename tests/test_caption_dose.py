@@ -141,6 +141,7 @@ def test_fields_are_refused_where_they_mean_nothing(tmp_path: object) -> None:
         ({"data.caption_recall": 1.5}, "data.caption_recall = 1.5: must be ≤ 1"),
         ({"data.captions_on": "labeled"}, "allowed: both, labelled, unlabelled; nearest|labelled"),
         ({"data.captions": "none", "data.captions_on": "labelled"}, "not with data.captions = 'none'"),
+        ({"data.captions": "generic", "data.caption_recall": 0.5}, "data.caption_recall = 0.5: .* leaves out"),
         ({"runtime.captions": "c.csv", "data.caption_false": 0.1}, "data.caption_false = 0.1: of simulated captions"),
     ):
         with pytest.raises(ConfigError, match=said.replace("(", r"\(")):

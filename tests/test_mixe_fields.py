@@ -398,6 +398,7 @@ def test_refined_network_is_the_chain_after_the_evaluated_one() -> None:
         ({"mixe.unlabelled_views": "strong", "mixe.train_images": "labelled"}, "unlabelled_views.*no such images"),
         ({"mixe.labelled_views": "strong", "mixe.train_images": "unlabelled"}, "labelled_views.*no such images"),
         ({"mixe.confidence": "calibrated"}, "calibrated.*set holdout"),
+        ({"mixe.confidence": "calibrated", "mixe.holdout": 0.25, "mixe.refine": False}, "calibrated.*refine = false"),
         ({"mixe.holdout": 0.3}, "holdout = 0.3: .*nearest: 0.33"),
         ({"mixe.holdout": 0.2}, "holdout = 0.2: .*multiple of 5"),
         ({"mixe.holdout": 0.25, "mixe.train_images": "unlabelled"}, "use no left-out images"),

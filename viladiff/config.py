@@ -324,9 +324,11 @@ def _caption_faults(cfg: RunConfig) -> Iterator[str]:
     data = cfg.data
     if data.captions == "none" and data.captions_on != "both":
         yield f"data.captions_on = {data.captions_on!r}: not with data.captions = 'none'; set it to both"
-    if isinstance(data, EmbeddedData) and cfg.runtime.captions is not None:
+    unread = "which runtime.captions takes the place of" if cfg.runtime.captions is not None else ""
+    if data.captions in ("none", "generic"):
+        unread = f"which data.captions = {data.captions!r} leaves out"
+    if isinstance(data, EmbeddedData) and unread:
         for field in ("caption_recall", "caption_false", "caption_synonyms"):
             value, default = getattr(data, field), type(data).model_fields[field].default
             if value != default:
-                here = f"data.{field} = {value:g}: of simulated captions, which runtime.captions takes the place of"
-                yield f"{here}; set it to {default:g}"
+                yield f"data.{field} = {value:g}: of simulated captions, {unread}; set it to {default:g}"

@@ -124,6 +124,8 @@ class MixeConfig(Section):
                 )
         if self.confidence == "calibrated" and not self.holdout:
             yield "confidence = 'calibrated': needs labelled images that were left out; set holdout, such as 0.25"
+        if self.confidence == "calibrated" and not self.refine:
+            yield "confidence = 'calibrated': of refined labels, which refine = false leaves out; set it to refined"
         if self.holdout and self.train_images == "unlabelled" and self.confidence != "calibrated":
             yield (
                 f"holdout = {self.holdout:g}: train_images = 'unlabelled' and confidence = {self.confidence!r} use no "
