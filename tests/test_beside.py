@@ -291,6 +291,10 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
             r"criteria\[1\] 'bas': row = 'bas': no such label",
         ),
         (
+            {"criteria": '[[gaps]]\nrow = "base"\nlow = "supervizd"\nhigh = "base"'},
+            r"gaps\[1\] 'base': low = 'supervizd': no such label.*supervised",
+        ),
+        (
             {"criteria": '[[criteria]]\nrow = "base"'},
             r"deviations = None, points = None: give one",
         ),

@@ -320,6 +320,6 @@ def test_a_ceiling_lends_no_spread_to_the_papers_claims(tmp_path: Path) -> None:
 def test_the_ceilings_of_table5_run_at_scale_digits_alone() -> None:
     table = load_table(ROOT / "ablations" / "table5.toml")
     oracles = [i for i, row in enumerate(table.rows) if row.oracle]
-    assert len(oracles) == 3 and list(choose(table, "digits")[0][-3:]) == oracles
+    assert len(oracles) == 4 and list(choose(table, "digits")[0][-4:]) == oracles
     for scale in ("smoke", "quick", "paper"):
         assert not set(oracles) & set(choose(table, scale)[0])

@@ -21,7 +21,7 @@ from viladiff.record import RunRecord, save_record
 from viladiff.report import figures, long, plain, provenance, tables, views
 from viladiff.study.claims import judge
 from viladiff.study.plan import Plan, Planned, PlannedCell
-from viladiff.study.spec import Column, Row, Scale, Table
+from viladiff.study.spec import Column, Gap, Row, Scale, Table
 from viladiff.study.store import Failure, Store
 
 NASTY = "<b>A & B_1</b> {x} $y$ | `z` \\ 100%"
@@ -124,6 +124,26 @@ def test_a_score_that_was_not_measured_is_missing(tmp_path: Path) -> None:
     assert str(tables.summary(results.at(0, 0), "trimap_miou")) == "—"
     assert tables.summary(results.at(0, 0), "trimap_miou").missing == {0: "not measured in this run"}
     assert str(tables.summary(results.at(0, 0), "boundary_iou")) == "30.0 (1)"
+
+
+def test_a_gap_is_closed_by_a_share_over_common_seeds(tmp_path: Path) -> None:
+    scores = {"low": {0: 0.50, 1: 0.52}, "high": {0: 0.60, 1: 0.62, 2: 0.9}, "row": {0: 0.56, 1: 0.60, 2: 0.1}}
+    labels = ["row", "low", "high", "level"]
+
+    def value(row: int, column: int, seed: int) -> float | None:
+        return scores.get(labels[row], {}).get(seed) if column == 0 else 0.5
+
+    changes: dict[str, Any] = {
+        "rows": tuple(Row(label=label, control=label != "row") for label in labels),
+        "gaps": (Gap(row="row", low="low", high="high"), Gap(row="row", low="low", high="level")),
+    }
+    results = tables.gather(*study(tmp_path, value, **changes))
+    first, second = tables.gaps(results)
+    assert first.startswith(
+        "Of the gap from low to high, row closes 70% on 1/8 (183) (7.0 of 10.0 points, 2 seeds); none"
+    )
+    assert second.endswith("none, since there is no gap on 1/2_{732} (0.0 of 0.0 points, 3 seeds).")
+    assert "1/8" not in second, "its column has no seed of all three rows"
 
 
 def test_texts_name_the_data_set_that_stands_for_a_column_and_the_reading_of_a_row(tmp_path: Path) -> None:

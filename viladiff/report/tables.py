@@ -187,6 +187,28 @@ def difference(of: Summary, to: Summary) -> Difference | None:
     return Difference(float(np.mean([of.values[s] - to.values[s] for s in seeds])), seeds)
 
 
+def gaps(results: Results) -> list[str]:
+    """A sentence for each gap of the table: the share of it that a row closes, over seeds that all three rows have."""
+    table = results.plan.table
+    labels = [row.label for row in table.rows]
+    said = []
+    for gap in table.gaps:
+        places = [labels.index(label) for label in (gap.row, gap.low, gap.high)]
+        shares = []
+        for column in results.plan.columns:
+            row, low, high = (summary(results.at(place, column), table.metric).values for place in places)
+            seeds = sorted(row.keys() & low.keys() & high.keys())
+            if not seeds:
+                continue
+            way, whole = (sum(to[s] - low[s] for s in seeds) / len(seeds) for to in (row, high))
+            share = f"{way / whole:.0%}" if whole > 0 else "none, since there is no gap"
+            points = f"{way:.1f} of {whole:.1f} points, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+            shares.append(f"{share} on {table.columns[column].label} ({points})")
+        if shares:
+            said.append(f"Of the gap from {gap.low} to {gap.high}, {gap.row} closes {'; '.join(shares)}.")
+    return said
+
+
 def printed(results: Results, row: int, column: int) -> Printed | None:
     """The paper's number; "-" where it leaves one out, None for a row that it does not have."""
     numbers = results.plan.table.rows[row].paper

@@ -16,6 +16,7 @@ from viladiff.report.tables import (
     Entry,
     Results,
     Summary,
+    gaps,
     number,
     per_class,
     row_name,
@@ -350,6 +351,7 @@ def context(results: Results) -> list[str]:
         if ceilings
         else []
     )
+    said += gaps(results)
     said += [f"{OWN_LISTS[0].upper()}{OWN_LISTS[1:]}."] if size and size.split_per_seed else []
     own = list(dict.fromkeys(provenance.captions(r) for r in records if r.config.get("data.captions", "own") == "own"))
     said += [f"Captions: {'; '.join(own)}."] if own else []

@@ -187,6 +187,15 @@ class Criterion(Strict):
     """Most points between its mean and the published one."""
 
 
+class Gap(Strict):
+    """How far a row is on the way from one row to another, which pages print and no claim tests."""
+
+    row: str = Field(min_length=1)
+    """Label, and so of the others."""
+    low: str = Field(min_length=1)
+    high: str = Field(min_length=1)
+
+
 class Table(Strict):
     name: str
     """The file's stem."""
@@ -202,6 +211,7 @@ class Table(Strict):
     rows: tuple[Row, ...] = Field(min_length=1)
     claims: tuple[Claim, ...] = ()
     criteria: tuple[Criterion, ...] = ()
+    gaps: tuple[Gap, ...] = ()
     notes: tuple[str, ...] = ()
     reference: str = ""
     """Label of the row that differences are taken to; empty for the first."""

@@ -22,6 +22,7 @@ from viladiff.study.spec import (
     Claim,
     Column,
     Criterion,
+    Gap,
     Layer,
     Row,
     Scale,
@@ -56,6 +57,7 @@ def load_table(path: Path | str) -> Table:
                 _set_faults,
                 _claim_faults,
                 _oracle_faults,
+                _gap_faults,
             )
             faults = [fault for kind in kinds for fault in kind(table)]
     if faults:
@@ -74,6 +76,7 @@ SECTIONS: dict[str, type[Section]] = {
     "rows": Row,
     "claims": Claim,
     "criteria": Criterion,
+    "gaps": Gap,
 }
 
 
@@ -148,6 +151,15 @@ def _beside_faults(table: Table) -> Iterator[str]:
             yield f"{entry}: above = {wanted.above!r}: another row where deviations is given, and none where points is"
     if table.criteria and not any(one.published_runs for one in table.scale.values()):
         yield "criteria: no scale has published_runs, which they are measured against"
+
+
+def _gap_faults(table: Table) -> Iterator[str]:
+    labels = [row.label for row in table.rows]
+    for i, gap in enumerate(table.gaps):
+        for field, label in (("row", gap.row), ("low", gap.low), ("high", gap.high)):
+            if label not in labels:
+                where = entry_name("gaps", i, gap.row)
+                yield f"{where}: {field} = {label!r}: no such label{nearest(label, labels) or '.'} {listed(labels)}"
 
 
 def _set_faults(table: Table) -> Iterator[str]:
