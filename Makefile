@@ -30,7 +30,7 @@ lint: setup ## ruff and mypy
 	$(bin)/mypy
 
 compat: setup ## names of runs, stored records, Table 5's file and the golden losses are what they were (a minute)
-	$(one_thread) $(bin)/python -m pytest tests/test_compat.py tests/test_methods.py -k "compat or golden" $(PYTEST_ARGS)
+	$(one_thread) $(bin)/python -m pytest tests/test_compat.py tests/methods/test_methods.py -k "compat or golden" $(PYTEST_ARGS)
 
 bench: setup ## every claim about speed, as ratios measured in one run each
 	@for file in benchmarks/*.py; do \

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from viladiff.study.options import main
+from viladiff.cli.tables import main
 
 if __name__ == "__main__":
     raise SystemExit(main(Path(__file__).with_name("table5.toml")))

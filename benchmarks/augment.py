@@ -25,10 +25,10 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision import transforms
 
-from viladiff import draws
-from viladiff.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalise, strong
-from viladiff.data.decode import Decoders, Recipe, Sample, decode_all
+from viladiff.core import keyed_random
+from viladiff.data.decode_workers import Decoders, Recipe, Sample, decode_all
 from viladiff.data.loader import valid_pixels
+from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD, normalise, strong
 
 SIZE, IMAGES, BATCH, VIEWS = (500, 375), 16, 8, 2
 SCALE = (0.5, 2.0)
@@ -97,7 +97,7 @@ def straight_views(path: Path, crop: int) -> list[Tensor]:
 
 
 def samples(paths: list[Path], step: int) -> list[Sample]:
-    return [Sample(str(path), None, tuple(draws.rng(step, "crop", i).random(4))) for i, path in enumerate(paths)]
+    return [Sample(str(path), None, tuple(keyed_random.rng(step, "crop", i).random(4))) for i, path in enumerate(paths)]
 
 
 def recipe(crop: int) -> Recipe:
@@ -111,7 +111,7 @@ def host(paths: list[Path], crop: int, step: int) -> np.ndarray:
 def ours(paths: list[Path], crop: int, step: int) -> list[Tensor]:
     found = decode_all(samples(paths, step), recipe(crop))
     weak = torch.from_numpy(found.images).float().div_(255)
-    views = [strong(weak, [draws.rng(step, f"strong-{v}", i) for i in range(len(paths))]) for v in range(VIEWS)]
+    views = [strong(weak, [keyed_random.rng(step, f"strong-{v}", i) for i in range(len(paths))]) for v in range(VIEWS)]
     return [valid_pixels(found.shown, crop, weak.device), *map(normalise, (weak, *views))]
 
 

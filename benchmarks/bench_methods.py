@@ -36,13 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from viladiff.batch import Batch
-from viladiff.catalogue import written
-from viladiff.config import RunConfig, override
+from viladiff.cli.methods import written
+from viladiff.data.batch import Batch
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.record import git_state, peak_memory, versions, write_atomically
-from viladiff.train import Run
+from viladiff.runs.config import RunConfig, override
+from viladiff.runs.record import git_state, peak_memory, versions, write_atomically
+from viladiff.training.trainer import Run
 
 AIM = 1.2
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from viladiff.batch import IGNORE
-from viladiff.evaluate import confusion_matrix
+from viladiff.data.batch import IGNORE
+from viladiff.evaluation.metrics import confusion_matrix
 
 CLASSES = 21
 SHAPE = (8, 512, 512)

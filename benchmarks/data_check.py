@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from viladiff.data.check import Report, check, cores
+from viladiff.data.files.validate import Report, check, cores
 
 AIM = 1.7
 DISTINCT = 100

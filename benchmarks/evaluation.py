@@ -18,12 +18,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from viladiff import scoring
-from viladiff.config import RunConfig, override
-from viladiff.evaluate import measure
+from viladiff.evaluation import evaluator
+from viladiff.evaluation.metrics import measure
+from viladiff.evaluation.protocols import STREAMS
 from viladiff.models.segmenter import Segmenter
-from viladiff.protocols import STREAMS
-from viladiff.train import Run
+from viladiff.runs.config import RunConfig, override
+from viladiff.training.trainer import Run
 
 
 def separately(run: Run) -> None:
@@ -31,10 +31,10 @@ def separately(run: Run) -> None:
     cfg = run.cfg.eval
     given = run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
     for network in run.method.networks().values():
-        measure(network, scoring.batches(run), STREAMS, *given)
-    pseudo = scoring.PseudoLabels(run)
+        measure(network, evaluator.batches(run), STREAMS, *given)
+    pseudo = evaluator.PseudoLabels(run)
     run.method.eval()
-    for images, target, text in scoring.batches(run):
+    for images, target, text in evaluator.batches(run):
         pseudo.add(images, target, text)
     pseudo.shares()
 
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         run = Run(override(RunConfig(), {**fields, "runtime.runs_dir": out}))
         run._build()
-    sides: dict[str, Callable[[Run], object]] = {"one pass": scoring.evaluated, "a pass for each": separately}
+    sides: dict[str, Callable[[Run], object]] = {"one pass": evaluator.evaluated, "a pass for each": separately}
     for name, action in sides.items():
         print(f"{name}: {passes(run, action, args.images)} encoder passes an image")
     times: dict[str, list[float]] = {name: [] for name in sides}

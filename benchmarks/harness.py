@@ -23,14 +23,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from viladiff.study.events import Event, Settings
-from viladiff.study.plan import Planned
-from viladiff.study.store import Store
+from viladiff.runs.job import Event, Settings
+from viladiff.runs.store import Store
+from viladiff.tables.plan import Planned
 
 PLAIN = """
 import json, os, sys, time
-from viladiff.config import RunConfig, override
-from viladiff.train import fit
+from viladiff.runs.config import RunConfig, override
+from viladiff.training.trainer import fit
 spans = []
 for changes in json.loads(sys.argv[1]):
     cfg, begun = override(RunConfig(), changes), time.time()
@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def planned(trials: int, steps: int) -> list[Planned]:
     """Short runs that differ in their seeds, named as ``fit`` names them; renders the data set on the way."""
-    from viladiff.config import RunConfig, override
-    from viladiff.train import Run
+    from viladiff.runs.config import RunConfig, override
+    from viladiff.training.trainer import Run
 
     found = []
     for seed in range(trials):
@@ -130,7 +130,7 @@ def through_ray(jobs: list[Planned], concurrency: int) -> Side:
 
 def side(text: str) -> None:
     """The driver that is timed."""
-    from viladiff.ray_launch import run_jobs
+    from viladiff.cluster.executor import run_jobs
 
     given = json.loads(text)
     jobs = [Planned(**job) for job in given["jobs"]]

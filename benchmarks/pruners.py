@@ -23,8 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from viladiff.study.pruners import halving, optuna_pruner
-from viladiff.study.sweep import load_sweep
+from viladiff.sweeps.pruners import halving, optuna_pruner
+from viladiff.sweeps.spec import load_sweep
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner

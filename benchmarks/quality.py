@@ -37,10 +37,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from viladiff.study.space import Space, Value
-from viladiff.study.sweep import load_sweep
-from viladiff.study.sweeps import trained
-from viladiff.study.trials import ranked
+from viladiff.sweeps.space import Space, Value
+from viladiff.sweeps.spec import load_sweep
+from viladiff.sweeps.summary import trained
+from viladiff.sweeps.trials import ranked
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves.csv"
@@ -253,7 +253,7 @@ def search(
     replay: Replay, space: Space, kind: str, seed: int, trials: int, budget: int | None = None, pruner: Any = "asha"
 ) -> Course:
     """One sweep from a drawn first point; with a ``budget`` ``pruner`` stops trials, and none begins after it."""
-    from viladiff.study.trials import Trial
+    from viladiff.sweeps.trials import Trial
 
     sweeping = helper()
     full = sweeping.STEPS[-1]

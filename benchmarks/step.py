@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import torch
 
-from viladiff.config import RunConfig, override
 from viladiff.methods.viladiff import ViLaDiff
 from viladiff.models.mixe import class_codes
 from viladiff.models.segmenter import upsample
-from viladiff.train import Run
+from viladiff.runs.config import RunConfig, override
+from viladiff.training.trainer import Run
 
 
 def passes(run: Run, late: bool) -> dict[str, Callable[[], object]]:

@@ -106,14 +106,14 @@ def on_ray(root: Path, trials: int) -> float:
     """Median overhead of a trial with a searcher and a scheduler."""
     from optuna.pruners import SuccessiveHalvingPruner
 
-    from viladiff.ray_search import run_search
-    from viladiff.study.asking import Asker
-    from viladiff.study.events import Settings
-    from viladiff.study.pruners import halving
-    from viladiff.study.search import Search
-    from viladiff.study.search_desk import SearchDesk
-    from viladiff.study.store import Store
-    from viladiff.study.sweep import Namer, load_sweep
+    from viladiff.cluster.sweep_executor import run_search
+    from viladiff.runs.job import Settings
+    from viladiff.runs.store import Store
+    from viladiff.sweeps.controller import Search
+    from viladiff.sweeps.optuna_study import Asker
+    from viladiff.sweeps.pruners import halving
+    from viladiff.sweeps.spec import Namer, load_sweep
+    from viladiff.sweeps.trial_queue import SearchDesk
 
     sweep = load_sweep(ROOT / "tune" / "sweep_joint.toml")
     namer = Namer(sweep, "smoke", {"train.steps": "20", "eval.max_images": "25"}, "holdout")

@@ -26,10 +26,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from viladiff.config import RunConfig, override
 from viladiff.data import cache
-from viladiff.text.bank import Bank, open_bank, silent
-from viladiff.train import Run
+from viladiff.runs.config import RunConfig, override
+from viladiff.text.embedding_bank import Bank, open_bank, silent
+from viladiff.training.trainer import Run
 
 STEP_AIM, OPEN_AIM, MEMORY_AIM = 0.02, 1.0, 200
 IMAGES, TOKENS, WIDTH = 118_000, 2 * 77, 512
@@ -146,9 +146,9 @@ def bench_bank(batches: int = 1000, size: int = 8) -> bool:
 
 
 def bench_caption(images: int) -> bool:
-    from viladiff import ray_caption
-    from viladiff.text.caption_job import Job, pictures
-    from viladiff.text.captioner import Captioner, caption, reader, writer
+    from viladiff.cluster import captioning
+    from viladiff.text.captioning.blip2 import Captioner, caption, reader, writer
+    from viladiff.text.captioning.job import Job, pictures
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
@@ -165,7 +165,7 @@ def bench_caption(images: int) -> bool:
         for actors in (1, 2):
             heard: list[tuple[float, int]] = []
             job = Job(name, all_, who, top / f"{actors}.parquet")
-            ray_caption.run_job(
+            captioning.run_job(
                 job,
                 actors=actors,
                 batch=8,

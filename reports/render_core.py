@@ -17,9 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from viladiff.record import RunRecord, load_record
-from viladiff.study.samples import one_precision
-from viladiff.study.upkeep import contradiction
+from viladiff.runs.maintenance import contradiction
+from viladiff.runs.record import RunRecord, load_record
+from viladiff.tables.significance import one_precision
 
 HERE = Path(__file__).parent / "published" / "core"
 METHODS = {"supervised": "#777777", "semibaseline": "#2b7bba", "viladiff": "#c8553d"}

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from viladiff.data.datasets import load
+from viladiff.data.registry import load
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "digits.png"
 COLUMNS = 6

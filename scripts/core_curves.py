@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from viladiff.config import RunConfig, override
-from viladiff.record import load_record, save_record, without_paths
-from viladiff.train import Run, fit
+from viladiff.runs.config import RunConfig, override
+from viladiff.runs.record import load_record, save_record, without_paths
+from viladiff.training.trainer import Run, fit
 
 RECORDS = Path(__file__).resolve().parent.parent / "reports" / "published" / "core" / "records"
 METHODS = ("supervised", "semibaseline", "viladiff")

@@ -1,8 +1,8 @@
-"""Train ``viladiff/models/digits_vit.safetensors``, which stands where ImageNet weights stand on real data.
+"""Train ``viladiff/models/encoders/digits_vit.safetensors``, which stands where ImageNet weights stand on real data.
 
 As in ImageNet, each image shows one object and has one label: a digit of any colour on a piece of a photograph, or no
-digit. No mask and no scene of the pool is used. Its handwriting is the part ``pretrain`` of ``viladiff.data.digits``,
-elastically deformed; no other part has these scans.
+digit. No mask and no scene of the pool is used. Its handwriting is the part ``pretrain`` of
+``viladiff.data.sources.digits``, elastically deformed; no other part has these scans.
 
 Each step renders new images. Class scores of the tokens of an image are pooled by a log-sum-exp, so that the tokens on
 the digit learn to answer for it. Example (about 15 minutes on one core):
@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from viladiff import draws
-from viladiff.data.augment import normalise
-from viladiff.data.digits import DIGITS, Part, Sources, deform_handwriting, load_sources, render
-from viladiff.models.backbones import SHIPPED, DigitsViT
-from viladiff.progress import Progress
+from viladiff.core import keyed_random
+from viladiff.core.progress import Progress
+from viladiff.data.sources.digits import DIGITS, Part, Sources, deform_handwriting, load_sources, render
+from viladiff.data.transforms.augment import normalise
+from viladiff.models.encoders.build import SHIPPED, DigitsViT
 
 SIDE = 40
 RECIPE = replace(
@@ -69,7 +69,7 @@ def images_and_labels(part: Part, purpose: str, first: int, count: int, sources:
     """(count, 40, 40, 3) uint8 images and (count,) int64 labels; of the scene's mask only the class is kept."""
     images, labels = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty(count, np.int64)
     for place, index in enumerate(range(first, first + count)):
-        empty = draws.rng(7, purpose, index).random() <= EMPTY
+        empty = keyed_random.rng(7, purpose, index).random() <= EMPTY
         recipe = replace(RECIPE, objects=(0, 0)) if empty else RECIPE
         scene = render(recipe, purpose, part, index, sources)
         images[place], top = scene.image, int(scene.mask.max())
@@ -120,7 +120,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sources = deform_handwriting(load_sources("pretrain"), COPIES, AMPLITUDE, seed=11)
     shown = images_and_labels("dev", "probe", 0, 1500, load_sources("dev"))
-    torch.manual_seed(draws.key(0, "pretrain"))
+    torch.manual_seed(keyed_random.key(0, "pretrain"))
     model = Classifier()
     train(model, args.steps, args.lr, sources)
     save_file({name: value.half().contiguous() for name, value in model.encoder.state_dict().items()}, args.out)

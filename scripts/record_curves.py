@@ -19,11 +19,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from viladiff.record import RunRecord, write_atomically
-from viladiff.study.plan import Planned
-from viladiff.study.space import Space, Value
-from viladiff.study.store import Store
-from viladiff.study.sweep import Namer, load_sweep
+from viladiff.runs.record import RunRecord, write_atomically
+from viladiff.runs.store import Store
+from viladiff.sweeps.space import Space, Value
+from viladiff.sweeps.spec import Namer, load_sweep
+from viladiff.tables.plan import Planned
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves.csv"
@@ -73,10 +73,10 @@ def spread(space: Space, count: int) -> list[dict[str, Value]]:
 
 def train(run: Planned, store: Store) -> str:
     """Does a run; what came of it in a few words. A loss that is not finite is a result too, and stays without one."""
-    from viladiff.config import RunConfig, override
-    from viladiff.guards import TrainingError
-    from viladiff.study.lease import LeaseLost
-    from viladiff.train import fit
+    from viladiff.runs.config import RunConfig, override
+    from viladiff.runs.lease import LeaseLost
+    from viladiff.training.errors import TrainingError
+    from viladiff.training.trainer import fit
 
     lease = store.lease(run.run_id)
     if lease is None:

@@ -53,7 +53,7 @@ PRINTS: dict[object, dict[str, str]] = {}
 @pytest.fixture
 def prints_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What data, words and weights are called is worked out once for all sweeps; it takes a second each time."""
-    from viladiff.study.sweep import Namer
+    from viladiff.sweeps.spec import Namer
 
     plain = Namer.__init__
 

@@ -9,7 +9,7 @@ import torch
 from method_kit import CLASSES, make, make_batch
 from torch import Tensor
 
-from viladiff.batch import Batch, Step
+from viladiff.data.batch import Batch, Step
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.segmenter import Segmenter, upsample

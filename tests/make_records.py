@@ -14,11 +14,11 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from viladiff.config import RunConfig, override
-from viladiff.guards import TrainingError
-from viladiff.record import save_record, without_paths, write_atomically
-from viladiff.study.store import Failure
-from viladiff.train import fit
+from viladiff.runs.config import RunConfig, override
+from viladiff.runs.record import save_record, without_paths, write_atomically
+from viladiff.runs.store import Failure
+from viladiff.training.errors import TrainingError
+from viladiff.training.trainer import fit
 
 RECORDS = Path(__file__).resolve().parent / "records"
 TINY: dict[str, object] = {

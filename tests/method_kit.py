@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from viladiff import draws
-from viladiff.batch import Batch, CutMix, Step, TextBatch, Views
-from viladiff.config import RunConfig, override
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, CutMix, Step, TextBatch, Views
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.segmenter import Build
+from viladiff.runs.config import RunConfig, override
 
 CLASSES, SIDE, WORDS = 5, 32, 6
 NAMES = ("background", "one", "two", "three", "four")
@@ -39,7 +39,7 @@ def make(name: str, **changes: object) -> Method:
 
 def vectors(texts: Sequence[str]) -> Tensor:
     """(n, 12) of length 1, each a text's own."""
-    found = torch.stack([torch.randn(12, generator=draws.generator("text", text)) for text in texts])
+    found = torch.stack([torch.randn(12, generator=keyed_random.generator("text", text)) for text in texts])
     return found / found.norm(dim=1, keepdim=True)
 
 
@@ -54,7 +54,7 @@ def make_uneven(name: str, **changes: object) -> Method:
 
 def make_batch(size: int = 4, seed: int = 0, views: Views | None = None) -> Batch:
     """Noise with blocks of labels, some padding, boxes on some images and words; one view of each kind by default."""
-    gen = draws.generator("batch", seed)
+    gen = keyed_random.generator("batch", seed)
     image, weak, strong = (torch.randn(size, 3, SIDE, SIDE, generator=gen) for _ in range(3))
     target = (
         torch.randint(0, CLASSES, (size, SIDE // 8, SIDE // 8), generator=gen)
@@ -78,12 +78,12 @@ def make_batch(size: int = 4, seed: int = 0, views: Views | None = None) -> Batc
 
 
 def _noise(size: int, *name: str | int) -> Tensor:
-    return torch.randn(size, 3, SIDE, SIDE, generator=draws.generator(*name))
+    return torch.randn(size, 3, SIDE, SIDE, generator=keyed_random.generator(*name))
 
 
 def _tags(size: int, *name: int) -> Tensor:
     """Some classes are mentioned, class 0 is not known."""
-    tags = (torch.rand(size, CLASSES, generator=draws.generator("tags", *name)) < 0.4).float()
+    tags = (torch.rand(size, CLASSES, generator=keyed_random.generator("tags", *name)) < 0.4).float()
     tags[:, 0] = -1
     return tags
 

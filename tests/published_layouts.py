@@ -11,8 +11,8 @@ import numpy as np
 from photographs import piece, save_mask
 from PIL import Image
 
-from viladiff.data.cityscapes import IDS
-from viladiff.data.coco import CATEGORY_IDS, CLASS_NAMES
+from viladiff.data.sources.cityscapes import IDS
+from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES
 
 TRAIN_IDS = np.array([0, 10, 2, 8, 9, 11], np.uint8)
 """Cityscapes classes that stand for ``photographs.CLASSES``."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from viladiff.record import RunRecord, load_record
-from viladiff.run_name import Content, run_name
-from viladiff.study.plan import Planned
+from viladiff.runs.record import RunRecord, load_record
+from viladiff.runs.run_name import Content, run_name
+from viladiff.tables.plan import Planned
 
 LAYER = Path(__file__).resolve().parent / "records"
 """A layer of a store."""
@@ -56,9 +56,9 @@ _PRINTS: dict[object, dict[str, str]] = {}
 
 def content_of(run: Planned, **changes: object) -> dict[str, Any]:
     """What the record of a planned run says that its name is a hash of; ``changes`` may be under ``runtime`` alone."""
-    from viladiff.config import CORE_REVISION, RunConfig, changed, flatten, override
-    from viladiff.fingerprints import fingerprints
     from viladiff.methods import METHODS
+    from viladiff.runs.config import CORE_REVISION, RunConfig, changed, flatten, override
+    from viladiff.training.fingerprints import fingerprints
 
     cfg = override(RunConfig(), {**run.changes, **changes})
     key = cfg.data, cfg.model, cfg.eval.split

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from viladiff.config import RunConfig, override
-from viladiff.train import fit
+from viladiff.runs.config import RunConfig, override
+from viladiff.training.trainer import fit
 
 
 def alive(pids: list[int]) -> list[int]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from viladiff.study.asking import Asker
-from viladiff.study.events import Event, Settings
-from viladiff.study.plan import Planned
-from viladiff.study.pruners import optuna_pruner
-from viladiff.study.search import Search
-from viladiff.study.search_desk import SearchDesk
-from viladiff.study.space import Dimension, Point
+from viladiff.runs.job import Event, Settings
+from viladiff.sweeps.controller import Search
+from viladiff.sweeps.optuna_study import Asker
+from viladiff.sweeps.pruners import optuna_pruner
+from viladiff.sweeps.space import Dimension, Point
+from viladiff.sweeps.trial_queue import SearchDesk
+from viladiff.tables.plan import Planned
 
 STEPS = (25, 50, 100)
 SEEDS = (0, 1, 2)

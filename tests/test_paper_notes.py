@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from viladiff.config import RunConfig, flatten, override, schema
+from viladiff.config.sections import DATASETS
 from viladiff.methods import METHODS
-from viladiff.sections import DATASETS
+from viladiff.runs.config import RunConfig, flatten, override, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from viladiff.study.sweep_options import main
+from viladiff.cli.sweeps import main
 
 if __name__ == "__main__":
     raise SystemExit(main(Path(__file__).with_name("sweep_reading_unimatch.toml")))

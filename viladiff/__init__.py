@@ -13,20 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from viladiff.config import RunConfig, override
-    from viladiff.predict import load_model
-    from viladiff.study.drive import table
-    from viladiff.train import fit
+    from viladiff.experiments.tables import table
+    from viladiff.inference.predict import load_model
+    from viladiff.runs.config import RunConfig, override
+    from viladiff.training.trainer import fit
 
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "fit", "load_model", "override", "table"]
 
 _LAZY = {
-    "RunConfig": "viladiff.config",
-    "override": "viladiff.config",
-    "fit": "viladiff.train",
-    "load_model": "viladiff.predict",
-    "table": "viladiff.study.drive",
+    "RunConfig": "viladiff.runs.config",
+    "override": "viladiff.runs.config",
+    "fit": "viladiff.training.trainer",
+    "load_model": "viladiff.inference.predict",
+    "table": "viladiff.experiments.tables",
 }
 
 

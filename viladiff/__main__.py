@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from viladiff.cli import main
+from viladiff.cli.main import main
 
 sys.exit(main())

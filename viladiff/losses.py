@@ -1,7 +1,7 @@
 """Every loss is a pure function, computed in float32 even under autocast, and equal on one worker and on many.
 
-Equations are those of the paper; shape letters are those of ``viladiff.batch``. A mean whose divisor depends on the
-data goes through ``global_mean``. All return scalars unless they say otherwise.
+Equations are those of the paper; shape letters are those of ``viladiff.data.batch``. A mean whose divisor depends on
+the data goes through ``global_mean``. All return scalars unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from viladiff.batch import IGNORE
+from viladiff.data.batch import IGNORE
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:

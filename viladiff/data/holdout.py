@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from viladiff import draws
+from viladiff.core import keyed_random
 from viladiff.data.cache import fingerprint
 from viladiff.data.splits import VISIBLE
 
 if TYPE_CHECKING:
-    from viladiff.data.datasets import Dataset
+    from viladiff.data.registry import Dataset
 
 
 class Subset:
@@ -69,7 +69,7 @@ def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
     return dataset.labelled[~np.isin(dataset.labelled, held)], held
 
 
-def choose(present: np.ndarray, share: float, *key: draws.Part) -> np.ndarray:
+def choose(present: np.ndarray, share: float, *key: keyed_random.Part) -> np.ndarray:
     """Sorted places, about ``share`` of n, in an order drawn by ``key``; rare classes are seen to first.
 
     present: (n, C) bool, which classes each labelled image shows. No class leaves training altogether, and each class
@@ -77,7 +77,7 @@ def choose(present: np.ndarray, share: float, *key: draws.Part) -> np.ndarray:
     """
     wanted = max(1, round(share * len(present)))
     left = present.sum(0)
-    order = draws.rng("holdout", *key).permutation(len(present))
+    order = keyed_random.rng("holdout", *key).permutation(len(present))
     held = np.zeros(len(present), bool)
 
     def take(candidates: np.ndarray, most: int) -> None:

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from viladiff import draws
-from viladiff.batch import Batch, CutMix, TextBatch, Views
-from viladiff.data.augment import geometric, normalise, strong
-from viladiff.data.decode import Decoders, Recipe, Sample, decode_all
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, CutMix, TextBatch, Views
+from viladiff.data.captions.tags import mentioned
+from viladiff.data.decode_workers import Decoders, Recipe, Sample, decode_all
+from viladiff.data.files.images import FileMasks
 from viladiff.data.holdout import set_apart
-from viladiff.data.images import FileMasks
-from viladiff.data.mixing import cutmix_boxes, pair_partner
-from viladiff.text.mentions import mentioned
+from viladiff.data.transforms.augment import geometric, normalise, strong
+from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
 
 if TYPE_CHECKING:
-    from viladiff.config import RunConfig
-    from viladiff.data.datasets import Dataset
-    from viladiff.text.bank import Bank
+    from viladiff.data.registry import Dataset
+    from viladiff.runs.config import RunConfig
+    from viladiff.text.embedding_bank import Bank
 
 
 class Order:
@@ -55,7 +55,7 @@ class Order:
         return epoch, int(self._permutation[offset])
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return draws.rng(self.seed, "order", self.name, epoch).permutation(self.ids)
+        return keyed_random.rng(self.seed, "order", self.name, epoch).permutation(self.ids)
 
 
 class Share(NamedTuple):
@@ -139,7 +139,7 @@ class Loader:
         return batch
 
     def _rngs(self, purpose: str, drawn: list[tuple[int, int]]) -> list[np.random.Generator]:
-        return [draws.rng(self.cfg.seed, purpose, epoch, image) for epoch, image in drawn]
+        return [keyed_random.rng(self.cfg.seed, purpose, epoch, image) for epoch, image in drawn]
 
     def _from_arrays(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Images in 0..1, masks of labelled ones, unlabelled images, where these are no padding, an oracle's masks."""

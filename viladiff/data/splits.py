@@ -7,8 +7,8 @@ from collections.abc import Callable, Container
 
 import numpy as np
 
-from viladiff import draws
-from viladiff.data.lists import Lists
+from viladiff.core import keyed_random
+from viladiff.data.files.split_lists import Lists
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "digits": ("92", "183", "366", "732", "1464"),
@@ -51,7 +51,7 @@ def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -
     present: (N, C) bool. At most C images move to the front: for each class in turn that the ones moved do not show
     yet, the first in the drawn order that does. Raises ValueError where a class is in no image.
     """
-    drawn = draws.rng("split", dataset, "published" if seed is None else seed).permutation(len(present))
+    drawn = keyed_random.rng("split", dataset, "published" if seed is None else seed).permutation(len(present))
     first: list[int] = []
     for c in range(present.shape[1]):
         if not present[first, c].any():
@@ -75,7 +75,7 @@ def resample(lists: Lists, masked: Container[str], seed: int, shows: Callable[[s
     names: list[str] = []
     present: list[np.ndarray] = []
     counts = np.zeros(1, np.int64)  # of the images drawn that show each class
-    for place in draws.rng("split", "files", seed).permutation(len(able)):
+    for place in keyed_random.rng("split", "files", seed).permutation(len(able)):
         if len(names) == size and counts.all():
             break
         row = shows(able[place])

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from viladiff.config import RunConfig
-    from viladiff.data.datasets import Dataset
+    from viladiff.data.registry import Dataset
     from viladiff.methods.base import Method
-    from viladiff.text.bank import Bank
+    from viladiff.runs.config import RunConfig
+    from viladiff.text.embedding_bank import Bank
 
 
 class EvalContext(Protocol):
-    """A method with the images that it is scored on; ``viladiff.train.Run`` is one."""
+    """A method with the images that it is scored on; ``viladiff.training.trainer.Run`` is one."""
 
     cfg: RunConfig
     method: Method

@@ -32,13 +32,20 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from viladiff import draws
-from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.losses import global_gather, global_mean, hard_consistency, trained_gather
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
 from viladiff.methods.published import PublishedSetting
+from viladiff.models.baselines.allspark import (
+    Draw,
+    SemanticMemory,
+    SparkSegmenter,
+    nearest_class,
+    resized,
+    spark_segmenter,
+)
 from viladiff.models.segmenter import Build, Segmenter, upsample
-from viladiff.models.spark import Draw, SemanticMemory, SparkSegmenter, nearest_class, resized, spark_segmenter
 
 
 class AllSparkPseudoConfig(PseudoConfig):
@@ -142,7 +149,7 @@ class AllSpark(Method):
         device = batch.image.device
 
         def draw(half: str, keys: tuple[int, ...], what: str, shape: tuple[int, ...]) -> Tensor:
-            return draws.uniform(keys, shape, step.seed, f"allspark-{half}-{what}", step.index, device=device)
+            return keyed_random.uniform(keys, shape, step.seed, f"allspark-{half}-{what}", step.index, device=device)
 
         return partial(draw, "labelled", batch.keys), partial(draw, "unlabelled", batch.keys_u)
 

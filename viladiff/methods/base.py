@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from viladiff.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.data.mixing import apply_cutmix
-from viladiff.fields import Section
+from viladiff.config.base import Section
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.losses import hard_mean, labelled_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
 

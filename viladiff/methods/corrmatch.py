@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from viladiff import draws
-from viladiff.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.data.mixing import box_mask
-from viladiff.data.perturb import channel_dropout, widest
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import box_mask
 from viladiff.losses import global_max, global_mean, hard_consistency, logit_distillation
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
 from viladiff.methods.published import PublishedSetting
+from viladiff.models.baselines.perturbations import channel_dropout, widest
 from viladiff.models.segmenter import Build, upsample
 
 
@@ -170,21 +170,21 @@ class CorrMatch(Method):
 
     def _dropped(self, features: list[Tensor], batch: Batch, step: Step) -> list[Tensor]:
         name = (step.seed, "corrmatch-channels", step.index)
-        uniform = draws.uniform(batch.keys_u, (widest(features),), *name, device=batch.valid.device)
+        uniform = keyed_random.uniform(batch.keys_u, (widest(features),), *name, device=batch.valid.device)
         return channel_dropout(features, uniform)
 
     def _correlations(self, top: Tensor, batch: Batch, step: Step) -> Tensor:
         """(B + 2 U, N, N) of the labelled, weak and mixed strong pictures."""
         keys = [f"{kind}{key}" for kind, keys in _kinds(batch) for key in keys]
         name = (step.seed, "corrmatch-dropout", step.index)
-        return self.correlation(top, draws.uniform(keys, (self.cfg.width,), *name, device=top.device))
+        return self.correlation(top, keyed_random.uniform(keys, (self.cfg.width,), *name, device=top.device))
 
     def _spread(
         self, a: Tensor, labels: Tensor, sure: Tensor, valid: Tensor, batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor]:
         """Labels (U, H, W) and weights (U, H, W) after the regions of the weak views have voted on their own pixels."""
         patch, classes = self.student.patch, self.student.num_classes
-        uniform = draws.uniform(
+        uniform = keyed_random.uniform(
             batch.keys_u, (a.shape[1],), step.seed, "corrmatch-regions", step.index, device=a.device
         )
         own = valid if not batch.mix else valid & ~box_mask(batch.mix[0].boxes, *valid.shape[-2:])

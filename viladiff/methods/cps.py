@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from viladiff import draws
-from viladiff.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
-from viladiff.data.mixing import pair_partner, parity_boxes, parity_mask, paste
+from viladiff.core import keyed_random
+from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import pair_partner, parity_boxes, parity_mask, paste
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
 from viladiff.methods.published import PublishedSetting
@@ -107,7 +107,7 @@ class Cps(Method):
     def _boxes(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Each image's partner, and the pixels that come from it: (U,), (U, H, W)."""
         device, (height, width) = batch.valid.device, batch.valid.shape[-2:]
-        rngs = [draws.rng(step.seed, "cps-boxes", step.index, key) for key in batch.keys_u]
+        rngs = [keyed_random.rng(step.seed, "cps-boxes", step.index, key) for key in batch.keys_u]
         boxes = parity_boxes(rngs, height).to(device, non_blocking=True)
         return pair_partner(len(rngs)).to(device, non_blocking=True), parity_mask(boxes, height, width)
 

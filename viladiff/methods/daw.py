@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
+from viladiff.data.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import global_sum
 from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.published import PublishedSetting

@@ -26,10 +26,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from viladiff import draws
-from viladiff.batch import IGNORE, Batch, CutMix, Losses, Step, Views
-from viladiff.data.mixing import apply_cutmix, half_boxes, pair_partner
-from viladiff.fields import Section
+from viladiff.config.base import Section
+from viladiff.core import keyed_random
+from viladiff.data.batch import IGNORE, Batch, CutMix, Losses, Step, Views
+from viladiff.data.transforms.mixing import apply_cutmix, half_boxes, pair_partner
 from viladiff.losses import cross_entropy, global_mean
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
@@ -43,9 +43,9 @@ from viladiff.methods.base import (
     steps_after,
 )
 from viladiff.methods.published import PublishedSetting
+from viladiff.models.baselines.memory_bank import pick, sample
+from viladiff.models.baselines.normalizing_flow import Flow
 from viladiff.models.ema import ema_update
-from viladiff.models.flow import Flow
-from viladiff.models.memory import pick, sample
 from viladiff.models.segmenter import Build, upsample
 
 
@@ -177,9 +177,9 @@ class Ddfp(MeanTeacher):
         classes = torch.cat([target.masked_fill(target == IGNORE, -1), torch.full_like(valid, -1, dtype=torch.int64)])
         keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
         name, device = (step.seed, "ddfp", step.index), mid.device
-        order = draws.uniform(keys, counted.shape[1:], *name, "order", device=device)
+        order = keyed_random.uniform(keys, counted.shape[1:], *name, "order", device=device)
         at, given = sample(counted, order, self.cfg.flow.samples)
-        noise = draws.normal(keys, (at.shape[1], width), *name, "noise", device=device)
+        noise = keyed_random.normal(keys, (at.shape[1], width), *name, "noise", device=device)
         vectors = pick(mid.detach().flatten(2).mT.float(), at) + self.cfg.flow.noise * noise
         nll = self.flow.nll(vectors.flatten(0, 1), classes.gather(1, at).flatten())
         return global_mean((nll * given.flatten()).sum() / width, given.sum())
@@ -197,8 +197,8 @@ class Ddfp(MeanTeacher):
 
     def _boxes(self, batch: Batch, step: Step) -> CutMix:
         device, name = batch.valid.device, (step.seed, "ddfp-cut", step.index)
-        rngs = [draws.rng(*name, key) for key in batch.keys_u]
-        boxes = half_boxes(rngs, draws.rng(*name, "coin"), batch.valid.shape[-1])
+        rngs = [keyed_random.rng(*name, key) for key in batch.keys_u]
+        boxes = half_boxes(rngs, keyed_random.rng(*name, "coin"), batch.valid.shape[-1])
         return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from viladiff.batch import Batch, Losses, Step
+from viladiff.data.batch import Batch, Losses, Step
 from viladiff.methods.base import MethodConfig, Paper, PredictConfig, TeacherConfig
 from viladiff.methods.oracle import OraclePseudoConfig
 from viladiff.methods.published import PublishedSetting

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from viladiff.batch import Views
+from viladiff.data.batch import Views
 from viladiff.methods.fixmatch import FixMatch, FixMatchConfig
 from viladiff.methods.tags import TagsConfig
 

@@ -27,12 +27,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, pasted
 from viladiff.methods.fixmatch import FixMatchTeacherConfig
+from viladiff.models.baselines.class_hierarchy import diagnose, known_groups, node_cross_entropy, parents
 from viladiff.models.ema import ema_update, frozen_copy
-from viladiff.models.hierarchy import diagnose, known_groups, node_cross_entropy, parents
 from viladiff.models.segmenter import Build, Classifier, Segmenter, upsample
 
 

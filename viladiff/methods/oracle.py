@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from viladiff.batch import IGNORE
+from viladiff.data.batch import IGNORE
 from viladiff.methods.base import PseudoConfig
 from viladiff.models.diffusion import edge_mask
 from viladiff.models.relabel import cells_with

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from viladiff import draws
-from viladiff.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
-from viladiff.data.mixing import box_mask, square_boxes
+from viladiff.core import keyed_random
+from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import box_mask, square_boxes
 from viladiff.losses import confident_mean, cross_entropy, global_mean
 from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
 from viladiff.methods.published import PublishedSetting
+from viladiff.models.baselines.grad_cam import Sgc, tag_loss, tagged
 from viladiff.models.segmenter import Build, upsample
-from viladiff.models.sgc import Sgc, tag_loss, tagged
 
 
 class PseudoSegPseudoConfig(PseudoConfig):
@@ -103,7 +103,7 @@ class PseudoSeg(Method):
     def _cut(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """The strong view with a square of the mean colour, which is 0, and its valid pixels without that square."""
         height, width = batch.valid.shape[-2:]
-        rngs = [draws.rng(step.seed, "pseudoseg-cutout", step.index, key) for key in batch.keys_u]
+        rngs = [keyed_random.rng(step.seed, "pseudoseg-cutout", step.index, key) for key in batch.keys_u]
         boxes = square_boxes(rngs, width, self.cfg.cutout).to(batch.valid.device, non_blocking=True)
         inside = box_mask(boxes, height, width)
         return batch.strong[0].masked_fill(inside[:, None], 0.0), batch.valid & ~inside

@@ -20,15 +20,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from viladiff import draws
-from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
-from viladiff.data.mixing import apply_cutmix, beta_boxes, pair_partner
-from viladiff.data.perturb import virtual_adversarial
-from viladiff.fields import Section
+from viladiff.config.base import Section
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import apply_cutmix, beta_boxes, pair_partner
 from viladiff.losses import global_mean, pixel_cross_entropy
 from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.two_teachers import TwoTeachers, turn, turn_length
+from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Build, Network, upsample
 
@@ -165,14 +165,14 @@ class PsMt(TwoTeachers):
         keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
         sizes = [level[0].numel() for level in features]
         name = (step.seed, "psmt-vat", step.index)
-        uniform = draws.uniform(keys, (sum(sizes),), *name, device=features[0].device) - 0.5
+        uniform = keyed_random.uniform(keys, (sum(sizes),), *name, device=features[0].device) - 0.5
         start = [part.view_as(level) for part, level in zip(uniform.split(sizes, 1), features, strict=True)]
         vat = self.cfg.vat
         return virtual_adversarial(features, self.teachers.grid_logits, start, vat.epsilon, vat.xi)
 
     def _boxes(self, batch: Batch, step: Step) -> CutMix:
         device = batch.valid.device
-        rngs = [draws.rng(step.seed, "psmt-boxes", step.index, key) for key in batch.keys_u]
+        rngs = [keyed_random.rng(step.seed, "psmt-boxes", step.index, key) for key in batch.keys_u]
         boxes = beta_boxes(rngs, batch.valid.shape[-1])
         return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 

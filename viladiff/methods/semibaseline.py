@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from viladiff.batch import IGNORE, Batch, Losses, Step, Views
+from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import (
     SHARED_THRESHOLD,

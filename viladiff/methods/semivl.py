@@ -38,15 +38,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from viladiff.batch import IGNORE, Batch, Step, TextBatch, Views
-from viladiff.fields import Section
+from viladiff.config.base import Section
+from viladiff.data.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import cross_entropy, global_mean
 from viladiff.methods.base import MethodConfig, Paper, Passes, PseudoConfig, pasted
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
-from viladiff.models.maskclip import MaskClip, load_clip
+from viladiff.models.baselines.maskclip import MaskClip, load_clip
+from viladiff.models.baselines.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
 from viladiff.models.segmenter import Build, Network, Segmenter, upsample
-from viladiff.models.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
 from viladiff.text.concepts import concepts, names
 
 

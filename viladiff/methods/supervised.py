@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from viladiff.batch import Batch, Losses, Step, Views
+from viladiff.data.batch import Batch, Losses, Step, Views
 from viladiff.methods.base import Method, MethodConfig, Passes
 from viladiff.methods.published import PublishedSetting
 

@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from viladiff import draws
-from viladiff.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.data.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
 from viladiff.losses import global_mean, global_sum, hard_consistency
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
@@ -126,13 +126,13 @@ class Swith(TwoTeachers):
 
     def _box_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
         height, width = labels.shape[-2:]
-        rngs = [draws.rng(step.seed, "swith-boxes", step.index, key) for key in batch.keys_u]
+        rngs = [keyed_random.rng(step.seed, "swith-boxes", step.index, key) for key in batch.keys_u]
         return box_mask(beta_boxes(rngs, width).to(labels.device, non_blocking=True), height, width)
 
     def _class_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
         """The pixels of half of the classes that the teacher sees in each image's partner."""
         shape, name = (self.student.num_classes,), (step.seed, "swith-classes", step.index)
-        uniform = draws.uniform(batch.keys_u, shape, *name, device=labels.device)
+        uniform = keyed_random.uniform(batch.keys_u, shape, *name, device=labels.device)
         return class_mask(labels, batch.valid, uniform)[partner]
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from viladiff.batch import CutMix
-from viladiff.fields import Section
+from viladiff.config.base import Section
+from viladiff.data.batch import CutMix
 from viladiff.losses import global_mean
 
 

@@ -14,9 +14,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from viladiff.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.methods.base import Method, MethodConfig, Passes
-from viladiff.models.probe import Probe, ProbeConfig, probe
+from viladiff.models.baselines.text_probe import Probe, ProbeConfig, probe
 from viladiff.models.segmenter import Build, Segmenter, upsample
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Self
 
-from viladiff.batch import Step
+from viladiff.data.batch import Step
 from viladiff.methods.base import Method
 from viladiff.models.ema import frozen_copy
 from viladiff.models.segmenter import Build, Pair

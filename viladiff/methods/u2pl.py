@@ -32,10 +32,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from viladiff import draws
-from viladiff.batch import IGNORE, Batch, CutMix, Losses, Step, Views
-from viladiff.data.mixing import apply_cutmix, half_boxes, pair_partner
-from viladiff.data.perturb import channel_dropout
+from viladiff.core import keyed_random
+from viladiff.data.batch import IGNORE, Batch, CutMix, Losses, Step, Views
+from viladiff.data.transforms.mixing import apply_cutmix, half_boxes, pair_partner
 from viladiff.losses import (
     global_gather,
     global_mean,
@@ -53,8 +52,9 @@ from viladiff.methods.base import (
     steps_after,
 )
 from viladiff.methods.published import PublishedSetting
+from viladiff.models.baselines.memory_bank import Banks, pick, sample
+from viladiff.models.baselines.perturbations import channel_dropout
 from viladiff.models.ema import ema_update, frozen_copy
-from viladiff.models.memory import Banks, pick, sample
 from viladiff.models.segmenter import Build, Stream, upsample
 
 
@@ -206,7 +206,7 @@ class U2pl(MeanTeacher):
         keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
         name, device = (step.seed, "u2pl", step.index), classes.device
         width = self.banks.vectors.shape[2]
-        dropped = draws.uniform(keys, (2 * width,), *name, "dropout", device=device)
+        dropped = keyed_random.uniform(keys, (2 * width,), *name, "dropout", device=device)
         mine = self.head(stream.mid, dropped)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             theirs = self.teacher_head(found.mid[-len(mine) :].float())
@@ -214,12 +214,12 @@ class U2pl(MeanTeacher):
             grid, low, high = (x[:, ::stride, ::stride].flatten(1) for x in (classes, *limits))
             known, index = grid != IGNORE, grid.masked_fill(grid == IGNORE, 0)
             means = class_means(theirs.flatten(0, 1), index.flatten(), (known & low).flatten(), p.shape[1])
-            order = draws.uniform(keys, grid.shape[1:], *name, "order", device=device)
+            order = keyed_random.uniform(keys, grid.shape[1:], *name, "order", device=device)
             may = known & low & (p.gather(1, index[:, None])[:, 0] > cfg.confidence)
             place, counted = shared_sample(index, may, order, cfg.anchors)
             of = index.gather(1, place)
             counted &= (self.banks.filled > 0)[of]
-            uniform = draws.uniform(keys, (place.shape[1], cfg.negatives), *name, "negatives", device=device)
+            uniform = keyed_random.uniform(keys, (place.shape[1], cfg.negatives), *name, "negatives", device=device)
             negatives = self.banks.draw(of, uniform)
             if self.training:
                 far = not_of(p, grid, labelled, cfg.first_rank, cfg.last_rank) & (high & known)[:, None]
@@ -243,8 +243,8 @@ class U2pl(MeanTeacher):
 
     def _boxes(self, batch: Batch, step: Step) -> CutMix:
         device, name = batch.valid.device, (step.seed, "u2pl-cutmix", step.index)
-        rngs = [draws.rng(*name, key) for key in batch.keys_u]
-        boxes = half_boxes(rngs, draws.rng(*name, "coin"), batch.valid.shape[-1])
+        rngs = [keyed_random.rng(*name, key) for key in batch.keys_u]
+        boxes = half_boxes(rngs, keyed_random.rng(*name, "coin"), batch.valid.shape[-1])
         return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 
 

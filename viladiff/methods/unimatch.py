@@ -18,12 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from viladiff import draws
-from viladiff.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.data.perturb import channel_dropout, widest
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import SHARED_THRESHOLD, Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
 from viladiff.methods.published import PublishedSetting
+from viladiff.models.baselines.perturbations import channel_dropout, widest
 
 
 class UniMatchConfig(MethodConfig):
@@ -62,7 +62,7 @@ class UniMatch(Method):
         strong = [pasted(batch, i, x)[0] for i, x in enumerate(batch.strong)]
         features = self.student.encode(torch.cat([batch.image, batch.weak[0], *strong]))
         weak = [level[labelled : labelled + unlabelled] for level in features]
-        uniform = draws.uniform(
+        uniform = keyed_random.uniform(
             batch.keys_u, (widest(weak),), step.seed, "feature-dropout", step.index, device=weak[0].device
         )
         perturbed = channel_dropout(weak, uniform, cfg.feature_dropout)

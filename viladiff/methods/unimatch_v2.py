@@ -16,9 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from viladiff import draws
-from viladiff.batch import Batch, Losses, Step, Views
-from viladiff.data.perturb import complementary_dropout, half_of_pairs, widest
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, Losses, Step, Views
 from viladiff.losses import global_mean, hard_consistency
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
@@ -32,6 +31,7 @@ from viladiff.methods.base import (
     pasted,
 )
 from viladiff.methods.published import PublishedSetting
+from viladiff.models.baselines.perturbations import complementary_dropout, half_of_pairs, widest
 
 
 class UniMatchV2TeacherConfig(TeacherConfig):
@@ -102,7 +102,7 @@ class UniMatchV2(MeanTeacher):
         """Maps (B + 2 U, ...) of labelled images and both streams, the latter without each other's channels."""
         device = features[0].device
         name = (step.seed, "complementary", step.index)
-        uniform = draws.uniform(keys, (widest(features),), *name, device=device)
+        uniform = keyed_random.uniform(keys, (widest(features),), *name, device=device)
         whole = torch.tensor(half_of_pairs(keys, step.seed, "complementary-whole", step.index))
         whole = whole.to(device, non_blocking=True)
         first, second = complementary_dropout([level[labelled:] for level in features], uniform, whole)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from viladiff import draws
-from viladiff.batch import Batch, CutMix, Losses, Step, TextBatch, Views
-from viladiff.data.mixing import apply_cutmix, join_text
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import apply_cutmix, join_text
 from viladiff.losses import (
     confident_mean,
     global_mean,
@@ -198,8 +198,8 @@ class ViLaDiff(MixeTeacher):
         soft = self._source_logits(self.teacher.streams(images, text)).softmax(1)
         _, classes, h, w = soft.shape
         length = class_codes(classes).shape[1]
-        noise = draws.normal(keys, (length, h, w), step.seed, "picture-noise", step.index, device=soft.device)
-        uniform = draws.uniform(keys, (h, w), step.seed, "picture-flip", step.index, device=soft.device)
+        noise = keyed_random.normal(keys, (length, h, w), step.seed, "picture-noise", step.index, device=soft.device)
+        uniform = keyed_random.uniform(keys, (h, w), step.seed, "picture-flip", step.index, device=soft.device)
         levels = noise_levels(soft, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
         large = {name: F.interpolate(x.float()[:, None], size, mode="nearest")[:, 0] for name, x in levels.items()}
         return found | {name: labels.long() for name, labels in large.items()}

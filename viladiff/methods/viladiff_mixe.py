@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pixel_unshuffle
 
-from viladiff import draws
-from viladiff.batch import IGNORE, Batch, CutMix, Step, TextBatch
-from viladiff.data.mixing import apply_cutmix, cutmix_boxes, join_text, mix_text, pair_partner
+from viladiff.core import keyed_random
+from viladiff.data.batch import IGNORE, Batch, CutMix, Step, TextBatch
+from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes, join_text, mix_text, pair_partner
 from viladiff.losses import confident_mean, edge_mean, labelled_mean, noise_loss, pixel_cross_entropy
 from viladiff.methods.base import MeanTeacher
 from viladiff.models.guided import Guided
@@ -160,7 +160,7 @@ class MixeTeacher(MeanTeacher):
 
     def _boxes(self, keys: tuple[int, ...], images: Tensor, step: Step) -> CutMix:
         """CutMix of labelled neighbours, drawn as the unlabelled images' boxes are."""
-        rngs = [draws.rng(step.seed, "mixe-cutmix", step.index, key) for key in keys]
+        rngs = [keyed_random.rng(step.seed, "mixe-cutmix", step.index, key) for key in keys]
         boxes = cutmix_boxes(rngs, images.shape[-1], self.student.patch)
         return CutMix(*(x.to(images.device, non_blocking=True) for x in (boxes, pair_partner(len(keys)))))
 
@@ -244,7 +244,7 @@ class MixeTeacher(MeanTeacher):
         condition = [torch.cat(maps) for maps in zip(*(self._condition(look) for look in looks), strict=True)]
         if cfg.condition_noise:
             shape, device = tuple(condition[0].shape[1:]), soft.device
-            noise = draws.normal(keys, shape, step.seed, "mixe-condition", step.index, device=device)
+            noise = keyed_random.normal(keys, shape, step.seed, "mixe-condition", step.index, device=device)
             condition[0] = condition[0] + cfg.condition_noise * noise
         image = torch.cat([look.image for look in looks])
         clean, gaussian, noise_hat, noise = self._denoised(torch.cat(starts), condition, image, keys, step)
@@ -283,10 +283,10 @@ class MixeTeacher(MeanTeacher):
             return clean, nowhere, nothing if noise_hat is None else noise_hat, nothing
         assert isinstance(self.denoiser, Denoiser)
         name = (step.seed, "mixe-t", step.index)
-        times = [int(draws.rng(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
+        times = [int(keyed_random.rng(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
         t = torch.tensor(times).to(device, non_blocking=True)
-        noise = draws.normal(keys, (codes, h, w), step.seed, "mixe-noise", step.index, device=device)
-        uniform = draws.uniform(keys, (h, w), step.seed, "mixe-flip", step.index, device=device)
+        noise = keyed_random.normal(keys, (codes, h, w), step.seed, "mixe-noise", step.index, device=device)
+        uniform = keyed_random.uniform(keys, (h, w), step.seed, "mixe-flip", step.index, device=device)
         state = corrupt(soft, t, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
         prepared = self.denoiser.prepare(*condition)
         clean, noise_hat = self.denoiser(state.codes, state.gaussian, state.edges, t, prepared)
@@ -333,8 +333,8 @@ class MixeTeacher(MeanTeacher):
             return self._without_noise(soft.softmax(1), condition, seen.image)[0]
         assert isinstance(self.denoiser, Denoiser)
         codes, steps = class_codes(self.student.num_classes).shape[1], cfg.refine_steps or cfg.timesteps
-        noise = draws.normal(keys, (codes, h, w), step.seed, "refine-noise", step.index, device=soft.device)
-        uniforms = draws.uniform(keys, (steps, h, w), step.seed, "refine-flip", step.index, device=soft.device)
+        noise = keyed_random.normal(keys, (codes, h, w), step.seed, "refine-noise", step.index, device=soft.device)
+        uniforms = keyed_random.uniform(keys, (steps, h, w), step.seed, "refine-flip", step.index, device=soft.device)
         prepared, tau = self.denoiser.prepare(*condition), self._tau(step.progress)
         return refine(self.denoiser, prepared, soft.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
 

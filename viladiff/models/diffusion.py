@@ -2,7 +2,7 @@
 
 The kernel of Eq. 6 treats all other classes alike, so t of its steps are again such a kernel, with one number that
 matters: the share 1 - (1 - beta C / (C - 1))^t of its memory that a pixel has lost. Nothing here builds a C x C
-matrix. Shape letters are those of ``viladiff.batch``; d is the length of a class's code.
+matrix. Shape letters are those of ``viladiff.data.batch``; d is the length of a class's code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from viladiff.batch import IGNORE
+from viladiff.data.batch import IGNORE
 from viladiff.losses import choose
 
 SCHEDULES = ("cumulative", "constant", "matched")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from viladiff.fields import Section
+from viladiff.config.base import Section
 
 More = Literal["finer", "other_stream", "image"]
 

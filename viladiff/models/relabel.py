@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viladiff.batch import IGNORE
+from viladiff.data.batch import IGNORE
 from viladiff.losses import global_sum
 from viladiff.models.diffusion import edge_mask
 

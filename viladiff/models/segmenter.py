@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from viladiff.batch import CutMix, TextBatch
-from viladiff.data.mixing import apply_cutmix
-from viladiff.models.backbones import Encoder, build_encoder
+from viladiff.data.batch import CutMix, TextBatch
+from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.models.blocks import bilinear
 from viladiff.models.decoder import Decoder
+from viladiff.models.encoders.build import Encoder, build_encoder
 from viladiff.models.vila import ViLa, VilaConfig
 
 if TYPE_CHECKING:
-    from viladiff.sections import ModelConfig
+    from viladiff.config.sections import ModelConfig
 
 
 class Stream(NamedTuple):

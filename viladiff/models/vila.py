@@ -8,8 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from viladiff.batch import TextBatch
-from viladiff.fields import Section
+from viladiff.config.base import Section
+from viladiff.data.batch import TextBatch
 from viladiff.losses import feature_distillation, feature_terms, logit_distillation
 from viladiff.models.blocks import CrossBlock, SelfBlock, sincos_2d
 

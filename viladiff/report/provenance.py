@@ -9,12 +9,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from viladiff.record import RunRecord, mismatch
-from viladiff.report import contamination
-from viladiff.report.tables import Entry, Results, number
+from viladiff.report.sections import pretraining_data
+from viladiff.report.table.results import Entry, Results, number
+from viladiff.runs.record import RunRecord, mismatch
 
 if TYPE_CHECKING:
-    from viladiff.study.store import Store
+    from viladiff.runs.store import Store
 
 
 NOTES = "Said by runs"
@@ -100,7 +100,7 @@ def facts(results: Results) -> list[Fact]:
 def shared(records: Sequence[RunRecord]) -> list[Fact]:
     """What runs have in common or not: data, evaluation, what models were trained on, notes, encoder, code."""
     found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
-    told = [contamination.seen(record) for record in records]
+    told = [pretraining_data.seen(record) for record in records]
     names = dict.fromkeys(name for one in told for name in one)
     found += [_fact(name, (one[name] for one in told if name in one), False) for name in names]
     notes = [note for record in records for note in dict.fromkeys(record.notes)]

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from viladiff.config.base import nearest
 from viladiff.data.cache import fingerprint
-from viladiff.fields import nearest
 
 WORDS_DIM = 48
 LONGEST = 77

@@ -1,0 +1,326 @@
+"""The shipped cluster.yaml passes the doctor once filled in; each single thing broken in it is found and placed."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from viladiff.cli import main
+from viladiff.cli.doctor import Check
+from viladiff.cluster.config_check import examine_cluster
+from viladiff.cluster.config_rules import RULES
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "cluster.yaml"
+BLANKS = {
+    "AWS region": "eu-central-1",
+    "file of the private key": "~/.ssh/viladiff.pem",
+    "instance type without": "m7i.xlarge",
+    "instance type with a": "g6.xlarge",
+    "image id": "ami-0123456789abcdef0",
+    "name of the key pair": "viladiff",
+}
+Tree = dict[str, Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout in small and a home with token and key, so that the real ones have no say."""
+    home, checkout = tmp_path / "home", tmp_path / "checkout"
+    for path in (home / ".ssh", home / ".ray", checkout):
+        path.mkdir(parents=True)
+    for path in (home / ".ssh" / "viladiff.pem", home / ".ray" / "auth_token"):
+        path.touch(0o600)
+    for local in yaml.safe_load(SHIPPED.read_text())["file_mounts"].values():
+        (checkout / local).mkdir(exist_ok=True) if not local.startswith("~") else None
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (checkout / name).rmdir()
+        (checkout / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(checkout)
+    return checkout
+
+
+def filled(text: str) -> str:
+    for start, value in BLANKS.items():
+        text = re.sub(rf"<{start}[^>]*>", value, text)
+    return text
+
+
+def examined(folder: Path, change: Callable[[Tree], object] | None = None) -> list[Check]:
+    text = filled(SHIPPED.read_text())
+    if change is not None:
+        tree = copy.deepcopy(yaml.safe_load(text))  # without the anchors, or a change of one type would reach the other
+        for kind in tree["available_node_types"].values():
+            kind["node_config"] = copy.deepcopy(kind["node_config"])
+        change(tree)
+        text = yaml.safe_dump(tree, sort_keys=False)
+    (folder / "cluster.yaml").write_text(text)
+    return examine_cluster(folder / "cluster.yaml")
+
+
+def broken(checks: list[Check]) -> list[Check]:
+    return [check for check in checks if check.broken]
+
+
+def test_shipped_file_passes_once_filled_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = examined(folder)
+    assert [check for check in checks if check.remedy and check.name != "cluster: tools"] == []
+    assert {check.name.removeprefix("cluster: ") for check in checks} == {"keys", *RULES}
+    assert main.main(["doctor", "--cluster", "cluster.yaml"]) == 0
+    assert "shared folder" in capsys.readouterr().out
+
+
+def test_shipped_file_as_it_is_has_blanks_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = SHIPPED.read_text()
+    (folder / "cluster.yaml").write_text(text)
+    found = broken(examine_cluster("cluster.yaml"))
+    assert {check.name for check in found} == {"cluster: filled in"} and len(found) == 8
+    numbers = [int(re.search(r"cluster\.yaml:(\d+): ", check.found).group(1)) for check in found]  # type: ignore[union-attr]
+    assert all(re.search(r"<.*>|\*image|\*key", text.splitlines()[number - 1]) for number in numbers)
+    assert main.main(["doctor", "--cluster", "cluster.yaml"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_shipped_file_mounts_all_that_runs() -> None:
+    mounted = set(yaml.safe_load(SHIPPED.read_text())["file_mounts"].values())
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in done.stdout.splitlines()}
+    assert {local for local in mounted if not local.startswith("~")} <= top | {".git", "ablations"}
+    assert top - mounted <= {"Makefile", "benchmarks", "cluster.yaml", "docs", "tests", ".ci"}
+
+
+def head(tree: Tree) -> Tree:
+    return tree["available_node_types"]["head"]
+
+
+def gpu(tree: Tree) -> Tree:
+    return tree["available_node_types"]["gpu"]
+
+
+def rename(tree: Tree, old: str, new: str) -> None:
+    tree[new] = tree.pop(old)
+
+
+def in_command(part: str, old: str, new: str) -> Callable[[Tree], None]:
+    def change(tree: Tree) -> None:
+        assert any(old in command for command in tree[part]), old
+        tree[part] = [command.replace(old, new) for command in tree[part]]
+
+    return change
+
+
+def without(part: str, piece: str) -> Callable[[Tree], None]:
+    def change(tree: Tree) -> None:
+        left = [command for command in tree[part] if piece not in command]
+        assert len(left) == len(tree[part]) - 1
+        tree[part] = left
+
+    return change
+
+
+def opened(low: int, high: int, cidr: str = "0.0.0.0/0", protocol: str = "tcp") -> Callable[[Tree], None]:
+    rule = {"FromPort": low, "ToPort": high, "IpProtocol": protocol, "IpRanges": [{"CidrIp": cidr}]}
+    return lambda tree: tree["provider"].update(security_group={"GroupName": "g", "IpPermissions": [rule]})
+
+
+HEAD, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
+MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
+    # name: change, rule that must find it, what the finding and its remedy must say
+    "mistyped key": (
+        lambda t: rename(t, "max_workers", "max_wrokers"),
+        "keys",
+        "max_wrokers.*did you mean 'max_workers'",
+    ),
+    "mistyped type key": (
+        lambda t: rename(gpu(t), "min_workers", "min_worker"),
+        "keys",
+        r"types\.gpu\.min_worker.*'min_w",
+    ),
+    "mistyped provider key": (lambda t: rename(t["provider"], "region", "regoin"), "keys", "regoin.*'region'"),
+    "text for a number": (lambda t: t.update(max_workers="four"), "keys", "max_workers.*'four'.*integer"),
+    "no provider": (lambda t: t.pop("provider"), "keys", "'provider' is a required"),
+    "unknown provider": (lambda t: t["provider"].update(type="awz"), "ray", "Ray refuses.*awz"),
+    "unknown head type": (lambda t: t.update(head_node_type="hed"), "ray", "head_node_type"),
+    "min over all": (lambda t: gpu(t).update(min_workers=5), "ray", "max_workers.*smaller"),
+    "image without container": (lambda t: t.update(docker={"image": "x"}), "ray", "container"),
+    "blank": (lambda t: gpu(t)["node_config"].update(InstanceType="<type>"), "filled in", "gpu.*<type>.*fill it in"),
+    "no region": (lambda t: t["provider"].pop("region"), "provider", "no region.*add region"),
+    "empty region": (lambda t: t["provider"].update(region=""), "provider", "no region"),
+    "zone for region": (
+        lambda t: t["provider"].update(region="eu-central-1a"),
+        "provider",
+        "eu-central-1a.*not a zone",
+    ),
+    "no instance type": (lambda t: gpu(t)["node_config"].pop("InstanceType"), "machines", "gpu.*no InstanceType"),
+    "mistyped machine": (
+        lambda t: rename(head(t)["node_config"], "InstanceType", "InstanceTyp"),
+        "machines",
+        "did you mean 'InstanceTyp'",
+    ),
+    "no image": (lambda t: head(t)["node_config"].pop("ImageId"), "machines", "head.*no ImageId"),
+    "head with GPU": (
+        lambda t: head(t)["node_config"].update(InstanceType="g6.xlarge"),
+        "machines",
+        "'head' has a GPU",
+    ),
+    "head says GPU": (lambda t: head(t)["resources"].update(GPU=1), "machines", "'head' has a GPU"),
+    "no GPU at all": (lambda t: gpu(t)["node_config"].update(InstanceType="m7i.large"), "machines", "beside the head"),
+    "no types": (
+        lambda t: (t.pop("available_node_types"), t.pop("head_node_type")),
+        "machines",
+        "no available_node_types",
+    ),
+    "min over max": (lambda t: gpu(t).update(min_workers=3, max_workers=2), "scaling", "3: more than its max_workers"),
+    "type over all": (lambda t: t.update(max_workers=2), "scaling", "4: more than max_workers over all types, 2"),
+    "GPU never 0": (lambda t: gpu(t).update(min_workers=1), "scaling", "without work.*set it to 0"),
+    "many heads": (lambda t: head(t).update(max_workers=1), "scaling", "head's type"),
+    "never idle": (lambda t: t.update(idle_timeout_minutes=600), "scaling", "600 minutes"),
+    "source gone": (
+        lambda t: t["file_mounts"].update({"~/viladiff/scripts": "scripst"}),
+        "sources",
+        "scripst.*'scripts'",
+    ),
+    "package not mounted": (
+        lambda t: t["file_mounts"].pop("~/viladiff/viladiff"),
+        "repository",
+        "viladiff is not mounted",
+    ),
+    "readme not mounted": (
+        lambda t: t["file_mounts"].pop("~/viladiff/README.md"),
+        "repository",
+        "README.md is not mou",
+    ),
+    "mounted elsewhere": (
+        in_command("setup_commands", "-e ~/viladiff", "-e ~/code"),
+        "repository",
+        "~/code/viladiff is not",
+    ),
+    "not installed": (without("setup_commands", "-e ~/viladiff"), "repository", "head_setup.*does not install"),
+    "type not installed": (
+        lambda t: gpu(t).update(worker_setup_commands=["sudo ln -s ~/v/ray /usr/local/bin/"]),
+        "repository",
+        r"gpu\.worker_setup_commands.*pip install -e",
+    ),
+    "ray not on the path": (
+        without("setup_commands", "/usr/local/bin"),
+        "path",
+        "head_setup.*ray down stops nothing.*ln -sf",
+    ),
+    "open dashboard": (in_command(HEAD, "host=127.0.0.1", "host=0.0.0.0"), "dashboard", r"0\.0\.0\.0: whoever"),
+    "dashboard left out": (in_command(HEAD, "--dashboard-host=127.0.0.1 ", ""), "dashboard", "no --dashboard-host"),
+    "dashboard of worker": (
+        in_command(WORKER, "ray start", "ray start --dashboard-host 0.0.0.0"),
+        "dashboard",
+        "worker",
+    ),
+    "no token on head": (in_command(HEAD, "RAY_AUTH_MODE=token ", ""), "token", r"head_start.*no RAY_AUTH_MODE"),
+    "no token on workers": (in_command(WORKER, "RAY_AUTH_MODE=token ", ""), "token", r"worker_start.*no RAY_AUTH_MODE"),
+    "token off": (in_command(HEAD, "MODE=token", "MODE=disabled"), "token", "RAY_AUTH_MODE=disabled"),
+    "token after start": (
+        in_command(HEAD, "RAY_AUTH_MODE=token ray start", "ray start; RAY_AUTH_MODE=token true"),
+        "token",
+        "no RA",
+    ),
+    "token in command": (in_command(HEAD, "ray start", "RAY_AUTH_TOKEN=abc ray start"), "token", "for all to read"),
+    "no token in shells": (
+        without("setup_commands", "bashrc"),
+        "token",
+        "head_setup.*ray exec cannot join.*>> ~/.bashrc",
+    ),
+    "token not mounted": (lambda t: t["file_mounts"].pop("~/.ray/auth_token"), "token", "auth_token is not mounted"),
+    "no head": (in_command(HEAD, "--head ", ""), "joining", "no --head"),
+    "no autoscaler": (
+        in_command(HEAD, "--autoscaling-config=~/ray_bootstrap_config.yaml", ""),
+        "joining",
+        "autoscaling",
+    ),
+    "no start": (without(WORKER, "ray start"), "joining", "worker_start.*no command starts Ray"),
+    "joins nobody": (in_command(WORKER, "--address=$RAY_HEAD_IP:6379", ""), "joining", "does not join the head"),
+    "joins another port": (in_command(WORKER, "IP:6379", "IP:6380"), "joining", "does not join.*:6379"),
+    "worker is a head": (in_command(WORKER, "ray start", "ray start --head"), "joining", "worker.*does not join"),
+    "open port": (opened(8265, 8265), "ports", r"IpPermissions\.0: opens 8265 \(the dashboard\)"),
+    "open range": (opened(0, 65535), "ports", "6379.*8265.*10001"),
+    "all open": (opened(-1, -1, protocol="-1"), "ports", "10001"),
+    "published port": (
+        lambda t: t.update(docker={"image": "x", "container_name": "c", "run_options": ["-p 8265:8265"]}),
+        "ports",
+        r"docker\.run_options\.0.*publishes",
+    ),
+    "no key file": (
+        lambda t: t["auth"].update(ssh_private_key="~/.ssh/viladif.pem"),
+        "ssh",
+        "viladif.pem.*'viladiff.pem'",
+    ),
+    "key without name": (lambda t: gpu(t)["node_config"].pop("KeyName"), "ssh", "gpu.*no KeyName"),
+    "no user": (lambda t: t["auth"].pop("ssh_user"), "ssh", "no ssh_user"),
+    "runs on the worker's disk": (without(WORKER, "mount"), "shared folder", "would go with their machine"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_each_single_fault_is_found_and_placed(name: str, folder: Path) -> None:
+    change, rule, says = MUTATIONS[name]
+    found = broken(examined(folder, change))
+    told = [f"{check.found} | {check.remedy}" for check in found if check.name == f"cluster: {rule}"]
+    assert any(re.search(says, text) for text in told), [*found]
+    assert all(check.found.startswith("cluster.yaml") and check.remedy for check in found)
+
+
+def test_every_rule_is_shown_to_find_something() -> None:
+    assert {rule for _, rule, _ in MUTATIONS.values()} == {"keys", "ray", *RULES} - {"tools"}
+
+
+@pytest.mark.parametrize("change", [opened(22, 22), opened(8265, 8265, "10.0.0.0/8")], ids=["ssh", "inside"])
+def test_rules_that_open_nothing_to_everybody_pass(folder: Path, change: Callable[[Tree], None]) -> None:
+    assert broken(examined(folder, change)) == []
+
+
+def test_key_that_others_can_read_is_refused(folder: Path) -> None:
+    (folder.parent / "home" / ".ssh" / "viladiff.pem").chmod(0o644)
+    (check,) = broken(examined(folder))
+    assert check.name == "cluster: ssh" and check.remedy.startswith("chmod 600")
+
+
+def test_missing_token_says_how_to_make_one(folder: Path) -> None:
+    (folder.parent / "home" / ".ray" / "auth_token").unlink()
+    (check,) = broken(examined(folder))
+    assert check.remedy == "run: ray get-auth-token --generate" and "auth_token" in check.found
+
+
+def test_mounting_the_whole_checkout_works_but_is_advised_against(folder: Path) -> None:
+    (folder / ".venv").mkdir()
+    mounts = {"~/viladiff": ".", "~/.ray/auth_token": "~/.ray/auth_token"}
+    checks = examined(folder, lambda tree: tree.update(file_mounts=mounts))
+    assert broken(checks) == []
+    assert [check.found for check in checks if "has .venv in it" in check.found]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [1", "cluster.yaml:1"),
+        ("- a\n- b\n", "not a mapping"),
+        ("cluster_name: a\ncluster_name: b\nprovider: {type: aws}\n", "cluster.yaml:2: cluster_name: given twice"),
+        ("!!python/object/apply:os.system ['touch bad']\n", "cluster.yaml:1.*python/object"),
+    ],
+)
+def test_text_that_is_no_cluster_is_one_line(folder: Path, text: str, says: str) -> None:
+    (folder / "cluster.yaml").write_text(text)
+    found = broken(examine_cluster(folder / "cluster.yaml"))
+    assert len(found) == 1 and re.search(says, found[0].found)
+    assert not (folder / "bad").exists()
+
+
+def test_missing_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["doctor", "--cluster", "clutser.yaml"]) == 2
+    assert "clutser.yaml" in capsys.readouterr().err

@@ -1,0 +1,261 @@
+"""COCO's layout, and masks made from its instances: painted as stated, resumed, refused where they would be wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import published_layouts as layouts
+import pytest
+from PIL import Image
+from torchvision.models._meta import _COCO_CATEGORIES
+
+from viladiff.cli import main
+from viladiff.data import registry
+from viladiff.data.files import known_splits
+from viladiff.data.files.images import read_mask
+from viladiff.data.files.known_splits import Published, list_hash
+from viladiff.data.files.validate import check, check_files
+from viladiff.data.sources import coco_masks
+from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES
+from viladiff.data.sources.coco_masks import MANIFEST, Made, Region, Task, make_masks, paint, read_instances
+from viladiff.runs.config import RunConfig, override
+
+SQUARE, WHOLE = [2, 2, 6, 2, 6, 6, 2, 6], [0, 0, 10, 0, 10, 8, 0, 8]
+"""Polygons (x, y, ...) of rows and columns 2 ... 5, and of all of an image of 8 rows and 10 columns."""
+
+
+def load(root: Path, split: str = "463", **options: Any) -> registry.Dataset:
+    return registry.load("coco", split, root=str(root), **options)
+
+
+def painted(*regions: tuple[int, Any]) -> tuple[np.ndarray, int]:
+    return paint(Task("a", 8, 10, tuple(Region(label, what, "annotation 7") for label, what in regions)))
+
+
+def square(label: int, inside: int) -> np.ndarray:
+    wanted = np.full((8, 10), label, np.uint8)
+    wanted[2:6, 2:6] = inside
+    return wanted
+
+
+def test_classes_are_the_80_things_in_order_of_category() -> None:
+    """torchvision has the same table, gaps and all."""
+    names = {number: name for number, name in enumerate(_COCO_CATEGORIES) if name not in ("__background__", "N/A")}
+    assert dict(zip(CATEGORY_IDS, CLASS_NAMES[1:], strict=True)) == names
+    assert (CLASS_NAMES[0], len(CLASS_NAMES), CATEGORY_IDS[0], CATEGORY_IDS[-1]) == ("background", 81, 1, 90)
+
+
+def test_the_layout_and_its_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = layouts.coco(tmp_path / "data" / "coco", split="1_256")
+    data = load(tmp_path / "data")
+    assert data.num_classes == 81 and data.files is not None and data.val_files is not None
+    assert data.files.ids == (*made.labelled, *made.unlabelled) and data.val_files.ids == made.val
+    for i, name in enumerate(made.labelled):
+        assert np.array_equal(data.target(i), made.labels[name])
+    check_files(data)
+    lists = made.root / "splits"
+    (lists / "256_all.txt").write_text("\n".join(made.labelled), encoding="utf-8")
+    shutil.rmtree(lists / "1_256")
+    assert load(made.root).fingerprint == data.fingerprint, "PseudoSeg's own list, of bare ids"
+    (lists / "val.txt").write_text(f"val2017/{made.val[1]}.jpg masks/{made.val[1]}.png", encoding="utf-8")
+    assert len(load(made.root).val_images) == 1
+    known = Published("coco", "pseudoseg", "232", 3, list_hash(made.labelled)[:16], "us")
+    monkeypatch.setattr(known_splits, "LISTS", (known,))
+    monkeypatch.setattr(known_splits, "_BY_HASH", {known.sha256: known})
+    with pytest.raises(ValueError, match=r"is the list coco pseudoseg 232 .*but data\.split = '463'"):
+        load(made.root)
+    shutil.copy(lists / "256_all.txt", lists / "232.txt")
+    assert load(made.root, "232").split_name == "coco pseudoseg 232 (3 images; us)"
+
+
+def test_its_configuration_reaches_the_reader(tmp_path: Path) -> None:
+    made = layouts.coco(tmp_path / "coco")
+    cfg = override(RunConfig(), {"data.dataset": "coco", "runtime.data_root": str(made.root)})
+    assert cfg.eval.protocol == "original" and cfg.train.epochs == 20
+    assert registry.load(*registry.request(cfg)).fingerprint == load(made.root).fingerprint
+
+
+def test_masks_are_those_that_the_instances_were_made_of(tmp_path: Path) -> None:
+    made = layouts.coco(tmp_path / "coco", masks=False)
+    with pytest.raises(ValueError, match=r"has no PNGs in 'masks'; `viladiff data coco-masks .*coco` makes them"):
+        load(made.root)
+    heard: list[tuple[int, int]] = []
+    found = make_masks(made.root, processes=1, advance=lambda done, of: heard.append((done, of)))
+    assert found == Made(written=9) and heard == [(7, 7), (2, 2)]
+    for name, labels in made.labels.items():
+        assert np.array_equal(read_mask(made.root / "masks" / f"{name}.png", 81), labels)
+    check_files(load(made.root))
+    assert check(made.root, processes=1).errors == 0
+
+
+def test_smaller_instances_lie_on_top_in_whatever_order_they_come() -> None:
+    for regions in (((5, [SQUARE]), (9, [WHOLE])), ((9, [WHOLE]), (5, [SQUARE]))):
+        labels, hollow = painted(*regions)
+        assert np.array_equal(labels, square(9, 5)) and hollow == 0
+    labels, _ = painted((5, [SQUARE]), (6, [SQUARE]))
+    assert np.array_equal(labels, square(0, 6)), "of equal ones the later"
+
+
+def test_crowds_are_ignored_and_painted_by_area_too() -> None:
+    counts = {"size": [8, 10], "counts": [0, 80]}  # uncompressed, as crowds are
+    assert np.array_equal(painted((255, counts), (5, [SQUARE]))[0], square(255, 5))
+    assert np.array_equal(painted((9, [WHOLE]), (255, [SQUARE]))[0], square(9, 255))
+
+
+def test_several_polygons_are_one_region_and_those_without_an_area_are_counted() -> None:
+    labels, hollow = painted((5, [SQUARE, [8, 0, 10, 0, 10, 8, 8, 8], [1, 1, 4, 4], [3, 3]]))
+    wanted = square(0, 5)
+    wanted[:, 8:] = 5
+    assert np.array_equal(labels, wanted) and hollow == 2, "four numbers are no box"
+    assert painted((5, []))[1] == painted((5, [[1, 1, 4, 4]]))[1] == 1
+    assert painted((5, {"size": [8, 10], "counts": [80]}))[1] == 1
+    assert not painted()[0].any()
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [10, 8], "counts": [80]}, r"its size is \[10, 8\], the image's \[8, 10\]"),
+        ({"counts": [80]}, "'size'"),
+        ([["a"] * 6], "could not convert"),
+        (None, "not iterable"),
+        (7, "not iterable"),
+        ({"size": [8, 10], "counts": [1000]}, "its runs do not make up the image"),
+        ({"size": [8, 10], "counts": [10, 20]}, "its runs do not make up the image"),
+        ({"size": [8, 10], "counts": "zzzz"}, "its runs do not make up the image|nvalid RLE"),
+        ({"size": [8, 10], "counts": "P2"}, "its runs do not make up the image"),
+    ],
+)
+def test_what_is_no_segmentation_is_named(segmentation: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"annotation 7: its segmentation cannot be read: .*{message}"):
+        painted((5, segmentation))
+
+
+def test_images_without_annotation_and_crowds_are_counted(tmp_path: Path) -> None:
+    made = layouts.coco(tmp_path / "coco", masks=False)
+    content = layouts.instances(made, made.val)
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != int(made.val[0])]
+    content["annotations"][0]["iscrowd"] = 1
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    found = make_masks(made.root, [path], tmp_path / "masks", 1)
+    assert (found.written, found.empty, found.crowds, found.hollow) == (2, 1, 1, 0)
+    assert not read_mask(tmp_path / "masks" / f"{made.val[0]}.png", 81).any()
+    assert (read_mask(tmp_path / "masks" / f"{made.val[1]}.png", 81) == 255).any()
+
+
+def changed(content: dict[str, Any], where: str, **fields: Any) -> dict[str, Any]:
+    return content | {where: [content[where][0] | fields, *content[where][1:]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: [c], "has no list 'images'"),
+        (lambda c: {k: v for k, v in c.items() if k != "categories"}, "has no list 'categories'"),
+        (lambda c: c | {"annotations": {}}, "has no list 'annotations'"),
+        (lambda c: c | {"categories": c["categories"][:1]}, "not COCO's 80 things: 2 is 'missing' here and 'bicycle'"),
+        (lambda c: changed(c, "categories", name="people"), "1 is 'people' here and 'person' there"),
+        (lambda c: c | {"categories": [*c["categories"], {"id": 92, "name": "banner"}]}, "92 is 'banner' .* 'unused'"),
+        (lambda c: changed(c, "annotations", category_id=12), "annotation 1: category_id = 12 is none of COCO's 80"),
+        (lambda c: changed(c, "annotations", image_id=99), "annotation 1: is of image 99, which the file does not"),
+        (lambda c: changed(c, "annotations", image_id=[1]), "unhashable"),
+        (lambda c: changed(c, "images", file_name="../1.jpg"), "file_name = '../1.jpg' must be a bare name"),
+        (lambda c: changed(c, "images", file_name="/1.jpg"), "must be a bare name"),
+        (lambda c: changed(c, "images", file_name=".hidden.jpg"), "must be a bare name"),
+        (lambda c: changed(c, "images", height=0), "height and width are 0"),
+        (lambda c: c | {"images": [{"id": 1}]}, "an entry lacks 'file_name'"),
+        (lambda c: c | {"annotations": ["a"]}, "not a file of COCO's instances"),
+    ],
+)
+def test_a_file_that_is_not_of_cocos_instances(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 8, "width": 10}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [SQUARE]}],
+        "categories": [
+            {"id": number, "name": name} for number, name in zip(CATEGORY_IDS, CLASS_NAMES[1:], strict=True)
+        ],
+    }
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert len(read_instances(path)) == 1
+    path.write_text(json.dumps(change(content)), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"captions\.json: .*{message}"):
+        make_masks(tmp_path, [path], tmp_path / "masks", 1)
+    assert not (tmp_path / "masks").exists()
+
+
+def test_files_that_are_no_json_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "instances.json"
+    with pytest.raises(ValueError, match=r"annotations/instances_train2017\.json: there is no such file; unpack"):
+        make_masks(tmp_path)
+    with pytest.raises(ValueError, match=r"instances\.json: cannot be read \(No such file"):
+        make_masks(tmp_path, [path])
+    for text in (b'{"images": [', b"\x89PNG\r\n", b""):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"instances\.json: not JSON: "):
+            make_masks(tmp_path, [path])
+
+
+def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = layouts.coco(tmp_path / "coco", masks=False)
+    monkeypatch.setattr(coco_masks, "CHUNK", 2)
+
+    def stop(done: int, of: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_masks(made.root, processes=1, advance=stop)
+    folder = made.root / "masks"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert len(before) == 4
+    assert make_masks(made.root, processes=1) == Made(written=5, there=4)
+    assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
+    assert make_masks(made.root, processes=1) == Made(there=9)
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *(f"{name}.png" for name in made.labels)}
+
+
+def test_masks_of_other_instances_are_not_taken_for_ones_own(tmp_path: Path) -> None:
+    made = layouts.coco(tmp_path / "coco")
+    with pytest.raises(ValueError, match=r"7 masks, first 000000000100\.png, were not made from this instances_train"):
+        make_masks(made.root, processes=1)
+    shutil.rmtree(made.root / "masks")
+    make_masks(made.root, processes=1)
+    path = made.root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | {"annotations": content["annotations"][1:]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"2 masks, first 000000000001\.png, were not made from this instances_val"):
+        make_masks(made.root, processes=1)
+
+
+def test_two_processes_make_the_same_and_leave_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = layouts.coco(tmp_path / "coco", masks=False)
+    monkeypatch.setattr(coco_masks, "CHUNK", 2)
+    assert make_masks(made.root, processes=2) == Made(written=9)
+    assert make_masks(made.root, out=tmp_path / "other", processes=1) == Made(written=9)
+    for name in made.labels:
+        one, other = ((folder / f"{name}.png").read_bytes() for folder in (made.root / "masks", tmp_path / "other"))
+        assert one == other
+        assert Image.open(io.BytesIO(one)).size == made.labels[name].shape[::-1]
+    assert not multiprocessing.active_children()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = layouts.coco(tmp_path / "coco", masks=False)
+    words = ["data", "coco-masks", str(made.root), "--processes", "1", "--quiet"]
+    assert main.main(words) == 0
+    assert "9 masks written, 0 were there already\n0 images have no annotation" in capsys.readouterr().out
+    assert main.main(words) == 0
+    assert "0 masks written, 9 were there already" in capsys.readouterr().out
+    assert main.main(["data", "coco-masks", str(tmp_path / "nowhere")]) == 2
+    assert "instances_train2017.json: there is no such file" in capsys.readouterr().err

@@ -1,0 +1,163 @@
+"""The command ``viladiff data``: look at images and masks, deal them into lists, make what data sets lack.
+
+Only the standard library is loaded until a command is carried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from viladiff.data.files.validate import Advance, Report
+
+EXAMPLES = """\
+examples:
+  viladiff data check photos                   every file, with reasons; writes data-check/index.html
+  viladiff data split photos --labelled 30     photos/splits/labelled/: 30 labelled images, a fifth for validation
+  viladiff data split photos --labelled 30 --seed 1 --name labelled-1
+  viladiff data coco-masks coco                coco/masks/: from COCO's instances; goes on where it stopped
+  viladiff train data.dataset=folder runtime.data_root=photos data.split=labelled
+"""
+SHOWN = 20
+
+
+def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``data`` and its actions to the subparsers of ``viladiff``."""
+    raw = argparse.RawDescriptionHelpFormatter
+    text = "check and split images and masks, or render the embedded data sets"
+    data = commands.add_parser("data", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
+    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
+
+    check = actions.add_parser("check", help="read every file and list, and say what is wrong", formatter_class=raw)
+    _add_root(check)
+    check.add_argument("--split-dir", metavar="DIR", help="directory of lists (default: splits below ROOT)")
+    check.add_argument("--out", metavar="DIR", default="data-check", help="for the page (default: data-check)")
+    check.set_defaults(run=_check)
+
+    split = actions.add_parser("split", help="deal the images with masks into lists", formatter_class=raw)
+    _add_root(split)
+    split.add_argument("--labelled", metavar="N", type=int, help="labelled images (default: all but validation)")
+    split.add_argument(
+        "--val", metavar="N", type=float, help="validation images, or a share below 1 (default: a val.txt, or 0.2)"
+    )
+    split.add_argument("--seed", metavar="N", type=int, default=0, help="another draw (default: 0)")
+    split.add_argument("--name", default="labelled", help="of the split, for data.split (default: labelled)")
+    split.set_defaults(run=_split)
+
+    masks = actions.add_parser("coco-masks", help="make the masks of COCO 2017 from its instances")
+    masks.add_argument("root", metavar="ROOT", help="directory with train2017/, val2017/ and annotations/")
+    masks.add_argument(
+        "--instances", metavar="FILE", action="append", default=[], help="a JSON file (default: both of annotations/)"
+    )
+    masks.add_argument("--out", metavar="DIR", help="for the masks (default: masks below ROOT)")
+    masks.add_argument("--processes", metavar="N", type=int, help="that draw masks (default: one a core)")
+    masks.add_argument("--quiet", action="store_true", help="no progress bar")
+    masks.set_defaults(run=_coco_masks)
+
+    render = actions.add_parser("render", help="render into the cache, or check what is there")
+    render.add_argument("names", nargs="+", choices=("digits", "dense"), metavar="NAME", help="digits or dense")
+    render.set_defaults(run=_render)
+
+
+def _add_root(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "root", metavar="ROOT", help="directory with images/ and masks/, or as VOC, Cityscapes, COCO or ADE20K"
+    )
+    command.add_argument(
+        "--shifted", action="store_true", help="ADE20K's masks hold 0 ... 149 and 255 (data.reduce_zero_label=false)"
+    )
+    command.add_argument("--processes", metavar="N", type=int, help="that read files (default: one a core)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from viladiff.data.files.validate import check
+    from viladiff.report.dataset_page import write_page
+
+    with _bar("reading images", args.quiet) as advance:
+        report = check(args.root, args.split_dir, args.processes, advance, not args.shifted)
+    page = write_page(report, Path(args.out).expanduser(), f"viladiff data check {args.root}")
+    _say(report)
+    print(f"\n{page}")
+    return int(report.errors > 0)
+
+
+def _say(report: Report) -> None:
+    from viladiff.report.dataset_page import class_rows, facts
+
+    for name, value in facts(report).items():
+        print(f"{name:<30}{value}")
+    print()
+    for row in class_rows(report):
+        share = "-" if row["share"] is None else f"{row['share']:.2f} %"
+        of = "labelled" if row["id"] < 255 else "all"
+        print(f"{row['id']:>3}  {row['name']:<24}{share:>9} of {of} pixels, in {row['images']} masks")
+    for split in report.splits:
+        labelled, unlabelled, val = split.counts
+        print(f"\ndata.split={split.name}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images")
+        print("\n".join(f"  {text}" for text in (split.published, *split.notes)))
+    if report.faults:
+        print()
+    for fault in report.faults[:SHOWN]:
+        print(f"{fault.level}: {fault.path}: {fault.reason}")
+    if len(report.faults) > SHOWN:
+        print(f"... and {len(report.faults) - SHOWN} more, on the page")
+
+
+def _split(args: argparse.Namespace) -> int:
+    from viladiff.data.files.make_split import deal, write_lists
+    from viladiff.data.files.validate import look_at_all
+    from viladiff.data.sources.detect import open_tree
+
+    tree, classes = open_tree(args.root, not args.shifted)
+    with _bar("reading masks", args.quiet) as advance:
+        seen = look_at_all(tree, classes, args.processes, advance)
+    dealt = deal(args.root, seen, args.labelled, args.val, args.seed)
+    directory = write_lists(args.root, args.name, dealt.lists)
+    labelled, unlabelled, val = map(len, dealt.lists)
+    kept = f", the list of {dealt.kept_val}" if dealt.kept_val else ""
+    print(f"{directory}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images{kept}")
+    for name, missing in dealt.uncovered.items():
+        print(f"warning: no {name} image shows {', '.join(missing)}; deal more images, or another --seed")
+    return 0
+
+
+def _coco_masks(args: argparse.Namespace) -> int:
+    from viladiff.data.sources.coco_masks import make_masks
+
+    with _bar("drawing masks", args.quiet) as advance:
+        made = make_masks(args.root, args.instances, args.out, args.processes, advance)
+    print(f"{made.written:,} masks written, {made.there:,} were there already")
+    print(f"{made.empty:,} images have no annotation and are background; {made.crowds:,} crowds are 255")
+    if made.hollow:
+        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were left out")
+    return 0
+
+
+def _render(args: argparse.Namespace) -> int:
+    from viladiff.data.sources.digits import open_pixels
+
+    for name in args.names:
+        arrays = open_pixels(name).arrays
+        print(f"{name}: " + ", ".join(f"{part} {array.shape}" for part, array in sorted(arrays.items())))
+    return 0
+
+
+@contextmanager
+def _bar(title: str, quiet: bool) -> Iterator[Advance]:
+    """Counts images on a terminal's stderr; elsewhere, and where it is not wanted, nothing is shown."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -1,0 +1,147 @@
+"""What ``viladiff doctor`` looks at: each check says what it found and, where that is trouble, how to mend it.
+
+Nothing is rendered, trained or started: a check reads, and at most writes one empty file and removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+CACHE_GB = 0.5
+"""Room for both embedded data sets and their text, in GB."""
+RUNS_GB = 1.0
+"""Room for some runs on the embedded data sets, in GB; real ones take more."""
+
+
+class Check(NamedTuple):
+    """One line of the report; ``remedy`` is empty where all is well."""
+
+    name: str
+    found: str
+    remedy: str = ""
+    broken: bool = False
+    """Whether training cannot work; otherwise a remedy is advice."""
+
+
+def examine(out: str | Path = "runs") -> list[Check]:
+    """All checks; ``out`` is the directory of runs."""
+    checks = [_python(), *_packages()]
+    if find_spec("torch") is not None:
+        checks += _torch()
+    if find_spec("numpy") is not None:
+        from viladiff.data.cache import cache_dir
+
+        checks += [_place("cache", cache_dir(), CACHE_GB, "VILADIFF_CACHE"), *_cached(cache_dir())]
+    checks += [_place("runs", Path(out), RUNS_GB, "--out"), _ray()]
+    return checks
+
+
+def show(checks: list[Check]) -> None:
+    """Prints the report."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "check", "found", "to mend it", box=None, pad_edge=False)
+    for check in checks:
+        sign = (
+            Text("FAIL", "bold red")
+            if check.broken
+            else Text("note", "yellow")
+            if check.remedy
+            else Text("ok", "green")
+        )
+        table.add_row(sign, Text(check.name), Text(check.found), Text(check.remedy))
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+def _python() -> Check:
+    found = f"{sys.version.split()[0]} at {sys.executable}"
+    old = sys.version_info < (3, 11)
+    return Check("python", found, "3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" if old else "", old)
+
+
+def _packages() -> Iterator[Check]:
+    needed = ("torch", "torchvision", "timm", "pydantic", "safetensors", "scikit-learn", "scipy", "rich")
+    missing = []
+    for name in needed:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        yield Check("packages", f"missing: {', '.join(missing)}", "run make setup", broken=True)
+    else:
+        yield Check("packages", ", ".join(f"{name} {version(name)}" for name in ("timm", "pydantic", "scikit-learn")))
+
+
+def _torch() -> Iterator[Check]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Check("torch", f"does not import: {error}", "remove .venv and run make setup", broken=True)
+        return
+    new = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+    yield Check("torch", torch.__version__, "" if new else "2.11 or newer is needed: run make setup", not new)
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    built = torch.version.cuda or "none"
+    yield Check("devices", f"{', '.join(names) or 'CPU only'} (built for CUDA {built})")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    advice = f"more threads than cores slow a run down: --threads {cores}" if threads > cores else ""
+    yield Check("threads", f"{threads} of {cores} cores", advice)
+
+
+def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
+    """Whether ``directory``, or the first parent of it that exists, has room and can be written to."""
+    there = directory.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        return Check(name, f"{there}: a file, not a directory", f"remove it, or point {how} elsewhere", broken=True)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        return Check(name, f"{there}: cannot be written ({error.strerror})", f"point {how} elsewhere", broken=True)
+    free = shutil.disk_usage(there).free / 1e9
+    low = free < need_gb
+    return Check(
+        name,
+        f"{directory}: {free:.1f} GB free",
+        f"{need_gb:g} GB are needed: free some, or point {how} elsewhere" if low else "",
+        low,
+    )
+
+
+def _cached(directory: Path) -> Iterator[Check]:
+    """The embedded data sets that are rendered: whether every file is complete and unaltered."""
+    from viladiff.data.cache import open_checked
+    from viladiff.data.sources.digits import VARIANTS, variant_fingerprint
+
+    for name in VARIANTS:
+        folder = directory / name / variant_fingerprint(name)
+        if not folder.exists():
+            yield Check(f"data {name}", f"not rendered yet; done when first used, or by: viladiff data render {name}")
+            continue
+        try:
+            open_checked(folder)
+        except (ValueError, OSError) as error:
+            found, _, remedy = str(error).partition("; ")
+            yield Check(f"data {name}", found, remedy or f"delete {folder}", broken=True)
+        else:
+            yield Check(f"data {name}", f"{folder}: complete, checksums right")
+
+
+def _ray() -> Check:
+    if find_spec("ray") is None:
+        return Check("ray", "not installed", "only studies over several runs need it: run make setup")
+    return Check("ray", version("ray"))

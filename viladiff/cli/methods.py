@@ -1,0 +1,103 @@
+"""``viladiff methods``: what each method is, what it asks of the data, what it keeps, and what its step costs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from viladiff.config.base import ConfigError, nearest
+from viladiff.data.batch import Views
+from viladiff.methods import METHODS
+from viladiff.methods.base import Method, Passes
+from viladiff.methods.published import PublishedSetting
+
+
+def rows() -> list[dict[str, Any]]:
+    """One flat row a method, in the order of the table; None where there is nothing to say."""
+    return [_row(name, method) for name, method in METHODS.items()]
+
+
+def _row(name: str, method: type[Method]) -> dict[str, Any]:
+    paper, passes = method.paper, method.passes
+    return {
+        "method": name,
+        "paper": paper.title if paper else None,
+        "venue": paper.venue if paper else None,
+        "year": paper.year if paper else None,
+        "views": needs(method.views),
+        "keeps": method.keeps or None,
+        "passes": written(passes) if passes else None,
+        "revision": method.revision,
+        "published": [_declared(one) for one in method.published],
+    }
+
+
+def _declared(one: PublishedSetting) -> dict[str, Any]:
+    """Without what is empty."""
+    lists = {"datasets": list(one.datasets), "splits": list(one.splits), "families": list(one.families)}
+    rest = {"given": dict(one.given), "fields": dict(one.fields), "not_available": one.not_available}
+    return {name: value for name, value in {**lists, **rest, "source": one.source}.items() if value}
+
+
+def needs(views: Views) -> str:
+    """What the data layer makes for a step, in words."""
+    parts = ["labelled"]
+    parts += ["labelled in colours"] if views.strong_labelled else []
+    parts += [f"{count} {kind}" for kind, count in (("weak", views.weak), ("strong", views.strong)) if count]
+    parts += ["CutMix boxes"] if views.cutmix else []
+    parts += ["pairs"] if views.pairs else []
+    parts += ["captions"] if views.text else []
+    parts += ["classes that captions mention"] if views.tags else []
+    return ", ".join(parts)
+
+
+def written(passes: Passes) -> str:
+    """Passes of a batch: forward f and backward b through everything, and df, db through a decoder alone."""
+    found = [(passes.forward, "f"), (passes.backward, "b"), (passes.decoder_forward, "df")]
+    text = " + ".join(f"{count}{kind}" for count, kind in [*found, (passes.decoder_backward, "db")] if count)
+    return f"{text}; {passes.beside}" if passes.beside else text
+
+
+def settings(method: type[Method]) -> list[str]:
+    """What its publication sets by data set and list, a line each."""
+    said = []
+    for one in method.published:
+        limits = [*one.splits, *one.families, *(f"{path}={value}" for path, value in one.given.items())]
+        where = ", ".join(one.datasets) + (f" ({', '.join(limits)})" if limits else "")
+        fields = ", ".join(f"{path}={value}" for path, value in one.fields.items())
+        more = f"; not available here: {one.not_available}" if one.not_available else ""
+        said.append(f"{where}: {fields}{more} [{one.source}]")
+    return said
+
+
+def show(as_json: bool, width: int | None, name: str | None = None) -> str:
+    """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
+
+    With ``name`` that method's alone, and what its publication sets. Raises ConfigError for an unknown one.
+    """
+    if name is not None and name not in METHODS:
+        raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{nearest(name, METHODS)}")
+    chosen = [row for row in rows() if name in (None, row["method"])]
+    if as_json:
+        return json.dumps(chosen, indent=1, ensure_ascii=False) + "\n"
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("method", "published", "asks for", "keeps beside the student", "passes per step", "paper"):
+        table.add_column(title, no_wrap=title in ("method", "published"))
+    for row in chosen:
+        published = f"{row['venue']} {row['year']}" if row["paper"] else "-"
+        rest = (row[name] or "-" for name in ("views", "keeps", "passes", "paper"))
+        table.add_row(row["method"], published, *rest)
+    console = Console(width=width, markup=False, highlight=False)
+    with console.capture() as text:
+        console.print(table)
+        console.print(
+            "\nf, b: a batch forward and backward through encoder and decoder; df, db: through a decoder alone."
+        )
+    if name is None:
+        return text.get()
+    said = settings(METHODS[name]) or ["none is declared"]
+    heading = "Its publication's settings by data set, which the tables take at scale paper:"
+    return text.get() + "\n" + "\n".join([heading, *(f"  {line}" for line in said)]) + "\n"

@@ -1,0 +1,228 @@
+"""The command ``viladiff runs``: what has been run, whether it is sound, and what of it to send or throw away.
+
+Only the standard library is loaded until a command is carried out, and torch only by ``verify`` and ``import``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from viladiff.runs.store import Store
+
+EXAMPLES = """\
+examples:
+  viladiff runs list                                   every run, one a line
+  viladiff runs list method.name=viladiff seed=0       only these; any field of viladiff config
+  viladiff runs list --state failed
+  viladiff runs list --json | jq '.[] | .miou'
+  viladiff runs show 21b6                              the first digits of a run's name are enough
+  viladiff runs diff 21b6 0c4f
+  viladiff runs verify                                 are all records and checkpoints as they were written?
+  viladiff runs gc --dry-run                           what could be deleted
+  viladiff runs export mine.tar.gz data.split=183      and elsewhere: viladiff runs import mine.tar.gz
+"""
+STATES = ("done", "running", "failed", "begun", "damaged")
+
+
+def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``runs`` and its actions to the subparsers of ``viladiff``."""
+    raw = argparse.RawDescriptionHelpFormatter
+    text = "list, show, compare, check, pack and clean up runs"
+    runs = commands.add_parser("runs", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
+    actions = runs.add_subparsers(title="actions", required=True, metavar="ACTION")
+
+    def action(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(
+            name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=raw
+        )
+        made.add_argument("--store", metavar="DIR", default="runs", help="directory of runs (default: runs)")
+        made.add_argument(
+            "--published",
+            metavar="DIR",
+            default="reports/published",
+            help="directory of published runs, which are only read (default: reports/published)",
+        )
+        return made
+
+    which = "name of a run, its first digits, or field=value"
+    listing = action("list", "one line a run", "viladiff runs list method.name=viladiff data.split=183 --sort miou")
+    listing.add_argument("filters", nargs="*", metavar="FIELD=VALUE", help="only runs where the field has this value")
+    listing.add_argument("--state", choices=STATES, help="only runs in this state")
+    listing.add_argument("--sort", metavar="COLUMN", default="", help="default: method, dataset, split, seed")
+    listing.add_argument("--reverse", action="store_true", help="the other way round")
+    listing.add_argument("--json", action="store_true", help="for programs; mIoU in [0, 1]")
+    listing.set_defaults(run=_list)
+    show = action("show", "everything about one run", "viladiff runs show 21b6")
+    show.add_argument("name", metavar="RUN", help="name of a run, or its first digits")
+    show.add_argument("--json", action="store_true", help="the record itself")
+    show.set_defaults(run=_show)
+    diff = action("diff", "in what two finished runs differ", "viladiff runs diff 21b6 0c4f")
+    diff.add_argument("names", nargs=2, metavar="RUN", help="name of a run, or its first digits")
+    diff.set_defaults(run=_diff)
+    verify = action("verify", "check records, checkpoints and names; changes nothing", "viladiff runs verify 21b6")
+    verify.add_argument("runs", nargs="*", metavar="RUN", help=f"{which}; default: all")
+    verify.set_defaults(run=_verify)
+    gc = action("gc", "delete what nothing needs any more; never a record", "viladiff runs gc --dry-run")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    gc.add_argument(
+        "--keep-checkpoints", action="store_true", help="keep the networks of finished runs, for viladiff evaluate"
+    )
+    gc.add_argument("--pages", metavar="DIR", default="reports", help="directory of pages (default: reports)")
+    gc.set_defaults(run=_gc)
+    export = action("export", "pack finished runs", "viladiff runs export mine.tar.gz method.name=viladiff")
+    export.add_argument("file", metavar="FILE.tar.gz")
+    export.add_argument("runs", nargs="*", metavar="RUN", help=f"{which}; default: all that are finished")
+    export.set_defaults(run=_export)
+    load = action("import", "unpack what export packed, after checking it", "viladiff runs import mine.tar.gz")
+    load.add_argument("file", metavar="FILE.tar.gz")
+    load.set_defaults(run=_import)
+
+
+def _store(args: argparse.Namespace, repair: bool = False) -> Store:
+    from viladiff.runs.store import Store
+
+    return Store(Path(args.store), [Path(args.published)], repair=repair)
+
+
+def _places(args: argparse.Namespace) -> str:
+    return " or ".join(dict.fromkeys((args.store, args.published)))
+
+
+def _empty(args: argparse.Namespace) -> str:
+    return (
+        f"There is no run in {_places(args)}. To make one:\n"
+        "  viladiff train method.name=viladiff data.split=183\n"
+        "  make table5                                          a whole table, in minutes\n"
+        "Runs of another directory: viladiff runs list --store DIR; of somebody else: viladiff runs import FILE.tar.gz"
+    )
+
+
+def _nothing(args: argparse.Namespace, what: str = "run") -> ValueError:
+    here = f"there is no {what} in {_places(args)}"
+    return ValueError(f"{here}: viladiff train method.name=viladiff makes one, --store DIR looks elsewhere")
+
+
+def _list(args: argparse.Namespace) -> int:
+    from viladiff.runs import listing
+
+    rows = listing.rows(_store(args))
+    if not rows:
+        print(_empty(args), file=sys.stderr if args.json else sys.stdout)
+    chosen = listing.select(rows, args.filters, args.state)
+    chosen = listing.ordered(chosen, args.sort, args.reverse)
+    if args.json:
+        print(json.dumps([row.as_json() for row in chosen], indent=1))
+    elif chosen:
+        listing.print_rows(chosen)
+    elif rows:
+        print(listing.why_none(rows, args.filters, args.state))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from viladiff.runs import listing
+    from viladiff.runs.record import record_bytes
+
+    store = _store(args)
+    rows = listing.rows(store)
+    if not rows:
+        raise _nothing(args)
+    row = listing.pick(args.name, rows)
+    if not args.json:
+        listing.show(store, row)
+    elif row.record is None:
+        print(json.dumps(row.as_json(), indent=1))
+    else:
+        print(record_bytes(row.record).decode())
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from viladiff.runs import listing
+
+    rows = listing.rows(_store(args))
+    if not rows:
+        raise _nothing(args)
+    listing.diff(*(listing.finished(listing.pick(name, rows)) for name in args.names))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from viladiff.runs import maintenance
+    from viladiff.runs.listing import say
+
+    store = _store(args)
+    wanted = _verified(store, args.runs) if args.runs else None
+    good = bad = 0
+    for found in maintenance.verify(store, wanted):
+        say([("ok" if found.good else "BAD", found.run_id or "-", str(found.path), found.text)])
+        good, bad = good + found.good, bad + (not found.good)
+    print(f"{good} good, {bad} bad" if good or bad else _empty(args))
+    return int(bad > 0)
+
+
+def _verified(store: Store, words: list[str]) -> set[str]:
+    from viladiff.runs import listing
+
+    names = set(store.own()) | {record.run_id for record in store.published()}
+    plain = {listing.match(word, names) for word in words if "=" not in word}
+    filters = [word for word in words if "=" in word]
+    return plain | ({row.run_id for row in listing.select(listing.rows(store), filters)} if filters else set())
+
+
+def _gc(args: argparse.Namespace) -> int:
+    from viladiff.runs import maintenance
+    from viladiff.runs.listing import size
+
+    store = _store(args)
+    found = maintenance.waste(store, args.keep_checkpoints, Path(args.pages))
+    for item in found:
+        print(f"{'would delete' if args.dry_run else 'deleted'}  {item.path}  {item.why}  {size(item.size)}")
+        if not args.dry_run:
+            maintenance.remove(item)
+    total = size(sum(item.size for item in found))
+    kept = f"runs in {store.root}: {len(store.own())}"
+    if not found:
+        print(f"Nothing to delete: {kept}.")
+    else:
+        print(f"{'It would free' if args.dry_run else 'Freed'} {total} ({len(found)} items); records stay: {kept}.")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from viladiff.runs import listing
+    from viladiff.runs.archive import export
+    from viladiff.runs.listing import size
+
+    store = _store(args)
+    rows = listing.rows(store)
+    if not any(row.record for row in rows):
+        raise _nothing(args, "finished run")
+    chosen = {listing.finished(listing.pick(word, rows)).run_id for word in args.runs if "=" not in word}
+    filters = [word for word in args.runs if "=" in word]
+    if filters or not args.runs:
+        chosen |= {row.run_id for row in listing.select(rows, filters, "done")}
+    if not chosen:
+        raise ValueError(listing.why_none(rows, filters, "done"))
+    path = Path(args.file)
+    count = export(store, chosen, path)
+    packed = f"{count} run{'s' * (count != 1)} in {path}, {size(path.stat().st_size)}"
+    print(f"{packed}. Elsewhere: viladiff runs import {path.name}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from viladiff.runs.archive import import_archive
+
+    done = import_archive(_store(args, repair=True), Path(args.file))
+    for run_id, what in done.items():
+        print(f"{run_id}  {what}")
+    print(
+        f"{sum(what.startswith('imported') for what in done.values())} of {len(done)} runs imported into {args.store}"
+    )
+    return 0

@@ -1,0 +1,168 @@
+"""The commands ``viladiff caption`` and ``viladiff embed``: what the images show, and words as vectors.
+
+Only the standard library is loaded until a command is carried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from viladiff.runs.config import RunConfig
+    from viladiff.text.captioning.job import Job
+
+CAPTION_EXAMPLES = """\
+examples:
+  viladiff caption photos --model blip2-opt-2.7b --dry-run
+  viladiff caption photos --model blip2-opt-2.7b --out photos.parquet
+  viladiff caption VOC2012 --model blip2-opt-2.7b --actors 4 --address auto
+  viladiff train method.name=viladiff data.dataset=folder runtime.data_root=photos --captions photos.parquet
+
+The model is a directory with the files that transformers saves; nothing is downloaded. The same command goes
+on where it was stopped, and tries failed images again.
+"""
+EMBED_EXAMPLES = """\
+examples:
+  viladiff embed data.dataset=voc runtime.data_root=VOC2012 data.text_encoder=open_clip \\
+    --captions voc.parquet --text-model CLIP-ViT-B-16
+  viladiff embed data.text_encoder=minilm           the embedded data set; pip install "viladiff[minilm]" first
+
+Takes the fields of viladiff train, which finds what was encoded here and would otherwise encode it itself.
+"""
+SHOWN = 20
+
+
+def add_text(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``caption`` and ``embed`` to the subparsers of ``viladiff``."""
+    raw = argparse.RawDescriptionHelpFormatter
+    text = "caption the images of a data set with BLIP-2, as a job of Ray Data"
+    caption = commands.add_parser("caption", help=text, description=text, epilog=CAPTION_EXAMPLES, formatter_class=raw)
+    caption.add_argument("source", metavar="ROOT|DATASET", help="directory of a data set; or digits, dense")
+    caption.add_argument("--model", required=True, metavar="DIR", help="directory of BLIP-2")
+    caption.add_argument("--out", metavar="FILE", default="captions.parquet", help="(default: %(default)s)")
+    caption.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="one for each caption (default: the paper's two)"
+    )
+    caption.add_argument("--actors", metavar="N", type=_positive, help="models at once (default: one a GPU, or one)")
+    caption.add_argument("--batch", metavar="N", type=_positive, default=16, help="images at once (default: 16)")
+    caption.add_argument(
+        "--threads", metavar="N", type=_positive, default=1, help="CPU threads of an actor (default: 1)"
+    )
+    caption.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster; the files must be readable there")
+    caption.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    caption.add_argument("--quiet", action="store_true", help="no progress bar")
+    caption.set_defaults(run=_caption)
+
+    text = "encode captions ahead of training, into the cache"
+    embed = commands.add_parser("embed", help=text, description=text, epilog=EMBED_EXAMPLES, formatter_class=raw)
+    embed.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="as of viladiff train")
+    embed.add_argument("--captions", metavar="FILE", help="CSV, JSON lines or Parquet (runtime.captions)")
+    embed.add_argument("--text-model", metavar="DIR", help="directory of the text encoder (runtime.text_model)")
+    embed.add_argument("--dry-run", action="store_true", help="say what would be encoded, and stop")
+    embed.add_argument("--quiet", action="store_true", help="no progress bar")
+    embed.set_defaults(run=_embed)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return number
+
+
+def _caption(args: argparse.Namespace) -> int:
+    from viladiff.core.progress import counter
+    from viladiff.data.captions.table import PROMPTS
+    from viladiff.text.captioning.blip2 import writer
+    from viladiff.text.captioning.job import Job, failures, pictures, state
+
+    who = writer(args.model, tuple(args.prompt or PROMPTS))
+    job = Job(*pictures(args.source), who, Path(args.out).expanduser().absolute())
+    todo = len(state(job).todo)
+    if args.dry_run:
+        _print(_facts(job, todo, args))
+        return 0
+    if not todo and job.out.is_file() and not job.parts.is_dir():
+        print(f"{job.out}: has all captions of {len(job.pictures)} images; nothing to do")
+        return 0
+    from viladiff.cluster.captioning import run_job
+
+    options = {"actors": args.actors, "batch": args.batch, "threads": args.threads, "address": args.address}
+    with counter("captioning", not args.quiet) as advance:
+        table = run_job(job, **options, advance=advance)
+    lost = failures(table)
+    print(f"{job.out}: {len(table) - len(lost) * len(who.prompts)} captions of {len(job.pictures) - len(lost)} images")
+    for image, reason in list(lost.items())[:SHOWN]:
+        print(f"failed: {image}: {reason}", file=sys.stderr)
+    if len(lost) > SHOWN:
+        print(f"... and {len(lost) - SHOWN} more, in the column 'error' of {job.out}", file=sys.stderr)
+    return int(bool(lost))
+
+
+def _facts(job: Job, todo: int, args: argparse.Namespace) -> dict[str, object]:
+    return {
+        "images": len(job.pictures),
+        "captioned before": len(job.pictures) - todo,
+        "to be captioned": todo,
+        "prompts": " | ".join(job.who.prompts),
+        "model": f"{job.who.model}, revision {job.who.revision}",
+        "models at once": args.actors or "one a GPU, or one",
+        "images at once": args.batch,
+        "file": job.out,
+    }
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from viladiff.core.progress import counter
+    from viladiff.data.registry import load, request
+    from viladiff.runs.config import RunConfig, override, parse_overrides
+    from viladiff.text.embedding_bank import is_encoded, load_text
+
+    named = {"runtime.captions": args.captions, "runtime.text_model": args.text_model}
+    words = [*args.fields, *(f"{path}={value}" for path, value in named.items() if value is not None)]
+    cfg = override(RunConfig(), dict(parse_overrides(words)))
+    dataset = load(*request(cfg))
+    if not any(dataset.captions):
+        raise ValueError(f"the data set {cfg.data.dataset!r} has no captions to encode; give some with --captions FILE")
+    asked = cfg.data.text_encoder, cfg.data.captions
+    before = is_encoded(dataset, *asked, model=cfg.runtime.text_model, on=cfg.data.captions_on)
+    if args.dry_run:
+        _print(_wanted(cfg, dataset.caption_source, [*dataset.captions, *dataset.val_captions], before))
+        return 0
+    with counter("encoding captions", not args.quiet) as advance:
+        model, on = cfg.runtime.text_model, cfg.data.captions_on
+        train, val = load_text(dataset, *asked, model=model, advance=advance, on=on)
+    size = train.tokens.nbytes + train.mask.nbytes + train.pooled.nbytes
+    facts = {
+        "captions": train.source,
+        "encoder": train.encoder,
+        "images": f"{len(train)} for training, {len(val)} for validation",
+        "tokens of an image, channels": f"up to {train.tokens.shape[1]}, {train.dim}",
+        "on disk": f"{size / 2**20:.1f} MiB" + (", encoded before" if before else ""),
+        "name": train.fingerprint,
+    }
+    _print(facts)
+    for note in (*dataset.notes, *train.notes()):
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def _wanted(cfg: RunConfig, source: str, captions: list[tuple[str, ...]], before: bool) -> dict[str, object]:
+    return {
+        "captions": source,
+        "encoder": cfg.data.text_encoder,
+        "images": len(captions),
+        "different texts": len({text for lines in captions for text in lines}),
+        "encoded before": "yes" if before else "no",
+    }
+
+
+def _print(facts: Mapping[str, object]) -> None:
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")

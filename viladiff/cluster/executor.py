@@ -1,0 +1,342 @@
+"""A table's runs as trials of Ray Tune: one process a slot, reused from run to run, and the records are the truth.
+
+Tune places processes and notices their death. What is next, what is tried again and when to stop is decided by
+``viladiff.runs.job_queue``; what Tune writes is thrown away, since a run continues from its own checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from viladiff.cluster.resources import ask_cluster, cpus, room, tell
+from viladiff.cluster.session import TOKEN, patient, private, without_web
+from viladiff.core.processes import Reaper, descendants, start
+from viladiff.runs.job import Event, Outcome, Settings
+from viladiff.runs.job_queue import Desk
+from viladiff.runs.store import Store
+from viladiff.tables.plan import Planned
+
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever it is told
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths are meant from where the driver was started
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives its Ray must not start another
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # what the raylet says of a process that died comes as an outcome
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_agent_register_timeout_ms": "300000",  # a busy machine is no reason to give up
+    "RAY_enable_worker_prestart": "0",  # such processes lack the environment of a trial and are never used for one
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_worker_niceness": "0",  # a run is as urgent as the same run without Ray
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours lets each run end at a step, with a checkpoint
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
+    "TUNE_WARN_THRESHOLD_S": "1000000",
+}
+NO_DASHBOARD = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0"}
+"""Ray starts its web server also where none is wanted, and would wait seconds for it."""
+OBJECT_STORE = 100 * 2**20
+"""Bytes; only names and numbers pass through it."""
+
+
+def run_jobs(
+    jobs: Sequence[Planned], store: Store, settings: Settings, on_event: Callable[[Event], None] = lambda event: None
+) -> list[Outcome]:
+    """Runs what is not done yet and returns one outcome a job, in their order; ``on_event`` is called on this thread.
+
+    One run's failure is its own outcome and leaves the others alone. The first Ctrl-C or SIGTERM lets every run save
+    a checkpoint and come back as "stopped"; the second ends them and raises KeyboardInterrupt. A run that another
+    driver is at is waited for, and taken over if that driver dies. Raises ValueError for settings that this machine
+    cannot meet.
+    """
+    if not jobs:
+        return []
+    settings = replace(settings, threads=max(job.threads or settings.threads for job in jobs))
+    kinds = [job for job in jobs if job.workers == 1], [job for job in jobs if job.workers > 1]
+    rooms = [room(settings, some) for some in kinds]
+    single, shared = (
+        Desk(some, store, one.settings, one.slots, on_event) for some, one in zip(kinds, rooms, strict=True)
+    )
+    for desk in (single, shared):
+        desk.settle()
+    if not (single.over and shared.over):  # starting Ray takes seconds
+        for note in dict.fromkeys(one.note for one, desk in zip(rooms, (single, shared), strict=True) if not desk.over):
+            tell(on_event, note)
+        gone: list[int] = []
+        try:
+            # Ray sets a handler of its own for SIGTERM, so ours come after it.
+            with cluster(settings, single.slots, shared.waiting, gone) as session, interrupts(single, shared):
+                tell(on_event, session.note)
+                ask_cluster(single, shared)
+                _run_single(single, session)
+                _run_shared(shared, session)
+        except BaseException:
+            store.sweep(gone)  # what was ended in the middle of a step
+            raise
+    outcomes = single.outcomes | shared.outcomes
+    return [outcomes[job.run_id] for job in jobs]
+
+
+# Ray itself
+
+
+@dataclass
+class Session:
+    """A driver's hold on Ray."""
+
+    scratch: Path
+    """Removed at the end, whatever the end is."""
+    refresh: Callable[[], None]
+    """To be called often: keeps the reaper's list of processes up to date."""
+    note: str = ""
+    """Where its dashboard is and what that asks for, if it has one."""
+
+
+@contextmanager
+def cluster(
+    settings: Settings, slots: int, shared: Iterable[Planned] = (), gone: list[int] | None = None
+) -> Iterator[Session]:
+    """Joins ``settings.address``, or has a silent Ray of this machine's own for the time, which no other can reach.
+
+    A driver that is killed takes its own Ray and the scratch directory along. ``gone`` is given the processes that were
+    ended with it.
+    """
+    for name, value in (QUIET if settings.dashboard else QUIET | NO_DASHBOARD).items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module="ray")
+    import ray
+
+    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    scratch = _scratch()
+    reaper = Reaper(scratch)
+    others = set(descendants(os.getpid()))
+    roots: list[int] = []
+
+    def ours() -> list[int]:
+        """Ray's processes; what else this process has started is none of them."""
+        if settings.address is not None:
+            return []
+        return [*roots, *descendants(*roots)] if roots else sorted(set(descendants(os.getpid())) - others)
+
+    # Ray starts processes and waits; that is time to import in, but only Ray itself may be started on this thread: its
+    # processes die with the thread that started them.
+    threading.Thread(target=import_module, args=["ray.tune"], daemon=True).start()
+    from ray._private import worker
+
+    # The death of a process is told by its outcome; Ray prints it besides, whatever the logging level.
+    printer, worker.print_to_stdstream = worker.print_to_stdstream, _print_nothing
+    options = _options(settings, slots, shared, scratch)
+    bare = settings.address is None and not settings.dashboard
+    try:
+        with nullcontext() if settings.address else private(scratch):
+            try:
+                with without_web() if bare else nullcontext():
+                    begun = _start(settings.address or "local", options, ours)
+                if bare:
+                    _end([pid for pid in ours() if "/ray/dashboard/dashboard.py" in _command(pid)])
+                roots += ours()
+                asks = f"dashboard: http://{begun.dashboard_url} asks for the token in {scratch / TOKEN}"
+                note = asks if options.get("include_dashboard") else ""
+                session = Session(scratch, _seldom(lambda: reaper.watch(ours())), note)
+                session.refresh()
+                yield session
+            finally:
+                left = {pid: start(pid) for pid in ours()}
+                ray.shutdown()
+                _end_all(left)
+                if gone is not None:
+                    gone += left
+    finally:
+        worker.print_to_stdstream = printer
+        _remove(scratch)
+        reaper.dismiss()
+
+
+def _options(settings: Settings, slots: int, shared: Iterable[Planned], scratch: Path) -> dict[str, Any]:
+    """What Ray is told when it is joined, and more when it is started."""
+    # An idle thread of a numerical library is still a thread that spins beside the others.
+    env = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    options["runtime_env"] = {"env_vars": env}
+    if settings.address is None:
+        wanted = max([slots * settings.threads, *(job.workers * settings.threads for job in shared)])
+        options |= {
+            "num_cpus": max(cpus(), wanted),
+            "object_store_memory": OBJECT_STORE,
+            "include_dashboard": settings.dashboard,
+            "dashboard_host": "127.0.0.1",
+            "_temp_dir": str(scratch / "r"),
+        }
+    return options
+
+
+def _print_nothing(*given: Any, **words: Any) -> None:
+    """Stands in for Ray's printer."""
+
+
+def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]]) -> Any:
+    """What ``ray.init`` says of it; tries once more where the machine was too busy."""
+    import ray
+
+    for last in (False, True):
+        try:
+            with patient() if options.get("include_dashboard") is False else nullcontext():
+                return ray.init(address=address, **options)
+        except Exception as error:
+            ray.shutdown()
+            _end(ours())
+            if "_temp_dir" not in options and not isinstance(error, ValueError):
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ValueError(f"--address {address}: cannot be joined: {reason}") from error
+            if last or "timed out during startup" not in str(error):
+                raise
+
+
+def _end(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _end_all(begun: dict[int, int | None]) -> None:
+    """Ends what is left of processes, each named by number and start, and waits a moment for them to be gone."""
+    until = time.monotonic() + 5
+    while (left := [pid for pid, began in begun.items() if began is not None and start(pid) == began]) and (
+        time.monotonic() < until
+    ):
+        _end(left)
+        time.sleep(0.02)
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _seldom(do: Callable[[], None]) -> Callable[[], None]:
+    """The same, but not more often than every other second."""
+    before = -math.inf
+
+    def maybe() -> None:
+        nonlocal before
+        if time.monotonic() - before > 2:
+            before = time.monotonic()
+            do()
+
+    return maybe
+
+
+def _scratch() -> Path:
+    """A directory of this driver's own; those that even a reaper left (a power cut) are removed."""
+    # Sockets lie in it, and their names must stay under 107 characters.
+    base = Path(tempfile.gettempdir())
+    base = base if len(str(base)) < 14 else Path("/tmp")
+    for old in base.glob("viladiff-*-*"):
+        pid = old.name.split("-")[1]
+        with suppress(FileNotFoundError):  # its reaper, or another driver, may be at it too
+            if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
+                shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
+
+
+def _remove(scratch: Path) -> None:
+    """What is left of Ray may write for a moment."""
+    for _ in range(50):
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not scratch.exists():
+            return
+        time.sleep(0.1)
+
+
+def _running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def interrupts(*desks: Desk) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM is taken up by the desks' next ticks; a second one ends this process's wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if desks[0].asked_to_stop:
+            raise KeyboardInterrupt("ended at once; the same command goes on from the last checkpoints")
+        for desk in desks:
+            desk.asked_to_stop = True
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# Trials of one worker
+
+
+def _run_single(desk: Desk, session: Session) -> None:
+    if desk.over:
+        return
+    from ray import tune
+
+    from viladiff.cluster.tune import Queue, Watch, stop_name
+    from viladiff.cluster.worker import Place, trial
+
+    settings = desk.settings
+    place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    jobs = {job.run_id: job for job in desk.waiting}
+    resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(trial, jobs=jobs, place=place), resources),
+        tune_config=tune.TuneConfig(search_alg=Queue(desk), num_samples=-1, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="table",
+            storage_path=str(session.scratch / "tune"),
+            verbose=0,
+            callbacks=[Watch(desk, place.stop_name, session.refresh)],
+        ),
+    )
+    tuner.fit()
+
+
+def _run_shared(desk: Desk, session: Session) -> None:
+    if desk.over:
+        return
+    from viladiff.cluster.torch_trainer import run_shared
+
+    run_shared(desk, session.scratch, session.refresh)
+
+
+__all__ = ["Event", "Outcome", "Settings", "cluster", "cpus", "run_jobs"]

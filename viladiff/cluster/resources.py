@@ -1,0 +1,127 @@
+"""How many runs go at once, and what each has of a machine's processors and GPUs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from viladiff.runs.job import Event, Settings
+from viladiff.runs.job_queue import Desk
+from viladiff.tables.plan import Planned
+
+SHARING = 4
+"""Runs that one GPU gets at most where nobody says how many: more of them fit only if they are small."""
+
+
+class Room(NamedTuple):
+    """Settings with nothing left open, runs at once, and what a person should know of it."""
+
+    settings: Settings
+    slots: int
+    note: str = ""
+
+
+def room(settings: Settings, jobs: Sequence[Planned]) -> Room:
+    """What runs with equally many workers get; of a cluster it is known only once it is joined.
+
+    GPUs are shared out where no share was asked for: as many runs at once as ``max_concurrent`` or the processors
+    allow, and at most SHARING on a GPU; a run of several workers has whole ones, or none where there are too few.
+    Raises ValueError for a share that this machine does not have.
+    """
+    workers = max((job.workers for job in jobs), default=1)
+    if settings.address is not None:
+        return Room(settings, settings.max_concurrent or max(1, len(jobs)))
+    by_cpus = max(1, cpus() // (settings.threads * workers))
+    if settings.gpus_per_trial is not None:
+        return Room(settings, settings.max_concurrent or _slots(settings, by_cpus, workers))
+    found = 0 if all(job.changes.get("runtime.device") == "cpu" for job in jobs) else gpus()
+    there = f"{found} GPU{'s' * (found != 1)} here"
+    if not found:
+        return Room(replace(settings, gpus_per_trial=0.0), settings.max_concurrent or by_cpus)
+    if workers > 1:
+        share, note = (1.0, f"{there}, one for each worker") if found >= workers else (0.0, f"{there} for all workers")
+    else:
+        wanted = settings.max_concurrent or min(by_cpus, len(jobs), SHARING * found)
+        each = math.ceil(wanted / found)
+        share = math.floor(10_000 / each) / 10_000  # Ray counts in steps of 1/10000 and rounds up
+        note = f"{there}, {'one for each run' if each == 1 else f'each for {each} runs at once'}"
+    settings = replace(settings, gpus_per_trial=share)
+    slots = settings.max_concurrent or _slots(settings, by_cpus, workers)
+    return Room(settings, slots, f"{note}; --gpus-per-trial says otherwise")
+
+
+def at_once(settings: Settings, jobs: Sequence[Planned]) -> Room | None:
+    """``room`` for most of the jobs; None on a cluster without a limit, whose size may change."""
+    if settings.address is not None and settings.max_concurrent is None:
+        return None
+    settings = replace(settings, threads=max((job.threads or settings.threads for job in jobs), default=1))
+    single = [job for job in jobs if job.workers == 1]
+    return room(settings, single if 2 * len(single) >= len(jobs) else [job for job in jobs if job.workers > 1])
+
+
+def ask_cluster(*desks: Desk) -> None:
+    """Lets each run ask for a GPU where the cluster that was joined has some and nobody said how many."""
+    import ray
+
+    open_ = [desk for desk in desks if desk.settings.gpus_per_trial is None and not desk.over]
+    if not open_:
+        return
+    found = ray.cluster_resources().get("GPU", 0)
+    for desk in open_:
+        desk.settings = replace(desk.settings, gpus_per_trial=1.0 if found else 0.0)
+    some = f"{found:g} GPUs in the cluster, one for each run"
+    none = "no GPU in the cluster so far, and none is asked for"
+    tell(open_[0].tell, f"{some if found else none}; --gpus-per-trial says otherwise")
+
+
+def fitting(settings: Settings, workers: int) -> int:
+    """How many runs of so many workers the cluster that was joined has room for now; at least one."""
+    import ray
+
+    found = ray.cluster_resources()
+    rooms = [found.get("CPU", 0) / (settings.threads * workers)]
+    if settings.gpus_per_trial:
+        rooms.append(found.get("GPU", 0) / (settings.gpus_per_trial * workers))
+    return max(1, int(min(rooms)))
+
+
+def gpus() -> int:
+    """GPUs that this process may use."""
+    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists():
+        return 0  # Ray, which looks closer, takes a second to load
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager as Manager
+
+    seen, count = Manager.get_current_process_visible_accelerator_ids(), Manager.get_current_node_num_accelerators()
+    return count if seen is None else min(count, len(seen))
+
+
+def cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _slots(settings: Settings, by_cpus: int, workers: int) -> int:
+    """How many runs of so many workers fit on this machine at once; at least one, which then shares what there is."""
+    share = settings.gpus_per_trial
+    if not share:
+        return by_cpus
+    found = gpus()
+    # Workers of one run do not share a GPU: nccl refuses that.
+    needed = share if workers == 1 else max(1.0, share) * workers
+    if found < needed:
+        each = "" if workers == 1 else f" for each of runtime.workers = {workers}"
+        raise ValueError(
+            f"gpus_per_trial = {share:g}{each} needs {needed:g} GPUs, but this machine has {found}: "
+            "lower it, or give the address of a cluster"
+        )
+    return int(found / needed)
+
+
+def tell(on_event: Callable[[Event], None], note: str) -> None:
+    """A sentence for people, if there is one."""
+    if note:
+        on_event(Event("note", "", message=note))

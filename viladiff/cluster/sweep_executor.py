@@ -1,0 +1,121 @@
+"""A sweep on Ray: Tune asks for runs and carries their scores; Optuna's sampler and pruner answer, through a desk.
+
+A searcher asks the sweep's study for points and a scheduler asks its pruner at rungs, so that Tune's interfaces are
+what they are for others; but what they say comes from the sweep's records, and stopping is a flag that the training
+loop reads where it reports, never a process that is ended.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from viladiff.cluster.executor import Session, cluster, interrupts
+from viladiff.cluster.resources import ask_cluster, fitting, tell
+from viladiff.cluster.torch_trainer import Box, asked, run_shared
+from viladiff.cluster.tune import Queue, Watch, look_around, stop_name
+from viladiff.cluster.worker import Place, Tell, attempt
+from viladiff.sweeps.trial_queue import SearchDesk
+from viladiff.tables.plan import Planned
+
+Work = Callable[[Planned, Place, Tell, Callable[[int, float | None], bool]], dict[str, Any]]
+"""Does a run: tells of its life, asks about its scores, and returns how it ended."""
+
+
+def run_search(desk: SearchDesk, work: Work = attempt) -> None:
+    """Runs a sweep until it has its trials, is interrupted or is given up; ``desk.search`` has what came of it.
+
+    The first Ctrl-C lets every run save a checkpoint; the second ends them and raises KeyboardInterrupt.
+    """
+    desk.prime()
+    if desk.over:  # starting Ray takes seconds
+        return
+    known = [*desk.waiting, *(job for job, _ in desk.elsewhere.values())]
+    shared = [job for job in known if job.workers > 1]
+    gone: list[int] = []
+    try:
+        with cluster(desk.settings, desk.slots, shared, gone) as session, interrupts(desk):
+            tell(desk.tell, session.note)
+            ask_cluster(desk)
+            if desk.settings.address is not None and desk.settings.max_concurrent is None:
+                # Each point is the better for knowing those before it, so that none is asked for ahead of its place.
+                desk.slots = min(desk.slots, fitting(desk.settings, max((job.workers for job in known), default=1)))
+            if shared:
+                run_shared(desk, session.scratch, session.refresh)
+            else:
+                _tune(desk, session, work)
+    except BaseException:
+        desk.store.sweep(gone)
+        raise
+
+
+class Asking(Queue):
+    """Tune's searcher: each run that it suggests is a point of the sweep under one seed."""
+
+    desk: SearchDesk
+
+    def suggest(self, trial_id: str) -> Any:
+        look_around(self.desk)
+        job = self.desk.next()
+        if job is not None:
+            return {"run": job.run_id, "job": asdict(job)}
+        return Searcher.FINISHED if self.desk.over else None
+
+
+class Rungs(FIFOScheduler):
+    """Tune's scheduler: brings scores to the sweep's pruner and its answers to the runs; it ends nothing itself."""
+
+    def __init__(self, desk: SearchDesk, box: Any) -> None:
+        super().__init__()
+        self.desk, self.box = desk, box
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+        if result.get("judge") is not None:
+            run_id, step = trial.config["run"], int(result["judge"])
+            self.box.decide.remote(run_id, step, self.desk.judged(run_id, step, result["miou"]))
+        return TrialScheduler.CONTINUE
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to keep: records are the truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing was kept."""
+
+
+def trial(config: dict[str, Any], place: Place, box: Any, work: Work) -> None:
+    """A Tune function trainable: does one run, and reports how it ended as the last result."""
+    job = Planned(**config["job"])
+    judged = partial(asked, box, tune.report, job.run_id)
+    tune.report(work(job, place, tune.report, judged))
+
+
+def _tune(desk: SearchDesk, session: Session, work: Work) -> None:
+    settings = desk.settings
+    place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    box: Any = ray.remote(num_cpus=0)(Box).remote()
+    resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(trial, place=place, box=box, work=work), resources),
+        tune_config=tune.TuneConfig(
+            search_alg=Asking(desk), scheduler=Rungs(desk, box), num_samples=-1, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=str(session.scratch / "tune"),
+            verbose=0,
+            callbacks=[Watch(desk, place.stop_name, session.refresh)],
+        ),
+    )
+    tuner.fit()

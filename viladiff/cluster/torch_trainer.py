@@ -1,0 +1,191 @@
+"""Runs of two or more workers: ``TorchTrainer`` places the processes and joins them, and ``fit`` does the rest.
+
+Each trainer runs in a thread of the driver, beside a desk; a Tune trial around it would add a minute of processes and
+placement groups. Torch and Ray Train are imported where they are used, since most tables have no such run.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from viladiff.cluster.tune import died, look_around, raise_flag, stop_name
+from viladiff.cluster.worker import Place, attempt_held, configuration, explained
+from viladiff.runs.job_queue import Desk
+from viladiff.runs.store import Store
+from viladiff.tables.plan import Planned
+
+PAUSE = 0.2
+"""Seconds between looks at the trainers."""
+
+
+class Box:
+    """An actor that carries words from rank 0 to the driver, and each run's last word."""
+
+    def __init__(self) -> None:
+        self.news: list[tuple[str, dict[str, Any]]] = []
+        self.last: dict[str, dict[str, Any]] = {}
+        self.answers: dict[tuple[str, int], bool] = {}
+
+    def put(self, run_id: str, news: dict[str, Any]) -> None:
+        self.news.append((run_id, news))
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        """What came since the last time."""
+        taken, self.news = self.news, []
+        return taken
+
+    def decide(self, run_id: str, step: int, stop: bool) -> None:
+        """The driver's answer to a score at a step."""
+        self.answers[run_id, step] = stop
+
+    def answer(self, run_id: str, step: int) -> bool | None:
+        """What was decided; None where nothing was yet."""
+        return self.answers.pop((run_id, step), None)
+
+    def end(self, run_id: str, result: dict[str, Any]) -> None:
+        """The first cause stands; that a neighbour is gone is none."""
+        if self.last.get(run_id, {}).get("kind", "killed") == "killed":
+            self.last[run_id] = result
+
+    def pop(self, run_id: str) -> dict[str, Any] | None:
+        return self.last.pop(run_id, None)
+
+
+def run_shared(desk: Desk, scratch: Path, refresh: Callable[[], None]) -> None:
+    """Runs the desk's jobs, ``desk.slots`` trainers at a time, until it is over."""
+    settings = desk.settings
+    place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    box: Any = ray.remote(num_cpus=0)(Box).remote()
+    flag: Any = None
+    running: dict[Future[None], str] = {}
+    while not desk.over:
+        refresh()
+        look_around(desk)
+        if desk.stopping and flag is None and running:
+            flag = raise_flag(place.stop_name)
+        while (job := desk.next()) is not None:
+            alone = settings.address is None
+            given = job, place, box, settings.gpus_per_trial or 0.0, scratch, desk.judges, alone
+            running[_aside(_train, *given)] = job.run_id
+            desk.started(job.run_id)
+        for run_id, news in ray.get(box.take.remote()):
+            desk.heard(run_id, news)
+            if "judge" in news:
+                box.decide.remote(run_id, news["judge"], desk.judged(run_id, news["judge"], news["miou"]))
+        for future in [future for future in running if future.done()]:
+            run_id = running.pop(future)
+            result, error = ray.get(box.pop.remote(run_id)), future.exception()
+            if result is not None:
+                desk.finished(run_id, result)
+            else:
+                desk.lost(run_id, died(error), isinstance(error, ray.exceptions.OutOfMemoryError))
+        time.sleep(PAUSE)
+
+
+def _aside(do: Callable[..., None], *given: Any) -> Future[None]:
+    """Calls it in a thread that holds nobody up at the end, as those of an executor would."""
+    future: Future[None] = Future()
+
+    def call() -> None:
+        try:
+            do(*given)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=call, name="trainer", daemon=True).start()
+    return future
+
+
+def _train(job: Planned, place: Place, box: Any, gpus: float, scratch: Path, judges: bool, alone: bool) -> None:
+    """One trainer from start to end; blocks. Its own retries are off: a desk knows what is worth one.
+
+    alone: whether all workers are on this machine, and so meet in a file.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from viladiff.cluster.process_group import Apart
+
+    name = f"{job.run_id}-{time.time_ns()}"  # one that was used before would be resumed
+    meeting = (str(scratch / f"{name}.store"), "nccl" if gpus else "gloo") if alone else None
+    resources = {"CPU": place.threads, **({"GPU": max(1.0, gpus)} if gpus else {})}
+    TorchTrainer(
+        worker,
+        train_loop_config={"job": job, "place": place, "box": box, "judges": judges, "meeting": meeting},
+        torch_config=Apart() if alone else TorchConfig(),
+        scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(scratch / "train"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    ).fit()
+
+
+def worker(config: dict[str, Any]) -> None:
+    """One rank of a run, in a process of Ray Train, which joins it to those on other machines."""
+    if config["meeting"] is None:
+        _work(config)
+        return
+    from viladiff.cluster.process_group import joined
+
+    path, backend = config["meeting"]
+    with joined(Path(path), backend):
+        _work(config)
+
+
+def _work(config: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    job, place, box = config["job"], config["place"], config["box"]
+    rank = dist.get_rank()
+    lease, decided = None, [False]
+    if rank == 0:
+        box.put.remote(job.run_id, {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
+        lease = Store(Path(place.root)).lease(job.run_id)
+        decided = [lease is not None]
+    dist.broadcast_object_list(decided, src=0)
+    if not decided[0]:
+        result = {"state": "elsewhere"}
+    elif lease is not None:
+        with lease:
+            put = partial(box.put.remote, job.run_id)
+            judged = partial(asked, box, put, job.run_id) if config["judges"] else None
+            result = attempt_held(job, place, put, lease, judged)
+    else:
+        result = _follow(job, place)
+    failed = result["state"] == "failed"
+    if rank == 0 or failed:
+        ray.get(box.end.remote(job.run_id, result))
+    if failed:
+        raise RuntimeError(result["message"])  # so that Train ends the other ranks, which may wait for this one
+
+
+def asked(box: Any, tell: Callable[[dict[str, Any]], Any], run_id: str, step: int, value: float | None) -> bool:
+    """Tells the driver a score and waits for its answer: whether the run is to end there."""
+    tell({"judge": step, "step": step, "miou": value})
+    while (answer := ray.get(box.answer.remote(run_id, step))) is None:
+        time.sleep(0.02)
+    return bool(answer)
+
+
+def _follow(job: Planned, place: Place) -> dict[str, Any]:
+    """A rank that writes nothing and asks nothing, but must answer whenever rank 0 asks all."""
+    from viladiff.training.trainer import fit
+
+    try:
+        fit(configuration(job, place), report=lambda news: False)
+    except Exception as error:
+        return explained(error) or {"state": "failed", "kind": "error", "message": str(error)}
+    return {"state": "done"}

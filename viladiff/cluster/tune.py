@@ -1,0 +1,124 @@
+"""The two ends by which Tune holds a desk: it asks a searcher for work, and a callback hears what came of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.tune import Callback
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from viladiff.runs.job_queue import Desk
+
+
+def stop_name() -> str:
+    """Of the actor whose existence tells runs to stop; of this driver alone, also on a cluster with others."""
+    return f"viladiff-stop-{ray.get_runtime_context().get_job_id()}"
+
+
+class Queue(Searcher):
+    """Not a search: hands out the desk's next run whenever Tune has room."""
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__(metric="step", mode="max")
+        self.desk = desk
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a copy of what it is given on disk; nothing is ever restored from it
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        look_around(self.desk)  # Tune asks nobody else while nothing runs
+        job = self.desk.next()
+        if job is not None:
+            return {"run": job.run_id}
+        return Searcher.FINISHED if self.desk.over else None
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """The callback has heard of it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to keep: records are the truth."""
+        open(checkpoint_path, "w").close()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing was kept."""
+
+
+class Watch(Callback):
+    """Brings what happens to trials to the desk, and the desk's wishes to trials."""
+
+    def __init__(self, desk: Desk, stop: str, refresh: Callable[[], None]) -> None:
+        self.desk, self.stop, self.refresh = desk, stop, refresh
+        self.flag: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        self.refresh()
+        look_around(self.desk)
+        if self.desk.stopping and self.flag is None and self.desk.live:
+            self.flag = raise_flag(self.stop)
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.desk.started(trial.config["run"])
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        self.desk.heard(trial.config["run"], result)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.desk.finished(trial.config["run"], trial.last_result)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        error = trial.get_error()
+        memory = isinstance(error, ray.exceptions.OutOfMemoryError) or "memory monitor" in str(error)
+        self.desk.lost(trial.config["run"], died(error), memory)
+
+
+def look_around(desk: Desk) -> None:
+    """One tick of the desk; kills what it finds hung."""
+    if desk.asked_to_stop and not desk.stopping:
+        desk.stop()
+    for _, (node, pid) in desk.tick():
+        kill(node, pid)
+
+
+class Flag:
+    """Stands for a wish by being there."""
+
+
+def raise_flag(name: str) -> Any:
+    """Tells every trial to stop; the flag stands as long as what is returned is kept."""
+    return ray.remote(num_cpus=0)(Flag).options(name=name).remote()
+
+
+def kill(node: str, pid: int) -> None:
+    """Ends a process that no longer answers, on whichever node it is; it must be one of ours."""
+    if node == ray.get_runtime_context().get_node_id():
+        _kill(pid)
+    else:
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        ray.remote(num_cpus=0)(_kill).options(scheduling_strategy=strategy).remote(pid)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # it ended meanwhile
+
+
+def died(error: BaseException | None) -> str:
+    """One line on why a process is gone, without the advice that Ray wraps it in."""
+    text = str(error)
+    for line in text.splitlines():
+        if "Worker exit detail" in line or "exit code" in line.lower():
+            return "its process died: " + line.split("detail:")[-1].split("There are some")[0].strip()
+    return "its process died: " + (text.strip().splitlines() or ["no reason given"])[-1][:200]

@@ -1,0 +1,195 @@
+"""One run inside a Ray worker: lease, ``fit``, and every error turned into a word that the driver can act on.
+
+Torch is imported where it is used: the driver names these functions and never runs them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from viladiff.runs.job_queue import SETUP
+from viladiff.runs.lease import LeaseLost
+from viladiff.runs.store import Store
+from viladiff.tables.plan import Planned
+
+if TYPE_CHECKING:
+    from viladiff.runs.config import RunConfig
+    from viladiff.runs.lease import Lease
+    from viladiff.training.trainer import Report
+
+SAY_EVERY = 2.0
+"""Seconds between words to the driver, and between looks whether the run is to stop."""
+
+LOST_NEIGHBOUR = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says, in a plain RuntimeError, where another process of the group has died."""
+
+Tell = Callable[[dict[str, Any]], None]
+Judged = Callable[[int, float | None], bool]
+"""Told each score of a run with its step, those before an interruption again; True asks the run to end there."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker has to know besides the run; every path is absolute."""
+
+    root: str
+    cwd: str
+    """Where the driver was started: paths in a configuration are meant from there."""
+    threads: int
+    hang_after: float
+    stop_name: str
+    """An actor of this name exists once all runs are to stop."""
+
+
+def trial(config: Mapping[str, Any], jobs: Mapping[str, Planned], place: Place) -> None:
+    """A Tune function trainable: runs ``jobs[config["run"]]`` and reports how it ended as the last result."""
+    from ray import tune
+
+    # A reused worker ends its trial with a report and not with a returned value, which costs one more exchange.
+    tune.report(attempt(jobs[config["run"]], place, tune.report))
+
+
+def attempt(job: Planned, place: Place, tell: Tell, judged: Judged | None = None) -> dict[str, Any]:
+    """Does the run unless it is done or somebody else is at it; returns ``state`` and what belongs to it."""
+    store = Store(Path(place.root))
+    tell({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
+    lease = store.lease(job.run_id)
+    if lease is None:
+        return {"state": "elsewhere"}
+    with lease:
+        return attempt_held(job, place, tell, lease, judged)
+
+
+def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease, judged: Judged | None = None) -> dict[str, Any]:
+    """``attempt``, once the lease is there."""
+    directory = Path(place.root) / job.run_id
+    trace, told = directory / "hang.txt", directory / "traceback.txt"
+    told.unlink(missing_ok=True)
+    with trace.open("w") as file:
+        watchdog = _Watchdog(file.fileno(), place.hang_after)
+        report: Report = _reporter(tell, watchdog, place.stop_name)
+        if judged is not None:
+            report = _hearing(report, judged, watchdog)
+        try:
+            watchdog.arm(SETUP)
+            from viladiff.training.trainer import fit
+
+            cfg = configuration(job, place)
+            began = time.time()
+            result = fit(cfg, report=report, lease=lease)
+        except BaseException as error:
+            found = explained(error)
+            if found is None:
+                raise
+            if found.get("kind") == "error":
+                told.write_text(traceback.format_exc(), encoding="utf-8")
+            return found
+        finally:
+            watchdog.rest()
+            trace.unlink(missing_ok=True)
+    return {"state": "done", "began": began, "ended": time.time(), "miou": result.miou}
+
+
+def configuration(job: Planned, place: Place) -> RunConfig:
+    """The run's, with what this call decides: where it writes, and that it draws no bar of its own."""
+    from viladiff.runs.config import RunConfig, override
+
+    with suppress(FileNotFoundError):
+        os.chdir(place.cwd)
+    here = {"runtime.runs_dir": place.root, "runtime.progress": False, "runtime.workers": job.workers}
+    return override(RunConfig(), {"runtime.threads": place.threads, **job.changes, **here})
+
+
+def explained(error: BaseException) -> dict[str, Any] | None:
+    """The last word of a run that ended with this error; None for one that is not the run's own (an interrupt)."""
+    import torch.distributed as dist
+
+    from viladiff.training.errors import Renamed, Stopped, TrainingError
+
+    if isinstance(error, Stopped):
+        return {"state": "stopped"}
+    if isinstance(error, LeaseLost):
+        return {"state": "elsewhere"}
+    if not isinstance(error, Exception):
+        return None
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        kind = "memory"
+    elif isinstance(error, TrainingError):
+        kind = "nan"
+    elif isinstance(error, Renamed):
+        kind = "stale"
+    elif isinstance(error, dist.DistError) or any(sign in text for sign in LOST_NEIGHBOUR):
+        kind, text = "killed", f"another worker of the run is gone ({text.splitlines()[0]})"
+    else:
+        kind = "error"
+        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+    return {"state": "failed", "kind": kind, "message": text}
+
+
+class _Watchdog:
+    """Ends the process when nobody arms it again in time, also where Python itself stands still; leaves the stacks."""
+
+    def __init__(self, file: int, seconds: float) -> None:
+        self.file, self.seconds = file, seconds
+
+    def arm(self, times: float = 1) -> None:
+        faulthandler.dump_traceback_later(self.seconds * times, exit=True, file=self.file)
+
+    def rest(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _reporter(tell: Tell, watchdog: _Watchdog, stop_name: str) -> Callable[[dict[str, Any]], bool]:
+    """What ``fit`` calls at each log: a sign of life, now and then a word to the driver; True asks it to stop."""
+    said = time.monotonic()
+
+    def report(news: dict[str, Any]) -> bool:
+        nonlocal said
+        watchdog.arm()
+        if time.monotonic() - said < SAY_EVERY:
+            return False
+        # A driver that is busy or stopped keeps this call waiting, which is no fault of the run.
+        watchdog.rest()
+        tell({name: news[name] for name in ("step", "steps", "loss", "miou") if name in news})
+        asked = _stop_asked(stop_name)
+        watchdog.arm()
+        said = time.monotonic()
+        return asked
+
+    return report
+
+
+def _hearing(report: Report, judged: Judged, watchdog: _Watchdog) -> Report:
+    """``report`` that also asks ``judged`` of each score of the run, once."""
+    heard = 0
+
+    def also(news: dict[str, Any]) -> bool:
+        nonlocal heard
+        asked = bool(report(news))
+        for entry in news.get("history", [])[heard:]:
+            watchdog.rest()  # whoever judges may be busy with other trials
+            asked = judged(entry["step"], entry["miou"]) or asked
+            watchdog.arm()
+            heard += 1
+        return asked
+
+    return also
+
+
+def _stop_asked(name: str) -> bool:
+    try:
+        ray.get_actor(name)
+    except ValueError:
+        return False
+    return True

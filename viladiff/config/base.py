@@ -1,0 +1,283 @@
+"""Mechanics under the configuration: fields by dotted path, text read by a field's type, errors in the project's words.
+
+Nothing here knows a field by name; ``viladiff.runs.config`` says which fields there are.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cache
+from itertools import pairwise
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from viladiff.config import renamed
+
+INTEGER = re.compile(r"[+-]?\d+")
+FIELD_FIRST = re.compile(r"[a-z_]+ [=+] ")
+REAL = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field, its value and what is allowed."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, strict about keys, numbers that are not finite refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class FieldHelp(NamedTuple):
+    """One line of ``viladiff config``."""
+
+    path: str
+    kind: str
+    default: object
+    text: str
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, str]:
+    """``["a.b=1"]`` as {"a.b": "1"}; raises ConfigError for a word without "=" and for a field given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        path, sign, text = word.partition("=")
+        path = path.strip()
+        if not sign or not path:
+            raise ConfigError(f"{word!r}: write field=value without spaces around '=', as in data.split=183")
+        if path in found:
+            raise ConfigError(f"{path}: given twice, as {found[path]!r} and as {text!r}; keep one")
+        found[path] = text
+    return found
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every field that holds a value rather than a section, by dotted path."""
+    found: dict[str, FieldInfo] = {}
+    for name, info in section.model_fields.items():
+        if _is_section(info.annotation):
+            found |= leaves(info.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            found[prefix + name] = info
+    return found
+
+
+def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted path, value) of every leaf of a section that exists."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def nest(flat: Mapping[str, object]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *sections, leaf = path.split(".")
+        node = tree
+        for name in sections:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return tree
+
+
+def coerce(section: type[BaseModel], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """``given`` with text read by each field's type and lists made tuples; raises ConfigError for a bool that is a
+    number or a number that is a bool, which pydantic would let pass. Unknown names are left for validation."""
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        info = section.model_fields.get(name)
+        if info is None:
+            out[name] = value
+        elif _is_section(info.annotation):
+            nested = isinstance(value, Mapping)
+            out[name] = coerce(info.annotation, value, f"{prefix}{name}.") if nested else value  # type: ignore[arg-type]
+        else:
+            out[name] = _coerce_leaf(value, info.annotation, prefix + name)
+    return out
+
+
+def parse(text: str, kind: Any) -> Any:
+    """The value that command-line text means for a field of type ``kind``: "183" stays text where text is wanted.
+
+    "0.8,1.25" is a tuple, "none" nothing where that is allowed. Text that does not fit is returned as it is, so that
+    validation can name it.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    lower = text.strip().lower()
+    if kind is bool:
+        return {"true": True, "false": False}.get(lower, text)
+    if kind is int:
+        return int(lower) if INTEGER.fullmatch(lower) else text
+    if kind is float:
+        return float(lower) if REAL.fullmatch(lower) else text
+    if origin is Literal:
+        return next((choice for choice in args if str(choice) == text.strip()), text)
+    if origin is tuple:
+        items = [item.strip() for item in text.strip().strip("()[]").split(",") if item.strip()]
+        types = [args[0]] * len(items) if args[-1] is Ellipsis else [*args, *[args[-1]] * len(items)]
+        return tuple(parse(item.strip("'\""), one) for item, one in zip(items, types, strict=False))
+    if origin in (Union, UnionType):
+        if NoneType in args and lower == "none":
+            return None
+        parsed = (parse(text, member) for member in args if member not in (NoneType, str))
+        return next((value for value in parsed if value is not text), text)
+    return text
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def unknown(path: str, known: Collection[str]) -> str:
+    """The sentence for a path that names no field: its new name, or the nearest one and what the section offers."""
+    if path in renamed.FIELDS:
+        return f"{path}: renamed; write {renamed.FIELDS[path]}"
+    inside = [name for name in known if name.startswith(path + ".")]
+    if inside:
+        return f"{path}: a section, not a field; set one of {', '.join(inside)}"
+    section = path.rpartition(".")[0]
+    while section and not any(name.startswith(section + ".") for name in known):
+        section = section.rpartition(".")[0]
+    depth = len(section) + 1 if section else 0
+    siblings = dict.fromkeys(name[depth:].split(".")[0] for name in known if name[:depth] == path[:depth])
+    match = difflib.get_close_matches(path, list(known), n=1, cutoff=0.6)
+    if not match:
+        last = path.rpartition(".")[2]
+        tails = {name.rpartition(".")[2]: name for name in known}
+        match = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=1, cutoff=0.6)]
+    hint = f"; did you mean {match[0]!r}?" if match else "."
+    return f"{path}: no such field{hint} Allowed in {section or 'a run'}: {', '.join(siblings)}"
+
+
+def explain(error: ValidationError, known: Collection[str], tagged: Collection[str]) -> str:
+    """One line per fault: dotted field, value, what is allowed.
+
+    ``tagged``: sections chosen by a tag, which pydantic puts into the location and the reader never wrote.
+    """
+    lines = []
+    for item in error.errors(include_url=False):
+        loc = [*item["loc"]]
+        if len(loc) > 1 and loc[0] in tagged:
+            del loc[1]
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+        lines.append(_sentence(path, item, known))
+    return "\n".join(dict.fromkeys(lines))
+
+
+@cache
+def docs(section: type[BaseModel]) -> dict[str, str]:
+    """The string under each field of a section, as written in its source; fields without one are absent."""
+    found: dict[str, str] = {}
+    for cls in reversed(section.__mro__):
+        if not (issubclass(cls, BaseModel) and cls is not BaseModel):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[field.target.id] = inspect.cleandoc(str(text.value.value))  # type: ignore[union-attr]
+    return found
+
+
+def describe(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
+    """Path, type, value and explanation of every leaf."""
+    texts = docs(type(section))
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from describe(value, f"{prefix}{name}.")
+        else:
+            limits = [_limit(limit) for limit in info.metadata]
+            kind = " ".join([kind_text(info.annotation), *filter(None, limits)])
+            yield FieldHelp(prefix + name, kind, value, texts.get(name, ""))
+
+
+def kind_text(kind: Any) -> str:
+    """A type as a person writes it: ``poly | cosine``, ``int | none``, ``float, float``."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in args)
+    if origin is tuple:
+        return f"{kind_text(args[0])}, …" if args[-1] is Ellipsis else ", ".join(kind_text(one) for one in args)
+    if origin in (Union, UnionType):
+        return " | ".join("none" if one is NoneType else kind_text(one) for one in args)
+    return {str: "text", int: "int", float: "float", bool: "true | false"}.get(kind, str(kind))
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _coerce_leaf(value: Any, kind: Any, path: str) -> Any:
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if isinstance(value, str) and kind is not str:
+        value = parse(value, kind)
+    elif isinstance(value, list):
+        value = tuple(value)
+    if kind is bool and not isinstance(value, bool):
+        raise ConfigError(f"{path} = {value!r}: must be true or false")
+    if (
+        get_origin(kind) is tuple
+        and isinstance(value, tuple)
+        and ... not in (parts := get_args(kind))
+        and len(value) != len(parts)
+    ):
+        raise ConfigError(f"{path} = {value!r}: must be {len(parts)} values: {kind_text(kind)}")
+    if isinstance(value, str) and set(members) <= {int, float, NoneType}:
+        wanted = "a whole number" if float not in members else "a number"
+        raise ConfigError(f"{path} = {value!r}: must be {wanted}{' or none' if NoneType in members else ''}")
+    plain = not any(get_origin(member) is Literal for member in members)
+    if isinstance(value, bool) and plain and bool not in members:
+        raise ConfigError(f"{path} = {value!r}: must be {kind_text(kind)}, not true or false")
+    return value
+
+
+def _limit(limit: Any) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    return " ".join(f"{sign} {getattr(limit, name):g}" for name, sign in signs.items() if hasattr(limit, name))
+
+
+def _sentence(path: str, item: Any, known: Collection[str]) -> str:
+    kind, value, ctx = item["type"], item.get("input"), item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return unknown(path, known)
+    if kind == "value_error":
+        text = str(ctx["error"])
+        # A section's own check begins with the field that it is about: "steps = 3: ...".
+        return text if not path else f"{path}.{text}" if FIELD_FIRST.match(text) else f"{path}: {text}"
+    if kind == "missing":
+        return f"{path}: missing, and it has no default"
+    signs = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
+    wanted = {"finite_number": "must be a finite number", "string_type": "must be text"}
+    if kind in signs:
+        reason = f"must be {signs[kind]} {ctx[_BOUNDS[kind]]:g}"
+    elif kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", ctx["expected"])
+        if not isinstance(value, str) and str(value) in choices:
+            return f"{path} = {value!r}: must be text, {str(value)!r}"
+        reason = f"allowed: {', '.join(choices) or ctx['expected']}{nearest(str(value), choices)}"
+    elif kind in wanted:
+        reason = wanted[kind]
+    elif kind.startswith(("int_", "float_")):
+        reason = "must be a whole number" if kind.startswith("int_") else "must be a number"
+    elif kind.startswith("model_"):
+        reason = "must be a section of fields"
+    else:
+        reason = item["msg"][0].lower() + item["msg"][1:]
+    return f"{path} = {value!r}: {reason}"
+
+
+_BOUNDS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}

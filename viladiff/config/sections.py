@@ -1,0 +1,356 @@
+"""The parts of a configuration other than the method's: data sets, model, optimiser, length, evaluation, runtime.
+
+Defaults that depend on the data set stand in ``PRESETS``; ``viladiff.runs.config`` puts the parts together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from viladiff.config.base import Section
+
+CLASSES: dict[str, int | None] = {
+    "digits": 11,
+    "dense": 11,
+    "voc": 21,
+    "cityscapes": 19,
+    "coco": 81,
+    "ade20k": 150,
+    "folder": None,
+}
+"""Classes with background, known before any pixel is read; none where only the reader can tell."""
+
+POOL = 4000
+"""Training images of each embedded data set."""
+
+
+class DataConfig(Section):
+    """What every data set has; each has its own defaults below."""
+
+    dataset: str
+    """Chooses the section; each kind below admits its own name only."""
+    split: str
+    """Which images have labels: the number of labelled images, as in the paper's tables, or all that have a mask."""
+    split_seed: int | None = Field(None, ge=0)
+    """Draws another labelled subset of the same size; none is the published list."""
+    holdout: float = Field(0.0, ge=0, lt=1)
+    """Share of the labelled list that is kept out of training, for choosing between runs."""
+    batch_labelled: int = Field(4, ge=1)
+    """Labelled images in a step, over all workers."""
+    batch_unlabelled: int = Field(4, ge=1)
+    """Unlabelled images in a step, over all workers."""
+    crop: int = Field(512, ge=16)
+    """Side of the square crop, in pixels."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the random resize before the crop."""
+    hflip: float = Field(0.5, ge=0, le=1)
+    """Probability of mirroring left and right."""
+    color_jitter: bool = True
+    """Whether strong views get colour changes and blur."""
+    cutmix_grid: Literal["patch", "pixel"] = "patch"
+    """Where CutMix boxes have their edges: between patches (ours, so that feature maps can be mixed), or anywhere."""
+    captions: Literal["own", "shuffled", "generic", "none"] = "own"
+    """Each image's captions; or, as controls, another image's, one sentence for all, or no words."""
+    captions_on: Literal["both", "labelled", "unlabelled"] = "both"
+    """Images of the pool that keep their captions; the others are given no words. Validation images keep theirs."""
+    text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "open_clip"
+    """What turns captions into vectors; the last two from ``runtime.text_model``."""
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> DataConfig:
+        low, high = self.scale
+        if not 0 < low <= high:
+            raise ValueError(f"scale = {self.scale}: must be low, high with 0 < low <= high")
+        return self
+
+
+class EmbeddedData(DataConfig):
+    """The rendered data sets: small images, no mirroring (a mirrored digit is none), words as text."""
+
+    batch_labelled: int = Field(8, ge=1)
+    batch_unlabelled: int = Field(8, ge=1)
+    crop: int = Field(48, ge=16)
+    scale: tuple[float, float] = (0.9, 1.1)
+    hflip: float = Field(0.0, ge=0, le=1)
+    text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "words"
+    caption_recall: float = Field(0.85, ge=0, le=1)
+    """Probability that a visible class is noticed; what is noticed at one rate is noticed at every higher one."""
+    caption_false: float = Field(0.02, ge=0, le=1)
+    """Probability that a class that is absent is noticed all the same."""
+    caption_synonyms: float = Field(0.0, ge=0, le=1)
+    """Probability that a class goes by its synonym in an image's captions, a word that no class is called. ``words``
+    learns one vector a word, so that 0 and 1 differ in no more than the name of each word."""
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _fits_the_pool(cls, split: object) -> object:
+        if isinstance(split, str) and split.isascii() and split.isdigit() and int(split) > POOL:
+            allowed = ", ".join(get_args(cls.model_fields["split"].annotation))
+            raise ValueError(f"{split!r} asks for more labelled images than the pool of {POOL} has; allowed: {allowed}")
+        return split
+
+
+class DigitsData(EmbeddedData):
+    dataset: Literal["digits"] = "digits"
+    split: Literal["92", "183", "366", "732", "1464", "all"] = "183"
+
+
+class DenseData(EmbeddedData):
+    dataset: Literal["dense"] = "dense"
+    split: Literal["232", "463", "925", "1849", "all"] = "463"
+
+
+class VocData(DataConfig):
+    """Crop of UniMatch V2 (518 there, for patches of 14), brought to a multiple of 16."""
+
+    dataset: Literal["voc"] = "voc"
+    split: Literal["92", "183", "366", "732", "1464", "662", "1323", "2646", "5291", "all"] = "183"
+    split_family: Literal["hq", "aug_cps", "aug_u2pl"] = "hq"
+    """Which published lists: official masks (Table 1), or the augmented set as CPS or U2PL draws from it (Table 2)."""
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+
+    @model_validator(mode="after")
+    def _check_family(self) -> VocData:
+        hq = ("92", "183", "366", "732", "1464")
+        if self.split != "all" and (self.split in hq) != (self.split_family == "hq"):
+            fits = "hq" if self.split in hq else "aug_cps or aug_u2pl"
+            here = f"split = {self.split!r} is not a list of split_family = {self.split_family!r}"
+            raise ValueError(f"{here}; set data.split_family to {fits}")
+        return self
+
+
+class CityscapesData(DataConfig):
+    dataset: Literal["cityscapes"] = "cityscapes"
+    split: Literal["100", "186", "372", "744", "1488", "all"] = "372"
+    split_family: Literal["cps", "u2pl"] = "cps"
+    """Two published families of lists share their names and few of their images."""
+    crop: int = Field(800, ge=16)
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+
+
+class CocoData(DataConfig):
+    """COCO 2017 things and background: 81 classes."""
+
+    dataset: Literal["coco"] = "coco"
+    split: Literal["232", "463", "925", "1849", "3697", "all"] = "463"
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+
+
+class Ade20kData(DataConfig):
+    dataset: Literal["ade20k"] = "ade20k"
+    split: Literal["158", "316", "631", "632", "1263", "2526", "5052", "10105", "all"] = "1263"
+    """158 and 632 are SemiVL's lists; its others are those of UniMatch V2."""
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+    reduce_zero_label: bool = True
+    """Masks are as published: 0 is no class and 1 ... 150 are the classes; false where they are shifted already."""
+
+
+class FolderData(DataConfig):
+    """A directory of images with lists of which are labelled."""
+
+    dataset: Literal["folder"] = "folder"
+    split: str = Field("labelled", min_length=1)
+    """Name of the list of labelled images."""
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+
+
+DATASETS: dict[str, type[DataConfig]] = {
+    "digits": DigitsData,
+    "dense": DenseData,
+    "voc": VocData,
+    "cityscapes": CityscapesData,
+    "coco": CocoData,
+    "ade20k": Ade20kData,
+    "folder": FolderData,
+}
+
+
+class ModelConfig(Section):
+    """The segmenter that every method builds."""
+
+    encoder: str = Field("digits_vit", min_length=1)
+    """``digits_vit``, any timm backbone, or ``transformers``; ``vit_base_patch16_224`` unless the data is embedded."""
+    pretrained: Literal["shipped", "timm", "none"] = "shipped"
+    """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
+    weights: str | None = None
+    """A safetensors file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory."""
+    decoder_width: int = Field(16, ge=8)
+    """Channels of the decoder, a multiple of 8; 128 unless the data set is embedded."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Rate of stochastic depth in the encoder."""
+    encoder_frozen: bool = False
+    """Whether the encoder's weights stay as they are."""
+
+
+class OptimConfig(Section):
+    """AdamW (paper, section 4.1), or SGD, as the methods with ResNet-101 were published."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """The optimiser."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate at its highest, of all but the encoder."""
+    encoder_lr_scale: float = Field(1.0, ge=0)
+    """Factor of ``lr`` for the encoder (ours; the paper's rate is high for a pretrained one)."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled from the gradient under ``adamw``, added to it under ``sgd``, where 1e-4 is usual."""
+    decay_norm_and_bias: bool = False
+    """Whether parameters of one dimension (biases, scales of norms) decay too."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of ``adamw`` alone."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of ``sgd`` alone."""
+    nesterov: bool = False
+    """Of ``sgd`` alone: the gradient is that at the point which the momentum leads to."""
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """How rates fall from step to step."""
+    poly_power: float = Field(0.9, gt=0)
+    """Exponent of ``poly``."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises linearly; a run that is shorter never reaches the full rate."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient; none leaves it as it is."""
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {self.betas}: both must be ≥ 0 and < 1")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_optimiser(self) -> OptimConfig:
+        for field in {"adamw": ("momentum", "nesterov"), "sgd": ("betas",)}[self.name]:
+            value = getattr(self, field)
+            if value != type(self).model_fields[field].default:
+                other = "adamw" if self.name == "sgd" else "sgd"
+                here = f"{field} = {value}: not a field of optim.name = {self.name!r}"
+                raise ValueError(f"{here}; remove it, or set optim.name to {other}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov = True: needs a momentum above 0, got optim.momentum = 0; remove it")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, and in which arithmetic."""
+
+    steps: int | None = Field(1500, ge=1)
+    """Optimiser steps; giving ``epochs`` makes this none."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the unlabelled images (the labelled ones for a method that uses no others)."""
+    epoch_images: int | Literal["unlabelled"] | None = Field(None)
+    """Images of an epoch of a method that uses labelled ones alone, whose list is repeated up to this number; none is
+    the list once, ``unlabelled`` as many optimiser steps as a pass over the unlabelled list has."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass (autocast); ``bf16`` unless the data set is embedded, on whatever device. A CPU
+    computes in bf16 too, slower than in fp32 where it has no such instructions. Weights, averages and scores are fp32.
+    """
+    tf32: bool = False
+    """Whether a GPU may round the inputs of fp32 products and convolutions to TF32: faster, 10 bits in place of 23."""
+    grad_accum_steps: int = Field(1, ge=1)
+    """Parts that each worker's share of a step is computed in, to save memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_steps(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("epochs") is not None and "steps" not in given:
+            return {**given, "steps": None}
+        return given
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: give exactly one of the two")
+        return self
+
+    @field_validator("epoch_images", mode="before")
+    @classmethod
+    def _some_images(cls, images: object) -> object:
+        whole = isinstance(images, int) and not isinstance(images, bool)
+        if not (images in (None, "unlabelled") or (whole and images >= 1)):  # type: ignore[operator]
+            raise ValueError(f"must be a number of images ≥ 1, unlabelled or none, got {images!r}")
+        return images
+
+
+class EvalConfig(Section):
+    every_steps: int = Field(0, ge=0)
+    """Optimiser steps between evaluations; 0 evaluates at the end only."""
+    every_epochs: float | None = Field(None, gt=0)
+    """Epochs between evaluations, in place of ``every_steps``; an evaluation follows the step that completes one."""
+    protocol: Literal["original", "center_crop", "sliding_window"] = "original"
+    """``sliding_window`` by default on Cityscapes."""
+    split: Literal["val", "dev", "test", "holdout"] = "val"
+    """Images that scores are of. The embedded data sets have ``dev``, their default, for choices and ``test`` for
+    results; the others have ``val``. ``holdout``: labelled images that ``data.holdout`` keeps out of training."""
+    max_images: int | None = Field(None, ge=1)
+    """The first so many validation images, for quick looks; none takes all."""
+    boundary: bool = True
+    """Whether boundary IoU and trimap mIoU are computed."""
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> EvalConfig:
+        if self.every_steps and self.every_epochs is not None:
+            both = f"every_steps = {self.every_steps} and eval.every_epochs = {self.every_epochs:g}"
+            raise ValueError(f"{both}: give one of the two")
+        return self
+
+
+class RuntimeConfig(Section):
+    """Where and how a run happens; nothing here changes what it is, so nothing here is in its name."""
+
+    workers: int = Field(1, ge=1)
+    """Processes that share each global batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU where there is one."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of each worker; another count changes the last bits of sums."""
+    loader_workers: int | None = Field(None, ge=0, le=64)
+    """Processes that decode image files, for each worker; none chooses: 0 on a CPU or below 4 cores, else up to 4."""
+    runs_dir: str = Field("runs", min_length=1)
+    """Directory that holds one directory a run."""
+    data_root: str | None = None
+    """Directory of the data, for ``folder`` the one with ``images`` in it; not needed by the embedded data sets."""
+    captions: str | None = None
+    """File of captions (CSV, JSON lines or Parquet) in place of the data set's own; the run's name has its content."""
+    text_model: str | None = None
+    """Directory of the text encoder ``open_clip`` or ``transformers``; its content is in the run's name."""
+    log_every: int = Field(50, ge=1)
+    """Steps between two writes of the log, which has a line a step."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between two checkpoints."""
+    scale: str = ""
+    """Size of experiment that the run belongs to, for its record; set by the runner of tables."""
+    visualizations: int = Field(0, ge=0, le=64)
+    """Validation images whose labels at every stage are kept in ``pictures.npz``."""
+    gradient_shares: int = Field(0, ge=0, le=100)
+    """Steps of each third of training at which the share of the gradient that each part of the loss makes is measured;
+    5 is plenty. Weights stay the same bit for bit; each such step takes one more backward pass a part."""
+    tensorboard: bool = False
+    """Whether losses and scores go to TensorBoard's files, too."""
+    progress: bool = True
+    """Whether a bar shows how far the run is."""
+
+
+_REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm", "decoder_width": 128}
+_MIXED: dict[str, object] = {"precision": "bf16"}
+"""Mixed precision (paper, section 4.1)."""
+_EMBEDDED: dict[str, dict[str, object]] = {
+    "optim": {"lr": 6e-3, "encoder_lr_scale": 0.2, "warmup_steps": 30},
+    "eval": {"split": "dev"},
+}
+"""Fixed with ``supervised`` and ``semibaseline``, before ViLaDiff was trained with them: docs/experiments.md."""
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "digits": _EMBEDDED,
+    "dense": _EMBEDDED,
+    "voc": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
+    "cityscapes": {"model": _REAL, "train": {"epochs": 180.0, **_MIXED}, "eval": {"protocol": "sliding_window"}},
+    "coco": {"model": _REAL, "train": {"epochs": 20.0, **_MIXED}},
+    "ade20k": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
+    "folder": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
+}
+"""Defaults of other sections that depend on the data set. Lengths are UniMatch V2's; ``folder`` is treated as VOC."""

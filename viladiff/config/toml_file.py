@@ -1,0 +1,82 @@
+"""A TOML file of a table or a sweep as a tree, and what is wrong with it in the project's words."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from viladiff.config import renamed
+from viladiff.config.base import Section, nearest
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tree in a TOML file; ValueError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML, or a key twice: {error}") from None
+
+
+def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """Dates and numbers that are not finite, wherever they stand: no field takes one."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from strange_values(one, (*where, key))
+    elif isinstance(value, list):
+        for i, one in enumerate(value):
+            yield from strange_values(one, (*where, i))
+    elif not isinstance(value, str | int | float) or not (isinstance(value, str) or math.isfinite(value)):
+        yield f"{_place(where)} = {value}: must be text, a finite number, true, false or a list of those"
+
+
+def _place(where: Sequence[str | int]) -> str:
+    return "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
+
+
+def entry_name(kind: str, place: int, label: object) -> str:
+    return f"{kind}[{place + 1}] {label!r}"
+
+
+def sentence(
+    item: Any,
+    tree: Mapping[str, Any],
+    top: type[Section],
+    sections: Mapping[str, type[Section]],
+) -> str:
+    """One fault that pydantic found in a file of ``top``, in the project's words; ``sections`` lie in its lists."""
+    loc, value, ctx = list(item["loc"]), item.get("input"), item.get("ctx", {})
+    section = sections.get(str(loc[0])) if len(loc) > 1 else None
+    entry, rest = "", loc
+    if section is not None:
+        entry, rest = f"{loc[0]}.{loc[1]}: ", loc[2:]
+        if isinstance(loc[1], int):
+            found = tree[loc[0]][loc[1]]
+            label = (
+                next((found[key] for key in ("label", "text", "row") if key in found), "")
+                if isinstance(found, dict)
+                else found
+            )
+            entry = f"{entry_name(loc[0], loc[1], label)}: "
+    field = _place(rest)
+    if item["type"] == "extra_forbidden" and field in renamed.KEYS:
+        return f"{entry}{field}: renamed; write {renamed.KEYS[field]}"
+    if item["type"] == "extra_forbidden":
+        allowed = [name for name in (section or top).model_fields if section or name != "name"]
+        return f"{entry}{field}: no such key{nearest(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
+    if item["type"] == "missing":
+        return f"{entry}{field}: missing, and it has no default"
+    if item["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", ctx["expected"])
+        return f"{entry}{field} = {value!r}: allowed: {', '.join(choices)}{nearest(str(value), choices)}"
+    reason = str(ctx["error"]) if item["type"] == "value_error" else item["msg"][0].lower() + item["msg"][1:]
+    return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
+
+
+def listed(labels: Iterable[str]) -> str:
+    return "Allowed: " + ", ".join(f"{i} {label!r}" for i, label in enumerate(labels, 1))

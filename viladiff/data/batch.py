@@ -1,0 +1,139 @@
+"""What passes between data, method and loop.
+
+Shape letters used in every docstring: B images of a labelled batch, U of an unlabelled one, C classes, H x W pixels of
+a crop, h x w cells of a feature grid, N = h * w tokens, D channels, L words, T diffusion steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from viladiff.data.constants import IGNORE as IGNORE  # most modules that need it need the batch as well
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a method asks of the data layer for each unlabelled image."""
+
+    weak: int = 1
+    strong: int = 0
+    cutmix: bool = False
+    text: bool = False
+    strong_labelled: bool = False
+    """Whether labelled images are wanted with the colour changes of a strong view as well."""
+    pairs: bool = False
+    """Whether the method itself mixes neighbours of a batch, whose number must then be even."""
+    whole_cells: bool = False
+    """Whether the method mixes feature maps as well, so that boxes must consist of whole patches."""
+    tags: bool = False
+    """Whether the classes that each image's captions mention are wanted."""
+    truth: bool = False
+    """Whether true masks of unlabelled images are wanted: for oracle controls on embedded data alone."""
+    apart: int = 1
+    """Every such labelled image of a batch is of a part of the labelled list that is set apart; 1 where none is."""
+
+    @property
+    def unlabelled(self) -> bool:
+        """False for a method that never looks at unlabelled images."""
+        return self.weak + self.strong > 0
+
+
+@dataclass
+class TextBatch:
+    """Caption tokens of a batch of images, already encoded."""
+
+    tokens: Tensor
+    """(B, L, D) float32."""
+    mask: Tensor
+    """(B, L) bool, True where there is a word."""
+
+
+@dataclass
+class CutMix:
+    """One box per image; the pixels inside come from the partner image of the same batch."""
+
+    boxes: Tensor
+    """(U, 4) int64: top, left, bottom, right in pixels, as ``data.cutmix_grid`` snaps them; all zero means no box."""
+    partner: Tensor
+    """(U,) int64: index of the image that the box is cut from."""
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What is inside the boxes, by (stride, height, width) of a map; filled by ``apply_cutmix``."""
+
+
+@dataclass
+class Batch:
+    """One worker's share of a step."""
+
+    image: Tensor
+    """(B, 3, H, W) normalised labelled images."""
+    target: Tensor
+    """(B, H, W) int64, 255 = ignore."""
+    keys: tuple[int, ...]
+    """One integer per labelled image that names its random draws: its place in the global batch."""
+    weak: tuple[Tensor, ...] = ()
+    """Each (U, 3, H, W)."""
+    strong: tuple[Tensor, ...] = ()
+    """Each (U, 3, H, W), CutMix not yet applied."""
+    mix: tuple[CutMix, ...] = ()
+    """One per strong view, or empty."""
+    valid: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(U, H, W) bool, False in the padding of an unlabelled crop."""
+    keys_u: tuple[int, ...] = ()
+    """As ``keys``, for the unlabelled images."""
+    text: TextBatch | None = None
+    text_u: TextBatch | None = None
+    image_strong: Tensor | None = None
+    """(B, 3, H, W) ``image`` with the colour changes of a strong view, where they are wanted."""
+    tags: Tensor | None = None
+    """(B, C) float32, where wanted: 1 a class that the captions mention, 0 another, -1 where nothing is known."""
+    tags_u: Tensor | None = None
+    """(U, C) likewise."""
+    truth_u: Tensor | None = None
+    """(U, H, W) int64 true masks, 255 in padding, where an oracle control wants them."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        moved: dict[str, Any] = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        return replace(self, **moved)
+
+
+def _move(value: object, device: torch.device) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)
+    if isinstance(value, TextBatch | CutMix):
+        moved: dict[str, Any] = {f.name: _move(getattr(value, f.name), device) for f in fields(value) if f.init}
+        return replace(value, **moved)
+    return value
+
+
+class Losses(NamedTuple):
+    """What a method's forward pass returns."""
+
+    total: Tensor
+    """Scalar with a gradient."""
+    terms: dict[str, Tensor]
+    """Detached scalars for the log."""
+    parts: Mapping[str, Tensor] = MappingProxyType({})
+    """Scalars with a gradient, weighted as in ``total``, which is their sum: whose share of the gradient is measured.
+
+    ``sup`` is the supervised one. A part that some step lacks has no weight there.
+    """
+
+
+class Step(NamedTuple):
+    """Where in training a forward pass stands."""
+
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name, which nobody calls
+    """Optimiser steps done so far."""
+    progress: float
+    """index / steps, in [0, 1)."""
+    seed: int
+    """The run's seed; draws are named by (seed, index, key of the image)."""

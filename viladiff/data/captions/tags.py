@@ -1,0 +1,48 @@
+"""Which classes the captions of an image mention, by name alone: what words say to a method that cannot read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from viladiff.data.captions.table import Captions, Control, Images
+from viladiff.text.encoders import split_words
+
+if TYPE_CHECKING:
+    from viladiff.data.registry import Dataset
+
+UNNAMED = "background"
+"""The class that no caption names."""
+LONGEST = 3
+"""Words that a name may be spread over in a caption, as "dining table" is the class diningtable."""
+UNKNOWN = -1.0
+
+
+def mentions(captions: Captions, class_names: Sequence[str]) -> np.ndarray:
+    """(N, C) float32: 1 for a class that an image's texts name, 0 for one that they do not, -1 where nothing is known.
+
+    A name is found as whole words in a row, run together or apart, whatever the case, also in its plural (s, es). What
+    goes by another word (a man, for the class person) is not found. Nothing is known of ``background``, and of any
+    class of an image without a text.
+    """
+    places = {_joined(f"{name}{end}"): c for end in ("es", "s", "") for c, name in enumerate(class_names)}
+    longest = max([LONGEST, *(len(split_words(name)) for name in class_names)])
+    found = np.zeros((len(captions), len(class_names)), np.float32)
+    for row, texts in zip(found, captions, strict=True):
+        for words in map(split_words, texts):
+            runs = ("".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1))
+            row[[places[run] for run in runs if run in places]] = 1
+    found[[not texts for texts in captions]] = UNKNOWN
+    found[:, [name.lower() == UNNAMED for name in class_names]] = UNKNOWN
+    return found
+
+
+def mentioned(dataset: Dataset, control: Control = "own", on: Images = "both") -> np.ndarray:
+    """``mentions`` of the training pool's captions under a control, those that a method reading them is given."""
+    return mentions(tuple(dataset.caption_table("train", control, on=on).values()), dataset.class_names)
+
+
+def _joined(name: str) -> str:
+    return "".join(split_words(name))

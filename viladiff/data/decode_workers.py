@@ -1,0 +1,252 @@
+"""From a file to a crop, in this process or in others that do nothing else.
+
+``python -m viladiff.data.decode_workers`` is such a process: a program of its own, so that it neither loads torch (0.2
+s to start instead of seconds, 40 MB instead of hundreds) nor runs the caller's main module again, and so that a trial's
+thread can start it as well. Tasks and answers are lines of JSON on its standard streams; pixels lie in memory that both
+sides have mapped and that no file name leads to. It ends when its input does, so that it never outlives the run.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from viladiff.data.files.images import Coding, Colours, Numbers, read_image, read_mask
+from viladiff.data.transforms.geometry import Range, Window, crop_image, crop_mask, window
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The directory that a fresh interpreter finds this package in."""
+
+
+class Recipe(NamedTuple):
+    """What is done to every file of a run."""
+
+    crop: int
+    scale: Range
+    hflip: float
+    num_classes: int
+    coding: Coding | None
+    """What the pixels of a mask stand for, where they are not class ids."""
+
+
+class Sample(NamedTuple):
+    """One image to decode."""
+
+    image: str
+    mask: str | None
+    """None for an unlabelled image, whose mask is not to be opened."""
+    draws: tuple[float, ...]
+    """Four uniform numbers that choose the window; see ``geometry.window``."""
+
+
+class Decoded(NamedTuple):
+    """Crops of several samples."""
+
+    images: np.ndarray
+    """(n, 3, crop, crop) uint8, 0 in the padding."""
+    masks: np.ndarray
+    """(n, crop, crop) uint8, 255 in the padding; meaningless where there is no mask."""
+    shown: list[tuple[int, int, bool]]
+    """Rows and columns of each crop that show the image, and whether it is mirrored."""
+
+
+def decode(sample: Sample, recipe: Recipe, image: np.ndarray, mask: np.ndarray) -> tuple[int, int, bool]:
+    """Writes one crop to ``image`` (3, crop, crop) and ``mask`` (crop, crop); see ``Decoded`` for what it returns.
+
+    Raises ValueError that names the file for one that cannot be read, and for a mask of another size than its image.
+    """
+    pixels = read_image(sample.image)
+    height, width = pixels.shape[:2]
+    to: Window = window((height, width), recipe.crop, recipe.scale, recipe.hflip, sample.draws)
+    crop_image(pixels, to, image)
+    if sample.mask is not None:
+        labels = read_mask(sample.mask, recipe.num_classes, recipe.coding)
+        if labels.shape != (height, width):
+            sizes = f"{labels.shape[0]} x {labels.shape[1]} pixels, but {sample.image} has {height} x {width}"
+            raise ValueError(f"{sample.mask}: {sizes}; an image and its mask must have one size")
+        crop_mask(labels, to, mask)
+    return (*to.shown, to.flip)
+
+
+def decode_all(samples: Sequence[Sample], recipe: Recipe) -> Decoded:
+    """The samples, one after another in this process."""
+    images, masks = _arrays(bytearray(_bytes(len(samples), recipe.crop)), recipe.crop)
+    shown = [decode(sample, recipe, *out) for sample, *out in zip(samples, images, masks, strict=True)]
+    return Decoded(images, masks, shown)
+
+
+def _bytes(samples: int, crop: int) -> int:
+    return max(1, samples * 4 * crop**2)
+
+
+def _arrays(memory: bytearray | mmap.mmap, crop: int) -> tuple[np.ndarray, np.ndarray]:
+    """The memory as images and masks of as many samples as it holds."""
+    samples = len(memory) // (4 * crop**2)
+    flat = np.frombuffer(memory, np.uint8, samples * 4 * crop**2)
+    cut = samples * 3 * crop**2
+    return flat[:cut].reshape(samples, 3, crop, crop), flat[cut:].reshape(samples, crop, crop)
+
+
+class Decoders:
+    """Processes that decode batches in the order in which they are asked for, ``ahead`` of them beforehand.
+
+    What ``take`` returns may be overwritten by the next ``ask``.
+    """
+
+    def __init__(self, recipe: Recipe, processes: int, samples: int, ahead: int) -> None:
+        """samples: the most that a batch has."""
+        self.recipe, self.samples, self.slots = recipe, samples, ahead + 1
+        self._asked: deque[tuple[int, tuple[Sample, ...]]] = deque()
+        self._next = 0
+        size = _bytes(samples * self.slots, recipe.crop)
+        with _nameless(size) as file:
+            self._images, self._masks = _arrays(mmap.mmap(file.fileno(), size), recipe.crop)
+            self._processes = [_start(file.fileno(), size, recipe) for _ in range(processes)]
+        self._finalizer = weakref.finalize(self, _end, self._processes)
+        self._finalizer.atexit = False  # a forked copy of this process must not end them when it exits
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def ask(self, samples: Sequence[Sample]) -> None:
+        """Hands a batch out. At most ``ahead`` may be out at a time."""
+        if len(self._asked) >= self.slots or len(samples) > self.samples:
+            raise ValueError(f"{len(self._asked)} batches are out, one of {len(samples)} samples: too many")
+        slot, self._next = self._next, (self._next + 1) % self.slots
+        self._asked.append((slot, tuple(samples)))
+        for i, sample in enumerate(samples):
+            process = self._of(i)
+            try:
+                _write(process, [slot * self.samples + i, *sample])
+            except OSError:
+                raise self._died(process, sample) from None
+
+    def take(self, samples: Sequence[Sample]) -> Decoded:
+        """The crops of the batch that was asked for first and not yet taken, which is this one, or the only one.
+
+        Raises ValueError for a file that cannot be used, ChildProcessError where a process has died.
+        """
+        if not self._asked:
+            self.ask(samples)
+        slot, asked = self._asked.popleft()
+        if asked != tuple(samples):
+            raise ValueError("batches must be taken in the order in which they were asked for")
+        shown = [self._answer(self._of(i), sample) for i, sample in enumerate(asked)]
+        part = slice(slot * self.samples, slot * self.samples + len(asked))
+        return Decoded(self._images[part], self._masks[part], shown)
+
+    def close(self) -> None:
+        """Ends the processes at once; they have nothing to lose."""
+        self._finalizer()
+
+    def _of(self, place: int) -> subprocess.Popen[bytes]:
+        return self._processes[place % len(self._processes)]
+
+    def _answer(self, process: subprocess.Popen[bytes], sample: Sample) -> tuple[int, int, bool]:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise self._died(process, sample)
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        rows, columns, flip = answer
+        return rows, columns, flip
+
+    def _died(self, process: subprocess.Popen[bytes], sample: Sample) -> ChildProcessError:
+        try:
+            code = process.wait(10)
+        except subprocess.TimeoutExpired:
+            how = "closed its output"
+        else:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        return ChildProcessError(
+            f"a process that decodes images {how} while {sample.image} was its task; too little memory is the usual "
+            "cause. The same command goes on from the last checkpoint; runtime.loader_workers=0 does without them"
+        )
+
+
+@contextmanager
+def _nameless(size: int) -> Iterator[IO[bytes]]:
+    """An open file in memory, or in the directory of temporary files, that disappears with its last user."""
+    in_memory = hasattr(os, "memfd_create")
+    with os.fdopen(os.memfd_create("viladiff"), "r+b") if in_memory else tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        yield file
+
+
+def _start(memory: int, size: int, recipe: Recipe) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        # -P: nothing is imported from the directory that the run was started in.
+        [sys.executable, "-P", "-m", "viladiff.data.decode_workers", str(memory), str(size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=(memory,),
+        env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,  # a terminal's Ctrl-C is for the run, which ends these itself
+    )
+    with suppress(OSError):  # one that dies at once is noticed by whoever asks it
+        coding = recipe.coding
+        _write(process, [*recipe[:4], coding and [isinstance(coding, Colours), *astuple(coding)]])
+    return process
+
+
+def _write(process: subprocess.Popen[bytes], message: list[Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message).encode() + b"\n")
+    process.stdin.flush()
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+
+
+def main(memory: int, size: int) -> None:
+    """Answers each line of standard input until there are no more."""
+    crop, scale, hflip, num_classes, coding = _tupled(json.loads(sys.stdin.buffer.readline()))
+    if coding is not None:
+        coding = (Colours if coding[0] else Numbers)(*coding[1:])
+    recipe = Recipe(crop, scale, hflip, num_classes, coding)
+    images, masks = _arrays(mmap.mmap(memory, size), crop)
+    for line in sys.stdin.buffer:
+        place, image, mask, draws = json.loads(line)
+        try:
+            answer: Any = decode(Sample(image, mask, tuple(draws)), recipe, images[place], masks[place])
+        except ValueError as error:
+            answer = str(error)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _tupled(value: Any) -> Any:
+    """Lists, which JSON knows, as tuples, at any depth."""
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):  # the run is gone
+        main(*map(int, sys.argv[1:]))
+    os._exit(0)  # nothing to clean up, and no last flush into a broken pipe

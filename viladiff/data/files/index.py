@@ -1,0 +1,195 @@
+"""Which files a directory of images and masks holds; no path that leads out of the directory is ever followed."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from viladiff.config.base import nearest
+from viladiff.data.files.images import SUFFIXES
+
+
+class Layout(NamedTuple):
+    """Folders below a root, and how an image's id is found in a file's name.
+
+    With one folder of images an id is the name relative to it, without suffix, and masks have the same. Where the
+    validation images have a folder of their own, an id is the bare name without folders and endings.
+    """
+
+    dataset: str
+    """What ``data.dataset`` calls it."""
+    images: str
+    """Of those to train on, where others are apart."""
+    masks: str
+    val_images: str = ""
+    val_masks: str = ""
+    image_end: str = ""
+    """What stands behind the id in an image's name, before the suffix; other files are no images."""
+    mask_end: str = ""
+    same_ends: tuple[str, ...] = ()
+    """What else may stand behind the id in the name of the same mask: in another coding, or in lists for a layout that
+    another repository has."""
+
+    def image_id(self, text: str) -> str:
+        """The id in a relative path of an image, as files and lists have it."""
+        if not self.val_images:
+            return image_id(text)
+        return PurePosixPath(image_id(text)).name.removesuffix(self.image_end)
+
+    def is_at(self, root: Path, places: Sequence[str]) -> bool:
+        """Whether the root, or one of ``places`` below it, has the folder of images."""
+        return (locate(root, places, self) / self.images).is_dir()
+
+    def mask_name(self, name: str) -> str:
+        """The mask of an image, below the folder of masks."""
+        return f"{name}{self.mask_end}.png"
+
+
+FOLDER = Layout("folder", "images", "masks")
+VOC = Layout("voc", "JPEGImages", "SegmentationClass")
+
+
+@dataclass(frozen=True)
+class FileList:
+    """Images with their masks, by place."""
+
+    ids: tuple[str, ...]
+    """Relative name below the folder of images, without suffix, "/" between folders."""
+    paths: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    """Where each image's mask is or would be; an unlabelled image need not have one."""
+    unmasked: frozenset[str] = frozenset()
+    """Ids of which a list says that they have none."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Tree(NamedTuple):
+    """All files of a layout, by id, in order of id."""
+
+    root: Path
+    layout: Layout
+    images: dict[str, Path]
+    masks: dict[str, Path]
+    apart: frozenset[str] = frozenset()
+    """Images that are for validation alone, where the layout says which."""
+    notes: tuple[str, ...] = ()
+    """What its reader took otherwise than one might think, a sentence each."""
+    unmasked: frozenset[str] = frozenset()
+    """Images of which a list says that they have no mask."""
+
+    def pool(self) -> list[str]:
+        """Images that may be trained on."""
+        return [name for name in self.images if name not in self.apart]
+
+    def files(self, ids: Sequence[str]) -> FileList:
+        """The images of these ids, with the place of each mask, whether it exists or not."""
+        folder = self.root / self.layout.masks
+        masks = tuple(self.masks.get(name) or folder / self.layout.mask_name(name) for name in ids)
+        return FileList(tuple(ids), tuple(self.images[name] for name in ids), masks, self.unmasked)
+
+
+def scan(root: Path | str, layout: Layout) -> Tree:
+    """Names alone are read. Raises ValueError where the root or its images are missing, where two files have the same
+    id, and where a symbolic link leads out of the root."""
+    top = Path(root).expanduser()
+    if not top.is_dir():
+        raise ValueError(f"{top}: there is no such directory; set runtime.data_root to the one that holds the data")
+    top = Path(os.path.realpath(top))
+    parts = [_images(top, layout, folder) for folder in (layout.images, layout.val_images) if folder]
+    folders = dict.fromkeys(folder for folder in (layout.masks, layout.val_masks) if (top / folder).is_dir() and folder)
+    masks = (_by_id(top, layout, folder, layout.mask_end, (".png",)).items() for folder in folders)
+    images = (part.items() for part in parts)
+    return Tree(top, layout, _unique(chain(*images)), _unique(chain(*masks)), frozenset(*parts[1:]))
+
+
+def _images(top: Path, layout: Layout, folder: str) -> dict[str, Path]:
+    if not (top / folder).is_dir():
+        there = [entry.name for entry in os.scandir(top) if entry.is_dir()]
+        raise ValueError(f"{top}: has no folder {folder!r} of images{nearest(folder, there)}")
+    found = _by_id(top, layout, folder, layout.image_end, SUFFIXES)
+    if not found:
+        named = f" whose name ends in {layout.image_end!r}" if layout.image_end else ""
+        raise ValueError(f"{top / folder}: holds no image{named} ({', '.join(SUFFIXES)})")
+    return found
+
+
+def locate(root: Path | str, places: Sequence[str], layout: Layout) -> Path:
+    """The first of ``places`` below the root that has the folder of images; the root as it is where none has."""
+    top = Path(root).expanduser()
+    return next((top / place for place in places if (top / place / layout.images).is_dir()), top)
+
+
+def image_id(text: str) -> str:
+    """A relative name without suffix of an image, in the one of Unicode's two spellings that lists are compared in."""
+    path = PurePosixPath(text)
+    return unicodedata.normalize("NFC", str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else str(path))
+
+
+def _by_id(root: Path, layout: Layout, folder: str, end: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files of one folder whose names end so; in a layout that keeps validation images apart, by bare name."""
+    inside(root, root / folder)
+    top, found = str(root / folder), []
+    for path in _walk(root, top):
+        # Text alone, since COCO has a quarter of a million files.
+        name, suffix = os.path.splitext(os.path.basename(path) if layout.val_images else path[len(top) + 1 :])
+        if suffix.lower() in suffixes and name.endswith(end):
+            found.append((unicodedata.normalize("NFC", name.removesuffix(end)), Path(path)))
+    return _unique(found)
+
+
+def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """In order of id. ValueError where two have the same."""
+    found: dict[str, Path] = {}
+    for name, path in named:
+        if name in found:
+            raise ValueError(f"{path} and {found[name]}: two files for one image, {name!r}; remove or rename one")
+        found[name] = path
+    return dict(sorted(found.items()))
+
+
+def _walk(root: Path, folder: str, within: tuple[str, ...] = ()) -> Iterator[str]:
+    """Files below ``folder``, hidden ones left out, and links to nothing, which whoever reads them refuses.
+
+    A link is followed where it stays below the root; ValueError where it leads out, or to a folder that it is in.
+    within: real folders that hold the links on the way here.
+    """
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        linked = entry.is_symlink()
+        if linked:
+            inside(root, Path(entry.path))
+        if entry.is_dir():
+            here = (*within, os.path.realpath(folder)) if linked else within
+            real = os.path.realpath(entry.path) if linked else ""
+            if linked and any(Path(one).is_relative_to(real) for one in here):
+                raise ValueError(f"{entry.path}: leads to {real}, which it is in; remove it")
+            yield from _walk(root, entry.path, here)
+        elif entry.is_file() or (linked and not os.path.exists(entry.path)):
+            yield entry.path
+
+
+def below(root: Path, folder: str) -> Iterator[tuple[str, Path]]:
+    """Each file below a folder of the root, by its path from there with "/" between folders; none where it is hidden or
+    not there. ValueError where a link leads out of the root."""
+    if folder.startswith(".") or not (root / folder).is_dir():
+        return
+    inside(root, root / folder)
+    cut = len(os.fspath(root)) + 1
+    for path in _walk(root, os.fspath(root / folder)):
+        yield path[cut:].replace(os.sep, "/"), Path(path)
+
+
+def inside(root: Path, path: Path) -> Path:
+    """``path``, if what it finally leads to is below the root (a real path itself); ValueError otherwise."""
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(root):
+        raise ValueError(f"{path}: leads to {real}, out of {root}; copy the file, or set runtime.data_root further up")
+    return path

@@ -1,0 +1,111 @@
+"""Masks that a list names beside its images: names are looked up among the PNGs below the root, and make no path."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from viladiff.config.base import nearest
+from viladiff.data.files.index import FOLDER, Tree, below
+from viladiff.data.files.split_lists import Line
+
+NONE = "None"
+"""What lists have in place of a mask where there is none."""
+
+
+def named_masks(tree: Tree, source: Path, lines: Mapping[str, Line], needed: bool) -> Tree:
+    """The tree with the masks that a list names; those of lines without a second column stay.
+
+    The same picture's mask in another coding is the same mask, and the one that the layout reads stays. needed: the
+    masks of these images are read. Others are not, so that a name without a file is no error there, but the image then
+    has no mask. Raises ValueError that names file and line for a name that climbs out of the root, for one that is not
+    below it or of another kind, and for ``None`` where a mask is needed.
+    """
+    finder = _Finder(tree)
+    masks, without = dict(tree.masks), set(tree.unmasked)
+    for name, line in lines.items():
+        if not line.mask:
+            continue
+        where = f"{source}, line {line.number}"
+        if ".." in PurePosixPath(line.mask).parts:
+            raise ValueError(f"{where}: the mask {line.mask!r} climbs out of {tree.root}; names are relative to it")
+        found = None if line.mask == NONE else finder.find(name, line.mask)
+        if found is not None:
+            masks[name] = found
+        elif needed:
+            raise ValueError(f"{where}: {finder.refusal(name, line.mask)}")
+        else:
+            masks.pop(name, None)
+            without.add(name)
+    masks |= finder.beside([name for name in tree.images if name not in masks and name not in without])
+    return tree._replace(masks=dict(sorted(masks.items())), unmasked=frozenset(without))
+
+
+class _Finder:
+    """Looks names up among the PNGs in the folders of a root that lists name."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.layout = tree, tree.layout
+        self._files: dict[str, dict[str, Path]] = {}
+        self._others: set[str] = set()
+
+    def find(self, name: str, text: str) -> Path | None:
+        """The mask of an image that ``text`` stands for; none where it is no mask that can be read."""
+        text = _spelt(str(PurePosixPath(text.lstrip("/"))))
+        read = self.tree.masks.get(name)
+        tried = [text] if self.layout.val_images else [text, f"{self.layout.masks}/{text}"]
+        if read is not None and self._relative(read) in tried:
+            return read
+        alike = PurePosixPath(text).name in {f"{name}{end}.png" for end in self.layout.same_ends}
+        own = tuple(f"{folder}/" for folder in (self.layout.masks, self.layout.val_masks) if folder)
+        for one in tried:
+            there = self._pngs(one.partition("/")[0]).get(one)
+            if there is None or (alike and one.startswith(own)):
+                continue
+            usual = f"/{self.layout.mask_name(name)}"
+            if one.endswith(usual):
+                self._others.add(one.removesuffix(usual))
+            elif self.layout != FOLDER:
+                return None
+            return there
+        return read if alike else None
+
+    def beside(self, names: Sequence[str]) -> dict[str, Path]:
+        """Masks of images in the other folders that lists have named so far."""
+        found: dict[str, Path] = {}
+        for folder in sorted(self._others):
+            there = self._pngs(folder.partition("/")[0])
+            every = ((name, there.get(f"{folder}/{self.layout.mask_name(name)}")) for name in names)
+            found |= {name: place for name, place in every if place is not None}
+        return found
+
+    def refusal(self, name: str, text: str) -> str:
+        """Why ``text`` cannot be the mask of an image, and what can."""
+        read, root, layout = self.tree.masks.get(name), self.tree.root, self.layout
+        here = f"the mask there is {self._relative(read)!r}" if read else f"there is no mask in {layout.masks!r}"
+        if text == NONE:
+            return f"{name!r} has {NONE} in place of a mask, and needs one; name it, or take the line out ({here})"
+        allowed, close = f"a PNG called {PurePosixPath(layout.mask_name(name)).name!r}", ""
+        if layout == FOLDER:
+            plain = text.lstrip("/")
+            allowed, close = "a PNG", nearest(plain, [*self._pngs(plain.partition("/")[0])])
+        return (
+            f"names the mask {text!r}, which is not {allowed} below {root}; {here}; "
+            f"name one that is, or leave the second column out{close}"
+        )
+
+    def _relative(self, path: Path) -> str:
+        return _spelt(os.fspath(path)[len(os.fspath(self.tree.root)) + 1 :].replace(os.sep, "/"))
+
+    def _pngs(self, folder: str) -> dict[str, Path]:
+        """PNGs below a folder of the root, by name relative to the root; its hidden folders and files are none."""
+        if folder not in self._files:
+            there = below(self.tree.root, folder) if folder else ()
+            self._files[folder] = {_spelt(name): path for name, path in there if name.lower().endswith(".png")}
+        return self._files[folder]
+
+
+def _spelt(text: str) -> str:
+    return unicodedata.normalize("NFC", text)

@@ -1,0 +1,53 @@
+"""COCO 2017: 80 things and a background, under the lists that PseudoSeg drew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from viladiff.data.files.index import Layout, Tree, locate, scan
+from viladiff.data.files.split_lists import Wanted
+from viladiff.data.sources.folder import Classes, Found, read_lists, refuse_other, split_directory
+
+_NAMES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
+    "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
+    "scissors, teddy bear, hair drier, toothbrush"
+)
+CLASS_NAMES = ("background", *_NAMES.split(", "))
+UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+"""Category ids up to 90 that no annotation has; classes are the others, in order."""
+CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in UNUSED)
+"""Of each class from 1 on."""
+PLACES = ("", "coco", "COCO", "coco2017")
+"""Where below the root the folders may lie."""
+LAYOUT = Layout("coco", "train2017", "masks", "val2017", "masks")
+_FRACTION = {"232": "512", "463": "256", "925": "128", "1849": "64", "3697": "32"}
+
+
+def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None) -> Found:
+    """``train2017``, ``val2017`` and the PNGs of both in ``masks``, with lists in ``splits/`` or in ``split_dir``.
+
+    Lists are found as in ``folder``, also under the names ``1_512`` and ``512_all`` or by their images. Without a list,
+    all of ``val2017`` are validated on, and the unlabelled are all others of ``train2017``. Raises ValueError as
+    ``folder`` does, and for a published list of another size.
+    """
+    tree, classes = coco_tree(root)
+    names = [split, f"1_{_FRACTION[split]}", f"{_FRACTION[split]}_all"]
+    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=Wanted("coco", "", split))
+    refuse_other(lists, sources[0], "", split, "coco")
+    return Found(tree, classes, lists, sources)
+
+
+def coco_tree(root: Path | str) -> tuple[Tree, Classes]:
+    """The files; ids are bare names such as ``000000177254``. Raises ValueError where there is no mask."""
+    tree = scan(locate(root, PLACES, LAYOUT), LAYOUT)
+    if not tree.masks:
+        raise ValueError(
+            f"{tree.root}: has no PNGs in {LAYOUT.masks!r}; `viladiff data coco-masks {tree.root}` makes them from "
+            "annotations/instances_*2017.json"
+        )
+    return tree, Classes(CLASS_NAMES, None)

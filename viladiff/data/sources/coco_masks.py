@@ -1,0 +1,249 @@
+"""Masks of COCO's images from its instances: one PNG an image, 0 for background, 1 ... 80 for things, 255 for crowds.
+
+Nobody has published how the masks that the literature trains on were made, so that ours may differ from them in a few
+pixels. Where instances overlap, the smaller one is on top: regions are painted by falling area, of equal ones the
+later one in the file last. A crowd is painted in the same order, as 255.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from viladiff.data.constants import IGNORE
+from viladiff.data.files.index import locate
+from viladiff.data.files.validate import Advance
+from viladiff.data.processes import mapped
+from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES, LAYOUT, PLACES
+from viladiff.runs.record import write_atomically
+
+REVISION = 1
+"""Raised when the same instances would give other masks."""
+MANIFEST = ".coco-masks.json"
+"""Which files the masks beside it were made of; hidden, so that no scan takes it for one."""
+CHUNK = 64
+"""Images that a process is handed at a time."""
+_CLASS = {number: label for label, number in enumerate(CATEGORY_IDS, 1)}
+
+
+class Region(NamedTuple):
+    """An annotation as it is painted."""
+
+    label: int
+    """1 ... 80, or 255 for a crowd."""
+    segmentation: Any
+    """Polygons, or a run-length encoding, as the file has it."""
+    source: str
+    """Which annotation, for messages."""
+
+
+class Task(NamedTuple):
+    """An image whose mask is to be made."""
+
+    name: str
+    height: int
+    width: int
+    regions: tuple[Region, ...]
+
+
+class Made(NamedTuple):
+    """What ``make_masks`` did, in images and in regions of all of them."""
+
+    written: int = 0
+    there: int = 0
+    """Made before, by a call that was interrupted or finished."""
+    empty: int = 0
+    """Images without an annotation, whose masks are background throughout."""
+    crowds: int = 0
+    hollow: int = 0
+    """Polygons of fewer than three points, and regions without a pixel: left out."""
+
+    def __add__(self, other: tuple[int, ...]) -> Made:  # type: ignore[override]
+        return Made(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def make_masks(
+    root: Path | str,
+    instances: Sequence[Path | str] = (),
+    out: Path | str | None = None,
+    processes: int | None = None,
+    advance: Advance = lambda done, of: None,
+) -> Made:
+    """Makes the masks that are missing in ``out`` (``masks`` below ``root``), in ``processes`` (one for each core).
+
+    instances: COCO's JSON files; those of train2017 and val2017 below ``root/annotations`` unless given. A mask is
+    written whole or not at all, so that an interrupted call goes on where it stopped. Raises ValueError for a file that
+    is not of COCO's instances, and for masks in ``out`` that other files were made of.
+    """
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ValueError("pycocotools is missing, which reads COCO's regions: pip install 'viladiff[coco]'")
+    top = locate(root, PLACES, LAYOUT)
+    folder = top / LAYOUT.masks if out is None else Path(out).expanduser()
+    files = [Path(path).expanduser() for path in instances] or _default(top)
+    made = Made()
+    for path in files:
+        tasks = read_instances(path)
+        there = _begin(folder, path, tasks)
+        todo = [task for task in tasks if f"{task.name}.png" not in there]
+        chunks = [(folder, todo[start : start + CHUNK]) for start in range(0, len(todo), CHUNK)]
+        crowds = sum(region.label == IGNORE for task in tasks for region in task.regions)
+        before = made = made + Made(0, len(tasks) - len(todo), sum(not task.regions for task in tasks), crowds)
+        with mapped(processes, len(chunks)) as run:
+            for hollow in run(_paint_some, chunks):
+                made += Made(len(hollow), hollow=sum(hollow))
+                advance(made.written - before.written, len(todo))
+    return made
+
+
+def read_instances(path: Path) -> list[Task]:
+    """Every image of the file with its regions. Raises ValueError that says what is not as in COCO's instances."""
+    try:
+        with path.open("rb") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    parts = ("images", "annotations", "categories")
+    lacks = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
+    if lacks:
+        raise ValueError(
+            f"{path}: not a file of COCO's instances, such as instances_val2017.json: has no list {lacks[0]!r}"
+        )
+    try:
+        _check_categories(path, {int(one["id"]): str(one["name"]) for one in content["categories"]})
+        return _tasks(path, content["images"], content["annotations"])
+    except (KeyError, TypeError) as error:
+        what = f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: not a file of COCO's instances: {what}") from error
+
+
+def _check_categories(path: Path, found: dict[int, str]) -> None:
+    wanted = dict(zip(CATEGORY_IDS, CLASS_NAMES[1:], strict=True))
+    for number in sorted({*wanted, *found}):
+        if wanted.get(number) != found.get(number):
+            raise ValueError(
+                f"{path}: its categories are not COCO's 80 things: {number} is {found.get(number, 'missing')!r} here "
+                f"and {wanted.get(number, 'unused')!r} there; keypoints, stuff and other data sets have others"
+            )
+
+
+def _tasks(path: Path, images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> list[Task]:
+    regions: dict[Any, list[Region]] = {one["id"]: [] for one in images}
+    for one in annotations:
+        source = f"{path}: annotation {one['id']}"
+        if one["image_id"] not in regions:
+            raise ValueError(f"{source}: is of image {one['image_id']!r}, which the file does not have")
+        if one["category_id"] not in _CLASS:
+            raise ValueError(f"{source}: category_id = {one['category_id']!r} is none of COCO's 80 things")
+        label = IGNORE if one.get("iscrowd", 0) else _CLASS[one["category_id"]]
+        regions[one["image_id"]].append(Region(label, one["segmentation"], source))
+    tasks = []
+    for one in images:
+        name, suffix = str(one["file_name"]).rsplit(".", 1) if "." in str(one["file_name"]) else ("", "")
+        if not name or not suffix or name != Path(name).name or name.startswith("."):
+            raise ValueError(f"{path}: image {one['id']}: file_name = {one['file_name']!r} must be a bare name")
+        height, width = int(one["height"]), int(one["width"])
+        if height < 1 or width < 1:
+            raise ValueError(f"{path}: image {one['id']}: height and width are {height} and {width}")
+        tasks.append(Task(name, height, width, tuple(regions[one["id"]])))
+    return tasks
+
+
+def paint(task: Task) -> tuple[np.ndarray, int]:
+    """(h, w) uint8 mask, and how much of it was left out as ``Made.hollow``. ValueError for what is no segmentation."""
+    from pycocotools import mask as masks
+
+    labels = np.zeros((task.height, task.width), np.uint8)
+    found = [(region, *_encoded(region, task.height, task.width)) for region in task.regions]
+    hollow = sum(dropped for _, _, dropped in found)
+    solid = [(region, encoded) for region, encoded, _ in found if encoded is not None]
+    areas = np.array([int(masks.area(encoded)) for _, encoded in solid], np.int64)
+    for place in np.argsort(-areas, kind="stable"):
+        region, encoded = solid[place]
+        try:
+            labels[masks.decode(encoded) > 0] = region.label
+        except ValueError as error:
+            raise ValueError(f"{region.source}: its segmentation cannot be read: {error}") from error
+    return labels, hollow + int((areas == 0).sum())
+
+
+def _encoded(region: Region, height: int, width: int) -> tuple[Any, int]:
+    """pycocotools' run-length encoding, none where no polygon is left; and how many polygons were left out."""
+    from pycocotools import mask as masks
+
+    given = region.segmentation
+    try:
+        if isinstance(given, dict):
+            if [*map(int, given["size"])] != [height, width]:
+                raise ValueError(f"its size is {given['size']}, the image's {[height, width]} (height, width)")
+            runs = isinstance(given["counts"], list)
+            encoded = masks.frPyObjects(given, height, width) if runs else given
+            # Beyond the last run pycocotools leaves memory as it was.
+            if sum(given["counts"]) != height * width if runs else not _whole(given):
+                raise ValueError("its runs do not make up the image")
+            return encoded, 0
+        polygons = [[float(number) for number in polygon] for polygon in given]
+        # pycocotools takes four numbers for a box, which is not what a polygon of two points is.
+        whole = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        dropped = len(polygons) - len(whole) + (not polygons)
+        return (masks.merge(masks.frPyObjects(whole, height, width)) if whole else None), dropped
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{region.source}: its segmentation cannot be read: {error}") from error
+
+
+def _whole(given: dict[str, Any]) -> bool:
+    """Whether a compressed encoding is what its own pixels give, which it is not if runs are missing."""
+    from pycocotools import mask as masks
+
+    text = given["counts"] if isinstance(given["counts"], bytes) else str(given["counts"]).encode()
+    return bool(masks.encode(np.asfortranarray(masks.decode(given)))["counts"] == text)
+
+
+def _paint_some(chunk: tuple[Path, Sequence[Task]]) -> list[int]:
+    folder, tasks = chunk
+    hollow = []
+    for task in tasks:
+        labels, dropped = paint(task)
+        packed = io.BytesIO()
+        Image.fromarray(labels).save(packed, "PNG")
+        write_atomically(folder / f"{task.name}.png", packed.getvalue())
+        hollow.append(dropped)
+    return hollow
+
+
+def _default(top: Path) -> list[Path]:
+    files = [top / "annotations" / f"instances_{part}.json" for part in (LAYOUT.images, LAYOUT.val_images)]
+    there = [path for path in files if path.is_file()]
+    if not there:
+        raise ValueError(f"{files[0]}: there is no such file; unpack annotations_trainval2017.zip, or name --instances")
+    return there
+
+
+def _begin(folder: Path, path: Path, tasks: Sequence[Task]) -> frozenset[str]:
+    """Names of the files that are there, once it is sure that masks among them are of the same instances."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = frozenset(one.name for one in folder.iterdir())
+        manifest = folder / MANIFEST
+        known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        with path.open("rb") as file:
+            digest = f"{REVISION}/{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        strange = [] if known.get(path.name) == digest else [one for one in tasks if f"{one.name}.png" in there]
+        if strange:
+            raise ValueError(
+                f"{folder}: {len(strange)} masks, first {strange[0].name}.png, were not made from this {path.name}; "
+                "move them away, or name another --out"
+            )
+        write_atomically(manifest, json.dumps(known | {path.name: digest}, indent=2).encode())
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    return there

@@ -1,0 +1,104 @@
+"""The geometry of real images, as UniMatch has it: resize, pad, crop, mirror, one image at a time on the host.
+
+Only the pixels that the crop shows are ever computed. NumPy and Pillow suffice: a process that decodes needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from viladiff.data.constants import IGNORE
+
+BILINEAR = Image.Resampling.BILINEAR
+Range = tuple[float, float]
+
+
+class Window(NamedTuple):
+    """Which part of a resized image a square crop shows; all in pixels."""
+
+    source: tuple[int, int]
+    """Height and width before the resize."""
+    resized: tuple[int, int]
+    """Height and width after it."""
+    start: tuple[int, int]
+    """Row and column of the resized image at the crop's upper left."""
+    shown: tuple[int, int]
+    """Rows and columns of the crop that show the image; what is left, below and on the right, is padding."""
+    flip: bool
+    """Whether the crop, padding and all, is mirrored left and right."""
+
+
+def window(size: tuple[int, int], crop: int, scale: Range, hflip: float, draws: Sequence[float]) -> Window:
+    """The window that four uniform numbers in [0, 1) choose for an image of this height and width.
+
+    draws: long side, row, column, mirroring. The long side L becomes an integer in int(scale[0] L) .. int(scale[1] L),
+    each as likely; the short side keeps the aspect, rounded half up (UniMatch). No side is shorter than 1 pixel.
+    ValueError for a scale that is not positive, and for a crop or side below 1.
+    """
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale = {scale}: must be low, high with 0 < low <= high")
+    if min(crop, *size) < 1:
+        raise ValueError(f"crop = {crop}, height and width = {size}: must be at least 1")
+    height, width = size
+    low, high = (max(1, int(max(size) * factor)) for factor in scale)
+    side = low + int(draws[0] * (high - low + 1))
+    if height > width:
+        resized = side, max(1, int(width * side / height + 0.5))
+    else:
+        resized = max(1, int(height * side / width + 0.5)), side
+    rows, columns = (int(draw * (max(length - crop, 0) + 1)) for draw, length in zip(draws[1:3], resized, strict=True))
+    shown = min(crop, resized[0]), min(crop, resized[1])
+    return Window(size, resized, (rows, columns), shown, bool(draws[3] < hflip))
+
+
+def crop_image(pixels: np.ndarray, to: Window, out: np.ndarray) -> None:
+    """Writes the window of pixels (h, w, 3) uint8 to out (3, crop, crop) uint8, 0 in the padding.
+
+    Bilinear, spread over more source pixels where it shrinks; columns first and rounded, then rows, as Pillow did when
+    the published results were made. A crop of the whole image resized so differs by 2 of 255 at most, in values that
+    lie half-way between two levels.
+    """
+    edges = [_edges(*axis) for axis in zip(to.source, to.resized, to.start, to.shown, strict=True)]
+    (top, bottom, first, last), (left, right, west, east) = edges
+    rows, columns = to.shown
+    image = Image.fromarray(pixels[first:last, west:east])
+    if to.source != to.resized:
+        image = image.resize((columns, last - first), BILINEAR, box=(left, 0, right, last - first))
+        image = image.resize((columns, rows), BILINEAR, box=(0, top, columns, bottom))
+    _put(out, np.asarray(image).transpose(2, 0, 1), to, 0)
+
+
+def _edges(source: int, resized: int, start: int, shown: int) -> tuple[float, float, int, int]:
+    """One axis: the source pixels, first and one past the last, that the window is made of, and where among these it
+    begins and ends."""
+    step = source / resized
+    low, high = start * step, (start + shown) * step
+    reach = max(1.0, step) + 1 if source != resized else 0
+    first, last = max(0, math.floor(low - reach)), min(source, math.ceil(high + reach))
+    return low - first, min(high - first, last - first), first, last
+
+
+def crop_mask(labels: np.ndarray, to: Window, out: np.ndarray) -> None:
+    """Writes the window of labels (h, w) uint8 to out (crop, crop) uint8, 255 in the padding.
+
+    The nearest label: row k of the resized mask shows source row floor((k + 0.5) h / resized), in integers.
+    """
+    rows, columns = (
+        (2 * (np.arange(count) + start) + 1) * source // (2 * resized)
+        for count, start, source, resized in zip(to.shown, to.start, to.source, to.resized, strict=True)
+    )
+    _put(out, labels.take(columns, 1).take(rows, 0), to, IGNORE)
+
+
+def _put(out: np.ndarray, seen: np.ndarray, to: Window, padding: int) -> None:
+    rows, columns = to.shown
+    if to.flip:
+        out = out[..., ::-1]
+    out[..., :rows, :columns] = seen
+    out[..., rows:, :] = padding
+    out[..., :rows, columns:] = padding

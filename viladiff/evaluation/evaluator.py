@@ -1,0 +1,256 @@
+"""What is measured of a trained run: scores of its networks, quality of its pseudo-labels, pictures, its record."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from viladiff.core.distributed import summed_over_workers
+from viladiff.data.batch import IGNORE, Step, TextBatch
+from viladiff.data.loader import validation
+from viladiff.data.transforms.augment import normalise
+from viladiff.evaluation import feature_clusters
+from viladiff.evaluation.context import EvalContext
+from viladiff.evaluation.metrics import Meter, measure, measure_all, results
+from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized
+from viladiff.evaluation.pseudo_labels import pseudo_counts, pseudo_scores
+from viladiff.methods.base import Method
+from viladiff.models.encoders.build import weights_origin
+from viladiff.runs.config import CORE_REVISION, changed, flatten
+from viladiff.runs.record import (
+    RunRecord,
+    forget_peak_memory,
+    git_state,
+    peak_memory,
+    processor,
+    versions,
+    write_atomically,
+)
+from viladiff.text.embedding_bank import Bank
+from viladiff.text.encoders import describe
+from viladiff.training.gradients import GradientShares
+
+FILES = ("pictures.npz", "features.npz", "plane.npz")
+"""What a finished run may have beside its record and its log."""
+
+
+BATCH_PIXELS = 25 * 64 * 64
+"""Of the images that are scored together, where all have one size."""
+
+
+class PeakMemory:
+    """Most memory that a run holds in all its legs: of its GPU where it has one, else of this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before: int | None = 0
+        """Of earlier legs; None where they are not known."""
+        self.own = False
+        """Whether what is measured is this run's, and not what an earlier one in this process held."""
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.own = True
+        else:
+            self.own = forget_peak_memory()
+
+    def bytes(self) -> int | None:
+        if self.before is None or not self.own:
+            return None
+        cuda = self.device.type == "cuda"
+        return max(self.before, torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory())
+
+
+def batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
+    """This worker's validation images with masks and words; whoever watches the run sees that it is alive."""
+    images = len(run.dataset.val_images)
+    count = min(images, run.cfg.eval.max_images or images)
+    size = 1
+    if run.cfg.eval.protocol == "original" and run.dataset.uniform and count:
+        height, width = run.dataset.val_images[0].shape[:2]
+        size = max(1, BATCH_PIXELS // (height * width))
+    bank = run.val_bank if run.method.views_wanted().text else None
+    for batch in validation(run.dataset, bank, run.device, size, range(run.rank, count, run.world)):
+        run.alive()
+        yield batch
+
+
+def meters(run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, Meter]:
+    """Counts of one network's streams over the validation images of all workers."""
+    cfg = run.cfg.eval
+    classes, crop = run.dataset.num_classes, run.cfg.data.crop
+    return measure(network, batches(run), streams, classes, boundary, cfg.protocol, crop)
+
+
+def scores(run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, dict[str, Any]]:
+    """{stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
+    return {name: asdict(found) for name, found in results(meters(run, network, streams, boundary)).items()}
+
+
+class PseudoLabels:
+    """Quality of the pseudo-labels on validation images, since masks of unlabelled images are never read.
+
+    ``ece`` is of all pixels' labels; what depends on a threshold is left out where the method has none. Where a side is
+    no multiple of the patch, labels are made at the nearest one and their probabilities brought back.
+    """
+
+    def __init__(self, run: EvalContext) -> None:
+        self.run, self.seen = run, 0
+        self.wanted = type(run.method).pseudo_labels is not Method.pseudo_labels
+        self.sums: dict[str, Any] = {}
+
+    def add(self, images: torch.Tensor, target: torch.Tensor, text: TextBatch | None) -> None:
+        """A batch, the method in evaluation mode; sums stay on the device."""
+        if not self.wanted:
+            return
+        run, method = self.run, self.run.method
+        # Draws are named by the place in the validation set, whichever worker looks at the image.
+        keys = tuple(run.rank + (self.seen + j) * run.world for j in range(len(images)))
+        self.seen += len(images)
+        made = partial(method.pseudo_labels, text=text, keys=keys, step=Step(run.steps, 1.0, run.cfg.seed))
+        found = {name: p.max(1) for name, p in resized(made, images, method.student.patch).items()}
+        stages = {name: (p.values, p.indices) for name, p in found.items()}
+        for name, count in pseudo_counts(stages, target, method.threshold()).items():
+            self.sums[name] = self.sums.get(name, 0) + count
+
+    def shares(self) -> dict[str, float | None]:
+        """``pseudo_scores`` of all workers' images; all of them must ask."""
+        here = {name: count.cpu() for name, count in self.sums.items()}
+        return pseudo_scores(summed_over_workers({"": here}).get("", {})) if self.wanted else {}
+
+
+def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
+    """{network: {stream: {score: value}}} and the quality of the pseudo-labels, from one pass over the images."""
+    cfg, networks = run.cfg.eval, run.method.networks()
+    run.method.eval()
+    pseudo = PseudoLabels(run)
+    given = STREAMS, run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
+    found = measure_all(networks, batches(run), *given, also=pseudo.add)
+    scored = {name: {stream: asdict(x) for stream, x in results(meters).items()} for name, meters in found.items()}
+    return scored, pseudo.shares()
+
+
+def _best(measured: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
+    """The highest of the evaluations, marked as picked on the images that it reports; None where there is but one."""
+    if len(measured) < 2:
+        return None
+    best = max(measured, key=lambda entry: entry["miou"])
+    return {**best, "evaluations": len(measured), "picked_on": split, "picked_on_reported": True}
+
+
+class RecordContext(EvalContext, Protocol):
+    """A run that has taken its last step: what its record says besides scores."""
+
+    name: str
+    bank: Bank
+    fingerprints: dict[str, str]
+    history: list[dict[str, Any]]
+    shares: GradientShares
+    train_seconds: float
+    cpu_seconds: float | None
+    memory: PeakMemory
+
+    def wall_seconds(self) -> float | None:
+        """Of all legs; None where they are not known."""
+        ...
+
+
+def record(run: RecordContext) -> RunRecord:
+    """Everything that is worth keeping of a run that has taken its last step; all workers take part."""
+    cfg = run.cfg
+    predictor, stream = run.method.predictor(), run.method.headline()
+    found, pseudo_labels = evaluated(run)
+    network = next(name for name, net in run.method.networks().items() if net is predictor)
+    miou = found[network][stream]["miou"] if stream in found[network] else None
+    if stream in found[network]:
+        found[network][stream] |= feature_clusters.measured(run)
+    history = [*run.history, {"step": run.steps, "miou": miou}]
+    measured = [entry for entry in history if entry["miou"] is not None]
+    cuda = run.device.type == "cuda"
+    return RunRecord(
+        run_id=run.name,
+        scale=cfg.runtime.scale,
+        config=flatten(cfg),
+        changed=changed(cfg),
+        fingerprints=run.fingerprints,
+        core_revision=CORE_REVISION,
+        method_revision=run.method.revision,
+        steps=run.steps,
+        miou=miou,
+        network=network,
+        stream=stream,
+        scores=found,
+        best=_best(measured, cfg.eval.split),
+        history=history,
+        pseudo_labels=pseudo_labels,
+        gradient_shares=run.shares.record(),
+        class_names=list(run.dataset.class_names),
+        notes=[*run.bank.notes(), *run.method.notes()],
+        split_name=run.dataset.split_name,
+        captions=run.dataset.caption_source,
+        text_encoder=describe(cfg.data.text_encoder, cfg.runtime.text_model),
+        encoder=cfg.model.encoder,
+        pretrained=weights_origin(cfg.model),
+        wall_seconds=run.wall_seconds(),
+        train_seconds=run.train_seconds,
+        cpu_seconds=run.cpu_seconds,
+        seconds_per_step=run.train_seconds / run.steps,
+        peak_memory_bytes=run.memory.bytes(),
+        workers=run.world,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        processor=processor(),
+        versions=versions(),
+        git=git_state(),
+        finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+@torch.no_grad()
+def draw(run: EvalContext) -> None:
+    """Writes ``pictures.npz``: evenly spaced validation images, and their labels at every stage, in order of name.
+
+    Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1. Of
+    images of different sizes it is the middle that is shown, padded where it is less than a crop.
+    """
+    count = min(run.cfg.runtime.visualizations, len(run.dataset.val_images))
+    if run.rank or not count:
+        return
+    run.method.eval()
+    places = np.linspace(0, len(run.dataset.val_images) - 1, count).astype(int).tolist()
+    pixels = np.stack([_shown(run, run.dataset.val_images[i], 0) for i in places])
+    truth = np.stack([_shown(run, run.dataset.val_masks[i], IGNORE) for i in places])
+    stages: list[tuple[str, np.ndarray]] = [("image", pixels), ("truth", truth)]
+    images = normalise(torch.from_numpy(pixels).to(run.device).permute(0, 3, 1, 2).float() / 255)
+    text = None
+    if run.method.views_wanted().text:
+        words = run.val_bank.batch(places)
+        text = TextBatch(words.tokens.to(run.device), words.mask.to(run.device))
+    shown = run.method.illustrate(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
+    predicted = {"prediction": run.method.predictor()(images, text)[run.method.headline()].argmax(1)}
+    stages += [(name, labels.to(torch.uint8).cpu().numpy()) for name, labels in {**shown, **predicted}.items()]
+    packed = io.BytesIO()
+    named: dict[str, Any] = {f"{i:02}/{name}": array for i, (name, array) in enumerate(stages)}
+    np.savez_compressed(packed, allow_pickle=False, **named)
+    write_atomically(run.directory / "pictures.npz", packed.getvalue())
+
+
+def _shown(run: EvalContext, array: np.ndarray, pad: int) -> np.ndarray:
+    """(H, W, ...) as it is where all images have one size, else its middle on a square of about the crop's size."""
+    if run.dataset.uniform:
+        return array
+    side = nearest_multiple(run.cfg.data.crop, run.method.student.patch)
+    found = np.full((side, side, *array.shape[2:]), pad, np.uint8)
+    height, width = (min(side, length) for length in array.shape[:2])
+    top, left = ((length - side) // 2 if length > side else 0 for length in array.shape[:2])
+    found[:height, :width] = array[top : top + side, left : left + side]
+    return found

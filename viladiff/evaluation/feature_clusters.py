@@ -1,0 +1,191 @@
+"""How well features of image tokens cluster by class, and by image: measured in feature space, drawn by t-SNE."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from viladiff.core import keyed_random
+from viladiff.data.constants import IGNORE
+from viladiff.data.loader import validation
+from viladiff.evaluation.context import EvalContext
+from viladiff.evaluation.protocols import nearest_multiple
+from viladiff.methods.base import Method
+from viladiff.runs.record import write_atomically
+
+TOKENS = 100
+"""Of each class, at most; all classes have equally many."""
+FEWEST = 5
+"""A class with fewer tokens is left out."""
+CLASSES = 12
+"""At most; of more, those with the most tokens."""
+PERPLEXITY = 30.0
+"""Of t-SNE, or a third of the tokens where that is less."""
+
+
+class Sample(NamedTuple):
+    """Some tokens of the validation images, image by image; the same for every run on these images and this grid."""
+
+    image: np.ndarray
+    """(n,) int64 place of the image."""
+    cell: np.ndarray
+    """(n,) int64 place on the image's grid, row by row."""
+    label: np.ndarray
+    """(n,) int64 class that most pixels of the cell have."""
+
+
+def cell_labels(mask: np.ndarray, patch: int) -> np.ndarray:
+    """(H, W) classes to those that most pixels of each patch x patch cell have, row by row; 255 is not counted.
+
+    255 where a cell has nothing else; of equally many the lower class. ValueError for sides that are no multiples.
+    """
+    height, width = mask.shape
+    if height % patch or width % patch:
+        raise ValueError(f"mask of {height} x {width} pixels: both sides must be multiples of {patch}")
+    cells = mask.reshape(height // patch, patch, width // patch, patch).swapaxes(1, 2).reshape(-1, patch * patch)
+    found = np.full(len(cells), IGNORE)
+    most = np.zeros(len(cells), int)
+    for label in np.setdiff1d(mask, [IGNORE]):
+        count = (cells == label).sum(1)
+        more = count > most
+        found[more], most[more] = label, count[more]
+    return found
+
+
+def sample(labels: Sequence[np.ndarray]) -> Sample | None:
+    """Equally many tokens of each class, drawn without replacement, always the same; None below two classes.
+
+    ``labels`` has ``cell_labels`` of each image.
+    """
+    every = np.concatenate(labels) if labels else np.empty(0, int)
+    image = np.repeat(np.arange(len(labels)), [len(one) for one in labels])
+    cell = np.concatenate([np.arange(len(one)) for one in labels]) if labels else every
+    classes, counts = np.unique(every[every != IGNORE], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:CLASSES]
+    kept = {int(classes[i]): int(counts[i]) for i in order if counts[i] >= FEWEST}
+    if len(kept) < 2:
+        return None
+    size = min(TOKENS, *kept.values())
+    chosen = np.sort(np.concatenate([_drawn(np.flatnonzero(every == label), size, label) for label in kept]))
+    return Sample(image[chosen], cell[chosen], every[chosen])
+
+
+def _drawn(places: np.ndarray, size: int, label: int) -> np.ndarray:
+    return keyed_random.rng("tokens", label).choice(places, size, replace=False)
+
+
+def separation(features: np.ndarray, label: np.ndarray, image: np.ndarray) -> dict[str, float]:
+    """How well features (n, W) cluster, each brought to length 1; Euclidean distances.
+
+    ``silhouette``: mean silhouette coefficient by class, in [-1, 1], more is better. ``davies_bouldin``: the index by
+    class, ≥ 0, less is better. ``image_silhouette``: by image in place of class, over tokens that are not alone in
+    theirs. What cannot be told, as of one image or of features that are all alike, is left out.
+    """
+    from sklearn.metrics import davies_bouldin_score, silhouette_score
+
+    unit = _unit(features)
+    if unit is None:
+        return {}
+    found = {}
+    if 1 < len(np.unique(label)) < len(label):
+        found["silhouette"] = float(silhouette_score(unit, label))
+        found["davies_bouldin"] = float(davies_bouldin_score(unit, label))
+    images, counts = np.unique(image, return_counts=True)
+    together = np.isin(image, images[counts > 1])
+    if 1 < len(np.unique(image[together])) < together.sum():
+        found["image_silhouette"] = float(silhouette_score(unit[together], image[together]))
+    return found
+
+
+def plane(features: np.ndarray) -> np.ndarray | None:
+    """t-SNE of features (n, W), each brought to length 1: (n, 2) float32; the seed is fixed, and so is the start.
+
+    None of features that are all alike or not finite: of those scikit-learn's can end the whole process.
+    """
+    from sklearn.manifold import TSNE
+
+    unit = _unit(features)
+    if unit is None:
+        return None
+    return TSNE(perplexity=min(PERPLEXITY, len(unit) / 3), init="pca", random_state=0).fit_transform(unit)
+
+
+def _unit(features: np.ndarray) -> np.ndarray | None:
+    """Features (n, W), each brought to length 1; None where they are all alike or not finite."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+    return unit if np.isfinite(unit).all() and np.ptp(unit, axis=0).max() >= 1e-6 else None
+
+
+@torch.inference_mode()
+def gathered(run: EvalContext) -> tuple[Sample, dict[str, np.ndarray]] | None:
+    """A sample of a run's validation images and its features (n, W) float32 by stage; None where there is no sample.
+
+    Images are seen whole, at the nearest multiples of the patch, whatever the protocol.
+    """
+    images, patch = len(run.dataset.val_images), run.method.student.patch
+    count = min(images, run.cfg.eval.max_images or images)
+    chosen = sample([cell_labels(_fitted(run.dataset.val_masks[i], patch), patch) for i in range(count)])
+    if chosen is None:
+        return None
+    run.method.eval()
+    some = np.unique(chosen.image).tolist()
+    size = 25 if run.dataset.uniform else 1
+    bank = run.val_bank if run.method.views_wanted().text else None
+    parts: dict[str, list[np.ndarray]] = {}
+    batches = validation(run.dataset, bank, run.device, size, some)
+    for start, (pixels, _, text) in zip(range(0, len(some), size), batches, strict=True):
+        run.alive()
+        fitted = tuple(nearest_multiple(side, patch) for side in pixels.shape[-2:])
+        pixels = pixels if pixels.shape[-2:] == fitted else F.interpolate(pixels, fitted, mode="bilinear")
+        stages = run.method.token_features(pixels, text)
+        for k, image in enumerate(some[start : start + size]):
+            cells = torch.from_numpy(chosen.cell[chosen.image == image]).to(run.device)
+            for name, features in stages.items():
+                parts.setdefault(name, []).append(features[k, cells].float().cpu().numpy())
+    return chosen, {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def _fitted(mask: np.ndarray, patch: int) -> np.ndarray:
+    """The mask as the network sees the image: its nearest pixel at each place of the nearest multiples of the patch."""
+    rows, columns = (
+        (2 * np.arange(fitted) + 1) * side // (2 * fitted)
+        for side, fitted in ((side, nearest_multiple(side, patch)) for side in mask.shape)
+    )
+    return np.asarray(mask)[np.ix_(rows, columns)]
+
+
+def measured(run: EvalContext) -> dict[str, float | int | None]:
+    """What a record says of the headline's clusters; writes the features, and with pictures the plane, beside the run.
+
+    Names of the stage before words were read end in ``_before``. ``tokens`` and ``token_classes`` say of how many.
+    Empty for a method without such features; scores are None where there was no sample. By the first worker alone.
+    """
+    if type(run.method).token_features is Method.token_features or run.rank:
+        return {}
+    names = ("silhouette", "davies_bouldin", "image_silhouette")
+    out: dict[str, float | int | None] = dict.fromkeys((*names, *(f"{name}_before" for name in names)))
+    found = gathered(run)
+    if found is None:
+        return {**out, "tokens": 0, "token_classes": 0}
+    chosen, stages = found
+    for stage, features in stages.items():
+        ending = "" if stage == "after" else f"_{stage}"
+        out |= {f"{name}{ending}": value for name, value in separation(features, chosen.label, chosen.image).items()}
+    about: dict[str, np.ndarray] = {"image": chosen.image.astype(np.int32), "label": chosen.label.astype(np.uint8)}
+    _save(run, "features.npz", {**about, **{name: x.astype(np.float16) for name, x in stages.items()}})
+    if run.cfg.runtime.visualizations:
+        planes = {name: plane(x) for name, x in stages.items()}
+        drawn = {name: places.astype(np.float16) for name, places in planes.items() if places is not None}
+        _save(run, "plane.npz", {**about, **drawn})
+    return {**out, "tokens": len(chosen.label), "token_classes": len(np.unique(chosen.label))}
+
+
+def _save(run: EvalContext, name: str, arrays: dict[str, np.ndarray]) -> None:
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    write_atomically(run.directory / name, packed.getvalue())

@@ -1,0 +1,124 @@
+"""All tables at once: how many runs they really are, since one run stands in many cells, and what is left of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from viladiff.config.base import parse_overrides
+from viladiff.experiments.tables import Job, prepare, seeds_of
+from viladiff.report.provenance import duration
+from viladiff.runs.job import Settings
+from viladiff.tables.cells import cells, unavailable
+from viladiff.tables.estimate import estimate
+from viladiff.tables.plan import Plan
+from viladiff.tables.spec_file import load_table
+
+
+@dataclass(frozen=True)
+class Share:
+    """One table's part of the whole."""
+
+    name: str
+    cells: int
+    runs: frozenset[str]
+    """Names of its runs; where data are not here, names made of settings alone."""
+    waiting: int
+    """Rows that cannot be run yet."""
+    job: Job | None = None
+    """None where its runs cannot be named."""
+    why: str = ""
+
+
+def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
+    """Prints, table by table and for all together, cells, runs, what is done, and hours; trains nothing.
+
+    ``args``: as ``viladiff plan`` reads them. Raises ValueError for options that only one table can have.
+    """
+    for name in ("rows", "columns", "encoder", "out"):
+        if getattr(args, name, None):
+            raise ValueError(f"--{name}: of one table; `plan all` has none")
+    shares = [share_of(path, args) for path in paths]
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    grid = Grid("table", *("cells", "runs", "new here", "done", "alone", "rows that wait"), box=None, pad_edge=False)
+    seen: set[str] = set()
+    for share in shares:
+        new, seen = share.runs - seen, seen | share.runs
+        grid.add_row(share.name, *map(str, (share.cells, len(share.runs), len(new))), *_left(share), str(share.waiting))
+    console.print(f"[bold]All tables[/bold], scale {escape(args.scale)}\n")
+    console.print(grid)
+    console.print()
+    for name, text in totals(shares, args).items():
+        console.print(f"{name:<8}  {escape(text)}", soft_wrap=True)
+    return 0
+
+
+def share_of(path: Path, args: argparse.Namespace) -> Share:
+    """A table's cells and runs. Where its data cannot be read, equal settings count as one run; ValueError else."""
+    table = load_table(path)
+    if args.scale not in table.scale:
+        return Share(table.name, 0, frozenset(), 0, why=f"has no scale {args.scale}")
+    try:
+        job = prepare(path, args, "")
+    except ValueError as error:
+        found = cells(table, args.scale, seeds_of(args.seeds), changes=dict(parse_overrides(args.changes)))
+        from viladiff.runs.config import RunConfig, override, run_id
+
+        names = frozenset(run_id(override(RunConfig(), cell.changes)) for cell in found)
+        return Share(table.name, len(found), names, len(unavailable(table)), why=str(error).splitlines()[0])
+    return Share(table.name, len(job.plan.cells), frozenset(job.plan.runs), len(job.plan.unavailable), job)
+
+
+def totals(shares: Sequence[Share], args: argparse.Namespace) -> dict[str, str]:
+    """Lines under the grid: cells against runs, time and money, and what is not known."""
+    unique = frozenset().union(*(share.runs for share in shares))
+    all_cells = sum(share.cells for share in shares)
+    lines = {"cells": f"{all_cells} with {len(unique)} different runs"}
+    plan, job = merged(shares)
+    if plan is not None and job is not None:
+        from viladiff.cluster.resources import at_once
+
+        records = job.store.records()
+        left = [run for run_id, run in plan.runs.items() if run_id not in records]
+        threads = job.table.scale[args.scale].threads or 1
+        asked = Settings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
+        room = at_once(asked, left)
+        alone, guess = (estimate(plan, job.store, n, args.price) for n in (1, room.slots if room else 1))
+        together = f", {_said(guess.seconds)} with {room.slots} at once" if room else ""
+        lines |= {
+            "done": f"{guess.done} of {guess.runs} runs",
+            "time": f"{_said(alone.seconds)} of work left{together} ({guess.basis})",
+        }
+        lines |= {"cost": f"{guess.cost:.2f}"} if guess.cost is not None else {}
+    waiting = sum(share.waiting for share in shares)
+    lines |= {"waiting": f"{waiting} rows, which need a field that is not given"} if waiting else {}
+    lines |= {share.name: f"not timed: {share.why}" for share in shares if share.job is None}
+    return lines
+
+
+def merged(shares: Sequence[Share]) -> tuple[Plan | None, Job | None]:
+    """One plan of all runs, each once, and the job that it was begun with; None where no table can be planned."""
+    jobs = [share.job for share in shares if share.job is not None]
+    if not jobs:
+        return None, None
+    runs = {name: run for job in reversed(jobs) for name, run in job.plan.runs.items()}
+    every = tuple(cell for job in jobs for cell in job.plan.cells)
+    return replace(jobs[0].plan, cells=every, runs=runs, unavailable={}), jobs[0]
+
+
+def _said(seconds: float | None) -> str:
+    return "a time that is not known" if seconds is None else duration(seconds)
+
+
+def _left(share: Share) -> tuple[str, str]:
+    """Done, and the time of what is left by itself."""
+    if share.job is None:
+        return "?", "?"
+    guess = estimate(share.job.plan, share.job.store)
+    return str(guess.done), _said(guess.seconds)

@@ -1,0 +1,130 @@
+"""What a table would run and what that would take, said before anything is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from viladiff.runs.job import Settings
+from viladiff.runs.store import Store
+from viladiff.tables.estimate import estimate
+from viladiff.tables.plan import Plan, State, states
+from viladiff.tables.spec import OWN_LISTS
+
+SIGNS: dict[State, str] = {
+    "done": "done",
+    "stale": "stale",
+    "failed": "failed",
+    "running": "running",
+    "begun": "begun",
+    "missing": "to run",
+}
+STYLES: dict[State, str] = {"done": "green", "failed": "red", "stale": "yellow", "running": "cyan", "begun": "cyan"}
+
+
+def outline(
+    plan: Plan,
+    store: Store,
+    settings: Settings,
+    out: Path,
+    price: float | None = None,
+    beside: tuple[Plan, Store] | None = None,
+) -> None:
+    """Prints the grid of cells with their states, runs, steps, seconds, and where everything goes.
+
+    ``beside``: the plan of the scale whose committed records stand beside these runs, and a store of those alone.
+    """
+    from viladiff.cluster.resources import at_once
+
+    found = states(plan, store)
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console.print(f"[bold]{escape(plan.table.title)}[/bold], scale {plan.scale}, seeds {_listed(plan.seeds)}\n")
+    console.print(_grid(plan, found) if beside is None else _grid_beside(plan, found, *beside))
+    left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]
+    room = at_once(settings, left)
+    guess = estimate(plan, store, room.slots if room else 1, price)
+    many = f"{room.slots} at once" if room else "as many at once as the cluster has room for"
+    workers = max((run.workers for run in left), default=1)
+    each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
+    spread = "" if room else " of work, one run after another"
+    lists = {"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {}
+    lines = {
+        "cells": f"{guess.cells} with {guess.runs} different runs, of which {guess.done} are done",
+        "to train": f"{len(left)} runs, {sum(run.steps for run in left):,} steps, {many}, "
+        + (f"{workers} workers with {each}" if workers > 1 else each),
+        **lists,
+        **({"GPUs": room.note} if room and room.note else {}),
+        "time": f"{_span(guess.seconds)}{spread} ({guess.basis})",
+        **({} if guess.cost is None else {"cost": f"{guess.cost:.2f}"}),
+        **({} if beside is None else {"records": _committed(*beside)}),
+        "runs go to": str(store.root),
+        "page": str(out / "index.html"),
+    }
+    console.print()
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
+    if "stale" in found.values():
+        console.print("\nstale: a record of the same settings comes from older code, data or weights, and is not used")
+
+
+def _grid(plan: Plan, found: dict[str, State]) -> Grid:
+    grid = Grid("", *(escape(plan.table.columns[column].label) for column in plan.columns), box=None, pad_edge=False)
+    for row in plan.rows:
+        label = plan.table.rows[row].label
+        later = plan.unavailable.get(row)
+        cells = [_cell(plan, found, row, column) if later is None else later.split(":")[0] for column in plan.columns]
+        grid.add_row(f"{row + 1:>2}  {escape(label)}", *cells)
+    return grid
+
+
+def _grid_beside(plan: Plan, found: dict[str, State], other: Plan, committed: Store) -> Grid:
+    """Every row of either plan; for each column what is trained here, and how many committed records there are."""
+    columns = sorted({*plan.columns, *other.columns})
+    labels = [escape(plan.table.columns[column].label) for column in columns]
+    heads = (head for label in labels for head in (f"{label}, here", "published"))
+    grid = Grid("", *heads, box=None, pad_edge=False)
+    there = committed.records()
+    for row in dict.fromkeys((*other.rows, *plan.rows)):
+        cells = []
+        for column in columns:
+            names = other.run_ids(row, column)
+            done = sum(name in there for name in names)
+            said = f"{done} of {len(names)} records" if done else "no record"
+            cells += [_cell(plan, found, row, column) or "–", said]
+        grid.add_row(f"{row + 1:>2}  {escape(plan.table.rows[row].label)}", *cells)
+    return grid
+
+
+def _committed(other: Plan, committed: Store) -> str:
+    there = committed.records().keys() & other.runs.keys()
+    if not there:
+        return f"none of scale {other.scale} is committed yet; the page has this machine's runs alone"
+    return f"{len(there)} of {len(other.runs)} runs of scale {other.scale} are committed and cost nothing"
+
+
+def _cell(plan: Plan, found: dict[str, State], row: int, column: int) -> str:
+    """ "done" or "2 done, 1 to run"."""
+    asked = [found[run_id] for run_id in plan.run_ids(row, column)]
+    parts = [
+        f"[{STYLES.get(state, 'default')}]{asked.count(state) if len(asked) > 1 else ''} {sign}".replace("] ", "]")
+        + "[/]"
+        for state, sign in SIGNS.items()
+        if state in asked
+    ]
+    return ", ".join(parts)
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return "not known"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,0 +1,177 @@
+"""One call of a sweep: what was asked for, the directory that it lives in, and whether that is of the same sweep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from viladiff.cluster.resources import Room, room
+from viladiff.config.base import parse_overrides
+from viladiff.experiments.tables import ROOT, seeds_of
+from viladiff.runs import lease as leases
+from viladiff.runs.job import Settings
+from viladiff.runs.record import write_atomically
+from viladiff.runs.store import Store
+from viladiff.sweeps.pruners import optuna_pruner
+from viladiff.sweeps.space import dumped, shrunk
+from viladiff.sweeps.spec import Namer, Sweep, check, load_sweep
+
+META = "sweep.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call: a sweep at a scale, and where it lives."""
+
+    sweep: Sweep
+    scale: str
+    args: argparse.Namespace
+    namer: Namer
+    store: Store
+    name: str
+    trials: int
+    seeds: tuple[int, ...]
+    out: Path
+    """Where its page goes."""
+    settings: Settings
+    room: Room
+    """How many runs go at once, and what each has."""
+
+    @property
+    def directory(self) -> Path:
+        return self.store.root / "sweeps" / self.name
+
+
+def prepare(path: Path, args: argparse.Namespace) -> Job:
+    """Reads the sweep and checks all that was asked for, the space at its edges too; nothing is trained or written."""
+    sweep = load_sweep(path)
+    changes = parse_overrides(args.changes)
+    check(sweep, args.scale, changes, args.select)
+    trials = sweep.trials if args.trials is None else args.trials
+    seeds = seeds_of(args.seeds) or sweep.scale[args.scale].seeds or sweep.seeds
+    for name, value, fine in (
+        ("trials", trials, trials >= 1),
+        ("workers", args.workers, args.workers >= 1),
+        ("trial-timeout", args.trial_timeout, args.trial_timeout is None or args.trial_timeout > 0),
+    ):
+        if not fine:
+            raise ValueError(f"--{name} {value}: must be more than 0")
+    if set(seeds) & set(sweep.final_seeds):
+        raise ValueError(
+            f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.final_seeds))} are kept fresh for the finals"
+        )
+    if args.database is not None and "://" not in args.database:
+        raise ValueError(
+            f"--database {args.database}: must be an URL, such as sqlite:///sweeps.db; leave it out for a journal "
+            "beside the trials"
+        )
+    name = args.study or f"{sweep.name}-{args.scale}" + ("-val" if args.select == "val" else "")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"--study {name!r}: letters, digits, dots, dashes and underscores only")
+    _check_publishing(args)
+    namer = Namer(sweep, args.scale, changes, args.select, args.workers)
+    optuna_pruner(args.scheduler, namer.steps)  # whether it can judge at these rungs
+    published = ROOT / "reports" / "published"
+    store = Store(Path(args.storage), [published])
+    own = published if args.publish else ROOT / "reports" / args.scale
+    out = Path(args.out).expanduser().absolute() if args.out else own / f"sweep_{sweep.name}"
+    example = namer.planned(sweep.initial_point, seeds[0])
+    settings = Settings(
+        threads=example.threads or sweep.scale[args.scale].threads or 1,
+        gpus_per_trial=args.gpus_per_trial,
+        max_concurrent=args.max_concurrent,
+        hang_after=args.hang_after,
+        address=args.address,
+    )
+    found = room(settings, [example] * trials)
+    return Job(sweep, args.scale, args, namer, store, name, trials, seeds, out, settings, found)
+
+
+def _check_publishing(args: argparse.Namespace) -> None:
+    """ValueError for what would make the published sweep another one than its file says."""
+    others = [name for name in ("changes", "seeds", "out", "no_finals") if getattr(args, name)]
+    wrong = [f"--{others[0].replace('_', '-')}"] if others else []
+    wrong += [f"--scale {args.scale}"] * (args.scale != "digits")
+    if args.publish and wrong:
+        raise ValueError(f"--publish {wrong[0]}: a published page is of the sweep as its file has it, --scale digits")
+
+
+# The sweep's directory
+
+
+def alone(directory: Path) -> leases.Lease:
+    """The right to drive the sweep, after a wait if need be. ValueError where others have it, or writing fails."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        watch = leases.Watch()
+        lease = leases.take_or_wait(directory, watch)
+    except OSError as error:
+        raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); see --storage") from error
+    if lease is None:
+        holder = next(iter(leases.living(directory, watch).values()), None)
+        raise ValueError(f"{directory}: {holder or 'another driver'} is at this sweep; wait, or give --study NAME")
+    return lease
+
+
+def open_directory(job: Job) -> None:
+    """Notes what the sweep is of, as ``check_same`` compares it; its space may be wider now. Raises ValueError."""
+    path = job.directory / META
+    for left in job.directory.rglob(".*.tmp"):  # of a driver that was killed while it wrote
+        left.unlink(missing_ok=True)
+    check_same(job)
+    try:
+        (job.directory / "trials").mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(meta(job), indent=1).encode())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); see --storage") from error
+
+
+def check_same(job: Job) -> None:
+    """Raises ValueError where the sweep's directory is that of another sweep; one that is not there yet is of none."""
+    path = job.directory / META
+    try:
+        before = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); give the sweep another name with --study") from None
+    faults = differences(before, job)
+    if faults:
+        more = "; a wider space or more trials would go on with it, this needs another name: --study NAME"
+        raise ValueError(f"{job.directory} is another sweep: {'; '.join(faults)}{more}")
+
+
+def differences(before: Mapping[str, Any], job: Job) -> list[str]:
+    """Why the sweep that ``before`` is of, as ``meta`` described it, is not continued by this one."""
+    faults = [
+        f"{name} was {before.get(name)!r}, and is now {value!r}"
+        for name, value in json.loads(json.dumps(meta(job))).items()
+        if name != "space" and before.get(name) != value
+    ]
+    return faults + shrunk(before.get("space", {}), job.sweep.space)
+
+
+def meta(job: Job) -> dict[str, Any]:
+    """What makes trials comparable: all but the space, the number of trials, and how they are drawn and stopped.
+
+    It has no machine's paths in it.
+    """
+    fixed = {path: value for path, value in job.namer.fixed.items() if not path.startswith("runtime.")}
+    if fixed.get("model.weights"):
+        fixed["model.weights"] = Path(str(fixed["model.weights"])).name  # a run's name has a hash of the file
+    return {
+        "sweep": job.sweep.name,
+        "scale": job.scale,
+        "select": job.args.select,
+        "seeds": list(job.seeds),
+        "rungs": list(job.namer.steps),
+        "fields": {path: fixed[path] for path in sorted(fixed)},
+        "first run": job.namer.planned(job.sweep.initial_point, job.seeds[0]).run_id,
+        "space": dumped(job.sweep.space),
+    }

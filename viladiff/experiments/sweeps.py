@@ -1,0 +1,174 @@
+"""From a sweep's file to its answer: search, the best points anew on fresh seeds, verdict. Ray and torch come late."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from viladiff.config.base import nearest
+from viladiff.experiments.compare_sweeps import tuned
+from viladiff.experiments.publish_sweep import adopt, publish_sweep, published_trials
+from viladiff.experiments.sweep_messages import again, conclusion, line, outline
+from viladiff.experiments.sweep_setup import Job, alone, check_same, open_directory, prepare
+from viladiff.experiments.tables import ROOT, Pages, hinted
+from viladiff.runs.job import Event
+from viladiff.runs.lease import Lease
+from viladiff.runs.store import Store
+from viladiff.sweeps.controller import Search
+from viladiff.sweeps.finals import Finalist, finalists
+from viladiff.sweeps.optuna_study import JOURNAL, Asker
+from viladiff.sweeps.pruners import optuna_pruner
+from viladiff.sweeps.trial_queue import SearchDesk
+from viladiff.sweeps.trials import Trial, load_trials, ranked
+from viladiff.tables.plan import Planned
+
+
+def find(name: str) -> Path:
+    """The file of a sweep, by name or by path. ValueError lists those there are."""
+    path = Path(name) if name.endswith(".toml") else ROOT / "tune" / f"sweep_{name}.toml"
+    if path.is_file():
+        return path
+    known = sorted(one.stem.removeprefix("sweep_") for one in (ROOT / "tune").glob("sweep_*.toml"))
+    there = f"there are {', '.join(known)}{nearest(name, known)}" if known else "they come with a checkout, not a wheel"
+    raise ValueError(f"sweep {name!r}: not known; {there}, or give the path of a .toml file")
+
+
+def run(path: Path, args: argparse.Namespace, command: str) -> int:
+    """Searches, trains the best anew, says; the exit status: 0 all done, 1 it was given up, 130 interrupted."""
+    job = prepare(path, args)
+    if args.dry_run:
+        print("\n".join(outline(job)))
+        return 0
+    if args.render:
+        check_same(job)
+        trials = load_trials(job.directory / "trials") or published_trials(job)
+        return conclude(job, trials, write(job, trials, command))
+    with alone(job.directory) as lease:
+        open_directory(job)
+        adopt(job)
+        return _search(job, command, lease)
+
+
+def _search(job: Job, command: str, lease: Lease) -> int:
+    """The sweep from where it is to its end, with a page that is rewritten on the way."""
+    load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
+    pages = Pages(lambda: write(job, load(), command, resting=False))
+    desk = _desk(job, lease.check, pages.dirty.set)
+    begun = len(desk.search.trials)
+    print(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
+    from viladiff.cluster.sweep_executor import run_search
+
+    with pages:
+        run_search(desk)
+    trials, given_up = desk.search.trials, desk.search.hopeless
+    index = write(job, trials, command, given_up)
+    if given_up:
+        print(f"given up: {given_up}\nthe page: {index}", file=sys.stderr)
+        return 1
+    job.store.sweep()
+    failed = any([_failed(desk, one) for one in finalists(job.sweep, trials, job.namer)])
+    return conclude(job, trials, index) or (130 if desk.stopping else int(failed))
+
+
+def conclude(job: Job, trials: Sequence[Trial], index: Path) -> int:
+    """Says what came out; 0."""
+    print("\n".join(conclusion(job, trials, finalists(job.sweep, trials, job.namer))))
+    print(f"\nthe page: {index}")
+    return 0
+
+
+def _desk(
+    job: Job, held: Callable[[], None] = lambda: None, changed: Callable[[], object] = lambda: None
+) -> SearchDesk:
+    """The sweep as it was left; ``held`` as Search has it, ``changed`` when there is something new for its page."""
+    args, found = job.args, job.room
+    if found.note:
+        print(found.note)
+    parallel = found.slots > 1
+    where = args.database or str(job.directory / JOURNAL)
+    asker = Asker(
+        job.name,
+        job.sweep.space,
+        job.sweep.initial_point,
+        args.sampler,
+        args.sampler_seed,
+        parallel,
+        where,
+        optuna_pruner(args.scheduler, job.namer.steps),
+    )
+
+    def ended(trial: Trial) -> None:
+        print(line(trial, job.namer.steps[-1]), flush=True)
+        changed()
+
+    def hear(event: Event) -> None:
+        if event.kind in ("note", "retry"):
+            print(event.message, file=sys.stderr, flush=True)
+        elif event.kind == "done":
+            changed()
+
+    search = Search(
+        job.directory / "trials",
+        asker,
+        job.namer.planned,
+        job.seeds,
+        job.namer.steps,
+        job.trials,
+        job.store,
+        ended,
+        held,
+    )
+    then = None if args.no_finals else partial(_finals, job, search)
+    return SearchDesk(search, job.store, found.settings, found.slots, hear, timeout=args.trial_timeout, then=then)
+
+
+def _finals(job: Job, search: Search) -> list[Planned]:
+    """The runs of the finalists that are not done."""
+    found = finalists(job.sweep, search.trials, job.namer)
+    left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
+    if left:
+        print(f"the best points anew: {len(left)} runs on fresh seeds", flush=True)
+    return left
+
+
+def _failed(desk: SearchDesk, finalist: Finalist) -> bool:
+    """Whether a run of a finalist failed, which is said."""
+    failed = False
+    for seed, run in finalist.runs.items():
+        outcome = desk.outcomes.get(run.run_id)
+        if outcome is not None and outcome.failure is not None and outcome.state == "failed":
+            failed = True
+            print(f"failed: {finalist.label}, seed {seed}: {outcome.failure.message}", file=sys.stderr)
+    return failed
+
+
+def write(job: Job, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True) -> Path:
+    """Publishes the sweep if asked to, and writes its page; returns where that is."""
+    from viladiff.report.sweep.sweep_page import Shown, render_sweep
+
+    store = job.store
+    found = finalists(job.sweep, trials, job.namer)
+    if job.args.publish:
+        publish_sweep(job, trials, found)
+        # From what is committed and nothing else, so that whoever clones it makes the same page.
+        store, trials = Store(store.root / "nothing", store.layers), published_trials(job)
+    best = ranked(list(trials))
+    shown = Shown(
+        job.sweep,
+        job.scale,
+        trials,
+        found,
+        store.records(),
+        job.namer.steps,
+        max(job.trials, len(trials)),
+        job.args.select,
+        hinted(command),
+        again(job, best[0]) if best else "",
+        given_up,
+        resting,
+        tuned(job, trials, found) if resting and job.sweep.beside else (),
+    )
+    return render_sweep(shown, job.out)

@@ -1,0 +1,332 @@
+"""From a table's file to its page: plan, run what is missing, and keep the page up to date. Ray and torch come late.
+
+A second call with nothing left to run loads neither, so that a changed title is on the page within seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from viladiff.config.base import parse_overrides
+from viladiff.runs.job import Event, Outcome, Settings
+from viladiff.runs.store import Store
+from viladiff.tables.estimate import estimate
+from viladiff.tables.plan import Plan, Planned, make_plan, states
+from viladiff.tables.spec import Table
+from viladiff.tables.spec_file import load_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+"""The checkout: tables, reports and the records that are committed with them."""
+PICTURES = 4
+"""Validation images of each cell's first seed whose labels are kept at every stage."""
+REWRITE = 20.0
+"""Seconds at least between two versions of the page while runs finish."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call: a table at a scale, where its runs live, and where its page goes."""
+
+    table: Table
+    plan: Plan
+    store: Store
+    out: Path
+    command: str
+    published: bool = False
+    """Whether finished runs are copied beside the page, to be committed."""
+    path: Path | None = None
+    """The table's file; the tables beside it are looked at for printed numbers that contradict its own."""
+    beside: Plan | None = None
+    """Of the scale whose committed records stand beside these runs; None where the scale names none."""
+
+    @property
+    def records(self) -> Store:
+        """Committed records and nothing else."""
+        return Store(self.store.root / "nothing", [ROOT / "reports" / "published"])
+
+
+def run(path: Path, args: argparse.Namespace, command: str) -> int:
+    """Plans, says or does, and writes; returns the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
+    _check_options(args)
+    job = prepare(path, args, command)
+    settings = Settings(
+        threads=job.table.scale[args.scale].threads or 1,
+        gpus_per_trial=args.gpus_per_trial,
+        max_concurrent=args.max_concurrent,
+        hang_after=args.hang_after,
+        address=args.address,
+        dashboard=args.dashboard,
+    )
+    if args.dry_run:
+        from viladiff.experiments.dry_run import outline
+
+        beside = None if job.beside is None else (job.beside, job.records)
+        outline(job.plan, job.store, settings, job.out, args.price, beside)
+        return 0
+    if args.fresh:
+        _set_aside(job)
+    try:
+        outcomes = [] if args.render else execute(job, settings)
+    finally:
+        job.store.sweep()  # also where a second Ctrl-C ended it at once
+    index = write(job)
+    return conclude(job, outcomes, index)
+
+
+def prepare(path: Path, args: argparse.Namespace, command: str) -> Job:
+    """Reads the table, checks all that was asked for and names its runs; nothing is trained."""
+    table = load_table(path)
+    changes: dict[str, object] = dict(parse_overrides(args.changes))
+    if args.encoder is not None:
+        changes.setdefault("model.encoder", args.encoder)
+        changes.setdefault("model.pretrained", "shipped" if args.encoder == "digits_vit" else "timm")
+    if args.workers is not None:
+        changes.setdefault("runtime.workers", args.workers)
+    published = ROOT / "reports" / "published"
+    storage = Path(args.storage).expanduser().absolute()
+    plan = make_plan(
+        table,
+        args.scale,
+        seeds=seeds_of(args.seeds),
+        rows=args.rows,
+        columns=args.columns,
+        changes=changes,
+        cache=storage / "plans",
+    )
+    other = table.scale[args.scale].published_runs
+    beside = make_plan(table, other, cache=storage / "plans") if other else None
+    # Where published numbers have a column of their own, what counts as run here is what was run here.
+    store = Store(storage, [] if args.fresh or beside else [published])
+    store.sweep()
+    default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
+    out = Path(args.out).expanduser().absolute() if args.out else default
+    return Job(table, plan, store, out, command, args.publish, path, beside)
+
+
+def execute(job: Job, settings: Settings) -> list[Outcome]:
+    """Runs what is not done, with a live table; the page is rewritten as runs finish, on a thread of its own."""
+    records = job.store.records()
+    left = [_with_extras(job, one) for one in job.plan.runs.values() if one.run_id not in records]
+    if not left:
+        return []
+    from viladiff.cluster.executor import run_jobs
+    from viladiff.cluster.resources import at_once
+    from viladiff.experiments.live_table import Live
+
+    room = at_once(settings, left)
+    expected = None if room is None else estimate(job.plan, job.store, room.slots).seconds
+    done = {name: record.miou for name, record in records.items()}
+    with Pages(lambda: write(job)) as pages, Live(job.plan, done, room and room.slots, expected=expected) as live:
+
+        def hear(event: Event) -> None:
+            live.hear(event)
+            if event.kind in ("done", "failed"):
+                pages.dirty.set()
+
+        return run_jobs(left, job.store, settings, hear)
+
+
+class Pages:
+    """Writes the page again when it is out of date, not more often than every ``REWRITE`` seconds, beside the runs."""
+
+    def __init__(self, write: Callable[[], object]) -> None:
+        self.write, self.dirty, self.over = write, threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._keep, name="page", daemon=True)
+
+    def __enter__(self) -> Pages:
+        self.dirty.set()  # a first page, so that there is something to look at from the beginning
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.dirty.set()
+        self.thread.join()
+
+    def _keep(self) -> None:
+        while True:
+            self.dirty.wait()
+            if self.over.is_set():
+                return  # whoever ends this writes the last page
+            self.dirty.clear()
+            try:
+                self.write()
+            except Exception as error:  # a page that cannot be drawn must not end a campaign
+                print(f"the page could not be written: {error}", file=sys.stderr)
+            self.over.wait(REWRITE)
+
+
+def write(job: Job) -> Path:
+    """Publishes finished runs if asked to, judges the claims, writes the page; returns the path of its index.html."""
+    from viladiff.experiments.publish import publish
+    from viladiff.report.table.table_page import render_table
+    from viladiff.tables.claims import judge
+    from viladiff.tables.consistency import inconsistencies, siblings
+
+    store = job.store
+    if job.published:
+        publish(job.plan, store, job.out)
+        # From what is committed and nothing else, so that whoever clones it makes the same page.
+        store = Store(job.store.root / "nothing", job.store.layers)
+    judged, records, published = job.plan, store.records(), None
+    if job.beside is not None:
+        published = job.beside, job.records
+        committed = published[1].records()
+        if committed.keys() & job.beside.runs.keys():
+            judged, records = job.beside, committed
+    verdicts = judge(judged, records)
+    printed = inconsistencies(job.table, siblings(job.path) if job.path else ())
+    return render_table(
+        job.plan,
+        store,
+        job.out,
+        command=hinted(job.command),
+        verdicts=verdicts,
+        printed=printed,
+        published=published,
+    )
+
+
+def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
+    """Says what came out, in a few lines."""
+    found = list(states(job.plan, job.store).values())
+    if job.beside is None:
+        print((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
+    else:
+        _say_beside(job, job.beside)
+    print(f"{found.count('done')} of {len(found)} runs done; the page: {_relative(index)}")
+    stopped = [outcome for outcome in outcomes if outcome.state == "stopped"]
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if any(one.failure is not None and one.failure.kind == "stale" for one in failed):
+        _forget(job.plan)
+    for outcome in failed:
+        why = outcome.failure.message if outcome.failure else "no reason is known"
+        print(f"failed: {job.plan.runs[outcome.run_id].title}: {why}", file=sys.stderr)
+    if stopped:
+        print(f"{len(stopped)} runs were stopped; the same command continues:\n  {job.command}", file=sys.stderr)
+        return 130
+    return int(bool(failed))
+
+
+def _say_beside(job: Job, other: Plan) -> None:
+    """The three columns in a few lines, and the sentence that they come to."""
+    from viladiff.report.sections.beside import sentence, to_terminal
+    from viladiff.report.table.results import gather
+    from viladiff.report.table.table_page import beside_of
+
+    both = beside_of(gather(job.plan, job.store), other, job.records, job.out)
+    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{sentence(both)}\n")
+
+
+def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_form: bool = False) -> pd.DataFrame:
+    """A table as far as it was run; trains nothing. Rows by (column, mean | sd | n | paper), all in percent.
+
+    ``n`` counts the seeds of a cell that are done, ``sd`` is their sample standard deviation, NaN below two. Runs of
+    one seed share their labelled images and draws from row to row, so that ``sd`` is not the spread of a difference:
+    ``long_form`` has a line a run, with its seed, to take differences within a seed. Verdicts are on the page alone.
+
+    >>> import viladiff
+    >>> viladiff.table(5, "digits")  # doctest: +SKIP
+    """
+    from viladiff.report.table.long_form import frame
+
+    found = load_table(find(name))
+    plan = make_plan(found, scale, cache=Path(storage).absolute() / "plans")
+    return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"], repair=False), long_form=long_form)
+
+
+def find(name: str | int) -> Path:
+    """The file of a table: by number, by name, or by path. ValueError lists those there are."""
+    given = Path(str(name))
+    path = given if given.suffix == ".toml" else ROOT / "ablations" / f"{'table' * given.name.isdigit()}{name}.toml"
+    if path.is_file():
+        return path
+    known = sorted(one.stem for one in (ROOT / "ablations").glob("*.toml"))
+    if not known:
+        raise ValueError(f"{ROOT / 'ablations'}: no tables there; they come with a checkout, not with a wheel")
+    raise ValueError(f"table {name!r}: not known; there are {', '.join(known)}, or give the path of a .toml file")
+
+
+# Parts
+
+
+def typed(program: str, words: Sequence[str]) -> str:
+    """The command that brings the table on from here, to be pasted into a shell."""
+    return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--fresh", "--render"))])
+
+
+def hinted(command: str) -> str:
+    """The command for a page, which may be published: where this machine keeps things is left out."""
+    return re.sub(r"""(?<![\w.])[~/][^\s'"]*/""", "…/", command)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """ValueError for options that contradict each other."""
+    if args.fresh and args.render:
+        raise ValueError("--fresh --render: the first sets all runs aside, so the second would find none; give one")
+    partial = [name for name in ("rows", "columns", "seeds", "encoder", "changes", "fresh") if getattr(args, name)]
+    if args.publish and (partial or args.scale != "digits"):
+        wrong = f"--scale {args.scale}" if args.scale != "digits" else f"--{partial[0]}"
+        raise ValueError(f"--publish {wrong}: a published page is of the whole table, at --scale digits")
+
+
+def seeds_of(text: str | None) -> tuple[int, ...] | None:
+    """Seeds as typed: how many, from 0, or a list; None where nothing was. Raises ValueError."""
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word.strip().isdigit() for word in words) or (len(words) == 1 and int(text) < 1):
+        raise ValueError(f"--seeds {text}: a number of seeds such as 3, or a list such as 0,1,5")
+    return tuple(range(int(text))) if len(words) == 1 else tuple(dict.fromkeys(int(word) for word in words))
+
+
+def _with_extras(job: Job, one: Planned) -> Planned:
+    """Fields outside a run's name that a table wants: a log that a screen can follow, pictures of the first seed."""
+    extras: dict[str, object] = {"runtime.log_every": 10}
+    seed = next(cell.seed for cell in job.plan.cells if cell.run_id == one.run_id)
+    if seed == job.plan.seeds[0]:
+        extras["runtime.visualizations"] = PICTURES
+    return replace(one, changes={**extras, **one.changes})
+
+
+def _forget(plan: Plan) -> None:
+    """Drops the file of a plan that is out of date."""
+    if plan.file is not None:
+        with suppress(OSError):
+            plan.file.unlink()
+    print(
+        "code, data or weights have changed since the runs were named; the same command names them anew",
+        file=sys.stderr,
+    )
+
+
+def _set_aside(job: Job) -> None:
+    aside = job.store.root / "replaced" / time.strftime("%Y%m%dT%H%M%S")
+    for run_id in job.plan.runs:
+        directory = job.store.directory(run_id)
+        lease = job.store.lease(run_id) if directory.is_dir() else None
+        if lease is None:
+            continue  # not there, or somebody is at it
+        with lease:
+            aside.mkdir(parents=True, exist_ok=True)
+            for path in [path for path in directory.iterdir() if not path.name.startswith("lease")]:
+                (aside / run_id).mkdir(exist_ok=True)
+                shutil.move(path, aside / run_id / path.name)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,189 @@
+"""A run seen from outside: what it would be before it starts, its networks and its scores after it is done."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.distributed as dist
+
+from viladiff.config.base import INTEGER, nest
+from viladiff.core.distributed import in_workers, tf32
+from viladiff.data.files.validate import check_files
+from viladiff.evaluation.metrics import results
+from viladiff.evaluation.protocols import STREAMS
+from viladiff.methods import METHODS
+from viladiff.methods.base import Method
+from viladiff.models.segmenter import Build
+from viladiff.runs.checkpoint import load_file
+from viladiff.runs.config import ConfigError, RunConfig, override
+from viladiff.runs.gradient_shares import measured_steps
+from viladiff.runs.record import RunRecord, load_record, write_atomically
+from viladiff.training.errors import check_inputs
+from viladiff.training.optim import total_steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def preview(cfg: RunConfig) -> dict[str, Any]:
+    """Name, place, length, images and parameters of what ``fit(cfg)`` would do; may render data, trains nothing.
+
+    Files are checked as ``fit`` does, which then finds what was read of them. Raises ValueError as it does.
+    """
+    from viladiff.training.trainer import Run
+
+    run = Run(cfg)
+    notes = check_files(run.dataset)
+    method = METHODS[cfg.method.name](cfg.method, run.build())
+    check_inputs(cfg, method, run.dataset, cfg.runtime.workers)
+    done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
+    state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in method.networks().items()}
+    return {
+        "run": run.name,
+        "directory": run.directory,
+        "state": state,
+        "device": run.device,
+        "steps": total_steps(cfg, run.dataset, method.views_wanted().unlabelled),
+        "list of labelled images": run.dataset.split_name or "the data set's own",
+        "labelled images": len(run.dataset.labelled),
+        "unlabelled images": len(run.dataset.unlabelled) if method.views_wanted().unlabelled else "not used",
+        "validation images": len(run.dataset.val_images),
+        "captions": run.dataset.caption_source,
+        **_measuring(cfg.runtime.gradient_shares, total_steps(cfg, run.dataset, method.views_wanted().unlabelled)),
+        **{f"parameters of {name}": f"{count:,}" for name, count in counts.items()},
+        "trained parameters": f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,}",
+        **({"notes": "; ".join(notes)} if notes else {}),
+    }
+
+
+def _measuring(each: int, steps: int) -> dict[str, str]:
+    """What gradient shares cost where they cost more than 1 %: a backward pass a part, two thirds of a step's time."""
+    count = len(measured_steps(each, steps))
+    more = 200 * count / (3 * steps)
+    what = f"at {count} of {steps} steps, at most {more:.1f} % more time for each part of the loss"
+    return {"gradient shares": what} if more > 0.1 else {}
+
+
+class Finished(NamedTuple):
+    """What is left of a run in its directory."""
+
+    directory: Path
+    record: RunRecord
+    cfg: RunConfig
+
+
+def finished(directory: Path | str, changes: Mapping[str, object] | None = None) -> Finished:
+    """The run of a directory, with other fields under ``eval`` and ``runtime`` if wanted; the record stays as it is.
+
+    Raises ConfigError for other fields, ValueError where there is no finished run or its network has been removed.
+    """
+    directory, changes = Path(directory), changes or {}
+    if not (directory / "record.json").is_file():
+        raise ValueError(f"{directory}: no record.json in it, so it is not the directory of a finished run")
+    wrong = [path for path in changes if path.split(".")[0] not in ("eval", "runtime")]
+    if wrong:
+        raise ConfigError(f"{wrong[0]}: would be another run; of a finished one only eval and runtime can be changed")
+    if not (directory / "checkpoint.pt").is_file():
+        raise ValueError(f"{directory}: no checkpoint.pt in it (viladiff runs gc removes it), so no network is left")
+    record = load_record(directory / "record.json")
+    cfg = override(RunConfig(**nest(record.config)), {"runtime.workers": 1, **changes})
+    return Finished(directory.resolve(), record, cfg)
+
+
+def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> Method:
+    """The method with weights that are still to be filled in: nothing pretrained is looked for.
+
+    But for ``model.encoder=transformers``, whose directory alone says what the network is. ValueError where it is gone.
+    """
+    gone: dict[str, object] = {} if cfg.model.encoder == "transformers" else {"model.weights": None}
+    plain = override(cfg, {"model.pretrained": "none", **gone})
+    data, names = cfg.data, tuple(class_names)
+    build = Build(plain.model, len(names), text_dim, data.dataset, names, data.crop)
+    return METHODS[cfg.method.name](cfg.method, build)
+
+
+def trained_method(run: Finished) -> Method:
+    """The method as its last step left it, on the CPU, in evaluation mode; no data set is opened.
+
+    Raises ValueError where the checkpoint is damaged or of another version.
+    """
+    path = run.directory / "checkpoint.pt"
+    state: dict[str, Tensor] = load_file(path)["method"]
+    method = empty_method(run.cfg, run.record.class_names, text_dim(state))
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of another version of this model ({last_line(error)})") from error
+    return method.eval()
+
+
+def text_dim(state: Mapping[str, Tensor]) -> int:
+    """Channels of a word, read off the first layer that sees one, or off classes' texts; 1 without either."""
+    ends = ("words.0.weight", "class_texts")
+    return next((value.shape[-1] for name, value in state.items() if name.endswith(ends)), 1)
+
+
+def last_line(error: Exception) -> str:
+    """Of a message that lists everything, the end, which names a parameter."""
+    return str(error).splitlines()[-1].strip()
+
+
+def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[str, Any]:
+    """Scores of a finished run once more, ``{network: {stream: {score: value}}}`` under ``scores``.
+
+    ``eval`` and ``runtime`` may be changed as in ``finished``. ``confusion`` holds {network: {stream: rows of counts}},
+    truth down, prediction across. Several workers share the images, each counted once. Raises as ``finished``, and
+    ValueError where the data cannot be read.
+    """
+    rest = {path: value for path, value in changes.items() if path != "runtime.workers"}
+    run, workers = finished(directory, rest), _count(changes.get("runtime.workers", 1))
+    if workers == 1:
+        return _evaluated(run)
+    with tempfile.TemporaryDirectory() as place:
+        answer = in_workers(_evaluated_worker, run.cfg, workers, str(run.directory), rest, f"{place}/found.json")
+        return json.loads(Path(answer).read_text(encoding="utf-8"))
+
+
+def _count(workers: object) -> int:
+    """Not by way of the configuration: of training, another number of workers might not fit the batch."""
+    if not INTEGER.fullmatch(str(workers)) or int(str(workers)) < 1:
+        raise ConfigError(f"runtime.workers = {workers!r}: must be a whole number, 1 or more")
+    return int(str(workers))
+
+
+def _evaluated_worker(cfg: RunConfig, directory: str, changes: dict[str, object], into: str) -> str:
+    found = _evaluated(finished(directory, changes))
+    if dist.get_rank() == 0:
+        write_atomically(Path(into), json.dumps(found).encode())
+    return into
+
+
+def _evaluated(finished_run: Finished) -> dict[str, Any]:
+    from viladiff.evaluation.evaluator import meters
+    from viladiff.training.trainer import Run
+
+    record, cfg = finished_run.record, finished_run.cfg
+    run = Run(cfg)
+    run.method = trained_method(finished_run).to(run.device)
+    if run.dataset.class_names != tuple(record.class_names):
+        raise ValueError(f"the data have the classes {run.dataset.class_names}, the run had {record.class_names}")
+    same = run.fingerprints["data"] == record.fingerprints.get("data")
+    found: dict[str, Any] = {"scores": {}, "confusion": {}}
+    for name, network in run.method.networks().items():
+        with tf32(cfg.train.tf32):
+            measured = meters(run, network, STREAMS, cfg.eval.boundary)
+        scores = results(measured)
+        found["scores"][name] = {stream: asdict(score) for stream, score in scores.items()}
+        found["confusion"][name] = {stream: measured[stream].confusion().tolist() for stream in scores}
+    return {
+        "run": record.run_id,
+        "protocol": cfg.eval.protocol,
+        "data": "as in training" if same else "not as in training: files or lists have changed since",
+        **found,
+    }

@@ -1,0 +1,168 @@
+"""AllSpark's block: channels of labelled features are rebuilt from channels of unlabelled ones, kept by class.
+
+Tokens are (B, N, C) of the block's own width C; a channel is a map of N tokens, and it is channels that attend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from viladiff.data.batch import TextBatch
+from viladiff.models.encoders.build import Encoder
+from viladiff.models.segmenter import Segmenter, Stream
+
+Draw = Callable[[str, tuple[int, ...]], Tensor]
+"""What they are for and a shape, to that many uniform numbers for each image of a batch: (B, *shape)."""
+
+
+class ChannelAttention(nn.Module):
+    """A = softmax(norm(Q^T K)) between channels, then V A^T and a linear layer; norm is over each whole map."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, heads * width, bias=False) for _ in range(3))
+        self.out = nn.Linear(heads * width, width, bias=False)
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x: Tensor, source: Tensor, draw: Draw | None = None, p: float = 0.1) -> Tensor:
+        """x (B, N, C) asks; the channels of source (G, S, N, C) answer all together, those of S images and all heads.
+
+        G is 1 where all images of x read the same source, else B. The map is (B, h C, S h C). With ``draw``, weights of
+        the map and numbers of the answer are each dropped with probability ``p``.
+        """
+        keys, values = (f(source).transpose(1, 2).flatten(2) for f in (self.key, self.value))
+        found = _attend(self.query(x).mT, keys, values.mT, draw, p)
+        return _dropped(self.out(found.mT), draw, p)
+
+    def within(self, x: Tensor, draw: Draw | None = None, p: float = 0.1) -> Tensor:
+        """x (B, N, C) asks itself, each head for itself: maps (B, h, C, C)."""
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1) for f in (self.query, self.key, self.value))
+        found = _attend(q, k.mT, v, draw, p)
+        return _dropped(self.out(found.flatten(1, 2).mT), draw, p)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, draw: Draw | None, p: float) -> Tensor:
+    """queries (..., R, N), keys (..., N, M), values (..., M, N) to (..., R, N); of float32 but for the products."""
+    scores = (queries @ keys).float()
+    weights = F.layer_norm(scores, scores.shape[-2:]).softmax(-1)
+    return _dropped(weights, draw, p, "weights").to(values.dtype) @ values
+
+
+def _dropped(x: Tensor, draw: Draw | None, p: float, what: str = "answer") -> Tensor:
+    """x (B, ...) with each number dropped with probability p and the rest scaled by 1 / (1 - p)."""
+    if draw is None or not p:
+        return x
+    return x * ((draw(what, tuple(x.shape[1:])) >= p) / (1 - p)).to(x.dtype)
+
+
+class Spark(nn.Module):
+    """Convolution and GELU, attention with a residual, convolution and GELU: a map like the one that went in."""
+
+    def __init__(self, channels: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.enter = nn.Sequential(nn.Conv2d(channels, width, 1), nn.GELU())
+        self.norm, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.cross, self.own = ChannelAttention(width, heads), ChannelAttention(width, heads)
+        self.leave = nn.Sequential(nn.Conv2d(width, channels, 1), nn.GELU())
+
+    def embed(self, top: Tensor) -> tuple[Tensor, Tensor]:
+        """top (B, D, h, w) to tokens (B, N, C), as they are and normalised."""
+        tokens = self.enter(top).flatten(2).mT
+        return tokens, self.norm(tokens)
+
+    def restore(self, tokens: Tensor, grid: torch.Size) -> Tensor:
+        """Tokens (B, N, C) to (B, D, h, w)."""
+        return self.leave(self.norm_out(tokens).mT.unflatten(2, tuple(grid)))
+
+    def forward(self, top: Tensor) -> Tensor:
+        """As in evaluation: every image is rebuilt from its own channels, in any size."""
+        tokens, e = self.embed(top)
+        return self.restore(tokens + self.cross(e, e[:, None]), top.shape[-2:])
+
+
+class SparkSegmenter(Segmenter):
+    """A segmenter with the block between encoder and decoder."""
+
+    def __init__(self, encoder: Encoder, width: int, num_classes: int, *, spark_width: int, heads: int) -> None:
+        super().__init__(encoder, width, num_classes)
+        self.spark = Spark(encoder.channels[-1], min(spark_width, encoder.channels[-1]), heads)
+
+    def decode(
+        self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
+    ) -> dict[str, Stream]:
+        return self.decode_rebuilt([*features[:-1], self.spark(features[-1])], text, names)
+
+    def decode_rebuilt(
+        self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
+    ) -> dict[str, Stream]:
+        """``decode`` of maps of which the last has been through the block."""
+        return super().decode(features, text, names)
+
+
+def spark_segmenter(spark_width: int, heads: int) -> Callable[[Encoder, int, int], Segmenter]:
+    """What ``Build`` makes such a network with."""
+    return partial(SparkSegmenter, spark_width=spark_width, heads=heads)
+
+
+class SemanticMemory(nn.Module):
+    """The last C channels that went to each class, each a map of N tokens: 4 K C N bytes, part of the checkpoint."""
+
+    slots: Tensor
+    """(K * C + 1, N); the last row takes what is not kept and is 0."""
+    pushed: Tensor
+    """(K,) channels that each class ever got."""
+
+    def __init__(self, num_classes: int, width: int, side: int) -> None:
+        super().__init__()
+        self.width, self.side = width, side
+        self.register_buffer("slots", torch.zeros(num_classes * width + 1, side * side))
+        self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.int64))
+
+    def read(self, grid: torch.Size, slots: Tensor | None = None) -> Tensor:
+        """(K, N, C) tokens on that grid, or of the ``slots`` of ``placed``; a place without a channel so far is 0."""
+        kept = (self.slots if slots is None else slots)[:-1].unflatten(0, (-1, self.width))
+        return resized(kept, (self.side, self.side), tuple(grid)).mT
+
+    def filled(self) -> Tensor:
+        """Share of the places that hold a channel."""
+        return self.pushed.clamp(max=self.width).float().mean() / self.width
+
+    def push(self, channels: Tensor, classes: Tensor) -> None:
+        """Each class takes its channels (R, N) in their order and forgets its oldest; ``classes`` (R,) int64."""
+        self.slots.copy_(self.placed(channels, classes))
+        self.pushed.add_(F.one_hot(classes, len(self.pushed)).sum(0))
+
+    def placed(self, channels: Tensor, classes: Tensor) -> Tensor:
+        """The slots as they will be after ``push``; the memory itself stays as it is."""
+        own = F.one_hot(classes, len(self.pushed))
+        rank = own.cumsum(0).gather(1, classes[:, None])[:, 0] - 1
+        total = own.sum(0)
+        place = classes * self.width + (self.pushed[classes] + rank) % self.width
+        newest = rank >= total[classes] - self.width  # of more than a queue holds, the last
+        rows = torch.where(newest, place, len(self.slots) - 1)
+        slots = self.slots.index_copy(0, rows, channels.to(self.slots.dtype))
+        slots[-1].zero_()
+        return slots
+
+
+def resized(maps: Tensor, grid: tuple[int, ...], to: tuple[int, ...]) -> Tensor:
+    """Maps (B, C, N) of one grid brought to another, bilinearly."""
+    if grid == to:
+        return maps
+    return F.interpolate(maps.unflatten(2, grid), to, mode="bilinear", align_corners=False).flatten(2)
+
+
+def nearest_class(channels: Tensor, maps: Tensor) -> Tensor:
+    """(U, C) the class whose map over the tokens is most like that of a channel, by cosine.
+
+    ``channels`` (U, C, N) and ``maps`` (U, K, N).
+    """
+    similar = F.normalize(channels.float(), dim=2) @ F.normalize(maps.float(), dim=2).mT
+    return similar.argmax(2)

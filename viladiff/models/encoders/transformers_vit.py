@@ -1,0 +1,108 @@
+"""A plain vision transformer of transformers, read from a local directory: safetensors, and no code of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viladiff.models.encoders.build import Encoder
+
+
+class DirectoryEncoder(Encoder):
+    """Four maps of one size from four evenly spaced blocks, as ``backbones.TimmEncoder`` has them of a plain ViT.
+
+    Raises ValueError for a directory that holds no such model, lacks weights, or would need code of its own.
+    """
+
+    any_size = False
+
+    def __init__(self, directory: Path, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.net, config = read(directory, drop_path)
+        depth, width, cell = config.num_hidden_layers, config.hidden_size, config.patch_size
+        self.blocks = [max(1, depth * (i + 1) // 4) for i in range(4)]
+        """Of the hidden states, whose first is what the blocks begin with."""
+        self.channels, self.strides = (width,) * 4, (cell,) * 4
+        self.norms = nn.ModuleList([nn.GroupNorm(1, width) for _ in range(4)])
+        # Positions are made for one size of image; some models bring them to another only if told to.
+        told = "interpolate_pos_encoding" in inspect.signature(self.net.forward).parameters
+        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if told else {}
+        try:
+            self._freeze_unread(torch.zeros(1, 3, 2 * cell, 3 * cell))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"{directory}: gives no maps of an image: {str(error).splitlines()[0]}") from error
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Sides must be multiples of the patch."""
+        found = self.net(pixel_values=x, output_hidden_states=True, **self.options).hidden_states
+        rows, columns = (side // self.patch for side in x.shape[-2:])
+        # Before the places of the picture come a class token and maybe others.
+        maps = [found[i][:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns)) for i in self.blocks]
+        return [norm(one) for norm, one in zip(self.norms, maps, strict=True)]
+
+    def _freeze_unread(self, image: Tensor) -> None:
+        """Parameters that no map depends on, as a pooler's, do not train: two workers would wait for their gradient."""
+        weights = list(self.parameters())
+        total = torch.stack([one.float().square().sum() for one in self(image)]).sum()
+        for parameter, grad in zip(weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
+            parameter.requires_grad_(grad is not None)
+
+
+def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
+    """The model with all of its weights, in float32, and its configuration; of CLIP the part for images."""
+    from transformers import AutoConfig, AutoModel
+
+    from viladiff.text.pretrained import quiet, require_weights, short
+
+    if not directory.is_dir():
+        raise ValueError(f"model.weights = {str(directory)!r}: there is no such directory")
+    require_weights(directory)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(directory, **options)
+        config = getattr(config, "vision_config", config)
+        check(config)
+        if drop_path:
+            config.drop_path_rate = drop_path
+        with quiet():
+            model, told = AutoModel.from_pretrained(
+                directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
+            )
+    except Exception as error:  # whatever a foreign file makes a library raise
+        hint = ""
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            hint = (
+                "; code that comes with weights is never run; of RADIO timm has its own, as vit_base_patch16_radio_v3"
+            )
+        raise ValueError(f"{directory}: transformers cannot load it: {short(error)}{hint}") from error
+    lacking = sorted(name for name in told["missing_keys"] if "pooler" not in name and "mask_token" not in name)
+    if lacking or told["mismatched_keys"]:
+        first = f", first {lacking[0]}" if lacking else ""
+        raise ValueError(f"{directory}: its weights are of another model: {len(lacking)} are missing{first}")
+    return model, config
+
+
+def check(config: Any) -> None:
+    """ValueError where a configuration is not that of one transformer on square patches of an image."""
+    needed = ("patch_size", "hidden_size", "num_hidden_layers")
+    lacking = [name for name in needed if not isinstance(getattr(config, name, None), int)]
+    if lacking or hasattr(config, "vocab_size"):
+        why = f"no {lacking[0]} that is one number" if lacking else "a vocabulary"
+        raise ValueError(f"a {config.model_type!r} is no plain vision transformer: it has {why}")
+
+
+def directory_checksum(directory: Path) -> str:
+    """16 hex digits of the configuration and of all weights; ValueError where there are none."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    if not files[0].is_file() or len(files) == 1:
+        raise ValueError(f"model.weights = {str(directory)!r}: must be a directory with config.json and *.safetensors")
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()[:16]

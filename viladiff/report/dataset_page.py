@@ -1,0 +1,133 @@
+"""The page that ``viladiff data check`` writes: counts, sizes, classes, faults, and labels laid over their images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from viladiff.core import colormap
+from viladiff.data.constants import IGNORE
+from viladiff.data.files.images import read_image, read_mask
+from viladiff.runs.record import write_atomically
+
+if TYPE_CHECKING:
+    from viladiff.data.files.validate import Report
+
+TEMPLATES = Path(__file__).parent / "templates"
+TILES, ACROSS, SIDE = 24, 6, 192
+"""Most tiles of the mosaic, tiles in a row, and the side of a tile in pixels."""
+GAP = 4
+STRENGTH = 0.55
+"""How much of an overlay is label; what is background keeps the image as it is."""
+
+
+def write_page(report: Report, out: Path, command: str) -> Path:
+    """Writes mosaic.png and index.html into ``out``; returns the path of index.html. ValueError where that fails."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        mosaic = draw_mosaic(report)
+        if mosaic is not None:
+            packed = io.BytesIO()
+            Image.fromarray(mosaic).save(packed, "PNG")
+            write_atomically(out / "mosaic.png", packed.getvalue())
+        write_atomically(out / "index.html", html(report, mosaic is not None, command).encode())
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror or error}); name another with --out") from error
+    return out / "index.html"
+
+
+def draw_mosaic(report: Report) -> np.ndarray | None:
+    """(H, W, 3) uint8 of evenly chosen images under their labels; None where no image has a sound mask."""
+    names = [name for name, one in report.seen.items() if one.pixels is not None and not one.faults]
+    if not names:
+        return None
+    chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, TILES).round().astype(int))]
+    across = min(ACROSS, len(chosen))
+    rows = -(-len(chosen) // across)
+    step = SIDE + GAP
+    canvas = np.full((rows * step - GAP, across * step - GAP, 3), 255, np.uint8)
+    for place, name in enumerate(chosen):
+        tile = _tile(report, name)
+        top, left = (step * at for at in divmod(place, across))
+        top, left = top + (SIDE - tile.shape[0]) // 2, left + (SIDE - tile.shape[1]) // 2
+        canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return canvas
+
+
+def _tile(report: Report, name: str) -> np.ndarray:
+    classes = report.classes
+    image = read_image(report.tree.images[name])
+    mask = read_mask(report.tree.masks[name], len(classes.names), classes.coding)
+    factor = SIDE / max(mask.shape)
+    size = (max(1, round(mask.shape[1] * factor)), max(1, round(mask.shape[0] * factor)))
+    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+    labels = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    return overlay(small, labels, len(classes.names))
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(h, w, 3) uint8: each class but background in its colour over the image, ignored pixels hatched."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:num_classes] = colormap.class_colours(num_classes)
+    shown = np.where((labels == IGNORE)[..., None], colormap.hatch(*labels.shape), colours[labels])
+    mixed = STRENGTH * shown + (1 - STRENGTH) * image
+    return np.where((labels == 0)[..., None], image, np.rint(mixed)).astype(np.uint8)
+
+
+def html(report: Report, mosaic: bool, command: str) -> str:
+    """The page as text; names of files are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("datacheck.html.j2").render(
+        css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        root=report.tree.root.name,
+        command=command,
+        facts=facts(report),
+        classes=class_rows(report),
+        splits=report.splits,
+        faults=report.faults,
+        errors=report.errors,
+        mosaic=mosaic,
+    )
+
+
+def facts(report: Report) -> dict[str, str]:
+    """Counts and sizes, a line each."""
+    masks = sum(one.pixels is not None for one in report.seen.values())
+    found = {"images": f"{len(report.seen):,}", "with a mask that can be read": f"{masks:,}"}
+    sizes = report.sizes()
+    if sizes:
+        count = np.array(list(sizes.values()))
+        for name, side in zip(("height", "width"), np.array(list(sizes)).T, strict=True):
+            sides = np.repeat(side, count)
+            found[f"{name} in pixels"] = f"{sides.min()} to {sides.max()}, median {np.median(sides):g}"
+        (height, width), often = sizes.most_common(1)[0]
+        found["different sizes"] = f"{len(sizes):,}; most often {width} x {height} ({often:,} images)"
+    return {**found, "classes": str(len(report.classes.names))}
+
+
+def class_rows(report: Report) -> list[dict[str, Any]]:
+    """Share of labelled pixels and number of masks of each class, and of what is ignored (as a share of all pixels)."""
+    pixels, images = report.pixels(), report.images()
+    total, valid = int(pixels.sum()), int(pixels[:IGNORE].sum())
+    colours = colormap.class_colours(len(report.classes.names))
+    rows = [
+        {
+            "id": label,
+            "name": name,
+            "colour": colormap.css(colours[label]),
+            "share": 100 * int(pixels[label]) / valid if valid else None,
+            "images": int(images[label]),
+        }
+        for label, name in enumerate(report.classes.names)
+    ]
+    share = 100 * int(pixels[IGNORE]) / total if total else None
+    return [*rows, {"id": IGNORE, "name": "ignored", "colour": "", "share": share, "images": int(images[IGNORE])}]

@@ -1,0 +1,198 @@
+"""What a page on captions has beyond a table's: mIoU against how much captions notice, and both streams of every row.
+
+Used where a spec has ``page = "captions"``. The curve's rows are those that differ from the headline's in
+``data.caption_recall`` alone; the lines are rows of other methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from viladiff.core.colormap import SERIES
+from viladiff.report.charts.scatter import THEMES, save_drawn
+from viladiff.report.sections.leaderboard import Picture, uri
+from viladiff.report.table.exports import markdown, signed
+from viladiff.report.table.results import CEILING, Results, Summary, difference, number, row_name, summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RECALL = "data.caption_recall"
+STREAMS = ("visual", "fusion")
+DASHES = ("--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
+
+
+class Line(NamedTuple):
+    """Both streams of a row of the headline's method."""
+
+    number: str
+    label: str
+    recall: float | None
+    """None where the row differs from the headline's in more than this."""
+    found: tuple[tuple[Summary, ...], ...]
+    """By column of the table, then by ``STREAMS``."""
+
+
+class Level(NamedTuple):
+    """A row of another method."""
+
+    label: str
+    found: tuple[Summary, ...]
+    """By column."""
+
+
+class Dose(NamedTuple):
+    said: tuple[str, ...]
+    lines: tuple[Line, ...]
+    pictures: tuple[Picture, ...]
+    files: tuple[str, ...]
+    """Names of the pictures below figures/."""
+
+
+def dose(results: Results, out: Path) -> Dose | None:
+    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    table = results.plan.table
+    if table.page != "captions":
+        return None
+    base = _fields(results, results.headline)
+    mine = [row for row in results.rows() if _fields(results, row).get("method.name") == base.get("method.name")]
+    lines = tuple(_line(results, row, base) for row in mine if not (table.rows[row].stream or table.rows[row].network))
+    columns = results.plan.columns
+    levels = tuple(
+        Level(row_name(results, row), tuple(summary(results.at(row, column), "miou") for column in columns))
+        for row in results.rows()
+        if row not in mine
+    )
+    head = next((line for line in lines if line.number == number(results, results.headline)), None)
+    ranked = [level for level in levels if CEILING not in level.label]
+    said = [] if head is None else [_said(table.columns[c].label, i, head, ranked) for i, c in enumerate(columns)]
+    pictures, files = _pictures(results, lines, levels, out / "figures")
+    return Dose(tuple(said), lines, pictures, files)
+
+
+def _fields(results: Results, row: int) -> Mapping[str, Any]:
+    """Changed fields of a row's first run; none where it has no run."""
+    plan = results.plan
+    name = next((name for column in plan.columns for name in plan.run_ids(row, column)), None)
+    return {} if name is None else plan.runs[name].changed
+
+
+def _line(results: Results, row: int, base: Mapping[str, Any]) -> Line:
+    mine = _fields(results, row)
+    same = {path: value for path, value in mine.items() if path != RECALL} == {
+        path: value for path, value in base.items() if path != RECALL
+    }
+    recall = mine.get(RECALL, results.plan.default(mine, RECALL)) if same else None
+    found = tuple(
+        tuple(summary(results.at(row, column), "miou", stream=stream) for stream in STREAMS)
+        for column in results.plan.columns
+    )
+    return Line(number(results, row), row_name(results, row), recall, found)
+
+
+def _said(column: str, place: int, head: Line, levels: Sequence[Level]) -> str:
+    """The headline's streams less the best of the other methods, over the seeds that both have."""
+    there = [level for level in levels if level.found[place].mean is not None]
+    visual, fusion = head.found[place]
+    if visual.mean is None or not there:
+        return f"{column}: not measured yet."
+    best = max(there, key=lambda level: level.found[place].mean or 0.0)
+    of = f"the best of {len(there)} baseline{'s' if len(there) > 1 else ''}, {best.label} ({best.found[place]})"
+    rest = f"; {len(levels) - len(there)} not measured yet" if len(there) < len(levels) else ""
+    gaps = [difference(one, best.found[place]) for one in (visual, fusion)]
+    told = [
+        f"{name} {one} mIoU, {signed(gap.mean) if gap else '—'} points"
+        for name, one, gap in zip(
+            ("visual stream", "fusion stream, which reads captions,"), (visual, fusion), gaps, strict=True
+        )
+    ]
+    return f"{column}: {head.label}'s {told[0]} to {of}{rest}. Apart from that, {told[1]} to it."
+
+
+# Pictures
+
+
+def _pictures(
+    results: Results, lines: Sequence[Line], levels: Sequence[Level], folder: Path
+) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+    """One a column where two places of the curve are measured."""
+    found, files = [], []
+    for place, column in enumerate(results.plan.columns):
+        curves = {stream: _curve(lines, place, i) for i, stream in enumerate(STREAMS)}
+        if len(curves["visual"]) < 2:
+            continue
+        beside = [(level.label, level.found[place].mean) for level in levels if level.found[place].mean is not None]
+        title = results.plan.table.columns[column].label
+        numbers: list[Any] = [title, curves, beside]
+
+        def picture(title: str = title, curves: Any = curves, beside: Any = beside) -> Figure:
+            return draw(title, curves, beside)
+
+        paths = save_drawn(numbers, picture, folder, f"captions-{place + 1}")
+        points = [f"{stream} {y:.1f} at {x:g}" for stream, curve in curves.items() for x, y, _ in curve]
+        words = "; ".join([*points, *(f"{label} {mean:.1f}" for label, mean in beside)])
+        light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
+        found.append(Picture(title, light, dark, f"mIoU (%) against recall of captions, {title}. {words}"))
+        files += [path.name for path in paths.values()]
+    return tuple(found), tuple(files)
+
+
+def _curve(lines: Sequence[Line], place: int, stream: int) -> list[tuple[float, float, float | None]]:
+    """(recall, mean, standard deviation) of what is measured, by recall."""
+    of = [(line.recall, line.found[place][stream]) for line in lines if line.recall is not None]
+    return sorted((recall, one.mean, one.spread) for recall, one in of if one.mean is not None and recall is not None)
+
+
+def draw(
+    title: str,
+    curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
+    levels: Sequence[tuple[str, float]],
+) -> Figure:
+    """The light picture: a curve a stream with standard deviations of seeds, a level a row of another method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: it keeps figures and picks a display
+
+    look = THEMES["light"]
+    figure = Figure(figsize=(6.4, 4.2), facecolor=look["ground"])
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.09, 0.12, 0.89, 0.8), facecolor=look["ground"])
+    for place, (stream, curve) in enumerate(curves.items()):
+        x, y = [one[0] for one in curve], [one[1] for one in curve]
+        spread = [one[2] or 0.0 for one in curve]
+        axes.errorbar(x, y, spread, color=SERIES[place], marker="os"[place], markersize=5, label=stream, zorder=3)
+    for place, (label, mean) in enumerate(levels):
+        dashes = DASHES[place % len(DASHES)]
+        axes.axhline(mean, color=look["faint"], linewidth=1, linestyle=dashes, label=label.replace("$", r"\$"))
+    axes.grid(color=look["line"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors=look["faint"])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(look["line"])
+    axes.set_title(title.replace("$", r"\$"), fontsize=9, color=look["ink"], loc="left")
+    axes.set_xlabel("recall of captions", fontsize=8, color=look["faint"])
+    axes.set_ylabel("mIoU (%), mean and standard deviation of seeds", fontsize=8, color=look["faint"])
+    axes.legend(loc="best", fontsize=7, frameon=False, labelcolor=look["faint"])
+    return figure
+
+
+# Plain text
+
+
+def to_markdown(found: Dose | None, columns: Sequence[str]) -> dict[str, list[str]]:
+    """A section of table.md."""
+    if found is None:
+        return {}
+    heads = ["row", "recall", *(f"{stream}, {column}" for column in columns for stream in STREAMS)]
+    grid = [heads, *(list(_cells(line)) for line in found.lines)]
+    pipes = ["| " + " | ".join(markdown(cell) for cell in row) + " |" for row in grid]
+    said = [f"- {markdown(text)}" for text in found.said]
+    return {"What captions bring": [*said, "", pipes[0], "|" + " --- |" * len(heads), *pipes[1:]]}
+
+
+def _cells(line: Line) -> Iterator[str]:
+    yield f"{line.number} {line.label}"
+    yield "—" if line.recall is None else f"{line.recall:g}"
+    for streams in line.found:
+        yield from map(str, streams)

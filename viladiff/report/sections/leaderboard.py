@@ -1,0 +1,236 @@
+"""What a leaderboard's page has beyond a table's: accuracy against cost, calibration, rates that were tried, a finding.
+
+Used where a spec has ``page = "leaderboard"``.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from viladiff.report.charts import scatter
+from viladiff.report.sections import ranking
+from viladiff.report.sections import training_cost as costs
+from viladiff.report.sections.learning_rates import Tried, tried
+from viladiff.report.sections.training_cost import Costs, StepCost
+from viladiff.report.table.exports import markdown
+from viladiff.report.table.results import Results, Summary, number, row_name, summary
+from viladiff.report.table.table_views import shares
+
+if TYPE_CHECKING:
+    from viladiff.runs.record import RunRecord
+    from viladiff.runs.store import Store
+    from viladiff.tables.claims import Verdict
+    from viladiff.tables.plan import Planned
+
+ACROSS = "processor time of training, supervised = 1"
+
+
+class Timed(NamedTuple):
+    """Mean over runs of any column."""
+
+    seconds: float | None
+    runs: int
+
+
+class Line(NamedTuple):
+    """A row of the leaderboard; summaries stand one a column of the table."""
+
+    number: str
+    label: str
+    group: str
+    control: bool
+    accuracy: tuple[Summary, ...]
+    student: tuple[Summary | None, ...]
+    """The trained network's own, where an average of its weights is evaluated; None where it is that network."""
+    boundary: tuple[Summary, ...]
+    calibration: tuple[Summary | None, ...]
+    """Expected calibration error of the teacher's labels, in points."""
+    step: StepCost | None
+    lengths: float | None
+    """Steps, as a multiple of the supervised row's."""
+    memory: float | None
+    """MiB at most in any of its runs' processes."""
+    cpu: Timed
+    """Seconds of processor time in training, over runs that noted it."""
+    clock: Timed
+    """Seconds on the clock, whatever else the machine did."""
+    why: str
+    """Why it has no number at all; empty where it has one."""
+
+    @property
+    def cost(self) -> float | None:
+        """Of the whole training, in supervised trainings."""
+        return None if self.step is None or self.lengths is None else self.step.relative * self.lengths
+
+
+class Picture(NamedTuple):
+    """One column's accuracy against cost; light and dark are data URIs."""
+
+    title: str
+    light: str
+    dark: str
+    words: str
+
+
+class Board(NamedTuple):
+    said: tuple[str, ...]
+    lines: tuple[Line, ...]
+    costs: Costs
+    pictures: tuple[Picture, ...]
+    files: tuple[str, ...]
+    """Names of the pictures below figures/."""
+    tried: tuple[Tried, ...]
+
+
+def board(results: Results, store: Store, out: Path, verdicts: Sequence[Verdict]) -> Board | None:
+    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    if results.plan.table.page != "leaderboard":
+        return None
+    measured = costs.read(out, store.layers)
+    lines = tuple(_line(results, row, measured) for row in results.rows())
+    found = tuple(tried(results, store.records()))
+    pictures, files = _pictures(results, lines, out / "figures")
+    said = ranking.told(results, verdicts, found)
+    return Board(tuple(said), lines, measured, pictures, files, found)
+
+
+def _line(results: Results, row: int, measured: Costs) -> Line:
+    table, columns = results.plan.table, results.plan.columns
+    entries = results.of_row(row)
+    records = list({e.cell.run_id: e.record for e in entries if e.record is not None}.values())
+    method = next((str(run.changed.get("method.name")) for run in _planned(results, row)), "")
+    peaks = [r.peak_memory_bytes for r in records if r.peak_memory_bytes is not None]
+    spec, read = table.rows[row], measured.measured
+    averaged = any(r.network != "student" for r in records)
+    why = next((e.why for e in entries if e.state == "unavailable"), "") if not records else ""
+    return Line(
+        number(results, row),
+        row_name(results, row),
+        spec.group,
+        spec.control,
+        tuple(summary(results.at(row, column), "miou") for column in columns),
+        tuple(summary(results.at(row, column), "miou", "student") if averaged else None for column in columns),
+        tuple(summary(results.at(row, column), "boundary_iou") for column in columns),
+        tuple(shares(results.at(row, column), "before/ece") for column in columns),
+        read.methods.get(method) if read else None,
+        _lengths(results, row),
+        max(peaks) / 2**20 if peaks else None,
+        _time(records, "cpu_seconds"),
+        _time(records, "train_seconds"),
+        why,
+    )
+
+
+def _planned(results: Results, row: int) -> list[Planned]:
+    """Unique runs of a row."""
+    names = dict.fromkeys(name for column in results.plan.columns for name in results.plan.run_ids(row, column))
+    return [results.plan.runs[name] for name in names]
+
+
+def _lengths(results: Results, row: int) -> float | None:
+    """Steps of a row's runs over those of the supervised row, or where that is not planned, of most runs."""
+    mine = [run.steps for run in _planned(results, row)]
+    labels = {results.plan.table.rows[place].label: place for place in results.plan.rows}
+    base = labels.get(results.plan.table.supervised)
+    others = [] if base is None else [run.steps for run in _planned(results, base)]
+    others = others or [run.steps for run in results.plan.runs.values()]
+    return mine[0] / Counter(others).most_common(1)[0][0] if mine and others else None
+
+
+def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seconds"]) -> Timed:
+    """Mean over a row's runs of all columns; none where they differ in precision, and so in what a step is."""
+    if len({record.precision for record in records}) > 1:
+        return Timed(None, 0)
+    values: list[float | None] = [getattr(record, name) for record in records]
+    there = [value for value in values if value is not None]
+    return Timed(sum(there) / len(there) if there else None, len(there))
+
+
+# Pictures
+
+
+def _pictures(results: Results, lines: Sequence[Line], folder: Path) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+    """One a column that has a point; a row without a score or a cost has none."""
+    table, found, files = results.plan.table, [], []
+    groups = tuple(dict.fromkeys(line.group or "Rows" for line in lines))
+    for place, column in enumerate(results.plan.columns):
+        points = tuple(
+            scatter.Point(cost, mean, line.accuracy[place].spread, line.label, groups.index(line.group or "Rows"), own)
+            for line in lines
+            if (cost := line.cost) is not None and (mean := line.accuracy[place].mean) is not None
+            for own in (line.control,)
+        )
+        if not points:
+            continue
+        title = table.columns[column].label
+        chart = scatter.Chart(title, ACROSS, "mIoU (%), mean and standard deviation of seeds", points, groups)
+        paths = scatter.save(chart, folder, f"cost-{place + 1}")
+        words = "; ".join(f"{one.label}: {one.y:.1f} at {one.x:.1f}" for one in points)
+        light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
+        found.append(Picture(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))
+        files += [path.name for path in paths.values()]
+    return tuple(found), tuple(files)
+
+
+def uri(path: Path) -> str:
+    """A picture inside a page."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+# Plain text
+
+
+def to_markdown(found: Board | None, columns: Sequence[str]) -> dict[str, list[str]]:
+    """Sections of table.md."""
+    if found is None:
+        return {}
+    heads = ["row", *(f"mIoU of the trained network, {one}" for one in columns)]
+    heads += [f"calibration error, {one}" for one in columns]
+    heads += [
+        "step, supervised = 1",
+        "training, supervised = 1",
+        "passes",
+        "peak MiB",
+        "CPU s (runs)",
+        "clock s (runs)",
+    ]
+    grid = [heads, *(_cells(line) for line in found.lines)]
+    pipes = ["| " + " | ".join(markdown(cell) for cell in row) + " |" for row in grid]
+    about = str(found.costs.measured) if found.costs.measured else found.costs.why
+    return {
+        "What this shows, and what it does not": [f"- {markdown(text)}" for text in found.said],
+        "Cost and calibration": [pipes[0], "|" + " --- |" * len(heads), *pipes[1:], "", f"Steps: {markdown(about)}."],
+        "Learning rates that were tried": [_rates(one) for one in found.tried],
+    }
+
+
+def _cells(line: Line) -> list[str]:
+    students = (
+        "the same" if own is None and of.n else str(own or of)
+        for own, of in zip(line.student, line.accuracy, strict=True)
+    )
+    shown = [f"{line.number} {line.label}", *students]
+    shown += [str(one) if one else "—" for one in line.calibration]
+    numbers = [(line.step.relative if line.step else None, ".2f"), (line.cost, ".2f")]
+    shown += [text(value, form) for value, form in numbers]
+    shown.append(line.step.passes if line.step else "—")
+    return [*shown, text(line.memory, ".0f"), timed(line.cpu), timed(line.clock)]
+
+
+def _rates(one: Tried) -> str:
+    listed = "; ".join(f"{rate.value:g}: {rate.found}{' (taken)' if rate.taken else ''}" for rate in one.rates)
+    return f"- {markdown(f'{one.number} {one.label}, {one.column}: {listed}; {one.said}')}"
+
+
+def timed(found: Timed) -> str:
+    """``196 (3)``: seconds, and over how many runs."""
+    return "—" if found.seconds is None else f"{found.seconds:.0f} ({found.runs})"
+
+
+def text(value: float | None, form: str) -> str:
+    """An em dash for what is not known."""
+    return "—" if value is None else format(value, form)

@@ -1,0 +1,223 @@
+"""What each chart of a sweep's page shows. Trials are compared at the full length alone, but for the chart of rungs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from viladiff.report.charts.svg import BEST, LINE, PAPER, PLAIN, WIDE, Axis, Dot, Line, Thread, chart, parallel
+from viladiff.report.provenance import duration
+from viladiff.sweeps.space import Dimension
+from viladiff.sweeps.spec import Curve, Sweep
+from viladiff.sweeps.summary import Row, best_so_far, local_mean, trained
+from viladiff.sweeps.trials import Trial
+
+DRAWN = 300
+"""Trials that a chart shows at most."""
+
+
+def last(path: str) -> str:
+    """A field without its sections."""
+    return path.rpartition(".")[2]
+
+
+def short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _axis(path: str, dimension: Dimension) -> Axis:
+    if dimension.choices:
+        return Axis(-0.5, len(dimension.choices) - 0.5, last(path), names=tuple(map(str, dimension.choices)))
+    low, high = (float(end) for end in dimension.ends)
+    return Axis(low, high, last(path), dimension.log)
+
+
+def _place(dimension: Dimension, value: Any) -> float:
+    return float(dimension.choices.index(value)) if dimension.choices else float(value)
+
+
+def _who(row: Row, best: Row) -> tuple[str, str]:
+    """Colour and word of a completed trial."""
+    if row.number == best.number:
+        return BEST, "best" + ", the paper's value" * (row.origin == "paper")
+    return (PAPER, "the paper's value") if row.origin == "paper" else (PLAIN, row.origin)
+
+
+def _ranked(every: Sequence[Row], most: int = DRAWN) -> list[Row]:
+    """Completed trials, worst first; of very many, the best and an even choice of the rest."""
+    found = sorted(
+        (row for row in every if row.rank is not None and row.mean is not None), key=lambda row: row.rank or 0
+    )
+    if len(found) > most:
+        top, rest = found[: most // 2], found[most // 2 :]
+        found = top + rest[:: -(-len(rest) // (most // 2))]
+    return found[::-1]
+
+
+def response(sweep: Sweep, path: str, every: Sequence[Row], best: Row) -> tuple[Markup, float | None]:
+    """Completed trials along one dimension, mean and range over seeds, with a local mean where it holds numbers.
+
+    Also the width of that mean's kernel, as a share of the dimension.
+    """
+    dimension, axis = sweep.space[path], _axis(path, sweep.space[path])
+    done, dots, lines = [row for row in every if row.rank is not None and row.mean is not None], [], []
+    smooth = None
+    if not dimension.choices:
+        smooth = local_mean([dimension.unit(row.point[path]) for row in done], [row.mean or 0.0 for row in done])
+    if smooth is not None:
+        points = [(_along(axis, share), mean) for share, mean in zip(smooth.at, smooth.mean, strict=True)]
+        lines.append(Line(points, words="local mean", band=[2 * error for error in smooth.error]))
+    reference = next((row.mean for row in done if row.origin == "paper"), None)
+    if reference is not None:
+        words = f"the paper's value scored {reference:.2f}"
+        lines.append(Line([(axis.low, reference), (axis.high, reference)], PAPER, words, dashed=True, faint=True))
+    for row in _ranked(every):
+        colour, who = _who(row, best)
+        words = f"trial {row.number} ({who}, {row.seeds} seeds): {path} = {short(row.point[path])}, {row.mean:.2f}"
+        dots.append(Dot(_place(dimension, row.point[path]), row.mean or 0.0, words, colour, row.low, row.high))
+    stopped = [row for row in every if row.state == "pruned"][-DRAWN:]
+    rug = [(_place(dimension, row.point[path]), f"trial {row.number}, {row.reason}") for row in stopped]
+    words = f"mIoU of completed trials along {path}"
+    return chart(axis, words, dots, lines, rug=rug), smooth.width if smooth else None
+
+
+def _along(axis: Axis, share: float) -> float:
+    """The value at a share of an axis of numbers."""
+    if axis.log:
+        return axis.low * (axis.high / axis.low) ** share
+    return axis.low + (axis.high - axis.low) * share
+
+
+def printed(sweep: Sweep) -> list[dict[str, Any]]:
+    """What the paper prints along a dimension: a chart relative to its own value, and the numbers."""
+    found = []
+    for path in sweep.space:
+        curves = [curve for curve in sweep.paper if curve.field == path]
+        lines, dots = [], []
+        for curve in curves:
+            line, some = _printed_line(sweep, curve)
+            lines += line
+            dots += some
+        if lines:
+            words = f"Numbers that the paper prints along {path}, as differences to its own value"
+            places = list(dict.fromkeys(at for curve in curves for at in curve.at))
+            numbers = [
+                (curve.label, [dict(zip(curve.at, curve.miou, strict=True)).get(at, "-") for at in places])
+                for curve in curves
+            ]
+            found.append(
+                {
+                    "path": path,
+                    "at": places,
+                    "numbers": numbers,
+                    "chart": chart(_axis(path, sweep.space[path]), words, dots, lines),
+                }
+            )
+    return found
+
+
+def _printed_line(sweep: Sweep, curve: Curve) -> tuple[list[Line], list[Dot]]:
+    """One printed curve, in points above what it prints at the value that the paper chose."""
+    dimension = sweep.space[curve.field]
+    known = {at: float(miou) for at, miou in zip(curve.at, curve.miou, strict=True) if miou != "-"}
+    base = known.get(sweep.initial_point[curve.field])
+    if base is None:
+        return [], []
+    points = [(_place(dimension, at), miou - base) for at, miou in known.items()]
+    dots = [
+        Dot(x, y, f"{curve.label}: {last(curve.field)} = {x:g}, {y + base:g} (printed), {y:+.1f}", PAPER)
+        for x, y in points
+    ]
+    return [Line(points, PAPER, curve.label, faint=True)], dots
+
+
+def threads(sweep: Sweep, every: Sequence[Row], best: Row) -> Markup:
+    done = _ranked(every)
+    low, high = min(row.mean or 0.0 for row in done), max(row.mean or 0.0 for row in done)
+    score = Axis(low, high if high > low else low + 1, "mIoU (%)")
+    axes = [_axis(path, dimension) for path, dimension in sweep.space.items()]
+    threads = []
+    for place, row in enumerate(done):
+        colour, who = _who(row, best)
+        shares = [
+            axis.share(_place(sweep.space[path], row.point[path])) for path, axis in zip(sweep.space, axes, strict=True)
+        ]
+        words = f"trial {row.number} ({who}): {row.mean:.2f}"
+        rank = place / max(1, len(done) - 1)
+        threads.append(Thread([*shares, score.share(row.mean or 0.0)], words, rank, "" if colour == PLAIN else colour))
+    return parallel([*axes, score], threads, "Completed trials across all dimensions, and their mIoU")
+
+
+def history(every: Sequence[Row], trials: Sequence[Trial]) -> Markup | None:
+    """Completed trials by number, and the best of them so far."""
+    best = best_so_far(trials)
+    if not best:
+        return None
+    dots = [
+        Dot(
+            float(row.number),
+            row.mean or 0.0,
+            f"trial {row.number} ({row.origin}): {row.mean:.2f}",
+            PLAIN,
+            row.low,
+            row.high,
+        )
+        for row in _ranked(every)
+    ]
+    end = max(1.0, float(len(trials) - 1))
+    return chart(Axis(0.0, end, "trial"), "Completed trials in their order", dots, [_stairs(best, end)], WIDE)
+
+
+def _stairs(best: Sequence[tuple[float, float]], end: float) -> Line:
+    points: list[tuple[float, float]] = []
+    for x, y in best:
+        points += [(x, points[-1][1])] if points else []
+        points.append((x, y))
+    return Line([*points, (end, points[-1][1])], LINE, f"best so far: {points[-1][1]:.2f}")
+
+
+def cost(trials: Sequence[Trial], full: int) -> Markup:
+    """The best so far against the steps that it took to find it."""
+    total = dict(trained(trials, full))
+    best = [(total[number] / 1000, mean) for number, mean in best_so_far(trials)]
+    end = max(total.values()) / 1000
+    return chart(
+        Axis(0.0, end * 1.02, "thousand steps trained"), "Best so far by steps trained", [], [_stairs(best, end)]
+    )
+
+
+def minutes(every: Sequence[Row], best: Row) -> Markup | None:
+    """Score of each completed trial against the time that its runs trained."""
+    timed = [row for row in _ranked(every) if row.seconds]
+    if not timed:
+        return None
+    dots = [
+        Dot(
+            (row.seconds or 0) / 60,
+            row.mean or 0.0,
+            f"trial {row.number}: {row.mean:.2f} after {duration(row.seconds)}",
+            _who(row, best)[0],
+        )
+        for row in timed
+    ]
+    return chart(
+        Axis(0.0, max(dot.x for dot in dots) * 1.05, "minutes of training"), "mIoU against minutes of training", dots
+    )
+
+
+def climbs(trials: Sequence[Trial], steps: Sequence[int]) -> Markup | None:
+    """The first seed of each trial from rung to rung; where it was stopped, its last place is hollow."""
+    own = [trial for trial in trials if trial.twin is None and trial.rungs]
+    if not own or len(steps) < 2:
+        return None
+    own = own[:: -(-len(own) // DRAWN)]
+    lines, dots = [], []
+    for trial in own:
+        points = [(float(rung.step), 100 * rung.value) for rung in trial.rungs]
+        end = "" if trial.state == "complete" else f", {trial.state}"
+        words = f"trial {trial.number}{end}: " + ", ".join(f"{y:.2f} at step {x:g}" for x, y in points)
+        lines.append(Line(points, PLAIN, words, faint=True))
+        dots.append(Dot(*points[-1], words, PLAIN, hollow=trial.state != "complete"))
+    return chart(Axis(0.0, float(steps[-1]) * 1.03, "step"), "First seed of each trial by step", dots, lines, WIDE)

@@ -1,0 +1,346 @@
+"""A cell of a table is a set of runs, one a seed: what they measured, and for each that is missing, why it is."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from viladiff.runs.record import RunRecord
+from viladiff.tables.plan import Plan, PlannedCell, State, states
+from viladiff.tables.significance import one_precision, score
+from viladiff.tables.spec import Printed
+
+if TYPE_CHECKING:
+    from viladiff.runs.store import Store
+
+METRICS = {"miou": "mIoU", "boundary_iou": "Boundary IoU", "trimap_miou": "Trimap mIoU"}
+"""Scores of the headline network and stream, in percent everywhere in this package."""
+CEILING = "ceiling: reads true masks"
+"""Mark of a row whose runs have an oracle for pseudo-labels."""
+_WHY: dict[State, str] = {
+    "missing": "not run yet",
+    "begun": "begun, not finished",
+    "running": "running now",
+    "failed": "failed",
+    "stale": "an older revision of the code made it; to be run again",
+    "done": "its record is gone",
+}
+
+
+Mark = State | Literal["unavailable"]
+"""How far a cell's run is; ``unavailable`` has none, since it wants what is not given."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One seed of one cell; ``why`` is empty where ``record`` counts."""
+
+    cell: PlannedCell
+    """Its ``run_id`` is empty where there is no run."""
+    state: Mark
+    record: RunRecord | None
+    why: str = ""
+    network: str = ""
+    """Whose score the row reads from its record; empty for the headline's."""
+    stream: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    plan: Plan
+    entries: tuple[Entry, ...]
+
+    def at(self, row: int, column: int) -> list[Entry]:
+        return [e for e in self.entries if (e.cell.row, e.cell.column) == (row, column)]
+
+    def of_row(self, row: int) -> list[Entry]:
+        return [e for e in self.entries if e.cell.row == row]
+
+    def records(self) -> dict[str, RunRecord]:
+        """Records that the table's numbers come from, each once, in the order of the table."""
+        return {e.cell.run_id: e.record for e in self.entries if e.record is not None}
+
+    def counts(self) -> dict[State, int]:
+        """Unique runs by state; a run that stands in several cells counts once."""
+        by_run = {e.cell.run_id: e.state for e in self.entries if e.cell.run_id}
+        return {state: n for state in _WHY if (n := sum(s == state for s in by_run.values()))}
+
+    def rows(self, control: bool | None = None) -> list[int]:
+        """``control`` False: the rows that are ranked, without ceilings."""
+        table = self.plan.table
+        found = [row for row in self.plan.rows if control is None or table.rows[row].control == control]
+        return [row for row in found if control is not False or row not in self.plan.ceilings]
+
+    @property
+    def reference(self) -> int:
+        """Place of the row that differences are taken to."""
+        return self._named(self.plan.table.reference, 0)
+
+    @property
+    def headline(self) -> int:
+        """Place of the row that the first sentence is about."""
+        return self._named(self.plan.table.headline, -1)
+
+    def _named(self, label: str, otherwise: int) -> int:
+        there = {self.plan.table.rows[row].label: row for row in self.plan.rows}
+        return there[label] if label in there else (self.rows(control=False) or self.rows())[otherwise]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean over seeds; ``spread`` is the sample standard deviation, None below two seeds. Percent."""
+
+    values: dict[int, float]
+    missing: dict[int, str]
+    """Seed to reason."""
+    marks: frozenset[Mark]
+    """States of the missing ones."""
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        return float(np.mean(list(self.values.values()))) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        return float(np.std(list(self.values.values()), ddof=1)) if self.n > 1 else None
+
+    def __str__(self) -> str:
+        """``78.1 ± 0.3 (3)``, ``78.1 (1)`` or an em dash."""
+        if self.mean is None:
+            return "—"
+        return f"{self.mean:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "") + f" ({self.n})"
+
+
+def gather(plan: Plan, store: Store) -> Results:
+    """Looks at each run of the plan once.
+
+    A record belongs here by its name alone, which is its content: one that was made for another scale is the same run,
+    and the page's provenance says so.
+    """
+    state = states(plan, store)
+    found = {name: plan.settled(one) for name, one in store.records().items() if name in plan.runs}
+    read = {name: _entry(store, name, state[name], found.get(name)) for name in {c.run_id for c in plan.cells}}
+    wanted = {(row, column) for row in plan.rows for column in plan.columns}
+    cells = sorted(
+        (c for c in plan.cells if (c.row, c.column) in wanted),
+        key=lambda c: (plan.rows.index(c.row), plan.columns.index(c.column), c.seed),
+    )
+    rows = plan.table.rows
+    have = [Entry(c, *read[c.run_id], rows[c.row].network, rows[c.row].stream) for c in cells]
+    lack = [
+        Entry(PlannedCell(row, column, seed, ""), "unavailable", None, why)
+        for row, why in plan.unavailable.items()
+        for column in plan.columns
+        for seed in plan.seeds
+    ]
+    return Results(plan, (*have, *lack))
+
+
+def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) -> tuple[State, RunRecord | None, str]:
+    if state == "done" and record is not None:
+        return state, record, ""
+    failure = store.failure(run_id) if state == "failed" else None
+    if failure is None:
+        return state, None, _WHY[state]
+    at = f" at step {failure.step}" if failure.step is not None else ""
+    tries = f" after {failure.attempts} attempts" if failure.attempts > 1 else ""
+    # A page may be published, and whose disk the run was on is nobody's business.
+    message = failure.message.replace(f"{store.root}{os.sep}", "")
+    return state, None, f"failed ({failure.kind}{at}{tries}): {message}"
+
+
+def summary(entries: Sequence[Entry], metric: str, network: str = "", stream: str = "") -> Summary:
+    """Of one cell. Raises ValueError where its runs differ in precision."""
+    one_precision((e.record for e in entries if e.record is not None), "a cell")
+    found = {
+        e.cell.seed: score(e.record, metric, network or e.network, stream or e.stream) if e.record is not None else None
+        for e in entries
+    }
+    lacking = [e for e in entries if found[e.cell.seed] is None]
+    return Summary(
+        {seed: value for seed, value in found.items() if value is not None},
+        {e.cell.seed: e.why or "not measured in this run" for e in lacking},
+        frozenset(e.state for e in lacking),
+    )
+
+
+class Difference(NamedTuple):
+    mean: float
+    seeds: tuple[int, ...]
+
+
+def difference(of: Summary, to: Summary) -> Difference | None:
+    """Mean over the seeds that both have, so that a seed's luck is in both or in neither; None without one."""
+    seeds = tuple(sorted(of.values.keys() & to.values.keys()))
+    if not seeds:
+        return None
+    return Difference(float(np.mean([of.values[s] - to.values[s] for s in seeds])), seeds)
+
+
+def gaps(results: Results) -> list[str]:
+    """A sentence for each gap of the table: the share of it that a row closes, over seeds that all three rows have."""
+    table = results.plan.table
+    labels = [row.label for row in table.rows]
+    said = []
+    for gap in table.gaps:
+        places = [labels.index(label) for label in (gap.row, gap.low, gap.high)]
+        shares = []
+        for column in results.plan.columns:
+            row, low, high = (summary(results.at(place, column), table.metric).values for place in places)
+            seeds = sorted(row.keys() & low.keys() & high.keys())
+            if not seeds:
+                continue
+            way, whole = (sum(to[s] - low[s] for s in seeds) / len(seeds) for to in (row, high))
+            share = f"{way / whole:.0%}" if whole > 0 else "none, since there is no gap"
+            points = f"{way:.1f} of {whole:.1f} points, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+            shares.append(f"{share} on {table.columns[column].label} ({points})")
+        if shares:
+            said.append(f"Of the gap from {gap.low} to {gap.high}, {gap.row} closes {'; '.join(shares)}.")
+    return said
+
+
+def printed(results: Results, row: int, column: int) -> Printed | None:
+    """The paper's number; "-" where it leaves one out, None for a row that it does not have."""
+    numbers = results.plan.table.rows[row].paper
+    return numbers[column] if column < len(numbers) else None
+
+
+def number(results: Results, row: int) -> str:
+    """Row 8 of the paper is "8" whatever was left out; our own rows are "a", "b", and so on."""
+    own = [i for i, r in enumerate(results.plan.table.rows) if r.control]
+    return chr(ord("a") + own.index(row)) if row in own else str(row + 1 - sum(i < row for i in own))
+
+
+def row_name(results: Results, row: int) -> str:
+    """A row's label; that of one whose runs read true masks says so."""
+    text = results.plan.table.rows[row].label
+    return f"{text} ({CEILING})" if row in results.plan.ceilings else text
+
+
+def parts(results: Results) -> list[str]:
+    """Parts in the order in which the table's rows bring them in."""
+    return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.components))
+
+
+class Agreement(NamedTuple):
+    """How far the measured order of rows is the printed one."""
+
+    column: str
+    tau: float | None
+    """Kendall's τ-b; None below two rows or where one side is all ties."""
+    rows: int
+    same: int
+    """Pairs of rows in the printed order."""
+    reverse: int
+    tied: int
+    chance: float | None
+    """Probability that a random order agrees at least so well; exact; None with ties."""
+
+
+def agreement(results: Results, column: int) -> Agreement:
+    """Over the paper's rows that are measured and printed in this column."""
+    pairs = []
+    for row in results.rows(control=False):
+        mean, paper = summary(results.at(row, column), results.plan.table.metric).mean, printed(results, row, column)
+        if mean is not None and isinstance(paper, float | int):
+            pairs.append((mean, float(paper)))
+    label = results.plan.table.columns[column].label
+    signs = [(_sign(a[0] - b[0]), _sign(a[1] - b[1])) for a, b in combinations(pairs, 2)]
+    same, reverse = (sum(x * y == sign for x, y in signs) for sign in (1, -1))
+    untied = math.sqrt(sum(x != 0 for x, _ in signs) * sum(y != 0 for _, y in signs))
+    tied = len(signs) - same - reverse
+    tau = (same - reverse) / untied if untied else None
+    return Agreement(label, tau, len(pairs), same, reverse, tied, None if tied or not signs else _chance(same, pairs))
+
+
+def _sign(difference: float) -> int:
+    return (difference > 0) - (difference < 0)
+
+
+def _chance(same: int, pairs: Sequence[object]) -> float:
+    """Share of the n! orders with at least ``same`` pairs in place (Mahonian numbers)."""
+    counts = np.ones(1)
+    for size in range(2, len(pairs) + 1):
+        counts = np.convolve(counts, np.ones(size)) / size
+    return float(counts[same:].sum())
+
+
+def finding(results: Results) -> str:
+    """One sentence made of the numbers: where the headline's row ends, and against the reference."""
+    plan, row, other = results.plan, results.headline, results.reference
+    said = []
+    for column in plan.columns:
+        found, base = (summary(results.at(place, column), plan.table.metric) for place in (row, other))
+        if found.mean is None:
+            continue
+        where = f"{found} on {_column(results, column)}"
+        if row == other:
+            said.append(where + (_standing(results, row, column) if plan.table.printed else ""))
+        else:
+            said.append(where + _against(difference(found, base), plan.table.rows[other].label))
+    name = row_name(results, row)
+    if not said:
+        which = "the last row" if not plan.table.headline else f"row {number(results, row)} ({name})"
+        done = any(e.record for e in results.entries)
+        return f"Some runs are done, but none of {which} yet." if done else "No run of this table has finished yet."
+    return f"Row {number(results, row)} ({name}) reaches {'; '.join(said)}."
+
+
+def swapped(results: Results, column: int) -> tuple[str, str] | None:
+    """The data set that a column asks for and the one that this scale has in its place; None where they are one."""
+    table, size = results.plan.table, results.plan.table.scale.get(results.plan.scale)
+    asked = str(table.columns[column].set.get("data.dataset", table.base.get("data.dataset")))
+    there = size.datasets.get(asked, asked) if size else asked
+    return None if there == asked else (asked, there)
+
+
+def _column(results: Results, column: int) -> str:
+    """A column's label; one that names a data set of the paper's says which is in its place."""
+    label, other = results.plan.table.columns[column].label, swapped(results, column)
+    return f"{label}, with {other[1]} in its place" if other and other[0] in label.lower() else label
+
+
+def _standing(results: Results, row: int, column: int) -> str:
+    """Where a row stands among the paper's that are measured."""
+    table = results.plan.table
+    means = {r: summary(results.at(r, column), table.metric).mean for r in results.rows(control=False)}
+    there = {r: mean for r, mean in means.items() if mean is not None}
+    top = max(there, key=lambda r: there[r], default=row)
+    short = there.get(top, 0.0) - there.get(row, 0.0)
+    if len(there) < 2:
+        return ""
+    if top == row:
+        return f", the highest of {len(there)} rows"
+    return (
+        f", level with the highest, {table.rows[top].label}"
+        if short < 0.05
+        else (f", {short:.1f} below the highest, {table.rows[top].label}")
+    )
+
+
+def _against(gap: Difference | None, label: str) -> str:
+    if gap is None:
+        return ""
+    if abs(gap.mean) < 0.05:
+        return f", level with {label}"
+    return f", {abs(gap.mean):.1f} {'above' if gap.mean > 0 else 'below'} {label}"
+
+
+def per_class(record: RunRecord) -> dict[str, float | None]:
+    """Percent by class name for the headline; a class in neither truth nor prediction has None."""
+    scores = record.scores.get(record.network, {}).get(record.stream, {})
+    shares = scores.get("per_class") or []
+    return {
+        name: None if share is None or math.isnan(share) else 100 * share
+        for name, share in zip(record.class_names, shares, strict=False)
+    }

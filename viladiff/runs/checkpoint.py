@@ -1,0 +1,252 @@
+"""State on disk that survives a kill at any moment: a reader finds the old state or the new one, whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from viladiff.runs.record import naming, sync_directory
+
+MAGIC = b"VILADIFF"
+VERSION = 1
+_TRAILER = struct.Struct("<8sIQ32s")
+"""Magic, format version, bytes before the trailer, their SHA-256. At the end, so that one pass writes the file."""
+
+_CHUNK = 1 << 20
+
+_CODE = re.compile(r"(?i)GLOBAL \S+|unsupported operand \d+")
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, str, bool, bytes, type(None))
+
+
+def save(path: Path | str, state: dict[str, Any], keep_previous: bool = True) -> None:
+    """Writes ``state`` so that ``path`` holds either the old or the new checkpoint, whole, whenever the process dies.
+
+    The one before is kept as ``<stem>.prev<suffix>``. One process writes to a path at a time. ValueError for a value
+    that is not a tensor, number, text, None, or a dict, list or tuple of those: loading it would mean running code.
+    OSError (disk full, no permission) leaves the old checkpoint as it was.
+    """
+    path = Path(path)
+    _check_plain(state, "state")
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        stale.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path), open(temporary, "wb") as file:
+            _write(file, state)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            _duplicate(path, previous(path))
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def previous(path: Path | str) -> Path:
+    """Where ``save`` keeps the checkpoint before the newest: ``checkpoint.pt`` -> ``checkpoint.prev.pt``."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def load(path: Path | str) -> dict[str, Any] | None:
+    """The newest state to go on from: ``path``, else the previous one if only that is there, else None.
+
+    A damaged file is an error, never skipped: going on from an older state is the user's choice. ValueError as
+    ``load_file``.
+    """
+    path = Path(path)
+    for candidate in (path, previous(path)):
+        if candidate.exists():
+            return load_file(candidate)
+    return None
+
+
+def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Exactly this checkpoint, checked against its checksum and loaded without running any code in it.
+
+    FileNotFoundError where there is none; ValueError, with name, size and what to do, where it is truncated or changed,
+    carries code, has a newer format, or is not a checkpoint.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _TRAILER.size))
+        tail = file.read()
+        file.seek(0)
+        if len(tail) < _TRAILER.size or not tail.startswith(MAGIC):
+            raise _foreign(path, size, file)
+        _, version, length, digest = _TRAILER.unpack(tail)
+        if version != VERSION:
+            raise ValueError(f"checkpoint {path}: format {version}; this version of viladiff reads format {VERSION}")
+        if length != size - _TRAILER.size or _digest(file, length) != digest:
+            raise _damaged(path, size, "its checksum does not match")
+        file.seek(0)
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise _refused(path, error) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path}: holds a {type(state).__name__}, not a state")
+    return state
+
+
+class _Hashing:
+    """What torch.save writes goes to the file and into the checksum, with no second copy in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash, self.length = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.length += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(file: IO[bytes], state: dict[str, Any]) -> None:
+    hashing = _Hashing(file)
+    try:
+        torch.save(state, hashing)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a write that failed; torch then complains of its file's length
+            raise error.__context__ from None
+        raise
+    file.write(_TRAILER.pack(MAGIC, VERSION, hashing.length, hashing.hash.digest()))
+
+
+def _digest(file: IO[bytes], length: int) -> bytes:
+    found = hashlib.sha256()
+    for start in range(0, length, _CHUNK):
+        found.update(file.read(min(_CHUNK, length - start)))
+    return found.digest()
+
+
+def _duplicate(path: Path, to: Path) -> None:
+    """A second name for the file, put in place by a rename, so that ``path`` itself is never missing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.prev.tmp")
+    try:
+        os.link(path, temporary)
+    except OSError:  # no hard links on this file system
+        shutil.copyfile(path, temporary)
+        _sync_file(temporary)
+    os.replace(temporary, to)
+    # Where both were already one file, the rename does nothing and leaves the temporary name.
+    temporary.unlink(missing_ok=True)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _check_plain(value: object, where: str) -> None:
+    # Exact types: subclasses, such as NumPy's float64 of float, load only by running their code.
+    if type(value) in (dict, OrderedDict):
+        for name, item in value.items():  # type: ignore[attr-defined]
+            _check_plain(name, f"a key of {where}")
+            _check_plain(item, f"{where}[{name!r}]")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):  # type: ignore[arg-type]
+            _check_plain(item, f"{where}[{i}]")
+    elif type(value) not in _PLAIN:
+        raise ValueError(
+            f"checkpoint: {where} is a {type(value).__module__}.{type(value).__qualname__}; allowed are tensors, "
+            "numbers, text, None, and dicts, lists and tuples of them"
+        )
+
+
+def _damaged(path: Path, size: int, why: str) -> ValueError:
+    older = previous(path)
+    then = f"training then goes on from {older.name}" if older.exists() else "training then starts anew"
+    return ValueError(f"checkpoint {path} ({size} bytes) is truncated or damaged: {why}. Delete it: {then}")
+
+
+def _refused(path: Path, error: Exception) -> ValueError:
+    # Torch's own text advises to load it all the same, so only the finding is quoted.
+    found = _CODE.search(str(error))
+    what = f" ({found.group()})" if found else ""
+    return ValueError(f"checkpoint {path} carries code and is refused{what}; nothing in it was run. Delete the file")
+
+
+def _foreign(path: Path, size: int, file: IO[bytes]) -> ValueError:
+    """Tells a file that carries code from one that lost its end."""
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if _CODE.search(str(error)):
+            return _refused(path, error)
+    except Exception:
+        pass  # whatever is wrong with it, the checksum is missing
+    return _damaged(path, size, "no checksum at its end, so it was cut off, or another program wrote it")
+
+
+class StepLog:
+    """One JSON object a line, in memory until ``flush``; a crash can tear only the last line, which readers drop."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lines: list[str] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """row has an int under "step". ValueError otherwise, and for a value that JSON cannot hold."""
+        if type(row.get("step")) is not int:
+            raise ValueError(f"step log: step = {row.get('step')!r}; every row needs an integer step")
+        try:
+            self._lines.append(json.dumps(row) + "\n")
+        except TypeError as error:
+            raise ValueError(f"step log: {error} ({dict(row)})") from error
+
+    def flush(self) -> None:
+        """Puts the pending rows on the disk, so that a checkpoint written after it never knows more than the log."""
+        if not self._lines:
+            return
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(self._lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines.clear()
+
+    def truncate_to(self, step: int) -> None:
+        """Keeps the rows of steps 0 ... step - 1: what had been done when the checkpoint at ``step`` was written."""
+        self._lines.clear()
+        if not self.path.exists():
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        with naming(self.path), open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self._rows() if row["step"] < step)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows that were flushed; ``pandas.DataFrame(log.read())`` is a table. Empty where there is no file."""
+        return list(self._rows()) if self.path.exists() else []
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith("\n"):
+                    return  # torn by a crash
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    row = None
+                if not isinstance(row, dict) or type(row.get("step")) is not int:
+                    raise ValueError(f"{self.path}, line {number}: {line[:60]!r} is not a row of a step log")
+                yield row

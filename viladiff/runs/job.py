@@ -1,0 +1,84 @@
+"""What a launcher and its watchers say to each other; no Ray and no torch, so that a page or a test can read along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from viladiff.runs.store import Failure
+
+EventKind = Literal["started", "progress", "done", "failed", "retry", "stopped", "elsewhere", "waiting", "note"]
+"""A note is about no run in particular: its ``run_id`` is empty, its ``message`` is for people."""
+OutcomeState = Literal["done", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened to one run; what does not apply is None."""
+
+    kind: EventKind
+    run_id: str
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    miou: float | None = None
+    """In [0, 1]."""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended."""
+
+    run_id: str
+    state: OutcomeState
+    failure: Failure | None = None
+    attempts: int = 1
+    """0 where another driver did it, or it was done already."""
+    began: float | None = None
+    """Unix time at which ``fit`` was entered in the last attempt; None where this driver did not train it."""
+    ended: float | None = None
+    worker: str = ""
+    """Node and process that trained it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How runs are spread over processors. Raises ValueError for a number that makes no sense."""
+
+    threads: int = 1
+    """CPU threads, and so CPU resources, of a worker, unless a run says otherwise; the largest counts for all."""
+    gpus_per_trial: float | None = None
+    """None: the GPUs that there are, shared out among the runs at once; 0: none is kept, and all runs see all."""
+    max_concurrent: int | None = None
+    """Runs at once; None: as many as processors (or fractions of a GPU) allow, all of them on a cluster."""
+    retries: int = 2
+    """How often a run whose process died is started again."""
+    hang_after: float = 600.0
+    """Seconds without a sign of life after which a run is killed; until its first step, six times that."""
+    address: str | None = None
+    """A Ray cluster; None starts one on this machine for the time of the call."""
+    dashboard: bool = False
+
+    def __post_init__(self) -> None:
+        gpus = float(self.gpus_per_trial or 0.0)
+        faults = [
+            f"{name} = {value!r}: {rule}"
+            for name, value, rule, fine in (
+                ("threads", self.threads, "must be at least 1", self.threads >= 1),
+                ("gpus_per_trial", self.gpus_per_trial, "must not be negative", gpus >= 0),
+                ("gpus_per_trial", self.gpus_per_trial, "above 1, only whole GPUs", gpus <= 1 or gpus.is_integer()),
+                (
+                    "max_concurrent",
+                    self.max_concurrent,
+                    "must be at least 1",
+                    self.max_concurrent is None or self.max_concurrent >= 1,
+                ),
+                ("retries", self.retries, "must not be negative", self.retries >= 0),
+                ("hang_after", self.hang_after, "must be more than 0 seconds", self.hang_after > 0),
+            )
+            if not fine
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))

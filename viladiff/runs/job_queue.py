@@ -1,0 +1,245 @@
+"""Which run is next, which is tried again, which is left to another driver: decided here, without Ray, on one thread.
+
+A run is handed out (``next``), heard of (``heard``) and comes back (``finished`` or ``lost``); ``tick`` looks at what
+does not come back by itself. Retries: a process that died, ``settings.retries`` times; a hang, once; too little
+memory, once, at the end and with nothing beside it; a loss that is not finite, an error, or another name than planned,
+never, since it would end the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from viladiff.runs.job import Event, Outcome, Settings
+from viladiff.runs.store import Failure, Store
+from viladiff.tables.plan import Planned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Kind = Literal["nan", "memory", "hang", "killed", "stale", "error"]
+
+SETUP = 6
+"""Rendering or reading a data set, and the first step, may take this many times ``hang_after``."""
+LOOK = 1.0
+"""Seconds between looks at runs that another driver has."""
+
+
+@dataclass
+class Live:
+    """A run that is under way."""
+
+    job: Planned
+    heard: float
+    """Clock of the desk at the last sign of life."""
+    place: tuple[str, int] | None = None
+    """Node and process, once known."""
+    step: int | None = None
+    hung: bool = False
+
+
+class Desk:
+    """The state of one call of ``run_jobs``; nothing here blocks."""
+
+    def __init__(
+        self, jobs: Sequence[Planned], store: Store, settings: Settings, slots: int, tell: Callable[[Event], None]
+    ) -> None:
+        self.store, self.settings, self.slots, self.tell = store, settings, slots, tell
+        self.waiting = deque(jobs)
+        self.alone: deque[Planned] = deque()
+        """Runs that ran out of memory beside others."""
+        self.elsewhere: dict[str, tuple[Planned, Failure | None]] = {}
+        self.live: dict[str, Live] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.tries: dict[str, list[Kind]] = {}
+        self.stopping = False
+        self.asked_to_stop = False
+        """Set by a signal handler, which must do no more than that."""
+        self.clock, self._before, self._looked = 0.0, time.monotonic(), 0.0
+
+    # What the launcher asks
+
+    @property
+    def over(self) -> bool:
+        """Nothing is under way and nothing more will be."""
+        return not (self.live or self.waiting or self.alone or self.elsewhere)
+
+    def settle(self) -> None:
+        """Drops from the queue what is done already, and sets apart what others are at."""
+        for _ in range(len(self.waiting)):
+            job = self.waiting.popleft()
+            if not self._already(job):
+                self.waiting.append(job)
+
+    def next(self) -> Planned | None:
+        """A run to start now, if there is one and room for it."""
+        exclusive = any(name in self.tries and "memory" in self.tries[name] for name in self.live)
+        if self.stopping or exclusive or len(self.live) >= self.slots:
+            return None
+        while self.waiting:
+            job = self.waiting.popleft()
+            if self._already(job):
+                continue
+            self.live[job.run_id] = Live(job, self.clock)
+            return job
+        if self.alone and not self.live and not self.elsewhere:
+            job = self.alone.popleft()
+            self.live[job.run_id] = Live(job, self.clock)
+            return job
+        return None
+
+    def started(self, run_id: str) -> None:
+        """Its process is there."""
+        self.live[run_id].heard = self.clock
+        self.tell(Event("started", run_id))
+
+    def heard(self, run_id: str, news: dict[str, Any]) -> None:
+        """A sign of life, with ``node`` and ``pid`` at the beginning, ``step``, ``steps`` and ``loss`` later."""
+        run = self.live.get(run_id)
+        if run is None:
+            return
+        run.heard = self.clock
+        if "node" in news:
+            run.place = (str(news["node"]), int(news["pid"]))
+        if news.get("step") is not None:
+            run.step = int(news["step"])
+            told: dict[str, Any] = {name: news.get(name) for name in ("step", "steps", "loss", "miou")}
+            self.tell(Event("progress", run_id, **told))
+
+    judges = False
+    """Whether runs are to ask ``judged`` of each of their scores."""
+
+    def judged(self, run_id: str, step: int, value: float | None) -> bool:
+        """A score at a step; True tells the run to end there."""
+        return False
+
+    def finished(self, run_id: str, result: dict[str, Any]) -> None:
+        """The trial returned: ``state`` is done, stopped, elsewhere or failed (with ``kind`` and ``message``)."""
+        run = self.live.pop(run_id)
+        state = result["state"]
+        if state == "elsewhere":
+            self._leave(run.job)
+        elif state == "failed":
+            self._failed(run, result["kind"], result["message"])
+        elif state == "stopped":
+            self._end(Outcome(run_id, "stopped", attempts=self._attempts(run_id)), step=run.step)
+        else:
+            if self.store.failure(run_id) is not None:
+                self.store.clear_failure(run_id)
+            timing = {name: result.get(name) for name in ("began", "ended")}
+            attempts = self._attempts(run_id) if timing["began"] else 0
+            self._end(
+                Outcome(run_id, "done", attempts=attempts, worker=_named(run.place), **timing), miou=result.get("miou")
+            )
+
+    def lost(self, run_id: str, message: str, memory: bool = False) -> None:
+        """Its process died without a word, was killed as hung, or by Ray for want of ``memory``."""
+        run = self.live.pop(run_id)
+        if self.stopping:
+            self._end(Outcome(run_id, "stopped", attempts=self._attempts(run_id)), step=run.step)
+            return
+        trace = self.store.directory(run_id) / "hang.txt"
+        hung = run.hung or (trace.is_file() and trace.stat().st_size > 0)
+        if hung:
+            stack = f"; where it stood: {trace}" if trace.is_file() and trace.stat().st_size else ""
+            message = f"no sign of life for {self.settings.hang_after:g} s{stack}"
+        self._failed(run, "hang" if hung else "memory" if memory else "killed", message)
+
+    def tick(self) -> Iterator[tuple[str, tuple[str, int]]]:
+        """Called often: takes over what others left; yields (run, (node, process)) of each run to be killed as hung."""
+        now = time.monotonic()
+        # A driver that was itself stopped for a while must not think that everybody else was.
+        self.clock += min(now - self._before, LOOK)
+        self._before = now
+        if self.clock - self._looked >= LOOK:
+            self._looked = self.clock
+            self._look_elsewhere()
+        for run_id, run in self.live.items():
+            # The run's own watchdog comes first and leaves a trace; this one is for a process that cannot act.
+            patience = 1.25 * self.settings.hang_after * (SETUP if run.step is None else 1)
+            if run.place and not run.hung and self.clock - run.heard > patience:
+                run.hung = True
+                yield run_id, run.place
+
+    def stop(self) -> None:
+        """Nothing new is started; what runs is to end at a step, with a checkpoint."""
+        self.stopping = True
+        if self.live:
+            runs = "1 run saves" if len(self.live) == 1 else f"{len(self.live)} runs save"
+            told = f"stopping: {runs} at the next step; Ctrl-C once more ends them at once"
+            self.tell(Event("note", "", message=told))
+        others = [job for job, _ in self.elsewhere.values()]
+        for job in (*self.waiting, *self.alone, *others):
+            self._end(Outcome(job.run_id, "stopped", attempts=len(self.tries.get(job.run_id, []))))
+        self.waiting.clear()
+        self.alone.clear()
+        self.elsewhere.clear()
+
+    # How it decides
+
+    def _already(self, job: Planned) -> bool:
+        """Whether it is done, or somebody else is at it."""
+        record = self.store.get(job.run_id)
+        if record is not None:
+            self._end(Outcome(job.run_id, "done", attempts=0), miou=record.miou)
+        elif self.store.held(job.run_id):
+            self._leave(job)
+        else:
+            return False
+        return True
+
+    def _leave(self, job: Planned) -> None:
+        self.elsewhere[job.run_id] = (job, self.store.failure(job.run_id))
+        self.tell(Event("elsewhere", job.run_id, message=f"{self.store.holder(job.run_id) or 'another driver'}"))
+
+    def _look_elsewhere(self) -> None:
+        for run_id, (job, before) in list(self.elsewhere.items()):
+            if self.store.held(run_id):
+                continue
+            record = self.store.get(run_id)
+            failure = self.store.failure(run_id)
+            del self.elsewhere[run_id]
+            if record is not None:
+                self._end(Outcome(run_id, "done", attempts=0), miou=record.miou)
+            elif failure is not None and failure != before and failure.kind in ("nan", "error"):
+                self._end(Outcome(run_id, "failed", failure, attempts=0))
+            else:
+                self.waiting.appendleft(job)
+                self.tell(Event("waiting", run_id, message="left by another driver"))
+
+    def _failed(self, run: Live, kind: Kind, message: str) -> None:
+        run_id = run.job.run_id
+        tries = self.tries.setdefault(run_id, [])
+        tries.append(kind)
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        failure = Failure(kind=kind, message=message, step=run.step, attempts=len(tries), when=now)
+        if kind != "stale":  # then a run of this name is never asked for again
+            self.store.record_failure(run_id, failure)
+        allowed = {"killed": self.settings.retries, "hang": 1, "memory": 1}.get(kind, 0)
+        if tries.count(kind) > allowed or self.stopping:
+            self._end(Outcome(run_id, "failed", failure, len(tries)), step=run.step)
+            return
+        # A run that met too little memory once stays alone, whatever happens to it next.
+        if "memory" in tries:
+            self.alone.append(run.job)
+        else:
+            self.waiting.appendleft(run.job)
+        self.tell(Event("retry", run_id, step=run.step, message=f"{kind}: {message}"))
+
+    def _attempts(self, run_id: str) -> int:
+        return len(self.tries.get(run_id, [])) + 1
+
+    def _end(self, outcome: Outcome, step: int | None = None, miou: float | None = None) -> None:
+        self.outcomes[outcome.run_id] = outcome
+        message = f"{outcome.failure.kind}: {outcome.failure.message}" if outcome.failure else ""
+        event = Event(outcome.state, outcome.run_id, step=step, message=message)
+        self.tell(replace(event, miou=miou))
+
+
+def _named(place: tuple[str, int] | None) -> str:
+    return "" if place is None else f"{place[0]}:{place[1]}"

@@ -1,0 +1,347 @@
+"""At most one process works on a run at a time, on one machine or on several that share the directory.
+
+A lease is a file ``lease-<token>.json`` in the run's directory; its token is drawn anew each time and never used again.
+To take one: write one's own file, then look at the others. Whoever sees a living one beside his own withdraws. Of two
+that come at once, the later write is followed by a look that finds the earlier one, so never do both stay; that both
+withdraw is possible, hence they try again after a random pause. Since no name is ever used twice, removing the file of
+a dead holder can be done by anybody, any number of times, and can never hit a living one: a takeover needs no lock of
+its own. Whether a holder lives is seen in the kernel on its own machine, in its heartbeat from elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from viladiff.core.processes import start
+from viladiff.runs.record import write_atomically
+
+HEARTBEAT = 10.0
+"""Seconds between renewals."""
+SILENT = 60.0
+"""Seconds without a renewal, watched by one's own clock, after which a holder on another machine is taken for dead."""
+LONG_DEAD = 1800.0
+"""Seconds of age by the clock, after which two heartbeats need to be missed: a clock jumps, as after a suspension."""
+PATIENCE = 5.0
+"""Seconds to go on trying while others try too."""
+
+_NAME = re.compile(r"lease-[0-9a-f]{32}\.json")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who works on a run, as its lease file says."""
+
+    host: str
+    machine: str
+    """Boot and process namespace: process numbers mean the same only where this is equal; empty where unknown."""
+    pid: int
+    started: int
+    """Start of the process in clock ticks since boot; a process number is used again, with this it is not."""
+    since: str
+    """When the lease was taken, UTC."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+class LeaseLost(ValueError):
+    """Another machine took this one for dead and has the run now; writing on would spoil its files."""
+
+
+class Watch:
+    """When this process first saw each heartbeat of another machine, so that clocks are never compared."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def silent(self, name: str, beat: int) -> float:
+        """Seconds since ``beat``, the file's modification time in ns, was first seen unchanged."""
+        now = time.monotonic()
+        with self._lock:
+            known = self._seen.get(name)
+            if known is None or known[0] != beat:
+                self._seen[name] = known = (beat, now)
+        return now - known[1]
+
+    def forget(self, name: str) -> None:
+        with self._lock:
+            self._seen.pop(name, None)
+
+
+class Lease:
+    """The right to work on a run until ``release``; a context manager. Not inherited by a forked child."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pid = os.getpid()
+        self._done, self._lost = threading.Event(), threading.Event()
+        self._beaten = time.time()
+        threading.Thread(target=self._beat, name=f"lease of {path.parent.name}", daemon=True).start()
+
+    @property
+    def lost(self) -> bool:
+        """True once another machine has taken over, after this one was silent for too long: stop and write nothing."""
+        late = abs(time.time() - self._beaten) > 2 * HEARTBEAT
+        if late and not self._lost.is_set() and not self._done.is_set():  # as after a suspension: sooner than it beats
+            with suppress(OSError):
+                if not self.path.exists():
+                    self._lost.set()
+        return self._lost.is_set()
+
+    def check(self) -> None:
+        """Raises LeaseLost where another machine has taken over; looks at once, not at the next heartbeat."""
+        if not self.path.exists():
+            self._lost.set()
+            raise LeaseLost(f"{self.path.parent}: another machine took this over after this one was silent too long")
+
+    def release(self) -> None:
+        """May be called twice, and by a forked child, where it does nothing."""
+        if os.getpid() == self._pid:
+            self._done.set()
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT):
+            try:
+                os.utime(self.path)
+                self._beaten = time.time()
+            except FileNotFoundError:
+                if not self._done.is_set():
+                    self._lost.set()
+                return
+            except OSError:
+                continue  # the file system may come back before others lose patience
+
+
+def take(directory: Path, watch: Watch) -> Lease | None:
+    """A lease on ``directory``, which is made where it is missing; None where somebody else has or gets one.
+
+    Safe between threads, processes and machines; a lease left by a dead holder is removed on the way.
+    """
+    until = time.monotonic() + PATIENCE
+    pause = 0.002
+    while not _held(directory, watch):
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"lease-{secrets.token_hex(16)}.json"
+        try:
+            write_atomically(path, json.dumps(asdict(_self()), indent=1).encode())
+            alone = {found.path for found in _held(directory, watch)} == {path}
+        except BaseException:
+            with suppress(OSError):  # as the first error, in a directory that cannot be written
+                path.unlink(missing_ok=True)
+            raise
+        if alone:
+            return Lease(path)
+        path.unlink(missing_ok=True)
+        if time.monotonic() > until:
+            return None
+        time.sleep(random.uniform(0, pause))
+        pause = min(2 * pause, 0.2)
+    return None
+
+
+def take_or_say(directory: Path) -> Lease:
+    """``take_or_wait``; ValueError that names the holder where somebody else has the directory."""
+    watch = Watch()
+    lease = take_or_wait(directory, watch)
+    if lease is None:
+        holders = [str(holder) for holder in living(directory, watch).values() if holder is not None]
+        who = holders[0] if holders else "another process"
+        raise ValueError(f"{directory}: {who} is at work on this run; wait until it is done, or stop it first")
+    return lease
+
+
+def take_or_wait(directory: Path, watch: Watch) -> Lease | None:
+    """``take``, which waits as long as nobody can know whether the holder lives; None once somebody is seen to live.
+
+    After a restart of the machine or the container, the lease of a run that died with it is as one of another machine.
+    Its heartbeat is watched until there is one or SILENT seconds have passed, which are counted down on stderr.
+    Ctrl-C meanwhile leaves the lease as it is.
+    """
+    if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):  # said before the wait, not after it
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+    first: dict[Path, int] = {}
+    with _countdown(directory) as show:
+        while (lease := take(directory, watch)) is None:
+            held = [found for found in inspect(directory, watch) if not found.sure]
+            if any(_lives(found.holder) or first.setdefault(found.path, found.beat) != found.beat for found in held):
+                return None
+            if held:
+                show(held[0].holder, max(_left(found, watch) for found in held))
+            time.sleep(min(1.0, SILENT / 10))
+    return lease
+
+
+@contextmanager
+def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], None]]:
+    """Shows whom one waits for, and how many seconds at most: on a terminal in one line, elsewhere now and then."""
+    terminal, spoken = sys.stderr.isatty(), math.inf
+
+    def show(holder: Holder | None, left: float) -> None:
+        nonlocal spoken
+        if terminal or spoken - left >= HEARTBEAT:
+            spoken = left
+            who = f"{holder or 'another process'} has this run, on another machine or before a restart"
+            line = f"{directory.name}: {who}; without a sign of life it is taken over in {max(left, 0):.0f} s"
+            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if terminal and spoken < math.inf:
+            print(file=sys.stderr, flush=True)
+
+
+def living(directory: Path, watch: Watch) -> dict[Path, Holder | None]:
+    """Leases on ``directory`` whose holder lives, or may; None: unreadable. Those surely of the dead are removed."""
+    _held(directory, watch)
+    return {found.path: found.holder for found in inspect(directory, watch) if not found.dead}
+
+
+def held(directory: Path, watch: Watch) -> bool:
+    """Whether ``take`` would find somebody there, who may be dead and has to be watched for longer."""
+    return bool(_held(directory, watch))
+
+
+def _held(directory: Path, watch: Watch) -> list[Found]:
+    """Leases that nobody may take over; the others are removed, where this process may."""
+    seen = inspect(directory, watch)
+    for found in seen:
+        if found.sure:
+            with suppress(OSError):  # another user's: it stays, without effect
+                found.path.unlink(missing_ok=True)
+                watch.forget(found.path.name)
+    return [found for found in seen if not found.sure]
+
+
+class Found(NamedTuple):
+    """A lease as it was seen."""
+
+    path: Path
+    holder: Holder | None
+    """None where it cannot be read."""
+    beat: int
+    """The file's modification time in ns."""
+    dead: bool
+    """Whether the holder is, as far as one look tells."""
+    sure: bool
+    """Whether it is also certain enough to take the run over."""
+
+
+def inspect(directory: Path, watch: Watch) -> list[Found]:
+    """Each lease on ``directory``; removes nothing."""
+    try:
+        names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for name in sorted(names):
+        path = directory / name
+        try:
+            beat, text = path.stat().st_mtime_ns, b""
+            with suppress(PermissionError):  # another user's: its heartbeat has to do
+                text = path.read_bytes()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                continue  # released between the two looks; on a network file system the second one is stale
+            raise
+        found.append(_judged(path, _parse(text), beat, watch))
+    return found
+
+
+def runs_here(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    return start(pid) is not None
+
+
+def _parse(text: bytes) -> Holder | None:
+    try:
+        fields = json.loads(text)
+        holder = Holder(**fields)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    whole = type(holder.pid) is int and type(holder.started) is int
+    return holder if whole and 0 < holder.pid < 2**31 else None
+
+
+def _judged(path: Path, holder: Holder | None, beat: int, watch: Watch) -> Found:
+    alive, silent = _lives(holder), watch.silent(path.name, beat)
+    if alive is not None:
+        return Found(path, holder, beat, not alive, not alive)  # one that is stopped is silent and may still go on
+    return Found(
+        path, holder, beat, silent > SILENT or _aged(beat), silent > (2 * HEARTBEAT if _aged(beat) else SILENT)
+    )
+
+
+def _aged(beat: int) -> bool:
+    return time.time() - beat / 1e9 > LONG_DEAD
+
+
+def _left(found: Found, watch: Watch) -> float:
+    """Seconds of silence after which it may be taken over."""
+    return (2 * HEARTBEAT if _aged(found.beat) else SILENT) - watch.silent(found.path.name, found.beat)
+
+
+def _lives(holder: Holder | None) -> bool | None:
+    """Whether the process runs, as this machine's kernel knows it; None where the heartbeat alone tells."""
+    if holder is None or not holder.machine or holder.machine != _machine():
+        return None
+    started = start(holder.pid)
+    if started is not None:
+        return started == holder.started
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return None  # another user's, hidden from us
+    return start(holder.pid) == holder.started or _dying(holder.pid)  # a zombie, or it came just now
+
+
+def _dying(pid: int) -> bool:
+    """Whether threads of a killed process are left, whose last write may not be over though the first is a zombie."""
+    with suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    return False
+
+
+@cache
+def _machine() -> str:
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""  # /proc is of another process namespace, and so are the starts in it
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _self() -> Holder:
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Holder(socket.gethostname(), _machine(), os.getpid(), start(os.getpid()) or 0, since)

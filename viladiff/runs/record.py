@@ -1,0 +1,341 @@
+"""What a finished run leaves behind: its numbers, and everything one needs to know to believe them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from viladiff.runs import gradient_shares as shares
+from viladiff.runs.run_name import WEIGHTS, Content, arithmetic, run_name
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "scikit-learn", "viladiff")
+
+
+class RunRecord(BaseModel):
+    """One run, as in ``record.json``; what was not measured is None, never 0; mIoU and the like are in [0, 1].
+
+    A field that only another version knows is kept as it is, so that reading and writing again loses nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    run_id: str
+    config: dict[str, Any]
+    """Every field by dotted path."""
+    changed: dict[str, Any]
+    """The fields that differ from their defaults."""
+    fingerprints: dict[str, str]
+    core_revision: int
+    """``viladiff.runs.config.CORE_REVISION`` that the run was made with."""
+    method_revision: int
+    """Its method's ``revision``, likewise."""
+    steps: int
+    miou: float | None
+    """The headline: last step, ``predictor()``, the stream that the method names."""
+    network: str
+    """Which network the headline comes from."""
+    stream: str
+    scores: dict[str, dict[str, dict[str, Any]]]
+    """network, stream, score; ``per_class`` is a list."""
+    best: dict[str, Any] | None
+    """Best of all evaluations, for comparison only; ``picked_on_reported`` says that the images which it was picked on,
+    ``picked_on``, are those that it reports, and ``evaluations`` from how many."""
+    history: list[dict[str, Any]]
+    pseudo_labels: dict[str, float | None]
+    """Coverage, precision, rescued and spoiled shares on weakly viewed validation images, before and after MixE."""
+    class_names: list[str]
+    captions: str
+    text_encoder: str
+    encoder: str
+    pretrained: str
+    wall_seconds: float | None
+    """Of all legs of the run; what a kill undid after a checkpoint is not in it."""
+    train_seconds: float
+    seconds_per_step: float | None
+    peak_memory_bytes: int | None
+    """Of the GPU where there is one, else main memory of the first worker; the most of all legs."""
+    workers: int
+    threads: int
+    device: str
+    versions: dict[str, str]
+    git: dict[str, Any]
+    step_log: str = "steps.jsonl"
+    cpu_seconds: float | None = None
+    """Processor time of the first worker's process in ``train_seconds``, all its threads added; not that of programs
+    that decode. Other work on the machine lengthens it less than the clock's. None where a leg did not note it."""
+    notes: list[str] = []
+    """What the method said before training of what it lacked here, a sentence each."""
+    split_name: str = ""
+    """Which list of files the labelled images are, and whether it is a published one; empty for embedded data sets."""
+    scale: str = ""
+    """Size of experiment that the run was made for; empty for a run of its own."""
+    gradient_shares: dict[str, Any] | None = None
+    """Norms of the gradients of the loss's parts where ``runtime.gradient_shares`` asked for them: ``measured``, a step
+    each with ``norms`` and ``cosines`` to the supervised gradient by place and part; and ``fields``, which parts the
+    method's fields weigh. ``viladiff.runs.gradient_shares.by_thirds`` makes shares of it."""
+    processor: str = ""
+    """Model of the first worker's processor, as the kernel names it; empty where it was not noted."""
+    finished: str = ""
+    """When the record was made, UTC, as 2026-01-31T12:00:00Z; empty where it was not noted."""
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of its training: ``fp32``, ``bf16`` or ``fp16``, and ``fp32, TF32`` where that was allowed."""
+        return arithmetic(self.config.get("train.precision", "fp32"), bool(self.config.get("train.tf32")))
+
+
+def mismatch(record: RunRecord) -> str:
+    """How a record's configuration contradicts its name, in a clause; empty where it matches.
+
+    The name is computed again from what the record says: changed fields, revisions, fingerprints, seed and precision.
+    It says nothing of a score. Fields at their defaults are compared by ``viladiff.runs.maintenance.contradiction``.
+    """
+    config, changed = record.config, record.changed
+    for path, value in changed.items():
+        if path not in config or config[path] != value:
+            return f"{path} is {value!r} among the changed fields and {config.get(path, 'missing')!r} in config"
+    if type(config.get("seed")) is not int or not isinstance(config.get("train.precision"), str):
+        return "config lacks seed or train.precision"
+    revisions = record.core_revision, record.method_revision
+    precision, tf32 = config["train.precision"], bool(config.get("train.tf32"))
+    found = run_name(Content(*revisions, changed, config["seed"], precision, tf32, record.fingerprints))
+    return "" if found == record.run_id else f"fields, revisions, fingerprints, seed and precision give {found}"
+
+
+SHARES = ("miou", "boundary_iou", "trimap_miou", "pixel_accuracy", "per_class")
+"""Scores in [0, 1]."""
+_LARGEST = 2.0**63
+
+
+def impossible(record: RunRecord) -> str:
+    """A number that no run can have measured, in a clause; empty without one.
+
+    A page computes with these, so that one of another type or size must not come so far.
+    """
+    for name in ("steps", "train_seconds", "wall_seconds", "seconds_per_step", "cpu_seconds", "peak_memory_bytes"):
+        value = getattr(record, name)
+        if value is not None and not 0 <= value < _LARGEST:
+            return f"{name}: must be a number from 0 to 2^63, got {_short(value)}"
+    found: list[tuple[str, object]] = [("miou", record.miou)]
+    streams = [(f"{net}.{stream}", one) for net, those in record.scores.items() for stream, one in those.items()]
+    events = [("best", record.best)] if record.best is not None else []
+    events += [(f"history[{i}]", one) for i, one in enumerate(record.history)]
+    for where, one in events:
+        if type(one.get("step")) is not int or "miou" not in one:
+            return f"{where}: must have step, an integer, and miou, got {_short(one)}"
+    found += [(f"{where}.{name}", value) for where, one in streams for name, value in one.items()]
+    found += [(f"{where}.miou", one["miou"]) for where, one in events]
+    for name, value in found:
+        share = name.rpartition(".")[2] in SHARES
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not _measured(number, share):
+                return f"{name}: must be a number{' from 0 to 1' * share}, got {_short(number)}"
+    return "" if record.gradient_shares is None else shares.fault(record.gradient_shares)
+
+
+def _measured(value: object, share: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value <= 1 if share else abs(value) < _LARGEST
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key that is there twice, of which readers choose different ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def save_record(record: RunRecord, path: Path) -> None:
+    """Writes the record, with its checksum, so that a reader sees none or all of it, also after a power cut."""
+    write_atomically(path, record_bytes(record))
+
+
+def record_bytes(record: RunRecord) -> bytes:
+    """What ``save_record`` writes: JSON, the checksum last."""
+    rest = json.loads(record.model_dump_json())
+    return json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file holds the old bytes or the new ones, whole, whenever the process dies and however many write at once.
+
+    A killed writer leaves at most ``.<name>.<pid>.<token>.tmp``, which ``viladiff runs gc`` removes.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with naming(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """The error of a full disk names the file, or folder of files, that was being written; of itself it names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes a rename in it last through a power cut; not every platform can open a directory."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def checksum(rest: dict[str, Any]) -> str:
+    """SHA-256 of a record without its ``checksum``, over sorted compact JSON: of content, whatever the file's layout.
+
+    It covers what the file says, not what the model knows, so that fields added later invalidate no older record.
+    ValueError where a number is not finite or text has no UTF-8.
+    """
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without_paths(record: RunRecord) -> RunRecord:
+    """A copy fit to be published: it no longer says where on somebody's machine it ran."""
+    hidden = ("runtime.runs_dir", "runtime.data_root", "data.split_dir", "runtime.captions", "runtime.text_model")
+    config, changed = (
+        {name: value for name, value in fields.items() if name not in hidden}
+        for fields in (record.config, record.changed)
+    )
+    for fields in (config, changed):
+        for weights in WEIGHTS:
+            if fields.get(weights):
+                fields[weights] = Path(fields[weights]).name
+    pretrained = Path(record.pretrained).name if record.config.get("model.weights") else record.pretrained
+    return RunRecord(**{**record.model_dump(), "config": config, "changed": changed, "pretrained": pretrained})
+
+
+class DamagedRecord(ValueError):
+    """The bytes are not those that ``save_record`` wrote; a sound record of another version is a plain ValueError."""
+
+
+class ForgedRecord(DamagedRecord):
+    """The record's configuration does not match its name."""
+
+
+def load_record(path: Path) -> RunRecord:
+    """Raises ValueError that names the file where it cannot be read, its checksum is wrong or missing, a field that
+    this version needs is missing or of another type, or its configuration does not match its name."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} is not a run's record: {error}") from error
+    return parse_record(data, path)
+
+
+def parse_record(data: bytes, path: Path | str) -> RunRecord:
+    """The record in the bytes of a file; ``path`` is only named. DamagedRecord, ForgedRecord or ValueError, as
+    ``load_record``."""
+    try:
+        rest = json.loads(data, object_pairs_hook=_once)
+        if not isinstance(rest, dict):
+            raise ValueError(f"holds a {type(rest).__name__}")
+        written = rest.pop("checksum", None)
+        found = checksum(rest)
+    except (ValueError, RecursionError) as error:
+        raise DamagedRecord(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
+    if written is None:
+        raise DamagedRecord(f"{path} is not a run's record: it has no checksum")
+    if written != found:
+        raise DamagedRecord(f"{path} is damaged: its checksum is {str(written)[:12]}, its content gives {found[:12]}")
+    try:
+        record = RunRecord.model_validate(rest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} was written by another version of viladiff: {field}: {first['msg']}") from error
+    if why := impossible(record):
+        raise DamagedRecord(f"{path} is not a run's record: {why}")
+    if why := mismatch(record):
+        raise ForgedRecord(f"{path} does not match its name {record.run_id}: {why}")
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """Model of this machine's processor, by name and by the numbers that tell apart those of one name."""
+    wanted = ("model name", "cpu family", "model", "stepping")
+    try:
+        block = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        said = dict(line.replace("\t", "").split(":", 1) for line in block.splitlines() if ":" in line)
+        name, family, model, stepping = (said[key].strip() for key in wanted)
+    except (OSError, UnicodeDecodeError, KeyError):
+        return platform.processor() or platform.machine()
+    return f"{name}, family {family}, model {model}, stepping {stepping}"
+
+
+def git_state() -> dict[str, Any]:
+    """Revision of the checkout that the package is imported from, and whether it was changed; empty outside of one."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        return {"revision": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def forget_peak_memory() -> bool:
+    """Lets ``peak_memory`` begin anew; False where the kernel has no such thing or does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Most bytes of main memory that this process has held, since ``forget_peak_memory`` where that works."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

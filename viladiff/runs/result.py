@@ -1,0 +1,54 @@
+"""What ``fit`` gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from viladiff.runs.checkpoint import StepLog
+from viladiff.runs.record import RunRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    directory: Path
+    record: RunRecord = field(repr=False)
+
+    @property
+    def miou(self) -> float | None:
+        """The headline mIoU in [0, 1]."""
+        return self.record.miou
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """Flat scores, ``network/stream/score``."""
+        return {
+            f"{network}/{stream}/{name}": value
+            for network, streams in self.record.scores.items()
+            for stream, scores in streams.items()
+            for name, value in scores.items()
+            if not isinstance(value, list)
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The run's name, choices and scores as one flat row; a list of such rows makes a ``pandas.DataFrame``."""
+        chosen = {path: value for path, value in self.record.changed.items() if not path.startswith("runtime.")}
+        return {
+            "run_id": self.record.run_id,
+            **chosen,
+            "seed": self.record.config["seed"],
+            "miou": self.miou,
+            **self.metrics,
+        }
+
+    def frame(self) -> pd.DataFrame:
+        """The per-step log."""
+        import pandas as pd
+
+        return pd.DataFrame(StepLog(self.directory / self.record.step_log).read())

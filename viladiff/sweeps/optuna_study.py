@@ -1,0 +1,284 @@
+"""Optuna's side of a sweep: a study of the trials' records, with ask, report and tell.
+
+The study is a view. When a sweep is opened, its records are replayed to a study in memory, and the stored study is made
+anew where it differs from that one. So a kill between two writes, or a lost file, changes nothing. Sampler and pruner
+work on the study in memory, with what they note there; the stored one, for whoever looks on, is told what came of it,
+a new trial with all its parameters in one write. Optuna is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from viladiff.sweeps.samplers import Cmaes, Kind, distributions, next_on_grid, optuna_sampler
+from viladiff.sweeps.space import Space, Value
+from viladiff.sweeps.trials import Rung, Trial
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+    from optuna.trial import Trial as OptunaTrial
+
+JOURNAL = "optuna.journal"
+OWNER = "viladiff"
+"""Attribute of a study that was made here, and may therefore be made anew."""
+LOCK_SECONDS = 3
+"""Age at which the journal's lock is that of a killed driver; one driver at a time has the sweep, by its lease."""
+
+
+class ForeignStudy(ValueError):
+    """A study of the sweep's name that was not made here, and is left alone."""
+
+
+class Asker:
+    """Where points come from, and where values go."""
+
+    def __init__(
+        self,
+        name: str,
+        space: Space,
+        first: Mapping[str, Value],
+        kind: Kind,
+        seed: int,
+        parallel: bool,
+        storage: str,
+        pruner: BasePruner,
+    ) -> None:
+        """``storage``: an URL as Optuna takes it, or the path of a journal. Raises ValueError where it is out of reach,
+        or holds a study of the same name that is not ours."""
+        _quiet()
+        self.name, self.space, self.first = name, space, dict(first)
+        self.kind, self.seed, self.parallel, self.pruner = kind, seed, parallel, pruner
+        self.distributions = distributions(space)
+        self.cmaes = Cmaes(space, self.first, seed) if kind == "cmaes" else None
+        self.where = storage
+        self.storage: BaseStorage
+        self.memory: Told
+        """Where sampler and pruner work."""
+        self.stored: Told
+        """The same for whoever looks on."""
+
+    @property
+    def stopped(self) -> set[int]:
+        """Trials under way that the pruner has ended."""
+        return self.memory.stopped
+
+    # Opening
+
+    def open(self, trials: Sequence[Trial], full: int) -> None:
+        """Brings the study to what the records say; ``full``: steps of the last rung, where nothing is pruned."""
+        self.memory = self._replay(trials, full)
+        wanted = self.memory.study.get_trials(deepcopy=False)
+        try:
+            self.storage = self._connect()
+            study = self._found()
+            if study is None or not _same(study.get_trials(deepcopy=False), wanted):
+                study = self._anew(wanted)
+        except ForeignStudy:
+            raise
+        except Exception as error:  # each kind of storage has errors of its own
+            if "://" in self.where:
+                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(f"{_hidden(self.where)}: Optuna cannot keep its study there ({why})") from error
+            study = self._anew(wanted)  # a journal that is damaged
+        self.stored = Told(study, self.storage, self.distributions, full, judges=False)
+
+    def _replay(self, trials: Sequence[Trial], full: int) -> Told:
+        """What happened, told in its order to a study in memory."""
+        import optuna
+
+        storage = optuna.storages.InMemoryStorage()
+        told = Told(self._create(storage), storage, self.distributions, full)
+        happened: list[tuple[int, Callable[[], object]]] = []
+        for trial in trials:
+            happened.append((trial.order, partial(told.add, trial.point)))
+            happened += [(rung.order, partial(told.report, trial, [rung])) for rung in trial.rungs]
+            if trial.ended is not None:
+                happened.append((trial.ended, partial(told.tell, trial)))
+        for _, event in sorted(happened, key=lambda one: one[0]):
+            event()
+        return told
+
+    def _connect(self) -> BaseStorage:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+        if "://" in self.where:
+            return optuna.storages.get_storage(self.where)
+        journal = Path(self.where)
+        if journal.is_file() and not journal.read_bytes().endswith(b"\n"):
+            journal.unlink()  # torn by a full disk: the next line would be added to half of one
+        # Optuna's other lock, a link, is waited for without an end where it points to no file.
+        lock = JournalFileOpenLock(self.where, grace_period=LOCK_SECONDS)
+        return optuna.storages.JournalStorage(JournalFileBackend(self.where, lock))
+
+    def _found(self) -> Study | None:
+        import optuna
+
+        studies = self.storage.get_all_studies()
+        foreign = [one.study_name for one in studies if one.user_attrs.get(OWNER) is None]
+        if "://" not in self.where and foreign:  # the journal is made anew as a whole
+            raise ForeignStudy(
+                f"{self.where}: holds a study {foreign[0]!r} that was not made by viladiff; move the file away"
+            )
+        if self.name not in {one.study_name for one in studies}:
+            return None
+        study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=self.pruner)
+        if study.user_attrs.get(OWNER) is None:
+            raise ForeignStudy(
+                f"{_hidden(self.where)}: holds a study {self.name!r} that was not made by viladiff; give --study NAME"
+            )
+        return study
+
+    def _anew(self, frozen: Sequence[FrozenTrial]) -> Study:
+        import optuna
+
+        if "://" not in self.where:
+            Path(self.where).unlink(missing_ok=True)
+            self.storage = self._connect()
+        elif self._found() is not None:
+            optuna.delete_study(study_name=self.name, storage=self.storage)
+        study = self._create(self.storage)
+        study.set_user_attr(OWNER, "rebuilt from the records of its trials")
+        study.add_trials(frozen)
+        return study
+
+    def _create(self, storage: BaseStorage) -> Study:
+        import optuna
+
+        return optuna.create_study(study_name=self.name, storage=storage, direction="maximize", pruner=self.pruner)
+
+    # Asking and telling
+
+    def ask(self, number: int, trials: Sequence[Trial]) -> tuple[dict[str, Value], str] | None:
+        """The point of trial ``number`` and where it comes from; the first one is the paper's. None: no more points."""
+        if number == 0:
+            return self._fixed(self.first, "paper")
+        if self.kind == "grid":
+            point = next_on_grid(self.space, trials)
+            return None if point is None else self._fixed(point, "grid")
+        if self.cmaes is not None:
+            return self._fixed(self.cmaes.point(trials, number), "cmaes")
+        self.memory.study.sampler = optuna_sampler(self.kind, self.seed, number, self.parallel)
+        asked = self.memory.study.ask(self.distributions)
+        assert asked.number == number, "the study has other trials than the records"
+        point = {path: asked.params[path] for path in self.space}
+        self.stored.add(point)
+        return point, self.kind
+
+    def _fixed(self, point: dict[str, Value], origin: str) -> tuple[dict[str, Value], str]:
+        self.memory.add(point)
+        self.stored.add(point)
+        return dict(point), origin
+
+    def report(self, trial: Trial, rungs: Sequence[Rung]) -> None:
+        """Values on the way, as ``Told.report`` takes them."""
+        self.memory.report(trial, rungs)
+        self.stored.report(trial, rungs)
+
+    def tell(self, trial: Trial) -> None:
+        """How a trial ended."""
+        self.memory.tell(trial)
+        self.stored.tell(trial)
+
+
+class Told:
+    """A study that is told what happens in a sweep; where it ``judges``, also what its pruner says to that."""
+
+    def __init__(
+        self,
+        study: Study,
+        storage: BaseStorage,
+        distributions: Mapping[str, BaseDistribution],
+        full: int,
+        judges: bool = True,
+    ) -> None:
+        self.study, self.storage, self.distributions, self.full = study, storage, dict(distributions), full
+        self.judges = judges
+        self.study_id = storage.get_study_id_from_name(study.study_name)
+        self.stopped: set[int] = set()
+
+    def add(self, point: Mapping[str, Value]) -> None:
+        """A trial begins at a point that no sampler of Optuna's has drawn."""
+        import optuna
+
+        running = optuna.trial.TrialState.RUNNING
+        self.study.add_trial(
+            optuna.trial.create_trial(state=running, params=dict(point), distributions=self.distributions)
+        )
+
+    def report(self, trial: Trial, rungs: Iterable[Rung]) -> None:
+        """The first seed's values on the way. The pruner judges each but the last rung's, and none of a twin, whose
+        values it knows; it does not stop a trial that has a value."""
+        asked = self._asked(trial.number)
+        for rung in rungs:
+            asked.report(rung.value, rung.step)
+            judged = self.judges and trial.twin is None and rung.step < self.full
+            if judged and asked.should_prune() and not trial.values:
+                self.stopped.add(trial.number)
+
+    def tell(self, trial: Trial) -> None:
+        """How a trial ended. A stopped one is PRUNED at the budget of its last rung, never COMPLETE."""
+        import optuna
+
+        states = optuna.trial.TrialState
+        state = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[trial.state]
+        asked = self._asked(trial.number)
+        for name, value in _attributes(trial).items():
+            asked.set_user_attr(name, value)
+        self.study.tell(trial.number, trial.value if trial.state == "complete" else None, state)
+        self.stopped.discard(trial.number)
+
+    def _asked(self, number: int) -> OptunaTrial:
+        import optuna
+
+        return optuna.trial.Trial(
+            self.study, self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
+        )
+
+
+def _attributes(trial: Trial) -> dict[str, Any]:
+    """What a dashboard shows beside a trial."""
+    budget = {"budget": trial.rungs[-1].step} if trial.state == "pruned" and trial.rungs else {}
+    reason = {"reason": trial.reason} if trial.reason else {}
+    return {**budget, **reason, "seeds": len(trial.values), "runs": list(trial.runs.values())}
+
+
+def _same(found: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
+    def content(one: FrozenTrial) -> tuple[object, ...]:
+        return (
+            one.state,
+            one.values,
+            list(one.params.items()),
+            one.distributions,
+            one.intermediate_values,
+            one.user_attrs,
+        )
+
+    return len(found) == len(wanted) and all(
+        # What sampler and pruner note of a trial is kept in memory alone.
+        content(a) == content(b)
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _hidden(storage: str) -> str:
+    """An URL without the password that it may carry."""
+    scheme, sign, rest = storage.partition("://")
+    return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else storage
+
+
+def _quiet() -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

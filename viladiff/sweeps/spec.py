@@ -1,0 +1,340 @@
+"""A sweep as data: one TOML file says what is searched, from which point, at which budgets, and how runs are compared.
+
+Reading it loads no torch; ``check`` and ``Namer`` do, since they build configurations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from viladiff.config.base import ConfigError, nearest
+from viladiff.config.toml_file import read_toml, sentence, strange_values
+from viladiff.runs.run_name import arithmetic
+from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
+from viladiff.tables.cells import check_lists, embedded, list_of_seed
+from viladiff.tables.plan import Planned
+from viladiff.tables.spec import RESERVED, Printed, Scale, Seeds, Strict
+from viladiff.tables.spec_file import published_lists
+
+Select = Literal["holdout", "val"]
+FRESH = 5
+"""Fewest seeds that a winner is quoted with."""
+FRESH_TO_CHOOSE = 3
+"""Fewest seeds that a winner is chosen with, where nothing is quoted (``finals_split = "dev"``)."""
+OURS = {
+    "data.holdout": "it is the sweep's own holdout",
+    "method.pseudo.oracle": "it reads true masks of unlabelled images: a ceiling is no method to be tuned",
+    "eval.split": "the sweep chooses on what it holds out; --select val reads the reported set and the page says it",
+    "eval.every_steps": "it follows from the rungs",
+    "eval.every_epochs": "it follows from the rungs",
+    **RESERVED,
+}
+
+
+def _as_rungs(value: object) -> object:
+    shares = value if isinstance(value, list | tuple) else ()
+    fine = all(isinstance(one, int | float) and 0 < one <= 1 for one in shares)
+    if fine and shares and list(shares) == sorted(set(shares)) and shares[-1] == 1:
+        return tuple(float(one) for one in shares)
+    raise ValueError("shares of the steps in rising order, the last one 1.0, such as [0.25, 0.5, 1.0]")
+
+
+class Curve(Strict):
+    """Numbers that the paper prints along one dimension, to be drawn beside what was found."""
+
+    label: str = Field(min_length=1)
+    field: str
+    at: tuple[Value, ...] = Field(min_length=1)
+    miou: tuple[Printed, ...]
+    """Percent, one for each place."""
+
+
+class Sweep(Strict):
+    name: str
+    """The file's stem without ``sweep_``."""
+    title: str
+    metric: Literal["miou"] = "miou"
+    trials: int = Field(20, ge=1)
+    seeds: Seeds = (0, 1, 2)
+    final_seeds: Seeds = (3, 4, 5, 6, 7)
+    """Fresh seeds with which the winner, the paper's value and the runner-up are trained anew, on the full list."""
+    finals_split: Literal["test", "dev"] = "test"
+    """What those runs score: the reported set or, where the sweep is for a choice and quotes nothing, ``dev`` of
+    embedded data and elsewhere the labelled images that trials are chosen on."""
+    beside: tuple[str, ...] = ()
+    """Names of sweeps of other methods with as many trials and seeds, which the page lists beside this one."""
+    holdout: float = Field(0.25, gt=0, lt=1)
+    """Share of the labelled list that trials are chosen on and not trained on."""
+    rungs: Annotated[tuple[float, ...], BeforeValidator(_as_rungs)] = (0.25, 0.5, 1.0)
+    """Shares of the steps at which trials may be stopped early."""
+    base: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Dimension] = Field(min_length=1)
+    initial_point: dict[str, Value]
+    """The paper's value: the first point that is tried."""
+    scale: dict[str, Scale] = Field(min_length=1)
+    paper: tuple[Curve, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+# Reading
+
+
+def load_sweep(path: Path | str) -> Sweep:
+    """The sweep in a TOML file; what its fields mean is left to ``check``.
+
+    Raises ValueError with one line a fault: file, entry, value, what is allowed.
+    """
+    path = Path(path)
+    tree = read_toml(path)
+    faults = list(strange_values(tree))
+    if "name" in tree:
+        faults.append(f"name = {tree['name']!r}: a sweep is named by its file; remove the line")
+    if not faults:
+        try:
+            text = json.dumps({**tree, "name": path.stem.removeprefix("sweep_")})
+            sweep = Sweep.model_validate_json(text)
+        except ValidationError as error:
+            faults = [_said(item, tree) for item in error.errors(include_url=False)]
+        else:
+            faults = [*_faults(sweep), *_beside_faults(sweep, path)]
+    if faults:
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
+    return sweep
+
+
+def _said(item: Any, tree: Mapping[str, Any]) -> str:
+    """Paths of fields have dots of their own, so that what lies in ``space`` is named here."""
+    loc = item["loc"]
+    if loc[0] in ("space", "initial_point") and len(loc) > 1:
+        inner = {**item, "loc": loc[2:] if len(loc) > 2 and loc[0] == "space" else ()}
+        return f'{loc[0]}."{loc[1]}": {sentence(inner, tree, Dimension, {})}'
+    return sentence(item, tree, Sweep, {"scale": Scale, "paper": Curve})
+
+
+def _faults(sweep: Sweep) -> Iterator[str]:
+    for path, dimension in sweep.space.items():
+        here = f'space."{path}"'
+        if path in OURS:
+            yield f"{here}: not searched: {OURS[path]}"
+        if path in sweep.base:
+            yield f"{here}: base sets it too; keep one"
+        if path in sweep.initial_point and not dimension.has(sweep.initial_point[path]):
+            yield f'initial_point."{path}" = {sweep.initial_point[path]!r}: must lie in the space, {dimension}'
+    for fault in strays(sweep.initial_point, sweep.space):
+        if "is not in" not in fault:
+            yield f"initial_point: {fault}{nearest(fault.split(' ')[0], sweep.space)}"
+    for entry, fields in [("base", sweep.base), *((f"scale.{name}", one.set) for name, one in sweep.scale.items())]:
+        for path, value in fields.items():
+            if path in OURS:
+                yield f"{entry}: {path} = {value!r}: not set here: {OURS[path]}"
+            elif isinstance(value, dict):
+                yield f'{entry}: {path} = {value!r}: write the whole path in quotes, as in "{path}.field" = ...'
+    yield from published_lists(sweep.scale)
+    for name, one in sweep.scale.items():
+        if one.shared_method_fields:
+            fields = one.shared_method_fields
+            yield f"scale.{name}: shared_method_fields = {fields}: a sweep has one method: write it in set"
+    for name, seeds in (("seeds", sweep.seeds), ("final_seeds", sweep.final_seeds)):
+        if len(set(seeds)) < len(seeds):
+            yield f"{name} = {list(seeds)}: a seed is named twice"
+    fewest = FRESH if sweep.finals_split == "test" else FRESH_TO_CHOOSE
+    if set(sweep.seeds) & set(sweep.final_seeds) or len(sweep.final_seeds) < fewest:
+        here = f"final_seeds = {list(sweep.final_seeds)}"
+        yield f"{here}: {fewest} seeds or more, none of them in seeds = {list(sweep.seeds)}"
+    for i, curve in enumerate(sweep.paper):
+        here = f"paper[{i + 1}] {curve.label!r}"
+        if curve.field not in sweep.space:
+            yield f"{here}: field = {curve.field!r}: not in the space{nearest(curve.field, sweep.space)}"
+        if len(curve.at) != len(curve.miou):
+            yield f"{here}: {len(curve.miou)} numbers at {len(curve.at)} places"
+
+
+def _beside_faults(sweep: Sweep, path: Path) -> Iterator[str]:
+    """Methods that are tuned with other means are not tuned equally."""
+    for name in sweep.beside:
+        other = path.with_name(f"sweep_{name}.toml")
+        if not other.is_file():
+            yield f"beside = {name!r}: there is no {other.name} beside this file"
+            continue
+        found = load_sweep(other)
+        for field in ("trials", "seeds", "final_seeds", "finals_split", "holdout", "rungs"):
+            mine, theirs = getattr(sweep, field), getattr(found, field)
+            if mine != theirs:
+                yield f"beside = {name!r}: {field} = {theirs} there, and {mine} here; both must be equal"
+
+
+# Runs
+
+
+def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select) -> dict[str, object]:
+    """What every run of the search has: base, scale, command line, and what it is scored on; not the point or seed.
+
+    A run of the search is scored at each rung and at the end on images that it does not train on and that no result
+    is read from: ``dev`` of an embedded data set, else labelled images that are held out. ``select`` val is for data
+    in files alone: on embedded data it would be ``test``. Raises ValueError for that, for an unknown scale, and for a
+    field that is not to be set here.
+    """
+    fixed = common(sweep, scale, typed)
+    if select == "val" and embedded(fixed):
+        raise ValueError(
+            f"--select val: trials on {fixed.get('data.dataset', 'digits')!r} are scored on dev, and never on test, "
+            "which finals alone read; leave it out"
+        )
+    steps = rung_steps(sweep, fixed)
+    chosen: dict[str, object] = {"eval.every_steps": math.gcd(*steps), "eval.boundary": False}
+    if select == "holdout":
+        chosen |= _choosing(sweep, fixed)
+    return {**fixed, **chosen}
+
+
+def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, object]:
+    """What the runs of the search share with those that the winner is quoted from."""
+    if scale not in sweep.scale:
+        raise ValueError(f"scale = {scale!r}: allowed: {', '.join(sweep.scale)}{nearest(scale, sweep.scale)}")
+    for path, value in typed.items():
+        if path in OURS:
+            raise ValueError(f"{path} = {value}: not set here: {OURS[path]}")
+        if path in sweep.space:
+            raise ValueError(f"{path} = {value}: the sweep searches it; leave it out")
+    size = sweep.scale[scale]
+    mapped: dict[str, object] = dict(sweep.base)
+    for path, value in sweep.base.items():
+        mapped |= size.substitute.get(f"{path}={value}", {})
+    asked = str(sweep.base.get("data.dataset"))
+    if asked in size.datasets:
+        mapped["data.dataset"] = size.datasets[asked]
+    threads: dict[str, object] = {} if size.threads is None else {"runtime.threads": size.threads}
+    found = {**mapped, **threads, **size.set, **typed, "runtime.scale": scale}
+    if sweep.finals_split == "dev":
+        return {**found, **_choosing(sweep, found)}
+    return {**found, "eval.split": "test"} if embedded(found) else found
+
+
+def _choosing(sweep: Sweep, fixed: Mapping[str, object]) -> dict[str, object]:
+    """What scores a run on images that no result is read from."""
+    return {"eval.split": "dev"} if embedded(fixed) else {"data.holdout": sweep.holdout, "eval.split": "holdout"}
+
+
+def choosing_images(sweep: Sweep, scale: str) -> str:
+    """The images that points are chosen by, in words, where nobody looks at the reported set."""
+    if embedded(common(sweep, scale, {})):
+        return "the part dev of the embedded data"
+    return f"{sweep.holdout:.0%} of the labelled images"
+
+
+def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
+    """Steps of the rungs, the last one the full length. Raises ValueError where they are no steps of their own."""
+    text = str(fixed.get("train.steps"))
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"train.steps = {fixed.get('train.steps')}: a sweep needs a number of steps, set by its scale")
+    steps = tuple(round(share * int(text)) for share in sweep.rungs)
+    if len(set(steps)) < len(steps) or steps[0] < 1:
+        raise ValueError(f"rungs = {list(sweep.rungs)}: of train.steps = {text} they are the steps {list(steps)}")
+    if steps[-1] // math.gcd(*steps) > 100:
+        raise ValueError(
+            f"rungs = {list(sweep.rungs)}: of train.steps = {text} they are the steps {list(steps)}, which only an "
+            f"evaluation every {math.gcd(*steps)} steps would meet; choose others"
+        )
+    return steps
+
+
+def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, select: Select = "holdout") -> None:
+    """Builds the configurations at the space's edges, so that no trial can fail for its fields; loads torch.
+
+    Raises ValueError with a line a fault: entry, value, what is allowed, the nearest name.
+    """
+    from viladiff.runs.config import RunConfig, override
+
+    fixed = changes(sweep, scale, typed or {}, select)
+    if sweep.scale[scale].split_per_seed:
+        check_lists(f"sweep_{sweep.name}.toml: scale.{scale}", fixed)
+    faults: dict[str, None] = {}
+    try:
+        override(RunConfig(), {**fixed, **sweep.initial_point})
+    except ConfigError as error:
+        faults |= dict.fromkeys(_blamed(str(error), sweep, scale, sweep.initial_point))
+    if not faults:
+        faults |= dict.fromkeys(_kinds(sweep, fixed))
+    if not faults:
+        for point in edges(sweep.space, sweep.initial_point):
+            try:
+                override(RunConfig(), {**fixed, **point})
+            except ConfigError as error:
+                faults |= dict.fromkeys(_blamed(str(error), sweep, scale, point))
+    if faults:
+        shown = list(faults)[:8]
+        more = [f"and {len(faults) - len(shown)} more faults"] if len(faults) > len(shown) else []
+        raise ValueError("\n".join(f"sweep_{sweep.name}.toml: {fault}" for fault in [*shown, *more]))
+
+
+def _kinds(sweep: Sweep, fixed: Mapping[str, object]) -> Iterator[str]:
+    """Whole numbers for a field that holds any number would be searched as whole numbers."""
+    from viladiff.runs.config import RunConfig, override, schema
+
+    cfg = override(RunConfig(), {**fixed, **sweep.initial_point})
+    known = schema(cfg.data.dataset, cfg.method.name)
+    for path, dimension in sweep.space.items():
+        if dimension.whole and known[path].annotation is float:
+            yield (
+                f'space."{path}": low = {dimension.low}, high = {dimension.high}: whole numbers, but the field holds '
+                f"any; write {float(dimension.low or 0)} and {float(dimension.high or 0)}"
+            )
+
+
+def _blamed(error: str, sweep: Sweep, scale: str, point: Point) -> Iterator[str]:
+    for line in error.splitlines():
+        named = [path for path in sweep.space if path in line]
+        if named:
+            where = ", ".join(f"{path} = {point[path]!r}" for path in named if path in point)
+            yield f'space."{named[0]}" (at {where}): {line}'
+        else:
+            owner = next((f"scale.{scale}" for path in sweep.scale[scale].set if path in line), "base")
+            yield f"{owner}: {line}"
+
+
+class Namer:
+    """Runs of a point, named as training names them; data, words and weights are read once."""
+
+    def __init__(self, sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select, workers: int = 1) -> None:
+        self.sweep, self.workers = sweep, workers
+        self.own_lists = sweep.scale[scale].split_per_seed if scale in sweep.scale else False
+        self.common = {**common(sweep, scale, typed), "runtime.workers": workers}
+        self.fixed = {**changes(sweep, scale, typed, select), "runtime.workers": workers}
+        self.steps = rung_steps(sweep, self.fixed)
+        self._prints: dict[object, dict[str, str]] = {}
+
+    def planned(self, point: Point, seed: int, title: str = "") -> Planned:
+        """The run of a point under a seed; loads torch. Raises ValueError for a point that cannot be run."""
+        found = self._named({**self.fixed, **point, **self._seeded(point, seed)}, title)
+        if found.changed.get("eval.split") == "test":
+            raise ValueError("eval.split = 'test': a trial is never scored on the images that finals are quoted from")
+        return found
+
+    def final(self, point: Point, seed: int, title: str = "") -> Planned:
+        """The run that a point is quoted from: the full labelled list, scored on the reported set; or, with
+        ``finals_split = "dev"``, chosen from: scored as a trial is."""
+        return self._named({**self.common, **point, **self._seeded(point, seed)}, title)
+
+    def _seeded(self, point: Point, seed: int) -> dict[str, object]:
+        """What a seed sets: with the scale's ``split_per_seed`` the labelled list too, the same for all points."""
+        drawn = list_of_seed({**self.common, **point}, seed) if self.own_lists else {}
+        return {"seed": seed, **drawn}
+
+    def _named(self, given: dict[str, object], title: str) -> Planned:
+        from viladiff.runs.config import RunConfig, changed, override, run_id
+        from viladiff.training.fingerprints import name_runs
+
+        cfg = override(RunConfig(), given)
+        key = (cfg.data, cfg.model, cfg.eval.split)
+        if key not in self._prints:
+            self._prints[key] = name_runs([cfg])[0].fingerprints
+        fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
+        assert cfg.train.steps is not None  # rung_steps has seen it
+        how = self.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
+        return Planned(run_id(cfg, self._prints[key]), given, title, cfg.train.steps, fields, *how)

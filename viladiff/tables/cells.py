@@ -1,0 +1,331 @@
+"""From a table to its runs: what each cell sets, layer over layer, and whether that can be run.
+
+``cells`` loads torch, since it builds the configuration of every cell in order to check it; ``choose`` does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from viladiff.config.base import ConfigError, nearest
+from viladiff.config.toml_file import entry_name, listed
+from viladiff.tables.published import published_fields
+from viladiff.tables.spec import RESERVED, Layer, Scale, Table, table_layers
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+CHOOSERS = ("data.dataset", "method.name")
+"""Fields that choose a section; a layer that chooses another leaves nothing of the section before but ``COMMON``."""
+COMMON = "method.ohem."
+"""Fields that every method has: set for a scale, they are meant for all rows."""
+_TYPED = "the command line"
+_SCALE = 1
+"""Rank of the scale's layer, below those of column, row and command line."""
+_NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run that a table asks for; equal runs in several cells happen once."""
+
+    row: int
+    column: int
+    seed: int
+    changes: dict[str, object]
+    """Everything set for this cell, by dotted path, precedence resolved."""
+
+
+# Selection
+
+
+def select(kind: str, labels: Sequence[str], asked: Iterable[str | int]) -> tuple[int, ...]:
+    """Places of the rows or columns that were asked for, in the table's order, each once.
+
+    Each is a label, a number counted from 1, or the beginning of one label only (case does not matter); a label goes
+    before a number. Raises ValueError with the nearest label.
+    """
+    return tuple(sorted({_select_one(kind, labels, str(one)) for one in asked}))
+
+
+def _select_one(kind: str, labels: Sequence[str], asked: str) -> int:
+    if asked in labels:
+        return labels.index(asked)
+    if asked.isascii() and asked.isdigit():
+        if 1 <= int(asked) <= len(labels):
+            return int(asked) - 1
+        raise ValueError(f"{kind} = {asked}: there are {len(labels)}. {listed(labels)}")
+    begins = [i for i, label in enumerate(labels) if asked and label.casefold().startswith(asked.casefold())]
+    if len(begins) == 1:
+        return begins[0]
+    if begins:
+        raise ValueError(f"{kind} = {asked!r}: {len(begins)} begin so: {', '.join(repr(labels[i]) for i in begins)}")
+    raise ValueError(f"{kind} = {asked!r}: no such label{nearest(asked, labels) or '.'} {listed(labels)}")
+
+
+def choose(
+    table: Table,
+    scale: str,
+    seeds: Sequence[int] | None = None,
+    rows: Iterable[str | int] | None = None,
+    columns: Iterable[str | int] | None = None,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(rows, columns, seeds) that a scale runs: places in the table, controls last, then ceilings. ValueError."""
+    if scale not in table.scale:
+        names = ", ".join(table.scale)
+        raise ValueError(f"{table.name}.toml: scale = {scale!r}: allowed: {names}{nearest(scale, table.scale)}")
+    size = table.scale[scale]
+    every = [i for i, row in enumerate(table.rows) if size.controls or not row.control]
+    every = [i for i in every if not table.rows[i].scales or scale in table.rows[i].scales]
+    rows = size.rows or None if rows is None else rows
+    columns = size.columns or None if columns is None else columns
+    chosen = every if rows is None else select("rows", [row.label for row in table.rows], rows)
+    across = range(len(table.columns))
+    chosen_columns = across if columns is None else select("columns", [one.label for one in table.columns], columns)
+    wanted = tuple(dict.fromkeys(seeds if seeds is not None else size.seeds or table.seeds))
+    for name, found in (("rows", chosen), ("columns", chosen_columns), ("seeds", wanted)):
+        if not found:
+            raise ValueError(f"{table.name}.toml: {name}: none is left to run")
+    if min(wanted) < 0:
+        raise ValueError(f"seeds = {list(wanted)}: a seed must not be negative")
+    order = sorted(chosen, key=lambda i: (table.rows[i].control, table.rows[i].oracle))
+    return tuple(order), tuple(chosen_columns), wanted
+
+
+# Merging
+
+
+def cells(
+    table: Table,
+    scale: str,
+    seeds: Sequence[int] | None = None,
+    rows: Iterable[str | int] | None = None,
+    columns: Iterable[str | int] | None = None,
+    changes: Mapping[str, object] = _NOTHING,
+) -> list[Cell]:
+    """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
+
+    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); with the
+    scale's ``split_per_seed`` a seed also draws the labelled list. What a scale
+    has as ``shared_method_fields`` goes to cells whose method has it and where neither column nor row sets it. Where a
+    scale has ``published``, what a method's publication sets for the cell's data set goes before base and scale alone.
+    One that chooses another method or data set drops what earlier ones set for the one before alone, and of
+    ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
+    data set of a cell lacks is left out there, unless all cells lack it. Rows that cannot be run yet have no cells
+    (``unavailable``). Loads torch. Raises ValueError that names file and entry.
+    """
+    chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
+    for path in RESERVED.keys() & changes.keys():
+        raise ValueError(f"{path} = {changes[path]}: not set here: {RESERVED[path]}")
+    later = unavailable(table, changes)
+    places = [(row, column) for row in chosen_rows if row not in later for column in chosen_columns]
+    # Which method and data set are meant has to be known before the shared fields are.
+    chosen = Layer(_TYPED, {path: changes[path] for path in CHOOSERS if path in changes})
+    layers = {place: _shared(table, scale, [*_layers(table, scale, *place), chosen]) for place in places}
+    typed = _fitting(changes, {place: _merge(layers[place]) for place in places})
+    settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
+    if table.scale[scale].published:
+        settled = {place: _with_published(merged) for place, merged in settled.items()}
+    fixed: dict[str, object] = {"runtime.scale": scale}
+    own = table.scale[scale].split_per_seed
+    found = []
+    for seed in chosen_seeds:
+        for place in places:
+            fields = {path: one.value for path, one in settled[place].items()}
+            drawn = list_of_seed(fields, seed) if own else {}
+            found.append(Cell(*place, seed, {**fields, "seed": seed, **drawn, **fixed}))
+    _check(table, found, settled)
+    if table.chooses:
+        _check_chooses(table, found)
+    if own:
+        for cell in found:
+            check_lists(f"{table.name}.toml: scale.{scale}", cell.changes)
+    return found
+
+
+def list_of_seed(fields: Mapping[str, object], seed: int) -> dict[str, object]:
+    """``data.split_seed`` of a run whose seed draws its labelled list: the seed, added to what the fields set there."""
+    given = str(fields.get("data.split_seed"))
+    return {"data.split_seed": seed + (int(given) if given.isascii() and given.isdigit() else 0)}
+
+
+def check_lists(entry: str, fields: Mapping[str, object]) -> None:
+    """Raises ValueError where seeds cannot draw lists of their own: on data sets that come with published ones."""
+    if not embedded(fields):
+        from viladiff.config.sections import DATASETS, EmbeddedData
+
+        known = ", ".join(name for name, section in DATASETS.items() if issubclass(section, EmbeddedData))
+        raise ValueError(
+            f"{entry}: split_per_seed = true: data.dataset = {fields.get('data.dataset')!r} has published lists, which "
+            f"all seeds share; allowed: {known}"
+        )
+
+
+def embedded(fields: Mapping[str, object]) -> bool:
+    """Whether runs that set these fields are on an embedded data set, which has parts ``dev`` and ``test``."""
+    from viladiff.config.sections import DATASETS, EmbeddedData
+
+    return issubclass(DATASETS.get(str(fields.get("data.dataset", "digits")), object), EmbeddedData)
+
+
+def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
+    """Why rows cannot be run, by place: a field that has to be given, such as a file, is not."""
+    return {
+        place: f"not available: {row.requires} is not given"
+        for place, row in enumerate(table.rows)
+        if row.requires and {**table.base, **row.set, **changes}.get(row.requires) is None
+    }
+
+
+def settings(table: Table, row: int, column: int) -> dict[str, object]:
+    """What the paper's cell sets, before any scale: equal in two cells, also of two tables, where they are one run."""
+    base, *entries = table_layers(table)
+    return {p: one.value for p, one in _merge([base, entries[column], entries[len(table.columns) + row]]).items()}
+
+
+class Setting(NamedTuple):
+    """A field's value and the layer that it comes from, the later the higher."""
+
+    value: object
+    entry: str
+    rank: int
+
+
+def _layers(table: Table, scale: str, row: int, column: int) -> list[Layer]:
+    """Base, scale, column and row, with the paper's data sets replaced by the scale's."""
+    size = table.scale[scale]
+    base, *entries = table_layers(table)
+    chosen = [base, entries[column], entries[len(table.columns) + row]]
+    mapped = [Layer(entry, _mapped(fields, size)) for entry, fields in chosen]
+    threads = {} if size.threads is None else {"runtime.threads": size.threads}
+    return [mapped[0], Layer(f"scale.{scale}", {**threads, **size.set}), *mapped[1:]]
+
+
+def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
+    """``layers`` and what the scale sets for all methods that have it; raises ValueError where no method has it."""
+    from viladiff.methods import METHODS
+
+    shared = table.scale[scale].shared_method_fields
+    if not shared:
+        return layers
+    merged = _merge(layers)
+    try:
+        found = _known(merged)
+    except ConfigError:  # an unknown method or data set: ``_check`` says which entry names it
+        return layers
+    here = f"{table.name}.toml: scale.{scale}: shared_method_fields"
+    every = {path for method in METHODS for path in _known(merged, method) if path.startswith("method.")} - {*CHOOSERS}
+    for path in shared:
+        if path not in every:
+            raise ValueError(f"{here}: {path}: not a field of any method{nearest(path, every)}")
+        if path in table.scale[scale].set:
+            raise ValueError(f"{here}: {path}: set has it too; keep one")
+    known = found.keys() - {path for path, one in merged.items() if one.rank > _SCALE}
+    fields = {path: value for path, value in shared.items() if path in known}
+    return [*layers, Layer(f"scale.{scale}: shared_method_fields", fields)]
+
+
+def _with_published(merged: Mapping[str, Setting]) -> dict[str, Setting]:
+    """``merged`` and the fields of the cell's publication that nothing above the scale sets."""
+    try:
+        fields = published_fields({path: one.value for path, one in merged.items()})
+    except ConfigError:  # an unknown method or data set: ``_check`` says which entry names it
+        return dict(merged)
+    entry = f"the published settings of {merged['method.name'].value}" if "method.name" in merged else "published"
+    free = {path: value for path, value in fields.items() if path not in merged or merged[path].rank <= _SCALE}
+    return {**merged, **{path: Setting(value, entry, _SCALE) for path, value in free.items()}}
+
+
+def _known(merged: Mapping[str, Setting], method: str | None = None) -> dict[str, FieldInfo]:
+    """The fields that a cell's data set and method have; raises ConfigError where there is no such one."""
+    from viladiff.runs.config import RunConfig, schema
+
+    plain = RunConfig()
+    defaults = {"data.dataset": plain.data.dataset, "method.name": plain.method.name}
+    now = defaults | {path: str(one.value) for path, one in merged.items()}
+    return schema(now["data.dataset"], method or now["method.name"])
+
+
+def _mapped(fields: Mapping[str, object], size: Scale) -> dict[str, object]:
+    """Fields with the scale's stand-ins for the paper's data sets, lists and lengths."""
+    found: dict[str, object] = {}
+    for path, value in fields.items():
+        if path == "data.dataset":
+            value = size.datasets.get(str(value), value)
+        found |= size.substitute.get(f"{path}={value}", {path: value})
+    return found
+
+
+def _merge(layers: Iterable[Layer]) -> dict[str, Setting]:
+    """See ``cells``; a chooser that no earlier layer names drops nothing, since what they set was meant for any."""
+    merged: dict[str, Setting] = {}
+    for rank, (entry, fields) in enumerate(layers):
+        for chooser in CHOOSERS:
+            if chooser in fields and chooser in merged and merged[chooser].value != fields[chooser]:
+                section = chooser.partition(".")[0]
+                own = {path for path in merged if path.startswith(f"{section}.") and not path.startswith(COMMON)}
+                merged = {path: one for path, one in merged.items() if path not in own}
+        for one, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
+            if one in fields:
+                merged.pop(other, None)
+        merged |= {path: Setting(value, entry, rank) for path, value in fields.items()}
+    return merged
+
+
+def _fitting(
+    changes: Mapping[str, object], settled: Mapping[tuple[int, int], Mapping[str, Setting]]
+) -> dict[tuple[int, int], Mapping[str, object]]:
+    """``changes`` for each cell, without the fields of other cells' methods and data sets."""
+    fitting: dict[tuple[int, int], Mapping[str, object]] = {}
+    for place, before in settled.items():
+        try:
+            known = _known({**before, **{path: Setting(value, _TYPED, 0) for path, value in changes.items()}})
+        except ConfigError:
+            return dict.fromkeys(settled, changes)
+        fitting[place] = {path: value for path, value in changes.items() if path in known}
+    if set(changes) - {path for fields in fitting.values() for path in fields}:
+        return dict.fromkeys(settled, changes)
+    return fitting
+
+
+def _check(table: Table, found: Sequence[Cell], settled: Mapping[tuple[int, int], Mapping[str, Setting]]) -> None:
+    """Raises ValueError with a line for each fault, which names the entry that set the field at fault."""
+    from viladiff.runs.config import RunConfig, override
+
+    faults: dict[str, None] = {}
+    for cell in found:
+        try:
+            override(RunConfig(), cell.changes)
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                faults[f"{table.name}.toml: {_blamed(line, table, cell, settled[cell.row, cell.column])}: {line}"] = (
+                    None
+                )
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _check_chooses(table: Table, found: Iterable[Cell]) -> None:
+    """Raises ValueError where a run by which settings are chosen would be scored on what results are quoted from."""
+    for cell in found:
+        split = cell.changes.get("eval.split", "dev" if embedded(cell.changes) else "val")
+        if split not in ("dev", "holdout"):
+            where = entry_name("rows", cell.row, table.rows[cell.row].label)
+            raise ValueError(
+                f"{table.name}.toml: {where}: eval.split = {split!r}: settings are chosen by this table (chooses = "
+                "true), so that its runs are not scored on what results are quoted from; allowed: dev, holdout"
+            )
+
+
+def _blamed(line: str, table: Table, cell: Cell, settled: Mapping[str, Setting]) -> str:
+    """The last layer that set a field that the message names, or the cell."""
+    named = set(re.findall(r"[a-z_.]*[a-z]", line))
+    setting = [one for path, one in settled.items() if path in named]
+    if setting:
+        return max(setting, key=lambda one: one.rank).entry
+    row, column = table.rows[cell.row].label, table.columns[cell.column].label
+    return f"{entry_name('rows', cell.row, row)} in {entry_name('columns', cell.column, column)}"

@@ -1,0 +1,398 @@
+"""Whether a sentence about a table holds, and how sure that is: tests over seeds, corrected for how many there are.
+
+A claim becomes questions (``viladiff.tables.contrasts``), most of them a sum of cell means with signs that is said to
+be above 0. Numbers here are in points, percent of mIoU and the like, but where two spreads are compared, by their
+ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from viladiff.tables.contrasts import Form, Question, questions
+from viladiff.tables.paired import Spread, parts, spread, t_test, untestable
+from viladiff.tables.significance import (
+    LEVEL,
+    Records,
+    Sample,
+    Samples,
+    Term,
+    f_test,
+    holm,
+    samples,
+    smallest_detectable,
+    smallest_ratio,
+)
+from viladiff.tables.spec import METRIC_NAMES, ORACLE, Claim, Metric, Table
+
+if TYPE_CHECKING:
+    from viladiff.tables.plan import Plan
+
+FEWEST_SEEDS = 3
+
+Outcome = Literal["shown", "reversed", "open"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measured difference; positive is the claimed direction."""
+
+    higher: str
+    """``Question.higher``, and so on."""
+    lower: str
+    column: str
+    difference: float
+    """Points; of two spreads, their ratio."""
+    interval: tuple[float, float]
+    """95 % confidence interval of the difference, not corrected for the number of comparisons."""
+    p: float
+    """In the claimed direction, corrected; where no direction is claimed, two-sided."""
+    n: tuple[int, int]
+    """Seeds on either side; of a gain, the fewer. What is compared is paired by seed."""
+    p_reversed: float
+    """Likewise in the other direction."""
+    outcome: Outcome
+    least: float = 0.0
+    """The smallest true difference, or ratio, that this comparison finds with a chance of 80 %."""
+    form: Form = "one_sided"
+    apart: bool = False
+    """Whether a side spreads so much more than other cells that differences are tested with a spread of their own."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What records say of a claim, and what the paper's own numbers say."""
+
+    text: str
+    verdict: Literal["holds", "fails", "not decided"]
+    why: str
+    test: str
+    comparisons: tuple[Comparison, ...]
+    """Those with enough seeds."""
+    detectable: float | None
+    """``least`` of the hardest comparison that no cell set apart takes part in, or of all if one always does; None if
+    none was made."""
+    source: Literal["paper", "ours"]
+    metric: Metric
+    printed: Literal["holds", "fails", "not printed"]
+    """Whether the printed numbers bear the claim out, compared as decimals."""
+    printed_why: str
+
+
+# Verdicts
+
+
+def judge(plan: Plan, records: Records) -> list[Verdict]:
+    """A verdict for each claim of the table, in its order.
+
+    Holm's correction runs over the distinct comparisons that all claims of one source ask for, the paper's and ours
+    apart; those that cannot be made yet count too, so that the correction is the same from the first run to the last.
+    """
+    verdicts: dict[str, Verdict] = {}
+    for source in ("paper", "ours"):
+        claims = [claim for claim in plan.table.claims if claim.source == source]
+        verdicts |= dict(zip([claim.text for claim in claims], _judge(plan, records, claims), strict=True))
+    return [verdicts[claim.text] for claim in plan.table.claims]
+
+
+class _Key(NamedTuple):
+    """Two claims that ask the same count once."""
+
+    metric: Metric
+    terms: tuple[Term, ...]
+    limit: float
+    form: Form
+
+
+class _Answer(NamedTuple):
+    """A comparison before it is corrected."""
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+    p_reversed: float
+    least: float
+    apart: bool = False
+
+
+def _key(claim: Claim, question: Question) -> _Key:
+    return _Key(claim.metric, tuple(sorted(question.terms)), question.limit, question.form)
+
+
+def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdict]:
+    asked = {claim.text: questions(plan.table, claim) for claim in claims}
+    measured = {claim.metric: samples(plan, records, claim.metric) for claim in claims}
+    rows = {t.row for found in asked.values() for one in found for t in one.terms if not _ceiling(plan, t.row)}
+    rows |= set(plan.rows) - plan.ceilings  # a ceiling lends its spread, which may be small, to its own questions alone
+    known = {
+        metric: spread({at: one for at, one in found.items() if at[0] in rows}) for metric, found in measured.items()
+    }
+    family = {_key(claim, question): question for claim in claims for question in asked[claim.text]}
+    answers: dict[_Key, _Answer | None] = {}
+    for key, question in family.items():
+        found = measured[key.metric]
+        enough = not any(_lacking(plan, question, found, known[key.metric]))
+        answers[key] = _answer(question, found, known[key.metric], len(family)) if enough else None
+    forward = holm([1.0 if found is None else found.p for found in answers.values()])
+    backward = holm([1.0 if found is None else found.p_reversed for found in answers.values()])
+    corrected = dict(zip(answers, zip(forward, backward, strict=True), strict=True))
+    verdicts = []
+    for claim in claims:
+        found = measured[claim.metric]
+        made = tuple(
+            _comparison(question, answer, *corrected[key], found)
+            for question in asked[claim.text]
+            if (answer := answers[key := _key(claim, question)]) is not None
+        )
+        verdict, why = _verdict(plan, claim, asked[claim.text], made, found, known[claim.metric])
+        printed, printed_why = printed_verdict(plan.table, claim)
+        verdicts.append(
+            Verdict(
+                claim.text,
+                verdict,
+                why,
+                _said(plan, known[claim.metric], asked[claim.text], found, len(family), claim),
+                made,
+                max((one.least for one in [c for c in made if not c.apart] or made), default=None),
+                claim.source,
+                claim.metric,
+                printed,
+                printed_why,
+            )
+        )
+    return verdicts
+
+
+def _answer(question: Question, measured: Samples, known: Spread, family: int) -> _Answer:
+    """``family``: how many comparisons there are in all."""
+    from scipy import stats
+
+    if question.form == "spread":
+        above, below = ([measured[t.row, t.column] for t in question.terms if t.sign == sign] for sign in (1, -1))
+        found = f_test(above, below)
+        return _Answer(found.ratio, found.interval, found.p, found.p_reversed, smallest_ratio(found.df, family))
+    result = t_test(question.terms, -question.limit, measured, known)
+    half = float(stats.t.isf(0.025, result.df)) * result.error
+    interval = (result.difference - half, result.difference + half)
+    sides = 2 if question.form == "two_sided" else 1
+    least = smallest_detectable(result.error, result.df, sides * family)
+    p, p_reversed = result.p, result.p_reversed
+    if question.form == "two_sided":
+        p = p_reversed = min(1.0, 2 * min(p, p_reversed))
+    return _Answer(result.difference, interval, p, p_reversed, least, result.apart)
+
+
+def _comparison(question: Question, answer: _Answer, p: float, p_reversed: float, measured: Samples) -> Comparison:
+    n = tuple(
+        min(len(measured[row, column].values) for row, column, _ in terms)
+        for terms in (question.terms[: len(question.terms) // 2], question.terms[len(question.terms) // 2 :])
+    )
+    outcome: Outcome = "shown" if p < LEVEL else "reversed" if p_reversed < LEVEL else "open"
+    if question.form == "two_sided" and outcome != "open":
+        outcome = "shown" if answer.difference > 0 else "reversed"
+    labels = (question.higher, question.lower, question.column)
+    return Comparison(
+        *labels,
+        answer.difference,
+        answer.interval,
+        p,
+        (n[0], n[1]),
+        p_reversed,
+        outcome,
+        answer.least,
+        question.form,
+        answer.apart,
+    )
+
+
+def _verdict(
+    plan: Plan,
+    claim: Claim,
+    asked: Sequence[Question],
+    made: Sequence[Comparison],
+    measured: Samples,
+    known: Spread,
+) -> tuple[Literal["holds", "fails", "not decided"], str]:
+    if not asked:
+        return "not decided", "no row's parts include another row's"
+    counts = {outcome: sum(one.outcome == outcome for one in made) for outcome in ("shown", "reversed", "open")}
+    lacking = list(dict.fromkeys(reason for question in asked for reason in _lacking(plan, question, measured, known)))
+    more = len(lacking) - 1
+    rest = f" (likewise {more} more cell{'s' if more > 1 else ''})" if more > 0 else ""
+    if claim.kind == "differs":
+        return _differs(counts, len(asked), f"; {lacking[0]}{rest}" if lacking else "")
+    said = f"{counts['shown']} of {len(asked)} shown, {counts['reversed']} reversed, {counts['open']} open"
+    if lacking:
+        return "not decided", f"{lacking[0]}{rest}; {_as_measured(plan, asked, measured)}"
+    if counts["shown"] == len(asked):
+        return "holds", said
+    if counts["reversed"]:
+        return "fails", f"{said}: {_worst([one for one in made if one.outcome == 'reversed'])}"
+    return "not decided", said
+
+
+def _differs(counts: Mapping[str, int], asked: int, lacking: str) -> tuple[Literal["holds", "not decided"], str]:
+    """One difference is enough; that there is none cannot be shown, only how large one could be."""
+    higher, lower = counts["shown"], counts["reversed"]
+    said = f"{higher + lower} of {asked} differ: {higher} higher, {lower} lower; {counts['open']} open{lacking}"
+    return ("holds" if higher + lower else "not decided"), said
+
+
+def _worst(reversed_: Sequence[Comparison]) -> str:
+    one = min(reversed_, key=lambda one: one.difference)
+    if one.form == "spread":
+        return f"{one.higher!r} spreads {one.difference:.2f} times as much as {one.lower!r} ({one.column})"
+    return f"{one.higher!r} is {-one.difference:.1f} points below {one.lower!r} ({one.column})"
+
+
+def _lacking(plan: Plan, question: Question, measured: Samples, known: Spread) -> Iterator[str]:
+    """Why a question cannot be answered: cells with fewer than three seeds, or in common; spreads of two precisions."""
+    few = any(_ceiling(plan, term.row) for term in question.terms)
+    for label in dict.fromkeys(plan.table.rows[t.row].label for t in question.terms if _ceiling(plan, t.row)):
+        yield f"{label!r} reads true masks of unlabelled images here ({ORACLE}): a ceiling is no result of a method"
+    for row, column, _ in question.terms:
+        have, planned = len(measured.get((row, column), Sample((), (), ())).values), len(plan.run_ids(row, column))
+        few = few or have < FEWEST_SEEDS
+        where = f"{plan.table.rows[row].label!r} at {plan.table.columns[column].label!r}"
+        if not planned:
+            yield f"{where} was not asked for"
+        elif have < FEWEST_SEEDS:
+            yield f"{where} has {have} of {max(planned, FEWEST_SEEDS)} seeds, and {FEWEST_SEEDS} are needed"
+    if question.form != "spread":
+        why = "" if few else untestable(parts(question.terms, measured, known), known, FEWEST_SEEDS)
+        if why:
+            yield f"{question.higher!r} and {question.lower!r} ({question.column}): {why}"
+    else:
+        for sign in (1, -1):
+            side = [measured.get((t.row, t.column)) for t in question.terms if t.sign == sign]
+            found = sorted({one.precision for one in side if one and one.values})
+            if len(found) > 1:
+                label = question.higher if sign > 0 else question.lower
+                yield f"{label!r} has cells of different precision ({'; '.join(found)}), whose spreads are not pooled"
+
+
+def _ceiling(plan: Plan, row: int) -> bool:
+    """Whether a row reads true masks, and not by its spec, which may ask about its own ceilings."""
+    return row in plan.ceilings and not plan.table.rows[row].oracle
+
+
+def _as_measured(plan: Plan, asked: Sequence[Question], measured: Samples) -> str:
+    """How many differences point the claimed way over the seeds in common, for a table too small to decide."""
+    counted = [one for one in asked if one.form != "spread" and not any(_ceiling(plan, t.row) for t in one.terms)]
+    if not counted:
+        return "no difference is counted before that"
+    sums = []
+    for question in counted:
+        cells = [(measured.get((row, column)), sign) for row, column, sign in question.terms]
+        there = [(one.by_seed, sign) for one, sign in cells if one is not None]
+        seeds = set.intersection(*(set(values) for values, _ in there)) if len(there) == len(cells) else set()
+        if seeds:
+            sums.append(sum(sign * values[seed] for values, sign in there for seed in seeds) / len(seeds))
+    if not sums:
+        return "nothing to compare has been measured yet"
+    claimed = sum(total > asked[0].limit for total in sums)
+    return f"{claimed} of {len(sums)} differences measured so far point the claimed way"
+
+
+def _said(
+    plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples, comparisons: int, claim: Claim
+) -> str:
+    whose = "the paper's claims" if claim.source == "paper" else "our own claims"
+    count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
+    corrected = f"Holm's correction for {count} of {whose}"
+    on = f"on {METRIC_NAMES[claim.metric]} over seeds"
+    if claim.kind == "less_stable":
+        return f"F test {on}, of variances pooled within the cells of either side, at 5 %; {corrected}"
+    if not known.pools:
+        return "none: no two rows have two seeds in common"
+    sides = "two-sided t tests at 5 %" if claim.kind == "differs" else "one-sided t tests at 5 % in each direction"
+    beyond = f", with a tolerance of {claim.tolerance:g}," if claim.tolerance else ""
+    beyond = f", beyond a margin of {claim.margin:g}," if claim.margin else beyond
+    spreads = "; ".join(_spreads(plan, known, asked, measured)) or "differences paired by seed"
+    return f"{sides}{beyond} {on}, {spreads}; {corrected}"
+
+
+def _spreads(plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples) -> Iterator[str]:
+    """Which standard deviations a claim's tests use, and what is paired."""
+    cells = list(dict.fromkeys((term.row, term.column) for question in asked for term in question.terms))
+    taken = {place: measured[place] for place in cells if place in measured}
+    several = len({precision for _, precision in known.pools}) > 1
+    for (read, precision), pool in known.pools.items():
+        if any(one.read == read and one.precision in (precision, "") for one in taken.values()):
+            of = f" of the {' '.join(filter(None, reversed(read.split('/'))))} reading" if read else ""
+            of += f" in {precision}" if several else ""
+            yield (
+                f"differences paired by seed, one standard deviation of them{of}, {pool.paired:.2f} points (√2 times "
+                f"the residual's of rows and seeds, pooled over {pool.cells} cells, {pool.df} degrees of freedom)"
+            )
+    if any(len({term.column for term in question.terms}) > 1 for question in asked):
+        yield "seeds are paired within each column, and what two columns leave is taken as independent"
+    if any(_seed_by_seed(question, measured, known) for question in asked):
+        yield "two readings or precisions are compared seed by seed, with the spread of their own differences"
+    table = plan.table
+    apart = [
+        f"{table.rows[row].label} at {table.columns[column].label} ({known.apart[one]:.1f})"
+        for (row, column), one in taken.items()
+        if one in known.apart
+    ]
+    if apart:
+        yield (
+            f"with the spread of their own differences, seed by seed, for cells that spread more than the others (F "
+            f"test, 1 % over all cells; standard deviation of a cell in brackets): {', '.join(apart)}"
+        )
+
+
+def _seed_by_seed(question: Question, measured: Samples, known: Spread) -> bool:
+    """Whether differences of a question have a spread of their own for another reason than a cell's spread."""
+    found = {one for row, column, _ in question.terms if (one := measured.get((row, column))) and one.values}
+    return not found & known.apart.keys() and len({one.pool for one in found}) > 1
+
+
+# The printed numbers
+
+
+def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails", "not printed"], str]:
+    """What the paper's own numbers say of a claim, compared as decimals; a number left out is passed over.
+
+    Without tolerance and margin an equal number is not higher; with one of them, a number at its edge still counts.
+    """
+    if claim.metric != table.metric:
+        return "not printed", f"the paper prints no {METRIC_NAMES[claim.metric]}"
+    if claim.kind in ("less_stable", "differs"):
+        return "not printed", "the paper prints no spread"
+    wrong, count = [], 0
+    for question in questions(table, claim):
+        printed = [_printed(table, term) for term in question.terms]
+        numbers = [number for number in printed if number is not None]
+        if len(numbers) < len(printed):
+            continue
+        count += 1
+        total = sum((term.sign * number for term, number in zip(question.terms, numbers, strict=True)), Decimal(0))
+        limit = Decimal(str(question.limit))
+        if not (total > 0 if limit == 0 else total >= limit):
+            wrong.append(f"{question.higher!r} against {question.lower!r} ({question.column}): {total:+}")
+    if not count:
+        return "not printed", "the paper prints none of these numbers"
+    gains = f"; the gains are {', '.join(_gains(table, claim))}" if claim.kind == "gain_shrinks" else ""
+    if wrong:
+        said = f"{len(wrong)} of {count} printed differences are not as claimed: {'; '.join(wrong)}"
+        return "fails", said + gains
+    return "holds", f"all {count} printed differences are as claimed{gains}"
+
+
+def _gains(table: Table, claim: Claim) -> Iterator[str]:
+    """Printed differences of the claim's two rows, column by column."""
+    one, other = ([row.label for row in table.rows].index(label) for label in claim.rows)
+    labels = [column.label for column in table.columns]
+    for label in claim.columns or labels:
+        ends = [_printed(table, Term(row, labels.index(label), 1)) for row in (one, other)]
+        yield "—" if None in ends else str(ends[0] - ends[1])  # type: ignore[operator]
+
+
+def _printed(table: Table, term: Term) -> Decimal | None:
+    numbers = table.rows[term.row].paper
+    value = numbers[term.column] if numbers else "-"
+    return None if value == "-" else Decimal(str(value))

@@ -1,0 +1,122 @@
+"""What a claim asks of a table: comparisons of cells, each in a form that records or printed numbers can answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from viladiff.tables.significance import Term
+from viladiff.tables.spec import Claim, Table
+
+Form = Literal["one_sided", "two_sided", "spread"]
+
+
+class Question(NamedTuple):
+    """Whether a sum of signed cells, compared at the same seeds, is above a limit.
+
+    ``two_sided``: whether it is other than 0. ``spread``: whether the standard deviation between seeds is larger in the
+    cells with sign + than in those with sign -, all columns taken together.
+    """
+
+    higher: str
+    """Label of the row that is claimed to be higher; where gains are compared, what the greater gain is."""
+    lower: str
+    column: str
+    """Label of the column; for a gain that shrinks from column to column, which row is compared with which."""
+    terms: tuple[Term, ...]
+    limit: float = 0.0
+    """Points: the margin asked for, or the tolerance with a minus."""
+    form: Form = "one_sided"
+
+
+def questions(table: Table, claim: Claim) -> list[Question]:
+    """What a claim asks, in the table's order.
+
+    superset_increases: each row without ``control`` is higher than those whose parts it includes, in every column; only
+    pairs with no row between them are asked, since the rest follows. best_row: the row is higher than every other row
+    of the paper's, or than those ``among`` which it stands. worst_rows: each of those is higher than these rows.
+    higher: the first row is higher than the second. gain_shrinks: the first row's gain over the second is greater in
+    each column than in the next one. gain_exceeds: the first row's gain over the second is greater than the third's
+    over the fourth. returns_diminish: the second row's gain over the first is greater than each later row's over the
+    one before it. less_stable: seeds spread more in the first row than in the second. differs: every other row, or
+    those ``among``, differs from this one, in whichever direction.
+    """
+    rows = {row.label: i for i, row in enumerate(table.rows)}
+    columns = {column.label: i for i, column in enumerate(table.columns)}
+    across = [columns[label] for label in claim.columns or columns]
+    named = [rows[label] for label in claim.rows]
+    limit = claim.margin - claim.tolerance
+    if claim.kind == "gain_shrinks":
+        return [_shrinks(table, named, left, right, limit) for left, right in pairwise(across)]
+    if claim.kind == "gain_exceeds":
+        return [_gains(table, tuple(named[:2]), tuple(named[2:]), column, limit) for column in across]
+    if claim.kind == "returns_diminish":
+        first, *later = [(high, low) for low, high in pairwise(named)]
+        return [_gains(table, first, one, column, limit) for one in later for column in across]
+    if claim.kind == "less_stable":
+        return [_spreads(table, named, across)]
+    others = _others(table, claim, named)
+    pairs: dict[str, Callable[[], list[tuple[int, int]]]] = {
+        "superset_increases": lambda: covering(table),
+        "best_row": lambda: [(named[0], i) for i in others],
+        "worst_rows": lambda: [(i, worst) for worst in named for i in others],
+        "higher": lambda: [(named[0], named[1])],
+        "differs": lambda: [(i, named[0]) for i in others],
+    }
+    form: Form = "two_sided" if claim.kind == "differs" else "one_sided"
+    return [
+        Question(
+            table.rows[high].label,
+            table.rows[low].label,
+            table.columns[column].label,
+            (Term(high, column, 1), Term(low, column, -1)),
+            limit,
+            form,
+        )
+        for high, low in pairs[claim.kind]()
+        for column in across
+    ]
+
+
+def _others(table: Table, claim: Claim, named: Sequence[int]) -> list[int]:
+    """Rows that best_row, worst_rows and differs compare with."""
+    among = set(claim.among)
+    chosen = [i for i, row in enumerate(table.rows) if (row.label in among if among else not row.control)]
+    return [i for i in chosen if i not in named]
+
+
+def covering(table: Table) -> list[tuple[int, int]]:
+    """(row, row) where the first's parts include the second's and no row stands between; controls stay out."""
+    parts = {i: frozenset(row.components) for i, row in enumerate(table.rows) if not row.control}
+    return [
+        (high, low)
+        for high in parts
+        for low in parts
+        if parts[low] < parts[high] and not any(parts[low] < between < parts[high] for between in parts.values())
+    ]
+
+
+def _shrinks(table: Table, rows: Sequence[int], left: int, right: int, limit: float) -> Question:
+    one, other = rows
+    terms = (Term(one, left, 1), Term(other, left, -1), Term(one, right, -1), Term(other, right, 1))
+    what = _gain(table, one, other)
+    return Question(table.columns[left].label, table.columns[right].label, what, terms, limit)
+
+
+def _gains(table: Table, greater: tuple[int, ...], less: tuple[int, ...], column: int, limit: float) -> Question:
+    """Whether one pair of rows is farther apart than another, in one column."""
+    signs = (1, -1, -1, 1)
+    terms = tuple(Term(row, column, sign) for row, sign in zip((*greater, *less), signs, strict=True))
+    return Question(_gain(table, *greater), _gain(table, *less), table.columns[column].label, terms, limit)
+
+
+def _gain(table: Table, high: int, low: int) -> str:
+    return f"{table.rows[high].label} over {table.rows[low].label}"
+
+
+def _spreads(table: Table, rows: Sequence[int], across: Sequence[int]) -> Question:
+    one, other = rows
+    terms = (*(Term(one, column, 1) for column in across), *(Term(other, column, -1) for column in across))
+    where = table.columns[across[0]].label if len(across) == 1 else f"{len(across)} columns together"
+    return Question(table.rows[one].label, table.rows[other].label, where, terms, form="spread")

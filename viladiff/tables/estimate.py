@@ -1,0 +1,129 @@
+"""What finishing a plan takes: seconds a step as records of like runs have them, or as the table guesses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from viladiff.runs.record import RunRecord
+from viladiff.tables.plan import Plan, Planned, Runs, fields_of
+
+
+class Estimate(NamedTuple):
+    """What finishing a plan takes."""
+
+    cells: int
+    runs: int
+    """Unique ones."""
+    done: int
+    seconds: float | None
+    """Wall time left, with all trials at work; None where nobody can say."""
+    measured: int
+    """Unfinished runs whose time follows from records; those of the rest are guesses that the table states."""
+    cost: float | None
+    """Seconds left at the price that was given; None without one."""
+    basis: str
+    """What ``seconds`` rests on, in words."""
+
+
+def estimate(plan: Plan, store: Runs, concurrency: int = 1, price_per_hour: float | None = None) -> Estimate:
+    """Time that is left with ``concurrency`` runs at once, and its cost at a price per hour of the whole machine.
+
+    A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the records most
+    like it, of its precision: those that differ in seed, labelled list, captions, length, learning rates and evaluation
+    only, or else those of the same method and data set. Without records the guesses of the scale are taken, and without
+    those nothing is said. Steps that the log of an interrupted run holds are not counted again.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency = {concurrency}: must be at least 1")
+    records = store.records()
+    left = [run for run in plan.runs.values() if run.run_id not in records]
+    size = plan.table.scale[plan.scale]
+    times, alike, akin = [], 0, 0
+    for run in left:
+        near, close = _nearest(run, records.values())
+        alike, akin = alike + (close and bool(near)), akin + (not close and bool(near))
+        step = median(near_step) if (near_step := [_per_step(one) for one in near]) else size.seconds_per_step
+        if step is None:
+            return _estimate(plan, left, None, alike + akin, price_per_hour, f"no run like {run.title!r} was measured")
+        besides = _besides(run, near)
+        outside = size.seconds_overhead if besides is None else besides
+        times.append(max(0, run.steps - _logged(store.directory(run.run_id))) * step + outside)
+    guessed = len(left) - alike - akin
+    parts = [
+        f"{alike} as measured for runs of the same settings" if alike else "",
+        f"{akin} as measured for the same method and data set" if akin else "",
+        f"{guessed} as guessed in the table, not measured" if guessed else "",
+    ]
+    basis = f"{len(left)} runs to go: " + ", ".join(filter(None, parts)) if left else "nothing to run"
+    seconds = max([sum(times) / concurrency, *times]) if times else 0.0
+    return _estimate(plan, left, seconds, alike + akin, price_per_hour, basis)
+
+
+def _estimate(
+    plan: Plan, left: Sequence[Planned], seconds: float | None, measured: int, price: float | None, basis: str
+) -> Estimate:
+    cost = None if seconds is None or price is None else seconds / 3600 * price
+    return Estimate(len(plan.cells), len(plan.runs), len(plan.runs) - len(left), seconds, measured, cost, basis)
+
+
+_FREE = ("seed", "data.split", "data.split_seed", "data.captions", "data.captions_on", "train.steps", "train.epochs")
+"""Fields that leave the time of a step as it is; so do learning rates and evaluation."""
+
+
+def _cost_fields(changed: Mapping[str, Any]) -> str:
+    free = {path for path in changed if path in _FREE or path.startswith(("optim.", "eval."))}
+    return fields_of({path: value for path, value in changed.items() if path not in free})
+
+
+def _nearest(run: Planned, records: Iterable[RunRecord]) -> tuple[list[RunRecord], bool]:
+    """Records to take times from, and whether their settings are the same; on as many threads, where there are such."""
+    usable = [one for one in records if one.steps > 0 and one.train_seconds > 0 and one.precision == run.precision]
+    same = [one for one in usable if _cost_fields(one.changed) == _cost_fields(run.changed)]
+    kind = ("method.name", "data.dataset")
+    akin = [one for one in usable if all(one.changed.get(path) == run.changed.get(path) for path in kind)]
+    found = same or akin
+    threads = [one for one in found if run.threads is None or one.threads == run.threads]
+    return threads or found, bool(same)
+
+
+def _per_step(record: RunRecord) -> float:
+    return record.train_seconds / record.steps
+
+
+def _besides(run: Planned, near: Sequence[RunRecord]) -> float | None:
+    """Median seconds outside of steps, of records evaluated in the same way where there are such."""
+
+    def scored(changed: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: value for path, value in changed.items() if path.startswith("eval.")}
+
+    alike = [one for one in near if scored(one.changed) == scored(run.changed)]
+    # Records of an older version count the last leg's wall time, and the training of all.
+    found = [
+        [
+            one.wall_seconds - one.train_seconds
+            for one in some
+            if one.wall_seconds is not None and one.wall_seconds >= one.train_seconds
+        ]
+        for some in (alike, near)
+    ]
+    return median(found[0] or found[1]) if found[1] else None
+
+
+def _logged(directory: Path) -> int:
+    """Steps that an interrupted run has logged; its checkpoint may be somewhat older."""
+    if not (directory / "checkpoint.pt").is_file():
+        return 0
+    try:
+        lines = (directory / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"]) + 1
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0

@@ -1,0 +1,224 @@
+"""Differences between rows of a table, paired by seed, and the spread that they are told from.
+
+A seed gives two rows the same labelled images, first weights and order of images, so that its luck is in neither's
+favour. All numbers are in points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from viladiff.tables.blocks import Fit, fit
+from viladiff.tables.significance import Sample, Samples, Term, sum_of_squares
+
+APART = 0.01
+"""Chance that any cell is set apart for its spread though all spread alike."""
+
+
+class Residual(NamedTuple):
+    """What rows and seeds leave (``viladiff.tables.blocks``), its variance taken as one for all cells."""
+
+    sd: float
+    df: int
+    cells: int
+
+    @property
+    def paired(self) -> float:
+        """The standard deviation of a difference between two rows at the same seed: √2 times the residual's."""
+        return math.sqrt(2) * self.sd
+
+
+class Spread(NamedTuple):
+    """What is known of the variance between seeds."""
+
+    pools: dict[tuple[str, str], Residual]
+    """One for each reading of the networks, and each precision, by ``Sample.pool``; none where no residual is left."""
+    apart: dict[Sample, float]
+    """Cells that spread more than a pool explains, in none, and the standard deviations of their values."""
+    fits: dict[tuple[int, tuple[str, str]], Fit]
+    """By column and pool, of the cells that are not set apart."""
+
+
+class Tested(NamedTuple):
+    difference: float
+    error: float
+    """Standard error of the difference."""
+    df: float
+    """Degrees of freedom of that error."""
+    p: float
+    p_reversed: float
+    apart: bool
+    """Whether a cell that is set apart takes part."""
+
+
+def spread(measured: Samples) -> Spread:
+    """A pool of all cells that read their networks alike, of one precision, less those of too large a variance.
+
+    The residuals are those of rows and seeds in each column, summed over columns. The cell that adds most to them is
+    set apart while an F test of what it adds against what the others leave gives p below 1 % / the number of cells; the
+    next is then asked. A run that reads 40 once and 6 twice would otherwise hide every other difference of its table,
+    and lend its own a certainty that three such numbers do not have.
+    """
+    columns: dict[tuple[str, str], dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    for (_, column), one in measured.items():
+        if one.values and one not in columns[one.pool][column]:
+            columns[one.pool][column].append(one)
+    pools: dict[tuple[str, str], Residual] = {}
+    apart: dict[Sample, float] = {}
+    fits: dict[tuple[int, tuple[str, str]], Fit] = {}
+    for key, found in columns.items():
+        wild = _wild(_once(found))
+        apart |= {one: math.sqrt(sum_of_squares(one.values) / (len(one.values) - 1)) for one in wild}
+        kept = {column: [one for one in cells if one not in wild] for column, cells in found.items()}
+        fits |= {(column, key): _fit(cells) for column, cells in kept.items()}
+        left = [(_fit(cells), cells) for cells in _once(kept).values()]
+        df = sum(one.df for one, _ in left)
+        if df:
+            sd = math.sqrt(sum(one.squares for one, _ in left) / df)
+            pools[key] = Residual(sd, df, sum(len(cells) for one, cells in left if one.df))
+    return Spread(pools, apart, fits)
+
+
+def _once(columns: Mapping[int, Sequence[Sample]]) -> dict[int, list[Sample]]:
+    """Cells by column, one that stands in several columns in the first alone: its residuals count once."""
+    seen: set[Sample] = set()
+    found: dict[int, list[Sample]] = {}
+    for column, cells in columns.items():
+        found[column] = [one for one in cells if one not in seen]
+        seen |= set(cells)
+    return found
+
+
+def _fit(cells: Iterable[Sample]) -> Fit:
+    return fit({one: one.by_seed for one in cells})
+
+
+def _wild(columns: Mapping[int, Sequence[Sample]]) -> list[Sample]:
+    """Cells to set apart, the one that adds most to the residuals first."""
+    from scipy import stats
+
+    kept = {column: list(cells) for column, cells in columns.items()}
+    wild: list[Sample] = []
+    while sum(map(len, kept.values())) > 2:
+        whole = {column: _fit(cells) for column, cells in kept.items()}
+        asked: list[tuple[float, float, int, Sample]] = []
+        for column, one in ((column, one) for column, cells in kept.items() for one in cells if len(one.values) > 1):
+            less = _fit(other for other in kept[column] if other is not one)
+            added = whole[column].squares - less.squares, whole[column].df - less.df
+            rest = [less, *(other for place, other in whole.items() if place != column)]
+            squares, df = sum(other.squares for other in rest), sum(other.df for other in rest)
+            if added[1] and df:
+                ratio = added[0] / added[1] / (squares / df) if squares else math.inf if added[0] else 0.0
+                p = float(stats.f.sf(ratio, added[1], df))
+                asked.append((p, -sum_of_squares(one.values), column, one))
+        if not asked or sum(map(len, columns.values())) * min(asked)[0] >= APART:
+            break
+        *_, column, top = min(asked)
+        kept[column].remove(top)
+        wild.append(top)
+    return wild
+
+
+class Part(NamedTuple):
+    """Some of a comparison's cells, and how they are compared."""
+
+    weights: dict[Sample, float]
+    fit: Fit | None
+    """Of their column, with a pool's variance; None where differences are taken seed by seed."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those that all its cells have."""
+        return tuple(sorted(set.intersection(*(set(one.seeds) for one in self.weights))))
+
+
+def parts(terms: Sequence[Term], measured: Samples, known: Spread) -> list[Part]:
+    """How a sum of signed cells is compared; cells on both sides cancel, and all of them may.
+
+    In each column and pool whose signs add up to 0: by the fit of rows and seeds. Where they do not (two readings of
+    one run, two precisions), or where a cell is set apart: the column's cells together, seed by seed. Columns whose
+    own signs do not add up to 0: all of them together, seed by seed.
+    """
+    weights: dict[Sample, float] = defaultdict(float)
+    place: dict[Sample, int] = {}
+    for row, column, sign in terms:
+        weights[measured[row, column]] += sign
+        place.setdefault(measured[row, column], column)
+    columns: dict[int, dict[Sample, float]] = defaultdict(dict)
+    for one, weight in weights.items():
+        if weight:
+            columns[place[one]][one] = weight
+    found: list[Part] = []
+    loose: dict[Sample, float] = {}
+    for column, cells in columns.items():
+        sums: dict[tuple[str, str], float] = defaultdict(float)
+        for one, weight in cells.items():
+            sums[one.pool] += weight
+        if sum(sums.values()):
+            loose |= cells
+        elif any(sums.values()) or any(one in known.apart for one in cells):
+            found.append(Part(cells, None))
+        else:
+            found += [
+                Part({one: weight for one, weight in cells.items() if one.pool == pool}, known.fits[column, pool])
+                for pool in sums
+            ]
+    return [*found, *([Part(loose, None)] if loose else [])]
+
+
+def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: Spread) -> Tested:
+    """Whether a sum of signed cells is above minus the tolerance: t = (sum + tolerance) / error.
+
+    The error's square adds up over ``parts``: of a fit, the pool's variance times the contrast's factor (2 / n of two
+    rows with the same n seeds); of differences seed by seed, their variance / n, over the n seeds that all cells have.
+    Where more than one estimate of a variance takes part, degrees of freedom are Welch's and Satterthwaite's; what
+    columns leave is taken as independent of each other. Where the error is 0, a p value is 0 or 1.
+
+    Raises ValueError where ``untestable`` says why.
+    """
+    from scipy import stats
+
+    difference, apart = 0.0, False
+    shares: dict[object, float] = defaultdict(float)  # by estimate of a variance: its share of the error's square
+    freedom: dict[object, int] = {}
+    found = parts(terms, measured, known)
+    why = untestable(found, known, 2)
+    if why:
+        raise ValueError(why)
+    for number, part in enumerate(found):
+        apart = apart or any(one in known.apart for one in part.weights)
+        contrast = part.fit.contrast(part.weights) if part.fit else None
+        if contrast is not None:
+            pool = next(iter(part.weights)).pool
+            difference += contrast.value
+            shares[pool] += known.pools[pool].sd ** 2 * contrast.factor
+            freedom[pool] = known.pools[pool].df
+        else:
+            n = len(part.seeds)
+            sums = [sum(w * one.by_seed[seed] for one, w in part.weights.items()) for seed in part.seeds]
+            difference += sum(sums) / n
+            shares[number], freedom[number] = sum_of_squares(sums) / (n - 1) / n, n - 1
+    largest = max((abs(value) for part in found for one in part.weights for value in one.values), default=0.0)
+    square, beyond = sum(shares.values()), difference + tolerance
+    if square <= (1e-10 * largest) ** 2:
+        beyond = 0.0 if abs(beyond) <= 1e-10 * largest else beyond
+        return Tested(difference, 0.0, 1.0, float(beyond <= 0), float(beyond >= 0), apart)
+    error = math.sqrt(square)
+    df = square**2 / sum(share**2 / freedom[key] for key, share in shares.items() if share)
+    t = beyond / error
+    return Tested(difference, error, df, float(stats.t.sf(t, df)), float(stats.t.cdf(t, df)), apart)
+
+
+def untestable(found: Sequence[Part], known: Spread, fewest: int) -> str:
+    """Why cells cannot be compared, each of which has seeds enough; empty where they can."""
+    for part in found:
+        if part.fit is None or part.fit.contrast(part.weights) is None:
+            if len(part.seeds) < fewest:
+                have = f"{len(part.seeds)} seed{'s' if len(part.seeds) != 1 else ''}"
+                return f"the cells have {have} in common, and {fewest} are needed"
+        elif next(iter(part.weights)).pool not in known.pools:
+            return "no seed is left to tell the spread of differences by"
+    return ""

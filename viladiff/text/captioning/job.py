@@ -1,0 +1,167 @@
+"""Captions of a whole data set on disk: what there is to do, parts that survive a kill, and the file at the end.
+
+FILE.parquet is the end; FILE.parquet.parts holds what is done of it. A part is written beside its place and renamed, so
+that a kill costs at most one part. The same command goes on; images whose caption failed are tried again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from viladiff.runs.record import write_atomically
+
+if TYPE_CHECKING:
+    from viladiff.text.captioning.blip2 import Picture, Writer
+
+EMBEDDED = ("digits", "dense")
+SCHEMA = pa.schema(
+    [
+        ("image", pa.string()),
+        ("prompt", pa.string()),
+        ("text", pa.string()),
+        ("model", pa.string()),
+        ("revision", pa.string()),
+        ("seconds", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+
+
+class Job(NamedTuple):
+    """What is to be captioned, by whom, into which file."""
+
+    dataset: str
+    """An embedded data set; empty where the pictures are files."""
+    pictures: tuple[Picture, ...]
+    who: Writer
+    out: Path
+
+    @property
+    def parts(self) -> Path:
+        """Directory of what is done."""
+        return self.out.with_name(f"{self.out.name}.parts")
+
+
+class State(NamedTuple):
+    """How far a job is."""
+
+    rows: pa.Table
+    """All that is done, failures left out."""
+    todo: tuple[Picture, ...]
+
+
+def pictures(source: str) -> tuple[str, tuple[Picture, ...]]:
+    """The embedded data set of that name, or the images below a directory in any layout that is known: its name (empty
+    for files) and its pictures. Raises ValueError where there are none."""
+    from viladiff.text.captioning.blip2 import Picture
+
+    if source in EMBEDDED:
+        from viladiff.data.sources.digits import VARIANTS
+
+        sizes = VARIANTS[source].sizes()
+        names = [f"{part}/{place}" for part, size in sizes.items() for place in range(size)]
+        return source, tuple(Picture(name, name) for name in names)
+    if not Path(source).expanduser().is_dir():
+        known = ", ".join(EMBEDDED)
+        raise ValueError(f"{source!r}: is neither a directory nor an embedded data set ({known})")
+    from viladiff.data.sources.detect import open_tree
+
+    tree, _ = open_tree(source)
+    return "", tuple(Picture(name, str(path)) for name, path in tree.images.items())
+
+
+def state(job: Job) -> State:
+    """What is done and what is left. Raises ValueError for a file or parts that another model wrote, or that are
+    damaged, and for a file of captions that did not come from here."""
+    if job.out.suffix != ".parquet":
+        raise ValueError(f"--out {str(job.out)!r}: captions are written as Parquet: name it .parquet")
+    note = job.parts / "job.json"
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != _terms(job.who):
+        raise ValueError(f"{job.parts}: is of another model or prompts; finish that first, remove it, or change --out")
+    files = [job.out] if job.out.is_file() else []
+    files += sorted(job.parts.glob("part-*.parquet")) if job.parts.is_dir() else []
+    done = pa.concat_tables([SCHEMA.empty_table(), *map(_read, files)])
+    strange = sorted({*zip(done["model"].to_pylist(), done["revision"].to_pylist(), strict=True)})
+    prompts = set(done["prompt"].to_pylist())
+    if strange and (strange != [(job.who.model, job.who.revision)] or not prompts <= set(job.who.prompts)):
+        raise ValueError(
+            f"{job.out}: has captions of {', '.join(f'{a} {b}' for a, b in strange)} for {', '.join(sorted(prompts))}, "
+            f"not of {job.who.model} {job.who.revision} for {', '.join(job.who.prompts)}; name another file with --out"
+        )
+    sound = done.filter(pc.is_valid(done["text"]))
+    count: dict[str, int] = {}
+    for image in sound["image"].to_pylist():
+        count[image] = count.get(image, 0) + 1
+    wanted = len(job.who.prompts)
+    return State(sound, tuple(one for one in job.pictures if count.get(one.image, 0) < wanted))
+
+
+def begin(job: Job) -> None:
+    """Makes the directory of parts and notes whose they are. ValueError where it cannot be written."""
+    try:
+        job.parts.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.parts / "job.json", json.dumps(_terms(job.who)).encode())
+    except OSError as error:
+        raise ValueError(f"{job.parts}: cannot be written ({error.strerror or error}); name another --out") from error
+
+
+def write_part(job: Job, tables: Sequence[pa.Table]) -> None:
+    """Keeps these rows as one part."""
+    write_atomically(job.parts / f"part-{secrets.token_hex(8)}.parquet", _bytes(pa.concat_tables(tables)))
+
+
+def finish(job: Job) -> pa.Table:
+    """The whole table, failures among it, in the order of pictures and prompts; written, and its parts removed."""
+    files = [job.out] if job.out.is_file() else []
+    files += sorted(job.parts.glob("part-*.parquet"))
+    rows: dict[tuple[str, str], dict[str, object]] = {}
+    for row in pa.concat_tables([SCHEMA.empty_table(), *map(_read, files)]).to_pylist():
+        key = (row["image"], row["prompt"])
+        if key not in rows or rows[key]["text"] is None:
+            rows[key] = row
+    images = {one.image: place for place, one in enumerate(job.pictures)}
+    prompts = {prompt: place for place, prompt in enumerate(job.who.prompts)}
+    order = sorted(rows, key=lambda key: (images.get(key[0], len(images)), key[0], prompts[key[1]]))
+    table = pa.Table.from_pylist([rows[key] for key in order], schema=SCHEMA)
+    write_atomically(job.out, _bytes(table))
+    shutil.rmtree(job.parts)
+    return table
+
+
+def failures(table: pa.Table) -> dict[str, str]:
+    """Images without a caption, each with the reason."""
+    lost = table.filter(pc.is_valid(table["error"]))
+    return dict(zip(lost["image"].to_pylist(), lost["error"].to_pylist(), strict=True))
+
+
+def rows_table(rows: Iterable[tuple[object, ...]]) -> pa.Table:
+    """Rows in the order of SCHEMA as a table."""
+    return pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
+
+
+def _terms(who: Writer) -> dict[str, object]:
+    return {"model": who.model, "revision": who.revision, "prompts": list(who.prompts), "longest": who.longest}
+
+
+def _bytes(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+        return table.select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{path}: is damaged or was not written by `viladiff caption`; remove it") from error

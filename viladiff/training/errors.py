@@ -1,0 +1,118 @@
+"""What keeps a run from starting, and what ends it early: Ctrl-C, too little memory, a loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from viladiff.data.registry import Dataset
+    from viladiff.methods.base import Method
+    from viladiff.runs.config import RunConfig
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the message says where it stopped and what to change."""
+
+
+class Stopped(RuntimeError):
+    """Whoever watches a run asked it to end early; its checkpoint is saved, and the same command goes on from it."""
+
+
+class Renamed(ValueError):
+    """A run's name is not the one that it was planned under: code, data or weights have changed since."""
+
+
+def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int) -> None:
+    """ValueError, with what to change, for what only network and data together show: too few images for the method, no
+    captions, boxes that cut through cells of maps that are mixed, a crop that the encoder cannot take, BatchNorm in
+    several workers."""
+    views, patch = method.views_wanted(), method.student.patch
+    method.check_images(len(dataset.unlabelled))
+    if (views.text or views.tags) and cfg.data.captions != "none" and not any(dataset.captions):
+        raise ValueError(
+            f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "
+            f"method.name={cfg.method.name} reads; give a file of them (runtime.captions), or set "
+            "data.captions=none to train it without words"
+        )
+    if views.cutmix and views.whole_cells and cfg.data.cutmix_grid == "pixel":
+        raise ValueError(
+            f"data.cutmix_grid: method.name={cfg.method.name} mixes feature maps, whose cells are patches, got 'pixel'"
+            "; set data.cutmix_grid=patch"
+        )
+    if cfg.data.crop % patch and (views.unlabelled or not method.student.encoder.any_size):
+        below = cfg.data.crop // patch * patch
+        fits = f"{below} or {below + patch}" if below else f"{patch}"
+        raise ValueError(
+            f"data.crop = {cfg.data.crop}: must be a multiple of the patch of model.encoder = {cfg.model.encoder!r}, "
+            f"{patch}; nearest: {fits}"
+        )
+    if workers > 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules()):
+        raise ValueError(
+            f"model.encoder = {cfg.model.encoder!r}: it has BatchNorm, whose statistics would differ between "
+            "workers; use runtime.workers = 1, or an encoder with other norms"
+        )
+
+
+@contextmanager
+def stop_flag() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM, so that a step is never torn; a second one stops at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag  # trials of a sweep run in other threads, where no handler can be set
+        return
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    for number in old:
+        signal.signal(number, handle)
+    try:
+        yield flag
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def memory_errors(cfg: RunConfig) -> Iterator[None]:
+    """Turns an allocation that fails into an error that names what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not out:
+            raise
+        data = cfg.data
+        raise TrainingError(
+            f"out of memory with data.batch_labelled = {data.batch_labelled}, "
+            f"data.batch_unlabelled = {data.batch_unlabelled}, data.crop = {data.crop}, "
+            f"train.grad_accum_steps = {cfg.train.grad_accum_steps} on {cfg.runtime.workers} workers: raise "
+            f"train.grad_accum_steps (much the same result, less memory), lower data.crop or the batch "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_finite(values: dict[str, float], step: int, steps: int, cfg: RunConfig, directory: Path) -> None:
+    """Raises TrainingError if a loss term of this step is not finite; the message names the term and what to try."""
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    terms = [name for name in broken if name != "total"] or broken
+    kept = f"the checkpoint in {directory} is from before it" if (directory / "checkpoint.pt").exists() else ""
+    raise TrainingError(
+        f"the loss is {values[broken[0]]} at step {step} of {steps} (terms: {', '.join(terms)}) "
+        f'with optim.lr = {cfg.optim.lr:g}, train.precision = "{cfg.train.precision}"; '
+        f"try a lower optim.lr, optim.clip_norm=1 or train.precision=fp32. {kept}".strip()
+    )

@@ -1,0 +1,71 @@
+"""What a run will be called, known before it starts; what many runs share is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from viladiff.data.cache import fingerprint
+from viladiff.data.registry import Dataset, request
+from viladiff.data.registry import load as load_dataset
+from viladiff.methods import METHODS
+from viladiff.models.encoders.build import encoder_fingerprint, file_checksum
+from viladiff.runs.config import RunConfig, run_id
+from viladiff.text.embedding_bank import text_fingerprint
+from viladiff.training.optim import total_steps
+
+
+class Named(NamedTuple):
+    """A run's name and what it is made of."""
+
+    run_id: str
+    fingerprints: dict[str, str]
+    """Of data, text and, where a file is read, the encoder's first weights."""
+    steps: int
+
+
+def fingerprints(cfg: RunConfig) -> dict[str, str]:
+    """The fingerprints that ``viladiff.training.trainer.Run(cfg)`` computes. Raises ValueError as it does.
+
+    About a second; files of a data set that are new or changed are read as well.
+    """
+    return name_runs([cfg])[0].fingerprints
+
+
+def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
+    """What the networks start from: the encoder's weights, and beside them the file of a method's frozen CLIP."""
+    clip = getattr(getattr(cfg.method, "clip", None), "weights", None)
+    beside = {"clip": file_checksum(Path(clip), "method.clip.weights")} if clip else {}
+    return {**encoder_fingerprint(cfg.model), **beside}
+
+
+def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
+    """The names that ``viladiff.training.trainer.Run`` would give, in order; renders data where it is missing.
+
+    A labelled list and a file of weights are read once and, since the words of a data set are the same under each of
+    its lists, so is a bank of words. Nothing is kept between calls: files may change. ValueError for unusable inputs.
+    """
+    datasets: dict[object, tuple[Dataset, str]] = {}
+    banks: dict[object, str] = {}
+    weights: dict[object, dict[str, str]] = {}
+    found = []
+    for cfg in configs:
+        data = cfg.data
+        key = request(cfg)
+        if key not in datasets:
+            opened = load_dataset(*key)
+            datasets[key] = opened, fingerprint(opened.captions, opened.val_captions, opened.caption_source)
+        dataset, words = datasets[key]
+        kept = (data.captions_on, *(() if data.captions_on == "both" else (dataset.fingerprint,)))
+        bank = (words, data.text_encoder, data.captions, kept, cfg.runtime.text_model)
+        if bank not in banks:
+            asked = data.text_encoder, data.captions
+            banks[bank] = text_fingerprint(dataset, *asked, model=cfg.runtime.text_model, on=data.captions_on)
+        files = (cfg.model.model_dump_json(), getattr(getattr(cfg.method, "clip", None), "weights", None))
+        if files not in weights:
+            weights[files] = weights_fingerprint(cfg)
+        prints = {"data": dataset.fingerprint, "text": banks[bank], **weights[files]}
+        steps = total_steps(cfg, dataset, METHODS[cfg.method.name].views.unlabelled)
+        found.append(Named(run_id(cfg, prints), prints, steps))
+    return found

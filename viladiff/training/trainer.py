@@ -1,0 +1,374 @@
+"""The only training loop: ``fit(cfg)`` on one process or many, interrupted or not, gives the same weights."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from viladiff.core import keyed_random
+from viladiff.core.distributed import in_turn, in_workers, join_group, pick_device, tf32
+from viladiff.core.progress import Progress, counter
+from viladiff.data.batch import Batch, Step
+from viladiff.data.files.validate import check_files
+from viladiff.data.loader import Loader
+from viladiff.data.registry import load as load_dataset
+from viladiff.data.registry import request
+from viladiff.evaluation import evaluator
+from viladiff.methods import METHODS
+from viladiff.methods.base import Method
+from viladiff.models.segmenter import Build
+from viladiff.runs.checkpoint import StepLog, load, save
+from viladiff.runs.config import RunConfig, run_id
+from viladiff.runs.lease import Lease, LeaseLost, take_or_say
+from viladiff.runs.record import load_record, save_record
+from viladiff.runs.result import Result
+from viladiff.text.embedding_bank import load_text, text_vectors
+from viladiff.training.errors import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
+from viladiff.training.fingerprints import weights_fingerprint
+from viladiff.training.gradients import GradientShares
+from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
+
+Report = Callable[[dict[str, Any]], bool | None]
+"""Called by every worker with step and steps: at each log also loss, history (all scores so far), and miou where one
+was measured, then True asks to stop; with history after a checkpoint was read, likewise; and with evaluating = True
+while no step ends."""
+
+
+def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True, lease: Lease | None = None) -> Result:
+    """Trains, evaluates and records one run in ``runtime.runs_dir/<run_id>``.
+
+    A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless
+    ``resume`` is False. ``report`` hears of each log and evaluation and may end the run early (Stopped). With
+    ``runtime.workers`` > 1 and no process group, the workers are started here; inside an existing group (torchrun, Ray
+    Train) the loop joins it. One process at a time works on a run: a lease on its directory is taken, unless the caller
+    holds one and gives it as ``lease``.
+
+    Raises Renamed where that lease is on another run's directory, LeaseLost once another machine has taken over,
+    TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
+    """
+    join_group(cfg)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if dist.is_initialized() and world != cfg.runtime.workers:
+        raise ValueError(f"runtime.workers = {cfg.runtime.workers}, but the process group has {world} workers")
+    if cfg.runtime.workers > 1 and not dist.is_initialized():
+        if report is not None:
+            raise ValueError("report: a callback cannot be sent to other processes; call fit inside a process group")
+        directory = Path(in_workers(_fitted, cfg, cfg.runtime.workers, resume))
+        return Result(directory, load_record(directory / "record.json"))
+    return Run(cfg).execute(report, resume, lease)
+
+
+def _fitted(cfg: RunConfig, resume: bool) -> str:
+    return str(fit(cfg, resume=resume).directory)
+
+
+class Run:
+    """One worker's side of a run."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg, self.device, self.started = cfg, pick_device(cfg), time.time()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if cfg.runtime.threads is not None:
+            torch.set_num_threads(cfg.runtime.threads)
+        self.dataset = in_turn(lambda: load_dataset(*request(cfg)))
+        # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
+        with counter("encoding captions", cfg.runtime.progress and not self.rank) as advance:
+            asked = cfg.data.text_encoder, cfg.data.captions
+            self.bank, self.val_bank = load_text(
+                self.dataset, *asked, model=cfg.runtime.text_model, advance=advance, on=cfg.data.captions_on
+            )
+        self.fingerprints = {
+            "data": self.dataset.fingerprint,
+            "text": self.bank.fingerprint,
+            **weights_fingerprint(cfg),
+        }
+        self.name = run_id(cfg, self.fingerprints)
+        self.directory = Path(cfg.runtime.runs_dir).expanduser().resolve() / self.name
+        self.wall_before: float | None = 0.0
+        """Seconds of earlier legs, up to their last checkpoints; None where an older version kept none."""
+        self.report: Report | None = None
+        self.lease: Lease | None = None
+        self.memory = evaluator.PeakMemory(self.device)
+
+    def execute(self, report: Report | None, resume: bool, lease: Lease | None = None) -> Result:
+        """The whole life of the run; see ``fit``."""
+        self.report, self.lease = report, lease
+        done = self.directory / "record.json"
+        if lease is not None and lease.path.parent.name != self.name:
+            planned = lease.path.parent.name
+            raise Renamed(f"planned as {planned}, it would be {self.name} now: its code, data or weights have changed")
+        if resume and done.is_file():
+            return Result(self.directory, load_record(done))
+        if lease is not None or self.rank:
+            return self._carry_out(done, resume)
+        with take_or_say(self.directory) as self.lease:
+            if resume and self.world == 1 and done.is_file():  # whoever had the lease has just finished
+                return Result(self.directory, load_record(done))
+            return self._carry_out(done, resume)
+
+    def wall_seconds(self) -> float | None:
+        """Of all legs; what a kill undid, after the last checkpoint, is not in it."""
+        return None if self.wall_before is None else self.wall_before + time.time() - self.started
+
+    def _carry_out(self, done: Path, resume: bool) -> Result:
+        self.memory.start()
+        if self.rank == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl", *evaluator.FILES):
+                    (self.directory / name).unlink(missing_ok=True)
+        self._barrier()
+        with memory_errors(self.cfg), tf32(self.cfg.train.tf32):
+            self._build()
+            self._restore()
+            self._recall()
+            self._train()
+            record = evaluator.record(self)
+            evaluator.draw(self)
+        if self.rank == 0:
+            save_record(record, done)
+        self._barrier()
+        return Result(self.directory, load_record(done))
+
+    # Making and restoring
+
+    def _build(self) -> None:
+        cfg = self.cfg
+        for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes()):
+            if self.rank == 0:
+                print(f"note: {note}", file=sys.stderr)
+        torch.manual_seed(keyed_random.key(cfg.seed, "init"))
+        self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
+        for note in self.method.notes() if self.rank == 0 else ():
+            print(f"note: {note}", file=sys.stderr)
+        views = self.method.views_wanted()
+        check_inputs(cfg, self.method, self.dataset, self.world)
+        self.steps = total_steps(cfg, self.dataset, views.unlabelled)
+        self.evaluated_at = evaluation_steps(cfg, self.dataset, views.unlabelled, self.steps)
+        patch = self.method.student.patch
+        bank = self.bank if views.text else None
+        self.loader = Loader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
+        self.model: nn.Module = self.method
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
+        self.optimizer = Optimizer(param_groups(self.method, cfg), cfg)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
+        self.log = StepLog(self.directory / "steps.jsonl")
+        self.history: list[dict[str, Any]] = []
+        self.shares = GradientShares(cfg, self.method, self.steps)
+        self.step, self.train_seconds = 0, 0.0
+        self.cpu_seconds: float | None = 0.0
+
+    def build(self) -> Build:
+        """What the method makes its networks of."""
+        cfg, data = self.cfg, self.dataset
+        texts = text_vectors(data, cfg.data.text_encoder, cfg.runtime.text_model)
+        return Build(cfg.model, data.num_classes, self.bank.dim, data.name, data.class_names, cfg.data.crop, texts)
+
+    def _restore(self) -> None:
+        state = load(self.directory / "checkpoint.pt")
+        if state is not None:
+            try:
+                self.method.load_state_dict(state["method"])
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ValueError(
+                    f"{self.directory / 'checkpoint.pt'} is of another version of this model ({reason}); "
+                    "start over (viladiff train --fresh), or go back to the version that wrote it"
+                ) from error
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+            except ValueError as error:
+                here = self.directory / "checkpoint.pt"
+                raise ValueError(f"{here}: {error}; start over (viladiff train --fresh)") from error
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
+            self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
+            self.cpu_seconds = state.get("cpu_seconds")
+            self.shares.found = state.get("gradient_shares", [])
+        if self.rank == 0:
+            self.log.truncate_to(self.step)
+
+    def _recall(self) -> None:
+        """Says once more what was measured before an interruption: whoever should have heard may have died with it."""
+        if self.report is None or not self.history:
+            return
+        if self._any(bool(self.report({"step": self.step, "steps": self.steps, "history": self.history}))):
+            raise Stopped(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
+
+    def _save(self) -> None:
+        if self.rank:
+            return
+        self.log.flush()
+        if not nn.utils.get_total_norm([p.detach() for p in self.method.parameters()]).isfinite():
+            # The loss may still be finite where a gradient was not; such weights must not replace good ones.
+            check_finite({"weights": math.nan}, self.step, self.steps, self.cfg, self.directory)
+        state = {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "history": self.history,
+            "gradient_shares": self.shares.found,
+            "train_seconds": self.train_seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "wall_seconds": self.wall_seconds(),
+            "peak_memory": self.memory.bytes(),
+        }
+        save(self.directory / "checkpoint.pt", state)
+
+    # The loop
+
+    def _train(self) -> None:
+        cfg, runtime = self.cfg, self.cfg.runtime
+        self.method.train()
+        pending: list[tuple[int, float, dict[str, Tensor]]] = []
+        writer = self._tensorboard()
+        ahead = 2 if self.device.type == "cuda" else 0
+        with (
+            Progress(self.steps, self.step, self._title(), runtime.progress and self.rank == 0) as bar,
+            stop_flag() as stop,
+            closing(self.loader.stream(self.step, self.steps, ahead)) as stream,
+        ):
+            mark, used = time.perf_counter(), time.process_time()
+            for batches in stream:
+                pending.append((self.step, lr_factor(cfg, self.step, self.steps) * cfg.optim.lr, self._step(batches)))
+                self.step += 1
+                last = self.step == self.steps
+                evaluate = self.step in self.evaluated_at
+                keep = self.step % runtime.checkpoint_every == 0 or last or evaluate
+                agree = self.world == 1 or self.step % 10 == 0
+                stopped = agree and self._any(stop.is_set())
+                asked = False
+                if keep or stopped or self.step % runtime.log_every == 0:
+                    self._check_lease()
+                    loss = self._write(pending, writer)
+                    bar.note(loss)
+                    self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
+                    if self.cpu_seconds is not None:
+                        self.cpu_seconds += time.process_time() - used
+                    news = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
+                    if evaluate:
+                        news |= self._evaluate_now()
+                    if self.report is not None:
+                        asked = self._any(bool(self.report(news))) and not last
+                    if keep or stopped or asked:
+                        self._save()
+                    mark, used = time.perf_counter(), time.process_time()
+                bar.advance()
+                if stopped or asked:
+                    text = f"stopped at step {self.step} of {self.steps}; the same command continues from there"
+                    raise Stopped(text) if asked else KeyboardInterrupt(text)
+        if writer is not None:
+            writer.close()
+
+    def _step(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One optimiser step on this worker's micro-batches; returns the mean of their loss terms, not synchronised."""
+        cfg = self.cfg
+        step = Step(self.step, self.step / self.steps, cfg.seed)
+        torch.manual_seed(keyed_random.key(cfg.seed, "dropout", self.step, self.rank))
+        factor = lr_factor(cfg, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.optim.lr * factor * group["scale"]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision]
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            hold = nullcontext() if last or self.world == 1 else self.model.no_sync()  # type: ignore[operator]
+            with hold:
+                with torch.autocast(self.device.type, dtype, enabled=cfg.train.precision != "fp32"):
+                    losses = self.model(batch, step)
+                self.shares.add(self.step, losses, self._factor() / len(batches))
+                self.scaler.scale(losses.total / len(batches)).backward()
+            for name, value in {"total": losses.total.detach(), **losses.terms}.items():
+                sums[name] = sums.get(name, 0) + value.float() / len(batches)
+        self.shares.finish(self.step, self._factor())
+        if cfg.optim.clip_norm is not None:
+            self.optimizer.unscale(self.scaler)
+            nn.utils.clip_grad_norm_(self.method.parameters(), cfg.optim.clip_norm)
+        self.optimizer.step(self.scaler)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            self.method.after_step(step)
+        return sums
+
+    def _factor(self) -> float:
+        """What the scaler multiplies losses by; asked only where shares are measured, since the host waits for it."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() and self.step in self.shares.at else 1.0
+
+    def _write(self, pending: list[tuple[int, float, dict[str, Tensor]]], writer: Any) -> float:
+        """Brings the last steps' loss terms to the host at once, checks and logs them; returns the newest total."""
+        names = list(pending[0][2])
+        table = torch.stack([torch.stack([terms[name].to(self.device) for name in names]) for _, _, terms in pending])
+        if self.world > 1:
+            dist.all_reduce(table)
+            table /= self.world
+        rows = table.cpu().tolist()
+        for (step, lr, _), row in zip(pending, rows, strict=True):
+            values = dict(zip(names, row, strict=True))
+            check_finite(values, step, self.steps, self.cfg, self.directory)
+            if self.rank == 0:
+                self.log.append({"step": step, "lr": lr, **values})
+                if writer is not None:
+                    for name, value in values.items():
+                        writer.add_scalar(name, value, step)
+        pending.clear()
+        if self.rank == 0:
+            self.log.flush()
+        return rows[-1][names.index("total")]
+
+    def _tensorboard(self) -> Any:
+        if not self.cfg.runtime.tensorboard or self.rank:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("runtime.tensorboard = true: the package tensorboard is not installed") from error
+        return SummaryWriter(str(self.directory / "tensorboard"))
+
+    def _any(self, flag: bool) -> bool:
+        """Whether any worker has raised the flag; all workers must ask at the same step."""
+        if self.world == 1:
+            return flag
+        asked = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(asked)
+        return bool(asked.item())
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def _title(self) -> str:
+        cfg = self.cfg
+        return f"{cfg.method.name} on {cfg.data.dataset} {cfg.data.split}, seed {cfg.seed}"
+
+    def _check_lease(self) -> None:
+        if self.lease is not None and self.lease.lost:
+            raise LeaseLost(f"{self.directory}: another machine took this run over after this one was silent too long")
+
+    def alive(self) -> None:
+        """Tells whoever watches that the run is at work, where no step ends for long."""
+        self._check_lease()
+        if self.report is not None:
+            self.report({"step": self.step, "steps": self.steps, "evaluating": True})
+
+    def _evaluate_now(self) -> dict[str, Any]:
+        """A quick look on the way: the headline stream of the predictor, without boundary scores."""
+        stream = self.method.headline()
+        scores = evaluator.scores(self, self.method.predictor(), (stream,), False)
+        self.history.append({"step": self.step, "miou": scores[stream]["miou"] if stream in scores else None})
+        return {"steps": self.steps, **self.history[-1]}
