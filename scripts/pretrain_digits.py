@@ -26,7 +26,8 @@ from viladiff.core import keyed_random
 from viladiff.core.progress import Progress
 from viladiff.data.sources.digits import DIGITS, Part, Sources, deform_handwriting, load_sources, render
 from viladiff.data.transforms.augment import normalise
-from viladiff.models.encoders.build import SHIPPED, DigitsViT
+from viladiff.models.encoders.build import SHIPPED
+from viladiff.models.encoders.digits_vit import DigitsViT
 
 SIDE = 40
 RECIPE = replace(

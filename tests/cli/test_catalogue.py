@@ -17,7 +17,7 @@ from viladiff.methods.base import Passes
 from viladiff.models.baselines.text_probe import Masks
 from viladiff.models.baselines.vl_decoder import VlDecoder
 from viladiff.models.decoder import Decoder
-from viladiff.models.encoders.build import Encoder
+from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Stream
 
 

@@ -23,9 +23,10 @@ from viladiff.runs.config import RunConfig, flatten, override, schema
 from viladiff.runs.record import save_record
 from viladiff.tables.cells import Cell, cells, settings
 from viladiff.tables.plan import _dumps, _Kept, _loads
-from viladiff.tables.published import Stated, published, stated
+from viladiff.tables.published import published
 from viladiff.tables.spec import Column, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
+from viladiff.tables.stated import Stated, stated
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("table1", "table2", "table3", "table4", "table5", "table6", "table7", "leaderboard", "rates")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from viladiff.cli import main
 from viladiff.data import registry
+from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.images import FileMasks
 from viladiff.data.files.known_splits import Published, list_hash
@@ -21,7 +22,7 @@ from viladiff.data.sources import ade20k
 from viladiff.runs.config import RunConfig, override
 
 
-def load(root: Path, split: str = "1263", **options: Any) -> registry.Dataset:
+def load(root: Path, split: str = "1263", **options: Any) -> Dataset:
     return registry.load("ade20k", split, root=str(root), **options)
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from viladiff.data import registry
+from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import Decoders, Recipe, Sample, decode_all
 from viladiff.data.files import known_splits, make_split
 from viladiff.data.files.images import FileMasks, image_size
@@ -26,11 +27,11 @@ BY_ID |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 """As the benchmark's own scripts have it: label id to training id."""
 
 
-def load(root: Path, split: str = "372", family: str = "cps", **options: Any) -> registry.Dataset:
+def load(root: Path, split: str = "372", family: str = "cps", **options: Any) -> Dataset:
     return registry.load("cityscapes", split, root=str(root), family=family, **options)
 
 
-def ids(data: registry.Dataset) -> tuple[str, ...]:
+def ids(data: Dataset) -> tuple[str, ...]:
     assert data.files is not None
     return data.files.ids
 

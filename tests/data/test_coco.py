@@ -18,6 +18,7 @@ from torchvision.models._meta import _COCO_CATEGORIES
 
 from viladiff.cli import main
 from viladiff.data import registry
+from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.images import read_mask
 from viladiff.data.files.known_splits import Published, list_hash
@@ -31,7 +32,7 @@ SQUARE, WHOLE = [2, 2, 6, 2, 6, 6, 2, 6], [0, 0, 10, 0, 10, 8, 0, 8]
 """Polygons (x, y, ...) of rows and columns 2 ... 5, and of all of an image of 8 rows and 10 columns."""
 
 
-def load(root: Path, split: str = "463", **options: Any) -> registry.Dataset:
+def load(root: Path, split: str = "463", **options: Any) -> Dataset:
     return registry.load("coco", split, root=str(root), **options)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from viladiff.core.distributed import in_turn, in_workers
 from viladiff.data import registry
+from viladiff.data.dataset import Dataset
 from viladiff.data.files import contents
 from viladiff.data.files.contents import NAME, Contents
 from viladiff.data.files.images import read_mask
@@ -74,7 +75,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "RACY", 0)
 
 
-def load(root: Path, split: str = "labelled", **options: Any) -> registry.Dataset:
+def load(root: Path, split: str = "labelled", **options: Any) -> Dataset:
     return registry.load("folder", split, root=str(root), **options)
 
 
@@ -169,7 +170,7 @@ def test_every_layout_is_named_by_content_and_read_once(photo_folder: Make, tmp_
         root = getattr(layouts, name)(tmp_path / name).root
     aged(root)
 
-    def start() -> registry.Dataset:
+    def start() -> Dataset:
         data = registry.load(name, split, root=str(root), family="hq" if name == "voc" else "")
         check_files(data)
         return data

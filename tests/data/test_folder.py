@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from viladiff.cli import main
 from viladiff.data import registry
+from viladiff.data.dataset import Dataset
 from viladiff.data.files import contents, images
 from viladiff.data.files.images import Colours, image_size, label_counts, read_image, read_mask
 from viladiff.data.files.split_lists import Lists
@@ -31,7 +32,7 @@ from viladiff.training.trainer import fit
 Make = Callable[..., Path]
 
 
-def load(root: Path, split: str = "labelled", **options: Any) -> registry.Dataset:
+def load(root: Path, split: str = "labelled", **options: Any) -> Dataset:
     return registry.load("folder", split, root=str(root), **options)
 
 

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from viladiff.data import registry
+from viladiff.data.dataset import Dataset
 from viladiff.data.files.images import read_mask
 
 Make = Callable[..., Path]
 
 
-def voc(root: Path, split: str = "92", **options: Any) -> registry.Dataset:
+def voc(root: Path, split: str = "92", **options: Any) -> Dataset:
     return registry.load("voc", split, root=str(root), family="hq", **options)
 
 
@@ -169,7 +170,7 @@ def test_another_coding_of_cityscapes_is_the_same_mask(tmp_path: Path, read: str
     path = made.root / "splits" / "372" / "labeled.txt"
     image = "leftImg8bit/train/{0}/{1}_leftImg8bit.png "
 
-    def found(form: str) -> registry.Dataset:
+    def found(form: str) -> Dataset:
         text = "\n".join((image + form).format(name.split("_")[0], name) for name in made.labelled)
         path.write_text(text, encoding="utf-8")
         return registry.load("cityscapes", "372", root=str(made.root), family="cps")

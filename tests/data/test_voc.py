@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from viladiff.data import registry
+from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.known_splits import Published, list_hash
 from viladiff.data.files.validate import check, check_files
@@ -21,11 +22,11 @@ from viladiff.runs.record import RunRecord
 Make = Callable[..., Path]
 
 
-def load(root: Path, split: str = "92", family: str = "hq", **options: Any) -> registry.Dataset:
+def load(root: Path, split: str = "92", family: str = "hq", **options: Any) -> Dataset:
     return registry.load("voc", split, root=str(root), family=family, **options)
 
 
-def ids(data: registry.Dataset) -> tuple[str, ...]:
+def ids(data: Dataset) -> tuple[str, ...]:
     assert data.files is not None
     return data.files.ids
 

@@ -12,8 +12,9 @@ from method_kit import CLASSES, STEP, cross_entropy_map, make_batch, make_uneven
 from viladiff.data.batch import CutMix, Views
 from viladiff.data.captions.table import CaptionTable
 from viladiff.data.captions.tags import mentioned, mentions
+from viladiff.data.dataset import Dataset
 from viladiff.data.loader import Loader
-from viladiff.data.registry import Dataset, load
+from viladiff.data.registry import load
 from viladiff.methods.tags import of_both, shown_mean, tag_cross_entropy
 from viladiff.runs.config import RunConfig, override
 

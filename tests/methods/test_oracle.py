@@ -8,6 +8,7 @@ import torch
 
 from viladiff.data import registry
 from viladiff.data.batch import IGNORE, Views
+from viladiff.data.dataset import Dataset
 from viladiff.data.loader import Loader
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 from viladiff.runs.config import ConfigError, RunConfig, override
@@ -76,7 +77,7 @@ def test_masks_of_unlabelled_images_are_read_for_an_oracle_alone(monkeypatch: py
     data = registry.load("digits", "183")
     device = torch.device("cpu")
     with_masks = Loader(cfg, data, Views(strong=1, truth=True), None, 8, device).micro_batches(3)[0]
-    monkeypatch.setattr(registry.Dataset, "oracle_masks", None)
+    monkeypatch.setattr(Dataset, "oracle_masks", None)
     without = Loader(cfg, data, Views(strong=1), None, 8, device).micro_batches(3)[0]
     assert without.truth_u is None and torch.equal(without.weak[0], with_masks.weak[0]), "the same crops"
     truth = with_masks.truth_u

@@ -11,7 +11,8 @@ from method_kit import STEP, make_batch, make_uneven
 
 from viladiff.data.captions.table import SIMULATED, SYNONYMS, Captions, describe
 from viladiff.data.captions.tags import mentioned, mentions
-from viladiff.data.registry import Dataset, load, request
+from viladiff.data.dataset import Dataset
+from viladiff.data.registry import load, request
 from viladiff.data.sources import digits
 from viladiff.data.sources.digits import CLASS_NAMES
 from viladiff.data.splits import classes_present

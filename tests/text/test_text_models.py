@@ -18,12 +18,14 @@ from test_folder import small
 from viladiff.cli import main
 from viladiff.data import cache, registry
 from viladiff.data.captions.table import GENERIC
+from viladiff.data.dataset import Dataset
 from viladiff.data.sources import digits
 from viladiff.runs.config import RunConfig, changed, override
 from viladiff.runs.record import without_paths
 from viladiff.text import embedding_bank as banks
+from viladiff.text.base import LONGEST, unit
 from viladiff.text.embedding_bank import encode_all, is_encoded, load_text, text_fingerprint, write_all
-from viladiff.text.encoders import LONGEST, WordEncoder, build_encoder, unit
+from viladiff.text.encoders import WordEncoder, build_encoder
 from viladiff.text.pretrained import MINILM
 from viladiff.training.fingerprints import fingerprints
 from viladiff.training.trainer import fit
@@ -186,14 +188,14 @@ def test_a_bank_is_written_in_pieces(models: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.fixture
-def few_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> registry.Dataset:
+def few_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 10, 10)})
     return registry.load("digits", "92")
 
 
 def test_captions_are_encoded_once_whatever_the_split_and_the_pairing(
-    models: Path, few_digits: registry.Dataset, monkeypatch: pytest.MonkeyPatch
+    models: Path, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, asked = str(models / "bert"), []
     for control in ("own", "shuffled"):
@@ -208,7 +210,7 @@ def test_captions_are_encoded_once_whatever_the_split_and_the_pairing(
     monkeypatch.undo()
 
 
-def test_words_of_a_shared_bank_are_those_of_the_image(models: Path, few_digits: registry.Dataset) -> None:
+def test_words_of_a_shared_bank_are_those_of_the_image(models: Path, few_digits: Dataset) -> None:
     encoder = build_encoder("transformers", (), str(models / "bert"))
     train, _ = load_text(few_digits, "transformers", model=str(models / "bert"))
     for place in (0, 57, 99):
@@ -223,7 +225,7 @@ def test_words_of_a_shared_bank_are_those_of_the_image(models: Path, few_digits:
     assert not silent.batch([3]).mask.any() and silent.dim == train.dim == 16
 
 
-def test_what_an_encoder_loses_is_said(models: Path, few_digits: registry.Dataset) -> None:
+def test_what_an_encoder_loses_is_said(models: Path, few_digits: Dataset) -> None:
     train, _ = load_text(few_digits, "transformers", model=str(models / "bert"))
     assert train.unknown > 0 and f"does not know {train.unknown} words" in train.notes()[0]
     words, _ = load_text(few_digits)
@@ -251,7 +253,7 @@ def _save(draft: Path, array: np.ndarray) -> cache.Facts:
 
 
 def test_words_are_read_from_the_file_and_not_through_the_map(
-    models: Path, few_digits: registry.Dataset, tmp_path: Path
+    models: Path, few_digits: Dataset, tmp_path: Path
 ) -> None:
     """Neither stays in memory then, nor costs a page fault for every 4 KB."""
     train, _ = load_text(few_digits, "transformers", model=str(models / "bert"))
@@ -272,7 +274,7 @@ def test_words_are_read_from_the_file_and_not_through_the_map(
 # The small encoder that is a package
 
 
-def test_minilm_stands_where_words_stand(few_digits: registry.Dataset) -> None:
+def test_minilm_stands_where_words_stand(few_digits: Dataset) -> None:
     pytest.importorskip(MINILM)
     encoder = build_encoder("minilm", ())
     words = build_encoder("words", few_digits.captions)

@@ -10,8 +10,8 @@ import numpy as np
 from viladiff.data.cache import fingerprint
 
 if TYPE_CHECKING:
+    from viladiff.data.dataset import Dataset
     from viladiff.data.files.index import FileList
-    from viladiff.data.registry import Dataset
 
 ALL = "all"
 """Name of the split; in ``folder`` it is a list of that name, as any other."""

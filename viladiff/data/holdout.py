@@ -12,7 +12,7 @@ from viladiff.data.cache import fingerprint
 from viladiff.data.splits import VISIBLE
 
 if TYPE_CHECKING:
-    from viladiff.data.registry import Dataset
+    from viladiff.data.dataset import Dataset
 
 
 class Subset:

@@ -27,7 +27,7 @@ from viladiff.data.transforms.augment import geometric, normalise, strong
 from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
 
 if TYPE_CHECKING:
-    from viladiff.data.registry import Dataset
+    from viladiff.data.dataset import Dataset
     from viladiff.runs.config import RunConfig
     from viladiff.text.embedding_bank import Bank
 

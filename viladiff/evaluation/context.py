@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from viladiff.data.registry import Dataset
+    from viladiff.data.dataset import Dataset
     from viladiff.methods.base import Method
     from viladiff.runs.config import RunConfig
     from viladiff.text.embedding_bank import Bank

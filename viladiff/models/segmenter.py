@@ -14,7 +14,8 @@ from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.models.blocks import bilinear
 from viladiff.models.decoder import Decoder
-from viladiff.models.encoders.build import Encoder, build_encoder
+from viladiff.models.encoders.base import Encoder
+from viladiff.models.encoders.build import build_encoder
 from viladiff.models.vila import ViLa, VilaConfig
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from pydantic import TypeAdapter
 from viladiff.runs.record import RunRecord, write_atomically
 from viladiff.runs.run_name import PLACES, arithmetic
 from viladiff.tables.cells import cells, choose, unavailable
-from viladiff.tables.published import Stated, stated
 from viladiff.tables.spec import ORACLE, Table
+from viladiff.tables.stated import Stated, stated
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
 

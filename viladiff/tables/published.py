@@ -5,33 +5,13 @@ Nothing here loads torch when it is imported; both functions do, since a method 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from viladiff.config.base import parse
 
 if TYPE_CHECKING:
     from viladiff.methods.published import PublishedSetting
-    from viladiff.tables.cells import Cell
-    from viladiff.tables.spec import Table
-
-
-class Stated(NamedTuple):
-    """One field that the publication of a cell's method sets, or what it has beyond all fields."""
-
-    row: int
-    column: int
-    source: str
-    path: str
-    """Empty for what no field here gives."""
-    value: Any
-    """What the publication sets, or says in words."""
-    runs: Any
-    """The value in the cell's runs; None where they lack the field."""
-
-    @property
-    def applied(self) -> bool:
-        return bool(self.path) and self.value == self.runs
 
 
 def published(values: Mapping[str, object]) -> list[PublishedSetting]:
@@ -58,25 +38,3 @@ def published(values: Mapping[str, object]) -> list[PublishedSetting]:
 def published_fields(values: Mapping[str, object]) -> dict[str, object]:
     """The fields of ``published``, by dotted path."""
     return {path: value for setting in published(values) for path, value in setting.fields.items()}
-
-
-def stated(table: Table, found: Iterable[Cell]) -> tuple[Stated, ...]:
-    """For the first run of each cell, what its publication sets on the paper's data set, beside what the run has."""
-    from viladiff.runs.config import RunConfig, flatten, override
-    from viladiff.tables.cells import settings
-
-    said: dict[tuple[int, int, str], Stated] = {}
-    seen: set[tuple[int, int]] = set()
-    for cell in found:
-        place = (cell.row, cell.column)
-        asked = published(settings(table, *place))
-        if place in seen or not asked:
-            continue
-        seen.add(place)
-        runs = flatten(override(RunConfig(), cell.changes))
-        for one in asked:
-            for path, value in one.fields.items():
-                said[*place, path] = Stated(*place, one.source, path, value, runs.get(path))
-            if one.not_available:
-                said[*place, one.not_available] = Stated(*place, one.source, "", one.not_available, None)
-    return tuple(said.values())

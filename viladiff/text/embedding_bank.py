@@ -17,8 +17,9 @@ from viladiff.core.progress import Advance
 from viladiff.data.batch import TextBatch
 from viladiff.data.cache import Facts, cache_dir, fingerprint, open_checked, open_or_make
 from viladiff.data.captions.table import Captions, CaptionTable, Control, Images
-from viladiff.data.registry import Dataset
-from viladiff.text.encoders import LONGEST, WORDS_DIM, TextEncoder, build_encoder, unit
+from viladiff.data.dataset import Dataset
+from viladiff.text.base import LONGEST, TextEncoder, unit
+from viladiff.text.encoders import WORDS_DIM, build_encoder
 
 _REVISION = 1
 CHUNK = 1024

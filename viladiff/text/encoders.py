@@ -6,46 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from viladiff.config.base import nearest
 from viladiff.data.cache import fingerprint
+from viladiff.text.base import LONGEST, TextEncoder, unit
 
 WORDS_DIM = 48
-LONGEST = 77
-"""Tokens of a text at most, as CLIP reads; what follows is cut off, and counted."""
 _WORDS_REVISION = 1
-
-
-class TextEncoder(Protocol):
-    """What the text bank asks of an encoder."""
-
-    name: str
-    fingerprint: str
-    """Names everything that decides the vectors."""
-
-    @property
-    def dim(self) -> int:
-        """D, channels of a token."""
-        ...
-
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32; L >= 1 tokens of the longest text."""
-        ...
-
-    def lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """(n,) int64 tokens that ``encode`` gives each text, without encoding it."""
-        ...
-
-    def cut(self, texts: Sequence[str]) -> int:
-        """How many of ``texts`` are longer than the encoder reads (LONGEST at most) and lose their end."""
-        ...
-
-    def unknown(self, texts: Sequence[str]) -> int:
-        """How many words of ``texts`` have no vector and are dropped."""
-        ...
 
 
 def split_words(text: str) -> list[str]:
@@ -123,12 +92,6 @@ def word_vectors(together: np.ndarray, images: int, dim: int) -> np.ndarray:
     vectors = np.zeros((len(together), dim))
     vectors[:, : len(strongest)] = axes * np.sqrt(np.abs(values[strongest]))
     return unit(vectors).astype(np.float32)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows (..., D) scaled to length 1; rows of zeros stay zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
 
 
 def build_encoder(name: str, captions: Iterable[Sequence[str]], model: str | None = None) -> TextEncoder:

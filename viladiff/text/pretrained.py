@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from viladiff.data.cache import digest, fingerprint
-from viladiff.text.encoders import LONGEST, unit
+from viladiff.text.base import LONGEST, unit
 
 _REVISION = 1
 BATCH = 64

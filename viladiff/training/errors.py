@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from viladiff.data.registry import Dataset
+    from viladiff.data.dataset import Dataset
     from viladiff.methods.base import Method
     from viladiff.runs.config import RunConfig
 

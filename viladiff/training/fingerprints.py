@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.data.cache import fingerprint
-from viladiff.data.registry import Dataset, request
+from viladiff.data.dataset import Dataset
 from viladiff.data.registry import load as load_dataset
+from viladiff.data.registry import request
 from viladiff.methods import METHODS
 from viladiff.models.encoders.build import encoder_fingerprint, file_checksum
 from viladiff.runs.config import RunConfig, run_id

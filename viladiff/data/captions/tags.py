@@ -11,7 +11,7 @@ from viladiff.data.captions.table import Captions, Control, Images
 from viladiff.text.encoders import split_words
 
 if TYPE_CHECKING:
-    from viladiff.data.registry import Dataset
+    from viladiff.data.dataset import Dataset
 
 UNNAMED = "background"
 """The class that no caption names."""

@@ -30,7 +30,7 @@ from viladiff.data.sources.detect import open_tree
 from viladiff.data.sources.folder import Classes, Found, describe_lists, read_lists
 
 if TYPE_CHECKING:
-    from viladiff.data.registry import Dataset
+    from viladiff.data.dataset import Dataset
 
 Advance = Callable[[int, int], None]
 SHOWN = 5

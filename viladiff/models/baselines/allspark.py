@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.data.batch import TextBatch
-from viladiff.models.encoders.build import Encoder
+from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter, Stream
 
 Draw = Callable[[str, tuple[int, ...]], Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from viladiff.config.base import Section
 from viladiff.data.batch import TextBatch
 from viladiff.models.blocks import CrossBlock
-from viladiff.models.encoders.build import Encoder
+from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter, Stream
 from viladiff.models.vila import read_with_null
 

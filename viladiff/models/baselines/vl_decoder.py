@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from viladiff.config.base import Section
 from viladiff.data.batch import TextBatch
 from viladiff.models.blocks import SelfBlock
-from viladiff.models.encoders.build import Encoder
+from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter, Stream
 
 POOL = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,121 +10,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from viladiff.models.blocks import SelfBlock
+from viladiff.models.encoders.base import Encoder
+from viladiff.models.encoders.digits_vit import DigitsViT
+from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
 
 SHIPPED = Path(__file__).with_name("digits_vit.safetensors")
 """Weights of ``digits_vit`` that come with the package; ``scripts/pretrain_digits.py`` remakes them."""
-
-
-class Encoder(nn.Module):
-    """Contract: ``forward`` maps (B, 3, H, W) to four maps (B, channels[i], H / strides[i], W / strides[i])."""
-
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    any_size: bool = True
-    """Whether it can do with sides that are no multiples of ``patch``; patches cut without overlap cannot."""
-
-    @property
-    def patch(self) -> int:
-        """Pixels a cell of the coarsest map is wide; image sides must be multiples of it."""
-        return self.strides[-1]
-
-
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions around a skip."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(_conv(width, width, 1), nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.relu(x + self.body(x))
-
-
-class DigitsViT(Encoder):
-    """A ViT on 8 x 8 patches behind a residual convolutional stem, whose stages serve as the finer maps.
-
-    The stem is deeper than is usual, since attention alone learns shapes slowly from a few thousand small images.
-    """
-
-    def __init__(self, dim: int = 128, depth: int = 2, heads: int = 4, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.channels, self.strides = (32, 64, dim, dim), (2, 4, 8, 8)
-        self.stem = nn.ModuleList(
-            [
-                _conv(3, 32, 2),
-                nn.Sequential(_conv(32, 64, 2), Residual(64)),
-                nn.Sequential(_conv(64, dim, 2), Residual(dim)),
-            ]
-        )
-        self.positions = nn.Parameter(torch.zeros(1, dim, 8, 8))
-        nn.init.trunc_normal_(self.positions, std=0.02)
-        rates = [drop_path * (i + 1) / depth for i in range(depth)]
-        self.blocks = nn.Sequential(*[SelfBlock(dim, heads, drop_path=rate) for rate in rates])
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        fine = self.stem[0](x)
-        middle = self.stem[1](fine)
-        grid = self.stem[2](middle)
-        positions: Tensor = self.positions
-        if grid.shape[-2:] != positions.shape[-2:]:
-            positions = nn.functional.interpolate(positions, grid.shape[-2:], mode="bicubic", align_corners=False)
-        tokens = self.norm(self.blocks((grid + positions).flatten(2).transpose(1, 2)))
-        return [fine, middle, grid, tokens.transpose(1, 2).reshape_as(grid)]
-
-
-def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.GroupNorm(8, outputs), nn.ReLU())
-
-
-class TimmEncoder(Encoder):
-    """Any timm backbone that offers features: last four levels of a pyramid, or four evenly spaced blocks of a ViT."""
-
-    def __init__(self, name: str, pretrained: bool, drop_path: float) -> None:
-        super().__init__()
-        import timm  # a second of import time that the embedded data does not need
-
-        _check_known(name)
-        options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
-        if drop_path:
-            options["drop_path_rate"] = drop_path
-        try:
-            levels = len(_feature_info(timm.create_model(name, features_only=True)))
-            # A ViT reports every block; a pyramid its few stages.
-            indices = [(levels * (i + 1)) // 4 - 1 for i in range(4)] if levels >= 8 else list(range(levels))[-4:]
-            plain = levels >= 8
-            extra: dict[str, Any] = {"dynamic_img_size": True} if plain else {}
-            self.net = timm.create_model(name, out_indices=indices, **options, **extra)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise ValueError(f'model.encoder = "{name}": timm offers no feature maps for it ({error})') from error
-        self.any_size = not plain
-        self.channels = tuple(_feature_info(self.net).channels())
-        self.strides = tuple(_feature_info(self.net).reduction())
-        if len(self.channels) != 4:
-            raise ValueError(f'model.encoder = "{name}": {len(self.channels)} feature levels, four are needed')
-        # Some transformers have no norm on intermediate features; the decoder expects maps of one scale.
-        self.norms = nn.ModuleList([nn.GroupNorm(1, c) if plain else nn.Identity() for c in self.channels])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [norm(level) for norm, level in zip(self.norms, self.net(x), strict=True)]
-
-
-def _check_known(name: str) -> None:
-    import timm
-
-    known = timm.list_models(pretrained=False)
-    if name.split(".")[0] not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none is near"
-        raise ValueError(f'model.encoder = "{name}": timm has no such model (did you mean: {near}?)')
-
-
-def _feature_info(net: nn.Module) -> Any:
-    """timm's description of each feature level; it is no module, which is all that type checkers know of attributes."""
-    return net.feature_info
 
 
 def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_path: float = 0.0) -> Encoder:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from viladiff.models.encoders.build import Encoder
+from viladiff.models.encoders.base import Encoder
 
 
 class DirectoryEncoder(Encoder):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from viladiff.report import provenance
+from viladiff.report.markup import markdown
 from viladiff.report.provenance import Origin
-from viladiff.report.table.exports import latex, markdown, paper_text, pipes, signed
+from viladiff.report.table.exports import latex, paper_text, pipes, signed
 from viladiff.report.table.long_form import long
 from viladiff.report.table.results import (
     CEILING,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from viladiff.core.colormap import SERIES
 from viladiff.report.charts.scatter import THEMES, save_drawn
+from viladiff.report.markup import markdown
 from viladiff.report.sections.leaderboard import Picture, uri
-from viladiff.report.table.exports import markdown, signed
+from viladiff.report.table.exports import signed
 from viladiff.report.table.results import CEILING, Results, Summary, difference, number, row_name, summary
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from viladiff.report.table.exports import markdown, signed
+from viladiff.report.markup import markdown
+from viladiff.report.table.exports import signed
 from viladiff.report.table.results import Results, difference, number, summary
 from viladiff.report.table.table_views import p_value
 from viladiff.tables.contrasts import questions

@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from viladiff.core import colormap
-from viladiff.report.table.exports import markdown
+from viladiff.report.markup import markdown
 from viladiff.report.table.results import Entry, Results, number, row_name
 from viladiff.runs.record import RunRecord, write_atomically
 

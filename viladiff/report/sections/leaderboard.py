@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.report.charts import scatter
+from viladiff.report.markup import markdown
 from viladiff.report.sections import ranking
 from viladiff.report.sections import training_cost as costs
 from viladiff.report.sections.learning_rates import Tried, tried
 from viladiff.report.sections.training_cost import Costs, StepCost
-from viladiff.report.table.exports import markdown
 from viladiff.report.table.results import Results, Summary, number, row_name, summary
 from viladiff.report.table.table_views import shares
 

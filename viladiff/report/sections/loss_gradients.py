@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup, escape
 
 from viladiff.core import colormap
-from viladiff.report.table.exports import markdown
+from viladiff.report.markup import markdown
 from viladiff.report.table.results import Entry, Results, number
 from viladiff.runs.gradient_shares import ENOUGH, THIRDS, TermShare, Triple, by_thirds, together
 from viladiff.runs.record import RunRecord

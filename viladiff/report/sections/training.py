@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from viladiff.report.table.results import Entry, Results, Summary, number, row_name, summary
 
 if TYPE_CHECKING:
-    from viladiff.tables.published import Stated
+    from viladiff.tables.stated import Stated
 
 BEST = (
     "Best epoch: the highest of a run's evaluations, picked on the images that it reports, so it is no estimate for "
@@ -135,7 +135,7 @@ def _text(value: object) -> str:
 
 def to_markdown(results: Results) -> dict[str, list[str]]:
     """Sections of table.md."""
-    from viladiff.report.table.exports import markdown
+    from viladiff.report.markup import markdown
 
     found, long = lines(results), lengths(results)
     columns = [results.plan.table.columns[c].label for c in results.plan.columns]

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.report import provenance
+from viladiff.report.markup import markdown
 from viladiff.report.sections.training import best_epoch, shows_best
 from viladiff.report.table.long_form import long
 from viladiff.report.table.results import (
@@ -55,12 +56,6 @@ def symbol(part: str) -> Symbol | None:
 
 def latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
-
-
-def markdown(text: str) -> str:
-    """Text that no renderer takes for markup, a cell's border or HTML."""
-    escaped = re.sub(r"([\\`*_\[\]|$~#!^])", r"\\\1", " ".join(text.split()))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def signed(value: float | None) -> str:

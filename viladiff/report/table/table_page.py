@@ -12,6 +12,7 @@ from markupsafe import Markup
 from viladiff.core import colormap
 from viladiff.report import provenance
 from viladiff.report.charts import figures
+from viladiff.report.markup import markdown
 from viladiff.report.sections import (
     beside,
     caption_dose,
@@ -81,7 +82,7 @@ def render_table(
         **training.to_markdown(results),
         **loss_gradients.to_markdown(loss_gradients.section(results)),
         "What each choice is worth": design_choices.to_markdown(opened),
-        "The paper's own numbers": [f"- {exports.markdown(one.text)}" for one in printed],
+        "The paper's own numbers": [f"- {markdown(one.text)}" for one in printed],
     }
     stand_ins, context = table_views.stand_ins(results), table_views.context(results)
     first = beside.sentence(both) if both else ""

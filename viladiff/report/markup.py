@@ -1,0 +1,11 @@
+"""Text as markdown that no renderer takes for markup."""
+
+from __future__ import annotations
+
+import re
+
+
+def markdown(text: str) -> str:
+    """Text that no renderer takes for markup, a cell's border or HTML."""
+    escaped = re.sub(r"([\\`*_\[\]|$~#!^])", r"\\\1", " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,46 @@
+"""What a text encoder is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+LONGEST = 77
+"""Tokens of a text at most, as CLIP reads; what follows is cut off, and counted."""
+
+
+class TextEncoder(Protocol):
+    """What the text bank asks of an encoder."""
+
+    name: str
+    fingerprint: str
+    """Names everything that decides the vectors."""
+
+    @property
+    def dim(self) -> int:
+        """D, channels of a token."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32; L >= 1 tokens of the longest text."""
+        ...
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """(n,) int64 tokens that ``encode`` gives each text, without encoding it."""
+        ...
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of ``texts`` are longer than the encoder reads (LONGEST at most) and lose their end."""
+        ...
+
+    def unknown(self, texts: Sequence[str]) -> int:
+        """How many words of ``texts`` have no vector and are dropped."""
+        ...
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows (..., D) scaled to length 1; rows of zeros stay zero."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
