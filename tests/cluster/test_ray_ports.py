@@ -86,8 +86,8 @@ def test_a_socket_is_found_and_judged(address: str) -> None:
 def test_one_place_starts_ray_and_one_joins_a_group() -> None:
     """So that what the tests below see of a table holds for sweeps and captioning."""
     sources = {path.name: path.read_text() for path in (ROOT / "viladiff").rglob("*.py")}
-    assert [name for name, text in sources.items() if "ray.init(" in text] == ["ray_launch.py"]
-    assert [name for name, text in sources.items() if "init_process_group(" in text] == ["launch.py"]
+    assert [name for name, text in sources.items() if "ray.init(" in text] == ["executor.py"]
+    assert [name for name, text in sources.items() if "init_process_group(" in text] == ["distributed.py"]
     assert captioning.cluster is sweep_executor.cluster is executor.cluster
 
 
