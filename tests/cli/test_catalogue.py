@@ -18,7 +18,7 @@ from viladiff.models.baselines.text_probe import Masks
 from viladiff.models.baselines.vl_decoder import VlDecoder
 from viladiff.models.decoder import Decoder
 from viladiff.models.encoders.base import Encoder
-from viladiff.models.segmenter import Stream
+from viladiff.models.stream import Stream
 
 
 def counted(name: str) -> tuple[float, float, float, float]:

@@ -29,7 +29,8 @@ from viladiff.models.baselines import normalizing_flow as flow_module
 from viladiff.models.baselines.class_hierarchy import FLOOR, diagnose, known_groups, parents
 from viladiff.models.baselines.normalizing_flow import Flow
 from viladiff.models.baselines.vl_decoder import VlDecoder, VlDecoderConfig
-from viladiff.models.segmenter import Build, Stream
+from viladiff.models.segmenter import Build
+from viladiff.models.stream import Stream
 from viladiff.runs.config import RunConfig, override
 
 CLASSES, FACTOR = 21, 3.0

@@ -21,7 +21,8 @@ from viladiff.data.batch import Batch, Step, TextBatch
 from viladiff.methods import METHODS, viladiff_mixe
 from viladiff.methods import viladiff as viladiff_file
 from viladiff.methods.viladiff import ViLaDiff
-from viladiff.models.segmenter import Build, Stream, upsample
+from viladiff.models.segmenter import Build, upsample
+from viladiff.models.stream import Stream
 from viladiff.runs.checkpoint import load
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.errors import TrainingError

@@ -55,7 +55,8 @@ from viladiff.methods.published import PublishedSetting
 from viladiff.models.baselines.memory_bank import Banks, pick, sample
 from viladiff.models.baselines.perturbations import channel_dropout
 from viladiff.models.ema import ema_update, frozen_copy
-from viladiff.models.segmenter import Build, Stream, upsample
+from viladiff.models.segmenter import Build, upsample
+from viladiff.models.stream import Stream
 
 
 class U2plConfig(MethodConfig):

@@ -28,7 +28,8 @@ from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, Paper, Passes,
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.viladiff_mixe import MixeTeacher, Pseudo, Refined
 from viladiff.models.mixe import MixeConfig, class_codes, noise_levels
-from viladiff.models.segmenter import Build, Segmenter, Stream, mixed, upsample
+from viladiff.models.segmenter import Build, Segmenter, mixed, upsample
+from viladiff.models.stream import Stream
 from viladiff.models.vila import Distilled, VilaConfig, distil
 
 

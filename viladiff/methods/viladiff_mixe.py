@@ -16,7 +16,8 @@ from viladiff.methods.base import MeanTeacher
 from viladiff.models.guided import Guided
 from viladiff.models.mixe import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
 from viladiff.models.relabel import Calibration, refined_pixels, relabelled
-from viladiff.models.segmenter import Build, Segmenter, Stream, upsample
+from viladiff.models.segmenter import Build, Segmenter, upsample
+from viladiff.models.stream import Stream
 
 LEAD = 0.1
 """Share of training before refinement from which refined confidence is calibrated."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,11 @@ from viladiff.models.blocks import bilinear
 from viladiff.models.decoder import Decoder
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
+from viladiff.models.stream import Stream
 from viladiff.models.vila import ViLa, VilaConfig
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
-
-
-class Stream(NamedTuple):
-    """What one stream says of a batch, on the decoder's grid (h = H / stride)."""
-
-    features: Tensor
-    """(B, N, W) tokens of ViLa, or the encoder's last tokens where there is no ViLa."""
-    mid: Tensor
-    """(B, decoder width, h, w) the map that the classifier reads."""
-    logits: Tensor
-    """(B, C, h, w)."""
 
 
 class Classifier(nn.Module):

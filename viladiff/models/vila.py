@@ -14,7 +14,7 @@ from viladiff.losses import feature_distillation, feature_terms, logit_distillat
 from viladiff.models.blocks import CrossBlock, SelfBlock, sincos_2d
 
 if TYPE_CHECKING:
-    from viladiff.models.segmenter import Stream
+    from viladiff.models.stream import Stream
 
 Path = Literal["student_features", "student_logits", "teacher_features", "teacher_logits"]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from viladiff.data.batch import TextBatch
 from viladiff.models.encoders.base import Encoder
-from viladiff.models.segmenter import Segmenter, Stream
+from viladiff.models.segmenter import Segmenter
+from viladiff.models.stream import Stream
 
 Draw = Callable[[str, tuple[int, ...]], Tensor]
 """What they are for and a shape, to that many uniform numbers for each image of a batch: (B, *shape)."""

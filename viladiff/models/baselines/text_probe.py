@@ -16,7 +16,8 @@ from viladiff.config.base import Section
 from viladiff.data.batch import TextBatch
 from viladiff.models.blocks import CrossBlock
 from viladiff.models.encoders.base import Encoder
-from viladiff.models.segmenter import Segmenter, Stream
+from viladiff.models.segmenter import Segmenter
+from viladiff.models.stream import Stream
 from viladiff.models.vila import read_with_null
 
 

@@ -24,7 +24,8 @@ from viladiff.config.base import Section
 from viladiff.data.batch import TextBatch
 from viladiff.models.blocks import SelfBlock
 from viladiff.models.encoders.base import Encoder
-from viladiff.models.segmenter import Segmenter, Stream
+from viladiff.models.segmenter import Segmenter
+from viladiff.models.stream import Stream
 
 POOL = 4
 """Cells along each side that share one token of a semantic transformer."""
