@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from viladiff.core import keyed_random
-from viladiff.data.decode_workers import Decoders, Recipe, Sample, decode_all
+from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.loader import valid_pixels
 from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD, normalise, strong
 
@@ -96,12 +96,15 @@ def straight_views(path: Path, crop: int) -> list[Tensor]:
 # Ours
 
 
-def samples(paths: list[Path], step: int) -> list[Sample]:
-    return [Sample(str(path), None, tuple(keyed_random.rng(step, "crop", i).random(4))) for i, path in enumerate(paths)]
+def samples(paths: list[Path], step: int) -> list[DecodeRequest]:
+    return [
+        DecodeRequest(str(path), None, tuple(keyed_random.numpy_generator(step, "crop", i).random(4)))
+        for i, path in enumerate(paths)
+    ]
 
 
-def recipe(crop: int) -> Recipe:
-    return Recipe(crop, SCALE, 0.5, 2, None)
+def recipe(crop: int) -> CropRecipe:
+    return CropRecipe(crop, SCALE, 0.5, 2, None)
 
 
 def host(paths: list[Path], crop: int, step: int) -> np.ndarray:
@@ -111,7 +114,10 @@ def host(paths: list[Path], crop: int, step: int) -> np.ndarray:
 def ours(paths: list[Path], crop: int, step: int) -> list[Tensor]:
     found = decode_all(samples(paths, step), recipe(crop))
     weak = torch.from_numpy(found.images).float().div_(255)
-    views = [strong(weak, [keyed_random.rng(step, f"strong-{v}", i) for i in range(len(paths))]) for v in range(VIEWS)]
+    views = [
+        strong(weak, [keyed_random.numpy_generator(step, f"strong-{v}", i) for i in range(len(paths))])
+        for v in range(VIEWS)
+    ]
     return [valid_pixels(found.shown, crop, weak.device), *map(normalise, (weak, *views))]
 
 
@@ -156,7 +162,10 @@ def throughput(paths: list[Path], crop: int, rounds: int, batches: int = 6) -> N
     batch = samples(paths, 0)
     wall: dict[int, list[float]] = {1: [], 2: []}
     cpu: dict[int, float] = {}
-    with closing(Decoders(recipe(crop), 1, IMAGES, 2)) as one, closing(Decoders(recipe(crop), 2, IMAGES, 2)) as two:
+    with (
+        closing(DecodeWorkers(recipe(crop), 1, IMAGES, 2)) as one,
+        closing(DecodeWorkers(recipe(crop), 2, IMAGES, 2)) as two,
+    ):
         for round_ in range(rounds + 1):
             for decoders in (one, two):
                 count = len(decoders.pids)
@@ -177,7 +186,7 @@ def throughput(paths: list[Path], crop: int, rounds: int, batches: int = 6) -> N
     )
 
 
-def processor(decoders: Decoders) -> float:
+def processor(decoders: DecodeWorkers) -> float:
     """Seconds of processor that these processes have used; NaN where Linux's /proc is missing."""
     total = 0.0
     for pid in decoders.pids:

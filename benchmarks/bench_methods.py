@@ -42,7 +42,7 @@ from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.record import git_state, peak_memory, versions, write_atomically
-from viladiff.training.trainer import Run
+from viladiff.training.trainer import Trainer
 
 AIM = 1.2
 
@@ -117,12 +117,12 @@ def noting(method: Method) -> Iterator[list[Call]]:
             hook.remove()
 
 
-def ready(name: str, words: list[str]) -> tuple[Run, list[Batch]]:
+def ready(name: str, words: list[str]) -> tuple[Trainer, list[Batch]]:
     """A run of the method in the later part of training, and the batches of a step."""
     fields = dict(word.split("=", 1) for word in words)
     with tempfile.TemporaryDirectory() as out:
         cfg = override(RunConfig(), {"method.name": name, "runtime.threads": 1, "runtime.runs_dir": out, **fields})
-        run = Run(cfg)
+        run = Trainer(cfg)
         run._build()
     run.method.train()
     run.step = int(0.7 * run.steps)  # after warm-ups, and with what begins in the later part of training
@@ -156,7 +156,7 @@ def one(name: str, words: list[str], repeats: int, reference: bool = False) -> d
     return {**about, **times, "memory_mb": memory / 2**20, "calls": len(calls)}
 
 
-def repeat(run: Run, calls: list[Call]) -> None:
+def repeat(run: Trainer, calls: list[Call]) -> None:
     for call in calls:
         call.repeat()
     run.optimizer.zero_grad(set_to_none=True)

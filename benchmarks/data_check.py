@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from viladiff.data.files.validate import Report, check, cores
+from viladiff.data.files.validate import DatasetReport, check, cores
 
 AIM = 1.7
 DISTINCT = 100
@@ -48,7 +48,7 @@ def generate(root: Path, files: int) -> None:
             (folder / f"{original.stem}_{number}{original.suffix}").write_bytes(contents[number % DISTINCT])
 
 
-def timed(root: Path, processes: int) -> tuple[float, float, Report]:
+def timed(root: Path, processes: int) -> tuple[float, float, DatasetReport]:
     """Seconds on the wall, seconds of all processors, and what was found."""
     before = os.times()
     report = check(root, processes=processes)

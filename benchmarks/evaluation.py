@@ -19,27 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from viladiff.evaluation import evaluator
-from viladiff.evaluation.metrics import measure
+from viladiff.evaluation.metrics import evaluate_network
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.models.segmenter import Segmenter
 from viladiff.runs.config import RunConfig, override
-from viladiff.training.trainer import Run
+from viladiff.training.trainer import Trainer
 
 
-def separately(run: Run) -> None:
+def separately(run: Trainer) -> None:
     """A pass over the images for each network, and one for the pseudo-labels."""
     cfg = run.cfg.eval
     given = run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
     for network in run.method.networks().values():
-        measure(network, evaluator.batches(run), STREAMS, *given)
+        evaluate_network(network, evaluator.eval_batches(run), STREAMS, *given)
     pseudo = evaluator.PseudoLabels(run)
     run.method.eval()
-    for images, target, text in evaluator.batches(run):
+    for images, target, text in evaluator.eval_batches(run):
         pseudo.add(images, target, text)
     pseudo.shares()
 
 
-def passes(run: Run, action: Callable[[Run], object], images: int) -> dict[str, float]:
+def passes(run: Trainer, action: Callable[[Trainer], object], images: int) -> dict[str, float]:
     """Images that go through each network's encoder for one that is scored."""
     found: Counter[str] = Counter()
 
@@ -64,9 +64,9 @@ def main() -> None:
     args = parser.parse_args()
     fields = {"method.name": "viladiff", "runtime.threads": 1, "runtime.device": "cpu", "eval.max_images": args.images}
     with tempfile.TemporaryDirectory() as out:
-        run = Run(override(RunConfig(), {**fields, "runtime.runs_dir": out}))
+        run = Trainer(override(RunConfig(), {**fields, "runtime.runs_dir": out}))
         run._build()
-    sides: dict[str, Callable[[Run], object]] = {"one pass": evaluator.evaluated, "a pass for each": separately}
+    sides: dict[str, Callable[[Trainer], object]] = {"one pass": evaluator.evaluated, "a pass for each": separately}
     for name, action in sides.items():
         print(f"{name}: {passes(run, action, args.images)} encoder passes an image")
     times: dict[str, list[float]] = {name: [] for name in sides}

@@ -23,9 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from viladiff.runs.job import Event, Settings
+from viladiff.runs.job import Event, ExecutionSettings
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 PLAIN = """
 import json, os, sys, time
@@ -97,10 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if ratio <= 1.1 and median <= 0.3 else 1
 
 
-def planned(trials: int, steps: int) -> list[Planned]:
+def planned(trials: int, steps: int) -> list[PlannedRun]:
     """Short runs that differ in their seeds, named as ``fit`` names them; renders the data set on the way."""
     from viladiff.runs.config import RunConfig, override
-    from viladiff.training.trainer import Run
+    from viladiff.training.trainer import Trainer
 
     found = []
     for seed in range(trials):
@@ -111,12 +111,12 @@ def planned(trials: int, steps: int) -> list[Planned]:
             "eval.boundary": False,
             "runtime.threads": 1,
         }
-        name = Run(override(RunConfig(), changes)).name
-        found.append(Planned(run_id=name, changes=changes, title=f"seed {seed}", steps=steps, changed={}, threads=1))
+        name = Trainer(override(RunConfig(), changes)).name
+        found.append(PlannedRun(run_id=name, changes=changes, title=f"seed {seed}", steps=steps, changed={}, threads=1))
     return found
 
 
-def through_ray(jobs: list[Planned], concurrency: int) -> Side:
+def through_ray(jobs: list[PlannedRun], concurrency: int) -> Side:
     """All jobs by a driver in a new process."""
     with tempfile.TemporaryDirectory() as root:
         begun = time.time()
@@ -133,8 +133,10 @@ def side(text: str) -> None:
     from viladiff.cluster.executor import run_jobs
 
     given = json.loads(text)
-    jobs = [Planned(**job) for job in given["jobs"]]
-    outcomes = run_jobs(jobs, Store(Path(given["root"])), Settings(max_concurrent=given["concurrency"]), ignore)
+    jobs = [PlannedRun(**job) for job in given["jobs"]]
+    outcomes = run_jobs(
+        jobs, Store(Path(given["root"])), ExecutionSettings(max_concurrent=given["concurrency"]), ignore
+    )
     failed = [outcome for outcome in outcomes if outcome.state != "done"]
     if failed:
         raise SystemExit(f"{len(failed)} runs did not finish: {failed[0]}")
@@ -145,7 +147,7 @@ def ignore(event: Event) -> None:
     """A display would be measured too."""
 
 
-def plain(jobs: list[Planned], concurrency: int) -> Side:
+def plain(jobs: list[PlannedRun], concurrency: int) -> Side:
     """The same runs in ``concurrency`` processes that know nothing of each other."""
     with tempfile.TemporaryDirectory() as root:
         begun = time.time()

@@ -19,10 +19,10 @@ from viladiff.methods.viladiff import ViLaDiff
 from viladiff.models.mixe import class_codes
 from viladiff.models.segmenter import upsample
 from viladiff.runs.config import RunConfig, override
-from viladiff.training.trainer import Run
+from viladiff.training.trainer import Trainer
 
 
-def passes(run: Run, late: bool) -> dict[str, Callable[[], object]]:
+def passes(run: Trainer, late: bool) -> dict[str, Callable[[], object]]:
     """The forwards and backwards that a step cannot do without, on tensors of the step's shapes."""
     method = run.method
     assert isinstance(method, ViLaDiff) and method.denoiser is not None
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
-        run = Run(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.runs_dir": out}))
+        run = Trainer(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.runs_dir": out}))
         run._build()
     run.method.train()
     for half, step in (("first half", 100), ("second half, with refinement", 400)):

@@ -107,16 +107,16 @@ def on_ray(root: Path, trials: int) -> float:
     from optuna.pruners import SuccessiveHalvingPruner
 
     from viladiff.cluster.sweep_executor import run_search
-    from viladiff.runs.job import Settings
+    from viladiff.runs.job import ExecutionSettings
     from viladiff.runs.store import Store
-    from viladiff.sweeps.controller import Search
-    from viladiff.sweeps.optuna_study import Asker
+    from viladiff.sweeps.controller import SweepController
+    from viladiff.sweeps.optuna_study import OptunaStudy
     from viladiff.sweeps.pruners import halving
-    from viladiff.sweeps.spec import Namer, load_sweep
-    from viladiff.sweeps.trial_queue import SearchDesk
+    from viladiff.sweeps.spec import SweepPlanner, load_sweep
+    from viladiff.sweeps.trial_queue import TrialQueue
 
     sweep = load_sweep(ROOT / "tune" / "sweep_joint.toml")
-    namer = Namer(sweep, "smoke", {"train.steps": "20", "eval.max_images": "25"}, "holdout")
+    namer = SweepPlanner(sweep, "smoke", {"train.steps": "20", "eval.max_images": "25"}, "holdout")
     (root / "trials").mkdir()
 
     class Heard(SuccessiveHalvingPruner):
@@ -125,10 +125,10 @@ def on_ray(root: Path, trials: int) -> float:
             return False
 
     asha, journal = Heard(*halving("asha", namer.steps)), str(root / "optuna.journal")
-    asker = Asker("sweep", sweep.space, sweep.initial_point, "tpe", 0, True, journal, asha)
+    asker = OptunaStudy("sweep", sweep.space, sweep.initial_point, "tpe", 0, True, journal, asha)
     store = Store(root / "runs")
-    search = Search(root / "trials", asker, namer.planned, (0,), namer.steps, trials, store)
-    desk = SearchDesk(search, store, Settings(), 2)
+    search = SweepController(root / "trials", asker, namer.planned, (0,), namer.steps, trials, store)
+    desk = TrialQueue(search, store, ExecutionSettings(), 2)
     run_search(desk)
     spans: dict[str, list[tuple[float, float]]] = {}
     for outcome in desk.outcomes.values():

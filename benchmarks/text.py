@@ -28,8 +28,8 @@ import torch
 
 from viladiff.data import cache
 from viladiff.runs.config import RunConfig, override
-from viladiff.text.embedding_bank import Bank, open_bank, silent
-from viladiff.training.trainer import Run
+from viladiff.text.embedding_bank import EmbeddingBank, empty_bank, open_bank
+from viladiff.training.trainer import Trainer
 
 STEP_AIM, OPEN_AIM, MEMORY_AIM = 0.02, 1.0, 200
 IMAGES, TOKENS, WIDTH = 118_000, 2 * 77, 512
@@ -81,7 +81,7 @@ def resident() -> float:
     return int(found.group(1)) / 1024
 
 
-def looked_up(run: Run, bank: Bank) -> Callable[[], object]:
+def looked_up(run: Trainer, bank: EmbeddingBank) -> Callable[[], object]:
     """The words of a step's labelled and unlabelled images, at other places each time, on the run's device."""
     rng, data = np.random.default_rng(0), run.cfg.data
 
@@ -95,7 +95,7 @@ def looked_up(run: Run, bank: Bank) -> Callable[[], object]:
 
 def bench_step(repeats: int) -> bool:
     with tempfile.TemporaryDirectory() as out:
-        run = Run(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.runs_dir": out}))
+        run = Trainer(override(RunConfig(), {"method.name": "viladiff", "runtime.threads": 1, "runtime.runs_dir": out}))
         run._build()
         run.method.train()
         coco = open_bank(sparse_bank(Path(out), 20_000))
@@ -105,7 +105,7 @@ def bench_step(repeats: int) -> bool:
                 "step": lambda: run._step(batches),
                 "words": looked_up(run, run.bank),
                 "clip": looked_up(run, coco),
-                "null": looked_up(run, silent(len(run.bank))),
+                "null": looked_up(run, empty_bank(len(run.bank))),
             },
             repeats,
         )
@@ -147,8 +147,8 @@ def bench_bank(batches: int = 1000, size: int = 8) -> bool:
 
 def bench_caption(images: int) -> bool:
     from viladiff.cluster import captioning
-    from viladiff.text.captioning.blip2 import Captioner, caption, reader, writer
-    from viladiff.text.captioning.job import Job, pictures
+    from viladiff.text.captioning.blip2 import Captioner, caption_batch, reader, writer
+    from viladiff.text.captioning.job import CaptioningJob, pictures
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
@@ -157,14 +157,14 @@ def bench_caption(images: int) -> bool:
         who = writer(part("tiny_models").blip(top / "blip2-tiny"))
         name, all_ = pictures(str(top / "photos"))
         captioner, read = Captioner(who), reader(name)
-        caption(captioner, all_[:8], read)
+        caption_batch(captioner, all_[:8], read)
         begun = time.perf_counter()
         for start in range(0, len(all_), 8):
-            caption(captioner, all_[start : start + 8], read)
+            caption_batch(captioner, all_[start : start + 8], read)
         rates = {"in this process": len(all_) / (time.perf_counter() - begun)}
         for actors in (1, 2):
             heard: list[tuple[float, int]] = []
-            job = Job(name, all_, who, top / f"{actors}.parquet")
+            job = CaptioningJob(name, all_, who, top / f"{actors}.parquet")
             captioning.run_job(
                 job,
                 actors=actors,

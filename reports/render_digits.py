@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from viladiff.data.registry import load
+from viladiff.data.registry import load_dataset
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "digits.png"
 COLUMNS = 6
@@ -24,7 +24,7 @@ def main() -> None:
     palette = np.vstack([[0.12, 0.12, 0.14], plt.get_cmap("tab10").colors])
     figure, axes = plt.subplots(4, COLUMNS, figsize=(1.75 * COLUMNS, 8.0), layout="constrained")
     for half, (name, split) in enumerate((("digits", "183"), ("dense", "463"))):
-        data = load(name, split)
+        data = load_dataset(name, split)
         for column, index in enumerate(range(8, 8 + COLUMNS)):
             top, bottom = axes[2 * half, column], axes[2 * half + 1, column]
             top.imshow(data.val_images[index], interpolation="nearest")

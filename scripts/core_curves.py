@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.record import load_record, save_record, without_paths
-from viladiff.training.trainer import Run, fit
+from viladiff.runs.record import load_record, save_record, strip_local_paths
+from viladiff.training.trainer import Trainer, fit
 
 RECORDS = Path(__file__).resolve().parent.parent / "reports" / "published" / "core" / "records"
 METHODS = ("supervised", "semibaseline", "viladiff")
@@ -31,7 +31,7 @@ def is_done(cfg: RunConfig, path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        return load_record(path).run_id == Run(cfg).name
+        return load_record(path).run_id == Trainer(cfg).name
     except ValueError as error:
         print(f"{error}; it is made anew")
         return False
@@ -66,7 +66,7 @@ def main() -> None:
             continue
         result = fit(cfg)
         RECORDS.mkdir(parents=True, exist_ok=True)
-        save_record(without_paths(result.record), path)
+        save_record(strip_local_paths(result.record), path)
         print("no score" if result.miou is None else f"{100 * result.miou:.2f}", flush=True)
 
 

@@ -70,7 +70,7 @@ def images_and_labels(part: Part, purpose: str, first: int, count: int, sources:
     """(count, 40, 40, 3) uint8 images and (count,) int64 labels; of the scene's mask only the class is kept."""
     images, labels = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty(count, np.int64)
     for place, index in enumerate(range(first, first + count)):
-        empty = keyed_random.rng(7, purpose, index).random() <= EMPTY
+        empty = keyed_random.numpy_generator(7, purpose, index).random() <= EMPTY
         recipe = replace(RECIPE, objects=(0, 0)) if empty else RECIPE
         scene = render(recipe, purpose, part, index, sources)
         images[place], top = scene.image, int(scene.mask.max())
@@ -121,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sources = deform_handwriting(load_sources("pretrain"), COPIES, AMPLITUDE, seed=11)
     shown = images_and_labels("dev", "probe", 0, 1500, load_sources("dev"))
-    torch.manual_seed(keyed_random.key(0, "pretrain"))
+    torch.manual_seed(keyed_random.seed_for(0, "pretrain"))
     model = Classifier()
     train(model, args.steps, args.lr, sources)
     save_file({name: value.half().contiguous() for name, value in model.encoder.state_dict().items()}, args.out)

@@ -22,8 +22,8 @@ from typing import Any
 from viladiff.runs.record import RunRecord, write_atomically
 from viladiff.runs.store import Store
 from viladiff.sweeps.space import Space, Value
-from viladiff.sweeps.spec import Namer, load_sweep
-from viladiff.tables.plan import Planned
+from viladiff.sweeps.spec import SweepPlanner, load_sweep
+from viladiff.tables.plan import PlannedRun
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves.csv"
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     index, count = map(int, args.shard.split("/"))
     sweep = load_sweep(ROOT / "tune" / "sweep_joint.toml")
-    namer, store = Namer(sweep, "quick", CHANGES, "holdout"), Store(Path(args.out))
+    namer, store = SweepPlanner(sweep, "quick", CHANGES, "holdout"), Store(Path(args.out))
     points = spread(sweep.space, 64)
     # Whole seeds first, so that a campaign that is cut short has seen every point.
     wanted = [
@@ -71,10 +71,10 @@ def spread(space: Space, count: int) -> list[dict[str, Value]]:
     ]
 
 
-def train(run: Planned, store: Store) -> str:
+def train(run: PlannedRun, store: Store) -> str:
     """Does a run; what came of it in a few words. A loss that is not finite is a result too, and stays without one."""
     from viladiff.runs.config import RunConfig, override
-    from viladiff.runs.lease import LeaseLost
+    from viladiff.runs.lease import LeaseLostError
     from viladiff.training.errors import TrainingError
     from viladiff.training.trainer import fit
 
@@ -85,7 +85,7 @@ def train(run: Planned, store: Store) -> str:
     with lease:
         try:
             result = fit(override(RunConfig(), {**run.changes, **here}), lease=lease)
-        except (TrainingError, LeaseLost) as error:
+        except (TrainingError, LeaseLostError) as error:
             return str(error).splitlines()[0]
     return "no score" if result.miou is None else f"{100 * result.miou:.2f}, {result.record.train_seconds:.0f} s"
 

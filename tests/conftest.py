@@ -53,15 +53,15 @@ PRINTS: dict[object, dict[str, str]] = {}
 @pytest.fixture
 def prints_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What data, words and weights are called is worked out once for all sweeps; it takes a second each time."""
-    from viladiff.sweeps.spec import Namer
+    from viladiff.sweeps.spec import SweepPlanner
 
-    plain = Namer.__init__
+    plain = SweepPlanner.__init__
 
-    def made(self: Namer, *given: Any, **words: Any) -> None:
+    def made(self: SweepPlanner, *given: Any, **words: Any) -> None:
         plain(self, *given, **words)
         self._prints = PRINTS
 
-    monkeypatch.setattr(Namer, "__init__", made)
+    monkeypatch.setattr(SweepPlanner, "__init__", made)
 
 
 @pytest.fixture

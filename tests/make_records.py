@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.record import save_record, without_paths, write_atomically
+from viladiff.runs.record import save_record, strip_local_paths, write_atomically
 from viladiff.runs.store import Failure
 from viladiff.training.errors import TrainingError
 from viladiff.training.trainer import fit
@@ -56,7 +56,7 @@ def main() -> None:
         (made / "core" / "records").mkdir(parents=True)
         for name, fields in wanted().items():
             record = fit(override(RunConfig(), {**TINY, **fields, **runtime})).record
-            save_record(without_paths(record), made / "core" / "records" / f"{name}.json")
+            save_record(strip_local_paths(record), made / "core" / "records" / f"{name}.json")
             print(name, record.run_id, flush=True)
         write_atomically(made / "failure.json", failed(runtime).model_dump_json(indent=1).encode())
         shutil.rmtree(RECORDS, ignore_errors=True)

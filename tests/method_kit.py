@@ -12,7 +12,7 @@ from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, CutMix, Step, TextBatch, Views
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.models.segmenter import Build
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override
 
 CLASSES, SIDE, WORDS = 5, 32, 6
@@ -33,13 +33,13 @@ def make(name: str, **changes: object) -> Method:
         flat.setdefault("method.drop_path", 0.0)
     cfg = override(cfg, flat)
     torch.manual_seed(0)
-    build = Build(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)
+    build = NetworkFactory(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)
     return METHODS[name](cfg.method, build).train()
 
 
 def vectors(texts: Sequence[str]) -> Tensor:
     """(n, 12) of length 1, each a text's own."""
-    found = torch.stack([torch.randn(12, generator=keyed_random.generator("text", text)) for text in texts])
+    found = torch.stack([torch.randn(12, generator=keyed_random.torch_generator("text", text)) for text in texts])
     return found / found.norm(dim=1, keepdim=True)
 
 
@@ -54,7 +54,7 @@ def make_uneven(name: str, **changes: object) -> Method:
 
 def make_batch(size: int = 4, seed: int = 0, views: Views | None = None) -> Batch:
     """Noise with blocks of labels, some padding, boxes on some images and words; one view of each kind by default."""
-    gen = keyed_random.generator("batch", seed)
+    gen = keyed_random.torch_generator("batch", seed)
     image, weak, strong = (torch.randn(size, 3, SIDE, SIDE, generator=gen) for _ in range(3))
     target = (
         torch.randint(0, CLASSES, (size, SIDE // 8, SIDE // 8), generator=gen)
@@ -78,12 +78,12 @@ def make_batch(size: int = 4, seed: int = 0, views: Views | None = None) -> Batc
 
 
 def _noise(size: int, *name: str | int) -> Tensor:
-    return torch.randn(size, 3, SIDE, SIDE, generator=keyed_random.generator(*name))
+    return torch.randn(size, 3, SIDE, SIDE, generator=keyed_random.torch_generator(*name))
 
 
 def _tags(size: int, *name: int) -> Tensor:
     """Some classes are mentioned, class 0 is not known."""
-    tags = (torch.rand(size, CLASSES, generator=keyed_random.generator("tags", *name)) < 0.4).float()
+    tags = (torch.rand(size, CLASSES, generator=keyed_random.torch_generator("tags", *name)) < 0.4).float()
     tags[:, 0] = -1
     return tags
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.runs.run_name import Content, run_name
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 LAYER = Path(__file__).resolve().parent / "records"
 """A layer of a store."""
@@ -54,10 +54,11 @@ def named(fields: Mapping[str, Any]) -> dict[str, Any]:
 _PRINTS: dict[object, dict[str, str]] = {}
 
 
-def content_of(run: Planned, **changes: object) -> dict[str, Any]:
+def content_of(run: PlannedRun, **changes: object) -> dict[str, Any]:
     """What the record of a planned run says that its name is a hash of; ``changes`` may be under ``runtime`` alone."""
     from viladiff.methods import METHODS
-    from viladiff.runs.config import CORE_REVISION, RunConfig, changed, flatten, override
+    from viladiff.runs.config import CORE_REVISION, RunConfig, flatten, override
+    from viladiff.runs.config import non_default_fields as changed
     from viladiff.training.fingerprints import fingerprints
 
     cfg = override(RunConfig(), {**run.changes, **changes})

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from viladiff.runs.job import Event, Settings
-from viladiff.sweeps.controller import Search
-from viladiff.sweeps.optuna_study import Asker
+from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.sweeps.controller import SweepController
+from viladiff.sweeps.optuna_study import OptunaStudy
 from viladiff.sweeps.pruners import optuna_pruner
 from viladiff.sweeps.space import Dimension, Point
-from viladiff.sweeps.trial_queue import SearchDesk
-from viladiff.tables.plan import Planned
+from viladiff.sweeps.trial_queue import TrialQueue
+from viladiff.tables.plan import PlannedRun
 
 STEPS = (25, 50, 100)
 SEEDS = (0, 1, 2)
@@ -62,9 +62,9 @@ class Runs:
         self.failures.pop(run_id, None)
 
 
-def planned(point: Point, seed: int, title: str = "") -> Planned:
+def planned(point: Point, seed: int, title: str = "") -> PlannedRun:
     text = json.dumps([sorted(point.items()), seed])
-    return Planned(hashlib.sha256(text.encode()).hexdigest()[:16], {**point, "seed": seed}, title, STEPS[-1], {})
+    return PlannedRun(hashlib.sha256(text.encode()).hexdigest()[:16], {**point, "seed": seed}, title, STEPS[-1], {})
 
 
 def bowl(point: dict[str, Any], seed: int, step: int) -> float:
@@ -76,21 +76,21 @@ def bowl(point: dict[str, Any], seed: int, step: int) -> float:
 
 def opened(
     root: Path, runs: Runs, wanted: int, kind: Any = "tpe", pruner: Any = "none", slots: int = 1, **more: Any
-) -> SearchDesk:
+) -> TrialQueue:
     """A desk on the sweep in ``root``, new or as it was left; ``pruner``: one of Optuna's, or its name here."""
     (root / "trials").mkdir(parents=True, exist_ok=True)
     space = more.pop("space", SPACE)
     first = more.pop("first", FIRST)
     storage, seed = more.pop("storage", str(root / "optuna.journal")), more.pop("seed", 7)
     made = optuna_pruner(pruner, STEPS) if isinstance(pruner, str) else pruner
-    asker = Asker("sweep", space, first, kind, seed, slots > 1, storage, made)
-    search = Search(root / "trials", asker, planned, more.pop("seeds", SEEDS), STEPS, wanted, runs, **more)  # type: ignore[arg-type]
-    return SearchDesk(search, runs, Settings(), slots, lambda event: None)  # type: ignore[arg-type]
+    asker = OptunaStudy("sweep", space, first, kind, seed, slots > 1, storage, made)
+    search = SweepController(root / "trials", asker, planned, more.pop("seeds", SEEDS), STEPS, wanted, runs, **more)  # type: ignore[arg-type]
+    return TrialQueue(search, runs, ExecutionSettings(), slots, lambda event: None)  # type: ignore[arg-type]
 
 
-def drive(desk: SearchDesk, runs: Runs, event: Callable[[str], None] = lambda what: None) -> list[Event]:
+def drive(desk: TrialQueue, runs: Runs, event: Callable[[str], None] = lambda what: None) -> list[Event]:
     """Plays Tune: hands out up to ``desk.slots`` runs, and lets each in turn come to its next rung or its end."""
-    live: dict[str, Planned] = {}
+    live: dict[str, PlannedRun] = {}
     while not desk.over:
         job = desk.next()
         while job is not None:
@@ -103,7 +103,7 @@ def drive(desk: SearchDesk, runs: Runs, event: Callable[[str], None] = lambda wh
 
 
 def _advance(
-    desk: SearchDesk, runs: Runs, job: Planned, live: dict[str, Planned], event: Callable[[str], None]
+    desk: TrialQueue, runs: Runs, job: PlannedRun, live: dict[str, PlannedRun], event: Callable[[str], None]
 ) -> None:
     point, seed, run_id = {**job.changes}, int(str(job.changes["seed"])), job.run_id
     del point["seed"]
@@ -136,7 +136,7 @@ def _advance(
     desk.finished(run_id, {"state": "done", "began": 0.0, "ended": 0.0, "miou": value})
 
 
-def told(desk: SearchDesk) -> list[dict[str, Any]]:
+def told(desk: TrialQueue) -> list[dict[str, Any]]:
     """All trials as their records have them."""
     return [trial.model_dump() for trial in desk.search.trials]
 
@@ -158,7 +158,7 @@ class Files(Runs):
         """Nothing to clear up."""
 
 
-def work(job: Planned, place: Any, tell: Callable[[dict[str, Any]], Any], judged: Callable[[int, Any], bool]) -> Any:
+def work(job: PlannedRun, place: Any, tell: Callable[[dict[str, Any]], Any], judged: Callable[[int, Any], bool]) -> Any:
     """One run as a process does it; ``b`` = 3 fails, 7 is killed the first time, and each step takes a moment."""
     directory = Path(place.root) / job.run_id
     directory.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from viladiff.data.batch import IGNORE
 
 
-def global_mean(total: Tensor, count: Tensor) -> Tensor:
+def distributed_mean(total: Tensor, count: Tensor) -> Tensor:
     """Two workers get the gradient of one: DDP averages gradients, so local sums are multiplied by the workers.
 
     ``total`` is this worker's sum and ``count`` this worker's number of terms, both scalars. The result is total *
@@ -34,7 +34,7 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
     return total * workers / count.clamp(min=1)
 
 
-def global_sum(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """For decisions that all workers must take alike: ``values`` summed over them, detached."""
     values = values.detach().clone()
     if _workers() > 1:
@@ -42,7 +42,7 @@ def global_sum(values: Tensor) -> Tensor:
     return values
 
 
-def global_max(values: Tensor) -> Tensor:
+def all_reduce_max(values: Tensor) -> Tensor:
     """The largest of all workers' ``values``, element by element, detached."""
     values = values.detach().clone()
     if _workers() > 1:
@@ -50,7 +50,7 @@ def global_max(values: Tensor) -> Tensor:
     return values
 
 
-def global_gather(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """All workers' rows, one worker after the other, detached: (n, ...) to (workers * n, ...), n alike everywhere."""
     values = values.detach().contiguous()
     if _workers() == 1:
@@ -63,14 +63,14 @@ def global_gather(values: Tensor) -> Tensor:
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        return global_gather(values)
+        return all_gather(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return global_sum(grads[0].contiguous()).chunk(_workers())[dist.get_rank()]
+        return all_reduce_sum(grads[0].contiguous()).chunk(_workers())[dist.get_rank()]
 
 
-def trained_gather(values: Tensor) -> Tensor:
+def all_gather_with_grad(values: Tensor) -> Tensor:
     """``global_gather`` with a gradient: what all workers' losses say of this worker's rows comes back to them."""
     return values if _workers() == 1 else _Gathered.apply(values)
 
@@ -81,7 +81,7 @@ def mean_over_classes(values: Tensor, classes: Tensor, counted: Tensor, num_clas
     ``values`` (n,) with a gradient, ``classes`` (n,) int64, ``counted`` (n,) bool.
     """
     weight = counted.float()
-    count = global_sum(torch.zeros(num_classes, device=weight.device).index_add_(0, classes, weight))
+    count = all_reduce_sum(torch.zeros(num_classes, device=weight.device).index_add_(0, classes, weight))
     share = weight / count.clamp(min=1)[classes]
     return (values * share).sum() * _workers() / (count > 0).sum().clamp(min=1)
 
@@ -103,7 +103,7 @@ def feature_distillation(
     default the sum of the weights. Raises ValueError for unlike shapes and an unknown reduction.
     """
     _same_shape("teacher", teacher, "student", student)
-    choose("reduction", reduction, ("mean", "sum"))
+    check_choice("reduction", reduction, ("mean", "sum"))
     teacher, student = teacher.detach().float(), student.float()
     squared = (teacher - student).square()
     cosine = 1 - F.cosine_similarity(teacher, student, dim=1)
@@ -157,21 +157,21 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
     divisor alone. ``norm``: divide by the "labelled" pixels of all workers, or by "all" of them, ignored ones
     included. Raises ValueError for unlike shapes and an unknown norm.
     """
-    choose("norm", norm, ("labelled", "all"))
+    check_choice("norm", norm, ("labelled", "all"))
     loss = pixel_cross_entropy(logits, target)
     if weight is None and norm == "labelled":
-        return labelled_mean(loss, target)
+        return ignore_aware_mean(loss, target)
     total = loss.sum() if weight is None else (loss * weight.float()).sum()
     counted = target != IGNORE if norm == "labelled" else torch.ones_like(target, dtype=torch.bool)
-    return global_mean(total, counted.sum())
+    return distributed_mean(total, counted.sum())
 
 
-def labelled_mean(loss: Tensor, target: Tensor) -> Tensor:
+def ignore_aware_mean(loss: Tensor, target: Tensor) -> Tensor:
     """The reduction of ``cross_entropy``, of a map (B, H, W) that is 0 where ``target`` is 255."""
-    return global_mean(loss.sum(), (target != IGNORE).sum())
+    return distributed_mean(loss.sum(), (target != IGNORE).sum())
 
 
-def hard_mean(loss: Tensor, target: Tensor, threshold: float, share: float) -> Tensor:
+def ohem_mean(loss: Tensor, target: Tensor, threshold: float, share: float) -> Tensor:
     """``labelled_mean`` of the hard pixels alone (online hard example mining): those with p <= max(threshold, p_n).
 
     p = exp(-loss) is the probability of the true class, p_n that of the n-th hardest pixel of all workers' maps, with n
@@ -180,26 +180,26 @@ def hard_mean(loss: Tensor, target: Tensor, threshold: float, share: float) -> T
     """
     known = target != IGNORE
     ranked = loss.detach().masked_fill(~known, -1.0)  # below any loss
-    everyone = global_gather(ranked).flatten()
+    everyone = all_gather(ranked).flatten()
     n = max(1, round(share * everyone.numel()))
     nth = everyone.kthvalue(everyone.numel() - n + 1).values
     kept = known & (ranked >= nth.clamp(max=-math.log(threshold)))
-    return global_mean((loss * kept).sum(), kept.sum())
+    return distributed_mean((loss * kept).sum(), kept.sum())
 
 
-def hard_consistency(logits: Tensor, labels: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
+def pseudo_label_cross_entropy(logits: Tensor, labels: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
     """Pseudo-label cross-entropy divided by the valid pixels, not by the confident ones: few confident, small loss.
 
     ``logits`` (U, C, H, W), ``labels`` (U, H, W) int64, ``confidence_weight`` (U, H, W) >= 0, ``valid`` (U, H, W)
     bool, False in padding. The form is that of FixMatch and UniMatch. Raises ValueError for unlike shapes.
     """
     _same_shape("labels", labels, "valid", valid)
-    return confident_mean(pixel_cross_entropy(logits, labels), confidence_weight, valid)
+    return weighted_pixel_mean(pixel_cross_entropy(logits, labels), confidence_weight, valid)
 
 
-def confident_mean(loss: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
+def weighted_pixel_mean(loss: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
     """The reduction of ``hard_consistency``, of a map (U, H, W)."""
-    return global_mean((loss * (confidence_weight.float() * valid)).sum(), valid.sum())
+    return distributed_mean((loss * (confidence_weight.float() * valid)).sum(), valid.sum())
 
 
 def edge_cross_entropy(logits: Tensor, target: Tensor, edges: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def edge_cross_entropy(logits: Tensor, target: Tensor, edges: Tensor) -> Tensor:
 
 def edge_mean(loss: Tensor, edges: Tensor) -> Tensor:
     """The reduction of ``edge_cross_entropy``, of a map (B, H, W) on edges with a known label."""
-    return global_mean((loss * edges).sum(), edges.sum())
+    return distributed_mean((loss * edges).sum(), edges.sum())
 
 
 def noise_loss(pred: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def noise_loss(pred: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
     _same_shape("pred", pred, "noise", noise)
     squared = (pred.float() - noise.detach().float()).square().mean(dim=1)
     _same_shape("mask", mask, "pred without its channels", squared)
-    return global_mean((squared * mask).sum(), mask.sum())
+    return distributed_mean((squared * mask).sum(), mask.sum())
 
 
 @torch.no_grad()
@@ -246,7 +246,7 @@ def image_mean(loss: Tensor, counted: Tensor) -> Tensor:
     return total / counted.flatten(1).sum(dim=1).clamp(min=1)
 
 
-def choose(field: str, value: str, allowed: Sequence[str]) -> None:
+def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
     """An unknown word is answered with the allowed ones and the nearest of them: ValueError naming ``field``."""
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
@@ -260,9 +260,9 @@ def _workers() -> int:
 def _gated_mean(values: Tensor, weight: Tensor | None, count: Tensor | None) -> Tensor:
     """Without a gate every worker's share is equally large, so its plain mean needs no communication."""
     if weight is None:
-        return values.mean() if count is None else global_mean(values.sum(), count)
+        return values.mean() if count is None else distributed_mean(values.sum(), count)
     weight = weight.float().expand_as(values)
-    return global_mean((values * weight).sum(), weight.sum() if count is None else count)
+    return distributed_mean((values * weight).sum(), weight.sum() if count is None else count)
 
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -13,21 +13,21 @@ from viladiff.cli import main
 from viladiff.cli.methods import needs, rows, written
 from viladiff.data.batch import Views
 from viladiff.methods import METHODS
-from viladiff.methods.base import Passes
-from viladiff.models.baselines.text_probe import Masks
+from viladiff.methods.base import StepCost
+from viladiff.models.baselines.text_probe import ClassQueryHead
 from viladiff.models.baselines.vl_decoder import VlDecoder
 from viladiff.models.decoder import Decoder
 from viladiff.models.encoders.base import Encoder
-from viladiff.models.stream import Stream
+from viladiff.models.stream import StreamOutput
 
 
 def counted(name: str) -> tuple[float, float, float, float]:
     """Images through encoders and decoders in a step, forward and with a graph, over the images of a batch."""
     method, size = make(name), 4
     totals = {(kind, graph): 0 for kind in (Encoder, Decoder) for graph in (False, True)}
-    decoders = Decoder | VlDecoder | Masks
+    decoders = Decoder | VlDecoder | ClassQueryHead
 
-    def note(module: nn.Module, given: tuple[Tensor, ...], out: Tensor | list[Tensor] | Stream) -> None:
+    def note(module: nn.Module, given: tuple[Tensor, ...], out: Tensor | list[Tensor] | StreamOutput) -> None:
         kind = Encoder if isinstance(module, Encoder) else Decoder
         found = out[-1] if isinstance(out, list | tuple) else out
         totals[kind, False] += len(found)
@@ -71,5 +71,5 @@ def test_needs_and_passes_in_words() -> None:
     views = Views(weak=1, strong=2, cutmix=True, text=True, strong_labelled=True, pairs=True)
     assert needs(views) == "labelled, labelled in colours, 1 weak, 2 strong, CutMix boxes, pairs, captions"
     assert needs(Views(weak=0)) == "labelled"
-    assert written(Passes(3, 2)) == "3f + 2b"
-    assert written(Passes(3, 2, 1, 0, "a head")) == "3f + 2b + 1df; a head"
+    assert written(StepCost(3, 2)) == "3f + 2b"
+    assert written(StepCost(3, 2, 1, 0, "a head")) == "3f + 2b + 1df; a head"

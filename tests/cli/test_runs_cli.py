@@ -21,7 +21,7 @@ from record_kit import CORE, LAYER, bound, made
 
 from viladiff.cli import main
 from viladiff.runs import archive
-from viladiff.runs.record import RunRecord, record_bytes, save_record, without_paths
+from viladiff.runs.record import RunRecord, record_bytes, save_record, strip_local_paths
 from viladiff.runs.store import Failure, Store
 from viladiff.tables.plan import plan_stem
 
@@ -419,7 +419,7 @@ def test_what_is_packed_is_what_is_unpacked(home: Store, packed: Path, runs: Run
     text = runs("import", str(packed), "--store", "new")
     assert "2 of 2 runs imported" in text
     new = Store(Path("new"))
-    assert new.records() == {record.run_id: without_paths(home.records()[record.run_id]) for record in (ONE, TWO)}
+    assert new.records() == {record.run_id: strip_local_paths(home.records()[record.run_id]) for record in (ONE, TWO)}
     for name in ("pictures.npz", "steps.jsonl"):
         assert (new.directory(ONE.run_id) / name).read_bytes() == (home.directory(ONE.run_id) / name).read_bytes()
     assert contents(new.root) == {
@@ -445,7 +445,7 @@ def test_import_never_replaces_a_good_record(home: Store, packed: Path, runs: Ru
     (home.directory(TWO.run_id) / "record.json").write_text("{}")
     text = runs("import", str(packed))
     assert "set aside" not in text and "1 of 2 runs imported" in text and "moved to" in text
-    assert home.get(TWO.run_id) == without_paths(TWO)
+    assert home.get(TWO.run_id) == strip_local_paths(TWO)
 
 
 def test_import_leaves_runs_in_work_alone_and_finishes_begun_ones(home: Store, packed: Path, runs: Runs) -> None:

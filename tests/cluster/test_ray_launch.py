@@ -21,11 +21,11 @@ from viladiff.cluster.executor import run_jobs
 from viladiff.core.processes import descendants
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.job import Event, Settings
+from viladiff.runs.job import Event, ExecutionSettings
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
-from viladiff.training.trainer import Run, fit
+from viladiff.tables.plan import PlannedRun
+from viladiff.training.trainer import Trainer, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # Ray starts many processes; a machine may be busy
 
@@ -54,19 +54,19 @@ print(json.dumps({"outcomes": [[o.run_id, o.state, o.attempts] for o in outcomes
 """
 
 
-def planned(changes: dict[str, object], seed: int = 0, title: str = "") -> Planned:
+def planned(changes: dict[str, object], seed: int = 0, title: str = "") -> PlannedRun:
     changes = {**changes, "seed": seed}
-    name = Run(override(RunConfig(), changes)).name
-    return Planned(
+    name = Trainer(override(RunConfig(), changes)).name
+    return PlannedRun(
         run_id=name, changes=changes, title=title or f"seed {seed}", steps=int(str(changes["train.steps"])), changed={}
     )
 
 
-def undisturbed(job: Planned, root: Path) -> RunRecord:
+def undisturbed(job: PlannedRun, root: Path) -> RunRecord:
     return fit(override(RunConfig(), {**job.changes, "runtime.runs_dir": str(root), "runtime.progress": False})).record
 
 
-def same(job: Planned, one: Path, other: Path) -> None:
+def same(job: PlannedRun, one: Path, other: Path) -> None:
     """Weights bit for bit, scores, and every line of the log."""
     states = [load_file(root / job.run_id / "checkpoint.pt")["method"] for root in (one, other)]
     assert states[0].keys() == states[1].keys()
@@ -90,7 +90,7 @@ def wait_for(what: Callable[[], Any], seconds: float) -> Any:
 class Driver:
     """A table's driver in a process of its own, as a person would start it."""
 
-    def __init__(self, jobs: list[Planned], root: Path, **settings: Any) -> None:
+    def __init__(self, jobs: list[PlannedRun], root: Path, **settings: Any) -> None:
         """Of a process group of its own, as a shell makes one."""
         given = json.dumps({"jobs": [vars(job) for job in jobs], "root": str(root), "settings": settings})
         self.errors = (root.parent / f"stderr-{time.time_ns()}").open("w+")
@@ -145,7 +145,7 @@ def test_one_bad_run_or_a_killed_process_leaves_the_others_alone(
     store = Store(tmp_path / "runs")
     good, killed = planned(SHORT, 1), planned(LONG, 2)
     diverges = planned({**SHORT, "optim.lr": 1e30, "optim.warmup_steps": 0}, 3)
-    missing = Planned("0" * 16, {**SHORT, "model.weights": "nowhere.safetensors"}, "no such file", 4, {})
+    missing = PlannedRun("0" * 16, {**SHORT, "model.weights": "nowhere.safetensors"}, "no such file", 4, {})
     last = planned(SHORT, 4)
     events: list[Event] = []
     victims: list[int] = []
@@ -158,7 +158,7 @@ def test_one_bad_run_or_a_killed_process_leaves_the_others_alone(
             victims.append(holder.pid)
             os.kill(holder.pid, signal.SIGKILL)
 
-    outcomes = run_jobs([good, killed, diverges, missing, last], store, Settings(max_concurrent=2), tell)
+    outcomes = run_jobs([good, killed, diverges, missing, last], store, ExecutionSettings(max_concurrent=2), tell)
     found = {outcome.run_id: outcome for outcome in outcomes}
     assert [outcome.run_id for outcome in outcomes] == [j.run_id for j in (good, killed, diverges, missing, last)]
 
@@ -182,7 +182,7 @@ def test_one_bad_run_or_a_killed_process_leaves_the_others_alone(
     assert not scratch(os.getpid())
     # Once more: nothing to do, and so no Ray.
     begun = time.monotonic()
-    again = run_jobs([good, last], store, Settings(), events.append)
+    again = run_jobs([good, last], store, ExecutionSettings(), events.append)
     assert [(outcome.state, outcome.attempts) for outcome in again] == [("done", 0)] * 2
     assert time.monotonic() - begun < 2
 
@@ -296,7 +296,7 @@ def test_a_process_that_stands_still_is_killed_and_its_run_goes_on(tmp_path: Pat
             stopped.append(holder.pid)
             os.kill(holder.pid, signal.SIGSTOP)
 
-    (outcome,) = run_jobs([job], store, Settings(hang_after=12), tell)
+    (outcome,) = run_jobs([job], store, ExecutionSettings(hang_after=12), tell)
     assert outcome.state == "done" and outcome.attempts == 2 and stopped
     retry = next(event for event in events if event.kind == "retry")
     assert retry.message.startswith("hang: no sign of life for 12 s")

@@ -22,10 +22,10 @@ from viladiff.cluster import captioning, executor, sweep_executor
 from viladiff.cluster.session import private
 from viladiff.core.processes import descendants
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.job import Event, Settings
+from viladiff.runs.job import Event, ExecutionSettings
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
-from viladiff.training.trainer import Run
+from viladiff.tables.plan import PlannedRun
+from viladiff.training.trainer import Trainer
 
 pytestmark = [pytest.mark.timeout(1800)]
 
@@ -159,7 +159,7 @@ def steps(root: Path) -> list[Path]:
 def table(root: Path, workers: int, length: int = 100_000) -> list[str]:
     """The command of a table of one run, which is too long to end by itself."""
     changes = [*RUN, f"train.steps={length}", "runtime.log_every=1", f"runtime.workers={workers}"]
-    name = Run(override(RunConfig(), dict(change.split("=") for change in changes) | {"runtime.workers": "1"})).name
+    name = Trainer(override(RunConfig(), dict(change.split("=") for change in changes) | {"runtime.workers": "1"})).name
     return [sys.executable, "-c", TABLE, str(root), str(workers), name, *changes]
 
 
@@ -264,15 +264,15 @@ def test_what_ray_notes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(executor, "cluster", cluster)
     monkeypatch.setattr(executor, "ask_cluster", asked)
     told: list[Event] = []
-    job = Planned(run_id="0" * 16, changes={}, title="", steps=9, changed={}, workers=1, threads=1)
+    job = PlannedRun(run_id="0" * 16, changes={}, title="", steps=9, changed={}, workers=1, threads=1)
     with pytest.raises(KeyboardInterrupt):
-        executor.run_jobs([job], Store(tmp_path / "runs"), Settings(), told.append)
+        executor.run_jobs([job], Store(tmp_path / "runs"), ExecutionSettings(), told.append)
     assert "dashboard: there" in [event.message for event in told if event.kind == "note"]
 
 
 @pytest.mark.ray
 def test_a_dashboard_is_told_of_and_wants_the_token() -> None:
-    with executor.cluster(Settings(dashboard=True), 1) as session:
+    with executor.cluster(ExecutionSettings(dashboard=True), 1) as session:
         told = re.fullmatch(r"dashboard: (http://127\.0\.0\.1:\d+) asks for the token in (\S+)", session.note)
         assert told is not None, session.note
         assert reachable([os.getpid(), *descendants(os.getpid())]) == []

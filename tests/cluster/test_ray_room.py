@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 
 from viladiff.cluster import resources
-from viladiff.cluster.resources import at_once, fitting, room
-from viladiff.runs.job import Settings
-from viladiff.tables.plan import Planned
+from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity
+from viladiff.runs.job import ExecutionSettings
+from viladiff.tables.plan import PlannedRun
 
 
-def jobs(count: int, workers: int = 1, **changes: object) -> list[Planned]:
-    return [Planned(f"{i:016x}", dict(changes), "t", 4, {}, workers=workers) for i in range(count)]
+def jobs(count: int, workers: int = 1, **changes: object) -> list[PlannedRun]:
+    return [PlannedRun(f"{i:016x}", dict(changes), "t", 4, {}, workers=workers) for i in range(count)]
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(resources, "cpus", lambda: 16)
+    monkeypatch.setattr(resources, "visible_cpus", lambda: 16)
     return monkeypatch
 
 
 def with_gpus(machine: pytest.MonkeyPatch, count: int) -> None:
-    machine.setattr(resources, "gpus", lambda: count)
+    machine.setattr(resources, "visible_gpus", lambda: count)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_gpus_are_shared_out_where_nobody_says_how(
 ) -> None:
     """Or all runs would be on the first of them."""
     with_gpus(machine, gpus)
-    found = room(Settings(max_concurrent=most), jobs(runs))
+    found = plan_capacity(ExecutionSettings(max_concurrent=most), jobs(runs))
     assert found.settings.gpus_per_trial == pytest.approx(share, abs=1e-4) and found.slots == slots
     assert found.note.startswith(said) and bool(found.note) == bool(said)
     if gpus:
@@ -55,50 +55,52 @@ def test_gpus_are_shared_out_where_nobody_says_how(
 
 def test_what_was_asked_for_is_kept(machine: pytest.MonkeyPatch) -> None:
     with_gpus(machine, 2)
-    found = [room(Settings(gpus_per_trial=share), jobs(9)) for share in (0.25, 1, 2, 0)]
+    found = [plan_capacity(ExecutionSettings(gpus_per_trial=share), jobs(9)) for share in (0.25, 1, 2, 0)]
     assert [one.slots for one in found] == [8, 2, 1, 16]
     assert [one.settings.gpus_per_trial for one in found] == [0.25, 1, 2, 0] and not any(one.note for one in found)
-    assert room(Settings(gpus_per_trial=0.5), jobs(9, 2)).slots == 1
+    assert plan_capacity(ExecutionSettings(gpus_per_trial=0.5), jobs(9, 2)).slots == 1
 
 
 def test_runs_on_processors_alone_ask_for_no_gpu(machine: pytest.MonkeyPatch) -> None:
     with_gpus(machine, 2)
-    found = room(Settings(threads=4), jobs(9, **{"runtime.device": "cpu"}))
+    found = plan_capacity(ExecutionSettings(threads=4), jobs(9, **{"runtime.device": "cpu"}))
     assert (found.settings.gpus_per_trial, found.slots, found.note) == (0.0, 4, "")
 
 
 def test_workers_have_whole_gpus_or_none(machine: pytest.MonkeyPatch) -> None:
     with_gpus(machine, 4)
-    found = room(Settings(), jobs(9, 2))
+    found = plan_capacity(ExecutionSettings(), jobs(9, 2))
     assert (found.settings.gpus_per_trial, found.slots) == (1.0, 2)
-    assert (room(Settings(), jobs(9, 8)).settings.gpus_per_trial) == 0.0, "they share, as nobody asked for more"
+    assert (plan_capacity(ExecutionSettings(), jobs(9, 8)).settings.gpus_per_trial) == 0.0, (
+        "they share, as nobody asked for more"
+    )
 
 
 def test_a_run_that_can_never_be_placed_is_refused(machine: pytest.MonkeyPatch) -> None:
     """Ray would wait for its GPUs for ever, and say nothing."""
     with_gpus(machine, 2)
     with pytest.raises(ValueError, match=r"workers = 4 needs 4 GPUs, but this machine has 2"):
-        room(Settings(gpus_per_trial=1), jobs(9, 4))
+        plan_capacity(ExecutionSettings(gpus_per_trial=1), jobs(9, 4))
 
 
 def test_runs_at_once_are_those_of_the_machine_and_not_known_of_a_cluster(machine: pytest.MonkeyPatch) -> None:
     with_gpus(machine, 0)
-    assert at_once(Settings(threads=2), jobs(9)).slots == 8  # type: ignore[union-attr]
-    assert at_once(Settings(threads=2), jobs(9, 2)).slots == 4  # type: ignore[union-attr]
-    assert at_once(Settings(address="auto"), jobs(9)) is None
-    assert at_once(Settings(address="auto", max_concurrent=3), jobs(9)).slots == 3  # type: ignore[union-attr]
+    assert concurrency(ExecutionSettings(threads=2), jobs(9)).slots == 8  # type: ignore[union-attr]
+    assert concurrency(ExecutionSettings(threads=2), jobs(9, 2)).slots == 4  # type: ignore[union-attr]
+    assert concurrency(ExecutionSettings(address="auto"), jobs(9)) is None
+    assert concurrency(ExecutionSettings(address="auto", max_concurrent=3), jobs(9)).slots == 3  # type: ignore[union-attr]
 
 
 def test_a_sweep_takes_the_room_that_a_cluster_has_when_it_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, settings, workers, wanted in (
-        ({"CPU": 8.0}, Settings(threads=2, gpus_per_trial=0.0), 1, 4),
-        ({"CPU": 8.0}, Settings(threads=2, gpus_per_trial=0.0), 2, 2),
-        ({"CPU": 64.0, "GPU": 3.0}, Settings(threads=2, gpus_per_trial=0.5), 1, 6),
-        ({"CPU": 64.0, "GPU": 3.0}, Settings(threads=2, gpus_per_trial=1.0), 2, 1),
-        ({}, Settings(threads=1, gpus_per_trial=1.0), 1, 1),
+        ({"CPU": 8.0}, ExecutionSettings(threads=2, gpus_per_trial=0.0), 1, 4),
+        ({"CPU": 8.0}, ExecutionSettings(threads=2, gpus_per_trial=0.0), 2, 2),
+        ({"CPU": 64.0, "GPU": 3.0}, ExecutionSettings(threads=2, gpus_per_trial=0.5), 1, 6),
+        ({"CPU": 64.0, "GPU": 3.0}, ExecutionSettings(threads=2, gpus_per_trial=1.0), 2, 1),
+        ({}, ExecutionSettings(threads=1, gpus_per_trial=1.0), 1, 1),
     ):
         monkeypatch.setattr("ray.cluster_resources", lambda found=there: found)
-        assert fitting(settings, workers) == wanted
+        assert cluster_slots(settings, workers) == wanted
 
 
 def test_gpus_that_a_process_may_not_see_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,4 +112,4 @@ def test_gpus_that_a_process_may_not_see_do_not_count(monkeypatch: pytest.Monkey
         monkeypatch.setattr(
             Manager, "get_current_process_visible_accelerator_ids", staticmethod(lambda seen=seen: seen)
         )
-        assert resources.gpus() == count
+        assert resources.visible_gpus() == count

@@ -189,12 +189,12 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
     """TorchTrainer trials, half of them stopped at a rung; a leaked placement group would hang the next one."""
     from optuna.pruners import BasePruner
 
-    from viladiff.runs.job import Settings
+    from viladiff.runs.job import ExecutionSettings
     from viladiff.runs.store import Store
-    from viladiff.sweeps.controller import Search
-    from viladiff.sweeps.optuna_study import Asker
-    from viladiff.sweeps.spec import Namer, load_sweep
-    from viladiff.sweeps.trial_queue import SearchDesk
+    from viladiff.sweeps.controller import SweepController
+    from viladiff.sweeps.optuna_study import OptunaStudy
+    from viladiff.sweeps.spec import SweepPlanner, load_sweep
+    from viladiff.sweeps.trial_queue import TrialQueue
 
     class Every(BasePruner):
         """Stops every other trial at its first rung."""
@@ -209,12 +209,14 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
         .replace("method.vila.lam", "method.pseudo.threshold")
         .replace('"high":2.0', '"high":0.99')
     )
-    namer = Namer(sweep, "smoke", typed, "holdout", workers=2)
+    namer = SweepPlanner(sweep, "smoke", typed, "holdout", workers=2)
     store = Store(tmp_path / "runs")
     (tmp_path / "trials").mkdir()
-    asker = Asker("s", sweep.space, sweep.initial_point, "random", 0, False, str(tmp_path / "optuna.journal"), Every())
-    search = Search(tmp_path / "trials", asker, namer.planned, (0,), namer.steps, TRAINERS, store)
-    desk = SearchDesk(search, store, Settings(gpus_per_trial=0.0), 1)
+    asker = OptunaStudy(
+        "s", sweep.space, sweep.initial_point, "random", 0, False, str(tmp_path / "optuna.journal"), Every()
+    )
+    search = SweepController(tmp_path / "trials", asker, namer.planned, (0,), namer.steps, TRAINERS, store)
+    desk = TrialQueue(search, store, ExecutionSettings(gpus_per_trial=0.0), 1)
     run_search(desk)
     assert [trial.state for trial in search.trials] == ["complete", "pruned"] * (TRAINERS // 2)
     assert all(trial.rungs[-1].step == (1 if trial.number % 2 else 4) for trial in search.trials)

@@ -10,10 +10,10 @@ import pytest
 
 from viladiff.cluster.executor import run_jobs
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.job import Event, Settings
+from viladiff.runs.job import Event, ExecutionSettings
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
-from viladiff.training.trainer import Run, fit
+from viladiff.tables.plan import PlannedRun
+from viladiff.training.trainer import Trainer, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # Ray starts many processes; a machine may be busy
 
@@ -28,16 +28,16 @@ TWO: dict[str, object] = {
 }
 
 
-def planned(changes: dict[str, object], seed: int) -> Planned:
+def planned(changes: dict[str, object], seed: int) -> PlannedRun:
     changes = {**changes, "seed": seed}
-    name = Run(override(RunConfig(), {**changes, "runtime.workers": 1})).name
-    return Planned(run_id=name, changes=changes, title=f"seed {seed}", steps=4, changed={}, workers=2, threads=1)
+    name = Trainer(override(RunConfig(), {**changes, "runtime.workers": 1})).name
+    return PlannedRun(run_id=name, changes=changes, title=f"seed {seed}", steps=4, changed={}, workers=2, threads=1)
 
 
 def test_two_workers_make_one_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     store, job = Store(tmp_path / "runs"), planned(TWO, 1)
     events: list[Event] = []
-    (outcome,) = run_jobs([job], store, Settings(), events.append)
+    (outcome,) = run_jobs([job], store, ExecutionSettings(), events.append)
     assert outcome.state == "done" and outcome.attempts == 1 and outcome.worker, outcome
     record = store.get(job.run_id)
     assert record is not None and record.workers == 2 and record.steps == 4
@@ -66,7 +66,7 @@ def test_a_killed_worker_and_a_diverging_run(tmp_path: Path) -> None:
             killed.append(holder.pid)
             os.kill(holder.pid, signal.SIGKILL)
 
-    done, nan = run_jobs([job, broken], store, Settings(), tell)
+    done, nan = run_jobs([job, broken], store, ExecutionSettings(), tell)
     assert killed and done.state == "done" and done.attempts == 2, (done, events)
     assert nan.failure is not None and nan.failure.kind == "nan" and nan.attempts == 1
     whole = fit(override(RunConfig(), {**job.changes, "runtime.runs_dir": str(tmp_path / "whole")}))

@@ -23,9 +23,9 @@ from viladiff.runs import config
 from viladiff.runs.config import (
     ConfigError,
     RunConfig,
-    changed,
     fields_help,
     flatten,
+    non_default_fields,
     override,
     parse_overrides,
     run_id,
@@ -133,7 +133,7 @@ def test_a_methods_own_defaults_on_embedded_data_yield_to_what_is_set(name: str)
     silent: list[Any] = [{"name": name}, {"name": name, "pseudo": {}}, {"name": name, "pseudo": part()}, section()]
     for given_ in silent:
         cfg = RunConfig(method=given_)
-        assert threshold(cfg) == own and "method.pseudo.threshold" not in config.changed(cfg)
+        assert threshold(cfg) == own and "method.pseudo.threshold" not in config.non_default_fields(cfg)
     for value in (published, own, 0.5):
         pseudo: Any = {"threshold": value}
         set_: list[Any] = [
@@ -144,7 +144,7 @@ def test_a_methods_own_defaults_on_embedded_data_yield_to_what_is_set(name: str)
         for given_ in set_:
             cfg = RunConfig(method=given_)
             assert threshold(cfg) == value
-            assert ("method.pseudo.threshold" in config.changed(cfg)) == (value != own)
+            assert ("method.pseudo.threshold" in config.non_default_fields(cfg)) == (value != own)
     files = RunConfig(data={"dataset": "voc"}, method={"name": name})
     assert threshold(files) == published and RunConfig(**files.model_dump()) == files
     assert threshold(override(files, {"data.dataset": "digits"})) == own
@@ -196,9 +196,9 @@ def test_dump_keeps_the_fields_of_the_method() -> None:
 @pytest.mark.parametrize(("dataset", "method"), [(dataset, method) for dataset in DATASETS for method in METHODS])
 def test_changed_fields_are_enough_to_make_it_again(dataset: str, method: str) -> None:
     cfg = variant(dataset, method)
-    assert changed(cfg) == {"data.dataset": dataset, "method.name": method}
+    assert non_default_fields(cfg) == {"data.dataset": dataset, "method.name": method}
     cfg = override(cfg, {"optim.lr": 0.5, "data.batch_labelled": 8, "seed": 3})
-    assert override(PLAIN, changed(cfg)) == cfg
+    assert override(PLAIN, non_default_fields(cfg)) == cfg
     assert RunConfig(**cfg.model_dump()) == cfg
 
 
@@ -349,7 +349,7 @@ def test_shapes_that_no_configuration_has(wrong: dict[str, Any]) -> None:
 def test_a_discriminator_comes_first_and_resets_its_section() -> None:
     tuned = override(VILADIFF, {"method.vila.lam": 0.9, "data.split": "92", "optim.lr": 0.1})
     after = override(tuned, {"method.pseudo.threshold": 0.5, "method.name": "semibaseline"})
-    assert changed(after) == {
+    assert non_default_fields(after) == {
         "data.dataset": "digits",
         "data.split": "92",
         "method.name": "semibaseline",

@@ -177,10 +177,10 @@ def test_page_says_of_each_row_what_it_runs_and_what_not(tmp_path: Path) -> None
         Stated(0, 1, "Authors 123", "", "three boxes", None),
     )
     plan = replace(plan, published=said)
-    (line,) = training.lines(tables.gather(plan, store))
+    (line,) = training.lines(tables.collect_results(plan, store))
     assert line.runs == "method.pseudo.weight = 0.06 (1/8 (183)), 0.6 (1/2)"
     assert line.lacks == "method.teacher.momentum = 0.996 (here 0.99); not available: three boxes (1/2)"
-    rest = training.undeclared(tables.gather(plan, store))
+    rest = training.undeclared(tables.collect_results(plan, store))
     assert rest.startswith("No setting by data set is declared for 2 ") and rest.endswith("a own.")
     table_page.render_table(plan, store, tmp_path / "out", command="c", verdicts=())
     html, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "table.md"))
@@ -208,7 +208,7 @@ def test_the_command_prints_a_methods_settings(capsys: pytest.CaptureFixture[str
 
 def test_page_has_both_numbers_of_steps_and_last_and_best_of_both(tmp_path: Path) -> None:
     plan, store = a_study(tmp_path, rising)
-    equal = tables.gather(plan, store)
+    equal = tables.collect_results(plan, store)
     assert training.lengths(equal) == [] and not training.shows_best(equal)
     second_row = {run_id for column in range(len(plan.columns)) for run_id in plan.run_ids(1, column)}
     longer = {
@@ -225,7 +225,7 @@ def test_page_has_both_numbers_of_steps_and_last_and_best_of_both(tmp_path: Path
             "picked_on_reported": True,
         }
         save_record(record(run_id, one.miou or 0, best=best), store.directory(run_id) / "record.json")
-    results = tables.gather(plan, store)
+    results = tables.collect_results(plan, store)
     first, second, _ = training.lengths(results)
     assert (first.steps, second.steps) == (("45,000", "45,000"), ("157,350", "157,350"))
     assert (str(first.last[0]), str(first.best[0])) == ("41.0 ± 1.0 (3)", "46.0 ± 1.0 (3)")
@@ -252,7 +252,7 @@ def test_rows_that_read_another_network_have_no_best(tmp_path: Path) -> None:
         best = {"step": 3, "miou": 0.9}
         save_record(record(run_id, 0.4, best=best), store.directory(run_id) / "record.json")
     rows = (plan.table.rows[0].model_copy(update={"network": "student"}), *plan.table.rows[1:])
-    results = tables.gather(replace(plan, table=plan.table.model_copy(update={"rows": rows})), store)
+    results = tables.collect_results(replace(plan, table=plan.table.model_copy(update={"rows": rows})), store)
     assert training.best_epoch(results.at(0, 0)).mean is None
     assert training.best_epoch(results.at(1, 0)).mean == pytest.approx(90)
 

@@ -23,7 +23,7 @@ from viladiff.runs.config import RunConfig, override
 
 
 def load(root: Path, split: str = "1263", **options: Any) -> Dataset:
-    return registry.load("ade20k", split, root=str(root), **options)
+    return registry.load_dataset("ade20k", split, root=str(root), **options)
 
 
 def test_all_numbers_of_a_published_mask(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_its_configuration_reaches_the_reader(tmp_path: Path) -> None:
     changes = {"data.dataset": "ade20k", "runtime.data_root": str(tmp_path / "data"), "data.reduce_zero_label": "false"}
     cfg = override(RunConfig(), changes)
     assert cfg.eval.protocol == "original"
-    data = registry.load(*registry.request(cfg))
+    data = registry.load_dataset(*registry.dataset_spec(cfg))
     assert data.fingerprint == load(made.root, reduce_zero_label=False).fingerprint
     check_files(data)
 

@@ -27,7 +27,7 @@ from viladiff.data.transforms.mixing import apply_cutmix, box_mask, cutmix_boxes
 
 
 def rngs(n: int, name: str = "test", seed: int = 0) -> list[np.random.Generator]:
-    return [keyed_random.rng(seed, name, i) for i in range(n)]
+    return [keyed_random.numpy_generator(seed, name, i) for i in range(n)]
 
 
 def photos(n: int, h: int = 48, w: int = 48, seed: int = 0) -> Tensor:

@@ -54,7 +54,7 @@ def straight(pixels: np.ndarray, labels: np.ndarray, to: Window, crop: int) -> t
 
 def windows(size: tuple[int, int], crop: int, n: int = 20) -> list[Window]:
     return [
-        window(size, crop, (0.5, 2.0), 0.5, keyed_random.rng(i, "test", *size, crop).random(4).tolist())
+        window(size, crop, (0.5, 2.0), 0.5, keyed_random.numpy_generator(i, "test", *size, crop).random(4).tolist())
         for i in range(n)
     ]
 
@@ -91,7 +91,10 @@ def test_the_long_side_takes_every_length_alike_and_the_aspect_is_kept(size: tup
 
 
 def test_the_crop_starts_everywhere_and_is_mirrored_as_often_as_asked() -> None:
-    found = [window((60, 80), 48, (1.0, 1.0), 0.3, keyed_random.rng(i, "w").random(4).tolist()) for i in range(3000)]
+    found = [
+        window((60, 80), 48, (1.0, 1.0), 0.3, keyed_random.numpy_generator(i, "w").random(4).tolist())
+        for i in range(3000)
+    ]
     assert {to.start[0] for to in found} == set(range(13)) and {to.start[1] for to in found} == set(range(33))
     assert np.mean([to.flip for to in found]) == pytest.approx(0.3, abs=0.03)
     assert np.std([np.mean([to.start[1] == c for to in found]) for c in range(33)]) < 0.01
@@ -194,7 +197,7 @@ def test_scale_one_moves_pixels_and_changes_none() -> None:
     pixels, labels = noise(70, 50)
     for crop in (40, 96):
         for i in range(8):
-            to = window((70, 50), crop, (1.0, 1.0), 0.5, keyed_random.rng(i, "one").random(4).tolist())
+            to = window((70, 50), crop, (1.0, 1.0), 0.5, keyed_random.numpy_generator(i, "one").random(4).tolist())
             image, mask = cut(pixels, labels, to, crop)
             wanted, wanted_mask = straight(pixels, labels, to, crop)
             assert np.array_equal(image, wanted) and np.array_equal(mask, wanted_mask)
@@ -208,7 +211,7 @@ def test_mask_and_image_stay_aligned(factor: float) -> None:
     pixels = np.stack([labels % 4, labels // 4, labels], -1) * np.uint8(16)
     worst = 0.0
     for i in range(6):
-        to = window((48, 48), 40, (factor, factor), 0.5, keyed_random.rng(i, "aligned").random(4).tolist())
+        to = window((48, 48), 40, (factor, factor), 0.5, keyed_random.numpy_generator(i, "aligned").random(4).tolist())
         image, mask = cut(pixels, labels, to, 40)
         for channel, truth in ((0, mask % 4), (1, mask // 4)):
             away = np.abs(image[..., channel] / 16 - truth.astype(float))[mask != 255]
@@ -302,7 +305,7 @@ def test_large_views_do_not_depend_on_their_neighbours() -> None:
     assert len(augment._groups([0, 1, 2, 3, 4], images)) == 2
 
     def rngs(places: range) -> list[np.random.Generator]:
-        return [keyed_random.rng(0, "large", i) for i in places]
+        return [keyed_random.numpy_generator(0, "large", i) for i in places]
 
     whole = strong(images, rngs(range(5)))
     for i in range(5):

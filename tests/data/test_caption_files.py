@@ -130,18 +130,18 @@ def test_captions_of_other_images_altogether(tmp_path: Path) -> None:
 def test_a_data_set_takes_them(photo_folder: Make, tmp_path: Path, layout: str) -> None:
     root = photo_folder(14, layout, labelled=9, val=2)
     split = "92" if layout == "voc" else "labelled"
-    plain = registry.load(layout, split, root=str(root))
+    plain = registry.load_dataset(layout, split, root=str(root))
     train, val = registry.image_ids(plain)
     path = write(tmp_path / "c.parquet", rows_of([*val, *train[:-1]]))
-    found = registry.load(layout, split, root=str(root), captions=str(path))
+    found = registry.load_dataset(layout, split, root=str(root), captions=str(path))
     assert found.captions[0] == tuple(f"{p} a thing, {train[0]}" for p in PROMPTS) and found.captions[-1] == ()
     assert all(len(lines) == 2 for lines in found.val_captions)
     assert f"c.parquet: 1 of 12 training images have no caption, first {train[-1]!r}" in found.notes[-1]
     assert found.fingerprint != plain.fingerprint and found.caption_source.endswith("1 of 14 images have none")
     moved = write(tmp_path / "moved.csv", rows_of([*train[:-1], *val]))
-    again = registry.load(layout, split, root=str(root), captions=str(moved))
+    again = registry.load_dataset(layout, split, root=str(root), captions=str(moved))
     assert again.fingerprint == found.fingerprint, "what they say counts, not the file"
-    held = registry.load(layout, split, root=str(root), captions=str(path), holdout=0.5, scored="holdout")
+    held = registry.load_dataset(layout, split, root=str(root), captions=str(path), holdout=0.5, scored="holdout")
     assert held.val_captions and set(held.val_captions) < set(found.captions)
 
 
@@ -151,6 +151,6 @@ def test_an_embedded_data_set_takes_them(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path))
     monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 4, 4)})
     path = write(tmp_path / "c.jsonl", rows_of(["train/99", "dev/0"]))
-    found = registry.load("digits", "92", captions=str(path))
+    found = registry.load_dataset("digits", "92", captions=str(path))
     assert sum(map(bool, found.captions)) == 1 and found.captions[99][0] == "A photo of a thing, train/99"
     assert found.val_captions[0] and "simulated" not in found.caption_source

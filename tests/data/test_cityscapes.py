@@ -13,11 +13,11 @@ from PIL import Image
 
 from viladiff.data import registry
 from viladiff.data.dataset import Dataset
-from viladiff.data.decode_workers import Decoders, Recipe, Sample, decode_all
+from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files import known_splits, make_split
 from viladiff.data.files.images import FileMasks, image_size
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check, check_files, look_at_all
+from viladiff.data.files.validate import check, check_files, inspect_images
 from viladiff.data.sources import cityscapes
 from viladiff.data.sources.detect import open_tree
 from viladiff.runs.config import RunConfig, override
@@ -28,7 +28,7 @@ BY_ID |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
 
 def load(root: Path, split: str = "372", family: str = "cps", **options: Any) -> Dataset:
-    return registry.load("cityscapes", split, root=str(root), family=family, **options)
+    return registry.load_dataset("cityscapes", split, root=str(root), family=family, **options)
 
 
 def ids(data: Dataset) -> tuple[str, ...]:
@@ -190,10 +190,10 @@ def test_its_configuration_reaches_the_reader(tmp_path: Path) -> None:
     changes = {"data.dataset": "cityscapes", "data.split": "372", "runtime.data_root": str(tmp_path / "data")}
     cfg = override(RunConfig(), changes)
     assert (cfg.eval.protocol, cfg.data.crop) == ("sliding_window", 800)
-    assert registry.load(*registry.request(cfg)).fingerprint == load(made.root).fingerprint
+    assert registry.load_dataset(*registry.dataset_spec(cfg)).fingerprint == load(made.root).fingerprint
     changes |= {"data.split_dir": str(tmp_path / "nowhere"), "data.split_family": "u2pl"}
     with pytest.raises(ValueError, match=r"data\.split_dir = .*there is no such directory"):
-        registry.load(*registry.request(override(RunConfig(), changes)))
+        registry.load_dataset(*registry.dataset_spec(override(RunConfig(), changes)))
     with pytest.raises(ValueError, match=r"has no list 1_16/labelled\.txt"):
         load(made.root, "186")
 
@@ -202,10 +202,12 @@ def test_decoding_processes_read_label_ids_too(tmp_path: Path) -> None:
     made = layouts.cityscapes(tmp_path / "city", kinds=["labelIds"])
     data = load(made.root)
     assert isinstance(data.masks, FileMasks) and data.files is not None
-    recipe = Recipe(32, (1.0, 1.0), 0.5, 19, data.masks.coding)
+    recipe = CropRecipe(32, (1.0, 1.0), 0.5, 19, data.masks.coding)
     draws = np.random.default_rng(0).random((3, 4)).tolist()
-    samples = [Sample(str(data.files.paths[i]), str(data.target_path(i)), tuple(draw)) for i, draw in enumerate(draws)]
-    decoders = Decoders(recipe, 1, 3, 0)
+    samples = [
+        DecodeRequest(str(data.files.paths[i]), str(data.target_path(i)), tuple(draw)) for i, draw in enumerate(draws)
+    ]
+    decoders = DecodeWorkers(recipe, 1, 3, 0)
     try:
         there = decoders.take(samples)
         here = decode_all(samples, recipe)
@@ -223,7 +225,7 @@ def test_check_and_split_know_the_layout(tmp_path: Path) -> None:
     assert any("labelIds files" in fault.reason for fault in report.faults)
     assert not any("masks are PNG files" in fault.reason for fault in report.faults), "gtFine holds other files as well"
     tree, classes = open_tree(made.root)
-    seen = look_at_all(tree, classes, 1)
+    seen = inspect_images(tree, classes, 1)
     dealt = make_split.deal(made.root, seen, 4, None, 0)
     assert len(dealt.lists.labelled) == 4 and dealt.lists.val == made.val
     assert not set(made.val) & {*dealt.lists.labelled, *dealt.lists.unlabelled}

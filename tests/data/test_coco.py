@@ -33,7 +33,7 @@ SQUARE, WHOLE = [2, 2, 6, 2, 6, 6, 2, 6], [0, 0, 10, 0, 10, 8, 0, 8]
 
 
 def load(root: Path, split: str = "463", **options: Any) -> Dataset:
-    return registry.load("coco", split, root=str(root), **options)
+    return registry.load_dataset("coco", split, root=str(root), **options)
 
 
 def painted(*regions: tuple[int, Any]) -> tuple[np.ndarray, int]:
@@ -80,7 +80,7 @@ def test_its_configuration_reaches_the_reader(tmp_path: Path) -> None:
     made = layouts.coco(tmp_path / "coco")
     cfg = override(RunConfig(), {"data.dataset": "coco", "runtime.data_root": str(made.root)})
     assert cfg.eval.protocol == "original" and cfg.train.epochs == 20
-    assert registry.load(*registry.request(cfg)).fingerprint == load(made.root).fingerprint
+    assert registry.load_dataset(*registry.dataset_spec(cfg)).fingerprint == load(made.root).fingerprint
 
 
 def test_masks_are_those_that_the_instances_were_made_of(tmp_path: Path) -> None:

@@ -18,17 +18,17 @@ import published_layouts as layouts
 import pytest
 from PIL import Image
 
-from viladiff.core.distributed import in_turn, in_workers
+from viladiff.core.distributed import in_turn, run_in_processes
 from viladiff.data import registry
 from viladiff.data.dataset import Dataset
 from viladiff.data.files import contents
 from viladiff.data.files.contents import NAME, Contents
 from viladiff.data.files.images import read_mask
 from viladiff.data.files.validate import check_files
-from viladiff.inference.load import preview
+from viladiff.inference.load import preview_run
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.lease import take_or_say
-from viladiff.training.errors import Renamed
+from viladiff.runs.lease import acquire_or_raise
+from viladiff.training.errors import RunIdMismatch
 from viladiff.training.trainer import fit
 
 Make = Callable[..., Path]
@@ -76,7 +76,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(root: Path, split: str = "labelled", **options: Any) -> Dataset:
-    return registry.load("folder", split, root=str(root), **options)
+    return registry.load_dataset("folder", split, root=str(root), **options)
 
 
 def invert(path: Path) -> None:
@@ -138,22 +138,24 @@ def test_inverted_pictures_and_exchanged_classes_are_another_run(photo_folder: M
     inverted = fit(small(root, tmp_path / "runs"))
     assert inverted.directory != first.directory and inverted.record.run_id != first.record.run_id
     swap(root / "masks" / "china_0000.png", 1, 3)
-    assert preview(small(root, tmp_path / "runs"))["state"] == "new"
+    assert preview_run(small(root, tmp_path / "runs"))["state"] == "new"
     swap(root / "masks" / "china_0000.png", 1, 3)
 
 
 def test_a_planned_run_is_refused_once_a_file_has_changed(photo_folder: Make, tmp_path: Path) -> None:
     root = bitmaps(photo_folder(8, sizes=(40, 60)))
     cfg = small(root, tmp_path / "runs")
-    planned = preview(cfg)
+    planned = preview_run(cfg)
     planned["directory"].mkdir(parents=True)
     (planned["directory"] / "checkpoint.pt").write_bytes(b"of an interrupted run")
-    assert preview(cfg)["state"].startswith("interrupted")
+    assert preview_run(cfg)["state"].startswith("interrupted")
     invert(root / "images" / "grace_0002.bmp")
-    assert preview(cfg)["state"] == "new", "the checkpoint is not gone on from"
+    assert preview_run(cfg)["state"] == "new", "the checkpoint is not gone on from"
     with (
-        take_or_say(planned["directory"]) as lease,
-        pytest.raises(Renamed, match=rf"planned as {planned['run']}, it would be .* data or weights have changed"),
+        acquire_or_raise(planned["directory"]) as lease,
+        pytest.raises(
+            RunIdMismatch, match=rf"planned as {planned['run']}, it would be .* data or weights have changed"
+        ),
     ):
         fit(cfg, lease=lease)
 
@@ -171,7 +173,7 @@ def test_every_layout_is_named_by_content_and_read_once(photo_folder: Make, tmp_
     aged(root)
 
     def start() -> Dataset:
-        data = registry.load(name, split, root=str(root), family="hq" if name == "voc" else "")
+        data = registry.load_dataset(name, split, root=str(root), family="hq" if name == "voc" else "")
         check_files(data)
         return data
 
@@ -184,7 +186,7 @@ def test_every_layout_is_named_by_content_and_read_once(photo_folder: Make, tmp_
     for path in (data.files.paths[0], data.files.paths[-1], data.target_path(0), data.val_files.masks[0]):
         before, then = path.read_bytes(), path.stat()
         path.write_bytes(before[:-20] + bytes([before[-20] ^ 1]) + before[-19:])
-        changed = registry.load(name, split, root=str(root), family="hq" if name == "voc" else "")
+        changed = registry.load_dataset(name, split, root=str(root), family="hq" if name == "voc" else "")
         assert changed.fingerprint != data.fingerprint, path
         path.write_bytes(before)
         os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
@@ -193,14 +195,14 @@ def test_every_layout_is_named_by_content_and_read_once(photo_folder: Make, tmp_
 
 def test_masks_that_all_adds_are_named_by_content(photo_folder: Make) -> None:
     root = photo_folder(12, "voc", split="1464", unlabelled_masks=True)
-    every = registry.load("voc", "all", root=str(root), family="hq")
-    few = registry.load("voc", "1464", root=str(root), family="hq")
+    every = registry.load_dataset("voc", "all", root=str(root), family="hq")
+    few = registry.load_dataset("voc", "1464", root=str(root), family="hq")
     assert few.files is not None
     mask = few.files.masks[int(few.unlabelled[0])]
     data = mask.read_bytes()
     mask.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
-    assert registry.load("voc", "all", root=str(root), family="hq").fingerprint != every.fingerprint
-    assert registry.load("voc", "1464", root=str(root), family="hq").fingerprint == few.fingerprint
+    assert registry.load_dataset("voc", "all", root=str(root), family="hq").fingerprint != every.fingerprint
+    assert registry.load_dataset("voc", "1464", root=str(root), family="hq").fingerprint == few.fingerprint
 
 
 def test_masks_of_unlabelled_images_are_opened_by_nothing(photo_folder: Make, tmp_path: Path) -> None:
@@ -447,7 +449,7 @@ def _reads(cfg: RunConfig, out: str) -> str:
     """Writes how many files this worker has opened to load and check the data."""
     root = Path(str(cfg.runtime.data_root))
     with opens(root) as found:
-        data = in_turn(lambda: registry.load(*registry.request(cfg)))
+        data = in_turn(lambda: registry.load_dataset(*registry.dataset_spec(cfg)))
         in_turn(lambda: check_files(data))
     (Path(out) / os.environ["LOCAL_RANK"]).write_text(f"{len(found)} {data.fingerprint}")
     return out
@@ -456,9 +458,9 @@ def _reads(cfg: RunConfig, out: str) -> str:
 def test_of_several_workers_one_reads(photo_folder: Make, tmp_path: Path) -> None:
     root = photo_folder(8)
     time.sleep(1.1 * RACY / 1e9)
-    in_workers(_reads, small(root, tmp_path / "runs", **{"runtime.workers": 2}), 2, str(tmp_path))
+    run_in_processes(_reads, small(root, tmp_path / "runs", **{"runtime.workers": 2}), 2, str(tmp_path))
     first, second = ((tmp_path / rank).read_text().split() for rank in "01")
     assert int(first[0]) >= 12 and second == ["0", first[1]]
     (root / "masks" / "china_0000.png").unlink()
     with pytest.raises(ValueError, match="1 of 2 images have no mask, first 'china_0000'"):
-        in_workers(_reads, small(root, tmp_path / "runs", **{"runtime.workers": 2}), 2, str(tmp_path))
+        run_in_processes(_reads, small(root, tmp_path / "runs", **{"runtime.workers": 2}), 2, str(tmp_path))

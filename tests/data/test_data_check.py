@@ -21,14 +21,14 @@ from viladiff.data import registry
 from viladiff.data.files import make_split
 from viladiff.data.files import validate as module
 from viladiff.data.files.images import read_mask
-from viladiff.data.files.validate import Report, check, look_at_all
+from viladiff.data.files.validate import DatasetReport, check, inspect_images
 from viladiff.data.sources.detect import open_tree
 from viladiff.report import dataset_page
 
 Make = Callable[..., Path]
 
 
-def reasons(report: Report, level: str = "error") -> dict[str, str]:
+def reasons(report: DatasetReport, level: str = "error") -> dict[str, str]:
     return {Path(fault.path).name: fault.reason for fault in report.faults if fault.level == level}
 
 
@@ -121,7 +121,7 @@ def test_a_process_that_dies_is_an_error(photo_folder: Make, monkeypatch: pytest
     monkeypatch.setattr(module, "look", lambda *job: os._exit(9))
     tree, classes = open_tree(photo_folder(40))
     with pytest.raises(ValueError, match=r"one of the 2 processes that read images has died.*--processes 1"):
-        look_at_all(tree, classes, 2)
+        inspect_images(tree, classes, 2)
 
 
 def test_processes_end_with_the_one_that_asked_for_them(photo_folder: Make) -> None:
@@ -182,7 +182,7 @@ def test_the_commands(photo_folder: Make, tmp_path: Path, capsys: pytest.Capture
     assert run("check", root, "--out", tmp_path / "page", "--processes", 1) == 0
     said = capsys.readouterr().out
     assert "data.split=labelled: 6 labelled, 12 unlabelled, 6 validation images" in said and "error" not in said
-    data = registry.load("folder", "labelled", root=str(root))
+    data = registry.load_dataset("folder", "labelled", root=str(root))
     assert (len(data.labelled), len(data.unlabelled), len(data.val_images)) == (6, 12, 6)
     (root / "images" / "china_0000.jpg").write_bytes(b"")
     assert run("check", root, "--out", tmp_path / "page", "--processes", 1) == 1
@@ -194,9 +194,9 @@ def test_the_commands(photo_folder: Make, tmp_path: Path, capsys: pytest.Capture
 # Lists
 
 
-def dealt(root: Path, labelled: int | None = 6, val: float | None = 4, seed: int = 0) -> make_split.Dealt:
+def dealt(root: Path, labelled: int | None = 6, val: float | None = 4, seed: int = 0) -> make_split.NewSplit:
     tree, classes = open_tree(root)
-    return make_split.deal(root, look_at_all(tree, classes, 1), labelled, val, seed)
+    return make_split.deal(root, inspect_images(tree, classes, 1), labelled, val, seed)
 
 
 def test_lists_are_seeded_disjoint_and_cover_every_class(photo_folder: Make) -> None:
@@ -313,7 +313,7 @@ def test_lists_are_written_whole_or_not_at_all(photo_folder: Make, monkeypatch: 
     assert sorted(path.name for path in (root / "splits").iterdir()) == before
     monkeypatch.undo()
     make_split.write_lists(root, "other", lists)
-    assert registry.load("folder", "other", root=str(root)).files.ids[:6] == lists.labelled  # type: ignore[union-attr]
+    assert registry.load_dataset("folder", "other", root=str(root)).files.ids[:6] == lists.labelled  # type: ignore[union-attr]
 
 
 def test_a_directory_that_cannot_be_written(

@@ -16,7 +16,7 @@ from scipy import ndimage
 from viladiff.core import progress
 from viladiff.data import cache, registry, splits
 from viladiff.data.sources import digits
-from viladiff.data.sources.digits import DENSE, DIGITS, Recipe, Variant, render
+from viladiff.data.sources.digits import DENSE, DIGITS, SceneRecipe, Variant, render
 
 SMALL = {"digits": Variant(DIGITS, 120, 12, 15), "dense": Variant(DENSE, 40, 4, 5)}
 
@@ -46,7 +46,7 @@ def same(one: digits.Scene, other: digits.Scene) -> bool:
 
 
 @pytest.mark.parametrize(("name", "recipe"), [("digits", DIGITS), ("dense", DENSE)])
-def test_a_scene_depends_on_its_index_alone(name: str, recipe: Recipe) -> None:
+def test_a_scene_depends_on_its_index_alone(name: str, recipe: SceneRecipe) -> None:
     forward = [render(recipe, name, "train", index) for index in range(6)]
     backward = [render(recipe, name, "train", index) for index in reversed(range(6))][::-1]
     assert all(map(same, forward, backward))
@@ -200,7 +200,7 @@ def test_mean_colour_does_not_give_the_class_away() -> None:
 
 def test_every_recipe_field_is_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {digits.variant_fingerprint("digits")}
-    fields = dataclasses.fields(Recipe)
+    fields = dataclasses.fields(SceneRecipe)
     for field in fields:
         value = getattr(DIGITS, field.name)
         changed = (value[0], value[1] + 1) if isinstance(value, tuple) else value + 1
@@ -381,7 +381,7 @@ def test_presence_counts_pixels() -> None:
 
 
 def test_a_data_set_and_its_labelled_list(rendered: Path) -> None:
-    data = registry.load("digits", "92")
+    data = registry.load_dataset("digits", "92")
     assert data.num_classes == 11 == len(data.class_names) and data.class_names[:2] == ("background", "zero")
     assert len(data.labelled) == 92 and data.labelled.dtype == np.int64
     assert np.array_equal(np.sort(np.concatenate([data.labelled, data.unlabelled])), np.arange(120))
@@ -389,9 +389,9 @@ def test_a_data_set_and_its_labelled_list(rendered: Path) -> None:
     assert np.array_equal(data.target(int(data.labelled[3])), data.masks[data.labelled[3]])
     with pytest.raises(ValueError, match=f"image {data.unlabelled[0]} is not among the 92 labelled"):
         data.target(int(data.unlabelled[0]))
-    other = registry.load("digits", "92", split_seed=1)
+    other = registry.load_dataset("digits", "92", split_seed=1)
     assert set(other.labelled) != set(data.labelled) and other.fingerprint != data.fingerprint
-    assert registry.load("digits", "92").fingerprint == data.fingerprint
+    assert registry.load_dataset("digits", "92").fingerprint == data.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -408,4 +408,4 @@ def test_a_data_set_and_its_labelled_list(rendered: Path) -> None:
 )
 def test_unknown_names_say_what_is_allowed(rendered: Path, name: str, split: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        registry.load(name, split)
+        registry.load_dataset(name, split)

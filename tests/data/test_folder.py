@@ -21,7 +21,7 @@ from viladiff.cli import main
 from viladiff.data import registry
 from viladiff.data.dataset import Dataset
 from viladiff.data.files import contents, images
-from viladiff.data.files.images import Colours, image_size, label_counts, read_image, read_mask
+from viladiff.data.files.images import PaletteEncoding, image_size, label_counts, read_image, read_mask
 from viladiff.data.files.split_lists import Lists
 from viladiff.data.files.validate import check, check_files
 from viladiff.data.splits import VISIBLE, resample
@@ -33,7 +33,7 @@ Make = Callable[..., Path]
 
 
 def load(root: Path, split: str = "labelled", **options: Any) -> Dataset:
-    return registry.load("folder", split, root=str(root), **options)
+    return registry.load_dataset("folder", split, root=str(root), **options)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_masks_of_every_mode_give_the_same_labels(tmp_path: Path, photographs: M
         found = read_mask(tmp_path / f"{name}.png", 6)
         assert np.array_equal(found, labels) and found.dtype == np.uint8, name
     rgb = (*photographs.PALETTE, (224, 224, 192))
-    colours = Colours(rgb, (0, 1, 2, 3, 4, 5, 255))
+    colours = PaletteEncoding(rgb, (0, 1, 2, 3, 4, 5, 255))
     shown = np.array(rgb, np.uint8)[np.where(labels == 255, 6, labels)]
     Image.fromarray(shown).save(tmp_path / "rgb.png")
     assert np.array_equal(read_mask(tmp_path / "rgb.png", 6, colours), labels)
@@ -191,7 +191,7 @@ def test_colours_are_told_apart_by_all_three_channels() -> None:
     rng = np.random.default_rng(0)
     levels = np.array([(r, g, b) for r in (0, 1, 2, 255) for g in (0, 1, 2, 255) for b in (0, 1, 2, 255)], np.uint8)
     rng.shuffle(levels)
-    colours = Colours(tuple(map(tuple, levels.tolist())), tuple(range(64)))
+    colours = PaletteEncoding(tuple(map(tuple, levels.tolist())), tuple(range(64)))
     labels = rng.integers(0, 64, (20, 30)).astype(np.uint8)
     assert np.array_equal(colours.labels_of(levels[labels]), labels)
 
@@ -205,7 +205,7 @@ def test_unknown_ids_and_colours_are_named(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 6), 300, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match=r"24 pixels are of no class \(300\)"):
         read_mask(tmp_path / "deep.png", 6)
-    colours = Colours(((0, 0, 0), (128, 0, 0)), (0, 1))
+    colours = PaletteEncoding(((0, 0, 0), (128, 0, 0)), (0, 1))
     with pytest.raises(ValueError, match=r"3 pixels have a colour of no class, first \(7, 7, 7\) at row 2, column 3"):
         read_mask(tmp_path / "a.png", 2, colours)
     Image.fromarray(np.dstack([labels, labels, labels // 2])).save(tmp_path / "rgb.png")
@@ -513,7 +513,7 @@ def test_splits_that_are_not_there(photo_folder: Make, tmp_path: Path) -> None:
 
 def test_roots_that_hold_nothing(photo_folder: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"runtime\.data_root: must be set"):
-        registry.load("folder", "labelled")
+        registry.load_dataset("folder", "labelled")
     with pytest.raises(ValueError, match=r"nowhere: there is no such directory; set runtime\.data_root"):
         load(tmp_path / "nowhere")
     (tmp_path / "other" / "image").mkdir(parents=True)
@@ -729,7 +729,7 @@ def test_validation_masks_of_one_class_stop_a_run(photo_folder: Make, tmp_path: 
 
 
 def test_under_a_published_layout_a_class_may_be_missing(photo_folder: Make) -> None:
-    data = registry.load("voc", "92", root=str(photo_folder(12, "voc")), family="hq")
+    data = registry.load_dataset("voc", "92", root=str(photo_folder(12, "voc")), family="hq")
     assert any(note.startswith("no labelled image shows aeroplane, bicycle") for note in check_files(data))
 
 

@@ -11,16 +11,16 @@ import pytest
 
 from viladiff.config.sections import DATASETS, POOL
 from viladiff.data.full import ALL, base_split
-from viladiff.data.registry import load
+from viladiff.data.registry import load_dataset
 from viladiff.runs.config import RunConfig, override
 
 
 def test_every_scene_of_the_embedded_data_is_labelled_once() -> None:
-    few, every = load("digits", "1464"), load("digits", ALL)
+    few, every = load_dataset("digits", "1464"), load_dataset("digits", ALL)
     assert sorted(every.labelled.tolist()) == list(range(POOL)) and len(every.unlabelled) == 0
     assert every.labelled[:1464].tolist() == few.labelled.tolist() and every.fingerprint != few.fingerprint
     assert every.target(int(few.unlabelled[0])).shape == few.masks[0].shape
-    held = load("digits", ALL, holdout=0.25, scored="holdout")
+    held = load_dataset("digits", ALL, holdout=0.25, scored="holdout")
     assert len(held.labelled) + len(held.val_images) == POOL and len(held.val_images) == POOL // 4
 
 
@@ -40,7 +40,7 @@ def test_every_published_data_set_has_it_in_place_of_a_list_that_exists(name: st
 
 def test_of_images_in_files_those_that_have_a_mask(photo_folder: Callable[..., Path]) -> None:
     root = photo_folder(12, "voc", split="1464", unlabelled_masks=True)
-    few, every = (load("voc", split, root=str(root), family="hq") for split in ("1464", ALL))
+    few, every = (load_dataset("voc", split, root=str(root), family="hq") for split in ("1464", ALL))
     assert (len(few.labelled), len(few.unlabelled)) == (3, 6)
     assert (len(every.labelled), len(every.unlabelled), len(every.val_images)) == (9, 0, 3)
     assert every.split_name == "all 9 of 9 training images that have a mask"
@@ -49,7 +49,7 @@ def test_of_images_in_files_those_that_have_a_mask(photo_folder: Callable[..., P
     assert len(labels) > 1
     gone = few.files.masks[int(few.unlabelled[1])]
     gone.unlink()
-    fewer = load("voc", ALL, root=str(root), family="hq")
+    fewer = load_dataset("voc", ALL, root=str(root), family="hq")
     assert len(fewer.labelled) == 8 and fewer.fingerprint != every.fingerprint
     with pytest.raises(ValueError, match="not among the 8 labelled"):
         fewer.target(int(few.unlabelled[1]))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from viladiff.data.holdout import choose, hold_out
-from viladiff.data.registry import load
+from viladiff.data.registry import load_dataset
 from viladiff.runs.config import ConfigError, RunConfig, override, run_id
 from viladiff.training.fingerprints import name_runs
-from viladiff.training.trainer import Run, fit
+from viladiff.training.trainer import Trainer, fit
 
 SHORT: dict[str, object] = {
     "train.steps": 2,
@@ -33,7 +33,7 @@ def test_names_of_runs_without_stay() -> None:
 
 
 def test_held_out_images_are_in_no_role_and_keep_their_words() -> None:
-    whole, held = load("digits", "183"), load("digits", "183", holdout=0.25, scored="holdout")
+    whole, held = load_dataset("digits", "183"), load_dataset("digits", "183", holdout=0.25, scored="holdout")
     out = set(whole.labelled) - set(held.labelled)
     assert len(out) == 46 == len(held.val_images) == len(held.val_masks) == len(held.val_captions)
     assert not out & set(held.unlabelled) and set(held.unlabelled) == set(whole.unlabelled)
@@ -46,15 +46,15 @@ def test_held_out_images_are_in_no_role_and_keep_their_words() -> None:
 
 
 def test_without_scoring_the_reported_set_stays() -> None:
-    whole, held = load("digits", "92"), load("digits", "92", holdout=0.25)
+    whole, held = load_dataset("digits", "92"), load_dataset("digits", "92", holdout=0.25)
     assert len(held.labelled) == 69 and held.fingerprint != whole.fingerprint
     assert np.array_equal(held.val_images, whole.val_images)
-    assert held.fingerprint != load("digits", "92", holdout=0.3).fingerprint
+    assert held.fingerprint != load_dataset("digits", "92", holdout=0.3).fingerprint
 
 
 def test_every_class_stays_in_training_and_is_scored_where_two_show_it() -> None:
     for split in ("92", "183"):
-        held = load("digits", split, holdout=0.25, scored="holdout")
+        held = load_dataset("digits", split, holdout=0.25, scored="holdout")
         shown = {c for i in held.labelled for c in np.unique(held.target(i))}
         scored = {c for i in range(len(held.val_masks)) for c in np.unique(held.val_masks[i])}
         assert shown == scored == set(range(11))
@@ -69,7 +69,7 @@ def test_every_class_stays_in_training_and_is_scored_where_two_show_it() -> None
 
 
 def test_a_list_too_short_is_refused() -> None:
-    whole = load("digits", "92")
+    whole = load_dataset("digits", "92")
     object.__setattr__(whole, "labelled", whole.labelled[:1])
     with pytest.raises(ValueError, match=r"data.holdout = 0.5: none of the 1 labelled images of 'digits'"):
         hold_out(whole, 0.5, True)
@@ -86,4 +86,4 @@ def test_a_run_is_scored_on_them(tmp_path: Path) -> None:
     cfg = override(RunConfig(), {**HELD, "runtime.runs_dir": str(tmp_path)})
     record = fit(cfg).record
     assert record.scores[record.network][record.stream]["images"] == 46
-    assert Run(cfg).name == record.run_id
+    assert Trainer(cfg).name == record.run_id

@@ -25,9 +25,9 @@ from torch import Tensor
 from viladiff.core import keyed_random
 from viladiff.data import decode_workers, loader, registry
 from viladiff.data.batch import Batch, Views
-from viladiff.data.decode_workers import Decoders, Recipe, Sample, decode_all
-from viladiff.data.files.images import Colours, read_image, read_mask
-from viladiff.data.loader import Loader, decoding_processes, validation
+from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
+from viladiff.data.files.images import PaletteEncoding, read_image, read_mask
+from viladiff.data.loader import BatchLoader, decoding_processes, validation
 from viladiff.data.transforms.augment import normalise
 from viladiff.data.transforms.geometry import crop_image, crop_mask, window
 from viladiff.runs.config import RunConfig, override
@@ -47,9 +47,9 @@ def config(root: Path, **changes: Any) -> RunConfig:
     return override(RunConfig(), {**given, **{path.replace("__", "."): value for path, value in changes.items()}})
 
 
-def make(cfg: RunConfig, rank: int = 0, world: int = 1, views: Views | None = None) -> Loader:
+def make(cfg: RunConfig, rank: int = 0, world: int = 1, views: Views | None = None) -> BatchLoader:
     views = views or Views(weak=1, strong=2, cutmix=True)
-    return Loader(cfg, registry.load(*registry.request(cfg)), views, None, 16, CPU, rank, world)
+    return BatchLoader(cfg, registry.load_dataset(*registry.dataset_spec(cfg)), views, None, 16, CPU, rank, world)
 
 
 def tensors(batch: Batch) -> list[Tensor]:
@@ -103,7 +103,7 @@ def test_a_batch_is_its_images_each_cut_by_its_own_draws(root: Path) -> None:
             for k in range(size):
                 epoch, i = order[step * size + k]
                 pixels = read_image(files.paths[i])
-                four = keyed_random.rng(3, f"crop-{role}", epoch, i).random(4).tolist()
+                four = keyed_random.numpy_generator(3, f"crop-{role}", epoch, i).random(4).tolist()
                 to = window(pixels.shape[:2], CROP, (0.5, 2.0), 0.5, four)
                 image, mask = np.empty((3, CROP, CROP), np.uint8), np.empty((CROP, CROP), np.uint8)
                 crop_image(pixels, to, image)
@@ -121,7 +121,7 @@ def test_a_batch_is_its_images_each_cut_by_its_own_draws(root: Path) -> None:
 
 
 def test_an_image_is_cut_otherwise_in_each_epoch_and_under_each_seed(root: Path) -> None:
-    def of(seed: int, step: int) -> list[Sample]:
+    def of(seed: int, step: int) -> list[DecodeRequest]:
         made = make(config(root, seed=seed))
         return made._samples(*made._shares(step, 0))
 
@@ -186,16 +186,16 @@ def test_accumulation_in_processes(root: Path) -> None:
 
 
 def test_masks_in_colour_are_read_in_processes(tmp_path: Path) -> None:
-    colours = Colours(((0, 0, 0), (200, 10, 30)), (1, 255))
+    colours = PaletteEncoding(((0, 0, 0), (200, 10, 30)), (1, 255))
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (30, 40))
     Image.fromarray(np.array(colours.rgb, np.uint8)[labels]).save(tmp_path / "mask.png")
     Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(tmp_path / "sür fácé.png")
-    sample = Sample(str(tmp_path / "sür fácé.png"), str(tmp_path / "mask.png"), (0.3, 0.5, 0.5, 0.1))
-    recipe = Recipe(32, (0.5, 2.0), 0.5, 2, colours)
+    sample = DecodeRequest(str(tmp_path / "sür fácé.png"), str(tmp_path / "mask.png"), (0.3, 0.5, 0.5, 0.1))
+    recipe = CropRecipe(32, (0.5, 2.0), 0.5, 2, colours)
     here = decode_all([sample], recipe)
     assert set(np.unique(here.masks)) == {1, 255} and here.shown[0][2] is True
-    with closing(Decoders(recipe, 1, 1, 0)) as decoders:
+    with closing(DecodeWorkers(recipe, 1, 1, 0)) as decoders:
         found = decoders.take([sample])
         assert found.shown == here.shown
         assert np.array_equal(found.images, here.images) and np.array_equal(found.masks, here.masks)
@@ -205,7 +205,7 @@ def test_masks_in_colour_are_read_in_processes(tmp_path: Path) -> None:
 def test_batches_are_taken_in_the_order_in_which_they_were_asked_for(root: Path) -> None:
     made = make(config(root))
     first, second = (made._samples(*made._shares(step, 0)) for step in range(2))
-    with closing(Decoders(made._recipe(), 1, 8, 1)) as decoders:
+    with closing(DecodeWorkers(made._recipe(), 1, 8, 1)) as decoders:
         decoders.ask(first)
         decoders.ask(second)
         with pytest.raises(ValueError, match="too many"):
@@ -411,7 +411,7 @@ def test_none_on_a_cpu_or_a_small_machine_some_beside_a_gpu(root: Path, monkeypa
 
 def test_embedded_data_start_no_process() -> None:
     cfg = override(RunConfig(), {"runtime.loader_workers": 2})
-    made = Loader(cfg, registry.load(*registry.request(cfg)), Views(), None, 4, CPU)
+    made = BatchLoader(cfg, registry.load_dataset(*registry.dataset_spec(cfg)), Views(), None, 4, CPU)
     with closing(made.stream(0, 2)) as stream:
         next(stream)
         assert made._decoders is None

@@ -27,7 +27,7 @@ from viladiff.data.transforms.mixing import (
 
 
 def rngs(n: int, name: str = "mix") -> list[np.random.Generator]:
-    return [keyed_random.rng(0, name, i) for i in range(n)]
+    return [keyed_random.numpy_generator(0, name, i) for i in range(n)]
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def inside(boxes: Tensor, size: int) -> bool:
 def test_half_boxes_have_half_the_area_and_come_for_the_whole_batch_or_not_at_all(size: int) -> None:
     seen = []
     for i in range(300):
-        boxes = half_boxes(rngs(4, f"half{i}"), keyed_random.rng(0, "coin", i), size)
+        boxes = half_boxes(rngs(4, f"half{i}"), keyed_random.numpy_generator(0, "coin", i), size)
         assert boxes.shape == (4, 4) and boxes.dtype == torch.int64 and inside(boxes, size)
         drawn = area(boxes) > 0
         assert drawn.all() or not drawn.any()
@@ -57,8 +57,8 @@ def test_half_boxes_have_half_the_area_and_come_for_the_whole_batch_or_not_at_al
 
 
 def test_probability_of_half_boxes_is_that_of_getting_them() -> None:
-    assert area(half_boxes(rngs(4), keyed_random.rng(0, "coin"), 32, p=1.0)).all()
-    assert not half_boxes(rngs(4), keyed_random.rng(0, "coin"), 32, p=0.0).any()
+    assert area(half_boxes(rngs(4), keyed_random.numpy_generator(0, "coin"), 32, p=1.0)).all()
+    assert not half_boxes(rngs(4), keyed_random.numpy_generator(0, "coin"), 32, p=0.0).any()
 
 
 def test_beta_boxes_are_clipped_squares_around_their_centre() -> None:
@@ -101,12 +101,12 @@ def test_parity_boxes_have_their_area_together_and_the_mask_is_their_xor() -> No
 
 @pytest.mark.parametrize("draw", [half_boxes, beta_boxes, parity_boxes])
 def test_an_image_has_the_same_boxes_in_any_batch(draw: object) -> None:
-    extra = (keyed_random.rng(0, "coin", 1),) if draw is half_boxes else ()
+    extra = (keyed_random.numpy_generator(0, "coin", 1),) if draw is half_boxes else ()
     whole = draw(rngs(6), *extra, 32)  # type: ignore[operator]
-    extra = (keyed_random.rng(0, "coin", 1),) if draw is half_boxes else ()
+    extra = (keyed_random.numpy_generator(0, "coin", 1),) if draw is half_boxes else ()
     part = draw(rngs(6)[2:4], *extra, 32)  # type: ignore[operator]
     assert torch.equal(whole[2:4], part)
-    assert len(draw([], *((keyed_random.rng(0, "coin", 1),) if draw is half_boxes else ()), 32)) == 0  # type: ignore[operator]
+    assert len(draw([], *((keyed_random.numpy_generator(0, "coin", 1),) if draw is half_boxes else ()), 32)) == 0  # type: ignore[operator]
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from viladiff.data.files import known_splits
-from viladiff.data.files.known_splits import LISTS, Published, almost, fewer, list_hash, look_alikes, recognise
+from viladiff.data.files.known_splits import (
+    LISTS,
+    Published,
+    identify_split,
+    list_hash,
+    missing_unlabelled,
+    same_size,
+    similarly_named,
+)
 from viladiff.data.files.split_lists import Wanted, find_lists
 
 SHARED = Path(os.environ.get("VILADIFF_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data" / "splits"
@@ -58,7 +66,7 @@ def first_column(path: Path) -> list[str]:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published lists are not on this machine")
 def test_the_published_lists_themselves() -> None:
-    found = {path.relative_to(SHARED).as_posix(): recognise(first_column(path)) for path in SHARED.rglob("*.txt")}
+    found = {path.relative_to(SHARED).as_posix(): identify_split(first_column(path)) for path in SHARED.rglob("*.txt")}
     assert {name: one and one[:3] for name, one in found.items()} == LISTED
     assert all(one is not None and one.size == len(first_column(SHARED / name)) for name, one in found.items())
 
@@ -68,11 +76,16 @@ def test_a_published_list_in_other_forms_and_one_image_short() -> None:
     paths = first_column(SHARED / "unimatch-v2/pascal/92/labeled.txt")
     ids = [Path(path).stem for path in paths]
     hq = named("voc", "hq", "92")
-    assert recognise(ids) == recognise(reversed(ids)) == recognise(f"/JPEGImages/{one}.jpg" for one in ids) == hq
-    assert recognise(ids[1:]) is None
+    assert (
+        identify_split(ids)
+        == identify_split(reversed(ids))
+        == identify_split(f"/JPEGImages/{one}.jpg" for one in ids)
+        == hq
+    )
+    assert identify_split(ids[1:]) is None
     city = first_column(SHARED / "unimatch-v2/cityscapes/1_16/labeled.txt")
     bare = [Path(path).name.removesuffix("_leftImg8bit.png") for path in city]
-    assert recognise(f"/images/train/{one}.png" for one in bare) == named("cityscapes", "cps", "186")
+    assert identify_split(f"/images/train/{one}.png" for one in bare) == named("cityscapes", "cps", "186")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published lists are not on this machine")
@@ -111,33 +124,33 @@ def test_a_small_list_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
         [f"/JPEGImages/{one}.jpg" for one in ids],
         [f"JPEGImages/{one}.png" for one in ids],
     ]
-    assert [recognise(form) for form in forms] == [mine] * len(forms)
-    assert recognise([*ids, ids[0]]) == mine, "a list with an image twice holds the same images"
-    assert recognise(ids[:2]) is None and recognise([*ids, "2011_000001"]) is None
+    assert [identify_split(form) for form in forms] == [mine] * len(forms)
+    assert identify_split([*ids, ids[0]]) == mine, "a list with an image twice holds the same images"
+    assert identify_split(ids[:2]) is None and identify_split([*ids, "2011_000001"]) is None
     assert list_hash(["leftImg8bit/train/jena/jena_000078_000019_leftImg8bit.png"]) == list_hash(["jena_000078_000019"])
     assert str(mine) == "voc hq 3 (3 images; us)"
 
 
 def test_look_alikes_are_the_ones_known() -> None:
-    assert "shares 371 of its images" in look_alikes(named("voc", "hq", "732"))[0]
-    assert "voc aug_u2pl 662" in look_alikes(named("voc", "aug_cps", "662"))[0]
-    assert "cityscapes u2pl 744" in look_alikes(named("cityscapes", "cps", "744"))[0]
-    assert look_alikes(named("voc", "hq", "92")) == []
-    assert len(almost("voc", 732)) == 2 and "this is not that list" in almost("voc", 732)[0]
-    assert almost("voc", 733) == almost("folder", 732) == []
+    assert "shares 371 of its images" in similarly_named(named("voc", "hq", "732"))[0]
+    assert "voc aug_u2pl 662" in similarly_named(named("voc", "aug_cps", "662"))[0]
+    assert "cityscapes u2pl 744" in similarly_named(named("cityscapes", "cps", "744"))[0]
+    assert similarly_named(named("voc", "hq", "92")) == []
+    assert len(same_size("voc", 732)) == 2 and "this is not that list" in same_size("voc", 732)[0]
+    assert same_size("voc", 733) == same_size("folder", 732) == []
 
 
 def test_every_pair_that_shares_a_name_has_its_overlap() -> None:
     assert len({one.sha256 for one in LISTS}) == len(LISTS)
     names = Counter((one.dataset, one.split) for one in LISTS)
     assert sum(count == 2 for count in names.values()) == len(known_splits.IN_COMMON) and max(names.values()) == 2
-    assert all(look_alikes(one) for one in LISTS if names[one.dataset, one.split] == 2)
+    assert all(similarly_named(one) for one in LISTS if names[one.dataset, one.split] == 2)
 
 
 def test_unlabelled_images_that_are_not_all_others_draw_a_note() -> None:
     hq = named("voc", "hq", "92")
-    assert fewer(hq, 10490) == [] == fewer(named("coco", "pseudoseg", "232"), 5)
-    assert fewer(hq, 1373) == [f"1373 unlabelled images; the training set has 10490 beside {hq}"]
-    assert fewer(named("cityscapes", "u2pl", "186"), 2790)[0].endswith(
+    assert missing_unlabelled(hq, 10490) == [] == missing_unlabelled(named("coco", "pseudoseg", "232"), 5)
+    assert missing_unlabelled(hq, 1373) == [f"1373 unlabelled images; the training set has 10490 beside {hq}"]
+    assert missing_unlabelled(named("cityscapes", "u2pl", "186"), 2790)[0].endswith(
         "the training set has 2789 beside cityscapes u2pl 186 (186 images; U2PL, DDFP)"
     )

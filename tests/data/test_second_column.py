@@ -21,7 +21,7 @@ Make = Callable[..., Path]
 
 
 def voc(root: Path, split: str = "92", **options: Any) -> Dataset:
-    return registry.load("voc", split, root=str(root), family="hq", **options)
+    return registry.load_dataset("voc", split, root=str(root), family="hq", **options)
 
 
 def relabelled(root: Path, source: str, target: str) -> None:
@@ -127,14 +127,14 @@ def test_a_folder_of_ones_own_may_pair_any_mask(photo_folder: Make) -> None:
     ):
         for gap in (" ", "\t"):
             listed.write_text(f"images/china_0000.jpg{gap}{mask}\nflower_0001", encoding="utf-8")
-            found = registry.load("folder", "labelled", root=str(root)).target(0)
+            found = registry.load_dataset("folder", "labelled", root=str(root)).target(0)
             assert np.array_equal(found, np.flip(wanted, 1) if flipped else wanted), (mask, gap)
     listed.write_text("china_0000 0.93\nflower_0001", encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 1: names the mask '0\.93', which is not a PNG below"):
-        registry.load("folder", "labelled", root=str(root))
+        registry.load_dataset("folder", "labelled", root=str(root))
     listed.write_text("china_0000 masks/china_000.png\nflower_0001", encoding="utf-8")
     with pytest.raises(ValueError, match=r"leave the second column out; did you mean 'masks/china_000\d\.png'\?$"):
-        registry.load("folder", "labelled", root=str(root))
+        registry.load_dataset("folder", "labelled", root=str(root))
 
 
 def test_what_all_and_a_draw_label_is_what_the_lists_name(photo_folder: Make) -> None:
@@ -173,7 +173,7 @@ def test_another_coding_of_cityscapes_is_the_same_mask(tmp_path: Path, read: str
     def found(form: str) -> Dataset:
         text = "\n".join((image + form).format(name.split("_")[0], name) for name in made.labelled)
         path.write_text(text, encoding="utf-8")
-        return registry.load("cityscapes", "372", root=str(made.root), family="cps")
+        return registry.load_dataset("cityscapes", "372", root=str(made.root), family="cps")
 
     same = [found(f"gtFine/train/{{0}}/{{1}}_gtFine_{kind}.png") for kind in ("labelTrainIds", "labelIds")]
     assert len({one.fingerprint for one in same}) == 1
@@ -194,14 +194,14 @@ def test_another_coding_of_cityscapes_is_the_same_mask(tmp_path: Path, read: str
 )
 def test_layouts_of_bare_names(tmp_path: Path, name: str, split: str, wrong: str) -> None:
     made = getattr(layouts, name)(tmp_path / name)
-    plain = registry.load(name, split, root=str(made.root))
+    plain = registry.load_dataset(name, split, root=str(made.root))
     path = next((made.root / "splits").rglob("labeled.txt"))
     images = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines()]
     text = "\n".join(f"{image} {wrong.format(one)}" for image, one in zip(images, made.labelled, strict=True))
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: names the mask"):
-        registry.load(name, split, root=str(made.root))
+        registry.load_dataset(name, split, root=str(made.root))
     source = next(place for place in ("masks", "annotations/training") if (made.root / place).is_dir())
     relabelled(made.root, source, Path(wrong).parent.as_posix())
-    assert (registry.load(name, split, root=str(made.root)).target(0) == 1).all() == (name == "coco")
-    assert registry.load(name, split, root=str(made.root)).fingerprint != plain.fingerprint
+    assert (registry.load_dataset(name, split, root=str(made.root)).target(0) == 1).all() == (name == "coco")
+    assert registry.load_dataset(name, split, root=str(made.root)).fingerprint != plain.fingerprint

@@ -23,7 +23,7 @@ Make = Callable[..., Path]
 
 
 def load(root: Path, split: str = "92", family: str = "hq", **options: Any) -> Dataset:
-    return registry.load("voc", split, root=str(root), family=family, **options)
+    return registry.load_dataset("voc", split, root=str(root), family=family, **options)
 
 
 def ids(data: Dataset) -> tuple[str, ...]:
@@ -213,15 +213,18 @@ def test_a_resampled_list_is_not_called_published(photo_folder: Make, known: Cal
 
 def test_the_configuration_of_voc(photo_folder: Make) -> None:
     cfg = override(RunConfig(), {"data.dataset": "voc", "data.split": "662", "data.split_family": "aug_u2pl"})
-    assert registry.request(cfg).family == "aug_u2pl" and cfg.model.encoder == "vit_base_patch16_224"
+    assert registry.dataset_spec(cfg).family == "aug_u2pl" and cfg.model.encoder == "vit_base_patch16_224"
     with pytest.raises(ConfigError, match=r"data\.split = '662' is not a list of split_family = 'hq'"):
         override(RunConfig(), {"data.dataset": "voc", "data.split": "662"})
     root = photo_folder(12, "voc")
     changes = {"data.dataset": "voc", "data.split": "92", "runtime.data_root": str(root)}
-    assert registry.load(*registry.request(override(RunConfig(), changes))).fingerprint == load(root).fingerprint
+    assert (
+        registry.load_dataset(*registry.dataset_spec(override(RunConfig(), changes))).fingerprint
+        == load(root).fingerprint
+    )
     changes["data.split_dir"] = str(root / "nowhere")
     with pytest.raises(ValueError, match=r"data\.split_dir = .*there is no such directory"):
-        registry.load(*registry.request(override(RunConfig(), changes)))
+        registry.load_dataset(*registry.dataset_spec(override(RunConfig(), changes)))
 
 
 def test_records_without_the_name_of_a_list_still_load() -> None:

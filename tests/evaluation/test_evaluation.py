@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from viladiff.evaluation import evaluator
-from viladiff.evaluation.metrics import Meter, measure, results, truth_of
+from viladiff.evaluation.metrics import SegmentationMeter, evaluate_network, to_scores, truth_of
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.models.blocks import SMALL, bilinear
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Segmenter, remembered
 from viladiff.runs.config import RunConfig, override
-from viladiff.training.trainer import Run
+from viladiff.training.trainer import Trainer
 
 IMAGES = 30
 
 
-def prepared(name: str, path: Path, **changes: object) -> Run:
+def prepared(name: str, path: Path, **changes: object) -> Trainer:
     flat = {"method.name": name, "eval.max_images": IMAGES, "runtime.runs_dir": str(path), "runtime.device": "cpu"}
-    run = Run(override(RunConfig(), {**flat, **changes}))
+    run = Trainer(override(RunConfig(), {**flat, **changes}))
     run._build()
     gen = torch.Generator().manual_seed(4)
     with torch.no_grad():  # so that networks and streams differ
@@ -74,31 +74,31 @@ def test_one_pass_for_all_scores_gives_those_of_a_pass_for_each(tmp_path: Path) 
     given = run.dataset.num_classes, True, "original", run.cfg.data.crop
     for name, network in run.method.networks().items():
         for stream in STREAMS:
-            alone = results(measure(network, evaluator.batches(run), (stream,), *given))[stream]
+            alone = to_scores(evaluate_network(network, evaluator.eval_batches(run), (stream,), *given))[stream]
             # What reads no text is then made beside the visual stream, in another batch: last bits of logits differ.
             loose = pytest.approx(alone.miou, abs=1e-4)
             assert scored[name][stream]["miou"] == (loose if stream == "fusion_no_text" else alone.miou)
             assert stream == "fusion_no_text" or scored[name][stream] == asdict(alone)
     run.method.eval()
     alone_shares = evaluator.PseudoLabels(run)
-    for batch in evaluator.batches(run):
+    for batch in evaluator.eval_batches(run):
         alone_shares.add(*batch)
     assert shares == alone_shares.shares() and shares["after/ece"] is not None
 
 
 def test_large_images_go_one_by_one_and_small_ones_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared("supervised", tmp_path)
-    assert [len(images) for images, *_ in evaluator.batches(run)] == [25, 5]
+    assert [len(images) for images, *_ in evaluator.eval_batches(run)] == [25, 5]
     monkeypatch.setattr(evaluator, "BATCH_PIXELS", 2 * 64 * 64 + 1)
-    assert [len(images) for images, *_ in evaluator.batches(run)] == [2] * 15
+    assert [len(images) for images, *_ in evaluator.eval_batches(run)] == [2] * 15
     monkeypatch.setattr(evaluator, "BATCH_PIXELS", 64)
-    assert [len(images) for images, *_ in evaluator.batches(run)] == [1] * IMAGES
+    assert [len(images) for images, *_ in evaluator.eval_batches(run)] == [1] * IMAGES
 
 
 def test_what_was_remembered_is_of_the_same_images_words_and_streams(tmp_path: Path) -> None:
     run = prepared("viladiff", tmp_path)
     network = run.method.student.eval()
-    (images, _, text), (others, _, words) = evaluator.batches(run)
+    (images, _, text), (others, _, words) = evaluator.eval_batches(run)
     plain: Callable[..., object] = network.streams
     with torch.no_grad():
         asked = [(images, text), (images, None), (images, text), (others, words), (images, text)]
@@ -188,7 +188,7 @@ def test_what_is_changed_in_place_meanwhile_is_no_score_without_a_word(
 def test_words_changed_in_place_are_no_score_without_a_word(tmp_path: Path) -> None:
     run = prepared("viladiff", tmp_path)
     network = run.method.student.eval()
-    images, _, text = next(iter(evaluator.batches(run)))
+    images, _, text = next(iter(evaluator.eval_batches(run)))
     assert text is not None
     with pytest.raises(RuntimeError, match="words"), torch.no_grad(), remembered((network,)):
         network.streams(images, text)
@@ -209,7 +209,7 @@ def test_a_batch_counts_as_its_images_do_one_by_one() -> None:
     target = torch.randint(0, 5, (6, 8, 10), generator=gen).repeat_interleave(6, 1).repeat_interleave(6, 2)
     pred = torch.where(torch.rand(target.shape, generator=gen) < 0.1, 2, target.roll(2, 2))
     target[torch.rand(target.shape, generator=gen) < 0.05] = 255
-    together, alone, shared = Meter(5), Meter(5), Meter(5)
+    together, alone, shared = SegmentationMeter(5), SegmentationMeter(5), SegmentationMeter(5)
     together.update(pred, target)
     for i in range(len(target)):
         alone.update(pred[i : i + 1], target[i : i + 1])

@@ -16,15 +16,15 @@ from method_kit import STEP, cross_entropy_map, make, make_batch, make_uneven, m
 from scipy import special, stats
 
 from viladiff.data.batch import TextBatch
-from viladiff.data.registry import load as load_dataset
+from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation import feature_clusters
-from viladiff.experiments.tables import Job, write
-from viladiff.inference.load import finished, text_dim, trained_method
+from viladiff.experiments.tables import TableJob, write
+from viladiff.inference.load import load_method, load_run, text_dim
 from viladiff.methods.textprobe import TextProbe
-from viladiff.models.baselines.text_probe import Masks, ProbeConfig, attention_maps
+from viladiff.models.baselines.text_probe import ClassQueryHead, ProbeConfig, attention_maps
 from viladiff.report.charts import figures
 from viladiff.report.sections import feature_clusters as page
-from viladiff.report.table.results import gather
+from viladiff.report.table.results import collect_results
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.runs.store import Store
@@ -71,7 +71,7 @@ def read(x: np.ndarray, words: np.ndarray, mask: np.ndarray, block: Any) -> np.n
     return np.asarray(x + linear(hidden * stats.norm.cdf(hidden), block.mlp[2]))
 
 
-def masks(net: Masks, top: np.ndarray, text: TextBatch | None) -> np.ndarray:
+def masks(net: ClassQueryHead, top: np.ndarray, text: TextBatch | None) -> np.ndarray:
     """(B, C, h, w) scores of every class's query on every token's key."""
     count, _, height, width = top.shape
     x = linear(top.reshape(count, -1, height * width).transpose(0, 2, 1), net.project)
@@ -237,24 +237,27 @@ def test_scores_are_those_of_the_formulas_on_features_of_length_1() -> None:
     unit = x / np.sqrt((x**2).sum(1, keepdims=True))
     there = np.bincount(image)[image] > 1
     assert not there.all()
-    found = feature_clusters.separation(x, label, image)
+    found = feature_clusters.cluster_scores(x, label, image)
     assert found["silhouette"] == pytest.approx(silhouette(unit, label))
     assert found["davies_bouldin"] == pytest.approx(davies_bouldin(unit, label))
     assert found["image_silhouette"] == pytest.approx(silhouette(unit[there], image[there]))
-    longer = feature_clusters.separation(x * rng.uniform(1, 9, (60, 1)), label, image)
+    longer = feature_clusters.cluster_scores(x * rng.uniform(1, 9, (60, 1)), label, image)
     assert longer == pytest.approx(found), "length does not count"
-    tighter = feature_clusters.separation(x + 9 * np.eye(4, 7)[label], label, image)
+    tighter = feature_clusters.cluster_scores(x + 9 * np.eye(4, 7)[label], label, image)
     assert tighter["silhouette"] > found["silhouette"] and tighter["davies_bouldin"] < found["davies_bouldin"]
 
 
 def test_what_cannot_be_told_is_left_out_and_never_0() -> None:
     rng, image = np.random.default_rng(0), np.arange(20) // 4
     x = rng.normal(size=(20, 3))
-    assert feature_clusters.separation(x, np.zeros(20, int), image).keys() == {"image_silhouette"}
-    assert feature_clusters.separation(x, np.arange(20) % 2, np.arange(20)).keys() == {"silhouette", "davies_bouldin"}
+    assert feature_clusters.cluster_scores(x, np.zeros(20, int), image).keys() == {"image_silhouette"}
+    assert feature_clusters.cluster_scores(x, np.arange(20) % 2, np.arange(20)).keys() == {
+        "silhouette",
+        "davies_bouldin",
+    }
     for flat in (np.zeros((20, 3)), np.ones((20, 3)), np.where(np.arange(20)[:, None] == 3, np.nan, x)):
-        assert feature_clusters.separation(flat, np.arange(20) % 2, image) == {}
-        assert feature_clusters.plane(flat) is None, "of features that are all 0, t-SNE ends the process"
+        assert feature_clusters.cluster_scores(flat, np.arange(20) % 2, image) == {}
+        assert feature_clusters.tsne(flat) is None, "of features that are all 0, t-SNE ends the process"
 
 
 def test_a_plane_is_of_features_of_length_1() -> None:
@@ -262,7 +265,7 @@ def test_a_plane_is_of_features_of_length_1() -> None:
     x = rng.normal(size=(20, 3)) + 1
     unit = x / np.sqrt((x**2).sum(1, keepdims=True))
     np.testing.assert_array_equal(
-        feature_clusters.plane(x * rng.uniform(1, 9, (20, 1)).round()), feature_clusters.plane(unit)
+        feature_clusters.tsne(x * rng.uniform(1, 9, (20, 1)).round()), feature_clusters.tsne(unit)
     )
 
 
@@ -290,7 +293,7 @@ def test_features_and_classes_are_of_the_same_places_where_sides_are_no_multiple
         dataset=data, method=method, device=torch.device("cpu"), alive=lambda: None,
         cfg=SimpleNamespace(eval=SimpleNamespace(max_images=None)),
     )  # fmt: skip
-    sampled = feature_clusters.gathered(run)
+    sampled = feature_clusters.collect_features(run)
     assert sampled is not None
     chosen, stages = sampled
     assert set(chosen.image) == {0, 1, 2} and stages["after"].shape == (len(chosen.label), 3)
@@ -347,7 +350,7 @@ def test_features_beside_a_run_are_those_of_the_tokens_that_they_say(trained: tu
             found = {name: file[name] for name in file.files}
         tokens.append((found["image"].tolist(), found["label"].tolist()))
     assert tokens[0] == tokens[1], "the same tokens for every run"
-    method = trained_method(finished(directory))
+    method = load_method(load_run(directory))
     assert isinstance(method, TextProbe)
     data = load_dataset("digits", "all", scored="test")
     place = int(found["image"][-1])
@@ -362,7 +365,7 @@ def test_features_beside_a_run_are_those_of_the_tokens_that_they_say(trained: tu
         assert labels[cell] == label
         np.testing.assert_allclose(before[cell], row, atol=5e-3)
     scores = record.scores["student"]["fusion"]
-    again = feature_clusters.separation(found["after"].astype(np.float64), found["label"], found["image"])
+    again = feature_clusters.cluster_scores(found["after"].astype(np.float64), found["label"], found["image"])
     assert again == pytest.approx({name: scores[name] for name in again}, abs=2e-3)
 
 
@@ -375,7 +378,7 @@ def quiet_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quiet_figures")
 def test_the_page_has_both_pictures_and_says_what_captions_are(trained: tuple[Plan, Store], tmp_path: Path) -> None:
     plan, store = trained
-    text = write(Job(plan.table, plan, store, tmp_path / "out", "make", path=SPEC)).read_text(encoding="utf-8")
+    text = write(TableJob(plan.table, plan, store, tmp_path / "out", "make", path=SPEC)).read_text(encoding="utf-8")
     assert text.count('<svg xmlns="http://www.w3.org/2000/svg"') == 4
     for title in ("1 Without text", "2 With text, before words are read", "2 With text, as masks are made of them"):
         assert f"<figcaption>{title} <small>" in text
@@ -397,12 +400,14 @@ def test_a_published_page_needs_nothing_but_what_is_committed(trained: tuple[Pla
     plan, store = trained
     layered = Store(store.root, [tmp_path / "published"])
     out = tmp_path / "published" / "figure1"
-    first = write(Job(plan.table, plan, layered, out, "make", True, SPEC)).read_text(encoding="utf-8")
+    first = write(TableJob(plan.table, plan, layered, out, "make", True, SPEC)).read_text(encoding="utf-8")
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
         "figures", "pictures", "plane", "records", "steps",
     ]  # fmt: skip
     elsewhere = Store(tmp_path / "empty", [tmp_path / "published"])
-    again = write(Job(plan.table, plan, elsewhere, tmp_path / "again", "make", path=SPEC)).read_text(encoding="utf-8")
+    again = write(TableJob(plan.table, plan, elsewhere, tmp_path / "again", "make", path=SPEC)).read_text(
+        encoding="utf-8"
+    )
     assert again.count("<path d=") == first.count("<path d=") > 20
     assert not list(out.rglob("features*"))
 
@@ -442,17 +447,17 @@ def test_a_plane_that_is_not_one_is_refused(arrays: dict[str, np.ndarray], said:
 def test_a_damaged_plane_is_told_and_the_rest_is_there(trained: tuple[Plan, Store], tmp_path: Path) -> None:
     plan, store = trained
     layer = tmp_path / "published" / "figure1" / "plane"
-    write(Job(plan.table, plan, Store(store.root, [tmp_path / "published"]), layer.parent, "make", True, SPEC))
+    write(TableJob(plan.table, plan, Store(store.root, [tmp_path / "published"]), layer.parent, "make", True, SPEC))
     damaged = next(iter(sorted(layer.iterdir())))
     damaged.write_bytes(damaged.read_bytes()[:100])
     elsewhere = Store(tmp_path / "empty", [tmp_path / "published"])
-    found = page.clusters(gather(plan, elsewhere), elsewhere, tmp_path / "out")
+    found = page.build_clusters(collect_results(plan, elsewhere), elsewhere, tmp_path / "out")
     assert found is not None and len(found.wrong) == 1 and damaged.stem in found.wrong[0]
     assert 2 <= len(found.panels) < 4 and all(line.scores[0].after.by_seed for line in found.lines)
 
 
 def test_differences_are_after_less_before_and_less_the_reference(trained: tuple[Plan, Store]) -> None:
-    found = page.clusters(gather(*trained), trained[1], trained[1].root / "out")
+    found = page.build_clusters(collect_results(*trained), trained[1], trained[1].root / "out")
     assert found is not None and [line.label for line in found.lines][:2] == ["Without text", "With text"]
     own, base = (entry(trained, label)[1].scores["student"]["fusion"] for label in ("With text", "Without text"))
     for name, score, none in zip(page.SCORES, found.lines[1].scores, found.lines[0].scores, strict=True):

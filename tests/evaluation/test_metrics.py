@@ -16,21 +16,23 @@ from torch import Tensor, nn
 from viladiff.data.batch import TextBatch
 from viladiff.evaluation.metrics import (
     BINS,
-    Meter,
     Scores,
+    SegmentationMeter,
     boundary_band,
     boundary_counts,
     boundary_width,
     calibration_bins,
     calibration_error,
     confusion_matrix,
-    measure,
     miou_from,
     pseudo_change,
     pseudo_quality,
     pseudo_shares,
-    results,
+    to_scores,
     trimap,
+)
+from viladiff.evaluation.metrics import (
+    evaluate_network as measure,
 )
 from viladiff.evaluation.protocols import STREAMS, center, predict_logits, stream_logits
 
@@ -130,7 +132,7 @@ def test_one_class_of_several_is_no_mean() -> None:
     zeros = torch.zeros(1, 8, 8, dtype=torch.int64)
     mean, per_class = miou_from(confusion_matrix(zeros, zeros, 2))
     assert math.isnan(mean) and per_class[0] == 1.0 and math.isnan(per_class[1])
-    meter = Meter(2)
+    meter = SegmentationMeter(2)
     meter.update(zeros, zeros)
     found = meter.result()
     assert (found.miou, found.boundary_iou, found.trimap_miou, found.pixel_accuracy) == (None, None, None, 1.0)
@@ -186,7 +188,7 @@ def test_trimap_is_the_chebyshev_neighbourhood_of_a_change(d: int) -> None:
 def test_meter_over_batches_equals_the_parts_on_the_whole_set() -> None:
     pred, target = blobs(5, n=7)
     d = boundary_width(*target.shape[1:])
-    meter = Meter(C)
+    meter = SegmentationMeter(C)
     for part in (slice(0, 3), slice(3, 4), slice(4, 7)):
         meter.update(pred[part], target[part])
     scores = meter.result()
@@ -202,36 +204,36 @@ def test_meter_over_batches_equals_the_parts_on_the_whole_set() -> None:
 
 def test_meters_of_workers_add_up_to_one() -> None:
     pred, target = blobs(6, n=6)
-    whole, first, second = Meter(C), Meter(C), Meter(C)
+    whole, first, second = SegmentationMeter(C), SegmentationMeter(C), SegmentationMeter(C)
     whole.update(pred, target)
     first.update(pred[:2], target[:2])
     second.update(pred[2:], target[2:])
     assert first.merge(second).result() == whole.result()
     with pytest.raises(ValueError, match="5 and 6 classes"):
-        whole.merge(Meter(6))
+        whole.merge(SegmentationMeter(6))
 
 
 def test_perfect_prediction_scores_one_everywhere() -> None:
     _, target = blobs(7)
-    meter = Meter(C)
+    meter = SegmentationMeter(C)
     meter.update(torch.where(target == 255, 0, target), target)
     scores = meter.result()
     assert (scores.miou, scores.boundary_iou, scores.trimap_miou, scores.pixel_accuracy) == (1, 1, 1, 1)
 
 
 def test_nothing_measured_is_missing_not_zero() -> None:
-    meter = Meter(C)
+    meter = SegmentationMeter(C)
     meter.update(torch.zeros(1, 8, 8).long(), torch.full((1, 8, 8), 255))
     scores = meter.result()
     assert (scores.miou, scores.boundary_iou, scores.trimap_miou, scores.pixel_accuracy) == (None,) * 4
     assert scores.per_class == (None,) * C and scores.images == 1
-    plain = Meter(C, boundary=False)
+    plain = SegmentationMeter(C, boundary=False)
     plain.update(torch.eye(8).long()[None], torch.eye(8).long()[None])
     assert plain.result().boundary_iou is None and plain.result().trimap_miou is None and plain.result().miou == 1
 
 
 def test_meter_names_a_label_that_is_no_class() -> None:
-    meter = Meter(C)
+    meter = SegmentationMeter(C)
     meter.update(torch.zeros(1, 8, 8).long(), torch.full((1, 8, 8), 77))
     with pytest.raises(ValueError, match="label 77"):
         meter.result()
@@ -287,7 +289,7 @@ def test_labels_as_sure_as_they_are_right_have_no_calibration_error() -> None:
 
 
 def evaluate_network(network: nn.Module, *given: Any, **named: Any) -> dict[str, Scores]:
-    return results(measure(network, *given, **named))
+    return to_scores(measure(network, *given, **named))
 
 
 class Toy(nn.Module):
@@ -329,7 +331,7 @@ def test_every_stream_is_scored_by_its_own_logits() -> None:
     scores = evaluate_network(net, batches(), STREAMS, C)
     assert set(scores) == set(STREAMS)
     assert len(net.sizes) == 4  # two batches, each once with and once without text
-    meters = {name: Meter(C) for name in STREAMS}
+    meters = {name: SegmentationMeter(C) for name in STREAMS}
     with torch.no_grad():
         net.eval()
         for images, target, text in batches():

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from viladiff.data.batch import TextBatch
-from viladiff.data.registry import load as load_dataset
-from viladiff.data.registry import request
-from viladiff.evaluation.metrics import measure
+from viladiff.data.registry import dataset_spec
+from viladiff.data.registry import load_dataset as load_dataset
+from viladiff.evaluation.metrics import evaluate_network
 from viladiff.evaluation.protocols import PROTOCOLS, Band, bands, center, nearest_multiple, predict_logits, stream_bands
-from viladiff.inference.load import evaluate_run, finished
+from viladiff.inference.load import evaluate_run, load_run
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.record import load_record
 from viladiff.training.trainer import fit
@@ -140,7 +140,7 @@ def native(rank: int = 0, world: int = 1) -> list[tuple[Tensor, Tensor, None]]:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_scores_on_native_sizes_count_every_pixel_once(protocol: str) -> None:
     network = net(patch=4)
-    meter = measure(network, native(), ("visual",), C, True, protocol, 24)["visual"]
+    meter = evaluate_network(network, native(), ("visual",), C, True, protocol, 24)["visual"]
     expected = torch.zeros(C, C, dtype=torch.int64)
     with torch.no_grad():
         for image, target, _ in native():
@@ -156,7 +156,7 @@ def test_scores_on_native_sizes_count_every_pixel_once(protocol: str) -> None:
 def test_two_shares_add_up_to_the_whole(protocol: str) -> None:
     network = net(patch=4)
     whole, first, second = (
-        measure(network, native(*share), ("visual",), C, True, protocol, 24)["visual"]
+        evaluate_network(network, native(*share), ("visual",), C, True, protocol, 24)["visual"]
         for share in ((0, 1), (0, 2), (1, 2))
     )
     assert torch.equal(first.merge(second).state, whole.state)
@@ -197,7 +197,7 @@ def test_two_processes_count_what_one_does(run: Path) -> None:
     two = evaluate_run(run, {**changes, "runtime.workers": 2})
     assert one["confusion"].keys() == {"student", "teacher"} and one["scores"]["teacher"]["visual"]["images"] == 7
     assert json.loads(json.dumps(one)) == two
-    pixels = sum(mask.size for mask in load_dataset(*request(finished(run).cfg)).val_masks)
+    pixels = sum(mask.size for mask in load_dataset(*dataset_spec(load_run(run).cfg)).val_masks)
     assert np.sum(one["confusion"]["teacher"]["visual"]) == pixels
     record = load_record(run / "record.json")
     again = evaluate_run(run, {"eval.max_images": 2})

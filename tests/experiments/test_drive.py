@@ -16,19 +16,19 @@ from record_kit import content_of, made
 
 from viladiff.cli.tables import parser
 from viladiff.experiments import publish, tables
-from viladiff.runs.job import Outcome, Settings
+from viladiff.runs.job import ExecutionSettings, Outcome
 from viladiff.runs.record import save_record
 from viladiff.runs.store import Failure, Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 EXAMPLE = made("supervised-92-0")
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "ablations" / "table5.toml"
 
 
-def job(tmp_path: Path, *words: str) -> tables.Job:
+def job(tmp_path: Path, *words: str) -> tables.TableJob:
     args = parser(TABLE, "t").parse_args(["--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "page"), *words])
-    return tables.prepare(TABLE, args, "python ablations/run_table5.py")
+    return tables.plan_table(TABLE, args, "python ablations/run_table5.py")
 
 
 def test_a_plan_holds_what_was_asked_for(tmp_path: Path) -> None:
@@ -65,15 +65,18 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_can_be_pasted_and_its_printed_form_names_no_directory() -> None:
-    command = tables.typed(
+    command = tables.shell_command(
         "python ablations/run_table5.py", ["--rows", "ViLa + q_G", "--fresh", "--storage", "/me/a/runs"]
     )
     assert command == "python ablations/run_table5.py --rows 'ViLa + q_G' --storage /me/a/runs"
-    assert tables.hinted(command) == "python ablations/run_table5.py --rows 'ViLa + q_G' --storage …/runs"
-    assert tables.hinted("x -- runtime.data_root=/data/voc --out ~/p/q") == "x -- runtime.data_root=…/voc --out …/q"
+    assert tables.public_command(command) == "python ablations/run_table5.py --rows 'ViLa + q_G' --storage …/runs"
+    assert (
+        tables.public_command("x -- runtime.data_root=/data/voc --out ~/p/q")
+        == "x -- runtime.data_root=…/voc --out …/q"
+    )
 
 
-def put(found: tables.Job, value: Callable[[Planned], float] = lambda run: 0.5) -> None:
+def put(found: tables.TableJob, value: Callable[[PlannedRun], float] = lambda run: 0.5) -> None:
     """A record for every run of a job."""
     for run in found.plan.runs.values():
         record = type(EXAMPLE)(**{**EXAMPLE.model_dump(), **content_of(run), "miou": value(run)})
@@ -98,7 +101,7 @@ def test_nothing_left_to_run_starts_nothing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("viladiff.cluster.executor.run_jobs", lambda *given: pytest.fail("Ray was asked"))
     found = job(tmp_path, "--scale", "digits", "--rows", "1", "--columns", "1", "--seeds", "1")
     put(found)
-    assert tables.execute(found, Settings()) == []
+    assert tables.run_missing(found, ExecutionSettings()) == []
 
 
 @pytest.mark.parametrize(
@@ -122,8 +125,8 @@ def test_dry_run_says_what_would_go_at_once(
     gpus: int,
     said: list[str],
 ) -> None:
-    monkeypatch.setattr("viladiff.cluster.resources.cpus", lambda: 8)
-    monkeypatch.setattr("viladiff.cluster.resources.gpus", lambda: gpus)
+    monkeypatch.setattr("viladiff.cluster.resources.visible_cpus", lambda: 8)
+    monkeypatch.setattr("viladiff.cluster.resources.visible_gpus", lambda: gpus)
     what = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path)]
     assert tables.run(TABLE, parser(TABLE, "t").parse_args([*what, "--dry-run", *words]), "t") == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -162,7 +165,7 @@ def test_a_page_is_rewritten_beside_the_runs_and_survives_its_own_errors(
             twice.set()
             raise OSError("disk full")
 
-    with tables.Pages(write) as pages:
+    with tables.PageWriter(write) as pages:
         while not calls:
             time.sleep(0.01)
         pages.dirty.set()
@@ -178,11 +181,11 @@ def test_exit_status_tells_failed_and_stopped_runs_apart(tmp_path: Path, capsys:
     index.parent.mkdir()
     (index.parent / "table.md").write_text("# Table\n\nfinding\n\n## rest\n")
     failure = Failure(kind="nan", message="the loss is nan", step=3, attempts=1, when="now")
-    assert tables.conclude(found, [Outcome(run_id, "failed", failure)], index) == 1
+    assert tables.print_summary(found, [Outcome(run_id, "failed", failure)], index) == 1
     assert "SemiBaseline, 1/8 (183), seed 0: the loss is nan" in capsys.readouterr().err
-    assert tables.conclude(found, [Outcome(run_id, "stopped")], index) == 130
+    assert tables.print_summary(found, [Outcome(run_id, "stopped")], index) == 130
     assert "python ablations/run_table5.py" in capsys.readouterr().err
-    assert tables.conclude(found, [Outcome(run_id, "done")], index) == 0
+    assert tables.print_summary(found, [Outcome(run_id, "done")], index) == 0
 
 
 def test_a_plan_with_names_of_old_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +197,7 @@ def test_a_plan_with_names_of_old_is_dropped(tmp_path: Path, capsys: pytest.Capt
     assert found.plan.file is not None and found.plan.file.is_file()
     for kind, there in (("nan", True), ("stale", False)):
         failure = Failure.model_validate({"kind": kind, "message": "m", "step": 3, "attempts": 1, "when": "now"})
-        tables.conclude(found, [Outcome(next(iter(found.plan.runs)), "failed", failure)], index)
+        tables.print_summary(found, [Outcome(next(iter(found.plan.runs)), "failed", failure)], index)
         assert found.plan.file.exists() is there
     assert "the same command names them anew" in capsys.readouterr().err
     assert job(tmp_path, *words).plan == found.plan and found.plan.file.exists()
@@ -227,10 +230,10 @@ def test_a_frame_counts_seeds_and_lets_rows_be_compared_within_a_seed(tmp_path: 
 
 
 def test_a_table_is_found_by_number_name_and_path() -> None:
-    assert tables.find(5) == tables.find("5") == tables.find("table5") == TABLE
-    assert tables.find(TABLE) == TABLE
+    assert tables.find_table(5) == tables.find_table("5") == tables.find_table("table5") == TABLE
+    assert tables.find_table(TABLE) == TABLE
     with pytest.raises(ValueError, match="table5"):
-        tables.find(99)
+        tables.find_table(99)
 
 
 def test_published_runs_are_thin_and_read_back(tmp_path: Path) -> None:
@@ -275,8 +278,8 @@ raise SystemExit(status)
 def test_planned_runs_keep_their_names(tmp_path: Path) -> None:
     """Pictures and logs are not part of what a run is."""
     from viladiff.runs.config import RunConfig, override
-    from viladiff.training.trainer import Run
+    from viladiff.training.trainer import Trainer
 
     found = job(tmp_path, "--scale", "smoke", "--rows", "8", "--columns", "1", "--seeds", "1")
-    one: Planned = tables._with_extras(found, next(iter(found.plan.runs.values())))
-    assert Run(override(RunConfig(), one.changes)).name == one.run_id
+    one: PlannedRun = tables._with_extras(found, next(iter(found.plan.runs.values())))
+    assert Trainer(override(RunConfig(), one.changes)).name == one.run_id

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import pytest
 from rich.console import Console
 
-from viladiff.experiments.live_table import Live
-from viladiff.runs.job import Event, Settings
-from viladiff.tables.plan import Plan, Planned, PlannedCell
+from viladiff.experiments.live_table import LiveTable
+from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
 from viladiff.tables.spec import Column, Row, Scale, Table
 
 
@@ -37,7 +37,7 @@ def plan(rows: int = 2, columns: int = 2, seeds: int = 1, steps: int = 100) -> P
         for c in range(columns)
     )
     runs = {
-        cell.run_id: Planned(
+        cell.run_id: PlannedRun(
             run_id=cell.run_id, changes={}, title=f"row {cell.row}, column {cell.column}", steps=steps, changed={}
         )
         for cell in cells
@@ -47,13 +47,13 @@ def plan(rows: int = 2, columns: int = 2, seeds: int = 1, steps: int = 100) -> P
 
 def live(
     what: Plan, done: Mapping[str, float | None] | None = None, width: int = 80, terminal: bool = True, height: int = 60
-) -> tuple[Live, Clock, io.StringIO]:
+) -> tuple[LiveTable, Clock, io.StringIO]:
     clock, out = Clock(), io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, color_system=None, height=height)
-    return Live(what, done or {}, 2, console=console, clock=clock), clock, out
+    return LiveTable(what, done or {}, 2, console=console, clock=clock), clock, out
 
 
-def picture(shown: Live, width: int = 80) -> str:
+def picture(shown: LiveTable, width: int = 80) -> str:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(shown.render())
     return out.getvalue()
@@ -217,5 +217,5 @@ def test_settings_refuse_nonsense() -> None:
         {"retries": -1},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Settings(**wrong)  # type: ignore[arg-type]
-    assert Settings(gpus_per_trial=2.0).gpus_per_trial == 2
+            ExecutionSettings(**wrong)  # type: ignore[arg-type]
+    assert ExecutionSettings(gpus_per_trial=2.0).gpus_per_trial == 2

@@ -13,7 +13,7 @@ from viladiff.experiments import reproduce, tables
 from viladiff.runs.job import Outcome
 from viladiff.runs.record import RunRecord, processor, save_record, versions
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 EXAMPLE = made("viladiff-183-0")
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,11 +80,11 @@ def run(tmp_path: Path, *more: str) -> int:
     return reproduce.main([*WORDS, "--storage", str(tmp_path / "runs"), *more])
 
 
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: dict[str, float]) -> list[Planned]:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: dict[str, float]) -> list[PlannedRun]:
     """What was given to the trainer; it leaves records of these scores, by method."""
-    trained: list[Planned] = []
+    trained: list[PlannedRun] = []
 
-    def train(left: Sequence[Planned], store: Store, settings: object, hear: object) -> list[Outcome]:
+    def train(left: Sequence[PlannedRun], store: Store, settings: object, hear: object) -> list[Outcome]:
         trained.extend(left)
         for one in left:
             save(one, store.directory(one.run_id) / "record.json", mine[method(one)])
@@ -94,11 +94,11 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: dict[str, float]
     return trained
 
 
-def method(one: Planned) -> str:
+def method(one: PlannedRun) -> str:
     return str(one.changed["method.name"])
 
 
-def save(one: Planned, path: Path, miou: float, **fields: Any) -> None:
+def save(one: PlannedRun, path: Path, miou: float, **fields: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"processor": processor(), "versions": versions(), "miou": miou, "steps": one.steps}
     save_record(RunRecord(**{**EXAMPLE.model_dump(), **content_of(one), **about, **fields}), path)
@@ -108,7 +108,7 @@ def commit(layer: Path, tmp_path: Path, values: dict[str, float], **fields: Any)
     from viladiff.tables.plan import make_plan
     from viladiff.tables.spec_file import load_table
 
-    found = make_plan(load_table(tables.find(5)), "smoke", rows=["1", "supervised"], columns=["1"])
+    found = make_plan(load_table(tables.find_table(5)), "smoke", rows=["1", "supervised"], columns=["1"])
     for one in found.runs.values():
         if method(one) in values:
             save(one, layer / f"{one.run_id}.json", values[method(one)], **fields)

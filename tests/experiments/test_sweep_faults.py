@@ -20,7 +20,7 @@ from viladiff.cluster import sweep_executor
 from viladiff.experiments import sweeps
 from viladiff.runs.record import save_record
 from viladiff.sweeps import controller as search_module
-from viladiff.sweeps.trial_queue import SearchDesk
+from viladiff.sweeps.trial_queue import TrialQueue
 from viladiff.sweeps.trials import Trial, load_trials, save_trial
 
 pytestmark = pytest.mark.usefixtures("prints_once")
@@ -34,7 +34,7 @@ class Played:
         self.runs: list[str] = []
         self.bad: Callable[[dict[str, Any]], bool] = lambda changes: False
 
-    def __call__(self, desk: SearchDesk) -> None:
+    def __call__(self, desk: TrialQueue) -> None:
         desk.prime()
         while not desk.over:
             run = desk.next()
@@ -187,7 +187,7 @@ def test_a_driver_that_was_taken_over_writes_nothing_more(
     """It was silent, another machine removed its lease and brought the sweep to its end; then it wakes up."""
     directory = tmp_path / "runs" / "sweeps" / "lambda-smoke"
 
-    def silent(desk: SearchDesk) -> None:
+    def silent(desk: TrialQueue) -> None:
         run = desk.next()
         assert run is not None
         desk.started(run.run_id)

@@ -20,7 +20,7 @@ from viladiff.inference.predict import Model, load_model
 from viladiff.methods.viladiff import VilaConfig
 from viladiff.models import decoder, segmenter
 from viladiff.models.blocks import Attention, bilinear
-from viladiff.models.segmenter import Build, Segmenter
+from viladiff.models.segmenter import NetworkFactory, Segmenter
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.record import load_record
 
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def network(vila: bool, encoder: str = "digits_vit") -> Segmenter:
     torch.manual_seed(0)
     changes = {"model.encoder": encoder, "model.pretrained": "none"}
-    made = Build(override(RunConfig(), changes).model, 7, 12)(VilaConfig() if vila else None)
+    made = NetworkFactory(override(RunConfig(), changes).model, 7, 12)(VilaConfig() if vila else None)
     return made.eval().requires_grad_(False)
 
 
@@ -93,7 +93,7 @@ def test_the_command_in_the_card_names_the_run_again(run: Path) -> None:
 
 
 def _changed(cfg: RunConfig) -> dict[str, object]:
-    from viladiff.runs.config import changed
+    from viladiff.runs.config import non_default_fields as changed
 
     return changed(cfg)
 

@@ -46,7 +46,7 @@ LATE = Step(300, 0.5, 3)
 
 
 def rngs(n: int) -> list[np.random.Generator]:
-    return [keyed_random.rng(0, "sizes", i) for i in range(n)]
+    return [keyed_random.numpy_generator(0, "sizes", i) for i in range(n)]
 
 
 @pytest.mark.parametrize(("ours", "fits"), [(0.34, True), (2.9, True), (0.33, False), (3.1, False)])

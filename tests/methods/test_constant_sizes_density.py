@@ -29,8 +29,8 @@ from viladiff.models.baselines import normalizing_flow as flow_module
 from viladiff.models.baselines.class_hierarchy import FLOOR, diagnose, known_groups, parents
 from viladiff.models.baselines.normalizing_flow import Flow
 from viladiff.models.baselines.vl_decoder import VlDecoder, VlDecoderConfig
-from viladiff.models.segmenter import Build
-from viladiff.models.stream import Stream
+from viladiff.models.segmenter import NetworkFactory
+from viladiff.models.stream import StreamOutput
 from viladiff.runs.config import RunConfig, override
 
 CLASSES, FACTOR = 21, 3.0
@@ -55,7 +55,7 @@ def built(name: str, dataset: str = "", **changes: object) -> Any:
     flat = {f"method.{path}": value for path, value in changes.items()}
     cfg = override(RunConfig(), {"method.name": name, "model.pretrained": "none", "model.decoder_width": 16} | flat)
     torch.manual_seed(0)
-    build = Build(cfg.model, CLASSES, 12, dataset, class_names=CLASS_NAMES, crop=SIDE, texts=vectors)
+    build = NetworkFactory(cfg.model, CLASSES, 12, dataset, class_names=CLASS_NAMES, crop=SIDE, texts=vectors)
     return {"u2pl": U2pl, "semivl": SemiVl, "logicdiag": LogicDiag}[name](cfg.method, build).train()
 
 
@@ -251,10 +251,10 @@ def test_contrast_pulls_as_hard_as_the_authors(changes: dict[str, object], fits:
 
     views = method.views_wanted()
     batch = make_batch(views=views)
-    stream = Stream(mid.flatten(2).mT, layer(mid + 0.5 * torch.randn(mid.shape, generator=gen(9))), scores)
+    stream = StreamOutput(mid.flatten(2).mT, layer(mid + 0.5 * torch.randn(mid.shape, generator=gen(9))), scores)
     mine, anchors = method._contrast(
         stream,
-        Stream(mid.flatten(2).mT, mid, logits),
+        StreamOutput(mid.flatten(2).mT, mid, logits),
         grown(classes),
         [grown(sure), grown(unsure)],
         batch,
@@ -287,7 +287,8 @@ def test_queues_are_as_long_as_the_authors(classes: int, megabytes: int | None, 
         cfg = cfg.model_copy(update={"queue_megabytes": megabytes})
     with torch.device("meta"):
         method = U2pl(
-            cfg.model_copy(update={"width": 256}), Build(RunConfig(model={"pretrained": "none"}).model, classes, 12)
+            cfg.model_copy(update={"width": 256}),
+            NetworkFactory(RunConfig(model={"pretrained": "none"}).model, classes, 12),
         )
     size = method.banks.vectors.shape[1]
     assert alike(size, 30_000) == fits

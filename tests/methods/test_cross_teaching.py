@@ -20,7 +20,7 @@ from viladiff.methods.psmt import PsMt, bounded_momentum, ramp, strict, strict_c
 from viladiff.methods.swith import Swith, sure_share
 from viladiff.methods.two_teachers import turn, turn_length
 from viladiff.models.baselines.perturbations import virtual_adversarial
-from viladiff.models.segmenter import Build
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override
 
 STEP = Step(index=70, progress=0.7, seed=3)
@@ -89,7 +89,7 @@ def test_cps_loss_is_that_of_the_formula(cutmix: bool) -> None:
 def test_cps_starts_two_networks_from_one_encoder_and_other_heads() -> None:
     cfg = override(RunConfig(), {"method.name": "supervised"})  # with shipped weights
     torch.manual_seed(0)
-    method = Cps(Cps.Config(), Build(cfg.model, CLASSES, 12))
+    method = Cps(Cps.Config(), NetworkFactory(cfg.model, CLASSES, 12))
     pairs = zip(method.student.encoder.parameters(), method.second.encoder.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(method.student.classifier.fine.weight, method.second.classifier.fine.weight)
@@ -193,7 +193,7 @@ def test_psmt_loss_is_that_of_the_formula(radius: float, index: int) -> None:
     p, valid = softmax(pseudo.numpy()), batch.valid.numpy()
     mix = method._boxes(batch, step)
     inside = box_mask(mix.boxes, SIDE, SIDE).numpy()
-    rngs = [keyed_random.rng(3, "psmt-boxes", index, key) for key in range(4)]
+    rngs = [keyed_random.numpy_generator(3, "psmt-boxes", index, key) for key in range(4)]
     assert torch.equal(mix.boxes, beta_boxes(rngs, SIDE)) and 0.05 < inside.mean() < 0.9
     confidence, labels, counted = (mixed(x, inside) for x in (p.max(1), p.argmax(1), valid))
     with torch.no_grad():
@@ -362,7 +362,7 @@ def test_swith_loss_is_that_of_the_formula(index: int) -> None:
         inside = class_mask(torch.from_numpy(labels), batch.valid, uniform).numpy()[np.arange(4) ^ 1]
     else:
         inside = box_mask(
-            beta_boxes([keyed_random.rng(3, "swith-boxes", index, i) for i in range(4)], SIDE), SIDE, SIDE
+            beta_boxes([keyed_random.numpy_generator(3, "swith-boxes", index, i) for i in range(4)], SIDE), SIDE, SIDE
         ).numpy()
     assert 0.05 < inside.mean() < 0.95
     z = seen(method.student, mixed(batch.strong[0].numpy(), inside))

@@ -11,10 +11,10 @@ from method_kit import CLASSES, STEP, cross_entropy_map, make_batch, make_uneven
 
 from viladiff.data.batch import CutMix, Views
 from viladiff.data.captions.table import CaptionTable
-from viladiff.data.captions.tags import mentioned, mentions
+from viladiff.data.captions.tags import caption_tags, dataset_tags
 from viladiff.data.dataset import Dataset
-from viladiff.data.loader import Loader
-from viladiff.data.registry import load
+from viladiff.data.loader import BatchLoader
+from viladiff.data.registry import load_dataset
 from viladiff.methods.tags import of_both, shown_mean, tag_cross_entropy
 from viladiff.runs.config import RunConfig, override
 
@@ -29,23 +29,23 @@ def test_names_are_found_as_words_in_plurals_and_apart() -> None:
         (),
         ("",),
     )
-    assert mentions(captions, NAMES).tolist() == [
+    assert caption_tags(captions, NAMES).tolist() == [
         [-1, 1, 1, 0, 1],
         [-1, 1, 0, 1, 0],
         [-1, 0, 0, 0, 0],
         [-1, -1, -1, -1, -1],
         [-1, 0, 0, 0, 0],
     ]
-    assert mentions(captions[:1], ("road", "bus"))[0].tolist() == [0, 1], "data without a background"
+    assert caption_tags(captions[:1], ("road", "bus"))[0].tolist() == [0, 1], "data without a background"
 
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return load("digits", "92")
+    return load_dataset("digits", "92")
 
 
 def test_tags_are_of_the_words_that_a_method_reading_captions_is_given(dataset: Dataset) -> None:
-    own, shuffled = mentioned(dataset), mentioned(dataset, "shuffled")
+    own, shuffled = dataset_tags(dataset), dataset_tags(dataset, "shuffled")
     assert own.shape == (len(dataset.images), 11) and set(np.unique(own)) == {-1, 0, 1}
     present = np.stack(
         [[(mask == c).sum() >= 12 for c in range(1, 11)] for mask in map(dataset.masks.__getitem__, range(300))]
@@ -53,21 +53,23 @@ def test_tags_are_of_the_words_that_a_method_reading_captions_is_given(dataset: 
     named = own[:300, 1:] > 0
     assert 0.8 < named[present].mean() < 0.9 and 0.0 < named[~present].mean() < 0.04, "as often as the source says"
     table = CaptionTable({f"train/{i}": lines for i, lines in enumerate(dataset.captions)}, "").variant("shuffled")
-    assert (shuffled != own).any() and np.array_equal(shuffled, mentions(tuple(table.values()), dataset.class_names))
-    assert (mentioned(dataset, "none") == -1).all()
-    assert (mentioned(dataset, "generic")[:, 1:] == 0).all()
+    assert (shuffled != own).any() and np.array_equal(
+        shuffled, caption_tags(tuple(table.values()), dataset.class_names)
+    )
+    assert (dataset_tags(dataset, "none") == -1).all()
+    assert (dataset_tags(dataset, "generic")[:, 1:] == 0).all()
 
 
 def test_the_loader_hands_out_the_tags_of_its_images(dataset: Dataset) -> None:
     cfg = override(RunConfig(), {"method.name": "fixmatch_tags", "data.batch_labelled": 4, "data.batch_unlabelled": 4})
     views = Views(strong=1, cutmix=True, tags=True)
-    loader = Loader(cfg, dataset, views, None, 8, torch.device("cpu"))
+    loader = BatchLoader(cfg, dataset, views, None, 8, torch.device("cpu"))
     (batch,) = loader.micro_batches(3)
-    own = mentioned(dataset)
+    own = dataset_tags(dataset)
     drawn = [loader.labelled[3 * 4 + k][1] for k in range(4)], [loader.unlabelled[3 * 4 + k][1] for k in range(4)]
     for found, images in zip((batch.tags, batch.tags_u), drawn, strict=True):
         assert found is not None and found.tolist() == own[images].tolist()
-    (plain,) = Loader(cfg, dataset, Views(), None, 8, torch.device("cpu")).micro_batches(3)
+    (plain,) = BatchLoader(cfg, dataset, Views(), None, 8, torch.device("cpu")).micro_batches(3)
     assert plain.tags is None and plain.tags_u is None
 
 

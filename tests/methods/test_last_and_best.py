@@ -14,7 +14,7 @@ from viladiff.runs.checkpoint import load
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.record import RunRecord
 from viladiff.sweeps.spec import OURS
-from viladiff.tables.claims import judge
+from viladiff.tables.claims import evaluate_claims
 from viladiff.tables.significance import score
 from viladiff.tables.spec import Claim
 from viladiff.training.trainer import fit
@@ -77,13 +77,13 @@ def test_sgd_trains_and_its_checkpoint_is_refused_by_name_in_a_run_with_adamw(tm
 
 
 def test_an_sgd_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    from viladiff.training.errors import Stopped
+    from viladiff.training.errors import StopRequested
 
     changes = {"optim__name": "sgd", "optim__lr": 0.02, "eval__every_steps": 2}
     whole = run(tmp_path / "whole", "ddfp", **changes)
     flat = {path.replace("__", "."): value for path, value in changes.items()}
     cfg = override(RunConfig(), {**FAST, "method.name": "ddfp", "runtime.runs_dir": str(tmp_path / "cut"), **flat})
-    with pytest.raises(Stopped):
+    with pytest.raises(StopRequested):
         fit(cfg, report=lambda news: "miou" in news)
     again = run(tmp_path / "cut", "ddfp", **changes)
     assert again[1] == whole[1] and all(torch.equal(value, whole[2][name]) for name, value in again[2].items())
@@ -92,7 +92,7 @@ def test_an_sgd_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 def test_claims_read_the_last_whatever_the_best_was() -> None:
     table = a_table(plain(2), ["c"], Claim(text="first", kind="higher", rows=("r0", "r1")))
     plan, records = world(table, {(0, 0): [50.0, 51.0, 52.0], (1, 0): [40.0, 41.0, 42.0]})
-    before = judge(plan, records)
+    before = evaluate_claims(plan, records)
     high = {
         name: one.model_copy(
             update={
@@ -104,7 +104,7 @@ def test_claims_read_the_last_whatever_the_best_was() -> None:
         else one
         for name, one in records.items()
     }
-    assert judge(plan, high) == before and before[0].verdict == "holds"
+    assert evaluate_claims(plan, high) == before and before[0].verdict == "holds"
     one = EXAMPLE.model_copy(update={"miou": 0.3, "best": {"step": 1, "miou": 0.9}})
     assert score(one, "miou") == pytest.approx(30)
 

@@ -24,7 +24,7 @@ from viladiff.models.baselines.class_hierarchy import (
     node_cross_entropy,
     parents,
 )
-from viladiff.models.segmenter import Build, upsample
+from viladiff.models.segmenter import NetworkFactory, upsample
 from viladiff.runs.config import RunConfig, override
 
 GROUPS = ("a", "b", "b", "c", "c")
@@ -228,7 +228,7 @@ def test_hierarchies_name_the_classes_that_they_mean() -> None:
 def built(dataset: str, classes: int, **changes: object) -> LogicDiag:
     fields = {f"method.{name}": value for name, value in changes.items()}
     cfg = override(RunConfig(), {"method.name": "logicdiag", "model.pretrained": "none", **fields})
-    return LogicDiag(cfg.method, Build(cfg.model, classes, 12, dataset))
+    return LogicDiag(cfg.method, NetworkFactory(cfg.model, classes, 12, dataset))
 
 
 def test_groups_are_those_of_the_data_set_or_given_or_one_with_a_message() -> None:

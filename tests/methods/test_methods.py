@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, CutMix, Step, TextBatch
-from viladiff.data.registry import load as load_dataset
-from viladiff.inference.load import preview
+from viladiff.data.registry import load_dataset as load_dataset
+from viladiff.inference.load import preview_run
 from viladiff.losses import pixel_cross_entropy
 from viladiff.methods import METHODS
 from viladiff.methods.base import MeanTeacher, Method
@@ -213,7 +213,7 @@ def test_a_run_without_enough_images_ends_before_it_starts(
     cfg = override(RunConfig(), {"method.name": "semibaseline", "runtime.runs_dir": str(tmp_path), **few})
     dataset = load_dataset("digits", "92")
     monkeypatch.setattr(trainer, "load_dataset", lambda *args: replace(dataset, unlabelled=dataset.unlabelled[:left]))
-    for start in (trainer.fit, preview):
+    for start in (trainer.fit, preview_run):
         with pytest.raises(ValueError, match=r"semibaseline.*data.split leaves (none|one)"):
             start(cfg)
     assert list(tmp_path.glob("*/steps.jsonl")) == []
@@ -389,7 +389,7 @@ def test_no_step_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch
     method(batch, STEP)  # fills caches of constants, which are made on the host once
     method.after_step(STEP)
     batch.mix = tuple(CutMix(mix.boxes, mix.partner) for mix in batch.mix)
-    monkeypatch.setattr(keyed_random, "generator", lambda *parts, device="cpu": None)
+    monkeypatch.setattr(keyed_random, "torch_generator", lambda *parts, device="cpu": None)
     # A backward pass inside a step, as of adversarial noise, would ask for the GPU itself.
     monkeypatch.setattr(torch.autograd, "grad", lambda out, given, **options: [torch.zeros_like(x) for x in given])
     assert step_without_content(method, batch, STEP) == []

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from viladiff.data.batch import Batch
 from viladiff.data.holdout import set_apart
-from viladiff.data.loader import Loader
-from viladiff.data.registry import load as load_dataset
+from viladiff.data.loader import BatchLoader
+from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.evaluation.metrics import boundary_width, trimap
 from viladiff.evaluation.pseudo_labels import STEPS, matched, pseudo_counts, pseudo_scores
@@ -186,11 +186,11 @@ def test_images_set_apart_stay_in_their_places() -> None:
     cfg = override(RunConfig(), {"data.split": "92", "data.batch_labelled": 8, "method.name": "viladiff"})
     views = replace(ours(**{"mixe.holdout": 0.25}).views_wanted(), text=False)
     assert views.apart == 4
-    whole = Loader(cfg, data, views, None, 8, torch.device("cpu"))
+    whole = BatchLoader(cfg, data, views, None, 8, torch.device("cpu"))
     drawn = [image for step in range(12) for _, image in whole._shares(step, 0)[0].drawn]
     assert {*drawn[3::4]} <= {*apart.tolist()} and {*drawn} - {*drawn[3::4]} <= {*rest.tolist()}
     assert len({*drawn[3::4]}) == 23 and len(set(drawn)) == 23 + 69
-    halves = [Loader(cfg, data, views, None, 8, torch.device("cpu"), rank, 2) for rank in (0, 1)]
+    halves = [BatchLoader(cfg, data, views, None, 8, torch.device("cpu"), rank, 2) for rank in (0, 1)]
     assert [image for half in halves for _, image in half._shares(5, 0)[0].drawn] == drawn[40:48]
 
 

@@ -9,7 +9,7 @@ from method_kit import STEP, make_batch, make_uneven
 from torch._subclasses import FakeTensorMode
 
 from viladiff import losses
-from viladiff.losses import hard_mean, labelled_mean, pixel_cross_entropy
+from viladiff.losses import ignore_aware_mean, ohem_mean, pixel_cross_entropy
 from viladiff.methods import METHODS
 from viladiff.runs.config import RunConfig, override
 
@@ -43,7 +43,7 @@ def test_the_loss_is_numpys(easy: float, share: float, known: float) -> None:
     logits, target = drawn(known, easy)
     wanted, kept = in_numpy(logits, target, 0.7, share)
     loss = pixel_cross_entropy(logits, target)
-    torch.testing.assert_close(hard_mean(loss, target, 0.7, share), torch.tensor(wanted, dtype=torch.float32))
+    torch.testing.assert_close(ohem_mean(loss, target, 0.7, share), torch.tensor(wanted, dtype=torch.float32))
     assert kept <= int((target != 255).sum())
 
 
@@ -60,13 +60,13 @@ def test_cases_differ() -> None:
 def test_only_what_is_kept_has_a_gradient_and_an_ignored_batch_gives_zero() -> None:
     logits, target = drawn(easy=9.0)
     logits.requires_grad_()
-    hard_mean(pixel_cross_entropy(logits, target), target, 0.7, SHARE).backward()
+    ohem_mean(pixel_cross_entropy(logits, target), target, 0.7, SHARE).backward()
     assert logits.grad is not None
     moved = logits.grad.abs().sum(1) > 0
     assert int(moved.sum()) == in_numpy(logits.detach(), target, 0.7, SHARE)[1] and not moved[target == 255].any()
     logits.grad = None
     nothing = torch.full_like(target, 255)
-    loss = hard_mean(pixel_cross_entropy(logits, nothing), nothing, 0.7, SHARE)
+    loss = ohem_mean(pixel_cross_entropy(logits, nothing), nothing, 0.7, SHARE)
     loss.backward()
     assert loss == 0 and logits.grad is not None and not logits.grad.any()
 
@@ -74,25 +74,25 @@ def test_only_what_is_kept_has_a_gradient_and_an_ignored_batch_gives_zero() -> N
 def test_with_a_threshold_of_one_it_is_the_plain_mean() -> None:
     logits, target = drawn(easy=6.0)
     loss = pixel_cross_entropy(logits, target)
-    assert torch.equal(hard_mean(loss, target, 1.0, SHARE), labelled_mean(loss, target))
+    assert torch.equal(ohem_mean(loss, target, 1.0, SHARE), ignore_aware_mean(loss, target))
 
 
 def test_two_workers_keep_what_one_would(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target = drawn(easy=9.0)
     logits[1] += 6 * torch.nn.functional.one_hot(target[1].clamp(max=4), 5).movedim(2, 0)  # one share is easier
     loss = pixel_cross_entropy(logits, target)
-    whole = hard_mean(loss, target, 0.7, SHARE)
+    whole = ohem_mean(loss, target, 0.7, SHARE)
     ranked = loss.masked_fill(target == 255, -1.0)
-    monkeypatch.setattr(losses, "global_gather", lambda values: ranked)
-    monkeypatch.setattr(losses, "global_mean", lambda total, count: torch.stack([total, count]))
-    totals, counts = sum(hard_mean(loss[i : i + 1], target[i : i + 1], 0.7, SHARE) for i in range(2))
+    monkeypatch.setattr(losses, "all_gather", lambda values: ranked)
+    monkeypatch.setattr(losses, "distributed_mean", lambda total, count: torch.stack([total, count]))
+    totals, counts = sum(ohem_mean(loss[i : i + 1], target[i : i + 1], 0.7, SHARE) for i in range(2))
     torch.testing.assert_close(totals / counts, whole)
 
 
 def test_nothing_waits_for_the_device() -> None:
     with FakeTensorMode():
         loss = torch.empty(2, 16, 12, device="cuda")
-        assert hard_mean(loss, torch.empty(2, 16, 12, dtype=torch.int64, device="cuda"), 0.7, SHARE).is_cuda
+        assert ohem_mean(loss, torch.empty(2, 16, 12, dtype=torch.int64, device="cuda"), 0.7, SHARE).is_cuda
 
 
 @pytest.mark.parametrize("name", METHODS)

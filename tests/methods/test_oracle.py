@@ -9,7 +9,7 @@ import torch
 from viladiff.data import registry
 from viladiff.data.batch import IGNORE, Views
 from viladiff.data.dataset import Dataset
-from viladiff.data.loader import Loader
+from viladiff.data.loader import BatchLoader
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 from viladiff.runs.config import ConfigError, RunConfig, override
 
@@ -74,11 +74,11 @@ def test_it_is_off_by_default_and_until_its_share_of_training() -> None:
 
 def test_masks_of_unlabelled_images_are_read_for_an_oracle_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = override(RunConfig(), {"data.batch_labelled": 2, "data.batch_unlabelled": 2})
-    data = registry.load("digits", "183")
+    data = registry.load_dataset("digits", "183")
     device = torch.device("cpu")
-    with_masks = Loader(cfg, data, Views(strong=1, truth=True), None, 8, device).micro_batches(3)[0]
+    with_masks = BatchLoader(cfg, data, Views(strong=1, truth=True), None, 8, device).micro_batches(3)[0]
     monkeypatch.setattr(Dataset, "oracle_masks", None)
-    without = Loader(cfg, data, Views(strong=1), None, 8, device).micro_batches(3)[0]
+    without = BatchLoader(cfg, data, Views(strong=1), None, 8, device).micro_batches(3)[0]
     assert without.truth_u is None and torch.equal(without.weak[0], with_masks.weak[0]), "the same crops"
     truth = with_masks.truth_u
     assert truth is not None and truth.shape == (2, 48, 48) and torch.equal(truth == IGNORE, ~with_masks.valid)

@@ -10,9 +10,9 @@ import torch
 from method_kit import STEP, make, make_batch
 
 from viladiff.data.batch import Batch, CutMix, Views
-from viladiff.data.loader import Loader, Order
-from viladiff.data.registry import load
-from viladiff.inference.load import preview
+from viladiff.data.loader import BatchLoader, ShuffledIndices
+from viladiff.data.registry import load_dataset
+from viladiff.inference.load import preview_run
 from viladiff.methods import METHODS
 from viladiff.runs.config import RunConfig, override
 
@@ -20,7 +20,7 @@ from viladiff.runs.config import RunConfig, override
 @pytest.mark.parametrize("count", [3, 5, 6])
 def test_no_image_is_its_own_partner_where_two_epochs_meet(count: int) -> None:
     ids = np.arange(10, 10 + count)
-    order, plain = Order(ids, 0, "unlabelled", paired=True), Order(ids, 0, "unlabelled")
+    order, plain = ShuffledIndices(ids, 0, "unlabelled", paired=True), ShuffledIndices(ids, 0, "unlabelled")
     found, before = ([o[place] for place in range(400 * count)] for o in (order, plain))
     alone = [i for i in range(0, len(found), 2) if found[i][1] == found[i + 1][1]]
     assert alone == []
@@ -30,12 +30,12 @@ def test_no_image_is_its_own_partner_where_two_epochs_meet(count: int) -> None:
         assert sorted(i for e, i in found if e == epoch) == ids.tolist()
     # Only those pairs differ, and any place can be asked for first.
     assert sum(a != b for a, b in zip(found, before, strict=True)) <= 2 * len(own)
-    assert [Order(ids, 0, "unlabelled", paired=True)[place] for place in range(20, 40)] == found[20:40]
+    assert [ShuffledIndices(ids, 0, "unlabelled", paired=True)[place] for place in range(20, 40)] == found[20:40]
 
 
 def batch(views: Views, **changes: object) -> Batch:
     cfg = override(RunConfig(), {"method.name": "semibaseline", **changes})
-    return Loader(cfg, load("digits", "92"), views, None, 8, torch.device("cpu")).micro_batches(3)[0]
+    return BatchLoader(cfg, load_dataset("digits", "92"), views, None, 8, torch.device("cpu")).micro_batches(3)[0]
 
 
 def test_labelled_images_come_with_the_colours_of_a_strong_view_where_wanted() -> None:
@@ -53,7 +53,9 @@ def test_boxes_lie_on_the_patch_grid_or_on_any_pixel() -> None:
 
     def boxes(grid: str) -> torch.Tensor:
         cfg = override(RunConfig(), {"method.name": "semibaseline", "data.cutmix_grid": grid})
-        loader = Loader(cfg, load("digits", "92"), Views(strong=2, cutmix=True), None, 8, torch.device("cpu"))
+        loader = BatchLoader(
+            cfg, load_dataset("digits", "92"), Views(strong=2, cutmix=True), None, 8, torch.device("cpu")
+        )
         return torch.cat([mix.boxes for step in range(40) for mix in loader.micro_batches(step)[0].mix])
 
     patch, pixel = boxes("patch"), boxes("pixel")
@@ -70,13 +72,13 @@ PIXEL = {"data.cutmix_grid": "pixel", "train.steps": 1}
 def test_a_method_that_mixes_feature_maps_refuses_boxes_on_any_pixel(changes: dict[str, object]) -> None:
     cfg = override(RunConfig(), {"method.name": "viladiff", **PIXEL, **changes})
     with pytest.raises(ValueError, match=r"data.cutmix_grid: method.name=viladiff mixes .*'pixel'; set .*=patch"):
-        preview(cfg)
+        preview_run(cfg)
 
 
 def test_a_method_that_mixes_pixels_alone_takes_boxes_on_any_pixel() -> None:
     """Whatever mixes maps without saying so meets an edge inside a cell, which ``apply_cutmix`` refuses."""
     without = {"method.name": "viladiff", "method.vila.enabled": False, "method.mixe.enabled": False}
-    preview(override(RunConfig(), PIXEL | without))
+    preview_run(override(RunConfig(), PIXEL | without))
     for name, kind in METHODS.items():
         cut = kind.views.cutmix and not kind.views.whole_cells
         for changes in [{}] if cut else [{"vila.enabled": False, "mixe.enabled": False}] if name == "viladiff" else []:

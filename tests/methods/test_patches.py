@@ -13,15 +13,15 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from viladiff.core.keyed_random import rng
+from viladiff.core.keyed_random import numpy_generator
 from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes
 from viladiff.inference.export import Standalone, export_onnx, export_run, onnx_difference
-from viladiff.inference.load import evaluate_run, preview
+from viladiff.inference.load import evaluate_run, preview_run
 from viladiff.inference.predict import Model, load_model
 from viladiff.models.decoder import Decoder, output_stride
 from viladiff.models.encoders.build import build_encoder
-from viladiff.models.segmenter import Segmenter, mixed
+from viladiff.models.segmenter import Segmenter, cutmix_stream
 from viladiff.models.vila import ViLa, VilaConfig
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.trainer import fit
@@ -77,12 +77,12 @@ def test_two_streams_and_boxes_on_both_grids() -> None:
         )
     for stream in found.values():
         assert stream.features.shape[:2] == (4, 24) and stream.logits.shape == (4, 5, 8, 12)
-    boxes = cutmix_boxes([rng("box", i) for i in range(4)], 56, 14)
+    boxes = cutmix_boxes([numpy_generator("box", i) for i in range(4)], 56, 14)
     assert boxes.any() and not (boxes % 14).any()
     mix, stream = CutMix(boxes, torch.tensor([1, 0, 3, 2])), found["visual"]
     square = stream._replace(features=stream.features[:, :16], logits=stream.logits[..., :8])
     pixels = square.logits.repeat_interleave(7, 2).repeat_interleave(7, 3)
-    pasted = mixed(square, mix, 4, 4, 14, 7)
+    pasted = cutmix_stream(square, mix, 4, 4, 14, 7)
     assert torch.equal(pasted.logits.repeat_interleave(7, 2).repeat_interleave(7, 3), apply_cutmix(pixels, mix))
     assert not torch.equal(pasted.logits, square.logits) and not torch.equal(pasted.features, square.features)
 
@@ -133,7 +133,7 @@ def test_other_crops_are_refused_with_the_nearest_that_fit(
 ) -> None:
     photo_folder(8)
     message = rf"data\.crop = {crop}: must be a multiple of the patch of .*{PICO}', 14; nearest: {nearest}"
-    for start in (fit, preview):
+    for start in (fit, preview_run):
         with pytest.raises(ValueError, match=message):
             start(changes(tmp_path, method, **{"data.crop": crop}))
     assert not list(tmp_path.rglob("steps.jsonl"))

@@ -124,11 +124,11 @@ def test_tags_come_from_masks_and_a_picture_without_a_label_tells_nothing() -> N
 
 
 def test_squares_are_within_the_crop_and_nowhere_in_particular() -> None:
-    boxes = square_boxes([keyed_random.rng("square", i) for i in range(400)], 32, 100 / 513)
+    boxes = square_boxes([keyed_random.numpy_generator("square", i) for i in range(400)], 32, 100 / 513)
     assert boxes.min() == 0 and boxes.max() == 32
     assert ((boxes[:, 2:] - boxes[:, :2]) == 6).all()
     assert len(boxes.unique(dim=0)) > 250 and not (boxes[:, 0] == boxes[:, 1]).all()
-    assert square_boxes([keyed_random.rng(0)], 32, 0.0).tolist() == [[0, 0, 0, 0]]
+    assert square_boxes([keyed_random.numpy_generator(0)], 32, 0.0).tolist() == [[0, 0, 0, 0]]
 
 
 def test_loss_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,9 @@ def test_loss_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     batch.target[1] = torch.where(batch.target[1] == 3, 255, batch.target[1])
     batch.target[2, :8] = 255  # a whole row of tokens
     boxes = square_boxes(
-        [keyed_random.rng(STEP.seed, "pseudoseg-cutout", STEP.index, key) for key in batch.keys_u], SIDE, 0.3
+        [keyed_random.numpy_generator(STEP.seed, "pseudoseg-cutout", STEP.index, key) for key in batch.keys_u],
+        SIDE,
+        0.3,
     )
     strong, inside = batch.strong[0].clone(), np.zeros((4, SIDE, SIDE), bool)
     for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
@@ -204,7 +206,9 @@ def test_a_square_is_not_seen_and_trains_nothing() -> None:
     batch.strong[0].requires_grad_()
     method(batch, STEP).total.backward()
     boxes = square_boxes(
-        [keyed_random.rng(STEP.seed, "pseudoseg-cutout", STEP.index, key) for key in batch.keys_u], SIDE, 0.5
+        [keyed_random.numpy_generator(STEP.seed, "pseudoseg-cutout", STEP.index, key) for key in batch.keys_u],
+        SIDE,
+        0.5,
     )
     for gradient, (top, left, bottom, right) in zip(batch.strong[0].grad, boxes.tolist(), strict=True):
         assert (gradient[:, top:bottom, left:right] == 0).all() and gradient.abs().sum() > 0

@@ -48,7 +48,7 @@ from viladiff.models.baselines.vl_decoder import (
     similarity,
     skip_levels,
 )
-from viladiff.models.segmenter import Build, upsample
+from viladiff.models.segmenter import NetworkFactory, upsample
 from viladiff.runs.config import RunConfig, override, run_id
 from viladiff.text.concepts import APART, BACKGROUND, PUBLISHED, concepts, names
 from viladiff.training.fingerprints import weights_fingerprint
@@ -94,7 +94,7 @@ def test_the_decoder_reads_a_name_alone_and_on_cityscapes_the_mean_of_the_concep
     assert names(CITY_NAMES, "cityscapes") == PUBLISHED["cityscapes"]
     cfg = override(RunConfig(), {"method.name": "semivl", "model.pretrained": "none"})
     for dataset, classes in (("voc", VOC_NAMES), ("cityscapes", CITY_NAMES), ("", NAMES)):
-        build = Build(cfg.model, len(classes), 12, dataset, class_names=classes, crop=SIDE, texts=vectors)
+        build = NetworkFactory(cfg.model, len(classes), 12, dataset, class_names=classes, crop=SIDE, texts=vectors)
         method = SemiVl(cfg.method, build)
         read = [np_(vectors(group)).mean(0) for group in names(classes, dataset)]
         expected = np.stack([x / np.linalg.norm(x) for x in read])
@@ -112,7 +112,7 @@ def test_general_concepts_stand_in_where_the_encoder_knows_none_that_is_publishe
         mute = {"tv", "monitor", "standalone screen"}
         return vectors(asked) * torch.tensor([[float(text not in mute)] for text in asked])
 
-    method = SemiVl(cfg.method, Build(cfg.model, 21, 12, "voc", class_names=VOC_NAMES, crop=SIDE, texts=texts))
+    method = SemiVl(cfg.method, NetworkFactory(cfg.model, 21, 12, "voc", class_names=VOC_NAMES, crop=SIDE, texts=texts))
     assert len(method.owner) == sum(map(len, general)) and (method.owner == 20).sum() == 2
 
 
@@ -135,11 +135,11 @@ def test_a_class_has_the_likeness_of_its_best_concept_and_the_mean_of_their_text
 def test_unknown_concepts_are_left_out_and_a_class_without_any_is_refused() -> None:
     cfg = override(RunConfig(), {"method.name": "semivl", "model.pretrained": "none"})
 
-    def knows(*words: str) -> Build:
+    def knows(*words: str) -> NetworkFactory:
         def texts(asked: Any) -> Tensor:
             return vectors(asked) * torch.tensor([[float(text in words)] for text in asked])
 
-        return Build(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=texts)
+        return NetworkFactory(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=texts)
 
     method = SemiVl(cfg.method, knows("sky", "wall", *NAMES[1:]))
     assert method.owner.tolist() == [0, 0, 1, 2, 3, 4] and method.concepts.shape == (6, 12)
@@ -476,7 +476,9 @@ def test_labels_from_text_carry_no_gradient_and_fade() -> None:
 def test_a_map_that_the_decoder_does_not_read_leaves_no_parameter_without_a_gradient() -> None:
     changes = {"method.name": "semivl", "model.pretrained": "none", "model.encoder": "vit_tiny_patch16_224"}
     cfg = override(RunConfig(), changes)
-    method = SemiVl(cfg.method, Build(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)).train()
+    method = SemiVl(
+        cfg.method, NetworkFactory(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)
+    ).train()
     assert method.student.decoder.levels == (2, 0)
     method(replace(make_batch(2, views=method.views_wanted()), mix=()), STEP).total.backward()
     assert [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -490,7 +492,7 @@ def test_only_attention_and_positions_learn_when_tuned_spatially() -> None:
     assert 0 < len(learning) < len(every) and all(p.requires_grad for p in method.student.decoder.parameters())
     changes = {"method.name": "semivl", "method.train_attention_only": True, "model.pretrained": "none"}
     cfg = override(RunConfig(), {**changes, "model.encoder": "vit_tiny_patch16_224"})
-    build = Build(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)
+    build = NetworkFactory(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)
     found = {n for n, p in SemiVl(cfg.method, build).student.encoder.named_parameters() if p.requires_grad}
     assert "net.model.pos_embed" in found and sum(".attn." in name for name in found) == len(found) - 1
     cfg = override(cfg, {"model.encoder": "resnet18"})
@@ -672,7 +674,7 @@ def test_a_checkpoint_brings_the_texts(clip_file: Path) -> None:
         cfg = override(
             RunConfig(), {"method.name": "semivl", "model.pretrained": "none", "method.clip.weights": "gone.pt"}
         )
-        empty = METHODS["semivl"](cfg.method, Build(cfg.model, CLASSES, dim, class_names=NAMES)).eval()
+        empty = METHODS["semivl"](cfg.method, NetworkFactory(cfg.model, CLASSES, dim, class_names=NAMES)).eval()
         empty.load_state_dict(method.state_dict())
         images = make_batch().image
         assert torch.equal(empty.student(images)["visual"], method.eval().student(images)["visual"])

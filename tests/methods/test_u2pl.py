@@ -24,7 +24,7 @@ from viladiff.methods.u2pl import (
     percentiles,
     shared_sample,
 )
-from viladiff.models.baselines.memory_bank import Banks, pick, sample
+from viladiff.models.baselines.memory_bank import MemoryBank, gather_at, sample_positions
 
 STEP = Step(index=71, progress=0.5, seed=3)
 """Its boxes are drawn; half of the percentages are left."""
@@ -121,13 +121,13 @@ def test_not_of_pixel_by_pixel() -> None:
 def test_sample_takes_what_counts_by_chance() -> None:
     counted = torch.rand(3, 2, 30, generator=generator()) < 0.3
     order = torch.rand(3, 1, 30, generator=generator(1))
-    at, given = sample(counted, order, 8)
+    at, given = sample_positions(counted, order, 8)
     for i, j in np.ndindex(3, 2):
         places = at[i, j][given[i, j]].tolist()
         eligible = counted[i, j].nonzero().flatten().tolist()
         assert len(places) == min(8, len(eligible))
         assert sorted(places) == sorted(sorted(eligible, key=lambda place: -order[i, 0, place].item())[:8])
-    assert sample(counted, order, 99)[0].shape == (3, 2, 30)
+    assert sample_positions(counted, order, 99)[0].shape == (3, 2, 30)
 
 
 def test_shared_sample_gives_classes_equal_shares() -> None:
@@ -152,7 +152,7 @@ def test_shared_sample_gives_classes_equal_shares() -> None:
 
 
 def test_banks_are_queues_of_fixed_length() -> None:
-    banks, size = Banks(3, 7, 2), 7
+    banks, size = MemoryBank(3, 7, 2), 7
     expected: list[deque[tuple[float, ...]]] = [deque(maxlen=size) for _ in range(3)]
     gen = generator()
     for _ in range(12):
@@ -171,13 +171,13 @@ def test_banks_are_queues_of_fixed_length() -> None:
 
 
 def test_more_new_vectors_than_places_leave_the_last_ones() -> None:
-    banks = Banks(1, 3, 1)
+    banks = MemoryBank(1, 3, 1)
     banks.push(torch.arange(10.0).view(1, 1, 10, 1), torch.ones(1, 1, 10, dtype=torch.bool))
     assert sorted(banks.vectors.flatten().tolist()) == [7, 8, 9] and banks.filled.tolist() == [3]
 
 
 def test_draws_come_from_filled_places_of_the_right_class() -> None:
-    banks = Banks(3, 50, 1)
+    banks = MemoryBank(3, 50, 1)
     banks.push(
         torch.arange(8.0).view(1, 1, 8, 1) + torch.tensor([0.0, 100.0, 200.0]).view(1, 3, 1, 1),
         torch.tensor([[[True] * 8, [True] * 3 + [False] * 5, [False] * 8]]),
@@ -354,5 +354,5 @@ def test_contrast_reaches_student_and_head_and_no_teacher() -> None:
 
 def test_pick_takes_rows() -> None:
     x = torch.arange(24.0).view(2, 4, 3)
-    found = pick(x, torch.tensor([[3, 0], [1, 1]]))
+    found = gather_at(x, torch.tensor([[3, 0], [1, 1]]))
     assert torch.equal(found, torch.stack([x[0, [3, 0]], x[1, [1, 1]]]))

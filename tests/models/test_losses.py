@@ -126,7 +126,7 @@ def test_all_ignored_is_zero_with_a_gradient_graph() -> None:
     logits, target = torch.randn(2, 5, 4, 4, requires_grad=True), torch.full((2, 4, 4), 255)
     nothing = torch.zeros(2, 4, 4, dtype=torch.bool)
     total = losses.cross_entropy(logits, target) + losses.edge_cross_entropy(logits, target, ~nothing)
-    total = total + losses.hard_consistency(logits, target, torch.ones(2, 4, 4), nothing)
+    total = total + losses.pseudo_label_cross_entropy(logits, target, torch.ones(2, 4, 4), nothing)
     total = total + losses.noise_loss(logits, torch.randn(2, 5, 4, 4), nothing)
     total.backward()
     assert total == 0 and logits.grad is not None and logits.grad.abs().sum() == 0
@@ -137,7 +137,7 @@ def test_hard_consistency_divides_by_valid_not_by_selected_pixels() -> None:
     labels[labels == 255] = 0
     weight, valid = (RNG.random(labels.shape) > 0.7).astype(float), RNG.random(labels.shape) > 0.3
     expected = (pixel_ce(logits, labels) * weight * valid).sum() / valid.sum()
-    got = losses.hard_consistency(*map(as_torch, (logits, labels, weight, valid)))
+    got = losses.pseudo_label_cross_entropy(*map(as_torch, (logits, labels, weight, valid)))
     assert float(got) == pytest.approx(expected, rel=1e-5)
 
 
@@ -209,8 +209,8 @@ def _share_gradient(data: tuple[Tensor, ...], rows: slice) -> Tensor:
     x = logits * scale
     gate = (target.flatten(1) == 255).any(1).logical_not().float()
     total = losses.cross_entropy(x, target) + losses.edge_cross_entropy(x, target, target < 2)
-    total = total + losses.hard_mean(losses.pixel_cross_entropy(x, target), target, 0.01, 0.3)
-    total = total + losses.hard_consistency(x, target, (target < 3).float(), target != 255)
+    total = total + losses.ohem_mean(losses.pixel_cross_entropy(x, target), target, 0.01, 0.3)
+    total = total + losses.pseudo_label_cross_entropy(x, target, (target < 3).float(), target != 255)
     total = total + losses.noise_loss(x, noise, target == 1)
     total = total + losses.logit_distillation(teacher, x, 2.0, weight=(target != 255).float())
     total = total + losses.feature_distillation(teacher.flatten(1), x.flatten(1), 0.5, weight=gate)

@@ -11,7 +11,7 @@ import torch
 from tiny_models import bert, clip
 
 from viladiff.inference.export import export_run
-from viladiff.inference.load import finished, trained_method
+from viladiff.inference.load import load_method, load_run
 from viladiff.models.encoders.build import build_encoder
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.training.fingerprints import weights_fingerprint
@@ -123,7 +123,7 @@ def test_the_experiment_of_figure_1_runs_on_a_frozen_one(tmp_path: Path) -> None
     }  # fmt: skip
     result = fit(override(RunConfig(), changes))
     assert result.record.scores["student"]["fusion"]["silhouette"] is not None
-    method = trained_method(finished(result.directory))
+    method = load_method(load_run(result.directory))
     before = build_encoder("transformers", "none", str(tmp_path / "model")).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in method.student.encoder.state_dict().items())
     assert not any(p.requires_grad for p in method.student.encoder.parameters())

@@ -18,10 +18,10 @@ from viladiff.experiments.dry_run import outline
 from viladiff.report.sections import beside
 from viladiff.report.sections.beside import Beside
 from viladiff.report.table import table_page
-from viladiff.report.table.results import gather
+from viladiff.report.table.results import collect_results
 from viladiff.runs.record import save_record
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Plan, Planned, PlannedCell
+from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
 from viladiff.tables.spec import Column, Criterion, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 
@@ -53,7 +53,7 @@ def plan_of(scale: str, rows: Sequence[int], columns: Sequence[int], seeds: Sequ
         return name_of(scale=scale, row=row, column=column, seed=seed)
 
     cells = [PlannedCell(r, c, s, named(r, c, s)) for s, r, c in itertools.product(seeds, rows, columns)]
-    runs = {c.run_id: Planned(c.run_id, {}, f"{c.row} {c.column}", 6, told(c.run_id)["changed"]) for c in cells}
+    runs = {c.run_id: PlannedRun(c.run_id, {}, f"{c.row} {c.column}", 6, told(c.run_id)["changed"]) for c in cells}
     return Plan(TABLE, scale, tuple(rows), tuple(columns), tuple(seeds), tuple(cells), runs)
 
 
@@ -88,7 +88,7 @@ def levels(cell: PlannedCell) -> float:
 
 def both_of(root: Path, published: Callable[[PlannedCell], float | None], here: dict[int, float] = HERE) -> Beside:
     mine, store, other, committed = study(root, published, here)
-    return table_page.beside_of(gather(mine, store), other, committed, root / "reports" / "quick" / "t")
+    return table_page.beside_of(collect_results(mine, store), other, committed, root / "reports" / "quick" / "t")
 
 
 def render(root: Path, published: Callable[[PlannedCell], float | None]) -> Path:
@@ -223,10 +223,10 @@ def test_the_terminal_shows_the_columns_that_are_trained_here(tmp_path: Path) ->
 def test_a_dry_run_says_what_runs_here_and_what_is_committed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from viladiff.runs.job import Settings
+    from viladiff.runs.job import ExecutionSettings
 
     mine, store, other, committed = study(tmp_path, lambda c: levels(c) if c.column == 0 else None, {0: 0.5})
-    outline(mine, store, Settings(), tmp_path / "page", beside=(other, committed))
+    outline(mine, store, ExecutionSettings(), tmp_path / "page", beside=(other, committed))
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["1", "base", "done", "3", "of", "3", "records", "–", "no", "record"] in said
     assert ["2", "part", "–", "3", "of", "3", "records", "–", "no", "record"] in said

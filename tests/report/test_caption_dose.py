@@ -10,13 +10,13 @@ import torch
 from method_kit import STEP, make_batch, make_uneven
 
 from viladiff.data.captions.table import SIMULATED, SYNONYMS, Captions, describe
-from viladiff.data.captions.tags import mentioned, mentions
+from viladiff.data.captions.tags import caption_tags, dataset_tags
 from viladiff.data.dataset import Dataset
-from viladiff.data.registry import load, request
+from viladiff.data.registry import dataset_spec, load_dataset
 from viladiff.data.sources import digits
 from viladiff.data.sources.digits import CLASS_NAMES
 from viladiff.data.splits import classes_present
-from viladiff.runs.config import ConfigError, RunConfig, changed, override
+from viladiff.runs.config import ConfigError, RunConfig, non_default_fields, override
 from viladiff.text.embedding_bank import load_text
 from viladiff.text.encoders import split_words
 from viladiff.training.fingerprints import name_runs
@@ -36,7 +36,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> object:
 def opened(**fields: object) -> Dataset:
     """The data set of a run; ``caption_recall=0.3`` for ``data.caption_recall``."""
     cfg = override(RunConfig(), {"data.split": "92", **{f"data.{name}": value for name, value in fields.items()}})
-    return load(*request(cfg))
+    return load_dataset(*dataset_spec(cfg))
 
 
 def of_classes(captions: Captions) -> np.ndarray:
@@ -53,7 +53,7 @@ def test_todays_rates_are_the_defaults_and_change_no_run() -> None:
     shown = classes_present(plain.masks, 11)
     assert plain.captions[7] == describe(shown[7], scenes[7], CLASS_NAMES, "digits", "train", 7)
     told = override(RunConfig(), {"data.caption_recall": 0.85, "data.captions_on": "both"})
-    assert changed(told) == changed(RunConfig())
+    assert non_default_fields(told) == non_default_fields(RunConfig())
 
 
 def test_each_rate_is_met_and_more_recall_mentions_all_that_less_does() -> None:
@@ -83,7 +83,7 @@ def test_only_validation_and_pool_captions_follow_the_rates() -> None:
 def test_synonyms_are_other_words_of_the_same_mentions() -> None:
     plain, half, all_of_them = (opened(caption_synonyms=share) for share in (0.0, 0.5, 1.0))
     assert np.array_equal(of_classes(plain.captions), of_classes(half.captions))
-    by_name = [mentions(one.captions, CLASS_NAMES)[:, 1:] > 0 for one in (plain, half, all_of_them)]
+    by_name = [caption_tags(one.captions, CLASS_NAMES)[:, 1:] > 0 for one in (plain, half, all_of_them)]
     assert not by_name[2].any() and not (by_name[1] & ~by_name[0]).any()
     assert 0.45 < by_name[1].sum() / by_name[0].sum() < 0.55
     undo = {f"{other}": name for name, other in SYNONYMS.items()}
@@ -116,10 +116,10 @@ def test_the_other_images_have_no_words_as_under_none(on: str) -> None:
     assert whole.mask[kept].any(1).all() and not some.mask[silent].any() and not some.tokens[silent].any()
     assert np.array_equal(some.pooled[silent], none.pooled[silent])
     assert val.fingerprint == same_val.fingerprint, "validation images keep theirs"
-    tags, own = mentioned(data, "own", on), mentioned(data)  # type: ignore[arg-type]
+    tags, own = dataset_tags(data, "own", on), dataset_tags(data)  # type: ignore[arg-type]
     assert (tags[silent] == -1).all() and np.array_equal(tags[kept], own[kept])
-    shuffled = mentioned(data, "shuffled", on)  # type: ignore[arg-type]
-    assert np.array_equal(shuffled[kept], mentioned(data, "shuffled")[kept])
+    shuffled = dataset_tags(data, "shuffled", on)  # type: ignore[arg-type]
+    assert np.array_equal(shuffled[kept], dataset_tags(data, "shuffled")[kept])
 
 
 def test_runs_are_named_by_which_images_have_words_and_by_whose_list() -> None:
@@ -170,8 +170,8 @@ def test_without_weight_there_is_no_head_and_no_term() -> None:
     assert plain.state_dict().keys() == off.state_dict().keys() and not off.views_wanted().tags
     batch = make_batch(views=plain.views_wanted())
     assert "tags" not in off(batch, STEP).terms and plain(batch, STEP).total.equal(off(batch, STEP).total)
-    assert changed(override(RunConfig(), {"method.name": "semibaseline", "method.tags.weight": 0.0})) == changed(
-        override(RunConfig(), {"method.name": "semibaseline"})
-    )
+    assert non_default_fields(
+        override(RunConfig(), {"method.name": "semibaseline", "method.tags.weight": 0.0})
+    ) == non_default_fields(override(RunConfig(), {"method.name": "semibaseline"}))
     with pytest.raises(ConfigError, match=r"now method\.tags\.weight|method\.tags\.weight"):
         override(RunConfig(), {"method.name": "fixmatch_tags", "method.tag_weight": 1.0})

@@ -18,9 +18,9 @@ from viladiff.runs.config import RunConfig, flatten, override, schema
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Store
 from viladiff.tables.cells import cells
-from viladiff.tables.claims import judge
+from viladiff.tables.claims import evaluate_claims
 from viladiff.tables.consistency import Inconsistency
-from viladiff.tables.plan import Plan, Planned, PlannedCell
+from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
 from viladiff.tables.spec import Claim, Column, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 
@@ -132,7 +132,7 @@ def opened(tmp_path: Path, **changes: Any) -> tuple[Plan, Store]:
                 store.directory(name).mkdir(parents=True, exist_ok=True)
                 points = LEVELS[row] + 0.1 * ((seed + row % 5) % 3 - 1)
                 save_record(record(name, points), store.directory(name) / "record.json")
-    runs = {cell.run_id: Planned(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in found}
+    runs = {cell.run_id: PlannedRun(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in found}
     every = tuple(range(len(ROWS)))
     return Plan(
         table, "s", every, (0,), (0, 1, 2), tuple(found), runs, {4: "not available: method.clip.weights is not given"}
@@ -141,7 +141,7 @@ def opened(tmp_path: Path, **changes: Any) -> tuple[Plan, Store]:
 
 def test_each_choice_is_answered_with_what_was_and_what_could_have_been_seen(tmp_path: Path) -> None:
     plan, store = opened(tmp_path)
-    found = design_choices.choices(tables.gather(plan, store), judge(plan, store.records()))
+    found = design_choices.build_choices(tables.collect_results(plan, store), evaluate_claims(plan, store.records()))
     assert [one.where for one in found] == [row.group for i, row in enumerate(ROWS) if i in (1, 3, 4, 5)]
     said = [one.said for one in found]
     assert said[:2] == ["It matters: other norm, +3.0 (1/8).", "It matters: fusion, +5.0 (1/8)."]
@@ -160,8 +160,8 @@ def test_each_choice_is_answered_with_what_was_and_what_could_have_been_seen(tmp
 def test_where_nothing_is_shown_the_answer_names_the_size_that_would_have_been(tmp_path: Path) -> None:
     plan, store = opened(tmp_path, rows=(ROWS[0], *(Row(label=f"r{i}", group="g") for i in range(1, 6))))
     alike = [cell for cell in plan.cells if cell.row in (0, 2)]
-    results = tables.gather(Plan(plan.table, "s", (0, 2), (0,), (0, 1, 2), tuple(alike), plan.runs), store)
-    (found,) = design_choices.choices(results, judge(results.plan, store.records()))
+    results = tables.collect_results(Plan(plan.table, "s", (0, 2), (0,), (0, 1, 2), tuple(alike), plan.runs), store)
+    (found,) = design_choices.build_choices(results, evaluate_claims(results.plan, store.records()))
     least = found.alternatives[0].tested
     assert least is not None and found.said == (
         f"No difference shown; one of {least.least:.1f} points would have been seen four times in five."
@@ -170,14 +170,16 @@ def test_where_nothing_is_shown_the_answer_names_the_size_that_would_have_been(t
 
 def test_rows_that_the_question_leaves_out_are_none_of_its_alternatives(tmp_path: Path) -> None:
     plan, store = opened(tmp_path, claims=(DIFFERS.model_copy(update={"among": ("other norm",)}),))
-    found = design_choices.choices(tables.gather(plan, store), judge(plan, store.records()))
+    found = design_choices.build_choices(tables.collect_results(plan, store), evaluate_claims(plan, store.records()))
     assert [one.label for choice in found for one in choice.alternatives] == ["other norm"]
     assert design_choices.answer(found).startswith("Of 1 alternative 1 is higher")
 
 
 def test_a_table_of_the_papers_has_no_such_section(tmp_path: Path) -> None:
     plan, store = opened(tmp_path, rows=(Row(label="Defaults", paper=(50.0,)), *ROWS[1:]))
-    assert design_choices.choices(tables.gather(plan, store), judge(plan, store.records())) == []
+    assert (
+        design_choices.build_choices(tables.collect_results(plan, store), evaluate_claims(plan, store.records())) == []
+    )
     assert design_choices.answer([]) == "" and design_choices.to_markdown([]) == []
 
 
@@ -204,7 +206,7 @@ class Text(HTMLParser):
 
 
 def render(plan: Plan, store: Store, out: Path, **more: Any) -> tuple[Text, Path]:
-    index = render_table(plan, store, out, command="make", verdicts=judge(plan, store.records()), **more)
+    index = render_table(plan, store, out, command="make", verdicts=evaluate_claims(plan, store.records()), **more)
     return Text(index.read_text(encoding="utf-8")), index.parent
 
 
@@ -226,7 +228,7 @@ def test_the_page_of_choices_has_their_answers_and_nothing_of_a_papers_table(tmp
 
 def test_rows_that_wait_have_a_dash_a_reason_and_no_run(tmp_path: Path) -> None:
     plan, store = opened(tmp_path)
-    results = tables.gather(plan, store)
+    results = tables.collect_results(plan, store)
     found = tables.summary(results.at(4, 0), "miou")
     assert str(found) == "—" and set(found.missing.values()) == {"not available: method.clip.weights is not given"}
     assert results.counts() == {"missing": 2, "done": 10}, (
@@ -275,8 +277,13 @@ def test_encoders_groups_reference_and_contradictions_are_on_the_page_of_a_print
 def test_a_headline_that_is_the_reference_says_where_it_stands(tmp_path: Path) -> None:
     rows = tuple(Row(label=row.label, paper=(50.0,), stream=row.stream) for row in ROWS)
     plan, store = opened(tmp_path, rows=rows, headline="other norm", reference="other norm")
-    assert tables.finding(tables.gather(plan, store)).endswith("53.0 ± 0.1 (3) on 1/8, 2.0 below the highest, fusion.")
+    assert tables.headline_sentence(tables.collect_results(plan, store)).endswith(
+        "53.0 ± 0.1 (3) on 1/8, 2.0 below the highest, fusion."
+    )
     plan, store = opened(tmp_path, rows=rows, headline="fusion", reference="fusion")
-    assert tables.finding(tables.gather(plan, store)).endswith("(3) on 1/8, the highest of 5 rows.")
+    assert tables.headline_sentence(tables.collect_results(plan, store)).endswith("(3) on 1/8, the highest of 5 rows.")
     plan, store = opened(tmp_path, headline="late")
-    assert tables.finding(tables.gather(plan, store)) == "Some runs are done, but none of row 5 (late) yet."
+    assert (
+        tables.headline_sentence(tables.collect_results(plan, store))
+        == "Some runs are done, but none of row 5 (late) yet."
+    )

@@ -41,26 +41,35 @@ def like(dataset: str = "voc", **changes: object) -> RunRecord:
     ],
 )
 def test_image_encoders(dataset: str, pretrained: str, words: str) -> None:
-    found = pretraining_data.seen(like(dataset, pretrained=pretrained, encoder="x"))
+    found = pretraining_data.pretraining_overlap(like(dataset, pretrained=pretrained, encoder="x"))
     assert list(found) == ["Image encoder was trained on"]
     assert re.search(words, found["Image encoder was trained on"])
 
 
 def test_captioner_and_text_encoder() -> None:
     blip = "captions of Salesforce/blip2-opt-2.7b 0123 (c.parquet)"
-    found = pretraining_data.seen(like("coco", captions=blip, text_encoder="open_clip CLIP-ViT-B-16-laion2B-s34B-b88K"))
+    found = pretraining_data.pretraining_overlap(
+        like("coco", captions=blip, text_encoder="open_clip CLIP-ViT-B-16-laion2B-s34B-b88K")
+    )
     assert "of coco it saw training images with captions written by people" in found["Captioner was trained on"]
     assert found["Text encoder was trained on"].startswith("LAION-2B")
-    found = pretraining_data.seen(like("voc", captions=blip, text_encoder="transformers mine"))
+    found = pretraining_data.pretraining_overlap(like("voc", captions=blip, text_encoder="transformers mine"))
     assert "it saw" not in found["Captioner was trained on"] and found["Text encoder was trained on"] == "not known"
-    found = pretraining_data.seen(like("coco", captions="captions of a file (c.csv)", text_encoder="minilm"))
+    found = pretraining_data.pretraining_overlap(
+        like("coco", captions="captions of a file (c.csv)", text_encoder="minilm")
+    )
     assert (
         found["Captioner was trained on"] == "not known" and "COCO's captions" in found["Text encoder was trained on"]
     )
-    simulated = pretraining_data.seen(like("digits", captions="simulated captions (recall 0.85)", text_encoder="words"))
+    simulated = pretraining_data.pretraining_overlap(
+        like("digits", captions="simulated captions (recall 0.85)", text_encoder="words")
+    )
     assert "all masks, of unlabelled images too" in simulated["Captioner was trained on"]
     for control in ("none", "generic"):
-        assert len(pretraining_data.seen(like("digits", captions="simulated captions", control=control))) == 1
+        assert (
+            len(pretraining_data.pretraining_overlap(like("digits", captions="simulated captions", control=control)))
+            == 1
+        )
 
 
 def test_a_page_counts_the_runs_of_each() -> None:

@@ -18,7 +18,7 @@ from viladiff.core import colormap
 from viladiff.report.charts import figures
 from viladiff.report.sections import learning_curves, qualitative
 from viladiff.report.sections.learning_curves import Curve
-from viladiff.report.table.results import Entry, Results
+from viladiff.report.table.results import CellRun, Results
 from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.spec import Column, Row, Scale, Table
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["background", "zero", "one"]
 
 
-def results(entries: tuple[Entry, ...] = ()) -> Results:
+def results(entries: tuple[CellRun, ...] = ()) -> Results:
     table = Table(
         name="t",
         title="T",
@@ -38,9 +38,9 @@ def results(entries: tuple[Entry, ...] = ()) -> Results:
     return Results(Plan(table, "tiny", (0, 1), (0, 1), (0, 1), (), {}), entries)
 
 
-def run(row: int, seed: int, **fields: Any) -> Entry:
+def run(row: int, seed: int, **fields: Any) -> CellRun:
     record: Any = SimpleNamespace(step_log="steps.jsonl", history=[], class_names=NAMES, **fields)
-    return Entry(PlannedCell(row, 0, seed, f"{row}{seed}".rjust(16, "0")), "done", record)
+    return CellRun(PlannedCell(row, 0, seed, f"{row}{seed}".rjust(16, "0")), "done", record)
 
 
 class Files:
@@ -53,7 +53,7 @@ class Files:
         path = self.root / run_id / name
         return path if path.is_file() else None
 
-    def write(self, entry: Entry, name: str, data: bytes) -> None:
+    def write(self, entry: CellRun, name: str, data: bytes) -> None:
         (self.root / entry.cell.run_id).mkdir(exist_ok=True)
         (self.root / entry.cell.run_id / name).write_bytes(data)
 
@@ -205,7 +205,7 @@ def test_strips_are_of_the_first_and_last_row_and_pass_over_what_is_damaged(tmp_
     for entry in entries:
         store.write(entry, "pictures.npz", saved(tmp_path / "p.npz").read_bytes())
     store.write(entries[0], "pictures.npz", b"PK\x03\x04 cut")
-    found, wrong = qualitative.strips(results(entries), store)  # type: ignore[arg-type]
+    found, wrong = qualitative.build_strips(results(entries), store)  # type: ignore[arg-type]
     assert [(strip.entry.cell.row, strip.entry.cell.seed) for strip in found] == [(0, 1), (1, 0)]
     assert len(wrong) == 1 and entries[0].cell.run_id in wrong[0]
 

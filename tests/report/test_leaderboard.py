@@ -19,14 +19,14 @@ from record_kit import CORE, name_of, told
 
 from viladiff.report.charts import figures, scatter
 from viladiff.report.sections import leaderboard, learning_rates, ranking, training_cost
-from viladiff.report.table.results import Results, gather, summary
+from viladiff.report.table.results import Results, collect_results, summary
 from viladiff.report.table.table_page import render_table
-from viladiff.runs.config import RunConfig, changed, override, run_id
+from viladiff.runs.config import RunConfig, non_default_fields, override, run_id
 from viladiff.runs.record import RunRecord, load_record, save_record
 from viladiff.runs.store import Store
 from viladiff.tables.cells import cells, unavailable
-from viladiff.tables.claims import judge
-from viladiff.tables.plan import Plan, Planned, PlannedCell
+from viladiff.tables.claims import evaluate_claims
+from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
 from viladiff.tables.spec import Claim, Column, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 
@@ -47,7 +47,9 @@ def configs(name: str, scale: str = "digits", seeds: tuple[int, ...] = (0,)) -> 
 
 
 def fields(cfg: RunConfig) -> str:
-    return json.dumps({k: v for k, v in changed(cfg).items() if not k.startswith("runtime.")}, sort_keys=True)
+    return json.dumps(
+        {k: v for k, v in non_default_fields(cfg).items() if not k.startswith("runtime.")}, sort_keys=True
+    )
 
 
 def test_cells_are_the_runs_of_the_tables_and_of_records() -> None:
@@ -114,7 +116,11 @@ def test_rates_are_half_and_twice_of_what_the_leaderboard_takes_and_never_see_th
     }
     for (row, column, _), cfg in tried.items():
         other = board[row, "183 labels", 0]
-        apart = {k: v for k, v in changed(cfg).items() if changed(other).get(k) != v and not k.startswith("runtime.")}
+        apart = {
+            k: v
+            for k, v in non_default_fields(cfg).items()
+            if non_default_fields(other).get(k) != v and not k.startswith("runtime.")
+        }
         rate = {"Half": 0.5, "Default": 1, "Double": 2}[column] * other.optim.lr
         assert cfg.optim.lr == pytest.approx(rate) and (cfg.data.holdout, cfg.eval.split) == (0.0, "dev")
         assert apart.keys() - {"optim.lr"} == {"eval.boundary"}, "dev is the default of embedded data"
@@ -175,7 +181,7 @@ def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store
         }
         name = name_of(**fields)
         found.append(PlannedCell(row, column, seed, name))
-        runs[name] = Planned(name, {}, "t", 1200 if row == 4 else 600, fields)
+        runs[name] = PlannedRun(name, {}, "t", 1200 if row == 4 else 600, fields)
         points = MEANS[row] + (0 if row == 3 else 4 * column) + 0.2 * ((seed + row) % 3 - 1)
         old: dict[str, Any] = {"pseudo_labels": {}, "cpu_seconds": None} if row == 2 else {}
         store.directory(name).mkdir(parents=True, exist_ok=True)
@@ -260,7 +266,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[scatter.Chart]:
 
 
 def render(plan: Plan, store: Store, out: Path) -> tuple[Page, str]:
-    verdicts = judge(plan, store.records())
+    verdicts = evaluate_claims(plan, store.records())
     index = render_table(plan, store, out, command="make", verdicts=verdicts)
     return Page(index.read_text(encoding="utf-8")), (out / "table.md").read_text(encoding="utf-8")
 
@@ -299,7 +305,7 @@ def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, dra
 
 def test_the_finding_is_made_of_tests_and_says_what_it_cannot_say(tmp_path: Path) -> None:
     plan, store = studied(tmp_path)
-    found = ranking.told(gather(plan, store), judge(plan, store.records()), [])
+    found = ranking.told(collect_results(plan, store), evaluate_claims(plan, store.records()), [])
     text = " ".join(found)
     assert (
         "3 of 3 methods have been trained, 3 of them in every column" in text and "600 optimiser steps, 3 seeds" in text
@@ -313,7 +319,7 @@ def test_the_finding_is_made_of_tests_and_says_what_it_cannot_say(tmp_path: Path
     assert "an average of weights for Fix <b>, Vila; the trained network itself for Plain." in text
     assert "12 labelled and, in methods that want them, 4 unlabelled images: 600 steps draw 7,200 and 2,400 (" in text
     empty = Plan(plan.table, "s", plan.rows, plan.columns, plan.seeds, plan.cells, plan.runs, plan.unavailable)
-    assert ranking.told(gather(empty, Store(tmp_path / "none")), [], []) == ["Nothing has been measured yet."]
+    assert ranking.told(collect_results(empty, Store(tmp_path / "none")), [], []) == ["Nothing has been measured yet."]
 
 
 def test_a_method_that_collapses_now_and_then_hides_no_difference_and_shows_none(tmp_path: Path) -> None:
@@ -326,7 +332,7 @@ def test_a_method_that_collapses_now_and_then_hides_no_difference_and_shows_none
             store.directory(cell.run_id) / "record.json",
         )
     store = Store(tmp_path / "runs", [tmp_path / "published"])
-    text = " ".join(ranking.told(gather(plan, store), judge(plan, store.records()), []))
+    text = " ".join(ranking.told(collect_results(plan, store), evaluate_claims(plan, store.records()), []))
     assert "below it: Plain (−4.0); Vila (−29.1): seeds differ too much for a verdict." in text
     page, _ = render(plan, store, tmp_path / "out")
     told = "for cells that spread more than the others (F test, 1 % over all cells; standard deviation of a cell in "
@@ -358,7 +364,7 @@ def render_board(tmp_path: Path) -> str:
 
 def test_times_of_two_precisions_have_no_mean_and_no_cell_has_two(tmp_path: Path) -> None:
     plan, store = studied(tmp_path)
-    results = gather(plan, store)
+    results = collect_results(plan, store)
 
     def in_bf16(*seeds: int) -> Results:
         """With some seeds of the first row in its second column."""
@@ -438,7 +444,9 @@ def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_els
     held_out(store, 90.0, 0.024, more={"optim.weight_decay": 0.5})
     held_out(store, 90.0, 0.024, more={"eval.split": "val"})
     held_out(store, 90.0, 0.024, split="366")
-    (one,) = [two for two in learning_rates.tried(gather(plan, store), store.records()) if two.label == "Fix <b>"]
+    (one,) = [
+        two for two in learning_rates.tried(collect_results(plan, store), store.records()) if two.label == "Fix <b>"
+    ]
     assert (one.family, one.column) == ("Teacher", "92 labels")
     assert [(r.value, str(r.found), r.taken, r.highest) for r in one.rates] == [
         (0.003, "41.0 (1)", False, False),
@@ -450,14 +458,14 @@ def test_rates_that_were_tried_are_those_of_the_store_that_differ_in_nothing_els
     for name, one in mixed.items():
         if one.config["optim.lr"] == 0.012:
             mixed[name] = one.model_copy(update={"config": {**one.config, "train.precision": "bf16"}})
-    (apart,) = [two for two in learning_rates.tried(gather(plan, store), mixed) if two.label == "Fix <b>"]
+    (apart,) = [two for two in learning_rates.tried(collect_results(plan, store), mixed) if two.label == "Fix <b>"]
     assert [r.value for r in apart.rates] == [0.003, 0.006], "a rate that was tried in another precision is none of it"
     page, markdown = render(plan, store, tmp_path / "out")
     assert "0.006: 43.5 ± 0.7 (2) ✓" in page.text and "compared for 1 of 3 families" in page.text
     assert "The table's rate was the highest for 0 of 1." in page.text
     assert "0.006: 43.5 ± 0.7 (2) (taken)" in markdown
     held_out(store, 46.0, 0.006, seed=2)
-    again = learning_rates.tried(gather(plan, store), store.records())[0]
+    again = learning_rates.tried(collect_results(plan, store), store.records())[0]
     assert again.said == "0.012 is 0.2 points above the one that the table takes"
 
 
@@ -469,7 +477,7 @@ def test_a_default_rate_is_the_plan_s_whatever_a_record_says_of_it(tmp_path: Pat
         name: one if "optim.lr" in one.changed else one.model_copy(update={"config": {**one.config, "optim.lr": 0.5}})
         for name, one in store.records().items()
     }
-    (found,) = learning_rates.tried(gather(plan, store), forged)
+    (found,) = learning_rates.tried(collect_results(plan, store), forged)
     assert [(r.value, r.taken) for r in found.rates] == [(0.006, True), (0.012, False)]
 
 

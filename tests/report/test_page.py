@@ -25,7 +25,7 @@ from viladiff.report.table import exports, results, table_page, table_views
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables.claims import Comparison, Verdict
-from viladiff.tables.plan import Plan, Planned, PlannedCell
+from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
 from viladiff.tables.spec import Column, Row, Scale, Table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def study(root: Path, value: Callable[[int, int, int], float | None], seeds: Seq
             save_record(record(cell.run_id, share), directory / "record.json")
             lines = "".join(f'{{"step": {i}, "sup": {2 / (i + 1)}, "total": {3 - i / 9}}}\n' for i in range(9))
             (directory / "steps.jsonl").write_text(lines)
-    runs = {cell.run_id: Planned(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in cells}
+    runs = {cell.run_id: PlannedRun(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in cells}
     return Plan(table, "tiny", (0, 1, 2), (0, 1), tuple(seeds), tuple(cells), runs), store
 
 
@@ -355,7 +355,7 @@ def test_headings_tables_and_bars_are_told_to_those_who_cannot_see_them(tmp_path
 
 
 def test_banner_is_gone_when_all_is_done(tmp_path: Path) -> None:
-    assert table_page.banner(results.gather(*study(tmp_path, rising))) == ""
+    assert table_page.banner(results.collect_results(*study(tmp_path, rising))) == ""
     assert exports.signed(-0.04) == "0.0" and exports.signed(-0.06) == "−0.1"
 
 

@@ -26,7 +26,7 @@ from viladiff.sweeps.finals import Finalist
 from viladiff.sweeps.spec import Sweep, load_sweep
 from viladiff.sweeps.summary import local_mean, one_budget, trained
 from viladiff.sweeps.trials import Rung, Trial, load_trials, save_trial, without_paths
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 pytestmark = pytest.mark.usefixtures("prints_once")
 TUNE = Path(__file__).resolve().parents[2] / "tune"
@@ -63,7 +63,7 @@ def record(run_id: str, miou: float) -> RunRecord:
     return RunRecord(run_id=run_id, miou=miou, core_revision=0, method_revision=0, **FIELDS)
 
 
-def record_of(run: Planned, miou: float) -> RunRecord:
+def record_of(run: PlannedRun, miou: float) -> RunRecord:
     """Of a run that a sweep has named; its file can be read."""
     return RunRecord(miou=miou, **{**FIELDS, **content_of(run, **{"runtime.runs_dir": "/home/somebody/runs"})})
 
@@ -105,7 +105,7 @@ def lambdas() -> list[Trial]:
 def finals(sweep: Sweep, *trials: Trial) -> tuple[list[Finalist], dict[str, RunRecord]]:
     found, records = [], {}
     for role, one in zip(("winner", "paper"), trials, strict=True):
-        runs = {seed: Planned(run_of(1000 + one.number, seed), {}, "", 600, {}) for seed in sweep.final_seeds}
+        runs = {seed: PlannedRun(run_of(1000 + one.number, seed), {}, "", 600, {}) for seed in sweep.final_seeds}
         found.append(Finalist((role,), one.number, dict(one.point), runs))  # type: ignore[arg-type]
         for seed, run in runs.items():
             records[run.run_id] = record(run.run_id, 0.5 - 0.02 * (role == "paper") + 0.001 * (seed * one.number % 3))
@@ -305,7 +305,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "checkout" / "reports" / "published" / "sweep_lambda"
 
 
-def machine(root: Path, *words: str) -> sweep_setup.Job:
+def machine(root: Path, *words: str) -> sweep_setup.SweepJob:
     """A sweep as somebody asks for it whose storage is ``root``, opened."""
     given = ["--scale", "digits", "--storage", str(root), "--sampler", "random", *words]
     job = sweep_setup.prepare(TUNE / "sweep_lambda.toml", parser(TUNE / "sweep_lambda.toml", "x").parse_args(given))
@@ -315,7 +315,7 @@ def machine(root: Path, *words: str) -> sweep_setup.Job:
     return job
 
 
-def train(job: sweep_setup.Job, wanted: int, score: float = 0.4) -> None:
+def train(job: sweep_setup.SweepJob, wanted: int, score: float = 0.4) -> None:
     """Plays the sweep's first runs with made-up scores."""
     desk = sweep_drive._desk(job)
     while len(desk.search.trials) < wanted or desk.search.owner:

@@ -23,8 +23,8 @@ from viladiff.report.table import exports, long_form, table_views
 from viladiff.report.table import results as tables
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
-from viladiff.tables.claims import judge
-from viladiff.tables.plan import Plan, Planned, PlannedCell
+from viladiff.tables.claims import evaluate_claims
+from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
 from viladiff.tables.spec import Column, Gap, Row, Scale, Table
 
 NASTY = "<b>A & B_1</b> {x} $y$ | `z` \\ 100%"
@@ -79,7 +79,7 @@ def study(tmp_path: Path, value: Value, seeds: tuple[int, ...] = (0, 1, 2), **ch
         PlannedCell(row, column, seed, name(row, column, seed))
         for seed, row, column in itertools.product(seeds, range(len(spec.rows)), range(len(spec.columns)))
     ]
-    runs = {cell.run_id: Planned(cell.run_id, {}, "title", 6, told(cell.run_id)["changed"]) for cell in cells}
+    runs = {cell.run_id: PlannedRun(cell.run_id, {}, "title", 6, told(cell.run_id)["changed"]) for cell in cells}
     for cell in cells:
         share = value(cell.row, cell.column, cell.seed)
         if share is not None:
@@ -94,7 +94,7 @@ def rising(row: int, column: int, seed: int) -> float:
 
 
 def test_summary_says_mean_sample_deviation_and_number_of_seeds(tmp_path: Path) -> None:
-    results = tables.gather(*study(tmp_path, rising))
+    results = tables.collect_results(*study(tmp_path, rising))
     found = tables.summary(results.at(0, 0), "miou")
     assert found.mean == pytest.approx(41) and found.spread == pytest.approx(np.std([40, 41, 42], ddof=1))
     assert str(found) == "41.0 ± 1.0 (3)"
@@ -111,7 +111,7 @@ def test_missing_is_a_dash_with_a_reason_and_never_zero(tmp_path: Path) -> None:
     store.directory(older.run_id).mkdir(parents=True)
     save_record(older, store.directory(older.run_id) / "record.json")
     with store.lease(name(2, 1, 1)):  # type: ignore[union-attr]
-        results = tables.gather(plan, store)
+        results = tables.collect_results(plan, store)
     found = tables.summary(results.at(2, 0), "miou")
     assert str(found) == "—" and found.mean is None and found.n == 0
     assert found.missing[0] == "failed (nan at step 4 after 2 attempts): total is nan"
@@ -123,7 +123,7 @@ def test_missing_is_a_dash_with_a_reason_and_never_zero(tmp_path: Path) -> None:
 
 
 def test_a_score_that_was_not_measured_is_missing(tmp_path: Path) -> None:
-    results = tables.gather(*study(tmp_path, lambda row, column, seed: math.nan if row else 0.4, seeds=(0,)))
+    results = tables.collect_results(*study(tmp_path, lambda row, column, seed: math.nan if row else 0.4, seeds=(0,)))
     assert str(tables.summary(results.at(0, 0), "trimap_miou")) == "—"
     assert tables.summary(results.at(0, 0), "trimap_miou").missing == {0: "not measured in this run"}
     assert str(tables.summary(results.at(0, 0), "boundary_iou")) == "30.0 (1)"
@@ -140,7 +140,7 @@ def test_a_gap_is_closed_by_a_share_over_common_seeds(tmp_path: Path) -> None:
         "rows": tuple(Row(label=label, control=label != "row") for label in labels),
         "gaps": (Gap(row="row", low="low", high="high"), Gap(row="row", low="low", high="level")),
     }
-    results = tables.gather(*study(tmp_path, value, **changes))
+    results = tables.collect_results(*study(tmp_path, value, **changes))
     first, second = tables.gaps(results)
     assert first.startswith(
         "Of the gap from low to high, row closes 70% on 1/8 (183) (7.0 of 10.0 points, 2 seeds); none"
@@ -153,15 +153,17 @@ def test_texts_name_the_data_set_that_stands_for_a_column_and_the_reading_of_a_r
     columns = (Column(label="PASCAL VOC 1/8", set={"data.dataset": "voc"}), Column(label="183 labels"))
     rows = (Row(label="base"), Row(label="words", stream="fusion"))
     plan, store = study(tmp_path, rising, columns=columns, rows=rows, base={"data.dataset": "voc"})
-    results = tables.gather(plan, store)
+    results = tables.collect_results(plan, store)
     assert tables.swapped(results, 0) == tables.swapped(results, 1) == ("voc", "digits")
     said = "The paper's voc is digits here: compare order and direction with the paper's numbers, not levels."
     assert table_views.stand_ins(results) == [said], "once for both columns"
     assert said in exports.to_latex(results, "", table_views.stand_ins(results))
     assert f"- {said}" in exports.to_markdown(results, [], [], "make", "", table_views.context(results))
-    base = tables.gather(*study(tmp_path / "b", rising, columns=columns, rows=rows, headline="base", reference="base"))
+    base = tables.collect_results(
+        *study(tmp_path / "b", rising, columns=columns, rows=rows, headline="base", reference="base")
+    )
     assert "41.0 ± 1.0 (3) on PASCAL VOC 1/8, with digits in its place; 51.0 ± 1.0 (3) on 183 labels." in (
-        tables.finding(base)
+        tables.headline_sentence(base)
     ), "a label that names no data set is as it is"
     lines = list(csv.DictReader(io.StringIO(exports.to_csv(results))))
     assert {(line["row"], line["stream"], line["dataset"], line["split"]) for line in lines} == {
@@ -174,7 +176,7 @@ def test_differences_are_over_the_seeds_that_both_have(tmp_path: Path) -> None:
     def value(row: int, column: int, seed: int) -> float | None:
         return None if (row, seed) == (0, 2) else rising(row, column, seed) + (0.3 if seed == 2 else 0)
 
-    results = tables.gather(*study(tmp_path, value))
+    results = tables.collect_results(*study(tmp_path, value))
     first, last = (tables.summary(results.at(row, 0), "miou") for row in (0, 2))
     gap = tables.difference(last, first)
     assert gap is not None and gap.mean == pytest.approx(4) and gap.seeds == (0, 1)
@@ -187,7 +189,7 @@ def test_agreement_is_kendalls_tau_b_with_exact_chance(tmp_path: Path, seed: int
     rows = tuple(Row(label=str(i), paper=(float(i),) * 2) for i in range(5))
     levels = random.permutation(5) if seed else np.array([1, 1, 0, 2, 2])
     plan, store = study(tmp_path, lambda row, column, seed: 0.1 * float(levels[row]) + 0.1, (0,), rows=rows)
-    found = tables.agreement(tables.gather(plan, store), 0)
+    found = tables.agreement(tables.collect_results(plan, store), 0)
     assert found.tau == pytest.approx(stats.kendalltau(levels, range(5)).statistic)
     assert found.same + found.reverse + found.tied == 10 and found.rows == 5
     if seed:
@@ -202,22 +204,26 @@ def orders() -> list[tuple[int, ...]]:
 
 
 def test_agreement_leaves_out_rows_that_are_not_printed_or_not_measured(tmp_path: Path) -> None:
-    results = tables.gather(*study(tmp_path, lambda row, column, seed: None if row == 0 else rising(row, column, seed)))
+    results = tables.collect_results(
+        *study(tmp_path, lambda row, column, seed: None if row == 0 else rising(row, column, seed))
+    )
     assert tables.agreement(results, 0).rows == 2
     alone = tables.agreement(results, 1)
     assert alone.rows == 1 and alone.tau is None and "there are 1" in exports.agreement_text(alone)
 
 
 def test_finding_is_made_from_the_numbers(tmp_path: Path) -> None:
-    results = tables.gather(*study(tmp_path / "a", rising))
-    assert tables.finding(results) == (
+    results = tables.collect_results(*study(tmp_path / "a", rising))
+    assert tables.headline_sentence(results) == (
         "Row 3 (all) reaches 45.0 ± 1.0 (3) on 1/8 (183), 4.0 above base; 55.0 ± 1.0 (3) on 1/2_{732}, 4.0 above base."
     )
-    falling = tables.gather(*study(tmp_path / "b", lambda row, column, seed: 0.5 - 0.01 * row * column, (0,)))
-    assert "level with base" in tables.finding(falling) and "2.0 below base" in tables.finding(falling)
-    begun = tables.gather(*study(tmp_path / "c", lambda row, column, seed: 0.5 if row == 0 else None))
-    assert "none of the last row" in tables.finding(begun)
-    assert "No run" in tables.finding(tables.gather(*study(tmp_path / "d", lambda *_: None)))
+    falling = tables.collect_results(*study(tmp_path / "b", lambda row, column, seed: 0.5 - 0.01 * row * column, (0,)))
+    assert "level with base" in tables.headline_sentence(falling) and "2.0 below base" in tables.headline_sentence(
+        falling
+    )
+    begun = tables.collect_results(*study(tmp_path / "c", lambda row, column, seed: 0.5 if row == 0 else None))
+    assert "none of the last row" in tables.headline_sentence(begun)
+    assert "No run" in tables.headline_sentence(tables.collect_results(*study(tmp_path / "d", lambda *_: None)))
 
 
 def test_frame_has_mean_deviation_number_and_the_printed_apart(tmp_path: Path) -> None:
@@ -239,7 +245,9 @@ def test_frame_has_mean_deviation_number_and_the_printed_apart(tmp_path: Path) -
 
 
 def test_csv_has_a_line_a_run_and_empty_cells_for_what_is_missing(tmp_path: Path) -> None:
-    results = tables.gather(*study(tmp_path, lambda row, column, seed: None if row == 1 else rising(row, column, seed)))
+    results = tables.collect_results(
+        *study(tmp_path, lambda row, column, seed: None if row == 1 else rising(row, column, seed))
+    )
     lines = list(csv.DictReader(io.StringIO(exports.to_csv(results))))
     assert len(lines) == 24
     assert {line["miou"] for line in lines if line["row"] == NASTY} == {""}
@@ -250,9 +258,9 @@ def test_csv_has_a_line_a_run_and_empty_cells_for_what_is_missing(tmp_path: Path
 
 def test_plain_files_escape_everything_and_keep_printed_numbers_apart(tmp_path: Path) -> None:
     plan, store = study(tmp_path, rising)
-    results = tables.gather(plan, store)
+    results = tables.collect_results(plan, store)
     agreements = [tables.agreement(results, column) for column in plan.columns]
-    text = exports.to_markdown(results, judge(plan, store.records()), agreements, "make table5", "")
+    text = exports.to_markdown(results, evaluate_claims(plan, store.records()), agreements, "make table5", "")
     rows = [line for line in text.splitlines() if line.startswith("| 2 |")]
     assert r"&lt;b&gt;A &amp; B\_1&lt;/b&gt; {x} \$y\$ \| \`z\` \\ 100%" in rows[0]
     cells = [cell.strip() for cell in rows[0].replace(r"\|", "").split("|")]
@@ -268,7 +276,9 @@ def test_plain_files_escape_everything_and_keep_printed_numbers_apart(tmp_path: 
 
 
 def test_controls_come_last_have_letters_and_are_never_the_best(tmp_path: Path) -> None:
-    results = tables.gather(*study(tmp_path, lambda row, column, seed: 0.9 if row == 3 else rising(row, column, seed)))
+    results = tables.collect_results(
+        *study(tmp_path, lambda row, column, seed: 0.9 if row == 3 else rising(row, column, seed))
+    )
     found = exports.lines(results, "miou")
     assert [line.number for line in found] == ["1", "2", "3", "a"]
     assert [[cell[1] for cell in line.cells] for line in found] == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
@@ -277,9 +287,9 @@ def test_controls_come_last_have_letters_and_are_never_the_best(tmp_path: Path) 
 
 def test_one_measured_row_is_not_the_best_and_an_empty_column_has_no_axis(tmp_path: Path) -> None:
     few = {(0, 0), (3, 0)}  # of the first column one row and a control, of the second none
-    results = tables.gather(*study(tmp_path, lambda *at: rising(*at) if at[:2] in few else None))
+    results = tables.collect_results(*study(tmp_path, lambda *at: rising(*at) if at[:2] in few else None))
     assert not any(cell[1] for line in exports.lines(results, "miou") for cell in line.cells)
-    rows, axes = table_views.dots(results, table_views.lines(results, "miou", table_views.Reasons()))
+    rows, axes = table_views.seed_dots(results, table_views.table_rows(results, "miou", table_views.Reasons()))
     assert axes[0] and axes[1] == [] and all(line.tracks[1] == ([], None) for line in rows)
     assert len(rows[0].tracks[0][0]) == 3 and not rows[1].tracks[0][0]
     drawn = figures._scores(results).axes
@@ -288,10 +298,10 @@ def test_one_measured_row_is_not_the_best_and_an_empty_column_has_no_axis(tmp_pa
 
 def test_runs_that_should_be_alike_and_are_not_are_flagged(tmp_path: Path) -> None:
     plan, store = study(tmp_path, rising, (0,))
-    assert not any(fact.mixed for fact in provenance.facts(tables.gather(plan, store)))
+    assert not any(fact.mixed for fact in provenance.facts(tables.collect_results(plan, store)))
     place = store.directory(name(0, 0, 0)) / "record.json"
     save_record(record(name(0, 0, 0), 0.4, threads=4, git={"revision": "f" * 40, "dirty": True}, scale="other"), place)
-    results = tables.gather(plan, store)
+    results = tables.collect_results(plan, store)
     mixed = {fact.name: str(fact) for fact in provenance.facts(results) if fact.mixed}
     assert mixed.keys() == {"Threads", "Code revision", "Made for scale"}
     assert mixed["Code revision"] == "abcdef012345 (7 runs); ffffffffffff with uncommitted changes (1 run)"
@@ -306,6 +316,6 @@ def test_a_frame_needs_no_torch() -> None:
 def test_an_order_of_equal_rows_is_not_defined(tmp_path: Path) -> None:
     rows = tuple(Row(label=str(i), paper=(float(i),) * 2) for i in range(3))
     plan, store = study(tmp_path, lambda row, column, seed: 0.3, (0,), rows=rows)
-    found = tables.agreement(tables.gather(plan, store), 0)
+    found = tables.agreement(tables.collect_results(plan, store), 0)
     assert found.tau is None and found.rows == 3
     assert "all 3 rows are equal" in exports.agreement_text(found)

@@ -14,23 +14,23 @@ import pytest
 
 from viladiff.core.processes import Reaper, descendants, start
 from viladiff.runs import job_queue as desks
-from viladiff.runs.job import Event, Settings
-from viladiff.runs.job_queue import Desk
+from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.store import Failure, Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 
-def job(number: int) -> Planned:
-    return Planned(run_id=f"{number:016x}", changes={}, title=f"run {number}", steps=10, changed={})
+def job(number: int) -> PlannedRun:
+    return PlannedRun(run_id=f"{number:016x}", changes={}, title=f"run {number}", steps=10, changed={})
 
 
-def desk(root: Path, count: int, slots: int = 2, **settings: object) -> tuple[Desk, list[Event]]:
+def desk(root: Path, count: int, slots: int = 2, **settings: object) -> tuple[JobQueue, list[Event]]:
     events: list[Event] = []
     jobs = [job(number) for number in range(count)]
-    return Desk(jobs, Store(root), Settings(**settings), slots, events.append), events  # type: ignore[arg-type]
+    return JobQueue(jobs, Store(root), ExecutionSettings(**settings), slots, events.append), events  # type: ignore[arg-type]
 
 
-def names(found: Desk) -> list[int]:
+def names(found: JobQueue) -> list[int]:
     """Numbers of the runs that are handed out until there is no room."""
     out = []
     while (one := found.next()) is not None:
@@ -38,11 +38,11 @@ def names(found: Desk) -> list[int]:
     return out
 
 
-def fail(found: Desk, number: int, kind: str) -> None:
+def fail(found: JobQueue, number: int, kind: str) -> None:
     found.finished(job(number).run_id, {"state": "failed", "kind": kind, "message": f"{kind} happened"})
 
 
-def done(found: Desk, number: int) -> None:
+def done(found: JobQueue, number: int) -> None:
     found.finished(job(number).run_id, {"state": "done", "began": 1.0, "ended": 2.0, "miou": 0.5})
 
 

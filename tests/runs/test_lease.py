@@ -21,11 +21,11 @@ from run_kit import short_run
 from viladiff.experiments.sweep_setup import alone
 from viladiff.runs import job_queue as desks
 from viladiff.runs import lease as leases
-from viladiff.runs.job import Event, Settings
-from viladiff.runs.job_queue import Desk
-from viladiff.runs.lease import take_or_say
+from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.job_queue import JobQueue
+from viladiff.runs.lease import acquire_or_raise
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 
 def left_behind(directory: Path, host: str = "far") -> Path:
@@ -38,7 +38,7 @@ def left_behind(directory: Path, host: str = "far") -> Path:
 
 
 @pytest.mark.parametrize("host", ["far", socket.gethostname()])
-@pytest.mark.parametrize("take", [take_or_say, alone])
+@pytest.mark.parametrize("take", [acquire_or_raise, alone])
 def test_one_call_waits_and_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str, take: object
 ) -> None:
@@ -67,7 +67,7 @@ def test_the_countdown_goes_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(leases, "_countdown", countdown)
     left_behind(tmp_path)
-    take_or_say(tmp_path).release()
+    acquire_or_raise(tmp_path).release()
     assert len(shown) > 1 and shown == sorted(shown, reverse=True) and shown[0] <= 0.5
 
 
@@ -82,7 +82,7 @@ def test_a_beating_heart_is_refused(tmp_path: Path) -> None:
     thread.start()
     try:
         with pytest.raises(ValueError, match=f"process {os.getpid()} on far since .* is at work on this run; wait"):
-            take_or_say(tmp_path / "run")
+            acquire_or_raise(tmp_path / "run")
     finally:
         over.set()
         thread.join()
@@ -92,12 +92,12 @@ def test_a_beating_heart_is_refused(tmp_path: Path) -> None:
 def test_a_process_that_this_kernel_knows_is_neither_waited_for_nor_watched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with take_or_say(tmp_path) as mine:
+    with acquire_or_raise(tmp_path) as mine:
         with pytest.raises(ValueError, match="is at work on this run"):
-            take_or_say(tmp_path)
+            acquire_or_raise(tmp_path)
         fields = json.loads(mine.path.read_text())
         mine.path.write_text(json.dumps({**fields, "started": fields["started"] - 1}))
-        take_or_say(tmp_path).release()
+        acquire_or_raise(tmp_path).release()
     assert capsys.readouterr().err == ""
 
 
@@ -148,11 +148,11 @@ def test_a_directory_whose_files_cannot_be_looked_at_is_refused(
         monkeypatch.setattr(Path, "stat", stat)
 
     broken(errno.ESTALE)
-    assert leases.inspect(tmp_path, leases.Watch()) == []
+    assert leases.scan(tmp_path, leases.HeartbeatMonitor()) == []
     for number in (errno.EIO, errno.EACCES):
         broken(number)
         with pytest.raises(OSError, match=os.strerror(number)):
-            leases.inspect(tmp_path, leases.Watch())
+            leases.scan(tmp_path, leases.HeartbeatMonitor())
 
 
 ELSEWHERE = """
@@ -245,10 +245,10 @@ def test_training_goes_on_after_the_wait(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_table_does_its_other_runs_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "SILENT", 0.5)
     monkeypatch.setattr(desks, "LOOK", 0.0)
-    jobs = [Planned(f"{number:016x}", {"seed": number}, f"seed {number}", 100, {}) for number in range(2)]
+    jobs = [PlannedRun(f"{number:016x}", {"seed": number}, f"seed {number}", 100, {}) for number in range(2)]
     path = left_behind(tmp_path / jobs[0].run_id)
     events: list[Event] = []
-    desk = Desk(jobs, Store(tmp_path), Settings(), 2, events.append)
+    desk = JobQueue(jobs, Store(tmp_path), ExecutionSettings(), 2, events.append)
     desk.settle()
     assert desk.next() == jobs[1] and desk.next() is None, "the other run does not wait"
     assert [event.run_id for event in events if event.kind == "elsewhere"] == [jobs[0].run_id]
@@ -273,11 +273,11 @@ def test_a_killed_process_is_dead_only_when_all_its_threads_are(tmp_path: Path) 
     stat = Path(f"/proc/{process.pid}/stat")
     while stat.read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    assert leases.take(tmp_path / "run", leases.Watch()) is None
+    assert leases.acquire(tmp_path / "run", leases.HeartbeatMonitor()) is None
     process.kill()
     while len(os.listdir(f"/proc/{process.pid}/task")) > 1:
         time.sleep(0.01)
-    taken = leases.take(tmp_path / "run", leases.Watch())
+    taken = leases.acquire(tmp_path / "run", leases.HeartbeatMonitor())
     assert taken is not None
     taken.release()
     process.wait()

@@ -27,8 +27,8 @@ from record_kit import CORE, LAYER, bound, made
 from viladiff.runs import lease as leases
 from viladiff.runs import record as records
 from viladiff.runs.record import (
-    DamagedRecord,
-    ForgedRecord,
+    CorruptRecordError,
+    ForgedRecordError,
     RunRecord,
     checksum,
     load_record,
@@ -36,7 +36,7 @@ from viladiff.runs.record import (
     parse_record,
     record_bytes,
     save_record,
-    without_paths,
+    strip_local_paths,
 )
 from viladiff.runs.store import Failure, Store
 
@@ -77,7 +77,7 @@ def test_record_comes_back_and_its_layout_does_not_count(tmp_path: Path) -> None
     path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
     assert load_record(path) == record
     assert [child.name for child in tmp_path.iterdir()] == ["record.json"]
-    assert load_record(path).scale == "quick" and without_paths(record).scale == "quick"
+    assert load_record(path).scale == "quick" and strip_local_paths(record).scale == "quick"
 
 
 def test_record_from_before_a_field_keeps_its_checksum(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_forged_record_is_refused(tmp_path: Path, change: object, message: str) 
     path = tmp_path / "record.json"
     save_record(a_record(), path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))  # type: ignore[operator]
-    with pytest.raises(DamagedRecord, match=message) as caught:
+    with pytest.raises(CorruptRecordError, match=message) as caught:
         load_record(path)
     assert str(path) in str(caught.value)
 
@@ -152,7 +152,7 @@ def headline(row: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_numbers_that_no_run_measures_are_refused(change: Callable[[dict[str, Any]], object], message: str) -> None:
-    with pytest.raises(DamagedRecord, match=message) as caught:
+    with pytest.raises(CorruptRecordError, match=message) as caught:
         parse_record(forged_bytes(change), "records/one.json")
     assert str(caught.value).startswith("records/one.json ")
 
@@ -160,7 +160,7 @@ def test_numbers_that_no_run_measures_are_refused(change: Callable[[dict[str, An
 def test_a_key_that_is_there_twice_is_refused() -> None:
     data = forged_bytes(lambda row: None)
     assert parse_record(data, "one.json") == a_record()
-    with pytest.raises(DamagedRecord, match=r"^one\.json is not a run's record: has 'miou' twice"):
+    with pytest.raises(CorruptRecordError, match=r"^one\.json is not a run's record: has 'miou' twice"):
         parse_record(b'{"miou": 0.999, ' + data[1:], "one.json")
 
 
@@ -267,7 +267,7 @@ def test_a_record_in_another_s_place_is_refused_and_one_of_an_older_revision_is_
     older = bound(EXAMPLE, core_revision=EXAMPLE.core_revision - 1)
     store.directory(older.run_id).mkdir()
     save_record(older, store.directory(older.run_id) / "record.json")
-    with pytest.raises(ForgedRecord, match=f"does not match its name {forged.run_id}: .* give {best.run_id}"):
+    with pytest.raises(ForgedRecordError, match=f"does not match its name {forged.run_id}: .* give {best.run_id}"):
         load_record(place)
     assert store.records() == {older.run_id: older} and store.get(forged.run_id) is None and not place.exists()
     assert len(said) == 1 and "does not match its name" in said[0] and "damaged" in said[0]
@@ -284,7 +284,7 @@ def test_a_record_from_before_revisions_is_of_another_version(store: Store, said
 def test_a_published_record_has_the_name_that_the_run_had_although_it_hides_paths() -> None:
     fields = {"model.weights": "/home/me/w.safetensors", "method.clip.weights": "/data/clip.safetensors"}
     mine = bound(EXAMPLE, changed={**EXAMPLE.changed, **fields, "runtime.runs_dir": "/home/me/runs"})
-    sent = without_paths(mine)
+    sent = strip_local_paths(mine)
     assert "/home" not in sent.model_dump_json() and mismatch(sent) == mismatch(mine) == ""
     other = bound(EXAMPLE, changed={**EXAMPLE.changed, **fields, "model.weights": "/home/me/other.safetensors"})
     assert other.run_id != mine.run_id
@@ -319,7 +319,7 @@ def test_a_field_of_another_version_is_kept_unread(store: Store, said: list[str]
     path.write_text(json.dumps({**rest, "checksum": checksum(rest)}))
     record = store.get(RUN)
     assert record is not None and record.miou == EXAMPLE.miou and said == []
-    save_record(without_paths(record), path)
+    save_record(strip_local_paths(record), path)
     assert json.loads(path.read_text())["colour"] == "red", "and goes on with the record"
 
 

@@ -13,7 +13,7 @@ import optuna
 import pytest
 
 from viladiff.sweeps import controller as search_module
-from viladiff.sweeps.optuna_study import Asker
+from viladiff.sweeps.optuna_study import OptunaStudy
 from viladiff.sweeps.pruners import halving, optuna_pruner
 from viladiff.sweeps.trials import Rung, Trial, save_trial
 
@@ -161,7 +161,7 @@ def test_a_twin_counts_once(sweeping: ModuleType, tmp_path: Path) -> None:
         for number, value in enumerate((0.4, 0.4, 0.6, 0.5))
     ]
     pruner, journal = optuna_pruner("asha", STEPS), str(tmp_path / "optuna.journal")
-    asker = Asker("s", sweeping.SPACE, sweeping.FIRST, "random", 0, False, journal, pruner)
+    asker = OptunaStudy("s", sweeping.SPACE, sweeping.FIRST, "random", 0, False, journal, pruner)
     asker.open(trials, STEPS[-1])
     assert asker.stopped == {3}
 

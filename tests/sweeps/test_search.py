@@ -15,7 +15,7 @@ import pytest
 
 from viladiff.sweeps import controller as search_module
 from viladiff.sweeps.space import Dimension
-from viladiff.sweeps.trials import Tally, Trial, load_trials, ranked, save_trial
+from viladiff.sweeps.trials import SeedStatistics, Trial, load_trials, ranked, save_trial
 
 
 class Deaths:
@@ -158,7 +158,7 @@ def test_other_seeds_are_left_out_where_the_first_decide(sweeping: ModuleType, t
 
 
 def test_what_is_left_out_follows_the_formula() -> None:
-    tally = Tally()
+    tally = SeedStatistics()
 
     def done(number: int, *values: float) -> Trial:
         scores = {str(i): value for i, value in enumerate(values)}

@@ -16,12 +16,12 @@ import pytest
 from viladiff.cli.main import main as viladiff
 from viladiff.cli.sweeps import parser
 from viladiff.experiments import sweep_messages, sweep_setup, sweeps
-from viladiff.sweeps.finals import Finalist, contests, finalists, said
+from viladiff.sweeps.finals import Finalist, compare_finalists, finalists, format_verdict
 from viladiff.sweeps.space import Dimension, edges, grid, shrunk
-from viladiff.sweeps.spec import Namer, Sweep, changes, check, choosing_images, load_sweep, rung_steps
-from viladiff.sweeps.summary import best_so_far, command, importances, rows, rungs, toml
+from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, choosing_images, load_sweep, rung_steps
+from viladiff.sweeps.summary import best_so_far, importances, rows, rungs, to_toml, train_command
 from viladiff.sweeps.trials import Rung, Trial
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 from viladiff.tables.significance import smallest_detectable
 
 pytestmark = pytest.mark.usefixtures("prints_once")
@@ -232,7 +232,7 @@ def test_a_search_runs_on_held_out_images_and_its_finals_on_the_reported_ones(sw
     from viladiff.runs.config import RunConfig, override
     from viladiff.training.fingerprints import name_runs
 
-    namer = Namer(sweep, "smoke", {}, "holdout")
+    namer = SweepPlanner(sweep, "smoke", {}, "holdout")
     assert namer.steps == (1, 2, 4)
     run, final = namer.planned({"method.vila.lam": 0.7}, 1), namer.final({"method.vila.lam": 0.5}, 3)
     assert run.changed["eval.every_steps"] == 1 and not {"data.holdout", "eval.split"} & set(run.changed), "dev"
@@ -254,9 +254,9 @@ def test_the_images_that_points_are_chosen_by_are_named(sweep: Sweep) -> None:
 def test_fields_of_the_sweep_are_not_typed(sweep: Sweep) -> None:
     for typed, why in (("eval.split", "chooses on what it holds out"), ("method.vila.lam", "the sweep searches it")):
         with pytest.raises(ValueError, match=why):
-            Namer(sweep, "smoke", {typed: "1"}, "holdout")
+            SweepPlanner(sweep, "smoke", {typed: "1"}, "holdout")
     with pytest.raises(ValueError, match=r"scale = 'digit': allowed: .*did you mean 'digits'"):
-        Namer(sweep, "digit", {}, "holdout")
+        SweepPlanner(sweep, "digit", {}, "holdout")
     with pytest.raises(ValueError, match="a sweep needs a number of steps"):
         rung_steps(sweep, {"train.steps": None})
 
@@ -265,7 +265,7 @@ def asked(tmp_path: Path, *words: str) -> argparse.Namespace:
     return parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--scale", "smoke", "--storage", str(tmp_path), *words])
 
 
-def opened(tmp_path: Path, *words: str, path: Path = TUNE / "sweep_lambda.toml") -> sweep_setup.Job:
+def opened(tmp_path: Path, *words: str, path: Path = TUNE / "sweep_lambda.toml") -> sweep_setup.SweepJob:
     job = sweep_setup.prepare(path, asked(tmp_path, *words))
     with sweep_setup.alone(job.directory):
         sweep_setup.open_directory(job)
@@ -353,7 +353,7 @@ def trial(number: int, lam: float, *values: float, origin: str = "tpe", state: s
 
 def test_finalists_are_winner_paper_and_second_each_once(sweep: Sweep) -> None:
     namer: Any = SimpleNamespace(
-        final=lambda point, seed, title: Planned(f"{point['method.vila.lam']}-{seed}", {}, title, 4, {})
+        final=lambda point, seed, title: PlannedRun(f"{point['method.vila.lam']}-{seed}", {}, title, 4, {})
     )
     trials = [trial(0, 0.5, 0.4, origin="paper"), trial(1, 0.7, 0.6), trial(2, 0.9, 0.5), trial(3, 1.1, state="pruned")]
     found = finalists(sweep, trials, namer)
@@ -367,7 +367,7 @@ def test_finalists_are_winner_paper_and_second_each_once(sweep: Sweep) -> None:
 def records(values: dict[str, list[float]]) -> tuple[list[Finalist], dict[str, Any]]:
     found, done = [], {}
     for number, (role, scores) in enumerate(values.items()):
-        runs = {seed: Planned(f"{role}{seed}", {}, "", 4, {}) for seed in range(3, 8)}
+        runs = {seed: PlannedRun(f"{role}{seed}", {}, "", 4, {}) for seed in range(3, 8)}
         found.append(Finalist((role,), number, {"x": 1.0}, runs))  # type: ignore[arg-type]
         done |= {f"{role}{seed}": SimpleNamespace(miou=score / 100) for seed, score in zip(runs, scores, strict=False)}
     return found, done
@@ -378,7 +378,7 @@ def test_contests_are_paired_corrected_and_say_what_could_have_been_seen() -> No
 
     winner, paper, second = [50.0, 52, 51, 53, 49], [48.0, 50.5, 48.7, 51.2, 46.8], [49.9, 52.3, 50.8, 53.1, 48.7]
     found, done = records({"winner": winner, "paper": paper, "runner-up": second})
-    one, other = contests(found, done)
+    one, other = compare_finalists(found, done)
     better = stats.ttest_rel(winner, paper)
     assert one.p == pytest.approx(2 * better.pvalue) and one.outcome == "shown" and one.n == 5
     assert one.interval == pytest.approx(tuple(better.confidence_interval(0.95)))
@@ -386,7 +386,7 @@ def test_contests_are_paired_corrected_and_say_what_could_have_been_seen() -> No
     error = math.sqrt(statistics.variance([a - b for a, b in zip(winner, paper, strict=True)]) / 5)
     assert one.spread == pytest.approx(error * math.sqrt(5))
     assert one.detectable == pytest.approx(smallest_detectable(error, 4, 4)), "two comparisons with two sides each"
-    lines = list(said(found, done, 5))
+    lines = list(format_verdict(found, done, 5))
     assert "winner: 51.00 ± 1.58 mIoU over 5 of 5 fresh seeds" in lines[0]
     assert (
         "better (two-sided paired t over 5 seeds, standard deviation of paired differences 0.32, Holm" in lines[3]
@@ -398,7 +398,7 @@ def test_a_contest_is_open_where_its_interval_has_zero_and_can_be_reversed() -> 
     """One comparison, so that nothing is corrected: verdict and interval must agree."""
     for second, outcome in (([49.6, 51.2, 51.1, 51.9, 48.6], "open"), ([51.0, 53.2, 51.9, 54.1, 50.2], "reversed")):
         found, done = records({"winner": [50.0, 52, 51, 53, 49], "runner-up": second})
-        (one,) = contests(found, done)
+        (one,) = compare_finalists(found, done)
         unsure = one.interval[0] < 0 < one.interval[1]
         assert one.outcome == outcome and unsure == (outcome == "open") == (one.p >= 0.05)
         assert (0.025 < one.p / 2 < 0.05) == (outcome == "open"), "one-sided, the first would be better"
@@ -406,8 +406,8 @@ def test_a_contest_is_open_where_its_interval_has_zero_and_can_be_reversed() -> 
 
 def test_four_fresh_seeds_decide_nothing() -> None:
     found, done = records({"winner": [50, 51, 52, 53], "paper": [10, 11, 12, 13, 14]})
-    assert contests(found, done) == []
-    assert "over 4 of 5 fresh seeds" in next(said(found, done, 5))
+    assert compare_finalists(found, done) == []
+    assert "over 4 of 5 fresh seeds" in next(format_verdict(found, done, 5))
 
 
 def test_detectable_is_found_four_times_in_five() -> None:
@@ -461,8 +461,8 @@ def test_importance_tells_what_matters_from_what_does_not() -> None:
 def test_the_printed_command_and_toml_mean_the_same_run(sweep: Sweep, tmp_path: Path) -> None:
     from viladiff.runs.config import RunConfig, override, parse_overrides
 
-    run = Namer(sweep, "smoke", {}, "holdout").planned({"method.vila.lam": 0.1 + 0.2}, 1)
-    words = command(run.changed, run.threads).split()
+    run = SweepPlanner(sweep, "smoke", {}, "holdout").planned({"method.vila.lam": 0.1 + 0.2}, 1)
+    words = train_command(run.changed, run.threads).split()
     fields = [word for word in words[2:] if "=" in word]
     again = override(RunConfig(), parse_overrides(fields))
     from viladiff.training.fingerprints import name_runs
@@ -473,7 +473,7 @@ def test_the_printed_command_and_toml_mean_the_same_run(sweep: Sweep, tmp_path: 
         tmp_path,
         (
             '"data.split" = "183"\n',
-            '"data.split" = "183"\n' + toml({"method.mixe.tau_shape": "step", "method.mixe.beta": 0.1 + 0.2}),
+            '"data.split" = "183"\n' + to_toml({"method.mixe.tau_shape": "step", "method.mixe.beta": 0.1 + 0.2}),
         ),
     )
     assert load_sweep(path).base["method.mixe.beta"] == 0.1 + 0.2
@@ -483,7 +483,7 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
     """A real sweep without Ray, one run of it interrupted; then the command that its conclusion prints."""
     from viladiff.runs.config import RunConfig, override
     from viladiff.runs.record import load_record
-    from viladiff.training.errors import Stopped
+    from viladiff.training.errors import StopRequested
     from viladiff.training.trainer import fit
 
     words = ["--trials", "1", "--sampler", "random", "--no-finals", "--", "method.mixe.timesteps=2"]
@@ -496,7 +496,7 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
             cfg = override(
                 RunConfig(), {**run.changes, "runtime.runs_dir": str(tmp_path / "runs"), "runtime.progress": False}
             )
-            with pytest.raises(Stopped):
+            with pytest.raises(StopRequested):
                 fit(cfg, report=lambda news: "miou" in news and news["step"] == 2)
             desk.finished(run.run_id, {"state": "done", "miou": fit(cfg).miou})
     trials = desk.search.trials

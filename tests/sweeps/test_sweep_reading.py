@@ -12,9 +12,10 @@ from test_sweep_page import Page, lambdas, shown
 from viladiff.experiments.compare_sweeps import _tuned
 from viladiff.report.sweep.sweep_page import render_sweep
 from viladiff.runs.config import RunConfig, override
-from viladiff.sweeps.finals import Finalist, Tuned, chosen, contests, said
-from viladiff.sweeps.spec import Namer, changes, common, load_sweep
-from viladiff.tables.plan import Planned
+from viladiff.sweeps.finals import Finalist, Tuned, chosen, compare_finalists
+from viladiff.sweeps.finals import format_verdict as said
+from viladiff.sweeps.spec import SweepPlanner, changes, common, load_sweep
+from viladiff.tables.plan import PlannedRun
 
 TUNE = Path(__file__).resolve().parents[2] / "tune"
 FILES = sorted(TUNE.glob("sweep_reading*.toml"))
@@ -48,7 +49,7 @@ def test_no_run_reads_the_reported_set(path: Path) -> None:
 @pytest.mark.usefixtures("prints_once")
 def test_trials_and_finals_are_runs_on_dev() -> None:
     sweep = load_sweep(TUNE / "sweep_reading_semibaseline.toml")
-    namer = Namer(sweep, "smoke", {}, "holdout")
+    namer = SweepPlanner(sweep, "smoke", {}, "holdout")
     found = [namer.planned(sweep.initial_point, 0), namer.final(sweep.initial_point, 1)]
     assert [override(RunConfig(), one.changes).eval.split for one in found] == ["dev", "dev"]
     assert [one.changed.get("eval.split", "dev") for one in found] == ["dev", "dev"]
@@ -80,7 +81,7 @@ def test_unequal_tuning_is_refused(tmp_path: Path, name: str, old: str, new: str
 
 
 def finalist(role: str, trial: int, values: list[float | None]) -> tuple[Finalist, dict[str, Any]]:
-    runs = {seed: Planned(f"{role}-{seed}", {}, "", 4, {}) for seed in (1, 2, 3)}
+    runs = {seed: PlannedRun(f"{role}-{seed}", {}, "", 4, {}) for seed in (1, 2, 3)}
     records = {
         f"{role}-{seed}": SimpleNamespace(miou=value)
         for seed, value in zip((1, 2, 3), values, strict=True)
@@ -99,7 +100,7 @@ def test_chosen_is_the_highest_mean_on_fresh_seeds_once_all_are_there() -> None:
     assert chosen(found, {name: one for name, one in records.items() if name != "paper-2"}) is None
     same, d = finalist("paper", 0, [0.63, 0.62, 0.64])
     assert chosen([best, second, same], {**records, **d}) is same, "of equal ones the first reading"
-    assert contests(found, records) == [] and len(contests(found, records, 3)) == 2
+    assert compare_finalists(found, records) == [] and len(compare_finalists(found, records, 3)) == 2
     assert sum("against" in line for line in said(found, records, 3)) == 2
     assert not any("against" in line for line in said(found, records, 5))
 

@@ -10,15 +10,15 @@ import pytest
 from record_kit import name_of, told
 
 from viladiff.report.sections import caption_dose
-from viladiff.report.table.results import Results, gather
+from viladiff.report.table.results import Results, collect_results
 from viladiff.report.table.table_page import render_table
-from viladiff.runs.config import RunConfig, changed, flatten, override
+from viladiff.runs.config import RunConfig, flatten, non_default_fields, override
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Store
 from viladiff.tables.cells import cells
-from viladiff.tables.claims import judge
-from viladiff.tables.contrasts import questions
-from viladiff.tables.plan import Plan, Planned, PlannedCell
+from viladiff.tables.claims import evaluate_claims
+from viladiff.tables.contrasts import contrasts
+from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
 from viladiff.tables.spec import Claim, Column, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 
@@ -35,7 +35,7 @@ def configs(name: str, column: str = "1/8 (183)") -> dict[str, RunConfig]:
 def test_rows_are_doses_of_row_4_and_baselines_at_the_same_captions() -> None:
     found = configs("captions")
     row4, base = configs("table5")["ViLa"], flatten(found["ViLa"])
-    assert changed(row4) == changed(found["ViLa"]), "the same run"
+    assert non_default_fields(row4) == non_default_fields(found["ViLa"]), "the same run"
     differ = {
         label: {path: value for path, value in flatten(cfg).items() if value != base[path]}
         for label, cfg in found.items()
@@ -61,7 +61,7 @@ def test_rows_are_doses_of_row_4_and_baselines_at_the_same_captions() -> None:
 def test_vila_is_claimed_above_the_best_of_the_baselines_and_fusion_apart() -> None:
     table = load_table(ABLATIONS / "captions.toml")
     for claim, row in zip(table.claims[:2], ("ViLa", "ViLa, fusion stream"), strict=True):
-        asked = questions(table, claim)
+        asked = contrasts(table, claim)
         assert {one.higher for one in asked} == {row} and {one.lower for one in asked} == set(BASELINES)
         assert {one.form for one in asked} == {"one_sided"} and {one.limit for one in asked} == {0.0}
 
@@ -114,14 +114,14 @@ def opened(tmp_path: Path, done: tuple[int, ...] = (0, 1, 2, 3, 4, 5), **changes
             if row == of and row in done:
                 store.directory(name).mkdir(parents=True, exist_ok=True)
                 save_record(record(name, LEVELS[row] + 0.1 * (seed - 1)), store.directory(name) / "record.json")
-    runs = {cell.run_id: Planned(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in found}
+    runs = {cell.run_id: PlannedRun(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in found}
     plain = {f"d {name}": {"data.caption_recall": 0.85} for name in ("v", "b")}
     every = tuple(range(len(ROWS)))
     return Plan(table, "s", every, (0,), (0, 1, 2), tuple(found), runs, {}, (), plain), store
 
 
 def made(tmp_path: Path, **changes: Any) -> tuple[Results, caption_dose.Dose]:
-    results = gather(*opened(tmp_path, **changes))
+    results = collect_results(*opened(tmp_path, **changes))
     found = caption_dose.dose(results, tmp_path / "out")
     assert found is not None
     return results, found
@@ -131,7 +131,7 @@ def test_a_ceiling_is_no_baseline(tmp_path: Path) -> None:
     plan, store = opened(tmp_path)
     oracle = {"method.name": "b", "method.pseudo.oracle": "edges"}
     runs = {**plan.runs, **{name: replace(plan.runs[name], changed=oracle) for name in plan.run_ids(1, 0)}}
-    found = caption_dose.dose(gather(replace(plan, runs=runs), store), tmp_path / "out")
+    found = caption_dose.dose(collect_results(replace(plan, runs=runs), store), tmp_path / "out")
     assert found is not None and "+3.0 points to the best of 1 baseline, Base (50.0 ± 0.1 (3))" in found.said[0]
 
 
@@ -167,12 +167,12 @@ def test_what_is_not_measured_is_missing(tmp_path: Path) -> None:
     _, none = made(tmp_path / "none", done=())
     assert none.said == ("1/8: not measured yet.",)
     assert list(caption_dose._cells(none.lines[0])) == ["3 V", "0.85", "—", "—"]
-    assert caption_dose.dose(gather(*opened(tmp_path / "table", page="table")), tmp_path) is None
+    assert caption_dose.dose(collect_results(*opened(tmp_path / "table", page="table")), tmp_path) is None
 
 
 def test_the_page_has_the_curve_and_the_answer(tmp_path: Path) -> None:
     plan, store = opened(tmp_path)
-    verdicts = judge(plan, store.records())
+    verdicts = evaluate_claims(plan, store.records())
     assert [one.verdict for one in verdicts] == ["holds"]
     out = tmp_path / "page"
     text = render_table(plan, store, out, command="c", verdicts=verdicts).read_text()

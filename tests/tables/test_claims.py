@@ -15,17 +15,18 @@ from record_kit import made
 from scipy import stats
 
 from viladiff.runs.record import RunRecord
-from viladiff.tables.claims import Verdict, judge, printed_verdict
-from viladiff.tables.contrasts import covering, questions
-from viladiff.tables.paired import spread, t_test
+from viladiff.tables.claims import Verdict, evaluate_claims, printed_verdict
+from viladiff.tables.contrasts import contrasts, inclusion_pairs
+from viladiff.tables.paired import t_test
+from viladiff.tables.paired import variance_model as spread
 from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.significance import (
     LEVEL,
-    Sample,
+    CellSample,
     Term,
+    cell_samples,
     holm,
-    pooled,
-    samples,
+    pooled_variance,
     smallest_detectable,
 )
 from viladiff.tables.spec import Claim, Column, Row, Scale, Table
@@ -78,7 +79,7 @@ def world(table: Table, values: Values, seeds: int = 3) -> tuple[Plan, dict[str,
 
 
 def verdict(table: Table, values: Values, seeds: int = 3) -> Verdict:
-    (found,) = judge(*world(table, values, seeds))
+    (found,) = evaluate_claims(*world(table, values, seeds))
     return found
 
 
@@ -141,7 +142,7 @@ def test_many_cells_pool_one_variance_and_correct_for_all_comparisons() -> None:
     rng = np.random.default_rng(0)
     sizes = {(0, 0): 3, (0, 1): 4, (1, 0): 5, (1, 1): 3, (2, 0): 3, (2, 1): 4}
     values = {place: (50 + 0.8 * place[0] + rng.normal(0, 1, n)).tolist() for place, n in sizes.items()}
-    found = judge(*world(table, values, seeds=5))
+    found = evaluate_claims(*world(table, values, seeds=5))
 
     pairs = [((0, c), (1, c)) for c in (0, 1)] + [((1, c), (2, c)) for c in (0, 1)] + [((0, c), (2, c)) for c in (0, 1)]
     sd, df, tested = least_squares(values, pairs)
@@ -167,14 +168,14 @@ def test_many_cells_pool_one_variance_and_correct_for_all_comparisons() -> None:
 
 
 def test_pool_counts_shared_runs_once_and_leaves_single_runs_out() -> None:
-    same = Sample((1.0, 3.0), ("x", "y"), (0, 1))
-    pool = pooled([same, same, Sample((9.0,), ("z",), (0,)), Sample((), (), ())])
+    same = CellSample((1.0, 3.0), ("x", "y"), (0, 1))
+    pool = pooled_variance([same, same, CellSample((9.0,), ("z",), (0,)), CellSample((), (), ())])
     assert pool is not None and (pool.df, pool.cells) == (1, 1) and pool.sd == pytest.approx(np.sqrt(2))
-    assert pooled([Sample((9.0,), ("z",), (0,))]) is None and pooled([]) is None
+    assert pooled_variance([CellSample((9.0,), ("z",), (0,))]) is None and pooled_variance([]) is None
 
 
 def test_the_same_runs_cannot_differ() -> None:
-    one = Sample((1.0, 2.0, 4.0), ("x", "y", "z"), (0, 1, 2))
+    one = CellSample((1.0, 2.0, 4.0), ("x", "y", "z"), (0, 1, 2))
     measured = {(0, 0): one, (1, 0): one}
     terms = (Term(0, 0, 1), Term(1, 0, -1))
     assert t_test(terms, 0.0, measured, spread(measured))[:5] == (0.0, 0.0, 1.0, 1.0, 1.0)
@@ -189,9 +190,9 @@ def test_two_readings_of_the_same_runs_are_compared_run_by_run() -> None:
     runs = ("x", "y", "z")
     plan, _ = world(table, {(row, 0): visual for row in range(3)})
     measured = {
-        (0, 0): Sample((*visual,), runs, (0, 1, 2)),
-        (1, 0): Sample((*fusion,), runs, (0, 1, 2), "/fusion"),
-        (2, 0): Sample((*other,), ("a", "b", "c"), (0, 1, 2)),
+        (0, 0): CellSample((*visual,), runs, (0, 1, 2)),
+        (1, 0): CellSample((*fusion,), runs, (0, 1, 2), "/fusion"),
+        (2, 0): CellSample((*other,), ("a", "b", "c"), (0, 1, 2)),
     }
     known = spread(measured)
     assert {key: pool.df for key, pool in known.pools.items()} == {("", ""): 2} and not known.apart
@@ -201,7 +202,7 @@ def test_two_readings_of_the_same_runs_are_compared_run_by_run() -> None:
     beside = t_test((Term(1, 0, 1), Term(2, 0, -1)), 0.0, measured, known)
     assert beside.p == pytest.approx(stats.ttest_rel(fusion, other, alternative="greater").pvalue)
     with pytest.raises(ValueError, match="have 1 seed in common, and 2 are needed"):
-        once = {(0, 0): Sample((1.0,), ("x",), (0,)), (1, 0): Sample((2.0,), ("x",), (0,), "/fusion")}
+        once = {(0, 0): CellSample((1.0,), ("x",), (0,)), (1, 0): CellSample((2.0,), ("x",), (0,), "/fusion")}
         t_test((Term(1, 0, 1), Term(0, 0, -1)), 0.0, once, spread(once))
     records = {cell.run_id: a_record(cell.run_id, 0.0) for cell in plan.cells} | {
         f"0/0/{i}": a_reading(f"0/0/{i}", visual[i], fusion[i]) for i in range(3)
@@ -209,7 +210,7 @@ def test_two_readings_of_the_same_runs_are_compared_run_by_run() -> None:
     shared = tuple(
         PlannedCell(c.row, c.column, c.seed, f"0/0/{c.seed}" if c.row == 1 else c.run_id) for c in plan.cells
     )
-    one, _ = judge(replace(plan, cells=shared), records)
+    one, _ = evaluate_claims(replace(plan, cells=shared), records)
     assert one.comparisons[0].p_reversed == pytest.approx(1.0, abs=0.02) and "seed by seed" in one.test
     assert one.verdict == "holds"
 
@@ -238,7 +239,8 @@ def test_cells_that_spread_alike_are_seldom_set_apart() -> None:
     rng = np.random.default_rng(2)
     tables = rng.normal(0, 1, (300, 8, 3)) + rng.normal(0, 5, (300, 1, 3))
     found = [
-        spread({(i, 0): Sample(tuple(v), (str(i),), (0, 1, 2)) for i, v in enumerate(each)}).apart for each in tables
+        spread({(i, 0): CellSample(tuple(v), (str(i),), (0, 1, 2)) for i, v in enumerate(each)}).apart
+        for each in tables
     ]
     assert sum(map(bool, found)) <= 8
 
@@ -319,13 +321,13 @@ def test_correction_can_undo_what_one_test_would_show() -> None:
     wider: Values = {(0, 0): [50.0, 50.6, 51.2], (1, 0): [48.8, 50.0, 49.6]}
     assert verdict(a_table(plain(2), ["c"], higher("r0", "r1")), wider).verdict == "holds"
     both = a_table(plain(2), ["c"], higher("r0", "r1"), higher("r1", "r0"))
-    assert [one.verdict for one in judge(*world(both, wider))] == ["not decided", "not decided"]
+    assert [one.verdict for one in evaluate_claims(*world(both, wider))] == ["not decided", "not decided"]
 
 
 def test_claims_of_the_paper_and_ours_are_corrected_apart() -> None:
     values: Values = {(0, 0): [50.0, 50.6, 51.2], (1, 0): [48.8, 50.0, 49.6]}
     ours = higher("r1", "r0", source="ours")
-    found = judge(*world(a_table(plain(2), ["c"], ours, higher("r0", "r1")), values))
+    found = evaluate_claims(*world(a_table(plain(2), ["c"], ours, higher("r0", "r1")), values))
     assert [one.source for one in found] == ["ours", "paper"], "in the table's order"
     assert found[1].verdict == "holds" and found[0].verdict == "fails"
     assert "for 1 comparison of our own claims" in found[0].test and "of the paper's claims" in found[1].test
@@ -355,12 +357,12 @@ def test_the_test_is_named_where_no_residual_tells_its_spread() -> None:
     claim = higher("r0", "r1", kind="less_stable", source="ours")
     plan, records = world(a_table(plain(2), ["c"], claim), {(0, 0): near(50), (1, 0): near(60)}, seeds=6)
     apart = {f"1/0/{seed + 3}": records.pop(f"1/0/{seed}") for seed in range(3)}
-    (found,) = judge(plan, {**records, **apart})
+    (found,) = evaluate_claims(plan, {**records, **apart})
     assert found.comparisons and found.test.startswith("F test on mIoU over seeds")
     rows = [*plain(2), Row(label="f0", stream="fusion"), Row(label="f1", stream="fusion")]
     values: Values = {(row, 0): near(50 + row) for row in range(4)}
     plan, records = world(a_table(rows, ["c"], higher("f0", "f1")), values)
-    (found,) = judge(plan, records)  # no record has a fusion stream
+    (found,) = evaluate_claims(plan, records)  # no record has a fusion stream
     assert "over seeds, differences paired by seed" in found.test
 
 
@@ -388,34 +390,36 @@ def test_a_run_without_the_score_counts_as_missing() -> None:
     table = a_table(plain(2), ["c"], higher("r0", "r1"))
     plan, records = world(table, {(0, 0): near(54), (1, 0): near(50)})
     records["0/0/1"] = a_record("0/0/1", None)
-    assert "has 2 of 3 seeds" in judge(plan, records)[0].why
+    assert "has 2 of 3 seeds" in evaluate_claims(plan, records)[0].why
     records["0/0/1"] = a_record("0/0/1", 54.0)
-    assert judge(plan, records)[0].verdict == "holds"
+    assert evaluate_claims(plan, records)[0].verdict == "holds"
 
 
 def test_another_metric_is_that_of_the_headline() -> None:
     claim = higher("r0", "r1", metric="boundary_iou")
     plan, records = world(a_table(plain(2), ["c"], claim), {(0, 0): near(54), (1, 0): near(50)})
-    assert samples(plan, records, "boundary_iou")[0, 0].values == pytest.approx(tuple(value / 2 for value in near(54)))
-    (found,) = judge(plan, records)
+    assert cell_samples(plan, records, "boundary_iou")[0, 0].values == pytest.approx(
+        tuple(value / 2 for value in near(54))
+    )
+    (found,) = evaluate_claims(plan, records)
     assert found.comparisons[0].difference == pytest.approx(2.0) and found.metric == "boundary_iou"
     bare = {name: a_record(name, 100 * (one.miou or 0), None) for name, one in records.items()}
-    assert judge(plan, bare)[0].verdict == "not decided"
+    assert evaluate_claims(plan, bare)[0].verdict == "not decided"
 
 
 # Kinds
 
 
 def pairs_of(table: Table, claim: Claim) -> list[tuple[str, str, str]]:
-    return [(one.higher, one.lower, one.column) for one in questions(table, claim)]
+    return [(one.higher, one.lower, one.column) for one in contrasts(table, claim)]
 
 
 def test_covering_pairs_of_table5() -> None:
     """Nine edges; the sixteen other inclusions follow from them. Controls take no part."""
-    assert sorted((low + 1, high + 1) for high, low in covering(TABLE5)) == [
+    assert sorted((low + 1, high + 1) for high, low in inclusion_pairs(TABLE5)) == [
         *[(1, 2), (1, 3), (2, 4), (3, 4), (4, 5), (4, 6), (5, 7), (6, 7), (7, 8)]
     ]
-    assert len(questions(TABLE5, TABLE5.claims[0])) == 18
+    assert len(contrasts(TABLE5, TABLE5.claims[0])) == 18
 
 
 def test_covering_leaves_out_equal_parts_and_counts_both_of_equals() -> None:
@@ -425,7 +429,7 @@ def test_covering_leaves_out_equal_parts_and_counts_both_of_equals() -> None:
         Row(label="c", components=("x",)),
         Row(label="d", components=("y", "x")),
     ]
-    assert covering(a_table(rows, ["c"])) == [(1, 0), (2, 0), (3, 1), (3, 2)]
+    assert inclusion_pairs(a_table(rows, ["c"])) == [(1, 0), (2, 0), (3, 1), (3, 2)]
     none = verdict(a_table(plain(2), ["c"], STEPS), {(0, 0): near(50), (1, 0): near(54)})
     assert none.verdict == "not decided" and none.why == "no row's parts include another row's"
 
@@ -438,7 +442,7 @@ def test_best_and_worst_rows_are_compared_with_the_papers_others() -> None:
         ("r0", "r1", "a"),
         ("r0", "r2", "a"),
     ]
-    assert len(questions(table, higher("r1", kind="best_row"))) == 4, "in every column, where none is named"
+    assert len(contrasts(table, higher("r1", kind="best_row"))) == 4, "in every column, where none is named"
 
 
 def test_a_tolerance_forgives_a_small_shortfall_only() -> None:
@@ -518,7 +522,7 @@ def test_claims_of_table5_over_made_up_records() -> None:
         for c, number in enumerate(row.paper or (70 + i / 100, 70 - i / 100))
         if number != "-"
     }
-    found = judge(*world(TABLE5, values))
+    found = evaluate_claims(*world(TABLE5, values))
     assert [one.text for one in found] == [claim.text for claim in TABLE5.claims]
     kinds = {one.text: (one.verdict, one.why) for one in found}
     assert kinds[TABLE5.claims[0].text] == ("not decided", "17 of 18 shown, 0 reversed, 1 open"), "77.4 against 77.3"
@@ -549,10 +553,10 @@ def in_precision(records: dict[str, RunRecord], which: Callable[[int, int, int],
 
 def test_a_cell_of_two_precisions_is_refused() -> None:
     plan, records = world(a_table(plain(2), ["a"]), {(0, 0): [40.0, 41.0, 42.0], (1, 0): [43.0, 44.0, 45.0]})
-    assert samples(plan, records)[0, 0].precision == "fp32"
+    assert cell_samples(plan, records)[0, 0].precision == "fp32"
     mixed = in_precision(records, lambda row, column, seed: (row, seed) == (1, 2))
     with pytest.raises(ValueError, match="'r1' at 'a': runs of different precision are not averaged, got bf16; fp32"):
-        samples(plan, mixed)
+        cell_samples(plan, mixed)
 
 
 def test_variances_are_pooled_within_one_precision() -> None:
@@ -562,17 +566,17 @@ def test_variances_are_pooled_within_one_precision() -> None:
     claims = [Claim(text=f"{a} > r0", kind="higher", source="ours", rows=(a, "r0")) for a in ("r1", "r2")]
     plan, records = world(a_table(plain(4), ["a"], *claims), values)
     split = in_precision(records, lambda row, column, seed: row >= 2)
-    known = spread(samples(plan, split))
+    known = spread(cell_samples(plan, split))
     assert {key: (pytest.approx(pool.sd), pool.df) for key, pool in known.pools.items()} == {
         ("", "fp32"): (math.sqrt(2), 2),
         ("", "bf16"): (math.sqrt(8), 2),
     }
     with pytest.raises(ValueError, match="different precision have no variance in common, got bf16; fp32"):
-        pooled(samples(plan, split).values())
-    within, across = judge(plan, split)
+        pooled_variance(cell_samples(plan, split).values())
+    within, across = evaluate_claims(plan, split)
     assert "of them in fp32, 2.00 points" in within.test and "bf16" not in within.test
     assert "precisions are compared seed by seed" in across.test
-    found = t_test((Term(2, 0, 1), Term(0, 0, -1)), 0.0, samples(plan, split), known)
+    found = t_test((Term(2, 0, 1), Term(0, 0, -1)), 0.0, cell_samples(plan, split), known)
     assert found.error == pytest.approx(1 / math.sqrt(3)) and found.df == pytest.approx(2)
 
 
@@ -581,6 +585,6 @@ def test_spreads_of_cells_of_two_precisions_are_not_compared() -> None:
     one, other = [40.0, 41.0, 42.0], [50.0, 52.0, 54.0]
     values = {(0, 0): other, (0, 1): other, (1, 0): one, (1, 1): one}
     plan, records = world(a_table(plain(2), ["a", "b"], claim), values)
-    (verdict,) = judge(plan, in_precision(records, lambda row, column, seed: (row, column) == (0, 1)))
+    (verdict,) = evaluate_claims(plan, in_precision(records, lambda row, column, seed: (row, column) == (0, 1)))
     assert verdict.verdict == "not decided"
     assert "'r0' has cells of different precision (bf16; fp32), whose spreads are not pooled" in verdict.why

@@ -14,11 +14,11 @@ from viladiff.report.table import results as tables
 from viladiff.report.table.long_form import long
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.store import Store
-from viladiff.sweeps.spec import Namer, Sweep, changes, check, load_sweep
+from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, load_sweep
 from viladiff.tables.cells import cells, choose
-from viladiff.tables.claims import judge
-from viladiff.tables.contrasts import questions
-from viladiff.tables.plan import Plan, Planned, PlannedCell
+from viladiff.tables.claims import evaluate_claims
+from viladiff.tables.contrasts import contrasts
+from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
 from viladiff.tables.spec import OWN_LISTS
 from viladiff.tables.spec_file import load_table
 
@@ -138,7 +138,7 @@ def test_every_spec_draws_lists_at_scale_digits_and_nowhere_else(path: Path) -> 
 def test_trials_and_finals_of_a_sweep_draw_lists_by_seed(tmp_path: Path) -> None:
     sweep = load_sweep(written(tmp_path, SEARCH, name="sweep_small.toml"))
     point = {"method.pseudo.threshold": 0.7}
-    namer, shared = Namer(sweep, "tiny", {}, "holdout"), Namer(sweep, "shared", {}, "holdout")
+    namer, shared = SweepPlanner(sweep, "tiny", {}, "holdout"), SweepPlanner(sweep, "shared", {}, "holdout")
     for seed in (0, 2):
         assert namer.planned(point, seed).changed["data.split_seed"] == seed
         assert namer.final(point, seed).changed["data.split_seed"] == seed
@@ -191,7 +191,7 @@ def test_a_sweep_by_hand_cannot_read_test(tmp_path: Path, monkeypatch: pytest.Mo
     substitute = 'substitute = { "method.name=semibaseline" = { "eval.split" = "test" } }\n'
     sly = made_by(("[scale.tiny]\n", f"[scale.tiny]\n{substitute}"))
     assert changes(sly, "tiny", {}, "holdout")["eval.split"] == "dev"
-    namer = Namer(sweep, "tiny", {}, "holdout")
+    namer = SweepPlanner(sweep, "tiny", {}, "holdout")
     monkeypatch.setattr(namer, "fixed", {**namer.fixed, "eval.split": "test"})
     with pytest.raises(ValueError, match="a trial is never scored on the images that finals are quoted from"):
         namer.planned(sweep.initial_point, 0)
@@ -260,7 +260,7 @@ def world(tmp_path: Path, typed: bool = False) -> tuple[Plan, Store]:
             scores = (level + seed + 0.1 * ((row + seed) % 3)) / 100
             records[name] = RunRecord(**{**example.model_dump(), "run_id": name, "miou": scores})
             where.append(PlannedCell(row, 0, seed, name))
-            runs[name] = Planned(name, {}, "", 4, fields)
+            runs[name] = PlannedRun(name, {}, "", 4, fields)
     plan = Plan(table, "tiny", (0, 1, 2), (0,), (0, 1, 2), tuple(where), runs)
     store = Store(tmp_path / "runs", [])
     store.records = lambda: records  # type: ignore[method-assign]
@@ -269,18 +269,20 @@ def world(tmp_path: Path, typed: bool = False) -> tuple[Plan, Store]:
 
 def test_a_ceiling_is_marked_wherever_its_row_stands_and_is_never_the_best(tmp_path: Path) -> None:
     plan, store = world(tmp_path)
-    results = tables.gather(plan, store)
+    results = tables.collect_results(plan, store)
     assert plan.ceilings == {2} and results.rows(control=False) == [0, 1]
     assert tables.row_name(results, 2) == "truth (ceiling: reads true masks)"
     best = [[top for _, top, _, _ in row.cells] for row in exports.lines(results, "miou")]
     assert best == [[False], [True], [False]], "90 is no result"
-    assert "the highest of 2 rows" in tables.finding(replace_reference(results))
-    lines = table_views.lines(results, "miou", table_views.Reasons())
+    assert "the highest of 2 rows" in tables.headline_sentence(replace_reference(results))
+    lines = table_views.table_rows(results, "miou", table_views.Reasons())
     assert [line.section for line in lines] == [0, 0, 2] and "ceiling" in lines[2].label
     assert any(
         "read true masks of unlabelled images and are no results" in text for text in table_views.context(results)
     )
-    text = exports.to_markdown(results, judge(plan, store.records()), [], "x", "", table_views.context(results))
+    text = exports.to_markdown(
+        results, evaluate_claims(plan, store.records()), [], "x", "", table_views.context(results)
+    )
     assert "truth (ceiling: reads true masks)" in text and "(ceiling: reads true masks) (ours)" not in text
     assert "ceiling: reads true masks" in exports.to_latex(results, "")
     assert [line["ceiling"] for line in long(results)] == [False] * 6 + [True] * 3
@@ -295,16 +297,20 @@ def replace_reference(results: tables.Results) -> tables.Results:
 
 def test_claims_leave_ceilings_out_but_for_our_own_question(tmp_path: Path) -> None:
     plan, store = world(tmp_path)
-    asked = [{question.higher for question in questions(plan.table, claim)} for claim in plan.table.claims]
+    asked = [{question.higher for question in contrasts(plan.table, claim)} for claim in plan.table.claims]
     assert asked == [{"whole"}, {"whole"}, {"truth"}]
-    assert [one.verdict for one in judge(replace(plan), store.records())][2] == "not decided", "one column is missing"
+    assert [one.verdict for one in evaluate_claims(replace(plan), store.records())][2] == "not decided", (
+        "one column is missing"
+    )
     typed, _ = world(tmp_path, typed=True)
-    results = tables.gather(typed, store)
+    results = tables.collect_results(typed, store)
     assert typed.ceilings == {1, 2} and results.rows(control=False) == [0]
-    assert tables.finding(results).startswith("Row 1 (plain)"), "the last that is ranked"
+    assert tables.headline_sentence(results).startswith("Row 1 (plain)"), "the last that is ranked"
     named = replace(typed, table=typed.table.model_copy(update={"headline": "whole"}))
-    assert "(whole (ceiling: reads true masks)) reaches" in tables.finding(tables.gather(named, store))
-    found = judge(typed, store.records())
+    assert "(whole (ceiling: reads true masks)) reaches" in tables.headline_sentence(
+        tables.collect_results(named, store)
+    )
+    found = evaluate_claims(typed, store.records())
     assert found[0].comparisons == found[1].comparisons == ()
     assert found[1].why.startswith("'whole' reads true masks of unlabelled images here (method.pseudo.oracle): a ceil")
     assert found[1].why.endswith("no difference is counted before that"), "90 points of true masks are not counted"
@@ -317,7 +323,7 @@ def test_a_ceiling_lends_no_spread_to_the_papers_claims(tmp_path: Path) -> None:
     assert ours and paper
     for claims, count in ((paper, 2), (ours, 3)):
         one = replace(plan, table=plan.table.model_copy(update={"claims": tuple(claims)}))
-        assert f"pooled over {count} cells" in judge(one, store.records())[0].test
+        assert f"pooled over {count} cells" in evaluate_claims(one, store.records())[0].test
 
 
 def test_the_ceilings_of_table5_run_at_scale_digits_alone() -> None:

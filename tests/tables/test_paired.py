@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from viladiff.tables.blocks import fit
-from viladiff.tables.paired import Part, Residual, parts, spread, t_test, untestable
-from viladiff.tables.significance import LEVEL, Sample, Samples, Term, f_test
+from viladiff.tables.paired import Part, Residual, parts, t_test, untestable, variance_model
+from viladiff.tables.significance import LEVEL, CellSample, Samples, Term, f_test
 
 DIFFERENCE = (Term(0, 0, 1), Term(1, 0, -1))
 
@@ -45,7 +45,7 @@ def measured(y: np.ndarray, column: int = 0, read: str = "", precision: str = ""
     found: Samples = {}
     for row, values in rows_of(y).items():
         runs = tuple(f"{row}/{column}/{seed}" for seed in values)
-        found[row, column] = Sample(tuple(values.values()), runs, tuple(values), read, precision)
+        found[row, column] = CellSample(tuple(values.values()), runs, tuple(values), read, precision)
     return found
 
 
@@ -113,7 +113,7 @@ def test_residuals_of_rounding_are_none() -> None:
 def test_one_variance_for_all_columns_of_an_incomplete_table() -> None:
     columns = [drawn(11, 4, 5, 0.2), drawn(12, 4, 5, 0.1)]
     table = measured(columns[0]) | measured(columns[1], 1)
-    known = spread(table)
+    known = variance_model(table)
     fitted = [least_squares(y) for y in columns]
     df = sum(one[1] for one in fitted)
     sd = np.sqrt(sum(one[0] for one in fitted) / df)
@@ -133,7 +133,7 @@ def test_one_variance_for_all_columns_of_an_incomplete_table() -> None:
 def test_what_a_seed_does_to_all_rows_changes_nothing() -> None:
     y = drawn(3, 4, 5, 0.2)
     table, moved = measured(y), measured(y + np.array([0, 20, -7, 3, 40]))
-    one, other = (t_test(DIFFERENCE, 0.3, found, spread(found)) for found in (table, moved))
+    one, other = (t_test(DIFFERENCE, 0.3, found, variance_model(found)) for found in (table, moved))
     assert one[:5] == pytest.approx(other[:5])
 
 
@@ -143,7 +143,7 @@ def test_one_row_of_two_columns_is_compared_seed_by_seed_and_counts_once() -> No
     columns[1][2] = columns[0][2]
     table = measured(columns[0]) | measured(columns[1], 1)
     table[2, 1] = table[2, 0]
-    known = spread(table)
+    known = variance_model(table)
     assert known.pools["", ""].df == 2 * 3 + 1 * 3, "its residuals are in the first column alone"
     _, _, differences, factors = least_squares(columns[1])
     inside = t_test((Term(2, 1, 1), Term(0, 1, -1)), 0.0, table, known)
@@ -158,7 +158,7 @@ def test_a_cell_set_apart_takes_its_column_along() -> None:
     y = drawn(5, 8, 4, 0.0)
     y[7] = [6, 9, 60, 30]
     table = measured(y)
-    known = spread(table)
+    known = variance_model(table)
     assert set(known.apart) == {table[7, 0]} and known.pools["", ""].df == 6 * 3
     gains = (Term(7, 0, 1), Term(0, 0, -1), Term(1, 0, -1), Term(2, 0, 1))
     found = t_test(gains, 0.0, table, known)
@@ -171,14 +171,14 @@ def test_a_cell_set_apart_takes_its_column_along() -> None:
 def test_what_cannot_be_compared_says_why() -> None:
     y = np.array([[1.0, 2, 4, np.nan, np.nan, np.nan], [np.nan] * 3 + [3.0, 5, 4]])
     table = measured(y)
-    known = spread(table)
+    known = variance_model(table)
     assert known.pools == {}
     found = parts(DIFFERENCE, table, known)
     assert untestable(found, known, 3) == "the cells have 0 seeds in common, and 3 are needed"
     with pytest.raises(ValueError, match="0 seeds in common, and 2 are needed"):
         t_test(DIFFERENCE, 0.0, table, known)
     alone = measured(np.array([[1.0, np.nan], [3.0, np.nan]]))
-    assert "no seed is left" in untestable(parts(DIFFERENCE, alone, spread(alone)), spread(alone), 3)
+    assert "no seed is left" in untestable(parts(DIFFERENCE, alone, variance_model(alone)), variance_model(alone), 3)
     assert untestable([Part({table[0, 0]: 1.0}, None)], known, 3) == ""
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_compared_says_why() -> None:
 
 def wrong(tables: Sequence[Samples], terms: Sequence[Term] = DIFFERENCE) -> float:
     """Share of tables in which a difference is shown, one-sided at 5 %."""
-    return float(np.mean([t_test(terms, 0.0, table, spread(table)).p < LEVEL for table in tables]))
+    return float(np.mean([t_test(terms, 0.0, table, variance_model(table)).p < LEVEL for table in tables]))
 
 
 def no_difference(rng: np.random.Generator, rows: int, seeds: int, list_sd: float = 4.0) -> np.ndarray:
@@ -209,7 +209,7 @@ def test_false_alarms_of_incomplete_tables() -> None:
         y = no_difference(rng, 5, 6)
         y[rng.random(y.shape) < 0.25] = np.nan
         table = measured(y)
-        if not untestable(parts(DIFFERENCE, table, spread(table)), spread(table), 3):
+        if not untestable(parts(DIFFERENCE, table, variance_model(table)), variance_model(table), 3):
             tables.append(table)
     assert 0.023 <= wrong(tables) <= 0.077
 
@@ -233,7 +233,7 @@ def test_pairing_finds_what_lists_would_hide() -> None:
         y = 50 + rng.normal(0, 4, (1, 6)) + rng.normal(0, 0.5, (4, 6))
         y[0] += 1
         table = measured(y)
-        found.append(t_test(DIFFERENCE, 0.0, table, spread(table)).p < LEVEL)
+        found.append(t_test(DIFFERENCE, 0.0, table, variance_model(table)).p < LEVEL)
         unpaired.append(stats.ttest_ind(y[0], y[1], alternative="greater").pvalue < LEVEL)
     assert np.mean(found) > 0.9 and np.mean(unpaired) < 0.3
 
@@ -249,12 +249,12 @@ def test_a_difference_of_the_size_of_the_residuals_spread() -> None:
     """A residual's sd of 1 is one of √2 between two rows at one seed."""
     rng = np.random.default_rng(12)
     y = 50 + rng.normal(0, 4, (1, 4000)) + rng.normal(0, 1, (2, 4000))
-    pool = spread(measured(y)).pools["", ""]
+    pool = variance_model(measured(y)).pools["", ""]
     assert pool.paired == pytest.approx(np.std(y[0] - y[1], ddof=1))
     assert Residual(1.0, 4, 2).paired == pytest.approx(np.sqrt(2))
 
 
 def test_a_cell_is_set_apart_from_others_without_any_spread() -> None:
     """Two rows that are equal bit for bit leave no residual, and would halve a third row's variance."""
-    found = spread(measured(np.array([[10.0, 11.0, 13.0], [10.0, 11.0, 13.0], [12.0, 11.0, 17.0]])))
+    found = variance_model(measured(np.array([[10.0, 11.0, 13.0], [10.0, 11.0, 13.0], [12.0, 11.0, 17.0]])))
     assert [one.runs[0] for one in found.apart] == ["2/0/0"] and [one.sd for one in found.pools.values()] == [0.0]

@@ -16,16 +16,16 @@ from record_kit import bound, content_of
 from record_kit import made as record_of
 
 from viladiff.models.encoders.build import SHIPPED
-from viladiff.runs.config import RunConfig, changed, override
+from viladiff.runs.config import RunConfig, non_default_fields, override
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables import plan as plans
 from viladiff.tables.estimate import estimate
-from viladiff.tables.plan import Plan, Planned, make_plan, states
+from viladiff.tables.plan import Plan, PlannedRun, make_plan, states
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 from viladiff.training.fingerprints import fingerprints, name_runs
-from viladiff.training.trainer import Run
+from viladiff.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = record_of("supervised-92-0")
@@ -102,7 +102,7 @@ def test_names_are_those_that_the_runs_give_themselves(tmp_path: Path) -> None:
     configs = [override(RunConfig(), one) for one in chosen]
     found = name_runs(configs)
     for cfg, named in zip(configs, found, strict=True):
-        run = Run(cfg)
+        run = Trainer(cfg)
         assert (named.run_id, named.fingerprints) == (run.name, run.fingerprints)
     assert len({named.run_id for named in found}) == len(found)
     assert [named.steps for named in found] == [1500, 1500, 1, 1500]
@@ -173,9 +173,11 @@ def test_a_planned_run_can_be_run_as_it_stands(made: Plan) -> None:
     for run_id, run in made.runs.items():
         cfg = override(RunConfig(), run.changes)
         assert run.run_id == run_id and run.steps == 10 and (run.workers, run.threads) == (1, 1)
-        assert run.changed == {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
+        assert run.changed == {
+            path: value for path, value in non_default_fields(cfg).items() if not path.startswith("runtime.")
+        }
     first = next(iter(made.runs.values()))
-    assert Run(override(RunConfig(), first.changes)).name == first.run_id
+    assert Trainer(override(RunConfig(), first.changes)).name == first.run_id
 
 
 def test_places_survive_labels_that_look_like_numbers(tmp_path: Path) -> None:
@@ -362,7 +364,7 @@ def test_a_kept_plan_needs_no_torch_and_little_time(
 # States
 
 
-def record(run: Planned, **fields: Any) -> RunRecord:
+def record(run: PlannedRun, **fields: Any) -> RunRecord:
     """Of the plan's run; with other ``fingerprints`` or changed fields, of a run with the name that they give."""
     return bound(EXAMPLE, **{**content_of(run), "threads": 1, "steps": run.steps, **fields})
 
@@ -374,7 +376,7 @@ def put(store: Store, one: RunRecord) -> None:
 
 
 def test_a_page_takes_settings_at_their_defaults_from_the_plan(made: Plan, tmp_path: Path) -> None:
-    from viladiff.report.table.results import gather
+    from viladiff.report.table.results import collect_results
 
     run = next(iter(made.runs.values()))
     store = Store(tmp_path)
@@ -384,7 +386,7 @@ def test_a_page_takes_settings_at_their_defaults_from_the_plan(made: Plan, tmp_p
     forged = RunRecord(**{**one.model_dump(), "config": {**one.config, "eval.protocol": "sliding", "optim.lr": 9.0}})
     put(store, forged)
     assert store.records()[run.run_id].config["optim.lr"] == 9.0, "no hash says so"
-    (shown,) = gather(made, store).records().values()
+    (shown,) = collect_results(made, store).records().values()
     assert shown == one and made.default(run.changed, "optim.lr") == one.config["optim.lr"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from viladiff.runs.config import RunConfig, changed, override
+from viladiff.runs.config import RunConfig, non_default_fields, override
 from viladiff.tables.cells import cells, unavailable
 from viladiff.tables.claims import printed_verdict
 from viladiff.tables.consistency import Inconsistency, inconsistencies, siblings
@@ -142,7 +142,10 @@ def test_rows_set_what_their_labels_say() -> None:
         section, leaf = field.rpartition(".")[0].split(".")[1:], field.rpartition(".")[2]
         said = [float(table.rows[i].label.removeprefix(word)) for i in rows]
         assert [getattr(getattr(found[i].method, section[0]), leaf) for i in rows] == said
-    blocks = {cell.row: changed(override(RunConfig(), cell.changes)) for cell in cells(TABLES["table7"], "digits", [0])}
+    blocks = {
+        cell.row: non_default_fields(override(RunConfig(), cell.changes))
+        for cell in cells(TABLES["table7"], "digits", [0])
+    }
     for i, row in enumerate(TABLES["table7"].rows):
         assert (blocks[i].get("method.mixe.flip_schedule") == "matched") == ("matched" in row.label)
         assert (blocks[i].get("method.vila.enabled") is False) == ("without ViLa" in row.label)
@@ -170,7 +173,7 @@ def runs(name: str, scale: str, row: str) -> dict[str, str]:
 
 
 def _content(changes: dict[str, object]) -> dict[str, str]:
-    full = changed(override(RunConfig(), changes))
+    full = non_default_fields(override(RunConfig(), changes))
     return {path: str(value) for path, value in full.items() if path != "runtime.scale"}
 
 

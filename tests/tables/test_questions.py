@@ -9,15 +9,15 @@ import pytest
 from scipy import stats
 
 from viladiff.runs.record import RunRecord
-from viladiff.tables.claims import Verdict, judge, printed_verdict
-from viladiff.tables.contrasts import questions
+from viladiff.tables.claims import Verdict, evaluate_claims, printed_verdict
+from viladiff.tables.contrasts import contrasts
 from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.significance import (
     LEVEL,
-    Sample,
+    CellSample,
     Term,
+    cell_samples,
     f_test,
-    samples,
     score,
     smallest_detectable,
     smallest_ratio,
@@ -65,7 +65,7 @@ def world(table: Table, values: Values, fusion: float | None = None) -> tuple[Pl
 
 
 def verdict(table: Table, values: Values) -> Verdict:
-    (found,) = judge(*world(table, values))
+    (found,) = evaluate_claims(*world(table, values))
     return found
 
 
@@ -76,7 +76,7 @@ def near(center: float, spread: float = 0.1) -> list[float]:
 
 
 def asked(table: Table, one: Claim) -> list[tuple[str, str, str]]:
-    return [(q.higher, q.lower, q.column) for q in questions(table, one)]
+    return [(q.higher, q.lower, q.column) for q in contrasts(table, one)]
 
 
 # Gains
@@ -241,12 +241,15 @@ def test_a_spread_below_three_seeds_is_not_decided() -> None:
 
 
 def test_spreads_of_nothing() -> None:
-    flat, wide = Sample((1.0, 1.0, 1.0), tuple("abc"), (0, 1, 2)), Sample((1.0, 2.0, 3.0), tuple("def"), (0, 1, 2))
+    flat, wide = (
+        CellSample((1.0, 1.0, 1.0), tuple("abc"), (0, 1, 2)),
+        CellSample((1.0, 2.0, 3.0), tuple("def"), (0, 1, 2)),
+    )
     assert f_test([wide], [flat])[0] == math.inf and f_test([wide], [flat]).p == 0
     assert f_test([flat], [flat]).p == 1 and f_test([flat], [flat]).p_reversed == 1
     assert f_test([flat], [wide]).p == pytest.approx(1)
     with pytest.raises(ValueError, match="two seeds"):
-        f_test([Sample((1.0,), ("a",), (0,))], [wide])
+        f_test([CellSample((1.0,), ("a",), (0,))], [wide])
 
 
 def test_smallest_ratio_is_found_four_times_in_five() -> None:
@@ -269,14 +272,14 @@ def test_a_row_can_read_another_stream_of_the_same_runs() -> None:
     plan, records = world(table, {(row, 0): near(50) for row in range(3)}, fusion=2.0)
     shared = tuple(PlannedCell(row, 0, seed, f"0/0/{seed}") for row in range(3) for seed in range(3))
     plan = Plan(table, "s", (0, 1, 2), (0,), (0, 1, 2), shared, {})
-    measured = samples(plan, records)
+    measured = cell_samples(plan, records)
     assert measured[0, 0].values == pytest.approx(near(50)) and measured[1, 0].values == pytest.approx(
         [one + 2 for one in near(50)]
     )
     assert measured[2, 0].values == (), "no run has such a network"
     assert measured[0, 0].runs == measured[1, 0].runs
     assert measured[0, 0].read != measured[1, 0].read, "or the two would cancel"
-    found = judge(plan, records)[0]
+    found = evaluate_claims(plan, records)[0]
     assert found.verdict == "holds" and found.comparisons[0].difference == pytest.approx(2.0)
 
 

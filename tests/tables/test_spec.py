@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from viladiff.config import renamed
-from viladiff.runs.config import TAGS, RunConfig, changed, override
+from viladiff.runs.config import TAGS, RunConfig, non_default_fields, override
 from viladiff.tables.cells import CHOOSERS, cells, choose, select, settings, unavailable
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
@@ -430,7 +430,7 @@ def test_cells_set_the_same_where_they_are_one_run() -> None:
         rows = [row.label for row in table.rows if not row.scales or "paper" in row.scales]
         columns = [column.label for column in table.columns]
         for cell in cells(table, "paper", [0], rows, columns):
-            run = changed(override(RunConfig(), cell.changes))
+            run = non_default_fields(override(RunConfig(), cell.changes))
             key = str(sorted(settings(table, cell.row, cell.column).items()))
             by_settings.setdefault(key, set()).add(str(sorted((k, str(v)) for k, v in run.items())))
     assert all(len(runs) == 1 for runs in by_settings.values())
@@ -530,7 +530,7 @@ def test_every_table_can_be_run_at_every_scale_with_cells_that_differ(path: Path
             assert one.row not in long or (one.changes == plain[one.column]) == counted
         found = [one for one in found if not (counted and one.row in long)]
         read = [(table.rows[one.row].network, table.rows[one.row].stream) for one in found]
-        sets = [sorted(changed(override(RunConfig(), one.changes)).items()) for one in found]
+        sets = [sorted(non_default_fields(override(RunConfig(), one.changes)).items()) for one in found]
         assert len({str(key) for key in zip(read, sets, strict=True)}) == len(found)
         there = {one.row for one in every} | set(unavailable(table))
         assert there == fit, "a row runs, or waits for what it needs"
@@ -559,11 +559,16 @@ def test_table5_has_the_printed_numbers_and_parts() -> None:
 def test_table5_rows_are_the_runs_that_they_stand_for() -> None:
     table = load_table(ROOT / "ablations" / "table5.toml")
     found = [override(RunConfig(), cell.changes) for cell in cells(table, "digits", [0], columns=[1])]
-    at_defaults = {path: value for path, value in changed(found[7]).items() if not path.startswith("runtime.")}
+    at_defaults = {
+        path: value for path, value in non_default_fields(found[7]).items() if not path.startswith("runtime.")
+    }
     at_defaults_of_tables = {"data.dataset": "digits", "method.name": "viladiff", "eval.split": "test"}
     at_defaults_of_tables |= {"data.split_seed": 0}
     assert at_defaults == at_defaults_of_tables, "other campaigns share this run"
-    assert changed(found[0]).items() >= {("method.name", "semibaseline")} and len(changed(found[0])) == 6
+    assert (
+        non_default_fields(found[0]).items() >= {("method.name", "semibaseline")}
+        and len(non_default_fields(found[0])) == 6
+    )
     on = [
         (
             cfg.method.vila.enabled,  # type: ignore[attr-defined]
@@ -587,8 +592,8 @@ def test_table5_rows_are_the_runs_that_they_stand_for() -> None:
     ]
     for cfg in found[1:8]:
         assert {"student_features", "student_logits"} <= set(cfg.method.vila.distillation_paths)  # type: ignore[attr-defined]
-    controls = [changed(cfg) for cfg in found[8:]]
-    mine = [{k: v for k, v in one.items() if k not in changed(found[7])} for one in controls]
+    controls = [non_default_fields(cfg) for cfg in found[8:]]
+    mine = [{k: v for k, v in one.items() if k not in non_default_fields(found[7])} for one in controls]
     assert [one["method.name"] for one in controls] == [
         "supervised",
         *["viladiff"] * 5,

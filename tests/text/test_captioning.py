@@ -26,8 +26,8 @@ from viladiff.data.captions.table import PROMPTS
 from viladiff.data.sources import digits
 from viladiff.runs.config import RunConfig, override, parse_overrides
 from viladiff.text.captioning import job as jobs
-from viladiff.text.captioning.blip2 import Captioner, Picture, Said, caption, joined, reader, writer
-from viladiff.text.captioning.job import Job, pictures, rows_table, state
+from viladiff.text.captioning.blip2 import Caption, Captioner, ImageRef, caption_batch, joined, reader, writer
+from viladiff.text.captioning.job import CaptioningJob, pictures, rows_table, state
 
 Make = Callable[..., Path]
 
@@ -79,14 +79,14 @@ def test_a_prompt_is_said_once() -> None:
 def test_a_failed_image_is_listed_and_the_others_go_on(
     captioner: Captioner, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = [Picture(str(i), str(i)) for i in range(4)]
+    some = [ImageRef(str(i), str(i)) for i in range(4)]
 
     def read(where: str) -> np.ndarray:
         if where == "2":
             raise ValueError("2: cannot be read\nat all")
         return images[int(where)]
 
-    rows = caption(captioner, some, read)
+    rows = caption_batch(captioner, some, read)
     assert [(row.image, row.prompt) for row in rows] == [(str(i), prompt) for i in range(4) for prompt in PROMPTS]
     assert [row.error for row in rows if row.image == "2"] == ["2: cannot be read"] * 2
     alone = captioner.say([images[i] for i in (0, 1, 3)])
@@ -101,14 +101,14 @@ def test_a_failed_image_is_listed_and_the_others_go_on(
         return [list(PROMPTS)] if given[0] is images[0] else inner(given)
 
     monkeypatch.setattr(captioner, "say", say)
-    rows = caption(captioner, [some[i] for i in (0, 1, 3)], read)
+    rows = caption_batch(captioner, [some[i] for i in (0, 1, 3)], read)
     assert [row.error for row in rows] == [
         *["the model added nothing to the prompt"] * 2,
         *["odd image"] * 2,
         None,
         None,
     ]
-    assert caption(captioner, some[2:3], read)[0].text is None
+    assert caption_batch(captioner, some[2:3], read)[0].text is None
 
 
 def test_images_of_an_embedded_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,21 +168,23 @@ def test_a_model_is_called_by_hub_or_content(blip: Path, tmp_path: Path) -> None
 # The job
 
 
-def rows(job: Job, which: slice, error: str | None = None) -> list[Said]:
+def rows(job: CaptioningJob, which: slice, error: str | None = None) -> list[Caption]:
     who = job.who
     return [
-        Said(one.image, prompt, None if error else f"{prompt} {one.image}", who.model, who.revision, 0.1, error)
+        Caption(one.image, prompt, None if error else f"{prompt} {one.image}", who.model, who.revision, 0.1, error)
         for one in job.pictures[which]
         for prompt in who.prompts
     ]
 
 
 @pytest.fixture
-def job(blip: Path, tmp_path: Path) -> Job:
-    return Job("", tuple(Picture(f"i{n}", f"{n}.jpg") for n in range(6)), writer(blip), tmp_path / "c.parquet")
+def job(blip: Path, tmp_path: Path) -> CaptioningJob:
+    return CaptioningJob(
+        "", tuple(ImageRef(f"i{n}", f"{n}.jpg") for n in range(6)), writer(blip), tmp_path / "c.parquet"
+    )
 
 
-def test_a_job_goes_on_from_its_parts(job: Job) -> None:
+def test_a_job_goes_on_from_its_parts(job: CaptioningJob) -> None:
     assert len(state(job).todo) == 6
     jobs.begin(job)
     jobs.write_part(job, [rows_table(rows(job, slice(2, 4)))])
@@ -193,11 +195,11 @@ def test_a_job_goes_on_from_its_parts(job: Job) -> None:
     assert [row["image"] for row in table.to_pylist()] == [f"i{n}" for n in range(6) for _ in PROMPTS]
     assert jobs.failures(table) == {} and not job.parts.exists() and state(job).todo == ()
     assert read_captions(job.out).texts["i3"] == ("A photo of i3", "A photo contains i3")
-    more = job._replace(pictures=(*job.pictures, Picture("i9", "9.jpg")))
+    more = job._replace(pictures=(*job.pictures, ImageRef("i9", "9.jpg")))
     assert [one.image for one in state(more).todo] == ["i9"], "of a data set that has grown"
 
 
-def test_a_prompt_that_is_missing_is_asked_again_and_undoes_nothing(job: Job) -> None:
+def test_a_prompt_that_is_missing_is_asked_again_and_undoes_nothing(job: CaptioningJob) -> None:
     said = rows(job, slice(0, 6))
     jobs.begin(job)
     jobs.write_part(job, [rows_table([*said[:4], *said[5:]])])
@@ -209,7 +211,7 @@ def test_a_prompt_that_is_missing_is_asked_again_and_undoes_nothing(job: Job) ->
     assert [row["text"] for row in table.to_pylist()][4:6] == ["new", said[5].text] and jobs.failures(table) == {}
 
 
-def test_failures_stay_in_the_table_and_out_of_training(job: Job) -> None:
+def test_failures_stay_in_the_table_and_out_of_training(job: CaptioningJob) -> None:
     jobs.begin(job)
     jobs.write_part(job, [rows_table([*rows(job, slice(0, 5)), *rows(job, slice(5, 6), "broken")])])
     table = jobs.finish(job)
@@ -217,7 +219,7 @@ def test_failures_stay_in_the_table_and_out_of_training(job: Job) -> None:
     assert read_captions(job.out).empty == 2 and "i5" not in read_captions(job.out).texts
 
 
-def test_other_jobs_and_damage_are_refused(job: Job, blip: Path, tmp_path: Path) -> None:
+def test_other_jobs_and_damage_are_refused(job: CaptioningJob, blip: Path, tmp_path: Path) -> None:
     jobs.begin(job)
     with pytest.raises(ValueError, match=r"c\.parquet\.parts: is of another model or prompts"):
         state(job._replace(who=writer(blip, ("An image of",))))
@@ -243,7 +245,7 @@ def test_a_dry_run_and_a_finished_one_start_nothing(
     assert main.main([*asked, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "to be captioned   8" in said and "model             blip2-tiny, revision" in said and not out.exists()
-    whole = Job(*pictures(str(root)), writer(blip), out)
+    whole = CaptioningJob(*pictures(str(root)), writer(blip), out)
     jobs.begin(whole)
     jobs.write_part(whole, [rows_table(rows(whole, slice(None)))])
     jobs.finish(whole)
@@ -283,7 +285,7 @@ def test_a_killed_job_goes_on_through_ray(photo_folder: Make, blip: Path, tmp_pa
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    whole = Job(*pictures(str(root)), writer(blip), out)
+    whole = CaptioningJob(*pictures(str(root)), writer(blip), out)
     before = state(whole)
     assert 0 < len(before.todo) < 40 and not out.exists()
     again = subprocess.run([sys.executable, "-c", program, *asked, "--actors", "2"], capture_output=True, text=True)
@@ -293,6 +295,6 @@ def test_a_killed_job_goes_on_through_ray(photo_folder: Make, blip: Path, tmp_pa
     kept = {(row["image"], row["prompt"]): row for row in before.rows.to_pylist()}
     found = {(row["image"], row["prompt"]): row for row in table.to_pylist()}
     assert len(found) == 80 and all(found[key] == row for key, row in kept.items()), "what was done is not done again"
-    expected = caption(Captioner(writer(blip)), whole.pictures, reader(""))
+    expected = caption_batch(Captioner(writer(blip)), whole.pictures, reader(""))
     assert [row["text"] for row in table.to_pylist()] == [row.text for row in expected]
     assert not (tmp_path / "c.parquet.parts").exists()

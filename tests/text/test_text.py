@@ -254,7 +254,7 @@ def test_text_of_a_data_set_under_each_control(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path))
     monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 10, 10)})
-    data = registry.load("digits", "92")
+    data = registry.load_dataset("digits", "92")
     pairs = {control: load_text(data, "words", control) for control in ("own", "shuffled", "generic", "none")}
     assert all((len(train), len(val)) == (100, 10) for train, val in pairs.values())
     assert len({bank.fingerprint for pair in pairs.values() for bank in pair}) == 8

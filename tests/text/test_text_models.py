@@ -20,8 +20,9 @@ from viladiff.data import cache, registry
 from viladiff.data.captions.table import GENERIC
 from viladiff.data.dataset import Dataset
 from viladiff.data.sources import digits
-from viladiff.runs.config import RunConfig, changed, override
-from viladiff.runs.record import without_paths
+from viladiff.runs.config import RunConfig, override
+from viladiff.runs.config import non_default_fields as changed
+from viladiff.runs.record import strip_local_paths
 from viladiff.text import embedding_bank as banks
 from viladiff.text.base import LONGEST, unit
 from viladiff.text.embedding_bank import encode_all, is_encoded, load_text, text_fingerprint, write_all
@@ -191,7 +192,7 @@ def test_a_bank_is_written_in_pieces(models: Path, tmp_path: Path, monkeypatch: 
 def few_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digits, "VARIANTS", {"digits": digits.Variant(digits.DIGITS, 100, 10, 10)})
-    return registry.load("digits", "92")
+    return registry.load_dataset("digits", "92")
 
 
 def test_captions_are_encoded_once_whatever_the_split_and_the_pairing(
@@ -341,7 +342,7 @@ def test_from_captions_in_a_file_to_a_network(
     assert record.fingerprints == named and record.miou is not None
     assert record.captions == "captions of blip2-tiny (c.parquet); 1 of 10 images have none"
     assert record.text_encoder == f"{encoder} {kind}" and "fusion" in record.scores["teacher"]
-    assert str(tmp_path) not in without_paths(record).model_dump_json()
+    assert str(tmp_path) not in strip_local_paths(record).model_dump_json()
 
 
 def _fields(cfg: RunConfig, layout: str) -> dict[str, object]:

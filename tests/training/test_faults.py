@@ -21,12 +21,12 @@ from viladiff.data.batch import Batch, Step, TextBatch
 from viladiff.methods import METHODS, viladiff_mixe
 from viladiff.methods import viladiff as viladiff_file
 from viladiff.methods.viladiff import ViLaDiff
-from viladiff.models.segmenter import Build, upsample
-from viladiff.models.stream import Stream
+from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.stream import StreamOutput
 from viladiff.runs.checkpoint import load
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.errors import TrainingError
-from viladiff.training.trainer import Run, fit
+from viladiff.training.trainer import Trainer, fit
 
 TINY = {
     "method.name": "supervised",
@@ -66,7 +66,7 @@ def test_launcher_with_another_number_of_processes_is_refused(
 
 
 def test_batch_norm_is_refused_with_two_workers_and_fine_with_one(tmp_path: Path) -> None:
-    run = Run(config(tmp_path, model__encoder="resnet10t"))
+    run = Trainer(config(tmp_path, model__encoder="resnet10t"))
     run._build()
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in run.method.modules())
     run.world = 2
@@ -76,14 +76,14 @@ def test_batch_norm_is_refused_with_two_workers_and_fine_with_one(tmp_path: Path
 
 def _second_worker_fails(rank: int, dump: dict, *rest: Any) -> None:
     """Stands where ``distributed._worker`` stood: the second of two workers finds at step 2 that it cannot go on."""
-    step = Run._step
+    step = Trainer._step
 
-    def fails(self: Run, batches: list[Batch]) -> dict[str, Tensor]:
+    def fails(self: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
         if self.rank == 1 and self.step == 2:
             raise TrainingError("train.precision: worker 1 has no such numbers")
         return step(self, batches)
 
-    Run._step = fails  # type: ignore[method-assign]  # this process ends with the worker
+    Trainer._step = fails  # type: ignore[method-assign]  # this process ends with the worker
     launch_worker(rank, dump, *rest)
 
 
@@ -156,14 +156,14 @@ def method(**changes: object) -> ViLaDiff:
     accept = {"method.pseudo.threshold": 0.0}
     cfg = override(RunConfig(), flat | accept | {f"method.{path}": value for path, value in changes.items()})
     torch.manual_seed(0)
-    made = METHODS["viladiff"](cfg.method, Build(cfg.model, CLASSES, 12)).train()
+    made = METHODS["viladiff"](cfg.method, NetworkFactory(cfg.model, CLASSES, 12)).train()
     assert isinstance(made, ViLaDiff)
     return made
 
 
 def batch(size: int = 2) -> Batch:
     """Images, masks and words without CutMix; the last 12 rows of the unlabelled images are padding."""
-    gen = keyed_random.generator("faults", 0)
+    gen = keyed_random.torch_generator("faults", 0)
     image, weak, strong = (torch.randn(size, 3, SIDE, SIDE, generator=gen) for _ in range(3))
     target = torch.randint(0, CLASSES, (size, SIDE, SIDE), generator=gen)
     valid = torch.ones(size, SIDE, SIDE, dtype=torch.bool)
@@ -180,7 +180,7 @@ def test_mean_of_the_streams_stays_finite_where_a_probability_is_exactly_0() -> 
         logits = torch.zeros(1, CLASSES, 4, 4)
         logits[:, 0, :, :2], logits[:, 1, :, 2:] = value, value
         assert (logits.softmax(1) == 0).any()
-        streams[name] = Stream(torch.zeros(0), torch.zeros(0), logits)
+        streams[name] = StreamOutput(torch.zeros(0), torch.zeros(0), logits)
     mean = method(**{"pseudo.source": "mean"})._source_logits(streams)
     assert mean.isfinite().all()
     fine = upsample(mean, torch.Size((8, 8))).softmax(1)

@@ -14,16 +14,16 @@ from test_page import name, record, study
 from torch import Tensor
 
 from viladiff.data.batch import Losses, Step
-from viladiff.inference.load import preview
+from viladiff.inference.load import preview_run
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.report.sections import loss_gradients
-from viladiff.report.table.results import gather
+from viladiff.report.table.results import collect_results
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import RunConfig, override, run_id
 from viladiff.runs.gradient_shares import TermShare, by_thirds, fault, measured_steps, together
 from viladiff.runs.record import RunRecord, impossible
-from viladiff.training.errors import Stopped
+from viladiff.training.errors import StopRequested
 from viladiff.training.gradients import GradientShares
 from viladiff.training.trainer import fit
 
@@ -197,7 +197,7 @@ def test_a_run_with_and_without_is_one_run_also_where_it_is_interrupted(tmp_path
     whole = fit(config(tmp_path / "whole"))
     heard = iter([False, True])
     cfg = config(tmp_path / "stopped", **{"runtime.log_every": 2})
-    with pytest.raises(Stopped):
+    with pytest.raises(StopRequested):
         fit(cfg, report=lambda news: next(heard) if "loss" in news else None)
     stopped = fit(cfg)
     assert plain.record.gradient_shares is None and plain.record.run_id == whole.record.run_id
@@ -250,9 +250,11 @@ def test_a_part_that_reaches_nothing_shared_is_measured_elsewhere() -> None:
 
 
 def test_the_cost_is_said_before(tmp_path: Path) -> None:
-    said = preview(config(tmp_path, **{"method.name": "supervised", "train.steps": 600, "runtime.gradient_shares": 5}))
+    said = preview_run(
+        config(tmp_path, **{"method.name": "supervised", "train.steps": 600, "runtime.gradient_shares": 5})
+    )
     assert said["gradient shares"] == "at 15 of 600 steps, at most 1.7 % more time for each part of the loss"
-    assert "gradient shares" not in preview(config(tmp_path, **{"runtime.gradient_shares": 0}))
+    assert "gradient shares" not in preview_run(config(tmp_path, **{"runtime.gradient_shares": 0}))
 
 
 # What a record says
@@ -322,7 +324,7 @@ def test_show_prints_shares(capsys: pytest.CaptureFixture[str]) -> None:
 def results(tmp_path: Path, shares: Callable[[int, int], dict[str, Any] | None]) -> Any:
     """Rows 1 ... 3 with λ = 0.1, 0.5, 0.5, the last without an arrow."""
     plan, store = study(tmp_path, lambda row, column, seed: 0.5, seeds=(0, 1))
-    found = gather(plan, store)
+    found = collect_results(plan, store)
     entries = []
     for entry in found.entries:
         row, seed = entry.cell.row, entry.cell.seed

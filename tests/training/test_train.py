@@ -25,10 +25,10 @@ import torch
 from viladiff.evaluation import evaluator
 from viladiff.runs.checkpoint import load, save
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.lease import LeaseLost, take_or_say
+from viladiff.runs.lease import LeaseLostError, acquire_or_raise
 from viladiff.runs.record import peak_memory
-from viladiff.training.errors import Renamed, TrainingError
-from viladiff.training.trainer import Run, Stopped, fit, lr_factor, param_groups
+from viladiff.training.errors import RunIdMismatch, TrainingError
+from viladiff.training.trainer import Stopped, Trainer, fit, lr_factor, param_groups
 
 TINY = {
     "method.name": "viladiff",
@@ -159,17 +159,17 @@ def _step(directory: Path) -> int:
 def test_stopped_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick version of the test above: an error in the middle, in this process."""
     plain = fit(config(tmp_path / "plain"))
-    step = Run._step
+    step = Trainer._step
 
-    def fails(self: Run, batches: Any) -> Any:
+    def fails(self: Trainer, batches: Any) -> Any:
         if self.step == 4:
             raise RuntimeError("pulled the plug")
         return step(self, batches)
 
-    monkeypatch.setattr(Run, "_step", fails)
+    monkeypatch.setattr(Trainer, "_step", fails)
     with pytest.raises(RuntimeError, match="plug"):
         fit(config(tmp_path / "broken", runtime__checkpoint_every=3))
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(Trainer, "_step", step)
     resumed = fit(config(tmp_path / "broken", runtime__checkpoint_every=3))
     assert same(weights(plain.directory), weights(resumed.directory))
     assert resumed.record.scores == plain.record.scores
@@ -195,11 +195,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_a_lease_is_taken_for_the_planned_run_alone_and_ends_it_when_lost(tmp_path: Path) -> None:
     cfg = config(tmp_path)
-    with take_or_say(tmp_path / ("0" * 16)) as lease, pytest.raises(Renamed, match="planned as 0000000000000000"):
+    with (
+        acquire_or_raise(tmp_path / ("0" * 16)) as lease,
+        pytest.raises(RunIdMismatch, match="planned as 0000000000000000"),
+    ):
         fit(cfg, lease=lease)
     assert [path.name for path in tmp_path.iterdir()] == ["0" * 16], "nothing was trained under another name"
-    directory = tmp_path / Run(cfg).name
-    with take_or_say(directory) as lease, pytest.raises(LeaseLost, match="another machine"):
+    directory = tmp_path / Trainer(cfg).name
+    with acquire_or_raise(directory) as lease, pytest.raises(LeaseLostError, match="another machine"):
         fit(config(tmp_path, runtime__log_every=2), lease=lease, report=lambda news: lease._lost.set())
     assert [path.name for path in directory.iterdir()] == ["steps.jsonl"], "its files are another's by now"
 
@@ -216,7 +219,7 @@ def test_wall_time_and_memory_are_those_of_all_legs_and_of_this_run_alone(tmp_pa
     cfg = config(tmp_path, runtime__log_every=3)
     with pytest.raises(Stopped):
         fit(cfg, report=leave)
-    checkpoint = tmp_path / Run(cfg).name / "checkpoint.pt"
+    checkpoint = tmp_path / Trainer(cfg).name / "checkpoint.pt"
     state = load(checkpoint)
     assert state is not None and 0 < state["peak_memory"] < before - 400_000_000
     state["peak_memory"] = before
@@ -306,9 +309,11 @@ def test_tf32_is_set_for_a_run_and_leaks_into_no_other(
 ) -> None:
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     seen: list[tuple[bool, ...]] = []
-    real = Run._step
+    real = Trainer._step
     monkeypatch.setattr(
-        Run, "_step", lambda self, batches: (seen.append(tuple(f.allow_tf32 for f in flags)), real(self, batches))[1]
+        Trainer,
+        "_step",
+        lambda self, batches: (seen.append(tuple(f.allow_tf32 for f in flags)), real(self, batches))[1],
     )
     small = {"train__steps": 1, "eval__max_images": 1, "eval__boundary": False}
     with whatever_holds(flags, before):
@@ -366,7 +371,7 @@ def test_learning_rate_schedules(schedule: str) -> None:
 
 
 def test_encoder_has_its_own_rate_and_norms_do_not_decay() -> None:
-    run = Run(override(RunConfig(), {"optim.encoder_lr_scale": 0.1, "method.name": "viladiff"}))
+    run = Trainer(override(RunConfig(), {"optim.encoder_lr_scale": 0.1, "method.name": "viladiff"}))
     run._build()
     groups = param_groups(run.method, run.cfg)
     assert {(g["scale"], g["weight_decay"]) for g in groups} == {(0.1, 0.01), (0.1, 0.0), (1.0, 0.01), (1.0, 0.0)}
@@ -375,7 +380,7 @@ def test_encoder_has_its_own_rate_and_norms_do_not_decay() -> None:
 
 
 def test_one_step_moves_the_teacher_and_scales_the_encoders_rate(tmp_path: Path) -> None:
-    run = Run(config(tmp_path, optim__encoder_lr_scale=0.1, optim__clip_norm=1e-3, optim__warmup_steps=0))
+    run = Trainer(config(tmp_path, optim__encoder_lr_scale=0.1, optim__clip_norm=1e-3, optim__warmup_steps=0))
     run._build()
     run.method.train()
     before = [p.clone() for p in run.method.teacher.parameters()]  # type: ignore[union-attr]
@@ -401,7 +406,7 @@ def test_one_step_moves_the_teacher_and_scales_the_encoders_rate(tmp_path: Path)
 
 
 def test_half_precision_reaches_the_forward_pass(tmp_path: Path) -> None:
-    run = Run(config(tmp_path, train__precision="bf16"))
+    run = Trainer(config(tmp_path, train__precision="bf16"))
     run._build()
     seen: list[torch.dtype] = []
     hook = lambda module, inputs, output: seen.append(output.dtype)  # noqa: E731
@@ -431,7 +436,7 @@ def test_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
-    run = Run(config(tmp_path))
+    run = Trainer(config(tmp_path))
     run._build()
     run.directory.mkdir(parents=True)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from viladiff.data.files.validate import Advance, Report
+    from viladiff.data.files.validate import Advance, DatasetReport
 
 EXAMPLES = """\
 examples:
@@ -87,7 +87,7 @@ def _check(args: argparse.Namespace) -> int:
     return int(report.errors > 0)
 
 
-def _say(report: Report) -> None:
+def _say(report: DatasetReport) -> None:
     from viladiff.report.dataset_page import class_rows, facts
 
     for name, value in facts(report).items():
@@ -111,12 +111,12 @@ def _say(report: Report) -> None:
 
 def _split(args: argparse.Namespace) -> int:
     from viladiff.data.files.make_split import deal, write_lists
-    from viladiff.data.files.validate import look_at_all
+    from viladiff.data.files.validate import inspect_images
     from viladiff.data.sources.detect import open_tree
 
     tree, classes = open_tree(args.root, not args.shifted)
     with _bar("reading masks", args.quiet) as advance:
-        seen = look_at_all(tree, classes, args.processes, advance)
+        seen = inspect_images(tree, classes, args.processes, advance)
     dealt = deal(args.root, seen, args.labelled, args.val, args.seed)
     directory = write_lists(args.root, args.name, dealt.lists)
     labelled, unlabelled, val = map(len, dealt.lists)

@@ -197,11 +197,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _dry_run(cfg: RunConfig) -> int:
-    from viladiff.inference.load import preview
-    from viladiff.runs.config import changed
+    from viladiff.inference.load import preview_run
+    from viladiff.runs.config import non_default_fields
 
-    _print_facts(preview(cfg))
-    _print_facts(changed(cfg), "fields that are not at their default")
+    _print_facts(preview_run(cfg))
+    _print_facts(non_default_fields(cfg), "fields that are not at their default")
     return 0
 
 
@@ -288,21 +288,21 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from viladiff.experiments.tables import ROOT, find, run, typed
+    from viladiff.experiments.tables import ROOT, find_table, run, shell_command
 
     if args.plan and args.table == "all":
         from viladiff.experiments.all_tables import outline_all
 
         return outline_all(sorted((ROOT / "ablations").glob("*.toml")), args)
     args.dry_run = args.dry_run or args.plan
-    return run(find(args.table), args, typed("viladiff", sys.argv[1:]))
+    return run(find_table(args.table), args, shell_command("viladiff", sys.argv[1:]))
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from viladiff.experiments.sweeps import find, run
-    from viladiff.experiments.tables import typed
+    from viladiff.experiments.sweeps import find_sweep, run
+    from viladiff.experiments.tables import shell_command
 
-    return run(find(args.sweep), args, typed("viladiff", sys.argv[1:]))
+    return run(find_sweep(args.sweep), args, shell_command("viladiff", sys.argv[1:]))
 
 
 def _doctor(args: argparse.Namespace) -> int:

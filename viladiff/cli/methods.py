@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from viladiff.config.base import ConfigError, nearest
+from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.data.batch import Views
 from viladiff.methods import METHODS
-from viladiff.methods.base import Method, Passes
+from viladiff.methods.base import Method, StepCost
 from viladiff.methods.published import PublishedSetting
 
 
@@ -51,7 +51,7 @@ def needs(views: Views) -> str:
     return ", ".join(parts)
 
 
-def written(passes: Passes) -> str:
+def written(passes: StepCost) -> str:
     """Passes of a batch: forward f and backward b through everything, and df, db through a decoder alone."""
     found = [(passes.forward, "f"), (passes.backward, "b"), (passes.decoder_forward, "df")]
     text = " + ".join(f"{count}{kind}" for count, kind in [*found, (passes.decoder_backward, "db")] if count)
@@ -76,7 +76,7 @@ def show(as_json: bool, width: int | None, name: str | None = None) -> str:
     With ``name`` that method's alone, and what its publication sets. Raises ConfigError for an unknown one.
     """
     if name is not None and name not in METHODS:
-        raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{nearest(name, METHODS)}")
+        raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
     chosen = [row for row in rows() if name in (None, row["method"])]
     if as_json:
         return json.dumps(chosen, indent=1, ensure_ascii=False) + "\n"

@@ -120,7 +120,7 @@ def _list(args: argparse.Namespace) -> int:
     elif chosen:
         listing.print_rows(chosen)
     elif rows:
-        print(listing.why_none(rows, args.filters, args.state))
+        print(listing.explain_no_match(rows, args.filters, args.state))
     return 0
 
 
@@ -132,7 +132,7 @@ def _show(args: argparse.Namespace) -> int:
     rows = listing.rows(store)
     if not rows:
         raise _nothing(args)
-    row = listing.pick(args.name, rows)
+    row = listing.find_run(args.name, rows)
     if not args.json:
         listing.show(store, row)
     elif row.record is None:
@@ -148,7 +148,7 @@ def _diff(args: argparse.Namespace) -> int:
     rows = listing.rows(_store(args))
     if not rows:
         raise _nothing(args)
-    listing.diff(*(listing.finished(listing.pick(name, rows)) for name in args.names))
+    listing.diff(*(listing.finished(listing.find_run(name, rows)) for name in args.names))
     return 0
 
 
@@ -170,7 +170,7 @@ def _verified(store: Store, words: list[str]) -> set[str]:
     from viladiff.runs import listing
 
     names = set(store.own()) | {record.run_id for record in store.published()}
-    plain = {listing.match(word, names) for word in words if "=" not in word}
+    plain = {listing.resolve_prefix(word, names) for word in words if "=" not in word}
     filters = [word for word in words if "=" in word]
     return plain | ({row.run_id for row in listing.select(listing.rows(store), filters)} if filters else set())
 
@@ -180,7 +180,7 @@ def _gc(args: argparse.Namespace) -> int:
     from viladiff.runs.listing import size
 
     store = _store(args)
-    found = maintenance.waste(store, args.keep_checkpoints, Path(args.pages))
+    found = maintenance.garbage(store, args.keep_checkpoints, Path(args.pages))
     for item in found:
         print(f"{'would delete' if args.dry_run else 'deleted'}  {item.path}  {item.why}  {size(item.size)}")
         if not args.dry_run:
@@ -203,12 +203,12 @@ def _export(args: argparse.Namespace) -> int:
     rows = listing.rows(store)
     if not any(row.record for row in rows):
         raise _nothing(args, "finished run")
-    chosen = {listing.finished(listing.pick(word, rows)).run_id for word in args.runs if "=" not in word}
+    chosen = {listing.finished(listing.find_run(word, rows)).run_id for word in args.runs if "=" not in word}
     filters = [word for word in args.runs if "=" in word]
     if filters or not args.runs:
         chosen |= {row.run_id for row in listing.select(rows, filters, "done")}
     if not chosen:
-        raise ValueError(listing.why_none(rows, filters, "done"))
+        raise ValueError(listing.explain_no_match(rows, filters, "done"))
     path = Path(args.file)
     count = export(store, chosen, path)
     packed = f"{count} run{'s' * (count != 1)} in {path}, {size(path.stat().st_size)}"

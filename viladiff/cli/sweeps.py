@@ -28,11 +28,11 @@ held out of the labelled list; the best ones are then trained anew on fresh seed
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
     """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors that a user can mend are a line each."""
     from viladiff.experiments.sweeps import run
-    from viladiff.experiments.tables import typed
+    from viladiff.experiments.tables import shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
     args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, typed(f"python tune/{path.stem}.py", given)))
+    return carry_out(lambda: run(path, args, shell_command(f"python tune/{path.stem}.py", given)))
 
 
 def parser(path: Path, name: str) -> argparse.ArgumentParser:

@@ -26,11 +26,11 @@ SHARE = "share of a GPU, or whole GPUs (default: those of this machine, shared o
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
     """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors that a user can mend are a line each."""
-    from viladiff.experiments.tables import run, typed
+    from viladiff.experiments.tables import run, shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
     args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, typed(name or _said(sys.argv[0]), given)))
+    return carry_out(lambda: run(path, args, shell_command(name or _said(sys.argv[0]), given)))
 
 
 def _said(program: str) -> str:

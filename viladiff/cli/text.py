@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from viladiff.runs.config import RunConfig
-    from viladiff.text.captioning.job import Job
+    from viladiff.text.captioning.job import CaptioningJob
 
 CAPTION_EXAMPLES = """\
 examples:
@@ -79,10 +79,10 @@ def _caption(args: argparse.Namespace) -> int:
     from viladiff.core.progress import counter
     from viladiff.data.captions.table import PROMPTS
     from viladiff.text.captioning.blip2 import writer
-    from viladiff.text.captioning.job import Job, failures, pictures, state
+    from viladiff.text.captioning.job import CaptioningJob, failures, pictures, state
 
     who = writer(args.model, tuple(args.prompt or PROMPTS))
-    job = Job(*pictures(args.source), who, Path(args.out).expanduser().absolute())
+    job = CaptioningJob(*pictures(args.source), who, Path(args.out).expanduser().absolute())
     todo = len(state(job).todo)
     if args.dry_run:
         _print(_facts(job, todo, args))
@@ -104,7 +104,7 @@ def _caption(args: argparse.Namespace) -> int:
     return int(bool(lost))
 
 
-def _facts(job: Job, todo: int, args: argparse.Namespace) -> dict[str, object]:
+def _facts(job: CaptioningJob, todo: int, args: argparse.Namespace) -> dict[str, object]:
     return {
         "images": len(job.pictures),
         "captioned before": len(job.pictures) - todo,
@@ -119,14 +119,14 @@ def _facts(job: Job, todo: int, args: argparse.Namespace) -> dict[str, object]:
 
 def _embed(args: argparse.Namespace) -> int:
     from viladiff.core.progress import counter
-    from viladiff.data.registry import load, request
+    from viladiff.data.registry import dataset_spec, load_dataset
     from viladiff.runs.config import RunConfig, override, parse_overrides
     from viladiff.text.embedding_bank import is_encoded, load_text
 
     named = {"runtime.captions": args.captions, "runtime.text_model": args.text_model}
     words = [*args.fields, *(f"{path}={value}" for path, value in named.items() if value is not None)]
     cfg = override(RunConfig(), dict(parse_overrides(words)))
-    dataset = load(*request(cfg))
+    dataset = load_dataset(*dataset_spec(cfg))
     if not any(dataset.captions):
         raise ValueError(f"the data set {cfg.data.dataset!r} has no captions to encode; give some with --captions FILE")
     asked = cfg.data.text_encoder, cfg.data.captions

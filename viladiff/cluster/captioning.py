@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from viladiff.cluster.executor import cluster
-from viladiff.cluster.resources import gpus
+from viladiff.cluster.resources import visible_gpus
 from viladiff.core.progress import Advance
-from viladiff.runs.job import Settings
+from viladiff.runs.job import ExecutionSettings
 from viladiff.text.captioning import job as caption_job
-from viladiff.text.captioning.blip2 import Captioner, Picture, Writer, caption, reader
-from viladiff.text.captioning.job import Job
+from viladiff.text.captioning.blip2 import Captioner, CaptionerSpec, ImageRef, caption_batch, reader
+from viladiff.text.captioning.job import CaptioningJob
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,16 +30,16 @@ BLOCKS = 2000
 class _Actor:
     """Loads the model once and captions every batch that it is given; Ray starts one that died again."""
 
-    def __init__(self, who: Writer, dataset: str) -> None:
+    def __init__(self, who: CaptionerSpec, dataset: str) -> None:
         self.captioner, self.read = Captioner(who), reader(dataset)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        pictures = [Picture(row["image"], row["where"]) for row in batch.to_pylist()]
-        return caption_job.rows_table(caption(self.captioner, pictures, self.read))
+        pictures = [ImageRef(row["image"], row["where"]) for row in batch.to_pylist()]
+        return caption_job.rows_table(caption_batch(self.captioner, pictures, self.read))
 
 
 def run_job(
-    job: Job,
+    job: CaptioningJob,
     *,
     actors: int | None = None,
     batch: int = 16,
@@ -56,9 +56,9 @@ def run_job(
     found = caption_job.state(job)
     caption_job.begin(job)
     if found.todo:
-        here = gpus() if address is None else 0
+        here = visible_gpus() if address is None else 0
         count = actors or max(1, here)
-        with cluster(Settings(threads=threads, address=address), count) as session:
+        with cluster(ExecutionSettings(threads=threads, address=address), count) as session:
             _carry_out(job, found.todo, count, batch, threads, _share(here, count, address), advance, session.refresh)
     return caption_job.finish(job)
 
@@ -73,8 +73,8 @@ def _share(here: int, actors: int, address: str | None) -> float:
 
 
 def _carry_out(
-    job: Job,
-    todo: tuple[Picture, ...],
+    job: CaptioningJob,
+    todo: tuple[ImageRef, ...],
     actors: int,
     batch: int,
     threads: int,
@@ -106,7 +106,7 @@ def _carry_out(
         raise ValueError(str(cause).strip().splitlines()[-1]) from error
 
 
-def _keep(job: Job, tables: Iterable[pa.Table], images: int, advance: Advance, refresh: Any) -> None:
+def _keep(job: CaptioningJob, tables: Iterable[pa.Table], images: int, advance: Advance, refresh: Any) -> None:
     """Writes a part whenever there is one, and the rest whatever ends it."""
     before = len(job.pictures) - images
     waiting: list[pa.Table] = []

@@ -21,8 +21,8 @@ from click import ClickException
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from viladiff.cli.doctor import Check
-from viladiff.cluster.config_rules import RULES, Cluster, Fault, Keys
-from viladiff.config.base import nearest
+from viladiff.cluster.config_rules import RULES, Cluster, ConfigProblem, Keys
+from viladiff.config.base import did_you_mean
 
 
 def examine_cluster(file: str | Path) -> list[Check]:
@@ -42,7 +42,7 @@ def examine_cluster(file: str | Path) -> list[Check]:
     if not isinstance(raw, dict):
         return [Check("cluster: yaml", f"{path.name}: not a mapping", "write key: value at the top level", True)]
     lines: dict[Keys, int] = {}
-    twice = [Fault(keys, "given twice; the first is lost", "keep one") for keys in _repeated(tree, (), lines)]
+    twice = [ConfigProblem(keys, "given twice; the first is lost", "keep one") for keys in _repeated(tree, (), lines)]
     cluster = Cluster(path, raw, {}, lines)
     checks = [*_said(cluster, "keys", [*twice, *_schema(raw)])]
     if any(check.broken for check in checks):
@@ -54,14 +54,14 @@ def examine_cluster(file: str | Path) -> list[Check]:
             validate_config(ready)
     except (ValueError, KeyError, AssertionError, RuntimeError, ClickException, jsonschema.ValidationError) as error:
         told = f"{error} {output.getvalue()}".strip().splitlines()[0] if f"{error}{output.getvalue()}" else repr(error)
-        return [*checks, *_said(cluster, "ray", [Fault((), f"Ray refuses it: {told}", "mend what Ray names")])]
+        return [*checks, *_said(cluster, "ray", [ConfigProblem((), f"Ray refuses it: {told}", "mend what Ray names")])]
     cluster = cluster._replace(ready=ready)
     for name, rule in RULES.items():
         checks += _said(cluster, name, list(rule(cluster)))
     return checks
 
 
-def _said(cluster: Cluster, name: str, faults: list[Fault]) -> Iterator[Check]:
+def _said(cluster: Cluster, name: str, faults: list[ConfigProblem]) -> Iterator[Check]:
     if not faults:
         yield Check(f"cluster: {name}", "as it should be")
     for fault in faults:
@@ -88,7 +88,7 @@ def _repeated(node: yaml.Node | None, keys: Keys, lines: dict[Keys, int]) -> Ite
             yield from _repeated(value, (*keys, i), lines)
 
 
-def _schema(raw: dict[str, Any]) -> Iterator[Fault]:
+def _schema(raw: dict[str, Any]) -> Iterator[ConfigProblem]:
     """What Ray's schema says, each key by its place; a mistyped key with the nearest that exists."""
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
     for error in jsonschema.Draft7Validator(schema).iter_errors(raw):
@@ -96,11 +96,15 @@ def _schema(raw: dict[str, Any]) -> Iterator[Fault]:
         known = list(error.schema.get("properties", ()))
         if error.validator == "additionalProperties":
             for name in sorted(set(error.instance) - set(known)):
-                yield Fault((*keys, name), "no such key", f"allowed: {', '.join(known)}{nearest(name, known)}")
+                yield ConfigProblem(
+                    (*keys, name), "no such key", f"allowed: {', '.join(known)}{did_you_mean(name, known)}"
+                )
         else:
-            yield Fault(keys, error.message, f"see what Ray expects: {error.validator} {error.validator_value}"[:120])
+            yield ConfigProblem(
+                keys, error.message, f"see what Ray expects: {error.validator} {error.validator_value}"[:120]
+            )
     provider = raw.get("provider")
     known = list(schema["properties"]["provider"]["properties"])
     for name in provider if isinstance(provider, dict) else ():
-        if name not in known and (like := nearest(name, known)):
-            yield Fault(("provider", name), "no such key, and Ray would ignore it", like.removeprefix("; "))
+        if name not in known and (like := did_you_mean(name, known)):
+            yield ConfigProblem(("provider", name), "no such key, and Ray would ignore it", like.removeprefix("; "))

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 
 Keys = tuple[str | int, ...]
 TOKEN = "~/.ray/auth_token"
@@ -29,7 +29,7 @@ SHELL = r"(?:[^|;&]|\\\n)*"
 """The rest of one command within a line of shell."""
 
 
-class Fault(NamedTuple):
+class ConfigProblem(NamedTuple):
     keys: Keys
     """Where, as keys from the top of the file."""
     found: str
@@ -80,60 +80,66 @@ def _blank(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"<.*>", value.strip()) is not None
 
 
-def _blanks(cluster: Cluster) -> Iterator[Fault]:
-    def walk(value: object, keys: Keys) -> Iterator[Fault]:
+def _blanks(cluster: Cluster) -> Iterator[ConfigProblem]:
+    def walk(value: object, keys: Keys) -> Iterator[ConfigProblem]:
         if isinstance(value, dict | list):
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from walk(inner, (*keys, key))
         elif _blank(value):
-            yield Fault(keys, f"still {value}", "fill it in")
+            yield ConfigProblem(keys, f"still {value}", "fill it in")
 
     yield from walk(cluster.raw, ())
 
 
-def _provider(cluster: Cluster) -> Iterator[Fault]:
+def _provider(cluster: Cluster) -> Iterator[ConfigProblem]:
     kind, given = cluster.provider, cluster.raw["provider"]
     if kind not in PLACE:
-        yield Fault(
+        yield ConfigProblem(
             ("provider", "type"),
-            f"{kind!r}: these checks know {', '.join(PLACE)}{nearest(kind, PLACE)}",
+            f"{kind!r}: these checks know {', '.join(PLACE)}{did_you_mean(kind, PLACE)}",
             "the keys that it needs were not checked",
-            broken=bool(nearest(kind, PLACE)),
+            broken=bool(did_you_mean(kind, PLACE)),
         )
     for name in PLACE.get(kind, ()):
         if not given.get(name):
-            yield Fault(
-                ("provider",), f"no {name}", f"add {name}: {nearest(name, given).removeprefix('; ')}".rstrip(": ")
+            yield ConfigProblem(
+                ("provider",), f"no {name}", f"add {name}: {did_you_mean(name, given).removeprefix('; ')}".rstrip(": ")
             )
     region = str(given.get("region", ""))
     if kind == "aws" and region and not _blank(region) and not re.fullmatch(r"[a-z]{2}(-[a-z]+)+-\d", region):
-        yield Fault(
+        yield ConfigProblem(
             ("provider", "region"), f"{region!r} is not a region of AWS", "write it as eu-central-1, not a zone"
         )
 
 
-def _machines(cluster: Cluster) -> Iterator[Fault]:
+def _machines(cluster: Cluster) -> Iterator[ConfigProblem]:
     """Each type says its machine; the head has no GPU, and some other type has."""
     wanted = MACHINE.get(cluster.provider, ())
     types = cluster.raw.get("available_node_types", {})
     if wanted and not types:
-        yield Fault((), "no available_node_types: Ray would take its own small ones", "describe a head and GPU workers")
+        yield ConfigProblem(
+            (), "no available_node_types: Ray would take its own small ones", "describe a head and GPU workers"
+        )
         return
     for name, kind in types.items():
         here = ("available_node_types", name, "node_config")
         for key in wanted:
             if not kind["node_config"].get(key):
-                like = nearest(key, kind["node_config"]).removeprefix("; ")
-                yield Fault(here, f"no {key}", f"add {key}; Ray's default does not suit torch. {like}".strip(". "))
+                like = did_you_mean(key, kind["node_config"]).removeprefix("; ")
+                yield ConfigProblem(
+                    here, f"no {key}", f"add {key}; Ray's default does not suit torch. {like}".strip(". ")
+                )
     head = cluster.raw.get("head_node_type")
     if head in types and _has_gpu(types[head]):
         found = f"the head {head!r} has a GPU, and costs as much all the time"
-        yield Fault(
+        yield ConfigProblem(
             ("available_node_types", str(head)), found, "take an instance type without one, and resources GPU: 0"
         )
     blank = any(_blank(machine) for kind in types.values() for machine in kind["node_config"].values())
     if wanted and not blank and not any(_has_gpu(kind) for kind in cluster.workers.values()):
-        yield Fault(("available_node_types",), "no node type beside the head has a GPU", "give one a GPU instance type")
+        yield ConfigProblem(
+            ("available_node_types",), "no node type beside the head has a GPU", "give one a GPU instance type"
+        )
 
 
 def _has_gpu(kind: dict[str, Any]) -> bool:
@@ -143,34 +149,36 @@ def _has_gpu(kind: dict[str, Any]) -> bool:
     return kind.get("resources", {}).get("GPU", 0) > 0 or accelerated or bool(GPU_MACHINE.match(machine))
 
 
-def _scaling(cluster: Cluster) -> Iterator[Fault]:
+def _scaling(cluster: Cluster) -> Iterator[ConfigProblem]:
     types, total = cluster.raw.get("available_node_types", {}), cluster.ready["max_workers"]
     for name, kind in types.items():
         here = ("available_node_types", name)
         low, high = kind.get("min_workers", 0), kind.get("max_workers", total)
         if name == cluster.raw.get("head_node_type"):
             if low or kind.get("max_workers", 0):
-                yield Fault((*here, "max_workers"), "more machines of the head's type", "set min and max_workers to 0")
+                yield ConfigProblem(
+                    (*here, "max_workers"), "more machines of the head's type", "set min and max_workers to 0"
+                )
             continue
         if low > high:
-            yield Fault((*here, "min_workers"), f"{low}: more than its max_workers, {high}", f"at most {high}")
+            yield ConfigProblem((*here, "min_workers"), f"{low}: more than its max_workers, {high}", f"at most {high}")
         if high > total:
-            yield Fault(
+            yield ConfigProblem(
                 (*here, "max_workers"), f"{high}: more than max_workers over all types, {total}", "never reached"
             )
         if low and _has_gpu(kind):
-            yield Fault((*here, "min_workers"), f"{low}: a GPU machine that runs without work", "set it to 0")
+            yield ConfigProblem((*here, "min_workers"), f"{low}: a GPU machine that runs without work", "set it to 0")
     most = sum(kind.get("max_workers", total) for kind in cluster.workers.values())
     if cluster.workers and most < total:
-        yield Fault(
+        yield ConfigProblem(
             ("max_workers",), f"{total}: the types together give at most {most}", f"{most} says the same", False
         )
     if cluster.provider != "local" and not 0 < cluster.ready["idle_timeout_minutes"] <= 60:
         found = f"{cluster.ready['idle_timeout_minutes']} minutes until a machine without work goes"
-        yield Fault(("idle_timeout_minutes",), found, "1 to 60 spare both restarts and money")
+        yield ConfigProblem(("idle_timeout_minutes",), found, "1 to 60 spare both restarts and money")
 
 
-def _mounts(cluster: Cluster) -> Iterator[Fault]:
+def _mounts(cluster: Cluster) -> Iterator[ConfigProblem]:
     """Every source exists; none drags along what ``ray up`` would read file by file."""
     folder = cluster.file.resolve().parent
     for remote, local in cluster.raw.get("file_mounts", {}).items():
@@ -179,24 +187,24 @@ def _mounts(cluster: Cluster) -> Iterator[Fault]:
         here, source = ("file_mounts", remote), _source(cluster, local)
         if not source.exists():
             siblings = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
-            remedy = f"make it, or mend the path{nearest(source.name, siblings)}"
-            yield Fault(
+            remedy = f"make it, or mend the path{did_you_mean(source.name, siblings)}"
+            yield ConfigProblem(
                 here, f"{source} does not exist", "run: ray get-auth-token --generate" if remote == TOKEN else remedy
             )
         elif heavy := [name for name in (".venv", "runs") if (source / name).exists()]:
             found = (
                 f"{local}: has {' and '.join(heavy)} in it; ray up reads all of it, and restarts Ray when it changed"
             )
-            yield Fault(here, found, "mount the parts of the repository that the nodes need", False)
+            yield ConfigProblem(here, found, "mount the parts of the repository that the nodes need", False)
         elif not Path(local).expanduser().is_absolute() and folder != Path.cwd():
-            yield Fault(here, f"{local}: relative to where ray up is called", f"call ray up in {folder}", False)
+            yield ConfigProblem(here, f"{local}: relative to where ray up is called", f"call ray up in {folder}", False)
 
 
 def _source(cluster: Cluster, local: str) -> Path:
     return cluster.file.resolve().parent / Path(local).expanduser()
 
 
-def _repository(cluster: Cluster) -> Iterator[Fault]:
+def _repository(cluster: Cluster) -> Iterator[ConfigProblem]:
     """Each kind of node installs a folder with pip -e, and what that needs is mounted there."""
     needed = {"pyproject.toml", "viladiff"}
     project = cluster.file.resolve().parent / "pyproject.toml"
@@ -209,72 +217,78 @@ def _repository(cluster: Cluster) -> Iterator[Fault]:
         installs = re.findall(rf"\bpip3? install\b{SHELL}?(?:-e|--editable)[ =](\S+)", "\n".join(commands))
         targets = [_tidy(target.strip("'\"").partition("[")[0]) for target in installs]
         if not targets:
-            yield Fault(keys, "does not install the project", "add: pip install -e ~/viladiff")
+            yield ConfigProblem(keys, "does not install the project", "add: pip install -e ~/viladiff")
         for target in set(targets) - seen:
             seen.add(target)
             for part in sorted(needed):
                 whole = mounts.get(target)
                 inside = _source(cluster, whole) / part if whole is not None else None
                 if f"{target}/{part}" not in mounts and not (inside is not None and inside.exists()):
-                    yield Fault(
+                    yield ConfigProblem(
                         ("file_mounts",), f"{target}/{part} is not mounted, but installed", f"mount {part} there"
                     )
             if f"{target}/.git" not in mounts and target not in mounts:
                 found = f"{target}/.git is not mounted: records cannot say their revision"
-                yield Fault(("file_mounts",), found, "mount .git there too", False)
+                yield ConfigProblem(("file_mounts",), found, "mount .git there too", False)
 
 
 def _tidy(remote: str) -> str:
     return str(PurePosixPath(remote.replace("$HOME", "~")))
 
 
-def _path(cluster: Cluster) -> Iterator[Fault]:
+def _path(cluster: Cluster) -> Iterator[ConfigProblem]:
     """`ray down` runs `ray stop` in a shell that reads no profile."""
     for keys, commands in cluster.setups().items():
         linked = [command for command in commands if re.search(r"\bray\b.*(/usr/local/bin|/usr/bin)\b", command)]
         if not linked and not any("/etc/environment" in command for command in commands):
             remedy = "add: sudo ln -sf ~/viladiff-env/bin/ray /usr/local/bin/"
-            yield Fault(
+            yield ConfigProblem(
                 keys, "`ray` is not on the PATH of a shell that is no login shell, so ray down stops nothing", remedy
             )
 
 
-def _dashboard(cluster: Cluster) -> Iterator[Fault]:
+def _dashboard(cluster: Cluster) -> Iterator[ConfigProblem]:
     for keys, command in cluster.starts():
         host = re.search(r"--dashboard-host[= ](\S+)", command)
         said = host.group(1).strip("'\"") if host else None
         if said is None and "--head" in command:
-            yield Fault(keys, "no --dashboard-host", "add --dashboard-host=127.0.0.1 to ray start")
+            yield ConfigProblem(keys, "no --dashboard-host", "add --dashboard-host=127.0.0.1 to ray start")
         elif said is not None and not re.fullmatch(r"127\.\d+\.\d+\.\d+|localhost|::1", said):
             found = f"--dashboard-host={said}: whoever reaches the dashboard runs code here"
-            yield Fault(keys, found, "--dashboard-host=127.0.0.1, and look at it with: ray dashboard cluster.yaml")
+            yield ConfigProblem(
+                keys, found, "--dashboard-host=127.0.0.1, and look at it with: ray dashboard cluster.yaml"
+            )
 
 
-def _token(cluster: Cluster) -> Iterator[Fault]:
+def _token(cluster: Cluster) -> Iterator[ConfigProblem]:
     for keys, command in cluster.starts():
         mode = re.search(r"\bRAY_AUTH_MODE=(\S+)\b.*\bray start\b", command, re.DOTALL)
         if mode is None or mode.group(1).strip("'\";") != "token":
             found = f"RAY_AUTH_MODE={mode.group(1)}" if mode else "no RAY_AUTH_MODE"
             remedy = "RAY_AUTH_MODE=token ray start …, in this command: each is a shell of its own"
-            yield Fault(keys, f"{found}: whoever reaches the port runs code here", remedy)
+            yield ConfigProblem(keys, f"{found}: whoever reaches the port runs code here", remedy)
         if "RAY_AUTH_TOKEN=" in command:
-            yield Fault(keys, "the token itself stands in the command, for all to read", f"mount {TOKEN} instead")
+            yield ConfigProblem(
+                keys, "the token itself stands in the command, for all to read", f"mount {TOKEN} instead"
+            )
     for keys, commands in cluster.setups().items():
         if not any(
             re.search(r"RAY_AUTH_MODE=token.*(bashrc|profile|/etc/environment)", command) for command in commands
         ):
             remedy = "add: echo 'export RAY_AUTH_MODE=token' >> ~/.bashrc"
-            yield Fault(keys, "no shell says RAY_AUTH_MODE=token, so programs of ray exec cannot join", remedy)
+            yield ConfigProblem(keys, "no shell says RAY_AUTH_MODE=token, so programs of ray exec cannot join", remedy)
     local = cluster.raw.get("file_mounts", {}).get(TOKEN)
     if local is None:
-        like = nearest(TOKEN, cluster.raw.get("file_mounts", {}))
+        like = did_you_mean(TOKEN, cluster.raw.get("file_mounts", {}))
         found = f"{TOKEN} is not mounted: nodes cannot join without the token{like}"
-        yield Fault(("file_mounts",), found, f"add {TOKEN}: {TOKEN}")
+        yield ConfigProblem(("file_mounts",), found, f"add {TOKEN}: {TOKEN}")
     elif _source(cluster, local).exists() and _source(cluster, local).stat().st_mode & 0o077:
-        yield Fault(("file_mounts", TOKEN), f"others of this machine can read {local}", f"chmod 600 {local}", False)
+        yield ConfigProblem(
+            ("file_mounts", TOKEN), f"others of this machine can read {local}", f"chmod 600 {local}", False
+        )
 
 
-def _join(cluster: Cluster) -> Iterator[Fault]:
+def _join(cluster: Cluster) -> Iterator[ConfigProblem]:
     """One head, and workers that go to its address and port."""
     starts = list(cluster.starts())
     heads = [command for (part, _), command in starts if part == "head_start_ray_commands"]
@@ -282,19 +296,21 @@ def _join(cluster: Cluster) -> Iterator[Fault]:
     expected = port.group(1) if port else "6379"
     for part in ("head_start_ray_commands", "worker_start_ray_commands"):
         if not any(keys[0] == part for keys, _ in starts):
-            yield Fault((part,), "no command starts Ray", "add: RAY_AUTH_MODE=token ray start …")
+            yield ConfigProblem((part,), "no command starts Ray", "add: RAY_AUTH_MODE=token ray start …")
     for keys, command in starts:
         if keys[0] == "head_start_ray_commands":
             for flag in ("--head", "--autoscaling-config=~/ray_bootstrap_config.yaml"):
                 if flag not in command.replace("config ~", "config=~"):
-                    yield Fault(keys, f"no {flag}", f"add {flag} to ray start; without it no machine would be added")
+                    yield ConfigProblem(
+                        keys, f"no {flag}", f"add {flag} to ray start; without it no machine would be added"
+                    )
             continue
         address = re.search(r"--address[= ]['\"]?\$\{?RAY_HEAD_IP\}?:(\d+)", command)
         if address is None or address.group(1) != expected or "--head" in command:
-            yield Fault(keys, "does not join the head", f"ray start --address=$RAY_HEAD_IP:{expected}")
+            yield ConfigProblem(keys, "does not join the head", f"ray start --address=$RAY_HEAD_IP:{expected}")
 
 
-def _open_ports(cluster: Cluster) -> Iterator[Fault]:
+def _open_ports(cluster: Cluster) -> Iterator[ConfigProblem]:
     rules = cluster.raw["provider"].get("security_group", {}).get("IpPermissions", [])
     for i, rule in enumerate(rules):
         ranges = [*rule.get("IpRanges", ()), *rule.get("Ipv6Ranges", ())]
@@ -305,53 +321,65 @@ def _open_ports(cluster: Cluster) -> Iterator[Fault]:
         hit = [f"{port} ({what})" for port, what in PORTS.items() if low <= port <= high]
         if public and hit:
             found = f"opens {', '.join(hit)} to everybody"
-            yield Fault(("provider", "security_group", "IpPermissions", i), found, "leave port 22 alone open; use ssh")
+            yield ConfigProblem(
+                ("provider", "security_group", "IpPermissions", i), found, "leave port 22 alone open; use ssh"
+            )
     for name in ("run_options", "head_run_options", "worker_run_options"):
         for i, option in enumerate(cluster.raw.get("docker", {}).get(name, ())):
             if re.match(r"(-p|--publish)\b(?!.*127\.0\.0\.1)", str(option)):
-                yield Fault(("docker", name, i), f"{option}: publishes a port on all addresses", "drop it; use ssh")
+                yield ConfigProblem(
+                    ("docker", name, i), f"{option}: publishes a port on all addresses", "drop it; use ssh"
+                )
 
 
-def _ssh(cluster: Cluster) -> Iterator[Fault]:
+def _ssh(cluster: Cluster) -> Iterator[ConfigProblem]:
     auth = cluster.raw.get("auth", {})
     if not auth.get("ssh_user"):
-        yield Fault(("auth",), "no ssh_user", "add ssh_user: the image's user, as ubuntu")
+        yield ConfigProblem(("auth",), "no ssh_user", "add ssh_user: the image's user, as ubuntu")
     key = auth.get("ssh_private_key")
     if key is None or _blank(key):
         return  # without one Ray makes a key pair of its own
     file = _source(cluster, key)
     if not file.is_file():
         siblings = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
-        yield Fault(
-            ("auth", "ssh_private_key"), f"{file} does not exist", f"mend the path{nearest(file.name, siblings)}"
+        yield ConfigProblem(
+            ("auth", "ssh_private_key"), f"{file} does not exist", f"mend the path{did_you_mean(file.name, siblings)}"
         )
     elif file.stat().st_mode & 0o077:
-        yield Fault(("auth", "ssh_private_key"), f"{file}: others can read it, so ssh refuses it", f"chmod 600 {file}")
+        yield ConfigProblem(
+            ("auth", "ssh_private_key"), f"{file}: others can read it, so ssh refuses it", f"chmod 600 {file}"
+        )
     for name, kind in cluster.raw.get("available_node_types", {}).items():
         if cluster.provider == "aws" and not kind["node_config"].get("KeyName"):
             found = "no KeyName beside an ssh_private_key: the machine would not let that key in"
-            yield Fault(("available_node_types", name, "node_config"), found, "add KeyName, the pair's name in EC2")
+            yield ConfigProblem(
+                ("available_node_types", name, "node_config"), found, "add KeyName, the pair's name in EC2"
+            )
 
 
-def _shared(cluster: Cluster) -> Iterator[Fault]:
+def _shared(cluster: Cluster) -> Iterator[ConfigProblem]:
     """A worker's own disk goes with the worker, and the runs on it with the disk."""
     commands = [command for found in cluster.setups().values() for command in found]
     commands += cluster.ready.get("worker_start_ray_commands", [])
     if cluster.provider != "local" and not any(re.search(r"\b(mount|mount\.\w+|s3fs|gcsfuse)\s", c) for c in commands):
         found = "no worker mounts a shared folder, so runs would go with their machine"
-        yield Fault(("worker_start_ray_commands",), found, "mount one before ray start, and give it as --storage")
+        yield ConfigProblem(
+            ("worker_start_ray_commands",), found, "mount one before ray start, and give it as --storage"
+        )
 
 
-def _tools(cluster: Cluster) -> Iterator[Fault]:
+def _tools(cluster: Cluster) -> Iterator[ConfigProblem]:
     """Programs that ``ray up`` calls on this machine."""
     for tool in ("ssh", "rsync"):
         if shutil.which(tool) is None:
-            yield Fault((), f"this machine has no {tool}, which ray up calls", f"install {tool}", False)
+            yield ConfigProblem((), f"this machine has no {tool}, which ray up calls", f"install {tool}", False)
     if cluster.provider == "aws" and find_spec("boto3") is None:
-        yield Fault((), "this installation has no boto3, which ray up needs for AWS", "pip install boto3", False)
+        yield ConfigProblem(
+            (), "this installation has no boto3, which ray up needs for AWS", "pip install boto3", False
+        )
 
 
-RULES: dict[str, Callable[[Cluster], Iterator[Fault]]] = {
+RULES: dict[str, Callable[[Cluster], Iterator[ConfigProblem]]] = {
     "filled in": _blanks,
     "provider": _provider,
     "machines": _machines,

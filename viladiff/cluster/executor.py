@@ -22,13 +22,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from viladiff.cluster.resources import ask_cluster, cpus, room, tell
+from viladiff.cluster.resources import ask_cluster, plan_capacity, send_note, visible_cpus
 from viladiff.cluster.session import TOKEN, patient, private, without_web
 from viladiff.core.processes import Reaper, descendants, start
-from viladiff.runs.job import Event, Outcome, Settings
-from viladiff.runs.job_queue import Desk
+from viladiff.runs.job import Event, ExecutionSettings, Outcome
+from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -60,7 +60,10 @@ OBJECT_STORE = 100 * 2**20
 
 
 def run_jobs(
-    jobs: Sequence[Planned], store: Store, settings: Settings, on_event: Callable[[Event], None] = lambda event: None
+    jobs: Sequence[PlannedRun],
+    store: Store,
+    settings: ExecutionSettings,
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[Outcome]:
     """Runs what is not done yet and returns one outcome a job, in their order; ``on_event`` is called on this thread.
 
@@ -73,20 +76,20 @@ def run_jobs(
         return []
     settings = replace(settings, threads=max(job.threads or settings.threads for job in jobs))
     kinds = [job for job in jobs if job.workers == 1], [job for job in jobs if job.workers > 1]
-    rooms = [room(settings, some) for some in kinds]
+    rooms = [plan_capacity(settings, some) for some in kinds]
     single, shared = (
-        Desk(some, store, one.settings, one.slots, on_event) for some, one in zip(kinds, rooms, strict=True)
+        JobQueue(some, store, one.settings, one.slots, on_event) for some, one in zip(kinds, rooms, strict=True)
     )
     for desk in (single, shared):
         desk.settle()
     if not (single.over and shared.over):  # starting Ray takes seconds
         for note in dict.fromkeys(one.note for one, desk in zip(rooms, (single, shared), strict=True) if not desk.over):
-            tell(on_event, note)
+            send_note(on_event, note)
         gone: list[int] = []
         try:
             # Ray sets a handler of its own for SIGTERM, so ours come after it.
             with cluster(settings, single.slots, shared.waiting, gone) as session, interrupts(single, shared):
-                tell(on_event, session.note)
+                send_note(on_event, session.note)
                 ask_cluster(single, shared)
                 _run_single(single, session)
                 _run_shared(shared, session)
@@ -114,7 +117,7 @@ class Session:
 
 @contextmanager
 def cluster(
-    settings: Settings, slots: int, shared: Iterable[Planned] = (), gone: list[int] | None = None
+    settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun] = (), gone: list[int] | None = None
 ) -> Iterator[Session]:
     """Joins ``settings.address``, or has a silent Ray of this machine's own for the time, which no other can reach.
 
@@ -173,7 +176,7 @@ def cluster(
         reaper.dismiss()
 
 
-def _options(settings: Settings, slots: int, shared: Iterable[Planned], scratch: Path) -> dict[str, Any]:
+def _options(settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun], scratch: Path) -> dict[str, Any]:
     """What Ray is told when it is joined, and more when it is started."""
     # An idle thread of a numerical library is still a thread that spins beside the others.
     env = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -182,7 +185,7 @@ def _options(settings: Settings, slots: int, shared: Iterable[Planned], scratch:
     if settings.address is None:
         wanted = max([slots * settings.threads, *(job.workers * settings.threads for job in shared)])
         options |= {
-            "num_cpus": max(cpus(), wanted),
+            "num_cpus": max(visible_cpus(), wanted),
             "object_store_memory": OBJECT_STORE,
             "include_dashboard": settings.dashboard,
             "dashboard_host": "127.0.0.1",
@@ -282,7 +285,7 @@ def _running(pid: int) -> bool:
 
 
 @contextmanager
-def interrupts(*desks: Desk) -> Iterator[None]:
+def interrupts(*desks: JobQueue) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM is taken up by the desks' next ticks; a second one ends this process's wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -305,33 +308,33 @@ def interrupts(*desks: Desk) -> Iterator[None]:
 # Trials of one worker
 
 
-def _run_single(desk: Desk, session: Session) -> None:
+def _run_single(desk: JobQueue, session: Session) -> None:
     if desk.over:
         return
     from ray import tune
 
-    from viladiff.cluster.tune import Queue, Watch, stop_name
-    from viladiff.cluster.worker import Place, trial
+    from viladiff.cluster.tune import QueueCallback, QueueSearcher, stop_name
+    from viladiff.cluster.worker import WorkerContext, trial
 
     settings = desk.settings
-    place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
     jobs = {job.run_id: job for job in desk.waiting}
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, jobs=jobs, place=place), resources),
-        tune_config=tune.TuneConfig(search_alg=Queue(desk), num_samples=-1, reuse_actors=True),
+        tune_config=tune.TuneConfig(search_alg=QueueSearcher(desk), num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             name="table",
             storage_path=str(session.scratch / "tune"),
             verbose=0,
-            callbacks=[Watch(desk, place.stop_name, session.refresh)],
+            callbacks=[QueueCallback(desk, place.stop_name, session.refresh)],
         ),
     )
     tuner.fit()
 
 
-def _run_shared(desk: Desk, session: Session) -> None:
+def _run_shared(desk: JobQueue, session: Session) -> None:
     if desk.over:
         return
     from viladiff.cluster.torch_trainer import run_shared
@@ -339,4 +342,4 @@ def _run_shared(desk: Desk, session: Session) -> None:
     run_shared(desk, session.scratch, session.refresh)
 
 
-__all__ = ["Event", "Outcome", "Settings", "cluster", "cpus", "run_jobs"]
+__all__ = ["Event", "ExecutionSettings", "Outcome", "cluster", "run_jobs", "visible_cpus"]

@@ -9,23 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from viladiff.runs.job import Event, Settings
-from viladiff.runs.job_queue import Desk
-from viladiff.tables.plan import Planned
+from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.job_queue import JobQueue
+from viladiff.tables.plan import PlannedRun
 
 SHARING = 4
 """Runs that one GPU gets at most where nobody says how many: more of them fit only if they are small."""
 
 
-class Room(NamedTuple):
+class Capacity(NamedTuple):
     """Settings with nothing left open, runs at once, and what a person should know of it."""
 
-    settings: Settings
+    settings: ExecutionSettings
     slots: int
     note: str = ""
 
 
-def room(settings: Settings, jobs: Sequence[Planned]) -> Room:
+def plan_capacity(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Capacity:
     """What runs with equally many workers get; of a cluster it is known only once it is joined.
 
     GPUs are shared out where no share was asked for: as many runs at once as ``max_concurrent`` or the processors
@@ -34,14 +34,14 @@ def room(settings: Settings, jobs: Sequence[Planned]) -> Room:
     """
     workers = max((job.workers for job in jobs), default=1)
     if settings.address is not None:
-        return Room(settings, settings.max_concurrent or max(1, len(jobs)))
-    by_cpus = max(1, cpus() // (settings.threads * workers))
+        return Capacity(settings, settings.max_concurrent or max(1, len(jobs)))
+    by_cpus = max(1, visible_cpus() // (settings.threads * workers))
     if settings.gpus_per_trial is not None:
-        return Room(settings, settings.max_concurrent or _slots(settings, by_cpus, workers))
-    found = 0 if all(job.changes.get("runtime.device") == "cpu" for job in jobs) else gpus()
+        return Capacity(settings, settings.max_concurrent or _slots(settings, by_cpus, workers))
+    found = 0 if all(job.changes.get("runtime.device") == "cpu" for job in jobs) else visible_gpus()
     there = f"{found} GPU{'s' * (found != 1)} here"
     if not found:
-        return Room(replace(settings, gpus_per_trial=0.0), settings.max_concurrent or by_cpus)
+        return Capacity(replace(settings, gpus_per_trial=0.0), settings.max_concurrent or by_cpus)
     if workers > 1:
         share, note = (1.0, f"{there}, one for each worker") if found >= workers else (0.0, f"{there} for all workers")
     else:
@@ -51,19 +51,19 @@ def room(settings: Settings, jobs: Sequence[Planned]) -> Room:
         note = f"{there}, {'one for each run' if each == 1 else f'each for {each} runs at once'}"
     settings = replace(settings, gpus_per_trial=share)
     slots = settings.max_concurrent or _slots(settings, by_cpus, workers)
-    return Room(settings, slots, f"{note}; --gpus-per-trial says otherwise")
+    return Capacity(settings, slots, f"{note}; --gpus-per-trial says otherwise")
 
 
-def at_once(settings: Settings, jobs: Sequence[Planned]) -> Room | None:
+def concurrency(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Capacity | None:
     """``room`` for most of the jobs; None on a cluster without a limit, whose size may change."""
     if settings.address is not None and settings.max_concurrent is None:
         return None
     settings = replace(settings, threads=max((job.threads or settings.threads for job in jobs), default=1))
     single = [job for job in jobs if job.workers == 1]
-    return room(settings, single if 2 * len(single) >= len(jobs) else [job for job in jobs if job.workers > 1])
+    return plan_capacity(settings, single if 2 * len(single) >= len(jobs) else [job for job in jobs if job.workers > 1])
 
 
-def ask_cluster(*desks: Desk) -> None:
+def ask_cluster(*desks: JobQueue) -> None:
     """Lets each run ask for a GPU where the cluster that was joined has some and nobody said how many."""
     import ray
 
@@ -75,10 +75,10 @@ def ask_cluster(*desks: Desk) -> None:
         desk.settings = replace(desk.settings, gpus_per_trial=1.0 if found else 0.0)
     some = f"{found:g} GPUs in the cluster, one for each run"
     none = "no GPU in the cluster so far, and none is asked for"
-    tell(open_[0].tell, f"{some if found else none}; --gpus-per-trial says otherwise")
+    send_note(open_[0].tell, f"{some if found else none}; --gpus-per-trial says otherwise")
 
 
-def fitting(settings: Settings, workers: int) -> int:
+def cluster_slots(settings: ExecutionSettings, workers: int) -> int:
     """How many runs of so many workers the cluster that was joined has room for now; at least one."""
     import ray
 
@@ -89,7 +89,7 @@ def fitting(settings: Settings, workers: int) -> int:
     return max(1, int(min(rooms)))
 
 
-def gpus() -> int:
+def visible_gpus() -> int:
     """GPUs that this process may use."""
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists():
         return 0  # Ray, which looks closer, takes a second to load
@@ -99,17 +99,17 @@ def gpus() -> int:
     return count if seen is None else min(count, len(seen))
 
 
-def cpus() -> int:
+def visible_cpus() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _slots(settings: Settings, by_cpus: int, workers: int) -> int:
+def _slots(settings: ExecutionSettings, by_cpus: int, workers: int) -> int:
     """How many runs of so many workers fit on this machine at once; at least one, which then shares what there is."""
     share = settings.gpus_per_trial
     if not share:
         return by_cpus
-    found = gpus()
+    found = visible_gpus()
     # Workers of one run do not share a GPU: nccl refuses that.
     needed = share if workers == 1 else max(1.0, share) * workers
     if found < needed:
@@ -121,7 +121,7 @@ def _slots(settings: Settings, by_cpus: int, workers: int) -> int:
     return int(found / needed)
 
 
-def tell(on_event: Callable[[Event], None], note: str) -> None:
+def send_note(on_event: Callable[[Event], None], note: str) -> None:
     """A sentence for people, if there is one."""
     if note:
         on_event(Event("note", "", message=note))

@@ -19,18 +19,18 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from viladiff.cluster.executor import Session, cluster, interrupts
-from viladiff.cluster.resources import ask_cluster, fitting, tell
-from viladiff.cluster.torch_trainer import Box, asked, run_shared
-from viladiff.cluster.tune import Queue, Watch, look_around, stop_name
-from viladiff.cluster.worker import Place, Tell, attempt
-from viladiff.sweeps.trial_queue import SearchDesk
-from viladiff.tables.plan import Planned
+from viladiff.cluster.resources import ask_cluster, cluster_slots, send_note
+from viladiff.cluster.torch_trainer import Mailbox, asked, run_shared
+from viladiff.cluster.tune import QueueCallback, QueueSearcher, poll_queue, stop_name
+from viladiff.cluster.worker import Tell, WorkerContext, run_attempt
+from viladiff.sweeps.trial_queue import TrialQueue
+from viladiff.tables.plan import PlannedRun
 
-Work = Callable[[Planned, Place, Tell, Callable[[int, float | None], bool]], dict[str, Any]]
+Work = Callable[[PlannedRun, WorkerContext, Tell, Callable[[int, float | None], bool]], dict[str, Any]]
 """Does a run: tells of its life, asks about its scores, and returns how it ended."""
 
 
-def run_search(desk: SearchDesk, work: Work = attempt) -> None:
+def run_search(desk: TrialQueue, work: Work = run_attempt) -> None:
     """Runs a sweep until it has its trials, is interrupted or is given up; ``desk.search`` has what came of it.
 
     The first Ctrl-C lets every run save a checkpoint; the second ends them and raises KeyboardInterrupt.
@@ -43,11 +43,13 @@ def run_search(desk: SearchDesk, work: Work = attempt) -> None:
     gone: list[int] = []
     try:
         with cluster(desk.settings, desk.slots, shared, gone) as session, interrupts(desk):
-            tell(desk.tell, session.note)
+            send_note(desk.tell, session.note)
             ask_cluster(desk)
             if desk.settings.address is not None and desk.settings.max_concurrent is None:
                 # Each point is the better for knowing those before it, so that none is asked for ahead of its place.
-                desk.slots = min(desk.slots, fitting(desk.settings, max((job.workers for job in known), default=1)))
+                desk.slots = min(
+                    desk.slots, cluster_slots(desk.settings, max((job.workers for job in known), default=1))
+                )
             if shared:
                 run_shared(desk, session.scratch, session.refresh)
             else:
@@ -57,13 +59,13 @@ def run_search(desk: SearchDesk, work: Work = attempt) -> None:
         raise
 
 
-class Asking(Queue):
+class Asking(QueueSearcher):
     """Tune's searcher: each run that it suggests is a point of the sweep under one seed."""
 
-    desk: SearchDesk
+    desk: TrialQueue
 
     def suggest(self, trial_id: str) -> Any:
-        look_around(self.desk)
+        poll_queue(self.desk)
         job = self.desk.next()
         if job is not None:
             return {"run": job.run_id, "job": asdict(job)}
@@ -73,7 +75,7 @@ class Asking(Queue):
 class Rungs(FIFOScheduler):
     """Tune's scheduler: brings scores to the sweep's pruner and its answers to the runs; it ends nothing itself."""
 
-    def __init__(self, desk: SearchDesk, box: Any) -> None:
+    def __init__(self, desk: TrialQueue, box: Any) -> None:
         super().__init__()
         self.desk, self.box = desk, box
 
@@ -93,17 +95,17 @@ class Rungs(FIFOScheduler):
         """Nothing was kept."""
 
 
-def trial(config: dict[str, Any], place: Place, box: Any, work: Work) -> None:
+def trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) -> None:
     """A Tune function trainable: does one run, and reports how it ended as the last result."""
-    job = Planned(**config["job"])
+    job = PlannedRun(**config["job"])
     judged = partial(asked, box, tune.report, job.run_id)
     tune.report(work(job, place, tune.report, judged))
 
 
-def _tune(desk: SearchDesk, session: Session, work: Work) -> None:
+def _tune(desk: TrialQueue, session: Session, work: Work) -> None:
     settings = desk.settings
-    place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
-    box: Any = ray.remote(num_cpus=0)(Box).remote()
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
     tuner = tune.Tuner(
@@ -115,7 +117,7 @@ def _tune(desk: SearchDesk, session: Session, work: Work) -> None:
             name="sweep",
             storage_path=str(session.scratch / "tune"),
             verbose=0,
-            callbacks=[Watch(desk, place.stop_name, session.refresh)],
+            callbacks=[QueueCallback(desk, place.stop_name, session.refresh)],
         ),
     )
     tuner.fit()

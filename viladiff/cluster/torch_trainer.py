@@ -17,17 +17,17 @@ from typing import Any
 
 import ray
 
-from viladiff.cluster.tune import died, look_around, raise_flag, stop_name
-from viladiff.cluster.worker import Place, attempt_held, configuration, explained
-from viladiff.runs.job_queue import Desk
+from viladiff.cluster.tune import create_stop_flag, death_message, poll_queue, stop_name
+from viladiff.cluster.worker import WorkerContext, attempt_held, classify_error, configuration
+from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 PAUSE = 0.2
 """Seconds between looks at the trainers."""
 
 
-class Box:
+class Mailbox:
     """An actor that carries words from rank 0 to the driver, and each run's last word."""
 
     def __init__(self) -> None:
@@ -60,18 +60,18 @@ class Box:
         return self.last.pop(run_id, None)
 
 
-def run_shared(desk: Desk, scratch: Path, refresh: Callable[[], None]) -> None:
+def run_shared(desk: JobQueue, scratch: Path, refresh: Callable[[], None]) -> None:
     """Runs the desk's jobs, ``desk.slots`` trainers at a time, until it is over."""
     settings = desk.settings
-    place = Place(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
-    box: Any = ray.remote(num_cpus=0)(Box).remote()
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     flag: Any = None
     running: dict[Future[None], str] = {}
     while not desk.over:
         refresh()
-        look_around(desk)
+        poll_queue(desk)
         if desk.stopping and flag is None and running:
-            flag = raise_flag(place.stop_name)
+            flag = create_stop_flag(place.stop_name)
         while (job := desk.next()) is not None:
             alone = settings.address is None
             given = job, place, box, settings.gpus_per_trial or 0.0, scratch, desk.judges, alone
@@ -87,7 +87,7 @@ def run_shared(desk: Desk, scratch: Path, refresh: Callable[[], None]) -> None:
             if result is not None:
                 desk.finished(run_id, result)
             else:
-                desk.lost(run_id, died(error), isinstance(error, ray.exceptions.OutOfMemoryError))
+                desk.lost(run_id, death_message(error), isinstance(error, ray.exceptions.OutOfMemoryError))
         time.sleep(PAUSE)
 
 
@@ -107,7 +107,9 @@ def _aside(do: Callable[..., None], *given: Any) -> Future[None]:
     return future
 
 
-def _train(job: Planned, place: Place, box: Any, gpus: float, scratch: Path, judges: bool, alone: bool) -> None:
+def _train(
+    job: PlannedRun, place: WorkerContext, box: Any, gpus: float, scratch: Path, judges: bool, alone: bool
+) -> None:
     """One trainer from start to end; blocks. Its own retries are off: a desk knows what is worth one.
 
     alone: whether all workers are on this machine, and so meet in a file.
@@ -180,12 +182,12 @@ def asked(box: Any, tell: Callable[[dict[str, Any]], Any], run_id: str, step: in
     return bool(answer)
 
 
-def _follow(job: Planned, place: Place) -> dict[str, Any]:
+def _follow(job: PlannedRun, place: WorkerContext) -> dict[str, Any]:
     """A rank that writes nothing and asks nothing, but must answer whenever rank 0 asks all."""
     from viladiff.training.trainer import fit
 
     try:
         fit(configuration(job, place), report=lambda news: False)
     except Exception as error:
-        return explained(error) or {"state": "failed", "kind": "error", "message": str(error)}
+        return classify_error(error) or {"state": "failed", "kind": "error", "message": str(error)}
     return {"state": "done"}

@@ -12,7 +12,7 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from viladiff.runs.job_queue import Desk
+from viladiff.runs.job_queue import JobQueue
 
 
 def stop_name() -> str:
@@ -20,10 +20,10 @@ def stop_name() -> str:
     return f"viladiff-stop-{ray.get_runtime_context().get_job_id()}"
 
 
-class Queue(Searcher):
+class QueueSearcher(Searcher):
     """Not a search: hands out the desk's next run whenever Tune has room."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: JobQueue) -> None:
         super().__init__(metric="step", mode="max")
         self.desk = desk
 
@@ -34,7 +34,7 @@ class Queue(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        look_around(self.desk)  # Tune asks nobody else while nothing runs
+        poll_queue(self.desk)  # Tune asks nobody else while nothing runs
         job = self.desk.next()
         if job is not None:
             return {"run": job.run_id}
@@ -51,10 +51,10 @@ class Queue(Searcher):
         """Nothing was kept."""
 
 
-class Watch(Callback):
+class QueueCallback(Callback):
     """Brings what happens to trials to the desk, and the desk's wishes to trials."""
 
-    def __init__(self, desk: Desk, stop: str, refresh: Callable[[], None]) -> None:
+    def __init__(self, desk: JobQueue, stop: str, refresh: Callable[[], None]) -> None:
         self.desk, self.stop, self.refresh = desk, stop, refresh
         self.flag: Any = None
 
@@ -63,9 +63,9 @@ class Watch(Callback):
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self.refresh()
-        look_around(self.desk)
+        poll_queue(self.desk)
         if self.desk.stopping and self.flag is None and self.desk.live:
-            self.flag = raise_flag(self.stop)
+            self.flag = create_stop_flag(self.stop)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.desk.started(trial.config["run"])
@@ -79,10 +79,10 @@ class Watch(Callback):
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         error = trial.get_error()
         memory = isinstance(error, ray.exceptions.OutOfMemoryError) or "memory monitor" in str(error)
-        self.desk.lost(trial.config["run"], died(error), memory)
+        self.desk.lost(trial.config["run"], death_message(error), memory)
 
 
-def look_around(desk: Desk) -> None:
+def poll_queue(desk: JobQueue) -> None:
     """One tick of the desk; kills what it finds hung."""
     if desk.asked_to_stop and not desk.stopping:
         desk.stop()
@@ -90,13 +90,13 @@ def look_around(desk: Desk) -> None:
         kill(node, pid)
 
 
-class Flag:
+class StopFlag:
     """Stands for a wish by being there."""
 
 
-def raise_flag(name: str) -> Any:
+def create_stop_flag(name: str) -> Any:
     """Tells every trial to stop; the flag stands as long as what is returned is kept."""
-    return ray.remote(num_cpus=0)(Flag).options(name=name).remote()
+    return ray.remote(num_cpus=0)(StopFlag).options(name=name).remote()
 
 
 def kill(node: str, pid: int) -> None:
@@ -115,7 +115,7 @@ def _kill(pid: int) -> None:
         return  # it ended meanwhile
 
 
-def died(error: BaseException | None) -> str:
+def death_message(error: BaseException | None) -> str:
     """One line on why a process is gone, without the advice that Ray wraps it in."""
     text = str(error)
     for line in text.splitlines():

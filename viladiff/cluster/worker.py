@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from viladiff.runs.job_queue import SETUP
-from viladiff.runs.lease import LeaseLost
+from viladiff.runs.lease import LeaseLostError
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig
     from viladiff.runs.lease import Lease
-    from viladiff.training.trainer import Report
+    from viladiff.training.trainer import ProgressCallback
 
 SAY_EVERY = 2.0
 """Seconds between words to the driver, and between looks whether the run is to stop."""
@@ -39,7 +39,7 @@ Judged = Callable[[int, float | None], bool]
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerContext:
     """What a worker has to know besides the run; every path is absolute."""
 
     root: str
@@ -51,15 +51,15 @@ class Place:
     """An actor of this name exists once all runs are to stop."""
 
 
-def trial(config: Mapping[str, Any], jobs: Mapping[str, Planned], place: Place) -> None:
+def trial(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
     """A Tune function trainable: runs ``jobs[config["run"]]`` and reports how it ended as the last result."""
     from ray import tune
 
     # A reused worker ends its trial with a report and not with a returned value, which costs one more exchange.
-    tune.report(attempt(jobs[config["run"]], place, tune.report))
+    tune.report(run_attempt(jobs[config["run"]], place, tune.report))
 
 
-def attempt(job: Planned, place: Place, tell: Tell, judged: Judged | None = None) -> dict[str, Any]:
+def run_attempt(job: PlannedRun, place: WorkerContext, tell: Tell, judged: Judged | None = None) -> dict[str, Any]:
     """Does the run unless it is done or somebody else is at it; returns ``state`` and what belongs to it."""
     store = Store(Path(place.root))
     tell({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
@@ -70,14 +70,16 @@ def attempt(job: Planned, place: Place, tell: Tell, judged: Judged | None = None
         return attempt_held(job, place, tell, lease, judged)
 
 
-def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease, judged: Judged | None = None) -> dict[str, Any]:
+def attempt_held(
+    job: PlannedRun, place: WorkerContext, tell: Tell, lease: Lease, judged: Judged | None = None
+) -> dict[str, Any]:
     """``attempt``, once the lease is there."""
     directory = Path(place.root) / job.run_id
     trace, told = directory / "hang.txt", directory / "traceback.txt"
     told.unlink(missing_ok=True)
     with trace.open("w") as file:
         watchdog = _Watchdog(file.fileno(), place.hang_after)
-        report: Report = _reporter(tell, watchdog, place.stop_name)
+        report: ProgressCallback = _reporter(tell, watchdog, place.stop_name)
         if judged is not None:
             report = _hearing(report, judged, watchdog)
         try:
@@ -88,7 +90,7 @@ def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease, judged: J
             began = time.time()
             result = fit(cfg, report=report, lease=lease)
         except BaseException as error:
-            found = explained(error)
+            found = classify_error(error)
             if found is None:
                 raise
             if found.get("kind") == "error":
@@ -100,7 +102,7 @@ def attempt_held(job: Planned, place: Place, tell: Tell, lease: Lease, judged: J
     return {"state": "done", "began": began, "ended": time.time(), "miou": result.miou}
 
 
-def configuration(job: Planned, place: Place) -> RunConfig:
+def configuration(job: PlannedRun, place: WorkerContext) -> RunConfig:
     """The run's, with what this call decides: where it writes, and that it draws no bar of its own."""
     from viladiff.runs.config import RunConfig, override
 
@@ -110,15 +112,15 @@ def configuration(job: Planned, place: Place) -> RunConfig:
     return override(RunConfig(), {"runtime.threads": place.threads, **job.changes, **here})
 
 
-def explained(error: BaseException) -> dict[str, Any] | None:
+def classify_error(error: BaseException) -> dict[str, Any] | None:
     """The last word of a run that ended with this error; None for one that is not the run's own (an interrupt)."""
     import torch.distributed as dist
 
-    from viladiff.training.errors import Renamed, Stopped, TrainingError
+    from viladiff.training.errors import RunIdMismatch, StopRequested, TrainingError
 
-    if isinstance(error, Stopped):
+    if isinstance(error, StopRequested):
         return {"state": "stopped"}
-    if isinstance(error, LeaseLost):
+    if isinstance(error, LeaseLostError):
         return {"state": "elsewhere"}
     if not isinstance(error, Exception):
         return None
@@ -127,7 +129,7 @@ def explained(error: BaseException) -> dict[str, Any] | None:
         kind = "memory"
     elif isinstance(error, TrainingError):
         kind = "nan"
-    elif isinstance(error, Renamed):
+    elif isinstance(error, RunIdMismatch):
         kind = "stale"
     elif isinstance(error, dist.DistError) or any(sign in text for sign in LOST_NEIGHBOUR):
         kind, text = "killed", f"another worker of the run is gone ({text.splitlines()[0]})"
@@ -170,7 +172,7 @@ def _reporter(tell: Tell, watchdog: _Watchdog, stop_name: str) -> Callable[[dict
     return report
 
 
-def _hearing(report: Report, judged: Judged, watchdog: _Watchdog) -> Report:
+def _hearing(report: ProgressCallback, judged: Judged, watchdog: _Watchdog) -> ProgressCallback:
     """``report`` that also asks ``judged`` of each score of the run, once."""
     heard = 0
 

@@ -59,12 +59,12 @@ def parse_overrides(words: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def leaves(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every field that holds a value rather than a section, by dotted path."""
     found: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
-            found |= leaves(info.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+            found |= field_infos(info.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             found[prefix + name] = info
     return found
@@ -80,7 +80,7 @@ def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]
             yield prefix + name, value
 
 
-def nest(flat: Mapping[str, object]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
     """{"a.b": 1} as {"a": {"b": 1}}."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
@@ -136,13 +136,13 @@ def parse(text: str, kind: Any) -> Any:
     return text
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def did_you_mean(name: str, known: Collection[str]) -> str:
     """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def unknown(path: str, known: Collection[str]) -> str:
+def unknown_field(path: str, known: Collection[str]) -> str:
     """The sentence for a path that names no field: its new name, or the nearest one and what the section offers."""
     if path in renamed.FIELDS:
         return f"{path}: renamed; write {renamed.FIELDS[path]}"
@@ -163,7 +163,7 @@ def unknown(path: str, known: Collection[str]) -> str:
     return f"{path}: no such field{hint} Allowed in {section or 'a run'}: {', '.join(siblings)}"
 
 
-def explain(error: ValidationError, known: Collection[str], tagged: Collection[str]) -> str:
+def format_errors(error: ValidationError, known: Collection[str], tagged: Collection[str]) -> str:
     """One line per fault: dotted field, value, what is allowed.
 
     ``tagged``: sections chosen by a tag, which pydantic puts into the location and the reader never wrote.
@@ -179,7 +179,7 @@ def explain(error: ValidationError, known: Collection[str], tagged: Collection[s
 
 
 @cache
-def docs(section: type[BaseModel]) -> dict[str, str]:
+def field_docs(section: type[BaseModel]) -> dict[str, str]:
     """The string under each field of a section, as written in its source; fields without one are absent."""
     found: dict[str, str] = {}
     for cls in reversed(section.__mro__):
@@ -194,26 +194,26 @@ def docs(section: type[BaseModel]) -> dict[str, str]:
 
 def describe(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
     """Path, type, value and explanation of every leaf."""
-    texts = docs(type(section))
+    texts = field_docs(type(section))
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from describe(value, f"{prefix}{name}.")
         else:
             limits = [_limit(limit) for limit in info.metadata]
-            kind = " ".join([kind_text(info.annotation), *filter(None, limits)])
+            kind = " ".join([format_type(info.annotation), *filter(None, limits)])
             yield FieldHelp(prefix + name, kind, value, texts.get(name, ""))
 
 
-def kind_text(kind: Any) -> str:
+def format_type(kind: Any) -> str:
     """A type as a person writes it: ``poly | cosine``, ``int | none``, ``float, float``."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " | ".join(str(choice) for choice in args)
     if origin is tuple:
-        return f"{kind_text(args[0])}, …" if args[-1] is Ellipsis else ", ".join(kind_text(one) for one in args)
+        return f"{format_type(args[0])}, …" if args[-1] is Ellipsis else ", ".join(format_type(one) for one in args)
     if origin in (Union, UnionType):
-        return " | ".join("none" if one is NoneType else kind_text(one) for one in args)
+        return " | ".join("none" if one is NoneType else format_type(one) for one in args)
     return {str: "text", int: "int", float: "float", bool: "true | false"}.get(kind, str(kind))
 
 
@@ -235,13 +235,13 @@ def _coerce_leaf(value: Any, kind: Any, path: str) -> Any:
         and ... not in (parts := get_args(kind))
         and len(value) != len(parts)
     ):
-        raise ConfigError(f"{path} = {value!r}: must be {len(parts)} values: {kind_text(kind)}")
+        raise ConfigError(f"{path} = {value!r}: must be {len(parts)} values: {format_type(kind)}")
     if isinstance(value, str) and set(members) <= {int, float, NoneType}:
         wanted = "a whole number" if float not in members else "a number"
         raise ConfigError(f"{path} = {value!r}: must be {wanted}{' or none' if NoneType in members else ''}")
     plain = not any(get_origin(member) is Literal for member in members)
     if isinstance(value, bool) and plain and bool not in members:
-        raise ConfigError(f"{path} = {value!r}: must be {kind_text(kind)}, not true or false")
+        raise ConfigError(f"{path} = {value!r}: must be {format_type(kind)}, not true or false")
     return value
 
 
@@ -253,7 +253,7 @@ def _limit(limit: Any) -> str:
 def _sentence(path: str, item: Any, known: Collection[str]) -> str:
     kind, value, ctx = item["type"], item.get("input"), item.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown(path, known)
+        return unknown_field(path, known)
     if kind == "value_error":
         text = str(ctx["error"])
         # A section's own check begins with the field that it is about: "steps = 3: ...".
@@ -268,7 +268,7 @@ def _sentence(path: str, item: Any, known: Collection[str]) -> str:
         choices = re.findall(r"'([^']*)'", ctx["expected"])
         if not isinstance(value, str) and str(value) in choices:
             return f"{path} = {value!r}: must be text, {str(value)!r}"
-        reason = f"allowed: {', '.join(choices) or ctx['expected']}{nearest(str(value), choices)}"
+        reason = f"allowed: {', '.join(choices) or ctx['expected']}{did_you_mean(str(value), choices)}"
     elif kind in wanted:
         reason = wanted[kind]
     elif kind.startswith(("int_", "float_")):

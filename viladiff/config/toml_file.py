@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from viladiff.config import renamed
-from viladiff.config.base import Section, nearest
+from viladiff.config.base import Section, did_you_mean
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -68,12 +68,12 @@ def sentence(
         return f"{entry}{field}: renamed; write {renamed.KEYS[field]}"
     if item["type"] == "extra_forbidden":
         allowed = [name for name in (section or top).model_fields if section or name != "name"]
-        return f"{entry}{field}: no such key{nearest(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
+        return f"{entry}{field}: no such key{did_you_mean(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
     if item["type"] == "missing":
         return f"{entry}{field}: missing, and it has no default"
     if item["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", ctx["expected"])
-        return f"{entry}{field} = {value!r}: allowed: {', '.join(choices)}{nearest(str(value), choices)}"
+        return f"{entry}{field} = {value!r}: allowed: {', '.join(choices)}{did_you_mean(str(value), choices)}"
     reason = str(ctx["error"]) if item["type"] == "value_error" else item["msg"][0].lower() + item["msg"][1:]
     return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
 

@@ -24,7 +24,7 @@ PATIENCE = timedelta(hours=12)
 """That workers wait for the first one of their machine to read a data set."""
 
 
-def pick_device(cfg: RunConfig) -> torch.device:
+def select_device(cfg: RunConfig) -> torch.device:
     """The device of this worker. Raises ValueError where CUDA is asked for and absent."""
     available = torch.cuda.is_available()
     if cfg.runtime.device == "cuda" and not available:
@@ -75,7 +75,7 @@ def join_here(backend: str, meeting: Path, rank: int, workers: int) -> None:
 def _backend(cfg: RunConfig, workers: int) -> str:
     """nccl wants a GPU of its own for every worker of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
-    return "nccl" if pick_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
+    return "nccl" if select_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
 
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ def summed_over_workers(counts: dict[str, dict[str, Any]]) -> dict[str, dict[str
     return total
 
 
-def in_workers(work: Callable[..., str], cfg: RunConfig, workers: int, *arguments: object) -> str:
+def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *arguments: object) -> str:
     """``work(cfg, *arguments)`` in ``workers`` new processes that form a group; the first one's short answer.
 
     work is a function of a module, since new processes look it up by name. A worker's error is raised here.

@@ -16,21 +16,21 @@ from torch import Tensor
 Part = int | str
 
 
-def key(*parts: Part) -> int:
+def seed_for(*parts: Part) -> int:
     """A 63-bit integer named by ``parts``; equal on every machine and Python version."""
     text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def rng(*parts: Part) -> np.random.Generator:
+def numpy_generator(*parts: Part) -> np.random.Generator:
     """A NumPy generator for the draw named by ``parts``."""
-    return np.random.Generator(np.random.Philox(key=key(*parts)))
+    return np.random.Generator(np.random.Philox(key=seed_for(*parts)))
 
 
-def generator(*parts: Part, device: torch.device | str = "cpu") -> torch.Generator:
+def torch_generator(*parts: Part, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on ``device`` for the draw named by ``parts``."""
     gen = torch.Generator(device=device)
-    gen.manual_seed(key(*parts))
+    gen.manual_seed(seed_for(*parts))
     return gen
 
 
@@ -38,7 +38,7 @@ def uniform(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: 
     """One uniform tensor of ``shape`` per key, stacked: (len(keys), *shape), float32 in [0, 1)."""
     out = torch.empty((len(keys), *shape), device=device)
     for row, name in zip(out, keys, strict=True):
-        row.uniform_(generator=generator(*parts, name, device=device))
+        row.uniform_(generator=torch_generator(*parts, name, device=device))
     return out
 
 
@@ -46,5 +46,5 @@ def normal(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: t
     """One standard normal tensor of ``shape`` per key, stacked: (len(keys), *shape), float32."""
     out = torch.empty((len(keys), *shape), device=device)
     for row, name in zip(out, keys, strict=True):
-        row.normal_(generator=generator(*parts, name, device=device))
+        row.normal_(generator=torch_generator(*parts, name, device=device))
     return out

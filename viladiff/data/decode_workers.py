@@ -25,25 +25,25 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from viladiff.data.files.images import Coding, Colours, Numbers, read_image, read_mask
+from viladiff.data.files.images import IdEncoding, MaskEncoding, PaletteEncoding, read_image, read_mask
 from viladiff.data.transforms.geometry import Range, Window, crop_image, crop_mask, window
 
 ROOT = Path(__file__).resolve().parents[2]
 """The directory that a fresh interpreter finds this package in."""
 
 
-class Recipe(NamedTuple):
+class CropRecipe(NamedTuple):
     """What is done to every file of a run."""
 
     crop: int
     scale: Range
     hflip: float
     num_classes: int
-    coding: Coding | None
+    coding: MaskEncoding | None
     """What the pixels of a mask stand for, where they are not class ids."""
 
 
-class Sample(NamedTuple):
+class DecodeRequest(NamedTuple):
     """One image to decode."""
 
     image: str
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
     """Four uniform numbers that choose the window; see ``geometry.window``."""
 
 
-class Decoded(NamedTuple):
+class DecodedBatch(NamedTuple):
     """Crops of several samples."""
 
     images: np.ndarray
@@ -64,7 +64,7 @@ class Decoded(NamedTuple):
     """Rows and columns of each crop that show the image, and whether it is mirrored."""
 
 
-def decode(sample: Sample, recipe: Recipe, image: np.ndarray, mask: np.ndarray) -> tuple[int, int, bool]:
+def decode(sample: DecodeRequest, recipe: CropRecipe, image: np.ndarray, mask: np.ndarray) -> tuple[int, int, bool]:
     """Writes one crop to ``image`` (3, crop, crop) and ``mask`` (crop, crop); see ``Decoded`` for what it returns.
 
     Raises ValueError that names the file for one that cannot be read, and for a mask of another size than its image.
@@ -82,11 +82,11 @@ def decode(sample: Sample, recipe: Recipe, image: np.ndarray, mask: np.ndarray) 
     return (*to.shown, to.flip)
 
 
-def decode_all(samples: Sequence[Sample], recipe: Recipe) -> Decoded:
+def decode_all(samples: Sequence[DecodeRequest], recipe: CropRecipe) -> DecodedBatch:
     """The samples, one after another in this process."""
     images, masks = _arrays(bytearray(_bytes(len(samples), recipe.crop)), recipe.crop)
     shown = [decode(sample, recipe, *out) for sample, *out in zip(samples, images, masks, strict=True)]
-    return Decoded(images, masks, shown)
+    return DecodedBatch(images, masks, shown)
 
 
 def _bytes(samples: int, crop: int) -> int:
@@ -101,16 +101,16 @@ def _arrays(memory: bytearray | mmap.mmap, crop: int) -> tuple[np.ndarray, np.nd
     return flat[:cut].reshape(samples, 3, crop, crop), flat[cut:].reshape(samples, crop, crop)
 
 
-class Decoders:
+class DecodeWorkers:
     """Processes that decode batches in the order in which they are asked for, ``ahead`` of them beforehand.
 
     What ``take`` returns may be overwritten by the next ``ask``.
     """
 
-    def __init__(self, recipe: Recipe, processes: int, samples: int, ahead: int) -> None:
+    def __init__(self, recipe: CropRecipe, processes: int, samples: int, ahead: int) -> None:
         """samples: the most that a batch has."""
         self.recipe, self.samples, self.slots = recipe, samples, ahead + 1
-        self._asked: deque[tuple[int, tuple[Sample, ...]]] = deque()
+        self._asked: deque[tuple[int, tuple[DecodeRequest, ...]]] = deque()
         self._next = 0
         size = _bytes(samples * self.slots, recipe.crop)
         with _nameless(size) as file:
@@ -123,7 +123,7 @@ class Decoders:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def ask(self, samples: Sequence[Sample]) -> None:
+    def ask(self, samples: Sequence[DecodeRequest]) -> None:
         """Hands a batch out. At most ``ahead`` may be out at a time."""
         if len(self._asked) >= self.slots or len(samples) > self.samples:
             raise ValueError(f"{len(self._asked)} batches are out, one of {len(samples)} samples: too many")
@@ -136,7 +136,7 @@ class Decoders:
             except OSError:
                 raise self._died(process, sample) from None
 
-    def take(self, samples: Sequence[Sample]) -> Decoded:
+    def take(self, samples: Sequence[DecodeRequest]) -> DecodedBatch:
         """The crops of the batch that was asked for first and not yet taken, which is this one, or the only one.
 
         Raises ValueError for a file that cannot be used, ChildProcessError where a process has died.
@@ -148,7 +148,7 @@ class Decoders:
             raise ValueError("batches must be taken in the order in which they were asked for")
         shown = [self._answer(self._of(i), sample) for i, sample in enumerate(asked)]
         part = slice(slot * self.samples, slot * self.samples + len(asked))
-        return Decoded(self._images[part], self._masks[part], shown)
+        return DecodedBatch(self._images[part], self._masks[part], shown)
 
     def close(self) -> None:
         """Ends the processes at once; they have nothing to lose."""
@@ -157,7 +157,7 @@ class Decoders:
     def _of(self, place: int) -> subprocess.Popen[bytes]:
         return self._processes[place % len(self._processes)]
 
-    def _answer(self, process: subprocess.Popen[bytes], sample: Sample) -> tuple[int, int, bool]:
+    def _answer(self, process: subprocess.Popen[bytes], sample: DecodeRequest) -> tuple[int, int, bool]:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line.endswith(b"\n"):
@@ -168,7 +168,7 @@ class Decoders:
         rows, columns, flip = answer
         return rows, columns, flip
 
-    def _died(self, process: subprocess.Popen[bytes], sample: Sample) -> ChildProcessError:
+    def _died(self, process: subprocess.Popen[bytes], sample: DecodeRequest) -> ChildProcessError:
         try:
             code = process.wait(10)
         except subprocess.TimeoutExpired:
@@ -190,7 +190,7 @@ def _nameless(size: int) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _start(memory: int, size: int, recipe: Recipe) -> subprocess.Popen[bytes]:
+def _start(memory: int, size: int, recipe: CropRecipe) -> subprocess.Popen[bytes]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         # -P: nothing is imported from the directory that the run was started in.
@@ -203,7 +203,7 @@ def _start(memory: int, size: int, recipe: Recipe) -> subprocess.Popen[bytes]:
     )
     with suppress(OSError):  # one that dies at once is noticed by whoever asks it
         coding = recipe.coding
-        _write(process, [*recipe[:4], coding and [isinstance(coding, Colours), *astuple(coding)]])
+        _write(process, [*recipe[:4], coding and [isinstance(coding, PaletteEncoding), *astuple(coding)]])
     return process
 
 
@@ -228,13 +228,13 @@ def main(memory: int, size: int) -> None:
     """Answers each line of standard input until there are no more."""
     crop, scale, hflip, num_classes, coding = _tupled(json.loads(sys.stdin.buffer.readline()))
     if coding is not None:
-        coding = (Colours if coding[0] else Numbers)(*coding[1:])
-    recipe = Recipe(crop, scale, hflip, num_classes, coding)
+        coding = (PaletteEncoding if coding[0] else IdEncoding)(*coding[1:])
+    recipe = CropRecipe(crop, scale, hflip, num_classes, coding)
     images, masks = _arrays(mmap.mmap(memory, size), crop)
     for line in sys.stdin.buffer:
         place, image, mask, draws = json.loads(line)
         try:
-            answer: Any = decode(Sample(image, mask, tuple(draws)), recipe, images[place], masks[place])
+            answer: Any = decode(DecodeRequest(image, mask, tuple(draws)), recipe, images[place], masks[place])
         except ValueError as error:
             answer = str(error)
         sys.stdout.write(json.dumps(answer) + "\n")

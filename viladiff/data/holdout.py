@@ -77,7 +77,7 @@ def choose(present: np.ndarray, share: float, *key: keyed_random.Part) -> np.nda
     """
     wanted = max(1, round(share * len(present)))
     left = present.sum(0)
-    order = keyed_random.rng("holdout", *key).permutation(len(present))
+    order = keyed_random.numpy_generator("holdout", *key).permutation(len(present))
     held = np.zeros(len(present), bool)
 
     def take(candidates: np.ndarray, most: int) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, CutMix, TextBatch, Views
-from viladiff.data.captions.tags import mentioned
-from viladiff.data.decode_workers import Decoders, Recipe, Sample, decode_all
+from viladiff.data.captions.tags import dataset_tags
+from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
 from viladiff.data.holdout import set_apart
 from viladiff.data.transforms.augment import geometric, normalise, strong
@@ -29,10 +29,10 @@ from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
 if TYPE_CHECKING:
     from viladiff.data.dataset import Dataset
     from viladiff.runs.config import RunConfig
-    from viladiff.text.embedding_bank import Bank
+    from viladiff.text.embedding_bank import EmbeddingBank
 
 
-class Order:
+class ShuffledIndices:
     """An endless list of image ids: one seeded permutation of ``ids`` after another.
 
     ``paired``: neighbours are mixed, so where an odd list ends in the middle of a pair, the next one must not begin
@@ -55,10 +55,10 @@ class Order:
         return epoch, int(self._permutation[offset])
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return keyed_random.rng(self.seed, "order", self.name, epoch).permutation(self.ids)
+        return keyed_random.numpy_generator(self.seed, "order", self.name, epoch).permutation(self.ids)
 
 
-class Share(NamedTuple):
+class MicroBatch(NamedTuple):
     """Which images of one role are in a micro-batch."""
 
     keys: tuple[int, ...]
@@ -67,7 +67,7 @@ class Share(NamedTuple):
     """(epoch, image id) of each."""
 
 
-class Loader:
+class BatchLoader:
     """Makes this worker's part of any step's batch; it is contiguous, and so is each micro-batch within it."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Loader:
         cfg: RunConfig,
         dataset: Dataset,
         views: Views,
-        bank: Bank | None,
+        bank: EmbeddingBank | None,
         patch: int,
         device: torch.device,
         rank: int = 0,
@@ -84,18 +84,18 @@ class Loader:
         self.cfg, self.dataset, self.views, self.bank = cfg, dataset, views, bank
         self.patch, self.device, self.rank, self.world = patch, device, rank, world
         rest, apart = (dataset.labelled, None) if views.apart == 1 else set_apart(dataset, views.apart)
-        self.labelled = Order(rest, cfg.seed, "labelled")
-        self.apart = None if apart is None else Order(apart, cfg.seed, "labelled-apart")
-        self.unlabelled = Order(dataset.unlabelled, cfg.seed, "unlabelled", views.cutmix or views.pairs)
+        self.labelled = ShuffledIndices(rest, cfg.seed, "labelled")
+        self.apart = None if apart is None else ShuffledIndices(apart, cfg.seed, "labelled-apart")
+        self.unlabelled = ShuffledIndices(dataset.unlabelled, cfg.seed, "unlabelled", views.cutmix or views.pairs)
         asked = cfg.data.captions, cfg.data.captions_on
-        self._tags = torch.from_numpy(mentioned(dataset, *asked)) if views.tags else None
-        self._decoders: Decoders | None = None
+        self._tags = torch.from_numpy(dataset_tags(dataset, *asked)) if views.tags else None
+        self._decoders: DecodeWorkers | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The batches whose gradients make up one optimiser step."""
         return [self._batch(step, part) for part in range(self.cfg.train.grad_accum_steps)]
 
-    def _shares(self, step: int, part: int) -> tuple[Share, Share]:
+    def _shares(self, step: int, part: int) -> tuple[MicroBatch, MicroBatch]:
         """The labelled and the unlabelled images; the second share is empty for a method that uses none."""
         data = self.cfg.data
         unlabelled = data.batch_unlabelled if self.views.unlabelled else 0
@@ -104,16 +104,16 @@ class Loader:
             self._share(self.unlabelled, unlabelled, step, part),
         )
 
-    def _share(self, order: Order, size: int, step: int, part: int) -> Share:
+    def _share(self, order: ShuffledIndices, size: int, step: int, part: int) -> MicroBatch:
         parts = self.cfg.train.grad_accum_steps
         share = size // (self.world * parts)
         start = (self.rank * parts + part) * share
         keys = tuple(range(start, start + share))
         if order is self.labelled and self.apart is not None:
-            return Share(keys, [self._partly_apart(self.apart, step, size, key) for key in keys])
-        return Share(keys, [order[step * size + key] for key in keys])
+            return MicroBatch(keys, [self._partly_apart(self.apart, step, size, key) for key in keys])
+        return MicroBatch(keys, [order[step * size + key] for key in keys])
 
-    def _partly_apart(self, apart: Order, step: int, size: int, key: int) -> tuple[int, int]:
+    def _partly_apart(self, apart: ShuffledIndices, step: int, size: int, key: int) -> tuple[int, int]:
         """The image at place ``key`` of a batch of which every ``views.apart``-th is set apart, the last of each."""
         round_, place = divmod(step * size + key, self.views.apart)
         last = self.views.apart - 1
@@ -139,9 +139,11 @@ class Loader:
         return batch
 
     def _rngs(self, purpose: str, drawn: list[tuple[int, int]]) -> list[np.random.Generator]:
-        return [keyed_random.rng(self.cfg.seed, purpose, epoch, image) for epoch, image in drawn]
+        return [keyed_random.numpy_generator(self.cfg.seed, purpose, epoch, image) for epoch, image in drawn]
 
-    def _from_arrays(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def _from_arrays(
+        self, labelled: MicroBatch, unlabelled: MicroBatch
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Images in 0..1, masks of labelled ones, unlabelled images, where these are no padding, an oracle's masks."""
         masks = np.stack([self.dataset.target(i) for _, i in labelled.drawn])
         image, target, _ = self._geometry("labelled", labelled.drawn, masks)
@@ -160,7 +162,7 @@ class Loader:
         labels = None if masks is None else torch.from_numpy(masks).to(self.device, non_blocking=True)
         return geometric(on_device, labels, data.crop, data.scale, data.hflip, self._rngs(f"crop-{purpose}", drawn))
 
-    def _from_files(self, labelled: Share, unlabelled: Share) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def _from_files(self, labelled: MicroBatch, unlabelled: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         """As ``_from_arrays``."""
         samples, count = self._samples(labelled, unlabelled), len(labelled.drawn)
         found = decode_all(samples, self._recipe()) if self._decoders is None else self._decoders.take(samples)
@@ -169,21 +171,21 @@ class Loader:
         valid = valid_pixels(found.shown[count:], self.cfg.data.crop, self.device)
         return pixels[:count], target, pixels[count:], valid, None
 
-    def _samples(self, labelled: Share, unlabelled: Share) -> list[Sample]:
+    def _samples(self, labelled: MicroBatch, unlabelled: MicroBatch) -> list[DecodeRequest]:
         files = self.dataset.files
         assert files is not None
         return [
-            Sample(
+            DecodeRequest(
                 str(files.paths[i]), str(self.dataset.target_path(i)) if masked else None, tuple(rng.random(4).tolist())
             )
             for share, purpose, masked in ((labelled, "crop-labelled", True), (unlabelled, "crop-unlabelled", False))
             for (_, i), rng in zip(share.drawn, self._rngs(purpose, share.drawn), strict=True)
         ]
 
-    def _recipe(self) -> Recipe:
+    def _recipe(self) -> CropRecipe:
         data, masks = self.cfg.data, self.dataset.masks
         assert isinstance(masks, FileMasks)
-        return Recipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.coding)
+        return CropRecipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.coding)
 
     def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:
         return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.color_jitter else weak)
@@ -219,7 +221,7 @@ class Loader:
         if processes:
             parts = self.cfg.train.grad_accum_steps
             samples = len(self._samples(*self._shares(0, 0)))
-            self._decoders = Decoders(self._recipe(), processes, samples, (1 + DECODED_AHEAD) * parts - 1)
+            self._decoders = DecodeWorkers(self._recipe(), processes, samples, (1 + DECODED_AHEAD) * parts - 1)
         try:
             yield
         finally:
@@ -296,7 +298,7 @@ def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch
 
 
 def validation(
-    dataset: Dataset, bank: Bank | None, device: torch.device, batch: int, indices: Sequence[int]
+    dataset: Dataset, bank: EmbeddingBank | None, device: torch.device, batch: int, indices: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
     """Validation images (B, 3, H, W) normalised, masks (B, H, W) int64 and words, in order, without augmentation.
 

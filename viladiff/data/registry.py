@@ -20,7 +20,7 @@ from viladiff.data.sources.ade20k import open_ade20k
 from viladiff.data.sources.cityscapes import open_cityscapes
 from viladiff.data.sources.coco import open_coco
 from viladiff.data.sources.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
-from viladiff.data.sources.folder import Found, describe_lists, open_folder
+from viladiff.data.sources.folder import SourceFiles, describe_lists, open_folder
 from viladiff.data.sources.voc import open_voc
 from viladiff.data.splits import VISIBLE, classes_present, labelled_order, nearest, resample, split_size
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig
 
 
-class Request(NamedTuple):
+class DatasetSpec(NamedTuple):
     """Everything that chooses a data set; the arguments of ``load``, in order."""
 
     name: str
@@ -45,10 +45,10 @@ class Request(NamedTuple):
     simulated: CaptionSource = SIMULATED
 
 
-def request(cfg: RunConfig) -> Request:
+def dataset_spec(cfg: RunConfig) -> DatasetSpec:
     """What a run asks for."""
     data = cfg.data
-    return Request(
+    return DatasetSpec(
         data.dataset,
         data.split,
         data.split_seed,
@@ -69,7 +69,7 @@ def _simulated(data: DataConfig) -> CaptionSource:
     return replace(SIMULATED, **{name: getattr(data, path) for name, path in rates.items() if hasattr(data, path)})
 
 
-def load(
+def load_dataset(
     name: str,
     split: str,
     split_seed: int | None = None,
@@ -93,7 +93,7 @@ def load(
     """
     if name not in READERS:
         raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, tuple(READERS))}")
-    asked = Request(name, split, split_seed, root, split_dir, holdout, scored, family, reduce_zero_label, captions)
+    asked = DatasetSpec(name, split, split_seed, root, split_dir, holdout, scored, family, reduce_zero_label, captions)
     asked = asked._replace(simulated=simulated)
     whole = READERS[name](asked._replace(split=base_split(name, split, family)))
     if base_split(name, split, family) != split:
@@ -125,7 +125,7 @@ def image_ids(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return train, val
 
 
-def _embedded(asked: Request) -> Dataset:
+def _embedded(asked: DatasetSpec) -> Dataset:
     name, split, split_seed = asked[:3]
     scored: Part = "test" if asked.scored == "test" else "dev"
     arrays = open_pixels(name).arrays
@@ -158,21 +158,21 @@ def _captions(name: str, part: Part, present: np.ndarray, source: CaptionSource)
     return simulate(present, scenes, CLASS_NAMES, name, part, source=source)
 
 
-def _folder(asked: Request) -> Dataset:
+def _folder(asked: DatasetSpec) -> Dataset:
     return _of_files(asked, open_folder(_root(asked), asked.split, asked.split_dir))
 
 
-def _voc(asked: Request) -> Dataset:
+def _voc(asked: DatasetSpec) -> Dataset:
     return _of_files(asked, open_voc(_root(asked), asked.split, asked.family or "hq", asked.split_dir))
 
 
-def _root(asked: Request) -> str:
+def _root(asked: DatasetSpec) -> str:
     if asked.root is None:
         raise ValueError(f"runtime.data_root: must be set to the directory that holds the data set {asked.name!r}")
     return asked.root
 
 
-def _of_files(asked: Request, found: Found) -> Dataset:
+def _of_files(asked: DatasetSpec, found: SourceFiles) -> Dataset:
     """The pool is the labelled images, then the others. Files that are new or changed are read, and none is decoded but
     masks that ``data.split_seed`` looks at."""
     drawn, contents = "", Contents(found.tree.root)
@@ -208,7 +208,7 @@ def _of_files(asked: Request, found: Found) -> Dataset:
     )
 
 
-def _shown(found: Found, contents: Contents) -> Callable[[str], np.ndarray]:
+def _shown(found: SourceFiles, contents: Contents) -> Callable[[str], np.ndarray]:
     """Which classes the mask of an image shows, (C,) bool."""
     count = len(found.classes.names)
 
@@ -218,7 +218,7 @@ def _shown(found: Found, contents: Contents) -> Callable[[str], np.ndarray]:
     return shown
 
 
-def files_fingerprint(name: str, found: Found, contents: Contents) -> tuple[str, list[str]]:
+def files_fingerprint(name: str, found: SourceFiles, contents: Contents) -> tuple[str, list[str]]:
     """Names lists, classes and each file by its name and all of its bytes; masks of unlabelled images are left out and
     not read, so that it is the same whether they exist or not. With it a note where training images are validated on.
     """
@@ -243,19 +243,19 @@ def _copies(digests: dict[str, str], val: Sequence[str]) -> list[str]:
     return [f"{len(both)} validation images are training images under another name, first {first}: scores are too high"]
 
 
-def _cityscapes(asked: Request) -> Dataset:
+def _cityscapes(asked: DatasetSpec) -> Dataset:
     return _of_files(asked, open_cityscapes(_root(asked), asked.split, asked.family or "cps", asked.split_dir))
 
 
-def _coco(asked: Request) -> Dataset:
+def _coco(asked: DatasetSpec) -> Dataset:
     return _of_files(asked, open_coco(_root(asked), asked.split, asked.split_dir))
 
 
-def _ade20k(asked: Request) -> Dataset:
+def _ade20k(asked: DatasetSpec) -> Dataset:
     return _of_files(asked, open_ade20k(_root(asked), asked.split, asked.reduce_zero_label, asked.split_dir))
 
 
-READERS: dict[str, Callable[[Request], Dataset]] = {
+READERS: dict[str, Callable[[DatasetSpec], Dataset]] = {
     "digits": _embedded,
     "dense": _embedded,
     "folder": _folder,

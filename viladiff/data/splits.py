@@ -51,7 +51,9 @@ def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -
     present: (N, C) bool. At most C images move to the front: for each class in turn that the ones moved do not show
     yet, the first in the drawn order that does. Raises ValueError where a class is in no image.
     """
-    drawn = keyed_random.rng("split", dataset, "published" if seed is None else seed).permutation(len(present))
+    drawn = keyed_random.numpy_generator("split", dataset, "published" if seed is None else seed).permutation(
+        len(present)
+    )
     first: list[int] = []
     for c in range(present.shape[1]):
         if not present[first, c].any():
@@ -75,7 +77,7 @@ def resample(lists: Lists, masked: Container[str], seed: int, shows: Callable[[s
     names: list[str] = []
     present: list[np.ndarray] = []
     counts = np.zeros(1, np.int64)  # of the images drawn that show each class
-    for place in keyed_random.rng("split", "files", seed).permutation(len(able)):
+    for place in keyed_random.numpy_generator("split", "files", seed).permutation(len(able)):
         if len(names) == size and counts.all():
             break
         row = shows(able[place])

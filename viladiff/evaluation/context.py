@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from viladiff.data.dataset import Dataset
     from viladiff.methods.base import Method
     from viladiff.runs.config import RunConfig
-    from viladiff.text.embedding_bank import Bank
+    from viladiff.text.embedding_bank import EmbeddingBank
 
 
 class EvalContext(Protocol):
-    """A method with the images that it is scored on; ``viladiff.training.trainer.Run`` is one."""
+    """A method with the images that it is scored on; ``viladiff.training.trainer.Trainer`` is one."""
 
     cfg: RunConfig
     method: Method
     dataset: Dataset
-    val_bank: Bank
+    val_bank: EmbeddingBank
     """Words of the validation images."""
     device: torch.device
     rank: int

@@ -19,22 +19,22 @@ from viladiff.data.loader import validation
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation import feature_clusters
 from viladiff.evaluation.context import EvalContext
-from viladiff.evaluation.metrics import Meter, measure, measure_all, results
+from viladiff.evaluation.metrics import SegmentationMeter, evaluate_network, measure_all, to_scores
 from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized
 from viladiff.evaluation.pseudo_labels import pseudo_counts, pseudo_scores
 from viladiff.methods.base import Method
 from viladiff.models.encoders.build import weights_origin
-from viladiff.runs.config import CORE_REVISION, changed, flatten
+from viladiff.runs.config import CORE_REVISION, flatten, non_default_fields
 from viladiff.runs.record import (
     RunRecord,
-    forget_peak_memory,
     git_state,
     peak_memory,
     processor,
+    reset_peak_memory,
     versions,
     write_atomically,
 )
-from viladiff.text.embedding_bank import Bank
+from viladiff.text.embedding_bank import EmbeddingBank
 from viladiff.text.encoders import describe
 from viladiff.training.gradients import GradientShares
 
@@ -61,7 +61,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.own = True
         else:
-            self.own = forget_peak_memory()
+            self.own = reset_peak_memory()
 
     def bytes(self) -> int | None:
         if self.before is None or not self.own:
@@ -70,7 +70,7 @@ class PeakMemory:
         return max(self.before, torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory())
 
 
-def batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
+def eval_batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
     """This worker's validation images with masks and words; whoever watches the run sees that it is alive."""
     images = len(run.dataset.val_images)
     count = min(images, run.cfg.eval.max_images or images)
@@ -84,16 +84,20 @@ def batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor, Text
         yield batch
 
 
-def meters(run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, Meter]:
+def compute_meters(
+    run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
+) -> dict[str, SegmentationMeter]:
     """Counts of one network's streams over the validation images of all workers."""
     cfg = run.cfg.eval
     classes, crop = run.dataset.num_classes, run.cfg.data.crop
-    return measure(network, batches(run), streams, classes, boundary, cfg.protocol, crop)
+    return evaluate_network(network, eval_batches(run), streams, classes, boundary, cfg.protocol, crop)
 
 
-def scores(run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool) -> dict[str, dict[str, Any]]:
+def compute_scores(
+    run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
+) -> dict[str, dict[str, Any]]:
     """{stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
-    return {name: asdict(found) for name, found in results(meters(run, network, streams, boundary)).items()}
+    return {name: asdict(found) for name, found in to_scores(compute_meters(run, network, streams, boundary)).items()}
 
 
 class PseudoLabels:
@@ -134,8 +138,8 @@ def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], d
     run.method.eval()
     pseudo = PseudoLabels(run)
     given = STREAMS, run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
-    found = measure_all(networks, batches(run), *given, also=pseudo.add)
-    scored = {name: {stream: asdict(x) for stream, x in results(meters).items()} for name, meters in found.items()}
+    found = measure_all(networks, eval_batches(run), *given, also=pseudo.add)
+    scored = {name: {stream: asdict(x) for stream, x in to_scores(meters).items()} for name, meters in found.items()}
     return scored, pseudo.shares()
 
 
@@ -151,7 +155,7 @@ class RecordContext(EvalContext, Protocol):
     """A run that has taken its last step: what its record says besides scores."""
 
     name: str
-    bank: Bank
+    bank: EmbeddingBank
     fingerprints: dict[str, str]
     history: list[dict[str, Any]]
     shares: GradientShares
@@ -172,7 +176,7 @@ def record(run: RecordContext) -> RunRecord:
     network = next(name for name, net in run.method.networks().items() if net is predictor)
     miou = found[network][stream]["miou"] if stream in found[network] else None
     if stream in found[network]:
-        found[network][stream] |= feature_clusters.measured(run)
+        found[network][stream] |= feature_clusters.measure_clusters(run)
     history = [*run.history, {"step": run.steps, "miou": miou}]
     measured = [entry for entry in history if entry["miou"] is not None]
     cuda = run.device.type == "cuda"
@@ -180,7 +184,7 @@ def record(run: RecordContext) -> RunRecord:
         run_id=run.name,
         scale=cfg.runtime.scale,
         config=flatten(cfg),
-        changed=changed(cfg),
+        changed=non_default_fields(cfg),
         fingerprints=run.fingerprints,
         core_revision=CORE_REVISION,
         method_revision=run.method.revision,
@@ -216,7 +220,7 @@ def record(run: RecordContext) -> RunRecord:
 
 
 @torch.no_grad()
-def draw(run: EvalContext) -> None:
+def save_qualitative(run: EvalContext) -> None:
     """Writes ``pictures.npz``: evenly spaced validation images, and their labels at every stage, in order of name.
 
     Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1. Of

@@ -28,7 +28,7 @@ PERPLEXITY = 30.0
 """Of t-SNE, or a third of the tokens where that is less."""
 
 
-class Sample(NamedTuple):
+class TokenSample(NamedTuple):
     """Some tokens of the validation images, image by image; the same for every run on these images and this grid."""
 
     image: np.ndarray
@@ -57,7 +57,7 @@ def cell_labels(mask: np.ndarray, patch: int) -> np.ndarray:
     return found
 
 
-def sample(labels: Sequence[np.ndarray]) -> Sample | None:
+def sample(labels: Sequence[np.ndarray]) -> TokenSample | None:
     """Equally many tokens of each class, drawn without replacement, always the same; None below two classes.
 
     ``labels`` has ``cell_labels`` of each image.
@@ -72,14 +72,14 @@ def sample(labels: Sequence[np.ndarray]) -> Sample | None:
         return None
     size = min(TOKENS, *kept.values())
     chosen = np.sort(np.concatenate([_drawn(np.flatnonzero(every == label), size, label) for label in kept]))
-    return Sample(image[chosen], cell[chosen], every[chosen])
+    return TokenSample(image[chosen], cell[chosen], every[chosen])
 
 
 def _drawn(places: np.ndarray, size: int, label: int) -> np.ndarray:
-    return keyed_random.rng("tokens", label).choice(places, size, replace=False)
+    return keyed_random.numpy_generator("tokens", label).choice(places, size, replace=False)
 
 
-def separation(features: np.ndarray, label: np.ndarray, image: np.ndarray) -> dict[str, float]:
+def cluster_scores(features: np.ndarray, label: np.ndarray, image: np.ndarray) -> dict[str, float]:
     """How well features (n, W) cluster, each brought to length 1; Euclidean distances.
 
     ``silhouette``: mean silhouette coefficient by class, in [-1, 1], more is better. ``davies_bouldin``: the index by
@@ -102,7 +102,7 @@ def separation(features: np.ndarray, label: np.ndarray, image: np.ndarray) -> di
     return found
 
 
-def plane(features: np.ndarray) -> np.ndarray | None:
+def tsne(features: np.ndarray) -> np.ndarray | None:
     """t-SNE of features (n, W), each brought to length 1: (n, 2) float32; the seed is fixed, and so is the start.
 
     None of features that are all alike or not finite: of those scikit-learn's can end the whole process.
@@ -122,7 +122,7 @@ def _unit(features: np.ndarray) -> np.ndarray | None:
 
 
 @torch.inference_mode()
-def gathered(run: EvalContext) -> tuple[Sample, dict[str, np.ndarray]] | None:
+def collect_features(run: EvalContext) -> tuple[TokenSample, dict[str, np.ndarray]] | None:
     """A sample of a run's validation images and its features (n, W) float32 by stage; None where there is no sample.
 
     Images are seen whole, at the nearest multiples of the patch, whatever the protocol.
@@ -159,7 +159,7 @@ def _fitted(mask: np.ndarray, patch: int) -> np.ndarray:
     return np.asarray(mask)[np.ix_(rows, columns)]
 
 
-def measured(run: EvalContext) -> dict[str, float | int | None]:
+def measure_clusters(run: EvalContext) -> dict[str, float | int | None]:
     """What a record says of the headline's clusters; writes the features, and with pictures the plane, beside the run.
 
     Names of the stage before words were read end in ``_before``. ``tokens`` and ``token_classes`` say of how many.
@@ -169,17 +169,19 @@ def measured(run: EvalContext) -> dict[str, float | int | None]:
         return {}
     names = ("silhouette", "davies_bouldin", "image_silhouette")
     out: dict[str, float | int | None] = dict.fromkeys((*names, *(f"{name}_before" for name in names)))
-    found = gathered(run)
+    found = collect_features(run)
     if found is None:
         return {**out, "tokens": 0, "token_classes": 0}
     chosen, stages = found
     for stage, features in stages.items():
         ending = "" if stage == "after" else f"_{stage}"
-        out |= {f"{name}{ending}": value for name, value in separation(features, chosen.label, chosen.image).items()}
+        out |= {
+            f"{name}{ending}": value for name, value in cluster_scores(features, chosen.label, chosen.image).items()
+        }
     about: dict[str, np.ndarray] = {"image": chosen.image.astype(np.int32), "label": chosen.label.astype(np.uint8)}
     _save(run, "features.npz", {**about, **{name: x.astype(np.float16) for name, x in stages.items()}})
     if run.cfg.runtime.visualizations:
-        planes = {name: plane(x) for name, x in stages.items()}
+        planes = {name: tsne(x) for name, x in stages.items()}
         drawn = {name: places.astype(np.float16) for name, places in planes.items() if places is not None}
         _save(run, "plane.npz", {**about, **drawn})
     return {**out, "tokens": len(chosen.label), "token_classes": len(np.unique(chosen.label))}

@@ -173,7 +173,7 @@ class Scores:
     images: int
 
 
-class Meter:
+class SegmentationMeter:
     """Counts of one prediction stream, kept on the device, so that no batch waits for the host."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", boundary: bool = True) -> None:
@@ -198,14 +198,14 @@ class Meter:
             self._bands += boundary_counts(pred, target, self.num_classes, truth.width, truth.band)
         self.state[-1] += len(target)
 
-    def merge(self, other: Meter) -> Meter:
+    def merge(self, other: SegmentationMeter) -> SegmentationMeter:
         """Adds another worker's counts to this one's."""
         if (self.num_classes, self.boundary) != (other.num_classes, other.boundary):
             raise ValueError(f"meters of {self.num_classes} and {other.num_classes} classes or of other parts differ")
         self.state += other.state.to(self.state.device)
         return self
 
-    def all_reduce(self) -> Meter:
+    def all_reduce(self) -> SegmentationMeter:
         """Sums over all workers in place; call it once, after the last batch. Nothing to do in a single process."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.state)
@@ -300,7 +300,7 @@ def pseudo_shares(sums: dict[str, Tensor] | dict[str, int]) -> dict[str, float |
     return {name: a / b if b else None for name, (a, b) in found.items()}
 
 
-def measure(
+def evaluate_network(
     network: nn.Module,
     images_iter: Batches,
     streams: Sequence[str],
@@ -308,7 +308,7 @@ def measure(
     boundary: bool = True,
     protocol: str = "original",
     crop: int = 0,
-) -> dict[str, Meter]:
+) -> dict[str, SegmentationMeter]:
     """``measure_all`` of one network: {stream: counts}."""
     return measure_all({"": network}, images_iter, streams, num_classes, boundary, protocol, crop)[""]
 
@@ -322,7 +322,7 @@ def measure_all(
     protocol: str = "original",
     crop: int = 0,
     also: Callable[[Tensor, Tensor, TextBatch | None], None] | None = None,
-) -> dict[str, dict[str, Meter]]:
+) -> dict[str, dict[str, SegmentationMeter]]:
     """Counts of each network's streams over the images of all workers, from one pass over the images.
 
     images_iter yields (normalised images (B, 3, H, W), targets (B, H, W), TextBatch or None). Each worker passes its
@@ -333,7 +333,9 @@ def measure_all(
     """
     modes = {module: module.training for network in networks.values() for module in network.modules()}
     device = next(next(iter(networks.values())).parameters()).device
-    meters = {name: {stream: Meter(num_classes, device, boundary) for stream in streams} for name in networks}
+    meters = {
+        name: {stream: SegmentationMeter(num_classes, device, boundary) for stream in streams} for name in networks
+    }
     for network in networks.values():
         network.eval()
     try:
@@ -374,7 +376,7 @@ def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
     return {name: torch.cat(labels, 1) for name, labels in parts.items()}
 
 
-def results(found: dict[str, Meter]) -> dict[str, Scores]:
+def to_scores(found: dict[str, SegmentationMeter]) -> dict[str, Scores]:
     """Scores of ``measure``; a stream that the network or the texts do not allow is left out."""
     scores = {name: meter.result() for name, meter in found.items()}
     return {name: score for name, score in scores.items() if score.images}

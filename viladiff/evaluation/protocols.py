@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.data.batch import TextBatch
 from viladiff.models.segmenter import Segmenter, upsample
 
@@ -41,7 +41,7 @@ def bands(forward: Forward, image: Tensor, multiple: int, protocol: str = "origi
     """
     if protocol not in PROTOCOLS:
         raise ValueError(
-            f"protocol = {protocol!r}: must be one of {', '.join(PROTOCOLS)}{nearest(protocol, PROTOCOLS)}"
+            f"protocol = {protocol!r}: must be one of {', '.join(PROTOCOLS)}{did_you_mean(protocol, PROTOCOLS)}"
         )
     if protocol == "original":
         yield Band(0, resized(forward, image, multiple))
@@ -125,7 +125,7 @@ def stream_logits(
     """
     for name in streams:
         if name not in STREAMS:
-            raise ValueError(f"stream = {name!r}: must be one of {', '.join(STREAMS)}{nearest(name, STREAMS)}")
+            raise ValueError(f"stream = {name!r}: must be one of {', '.join(STREAMS)}{did_you_mean(name, STREAMS)}")
     text = text if {"fusion", "mean"} & set(streams) else None
     first = network(images, text)
     logits = {"visual": first["visual"]}

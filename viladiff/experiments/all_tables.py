@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from viladiff.config.base import parse_overrides
-from viladiff.experiments.tables import Job, prepare, seeds_of
+from viladiff.experiments.tables import TableJob, plan_table, seeds_of
 from viladiff.report.provenance import duration
-from viladiff.runs.job import Settings
+from viladiff.runs.job import ExecutionSettings
 from viladiff.tables.cells import cells, unavailable
 from viladiff.tables.estimate import estimate
 from viladiff.tables.plan import Plan
@@ -22,7 +22,7 @@ from viladiff.tables.spec_file import load_table
 
 
 @dataclass(frozen=True)
-class Share:
+class TableShare:
     """One table's part of the whole."""
 
     name: str
@@ -31,7 +31,7 @@ class Share:
     """Names of its runs; where data are not here, names made of settings alone."""
     waiting: int
     """Rows that cannot be run yet."""
-    job: Job | None = None
+    job: TableJob | None = None
     """None where its runs cannot be named."""
     why: str = ""
 
@@ -59,36 +59,36 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
     return 0
 
 
-def share_of(path: Path, args: argparse.Namespace) -> Share:
+def share_of(path: Path, args: argparse.Namespace) -> TableShare:
     """A table's cells and runs. Where its data cannot be read, equal settings count as one run; ValueError else."""
     table = load_table(path)
     if args.scale not in table.scale:
-        return Share(table.name, 0, frozenset(), 0, why=f"has no scale {args.scale}")
+        return TableShare(table.name, 0, frozenset(), 0, why=f"has no scale {args.scale}")
     try:
-        job = prepare(path, args, "")
+        job = plan_table(path, args, "")
     except ValueError as error:
         found = cells(table, args.scale, seeds_of(args.seeds), changes=dict(parse_overrides(args.changes)))
         from viladiff.runs.config import RunConfig, override, run_id
 
         names = frozenset(run_id(override(RunConfig(), cell.changes)) for cell in found)
-        return Share(table.name, len(found), names, len(unavailable(table)), why=str(error).splitlines()[0])
-    return Share(table.name, len(job.plan.cells), frozenset(job.plan.runs), len(job.plan.unavailable), job)
+        return TableShare(table.name, len(found), names, len(unavailable(table)), why=str(error).splitlines()[0])
+    return TableShare(table.name, len(job.plan.cells), frozenset(job.plan.runs), len(job.plan.unavailable), job)
 
 
-def totals(shares: Sequence[Share], args: argparse.Namespace) -> dict[str, str]:
+def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, str]:
     """Lines under the grid: cells against runs, time and money, and what is not known."""
     unique = frozenset().union(*(share.runs for share in shares))
     all_cells = sum(share.cells for share in shares)
     lines = {"cells": f"{all_cells} with {len(unique)} different runs"}
     plan, job = merged(shares)
     if plan is not None and job is not None:
-        from viladiff.cluster.resources import at_once
+        from viladiff.cluster.resources import concurrency
 
         records = job.store.records()
         left = [run for run_id, run in plan.runs.items() if run_id not in records]
         threads = job.table.scale[args.scale].threads or 1
-        asked = Settings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
-        room = at_once(asked, left)
+        asked = ExecutionSettings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
+        room = concurrency(asked, left)
         alone, guess = (estimate(plan, job.store, n, args.price) for n in (1, room.slots if room else 1))
         together = f", {_said(guess.seconds)} with {room.slots} at once" if room else ""
         lines |= {
@@ -102,7 +102,7 @@ def totals(shares: Sequence[Share], args: argparse.Namespace) -> dict[str, str]:
     return lines
 
 
-def merged(shares: Sequence[Share]) -> tuple[Plan | None, Job | None]:
+def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
     """One plan of all runs, each once, and the job that it was begun with; None where no table can be planned."""
     jobs = [share.job for share in shares if share.job is not None]
     if not jobs:
@@ -116,7 +116,7 @@ def _said(seconds: float | None) -> str:
     return "a time that is not known" if seconds is None else duration(seconds)
 
 
-def _left(share: Share) -> tuple[str, str]:
+def _left(share: TableShare) -> tuple[str, str]:
     """Done, and the time of what is left by itself."""
     if share.job is None:
         return "?", "?"

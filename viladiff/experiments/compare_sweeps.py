@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from viladiff.experiments.publish_sweep import published_trials
-from viladiff.experiments.sweep_setup import Job, prepare
+from viladiff.experiments.sweep_setup import SweepJob, prepare
 from viladiff.experiments.tables import ROOT
 from viladiff.sweeps.finals import Finalist, Tuned, chosen, finalists, scores
 from viladiff.sweeps.trials import Trial, load_trials
 from viladiff.tables.significance import Records
 
 
-def tuned(job: Job, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[Tuned]:
+def tuned(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[Tuned]:
     """This sweep, then those that it names ``beside`` it, as far as each has come. Loads torch."""
     records = job.store.records()
     return [_tuned(job, trials, found, records), *(_other(name, job, records) for name in job.sweep.beside)]
 
 
-def _other(name: str, job: Job, records: Records) -> Tuned:
+def _other(name: str, job: SweepJob, records: Records) -> Tuned:
     plain: dict[str, Any] = {"study": None, "trials": None, "seeds": None, "database": None, "out": None, "changes": []}
     args = argparse.Namespace(**{**vars(job.args), **plain})
     other = prepare(ROOT / "tune" / f"sweep_{name}.toml", args)
@@ -29,7 +29,7 @@ def _other(name: str, job: Job, records: Records) -> Tuned:
     return _tuned(other, trials, finalists(other.sweep, trials, other.namer), records)
 
 
-def _tuned(job: Job, trials: Sequence[Trial], found: Sequence[Finalist], records: Records) -> Tuned:
+def _tuned(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist], records: Records) -> Tuned:
     first = next((trial.value for trial in trials if trial.origin == "paper"), None)
     paper = next((one for one in found if "paper" in one.roles), None)
     best = chosen(found, records)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from viladiff.runs.job import Settings
+from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import estimate
 from viladiff.tables.plan import Plan, State, states
@@ -28,7 +28,7 @@ STYLES: dict[State, str] = {"done": "green", "failed": "red", "stale": "yellow",
 def outline(
     plan: Plan,
     store: Store,
-    settings: Settings,
+    settings: ExecutionSettings,
     out: Path,
     price: float | None = None,
     beside: tuple[Plan, Store] | None = None,
@@ -37,14 +37,14 @@ def outline(
 
     ``beside``: the plan of the scale whose committed records stand beside these runs, and a store of those alone.
     """
-    from viladiff.cluster.resources import at_once
+    from viladiff.cluster.resources import concurrency
 
     found = states(plan, store)
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     console.print(f"[bold]{escape(plan.table.title)}[/bold], scale {plan.scale}, seeds {_listed(plan.seeds)}\n")
     console.print(_grid(plan, found) if beside is None else _grid_beside(plan, found, *beside))
     left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]
-    room = at_once(settings, left)
+    room = concurrency(settings, left)
     guess = estimate(plan, store, room.slots if room else 1, price)
     many = f"{room.slots} at once" if room else "as many at once as the cluster has room for"
     workers = max((run.workers for run in left), default=1)

@@ -30,7 +30,7 @@ KEEP_TITLE = 200
 
 
 @dataclass
-class Seen:
+class RunStatus:
     """What is known of one run."""
 
     state: str = "waiting"
@@ -45,7 +45,7 @@ class Seen:
     message: str = ""
 
 
-class Live:
+class LiveTable:
     """A context manager; ``hear`` takes the events of ``run_jobs``."""
 
     def __init__(
@@ -64,9 +64,9 @@ class Live:
         """
         self.plan, self.concurrency, self.expected, self.clock = plan, concurrency, expected, clock
         self.console = console or Console(stderr=True)
-        self.runs = {name: Seen(steps=run.steps) for name, run in plan.runs.items()}
+        self.runs = {name: RunStatus(steps=run.steps) for name, run in plan.runs.items()}
         for name in done.keys() & self.runs.keys():
-            self.runs[name] = Seen("done", done[name], plan.runs[name].steps, plan.runs[name].steps)
+            self.runs[name] = RunStatus("done", done[name], plan.runs[name].steps, plan.runs[name].steps)
         self._rows = {cell.run_id: cell.row for cell in reversed(plan.cells)}
         self._took: dict[int, list[tuple[float, int]]] = {}
         """Seconds and steps of each run that was trained here, by row: rows differ in cost."""
@@ -74,7 +74,7 @@ class Live:
         self._lock = threading.Lock()
         self._screen = Screen(console=self.console, get_renderable=self.render, refresh_per_second=2, transient=True)
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> LiveTable:
         if self.console.is_terminal:
             self._screen.start()
         return self
@@ -105,7 +105,7 @@ class Live:
         if not self.console.is_terminal and self.clock() - self._spoken >= SPOKEN:
             self._line()
 
-    def _note(self, run: Seen, event: Event) -> None:
+    def _note(self, run: RunStatus, event: Event) -> None:
         now = self.clock()
         if event.kind == "started":
             run.state, run.begun, run.first, run.loss = "running", now, None, None
@@ -233,7 +233,7 @@ class Live:
             grid.add_row(Text(f"and {len(active) - shown} more", style="dim"))
         return grid
 
-    def _own_pace(self, run: Seen) -> float | None:
+    def _own_pace(self, run: RunStatus) -> float | None:
         if not _moving(run):
             return None
         assert run.first is not None
@@ -255,7 +255,7 @@ class Live:
         self.console.print(Text(self.totals()), highlight=False, soft_wrap=True)
 
 
-def _moving(run: Seen) -> bool:
+def _moving(run: RunStatus) -> bool:
     return run.state == "running" and run.first is not None and run.step > run.first[1]
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from viladiff.runs.record import save_record, without_paths, write_atomically
+from viladiff.runs.record import save_record, strip_local_paths, write_atomically
 from viladiff.runs.store import Store
 from viladiff.tables.plan import Plan
 
@@ -53,7 +53,7 @@ def publish_records(runs: Iterable[str], store: Store, out: Path) -> list[Path]:
         if record is not None:
             (out / "records").mkdir(parents=True, exist_ok=True)
             new.append(out / "records" / f"{run_id}.json")
-            save_record(without_paths(record), new[-1])
+            save_record(strip_local_paths(record), new[-1])
     return new
 
 

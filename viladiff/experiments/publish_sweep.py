@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from viladiff.experiments.publish import publish_records
-from viladiff.experiments.sweep_setup import META, Job, differences, meta
+from viladiff.experiments.sweep_setup import META, SweepJob, differences, meta
 from viladiff.experiments.tables import ROOT
 from viladiff.runs.record import write_atomically
 from viladiff.sweeps.finals import Finalist
 from viladiff.sweeps.trials import Trial, load_trials, save_trial, trial_bytes, without_paths
 
 
-def published_in(job: Job) -> Path:
+def published_in(job: SweepJob) -> Path:
     return ROOT / "reports" / "published" / f"sweep_{job.sweep.name}"
 
 
-def published_trials(job: Job) -> list[Trial]:
+def published_trials(job: SweepJob) -> list[Trial]:
     """Trials that are published of this very sweep, or of it over a narrower space; none where there are none.
 
     Raises ValueError where their files are damaged.
@@ -33,7 +33,7 @@ def published_trials(job: Job) -> list[Trial]:
     return [] if differences(before, job) else load_trials(path.parent / "trials")
 
 
-def adopt(job: Job) -> None:
+def adopt(job: SweepJob) -> None:
     """Takes over what is published of the sweep, as far as it goes on from the trials that are here.
 
     Raises ValueError where it is to be published over trials that went another way.
@@ -69,7 +69,7 @@ def _continues(later: Trial, earlier: Trial) -> bool:
     )
 
 
-def publish_sweep(job: Job, trials: Sequence[Trial], found: Sequence[Finalist]) -> None:
+def publish_sweep(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> None:
     """Writes what the sweep is of, its trials and the records of their finished runs, without a machine's paths."""
     out = published_in(job)
     (out / "trials").mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from viladiff.cli.tables import add_placing
 from viladiff.experiments import tables
-from viladiff.runs.job import Settings
+from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.record import RunRecord, processor, versions
 from viladiff.runs.store import Store
 from viladiff.tables.plan import Plan, make_plan, states
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def reproduce(args: argparse.Namespace) -> int:
     """Trains what has a committed record and is not trained in ``args.storage`` yet, and prints a line a run."""
-    table = load_table(tables.find(args.table))
+    table = load_table(tables.find_table(args.table))
     storage = Path(args.storage).expanduser().absolute()
     cache = storage / "plans"
     plan = make_plan(table, args.scale, seeds=[args.seed], rows=args.rows, columns=args.columns, cache=cache)
@@ -109,8 +109,8 @@ def _outline(plan: Plan, records: dict[str, RunRecord], storage: Path) -> Iterat
         yield "nothing is trained: make published makes the records"
 
 
-def _settings(plan: Plan, args: argparse.Namespace) -> Settings:
-    return Settings(
+def _settings(plan: Plan, args: argparse.Namespace) -> ExecutionSettings:
+    return ExecutionSettings(
         threads=plan.table.scale[plan.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
@@ -119,7 +119,7 @@ def _settings(plan: Plan, args: argparse.Namespace) -> Settings:
     )
 
 
-def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Settings) -> bool:
+def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: ExecutionSettings) -> bool:
     """Trains the runs that have a record and are not in the store; whether that was interrupted."""
     from dataclasses import replace
 
@@ -132,17 +132,17 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Se
     if not left:
         return False
     from viladiff.cluster.executor import run_jobs
-    from viladiff.cluster.resources import at_once
-    from viladiff.experiments.live_table import Live
+    from viladiff.cluster.resources import concurrency
+    from viladiff.experiments.live_table import LiveTable
 
-    room = at_once(settings, left)
+    room = concurrency(settings, left)
     walls = [records[run.run_id].wall_seconds for run in left]
     slots = room.slots if room else 1
     known = [wall for wall in walls if wall is not None]
     expected = max(sum(known) / slots, *known) if len(known) == len(walls) else None
     cells = tuple(cell for cell in plan.cells if cell.run_id in runs)
     shown = replace(plan, runs=runs, cells=cells, rows=tuple(dict.fromkeys(cell.row for cell in cells)))
-    with Live(shown, done, room and room.slots, expected=expected) as live:
+    with LiveTable(shown, done, room and room.slots, expected=expected) as live:
         outcomes = run_jobs(left, store, settings, live.hear)
     store.sweep()
     for one in outcomes:
@@ -157,9 +157,9 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Se
 def spread(every: Plan, committed: Store, column: int) -> float | None:
     """Standard deviation over seeds of the published cells of the plan in a column, in points, pooled."""
     from viladiff.report.sections.beside import pooled_spread
-    from viladiff.report.table.results import gather
+    from viladiff.report.table.results import collect_results
 
-    return pooled_spread(gather(every, committed), every.rows, column)
+    return pooled_spread(collect_results(every, committed), every.rows, column)
 
 
 def compare(theirs: RunRecord, mine: RunRecord, deviation: float | None) -> Compared:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from viladiff.experiments.sweep_setup import Job
-from viladiff.sweeps.finals import Finalist, chosen, said
+from viladiff.experiments.sweep_setup import SweepJob
+from viladiff.sweeps.finals import Finalist, chosen, format_verdict
 from viladiff.sweeps.spec import choosing_images
-from viladiff.sweeps.summary import command, toml
+from viladiff.sweeps.summary import to_toml, train_command
 from viladiff.sweeps.trials import Trial, load_trials, ranked
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 from viladiff.tables.spec import OWN_LISTS
 
 
@@ -29,7 +29,7 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def outline(job: Job) -> list[str]:
+def outline(job: SweepJob) -> list[str]:
     """What would run and what it would take."""
     steps, size = job.namer.steps, job.sweep.scale[job.scale]
     example = job.namer.planned(job.sweep.initial_point, job.seeds[0])
@@ -64,7 +64,7 @@ def outline(job: Job) -> list[str]:
     return [f"{job.sweep.title}, scale {job.scale}", *(f"{name:<{width}}  {text}" for name, text in lines.items())]
 
 
-def _seconds(job: Job, example: Planned) -> float | None:
+def _seconds(job: SweepJob, example: PlannedRun) -> float | None:
     """Median seconds a step of runs of the same method and data set that the store has."""
     kind = ("method.name", "data.dataset")
     found = sorted(
@@ -75,7 +75,7 @@ def _seconds(job: Job, example: Planned) -> float | None:
     return found[len(found) // 2] if found else None
 
 
-def conclusion(job: Job, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[str]:
+def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[str]:
     """What came out, and how to make it again."""
     states = {state: sum(trial.state == state for trial in trials) for state in ("complete", "pruned", "failed")}
     counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
@@ -85,17 +85,17 @@ def conclusion(job: Job, trials: Sequence[Trial], found: Sequence[Finalist]) -> 
         lines.append("CHOSEN BY THE REPORTED SET (--select val): these scores are too good")
     if not best:
         return lines
-    lines += ["", *said(found, job.store.records(), len(job.sweep.final_seeds)), "", "winner:"]
-    lines += toml(best[0].point).splitlines()
+    lines += ["", *format_verdict(found, job.store.records(), len(job.sweep.final_seeds)), "", "winner:"]
+    lines += to_toml(best[0].point).splitlines()
     if job.sweep.finals_split == "dev" and (one := chosen(found, job.store.records())):
         lines += ["", f"chosen, by the mean over fresh seeds: {one.label}, trial {one.trial}:"]
-        lines += toml(one.point).splitlines()
+        lines += to_toml(one.point).splitlines()
     seed = best[0].seeds[0]
     lines += ["", f"its trial's seed {seed} again ({100 * best[0].values[seed]:.2f} on what it was chosen by):"]
     return [*lines, f"  {again(job, best[0])}"]
 
 
-def again(job: Job, trial: Trial) -> str:
+def again(job: SweepJob, trial: Trial) -> str:
     """The command that trains a trial's first run again."""
     run = job.namer.planned(trial.point, int(trial.seeds[0]))
-    return command(run.changed, run.threads)
+    return train_command(run.changed, run.threads)

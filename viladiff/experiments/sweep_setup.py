@@ -10,37 +10,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from viladiff.cluster.resources import Room, room
+from viladiff.cluster.resources import Capacity
+from viladiff.cluster.resources import plan_capacity as room
 from viladiff.config.base import parse_overrides
 from viladiff.experiments.tables import ROOT, seeds_of
 from viladiff.runs import lease as leases
-from viladiff.runs.job import Settings
+from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.record import write_atomically
 from viladiff.runs.store import Store
 from viladiff.sweeps.pruners import optuna_pruner
 from viladiff.sweeps.space import dumped, shrunk
-from viladiff.sweeps.spec import Namer, Sweep, check, load_sweep
+from viladiff.sweeps.spec import Sweep, SweepPlanner, check, load_sweep
 
 META = "sweep.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One call: a sweep at a scale, and where it lives."""
 
     sweep: Sweep
     scale: str
     args: argparse.Namespace
-    namer: Namer
+    namer: SweepPlanner
     store: Store
     name: str
     trials: int
     seeds: tuple[int, ...]
     out: Path
     """Where its page goes."""
-    settings: Settings
-    room: Room
+    settings: ExecutionSettings
+    room: Capacity
     """How many runs go at once, and what each has."""
 
     @property
@@ -48,7 +49,7 @@ class Job:
         return self.store.root / "sweeps" / self.name
 
 
-def prepare(path: Path, args: argparse.Namespace) -> Job:
+def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
     """Reads the sweep and checks all that was asked for, the space at its edges too; nothing is trained or written."""
     sweep = load_sweep(path)
     changes = parse_overrides(args.changes)
@@ -75,14 +76,14 @@ def prepare(path: Path, args: argparse.Namespace) -> Job:
     if not _NAME.fullmatch(name):
         raise ValueError(f"--study {name!r}: letters, digits, dots, dashes and underscores only")
     _check_publishing(args)
-    namer = Namer(sweep, args.scale, changes, args.select, args.workers)
+    namer = SweepPlanner(sweep, args.scale, changes, args.select, args.workers)
     optuna_pruner(args.scheduler, namer.steps)  # whether it can judge at these rungs
     published = ROOT / "reports" / "published"
     store = Store(Path(args.storage), [published])
     own = published if args.publish else ROOT / "reports" / args.scale
     out = Path(args.out).expanduser().absolute() if args.out else own / f"sweep_{sweep.name}"
     example = namer.planned(sweep.initial_point, seeds[0])
-    settings = Settings(
+    settings = ExecutionSettings(
         threads=example.threads or sweep.scale[args.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
@@ -90,7 +91,7 @@ def prepare(path: Path, args: argparse.Namespace) -> Job:
         address=args.address,
     )
     found = room(settings, [example] * trials)
-    return Job(sweep, args.scale, args, namer, store, name, trials, seeds, out, settings, found)
+    return SweepJob(sweep, args.scale, args, namer, store, name, trials, seeds, out, settings, found)
 
 
 def _check_publishing(args: argparse.Namespace) -> None:
@@ -109,17 +110,17 @@ def alone(directory: Path) -> leases.Lease:
     """The right to drive the sweep, after a wait if need be. ValueError where others have it, or writing fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        watch = leases.Watch()
+        watch = leases.HeartbeatMonitor()
         lease = leases.take_or_wait(directory, watch)
     except OSError as error:
         raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); see --storage") from error
     if lease is None:
-        holder = next(iter(leases.living(directory, watch).values()), None)
+        holder = next(iter(leases.live_leases(directory, watch).values()), None)
         raise ValueError(f"{directory}: {holder or 'another driver'} is at this sweep; wait, or give --study NAME")
     return lease
 
 
-def open_directory(job: Job) -> None:
+def open_directory(job: SweepJob) -> None:
     """Notes what the sweep is of, as ``check_same`` compares it; its space may be wider now. Raises ValueError."""
     path = job.directory / META
     for left in job.directory.rglob(".*.tmp"):  # of a driver that was killed while it wrote
@@ -132,7 +133,7 @@ def open_directory(job: Job) -> None:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error}); see --storage") from error
 
 
-def check_same(job: Job) -> None:
+def check_same(job: SweepJob) -> None:
     """Raises ValueError where the sweep's directory is that of another sweep; one that is not there yet is of none."""
     path = job.directory / META
     try:
@@ -147,7 +148,7 @@ def check_same(job: Job) -> None:
         raise ValueError(f"{job.directory} is another sweep: {'; '.join(faults)}{more}")
 
 
-def differences(before: Mapping[str, Any], job: Job) -> list[str]:
+def differences(before: Mapping[str, Any], job: SweepJob) -> list[str]:
     """Why the sweep that ``before`` is of, as ``meta`` described it, is not continued by this one."""
     faults = [
         f"{name} was {before.get(name)!r}, and is now {value!r}"
@@ -157,7 +158,7 @@ def differences(before: Mapping[str, Any], job: Job) -> list[str]:
     return faults + shrunk(before.get("space", {}), job.sweep.space)
 
 
-def meta(job: Job) -> dict[str, Any]:
+def meta(job: SweepJob) -> dict[str, Any]:
     """What makes trials comparable: all but the space, the number of trials, and how they are drawn and stopped.
 
     It has no machine's paths in it.

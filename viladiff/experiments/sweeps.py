@@ -8,31 +8,35 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.experiments.compare_sweeps import tuned
 from viladiff.experiments.publish_sweep import adopt, publish_sweep, published_trials
 from viladiff.experiments.sweep_messages import again, conclusion, line, outline
-from viladiff.experiments.sweep_setup import Job, alone, check_same, open_directory, prepare
-from viladiff.experiments.tables import ROOT, Pages, hinted
+from viladiff.experiments.sweep_setup import SweepJob, alone, check_same, open_directory, prepare
+from viladiff.experiments.tables import ROOT, PageWriter, public_command
 from viladiff.runs.job import Event
 from viladiff.runs.lease import Lease
 from viladiff.runs.store import Store
-from viladiff.sweeps.controller import Search
+from viladiff.sweeps.controller import SweepController
 from viladiff.sweeps.finals import Finalist, finalists
-from viladiff.sweeps.optuna_study import JOURNAL, Asker
+from viladiff.sweeps.optuna_study import JOURNAL, OptunaStudy
 from viladiff.sweeps.pruners import optuna_pruner
-from viladiff.sweeps.trial_queue import SearchDesk
+from viladiff.sweeps.trial_queue import TrialQueue
 from viladiff.sweeps.trials import Trial, load_trials, ranked
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 
-def find(name: str) -> Path:
+def find_sweep(name: str) -> Path:
     """The file of a sweep, by name or by path. ValueError lists those there are."""
     path = Path(name) if name.endswith(".toml") else ROOT / "tune" / f"sweep_{name}.toml"
     if path.is_file():
         return path
     known = sorted(one.stem.removeprefix("sweep_") for one in (ROOT / "tune").glob("sweep_*.toml"))
-    there = f"there are {', '.join(known)}{nearest(name, known)}" if known else "they come with a checkout, not a wheel"
+    there = (
+        f"there are {', '.join(known)}{did_you_mean(name, known)}"
+        if known
+        else "they come with a checkout, not a wheel"
+    )
     raise ValueError(f"sweep {name!r}: not known; {there}, or give the path of a .toml file")
 
 
@@ -52,10 +56,10 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         return _search(job, command, lease)
 
 
-def _search(job: Job, command: str, lease: Lease) -> int:
+def _search(job: SweepJob, command: str, lease: Lease) -> int:
     """The sweep from where it is to its end, with a page that is rewritten on the way."""
     load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
-    pages = Pages(lambda: write(job, load(), command, resting=False))
+    pages = PageWriter(lambda: write(job, load(), command, resting=False))
     desk = _desk(job, lease.check, pages.dirty.set)
     begun = len(desk.search.trials)
     print(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
@@ -73,7 +77,7 @@ def _search(job: Job, command: str, lease: Lease) -> int:
     return conclude(job, trials, index) or (130 if desk.stopping else int(failed))
 
 
-def conclude(job: Job, trials: Sequence[Trial], index: Path) -> int:
+def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
     """Says what came out; 0."""
     print("\n".join(conclusion(job, trials, finalists(job.sweep, trials, job.namer))))
     print(f"\nthe page: {index}")
@@ -81,15 +85,15 @@ def conclude(job: Job, trials: Sequence[Trial], index: Path) -> int:
 
 
 def _desk(
-    job: Job, held: Callable[[], None] = lambda: None, changed: Callable[[], object] = lambda: None
-) -> SearchDesk:
+    job: SweepJob, held: Callable[[], None] = lambda: None, changed: Callable[[], object] = lambda: None
+) -> TrialQueue:
     """The sweep as it was left; ``held`` as Search has it, ``changed`` when there is something new for its page."""
     args, found = job.args, job.room
     if found.note:
         print(found.note)
     parallel = found.slots > 1
     where = args.database or str(job.directory / JOURNAL)
-    asker = Asker(
+    asker = OptunaStudy(
         job.name,
         job.sweep.space,
         job.sweep.initial_point,
@@ -110,7 +114,7 @@ def _desk(
         elif event.kind == "done":
             changed()
 
-    search = Search(
+    search = SweepController(
         job.directory / "trials",
         asker,
         job.namer.planned,
@@ -122,10 +126,10 @@ def _desk(
         held,
     )
     then = None if args.no_finals else partial(_finals, job, search)
-    return SearchDesk(search, job.store, found.settings, found.slots, hear, timeout=args.trial_timeout, then=then)
+    return TrialQueue(search, job.store, found.settings, found.slots, hear, timeout=args.trial_timeout, then=then)
 
 
-def _finals(job: Job, search: Search) -> list[Planned]:
+def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
     """The runs of the finalists that are not done."""
     found = finalists(job.sweep, search.trials, job.namer)
     left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
@@ -134,7 +138,7 @@ def _finals(job: Job, search: Search) -> list[Planned]:
     return left
 
 
-def _failed(desk: SearchDesk, finalist: Finalist) -> bool:
+def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
     """Whether a run of a finalist failed, which is said."""
     failed = False
     for seed, run in finalist.runs.items():
@@ -145,7 +149,7 @@ def _failed(desk: SearchDesk, finalist: Finalist) -> bool:
     return failed
 
 
-def write(job: Job, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True) -> Path:
+def write(job: SweepJob, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True) -> Path:
     """Publishes the sweep if asked to, and writes its page; returns where that is."""
     from viladiff.report.sweep.sweep_page import Shown, render_sweep
 
@@ -165,7 +169,7 @@ def write(job: Job, trials: Sequence[Trial], command: str, given_up: str = "", r
         job.namer.steps,
         max(job.trials, len(trials)),
         job.args.select,
-        hinted(command),
+        public_command(command),
         again(job, best[0]) if best else "",
         given_up,
         resting,

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viladiff.config.base import parse_overrides
-from viladiff.runs.job import Event, Outcome, Settings
+from viladiff.runs.job import Event, ExecutionSettings, Outcome
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import estimate
-from viladiff.tables.plan import Plan, Planned, make_plan, states
+from viladiff.tables.plan import Plan, PlannedRun, make_plan, states
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 
@@ -38,7 +38,7 @@ REWRITE = 20.0
 
 
 @dataclass(frozen=True)
-class Job:
+class TableJob:
     """One call: a table at a scale, where its runs live, and where its page goes."""
 
     table: Table
@@ -62,8 +62,8 @@ class Job:
 def run(path: Path, args: argparse.Namespace, command: str) -> int:
     """Plans, says or does, and writes; returns the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
     _check_options(args)
-    job = prepare(path, args, command)
-    settings = Settings(
+    job = plan_table(path, args, command)
+    settings = ExecutionSettings(
         threads=job.table.scale[args.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
@@ -80,14 +80,14 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
     if args.fresh:
         _set_aside(job)
     try:
-        outcomes = [] if args.render else execute(job, settings)
+        outcomes = [] if args.render else run_missing(job, settings)
     finally:
         job.store.sweep()  # also where a second Ctrl-C ended it at once
     index = write(job)
-    return conclude(job, outcomes, index)
+    return print_summary(job, outcomes, index)
 
 
-def prepare(path: Path, args: argparse.Namespace, command: str) -> Job:
+def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
     """Reads the table, checks all that was asked for and names its runs; nothing is trained."""
     table = load_table(path)
     changes: dict[str, object] = dict(parse_overrides(args.changes))
@@ -114,23 +114,26 @@ def prepare(path: Path, args: argparse.Namespace, command: str) -> Job:
     store.sweep()
     default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
     out = Path(args.out).expanduser().absolute() if args.out else default
-    return Job(table, plan, store, out, command, args.publish, path, beside)
+    return TableJob(table, plan, store, out, command, args.publish, path, beside)
 
 
-def execute(job: Job, settings: Settings) -> list[Outcome]:
+def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
     """Runs what is not done, with a live table; the page is rewritten as runs finish, on a thread of its own."""
     records = job.store.records()
     left = [_with_extras(job, one) for one in job.plan.runs.values() if one.run_id not in records]
     if not left:
         return []
     from viladiff.cluster.executor import run_jobs
-    from viladiff.cluster.resources import at_once
-    from viladiff.experiments.live_table import Live
+    from viladiff.cluster.resources import concurrency
+    from viladiff.experiments.live_table import LiveTable
 
-    room = at_once(settings, left)
+    room = concurrency(settings, left)
     expected = None if room is None else estimate(job.plan, job.store, room.slots).seconds
     done = {name: record.miou for name, record in records.items()}
-    with Pages(lambda: write(job)) as pages, Live(job.plan, done, room and room.slots, expected=expected) as live:
+    with (
+        PageWriter(lambda: write(job)) as pages,
+        LiveTable(job.plan, done, room and room.slots, expected=expected) as live,
+    ):
 
         def hear(event: Event) -> None:
             live.hear(event)
@@ -140,14 +143,14 @@ def execute(job: Job, settings: Settings) -> list[Outcome]:
         return run_jobs(left, job.store, settings, hear)
 
 
-class Pages:
+class PageWriter:
     """Writes the page again when it is out of date, not more often than every ``REWRITE`` seconds, beside the runs."""
 
     def __init__(self, write: Callable[[], object]) -> None:
         self.write, self.dirty, self.over = write, threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._keep, name="page", daemon=True)
 
-    def __enter__(self) -> Pages:
+    def __enter__(self) -> PageWriter:
         self.dirty.set()  # a first page, so that there is something to look at from the beginning
         self.thread.start()
         return self
@@ -170,11 +173,11 @@ class Pages:
             self.over.wait(REWRITE)
 
 
-def write(job: Job) -> Path:
+def write(job: TableJob) -> Path:
     """Publishes finished runs if asked to, judges the claims, writes the page; returns the path of its index.html."""
     from viladiff.experiments.publish import publish
     from viladiff.report.table.table_page import render_table
-    from viladiff.tables.claims import judge
+    from viladiff.tables.claims import evaluate_claims
     from viladiff.tables.consistency import inconsistencies, siblings
 
     store = job.store
@@ -188,20 +191,20 @@ def write(job: Job) -> Path:
         committed = published[1].records()
         if committed.keys() & job.beside.runs.keys():
             judged, records = job.beside, committed
-    verdicts = judge(judged, records)
+    verdicts = evaluate_claims(judged, records)
     printed = inconsistencies(job.table, siblings(job.path) if job.path else ())
     return render_table(
         job.plan,
         store,
         job.out,
-        command=hinted(job.command),
+        command=public_command(job.command),
         verdicts=verdicts,
         printed=printed,
         published=published,
     )
 
 
-def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
+def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> int:
     """Says what came out, in a few lines."""
     found = list(states(job.plan, job.store).values())
     if job.beside is None:
@@ -222,13 +225,13 @@ def conclude(job: Job, outcomes: Sequence[Outcome], index: Path) -> int:
     return int(bool(failed))
 
 
-def _say_beside(job: Job, other: Plan) -> None:
+def _say_beside(job: TableJob, other: Plan) -> None:
     """The three columns in a few lines, and the sentence that they come to."""
     from viladiff.report.sections.beside import sentence, to_terminal
-    from viladiff.report.table.results import gather
+    from viladiff.report.table.results import collect_results
     from viladiff.report.table.table_page import beside_of
 
-    both = beside_of(gather(job.plan, job.store), other, job.records, job.out)
+    both = beside_of(collect_results(job.plan, job.store), other, job.records, job.out)
     print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{sentence(both)}\n")
 
 
@@ -244,12 +247,12 @@ def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_
     """
     from viladiff.report.table.long_form import frame
 
-    found = load_table(find(name))
+    found = load_table(find_table(name))
     plan = make_plan(found, scale, cache=Path(storage).absolute() / "plans")
     return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"], repair=False), long_form=long_form)
 
 
-def find(name: str | int) -> Path:
+def find_table(name: str | int) -> Path:
     """The file of a table: by number, by name, or by path. ValueError lists those there are."""
     given = Path(str(name))
     path = given if given.suffix == ".toml" else ROOT / "ablations" / f"{'table' * given.name.isdigit()}{name}.toml"
@@ -264,12 +267,12 @@ def find(name: str | int) -> Path:
 # Parts
 
 
-def typed(program: str, words: Sequence[str]) -> str:
+def shell_command(program: str, words: Sequence[str]) -> str:
     """The command that brings the table on from here, to be pasted into a shell."""
     return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--fresh", "--render"))])
 
 
-def hinted(command: str) -> str:
+def public_command(command: str) -> str:
     """The command for a page, which may be published: where this machine keeps things is left out."""
     return re.sub(r"""(?<![\w.])[~/][^\s'"]*/""", "…/", command)
 
@@ -294,7 +297,7 @@ def seeds_of(text: str | None) -> tuple[int, ...] | None:
     return tuple(range(int(text))) if len(words) == 1 else tuple(dict.fromkeys(int(word) for word in words))
 
 
-def _with_extras(job: Job, one: Planned) -> Planned:
+def _with_extras(job: TableJob, one: PlannedRun) -> PlannedRun:
     """Fields outside a run's name that a table wants: a log that a screen can follow, pictures of the first seed."""
     extras: dict[str, object] = {"runtime.log_every": 10}
     seed = next(cell.seed for cell in job.plan.cells if cell.run_id == one.run_id)
@@ -314,7 +317,7 @@ def _forget(plan: Plan) -> None:
     )
 
 
-def _set_aside(job: Job) -> None:
+def _set_aside(job: TableJob) -> None:
     aside = job.store.root / "replaced" / time.strftime("%Y%m%dT%H%M%S")
     for run_id in job.plan.runs:
         directory = job.store.directory(run_id)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.complexity import costs, table
-from viladiff.inference.load import finished, text_dim
+from viladiff.inference.load import load_run, text_dim
 from viladiff.inference.predict import CLASSES, CONFIG, FORMAT, WEIGHTS, Model, load_model
 from viladiff.models.segmenter import Network
-from viladiff.runs.record import RunRecord, naming, sync_directory, without_paths
+from viladiff.runs.record import RunRecord, name_file_in_errors, strip_local_paths, sync_directory
 
 ONNX = "model.onnx"
 TOLERANCE = 1e-3
@@ -50,7 +50,7 @@ def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> di
     out = Path(out).expanduser()
     if out.exists():
         raise ValueError(f"{out}: exists already; name another folder, or remove it first")
-    run = finished(directory)
+    run = load_run(directory)
     if run.cfg.model.encoder == "transformers":
         raise ValueError(
             f"{directory}: with model.encoder = 'transformers' no model folder can say what the network is"
@@ -65,8 +65,8 @@ def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> di
     draft = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
     draft.mkdir()
     try:
-        with naming(out):
-            record = without_paths(run.record)
+        with name_file_in_errors(out):
+            record = strip_local_paths(run.record)
             fields = {path: value for path, value in record.config.items() if not path.startswith("runtime.")}
             config = {"format": FORMAT, "text_dim": text_dim(state), "fields": fields}
             (draft / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in state.items()}))

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
-from viladiff.config.base import INTEGER, nest
-from viladiff.core.distributed import in_workers, tf32
+from viladiff.config.base import INTEGER, unflatten
+from viladiff.core.distributed import run_in_processes, tf32
 from viladiff.data.files.validate import check_files
-from viladiff.evaluation.metrics import results
+from viladiff.evaluation.metrics import to_scores
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.models.segmenter import Build
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.gradient_shares import measured_steps
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def preview(cfg: RunConfig) -> dict[str, Any]:
+def preview_run(cfg: RunConfig) -> dict[str, Any]:
     """Name, place, length, images and parameters of what ``fit(cfg)`` would do; may render data, trains nothing.
 
     Files are checked as ``fit`` does, which then finds what was read of them. Raises ValueError as it does.
     """
-    from viladiff.training.trainer import Run
+    from viladiff.training.trainer import Trainer
 
-    run = Run(cfg)
+    run = Trainer(cfg)
     notes = check_files(run.dataset)
     method = METHODS[cfg.method.name](cfg.method, run.build())
     check_inputs(cfg, method, run.dataset, cfg.runtime.workers)
@@ -78,7 +78,7 @@ class Finished(NamedTuple):
     cfg: RunConfig
 
 
-def finished(directory: Path | str, changes: Mapping[str, object] | None = None) -> Finished:
+def load_run(directory: Path | str, changes: Mapping[str, object] | None = None) -> Finished:
     """The run of a directory, with other fields under ``eval`` and ``runtime`` if wanted; the record stays as it is.
 
     Raises ConfigError for other fields, ValueError where there is no finished run or its network has been removed.
@@ -92,7 +92,7 @@ def finished(directory: Path | str, changes: Mapping[str, object] | None = None)
     if not (directory / "checkpoint.pt").is_file():
         raise ValueError(f"{directory}: no checkpoint.pt in it (viladiff runs gc removes it), so no network is left")
     record = load_record(directory / "record.json")
-    cfg = override(RunConfig(**nest(record.config)), {"runtime.workers": 1, **changes})
+    cfg = override(RunConfig(**unflatten(record.config)), {"runtime.workers": 1, **changes})
     return Finished(directory.resolve(), record, cfg)
 
 
@@ -104,11 +104,11 @@ def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> M
     gone: dict[str, object] = {} if cfg.model.encoder == "transformers" else {"model.weights": None}
     plain = override(cfg, {"model.pretrained": "none", **gone})
     data, names = cfg.data, tuple(class_names)
-    build = Build(plain.model, len(names), text_dim, data.dataset, names, data.crop)
+    build = NetworkFactory(plain.model, len(names), text_dim, data.dataset, names, data.crop)
     return METHODS[cfg.method.name](cfg.method, build)
 
 
-def trained_method(run: Finished) -> Method:
+def load_method(run: Finished) -> Method:
     """The method as its last step left it, on the CPU, in evaluation mode; no data set is opened.
 
     Raises ValueError where the checkpoint is damaged or of another version.
@@ -142,11 +142,11 @@ def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[s
     ValueError where the data cannot be read.
     """
     rest = {path: value for path, value in changes.items() if path != "runtime.workers"}
-    run, workers = finished(directory, rest), _count(changes.get("runtime.workers", 1))
+    run, workers = load_run(directory, rest), _count(changes.get("runtime.workers", 1))
     if workers == 1:
         return _evaluated(run)
     with tempfile.TemporaryDirectory() as place:
-        answer = in_workers(_evaluated_worker, run.cfg, workers, str(run.directory), rest, f"{place}/found.json")
+        answer = run_in_processes(_evaluated_worker, run.cfg, workers, str(run.directory), rest, f"{place}/found.json")
         return json.loads(Path(answer).read_text(encoding="utf-8"))
 
 
@@ -158,27 +158,27 @@ def _count(workers: object) -> int:
 
 
 def _evaluated_worker(cfg: RunConfig, directory: str, changes: dict[str, object], into: str) -> str:
-    found = _evaluated(finished(directory, changes))
+    found = _evaluated(load_run(directory, changes))
     if dist.get_rank() == 0:
         write_atomically(Path(into), json.dumps(found).encode())
     return into
 
 
 def _evaluated(finished_run: Finished) -> dict[str, Any]:
-    from viladiff.evaluation.evaluator import meters
-    from viladiff.training.trainer import Run
+    from viladiff.evaluation.evaluator import compute_meters
+    from viladiff.training.trainer import Trainer
 
     record, cfg = finished_run.record, finished_run.cfg
-    run = Run(cfg)
-    run.method = trained_method(finished_run).to(run.device)
+    run = Trainer(cfg)
+    run.method = load_method(finished_run).to(run.device)
     if run.dataset.class_names != tuple(record.class_names):
         raise ValueError(f"the data have the classes {run.dataset.class_names}, the run had {record.class_names}")
     same = run.fingerprints["data"] == record.fingerprints.get("data")
     found: dict[str, Any] = {"scores": {}, "confusion": {}}
     for name, network in run.method.networks().items():
         with tf32(cfg.train.tf32):
-            measured = meters(run, network, STREAMS, cfg.eval.boundary)
-        scores = results(measured)
+            measured = compute_meters(run, network, STREAMS, cfg.eval.boundary)
+        scores = to_scores(measured)
         found["scores"][name] = {stream: asdict(score) for stream, score in scores.items()}
         found["confusion"][name] = {stream: measured[stream].confusion().tolist() for stream in scores}
     return {

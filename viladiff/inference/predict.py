@@ -21,14 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from viladiff.config.base import nearest, nest
+from viladiff.config.base import did_you_mean, unflatten
 from viladiff.core.colormap import class_colours, css
-from viladiff.core.distributed import pick_device, tf32
+from viladiff.core.distributed import select_device, tf32
 from viladiff.core.progress import Progress
 from viladiff.data.files.images import SUFFIXES, read_image
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.protocols import bands
-from viladiff.inference.load import empty_method, finished, last_line, trained_method
+from viladiff.inference.load import empty_method, last_line, load_method, load_run
 from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.record import write_atomically
@@ -79,7 +79,7 @@ class Model:
             raise ValueError(f"image: an array {pixels.dtype} {pixels.shape}; must be uint8 (h, w, 3), red first")
         chosen = protocol or self.protocol_for(*pixels.shape[:2])
         if chosen not in WHOLE:
-            raise ValueError(f"protocol = {chosen!r}: allowed: {', '.join(WHOLE)}{nearest(chosen, WHOLE)}")
+            raise ValueError(f"protocol = {chosen!r}: allowed: {', '.join(WHOLE)}{did_you_mean(chosen, WHOLE)}")
         try:
             with tf32(self.tf32):
                 return self._predicted(pixels, chosen)
@@ -123,12 +123,12 @@ def load_model(path: Path | str, device: str = "auto") -> Model:
     if (folder / WEIGHTS).is_file():
         network, cfg, names = _from_folder(folder)
     elif (folder / "record.json").is_file():
-        run = finished(folder)
-        network, cfg, names = trained_method(run).predictor(), run.cfg, tuple(run.record.class_names)
+        run = load_run(folder)
+        network, cfg, names = load_method(run).predictor(), run.cfg, tuple(run.record.class_names)
     else:
         wrong = "there is no such directory" if not folder.is_dir() else f"no {WEIGHTS} and no record.json in it"
         raise ValueError(f"{folder}: {wrong}; give a model folder (viladiff export) or the directory of a finished run")
-    place = pick_device(override(cfg, {"runtime.device": device}))
+    place = select_device(override(cfg, {"runtime.device": device}))
     network = network.requires_grad_(False).eval().to(place)
     return Model(network, names, cfg.data.crop, cfg.eval.protocol, place, cfg.train.tf32)
 
@@ -137,7 +137,7 @@ def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...]]:
     facts = _read_config(folder / CONFIG)
     names = tuple(_read_text(folder / CLASSES).removesuffix("\n").split("\n"))
     try:
-        cfg = RunConfig(**nest(facts["fields"]))
+        cfg = RunConfig(**unflatten(facts["fields"]))
         network = empty_method(cfg, names, int(facts["text_dim"])).predictor()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: describes no model that can be built: {error}") from error

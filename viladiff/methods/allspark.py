@@ -34,8 +34,8 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.losses import global_gather, global_mean, hard_consistency, trained_gather
-from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
+from viladiff.losses import all_gather, all_gather_with_grad, distributed_mean, pseudo_label_cross_entropy
+from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
 from viladiff.methods.published import PublishedSetting
 from viladiff.models.baselines.allspark import (
     Draw,
@@ -45,7 +45,7 @@ from viladiff.models.baselines.allspark import (
     resized,
     spark_segmenter,
 )
-from viladiff.models.segmenter import Build, Segmenter, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
 
 
 class AllSparkPseudoConfig(PseudoConfig):
@@ -76,22 +76,22 @@ class AllSpark(Method):
     views = Views(weak=1, strong_labelled=True)
     weak_trains = True
     revision = 2
-    paper = Paper(
+    paper = Reference(
         "AllSpark: Reborn Labeled Features from Unlabeled in Transformer for Semi-Supervised Semantic Segmentation",
         "CVPR",
         2024,
     )
-    passes = Passes(3, 2)
+    passes = StepCost(3, 2)
     keeps = "a queue of channels for each class"
     student: SparkSegmenter
 
-    def __init__(self, cfg: AllSparkConfig, build: Build) -> None:
+    def __init__(self, cfg: AllSparkConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         side = max(1, build.crop // self.student.patch)
         self.memory = SemanticMemory(build.num_classes, self.student.spark.norm.normalized_shape[0], side)
         self._new: list[tuple[Tensor, Tensor]] = []
 
-    def build_student(self, build: Build) -> Segmenter:
+    def build_student(self, build: NetworkFactory) -> Segmenter:
         return build(kind=spark_segmenter(self.cfg.width, self.cfg.attention_heads))
 
     def own_rates(self) -> dict[str, dict[str, Any]]:
@@ -110,9 +110,9 @@ class AllSpark(Method):
 
         sup = self.supervised(z[:labelled], batch.target)
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
-        pseudo = hard_consistency(z[labelled:], labels, accepted, valid)
+        pseudo = pseudo_label_cross_entropy(z[labelled:], labels, accepted, valid)
         weighted = self.cfg.pseudo.weight * pseudo
-        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        coverage = distributed_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage, "filled": self.memory.filled()}
         return Losses((sup + weighted) / 2, terms, {"sup": sup / 2, "pseudo": weighted / 2})
 
@@ -126,7 +126,7 @@ class AllSpark(Method):
         with _evaluating(self.student):
             *fine, top = self.student.encode(images)
             tokens, e = spark.embed(top)
-            source = e if inside is None else global_gather(e * inside)
+            source = e if inside is None else all_gather(e * inside)
             rebuilt = spark.restore(tokens + spark.cross(e, source[None]), top.shape[-2:])
             return self.student.decode_rebuilt([*fine, rebuilt])["visual"].logits
 
@@ -138,7 +138,7 @@ class AllSpark(Method):
         tokens, e = spark.embed(top)
         own = e[labelled:] * inside
         slots = self._keep(own, seen, grid) if self.training else None
-        source = trained_gather(own) if step.progress < cfg.warmup else self.memory.read(grid, slots)
+        source = all_gather_with_grad(own) if step.progress < cfg.warmup else self.memory.read(grid, slots)
         found = [
             spark.cross(e[:labelled], source[None], both[0], cfg.dropout),
             spark.own.within(e[labelled:], both[1], cfg.dropout),
@@ -158,7 +158,7 @@ class AllSpark(Method):
         channels = tokens.detach().mT
         maps = F.interpolate(seen.softmax(1), grid, mode="bilinear", align_corners=False).flatten(2)
         kept = resized(channels.float(), tuple(grid), (self.memory.side, self.memory.side)).flatten(0, 1)
-        new = (global_gather(kept), global_gather(nearest_class(channels, maps).flatten()))
+        new = (all_gather(kept), all_gather(nearest_class(channels, maps).flatten()))
         self._new.append(new)
         return self.memory.placed(*new)
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from viladiff.config.base import Section
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import apply_cutmix
-from viladiff.losses import hard_mean, labelled_mean, pixel_cross_entropy
+from viladiff.losses import ignore_aware_mean, ohem_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
 
 if TYPE_CHECKING:
     from viladiff.methods.published import PublishedSetting
-    from viladiff.models.segmenter import Build, Network, Segmenter
+    from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
 
 
 class OhemConfig(Section):
@@ -68,7 +68,7 @@ class PredictConfig(Section):
     network: Literal["teacher", "student"] = "teacher"
 
 
-class Paper(NamedTuple):
+class Reference(NamedTuple):
     """Where a method was published."""
 
     title: str
@@ -76,7 +76,7 @@ class Paper(NamedTuple):
     year: int
 
 
-class Passes(NamedTuple):
+class StepCost(NamedTuple):
     """What a step costs, in passes of a batch through encoder and decoder; labelled and unlabelled batch equally large.
 
     Of the default configuration, in the phase that most of training is spent in.
@@ -99,8 +99,8 @@ class Method(nn.Module):
     views: ClassVar[Views] = Views()
     revision: ClassVar[int] = 1
     """Raised together with the golden file whenever the method computes something else than before."""
-    paper: ClassVar[Paper | None] = None
-    passes: ClassVar[Passes | None] = None
+    paper: ClassVar[Reference | None] = None
+    passes: ClassVar[StepCost | None] = None
     keeps: ClassVar[str] = ""
     """What the method has beside its student."""
     published: ClassVar[tuple[PublishedSetting, ...]] = ()
@@ -113,12 +113,12 @@ class Method(nn.Module):
     weak_trains: ClassVar[bool] = False
     """Whether a weak view is also an input that trains, as where its features are perturbed."""
 
-    def __init__(self, cfg: Any, build: Build) -> None:
+    def __init__(self, cfg: Any, build: NetworkFactory) -> None:
         super().__init__()
         self.cfg = cfg
         self.student = self.build_student(build)
 
-    def build_student(self, build: Build) -> Segmenter:
+    def build_student(self, build: NetworkFactory) -> Segmenter:
         """The network that is trained; a method with extra parts in it says so here."""
         return build()
 
@@ -133,8 +133,8 @@ class Method(nn.Module):
         """``supervised`` of a loss map (B, H, W) that is 0 where ``target`` is 255."""
         ohem = self.cfg.ohem
         if ohem.enabled:
-            return hard_mean(loss, target, ohem.threshold, ohem.min_kept)
-        return labelled_mean(loss, target)
+            return ohem_mean(loss, target, ohem.threshold, ohem.min_kept)
+        return ignore_aware_mean(loss, target)
 
     def shared(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters at which the gradients of the loss's parts are compared, by place.
@@ -220,7 +220,7 @@ class Method(nn.Module):
 class MeanTeacher(Method):
     """A method whose teacher is the moving average of its student and is always in evaluation mode."""
 
-    def __init__(self, cfg: Any, build: Build) -> None:
+    def __init__(self, cfg: Any, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         self.teacher = frozen_copy(self.student)
 
@@ -245,7 +245,7 @@ class MeanTeacher(Method):
         return {"before": self.teacher(images, text)["visual"].softmax(1)}
 
 
-def pasted(batch: Batch, view: int, *maps: Tensor) -> tuple[Tensor, ...]:
+def apply_cutmix_to(batch: Batch, view: int, *maps: Tensor) -> tuple[Tensor, ...]:
     """Maps (U, ..., H, W) with the boxes of a strong view pasted in, or as they are where no boxes are wanted."""
     return tuple(apply_cutmix(x, batch.mix[view]) for x in maps) if batch.mix else maps
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import box_mask
-from viladiff.losses import global_max, global_mean, hard_consistency, logit_distillation
-from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.losses import all_reduce_max, distributed_mean, logit_distillation, pseudo_label_cross_entropy
+from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
 from viladiff.methods.published import PublishedSetting
 from viladiff.models.baselines.perturbations import channel_dropout, widest
-from viladiff.models.segmenter import Build, upsample
+from viladiff.models.segmenter import NetworkFactory, upsample
 
 
 class CorrMatchPseudoConfig(PseudoConfig):
@@ -91,15 +91,15 @@ class CorrMatch(Method):
     )
     views = Views(strong=1, cutmix=True)
     weak_trains = True
-    paper = Paper(
+    paper = Reference(
         "CorrMatch: Label Propagation via Correlation Matching for Semi-Supervised Semantic Segmentation", "CVPR", 2024
     )
-    passes = Passes(3, 3, 1, 1, "correlation head: 3 forward and backward")
+    passes = StepCost(3, 3, 1, 1, "correlation head: 3 forward and backward")
     keeps = "correlation head, threshold"
     tau: Tensor
     highest: Tensor
 
-    def __init__(self, cfg: CorrMatchConfig, build: Build) -> None:
+    def __init__(self, cfg: CorrMatchConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         self.correlation = Correlation(self.student.encoder.channels[-1], cfg.width, build.num_classes)
         self.register_buffer("tau", torch.tensor(cfg.pseudo.threshold))
@@ -111,7 +111,9 @@ class CorrMatch(Method):
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         size, counts = batch.image.shape[-2:], (len(batch.image), len(batch.weak[0]), len(batch.strong[0]))
-        features = self.student.encode(torch.cat([batch.image, batch.weak[0], *pasted(batch, 0, batch.strong[0])]))
+        features = self.student.encode(
+            torch.cat([batch.image, batch.weak[0], *apply_cutmix_to(batch, 0, batch.strong[0])])
+        )
         dropped = self._dropped([level.split(counts)[1] for level in features], batch, step)
         grid = self.student.decode([torch.cat(pair) for pair in zip(features, dropped, strict=True)])["visual"].logits
         z, weak, z_strong, z_dropped = upsample(grid, size).split((*counts, counts[1]))
@@ -126,19 +128,21 @@ class CorrMatch(Method):
                 torch.maximum(self.highest, highest_by_class(confidence, labels, batch.valid, z.shape[1]))
             )
             sure = (confidence >= self.tau).float()
-            mixed_confidence, mixed_labels, valid, mixed_weak = pasted(batch, 0, confidence, labels, batch.valid, weak)
+            mixed_confidence, mixed_labels, valid, mixed_weak = apply_cutmix_to(
+                batch, 0, confidence, labels, batch.valid, weak
+            )
             mixed_sure = mixed_confidence >= self.tau
             taught, accepted = self._spread(a[counts[0] :][: counts[1]], mixed_labels, mixed_sure, valid, batch, step)
 
         sup, sup_r = self.supervised(z, batch.target), self.supervised(r, batch.target)
         source = weak if self.cfg.faithful_kl else mixed_weak
         terms = {
-            "pseudo": hard_consistency(z_strong, taught, accepted, valid),
+            "pseudo": pseudo_label_cross_entropy(z_strong, taught, accepted, valid),
             "kl": logit_distillation(source, z_strong, 1.0, weight=mixed_sure * valid, count=valid.sum()),
-            "dropped": hard_consistency(z_dropped, labels, sure, batch.valid),
+            "dropped": pseudo_label_cross_entropy(z_dropped, labels, sure, batch.valid),
             "correlation": (
-                hard_consistency(r_strong, taught, accepted, valid)
-                + hard_consistency(r_weak, labels, sure, batch.valid)
+                pseudo_label_cross_entropy(r_strong, taught, accepted, valid)
+                + pseudo_label_cross_entropy(r_weak, labels, sure, batch.valid)
             )
             / 2,
         }
@@ -147,13 +151,13 @@ class CorrMatch(Method):
         parts = {"sup": sup / 4, "sup_correlation": sup_r / 4}
         parts |= {name: self.cfg.pseudo.weight / (2 * len(terms)) * value for name, value in terms.items()}
         terms |= {"sup": sup, "sup_correlation": sup_r, "tau": self.tau.clone()}
-        terms["coverage"] = global_mean((mixed_sure * valid).sum(), valid.sum())
-        terms["spread"] = global_mean((accepted * valid).sum(), valid.sum())
+        terms["coverage"] = distributed_mean((mixed_sure * valid).sum(), valid.sum())
+        terms["spread"] = distributed_mean((accepted * valid).sum(), valid.sum())
         return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     def after_step(self, step: Step) -> None:
         """τ <- m τ + (1 - m) mean of the highest confidences, over the classes that any worker predicted."""
-        highest = global_max(self.highest)
+        highest = all_reduce_max(self.highest)
         seen = highest > 0
         momentum = self.cfg.pseudo.threshold_momentum
         self.tau.lerp_(highest.sum() / seen.sum().clamp(min=1), (1 - momentum) * seen.any())

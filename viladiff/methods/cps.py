@@ -20,10 +20,10 @@ from torch import Tensor
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import pair_partner, parity_boxes, parity_mask, paste
-from viladiff.losses import global_mean, hard_consistency
-from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
+from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
+from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
 from viladiff.methods.published import PublishedSetting
-from viladiff.models.segmenter import Build, Network
+from viladiff.models.segmenter import Network, NetworkFactory
 
 
 class CpsPseudoConfig(PseudoConfig):
@@ -46,8 +46,8 @@ class Cps(Method):
     Config = CpsConfig
     views = Views(weak=1, pairs=True)
     weak_trains = True
-    paper = Paper("Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", "CVPR", 2021)
-    passes = Passes(6, 4)
+    paper = Reference("Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", "CVPR", 2021)
+    passes = StepCost(6, 4)
     published = (
         PublishedSetting(
             ("voc",), {"method.pseudo.weight": 1.0}, "TorchSemiSeg 5e0c29c", given={"method.cutmix": True}
@@ -71,7 +71,7 @@ class Cps(Method):
     )
     keeps = "second network"
 
-    def __init__(self, cfg: CpsConfig, build: Build) -> None:
+    def __init__(self, cfg: CpsConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         self.second = self.build_student(build)
         """Its encoder starts from the same weights; decoder and classifier are drawn anew."""
@@ -97,9 +97,12 @@ class Cps(Method):
         sup = torch.stack([self.supervised(z[:labelled], batch.target) for z in logits]).sum()
         accepted = [(confidence >= self.cfg.pseudo.threshold).float() for confidence, _ in answers]
         cross = torch.stack(
-            [hard_consistency(z, answers[i][1], accepted[i], valid) for z, i in zip(taught, (1, 0), strict=True)]
+            [
+                pseudo_label_cross_entropy(z, answers[i][1], accepted[i], valid)
+                for z, i in zip(taught, (1, 0), strict=True)
+            ]
         ).sum()
-        agree = global_mean(((answers[0][1] == answers[1][1]) * valid).sum(), valid.sum())
+        agree = distributed_mean(((answers[0][1] == answers[1][1]) * valid).sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": cross.detach(), "agreement": agree}
         parts = {"sup": sup, "pseudo": self.cfg.pseudo.weight * cross}
         return Losses(parts["sup"] + parts["pseudo"], terms, parts)
@@ -107,7 +110,7 @@ class Cps(Method):
     def _boxes(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Each image's partner, and the pixels that come from it: (U,), (U, H, W)."""
         device, (height, width) = batch.valid.device, batch.valid.shape[-2:]
-        rngs = [keyed_random.rng(step.seed, "cps-boxes", step.index, key) for key in batch.keys_u]
+        rngs = [keyed_random.numpy_generator(step.seed, "cps-boxes", step.index, key) for key in batch.keys_u]
         boxes = parity_boxes(rngs, height).to(device, non_blocking=True)
         return pair_partner(len(rngs)).to(device, non_blocking=True), parity_mask(boxes, height, width)
 

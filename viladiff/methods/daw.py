@@ -22,11 +22,11 @@ from pydantic import Field
 from torch import Tensor
 
 from viladiff.data.batch import IGNORE, Batch, Step, TextBatch, Views
-from viladiff.losses import global_sum
-from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.losses import all_reduce_sum
+from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, Reference, TeacherConfig
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
-from viladiff.models.segmenter import Build
+from viladiff.models.segmenter import NetworkFactory
 
 ENOUGH = 10
 """Right, or wrong, labelled pixels below which a step tells nothing of their confidence."""
@@ -71,7 +71,7 @@ class Daw(UniMatch, MeanTeacher):
         ),
     )
     views = Views(strong=2, cutmix=True)
-    paper = Paper(
+    paper = Reference(
         "DAW: Exploring the Better Weighting Function for Semi-supervised Semantic Segmentation", "NeurIPS", 2023
     )
     keeps = "average for evaluation, class distributions, two Gaussians"
@@ -81,7 +81,7 @@ class Daw(UniMatch, MeanTeacher):
     """(2, 2) mean and variance of the confidence of right and of wrong predictions."""
     tau: Tensor
 
-    def __init__(self, cfg: DawConfig, build: Build) -> None:
+    def __init__(self, cfg: DawConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         classes = build.num_classes
         self.register_buffer("distributions", torch.full((2, classes), 1 / classes))
@@ -113,7 +113,7 @@ class Daw(UniMatch, MeanTeacher):
         if not self._sums:
             return
         classes, keep = self.distributions.shape[1], self.cfg.momentum
-        sums = global_sum(torch.stack(self._sums).sum(0))
+        sums = all_reduce_sum(torch.stack(self._sums).sum(0))
         self._sums = []
         count, total = sums[: 4 * classes].view(2, 2, classes).unbind(1)
         seen = torch.where(count > 0, total / count.clamp(min=1), self.distributions)

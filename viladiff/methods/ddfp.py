@@ -30,23 +30,23 @@ from viladiff.config.base import Section
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, CutMix, Losses, Step, Views
 from viladiff.data.transforms.mixing import apply_cutmix, half_boxes, pair_partner
-from viladiff.losses import cross_entropy, global_mean
+from viladiff.losses import cross_entropy, distributed_mean
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
     MeanTeacher,
     MethodConfig,
-    Paper,
-    Passes,
     PredictConfig,
     PseudoConfig,
+    Reference,
+    StepCost,
     TeacherConfig,
     steps_after,
 )
 from viladiff.methods.published import PublishedSetting
-from viladiff.models.baselines.memory_bank import pick, sample
+from viladiff.models.baselines.memory_bank import gather_at, sample_positions
 from viladiff.models.baselines.normalizing_flow import Flow
 from viladiff.models.ema import ema_update
-from viladiff.models.segmenter import Build, upsample
+from viladiff.models.segmenter import NetworkFactory, upsample
 
 
 class DdfpTeacherConfig(TeacherConfig):
@@ -103,18 +103,18 @@ class Ddfp(MeanTeacher):
     embedded = SHARED_THRESHOLD
     revision = 2
     views = Views(strong=1, pairs=True)
-    paper = Paper(
+    paper = Reference(
         "Towards the Uncharted: Density-Descending Feature Perturbation for Semi-supervised Semantic Segmentation",
         "CVPR",
         2024,
     )
-    passes = Passes(4, 2, 2, 2, "flow: 2 forward and backward")
+    passes = StepCost(4, 2, 2, 2, "flow: 2 forward and backward")
     published = (
         PublishedSetting(("voc",), {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.999}, "DDFP 7956c72"),
     )
     keeps = "teacher, flow"
 
-    def __init__(self, cfg: DdfpConfig, build: Build) -> None:
+    def __init__(self, cfg: DdfpConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         width, flow = self.student.decoder.width, cfg.flow
         self.flow = Flow(width, build.num_classes, flow.hidden or width, flow.depth, flow.clamp)
@@ -162,7 +162,7 @@ class Ddfp(MeanTeacher):
         halves = [cfg.pseudo.weight / len(streams) * stream for stream in streams]
         parts = {"sup": sup, "pseudo": halves[0], **({"perturbed": halves[1]} if len(streams) > 1 else {}), "nll": nll}
         terms = {"sup": sup, "pseudo": streams[0], "perturbed": streams[-1], "nll": nll}
-        terms["coverage"] = global_mean((labels != IGNORE).sum(), valid.sum())
+        terms["coverage"] = distributed_mean((labels != IGNORE).sum(), valid.sum())
         return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     def after_step(self, step: Step) -> None:
@@ -178,11 +178,11 @@ class Ddfp(MeanTeacher):
         keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
         name, device = (step.seed, "ddfp", step.index), mid.device
         order = keyed_random.uniform(keys, counted.shape[1:], *name, "order", device=device)
-        at, given = sample(counted, order, self.cfg.flow.samples)
+        at, given = sample_positions(counted, order, self.cfg.flow.samples)
         noise = keyed_random.normal(keys, (at.shape[1], width), *name, "noise", device=device)
-        vectors = pick(mid.detach().flatten(2).mT.float(), at) + self.cfg.flow.noise * noise
+        vectors = gather_at(mid.detach().flatten(2).mT.float(), at) + self.cfg.flow.noise * noise
         nll = self.flow.nll(vectors.flatten(0, 1), classes.gather(1, at).flatten())
-        return global_mean((nll * given.flatten()).sum() / width, given.sum())
+        return distributed_mean((nll * given.flatten()).sum() / width, given.sum())
 
     def _rarity(self, labels: Tensor) -> Callable[[list[Tensor]], Tensor]:
         """From the decoder's four maps to the summed -log p of its vectors at positions with a label."""
@@ -197,8 +197,8 @@ class Ddfp(MeanTeacher):
 
     def _boxes(self, batch: Batch, step: Step) -> CutMix:
         device, name = batch.valid.device, (step.seed, "ddfp-cut", step.index)
-        rngs = [keyed_random.rng(*name, key) for key in batch.keys_u]
-        boxes = half_boxes(rngs, keyed_random.rng(*name, "coin"), batch.valid.shape[-1])
+        rngs = [keyed_random.numpy_generator(*name, key) for key in batch.keys_u]
+        boxes = half_boxes(rngs, keyed_random.numpy_generator(*name, "coin"), batch.valid.shape[-1])
         return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from viladiff.data.batch import Batch, Losses, Step
-from viladiff.methods.base import MethodConfig, Paper, PredictConfig, TeacherConfig
+from viladiff.methods.base import MethodConfig, PredictConfig, Reference, TeacherConfig
 from viladiff.methods.oracle import OraclePseudoConfig
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.semibaseline import SemiBaseline
@@ -38,7 +38,7 @@ class FixMatchConfig(MethodConfig):
 
 class FixMatch(SemiBaseline):
     Config = FixMatchConfig
-    paper = Paper("FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", "NeurIPS", 2020)
+    paper = Reference("FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", "NeurIPS", 2020)
     published = (
         PublishedSetting(
             ("voc", "coco", "ade20k"),

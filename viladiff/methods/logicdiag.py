@@ -28,12 +28,20 @@ from pydantic import Field
 from torch import Tensor
 
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.losses import global_mean, hard_consistency
-from viladiff.methods.base import MeanTeacher, MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, pasted
+from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
+from viladiff.methods.base import (
+    MeanTeacher,
+    MethodConfig,
+    PredictConfig,
+    PseudoConfig,
+    Reference,
+    StepCost,
+    apply_cutmix_to,
+)
 from viladiff.methods.fixmatch import FixMatchTeacherConfig
 from viladiff.models.baselines.class_hierarchy import diagnose, known_groups, node_cross_entropy, parents
 from viladiff.models.ema import ema_update, frozen_copy
-from viladiff.models.segmenter import Build, Classifier, Segmenter, upsample
+from viladiff.models.segmenter import Classifier, NetworkFactory, Segmenter, upsample
 
 
 class LogicDiagPseudoConfig(PseudoConfig):
@@ -61,15 +69,15 @@ class LogicDiag(MeanTeacher):
     Config = LogicDiagConfig
     views = Views(strong=1, cutmix=True)
     revision = 2
-    paper = Paper(
+    paper = Reference(
         "Logic-induced Diagnostic Reasoning for Semi-supervised Semantic Segmentation (reimpl.)", "ICCV", 2023
     )
-    passes = Passes(3, 2)
+    passes = StepCost(3, 2)
     keeps = "teacher, classifier of groups"
     parent: Tensor
     """(C,) the group of each class."""
 
-    def __init__(self, cfg: LogicDiagConfig, build: Build) -> None:
+    def __init__(self, cfg: LogicDiagConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         found = cfg.groups or known_groups(build.dataset, build.num_classes)
         self.unknown = "" if found else build.dataset or "this data set"
@@ -103,14 +111,14 @@ class LogicDiag(MeanTeacher):
             confidence, labels = after.softmax(1).max(1)
             revised = (labels != before.argmax(1)).float()
             accepted = (confidence >= self.cfg.pseudo.threshold).float()
-            changed = global_mean((revised * batch.valid).sum(), batch.valid.sum())
-        strong, labels, accepted, valid = pasted(batch, 0, batch.strong[0], labels, accepted, batch.valid)
+            changed = distributed_mean((revised * batch.valid).sum(), batch.valid.sum())
+        strong, labels, accepted, valid = apply_cutmix_to(batch, 0, batch.strong[0], labels, accepted, batch.valid)
 
         logits = upsample(_nodes(self.student, self.groups, torch.cat([batch.image, strong])), size)
         mine, taught = logits[:labelled], logits[labelled:, : len(self.parent)]
         sup = self.supervised_mean(node_cross_entropy(mine, batch.target, self.parent), batch.target)
-        pseudo = hard_consistency(taught, labels, accepted, valid)
-        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        pseudo = pseudo_label_cross_entropy(taught, labels, accepted, valid)
+        coverage = distributed_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage, "revised": changed}
         weighted = self.cfg.pseudo.weight * pseudo
         return Losses((sup + weighted) / 2, terms, {"sup": sup / 2, "pseudo": weighted / 2})

@@ -28,11 +28,11 @@ from torch import Tensor
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import box_mask, square_boxes
-from viladiff.losses import confident_mean, cross_entropy, global_mean
-from viladiff.methods.base import Method, MethodConfig, Paper, Passes, PseudoConfig
+from viladiff.losses import cross_entropy, distributed_mean, weighted_pixel_mean
+from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
 from viladiff.methods.published import PublishedSetting
 from viladiff.models.baselines.grad_cam import Sgc, tag_loss, tagged
-from viladiff.models.segmenter import Build, upsample
+from viladiff.models.segmenter import NetworkFactory, upsample
 
 
 class PseudoSegPseudoConfig(PseudoConfig):
@@ -61,11 +61,11 @@ class PseudoSeg(Method):
         ),
     )
     views = Views(strong=1)
-    paper = Paper("PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", "ICLR", 2021)
-    passes = Passes(3, 2)
+    paper = Reference("PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", "ICLR", 2021)
+    passes = StepCost(3, 2)
     keeps = "class activation head"
 
-    def __init__(self, cfg: PseudoSegConfig, build: Build) -> None:
+    def __init__(self, cfg: PseudoSegConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         self.sgc = Sgc(self.student.encoder.channels, build.num_classes, cfg.width)
 
@@ -84,11 +84,11 @@ class PseudoSeg(Method):
             "sup": self.supervised(mine, batch.target),
             "maps": cross_entropy(scores, batch.target),
             "tags": tag_loss(self.sgc.tags(own[-1]), found),
-            "pseudo": confident_mean(soft_cross_entropy(taught, soft), accepted, valid),
+            "pseudo": weighted_pixel_mean(soft_cross_entropy(taught, soft), accepted, valid),
         }
         parts = {**terms, "pseudo": self.cfg.pseudo.weight * terms["pseudo"]}
         total = parts["sup"] + parts["maps"] + parts["tags"] + parts["pseudo"]
-        terms["coverage"] = global_mean((accepted * valid).sum(), valid.sum())
+        terms["coverage"] = distributed_mean((accepted * valid).sum(), valid.sum())
         return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class PseudoSeg(Method):
     def _cut(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """The strong view with a square of the mean colour, which is 0, and its valid pixels without that square."""
         height, width = batch.valid.shape[-2:]
-        rngs = [keyed_random.rng(step.seed, "pseudoseg-cutout", step.index, key) for key in batch.keys_u]
+        rngs = [keyed_random.numpy_generator(step.seed, "pseudoseg-cutout", step.index, key) for key in batch.keys_u]
         boxes = square_boxes(rngs, width, self.cfg.cutout).to(batch.valid.device, non_blocking=True)
         inside = box_mask(boxes, height, width)
         return batch.strong[0].masked_fill(inside[:, None], 0.0), batch.valid & ~inside

@@ -24,13 +24,13 @@ from viladiff.config.base import Section
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import apply_cutmix, beta_boxes, pair_partner
-from viladiff.losses import global_mean, pixel_cross_entropy
-from viladiff.methods.base import MethodConfig, Paper, Passes, PredictConfig, PseudoConfig, TeacherConfig
+from viladiff.losses import distributed_mean, pixel_cross_entropy
+from viladiff.methods.base import MethodConfig, PredictConfig, PseudoConfig, Reference, StepCost, TeacherConfig
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.two_teachers import TwoTeachers, turn, turn_length
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.ema import ema_update
-from viladiff.models.segmenter import Build, Network, upsample
+from viladiff.models.segmenter import Network, NetworkFactory, upsample
 
 
 class PsmtTeacherConfig(TeacherConfig):
@@ -87,12 +87,12 @@ class PsMt(TwoTeachers):
         ),
     )
     views = Views(strong=1, strong_labelled=True, pairs=True)
-    paper = Paper("Perturbed and Strict Mean Teachers for Semi-supervised Semantic Segmentation", "CVPR", 2022)
-    passes = Passes(4, 2, 8, 4)
+    paper = Reference("Perturbed and Strict Mean Teachers for Semi-supervised Semantic Segmentation", "CVPR", 2022)
+    passes = StepCost(4, 2, 8, 4)
     revision = 2
     keeps = "two teachers, two networks of the warm-up"
 
-    def __init__(self, cfg: PsmtConfig, build: Build) -> None:
+    def __init__(self, cfg: PsmtConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         self.founders = nn.ModuleList([self.build_student(build) for _ in range(2)] if cfg.warmup else [])
         """What the teachers are until the warm-up ends; then they rest."""
@@ -133,7 +133,7 @@ class PsMt(TwoTeachers):
         pseudo = strict_consistency(logits[labelled:], labels, confidence, accepted)
         weight = cfg.pseudo.weight * ramp(step.progress - cfg.warmup, cfg.pseudo.rampup)
         rest = torch.stack([p.sum() for p in self.founders.parameters()]).sum() * 0 if self.founders else 0
-        coverage = global_mean(accepted.sum(), valid.sum())
+        coverage = distributed_mean(accepted.sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
         terms["weight"] = torch.full((), weight, device=sup.device)
         parts = {"sup": sup, "pseudo": weight * pseudo}
@@ -172,7 +172,7 @@ class PsMt(TwoTeachers):
 
     def _boxes(self, batch: Batch, step: Step) -> CutMix:
         device = batch.valid.device
-        rngs = [keyed_random.rng(step.seed, "psmt-boxes", step.index, key) for key in batch.keys_u]
+        rngs = [keyed_random.numpy_generator(step.seed, "psmt-boxes", step.index, key) for key in batch.keys_u]
         boxes = beta_boxes(rngs, batch.valid.shape[-1])
         return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 
@@ -209,7 +209,7 @@ def strict_consistency(logits: Tensor, labels: Tensor, confidence: Tensor, accep
     ``logits`` (U, C, H, W), ``labels`` int64, ``confidence`` and bool ``accepted`` (U, H, W).
     """
     loss = pixel_cross_entropy(logits, labels) * confidence.float()
-    return global_mean((loss * accepted).sum(), accepted.sum())
+    return distributed_mean((loss * accepted).sum(), accepted.sum())
 
 
 def ramp(progress: float, length: float) -> float:

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
-from viladiff.losses import global_mean, hard_consistency
+from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
     MeanTeacher,
     MethodConfig,
-    Passes,
     PredictConfig,
+    StepCost,
     TeacherConfig,
-    pasted,
+    apply_cutmix_to,
 )
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.tags import TagsConfig, of_both, shown_mean, tag_cross_entropy
-from viladiff.models.segmenter import Build
+from viladiff.models.segmenter import NetworkFactory
 
 
 class SemiBaselineConfig(MethodConfig):
@@ -42,10 +42,10 @@ class SemiBaseline(MeanTeacher):
     Config: ClassVar[type[MethodConfig]] = SemiBaselineConfig
     embedded = SHARED_THRESHOLD
     views = Views(strong=1, cutmix=True)
-    passes = Passes(3, 2)
+    passes = StepCost(3, 2)
     keeps = "teacher"
 
-    def __init__(self, cfg: Any, build: Build) -> None:
+    def __init__(self, cfg: Any, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         self.tagger: nn.Linear | None = None
         if cfg.tags.weight:
@@ -65,14 +65,14 @@ class SemiBaseline(MeanTeacher):
         labelled = len(batch.image)
         with torch.no_grad():
             confidence, labels = self._pseudo(batch, step)
-        strong, confidence, labels, valid = pasted(batch, 0, batch.strong[0], confidence, labels, batch.valid)
+        strong, confidence, labels, valid = apply_cutmix_to(batch, 0, batch.strong[0], confidence, labels, batch.valid)
 
         features = self.student.encode(torch.cat([batch.image, strong]))
         logits = self.student.logits(features, strong.shape[-2:])
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
         sup = self.supervised(logits[:labelled], batch.target)
-        pseudo = hard_consistency(logits[labelled:], labels, accepted, valid)
-        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        pseudo = pseudo_label_cross_entropy(logits[labelled:], labels, accepted, valid)
+        coverage = distributed_mean((accepted * valid).sum(), valid.sum())
         parts = {"sup": sup, "pseudo": self.cfg.pseudo.weight * pseudo}
         total = parts["sup"] + parts["pseudo"]
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach()}

@@ -40,13 +40,13 @@ from torch import Tensor, nn
 
 from viladiff.config.base import Section
 from viladiff.data.batch import IGNORE, Batch, Step, TextBatch, Views
-from viladiff.losses import cross_entropy, global_mean
-from viladiff.methods.base import MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.losses import cross_entropy, distributed_mean
+from viladiff.methods.base import MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.baselines.maskclip import MaskClip, load_clip
 from viladiff.models.baselines.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
-from viladiff.models.segmenter import Build, Network, Segmenter, upsample
+from viladiff.models.segmenter import Network, NetworkFactory, Segmenter, upsample
 from viladiff.text.concepts import concepts, names
 
 
@@ -112,8 +112,8 @@ class SemiVl(UniMatch):
     )
     revision = 3
     views = Views(strong=2, cutmix=True)
-    paper = Paper("SemiVL: Semi-Supervised Semantic Segmentation with Vision-Language Guidance", "ECCV", 2024)
-    passes = Passes(4, 4, 1, 1, "CLIP, where its weights are given: 1 forward")
+    paper = Reference("SemiVL: Semi-Supervised Semantic Segmentation with Vision-Language Guidance", "ECCV", 2024)
+    passes = StepCost(4, 4, 1, 1, "CLIP, where its weights are given: 1 forward")
     keeps = "texts of the classes"
     student: VlSegmenter
     concepts: Tensor
@@ -121,7 +121,7 @@ class SemiVl(UniMatch):
     owner: Tensor
     """(M,) int64: whose each is."""
 
-    def build_student(self, build: Build) -> Segmenter:
+    def build_student(self, build: NetworkFactory) -> Segmenter:
         texts = read_texts(self.cfg.clip, build)
         self._clip: tuple[MaskClip, ...] = texts.clip  # in a tuple, so that its weights are no part of a checkpoint
         # Made anew of the data's names and an encoder's file whenever a run starts.
@@ -168,14 +168,14 @@ class SemiVl(UniMatch):
         confidence, labels = upsample(weak * scale, size).softmax(1).max(1)
         sure = (confidence >= cfg.guidance.threshold) & batch.valid
         labels = torch.where(sure, labels, IGNORE)
-        strong = [cross_entropy(z, pasted(batch, i, labels)[0], norm="all") for i, z in enumerate(streams[:2])]
+        strong = [cross_entropy(z, apply_cutmix_to(batch, i, labels)[0], norm="all") for i, z in enumerate(streams[:2])]
         dropped = cross_entropy(streams[2], labels, norm="all")
         guided = cfg.strong_weight * torch.stack(strong).mean() + cfg.feature_weight * dropped
         parts = {"guided": cfg.guidance.weight * (1 - step.progress) * guided}
         total = parts["guided"]
         for level in {0, 1, 2} - set(self.student.decoder.levels):
             total = total + 0 * features[level].float().mean()  # a norm of its own, as timm's have, must get a gradient
-        terms = {"guided": guided, "guided_coverage": global_mean(sure.sum(), batch.valid.sum())}
+        terms = {"guided": guided, "guided_coverage": distributed_mean(sure.sum(), batch.valid.sum())}
         if taught is not None:
             terms["map"] = cross_entropy(upsample(taught * scale, size), batch.target)
             parts["map"] = cfg.guidance.map_weight * terms["map"]
@@ -226,7 +226,7 @@ class Texts(NamedTuple):
     """(K, T) what the decoder reads."""
 
 
-def read_texts(cfg: ClipConfig, build: Build) -> Texts:
+def read_texts(cfg: ClipConfig, build: NetworkFactory) -> Texts:
     """The vectors of the classes' concepts and names, of CLIP where it is given.
 
     Concepts that the text encoder does not know are left out; where it knows none of those published for a class, the
@@ -253,7 +253,7 @@ def read_texts(cfg: ClipConfig, build: Build) -> Texts:
     )
 
 
-def _said(build: Build, dataset: str) -> tuple[list[str], Tensor]:
+def _said(build: NetworkFactory, dataset: str) -> tuple[list[str], Tensor]:
     """All concepts and then all names, and whose each is: class k for a concept, K + k for a name."""
     groups = (*concepts(build.class_names, dataset), *names(build.class_names, dataset))
     owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))

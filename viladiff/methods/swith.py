@@ -22,20 +22,20 @@ from torch import Tensor
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
-from viladiff.losses import global_mean, global_sum, hard_consistency
+from viladiff.losses import all_reduce_sum, distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
     MethodConfig,
-    Paper,
-    Passes,
     PredictConfig,
     PseudoConfig,
+    Reference,
+    StepCost,
     TeacherConfig,
 )
 from viladiff.methods.published import PublishedSetting
 from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
-from viladiff.models.segmenter import Build, Network, Segmenter
+from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
 
 
 class SwithTeacherConfig(TeacherConfig):
@@ -82,12 +82,12 @@ class Swith(TwoTeachers):
         ),
     )
     views = Views(strong=2, pairs=True)
-    paper = Paper("Switching Temporary Teachers for Semi-Supervised Semantic Segmentation", "NeurIPS", 2023)
-    passes = Passes(4, 3)
+    paper = Reference("Switching Temporary Teachers for Semi-Supervised Semantic Segmentation", "NeurIPS", 2023)
+    passes = StepCost(4, 3)
     revision = 2
     keeps = "two teachers"
 
-    def build_student(self, build: Build) -> Segmenter:
+    def build_student(self, build: NetworkFactory) -> Segmenter:
         return build(drop_path=self.cfg.drop_path)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
@@ -105,14 +105,14 @@ class Swith(TwoTeachers):
         z, z_mixed, z_strong = logits.split([count, len(mixed), len(strong)])
 
         sup = self.supervised(z, batch.target)
-        pseudo = hard_consistency(z_mixed, mixed_labels, share.expand_as(confidence), valid)
+        pseudo = pseudo_label_cross_entropy(z_mixed, mixed_labels, share.expand_as(confidence), valid)
         accepted = sure.float()
-        consistency = hard_consistency(z_strong, labels, accepted, batch.valid)
+        consistency = pseudo_label_cross_entropy(z_strong, labels, accepted, batch.valid)
         weighted = cfg.consistency_weight * consistency
         total = sup + cfg.weight * (pseudo + weighted)
         parts = {"sup": sup, "pseudo": cfg.weight * pseudo, "consistency": cfg.weight * weighted}
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "consistency": consistency.detach()}
-        terms["coverage"] = global_mean((accepted * batch.valid).sum(), batch.valid.sum())
+        terms["coverage"] = distributed_mean((accepted * batch.valid).sum(), batch.valid.sum())
         return Losses(total, terms, parts)
 
     def after_step(self, step: Step) -> None:
@@ -126,7 +126,7 @@ class Swith(TwoTeachers):
 
     def _box_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
         height, width = labels.shape[-2:]
-        rngs = [keyed_random.rng(step.seed, "swith-boxes", step.index, key) for key in batch.keys_u]
+        rngs = [keyed_random.numpy_generator(step.seed, "swith-boxes", step.index, key) for key in batch.keys_u]
         return box_mask(beta_boxes(rngs, width).to(labels.device, non_blocking=True), height, width)
 
     def _class_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
@@ -155,5 +155,5 @@ def sure_share(sure: Tensor, valid: Tensor, whole_batch: bool) -> Tensor:
     """
     counts = torch.stack([sure & valid, valid]).flatten(2).sum(2).float()
     if whole_batch:
-        counts = global_sum(counts.sum(1, keepdim=True))
+        counts = all_reduce_sum(counts.sum(1, keepdim=True))
     return (counts[0] / counts[1].clamp(min=1)).view(-1, 1, 1)

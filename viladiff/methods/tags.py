@@ -17,7 +17,7 @@ from torch import Tensor
 
 from viladiff.config.base import Section
 from viladiff.data.batch import CutMix
-from viladiff.losses import global_mean
+from viladiff.losses import distributed_mean
 
 
 class TagsConfig(Section):
@@ -52,4 +52,4 @@ def tag_cross_entropy(logits: Tensor, tags: Tensor, seen: Tensor) -> Tensor:
     """
     known = (tags >= 0) & seen[:, None]
     loss = F.binary_cross_entropy_with_logits(logits.float(), tags.clamp(min=0), reduction="none")
-    return global_mean((loss * known).sum(), known.sum())
+    return distributed_mean((loss * known).sum(), known.sum())

@@ -15,9 +15,9 @@ from typing import Literal
 from torch import Tensor
 
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.methods.base import Method, MethodConfig, Passes
+from viladiff.methods.base import Method, MethodConfig, StepCost
 from viladiff.models.baselines.text_probe import Probe, ProbeConfig, probe
-from viladiff.models.segmenter import Build, Segmenter, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
 
 
 class TextProbeConfig(MethodConfig):
@@ -28,10 +28,10 @@ class TextProbeConfig(MethodConfig):
 class TextProbe(Method):
     Config = TextProbeConfig
     views = Views(weak=0, text=True)
-    passes = Passes(1, 1)
+    passes = StepCost(1, 1)
     student: Probe
 
-    def build_student(self, build: Build) -> Segmenter:
+    def build_student(self, build: NetworkFactory) -> Segmenter:
         return build(kind=probe(build.text_dim, self.cfg.probe))
 
     def views_wanted(self) -> Views:

@@ -8,15 +8,15 @@ from typing import Any, Self
 from viladiff.data.batch import Step
 from viladiff.methods.base import Method
 from viladiff.models.ema import frozen_copy
-from viladiff.models.segmenter import Build, Pair
+from viladiff.models.segmenter import DualNetwork, NetworkFactory
 
 
 class TwoTeachers(Method):
     """``teachers`` start as copies of the student, get no gradient and are always in evaluation mode."""
 
-    def __init__(self, cfg: Any, build: Build) -> None:
+    def __init__(self, cfg: Any, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
-        self.teachers = Pair(frozen_copy(self.student), frozen_copy(self.student))
+        self.teachers = DualNetwork(frozen_copy(self.student), frozen_copy(self.student))
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

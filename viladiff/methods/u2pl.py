@@ -36,27 +36,27 @@ from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, CutMix, Losses, Step, Views
 from viladiff.data.transforms.mixing import apply_cutmix, half_boxes, pair_partner
 from viladiff.losses import (
-    global_gather,
-    global_mean,
-    global_sum,
+    all_gather,
+    all_reduce_sum,
+    distributed_mean,
     mean_over_classes,
     pixel_cross_entropy,
 )
 from viladiff.methods.base import (
     MeanTeacher,
     MethodConfig,
-    Paper,
-    Passes,
     PredictConfig,
+    Reference,
+    StepCost,
     TeacherConfig,
     steps_after,
 )
 from viladiff.methods.published import PublishedSetting
-from viladiff.models.baselines.memory_bank import Banks, pick, sample
+from viladiff.models.baselines.memory_bank import MemoryBank, gather_at, sample_positions
 from viladiff.models.baselines.perturbations import channel_dropout
 from viladiff.models.ema import ema_update, frozen_copy
-from viladiff.models.segmenter import Build, upsample
-from viladiff.models.stream import Stream
+from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.stream import StreamOutput
 
 
 class U2plConfig(MethodConfig):
@@ -134,17 +134,17 @@ class U2pl(MeanTeacher):
     )
     views = Views(weak=1, pairs=True)
     weak_trains = True
-    paper = Paper("Semi-Supervised Semantic Segmentation Using Unreliable Pseudo-Labels", "CVPR", 2022)
-    passes = Passes(5, 2, beside="representation head: 4 forward, 2 backward")
+    paper = Reference("Semi-Supervised Semantic Segmentation Using Unreliable Pseudo-Labels", "CVPR", 2022)
+    passes = StepCost(5, 2, beside="representation head: 4 forward, 2 backward")
     keeps = "teacher, representation heads, a queue a class"
 
-    def __init__(self, cfg: U2plConfig, build: Build) -> None:
+    def __init__(self, cfg: U2plConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         channels, classes = self.student.decoder.width, build.num_classes
         width = cfg.width or 2 * channels
         self.head = Representation(channels, width)
         self.teacher_head = frozen_copy(self.head)
-        self.banks = Banks(
+        self.banks = MemoryBank(
             classes, max(1, min(cfg.queue_size, (cfg.queue_megabytes << 20) // (2 * classes * width))), width
         )
         self._seen: list[tuple[tuple[Tensor, Tensor], ...]] = []
@@ -192,11 +192,11 @@ class U2pl(MeanTeacher):
         parts = {"sup": sup, "pseudo": cfg.unsup_weight * pseudo, "contrast": cfg.contrast_weight * contrast}
         total = parts["sup"] + parts["pseudo"] + parts["contrast"]
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "contrast": contrast.detach()}
-        terms |= {"coverage": global_mean(kept.sum(), valid.sum()), "anchors": anchors.float() / len(images)}
+        terms |= {"coverage": distributed_mean(kept.sum(), valid.sum()), "anchors": anchors.float() / len(images)}
         return Losses(total, terms, parts)
 
     def _contrast(
-        self, stream: Stream, found: Stream, classes: Tensor, limits: list[Tensor], batch: Batch, step: Step
+        self, stream: StreamOutput, found: StreamOutput, classes: Tensor, limits: list[Tensor], batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor]:
         """L_c on the decoder's grid, and the number of its anchors; notes what the queues will get.
 
@@ -224,11 +224,11 @@ class U2pl(MeanTeacher):
             negatives = self.banks.draw(of, uniform)
             if self.training:
                 far = not_of(p, grid, labelled, cfg.first_rank, cfg.last_rank) & (high & known)[:, None]
-                at, given = sample(far, order[:, None], cfg.max_enqueue)
-                vectors = F.normalize(pick(theirs, at.flatten(1)), dim=2).unflatten(1, at.shape[1:])
+                at, given = sample_positions(far, order[:, None], cfg.max_enqueue)
+                vectors = F.normalize(gather_at(theirs, at.flatten(1)), dim=2).unflatten(1, at.shape[1:])
                 self._seen.append(((vectors[:labelled], given[:labelled]), (vectors[labelled:], given[labelled:])))
         with torch.autocast(device.type, enabled=False):
-            loss = contrast(pick(mine, place), means[of], negatives, cfg.temperature)
+            loss = contrast(gather_at(mine, place), means[of], negatives, cfg.temperature)
             total = mean_over_classes(loss.flatten(), of.flatten(), counted.flatten(), p.shape[1])
         return total, counted.sum()
 
@@ -244,8 +244,8 @@ class U2pl(MeanTeacher):
 
     def _boxes(self, batch: Batch, step: Step) -> CutMix:
         device, name = batch.valid.device, (step.seed, "u2pl-cutmix", step.index)
-        rngs = [keyed_random.rng(*name, key) for key in batch.keys_u]
-        boxes = half_boxes(rngs, keyed_random.rng(*name, "coin"), batch.valid.shape[-1])
+        rngs = [keyed_random.numpy_generator(*name, key) for key in batch.keys_u]
+        boxes = half_boxes(rngs, keyed_random.numpy_generator(*name, "coin"), batch.valid.shape[-1])
         return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 
 
@@ -261,8 +261,8 @@ def percentiles(values: Tensor, counted: Tensor, shares: tuple[float, ...]) -> t
     NumPy's definition; infinite where nothing is counted. ``values`` float and ``counted`` bool of one shape, which
     must be the same on all workers.
     """
-    ordered = global_gather(torch.where(counted, values, torch.inf).flatten()).sort().values
-    last = (global_sum(counted.sum()) - 1).clamp(min=0)
+    ordered = all_gather(torch.where(counted, values, torch.inf).flatten()).sort().values
+    last = (all_reduce_sum(counted.sum()) - 1).clamp(min=0)
     found = []
     for share in shares:
         at = last.double() * (min(max(share, 0.0), 100.0) / 100)
@@ -277,9 +277,9 @@ def kept_consistency(logits: Tensor, labels: Tensor, kept: Tensor, valid: Tensor
 
     ``logits`` (U, C, H, W), ``labels`` (U, H, W) int64, ``kept`` and ``valid`` (U, H, W) bool, N the valid pixels.
     """
-    count = global_sum(torch.stack([valid.sum(), kept.sum()]).float())
+    count = all_reduce_sum(torch.stack([valid.sum(), kept.sum()]).float())
     loss = pixel_cross_entropy(logits, labels)
-    return count[0] / count[1].clamp(min=1) * global_mean((loss * kept).sum(), kept.sum())
+    return count[0] / count[1].clamp(min=1) * distributed_mean((loss * kept).sum(), kept.sum())
 
 
 def contrast(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -302,7 +302,7 @@ def class_means(vectors: Tensor, classes: Tensor, counted: Tensor, num_classes: 
     sums = vectors.new_zeros(num_classes + 1, vectors.shape[1] + 1)
     sums[:, :-1].index_add_(0, row, vectors)
     sums[:, -1].index_add_(0, row, torch.ones_like(vectors[:, 0]))
-    sums = global_sum(sums[:-1])
+    sums = all_reduce_sum(sums[:-1])
     return sums[:, :-1] / sums[:, -1:].clamp(min=1)
 
 

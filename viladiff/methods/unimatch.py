@@ -20,8 +20,16 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.losses import global_mean, hard_consistency
-from viladiff.methods.base import SHARED_THRESHOLD, Method, MethodConfig, Paper, Passes, PseudoConfig, pasted
+from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
+from viladiff.methods.base import (
+    SHARED_THRESHOLD,
+    Method,
+    MethodConfig,
+    PseudoConfig,
+    Reference,
+    StepCost,
+    apply_cutmix_to,
+)
 from viladiff.methods.published import PublishedSetting
 from viladiff.models.baselines.perturbations import channel_dropout, widest
 
@@ -45,8 +53,8 @@ class UniMatch(Method):
     embedded = SHARED_THRESHOLD
     views = Views(strong=2, cutmix=True)
     weak_trains = True
-    paper = Paper("Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", "CVPR", 2023)
-    passes = Passes(4, 4, 1, 1)
+    paper = Reference("Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", "CVPR", 2023)
+    passes = StepCost(4, 4, 1, 1)
     published: ClassVar[tuple[PublishedSetting, ...]] = (
         PublishedSetting(("voc", "coco"), {"method.pseudo.threshold": 0.95}, "UniMatch 0324f3d"),
         PublishedSetting(
@@ -59,7 +67,7 @@ class UniMatch(Method):
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         cfg, labelled, unlabelled = self.cfg, len(batch.image), len(batch.weak[0])
-        strong = [pasted(batch, i, x)[0] for i, x in enumerate(batch.strong)]
+        strong = [apply_cutmix_to(batch, i, x)[0] for i, x in enumerate(batch.strong)]
         features = self.student.encode(torch.cat([batch.image, batch.weak[0], *strong]))
         weak = [level[labelled : labelled + unlabelled] for level in features]
         uniform = keyed_random.uniform(
@@ -74,15 +82,16 @@ class UniMatch(Method):
         accepted, valid = self.weigh(confidence, threshold, batch.valid), batch.valid
         sup = self.supervised(mine, batch.target)
         streams = [
-            hard_consistency(z, *pasted(batch, i, labels, accepted, valid)) for i, z in enumerate((first, second))
+            pseudo_label_cross_entropy(z, *apply_cutmix_to(batch, i, labels, accepted, valid))
+            for i, z in enumerate((first, second))
         ]
         strong_loss = torch.stack(streams).mean()
-        feature_loss = hard_consistency(dropped, labels, accepted, valid)
+        feature_loss = pseudo_label_cross_entropy(dropped, labels, accepted, valid)
         unsup = cfg.strong_weight * strong_loss + cfg.feature_weight * feature_loss
         weights = {"pseudo": cfg.strong_weight, "feature": cfg.feature_weight}
         added, more, own = self.beside(batch, step, features, (first, second, dropped))
         total = (sup + cfg.pseudo.weight * unsup) / 2 + added
-        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        coverage = distributed_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup, "pseudo": strong_loss, "feature": feature_loss, "coverage": coverage}
         halves = {name: cfg.pseudo.weight * weight / 2 * terms[name] for name, weight in weights.items()}
         logged = {name: value.detach() for name, value in (terms | more | self.statistics()).items()}

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, Views
-from viladiff.losses import global_mean, hard_consistency
+from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
     MeanTeacher,
     MethodConfig,
-    Paper,
-    Passes,
     PredictConfig,
     PseudoConfig,
+    Reference,
+    StepCost,
     TeacherConfig,
-    pasted,
+    apply_cutmix_to,
 )
 from viladiff.methods.published import PublishedSetting
 from viladiff.models.baselines.perturbations import complementary_dropout, half_of_pairs, widest
@@ -55,8 +55,8 @@ class UniMatchV2(MeanTeacher):
     Config = UniMatchV2Config
     embedded = SHARED_THRESHOLD
     views = Views(strong=2, cutmix=True)
-    paper = Paper("UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", "TPAMI", 2025)
-    passes = Passes(4, 3)
+    paper = Reference("UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", "TPAMI", 2025)
+    passes = StepCost(4, 3)
     published = (
         PublishedSetting(
             ("voc", "coco", "ade20k"),
@@ -78,7 +78,7 @@ class UniMatchV2(MeanTeacher):
         labelled, unlabelled = len(batch.image), len(batch.weak[0])
         with torch.no_grad():
             confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
-        views = [pasted(batch, i, x, confidence, labels, batch.valid) for i, x in enumerate(batch.strong)]
+        views = [apply_cutmix_to(batch, i, x, confidence, labels, batch.valid) for i, x in enumerate(batch.strong)]
 
         features = self.student.encode(torch.cat([batch.image, *(view[0] for view in views)]))
         if self.cfg.complementary:
@@ -89,11 +89,11 @@ class UniMatchV2(MeanTeacher):
         sup = self.supervised(mine, batch.target)
         accepted = [(view[1] >= self.cfg.pseudo.threshold).float() for view in views]
         parts = [
-            hard_consistency(z, labels, weight, valid)
+            pseudo_label_cross_entropy(z, labels, weight, valid)
             for z, (_, _, labels, valid), weight in zip(streams, views, accepted, strict=True)
         ]
         pseudo = torch.stack(parts).mean()
-        coverage = global_mean((accepted[0] * views[0][3]).sum(), views[0][3].sum())
+        coverage = distributed_mean((accepted[0] * views[0][3]).sum(), views[0][3].sum())
         weighted = self.cfg.pseudo.weight * pseudo
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
         return Losses((sup + weighted) / 2, terms, {"sup": sup / 2, "pseudo": weighted / 2})

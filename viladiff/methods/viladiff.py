@@ -18,18 +18,18 @@ from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import apply_cutmix, join_text
 from viladiff.losses import (
-    confident_mean,
-    global_mean,
-    global_sum,
+    all_reduce_sum,
+    distributed_mean,
     image_mean,
     pixel_cross_entropy,
+    weighted_pixel_mean,
 )
-from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, Paper, Passes, PredictConfig, TeacherConfig
+from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, PredictConfig, Reference, StepCost, TeacherConfig
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.viladiff_mixe import MixeTeacher, Pseudo, Refined
 from viladiff.models.mixe import MixeConfig, class_codes, noise_levels
-from viladiff.models.segmenter import Build, Segmenter, mixed, upsample
-from viladiff.models.stream import Stream
+from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream, upsample
+from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import Distilled, VilaConfig, distil
 
 
@@ -89,17 +89,17 @@ class ViLaDiff(MixeTeacher):
     Config = ViLaDiffConfig
     embedded = SHARED_THRESHOLD
     views = Views(strong=1, cutmix=True, text=True, whole_cells=True)
-    paper = Paper(
+    paper = Reference(
         "Learning Beyond Vision: Vision-Language Distillation and Edge-Aware Mix Diffusion in Semi-Supervised "
         "Semantic Segmentation",
         "AAAI",
         2026,
     )
-    passes = Passes(4, 2, 4, 2, "denoiser: 1 forward and backward, later 10 forward")
+    passes = StepCost(4, 2, 4, 2, "denoiser: 1 forward and backward, later 10 forward")
     keeps = "teacher, denoiser"
     term_fields = TERM_FIELDS
 
-    def build_student(self, build: Build) -> Segmenter:
+    def build_student(self, build: NetworkFactory) -> Segmenter:
         return build(self.cfg.vila if self.cfg.vila.enabled else None)
 
     def views_wanted(self) -> Views:
@@ -152,14 +152,14 @@ class ViLaDiff(MixeTeacher):
         answers = torch.cat([target, pseudo.labels])
         maps = {name: pixel_cross_entropy(x, answers) for name, x in logits.items()}
         sup = torch.stack([self.supervised_mean(x[:labelled], target) for x in maps.values()]).mean()
-        cons = torch.stack([confident_mean(x[labelled:], accepted, valid) for x in maps.values()]).mean()
+        cons = torch.stack([weighted_pixel_mean(x[labelled:], accepted, valid) for x in maps.values()]).mean()
         parts = {"sup": sup, "pseudo": cfg.pseudo.weight * cons}
         total = parts["sup"] + parts["pseudo"]
-        coverage = global_mean((accepted * valid).sum(), valid.sum())
+        coverage = distributed_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup, "pseudo": cons, "coverage": coverage}
 
         if cfg.vila.enabled:
-            student = {name: Stream(*(x[labelled:] for x in stream)) for name, stream in seen.streams.items()}
+            student = {name: StreamOutput(*(x[labelled:] for x in stream)) for name, stream in seen.streams.items()}
             gate = self._gate({name: x[labelled:] for name, x in maps.items()}, (accepted * valid) > 0)
             distilled = self._distil(taught.weak.streams, student, gate, valid, mix)
             total = total + sum(distilled.terms.values())
@@ -217,14 +217,14 @@ class ViLaDiff(MixeTeacher):
             if self.cfg.vila.gate == "always":
                 return torch.ones_like(fusion)
             if self.cfg.vila.gate == "per_batch":
-                totals = global_sum(torch.stack([fusion.sum(), visual.sum()]))
+                totals = all_reduce_sum(torch.stack([fusion.sum(), visual.sum()]))
                 return (totals[0] < totals[1]).float().expand_as(fusion)
             return (fusion < visual).float()
 
     def _distil(
         self,
-        taught: dict[str, Stream],
-        student: dict[str, Stream],
+        taught: dict[str, StreamOutput],
+        student: dict[str, StreamOutput],
         gate: Tensor,
         valid: Tensor,
         mix: CutMix | None,
@@ -235,5 +235,5 @@ class ViLaDiff(MixeTeacher):
         cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)
         pixels = F.avg_pool2d(valid.float()[:, None], stride)[:, 0] > 0.5
         if mix is not None:
-            taught = {name: mixed(stream, mix, h, w, patch, stride) for name, stream in taught.items()}
+            taught = {name: cutmix_stream(stream, mix, h, w, patch, stride) for name, stream in taught.items()}
         return distil(cfg, taught, student, gate, cells, pixels)

@@ -11,13 +11,13 @@ from torch.nn.functional import avg_pool2d, pixel_unshuffle
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, CutMix, Step, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes, join_text, mix_text, pair_partner
-from viladiff.losses import confident_mean, edge_mean, labelled_mean, noise_loss, pixel_cross_entropy
+from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, pixel_cross_entropy, weighted_pixel_mean
 from viladiff.methods.base import MeanTeacher
 from viladiff.models.guided import Guided
 from viladiff.models.mixe import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
 from viladiff.models.relabel import Calibration, refined_pixels, relabelled
-from viladiff.models.segmenter import Build, Segmenter, upsample
-from viladiff.models.stream import Stream
+from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
+from viladiff.models.stream import StreamOutput
 
 LEAD = 0.1
 """Share of training before refinement from which refined confidence is calibrated."""
@@ -39,7 +39,7 @@ class Pseudo(NamedTuple):
 class Seen(NamedTuple):
     """What a network says of pictures, with all that the denoiser may be conditioned on."""
 
-    streams: dict[str, Stream]
+    streams: dict[str, StreamOutput]
     image: Tensor
     """(B, 3, H, W)."""
     finer: tuple[Tensor, ...] = ()
@@ -47,7 +47,9 @@ class Seen(NamedTuple):
 
     def part(self, where: Places) -> Seen:
         """Some of the pictures, without a gradient."""
-        streams = {name: Stream(*(_rows(x.detach(), where) for x in stream)) for name, stream in self.streams.items()}
+        streams = {
+            name: StreamOutput(*(_rows(x.detach(), where) for x in stream)) for name, stream in self.streams.items()
+        }
         return Seen(streams, _rows(self.image, where), tuple(_rows(x.detach(), where) for x in self.finer))
 
     def mixed(self, mix: CutMix) -> Seen:
@@ -56,7 +58,7 @@ class Seen(NamedTuple):
         def cut(x: Tensor) -> Tensor:
             return apply_cutmix(x, mix, self.image.shape[-1] // x.shape[-1])
 
-        streams = {name: Stream(x.features, cut(x.mid), cut(x.logits)) for name, x in self.streams.items()}
+        streams = {name: StreamOutput(x.features, cut(x.mid), cut(x.logits)) for name, x in self.streams.items()}
         return Seen(streams, cut(self.image), tuple(cut(x) for x in self.finer))
 
 
@@ -76,7 +78,7 @@ class Taught(NamedTuple):
 class MixeTeacher(MeanTeacher):
     """A mean teacher whose labels MixE refines; ``cfg`` has ``mixe``, ``vila`` and ``pseudo`` as ViLaDiff's."""
 
-    def __init__(self, cfg: Any, build: Build) -> None:
+    def __init__(self, cfg: Any, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         mixe, classes = cfg.mixe, build.num_classes
         self.denoiser: Denoiser | Guided | None = None
@@ -161,7 +163,7 @@ class MixeTeacher(MeanTeacher):
 
     def _boxes(self, keys: tuple[int, ...], images: Tensor, step: Step) -> CutMix:
         """CutMix of labelled neighbours, drawn as the unlabelled images' boxes are."""
-        rngs = [keyed_random.rng(step.seed, "mixe-cutmix", step.index, key) for key in keys]
+        rngs = [keyed_random.numpy_generator(step.seed, "mixe-cutmix", step.index, key) for key in keys]
         boxes = cutmix_boxes(rngs, images.shape[-1], self.student.patch)
         return CutMix(*(x.to(images.device, non_blocking=True) for x in (boxes, pair_partner(len(keys)))))
 
@@ -178,7 +180,7 @@ class MixeTeacher(MeanTeacher):
     def _source(self) -> str:
         return self.cfg.pseudo.source if self.cfg.vila.enabled else "visual"
 
-    def _source_logits(self, streams: dict[str, Stream]) -> Tensor:
+    def _source_logits(self, streams: dict[str, StreamOutput]) -> Tensor:
         """Grid logits (U, C, h, w) of the stream that makes pseudo-labels; of the mean, its log-probabilities."""
         if self._source() == "mean":
             mean = torch.stack([stream.logits.softmax(1) for stream in streams.values()]).mean(0)
@@ -254,12 +256,12 @@ class MixeTeacher(MeanTeacher):
         ce, edge = [], []
         loss = pixel_cross_entropy(clean, torch.cat(answers))
         if taught.labelled is not None:
-            ce.append(labelled_mean(loss[: len(target)], target))
+            ce.append(ignore_aware_mean(loss[: len(target)], target))
             edge.append(edge_mean(loss[: len(target)], edge_mask(target)))
         if cfg.train_images != "labelled":
             accepted = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
             rest = loss[-len(pseudo.labels) :]
-            ce.append(confident_mean(rest, accepted, valid))
+            ce.append(weighted_pixel_mean(rest, accepted, valid))
             # The padding has labels too, made up by the teacher; they must not draw an edge around the picture.
             edges = edge_mask(pseudo.labels.masked_fill(~valid, IGNORE))
             edge.append(edge_mean(rest, edges & (accepted > 0)))
@@ -284,7 +286,7 @@ class MixeTeacher(MeanTeacher):
             return clean, nowhere, nothing if noise_hat is None else noise_hat, nothing
         assert isinstance(self.denoiser, Denoiser)
         name = (step.seed, "mixe-t", step.index)
-        times = [int(keyed_random.rng(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
+        times = [int(keyed_random.numpy_generator(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
         t = torch.tensor(times).to(device, non_blocking=True)
         noise = keyed_random.normal(keys, (codes, h, w), step.seed, "mixe-noise", step.index, device=device)
         uniform = keyed_random.uniform(keys, (h, w), step.seed, "mixe-flip", step.index, device=device)

@@ -16,7 +16,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from viladiff.data.batch import IGNORE
-from viladiff.losses import choose
+from viladiff.losses import check_choice
 
 SCHEDULES = ("cumulative", "constant", "matched")
 MATCHED_STEPS = 10
@@ -105,7 +105,7 @@ def _step_memory_lost(
 
 def _exponent(t: int | Tensor, schedule: str, timesteps: int | None) -> float | Tensor:
     """How many steps at rate beta the first t steps of the schedule amount to."""
-    choose("flip_schedule", schedule, SCHEDULES)
+    check_choice("flip_schedule", schedule, SCHEDULES)
     if _known_below(t, 0):
         raise ValueError(f"t = {t}: must not be negative")
     if schedule == "cumulative":
@@ -301,7 +301,7 @@ def confidence_threshold(
     for name, value in (("progress", progress), ("ramp", ramp)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} = {value}: must be from 0 to 1")
-    choose("tau_shape", shape, ("linear", "cosine", "step"))
+    check_choice("tau_shape", shape, ("linear", "cosine", "step"))
     done = 1.0 if progress >= ramp else progress / ramp
     if shape == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2

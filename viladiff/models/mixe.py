@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viladiff.losses import choose
+from viladiff.losses import check_choice
 from viladiff.models.blocks import bilinear
 from viladiff.models.diffusion import (
     add_gaussian_noise,
@@ -99,7 +99,7 @@ def regions(soft: Tensor, tau: float, gaussian_region: str) -> Tensor:
     ``soft`` (B, C, h, w) probabilities; a pixel is confident if its largest one exceeds ``tau``. ValueError for
     another region.
     """
-    choose("gaussian_region", gaussian_region, ("confident", "uncertain"))
+    check_choice("gaussian_region", gaussian_region, ("confident", "uncertain"))
     confident = soft.amax(dim=1) > tau
     return confident if gaussian_region == "confident" else ~confident
 

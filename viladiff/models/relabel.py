@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.data.batch import IGNORE
-from viladiff.losses import global_sum
+from viladiff.losses import all_reduce_sum
 from viladiff.models.diffusion import edge_mask
 
 LEVELS = 20
@@ -94,7 +94,7 @@ class Calibration(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Takes in the pixels of all workers since the last call."""
-        self.counts.mul_(KEPT).add_(global_sum(self.pending))
+        self.counts.mul_(KEPT).add_(all_reduce_sum(self.pending))
         self.pending.zero_()
 
 

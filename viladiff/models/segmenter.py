@@ -16,7 +16,7 @@ from viladiff.models.blocks import bilinear
 from viladiff.models.decoder import Decoder
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
-from viladiff.models.stream import Stream
+from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import ViLa, VilaConfig
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class _Last:
     def __init__(self, segmenter: Segmenter) -> None:
         self.images: Tensor | None = None
         self.maps: list[Tensor] = []
-        self.streams: list[tuple[TextBatch | None, dict[str, Stream]]] = []
+        self.streams: list[tuple[TextBatch | None, dict[str, StreamOutput]]] = []
         self._weights = [(x, _sum(x)) for x in (*segmenter.parameters(), *segmenter.buffers())]
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._changed: list[Tensor] = []
@@ -57,12 +57,12 @@ class _Last:
             self._keep(images, *self.maps)
         return list(self.maps)
 
-    def add(self, text: TextBatch | None, streams: dict[str, Stream]) -> None:
+    def add(self, text: TextBatch | None, streams: dict[str, StreamOutput]) -> None:
         self.streams.append((text, dict(streams)))
         if text is not None:
             self._keep(text.tokens, text.mask)
 
-    def found(self, text: TextBatch | None, names: tuple[str, ...]) -> dict[str, Stream] | None:
+    def found(self, text: TextBatch | None, names: tuple[str, ...]) -> dict[str, StreamOutput] | None:
         for words, streams in self.streams:
             if words is text and set(names) <= set(streams):
                 return {name: streams[name] for name in names}
@@ -138,7 +138,7 @@ class Segmenter(nn.Module):
 
     def streams(
         self, images: Tensor, text: TextBatch | None = None, names: tuple[str, ...] | None = None
-    ) -> dict[str, Stream]:
+    ) -> dict[str, StreamOutput]:
         """images (B, 3, H, W) to the named streams, all by default; encoder and fine decoder levels run once."""
         features, names, last = self.encode(images), self.names if names is None else names, self._last()
         found = None if last is None else last.found(text, names)
@@ -159,7 +159,7 @@ class Segmenter(nn.Module):
 
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
-    ) -> dict[str, Stream]:
+    ) -> dict[str, StreamOutput]:
         """The second half of ``streams``: what a method may change in between is every map that the decoder reads."""
         names = self.names if names is None else names
         top = features[-1]
@@ -172,7 +172,7 @@ class Segmenter(nn.Module):
         # Not chunk(): an exported graph would be held to one batch size by it.
         mids = self.decoder(tops, self.decoder.laterals(features)).unflatten(0, (len(names), -1))
         return {
-            name: Stream(t, mid, self.classify(mid, top, name))
+            name: StreamOutput(t, mid, self.classify(mid, top, name))
             for name, t, mid, top in zip(names, tokens, mids, tops.unflatten(0, (len(names), -1)), strict=True)
         }
 
@@ -191,11 +191,11 @@ class Segmenter(nn.Module):
         return {name: upsample(stream.logits, images.shape[-2:]) for name, stream in self.streams(images, text).items()}
 
 
-def mixed(stream: Stream, mix: CutMix, h: int, w: int, patch: int, stride: int) -> Stream:
+def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: int) -> StreamOutput:
     """A teacher stream with the boxes of the strong view pasted into its tokens, map and logits."""
     tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
     tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
-    return Stream(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
+    return StreamOutput(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
 
 
 def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
@@ -203,7 +203,7 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     return bilinear(logits, size)
 
 
-class Pair(nn.Module):
+class DualNetwork(nn.Module):
     """Two networks that predict together, by the mean of their logits; what ships one network ships this as well."""
 
     vila: ViLa | None = None
@@ -245,12 +245,12 @@ class Pair(nn.Module):
         return {"visual": self.logits(self.encode(images), images.shape[-2:])}
 
 
-Network = Segmenter | Pair
+Network = Segmenter | DualNetwork
 """What is evaluated and shipped."""
 
 
 @dataclass(frozen=True)
-class Build:
+class NetworkFactory:
     """How a method gets its networks: called once per independently initialised student."""
 
     model: ModelConfig

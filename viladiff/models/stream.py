@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Stream(NamedTuple):
+class StreamOutput(NamedTuple):
     """What one stream says of a batch, on the decoder's grid (h = H / stride)."""
 
     features: Tensor

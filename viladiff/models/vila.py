@@ -14,7 +14,7 @@ from viladiff.losses import feature_distillation, feature_terms, logit_distillat
 from viladiff.models.blocks import CrossBlock, SelfBlock, sincos_2d
 
 if TYPE_CHECKING:
-    from viladiff.models.stream import Stream
+    from viladiff.models.stream import StreamOutput
 
 Path = Literal["student_features", "student_logits", "teacher_features", "teacher_logits"]
 
@@ -75,7 +75,7 @@ class VilaConfig(Section):
         return self
 
 
-class Tokens(NamedTuple):
+class StreamTokens(NamedTuple):
     """One stream's result before the decoder."""
 
     features: Tensor
@@ -105,7 +105,7 @@ class ViLa(nn.Module):
         nn.init.zeros_(self.back.weight)
         nn.init.zeros_(self.back.bias)
 
-    def forward(self, top: Tensor, text: TextBatch | None, streams: tuple[str, ...]) -> dict[str, Tokens]:
+    def forward(self, top: Tensor, text: TextBatch | None, streams: tuple[str, ...]) -> dict[str, StreamTokens]:
         """top (B, D, h, w) to the asked streams; without text the fusion stream reads the null token alone."""
         batch, dim, h, w = top.shape
         tokens = self.project(top.flatten(2).transpose(1, 2)) + sincos_2d(h, w, self.width, top.device)
@@ -118,18 +118,18 @@ class ViLa(nn.Module):
         x = self.norm(x)
         change = self.back(x).transpose(1, 2).reshape(len(streams) * batch, dim, h, w)
         return {
-            stream: Tokens(x[i * batch : (i + 1) * batch], top + change[i * batch : (i + 1) * batch])
+            stream: StreamTokens(x[i * batch : (i + 1) * batch], top + change[i * batch : (i + 1) * batch])
             for i, stream in enumerate(streams)
         }
 
     def _injected(self, tokens: Tensor, text: TextBatch | None) -> Tensor:
-        words, mask = read_with_null(self.null, self.words, text, len(tokens))
+        words, mask = prepend_null_token(self.null, self.words, text, len(tokens))
         for block in self.inject:
             tokens = block(tokens, words, mask)
         return tokens
 
 
-def read_with_null(null: Tensor, embed: nn.Module, text: TextBatch | None, batch: int) -> tuple[Tensor, Tensor]:
+def prepend_null_token(null: Tensor, embed: nn.Module, text: TextBatch | None, batch: int) -> tuple[Tensor, Tensor]:
     """The null token (1, 1, W) and then the embedded words: (B, 1 + L, W), and (B, 1 + L) bool: what may be read."""
     words = null.expand(batch, -1, -1)
     mask = torch.ones(words.shape[:2], dtype=torch.bool, device=null.device)
@@ -139,7 +139,7 @@ def read_with_null(null: Tensor, embed: nn.Module, text: TextBatch | None, batch
     return words, mask
 
 
-def compared(
+def match_features(
     teacher: Tensor, student: Tensor, cells: Tensor, weight: Tensor, scope: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features (U, N, W) as the rows (B', D') that Eq. 1 compares, each row's weight, and the number of rows.
@@ -166,8 +166,8 @@ class Distilled(NamedTuple):
 
 def distil(
     cfg: VilaConfig,
-    taught: dict[str, Stream],
-    student: dict[str, Stream],
+    taught: dict[str, StreamOutput],
+    student: dict[str, StreamOutput],
     gate: Tensor,
     cells: Tensor,
     pixels: Tensor,
@@ -190,7 +190,7 @@ def distil(
             name, own = f"{start}_{what}", getattr(cfg.path_weights, f"{start}_{what}")
             if what == "features":
                 factor = cfg.feature_weight * own
-                *rows, keep, count = compared(tail.features, head.features, cells, weight, cfg.feature_scope)
+                *rows, keep, count = match_features(tail.features, head.features, cells, weight, cfg.feature_scope)
                 given = rows[0], rows[1], cfg.lam, cfg.feature_reduction
                 losses.append(factor * feature_distillation(*given, weight=keep, count=count))
                 squared, cosine = feature_terms(*given, weight=keep, count=count)

@@ -17,7 +17,7 @@ from viladiff.data.files.images import read_image, read_mask
 from viladiff.runs.record import write_atomically
 
 if TYPE_CHECKING:
-    from viladiff.data.files.validate import Report
+    from viladiff.data.files.validate import DatasetReport
 
 TEMPLATES = Path(__file__).parent / "templates"
 TILES, ACROSS, SIDE = 24, 6, 192
@@ -27,7 +27,7 @@ STRENGTH = 0.55
 """How much of an overlay is label; what is background keeps the image as it is."""
 
 
-def write_page(report: Report, out: Path, command: str) -> Path:
+def write_page(report: DatasetReport, out: Path, command: str) -> Path:
     """Writes mosaic.png and index.html into ``out``; returns the path of index.html. ValueError where that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_page(report: Report, out: Path, command: str) -> Path:
     return out / "index.html"
 
 
-def draw_mosaic(report: Report) -> np.ndarray | None:
+def draw_mosaic(report: DatasetReport) -> np.ndarray | None:
     """(H, W, 3) uint8 of evenly chosen images under their labels; None where no image has a sound mask."""
     names = [name for name, one in report.seen.items() if one.pixels is not None and not one.faults]
     if not names:
@@ -60,7 +60,7 @@ def draw_mosaic(report: Report) -> np.ndarray | None:
     return canvas
 
 
-def _tile(report: Report, name: str) -> np.ndarray:
+def _tile(report: DatasetReport, name: str) -> np.ndarray:
     classes = report.classes
     image = read_image(report.tree.images[name])
     mask = read_mask(report.tree.masks[name], len(classes.names), classes.coding)
@@ -80,7 +80,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarr
     return np.where((labels == 0)[..., None], image, np.rint(mixed)).astype(np.uint8)
 
 
-def html(report: Report, mosaic: bool, command: str) -> str:
+def html(report: DatasetReport, mosaic: bool, command: str) -> str:
     """The page as text; names of files are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -99,7 +99,7 @@ def html(report: Report, mosaic: bool, command: str) -> str:
     )
 
 
-def facts(report: Report) -> dict[str, str]:
+def facts(report: DatasetReport) -> dict[str, str]:
     """Counts and sizes, a line each."""
     masks = sum(one.pixels is not None for one in report.seen.values())
     found = {"images": f"{len(report.seen):,}", "with a mask that can be read": f"{masks:,}"}
@@ -114,7 +114,7 @@ def facts(report: Report) -> dict[str, str]:
     return {**found, "classes": str(len(report.classes.names))}
 
 
-def class_rows(report: Report) -> list[dict[str, Any]]:
+def class_rows(report: DatasetReport) -> list[dict[str, Any]]:
     """Share of labelled pixels and number of masks of each class, and of what is ignored (as a share of all pixels)."""
     pixels, images = report.pixels(), report.images()
     total, valid = int(pixels.sum()), int(pixels[:IGNORE].sum())

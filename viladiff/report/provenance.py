@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viladiff.report.sections import pretraining_data
-from viladiff.report.table.results import Entry, Results, number
+from viladiff.report.table.results import CellRun, Results, number
 from viladiff.runs.record import RunRecord, mismatch
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def facts(results: Results) -> list[Fact]:
 def shared(records: Sequence[RunRecord]) -> list[Fact]:
     """What runs have in common or not: data, evaluation, what models were trained on, notes, encoder, code."""
     found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
-    told = [pretraining_data.seen(record) for record in records]
+    told = [pretraining_data.pretraining_overlap(record) for record in records]
     names = dict.fromkeys(name for one in told for name in one)
     found += [_fact(name, (one[name] for one in told if name in one), False) for name in names]
     notes = [note for record in records for note in dict.fromkeys(record.notes)]
@@ -141,7 +141,7 @@ def duration(seconds: float | None) -> str:
 class Origin:
     """One run behind the page, and the cells that it stands in."""
 
-    entry: Entry
+    entry: CellRun
     cells: tuple[str, ...]
     link: str
     """Path of its record relative to the page; empty where there is none nearby."""
@@ -149,7 +149,7 @@ class Origin:
 
 def origins(results: Results, store: Store, out: Path) -> list[Origin]:
     """Unique runs in the order of the table."""
-    seen: dict[str, list[Entry]] = {}
+    seen: dict[str, list[CellRun]] = {}
     for entry in results.entries:
         seen.setdefault(entry.cell.run_id, []).append(entry)
     table = results.plan.table

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from viladiff.runs.maintenance import CHECKPOINTS, contradiction
-from viladiff.runs.record import parse_record, record_bytes, without_paths, write_atomically
+from viladiff.runs.record import parse_record, record_bytes, strip_local_paths, write_atomically
 from viladiff.runs.store import Store
 
 PARTS = {"records": "record.json", "pictures": "pictures.npz", "steps": "steps.jsonl"}
@@ -42,7 +42,7 @@ def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
         record = store.get(run_id)
         if record is None:
             raise ValueError(f"run {run_id}: has no record, so there is nothing to pack; viladiff runs show {run_id}")
-        members[f"records/{run_id}.json"] = record_bytes(without_paths(record))
+        members[f"records/{run_id}.json"] = record_bytes(strip_local_paths(record))
         for part in ("pictures", "steps"):
             file = store.file(run_id, PARTS[part])
             if file is not None:
@@ -162,7 +162,7 @@ def _place(store: Store, run_id: str, files: dict[str, Path]) -> str:
     with lease:
         here, directory = store.get(run_id), store.directory(run_id)
         if here is not None:
-            same = without_paths(here) == parse_record(files["record.json"].read_bytes(), run_id)
+            same = strip_local_paths(here) == parse_record(files["record.json"].read_bytes(), run_id)
             return "already here" if same else "not imported: another record of it is here, which stays"
         begun = [directory / name for name in CHECKPOINTS if (directory / name).exists()]
         for name, file in files.items():

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from viladiff.runs.record import naming, sync_directory
+from viladiff.runs.record import name_file_in_errors, sync_directory
 
 MAGIC = b"VILADIFF"
 VERSION = 1
@@ -43,7 +43,7 @@ def save(path: Path | str, state: dict[str, Any], keep_previous: bool = True) ->
         stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with name_file_in_errors(path), open(temporary, "wb") as file:
             _write(file, state)
             file.flush()
             os.fsync(file.fileno())
@@ -216,7 +216,7 @@ class StepLog:
         """Puts the pending rows on the disk, so that a checkpoint written after it never knows more than the log."""
         if not self._lines:
             return
-        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+        with name_file_in_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(self._lines))
             file.flush()
             os.fsync(file.fileno())
@@ -228,7 +228,7 @@ class StepLog:
         if not self.path.exists():
             return
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with naming(self.path), open(temporary, "w", encoding="utf-8") as file:
+        with name_file_in_errors(self.path), open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self._rows() if row["step"] < step)
             file.flush()
             os.fsync(file.fileno())

@@ -19,12 +19,12 @@ from viladiff.config.base import (
     Section,
     coerce,
     describe,
-    explain,
-    leaves,
-    nearest,
-    nest,
+    did_you_mean,
+    field_infos,
+    format_errors,
     parse_overrides,
-    unknown,
+    unflatten,
+    unknown_field,
     values,
 )
 from viladiff.config.sections import (
@@ -45,7 +45,16 @@ from viladiff.methods.base import MethodConfig
 from viladiff.methods.supervised import SupervisedConfig
 from viladiff.runs.run_name import Content, run_name
 
-__all__ = ["ConfigError", "RunConfig", "changed", "fields_help", "flatten", "override", "parse_overrides", "run_id"]
+__all__ = [
+    "ConfigError",
+    "RunConfig",
+    "fields_help",
+    "flatten",
+    "non_default_fields",
+    "override",
+    "parse_overrides",
+    "run_id",
+]
 
 CORE_REVISION = 4
 """Raised when the loop, the data layer or the evaluator computes something else than before; old records turn stale."""
@@ -83,7 +92,7 @@ class RunConfig(Section):
         try:
             super().__init__(**tree)
         except ValidationError as error:
-            raise ConfigError(explain(error, known, TAGS)) from None
+            raise ConfigError(format_errors(error, known, TAGS)) from None
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -99,7 +108,7 @@ def override(cfg: RunConfig, changes: Mapping[str, object]) -> RunConfig:
     ``data.dataset`` and ``method.name`` are applied first, wherever they stand, and bring their section back to its
     defaults. Of ``train.steps`` and ``train.epochs``, the one that is set replaces the other. Raises ConfigError.
     """
-    flat = changed(cfg)
+    flat = non_default_fields(cfg)
     for section, tag in TAGS.items():
         if f"{section}.{tag}" in changes:
             flat = {path: value for path, value in flat.items() if not path.startswith(f"{section}.")}
@@ -111,7 +120,7 @@ def override(cfg: RunConfig, changes: Mapping[str, object]) -> RunConfig:
     for one, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
         if one in changes and other not in changes:
             flat.pop(other, None)
-    return RunConfig(**nest({**flat, **changes}))
+    return RunConfig(**unflatten({**flat, **changes}))
 
 
 def flatten(cfg: RunConfig) -> dict[str, object]:
@@ -119,7 +128,7 @@ def flatten(cfg: RunConfig) -> dict[str, object]:
     return dict(values(cfg))
 
 
-def changed(cfg: RunConfig) -> dict[str, object]:
+def non_default_fields(cfg: RunConfig) -> dict[str, object]:
     """The fields that differ from the defaults of the chosen data set and method, and those two choices themselves."""
     plain = _plain(type(cfg), cfg.data.dataset, cfg.method.name)
     chosen = {f"{section}.{tag}" for section, tag in TAGS.items()}
@@ -141,7 +150,9 @@ def run_id(cfg: RunConfig, fingerprints: Mapping[str, str] | None = None) -> str
     """
     revision, train = METHODS[cfg.method.name].revision, cfg.train
     given = dict(fingerprints or {})
-    return run_name(Content(CORE_REVISION, revision, changed(cfg), cfg.seed, train.precision, train.tf32, given))
+    return run_name(
+        Content(CORE_REVISION, revision, non_default_fields(cfg), cfg.seed, train.precision, train.tf32, given)
+    )
 
 
 def fields_help(prefix: str = "", cfg: RunConfig | None = None) -> list[FieldHelp]:
@@ -156,7 +167,7 @@ def fields_help(prefix: str = "", cfg: RunConfig | None = None) -> list[FieldHel
         found = [row for row in describe(one) if f"{row.path}.".startswith(f"{prefix}." if prefix else "")]
         if found:
             return [row._replace(kind=choices.get(row.path, row.kind)) for row in found]
-    raise ConfigError(unknown(prefix, flatten(cfg)))
+    raise ConfigError(unknown_field(prefix, flatten(cfg)))
 
 
 @cache
@@ -166,8 +177,8 @@ def schema(dataset: str, method: str) -> dict[str, FieldInfo]:
     _known_choice("method.name", method, METHODS)
     sections = {"data": DATASETS[dataset], "method": METHODS[method].Config}
     found: dict[str, FieldInfo] = {}
-    for path, info in leaves(RunConfig).items():
-        found |= leaves(sections[path], f"{path}.") if path in sections else {path: info}
+    for path, info in field_infos(RunConfig).items():
+        found |= field_infos(sections[path], f"{path}.") if path in sections else {path: info}
     return found
 
 
@@ -178,7 +189,7 @@ def _plain(kind: type[RunConfig], dataset: str, method: str) -> dict[str, object
 
 def _known_choice(path: str, value: str, table: Mapping[str, object]) -> None:
     if value not in table:
-        raise ConfigError(f"{path} = {value!r}: allowed: {', '.join(table)}{nearest(value, table)}")
+        raise ConfigError(f"{path} = {value!r}: allowed: {', '.join(table)}{did_you_mean(value, table)}")
 
 
 def _no_such_field(path: str, known: Iterable[str]) -> str:
@@ -189,7 +200,7 @@ def _no_such_field(path: str, known: Iterable[str]) -> str:
     for method in METHODS:
         if path in schema("digits", method):
             return f"{path}: not a field of this method; it is one of method.name={method}"
-    return unknown(path, list(known))
+    return unknown_field(path, list(known))
 
 
 def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -238,7 +249,7 @@ def _filled(given: object, preset: Mapping[str, object], name: str) -> object:
         deeper = {key: fill(below[key], over[key]) for key in both if isinstance(over[key], Mapping)}
         return {**below, **over, **deeper}
 
-    return fill(nest(preset), {"name": name, **tree})
+    return fill(unflatten(preset), {"name": name, **tree})
 
 
 def _batch_faults(cfg: RunConfig) -> Iterator[str]:

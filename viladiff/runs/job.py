@@ -44,7 +44,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExecutionSettings:
     """How runs are spread over processors. Raises ValueError for a number that makes no sense."""
 
     threads: int = 1

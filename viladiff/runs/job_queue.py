@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from viladiff.runs.job import Event, Outcome, Settings
+from viladiff.runs.job import Event, ExecutionSettings, Outcome
 from viladiff.runs.store import Failure, Store
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,10 +31,10 @@ LOOK = 1.0
 
 
 @dataclass
-class Live:
+class ActiveRun:
     """A run that is under way."""
 
-    job: Planned
+    job: PlannedRun
     heard: float
     """Clock of the desk at the last sign of life."""
     place: tuple[str, int] | None = None
@@ -43,18 +43,23 @@ class Live:
     hung: bool = False
 
 
-class Desk:
+class JobQueue:
     """The state of one call of ``run_jobs``; nothing here blocks."""
 
     def __init__(
-        self, jobs: Sequence[Planned], store: Store, settings: Settings, slots: int, tell: Callable[[Event], None]
+        self,
+        jobs: Sequence[PlannedRun],
+        store: Store,
+        settings: ExecutionSettings,
+        slots: int,
+        tell: Callable[[Event], None],
     ) -> None:
         self.store, self.settings, self.slots, self.tell = store, settings, slots, tell
         self.waiting = deque(jobs)
-        self.alone: deque[Planned] = deque()
+        self.alone: deque[PlannedRun] = deque()
         """Runs that ran out of memory beside others."""
-        self.elsewhere: dict[str, tuple[Planned, Failure | None]] = {}
-        self.live: dict[str, Live] = {}
+        self.elsewhere: dict[str, tuple[PlannedRun, Failure | None]] = {}
+        self.live: dict[str, ActiveRun] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.tries: dict[str, list[Kind]] = {}
         self.stopping = False
@@ -76,7 +81,7 @@ class Desk:
             if not self._already(job):
                 self.waiting.append(job)
 
-    def next(self) -> Planned | None:
+    def next(self) -> PlannedRun | None:
         """A run to start now, if there is one and room for it."""
         exclusive = any(name in self.tries and "memory" in self.tries[name] for name in self.live)
         if self.stopping or exclusive or len(self.live) >= self.slots:
@@ -85,11 +90,11 @@ class Desk:
             job = self.waiting.popleft()
             if self._already(job):
                 continue
-            self.live[job.run_id] = Live(job, self.clock)
+            self.live[job.run_id] = ActiveRun(job, self.clock)
             return job
         if self.alone and not self.live and not self.elsewhere:
             job = self.alone.popleft()
-            self.live[job.run_id] = Live(job, self.clock)
+            self.live[job.run_id] = ActiveRun(job, self.clock)
             return job
         return None
 
@@ -182,7 +187,7 @@ class Desk:
 
     # How it decides
 
-    def _already(self, job: Planned) -> bool:
+    def _already(self, job: PlannedRun) -> bool:
         """Whether it is done, or somebody else is at it."""
         record = self.store.get(job.run_id)
         if record is not None:
@@ -193,7 +198,7 @@ class Desk:
             return False
         return True
 
-    def _leave(self, job: Planned) -> None:
+    def _leave(self, job: PlannedRun) -> None:
         self.elsewhere[job.run_id] = (job, self.store.failure(job.run_id))
         self.tell(Event("elsewhere", job.run_id, message=f"{self.store.holder(job.run_id) or 'another driver'}"))
 
@@ -212,7 +217,7 @@ class Desk:
                 self.waiting.appendleft(job)
                 self.tell(Event("waiting", run_id, message="left by another driver"))
 
-    def _failed(self, run: Live, kind: Kind, message: str) -> None:
+    def _failed(self, run: ActiveRun, kind: Kind, message: str) -> None:
         run_id = run.job.run_id
         tries = self.tries.setdefault(run_id, [])
         tries.append(kind)

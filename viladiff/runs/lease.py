@@ -61,11 +61,11 @@ class Holder:
         return f"process {self.pid} on {self.host} since {self.since}"
 
 
-class LeaseLost(ValueError):
+class LeaseLostError(ValueError):
     """Another machine took this one for dead and has the run now; writing on would spoil its files."""
 
 
-class Watch:
+class HeartbeatMonitor:
     """When this process first saw each heartbeat of another machine, so that clocks are never compared."""
 
     def __init__(self) -> None:
@@ -110,7 +110,9 @@ class Lease:
         """Raises LeaseLost where another machine has taken over; looks at once, not at the next heartbeat."""
         if not self.path.exists():
             self._lost.set()
-            raise LeaseLost(f"{self.path.parent}: another machine took this over after this one was silent too long")
+            raise LeaseLostError(
+                f"{self.path.parent}: another machine took this over after this one was silent too long"
+            )
 
     def release(self) -> None:
         """May be called twice, and by a forked child, where it does nothing."""
@@ -139,7 +141,7 @@ class Lease:
                 continue  # the file system may come back before others lose patience
 
 
-def take(directory: Path, watch: Watch) -> Lease | None:
+def acquire(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
     """A lease on ``directory``, which is made where it is missing; None where somebody else has or gets one.
 
     Safe between threads, processes and machines; a lease left by a dead holder is removed on the way.
@@ -166,18 +168,18 @@ def take(directory: Path, watch: Watch) -> Lease | None:
     return None
 
 
-def take_or_say(directory: Path) -> Lease:
+def acquire_or_raise(directory: Path) -> Lease:
     """``take_or_wait``; ValueError that names the holder where somebody else has the directory."""
-    watch = Watch()
+    watch = HeartbeatMonitor()
     lease = take_or_wait(directory, watch)
     if lease is None:
-        holders = [str(holder) for holder in living(directory, watch).values() if holder is not None]
+        holders = [str(holder) for holder in live_leases(directory, watch).values() if holder is not None]
         who = holders[0] if holders else "another process"
         raise ValueError(f"{directory}: {who} is at work on this run; wait until it is done, or stop it first")
     return lease
 
 
-def take_or_wait(directory: Path, watch: Watch) -> Lease | None:
+def take_or_wait(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
     """``take``, which waits as long as nobody can know whether the holder lives; None once somebody is seen to live.
 
     After a restart of the machine or the container, the lease of a run that died with it is as one of another machine.
@@ -188,8 +190,8 @@ def take_or_wait(directory: Path, watch: Watch) -> Lease | None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
     first: dict[Path, int] = {}
     with _countdown(directory) as show:
-        while (lease := take(directory, watch)) is None:
-            held = [found for found in inspect(directory, watch) if not found.sure]
+        while (lease := acquire(directory, watch)) is None:
+            held = [found for found in scan(directory, watch) if not found.sure]
             if any(_lives(found.holder) or first.setdefault(found.path, found.beat) != found.beat for found in held):
                 return None
             if held:
@@ -218,20 +220,20 @@ def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], Non
             print(file=sys.stderr, flush=True)
 
 
-def living(directory: Path, watch: Watch) -> dict[Path, Holder | None]:
+def live_leases(directory: Path, watch: HeartbeatMonitor) -> dict[Path, Holder | None]:
     """Leases on ``directory`` whose holder lives, or may; None: unreadable. Those surely of the dead are removed."""
     _held(directory, watch)
-    return {found.path: found.holder for found in inspect(directory, watch) if not found.dead}
+    return {found.path: found.holder for found in scan(directory, watch) if not found.dead}
 
 
-def held(directory: Path, watch: Watch) -> bool:
+def held(directory: Path, watch: HeartbeatMonitor) -> bool:
     """Whether ``take`` would find somebody there, who may be dead and has to be watched for longer."""
     return bool(_held(directory, watch))
 
 
-def _held(directory: Path, watch: Watch) -> list[Found]:
+def _held(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
     """Leases that nobody may take over; the others are removed, where this process may."""
-    seen = inspect(directory, watch)
+    seen = scan(directory, watch)
     for found in seen:
         if found.sure:
             with suppress(OSError):  # another user's: it stays, without effect
@@ -254,7 +256,7 @@ class Found(NamedTuple):
     """Whether it is also certain enough to take the run over."""
 
 
-def inspect(directory: Path, watch: Watch) -> list[Found]:
+def scan(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
     """Each lease on ``directory``; removes nothing."""
     try:
         names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
@@ -290,7 +292,7 @@ def _parse(text: bytes) -> Holder | None:
     return holder if whole and 0 < holder.pid < 2**31 else None
 
 
-def _judged(path: Path, holder: Holder | None, beat: int, watch: Watch) -> Found:
+def _judged(path: Path, holder: Holder | None, beat: int, watch: HeartbeatMonitor) -> Found:
     alive, silent = _lives(holder), watch.silent(path.name, beat)
     if alive is not None:
         return Found(path, holder, beat, not alive, not alive)  # one that is stopped is silent and may still go on
@@ -303,7 +305,7 @@ def _aged(beat: int) -> bool:
     return time.time() - beat / 1e9 > LONG_DEAD
 
 
-def _left(found: Found, watch: Watch) -> float:
+def _left(found: Found, watch: HeartbeatMonitor) -> float:
     """Seconds of silence after which it may be taken over."""
     return (2 * HEARTBEAT if _aged(found.beat) else SILENT) - watch.silent(found.path.name, found.beat)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from viladiff.config import renamed
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.runs.gradient_shares import THIRDS, by_thirds
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
@@ -23,7 +23,7 @@ _BAR = 30
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run; of one that is not finished only name, state and time are known, since the record is written last."""
 
     run_id: str
@@ -49,7 +49,7 @@ class Row:
         return row
 
 
-def rows(store: Store) -> list[Row]:
+def rows(store: Store) -> list[RunRow]:
     """Every run of the store and its layers; an empty directory is no run."""
     own = set(store.own())
     records = store.records()
@@ -57,7 +57,7 @@ def rows(store: Store) -> list[Row]:
     return found + [row for run_id in sorted(own - records.keys()) if (row := _unfinished(store, run_id))]
 
 
-def _finished(store: Store, record: RunRecord, own: bool) -> Row:
+def _finished(store: Store, record: RunRecord, own: bool) -> RunRow:
     config, path = record.config, store.directory(record.run_id) / "record.json"
     own = own and path.exists()
     when = record.finished or (_time(path.stat().st_mtime) if own else "")
@@ -65,12 +65,12 @@ def _finished(store: Store, record: RunRecord, own: bool) -> Row:
         name: value for name, value in record.changed.items() if name not in _SHOWN and not name.startswith("runtime.")
     }
     choice = (config.get("method.name"), config.get("data.dataset"), config.get("data.split"), config.get("seed"))
-    return Row(
+    return RunRow(
         record.run_id, *choice, differs, record.steps, record.miou, "done", when, record.scale, not own, "", record
     )
 
 
-def _unfinished(store: Store, run_id: str) -> Row | None:
+def _unfinished(store: Store, run_id: str) -> RunRow | None:
     directory = store.directory(run_id)
     holder, failure = store.holder(run_id), store.failure(run_id)
     files = [path.stat().st_mtime for path in directory.iterdir() if not path.name.startswith(("lease-", "."))]
@@ -86,7 +86,7 @@ def _unfinished(store: Store, run_id: str) -> Row | None:
     else:
         return None
     when = _time(max(files)) if files else holder.since if holder else ""
-    return Row(run_id, None, None, None, None, {}, None, None, state, when, "", False, note)
+    return RunRow(run_id, None, None, None, None, {}, None, None, state, when, "", False, note)
 
 
 def _time(seconds: float) -> str:
@@ -96,7 +96,7 @@ def _time(seconds: float) -> str:
 # Choosing
 
 
-def select(rows: Iterable[Row], filters: Sequence[str], state: str | None = None) -> list[Row]:
+def select(rows: Iterable[RunRow], filters: Sequence[str], state: str | None = None) -> list[RunRow]:
     """Rows where each ``field=value`` holds; a field is a column of the list or any field of the configuration.
 
     ValueError for a word without "=" and for a field that no run has.
@@ -110,32 +110,32 @@ def select(rows: Iterable[Row], filters: Sequence[str], state: str | None = None
             raise ValueError(f"{word!r}: write field=value, as in method.name=viladiff or seed=0")
         if name not in known and rows:
             new = renamed.FIELDS.get(name)
-            told = f"renamed; write {new}" if new else f"no run has such a field{nearest(name, known)}"
+            told = f"renamed; write {new}" if new else f"no run has such a field{did_you_mean(name, known)}"
             raise ValueError(f"{name}: {told}")
         wanted.append((name, text))
     chosen = [row for row in rows if state in (None, row.state)]
     return [row for row in chosen if all(_has(row, name) and _is(_value(row, name), text) for name, text in wanted)]
 
 
-def why_none(rows: Sequence[Row], filters: Sequence[str], state: str | None) -> str:
+def explain_no_match(rows: Sequence[RunRow], filters: Sequence[str], state: str | None) -> str:
     """What to say where nothing was chosen: the values that the fields do have."""
     for word in filters:
         name, _, text = word.partition("=")
         values = {typed(_value(row, name)) for row in rows if _value(row, name) is not None}
         if text not in values:
             shown = ", ".join(sorted(values, key=_natural)[:12])
-            return f"No run has {word}; {name} is one of {shown}{nearest(text, values)}"
+            return f"No run has {word}; {name} is one of {shown}{did_you_mean(text, values)}"
     states = ", ".join(sorted({row.state for row in rows}))
     return f"None of {len(rows)} runs is all of: {' '.join([*filters, state or ''])} (states: {states})"
 
 
-def pick(word: str, rows: Sequence[Row]) -> Row:
+def find_run(word: str, rows: Sequence[RunRow]) -> RunRow:
     """The run of this name, or the only one whose name begins so; a path ends in the name. ValueError otherwise."""
-    name = match(word, [row.run_id for row in rows])
+    name = resolve_prefix(word, [row.run_id for row in rows])
     return next(row for row in rows if row.run_id == name)
 
 
-def match(word: str, names: Collection[str]) -> str:
+def resolve_prefix(word: str, names: Collection[str]) -> str:
     """The only one of ``names`` that begins with ``word``; ValueError where none or several do."""
     start = Path(word).name if "/" in word else word
     found = sorted(name for name in names if name.startswith(start)) if start else []
@@ -145,39 +145,39 @@ def match(word: str, names: Collection[str]) -> str:
         shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
         raise ValueError(f"run {word!r}: {len(found)} runs begin so ({shown}); type more of the name")
     heads = {name[: max(4, len(start))] for name in names}
-    raise ValueError(f"run {word!r}: viladiff runs list shows {len(names)} others{nearest(start, heads)}")
+    raise ValueError(f"run {word!r}: viladiff runs list shows {len(names)} others{did_you_mean(start, heads)}")
 
 
-def finished(row: Row) -> RunRecord:
+def finished(row: RunRow) -> RunRecord:
     """Its record; ValueError that says why there is none."""
     if row.record is None:
         raise ValueError(f"run {row.run_id}: is not finished ({row.state}: {row.note}), so it has no numbers yet")
     return row.record
 
 
-def ordered(rows: Iterable[Row], column: str = "", reverse: bool = False) -> list[Row]:
+def ordered(rows: Iterable[RunRow], column: str = "", reverse: bool = False) -> list[RunRow]:
     """Sorted by a column of the list or a field; numbers in text count as numbers, runs without a value come last."""
     rows = list(rows)
     if column and rows and column not in _fields(rows):
-        raise ValueError(f"--sort {column}: no such column{nearest(column, _fields(rows))}")
+        raise ValueError(f"--sort {column}: no such column{did_you_mean(column, _fields(rows))}")
     keys = (column, *DEFAULT_ORDER) if column else DEFAULT_ORDER
     out = sorted(rows, key=lambda row: [_natural(typed(_value(row, key))) for key in keys], reverse=reverse)
     return sorted(out, key=lambda row: _value(row, keys[0]) is None)
 
 
-def _fields(rows: Iterable[Row]) -> set[str]:
+def _fields(rows: Iterable[RunRow]) -> set[str]:
     return (
         set(COLUMNS) - {"differs"} | {"published"} | {name for row in rows if row.record for name in row.record.config}
     )
 
 
-def _value(row: Row, name: str) -> Any:
+def _value(row: RunRow, name: str) -> Any:
     if name in COLUMNS or name == "published":
         return getattr(row, name)
     return row.record.config.get(name) if row.record else None
 
 
-def _has(row: Row, name: str) -> bool:
+def _has(row: RunRow, name: str) -> bool:
     """Whether the run has the field at all; "none" is a value, the field of another method is not."""
     return _value(row, name) is not None or (row.record is not None and (name in COLUMNS or name in row.record.config))
 
@@ -212,7 +212,7 @@ def typed(value: object) -> str:
 # Printing
 
 
-def print_rows(rows: Sequence[Row]) -> None:
+def print_rows(rows: Sequence[RunRow]) -> None:
     """The list; mIoU in per cent."""
     lines = []
     for row in rows:
@@ -227,7 +227,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     print(f"\n{len(rows)} run{'s' * (len(rows) != 1)}")
 
 
-def show(store: Store, row: Row) -> None:
+def show(store: Store, row: RunRow) -> None:
     """Facts, scores of each network and stream, and a bar for each class of the headline."""
     record = row.record
     path = store.file(row.run_id, "record.json")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from viladiff.config.base import ConfigError, nest
+from viladiff.config.base import ConfigError, unflatten
 from viladiff.runs.lease import runs_here
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.runs.run_name import PLACES, hashed
@@ -107,7 +107,7 @@ def current_name(record: RunRecord) -> str | None:
     from viladiff.runs.config import RunConfig, run_id
 
     try:
-        return run_id(RunConfig(**nest(record.config)), record.fingerprints)
+        return run_id(RunConfig(**unflatten(record.config)), record.fingerprints)
     except ConfigError:
         return None
 
@@ -135,7 +135,7 @@ def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
             yield Finding(path, run_id, False, str(error))
 
 
-def waste(store: Store, keep_checkpoints: bool = False, pages: Path | None = None) -> list[Waste]:
+def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = None) -> list[Waste]:
     """What ``viladiff runs gc`` removes; never a record that can be read, never anything of a run in work.
 
     ``pages``: a directory of reports, of which only half-written files are waste.

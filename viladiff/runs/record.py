@@ -182,7 +182,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with naming(path):
+        with name_file_in_errors(path):
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -195,7 +195,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Iterator[None]:
     """The error of a full disk names the file, or folder of files, that was being written; of itself it names none."""
     try:
         yield
@@ -225,7 +225,7 @@ def checksum(rest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def without_paths(record: RunRecord) -> RunRecord:
+def strip_local_paths(record: RunRecord) -> RunRecord:
     """A copy fit to be published: it no longer says where on somebody's machine it ran."""
     hidden = ("runtime.runs_dir", "runtime.data_root", "data.split_dir", "runtime.captions", "runtime.text_model")
     config, changed = (
@@ -240,11 +240,11 @@ def without_paths(record: RunRecord) -> RunRecord:
     return RunRecord(**{**record.model_dump(), "config": config, "changed": changed, "pretrained": pretrained})
 
 
-class DamagedRecord(ValueError):
+class CorruptRecordError(ValueError):
     """The bytes are not those that ``save_record`` wrote; a sound record of another version is a plain ValueError."""
 
 
-class ForgedRecord(DamagedRecord):
+class ForgedRecordError(CorruptRecordError):
     """The record's configuration does not match its name."""
 
 
@@ -268,11 +268,13 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
         written = rest.pop("checksum", None)
         found = checksum(rest)
     except (ValueError, RecursionError) as error:
-        raise DamagedRecord(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
+        raise CorruptRecordError(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
     if written is None:
-        raise DamagedRecord(f"{path} is not a run's record: it has no checksum")
+        raise CorruptRecordError(f"{path} is not a run's record: it has no checksum")
     if written != found:
-        raise DamagedRecord(f"{path} is damaged: its checksum is {str(written)[:12]}, its content gives {found[:12]}")
+        raise CorruptRecordError(
+            f"{path} is damaged: its checksum is {str(written)[:12]}, its content gives {found[:12]}"
+        )
     try:
         record = RunRecord.model_validate(rest)
     except ValidationError as error:
@@ -280,9 +282,9 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
         field = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path} was written by another version of viladiff: {field}: {first['msg']}") from error
     if why := impossible(record):
-        raise DamagedRecord(f"{path} is not a run's record: {why}")
+        raise CorruptRecordError(f"{path} is not a run's record: {why}")
     if why := mismatch(record):
-        raise ForgedRecord(f"{path} does not match its name {record.run_id}: {why}")
+        raise ForgedRecordError(f"{path} does not match its name {record.run_id}: {why}")
     return record
 
 
@@ -321,7 +323,7 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-def forget_peak_memory() -> bool:
+def reset_peak_memory() -> bool:
     """Lets ``peak_memory`` begin anew; False where the kernel has no such thing or does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

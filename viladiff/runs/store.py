@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from viladiff.runs import lease as leases
 from viladiff.runs.lease import Holder, Lease
-from viladiff.runs.record import DamagedRecord, RunRecord, parse_record, write_atomically
+from viladiff.runs.record import CorruptRecordError, RunRecord, parse_record, write_atomically
 
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -79,7 +79,7 @@ class Store:
         self._say, self._repair = say, repair
         self._lock = threading.RLock()
         self._read: dict[Path, tuple[_Stamp, RunRecord | None]] = {}
-        self._watch = leases.Watch()
+        self._watch = leases.HeartbeatMonitor()
 
     # Records
 
@@ -149,7 +149,7 @@ class Store:
         try:
             record = self._load(path)
         except ValueError as error:
-            self._set_aside(path, str(error), "damaged" if isinstance(error, DamagedRecord) else "other-version")
+            self._set_aside(path, str(error), "damaged" if isinstance(error, CorruptRecordError) else "other-version")
             return None
         if record is not None and record.run_id != run_id:
             if self._repair:
@@ -239,11 +239,11 @@ class Store:
 
         Look once more for the record after taking it: whoever had it before may just have finished.
         """
-        return leases.take(self.directory(run_id), self._watch)
+        return leases.acquire(self.directory(run_id), self._watch)
 
     def holder(self, run_id: str) -> Holder | None:
         """Who works on the run now, as far as one look tells; None also where the only lease cannot be read."""
-        held = leases.living(self.directory(run_id), self._watch)
+        held = leases.live_leases(self.directory(run_id), self._watch)
         return next((holder for holder in held.values() if holder is not None), None)
 
     def held(self, run_id: str) -> bool:
@@ -268,7 +268,7 @@ class Store:
         found: list[Path] = []
         for run_id in self.own():
             directory = self.directory(run_id)
-            state = leases.inspect(directory, self._watch)
+            state = leases.scan(directory, self._watch)
             dead = [lease.path for lease in state if (lease.sure if sure else lease.dead)]
             found += dead
             if len(dead) == len(state):

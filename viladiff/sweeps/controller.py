@@ -12,23 +12,23 @@ from pathlib import Path
 
 from viladiff.runs.job import Outcome
 from viladiff.runs.store import Store
-from viladiff.sweeps.optuna_study import Asker
+from viladiff.sweeps.optuna_study import OptunaStudy
 from viladiff.sweeps.space import Point
-from viladiff.sweeps.trials import Rung, State, Tally, Trial, load_trials, save_trial
-from viladiff.tables.plan import Planned
+from viladiff.sweeps.trials import Rung, SeedStatistics, State, Trial, load_trials, save_trial
+from viladiff.tables.plan import PlannedRun
 
 HOPELESS = 3
 """Trials that must have failed, and none done anything else, for a sweep to be given up."""
 
 
-class Search:
+class SweepController:
     """The trials of one sweep. Nothing here blocks but sampling."""
 
     def __init__(
         self,
         directory: Path,
-        asker: Asker,
-        planned: Callable[[Point, int, str], Planned],
+        asker: OptunaStudy,
+        planned: Callable[[Point, int, str], PlannedRun],
         seeds: tuple[int, ...],
         steps: tuple[int, ...],
         wanted: int,
@@ -44,7 +44,7 @@ class Search:
         self.seeds, self.steps, self.wanted, self.store, self.tell = seeds, steps, wanted, store, tell
         self.held = held
         self.trials = load_trials(directory)
-        self.tally, self.order = Tally(), 0
+        self.tally, self.order = SeedStatistics(), 0
         self.owner: dict[str, tuple[int, int]] = {}
         """Trial and seed of each run that is under way."""
         self.first: dict[str, int] = {}
@@ -75,7 +75,7 @@ class Search:
 
     # Handing out
 
-    def work(self) -> list[Planned]:
+    def work(self) -> list[PlannedRun]:
         """Runs to start now; none where there is nothing to do but wait, or nothing left (``done``)."""
         while not self.hopeless:
             job = self._next()
@@ -86,7 +86,7 @@ class Search:
         self.done = not self.owner
         return []
 
-    def _next(self) -> list[Planned] | None:
+    def _next(self) -> list[PlannedRun] | None:
         """Jobs of one trial, none if it ended at once; None where there is no trial to go on with."""
         if self._again:
             return self._go_on(self._again.pop(0))
@@ -94,7 +94,7 @@ class Search:
             return self._ask()
         return None
 
-    def _ask(self) -> list[Planned]:
+    def _ask(self) -> list[PlannedRun]:
         self.held()
         number = len(self.trials)
         asked = self.asker.ask(number, self.trials)
@@ -116,10 +116,10 @@ class Search:
             self._follow(trial)
         return []
 
-    def _job(self, number: int, point: Point, seed: int) -> Planned:
+    def _job(self, number: int, point: Point, seed: int) -> PlannedRun:
         return self.planned(point, seed, f"trial {number}, seed {seed}")
 
-    def _go_on(self, trial: Trial) -> list[Planned]:
+    def _go_on(self, trial: Trial) -> list[PlannedRun]:
         """The next run of a trial; none if that was all, since it then ends."""
         if trial.number in self.asker.stopped:
             self._finish(trial, "pruned", self._stopped_at(trial))
@@ -163,7 +163,7 @@ class Search:
         trial.rungs += new
         return new
 
-    def ended(self, outcome: Outcome) -> list[Planned]:
+    def ended(self, outcome: Outcome) -> list[PlannedRun]:
         """How a run ended; returns the next run of its trial, if there is one."""
         number, seed = self.owner.pop(outcome.run_id, (-1, -1))
         if number < 0:
@@ -180,7 +180,7 @@ class Search:
             self._again.append(trial)  # interrupted: the next call goes on with it
         return []
 
-    def _scored(self, trial: Trial, seed: int, run_id: str) -> list[Planned]:
+    def _scored(self, trial: Trial, seed: int, run_id: str) -> list[PlannedRun]:
         record = self.store.get(run_id)
         value = None if record is None else record.miou
         if record is None or value is None or not math.isfinite(value):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.sweeps.space import Value
-from viladiff.sweeps.spec import FRESH, Namer, Sweep
+from viladiff.sweeps.spec import FRESH, Sweep, SweepPlanner
 from viladiff.sweeps.trials import Trial, ranked
-from viladiff.tables.plan import Planned
+from viladiff.tables.plan import PlannedRun
 from viladiff.tables.significance import LEVEL, Records, holm, smallest_detectable
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Finalist:
     """The paper's value may be the winner too."""
     trial: int
     point: dict[str, Value]
-    runs: dict[int, Planned]
+    runs: dict[int, PlannedRun]
     """By fresh seed."""
 
     @property
@@ -40,7 +40,7 @@ class Finalist:
 
 
 @dataclass(frozen=True)
-class Contest:
+class FinalComparison:
     """A paired comparison of two finalists over the seeds that both have; points of mIoU."""
 
     higher: str
@@ -77,7 +77,7 @@ class Tuned(NamedTuple):
     """Whether the first point is the chosen one."""
 
 
-def finalists(sweep: Sweep, trials: Sequence[Trial], namer: Namer) -> list[Finalist]:
+def finalists(sweep: Sweep, trials: Sequence[Trial], namer: SweepPlanner) -> list[Finalist]:
     """Winner, the paper's value and runner-up, equal ones once; none before a trial is complete. Loads torch."""
     best = ranked(list(trials))
     chosen: dict[int, list[Role]] = {}
@@ -116,7 +116,7 @@ def chosen(found: Sequence[Finalist], records: Records) -> Finalist | None:
     return found[max(range(len(found)), key=means.__getitem__)] if found else None
 
 
-def contests(found: Sequence[Finalist], records: Records, fewest: int = FRESH) -> list[Contest]:
+def compare_finalists(found: Sequence[Finalist], records: Records, fewest: int = FRESH) -> list[FinalComparison]:
     """The winner against each other finalist, where both have ``fewest`` seeds; with Holm's correction for how many.
 
     A two-sided paired t test: d_s = a_s - b_s over the n seeds that both have, t = mean(d) / (sd(d) / √n), n - 1
@@ -156,12 +156,12 @@ def _contest(
     tested: tuple[float, float, float],
     p: float,
     comparisons: int,
-) -> Contest:
+) -> FinalComparison:
     from scipy import stats
 
     mean, error, df = tested[0], tested[1], len(d) - 1
     half = float(stats.t.isf(0.025, df)) * error
-    return Contest(
+    return FinalComparison(
         a.label,
         b.label,
         len(d),
@@ -174,7 +174,7 @@ def _contest(
     )
 
 
-def said(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[str]:
+def format_verdict(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[str]:
     """The verdict in lines of text."""
     for one in found:
         values = list(scores(one, records).values())
@@ -185,7 +185,7 @@ def said(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[s
             yield f"{one.label}: {mean:.2f}{spread} mIoU over {len(values)} of {wanted} fresh seeds, trial {one.trial}"
         else:
             yield f"{one.label}: not trained anew yet, trial {one.trial}"
-    for contest in contests(found, records, min(FRESH, wanted)):
+    for contest in compare_finalists(found, records, min(FRESH, wanted)):
         low, high = contest.interval
         verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[contest.outcome]
         yield (

@@ -38,7 +38,7 @@ class ForeignStudy(ValueError):
     """A study of the sweep's name that was not made here, and is left alone."""
 
 
-class Asker:
+class OptunaStudy:
     """Where points come from, and where values go."""
 
     def __init__(

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from viladiff.config.base import ConfigError, nearest
+from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import read_toml, sentence, strange_values
 from viladiff.runs.run_name import arithmetic
 from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
 from viladiff.tables.cells import check_lists, embedded, list_of_seed
-from viladiff.tables.plan import Planned
-from viladiff.tables.spec import RESERVED, Printed, Scale, Seeds, Strict
+from viladiff.tables.plan import PlannedRun
+from viladiff.tables.spec import RESERVED, PaperValue, Scale, Seeds, Strict
 from viladiff.tables.spec_file import published_lists
 
 Select = Literal["holdout", "val"]
@@ -45,13 +45,13 @@ def _as_rungs(value: object) -> object:
     raise ValueError("shares of the steps in rising order, the last one 1.0, such as [0.25, 0.5, 1.0]")
 
 
-class Curve(Strict):
+class PaperCurve(Strict):
     """Numbers that the paper prints along one dimension, to be drawn beside what was found."""
 
     label: str = Field(min_length=1)
     field: str
     at: tuple[Value, ...] = Field(min_length=1)
-    miou: tuple[Printed, ...]
+    miou: tuple[PaperValue, ...]
     """Percent, one for each place."""
 
 
@@ -78,7 +78,7 @@ class Sweep(Strict):
     initial_point: dict[str, Value]
     """The paper's value: the first point that is tried."""
     scale: dict[str, Scale] = Field(min_length=1)
-    paper: tuple[Curve, ...] = ()
+    paper: tuple[PaperCurve, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -114,7 +114,7 @@ def _said(item: Any, tree: Mapping[str, Any]) -> str:
     if loc[0] in ("space", "initial_point") and len(loc) > 1:
         inner = {**item, "loc": loc[2:] if len(loc) > 2 and loc[0] == "space" else ()}
         return f'{loc[0]}."{loc[1]}": {sentence(inner, tree, Dimension, {})}'
-    return sentence(item, tree, Sweep, {"scale": Scale, "paper": Curve})
+    return sentence(item, tree, Sweep, {"scale": Scale, "paper": PaperCurve})
 
 
 def _faults(sweep: Sweep) -> Iterator[str]:
@@ -128,7 +128,7 @@ def _faults(sweep: Sweep) -> Iterator[str]:
             yield f'initial_point."{path}" = {sweep.initial_point[path]!r}: must lie in the space, {dimension}'
     for fault in strays(sweep.initial_point, sweep.space):
         if "is not in" not in fault:
-            yield f"initial_point: {fault}{nearest(fault.split(' ')[0], sweep.space)}"
+            yield f"initial_point: {fault}{did_you_mean(fault.split(' ')[0], sweep.space)}"
     for entry, fields in [("base", sweep.base), *((f"scale.{name}", one.set) for name, one in sweep.scale.items())]:
         for path, value in fields.items():
             if path in OURS:
@@ -150,7 +150,7 @@ def _faults(sweep: Sweep) -> Iterator[str]:
     for i, curve in enumerate(sweep.paper):
         here = f"paper[{i + 1}] {curve.label!r}"
         if curve.field not in sweep.space:
-            yield f"{here}: field = {curve.field!r}: not in the space{nearest(curve.field, sweep.space)}"
+            yield f"{here}: field = {curve.field!r}: not in the space{did_you_mean(curve.field, sweep.space)}"
         if len(curve.at) != len(curve.miou):
             yield f"{here}: {len(curve.miou)} numbers at {len(curve.at)} places"
 
@@ -196,7 +196,7 @@ def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Selec
 def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, object]:
     """What the runs of the search share with those that the winner is quoted from."""
     if scale not in sweep.scale:
-        raise ValueError(f"scale = {scale!r}: allowed: {', '.join(sweep.scale)}{nearest(scale, sweep.scale)}")
+        raise ValueError(f"scale = {scale!r}: allowed: {', '.join(sweep.scale)}{did_you_mean(scale, sweep.scale)}")
     for path, value in typed.items():
         if path in OURS:
             raise ValueError(f"{path} = {value}: not set here: {OURS[path]}")
@@ -298,7 +298,7 @@ def _blamed(error: str, sweep: Sweep, scale: str, point: Point) -> Iterator[str]
             yield f"{owner}: {line}"
 
 
-class Namer:
+class SweepPlanner:
     """Runs of a point, named as training names them; data, words and weights are read once."""
 
     def __init__(self, sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select, workers: int = 1) -> None:
@@ -309,14 +309,14 @@ class Namer:
         self.steps = rung_steps(sweep, self.fixed)
         self._prints: dict[object, dict[str, str]] = {}
 
-    def planned(self, point: Point, seed: int, title: str = "") -> Planned:
+    def planned(self, point: Point, seed: int, title: str = "") -> PlannedRun:
         """The run of a point under a seed; loads torch. Raises ValueError for a point that cannot be run."""
         found = self._named({**self.fixed, **point, **self._seeded(point, seed)}, title)
         if found.changed.get("eval.split") == "test":
             raise ValueError("eval.split = 'test': a trial is never scored on the images that finals are quoted from")
         return found
 
-    def final(self, point: Point, seed: int, title: str = "") -> Planned:
+    def final(self, point: Point, seed: int, title: str = "") -> PlannedRun:
         """The run that a point is quoted from: the full labelled list, scored on the reported set; or, with
         ``finals_split = "dev"``, chosen from: scored as a trial is."""
         return self._named({**self.common, **point, **self._seeded(point, seed)}, title)
@@ -326,15 +326,15 @@ class Namer:
         drawn = list_of_seed({**self.common, **point}, seed) if self.own_lists else {}
         return {"seed": seed, **drawn}
 
-    def _named(self, given: dict[str, object], title: str) -> Planned:
-        from viladiff.runs.config import RunConfig, changed, override, run_id
+    def _named(self, given: dict[str, object], title: str) -> PlannedRun:
+        from viladiff.runs.config import RunConfig, non_default_fields, override, run_id
         from viladiff.training.fingerprints import name_runs
 
         cfg = override(RunConfig(), given)
         key = (cfg.data, cfg.model, cfg.eval.split)
         if key not in self._prints:
             self._prints[key] = name_runs([cfg])[0].fingerprints
-        fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
+        fields = {path: value for path, value in non_default_fields(cfg).items() if not path.startswith("runtime.")}
         assert cfg.train.steps is not None  # rung_steps has seen it
         how = self.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
-        return Planned(run_id(cfg, self._prints[key]), given, title, cfg.train.steps, fields, *how)
+        return PlannedRun(run_id(cfg, self._prints[key]), given, title, cfg.train.steps, fields, *how)

@@ -26,7 +26,7 @@ FOREST, TREES = 150, 32
 """Trials that fANOVA sees at most, an even choice, and its trees: its time grows faster than both."""
 
 
-class Row(NamedTuple):
+class TrialRow(NamedTuple):
     """A trial as a table shows it."""
 
     number: int
@@ -47,13 +47,13 @@ class Row(NamedTuple):
     """Training of all its finished runs; None where one of them is not known."""
 
 
-def rows(trials: Sequence[Trial], records: Records, full: int) -> list[Row]:
+def rows(trials: Sequence[Trial], records: Records, full: int) -> list[TrialRow]:
     """All trials, in their order; ``full`` is the step of the full budget."""
     places = {trial.number: place for place, trial in enumerate(ranked(list(trials)), 1)}
     return [_row(trial, records, full, places.get(trial.number)) for trial in trials]
 
 
-def _row(trial: Trial, records: Records, full: int, rank: int | None) -> Row:
+def _row(trial: Trial, records: Records, full: int, rank: int | None) -> TrialRow:
     budget: int | None = full
     values = [100 * value for value in trial.values.values()]
     if trial.state != "complete":
@@ -66,7 +66,7 @@ def _row(trial: Trial, records: Records, full: int, rank: int | None) -> Row:
     if done and all(record is not None for record in done):
         seconds = math.fsum(record.train_seconds for record in done if record is not None)
     low, high = (min(values), max(values)) if values else (None, None)
-    return Row(
+    return TrialRow(
         trial.number,
         trial.point,
         trial.origin,
@@ -208,27 +208,27 @@ def importances(
     return {path: float(found.get(path, 0.0)) for path in space}
 
 
-def command(changed: Mapping[str, Any], threads: int | None) -> str:
+def train_command(changed: Mapping[str, Any], threads: int | None) -> str:
     """What trains a run again, bit for bit on the same machine: ``changed`` is all that differs from the defaults."""
-    words = [f"{path}={typed(value)}" for path, value in changed.items() if not path.startswith("runtime.")]
+    words = [f"{path}={cli_value(value)}" for path, value in changed.items() if not path.startswith("runtime.")]
     more = [] if threads is None else ["--threads", str(threads)]
     return shlex.join(["viladiff", "train", *words, *more])
 
 
-def typed(value: object) -> str:
+def cli_value(value: object) -> str:
     """A value as it is typed for a field; numbers in full."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return ",".join(typed(one) for one in value)
+        return ",".join(cli_value(one) for one in value)
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def toml(point: Mapping[str, object]) -> str:
+def to_toml(point: Mapping[str, object]) -> str:
     """A point as lines that a table's ``base`` or ``set`` can have."""
 
     def one(value: object) -> str:
         text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{text}"' if isinstance(value, str) else typed(value)
+        return f'"{text}"' if isinstance(value, str) else cli_value(value)
 
     return "".join(f'"{path}" = {one(value)}\n' for path, value in point.items())

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from viladiff.runs.job import Event, Outcome, Settings
-from viladiff.runs.job_queue import Desk, Kind, Live
+from viladiff.runs.job import Event, ExecutionSettings, Outcome
+from viladiff.runs.job_queue import ActiveRun, JobQueue, Kind
 from viladiff.runs.store import Store
-from viladiff.sweeps.controller import Search
-from viladiff.tables.plan import Planned
+from viladiff.sweeps.controller import SweepController
+from viladiff.tables.plan import PlannedRun
 
 
-class SearchDesk(Desk):
+class TrialQueue(JobQueue):
     """Asks a search for runs where there is room, and tells it how they ended."""
 
     def __init__(
         self,
-        search: Search,
+        search: SweepController,
         store: Store,
-        settings: Settings,
+        settings: ExecutionSettings,
         slots: int,
         tell: Callable[[Event], None] = lambda event: None,
         timeout: float | None = None,
-        then: Callable[[], list[Planned]] | None = None,
+        then: Callable[[], list[PlannedRun]] | None = None,
     ) -> None:
         """``timeout``: seconds that all runs of a trial may take together in this call. ``then`` is asked once for runs
         that follow from what the search has found."""
@@ -43,14 +43,14 @@ class SearchDesk(Desk):
             self.waiting.extend(self._work())
             self.settle()
 
-    def _work(self) -> list[Planned]:
+    def _work(self) -> list[PlannedRun]:
         jobs = self.search.work()
         if not jobs and self.search.done and self.then is not None:
             then, self.then = self.then, None
             jobs = [] if self.search.hopeless else then()
         return jobs
 
-    def next(self) -> Planned | None:
+    def next(self) -> PlannedRun | None:
         while True:
             job = super().next()
             if job is not None or self.stopping or self.waiting or self.alone or len(self.live) >= self.slots:
@@ -78,7 +78,7 @@ class SearchDesk(Desk):
         number = self.search.owner.get(run_id, (-1, 0))[0]
         return self.spent.get(number, 0.0) + self.clock - self.began.get(run_id, self.clock)
 
-    def _failed(self, run: Live, kind: Kind, message: str) -> None:
+    def _failed(self, run: ActiveRun, kind: Kind, message: str) -> None:
         if self.timeout is not None and kind == "hang" and self._spent(run.job.run_id) > self.timeout:
             self.tries.setdefault(run.job.run_id, []).append("hang")  # so that it is not tried again
             message = f"longer than --trial-timeout {self.timeout:g} s"

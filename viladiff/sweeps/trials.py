@@ -120,7 +120,7 @@ def _load(path: Path) -> Trial:
     return trial
 
 
-class Tally:
+class SeedStatistics:
     """The best completed trial so far and the spread between seeds within trials, kept up to date in constant time."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from viladiff.config.base import ConfigError, nearest
+from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import entry_name, listed
 from viladiff.tables.published import published_fields
 from viladiff.tables.spec import RESERVED, Layer, Scale, Table, table_layers
@@ -64,7 +64,7 @@ def _select_one(kind: str, labels: Sequence[str], asked: str) -> int:
         return begins[0]
     if begins:
         raise ValueError(f"{kind} = {asked!r}: {len(begins)} begin so: {', '.join(repr(labels[i]) for i in begins)}")
-    raise ValueError(f"{kind} = {asked!r}: no such label{nearest(asked, labels) or '.'} {listed(labels)}")
+    raise ValueError(f"{kind} = {asked!r}: no such label{did_you_mean(asked, labels) or '.'} {listed(labels)}")
 
 
 def choose(
@@ -77,7 +77,7 @@ def choose(
     """(rows, columns, seeds) that a scale runs: places in the table, controls last, then ceilings. ValueError."""
     if scale not in table.scale:
         names = ", ".join(table.scale)
-        raise ValueError(f"{table.name}.toml: scale = {scale!r}: allowed: {names}{nearest(scale, table.scale)}")
+        raise ValueError(f"{table.name}.toml: scale = {scale!r}: allowed: {names}{did_you_mean(scale, table.scale)}")
     size = table.scale[scale]
     every = [i for i, row in enumerate(table.rows) if size.controls or not row.control]
     every = [i for i in every if not table.rows[i].scales or scale in table.rows[i].scales]
@@ -221,7 +221,7 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
     every = {path for method in METHODS for path in _known(merged, method) if path.startswith("method.")} - {*CHOOSERS}
     for path in shared:
         if path not in every:
-            raise ValueError(f"{here}: {path}: not a field of any method{nearest(path, every)}")
+            raise ValueError(f"{here}: {path}: not a field of any method{did_you_mean(path, every)}")
         if path in table.scale[scale].set:
             raise ValueError(f"{here}: {path}: set has it too; keep one")
     known = found.keys() - {path for path, one in merged.items() if one.rank > _SCALE}

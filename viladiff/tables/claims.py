@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from viladiff.tables.contrasts import Form, Question, questions
-from viladiff.tables.paired import Spread, parts, spread, t_test, untestable
+from viladiff.tables.contrasts import Contrast, Form, contrasts
+from viladiff.tables.paired import VarianceModel, parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (
     LEVEL,
+    CellSample,
     Records,
-    Sample,
     Samples,
     Term,
+    cell_samples,
     f_test,
     holm,
-    samples,
     smallest_detectable,
     smallest_ratio,
 )
@@ -85,7 +85,7 @@ class Verdict:
 # Verdicts
 
 
-def judge(plan: Plan, records: Records) -> list[Verdict]:
+def evaluate_claims(plan: Plan, records: Records) -> list[Verdict]:
     """A verdict for each claim of the table, in its order.
 
     Holm's correction runs over the distinct comparisons that all claims of one source ask for, the paper's and ours
@@ -118,17 +118,18 @@ class _Answer(NamedTuple):
     apart: bool = False
 
 
-def _key(claim: Claim, question: Question) -> _Key:
+def _key(claim: Claim, question: Contrast) -> _Key:
     return _Key(claim.metric, tuple(sorted(question.terms)), question.limit, question.form)
 
 
 def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdict]:
-    asked = {claim.text: questions(plan.table, claim) for claim in claims}
-    measured = {claim.metric: samples(plan, records, claim.metric) for claim in claims}
+    asked = {claim.text: contrasts(plan.table, claim) for claim in claims}
+    measured = {claim.metric: cell_samples(plan, records, claim.metric) for claim in claims}
     rows = {t.row for found in asked.values() for one in found for t in one.terms if not _ceiling(plan, t.row)}
     rows |= set(plan.rows) - plan.ceilings  # a ceiling lends its spread, which may be small, to its own questions alone
     known = {
-        metric: spread({at: one for at, one in found.items() if at[0] in rows}) for metric, found in measured.items()
+        metric: variance_model({at: one for at, one in found.items() if at[0] in rows})
+        for metric, found in measured.items()
     }
     family = {_key(claim, question): question for claim in claims for question in asked[claim.text]}
     answers: dict[_Key, _Answer | None] = {}
@@ -166,7 +167,7 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
     return verdicts
 
 
-def _answer(question: Question, measured: Samples, known: Spread, family: int) -> _Answer:
+def _answer(question: Contrast, measured: Samples, known: VarianceModel, family: int) -> _Answer:
     """``family``: how many comparisons there are in all."""
     from scipy import stats
 
@@ -185,7 +186,7 @@ def _answer(question: Question, measured: Samples, known: Spread, family: int) -
     return _Answer(result.difference, interval, p, p_reversed, least, result.apart)
 
 
-def _comparison(question: Question, answer: _Answer, p: float, p_reversed: float, measured: Samples) -> Comparison:
+def _comparison(question: Contrast, answer: _Answer, p: float, p_reversed: float, measured: Samples) -> Comparison:
     n = tuple(
         min(len(measured[row, column].values) for row, column, _ in terms)
         for terms in (question.terms[: len(question.terms) // 2], question.terms[len(question.terms) // 2 :])
@@ -211,10 +212,10 @@ def _comparison(question: Question, answer: _Answer, p: float, p_reversed: float
 def _verdict(
     plan: Plan,
     claim: Claim,
-    asked: Sequence[Question],
+    asked: Sequence[Contrast],
     made: Sequence[Comparison],
     measured: Samples,
-    known: Spread,
+    known: VarianceModel,
 ) -> tuple[Literal["holds", "fails", "not decided"], str]:
     if not asked:
         return "not decided", "no row's parts include another row's"
@@ -248,13 +249,13 @@ def _worst(reversed_: Sequence[Comparison]) -> str:
     return f"{one.higher!r} is {-one.difference:.1f} points below {one.lower!r} ({one.column})"
 
 
-def _lacking(plan: Plan, question: Question, measured: Samples, known: Spread) -> Iterator[str]:
+def _lacking(plan: Plan, question: Contrast, measured: Samples, known: VarianceModel) -> Iterator[str]:
     """Why a question cannot be answered: cells with fewer than three seeds, or in common; spreads of two precisions."""
     few = any(_ceiling(plan, term.row) for term in question.terms)
     for label in dict.fromkeys(plan.table.rows[t.row].label for t in question.terms if _ceiling(plan, t.row)):
         yield f"{label!r} reads true masks of unlabelled images here ({ORACLE}): a ceiling is no result of a method"
     for row, column, _ in question.terms:
-        have, planned = len(measured.get((row, column), Sample((), (), ())).values), len(plan.run_ids(row, column))
+        have, planned = len(measured.get((row, column), CellSample((), (), ())).values), len(plan.run_ids(row, column))
         few = few or have < FEWEST_SEEDS
         where = f"{plan.table.rows[row].label!r} at {plan.table.columns[column].label!r}"
         if not planned:
@@ -279,7 +280,7 @@ def _ceiling(plan: Plan, row: int) -> bool:
     return row in plan.ceilings and not plan.table.rows[row].oracle
 
 
-def _as_measured(plan: Plan, asked: Sequence[Question], measured: Samples) -> str:
+def _as_measured(plan: Plan, asked: Sequence[Contrast], measured: Samples) -> str:
     """How many differences point the claimed way over the seeds in common, for a table too small to decide."""
     counted = [one for one in asked if one.form != "spread" and not any(_ceiling(plan, t.row) for t in one.terms)]
     if not counted:
@@ -298,7 +299,7 @@ def _as_measured(plan: Plan, asked: Sequence[Question], measured: Samples) -> st
 
 
 def _said(
-    plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples, comparisons: int, claim: Claim
+    plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measured: Samples, comparisons: int, claim: Claim
 ) -> str:
     whose = "the paper's claims" if claim.source == "paper" else "our own claims"
     count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
@@ -315,7 +316,7 @@ def _said(
     return f"{sides}{beyond} {on}, {spreads}; {corrected}"
 
 
-def _spreads(plan: Plan, known: Spread, asked: Sequence[Question], measured: Samples) -> Iterator[str]:
+def _spreads(plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measured: Samples) -> Iterator[str]:
     """Which standard deviations a claim's tests use, and what is paired."""
     cells = list(dict.fromkeys((term.row, term.column) for question in asked for term in question.terms))
     taken = {place: measured[place] for place in cells if place in measured}
@@ -345,7 +346,7 @@ def _spreads(plan: Plan, known: Spread, asked: Sequence[Question], measured: Sam
         )
 
 
-def _seed_by_seed(question: Question, measured: Samples, known: Spread) -> bool:
+def _seed_by_seed(question: Contrast, measured: Samples, known: VarianceModel) -> bool:
     """Whether differences of a question have a spread of their own for another reason than a cell's spread."""
     found = {one for row, column, _ in question.terms if (one := measured.get((row, column))) and one.values}
     return not found & known.apart.keys() and len({one.pool for one in found}) > 1
@@ -364,7 +365,7 @@ def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails
     if claim.kind in ("less_stable", "differs"):
         return "not printed", "the paper prints no spread"
     wrong, count = [], 0
-    for question in questions(table, claim):
+    for question in contrasts(table, claim):
         printed = [_printed(table, term) for term in question.terms]
         numbers = [number for number in printed if number is not None]
         if len(numbers) < len(printed):

@@ -12,7 +12,7 @@ from viladiff.tables.spec import Claim, Table
 Form = Literal["one_sided", "two_sided", "spread"]
 
 
-class Question(NamedTuple):
+class Contrast(NamedTuple):
     """Whether a sum of signed cells, compared at the same seeds, is above a limit.
 
     ``two_sided``: whether it is other than 0. ``spread``: whether the standard deviation between seeds is larger in the
@@ -30,7 +30,7 @@ class Question(NamedTuple):
     form: Form = "one_sided"
 
 
-def questions(table: Table, claim: Claim) -> list[Question]:
+def contrasts(table: Table, claim: Claim) -> list[Contrast]:
     """What a claim asks, in the table's order.
 
     superset_increases: each row without ``control`` is higher than those whose parts it includes, in every column; only
@@ -58,7 +58,7 @@ def questions(table: Table, claim: Claim) -> list[Question]:
         return [_spreads(table, named, across)]
     others = _others(table, claim, named)
     pairs: dict[str, Callable[[], list[tuple[int, int]]]] = {
-        "superset_increases": lambda: covering(table),
+        "superset_increases": lambda: inclusion_pairs(table),
         "best_row": lambda: [(named[0], i) for i in others],
         "worst_rows": lambda: [(i, worst) for worst in named for i in others],
         "higher": lambda: [(named[0], named[1])],
@@ -66,7 +66,7 @@ def questions(table: Table, claim: Claim) -> list[Question]:
     }
     form: Form = "two_sided" if claim.kind == "differs" else "one_sided"
     return [
-        Question(
+        Contrast(
             table.rows[high].label,
             table.rows[low].label,
             table.columns[column].label,
@@ -86,7 +86,7 @@ def _others(table: Table, claim: Claim, named: Sequence[int]) -> list[int]:
     return [i for i in chosen if i not in named]
 
 
-def covering(table: Table) -> list[tuple[int, int]]:
+def inclusion_pairs(table: Table) -> list[tuple[int, int]]:
     """(row, row) where the first's parts include the second's and no row stands between; controls stay out."""
     parts = {i: frozenset(row.components) for i, row in enumerate(table.rows) if not row.control}
     return [
@@ -97,26 +97,26 @@ def covering(table: Table) -> list[tuple[int, int]]:
     ]
 
 
-def _shrinks(table: Table, rows: Sequence[int], left: int, right: int, limit: float) -> Question:
+def _shrinks(table: Table, rows: Sequence[int], left: int, right: int, limit: float) -> Contrast:
     one, other = rows
     terms = (Term(one, left, 1), Term(other, left, -1), Term(one, right, -1), Term(other, right, 1))
     what = _gain(table, one, other)
-    return Question(table.columns[left].label, table.columns[right].label, what, terms, limit)
+    return Contrast(table.columns[left].label, table.columns[right].label, what, terms, limit)
 
 
-def _gains(table: Table, greater: tuple[int, ...], less: tuple[int, ...], column: int, limit: float) -> Question:
+def _gains(table: Table, greater: tuple[int, ...], less: tuple[int, ...], column: int, limit: float) -> Contrast:
     """Whether one pair of rows is farther apart than another, in one column."""
     signs = (1, -1, -1, 1)
     terms = tuple(Term(row, column, sign) for row, sign in zip((*greater, *less), signs, strict=True))
-    return Question(_gain(table, *greater), _gain(table, *less), table.columns[column].label, terms, limit)
+    return Contrast(_gain(table, *greater), _gain(table, *less), table.columns[column].label, terms, limit)
 
 
 def _gain(table: Table, high: int, low: int) -> str:
     return f"{table.rows[high].label} over {table.rows[low].label}"
 
 
-def _spreads(table: Table, rows: Sequence[int], across: Sequence[int]) -> Question:
+def _spreads(table: Table, rows: Sequence[int], across: Sequence[int]) -> Contrast:
     one, other = rows
     terms = (*(Term(one, column, 1) for column in across), *(Term(other, column, -1) for column in across))
     where = table.columns[across[0]].label if len(across) == 1 else f"{len(across)} columns together"
-    return Question(table.rows[one].label, table.rows[other].label, where, terms, form="spread")
+    return Contrast(table.rows[one].label, table.rows[other].label, where, terms, form="spread")

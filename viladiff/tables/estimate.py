@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from viladiff.runs.record import RunRecord
-from viladiff.tables.plan import Plan, Planned, Runs, fields_of
+from viladiff.tables.plan import Plan, PlannedRun, RunStore, fields_of
 
 
 class Estimate(NamedTuple):
@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
     """What ``seconds`` rests on, in words."""
 
 
-def estimate(plan: Plan, store: Runs, concurrency: int = 1, price_per_hour: float | None = None) -> Estimate:
+def estimate(plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: float | None = None) -> Estimate:
     """Time that is left with ``concurrency`` runs at once, and its cost at a price per hour of the whole machine.
 
     A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the records most
@@ -64,7 +64,7 @@ def estimate(plan: Plan, store: Runs, concurrency: int = 1, price_per_hour: floa
 
 
 def _estimate(
-    plan: Plan, left: Sequence[Planned], seconds: float | None, measured: int, price: float | None, basis: str
+    plan: Plan, left: Sequence[PlannedRun], seconds: float | None, measured: int, price: float | None, basis: str
 ) -> Estimate:
     cost = None if seconds is None or price is None else seconds / 3600 * price
     return Estimate(len(plan.cells), len(plan.runs), len(plan.runs) - len(left), seconds, measured, cost, basis)
@@ -79,7 +79,7 @@ def _cost_fields(changed: Mapping[str, Any]) -> str:
     return fields_of({path: value for path, value in changed.items() if path not in free})
 
 
-def _nearest(run: Planned, records: Iterable[RunRecord]) -> tuple[list[RunRecord], bool]:
+def _nearest(run: PlannedRun, records: Iterable[RunRecord]) -> tuple[list[RunRecord], bool]:
     """Records to take times from, and whether their settings are the same; on as many threads, where there are such."""
     usable = [one for one in records if one.steps > 0 and one.train_seconds > 0 and one.precision == run.precision]
     same = [one for one in usable if _cost_fields(one.changed) == _cost_fields(run.changed)]
@@ -94,7 +94,7 @@ def _per_step(record: RunRecord) -> float:
     return record.train_seconds / record.steps
 
 
-def _besides(run: Planned, near: Sequence[RunRecord]) -> float | None:
+def _besides(run: PlannedRun, near: Sequence[RunRecord]) -> float | None:
     """Median seconds outside of steps, of records evaluated in the same way where there are such."""
 
     def scored(changed: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from viladiff.tables.blocks import Fit, fit
-from viladiff.tables.significance import Sample, Samples, Term, sum_of_squares
+from viladiff.tables.significance import CellSample, Samples, Term, sum_of_squares
 
 APART = 0.01
 """Chance that any cell is set apart for its spread though all spread alike."""
@@ -31,18 +31,18 @@ class Residual(NamedTuple):
         return math.sqrt(2) * self.sd
 
 
-class Spread(NamedTuple):
+class VarianceModel(NamedTuple):
     """What is known of the variance between seeds."""
 
     pools: dict[tuple[str, str], Residual]
     """One for each reading of the networks, and each precision, by ``Sample.pool``; none where no residual is left."""
-    apart: dict[Sample, float]
+    apart: dict[CellSample, float]
     """Cells that spread more than a pool explains, in none, and the standard deviations of their values."""
     fits: dict[tuple[int, tuple[str, str]], Fit]
     """By column and pool, of the cells that are not set apart."""
 
 
-class Tested(NamedTuple):
+class TTest(NamedTuple):
     difference: float
     error: float
     """Standard error of the difference."""
@@ -54,7 +54,7 @@ class Tested(NamedTuple):
     """Whether a cell that is set apart takes part."""
 
 
-def spread(measured: Samples) -> Spread:
+def variance_model(measured: Samples) -> VarianceModel:
     """A pool of all cells that read their networks alike, of one precision, less those of too large a variance.
 
     The residuals are those of rows and seeds in each column, summed over columns. The cell that adds most to them is
@@ -62,12 +62,12 @@ def spread(measured: Samples) -> Spread:
     next is then asked. A run that reads 40 once and 6 twice would otherwise hide every other difference of its table,
     and lend its own a certainty that three such numbers do not have.
     """
-    columns: dict[tuple[str, str], dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    columns: dict[tuple[str, str], dict[int, list[CellSample]]] = defaultdict(lambda: defaultdict(list))
     for (_, column), one in measured.items():
         if one.values and one not in columns[one.pool][column]:
             columns[one.pool][column].append(one)
     pools: dict[tuple[str, str], Residual] = {}
-    apart: dict[Sample, float] = {}
+    apart: dict[CellSample, float] = {}
     fits: dict[tuple[int, tuple[str, str]], Fit] = {}
     for key, found in columns.items():
         wild = _wild(_once(found))
@@ -79,32 +79,32 @@ def spread(measured: Samples) -> Spread:
         if df:
             sd = math.sqrt(sum(one.squares for one, _ in left) / df)
             pools[key] = Residual(sd, df, sum(len(cells) for one, cells in left if one.df))
-    return Spread(pools, apart, fits)
+    return VarianceModel(pools, apart, fits)
 
 
-def _once(columns: Mapping[int, Sequence[Sample]]) -> dict[int, list[Sample]]:
+def _once(columns: Mapping[int, Sequence[CellSample]]) -> dict[int, list[CellSample]]:
     """Cells by column, one that stands in several columns in the first alone: its residuals count once."""
-    seen: set[Sample] = set()
-    found: dict[int, list[Sample]] = {}
+    seen: set[CellSample] = set()
+    found: dict[int, list[CellSample]] = {}
     for column, cells in columns.items():
         found[column] = [one for one in cells if one not in seen]
         seen |= set(cells)
     return found
 
 
-def _fit(cells: Iterable[Sample]) -> Fit:
+def _fit(cells: Iterable[CellSample]) -> Fit:
     return fit({one: one.by_seed for one in cells})
 
 
-def _wild(columns: Mapping[int, Sequence[Sample]]) -> list[Sample]:
+def _wild(columns: Mapping[int, Sequence[CellSample]]) -> list[CellSample]:
     """Cells to set apart, the one that adds most to the residuals first."""
     from scipy import stats
 
     kept = {column: list(cells) for column, cells in columns.items()}
-    wild: list[Sample] = []
+    wild: list[CellSample] = []
     while sum(map(len, kept.values())) > 2:
         whole = {column: _fit(cells) for column, cells in kept.items()}
-        asked: list[tuple[float, float, int, Sample]] = []
+        asked: list[tuple[float, float, int, CellSample]] = []
         for column, one in ((column, one) for column, cells in kept.items() for one in cells if len(one.values) > 1):
             less = _fit(other for other in kept[column] if other is not one)
             added = whole[column].squares - less.squares, whole[column].df - less.df
@@ -125,7 +125,7 @@ def _wild(columns: Mapping[int, Sequence[Sample]]) -> list[Sample]:
 class Part(NamedTuple):
     """Some of a comparison's cells, and how they are compared."""
 
-    weights: dict[Sample, float]
+    weights: dict[CellSample, float]
     fit: Fit | None
     """Of their column, with a pool's variance; None where differences are taken seed by seed."""
 
@@ -135,24 +135,24 @@ class Part(NamedTuple):
         return tuple(sorted(set.intersection(*(set(one.seeds) for one in self.weights))))
 
 
-def parts(terms: Sequence[Term], measured: Samples, known: Spread) -> list[Part]:
+def parts(terms: Sequence[Term], measured: Samples, known: VarianceModel) -> list[Part]:
     """How a sum of signed cells is compared; cells on both sides cancel, and all of them may.
 
     In each column and pool whose signs add up to 0: by the fit of rows and seeds. Where they do not (two readings of
     one run, two precisions), or where a cell is set apart: the column's cells together, seed by seed. Columns whose
     own signs do not add up to 0: all of them together, seed by seed.
     """
-    weights: dict[Sample, float] = defaultdict(float)
-    place: dict[Sample, int] = {}
+    weights: dict[CellSample, float] = defaultdict(float)
+    place: dict[CellSample, int] = {}
     for row, column, sign in terms:
         weights[measured[row, column]] += sign
         place.setdefault(measured[row, column], column)
-    columns: dict[int, dict[Sample, float]] = defaultdict(dict)
+    columns: dict[int, dict[CellSample, float]] = defaultdict(dict)
     for one, weight in weights.items():
         if weight:
             columns[place[one]][one] = weight
     found: list[Part] = []
-    loose: dict[Sample, float] = {}
+    loose: dict[CellSample, float] = {}
     for column, cells in columns.items():
         sums: dict[tuple[str, str], float] = defaultdict(float)
         for one, weight in cells.items():
@@ -169,7 +169,7 @@ def parts(terms: Sequence[Term], measured: Samples, known: Spread) -> list[Part]
     return [*found, *([Part(loose, None)] if loose else [])]
 
 
-def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: Spread) -> Tested:
+def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: VarianceModel) -> TTest:
     """Whether a sum of signed cells is above minus the tolerance: t = (sum + tolerance) / error.
 
     The error's square adds up over ``parts``: of a fit, the pool's variance times the contrast's factor (2 / n of two
@@ -205,14 +205,14 @@ def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: Sp
     square, beyond = sum(shares.values()), difference + tolerance
     if square <= (1e-10 * largest) ** 2:
         beyond = 0.0 if abs(beyond) <= 1e-10 * largest else beyond
-        return Tested(difference, 0.0, 1.0, float(beyond <= 0), float(beyond >= 0), apart)
+        return TTest(difference, 0.0, 1.0, float(beyond <= 0), float(beyond >= 0), apart)
     error = math.sqrt(square)
     df = square**2 / sum(share**2 / freedom[key] for key, share in shares.items() if share)
     t = beyond / error
-    return Tested(difference, error, df, float(stats.t.sf(t, df)), float(stats.t.cdf(t, df)), apart)
+    return TTest(difference, error, df, float(stats.t.sf(t, df)), float(stats.t.cdf(t, df)), apart)
 
 
-def untestable(found: Sequence[Part], known: Spread, fewest: int) -> str:
+def untestable(found: Sequence[Part], known: VarianceModel, fewest: int) -> str:
     """Why cells cannot be compared, each of which has seeds enough; empty where they can."""
     for part in found:
         if part.fit is None or part.fit.contrast(part.weights) is None:

@@ -36,7 +36,7 @@ _NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One unique run."""
 
     run_id: str
@@ -71,7 +71,7 @@ class Plan:
     seeds: tuple[int, ...]
     cells: tuple[PlannedCell, ...]
     """Seed by seed, so that a campaign that is cut short leaves whole tables."""
-    runs: dict[str, Planned]
+    runs: dict[str, PlannedRun]
     """In the order of their first cells."""
     unavailable: dict[int, str] = field(default_factory=dict)
     """Why rows that were asked for have no cells, by place."""
@@ -111,7 +111,7 @@ class Plan:
         return RunRecord(**{**dict(record), "config": {**record.config, **rest}})
 
 
-class Runs(Protocol):
+class RunStore(Protocol):
     """What is asked of a store."""
 
     def records(self) -> dict[str, RunRecord]: ...
@@ -127,7 +127,7 @@ class _Kept(NamedTuple):
     """What of a plan is worth a file; titles come from the table's present labels."""
 
     cells: tuple[PlannedCell, ...]
-    runs: tuple[Planned, ...]
+    runs: tuple[PlannedRun, ...]
     unavailable: dict[int, str] = {}  # noqa: RUF012, never changed
     published: tuple[Stated, ...] = ()
     defaults: dict[str, dict[str, Any]] = {}  # noqa: RUF012, never changed
@@ -143,7 +143,7 @@ def make_plan(
     changes: Mapping[str, object] = _NOTHING,
     cache: Path | None = None,
 ) -> Plan:
-    """The unique runs behind a table's cells, named as ``viladiff.training.trainer.Run`` names them.
+    """The unique runs behind a table's cells, named as ``viladiff.training.trainer.Trainer`` names them.
 
     ``changes`` come from the command line and go before everything that the table sets. ``cache`` is a directory for
     plans; one made there before from the same fields, code and weights is used again, and torch is not loaded. Plans
@@ -174,19 +174,20 @@ def _make(
 ) -> tuple[_Kept, bool]:
     """The plan, and whether it holds for as long as its key does."""
     from viladiff.config.sections import EmbeddedData
-    from viladiff.runs.config import RunConfig, changed, defaults, override
+    from viladiff.runs.config import RunConfig, defaults, override
+    from viladiff.runs.config import non_default_fields as changed
     from viladiff.training.fingerprints import name_runs
 
     labels = [table.rows[i].label for i in rows], [table.columns[i].label for i in columns]
     found = cells(table, scale, seeds, *labels, changes)
     configs = [override(RunConfig(), cell.changes) for cell in found]
-    planned: dict[str, Planned] = {}
+    planned: dict[str, PlannedRun] = {}
     where, plain = [], {}
     for cell, cfg, named in zip(found, configs, name_runs(configs), strict=True):
         where.append(PlannedCell(cell.row, cell.column, cell.seed, named.run_id))
         fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
         how = cfg.runtime.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
-        run = Planned(named.run_id, cell.changes, "", named.steps, fields, *how)
+        run = PlannedRun(named.run_id, cell.changes, "", named.steps, fields, *how)
         planned.setdefault(named.run_id, run)
         plain[kind_of(fields)] = {
             path: value
@@ -200,7 +201,7 @@ def _make(
     return kept, all(fixed) and not any(cfg.runtime.captions for cfg in configs)
 
 
-def _titled(table: Table, kept: _Kept) -> dict[str, Planned]:
+def _titled(table: Table, kept: _Kept) -> dict[str, PlannedRun]:
     titles: dict[str, str] = {}
     for cell in kept.cells:
         row, column = table.rows[cell.row].label, table.columns[cell.column].label
@@ -319,7 +320,7 @@ def _write(file: Path, kept: _Kept) -> None:
 # What there is
 
 
-def states(plan: Plan, store: Runs) -> dict[str, State]:
+def states(plan: Plan, store: RunStore) -> dict[str, State]:
     """How far each run is: done, running (somebody holds it), failed, begun (a checkpoint is there), stale or missing.
 
     The first that holds, in this order. Stale: nothing is there but a record with the same fields and seed and another
@@ -330,7 +331,7 @@ def states(plan: Plan, store: Runs) -> dict[str, State]:
     return {run_id: _state(run, store, records, older) for run_id, run in plan.runs.items()}
 
 
-def _state(run: Planned, store: Runs, records: Mapping[str, RunRecord], older: set[str]) -> State:
+def _state(run: PlannedRun, store: RunStore, records: Mapping[str, RunRecord], older: set[str]) -> State:
     if run.run_id in records:
         return "done"
     if store.holder(run.run_id) is not None:

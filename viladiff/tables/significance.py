@@ -33,7 +33,7 @@ class Term(NamedTuple):
     sign: int
 
 
-class Sample(NamedTuple):
+class CellSample(NamedTuple):
     """What was measured in a cell."""
 
     values: tuple[float, ...]
@@ -57,10 +57,10 @@ class Sample(NamedTuple):
         return dict(zip(self.seeds, self.values, strict=True))
 
 
-Samples = dict[tuple[int, int], Sample]
+Samples = dict[tuple[int, int], CellSample]
 
 
-class Pool(NamedTuple):
+class PooledVariance(NamedTuple):
     """The standard deviation within cells, taken as one for all of them."""
 
     sd: float
@@ -68,7 +68,7 @@ class Pool(NamedTuple):
     cells: int
 
 
-class Ratio(NamedTuple):
+class FTest(NamedTuple):
     """Of two standard deviations."""
 
     ratio: float
@@ -100,7 +100,7 @@ def one_precision(records: Iterable[RunRecord], of: str) -> str:
     return found[0] if found else ""
 
 
-def samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
+def cell_samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
     """What was measured in each cell of a plan; a run without a record or without the score is left out.
 
     Raises ValueError where the runs of a cell differ in precision.
@@ -116,11 +116,11 @@ def samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
             cell = f"{spec.label!r} at {plan.table.columns[column].label!r}"
             precision = one_precision((records[name] for name in kept), cell)
             seeds = tuple(names[name] for name in kept)
-            found[row, column] = Sample(tuple(kept.values()), tuple(kept), seeds, read, precision)
+            found[row, column] = CellSample(tuple(kept.values()), tuple(kept), seeds, read, precision)
     return found
 
 
-def pooled(measured: Iterable[Sample]) -> Pool | None:
+def pooled_variance(measured: Iterable[CellSample]) -> PooledVariance | None:
     """One variance within cells of two seeds or more: summed squares over summed degrees of freedom.
 
     Cells that are one sample count once. None where no cell has two seeds. ValueError for cells of two precisions.
@@ -133,7 +133,7 @@ def pooled(measured: Iterable[Sample]) -> Pool | None:
     df = sum(len(one.values) - 1 for one in unique)
     if df == 0:
         return None
-    return Pool(math.sqrt(sum(sum_of_squares(one.values) for one in unique) / df), df, len(unique))
+    return PooledVariance(math.sqrt(sum(sum_of_squares(one.values) for one in unique) / df), df, len(unique))
 
 
 def sum_of_squares(values: Sequence[float]) -> float:
@@ -152,7 +152,7 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def f_test(above: Sequence[Sample], below: Sequence[Sample]) -> Ratio:
+def f_test(above: Sequence[CellSample], below: Sequence[CellSample]) -> FTest:
     """Whether seeds spread more in some cells than in others: an F test of variances pooled within the cells of a side.
 
     Of sides that have the same seeds it is on the safe side: what a seed does to both brings their variances nearer.
@@ -161,17 +161,17 @@ def f_test(above: Sequence[Sample], below: Sequence[Sample]) -> Ratio:
     """
     from scipy import stats
 
-    up, down = pooled(above), pooled(below)
+    up, down = pooled_variance(above), pooled_variance(below)
     if up is None or down is None:
         raise ValueError("a spread takes two seeds in a cell at least")
     df = (up.df, down.df)
     if down.sd == 0:
         sure = float(up.sd == 0)
         ratio = math.nan if up.sd == 0 else math.inf
-        return Ratio(ratio, (ratio, ratio), df, sure, 1.0)
+        return FTest(ratio, (ratio, ratio), df, sure, 1.0)
     ratio = up.sd / down.sd
     ends = (ratio / math.sqrt(stats.f.isf(0.025, *df)), ratio / math.sqrt(stats.f.isf(0.975, *df)))
-    return Ratio(ratio, ends, df, float(stats.f.sf(ratio**2, *df)), float(stats.f.cdf(ratio**2, *df)))
+    return FTest(ratio, ends, df, float(stats.f.sf(ratio**2, *df)), float(stats.f.cdf(ratio**2, *df)))
 
 
 def smallest_ratio(df: tuple[int, int], comparisons: int) -> float:

@@ -34,7 +34,7 @@ def _as_seed(value: object) -> object:
     raise ValueError("a seed must be a whole number that is not negative")
 
 
-Printed = Annotated[float | Literal["-"], BeforeValidator(_as_printed)]
+PaperValue = Annotated[float | Literal["-"], BeforeValidator(_as_printed)]
 """A number as the paper prints it, in percent; "-" where it leaves one out."""
 Seeds = Annotated[tuple[Annotated[int, BeforeValidator(_as_seed)], ...], Field(min_length=1)]
 Metric = Literal[
@@ -130,7 +130,7 @@ class Row(Strict):
     components: tuple[str, ...] = ()
     """What is on, as the paper ticks it; rows are compared by inclusion of these."""
     set: dict[str, Any] = Field(default_factory=dict)
-    paper: tuple[Printed, ...] = ()
+    paper: tuple[PaperValue, ...] = ()
     """One a column; empty for a row that the paper does not have."""
     control: bool = False
     """A row of ours, shown below the paper's."""

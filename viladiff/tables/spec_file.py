@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from viladiff.config.base import Section, nearest
+from viladiff.config.base import Section, did_you_mean
 from viladiff.config.toml_file import entry_name, listed, read_toml, sentence, strange_values
 from viladiff.tables.spec import (
     AMONG,
@@ -114,7 +114,7 @@ def _scale_faults(table: Table) -> Iterator[str]:
     for i, row in enumerate(table.rows):
         for name in row.scales:
             if name not in table.scale:
-                allowed = f"allowed: {', '.join(table.scale)}{nearest(name, table.scale)}"
+                allowed = f"allowed: {', '.join(table.scale)}{did_you_mean(name, table.scale)}"
                 yield f"{entry_name('rows', i, row.label)}: scales = {name!r}: {allowed}"
     own = {"reference": table.reference, "headline": table.headline, "supervised": table.supervised}
     asked = [(f"{name} = {label!r}", label, rows) for name, label in own.items() if label]
@@ -123,11 +123,11 @@ def _scale_faults(table: Table) -> Iterator[str]:
         asked += [(f"scale.{name}: columns = {label!r}", label, columns) for label in one.columns]
     for said, label, known in asked:
         if label not in known:
-            yield f"{said}: no such label{nearest(label, known) or '.'} {listed(known)}"
+            yield f"{said}: no such label{did_you_mean(label, known) or '.'} {listed(known)}"
     there = {f"{path}={value}" for _, fields in table_layers(table) for path, value in fields.items()}
     for name, one in table.scale.items():
         for key in one.substitute.keys() - there:
-            yield f"scale.{name}: substitute: {key!r}: nothing in the table sets this{nearest(key, there)}"
+            yield f"scale.{name}: substitute: {key!r}: nothing in the table sets this{did_you_mean(key, there)}"
 
 
 def _beside_faults(table: Table) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _beside_faults(table: Table) -> Iterator[str]:
     for name, one in table.scale.items():
         other, here = one.published_runs, f"scale.{name}: published_runs = {one.published_runs!r}"
         if other and other not in table.scale:
-            yield f"{here}: no such scale{nearest(other, table.scale)}. Allowed: {', '.join(table.scale)}"
+            yield f"{here}: no such scale{did_you_mean(other, table.scale)}. Allowed: {', '.join(table.scale)}"
         elif other and table.scale[other].published_runs:
             why = "the scale itself" if other == name else "a scale that shows published runs itself"
             yield f"{here}: {why}; name the scale that --publish runs at, such as 'digits'"
@@ -144,7 +144,7 @@ def _beside_faults(table: Table) -> Iterator[str]:
         entry = entry_name("criteria", i, wanted.row)
         for key, label in (("row", wanted.row), ("above", wanted.above)):
             if label and label not in labels:
-                yield f"{entry}: {key} = {label!r}: no such label{nearest(label, labels) or '.'} {listed(labels)}"
+                yield f"{entry}: {key} = {label!r}: no such label{did_you_mean(label, labels) or '.'} {listed(labels)}"
         if (wanted.deviations is None) == (wanted.points is None):
             yield f"{entry}: deviations = {wanted.deviations}, points = {wanted.points}: give one of the two"
         elif (wanted.deviations is None) != (not wanted.above) or wanted.above == wanted.row:
@@ -159,7 +159,8 @@ def _gap_faults(table: Table) -> Iterator[str]:
         for field, label in (("row", gap.row), ("low", gap.low), ("high", gap.high)):
             if label not in labels:
                 where = entry_name("gaps", i, gap.row)
-                yield f"{where}: {field} = {label!r}: no such label{nearest(label, labels) or '.'} {listed(labels)}"
+                close = did_you_mean(label, labels) or "."
+                yield f"{where}: {field} = {label!r}: no such label{close} {listed(labels)}"
 
 
 def _set_faults(table: Table) -> Iterator[str]:
@@ -191,7 +192,7 @@ def _set_faults(table: Table) -> Iterator[str]:
             if one.datasets and asked is not None and asked not in one.datasets:
                 yield (
                     f"scale.{name}: datasets = {one.datasets}: does not say what becomes of {asked!r}, "
-                    f"which {entry} asks for{nearest(str(asked), one.datasets)}"
+                    f"which {entry} asks for{did_you_mean(str(asked), one.datasets)}"
                 )
 
 
@@ -217,7 +218,8 @@ def _claim_faults(table: Table) -> Iterator[str]:
         for kind, asked, known in named:
             for label in asked:
                 if label not in known:
-                    yield f"{entry}: {kind} = {label!r}: no such label{nearest(label, known) or '.'} {listed(known)}"
+                    close = did_you_mean(label, known) or "."
+                    yield f"{entry}: {kind} = {label!r}: no such label{close} {listed(known)}"
             # Of two gains, the lower row of one may well be the higher one of the other.
             if len(set(asked)) < len(asked) and (kind, claim.kind) != ("rows", "gain_exceeds"):
                 yield f"{entry}: {kind} = {list(asked)}: a label is named twice"

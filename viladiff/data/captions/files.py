@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.data.captions.table import Captions
 from viladiff.data.files.index import image_id
 
@@ -30,7 +30,7 @@ COLUMNS = {
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 
 
-class Row(NamedTuple):
+class CaptionRow(NamedTuple):
     """One caption of one image; without text where the captioner failed."""
 
     image: str
@@ -125,7 +125,7 @@ def match(file: CaptionFile, train: Sequence[str], val: Sequence[str]) -> Matche
     if not texts:
         raise ValueError(
             f"{file.name}: none of its {len(file.texts)} images is in the data set, which has {len(known)}; first "
-            f"{strange[0]!r}, where the data set has {next(iter(train), '')!r}{nearest(strange[0], known)}"
+            f"{strange[0]!r}, where the data set has {next(iter(train), '')!r}{did_you_mean(strange[0], known)}"
         )
     notes = [*_missing(file, texts, train, val), *_left_out(file, strange), *_foreign(file, texts)]
     writers = f"captions of {' and '.join(file.writers)}" if file.writers else "captions of a file"
@@ -151,7 +151,7 @@ def clean(text: str) -> str:
 # Formats
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[CaptionRow]:
     reader = {".csv": _from_csv, ".parquet": _from_parquet}.get(path.suffix.lower(), _from_jsonl)
     try:
         for number, (names, values) in enumerate(reader(path), 1):
@@ -166,7 +166,7 @@ def _rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _row(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[Row]:
+def _row(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[CaptionRow]:
     """One row, or one for each text of a list; ``names`` says which column is which."""
     text = values[names["text"]]
     said = [_repeated(values.get(names[what])) if what in names else "" for what in ("prompt", "model", "revision")]
@@ -174,7 +174,7 @@ def _row(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[Row]:
     for one in text if isinstance(text, list) else [text]:
         if one is not None and not isinstance(one, str):
             raise ValueError(f"the text is {one!r}, not a text")
-        yield Row("" if image is None else str(image).strip(), clean(one or ""), *said)
+        yield CaptionRow("" if image is None else str(image).strip(), clean(one or ""), *said)
 
 
 @cache
@@ -192,7 +192,7 @@ def _columns(there: tuple[str, ...]) -> dict[str, str]:
         if not found[what]:
             has = ", ".join(map(repr, there)) or "none"
             allowed = " or ".join(map(repr, COLUMNS[what]))
-            raise ValueError(f"no column {allowed} among {has}{nearest(COLUMNS[what][0], list(lower))}")
+            raise ValueError(f"no column {allowed} among {has}{did_you_mean(COLUMNS[what][0], list(lower))}")
     return {what: name for what, name in found.items() if name}
 
 

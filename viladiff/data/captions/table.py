@@ -95,7 +95,7 @@ def describe(
     Draws do not depend on the rates: what is noticed, or renamed, at a rate is so at every higher one. Raises
     ValueError where a class that is to be renamed has no synonym.
     """
-    rng = keyed_random.rng("caption", *key)
+    rng = keyed_random.numpy_generator("caption", *key)
     noticed = rng.random(len(present)) < np.where(present, source.recall, source.false_mention)
     noticed[0] = False
     orders = rng.permutation(len(present)), rng.permutation(len(present))
@@ -107,7 +107,7 @@ def describe(
 
 
 def _renamed(class_names: Sequence[str], share: float, *key: keyed_random.Part) -> list[str]:
-    chosen = keyed_random.rng("caption synonyms", *key).random(len(class_names)) < share
+    chosen = keyed_random.numpy_generator("caption synonyms", *key).random(len(class_names)) < share
     chosen[0] = False
     if lacking := [name for name, renamed in zip(class_names, chosen, strict=True) if renamed and name not in SYNONYMS]:
         raise ValueError(f"data.caption_synonyms = {share:g}: no synonym is known of {', '.join(lacking)}")
@@ -168,7 +168,7 @@ class CaptionTable(Mapping[str, tuple[str, ...]]):
     def _deranged(self, seed: int) -> list[tuple[str, ...]]:
         if len(self) < 2:
             raise ValueError(f"data.captions = 'shuffled': needs two images at least, there are {len(self)}")
-        cycle = keyed_random.rng("shuffled captions", seed).permutation(len(self))
+        cycle = keyed_random.numpy_generator("shuffled captions", seed).permutation(len(self))
         giver = np.empty_like(cycle)
         giver[cycle] = np.roll(cycle, 1)
         texts = list(self._texts.values())

@@ -20,7 +20,7 @@ LONGEST = 3
 UNKNOWN = -1.0
 
 
-def mentions(captions: Captions, class_names: Sequence[str]) -> np.ndarray:
+def caption_tags(captions: Captions, class_names: Sequence[str]) -> np.ndarray:
     """(N, C) float32: 1 for a class that an image's texts name, 0 for one that they do not, -1 where nothing is known.
 
     A name is found as whole words in a row, run together or apart, whatever the case, also in its plural (s, es). What
@@ -39,9 +39,9 @@ def mentions(captions: Captions, class_names: Sequence[str]) -> np.ndarray:
     return found
 
 
-def mentioned(dataset: Dataset, control: Control = "own", on: Images = "both") -> np.ndarray:
+def dataset_tags(dataset: Dataset, control: Control = "own", on: Images = "both") -> np.ndarray:
     """``mentions`` of the training pool's captions under a control, those that a method reading them is given."""
-    return mentions(tuple(dataset.caption_table("train", control, on=on).values()), dataset.class_names)
+    return caption_tags(tuple(dataset.caption_table("train", control, on=on).values()), dataset.class_names)
 
 
 def _joined(name: str) -> str:

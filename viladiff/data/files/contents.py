@@ -23,7 +23,7 @@ import numpy as np
 
 from viladiff.core.progress import counter
 from viladiff.data.cache import cache_dir, fingerprint
-from viladiff.data.files.images import Coding, label_counts, read_mask
+from viladiff.data.files.images import MaskEncoding, label_counts, read_mask
 from viladiff.runs.record import write_atomically
 
 NAME = ".viladiff-contents.txt"
@@ -102,7 +102,7 @@ class Contents:
             self._new[name] = _start(stat) + json.dumps({**facts, what: found}, separators=(",", ":"))
         return found
 
-    def mask(self, path: Path, num_classes: int, coding: Coding | None) -> MaskFacts:
+    def mask(self, path: Path, num_classes: int, coding: MaskEncoding | None) -> MaskFacts:
         """Size and pixels by label of a mask. Raises ValueError as ``read_mask``."""
 
         def look() -> list[Any]:

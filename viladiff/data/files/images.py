@@ -48,7 +48,7 @@ _TURNED = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
-class Colours:
+class PaletteEncoding:
     """Which class each colour of a mask stands for."""
 
     rgb: tuple[tuple[int, int, int], ...]
@@ -78,7 +78,7 @@ class Colours:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class IdEncoding:
     """Which class each number of a mask stands for, where not every number is allowed or it is not the class itself."""
 
     numbers: tuple[int, ...]
@@ -99,7 +99,7 @@ class Numbers:
         return table[ids]
 
 
-Coding = Colours | Numbers
+MaskEncoding = PaletteEncoding | IdEncoding
 """How the pixels of a mask say their class, where they are not class ids with 255 for what is ignored."""
 
 
@@ -173,7 +173,7 @@ def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def read_mask(path: Path | str, num_classes: int, coding: Coding | None = None) -> np.ndarray:
+def read_mask(path: Path | str, num_classes: int, coding: MaskEncoding | None = None) -> np.ndarray:
     """(h, w) uint8 of class ids and 255, upright by its EXIF orientation.
 
     A pixel is a number: the index of a palette image, the value of a grey one (1 to 16 bits), or the value common to
@@ -184,7 +184,7 @@ def read_mask(path: Path | str, num_classes: int, coding: Coding | None = None) 
         turn, step = _UPRIGHT.get(orientation(image)), _step(image)
         image.load()
         upright = image if turn is None else image.transpose(turn)
-        if isinstance(coding, Colours):
+        if isinstance(coding, PaletteEncoding):
             return coding.labels_of(np.asarray(upright.convert("RGB")))
         ids = _indices(upright) // step
         if coding is not None:
@@ -243,7 +243,7 @@ class FileImages(Sequence[np.ndarray]):
 class FileMasks(Sequence[np.ndarray]):
     """Masks of such images, each (h, w) uint8, opened when asked for."""
 
-    def __init__(self, paths: Sequence[Path], num_classes: int, coding: Coding | None) -> None:
+    def __init__(self, paths: Sequence[Path], num_classes: int, coding: MaskEncoding | None) -> None:
         self.paths, self.num_classes, self.coding = tuple(paths), num_classes, coding
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.data.files.images import SUFFIXES
 
 
@@ -70,7 +70,7 @@ class FileList:
         return len(self.ids)
 
 
-class Tree(NamedTuple):
+class FileIndex(NamedTuple):
     """All files of a layout, by id, in order of id."""
 
     root: Path
@@ -95,7 +95,7 @@ class Tree(NamedTuple):
         return FileList(tuple(ids), tuple(self.images[name] for name in ids), masks, self.unmasked)
 
 
-def scan(root: Path | str, layout: Layout) -> Tree:
+def scan(root: Path | str, layout: Layout) -> FileIndex:
     """Names alone are read. Raises ValueError where the root or its images are missing, where two files have the same
     id, and where a symbolic link leads out of the root."""
     top = Path(root).expanduser()
@@ -106,13 +106,13 @@ def scan(root: Path | str, layout: Layout) -> Tree:
     folders = dict.fromkeys(folder for folder in (layout.masks, layout.val_masks) if (top / folder).is_dir() and folder)
     masks = (_by_id(top, layout, folder, layout.mask_end, (".png",)).items() for folder in folders)
     images = (part.items() for part in parts)
-    return Tree(top, layout, _unique(chain(*images)), _unique(chain(*masks)), frozenset(*parts[1:]))
+    return FileIndex(top, layout, _unique(chain(*images)), _unique(chain(*masks)), frozenset(*parts[1:]))
 
 
 def _images(top: Path, layout: Layout, folder: str) -> dict[str, Path]:
     if not (top / folder).is_dir():
         there = [entry.name for entry in os.scandir(top) if entry.is_dir()]
-        raise ValueError(f"{top}: has no folder {folder!r} of images{nearest(folder, there)}")
+        raise ValueError(f"{top}: has no folder {folder!r} of images{did_you_mean(folder, there)}")
     found = _by_id(top, layout, folder, layout.image_end, SUFFIXES)
     if not found:
         named = f" whose name ends in {layout.image_end!r}" if layout.image_end else ""

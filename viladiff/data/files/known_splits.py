@@ -117,12 +117,12 @@ def list_hash(images: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted({stem(image) for image in images})).encode()).hexdigest()
 
 
-def recognise(images: Iterable[str]) -> Published | None:
+def identify_split(images: Iterable[str]) -> Published | None:
     """The published list of these images, if there is one."""
     return _BY_HASH.get(list_hash(images)[:16])
 
 
-def look_alikes(found: Published) -> list[str]:
+def similarly_named(found: Published) -> list[str]:
     """A sentence for each other list of the same data set and name."""
     return [
         f"{found} has a look-alike: {other} shares {IN_COMMON[frozenset((found.sha256, other.sha256))]} of its images; "
@@ -132,7 +132,7 @@ def look_alikes(found: Published) -> list[str]:
     ]
 
 
-def fewer(found: Published, unlabelled: int) -> list[str]:
+def missing_unlabelled(found: Published, unlabelled: int) -> list[str]:
     """A sentence where the unlabelled images are not all others of the training set, as they are in most papers."""
     whole = (one.size for one in LISTS if (one.dataset, one.family) == (found.dataset, "train"))
     return [
@@ -142,7 +142,7 @@ def fewer(found: Published, unlabelled: int) -> list[str]:
     ]
 
 
-def almost(dataset: str, size: int) -> list[str]:
+def same_size(dataset: str, size: int) -> list[str]:
     """A sentence for each published list that an unknown one could be taken for, since it has as many images."""
     return [
         f"{size} labelled images, as {one} has, but other ones: this is not that list"

@@ -12,15 +12,15 @@ import numpy as np
 
 from viladiff.core import keyed_random
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.index import VOC, Tree
+from viladiff.data.files.index import VOC, FileIndex
 from viladiff.data.files.split_lists import VALIDATION, Lists, find_list, listable, read_list
-from viladiff.data.files.validate import Seen
+from viladiff.data.files.validate import ImageReport
 from viladiff.data.sources.detect import open_tree
 from viladiff.data.splits import VISIBLE
 
 
 @dataclass(frozen=True)
-class Dealt:
+class NewSplit:
     """Lists and what they show."""
 
     lists: Lists
@@ -32,11 +32,11 @@ class Dealt:
 
 def deal(
     root: Path | str,
-    seen: dict[str, Seen],
+    seen: dict[str, ImageReport],
     labelled: int | None,
     val: float | None,
     seed: int,
-) -> Dealt:
+) -> NewSplit:
     """Deals the images that have a sound mask into labelled and validation images; all others are unlabelled.
 
     labelled: how many, or all that validation leaves. val: how many, or a share below 1; none keeps a val.txt that the
@@ -62,7 +62,7 @@ def deal(
     lists = _lists(tree, [free[i] for i in first], fixed or [free[i] for i in last])
     covered = {"labelled": present[first].any(0)} | ({} if fixed else {"validation": present[last].any(0)})
     absent = {name: tuple(np.array(classes.names)[present.any(0) & ~shown].tolist()) for name, shown in covered.items()}
-    return Dealt(lists, {name: names for name, names in absent.items() if names}, kept)
+    return NewSplit(lists, {name: names for name, names in absent.items() if names}, kept)
 
 
 def draw(present: np.ndarray, labelled: int, val: int, seed: int) -> tuple[list[int], list[int]]:
@@ -71,7 +71,7 @@ def draw(present: np.ndarray, labelled: int, val: int, seed: int) -> tuple[list[
     present: (N, C) bool, which image shows which class. As far as the numbers allow, each class is in a labelled
     image, and then in one for validation, before either list is filled up.
     """
-    order = keyed_random.rng("deal", seed).permutation(len(present)).tolist()
+    order = keyed_random.numpy_generator("deal", seed).permutation(len(present)).tolist()
     first = _essential(present, order, labelled)
     last = _essential(present, [i for i in order if i not in first], val)
     rest = [i for i in order if i not in {*first, *last}]
@@ -123,21 +123,21 @@ def write_lists(root: Path | str, name: str, lists: Lists) -> Path:
     return directory
 
 
-def _lists(tree: Tree, labelled: Sequence[str], val: Sequence[str]) -> Lists:
+def _lists(tree: FileIndex, labelled: Sequence[str], val: Sequence[str]) -> Lists:
     taken = {*labelled, *val}
     others = (name for name in tree.pool() if name not in taken and (tree.layout is not VOC or name in tree.masks))
     return Lists(tuple(labelled), tuple(others), tuple(val))
 
 
-def _sound(one: Seen) -> bool:
+def _sound(one: ImageReport) -> bool:
     return not any(fault.level == "error" for fault in one.faults) and _labelled(one)
 
 
-def _labelled(one: Seen) -> bool:
+def _labelled(one: ImageReport) -> bool:
     return one.pixels is not None and one.pixels.keys() != {IGNORE}
 
 
-def _shows(one: Seen, label: int) -> bool:
+def _shows(one: ImageReport, label: int) -> bool:
     return one.pixels is not None and one.pixels.get(label, 0) >= VISIBLE
 
 

@@ -7,15 +7,15 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from viladiff.config.base import nearest
-from viladiff.data.files.index import FOLDER, Tree, below
+from viladiff.config.base import did_you_mean
+from viladiff.data.files.index import FOLDER, FileIndex, below
 from viladiff.data.files.split_lists import Line
 
 NONE = "None"
 """What lists have in place of a mask where there is none."""
 
 
-def named_masks(tree: Tree, source: Path, lines: Mapping[str, Line], needed: bool) -> Tree:
+def named_masks(tree: FileIndex, source: Path, lines: Mapping[str, Line], needed: bool) -> FileIndex:
     """The tree with the masks that a list names; those of lines without a second column stay.
 
     The same picture's mask in another coding is the same mask, and the one that the layout reads stays. needed: the
@@ -46,7 +46,7 @@ def named_masks(tree: Tree, source: Path, lines: Mapping[str, Line], needed: boo
 class _Finder:
     """Looks names up among the PNGs in the folders of a root that lists name."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: FileIndex) -> None:
         self.tree, self.layout = tree, tree.layout
         self._files: dict[str, dict[str, Path]] = {}
         self._others: set[str] = set()
@@ -90,7 +90,7 @@ class _Finder:
         allowed, close = f"a PNG called {PurePosixPath(layout.mask_name(name)).name!r}", ""
         if layout == FOLDER:
             plain = text.lstrip("/")
-            allowed, close = "a PNG", nearest(plain, [*self._pngs(plain.partition("/")[0])])
+            allowed, close = "a PNG", did_you_mean(plain, [*self._pngs(plain.partition("/")[0])])
         return (
             f"names the mask {text!r}, which is not {allowed} below {root}; {here}; "
             f"name one that is, or leave the second column out{close}"

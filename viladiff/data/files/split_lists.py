@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.data.files import known_splits
 from viladiff.data.files.index import Layout
 
@@ -119,7 +119,7 @@ def _unknown(line: str, layout: Layout, known: Collection[str], folder: str) -> 
         return f"{line!r} climbs out of the folder; names are relative to {folder!r}"
     relative = f"; names are relative to {folder!r}" if line.startswith("/") else ""
     first, _ = next(candidates(line, layout))
-    return f"{line!r} is not an image of {folder!r}{relative}{nearest(first, known)}"
+    return f"{line!r} is not an image of {folder!r}{relative}{did_you_mean(first, known)}"
 
 
 def find_list(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> Path | None:

@@ -14,8 +14,8 @@ import numpy as np
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.contents import Contents
 from viladiff.data.files.images import (
-    Coding,
-    Numbers,
+    IdEncoding,
+    MaskEncoding,
     image_size,
     label_counts,
     open_image,
@@ -23,11 +23,11 @@ from viladiff.data.files.images import (
     read_mask,
     upright_size,
 )
-from viladiff.data.files.index import FOLDER, VOC, FileList, Tree
+from viladiff.data.files.index import FOLDER, VOC, FileIndex, FileList
 from viladiff.data.files.split_lists import LABELLED
 from viladiff.data.processes import mapped
 from viladiff.data.sources.detect import open_tree
-from viladiff.data.sources.folder import Classes, Found, describe_lists, read_lists
+from viladiff.data.sources.folder import Classes, SourceFiles, describe_lists, read_lists
 
 if TYPE_CHECKING:
     from viladiff.data.dataset import Dataset
@@ -43,7 +43,7 @@ _TAIL = 4096
 Level = Literal["error", "warning"]
 
 
-class Fault(NamedTuple):
+class DataProblem(NamedTuple):
     """Something about a file that somebody should look at."""
 
     level: Level
@@ -52,14 +52,14 @@ class Fault(NamedTuple):
     reason: str
 
 
-class Seen(NamedTuple):
+class ImageReport(NamedTuple):
     """What one image and its mask hold."""
 
     size: tuple[int, int] | None
     """(height, width) of the image; None where it cannot be read."""
     pixels: dict[int, int] | None
     """Pixels of the mask by label; None where there is no mask or it cannot be read."""
-    faults: tuple[Fault, ...]
+    faults: tuple[DataProblem, ...]
 
 
 class Split(NamedTuple):
@@ -73,15 +73,15 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class DatasetReport:
     """All that ``check`` finds out."""
 
-    tree: Tree = field(repr=False)
+    tree: FileIndex = field(repr=False)
     classes: Classes
-    seen: dict[str, Seen] = field(repr=False)
+    seen: dict[str, ImageReport] = field(repr=False)
     """By image id."""
     splits: tuple[Split, ...]
-    faults: tuple[Fault, ...]
+    faults: tuple[DataProblem, ...]
 
     @property
     def errors(self) -> int:
@@ -115,30 +115,30 @@ def check(
     processes: int | None = None,
     advance: Advance = lambda done, of: None,
     reduce_zero_label: bool = True,
-) -> Report:
+) -> DatasetReport:
     """Decodes every image and mask below ``root`` and reads every list, in ``processes`` (one for each core).
 
     ``advance`` hears how many images are done, and of how many. Raises ValueError where there is nothing to check: no
     layout, no classes, two files of one name, a link that leads out of the root.
     """
     tree, classes = open_tree(root, reduce_zero_label)
-    seen = look_at_all(tree, classes, processes, advance)
+    seen = inspect_images(tree, classes, processes, advance)
     faults = [fault for one in seen.values() for fault in one.faults]
-    faults += [Fault("warning", str(tree.root / tree.layout.masks), note) for note in tree.notes]
+    faults += [DataProblem("warning", str(tree.root / tree.layout.masks), note) for note in tree.notes]
     faults += _strays(tree)
     splits, more = _read_splits(tree, Path(split_dir).expanduser() if split_dir else tree.root / "splits")
-    report = Report(tree, classes, seen, tuple(splits), ())
+    report = DatasetReport(tree, classes, seen, tuple(splits), ())
     faults += more + _doubts(report)
-    return Report(tree, classes, seen, tuple(splits), tuple(sorted(faults, key=lambda fault: fault.level)))
+    return DatasetReport(tree, classes, seen, tuple(splits), tuple(sorted(faults, key=lambda fault: fault.level)))
 
 
-def look_at_all(
-    tree: Tree, classes: Classes, processes: int | None, advance: Advance = lambda done, of: None
-) -> dict[str, Seen]:
-    """``look`` at every image, by id. ValueError where a process dies."""
+def inspect_images(
+    tree: FileIndex, classes: Classes, processes: int | None, advance: Advance = lambda done, of: None
+) -> dict[str, ImageReport]:
+    """``inspect_image`` of every image, by id. ValueError where a process dies."""
     jobs = [(path, tree.masks.get(name), len(classes.names), classes.coding) for name, path in tree.images.items()]
     chunks = [jobs[start : start + 16] for start in range(0, len(jobs), 16)]
-    found: list[Seen] = []
+    found: list[ImageReport] = []
     with mapped(processes, len(chunks)) as run:
         for some in run(_look_at_some, chunks):
             found += some
@@ -146,11 +146,11 @@ def look_at_all(
     return dict(zip(tree.images, found, strict=True))
 
 
-def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, Coding | None]]) -> list[Seen]:
-    return [look(*job) for job in jobs]
+def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, MaskEncoding | None]]) -> list[ImageReport]:
+    return [inspect_image(*job) for job in jobs]
 
 
-def look(image: Path, mask: Path | None, num_classes: int, coding: Coding | None) -> Seen:
+def inspect_image(image: Path, mask: Path | None, num_classes: int, coding: MaskEncoding | None) -> ImageReport:
     """Decodes an image and its mask and compares them."""
     faults = []
     size: tuple[int, int] | None = None
@@ -158,19 +158,19 @@ def look(image: Path, mask: Path | None, num_classes: int, coding: Coding | None
     try:
         size = decode(image)
     except ValueError as error:
-        faults.append(Fault("error", str(image), _reason(image, error)))
+        faults.append(DataProblem("error", str(image), _reason(image, error)))
     if mask is not None:
         try:
             labels = read_mask(mask, num_classes, coding)
         except ValueError as error:
-            faults.append(Fault("error", str(mask), _reason(mask, error)))
+            faults.append(DataProblem("error", str(mask), _reason(mask, error)))
         else:
             found = label_counts(labels)
             counts = {int(label): int(found[label]) for label in np.flatnonzero(found)}
-            faults += [Fault("error", str(mask), text) for text in _mismatch(size, labels.shape)]
+            faults += [DataProblem("error", str(mask), text) for text in _mismatch(size, labels.shape)]
             if counts.keys() == {IGNORE}:
-                faults.append(Fault("warning", str(mask), f"every pixel is {IGNORE}: nothing is labelled"))
-    return Seen(size, counts, tuple(faults))
+                faults.append(DataProblem("warning", str(mask), f"every pixel is {IGNORE}: nothing is labelled"))
+    return ImageReport(size, counts, tuple(faults))
 
 
 def decode(path: Path) -> tuple[int, int]:
@@ -197,22 +197,22 @@ def _reason(path: Path, error: ValueError) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def _strays(tree: Tree) -> list[Fault]:
+def _strays(tree: FileIndex) -> list[DataProblem]:
     """Masks that no image has, and files beside the masks that are no PNG."""
-    lost = [Fault("warning", str(path), "there is no image of this name") for name, path in tree.masks.items()]
+    lost = [DataProblem("warning", str(path), "there is no image of this name") for name, path in tree.masks.items()]
     lost = [fault for fault, name in zip(lost, tree.masks, strict=True) if name not in tree.images]
     known = set(tree.masks.values())
     folder = tree.root / tree.layout.masks
     for path in sorted(folder.rglob("*.*")) if folder.is_dir() else ():
         if path not in known and path.is_file() and not path.name.startswith(".") and not tree.layout.mask_end:
-            lost.append(Fault("warning", str(path), "is not read: masks are PNG files"))
+            lost.append(DataProblem("warning", str(path), "is not read: masks are PNG files"))
     return lost
 
 
-def _read_splits(tree: Tree, directory: Path) -> tuple[list[Split], list[Fault]]:
+def _read_splits(tree: FileIndex, directory: Path) -> tuple[list[Split], list[DataProblem]]:
     """Every list of labelled images in the directory, with its validation list and the rest."""
     if not directory.is_dir():
-        return [], [Fault("warning", str(directory), "no lists of images yet; `viladiff data split` makes some")]
+        return [], [DataProblem("warning", str(directory), "no lists of images yet; `viladiff data split` makes some")]
     names = {path.relative_to(directory).as_posix().removesuffix(".txt") for path in directory.glob("*.txt")}
     for pattern in LABELLED[:2]:
         names |= {path.parent.relative_to(directory).as_posix() for path in directory.rglob(pattern.format("*"))}
@@ -222,32 +222,34 @@ def _read_splits(tree: Tree, directory: Path) -> tuple[list[Split], list[Fault]]
         try:
             _, lists, sources = read_lists(tree, directory, [name], masked=tree.layout is VOC)
         except ValueError as error:
-            faults.append(Fault("error", str(directory / name), str(error)))
+            faults.append(DataProblem("error", str(directory / name), str(error)))
             continue
-        published, notes = describe_lists(tree.layout.dataset, Found(tree, Classes((), None), lists, sources))
+        published, notes = describe_lists(tree.layout.dataset, SourceFiles(tree, Classes((), None), lists, sources))
         splits.append(Split(name, (len(lists.labelled), len(lists.unlabelled), len(lists.val)), published, notes))
     return splits, faults
 
 
-def _doubts(report: Report) -> list[Fault]:
+def _doubts(report: DatasetReport) -> list[DataProblem]:
     """What no single file is to blame for."""
     faults = []
     root, names = str(report.tree.root / report.tree.layout.masks), report.classes.names
     masks = [one.pixels for one in report.seen.values() if one.pixels is not None]
     if not masks:
-        return [Fault("error", root, "there is no mask that can be read, so nothing to learn from")]
+        return [DataProblem("error", root, "there is no mask that can be read, so nothing to learn from")]
     shown = report.images()
     absent = [name for label, name in enumerate(names) if not shown[label]]
     level: Level = "error" if report.tree.layout == FOLDER else "warning"
     if absent:
-        faults.append(Fault(level, root, f"{len(absent)} classes are in no mask: {', '.join(absent)}"))
+        faults.append(DataProblem(level, root, f"{len(absent)} classes are in no mask: {', '.join(absent)}"))
     if not shown[:IGNORE].any():
-        faults.append(Fault("error", root, f"every pixel of all {len(masks)} masks is {IGNORE}: nothing is labelled"))
+        faults.append(
+            DataProblem("error", root, f"every pixel of all {len(masks)} masks is {IGNORE}: nothing is labelled")
+        )
     elif (hint := zero_or_ignored(names, shown)) is not None:
-        faults.append(Fault(level, root, hint))
+        faults.append(DataProblem(level, root, hint))
     unsure = sum(one.keys() == {0, IGNORE} for one in masks)
     if (hint := some_ignored(report.classes, shown, unsure, len(masks))) is not None:
-        faults.append(Fault("warning", root, hint))
+        faults.append(DataProblem("warning", root, hint))
     return faults
 
 
@@ -304,7 +306,7 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
     if dataset.name == FOLDER.dataset:
         _refuse_absent(dataset, contents.root, counts)
     coding = getattr(dataset.masks, "coding", None)
-    odd = [] if not isinstance(coding, Numbers) or any(shown[IGNORE] for shown in counts) else [coding.hint]
+    odd = [] if not isinstance(coding, IdEncoding) or any(shown[IGNORE] for shown in counts) else [coding.hint]
     told = [f"no mask has an ignored pixel, which is unusual of {dataset.name}: {hint}" for hint in odd]
     both, unsure = sum(counts, np.zeros(256, np.int64)), sum(one for _, one, _ in looked)
     hint = some_ignored(Classes(dataset.class_names, coding), both, unsure, sum(map(len, parts)))

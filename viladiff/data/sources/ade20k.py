@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.images import Numbers
-from viladiff.data.files.index import Layout, Tree, locate, scan
+from viladiff.data.files.images import IdEncoding
+from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.split_lists import Wanted
-from viladiff.data.sources.folder import Classes, Found, read_lists, refuse_other, split_directory
+from viladiff.data.sources.folder import Classes, SourceFiles, read_lists, refuse_other, split_directory
 
 _NAMES = (
     "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, "
@@ -28,13 +28,13 @@ CLASS_NAMES = tuple(_NAMES.split(", "))
 PLACES = ("", "ADE", "ade20k", "ADE20K", "ADEChallengeData2016")
 """Where below the root the folders may lie."""
 LAYOUT = Layout("ade20k", "images/training", "annotations/training", "images/validation", "annotations/validation")
-AS_PUBLISHED = Numbers(
+AS_PUBLISHED = IdEncoding(
     tuple(range(151)),
     (IGNORE, *range(150)),
     "masks as ADE20K has them hold 0 (no class) ... 150; if these are shifted already, to 0 ... 149 and 255, set "
     "data.reduce_zero_label=false",
 )
-SHIFTED = Numbers(
+SHIFTED = IdEncoding(
     (*range(150), IGNORE),
     (*range(150), IGNORE),
     "shifted masks hold 0 ... 149 and 255; if these are as ADE20K has them, 0 (no class) ... 150, set "
@@ -54,7 +54,7 @@ _FRACTION = {
 
 def open_ade20k(
     root: Path | str, split: str, reduce_zero_label: bool = True, split_dir: Path | str | None = None
-) -> Found:
+) -> SourceFiles:
     """``images/{training,validation}`` and ``annotations`` beside it, with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under names such as ``1_64`` or by their images. Without a list, all of
@@ -65,10 +65,10 @@ def open_ade20k(
     wanted = Wanted("ade20k", "semivl" if split in ("158", "632") else "unimatch_v2", split)
     tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), [split, _FRACTION[split]], wanted=wanted)
     refuse_other(lists, sources[0], "", split, "ade20k")
-    return Found(tree, classes, lists, sources)
+    return SourceFiles(tree, classes, lists, sources)
 
 
-def ade_tree(root: Path | str, reduce_zero_label: bool = True) -> tuple[Tree, Classes]:
+def ade_tree(root: Path | str, reduce_zero_label: bool = True) -> tuple[FileIndex, Classes]:
     """The files; ids are bare names such as ``ADE_train_00001609``. Raises ValueError where there is no mask.
 
     reduce_zero_label: masks are as published, 0 for what is in no class; else they are shifted already.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.images import Numbers
-from viladiff.data.files.index import Layout, Tree, locate, scan
+from viladiff.data.files.images import IdEncoding
+from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.split_lists import Wanted
-from viladiff.data.sources.folder import Classes, Found, read_lists, refuse_other, split_directory
+from viladiff.data.sources.folder import Classes, SourceFiles, read_lists, refuse_other, split_directory
 
 CLASS_NAMES = (
     "road",
@@ -47,12 +47,12 @@ LAYOUT = Layout(
 )
 LABEL_IDS = LAYOUT._replace(mask_end="_gtFine_labelIds")
 _CODINGS = {
-    LAYOUT: Numbers(
+    LAYOUT: IdEncoding(
         (*range(19), IGNORE),
         (*range(19), IGNORE),
         "a labelTrainIds file holds 0 ... 18 and 255, a labelIds file 0 ... 33: is it one under the other's name?",
     ),
-    LABEL_IDS: Numbers(
+    LABEL_IDS: IdEncoding(
         tuple(range(34)),
         tuple(IDS.index(number) if number in IDS else IGNORE for number in range(34)),
         "a labelIds file holds 0 ... 33, a labelTrainIds file 0 ... 18 and 255: is it one under the other's name?",
@@ -61,7 +61,9 @@ _CODINGS = {
 _FRACTION = {"100": "1_30", "186": "1_16", "372": "1_8", "744": "1_4", "1488": "1_2"}
 
 
-def open_cityscapes(root: Path | str, split: str, family: str = "cps", split_dir: Path | str | None = None) -> Found:
+def open_cityscapes(
+    root: Path | str, split: str, family: str = "cps", split_dir: Path | str | None = None
+) -> SourceFiles:
     """``leftImg8bit/{train,val}/<city>`` and ``gtFine`` beside it, with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under the names ``1_16`` (CPS's) and ``u2pl_1_16``, or by their images.
@@ -73,10 +75,10 @@ def open_cityscapes(root: Path | str, split: str, family: str = "cps", split_dir
     wanted = Wanted("cityscapes", family, split)
     tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=wanted)
     refuse_other(lists, sources[0], family, split, "cityscapes")
-    return Found(tree, classes, lists, sources)
+    return SourceFiles(tree, classes, lists, sources)
 
 
-def city_tree(root: Path | str) -> tuple[Tree, Classes]:
+def city_tree(root: Path | str) -> tuple[FileIndex, Classes]:
     """The files, read as ``labelTrainIds``, or as ``labelIds`` where more of those exist; then a sentence says so.
 
     Ids are bare names such as ``jena_000078_000019``. Raises ValueError where there is no mask of either kind.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from viladiff.data.files.index import Layout, Tree, locate, scan
+from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.split_lists import Wanted
-from viladiff.data.sources.folder import Classes, Found, read_lists, refuse_other, split_directory
+from viladiff.data.sources.folder import Classes, SourceFiles, read_lists, refuse_other, split_directory
 
 _NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
@@ -28,7 +28,7 @@ LAYOUT = Layout("coco", "train2017", "masks", "val2017", "masks")
 _FRACTION = {"232": "512", "463": "256", "925": "128", "1849": "64", "3697": "32"}
 
 
-def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None) -> Found:
+def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None) -> SourceFiles:
     """``train2017``, ``val2017`` and the PNGs of both in ``masks``, with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under the names ``1_512`` and ``512_all`` or by their images. Without a list,
@@ -39,10 +39,10 @@ def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None)
     names = [split, f"1_{_FRACTION[split]}", f"{_FRACTION[split]}_all"]
     tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=Wanted("coco", "", split))
     refuse_other(lists, sources[0], "", split, "coco")
-    return Found(tree, classes, lists, sources)
+    return SourceFiles(tree, classes, lists, sources)
 
 
-def coco_tree(root: Path | str) -> tuple[Tree, Classes]:
+def coco_tree(root: Path | str) -> tuple[FileIndex, Classes]:
     """The files; ids are bare names such as ``000000177254``. Raises ValueError where there is no mask."""
     tree = scan(locate(root, PLACES, LAYOUT), LAYOUT)
     if not tree.masks:

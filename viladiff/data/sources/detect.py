@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from viladiff.data.files.index import FOLDER, VOC, Tree, scan
+from viladiff.data.files.index import FOLDER, VOC, FileIndex, scan
 from viladiff.data.sources import ade20k, cityscapes, coco, voc
 from viladiff.data.sources.folder import Classes, read_classes
 
 
-def open_tree(root: Path | str, reduce_zero_label: bool = True) -> tuple[Tree, Classes]:
+def open_tree(root: Path | str, reduce_zero_label: bool = True) -> tuple[FileIndex, Classes]:
     """The files below a root in whichever layout it has, and its classes. ValueError where it has none.
 
     One's own folder comes first, also where it has the folders of another beside. reduce_zero_label: see

@@ -65,7 +65,7 @@ _FINE = 4
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SceneRecipe:
     """All that decides how hard a scene is; a changed field is a different data set with another fingerprint."""
 
     side: int = 64
@@ -102,14 +102,14 @@ class Recipe:
     """Standard deviation of the grain, which is grey."""
 
 
-DIGITS = Recipe()
-DENSE = Recipe(objects=(4, 8), height=(12, 22), overlap=0.2, shadow=(0.0, 0.25))
+DIGITS = SceneRecipe()
+DENSE = SceneRecipe(objects=(4, 8), height=(12, 22), overlap=0.2, shadow=(0.0, 0.25))
 
 
 class Variant(NamedTuple):
     """A recipe and how many scenes of it there are."""
 
-    recipe: Recipe
+    recipe: SceneRecipe
     train: int
     dev: int
     test: int
@@ -158,15 +158,15 @@ def open_pixels(name: str) -> Opened:
 
 def scene_kind(name: str, part: Part, index: int) -> int:
     """Index into SCENES of the photograph behind scene ``index``; known without rendering it."""
-    return int(keyed_random.rng(SEED, name, part, index, "kind").integers(len(SCENES)))
+    return int(keyed_random.numpy_generator(SEED, name, part, index, "kind").integers(len(SCENES)))
 
 
-def render(recipe: Recipe, name: str, part: Part, index: int, sources: Sources | None = None) -> Scene:
+def render(recipe: SceneRecipe, name: str, part: Part, index: int, sources: Sources | None = None) -> Scene:
     """Draws scene ``index``, far digits first; equal arguments give equal pixels, whatever was drawn before.
 
     ``sources`` replaces the material of ``part``.
     """
-    rng = keyed_random.rng(SEED, name, part, index)
+    rng = keyed_random.numpy_generator(SEED, name, part, index)
     sources = sources or load_sources(part)
     image = _background(rng, recipe, sources.photos[scene_kind(name, part, index)])
     mask = np.zeros((recipe.side, recipe.side), np.uint8)
@@ -216,7 +216,9 @@ def deform_handwriting(sources: Sources, copies: int, amplitude: float, seed: in
     ink = np.empty((len(chosen) * copies, side, side), np.float32)
     for place, scan in enumerate(chosen.tolist()):
         for copy in range(copies):
-            field = keyed_random.rng(seed, "elastic", scan, copy).standard_normal((2, 5, 5)) * amplitude * _FINE
+            field = (
+                keyed_random.numpy_generator(seed, "elastic", scan, copy).standard_normal((2, 5, 5)) * amplitude * _FINE
+            )
             shift = np.einsum("ia,nab,jb->nij", spline, field, spline)
             ndimage.map_coordinates(sources.ink[scan], grid + shift, ink[place * copies + copy], order=1)
     places = [np.searchsorted(chosen, scans)[:, None] * copies + np.arange(copies) for scans in sources.scans]
@@ -243,7 +245,7 @@ def _scans() -> Array:
     return (refine @ scans @ refine.T).astype(np.float32)
 
 
-def write_digits(rng: np.random.Generator, recipe: Recipe, scans: list[Array]) -> list[tuple[Array, Array]]:
+def write_digits(rng: np.random.Generator, recipe: SceneRecipe, scans: list[Array]) -> list[tuple[Array, Array]]:
     """Each scan (s, s) under a random size, slant and turn: ink over the outline's level, at most 1, and coverage.
 
     Both (p, q), without empty borders. Coverage, in [0, 1], is the distance to the outline in pixels, estimated as
@@ -281,7 +283,7 @@ def _box(shape: Array) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def _background(rng: np.random.Generator, recipe: Recipe, zooms: tuple[Array, ...]) -> Array:
+def _background(rng: np.random.Generator, recipe: SceneRecipe, zooms: tuple[Array, ...]) -> Array:
     crop = _crop(rng, zooms, recipe.side, recipe.side)
     gain, shift = rng.uniform(*recipe.background_gain), rng.uniform(*recipe.background_shift)
     return np.clip((crop - 0.5) * np.float32(gain) + np.float32(0.5 + shift), 0, 1)
@@ -295,7 +297,7 @@ def _crop(rng: np.random.Generator, zooms: tuple[Array, ...], height: int, width
     return crop[:, :, ::-1] if rng.random() < 0.5 else crop
 
 
-def _place(rng: np.random.Generator, recipe: Recipe, shape: Array, mask: Array) -> tuple[int, int]:
+def _place(rng: np.random.Generator, recipe: SceneRecipe, shape: Array, mask: Array) -> tuple[int, int]:
     """Top and left of the first place tried where little of the digit lies over others, or of the best one."""
     height, width = shape.shape
     out = int(recipe.outside * height)
@@ -323,7 +325,7 @@ def _windows(
     return inner, outer
 
 
-def recolour(rng: np.random.Generator, recipe: Recipe, crop: Array, digit: int, behind: float) -> Array:
+def recolour(rng: np.random.Generator, recipe: SceneRecipe, crop: Array, digit: int, behind: float) -> Array:
     """The crop (3, h, w) with the digit's hue and a mean luminance that stands off from ``behind`` (0 to 1).
 
     Hue is an angle in the plane orthogonal to grey; the digit's own is 36 degrees times its place on the circle.

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.images import Coding, Colours
-from viladiff.data.files.index import FOLDER, Tree, scan
-from viladiff.data.files.known_splits import almost, fewer, list_hash, look_alikes, recognise
+from viladiff.data.files.images import MaskEncoding, PaletteEncoding
+from viladiff.data.files.index import FOLDER, FileIndex, scan
+from viladiff.data.files.known_splits import identify_split, list_hash, missing_unlabelled, same_size, similarly_named
 from viladiff.data.files.second_column import named_masks
 from viladiff.data.files.split_lists import (
     LABELLED,
@@ -31,20 +31,20 @@ class Classes(NamedTuple):
     """Names of the classes by id, and what the pixels of masks stand for where they are not class ids."""
 
     names: tuple[str, ...]
-    coding: Coding | None
+    coding: MaskEncoding | None
 
 
-class Found(NamedTuple):
+class SourceFiles(NamedTuple):
     """What a reader of files finds: everything that ``Dataset`` needs but the pixels."""
 
-    tree: Tree
+    tree: FileIndex
     classes: Classes
     lists: Lists
     sources: tuple[Path | None, ...]
     """The file of each list; none for unlabelled images that are simply all others, and for all of a folder."""
 
 
-def open_folder(root: Path | str, split: str, split_dir: Path | str | None = None) -> Found:
+def open_folder(root: Path | str, split: str, split_dir: Path | str | None = None) -> SourceFiles:
     """``images/``, ``masks/``, ``classes.txt`` or ``palette.txt``, and lists in ``splits/`` or in ``split_dir``.
 
     The labelled images of split NAME are listed in ``NAME/labelled.txt`` (or ``labeled.txt``) or ``NAME.txt``, the
@@ -53,10 +53,10 @@ def open_folder(root: Path | str, split: str, split_dir: Path | str | None = Non
     """
     tree = scan(root, FOLDER)
     tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), [split])
-    return Found(tree, read_classes(tree.root), lists, sources)
+    return SourceFiles(tree, read_classes(tree.root), lists, sources)
 
 
-def split_directory(tree: Tree, given: Path | str | None) -> Path:
+def split_directory(tree: FileIndex, given: Path | str | None) -> Path:
     """The directory of lists that the user names, or ``splits`` below the root; ValueError where it is missing."""
     directory = tree.root / "splits" if given is None else Path(given).expanduser()
     if directory.is_dir():
@@ -67,8 +67,8 @@ def split_directory(tree: Tree, given: Path | str | None) -> Path:
 
 
 def read_lists(
-    tree: Tree, directory: Path, names: Sequence[str], masked: bool = False, wanted: Wanted | None = None
-) -> tuple[Tree, Lists, tuple[Path | None, ...]]:
+    tree: FileIndex, directory: Path, names: Sequence[str], masked: bool = False, wanted: Wanted | None = None
+) -> tuple[FileIndex, Lists, tuple[Path | None, ...]]:
     """The lists of a split under the first of its ``names`` that there is, or a published list of whatever name; the
     tree is given back with the masks that they name. ValueError where one cannot be used.
 
@@ -85,7 +85,7 @@ def read_lists(
         raise ValueError(
             f"data.split = {names[0]!r}: {directory} has no list {LABELLED[0].format(names[0])}"
             f" or {LABELLED[2].format(names[0])}{other}; there are: {', '.join(there[:20]) or 'none'}"
-            f"{nearest(names[0], there)}"
+            f"{did_you_mean(names[0], there)}"
         )
     if val is None and not tree.apart:
         raise ValueError(f"{directory}: has no val.txt, the list of validation images; `viladiff data split` makes one")
@@ -108,14 +108,14 @@ def read_lists(
     return tree, lists, sources
 
 
-def describe_lists(dataset: str, found: Found) -> tuple[str, tuple[str, ...]]:
+def describe_lists(dataset: str, found: SourceFiles) -> tuple[str, tuple[str, ...]]:
     """Which published list the labelled images are, or that they are none; and what may be mistaken about the lists."""
-    labelled, val = recognise(found.lists.labelled), recognise(found.lists.val)
+    labelled, val = identify_split(found.lists.labelled), identify_split(found.lists.val)
     if labelled is None:
         size = len(found.lists.labelled)
         name = f"no published list: {size} images, SHA-256 {list_hash(found.lists.labelled)[:12]}"
-        return name, tuple(almost(dataset, size))
-    notes = [*look_alikes(labelled), *fewer(labelled, len(found.lists.unlabelled))]
+        return name, tuple(same_size(dataset, size))
+    notes = [*similarly_named(labelled), *missing_unlabelled(labelled, len(found.lists.unlabelled))]
     if val is None or (val.dataset, val.family) != (labelled.dataset, "val"):
         where = found.sources[2] or found.tree.root / found.tree.layout.val_images
         here = f"{where}: {len(found.lists.val)} images"
@@ -123,7 +123,7 @@ def describe_lists(dataset: str, found: Found) -> tuple[str, tuple[str, ...]]:
     return str(labelled), tuple(notes)
 
 
-def _check_masks(tree: Tree, lists: Lists, sources: tuple[Path | None, ...]) -> None:
+def _check_masks(tree: FileIndex, lists: Lists, sources: tuple[Path | None, ...]) -> None:
     for ids, source in ((lists.labelled, sources[0]), (lists.val, sources[2])):
         missing = [name for name in ids if name not in tree.masks]
         if missing:
@@ -138,7 +138,7 @@ def refuse_other(lists: Lists, source: Path | None, family: str, split: str, dat
 
     family: empty where the data set has no such field, and any will do.
     """
-    known = recognise(lists.labelled)
+    known = identify_split(lists.labelled)
     if known is None:
         return
     families = (family or known.family, "pseudoseg")
@@ -178,7 +178,7 @@ def _read_palette(path: Path) -> Classes:
         labels.append(IGNORE if name.lower() in IGNORED else len(names))
         if name.lower() not in IGNORED:
             names.append(name)
-    return Classes(_checked(names, path), Colours(tuple(rgb), tuple(labels)))
+    return Classes(_checked(names, path), PaletteEncoding(tuple(rgb), tuple(labels)))
 
 
 def _checked(names: Sequence[str], path: Path) -> tuple[str, ...]:

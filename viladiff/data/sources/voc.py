@@ -6,7 +6,7 @@ from pathlib import Path
 
 from viladiff.data.files.index import VOC, locate, scan
 from viladiff.data.files.split_lists import Wanted
-from viladiff.data.sources.folder import Classes, Found, read_lists, refuse_other, split_directory
+from viladiff.data.sources.folder import Classes, SourceFiles, read_lists, refuse_other, split_directory
 
 CLASS_NAMES = (
     "background",
@@ -38,7 +38,7 @@ _CLEAN = {"92": "1-16", "183": "1-8", "366": "1-4", "732": "1-2"}
 """Parts of the official masks, as CPS calls PseudoSeg's lists; its 732 are other images than most papers'."""
 
 
-def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path | str | None = None) -> Found:
+def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path | str | None = None) -> SourceFiles:
     """``JPEGImages/`` and ``SegmentationClass/`` (index PNGs), with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, those of the literature also under the names that its repositories give them, or
@@ -50,7 +50,7 @@ def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path |
     names, wanted = list_names(split, family), Wanted("voc", family, split)
     tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, masked=True, wanted=wanted)
     refuse_other(lists, sources[0], family, split, "voc")
-    return Found(tree, Classes(CLASS_NAMES, None), lists, sources)
+    return SourceFiles(tree, Classes(CLASS_NAMES, None), lists, sources)
 
 
 def voc_root(root: Path | str) -> Path:

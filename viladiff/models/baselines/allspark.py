@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from viladiff.data.batch import TextBatch
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter
-from viladiff.models.stream import Stream
+from viladiff.models.stream import StreamOutput
 
 Draw = Callable[[str, tuple[int, ...]], Tensor]
 """What they are for and a shape, to that many uniform numbers for each image of a batch: (B, *shape)."""
@@ -97,12 +97,12 @@ class SparkSegmenter(Segmenter):
 
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
-    ) -> dict[str, Stream]:
+    ) -> dict[str, StreamOutput]:
         return self.decode_rebuilt([*features[:-1], self.spark(features[-1])], text, names)
 
     def decode_rebuilt(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
-    ) -> dict[str, Stream]:
+    ) -> dict[str, StreamOutput]:
         """``decode`` of maps of which the last has been through the block."""
         return super().decode(features, text, names)
 

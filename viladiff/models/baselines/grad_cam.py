@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.data.batch import IGNORE
-from viladiff.losses import global_mean
+from viladiff.losses import distributed_mean
 
 MASKED = -1e9
 """Score of a token in padding; finite, so that an image without a valid token attends to all alike."""
@@ -96,4 +96,4 @@ def tagged(target: Tensor, num_classes: int) -> Tagged:
 def tag_loss(scores: Tensor, found: Tagged) -> Tensor:
     """Binary cross-entropy, a mean over classes and over the pictures of all workers that have a label."""
     loss = F.binary_cross_entropy_with_logits(scores, found.present, reduction="none").mean(1)
-    return global_mean((loss * found.known).sum(), found.known.sum())
+    return distributed_mean((loss * found.known).sum(), found.known.sum())

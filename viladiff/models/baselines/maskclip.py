@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viladiff.config.base import nearest
+from viladiff.config.base import did_you_mean
 from viladiff.models.encoders.build import load_weights
 
 TEMPLATE = "a photo of a {}"
@@ -101,7 +101,7 @@ def load_clip(name: str, weights: str, texts: Sequence[str]) -> Clip:
     config = open_clip.get_model_config(name)
     if config is None:
         known = open_clip.list_models()
-        raise ValueError(f"method.clip.model = {name!r}: open_clip has no such model{nearest(name, known)}")
+        raise ValueError(f"method.clip.model = {name!r}: open_clip has no such model{did_you_mean(name, known)}")
     vision, words = config["vision_cfg"], config["text_cfg"]
     strange = set(config) - PLAIN or {
         key for key in (*vision, *words) if key.startswith(("hf_", "timm_", "attentional"))

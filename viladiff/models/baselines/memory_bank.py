@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viladiff.losses import global_gather
+from viladiff.losses import all_gather
 
 
-class Banks(nn.Module):
+class MemoryBank(nn.Module):
     """First in, first out: ``size`` vectors of unit length for each of C classes, in half precision.
 
     They take 2 * C * size * width bytes of the device and of every checkpoint. Nothing here waits for the device.
@@ -38,8 +38,8 @@ class Banks(nn.Module):
         Every worker hands in equally many. Of more than ``size`` new vectors of a class the last ones stay.
         """
         classes, size, width = self.vectors.shape
-        given = global_gather(vectors.to(self.vectors.dtype)).transpose(0, 1).reshape(classes, -1, width)
-        fits = global_gather(counted.to(torch.uint8)).transpose(0, 1).reshape(classes, -1)
+        given = all_gather(vectors.to(self.vectors.dtype)).transpose(0, 1).reshape(classes, -1, width)
+        fits = all_gather(counted.to(torch.uint8)).transpose(0, 1).reshape(classes, -1)
         count = fits.sum(1, dtype=torch.int64)
         newest = (1 - fits).argsort(dim=1, stable=True)  # what counts first, oldest first
         skip = (count - size).clamp(min=0)[:, None]
@@ -49,7 +49,7 @@ class Banks(nn.Module):
         first = torch.arange(classes, device=count.device)[:, None] * size
         rows = ((self.following[:, None] + slots) % size + first).flatten()
         places = self.vectors.view(-1, width)
-        new = torch.where((slots < kept)[..., None].flatten(0, 1), pick(given, chosen).flatten(0, 1), places[rows])
+        new = torch.where((slots < kept)[..., None].flatten(0, 1), gather_at(given, chosen).flatten(0, 1), places[rows])
         places.index_copy_(0, rows, new)
         self.following.add_(kept[:, 0]).remainder_(size)
         self.filled.add_(kept[:, 0]).clamp_(max=size)
@@ -66,7 +66,7 @@ class Banks(nn.Module):
         return F.embedding(classes[..., None] * size + place, self.vectors.view(-1, width))
 
 
-def sample(counted: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def sample_positions(counted: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Places (..., m) of at most ``count`` of the ``counted`` (..., n), and which of the places are of such, both m.
 
     ``order`` (..., n) random in [0, 1), or what broadcasts to it.
@@ -76,6 +76,6 @@ def sample(counted: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top.indices, top.values >= 0
 
 
-def pick(vectors: Tensor, at: Tensor) -> Tensor:
+def gather_at(vectors: Tensor, at: Tensor) -> Tensor:
     """(N, m, D): those of (N, n, D) at the places (N, m)."""
     return vectors.gather(1, at[..., None].expand(-1, -1, vectors.shape[2]))

@@ -48,7 +48,7 @@ def half_of_pairs(keys: Sequence[int], *parts: keyed_random.Part) -> list[bool]:
 
     ``keys`` are places in the global batch: half of it is chosen without a worker knowing another's images.
     """
-    return [bool(keyed_random.rng(*parts, key // 2).integers(2) ^ (key & 1)) for key in keys]
+    return [bool(keyed_random.numpy_generator(*parts, key // 2).integers(2) ^ (key & 1)) for key in keys]
 
 
 def _scaled(features: Sequence[Tensor], factor: Tensor) -> list[Tensor]:

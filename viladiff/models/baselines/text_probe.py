@@ -17,8 +17,8 @@ from viladiff.data.batch import TextBatch
 from viladiff.models.blocks import CrossBlock
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter
-from viladiff.models.stream import Stream
-from viladiff.models.vila import read_with_null
+from viladiff.models.stream import StreamOutput
+from viladiff.models.vila import prepend_null_token
 
 
 class ProbeConfig(Section):
@@ -34,7 +34,7 @@ class ProbeConfig(Section):
     """Blocks in which the tokens read the words."""
 
 
-class Masks(nn.Module):
+class ClassQueryHead(nn.Module):
     """Tokens read words, classes attend to tokens."""
 
     def __init__(self, dim: int, num_classes: int, text_dim: int, cfg: ProbeConfig) -> None:
@@ -61,17 +61,17 @@ class Masks(nn.Module):
         if not self.reads_text:
             return {"after": self.norm(x)}
         before = x
-        words, mask = read_with_null(self.null, self.words, text, len(x))
+        words, mask = prepend_null_token(self.null, self.words, text, len(x))
         for block in self.inject:
             x = block(x, words, mask)
         return {"before": self.norm(before), "after": self.norm(x)}
 
-    def forward(self, top: Tensor, text: TextBatch | None = None) -> Stream:
+    def forward(self, top: Tensor, text: TextBatch | None = None) -> StreamOutput:
         """The map in the middle is that of the keys (B, W, h, w); logits are float32."""
         grid, x = top.shape[-2:], self.tokens(top, text)["after"]
         keys = self.key(x)
         maps = attention_maps(self.queries, keys).float()
-        return Stream(x, keys.transpose(1, 2).unflatten(2, grid), maps.unflatten(2, grid))
+        return StreamOutput(x, keys.transpose(1, 2).unflatten(2, grid), maps.unflatten(2, grid))
 
 
 class Probe(Segmenter):
@@ -82,7 +82,7 @@ class Probe(Segmenter):
         nn.Module.__init__(self)
         self.num_classes, self.encoder = num_classes, encoder
         self.vila = self.classifier_fusion = None
-        self.decoder: Masks = Masks(encoder.channels[-1], num_classes, text_dim, cfg)  # type: ignore[assignment]
+        self.decoder: ClassQueryHead = ClassQueryHead(encoder.channels[-1], num_classes, text_dim, cfg)  # type: ignore[assignment]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class Probe(Segmenter):
 
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
-    ) -> dict[str, Stream]:
+    ) -> dict[str, StreamOutput]:
         """As a segmenter's, of the coarsest map alone."""
         names = self.names if names is None else names
         return {name: self.decoder(features[-1], text if name == "fusion" else None) for name in names}

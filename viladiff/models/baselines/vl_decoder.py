@@ -25,7 +25,7 @@ from viladiff.data.batch import TextBatch
 from viladiff.models.blocks import SelfBlock
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter
-from viladiff.models.stream import Stream
+from viladiff.models.stream import StreamOutput
 
 POOL = 4
 """Cells along each side that share one token of a semantic transformer."""
@@ -179,10 +179,10 @@ class VlSegmenter(Segmenter):
 
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
-    ) -> dict[str, Stream]:
+    ) -> dict[str, StreamOutput]:
         """The map in the middle is the dense one in the space of the texts."""
         top = features[-1]
-        return {"visual": Stream(top.flatten(2).mT, self.decoder.dense(top), self.decoder(features))}
+        return {"visual": StreamOutput(top.flatten(2).mT, self.decoder.dense(top), self.decoder(features))}
 
 
 def vl_segmenter(class_texts: Tensor, cfg: VlDecoderConfig) -> Callable[[Encoder, int, int], Segmenter]:

@@ -18,7 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 36, 12, 8, 32
 Place = Callable[[float], float]
 
 
-class Dot(NamedTuple):
+class Point(NamedTuple):
     """A place in a chart, with its spread."""
 
     x: float
@@ -30,7 +30,7 @@ class Dot(NamedTuple):
     hollow: bool = False
 
 
-class Line(NamedTuple):
+class Polyline(NamedTuple):
     """Places that are joined; ``band`` is how far it may be off, above and below, at each."""
 
     points: Sequence[tuple[float, float]]
@@ -64,8 +64,8 @@ class Axis(NamedTuple):
 def chart(
     axis: Axis,
     words: str,
-    dots: Sequence[Dot] = (),
-    lines: Sequence[Line] = (),
+    dots: Sequence[Point] = (),
+    lines: Sequence[Polyline] = (),
     size: tuple[int, int] = SIZE,
     rug: Sequence[tuple[float, str]] = (),
 ) -> Markup:
@@ -100,7 +100,7 @@ def chart(
     return Markup("".join([*parts, "</svg>"]))
 
 
-def _reach(dots: Sequence[Dot], lines: Sequence[Line]) -> tuple[float, float]:
+def _reach(dots: Sequence[Point], lines: Sequence[Polyline]) -> tuple[float, float]:
     ends = [end for dot in dots for end in (dot.y, dot.low, dot.high) if end is not None]
     for line in lines:
         off = line.band or [0.0] * len(line.points)
@@ -110,7 +110,7 @@ def _reach(dots: Sequence[Dot], lines: Sequence[Line]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _line(line: Line, across: Place, down: Place) -> list[str]:
+def _line(line: Polyline, across: Place, down: Place) -> list[str]:
     def joined(points: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
 
@@ -125,7 +125,7 @@ def _line(line: Line, across: Place, down: Place) -> list[str]:
     return parts
 
 
-def _dot(dot: Dot, across: Place, down: Place) -> list[str]:
+def _dot(dot: Point, across: Place, down: Place) -> list[str]:
     x, parts = across(dot.x), []
     if dot.low is not None and dot.high is not None and dot.high > dot.low:
         parts.append(
@@ -137,7 +137,7 @@ def _dot(dot: Dot, across: Place, down: Place) -> list[str]:
     return parts
 
 
-class Thread(NamedTuple):
+class ParallelLine(NamedTuple):
     """A point in parallel coordinates: its place on each axis, 0 to 1."""
 
     shares: Sequence[float]
@@ -148,7 +148,7 @@ class Thread(NamedTuple):
     """Instead of that of its rank."""
 
 
-def parallel(axes: Sequence[Axis], threads: Sequence[Thread], words: str) -> Markup:
+def parallel(axes: Sequence[Axis], threads: Sequence[ParallelLine], words: str) -> Markup:
     """One upright axis a dimension, a line a point; better ones are stronger, and drawn later."""
     width, height = max(WIDE[0], 84 * len(axes)), 260
     top, bottom = 26, height - 12

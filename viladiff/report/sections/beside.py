@@ -21,9 +21,9 @@ from viladiff.report.table.results import (
     Results,
     Summary,
     difference,
-    finding,
+    headline_sentence,
     number,
-    printed,
+    paper_value,
     row_name,
     summary,
     swapped,
@@ -125,7 +125,7 @@ def _name(both: Beside, row: int) -> str:
 
 
 def _cell(both: Beside, row: int, column: int) -> Cell:
-    paper, base = (printed(both.here, place, column) for place in (row, both.published.reference))
+    paper, base = (paper_value(both.here, place, column) for place in (row, both.published.reference))
     both_printed = isinstance(paper, float | int) and isinstance(base, float | int)
     gap = paper - base if both_printed and row != both.published.reference else None  # type: ignore[operator]
     there, here = (_number(one, row, both.published.reference, column) for one in (both.published, both.here))
@@ -161,7 +161,7 @@ def _reached(both: Beside, results: Results, with_paper: bool) -> str:
             note = f" (paper: {_against(paper)})" if with_paper and paper is not None else ""
             said.append(where + apart + note)
     if not said:
-        return finding(results)[:1].lower() + finding(results)[1:]
+        return headline_sentence(results)[:1].lower() + headline_sentence(results)[1:]
     return f"{row_name(results, row)} (row {number(both.here, row)}) reaches {'; '.join(said)}."
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from viladiff.core.colormap import SERIES
 from viladiff.report.charts.scatter import THEMES, save_drawn
 from viladiff.report.markup import markdown
-from viladiff.report.sections.leaderboard import Picture, uri
+from viladiff.report.sections.leaderboard import CostChart, uri
 from viladiff.report.table.exports import signed
 from viladiff.report.table.results import CEILING, Results, Summary, difference, number, row_name, summary
 
@@ -47,7 +47,7 @@ class Level(NamedTuple):
 class Dose(NamedTuple):
     said: tuple[str, ...]
     lines: tuple[Line, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[CostChart, ...]
     files: tuple[str, ...]
     """Names of the pictures below figures/."""
 
@@ -117,7 +117,7 @@ def _said(column: str, place: int, head: Line, levels: Sequence[Level]) -> str:
 
 def _pictures(
     results: Results, lines: Sequence[Line], levels: Sequence[Level], folder: Path
-) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
     """One a column where two places of the curve are measured."""
     found, files = [], []
     for place, column in enumerate(results.plan.columns):
@@ -135,7 +135,7 @@ def _pictures(
         points = [f"{stream} {y:.1f} at {x:g}" for stream, curve in curves.items() for x, y, _ in curve]
         words = "; ".join([*points, *(f"{label} {mean:.1f}" for label, mean in beside)])
         light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
-        found.append(Picture(title, light, dark, f"mIoU (%) against recall of captions, {title}. {words}"))
+        found.append(CostChart(title, light, dark, f"mIoU (%) against recall of captions, {title}. {words}"))
         files += [path.name for path in paths.values()]
     return tuple(found), tuple(files)
 

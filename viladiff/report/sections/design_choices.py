@@ -10,7 +10,7 @@ from viladiff.report.markup import markdown
 from viladiff.report.table.exports import signed
 from viladiff.report.table.results import Results, difference, number, summary
 from viladiff.report.table.table_views import p_value
-from viladiff.tables.contrasts import questions
+from viladiff.tables.contrasts import contrasts
 
 if TYPE_CHECKING:
     from viladiff.tables.claims import Comparison, Verdict
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
     alternatives: tuple[Alternative, ...]
 
 
-def choices(results: Results, verdicts: Sequence[Verdict]) -> list[Choice]:
+def build_choices(results: Results, verdicts: Sequence[Verdict]) -> list[Choice]:
     """By heading of rows, for a table that the paper does not have and that asks what differs from its reference."""
     table = results.plan.table
     claim = next((one for one in table.claims if one.kind == "differs" and one.metric == table.metric), None)
@@ -53,7 +53,7 @@ def choices(results: Results, verdicts: Sequence[Verdict]) -> list[Choice]:
     verdict = next((one for one in verdicts if one.text == claim.text), None)
     made = {(one.higher, one.column): one for one in verdict.comparisons} if verdict else {}
     reference = [row.label for row in table.rows].index(claim.rows[0])
-    asked = {question.higher for question in questions(table, claim)}
+    asked = {question.higher for question in contrasts(table, claim)}
     rows = [row for row in results.rows(control=False) if table.rows[row].label in asked]
     return [
         _choice(where, [one for row in group for one in _alternatives(results, row, reference, made)])

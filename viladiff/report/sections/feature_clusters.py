@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from viladiff.core import colormap
 from viladiff.report.markup import markdown
-from viladiff.report.table.results import Entry, Results, number, row_name
+from viladiff.report.table.results import CellRun, Results, number, row_name
 from viladiff.runs.record import RunRecord, write_atomically
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Score(NamedTuple):
     """After less the reference row's, within each seed; none for the reference itself."""
 
 
-class Line(NamedTuple):
+class ClusterRow(NamedTuple):
     """A row of the table in one column of it."""
 
     number: str
@@ -92,7 +92,7 @@ class Panel(NamedTuple):
 
 class Clusters(NamedTuple):
     said: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[ClusterRow, ...]
     scores: tuple[str, ...]
     """Of the lines, in words."""
     panels: tuple[Panel, ...]
@@ -103,7 +103,7 @@ class Clusters(NamedTuple):
     wrong: tuple[str, ...]
 
 
-def clusters(results: Results, store: Store, out: Path) -> Clusters | None:
+def build_clusters(results: Results, store: Store, out: Path) -> Clusters | None:
     """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
     if results.plan.table.page != "clusters":
         return None
@@ -123,7 +123,7 @@ def clusters(results: Results, store: Store, out: Path) -> Clusters | None:
 # Numbers
 
 
-def _line(results: Results, row: int, column: int) -> Line:
+def _line(results: Results, row: int, column: int) -> ClusterRow:
     table, reference = results.plan.table, results.reference
     scores = []
     for name in SCORES:
@@ -132,10 +132,10 @@ def _line(results: Results, row: int, column: int) -> Line:
         gap = None if row == reference else paired(after.by_seed, base.by_seed)
         scores.append(Score(before, after, paired(after.by_seed, before.by_seed), gap))
     spec = table.rows[row]
-    return Line(number(results, row), spec.label, table.columns[column].label, spec.control, tuple(scores))
+    return ClusterRow(number(results, row), spec.label, table.columns[column].label, spec.control, tuple(scores))
 
 
-def _values(entries: Sequence[Entry], name: str) -> Values:
+def _values(entries: Sequence[CellRun], name: str) -> Values:
     found = {e.cell.seed: _scores(e.record).get(name) for e in entries if e.record is not None}
     return Values({seed: float(x) for seed, x in found.items() if x is not None and math.isfinite(x)})
 
@@ -217,7 +217,7 @@ def _panels(results: Results, store: Store) -> tuple[tuple[Panel, ...], set[int]
     return tuple(panels), shown, tuple(wrong)
 
 
-def _first(entries: Sequence[Entry], store: Store, wrong: list[str]) -> tuple[Entry, dict[str, np.ndarray]] | None:
+def _first(entries: Sequence[CellRun], store: Store, wrong: list[str]) -> tuple[CellRun, dict[str, np.ndarray]] | None:
     """The first seed that has a picture; notes in ``wrong`` what cannot be read."""
     for entry in entries:
         path = store.file(entry.cell.run_id, "plane.npz") if entry.record is not None else None
@@ -286,6 +286,6 @@ def to_markdown(found: Clusters | None) -> dict[str, list[str]]:
     return out
 
 
-def _cells(line: Line, score: Score) -> list[str]:
+def _cells(line: ClusterRow, score: Score) -> list[str]:
     shown = [f"{line.number} {line.label}", line.column, str(score.before), str(score.after)]
     return [*shown, *(str(one) if one else "—" for one in (score.change, score.gap))]

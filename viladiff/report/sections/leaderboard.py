@@ -15,7 +15,7 @@ from viladiff.report.charts import scatter
 from viladiff.report.markup import markdown
 from viladiff.report.sections import ranking
 from viladiff.report.sections import training_cost as costs
-from viladiff.report.sections.learning_rates import Tried, tried
+from viladiff.report.sections.learning_rates import RateComparison, tried
 from viladiff.report.sections.training_cost import Costs, StepCost
 from viladiff.report.table.results import Results, Summary, number, row_name, summary
 from viladiff.report.table.table_views import shares
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from viladiff.runs.record import RunRecord
     from viladiff.runs.store import Store
     from viladiff.tables.claims import Verdict
-    from viladiff.tables.plan import Planned
+    from viladiff.tables.plan import PlannedRun
 
 ACROSS = "processor time of training, supervised = 1"
 
 
-class Timed(NamedTuple):
+class MeanTime(NamedTuple):
     """Mean over runs of any column."""
 
     seconds: float | None
     runs: int
 
 
-class Line(NamedTuple):
+class LeaderboardRow(NamedTuple):
     """A row of the leaderboard; summaries stand one a column of the table."""
 
     number: str
@@ -54,9 +54,9 @@ class Line(NamedTuple):
     """Steps, as a multiple of the supervised row's."""
     memory: float | None
     """MiB at most in any of its runs' processes."""
-    cpu: Timed
+    cpu: MeanTime
     """Seconds of processor time in training, over runs that noted it."""
-    clock: Timed
+    clock: MeanTime
     """Seconds on the clock, whatever else the machine did."""
     why: str
     """Why it has no number at all; empty where it has one."""
@@ -67,7 +67,7 @@ class Line(NamedTuple):
         return None if self.step is None or self.lengths is None else self.step.relative * self.lengths
 
 
-class Picture(NamedTuple):
+class CostChart(NamedTuple):
     """One column's accuracy against cost; light and dark are data URIs."""
 
     title: str
@@ -76,17 +76,17 @@ class Picture(NamedTuple):
     words: str
 
 
-class Board(NamedTuple):
+class Leaderboard(NamedTuple):
     said: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[LeaderboardRow, ...]
     costs: Costs
-    pictures: tuple[Picture, ...]
+    pictures: tuple[CostChart, ...]
     files: tuple[str, ...]
     """Names of the pictures below figures/."""
-    tried: tuple[Tried, ...]
+    tried: tuple[RateComparison, ...]
 
 
-def board(results: Results, store: Store, out: Path, verdicts: Sequence[Verdict]) -> Board | None:
+def build_leaderboard(results: Results, store: Store, out: Path, verdicts: Sequence[Verdict]) -> Leaderboard | None:
     """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
     if results.plan.table.page != "leaderboard":
         return None
@@ -95,10 +95,10 @@ def board(results: Results, store: Store, out: Path, verdicts: Sequence[Verdict]
     found = tuple(tried(results, store.records()))
     pictures, files = _pictures(results, lines, out / "figures")
     said = ranking.told(results, verdicts, found)
-    return Board(tuple(said), lines, measured, pictures, files, found)
+    return Leaderboard(tuple(said), lines, measured, pictures, files, found)
 
 
-def _line(results: Results, row: int, measured: Costs) -> Line:
+def _line(results: Results, row: int, measured: Costs) -> LeaderboardRow:
     table, columns = results.plan.table, results.plan.columns
     entries = results.of_row(row)
     records = list({e.cell.run_id: e.record for e in entries if e.record is not None}.values())
@@ -107,7 +107,7 @@ def _line(results: Results, row: int, measured: Costs) -> Line:
     spec, read = table.rows[row], measured.measured
     averaged = any(r.network != "student" for r in records)
     why = next((e.why for e in entries if e.state == "unavailable"), "") if not records else ""
-    return Line(
+    return LeaderboardRow(
         number(results, row),
         row_name(results, row),
         spec.group,
@@ -125,7 +125,7 @@ def _line(results: Results, row: int, measured: Costs) -> Line:
     )
 
 
-def _planned(results: Results, row: int) -> list[Planned]:
+def _planned(results: Results, row: int) -> list[PlannedRun]:
     """Unique runs of a row."""
     names = dict.fromkeys(name for column in results.plan.columns for name in results.plan.run_ids(row, column))
     return [results.plan.runs[name] for name in names]
@@ -141,19 +141,21 @@ def _lengths(results: Results, row: int) -> float | None:
     return mine[0] / Counter(others).most_common(1)[0][0] if mine and others else None
 
 
-def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seconds"]) -> Timed:
+def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seconds"]) -> MeanTime:
     """Mean over a row's runs of all columns; none where they differ in precision, and so in what a step is."""
     if len({record.precision for record in records}) > 1:
-        return Timed(None, 0)
+        return MeanTime(None, 0)
     values: list[float | None] = [getattr(record, name) for record in records]
     there = [value for value in values if value is not None]
-    return Timed(sum(there) / len(there) if there else None, len(there))
+    return MeanTime(sum(there) / len(there) if there else None, len(there))
 
 
 # Pictures
 
 
-def _pictures(results: Results, lines: Sequence[Line], folder: Path) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+def _pictures(
+    results: Results, lines: Sequence[LeaderboardRow], folder: Path
+) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
     """One a column that has a point; a row without a score or a cost has none."""
     table, found, files = results.plan.table, [], []
     groups = tuple(dict.fromkeys(line.group or "Rows" for line in lines))
@@ -171,7 +173,7 @@ def _pictures(results: Results, lines: Sequence[Line], folder: Path) -> tuple[tu
         paths = scatter.save(chart, folder, f"cost-{place + 1}")
         words = "; ".join(f"{one.label}: {one.y:.1f} at {one.x:.1f}" for one in points)
         light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
-        found.append(Picture(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))
+        found.append(CostChart(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))
         files += [path.name for path in paths.values()]
     return tuple(found), tuple(files)
 
@@ -184,7 +186,7 @@ def uri(path: Path) -> str:
 # Plain text
 
 
-def to_markdown(found: Board | None, columns: Sequence[str]) -> dict[str, list[str]]:
+def to_markdown(found: Leaderboard | None, columns: Sequence[str]) -> dict[str, list[str]]:
     """Sections of table.md."""
     if found is None:
         return {}
@@ -208,7 +210,7 @@ def to_markdown(found: Board | None, columns: Sequence[str]) -> dict[str, list[s
     }
 
 
-def _cells(line: Line) -> list[str]:
+def _cells(line: LeaderboardRow) -> list[str]:
     students = (
         "the same" if own is None and of.n else str(own or of)
         for own, of in zip(line.student, line.accuracy, strict=True)
@@ -221,12 +223,12 @@ def _cells(line: Line) -> list[str]:
     return [*shown, text(line.memory, ".0f"), timed(line.cpu), timed(line.clock)]
 
 
-def _rates(one: Tried) -> str:
+def _rates(one: RateComparison) -> str:
     listed = "; ".join(f"{rate.value:g}: {rate.found}{' (taken)' if rate.taken else ''}" for rate in one.rates)
     return f"- {markdown(f'{one.number} {one.label}, {one.column}: {listed}; {one.said}')}"
 
 
-def timed(found: Timed) -> str:
+def timed(found: MeanTime) -> str:
     """``196 (3)``: seconds, and over how many runs."""
     return "—" if found.seconds is None else f"{found.seconds:.0f} ({found.runs})"
 

@@ -17,7 +17,7 @@ APART = (RATE, "seed", "data.holdout", "eval.split", "eval.every_steps", "eval.e
 """Fields in which a run that tries a rate may differ from the one that is reported."""
 
 
-class Rate(NamedTuple):
+class RateResult(NamedTuple):
     value: float
     found: Summary
     """mIoU on images that the run held out."""
@@ -26,14 +26,14 @@ class Rate(NamedTuple):
     highest: bool
 
 
-class Tried(NamedTuple):
+class RateComparison(NamedTuple):
     """All rates of one row in one column."""
 
     number: str
     label: str
     family: str
     column: str
-    rates: tuple[Rate, ...]
+    rates: tuple[RateResult, ...]
 
     @property
     def said(self) -> str:
@@ -56,7 +56,7 @@ def _for_choices(changed: Mapping[str, object]) -> bool:
     return issubclass(DATASETS.get(str(changed.get("data.dataset")), object), EmbeddedData)
 
 
-def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
+def tried(results: Results, records: Mapping[str, RunRecord]) -> list[RateComparison]:
     """In the table's order; rows of which no run was scored on held-out images are left out."""
     by_fields: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
     for record in records.values():
@@ -72,7 +72,7 @@ def tried(results: Results, records: Mapping[str, RunRecord]) -> list[Tried]:
             rates = _rates(mine, run.changed.get(RATE, plain), plain) if run else ()
             if rates:
                 label, where = row_name(results, row), table.columns[column].label
-                found.append(Tried(number(results, row), label, table.rows[row].group, where, rates))
+                found.append(RateComparison(number(results, row), label, table.rows[row].group, where, rates))
     return found
 
 
@@ -85,7 +85,7 @@ def _key(changed: Mapping[str, Any]) -> str:
     return fields_of(fields)
 
 
-def _rates(records: Iterable[RunRecord], taken: float | None, plain: float | None) -> tuple[Rate, ...]:
+def _rates(records: Iterable[RunRecord], taken: float | None, plain: float | None) -> tuple[RateResult, ...]:
     """``taken`` is the table's rate, ``plain`` the plan's default, of which a record's ``config`` is no witness."""
     values: dict[float, dict[int, float]] = defaultdict(dict)
     for record in records:
@@ -94,10 +94,10 @@ def _rates(records: Iterable[RunRecord], taken: float | None, plain: float | Non
             values[float(rate)][int(record.config.get("seed", 0))] = found
     summaries = {value: Summary(dict(sorted(those.items())), {}, frozenset()) for value, those in values.items()}
     top = max(summaries, key=lambda value: summaries[value].mean or 0.0, default=None)
-    return tuple(Rate(value, summaries[value], value == taken, value == top) for value in sorted(summaries))
+    return tuple(RateResult(value, summaries[value], value == taken, value == top) for value in sorted(summaries))
 
 
-def _mean(rate: Rate) -> float:
+def _mean(rate: RateResult) -> float:
     mean = rate.found.mean
     assert mean is not None  # a rate without a score is not listed
     return mean

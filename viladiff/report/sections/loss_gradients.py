@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from viladiff.core import colormap
 from viladiff.report.markup import markdown
-from viladiff.report.table.results import Entry, Results, number
+from viladiff.report.table.results import CellRun, Results, number
 from viladiff.runs.gradient_shares import ENOUGH, THIRDS, TermShare, Triple, by_thirds, together
 from viladiff.runs.record import RunRecord
 
@@ -63,7 +63,7 @@ def section(results: Results) -> Section | None:
     return Section(tuple(charts), tuple(colours.items()), tuple(said))
 
 
-def of_cell(entries: Sequence[Entry]) -> list[TermShare]:
+def of_cell(entries: Sequence[CellRun]) -> list[TermShare]:
     """Means over the seeds that measured shares; empty without one."""
     found = [shares for entry in entries if (shares := _shares(entry))]
     names = dict.fromkeys((one.place, one.term) for shares in found for one in shares)
@@ -74,7 +74,7 @@ def of_cell(entries: Sequence[Entry]) -> list[TermShare]:
     return out
 
 
-def _shares(entry: Entry) -> list[TermShare]:
+def _shares(entry: CellRun) -> list[TermShare]:
     return [] if entry.record is None else by_thirds(entry.record.gradient_shares, entry.record.steps)
 
 
@@ -185,7 +185,7 @@ def _any(measured: dict[tuple[int, int], list[TermShare]], row: int, names: Sequ
     return any(share for (r, _), terms in measured.items() if r == row for share in together(terms, names))
 
 
-def _records(entries: Sequence[Entry]) -> list[RunRecord]:
+def _records(entries: Sequence[CellRun]) -> list[RunRecord]:
     return [entry.record for entry in entries if entry.record is not None]
 
 

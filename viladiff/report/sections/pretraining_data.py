@@ -73,7 +73,7 @@ TEXT = (
 UNKNOWN = "not known"
 
 
-def seen(record: RunRecord) -> dict[str, str]:
+def pretraining_overlap(record: RunRecord) -> dict[str, str]:
     """What each model behind a run was trained on, and what of the run's data set was among it; text only if there was
     any."""
     data = str(record.config.get("data.dataset"))

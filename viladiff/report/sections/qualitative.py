@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from viladiff.core import colormap
-from viladiff.report.table.results import Entry, Results
+from viladiff.report.table.results import CellRun, Results
 from viladiff.runs.record import RunRecord
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Strip:
-    entry: Entry
+    entry: CellRun
     stages: tuple[str, ...]
     tiles: tuple[tuple[Tile, ...], ...]
     """By image, then stage."""
@@ -42,7 +42,7 @@ class Strip:
     """Height and width of a tile in its own pixels."""
 
 
-def strips(results: Results, store: Store, most: int = MOST) -> tuple[list[Strip], list[str]]:
+def build_strips(results: Results, store: Store, most: int = MOST) -> tuple[list[Strip], list[str]]:
     """Of the reference and the headline, first column and seed that have pictures; and what is wrong."""
     found, wrong = [], []
     for row in dict.fromkeys((results.reference, results.headline)):
@@ -75,7 +75,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def strip(entry: Entry, record: RunRecord, arrays: dict[str, np.ndarray], most: int) -> Strip:
+def strip(entry: CellRun, record: RunRecord, arrays: dict[str, np.ndarray], most: int) -> Strip:
     names, colours = record.class_names, colormap.class_colours(len(record.class_names))
     stages = [*arrays, *(["mistakes"] if {"truth", "prediction"} <= arrays.keys() else [])]
     rows = []

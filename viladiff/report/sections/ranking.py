@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from viladiff.report.sections.learning_rates import Tried
+from viladiff.report.sections.learning_rates import RateComparison
 from viladiff.report.table.exports import signed
 from viladiff.report.table.results import Results, difference, summary
 from viladiff.tables.spec import OWN_LISTS
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from viladiff.tables.claims import Comparison, Verdict
 
 
-def told(results: Results, verdicts: Sequence[Verdict], tried: Sequence[Tried]) -> list[str]:
+def told(results: Results, verdicts: Sequence[Verdict], tried: Sequence[RateComparison]) -> list[str]:
     """How much has been measured, which differences are shown, what was not seen, and what it does not tell."""
     if not results.records():
         return ["Nothing has been measured yet."]
@@ -109,7 +109,7 @@ def _controls(verdicts: Sequence[Verdict]) -> Iterator[str]:
             yield f"“{verdict.text}”: {verdict.verdict} ({'; '.join(filter(None, [verdict.why, listed]))})."
 
 
-def _limits(results: Results, tried: Sequence[Tried]) -> Iterator[str]:
+def _limits(results: Results, tried: Sequence[RateComparison]) -> Iterator[str]:
     records = list(results.records().values())
     sets = sorted({str(r.config.get("data.dataset")) for r in records})
     encoders = sorted({f"{r.encoder} ({r.pretrained})" for r in records})
@@ -165,7 +165,7 @@ def _draws(records: Sequence[RunRecord]) -> Iterator[str]:
     )
 
 
-def _rates(results: Results, tried: Sequence[Tried]) -> str:
+def _rates(results: Results, tried: Sequence[RateComparison]) -> str:
     """For how many families rates were compared, and what came of it."""
     families = {row.group for row in results.plan.table.rows if not row.control}
     compared = [one for one in tried if len(one.rates) > 1 and one.family in families]

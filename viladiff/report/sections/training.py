@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from viladiff.report.table.results import Entry, Results, Summary, number, row_name, summary
+from viladiff.report.table.results import CellRun, Results, Summary, number, row_name, summary
 
 if TYPE_CHECKING:
     from viladiff.tables.stated import Stated
@@ -24,7 +24,7 @@ def shows_best(results: Results) -> bool:
     return any(run.changed.get("eval.every_epochs") is not None for run in results.plan.runs.values())
 
 
-def best_epoch(entries: Sequence[Entry]) -> Summary:
+def best_epoch(entries: Sequence[CellRun]) -> Summary:
     """mIoU of each run's best evaluation, for a look beside ``summary`` alone: it is picked on what it reports."""
     found = {
         e.cell.seed: 100 * float(e.record.best["miou"])

@@ -20,9 +20,9 @@ from viladiff.report.charts.svg import BEST, LINE, PAPER, PLAIN
 from viladiff.report.sweep import sweep_views
 from viladiff.runs.record import RunRecord, write_atomically
 from viladiff.runs.store import abandoned
-from viladiff.sweeps.finals import Contest, Finalist, Tuned, chosen, contests, scores
+from viladiff.sweeps.finals import FinalComparison, Finalist, Tuned, chosen, compare_finalists, scores
 from viladiff.sweeps.spec import FRESH, Sweep, choosing_images
-from viladiff.sweeps.summary import FOREST, Row, importances, one_budget, rows, rungs, toml
+from viladiff.sweeps.summary import FOREST, TrialRow, importances, one_budget, rows, rungs, to_toml
 from viladiff.sweeps.trials import Trial, without_paths
 from viladiff.tables.significance import Records
 
@@ -68,12 +68,12 @@ def render_sweep(shown: Shown, out: Path) -> Path:
     every = rows(trials, shown.records, shown.steps[-1])
     best = min((row for row in every if row.rank is not None), key=lambda row: row.rank or 0, default=None)
     if best is not None:
-        write_atomically(out / "winner.toml", toml(best.point).encode())
+        write_atomically(out / "winner.toml", to_toml(best.point).encode())
     else:
         (out / "winner.toml").unlink(missing_ok=True)
     taken = chosen(shown.finalists, shown.records) if shown.sweep.finals_split == "dev" else None
     if taken is not None:
-        write_atomically(out / "chosen.toml", toml(taken.point).encode())
+        write_atomically(out / "chosen.toml", to_toml(taken.point).encode())
     else:
         (out / "chosen.toml").unlink(missing_ok=True)
     write_atomically(out / "trials.csv", to_csv(shown.sweep, trials, every).encode())
@@ -81,7 +81,7 @@ def render_sweep(shown: Shown, out: Path) -> Path:
     return out / "index.html"
 
 
-def html(shown: Shown, trials: Sequence[Trial], every: Sequence[Row], best: Row | None, out: Path) -> str:
+def html(shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, out: Path) -> str:
     """The page as text; what it shows is worked out here, and the template lays it out."""
     sweep, records = shown.sweep, shown.records
     used = _used(trials, shown.finalists, records)
@@ -109,9 +109,9 @@ def html(shown: Shown, trials: Sequence[Trial], every: Sequence[Row], best: Row 
         counts={state: sum(trial.state == state for trial in trials) for state in _STATES},
         steps=list(shown.steps),
         finals=[_final(one, records, len(sweep.final_seeds)) for one in shown.finalists],
-        contests=[_said(one) for one in contests(shown.finalists, records, fewest)],
-        winner=toml(best.point) if best else "",
-        download=f"data:application/toml;charset=utf-8,{quote(toml(best.point))}" if best else "",
+        contests=[_said(one) for one in compare_finalists(shown.finalists, records, fewest)],
+        winner=to_toml(best.point) if best else "",
+        download=f"data:application/toml;charset=utf-8,{quote(to_toml(best.point))}" if best else "",
         responses=[(path, *sweep_views.response(sweep, path, every, best)) for path in sweep.space] if best else [],
         printed=sweep_views.printed(sweep),
         threads=sweep_views.threads(sweep, every, best) if best and len(sweep.space) > 1 else None,
@@ -136,7 +136,7 @@ _STATES = ("complete", "pruned", "failed", "running")
 # Numbers
 
 
-def to_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[Row]) -> str:
+def to_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[TrialRow]) -> str:
     """A line a trial: its point, its score in percent and the step that it is of; empty where a number is missing."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -160,7 +160,7 @@ def _final(one: Finalist, records: Records, wanted: int) -> dict[str, Any]:
     return {**about, "mean": mean, "sd": sd}
 
 
-def _said(one: Contest) -> dict[str, Any]:
+def _said(one: FinalComparison) -> dict[str, Any]:
     verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[one.outcome]
     return {**vars(one), "verdict": verdict}
 
@@ -179,7 +179,7 @@ def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> di
     return {"step": step, "shares": shares, "order": order, "came": came, "forest": min(came, FOREST)}
 
 
-def _listed(every: Sequence[Row]) -> list[Row]:
+def _listed(every: Sequence[TrialRow]) -> list[TrialRow]:
     """All trials, or of very many the best and the latest."""
     if len(every) <= LISTED:
         return list(every)

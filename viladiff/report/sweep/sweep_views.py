@@ -7,11 +7,23 @@ from typing import Any
 
 from markupsafe import Markup
 
-from viladiff.report.charts.svg import BEST, LINE, PAPER, PLAIN, WIDE, Axis, Dot, Line, Thread, chart, parallel
+from viladiff.report.charts.svg import (
+    BEST,
+    LINE,
+    PAPER,
+    PLAIN,
+    WIDE,
+    Axis,
+    ParallelLine,
+    Point,
+    Polyline,
+    chart,
+    parallel,
+)
 from viladiff.report.provenance import duration
 from viladiff.sweeps.space import Dimension
-from viladiff.sweeps.spec import Curve, Sweep
-from viladiff.sweeps.summary import Row, best_so_far, local_mean, trained
+from viladiff.sweeps.spec import PaperCurve, Sweep
+from viladiff.sweeps.summary import TrialRow, best_so_far, local_mean, trained
 from viladiff.sweeps.trials import Trial
 
 DRAWN = 300
@@ -38,14 +50,14 @@ def _place(dimension: Dimension, value: Any) -> float:
     return float(dimension.choices.index(value)) if dimension.choices else float(value)
 
 
-def _who(row: Row, best: Row) -> tuple[str, str]:
+def _who(row: TrialRow, best: TrialRow) -> tuple[str, str]:
     """Colour and word of a completed trial."""
     if row.number == best.number:
         return BEST, "best" + ", the paper's value" * (row.origin == "paper")
     return (PAPER, "the paper's value") if row.origin == "paper" else (PLAIN, row.origin)
 
 
-def _ranked(every: Sequence[Row], most: int = DRAWN) -> list[Row]:
+def _ranked(every: Sequence[TrialRow], most: int = DRAWN) -> list[TrialRow]:
     """Completed trials, worst first; of very many, the best and an even choice of the rest."""
     found = sorted(
         (row for row in every if row.rank is not None and row.mean is not None), key=lambda row: row.rank or 0
@@ -56,7 +68,7 @@ def _ranked(every: Sequence[Row], most: int = DRAWN) -> list[Row]:
     return found[::-1]
 
 
-def response(sweep: Sweep, path: str, every: Sequence[Row], best: Row) -> tuple[Markup, float | None]:
+def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow) -> tuple[Markup, float | None]:
     """Completed trials along one dimension, mean and range over seeds, with a local mean where it holds numbers.
 
     Also the width of that mean's kernel, as a share of the dimension.
@@ -68,15 +80,15 @@ def response(sweep: Sweep, path: str, every: Sequence[Row], best: Row) -> tuple[
         smooth = local_mean([dimension.unit(row.point[path]) for row in done], [row.mean or 0.0 for row in done])
     if smooth is not None:
         points = [(_along(axis, share), mean) for share, mean in zip(smooth.at, smooth.mean, strict=True)]
-        lines.append(Line(points, words="local mean", band=[2 * error for error in smooth.error]))
+        lines.append(Polyline(points, words="local mean", band=[2 * error for error in smooth.error]))
     reference = next((row.mean for row in done if row.origin == "paper"), None)
     if reference is not None:
         words = f"the paper's value scored {reference:.2f}"
-        lines.append(Line([(axis.low, reference), (axis.high, reference)], PAPER, words, dashed=True, faint=True))
+        lines.append(Polyline([(axis.low, reference), (axis.high, reference)], PAPER, words, dashed=True, faint=True))
     for row in _ranked(every):
         colour, who = _who(row, best)
         words = f"trial {row.number} ({who}, {row.seeds} seeds): {path} = {short(row.point[path])}, {row.mean:.2f}"
-        dots.append(Dot(_place(dimension, row.point[path]), row.mean or 0.0, words, colour, row.low, row.high))
+        dots.append(Point(_place(dimension, row.point[path]), row.mean or 0.0, words, colour, row.low, row.high))
     stopped = [row for row in every if row.state == "pruned"][-DRAWN:]
     rug = [(_place(dimension, row.point[path]), f"trial {row.number}, {row.reason}") for row in stopped]
     words = f"mIoU of completed trials along {path}"
@@ -118,7 +130,7 @@ def printed(sweep: Sweep) -> list[dict[str, Any]]:
     return found
 
 
-def _printed_line(sweep: Sweep, curve: Curve) -> tuple[list[Line], list[Dot]]:
+def _printed_line(sweep: Sweep, curve: PaperCurve) -> tuple[list[Polyline], list[Point]]:
     """One printed curve, in points above what it prints at the value that the paper chose."""
     dimension = sweep.space[curve.field]
     known = {at: float(miou) for at, miou in zip(curve.at, curve.miou, strict=True) if miou != "-"}
@@ -127,13 +139,13 @@ def _printed_line(sweep: Sweep, curve: Curve) -> tuple[list[Line], list[Dot]]:
         return [], []
     points = [(_place(dimension, at), miou - base) for at, miou in known.items()]
     dots = [
-        Dot(x, y, f"{curve.label}: {last(curve.field)} = {x:g}, {y + base:g} (printed), {y:+.1f}", PAPER)
+        Point(x, y, f"{curve.label}: {last(curve.field)} = {x:g}, {y + base:g} (printed), {y:+.1f}", PAPER)
         for x, y in points
     ]
-    return [Line(points, PAPER, curve.label, faint=True)], dots
+    return [Polyline(points, PAPER, curve.label, faint=True)], dots
 
 
-def threads(sweep: Sweep, every: Sequence[Row], best: Row) -> Markup:
+def threads(sweep: Sweep, every: Sequence[TrialRow], best: TrialRow) -> Markup:
     done = _ranked(every)
     low, high = min(row.mean or 0.0 for row in done), max(row.mean or 0.0 for row in done)
     score = Axis(low, high if high > low else low + 1, "mIoU (%)")
@@ -146,17 +158,19 @@ def threads(sweep: Sweep, every: Sequence[Row], best: Row) -> Markup:
         ]
         words = f"trial {row.number} ({who}): {row.mean:.2f}"
         rank = place / max(1, len(done) - 1)
-        threads.append(Thread([*shares, score.share(row.mean or 0.0)], words, rank, "" if colour == PLAIN else colour))
+        threads.append(
+            ParallelLine([*shares, score.share(row.mean or 0.0)], words, rank, "" if colour == PLAIN else colour)
+        )
     return parallel([*axes, score], threads, "Completed trials across all dimensions, and their mIoU")
 
 
-def history(every: Sequence[Row], trials: Sequence[Trial]) -> Markup | None:
+def history(every: Sequence[TrialRow], trials: Sequence[Trial]) -> Markup | None:
     """Completed trials by number, and the best of them so far."""
     best = best_so_far(trials)
     if not best:
         return None
     dots = [
-        Dot(
+        Point(
             float(row.number),
             row.mean or 0.0,
             f"trial {row.number} ({row.origin}): {row.mean:.2f}",
@@ -170,12 +184,12 @@ def history(every: Sequence[Row], trials: Sequence[Trial]) -> Markup | None:
     return chart(Axis(0.0, end, "trial"), "Completed trials in their order", dots, [_stairs(best, end)], WIDE)
 
 
-def _stairs(best: Sequence[tuple[float, float]], end: float) -> Line:
+def _stairs(best: Sequence[tuple[float, float]], end: float) -> Polyline:
     points: list[tuple[float, float]] = []
     for x, y in best:
         points += [(x, points[-1][1])] if points else []
         points.append((x, y))
-    return Line([*points, (end, points[-1][1])], LINE, f"best so far: {points[-1][1]:.2f}")
+    return Polyline([*points, (end, points[-1][1])], LINE, f"best so far: {points[-1][1]:.2f}")
 
 
 def cost(trials: Sequence[Trial], full: int) -> Markup:
@@ -188,13 +202,13 @@ def cost(trials: Sequence[Trial], full: int) -> Markup:
     )
 
 
-def minutes(every: Sequence[Row], best: Row) -> Markup | None:
+def minutes(every: Sequence[TrialRow], best: TrialRow) -> Markup | None:
     """Score of each completed trial against the time that its runs trained."""
     timed = [row for row in _ranked(every) if row.seconds]
     if not timed:
         return None
     dots = [
-        Dot(
+        Point(
             (row.seconds or 0) / 60,
             row.mean or 0.0,
             f"trial {row.number}: {row.mean:.2f} after {duration(row.seconds)}",
@@ -218,6 +232,6 @@ def climbs(trials: Sequence[Trial], steps: Sequence[int]) -> Markup | None:
         points = [(float(rung.step), 100 * rung.value) for rung in trial.rungs]
         end = "" if trial.state == "complete" else f", {trial.state}"
         words = f"trial {trial.number}{end}: " + ", ".join(f"{y:.2f} at step {x:g}" for x, y in points)
-        lines.append(Line(points, PLAIN, words, faint=True))
-        dots.append(Dot(*points[-1], words, PLAIN, hollow=trial.state != "complete"))
+        lines.append(Polyline(points, PLAIN, words, faint=True))
+        dots.append(Point(*points[-1], words, PLAIN, hollow=trial.state != "complete"))
     return chart(Axis(0.0, float(steps[-1]) * 1.03, "step"), "First seed of each trial by step", dots, lines, WIDE)

@@ -20,12 +20,14 @@ from viladiff.report.table.results import (
     Results,
     Summary,
     difference,
-    finding,
+    headline_sentence,
     number,
     parts,
-    printed,
     row_name,
     summary,
+)
+from viladiff.report.table.results import (
+    paper_value as printed,
 )
 from viladiff.tables.spec import METRIC_NAMES
 
@@ -83,7 +85,7 @@ def best(results: Results, column: int, metric: str) -> float | None:
     return max(measured) if len(measured) > 1 else None
 
 
-class Row(NamedTuple):
+class ExportRow(NamedTuple):
     """A line of the plain tables."""
 
     number: str
@@ -96,7 +98,7 @@ class Row(NamedTuple):
     """Whether its runs read true masks."""
 
 
-def lines(results: Results, metric: str) -> list[Row]:
+def lines(results: Results, metric: str) -> list[ExportRow]:
     """The table as numbers, the paper's rows first."""
     names, first = parts(results), results.reference
     tops = {column: best(results, column, metric) for column in results.plan.columns}
@@ -112,7 +114,7 @@ def lines(results: Results, metric: str) -> list[Row]:
         spec = results.plan.table.rows[row]
         ticks = tuple(name in spec.components for name in names)
         about = (number(results, row), row_name(results, row), ticks, tuple(cells))
-        out.append(Row(*about, spec.control, row in results.plan.ceilings))
+        out.append(ExportRow(*about, spec.control, row in results.plan.ceilings))
     return out
 
 
@@ -169,7 +171,7 @@ def to_markdown(
     those that stand before all others; ``first``: the first sentence, by default that of the results alone.
     """
     say = markdown
-    out = [f"# {say(results.plan.table.title)}", "", say(first or finding(results)), ""]
+    out = [f"# {say(results.plan.table.title)}", "", say(first or headline_sentence(results)), ""]
     out += [f"**{say(banner)}**", ""] if banner else []
     out += [*(f"- {say(sentence)}" for sentence in context), ""] if context else []
     for heading, told in before.items():

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from viladiff.report.table.results import METRICS, Entry, Results, gather, number, per_class, printed, row_name
+from viladiff.report.table.results import (
+    METRICS,
+    CellRun,
+    Results,
+    collect_results,
+    number,
+    paper_value,
+    per_class,
+    row_name,
+)
 from viladiff.tables.plan import Plan
 from viladiff.tables.significance import score
 
@@ -22,9 +31,9 @@ def long(results: Results) -> list[dict[str, object]]:
     return [{name: line.get(name) for name in names} for line in found]
 
 
-def _line(results: Results, entry: Entry) -> dict[str, object]:
+def _line(results: Results, entry: CellRun) -> dict[str, object]:
     cell, table = entry.cell, results.plan.table
-    row, paper = table.rows[cell.row], printed(results, cell.row, cell.column)
+    row, paper = table.rows[cell.row], paper_value(results, cell.row, cell.column)
     out: dict[str, object] = {
         "number": number(results, cell.row),
         "row": row.label,
@@ -45,7 +54,7 @@ def _line(results: Results, entry: Entry) -> dict[str, object]:
     return out | (dict(_measured(entry)) if entry.record else {})
 
 
-def _measured(entry: Entry) -> Iterator[tuple[str, Any]]:
+def _measured(entry: CellRun) -> Iterator[tuple[str, Any]]:
     record = entry.record
     assert record is not None
     yield from {"network": entry.network or record.network, "stream": entry.stream or record.stream}.items()
@@ -89,7 +98,7 @@ def frame(plan: Plan, store: Store, *, metric: str = "", long_form: bool = False
         raise ValueError(f"metric = {metric!r}: must be one of {', '.join(METRICS)}")
     import pandas as pd  # takes longer to load than a page takes to make, so pages do without
 
-    results = gather(plan, store)
+    results = collect_results(plan, store)
     lines = pd.DataFrame(long(results))
     if long_form:
         return lines

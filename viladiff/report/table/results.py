@@ -14,7 +14,7 @@ import numpy as np
 from viladiff.runs.record import RunRecord
 from viladiff.tables.plan import Plan, PlannedCell, State, states
 from viladiff.tables.significance import one_precision, score
-from viladiff.tables.spec import Printed
+from viladiff.tables.spec import PaperValue
 
 if TYPE_CHECKING:
     from viladiff.runs.store import Store
@@ -38,7 +38,7 @@ Mark = State | Literal["unavailable"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class CellRun:
     """One seed of one cell; ``why`` is empty where ``record`` counts."""
 
     cell: PlannedCell
@@ -54,12 +54,12 @@ class Entry:
 @dataclass(frozen=True)
 class Results:
     plan: Plan
-    entries: tuple[Entry, ...]
+    entries: tuple[CellRun, ...]
 
-    def at(self, row: int, column: int) -> list[Entry]:
+    def at(self, row: int, column: int) -> list[CellRun]:
         return [e for e in self.entries if (e.cell.row, e.cell.column) == (row, column)]
 
-    def of_row(self, row: int) -> list[Entry]:
+    def of_row(self, row: int) -> list[CellRun]:
         return [e for e in self.entries if e.cell.row == row]
 
     def records(self) -> dict[str, RunRecord]:
@@ -121,7 +121,7 @@ class Summary:
         return f"{self.mean:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "") + f" ({self.n})"
 
 
-def gather(plan: Plan, store: Store) -> Results:
+def collect_results(plan: Plan, store: Store) -> Results:
     """Looks at each run of the plan once.
 
     A record belongs here by its name alone, which is its content: one that was made for another scale is the same run,
@@ -136,9 +136,9 @@ def gather(plan: Plan, store: Store) -> Results:
         key=lambda c: (plan.rows.index(c.row), plan.columns.index(c.column), c.seed),
     )
     rows = plan.table.rows
-    have = [Entry(c, *read[c.run_id], rows[c.row].network, rows[c.row].stream) for c in cells]
+    have = [CellRun(c, *read[c.run_id], rows[c.row].network, rows[c.row].stream) for c in cells]
     lack = [
-        Entry(PlannedCell(row, column, seed, ""), "unavailable", None, why)
+        CellRun(PlannedCell(row, column, seed, ""), "unavailable", None, why)
         for row, why in plan.unavailable.items()
         for column in plan.columns
         for seed in plan.seeds
@@ -159,7 +159,7 @@ def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) ->
     return state, None, f"failed ({failure.kind}{at}{tries}): {message}"
 
 
-def summary(entries: Sequence[Entry], metric: str, network: str = "", stream: str = "") -> Summary:
+def summary(entries: Sequence[CellRun], metric: str, network: str = "", stream: str = "") -> Summary:
     """Of one cell. Raises ValueError where its runs differ in precision."""
     one_precision((e.record for e in entries if e.record is not None), "a cell")
     found = {
@@ -209,7 +209,7 @@ def gaps(results: Results) -> list[str]:
     return said
 
 
-def printed(results: Results, row: int, column: int) -> Printed | None:
+def paper_value(results: Results, row: int, column: int) -> PaperValue | None:
     """The paper's number; "-" where it leaves one out, None for a row that it does not have."""
     numbers = results.plan.table.rows[row].paper
     return numbers[column] if column < len(numbers) else None
@@ -251,7 +251,10 @@ def agreement(results: Results, column: int) -> Agreement:
     """Over the paper's rows that are measured and printed in this column."""
     pairs = []
     for row in results.rows(control=False):
-        mean, paper = summary(results.at(row, column), results.plan.table.metric).mean, printed(results, row, column)
+        mean, paper = (
+            summary(results.at(row, column), results.plan.table.metric).mean,
+            paper_value(results, row, column),
+        )
         if mean is not None and isinstance(paper, float | int):
             pairs.append((mean, float(paper)))
     label = results.plan.table.columns[column].label
@@ -275,7 +278,7 @@ def _chance(same: int, pairs: Sequence[object]) -> float:
     return float(counts[same:].sum())
 
 
-def finding(results: Results) -> str:
+def headline_sentence(results: Results) -> str:
     """One sentence made of the numbers: where the headline's row ends, and against the reference."""
     plan, row, other = results.plan, results.headline, results.reference
     said = []

@@ -58,7 +58,7 @@ def render_table(
     ``published`` is what stands beside the runs: the plan of another scale, and a store of committed records alone.
     Each file is replaced in one go, so that a reader of the page, which is rewritten as runs finish, never sees half.
     """
-    results = tables.gather(plan, store)
+    results = tables.collect_results(plan, store)
     drawn = curves(results, store)
     both = None if published is None else beside_of(results, *published, out)
     judged = both.published if both and both.any_published else results
@@ -67,14 +67,14 @@ def render_table(
     for path in [*abandoned(out), *abandoned(out / "figures")]:
         path.unlink(missing_ok=True)  # of a writer that was killed
     files = [path.name for path in figures.save(results, drawn, out / "figures")]
-    board = leaderboard.board(results, store, out, verdicts)
+    board = leaderboard.build_leaderboard(results, store, out, verdicts)
     files += board.files if board else ()
-    grouped = feature_clusters.clusters(results, store, out)
+    grouped = feature_clusters.build_clusters(results, store, out)
     files += grouped.files if grouped else ()
     said = banner(results)
     doses = caption_dose.dose(results, out)
     files += doses.files if doses else ()
-    opened = design_choices.choices(results, verdicts)
+    opened = design_choices.build_choices(results, verdicts)
     more = {
         **leaderboard.to_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
         **feature_clusters.to_markdown(grouped),
@@ -115,7 +115,7 @@ def render_table(
 
 def beside_of(results: Results, plan: Plan, store: Store, out: Path) -> Beside:
     """``results`` and those of ``plan`` in ``store``; ``out`` is where the page goes, from which records are linked."""
-    published = tables.gather(plan, store)
+    published = tables.collect_results(plan, store)
     found = [one for one in provenance.origins(published, store, out) if one.entry.record is not None]
     return Beside(results, published, tuple(found))
 
@@ -141,7 +141,7 @@ def html(
     files: Sequence[str],
     printed: Sequence[Inconsistency] = (),
     opened: Sequence[design_choices.Choice] = (),
-    board: leaderboard.Board | None = None,
+    board: leaderboard.Leaderboard | None = None,
     grouped: feature_clusters.Clusters | None = None,
     doses: caption_dose.Dose | None = None,
     both: Beside | None = None,
@@ -166,7 +166,11 @@ def html(
             parts=tables.parts(results),
             finding=" ".join(
                 filter(
-                    None, [beside.sentence(both) if both else tables.finding(results), design_choices.answer(opened)]
+                    None,
+                    [
+                        beside.sentence(both) if both else tables.headline_sentence(results),
+                        design_choices.answer(opened),
+                    ],
                 )
             ),
             beside=_beside(both) if both else None,
@@ -215,8 +219,8 @@ def _environment() -> jinja2.Environment:
 def _numbers(results: Results) -> dict[str, Any]:
     """Scores of every metric, network and stream, and of pseudo-labels and classes."""
     reasons = table_views.Reasons()
-    scores = {metric: table_views.lines(results, metric, reasons) for metric in METRICS}
-    dots, axes = table_views.dots(results, scores[results.plan.table.metric])
+    scores = {metric: table_views.table_rows(results, metric, reasons) for metric in METRICS}
+    dots, axes = table_views.seed_dots(results, scores[results.plan.table.metric])
     return {
         "metrics": METRIC_NAMES | METRICS,
         "tables": scores,
@@ -225,12 +229,12 @@ def _numbers(results: Results) -> dict[str, Any]:
         "dots": dots,
         "axes": axes,
         "reference": tables.number(results, results.reference),
-        "networks": table_views.networks(results),
-        "streams": table_views.streams(results),
+        "networks": table_views.network_scores(results),
+        "streams": table_views.stream_scores(results),
         "nets": list(dict.fromkeys(net for r in results.records().values() for net in r.scores)),
         "pseudo": table_views.pseudo(results),
         "pseudo_names": table_views.PSEUDO,
-        "heat": table_views.heat(results),
+        "heat": table_views.class_heatmap(results),
     }
 
 
@@ -249,7 +253,7 @@ def _beside(both: Beside) -> dict[str, Any]:
 
 
 def _figures(results: Results, store: Store, drawn: dict[str, list[Curve]]) -> dict[str, Any]:
-    pictures, wrong = qualitative.strips(results, store)
+    pictures, wrong = qualitative.build_strips(results, store)
     panels, legend = table_views.panels(results, drawn), qualitative.legend(results)
     return {
         "gradients": loss_gradients.section(results),

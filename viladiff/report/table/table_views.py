@@ -16,8 +16,8 @@ from viladiff.report.sections import training
 from viladiff.report.sections.learning_curves import TERMS, Curve
 from viladiff.report.table import exports
 from viladiff.report.table.results import (
+    CellRun,
     Difference,
-    Entry,
     Results,
     Summary,
     gaps,
@@ -50,7 +50,7 @@ STREAMS = {
 }
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """One measured number of the page and what hangs on it."""
 
     found: Summary
@@ -67,14 +67,14 @@ class Cell(NamedTuple):
     best_epoch: Summary | None = None
 
 
-class Line(NamedTuple):
+class TableRow(NamedTuple):
     row: int
     number: str
     label: str
     note: str
     control: bool
     ticks: tuple[bool, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
     printed: tuple[str, ...]
     group: str
     encoder: str
@@ -101,7 +101,7 @@ def _letter(place: int) -> str:
     return chr(ord("a") + place % 26) * (place // 26 + 1)
 
 
-def lines(results: Results, metric: str, reasons: Reasons) -> list[Line]:
+def table_rows(results: Results, metric: str, reasons: Reasons) -> list[TableRow]:
     plain_rows = exports.lines(results, metric)
     longest = max((abs(gap.mean) for r in plain_rows for _, _, gap, _ in r.cells if gap), default=0) or 1
     out = []
@@ -113,7 +113,7 @@ def lines(results: Results, metric: str, reasons: Reasons) -> list[Line]:
         spec = results.plan.table.rows[row]
         papers = tuple(cell[3] for cell in line.cells)
         about = (row, line.number, line.label, spec.note, line.control, line.ticks)
-        out.append(Line(*about, cells, papers, spec.group, spec.encoder, line.ceiling))
+        out.append(TableRow(*about, cells, papers, spec.group, spec.encoder, line.ceiling))
     return out
 
 
@@ -124,13 +124,13 @@ def _cell(
     line: tuple[Summary, bool, Difference | None, str],
     longest: float,
     reasons: Reasons,
-) -> Cell:
+) -> TableCell:
     found, top, gap, _ = line
     entries = results.at(row, column)
     values = [f"seed {s}: {value:.2f}" for s, value in found.values.items()]
     values += [f"seed {s}: {why}" for s, why in found.missing.items()]
     notes = tuple(dict.fromkeys(reasons.letter(why) for why in found.missing.values()))
-    return Cell(
+    return TableCell(
         found,
         top,
         gap.mean if gap else None,
@@ -146,11 +146,11 @@ def _cell(
 class Dots(NamedTuple):
     """A row of the chart of seeds: places are percent of the track's width."""
 
-    line: Line
+    line: TableRow
     tracks: tuple[tuple[list[tuple[float, str]], float | None], ...]
 
 
-def dots(results: Results, table: Sequence[Line]) -> tuple[list[Dots], list[list[tuple[float, str]]]]:
+def seed_dots(results: Results, table: Sequence[TableRow]) -> tuple[list[Dots], list[list[tuple[float, str]]]]:
     """Seeds of each cell on one axis a column, and the axes' ticks: none where nothing is measured."""
     ranges, axes = [], []
     for i in range(len(results.plan.columns)):
@@ -252,7 +252,7 @@ def panels(results: Results, drawn: dict[str, list[Curve]]) -> list[dict[str, An
     return groups
 
 
-def networks(results: Results) -> list[tuple[str, str, list[list[Summary]]]]:
+def network_scores(results: Results) -> list[tuple[str, str, list[list[Summary]]]]:
     """(row, stream) with, by column, each network's mIoU."""
     table, out = results.plan.table, []
     records = [e.record for e in results.entries if e.record]
@@ -264,7 +264,7 @@ def networks(results: Results) -> list[tuple[str, str, list[list[Summary]]]]:
     return out
 
 
-def streams(results: Results) -> tuple[str, list[str], list[tuple[str, list[list[Summary]]]]]:
+def stream_scores(results: Results) -> tuple[str, list[str], list[tuple[str, list[list[Summary]]]]]:
     """Of the headline, or else the last row with records: label, networks, each stream's mIoU by column and network."""
     table = results.plan.table
     for row in (results.headline, *reversed(results.rows(control=False) or results.rows())):
@@ -296,14 +296,14 @@ def pseudo(results: Results) -> list[tuple[str, str, list[Summary | None]]]:
     return out
 
 
-def shares(entries: Sequence[Entry], name: str) -> Summary | None:
+def shares(entries: Sequence[CellRun], name: str) -> Summary | None:
     """One of ``PSEUDO`` in percent by seed; None where no run measured it."""
     found = {e.cell.seed: e.record.pseudo_labels.get(name) for e in entries if e.record}
     values = {seed: 100 * share for seed, share in found.items() if share is not None and math.isfinite(share)}
     return Summary(values, {}, frozenset()) if values else None
 
 
-def heat(results: Results) -> list[dict[str, Any]]:
+def class_heatmap(results: Results) -> list[dict[str, Any]]:
     """A column's table of IoU by row and class, mean over seeds."""
     out = []
     for column in results.plan.columns:

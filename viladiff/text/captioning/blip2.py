@@ -33,7 +33,7 @@ LONGEST = 30
 FILES = ("config.json", "preprocessor_config.json or processor_config.json", "tokenizer.json or vocab.json")
 
 
-class Writer(NamedTuple):
+class CaptionerSpec(NamedTuple):
     """Which model, with what; all that decides a caption but the image."""
 
     directory: str
@@ -43,7 +43,7 @@ class Writer(NamedTuple):
     longest: int = LONGEST
 
 
-class Said(NamedTuple):
+class Caption(NamedTuple):
     """One row of a file of captions; ``text`` is None where ``error`` says why."""
 
     image: str
@@ -56,14 +56,14 @@ class Said(NamedTuple):
     error: str | None
 
 
-class Picture(NamedTuple):
+class ImageRef(NamedTuple):
     """An image and where it is: a file, or ``part/number`` of an embedded data set."""
 
     image: str
     where: str
 
 
-def writer(directory: Path | str, prompts: Sequence[str] = PROMPTS, longest: int = LONGEST) -> Writer:
+def writer(directory: Path | str, prompts: Sequence[str] = PROMPTS, longest: int = LONGEST) -> CaptionerSpec:
     """Looks at the directory without loading the model.
 
     The model is called as the directory is, or as the folder of a model hub's cache says; its revision is that cache's,
@@ -89,13 +89,13 @@ def writer(directory: Path | str, prompts: Sequence[str] = PROMPTS, longest: int
     files = sorted(path for path in real.iterdir() if path.suffix in KINDS and path.is_file())
     hashed = fingerprint([(path.name, digest(path)) for path in files])
     revision = hashed if name == real.name else real.name[:12]
-    return Writer(str(real), name, revision, tuple(prompts), longest)
+    return CaptionerSpec(str(real), name, revision, tuple(prompts), longest)
 
 
 class Captioner:
     """The model in memory, on a GPU in half precision if there is one."""
 
-    def __init__(self, who: Writer) -> None:
+    def __init__(self, who: CaptionerSpec) -> None:
         """Raises ValueError where transformers cannot load the directory, or weights are missing."""
         import transformers
 
@@ -182,7 +182,9 @@ def reader(dataset: str) -> Callable[[str], np.ndarray]:
     return read
 
 
-def caption(captioner: Captioner, pictures: Sequence[Picture], read: Callable[[str], np.ndarray]) -> list[Said]:
+def caption_batch(
+    captioner: Captioner, pictures: Sequence[ImageRef], read: Callable[[str], np.ndarray]
+) -> list[Caption]:
     """A row for each picture and prompt. What fails with one picture is said of it alone, and the others go on."""
     begun = time.perf_counter()
     with ThreadPoolExecutor(READERS) as pool:
@@ -199,7 +201,7 @@ def caption(captioner: Captioner, pictures: Sequence[Picture], read: Callable[[s
             text, error = (None, texts) if isinstance(texts, str) else (texts[number], None)
             if text == prompt:
                 text, error = None, "the model added nothing to the prompt"
-            rows.append(Said(picture.image, prompt, text, captioner.who.model, captioner.who.revision, share, error))
+            rows.append(Caption(picture.image, prompt, text, captioner.who.model, captioner.who.revision, share, error))
     return rows
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from viladiff.runs.record import write_atomically
 
 if TYPE_CHECKING:
-    from viladiff.text.captioning.blip2 import Picture, Writer
+    from viladiff.text.captioning.blip2 import CaptionerSpec, ImageRef
 
 EMBEDDED = ("digits", "dense")
 SCHEMA = pa.schema(
@@ -37,13 +37,13 @@ SCHEMA = pa.schema(
 )
 
 
-class Job(NamedTuple):
+class CaptioningJob(NamedTuple):
     """What is to be captioned, by whom, into which file."""
 
     dataset: str
     """An embedded data set; empty where the pictures are files."""
-    pictures: tuple[Picture, ...]
-    who: Writer
+    pictures: tuple[ImageRef, ...]
+    who: CaptionerSpec
     out: Path
 
     @property
@@ -57,30 +57,30 @@ class State(NamedTuple):
 
     rows: pa.Table
     """All that is done, failures left out."""
-    todo: tuple[Picture, ...]
+    todo: tuple[ImageRef, ...]
 
 
-def pictures(source: str) -> tuple[str, tuple[Picture, ...]]:
+def pictures(source: str) -> tuple[str, tuple[ImageRef, ...]]:
     """The embedded data set of that name, or the images below a directory in any layout that is known: its name (empty
     for files) and its pictures. Raises ValueError where there are none."""
-    from viladiff.text.captioning.blip2 import Picture
+    from viladiff.text.captioning.blip2 import ImageRef
 
     if source in EMBEDDED:
         from viladiff.data.sources.digits import VARIANTS
 
         sizes = VARIANTS[source].sizes()
         names = [f"{part}/{place}" for part, size in sizes.items() for place in range(size)]
-        return source, tuple(Picture(name, name) for name in names)
+        return source, tuple(ImageRef(name, name) for name in names)
     if not Path(source).expanduser().is_dir():
         known = ", ".join(EMBEDDED)
         raise ValueError(f"{source!r}: is neither a directory nor an embedded data set ({known})")
     from viladiff.data.sources.detect import open_tree
 
     tree, _ = open_tree(source)
-    return "", tuple(Picture(name, str(path)) for name, path in tree.images.items())
+    return "", tuple(ImageRef(name, str(path)) for name, path in tree.images.items())
 
 
-def state(job: Job) -> State:
+def state(job: CaptioningJob) -> State:
     """What is done and what is left. Raises ValueError for a file or parts that another model wrote, or that are
     damaged, and for a file of captions that did not come from here."""
     if job.out.suffix != ".parquet":
@@ -106,7 +106,7 @@ def state(job: Job) -> State:
     return State(sound, tuple(one for one in job.pictures if count.get(one.image, 0) < wanted))
 
 
-def begin(job: Job) -> None:
+def begin(job: CaptioningJob) -> None:
     """Makes the directory of parts and notes whose they are. ValueError where it cannot be written."""
     try:
         job.parts.mkdir(parents=True, exist_ok=True)
@@ -115,12 +115,12 @@ def begin(job: Job) -> None:
         raise ValueError(f"{job.parts}: cannot be written ({error.strerror or error}); name another --out") from error
 
 
-def write_part(job: Job, tables: Sequence[pa.Table]) -> None:
+def write_part(job: CaptioningJob, tables: Sequence[pa.Table]) -> None:
     """Keeps these rows as one part."""
     write_atomically(job.parts / f"part-{secrets.token_hex(8)}.parquet", _bytes(pa.concat_tables(tables)))
 
 
-def finish(job: Job) -> pa.Table:
+def finish(job: CaptioningJob) -> pa.Table:
     """The whole table, failures among it, in the order of pictures and prompts; written, and its parts removed."""
     files = [job.out] if job.out.is_file() else []
     files += sorted(job.parts.glob("part-*.parquet"))
@@ -149,7 +149,7 @@ def rows_table(rows: Iterable[tuple[object, ...]]) -> pa.Table:
     return pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
 
 
-def _terms(who: Writer) -> dict[str, object]:
+def _terms(who: CaptionerSpec) -> dict[str, object]:
     return {"model": who.model, "revision": who.revision, "prompts": list(who.prompts), "longest": who.longest}
 
 
