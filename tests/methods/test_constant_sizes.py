@@ -40,7 +40,7 @@ from viladiff.models.diffusion import add_gaussian_noise, alpha_bar
 from viladiff.models.mixe import MixeConfig
 from viladiff.models.vila import VilaConfig
 from viladiff.runs.config import RunConfig, override
-from viladiff.training.trainer import Stopped, fit
+from viladiff.training.trainer import StopRequested, fit
 
 LATE = Step(300, 0.5, 3)
 
@@ -439,7 +439,7 @@ def answers_while_training(rates: dict[str, Any] | None, out: Path, monkeypatch:
         monkeypatch.setattr(AllSpark, "own_rates", lambda self: rates)
     flat = {"method.name": "allspark", "data.split": "183", "train.steps": 600, "runtime.runs_dir": str(out)}
     cfg = override(RunConfig(), flat | {"runtime.progress": False, "runtime.threads": 1})
-    with pytest.raises(Stopped):
+    with pytest.raises(StopRequested):
         fit(cfg, report=lambda news: news.get("step", 0) >= 300)
     return [share for training, share in found if training][-1]
 

@@ -28,7 +28,7 @@ from viladiff.runs.config import RunConfig, override
 from viladiff.runs.lease import LeaseLostError, acquire_or_raise
 from viladiff.runs.record import peak_memory
 from viladiff.training.errors import RunIdMismatch, TrainingError
-from viladiff.training.trainer import Stopped, Trainer, fit, lr_factor, param_groups
+from viladiff.training.trainer import StopRequested, Trainer, fit, lr_factor, param_groups
 
 TINY = {
     "method.name": "viladiff",
@@ -217,7 +217,7 @@ def test_wall_time_and_memory_are_those_of_all_legs_and_of_this_run_alone(tmp_pa
         return True
 
     cfg = config(tmp_path, runtime__log_every=3)
-    with pytest.raises(Stopped):
+    with pytest.raises(StopRequested):
         fit(cfg, report=leave)
     checkpoint = tmp_path / Trainer(cfg).name / "checkpoint.pt"
     state = load(checkpoint)
@@ -461,7 +461,7 @@ def test_a_watcher_hears_of_each_log_and_may_end_the_run(tmp_path: Path) -> None
         heard.append(news)
         return news["step"] == 4
 
-    with pytest.raises(Stopped, match="stopped at step 4 of 6"):
+    with pytest.raises(StopRequested, match="stopped at step 4 of 6"):
         fit(cfg, report=watch)
     assert [(news["step"], news["steps"]) for news in heard] == [(2, 6), (4, 6)]
     assert all(math.isfinite(news["loss"]) for news in heard)
@@ -488,7 +488,7 @@ def test_pictures_hold_every_stage_as_class_ids(tmp_path: Path) -> None:
 
 def test_scores_from_before_an_interruption_are_told_once_more_and_may_end_the_run(tmp_path: Path) -> None:
     cfg = config(tmp_path, train__steps=6, eval__every_steps=2, eval__max_images=4, runtime__log_every=6)
-    with pytest.raises(Stopped, match="stopped at step 2 of 6"):
+    with pytest.raises(StopRequested, match="stopped at step 2 of 6"):
         fit(cfg, report=lambda news: "miou" in news)
     heard: list[list[int]] = []
 
@@ -497,7 +497,7 @@ def test_scores_from_before_an_interruption_are_told_once_more_and_may_end_the_r
             heard.append([entry["step"] for entry in news["history"]])
         return len(heard) == 1
 
-    with pytest.raises(Stopped, match="stopped at step 2 of 6"):
+    with pytest.raises(StopRequested, match="stopped at step 2 of 6"):
         fit(cfg, report=hear)
     assert heard == [[2]]
     record = fit(cfg, report=hear).record
