@@ -37,11 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from viladiff.cli.methods import written
+from viladiff.core.atomic import write_atomically
+from viladiff.core.environment import git_state, peak_memory, versions
 from viladiff.data.batch import Batch
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.record import git_state, peak_memory, versions, write_atomically
 from viladiff.training.trainer import Trainer
 
 AIM = 1.2

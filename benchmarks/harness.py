@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
-from viladiff.tables.plan import PlannedRun
 
 PLAIN = """
 import json, os, sys, time

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from viladiff.core.environment import peak_memory
 from viladiff.evaluation import protocols
-from viladiff.runs.record import peak_memory
 
 SIZE, CROP, CLASSES = (1024, 2048), 801, 19
 STRIDES = (534, 133)

@@ -19,11 +19,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from viladiff.runs.record import RunRecord, write_atomically
+from viladiff.core.atomic import write_atomically
+from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
 from viladiff.sweeps.space import Space, Value
 from viladiff.sweeps.spec import SweepPlanner, load_sweep
-from viladiff.tables.plan import PlannedRun
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves.csv"

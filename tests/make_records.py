@@ -14,8 +14,9 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+from viladiff.core.atomic import write_atomically
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.record import save_record, strip_local_paths, write_atomically
+from viladiff.runs.record import save_record, strip_local_paths
 from viladiff.runs.store import Failure
 from viladiff.training.errors import TrainingError
 from viladiff.training.trainer import fit

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.runs.run_name import Content, run_name
-from viladiff.tables.plan import PlannedRun
 
 LAYER = Path(__file__).resolve().parent / "records"
 """A layer of a store."""

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.sweeps.controller import SweepController
 from viladiff.sweeps.optuna_study import OptunaStudy
 from viladiff.sweeps.pruners import optuna_pruner
 from viladiff.sweeps.space import Dimension, Point
 from viladiff.sweeps.trial_queue import TrialQueue
-from viladiff.tables.plan import PlannedRun
 
 STEPS = (25, 50, 100)
 SEEDS = (0, 1, 2)

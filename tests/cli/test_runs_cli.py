@@ -20,10 +20,10 @@ import pytest
 from record_kit import CORE, LAYER, bound, made
 
 from viladiff.cli import main
+from viladiff.core.source_digest import plan_stem
 from viladiff.runs import archive
 from viladiff.runs.record import RunRecord, record_bytes, save_record, strip_local_paths
 from viladiff.runs.store import Failure, Store
-from viladiff.tables.plan import plan_stem
 
 ONE, TWO = made("viladiff-183-0"), made("viladiff-92-0")
 THREE = made("supervised-1464-2").model_copy(update={"finished": ""})  # as if it was not noted

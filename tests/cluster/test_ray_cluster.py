@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from viladiff.cli import main
-from viladiff.cli.doctor import Check
 from viladiff.cluster.config_check import examine_cluster
 from viladiff.cluster.config_rules import RULES
+from viladiff.core.checks import Check
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "cluster.yaml"

@@ -22,9 +22,9 @@ from viladiff.core.processes import descendants
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
-from viladiff.tables.plan import PlannedRun
 from viladiff.training.trainer import Trainer, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # Ray starts many processes; a machine may be busy

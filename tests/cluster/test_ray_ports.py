@@ -23,8 +23,8 @@ from viladiff.cluster.session import private
 from viladiff.core.processes import descendants
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
-from viladiff.tables.plan import PlannedRun
 from viladiff.training.trainer import Trainer
 
 pytestmark = [pytest.mark.timeout(1800)]

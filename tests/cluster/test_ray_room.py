@@ -10,7 +10,7 @@ import pytest
 from viladiff.cluster import resources
 from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity
 from viladiff.runs.job import ExecutionSettings
-from viladiff.tables.plan import PlannedRun
+from viladiff.runs.planned_run import PlannedRun
 
 
 def jobs(count: int, workers: int = 1, **changes: object) -> list[PlannedRun]:

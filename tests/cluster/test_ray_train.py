@@ -11,8 +11,8 @@ import pytest
 from viladiff.cluster.executor import run_jobs
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
-from viladiff.tables.plan import PlannedRun
 from viladiff.training.trainer import Trainer, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # Ray starts many processes; a machine may be busy

@@ -167,7 +167,7 @@ def where():
     import viladiff.runs.record
     time.sleep(2)
     return ray.util.get_node_ip_address(), viladiff.runs.record.__file__,
-       viladiff.runs.record.git_state().get("revision")
+       viladiff.core.environment.git_state().get("revision")
 
 print("FOUND", json.dumps(ray.get([where.remote(), where.remote()])))
 """

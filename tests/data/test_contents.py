@@ -18,7 +18,7 @@ import published_layouts as layouts
 import pytest
 from PIL import Image
 
-from viladiff.core.distributed import in_turn, run_in_processes
+from viladiff.core.distributed import in_turn
 from viladiff.data import registry
 from viladiff.data.dataset import Dataset
 from viladiff.data.files import contents
@@ -29,6 +29,7 @@ from viladiff.inference.load import preview_run
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.lease import acquire_or_raise
 from viladiff.training.errors import RunIdMismatch
+from viladiff.training.launch import run_in_processes
 from viladiff.training.trainer import fit
 
 Make = Callable[..., Path]

@@ -17,9 +17,9 @@ from record_kit import content_of, made
 from viladiff.cli.tables import parser
 from viladiff.experiments import publish, tables
 from viladiff.runs.job import ExecutionSettings, Outcome
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import save_record
 from viladiff.runs.store import Failure, Store
-from viladiff.tables.plan import PlannedRun
 
 EXAMPLE = made("supervised-92-0")
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from record_kit import content_of, made
 
+from viladiff.cli.reproduce import main
+from viladiff.core.environment import processor, versions
 from viladiff.experiments import reproduce, tables
 from viladiff.runs.job import Outcome
-from viladiff.runs.record import RunRecord, processor, save_record, versions
+from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Store
-from viladiff.tables.plan import PlannedRun
 
 EXAMPLE = made("viladiff-183-0")
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +79,7 @@ WORDS = ("--scale", "smoke", "--rows", "1", "supervised")
 
 
 def run(tmp_path: Path, *more: str) -> int:
-    return reproduce.main([*WORDS, "--storage", str(tmp_path / "runs"), *more])
+    return main([*WORDS, "--storage", str(tmp_path / "runs"), *more])
 
 
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: dict[str, float]) -> list[PlannedRun]:

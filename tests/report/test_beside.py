@@ -19,9 +19,10 @@ from viladiff.report.sections import beside
 from viladiff.report.sections.beside import Beside
 from viladiff.report.table import table_page
 from viladiff.report.table.results import collect_results
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import save_record
 from viladiff.runs.store import Store
-from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
+from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.spec import Column, Criterion, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 

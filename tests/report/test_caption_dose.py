@@ -11,6 +11,7 @@ from method_kit import STEP, make_batch, make_uneven
 
 from viladiff.data.captions.table import SIMULATED, SYNONYMS, Captions, describe
 from viladiff.data.captions.tags import caption_tags, dataset_tags
+from viladiff.data.captions.words import split_words
 from viladiff.data.dataset import Dataset
 from viladiff.data.registry import dataset_spec, load_dataset
 from viladiff.data.sources import digits
@@ -18,7 +19,6 @@ from viladiff.data.sources.digits import CLASS_NAMES
 from viladiff.data.splits import classes_present
 from viladiff.runs.config import ConfigError, RunConfig, non_default_fields, override
 from viladiff.text.embedding_bank import load_text
-from viladiff.text.encoders import split_words
 from viladiff.training.fingerprints import name_runs
 
 RATES = (0.3, 0.5, 0.7, 0.85, 1.0)

@@ -22,11 +22,12 @@ from viladiff.report.sections import leaderboard, learning_rates, ranking, train
 from viladiff.report.table.results import Results, collect_results, summary
 from viladiff.report.table.table_page import render_table
 from viladiff.runs.config import RunConfig, non_default_fields, override, run_id
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import RunRecord, load_record, save_record
 from viladiff.runs.store import Store
 from viladiff.tables.cells import cells, unavailable
 from viladiff.tables.claims import evaluate_claims
-from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
+from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.spec import Claim, Column, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 

@@ -20,13 +20,13 @@ from viladiff.experiments import publish_sweep, sweep_setup
 from viladiff.experiments import sweeps as sweep_drive
 from viladiff.report.sweep import sweep_page
 from viladiff.report.sweep.sweep_page import Shown, render_sweep
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.sweeps import summary
 from viladiff.sweeps.finals import Finalist
 from viladiff.sweeps.spec import Sweep, load_sweep
 from viladiff.sweeps.summary import local_mean, one_budget, trained
 from viladiff.sweeps.trials import Rung, Trial, load_trials, save_trial, without_paths
-from viladiff.tables.plan import PlannedRun
 
 pytestmark = pytest.mark.usefixtures("prints_once")
 TUNE = Path(__file__).resolve().parents[2] / "tune"

@@ -21,10 +21,11 @@ from viladiff.report import provenance
 from viladiff.report.charts import figures
 from viladiff.report.table import exports, long_form, table_views
 from viladiff.report.table import results as tables
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables.claims import evaluate_claims
-from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
+from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.spec import Column, Gap, Row, Scale, Table
 
 NASTY = "<b>A & B_1</b> {x} $y$ | `z` \\ 100%"

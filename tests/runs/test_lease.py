@@ -24,8 +24,8 @@ from viladiff.runs import lease as leases
 from viladiff.runs.job import Event, ExecutionSettings
 from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.lease import acquire_or_raise
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
-from viladiff.tables.plan import PlannedRun
 
 
 def left_behind(directory: Path, host: str = "far") -> Path:

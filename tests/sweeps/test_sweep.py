@@ -16,12 +16,12 @@ import pytest
 from viladiff.cli.main import main as viladiff
 from viladiff.cli.sweeps import parser
 from viladiff.experiments import sweep_messages, sweep_setup, sweeps
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.sweeps.finals import Finalist, compare_finalists, finalists, format_verdict
 from viladiff.sweeps.space import Dimension, edges, grid, shrunk
 from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, choosing_images, load_sweep, rung_steps
 from viladiff.sweeps.summary import best_so_far, importances, rows, rungs, to_toml, train_command
 from viladiff.sweeps.trials import Rung, Trial
-from viladiff.tables.plan import PlannedRun
 from viladiff.tables.significance import smallest_detectable
 
 pytestmark = pytest.mark.usefixtures("prints_once")

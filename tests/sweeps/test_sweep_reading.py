@@ -12,10 +12,10 @@ from test_sweep_page import Page, lambdas, shown
 from viladiff.experiments.compare_sweeps import _tuned
 from viladiff.report.sweep.sweep_page import render_sweep
 from viladiff.runs.config import RunConfig, override
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.sweeps.finals import Finalist, Tuned, chosen, compare_finalists
 from viladiff.sweeps.finals import format_verdict as said
 from viladiff.sweeps.spec import SweepPlanner, changes, common, load_sweep
-from viladiff.tables.plan import PlannedRun
 
 TUNE = Path(__file__).resolve().parents[2] / "tune"
 FILES = sorted(TUNE.glob("sweep_reading*.toml"))

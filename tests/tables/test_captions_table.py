@@ -13,12 +13,13 @@ from viladiff.report.sections import caption_dose
 from viladiff.report.table.results import Results, collect_results
 from viladiff.report.table.table_page import render_table
 from viladiff.runs.config import RunConfig, flatten, non_default_fields, override
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Store
 from viladiff.tables.cells import cells
 from viladiff.tables.claims import evaluate_claims
 from viladiff.tables.contrasts import contrasts
-from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
+from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.spec import Claim, Column, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 

@@ -13,12 +13,13 @@ from viladiff.report.table import exports, table_views
 from viladiff.report.table import results as tables
 from viladiff.report.table.long_form import long
 from viladiff.runs.config import RunConfig, override
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, load_sweep
 from viladiff.tables.cells import cells, choose
 from viladiff.tables.claims import evaluate_claims
 from viladiff.tables.contrasts import contrasts
-from viladiff.tables.plan import Plan, PlannedCell, PlannedRun
+from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.spec import OWN_LISTS
 from viladiff.tables.spec_file import load_table
 

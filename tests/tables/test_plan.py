@@ -17,11 +17,12 @@ from record_kit import made as record_of
 
 from viladiff.models.encoders.build import SHIPPED
 from viladiff.runs.config import RunConfig, non_default_fields, override
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables import plan as plans
 from viladiff.tables.estimate import estimate
-from viladiff.tables.plan import Plan, PlannedRun, make_plan, states
+from viladiff.tables.plan import Plan, make_plan, states
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 from viladiff.training.fingerprints import fingerprints, name_runs

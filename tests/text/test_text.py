@@ -14,11 +14,12 @@ import torch
 from viladiff.config.sections import DataConfig
 from viladiff.data.captions import table as cap
 from viladiff.data.captions.table import GENERIC, SIMULATED, CaptionTable, describe, simulate
+from viladiff.data.captions.words import split_words
 from viladiff.data.sources import digits
 from viladiff.data.sources.digits import CLASS_NAMES, SCENES
 from viladiff.data.splits import classes_present
 from viladiff.text.embedding_bank import build_bank, encode_all, load_text, open_bank
-from viladiff.text.encoders import ENCODERS, WORDS_DIM, WordEncoder, build_encoder, split_words
+from viladiff.text.encoders import ENCODERS, WORDS_DIM, WordEncoder, build_encoder
 
 IMAGES = 3000
 

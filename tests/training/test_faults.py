@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from viladiff.core import distributed, keyed_random
+from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Step, TextBatch
 from viladiff.methods import METHODS, viladiff_mixe
 from viladiff.methods import viladiff as viladiff_file
@@ -25,6 +25,7 @@ from viladiff.models.segmenter import NetworkFactory, upsample
 from viladiff.models.stream import StreamOutput
 from viladiff.runs.checkpoint import load
 from viladiff.runs.config import RunConfig, override
+from viladiff.training import launch
 from viladiff.training.errors import TrainingError
 from viladiff.training.trainer import Trainer, fit
 
@@ -59,7 +60,7 @@ def test_launcher_with_another_number_of_processes_is_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     # Should the check be gone, the test must fail at once instead of waiting for the missing workers.
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: pytest.fail("joined the group"))
+    monkeypatch.setattr(launch.dist, "init_process_group", lambda *_, **__: pytest.fail("joined the group"))
     with pytest.raises(ValueError, match=rf"runtime\.workers = {asked}, .* started {announced} processes"):
         fit(config(tmp_path, runtime__workers=asked))
     assert list(tmp_path.iterdir()) == []
@@ -75,7 +76,7 @@ def test_batch_norm_is_refused_with_two_workers_and_fine_with_one(tmp_path: Path
 
 
 def _second_worker_fails(rank: int, dump: dict, *rest: Any) -> None:
-    """Stands where ``distributed._worker`` stood: the second of two workers finds at step 2 that it cannot go on."""
+    """Stands where ``launch._worker`` stood: the second of two workers finds at step 2 that it cannot go on."""
     step = Trainer._step
 
     def fails(self: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
@@ -87,13 +88,13 @@ def _second_worker_fails(rank: int, dump: dict, *rest: Any) -> None:
     launch_worker(rank, dump, *rest)
 
 
-launch_worker = distributed._worker
+launch_worker = launch._worker
 
 
 @pytest.mark.timeout(120)
 def test_error_in_one_of_two_workers_is_the_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other worker only sees that its neighbour went away; that must not be what the user reads."""
-    monkeypatch.setattr(distributed, "_worker", _second_worker_fails)
+    monkeypatch.setattr(launch, "_worker", _second_worker_fails)
     with pytest.raises(TrainingError) as caught:
         fit(config(tmp_path, runtime__workers=2))
     assert str(caught.value) == "train.precision: worker 1 has no such numbers"

@@ -22,11 +22,11 @@ import pandas as pd
 import pytest
 import torch
 
+from viladiff.core.environment import peak_memory
 from viladiff.evaluation import evaluator
 from viladiff.runs.checkpoint import load, save
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.lease import LeaseLostError, acquire_or_raise
-from viladiff.runs.record import peak_memory
 from viladiff.training.errors import RunIdMismatch, TrainingError
 from viladiff.training.trainer import StopRequested, Trainer, fit, lr_factor, param_groups
 

@@ -13,22 +13,13 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+
+from viladiff.core.checks import Check
 
 CACHE_GB = 0.5
 """Room for both embedded data sets and their text, in GB."""
 RUNS_GB = 1.0
 """Room for some runs on the embedded data sets, in GB; real ones take more."""
-
-
-class Check(NamedTuple):
-    """One line of the report; ``remedy`` is empty where all is well."""
-
-    name: str
-    found: str
-    remedy: str = ""
-    broken: bool = False
-    """Whether training cannot work; otherwise a remedy is advice."""
 
 
 def examine(out: str | Path = "runs") -> list[Check]:

@@ -20,9 +20,9 @@ import yaml
 from click import ClickException
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from viladiff.cli.doctor import Check
 from viladiff.cluster.config_rules import RULES, Cluster, ConfigProblem, Keys
 from viladiff.config.base import did_you_mean
+from viladiff.core.checks import Check
 
 
 def examine_cluster(file: str | Path) -> list[Check]:

@@ -27,8 +27,8 @@ from viladiff.cluster.session import TOKEN, patient, private, without_web
 from viladiff.core.processes import Reaper, descendants, start
 from viladiff.runs.job import Event, ExecutionSettings, Outcome
 from viladiff.runs.job_queue import JobQueue
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
-from viladiff.tables.plan import PlannedRun
 
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from viladiff.runs.job import Event, ExecutionSettings
 from viladiff.runs.job_queue import JobQueue
-from viladiff.tables.plan import PlannedRun
+from viladiff.runs.planned_run import PlannedRun
 
 SHARING = 4
 """Runs that one GPU gets at most where nobody says how many: more of them fit only if they are small."""

@@ -19,8 +19,8 @@ import ray
 
 from viladiff.runs.job_queue import SETUP
 from viladiff.runs.lease import LeaseLostError
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
-from viladiff.tables.plan import PlannedRun
 
 if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig

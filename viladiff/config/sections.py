@@ -5,7 +5,7 @@ Defaults that depend on the data set stand in ``PRESETS``; ``viladiff.runs.confi
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -354,3 +354,18 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "folder": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
 }
 """Defaults of other sections that depend on the data set. Lengths are UniMatch V2's; ``folder`` is treated as VOC."""
+
+
+class Sections(Protocol):
+    """The part of a run's configuration that every method has: what ``RunConfig`` is without its method."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def eval(self) -> EvalConfig: ...
+    @property
+    def runtime(self) -> RuntimeConfig: ...

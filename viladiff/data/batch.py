@@ -6,10 +6,10 @@ a crop, h x w cells of a feature grid, N = h * w tokens, D channels, L words, T 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,14 @@ class TextBatch:
     """(B, L, D) float32."""
     mask: Tensor
     """(B, L) bool, True where there is a word."""
+
+
+class TextBank(Protocol):
+    """Encoded captions of a data set's images."""
+
+    def batch(self, indices: Sequence[int]) -> TextBatch:
+        """Words of these images, on the CPU."""
+        ...
 
 
 @dataclass

@@ -11,25 +11,22 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Queue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from viladiff.config.sections import Sections
 from viladiff.core import keyed_random
-from viladiff.data.batch import Batch, CutMix, TextBatch, Views
+from viladiff.data.batch import Batch, CutMix, TextBank, TextBatch, Views
 from viladiff.data.captions.tags import dataset_tags
+from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
 from viladiff.data.holdout import set_apart
 from viladiff.data.transforms.augment import geometric, normalise, strong
 from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
-
-if TYPE_CHECKING:
-    from viladiff.data.dataset import Dataset
-    from viladiff.runs.config import RunConfig
-    from viladiff.text.embedding_bank import EmbeddingBank
 
 
 class ShuffledIndices:
@@ -72,10 +69,10 @@ class BatchLoader:
 
     def __init__(
         self,
-        cfg: RunConfig,
+        cfg: Sections,
         dataset: Dataset,
         views: Views,
-        bank: EmbeddingBank | None,
+        bank: TextBank | None,
         patch: int,
         device: torch.device,
         rank: int = 0,
@@ -252,7 +249,7 @@ DECODED_AHEAD = 2
 """Steps that decoding processes are ahead."""
 
 
-def decoding_processes(cfg: RunConfig, device: torch.device) -> int:
+def decoding_processes(cfg: Sections, device: torch.device) -> int:
     """``runtime.loader_workers``, or what fits this machine: a process decodes some 150 images a second.
 
     None where the network itself computes on the CPU, and none for a worker with fewer than four cores, whose thread
@@ -298,7 +295,7 @@ def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch
 
 
 def validation(
-    dataset: Dataset, bank: EmbeddingBank | None, device: torch.device, batch: int, indices: Sequence[int]
+    dataset: Dataset, bank: TextBank | None, device: torch.device, batch: int, indices: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
     """Validation images (B, 3, H, W) normalised, masks (B, H, W) int64 and words, in order, without augmentation.
 

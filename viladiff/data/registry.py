@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from viladiff.config.sections import DataConfig, Sections
 from viladiff.data.cache import fingerprint
 from viladiff.data.captions.files import match, read_captions
 from viladiff.data.captions.table import SIMULATED, Captions, CaptionSource, simulate
@@ -23,10 +24,6 @@ from viladiff.data.sources.digits import CLASS_NAMES, SCENES, Part, open_pixels,
 from viladiff.data.sources.folder import SourceFiles, describe_lists, open_folder
 from viladiff.data.sources.voc import open_voc
 from viladiff.data.splits import VISIBLE, classes_present, labelled_order, nearest, resample, split_size
-
-if TYPE_CHECKING:
-    from viladiff.config.sections import DataConfig
-    from viladiff.runs.config import RunConfig
 
 
 class DatasetSpec(NamedTuple):
@@ -45,7 +42,7 @@ class DatasetSpec(NamedTuple):
     simulated: CaptionSource = SIMULATED
 
 
-def dataset_spec(cfg: RunConfig) -> DatasetSpec:
+def dataset_spec(cfg: Sections) -> DatasetSpec:
     """What a run asks for."""
     data = cfg.data
     return DatasetSpec(

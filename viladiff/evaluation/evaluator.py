@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from viladiff.core.atomic import write_atomically
 from viladiff.core.distributed import summed_over_workers
+from viladiff.core.environment import git_state, peak_memory, processor, reset_peak_memory, versions
 from viladiff.data.batch import IGNORE, Step, TextBatch
 from viladiff.data.loader import validation
 from viladiff.data.transforms.augment import normalise
@@ -25,18 +27,9 @@ from viladiff.evaluation.pseudo_labels import pseudo_counts, pseudo_scores
 from viladiff.methods.base import Method
 from viladiff.models.encoders.build import weights_origin
 from viladiff.runs.config import CORE_REVISION, flatten, non_default_fields
-from viladiff.runs.record import (
-    RunRecord,
-    git_state,
-    peak_memory,
-    processor,
-    reset_peak_memory,
-    versions,
-    write_atomically,
-)
+from viladiff.runs.record import RunRecord
 from viladiff.text.embedding_bank import EmbeddingBank
 from viladiff.text.encoders import describe
-from viladiff.training.gradients import GradientShares
 
 FILES = ("pictures.npz", "features.npz", "plane.npz")
 """What a finished run may have beside its record and its log."""
@@ -151,6 +144,14 @@ def _best(measured: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
     return {**best, "evaluations": len(measured), "picked_on": split, "picked_on_reported": True}
 
 
+class GradientRecord(Protocol):
+    """Shares of the gradient that were measured in training."""
+
+    def record(self) -> dict[str, Any] | None:
+        """For ``RunRecord.gradient_shares``; None where nothing was measured."""
+        ...
+
+
 class RecordContext(EvalContext, Protocol):
     """A run that has taken its last step: what its record says besides scores."""
 
@@ -158,10 +159,14 @@ class RecordContext(EvalContext, Protocol):
     bank: EmbeddingBank
     fingerprints: dict[str, str]
     history: list[dict[str, Any]]
-    shares: GradientShares
     train_seconds: float
     cpu_seconds: float | None
     memory: PeakMemory
+
+    @property
+    def shares(self) -> GradientRecord:
+        """Shares of the gradient that were measured in training."""
+        ...
 
     def wall_seconds(self) -> float | None:
         """Of all legs; None where they are not known."""

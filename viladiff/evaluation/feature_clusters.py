@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from viladiff.core import keyed_random
+from viladiff.core.atomic import write_atomically
 from viladiff.data.constants import IGNORE
 from viladiff.data.loader import validation
 from viladiff.evaluation.context import EvalContext
 from viladiff.evaluation.protocols import nearest_multiple
 from viladiff.methods.base import Method
-from viladiff.runs.record import write_atomically
 
 TOKENS = 100
 """Of each class, at most; all classes have equally many."""

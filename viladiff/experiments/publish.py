@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from viladiff.runs.record import save_record, strip_local_paths, write_atomically
+from viladiff.core.atomic import write_atomically
+from viladiff.runs.record import save_record, strip_local_paths
 from viladiff.runs.store import Store
 from viladiff.tables.plan import Plan
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from viladiff.core.atomic import write_atomically
 from viladiff.experiments.publish import publish_records
 from viladiff.experiments.sweep_setup import META, SweepJob, differences, meta
 from viladiff.experiments.tables import ROOT
-from viladiff.runs.record import write_atomically
 from viladiff.sweeps.finals import Finalist
 from viladiff.sweeps.trials import Trial, load_trials, save_trial, trial_bytes, without_paths
 

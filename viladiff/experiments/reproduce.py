@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from viladiff.cli.tables import add_placing
+from viladiff.core.environment import processor, versions
 from viladiff.experiments import tables
 from viladiff.runs.job import ExecutionSettings
-from viladiff.runs.record import RunRecord, processor, versions
+from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
 from viladiff.tables.plan import Plan, make_plan, states
 from viladiff.tables.spec_file import load_table
@@ -27,27 +27,6 @@ _STATUS = {"holds": 0, "fails": 1, "not decided": 2}
 class Compared(NamedTuple):
     verdict: Literal["holds", "fails", "not decided"]
     text: str
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all runs agree with their records, 1 one does not, 2 nothing to compare with, 130 interrupted."""
-    from viladiff.cli.common import carry_out, read_arguments
-
-    args = read_arguments(parser(), argv)
-    return carry_out(lambda: reproduce(args))
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("reproduce.py", description="Trains published runs again and compares the scores.")
-    top.add_argument("--table", default="5", help="number of the paper's table, or the path of a .toml file")
-    top.add_argument("--scale", default="digits", help="the scale that was published")
-    top.add_argument("--rows", nargs="+", default=["1", "8"], metavar="ROW", help="labels, beginnings, or numbers")
-    top.add_argument("--columns", nargs="+", default=["1"], metavar="COLUMN", help="likewise")
-    top.add_argument("--seed", type=int, default=0)
-    top.add_argument("--storage", default="runs/reproduce", metavar="DIR", help="directory of runs (runs/reproduce)")
-    add_placing(top.add_argument_group("how"))
-    top.add_argument("--dry-run", action="store_true", help="say what would be trained and compared, and stop")
-    return top
 
 
 def reproduce(args: argparse.Namespace) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 from viladiff.cluster.resources import Capacity
 from viladiff.cluster.resources import plan_capacity as room
 from viladiff.config.base import parse_overrides
+from viladiff.core.atomic import write_atomically
 from viladiff.experiments.tables import ROOT, seeds_of
 from viladiff.runs import lease as leases
 from viladiff.runs.job import ExecutionSettings
-from viladiff.runs.record import write_atomically
 from viladiff.runs.store import Store
 from viladiff.sweeps.pruners import optuna_pruner
 from viladiff.sweeps.space import dumped, shrunk

@@ -16,6 +16,7 @@ from viladiff.experiments.sweep_setup import SweepJob, alone, check_same, open_d
 from viladiff.experiments.tables import ROOT, PageWriter, public_command
 from viladiff.runs.job import Event
 from viladiff.runs.lease import Lease
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.controller import SweepController
 from viladiff.sweeps.finals import Finalist, finalists
@@ -23,7 +24,6 @@ from viladiff.sweeps.optuna_study import JOURNAL, OptunaStudy
 from viladiff.sweeps.pruners import optuna_pruner
 from viladiff.sweeps.trial_queue import TrialQueue
 from viladiff.sweeps.trials import Trial, load_trials, ranked
-from viladiff.tables.plan import PlannedRun
 
 
 def find_sweep(name: str) -> Path:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from viladiff.config.base import parse_overrides
 from viladiff.runs.job import Event, ExecutionSettings, Outcome
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import estimate
-from viladiff.tables.plan import Plan, PlannedRun, make_plan, states
+from viladiff.tables.plan import Plan, make_plan, states
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from viladiff.core.atomic import name_file_in_errors, sync_directory
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.complexity import costs, table
 from viladiff.inference.load import load_run, text_dim
 from viladiff.inference.predict import CLASSES, CONFIG, FORMAT, WEIGHTS, Model, load_model
 from viladiff.models.segmenter import Network
-from viladiff.runs.record import RunRecord, name_file_in_errors, strip_local_paths, sync_directory
+from viladiff.runs.record import RunRecord, strip_local_paths
 
 ONNX = "model.onnx"
 TOLERANCE = 1e-3

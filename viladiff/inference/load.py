@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 
 from viladiff.config.base import INTEGER, unflatten
-from viladiff.core.distributed import run_in_processes, tf32
+from viladiff.core.atomic import write_atomically
+from viladiff.core.distributed import tf32
 from viladiff.data.files.validate import check_files
 from viladiff.evaluation.metrics import to_scores
 from viladiff.evaluation.protocols import STREAMS
@@ -22,8 +23,9 @@ from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.gradient_shares import measured_steps
-from viladiff.runs.record import RunRecord, load_record, write_atomically
+from viladiff.runs.record import RunRecord, load_record
 from viladiff.training.errors import check_inputs
+from viladiff.training.launch import run_in_processes
 from viladiff.training.optim import total_steps
 
 if TYPE_CHECKING:

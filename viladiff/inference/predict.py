@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from viladiff.config.base import did_you_mean, unflatten
+from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import class_colours, css
-from viladiff.core.distributed import select_device, tf32
+from viladiff.core.distributed import tf32
 from viladiff.core.progress import Progress
 from viladiff.data.files.images import SUFFIXES, read_image
 from viladiff.data.transforms.augment import normalise
@@ -31,7 +32,7 @@ from viladiff.evaluation.protocols import bands
 from viladiff.inference.load import empty_method, last_line, load_method, load_run
 from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.record import write_atomically
+from viladiff.training.launch import select_device
 
 FORMAT = 1
 """Of a model folder."""

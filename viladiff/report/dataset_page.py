@@ -12,9 +12,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from viladiff.core import colormap
+from viladiff.core.atomic import write_atomically
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import read_image, read_mask
-from viladiff.runs.record import write_atomically
 
 if TYPE_CHECKING:
     from viladiff.data.files.validate import DatasetReport

@@ -19,8 +19,9 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from viladiff.core.atomic import write_atomically
 from viladiff.runs.maintenance import CHECKPOINTS, contradiction
-from viladiff.runs.record import parse_record, record_bytes, strip_local_paths, write_atomically
+from viladiff.runs.record import parse_record, record_bytes, strip_local_paths
 from viladiff.runs.store import Store
 
 PARTS = {"records": "record.json", "pictures": "pictures.npz", "steps": "steps.jsonl"}

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from viladiff.runs.record import name_file_in_errors, sync_directory
+from viladiff.core.atomic import name_file_in_errors, sync_directory
 
 MAGIC = b"VILADIFF"
 VERSION = 1

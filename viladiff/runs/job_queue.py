@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from viladiff.runs.job import Event, ExecutionSettings, Outcome
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Failure, Store
-from viladiff.tables.plan import PlannedRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

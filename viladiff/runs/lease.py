@@ -29,8 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from viladiff.core.atomic import write_atomically
 from viladiff.core.processes import start
-from viladiff.runs.record import write_atomically
 
 HEARTBEAT = 10.0
 """Seconds between renewals."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.config.base import ConfigError, unflatten
+from viladiff.core.source_digest import plan_stem
 from viladiff.runs.lease import runs_here
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.runs.run_name import PLACES, hashed
 from viladiff.runs.store import GRACE, RUN_ID, Store, abandoned
-from viladiff.tables.plan import plan_stem
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.prev.pt")
 _DAMAGED = re.compile(r"[0-9a-f]{16}-\S+")

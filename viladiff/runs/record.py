@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import platform
-import secrets
-import subprocess
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from viladiff.core.atomic import write_atomically
 from viladiff.runs import gradient_shares as shares
 from viladiff.runs.run_name import WEIGHTS, Content, arithmetic, run_name
-
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "scikit-learn", "viladiff")
 
 
 class RunRecord(BaseModel):
@@ -175,46 +167,6 @@ def record_bytes(record: RunRecord) -> bytes:
     return json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file holds the old bytes or the new ones, whole, whenever the process dies and however many write at once.
-
-    A killed writer leaves at most ``.<name>.<pid>.<token>.tmp``, which ``viladiff runs gc`` removes.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with name_file_in_errors(path):
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-@contextlib.contextmanager
-def name_file_in_errors(path: Path) -> Iterator[None]:
-    """The error of a full disk names the file, or folder of files, that was being written; of itself it names none."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes a rename in it last through a power cut; not every platform can open a directory."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def checksum(rest: dict[str, Any]) -> str:
     """SHA-256 of a record without its ``checksum``, over sorted compact JSON: of content, whatever the file's layout.
 
@@ -286,58 +238,3 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
     if why := mismatch(record):
         raise ForgedRecordError(f"{path} does not match its name {record.run_id}: {why}")
     return record
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def processor() -> str:
-    """Model of this machine's processor, by name and by the numbers that tell apart those of one name."""
-    wanted = ("model name", "cpu family", "model", "stepping")
-    try:
-        block = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
-        said = dict(line.replace("\t", "").split(":", 1) for line in block.splitlines() if ":" in line)
-        name, family, model, stepping = (said[key].strip() for key in wanted)
-    except (OSError, UnicodeDecodeError, KeyError):
-        return platform.processor() or platform.machine()
-    return f"{name}, family {family}, model {model}, stepping {stepping}"
-
-
-def git_state() -> dict[str, Any]:
-    """Revision of the checkout that the package is imported from, and whether it was changed; empty outside of one."""
-    here = Path(__file__).parent
-    try:
-        run = lambda *words: subprocess.run(  # noqa: E731
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        return {"revision": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--", "."))}
-    except (OSError, subprocess.SubprocessError):
-        return {}
-
-
-def reset_peak_memory() -> bool:
-    """Lets ``peak_memory`` begin anew; False where the kernel has no such thing or does not allow it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory() -> int:
-    """Most bytes of main memory that this process has held, since ``forget_peak_memory`` where that works."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

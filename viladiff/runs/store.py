@@ -20,9 +20,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from viladiff.core.atomic import write_atomically
 from viladiff.runs import lease as leases
 from viladiff.runs.lease import Holder, Lease
-from viladiff.runs.record import CorruptRecordError, RunRecord, parse_record, write_atomically
+from viladiff.runs.record import CorruptRecordError, RunRecord, parse_record
 
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

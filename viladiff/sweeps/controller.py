@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from viladiff.runs.job import Outcome
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.optuna_study import OptunaStudy
 from viladiff.sweeps.space import Point
 from viladiff.sweeps.trials import Rung, SeedStatistics, State, Trial, load_trials, save_trial
-from viladiff.tables.plan import PlannedRun
 
 HOPELESS = 3
 """Trials that must have failed, and none done anything else, for a sweep to be given up."""

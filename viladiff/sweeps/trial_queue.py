@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 from viladiff.runs.job import Event, ExecutionSettings, Outcome
 from viladiff.runs.job_queue import ActiveRun, JobQueue, Kind
+from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.controller import SweepController
-from viladiff.tables.plan import PlannedRun
 
 
 class TrialQueue(JobQueue):

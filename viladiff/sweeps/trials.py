@@ -14,7 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from viladiff.runs.record import checksum, write_atomically
+from viladiff.core.atomic import write_atomically
+from viladiff.runs.record import checksum
 from viladiff.sweeps.space import Value
 
 State = Literal["running", "complete", "pruned", "failed"]

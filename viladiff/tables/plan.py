@@ -19,7 +19,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import TypeAdapter
 
-from viladiff.runs.record import RunRecord, write_atomically
+from viladiff.core.atomic import write_atomically
+from viladiff.core.source_digest import _digest, code_digest, plan_stem
+from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.record import RunRecord
 from viladiff.runs.run_name import PLACES, arithmetic
 from viladiff.tables.cells import cells, choose, unavailable
 from viladiff.tables.spec import ORACLE, Table
@@ -29,28 +32,9 @@ State = Literal["done", "stale", "failed", "running", "begun", "missing"]
 
 _FORMAT = 4
 """Raised when the file of a plan means something else than before."""
-_PACKAGE = Path(__file__).resolve().parent.parent
 _DATA_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch")
 """What else decides the pixels, words and numbers behind a run's name."""
 _NOTHING: Mapping[str, object] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One unique run."""
-
-    run_id: str
-    changes: dict[str, object]
-    """``override(RunConfig(), changes)`` is its configuration; ``runtime.*`` included."""
-    title: str
-    """Row, column and seed of its first cell, for people."""
-    steps: int
-    changed: dict[str, Any]
-    """Fields outside ``runtime`` that differ from their defaults, as a record has them."""
-    workers: int = 1
-    threads: int | None = None
-    precision: str = "fp32"
-    """As ``RunRecord.precision``."""
 
 
 @dataclass(frozen=True)
@@ -255,26 +239,6 @@ def _key(
 
 def _sets(table: Table) -> list[dict[str, Any]]:
     return [*(row.set for row in table.rows), *(column.set for column in table.columns)]
-
-
-def plan_stem() -> str:
-    """How the names of plans by this code begin; those by other code are never used again."""
-    return f"plan-{code_digest()[:12]}"
-
-
-def code_digest() -> str:
-    """Names the package's sources and the weights that it ships, by content."""
-    total = hashlib.sha256()
-    for path in sorted(path for kind in ("*.py", "*.safetensors") for path in _PACKAGE.rglob(kind)):
-        total.update(f"{path.relative_to(_PACKAGE).as_posix()} {_digest(path)}\n".encode())
-    return total.hexdigest()
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return "missing"
 
 
 def _version(package: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,15 +10,11 @@ import numpy as np
 
 from viladiff.config.base import did_you_mean
 from viladiff.data.cache import fingerprint
+from viladiff.data.captions.words import split_words
 from viladiff.text.base import LONGEST, TextEncoder, unit
 
 WORDS_DIM = 48
 _WORDS_REVISION = 1
-
-
-def split_words(text: str) -> list[str]:
-    """Lower-case words without punctuation; digits count as letters."""
-    return re.findall(r"\w+", text.lower())
 
 
 class WordEncoder:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from viladiff.core import keyed_random
-from viladiff.core.distributed import in_turn, join_group, run_in_processes, select_device, tf32
+from viladiff.core.distributed import in_turn, tf32
 from viladiff.core.progress import Progress, counter
 from viladiff.data.batch import Batch, Step
 from viladiff.data.files.validate import check_files
@@ -35,6 +35,7 @@ from viladiff.text.embedding_bank import load_text, text_vectors
 from viladiff.training.errors import RunIdMismatch, StopRequested, check_finite, check_inputs, memory_errors, stop_flag
 from viladiff.training.fingerprints import weights_fingerprint
 from viladiff.training.gradients import GradientShares
+from viladiff.training.launch import join_group, run_in_processes, select_device
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 
 ProgressCallback = Callable[[dict[str, Any]], bool | None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from viladiff.data.captions.table import Captions, Control, Images
-from viladiff.text.encoders import split_words
+from viladiff.data.captions.words import split_words
 
 if TYPE_CHECKING:
     from viladiff.data.dataset import Dataset

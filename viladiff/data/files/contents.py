@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from viladiff.core.atomic import write_atomically
 from viladiff.core.progress import counter
 from viladiff.data.cache import cache_dir, fingerprint
 from viladiff.data.files.images import MaskEncoding, label_counts, read_mask
-from viladiff.runs.record import write_atomically
 
 NAME = ".viladiff-contents.txt"
 """Hidden, so that no scan takes it for an image."""

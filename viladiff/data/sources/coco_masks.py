@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from viladiff.core.atomic import write_atomically
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.index import locate
 from viladiff.data.files.validate import Advance
 from viladiff.data.processes import mapped
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES, LAYOUT, PLACES
-from viladiff.runs.record import write_atomically
 
 REVISION = 1
 """Raised when the same instances would give other masks."""

@@ -13,10 +13,10 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
+from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import SERIES
 from viladiff.report.sections.learning_curves import TERMS, Curve
 from viladiff.report.table.results import Results, number, row_name, summary
-from viladiff.runs.record import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

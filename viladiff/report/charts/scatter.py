@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import SERIES
-from viladiff.runs.record import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,9 +15,10 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from viladiff.core import colormap
+from viladiff.core.atomic import write_atomically
 from viladiff.report.markup import markdown
 from viladiff.report.table.results import CellRun, Results, number, row_name
-from viladiff.runs.record import RunRecord, write_atomically
+from viladiff.runs.record import RunRecord
 
 if TYPE_CHECKING:
     from viladiff.runs.store import Store

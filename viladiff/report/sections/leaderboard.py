@@ -21,10 +21,10 @@ from viladiff.report.table.results import Results, Summary, number, row_name, su
 from viladiff.report.table.table_views import shares
 
 if TYPE_CHECKING:
+    from viladiff.runs.planned_run import PlannedRun
     from viladiff.runs.record import RunRecord
     from viladiff.runs.store import Store
     from viladiff.tables.claims import Verdict
-    from viladiff.tables.plan import PlannedRun
 
 ACROSS = "processor time of training, supervised = 1"
 

@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from viladiff.core import colormap
+from viladiff.core.atomic import write_atomically
 from viladiff.report import provenance
 from viladiff.report.charts import figures
 from viladiff.report.markup import markdown
@@ -28,7 +29,6 @@ from viladiff.report.sections.learning_curves import Curve, curves
 from viladiff.report.table import exports, table_views
 from viladiff.report.table import results as tables
 from viladiff.report.table.results import METRICS, Agreement, Results
-from viladiff.runs.record import write_atomically
 from viladiff.runs.store import abandoned
 from viladiff.tables.spec import METRIC_NAMES
 

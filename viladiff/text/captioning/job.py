@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from viladiff.runs.record import write_atomically
+from viladiff.core.atomic import write_atomically
 
 if TYPE_CHECKING:
     from viladiff.text.captioning.blip2 import CaptionerSpec, ImageRef

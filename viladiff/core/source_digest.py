@@ -1,0 +1,28 @@
+"""Digest of the package's sources, which names cached plans."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def plan_stem() -> str:
+    """How the names of plans by this code begin; those by other code are never used again."""
+    return f"plan-{code_digest()[:12]}"
+
+
+def code_digest() -> str:
+    """Names the package's sources and the weights that it ships, by content."""
+    total = hashlib.sha256()
+    for path in sorted(path for kind in ("*.py", "*.safetensors") for path in _PACKAGE.rglob(kind)):
+        total.update(f"{path.relative_to(_PACKAGE).as_posix()} {_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return "missing"

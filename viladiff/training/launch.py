@@ -1,0 +1,106 @@
+"""The device of each worker, and several workers on one machine without a launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import SimpleQueue, get_context
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+
+from viladiff.core.distributed import join_here
+from viladiff.runs.config import RunConfig
+from viladiff.training.errors import TrainingError
+
+
+def select_device(cfg: RunConfig) -> torch.device:
+    """The device of this worker. Raises ValueError where CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if cfg.runtime.device == "cuda" and not available:
+        raise ValueError('runtime.device = "cuda": this machine has no usable CUDA device (use auto or cpu)')
+    if cfg.runtime.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def join_group(cfg: RunConfig) -> None:
+    """Joins the group that torchrun announces in the environment. Raises ValueError where it has another size."""
+    if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+        return
+    announced = int(os.environ["WORLD_SIZE"])
+    if announced != cfg.runtime.workers:
+        raise ValueError(f"runtime.workers = {cfg.runtime.workers}, but the launcher started {announced} processes")
+    if announced > 1:
+        dist.init_process_group(_backend(cfg, announced))
+
+
+def _backend(cfg: RunConfig, workers: int) -> str:
+    """nccl wants a GPU of its own for every worker of this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
+    return "nccl" if select_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
+
+
+def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *arguments: object) -> str:
+    """``work(cfg, *arguments)`` in ``workers`` new processes that form a group; the first one's short answer.
+
+    work is a function of a module, since new processes look it up by name. A worker's error is raised here.
+    """
+    queue: SimpleQueue = get_context("spawn").SimpleQueue()
+    # Workers get a terminal's Ctrl-C themselves and stop together; this process only waits for them.
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    failure: Exception | None = None
+    try:
+        dump = cfg.model_dump(mode="json")
+        with tempfile.TemporaryDirectory(prefix=f"viladiff-{os.getpid()}-", ignore_cleanup_errors=True) as meeting:
+            spawn(_worker, (work, dump, workers, arguments, _backend(cfg, workers), meeting, queue), workers)
+    except ProcessRaisedException as error:
+        failure = error
+    finally:
+        signal.signal(signal.SIGINT, old)
+    kind, text = ("", "") if queue.empty() else queue.get()
+    if kind == "done":
+        return text
+    if kind in _RAISED:
+        raise _RAISED[kind](text) from None
+    raise failure or RuntimeError("the workers ended without a result")
+
+
+_RAISED: dict[str, type[BaseException]] = {
+    "KeyboardInterrupt": KeyboardInterrupt,
+    "TrainingError": TrainingError,
+    "ValueError": ValueError,
+}
+
+
+def _worker(
+    rank: int,
+    work: Callable[..., str],
+    dump: dict,
+    workers: int,
+    arguments: tuple,
+    backend: str,
+    meeting: str,
+    queue: SimpleQueue,
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent ignores it, and children inherit that
+    os.environ |= {"LOCAL_RANK": str(rank)}
+    threads = dump["runtime"]["threads"] or max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    join_here(backend, Path(meeting) / "store", rank, workers)
+    try:
+        answer = work(RunConfig(**dump), *arguments)
+        if rank == 0:
+            queue.put(("done", answer))
+    except KeyboardInterrupt as stop:
+        queue.put(("KeyboardInterrupt", str(stop)))
+        raise
+    except ValueError as error:
+        queue.put(("TrainingError" if isinstance(error, TrainingError) else "ValueError", str(error)))
+        raise
+    finally:
+        dist.destroy_process_group()
