@@ -23,8 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from viladiff.runs.job import Event, ExecutionSettings
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
 
 PLAIN = """

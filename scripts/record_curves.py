@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from viladiff.core.atomic import write_atomically
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
 from viladiff.sweeps.space import Space, Value

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.runs.run_name import Content, run_name
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from viladiff.runs.job import Event, ExecutionSettings
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.sweeps.controller import SweepController
 from viladiff.sweeps.optuna_study import OptunaStudy
 from viladiff.sweeps.pruners import optuna_pruner

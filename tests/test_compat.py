@@ -35,7 +35,7 @@ SYMBOLS = {
     "load table": "viladiff.tables.spec_file:load_table",
     "plan": "viladiff.tables.plan:Plan",
     "cell": "viladiff.tables.plan:PlannedCell",
-    "run": "viladiff.runs.planned_run:PlannedRun",
+    "run": "viladiff.runs.job:PlannedRun",
     "judge": "viladiff.tables.claims:evaluate_claims",
     "render": "viladiff.report.table.table_page:render_table",
     "override": "viladiff.runs.config:override",

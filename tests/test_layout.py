@@ -87,6 +87,72 @@ def test_ray_is_imported_below_cluster_only() -> None:
     assert [said(path) for path in wrong] == []
 
 
+def order_of_packages() -> list[str]:
+    """From the bottom to the top, as docs/architecture.md says."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    line = next(line for line in page.splitlines() if line.startswith("Order of the packages:"))
+    return re.findall(r"`(\w+)`", line)
+
+
+def package_modules() -> dict[str, Path]:
+    """Dotted names of the package's modules; a package itself goes by its name."""
+    paths = [path for path in SOURCES if path.is_relative_to(ROOT / "viladiff")]
+    names = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
+    return {".".join(name).removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
+
+
+def module_imports() -> dict[str, set[str]]:
+    """Modules of the package that each module imports in any way: when loaded, within functions, or for types."""
+    known = package_modules()
+    arrows: dict[str, set[str]] = {}
+    for name, path in known.items():
+        froms = [(str(node.module), alias.name) for node in _from_imports(path) for alias in node.names]
+        whole = {f"{module}.{what}" if f"{module}.{what}" in known else module for module, what in froms}
+        arrows[name] = (whole & set(known)) - {name}
+    return arrows
+
+
+def test_packages_import_downwards_only() -> None:
+    order = order_of_packages()
+    packages = {path.parent.name for path in (ROOT / "viladiff").glob("*/__init__.py")} | {"losses"}
+    assert sorted(order) == sorted(packages)
+    place = {package: i for i, package in enumerate(order)}
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in module_imports().items()
+        for other in others
+        if name.count(".") and other.count(".") and name.split(".")[1] in place
+        if place[other.split(".")[1]] > place[name.split(".")[1]]
+    ]
+    assert wrong == []
+
+
+def test_no_modules_import_each_other() -> None:
+    arrows = module_imports()
+    del arrows["viladiff"]  # the public names, which load what they stand for at first use
+    left = dict(arrows)
+    while free := [name for name, others in left.items() if not others & set(left)]:
+        for name in free:
+            del left[name]
+    assert sorted(left) == []
+
+
+def test_the_picture_of_the_packages_is_current() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "draw_packages.py"), "--check"]
+    result = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+PLUG_INS = {"viladiff/methods", "viladiff/data/sources", "viladiff/models/encoders"}
+
+
+def test_folders_hold_at_most_twelve_modules() -> None:
+    counts = Counter(
+        said(path.parent) for path in SOURCES if path.name != "__init__.py" and said(path).startswith("viladiff/")
+    )
+    assert {folder: count for folder, count in counts.items() if count > 12 and folder not in PLUG_INS} == {}
+
+
 def test_nothing_loads_code_with_data() -> None:
     package = [path for path in SOURCES if not path.is_relative_to(ROOT / "tests")]
     assert [said(path) for path in package if imports(path) & {"dill", "cloudpickle", "joblib"}] == []

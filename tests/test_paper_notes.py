@@ -18,7 +18,6 @@ from viladiff.runs.config import RunConfig, flatten, override, schema
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 NOTES = (ROOT / "docs" / "paper-notes.md").read_text(encoding="utf-8")
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 OURS = override(RunConfig(), {"method.name": "viladiff", "data.dataset": "voc", "data.split": "183"})
 FIELD = r"(?:seed|(?:data|method|model|optim|train|eval|runtime)\.[a-z_.]+)"
 
@@ -116,36 +115,3 @@ def _choices(kind: Any) -> set[str]:
     if get_origin(kind) is Literal:
         return {str(choice) for choice in get_args(kind)}
     return set()
-
-
-def test_layers_name_every_module_and_imports_point_upwards() -> None:
-    """A module may import, when it is loaded, what stands in its own row or above; types may come from anywhere."""
-    layer, there = _layers(), modules()
-    layer |= {name: layer["methods.base"] for name in there if name.startswith("methods.")}
-    assert sorted(set(there) - set(layer)) == [], "exist, but are in no layer"
-    assert sorted(set(layer) - set(there)) == [], "are in a layer, but do not exist"
-    wrong = [
-        f"{name} imports {other}"
-        for name, path in there.items()
-        for other in _loads(path)
-        if layer.get(other, 0) > layer[name]
-    ]
-    assert wrong == []
-
-
-def _layers() -> dict[str, int]:
-    table = ARCHITECTURE.split("## Layers")[1].split("\n## ")[0]
-    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
-    return {name: i for i, line in enumerate(lines) for name in re.findall(r"`([\w.]+)`", line.split("|")[2])}
-
-
-def _loads(path: Path) -> set[str]:
-    """Modules of this package that ``path`` imports when it is itself imported."""
-    found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module == "viladiff":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("viladiff."):
-            found.add(str(node.module).removeprefix("viladiff."))
-    # The package is its table, which imports every method.
-    return {"methods.base" if name == "methods" else name for name in found}

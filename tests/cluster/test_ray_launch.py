@@ -21,8 +21,7 @@ from viladiff.cluster.executor import run_jobs
 from viladiff.core.processes import descendants
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.job import Event, ExecutionSettings
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
 from viladiff.training.trainer import Trainer, fit

@@ -22,8 +22,7 @@ from viladiff.cluster import captioning, executor, sweep_executor
 from viladiff.cluster.session import private
 from viladiff.core.processes import descendants
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.job import Event, ExecutionSettings
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.training.trainer import Trainer
 

@@ -9,8 +9,7 @@ import pytest
 
 from viladiff.cluster import resources
 from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity
-from viladiff.runs.job import ExecutionSettings
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import ExecutionSettings, PlannedRun
 
 
 def jobs(count: int, workers: int = 1, **changes: object) -> list[PlannedRun]:

@@ -10,8 +10,7 @@ import pytest
 
 from viladiff.cluster.executor import run_jobs
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.job import Event, ExecutionSettings
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.training.trainer import Trainer, fit
 

@@ -16,8 +16,7 @@ from record_kit import content_of, made
 
 from viladiff.cli.tables import parser
 from viladiff.experiments import publish, tables
-from viladiff.runs.job import ExecutionSettings, Outcome
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.record import save_record
 from viladiff.runs.store import Failure, Store
 

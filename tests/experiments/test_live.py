@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from viladiff.experiments.live_table import LiveTable
-from viladiff.runs.job import Event, ExecutionSettings
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.spec import Column, Row, Scale, Table
 

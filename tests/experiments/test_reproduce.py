@@ -12,8 +12,7 @@ from record_kit import content_of, made
 from viladiff.cli.reproduce import main
 from viladiff.core.environment import processor, versions
 from viladiff.experiments import reproduce, tables
-from viladiff.runs.job import Outcome
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Outcome, PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Store
 

@@ -19,7 +19,7 @@ from viladiff.report.sections import beside
 from viladiff.report.sections.beside import Beside
 from viladiff.report.table import table_page
 from viladiff.report.table.results import collect_results
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import save_record
 from viladiff.runs.store import Store
 from viladiff.tables.plan import Plan, PlannedCell

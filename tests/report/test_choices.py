@@ -15,7 +15,7 @@ from viladiff.report.table import exports, long_form
 from viladiff.report.table import results as tables
 from viladiff.report.table.table_page import render_table
 from viladiff.runs.config import RunConfig, flatten, override, schema
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Store
 from viladiff.tables.cells import cells

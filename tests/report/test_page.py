@@ -22,7 +22,7 @@ from record_kit import name_of, told
 
 from viladiff.report.charts import figures
 from viladiff.report.table import exports, results, table_page, table_views
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables.claims import Comparison, Verdict

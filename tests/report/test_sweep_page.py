@@ -20,7 +20,7 @@ from viladiff.experiments import publish_sweep, sweep_setup
 from viladiff.experiments import sweeps as sweep_drive
 from viladiff.report.sweep import sweep_page
 from viladiff.report.sweep.sweep_page import Shown, render_sweep
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.sweeps import summary
 from viladiff.sweeps.finals import Finalist

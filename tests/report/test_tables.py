@@ -21,7 +21,7 @@ from viladiff.report import provenance
 from viladiff.report.charts import figures
 from viladiff.report.table import exports, long_form, table_views
 from viladiff.report.table import results as tables
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables.claims import evaluate_claims

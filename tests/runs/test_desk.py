@@ -14,9 +14,8 @@ import pytest
 
 from viladiff.core.processes import Reaper, descendants, start
 from viladiff.runs import job_queue as desks
-from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
-from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Failure, Store
 
 

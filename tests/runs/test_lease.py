@@ -21,10 +21,9 @@ from run_kit import short_run
 from viladiff.experiments.sweep_setup import alone
 from viladiff.runs import job_queue as desks
 from viladiff.runs import lease as leases
-from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.lease import acquire_or_raise
-from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 
 

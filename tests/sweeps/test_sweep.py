@@ -16,7 +16,7 @@ import pytest
 from viladiff.cli.main import main as viladiff
 from viladiff.cli.sweeps import parser
 from viladiff.experiments import sweep_messages, sweep_setup, sweeps
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.finals import Finalist, compare_finalists, finalists, format_verdict
 from viladiff.sweeps.space import Dimension, edges, grid, shrunk
 from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, choosing_images, load_sweep, rung_steps

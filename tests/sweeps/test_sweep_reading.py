@@ -12,7 +12,7 @@ from test_sweep_page import Page, lambdas, shown
 from viladiff.experiments.compare_sweeps import _tuned
 from viladiff.report.sweep.sweep_page import render_sweep
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.finals import Finalist, Tuned, chosen, compare_finalists
 from viladiff.sweeps.finals import format_verdict as said
 from viladiff.sweeps.spec import SweepPlanner, changes, common, load_sweep

@@ -13,7 +13,7 @@ from viladiff.report.sections import caption_dose
 from viladiff.report.table.results import Results, collect_results
 from viladiff.report.table.table_page import render_table
 from viladiff.runs.config import RunConfig, flatten, non_default_fields, override
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Store
 from viladiff.tables.cells import cells

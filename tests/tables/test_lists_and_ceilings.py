@@ -13,7 +13,7 @@ from viladiff.report.table import exports, table_views
 from viladiff.report.table import results as tables
 from viladiff.report.table.long_form import long
 from viladiff.runs.config import RunConfig, override
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, load_sweep
 from viladiff.tables.cells import cells, choose

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from viladiff.tables.blocks import fit
-from viladiff.tables.paired import Part, Residual, parts, t_test, untestable, variance_model
+from viladiff.tables.paired import Part, Residual, fit, parts, t_test, untestable, variance_model
 from viladiff.tables.significance import LEVEL, CellSample, Samples, Term, f_test
 
 DIFFERENCE = (Term(0, 0, 1), Term(1, 0, -1))

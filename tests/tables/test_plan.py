@@ -17,7 +17,7 @@ from record_kit import made as record_of
 
 from viladiff.models.encoders.build import SHIPPED
 from viladiff.runs.config import RunConfig, non_default_fields, override
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables import plan as plans

@@ -25,9 +25,8 @@ from typing import Any
 from viladiff.cluster.resources import ask_cluster, plan_capacity, send_note, visible_cpus
 from viladiff.cluster.session import TOKEN, patient, private, without_web
 from viladiff.core.processes import Reaper, descendants, start
-from viladiff.runs.job import Event, ExecutionSettings, Outcome
+from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.job_queue import JobQueue
-from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 
 QUIET = {

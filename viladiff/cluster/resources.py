@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from viladiff.runs.job import Event, ExecutionSettings
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
-from viladiff.runs.planned_run import PlannedRun
 
 SHARING = 4
 """Runs that one GPU gets at most where nobody says how many: more of them fit only if they are small."""

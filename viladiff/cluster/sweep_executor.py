@@ -23,7 +23,7 @@ from viladiff.cluster.resources import ask_cluster, cluster_slots, send_note
 from viladiff.cluster.torch_trainer import Mailbox, asked, run_shared
 from viladiff.cluster.tune import QueueCallback, QueueSearcher, poll_queue, stop_name
 from viladiff.cluster.worker import Tell, WorkerContext, run_attempt
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.trial_queue import TrialQueue
 
 Work = Callable[[PlannedRun, WorkerContext, Tell, Callable[[int, float | None], bool]], dict[str, Any]]

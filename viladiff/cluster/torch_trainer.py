@@ -19,8 +19,8 @@ import ray
 
 from viladiff.cluster.tune import create_stop_flag, death_message, poll_queue, stop_name
 from viladiff.cluster.worker import WorkerContext, attempt_held, classify_error, configuration
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.job_queue import JobQueue
-from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 
 PAUSE = 0.2

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.job_queue import SETUP
 from viladiff.runs.lease import LeaseLostError
-from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 
 if TYPE_CHECKING:

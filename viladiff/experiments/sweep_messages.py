@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from viladiff.experiments.sweep_setup import SweepJob
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.finals import Finalist, chosen, format_verdict
 from viladiff.sweeps.spec import choosing_images
 from viladiff.sweeps.summary import to_toml, train_command

@@ -14,9 +14,8 @@ from viladiff.experiments.publish_sweep import adopt, publish_sweep, published_t
 from viladiff.experiments.sweep_messages import again, conclusion, line, outline
 from viladiff.experiments.sweep_setup import SweepJob, alone, check_same, open_directory, prepare
 from viladiff.experiments.tables import ROOT, PageWriter, public_command
-from viladiff.runs.job import Event
+from viladiff.runs.job import Event, PlannedRun
 from viladiff.runs.lease import Lease
-from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.controller import SweepController
 from viladiff.sweeps.finals import Finalist, finalists

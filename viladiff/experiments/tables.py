@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viladiff.config.base import parse_overrides
-from viladiff.runs.job import Event, ExecutionSettings, Outcome
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import estimate
 from viladiff.tables.plan import Plan, make_plan, states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from viladiff.runs.store import Failure
@@ -82,3 +82,21 @@ class ExecutionSettings:
         ]
         if faults:
             raise ValueError("; ".join(faults))
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One unique run."""
+
+    run_id: str
+    changes: dict[str, object]
+    """``override(RunConfig(), changes)`` is its configuration; ``runtime.*`` included."""
+    title: str
+    """Row, column and seed of its first cell, for people."""
+    steps: int
+    changed: dict[str, Any]
+    """Fields outside ``runtime`` that differ from their defaults, as a record has them."""
+    workers: int = 1
+    threads: int | None = None
+    precision: str = "fp32"
+    """As ``RunRecord.precision``."""

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from viladiff.runs.job import Event, ExecutionSettings, Outcome
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.store import Failure, Store
 
 if TYPE_CHECKING:

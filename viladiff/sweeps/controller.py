@@ -10,8 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from viladiff.runs.job import Outcome
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import Outcome, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.optuna_study import OptunaStudy
 from viladiff.sweeps.space import Point

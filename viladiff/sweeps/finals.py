@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.space import Value
 from viladiff.sweeps.spec import FRESH, Sweep, SweepPlanner
 from viladiff.sweeps.trials import Trial, ranked

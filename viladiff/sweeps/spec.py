@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import read_toml, sentence, strange_values
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.run_name import arithmetic
 from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
 from viladiff.tables.cells import check_lists, embedded, list_of_seed

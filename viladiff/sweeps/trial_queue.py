@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from viladiff.runs.job import Event, ExecutionSettings, Outcome
+from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.job_queue import ActiveRun, JobQueue, Kind
-from viladiff.runs.planned_run import PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.controller import SweepController
 

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.source_digest import _digest, code_digest, plan_stem
-from viladiff.runs.planned_run import PlannedRun
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.run_name import PLACES, arithmetic
 from viladiff.tables.cells import cells, choose, unavailable

@@ -30,13 +30,13 @@ from viladiff.runs.checkpoint import StepLog, load, save
 from viladiff.runs.config import RunConfig, run_id
 from viladiff.runs.lease import Lease, LeaseLostError, acquire_or_raise
 from viladiff.runs.record import load_record, save_record
-from viladiff.runs.result import Result
 from viladiff.text.embedding_bank import load_text, text_vectors
 from viladiff.training.errors import RunIdMismatch, StopRequested, check_finite, check_inputs, memory_errors, stop_flag
 from viladiff.training.fingerprints import weights_fingerprint
 from viladiff.training.gradients import GradientShares
 from viladiff.training.launch import join_group, run_in_processes, select_device
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
+from viladiff.training.result import Result
 
 ProgressCallback = Callable[[dict[str, Any]], bool | None]
 """Called by every worker with step and steps: at each log also loss, history (all scores so far), and miou where one
