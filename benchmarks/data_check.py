@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from viladiff.data.files.validate import DatasetReport, check, cores
+from viladiff.core.environment import visible_cpus
+from viladiff.data.files.validate import DatasetReport, check
 
 AIM = 1.7
 DISTINCT = 100
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = Path(directory) / "photos"
         begun = time.perf_counter()
         generate(root, args.files)
-        print(f"{args.files} files generated in {time.perf_counter() - begun:.0f} s; {cores()} processors")
+        print(f"{args.files} files generated in {time.perf_counter() - begun:.0f} s; {visible_cpus()} processors")
         wanted = check(root, processes=1).seen
         walls: dict[int, list[float]] = {1: [], 2: []}
         spents: dict[int, list[float]] = {1: [], 2: []}

@@ -42,13 +42,12 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from viladiff.cluster.executor import run_jobs
-from viladiff.runs.job import Settings
-from viladiff.tables.plan import Planned
+from viladiff.runs.job import ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
 given = json.loads(sys.argv[1])
 def tell(event): print(json.dumps(vars(event)), flush=True)
-jobs = [Planned(**job) for job in given["jobs"]]
-outcomes = run_jobs(jobs, Store(Path(given["root"])), Settings(**given["settings"]), tell)
+jobs = [PlannedRun(**job) for job in given["jobs"]]
+outcomes = run_jobs(jobs, Store(Path(given["root"])), ExecutionSettings(**given["settings"]), tell)
 print(json.dumps({"outcomes": [[o.run_id, o.state, o.attempts] for o in outcomes]}), flush=True)
 """
 

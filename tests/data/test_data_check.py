@@ -118,7 +118,7 @@ def test_masks_of_0_and_255_are_a_trap(photo_folder: Make) -> None:
 
 
 def test_a_process_that_dies_is_an_error(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "look", lambda *job: os._exit(9))
+    monkeypatch.setattr(module, "inspect_image", lambda *job: os._exit(9))
     tree, classes = open_tree(photo_folder(40))
     with pytest.raises(ValueError, match=r"one of the 2 processes that read images has died.*--processes 1"):
         inspect_images(tree, classes, 2)
@@ -128,12 +128,12 @@ def test_processes_end_with_the_one_that_asked_for_them(photo_folder: Make) -> N
     root = photo_folder(40)
     script = (
         "import os, sys, time\n"
-        "from viladiff.data import check, layouts\n"
+        "from viladiff.data.files import validate\nfrom viladiff.data.sources import detect\n"
         "def look(*job):\n"
         "    os.write(1, b'%d\\n' % os.getpid())\n"
         "    time.sleep(60)\n"
-        "check.look = look\n"
-        "check.look_at_all(*layouts.open_tree(sys.argv[1]), 2)\n"
+        "validate.inspect_image = look\n"
+        "validate.inspect_images(*detect.open_tree(sys.argv[1]), 2)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -160,7 +160,7 @@ def test_an_overlay_is_the_class_colour_over_the_image() -> None:
     image = np.full((2, 3, 3), 100, np.uint8)
     labels = np.array([[0, 1, 2], [0, 255, 1]], np.uint8)
     found = dataset_page.overlay(image, labels, 3)
-    colours = dataset_page.palette.class_colours(3)
+    colours = dataset_page.colormap.class_colours(3)
     assert (found[:, 0] == 100).all(), "background is left as it is"
     assert np.abs(found[0, 2] - (0.55 * colours[2] + 45)).max() <= 0.5
     assert len(np.unique(found[1, 1])) == 1 or found[1, 1, 2] - found[1, 1, 0] < 10, "ignored is grey"

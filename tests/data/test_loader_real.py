@@ -295,10 +295,10 @@ def test_a_process_that_cannot_start_is_an_error_that_says_so(root: Path, monkey
 ALONE = """
     import os, signal, sys
     from pathlib import Path
-    from viladiff.data.decode_workers import Decoders, Recipe, Sample
+    from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers
     image = next((Path(sys.argv[1]) / "images").iterdir())
-    samples = [Sample(str(image), None, (0.5, 0.5, 0.5, 0.5))] * 8
-    decoders = Decoders(Recipe(64, (0.5, 2.0), 0.5, 3, None), 2, 8, 2)
+    samples = [DecodeRequest(str(image), None, (0.5, 0.5, 0.5, 0.5))] * 8
+    decoders = DecodeWorkers(CropRecipe(64, (0.5, 2.0), 0.5, 3, None), 2, 8, 2)
     decoders.take(samples)
     print(*decoders.pids, flush=True)
     for _ in range(3):
@@ -312,11 +312,11 @@ STREAM = """
     import torch
     from viladiff.data.batch import Views
     from viladiff.runs.config import RunConfig, override
-    from viladiff.data import datasets
-    from viladiff.data.loader import Loader
+    from viladiff.data import registry
+    from viladiff.data.loader import BatchLoader
     cfg = override(RunConfig(), {"data.dataset": "folder", "data.crop": 64, "runtime.data_root": sys.argv[1],
                                  "train.steps": 1000, "runtime.loader_workers": 2})
-    made = Loader(cfg, datasets.load(*datasets.request(cfg)), Views(), None, 16, torch.device("cpu"))
+    made = BatchLoader(cfg, registry.load_dataset(*registry.dataset_spec(cfg)), Views(), None, 16, torch.device("cpu"))
     stream = made.stream(0, 1000, 2)
     next(stream)
     try:

@@ -174,7 +174,7 @@ def test_the_page_is_rewritten_as_trials_end(played: Played, tmp_path: Path, mon
 
         def __exit__(self, *error: object) -> None: ...
 
-    monkeypatch.setattr(sweeps, "Pages", AtOnce)
+    monkeypatch.setattr(sweeps, "PageWriter", AtOnce)
     assert sweep(tmp_path, "--trials", "3", "--no-finals") == 0
     counts = [int(found[1]) for page in seen if (found := re.search(r"(\d) of 3 trials have ended; this page", page))]
     assert counts == sorted(counts) and {1, 2} <= set(counts)

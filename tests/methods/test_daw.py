@@ -196,7 +196,7 @@ def test_a_step_judges_aligned_labels_by_the_running_threshold(monkeypatch: pyte
     wanted = raw.numpy() * (method.distributions[0] / method.distributions[1]).numpy()[:, None, None]
     wanted /= wanted.sum(1, keepdims=True)
     assert (wanted.argmax(1) != raw.numpy().argmax(1)).mean() > 0.05
-    monkeypatch.setattr(unimatch, "hard_consistency", lambda *given: seen.append(given) or given[0].sum() * 0)
+    monkeypatch.setattr(unimatch, "pseudo_label_cross_entropy", lambda *given: seen.append(given) or given[0].sum() * 0)
     losses = method(batch, STEP)
     _, labels, accepted, valid = seen[-1]  # of the view with dropped channels, which has no boxes
     assert np.array_equal(labels.numpy(), wanted.argmax(1)) and torch.equal(valid, batch.valid)

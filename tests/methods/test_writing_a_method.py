@@ -40,6 +40,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("viladiff", "tests/golden"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for name in ("pyproject.toml", "tests/conftest.py", "tests/method_kit.py", "tests/methods/test_methods.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 

@@ -19,7 +19,7 @@ from record_kit import CORE, name_of, told
 
 from viladiff.report.charts import figures, scatter
 from viladiff.report.sections import leaderboard, learning_rates, ranking
-from viladiff.report.sections.leaderboard import StepCost, read
+from viladiff.report.sections.leaderboard import StepCost, read_costs
 from viladiff.report.table.results import Results, collect_results, summary
 from viladiff.report.table.table_page import render_table
 from viladiff.runs.config import RunConfig, non_default_fields, override, run_id
@@ -378,7 +378,7 @@ def test_times_of_two_precisions_have_no_mean_and_no_cell_has_two(tmp_path: Path
             found.append(e)
         return replace(results, entries=tuple(found))
 
-    lines = [leaderboard._line(one, 0, read(tmp_path, [])) for one in (results, in_bf16(0, 1, 2))]
+    lines = [leaderboard._line(one, 0, read_costs(tmp_path, [])) for one in (results, in_bf16(0, 1, 2))]
     assert [(line.cpu.runs, line.clock.runs) for line in lines] == [(6, 6), (0, 0)] and lines[1].cpu.seconds is None
     with pytest.raises(ValueError, match="a cell: runs of different precision are not averaged, got bf16; fp32"):
         summary(in_bf16(1).at(0, 1), "miou")
@@ -389,20 +389,20 @@ def test_times_of_two_precisions_have_no_mean_and_no_cell_has_two(tmp_path: Path
 
 def test_costs_come_from_a_file_that_a_benchmark_made(tmp_path: Path) -> None:
     out, layer = tmp_path / "out", tmp_path / "published"
-    lacking = read(out, [layer])
+    lacking = read_costs(out, [layer])
     assert lacking.measured is None and "bench_methods.py --json" in lacking.why
     steps_file(layer / "leaderboard" / "steps.json", machine="far")
-    found = read(out, [layer]).measured
+    found = read_costs(out, [layer]).measured
     assert found is not None and found.machine == "far" and found.methods["viladiff"].relative == 4.5
     steps_file(out / "steps.json", machine="near", device="cuda:0")
-    near = read(out, [layer]).measured
+    near = read_costs(out, [layer]).measured
     assert near is not None and near.machine == "near" and "near (cuda:0), 1 thread" in str(near)
     gpu = near.methods["fixmatch"].model_copy()
     assert StepCost(**{**gpu.model_dump(), "device": "cuda:0"}).relative == 999, "on a GPU the clock counts"
     (out / "steps.json").write_text('{"made": 1')
-    assert "cannot be used" in read(out, []).why and str(tmp_path) not in read(out, []).why
+    assert "cannot be used" in read_costs(out, []).why and str(tmp_path) not in read_costs(out, []).why
     steps_file(out / "steps.json", methods={"supervised": {"device": "cpu", "passes": "", "step_ms": 0}})
-    assert "methods.supervised.step_ms" in read(out, []).why
+    assert "methods.supervised.step_ms" in read_costs(out, []).why
 
 
 @pytest.mark.slow
@@ -410,7 +410,7 @@ def test_the_benchmark_writes_what_the_page_reads(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "bench_methods.py"
     words = ["supervised", "fixmatch", "--repeats", "2", "--json", str(tmp_path / "steps.json")]
     subprocess.run([sys.executable, script, *words, "--", "data.batch_labelled=4"], check=False, stdout=subprocess.PIPE)
-    found = read(tmp_path, []).measured
+    found = read_costs(tmp_path, []).measured
     assert found is not None and found.fields == ("data.batch_labelled=4",) and found.repeats == 2
     assert 0.5 < found.methods["supervised"].relative < 2 < 2.5 * found.methods["fixmatch"].relative
     assert found.methods["fixmatch"].passes == "3f + 2b"

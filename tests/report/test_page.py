@@ -362,7 +362,7 @@ def test_banner_is_gone_when_all_is_done(tmp_path: Path) -> None:
 
 def test_a_page_needs_neither_torch_nor_what_is_slow_to_load() -> None:
     code = (
-        "import sys; from viladiff.report import page; from viladiff.runs.store import Store\n"
+        "import sys; from viladiff.report.table import table_page; from viladiff.runs.store import Store\n"
         "print([name for name in ('torch', 'pandas', 'matplotlib', 'scipy.stats') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

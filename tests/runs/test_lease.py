@@ -103,7 +103,7 @@ def test_a_process_that_this_kernel_knows_is_neither_waited_for_nor_watched(
 READ_ONLY = """
 import os, sys
 from pathlib import Path
-from viladiff.runs.lease import take_or_say
+from viladiff.runs.lease import acquire_or_raise
 from viladiff.runs.store import Store
 run = Path(sys.argv[1])
 os.chmod(run, 0o555)
@@ -111,7 +111,7 @@ if os.getuid() == 0:
     os.setuid(65534)
 store = Store(run.parent)
 print(store.holder(run.name), store.held(run.name), store.sweep())
-take_or_say(run)
+acquire_or_raise(run)
 """
 
 
@@ -262,8 +262,9 @@ def test_a_table_does_its_other_runs_meanwhile(tmp_path: Path, monkeypatch: pyte
 def test_a_killed_process_is_dead_only_when_all_its_threads_are(tmp_path: Path) -> None:
     """The first thread ends alone, as it may when a signal kills the process: what the others still write may come."""
     code = (
-        "import ctypes, sys, threading, time; from pathlib import Path; from viladiff.runs.lease import Watch, take\n"
-        "lease = take(Path(sys.argv[1]), Watch())\n"
+        "import ctypes, sys, threading, time; from pathlib import Path\n"
+        "from viladiff.runs.lease import HeartbeatMonitor, acquire\n"
+        "lease = acquire(Path(sys.argv[1]), HeartbeatMonitor())\n"
         "threading.Thread(target=time.sleep, args=(600,)).start(); print('taken', flush=True)\n"
         "ctypes.CDLL(None).syscall(60, 0)"
     )

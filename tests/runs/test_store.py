@@ -24,8 +24,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from record_kit import CORE, LAYER, bound, made
 
+from viladiff.core import atomic
 from viladiff.runs import lease as leases
-from viladiff.runs import record as records
 from viladiff.runs.record import (
     CorruptRecordError,
     ForgedRecordError,
@@ -180,7 +180,7 @@ def test_writer_that_fails_leaves_the_old_record_alone(tmp_path: Path, monkeypat
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_record(a_record(miou=0.1), path)
     assert load_record(path) == a_record()

@@ -15,6 +15,7 @@ import pytest
 from record_kit import bound, content_of
 from record_kit import made as record_of
 
+from viladiff.core import source_digest
 from viladiff.models.encoders.build import SHIPPED
 from viladiff.runs.config import RunConfig, non_default_fields, override
 from viladiff.runs.job import PlannedRun
@@ -326,15 +327,15 @@ def test_code_digest_sees_every_source_and_the_weights(tmp_path: Path, monkeypat
     (package / "models").mkdir(parents=True)
     (package / "a.py").write_text("1")
     (package / "models" / "w.safetensors").write_text("1")
-    monkeypatch.setattr(plans, "_PACKAGE", package)
-    seen = [plans.code_digest()]
+    monkeypatch.setattr(source_digest, "_PACKAGE", package)
+    seen = [source_digest.code_digest()]
     for file in ("a.py", "models/w.safetensors", "models/b.py"):
         (package / file).write_text("2")
-        seen.append(plans.code_digest())
+        seen.append(source_digest.code_digest())
     (package / "a.py").rename(package / "c.py")
-    seen.append(plans.code_digest())
+    seen.append(source_digest.code_digest())
     (package / "notes.md").write_text("no code")
-    assert len(set(seen)) == 5 and plans.code_digest() == seen[-1]
+    assert len(set(seen)) == 5 and source_digest.code_digest() == seen[-1]
 
 
 def test_a_kept_plan_needs_no_torch_and_little_time(
@@ -343,7 +344,7 @@ def test_a_kept_plan_needs_no_torch_and_little_time(
     """Another process that finds the plan: reading, planning and looking at the store."""
     package = tmp_path / "viladiff"  # a copy, so that an edit of the sources meanwhile does not make it another plan
     shutil.copytree(ROOT / "viladiff", package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(plans, "_PACKAGE", package)
+    monkeypatch.setattr(source_digest, "_PACKAGE", package)
     monkeypatch.setattr(plans, "_make", lambda *_: (plans._Kept(made.cells, tuple(made.runs.values())), True))
     make_plan(table(tmp_path), "tiny", cache=tmp_path / "plans")
     code = (

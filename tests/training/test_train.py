@@ -237,7 +237,7 @@ def test_wall_time_and_memory_are_those_of_all_legs_and_of_this_run_alone(tmp_pa
 
 def test_memory_is_not_known_where_the_kernel_cannot_forget(monkeypatch: pytest.MonkeyPatch) -> None:
     for allowed in (True, False):
-        monkeypatch.setattr(evaluator, "forget_peak_memory", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(evaluator, "reset_peak_memory", lambda allowed=allowed: allowed)
         memory = evaluator.PeakMemory(torch.device("cpu"))
         assert memory.bytes() is None, "not begun"
         memory.start()

@@ -5,7 +5,6 @@ Nothing is rendered, trained or started: a check reads, and at most writes one e
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from viladiff.core.checks import Check
+from viladiff.core.environment import visible_cpus
 
 CACHE_GB = 0.5
 """Room for both embedded data sets and their text, in GB."""
@@ -85,7 +85,7 @@ def _torch() -> Iterator[Check]:
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     built = torch.version.cuda or "none"
     yield Check("devices", f"{', '.join(names) or 'CPU only'} (built for CUDA {built})")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = visible_cpus()
     threads = torch.get_num_threads()
     advice = f"more threads than cores slow a run down: --threads {cores}" if threads > cores else ""
     yield Check("threads", f"{threads} of {cores} cores", advice)

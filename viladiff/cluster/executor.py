@@ -22,8 +22,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from viladiff.cluster.resources import ask_cluster, plan_capacity, send_note, visible_cpus
+from viladiff.cluster.resources import ask_cluster, plan_capacity, send_note
 from viladiff.cluster.session import TOKEN, patient, private, without_web
+from viladiff.core.environment import visible_cpus
 from viladiff.core.processes import Reaper, descendants, start
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.job_queue import JobQueue
@@ -341,4 +342,4 @@ def _run_shared(desk: JobQueue, session: Session) -> None:
     run_shared(desk, session.scratch, session.refresh)
 
 
-__all__ = ["Event", "ExecutionSettings", "Outcome", "cluster", "run_jobs", "visible_cpus"]
+__all__ = ["Event", "ExecutionSettings", "Outcome", "cluster", "run_jobs"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from viladiff.core.environment import visible_cpus
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
 
@@ -96,11 +96,6 @@ def visible_gpus() -> int:
 
     seen, count = Manager.get_current_process_visible_accelerator_ids(), Manager.get_current_node_num_accelerators()
     return count if seen is None else min(count, len(seen))
-
-
-def visible_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _slots(settings: ExecutionSettings, by_cpus: int, workers: int) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from viladiff.config.sections import Sections
 from viladiff.core import keyed_random
+from viladiff.core.environment import visible_cpus
 from viladiff.data.batch import Batch, CutMix, TextBank, TextBatch, Views
 from viladiff.data.captions.tags import dataset_tags
 from viladiff.data.dataset import Dataset
@@ -260,7 +261,7 @@ def decoding_processes(cfg: Sections, device: torch.device) -> int:
     if runtime.loader_workers is not None:
         return runtime.loader_workers
     here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.workers))
-    cores = runtime.threads or len(os.sched_getaffinity(0)) // here
+    cores = runtime.threads or visible_cpus() // here
     return 0 if device.type == "cpu" or cores < 4 else min(cores // 2, 4)
 
 

@@ -14,11 +14,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from viladiff.core.environment import visible_cpus
+
 
 @contextmanager
-def mapped(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[list[Any]]]]:
+def map_in_processes(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[list[Any]]]]:
     """``map``, in this process or in several that end with the block, whatever ends it."""
-    count = min(processes or cores(), jobs)
+    count = min(processes or visible_cpus(), jobs)
     if count < 2:
         yield map
         return
@@ -45,8 +47,3 @@ def _follow(parent: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ from viladiff.data.files.images import (
 )
 from viladiff.data.files.index import FOLDER, VOC, FileIndex, FileList
 from viladiff.data.files.split_lists import LABELLED
-from viladiff.data.processes import mapped
+from viladiff.data.processes import map_in_processes
 from viladiff.data.sources.detect import open_tree
 from viladiff.data.sources.folder import Classes, SourceFiles, describe_lists, read_lists
 
@@ -139,7 +139,7 @@ def inspect_images(
     jobs = [(path, tree.masks.get(name), len(classes.names), classes.coding) for name, path in tree.images.items()]
     chunks = [jobs[start : start + 16] for start in range(0, len(jobs), 16)]
     found: list[ImageReport] = []
-    with mapped(processes, len(chunks)) as run:
+    with map_in_processes(processes, len(chunks)) as run:
         for some in run(_look_at_some, chunks):
             found += some
             advance(len(found), len(jobs))

@@ -22,7 +22,7 @@ from viladiff.core.atomic import write_atomically
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.index import locate
 from viladiff.data.files.validate import Advance
-from viladiff.data.processes import mapped
+from viladiff.data.processes import map_in_processes
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES, LAYOUT, PLACES
 
 REVISION = 1
@@ -96,7 +96,7 @@ def make_masks(
         chunks = [(folder, todo[start : start + CHUNK]) for start in range(0, len(todo), CHUNK)]
         crowds = sum(region.label == IGNORE for task in tasks for region in task.regions)
         before = made = made + Made(0, len(tasks) - len(todo), sum(not task.regions for task in tasks), crowds)
-        with mapped(processes, len(chunks)) as run:
+        with map_in_processes(processes, len(chunks)) as run:
             for hollow in run(_paint_some, chunks):
                 made += Made(len(hollow), hollow=sum(hollow))
                 advance(made.written - before.written, len(todo))
