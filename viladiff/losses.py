@@ -1,7 +1,7 @@
 """Every loss is a pure function, computed in float32 even under autocast, and equal on one worker and on many.
 
 Equations are those of the paper; shape letters are those of ``viladiff.data.batch``. A mean whose divisor depends on
-the data goes through ``global_mean``. All return scalars unless they say otherwise.
+the data goes through ``distributed_mean``. All return scalars unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def all_gather_with_grad(values: Tensor) -> Tensor:
-    """``global_gather`` with a gradient: what all workers' losses say of this worker's rows comes back to them."""
+    """``all_gather`` with a gradient: what all workers' losses say of this worker's rows comes back to them."""
     return values if _workers() == 1 else _Gathered.apply(values)
 
 
@@ -172,7 +172,7 @@ def ignore_aware_mean(loss: Tensor, target: Tensor) -> Tensor:
 
 
 def ohem_mean(loss: Tensor, target: Tensor, threshold: float, share: float) -> Tensor:
-    """``labelled_mean`` of the hard pixels alone (online hard example mining): those with p <= max(threshold, p_n).
+    """``ignore_aware_mean`` of the hard pixels alone (online hard example mining): those with p <= max(threshold, p_n).
 
     p = exp(-loss) is the probability of the true class, p_n that of the n-th hardest pixel of all workers' maps, with n
     their pixels times ``share``; where fewer than n are labelled, all are kept. ``loss`` (B, H, W), 0 where ``target``
@@ -198,7 +198,7 @@ def pseudo_label_cross_entropy(logits: Tensor, labels: Tensor, confidence_weight
 
 
 def weighted_pixel_mean(loss: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
-    """The reduction of ``hard_consistency``, of a map (U, H, W)."""
+    """The reduction of ``pseudo_label_cross_entropy``, of a map (U, H, W)."""
     return distributed_mean((loss * (confidence_weight.float() * valid)).sum(), valid.sum())
 
 

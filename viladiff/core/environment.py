@@ -62,7 +62,7 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory() -> int:
-    """Most bytes of main memory that this process has held, since ``forget_peak_memory`` where that works."""
+    """Most bytes of main memory that this process has held, since ``reset_peak_memory`` where that works."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -65,7 +65,7 @@ class DecodedBatch(NamedTuple):
 
 
 def decode(sample: DecodeRequest, recipe: CropRecipe, image: np.ndarray, mask: np.ndarray) -> tuple[int, int, bool]:
-    """Writes one crop to ``image`` (3, crop, crop) and ``mask`` (crop, crop); see ``Decoded`` for what it returns.
+    """Writes one crop to ``image`` (3, crop, crop) and ``mask`` (crop, crop); see ``DecodedBatch`` for what it returns.
 
     Raises ValueError that names the file for one that cannot be read, and for a mask of another size than its image.
     """

@@ -238,7 +238,7 @@ class BatchLoader:
 
 
 def valid_pixels(shown: list[tuple[int, int, bool]], crop: int, device: torch.device) -> Tensor:
-    """(n, crop, crop) bool, False in the padding of each crop, by geometry alone; see ``Decoded.shown``."""
+    """(n, crop, crop) bool, False in the padding of each crop, by geometry alone; see ``DecodedBatch.shown``."""
     seen = torch.tensor(shown, dtype=torch.int64).view(-1, 3).to(device, non_blocking=True)
     rows, columns, flip = seen[:, :, None].unbind(1)
     place = torch.arange(crop, device=device)

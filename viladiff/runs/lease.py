@@ -107,7 +107,7 @@ class Lease:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raises LeaseLost where another machine has taken over; looks at once, not at the next heartbeat."""
+        """Raises LeaseLostError where another machine has taken over; looks at once, not at the next heartbeat."""
         if not self.path.exists():
             self._lost.set()
             raise LeaseLostError(

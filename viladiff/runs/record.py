@@ -211,8 +211,7 @@ def load_record(path: Path) -> RunRecord:
 
 
 def parse_record(data: bytes, path: Path | str) -> RunRecord:
-    """The record in the bytes of a file; ``path`` is only named. DamagedRecord, ForgedRecord or ValueError, as
-    ``load_record``."""
+    """The record in the bytes of a file; ``path`` is only named. Raises as ``load_record`` does."""
     try:
         rest = json.loads(data, object_pairs_hook=_once)
         if not isinstance(rest, dict):

@@ -50,13 +50,13 @@ def fit(
     """Trains, evaluates and records one run in ``runtime.runs_dir/<run_id>``.
 
     A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless
-    ``resume`` is False. ``report`` hears of each log and evaluation and may end the run early (Stopped). With
+    ``resume`` is False. ``report`` hears of each log and evaluation and may end the run early (StopRequested). With
     ``runtime.workers`` > 1 and no process group, the workers are started here; inside an existing group (torchrun, Ray
     Train) the loop joins it. One process at a time works on a run: a lease on its directory is taken, unless the caller
     holds one and gives it as ``lease``.
 
-    Raises Renamed where that lease is on another run's directory, LeaseLost once another machine has taken over,
-    TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
+    Raises RunIdMismatch where that lease is on another run's directory, LeaseLostError once another machine has
+    taken over, TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
     """
     join_group(cfg)
     world = dist.get_world_size() if dist.is_initialized() else 1
