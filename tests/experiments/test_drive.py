@@ -264,8 +264,8 @@ def test_a_plan_that_was_made_before_is_rendered_without_torch(tmp_path: Path) -
     code = f"""
 import sys
 from pathlib import Path
-from viladiff.study import options
-status = options.main(Path({str(TABLE)!r}), {[*words, "--render", "--out", str(tmp_path / "page")]!r}, "t")
+from viladiff.cli import tables
+status = tables.main(Path({str(TABLE)!r}), {[*words, "--render", "--out", str(tmp_path / "page")]!r}, "t")
 assert not any(name in sys.modules for name in ("torch", "ray", "viladiff.runs.config")), "too much was imported"
 raise SystemExit(status)
 """
