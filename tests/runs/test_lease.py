@@ -156,7 +156,7 @@ def test_a_directory_whose_files_cannot_be_looked_at_is_refused(
 
 ELSEWHERE = """
 import os, sys
-from viladiff.study import lease
+from viladiff.runs import lease
 print(os.getpid(), lease._machine() == "")
 """
 
@@ -174,12 +174,12 @@ def test_starts_of_another_process_namespace_prove_nothing() -> None:
 WAITS = """
 import sys
 from pathlib import Path
-from viladiff.study import lease as leases
+from viladiff.runs import lease as leases
 leases.SILENT = 1.0
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    lease = leases.take_or_say(Path(sys.argv[1]))
+    lease = leases.acquire_or_raise(Path(sys.argv[1]))
 except ValueError as error:
     print("refused", error, flush=True)
 else:
