@@ -2,7 +2,7 @@
 
 As in ImageNet, each image shows one object and has one label: a digit of any colour on a piece of a photograph, or no
 digit. No mask and no scene of the pool is used. Its handwriting is the part ``pretrain`` of
-``viladiff.data.sources.digits``, elastically deformed; no other part has these scans.
+``viladiff.data.scenes``, elastically deformed; no other part has these scans.
 
 Each step renders new images. Class scores of the tokens of an image are pooled by a log-sum-exp, so that the tokens on
 the digit learn to answer for it. Example (about 15 minutes on one core):
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from viladiff.core import keyed_random
 from viladiff.core.progress import Progress
-from viladiff.data.sources.digits import DIGITS, Part, Sources, deform_handwriting, load_sources, render
+from viladiff.data.scenes import Part, Sources, deform_handwriting, load_sources, render
+from viladiff.data.sources.digits import DIGITS
 from viladiff.data.transforms.augment import normalise
 from viladiff.models.encoders.build import SHIPPED
 from viladiff.models.encoders.digits_vit import DigitsViT

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from viladiff.config.sections import DATASETS
+from viladiff.data.sources import DATASETS
 from viladiff.methods import METHODS
 from viladiff.runs.config import RunConfig, flatten, override, schema
 

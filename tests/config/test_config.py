@@ -16,7 +16,11 @@ from hypothesis import strategies as st
 
 from viladiff.config import renamed
 from viladiff.config.base import Section, parse
-from viladiff.config.sections import CLASSES, DATASETS, POOL, DigitsData, ModelConfig, TrainConfig, VocData
+from viladiff.config.sections import ModelConfig, TrainConfig
+from viladiff.data.sources import DATASETS
+from viladiff.data.sources.digits import CLASS_NAMES, POOL, DigitsData
+from viladiff.data.sources.digits import VARIANTS as RENDERED
+from viladiff.data.sources.voc import VocData
 from viladiff.methods import METHODS
 from viladiff.methods.base import MethodConfig
 from viladiff.runs import config
@@ -436,9 +440,8 @@ def test_help_covers_every_field() -> None:
 
 
 def test_class_counts_are_those_of_the_renderer() -> None:
-    digits = pytest.importorskip("viladiff.data.sources.digits")
-    for name, made in digits.VARIANTS.items():
-        assert CLASSES[name] == len(digits.CLASS_NAMES)
+    for name, made in RENDERED.items():
+        assert DATASETS[name].num_classes == len(CLASS_NAMES)
         assert made.train == POOL
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import published_layouts as layouts
@@ -22,8 +21,8 @@ from viladiff.data.sources import ade20k
 from viladiff.runs.config import RunConfig, override
 
 
-def load(root: Path, split: str = "1263", **options: Any) -> Dataset:
-    return registry.load_dataset("ade20k", split, root=str(root), **options)
+def load(root: Path, split: str = "1263", **own: object) -> Dataset:
+    return registry.load_dataset("ade20k", split, root=str(root), own=own)
 
 
 def test_all_numbers_of_a_published_mask(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import published_layouts as layouts
@@ -27,8 +26,8 @@ BY_ID |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 """As the benchmark's own scripts have it: label id to training id."""
 
 
-def load(root: Path, split: str = "372", family: str = "cps", **options: Any) -> Dataset:
-    return registry.load_dataset("cityscapes", split, root=str(root), family=family, **options)
+def load(root: Path, split: str = "372", family: str = "cps", **own: object) -> Dataset:
+    return registry.load_dataset("cityscapes", split, root=str(root), own={"split_family": family, **own})
 
 
 def ids(data: Dataset) -> tuple[str, ...]:

@@ -174,7 +174,7 @@ def test_every_layout_is_named_by_content_and_read_once(photo_folder: Make, tmp_
     aged(root)
 
     def start() -> Dataset:
-        data = registry.load_dataset(name, split, root=str(root), family="hq" if name == "voc" else "")
+        data = registry.load_dataset(name, split, root=str(root))
         check_files(data)
         return data
 
@@ -187,7 +187,7 @@ def test_every_layout_is_named_by_content_and_read_once(photo_folder: Make, tmp_
     for path in (data.files.paths[0], data.files.paths[-1], data.target_path(0), data.val_files.masks[0]):
         before, then = path.read_bytes(), path.stat()
         path.write_bytes(before[:-20] + bytes([before[-20] ^ 1]) + before[-19:])
-        changed = registry.load_dataset(name, split, root=str(root), family="hq" if name == "voc" else "")
+        changed = registry.load_dataset(name, split, root=str(root))
         assert changed.fingerprint != data.fingerprint, path
         path.write_bytes(before)
         os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
@@ -196,14 +196,14 @@ def test_every_layout_is_named_by_content_and_read_once(photo_folder: Make, tmp_
 
 def test_masks_that_all_adds_are_named_by_content(photo_folder: Make) -> None:
     root = photo_folder(12, "voc", split="1464", unlabelled_masks=True)
-    every = registry.load_dataset("voc", "all", root=str(root), family="hq")
-    few = registry.load_dataset("voc", "1464", root=str(root), family="hq")
+    every = registry.load_dataset("voc", "all", root=str(root))
+    few = registry.load_dataset("voc", "1464", root=str(root))
     assert few.files is not None
     mask = few.files.masks[int(few.unlabelled[0])]
     data = mask.read_bytes()
     mask.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
-    assert registry.load_dataset("voc", "all", root=str(root), family="hq").fingerprint != every.fingerprint
-    assert registry.load_dataset("voc", "1464", root=str(root), family="hq").fingerprint == few.fingerprint
+    assert registry.load_dataset("voc", "all", root=str(root)).fingerprint != every.fingerprint
+    assert registry.load_dataset("voc", "1464", root=str(root)).fingerprint == few.fingerprint
 
 
 def test_masks_of_unlabelled_images_are_opened_by_nothing(photo_folder: Make, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import pytest
 from scipy import ndimage
 
 from viladiff.core import progress
-from viladiff.data import cache, registry, splits
+from viladiff.data import cache, registry, scenes, splits
+from viladiff.data.scenes import SceneRecipe, render
 from viladiff.data.sources import digits
-from viladiff.data.sources.digits import DENSE, DIGITS, SceneRecipe, Variant, render
+from viladiff.data.sources.base import published_lists
+from viladiff.data.sources.digits import DENSE, DENSE_SOURCE, DIGITS, DIGITS_SOURCE, Variant
 
 SMALL = {"digits": Variant(DIGITS, 120, 12, 15), "dense": Variant(DENSE, 40, 4, 5)}
 
@@ -24,11 +26,11 @@ SMALL = {"digits": Variant(DIGITS, 120, 12, 15), "dense": Variant(DENSE, 40, 4, 
 @pytest.fixture
 def forget() -> Iterator[None]:
     """Lets a test change what scikit-learn hands out."""
-    digits.load_sources.cache_clear()
-    digits._scans.cache_clear()
+    scenes.load_sources.cache_clear()
+    scenes._scans.cache_clear()
     yield
-    digits.load_sources.cache_clear()
-    digits._scans.cache_clear()
+    scenes.load_sources.cache_clear()
+    scenes._scans.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def same(one: digits.Scene, other: digits.Scene) -> bool:
+def same(one: scenes.Scene, other: scenes.Scene) -> bool:
     return np.array_equal(one.image, other.image) and np.array_equal(one.mask, other.mask)
 
 
@@ -54,8 +56,8 @@ def test_a_scene_depends_on_its_index_alone(name: str, recipe: SceneRecipe) -> N
 
 
 def test_parts_and_variants_draw_differently() -> None:
-    scenes = [render(DIGITS, name, part, 3) for name in ("digits", "dense") for part in digits.MATERIAL]
-    assert len({scene.image.tobytes() for scene in scenes}) == 8
+    drawn = [render(DIGITS, name, part, 3) for name in ("digits", "dense") for part in scenes.MATERIAL]
+    assert len({scene.image.tobytes() for scene in drawn}) == 8
 
 
 def test_scene_shapes_and_labels() -> None:
@@ -70,9 +72,9 @@ def test_scene_shapes_and_labels() -> None:
 
 
 def test_parts_share_no_handwriting_and_scored_parts_no_photo_columns() -> None:
-    scans = [np.concatenate(digits.load_sources(part).scans) for part in digits.MATERIAL]
-    assert np.array_equal(np.sort(np.concatenate(scans)), np.arange(digits.SCANS))
-    columns = {part: material.columns for part, material in digits.MATERIAL.items()}
+    scans = [np.concatenate(scenes.load_sources(part).scans) for part in scenes.MATERIAL]
+    assert np.array_equal(np.sort(np.concatenate(scans)), np.arange(scenes.SCANS))
+    columns = {part: material.columns for part, material in scenes.MATERIAL.items()}
     assert columns["pretrain"] == columns["train"]
     (_, end), (first, last), (start, stop) = columns["test"], columns["train"], columns["dev"]
     assert end + 16 <= first and last + 16 <= start and stop == 640
@@ -81,18 +83,18 @@ def test_parts_share_no_handwriting_and_scored_parts_no_photo_columns() -> None:
 
 @pytest.mark.parametrize("spoilt", ["pretrain", "train", "dev", "test"])
 def test_no_part_sees_the_material_of_another(
-    spoilt: digits.Part, monkeypatch: pytest.MonkeyPatch, forget: None
+    spoilt: scenes.Part, monkeypatch: pytest.MonkeyPatch, forget: None
 ) -> None:
     import sklearn.datasets
 
-    def scenes() -> dict[digits.Part, list[digits.Scene]]:
-        digits.load_sources.cache_clear()
-        digits._scans.cache_clear()
-        return {part: [render(DIGITS, "digits", part, i) for i in range(20)] for part in digits.MATERIAL}
+    def render_parts() -> dict[scenes.Part, list[scenes.Scene]]:
+        scenes.load_sources.cache_clear()
+        scenes._scans.cache_clear()
+        return {part: [render(DIGITS, "digits", part, i) for i in range(20)] for part in scenes.MATERIAL}
 
-    before = scenes()
+    before = render_parts()
     scans, photos = sklearn.datasets.load_digits(), sklearn.datasets.load_sample_images()
-    rows, columns = (slice(*span) for span in digits.MATERIAL[spoilt])
+    rows, columns = (slice(*span) for span in scenes.MATERIAL[spoilt])
     scans.images = scans.images.copy()
     scans.images[rows] = 16 - scans.images[rows]
     photos.images = [photo.copy() for photo in photos.images]
@@ -101,8 +103,8 @@ def test_no_part_sees_the_material_of_another(
             photo[:, columns] = 255 - photo[:, columns]
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: scans)
     monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: photos)
-    after = scenes()
-    for part in digits.MATERIAL:
+    after = render_parts()
+    for part in scenes.MATERIAL:
         changed = [not same(*pair) for pair in zip(before[part], after[part], strict=True)]
         assert all(changed) if part == spoilt else not any(changed)
 
@@ -110,7 +112,7 @@ def test_no_part_sees_the_material_of_another(
 def test_the_mask_is_the_topmost_digit_with_half_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[np.ndarray] = []
     places: list[tuple[int, int]] = []
-    write, place = digits.write_digits, digits._place
+    write, place = scenes.write_digits, scenes._place
 
     def spy_write(*args: object) -> list[tuple[np.ndarray, np.ndarray]]:
         found = write(*args)
@@ -121,8 +123,8 @@ def test_the_mask_is_the_topmost_digit_with_half_coverage(monkeypatch: pytest.Mo
         places.append(place(*args))
         return places[-1]
 
-    monkeypatch.setattr(digits, "write_digits", spy_write)
-    monkeypatch.setattr(digits, "_place", spy_place)
+    monkeypatch.setattr(scenes, "write_digits", spy_write)
+    monkeypatch.setattr(scenes, "_place", spy_place)
     crowded = dataclasses.replace(DENSE, overlap=1.0)
     for index in range(10):
         written.clear()
@@ -154,8 +156,8 @@ def test_the_mask_lies_where_the_digit_was_painted() -> None:
 
 
 def test_deformed_handwriting_keeps_its_digit_and_replaces_the_scan() -> None:
-    sources = digits.load_sources("pretrain")
-    deformed = digits.deform_handwriting(sources, 3, 0.4, seed=1)
+    sources = scenes.load_sources("pretrain")
+    deformed = scenes.deform_handwriting(sources, 3, 0.4, seed=1)
     assert len(deformed.ink) == 3 * 600
     places = np.concatenate(deformed.scans)
     assert np.array_equal(np.sort(places), np.arange(1800))
@@ -163,12 +165,12 @@ def test_deformed_handwriting_keeps_its_digit_and_replaces_the_scan() -> None:
         scan, copies = sources.scans[digit][5], deformed.scans[digit][15:18]
         near = [np.corrcoef(sources.ink[scan].ravel(), deformed.ink[copy].ravel())[0, 1] for copy in copies]
         assert min(near) > 0.5 and max(near) < 0.999
-    still = digits.deform_handwriting(sources, 1, 0.0, seed=1)
+    still = scenes.deform_handwriting(sources, 1, 0.0, seed=1)
     for before, after in zip(sources.scans, still.scans, strict=True):
         assert np.allclose(sources.ink[before], still.ink[after], atol=1e-6)
     assert not same(*(render(DIGITS, "x", "pretrain", 0, material) for material in (sources, deformed)))
     with pytest.raises(ValueError, match="copies = 0"):
-        digits.deform_handwriting(sources, 0, 0.4, seed=1)
+        scenes.deform_handwriting(sources, 0, 0.4, seed=1)
 
 
 def test_a_scene_without_a_digit_is_background() -> None:
@@ -178,7 +180,7 @@ def test_a_scene_without_a_digit_is_background() -> None:
 
 def test_edges_are_smooth() -> None:
     rng = np.random.default_rng(0)
-    for _, alpha in digits.write_digits(rng, DIGITS, list(digits.load_sources("train").ink[:20])):
+    for _, alpha in scenes.write_digits(rng, DIGITS, list(scenes.load_sources("train").ink[:20])):
         partial = ((alpha > 0.05) & (alpha < 0.95)).sum()
         assert 0.1 < partial / (alpha >= 0.5).sum() < 1.5
 
@@ -189,9 +191,9 @@ def test_mean_colour_does_not_give_the_class_away() -> None:
     single = dataclasses.replace(DIGITS, objects=(1, 1))
 
     def colours(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        scenes = [render(single, "digits", "train", index) for index in range(start, stop)]
-        features = [scene.image[scene.mask > 0].mean(0) for scene in scenes]
-        return np.stack(features), np.array([scene.mask.max() for scene in scenes])
+        drawn = [render(single, "digits", "train", index) for index in range(start, stop)]
+        features = [scene.image[scene.mask > 0].mean(0) for scene in drawn]
+        return np.stack(features), np.array([scene.mask.max() for scene in drawn])
 
     model = QuadraticDiscriminantAnalysis(reg_param=0.01).fit(*colours(0, 600))
     accuracy = model.score(*colours(600, 900))
@@ -243,9 +245,9 @@ def test_the_cache_holds_what_is_rendered(rendered: Path, monkeypatch: pytest.Mo
         "test_images": 15,
         "test_masks": 15,
     }
-    assert same(expected[0], digits.Scene(arrays["images"][7], arrays["masks"][7]))
-    assert same(expected[1], digits.Scene(arrays["dev_images"][7], arrays["dev_masks"][7]))
-    assert same(expected[2], digits.Scene(arrays["test_images"][7], arrays["test_masks"][7]))
+    assert same(expected[0], scenes.Scene(arrays["images"][7], arrays["masks"][7]))
+    assert same(expected[1], scenes.Scene(arrays["dev_images"][7], arrays["dev_masks"][7]))
+    assert same(expected[2], scenes.Scene(arrays["test_images"][7], arrays["test_masks"][7]))
     assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in arrays.values())
 
 
@@ -355,7 +357,8 @@ def presence(images: int = 4000, rare: int = 3) -> np.ndarray:
 
 
 def test_published_lists_are_nested_and_cover_every_class() -> None:
-    for name, sizes in splits.SPLITS.items():
+    for name, source in (("digits", DIGITS_SOURCE), ("dense", DENSE_SOURCE)):
+        sizes = published_lists(source.config)
         order = splits.labelled_order(name, presence())
         assert np.array_equal(np.sort(order), np.arange(4000))
         assert np.array_equal(order, splits.labelled_order(name, presence()))

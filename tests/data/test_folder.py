@@ -32,8 +32,8 @@ from viladiff.training.trainer import fit
 Make = Callable[..., Path]
 
 
-def load(root: Path, split: str = "labelled", **options: Any) -> Dataset:
-    return registry.load_dataset("folder", split, root=str(root), **options)
+def load(root: Path, split: str = "labelled", split_seed: int | None = None, **own: object) -> Dataset:
+    return registry.load_dataset("folder", split, split_seed, str(root), own=own)
 
 
 @pytest.fixture
@@ -729,7 +729,7 @@ def test_validation_masks_of_one_class_stop_a_run(photo_folder: Make, tmp_path: 
 
 
 def test_under_a_published_layout_a_class_may_be_missing(photo_folder: Make) -> None:
-    data = registry.load_dataset("voc", "92", root=str(photo_folder(12, "voc")), family="hq")
+    data = registry.load_dataset("voc", "92", root=str(photo_folder(12, "voc")))
     assert any(note.startswith("no labelled image shows aeroplane, bicycle") for note in check_files(data))
 
 

@@ -9,9 +9,11 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from viladiff.config.sections import DATASETS, POOL
-from viladiff.data.full import ALL, base_split
+from viladiff.data.full import base_split
 from viladiff.data.registry import load_dataset
+from viladiff.data.sources import DATASETS
+from viladiff.data.sources.base import ALL
+from viladiff.data.sources.digits import POOL
 from viladiff.runs.config import RunConfig, override
 
 
@@ -26,21 +28,22 @@ def test_every_scene_of_the_embedded_data_is_labelled_once() -> None:
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "folder"])
 def test_every_published_data_set_has_it_in_place_of_a_list_that_exists(name: str) -> None:
-    lists = get_args(DATASETS[name].model_fields["split"].annotation)
+    source, fields_of = DATASETS[name], DATASETS[name].config.model_fields
+    lists = get_args(fields_of["split"].annotation)
     assert lists.count(ALL) == 1
-    for family in get_args(getattr(DATASETS[name].model_fields.get("split_family"), "annotation", None)) or ("",):
+    for family in get_args(getattr(fields_of.get("split_family"), "annotation", None)) or ("",):
         fields = {"data.split_family": family} if family else {}
         override(RunConfig(), {"data.dataset": name, "data.split": ALL, **fields})
-        base = base_split(name, ALL, family)
+        base = base_split(source, ALL, family)
         assert base in lists and base != ALL
         override(RunConfig(), {"data.dataset": name, "data.split": base, **fields})
-        assert base_split(name, base, family) == base
-    assert base_split("folder", ALL) == ALL, "a list of one's own may have that name"
+        assert base_split(source, base, family) == base
+    assert base_split(DATASETS["folder"], ALL) == ALL, "a list of one's own may have that name"
 
 
 def test_of_images_in_files_those_that_have_a_mask(photo_folder: Callable[..., Path]) -> None:
     root = photo_folder(12, "voc", split="1464", unlabelled_masks=True)
-    few, every = (load_dataset("voc", split, root=str(root), family="hq") for split in ("1464", ALL))
+    few, every = (load_dataset("voc", split, root=str(root)) for split in ("1464", ALL))
     assert (len(few.labelled), len(few.unlabelled)) == (3, 6)
     assert (len(every.labelled), len(every.unlabelled), len(every.val_images)) == (9, 0, 3)
     assert every.split_name == "all 9 of 9 training images that have a mask"
@@ -49,7 +52,7 @@ def test_of_images_in_files_those_that_have_a_mask(photo_folder: Callable[..., P
     assert len(labels) > 1
     gone = few.files.masks[int(few.unlabelled[1])]
     gone.unlink()
-    fewer = load_dataset("voc", ALL, root=str(root), family="hq")
+    fewer = load_dataset("voc", ALL, root=str(root))
     assert len(fewer.labelled) == 8 and fewer.fingerprint != every.fingerprint
     with pytest.raises(ValueError, match="not among the 8 labelled"):
         fewer.target(int(few.unlabelled[1]))

@@ -21,7 +21,7 @@ Make = Callable[..., Path]
 
 
 def voc(root: Path, split: str = "92", **options: Any) -> Dataset:
-    return registry.load_dataset("voc", split, root=str(root), family="hq", **options)
+    return registry.load_dataset("voc", split, root=str(root), **options)
 
 
 def relabelled(root: Path, source: str, target: str) -> None:
@@ -173,7 +173,7 @@ def test_another_coding_of_cityscapes_is_the_same_mask(tmp_path: Path, read: str
     def found(form: str) -> Dataset:
         text = "\n".join((image + form).format(name.split("_")[0], name) for name in made.labelled)
         path.write_text(text, encoding="utf-8")
-        return registry.load_dataset("cityscapes", "372", root=str(made.root), family="cps")
+        return registry.load_dataset("cityscapes", "372", root=str(made.root))
 
     same = [found(f"gtFine/train/{{0}}/{{1}}_gtFine_{kind}.png") for kind in ("labelTrainIds", "labelIds")]
     assert len({one.fingerprint for one in same}) == 1

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +21,8 @@ from viladiff.runs.record import RunRecord
 Make = Callable[..., Path]
 
 
-def load(root: Path, split: str = "92", family: str = "hq", **options: Any) -> Dataset:
-    return registry.load_dataset("voc", split, root=str(root), family=family, **options)
+def load(root: Path, split: str = "92", family: str = "hq", split_seed: int | None = None, **own: object) -> Dataset:
+    return registry.load_dataset("voc", split, split_seed, str(root), own={"split_family": family, **own})
 
 
 def ids(data: Dataset) -> tuple[str, ...]:
@@ -213,7 +212,10 @@ def test_a_resampled_list_is_not_called_published(photo_folder: Make, known: Cal
 
 def test_the_configuration_of_voc(photo_folder: Make) -> None:
     cfg = override(RunConfig(), {"data.dataset": "voc", "data.split": "662", "data.split_family": "aug_u2pl"})
-    assert registry.dataset_spec(cfg).family == "aug_u2pl" and cfg.model.encoder == "vit_base_patch16_224"
+    assert (
+        dict(registry.dataset_spec(cfg).own)["split_family"] == "aug_u2pl"
+        and cfg.model.encoder == "vit_base_patch16_224"
+    )
     with pytest.raises(ConfigError, match=r"data\.split = '662' is not a list of split_family = 'hq'"):
         override(RunConfig(), {"data.dataset": "voc", "data.split": "662"})
     root = photo_folder(12, "voc")

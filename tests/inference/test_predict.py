@@ -48,7 +48,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def test_three_lines_of_python(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No data set is opened, and the folder stands alone."""
-    monkeypatch.setattr(registry, "READERS", {})
+    monkeypatch.setattr(registry, "DATASETS", {})
     alone = folder.parent / "moved"
     shutil.copytree(folder, alone)
     assert sorted(path.name for path in alone.iterdir()) == [

@@ -9,8 +9,8 @@ import pytest
 import torch
 from method_kit import CLASSES, STEP, cross_entropy_map, make, make_batch, make_uneven, mixed
 
-from viladiff.config.sections import CLASSES as COUNTS
 from viladiff.data.batch import Batch
+from viladiff.data.sources import DATASETS
 from viladiff.data.sources.digits import CLASS_NAMES
 from viladiff.data.sources.voc import CLASS_NAMES as VOC_NAMES
 from viladiff.data.transforms.mixing import box_mask
@@ -204,7 +204,7 @@ def test_labels_that_are_measured_are_those_that_teach() -> None:
 
 @pytest.mark.parametrize("dataset", KNOWN)
 def test_known_hierarchies_put_every_class_into_one_group(dataset: str) -> None:
-    count = COUNTS[dataset]
+    count = DATASETS[dataset].num_classes
     assert count is not None
     assert sorted(label for labels in KNOWN[dataset].values() for label in labels) == list(range(count))
     found = known_groups(dataset, count)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from method_kit import STEP, make_batch, make_uneven
 
+from viladiff.data import scenes
 from viladiff.data.captions.table import SIMULATED, SYNONYMS, Captions, describe
 from viladiff.data.captions.tags import caption_tags, dataset_tags
 from viladiff.data.captions.words import split_words
@@ -49,9 +50,9 @@ def test_todays_rates_are_the_defaults_and_change_no_run() -> None:
     plain, same = opened(), opened(caption_recall=0.85, caption_false=0.02, caption_synonyms=0.0, captions_on="both")
     assert plain.captions == same.captions and plain.fingerprint == same.fingerprint
     assert plain.caption_source == str(SIMULATED)
-    scenes = [digits.SCENES[digits.scene_kind("digits", "train", i)] for i in range(400)]
+    behind = [scenes.SCENES[scenes.scene_kind("digits", "train", i)] for i in range(400)]
     shown = classes_present(plain.masks, 11)
-    assert plain.captions[7] == describe(shown[7], scenes[7], CLASS_NAMES, "digits", "train", 7)
+    assert plain.captions[7] == describe(shown[7], behind[7], CLASS_NAMES, "digits", "train", 7)
     told = override(RunConfig(), {"data.caption_recall": 0.85, "data.captions_on": "both"})
     assert non_default_fields(told) == non_default_fields(RunConfig())
 

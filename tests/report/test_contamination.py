@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from record_kit import made
 
-from viladiff.config.sections import DATASETS
+from viladiff.data.sources import DATASETS
 from viladiff.report import provenance
 from viladiff.report.sections import pretraining_data
 from viladiff.runs.config import RunConfig, flatten, override

@@ -15,8 +15,9 @@ from viladiff.config.sections import DataConfig
 from viladiff.data.captions import table as cap
 from viladiff.data.captions.table import GENERIC, SIMULATED, CaptionTable, describe, simulate
 from viladiff.data.captions.words import split_words
+from viladiff.data.scenes import SCENES, render
 from viladiff.data.sources import digits
-from viladiff.data.sources.digits import CLASS_NAMES, SCENES
+from viladiff.data.sources.digits import CLASS_NAMES
 from viladiff.data.splits import classes_present
 from viladiff.text.embedding_bank import build_bank, encode_all, load_text, open_bank
 from viladiff.text.encoders import ENCODERS, WORDS_DIM, WordEncoder, build_encoder
@@ -76,7 +77,7 @@ def test_both_prompts_tell_of_the_same_things(texts: cap.Captions) -> None:
 
 
 def test_a_caption_depends_on_the_set_of_classes_and_not_on_places() -> None:
-    masks = np.stack([digits.render(digits.DENSE, "dense", "train", i).mask for i in range(6)])
+    masks = np.stack([render(digits.DENSE, "dense", "train", i).mask for i in range(6)])
     moved = np.roll(masks, (17, 30), (1, 2))[:, ::-1, ::-1]
     before, after = classes_present(masks, 11), classes_present(moved, 11)
     assert np.array_equal(before, after)

@@ -114,7 +114,7 @@ def _split(args: argparse.Namespace) -> int:
     from viladiff.data.files.validate import inspect_images
     from viladiff.data.sources.detect import open_tree
 
-    tree, classes = open_tree(args.root, not args.shifted)
+    tree, classes = open_tree(args.root, reduce_zero_label=not args.shifted)
     with _bar("reading masks", args.quiet) as advance:
         seen = inspect_images(tree, classes, args.processes, advance)
     dealt = deal(args.root, seen, args.labelled, args.val, args.seed)

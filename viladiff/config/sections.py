@@ -1,36 +1,23 @@
-"""The parts of a configuration other than the method's: data sets, model, optimiser, length, evaluation, runtime.
+"""The parts of a configuration that all methods and data sets share.
 
-Defaults that depend on the data set stand in ``PRESETS``; ``viladiff.runs.config`` puts the parts together.
+The fields of one data set, and the defaults that depend on it, stand in its file in ``viladiff/data/sources``;
+``viladiff.runs.config`` puts the parts together.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
 from viladiff.config.base import Section
 
-CLASSES: dict[str, int | None] = {
-    "digits": 11,
-    "dense": 11,
-    "voc": 21,
-    "cityscapes": 19,
-    "coco": 81,
-    "ade20k": 150,
-    "folder": None,
-}
-"""Classes with background, known before any pixel is read; none where only the reader can tell."""
-
-POOL = 4000
-"""Training images of each embedded data set."""
-
 
 class DataConfig(Section):
-    """What every data set has; each has its own defaults below."""
+    """What every data set has; each has its own defaults in ``viladiff/data/sources``."""
 
     dataset: str
-    """Chooses the section; each kind below admits its own name only."""
+    """Chooses the section; that of a data set admits its own name only."""
     split: str
     """Which images have labels: the number of labelled images, as in the paper's tables, or all that have a mask."""
     split_seed: int | None = Field(None, ge=0)
@@ -64,112 +51,6 @@ class DataConfig(Section):
         if not 0 < low <= high:
             raise ValueError(f"scale = {self.scale}: must be low, high with 0 < low <= high")
         return self
-
-
-class EmbeddedData(DataConfig):
-    """The rendered data sets: small images, no mirroring (a mirrored digit is none), words as text."""
-
-    batch_labelled: int = Field(8, ge=1)
-    batch_unlabelled: int = Field(8, ge=1)
-    crop: int = Field(48, ge=16)
-    scale: tuple[float, float] = (0.9, 1.1)
-    hflip: float = Field(0.0, ge=0, le=1)
-    text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "words"
-    caption_recall: float = Field(0.85, ge=0, le=1)
-    """Probability that a visible class is noticed; what is noticed at one rate is noticed at every higher one."""
-    caption_false: float = Field(0.02, ge=0, le=1)
-    """Probability that a class that is absent is noticed all the same."""
-    caption_synonyms: float = Field(0.0, ge=0, le=1)
-    """Probability that a class goes by its synonym in an image's captions, a word that no class is called. ``words``
-    learns one vector a word, so that 0 and 1 differ in no more than the name of each word."""
-
-    @field_validator("split", mode="before")
-    @classmethod
-    def _fits_the_pool(cls, split: object) -> object:
-        if isinstance(split, str) and split.isascii() and split.isdigit() and int(split) > POOL:
-            allowed = ", ".join(get_args(cls.model_fields["split"].annotation))
-            raise ValueError(f"{split!r} asks for more labelled images than the pool of {POOL} has; allowed: {allowed}")
-        return split
-
-
-class DigitsData(EmbeddedData):
-    dataset: Literal["digits"] = "digits"
-    split: Literal["92", "183", "366", "732", "1464", "all"] = "183"
-
-
-class DenseData(EmbeddedData):
-    dataset: Literal["dense"] = "dense"
-    split: Literal["232", "463", "925", "1849", "all"] = "463"
-
-
-class VocData(DataConfig):
-    """Crop of UniMatch V2 (518 there, for patches of 14), brought to a multiple of 16."""
-
-    dataset: Literal["voc"] = "voc"
-    split: Literal["92", "183", "366", "732", "1464", "662", "1323", "2646", "5291", "all"] = "183"
-    split_family: Literal["hq", "aug_cps", "aug_u2pl"] = "hq"
-    """Which published lists: official masks (Table 1), or the augmented set as CPS or U2PL draws from it (Table 2)."""
-    split_dir: str | None = None
-    """Directory of the lists; none is ``splits`` below the data."""
-
-    @model_validator(mode="after")
-    def _check_family(self) -> VocData:
-        hq = ("92", "183", "366", "732", "1464")
-        if self.split != "all" and (self.split in hq) != (self.split_family == "hq"):
-            fits = "hq" if self.split in hq else "aug_cps or aug_u2pl"
-            here = f"split = {self.split!r} is not a list of split_family = {self.split_family!r}"
-            raise ValueError(f"{here}; set data.split_family to {fits}")
-        return self
-
-
-class CityscapesData(DataConfig):
-    dataset: Literal["cityscapes"] = "cityscapes"
-    split: Literal["100", "186", "372", "744", "1488", "all"] = "372"
-    split_family: Literal["cps", "u2pl"] = "cps"
-    """Two published families of lists share their names and few of their images."""
-    crop: int = Field(800, ge=16)
-    split_dir: str | None = None
-    """Directory of the lists; none is ``splits`` below the data."""
-
-
-class CocoData(DataConfig):
-    """COCO 2017 things and background: 81 classes."""
-
-    dataset: Literal["coco"] = "coco"
-    split: Literal["232", "463", "925", "1849", "3697", "all"] = "463"
-    split_dir: str | None = None
-    """Directory of the lists; none is ``splits`` below the data."""
-
-
-class Ade20kData(DataConfig):
-    dataset: Literal["ade20k"] = "ade20k"
-    split: Literal["158", "316", "631", "632", "1263", "2526", "5052", "10105", "all"] = "1263"
-    """158 and 632 are SemiVL's lists; its others are those of UniMatch V2."""
-    split_dir: str | None = None
-    """Directory of the lists; none is ``splits`` below the data."""
-    reduce_zero_label: bool = True
-    """Masks are as published: 0 is no class and 1 ... 150 are the classes; false where they are shifted already."""
-
-
-class FolderData(DataConfig):
-    """A directory of images with lists of which are labelled."""
-
-    dataset: Literal["folder"] = "folder"
-    split: str = Field("labelled", min_length=1)
-    """Name of the list of labelled images."""
-    split_dir: str | None = None
-    """Directory of the lists; none is ``splits`` below the data."""
-
-
-DATASETS: dict[str, type[DataConfig]] = {
-    "digits": DigitsData,
-    "dense": DenseData,
-    "voc": VocData,
-    "cityscapes": CityscapesData,
-    "coco": CocoData,
-    "ade20k": Ade20kData,
-    "folder": FolderData,
-}
 
 
 class ModelConfig(Section):
@@ -334,26 +215,6 @@ class RuntimeConfig(Section):
     """Whether losses and scores go to TensorBoard's files, too."""
     progress: bool = True
     """Whether a bar shows how far the run is."""
-
-
-_REAL: dict[str, object] = {"encoder": "vit_base_patch16_224", "pretrained": "timm", "decoder_width": 128}
-_MIXED: dict[str, object] = {"precision": "bf16"}
-"""Mixed precision (paper, section 4.1)."""
-_EMBEDDED: dict[str, dict[str, object]] = {
-    "optim": {"lr": 6e-3, "encoder_lr_scale": 0.2, "warmup_steps": 30},
-    "eval": {"split": "dev"},
-}
-"""Fixed with ``supervised`` and ``semibaseline``, before ViLaDiff was trained with them: docs/experiments.md."""
-PRESETS: dict[str, dict[str, dict[str, object]]] = {
-    "digits": _EMBEDDED,
-    "dense": _EMBEDDED,
-    "voc": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
-    "cityscapes": {"model": _REAL, "train": {"epochs": 180.0, **_MIXED}, "eval": {"protocol": "sliding_window"}},
-    "coco": {"model": _REAL, "train": {"epochs": 20.0, **_MIXED}},
-    "ade20k": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
-    "folder": {"model": _REAL, "train": {"epochs": 60.0, **_MIXED}},
-}
-"""Defaults of other sections that depend on the data set. Lengths are UniMatch V2's; ``folder`` is treated as VOC."""
 
 
 class Sections(Protocol):

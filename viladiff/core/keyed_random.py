@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # loaded where it is used: those who draw with NumPy alone do without
+    import torch
+    from torch import Tensor
 
 Part = int | str
 
@@ -29,6 +32,8 @@ def numpy_generator(*parts: Part) -> np.random.Generator:
 
 def torch_generator(*parts: Part, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on ``device`` for the draw named by ``parts``."""
+    import torch
+
     gen = torch.Generator(device=device)
     gen.manual_seed(seed_for(*parts))
     return gen
@@ -36,6 +41,8 @@ def torch_generator(*parts: Part, device: torch.device | str = "cpu") -> torch.G
 
 def uniform(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: torch.device | str = "cpu") -> Tensor:
     """One uniform tensor of ``shape`` per key, stacked: (len(keys), *shape), float32 in [0, 1)."""
+    import torch
+
     out = torch.empty((len(keys), *shape), device=device)
     for row, name in zip(out, keys, strict=True):
         row.uniform_(generator=torch_generator(*parts, name, device=device))
@@ -44,6 +51,8 @@ def uniform(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: 
 
 def normal(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: torch.device | str = "cpu") -> Tensor:
     """One standard normal tensor of ``shape`` per key, stacked: (len(keys), *shape), float32."""
+    import torch
+
     out = torch.empty((len(keys), *shape), device=device)
     for row, name in zip(out, keys, strict=True):
         row.normal_(generator=torch_generator(*parts, name, device=device))

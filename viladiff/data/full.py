@@ -8,24 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from viladiff.data.cache import fingerprint
+from viladiff.data.sources.base import ALL, DataSource
 
 if TYPE_CHECKING:
     from viladiff.data.dataset import Dataset
     from viladiff.data.files.index import FileList
 
-ALL = "all"
-"""Name of the split; in ``folder`` it is a list of that name, as any other."""
-LARGEST = {"digits": "1464", "dense": "1849", "cityscapes": "1488", "coco": "3697", "ade20k": "10105"}
-"""The list that is opened in its place: the pool is the same under each."""
 
-
-def base_split(name: str, split: str, family: str = "") -> str:
-    """The list that a reader has to open for a split: another one for ``all``, on any data set but ``folder``."""
-    if split != ALL or name == "folder":
+def base_split(source: DataSource, split: str, family: str = "") -> str:
+    """The list that a data set has to open for a split: its longest for ``all``, where that is not a list itself."""
+    if split != ALL or not source.largest:
         return split
-    if name == "voc":
-        return "1464" if family in ("", "hq") else "5291"
-    return LARGEST[name]
+    return source.largest.get(family) or next(iter(source.largest.values()))
 
 
 def label_all(dataset: Dataset) -> Dataset:

@@ -10,12 +10,6 @@ import numpy as np
 from viladiff.core import keyed_random
 from viladiff.data.files.split_lists import Lists
 
-SPLITS: dict[str, tuple[str, ...]] = {
-    "digits": ("92", "183", "366", "732", "1464"),
-    "dense": ("232", "463", "925", "1849"),
-}
-"""Sizes of the labelled lists, named as the data sets that they stand for (VOC, COCO) name theirs."""
-
 VISIBLE = 12
 """Fewest pixels of a class in an image for the image to count as showing it."""
 
@@ -32,9 +26,8 @@ def classes_present(masks: np.ndarray, num_classes: int, least: int = VISIBLE) -
     return np.stack([np.count_nonzero(flat == c, axis=1) >= least for c in range(num_classes)], axis=1)
 
 
-def split_size(dataset: str, split: str, pool: int) -> int:
-    """Labelled images of a published split. Raises ValueError for one that is unknown or larger than the pool."""
-    allowed = SPLITS[dataset]
+def split_size(dataset: str, split: str, allowed: tuple[str, ...], pool: int) -> int:
+    """Labelled images of a split. Raises ValueError for one that is not ``allowed`` or larger than the pool."""
     if split.isascii() and split.isdigit() and int(split) > pool:
         raise ValueError(
             f"data.split = {split!r}: more labelled images than the pool of {dataset!r} has ({pool}); "

@@ -28,18 +28,16 @@ from viladiff.config.base import (
     values,
 )
 from viladiff.config.sections import (
-    CLASSES,
-    DATASETS,
-    PRESETS,
     DataConfig,
-    DigitsData,
-    EmbeddedData,
     EvalConfig,
     ModelConfig,
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
 )
+from viladiff.data.sources import DATASETS, embedded_datasets
+from viladiff.data.sources.base import DataSource, EmbeddedSource
+from viladiff.data.sources.digits import DigitsData
 from viladiff.methods import METHODS
 from viladiff.methods.base import MethodConfig
 from viladiff.methods.supervised import SupervisedConfig
@@ -69,7 +67,8 @@ if TYPE_CHECKING:
     AnyData = DataConfig
     AnyMethod = MethodConfig
 else:  # annotated with the unions themselves: a base class here would drop every field of its subclasses from a dump
-    AnyData = Annotated[Union[tuple(DATASETS.values())], Field(discriminator="dataset")]  # noqa: UP007
+    _data = tuple(source.config for source in DATASETS.values())
+    AnyData = Annotated[Union[_data], Field(discriminator="dataset")]  # noqa: UP007
     _sections = tuple(method.Config for method in METHODS.values())
     AnyMethod = Annotated[Union[_sections], Field(discriminator="name")]  # noqa: UP007
 
@@ -175,7 +174,7 @@ def schema(dataset: str, method: str) -> dict[str, FieldInfo]:
     """Every field of a run on ``dataset`` with ``method``, by dotted path; raises ConfigError for an unknown one."""
     _known_choice("data.dataset", dataset, DATASETS)
     _known_choice("method.name", method, METHODS)
-    sections = {"data": DATASETS[dataset], "method": METHODS[method].Config}
+    sections = {"data": DATASETS[dataset].config, "method": METHODS[method].Config}
     found: dict[str, FieldInfo] = {}
     for path, info in field_infos(RunConfig).items():
         found |= field_infos(sections[path], f"{path}.") if path in sections else {path: info}
@@ -216,18 +215,19 @@ def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             tree[section] = {tag: getattr(default, tag), **value}
             chosen[section] = tree[section][tag]
     known = schema(str(chosen.get("data", "digits")), str(chosen.get("method", "supervised")))
-    for section, fields in PRESETS.get(str(chosen.get("data")), {}).items():
+    source = DATASETS.get(str(chosen.get("data")), DataSource(config=DataConfig))
+    for section, fields in source.presets.items():
         here = tree.get(section, {})
         here = here.model_dump(exclude_unset=True) if isinstance(here, BaseModel) else here
         if isinstance(here, Mapping):
             length = LENGTH if here.keys() & LENGTH else frozenset()
             tree[section] = {**{name: value for name, value in fields.items() if name not in length}, **here}
-    if issubclass(DATASETS.get(str(chosen.get("data")), DataConfig), EmbeddedData) and chosen.get("method") in METHODS:
+    if isinstance(source, EmbeddedSource) and chosen.get("method") in METHODS:
         preset = METHODS[chosen["method"]].embedded
         if preset:
             tree["method"] = _filled(tree["method"], preset, chosen["method"])
     if isinstance(tree.get("data"), Mapping):
-        tree["data"] = coerce(DATASETS[chosen["data"]], tree["data"], "data.")
+        tree["data"] = coerce(source.config, tree["data"], "data.")
     if isinstance(tree.get("method"), Mapping):
         tree["method"] = coerce(METHODS[chosen["method"]].Config, tree["method"], "method.")
     return coerce(RunConfig, tree, ""), list(known)
@@ -290,7 +290,7 @@ def _batch_faults(cfg: RunConfig) -> Iterator[str]:
 def _method_faults(cfg: RunConfig) -> Iterator[str]:
     """Limits that tie fields together, wherever in a method's section they occur."""
     fields = dict(values(cfg.method, "method."))
-    classes = CLASSES[cfg.data.dataset]
+    classes = DATASETS[cfg.data.dataset].num_classes
     for path, value in fields.items():
         section = path.rpartition(".")[0]
         if path.endswith(".heads") and fields.get(f"{section}.width", 0) % value:  # type: ignore[operator]
@@ -317,14 +317,15 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
         here = f"model.pretrained = {cfg.model.pretrained!r}"
         yield f"{here}: there are none for model.encoder = {cfg.model.encoder!r}; allowed: {allowed}"
     yield from _caption_faults(cfg)
-    parts = ("dev", "test") if isinstance(cfg.data, EmbeddedData) else ("val",)
+    embedded = embedded_datasets()
+    parts = ("dev", "test") if cfg.data.dataset in embedded else ("val",)
     if cfg.eval.split not in (*parts, "holdout"):
         allowed = f"{', '.join(parts)} or holdout"
         yield f"eval.split = {cfg.eval.split!r}: {cfg.data.dataset} has no such part; allowed: {allowed}"
     oracle = getattr(getattr(cfg.method, "pseudo", None), "oracle", "none")
-    if oracle != "none" and not isinstance(cfg.data, EmbeddedData):
+    if oracle != "none" and cfg.data.dataset not in embedded:
         here = f"method.pseudo.oracle = {oracle!r}"
-        yield f"{here}: reads masks of unlabelled images, which only digits and dense give out; set none"
+        yield f"{here}: reads masks of unlabelled images, which only {' and '.join(embedded)} give out; set none"
     if cfg.eval.split == "holdout" and not cfg.data.holdout:
         here = "eval.split = 'holdout'"
         yield f"{here}: no images are held out; set data.holdout to a share of the labelled ones, such as 0.25"
@@ -338,8 +339,8 @@ def _caption_faults(cfg: RunConfig) -> Iterator[str]:
     unread = "which runtime.captions takes the place of" if cfg.runtime.captions is not None else ""
     if data.captions in ("none", "generic"):
         unread = f"which data.captions = {data.captions!r} leaves out"
-    if isinstance(data, EmbeddedData) and unread:
-        for field in ("caption_recall", "caption_false", "caption_synonyms"):
-            value, default = getattr(data, field), type(data).model_fields[field].default
-            if value != default:
+    if unread:
+        for field, info in type(data).model_fields.items():
+            value, default = getattr(data, field), info.default
+            if field.startswith("caption_") and value != default:
                 yield f"data.{field} = {value:g}: of simulated captions, {unread}; set it to {default:g}"

@@ -156,20 +156,19 @@ def list_of_seed(fields: Mapping[str, object], seed: int) -> dict[str, object]:
 def check_lists(entry: str, fields: Mapping[str, object]) -> None:
     """Raises ValueError where seeds cannot draw lists of their own: on data sets that come with published ones."""
     if not embedded(fields):
-        from viladiff.config.sections import DATASETS, EmbeddedData
+        from viladiff.data.sources import embedded_datasets
 
-        known = ", ".join(name for name, section in DATASETS.items() if issubclass(section, EmbeddedData))
         raise ValueError(
             f"{entry}: split_per_seed = true: data.dataset = {fields.get('data.dataset')!r} has published lists, which "
-            f"all seeds share; allowed: {known}"
+            f"all seeds share; allowed: {', '.join(embedded_datasets())}"
         )
 
 
 def embedded(fields: Mapping[str, object]) -> bool:
     """Whether runs that set these fields are on an embedded data set, which has parts ``dev`` and ``test``."""
-    from viladiff.config.sections import DATASETS, EmbeddedData
+    from viladiff.data.sources import embedded_datasets
 
-    return issubclass(DATASETS.get(str(fields.get("data.dataset", "digits")), object), EmbeddedData)
+    return str(fields.get("data.dataset", "digits")) in embedded_datasets()
 
 
 def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:

@@ -157,7 +157,7 @@ def _make(
     changes: Mapping[str, object],
 ) -> tuple[_Kept, bool]:
     """The plan, and whether it holds for as long as its key does."""
-    from viladiff.config.sections import EmbeddedData
+    from viladiff.data.sources import embedded_datasets
     from viladiff.runs.config import RunConfig, defaults, override
     from viladiff.runs.config import non_default_fields as changed
     from viladiff.training.fingerprints import name_runs
@@ -181,7 +181,7 @@ def _make(
     # Through JSON, so that a plan is the same whether it was read or made: tuples become lists.
     later = {row: why for row, why in unavailable(table, changes).items() if row in rows}
     kept = _loads(_dumps(_Kept(tuple(where), tuple(planned.values()), later, stated(table, found), plain)))
-    fixed = (isinstance(cfg.data, EmbeddedData) and cfg.data.text_encoder == "words" for cfg in configs)
+    fixed = (cfg.data.dataset in embedded_datasets() and cfg.data.text_encoder == "words" for cfg in configs)
     return kept, all(fixed) and not any(cfg.runtime.captions for cfg in configs)
 
 

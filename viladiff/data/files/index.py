@@ -34,6 +34,8 @@ class Layout(NamedTuple):
     same_ends: tuple[str, ...] = ()
     """What else may stand behind the id in the name of the same mask: in another coding, or in lists for a layout that
     another repository has."""
+    pool_has_masks: bool = False
+    """Whether unlabelled images that no list names are only those that have a mask."""
 
     def image_id(self, text: str) -> str:
         """The id in a relative path of an image, as files and lists have it."""
@@ -51,7 +53,6 @@ class Layout(NamedTuple):
 
 
 FOLDER = Layout("folder", "images", "masks")
-VOC = Layout("voc", "JPEGImages", "SegmentationClass")
 
 
 @dataclass(frozen=True)

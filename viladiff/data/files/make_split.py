@@ -12,7 +12,7 @@ import numpy as np
 
 from viladiff.core import keyed_random
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.index import VOC, FileIndex
+from viladiff.data.files.index import FileIndex
 from viladiff.data.files.split_lists import VALIDATION, Lists, find_list, listable, read_list
 from viladiff.data.files.validate import ImageReport
 from viladiff.data.sources.detect import open_tree
@@ -125,7 +125,8 @@ def write_lists(root: Path | str, name: str, lists: Lists) -> Path:
 
 def _lists(tree: FileIndex, labelled: Sequence[str], val: Sequence[str]) -> Lists:
     taken = {*labelled, *val}
-    others = (name for name in tree.pool() if name not in taken and (tree.layout is not VOC or name in tree.masks))
+    pool = (name for name in tree.pool() if name in tree.masks or not tree.layout.pool_has_masks)
+    others = (name for name in pool if name not in taken)
     return Lists(tuple(labelled), tuple(others), tuple(val))
 
 

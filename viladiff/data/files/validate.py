@@ -23,11 +23,12 @@ from viladiff.data.files.images import (
     read_mask,
     upright_size,
 )
-from viladiff.data.files.index import FOLDER, VOC, FileIndex, FileList
+from viladiff.data.files.index import FOLDER, FileIndex, FileList
+from viladiff.data.files.open_lists import read_lists
 from viladiff.data.files.split_lists import LABELLED
 from viladiff.data.processes import map_in_processes
+from viladiff.data.sources.base import Classes, SourceFiles, describe_lists
 from viladiff.data.sources.detect import open_tree
-from viladiff.data.sources.folder import Classes, SourceFiles, describe_lists, read_lists
 
 if TYPE_CHECKING:
     from viladiff.data.dataset import Dataset
@@ -121,7 +122,7 @@ def check(
     ``advance`` hears how many images are done, and of how many. Raises ValueError where there is nothing to check: no
     layout, no classes, two files of one name, a link that leads out of the root.
     """
-    tree, classes = open_tree(root, reduce_zero_label)
+    tree, classes = open_tree(root, reduce_zero_label=reduce_zero_label)
     seen = inspect_images(tree, classes, processes, advance)
     faults = [fault for one in seen.values() for fault in one.faults]
     faults += [DataProblem("warning", str(tree.root / tree.layout.masks), note) for note in tree.notes]
@@ -220,7 +221,7 @@ def _read_splits(tree: FileIndex, directory: Path) -> tuple[list[Split], list[Da
     others = {name for name in names if "unlabel" in name or "unsupervised" in name}
     for name in sorted(names - others - {"val", "train"}):
         try:
-            _, lists, sources = read_lists(tree, directory, [name], masked=tree.layout is VOC)
+            _, lists, sources = read_lists(tree, directory, [name])
         except ValueError as error:
             faults.append(DataProblem("error", str(directory / name), str(error)))
             continue

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+from viladiff.config.sections import DataConfig
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import IdEncoding
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
+from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
 from viladiff.data.files.split_lists import Wanted
-from viladiff.data.sources.folder import Classes, SourceFiles, read_lists, refuse_other, split_directory
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
 
 _NAMES = (
     "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, "
@@ -52,28 +55,50 @@ _FRACTION = {
 }
 
 
-def open_ade20k(
-    root: Path | str, split: str, reduce_zero_label: bool = True, split_dir: Path | str | None = None
-) -> SourceFiles:
+class Ade20kData(DataConfig):
+    dataset: Literal["ade20k"] = "ade20k"
+    split: Literal["158", "316", "631", "632", "1263", "2526", "5052", "10105", "all"] = "1263"
+    """158 and 632 are SemiVL's lists; its others are those of UniMatch V2."""
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+    reduce_zero_label: bool = True
+    """Masks are as published: 0 is no class and 1 ... 150 are the classes; false where they are shifted already."""
+
+
+def open_ade20k(root: Path | str, data: Ade20kData) -> SourceFiles:
     """``images/{training,validation}`` and ``annotations`` beside it, with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under names such as ``1_64`` or by their images. Without a list, all of
     ``validation`` are validated on, and the unlabelled are all others of ``training``. Raises ValueError as ``folder``
     does, and for a published list of another size.
     """
-    tree, classes = ade_tree(root, reduce_zero_label)
+    tree, classes = ade_tree(root, data)
+    split = data.split
     wanted = Wanted("ade20k", "semivl" if split in ("158", "632") else "unimatch_v2", split)
-    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), [split, _FRACTION[split]], wanted=wanted)
+    directory = split_directory(tree, data.split_dir)
+    tree, lists, sources = read_lists(tree, directory, [split, _FRACTION[split]], wanted)
     refuse_other(lists, sources[0], "", split, "ade20k")
     return SourceFiles(tree, classes, lists, sources)
 
 
-def ade_tree(root: Path | str, reduce_zero_label: bool = True) -> tuple[FileIndex, Classes]:
+def ade_tree(root: Path | str, data: Ade20kData) -> tuple[FileIndex, Classes]:
     """The files; ids are bare names such as ``ADE_train_00001609``. Raises ValueError where there is no mask.
 
-    reduce_zero_label: masks are as published, 0 for what is in no class; else they are shifted already.
+    ``data.reduce_zero_label``: masks are as published, 0 for what is in no class; else they are shifted already.
     """
     tree = scan(locate(root, PLACES, LAYOUT), LAYOUT)
     if not tree.masks:
         raise ValueError(f"{tree.root}: has no PNGs in {LAYOUT.masks!r}, beside {LAYOUT.images!r}")
-    return tree, Classes(CLASS_NAMES, AS_PUBLISHED if reduce_zero_label else SHIFTED)
+    return tree, Classes(CLASS_NAMES, AS_PUBLISHED if data.reduce_zero_label else SHIFTED)
+
+
+ADE20K_SOURCE = FileSource(
+    config=Ade20kData,
+    num_classes=len(CLASS_NAMES),
+    largest={"": "10105"},
+    presets=pretrained(epochs=60.0),
+    layout=LAYOUT,
+    places=PLACES,
+    scan=ade_tree,
+    read=open_ade20k,
+)

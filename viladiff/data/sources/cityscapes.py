@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+from pydantic import Field
+
+from viladiff.config.sections import DataConfig
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import IdEncoding
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
+from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
 from viladiff.data.files.split_lists import Wanted
-from viladiff.data.sources.folder import Classes, SourceFiles, read_lists, refuse_other, split_directory
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
 
 CLASS_NAMES = (
     "road",
@@ -61,24 +66,33 @@ _CODINGS = {
 _FRACTION = {"100": "1_30", "186": "1_16", "372": "1_8", "744": "1_4", "1488": "1_2"}
 
 
-def open_cityscapes(
-    root: Path | str, split: str, family: str = "cps", split_dir: Path | str | None = None
-) -> SourceFiles:
+class CityscapesData(DataConfig):
+    dataset: Literal["cityscapes"] = "cityscapes"
+    split: Literal["100", "186", "372", "744", "1488", "all"] = "372"
+    split_family: Literal["cps", "u2pl"] = "cps"
+    """Two published families of lists share their names and few of their images."""
+    crop: int = Field(800, ge=16)
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+
+
+def open_cityscapes(root: Path | str, data: CityscapesData) -> SourceFiles:
     """``leftImg8bit/{train,val}/<city>`` and ``gtFine`` beside it, with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under the names ``1_16`` (CPS's) and ``u2pl_1_16``, or by their images.
     Without a list, all of ``val`` are validated on, and the unlabelled are all others of ``train``. Raises ValueError
     as ``folder`` does, and for a published list of the other family.
     """
-    tree, classes = city_tree(root)
+    tree, classes = city_tree(root, data)
+    split, family = data.split, data.split_family
     names = [("" if family == "cps" else "u2pl_") + _FRACTION[split], split]
     wanted = Wanted("cityscapes", family, split)
-    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=wanted)
+    tree, lists, sources = read_lists(tree, split_directory(tree, data.split_dir), names, wanted)
     refuse_other(lists, sources[0], family, split, "cityscapes")
     return SourceFiles(tree, classes, lists, sources)
 
 
-def city_tree(root: Path | str) -> tuple[FileIndex, Classes]:
+def city_tree(root: Path | str, data: CityscapesData) -> tuple[FileIndex, Classes]:
     """The files, read as ``labelTrainIds``, or as ``labelIds`` where more of those exist; then a sentence says so.
 
     Ids are bare names such as ``jena_000078_000019``. Raises ValueError where there is no mask of either kind.
@@ -97,3 +111,15 @@ def city_tree(root: Path | str) -> tuple[FileIndex, Classes]:
         f"{len(by_train.masks)} of them have a labelTrainIds file, which is not read"
     )
     return by_id._replace(notes=(told,)), Classes(CLASS_NAMES, _CODINGS[LABEL_IDS])
+
+
+CITYSCAPES_SOURCE = FileSource(
+    config=CityscapesData,
+    num_classes=len(CLASS_NAMES),
+    largest={"": "1488"},
+    presets={**pretrained(epochs=180.0), "eval": {"protocol": "sliding_window"}},
+    layout=LAYOUT,
+    places=PLACES,
+    scan=city_tree,
+    read=open_cityscapes,
+)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+from viladiff.config.sections import DataConfig
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
+from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
 from viladiff.data.files.split_lists import Wanted
-from viladiff.data.sources.folder import Classes, SourceFiles, read_lists, refuse_other, split_directory
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
 
 _NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
@@ -28,21 +31,32 @@ LAYOUT = Layout("coco", "train2017", "masks", "val2017", "masks")
 _FRACTION = {"232": "512", "463": "256", "925": "128", "1849": "64", "3697": "32"}
 
 
-def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None) -> SourceFiles:
+class CocoData(DataConfig):
+    """COCO 2017 things and background: 81 classes."""
+
+    dataset: Literal["coco"] = "coco"
+    split: Literal["232", "463", "925", "1849", "3697", "all"] = "463"
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+
+
+def open_coco(root: Path | str, data: CocoData) -> SourceFiles:
     """``train2017``, ``val2017`` and the PNGs of both in ``masks``, with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under the names ``1_512`` and ``512_all`` or by their images. Without a list,
     all of ``val2017`` are validated on, and the unlabelled are all others of ``train2017``. Raises ValueError as
     ``folder`` does, and for a published list of another size.
     """
-    tree, classes = coco_tree(root)
+    tree, classes = coco_tree(root, data)
+    split = data.split
     names = [split, f"1_{_FRACTION[split]}", f"{_FRACTION[split]}_all"]
-    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, wanted=Wanted("coco", "", split))
+    directory = split_directory(tree, data.split_dir)
+    tree, lists, sources = read_lists(tree, directory, names, Wanted("coco", "", split))
     refuse_other(lists, sources[0], "", split, "coco")
     return SourceFiles(tree, classes, lists, sources)
 
 
-def coco_tree(root: Path | str) -> tuple[FileIndex, Classes]:
+def coco_tree(root: Path | str, data: CocoData) -> tuple[FileIndex, Classes]:
     """The files; ids are bare names such as ``000000177254``. Raises ValueError where there is no mask."""
     tree = scan(locate(root, PLACES, LAYOUT), LAYOUT)
     if not tree.masks:
@@ -51,3 +65,15 @@ def coco_tree(root: Path | str) -> tuple[FileIndex, Classes]:
             "annotations/instances_*2017.json"
         )
     return tree, Classes(CLASS_NAMES, None)
+
+
+COCO_SOURCE = FileSource(
+    config=CocoData,
+    num_classes=len(CLASS_NAMES),
+    largest={"": "3697"},
+    presets=pretrained(epochs=20.0),
+    layout=LAYOUT,
+    places=PLACES,
+    scan=coco_tree,
+    read=open_coco,
+)

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from viladiff.data.files.index import FOLDER, VOC, FileIndex, scan
-from viladiff.data.sources import ade20k, cityscapes, coco, voc
-from viladiff.data.sources.folder import Classes, read_classes
+from viladiff.data.files.index import FOLDER, FileIndex
+from viladiff.data.sources import DATASETS
+from viladiff.data.sources.base import Classes, FileSource
 
 
-def open_tree(root: Path | str, reduce_zero_label: bool = True) -> tuple[FileIndex, Classes]:
+def open_tree(root: Path | str, **fields: object) -> tuple[FileIndex, Classes]:
     """The files below a root in whichever layout it has, and its classes. ValueError where it has none.
 
-    One's own folder comes first, also where it has the folders of another beside. reduce_zero_label: see
-    ``data.ade20k``.
+    One's own folder comes first, also where it has the folders of another beside, but for a layout whose folders lie
+    within those of ``folder``. fields: of ``data``, such as ``reduce_zero_label``, for the data sets that have them.
     """
     top = Path(root).expanduser()
-    own = (top / FOLDER.images).is_dir() and not (top / ade20k.LAYOUT.masks).is_dir()
-    if not own:
-        if (voc.voc_root(top) / VOC.images).is_dir():
-            return scan(voc.voc_root(top), VOC), Classes(voc.CLASS_NAMES, None)
-        if cityscapes.LAYOUT.is_at(top, cityscapes.PLACES):
-            return cityscapes.city_tree(top)
-        if coco.LAYOUT.is_at(top, coco.PLACES):
-            return coco.coco_tree(top)
-        if ade20k.LAYOUT.is_at(top, ade20k.PLACES):
-            return ade20k.ade_tree(top, reduce_zero_label)
-    tree = scan(top, FOLDER)
-    return tree, read_classes(tree.root)
+    files = [source for source in DATASETS.values() if isinstance(source, FileSource)]
+    others = [source for source in files if source.layout != FOLDER]
+    within = [source for source in others if source.layout.images.startswith(f"{FOLDER.images}/")]
+    own = (top / FOLDER.images).is_dir() and not any((top / source.layout.masks).is_dir() for source in within)
+    fitting = [source for source in others if not own and source.layout.is_at(top, source.places)]
+    chosen = next(iter([*fitting, *(source for source in files if source.layout == FOLDER)]))
+    given = {name: value for name, value in fields.items() if name in chosen.config.model_fields}
+    return chosen.scan(top, chosen.section(**given))

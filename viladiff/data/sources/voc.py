@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from viladiff.data.files.index import VOC, locate, scan
+from pydantic import model_validator
+
+from viladiff.config.sections import DataConfig
+from viladiff.data.files.index import FileIndex, Layout, locate, scan
+from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
 from viladiff.data.files.split_lists import Wanted
-from viladiff.data.sources.folder import Classes, SourceFiles, read_lists, refuse_other, split_directory
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
 
 CLASS_NAMES = (
     "background",
@@ -33,12 +38,33 @@ CLASS_NAMES = (
 )
 PLACES = ("", "VOC", "voc", "VOC2012", "VOCdevkit/VOC2012")
 """Where below the root the folder of images may lie."""
+LAYOUT = Layout("voc", "JPEGImages", "SegmentationClass", pool_has_masks=True)
 _FRACTION = {"662": "1_16", "1323": "1_8", "2646": "1_4", "5291": "1_2"}
 _CLEAN = {"92": "1-16", "183": "1-8", "366": "1-4", "732": "1-2"}
 """Parts of the official masks, as CPS calls PseudoSeg's lists; its 732 are other images than most papers'."""
 
 
-def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path | str | None = None) -> SourceFiles:
+class VocData(DataConfig):
+    """Crop of UniMatch V2 (518 there, for patches of 14), brought to a multiple of 16."""
+
+    dataset: Literal["voc"] = "voc"
+    split: Literal["92", "183", "366", "732", "1464", "662", "1323", "2646", "5291", "all"] = "183"
+    split_family: Literal["hq", "aug_cps", "aug_u2pl"] = "hq"
+    """Which published lists: official masks (Table 1), or the augmented set as CPS or U2PL draws from it (Table 2)."""
+    split_dir: str | None = None
+    """Directory of the lists; none is ``splits`` below the data."""
+
+    @model_validator(mode="after")
+    def _check_family(self) -> VocData:
+        hq = ("92", "183", "366", "732", "1464")
+        if self.split != "all" and (self.split in hq) != (self.split_family == "hq"):
+            fits = "hq" if self.split in hq else "aug_cps or aug_u2pl"
+            here = f"split = {self.split!r} is not a list of split_family = {self.split_family!r}"
+            raise ValueError(f"{here}; set data.split_family to {fits}")
+        return self
+
+
+def open_voc(root: Path | str, data: VocData) -> SourceFiles:
     """``JPEGImages/`` and ``SegmentationClass/`` (index PNGs), with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, those of the literature also under the names that its repositories give them, or
@@ -46,16 +72,17 @@ def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path |
     which is how the usual archives tell training images from test images; the masks are not opened. Raises ValueError
     as ``folder`` does, and for a published list of another family than the one asked for.
     """
-    tree = scan(voc_root(root), VOC)
+    tree, classes = voc_tree(root, data)
+    split, family = data.split, data.split_family
     names, wanted = list_names(split, family), Wanted("voc", family, split)
-    tree, lists, sources = read_lists(tree, split_directory(tree, split_dir), names, masked=True, wanted=wanted)
+    tree, lists, sources = read_lists(tree, split_directory(tree, data.split_dir), names, wanted)
     refuse_other(lists, sources[0], family, split, "voc")
-    return SourceFiles(tree, Classes(CLASS_NAMES, None), lists, sources)
+    return SourceFiles(tree, classes, lists, sources)
 
 
-def voc_root(root: Path | str) -> Path:
-    """Where the folder of images lies: the root or a folder of a usual name below it, else the root as it is."""
-    return locate(root, PLACES, VOC)
+def voc_tree(root: Path | str, data: VocData) -> tuple[FileIndex, Classes]:
+    """The files; ids are bare names such as ``2007_000032``. Raises ValueError as ``scan``."""
+    return scan(locate(root, PLACES, LAYOUT), LAYOUT), Classes(CLASS_NAMES, None)
 
 
 def list_names(split: str, family: str) -> list[str]:
@@ -70,3 +97,15 @@ def list_names(split: str, family: str) -> list[str]:
     if family == "aug_cps":
         return [part, f"train_aug_labeled_{part.replace('_', '-')}", split]
     return [f"u2pl_{part}", f"{split}0", split]
+
+
+VOC_SOURCE = FileSource(
+    config=VocData,
+    num_classes=len(CLASS_NAMES),
+    largest={"hq": "1464", "aug_cps": "5291", "aug_u2pl": "5291"},
+    presets=pretrained(epochs=60.0),
+    layout=LAYOUT,
+    places=PLACES,
+    scan=voc_tree,
+    read=open_voc,
+)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from viladiff.config.sections import DATASETS, EmbeddedData
+from viladiff.data.sources import embedded_datasets
 from viladiff.report.table.results import Results, Summary, number, row_name
 from viladiff.runs.record import RunRecord
 from viladiff.tables.plan import fields_of
@@ -53,7 +53,7 @@ def _for_choices(changed: Mapping[str, object]) -> bool:
     """Whether a run was scored on images for choices: held out, or the part ``dev``, the default of embedded data."""
     if "eval.split" in changed:
         return changed["eval.split"] in ("dev", "holdout")
-    return issubclass(DATASETS.get(str(changed.get("data.dataset")), object), EmbeddedData)
+    return str(changed.get("data.dataset")) in embedded_datasets()
 
 
 def tried(results: Results, records: Mapping[str, RunRecord]) -> list[RateComparison]:

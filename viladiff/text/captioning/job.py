@@ -23,7 +23,6 @@ from viladiff.core.atomic import write_atomically
 if TYPE_CHECKING:
     from viladiff.text.captioning.blip2 import CaptionerSpec, ImageRef
 
-EMBEDDED = ("digits", "dense")
 SCHEMA = pa.schema(
     [
         ("image", pa.string()),
@@ -63,16 +62,15 @@ class State(NamedTuple):
 def pictures(source: str) -> tuple[str, tuple[ImageRef, ...]]:
     """The embedded data set of that name, or the images below a directory in any layout that is known: its name (empty
     for files) and its pictures. Raises ValueError where there are none."""
+    from viladiff.data.sources.digits import VARIANTS
     from viladiff.text.captioning.blip2 import ImageRef
 
-    if source in EMBEDDED:
-        from viladiff.data.sources.digits import VARIANTS
-
+    if source in VARIANTS:
         sizes = VARIANTS[source].sizes()
         names = [f"{part}/{place}" for part, size in sizes.items() for place in range(size)]
         return source, tuple(ImageRef(name, name) for name in names)
     if not Path(source).expanduser().is_dir():
-        known = ", ".join(EMBEDDED)
+        known = ", ".join(VARIANTS)
         raise ValueError(f"{source!r}: is neither a directory nor an embedded data set ({known})")
     from viladiff.data.sources.detect import open_tree
 
