@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -76,9 +75,9 @@ def test_one_pass_for_all_scores_gives_those_of_a_pass_for_each(tmp_path: Path) 
         for stream in STREAMS:
             alone = to_scores(evaluate_network(network, evaluator.eval_batches(run), (stream,), *given))[stream]
             # What reads no text is then made beside the visual stream, in another batch: last bits of logits differ.
-            loose = pytest.approx(alone.miou, abs=1e-4)
-            assert scored[name][stream]["miou"] == (loose if stream == "fusion_no_text" else alone.miou)
-            assert stream == "fusion_no_text" or scored[name][stream] == asdict(alone)
+            loose = pytest.approx(alone.values["miou"], abs=1e-4)
+            assert scored[name][stream]["miou"] == (loose if stream == "fusion_no_text" else alone.values["miou"])
+            assert stream == "fusion_no_text" or scored[name][stream] == alone.stored()
     run.method.eval()
     alone_shares = evaluator.PseudoLabels(run)
     for batch in evaluator.eval_batches(run):

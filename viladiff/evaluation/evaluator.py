@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
@@ -90,7 +89,7 @@ def compute_scores(
     run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
 ) -> dict[str, dict[str, Any]]:
     """{stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
-    return {name: asdict(found) for name, found in to_scores(compute_meters(run, network, streams, boundary)).items()}
+    return {name: found.stored() for name, found in to_scores(compute_meters(run, network, streams, boundary)).items()}
 
 
 class PseudoLabels:
@@ -132,7 +131,7 @@ def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], d
     pseudo = PseudoLabels(run)
     given = STREAMS, run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
     found = measure_all(networks, eval_batches(run), *given, also=pseudo.add)
-    scored = {name: {stream: asdict(x) for stream, x in to_scores(meters).items()} for name, meters in found.items()}
+    scored = {name: {stream: x.stored() for stream, x in to_scores(meters).items()} for name, meters in found.items()}
     return scored, pseudo.shares()
 
 

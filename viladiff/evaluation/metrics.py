@@ -1,15 +1,20 @@
-"""Every score is a ratio of pixel counts summed over the whole set, never a mean of per-image ratios."""
+"""Pixels are counted over the whole set; every score is a ratio of these counts, never a mean of per-image ratios.
+
+``viladiff.evaluation.metric_table`` has the scores and the table of their names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.data.batch import IGNORE, TextBatch
+from viladiff.evaluation.metric_table import METRICS, PixelCounts, miou_from
 from viladiff.evaluation.protocols import Band, center, stream_bands
 from viladiff.models.segmenter import remembered
 
@@ -58,24 +63,6 @@ def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
         if low < 0 or high > top:
             raise ValueError(f"{name}: {low if low < 0 else high} found; allowed are 0..{top}")
     return _known_rows(_counts(pred, target, num_classes))
-
-
-def miou_from(confusion: Tensor) -> tuple[float, list[float]]:
-    """A class in neither truth nor prediction is NaN and left out of the mean; (mean IoU, IoU per class) in [0, 1].
-
-    A class that is predicted but never true, or true but never predicted, counts as 0. Where less than two of several
-    classes are left the mean is NaN, since all pixels are of one class in truth and prediction, and it would be 1
-    whatever the network has learned. Published scripts add 1e-10 to the union, which counts an absent class as 0; in
-    full sets no class is absent.
-    """
-    counts = confusion.double()
-    return _mean_iou(counts.diagonal(), counts.sum(1) + counts.sum(0) - counts.diagonal())
-
-
-def _mean_iou(intersection: Tensor, union: Tensor) -> tuple[float, list[float]]:
-    per_class = torch.where(union > 0, intersection.double() / union.double(), torch.nan)
-    enough = int((union > 0).sum()) >= min(2, len(union))
-    return float(per_class.nanmean()) if enough else torch.nan, per_class.tolist()
 
 
 def boundary_width(height: int, width: int) -> int:
@@ -163,14 +150,15 @@ def truth_of(target: Tensor) -> Truth:
 class Scores:
     """Shares in [0, 1], not percent; None where nothing could be measured."""
 
-    miou: float | None
+    values: Mapping[str, float | None]
+    """By name in ``METRICS``, of those that are computed from counts."""
     per_class: tuple[float | None, ...]
-    boundary_iou: float | None
-    """Mean over classes of the IoU of boundary bands."""
-    trimap_miou: float | None
-    """mIoU of the pixels near a true boundary."""
-    pixel_accuracy: float | None
+    """IoU of each class."""
     images: int
+
+    def stored(self) -> dict[str, Any]:
+        """As a record has it: the scores by name, ``per_class`` and ``images``."""
+        return {**self.values, "per_class": self.per_class, "images": self.images}
 
 
 class SegmentationMeter:
@@ -219,22 +207,18 @@ class SegmentationMeter:
         """ValueError where a target had a label that is neither a class nor 255."""
         state = self.state.cpu()
         rows = state[:-1].view(515, self.num_classes)
-        confusion = _known_rows(rows[:256])
-        miou, per_class = miou_from(confusion)
-        both, true_band, pred_band = rows[512:]
-        total = int(confusion.sum())
+        near = _known_rows(rows[256:512]) if self.boundary else None
+        counts = PixelCounts(_known_rows(rows[:256]), near, rows[512:] if self.boundary else None)
+        found = {name: metric.compute(counts) for name, metric in METRICS.items() if metric.compute is not None}
         return Scores(
-            miou=_present(miou),
-            per_class=tuple(_present(value) for value in per_class),
-            boundary_iou=_present(_mean_iou(both, true_band + pred_band - both)[0]) if self.boundary else None,
-            trimap_miou=_present(miou_from(_known_rows(rows[256:512]))[0]) if self.boundary else None,
-            pixel_accuracy=int(confusion.trace()) / total if total else None,
+            values={name: _present(value) for name, value in found.items()},
+            per_class=tuple(_present(value) for value in miou_from(counts.confusion)[1]),
             images=int(state[-1]),
         )
 
 
-def _present(value: float) -> float | None:
-    return None if value != value else value
+def _present(value: float | None) -> float | None:
+    return None if value is None or value != value else value
 
 
 def pseudo_quality(

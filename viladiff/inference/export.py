@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from viladiff.core.atomic import name_file_in_errors, sync_directory
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.complexity import costs, table
+from viladiff.evaluation.metric_table import METRICS
 from viladiff.inference.load import load_run, text_dim
 from viladiff.inference.predict import CLASSES, CONFIG, FORMAT, WEIGHTS, Model, load_model
 from viladiff.models.segmenter import Network
@@ -197,7 +198,7 @@ def card(model: Model, record: RunRecord, facts: dict[str, str], onnx: bool) -> 
 
 def _scores(model: Model, record: RunRecord) -> list[str]:
     """A line for each stream of the network that is in the folder; a score that was not measured is a dash."""
-    columns = {"miou": "mIoU", "boundary_iou": "boundary IoU", "trimap_miou": "trimap mIoU", "images": "images"}
+    columns = {name: metric.name for name, metric in METRICS.items() if metric.title} | {"images": "images"}
     lines = [f"Network `{record.network}` at the last step, protocol `{record.config['eval.protocol']}`:", ""]
     lines += ["| stream | " + " | ".join(columns.values()) + " |", "| --- " * (len(columns) + 1) + "|"]
     for stream, found in record.scores[record.network].items():

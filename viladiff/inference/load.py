@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -181,7 +180,7 @@ def _evaluated(finished_run: Finished) -> dict[str, Any]:
         with tf32(cfg.train.tf32):
             measured = compute_meters(run, network, STREAMS, cfg.eval.boundary)
         scores = to_scores(measured)
-        found["scores"][name] = {stream: asdict(score) for stream, score in scores.items()}
+        found["scores"][name] = {stream: score.stored() for stream, score in scores.items()}
         found["confusion"][name] = {stream: measured[stream].confusion().tolist() for stream in scores}
     return {
         "run": record.run_id,

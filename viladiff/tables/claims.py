@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from viladiff.evaluation.metric_table import METRICS
 from viladiff.tables.contrasts import Contrast, Form, contrasts
 from viladiff.tables.paired import VarianceModel, parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (
@@ -26,7 +27,7 @@ from viladiff.tables.significance import (
     smallest_detectable,
     smallest_ratio,
 )
-from viladiff.tables.spec import METRIC_NAMES, ORACLE, Claim, Metric, Table
+from viladiff.tables.spec import ORACLE, Claim, MetricName, Table
 
 if TYPE_CHECKING:
     from viladiff.tables.plan import Plan
@@ -76,7 +77,7 @@ class Verdict:
     """``least`` of the hardest comparison that no cell set apart takes part in, or of all if one always does; None if
     none was made."""
     source: Literal["paper", "ours"]
-    metric: Metric
+    metric: MetricName
     printed: Literal["holds", "fails", "not printed"]
     """Whether the printed numbers bear the claim out, compared as decimals."""
     printed_why: str
@@ -101,7 +102,7 @@ def evaluate_claims(plan: Plan, records: Records) -> list[Verdict]:
 class _Key(NamedTuple):
     """Two claims that ask the same count once."""
 
-    metric: Metric
+    metric: MetricName
     terms: tuple[Term, ...]
     limit: float
     form: Form
@@ -304,7 +305,7 @@ def _said(
     whose = "the paper's claims" if claim.source == "paper" else "our own claims"
     count = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
     corrected = f"Holm's correction for {count} of {whose}"
-    on = f"on {METRIC_NAMES[claim.metric]} over seeds"
+    on = f"on {METRICS[claim.metric].name} over seeds"
     if claim.kind == "less_stable":
         return f"F test {on}, of variances pooled within the cells of either side, at 5 %; {corrected}"
     if not known.pools:
@@ -361,7 +362,7 @@ def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails
     Without tolerance and margin an equal number is not higher; with one of them, a number at its edge still counts.
     """
     if claim.metric != table.metric:
-        return "not printed", f"the paper prints no {METRIC_NAMES[claim.metric]}"
+        return "not printed", f"the paper prints no {METRICS[claim.metric].name}"
     if claim.kind in ("less_stable", "differs"):
         return "not printed", "the paper prints no spread"
     wrong, count = [], 0

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from viladiff.tables.spec import Metric
+from viladiff.tables.spec import MetricName
 
 if TYPE_CHECKING:
     from viladiff.runs.record import RunRecord
@@ -100,7 +100,7 @@ def one_precision(records: Iterable[RunRecord], of: str) -> str:
     return found[0] if found else ""
 
 
-def cell_samples(plan: Plan, records: Records, metric: Metric = "miou") -> Samples:
+def cell_samples(plan: Plan, records: Records, metric: MetricName = "miou") -> Samples:
     """What was measured in each cell of a plan; a run without a record or without the score is left out.
 
     Raises ValueError where the runs of a cell differ in precision.

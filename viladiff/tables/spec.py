@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from viladiff.config.base import Section
 from viladiff.config.toml_file import entry_name
+from viladiff.evaluation.metric_table import METRICS
 
 RESERVED = {
     "seed": "write seeds = [...] at the top, or ask for other seeds when the table is run",
@@ -37,18 +38,10 @@ def _as_seed(value: object) -> object:
 PaperValue = Annotated[float | Literal["-"], BeforeValidator(_as_printed)]
 """A number as the paper prints it, in percent; "-" where it leaves one out."""
 Seeds = Annotated[tuple[Annotated[int, BeforeValidator(_as_seed)], ...], Field(min_length=1)]
-Metric = Literal[
-    "miou", "boundary_iou", "trimap_miou", "pixel_accuracy", "silhouette", "davies_bouldin", "image_silhouette"
-]
-METRIC_NAMES: dict[str, str] = {
-    "miou": "mIoU",
-    "boundary_iou": "boundary IoU",
-    "trimap_miou": "trimap mIoU",
-    "pixel_accuracy": "pixel accuracy",
-    "silhouette": "100 × silhouette coefficient by class",
-    "davies_bouldin": "100 × Davies-Bouldin index",
-    "image_silhouette": "100 × silhouette coefficient by image",
-}
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(METRICS)]
 Kind = Literal[
     "superset_increases",
     "best_row",
@@ -161,7 +154,7 @@ class Claim(Strict):
     kind: Kind
     source: Literal["paper", "ours"] = "paper"
     """Whose claim it is; the two are corrected for their numbers apart."""
-    metric: Metric = "miou"
+    metric: MetricName = "miou"
     rows: tuple[str, ...] = ()
     """Labels; which of them is said to be higher depends on the kind."""
     columns: tuple[str, ...] = ()
@@ -200,7 +193,8 @@ class Table(Strict):
     name: str
     """The file's stem."""
     title: str
-    metric: Literal["miou"] = "miou"
+    metric: MetricName = "miou"
+    """What its columns and printed numbers are of."""
     select: Literal["last"] = "last"
     chooses: bool = False
     """Whether settings are chosen by its scores: none of its runs may read the images that results are quoted from."""

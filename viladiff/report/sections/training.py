@@ -20,8 +20,11 @@ SHARED = "Encoder, optimiser, rate, batch and crop are the table's, whatever a p
 
 
 def shows_best(results: Results) -> bool:
-    """Whether runs are evaluated epoch by epoch, as those behind printed numbers are."""
-    return any(run.changed.get("eval.every_epochs") is not None for run in results.plan.runs.values())
+    """Whether runs are evaluated epoch by epoch, as those behind printed numbers are, in a table of mIoU: evaluations
+    along the way have no other score."""
+    return results.plan.table.metric == "miou" and any(
+        run.changed.get("eval.every_epochs") is not None for run in results.plan.runs.values()
+    )
 
 
 def best_epoch(entries: Sequence[CellRun]) -> Summary:

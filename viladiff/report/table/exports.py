@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from viladiff.evaluation.metric_table import METRICS, shown_metrics
 from viladiff.report import provenance
 from viladiff.report.markup import markdown
 from viladiff.report.sections.training import best_epoch, shows_best
 from viladiff.report.table.long_form import long
 from viladiff.report.table.results import (
-    METRICS,
     Agreement,
     Difference,
     Results,
@@ -29,7 +29,6 @@ from viladiff.report.table.results import (
 from viladiff.report.table.results import (
     paper_value as printed,
 )
-from viladiff.tables.spec import METRIC_NAMES
 
 if TYPE_CHECKING:
     from viladiff.tables.claims import Verdict
@@ -74,7 +73,7 @@ def paper_text(value: object) -> str:
 
 
 def best(results: Results, column: int, metric: str) -> float | None:
-    """Highest mean of the paper's rows, as it is printed; controls are not in the race.
+    """Best mean of the paper's rows, as it is printed; controls are not in the race.
 
     None where the paper has no such table, since the best of many alternatives is mostly luck, or one row is measured.
     """
@@ -82,7 +81,8 @@ def best(results: Results, column: int, metric: str) -> float | None:
         return None
     means = [summary(results.at(row, column), metric).mean for row in results.rows(control=False)]
     measured = [round(mean, 1) for mean in means if mean is not None]
-    return max(measured) if len(measured) > 1 else None
+    top = max if METRICS[metric].better == "higher" else min
+    return top(measured) if len(measured) > 1 else None
 
 
 class ExportRow(NamedTuple):
@@ -176,8 +176,13 @@ def to_markdown(
     out += [*(f"- {say(sentence)}" for sentence in context), ""] if context else []
     for heading, told in before.items():
         out += [f"## {heading}", "", *told, ""]
-    for metric, name in METRICS.items():
-        out += [f"## {name} (%)", "", *pipes(_grid(results, metric, say, "✓", "**{}**".format)), ""]
+    for metric in shown_metrics(results.plan.table.metric):
+        out += [
+            f"## {METRICS[metric].heading()} (%)",
+            "",
+            *pipes(_grid(results, metric, say, "✓", "**{}**".format)),
+            "",
+        ]
     own = " The paper's numbers are of its own data sets and encoder; compare their order."
     out += [f"{say(SPREAD)}{own if results.plan.table.printed else ''}", ""]
     if results.plan.table.printed:
@@ -202,9 +207,9 @@ def _claim(verdict: Verdict) -> str:
     times = "× " if any(one.form == "spread" for one in verdict.comparisons) else ""
     most = verdict.detectable
     least = "" if most is None else f" Least difference that it would have seen four times in five: {times}{most:.1f}."
-    metric = (METRIC_NAMES | METRICS)[verdict.metric]
+    metric = METRICS[verdict.metric]
     return (
-        f"**{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {metric}. "
+        f"**{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {metric.title or metric.name}. "
         f"{markdown(verdict.why)}. Printed numbers: {verdict.printed} ({markdown(verdict.printed_why)}). "
         f"Test: {markdown(verdict.test)}.{least}"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from viladiff.evaluation.metric_table import shown_metrics
 from viladiff.report.table.results import (
-    METRICS,
     CellRun,
     Results,
     collect_results,
@@ -49,19 +49,19 @@ def _line(results: Results, entry: CellRun) -> dict[str, object]:
         "paper": paper if isinstance(paper, float | int) else None,
         "paper_encoder": row.encoder,
     }
-    for metric in METRICS:
+    for metric in shown_metrics(table.metric):
         out[metric] = score(entry.record, metric, entry.network, entry.stream) if entry.record else None
-    return out | (dict(_measured(entry)) if entry.record else {})
+    return out | (dict(_measured(entry, table.metric)) if entry.record else {})
 
 
-def _measured(entry: CellRun) -> Iterator[tuple[str, Any]]:
+def _measured(entry: CellRun, own: str) -> Iterator[tuple[str, Any]]:
     record = entry.record
     assert record is not None
     yield from {"network": entry.network or record.network, "stream": entry.stream or record.stream}.items()
     yield from {"dataset": record.config.get("data.dataset"), "split": record.config.get("data.split")}.items()
     for network, streams in record.scores.items():
         for stream in streams:
-            for metric in METRICS:
+            for metric in shown_metrics(own):
                 yield f"{network}/{stream}/{metric}", score(record, metric, network, stream)
     for name in ("silhouette", "davies_bouldin", "image_silhouette", "tokens"):
         for key in (name, f"{name}_before"):
@@ -90,12 +90,12 @@ def _measured(entry: CellRun) -> Iterator[tuple[str, Any]]:
 def frame(plan: Plan, store: Store, *, metric: str = "", long_form: bool = False) -> pd.DataFrame:
     """Rows of the table by (column, mean | sd | n | paper) in percent; or, in the long form, a line a run.
 
-    ``metric`` is one of METRICS, by default the table's own. A cell without runs has NaN and n = 0. Raises ValueError
-    for another metric.
+    ``metric`` is one of ``shown_metrics``, by default the table's own. A cell without runs has NaN and n = 0. Raises
+    ValueError for another metric.
     """
     metric = metric or plan.table.metric
-    if metric not in METRICS:
-        raise ValueError(f"metric = {metric!r}: must be one of {', '.join(METRICS)}")
+    if metric not in (shown := shown_metrics(plan.table.metric)):
+        raise ValueError(f"metric = {metric!r}: must be one of {', '.join(shown)}")
     import pandas as pd  # takes longer to load than a page takes to make, so pages do without
 
     results = collect_results(plan, store)

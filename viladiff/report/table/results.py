@@ -19,8 +19,6 @@ from viladiff.tables.spec import PaperValue
 if TYPE_CHECKING:
     from viladiff.runs.store import Store
 
-METRICS = {"miou": "mIoU", "boundary_iou": "Boundary IoU", "trimap_miou": "Trimap mIoU"}
-"""Scores of the headline network and stream, in percent everywhere in this package."""
 CEILING = "ceiling: reads true masks"
 """Mark of a row whose runs have an oracle for pseudo-labels."""
 _WHY: dict[State, str] = {

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from viladiff.core import colormap
 from viladiff.core.atomic import write_atomically
+from viladiff.evaluation.metric_table import METRICS, shown_metrics
 from viladiff.report import provenance
 from viladiff.report.charts import figures
 from viladiff.report.markup import markdown
@@ -28,9 +29,8 @@ from viladiff.report.sections.beside import Beside
 from viladiff.report.sections.learning_curves import Curve, curves
 from viladiff.report.table import exports, table_views
 from viladiff.report.table import results as tables
-from viladiff.report.table.results import METRICS, Agreement, Results
+from viladiff.report.table.results import Agreement, Results
 from viladiff.runs.store import abandoned
-from viladiff.tables.spec import METRIC_NAMES
 
 if TYPE_CHECKING:
     from viladiff.runs.store import Store
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from viladiff.tables.plan import Plan
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+BOUNDARIES = ("boundary_iou", "trimap_miou")
+"""Metrics that stand side by side, under a heading of their own."""
 
 
 def render_table(
@@ -218,11 +220,14 @@ def _environment() -> jinja2.Environment:
 
 def _numbers(results: Results) -> dict[str, Any]:
     """Scores of every metric, network and stream, and of pseudo-labels and classes."""
-    reasons = table_views.Reasons()
-    scores = {metric: table_views.table_rows(results, metric, reasons) for metric in METRICS}
+    own, reasons = results.plan.table.metric, table_views.Reasons()
+    shown = shown_metrics(own)
+    scores = {metric: table_views.table_rows(results, metric, reasons) for metric in shown}
     dots, axes = table_views.seed_dots(results, scores[results.plan.table.metric])
     return {
-        "metrics": METRIC_NAMES | METRICS,
+        "metrics": {name: metric.heading() if name in shown else metric.name for name, metric in METRICS.items()},
+        "more_metrics": [name for name in shown if name not in (own, *BOUNDARIES)],
+        "best": "highest" if METRICS[own].better == "higher" else "lowest",
         "tables": scores,
         "spread": exports.SPREAD,
         "reasons": reasons.letters,
