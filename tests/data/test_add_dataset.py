@@ -11,10 +11,8 @@ import pytest
 from overlay import ROOT, overlay, replaced, run_python
 from PIL import Image
 
-IMPORT = (
-    "from viladiff.data.sources.voc import VOC_SOURCE\n",
-    "from viladiff.data.sources.discs import DISCS_SOURCE\n",
-)
+FIRST = "from viladiff.data.sources.ade20k import ADE20K_SOURCE\n"
+IMPORT = (FIRST, FIRST + "from viladiff.data.sources.discs import DISCS_SOURCE\n")
 LAST = '    "folder": FOLDER_SOURCE,\n'
 ENTRY = (LAST, LAST + '    "discs": DISCS_SOURCE,\n')
 

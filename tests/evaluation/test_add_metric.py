@@ -75,7 +75,6 @@ render_table(plan, store, Path("page"), command="python run.py", verdicts=verdic
 scores = [record.scores[record.network][record.stream] for record in records]
 print(json.dumps({
     "scores": [[one["pixel_error"], one["pixel_accuracy"]] for one in scores],
-    "test": verdicts[0].test,
     "printed": verdicts[0].printed,
     "page": Path("page/table.md").read_text(),
     "csv": Path("page/table.csv").read_text(),
@@ -97,14 +96,14 @@ def test_one_function_and_one_entry_add_a_metric(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert all(error is not None and error == 1 - right for error, right in told["scores"])
-    assert "pixel error" in told["test"] and told["printed"] == "holds"
+    assert told["printed"] == "holds" and "on Pixel error." in told["page"]
     heading, lines = "## Pixel error (lower is better) (%)", told["page"].splitlines()
     rows = {
         name: line for line in lines[lines.index(heading) :][:8] for name in ("slow", "fast") if f" {name} " in line
     }
     errors = {name: round(100 * error, 1) for name, (error, _) in zip(("slow", "fast"), told["scores"], strict=True)}
     for name, error in errors.items():
-        assert (f"**{error:.1f}**" in rows[name]) == (error == min(errors.values())), "the lower one is bold"
+        assert (f"**{error:.1f} (1)**" in rows[name]) == (error == min(errors.values())), "the lower one is bold"
     assert "pixel_error" in told["csv"].splitlines()[0].split(",")
 
 

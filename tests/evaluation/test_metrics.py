@@ -342,7 +342,7 @@ def test_every_stream_is_scored_by_its_own_logits() -> None:
             for name, x in maps.items():
                 meters[name].update(x.argmax(1), target)
     assert scores == {name: meter.result() for name, meter in meters.items()}
-    assert len({score.miou for score in scores.values()}) == 4
+    assert len({score.values["miou"] for score in scores.values()}) == 4
 
 
 def test_streams_that_cannot_be_had_are_left_out() -> None:
