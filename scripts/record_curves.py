@@ -1,7 +1,7 @@
 """Records learning curves over the joint space, for ``benchmarks/quality.py``: points spread evenly, three seeds each.
 
 Each run is an ordinary one of ``sweep_joint`` at scale quick with 300 steps, scored on held-out images every 75.
-What has a record in ``--out`` is not run again and what was interrupted goes on, so that several may work side by side.
+Runs with a record in ``--runs-dir`` are skipped and interrupted ones are resumed; several calls may share the work.
 Each call writes benchmarks/curves.csv, and where it comes from to curves.json, from all records that there are.
 
     python scripts/record_curves.py --dry-run               what is left
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from viladiff.cli.common import CommandParser
 from viladiff.core.atomic import write_atomically
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
@@ -33,16 +34,16 @@ POINTS, SEEDS = 24, (0, 1, 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=POINTS, help="the first so many of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run, beginning with the I-th")
-    parser.add_argument("--out", default="runs/curves")
+    parser.add_argument("--runs-dir", default="runs/curves")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     index, count = map(int, args.shard.split("/"))
     sweep = load_sweep(ROOT / "tune" / "sweep_joint.toml")
-    namer, store = SweepPlanner(sweep, "quick", CHANGES, "holdout"), Store(Path(args.out))
+    namer, store = SweepPlanner(sweep, "quick", CHANGES, "holdout"), Store(Path(args.runs_dir))
     points = spread(sweep.space, 64)
     # Whole seeds first, so that a campaign that is cut short has seen every point.
     wanted = [

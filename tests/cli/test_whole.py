@@ -49,11 +49,11 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def asked(tmp_path: Path, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_options(parser)
-    return parser.parse_args(["--storage", str(tmp_path / "runs"), "--max-concurrent", "2", *words])
+    return parser.parse_args(["--runs-dir", str(tmp_path / "runs"), "--max-concurrent", "2", *words])
 
 
 def test_runs_that_tables_share_count_once(tmp_path: Path, paths: list[Path]) -> None:
-    args = asked(tmp_path, "--scale", "smoke", "--price", "3.6")
+    args = asked(tmp_path, "--scale", "smoke", "--hourly-price", "3.6")
     shares = [share_of(path, args) for path in paths]
     assert [(one.cells, len(one.runs), one.waiting) for one in shares] == [(8, 8, 0), (4, 4, 1)]
     assert shares[1].runs < shares[0].runs, "the second table needs nothing that the first has not"
@@ -86,7 +86,7 @@ def test_without_the_data_equal_settings_are_one_run_and_nothing_is_timed(tmp_pa
 
 
 def test_what_is_of_one_table_alone_is_refused(tmp_path: Path, paths: list[Path]) -> None:
-    with pytest.raises(ValueError, match="--rows: of one table"):
+    with pytest.raises(ValueError, match="--rows is not supported by `plan all`"):
         outline_all(paths, asked(tmp_path, "--scale", "smoke", "--rows", "1"))
     broken = paths[0].read_text().replace('"optim.lr"', '"optim.rate"')
     paths[0].write_text(broken)

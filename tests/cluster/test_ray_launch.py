@@ -294,7 +294,7 @@ def test_a_process_that_stands_still_is_killed_and_its_run_goes_on(tmp_path: Pat
             stopped.append(holder.pid)
             os.kill(holder.pid, signal.SIGSTOP)
 
-    (outcome,) = run_jobs([job], store, ExecutionSettings(hang_after=12), tell)
+    (outcome,) = run_jobs([job], store, ExecutionSettings(stall_timeout=12), tell)
     assert outcome.state == "done" and outcome.attempts == 2 and stopped
     retry = next(event for event in events if event.kind == "retry")
     assert retry.message.startswith("hang: no sign of life for 12 s")

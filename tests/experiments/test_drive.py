@@ -26,7 +26,9 @@ TABLE = ROOT / "ablations" / "table5.toml"
 
 
 def job(tmp_path: Path, *words: str) -> tables.TableJob:
-    args = parser(TABLE, "t").parse_args(["--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "page"), *words])
+    args = parser(TABLE, "t").parse_args(
+        ["--runs-dir", str(tmp_path / "runs"), "--report-dir", str(tmp_path / "page"), *words]
+    )
     return tables.plan_table(TABLE, args, "python ablations/run_table5.py")
 
 
@@ -57,21 +59,21 @@ def test_what_cannot_be_run_is_said_before_anything_runs(tmp_path: Path, words: 
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    for words in (["--fresh", "--render"], ["--publish"], ["--publish", "--scale", "digits", "--rows", "1"]):
-        args = parser(TABLE, "t").parse_args(["--storage", str(tmp_path), *words])
+    for words in (["--restart", "--render"], ["--publish"], ["--publish", "--scale", "digits", "--rows", "1"]):
+        args = parser(TABLE, "t").parse_args(["--runs-dir", str(tmp_path), *words])
         with pytest.raises(ValueError, match=words[0]):
             tables.run(TABLE, args, "t")
 
 
 def test_the_command_can_be_pasted_and_its_printed_form_names_no_directory() -> None:
     command = tables.shell_command(
-        "python ablations/run_table5.py", ["--rows", "ViLa + q_G", "--fresh", "--storage", "/me/a/runs"]
+        "python ablations/run_table5.py", ["--rows", "ViLa + q_G", "--restart", "--runs-dir", "/me/a/runs"]
     )
-    assert command == "python ablations/run_table5.py --rows 'ViLa + q_G' --storage /me/a/runs"
-    assert tables.public_command(command) == "python ablations/run_table5.py --rows 'ViLa + q_G' --storage …/runs"
+    assert command == "python ablations/run_table5.py --rows 'ViLa + q_G' --runs-dir /me/a/runs"
+    assert tables.public_command(command) == "python ablations/run_table5.py --rows 'ViLa + q_G' --runs-dir …/runs"
     assert (
-        tables.public_command("x -- runtime.data_root=/data/voc --out ~/p/q")
-        == "x -- runtime.data_root=…/voc --out …/q"
+        tables.public_command("x -- runtime.data_root=/data/voc --report-dir ~/p/q")
+        == "x -- runtime.data_root=…/voc --report-dir …/q"
     )
 
 
@@ -126,7 +128,7 @@ def test_dry_run_says_what_would_go_at_once(
 ) -> None:
     monkeypatch.setattr("viladiff.cluster.resources.visible_cpus", lambda: 8)
     monkeypatch.setattr("viladiff.cluster.resources.visible_gpus", lambda: gpus)
-    what = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path)]
+    what = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--seeds", "1", "--runs-dir", str(tmp_path)]
     assert tables.run(TABLE, parser(TABLE, "t").parse_args([*what, "--dry-run", *words]), "t") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert [one for one in said if one not in text] == []
@@ -146,9 +148,9 @@ def test_what_a_second_ctrl_c_leaves_is_swept(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr("viladiff.cluster.executor.run_jobs", ended)
-    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path / "runs")]
+    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1", "--runs-dir", str(tmp_path / "runs")]
     with pytest.raises(KeyboardInterrupt):
-        tables.run(TABLE, parser(TABLE, "t").parse_args([*words, "--out", str(tmp_path / "page")]), "t")
+        tables.run(TABLE, parser(TABLE, "t").parse_args([*words, "--report-dir", str(tmp_path / "page")]), "t")
     assert list(found.store.directory(run_id).iterdir()) == []
 
 
@@ -217,8 +219,8 @@ def test_a_frame_counts_seeds_and_lets_rows_be_compared_within_a_seed(tmp_path: 
     some = job(tmp_path, "--scale", "digits", "--rows", "1", "5", "--columns", "1", "2", "--seeds", "2")
     put(some, lambda run: 0.4 + 0.05 * list(some.plan.runs).index(run.run_id))
     tmp_path = some.store.root
-    wide = tables.table(5, "digits", storage=str(tmp_path))
-    lines = tables.table(5, "digits", storage=str(tmp_path), long_form=True)
+    wide = tables.table(5, "digits", runs_dir=str(tmp_path))
+    lines = tables.table(5, "digits", runs_dir=str(tmp_path), long_form=True)
     done = lines[lines["state"] == "done"]
     column = done["column"].iloc[0]
     counts = done[done["column"] == column].groupby("row")["seed"].nunique()
@@ -259,13 +261,13 @@ def test_published_runs_are_thin_and_read_back(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_was_made_before_is_rendered_without_torch(tmp_path: Path) -> None:
-    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--storage", str(tmp_path / "runs")]
+    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--runs-dir", str(tmp_path / "runs")]
     job(tmp_path, *words)  # makes the plan
     code = f"""
 import sys
 from pathlib import Path
 from viladiff.cli import tables
-status = tables.main(Path({str(TABLE)!r}), {[*words, "--render", "--out", str(tmp_path / "page")]!r}, "t")
+status = tables.main(Path({str(TABLE)!r}), {[*words, "--render", "--report-dir", str(tmp_path / "page")]!r}, "t")
 assert not any(name in sys.modules for name in ("torch", "ray", "viladiff.runs.config")), "too much was imported"
 raise SystemExit(status)
 """

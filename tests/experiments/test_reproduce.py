@@ -78,7 +78,7 @@ WORDS = ("--scale", "smoke", "--rows", "1", "supervised")
 
 
 def run(tmp_path: Path, *more: str) -> int:
-    return main([*WORDS, "--storage", str(tmp_path / "runs"), *more])
+    return main([*WORDS, "--runs-dir", str(tmp_path / "runs"), *more])
 
 
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: dict[str, float]) -> list[PlannedRun]:

@@ -307,7 +307,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def machine(root: Path, *words: str) -> sweep_setup.SweepJob:
     """A sweep as somebody asks for it whose storage is ``root``, opened."""
-    given = ["--scale", "digits", "--storage", str(root), "--sampler", "random", *words]
+    given = ["--scale", "digits", "--runs-dir", str(root), "--sampler", "random", *words]
     job = sweep_setup.prepare(TUNE / "sweep_lambda.toml", parser(TUNE / "sweep_lambda.toml", "x").parse_args(given))
     with sweep_setup.alone(job.directory):
         sweep_setup.open_directory(job)
@@ -337,7 +337,7 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
     train(job, 3)
     here = load_trials(job.directory / "trials")
     assert [one.state for one in here] == ["complete", "complete", "running"] and list(here[2].values) == ["0"]
-    index = sweep_drive.write(job, here, f"python tune/sweep_lambda.py --storage {tmp_path} --publish")
+    index = sweep_drive.write(job, here, f"python tune/sweep_lambda.py --runs-dir {tmp_path} --publish")
     assert index == checkout / "index.html"
     files = [path for path in checkout.rglob("*") if path.is_file()]
     assert {path.parent.name for path in files} == {"sweep_lambda", "trials", "records"}
@@ -363,11 +363,11 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
     third = sweep_setup.prepare(
         TUNE / "sweep_lambda.toml",
         parser(TUNE / "sweep_lambda.toml", "x").parse_args(
-            ["--scale", "digits", "--storage", str(tmp_path / "c"), "--trials", "5", "--publish", "--render"]
+            ["--scale", "digits", "--runs-dir", str(tmp_path / "c"), "--trials", "5", "--publish", "--render"]
         ),
     )
     sweep_drive.write(
-        third, publish_sweep.published_trials(third), f"python tune/sweep_lambda.py --storage {tmp_path} --publish"
+        third, publish_sweep.published_trials(third), f"python tune/sweep_lambda.py --runs-dir {tmp_path} --publish"
     )
     assert {path.name: path.read_bytes() for path in checkout.iterdir() if path.is_file()} == before
     assert not (tmp_path / "c" / "sweeps").exists()
@@ -419,7 +419,7 @@ def test_what_is_published_of_another_sweep_is_left_alone(checkout: Path, tmp_pa
     ],
 )
 def test_only_the_sweep_as_its_file_has_it_is_published(tmp_path: Path, words: list[str], wrong: str) -> None:
-    given = parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--publish", "--storage", str(tmp_path), *words])
+    given = parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--publish", "--runs-dir", str(tmp_path), *words])
     with pytest.raises(ValueError, match=f"{wrong}: a published page is of the sweep as its file has it"):
         sweep_setup.prepare(TUNE / "sweep_lambda.toml", given)
 

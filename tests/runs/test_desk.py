@@ -120,7 +120,7 @@ def test_a_run_of_another_driver_is_waited_for_and_taken_over(tmp_path: Path, mo
 def test_a_silent_process_is_pointed_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(desks.time, "monotonic", lambda: now[0])
-    found, events = desk(tmp_path, 1, hang_after=8)
+    found, events = desk(tmp_path, 1, stall_timeout=8)
 
     def pass_time(seconds: int) -> list[str]:
         hung = []

@@ -213,7 +213,7 @@ TRAIN = ["train", "method.name=semibaseline", "train.steps=2", "eval.max_images=
 
 
 def test_ctrl_c_leaves_the_lease_as_it_was(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "viladiff", *TRAIN, "--out", str(tmp_path), "--threads", "1"]
+    words = [sys.executable, "-m", "viladiff", *TRAIN, "--runs-dir", str(tmp_path), "--threads", "1"]
     name = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=True).stdout
     run = next(
         word for word in name.replace("/", " ").split() if len(word) == 16 and set(word) <= set("0123456789abcdef")

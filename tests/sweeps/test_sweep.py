@@ -262,7 +262,7 @@ def test_fields_of_the_sweep_are_not_typed(sweep: Sweep) -> None:
 
 
 def asked(tmp_path: Path, *words: str) -> argparse.Namespace:
-    return parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--scale", "smoke", "--storage", str(tmp_path), *words])
+    return parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--scale", "smoke", "--runs-dir", str(tmp_path), *words])
 
 
 def opened(tmp_path: Path, *words: str, path: Path = TUNE / "sweep_lambda.toml") -> sweep_setup.SweepJob:
@@ -324,7 +324,7 @@ def test_storage_that_cannot_be_written_and_wrong_words_are_said_at_once(
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sweep", "lambda", "--scale", "smoke", "--storage", str(tmp_path / "runs"), "--dry-run"]
+    words = ["sweep", "lambda", "--scale", "smoke", "--runs-dir", str(tmp_path / "runs"), "--dry-run"]
     assert viladiff(words) == 0
     out = capsys.readouterr().out
     assert "0.05 to 2.0, log" in out and "16 of 1 seeds, by tpe" in out and "the part dev of the embedded data" in out
@@ -502,7 +502,7 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
     trials = desk.search.trials
     assert [trial.state for trial in trials] == ["complete"] and desk.over
     printed = shlex.split(sweep_messages.conclusion(job, trials, [])[-1])
-    assert viladiff([*printed[1:], "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    assert viladiff([*printed[1:], "--runs-dir", str(tmp_path / "again"), "--quiet"]) == 0
     (path,) = (tmp_path / "again").glob("*/record.json")
     best = max(trials, key=lambda trial: trial.value or 0)
     assert load_record(path).miou == best.values["0"] and path.parent.name == best.runs["0"]

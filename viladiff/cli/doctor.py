@@ -22,8 +22,8 @@ RUNS_GB = 1.0
 """Room for some runs on the embedded data sets, in GB; real ones take more."""
 
 
-def examine(out: str | Path = "runs") -> list[Check]:
-    """All checks; ``out`` is the directory of runs."""
+def examine(runs_dir: str | Path = "runs") -> list[Check]:
+    """All checks; ``runs_dir`` is the directory of runs."""
     checks = [_python(), *_packages()]
     if find_spec("torch") is not None:
         checks += _torch()
@@ -31,7 +31,7 @@ def examine(out: str | Path = "runs") -> list[Check]:
         from viladiff.data.cache import cache_dir
 
         checks += [_place("cache", cache_dir(), CACHE_GB, "VILADIFF_CACHE"), *_cached(cache_dir())]
-    checks += [_place("runs", Path(out), RUNS_GB, "--out"), _ray()]
+    checks += [_place("runs", Path(runs_dir), RUNS_GB, "--runs-dir"), _ray()]
     return checks
 
 

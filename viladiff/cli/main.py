@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from viladiff import __version__
-from viladiff.cli.common import carry_out, read_arguments
+from viladiff.cli.common import CommandParser, carry_out, read_arguments
 from viladiff.cli.data import add_data
 from viladiff.cli.runs import add_runs
 from viladiff.cli.sweeps import add_options as add_sweep_options
@@ -38,7 +38,7 @@ TRAIN_EXAMPLES = """\
 examples:
   viladiff train method.name=viladiff data.split=183 seed=1
   viladiff train method.name=viladiff method.mixe.enabled=false train.steps=100 --threads 1
-  viladiff train method.name=semibaseline data.dataset=dense data.split=463 --out /tmp/runs
+  viladiff train method.name=semibaseline data.dataset=dense data.split=463 --runs-dir /tmp/runs
   viladiff train method.name=viladiff --dry-run
 
 A run's directory is named by its content. The same command goes on from the last checkpoint;
@@ -70,18 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All subcommands; each sets ``run`` to the function that carries it out."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser("viladiff", epilog=EXAMPLES, formatter_class=raw, description=_first_line())
+    top: argparse.ArgumentParser = CommandParser(
+        "viladiff", epilog=EXAMPLES, formatter_class=raw, description=_first_line()
+    )
     top.add_argument("--version", action="version", version=f"viladiff {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train one run", epilog=TRAIN_EXAMPLES, formatter_class=raw)
     _add_fields(train)
-    train.add_argument("--out", metavar="DIR", help="directory of runs (runtime.runs_dir)")
+    train.add_argument("--runs-dir", metavar="DIR", help="directory of runs (runtime.runs_dir)")
     train.add_argument("--captions", metavar="FILE", help="in place of the data set's own (runtime.captions)")
     train.add_argument("--dry-run", action="store_true", help="say what would run and where it goes, and stop")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint (the default)")
-    again.add_argument("--fresh", action="store_true", help="start over, also where the run is finished")
+    again.add_argument("--restart", action="store_true", help="start over, also where the run is finished")
     _add_runtime(train)
     train.add_argument("--workers", metavar="N", help="processes that share each batch (runtime.workers)")
     train.set_defaults(run=_train)
@@ -115,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.set_defaults(run=_sweep)
 
     doctor = commands.add_parser("doctor", help="check this machine and installation")
-    doctor.add_argument("--out", metavar="DIR", default="runs", help="directory of runs to check")
+    doctor.add_argument("--runs-dir", metavar="DIR", default="runs", help="directory of runs to check")
     doctor.add_argument("--cluster", metavar="FILE", help="check a cluster's file instead, before `ray up` reads it")
     doctor.set_defaults(run=_doctor)
     return top
@@ -172,8 +174,7 @@ def _changes(args: argparse.Namespace) -> dict[str, object]:
     """The fields and the flags that stand for fields, as one flat map; a field given in both ways is refused."""
     from viladiff.runs.config import parse_overrides
 
-    flags = {name: getattr(args, name, None) for name in ("out", "device", "workers", "threads", "captions")}
-    flags["runs_dir"] = flags.pop("out")
+    flags = {name: getattr(args, name, None) for name in ("runs_dir", "device", "workers", "threads", "captions")}
     words = [f"runtime.{name}={value}" for name, value in flags.items() if value is not None]
     if args.quiet:
         words.append("runtime.progress=false")
@@ -189,10 +190,10 @@ def _train(args: argparse.Namespace) -> int:
     from viladiff.training.trainer import fit
 
     started = time.time()
-    result = fit(cfg, resume=not args.fresh)
+    result = fit(cfg, resume=not args.restart)
     _print_result({**result.summary(), "directory": result.directory})
     if (result.directory / "record.json").stat().st_mtime < started:
-        print("\nThis run was finished before and nothing was trained; --fresh starts over.")
+        print("\nThis run was finished before and nothing was trained; --restart starts over.")
     return 0
 
 
@@ -313,7 +314,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
         checks = examine_cluster(args.cluster)
     else:
-        checks = examine(args.out)
+        checks = examine(args.runs_dir)
     show(checks)
     return int(any(check.broken for check in checks))
 

@@ -40,7 +40,7 @@ def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         made = actions.add_parser(
             name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=raw
         )
-        made.add_argument("--store", metavar="DIR", default="runs", help="directory of runs (default: runs)")
+        made.add_argument("--runs-dir", metavar="DIR", default="runs", help="directory of runs (default: runs)")
         made.add_argument(
             "--published",
             metavar="DIR",
@@ -86,11 +86,11 @@ def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _store(args: argparse.Namespace, repair: bool = False) -> Store:
     from viladiff.runs.store import Store
 
-    return Store(Path(args.store), [Path(args.published)], repair=repair)
+    return Store(Path(args.runs_dir), [Path(args.published)], repair=repair)
 
 
 def _places(args: argparse.Namespace) -> str:
-    return " or ".join(dict.fromkeys((args.store, args.published)))
+    return " or ".join(dict.fromkeys((args.runs_dir, args.published)))
 
 
 def _empty(args: argparse.Namespace) -> str:
@@ -98,13 +98,13 @@ def _empty(args: argparse.Namespace) -> str:
         f"There is no run in {_places(args)}. To make one:\n"
         "  viladiff train method.name=viladiff data.split=183\n"
         "  make table5                                          a whole table, in minutes\n"
-        "Runs of another directory: viladiff runs list --store DIR; of somebody else: viladiff runs import FILE.tar.gz"
+        "Runs of another directory: viladiff runs list --runs-dir DIR; of an archive: viladiff runs import FILE.tar.gz"
     )
 
 
 def _nothing(args: argparse.Namespace, what: str = "run") -> ValueError:
     here = f"there is no {what} in {_places(args)}"
-    return ValueError(f"{here}: viladiff train method.name=viladiff makes one, --store DIR looks elsewhere")
+    return ValueError(f"{here}: viladiff train method.name=viladiff makes one, --runs-dir DIR looks elsewhere")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -222,7 +222,6 @@ def _import(args: argparse.Namespace) -> int:
     done = import_archive(_store(args, repair=True), Path(args.file))
     for run_id, what in done.items():
         print(f"{run_id}  {what}")
-    print(
-        f"{sum(what.startswith('imported') for what in done.values())} of {len(done)} runs imported into {args.store}"
-    )
+    imported = sum(what.startswith("imported") for what in done.values())
+    print(f"{imported} of {len(done)} runs imported into {args.runs_dir}")
     return 0

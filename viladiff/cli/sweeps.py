@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from viladiff.cli.common import carry_out, read_arguments
+from viladiff.cli.common import CommandParser, carry_out, read_arguments
 from viladiff.cli.tables import add_placing
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
@@ -18,7 +18,7 @@ examples:
   {name}                                  scale quick: minutes on two cores
   {name} --scale digits --trials 40       the embedded data set in full; again with 60: twenty more
   {name} --sampler random --scheduler asha --seeds 1
-  {name} --scale digits --address auto --gpus-per-trial 0.5 --storage /shared/runs
+  {name} --scale digits --address auto --gpus-per-trial 0.5 --runs-dir /shared/runs
 
 The same command continues where the last one stopped and trains nothing twice. Points are chosen by images that are
 held out of the labelled list; the best ones are then trained anew on fresh seeds, and only those scores are quoted.
@@ -38,7 +38,7 @@ def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None)
 def parser(path: Path, name: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = f"Searches the space of {path.name}, and says which point is best and how sure that is."
-    top = argparse.ArgumentParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
+    top = CommandParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
     add_options(top)
     return top
 
@@ -69,8 +69,10 @@ def add_options(top: argparse.ArgumentParser) -> None:
     how.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share each run's batches")
     how.add_argument("--trial-timeout", type=float, metavar="SECONDS", help="a trial that takes longer has failed")
     where = top.add_argument_group("where")
-    where.add_argument("--storage", default="runs", metavar="DIR", help="directory of runs and sweeps (default: runs)")
-    where.add_argument("--out", metavar="DIR", help="directory of the page (default: reports/<scale>/sweep_<name>)")
+    where.add_argument("--runs-dir", default="runs", metavar="DIR", help="directory of runs and sweeps (default: runs)")
+    where.add_argument(
+        "--report-dir", metavar="DIR", help="directory of the page (default: reports/<scale>/sweep_<name>)"
+    )
     where.add_argument(
         "--publish", action="store_true", help="page, trials and records to reports/published/sweep_<name>"
     )

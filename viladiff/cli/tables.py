@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from viladiff.cli.common import carry_out, read_arguments
+from viladiff.cli.common import CommandParser, carry_out, read_arguments
 
 EXAMPLES = """\
 examples:
@@ -15,7 +15,7 @@ examples:
   {name}                                  scale quick: one seed, minutes on two cores
   {name} --scale digits --seeds 3         the embedded data set in full
   {name} --rows 1 8 --columns 1 -- train.steps=50
-  {name} --scale digits --address auto --gpus-per-trial 0.5 --storage /shared/runs
+  {name} --scale digits --address auto --gpus-per-trial 0.5 --runs-dir /shared/runs
 
 The same command continues where the last one stopped, runs nothing twice, and shares work with others like it.
 """
@@ -44,7 +44,7 @@ def _said(program: str) -> str:
 def parser(path: Path, name: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = f"Runs what {path.name} asks for and is not done yet, and writes its page."
-    top = argparse.ArgumentParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
+    top = CommandParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
     add_options(top)
     return top
 
@@ -63,16 +63,16 @@ def add_options(top: argparse.ArgumentParser) -> None:
     add_placing(how)
     how.add_argument("--dashboard", action="store_true", help="Ray's dashboard, on this machine's loopback")
     where = top.add_argument_group("where")
-    where.add_argument("--storage", default="runs", metavar="DIR", help="directory of runs (default: runs)")
-    where.add_argument("--out", metavar="DIR", help="directory of the page (default: reports/<scale>/<table>)")
+    where.add_argument("--runs-dir", default="runs", metavar="DIR", help="directory of runs (default: runs)")
+    where.add_argument("--report-dir", metavar="DIR", help="directory of the page (default: reports/<scale>/<table>)")
     where.add_argument("--publish", action="store_true", help="page and records to reports/published/<table>")
     then = top.add_mutually_exclusive_group()
     then.add_argument("--dry-run", action="store_true", help="say what would run and what it would take, and stop")
     then.add_argument("--render", action="store_true", help="write the page of what there is, and run nothing")
     top.add_argument(
-        "--fresh", action="store_true", help="every cell anew; older runs are set aside (leave out to continue)"
+        "--restart", action="store_true", help="every cell anew; older runs are set aside (leave out to continue)"
     )
-    top.add_argument("--price", type=float, metavar="P", help="price of an hour of this machine, for --dry-run")
+    top.add_argument("--hourly-price", type=float, metavar="P", help="price of an hour of this machine, for --dry-run")
 
 
 def add_placing(how: argparse._ArgumentGroup) -> None:
@@ -80,4 +80,4 @@ def add_placing(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--max-concurrent", type=int, metavar="N", help="runs at once (default: as many as fit)")
     how.add_argument("--gpus-per-trial", type=float, metavar="F", help=SHARE)
     how.add_argument("--address", help="an existing Ray cluster, or auto; default: one of its own on this machine")
-    how.add_argument("--hang-after", type=float, default=600.0, metavar="SECONDS", help="silence that ends a run")
+    how.add_argument("--stall-timeout", type=float, default=600.0, metavar="SECONDS", help="silence that ends a run")

@@ -364,7 +364,7 @@ def _shared(cluster: Cluster) -> Iterator[ConfigProblem]:
     if cluster.provider != "local" and not any(re.search(r"\b(mount|mount\.\w+|s3fs|gcsfuse)\s", c) for c in commands):
         found = "no worker mounts a shared folder, so runs would go with their machine"
         yield ConfigProblem(
-            ("worker_start_ray_commands",), found, "mount one before ray start, and give it as --storage"
+            ("worker_start_ray_commands",), found, "mount one before ray start, and give it as --runs-dir"
         )
 
 

@@ -317,7 +317,7 @@ def _run_single(desk: JobQueue, session: Session) -> None:
     from viladiff.cluster.worker import WorkerContext, trial
 
     settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
     jobs = {job.run_id: job for job in desk.waiting}
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)

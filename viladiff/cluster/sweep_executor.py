@@ -104,7 +104,7 @@ def trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) ->
 
 def _tune(desk: TrialQueue, session: Session, work: Work) -> None:
     settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
     box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)

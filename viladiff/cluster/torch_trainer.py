@@ -63,7 +63,7 @@ class Mailbox:
 def run_shared(desk: JobQueue, scratch: Path, refresh: Callable[[], None]) -> None:
     """Runs the desk's jobs, ``desk.slots`` trainers at a time, until it is over."""
     settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
     box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     flag: Any = None
     running: dict[Future[None], str] = {}

@@ -46,7 +46,7 @@ class WorkerContext:
     cwd: str
     """Where the driver was started: paths in a configuration are meant from there."""
     threads: int
-    hang_after: float
+    stall_timeout: float
     stop_name: str
     """An actor of this name exists once all runs are to stop."""
 
@@ -78,7 +78,7 @@ def attempt_held(
     trace, told = directory / "hang.txt", directory / "traceback.txt"
     told.unlink(missing_ok=True)
     with trace.open("w") as file:
-        watchdog = _Watchdog(file.fileno(), place.hang_after)
+        watchdog = _Watchdog(file.fileno(), place.stall_timeout)
         report: ProgressCallback = _reporter(tell, watchdog, place.stop_name)
         if judged is not None:
             report = _hearing(report, judged, watchdog)

@@ -41,9 +41,9 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
 
     ``args``: as ``viladiff plan`` reads them. Raises ValueError for options that only one table can have.
     """
-    for name in ("rows", "columns", "encoder", "out"):
+    for name in ("rows", "columns", "encoder", "report_dir"):
         if getattr(args, name, None):
-            raise ValueError(f"--{name}: of one table; `plan all` has none")
+            raise ValueError(f"--{name.replace('_', '-')} is not supported by `plan all`")
     shares = [share_of(path, args) for path in paths]
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     grid = Grid("table", *("cells", "runs", "new here", "done", "alone", "rows that wait"), box=None, pad_edge=False)
@@ -89,7 +89,7 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, 
         threads = job.table.scale[args.scale].threads or 1
         asked = ExecutionSettings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
         room = concurrency(asked, left)
-        alone, guess = (estimate(plan, job.store, n, args.price) for n in (1, room.slots if room else 1))
+        alone, guess = (estimate(plan, job.store, n, args.hourly_price) for n in (1, room.slots if room else 1))
         together = f", {_said(guess.seconds)} with {room.slots} at once" if room else ""
         lines |= {
             "done": f"{guess.done} of {guess.runs} runs",

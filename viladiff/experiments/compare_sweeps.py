@@ -22,7 +22,14 @@ def tuned(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> 
 
 
 def _other(name: str, job: SweepJob, records: Records) -> Tuned:
-    plain: dict[str, Any] = {"study": None, "trials": None, "seeds": None, "database": None, "out": None, "changes": []}
+    plain: dict[str, Any] = {
+        "study": None,
+        "trials": None,
+        "seeds": None,
+        "database": None,
+        "report_dir": None,
+        "changes": [],
+    }
     args = argparse.Namespace(**{**vars(job.args), **plain})
     other = prepare(ROOT / "tune" / f"sweep_{name}.toml", args)
     trials = load_trials(other.directory / "trials") or published_trials(other)

@@ -30,21 +30,21 @@ class Compared(NamedTuple):
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    """Trains what has a committed record and is not trained in ``args.storage`` yet, and prints a line a run."""
+    """Trains what has a committed record and is not trained in ``args.runs_dir`` yet, and prints a line a run."""
     table = load_table(tables.find_table(args.table))
-    storage = Path(args.storage).expanduser().absolute()
-    cache = storage / "plans"
+    runs_dir = Path(args.runs_dir).expanduser().absolute()
+    cache = runs_dir / "plans"
     plan = make_plan(table, args.scale, seeds=[args.seed], rows=args.rows, columns=args.columns, cache=cache)
-    committed = Store(storage / "nothing", [tables.ROOT / "reports" / "published"])
+    committed = Store(runs_dir / "nothing", [tables.ROOT / "reports" / "published"])
     there = committed.records()
     records = {name: there[name] for name in plan.runs if name in there}
     lacking = [Compared("not decided", text) for text in _lacking(plan, committed)]
     if args.dry_run or not records:
-        for text in [*(one.text for one in lacking), *_outline(plan, records, storage)]:
+        for text in [*(one.text for one in lacking), *_outline(plan, records, runs_dir)]:
             print(text)
         return 0 if args.dry_run else 2
     every = make_plan(table, args.scale, rows=args.rows, columns=args.columns, cache=cache)
-    store = Store(storage)
+    store = Store(runs_dir)
     store.sweep()
     stopped = _train(plan, records, store, _settings(plan, args))
     found = [*lacking]
@@ -73,7 +73,7 @@ def _lacking(plan: Plan, committed: Store) -> Iterator[str]:
             yield f"{plan.runs[run_id].title}: no published record of run {run_id}{older}: nothing to compare with"
 
 
-def _outline(plan: Plan, records: dict[str, RunRecord], storage: Path) -> Iterator[str]:
+def _outline(plan: Plan, records: dict[str, RunRecord], runs_dir: Path) -> Iterator[str]:
     """What would be trained, and how long the records say that it takes."""
     for run_id, record in records.items():
         wall = "unknown time" if record.wall_seconds is None else f"{record.wall_seconds / 60:.0f} min"
@@ -83,7 +83,7 @@ def _outline(plan: Plan, records: dict[str, RunRecord], storage: Path) -> Iterat
         how = f"within {DEVIATIONS} standard deviations ({'; '.join(other)})" if other else "bit for bit"
         yield f"{plan.runs[run_id].title}: {record.steps:,} steps, {wall} when published; mIoU {score}, compared {how}"
     if records:
-        yield f"{len(records)} runs to train and compare; they go to {storage}"
+        yield f"{len(records)} runs to train and compare; they go to {runs_dir}"
     else:
         yield "nothing is trained: make published makes the records"
 
@@ -93,7 +93,7 @@ def _settings(plan: Plan, args: argparse.Namespace) -> ExecutionSettings:
         threads=plan.table.scale[plan.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
-        hang_after=args.hang_after,
+        stall_timeout=args.stall_timeout,
         address=args.address,
     )
 
@@ -104,7 +104,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
 
     done = {name: record.miou for name, record in store.records().items()}
     for name in done.keys() & records.keys():
-        print(f"{plan.runs[name].title}: trained before in {store.root}; another --storage trains it anew")
+        print(f"{plan.runs[name].title}: trained before in {store.root}; another --runs-dir trains it anew")
     runs = {name: run for name, run in plan.runs.items() if name in records}
     left = [replace(run, changes={"runtime.log_every": 10, **run.changes}) for run in runs.values()]
     left = [run for run in left if run.run_id not in done]

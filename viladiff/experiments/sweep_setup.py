@@ -79,15 +79,15 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
     namer = SweepPlanner(sweep, args.scale, changes, args.select, args.workers)
     optuna_pruner(args.scheduler, namer.steps)  # whether it can judge at these rungs
     published = ROOT / "reports" / "published"
-    store = Store(Path(args.storage), [published])
+    store = Store(Path(args.runs_dir), [published])
     own = published if args.publish else ROOT / "reports" / args.scale
-    out = Path(args.out).expanduser().absolute() if args.out else own / f"sweep_{sweep.name}"
+    out = Path(args.report_dir).expanduser().absolute() if args.report_dir else own / f"sweep_{sweep.name}"
     example = namer.planned(sweep.initial_point, seeds[0])
     settings = ExecutionSettings(
         threads=example.threads or sweep.scale[args.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
-        hang_after=args.hang_after,
+        stall_timeout=args.stall_timeout,
         address=args.address,
     )
     found = room(settings, [example] * trials)
@@ -96,7 +96,7 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
 
 def _check_publishing(args: argparse.Namespace) -> None:
     """ValueError for what would make the published sweep another one than its file says."""
-    others = [name for name in ("changes", "seeds", "out", "no_finals") if getattr(args, name)]
+    others = [name for name in ("changes", "seeds", "report_dir", "no_finals") if getattr(args, name)]
     wrong = [f"--{others[0].replace('_', '-')}"] if others else []
     wrong += [f"--scale {args.scale}"] * (args.scale != "digits")
     if args.publish and wrong:
@@ -113,7 +113,7 @@ def alone(directory: Path) -> leases.Lease:
         watch = leases.HeartbeatMonitor()
         lease = leases.take_or_wait(directory, watch)
     except OSError as error:
-        raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); see --storage") from error
+        raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); see --runs-dir") from error
     if lease is None:
         holder = next(iter(leases.live_leases(directory, watch).values()), None)
         raise ValueError(f"{directory}: {holder or 'another driver'} is at this sweep; wait, or give --study NAME")
@@ -130,7 +130,7 @@ def open_directory(job: SweepJob) -> None:
         (job.directory / "trials").mkdir(exist_ok=True)
         write_atomically(path, json.dumps(meta(job), indent=1).encode())
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); see --storage") from error
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); see --runs-dir") from error
 
 
 def check_same(job: SweepJob) -> None:

@@ -67,7 +67,7 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         threads=job.table.scale[args.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
-        hang_after=args.hang_after,
+        stall_timeout=args.stall_timeout,
         address=args.address,
         dashboard=args.dashboard,
     )
@@ -75,9 +75,9 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         from viladiff.experiments.dry_run import outline
 
         beside = None if job.beside is None else (job.beside, job.records)
-        outline(job.plan, job.store, settings, job.out, args.price, beside)
+        outline(job.plan, job.store, settings, job.out, args.hourly_price, beside)
         return 0
-    if args.fresh:
+    if args.restart:
         _set_aside(job)
     try:
         outcomes = [] if args.render else run_missing(job, settings)
@@ -97,7 +97,7 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
     if args.workers is not None:
         changes.setdefault("runtime.workers", args.workers)
     published = ROOT / "reports" / "published"
-    storage = Path(args.storage).expanduser().absolute()
+    runs_dir = Path(args.runs_dir).expanduser().absolute()
     plan = make_plan(
         table,
         args.scale,
@@ -105,15 +105,15 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
         rows=args.rows,
         columns=args.columns,
         changes=changes,
-        cache=storage / "plans",
+        cache=runs_dir / "plans",
     )
     other = table.scale[args.scale].published_runs
-    beside = make_plan(table, other, cache=storage / "plans") if other else None
+    beside = make_plan(table, other, cache=runs_dir / "plans") if other else None
     # Where published numbers have a column of their own, what counts as run here is what was run here.
-    store = Store(storage, [] if args.fresh or beside else [published])
+    store = Store(runs_dir, [] if args.restart or beside else [published])
     store.sweep()
     default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
-    out = Path(args.out).expanduser().absolute() if args.out else default
+    out = Path(args.report_dir).expanduser().absolute() if args.report_dir else default
     return TableJob(table, plan, store, out, command, args.publish, path, beside)
 
 
@@ -235,7 +235,7 @@ def _say_beside(job: TableJob, other: Plan) -> None:
     print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{sentence(both)}\n")
 
 
-def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_form: bool = False) -> pd.DataFrame:
+def table(name: str | int, scale: str = "quick", *, runs_dir: str = "runs", long_form: bool = False) -> pd.DataFrame:
     """A table as far as it was run; trains nothing. Rows by (column, mean | sd | n | paper), all in percent.
 
     ``n`` counts the seeds of a cell that are done, ``sd`` is their sample standard deviation, NaN below two. Runs of
@@ -248,8 +248,8 @@ def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_
     from viladiff.report.table.long_form import frame
 
     found = load_table(find_table(name))
-    plan = make_plan(found, scale, cache=Path(storage).absolute() / "plans")
-    return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"], repair=False), long_form=long_form)
+    plan = make_plan(found, scale, cache=Path(runs_dir).absolute() / "plans")
+    return frame(plan, Store(Path(runs_dir), [ROOT / "reports" / "published"], repair=False), long_form=long_form)
 
 
 def find_table(name: str | int) -> Path:
@@ -269,7 +269,7 @@ def find_table(name: str | int) -> Path:
 
 def shell_command(program: str, words: Sequence[str]) -> str:
     """The command that brings the table on from here, to be pasted into a shell."""
-    return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--fresh", "--render"))])
+    return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--restart", "--render"))])
 
 
 def public_command(command: str) -> str:
@@ -279,9 +279,9 @@ def public_command(command: str) -> str:
 
 def _check_options(args: argparse.Namespace) -> None:
     """ValueError for options that contradict each other."""
-    if args.fresh and args.render:
-        raise ValueError("--fresh --render: the first sets all runs aside, so the second would find none; give one")
-    partial = [name for name in ("rows", "columns", "seeds", "encoder", "changes", "fresh") if getattr(args, name)]
+    if args.restart and args.render:
+        raise ValueError("--restart --render: the first sets all runs aside, so the second would find none; give one")
+    partial = [name for name in ("rows", "columns", "seeds", "encoder", "changes", "restart") if getattr(args, name)]
     if args.publish and (partial or args.scale != "digits"):
         wrong = f"--scale {args.scale}" if args.scale != "digits" else f"--{partial[0]}"
         raise ValueError(f"--publish {wrong}: a published page is of the whole table, at --scale digits")

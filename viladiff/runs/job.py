@@ -55,7 +55,7 @@ class ExecutionSettings:
     """Runs at once; None: as many as processors (or fractions of a GPU) allow, all of them on a cluster."""
     retries: int = 2
     """How often a run whose process died is started again."""
-    hang_after: float = 600.0
+    stall_timeout: float = 600.0
     """Seconds without a sign of life after which a run is killed; until its first step, six times that."""
     address: str | None = None
     """A Ray cluster; None starts one on this machine for the time of the call."""
@@ -76,7 +76,7 @@ class ExecutionSettings:
                     self.max_concurrent is None or self.max_concurrent >= 1,
                 ),
                 ("retries", self.retries, "must not be negative", self.retries >= 0),
-                ("hang_after", self.hang_after, "must be more than 0 seconds", self.hang_after > 0),
+                ("stall_timeout", self.stall_timeout, "must be more than 0 seconds", self.stall_timeout > 0),
             )
             if not fine
         ]

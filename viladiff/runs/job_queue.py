@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Kind = Literal["nan", "memory", "hang", "killed", "stale", "error"]
 
 SETUP = 6
-"""Rendering or reading a data set, and the first step, may take this many times ``hang_after``."""
+"""Rendering or reading a data set, and the first step, may take this many times ``stall_timeout``."""
 LOOK = 1.0
 """Seconds between looks at runs that another driver has."""
 
@@ -151,7 +151,7 @@ class JobQueue:
         hung = run.hung or (trace.is_file() and trace.stat().st_size > 0)
         if hung:
             stack = f"; where it stood: {trace}" if trace.is_file() and trace.stat().st_size else ""
-            message = f"no sign of life for {self.settings.hang_after:g} s{stack}"
+            message = f"no sign of life for {self.settings.stall_timeout:g} s{stack}"
         self._failed(run, "hang" if hung else "memory" if memory else "killed", message)
 
     def tick(self) -> Iterator[tuple[str, tuple[str, int]]]:
@@ -165,7 +165,7 @@ class JobQueue:
             self._look_elsewhere()
         for run_id, run in self.live.items():
             # The run's own watchdog comes first and leaves a trace; this one is for a process that cannot act.
-            patience = 1.25 * self.settings.hang_after * (SETUP if run.step is None else 1)
+            patience = 1.25 * self.settings.stall_timeout * (SETUP if run.step is None else 1)
             if run.place and not run.hung and self.clock - run.heard > patience:
                 run.hung = True
                 yield run_id, run.place

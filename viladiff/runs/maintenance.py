@@ -162,7 +162,7 @@ def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = N
 
 
 def _replaced(folder: Path, keep_checkpoints: bool) -> Iterator[tuple[Path, str]]:
-    """Of runs that ``--fresh`` has set aside: the networks of finished ones, and all of the others."""
+    """Of runs that ``--restart`` has set aside: the networks of finished ones, and all of the others."""
     for run in sorted(path for path in folder.glob("*/*") if path.is_dir() and RUN_ID.fullmatch(path.name)):
         if not (run / "record.json").exists():
             yield run, "unfinished, replaced"

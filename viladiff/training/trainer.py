@@ -194,13 +194,13 @@ class Trainer:
                 reason = str(error).splitlines()[-1].strip()
                 raise ValueError(
                     f"{self.directory / 'checkpoint.pt'} is of another version of this model ({reason}); "
-                    "start over (viladiff train --fresh), or go back to the version that wrote it"
+                    "start over (viladiff train --restart), or go back to the version that wrote it"
                 ) from error
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
             except ValueError as error:
                 here = self.directory / "checkpoint.pt"
-                raise ValueError(f"{here}: {error}; start over (viladiff train --fresh)") from error
+                raise ValueError(f"{here}: {error}; start over (viladiff train --restart)") from error
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
             self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
