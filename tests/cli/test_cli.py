@@ -83,9 +83,10 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
     }
     assert trained == [(override(RunConfig(), wanted), {"resume": True})]
     out = capsys.readouterr().out
-    assert "miou" in out and "0.25" in out and "none" in out and "finished before" not in out
+    assert "none" in out and "0.25" not in out and "Already finished" not in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["teacher/visual", "0.2500", "-"] in rows and ["student/visual", "-", "4"] in rows
+    assert ["mIoU", "%", "25.00"] in rows and ["network/stream", "miou", "%", "images"] in rows
+    assert ["teacher/visual", "25.00", "-"] in rows and ["student/visual", "-", "4"] in rows
 
 
 def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +130,7 @@ def test_a_finished_run_says_so(
 ) -> None:
     monkeypatch.setattr(cli.time, "time", lambda: 1e12)
     assert cli.main(["train"]) == 0
-    assert "finished before" in capsys.readouterr().out
+    assert "Already finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_doctor_passes_on_a_sound_machine(
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
     assert cli.main(["doctor", "--runs-dir", str(tmp_path / "runs")]) == 0
     out = capsys.readouterr().out
-    assert "torch" in out and "not rendered yet" in out and "FAIL" not in out
+    assert "torch" in out and "not rendered;" in out and "FAIL" not in out
     assert not list(tmp_path.iterdir())
 
 

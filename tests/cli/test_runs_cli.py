@@ -165,7 +165,7 @@ def test_no_run_is_met_with_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for words in (["list"], ["verify"]):
         assert "viladiff train method.name=viladiff" in runs(*words)
     for words in (["show", "a"], ["diff", "a", "b"], ["export", "a.tar.gz"]):
-        assert "there is no" in runs(*words, status=2)
+        assert "error: no " in runs(*words, status=2)
     assert "Nothing to delete" in runs("gc")
     assert list(tmp_path.iterdir()) == []
 
@@ -195,12 +195,12 @@ def test_show_of_unfinished_runs(home: Store, runs: Runs) -> None:
 
 
 def test_names_of_runs_are_understood_or_explained(home: Store, runs: Runs) -> None:
-    assert "2 runs begin so (00000000000000aa, 00000000000000bb)" in runs("show", "0000", status=2)
+    assert "ambiguous run id '0000': matches 00000000000000aa, 00000000000000bb" in runs("show", "0000", status=2)
     wrong = ONE.run_id[:5] + "z" + ONE.run_id[6:]
     assert f"did you mean '{ONE.run_id}'?" in runs("show", wrong, status=2)
     assert f"did you mean '{ONE.run_id[:4]}'?" in runs("show", ONE.run_id[:3] + "z", status=2)
-    assert "shows 5 others" in runs("show", "", status=2)
-    assert "is not finished (failed" in runs("diff", ONE.run_id, FAILED, status=2)
+    assert "5 runs are in viladiff runs list" in runs("show", "", status=2)
+    assert "not finished (failed" in runs("diff", ONE.run_id, FAILED, status=2)
 
 
 def test_diff_shows_changed_fields_and_scores(home: Store, runs: Runs) -> None:
@@ -433,7 +433,7 @@ def test_what_is_packed_is_what_is_unpacked(home: Store, packed: Path, runs: Run
 def test_export_refuses_what_it_cannot_do(home: Store, packed: Path, runs: Runs) -> None:
     assert "exists and is not overwritten" in runs("export", "mine.tar.gz", status=2)
     assert "ends in .tar.gz" in runs("export", "mine.zip", status=2)
-    assert "is not finished" in runs("export", "x.tar.gz", FAILED, status=2)
+    assert "not finished" in runs("export", "x.tar.gz", FAILED, status=2)
     assert "data.split is one of" in runs("export", "x.tar.gz", "data.split=1", status=2)
     assert "3 runs" in runs("export", "all.tar.gz")
 

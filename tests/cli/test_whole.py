@@ -62,9 +62,9 @@ def test_runs_that_tables_share_count_once(tmp_path: Path, paths: list[Path]) ->
     lines = totals(shares, args)
     assert lines["cells"] == "12 with 8 different runs" and lines["done"] == "0 of 8 runs"
     assert estimate(plan, job.store).seconds == pytest.approx(8 * (10 + 5))
-    assert lines["time"].startswith("2 min 0 s of work left, 1 min 0 s with 2 at once (8 runs to go: 8 as guessed")
+    assert lines["time"].startswith("2 min 0 s of work left, 1 min 0 s with 2 at once (8 runs remaining: 8 estimated")
     assert lines["cost"] == "0.06", "60 s of the machine at 3.6 an hour"
-    assert lines["waiting"].startswith("1 rows")
+    assert lines["unavailable"].startswith("1 rows")
 
 
 def test_the_outline_shows_what_each_table_adds(

@@ -244,7 +244,7 @@ def test_ctrl_c_saves_every_run_and_the_next_one_goes_on(tmp_path: Path) -> None
     driver.until("progress")
     processes = descendants(driver.process.pid)
     driver.ctrl_c()
-    assert "Ctrl-C once more" in driver.until("note")["message"]
+    assert "Press Ctrl-C again" in driver.until("note")["message"]
     outcomes = driver.outcomes()
     assert {state for state, _ in outcomes.values()} == {"stopped"}
     assert not alive(processes)

@@ -310,7 +310,7 @@ FEW = {"data.batch_labelled": 2, "train.steps": 3, "eval.boundary": False, "runt
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Store]:
     """The spec's first two rows at scale smoke, and the row without attention, each trained for three steps."""
     storage = tmp_path_factory.mktemp("figure1")
-    plan = make_plan(load_table(SPEC), "smoke", rows=[1, 2, 5], changes=FEW)
+    plan = make_plan(load_table(SPEC), "smoke", rows=[1, 2, "c"], changes=FEW)
     for one in plan.runs.values():
         extra = {"runtime.runs_dir": str(storage), "runtime.visualizations": 1}
         fit(override(RunConfig(), {**one.changes, **extra}))

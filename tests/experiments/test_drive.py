@@ -113,7 +113,7 @@ def test_nothing_left_to_run_starts_nothing(tmp_path: Path, monkeypatch: pytest.
         (["--workers", "2"], 0, ["4 at once, 2 workers with 1 thread each"]),
         ([], 2, ["2 at once", "2 GPUs here, one for each run; --gpus-per-trial says otherwise"]),
         (["--gpus-per-trial", "0.5"], 2, ["4 at once"]),
-        (["--address", "auto"], 0, ["as many at once as the cluster has room for", "of work, one run after another"]),
+        (["--address", "auto"], 0, ["as many at once as the cluster can run", "of sequential work"]),
         (["--address", "auto", "--max-concurrent", "5"], 0, ["5 at once"]),
     ],
     ids=str,
@@ -132,6 +132,15 @@ def test_dry_run_says_what_would_go_at_once(
     assert tables.run(TABLE, parser(TABLE, "t").parse_args([*what, "--dry-run", *words]), "t") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert [one for one in said if one not in text] == []
+
+
+def test_a_control_has_the_letter_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--scale", "smoke", "--rows", "8", "a", "--columns", "1", "--seeds", "1", "--runs-dir", str(tmp_path)]
+    assert tables.run(TABLE, parser(TABLE, "t").parse_args([*words, "--dry-run"]), "t") == 0
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["8", "ViLaDiff"] in lines and ["a", "supervised"] in lines
+    with pytest.raises(ValueError, match="rows = 9: no such number"):
+        tables.run(TABLE, parser(TABLE, "t").parse_args([*words, "--dry-run", "--rows", "9"]), "t")
 
 
 def test_what_a_second_ctrl_c_leaves_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +209,7 @@ def test_a_plan_with_names_of_old_is_dropped(tmp_path: Path, capsys: pytest.Capt
         failure = Failure.model_validate({"kind": kind, "message": "m", "step": 3, "attempts": 1, "when": "now"})
         tables.print_summary(found, [Outcome(next(iter(found.plan.runs)), "failed", failure)], index)
         assert found.plan.file.exists() is there
-    assert "the same command names them anew" in capsys.readouterr().err
+    assert "re-run to plan again" in capsys.readouterr().err
     assert job(tmp_path, *words).plan == found.plan and found.plan.file.exists()
 
 

@@ -135,9 +135,7 @@ def opened(tmp_path: Path, **changes: Any) -> tuple[Plan, Store]:
                 save_record(record(name, points), store.directory(name) / "record.json")
     runs = {cell.run_id: PlannedRun(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in found}
     every = tuple(range(len(ROWS)))
-    return Plan(
-        table, "s", every, (0,), (0, 1, 2), tuple(found), runs, {4: "not available: method.clip.weights is not given"}
-    ), store
+    return Plan(table, "s", every, (0,), (0, 1, 2), tuple(found), runs, {4: "requires method.clip.weights"}), store
 
 
 def test_each_choice_is_answered_with_what_was_and_what_could_have_been_seen(tmp_path: Path) -> None:
@@ -151,7 +149,7 @@ def test_each_choice_is_answered_with_what_was_and_what_could_have_been_seen(tmp
     assert (norm.outcome, third.outcome) == ("higher", "no difference shown")
     assert third.tested is not None and 0.1 < third.tested.least < 1 and third.tested.p > 0.05
     (late,), (few,) = found[2].alternatives, found[3].alternatives
-    assert late.why == "not available: method.clip.weights is not given" and late.gap is None and late.tested is None
+    assert late.why == "requires method.clip.weights" and late.gap is None and late.tested is None
     assert few.gap == pytest.approx(0.0) and "not run yet" in few.why and few.outcome == "not decided"
     assert design_choices.answer(found) == (
         "Of 5 alternatives 2 are higher, 0 are lower, 2 are not decided; for 1 no difference is shown."
@@ -216,12 +214,12 @@ def test_the_page_of_choices_has_their_answers_and_nothing_of_a_papers_table(tmp
     page, folder = render(plan, store, tmp_path / "out")
     assert "choices" in page.ids and not {"order", "printed"} & page.ids
     assert "Of 5 alternatives 2 are higher" in page.text and "It matters: other norm, +3.0 (1/8)." in page.text
-    assert "not decided: not available: method.clip.weights is not given" in page.text and "third <norm>" in page.text
+    assert "not decided: requires method.clip.weights" in page.text and "third <norm>" in page.text
     assert "Bold:" not in page.text and "as printed there" not in page.text
     markdown = (folder / "table.md").read_text(encoding="utf-8")
     assert "## What each choice is worth" in markdown and "## Agreement" not in markdown and "**5" not in markdown
     assert "fusion, 1/8: +5.0 (95 % interval" in markdown and "would have been seen" in markdown
-    assert "not available: method.clip.weights is not given: row 5" in markdown.replace("\\", "")
+    assert "requires method.clip.weights: row 5" in markdown.replace("\\", "")
     tex = (folder / "table.tex").read_text(encoding="utf-8")
     assert "Grey" not in tex and r"\textcolor" not in tex
     assert {line.count("&") for line in tex.splitlines() if "pm" in line and line.endswith("\\\\")} == {3}
@@ -231,22 +229,22 @@ def test_rows_that_wait_have_a_dash_a_reason_and_no_run(tmp_path: Path) -> None:
     plan, store = opened(tmp_path)
     results = tables.collect_results(plan, store)
     found = tables.summary(results.at(4, 0), "miou")
-    assert str(found) == "—" and set(found.missing.values()) == {"not available: method.clip.weights is not given"}
+    assert str(found) == "—" and set(found.missing.values()) == {"requires method.clip.weights"}
     assert results.counts() == {"missing": 2, "done": 10}, (
         "unique runs; the row that waits has none, streams share theirs"
     )
     lines = [line for line in long_form.long(results) if line["row"] == "late"]
     assert {(line["state"], line["run_id"], line["miou"]) for line in lines} == {("unavailable", "", None)}
-    assert [reason for reason in exports.reasons(results) if "not available" in reason] == [
-        "not available: method.clip.weights is not given: row 5"
+    assert [reason for reason in exports.reasons(results) if "requires " in reason] == [
+        "requires method.clip.weights: row 5"
     ]
 
 
 def test_a_page_whose_rows_all_wait_can_be_written(tmp_path: Path) -> None:
     plan, store = opened(tmp_path)
-    later = dict.fromkeys(range(len(ROWS)), "not available: method.clip.weights is not given")
+    later = dict.fromkeys(range(len(ROWS)), "requires method.clip.weights")
     page, _ = render(Plan(plan.table, "s", plan.rows, (0,), (0,), (), {}, later), store, tmp_path / "out")
-    assert "No run of this table has finished yet." in page.text and "not available" in page.text
+    assert "No run of this table has finished yet." in page.text and "requires method.clip.weights" in page.text
 
 
 def test_encoders_groups_reference_and_contradictions_are_on_the_page_of_a_printed_table(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_rows_of_our_own_stand_in_tables_1_to_4() -> None:
             row.control for row in rows.values() if row.label.startswith(("FixMatch-EMA", "All training", "Zero"))
         )
         zero = [row.label for row in table.rows].index("Zero-shot text (CLIP)")
-        assert unavailable(table) == {zero: "not available: method.clip.weights is not given"}
+        assert unavailable(table) == {zero: "requires method.clip.weights"}
         assert unavailable(table, {"method.clip.weights": "some.safetensors"}) == {}
         first = cells(table, "paper", [0], ["FixMatch-EMA", "FixMatch-EMA, twice the steps"], [1])
         lengths = [override(RunConfig(), one.changes).train.epochs for one in first]
@@ -191,7 +191,7 @@ def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store
         scores = {net: {"visual": score(points - lag)} for net, lag in (("teacher", 0), ("student", 0 if own else 1))}
         one = record(name, points, steps=runs[name].steps, scores=scores, **old, **own)
         save_record(one, store.directory(name) / "record.json")
-    later = {5: "not available: method.clip.weights is not given"}
+    later = {5: "requires method.clip.weights"}
     defaults = {f"None {row.set.get('method.name')}": {"optim.lr": 0.006} for row in ROWS}
     about = "s", tuple(range(6)), (0, 1), tuple(range(seeds)), tuple(found), runs, later
     return Plan(table, *about, defaults=defaults), store
@@ -285,7 +285,7 @@ def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, dra
     assert page.row("Fix twice", 15)[9:11] == ["2.00", "4.00"], "twice the steps cost twice"
     vila = page.row("Vila", 15)
     assert vila[7:9] == ["—", "—"] and vila[13:] == ["—", "150 (6)"], "what an older version did not note is not 0"
-    assert page.row("Zero", 2)[1] == "not available: method.clip.weights is not given"
+    assert page.row("Zero", 2)[1] == "requires method.clip.weights"
     assert [row[0].strip() for row in page.rows if len(row) == 1][:4] == [
         "Labelled",
         "Teacher",

@@ -385,7 +385,9 @@ def test_trials_that_went_another_way_are_not_published_over(checkout: Path, tmp
     (checkout / "hidden").rename(checkout / "sweep.json")
     mine = load_trials(other.directory / "trials")
     assert machine(tmp_path / "b", "--trials", "3").trials == 3 and load_trials(other.directory / "trials") == mine
-    with pytest.raises(ValueError, match=r"its trials went another way than those in .*; --study NAME goes on from"):
+    with pytest.raises(
+        ValueError, match=r"trials have diverged from those published in .*; use --study NAME to continue"
+    ):
         machine(tmp_path / "b", "--trials", "3", "--publish")
     assert len(load_trials(machine(tmp_path / "b", "--publish", "--study", "anew").directory / "trials")) == 2
     # One that is ahead of what is published publishes over it.
@@ -420,7 +422,7 @@ def test_what_is_published_of_another_sweep_is_left_alone(checkout: Path, tmp_pa
 )
 def test_only_the_sweep_as_its_file_has_it_is_published(tmp_path: Path, words: list[str], wrong: str) -> None:
     given = parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--publish", "--runs-dir", str(tmp_path), *words])
-    with pytest.raises(ValueError, match=f"{wrong}: a published page is of the sweep as its file has it"):
+    with pytest.raises(ValueError, match=f"{wrong}: not allowed; a published page is of the sweep as in its file"):
         sweep_setup.prepare(TUNE / "sweep_lambda.toml", given)
 
 

@@ -290,7 +290,7 @@ def test_a_sweep_is_not_continued_as_another_one(tmp_path: Path) -> None:
 
 def test_one_driver_at_a_time(tmp_path: Path) -> None:
     job = sweep_setup.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path))
-    with sweep_setup.alone(job.directory), pytest.raises(ValueError, match=r"process \d+ on .* is at this sweep"):
+    with sweep_setup.alone(job.directory), pytest.raises(ValueError, match=r"sweep is locked by process \d+ on "):
         sweep_setup.alone(job.directory)
     with sweep_setup.alone(job.directory):
         pass
@@ -312,9 +312,9 @@ def test_storage_that_cannot_be_written_and_wrong_words_are_said_at_once(
             opened(tmp_path)
     for words, why in (
         (["--trials", "0"], "--trials 0: must be more than 0"),
-        (["--seeds", "0,4"], r"--seeds 0,4: \[4\] are kept fresh"),
+        (["--seeds", "0,4"], r"--seeds 0,4: \[4\] are reserved"),
         (["--select", "val"], r"--select val: trials on 'digits' are scored on dev, and never on test"),
-        (["--study", "../up"], "--study '../up': letters"),
+        (["--study", "../up"], "--study '../up': must be of letters"),
         (["--trial-timeout", "-1"], "must be more than 0"),
     ):
         with pytest.raises(ValueError, match=why):

@@ -12,7 +12,7 @@ import pytest
 from viladiff.config import renamed
 from viladiff.runs.config import TAGS, RunConfig, non_default_fields, override
 from viladiff.tables.cells import CHOOSERS, cells, choose, select, settings, unavailable
-from viladiff.tables.spec import Table
+from viladiff.tables.spec import Row, Table
 from viladiff.tables.spec_file import load_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +133,7 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
             'title = "A table"\nreference = "hole"',
             "reference = 'hole': no such label; did you mean 'whole",
         ),
-        ('title = "A table"', 'title = "A table"\nheadline = "x"', "headline = 'x': no such label. Allowed: 1 'plain'"),
+        ('title = "A table"', 'title = "A table"\nheadline = "x"', "headline = 'x': no such label. Allowed: 'plain'"),
         ('title = "A table"', 'title = "A table"\nsupervised = "x"', "supervised = 'x': no such label"),
         ("seeds = [5]", 'rows = ["hole"]', "scale.real: rows = 'hole': no such label; did you mean 'whole'?"),
         ("seeds = [5]", 'columns = ["third"]', "scale.real: columns = 'third': no such label"),
@@ -413,7 +413,7 @@ def test_a_former_key_is_refused_and_the_error_gives_the_present_one(tmp_path: P
 
 def test_a_row_waits_for_the_field_that_it_needs(tmp_path: Path) -> None:
     table = read(tmp_path, ('label = "plain"', 'label = "plain"\nrequires = "runtime.data_root"'))
-    assert unavailable(table) == {0: "not available: runtime.data_root is not given"}
+    assert unavailable(table) == {0: "requires runtime.data_root"}
     assert {cell.row for cell in cells(table, "tiny")} == {1, 2}
     given = {"runtime.data_root": str(tmp_path)}
     assert unavailable(table, given) == {} and len(cells(table, "tiny", changes=given)) == 18
@@ -477,14 +477,29 @@ def test_selection_by_label_number_and_beginning() -> None:
         ValueError, match=r"rows = 'Basline': no such label; did you mean 'Baseline'\? Allowed: 1 'ViLa'"
     ):
         select("rows", labels, ["Basline"])
-    with pytest.raises(ValueError, match="rows = 'vil': 2 begin so: 'ViLa', 'ViLa"):
+    with pytest.raises(ValueError, match="rows = 'vil': ambiguous, matches 1 'ViLa', 2 'ViLa"):
         select("rows", labels, ["vil"])
-    with pytest.raises(ValueError, match="rows = 6: there are 5"):
+    with pytest.raises(ValueError, match="rows = 6: no such number"):
         select("rows", labels, ["6"])
-    with pytest.raises(ValueError, match="rows = 0: there are 5"):
+    with pytest.raises(ValueError, match="rows = 0: no such number"):
         select("rows", labels, [0])
     with pytest.raises(ValueError, match="rows = '': no such label"):
         select("rows", labels, [""])
+
+
+def test_rows_are_selected_by_the_numbers_of_the_page() -> None:
+    table = load_table(ROOT / "ablations" / "table5.toml")
+    assert table.row_numbers[7:10] == ("8", "a", "b")
+    labels = [row.label for row in table.rows]
+    assert select("rows", labels, ["8", "a", "B"], table.row_numbers) == (7, 8, 9)
+    assert choose(table, "digits", rows=["a", 1])[0] == (0, 8)
+    with pytest.raises(ValueError, match=r"rows = 9: no such number.* 8 'ViLaDiff', a 'supervised'"):
+        choose(table, "digits", rows=[9])
+    with pytest.raises(ValueError, match="rows = 'k': no such label"):
+        choose(table, "digits", rows=["k"])
+    rows = [Row(label=f"r{i}", control=i % 2 == 1) for i in range(60)]
+    numbers = table.model_copy(update={"rows": tuple(rows)}).row_numbers
+    assert numbers[:4] == ("1", "a", "2", "b") and numbers[53] == "aa" and len(set(numbers)) == 60
 
 
 def test_controls_come_last_and_a_named_one_is_run_also_where_the_scale_leaves_them_out(tmp_path: Path) -> None:
@@ -495,7 +510,7 @@ def test_controls_come_last_and_a_named_one_is_run_also_where_the_scale_leaves_t
     assert choose(table, "real", rows=["plain"], columns=[2], seeds=[1, 1]) == ((0,), (1,), (1,))
     with pytest.raises(ValueError, match=r"small\.toml: scale = 'tinny': allowed: tiny, real; did you mean 'tiny'"):
         choose(table, "tinny")
-    with pytest.raises(ValueError, match="rows: none is left"):
+    with pytest.raises(ValueError, match="no rows selected"):
         choose(table, "tiny", rows=[])
     with pytest.raises(ValueError, match=r"seeds = \[-1\]: a seed must not be negative"):
         choose(table, "tiny", seeds=[-1])

@@ -184,7 +184,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         log = next(iter(tmp_path.glob("*/steps.jsonl")), None)
         log = log if log is not None and log.stat().st_size else None
         time.sleep(0.05)
-    with pytest.raises(ValueError, match=f"process {process.pid} on .* is at work on this run"):
+    with pytest.raises(ValueError, match=f"run is locked by process {process.pid} on "):
         fit(override(RunConfig(), changes))
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)

@@ -41,7 +41,7 @@ def show(checks: list[Check]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "check", "found", "to mend it", box=None, pad_edge=False)
+    table = Table("", "check", "found", "fix", box=None, pad_edge=False)
     for check in checks:
         sign = (
             Text("FAIL", "bold red")
@@ -57,7 +57,7 @@ def show(checks: list[Check]) -> None:
 def _python() -> Check:
     found = f"{sys.version.split()[0]} at {sys.executable}"
     old = sys.version_info < (3, 11)
-    return Check("python", found, "3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" if old else "", old)
+    return Check("python", found, "requires 3.11 or newer: make setup PYTHON=/path/to/python3.11" if old else "", old)
 
 
 def _packages() -> Iterator[Check]:
@@ -81,13 +81,13 @@ def _torch() -> Iterator[Check]:
         yield Check("torch", f"does not import: {error}", "remove .venv and run make setup", broken=True)
         return
     new = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
-    yield Check("torch", torch.__version__, "" if new else "2.11 or newer is needed: run make setup", not new)
+    yield Check("torch", torch.__version__, "" if new else "requires 2.11 or newer: run make setup", not new)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     built = torch.version.cuda or "none"
     yield Check("devices", f"{', '.join(names) or 'CPU only'} (built for CUDA {built})")
     cores = visible_cpus()
     threads = torch.get_num_threads()
-    advice = f"more threads than cores slow a run down: --threads {cores}" if threads > cores else ""
+    advice = f"fewer threads than cores are faster: --threads {cores}" if threads > cores else ""
     yield Check("threads", f"{threads} of {cores} cores", advice)
 
 
@@ -97,18 +97,18 @@ def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
     while not there.exists():
         there = there.parent
     if not there.is_dir():
-        return Check(name, f"{there}: a file, not a directory", f"remove it, or point {how} elsewhere", broken=True)
+        return Check(name, f"{there}: a file, not a directory", f"remove it, or change {how}", broken=True)
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        return Check(name, f"{there}: cannot be written ({error.strerror})", f"point {how} elsewhere", broken=True)
+        return Check(name, f"{there}: cannot be written ({error.strerror})", f"change {how}", broken=True)
     free = shutil.disk_usage(there).free / 1e9
     low = free < need_gb
     return Check(
         name,
         f"{directory}: {free:.1f} GB free",
-        f"{need_gb:g} GB are needed: free some, or point {how} elsewhere" if low else "",
+        f"requires {need_gb:g} GB: free some, or change {how}" if low else "",
         low,
     )
 
@@ -121,7 +121,7 @@ def _cached(directory: Path) -> Iterator[Check]:
     for name in VARIANTS:
         folder = directory / name / variant_fingerprint(name)
         if not folder.exists():
-            yield Check(f"data {name}", f"not rendered yet; done when first used, or by: viladiff data render {name}")
+            yield Check(f"data {name}", f"not rendered; rendered at first use, or by: viladiff data render {name}")
             continue
         try:
             open_checked(folder)
@@ -134,5 +134,5 @@ def _cached(directory: Path) -> Iterator[Check]:
 
 def _ray() -> Check:
     if find_spec("ray") is None:
-        return Check("ray", "not installed", "only studies over several runs need it: run make setup")
+        return Check("ray", "not installed", "required by table, sweep and caption: run make setup")
     return Check("ray", version("ray"))

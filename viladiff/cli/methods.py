@@ -65,7 +65,7 @@ def settings(method: type[Method]) -> list[str]:
         limits = [*one.splits, *one.families, *(f"{path}={value}" for path, value in one.given.items())]
         where = ", ".join(one.datasets) + (f" ({', '.join(limits)})" if limits else "")
         fields = ", ".join(f"{path}={value}" for path, value in one.fields.items())
-        more = f"; not available here: {one.not_available}" if one.not_available else ""
+        more = f"; not available: {one.not_available}" if one.not_available else ""
         said.append(f"{where}: {fields}{more} [{one.source}]")
     return said
 
@@ -84,7 +84,7 @@ def show(as_json: bool, width: int | None, name: str | None = None) -> str:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("method", "published", "asks for", "keeps beside the student", "passes per step", "paper"):
+    for title in ("method", "published", "inputs", "networks beside the student", "passes per step", "paper"):
         table.add_column(title, no_wrap=title in ("method", "published"))
     for row in chosen:
         published = f"{row['venue']} {row['year']}" if row["paper"] else "-"
@@ -98,6 +98,6 @@ def show(as_json: bool, width: int | None, name: str | None = None) -> str:
         )
     if name is None:
         return text.get()
-    said = settings(METHODS[name]) or ["none is declared"]
-    heading = "Its publication's settings by data set, which the tables take at scale paper:"
+    said = settings(METHODS[name]) or ["none declared"]
+    heading = "Published settings by data set, used by tables at scale paper:"
     return text.get() + "\n" + "\n".join([heading, *(f"  {line}" for line in said)]) + "\n"

@@ -38,7 +38,7 @@ def examine_cluster(file: str | Path) -> list[Check]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         found = f"{path.name}:{where.line + 1 if where else '?'}: {getattr(error, 'problem', error)}"
-        return [Check("cluster: yaml", found, "mend the line; quote values with ': ', '#' or '*' in them", True)]
+        return [Check("cluster: yaml", found, "fix the line; quote values with ': ', '#' or '*' in them", True)]
     if not isinstance(raw, dict):
         return [Check("cluster: yaml", f"{path.name}: not a mapping", "write key: value at the top level", True)]
     lines: dict[Keys, int] = {}
@@ -54,7 +54,7 @@ def examine_cluster(file: str | Path) -> list[Check]:
             validate_config(ready)
     except (ValueError, KeyError, AssertionError, RuntimeError, ClickException, jsonschema.ValidationError) as error:
         told = f"{error} {output.getvalue()}".strip().splitlines()[0] if f"{error}{output.getvalue()}" else repr(error)
-        return [*checks, *_said(cluster, "ray", [ConfigProblem((), f"Ray refuses it: {told}", "mend what Ray names")])]
+        return [*checks, *_said(cluster, "ray", [ConfigProblem((), f"Ray refuses it: {told}", "fix what Ray names")])]
     cluster = cluster._replace(ready=ready)
     for name, rule in RULES.items():
         checks += _said(cluster, name, list(rule(cluster)))

@@ -187,7 +187,7 @@ def _mounts(cluster: Cluster) -> Iterator[ConfigProblem]:
         here, source = ("file_mounts", remote), _source(cluster, local)
         if not source.exists():
             siblings = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
-            remedy = f"make it, or mend the path{did_you_mean(source.name, siblings)}"
+            remedy = f"create it, or fix the path{did_you_mean(source.name, siblings)}"
             yield ConfigProblem(
                 here, f"{source} does not exist", "run: ray get-auth-token --generate" if remote == TOKEN else remedy
             )
@@ -255,9 +255,7 @@ def _dashboard(cluster: Cluster) -> Iterator[ConfigProblem]:
             yield ConfigProblem(keys, "no --dashboard-host", "add --dashboard-host=127.0.0.1 to ray start")
         elif said is not None and not re.fullmatch(r"127\.\d+\.\d+\.\d+|localhost|::1", said):
             found = f"--dashboard-host={said}: whoever reaches the dashboard runs code here"
-            yield ConfigProblem(
-                keys, found, "--dashboard-host=127.0.0.1, and look at it with: ray dashboard cluster.yaml"
-            )
+            yield ConfigProblem(keys, found, "--dashboard-host=127.0.0.1, and open it with: ray dashboard cluster.yaml")
 
 
 def _token(cluster: Cluster) -> Iterator[ConfigProblem]:
@@ -343,7 +341,7 @@ def _ssh(cluster: Cluster) -> Iterator[ConfigProblem]:
     if not file.is_file():
         siblings = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
         yield ConfigProblem(
-            ("auth", "ssh_private_key"), f"{file} does not exist", f"mend the path{did_you_mean(file.name, siblings)}"
+            ("auth", "ssh_private_key"), f"{file} does not exist", f"fix the path{did_you_mean(file.name, siblings)}"
         )
     elif file.stat().st_mode & 0o077:
         yield ConfigProblem(

@@ -293,7 +293,7 @@ def interrupts(*desks: JobQueue) -> Iterator[None]:
 
     def handle(number: int, frame: Any) -> None:
         if desks[0].asked_to_stop:
-            raise KeyboardInterrupt("ended at once; the same command goes on from the last checkpoints")
+            raise KeyboardInterrupt("killed; re-run to resume from the last checkpoints")
         for desk in desks:
             desk.asked_to_stop = True
 

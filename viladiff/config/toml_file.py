@@ -6,6 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,5 +79,7 @@ def sentence(
     return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
 
 
-def listed(labels: Iterable[str]) -> str:
-    return "Allowed: " + ", ".join(f"{i} {label!r}" for i, label in enumerate(labels, 1))
+def listed(labels: Iterable[str], numbers: Iterable[str] = ()) -> str:
+    """The allowed labels, each behind its number if numbers are given."""
+    pairs = zip_longest(numbers, labels, fillvalue="")
+    return "Allowed: " + ", ".join(f"{number} {label!r}".lstrip() for number, label in pairs)

@@ -46,7 +46,9 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is not supported by `plan all`")
     shares = [share_of(path, args) for path in paths]
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    grid = Grid("table", *("cells", "runs", "new here", "done", "alone", "rows that wait"), box=None, pad_edge=False)
+    grid = Grid(
+        "table", *("cells", "runs", "new runs", "done", "time alone", "unavailable rows"), box=None, pad_edge=False
+    )
     seen: set[str] = set()
     for share in shares:
         new, seen = share.runs - seen, seen | share.runs
@@ -55,7 +57,7 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
     console.print(grid)
     console.print()
     for name, text in totals(shares, args).items():
-        console.print(f"{name:<8}  {escape(text)}", soft_wrap=True)
+        console.print(f"{name:<11}  {escape(text)}", soft_wrap=True)
     return 0
 
 
@@ -97,7 +99,7 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, 
         }
         lines |= {"cost": f"{guess.cost:.2f}"} if guess.cost is not None else {}
     waiting = sum(share.waiting for share in shares)
-    lines |= {"waiting": f"{waiting} rows, which need a field that is not given"} if waiting else {}
+    lines |= {"unavailable": f"{waiting} rows, which require a field that is not set"} if waiting else {}
     lines |= {share.name: f"not timed: {share.why}" for share in shares if share.job is None}
     return lines
 
@@ -113,7 +115,7 @@ def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
 
 
 def _said(seconds: float | None) -> str:
-    return "a time that is not known" if seconds is None else duration(seconds)
+    return "unknown" if seconds is None else duration(seconds)
 
 
 def _left(share: TableShare) -> tuple[str, str]:

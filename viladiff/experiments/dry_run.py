@@ -46,10 +46,10 @@ def outline(
     left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]
     room = concurrency(settings, left)
     guess = estimate(plan, store, room.slots if room else 1, price)
-    many = f"{room.slots} at once" if room else "as many at once as the cluster has room for"
+    many = f"{room.slots} at once" if room else "as many at once as the cluster can run"
     workers = max((run.workers for run in left), default=1)
     each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
-    spread = "" if room else " of work, one run after another"
+    spread = "" if room else " of sequential work"
     lists = {"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {}
     lines = {
         "cells": f"{guess.cells} with {guess.runs} different runs, of which {guess.done} are done",
@@ -60,7 +60,7 @@ def outline(
         "time": f"{_span(guess.seconds)}{spread} ({guess.basis})",
         **({} if guess.cost is None else {"cost": f"{guess.cost:.2f}"}),
         **({} if beside is None else {"records": _committed(*beside)}),
-        "runs go to": str(store.root),
+        "runs": str(store.root),
         "page": str(out / "index.html"),
     }
     console.print()
@@ -68,16 +68,17 @@ def outline(
     for name, text in lines.items():
         console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
     if "stale" in found.values():
-        console.print("\nstale: a record of the same settings comes from older code, data or weights, and is not used")
+        console.print("\nstale: the record of the same settings is of older code, data or weights, and is not used")
 
 
 def _grid(plan: Plan, found: dict[str, State]) -> Grid:
     grid = Grid("", *(escape(plan.table.columns[column].label) for column in plan.columns), box=None, pad_edge=False)
+    numbers = plan.table.row_numbers
     for row in plan.rows:
         label = plan.table.rows[row].label
         later = plan.unavailable.get(row)
         cells = [_cell(plan, found, row, column) if later is None else later.split(":")[0] for column in plan.columns]
-        grid.add_row(f"{row + 1:>2}  {escape(label)}", *cells)
+        grid.add_row(f"{numbers[row]:>2}  {escape(label)}", *cells)
     return grid
 
 
@@ -95,15 +96,15 @@ def _grid_beside(plan: Plan, found: dict[str, State], other: Plan, committed: St
             done = sum(name in there for name in names)
             said = f"{done} of {len(names)} records" if done else "no record"
             cells += [_cell(plan, found, row, column) or "–", said]
-        grid.add_row(f"{row + 1:>2}  {escape(plan.table.rows[row].label)}", *cells)
+        grid.add_row(f"{plan.table.row_numbers[row]:>2}  {escape(plan.table.rows[row].label)}", *cells)
     return grid
 
 
 def _committed(other: Plan, committed: Store) -> str:
     there = committed.records().keys() & other.runs.keys()
     if not there:
-        return f"none of scale {other.scale} is committed yet; the page has this machine's runs alone"
-    return f"{len(there)} of {len(other.runs)} runs of scale {other.scale} are committed and cost nothing"
+        return f"none committed for scale {other.scale}; the page shows only runs of this machine"
+    return f"{len(there)} of {len(other.runs)} runs of scale {other.scale} are committed"
 
 
 def _cell(plan: Plan, found: dict[str, State], row: int, column: int) -> str:
@@ -124,7 +125,7 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 def _span(seconds: float | None) -> str:
     if seconds is None:
-        return "not known"
+        return "unknown"
     if seconds < 90:
         return f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

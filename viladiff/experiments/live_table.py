@@ -193,7 +193,8 @@ class LiveTable:
             grid.add_column(label, justify="right", no_wrap=True, overflow="ellipsis", ratio=1)
         for row in rows:
             cells = [self._cell(self.plan.run_ids(row, column)) for column in self.plan.columns]
-            grid.add_row(escape(table.rows[row].label), *cells, style="dim" if table.rows[row].control else "")
+            label = f"{table.row_numbers[row]:>2}  {table.rows[row].label}"
+            grid.add_row(escape(label), *cells, style="dim" if table.rows[row].control else "")
         return grid
 
     def _cell(self, names: tuple[str, ...]) -> Text:

@@ -29,7 +29,7 @@ def published_trials(job: SweepJob) -> list[Trial]:
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); bring it back") from None
+        raise ValueError(f"{path}: damaged ({error}); restore it") from None
     return [] if differences(before, job) else load_trials(path.parent / "trials")
 
 
@@ -41,14 +41,14 @@ def adopt(job: SweepJob) -> None:
     here, there = load_trials(job.directory / "trials"), published_trials(job)
     if continues(there, here):
         if len(there) > len(here):
-            print(f"{len(there)} trials of this sweep are published in {published_in(job)}; it goes on from them")
+            print(f"{len(there)} trials of this sweep are published in {published_in(job)}; resuming from them")
         for trial in there:
             if trial.number >= len(here) or here[trial.number].state == "running":
                 save_trial(trial, job.directory / "trials")
     elif job.args.publish and not continues(here, there):
         raise ValueError(
-            f"{job.directory}: its trials went another way than those in {published_in(job)}; --study NAME goes on "
-            "from the published ones"
+            f"{job.directory}: trials have diverged from those published in {published_in(job)}; use --study NAME to "
+            "continue from the published ones"
         )
 
 

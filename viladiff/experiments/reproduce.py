@@ -51,7 +51,7 @@ def reproduce(args: argparse.Namespace) -> int:
     for run_id, theirs in records.items():
         mine, title = store.get(run_id), plan.runs[run_id].title
         if mine is None:
-            found.append(Compared("fails", f"{title}: was not trained to its end; the same command goes on"))
+            found.append(Compared("fails", f"{title}: not finished; re-run to resume"))
         else:
             column = next(cell.column for cell in plan.cells if cell.run_id == run_id)
             one = compare(theirs, mine, spread(every, committed, column))
@@ -83,9 +83,9 @@ def _outline(plan: Plan, records: dict[str, RunRecord], runs_dir: Path) -> Itera
         how = f"within {DEVIATIONS} standard deviations ({'; '.join(other)})" if other else "bit for bit"
         yield f"{plan.runs[run_id].title}: {record.steps:,} steps, {wall} when published; mIoU {score}, compared {how}"
     if records:
-        yield f"{len(records)} runs to train and compare; they go to {runs_dir}"
+        yield f"{len(records)} runs to train and compare; directory: {runs_dir}"
     else:
-        yield "nothing is trained: make published makes the records"
+        yield "nothing to train; make published creates the records"
 
 
 def _settings(plan: Plan, args: argparse.Namespace) -> ExecutionSettings:
@@ -104,7 +104,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
 
     done = {name: record.miou for name, record in store.records().items()}
     for name in done.keys() & records.keys():
-        print(f"{plan.runs[name].title}: trained before in {store.root}; another --runs-dir trains it anew")
+        print(f"{plan.runs[name].title}: already trained in {store.root}; use another --runs-dir to retrain")
     runs = {name: run for name, run in plan.runs.items() if name in records}
     left = [replace(run, changes={"runtime.log_every": 10, **run.changes}) for run in runs.values()]
     left = [run for run in left if run.run_id not in done]

@@ -21,7 +21,7 @@ def line(trial: Trial, full: int) -> str:
     elif trial.state == "pruned" and trial.rungs:
         what = f"stopped at step {trial.rungs[-1].step} of {full}, with {100 * trial.rungs[-1].value:.2f} there"
     else:
-        what = f"{trial.state}: {trial.reason.splitlines()[0] if trial.reason else 'no reason is known'}"
+        what = f"{trial.state}: {trial.reason.splitlines()[0] if trial.reason else 'unknown reason'}"
     return f"trial {trial.number}: {point}: {what}"
 
 
@@ -38,22 +38,22 @@ def outline(job: SweepJob) -> list[str]:
     runs = max(0, job.trials - ended) * len(job.seeds) + 3 * len(job.sweep.final_seeds)
     known = job.args.address is None or job.args.max_concurrent is not None
     slots = min(job.room.slots, runs) if known else 1
-    many = f"{slots} at once" if known else "one after another; a cluster does as many at once as it has room for"
+    many = f"{slots} at once" if known else "sequential; a cluster runs as many at once as fit"
     begun = f", of which {ended} have ended," if ended else ""
     stops = f" at steps {', '.join(map(str, steps[:-1]))}" if job.args.scheduler != "none" else ""
     lines = {
         "searched": "; ".join(f"{path} in {dimension}" for path, dimension in job.sweep.space.items()),
         "first": ", ".join(f"{path} = {value}" for path, value in job.sweep.initial_point.items()) + " (the paper's)",
-        "chosen by": f"{choosing_images(job.sweep, job.scale)}, which no trial trains on"
+        "chosen by": f"{choosing_images(job.sweep, job.scale)}, not used for training"
         if job.args.select == "holdout"
-        else "THE REPORTED VALIDATION SET (--select val): what is found there is too good",
+        else "THE REPORTED VALIDATION SET (--select val): reported scores are biased",
         **({"labelled": OWN_LISTS.replace("rows", "points")} if size.split_per_seed else {}),
         "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
         f"{job.args.scheduler}{stops}",
         "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on "
         + ("the reported set" if job.sweep.finals_split == "test" else "the same images, to choose between them"),
         "at most": f"{runs} runs, {runs * steps[-1]:,} steps",
-        "time": "not known"
+        "time": "unknown"
         if step is None
         else f"at most {runs * (steps[-1] * step + size.seconds_overhead) / 3600 / slots:.1f} h, {many}",
         **({"GPUs": job.room.note} if job.room.note else {}),
@@ -82,7 +82,7 @@ def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]
     lines = ["", f"{len(trials)} of {job.trials} trials: {counts or 'none ended'}"]
     best = ranked(list(trials))
     if job.args.select == "val":
-        lines.append("CHOSEN BY THE REPORTED SET (--select val): these scores are too good")
+        lines.append("CHOSEN BY THE REPORTED SET (--select val): these scores are biased")
     if not best:
         return lines
     lines += ["", *format_verdict(found, job.store.records(), len(job.sweep.final_seeds)), "", "winner:"]
@@ -91,7 +91,7 @@ def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]
         lines += ["", f"chosen, by the mean over fresh seeds: {one.label}, trial {one.trial}:"]
         lines += to_toml(one.point).splitlines()
     seed = best[0].seeds[0]
-    lines += ["", f"its trial's seed {seed} again ({100 * best[0].values[seed]:.2f} on what it was chosen by):"]
+    lines += ["", f"reproduce seed {seed} of its trial ({100 * best[0].values[seed]:.2f} on the images of its choice):"]
     return [*lines, f"  {again(job, best[0])}"]
 
 

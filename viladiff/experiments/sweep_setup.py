@@ -65,16 +65,16 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
             raise ValueError(f"--{name} {value}: must be more than 0")
     if set(seeds) & set(sweep.final_seeds):
         raise ValueError(
-            f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.final_seeds))} are kept fresh for the finals"
+            f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.final_seeds))} are reserved for the finals"
         )
     if args.database is not None and "://" not in args.database:
         raise ValueError(
-            f"--database {args.database}: must be an URL, such as sqlite:///sweeps.db; leave it out for a journal "
+            f"--database {args.database}: must be a URL, such as sqlite:///sweeps.db; omit it for a journal "
             "beside the trials"
         )
     name = args.study or f"{sweep.name}-{args.scale}" + ("-val" if args.select == "val" else "")
     if not _NAME.fullmatch(name):
-        raise ValueError(f"--study {name!r}: letters, digits, dots, dashes and underscores only")
+        raise ValueError(f"--study {name!r}: must be of letters, digits, dots, dashes and underscores")
     _check_publishing(args)
     namer = SweepPlanner(sweep, args.scale, changes, args.select, args.workers)
     optuna_pruner(args.scheduler, namer.steps)  # whether it can judge at these rungs
@@ -100,7 +100,9 @@ def _check_publishing(args: argparse.Namespace) -> None:
     wrong = [f"--{others[0].replace('_', '-')}"] if others else []
     wrong += [f"--scale {args.scale}"] * (args.scale != "digits")
     if args.publish and wrong:
-        raise ValueError(f"--publish {wrong[0]}: a published page is of the sweep as its file has it, --scale digits")
+        raise ValueError(
+            f"--publish {wrong[0]}: not allowed; a published page is of the sweep as in its file, at --scale digits"
+        )
 
 
 # The sweep's directory
@@ -113,10 +115,12 @@ def alone(directory: Path) -> leases.Lease:
         watch = leases.HeartbeatMonitor()
         lease = leases.take_or_wait(directory, watch)
     except OSError as error:
-        raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); see --runs-dir") from error
+        raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); change --runs-dir") from error
     if lease is None:
         holder = next(iter(leases.live_leases(directory, watch).values()), None)
-        raise ValueError(f"{directory}: {holder or 'another driver'} is at this sweep; wait, or give --study NAME")
+        raise ValueError(
+            f"{directory}: sweep is locked by {holder or 'another driver'}; wait for it to finish, or use --study NAME"
+        )
     return lease
 
 
@@ -130,7 +134,7 @@ def open_directory(job: SweepJob) -> None:
         (job.directory / "trials").mkdir(exist_ok=True)
         write_atomically(path, json.dumps(meta(job), indent=1).encode())
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); see --runs-dir") from error
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); change --runs-dir") from error
 
 
 def check_same(job: SweepJob) -> None:
@@ -141,10 +145,10 @@ def check_same(job: SweepJob) -> None:
     except FileNotFoundError:
         return
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); give the sweep another name with --study") from None
+        raise ValueError(f"{path}: damaged ({error}); use --study NAME for a new sweep") from None
     faults = differences(before, job)
     if faults:
-        more = "; a wider space or more trials would go on with it, this needs another name: --study NAME"
+        more = "; only a wider space or more trials can resume it; use --study NAME for a new sweep"
         raise ValueError(f"{job.directory} is another sweep: {'; '.join(faults)}{more}")
 
 

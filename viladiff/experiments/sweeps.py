@@ -32,11 +32,11 @@ def find_sweep(name: str) -> Path:
         return path
     known = sorted(one.stem.removeprefix("sweep_") for one in (ROOT / "tune").glob("sweep_*.toml"))
     there = (
-        f"there are {', '.join(known)}{did_you_mean(name, known)}"
+        f"allowed: {', '.join(known)}{did_you_mean(name, known)}"
         if known
-        else "they come with a checkout, not a wheel"
+        else "sweeps are part of a checkout, not of a wheel"
     )
-    raise ValueError(f"sweep {name!r}: not known; {there}, or give the path of a .toml file")
+    raise ValueError(f"sweep {name!r}: unknown; {there}, or the path of a .toml file")
 
 
 def run(path: Path, args: argparse.Namespace, command: str) -> int:
@@ -69,7 +69,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
     trials, given_up = desk.search.trials, desk.search.hopeless
     index = write(job, trials, command, given_up)
     if given_up:
-        print(f"given up: {given_up}\nthe page: {index}", file=sys.stderr)
+        print(f"given up: {given_up}\npage: {index}", file=sys.stderr)
         return 1
     job.store.sweep()
     failed = any([_failed(desk, one) for one in finalists(job.sweep, trials, job.namer)])
@@ -79,7 +79,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
 def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
     """Says what came out; 0."""
     print("\n".join(conclusion(job, trials, finalists(job.sweep, trials, job.namer))))
-    print(f"\nthe page: {index}")
+    print(f"\npage: {index}")
     return 0
 
 
@@ -133,7 +133,7 @@ def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
     found = finalists(job.sweep, search.trials, job.namer)
     left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
     if left:
-        print(f"the best points anew: {len(left)} runs on fresh seeds", flush=True)
+        print(f"retraining the best points: {len(left)} runs on fresh seeds", flush=True)
     return left
 
 

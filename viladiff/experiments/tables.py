@@ -211,16 +211,16 @@ def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> in
         print((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
     else:
         _say_beside(job, job.beside)
-    print(f"{found.count('done')} of {len(found)} runs done; the page: {_relative(index)}")
+    print(f"{found.count('done')} of {len(found)} runs done; page: {_relative(index)}")
     stopped = [outcome for outcome in outcomes if outcome.state == "stopped"]
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if any(one.failure is not None and one.failure.kind == "stale" for one in failed):
         _forget(job.plan)
     for outcome in failed:
-        why = outcome.failure.message if outcome.failure else "no reason is known"
+        why = outcome.failure.message if outcome.failure else "unknown reason"
         print(f"failed: {job.plan.runs[outcome.run_id].title}: {why}", file=sys.stderr)
     if stopped:
-        print(f"{len(stopped)} runs were stopped; the same command continues:\n  {job.command}", file=sys.stderr)
+        print(f"{len(stopped)} runs were stopped; resume with:\n  {job.command}", file=sys.stderr)
         return 130
     return int(bool(failed))
 
@@ -260,8 +260,8 @@ def find_table(name: str | int) -> Path:
         return path
     known = sorted(one.stem for one in (ROOT / "ablations").glob("*.toml"))
     if not known:
-        raise ValueError(f"{ROOT / 'ablations'}: no tables there; they come with a checkout, not with a wheel")
-    raise ValueError(f"table {name!r}: not known; there are {', '.join(known)}, or give the path of a .toml file")
+        raise ValueError(f"{ROOT / 'ablations'}: no tables; tables are part of a checkout, not of a wheel")
+    raise ValueError(f"table {name!r}: unknown; allowed: {', '.join(known)}, or the path of a .toml file")
 
 
 # Parts
@@ -280,11 +280,13 @@ def public_command(command: str) -> str:
 def _check_options(args: argparse.Namespace) -> None:
     """ValueError for options that contradict each other."""
     if args.restart and args.render:
-        raise ValueError("--restart --render: the first sets all runs aside, so the second would find none; give one")
+        raise ValueError(
+            "--restart and --render: mutually exclusive, since --restart archives the runs that --render reads"
+        )
     partial = [name for name in ("rows", "columns", "seeds", "encoder", "changes", "restart") if getattr(args, name)]
     if args.publish and (partial or args.scale != "digits"):
         wrong = f"--scale {args.scale}" if args.scale != "digits" else f"--{partial[0]}"
-        raise ValueError(f"--publish {wrong}: a published page is of the whole table, at --scale digits")
+        raise ValueError(f"--publish {wrong}: not allowed; a published page is of the whole table at --scale digits")
 
 
 def seeds_of(text: str | None) -> tuple[int, ...] | None:
@@ -293,7 +295,7 @@ def seeds_of(text: str | None) -> tuple[int, ...] | None:
         return None
     words = text.split(",")
     if not all(word.strip().isdigit() for word in words) or (len(words) == 1 and int(text) < 1):
-        raise ValueError(f"--seeds {text}: a number of seeds such as 3, or a list such as 0,1,5")
+        raise ValueError(f"--seeds {text}: must be a number of seeds such as 3, or a list such as 0,1,5")
     return tuple(range(int(text))) if len(words) == 1 else tuple(dict.fromkeys(int(word) for word in words))
 
 
@@ -312,7 +314,7 @@ def _forget(plan: Plan) -> None:
         with suppress(OSError):
             plan.file.unlink()
     print(
-        "code, data or weights have changed since the runs were named; the same command names them anew",
+        "code, data or weights changed since planning; re-run to plan again",
         file=sys.stderr,
     )
 

@@ -197,12 +197,15 @@ def card(model: Model, record: RunRecord, facts: dict[str, str], onnx: bool) -> 
 
 def _scores(model: Model, record: RunRecord) -> list[str]:
     """A line for each stream of the network that is in the folder; a score that was not measured is a dash."""
-    columns = {"miou": "mIoU", "boundary_iou": "boundary IoU", "trimap_miou": "trimap mIoU", "images": "images"}
+    titles = ("mIoU (%)", "boundary IoU (%)", "trimap mIoU (%)", "images")
+    columns = dict(zip(("miou", "boundary_iou", "trimap_miou", "images"), titles, strict=True))
     lines = [f"Network `{record.network}` at the last step, protocol `{record.config['eval.protocol']}`:", ""]
     lines += ["| stream | " + " | ".join(columns.values()) + " |", "| --- " * (len(columns) + 1) + "|"]
     for stream, found in record.scores[record.network].items():
         cells = [found.get(name) for name in columns]
-        shown = ["-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        shown = [
+            "-" if cell is None else f"{100 * cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells
+        ]
         lines.append(f"| {stream}{' (this folder)' if stream == 'visual' else ''} | " + " | ".join(shown) + " |")
     return lines
 

@@ -64,7 +64,7 @@ class ViLaDiffConfig(MethodConfig):
             return self
         if "other_stream" in self.mixe.condition and not self.vila.enabled:
             raise ValueError(
-                "mixe.condition = 'other_stream': there is one stream with vila.enabled = false; leave it out"
+                "mixe.condition = 'other_stream': there is one stream with vila.enabled = false; remove it"
             )
         if self.mixe.unlabelled_views == "cutmix" and not self.cutmix:
             raise ValueError("mixe.unlabelled_views = 'cutmix': no boxes with cutmix = false; set strong")

@@ -42,7 +42,7 @@ def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
     for run_id in sorted(run_ids):
         record = store.get(run_id)
         if record is None:
-            raise ValueError(f"run {run_id}: has no record, so there is nothing to pack; viladiff runs show {run_id}")
+            raise ValueError(f"run {run_id}: has no record to pack; see viladiff runs show {run_id}")
         members[f"records/{run_id}.json"] = record_bytes(strip_local_paths(record))
         for part in ("pictures", "steps"):
             file = store.file(run_id, PARTS[part])

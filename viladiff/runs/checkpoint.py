@@ -173,7 +173,7 @@ def _check_plain(value: object, where: str) -> None:
 
 def _damaged(path: Path, size: int, why: str) -> ValueError:
     older = previous(path)
-    then = f"training then goes on from {older.name}" if older.exists() else "training then starts anew"
+    then = f"training then resumes from {older.name}" if older.exists() else "training then starts from scratch"
     return ValueError(f"checkpoint {path} ({size} bytes) is truncated or damaged: {why}. Delete it: {then}")
 
 

@@ -174,8 +174,8 @@ class JobQueue:
         """Nothing new is started; what runs is to end at a step, with a checkpoint."""
         self.stopping = True
         if self.live:
-            runs = "1 run saves" if len(self.live) == 1 else f"{len(self.live)} runs save"
-            told = f"stopping: {runs} at the next step; Ctrl-C once more ends them at once"
+            runs, them = ("1 run", "it") if len(self.live) == 1 else (f"{len(self.live)} runs", "them")
+            told = f"Stopping: {runs} will checkpoint at the next step. Press Ctrl-C again to kill {them}."
             self.tell(Event("note", "", message=told))
         others = [job for job, _ in self.elsewhere.values()]
         for job in (*self.waiting, *self.alone, *others):

@@ -175,7 +175,7 @@ def acquire_or_raise(directory: Path) -> Lease:
     if lease is None:
         holders = [str(holder) for holder in live_leases(directory, watch).values() if holder is not None]
         who = holders[0] if holders else "another process"
-        raise ValueError(f"{directory}: {who} is at work on this run; wait until it is done, or stop it first")
+        raise ValueError(f"{directory}: run is locked by {who}; wait for it to finish or stop it")
     return lease
 
 
@@ -209,8 +209,8 @@ def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], Non
         nonlocal spoken
         if terminal or spoken - left >= HEARTBEAT:
             spoken = left
-            who = f"{holder or 'another process'} has this run, on another machine or before a restart"
-            line = f"{directory.name}: {who}; without a sign of life it is taken over in {max(left, 0):.0f} s"
+            who = f"locked by {holder or 'another process'}, on another machine or before a restart"
+            line = f"{directory.name}: {who}; taken over in {max(left, 0):.0f} s unless its heartbeat changes"
             print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     try:

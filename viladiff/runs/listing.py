@@ -82,7 +82,7 @@ def _unfinished(store: Store, run_id: str) -> RunRow | None:
         at = "" if failure.step is None else f" at step {failure.step}"
         state, note = "failed", f"{failure.kind}{at}, attempt {failure.attempts}: {failure.message}"
     elif files:
-        state, note = "begun", "the same command goes on from its checkpoint"
+        state, note = "begun", "re-run to resume from its checkpoint"
     else:
         return None
     when = _time(max(files)) if files else holder.since if holder else ""
@@ -143,15 +143,17 @@ def resolve_prefix(word: str, names: Collection[str]) -> str:
         return found[0]
     if found:
         shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
-        raise ValueError(f"run {word!r}: {len(found)} runs begin so ({shown}); type more of the name")
+        raise ValueError(f"ambiguous run id {word!r}: matches {shown}")
     heads = {name[: max(4, len(start))] for name in names}
-    raise ValueError(f"run {word!r}: viladiff runs list shows {len(names)} others{did_you_mean(start, heads)}")
+    raise ValueError(
+        f"unknown run id {word!r}: {len(names)} runs are in viladiff runs list{did_you_mean(start, heads)}"
+    )
 
 
 def finished(row: RunRow) -> RunRecord:
     """Its record; ValueError that says why there is none."""
     if row.record is None:
-        raise ValueError(f"run {row.run_id}: is not finished ({row.state}: {row.note}), so it has no numbers yet")
+        raise ValueError(f"run {row.run_id}: not finished ({row.state}: {row.note}), so it has no scores")
     return row.record
 
 
@@ -213,7 +215,7 @@ def typed(value: object) -> str:
 
 
 def print_rows(rows: Sequence[RunRow]) -> None:
-    """The list; mIoU in per cent."""
+    """The list; mIoU in percent."""
     lines = []
     for row in rows:
         differs = " ".join(f"{name}={typed(value)}" for name, value in row.differs.items()) or row.note
@@ -246,14 +248,14 @@ def show(store: Store, row: RunRow) -> None:
     _print_shares(record)
     _print_pseudo_labels(record)
     per_class = record.scores.get(record.network, {}).get(record.stream, {}).get("per_class") or []
-    print(f"\nIoU of each class, {record.network}/{record.stream}, in per cent")
+    print(f"\nIoU of each class, {record.network}/{record.stream}, in percent")
     lines = zip(record.class_names, per_class, strict=False)
     say([(name, _percent(value), "█" * round(_BAR * (value or 0.0))) for name, value in lines])
 
 
 def _facts(record: RunRecord) -> dict[str, Any]:
     git = f"{record.git.get('revision', '')[:12]}{' with changes' if record.git.get('dirty') else ''}"
-    wall = "not known in all" if record.wall_seconds is None else f"{record.wall_seconds:.0f} s"
+    wall = "unknown" if record.wall_seconds is None else f"{record.wall_seconds:.0f} s"
     per_step = "" if record.seconds_per_step is None else f"{1000 * record.seconds_per_step:.0f} ms a step"
     return {
         "mIoU %": f"{_percent(record.miou)} ({record.network}/{record.stream}, after the last of {record.steps} steps)",
@@ -271,14 +273,14 @@ def _facts(record: RunRecord) -> dict[str, Any]:
 
 
 def _print_changed(record: RunRecord) -> None:
-    print("\nfields that are not at their default")
+    print("\nnon-default fields")
     say([(name, typed(value)) for name, value in record.changed.items()])
 
 
 def _print_scores(record: RunRecord) -> None:
     flat = _scores(record)
     names = list(dict.fromkeys(name for scores in flat.values() for name in scores))
-    print("\nscores, in per cent")
+    print("\nscores, in percent")
     say([(stream, *(_score(scores.get(name)) for name in names)) for stream, scores in flat.items()], ("", *names))
 
 
@@ -287,7 +289,7 @@ def _print_shares(record: RunRecord) -> None:
     if not found:
         return
     steps = ", ".join(str(one["step"]) for one in (record.gradient_shares or {})["measured"])
-    print("\ngradient shares, in per cent, and cosines to the supervised gradient")
+    print("\ngradient shares, in percent, and cosines to the supervised gradient")
     lines = [
         (one.place, one.term, *map(_percent, one.shares), *("—" if c is None else f"{c:+.2f}" for c in one.cosines))
         for one in found
@@ -305,7 +307,7 @@ def _print_pseudo_labels(record: RunRecord) -> None:
         table.setdefault(score, {})[area] = value
     areas = [area for area in ("all", "edges", "elsewhere") if any(area in found for found in table.values())]
     if table:
-        print("\npseudo-labels, in per cent")
+        print("\npseudo-labels, in percent")
         lines = [(name, *(_percent(x[area]) if area in x else "" for area in areas)) for name, x in table.items()]
         say(lines, ("", *areas))
 
@@ -336,7 +338,7 @@ def diff(one: RunRecord, two: RunRecord) -> None:
             a, b = (scores.get(name) for scores in pair)
             points = f"{100 * (b - a):+.2f}" if isinstance(a, float) and isinstance(b, float) else ""
             lines.append((f"{stream}/{name}", _score(a), _score(b), points))
-    print("\nscores, in per cent")
+    print("\nscores, in percent")
     say(lines)
 
 

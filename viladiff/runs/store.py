@@ -179,7 +179,7 @@ class Store:
             except ValueError as error:
                 if self._repair and path.parent.parent == self.root:
                     raise
-                self._say(f"{error}. It is only read here, so it is left out and its run counts as missing")
+                self._say(f"{error}. It is read-only, so it is skipped and its run counts as missing")
             self._read[path] = stamp, record
             return record
 
@@ -194,7 +194,7 @@ class Store:
         except FileNotFoundError:
             return  # another process was faster
         except OSError as error:
-            self._say(f"{why}. It could not be set aside ({error.strerror}); move it away to have the run done again")
+            self._say(f"{why}. It could not be moved to damaged/ ({error.strerror}); move it away to rerun the run")
             return
         if self._put_back(aside / path.name, path):
             return

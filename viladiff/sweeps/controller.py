@@ -132,7 +132,7 @@ class SweepController:
         if job.run_id != trial.runs[left[0]]:
             raise ValueError(
                 f"trial {trial.number} of {self.directory} has the run {trial.runs[left[0]]}, which is now named "
-                f"{job.run_id}: code, data or weights have changed; give the sweep another name with --study"
+                f"{job.run_id}: code, data or weights changed; use --study NAME for a new sweep"
             )
         self.owner[job.run_id] = (trial.number, int(left[0]))
         return [job]
@@ -171,7 +171,7 @@ class SweepController:
         if outcome.state == "done":
             return self._scored(trial, seed, outcome.run_id)
         if outcome.state == "failed":
-            why = f"{outcome.failure.kind}: {outcome.failure.message}" if outcome.failure else "no reason is known"
+            why = f"{outcome.failure.kind}: {outcome.failure.message}" if outcome.failure else "unknown reason"
             self._finish(trial, "failed", f"seed {seed}: {why}")
         elif number in self.asker.stopped:
             self._finish(trial, "pruned", self._stopped_at(trial))

@@ -184,7 +184,7 @@ def format_verdict(found: Sequence[Finalist], records: Records, wanted: int) -> 
             spread = "" if sd is None else f" ± {sd:.2f}"
             yield f"{one.label}: {mean:.2f}{spread} mIoU over {len(values)} of {wanted} fresh seeds, trial {one.trial}"
         else:
-            yield f"{one.label}: not trained anew yet, trial {one.trial}"
+            yield f"{one.label}: not retrained yet, trial {one.trial}"
     for contest in compare_finalists(found, records, min(FRESH, wanted)):
         low, high = contest.interval
         verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[contest.outcome]

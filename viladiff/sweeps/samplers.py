@@ -109,13 +109,11 @@ class Cmaes:
             import numpy as np
             from cmaes import CMA
         except ImportError:
-            raise ValueError(
-                "--sampler cmaes: the package cmaes is not installed (pip install cmaes); tpe, gp, random and grid are"
-            ) from None
+            raise ValueError("--sampler cmaes requires the 'cmaes' package: pip install cmaes") from None
         words = [path for path, one in self.space.items() if one.choices]
         if words or len(self.space) < 2:
             why = f"{words[0]} has choices" if words else "the space has one dimension, and it takes two"
-            raise ValueError(f"--sampler cmaes: searches numbers only, and {why}; take tpe")
+            raise ValueError(f"--sampler cmaes: searches numbers only, but {why}; use tpe")
         mean = np.array([one.unit(self.first[path]) for path, one in self.space.items()])
         bounds = np.array([[0.0, 1.0]] * len(self.space))
         return CMA(mean=mean, sigma=SPREAD, bounds=bounds, seed=key(self.seed, -1))

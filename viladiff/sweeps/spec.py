@@ -123,7 +123,7 @@ def _faults(sweep: Sweep) -> Iterator[str]:
         if path in OURS:
             yield f"{here}: not searched: {OURS[path]}"
         if path in sweep.base:
-            yield f"{here}: base sets it too; keep one"
+            yield f"{here}: base sets it too; remove one"
         if path in sweep.initial_point and not dimension.has(sweep.initial_point[path]):
             yield f'initial_point."{path}" = {sweep.initial_point[path]!r}: must lie in the space, {dimension}'
     for fault in strays(sweep.initial_point, sweep.space):
@@ -184,7 +184,7 @@ def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Selec
     if select == "val" and embedded(fixed):
         raise ValueError(
             f"--select val: trials on {fixed.get('data.dataset', 'digits')!r} are scored on dev, and never on test, "
-            "which finals alone read; leave it out"
+            "which only finals read; remove it"
         )
     steps = rung_steps(sweep, fixed)
     chosen: dict[str, object] = {"eval.every_steps": math.gcd(*steps), "eval.boundary": False}
@@ -201,7 +201,7 @@ def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, o
         if path in OURS:
             raise ValueError(f"{path} = {value}: not set here: {OURS[path]}")
         if path in sweep.space:
-            raise ValueError(f"{path} = {value}: the sweep searches it; leave it out")
+            raise ValueError(f"{path} = {value}: the sweep searches it; remove it")
     size = sweep.scale[scale]
     mapped: dict[str, object] = dict(sweep.base)
     for path, value in sweep.base.items():

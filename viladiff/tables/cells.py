@@ -43,28 +43,35 @@ class Cell:
 # Selection
 
 
-def select(kind: str, labels: Sequence[str], asked: Iterable[str | int]) -> tuple[int, ...]:
-    """Places of the rows or columns that were asked for, in the table's order, each once.
+def select(
+    kind: str, labels: Sequence[str], requested: Iterable[str | int], numbers: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Indices of the requested rows or columns, in the table's order, each once.
 
-    Each is a label, a number counted from 1, or the beginning of one label only (case does not matter); a label goes
-    before a number. Raises ValueError with the nearest label.
+    Each is a label, a number, or a unique prefix of a label (case does not matter), in this order of precedence.
+    ``numbers``: of the labels, as ``Table.row_numbers``; counted from 1 by default. Raises ValueError with the nearest
+    label.
     """
-    return tuple(sorted({_select_one(kind, labels, str(one)) for one in asked}))
+    numbers = numbers or [str(number) for number in range(1, len(labels) + 1)]
+    return tuple(sorted({_select_one(kind, labels, numbers, str(one)) for one in requested}))
 
 
-def _select_one(kind: str, labels: Sequence[str], asked: str) -> int:
-    if asked in labels:
-        return labels.index(asked)
-    if asked.isascii() and asked.isdigit():
-        if 1 <= int(asked) <= len(labels):
-            return int(asked) - 1
-        raise ValueError(f"{kind} = {asked}: there are {len(labels)}. {listed(labels)}")
-    begins = [i for i, label in enumerate(labels) if asked and label.casefold().startswith(asked.casefold())]
-    if len(begins) == 1:
-        return begins[0]
-    if begins:
-        raise ValueError(f"{kind} = {asked!r}: {len(begins)} begin so: {', '.join(repr(labels[i]) for i in begins)}")
-    raise ValueError(f"{kind} = {asked!r}: no such label{did_you_mean(asked, labels) or '.'} {listed(labels)}")
+def _select_one(kind: str, labels: Sequence[str], numbers: Sequence[str], requested: str) -> int:
+    if requested in labels:
+        return labels.index(requested)
+    if requested.casefold() in numbers:
+        return numbers.index(requested.casefold())
+    if requested.isascii() and requested.isdigit():
+        raise ValueError(f"{kind} = {requested}: no such number. {listed(labels, numbers)}")
+    prefix = requested.casefold()
+    matches = [i for i, label in enumerate(labels) if prefix and label.casefold().startswith(prefix)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        options = ", ".join(f"{numbers[i]} {labels[i]!r}" for i in matches)
+        raise ValueError(f"{kind} = {requested!r}: ambiguous, matches {options}")
+    near = did_you_mean(requested, labels) or "."
+    raise ValueError(f"{kind} = {requested!r}: no such label{near} {listed(labels, numbers)}")
 
 
 def choose(
@@ -83,13 +90,14 @@ def choose(
     every = [i for i in every if not table.rows[i].scales or scale in table.rows[i].scales]
     rows = size.rows or None if rows is None else rows
     columns = size.columns or None if columns is None else columns
-    chosen = every if rows is None else select("rows", [row.label for row in table.rows], rows)
+    labels = [row.label for row in table.rows]
+    chosen = every if rows is None else select("rows", labels, rows, table.row_numbers)
     across = range(len(table.columns))
     chosen_columns = across if columns is None else select("columns", [one.label for one in table.columns], columns)
     wanted = tuple(dict.fromkeys(seeds if seeds is not None else size.seeds or table.seeds))
     for name, found in (("rows", chosen), ("columns", chosen_columns), ("seeds", wanted)):
         if not found:
-            raise ValueError(f"{table.name}.toml: {name}: none is left to run")
+            raise ValueError(f"{table.name}.toml: no {name} selected")
     if min(wanted) < 0:
         raise ValueError(f"seeds = {list(wanted)}: a seed must not be negative")
     order = sorted(chosen, key=lambda i: (table.rows[i].control, table.rows[i].oracle))
@@ -175,7 +183,7 @@ def embedded(fields: Mapping[str, object]) -> bool:
 def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
     """Why rows cannot be run, by place: a field that has to be given, such as a file, is not."""
     return {
-        place: f"not available: {row.requires} is not given"
+        place: f"requires {row.requires}"
         for place, row in enumerate(table.rows)
         if row.requires and {**table.base, **row.set, **changes}.get(row.requires) is None
     }

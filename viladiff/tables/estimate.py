@@ -49,17 +49,17 @@ def estimate(plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: 
         alike, akin = alike + (close and bool(near)), akin + (not close and bool(near))
         step = median(near_step) if (near_step := [_per_step(one) for one in near]) else size.seconds_per_step
         if step is None:
-            return _estimate(plan, left, None, alike + akin, price_per_hour, f"no run like {run.title!r} was measured")
+            return _estimate(plan, left, None, alike + akin, price_per_hour, f"no timing for {run.title!r}")
         besides = _besides(run, near)
         outside = size.seconds_overhead if besides is None else besides
         times.append(max(0, run.steps - _logged(store.directory(run.run_id))) * step + outside)
     guessed = len(left) - alike - akin
     parts = [
-        f"{alike} as measured for runs of the same settings" if alike else "",
-        f"{akin} as measured for the same method and data set" if akin else "",
-        f"{guessed} as guessed in the table, not measured" if guessed else "",
+        f"{alike} timed from runs with the same settings" if alike else "",
+        f"{akin} timed from runs of the same method and data set" if akin else "",
+        f"{guessed} estimated by the table file" if guessed else "",
     ]
-    basis = f"{len(left)} runs to go: " + ", ".join(filter(None, parts)) if left else "nothing to run"
+    basis = f"{len(left)} runs remaining: " + ", ".join(filter(None, parts)) if left else "nothing to run"
     seconds = max([sum(times) / concurrency, *times]) if times else 0.0
     return _estimate(plan, left, seconds, alike + akin, price_per_hour, basis)
 

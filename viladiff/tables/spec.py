@@ -25,7 +25,7 @@ def _as_printed(value: object) -> object:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value == "-" or (number and 0 <= value <= 100):  # type: ignore[operator]
         return value
-    raise ValueError('must be a number from 0 to 100, or "-" where the paper leaves it out')
+    raise ValueError('must be a number from 0 to 100, or "-" where the paper omits it')
 
 
 def _as_seed(value: object) -> object:
@@ -80,6 +80,11 @@ AMONG = ("best_row", "worst_rows", "differs")
 ORACLE = "method.pseudo.oracle"
 OWN_LISTS = "each seed draws its own labelled images, the same for all rows (data.split_seed)"
 """What a scale's ``split_per_seed`` means, in words."""
+
+
+def letter(place: int) -> str:
+    """a, b, ..., z, aa, bb, ...: the letter of a row or a note, counted from 0."""
+    return chr(ord("a") + place % 26) * (place // 26 + 1)
 
 
 class Strict(Section):
@@ -222,6 +227,15 @@ class Table(Strict):
     page: Literal["table", "leaderboard", "clusters", "captions"] = "table"
     """``leaderboard``: also accuracy against cost, calibration, rates that were tried; ``clusters``: also features;
     ``captions``: also mIoU against the recall of captions."""
+
+    @property
+    def row_numbers(self) -> tuple[str, ...]:
+        """What each row is called on pages and with ``--rows``: 1, 2, ... for the paper's rows, a, b, ... for ours."""
+        numbers = []
+        for place, row in enumerate(self.rows):
+            same_kind = sum(one.control == row.control for one in self.rows[:place])
+            numbers.append(letter(same_kind) if row.control else str(same_kind + 1))
+        return tuple(numbers)
 
     @property
     def printed(self) -> bool:

@@ -216,9 +216,8 @@ def paper_value(results: Results, row: int, column: int) -> PaperValue | None:
 
 
 def number(results: Results, row: int) -> str:
-    """Row 8 of the paper is "8" whatever was left out; our own rows are "a", "b", and so on."""
-    own = [i for i, r in enumerate(results.plan.table.rows) if r.control]
-    return chr(ord("a") + own.index(row)) if row in own else str(row + 1 - sum(i < row for i in own))
+    """The row's number in its table, as ``Table.row_numbers`` has it."""
+    return results.plan.table.row_numbers[row]
 
 
 def row_name(results: Results, row: int) -> str:

@@ -27,7 +27,7 @@ from viladiff.report.table.results import (
     summary,
     swapped,
 )
-from viladiff.tables.spec import OWN_LISTS
+from viladiff.tables.spec import OWN_LISTS, letter
 
 if TYPE_CHECKING:
     from viladiff.tables.claims import Comparison, Verdict
@@ -94,11 +94,7 @@ class Reasons:
         self.letters: dict[str, str] = {}
 
     def letter(self, why: str) -> str:
-        return self.letters.setdefault(why, _letter(len(self.letters)))
-
-
-def _letter(place: int) -> str:
-    return chr(ord("a") + place % 26) * (place // 26 + 1)
+        return self.letters.setdefault(why, letter(len(self.letters)))
 
 
 def table_rows(results: Results, metric: str, reasons: Reasons) -> list[TableRow]:
