@@ -10,6 +10,7 @@ import ast
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_every_option_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setenv("COLUMNS", "400")
     for name, page in pages(capsys):
         lines = [*page.splitlines(), ""]
-        for line, below in zip(lines, lines[1:], strict=False):
+        for line, below in pairwise(lines):
             if line.startswith("  -"):
                 assert "  " in line.strip() or below.startswith(" " * 10), f"{name}: {line.strip()}"
 

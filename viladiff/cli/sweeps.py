@@ -20,8 +20,9 @@ examples:
   {name} --sampler random --scheduler asha --seeds 1
   {name} --scale digits --address auto --gpus-per-trial 0.5 --runs-dir /shared/runs
 
-Re-running the command resumes an interrupted sweep and skips finished runs. Trials are scored on images held out of
-the labelled list; the best points are then retrained on fresh seeds, and only those scores are reported.
+Re-running the command resumes an interrupted sweep and skips finished runs. Trials are scored on
+images held out of the labelled list; the best points are then retrained on fresh seeds, and only
+those scores are reported.
 """
 
 

@@ -17,7 +17,8 @@ examples:
   {name} --rows 1 8 --columns 1 -- train.steps=50
   {name} --scale digits --address auto --gpus-per-trial 0.5 --runs-dir /shared/runs
 
-Re-running the command resumes interrupted runs and skips finished ones. Processes that share --runs-dir split the work.
+Re-running the command resumes interrupted runs and skips finished ones. Processes that share
+--runs-dir split the work.
 """
 
 ROWS = "rows to run: labels, unique prefixes, or the numbers and letters of the page"

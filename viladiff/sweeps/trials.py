@@ -92,8 +92,8 @@ def load_trials(directory: Path) -> list[Trial]:
     for number, (trial, path) in enumerate(zip(trials, paths, strict=True)):
         if trial.number != number:
             raise ValueError(
-                f"{directory / f'{number:06}.json'}: missing, though {path.name} is there; restore it, or give the "
-                "sweep another name with --study (finished runs are reused)"
+                f"{directory / f'{number:06}.json'}: missing, though {path.name} is there; restore it, or use "
+                "--study NAME for a new sweep (finished runs are reused)"
             )
     return trials
 
@@ -115,8 +115,8 @@ def _load(path: Path) -> Trial:
     except (ValueError, KeyError, AttributeError, TypeError, OSError, ValidationError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path}: not a trial's record, or damaged ({why}); restore it, or give the sweep another name with "
-            "--study (finished runs are reused)"
+            f"{path}: not a trial's record, or damaged ({why}); restore it, or use --study NAME for a new sweep "
+            "(finished runs are reused)"
         ) from None
     return trial
 
