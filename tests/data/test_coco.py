@@ -255,8 +255,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     made = layouts.coco(tmp_path / "coco", masks=False)
     words = ["data", "coco-masks", str(made.root), "--processes", "1", "--quiet"]
     assert main.main(words) == 0
-    assert "9 masks written, 0 were there already\n0 images have no annotation" in capsys.readouterr().out
+    assert "9 masks written, 0 existed already\n0 images have no annotation" in capsys.readouterr().out
     assert main.main(words) == 0
-    assert "0 masks written, 9 were there already" in capsys.readouterr().out
+    assert "0 masks written, 9 existed already" in capsys.readouterr().out
     assert main.main(["data", "coco-masks", str(tmp_path / "nowhere")]) == 2
     assert "instances_train2017.json: there is no such file" in capsys.readouterr().err

@@ -219,5 +219,5 @@ def test_a_database_that_is_a_file_is_refused_and_left_as_it_is(
 ) -> None:
     (tmp_path / "mine.txt").write_text(text)
     assert sweep(tmp_path, "--database", str(tmp_path / "mine.txt")) == 2
-    assert "mine.txt: must be an URL, such as sqlite:///" in capsys.readouterr().err and played.runs == []
+    assert "mine.txt: must be a URL, such as sqlite:///" in capsys.readouterr().err and played.runs == []
     assert (tmp_path / "mine.txt").read_text() == text

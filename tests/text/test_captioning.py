@@ -249,7 +249,7 @@ def test_a_dry_run_and_a_finished_one_start_nothing(
     jobs.begin(whole)
     jobs.write_part(whole, [rows_table(rows(whole, slice(None)))])
     jobs.finish(whole)
-    assert main.main(asked) == 0 and "has all captions of 8 images; nothing to do" in capsys.readouterr().out
+    assert main.main(asked) == 0 and "complete, 8 images; nothing to do" in capsys.readouterr().out
     assert main.main(["caption", "photo", "--model", str(blip)]) == 2
     assert "'photo': is neither a directory nor an embedded data set" in capsys.readouterr().err
 
