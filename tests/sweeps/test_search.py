@@ -115,7 +115,7 @@ def test_the_papers_value_comes_first_and_more_trials_go_on(sweeping: ModuleType
 
 def test_listed_points_come_after_the_papers_and_before_those_drawn(sweeping: ModuleType, tmp_path: Path) -> None:
     points = [{"a": 0.25, "b": 2}, {"a": 0.75, "b": 9}]
-    runs = sweeping.Runs()
+    runs = sweeping.Runs(tmp_path, sweeping.bowl)
     desk = sweeping.opened(tmp_path, runs, 4, points=points)
     sweeping.drive(desk, runs)
     trials = desk.search.trials
