@@ -48,9 +48,9 @@ def pages(capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[str, str]]:
     for command in COMMANDS:
         yield f"viladiff {command}".strip(), help_text(command, capsys)
     scripts: dict[str, argparse.ArgumentParser] = {
-        "ablations/run_table5.py": tables.parser(ROOT / "ablations" / "table5.toml", "run_table5.py"),
-        "tune/sweep_lambda.py": sweeps.parser(ROOT / "tune" / "sweep_lambda.toml", "sweep_lambda.py"),
-        "scripts/reproduce.py": reproduce.parser(),
+        "ablations/run_table5.py": tables.table_parser(ROOT / "ablations" / "table5.toml", "run_table5.py"),
+        "tune/sweep_lambda.py": sweeps.sweep_parser(ROOT / "tune" / "sweep_lambda.toml", "sweep_lambda.py"),
+        "scripts/reproduce.py": reproduce.reproduce_parser(),
     }
     for name, parser in scripts.items():
         yield name, parser.format_help()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from viladiff.tables.paired import Part, Residual, fit, parts, t_test, untestable, variance_model
+from viladiff.tables.paired import CellResidual, Part, contrast_parts, fit, t_test, untestable, variance_model
 from viladiff.tables.significance import LEVEL, CellSample, Samples, Term, f_test
 
 DIFFERENCE = (Term(0, 0, 1), Term(1, 0, -1))
@@ -163,7 +163,7 @@ def test_a_cell_set_apart_takes_its_column_along() -> None:
     found = t_test(gains, 0.0, table, known)
     wanted = stats.ttest_1samp(y[7] - y[0] - y[1] + y[2], 0, alternative="greater")
     assert found.apart and found.p == pytest.approx(wanted.pvalue) and found.df == pytest.approx(3)
-    (part,) = parts(gains, table, known)
+    (part,) = contrast_parts(gains, table, known)
     assert part.fit is None and part.seeds == (0, 1, 2, 3)
 
 
@@ -172,12 +172,14 @@ def test_what_cannot_be_compared_says_why() -> None:
     table = measured(y)
     known = variance_model(table)
     assert known.pools == {}
-    found = parts(DIFFERENCE, table, known)
+    found = contrast_parts(DIFFERENCE, table, known)
     assert untestable(found, known, 3) == "the cells have 0 seeds in common, and 3 are needed"
     with pytest.raises(ValueError, match="0 seeds in common, and 2 are needed"):
         t_test(DIFFERENCE, 0.0, table, known)
     alone = measured(np.array([[1.0, np.nan], [3.0, np.nan]]))
-    assert "no seed is left" in untestable(parts(DIFFERENCE, alone, variance_model(alone)), variance_model(alone), 3)
+    assert "no seed is left" in untestable(
+        contrast_parts(DIFFERENCE, alone, variance_model(alone)), variance_model(alone), 3
+    )
     assert untestable([Part({table[0, 0]: 1.0}, None)], known, 3) == ""
 
 
@@ -208,7 +210,7 @@ def test_false_alarms_of_incomplete_tables() -> None:
         y = no_difference(rng, 5, 6)
         y[rng.random(y.shape) < 0.25] = np.nan
         table = measured(y)
-        if not untestable(parts(DIFFERENCE, table, variance_model(table)), variance_model(table), 3):
+        if not untestable(contrast_parts(DIFFERENCE, table, variance_model(table)), variance_model(table), 3):
             tables.append(table)
     assert 0.023 <= wrong(tables) <= 0.077
 
@@ -250,7 +252,7 @@ def test_a_difference_of_the_size_of_the_residuals_spread() -> None:
     y = 50 + rng.normal(0, 4, (1, 4000)) + rng.normal(0, 1, (2, 4000))
     pool = variance_model(measured(y)).pools["", ""]
     assert pool.paired == pytest.approx(np.std(y[0] - y[1], ddof=1))
-    assert Residual(1.0, 4, 2).paired == pytest.approx(np.sqrt(2))
+    assert CellResidual(1.0, 4, 2).paired == pytest.approx(np.sqrt(2))
 
 
 def test_a_cell_is_set_apart_from_others_without_any_spread() -> None:

@@ -42,7 +42,7 @@ class CommandParser(argparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
 
-def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """``FIELD=VALUE`` may stand before and after options, of which argparse takes the first few alone."""
     args, left = into.parse_known_args(argv)
     late = [text for text in left if "=" in text and not text.startswith("-")]
@@ -54,7 +54,7 @@ def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) ->
     return args
 
 
-def carry_out(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int]) -> int:
     """The exit status of ``command``, or of what stopped it, with a line for each error."""
     try:
         status = command()

@@ -12,7 +12,7 @@ from viladiff.methods.base import Method, StepCost
 from viladiff.methods.published import PublishedSetting
 
 
-def rows() -> list[dict[str, Any]]:
+def method_rows() -> list[dict[str, Any]]:
     """One flat row a method, in the order of the table; None where there is nothing to say."""
     return [_row(name, method) for name, method in METHODS.items()]
 
@@ -58,7 +58,7 @@ def written(passes: StepCost) -> str:
     return f"{text}; {passes.beside}" if passes.beside else text
 
 
-def settings(method: type[Method]) -> list[str]:
+def published_lines(method: type[Method]) -> list[str]:
     """What its publication sets by data set and list, a line each."""
     said = []
     for one in method.published:
@@ -70,14 +70,14 @@ def settings(method: type[Method]) -> list[str]:
     return said
 
 
-def show(as_json: bool, width: int | None, name: str | None = None) -> str:
+def format_methods(as_json: bool, width: int | None, name: str | None = None) -> str:
     """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
 
     With ``name`` that method's alone, and what its publication sets. Raises ConfigError for an unknown one.
     """
     if name is not None and name not in METHODS:
         raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
-    chosen = [row for row in rows() if name in (None, row["method"])]
+    chosen = [row for row in method_rows() if name in (None, row["method"])]
     if as_json:
         return json.dumps(chosen, indent=1, ensure_ascii=False) + "\n"
     from rich.console import Console
@@ -98,6 +98,6 @@ def show(as_json: bool, width: int | None, name: str | None = None) -> str:
         )
     if name is None:
         return text.get()
-    said = settings(METHODS[name]) or ["none declared"]
+    said = published_lines(METHODS[name]) or ["none declared"]
     heading = "Published settings by data set, used by tables at scale paper:"
     return text.get() + "\n" + "\n".join([heading, *(f"  {line}" for line in said)]) + "\n"

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from viladiff.cli.common import CommandParser, carry_out, read_arguments
+from viladiff.cli.common import CommandParser, parse_arguments, run_command
 from viladiff.cli.tables import COLUMNS, ROWS, add_placing
 from viladiff.experiments.reproduce import reproduce
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 all runs agree with their records, 1 one does not, 2 nothing to compare with, 130 interrupted."""
-    args = read_arguments(parser(), argv)
-    return carry_out(lambda: reproduce(args))
+    args = parse_arguments(reproduce_parser(), argv)
+    return run_command(lambda: reproduce(args))
 
 
-def parser() -> argparse.ArgumentParser:
+def reproduce_parser() -> argparse.ArgumentParser:
     top = CommandParser("reproduce.py", description="Train published runs again and compare the scores.")
     top.add_argument(
         "--table", default="5", help="number of a table of the paper, or path of a .toml file (default: 5)"

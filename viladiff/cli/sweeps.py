@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from viladiff.cli.common import CommandParser, carry_out, read_arguments
+from viladiff.cli.common import CommandParser, parse_arguments, run_command
 from viladiff.cli.tables import add_placing
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
@@ -32,19 +32,19 @@ def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None)
     from viladiff.experiments.tables import shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
-    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, shell_command(f"python tune/{path.stem}.py", given)))
+    args = parse_arguments(sweep_parser(path, name or Path(sys.argv[0]).name), given)
+    return run_command(lambda: run(path, args, shell_command(f"python tune/{path.stem}.py", given)))
 
 
-def parser(path: Path, name: str) -> argparse.ArgumentParser:
+def sweep_parser(path: Path, name: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = f"Search the space of {path.name} for the best point, with confidence intervals."
     top = CommandParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
-    add_options(top)
+    add_sweep_options(top)
     return top
 
 
-def add_options(top: argparse.ArgumentParser) -> None:
+def add_sweep_options(top: argparse.ArgumentParser) -> None:
     """Options that every sweep has."""
     what = top.add_argument_group("selection")
     what.add_argument(

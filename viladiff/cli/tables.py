@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from viladiff.cli.common import CommandParser, carry_out, read_arguments
+from viladiff.cli.common import CommandParser, parse_arguments, run_command
 
 EXAMPLES = """\
 examples:
@@ -28,11 +28,11 @@ SHARE = "GPUs per run, a fraction or whole ones (default: those of this machine,
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
     """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors of the user are a line each."""
-    from viladiff.experiments.tables import run, shell_command
+    from viladiff.experiments.tables import run_table, shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
-    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, shell_command(name or _said(sys.argv[0]), given)))
+    args = parse_arguments(table_parser(path, name or Path(sys.argv[0]).name), given)
+    return run_command(lambda: run_table(path, args, shell_command(name or _said(sys.argv[0]), given)))
 
 
 def _said(program: str) -> str:
@@ -43,15 +43,15 @@ def _said(program: str) -> str:
     return f"python {path.relative_to(ROOT)}" if path.is_relative_to(ROOT / "ablations") else path.name
 
 
-def parser(path: Path, name: str) -> argparse.ArgumentParser:
+def table_parser(path: Path, name: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = f"Run the unfinished cells of {path.name} and write its page."
     top = CommandParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
-    add_options(top)
+    add_table_options(top)
     return top
 
 
-def add_options(top: argparse.ArgumentParser) -> None:
+def add_table_options(top: argparse.ArgumentParser) -> None:
     """Options that every table has."""
     what = top.add_argument_group("selection")
     what.add_argument(

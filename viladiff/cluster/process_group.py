@@ -28,7 +28,7 @@ class Apart(TorchConfig):
 
 
 @contextmanager
-def joined(meeting: Path, backend: str) -> Iterator[None]:
+def joined_group(meeting: Path, backend: str) -> Iterator[None]:
     """The calling worker is in the group meanwhile; ``meeting`` is a new file that all workers of the run name."""
     context = get_context()
     os.environ |= {

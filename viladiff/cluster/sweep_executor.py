@@ -59,7 +59,7 @@ def run_search(desk: TrialQueue, work: Work = run_attempt) -> None:
         raise
 
 
-class Asking(QueueSearcher):
+class TrialSearcher(QueueSearcher):
     """Tune's searcher: each run that it suggests is a point of the sweep under one seed."""
 
     desk: TrialQueue
@@ -72,7 +72,7 @@ class Asking(QueueSearcher):
         return Searcher.FINISHED if self.desk.over else None
 
 
-class Rungs(FIFOScheduler):
+class RungScheduler(FIFOScheduler):
     """Tune's scheduler: brings scores to the sweep's pruner and its answers to the runs; it ends nothing itself."""
 
     def __init__(self, desk: TrialQueue, box: Any) -> None:
@@ -111,7 +111,7 @@ def _tune(desk: TrialQueue, session: Session, work: Work) -> None:
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, place=place, box=box, work=work), resources),
         tune_config=tune.TuneConfig(
-            search_alg=Asking(desk), scheduler=Rungs(desk, box), num_samples=-1, reuse_actors=True
+            search_alg=TrialSearcher(desk), scheduler=RungScheduler(desk, box), num_samples=-1, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             name="sweep",

@@ -51,7 +51,7 @@ class WorkerContext:
     """An actor of this name exists once all runs are to stop."""
 
 
-def trial(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
+def train_run(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
     """A Tune function trainable: runs ``jobs[config["run"]]`` and reports how it ended as the last result."""
     from ray import tune
 

@@ -59,7 +59,7 @@ class TableJob:
         return Store(self.store.root / "nothing", [ROOT / "reports" / "published"])
 
 
-def run(path: Path, args: argparse.Namespace, command: str) -> int:
+def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
     """Plans, says or does, and writes; returns the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
     _check_options(args)
     job = plan_table(path, args, command)
@@ -72,10 +72,10 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         dashboard=args.dashboard,
     )
     if args.dry_run:
-        from viladiff.experiments.dry_run import outline
+        from viladiff.experiments.dry_run import print_dry_run
 
         beside = None if job.beside is None else (job.beside, job.records)
-        outline(job.plan, job.store, settings, job.out, args.hourly_price, beside)
+        print_dry_run(job.plan, job.store, settings, job.out, args.hourly_price, beside)
         return 0
     if args.restart:
         _set_aside(job)
@@ -227,12 +227,12 @@ def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> in
 
 def _say_beside(job: TableJob, other: Plan) -> None:
     """The three columns in a few lines, and the sentence that they come to."""
-    from viladiff.report.sections.beside import sentence, to_terminal
+    from viladiff.report.sections.beside import headline_beside, to_terminal
     from viladiff.report.table.results import collect_results
     from viladiff.report.table.table_page import beside_of
 
     both = beside_of(collect_results(job.plan, job.store), other, job.records, job.out)
-    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{sentence(both)}\n")
+    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{headline_beside(both)}\n")
 
 
 def table(name: str | int, scale: str = "quick", *, runs_dir: str = "runs", long_form: bool = False) -> pd.DataFrame:

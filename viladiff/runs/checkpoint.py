@@ -30,7 +30,7 @@ _CODE = re.compile(r"(?i)GLOBAL \S+|unsupported operand \d+")
 _PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, str, bool, bytes, type(None))
 
 
-def save(path: Path | str, state: dict[str, Any], keep_previous: bool = True) -> None:
+def save_checkpoint(path: Path | str, state: dict[str, Any], keep_previous: bool = True) -> None:
     """Writes ``state`` so that ``path`` holds either the old or the new checkpoint, whole, whenever the process dies.
 
     The one before is kept as ``<stem>.prev<suffix>``. One process writes to a path at a time. ValueError for a value
@@ -62,7 +62,7 @@ def previous(path: Path | str) -> Path:
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
-def load(path: Path | str) -> dict[str, Any] | None:
+def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
     """The newest state to go on from: ``path``, else the previous one if only that is there, else None.
 
     A damaged file is an error, never skipped: going on from an older state is the user's choice. ValueError as

@@ -43,7 +43,7 @@ class Cell:
 # Selection
 
 
-def select(
+def select_labels(
     kind: str, labels: Sequence[str], requested: Iterable[str | int], numbers: Sequence[str] = ()
 ) -> tuple[int, ...]:
     """Indices of the requested rows or columns, in the table's order, each once.
@@ -91,9 +91,11 @@ def choose(
     rows = size.rows or None if rows is None else rows
     columns = size.columns or None if columns is None else columns
     labels = [row.label for row in table.rows]
-    chosen = every if rows is None else select("rows", labels, rows, table.row_numbers)
+    chosen = every if rows is None else select_labels("rows", labels, rows, table.row_numbers)
     across = range(len(table.columns))
-    chosen_columns = across if columns is None else select("columns", [one.label for one in table.columns], columns)
+    chosen_columns = (
+        across if columns is None else select_labels("columns", [one.label for one in table.columns], columns)
+    )
     wanted = tuple(dict.fromkeys(seeds if seeds is not None else size.seeds or table.seeds))
     for name, found in (("rows", chosen), ("columns", chosen_columns), ("seeds", wanted)):
         if not found:
@@ -189,7 +191,7 @@ def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[
     }
 
 
-def settings(table: Table, row: int, column: int) -> dict[str, object]:
+def paper_settings(table: Table, row: int, column: int) -> dict[str, object]:
     """What the paper's cell sets, before any scale: equal in two cells, also of two tables, where they are one run."""
     base, *entries = table_layers(table)
     return {p: one.value for p, one in _merge([base, entries[column], entries[len(table.columns) + row]]).items()}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from viladiff.tables.claims import Comparison, Verdict
 
 
-def told(results: Results, verdicts: Sequence[Verdict], tried: Sequence[RateComparison]) -> list[str]:
+def ranking_sentences(results: Results, verdicts: Sequence[Verdict], tried: Sequence[RateComparison]) -> list[str]:
     """How much has been measured, which differences are shown, what was not seen, and what it does not tell."""
     if not results.records():
         return ["Nothing has been measured yet."]

@@ -226,7 +226,7 @@ def row_name(results: Results, row: int) -> str:
     return f"{text} ({CEILING})" if row in results.plan.ceilings else text
 
 
-def parts(results: Results) -> list[str]:
+def table_parts(results: Results) -> list[str]:
     """Parts in the order in which the table's rows bring them in."""
     return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.components))
 
