@@ -190,7 +190,7 @@ def wrong(tables: Sequence[Samples], terms: Sequence[Term] = DIFFERENCE) -> floa
 
 
 def no_difference(rng: np.random.Generator, rows: int, seeds: int, list_sd: float = 4.0) -> np.ndarray:
-    """y of rows that do not differ: lists of a seed spread by ``list_sd``, residuals by 1."""
+    """Draw y of rows that do not differ: lists of a seed spread by ``list_sd``, residuals by 1."""
     return 50 + rng.normal(0, list_sd, (1, seeds)) + rng.normal(0, 1, (rows, seeds))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 
 def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """``FIELD=VALUE`` may stand before and after options, of which argparse takes the first few alone."""
+    """Parse arguments with ``FIELD=VALUE`` before, between and after options; argparse takes the first few alone."""
     args, left = into.parse_known_args(argv)
     late = [text for text in left if "=" in text and not text.startswith("-")]
     taking = next((name for name in ("fields", "changes") if hasattr(args, name)), None)
@@ -21,7 +21,7 @@ def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) ->
 
 
 def carry_out(command: Callable[[], int]) -> int:
-    """The exit status of ``command``, or of what stopped it, with a line for each error."""
+    """Run ``command`` and return its exit status; print one line for each error."""
     try:
         status = command()
         sys.stdout.flush()

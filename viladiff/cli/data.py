@@ -27,7 +27,7 @@ SHOWN = 20
 
 
 def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``data`` and its actions to the subparsers of ``viladiff``."""
+    """Add ``data`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "check and split images and masks, or render the embedded data sets"
     data = commands.add_parser("data", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
@@ -150,7 +150,7 @@ def _render(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _bar(title: str, quiet: bool) -> Iterator[Advance]:
-    """Counts images on a terminal's stderr; elsewhere, and where it is not wanted, nothing is shown."""
+    """Count images on stderr if it is a terminal; show nothing otherwise or if ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, of: None
         return

@@ -23,7 +23,7 @@ RUNS_GB = 1.0
 
 
 def examine(out: str | Path = "runs") -> list[Check]:
-    """All checks; ``out`` is the directory of runs."""
+    """Run all checks; ``out`` is the directory of runs."""
     checks = [_python(), *_packages()]
     if find_spec("torch") is not None:
         checks += _torch()
@@ -36,7 +36,7 @@ def examine(out: str | Path = "runs") -> list[Check]:
 
 
 def show(checks: list[Check]) -> None:
-    """Prints the report."""
+    """Print the report."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -92,7 +92,7 @@ def _torch() -> Iterator[Check]:
 
 
 def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
-    """Whether ``directory``, or the first parent of it that exists, has room and can be written to."""
+    """Check that ``directory``, or the first parent of it that exists, has space and is writable."""
     there = directory.absolute()
     while not there.exists():
         there = there.parent
@@ -114,7 +114,7 @@ def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
 
 
 def _cached(directory: Path) -> Iterator[Check]:
-    """The embedded data sets that are rendered: whether every file is complete and unaltered."""
+    """Check that every file of the rendered embedded data sets is complete and unaltered."""
     from viladiff.data.cache import open_checked
     from viladiff.data.sources.digits import VARIANTS, variant_fingerprint
 

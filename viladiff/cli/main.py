@@ -62,13 +62,13 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; errors that a user can mend are one line each on stderr."""
+    """Run one command and return its exit status; print each user error as one line on stderr."""
     args = read_arguments(parser(), argv)
     return carry_out(lambda: int(args.run(args)))
 
 
 def parser() -> argparse.ArgumentParser:
-    """All subcommands; each sets ``run`` to the function that carries it out."""
+    """Build the parser of all subcommands; each sets ``run`` to the function that executes it."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("viladiff", epilog=EXAMPLES, formatter_class=raw, description=_first_line())
     top.add_argument("--version", action="version", version=f"viladiff {__version__}")
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """What can be done with a trained network."""
+    """Add the commands that use a trained network."""
     raw = argparse.RawDescriptionHelpFormatter
     evaluate = commands.add_parser("evaluate", help="score the networks of a run", formatter_class=raw)
     evaluate.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
@@ -169,7 +169,7 @@ def _add_runtime(command: argparse.ArgumentParser) -> None:
 
 
 def _changes(args: argparse.Namespace) -> dict[str, object]:
-    """The fields and the flags that stand for fields, as one flat map; a field given in both ways is refused."""
+    """Return fields and the flags that stand for fields as one flat map; refuse a field that is set in both ways."""
     from viladiff.runs.config import parse_overrides
 
     flags = {name: getattr(args, name, None) for name in ("out", "device", "workers", "threads", "captions")}
@@ -319,7 +319,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _print_result(row: dict[str, Any]) -> None:
-    """What a run is, a line each, and its scores, one network and stream a line; scores by class stay in the record."""
+    """Print a run's facts and its scores, one network and stream a line; scores by class stay in the record."""
     from rich.console import Console
     from rich.table import Table
 
@@ -352,7 +352,7 @@ def _print_facts(facts: dict[str, Any], title: str = "") -> None:
 
 
 def _text(value: object) -> str:
-    """A value as it would be typed back in."""
+    """Return a value as it is typed on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):

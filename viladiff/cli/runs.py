@@ -30,7 +30,7 @@ STATES = ("done", "running", "failed", "begun", "damaged")
 
 
 def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``runs`` and its actions to the subparsers of ``viladiff``."""
+    """Add ``runs`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "list, show, compare, check, pack and clean up runs"
     runs = commands.add_parser("runs", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)

@@ -26,7 +26,7 @@ held out of the labelled list; the best ones are then trained anew on fresh seed
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors that a user can mend are a line each."""
+    """Run a sweep's script, as ``tune/sweep_lambda.py``, or ``viladiff sweep lambda``; print user errors as lines."""
     from viladiff.experiments.sweeps import run
     from viladiff.experiments.tables import shell_command
 
@@ -44,7 +44,7 @@ def parser(path: Path, name: str) -> argparse.ArgumentParser:
 
 
 def add_options(top: argparse.ArgumentParser) -> None:
-    """Options that every sweep has."""
+    """Add the options that every sweep has."""
     what = top.add_argument_group("what")
     what.add_argument("--scale", default="quick", help="size of experiment: smoke, quick (default), digits or paper")
     what.add_argument("--trials", type=int, metavar="N", help="points in all, those of earlier calls included")

@@ -25,7 +25,7 @@ SHARE = "share of a GPU, or whole GPUs (default: those of this machine, shared o
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors that a user can mend are a line each."""
+    """Run a table's script, as ``ablations/run_table5.py``, or ``viladiff table 5``; print user errors as lines."""
     from viladiff.experiments.tables import run, shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
@@ -34,7 +34,7 @@ def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None)
 
 
 def _said(program: str) -> str:
-    """The program as it would be typed, without where this machine keeps it."""
+    """Return the program as it is typed, without this machine's paths."""
     from viladiff.experiments.tables import ROOT
 
     path = Path(program).absolute()
@@ -50,7 +50,7 @@ def parser(path: Path, name: str) -> argparse.ArgumentParser:
 
 
 def add_options(top: argparse.ArgumentParser) -> None:
-    """Options that every table has."""
+    """Add the options that every table has."""
     what = top.add_argument_group("what")
     what.add_argument("--scale", default="quick", help="size of experiment: smoke, quick (default), digits or paper")
     what.add_argument("--seeds", metavar="N", help="so many seeds, from 0; or a list such as 3,4,5")
@@ -76,7 +76,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
 
 
 def add_placing(how: argparse._ArgumentGroup) -> None:
-    """Options that say where Ray puts runs, for tables and sweeps alike."""
+    """Add the options of Ray's placement of runs, for tables and sweeps alike."""
     how.add_argument("--max-concurrent", type=int, metavar="N", help="runs at once (default: as many as fit)")
     how.add_argument("--gpus-per-trial", type=float, metavar="F", help=SHARE)
     how.add_argument("--address", help="an existing Ray cluster, or auto; default: one of its own on this machine")

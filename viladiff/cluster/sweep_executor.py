@@ -31,7 +31,7 @@ Work = Callable[[PlannedRun, WorkerContext, Tell, Callable[[int, float | None], 
 
 
 def run_search(desk: TrialQueue, work: Work = run_attempt) -> None:
-    """Runs a sweep until it has its trials, is interrupted or is given up; ``desk.search`` has what came of it.
+    """Run a sweep until it has its trials, is interrupted or is given up; ``desk.search`` holds the outcome.
 
     The first Ctrl-C lets every run save a checkpoint; the second ends them and raises KeyboardInterrupt.
     """
@@ -89,14 +89,14 @@ class Rungs(FIFOScheduler):
         return TrialScheduler.CONTINUE
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep: records are the truth."""
+        """Save nothing: the records are the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing was kept."""
+        """Restore nothing: the records are the state."""
 
 
 def trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) -> None:
-    """A Tune function trainable: does one run, and reports how it ended as the last result."""
+    """Tune trainable that performs one run and reports its outcome as the last result."""
     job = PlannedRun(**config["job"])
     judged = partial(asked, box, tune.report, job.run_id)
     tune.report(work(job, place, tune.report, judged))

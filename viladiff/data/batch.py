@@ -58,7 +58,7 @@ class TextBank(Protocol):
     """Encoded captions of a data set's images."""
 
     def batch(self, indices: Sequence[int]) -> TextBatch:
-        """Words of these images, on the CPU."""
+        """Return the texts of these images, on the CPU."""
         ...
 
 
@@ -106,7 +106,7 @@ class Batch:
     """(U, H, W) int64 true masks, 255 in padding, where an oracle control wants them."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with every tensor on ``device``."""
+        """Return the batch with every tensor on ``device``."""
         moved: dict[str, Any] = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
         return replace(self, **moved)
 

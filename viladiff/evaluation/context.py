@@ -33,5 +33,5 @@ class EvalContext(Protocol):
     """Where files beside the record go."""
 
     def alive(self) -> None:
-        """Tells whoever watches that work goes on; may raise to end it."""
+        """Send a heartbeat; may raise to end the evaluation."""
         ...

@@ -179,7 +179,7 @@ class ViLaDiff(MixeTeacher):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """Of ``after`` the scores that training chooses by, which need not add up to 1."""
+        """Return the probabilities ``before`` refinement and the scores ``after``, which need not sum to 1."""
         seen = self._see(self.teacher, images, text)
         soft = self._source_logits(seen.streams)
         before = upsample(soft, images.shape[-2:]).softmax(1)
@@ -190,7 +190,7 @@ class ViLaDiff(MixeTeacher):
     def illustrate(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """Pseudo-labels before and after refinement, the edges that flip more, and the labels at a few noise levels."""
+        """Return labels before and after refinement, the edges that flip more, and labels at a few noise levels."""
         stages = [x.argmax(1) for x in self.pseudo_labels(images, text, keys, step).values()]
         found = dict(zip(("pseudo-label", "refined"), stages, strict=False))
         cfg, size = self.cfg.mixe, images.shape[-2:]
@@ -208,7 +208,7 @@ class ViLaDiff(MixeTeacher):
     # ViLa (section 3.3)
 
     def _gate(self, maps: dict[str, Tensor], counted: Tensor) -> Tensor:
-        """(U,) 1 where the fusion stream may teach the visual one: where its cross-entropy to the labels is lower.
+        """Return (U,) 1 where the fusion stream may teach the visual one: if its cross-entropy to the labels is lower.
 
         ``maps`` (U, H, W) a stream, of which the bool pixels ``counted`` are read.
         """
@@ -229,7 +229,7 @@ class ViLaDiff(MixeTeacher):
         valid: Tensor,
         mix: CutMix | None,
     ) -> Distilled:
-        """Eq. 12; teacher maps are mixed with the boxes of the strong view."""
+        """Return Eq. 12; teacher maps are mixed with the boxes of the strong view."""
         cfg, patch, stride = self.cfg.vila, self.student.patch, self.student.decoder.stride
         h, w = valid.shape[-2] // patch, valid.shape[-1] // patch
         cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)

@@ -46,14 +46,14 @@ class Seen(NamedTuple):
     """The encoder's two finest maps (B, D_i, h_i, w_i), where they are wanted."""
 
     def part(self, where: Places) -> Seen:
-        """Some of the pictures, without a gradient."""
+        """Select some of the images, detached."""
         streams = {
             name: StreamOutput(*(_rows(x.detach(), where) for x in stream)) for name, stream in self.streams.items()
         }
         return Seen(streams, _rows(self.image, where), tuple(_rows(x.detach(), where) for x in self.finer))
 
     def mixed(self, mix: CutMix) -> Seen:
-        """The same with boxes pasted into every map but the tokens."""
+        """Paste CutMix boxes into every map but the tokens."""
 
         def cut(x: Tensor) -> Tensor:
             return apply_cutmix(x, mix, self.image.shape[-1] // x.shape[-1])
@@ -106,11 +106,11 @@ class MixeTeacher(MeanTeacher):
     # Images: which ones, which views
 
     def _period(self) -> int:
-        """Every such labelled image of a batch is left out of the supervised loss; 1 where none is."""
+        """Return n if every n-th labelled image of a batch is left out of the supervised loss; 1 if none is."""
         return int(self.cfg.mixe.period) if self.cfg.mixe.enabled else 1
 
     def _supervised(self, batch: Batch) -> Tensor:
-        """(B, H, W) masks without those of images that are left out."""
+        """Return (B, H, W) masks, 255 in images that are left out."""
         if self._period() == 1:
             return batch.target
         target = batch.target.clone()
@@ -118,9 +118,9 @@ class MixeTeacher(MeanTeacher):
         return target
 
     def _chosen(self, batch: Batch) -> Places:
-        """Labelled images that MixE learns from: as many as there are unlabelled ones; all at equal batch sizes.
+        """Choose the labelled images that MixE learns from: as many as unlabelled ones; all at equal batch sizes.
 
-        Of images that are left out where there are any, unless confidence is calibrated on those. They are evenly
+        They are among the left-out images if there are any, unless confidence is calibrated on those. They are evenly
         spaced, so that workers with a share each choose together what one worker would.
         """
         period = 1 if self.calibration is not None else self._period()
@@ -131,7 +131,7 @@ class MixeTeacher(MeanTeacher):
         return slice(period - 1, len(batch.image), period * max(1, count // most))
 
     def _teach(self, batch: Batch, mix: CutMix | None, step: Step) -> Taught:
-        """The teacher's streams on the weak views and, where MixE learns from them, on other pictures, in one pass."""
+        """Run the teacher on the weak views and, where MixE learns from them, on other images, in one pass."""
         cfg, boxes = self.cfg.mixe, None
         learns = None if self.denoiser is None else cfg.train_images
         pictures: dict[str, tuple[Tensor, TextBatch | None]] = {}
@@ -162,13 +162,13 @@ class MixeTeacher(MeanTeacher):
         return Taught(parts["weak"], logits.get("labelled"), logits.get("unlabelled"), boxes)
 
     def _boxes(self, keys: tuple[int, ...], images: Tensor, step: Step) -> CutMix:
-        """CutMix of labelled neighbours, drawn as the unlabelled images' boxes are."""
+        """Draw CutMix boxes of labelled neighbours as the unlabelled images' boxes are drawn."""
         rngs = [keyed_random.numpy_generator(step.seed, "mixe-cutmix", step.index, key) for key in keys]
         boxes = cutmix_boxes(rngs, images.shape[-1], self.student.patch)
         return CutMix(*(x.to(images.device, non_blocking=True) for x in (boxes, pair_partner(len(keys)))))
 
     def _words(self, words: TextBatch | None, mix: CutMix | None) -> TextBatch | None:
-        """Words of pictures into which boxes were pasted."""
+        """Return the texts of images into which boxes were pasted."""
         return words if mix is None or self.cfg.vila.cutmix_text == "own" else mix_text(words, mix)
 
     def _see(self, network: Segmenter, images: Tensor, text: TextBatch | None) -> Seen:
@@ -181,7 +181,7 @@ class MixeTeacher(MeanTeacher):
         return self.cfg.pseudo.source if self.cfg.vila.enabled else "visual"
 
     def _source_logits(self, streams: dict[str, StreamOutput]) -> Tensor:
-        """Grid logits (U, C, h, w) of the stream that makes pseudo-labels; of the mean, its log-probabilities."""
+        """Return grid logits (U, C, h, w) of the stream that makes pseudo-labels; log-probabilities for the mean."""
         if self._source() == "mean":
             mean = torch.stack([stream.logits.softmax(1) for stream in streams.values()]).mean(0)
             return mean.clamp_min(1e-30).log()  # kept finite, since interpolating an infinity gives NaN
@@ -202,7 +202,7 @@ class MixeTeacher(MeanTeacher):
         return [stream.mid.float(), stream.logits, *more]
 
     def _unlabelled_start(self, taught: Taught, soft: Tensor, mix: CutMix | None) -> Tensor:
-        """(U, C, h, w) x_0 of the pictures that the student sees; ``soft`` are the weak views' logits."""
+        """Return x_0 (U, C, h, w) of the images that the student sees; ``soft`` are the weak views' logits."""
         if taught.unlabelled is not None:
             soft = taught.unlabelled
         x0 = soft.softmax(1)
@@ -218,12 +218,12 @@ class MixeTeacher(MeanTeacher):
     def _diffuse(
         self, batch: Batch, step: Step, seen: Seen, taught: Taught, soft: Tensor, pseudo: Pseudo, valid: Tensor
     ) -> dict[str, Tensor]:
-        """The three terms of Eq. 13: corrupt the teacher's soft labels and ask the denoiser for the clean ones.
+        """Return the three terms of Eq. 13: corrupt the teacher's soft labels and predict the clean ones.
 
-        The condition is the student's view of the same picture, never the logits that x_0 was made from: those could be
-        copied. Targets are the masks, and on unlabelled images the teacher's confident labels as they were before
-        refinement, so that the denoiser never learns from its own output. ``soft`` (U, C, h, w) is x_0 of the
-        unlabelled images; ``soft``, ``pseudo`` and ``valid`` are of the mixed pictures.
+        The condition is the student's view of the same image, never the logits that x_0 was made from: those could be
+        copied. Targets are the masks, and on unlabelled images the teacher's confident labels before refinement, so
+        that the denoiser never learns from its own output. ``soft`` (U, C, h, w) is x_0 of the unlabelled images;
+        ``soft``, ``pseudo`` and ``valid`` are of the mixed images.
         """
         cfg, size = self.cfg.mixe, batch.image.shape[-2:]
         starts, keys, looks, answers, known = [], [], [], [], []
@@ -276,7 +276,7 @@ class MixeTeacher(MeanTeacher):
     def _denoised(
         self, soft: Tensor, condition: list[Tensor], image: Tensor, keys: list[str], step: Step
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Class logits, Gaussian region, predicted and true noise for one random timestep per image (Eqs. 3-8)."""
+        """Return class logits, Gaussian region, predicted and true noise at a random timestep per image (Eqs. 3-8)."""
         cfg, device, (batch, _, h, w) = self.cfg.mixe, soft.device, soft.shape
         codes = class_codes(self.student.num_classes).shape[1]
         if cfg.denoiser != "diffusion":
@@ -296,7 +296,7 @@ class MixeTeacher(MeanTeacher):
         return clean, state.gaussian, noise_hat, noise
 
     def _without_noise(self, soft: Tensor, condition: list[Tensor], image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Class logits of a control, and what the noise head of a plain one says."""
+        """Return class logits of a control, and the output of the noise head of a plain one."""
         if isinstance(self.denoiser, Guided):
             return self.denoiser(soft, image), None
         assert self.denoiser is not None
@@ -313,7 +313,7 @@ class MixeTeacher(MeanTeacher):
     def _refined(
         self, taught: Seen, soft: Tensor, keys: tuple[int, ...], step: Step, always: bool = False
     ) -> Tensor | None:
-        """Grid logits (U, C, h, w) of the labels after the reverse chain, or None where MixE does not refine yet."""
+        """Return grid logits (U, C, h, w) of the labels after the reverse chain; None if MixE does not refine yet."""
         cfg = self.cfg.mixe
         if self.denoiser is None or not cfg.refine or (step.progress < cfg.refine_from and not always):
             return None
@@ -327,7 +327,7 @@ class MixeTeacher(MeanTeacher):
         step: Step,
         source: str | None = None,
     ) -> Tensor:
-        """Grid logits (B, C, h, w) of the labels after the reverse chain from logits ``soft``; no gradient.
+        """Return grid logits (B, C, h, w) of the labels after the reverse chain from logits ``soft``; no gradient.
 
         ``source``: the stream that conditions the denoiser, if it is another than in training.
         """
@@ -342,7 +342,7 @@ class MixeTeacher(MeanTeacher):
         return refine(self.denoiser, prepared, soft.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
 
     def relabelled(self, before: Tensor, refined: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) scores of the labels that training uses, from the teacher's probabilities and refined logits.
+        """Return (B, C, H, W) scores of training's labels, from the teacher's probabilities and refined logits.
 
         ``before`` (B, C, H, W), ``refined`` (B, C, h, w) on the grid, ``valid`` (B, H, W) bool, False in padding.
         """
@@ -353,7 +353,7 @@ class MixeTeacher(MeanTeacher):
         return relabelled(before, after, where, cfg.confidence, self.calibration)
 
     def _calibrate(self, batch: Batch, step: Step) -> None:
-        """Counts how often refined labels of left-out images are right, by their confidence."""
+        """Count how often refined labels of left-out images are right, by their confidence."""
         cfg, size = self.cfg.mixe, batch.image.shape[-2:]
         if self.calibration is None or not cfg.refine or step.progress < cfg.refine_from - LEAD:
             return
@@ -380,7 +380,7 @@ class Refined(nn.Module):
         self.patch = network.patch
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        """images (B, 3, H, W) to {stream: (B, C, H, W) log-probabilities, up to a constant}."""
+        """Map images (B, 3, H, W) to {stream: (B, C, H, W) log-probabilities, up to a constant}."""
         (method,) = self._method
         seen, found = method._see(self.network, images, text), {}
         for name, stream in seen.streams.items():
@@ -391,7 +391,7 @@ class Refined(nn.Module):
 
 
 def _rows(x: Tensor, where: Places) -> Tensor:
-    """Some rows; of a list, without an index that the device would have to be sent."""
+    """Select rows by a slice or a list, without sending an index to the device."""
     return x[where] if isinstance(where, slice) else torch.stack([x[i] for i in where])
 
 

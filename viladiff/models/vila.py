@@ -106,7 +106,7 @@ class ViLa(nn.Module):
         nn.init.zeros_(self.back.bias)
 
     def forward(self, top: Tensor, text: TextBatch | None, streams: tuple[str, ...]) -> dict[str, StreamTokens]:
-        """top (B, D, h, w) to the asked streams; without text the fusion stream reads the null token alone."""
+        """Map top (B, D, h, w) to the requested streams; without text the fusion stream reads the null token alone."""
         batch, dim, h, w = top.shape
         tokens = self.project(top.flatten(2).transpose(1, 2)) + sincos_2d(h, w, self.width, top.device)
         inputs = []
@@ -130,7 +130,7 @@ class ViLa(nn.Module):
 
 
 def prepend_null_token(null: Tensor, embed: nn.Module, text: TextBatch | None, batch: int) -> tuple[Tensor, Tensor]:
-    """The null token (1, 1, W) and then the embedded words: (B, 1 + L, W), and (B, 1 + L) bool: what may be read."""
+    """Join the null token (1, 1, W) and the embedded text: (B, 1 + L, W), and its mask (B, 1 + L) bool."""
     words = null.expand(batch, -1, -1)
     mask = torch.ones(words.shape[:2], dtype=torch.bool, device=null.device)
     if text is not None:
@@ -142,9 +142,9 @@ def prepend_null_token(null: Tensor, embed: nn.Module, text: TextBatch | None, b
 def match_features(
     teacher: Tensor, student: Tensor, cells: Tensor, weight: Tensor, scope: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features (U, N, W) as the rows (B', D') that Eq. 1 compares, each row's weight, and the number of rows.
+    """Return features (U, N, W) as the rows (B', D') that Eq. 1 compares, each row's weight, and the number of rows.
 
-    Padding never counts; a row that is gated off still does, so that the gate scales the loss.
+    Padding never counts; a row that the gate closes still does, so that the gate scales the loss.
     """
     mask, images = cells[..., None].to(teacher.dtype), torch.full((), len(weight), device=weight.device)
     if scope == "tokens":
@@ -172,10 +172,10 @@ def distil(
     cells: Tensor,
     pixels: Tensor,
 ) -> Distilled:
-    """Every arrow that is on; those that end in the visual stream are weighted by ``gate`` (U,).
+    """Compute every enabled pair; those that end in the visual stream are weighted by ``gate`` (U,).
 
-    ``taught`` and ``student`` are the streams of U images by name, ``cells`` (U, N) and ``pixels`` (U, h, w) bool what
-    is not padding.
+    ``taught`` and ``student`` are the streams of U images by name, ``cells`` (U, N) and ``pixels`` (U, h, w) bool are
+    False in padding.
     """
     heads = {"student": [("student", student["fusion"], student["visual"], gate)], "teacher": []}
     heads["teacher"].append(("teacher", taught["visual"], student["fusion"], torch.ones_like(gate)))

@@ -34,7 +34,7 @@ LOCK_SECONDS = 3
 """Age at which the journal's lock is that of a killed driver; one driver at a time has the sweep, by its lease."""
 
 
-class ForeignStudy(ValueError):
+class ForeignStudyError(ValueError):
     """A study of the sweep's name that was not made here, and is left alone."""
 
 
@@ -52,8 +52,10 @@ class OptunaStudy:
         storage: str,
         pruner: BasePruner,
     ) -> None:
-        """``storage``: an URL as Optuna takes it, or the path of a journal. Raises ValueError where it is out of reach,
-        or holds a study of the same name that is not ours."""
+        """Create the study's view. ``storage``: a URL as Optuna takes it, or the path of a journal.
+
+        Raises ValueError if it cannot be reached, or holds a study of the same name from elsewhere.
+        """
         _quiet()
         self.name, self.space, self.first = name, space, dict(first)
         self.kind, self.seed, self.parallel, self.pruner = kind, seed, parallel, pruner
@@ -74,7 +76,7 @@ class OptunaStudy:
     # Opening
 
     def open(self, trials: Sequence[Trial], full: int) -> None:
-        """Brings the study to what the records say; ``full``: steps of the last rung, where nothing is pruned."""
+        """Bring the study to the state of the records; ``full``: steps of the last rung, where nothing is pruned."""
         self.memory = self._replay(trials, full)
         wanted = self.memory.study.get_trials(deepcopy=False)
         try:
@@ -82,7 +84,7 @@ class OptunaStudy:
             study = self._found()
             if study is None or not _same(study.get_trials(deepcopy=False), wanted):
                 study = self._anew(wanted)
-        except ForeignStudy:
+        except ForeignStudyError:
             raise
         except Exception as error:  # each kind of storage has errors of its own
             if "://" in self.where:
@@ -92,7 +94,7 @@ class OptunaStudy:
         self.stored = Told(study, self.storage, self.distributions, full, judges=False)
 
     def _replay(self, trials: Sequence[Trial], full: int) -> Told:
-        """What happened, told in its order to a study in memory."""
+        """Replay the trials' events in order into a study in memory."""
         import optuna
 
         storage = optuna.storages.InMemoryStorage()
@@ -126,14 +128,14 @@ class OptunaStudy:
         studies = self.storage.get_all_studies()
         foreign = [one.study_name for one in studies if one.user_attrs.get(OWNER) is None]
         if "://" not in self.where and foreign:  # the journal is made anew as a whole
-            raise ForeignStudy(
+            raise ForeignStudyError(
                 f"{self.where}: holds a study {foreign[0]!r} that was not made by viladiff; move the file away"
             )
         if self.name not in {one.study_name for one in studies}:
             return None
         study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=self.pruner)
         if study.user_attrs.get(OWNER) is None:
-            raise ForeignStudy(
+            raise ForeignStudyError(
                 f"{_hidden(self.where)}: holds a study {self.name!r} that was not made by viladiff; give --study NAME"
             )
         return study
@@ -159,7 +161,7 @@ class OptunaStudy:
     # Asking and telling
 
     def ask(self, number: int, trials: Sequence[Trial]) -> tuple[dict[str, Value], str] | None:
-        """The point of trial ``number`` and where it comes from; the first one is the paper's. None: no more points."""
+        """Return the point of trial ``number`` and its origin; the first is the paper's. None: no more points."""
         if number == 0:
             return self._fixed(self.first, "paper")
         if self.kind == "grid":
@@ -180,12 +182,12 @@ class OptunaStudy:
         return dict(point), origin
 
     def report(self, trial: Trial, rungs: Sequence[Rung]) -> None:
-        """Values on the way, as ``Told.report`` takes them."""
+        """Report intermediate values as ``Told.report`` does."""
         self.memory.report(trial, rungs)
         self.stored.report(trial, rungs)
 
     def tell(self, trial: Trial) -> None:
-        """How a trial ended."""
+        """Report the end of a trial."""
         self.memory.tell(trial)
         self.stored.tell(trial)
 
@@ -207,7 +209,7 @@ class Told:
         self.stopped: set[int] = set()
 
     def add(self, point: Mapping[str, Value]) -> None:
-        """A trial begins at a point that no sampler of Optuna's has drawn."""
+        """Start a trial at a point that no Optuna sampler has drawn."""
         import optuna
 
         running = optuna.trial.TrialState.RUNNING
@@ -216,8 +218,11 @@ class Told:
         )
 
     def report(self, trial: Trial, rungs: Iterable[Rung]) -> None:
-        """The first seed's values on the way. The pruner judges each but the last rung's, and none of a twin, whose
-        values it knows; it does not stop a trial that has a value."""
+        """Report the first seed's values at the rungs to the pruner.
+
+        It decides at each rung but the last. A twin, whose values it knows, and a trial that has a value are not
+        stopped.
+        """
         asked = self._asked(trial.number)
         for rung in rungs:
             asked.report(rung.value, rung.step)
@@ -226,7 +231,7 @@ class Told:
                 self.stopped.add(trial.number)
 
     def tell(self, trial: Trial) -> None:
-        """How a trial ended. A stopped one is PRUNED at the budget of its last rung, never COMPLETE."""
+        """Report the end of a trial. A stopped one is PRUNED at the budget of its last rung, never COMPLETE."""
         import optuna
 
         states = optuna.trial.TrialState
@@ -246,7 +251,7 @@ class Told:
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:
-    """What a dashboard shows beside a trial."""
+    """Return what a dashboard shows beside a trial."""
     budget = {"budget": trial.rungs[-1].step} if trial.state == "pruned" and trial.rungs else {}
     reason = {"reason": trial.reason} if trial.reason else {}
     return {**budget, **reason, "seeds": len(trial.values), "runs": list(trial.runs.values())}
@@ -271,7 +276,7 @@ def _same(found: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
 
 
 def _hidden(storage: str) -> str:
-    """An URL without the password that it may carry."""
+    """Return a URL without its password."""
     scheme, sign, rest = storage.partition("://")
     return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else storage
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def published(values: Mapping[str, object]) -> list[PublishedSetting]:
-    """What holds for a run that sets these fields (dotted path to value), the rest at their defaults.
+    """Return the published settings of a run with these fields (dotted path to value), the rest at their defaults.
 
     Raises ConfigError for an unknown data set or method.
     """
@@ -36,5 +36,5 @@ def published(values: Mapping[str, object]) -> list[PublishedSetting]:
 
 
 def published_fields(values: Mapping[str, object]) -> dict[str, object]:
-    """The fields of ``published``, by dotted path."""
+    """Return the fields of ``published``, by dotted path."""
     return {path: value for setting in published(values) for path, value in setting.fields.items()}

@@ -238,7 +238,7 @@ class Layer(NamedTuple):
 
 
 def table_layers(table: Table) -> list[Layer]:
-    """What the table's own entries set, scales aside."""
+    """Return the settings of the table's own entries, without scales."""
     columns = [Layer(entry_name("columns", i, one.label), one.set) for i, one in enumerate(table.columns)]
     rows = [Layer(entry_name("rows", i, one.label), one.set) for i, one in enumerate(table.rows)]
     return [Layer("base", table.base), *columns, *rows]

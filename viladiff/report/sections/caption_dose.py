@@ -53,7 +53,7 @@ class Dose(NamedTuple):
 
 
 def dose(results: Results, out: Path) -> Dose | None:
-    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    """Compute all values of the template; None if the spec does not request them. Writes figures below ``out``."""
     table = results.plan.table
     if table.page != "captions":
         return None
@@ -74,7 +74,7 @@ def dose(results: Results, out: Path) -> Dose | None:
 
 
 def _fields(results: Results, row: int) -> Mapping[str, Any]:
-    """Changed fields of a row's first run; none where it has no run."""
+    """Return the changed fields of a row's first run; empty if it has none."""
     plan = results.plan
     name = next((name for column in plan.columns for name in plan.run_ids(row, column)), None)
     return {} if name is None else plan.runs[name].changed
@@ -94,7 +94,7 @@ def _line(results: Results, row: int, base: Mapping[str, Any]) -> Line:
 
 
 def _said(column: str, place: int, head: Line, levels: Sequence[Level]) -> str:
-    """The headline's streams less the best of the other methods, over the seeds that both have."""
+    """Format the headline's streams minus the best of the other methods, over the seeds that both have."""
     there = [level for level in levels if level.found[place].mean is not None]
     visual, fusion = head.found[place]
     if visual.mean is None or not there:
@@ -118,7 +118,7 @@ def _said(column: str, place: int, head: Line, levels: Sequence[Level]) -> str:
 def _pictures(
     results: Results, lines: Sequence[Line], levels: Sequence[Level], folder: Path
 ) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
-    """One a column where two places of the curve are measured."""
+    """Draw a figure for each column in which two points of the curve are measured."""
     found, files = [], []
     for place, column in enumerate(results.plan.columns):
         curves = {stream: _curve(lines, place, i) for i, stream in enumerate(STREAMS)}
@@ -141,7 +141,7 @@ def _pictures(
 
 
 def _curve(lines: Sequence[Line], place: int, stream: int) -> list[tuple[float, float, float | None]]:
-    """(recall, mean, standard deviation) of what is measured, by recall."""
+    """Return (recall, mean, standard deviation) of the measured points, by recall."""
     of = [(line.recall, line.found[place][stream]) for line in lines if line.recall is not None]
     return sorted((recall, one.mean, one.spread) for recall, one in of if one.mean is not None and recall is not None)
 
@@ -151,7 +151,7 @@ def draw(
     curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
     levels: Sequence[tuple[str, float]],
 ) -> Figure:
-    """The light picture: a curve a stream with standard deviations of seeds, a level a row of another method."""
+    """Draw the light figure: a curve a stream with standard deviations over seeds, a level a row of another method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: it keeps figures and picks a display
 
@@ -182,7 +182,7 @@ def draw(
 
 
 def to_markdown(found: Dose | None, columns: Sequence[str]) -> dict[str, list[str]]:
-    """A section of table.md."""
+    """Return the section of table.md."""
     if found is None:
         return {}
     heads = ["row", "recall", *(f"{stream}, {column}" for column in columns for stream in STREAMS)]

@@ -74,8 +74,10 @@ UNKNOWN = "not known"
 
 
 def pretraining_overlap(record: RunRecord) -> dict[str, str]:
-    """What each model behind a run was trained on, and what of the run's data set was among it; text only if there was
-    any."""
+    """Return the pretraining data of each model behind a run, and its overlap with the run's data set.
+
+    Text models are listed only if they were used.
+    """
     data = str(record.config.get("data.dataset"))
     found = {"Image encoder was trained on": _image(record, data)}
     if record.captions != "no captions" and record.config.get("data.captions", "own") not in ("none", "generic"):
