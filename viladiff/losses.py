@@ -1,4 +1,4 @@
-"""Every loss is a pure function, computed in float32 even under autocast, and equal on one worker and on many.
+"""Losses: pure functions, computed in float32 even under autocast, and equal on one worker and on many.
 
 Equations are those of the paper; shape letters are those of ``viladiff.data.batch``. A mean whose divisor depends on
 the data goes through ``distributed_mean``. All return scalars unless they say otherwise.

@@ -1,6 +1,6 @@
-"""The command ``viladiff data``: look at images and masks, deal them into lists, make what data sets lack.
+"""The command ``viladiff data``: validate images and masks, split them into lists, make missing files.
 
-Only the standard library is loaded until a command is carried out.
+Only the standard library is loaded until a command is executed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``viladiff doctor`` looks at: each check says what it found and, where that is trouble, how to mend it.
+"""The command ``viladiff doctor``: checks of the installation, each with a finding and, for a problem, its fix.
 
 Nothing is rendered, trained or started: a check reads, and at most writes one empty file and removes it.
 """

@@ -1,4 +1,4 @@
-"""The command ``viladiff``: arguments in, one function call, text out. torch is imported after the arguments are read.
+"""The command ``viladiff``: the parser of all subcommands. torch is imported after the arguments are parsed.
 
 Exit status: 0 done, 1 a check failed, 2 the request cannot be carried out, 130 interrupted.
 """

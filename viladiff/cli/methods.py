@@ -1,4 +1,4 @@
-"""``viladiff methods``: what each method is, what it asks of the data, what it keeps, and what its step costs."""
+"""The command ``viladiff methods``: each method's paper, views, state and cost of a step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The command ``viladiff runs``: what has been run, whether it is sound, and what of it to send or throw away.
+"""The command ``viladiff runs``: list, show, verify, export, import and clean up runs.
 
-Only the standard library is loaded until a command is carried out, and torch only by ``verify`` and ``import``.
+Only the standard library is loaded until a command is executed, and torch only by ``verify`` and ``import``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The options of a table's command, the same from its script and from ``viladiff table``."""
+"""The command of a table, with the same options from its script and from ``viladiff table``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The commands ``viladiff caption`` and ``viladiff embed``: what the images show, and words as vectors.
+"""The commands ``viladiff caption`` and ``viladiff embed``: captions of images, and captions as vectors.
 
-Only the standard library is loaded until a command is carried out.
+Only the standard library is loaded until a command is executed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Captions of a data set as a job of Ray Data: a model an actor, batches in any order, parts written as they come."""
+"""Captioning of a data set by Ray Data: one model per actor, batches in any order, parts written as they arrive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many runs go at once, and what each has of a machine's processors and GPUs."""
+"""The number of concurrent runs, and each one's share of a machine's processors and GPUs."""
 
 from __future__ import annotations
 

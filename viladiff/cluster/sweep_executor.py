@@ -1,8 +1,8 @@
-"""A sweep on Ray: Tune asks for runs and carries their scores; Optuna's sampler and pruner answer, through a desk.
+"""Sweeps on Ray Tune: a searcher and a scheduler that pass Tune's requests to Optuna's sampler and pruner.
 
-A searcher asks the sweep's study for points and a scheduler asks its pruner at rungs, so that Tune's interfaces are
-what they are for others; but what they say comes from the sweep's records, and stopping is a flag that the training
-loop reads where it reports, never a process that is ended.
+The searcher asks the sweep's study for points and the scheduler asks its pruner at rungs, so that Tune's interfaces
+keep their roles; but the answers come from the sweep's records, and stopping is a flag that the training loop reads
+where it reports, never a process that is killed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Runs of two or more workers: ``TorchTrainer`` places the processes and joins them, and ``fit`` does the rest.
+"""Runs of two or more workers: ``TorchTrainer`` starts and joins the processes, and ``fit`` trains.
 
-Each trainer runs in a thread of the driver, beside a desk; a Tune trial around it would add a minute of processes and
+Each trainer runs in a thread of the driver, beside a queue; a Tune trial around it would add a minute of processes and
 placement groups. Torch and Ray Train are imported where they are used, since most tables have no such run.
 """
 

@@ -1,4 +1,4 @@
-"""The two ends by which Tune holds a desk: it asks a searcher for work, and a callback hears what came of it."""
+"""The interface between Ray Tune and a job queue: a searcher that asks for runs and a callback that reports results."""
 
 from __future__ import annotations
 

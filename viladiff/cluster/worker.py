@@ -1,4 +1,4 @@
-"""One run inside a Ray worker: lease, ``fit``, and every error turned into a word that the driver can act on.
+"""One run inside a Ray worker: lease, ``fit``, and errors classified for the driver.
 
 Torch is imported where it is used: the driver names these functions and never runs them.
 """

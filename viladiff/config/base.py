@@ -1,6 +1,6 @@
-"""Mechanics under the configuration: fields by dotted path, text read by a field's type, errors in the project's words.
+"""Base class and helpers of the configuration: fields by dotted path, parsing of text, error messages.
 
-Nothing here knows a field by name; ``viladiff.runs.config`` says which fields there are.
+Nothing here knows a field by name; ``viladiff.runs.config`` defines the fields.
 """
 
 from __future__ import annotations

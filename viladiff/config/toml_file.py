@@ -1,4 +1,4 @@
-"""A TOML file of a table or a sweep as a tree, and what is wrong with it in the project's words."""
+"""Reader of the TOML files of tables and sweeps, with error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class colours that colour-blind readers can tell apart, as far as a dozen allows; hover text says the rest."""
+"""Class colours that colour-blind readers can tell apart, as far as a dozen allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run computes: the device of each worker, and several workers on one machine without any launcher."""
+"""Process groups, collectives and number formats of torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Random draws that depend on what they are for, never on who asks first.
+"""Keyed random numbers: each draw is named by seed, purpose, step and image, so the order of execution does not matter.
 
-Every draw is named by a tuple such as ``(seed, "crop", epoch, image)``. Two workers, a resumed run and an undisturbed
-one therefore see the same numbers, and nothing about a generator's state has to be stored in a checkpoint.
+Every draw is named by a tuple such as ``(seed, "crop", epoch, image)``. Two workers, a resumed run and an uninterrupted
+one therefore draw the same numbers, and no generator's state is stored in a checkpoint.
 """
 
 from __future__ import annotations

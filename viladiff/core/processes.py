@@ -1,4 +1,4 @@
-"""Outlives a driver that is killed, by a moment: ends the processes that it had named, and removes its directory.
+"""Watchdog that kills a dead driver's Ray processes and removes its temporary directory.
 
 Run as a program, by its path and without site packages, so that it costs some milliseconds and a few megabytes. Ray's
 own processes notice the death of their driver, but some only after a minute.

@@ -1,4 +1,4 @@
-"""A bar with time left on a terminal, a line now and then elsewhere."""
+"""Progress bars on a terminal, lines from time to time elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes between data, method and loop.
+"""The batch that data layer, method and loop share, and the views that a method requests.
 
 Shape letters used in every docstring: B images of a labelled batch, U of an unlabelled one, C classes, H x W pixels of
 a crop, h x w cells of a feature grid, N = h * w tokens, D channels, L words, T diffusion steps.

@@ -1,6 +1,6 @@
-"""A folder of arrays named by a hash of what made it is either complete and unaltered or is not opened at all.
+"""Folders of arrays named by a hash of their inputs, opened only if complete and unaltered.
 
-The rendered data sets and the text banks are both kept this way: made in a folder beside the final one, then renamed.
+The rendered data sets and the text banks are stored this way: written to a temporary folder, then renamed.
 """
 
 from __future__ import annotations

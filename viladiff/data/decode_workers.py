@@ -1,8 +1,8 @@
-"""From a file to a crop, in this process or in others that do nothing else.
+"""Decoding of files to crops, in this process or in worker processes.
 
-``python -m viladiff.data.decode_workers`` is such a process: a program of its own, so that it neither loads torch (0.2
-s to start instead of seconds, 40 MB instead of hundreds) nor runs the caller's main module again, and so that a trial's
-thread can start it as well. Tasks and answers are lines of JSON on its standard streams; pixels lie in memory that both
+``python -m viladiff.data.decode_workers`` is a worker: a program of its own, so that it neither loads torch (0.2 s to
+start instead of seconds, 40 MB instead of hundreds) nor runs the caller's main module again, and so that a trial's
+thread can start it as well. Tasks and answers are lines of JSON on its standard streams; pixels are in memory that both
 sides have mapped and that no file name leads to. It ends when its input does, so that it never outlives the run.
 """
 

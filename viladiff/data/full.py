@@ -1,4 +1,4 @@
-"""What unlabelled images could be worth at best: the split under which every training image with a mask is labelled."""
+"""The split ``all``, in which every training image with a mask is labelled: an upper bound for unlabelled images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs are chosen between on labelled images that none of them trained on, so that the reported set stays unseen."""
+"""Labelled images held out of training, to choose between runs without the reported set."""
 
 from __future__ import annotations
 

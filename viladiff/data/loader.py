@@ -1,7 +1,7 @@
-"""Batches as a pure function of the step: whoever asks for step s, on any number of workers, gets the same batch.
+"""Batches as a pure function of the step: step s has the same batch on any number of workers.
 
-An embedded data set lies in arrays of one size and goes through ``augment.geometric``. Files are decoded and cut one by
-one on the host (``decode``), maybe in other processes; colours change in batches on the device for both.
+An embedded data set is in arrays of one size and goes through ``augment.geometric``. Files are decoded and cut one by
+one on the host (``decode``), optionally in other processes; colours change in batches on the device for both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several processes that read or draw images, and end with the one that asked for them."""
+"""Pools of processes that read or draw images, and end with their parent."""
 
 from __future__ import annotations
 

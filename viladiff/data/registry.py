@@ -1,4 +1,4 @@
-"""A data set is known by name through one table; what is not rendered here is read by a reader of its own."""
+"""The table of data sets, and the loading of one by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The labelled lists of one data set are prefixes of a single permutation, so a larger split only ever adds images."""
+"""Labelled lists of the embedded data: prefixes of one permutation, so that a larger split only adds images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one image costs a network: parameters, arithmetic and time, with captions and without."""
+"""Complexity of a network per image: parameters, arithmetic and time, with captions and without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation asks of whoever runs it: a method in training, or one that was loaded."""
+"""The interface between an evaluation and its caller, the training loop or a loaded run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a trained run: scores of its networks, quality of its pseudo-labels, pictures, its record."""
+"""Evaluation of a trained run: scores of its networks, quality of its pseudo-labels, pictures, its record."""
 
 from __future__ import annotations
 

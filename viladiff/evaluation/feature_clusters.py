@@ -1,4 +1,4 @@
-"""How well features of image tokens cluster by class, and by image: measured in feature space, drawn by t-SNE."""
+"""Clustering of image tokens' features by class, and by image: scores in feature space, drawn by t-SNE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every score is a ratio of pixel counts summed over the whole set, never a mean of per-image ratios."""
+"""Segmentation metrics: ratios of pixel counts summed over the whole set, never means of per-image ratios."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits of images of any size, by the three published protocols; what is large is done in bands, from the top down."""
+"""The three published protocols: logits of images of any size, computed in bands from the top down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pseudo-labels are worth before and after they are refined, at edges and elsewhere, from counts of pixels.
+"""Quality of pseudo-labels before and after refinement, at edges and elsewhere, from counts of pixels.
 
 A pixel is at an edge within ``evaluate.trimap`` of the truth: as near to another true label as boundary scores look.
 """

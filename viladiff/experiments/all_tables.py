@@ -1,4 +1,4 @@
-"""All tables at once: how many runs they really are, since one run stands in many cells, and what is left of them."""
+"""The dry run of all tables: unique runs, since one run is in many cells, and remaining ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps of several methods side by side: how many trials each had, its first point and the one that was chosen."""
+"""Sweeps of several methods side by side: number of trials, first point and chosen point."""
 
 from __future__ import annotations
 

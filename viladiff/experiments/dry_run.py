@@ -1,4 +1,4 @@
-"""What a table would run and what that would take, said before anything is run."""
+"""The dry run of a table: its runs and their cost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A table that fills in while it is being run; off a terminal, a line now and then and every failure at once.
+"""A table that fills in while it runs; without a terminal, a line from time to time and every failure at once.
 
-It is fed with events only, so that it shows the same of trials in other processes, on other machines, or in a test.
+Its input is events only, so that it shows the same for trials in other processes, on other machines, or in a test.
 """
 
 from __future__ import annotations

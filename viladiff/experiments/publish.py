@@ -1,4 +1,4 @@
-"""Finished runs become committed ones: records without machine paths, pictures, and logs as thin as a page needs."""
+"""Publication of finished runs: records without machine paths, pictures, and thinned logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep in the repository: its trials and their runs' records, from which the next machine goes on."""
+"""Publication of a sweep: its trials and their runs' records, from which another machine continues."""
 
 from __future__ import annotations
 

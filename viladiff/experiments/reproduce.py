@@ -1,6 +1,6 @@
-"""Published runs trained again on this machine, and compared with their committed records.
+"""Reproduction of published runs on this machine, and comparison with their committed records.
 
-Where processor, threads and torch are those of the record every score has to be the same, bit for bit; elsewhere the
+If processor, threads and torch are those of the record, every score has to be the same, bit for bit; otherwise the
 difference in mIoU has to be within ``DEVIATIONS`` standard deviations over seeds of the published cells.
 """
 

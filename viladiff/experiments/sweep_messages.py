@@ -1,4 +1,4 @@
-"""What a sweep's command says: a trial in a line, what would run, what came out and how to make it again."""
+"""Messages of a sweep's command: dry run, finished trials, conclusion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call of a sweep: what was asked for, the directory that it lives in, and whether that is of the same sweep."""
+"""Setup of a sweep: arguments, directory, lease, and the check that the directory holds the same sweep."""
 
 from __future__ import annotations
 

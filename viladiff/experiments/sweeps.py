@@ -1,4 +1,4 @@
-"""From a sweep's file to its answer: search, the best points anew on fresh seeds, verdict. Ray and torch come late."""
+"""A sweep from its file to its verdict: search, finals on fresh seeds. Ray and torch are imported late."""
 
 from __future__ import annotations
 

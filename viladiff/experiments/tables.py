@@ -1,4 +1,4 @@
-"""From a table's file to its page: plan, run what is missing, and keep the page up to date. Ray and torch come late.
+"""A table from its file to its page: plan, run, and update the page. Ray and torch are imported late.
 
 A second call with nothing left to run loads neither, so that a changed title is on the page within seconds.
 """

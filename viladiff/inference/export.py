@@ -1,4 +1,4 @@
-"""A run's network as a folder of its own: weights that cannot carry code, what they are, and where they come from."""
+"""Export of a run's network to a folder: weights that cannot carry code, their description and origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run seen from outside: what it would be before it starts, its networks and its scores after it is done."""
+"""Preview of a run, loading of a finished one, and its repeated evaluation."""
 
 from __future__ import annotations
 

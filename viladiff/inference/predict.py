@@ -1,4 +1,4 @@
-"""A trained network on any photograph: from a run's directory, or from a model folder that knows nothing of the run.
+"""Prediction on any photograph: a model from a run's directory, or from an exported folder.
 
 >>> import viladiff
 >>> model = viladiff.load_model("model")  # doctest: +SKIP

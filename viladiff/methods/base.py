@@ -1,7 +1,7 @@
-"""What every method is: a module that owns its networks and says which views it wants.
+"""The base class of methods: a module that owns its networks and declares its views.
 
-``backward`` stands in the loop and nowhere else; the loop, the data layer and the evaluator know a method only through
-this class.
+``backward`` is called in the loop and nowhere else; the loop, the data layer and the evaluator know a method only
+through this class.
 """
 
 from __future__ import annotations

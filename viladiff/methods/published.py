@@ -1,4 +1,4 @@
-"""What a method's publication sets by data set and list, as data."""
+"""Settings of a method's publication by data set and list, as data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PS-MT and SwiTh share: two teachers that take turns, each a moving average of the one student."""
+"""Teachers that take turns, each a moving average of the one student, for PS-MT and SwiTh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MixE half of ViLaDiff: what its denoiser learns from, what it reads, and which labels it replaces."""
+"""The MixE half of ViLaDiff: training of the denoiser, its inputs, and the labels that it replaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformer pieces that the small encoder and ViLa share."""
+"""Transformer blocks that the small encoder and ViLa share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The moving-average teacher follows its student without a copy through the host and without a loop over parameters."""
+"""The moving-average teacher: updates without a copy to the host and without a loop over parameters."""
 
 from __future__ import annotations
 

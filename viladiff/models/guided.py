@@ -1,7 +1,7 @@
-"""A refiner of another kind than MixE's, as a control (ours): labels are smoothed along the picture, without noise.
+"""A control for MixE (ours): labels are refined by smoothing along the image, without noise.
 
 A joint bilateral filter whose distances are learned (after Tomasi and Manduchi 1998; Petschnigg et al. 2004): a pixel's
-probabilities become a mean of its neighbours', weighed by how alike the two look in the picture.
+probabilities become a mean of its neighbours', weighted by the similarity of the two in the image.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""MixE (paper, section 3.4): labels are corrupted by noise or flipped classes, and a small network learns to undo it.
+"""MixE (paper, section 3.4): corruption of labels by noise or flipped classes, and the denoiser that undoes it.
 
-The equations are in ``models.diffusion`` and can be had from here. Shape letters are those of ``viladiff.data.batch``;
-d is the length of a class's code, S the number of reverse steps.
+The equations are in ``models.diffusion``. Shape letters are those of ``viladiff.data.batch``; d is the length of a
+class's code, S the number of reverse steps.
 """
 
 from __future__ import annotations

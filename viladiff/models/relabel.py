@@ -1,6 +1,6 @@
-"""Which pixels take the refined label, and what counts as its confidence (ours; the paper replaces all of them).
+"""The choice of pixels that take the refined label, and its confidence (ours; the paper replaces all of them).
 
-Labels are handed on as class scores (B, C, H, W): the largest is the confidence, its place the label.
+Labels are passed on as class scores (B, C, H, W): the largest is the confidence, its index the label.
 """
 
 from __future__ import annotations

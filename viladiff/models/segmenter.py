@@ -1,4 +1,4 @@
-"""The network that all methods share: encoder, decoder, classifier; with ViLa, two streams through one decoder."""
+"""The segmenter that all methods share: encoder, decoder, classifier; with ViLa, two streams through one decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page that ``viladiff data check`` writes: counts, sizes, classes, faults, and labels laid over their images."""
+"""The page of ``viladiff data check``: counts, sizes, classes, problems, and labels laid over their images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text as markdown that no renderer takes for markup."""
+"""Escaping of text for markdown."""
 
 from __future__ import annotations
 

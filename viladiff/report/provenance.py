@@ -1,4 +1,4 @@
-"""Where every number of a table comes from, and what differs between its runs although it should not."""
+"""Provenance of a table's numbers, and unintended differences between its runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Runs as one file to send: records, pictures and step logs, checked before anything of them is put in place.
+"""Archives of runs: records, pictures and step logs in one file, checked before anything is imported.
 
 Inside: ``records/<run_id>.json``, ``pictures/<run_id>.npz``, ``steps/<run_id>.jsonl`` and ``sums.json`` with the
-SHA-256 of each; no checkpoints. Records do not say where they were made. Equal runs give equal bytes.
+SHA-256 of each; no checkpoints. Records have no machine paths. Equal runs give equal bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""State on disk that survives a kill at any moment: a reader finds the old state or the new one, whole."""
+"""Checkpoints and step logs that survive a kill at any moment: a reader finds the old state or the new one, whole."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a run is: a frozen tree of sections, the one way to change it, and the name that its content gives it.
+"""The configuration of a run: a frozen tree of sections, ``override``, and the run's name.
 
 Every field is reached by a dotted path (``method.mixe.beta``), on the command line, in a table's spec and in a search
-space alike. ``data`` and ``method`` are unions: ``data.dataset`` and ``method.name`` choose which section stands there.
+space alike. ``data`` and ``method`` are unions: ``data.dataset`` and ``method.name`` choose the section.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which share of the gradient each term of a loss makes: what a record keeps of it, by thirds of training. No torch.
+"""Shares of the gradient by term of a loss, as records store them, by thirds of training. No torch.
 
 The share of a term at a step is the norm of its gradient over the sum of all terms' norms, at parameters that they
 share; a term is weighted as it is in the loss.

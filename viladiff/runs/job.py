@@ -1,4 +1,4 @@
-"""What a launcher and its watchers say to each other; no Ray and no torch, so that a page or a test can read along."""
+"""Messages between an executor and its observers; no Ray and no torch, so that pages and tests can read them."""
 
 from __future__ import annotations
 

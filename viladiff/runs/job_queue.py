@@ -1,9 +1,9 @@
-"""Which run is next, which is tried again, which is left to another driver: decided here, without Ray, on one thread.
+"""The job queue: order, retries, and runs of other drivers, decided on one thread without Ray.
 
-A run is handed out (``next``), heard of (``heard``) and comes back (``finished`` or ``lost``); ``tick`` looks at what
-does not come back by itself. Retries: a process that died, ``settings.retries`` times; a hang, once; too little
-memory, once, at the end and with nothing beside it; a loss that is not finite, an error, or another name than planned,
-never, since it would end the same way.
+A run is handed out (``next``), reported on (``heard``) and returned (``finished`` or ``lost``); ``tick`` handles runs
+that do not return by themselves. Retries: a process that died, ``settings.retries`` times; a stalled run, once; too
+little memory, once, at the end and with nothing beside it; a loss that is not finite, an error, or another name than
+planned, never, since it would end the same way.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""At most one process works on a run at a time, on one machine or on several that share the directory.
+"""Leases: at most one process works on a run at a time, on one machine or on several that share the directory.
 
 A lease is a file ``lease-<token>.json`` in the run's directory; its token is drawn anew each time and never used again.
-To take one: write one's own file, then look at the others. Whoever sees a living one beside his own withdraws. Of two
+To acquire one, a process writes its own file, then looks at the others, and withdraws if one of them is alive. Of two
 that come at once, the later write is followed by a look that finds the earlier one, so never do both stay; that both
-withdraw is possible, hence they try again after a random pause. Since no name is ever used twice, removing the file of
-a dead holder can be done by anybody, any number of times, and can never hit a living one: a takeover needs no lock of
-its own. Whether a holder lives is seen in the kernel on its own machine, in its heartbeat from elsewhere.
+withdraw is possible, hence they try again after a random pause. Since no name is ever used twice, any process may
+remove the file of a dead holder, any number of times, and can never hit a living one: a takeover needs no lock of its
+own. Whether a holder is alive is read from the kernel on its own machine, from its heartbeat elsewhere.
 """
 
 from __future__ import annotations

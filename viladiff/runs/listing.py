@@ -1,4 +1,4 @@
-"""Runs as rows for people: chosen, ordered, shown in full and set side by side; torch is not needed for any of it."""
+"""Runs as rows for people: selected, sorted, shown in full and compared; without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether runs on disk are what they say, and what of them can go; both only look, ``remove`` alone deletes."""
+"""Verification of runs on disk, and garbage collection; both only read, ``remove`` alone deletes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: its numbers, and everything one needs to know to believe them."""
+"""The record of a finished run: its numbers, and the evidence for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's name: a hash of what decides its numbers. A record says all of it, so that checking one needs no torch."""
+"""The name of a run: a hash of the inputs that decide its numbers. Records hold all of them, so no check needs torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Runs on disk: one's own store, and below it published records that are only read.
+"""Runs on disk: the user's own store, and below it published records that are only read.
 
 A run is the directory ``<root>/<run_id>/``: record.json once it is finished, checkpoints, the log of its steps,
-pictures, ``failure.json`` after a failure, ``lease-*.json`` while somebody works on it. A layer is a directory such as
+pictures, ``failure.json`` after a failure, ``lease-*.json`` while a process works on it. A layer is a directory such as
 ``reports/published``: records in ``*/records/*.json``, pictures in ``*/pictures/<run_id>.npz``. Nothing here loads
 torch.
 """

@@ -1,7 +1,7 @@
-"""A sweep as it goes on: which point is next, what each run's end means, when a trial is stopped. No Ray, no torch.
+"""The controller of a sweep: next points, results of runs, early stopping. No Ray, no torch.
 
-``search_desk`` hands out what is decided here. All that happens is numbered and written before it counts, so that a
-search opened again on the same directory goes on as if it had not been interrupted.
+``trial_queue`` hands out the runs. All events are numbered and written before they count, so that a search reopened on
+the same directory continues as if it had not been interrupted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a sweep is quoted for: its best points and the paper's, on fresh seeds and the reported set.
+"""Finals of a sweep: its best points and the paper's, on fresh seeds and the reported set.
 
-A best trial is the best of many, on images and seeds that it was chosen by, so its own score is too good. These points
-are not chosen by the seeds that they report; ``chosen`` is, so that its mean, the highest of up to three, is too good.
+A best trial is the best of many, on images and seeds that it was chosen by, so its own score is biased upwards. These
+points are not chosen by the seeds that they report; ``chosen`` is, so that its mean, the highest of up to three, is
+biased upwards too.
 """
 
 from __future__ import annotations

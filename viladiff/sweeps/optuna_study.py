@@ -1,9 +1,9 @@
-"""Optuna's side of a sweep: a study of the trials' records, with ask, report and tell.
+"""Optuna study rebuilt from the trial records, with ask, report and tell.
 
-The study is a view. When a sweep is opened, its records are replayed to a study in memory, and the stored study is made
-anew where it differs from that one. So a kill between two writes, or a lost file, changes nothing. Sampler and pruner
-work on the study in memory, with what they note there; the stored one, for whoever looks on, is told what came of it,
-a new trial with all its parameters in one write. Optuna is imported where it is used.
+The study is a view. When a sweep is opened, its records are replayed to a study in memory, and the stored study is
+rebuilt if it differs from that one. So a kill between two writes, or a lost file, changes nothing. Sampler and pruner
+work on the study in memory, with their own notes; the stored one, for dashboards, gets the results, a new trial with
+all its parameters in one write. Optuna is imported where it is used.
 """
 
 from __future__ import annotations

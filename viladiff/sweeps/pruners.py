@@ -1,4 +1,4 @@
-"""Who stops trials early: Optuna's pruners, set so that each rung of a sweep is judged once."""
+"""Optuna's pruners, set so that each rung of a sweep is judged once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where the next point comes from. Each is made anew for each trial, from (seed, trial) and the study alone.
+"""Samplers of a sweep. Each is created anew for each trial, from (seed, trial) and the study alone.
 
-The state of a sampler is thereby nothing that could be lost: a sweep that was killed draws what it would have drawn.
+A sampler thereby has no state that could be lost: a killed sweep draws the same points after it is resumed.
 """
 
 from __future__ import annotations

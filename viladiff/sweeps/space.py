@@ -1,4 +1,4 @@
-"""A search space as data: one dimension a field, its edges, its grid, whether a point lies in it. No Optuna here."""
+"""The search space of a sweep: one dimension a field, its edges, its grid, and tests of membership. No Optuna here."""
 
 from __future__ import annotations
 

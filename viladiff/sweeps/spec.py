@@ -1,6 +1,6 @@
-"""A sweep as data: one TOML file says what is searched, from which point, at which budgets, and how runs are compared.
+"""The spec of a sweep, from one TOML file: search space, first point, budgets, comparison of runs.
 
-Reading it loads no torch; ``check`` and ``Namer`` do, since they build configurations.
+Reading it loads no torch; ``check`` and ``SweepPlanner`` do, since they build configurations.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A sweep as a page needs it: trials as rows, rungs, history, importances, commands. From records alone, no torch.
+"""Summary of a sweep for its page: trials as rows, rungs, history, importances, commands. From records, no torch.
 
-Scores are in points, percent of mIoU. Whatever compares trials compares them at one budget.
+Scores are in points, percent of mIoU. Trials are compared at one budget.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A desk whose runs come from a search: they have the retries, leases and watching that a table's runs have."""
+"""A job queue whose runs come from a sweep's controller, with the retries, leases and heartbeats of a table's runs."""
 
 from __future__ import annotations
 

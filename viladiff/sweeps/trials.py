@@ -1,7 +1,7 @@
-"""What is kept of each trial of a sweep: point, runs, values at each budget, and how it ended. The truth of a sweep.
+"""Records of a sweep's trials: point, runs, values at each budget, and how it ended. The sweep's only state.
 
-Optuna's study with its pruner's decisions and the page all follow from these files. A trial is a point of the
-space; its runs are the point under each seed. Scores are shares in [0, 1].
+Optuna's study with its pruner's decisions and the page all follow from these files. A trial is a point of the space;
+its runs are the point under each seed. Scores are shares in [0, 1].
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a table to its runs: what each cell sets, layer over layer, and whether that can be run.
+"""Cells of a table as configurations: each cell's settings, layer over layer, and their check.
 
 ``cells`` loads torch, since it builds the configuration of every cell in order to check it; ``choose`` does not.
 """

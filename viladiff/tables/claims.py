@@ -1,8 +1,7 @@
-"""Whether a sentence about a table holds, and how sure that is: tests over seeds, corrected for how many there are.
+"""Evaluation of a table's claims: tests over seeds, corrected for their number.
 
-A claim becomes questions (``viladiff.tables.contrasts``), most of them a sum of cell means with signs that is said to
-be above 0. Numbers here are in points, percent of mIoU and the like, but where two spreads are compared, by their
-ratio.
+A claim becomes contrasts (``viladiff.tables.contrasts``), most of them a signed sum of cell means that is claimed to be
+above 0. Numbers here are in points, percent of mIoU and the like, but where two spreads are compared, by their ratio.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where a paper's printed numbers contradict each other or its own sentences, found by comparing them as decimals.
+"""Contradictions of a paper's printed numbers with each other or its own sentences, compared as decimals.
 
-Nothing here reads a record or loads torch: cells are compared by what they set.
+Nothing here reads a record or loads torch: cells are compared by their settings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a claim asks of a table: comparisons of cells, each in a form that records or printed numbers can answer."""
+"""Contrasts of a table's claims: comparisons of cells, for records or printed numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What finishing a plan takes: seconds a step as records of like runs have them, or as the table guesses."""
+"""Estimate of a plan's remaining time, from seconds a step of similar records, or the table's guess."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Differences between rows of a table, paired by seed, and the spread that they are told from.
+"""Differences between rows of a table, paired by seed, and the variance that they are tested against.
 
-A seed gives two rows the same labelled images, first weights and order of images, so that its luck is in neither's
-favour. All numbers are in points.
+A seed gives two rows the same labelled images, first weights and order of images, so that its luck favours neither. All
+numbers are in points.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a table needs run: equal cells once, and finished ones not again.
+"""The plan of a table's runs: equal cells once, and finished ones not again.
 
-A plan names its runs, for which data sets, captions and weights have to be read; a plan that was made before is
-therefore kept in a file, and with that file nothing here loads torch.
+A plan names its runs, for which data sets, captions and weights have to be read; it is therefore cached in a file, and
+with that file nothing here loads torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the publications of a table's methods set by data set, and which of it the table's runs have.
+"""Published settings of a table's methods by data set, and which of them the table's runs have.
 
-Nothing here loads torch when it is imported; both functions do, since a method says what its publication sets.
+Nothing here loads torch when it is imported; both functions do, since a method declares its published settings.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What was measured in a table's cells, and what any test of it takes; ``viladiff.tables.paired`` has the tests of
-rows.
+"""Scores of a table's cells and their variance; ``viladiff.tables.paired`` has the tests of rows.
 
 All numbers are in points: percent of mIoU and the like.
 """

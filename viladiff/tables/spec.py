@@ -1,6 +1,6 @@
-"""A table of the paper as data: one TOML file says rows, columns, scales, printed numbers and claims.
+"""The spec of a table of the paper, from one TOML file: rows, columns, scales, printed numbers and claims.
 
-Nothing here loads torch: what the fields' paths and values mean is checked by ``viladiff.tables.cells``.
+Nothing here loads torch: ``viladiff.tables.cells`` checks the paths and values of fields.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Read the file of a table and check it as a whole: labels, scales, sets, claims, oracles.
+"""Reader of a table's file, with checks of the whole: labels, scales, sets, claims, oracles.
 
-Nothing here loads torch: what the fields' paths and values mean is checked by ``viladiff.tables.cells``.
+Nothing here loads torch: ``viladiff.tables.cells`` checks the paths and values of fields.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the publications of a table's methods set, beside what its runs have."""
+"""Published settings of a table's methods, beside those of its runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What classes are called in text: a class is known by one or several words or short phrases, its concepts.
+"""Names of classes in text: each class has one or several words or short phrases, its concepts.
 
 ``PUBLISHED`` has SemiVL's lists as they are in its repository (google-research/semivl 13ee65d,
 ``model/text_embeddings.py``, VOC's fourth and Cityscapes' third), spelling included, since its text vectors are of

@@ -1,4 +1,4 @@
-"""The words of all images, encoded once into one memory-mapped array: in training a caption costs a look-up."""
+"""Encoded captions of all images in one memory-mapped array: in training a caption is a look-up."""
 
 from __future__ import annotations
 

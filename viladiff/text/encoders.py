@@ -1,4 +1,4 @@
-"""A text encoder turns captions into word vectors once, offline; in training it is neither run nor held in memory."""
+"""Text encoders by name; they encode captions once, offline, and are not in memory during training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Text encoders that were trained elsewhere, read from a directory on this machine: nothing is ever downloaded.
+"""Pretrained text encoders from a local directory; nothing is downloaded.
 
-Only safetensors are read, since other weights can carry code. The tokens of CLIP are brought to the space of its pooled
-vectors, so that both have D channels and an image's vectors can be compared with either.
+Only safetensors are read, since other weights can carry code. The tokens of CLIP are projected to the space of its
+pooled vectors, so that both have D channels and an image's vectors can be compared with either.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What keeps a run from starting, and what ends it early: Ctrl-C, too little memory, a loss that is not finite."""
+"""Errors of training and checks before it: unusable inputs, interruption, memory, losses that are not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will be called, known before it starts; what many runs share is read once."""
+"""Fingerprints and names of runs before they start; shared inputs are read once."""
 
 from __future__ import annotations
 

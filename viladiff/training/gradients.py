@@ -1,4 +1,4 @@
-"""Measures, on the way, which share of the gradient each term of the loss makes, and leaves training as it is.
+"""Measurement of each loss term's share of the gradient, without any effect on training.
 
 At a few steps of each third of training the gradient of each weighted term is taken on the step's own graph before the
 step's backward pass, with ``torch.autograd.grad``: there is no second forward pass, no random draw, and no ``.grad``,

@@ -1,4 +1,4 @@
-"""How long a run is, and how fast each of its parameters learns at each step."""
+"""Length of a run, and each parameter's learning rate at each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``fit`` gives back."""
+"""The result of ``fit``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only training loop: ``fit(cfg)`` on one process or many, interrupted or not, gives the same weights."""
+"""The training loop: ``fit(cfg)`` on one process or many, interrupted or not, gives the same weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Captions from a CSV, JSON-lines or Parquet file: read, matched to a data set's images, and counted.
 
-What cannot be used stops nothing if it can be left out: it is counted, and the counts stand in the run's notes and
-in its record. A file that is no table of captions, or whose images are others altogether, is an error.
+Unusable entries that can be left out are counted, and the counts are in the run's notes and record. A file that is no
+table of captions, or of entirely other images, is an error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Captions of the embedded data sets come from the truth, through a captioner that forgets and invents at stated rates.
+"""Captions of the embedded data sets, made from the masks by a simulated captioner with stated error rates.
 
-They say what is in an image and never where, how large or how many, so they are extra supervision of a weak kind;
-whatever prints a result made with them has to say so (``CaptionSource``). ``CaptionTable`` keeps captions of any source
-and makes the controls.
+They name an image's classes and never their position, size or number, so they are extra, weak supervision; every result
+made with them has to say so (``CaptionSource``). ``CaptionTable`` holds captions of any source and makes the controls.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which classes the captions of an image mention, by name alone: what words say to a method that cannot read."""
+"""Image tags: the classes that an image's captions mention, by name alone."""
 
 from __future__ import annotations
 

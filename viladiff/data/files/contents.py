@@ -1,9 +1,9 @@
-"""What the files of a data set hold is read once and kept; a later start asks for sizes and times alone.
+"""Cache of facts about a data set's files, so that a later start reads sizes and times alone.
 
-A file beside the data, or in the cache folder where that cannot be written, has of each file its SHA-256 and what
-checks found, under its size, its times of modification and change in nanoseconds and its inode. It is not believed of a
-file of which one of these has changed, and does not have what was read within RACY of the later of the two times: a
-second change within the clock's granularity would leave all four as they were.
+A file beside the data, or in the cache folder if that is not writable, stores each file's SHA-256 and results of
+checks, under its size, its times of modification and change in nanoseconds and its inode. An entry is ignored if one of
+these has changed, and none is written for a file read within RACY of the later of the two times: a second change within
+the clock's granularity would leave all four as they were.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Photographs and masks from files: whatever a camera or an editor wrote comes out as 8-bit RGB, or as class ids.
+"""Readers of photographs and masks: 8-bit RGB, or class ids, from the files of cameras and editors.
 
 Every function raises ValueError that names the file and what is wrong with it.
 """

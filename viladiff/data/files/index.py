@@ -1,4 +1,4 @@
-"""Which files a directory of images and masks holds; no path that leads out of the directory is ever followed."""
+"""Index of a directory's images and masks; no path that leads out of the directory is ever followed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Published lists of images, known by a hash of which images they hold: a run says which list it trained on.
+"""Published lists of images, identified by a hash of their images, so that a run names the list it trained on.
 
 The lists themselves are not part of the project. Hashes and overlaps were computed from the files of the repositories
-named below; a list counts as the same whatever its order, line ends, folders and second column.
+named below; order, line ends, folders and second column of a list do not matter.
 """
 
 from __future__ import annotations

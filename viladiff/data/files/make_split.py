@@ -1,4 +1,4 @@
-"""New lists for a directory of images: seeded, and so dealt that every class is labelled and validated on."""
+"""New lists for a directory of images: seeded, with every class in the labelled and validation lists."""
 
 from __future__ import annotations
 

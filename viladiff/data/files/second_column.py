@@ -1,4 +1,4 @@
-"""Masks that a list names beside its images: names are looked up among the PNGs below the root, and make no path."""
+"""Masks that a list names beside its images, looked up among the PNGs below the root; names are never used as paths."""
 
 from __future__ import annotations
 

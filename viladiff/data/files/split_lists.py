@@ -1,4 +1,4 @@
-"""Lists of images in text files: an id a line, or ``<image path> <mask path>`` as the published lists have it."""
+"""Lists of images in text files: an id a line, or ``<image path> <mask path>`` as in published lists."""
 
 from __future__ import annotations
 

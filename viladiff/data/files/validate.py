@@ -1,4 +1,4 @@
-"""What a directory of images and masks holds, and every file in it that training or scoring would trip over."""
+"""Validation of a directory of images and masks: every problem that would stop training or evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ADE20K as the scene parsing challenge has it: 150 classes without a background."""
+"""ADE20K of the scene parsing challenge: 150 classes without a background."""
 
 from __future__ import annotations
 

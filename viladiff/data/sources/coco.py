@@ -1,4 +1,4 @@
-"""COCO 2017: 80 things and a background, under the lists that PseudoSeg drew."""
+"""COCO 2017: 80 things and a background, under PseudoSeg's lists."""
 
 from __future__ import annotations
 

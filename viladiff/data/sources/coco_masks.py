@@ -1,8 +1,8 @@
 """Masks of COCO's images from its instances: one PNG an image, 0 for background, 1 ... 80 for things, 255 for crowds.
 
-Nobody has published how the masks that the literature trains on were made, so that ours may differ from them in a few
-pixels. Where instances overlap, the smaller one is on top: regions are painted by falling area, of equal ones the
-later one in the file last. A crowd is painted in the same order, as 255.
+The conversion behind the literature's masks is not published, so that ours may differ from them in a few pixels. Where
+instances overlap, the smaller one is on top: regions are painted by falling area, in a tie the later one in the file
+last. A crowd is painted in the same order, as 255.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which of the layouts that are known a directory has."""
+"""Detection of a directory's layout."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every scene is handwriting from scikit-learn's scans, filled with and laid on pieces of its two photographs.
+"""Embedded data sets: scenes of scikit-learn's handwritten digits, filled with and on its two photographs.
 
 Nothing is downloaded. An image depends on its variant, part and index alone. The parts share no handwriting; ``dev``
-and ``test`` also have photo columns of their own (``MATERIAL``). While a scene is composed, colours are float32 in
-[0, 1] with the channel first; lengths are in pixels, angles in degrees.
+and ``test`` also have photo columns of their own (``MATERIAL``). While a scene is composed, colours are float32 in [0,
+1] with the channel first; lengths are in pixels, angles in degrees.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A directory of one's own images and masks, with lists of which are labelled."""
+"""A user's own directory of images and masks, with lists of the labelled images."""
 
 from __future__ import annotations
 

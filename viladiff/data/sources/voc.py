@@ -1,4 +1,4 @@
-"""Pascal VOC 2012: official and augmented training images, under the lists that the literature trains on."""
+"""Pascal VOC 2012: official and augmented training images, under the literature's lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentation of batches on any device; every parameter is drawn per image on the host, so nothing waits for a GPU."""
+"""Augmentation of batches on any device; parameters are drawn per image on the host, so nothing waits for a GPU."""
 
 from __future__ import annotations
 

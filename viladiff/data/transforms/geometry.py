@@ -1,6 +1,6 @@
-"""The geometry of real images, as UniMatch has it: resize, pad, crop, mirror, one image at a time on the host.
+"""UniMatch's geometric augmentation of real images: resize, pad, crop, mirror, one image at a time on the host.
 
-Only the pixels that the crop shows are ever computed. NumPy and Pillow suffice: a process that decodes needs no torch.
+Only the pixels that the crop shows are computed. NumPy and Pillow suffice: a decoding process needs no torch.
 """
 
 from __future__ import annotations

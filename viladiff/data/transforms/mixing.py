@@ -1,6 +1,6 @@
-"""Pictures made of two neighbours of a batch: CutMix in the four published forms, and ClassMix; and CutOut's squares.
+"""Mixing of neighbours in a batch: CutMix in the four published forms, ClassMix, and CutOut's squares.
 
-What is pasted is either a ``CutMix`` (one box an image, also on coarser maps) or a mask of any shape. Boxes are drawn
+The pasted part is either a ``CutMix`` (one box an image, also on coarser maps) or a mask of any shape. Boxes are drawn
 on the host, each from its own generator, so that an image is mixed alike in any batch, on any number of workers.
 """
 

@@ -1,4 +1,4 @@
-"""Classes in groups, and what logic says of predictions that contradict each other (reconstruction of LogicDiag).
+"""Classes in groups, and the logic of contradicting predictions (reconstruction of LogicDiag).
 
 A tree of three levels: the root, which holds, groups, and classes. Its rules: a class implies its group (composition),
 a group one of its classes and the root one of the groups (decomposition), and of siblings no two hold (exclusion). The

@@ -1,4 +1,4 @@
-"""Self-attention Grad-CAM: which tokens speak for which class, spread to those that look alike (PseudoSeg).
+"""Self-attention Grad-CAM (PseudoSeg): evidence of tokens for classes, spread to similar tokens.
 
 With a classifier on the mean of all tokens, the gradient that Grad-CAM asks for is that classifier's weight, over the
 number of tokens: all maps are one product, without a backward pass and without a loop over classes.

@@ -1,6 +1,6 @@
-"""MaskCLIP: what a frozen CLIP says of every place of an image, and of words, in one space; weights from a file.
+"""MaskCLIP: dense features of a frozen CLIP, and its text vectors, in one space; weights from a file.
 
-open_clip's own modules compute it. Nothing is ever fetched: its tokenizer of words comes with the package.
+open_clip's own modules compute it. Nothing is downloaded: its tokenizer comes with the package.
 """
 
 from __future__ import annotations

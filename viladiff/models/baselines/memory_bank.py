@@ -1,4 +1,4 @@
-"""Positions taken from a map by chance, and queues of their vectors that outlive a step.
+"""Random sampling of a map's positions, and queues of their vectors across steps.
 
 Queues are part of the state, and alike on all workers.
 """

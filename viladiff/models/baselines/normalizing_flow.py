@@ -1,4 +1,4 @@
-"""A density of feature vectors: affine couplings (RealNVP) to a mixture of Gaussians, one a class, in float32."""
+"""A density of feature vectors: affine couplings (RealNVP) to a mixture of one Gaussian a class, in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What section 3.2 of the paper tries: image tokens read a caption, and attention maps of class queries are the masks.
+"""The network of the paper's section 3.2: image tokens read a caption, and class queries' attention maps are masks.
 
 W is the width of the tokens, C the number of classes.
 """

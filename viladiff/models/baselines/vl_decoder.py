@@ -1,4 +1,4 @@
-"""SemiVL's decoder: a map of likeness to its text for each class, read class by class, and classes read one another.
+"""SemiVL's decoder: a similarity map for each class's text, decoded class by class, with attention between classes.
 
 T is the width of the text vectors, K the number of classes, W the decoder's width (128 as published). Norms are
 GroupNorm with 16 channels a group, so a class's map is done alike in any batch.

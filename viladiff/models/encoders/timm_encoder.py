@@ -1,4 +1,4 @@
-"""Encoders of timm, by name."""
+"""Encoders from timm, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plain vision transformer of transformers, read from a local directory: safetensors, and no code of its own."""
+"""Plain vision transformers from a local directory of transformers: safetensors, and no code of its own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The paper's numbers, the published runs and this machine's runs side by side, and whether the last meet criteria.
+"""The paper's numbers, the published runs and this machine's runs side by side, with criteria for the last.
 
-A scale with ``published_runs`` trains few of a table's cells; for all of them the committed records stand beside it.
+A scale with ``published_runs`` trains few of a table's cells; the committed records of all are beside it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a page on captions has beyond a table's: mIoU against how much captions notice, and both streams of every row.
+"""Page section on captions: mIoU against the captions' recall, and both streams of every row.
 
-Used where a spec has ``page = "captions"``. The curve's rows are those that differ from the headline's in
+Used by specs with ``page = "captions"``. The curve's rows are those that differ from the headline's in
 ``data.caption_recall`` alone; the lines are rows of other methods.
 """
 

@@ -1,4 +1,4 @@
-"""What each choice that the text leaves open is worth: every alternative against the default, and what went unseen."""
+"""Page section on choices that the paper leaves open: every alternative against the default."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How well features cluster, before and after text was read: numbers of feature space, and t-SNE to look at.
+"""Page section on clusters of features, before and after reading text: scores and t-SNE.
 
-Used where a spec has ``page = "clusters"``; ``viladiff.evaluation.feature_clusters`` measures.
+Used by specs with ``page = "clusters"``; ``viladiff.evaluation.feature_clusters`` measures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a leaderboard's page has beyond a table's: accuracy against cost, calibration, rates that were tried, a finding.
+"""Page section of the leaderboard: accuracy against cost, calibration, tried learning rates, a summary.
 
-Used where a spec has ``page = "leaderboard"``.
+Used by specs with ``page = "leaderboard"``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning rates tried for a table's methods: whatever runs of a store differ from its own in the rate alone."""
+"""Learning rates tried for a table's methods: the store's runs that differ from the table's in the rate alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which share of the gradient each part of a row's loss makes, and which ablated parts are too small to be tested."""
+"""Shares of the gradient by part of a row's loss, and ablated parts that are too small to test."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the pretrained models behind a number were trained on, as far as their authors say: they may know its images.
+"""Pretraining data of the models behind a number, as far as their authors state it, and its overlap with the data set.
 
-A small table, not a search: a model that is not in it is not known, which is no statement that it is clean. The names
-are those of timm, open_clip and of model hubs' directories.
+A small table, not a search: a model that is not in it is unknown, not free of overlap. The names are those of timm,
+open_clip and of model hubs' directories.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of a run's labels at every stage, from its ``pictures.npz``, as images that stand inside a page."""
+"""Images of a run's labels at every stage, from its ``pictures.npz``, for a page."""
 
 from __future__ import annotations
 

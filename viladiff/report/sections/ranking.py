@@ -1,4 +1,4 @@
-"""What a leaderboard shows in sentences, each made of its numbers and tests, and what such numbers cannot say."""
+"""Sentences on a leaderboard, generated from its numbers and tests, and the limits of such numbers."""
 
 from __future__ import annotations
 

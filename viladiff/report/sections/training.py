@@ -1,4 +1,4 @@
-"""How a table's rows were trained: optimiser steps, and which of their publications' settings they run."""
+"""Page section on training: optimiser steps of the rows, and which published settings they use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's page: verdict on fresh seeds first, then what was searched, each comparison at one budget."""
+"""The page of a sweep: verdict on fresh seeds first, then the search, each comparison at one budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each chart of a sweep's page shows. Trials are compared at the full length alone, but for the chart of rungs."""
+"""Data of the charts on a sweep's page. Trials are compared at the full length alone, but for the chart of rungs."""
 
 from __future__ import annotations
 

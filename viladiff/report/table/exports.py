@@ -1,4 +1,4 @@
-"""table.md, table.tex and table.csv: measured and printed numbers stand in columns of their own in each of them."""
+"""Exports of a table: table.md, table.tex and table.csv, with measured and printed numbers in separate columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table's runs as lines, one a row, column and seed, and its cells as a pandas table."""
+"""A table in long form, one line a row, column and seed, and its cells as a pandas table."""
 
 from __future__ import annotations
 

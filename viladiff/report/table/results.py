@@ -1,4 +1,4 @@
-"""A cell of a table is a set of runs, one a seed: what they measured, and for each that is missing, why it is."""
+"""Results of a table: for each cell its runs, one a seed, their scores, and the reason for each missing one."""
 
 from __future__ import annotations
 

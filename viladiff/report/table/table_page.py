@@ -1,4 +1,4 @@
-"""A table's page is one file: style, charts and pictures are inside, and each missing number has its reason."""
+"""The page of a table, in one file: style, charts and pictures are embedded, and each missing number has its reason."""
 
 from __future__ import annotations
 

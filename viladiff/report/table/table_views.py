@@ -1,4 +1,4 @@
-"""What a page shows, worked out so that its template only has to lay it out."""
+"""Data of a table's page, computed so that its template only lays it out."""
 
 from __future__ import annotations
 

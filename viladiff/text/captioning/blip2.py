@@ -1,4 +1,4 @@
-"""BLIP-2 from a directory on this machine: the paper's two prompts over a batch of images, one sentence each.
+"""BLIP-2 from a local directory: the paper's two prompts over a batch of images, one sentence each.
 
 Nothing is downloaded, no code of the directory is run, and only safetensors are read. Decoding is greedy, so that the
 same images in the same batches have the same captions on one machine.

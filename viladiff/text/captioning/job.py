@@ -1,7 +1,7 @@
-"""Captions of a whole data set on disk: what there is to do, parts that survive a kill, and the file at the end.
+"""Captioning of a whole data set on disk: remaining images, parts that survive a kill, and the final file.
 
-FILE.parquet is the end; FILE.parquet.parts holds what is done of it. A part is written beside its place and renamed, so
-that a kill costs at most one part. The same command goes on; images whose caption failed are tried again.
+FILE.parquet is the result; FILE.parquet.parts holds finished parts. A part is written under another name and renamed,
+so that a kill costs at most one part. The same command resumes; images whose caption failed are tried again.
 """
 
 from __future__ import annotations
