@@ -22,7 +22,7 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.images import read_mask
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check, check_files
+from viladiff.data.files.validate import check_files, validate_dataset
 from viladiff.data.sources import coco_masks
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES
 from viladiff.data.sources.coco_masks import MANIFEST, Made, Region, Task, make_masks, paint, read_instances
@@ -93,7 +93,7 @@ def test_masks_are_those_that_the_instances_were_made_of(tmp_path: Path) -> None
     for name, labels in made.labels.items():
         assert np.array_equal(read_mask(made.root / "masks" / f"{name}.png", 81), labels)
     check_files(load(made.root))
-    assert check(made.root, processes=1).errors == 0
+    assert validate_dataset(made.root, processes=1).errors == 0
 
 
 def test_smaller_instances_lie_on_top_in_whatever_order_they_come() -> None:

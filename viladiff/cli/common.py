@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 
-def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments with ``FIELD=VALUE`` before, between and after options; argparse takes the first few alone."""
     args, left = into.parse_known_args(argv)
     late = [text for text in left if "=" in text and not text.startswith("-")]
@@ -20,7 +20,7 @@ def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) ->
     return args
 
 
-def carry_out(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int]) -> int:
     """Run ``command`` and return its exit status; print one line for each error."""
     try:
         status = command()

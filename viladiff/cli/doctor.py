@@ -35,7 +35,7 @@ def examine(out: str | Path = "runs") -> list[Check]:
     return checks
 
 
-def show(checks: list[Check]) -> None:
+def print_checks(checks: list[Check]) -> None:
     """Print the report."""
     from rich.console import Console
     from rich.table import Table

@@ -12,7 +12,7 @@ from viladiff.methods.base import Method, StepCost
 from viladiff.methods.published import PublishedSetting
 
 
-def rows() -> list[dict[str, Any]]:
+def method_rows() -> list[dict[str, Any]]:
     """Return one flat row a method, in the order of the table; None for missing values."""
     return [_row(name, method) for name, method in METHODS.items()]
 
@@ -58,7 +58,7 @@ def written(passes: StepCost) -> str:
     return f"{text}; {passes.beside}" if passes.beside else text
 
 
-def settings(method: type[Method]) -> list[str]:
+def published_lines(method: type[Method]) -> list[str]:
     """List the settings of a method's publication by data set and list, one a line."""
     said = []
     for one in method.published:
@@ -70,14 +70,14 @@ def settings(method: type[Method]) -> list[str]:
     return said
 
 
-def show(as_json: bool, width: int | None, name: str | None = None) -> str:
+def format_methods(as_json: bool, width: int | None, name: str | None = None) -> str:
     """Return the table of methods as JSON, or as text of ``width`` columns (the terminal's if None).
 
     With ``name``, return that method alone with its published settings. Raises ConfigError for an unknown name.
     """
     if name is not None and name not in METHODS:
         raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
-    chosen = [row for row in rows() if name in (None, row["method"])]
+    chosen = [row for row in method_rows() if name in (None, row["method"])]
     if as_json:
         return json.dumps(chosen, indent=1, ensure_ascii=False) + "\n"
     from rich.console import Console
@@ -98,6 +98,6 @@ def show(as_json: bool, width: int | None, name: str | None = None) -> str:
         )
     if name is None:
         return text.get()
-    said = settings(METHODS[name]) or ["none is declared"]
+    said = published_lines(METHODS[name]) or ["none is declared"]
     heading = "Its publication's settings by data set, which the tables take at scale paper:"
     return text.get() + "\n" + "\n".join([heading, *(f"  {line}" for line in said)]) + "\n"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from viladiff.cli.common import carry_out, read_arguments
+from viladiff.cli.common import parse_arguments, run_command
 
 EXAMPLES = """\
 examples:
@@ -26,11 +26,11 @@ SHARE = "share of a GPU, or whole GPUs (default: those of this machine, shared o
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
     """Run a table's script, as ``ablations/run_table5.py``, or ``viladiff table 5``; print user errors as lines."""
-    from viladiff.experiments.tables import run, shell_command
+    from viladiff.experiments.tables import run_table, shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
-    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, shell_command(name or _said(sys.argv[0]), given)))
+    args = parse_arguments(table_parser(path, name or Path(sys.argv[0]).name), given)
+    return run_command(lambda: run_table(path, args, shell_command(name or _said(sys.argv[0]), given)))
 
 
 def _said(program: str) -> str:
@@ -41,15 +41,15 @@ def _said(program: str) -> str:
     return f"python {path.relative_to(ROOT)}" if path.is_relative_to(ROOT / "ablations") else path.name
 
 
-def parser(path: Path, name: str) -> argparse.ArgumentParser:
+def table_parser(path: Path, name: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = f"Runs what {path.name} asks for and is not done yet, and writes its page."
     top = argparse.ArgumentParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
-    add_options(top)
+    add_table_options(top)
     return top
 
 
-def add_options(top: argparse.ArgumentParser) -> None:
+def add_table_options(top: argparse.ArgumentParser) -> None:
     """Add the options that every table has."""
     what = top.add_argument_group("what")
     what.add_argument("--scale", default="quick", help="size of experiment: smoke, quick (default), digits or paper")

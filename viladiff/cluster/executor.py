@@ -314,7 +314,7 @@ def _run_single(desk: JobQueue, session: Session) -> None:
     from ray import tune
 
     from viladiff.cluster.tune import QueueCallback, QueueSearcher, stop_name
-    from viladiff.cluster.worker import WorkerContext, trial
+    from viladiff.cluster.worker import WorkerContext, train_run
 
     settings = desk.settings
     place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
@@ -322,7 +322,7 @@ def _run_single(desk: JobQueue, session: Session) -> None:
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, jobs=jobs, place=place), resources),
+        tune.with_resources(tune.with_parameters(train_run, jobs=jobs, place=place), resources),
         tune_config=tune.TuneConfig(search_alg=QueueSearcher(desk), num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             name="table",

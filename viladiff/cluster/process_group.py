@@ -1,4 +1,4 @@
-"""The process group of a run's workers on one machine: they meet in a file, since Ray Train would open a network port."""
+"""The process group of a run's workers on one machine: they meet in a file, not on a network port."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Apart(TorchConfig):
 
 
 @contextmanager
-def joined(meeting: Path, backend: str) -> Iterator[None]:
+def joined_group(meeting: Path, backend: str) -> Iterator[None]:
     """Keep the calling worker in the process group; ``meeting`` is a new file that all workers of the run name."""
     context = get_context()
     os.environ |= {

@@ -59,7 +59,7 @@ def run_search(desk: TrialQueue, work: Work = run_attempt) -> None:
         raise
 
 
-class Asking(QueueSearcher):
+class TrialSearcher(QueueSearcher):
     """Tune's searcher: each run that it suggests is a point of the sweep under one seed."""
 
     desk: TrialQueue
@@ -72,7 +72,7 @@ class Asking(QueueSearcher):
         return Searcher.FINISHED if self.desk.over else None
 
 
-class Rungs(FIFOScheduler):
+class RungScheduler(FIFOScheduler):
     """Tune's scheduler: brings scores to the sweep's pruner and its answers to the runs; it ends nothing itself."""
 
     def __init__(self, desk: TrialQueue, box: Any) -> None:
@@ -95,7 +95,7 @@ class Rungs(FIFOScheduler):
         """Restore nothing: the records are the state."""
 
 
-def trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) -> None:
+def train_trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) -> None:
     """Tune trainable that performs one run and reports its outcome as the last result."""
     job = PlannedRun(**config["job"])
     judged = partial(asked, box, tune.report, job.run_id)
@@ -109,9 +109,9 @@ def _tune(desk: TrialQueue, session: Session, work: Work) -> None:
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, place=place, box=box, work=work), resources),
+        tune.with_resources(tune.with_parameters(train_trial, place=place, box=box, work=work), resources),
         tune_config=tune.TuneConfig(
-            search_alg=Asking(desk), scheduler=Rungs(desk, box), num_samples=-1, reuse_actors=True
+            search_alg=TrialSearcher(desk), scheduler=RungScheduler(desk, box), num_samples=-1, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             name="sweep",

@@ -140,10 +140,10 @@ def worker(config: dict[str, Any]) -> None:
     if config["meeting"] is None:
         _work(config)
         return
-    from viladiff.cluster.process_group import joined
+    from viladiff.cluster.process_group import joined_group
 
     path, backend = config["meeting"]
-    with joined(Path(path), backend):
+    with joined_group(Path(path), backend):
         _work(config)
 
 

@@ -51,7 +51,7 @@ class WorkerContext:
     """An actor of this name exists once all runs are to stop."""
 
 
-def trial(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
+def train_run(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
     """Tune trainable that performs ``jobs[config["run"]]`` and reports its outcome as the last result."""
     from ray import tune
 

@@ -70,12 +70,12 @@ def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldIn
     return found
 
 
-def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
+def iter_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield (dotted path, value) of every leaf of an existing section."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from values(value, f"{prefix}{name}.")
+            yield from iter_fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -194,13 +194,13 @@ def field_docs(section: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def describe(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
+def describe_fields(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
     """Yield path, type, value and explanation of every leaf."""
     texts = field_docs(type(section))
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from describe(value, f"{prefix}{name}.")
+            yield from describe_fields(value, f"{prefix}{name}.")
         else:
             limits = [_limit(limit) for limit in info.metadata]
             kind = " ".join([format_type(info.annotation), *filter(None, limits)])

@@ -43,7 +43,7 @@ def entry_name(kind: str, place: int, label: object) -> str:
     return f"{kind}[{place + 1}] {label!r}"
 
 
-def sentence(
+def format_toml_error(
     item: Any,
     tree: Mapping[str, Any],
     top: type[Section],

@@ -34,7 +34,7 @@ def hold_out(dataset: Dataset, share: float, scored: bool) -> Dataset:
     The images are the same for every run on that list. ``scored``: they replace the validation images. Raises
     ValueError if the list is too short.
     """
-    held = dataset.labelled[choose(_present(dataset), share, dataset.name)]
+    held = dataset.labelled[choose_holdout(_present(dataset), share, dataset.name)]
     if len(held) == 0:
         raise ValueError(
             f"data.holdout = {share:g}: none of the {len(dataset.labelled)} labelled images of {dataset.name!r} can be "
@@ -59,7 +59,7 @@ def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
 
     For a method that leaves labelled images out of its supervised loss. Raises ValueError if the list is too short.
     """
-    held = dataset.labelled[choose(_present(dataset), 1 / period, dataset.name, "set apart")]
+    held = dataset.labelled[choose_holdout(_present(dataset), 1 / period, dataset.name, "set apart")]
     if len(held) == 0:
         raise ValueError(
             f"method.mixe.holdout = {1 / period:g}: none of the {len(dataset.labelled)} labelled images of "
@@ -69,7 +69,7 @@ def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
     return dataset.labelled[~np.isin(dataset.labelled, held)], held
 
 
-def choose(present: np.ndarray, share: float, *key: keyed_random.Part) -> np.ndarray:
+def choose_holdout(present: np.ndarray, share: float, *key: keyed_random.Part) -> np.ndarray:
     """Return sorted positions, about ``share`` of n, in an order drawn by ``key``; rare classes are covered first.
 
     present: (n, C) bool, the classes of each labelled image. No class leaves training altogether, and each class that

@@ -99,7 +99,7 @@ def _seconds(once: Callable[[], object], device: torch.device, passes: int) -> f
     return statistics.median(times[1:])
 
 
-def table(found: dict[str, Cost], side: int, device: torch.device) -> dict[str, str]:
+def cost_facts(found: dict[str, Cost], side: int, device: torch.device) -> dict[str, str]:
     """Format the costs as facts to print, one a line."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {

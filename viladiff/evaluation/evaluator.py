@@ -22,14 +22,14 @@ from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation import feature_clusters
 from viladiff.evaluation.context import EvalContext
 from viladiff.evaluation.metrics import SegmentationMeter, evaluate_network, measure_all, to_scores
-from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized
+from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized_logits
 from viladiff.evaluation.pseudo_labels import pseudo_counts, pseudo_scores
 from viladiff.methods.base import Method
 from viladiff.models.encoders.build import weights_origin
 from viladiff.runs.config import CORE_REVISION, flatten, non_default_fields
 from viladiff.runs.record import RunRecord
 from viladiff.text.embedding_bank import EmbeddingBank
-from viladiff.text.encoders import describe
+from viladiff.text.encoders import describe_text_encoder
 
 FILES = ("pictures.npz", "features.npz", "plane.npz")
 """What a finished run may have beside its record and its log."""
@@ -114,7 +114,7 @@ class PseudoLabels:
         keys = tuple(run.rank + (self.seen + j) * run.world for j in range(len(images)))
         self.seen += len(images)
         made = partial(method.pseudo_labels, text=text, keys=keys, step=Step(run.steps, 1.0, run.cfg.seed))
-        found = {name: p.max(1) for name, p in resized(made, images, method.student.patch).items()}
+        found = {name: p.max(1) for name, p in resized_logits(made, images, method.student.patch).items()}
         stages = {name: (p.values, p.indices) for name, p in found.items()}
         for name, count in pseudo_counts(stages, target, method.threshold()).items():
             self.sums[name] = self.sums.get(name, 0) + count
@@ -206,7 +206,7 @@ def record(run: RecordContext) -> RunRecord:
         notes=[*run.bank.notes(), *run.method.notes()],
         split_name=run.dataset.split_name,
         captions=run.dataset.caption_source,
-        text_encoder=describe(cfg.data.text_encoder, cfg.runtime.text_model),
+        text_encoder=describe_text_encoder(cfg.data.text_encoder, cfg.runtime.text_model),
         encoder=cfg.model.encoder,
         pretrained=weights_origin(cfg.model),
         wall_seconds=run.wall_seconds(),

@@ -44,7 +44,7 @@ def bands(forward: Forward, image: Tensor, multiple: int, protocol: str = "origi
             f"protocol = {protocol!r}: must be one of {', '.join(PROTOCOLS)}{did_you_mean(protocol, PROTOCOLS)}"
         )
     if protocol == "original":
-        yield Band(0, resized(forward, image, multiple))
+        yield Band(0, resized_logits(forward, image, multiple))
         return
     if crop < 1:
         raise ValueError(f"crop = {crop}: {protocol} needs a positive one")
@@ -53,13 +53,13 @@ def bands(forward: Forward, image: Tensor, multiple: int, protocol: str = "origi
     padded = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
 
     def window(x: Tensor) -> dict[str, Tensor]:
-        return resized(forward, x, multiple)
+        return resized_logits(forward, x, multiple)
 
     for top, logits in [Band(0, window(padded))] if protocol == "center_crop" else _slid(window, padded, crop):
         yield Band(top, {name: x[..., : height - top, :width] for name, x in logits.items()})
 
 
-def resized(forward: Forward, image: Tensor, multiple: int) -> dict[str, Tensor]:
+def resized_logits(forward: Forward, image: Tensor, multiple: int) -> dict[str, Tensor]:
     """Apply ``forward`` at the nearest multiples of the patch and resize its maps to the image's own size."""
     back = tuple(image.shape[-2:])
     size = tuple(nearest_multiple(side, multiple) for side in back)

@@ -25,7 +25,7 @@ SIGNS: dict[State, str] = {
 STYLES: dict[State, str] = {"done": "green", "failed": "red", "stale": "yellow", "running": "cyan", "begun": "cyan"}
 
 
-def outline(
+def print_dry_run(
     plan: Plan,
     store: Store,
     settings: ExecutionSettings,

@@ -54,7 +54,7 @@ def reproduce(args: argparse.Namespace) -> int:
             found.append(Compared("fails", f"{title}: was not trained to its end; the same command goes on"))
         else:
             column = next(cell.column for cell in plan.cells if cell.run_id == run_id)
-            one = compare(theirs, mine, spread(every, committed, column))
+            one = compare(theirs, mine, published_deviation(every, committed, column))
             found.append(Compared(one.verdict, f"{title}: {one.text}"))
     for one in found:
         print(f"{one.verdict}: {one.text}")
@@ -133,7 +133,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
 # Comparing
 
 
-def spread(every: Plan, committed: Store, column: int) -> float | None:
+def published_deviation(every: Plan, committed: Store, column: int) -> float | None:
     """Return the pooled standard deviation over seeds of the plan's published cells in a column, in points."""
     from viladiff.report.sections.beside import pooled_spread
     from viladiff.report.table.results import collect_results

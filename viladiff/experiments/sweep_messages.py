@@ -29,7 +29,7 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def outline(job: SweepJob) -> list[str]:
+def dry_run_lines(job: SweepJob) -> list[str]:
     """Describe the runs of a sweep and their cost."""
     steps, size = job.namer.steps, job.sweep.scale[job.scale]
     example = job.namer.planned(job.sweep.initial_point, job.seeds[0])

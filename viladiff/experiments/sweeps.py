@@ -11,7 +11,7 @@ from pathlib import Path
 from viladiff.config.base import did_you_mean
 from viladiff.experiments.compare_sweeps import tuned
 from viladiff.experiments.publish_sweep import adopt, publish_sweep, published_trials
-from viladiff.experiments.sweep_messages import again, conclusion, line, outline
+from viladiff.experiments.sweep_messages import again, conclusion, dry_run_lines, line
 from viladiff.experiments.sweep_setup import SweepJob, alone, check_same, open_directory, prepare
 from viladiff.experiments.tables import ROOT, PageWriter, public_command
 from viladiff.runs.job import Event, PlannedRun
@@ -39,16 +39,16 @@ def find_sweep(name: str) -> Path:
     raise ValueError(f"sweep {name!r}: not known; {there}, or give the path of a .toml file")
 
 
-def run(path: Path, args: argparse.Namespace, command: str) -> int:
+def run_sweep(path: Path, args: argparse.Namespace, command: str) -> int:
     """Search, retrain the best points, print the result; return the exit status: 0, 1 given up, 130 interrupted."""
     job = prepare(path, args)
     if args.dry_run:
-        print("\n".join(outline(job)))
+        print("\n".join(dry_run_lines(job)))
         return 0
     if args.render:
         check_same(job)
         trials = load_trials(job.directory / "trials") or published_trials(job)
-        return conclude(job, trials, write(job, trials, command))
+        return conclude(job, trials, write_sweep_page(job, trials, command))
     with alone(job.directory) as lease:
         open_directory(job)
         adopt(job)
@@ -58,7 +58,7 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
 def _search(job: SweepJob, command: str, lease: Lease) -> int:
     """Resume the sweep and run it to its end, rewriting its page on the way."""
     load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
-    pages = PageWriter(lambda: write(job, load(), command, resting=False))
+    pages = PageWriter(lambda: write_sweep_page(job, load(), command, resting=False))
     desk = _desk(job, lease.check, pages.dirty.set)
     begun = len(desk.search.trials)
     print(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
@@ -67,7 +67,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
     with pages:
         run_search(desk)
     trials, given_up = desk.search.trials, desk.search.hopeless
-    index = write(job, trials, command, given_up)
+    index = write_sweep_page(job, trials, command, given_up)
     if given_up:
         print(f"given up: {given_up}\nthe page: {index}", file=sys.stderr)
         return 1
@@ -148,7 +148,9 @@ def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
     return failed
 
 
-def write(job: SweepJob, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True) -> Path:
+def write_sweep_page(
+    job: SweepJob, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True
+) -> Path:
     """Publish the sweep if requested, and write its page; return the page's path."""
     from viladiff.report.sweep.sweep_page import Shown, render_sweep
 

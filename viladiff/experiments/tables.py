@@ -59,7 +59,7 @@ class TableJob:
         return Store(self.store.root / "nothing", [ROOT / "reports" / "published"])
 
 
-def run(path: Path, args: argparse.Namespace, command: str) -> int:
+def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
     """Plan, then print or run, and write; return the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
     _check_options(args)
     job = plan_table(path, args, command)
@@ -72,10 +72,10 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         dashboard=args.dashboard,
     )
     if args.dry_run:
-        from viladiff.experiments.dry_run import outline
+        from viladiff.experiments.dry_run import print_dry_run
 
         beside = None if job.beside is None else (job.beside, job.records)
-        outline(job.plan, job.store, settings, job.out, args.price, beside)
+        print_dry_run(job.plan, job.store, settings, job.out, args.price, beside)
         return 0
     if args.fresh:
         _set_aside(job)
@@ -83,7 +83,7 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         outcomes = [] if args.render else run_missing(job, settings)
     finally:
         job.store.sweep()  # also where a second Ctrl-C ended it at once
-    index = write(job)
+    index = write_table_page(job)
     return print_summary(job, outcomes, index)
 
 
@@ -131,7 +131,7 @@ def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
     expected = None if room is None else estimate(job.plan, job.store, room.slots).seconds
     done = {name: record.miou for name, record in records.items()}
     with (
-        PageWriter(lambda: write(job)) as pages,
+        PageWriter(lambda: write_table_page(job)) as pages,
         LiveTable(job.plan, done, room and room.slots, expected=expected) as live,
     ):
 
@@ -173,7 +173,7 @@ class PageWriter:
             self.over.wait(REWRITE)
 
 
-def write(job: TableJob) -> Path:
+def write_table_page(job: TableJob) -> Path:
     """Publish finished runs if requested, evaluate the claims, write the page; return the path of its index.html."""
     from viladiff.experiments.publish import publish
     from viladiff.report.table.table_page import render_table
@@ -227,12 +227,12 @@ def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> in
 
 def _say_beside(job: TableJob, other: Plan) -> None:
     """Print the three columns in a few lines, and the sentence that sums them up."""
-    from viladiff.report.sections.beside import sentence, to_terminal
+    from viladiff.report.sections.beside import headline_beside, to_terminal
     from viladiff.report.table.results import collect_results
     from viladiff.report.table.table_page import beside_of
 
     both = beside_of(collect_results(job.plan, job.store), other, job.records, job.out)
-    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{sentence(both)}\n")
+    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{headline_beside(both)}\n")
 
 
 def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_form: bool = False) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from viladiff.core.atomic import name_file_in_errors, sync_directory
 from viladiff.data.transforms.augment import normalise
-from viladiff.evaluation.complexity import costs, table
+from viladiff.evaluation.complexity import cost_facts, costs
 from viladiff.inference.load import load_run, text_dim
 from viladiff.inference.predict import CLASSES, CONFIG, FORMAT, WEIGHTS, Model, load_model
 from viladiff.models.segmenter import Network
@@ -61,7 +61,7 @@ def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> di
         _need_onnx()
     state = model.network.state_dict()
     found = costs(model.network, model.crop, text_dim(state))
-    facts: dict[str, Any] = table(found, model.crop, model.device)
+    facts: dict[str, Any] = cost_facts(found, model.crop, model.device)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
     draft.mkdir()

@@ -38,12 +38,12 @@ from viladiff.losses import all_gather, all_gather_with_grad, distributed_mean, 
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
 from viladiff.methods.published import PublishedSetting
 from viladiff.models.baselines.allspark import (
+    AllSparkSegmenter,
     Draw,
     SemanticMemory,
-    SparkSegmenter,
+    allspark_segmenter,
     nearest_class,
-    resized,
-    spark_segmenter,
+    resize_tokens,
 )
 from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
 
@@ -83,7 +83,7 @@ class AllSpark(Method):
     )
     passes = StepCost(3, 2)
     keeps = "a queue of channels for each class"
-    student: SparkSegmenter
+    student: AllSparkSegmenter
 
     def __init__(self, cfg: AllSparkConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
@@ -92,7 +92,7 @@ class AllSpark(Method):
         self._new: list[tuple[Tensor, Tensor]] = []
 
     def build_student(self, build: NetworkFactory) -> Segmenter:
-        return build(kind=spark_segmenter(self.cfg.width, self.cfg.attention_heads))
+        return build(kind=allspark_segmenter(self.cfg.width, self.cfg.attention_heads))
 
     def own_rates(self) -> dict[str, dict[str, Any]]:
         return {"student.spark": {"lr_scale": "encoder"}}
@@ -157,7 +157,7 @@ class AllSpark(Method):
         """Store this micro-batch's channels until the end of the step; return the memory's slots with them."""
         channels = tokens.detach().mT
         maps = F.interpolate(seen.softmax(1), grid, mode="bilinear", align_corners=False).flatten(2)
-        kept = resized(channels.float(), tuple(grid), (self.memory.side, self.memory.side)).flatten(0, 1)
+        kept = resize_tokens(channels.float(), tuple(grid), (self.memory.side, self.memory.side)).flatten(0, 1)
         new = (all_gather(kept), all_gather(nearest_class(channels, maps).flatten()))
         self._new.append(new)
         return self.memory.placed(*new)

@@ -3,9 +3,9 @@
 Differences from the released code. Regions vote where the correlation map lives, on tokens, and their edits are brought
 to pixels as blocks; the original enlarges every region to pixels first, which moves the loss by 0.005 to 0.008 on equal
 tensors and takes ``regions`` maps of the size of the crop for each image. A region sees the edits of earlier ones, as
-there, but all vote at once in a few rounds, where it takes them one by one (``spread``). Rows of the map become regions
-without the last token left out, and none twice. Pasted pixels get the labels of the neighbour in the batch, so there is
-no pass for a second unlabelled batch. KL compares the student with labels mixed as its picture was mixed
+there, but all vote at once in a few rounds, where it takes them one by one (``region_votes``). Rows of the map become
+regions without the last token left out, and none twice. Pasted pixels get the labels of the neighbour in the batch, so
+there is no pass for a second unlabelled batch. KL compares the student with labels mixed as its picture was mixed
 (``faithful_kl`` restores the released form). The threshold is fed confidences with the padding that belongs to them,
 once a step, for the next step. CutMix boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``).
 """
@@ -197,7 +197,7 @@ class CorrMatch(Method):
         own = valid if not batch.mix else valid & ~box_mask(batch.mix[0].boxes, *valid.shape[-2:])
         votes = token_votes(labels, sure & own, patch, classes)
         pixels = F.avg_pool2d(own.float()[:, None], patch, divisor_override=1).flatten(1)
-        answer = spread(region_maps(a, uniform, self.cfg.regions), votes, pixels, self.tau, self.cfg.rounds)
+        answer = region_votes(region_maps(a, uniform, self.cfg.regions), votes, pixels, self.tau, self.cfg.rounds)
         spread_labels = _to_pixels(answer, labels.shape[-2:], patch)
         edited = (spread_labels >= 0) & own
         return torch.where(edited, spread_labels, labels), (sure | edited).float()
@@ -246,7 +246,7 @@ def token_votes(labels: Tensor, keep: Tensor, patch: int, num_classes: int) -> T
 
 
 @torch.no_grad()
-def spread(regions: Tensor, votes: Tensor, pixels: Tensor, tau: Tensor, rounds: int) -> Tensor:
+def region_votes(regions: Tensor, votes: Tensor, pixels: Tensor, tau: Tensor, rounds: int) -> Tensor:
     """Let regions sure of one class assign it to all of their tokens: (U, N) int64 classes, -1 where none did.
 
     ``regions`` (U, R, N) bool, ``votes`` (U, N, C) confident pixels by class, ``pixels`` (U, N) all pixels that may

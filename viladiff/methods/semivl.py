@@ -262,11 +262,11 @@ def _said(build: NetworkFactory, dataset: str) -> tuple[list[str], Tensor]:
 
 def _gathered(clip: tuple[MaskClip, ...], vectors: Tensor, owner: Tensor, count: int) -> Texts:
     mine = vectors.any(1) & (owner < count)
-    of_concepts, of_names = class_means(vectors, owner, 2 * count).split(count)
+    of_concepts, of_names = class_text_vectors(vectors, owner, 2 * count).split(count)
     return Texts(clip, vectors[mine], owner[mine], torch.where(of_names.any(1, keepdim=True), of_names, of_concepts))
 
 
-def class_means(vectors: Tensor, owner: Tensor, num_classes: int) -> Tensor:
+def class_text_vectors(vectors: Tensor, owner: Tensor, num_classes: int) -> Tensor:
     """Return (K, T): the mean of each class's unit vectors (M, T), at length 1, or 0 if all are 0; ``owner`` (M,)."""
     sums = torch.zeros(num_classes, vectors.shape[1]).index_add_(0, owner, vectors)
     return F.normalize(sums, dim=1)

@@ -217,7 +217,7 @@ class U2pl(MeanTeacher):
             p = found.logits[-len(mine) :].softmax(1).flatten(2)
             grid, low, high = (x[:, ::stride, ::stride].flatten(1) for x in (classes, *limits))
             known, index = grid != IGNORE, grid.masked_fill(grid == IGNORE, 0)
-            means = class_means(theirs.flatten(0, 1), index.flatten(), (known & low).flatten(), p.shape[1])
+            means = class_prototypes(theirs.flatten(0, 1), index.flatten(), (known & low).flatten(), p.shape[1])
             order = keyed_random.uniform(keys, grid.shape[1:], *name, "order", device=device)
             may = known & low & (p.gather(1, index[:, None])[:, 0] > cfg.confidence)
             place, counted = shared_sample(index, may, order, cfg.anchors)
@@ -296,7 +296,7 @@ def contrast(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature:
     return alike.logsumexp(-1) - alike[..., 0]
 
 
-def class_means(vectors: Tensor, classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
+def class_prototypes(vectors: Tensor, classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
     """Return (C, D) means over the counted vectors of all workers by class, 0 for a class without any.
 
     ``vectors`` (n, D), ``classes`` (n,) int64, ``counted`` (n,) bool.

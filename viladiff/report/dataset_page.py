@@ -36,7 +36,7 @@ def write_page(report: DatasetReport, out: Path, command: str) -> Path:
             packed = io.BytesIO()
             Image.fromarray(mosaic).save(packed, "PNG")
             write_atomically(out / "mosaic.png", packed.getvalue())
-        write_atomically(out / "index.html", html(report, mosaic is not None, command).encode())
+        write_atomically(out / "index.html", dataset_html(report, mosaic is not None, command).encode())
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror or error}); name another with --out") from error
     return out / "index.html"
@@ -80,7 +80,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarr
     return np.where((labels == 0)[..., None], image, np.rint(mixed)).astype(np.uint8)
 
 
-def html(report: DatasetReport, mosaic: bool, command: str) -> str:
+def dataset_html(report: DatasetReport, mosaic: bool, command: str) -> str:
     """Render the page; names of files are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -90,7 +90,7 @@ def html(report: DatasetReport, mosaic: bool, command: str) -> str:
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         root=report.tree.root.name,
         command=command,
-        facts=facts(report),
+        facts=dataset_facts(report),
         classes=class_rows(report),
         splits=report.splits,
         faults=report.faults,
@@ -99,7 +99,7 @@ def html(report: DatasetReport, mosaic: bool, command: str) -> str:
     )
 
 
-def facts(report: DatasetReport) -> dict[str, str]:
+def dataset_facts(report: DatasetReport) -> dict[str, str]:
     """Return counts and sizes, one a line."""
     masks = sum(one.pixels is not None for one in report.seen.values())
     found = {"images": f"{len(report.seen):,}", "with a mask that can be read": f"{masks:,}"}

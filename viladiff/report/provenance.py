@@ -81,12 +81,12 @@ def captions(record: RunRecord) -> str:
     return said if on in ("both", None) else f"{said}, on {on} images alone"
 
 
-def facts(results: Results) -> list[Fact]:
+def run_facts(results: Results) -> list[Fact]:
     """Return the facts that the runs share, and how many have which where they differ."""
     records = list(results.records().values())
     if not records:
         return []
-    found = shared(records)
+    found = shared_facts(records)
     scale = results.plan.scale
     others = [r.scale or "none" for r in records if r.scale != scale]
     if others:
@@ -97,7 +97,7 @@ def facts(results: Results) -> list[Fact]:
     return [*found, *(Fact(name, ((value, len(records)),)) for name, value in totals.items())]
 
 
-def shared(records: Sequence[RunRecord]) -> list[Fact]:
+def shared_facts(records: Sequence[RunRecord]) -> list[Fact]:
     """Return the facts of records, shared or not: data, evaluation, pretraining data, notes, encoder, code."""
     found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
     told = [pretraining_data.pretraining_overlap(record) for record in records]

@@ -30,7 +30,7 @@ _CODE = re.compile(r"(?i)GLOBAL \S+|unsupported operand \d+")
 _PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, str, bool, bytes, type(None))
 
 
-def save(path: Path | str, state: dict[str, Any], keep_previous: bool = True) -> None:
+def save_checkpoint(path: Path | str, state: dict[str, Any], keep_previous: bool = True) -> None:
     """Write ``state`` atomically: after a crash ``path`` holds either the old or the new checkpoint.
 
     The previous one is kept as ``<stem>.prev<suffix>``. One process writes to a path at a time. Raises ValueError for a
@@ -62,7 +62,7 @@ def previous(path: Path | str) -> Path:
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
-def load(path: Path | str) -> dict[str, Any] | None:
+def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
     """Return the newest state to resume from: ``path``, else the previous one if only that exists, else None.
 
     A damaged file is an error, never skipped: resuming from an older state is the user's choice. Raises ValueError as

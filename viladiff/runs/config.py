@@ -18,14 +18,14 @@ from viladiff.config.base import (
     FieldHelp,
     Section,
     coerce,
-    describe,
+    describe_fields,
     did_you_mean,
     field_infos,
     format_errors,
+    iter_fields,
     parse_overrides,
     unflatten,
     unknown_field,
-    values,
 )
 from viladiff.config.sections import (
     CLASSES,
@@ -125,7 +125,7 @@ def override(cfg: RunConfig, changes: Mapping[str, object]) -> RunConfig:
 
 def flatten(cfg: RunConfig) -> dict[str, object]:
     """Return every field by dotted path, in the order of the sections."""
-    return dict(values(cfg))
+    return dict(iter_fields(cfg))
 
 
 def non_default_fields(cfg: RunConfig) -> dict[str, object]:
@@ -164,7 +164,7 @@ def fields_help(prefix: str = "", cfg: RunConfig | None = None) -> list[FieldHel
     others = [{"method.name": name} for name in METHODS] + [{"data.dataset": name} for name in DATASETS]
     choices = {"data.dataset": " | ".join(DATASETS), "method.name": " | ".join(METHODS)}
     for one in (cfg, *(override(cfg, change) for change in others)):
-        found = [row for row in describe(one) if f"{row.path}.".startswith(f"{prefix}." if prefix else "")]
+        found = [row for row in describe_fields(one) if f"{row.path}.".startswith(f"{prefix}." if prefix else "")]
         if found:
             return [row._replace(kind=choices.get(row.path, row.kind)) for row in found]
     raise ConfigError(unknown_field(prefix, flatten(cfg)))
@@ -295,7 +295,7 @@ def _batch_faults(cfg: RunConfig) -> Iterator[str]:
 
 def _method_faults(cfg: RunConfig) -> Iterator[str]:
     """Yield violations of limits that tie fields together, in any section of a method."""
-    fields = dict(values(cfg.method, "method."))
+    fields = dict(iter_fields(cfg.method, "method."))
     classes = CLASSES[cfg.data.dataset]
     for path, value in fields.items():
         section = path.rpartition(".")[0]

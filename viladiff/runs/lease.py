@@ -191,7 +191,7 @@ def take_or_wait(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
     first: dict[Path, int] = {}
     with _countdown(directory) as show:
         while (lease := acquire(directory, watch)) is None:
-            held = [found for found in scan(directory, watch) if not found.sure]
+            held = [found for found in read_leases(directory, watch) if not found.sure]
             if any(_lives(found.holder) or first.setdefault(found.path, found.beat) != found.beat for found in held):
                 return None
             if held:
@@ -223,7 +223,7 @@ def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], Non
 def live_leases(directory: Path, watch: HeartbeatMonitor) -> dict[Path, Holder | None]:
     """Return leases on ``directory`` whose holder is or may be alive; None: unreadable. Remove those of the dead."""
     _held(directory, watch)
-    return {found.path: found.holder for found in scan(directory, watch) if not found.dead}
+    return {found.path: found.holder for found in read_leases(directory, watch) if not found.dead}
 
 
 def held(directory: Path, watch: HeartbeatMonitor) -> bool:
@@ -231,9 +231,9 @@ def held(directory: Path, watch: HeartbeatMonitor) -> bool:
     return bool(_held(directory, watch))
 
 
-def _held(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
+def _held(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
     """Return leases that nobody may take over; remove the others, if permitted."""
-    seen = scan(directory, watch)
+    seen = read_leases(directory, watch)
     for found in seen:
         if found.sure:
             with suppress(OSError):  # another user's: it stays, without effect
@@ -242,7 +242,7 @@ def _held(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
     return [found for found in seen if not found.sure]
 
 
-class Found(NamedTuple):
+class FoundLease(NamedTuple):
     """A lease as it was seen."""
 
     path: Path
@@ -256,7 +256,7 @@ class Found(NamedTuple):
     """Whether it is also certain enough to take the run over."""
 
 
-def scan(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
+def read_leases(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
     """Return each lease on ``directory``; remove nothing."""
     try:
         names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
@@ -292,11 +292,11 @@ def _parse(text: bytes) -> Holder | None:
     return holder if whole and 0 < holder.pid < 2**31 else None
 
 
-def _judged(path: Path, holder: Holder | None, beat: int, watch: HeartbeatMonitor) -> Found:
+def _judged(path: Path, holder: Holder | None, beat: int, watch: HeartbeatMonitor) -> FoundLease:
     alive, silent = _lives(holder), watch.silent(path.name, beat)
     if alive is not None:
-        return Found(path, holder, beat, not alive, not alive)  # one that is stopped is silent and may still go on
-    return Found(
+        return FoundLease(path, holder, beat, not alive, not alive)  # one that is stopped is silent and may still go on
+    return FoundLease(
         path, holder, beat, silent > SILENT or _aged(beat), silent > (2 * HEARTBEAT if _aged(beat) else SILENT)
     )
 
@@ -305,7 +305,7 @@ def _aged(beat: int) -> bool:
     return time.time() - beat / 1e9 > LONG_DEAD
 
 
-def _left(found: Found, watch: HeartbeatMonitor) -> float:
+def _left(found: FoundLease, watch: HeartbeatMonitor) -> float:
     """Return the seconds of silence after which it may be taken over."""
     return (2 * HEARTBEAT if _aged(found.beat) else SILENT) - watch.silent(found.path.name, found.beat)
 

@@ -96,7 +96,7 @@ def _time(seconds: float) -> str:
 # Choosing
 
 
-def select(rows: Iterable[RunRow], filters: Sequence[str], state: str | None = None) -> list[RunRow]:
+def select_runs(rows: Iterable[RunRow], filters: Sequence[str], state: str | None = None) -> list[RunRow]:
     """Return rows where each ``field=value`` holds; a field is a column of the list or any field of the configuration.
 
     Raises ValueError for a word without "=" and for a field that no run has.
@@ -227,7 +227,7 @@ def print_rows(rows: Sequence[RunRow]) -> None:
     print(f"\n{len(rows)} run{'s' * (len(rows) != 1)}")
 
 
-def show(store: Store, row: RunRow) -> None:
+def print_run(store: Store, row: RunRow) -> None:
     """Print facts, scores of each network and stream, and a bar for each class of the headline."""
     record = row.record
     path = store.file(row.run_id, "record.json")

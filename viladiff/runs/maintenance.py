@@ -32,7 +32,7 @@ class Finding(NamedTuple):
     text: str
 
 
-class Waste(NamedTuple):
+class Garbage(NamedTuple):
     """A file or directory that nothing needs any more."""
 
     path: Path
@@ -135,7 +135,7 @@ def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
             yield Finding(path, run_id, False, str(error))
 
 
-def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = None) -> list[Waste]:
+def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = None) -> list[Garbage]:
     """List what ``viladiff runs gc`` removes; never a readable record, never a file of a run in progress.
 
     ``pages``: a directory of reports, of which only half-written files are listed.
@@ -158,7 +158,7 @@ def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = N
             paths = (store.directory(run_id) / name for name in CHECKPOINTS)
             found += [(path, "checkpoint of a finished run") for path in paths if path.is_file()]
     seen: set[tuple[int, int]] = set()
-    return [Waste(path, why, _size(path, seen)) for path, why in found]
+    return [Garbage(path, why, _size(path, seen)) for path, why in found]
 
 
 def _replaced(folder: Path, keep_checkpoints: bool) -> Iterator[tuple[Path, str]]:
@@ -170,7 +170,7 @@ def _replaced(folder: Path, keep_checkpoints: bool) -> Iterator[tuple[Path, str]
             yield from ((run / name, "checkpoint of a replaced run") for name in CHECKPOINTS if (run / name).is_file())
 
 
-def remove(item: Waste) -> None:
+def remove(item: Garbage) -> None:
     """Delete the item; ignore what another process has deleted."""
     if item.path.is_dir() and not item.path.is_symlink():
         shutil.rmtree(item.path, ignore_errors=True)

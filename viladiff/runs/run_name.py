@@ -1,4 +1,4 @@
-"""The name of a run: a hash of the inputs that decide its numbers. Records hold all of them, so no check needs torch."""
+"""The name of a run: a hash of the inputs that decide its numbers. Records hold them, so no check needs torch."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ class Store:
         found: list[Path] = []
         for run_id in self.own():
             directory = self.directory(run_id)
-            state = leases.scan(directory, self._watch)
+            state = leases.read_leases(directory, self._watch)
             dead = [lease.path for lease in state if (lease.sure if sure else lease.dead)]
             found += dead
             if len(dead) == len(state):

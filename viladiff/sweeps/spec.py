@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from viladiff.config.base import ConfigError, did_you_mean
-from viladiff.config.toml_file import read_toml, sentence, strange_values
+from viladiff.config.toml_file import format_toml_error, read_toml, strange_values
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.run_name import arithmetic
 from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
@@ -113,8 +113,8 @@ def _said(item: Any, tree: Mapping[str, Any]) -> str:
     loc = item["loc"]
     if loc[0] in ("space", "initial_point") and len(loc) > 1:
         inner = {**item, "loc": loc[2:] if len(loc) > 2 and loc[0] == "space" else ()}
-        return f'{loc[0]}."{loc[1]}": {sentence(inner, tree, Dimension, {})}'
-    return sentence(item, tree, Sweep, {"scale": Scale, "paper": PaperCurve})
+        return f'{loc[0]}."{loc[1]}": {format_toml_error(inner, tree, Dimension, {})}'
+    return format_toml_error(item, tree, Sweep, {"scale": Scale, "paper": PaperCurve})
 
 
 def _faults(sweep: Sweep) -> Iterator[str]:

@@ -47,7 +47,7 @@ class TrialRow(NamedTuple):
     """Training of all its finished runs; None where one of them is not known."""
 
 
-def rows(trials: Sequence[Trial], records: Records, full: int) -> list[TrialRow]:
+def trial_rows(trials: Sequence[Trial], records: Records, full: int) -> list[TrialRow]:
     """Return all trials in order; ``full`` is the step of the full budget."""
     places = {trial.number: place for place, trial in enumerate(ranked(list(trials)), 1)}
     return [_row(trial, records, full, places.get(trial.number)) for trial in trials]
@@ -144,7 +144,7 @@ def local_mean(at: Sequence[float], values: Sequence[float]) -> Smooth | None:
     return Smooth(places.tolist(), (weights @ y / total).tolist(), error.tolist(), width)
 
 
-class Step(NamedTuple):
+class RungStep(NamedTuple):
     """One rung: who came to it, and who went on."""
 
     step: int
@@ -153,7 +153,7 @@ class Step(NamedTuple):
     on: set[int]
 
 
-def rungs(trials: Sequence[Trial], steps: Sequence[int]) -> list[Step]:
+def rungs(trials: Sequence[Trial], steps: Sequence[int]) -> list[RungStep]:
     """Return each rung with the trials that reached it; twins are left out, since they are the same runs."""
     found = []
     own = [trial for trial in trials if trial.twin is None]
@@ -161,7 +161,7 @@ def rungs(trials: Sequence[Trial], steps: Sequence[int]) -> list[Step]:
         came = [(trial.number, 100 * rung.value) for trial in own for rung in trial.rungs if rung.step == step]
         later = {trial.number for trial in own for rung in trial.rungs if rung.step in steps[i + 1 :]}
         done = {trial.number for trial in own if trial.state == "complete"}
-        found.append(Step(step, came, {number for number, _ in came if number in later | done}))
+        found.append(RungStep(step, came, {number for number, _ in came if number in later | done}))
     return found
 
 

@@ -43,7 +43,7 @@ class Cell:
 # Selection
 
 
-def select(kind: str, labels: Sequence[str], asked: Iterable[str | int]) -> tuple[int, ...]:
+def select_labels(kind: str, labels: Sequence[str], asked: Iterable[str | int]) -> tuple[int, ...]:
     """Return the positions of the requested rows or columns, in the table's order, each once.
 
     Each is a label, a number counted from 1, or a unique prefix of a label (case does not matter); a label takes
@@ -86,9 +86,11 @@ def choose(
     every = [i for i in every if not table.rows[i].scales or scale in table.rows[i].scales]
     rows = size.rows or None if rows is None else rows
     columns = size.columns or None if columns is None else columns
-    chosen = every if rows is None else select("rows", [row.label for row in table.rows], rows)
+    chosen = every if rows is None else select_labels("rows", [row.label for row in table.rows], rows)
     across = range(len(table.columns))
-    chosen_columns = across if columns is None else select("columns", [one.label for one in table.columns], columns)
+    chosen_columns = (
+        across if columns is None else select_labels("columns", [one.label for one in table.columns], columns)
+    )
     wanted = tuple(dict.fromkeys(seeds if seeds is not None else size.seeds or table.seeds))
     for name, found in (("rows", chosen), ("columns", chosen_columns), ("seeds", wanted)):
         if not found:
@@ -184,7 +186,7 @@ def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[
     }
 
 
-def settings(table: Table, row: int, column: int) -> dict[str, object]:
+def paper_settings(table: Table, row: int, column: int) -> dict[str, object]:
     """Return the settings of the paper's cell, before any scale; equal for cells, also of two tables, of one run."""
     base, *entries = table_layers(table)
     return {p: one.value for p, one in _merge([base, entries[column], entries[len(table.columns) + row]]).items()}

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.tables.contrasts import Contrast, Form, contrasts
-from viladiff.tables.paired import VarianceModel, parts, t_test, untestable, variance_model
+from viladiff.tables.paired import VarianceModel, contrast_parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (
     LEVEL,
     CellSample,
@@ -262,7 +262,7 @@ def _lacking(plan: Plan, question: Contrast, measured: Samples, known: VarianceM
         elif have < FEWEST_SEEDS:
             yield f"{where} has {have} of {max(planned, FEWEST_SEEDS)} seeds, and {FEWEST_SEEDS} are needed"
     if question.form != "spread":
-        why = "" if few else untestable(parts(question.terms, measured, known), known, FEWEST_SEEDS)
+        why = "" if few else untestable(contrast_parts(question.terms, measured, known), known, FEWEST_SEEDS)
         if why:
             yield f"{question.higher!r} and {question.lower!r} ({question.column}): {why}"
     else:

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from viladiff.tables.cells import settings
+from viladiff.tables.cells import paper_settings
 from viladiff.tables.claims import printed_verdict
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
@@ -72,7 +72,7 @@ def inconsistencies(table: Table, others: Sequence[Table] = ()) -> list[Inconsis
 
 def _cells(table: Table) -> list[_Cell]:
     return [
-        _Cell(table, i, j, Decimal(str(number)), settings(table, i, j))
+        _Cell(table, i, j, Decimal(str(number)), paper_settings(table, i, j))
         for i, row in enumerate(table.rows)
         for j, number in enumerate(row.paper)
         if number != "-"

@@ -20,7 +20,7 @@ APART = 0.01
 """Chance that any cell is set apart for its spread though all spread alike."""
 
 
-class Residual(NamedTuple):
+class CellResidual(NamedTuple):
     """What rows and seeds leave (a randomised block design), its variance taken as one for all cells."""
 
     sd: float
@@ -36,7 +36,7 @@ class Residual(NamedTuple):
 class VarianceModel(NamedTuple):
     """What is known of the variance between seeds."""
 
-    pools: dict[tuple[str, str], Residual]
+    pools: dict[tuple[str, str], CellResidual]
     """One for each reading of the networks, and each precision, by ``Sample.pool``; none where no residual is left."""
     apart: dict[CellSample, float]
     """Cells that spread more than a pool explains, in none, and the standard deviations of their values."""
@@ -68,7 +68,7 @@ def variance_model(measured: Samples) -> VarianceModel:
     for (_, column), one in measured.items():
         if one.values and one not in columns[one.pool][column]:
             columns[one.pool][column].append(one)
-    pools: dict[tuple[str, str], Residual] = {}
+    pools: dict[tuple[str, str], CellResidual] = {}
     apart: dict[CellSample, float] = {}
     fits: dict[tuple[int, tuple[str, str]], Fit] = {}
     for key, found in columns.items():
@@ -80,7 +80,7 @@ def variance_model(measured: Samples) -> VarianceModel:
         df = sum(one.df for one, _ in left)
         if df:
             sd = math.sqrt(sum(one.squares for one, _ in left) / df)
-            pools[key] = Residual(sd, df, sum(len(cells) for one, cells in left if one.df))
+            pools[key] = CellResidual(sd, df, sum(len(cells) for one, cells in left if one.df))
     return VarianceModel(pools, apart, fits)
 
 
@@ -95,7 +95,7 @@ def _once(columns: Mapping[int, Sequence[CellSample]]) -> dict[int, list[CellSam
 
 
 def _fit(cells: Iterable[CellSample]) -> Fit:
-    return fit({one: one.by_seed for one in cells})
+    return fit_rows({one: one.by_seed for one in cells})
 
 
 def _wild(columns: Mapping[int, Sequence[CellSample]]) -> list[CellSample]:
@@ -137,7 +137,7 @@ class Part(NamedTuple):
         return tuple(sorted(set.intersection(*(set(one.seeds) for one in self.weights))))
 
 
-def parts(terms: Sequence[Term], measured: Samples, known: VarianceModel) -> list[Part]:
+def contrast_parts(terms: Sequence[Term], measured: Samples, known: VarianceModel) -> list[Part]:
     """Choose how a sum of signed cells is compared; cells on both sides cancel, and all of them may.
 
     In each column and pool whose signs add up to 0: by the fit of rows and seeds. Otherwise (two readings of one run,
@@ -186,7 +186,7 @@ def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: Va
     difference, apart = 0.0, False
     shares: dict[object, float] = defaultdict(float)  # by estimate of a variance: its share of the error's square
     freedom: dict[object, int] = {}
-    found = parts(terms, measured, known)
+    found = contrast_parts(terms, measured, known)
     why = untestable(found, known, 2)
     if why:
         raise ValueError(why)
@@ -232,7 +232,7 @@ _SMALL = 1e-8
 """Of a weight in a contrast."""
 
 
-class Contrast(NamedTuple):
+class FittedContrast(NamedTuple):
     """A sum of rows with weights that add up to 0."""
 
     value: float
@@ -256,7 +256,7 @@ class Fit:
     information: np.ndarray
     """(rows, rows): its Moore-Penrose inverse."""
 
-    def contrast(self, weights: Mapping[Any, float]) -> Contrast | None:
+    def contrast(self, weights: Mapping[Any, float]) -> FittedContrast | None:
         """Return the contrast; None if the cells do not determine it.
 
         Rows that no chain of common seeds joins, or weights that do not add up to 0, determine none. Raises KeyError
@@ -267,7 +267,7 @@ class Fit:
             c[self._place(row)] += weight
         if np.abs(self.information @ (self.inverse @ c) - c).max(initial=0.0) > _SMALL:
             return None
-        return Contrast(float(c @ self.estimates), float(c @ self.inverse @ c))
+        return FittedContrast(float(c @ self.estimates), float(c @ self.inverse @ c))
 
     def _place(self, row: Hashable) -> int:
         if row not in self.rows:
@@ -275,7 +275,7 @@ class Fit:
         return self.rows.index(row)
 
 
-def fit(cells: Mapping[Any, Mapping[int, float]]) -> Fit:
+def fit_rows(cells: Mapping[Any, Mapping[int, float]]) -> Fit:
     """Fit rows and seeds. ``cells``: each row's values by seed; rows without one are left out.
 
     With n_rs = 1 where row r has seed s, k_s rows at seed s and totals T_r and B_s: the estimates solve C b = q, C =

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from viladiff.config.base import Section, did_you_mean
-from viladiff.config.toml_file import entry_name, listed, read_toml, sentence, strange_values
+from viladiff.config.toml_file import entry_name, format_toml_error, listed, read_toml, strange_values
 from viladiff.tables.spec import (
     AMONG,
     ORACLE,
@@ -48,7 +48,7 @@ def load_table(path: Path | str) -> Table:
             # JSON's strict mode takes an array for a tuple, which TOML cannot write.
             table = Table.model_validate_json(json.dumps({**tree, "name": path.stem}))
         except ValidationError as error:
-            faults = [sentence(item, tree, Table, SECTIONS) for item in error.errors(include_url=False)]
+            faults = [format_toml_error(item, tree, Table, SECTIONS) for item in error.errors(include_url=False)]
         else:
             kinds = (
                 _label_faults,

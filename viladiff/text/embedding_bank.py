@@ -19,7 +19,7 @@ from viladiff.data.cache import Facts, cache_dir, fingerprint, open_checked, ope
 from viladiff.data.captions.table import Captions, CaptionTable, Control, Images
 from viladiff.data.dataset import Dataset
 from viladiff.text.base import LONGEST, TextEncoder, unit
-from viladiff.text.encoders import WORDS_DIM, build_encoder
+from viladiff.text.encoders import WORDS_DIM, build_text_encoder
 
 _REVISION = 1
 CHUNK = 1024
@@ -225,7 +225,7 @@ def load_text(
     """
     if not any(dataset.captions) and not any(dataset.val_captions):
         return empty_bank(len(dataset.images)), empty_bank(len(dataset.val_images))
-    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
+    made, tables = build_text_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
     if encoder == "words":
         train, val = (build_bank(table, made, cache_dir() / "text") for table in tables)
         return train, val
@@ -255,7 +255,7 @@ def text_fingerprint(
     """Return the fingerprint of the first bank of ``load_text``, encoding nothing. Raises ValueError as that does."""
     if not any(dataset.captions) and not any(dataset.val_captions):
         return NO_CAPTIONS
-    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
+    made, tables = build_text_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
     if encoder == "words":
         return bank_name(tables[0], made)
     return _view(bank_name(_distinct(tables), made), tables[0])
@@ -272,7 +272,7 @@ def is_encoded(
     """Return whether ``load_text`` would find everything encoded."""
     if not any(dataset.captions) and not any(dataset.val_captions):
         return True
-    made, tables = build_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
+    made, tables = build_text_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
     needed = tables if encoder == "words" else [_distinct(tables)]
     return all((cache_dir() / "text" / bank_name(table, made)).is_dir() for table in needed)
 
@@ -302,7 +302,7 @@ def text_vectors(
 
     def encode(texts: Sequence[str]) -> torch.Tensor:
         captions = dataset.captions if any(dataset.captions) else [(text,) for text in texts]
-        learned = build_encoder(encoder, captions, model)
+        learned = build_text_encoder(encoder, captions, model)
         return torch.from_numpy(learned.encode(texts)[2].astype(np.float32))
 
     return encode

@@ -89,7 +89,7 @@ def word_vectors(together: np.ndarray, images: int, dim: int) -> np.ndarray:
     return unit(vectors).astype(np.float32)
 
 
-def build_encoder(name: str, captions: Iterable[Sequence[str]], model: str | None = None) -> TextEncoder:
+def build_text_encoder(name: str, captions: Iterable[Sequence[str]], model: str | None = None) -> TextEncoder:
     """Build the encoder of that name; one that is trained learns from ``captions``, those of the training images.
 
     model: directory of a pretrained encoder (runtime.text_model). Raises ValueError for an unknown name, and as
@@ -111,7 +111,7 @@ def model_name(directory: Path | str) -> str:
     return real.parent.parent.name.removeprefix("models--").replace("--", "/") if hub else real.name
 
 
-def describe(name: str, model: str | None) -> str:
+def describe_text_encoder(name: str, model: str | None) -> str:
     """Describe the encoder for a record: its kind and, if it comes from a directory, the model's name."""
     return f"{name} {model_name(model)}" if model is not None and name in ("open_clip", "transformers") else name
 

@@ -182,7 +182,7 @@ def load_open_clip(directory: Path) -> TextTower:
         model = open_clip.create_model(place, load_weights=False)
         open_clip.load_checkpoint(model, str(weights[0]))
     except Exception as error:  # whatever a foreign file makes a library raise
-        raise ValueError(f"{directory}: open_clip cannot load it: {short(error)}") from error
+        raise ValueError(f"{directory}: open_clip cannot load it: {first_line(error)}") from error
     text = getattr(model, "text", model)
     pooling = getattr(text, "text_pool_type", getattr(text, "pool_type", ""))
     if (
@@ -242,7 +242,7 @@ def load_transformers(directory: Path) -> TextTower:
                 directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
             )
     except Exception as error:  # whatever a foreign file makes a library raise
-        raise ValueError(f"{directory}: transformers cannot load it: {short(error)}") from error
+        raise ValueError(f"{directory}: transformers cannot load it: {first_line(error)}") from error
     lacking = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))
     if lacking or told["mismatched_keys"]:
         raise ValueError(
@@ -310,5 +310,5 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def short(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -26,7 +26,7 @@ from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.segmenter import NetworkFactory
-from viladiff.runs.checkpoint import StepLog, load, save
+from viladiff.runs.checkpoint import StepLog, load_checkpoint, save_checkpoint
 from viladiff.runs.config import RunConfig, run_id
 from viladiff.runs.lease import Lease, LeaseLostError, acquire_or_raise
 from viladiff.runs.record import load_record, save_record
@@ -193,7 +193,7 @@ class Trainer:
         )
 
     def _restore(self) -> None:
-        state = load(self.directory / "checkpoint.pt")
+        state = load_checkpoint(self.directory / "checkpoint.pt")
         if state is not None:
             try:
                 self.method.load_state_dict(state["method"])
@@ -242,7 +242,7 @@ class Trainer:
             "wall_seconds": self.wall_seconds(),
             "peak_memory": self.memory.bytes(),
         }
-        save(self.directory / "checkpoint.pt", state)
+        save_checkpoint(self.directory / "checkpoint.pt", state)
 
     # The loop
 

@@ -30,7 +30,7 @@ class NewSplit:
     """The validation list that was there before and is kept; none where it is new."""
 
 
-def deal(
+def make_split(
     root: Path | str,
     seen: dict[str, ImageReport],
     labelled: int | None,
@@ -58,14 +58,14 @@ def deal(
             f"{tree.root}: {len(free)} images have a mask that can be dealt, but {max(count, 1)} labelled and {wanted} "
             "validation images are asked for; lower --labelled or --val, or label more images"
         )
-    first, last = draw(present, count, wanted, seed)
+    first, last = draw_split(present, count, wanted, seed)
     lists = _lists(tree, [free[i] for i in first], fixed or [free[i] for i in last])
     covered = {"labelled": present[first].any(0)} | ({} if fixed else {"validation": present[last].any(0)})
     absent = {name: tuple(np.array(classes.names)[present.any(0) & ~shown].tolist()) for name, shown in covered.items()}
     return NewSplit(lists, {name: names for name, names in absent.items() if names}, kept)
 
 
-def draw(present: np.ndarray, labelled: int, val: int, seed: int) -> tuple[list[int], list[int]]:
+def draw_split(present: np.ndarray, labelled: int, val: int, seed: int) -> tuple[list[int], list[int]]:
     """Draw the positions of so many labelled and validation images by ``seed``; no position is in both.
 
     present: (N, C) bool, the classes of each image. As far as the numbers allow, each class is in a labelled image, and

@@ -9,13 +9,13 @@ from pathlib import Path, PurePosixPath
 
 from viladiff.config.base import did_you_mean
 from viladiff.data.files.index import FOLDER, FileIndex, below
-from viladiff.data.files.split_lists import Line
+from viladiff.data.files.split_lists import ListLine
 
 NONE = "None"
 """What lists have in place of a mask where there is none."""
 
 
-def named_masks(tree: FileIndex, source: Path, lines: Mapping[str, Line], needed: bool) -> FileIndex:
+def named_masks(tree: FileIndex, source: Path, lines: Mapping[str, ListLine], needed: bool) -> FileIndex:
     """Return the index with the masks that a list names; images of lines without a second column keep theirs.
 
     The same picture's mask in another coding is the same mask, and the one that the layout reads stays. needed: the

@@ -48,7 +48,7 @@ def numbered(path: Path) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-class Line(NamedTuple):
+class ListLine(NamedTuple):
     """What a list says of an image besides its name."""
 
     number: int
@@ -62,13 +62,13 @@ def read_list(path: Path, layout: Layout, known: Collection[str], folder: str = 
     return tuple(read_columns(path, layout, known, folder))
 
 
-def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> dict[str, Line]:
+def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> dict[str, ListLine]:
     """Read a list's images by id, in order; ``known``: those of ``folder``, or of the layout's one folder.
 
     Raises ValueError that names file and line for an image that is not there, for one that is listed twice, for a name
     that climbs out or that two images have, and for an empty list.
     """
-    found: dict[str, Line] = {}
+    found: dict[str, ListLine] = {}
     for number, line in numbered(path):
         meant = (one for one in candidates(line, layout) if one[0] in known)
         name, mask = next(meant, ("", ""))
@@ -79,7 +79,7 @@ def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str
             raise ValueError(f"{path}, line {number}: may mean the images {name!r} and {other!r}; rename one of them")
         if name in found:
             raise ValueError(f"{path}, line {number}: {name!r} is listed before, as line {found[name].number}")
-        found[name] = Line(number, mask)
+        found[name] = ListLine(number, mask)
     if not found:
         raise ValueError(f"{path}: the list is empty")
     return found

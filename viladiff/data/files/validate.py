@@ -109,7 +109,7 @@ class DatasetReport:
         return (one.pixels for one in self.seen.values() if one.pixels is not None)
 
 
-def check(
+def validate_dataset(
     root: Path | str,
     split_dir: Path | str | None = None,
     processes: int | None = None,
@@ -156,7 +156,7 @@ def inspect_image(image: Path, mask: Path | None, num_classes: int, coding: Mask
     size: tuple[int, int] | None = None
     counts: dict[int, int] | None = None
     try:
-        size = decode(image)
+        size = decoded_size(image)
     except ValueError as error:
         faults.append(DataProblem("error", str(image), _reason(image, error)))
     if mask is not None:
@@ -173,7 +173,7 @@ def inspect_image(image: Path, mask: Path | None, num_classes: int, coding: Mask
     return ImageReport(size, counts, tuple(faults))
 
 
-def decode(path: Path) -> tuple[int, int]:
+def decoded_size(path: Path) -> tuple[int, int]:
     """Decode a whole image; return (height, width). A JPEG is decoded at an eighth of its size, reading all bytes."""
     with open_image(path) as image:
         size = upright_size(image)
@@ -327,10 +327,7 @@ def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> tuple
 
 
 def _refuse_absent(dataset: Dataset, root: Path, counts: Sequence[np.ndarray]) -> None:
-    """Raise ValueError if a class cannot be learnt or a score would be of one class alone.
-
-    mIoU leaves out a class that is in neither truth nor prediction, so that it would be 1.
-    """
+    """Raise ValueError if a class cannot be learnt or a score would be of one class alone, for which mIoU is 1."""
     masks, names = root / FOLDER.masks, dataset.class_names
     file = "palette.txt" if (root / "palette.txt").is_file() else "classes.txt"
     hint = zero_or_ignored(names, sum(counts, np.zeros(256, np.int64)))
@@ -368,7 +365,7 @@ def _odd(path: Path, contents: Contents) -> tuple[tuple[int, int] | None, list[s
         size = image_size(path)
         end = _ENDS.get(path.suffix.lower())
         if end is None or end not in _tail(path):
-            decode(path)
+            decoded_size(path)
         return size
 
     try:

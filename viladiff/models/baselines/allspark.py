@@ -63,7 +63,7 @@ def _dropped(x: Tensor, draw: Draw | None, p: float, what: str = "answer") -> Te
     return x * ((draw(what, tuple(x.shape[1:])) >= p) / (1 - p)).to(x.dtype)
 
 
-class Spark(nn.Module):
+class AllSparkBlock(nn.Module):
     """Convolution and GELU, attention with a residual, convolution and GELU: a map like the one that went in."""
 
     def __init__(self, channels: int, width: int, heads: int) -> None:
@@ -88,12 +88,12 @@ class Spark(nn.Module):
         return self.restore(tokens + self.cross(e, e[:, None]), top.shape[-2:])
 
 
-class SparkSegmenter(Segmenter):
+class AllSparkSegmenter(Segmenter):
     """A segmenter with the block between encoder and decoder."""
 
     def __init__(self, encoder: Encoder, width: int, num_classes: int, *, spark_width: int, heads: int) -> None:
         super().__init__(encoder, width, num_classes)
-        self.spark = Spark(encoder.channels[-1], min(spark_width, encoder.channels[-1]), heads)
+        self.spark = AllSparkBlock(encoder.channels[-1], min(spark_width, encoder.channels[-1]), heads)
 
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
@@ -107,9 +107,9 @@ class SparkSegmenter(Segmenter):
         return super().decode(features, text, names)
 
 
-def spark_segmenter(spark_width: int, heads: int) -> Callable[[Encoder, int, int], Segmenter]:
+def allspark_segmenter(spark_width: int, heads: int) -> Callable[[Encoder, int, int], Segmenter]:
     """Return the constructor that ``NetworkFactory`` calls for a SparkSegmenter."""
-    return partial(SparkSegmenter, spark_width=spark_width, heads=heads)
+    return partial(AllSparkSegmenter, spark_width=spark_width, heads=heads)
 
 
 class SemanticMemory(nn.Module):
@@ -129,7 +129,7 @@ class SemanticMemory(nn.Module):
     def read(self, grid: torch.Size, slots: Tensor | None = None) -> Tensor:
         """Return (K, N, C) tokens on that grid, or of the ``slots`` of ``placed``; 0 at positions without a channel."""
         kept = (self.slots if slots is None else slots)[:-1].unflatten(0, (-1, self.width))
-        return resized(kept, (self.side, self.side), tuple(grid)).mT
+        return resize_tokens(kept, (self.side, self.side), tuple(grid)).mT
 
     def filled(self) -> Tensor:
         """Return the share of the positions that hold a channel."""
@@ -153,7 +153,7 @@ class SemanticMemory(nn.Module):
         return slots
 
 
-def resized(maps: Tensor, grid: tuple[int, ...], to: tuple[int, ...]) -> Tensor:
+def resize_tokens(maps: Tensor, grid: tuple[int, ...], to: tuple[int, ...]) -> Tensor:
     """Resize maps (B, C, N) from one grid to another, bilinearly."""
     if grid == to:
         return maps

@@ -52,7 +52,7 @@ class Sgc(nn.Module):
         grid = (top.shape[-2], top.shape[-1])
         columns = torch.cat([F.adaptive_avg_pool2d(lower, grid), top], 1)
         counted = F.adaptive_max_pool2d(valid.float()[:, None], grid).flatten(1) > 0
-        return self.score(spread(maps, attention(self.query(columns), self.key(columns), counted))).float()
+        return self.score(spread_maps(maps, attention(self.query(columns), self.key(columns), counted))).float()
 
 
 def class_maps(top: Tensor, weight: Tensor, present: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def attention(query: Tensor, key: Tensor, counted: Tensor) -> Tensor:
     return scores.float().masked_fill(~counted[:, None], MASKED).softmax(2)
 
 
-def spread(maps: Tensor, a: Tensor) -> Tensor:
+def spread_maps(maps: Tensor, a: Tensor) -> Tensor:
     """Return s = A m + m for each class map (B, K, h, w), preceded by the background, 2 - max s: (B, K + 1, h, w)."""
     own = maps + (maps.flatten(2) @ a.to(maps.dtype).mT).view_as(maps)
     return torch.cat([2 - own.amax(1, keepdim=True), own], 1)

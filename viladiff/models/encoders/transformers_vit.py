@@ -57,7 +57,7 @@ def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
     """Load the model with all of its weights, in float32, and its configuration; of CLIP the image tower."""
     from transformers import AutoConfig, AutoModel
 
-    from viladiff.text.pretrained import quiet, require_weights, short
+    from viladiff.text.pretrained import first_line, quiet, require_weights
 
     if not directory.is_dir():
         raise ValueError(f"model.weights = {str(directory)!r}: there is no such directory")
@@ -66,7 +66,7 @@ def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(directory, **options)
         config = getattr(config, "vision_config", config)
-        check(config)
+        check_vit_config(config)
         if drop_path:
             config.drop_path_rate = drop_path
         with quiet():
@@ -79,7 +79,7 @@ def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
             hint = (
                 "; code that comes with weights is never run; of RADIO timm has its own, as vit_base_patch16_radio_v3"
             )
-        raise ValueError(f"{directory}: transformers cannot load it: {short(error)}{hint}") from error
+        raise ValueError(f"{directory}: transformers cannot load it: {first_line(error)}{hint}") from error
     lacking = sorted(name for name in told["missing_keys"] if "pooler" not in name and "mask_token" not in name)
     if lacking or told["mismatched_keys"]:
         first = f", first {lacking[0]}" if lacking else ""
@@ -87,7 +87,7 @@ def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
     return model, config
 
 
-def check(config: Any) -> None:
+def check_vit_config(config: Any) -> None:
     """Raise ValueError if a configuration is not that of one transformer on square patches of an image."""
     needed = ("patch_size", "hidden_size", "num_hidden_layers")
     lacking = [name for name in needed if not isinstance(getattr(config, name, None), int)]

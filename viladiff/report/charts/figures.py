@@ -91,7 +91,7 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
 
 
-def save(results: Results, curves: dict[str, list[Curve]], folder: Path) -> list[Path]:
+def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path) -> list[Path]:
     """Write scores and, if there are step logs, curves, as PNG and SVG; return their paths.
 
     A figure whose PNG was drawn from the same numbers is kept, and matplotlib, which takes longer to load than all the

@@ -58,7 +58,7 @@ class Chart(NamedTuple):
     groups: tuple[str, ...]
 
 
-def save(chart: Chart, folder: Path, name: str) -> dict[str, Path]:
+def save_scatter(chart: Chart, folder: Path, name: str) -> dict[str, Path]:
     """Write ``<name>-light.svg`` and ``<name>-dark.svg``; keep a file that was drawn from the same numbers."""
     return save_drawn(chart, lambda: draw(chart), folder, name)
 

@@ -14,7 +14,7 @@ from viladiff.report import provenance
 from viladiff.report.markup import markdown
 from viladiff.report.provenance import Origin
 from viladiff.report.table.exports import latex, paper_text, pipes, signed
-from viladiff.report.table.long_form import long
+from viladiff.report.table.long_form import to_rows
 from viladiff.report.table.results import (
     CEILING,
     Difference,
@@ -76,7 +76,7 @@ class Number(NamedTuple):
         return ", ".join(f"seed {seed}: {value:.2f}" for seed, value in sorted(self.found.values.items()))
 
 
-class Cell(NamedTuple):
+class BesideCell(NamedTuple):
     """One row in one column of the table, by three sources; ``paper`` is as printed, empty for a row of ours."""
 
     paper: str
@@ -93,20 +93,20 @@ class Cell(NamedTuple):
         return RECORDS if self.published.found.mean is not None else "—"
 
 
-class Line(NamedTuple):
+class BesideRow(NamedTuple):
     number: str
     label: str
     control: bool
     trained: bool
     """In some column."""
-    cells: tuple[Cell, ...]
+    cells: tuple[BesideCell, ...]
 
 
-def lines(both: Beside) -> list[Line]:
+def beside_rows(both: Beside) -> list[BesideRow]:
     """Return every row of the table."""
     table = both.here.plan.table
     return [
-        Line(
+        BesideRow(
             number(both.here, row),
             _name(both, row),
             table.rows[row].control,
@@ -124,12 +124,12 @@ def _name(both: Beside, row: int) -> str:
     return row_name(both.published, row)
 
 
-def _cell(both: Beside, row: int, column: int) -> Cell:
+def _cell(both: Beside, row: int, column: int) -> BesideCell:
     paper, base = (paper_value(both.here, place, column) for place in (row, both.published.reference))
     both_printed = isinstance(paper, float | int) and isinstance(base, float | int)
     gap = paper - base if both_printed and row != both.published.reference else None  # type: ignore[operator]
     there, here = (_number(one, row, both.published.reference, column) for one in (both.published, both.here))
-    return Cell(paper_text(paper), gap, there, here, both.trained(row, column))
+    return BesideCell(paper_text(paper), gap, there, here, both.trained(row, column))
 
 
 def _number(results: Results, row: int, reference: int, column: int) -> Number:
@@ -140,7 +140,7 @@ def _number(results: Results, row: int, reference: int, column: int) -> Number:
 # What it says
 
 
-def sentence(both: Beside) -> str:
+def headline_beside(both: Beside) -> str:
     """Return the page's first sentence: the published numbers, the paper's differences to them, this machine's."""
     if not both.any_published:
         return f"{NO_RECORDS} On this machine {_reached(both, both.here, True)}"
@@ -290,19 +290,19 @@ def long_lines(both: Beside) -> list[dict[str, object]]:
     found = [
         {"source": source, **line}
         for source, results in (("published", both.published), ("this machine", both.here))
-        for line in long(results)
+        for line in to_rows(results)
     ]
     names = dict.fromkeys(name for line in found for name in line)
     return [{name: line.get(name) for name in names} for line in found]
 
 
-def to_markdown(both: Beside) -> list[str]:
+def beside_markdown(both: Beside) -> list[str]:
     """Return the lines of a section."""
     labels = [markdown(both.here.plan.table.columns[column].label) for column in both.columns]
     head = ["", "row", *(f"{label} {kind}" for label in labels for kind in ("paper", "published", "this machine"))]
     body = [
         [line.number, markdown(line.label) + " (ours)" * (line.control and CEILING not in line.label), *texts]
-        for line, texts in ((line, map(markdown, _texts(line))) for line in lines(both))
+        for line, texts in ((line, map(markdown, _texts(line))) for line in beside_rows(both))
     ]
     told = [f"- {name}: {markdown(text)}" for name, text in sources(both)]
     mark = f"- “{RECORDS}”: not trained at this scale; the published number stands for it"
@@ -310,12 +310,12 @@ def to_markdown(both: Beside) -> list[str]:
     return [*pipes([head, *body]), "", *told, mark, *judged]
 
 
-def _texts(line: Line) -> Iterator[str]:
+def _texts(line: BesideRow) -> Iterator[str]:
     for cell in line.cells:
         yield from (cell.paper, str(cell.published.found), cell.own)
 
 
-def to_latex(both: Beside, caption: Sequence[str]) -> str:
+def beside_latex(both: Beside, caption: Sequence[str]) -> str:
     """Render a booktabs table with three columns for each of the table's; printed numbers are grey."""
     table = both.here.plan.table
     grey = r"\textcolor{gray}{%s}"
@@ -336,7 +336,7 @@ def to_latex(both: Beside, caption: Sequence[str]) -> str:
         r"\midrule",
     ]
     ruled = False
-    for line in lines(both):
+    for line in beside_rows(both):
         if line.control and not ruled:
             out.append(r"\midrule")
             ruled = True
@@ -351,7 +351,7 @@ def to_terminal(both: Beside) -> str:
     shown = [i for i, column in enumerate(both.columns) if any(both.trained(row, column) for row in both.rows)]
     labels = [both.here.plan.table.columns[both.columns[i]].label for i in shown]
     grid = [["", "", *(word for label in labels for word in (f"{label}: paper", "published", "this machine"))]]
-    for line in lines(both):
+    for line in beside_rows(both):
         if not line.control or line.trained:
             texts = list(_texts(line))
             grid.append([line.number, line.label, *(text for i in shown for text in texts[3 * i : 3 * i + 3])])
@@ -369,7 +369,7 @@ def to_terminal(both: Beside) -> str:
     return "\n".join([*(row.rstrip() for row in rows), *mark, "", *judged])
 
 
-def shared(both: Beside) -> list[provenance.Fact]:
+def published_facts(both: Beside) -> list[provenance.Fact]:
     """Return the facts that the published runs share."""
     records = list(both.published.records().values())
-    return provenance.shared(records) if records else []
+    return provenance.shared_facts(records) if records else []

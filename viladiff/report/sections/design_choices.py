@@ -102,7 +102,7 @@ def answer(found: Sequence[Choice]) -> str:
     return f"Of {many} {told}; for {open_} no difference is shown."
 
 
-def to_markdown(found: Sequence[Choice]) -> list[str]:
+def choices_markdown(found: Sequence[Choice]) -> list[str]:
     """Return the lines of table.md."""
     out = [answer(found), ""] if found else []
     for choice in found:

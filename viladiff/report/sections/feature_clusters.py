@@ -274,7 +274,7 @@ def _legend(results: Results, shown: set[int]) -> tuple[tuple[str, str], ...]:
 # Plain text
 
 
-def to_markdown(found: Clusters | None) -> dict[str, list[str]]:
+def clusters_markdown(found: Clusters | None) -> dict[str, list[str]]:
     """Return the sections of table.md."""
     if found is None:
         return {}

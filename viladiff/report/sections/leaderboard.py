@@ -49,7 +49,7 @@ class LeaderboardRow(NamedTuple):
     boundary: tuple[Summary, ...]
     calibration: tuple[Summary | None, ...]
     """Expected calibration error of the teacher's labels, in points."""
-    step: StepCost | None
+    step: TimedStep | None
     lengths: float | None
     """Steps, as a multiple of the supervised row's."""
     memory: float | None
@@ -94,7 +94,7 @@ def build_leaderboard(results: Results, store: Store, out: Path, verdicts: Seque
     lines = tuple(_line(results, row, measured) for row in results.rows())
     found = tuple(tried(results, store.records()))
     pictures, files = _pictures(results, lines, out / "figures")
-    said = ranking.told(results, verdicts, found)
+    said = ranking.ranking_sentences(results, verdicts, found)
     return Leaderboard(tuple(said), lines, measured, pictures, files, found)
 
 
@@ -170,7 +170,7 @@ def _pictures(
             continue
         title = table.columns[column].label
         chart = scatter.Chart(title, ACROSS, "mIoU (%), mean and standard deviation of seeds", points, groups)
-        paths = scatter.save(chart, folder, f"cost-{place + 1}")
+        paths = scatter.save_scatter(chart, folder, f"cost-{place + 1}")
         words = "; ".join(f"{one.label}: {one.y:.1f} at {one.x:.1f}" for one in points)
         light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
         found.append(CostChart(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))
@@ -186,7 +186,7 @@ def uri(path: Path) -> str:
 # Plain text
 
 
-def to_markdown(found: Leaderboard | None, columns: Sequence[str]) -> dict[str, list[str]]:
+def leaderboard_markdown(found: Leaderboard | None, columns: Sequence[str]) -> dict[str, list[str]]:
     """Return the sections of table.md."""
     if found is None:
         return {}
@@ -242,7 +242,7 @@ NAME = "steps.json"
 MAKE = "python benchmarks/bench_methods.py --json reports/published/leaderboard/steps.json"
 
 
-class StepCost(BaseModel):
+class TimedStep(BaseModel):
     """One method's step, in ms, and a step of ``supervised`` that was timed between its repeats."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -275,7 +275,7 @@ class Measured(BaseModel):
     repeats: int
     fields: tuple[str, ...]
     """Words of the command line that were not defaults."""
-    methods: dict[str, StepCost]
+    methods: dict[str, TimedStep]
 
     def __str__(self) -> str:
         of = "" if self.device == "cpu" else f" ({self.device})"

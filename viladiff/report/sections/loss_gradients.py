@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 260, 128
 _LEFT, _TOP, _BOTTOM, _BAR = 34, 8, 20, 52
 
 
-class Chart(NamedTuple):
+class TermChart(NamedTuple):
     """A row in a column, at one place: its parts, and their shares as stacked bars."""
 
     title: str
@@ -29,10 +29,10 @@ class Chart(NamedTuple):
     svg: Markup
 
 
-class Section(NamedTuple):
+class GradientSection(NamedTuple):
     """What the page shows."""
 
-    charts: tuple[Chart, ...]
+    charts: tuple[TermChart, ...]
     legend: tuple[tuple[str, str], ...]
     """Parts with their colours."""
     said: tuple[str, ...]
@@ -40,7 +40,7 @@ class Section(NamedTuple):
     thirds: tuple[str, ...] = THIRDS
 
 
-def section(results: Results) -> Section | None:
+def section(results: Results) -> GradientSection | None:
     """Return the section; None if no run of the table measured shares."""
     cells = {
         (row, column): of_cell(results.at(row, column)) for row in results.rows() for column in results.plan.columns
@@ -58,9 +58,9 @@ def section(results: Results) -> Section | None:
         for place in dict.fromkeys(term.place for term in terms):
             mine = tuple(term for term in terms if term.place == place)
             words = f"Gradient shares of row {title}, {table.columns[column].label}, at the {place}"
-            charts.append(Chart(title, table.columns[column].label, place, seeds, mine, bars(mine, colours, words)))
+            charts.append(TermChart(title, table.columns[column].label, place, seeds, mine, bars(mine, colours, words)))
     said = [*ablated(results, measured), *_lacking(results, measured)]
-    return Section(tuple(charts), tuple(colours.items()), tuple(said))
+    return GradientSection(tuple(charts), tuple(colours.items()), tuple(said))
 
 
 def of_cell(entries: Sequence[CellRun]) -> list[TermShare]:
@@ -196,7 +196,7 @@ def _lacking(results: Results, measured: dict[tuple[int, int], list[TermShare]])
     return [f"Not measured in rows {names}: runs with runtime.gradient_shares measure them."] if rows else []
 
 
-def to_markdown(found: Section | None) -> dict[str, list[str]]:
+def gradients_markdown(found: GradientSection | None) -> dict[str, list[str]]:
     """Return the sections of table.md."""
     if found is None:
         return {}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from viladiff.tables.claims import Comparison, Verdict
 
 
-def told(results: Results, verdicts: Sequence[Verdict], tried: Sequence[RateComparison]) -> list[str]:
+def ranking_sentences(results: Results, verdicts: Sequence[Verdict], tried: Sequence[RateComparison]) -> list[str]:
     """Return sentences: the number of measurements, the differences shown and not shown, and the limits."""
     if not results.records():
         return ["Nothing has been measured yet."]

@@ -36,7 +36,7 @@ def best_epoch(entries: Sequence[CellRun]) -> Summary:
     return Summary(found, why, frozenset(e.state for e in lacking))
 
 
-class Line(NamedTuple):
+class SettingsRow(NamedTuple):
     """A row: what its publication sets by data set, as far as its method declares it."""
 
     number: str
@@ -79,7 +79,7 @@ def _steps(results: Results, row: int, column: int) -> str:
     return " or ".join(f"{steps:,}" for steps in sorted(found)) or "—"
 
 
-def lines(results: Results) -> list[Line]:
+def settings_rows(results: Results) -> list[SettingsRow]:
     """Return rows whose methods declare settings for a data set of the table, in its order."""
     found = []
     for row in results.rows():
@@ -91,13 +91,13 @@ def lines(results: Results) -> list[Line]:
             sources = "; ".join(dict.fromkeys(one.source for one in mine))
             label = row_name(results, row)
             told = (_told(results, applied, columns), _told(results, other, columns))
-            found.append(Line(number(results, row), label, *told, sources))
+            found.append(SettingsRow(number(results, row), label, *told, sources))
     return found
 
 
 def undeclared(results: Results) -> str:
     """Return a sentence on the rows that ``lines`` leaves out; empty if it leaves out none or all."""
-    there = {line.number for line in lines(results)}
+    there = {line.number for line in settings_rows(results)}
     rows = [f"{number(results, row)} {row_name(results, row)}" for row in results.rows()]
     rest = [row for row in rows if row.partition(" ")[0] not in there]
     return f"No setting by data set is declared for {', '.join(rest)}." if there and rest else ""
@@ -133,11 +133,11 @@ def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def to_markdown(results: Results) -> dict[str, list[str]]:
+def training_markdown(results: Results) -> dict[str, list[str]]:
     """Return the sections of table.md."""
     from viladiff.report.markup import markdown
 
-    found, long = lines(results), lengths(results)
+    found, long = settings_rows(results), lengths(results)
     columns = [results.plan.table.columns[c].label for c in results.plan.columns]
     settings = [
         f"- {markdown(f'{one.number} {one.label} ({one.source})')}: "

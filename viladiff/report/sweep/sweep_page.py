@@ -23,7 +23,7 @@ from viladiff.runs.record import RunRecord
 from viladiff.runs.store import abandoned
 from viladiff.sweeps.finals import FinalComparison, Finalist, Tuned, chosen, compare_finalists, scores
 from viladiff.sweeps.spec import FRESH, Sweep, choosing_images
-from viladiff.sweeps.summary import FOREST, TrialRow, importances, one_budget, rows, rungs, to_toml
+from viladiff.sweeps.summary import FOREST, TrialRow, importances, one_budget, rungs, to_toml, trial_rows
 from viladiff.sweeps.trials import Trial, without_paths
 from viladiff.tables.significance import Records
 
@@ -66,7 +66,7 @@ def render_sweep(shown: Shown, out: Path) -> Path:
     for path in abandoned(out):
         path.unlink(missing_ok=True)  # of a writer that was killed
     trials = [without_paths(trial) for trial in shown.trials]
-    every = rows(trials, shown.records, shown.steps[-1])
+    every = trial_rows(trials, shown.records, shown.steps[-1])
     best = min((row for row in every if row.rank is not None), key=lambda row: row.rank or 0, default=None)
     if best is not None:
         write_atomically(out / "winner.toml", to_toml(best.point).encode())
@@ -77,12 +77,14 @@ def render_sweep(shown: Shown, out: Path) -> Path:
         write_atomically(out / "chosen.toml", to_toml(taken.point).encode())
     else:
         (out / "chosen.toml").unlink(missing_ok=True)
-    write_atomically(out / "trials.csv", to_csv(shown.sweep, trials, every).encode())
-    write_atomically(out / "index.html", html(shown, trials, every, best, out).encode())
+    write_atomically(out / "trials.csv", trials_csv(shown.sweep, trials, every).encode())
+    write_atomically(out / "index.html", sweep_html(shown, trials, every, best, out).encode())
     return out / "index.html"
 
 
-def html(shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, out: Path) -> str:
+def sweep_html(
+    shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, out: Path
+) -> str:
     """Render the page from values computed here; the template only lays it out."""
     sweep, records = shown.sweep, shown.records
     used = _used(trials, shown.finalists, records)
@@ -92,7 +94,7 @@ def html(shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"last": sweep_views.last, "short": sweep_views.short}
-    facts = [*provenance.shared(list(used.values())), *_totals(used)] if used else []
+    facts = [*provenance.shared_facts(list(used.values())), *_totals(used)] if used else []
     return environment.get_template("sweep.html.j2").render(
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         colours={"plain": PLAIN, "best": BEST, "line": LINE, "paper": PAPER},
@@ -137,7 +139,7 @@ _STATES = ("complete", "pruned", "failed", "running")
 # Numbers
 
 
-def to_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[TrialRow]) -> str:
+def trials_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[TrialRow]) -> str:
     """Return a line a trial: its point, its score in percent and the step of that score; empty if missing."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from viladiff.report import provenance
 from viladiff.report.markup import markdown
 from viladiff.report.sections.training import best_epoch, shows_best
-from viladiff.report.table.long_form import long
+from viladiff.report.table.long_form import to_rows
 from viladiff.report.table.results import (
     METRICS,
     Agreement,
@@ -22,9 +22,9 @@ from viladiff.report.table.results import (
     difference,
     headline_sentence,
     number,
-    parts,
     row_name,
     summary,
+    table_parts,
 )
 from viladiff.report.table.results import (
     paper_value as printed,
@@ -98,9 +98,9 @@ class ExportRow(NamedTuple):
     """Whether its runs read true masks."""
 
 
-def lines(results: Results, metric: str) -> list[ExportRow]:
+def export_rows(results: Results, metric: str) -> list[ExportRow]:
     """Return the table as numbers, the paper's rows first."""
-    names, first = parts(results), results.reference
+    names, first = table_parts(results), results.reference
     tops = {column: best(results, column, metric) for column in results.plan.columns}
     out = []
     for row in results.rows():
@@ -192,7 +192,8 @@ def to_markdown(
     out += ["## Notes", "", *(f"- {say(note)}" for note in notes), ""] if notes else []
     out += ["## Provenance", "", f"- Made by: `{command.replace('`', ' ')}`"]
     out += [
-        f"- {fact.name}: {say(str(fact))}{' **(mixed)**' if fact.mixed else ''}" for fact in provenance.facts(results)
+        f"- {fact.name}: {say(str(fact))}{' **(mixed)**' if fact.mixed else ''}"
+        for fact in provenance.run_facts(results)
     ]
     return "\n".join([*out, ""])
 
@@ -224,11 +225,11 @@ def _grid(
         "",
         "row",
         *(["encoder (paper)"] if encoders else []),
-        *(map(say, parts(results)) if own else []),
+        *(map(say, table_parts(results)) if own else []),
         *(f"{label} {kind}" for label in labels for kind in kinds),
     ]
     body = []
-    for place, row in zip(results.rows(), lines(results, metric), strict=True):
+    for place, row in zip(results.rows(), export_rows(results, metric), strict=True):
         cells: list[str] = []
         for column, (found, top, gap, paper) in zip(results.plan.columns, row.cells, strict=True):
             text = say(str(found))
@@ -257,7 +258,7 @@ def pipes(grid: Sequence[Iterable[str]]) -> list[str]:
 
 def to_csv(results: Results) -> str:
     """Return ``long`` as text: a line a run and cell, empty if a number is missing."""
-    return csv_text(long(results))
+    return csv_text(to_rows(results))
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
@@ -271,7 +272,7 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
     """Render a booktabs table; printed numbers are set in grey columns headed as the paper's."""
-    names, table = parts(results), results.plan.table
+    names, table = table_parts(results), results.plan.table
     grey, encoders = r"\textcolor{gray}{%s}", any(row.encoder for row in table.rows)
     with_best = shows_best(results)
     kinds = ["measured", *(["best epoch"] if with_best else []), r"$\Delta$"]
@@ -298,7 +299,7 @@ def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
         r"\midrule",
     ]
     ruled = False
-    for place, row in zip(results.rows(), lines(results, table.metric), strict=True):
+    for place, row in zip(results.rows(), export_rows(results, table.metric), strict=True):
         if row.control and not ruled:
             out.append(r"\midrule")
             ruled = True

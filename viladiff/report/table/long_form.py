@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from viladiff.runs.store import Store
 
 
-def long(results: Results) -> list[dict[str, object]]:
+def to_rows(results: Results) -> list[dict[str, object]]:
     """Return a line a row, column and seed, with every number of its record; shares in percent; None if missing."""
     found = [_line(results, entry) for entry in results.entries]
     names = dict.fromkeys(name for line in found for name in line)
@@ -99,7 +99,7 @@ def frame(plan: Plan, store: Store, *, metric: str = "", long_form: bool = False
     import pandas as pd  # takes longer to load than a page takes to make, so pages do without
 
     results = collect_results(plan, store)
-    lines = pd.DataFrame(long(results))
+    lines = pd.DataFrame(to_rows(results))
     if long_form:
         return lines
     lines = lines.assign(value=pd.to_numeric(lines[metric]), paper=pd.to_numeric(lines["paper"]))

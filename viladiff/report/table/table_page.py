@@ -66,7 +66,7 @@ def render_table(
     out.mkdir(parents=True, exist_ok=True)
     for path in [*abandoned(out), *abandoned(out / "figures")]:
         path.unlink(missing_ok=True)  # of a writer that was killed
-    files = [path.name for path in figures.save(results, drawn, out / "figures")]
+    files = [path.name for path in figures.save_figures(results, drawn, out / "figures")]
     board = leaderboard.build_leaderboard(results, store, out, verdicts)
     files += board.files if board else ()
     grouped = feature_clusters.build_clusters(results, store, out)
@@ -76,22 +76,22 @@ def render_table(
     files += doses.files if doses else ()
     opened = design_choices.build_choices(results, verdicts)
     more = {
-        **leaderboard.to_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
-        **feature_clusters.to_markdown(grouped),
-        **caption_dose.to_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
-        **training.to_markdown(results),
-        **loss_gradients.to_markdown(loss_gradients.section(results)),
-        "What each choice is worth": design_choices.to_markdown(opened),
+        **leaderboard.leaderboard_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
+        **feature_clusters.clusters_markdown(grouped),
+        **caption_dose.dose_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
+        **training.training_markdown(results),
+        **loss_gradients.gradients_markdown(loss_gradients.section(results)),
+        "What each choice is worth": design_choices.choices_markdown(opened),
         "The paper's own numbers": [f"- {markdown(one.text)}" for one in printed],
     }
     stand_ins, context = table_views.stand_ins(results), table_views.context(results)
-    first = beside.sentence(both) if both else ""
-    before = {f"{beside.HEADING} (%)": beside.to_markdown(both)} if both else {}
+    first = beside.headline_beside(both) if both else ""
+    before = {f"{beside.HEADING} (%)": beside.beside_markdown(both)} if both else {}
     texts = {
         "table.md": exports.to_markdown(results, verdicts, agreements, command, said, context, more, first, before),
-        "table.tex": beside.to_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
+        "table.tex": beside.beside_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
         "table.csv": exports.csv_text(beside.long_lines(both)) if both else exports.to_csv(results),
-        "index.html": html(
+        "index.html": table_html(
             results,
             store,
             out,
@@ -130,7 +130,7 @@ def banner(results: Results) -> str:
     return f"{', '.join([f'{done} of {total} runs done', *others])}; this page is rewritten as runs finish."
 
 
-def html(
+def table_html(
     results: Results,
     store: Store,
     out: Path,
@@ -163,12 +163,12 @@ def html(
             table=table,
             scale=results.plan.scale,
             columns=[table.columns[c].label for c in results.plan.columns],
-            parts=tables.parts(results),
+            parts=tables.table_parts(results),
             finding=" ".join(
                 filter(
                     None,
                     [
-                        beside.sentence(both) if both else tables.headline_sentence(results),
+                        beside.headline_beside(both) if both else tables.headline_sentence(results),
                         design_choices.answer(opened),
                     ],
                 )
@@ -181,7 +181,7 @@ def html(
             encoders=any(row.encoder for row in table.rows),
             best_epochs=training.shows_best(results),
             lengths=training.lengths(results),
-            settings=training.lines(results),
+            settings=training.settings_rows(results),
             settings_notes=[*filter(None, [training.undeclared(results)]), training.SHARED],
             printed=printed,
             choices=opened,
@@ -242,11 +242,11 @@ def _beside(both: Beside) -> dict[str, Any]:
     """Return the section of three columns."""
     return {
         "labels": [both.here.plan.table.columns[column].label for column in both.columns],
-        "lines": beside.lines(both),
+        "lines": beside.beside_rows(both),
         "sources": beside.sources(both),
         "criteria": beside.criteria(both),
         "reference": tables.number(both.published, both.published.reference),
-        "facts": beside.shared(both),
+        "facts": beside.published_facts(both),
         "origins": both.origins,
         "any_published": both.any_published,
     }
@@ -273,7 +273,7 @@ def _judged(results: Results, verdicts: Sequence[Verdict], agreements: Sequence[
 
 def _sources(results: Results, store: Store, out: Path) -> dict[str, Any]:
     """Return the origin of the numbers."""
-    facts = provenance.facts(results)
+    facts = provenance.run_facts(results)
     return {
         "facts": facts,
         "mixed": [fact for fact in facts if fact.mixed],

@@ -102,7 +102,7 @@ def _letter(place: int) -> str:
 
 
 def table_rows(results: Results, metric: str, reasons: Reasons) -> list[TableRow]:
-    plain_rows = exports.lines(results, metric)
+    plain_rows = exports.export_rows(results, metric)
     longest = max((abs(gap.mean) for r in plain_rows for _, _, gap, _ in r.cells if gap), default=0) or 1
     out = []
     for row, line in zip(results.rows(), plain_rows, strict=True):

@@ -24,7 +24,7 @@ from viladiff.data.captions.table import PROMPTS
 from viladiff.data.files.images import read_image
 from viladiff.data.sources.digits import open_pixels
 from viladiff.text.encoders import model_name
-from viladiff.text.pretrained import KINDS, quiet, require_weights, short
+from viladiff.text.pretrained import KINDS, first_line, quiet, require_weights
 
 READERS = 4
 """Threads that decode images."""
@@ -80,7 +80,7 @@ def writer(directory: Path | str, prompts: Sequence[str] = PROMPTS, longest: int
     try:
         kind = AutoConfig.from_pretrained(top, local_files_only=True, trust_remote_code=False).model_type
     except Exception as error:  # whatever a foreign file makes a library raise
-        raise ValueError(f"{top / 'config.json'}: cannot be read: {short(error)}") from error
+        raise ValueError(f"{top / 'config.json'}: cannot be read: {first_line(error)}") from error
     if kind != "blip-2":
         raise ValueError(f"{top}: holds a {kind!r}, not a 'blip-2'")
     require_weights(top)
@@ -111,7 +111,7 @@ class Captioner:
                     who.directory, use_safetensors=True, output_loading_info=True, dtype=dtype, **options
                 )
         except Exception as error:  # whatever a foreign file makes a library raise
-            raise ValueError(f"{who.directory}: transformers cannot load it: {short(error)}") from error
+            raise ValueError(f"{who.directory}: transformers cannot load it: {first_line(error)}") from error
         if told["missing_keys"] or told["mismatched_keys"]:
             raise ValueError(
                 f"{who.directory}: its weights are of another model: {len(told['missing_keys'])} are missing, "
@@ -142,10 +142,10 @@ class Captioner:
         if not self.model.language_model.config.is_encoder_decoder:
             found = found[:, ids.shape[1] :]
         said = self.processor.batch_decode(found, skip_special_tokens=True)
-        return [joined(prompt, clean(text)) for text in said]
+        return [join_prompt(prompt, clean(text)) for text in said]
 
 
-def joined(prompt: str, text: str) -> str:
+def join_prompt(prompt: str, text: str) -> str:
     """Join the prompt and its continuation in one line; a model that repeats the prompt adds it once."""
     return text if text.lower().startswith(prompt.lower()) else f"{prompt} {text}".strip()
 
@@ -214,4 +214,4 @@ def _attempt(what: Callable[[], Any]) -> Any:
     try:
         return what()
     except Exception as error:  # an image that a library trips over is one image, not the end of the job
-        return short(error)
+        return first_line(error)
