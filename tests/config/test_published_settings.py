@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import record, rising
-from test_page import study as a_study
+from test_table_page import record, rising
+from test_table_page import study as a_study
 
 from viladiff.cli import main
 from viladiff.methods import METHODS

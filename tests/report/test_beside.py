@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from record_kit import name_of, told
-from test_page import Reader, record
+from test_table_page import Reader, record
 
 from viladiff.experiments.dry_run import print_dry_run
 from viladiff.report.sections import beside

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from method_kit import STEP, make, make_batch, make_uneven
-from test_page import name, record, study
+from test_table_page import name, record, study
 from torch import Tensor
 
 from viladiff.data.batch import Losses, Step
