@@ -122,8 +122,8 @@ def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise
     if cfg.flips:
         rates, when = _rates(cfg, soft.shape[1], soft.device), t[:, None] if isinstance(t, Tensor) else t
         chances = flip_probability(when, rates, soft.shape[1], cfg.flip_schedule, cfg.timesteps)
-        place = edges.flatten(1).long()
-        chance = chances.expand(len(soft), -1).gather(1, place).view_as(edges)
+        edge_index = edges.flatten(1).long()
+        chance = chances.expand(len(soft), -1).gather(1, edge_index).view_as(edges)
         labels = torch.where(gaussian, labels, flip_labels(labels, chance, soft.shape[1], uniform=uniform))
     return Corrupted(_assemble(values, labels, gaussian, soft.shape[1]), labels, gaussian, edges, noise)
 
@@ -134,12 +134,12 @@ def noise_levels(soft: Tensor, tau: float, cfg: MixeConfig, *, noise: Tensor, un
     Arguments as of ``corrupt``.
     """
     codes = _codes_on(soft.shape[1], soft.device)
-    found: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}
     for t in sorted({1, (cfg.timesteps + 1) // 2, cfg.timesteps}):
         state = corrupt(soft, t, tau, cfg, noise=noise, uniform=uniform)
-        found.setdefault("edges", state.edges)
-        found[f"noise t={t}"] = torch.einsum("bdhw,cd->bchw", state.codes, codes).argmax(1)
-    return found
+        maps.setdefault("edges", state.edges)
+        maps[f"noise t={t}"] = torch.einsum("bdhw,cd->bchw", state.codes, codes).argmax(1)
+    return maps
 
 
 def _rates(cfg: MixeConfig, classes: int, device: torch.device) -> Tensor:
@@ -276,14 +276,14 @@ def refine(
         raise ValueError(
             f"uniforms has {len(uniforms)} entries on axis 0: must have one per reverse step, {len(times) - 1}"
         )
-    kept = _alpha_bar_list(cfg.timesteps)
+    signal = _alpha_bar_list(cfg.timesteps)
     state = corrupt(soft, cfg.timesteps, tau, cfg, noise=noise, uniform=uniforms[0])
     x, z = state.codes, state.labels
-    rates, place = _rates(cfg, classes, soft.device), state.edges.flatten().long()
+    rates, edge_index = _rates(cfg, classes, soft.device), state.edges.flatten().long()
     at = torch.tensor(times).to(soft.device, non_blocking=True)
     steps = at[:, None]
     lost = posterior_memory(steps[:-1], steps[1:], rates, classes, cfg.flip_schedule, cfg.timesteps)
-    memory = [part[:, place].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost]
+    memory = [part[:, edge_index].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost]
     denoise = denoiser.chain(state.gaussian, state.edges, at[:-1], cond)
     for i, (t, t_prev) in enumerate(pairwise(times)):
         logits, noise_pred = denoise(x, i)
@@ -295,6 +295,6 @@ def refine(
                 probs = posterior_of(z, probs, *(part[i] for part in memory))
             z = torch.where(state.gaussian, z, sample_classes(probs, uniforms[i + 1]))
         if cfg.gaussian:
-            x, _ = ddim_step(x, noise_pred, t, kept, t_prev)
+            x, _ = ddim_step(x, noise_pred, t, signal, t_prev)
         x = _assemble(x, z, state.gaussian, classes)
     return logits

@@ -123,20 +123,20 @@ class ViLa(nn.Module):
         }
 
     def _injected(self, tokens: Tensor, text: TextBatch | None) -> Tensor:
-        words, mask = prepend_null_token(self.null, self.words, text, len(tokens))
+        context, mask = prepend_null_token(self.null, self.words, text, len(tokens))
         for block in self.inject:
-            tokens = block(tokens, words, mask)
+            tokens = block(tokens, context, mask)
         return tokens
 
 
 def prepend_null_token(null: Tensor, embed: nn.Module, text: TextBatch | None, batch: int) -> tuple[Tensor, Tensor]:
     """Join the null token (1, 1, W) and the embedded text: (B, 1 + L, W), and its mask (B, 1 + L) bool."""
-    words = null.expand(batch, -1, -1)
-    mask = torch.ones(words.shape[:2], dtype=torch.bool, device=null.device)
+    context = null.expand(batch, -1, -1)
+    mask = torch.ones(context.shape[:2], dtype=torch.bool, device=null.device)
     if text is not None:
-        words = torch.cat([words, embed(text.tokens).to(words.dtype)], dim=1)
+        context = torch.cat([context, embed(text.tokens).to(context.dtype)], dim=1)
         mask = torch.cat([mask, text.mask], dim=1)
-    return words, mask
+    return context, mask
 
 
 def match_features(
@@ -166,7 +166,7 @@ class Distilled(NamedTuple):
 
 def distil(
     cfg: VilaConfig,
-    taught: dict[str, StreamOutput],
+    teacher: dict[str, StreamOutput],
     student: dict[str, StreamOutput],
     gate: Tensor,
     cells: Tensor,
@@ -174,31 +174,33 @@ def distil(
 ) -> Distilled:
     """Compute every enabled pair; those that end in the visual stream are weighted by ``gate`` (U,).
 
-    ``taught`` and ``student`` are the streams of U images by name, ``cells`` (U, N) and ``pixels`` (U, h, w) bool are
+    ``teacher`` and ``student`` are the streams of U images by name, ``cells`` (U, N) and ``pixels`` (U, h, w) bool are
     False in padding.
     """
-    heads = {"student": [("student", student["fusion"], student["visual"], gate)], "teacher": []}
-    heads["teacher"].append(("teacher", taught["visual"], student["fusion"], torch.ones_like(gate)))
+    pairs = {"student": [("student", student["fusion"], student["visual"], gate)], "teacher": []}
+    pairs["teacher"].append(("teacher", teacher["visual"], student["fusion"], torch.ones_like(gate)))
     if cfg.teacher_to_visual:
-        heads["teacher"].append(("teacher_to_visual", taught["fusion"], student["visual"], gate))
+        pairs["teacher"].append(("teacher_to_visual", teacher["fusion"], student["visual"], gate))
     terms: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     for path in cfg.distillation_paths:
         origin, what = path.split("_")
         losses = []
-        for start, tail, head, weight in heads[origin]:
-            name, own = f"{start}_{what}", getattr(cfg.path_weights, f"{start}_{what}")
+        for owner, source, target, weight in pairs[origin]:
+            name, path_weight = f"{owner}_{what}", getattr(cfg.path_weights, f"{owner}_{what}")
             if what == "features":
-                factor = cfg.feature_weight * own
-                *rows, keep, count = match_features(tail.features, head.features, cells, weight, cfg.feature_scope)
-                given = rows[0], rows[1], cfg.lam, cfg.feature_reduction
-                losses.append(factor * feature_distillation(*given, weight=keep, count=count))
-                squared, cosine = feature_terms(*given, weight=keep, count=count)
+                factor = cfg.feature_weight * path_weight
+                *rows, keep, count = match_features(source.features, target.features, cells, weight, cfg.feature_scope)
+                inputs = rows[0], rows[1], cfg.lam, cfg.feature_reduction
+                losses.append(factor * feature_distillation(*inputs, weight=keep, count=count))
+                squared, cosine = feature_terms(*inputs, weight=keep, count=count)
                 parts |= {f"{name}/squared": factor * squared, f"{name}/cosine": factor * cosine}
             else:
                 keep = weight[:, None, None] * pixels
-                loss = logit_distillation(tail.logits, head.logits, cfg.temperature, weight=keep, count=pixels.sum())
-                losses.append(cfg.logit_weight * own * loss)
+                loss = logit_distillation(
+                    source.logits, target.logits, cfg.temperature, weight=keep, count=pixels.sum()
+                )
+                losses.append(cfg.logit_weight * path_weight * loss)
                 parts[name] = losses[-1]
         terms[path] = torch.stack(losses).sum()
     return Distilled(terms, parts)

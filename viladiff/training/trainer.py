@@ -95,9 +95,9 @@ class Trainer:
         self.dataset = in_turn(lambda: load_dataset(*dataset_spec(cfg)))
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
         with counter("encoding captions", cfg.runtime.progress and not self.rank) as advance:
-            asked = cfg.data.text_encoder, cfg.data.captions
+            text_source = cfg.data.text_encoder, cfg.data.captions
             self.bank, self.val_bank = load_text(
-                self.dataset, *asked, model=cfg.runtime.text_model, advance=advance, on=cfg.data.captions_on
+                self.dataset, *text_source, model=cfg.runtime.text_model, advance=advance, on=cfg.data.captions_on
             )
         self.fingerprints = {
             "data": self.dataset.fingerprint,
@@ -266,7 +266,7 @@ class Trainer:
                 keep = self.step % runtime.checkpoint_every == 0 or last or evaluate
                 agree = self.world == 1 or self.step % 10 == 0
                 stopped = agree and self._any(stop.is_set())
-                asked = False
+                stop_requested = False
                 if keep or stopped or self.step % runtime.log_every == 0:
                     self._check_lease()
                     loss = self._write(pending, writer)
@@ -274,18 +274,18 @@ class Trainer:
                     self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
                     if self.cpu_seconds is not None:
                         self.cpu_seconds += time.process_time() - used
-                    news = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
+                    update = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
                     if evaluate:
-                        news |= self._evaluate_now()
+                        update |= self._evaluate_now()
                     if self.report is not None:
-                        asked = self._any(bool(self.report(news))) and not last
-                    if keep or stopped or asked:
+                        stop_requested = self._any(bool(self.report(update))) and not last
+                    if keep or stopped or stop_requested:
                         self._save()
                     mark, used = time.perf_counter(), time.process_time()
                 bar.advance()
-                if stopped or asked:
+                if stopped or stop_requested:
                     text = f"stopped at step {self.step} of {self.steps}; the same command continues from there"
-                    raise StopRequested(text) if asked else KeyboardInterrupt(text)
+                    raise StopRequested(text) if stop_requested else KeyboardInterrupt(text)
         if writer is not None:
             writer.close()
 
@@ -358,9 +358,9 @@ class Trainer:
         """Return whether any worker has raised the flag; all workers must ask at the same step."""
         if self.world == 1:
             return flag
-        asked = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(asked)
-        return bool(asked.item())
+        raised = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(raised)
+        return bool(raised.item())
 
     def _barrier(self) -> None:
         if self.world > 1:
