@@ -103,6 +103,14 @@ WRONG = {
         ('"method.vila.lam" = 0.5', '"method.vila.lan" = 0.5'),
         r"initial_point: method.vila.lan is not a dim.*",
     ),
+    "a listed point outside": (
+        ("[scale.smoke]", '[[points]]\n"method.vila.lam" = 3.0\n[scale.smoke]'),
+        r"points\[0\]: .*= 3.0 is not in",
+    ),
+    "a listed point of another": (
+        ("[scale.smoke]", '[[points]]\n"method.vila.lan" = 1.0\n[scale.smoke]'),
+        r"points\[0\]: method.vila.lan is not a dim.*",
+    ),
     "rungs that fall": (("[0.25, 0.5, 1.0]", "[0.5, 0.25, 1.0]"), r"rungs = .*rising order"),
     "rungs that do not end": (("[0.25, 0.5, 1.0]", "[0.25, 0.5]"), r"rungs = .*the last one 1.0"),
     "finals that are not fresh": (

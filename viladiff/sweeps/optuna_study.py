@@ -45,22 +45,23 @@ class OptunaStudy:
         self,
         name: str,
         space: Space,
-        first: Mapping[str, Value],
+        listed: Sequence[Mapping[str, Value]],
         kind: Kind,
         seed: int,
         parallel: bool,
         storage: str,
         pruner: BasePruner,
     ) -> None:
-        """Create the study's view. ``storage``: a URL as Optuna takes it, or the path of a journal.
+        """Create the study's view. ``listed``: points to try first, the paper's before all others.
 
-        Raises ValueError if it cannot be reached, or holds a study of the same name from elsewhere.
+        ``storage``: a URL as Optuna takes it, or the path of a journal. Raises ValueError if it cannot be reached, or
+        holds a study of the same name from elsewhere.
         """
         _quiet()
-        self.name, self.space, self.first = name, space, dict(first)
+        self.name, self.space, self.listed = name, space, [dict(point) for point in listed]
         self.kind, self.seed, self.parallel, self.pruner = kind, seed, parallel, pruner
         self.distributions = distributions(space)
-        self.cmaes = Cmaes(space, self.first, seed) if kind == "cmaes" else None
+        self.cmaes = Cmaes(space, self.listed[0], seed) if kind == "cmaes" else None
         self.where = storage
         self.storage: BaseStorage
         self.memory: Told
@@ -162,8 +163,8 @@ class OptunaStudy:
 
     def ask(self, number: int, trials: Sequence[Trial]) -> tuple[dict[str, Value], str] | None:
         """Return the point of trial ``number`` and its origin; the first is the paper's. None: no more points."""
-        if number == 0:
-            return self._fixed(self.first, "paper")
+        if number < len(self.listed):
+            return self._fixed(self.listed[number], "listed" if number else "paper")
         if self.kind == "grid":
             point = next_on_grid(self.space, trials)
             return None if point is None else self._fixed(point, "grid")
