@@ -157,7 +157,7 @@ SHARED_NAMES = {
     "main": "each program's entry point",
     "load": "reads what its module writes or defines",
     "build": "makes what its module defines",
-    "Point": "one for each kit of charts, which never meet",
+    "Point": "one in each of two kits of charts, which no module imports together",
 }
 """Public names that several modules may define. Plug-ins of one folder may share all names, those of its interface."""
 

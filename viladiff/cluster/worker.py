@@ -40,7 +40,7 @@ Judged = Callable[[int, float | None], bool]
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a worker has to know besides the run; every path is absolute."""
+    """Settings of a worker besides its run; every path is absolute."""
 
     root: str
     cwd: str

@@ -19,7 +19,7 @@ from viladiff.data.constants import IGNORE as IGNORE  # most modules that need i
 
 @dataclass(frozen=True)
 class Views:
-    """What a method asks of the data layer for each unlabelled image."""
+    """The views of each unlabelled image that a method requests from the data layer."""
 
     weak: int = 1
     strong: int = 0
@@ -123,7 +123,7 @@ def _move(value: object, device: torch.device) -> object:
 
 
 class Losses(NamedTuple):
-    """What a method's forward pass returns."""
+    """The result of a method's forward pass."""
 
     total: Tensor
     """Scalar with a gradient."""
@@ -137,7 +137,7 @@ class Losses(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where in training a forward pass stands."""
+    """The position of a forward pass in training."""
 
     index: int  # type: ignore[assignment]  # a tuple has a method of that name, which nobody calls
     """Optimiser steps done so far."""

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class CropRecipe(NamedTuple):
-    """What is done to every file of a run."""
+    """The processing of every file of a run."""
 
     crop: int
     scale: Range

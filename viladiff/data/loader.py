@@ -57,7 +57,7 @@ class ShuffledIndices:
 
 
 class MicroBatch(NamedTuple):
-    """Which images of one role are in a micro-batch."""
+    """The images of one role in a micro-batch."""
 
     keys: tuple[int, ...]
     """Places in the global batch."""

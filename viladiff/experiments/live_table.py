@@ -31,7 +31,7 @@ KEEP_TITLE = 200
 
 @dataclass
 class RunStatus:
-    """What is known of one run."""
+    """The state of one run."""
 
     state: str = "waiting"
     miou: float | None = None

@@ -73,7 +73,7 @@ def _measuring(each: int, steps: int) -> dict[str, str]:
 
 
 class Finished(NamedTuple):
-    """What is left of a run in its directory."""
+    """A finished run's directory, loaded."""
 
     directory: Path
     record: RunRecord

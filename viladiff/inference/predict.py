@@ -45,7 +45,7 @@ LARGE = 4
 
 
 class Prediction(NamedTuple):
-    """What the network sees in an image of (h, w) pixels."""
+    """The network's prediction for an image of (h, w) pixels."""
 
     labels: np.ndarray
     """(h, w) uint8 class ids."""
@@ -171,7 +171,7 @@ def _read_text(path: Path) -> str:
 
 
 class Labelled(NamedTuple):
-    """What came of some photographs."""
+    """The result of labelling photographs."""
 
     images: int
     failed: tuple[str, ...]

@@ -50,7 +50,7 @@ class TeacherConfig(Section):
 
 
 class PseudoConfig(Section):
-    """How teacher predictions become labels."""
+    """The choice of pseudo-labels from teacher predictions."""
 
     threshold: float = Field(0.95, ge=0, le=1)
     """Pixels below this confidence have weight 0."""
@@ -63,13 +63,13 @@ SHARED_THRESHOLD: Mapping[str, object] = {"pseudo.threshold": 0.7}
 
 
 class PredictConfig(Section):
-    """Which network is evaluated and shipped."""
+    """The choice of the network that is evaluated and exported."""
 
     network: Literal["teacher", "student"] = "teacher"
 
 
 class Reference(NamedTuple):
-    """Where a method was published."""
+    """The publication of a method."""
 
     title: str
     venue: str
@@ -77,7 +77,7 @@ class Reference(NamedTuple):
 
 
 class StepCost(NamedTuple):
-    """What a step costs, in passes of a batch through encoder and decoder; labelled and unlabelled batch equally large.
+    """The cost of a step, in passes of a batch through encoder and decoder, for equally large batches.
 
     Of the default configuration, in the phase that most of training is spent in.
     """

@@ -214,7 +214,7 @@ class ZeroShot(nn.Module):
 
 
 class Texts(NamedTuple):
-    """What the labels from text and the decoder read; vectors are of length 1."""
+    """The vectors that the labels from text and the decoder read, of length 1."""
 
     clip: tuple[MaskClip, ...]
     """One where it is given, or none."""

@@ -79,7 +79,7 @@ def _alpha_bar_list(timesteps: int) -> list[float]:
 
 @dataclass
 class Corrupted:
-    """What Eq. 7 makes of soft labels."""
+    """The result of Eq. 7 on soft labels."""
 
     codes: Tensor
     """(B, d, h, w) float32, what the denoiser sees."""
@@ -253,7 +253,7 @@ def reverse_times(timesteps: int, steps: int | None) -> list[int]:
 
 
 class Chained(Protocol):
-    """What ``refine`` asks of a denoiser; see ``Denoiser.chain``."""
+    """The interface that ``refine`` needs of a denoiser; see ``Denoiser.chain``."""
 
     def chain(
         self, gaussian: Tensor, edges: Tensor, times: Tensor, cond: Tensor, /

@@ -39,7 +39,7 @@ class Classifier(nn.Module):
 
 
 class _Last:
-    """What a segmenter found in the images that it saw last, by identity of the tensors that it was given."""
+    """A segmenter's results for its last images, by identity of the input tensors."""
 
     def __init__(self, segmenter: Segmenter) -> None:
         self.images: Tensor | None = None
@@ -251,7 +251,7 @@ Network = Segmenter | DualNetwork
 
 @dataclass(frozen=True)
 class NetworkFactory:
-    """How a method gets its networks: called once per independently initialised student."""
+    """The factory of a method's networks: called once per independently initialised student."""
 
     model: ModelConfig
     num_classes: int

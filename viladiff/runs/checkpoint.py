@@ -105,7 +105,7 @@ def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str,
 
 
 class _Hashing:
-    """What torch.save writes goes to the file and into the checksum, with no second copy in memory."""
+    """A file that hashes what torch.save writes, with no second copy in memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash, self.length = file, hashlib.sha256(), 0

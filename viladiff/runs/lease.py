@@ -46,7 +46,7 @@ _NAME = re.compile(r"lease-[0-9a-f]{32}\.json")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who works on a run, as its lease file says."""
+    """The process that works on a run, according to its lease file."""
 
     host: str
     machine: str

@@ -15,7 +15,7 @@ WEIGHTS = ("model.weights", "method.clip.weights")
 
 
 class Content(NamedTuple):
-    """What a run's name is a hash of."""
+    """The hashed content of a run's name."""
 
     core: int
     """``viladiff.runs.config.CORE_REVISION``."""

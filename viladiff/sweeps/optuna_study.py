@@ -39,7 +39,7 @@ class ForeignStudyError(ValueError):
 
 
 class OptunaStudy:
-    """Where points come from, and where values go."""
+    """The source of a sweep's points, and the receiver of their values."""
 
     def __init__(
         self,

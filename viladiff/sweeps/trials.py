@@ -28,7 +28,7 @@ FEWEST_DF = 3
 
 
 class Rung(BaseModel):
-    """What the first seed's run scored on its way."""
+    """An intermediate score of the first seed's run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

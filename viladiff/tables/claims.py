@@ -63,7 +63,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What records say of a claim, and what the paper's own numbers say."""
+    """The verdict on a claim, by records and by the paper's own numbers."""
 
     text: str
     verdict: Literal["holds", "fails", "not decided"]

@@ -13,7 +13,7 @@ Form = Literal["one_sided", "two_sided", "spread"]
 
 
 class Contrast(NamedTuple):
-    """Whether a sum of signed cells, compared at the same seeds, is above a limit.
+    """The claim that a sum of signed cells, compared at the same seeds, is above a limit.
 
     ``two_sided``: whether it is other than 0. ``spread``: whether the standard deviation between seeds is larger in the
     cells with sign + than in those with sign -, all columns taken together.

@@ -14,7 +14,7 @@ from viladiff.tables.plan import Plan, RunStore, fields_of
 
 
 class Estimate(NamedTuple):
-    """What finishing a plan takes."""
+    """The remaining cost of a plan."""
 
     cells: int
     runs: int

@@ -21,7 +21,7 @@ APART = 0.01
 
 
 class CellResidual(NamedTuple):
-    """What rows and seeds leave (a randomised block design), its variance taken as one for all cells."""
+    """The residual of rows and seeds (a randomised block design), with one variance for all cells."""
 
     sd: float
     df: int
@@ -34,7 +34,7 @@ class CellResidual(NamedTuple):
 
 
 class VarianceModel(NamedTuple):
-    """What is known of the variance between seeds."""
+    """The estimate of the variance between seeds."""
 
     pools: dict[tuple[str, str], CellResidual]
     """One for each reading of the networks, and each precision, by ``Sample.pool``; none where no residual is left."""

@@ -96,7 +96,7 @@ class Plan:
 
 
 class RunStore(Protocol):
-    """What is asked of a store."""
+    """The interface of a store that a plan reads."""
 
     def records(self) -> dict[str, RunRecord]: ...
 
@@ -108,7 +108,7 @@ class RunStore(Protocol):
 
 
 class _Kept(NamedTuple):
-    """What of a plan is worth a file; titles come from the table's present labels."""
+    """The cached part of a plan; titles come from the table's present labels."""
 
     cells: tuple[PlannedCell, ...]
     runs: tuple[PlannedRun, ...]

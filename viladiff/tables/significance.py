@@ -33,7 +33,7 @@ class Term(NamedTuple):
 
 
 class CellSample(NamedTuple):
-    """What was measured in a cell."""
+    """The scores of a cell."""
 
     values: tuple[float, ...]
     """Points, one a finished run."""

@@ -89,7 +89,7 @@ class Strict(Section):
 
 
 class Scale(Strict):
-    """What the paper's data sets become at one size of experiment."""
+    """The substitutes of the paper's data sets at one size of experiment."""
 
     datasets: dict[str, str] = Field(default_factory=dict)
     """The paper's data set to the one used here; empty uses the paper's own."""
@@ -175,7 +175,7 @@ class Claim(Strict):
 
 
 class Criterion(Strict):
-    """What runs of a scale with ``published_runs`` are to reach, measured against the published ones."""
+    """The goal of a scale's runs with ``published_runs``, relative to the published ones."""
 
     row: str = Field(min_length=1)
     """Label."""
@@ -188,7 +188,7 @@ class Criterion(Strict):
 
 
 class Gap(Strict):
-    """How far a row is on the way from one row to another, which pages print and no claim tests."""
+    """A row's position between two other rows, which pages print and no claim tests."""
 
     row: str = Field(min_length=1)
     """Label, and so of the others."""

@@ -12,7 +12,7 @@ LONGEST = 77
 
 
 class TextEncoder(Protocol):
-    """What the text bank asks of an encoder."""
+    """The interface of encoders that the text bank needs."""
 
     name: str
     fingerprint: str

@@ -24,7 +24,7 @@ class TrainingError(ValueError):
 
 
 class StopRequested(RuntimeError):  # noqa: N818 - a signal, as StopIteration is
-    """Whoever watches a run asked it to end early; its checkpoint is saved, and the same command goes on from it."""
+    """A request of the run's observer to end it early; its checkpoint is saved, and the same command resumes it."""
 
 
 class RunIdMismatchError(ValueError):

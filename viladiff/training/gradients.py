@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GradientShares:
-    """What is measured in a run of so many steps with ``runtime.gradient_shares``; nothing where that is 0."""
+    """The measurement of a run's gradient shares (``runtime.gradient_shares``); none if that is 0."""
 
     def __init__(self, cfg: RunConfig, method: Method, steps: int) -> None:
         self.each, self.name = cfg.runtime.gradient_shares, cfg.method.name

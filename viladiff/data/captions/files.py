@@ -41,7 +41,7 @@ class CaptionRow(NamedTuple):
 
 
 class CaptionFile(NamedTuple):
-    """What a file says."""
+    """The content of a caption file."""
 
     name: str
     """Of the file, without its folder."""

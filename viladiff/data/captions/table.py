@@ -42,7 +42,7 @@ _BEHIND = {"building": "in front of a building", "flowers": "in front of flowers
 
 @dataclass(frozen=True)
 class CaptionSource:
-    """Who wrote captions, and how reliably: per image, both prompts share what was noticed."""
+    """The captioner and its error rates: per image, both prompts share what was noticed."""
 
     name: str
     recall: float

@@ -46,7 +46,7 @@ _unkept: dict[Path, Known] = {}
 
 
 class MaskFacts(NamedTuple):
-    """What a check of a mask finds."""
+    """The results of checking a mask."""
 
     shape: tuple[int, int]
     """(height, width)."""
@@ -55,7 +55,7 @@ class MaskFacts(NamedTuple):
 
 
 class Contents:
-    """What is known of the files below one root."""
+    """The stored facts of the files below one root."""
 
     def __init__(self, root: Path) -> None:
         self.root, self._cut = root, len(os.fspath(root)) + 1

@@ -49,7 +49,7 @@ _TURNED = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class PaletteEncoding:
-    """Which class each colour of a mask stands for."""
+    """The class of each colour of a mask."""
 
     rgb: tuple[tuple[int, int, int], ...]
     labels: tuple[int, ...]
@@ -79,7 +79,7 @@ class PaletteEncoding:
 
 @dataclass(frozen=True)
 class IdEncoding:
-    """Which class each number of a mask stands for, where not every number is allowed or it is not the class itself."""
+    """The class of each number of a mask, if some numbers are not allowed or are not the class itself."""
 
     numbers: tuple[int, ...]
     """From 0 to 255."""

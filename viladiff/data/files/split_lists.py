@@ -18,7 +18,7 @@ VALIDATION = ("{}/val.txt", "val.txt")
 
 
 class Wanted(NamedTuple):
-    """Which published list is asked for."""
+    """The key of a published list."""
 
     dataset: str
     family: str
@@ -49,7 +49,7 @@ def numbered(path: Path) -> list[tuple[int, str]]:
 
 
 class ListLine(NamedTuple):
-    """What a list says of an image besides its name."""
+    """A list's entry for an image besides its name."""
 
     number: int
     """In the file, from 1."""
@@ -129,7 +129,7 @@ def find_list(directory: Path, patterns: Sequence[str], names: Sequence[str]) ->
 
 
 class Places(NamedTuple):
-    """Where the lists of a split are; none for one that there is not."""
+    """The files of a split's lists; None for a missing one."""
 
     labelled: Path | None
     unlabelled: Path | None

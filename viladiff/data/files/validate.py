@@ -53,7 +53,7 @@ class DataProblem(NamedTuple):
 
 
 class ImageReport(NamedTuple):
-    """What one image and its mask hold."""
+    """The content of one image and its mask."""
 
     size: tuple[int, int] | None
     """(height, width) of the image; None where it cannot be read."""

@@ -19,7 +19,7 @@ Range = tuple[float, float]
 
 
 class Window(NamedTuple):
-    """Which part of a resized image a square crop shows; all in pixels."""
+    """The part of a resized image in a square crop; all in pixels."""
 
     source: tuple[int, int]
     """Height and width before the resize."""

@@ -81,7 +81,7 @@ def spread_maps(maps: Tensor, a: Tensor) -> Tensor:
 
 
 class Tagged(NamedTuple):
-    """What a mask says of the whole picture."""
+    """The image tags of a mask."""
 
     present: Tensor
     """(B, C - 1) float, 1 for a foreground class with a pixel in it."""

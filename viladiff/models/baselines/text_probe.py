@@ -22,7 +22,7 @@ from viladiff.models.vila import prepend_null_token
 
 
 class ProbeConfig(Section):
-    """What stands between the encoder's last tokens and the masks."""
+    """The layers between the encoder's last tokens and the masks."""
 
     text: bool = True
     """Whether there is a cross-attention to the caption at all; with ``data.captions=none`` it reads a null token."""

@@ -30,7 +30,7 @@ class TermChart(NamedTuple):
 
 
 class GradientSection(NamedTuple):
-    """What the page shows."""
+    """The values of the page's section."""
 
     charts: tuple[TermChart, ...]
     legend: tuple[tuple[str, str], ...]

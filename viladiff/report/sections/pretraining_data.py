@@ -13,7 +13,7 @@ from viladiff.runs.record import RunRecord
 
 
 class Known(NamedTuple):
-    """What models of some name saw."""
+    """The pretraining data of models whose name matches."""
 
     pattern: str
     """Of their names, in lower case."""

@@ -233,7 +233,7 @@ def table_parts(results: Results) -> list[str]:
 
 
 class Agreement(NamedTuple):
-    """How far the measured order of rows is the printed one."""
+    """The agreement of the measured order of rows with the printed one."""
 
     column: str
     tau: float | None

@@ -177,7 +177,7 @@ def _place(value: float, reach: tuple[float, float]) -> float:
 
 @dataclass(frozen=True)
 class Forest:
-    """Where a comparison's interval and difference lie on the track, in percent of its width."""
+    """The positions of a comparison's interval and difference on the track, in percent of its width."""
 
     left: float
     right: float

@@ -34,7 +34,7 @@ FILES = ("config.json", "preprocessor_config.json or processor_config.json", "to
 
 
 class CaptionerSpec(NamedTuple):
-    """Which model, with what; all that decides a caption but the image."""
+    """The model and its prompts; all that decides a caption but the image."""
 
     directory: str
     model: str

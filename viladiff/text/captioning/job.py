@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 
 
 class CaptioningJob(NamedTuple):
-    """What is to be captioned, by whom, into which file."""
+    """The images, the model and the output file of a captioning job."""
 
     dataset: str
     """An embedded data set; empty where the pictures are files."""
@@ -53,7 +53,7 @@ class CaptioningJob(NamedTuple):
 
 
 class State(NamedTuple):
-    """How far a job is."""
+    """The progress of a job."""
 
     rows: pa.Table
     """All that is done, failures left out."""
