@@ -187,7 +187,7 @@ def test_a_table_of_the_papers_has_no_such_section(tmp_path: Path) -> None:
     assert (
         design_choices.build_choices(tables.collect_results(plan, store), evaluate_claims(plan, store.records())) == []
     )
-    assert design_choices.answer([]) == "" and design_choices.to_markdown([]) == []
+    assert design_choices.answer([]) == "" and design_choices.choices_markdown([]) == []
 
 
 class Text(HTMLParser):
@@ -241,7 +241,7 @@ def test_rows_that_wait_have_a_dash_a_reason_and_no_run(tmp_path: Path) -> None:
     assert results.counts() == {"missing": 2, "done": 10}, (
         "unique runs; the row that waits has none, streams share theirs"
     )
-    lines = [line for line in long_form.long(results) if line["row"] == "late"]
+    lines = [line for line in long_form.to_rows(results) if line["row"] == "late"]
     assert {(line["state"], line["run_id"], line["miou"]) for line in lines} == {("unavailable", "", None)}
     assert [reason for reason in exports.reasons(results) if "not available" in reason] == [
         "not available: method.clip.weights is not given: row 5"
