@@ -47,7 +47,7 @@ def square(label: int, inside: int) -> np.ndarray:
 
 
 def test_classes_are_the_80_things_in_order_of_category() -> None:
-    """torchvision has the same table, gaps and all."""
+    """The same as torchvision's table, gaps and all."""
     names = {number: name for number, name in enumerate(_COCO_CATEGORIES) if name not in ("__background__", "N/A")}
     assert dict(zip(CATEGORY_IDS, CLASS_NAMES[1:], strict=True)) == names
     assert (CLASS_NAMES[0], len(CLASS_NAMES), CATEGORY_IDS[0], CATEGORY_IDS[-1]) == ("background", 81, 1, 90)

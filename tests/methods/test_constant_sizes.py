@@ -309,7 +309,7 @@ def test_pseudoseg_soft_labels_and_their_pull(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_corrmatch_scores_by_correlation_over_logits() -> None:
-    """r = z A with A = softmax(f1^T f2 / sqrt(K)), at 41 x 41 tokens of a crop of 321, K = 21, 256 channels."""
+    """Compare r = z A with A = softmax(f1^T f2 / sqrt(K)), at 41 x 41 tokens of a crop of 321, K = 21, 256 channels."""
     torch.manual_seed(0)
     width = CorrMatchConfig().width
     head = Correlation(64, width, 21)

@@ -1,4 +1,4 @@
-"""What every command shares: arguments in any order, and errors as lines with an exit status."""
+"""Shared parts of all commands: arguments in any order, errors as lines with an exit status."""
 
 from __future__ import annotations
 

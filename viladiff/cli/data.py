@@ -1,6 +1,6 @@
-"""The command ``viladiff data``: look at images and masks, deal them into lists, make what data sets lack.
+"""The command ``viladiff data``: validate images and masks, split them into lists, make missing files.
 
-Only the standard library is loaded until a command is carried out.
+Only the standard library is loaded until a command is executed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHOWN = 20
 
 
 def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``data`` and its actions to the subparsers of ``viladiff``."""
+    """Add ``data`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "check and split images and masks, or render the embedded data sets"
     data = commands.add_parser("data", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
@@ -93,7 +93,7 @@ def _check(args: argparse.Namespace) -> int:
     from viladiff.report.dataset_page import write_page
 
     with _bar("reading images", args.quiet) as advance:
-        report = check(args.root, args.split_dir, args.processes, advance, not args.shifted)
+        report = validate_dataset(args.root, args.split_dir, args.processes, advance, not args.shifted)
     page = write_page(report, Path(args.out).expanduser(), f"viladiff data check {args.root}")
     _say(report)
     print(f"\n{page}")
@@ -163,7 +163,7 @@ def _render(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _bar(title: str, quiet: bool) -> Iterator[Advance]:
-    """Counts images on a terminal's stderr; elsewhere, and where it is not wanted, nothing is shown."""
+    """Count images on stderr if it is a terminal; show nothing otherwise or if ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, of: None
         return

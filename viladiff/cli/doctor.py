@@ -1,4 +1,4 @@
-"""What ``viladiff doctor`` looks at: each check says what it found and, where that is trouble, how to mend it.
+"""The command ``viladiff doctor``: checks of the installation, each with a finding and, for a problem, its fix.
 
 Nothing is rendered, trained or started: a check reads, and at most writes one empty file and removes it.
 """
@@ -92,7 +92,7 @@ def _torch() -> Iterator[Check]:
 
 
 def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
-    """Whether ``directory``, or the first parent of it that exists, has room and can be written to."""
+    """Check that ``directory``, or the first parent of it that exists, has space and is writable."""
     there = directory.absolute()
     while not there.exists():
         there = there.parent
@@ -114,7 +114,7 @@ def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
 
 
 def _cached(directory: Path) -> Iterator[Check]:
-    """The embedded data sets that are rendered: whether every file is complete and unaltered."""
+    """Check that every file of the rendered embedded data sets is complete and unaltered."""
     from viladiff.data.cache import open_checked
     from viladiff.data.sources.digits import VARIANTS, variant_fingerprint
 

@@ -1,4 +1,4 @@
-"""The command ``viladiff``: arguments in, one function call, text out. torch is imported after the arguments are read.
+"""The command ``viladiff``: the parser of all subcommands. torch is imported after the arguments are parsed.
 
 Exit status: 0 done, 1 a check failed, 2 the request cannot be carried out, 130 interrupted.
 """
@@ -127,7 +127,7 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """What can be done with a trained network."""
+    """Add the commands that use a trained network."""
     raw = argparse.RawDescriptionHelpFormatter
     evaluate = commands.add_parser("evaluate", help="evaluate the networks of a finished run", formatter_class=raw)
     evaluate.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
@@ -176,7 +176,7 @@ def _add_runtime(command: argparse.ArgumentParser) -> None:
 
 
 def _changes(args: argparse.Namespace) -> dict[str, object]:
-    """The fields and the flags that stand for fields, as one flat map; a field given in both ways is refused."""
+    """Return fields and the flags that stand for fields as one flat map; refuse a field that is set in both ways."""
     from viladiff.runs.config import parse_overrides
 
     flags = {name: getattr(args, name, None) for name in ("runs_dir", "device", "workers", "threads", "captions")}
@@ -240,7 +240,7 @@ def _cost(directory: str) -> dict[str, str]:
 
     model = load_model(directory)
     found = costs(model.network, model.crop, text_dim(model.network.state_dict()))
-    return table(found, model.crop, model.device)
+    return cost_facts(found, model.crop, model.device)
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -369,7 +369,7 @@ def _print_facts(facts: dict[str, Any], title: str = "") -> None:
 
 
 def _text(value: object) -> str:
-    """A value as it would be typed back in."""
+    """Return a value as it is typed on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""``viladiff methods``: what each method is, what it asks of the data, what it keeps, and what its step costs."""
+"""The command ``viladiff methods``: each method's paper, views, state and cost of a step."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def _row(name: str, method: type[Method]) -> dict[str, Any]:
 
 
 def _declared(one: PublishedSetting) -> dict[str, Any]:
-    """Without what is empty."""
+    """Return the setting's entries that are not empty."""
     lists = {"datasets": list(one.datasets), "splits": list(one.splits), "families": list(one.families)}
     rest = {"given": dict(one.given), "fields": dict(one.fields), "not_available": one.not_available}
     return {name: value for name, value in {**lists, **rest, "source": one.source}.items() if value}
 
 
 def needs(views: Views) -> str:
-    """What the data layer makes for a step, in words."""
+    """Describe the views that the data layer makes for a step."""
     parts = ["labelled"]
     parts += ["labelled in colours"] if views.strong_labelled else []
     parts += [f"{count} {kind}" for kind, count in (("weak", views.weak), ("strong", views.strong)) if count]
@@ -52,7 +52,7 @@ def needs(views: Views) -> str:
 
 
 def written(passes: StepCost) -> str:
-    """Passes of a batch: forward f and backward b through everything, and df, db through a decoder alone."""
+    """Format the passes of a batch: f and b through the whole network, df and db through a decoder alone."""
     found = [(passes.forward, "f"), (passes.backward, "b"), (passes.decoder_forward, "df")]
     text = " + ".join(f"{count}{kind}" for count, kind in [*found, (passes.decoder_backward, "db")] if count)
     return f"{text}; {passes.beside}" if passes.beside else text
@@ -73,7 +73,7 @@ def published_lines(method: type[Method]) -> list[str]:
 def format_methods(as_json: bool, width: int | None, name: str | None = None) -> str:
     """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
 
-    With ``name`` that method's alone, and what its publication sets. Raises ConfigError for an unknown one.
+    With ``name``, return that method alone with its published settings. Raises ConfigError for an unknown name.
     """
     if name is not None and name not in METHODS:
         raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{did_you_mean(name, METHODS)}")

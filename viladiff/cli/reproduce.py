@@ -1,4 +1,4 @@
-"""Command line of ``make reproduce``."""
+"""The command line of ``make reproduce``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The command ``viladiff runs``: what has been run, whether it is sound, and what of it to send or throw away.
+"""The command ``viladiff runs``: list, show, verify, export, import and clean up runs.
 
-Only the standard library is loaded until a command is carried out, and torch only by ``verify`` and ``import``.
+Only the standard library is loaded until a command is executed, and torch only by ``verify`` and ``import``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATES = ("done", "running", "failed", "begun", "damaged")
 
 
 def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``runs`` and its actions to the subparsers of ``viladiff``."""
+    """Add ``runs`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "list, show, compare, verify, export and clean up runs"
     runs = commands.add_parser("runs", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)

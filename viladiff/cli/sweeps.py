@@ -1,4 +1,4 @@
-"""The options of a sweep's command, the same from its script and from ``viladiff sweep``."""
+"""The command of a sweep, with the same options from its script and from ``viladiff sweep``."""
 
 from __future__ import annotations
 

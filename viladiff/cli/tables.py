@@ -1,4 +1,4 @@
-"""The options of a table's command, the same from its script and from ``viladiff table``."""
+"""The command of a table, with the same options from its script and from ``viladiff table``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None)
 
 
 def _said(program: str) -> str:
-    """The program as it would be typed, without where this machine keeps it."""
+    """Return the program as it is typed, without this machine's paths."""
     from viladiff.experiments.tables import ROOT
 
     path = Path(program).absolute()

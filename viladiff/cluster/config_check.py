@@ -26,9 +26,9 @@ from viladiff.core.checks import Check
 
 
 def examine_cluster(file: str | Path) -> list[Check]:
-    """A line for each rule, and one for each fault against it; raises OSError where the file cannot be read.
+    """Return a line for each rule, and one for each violation. Raises OSError if the file cannot be read.
 
-    Later rules are looked at only if Ray itself accepts the file, since they rely on its shape.
+    Later rules are checked only if Ray itself accepts the file, since they rely on its structure.
     """
     path = Path(file)
     text = path.read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def _said(cluster: Cluster, name: str, faults: list[ConfigProblem]) -> Iterator[
 
 
 def _repeated(node: yaml.Node | None, keys: Keys, lines: dict[Keys, int]) -> Iterator[Keys]:
-    """Notes the line of each key, and yields keys that stand twice in one mapping."""
+    """Record the line of each key, and yield keys that stand twice in one mapping."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = (*keys, str(key.value))
@@ -89,7 +89,7 @@ def _repeated(node: yaml.Node | None, keys: Keys, lines: dict[Keys, int]) -> Ite
 
 
 def _schema(raw: dict[str, Any]) -> Iterator[ConfigProblem]:
-    """What Ray's schema says, each key by its place; a mistyped key with the nearest that exists."""
+    """Yield the errors of Ray's schema by key; a mistyped key with the nearest that exists."""
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
     for error in jsonschema.Draft7Validator(schema).iter_errors(raw):
         keys = tuple(error.absolute_path)

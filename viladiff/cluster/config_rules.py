@@ -57,7 +57,9 @@ class Cluster(NamedTuple):
         return {name: kind for name, kind in types.items() if name != self.raw.get("head_node_type")}
 
     def setups(self) -> dict[Keys, list[str]]:
-        """The set-up commands of each kind of node, by the key to mend; a node type's own replace all common ones."""
+        """Return the set-up commands of each kind of node, by the key to edit; a node type's own replace all common
+        ones.
+        """
         own = {
             name: kind["worker_setup_commands"]
             for name, kind in self.workers.items()
@@ -356,7 +358,7 @@ def _ssh(cluster: Cluster) -> Iterator[ConfigProblem]:
 
 
 def _shared(cluster: Cluster) -> Iterator[ConfigProblem]:
-    """A worker's own disk goes with the worker, and the runs on it with the disk."""
+    """Yield a problem for storage on a worker's own disk, which is lost with the worker, together with its runs."""
     commands = [command for found in cluster.setups().values() for command in found]
     commands += cluster.ready.get("worker_start_ray_commands", [])
     if cluster.provider != "local" and not any(re.search(r"\b(mount|mount\.\w+|s3fs|gcsfuse)\s", c) for c in commands):

@@ -1,4 +1,4 @@
-"""The group of one machine's workers of a run: they meet in a file; Ray Train would open a port to all networks."""
+"""The process group of a run's workers on one machine: they meet in a file, not on a network port."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Mechanics under the configuration: fields by dotted path, text read by a field's type, errors in the project's words.
+"""Base class and helpers of the configuration: fields by dotted path, parsing of text, error messages.
 
-Nothing here knows a field by name; ``viladiff.runs.config`` says which fields there are.
+Nothing here knows a field by name; ``viladiff.runs.config`` defines the fields.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FieldHelp(NamedTuple):
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, str]:
-    """``["a.b=1"]`` as {"a.b": "1"}; raises ConfigError for a word without "=" and for a field given twice."""
+    """Parse ``["a.b=1"]`` to {"a.b": "1"}. Raises ConfigError for a word without "=" and for a repeated field."""
     found: dict[str, str] = {}
     for word in words:
         path, sign, text = word.partition("=")
@@ -60,7 +60,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, str]:
 
 
 def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every field that holds a value rather than a section, by dotted path."""
+    """Return every field that holds a value rather than a section, by dotted path."""
     found: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
@@ -81,7 +81,7 @@ def iter_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, obj
 
 
 def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}."""
+    """Convert {"a.b": 1} to {"a": {"b": 1}}."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *sections, leaf = path.split(".")
@@ -93,8 +93,10 @@ def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
 
 
 def coerce(section: type[BaseModel], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """``given`` with text read by each field's type and lists made tuples; raises ConfigError for a bool that is a
-    number or a number that is a bool, which pydantic would let pass. Unknown names are left for validation."""
+    """Convert ``given``: parse text by each field's type, make lists tuples; unknown names are left for validation.
+
+    Raises ConfigError for a bool that is a number or a number that is a bool, which pydantic would accept.
+    """
     out: dict[str, Any] = {}
     for name, value in given.items():
         info = section.model_fields.get(name)
@@ -109,9 +111,9 @@ def coerce(section: type[BaseModel], given: Mapping[str, Any], prefix: str) -> d
 
 
 def parse(text: str, kind: Any) -> Any:
-    """The value that command-line text means for a field of type ``kind``: "183" stays text where text is wanted.
+    """Convert command-line text to a value of type ``kind``; "183" stays text where text is expected.
 
-    "0.8,1.25" is a tuple, "none" nothing where that is allowed. Text that does not fit is returned as it is, so that
+    "0.8,1.25" is a tuple, "none" is None where None is allowed. Text that does not fit is returned unchanged, so that
     validation can name it.
     """
     origin, args = get_origin(kind), get_args(kind)
@@ -137,13 +139,13 @@ def parse(text: str, kind: Any) -> Any:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
+    """Return ``; did you mean 'x'?`` for the known name most like ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def unknown_field(path: str, known: Collection[str]) -> str:
-    """The sentence for a path that names no field: its new name, or the nearest one and what the section offers."""
+    """Return the error for a path that names no field: its new name, or the nearest one and the section's fields."""
     if path in renamed.FIELDS:
         return f"{path}: renamed; write {renamed.FIELDS[path]}"
     inside = [name for name in known if name.startswith(path + ".")]
@@ -164,9 +166,9 @@ def unknown_field(path: str, known: Collection[str]) -> str:
 
 
 def format_errors(error: ValidationError, known: Collection[str], tagged: Collection[str]) -> str:
-    """One line per fault: dotted field, value, what is allowed.
+    """Return one line per error: dotted field, value, allowed values.
 
-    ``tagged``: sections chosen by a tag, which pydantic puts into the location and the reader never wrote.
+    ``tagged``: sections chosen by a tag, which pydantic puts into the location although the user never wrote it.
     """
     lines = []
     for item in error.errors(include_url=False):
@@ -180,7 +182,7 @@ def format_errors(error: ValidationError, known: Collection[str], tagged: Collec
 
 @cache
 def field_docs(section: type[BaseModel]) -> dict[str, str]:
-    """The string under each field of a section, as written in its source; fields without one are absent."""
+    """Return the docstring of each field of a section, read from its source; fields without one are absent."""
     found: dict[str, str] = {}
     for cls in reversed(section.__mro__):
         if not (issubclass(cls, BaseModel) and cls is not BaseModel):
@@ -206,7 +208,7 @@ def describe_fields(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]
 
 
 def format_type(kind: Any) -> str:
-    """A type as a person writes it: ``poly | cosine``, ``int | none``, ``float, float``."""
+    """Format a type for people: ``poly | cosine``, ``int | none``, ``float, float``."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " | ".join(str(choice) for choice in args)

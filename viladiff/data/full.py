@@ -1,4 +1,4 @@
-"""What unlabelled images could be worth at best: the split under which every training image with a mask is labelled."""
+"""The split ``all``, in which every training image with a mask is labelled: an upper bound for unlabelled images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST = {"digits": "1464", "dense": "1849", "cityscapes": "1488", "coco": "369
 
 
 def base_split(name: str, split: str, family: str = "") -> str:
-    """The list that a reader has to open for a split: another one for ``all``, on any data set but ``folder``."""
+    """Return the list that a reader opens for a split: another one for ``all``, on any data set but ``folder``."""
     if split != ALL or name == "folder":
         return split
     if name == "voc":
@@ -29,7 +29,7 @@ def base_split(name: str, split: str, family: str = "") -> str:
 
 
 def label_all(dataset: Dataset) -> Dataset:
-    """The data set with labels for all images of its pool; of images in files, those whose mask is there."""
+    """Return the data set with labels for all images of its pool; for images in files, those with a mask."""
     files = dataset.files
     able = np.array([files is None or _has_mask(files, i) for i in dataset.unlabelled], bool)
     added = dataset.unlabelled[able]

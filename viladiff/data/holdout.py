@@ -1,4 +1,4 @@
-"""Runs are chosen between on labelled images that none of them trained on, so that the reported set stays unseen."""
+"""Labelled images held out of training, to choose between runs without the reported set."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Subset:
 
 
 def hold_out(dataset: Dataset, share: float, scored: bool) -> Dataset:
-    """The data set with ``share`` of its labelled list taken out of training, from both roles.
+    """Return the data set with ``share`` of its labelled list removed from training, labelled and unlabelled.
 
-    The same images for every run on that list. ``scored``: they take the place of the validation images. Raises
-    ValueError where the list is too short.
+    The images are the same for every run on that list. ``scored``: they replace the validation images. Raises
+    ValueError if the list is too short.
     """
     held = dataset.labelled[choose_holdout(_present(dataset), share, dataset.name)]
     if len(held) == 0:
@@ -55,9 +55,9 @@ def hold_out(dataset: Dataset, share: float, scored: bool) -> Dataset:
 
 
 def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
-    """The labelled list without one image in ``period``, and those; the same ones for every run on that list.
+    """Split the labelled list into all but one image in ``period``, and those; equal for every run on that list.
 
-    For a method that leaves labelled images out of its supervised loss. ValueError where the list is too short.
+    For a method that leaves labelled images out of its supervised loss. Raises ValueError if the list is too short.
     """
     held = dataset.labelled[choose_holdout(_present(dataset), 1 / period, dataset.name, "set apart")]
     if len(held) == 0:
@@ -72,8 +72,8 @@ def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
 def choose_holdout(present: np.ndarray, share: float, *key: keyed_random.Part) -> np.ndarray:
     """Sorted places, about ``share`` of n, in an order drawn by ``key``; rare classes are seen to first.
 
-    present: (n, C) bool, which classes each labelled image shows. No class leaves training altogether, and each class
-    that two images show is shown by one held out, as far as ``share`` allows.
+    present: (n, C) bool, the classes of each labelled image. No class leaves training altogether, and each class that
+    two images show is shown by one held out, as far as ``share`` allows.
     """
     wanted = max(1, round(share * len(present)))
     left = present.sum(0)
@@ -105,7 +105,7 @@ def _present(dataset: Dataset) -> np.ndarray:
 
 
 def _counts(dataset: Dataset, index: int) -> np.ndarray:
-    """(256,) pixels by label of a labelled image."""
+    """Return (256,) pixels by label of a labelled image."""
     if dataset.contents is None:
         return np.bincount(dataset.target(index).ravel(), minlength=256)
     coding = getattr(dataset.masks, "coding", None)

@@ -1,4 +1,4 @@
-"""The labelled lists of one data set are prefixes of a single permutation, so a larger split only ever adds images."""
+"""Labelled lists of the embedded data: prefixes of one permutation, so that a larger split only adds images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ VISIBLE = 12
 
 
 def nearest(name: str, allowed: tuple[str, ...]) -> str:
-    """The end of an error message: what is allowed, and the closest of it where one is close."""
+    """Return the end of an error message: the allowed values and the closest one, if any is close."""
     close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     return f"allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def classes_present(masks: np.ndarray, num_classes: int, least: int = VISIBLE) -> np.ndarray:
-    """(N, C) bool from (N, H, W) masks: whether at least ``least`` pixels of the image have the class."""
+    """Return (N, C) bool from (N, H, W) masks: whether at least ``least`` pixels of the image have the class."""
     flat = masks.reshape(len(masks), -1)
     return np.stack([np.count_nonzero(flat == c, axis=1) >= least for c in range(num_classes)], axis=1)
 
 
 def split_size(dataset: str, split: str, pool: int) -> int:
-    """Labelled images of a published split. Raises ValueError for one that is unknown or larger than the pool."""
+    """Return the labelled images of a published split. Raises ValueError if unknown or larger than the pool."""
     allowed = SPLITS[dataset]
     if split.isascii() and split.isdigit() and int(split) > pool:
         raise ValueError(
@@ -46,10 +46,10 @@ def split_size(dataset: str, split: str, pool: int) -> int:
 
 
 def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -> np.ndarray:
-    """(N,) int64 permutation of the pool whose first images show every class; ``None`` is the published order.
+    """Return (N,) int64 permutation of the pool whose first images show every class; ``None`` is the published order.
 
     present: (N, C) bool. At most C images move to the front: for each class in turn that the ones moved do not show
-    yet, the first in the drawn order that does. Raises ValueError where a class is in no image.
+    yet, the first in the drawn order that does. Raises ValueError if a class is in no image.
     """
     drawn = keyed_random.numpy_generator("split", dataset, "published" if seed is None else seed).permutation(
         len(present)
@@ -65,12 +65,12 @@ def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -
 
 
 def resample(lists: Lists, masked: Container[str], seed: int, shows: Callable[[str], np.ndarray]) -> Lists:
-    """As many labelled images as the list has, drawn from the pool: all images of both lists that have a mask.
+    """Draw as many labelled images as the list has from the pool: all images of both lists that have a mask.
 
-    shows: (C,) bool, which classes the mask of an image of the pool shows. One that shows none is passed over. Where
-    the draw lacks a class, the first image further on in the drawn order that shows it takes the place of the last one
-    that can be spared, so that with as many images as classes every class of the pool is labelled. Masks are looked at
-    in the drawn order and no further than that takes. ValueError where too few show a class.
+    shows: (C,) bool, the classes in the mask of an image of the pool. An image without any is skipped. If the draw
+    lacks a class, the next image in the drawn order that shows it replaces the last one that can be spared, so that
+    with as many images as classes every class of the pool is labelled. Masks are read in the drawn order and no further
+    than needed. Raises ValueError if too few show a class.
     """
     pool = sorted((*lists.labelled, *lists.unlabelled))
     able, size = [name for name in pool if name in masked], len(lists.labelled)

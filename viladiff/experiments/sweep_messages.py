@@ -1,4 +1,4 @@
-"""What a sweep's command says: a trial in a line, what would run, what came out and how to make it again."""
+"""Messages of a sweep's command: dry run, finished trials, conclusion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from viladiff.tables.spec import OWN_LISTS
 
 
 def line(trial: Trial, full: int) -> str:
-    """A trial that has ended, in one line."""
+    """Format a finished trial as one line."""
     point = ", ".join(f"{path.rpartition('.')[2]} = {_short(value)}" for path, value in trial.point.items())
     if trial.value is not None:
         what = f"{100 * trial.value:.2f} over {len(trial.values)} seed{'s' * (len(trial.values) != 1)}"
@@ -65,7 +65,7 @@ def dry_run_lines(job: SweepJob) -> list[str]:
 
 
 def _seconds(job: SweepJob, example: PlannedRun) -> float | None:
-    """Median seconds a step of runs of the same method and data set that the store has."""
+    """Return the median seconds a step of the store's runs of the same method and data set."""
     kind = ("method.name", "data.dataset")
     found = sorted(
         record.train_seconds / record.steps
@@ -76,7 +76,7 @@ def _seconds(job: SweepJob, example: PlannedRun) -> float | None:
 
 
 def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[str]:
-    """What came out, and how to make it again."""
+    """Describe the outcome and how to reproduce it."""
     states = {state: sum(trial.state == state for trial in trials) for state in ("complete", "pruned", "failed")}
     counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     lines = ["", f"{len(trials)} of {job.trials} trials: {counts or 'none ended'}"]
@@ -96,6 +96,6 @@ def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]
 
 
 def again(job: SweepJob, trial: Trial) -> str:
-    """The command that trains a trial's first run again."""
+    """Return the command that trains a trial's first run again."""
     run = job.namer.planned(trial.point, int(trial.seeds[0]))
     return train_command(run.changed, run.threads)

@@ -1,4 +1,4 @@
-"""From a sweep's file to its answer: search, the best points anew on fresh seeds, verdict. Ray and torch come late."""
+"""A sweep from its file to its verdict: search, finals on fresh seeds. Ray and torch are imported late."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from viladiff.sweeps.trials import Trial, load_trials, ranked
 
 
 def find_sweep(name: str) -> Path:
-    """The file of a sweep, by name or by path. ValueError lists those there are."""
+    """Return the file of a sweep, by name or path. Raises ValueError that lists the existing ones."""
     path = Path(name) if name.endswith(".toml") else ROOT / "tune" / f"sweep_{name}.toml"
     if path.is_file():
         return path
@@ -39,8 +39,8 @@ def find_sweep(name: str) -> Path:
     raise ValueError(f"sweep {name!r}: unknown; {there}, or the path of a .toml file")
 
 
-def run(path: Path, args: argparse.Namespace, command: str) -> int:
-    """Searches, trains the best anew, says; the exit status: 0 all done, 1 it was given up, 130 interrupted."""
+def run_sweep(path: Path, args: argparse.Namespace, command: str) -> int:
+    """Search, retrain the best points, print the result; return the exit status: 0, 1 given up, 130 interrupted."""
     job = prepare(path, args)
     if args.dry_run:
         print("\n".join(dry_run_lines(job)))
@@ -56,7 +56,7 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
 
 
 def _search(job: SweepJob, command: str, lease: Lease) -> int:
-    """The sweep from where it is to its end, with a page that is rewritten on the way."""
+    """Resume the sweep and run it to its end, rewriting its page on the way."""
     load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
     pages = PageWriter(lambda: write_sweep_page(job, load(), command, resting=False))
     desk = _desk(job, lease.check, pages.dirty.set)
@@ -77,7 +77,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
 
 
 def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
-    """Says what came out; 0."""
+    """Print the result and return 0."""
     print("\n".join(conclusion(job, trials, finalists(job.sweep, trials, job.namer))))
     print(f"\npage: {index}")
     return 0
@@ -86,7 +86,7 @@ def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
 def _desk(
     job: SweepJob, held: Callable[[], None] = lambda: None, changed: Callable[[], object] = lambda: None
 ) -> TrialQueue:
-    """The sweep as it was left; ``held`` as Search has it, ``changed`` when there is something new for its page."""
+    """Restore the sweep's queue; ``held`` as in SweepController, ``changed`` is called when its page is out of date."""
     args, found = job.args, job.room
     if found.note:
         print(found.note)
@@ -129,7 +129,7 @@ def _desk(
 
 
 def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
-    """The runs of the finalists that are not done."""
+    """Return the finalists' runs that are not done."""
     found = finalists(job.sweep, search.trials, job.namer)
     left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
     if left:
@@ -138,7 +138,7 @@ def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
 
 
 def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
-    """Whether a run of a finalist failed, which is said."""
+    """Return whether a run of a finalist failed, and print it."""
     failed = False
     for seed, run in finalist.runs.items():
         outcome = desk.outcomes.get(run.run_id)

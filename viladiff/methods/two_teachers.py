@@ -1,4 +1,4 @@
-"""What PS-MT and SwiTh share: two teachers that take turns, each a moving average of the one student."""
+"""Teachers that take turns, each a moving average of the one student, for PS-MT and SwiTh."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class TwoTeachers(Method):
 
 
 def turn_length(step: Step, period: float) -> float:
-    """Steps of a turn, which is ``period``, a share of training, and at least two steps.
+    """Return the steps of a teacher's turn: ``period``, a share of training, and at least two steps.
 
-    Published code says epochs, whose length is that of a data set. The first step does not know how long the run is: 2.
+    Published code counts epochs, whose length depends on the data set. At the first step the run's length is unknown:
+    2.
     """
     return max(2.0, period * step.index / step.progress) if step.index else 2.0
 
 
 def turn(step: Step, period: float, ahead: int = 0) -> tuple[int, int]:
-    """Which turn the step ``ahead`` of this one falls into, from 0, and how many of the turn's steps came before it.
+    """Return the number of the turn of the step ``ahead`` of this one, from 0, and the turn's steps before it.
 
-    The first step does not know how long the run is, and need not.
+    At the first step the run's length is unknown and not needed.
     """
     index = step.index + ahead
     if step.index == 0:

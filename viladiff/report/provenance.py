@@ -1,4 +1,4 @@
-"""Where every number of a table comes from, and what differs between its runs although it should not."""
+"""Provenance of a table's numbers, and unintended differences between its runs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _revision(record: RunRecord) -> str:
 
 
 def labelled_list(record: RunRecord) -> str:
-    """Which labelled images a run had."""
+    """Describe the labelled list of a run."""
     drawn = record.config.get("data.split_seed")
     if drawn is None:
         return "one for all seeds"
@@ -75,7 +75,7 @@ def labelled_list(record: RunRecord) -> str:
 
 
 def captions(record: RunRecord) -> str:
-    """What the record says of its captions, and whether a control exchanged them."""
+    """Describe the record's captions, and the control that replaced them, if any."""
     kind, on = record.config.get("data.captions", "own"), record.config.get("data.captions_on", "both")
     said = record.captions if kind in ("own", None) else f"{kind}: {record.captions}"
     return said if on in ("both", None) else f"{said}, on {on} images alone"
@@ -109,7 +109,7 @@ def shared_facts(records: Sequence[RunRecord]) -> list[Fact]:
 
 
 def spent(records: Sequence[RunRecord]) -> dict[str, str]:
-    """Time and memory of all runs together."""
+    """Return time and memory of all runs together."""
     walls = [record.wall_seconds for record in records if record.wall_seconds is not None]
     peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     unknown = len(records) - len(walls)
@@ -127,7 +127,7 @@ def _fact(name: str, values: Iterable[object], one: bool) -> Fact:
 
 
 def duration(seconds: float | None) -> str:
-    """``2 h 5 min``, ``3 min 20 s``, ``8 s``; a dash for what is not known."""
+    """Format seconds: ``2 h 5 min``, ``3 min 20 s``, ``8 s``; a dash if unknown."""
     if seconds is None:
         return "—"
     whole = round(seconds)
@@ -148,7 +148,7 @@ class Origin:
 
 
 def origins(results: Results, store: Store, out: Path) -> list[Origin]:
-    """Unique runs in the order of the table."""
+    """Return the unique runs in the order of the table."""
     seen: dict[str, list[CellRun]] = {}
     for entry in results.entries:
         seen.setdefault(entry.cell.run_id, []).append(entry)
@@ -164,6 +164,6 @@ def origins(results: Results, store: Store, out: Path) -> list[Origin]:
 
 
 def _link(path: Path | None, out: Path) -> str:
-    """Nothing far from the page is named: the page may be published, and whose disk it was on is nobody's business."""
+    """Return a relative path of a file near the page; no other path is shown, since the page may be published."""
     relative = Path(os.path.relpath(path, out)).as_posix() if path is not None else ""
     return "" if relative.count("../") > 3 else relative

@@ -82,7 +82,7 @@ def _head(path: Path) -> str:
 
 
 def _coloured(svg: str, theme: str) -> str:
-    """A light picture in another theme: its colours are exchanged, which takes no time."""
+    """Recolour a light figure for another theme, which takes no time."""
     for name, colour in THEMES["light"].items():
         svg = svg.replace(colour, THEMES[theme][name])
     return svg
@@ -98,7 +98,7 @@ def _svg(figure: Figure, digest: str) -> str:
 
 
 def draw(chart: Chart) -> Figure:
-    """The light picture; the more points, the taller."""
+    """Draw the light figure; more points make it taller."""
     chart = chart._replace(points=brought_in(chart.points))
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: it keeps figures and picks a display
@@ -226,7 +226,7 @@ def _boxes(at: np.ndarray, shifts: np.ndarray, size: tuple[float, float]) -> np.
 
 
 def _side(offset: float) -> int:
-    """Whether a name begins there (1), is centred (0) or ends (-1)."""
+    """Return whether a name begins there (1), is centred (0) or ends (-1)."""
     return (offset > 3) - (offset < -3)
 
 
@@ -243,12 +243,12 @@ def _outside(boxes: np.ndarray, frame: np.ndarray) -> np.ndarray:
 
 
 def _around(axes: Axes, one: Point) -> list[float]:
-    """A point with its spread, in pixels."""
+    """Return the box of a point with its error bars, in pixels."""
     spread = one.spread or 0.0
     (x, low), (_, high) = axes.transData.transform([(one.x, one.y - spread), (one.x, one.y + spread)])
     return [x - 4, low - 4, x + 4, high + 4]
 
 
 def _plain(text: str) -> str:
-    """matplotlib takes text between two dollars for mathematics."""
+    """Escape dollars, between which matplotlib reads mathematics."""
     return text.replace("$", r"\$")

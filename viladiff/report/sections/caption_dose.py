@@ -1,6 +1,6 @@
-"""What a page on captions has beyond a table's: mIoU against how much captions notice, and both streams of every row.
+"""Page section on captions: mIoU against the captions' recall, and both streams of every row.
 
-Used where a spec has ``page = "captions"``. The curve's rows are those that differ from the headline's in
+Used by specs with ``page = "captions"``. The curve's rows are those that differ from the headline's in
 ``data.caption_recall`` alone; the lines are rows of other methods.
 """
 
@@ -53,7 +53,7 @@ class Dose(NamedTuple):
 
 
 def dose(results: Results, out: Path) -> Dose | None:
-    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    """Compute all values of the template; None if the spec does not request them. Writes figures below ``out``."""
     table = results.plan.table
     if table.page != "captions":
         return None
@@ -74,7 +74,7 @@ def dose(results: Results, out: Path) -> Dose | None:
 
 
 def _fields(results: Results, row: int) -> Mapping[str, Any]:
-    """Changed fields of a row's first run; none where it has no run."""
+    """Return the changed fields of a row's first run; empty if it has none."""
     plan = results.plan
     name = next((name for column in plan.columns for name in plan.run_ids(row, column)), None)
     return {} if name is None else plan.runs[name].changed
@@ -118,7 +118,7 @@ def _said(column: str, place: int, head: DoseLine, levels: Sequence[Level]) -> s
 def _pictures(
     results: Results, lines: Sequence[DoseLine], levels: Sequence[Level], folder: Path
 ) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
-    """One a column where two places of the curve are measured."""
+    """Draw a figure for each column in which two points of the curve are measured."""
     found, files = [], []
     for place, column in enumerate(results.plan.columns):
         curves = {stream: _curve(lines, place, i) for i, stream in enumerate(STREAMS)}
@@ -151,7 +151,7 @@ def draw_dose(
     curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
     levels: Sequence[tuple[str, float]],
 ) -> Figure:
-    """The light picture: a curve a stream with standard deviations of seeds, a level a row of another method."""
+    """Draw the light figure: a curve a stream with standard deviations over seeds, a level a row of another method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: it keeps figures and picks a display
 

@@ -1,4 +1,4 @@
-"""How a table's rows were trained: optimiser steps, and which of their publications' settings they run."""
+"""Page section on training: optimiser steps of the rows, and which published settings they use."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SHARED = "Encoder, optimiser, rate, batch and crop are the table's, whatever a p
 
 
 def shows_best(results: Results) -> bool:
-    """Whether runs are evaluated epoch by epoch, as those behind printed numbers are."""
+    """Return whether runs are evaluated epoch by epoch, as those behind printed numbers are."""
     return any(run.changed.get("eval.every_epochs") is not None for run in results.plan.runs.values())
 
 
 def best_epoch(entries: Sequence[CellRun]) -> Summary:
-    """mIoU of each run's best evaluation, for a look beside ``summary`` alone: it is picked on what it reports."""
+    """Return mIoU of each run's best evaluation; it is selected on the images that it reports, unlike ``summary``."""
     found = {
         e.cell.seed: 100 * float(e.record.best["miou"])
         for e in entries
@@ -59,7 +59,7 @@ class Length(NamedTuple):
 
 
 def lengths(results: Results) -> list[Length]:
-    """All rows where runs of a column differ in length or are evaluated epoch by epoch; else none."""
+    """Return all rows if runs of a column differ in length or are evaluated epoch by epoch; else none."""
     plan, table = results.plan, results.plan.table
     found = []
     for row in results.rows():
@@ -73,7 +73,7 @@ def lengths(results: Results) -> list[Length]:
 
 
 def _steps(results: Results, row: int, column: int) -> str:
-    """``157,350``; an em dash for a cell without a run."""
+    """Format ``157,350``; an em dash for a cell without a run."""
     runs = results.plan.runs
     found = {runs[name].steps for name in results.plan.run_ids(row, column) if name in runs}
     return " or ".join(f"{steps:,}" for steps in sorted(found)) or "—"
@@ -104,7 +104,7 @@ def undeclared(results: Results) -> str:
 
 
 def _told(results: Results, found: Sequence[Stated], columns: Sequence[int]) -> str:
-    """``method.pseudo.weight = 0.06 (1/16 (92)), 0.6 (1/8 (183))``; no columns are named where it is all of them."""
+    """Format ``method.pseudo.weight = 0.06 (1/16 (92)), 0.6 (1/8 (183))``; columns are omitted if they are all."""
     labels = {column: results.plan.table.columns[column].label for column in columns}
     by_path: dict[str, dict[str, list[int]]] = {}
     for one in found:

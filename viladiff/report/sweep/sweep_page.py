@@ -1,4 +1,4 @@
-"""A sweep's page: verdict on fresh seeds first, then what was searched, each comparison at one budget."""
+"""The page of a sweep: verdict on fresh seeds first, then the search, each comparison at one budget."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Shown:
 
 
 def render_sweep(shown: Shown, out: Path) -> Path:
-    """Writes index.html, trials.csv and winner.toml under ``out``; returns the path of index.html. A sweep that only
-    chooses writes chosen.toml too, the point with the highest mean on fresh seeds.
+    """Write index.html, trials.csv and winner.toml under ``out``; return the path of index.html.
 
-    Each file is replaced in one go: the page is rewritten while the sweep goes on.
+    A sweep that only chooses writes chosen.toml too, the point with the highest mean on fresh seeds. Each file is
+    replaced atomically: the page is rewritten during the sweep.
     """
     out.mkdir(parents=True, exist_ok=True)
     for path in abandoned(out):
@@ -169,7 +169,7 @@ def _said(one: FinalComparison) -> dict[str, Any]:
 
 
 def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> dict[str, Any] | None:
-    """Shares by field from both evaluators at one budget; a space of one dimension has nothing to share out."""
+    """Return importances by field from both evaluators at one budget; None for a space of one dimension."""
     step = one_budget(trials, steps)
     if len(sweep.space) < 2 or step is None:
         return None
@@ -183,7 +183,7 @@ def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> di
 
 
 def _listed(every: Sequence[TrialRow]) -> list[TrialRow]:
-    """All trials, or of very many the best and the latest."""
+    """Return all trials, or of very many the best and the latest."""
     if len(every) <= LISTED:
         return list(every)
     first = sorted((row for row in every if row.rank is not None), key=lambda row: row.rank or 0)[: LISTED // 2]
@@ -192,7 +192,7 @@ def _listed(every: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def _used(trials: Sequence[Trial], found: Sequence[Finalist], records: Records) -> dict[str, RunRecord]:
-    """Records behind the page."""
+    """Return the records behind the page."""
     names = [*(run for trial in trials for run in trial.runs.values())]
     names += [run.run_id for one in found for run in one.runs.values()]
     return {name: records[name] for name in names if name in records}
@@ -205,7 +205,7 @@ def _totals(used: Mapping[str, RunRecord]) -> list[provenance.Fact]:
 
 
 def _runs(trials: Sequence[Trial], found: Sequence[Finalist], records: Records, out: Path) -> list[dict[str, Any]]:
-    """Finished runs of the finalists, and of all trials where there are not very many; with links to records nearby."""
+    """Return finished runs of the finalists, and of all trials if there are few; with links to records nearby."""
     stands: dict[str, list[str]] = {}
     for one in found:
         for seed, run in one.runs.items():
@@ -221,6 +221,6 @@ def _runs(trials: Sequence[Trial], found: Sequence[Finalist], records: Records, 
 
 
 def _link(run_id: str, out: Path) -> str:
-    """A record that lies beside the page; nothing else is named, since the page may be published."""
+    """Link a record beside the page; no other path is shown, since the page may be published."""
     path = out / "records" / f"{run_id}.json"
     return Path(os.path.relpath(path, out)).as_posix() if path.is_file() else ""

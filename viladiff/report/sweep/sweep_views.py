@@ -1,4 +1,4 @@
-"""What each chart of a sweep's page shows. Trials are compared at the full length alone, but for the chart of rungs."""
+"""Data of the charts on a sweep's page. Trials are compared at the full length alone, but for the chart of rungs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DRAWN = 300
 
 
 def last(path: str) -> str:
-    """A field without its sections."""
+    """Return a field without its sections."""
     return path.rpartition(".")[2]
 
 
@@ -58,7 +58,7 @@ def _who(row: TrialRow, best: TrialRow) -> tuple[str, str]:
 
 
 def _ranked(every: Sequence[TrialRow], most: int = DRAWN) -> list[TrialRow]:
-    """Completed trials, worst first; of very many, the best and an even choice of the rest."""
+    """Return completed trials, worst first; of very many, the best and an even selection of the rest."""
     found = sorted(
         (row for row in every if row.rank is not None and row.mean is not None), key=lambda row: row.rank or 0
     )
@@ -69,9 +69,9 @@ def _ranked(every: Sequence[TrialRow], most: int = DRAWN) -> list[TrialRow]:
 
 
 def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow) -> tuple[Markup, float | None]:
-    """Completed trials along one dimension, mean and range over seeds, with a local mean where it holds numbers.
+    """Draw completed trials along one dimension, mean and range over seeds, with a local mean for numbers.
 
-    Also the width of that mean's kernel, as a share of the dimension.
+    Also returns the width of that mean's kernel, as a share of the dimension.
     """
     dimension, axis = sweep.space[path], _axis(path, sweep.space[path])
     done, dots, lines = [row for row in every if row.rank is not None and row.mean is not None], [], []
@@ -96,14 +96,14 @@ def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow)
 
 
 def _along(axis: Axis, share: float) -> float:
-    """The value at a share of an axis of numbers."""
+    """Return the value at a fraction of a numeric axis."""
     if axis.log:
         return axis.low * (axis.high / axis.low) ** share
     return axis.low + (axis.high - axis.low) * share
 
 
 def printed(sweep: Sweep) -> list[dict[str, Any]]:
-    """What the paper prints along a dimension: a chart relative to its own value, and the numbers."""
+    """Return the paper's values along a dimension: a chart relative to its own value, and the numbers."""
     found = []
     for path in sweep.space:
         curves = [curve for curve in sweep.paper if curve.field == path]
@@ -131,7 +131,7 @@ def printed(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _printed_line(sweep: Sweep, curve: PaperCurve) -> tuple[list[Polyline], list[Point]]:
-    """One printed curve, in points above what it prints at the value that the paper chose."""
+    """Return one printed curve, in points above its value at the paper's choice."""
     dimension = sweep.space[curve.field]
     known = {at: float(miou) for at, miou in zip(curve.at, curve.miou, strict=True) if miou != "-"}
     base = known.get(sweep.initial_point[curve.field])
@@ -165,7 +165,7 @@ def threads(sweep: Sweep, every: Sequence[TrialRow], best: TrialRow) -> Markup:
 
 
 def history(every: Sequence[TrialRow], trials: Sequence[Trial]) -> Markup | None:
-    """Completed trials by number, and the best of them so far."""
+    """Draw completed trials by number, and the best so far."""
     best = best_so_far(trials)
     if not best:
         return None
@@ -193,7 +193,7 @@ def _stairs(best: Sequence[tuple[float, float]], end: float) -> Polyline:
 
 
 def cost(trials: Sequence[Trial], full: int) -> Markup:
-    """The best so far against the steps that it took to find it."""
+    """Draw the best score so far against the cumulative steps."""
     total = dict(trained(trials, full))
     best = [(total[number] / 1000, mean) for number, mean in best_so_far(trials)]
     end = max(total.values()) / 1000
@@ -222,7 +222,7 @@ def minutes(every: Sequence[TrialRow], best: TrialRow) -> Markup | None:
 
 
 def climbs(trials: Sequence[Trial], steps: Sequence[int]) -> Markup | None:
-    """The first seed of each trial from rung to rung; where it was stopped, its last place is hollow."""
+    """Draw the first seed of each trial from rung to rung; the last point of a stopped trial is hollow."""
     own = [trial for trial in trials if trial.twin is None and trial.rungs]
     if not own or len(steps) < 2:
         return None

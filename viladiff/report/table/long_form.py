@@ -1,4 +1,4 @@
-"""A table's runs as lines, one a row, column and seed, and its cells as a pandas table."""
+"""A table in long form, one line a row, column and seed, and its cells as a pandas table."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _measured(entry: CellRun) -> Iterator[tuple[str, Any]]:
 
 
 def frame(plan: Plan, store: Store, *, metric: str = "", long_form: bool = False) -> pd.DataFrame:
-    """Rows of the table by (column, mean | sd | n | paper) in percent; or, in the long form, a line a run.
+    """Return rows of the table by (column, mean | sd | n | paper) in percent; or, in the long form, a line a run.
 
     ``metric`` is one of METRICS, by default the table's own. A cell without runs has NaN and n = 0. Raises ValueError
     for another metric.
