@@ -371,7 +371,7 @@ def test_features_beside_a_run_are_those_of_the_tokens_that_they_say(trained: tu
 
 @pytest.fixture
 def quiet_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """matplotlib takes seconds."""
+    """Matplotlib takes seconds."""
     monkeypatch.setattr(figures, "save_figures", lambda *_: [])
 
 

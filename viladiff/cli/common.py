@@ -43,7 +43,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """``FIELD=VALUE`` may stand before and after options, of which argparse takes the first few alone."""
+    """Parse arguments with ``FIELD=VALUE`` before, between and after options; argparse takes the first few alone."""
     args, left = into.parse_known_args(argv)
     late = [text for text in left if "=" in text and not text.startswith("-")]
     taking = next((name for name in ("fields", "changes") if hasattr(args, name)), None)
@@ -55,7 +55,7 @@ def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """The exit status of ``command``, or of what stopped it, with a line for each error."""
+    """Run ``command`` and return its exit status; print one line for each error."""
     try:
         status = command()
         sys.stdout.flush()

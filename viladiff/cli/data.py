@@ -89,7 +89,7 @@ def _add_root(command: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from viladiff.data.files.validate import validate_dataset as check
+    from viladiff.data.files.validate import validate_dataset
     from viladiff.report.dataset_page import write_page
 
     with _bar("reading images", args.quiet) as advance:

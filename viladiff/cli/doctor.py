@@ -36,7 +36,7 @@ def examine(runs_dir: str | Path = "runs") -> list[Check]:
 
 
 def print_checks(checks: list[Check]) -> None:
-    """Prints the report."""
+    """Print the report."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """All subcommands; each sets ``run`` to the function that carries it out."""
+    """Build the parser of all subcommands; each sets ``run`` to the function that executes it."""
     raw = argparse.RawDescriptionHelpFormatter
     top: argparse.ArgumentParser = CommandParser(
         "viladiff", epilog=EXAMPLES, formatter_class=raw, description=_first_line()
@@ -233,8 +233,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _cost(directory: str) -> dict[str, str]:
-    from viladiff.evaluation.complexity import cost_facts as table
-    from viladiff.evaluation.complexity import costs
+    from viladiff.evaluation.complexity import cost_facts, costs
     from viladiff.inference.load import text_dim
     from viladiff.inference.predict import load_model
 

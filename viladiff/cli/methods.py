@@ -13,7 +13,7 @@ from viladiff.methods.published import PublishedSetting
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """One flat row a method, in the order of the table; None where there is nothing to say."""
+    """Return one flat row a method, in the order of the table; None for missing values."""
     return [_row(name, method) for name, method in METHODS.items()]
 
 
@@ -59,7 +59,7 @@ def written(passes: StepCost) -> str:
 
 
 def published_lines(method: type[Method]) -> list[str]:
-    """What its publication sets by data set and list, a line each."""
+    """List the settings of a method's publication by data set and list, one a line."""
     said = []
     for one in method.published:
         limits = [*one.splits, *one.families, *(f"{path}={value}" for path, value in one.given.items())]

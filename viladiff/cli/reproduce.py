@@ -11,7 +11,11 @@ from viladiff.experiments.reproduce import reproduce
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all runs agree with their records, 1 one does not, 2 nothing to compare with, 130 interrupted."""
+    """Run the command and return its exit status.
+
+    0 if all runs agree with their records, 1 if one does not, 2 if there is nothing to compare with, 130 if
+    interrupted.
+    """
     args = parse_arguments(reproduce_parser(), argv)
     return run_command(lambda: reproduce(args))
 

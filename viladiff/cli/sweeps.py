@@ -28,12 +28,12 @@ those scores are reported.
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
     """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors of the user are a line each."""
-    from viladiff.experiments.sweeps import run
+    from viladiff.experiments.sweeps import run_sweep
     from viladiff.experiments.tables import shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
     args = parse_arguments(sweep_parser(path, name or Path(sys.argv[0]).name), given)
-    return run_command(lambda: run(path, args, shell_command(f"python tune/{path.stem}.py", given)))
+    return run_command(lambda: run_sweep(path, args, shell_command(f"python tune/{path.stem}.py", given)))
 
 
 def sweep_parser(path: Path, name: str) -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def sweep_parser(path: Path, name: str) -> argparse.ArgumentParser:
 
 
 def add_sweep_options(top: argparse.ArgumentParser) -> None:
-    """Options that every sweep has."""
+    """Add the options that every sweep has."""
     what = top.add_argument_group("selection")
     what.add_argument(
         "--scale", default="quick", help="size of the experiment: smoke, quick (default), digits or paper"

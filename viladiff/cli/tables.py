@@ -52,7 +52,7 @@ def table_parser(path: Path, name: str) -> argparse.ArgumentParser:
 
 
 def add_table_options(top: argparse.ArgumentParser) -> None:
-    """Options that every table has."""
+    """Add the options that every table has."""
     what = top.add_argument_group("selection")
     what.add_argument(
         "--scale", default="quick", help="size of the experiment: smoke, quick (default), digits or paper"
@@ -86,7 +86,7 @@ def add_table_options(top: argparse.ArgumentParser) -> None:
 
 
 def add_placing(how: argparse._ArgumentGroup) -> None:
-    """Options that say where Ray puts runs, for tables and sweeps alike."""
+    """Add the options of Ray's placement of runs, for tables and sweeps alike."""
     how.add_argument(
         "--max-concurrent", type=int, metavar="N", help="maximum of concurrent runs (default: as many as fit)"
     )

@@ -29,7 +29,7 @@ class Apart(TorchConfig):
 
 @contextmanager
 def joined_group(meeting: Path, backend: str) -> Iterator[None]:
-    """The calling worker is in the group meanwhile; ``meeting`` is a new file that all workers of the run name."""
+    """Keep the calling worker in the process group; ``meeting`` is a new file that all workers of the run name."""
     context = get_context()
     os.environ |= {
         "LOCAL_RANK": str(context.get_local_rank()),

@@ -52,7 +52,7 @@ class WorkerContext:
 
 
 def train_run(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
-    """A Tune function trainable: runs ``jobs[config["run"]]`` and reports how it ended as the last result."""
+    """Tune trainable that performs ``jobs[config["run"]]`` and reports its outcome as the last result."""
     from ray import tune
 
     # A reused worker ends its trial with a report and not with a returned value, which costs one more exchange.

@@ -71,7 +71,7 @@ def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldIn
 
 
 def iter_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted path, value) of every leaf of a section that exists."""
+    """Yield (dotted path, value) of every leaf of an existing section."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -195,7 +195,7 @@ def field_docs(section: type[BaseModel]) -> dict[str, str]:
 
 
 def describe_fields(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
-    """Path, type, value and explanation of every leaf."""
+    """Yield path, type, value and explanation of every leaf."""
     texts = field_docs(type(section))
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)

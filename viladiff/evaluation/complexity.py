@@ -100,7 +100,7 @@ def _seconds(once: Callable[[], object], device: torch.device, passes: int) -> f
 
 
 def cost_facts(found: dict[str, Cost], side: int, device: torch.device) -> dict[str, str]:
-    """The costs as facts to print, a line each."""
+    """Format the costs as facts to print, one a line."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         f"{side} x {side} {name}": f"{cost.parameters:,} parameters, {cost.flops / 1e9:.3g} GFLOPs, "

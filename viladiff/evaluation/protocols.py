@@ -60,7 +60,7 @@ def bands(forward: Forward, image: Tensor, multiple: int, protocol: str = "origi
 
 
 def resized_logits(forward: Forward, image: Tensor, multiple: int) -> dict[str, Tensor]:
-    """``forward`` at the nearest multiples of the patch, its maps brought back to the image's own size."""
+    """Apply ``forward`` at the nearest multiples of the patch and resize its maps to the image's own size."""
     back = tuple(image.shape[-2:])
     size = tuple(nearest_multiple(side, multiple) for side in back)
     if size == back:

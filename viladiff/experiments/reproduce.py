@@ -74,7 +74,7 @@ def _lacking(plan: Plan, committed: Store) -> Iterator[str]:
 
 
 def _outline(plan: Plan, records: dict[str, RunRecord], runs_dir: Path) -> Iterator[str]:
-    """What would be trained, and how long the records say that it takes."""
+    """Yield the runs to train and the time that they take according to the records."""
     for run_id, record in records.items():
         wall = "unknown time" if record.wall_seconds is None else f"{record.wall_seconds / 60:.0f} min"
         score = "not measured" if record.miou is None else f"{100 * record.miou:.2f}"
@@ -134,7 +134,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
 
 
 def published_deviation(every: Plan, committed: Store, column: int) -> float | None:
-    """Standard deviation over seeds of the published cells of the plan in a column, in points, pooled."""
+    """Return the pooled standard deviation over seeds of the plan's published cells in a column, in points."""
     from viladiff.report.sections.beside import pooled_spread
     from viladiff.report.table.results import collect_results
 

@@ -30,7 +30,7 @@ def _short(value: object) -> str:
 
 
 def dry_run_lines(job: SweepJob) -> list[str]:
-    """What would run and what it would take."""
+    """Describe the runs of a sweep and their cost."""
     steps, size = job.namer.steps, job.sweep.scale[job.scale]
     example = job.namer.planned(job.sweep.initial_point, job.seeds[0])
     step = _seconds(job, example) or size.seconds_per_step

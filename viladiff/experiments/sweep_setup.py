@@ -95,7 +95,7 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
 
 
 def _check_publishing(args: argparse.Namespace) -> None:
-    """ValueError for what would make the published sweep another one than its file says."""
+    """Raise ValueError for options under which the published sweep would differ from its file."""
     others = [name for name in ("changes", "seeds", "report_dir", "no_finals") if getattr(args, name)]
     wrong = [f"--{others[0].replace('_', '-')}"] if others else []
     wrong += [f"--scale {args.scale}"] * (args.scale != "digits")

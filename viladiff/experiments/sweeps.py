@@ -151,7 +151,7 @@ def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
 def write_sweep_page(
     job: SweepJob, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True
 ) -> Path:
-    """Publishes the sweep if asked to, and writes its page; returns where that is."""
+    """Publish the sweep if requested, and write its page; return the page's path."""
     from viladiff.report.sweep.sweep_page import Shown, render_sweep
 
     store = job.store

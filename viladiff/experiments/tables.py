@@ -60,7 +60,7 @@ class TableJob:
 
 
 def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
-    """Plans, says or does, and writes; returns the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
+    """Plan, then print or run, and write; return the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
     _check_options(args)
     job = plan_table(path, args, command)
     settings = ExecutionSettings(
@@ -226,7 +226,7 @@ def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> in
 
 
 def _say_beside(job: TableJob, other: Plan) -> None:
-    """The three columns in a few lines, and the sentence that they come to."""
+    """Print the three columns in a few lines, and the sentence that sums them up."""
     from viladiff.report.sections.beside import headline_beside, to_terminal
     from viladiff.report.table.results import collect_results
     from viladiff.report.table.table_page import beside_of
@@ -236,7 +236,7 @@ def _say_beside(job: TableJob, other: Plan) -> None:
 
 
 def table(name: str | int, scale: str = "quick", *, runs_dir: str = "runs", long_form: bool = False) -> pd.DataFrame:
-    """A table as far as it was run; trains nothing. Rows by (column, mean | sd | n | paper), all in percent.
+    """Return a table of the finished runs; train nothing. Rows by (column, mean | sd | n | paper), all in percent.
 
     ``n`` counts the seeds of a cell that are done, ``sd`` is their sample standard deviation, NaN below two. Runs of
     one seed share their labelled images and draws from row to row, so that ``sd`` is not the spread of a difference:
@@ -268,7 +268,7 @@ def find_table(name: str | int) -> Path:
 
 
 def shell_command(program: str, words: Sequence[str]) -> str:
-    """The command that brings the table on from here, to be pasted into a shell."""
+    """Return the command that resumes the table, quoted for a shell."""
     return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--restart", "--render"))])
 
 
@@ -278,7 +278,7 @@ def public_command(command: str) -> str:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """ValueError for options that contradict each other."""
+    """Raise ValueError for options that contradict each other."""
     if args.restart and args.render:
         raise ValueError(
             "--restart and --render: mutually exclusive, since --restart archives the runs that --render reads"

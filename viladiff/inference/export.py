@@ -196,7 +196,7 @@ def card(model: Model, record: RunRecord, facts: dict[str, str], onnx: bool) -> 
 
 
 def _scores(model: Model, record: RunRecord) -> list[str]:
-    """A line for each stream of the network that is in the folder; a score that was not measured is a dash."""
+    """Format a line for each stream of the exported network; a score that was not measured is a dash."""
     titles = ("mIoU (%)", "boundary IoU (%)", "trimap mIoU (%)", "images")
     columns = dict(zip(("miou", "boundary_iou", "trimap_miou", "images"), titles, strict=True))
     lines = [f"Network `{record.network}` at the last step, protocol `{record.config['eval.protocol']}`:", ""]

@@ -267,7 +267,7 @@ def _gathered(clip: tuple[MaskClip, ...], vectors: Tensor, owner: Tensor, count:
 
 
 def class_text_vectors(vectors: Tensor, owner: Tensor, num_classes: int) -> Tensor:
-    """(K, T): the mean of each class's unit vectors (M, T), at length 1, or 0 where all are 0; ``owner`` (M,) int64."""
+    """Return (K, T): the mean of each class's unit vectors (M, T), at length 1, or 0 if all are 0; ``owner`` (M,)."""
     sums = torch.zeros(num_classes, vectors.shape[1]).index_add_(0, owner, vectors)
     return F.normalize(sums, dim=1)
 

@@ -297,7 +297,7 @@ def contrast(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature:
 
 
 def class_prototypes(vectors: Tensor, classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
-    """(C, D) means over the counted vectors of all workers by class, 0 for a class without any.
+    """Return (C, D) means over the counted vectors of all workers by class, 0 for a class without any.
 
     ``vectors`` (n, D), ``classes`` (n,) int64, ``counted`` (n,) bool.
     """

@@ -81,7 +81,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarr
 
 
 def dataset_html(report: DatasetReport, mosaic: bool, command: str) -> str:
-    """The page as text; names of files are escaped."""
+    """Render the page; names of files are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -100,7 +100,7 @@ def dataset_html(report: DatasetReport, mosaic: bool, command: str) -> str:
 
 
 def dataset_facts(report: DatasetReport) -> dict[str, str]:
-    """Counts and sizes, a line each."""
+    """Return counts and sizes, one a line."""
     masks = sum(one.pixels is not None for one in report.seen.values())
     found = {"images": f"{len(report.seen):,}", "with a mask that can be read": f"{masks:,}"}
     sizes = report.sizes()

@@ -82,7 +82,7 @@ def captions(record: RunRecord) -> str:
 
 
 def run_facts(results: Results) -> list[Fact]:
-    """What the runs have in common, and how many have what where they differ."""
+    """Return the facts that the runs share, and how many have which where they differ."""
     records = list(results.records().values())
     if not records:
         return []
@@ -98,7 +98,7 @@ def run_facts(results: Results) -> list[Fact]:
 
 
 def shared_facts(records: Sequence[RunRecord]) -> list[Fact]:
-    """What runs have in common or not: data, evaluation, what models were trained on, notes, encoder, code."""
+    """Return the facts of records, shared or not: data, evaluation, pretraining data, notes, encoder, code."""
     found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
     told = [pretraining_data.pretraining_overlap(record) for record in records]
     names = dict.fromkeys(name for one in told for name in one)

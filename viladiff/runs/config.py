@@ -124,7 +124,7 @@ def override(cfg: RunConfig, changes: Mapping[str, object]) -> RunConfig:
 
 
 def flatten(cfg: RunConfig) -> dict[str, object]:
-    """Every field by dotted path, in the order of the sections."""
+    """Return every field by dotted path, in the order of the sections."""
     return dict(iter_fields(cfg))
 
 
@@ -294,7 +294,7 @@ def _batch_faults(cfg: RunConfig) -> Iterator[str]:
 
 
 def _method_faults(cfg: RunConfig) -> Iterator[str]:
-    """Limits that tie fields together, wherever in a method's section they occur."""
+    """Yield violations of limits that tie fields together, in any section of a method."""
     fields = dict(iter_fields(cfg.method, "method."))
     classes = CLASSES[cfg.data.dataset]
     for path, value in fields.items():

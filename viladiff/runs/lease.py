@@ -232,7 +232,7 @@ def held(directory: Path, watch: HeartbeatMonitor) -> bool:
 
 
 def _held(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
-    """Leases that nobody may take over; the others are removed, where this process may."""
+    """Return leases that nobody may take over; remove the others, if permitted."""
     seen = read_leases(directory, watch)
     for found in seen:
         if found.sure:
@@ -257,7 +257,7 @@ class FoundLease(NamedTuple):
 
 
 def read_leases(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
-    """Each lease on ``directory``; removes nothing."""
+    """Return each lease on ``directory``; remove nothing."""
     try:
         names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -306,7 +306,7 @@ def _aged(beat: int) -> bool:
 
 
 def _left(found: FoundLease, watch: HeartbeatMonitor) -> float:
-    """Seconds of silence after which it may be taken over."""
+    """Return the seconds of silence after which it may be taken over."""
     return (2 * HEARTBEAT if _aged(found.beat) else SILENT) - watch.silent(found.path.name, found.beat)
 
 

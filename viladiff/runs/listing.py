@@ -230,7 +230,7 @@ def print_rows(rows: Sequence[RunRow]) -> None:
 
 
 def print_run(store: Store, row: RunRow) -> None:
-    """Facts, scores of each network and stream, and a bar for each class of the headline."""
+    """Print facts, scores of each network and stream, and a bar for each class of the headline."""
     record = row.record
     path = store.file(row.run_id, "record.json")
     where = path if row.published and path else store.directory(row.run_id)

@@ -171,7 +171,7 @@ def _replaced(folder: Path, keep_checkpoints: bool) -> Iterator[tuple[Path, str]
 
 
 def remove(item: Garbage) -> None:
-    """Deletes it; what another process deleted first is no error."""
+    """Delete the item; ignore what another process has deleted."""
     if item.path.is_dir() and not item.path.is_symlink():
         shutil.rmtree(item.path, ignore_errors=True)
     else:

@@ -48,7 +48,7 @@ class TrialRow(NamedTuple):
 
 
 def trial_rows(trials: Sequence[Trial], records: Records, full: int) -> list[TrialRow]:
-    """All trials, in their order; ``full`` is the step of the full budget."""
+    """Return all trials in order; ``full`` is the step of the full budget."""
     places = {trial.number: place for place, trial in enumerate(ranked(list(trials)), 1)}
     return [_row(trial, records, full, places.get(trial.number)) for trial in trials]
 
@@ -154,7 +154,7 @@ class RungStep(NamedTuple):
 
 
 def rungs(trials: Sequence[Trial], steps: Sequence[int]) -> list[RungStep]:
-    """Each rung with those that came to it; twins are left out, since they are the same runs."""
+    """Return each rung with the trials that reached it; twins are left out, since they are the same runs."""
     found = []
     own = [trial for trial in trials if trial.twin is None]
     for i, step in enumerate(steps):

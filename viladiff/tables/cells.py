@@ -195,7 +195,7 @@ def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[
 
 
 def paper_settings(table: Table, row: int, column: int) -> dict[str, object]:
-    """What the paper's cell sets, before any scale: equal in two cells, also of two tables, where they are one run."""
+    """Return the settings of the paper's cell, before any scale; equal for cells, also of two tables, of one run."""
     base, *entries = table_layers(table)
     return {p: one.value for p, one in _merge([base, entries[column], entries[len(table.columns) + row]]).items()}
 

@@ -21,7 +21,7 @@ APART = 0.01
 
 
 class CellResidual(NamedTuple):
-    """What rows and seeds leave (a randomised block design), its variance taken as one for all cells."""
+    """The residual of rows and seeds (a randomised block design), with one variance for all cells."""
 
     sd: float
     df: int
@@ -257,8 +257,11 @@ class Fit:
     """(rows, rows): its Moore-Penrose inverse."""
 
     def contrast(self, weights: Mapping[Any, float]) -> FittedContrast | None:
-        """None where the cells that are there do not tell it: rows that no chain of common seeds joins, or weights that
-        do not add up to 0. Raises KeyError for a row that is not in the fit."""
+        """Return the contrast; None if the cells do not determine it.
+
+        Rows that no chain of common seeds joins, or weights that do not add up to 0, determine none. Raises KeyError
+        for a row that is not in the fit.
+        """
         c = np.zeros(len(self.rows))
         for row, weight in weights.items():
             c[self._place(row)] += weight

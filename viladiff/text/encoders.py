@@ -112,7 +112,7 @@ def model_name(directory: Path | str) -> str:
 
 
 def describe_text_encoder(name: str, model: str | None) -> str:
-    """The encoder for a record: its kind and, where it comes from a directory, the model's name."""
+    """Describe the encoder for a record: its kind and, if it comes from a directory, the model's name."""
     return f"{name} {model_name(model)}" if model is not None and name in ("open_clip", "transformers") else name
 
 

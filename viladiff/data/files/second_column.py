@@ -16,7 +16,7 @@ NONE = "None"
 
 
 def named_masks(tree: FileIndex, source: Path, lines: Mapping[str, ListLine], needed: bool) -> FileIndex:
-    """The tree with the masks that a list names; those of lines without a second column stay.
+    """Return the index with the masks that a list names; images of lines without a second column keep theirs.
 
     The same picture's mask in another coding is the same mask, and the one that the layout reads stays. needed: the
     masks of these images are read. Others are not, so that a name without a file is no error there, but the image then

@@ -49,7 +49,7 @@ def numbered(path: Path) -> list[tuple[int, str]]:
 
 
 class ListLine(NamedTuple):
-    """What a list says of an image besides its name."""
+    """A list's entry for an image besides its name."""
 
     number: int
     """In the file, from 1."""
@@ -63,7 +63,7 @@ def read_list(path: Path, layout: Layout, known: Collection[str], folder: str = 
 
 
 def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> dict[str, ListLine]:
-    """A list's images by id, in order; ``known``: those of ``folder``, or of the layout's one folder.
+    """Read a list's images by id, in order; ``known``: those of ``folder``, or of the layout's one folder.
 
     Raises ValueError that names file and line for an image that is not there, for one that is listed twice, for a name
     that climbs out or that two images have, and for an empty list.

@@ -174,7 +174,7 @@ def inspect_image(image: Path, mask: Path | None, num_classes: int, coding: Mask
 
 
 def decoded_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a whole image. A JPEG is decoded at an eighth of its size, which reads all of its bytes."""
+    """Decode a whole image; return (height, width). A JPEG is decoded at an eighth of its size, reading all bytes."""
     with open_image(path) as image:
         size = upright_size(image)
         whole = image.format == "JPEG" or image.mode in ("L", "RGB", "RGBA", "P", "CMYK", "1", "LA")

@@ -108,7 +108,7 @@ class AllSparkSegmenter(Segmenter):
 
 
 def allspark_segmenter(spark_width: int, heads: int) -> Callable[[Encoder, int, int], Segmenter]:
-    """What ``Build`` makes such a network with."""
+    """Return the constructor that ``NetworkFactory`` calls for a SparkSegmenter."""
     return partial(AllSparkSegmenter, spark_width=spark_width, heads=heads)
 
 
@@ -154,7 +154,7 @@ class SemanticMemory(nn.Module):
 
 
 def resize_tokens(maps: Tensor, grid: tuple[int, ...], to: tuple[int, ...]) -> Tensor:
-    """Maps (B, C, N) of one grid brought to another, bilinearly."""
+    """Resize maps (B, C, N) from one grid to another, bilinearly."""
     if grid == to:
         return maps
     return F.interpolate(maps.unflatten(2, grid), to, mode="bilinear", align_corners=False).flatten(2)

@@ -75,7 +75,7 @@ def attention(query: Tensor, key: Tensor, counted: Tensor) -> Tensor:
 
 
 def spread_maps(maps: Tensor, a: Tensor) -> Tensor:
-    """s = A m + m for each class map (B, K, h, w), and in front of them the background, 2 - max s: (B, K + 1, h, w)."""
+    """Return s = A m + m for each class map (B, K, h, w), preceded by the background, 2 - max s: (B, K + 1, h, w)."""
     own = maps + (maps.flatten(2) @ a.to(maps.dtype).mT).view_as(maps)
     return torch.cat([2 - own.amax(1, keepdim=True), own], 1)
 

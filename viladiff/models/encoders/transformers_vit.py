@@ -88,7 +88,7 @@ def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
 
 
 def check_vit_config(config: Any) -> None:
-    """ValueError where a configuration is not that of one transformer on square patches of an image."""
+    """Raise ValueError if a configuration is not that of one transformer on square patches of an image."""
     needed = ("patch_size", "hidden_size", "num_hidden_layers")
     lacking = [name for name in needed if not isinstance(getattr(config, name, None), int)]
     if lacking or hasattr(config, "vocab_size"):

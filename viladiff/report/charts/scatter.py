@@ -59,7 +59,7 @@ class Chart(NamedTuple):
 
 
 def save_scatter(chart: Chart, folder: Path, name: str) -> dict[str, Path]:
-    """Writes ``<name>-light.svg`` and ``<name>-dark.svg``; what was drawn from the same numbers is left as it is."""
+    """Write ``<name>-light.svg`` and ``<name>-dark.svg``; keep a file that was drawn from the same numbers."""
     return save_drawn(chart, lambda: draw(chart), folder, name)
 
 

@@ -103,7 +103,7 @@ class BesideRow(NamedTuple):
 
 
 def beside_rows(both: Beside) -> list[BesideRow]:
-    """Every row of the table."""
+    """Return every row of the table."""
     table = both.here.plan.table
     return [
         BesideRow(
@@ -141,7 +141,7 @@ def _number(results: Results, row: int, reference: int, column: int) -> Number:
 
 
 def headline_beside(both: Beside) -> str:
-    """The page's first: the published numbers, then this machine's; the paper's differences stand beside the first."""
+    """Return the page's first sentence: the published numbers, the paper's differences to them, this machine's."""
     if not both.any_published:
         return f"{NO_RECORDS} On this machine {_reached(both, both.here, True)}"
     published, here = _reached(both, both.published, True), _reached(both, both.here, False)
@@ -297,7 +297,7 @@ def long_lines(both: Beside) -> list[dict[str, object]]:
 
 
 def beside_markdown(both: Beside) -> list[str]:
-    """Lines of a section."""
+    """Return the lines of a section."""
     labels = [markdown(both.here.plan.table.columns[column].label) for column in both.columns]
     head = ["", "row", *(f"{label} {kind}" for label in labels for kind in ("paper", "published", "this machine"))]
     body = [
@@ -316,7 +316,7 @@ def _texts(line: BesideRow) -> Iterator[str]:
 
 
 def beside_latex(both: Beside, caption: Sequence[str]) -> str:
-    """A booktabs table with three columns for each of the table's; printed numbers are grey."""
+    """Render a booktabs table with three columns for each of the table's; printed numbers are grey."""
     table = both.here.plan.table
     grey = r"\textcolor{gray}{%s}"
     spans = [rf"\multicolumn{{3}}{{c}}{{{latex(table.columns[column].label)}}}" for column in both.columns]
@@ -370,6 +370,6 @@ def to_terminal(both: Beside) -> str:
 
 
 def published_facts(both: Beside) -> list[provenance.Fact]:
-    """What the published runs have in common."""
+    """Return the facts that the published runs share."""
     records = list(both.published.records().values())
     return provenance.shared_facts(records) if records else []

@@ -94,7 +94,7 @@ def _line(results: Results, row: int, base: Mapping[str, Any]) -> DoseLine:
 
 
 def _said(column: str, place: int, head: DoseLine, levels: Sequence[Level]) -> str:
-    """The headline's streams less the best of the other methods, over the seeds that both have."""
+    """Format the headline's streams minus the best of the other methods, over the seeds that both have."""
     there = [level for level in levels if level.found[place].mean is not None]
     visual, fusion = head.found[place]
     if visual.mean is None or not there:
@@ -141,7 +141,7 @@ def _pictures(
 
 
 def _curve(lines: Sequence[DoseLine], place: int, stream: int) -> list[tuple[float, float, float | None]]:
-    """(recall, mean, standard deviation) of what is measured, by recall."""
+    """Return (recall, mean, standard deviation) of the measured points, by recall."""
     of = [(line.recall, line.found[place][stream]) for line in lines if line.recall is not None]
     return sorted((recall, one.mean, one.spread) for recall, one in of if one.mean is not None and recall is not None)
 
@@ -182,7 +182,7 @@ def draw_dose(
 
 
 def dose_markdown(found: Dose | None, columns: Sequence[str]) -> dict[str, list[str]]:
-    """A section of table.md."""
+    """Return the section of table.md."""
     if found is None:
         return {}
     heads = ["row", "recall", *(f"{stream}, {column}" for column in columns for stream in STREAMS)]

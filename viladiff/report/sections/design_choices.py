@@ -103,7 +103,7 @@ def answer(found: Sequence[Choice]) -> str:
 
 
 def choices_markdown(found: Sequence[Choice]) -> list[str]:
-    """Lines of table.md."""
+    """Return the lines of table.md."""
     out = [answer(found), ""] if found else []
     for choice in found:
         out += [f"- **{markdown(choice.where)}** {markdown(choice.said)}"]

@@ -275,7 +275,7 @@ def _legend(results: Results, shown: set[int]) -> tuple[tuple[str, str], ...]:
 
 
 def clusters_markdown(found: Clusters | None) -> dict[str, list[str]]:
-    """Sections of table.md."""
+    """Return the sections of table.md."""
     if found is None:
         return {}
     out = {"How features were measured": [f"- {markdown(text)}" for text in found.said]}

@@ -187,7 +187,7 @@ def uri(path: Path) -> str:
 
 
 def leaderboard_markdown(found: Leaderboard | None, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Sections of table.md."""
+    """Return the sections of table.md."""
     if found is None:
         return {}
     heads = ["row", *(f"mIoU of the trained network, {one}" for one in columns)]

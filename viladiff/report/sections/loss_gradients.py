@@ -30,7 +30,7 @@ class TermChart(NamedTuple):
 
 
 class GradientSection(NamedTuple):
-    """What the page shows."""
+    """The values of the page's section."""
 
     charts: tuple[TermChart, ...]
     legend: tuple[tuple[str, str], ...]
@@ -41,7 +41,7 @@ class GradientSection(NamedTuple):
 
 
 def section(results: Results) -> GradientSection | None:
-    """None where no run of the table measured shares."""
+    """Return the section; None if no run of the table measured shares."""
     cells = {
         (row, column): of_cell(results.at(row, column)) for row in results.rows() for column in results.plan.columns
     }
@@ -197,7 +197,7 @@ def _lacking(results: Results, measured: dict[tuple[int, int], list[TermShare]])
 
 
 def gradients_markdown(found: GradientSection | None) -> dict[str, list[str]]:
-    """Sections of table.md."""
+    """Return the sections of table.md."""
     if found is None:
         return {}
     heads = ["row", "column", "at", "part", *THIRDS]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def ranking_sentences(results: Results, verdicts: Sequence[Verdict], tried: Sequence[RateComparison]) -> list[str]:
-    """How much has been measured, which differences are shown, what was not seen, and what it does not tell."""
+    """Return sentences: the number of measurements, the differences shown and not shown, and the limits."""
     if not results.records():
         return ["Nothing has been measured yet."]
     found = [*_extent(results), *_shown(results, verdicts), *_gap(results), *_controls(verdicts)]

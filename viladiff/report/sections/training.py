@@ -80,7 +80,7 @@ def _steps(results: Results, row: int, column: int) -> str:
 
 
 def settings_rows(results: Results) -> list[SettingsRow]:
-    """Rows whose methods declare something for a data set of the table, in its order."""
+    """Return rows whose methods declare settings for a data set of the table, in its order."""
     found = []
     for row in results.rows():
         mine = [one for one in results.plan.published if one.row == row and one.column in results.plan.columns]
@@ -96,7 +96,7 @@ def settings_rows(results: Results) -> list[SettingsRow]:
 
 
 def undeclared(results: Results) -> str:
-    """A sentence on the rows that ``lines`` leaves out; empty where there is none or it leaves out all."""
+    """Return a sentence on the rows that ``lines`` leaves out; empty if it leaves out none or all."""
     there = {line.number for line in settings_rows(results)}
     rows = [f"{number(results, row)} {row_name(results, row)}" for row in results.rows()]
     rest = [row for row in rows if row.partition(" ")[0] not in there]
@@ -134,7 +134,7 @@ def _text(value: object) -> str:
 
 
 def training_markdown(results: Results) -> dict[str, list[str]]:
-    """Sections of table.md."""
+    """Return the sections of table.md."""
     from viladiff.report.markup import markdown
 
     found, long = settings_rows(results), lengths(results)

@@ -85,7 +85,7 @@ def render_sweep(shown: Shown, out: Path) -> Path:
 def sweep_html(
     shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, out: Path
 ) -> str:
-    """The page as text; what it shows is worked out here, and the template lays it out."""
+    """Render the page from values computed here; the template only lays it out."""
     sweep, records = shown.sweep, shown.records
     used = _used(trials, shown.finalists, records)
     fewest = min(FRESH, len(sweep.final_seeds))
@@ -140,7 +140,7 @@ _STATES = ("complete", "pruned", "failed", "running")
 
 
 def trials_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[TrialRow]) -> str:
-    """A line a trial: its point, its score in percent and the step that it is of; empty where a number is missing."""
+    """Return a line a trial: its point, its score in percent and the step of that score; empty if missing."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     names = ("state", "score", "step", "seeds", "rank", "train_seconds", "origin", "reason", "runs")

@@ -99,7 +99,7 @@ class ExportRow(NamedTuple):
 
 
 def export_rows(results: Results, metric: str) -> list[ExportRow]:
-    """The table as numbers, the paper's rows first."""
+    """Return the table as numbers, the paper's rows first."""
     names, first = table_parts(results), results.reference
     tops = {column: best(results, column, metric) for column in results.plan.columns}
     out = []
@@ -257,7 +257,7 @@ def pipes(grid: Sequence[Iterable[str]]) -> list[str]:
 
 
 def to_csv(results: Results) -> str:
-    """``long`` as text: a line a run and cell, empty where a number is missing."""
+    """Return ``long`` as text: a line a run and cell, empty if a number is missing."""
     return csv_text(to_rows(results))
 
 
@@ -271,7 +271,7 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
-    """A booktabs table; printed numbers are set in grey columns headed as the paper's."""
+    """Render a booktabs table; printed numbers are set in grey columns headed as the paper's."""
     names, table = table_parts(results), results.plan.table
     grey, encoders = r"\textcolor{gray}{%s}", any(row.encoder for row in table.rows)
     with_best = shows_best(results)

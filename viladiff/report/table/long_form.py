@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def to_rows(results: Results) -> list[dict[str, object]]:
-    """A line a row, column and seed, with every number of its record; shares in percent; None where it is missing."""
+    """Return a line a row, column and seed, with every number of its record; shares in percent; None if missing."""
     found = [_line(results, entry) for entry in results.entries]
     names = dict.fromkeys(name for line in found for name in line)
     return [{name: line.get(name) for name in names} for line in found]

@@ -227,7 +227,7 @@ def row_name(results: Results, row: int) -> str:
 
 
 def table_parts(results: Results) -> list[str]:
-    """Parts in the order in which the table's rows bring them in."""
+    """Return the parts in the order in which the table's rows introduce them."""
     return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.components))
 
 

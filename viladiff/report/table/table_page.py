@@ -272,7 +272,7 @@ def _judged(results: Results, verdicts: Sequence[Verdict], agreements: Sequence[
 
 
 def _sources(results: Results, store: Store, out: Path) -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Return the origin of the numbers."""
     facts = provenance.run_facts(results)
     return {
         "facts": facts,

@@ -146,7 +146,7 @@ class Captioner:
 
 
 def join_prompt(prompt: str, text: str) -> str:
-    """The prompt and its continuation as one line; a model that repeats the prompt is not made to say it twice."""
+    """Join the prompt and its continuation in one line; a model that repeats the prompt adds it once."""
     return text if text.lower().startswith(prompt.lower()) else f"{prompt} {text}".strip()
 
 
