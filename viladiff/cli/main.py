@@ -18,6 +18,7 @@ from viladiff.cli.runs import add_runs
 from viladiff.cli.sweeps import add_options as add_sweep_options
 from viladiff.cli.tables import add_options
 from viladiff.cli.text import add_text
+from viladiff.core.messages import format_value
 
 if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig
@@ -271,7 +272,7 @@ def _config(args: argparse.Namespace) -> int:
     table = Table("field", "type", "value", "meaning", box=None, pad_edge=False)
     for prefix in [word for word in args.fields if "=" not in word] or [""]:
         for row in fields_help(prefix, cfg):
-            table.add_row(row.path, row.kind, _text(row.default), " ".join(row.text.split()))
+            table.add_row(row.path, row.kind, format_value(row.default, 6), " ".join(row.text.split()))
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width, markup=False, highlight=False)
     with console.capture() as text:
@@ -348,13 +349,4 @@ def _print_facts(facts: dict[str, Any], title: str = "") -> None:
         print(f"\n{title}:")
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {_text(value)}")
-
-
-def _text(value: object) -> str:
-    """A value as it would be typed back in."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(_text(item) for item in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        print(f"{name:<{width}}  {format_value(value, 6)}")

@@ -136,10 +136,15 @@ def parse(text: str, kind: Any) -> Any:
     return text
 
 
+def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like ``name``; None where none has a similarity (0 to 1) of ``cutoff``."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    match = nearest(name, known)
+    return f"; did you mean {match!r}?" if match else ""
 
 
 def unknown_field(path: str, known: Collection[str]) -> str:
@@ -154,12 +159,9 @@ def unknown_field(path: str, known: Collection[str]) -> str:
         section = section.rpartition(".")[0]
     depth = len(section) + 1 if section else 0
     siblings = dict.fromkeys(name[depth:].split(".")[0] for name in known if name[:depth] == path[:depth])
-    match = difflib.get_close_matches(path, list(known), n=1, cutoff=0.6)
-    if not match:
-        last = path.rpartition(".")[2]
-        tails = {name.rpartition(".")[2]: name for name in known}
-        match = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=1, cutoff=0.6)]
-    hint = f"; did you mean {match[0]!r}?" if match else "."
+    tails = {name.rpartition(".")[2]: name for name in known}
+    match = nearest(path, known) or tails.get(nearest(path.rpartition(".")[2], tails) or "")
+    hint = f"; did you mean {match!r}?" if match else "."
     return f"{path}: no such field{hint} Allowed in {section or 'a run'}: {', '.join(siblings)}"
 
 

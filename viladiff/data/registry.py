@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from viladiff.config.base import did_you_mean
 from viladiff.config.sections import DataConfig, Sections
 from viladiff.data.cache import fingerprint
 from viladiff.data.captions.files import match, read_captions
@@ -23,7 +24,7 @@ from viladiff.data.sources.coco import open_coco
 from viladiff.data.sources.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
 from viladiff.data.sources.folder import SourceFiles, describe_lists, open_folder
 from viladiff.data.sources.voc import open_voc
-from viladiff.data.splits import VISIBLE, classes_present, labelled_order, nearest, resample, split_size
+from viladiff.data.splits import VISIBLE, classes_present, labelled_order, resample, split_size
 
 
 class DatasetSpec(NamedTuple):
@@ -89,7 +90,9 @@ def load_dataset(
     cannot be used.
     """
     if name not in READERS:
-        raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, tuple(READERS))}")
+        raise ValueError(
+            f"data.dataset = {name!r}: unknown; allowed: {', '.join(READERS)}{did_you_mean(name, READERS)}"
+        )
     asked = DatasetSpec(name, split, split_seed, root, split_dir, holdout, scored, family, reduce_zero_label, captions)
     asked = asked._replace(simulated=simulated)
     whole = READERS[name](asked._replace(split=base_split(name, split, family)))

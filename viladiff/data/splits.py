@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Container
 
 import numpy as np
 
+from viladiff.config.base import did_you_mean
 from viladiff.core import keyed_random
 from viladiff.data.files.split_lists import Lists
 
@@ -18,12 +18,6 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 VISIBLE = 12
 """Fewest pixels of a class in an image for the image to count as showing it."""
-
-
-def nearest(name: str, allowed: tuple[str, ...]) -> str:
-    """The end of an error message: what is allowed, and the closest of it where one is close."""
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return f"allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def classes_present(masks: np.ndarray, num_classes: int, least: int = VISIBLE) -> np.ndarray:
@@ -38,10 +32,13 @@ def split_size(dataset: str, split: str, pool: int) -> int:
     if split.isascii() and split.isdigit() and int(split) > pool:
         raise ValueError(
             f"data.split = {split!r}: more labelled images than the pool of {dataset!r} has ({pool}); "
-            f"{nearest(split, allowed)}"
+            f"allowed: {', '.join(allowed)}{did_you_mean(split, allowed)}"
         )
     if split not in allowed:
-        raise ValueError(f"data.split = {split!r}: no split of {dataset!r}; {nearest(split, allowed)}")
+        raise ValueError(
+            f"data.split = {split!r}: no split of {dataset!r}; allowed: {', '.join(allowed)}"
+            f"{did_you_mean(split, allowed)}"
+        )
     return int(split)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from viladiff.core.messages import format_value
 from viladiff.experiments.sweep_setup import SweepJob
 from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.finals import Finalist, chosen, format_verdict
@@ -15,7 +16,7 @@ from viladiff.tables.spec import OWN_LISTS
 
 def line(trial: Trial, full: int) -> str:
     """A trial that has ended, in one line."""
-    point = ", ".join(f"{path.rpartition('.')[2]} = {_short(value)}" for path, value in trial.point.items())
+    point = ", ".join(f"{path.rpartition('.')[2]} = {format_value(value, 4)}" for path, value in trial.point.items())
     if trial.value is not None:
         what = f"{100 * trial.value:.2f} over {len(trial.values)} seed{'s' * (len(trial.values) != 1)}"
     elif trial.state == "pruned" and trial.rungs:
@@ -23,10 +24,6 @@ def line(trial: Trial, full: int) -> str:
     else:
         what = f"{trial.state}: {trial.reason.splitlines()[0] if trial.reason else 'no reason is known'}"
     return f"trial {trial.number}: {point}: {what}"
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def outline(job: SweepJob) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import sha256_hex
 from viladiff.runs import gradient_shares as shares
 from viladiff.runs.run_name import WEIGHTS, Content, arithmetic, run_name
 
@@ -174,7 +174,7 @@ def checksum(rest: dict[str, Any]) -> str:
     ValueError where a number is not finite or text has no UTF-8.
     """
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_hex(text)
 
 
 def strip_local_paths(record: RunRecord) -> RunRecord:

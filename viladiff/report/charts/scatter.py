@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -14,6 +13,7 @@ import numpy as np
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import SERIES
+from viladiff.core.hashing import sha256_hex
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def save(chart: Chart, folder: Path, name: str) -> dict[str, Path]:
 def save_drawn(numbers: object, picture: Callable[[], Figure], folder: Path, name: str) -> dict[str, Path]:
     """``save`` for a light picture of any kind; ``numbers`` are all that it is drawn from, as JSON takes them."""
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps([_FORM, numbers]).encode()).hexdigest()
+    digest = sha256_hex(json.dumps([_FORM, numbers]))
     paths = {theme: folder / f"{name}-{theme}.svg" for theme in THEMES}
     old = [path for path in paths.values() if not path.is_file() or digest not in _head(path)]
     drawn = _svg(picture(), digest) if old else ""

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from viladiff.core.messages import format_seconds
 from viladiff.report.charts.svg import (
     BEST,
     LINE,
@@ -20,7 +21,6 @@ from viladiff.report.charts.svg import (
     chart,
     parallel,
 )
-from viladiff.report.provenance import duration
 from viladiff.sweeps.space import Dimension
 from viladiff.sweeps.spec import PaperCurve, Sweep
 from viladiff.sweeps.summary import TrialRow, best_so_far, local_mean, trained
@@ -211,7 +211,7 @@ def minutes(every: Sequence[TrialRow], best: TrialRow) -> Markup | None:
         Point(
             (row.seconds or 0) / 60,
             row.mean or 0.0,
-            f"trial {row.number}: {row.mean:.2f} after {duration(row.seconds)}",
+            f"trial {row.number}: {row.mean:.2f} after {format_seconds(row.seconds)}",
             _who(row, best)[0],
         )
         for row in timed
