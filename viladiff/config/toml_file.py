@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from viladiff.config import renamed
-from viladiff.config.base import Section, did_you_mean
+from viladiff.config.base import Section, did_you_mean, error_reason
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def sentence(
     sections: Mapping[str, type[Section]],
 ) -> str:
     """One fault that pydantic found in a file of ``top``, in the project's words; ``sections`` lie in its lists."""
-    loc, value, ctx = list(item["loc"]), item.get("input"), item.get("ctx", {})
+    loc, value = list(item["loc"]), item.get("input")
     section = sections.get(str(loc[0])) if len(loc) > 1 else None
     entry, rest = "", loc
     if section is not None:
@@ -69,12 +68,9 @@ def sentence(
     if item["type"] == "extra_forbidden":
         allowed = [name for name in (section or top).model_fields if section or name != "name"]
         return f"{entry}{field}: no such key{did_you_mean(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
+    reason = error_reason(item)
     if item["type"] == "missing":
-        return f"{entry}{field}: missing, and it has no default"
-    if item["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", ctx["expected"])
-        return f"{entry}{field} = {value!r}: allowed: {', '.join(choices)}{did_you_mean(str(value), choices)}"
-    reason = str(ctx["error"]) if item["type"] == "value_error" else item["msg"][0].lower() + item["msg"][1:]
+        return f"{entry}{field}: {reason}"
     return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
 
 

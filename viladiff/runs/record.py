@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from viladiff.config.base import error_reason
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import sha256_hex
 from viladiff.runs import gradient_shares as shares
@@ -231,7 +232,8 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} was written by another version of viladiff: {field}: {first['msg']}") from error
+        why = f"{field}: {error_reason(first)}"
+        raise ValueError(f"{path} was written by another version of viladiff: {why}") from error
     if why := impossible(record):
         raise CorruptRecordError(f"{path} is not a run's record: {why}")
     if why := mismatch(record):

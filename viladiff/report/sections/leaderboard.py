@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from viladiff.config.base import error_reason
 from viladiff.report.charts import scatter
 from viladiff.report.markup import markdown
 from viladiff.report.sections import ranking
@@ -300,5 +301,5 @@ def read_costs(out: Path, layers: Iterable[Path]) -> Costs:
         return Costs(Measured.model_validate_json(found.read_bytes()), "")
     except (OSError, ValidationError) as error:
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        said = f"{'.'.join(map(str, first['loc']))}: {error_reason(first)}" if first else str(error)
         return Costs(None, f"{found.parent.name}/{NAME} cannot be used ({said}); {MAKE} makes it anew")
