@@ -5,7 +5,6 @@ Used where a spec has ``page = "leaderboard"``.
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from viladiff.config.base import error_reason
 from viladiff.report.charts import scatter
+from viladiff.report.charts.themes import uri
 from viladiff.report.markup import markdown
 from viladiff.report.sections import ranking
 from viladiff.report.sections.learning_rates import RateComparison, tried
@@ -162,10 +162,17 @@ def _pictures(
     groups = tuple(dict.fromkeys(line.group or "Rows" for line in lines))
     for place, column in enumerate(results.plan.columns):
         points = tuple(
-            scatter.Point(cost, mean, line.accuracy[place].spread, line.label, groups.index(line.group or "Rows"), own)
+            scatter.Point(
+                cost,
+                mean,
+                line.accuracy[place].spread,
+                line.number,
+                line.label,
+                groups.index(line.group or "Rows"),
+                line.control,
+            )
             for line in lines
             if (cost := line.cost) is not None and (mean := line.accuracy[place].mean) is not None
-            for own in (line.control,)
         )
         if not points:
             continue
@@ -177,11 +184,6 @@ def _pictures(
         found.append(CostChart(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))
         files += [path.name for path in paths.values()]
     return tuple(found), tuple(files)
-
-
-def uri(path: Path) -> str:
-    """A picture inside a page."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 # Plain text
