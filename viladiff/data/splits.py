@@ -1,14 +1,25 @@
-"""The labelled lists of one data set are prefixes of a single permutation, so a larger split only ever adds images."""
+"""Which images are labelled, which are held out, and the split under which every image with a mask is labelled.
+
+The labelled lists of one data set are prefixes of a single permutation, so a larger split only ever adds images.
+Runs are chosen between on labelled images that none of them trained on, so that the reported set stays unseen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from viladiff.config.base import did_you_mean
 from viladiff.core import keyed_random
+from viladiff.data.cache import fingerprint
 from viladiff.data.files.split_lists import Lists
+
+if TYPE_CHECKING:
+    from viladiff.data.dataset import Dataset
+    from viladiff.data.files.index import FileList
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "digits": ("92", "183", "366", "732", "1464"),
@@ -90,3 +101,142 @@ def resample(lists: Lists, masked: Container[str], seed: int, shows: Callable[[s
     if len(names) < size:
         raise ValueError(f"data.split_seed = {seed}: only {len(names)} masks show a class, and {size} are to be drawn")
     return lists._replace(labelled=tuple(names), unlabelled=tuple(sorted({*pool} - {*names})))
+
+
+ALL = "all"
+"""Name of the split; in ``folder`` it is a list of that name, as any other."""
+LARGEST = {"digits": "1464", "dense": "1849", "cityscapes": "1488", "coco": "3697", "ade20k": "10105"}
+"""The list that is opened in its place: the pool is the same under each."""
+
+
+def base_split(name: str, split: str, family: str = "") -> str:
+    """The list that a reader has to open for a split: another one for ``all``, on any data set but ``folder``."""
+    if split != ALL or name == "folder":
+        return split
+    if name == "voc":
+        return "1464" if family in ("", "hq") else "5291"
+    return LARGEST[name]
+
+
+def label_all(dataset: Dataset) -> Dataset:
+    """The data set with labels for all images of its pool; of images in files, those whose mask is there."""
+    files = dataset.files
+    able = np.array([files is None or _has_mask(files, i) for i in dataset.unlabelled], bool)
+    added = dataset.unlabelled[able]
+    paths = [] if files is None else [files.masks[i] for i in added]
+    masks = [] if dataset.contents is None else dataset.contents.digests(paths)
+    labelled = np.concatenate([dataset.labelled, added])
+    named = "" if files is None else f"all {len(labelled)} of {len(dataset.images)} training images that have a mask"
+    return replace(
+        dataset,
+        labelled=labelled,
+        unlabelled=dataset.unlabelled[~able],
+        fingerprint=fingerprint(ALL, dataset.fingerprint, added.tolist(), masks),
+        split_name=named,
+        notes=(),
+    )
+
+
+def _has_mask(files: FileList, index: int) -> bool:
+    return files.ids[index] not in files.unmasked and files.masks[index].is_file()
+
+
+class Subset:
+    """Some of a sequence, opened when they are asked for."""
+
+    def __init__(self, whole: Any, places: np.ndarray) -> None:
+        self.whole, self.places = whole, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.whole[int(self.places[index])]
+
+
+def hold_out(dataset: Dataset, share: float, scored: bool) -> Dataset:
+    """The data set with ``share`` of its labelled list taken out of training, from both roles.
+
+    The same images for every run on that list. ``scored``: they take the place of the validation images. Raises
+    ValueError where the list is too short.
+    """
+    held = dataset.labelled[choose(_present(dataset), share, dataset.name)]
+    if len(held) == 0:
+        raise ValueError(
+            f"data.holdout = {share:g}: none of the {len(dataset.labelled)} labelled images of {dataset.name!r} can be "
+            "held out without a class leaving training; take a longer list (data.split), or data.holdout=0"
+        )
+    kept = dataset.labelled[~np.isin(dataset.labelled, held)]
+    named = fingerprint("holdout", dataset.fingerprint, held.tolist(), scored)
+    rest = replace(dataset, labelled=kept, fingerprint=named)
+    if not scored:
+        return rest
+    return replace(
+        rest,
+        val_images=_some(dataset.images, held),
+        val_masks=_some(dataset.masks, held),
+        val_captions=tuple(dataset.captions[i] for i in held),
+        val_files=None,
+    )
+
+
+def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
+    """The labelled list without one image in ``period``, and those; the same ones for every run on that list.
+
+    For a method that leaves labelled images out of its supervised loss. ValueError where the list is too short.
+    """
+    held = dataset.labelled[choose(_present(dataset), 1 / period, dataset.name, "set apart")]
+    if len(held) == 0:
+        raise ValueError(
+            f"method.mixe.holdout = {1 / period:g}: none of the {len(dataset.labelled)} labelled images of "
+            f"{dataset.name!r} can be left out without a class leaving training; take a longer list (data.split), or "
+            "method.mixe.holdout=0"
+        )
+    return dataset.labelled[~np.isin(dataset.labelled, held)], held
+
+
+def choose(present: np.ndarray, share: float, *key: keyed_random.Part) -> np.ndarray:
+    """Sorted places, about ``share`` of n, in an order drawn by ``key``; rare classes are seen to first.
+
+    present: (n, C) bool, which classes each labelled image shows. No class leaves training altogether, and each class
+    that two images show is shown by one held out, as far as ``share`` allows.
+    """
+    wanted = max(1, round(share * len(present)))
+    left = present.sum(0)
+    order = keyed_random.numpy_generator("holdout", *key).permutation(len(present))
+    held = np.zeros(len(present), bool)
+
+    def take(candidates: np.ndarray, most: int) -> None:
+        # One pass is enough: what is left of a class only shrinks, so an image that was refused stays refused.
+        for i in candidates:
+            if most <= 0:
+                return
+            if not held[i] and (left[present[i]] > 1).all():
+                held[i] = True
+                left[present[i]] -= 1
+                most -= 1
+
+    for c in np.argsort(left, kind="stable"):
+        if held.sum() < wanted and not present[held, c].any():
+            take(order[present[order, c]], 1)
+    take(order, wanted - int(held.sum()))
+    return np.flatnonzero(held)
+
+
+def _present(dataset: Dataset) -> np.ndarray:
+    present = np.stack([_counts(dataset, i)[: dataset.num_classes] >= VISIBLE for i in dataset.labelled])
+    if dataset.contents is not None:
+        dataset.contents.save()
+    return present
+
+
+def _counts(dataset: Dataset, index: int) -> np.ndarray:
+    """(256,) pixels by label of a labelled image."""
+    if dataset.contents is None:
+        return np.bincount(dataset.target(index).ravel(), minlength=256)
+    coding = getattr(dataset.masks, "coding", None)
+    return dataset.contents.mask(dataset.target_path(index), dataset.num_classes, coding).counts
+
+
+def _some(whole: Any, places: np.ndarray) -> Any:
+    return whole[places] if isinstance(whole, np.ndarray) else Subset(whole, places)
