@@ -213,7 +213,7 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
     store = Store(tmp_path / "runs")
     (tmp_path / "trials").mkdir()
     asker = OptunaStudy(
-        "s", sweep.space, sweep.initial_point, "random", 0, False, str(tmp_path / "optuna.journal"), Every()
+        "s", sweep.space, [sweep.initial_point], "random", 0, False, str(tmp_path / "optuna.journal"), Every()
     )
     search = SweepController(tmp_path / "trials", asker, namer.planned, (0,), namer.steps, TRAINERS, store)
     desk = TrialQueue(search, store, ExecutionSettings(gpus_per_trial=0.0), 1)

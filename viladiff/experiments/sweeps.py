@@ -98,7 +98,7 @@ def _desk(
     asker = OptunaStudy(
         job.name,
         job.sweep.space,
-        job.sweep.initial_point,
+        [job.sweep.initial_point, *({**job.sweep.initial_point, **point} for point in job.sweep.points)],
         args.sampler,
         args.sampler_seed,
         parallel,

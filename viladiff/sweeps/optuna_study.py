@@ -45,20 +45,21 @@ class OptunaStudy:
         self,
         name: str,
         space: Space,
-        first: Mapping[str, Value],
+        listed: Sequence[Mapping[str, Value]],
         kind: Kind,
         seed: int,
         parallel: bool,
         storage: str,
         pruner: BasePruner,
     ) -> None:
-        """``storage``: an URL as Optuna takes it, or the path of a journal. Raises ValueError where it is out of reach,
-        or holds a study of the same name that is not ours."""
+        """``listed``: points that are tried first, the paper's before all others. ``storage``: an URL as Optuna takes
+        it, or the path of a journal. Raises ValueError where it is out of reach, or holds a study of the same name that
+        is not ours."""
         _quiet()
-        self.name, self.space, self.first = name, space, dict(first)
+        self.name, self.space, self.listed = name, space, [dict(point) for point in listed]
         self.kind, self.seed, self.parallel, self.pruner = kind, seed, parallel, pruner
         self.distributions = distributions(space)
-        self.cmaes = Cmaes(space, self.first, seed) if kind == "cmaes" else None
+        self.cmaes = Cmaes(space, self.listed[0], seed) if kind == "cmaes" else None
         self.where = storage
         self.storage: BaseStorage
         self.memory: Told
@@ -160,8 +161,8 @@ class OptunaStudy:
 
     def ask(self, number: int, trials: Sequence[Trial]) -> tuple[dict[str, Value], str] | None:
         """The point of trial ``number`` and where it comes from; the first one is the paper's. None: no more points."""
-        if number == 0:
-            return self._fixed(self.first, "paper")
+        if number < len(self.listed):
+            return self._fixed(self.listed[number], "listed" if number else "paper")
         if self.kind == "grid":
             point = next_on_grid(self.space, trials)
             return None if point is None else self._fixed(point, "grid")

@@ -77,6 +77,8 @@ class Sweep(Strict):
     space: dict[str, Dimension] = Field(min_length=1)
     initial_point: dict[str, Value]
     """The paper's value: the first point that is tried."""
+    points: tuple[dict[str, Value], ...] = ()
+    """Points that are tried after it, before the sampler draws: each by its differences from the initial point."""
     scale: dict[str, Scale] = Field(min_length=1)
     paper: tuple[PaperCurve, ...] = ()
     notes: tuple[str, ...] = ()
@@ -129,6 +131,11 @@ def _faults(sweep: Sweep) -> Iterator[str]:
     for fault in strays(sweep.initial_point, sweep.space):
         if "is not in" not in fault:
             yield f"initial_point: {fault}{did_you_mean(fault.split(' ')[0], sweep.space)}"
+    for i, point in enumerate(sweep.points):
+        for fault in strays({**sweep.initial_point, **point}, sweep.space):
+            yield f"points[{i}]: {fault}{did_you_mean(fault.split(' ')[0], sweep.space)}"
+    if len(sweep.points) >= sweep.trials:
+        yield f"points: {len(sweep.points)} and the initial point are more than trials = {sweep.trials}"
     for entry, fields in [("base", sweep.base), *((f"scale.{name}", one.set) for name, one in sweep.scale.items())]:
         for path, value in fields.items():
             if path in OURS:
@@ -262,7 +269,8 @@ def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, s
     if not faults:
         faults |= dict.fromkeys(_kinds(sweep, fixed))
     if not faults:
-        for point in edges(sweep.space, sweep.initial_point):
+        listed = [{**sweep.initial_point, **point} for point in sweep.points]
+        for point in [*listed, *edges(sweep.space, sweep.initial_point)]:
             try:
                 override(RunConfig(), {**fixed, **point})
             except ConfigError as error:
