@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from viladiff.core.environment import visible_cpus
-from viladiff.data.files.validate import DatasetReport, check
+from viladiff.data.files.validate import DatasetReport, validate_dataset
 
 AIM = 1.7
 DISTINCT = 100
@@ -52,7 +52,7 @@ def generate(root: Path, files: int) -> None:
 def timed(root: Path, processes: int) -> tuple[float, float, DatasetReport]:
     """Seconds on the wall, seconds of all processors, and what was found."""
     before = os.times()
-    report = check(root, processes=processes)
+    report = validate_dataset(root, processes=processes)
     after = os.times()
     spent = sum(getattr(after, name) - getattr(before, name) for name in ("user", "system", "children_user"))
     return after.elapsed - before.elapsed, spent + after.children_system - before.children_system, report
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begun = time.perf_counter()
         generate(root, args.files)
         print(f"{args.files} files generated in {time.perf_counter() - begun:.0f} s; {visible_cpus()} processors")
-        wanted = check(root, processes=1).seen
+        wanted = validate_dataset(root, processes=1).seen
         walls: dict[int, list[float]] = {1: [], 2: []}
         spents: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(args.rounds):

@@ -73,7 +73,7 @@ def spread(space: Space, count: int) -> list[dict[str, Value]]:
 
 
 def train(run: PlannedRun, store: Store) -> str:
-    """Does a run; what came of it in a few words. A loss that is not finite is a result too, and stays without one."""
+    """Train a run and return its result in a few words; a loss that is not finite is a result too."""
     from viladiff.runs.config import RunConfig, override
     from viladiff.runs.lease import LeaseLostError
     from viladiff.training.errors import TrainingError
@@ -92,7 +92,7 @@ def train(run: PlannedRun, store: Store) -> str:
 
 
 def write(store: Store, runs: Iterable[tuple[int, int, str]], points: list[dict[str, Value]], space: Space) -> None:
-    """The table: a line a point, seed and step; and its provenance."""
+    """Write the table, a line a point, seed and step, and its provenance."""
     records = store.records()
     done = [(number, seed, records[run_id]) for number, seed, run_id in runs if run_id in records]
     buffer = io.StringIO()
@@ -109,7 +109,7 @@ def write(store: Store, runs: Iterable[tuple[int, int, str]], points: list[dict[
 
 
 def provenance(records: list[RunRecord]) -> dict[str, Any]:
-    """What the curves have in common, or all the values where they differ."""
+    """Return the fields that the curves share, or all the values where they differ."""
 
     def all_of(values: Iterable[object]) -> list[str]:
         return sorted({json.dumps(value, sort_keys=True) for value in values})

@@ -89,13 +89,15 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
 
 
 def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
-    read = cli.read_arguments(
-        cli.parser(), ["train", "seed=1", "--out", "here", "train.steps=5", "--fresh", "data.split=92"]
+    read = cli.parse_arguments(
+        cli.command_parser(), ["train", "seed=1", "--out", "here", "train.steps=5", "--fresh", "data.split=92"]
     )
     assert read.fields == ["seed=1", "train.steps=5", "data.split=92"] and read.out == "here" and read.fresh
-    assert cli.read_arguments(cli.parser(), ["train", "--out", "a=b"]).fields == []
+    assert cli.parse_arguments(cli.command_parser(), ["train", "--out", "a=b"]).fields == []
     for command in (["table", "5"], ["sweep", "lambda"]):
-        read = cli.read_arguments(cli.parser(), [*command, "--dry-run", "train.steps=5", "--seeds", "2", "seed=1"])
+        read = cli.parse_arguments(
+            cli.command_parser(), [*command, "--dry-run", "train.steps=5", "--seeds", "2", "seed=1"]
+        )
         assert read.changes == ["train.steps=5", "seed=1"] and read.dry_run and read.seeds == "2"
     for words, wrong in (
         (["train", "seed=1", "--fresh", "--frsh"], "--frsh"),
@@ -103,7 +105,7 @@ def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["doctor", "a=b"], "a=b"),
     ):
         with pytest.raises(SystemExit):
-            cli.read_arguments(cli.parser(), words)
+            cli.parse_arguments(cli.command_parser(), words)
         assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import record, rising
-from test_page import study as a_study
+from test_table_page import record, rising
+from test_table_page import study as a_study
 
 from viladiff.cli import main
 from viladiff.methods import METHODS
@@ -21,7 +21,7 @@ from viladiff.report.table import results as tables
 from viladiff.report.table import table_page
 from viladiff.runs.config import RunConfig, flatten, override, schema
 from viladiff.runs.record import save_record
-from viladiff.tables.cells import Cell, cells, settings
+from viladiff.tables.cells import Cell, cells, paper_settings
 from viladiff.tables.plan import _dumps, _Kept, _loads
 from viladiff.tables.published import published
 from viladiff.tables.spec import Column, Row, Scale, Table
@@ -104,7 +104,7 @@ def test_each_table_at_scale_paper_runs_what_is_declared(name: str) -> None:
     count = 0
     for cell in found(name):
         cfg = flatten(override(RunConfig(), cell.changes))
-        explicit = settings(table(name), cell.row, cell.column)
+        explicit = paper_settings(table(name), cell.row, cell.column)
         for setting in METHODS[str(cfg["method.name"])].published:
             if setting.holds(cfg):
                 for path, value in setting.fields.items():
@@ -177,7 +177,7 @@ def test_page_says_of_each_row_what_it_runs_and_what_not(tmp_path: Path) -> None
         Stated(0, 1, "Authors 123", "", "three boxes", None),
     )
     plan = replace(plan, published=said)
-    (line,) = training.lines(tables.collect_results(plan, store))
+    (line,) = training.settings_rows(tables.collect_results(plan, store))
     assert line.runs == "method.pseudo.weight = 0.06 (1/8 (183)), 0.6 (1/2)"
     assert line.lacks == "method.teacher.momentum = 0.996 (here 0.99); not available: three boxes (1/2)"
     rest = training.undeclared(tables.collect_results(plan, store))

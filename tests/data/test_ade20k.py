@@ -17,7 +17,7 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.images import FileMasks
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check, check_files
+from viladiff.data.files.validate import check_files, validate_dataset
 from viladiff.data.sources import ade20k
 from viladiff.runs.config import RunConfig, override
 
@@ -111,7 +111,7 @@ def test_missing_folders_are_named(tmp_path: Path) -> None:
 
 def test_check_knows_both_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = layouts.ade20k(tmp_path / "ADE", shifted=True)
-    report = check(made.root, processes=1)
+    report = validate_dataset(made.root, processes=1)
     wrong = [fault.reason for fault in report.faults if fault.path.endswith(".png")]
     assert len(wrong) == 9 and all("reduce_zero_label=false" in reason for reason in wrong)
     words = ["data", "check", str(made.root), "--out", str(tmp_path / "page"), "--processes", "1", "--quiet"]

@@ -17,7 +17,7 @@ from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorker
 from viladiff.data.files import known_splits, make_split
 from viladiff.data.files.images import FileMasks, image_size
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check, check_files, inspect_images
+from viladiff.data.files.validate import check_files, inspect_images, validate_dataset
 from viladiff.data.sources import cityscapes
 from viladiff.data.sources.detect import open_tree
 from viladiff.runs.config import RunConfig, override
@@ -219,27 +219,27 @@ def test_decoding_processes_read_label_ids_too(tmp_path: Path) -> None:
 
 def test_check_and_split_know_the_layout(tmp_path: Path) -> None:
     made = layouts.cityscapes(tmp_path / "city", kinds=["labelIds"])
-    report = check(made.root, processes=1)
+    report = validate_dataset(made.root, processes=1)
     assert report.errors == 0 and set(report.seen) == set(made.labels)
     assert [split.counts for split in report.splits] == [(3, 4, 2)]
     assert any("labelIds files" in fault.reason for fault in report.faults)
     assert not any("masks are PNG files" in fault.reason for fault in report.faults), "gtFine holds other files as well"
     tree, classes = open_tree(made.root)
     seen = inspect_images(tree, classes, 1)
-    dealt = make_split.deal(made.root, seen, 4, None, 0)
+    dealt = make_split.make_split(made.root, seen, 4, None, 0)
     assert len(dealt.lists.labelled) == 4 and dealt.lists.val == made.val
     assert not set(made.val) & {*dealt.lists.labelled, *dealt.lists.unlabelled}
     make_split.write_lists(made.root, "186", dealt.lists)
     assert ids(load(made.root, "186"))[:4] == dealt.lists.labelled
     (made.root / "splits" / "val.txt").write_text(made.val[0], encoding="utf-8")
-    dealt = make_split.deal(made.root, seen, 7, None, 0)
+    dealt = make_split.make_split(made.root, seen, 7, None, 0)
     assert dealt.lists.val == made.val[:1] and not dealt.lists.unlabelled
     assert made.val[1] not in dealt.lists.labelled, "what is for validation is not dealt, whether listed or not"
-    dealt = make_split.deal(made.root, seen, 3, None, 0)
+    dealt = make_split.make_split(made.root, seen, 3, None, 0)
     make_split.write_lists(made.root, "744", dealt.lists)
     assert len(load(made.root, "744").unlabelled) == 4
     with pytest.raises(ValueError, match=r"--val 3: cityscapes is validated on all of 'leftImg8bit/val'"):
-        make_split.deal(made.root, seen, 4, 3, 0)
+        make_split.make_split(made.root, seen, 4, 3, 0)
 
 
 def test_two_files_of_one_image_are_refused(tmp_path: Path) -> None:

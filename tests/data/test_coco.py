@@ -22,7 +22,7 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.images import read_mask
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check, check_files
+from viladiff.data.files.validate import check_files, validate_dataset
 from viladiff.data.sources import coco_masks
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES
 from viladiff.data.sources.coco_masks import MANIFEST, Made, Region, Task, make_masks, paint, read_instances
@@ -47,7 +47,7 @@ def square(label: int, inside: int) -> np.ndarray:
 
 
 def test_classes_are_the_80_things_in_order_of_category() -> None:
-    """torchvision has the same table, gaps and all."""
+    """The same as torchvision's table, gaps and all."""
     names = {number: name for number, name in enumerate(_COCO_CATEGORIES) if name not in ("__background__", "N/A")}
     assert dict(zip(CATEGORY_IDS, CLASS_NAMES[1:], strict=True)) == names
     assert (CLASS_NAMES[0], len(CLASS_NAMES), CATEGORY_IDS[0], CATEGORY_IDS[-1]) == ("background", 81, 1, 90)
@@ -93,7 +93,7 @@ def test_masks_are_those_that_the_instances_were_made_of(tmp_path: Path) -> None
     for name, labels in made.labels.items():
         assert np.array_equal(read_mask(made.root / "masks" / f"{name}.png", 81), labels)
     check_files(load(made.root))
-    assert check(made.root, processes=1).errors == 0
+    assert validate_dataset(made.root, processes=1).errors == 0
 
 
 def test_smaller_instances_lie_on_top_in_whatever_order_they_come() -> None:

@@ -23,7 +23,7 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.files import contents, images
 from viladiff.data.files.images import PaletteEncoding, image_size, label_counts, read_image, read_mask
 from viladiff.data.files.split_lists import Lists
-from viladiff.data.files.validate import check, check_files
+from viladiff.data.files.validate import check_files, validate_dataset
 from viladiff.data.splits import VISIBLE, resample
 from viladiff.runs.config import RunConfig, override, run_id
 from viladiff.text.embedding_bank import load_text
@@ -692,7 +692,7 @@ def test_masks_of_0_and_255_stop_a_run_with_the_way_out(photo_folder: Make, tmp_
     )
     with pytest.raises(ValueError, match=hint):
         fit(small(root, tmp_path / "runs", "supervised"))
-    faults = [fault for fault in check(root, processes=1).faults if fault.path == str(root / "masks")]
+    faults = [fault for fault in validate_dataset(root, processes=1).faults if fault.path == str(root / "masks")]
     assert [fault.level for fault in faults] == ["error"] * 2 and "1 classes are in no mask: plant" in faults[0].reason
     (root / "palette.txt").write_text("0 0 0 ground\n255 255 255 plant", encoding="utf-8")
     assert fit(small(root, tmp_path / "runs", "supervised")).record.miou is not None, "and then it works"
@@ -707,7 +707,7 @@ def test_masks_of_0_and_255_among_others_are_told(photo_folder: Make) -> None:
     Image.fromarray(np.where(labels == 1, 255, 0).astype(np.uint8)).save(path)
     told = "1 of 4 masks hold 0 and 255 only, others 1, and 255 is ignored; if it means 'plant' there, write 1"
     assert any(note.startswith(f"{root / 'masks'}: {told}") for note in check_files(load(root)))
-    faults = [fault for fault in check(root, processes=1).faults if fault.path == str(root / "masks")]
+    faults = [fault for fault in validate_dataset(root, processes=1).faults if fault.path == str(root / "masks")]
     assert [fault.level for fault in faults] == ["warning"] and "and 255 is ignored" in faults[0].reason
 
 

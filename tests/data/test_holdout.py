@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from viladiff.data.registry import load_dataset
-from viladiff.data.splits import choose, hold_out
+from viladiff.data.splits import choose_holdout, hold_out
 from viladiff.runs.config import ConfigError, RunConfig, override, run_id
 from viladiff.training.fingerprints import name_runs
 from viladiff.training.trainer import Trainer, fit
@@ -63,9 +63,9 @@ def test_every_class_stays_in_training_and_is_scored_where_two_show_it() -> None
     present[7, 1] = True  # alone, so it must stay
     present[[11, 30], 2] = True
     for key in range(20):
-        chosen = choose(present, 0.25, key)
+        chosen = choose_holdout(present, 0.25, key)
         assert 7 not in chosen and len({11, 30} & set(chosen)) == 1 and len(chosen) == 10
-    assert len(choose(np.ones((1, 1), bool), 0.5)) == 0
+    assert len(choose_holdout(np.ones((1, 1), bool), 0.5)) == 0
 
 
 def test_a_list_too_short_is_refused() -> None:

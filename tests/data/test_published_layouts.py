@@ -10,8 +10,8 @@ import published_layouts as layouts
 import pytest
 
 from viladiff.cli import main
-from viladiff.cli.tables import parser
-from viladiff.data.files.validate import check
+from viladiff.cli.tables import table_parser
+from viladiff.data.files.validate import validate_dataset
 from viladiff.experiments import tables
 from viladiff.runs.config import RunConfig, flatten, override
 from viladiff.tables.cells import COMMON, cells
@@ -67,7 +67,7 @@ def test_from_files_and_captions_to_scores(
     made = WRITE[dataset](tmp_path / dataset, **({"masks": False} if dataset == "coco" else {}))
     if dataset == "coco":
         assert main.main(["data", "coco-masks", str(made.root), "--processes", "2", "--quiet"]) == 0
-    assert check(made.root, processes=1).errors == 0
+    assert validate_dataset(made.root, processes=1).errors == 0
     table = tmp_path / "captions.csv"
     rows = [f"{name},a photograph with {len(set(labels.flat))} things" for name, labels in made.labels.items()]
     table.write_text("\n".join(["image,text", *rows]) + "\n", encoding="utf-8")
@@ -94,11 +94,11 @@ def test_tables_of_the_paper_are_planned_on_files(
     spec = ROOT / "ablations" / f"{table}.toml"
     words = ["--scale", "paper", "--seeds", "1", "--rows", "SupBaseline", "UniMatch", "ViLaDiff", "--dry-run"]
     words += ["--storage", str(tmp_path / "runs"), "--", f"runtime.data_root={made.root}"]
-    assert tables.run(spec, parser(spec, "t").parse_args(words), "t") == 0
+    assert tables.run_table(spec, table_parser(spec, "t").parse_args(words), "t") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "12 runs" in told, told
     with pytest.raises(ValueError, match=r"runtime\.data_root: must be set"):
-        tables.run(spec, parser(spec, "t").parse_args(words[: words.index("--")]), "t")
+        tables.run_table(spec, table_parser(spec, "t").parse_args(words[: words.index("--")]), "t")
 
 
 def test_hard_pixels_are_for_all_rows_of_table_3_at_scale_paper_but_semivl() -> None:

@@ -15,7 +15,7 @@ from viladiff.data import registry
 from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check, check_files
+from viladiff.data.files.validate import check_files, validate_dataset
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.record import RunRecord
 
@@ -135,7 +135,7 @@ def test_lists_under_the_names_of_cps_and_ps_mt(photo_folder: Make, tmp_path: Pa
     assert labelled == names[7:9] and set(others) == {*names} - {*labelled}, "no list of others, so all others"
     with pytest.raises(ValueError, match=r"no list 183/labelled\.txt or 183\.txt, nor a file of its images; there are"):
         read("cps", "183")
-    report = check(root, lists / "psmt", 1)
+    report = validate_dataset(root, lists / "psmt", 1)
     counts = {one.name: one.counts for one in report.splits}
     assert counts == {"662_train_supervised": (3, 11, 4), "6620_train_supervised": (2, 14, 4)} and not report.errors
 

@@ -1,6 +1,6 @@
 """A sweep's command where things go wrong: what it says, that nothing was trained, and that it goes on afterwards.
 
-Training is made up, and handed out without Ray; ``test_ray_search`` has processes that die.
+Training is made up, and handed out without Ray; ``test_sweep_executor`` has processes that die.
 """
 
 from __future__ import annotations

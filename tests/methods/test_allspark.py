@@ -27,7 +27,13 @@ from viladiff.data.batch import Batch, Step
 from viladiff.methods.allspark import AllSpark, AllSparkConfig
 from viladiff.methods.base import Method
 from viladiff.models.baselines import allspark
-from viladiff.models.baselines.allspark import ChannelAttention, SemanticMemory, Spark, nearest_class, resized
+from viladiff.models.baselines.allspark import (
+    AllSparkBlock,
+    ChannelAttention,
+    SemanticMemory,
+    nearest_class,
+    resize_tokens,
+)
 from viladiff.models.segmenter import upsample
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.optim import param_groups
@@ -50,7 +56,7 @@ def gelu(x: Array) -> Array:
 
 
 def cross_in_numpy(net: ChannelAttention, x: Array, source: Array, drop: Array | None = None, p: float = 0.1) -> Array:
-    """x (B, N, C), source (S, N, C) that all images read: one image and one row of the map at a time."""
+    """Reference for x (B, N, C), source (S, N, C) that all images read: one image and one row of the map at a time."""
     q, k, v, out = (np_(f.weight) for f in (net.query, net.key, net.value, net.out))
     answers = np.concatenate([one @ k.T for one in source], 1)  # (N, S h C)
     told = np.concatenate([one @ v.T for one in source], 1)
@@ -123,7 +129,7 @@ def test_projections_start_as_published() -> None:
         assert layer.weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.03)
 
 
-def block_in_numpy(net: Spark, top: Array, attended: Any) -> Array:
+def block_in_numpy(net: AllSparkBlock, top: Array, attended: Any) -> Array:
     """(B, D, h, w); ``attended`` maps normalised tokens (B, N, C) to what is added to the tokens."""
     enter, leave = net.enter[0], net.leave[0]
     batch, _, h, w = top.shape
@@ -138,7 +144,7 @@ def block_in_numpy(net: Spark, top: Array, attended: Any) -> Array:
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 def test_a_looked_at_image_is_rebuilt_from_its_own_channels_in_any_size(grid: tuple[int, int]) -> None:
     torch.manual_seed(2)
-    net = Spark(10, 6, 2)
+    net = AllSparkBlock(10, 6, 2)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     top = torch.randn(3, 10, *grid)
@@ -183,7 +189,7 @@ def test_the_memory_comes_in_other_grids_too() -> None:
     torch.testing.assert_close(found[1].view(3, 2, 6), upsample(maps, (2, 6))[0])
     assert not found[0].any()
     x = torch.randn(2, 3, 16)
-    assert resized(x, (4, 4), (4, 4)) is x
+    assert resize_tokens(x, (4, 4), (4, 4)) is x
 
 
 def test_a_channel_goes_to_the_class_whose_map_it_is_most_like() -> None:

@@ -33,7 +33,7 @@ from viladiff.methods.allspark import AllSpark, AllSparkConfig
 from viladiff.methods.base import Method, turn_length
 from viladiff.methods.corrmatch import Correlation, CorrMatchConfig, correlated
 from viladiff.methods.psmt import PsMt, VatConfig, bounded_momentum
-from viladiff.models.baselines.allspark import ChannelAttention, Spark
+from viladiff.models.baselines.allspark import AllSparkBlock, ChannelAttention
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.diffusion import add_gaussian_noise, alpha_bar
 from viladiff.models.mixe import MixeConfig
@@ -308,7 +308,7 @@ def test_pseudoseg_soft_labels_and_their_pull(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_corrmatch_scores_by_correlation_over_logits() -> None:
-    """r = z A with A = softmax(f1^T f2 / sqrt(K)), at 41 x 41 tokens of a crop of 321, K = 21, 256 channels."""
+    """Compare r = z A with A = softmax(f1^T f2 / sqrt(K)), at 41 x 41 tokens of a crop of 321, K = 21, 256 channels."""
     torch.manual_seed(0)
     width = CorrMatchConfig().width
     head = Correlation(64, width, 21)
@@ -420,20 +420,20 @@ def answers_while_training(rates: dict[str, Any] | None, out: Path, monkeypatch:
     """Size of the answers over the tokens that they are added to, in step 300 of 600 with 183 labels of `digits`."""
     tokens: list[Tensor] = []
     found: list[tuple[bool, float]] = []
-    embed, restore = Spark.embed, Spark.restore
+    embed, restore = AllSparkBlock.embed, AllSparkBlock.restore
 
-    def noted(self: Spark, top: Tensor) -> tuple[Tensor, Tensor]:
+    def noted(self: AllSparkBlock, top: Tensor) -> tuple[Tensor, Tensor]:
         seen = embed(self, top)
         tokens[:] = [seen[0].detach()]
         return seen
 
-    def measured(self: Spark, both: Tensor, grid: torch.Size) -> Tensor:
+    def measured(self: AllSparkBlock, both: Tensor, grid: torch.Size) -> Tensor:
         added = both.detach() - tokens[0]
         found.append((self.training, float(added.std() / tokens[0].std())))
         return restore(self, both, grid)
 
-    monkeypatch.setattr(Spark, "embed", noted)
-    monkeypatch.setattr(Spark, "restore", measured)
+    monkeypatch.setattr(AllSparkBlock, "embed", noted)
+    monkeypatch.setattr(AllSparkBlock, "restore", measured)
     if rates is not None:
         monkeypatch.setattr(AllSpark, "own_rates", lambda self: rates)
     flat = {"method.name": "allspark", "data.split": "183", "train.steps": 600, "runtime.runs_dir": str(out)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_claims import EXAMPLE, a_table, plain, world
 
-from viladiff.runs.checkpoint import load
+from viladiff.runs.checkpoint import load_checkpoint
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.record import RunRecord
 from viladiff.sweeps.spec import OURS
@@ -36,7 +36,7 @@ def run(out: Path, method: str, **changes: Any) -> tuple[RunRecord, list[dict[st
     cfg = override(RunConfig(), {**FAST, "method.name": method, "runtime.runs_dir": str(out), **flat})
     done = fit(cfg)
     lines = [json.loads(line) for line in (done.directory / "steps.jsonl").read_text().splitlines()]
-    state = load(done.directory / "checkpoint.pt")
+    state = load_checkpoint(done.directory / "checkpoint.pt")
     assert state is not None
     return done.record, lines, state["method"]
 

@@ -11,7 +11,7 @@ from viladiff.core import keyed_random
 from viladiff.data.batch import Batch
 from viladiff.data.transforms.mixing import square_boxes
 from viladiff.methods.pseudoseg import PseudoSeg, fuse, soft_cross_entropy
-from viladiff.models.baselines.grad_cam import Sgc, attention, class_maps, spread, tag_loss, tagged
+from viladiff.models.baselines.grad_cam import Sgc, attention, class_maps, spread_maps, tag_loss, tagged
 from viladiff.models.segmenter import upsample
 
 WIDTH = 8
@@ -87,7 +87,7 @@ def test_tokens_read_none_in_padding_and_their_rows_sum_to_one() -> None:
     torch.testing.assert_close(a.sum(2), torch.ones(2, 6))
     torch.testing.assert_close(a[1], torch.full((6, 6), 1 / 6)), "nothing valid: still a number"
     maps = noise(2, 3, 2, 3, seed=2).abs()
-    found = spread(maps, a)
+    found = spread_maps(maps, a)
     expected = maps[0, 1].flatten() + torch.stack([row @ maps[0, 1].flatten() for row in a[0]])
     torch.testing.assert_close(found[0, 2].flatten(), expected)
     torch.testing.assert_close(found[:, 0], 2 - found[:, 1:].amax(1))

@@ -36,7 +36,7 @@ from viladiff.data.sources.coco import CLASS_NAMES as COCO_NAMES
 from viladiff.data.sources.voc import CLASS_NAMES as VOC_NAMES
 from viladiff.data.transforms.mixing import box_mask
 from viladiff.methods import METHODS
-from viladiff.methods.semivl import SemiVl, SemiVlConfig, best_concepts, class_means
+from viladiff.methods.semivl import SemiVl, SemiVlConfig, best_concepts, class_text_vectors
 from viladiff.models.baselines import vl_decoder
 from viladiff.models.baselines.maskclip import TEMPLATE, load_clip
 from viladiff.models.baselines.vl_decoder import (
@@ -129,7 +129,7 @@ def test_a_class_has_the_likeness_of_its_best_concept_and_the_mean_of_their_text
     assert (found < 0).any()  # nothing is 0 for want of a start
     means = np.stack([np_(texts)[g].mean(0) for g in groups])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    np.testing.assert_allclose(np_(class_means(texts, owner, 3)), means, atol=1e-6)
+    np.testing.assert_allclose(np_(class_text_vectors(texts, owner, 3)), means, atol=1e-6)
 
 
 def test_unknown_concepts_are_left_out_and_a_class_without_any_is_refused() -> None:

@@ -16,7 +16,7 @@ from viladiff.data.transforms.mixing import box_mask
 from viladiff.methods.u2pl import (
     Representation,
     U2pl,
-    class_means,
+    class_prototypes,
     contrast,
     entropy,
     kept_consistency,
@@ -101,7 +101,7 @@ def test_class_means_in_numpy() -> None:
     vectors = torch.randn(40, 3, generator=generator())
     classes = torch.randint(0, 4, (40,), generator=generator(1))
     counted = torch.rand(40, generator=generator(2)) < 0.6
-    found = class_means(vectors, classes, counted, 6)
+    found = class_prototypes(vectors, classes, counted, 6)
     for k in range(6):
         here = (classes == k) & counted
         expected = vectors[here].mean(0) if here.any() else torch.zeros(3)

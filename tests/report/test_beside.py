@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from record_kit import name_of, told
-from test_page import Reader, record
+from test_table_page import Reader, record
 
-from viladiff.experiments.dry_run import outline
+from viladiff.experiments.dry_run import print_dry_run
 from viladiff.report.sections import beside
 from viladiff.report.sections.beside import Beside
 from viladiff.report.table import table_page
@@ -103,7 +103,7 @@ def nothing(cell: PlannedCell) -> None:
 
 
 def test_three_sources_stand_in_columns_of_their_own(tmp_path: Path) -> None:
-    found = {line.label: line for line in beside.lines(both_of(tmp_path, levels))}
+    found = {line.label: line for line in beside.beside_rows(both_of(tmp_path, levels))}
     assert list(found) == ["base", "part", "all", "supervised"]
     cell = found["all"].cells[0]
     assert (cell.paper, str(cell.published.found), cell.own) == ("80.5", "62.5 ± 0.5 (3)", "57.0 (1)")
@@ -116,7 +116,7 @@ def test_three_sources_stand_in_columns_of_their_own(tmp_path: Path) -> None:
 
 
 def test_the_first_sentence_speaks_of_the_published_numbers_first(tmp_path: Path) -> None:
-    assert beside.sentence(both_of(tmp_path, levels)) == (
+    assert beside.headline_beside(both_of(tmp_path, levels)) == (
         "In the published runs all (row 3) reaches 62.5 ± 0.5 (3) on 183, 2.5 above base (paper: 10.5 above); "
         "66.5 ± 0.5 (3) on 732, 2.5 above base (paper: 7.4 above). "
         "On this machine all (row 3) reaches 57.0 (1) on 183, 1.0 above base."
@@ -125,11 +125,11 @@ def test_the_first_sentence_speaks_of_the_published_numbers_first(tmp_path: Path
 
 def test_without_published_records_it_says_so_and_speaks_of_this_machine(tmp_path: Path) -> None:
     both = both_of(tmp_path, nothing)
-    assert beside.sentence(both) == (
+    assert beside.headline_beside(both) == (
         "No published records of this table are there yet. "
         "On this machine all (row 3) reaches 57.0 (1) on 183, 1.0 above base (paper: 10.5 above)."
     )
-    own = [cell.own for line in beside.lines(both) for cell in line.cells]
+    own = [cell.own for line in beside.beside_rows(both) for cell in line.cells]
     assert "records" not in own and own.count("—") == 5
     assert {one.verdict for one in beside.criteria(both)} == {"not decided"}
     assert "the difference here is +6.0 points" in beside.criteria(both)[0].text
@@ -227,7 +227,7 @@ def test_a_dry_run_says_what_runs_here_and_what_is_committed(
     from viladiff.runs.job import ExecutionSettings
 
     mine, store, other, committed = study(tmp_path, lambda c: levels(c) if c.column == 0 else None, {0: 0.5})
-    outline(mine, store, ExecutionSettings(), tmp_path / "page", beside=(other, committed))
+    print_dry_run(mine, store, ExecutionSettings(), tmp_path / "page", beside=(other, committed))
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["1", "base", "done", "3", "of", "3", "records", "–", "no", "record"] in said
     assert ["2", "part", "–", "3", "of", "3", "records", "–", "no", "record"] in said
@@ -332,8 +332,8 @@ def test_an_oracle_is_marked_and_meets_no_criterion(tmp_path: Path) -> None:
     found = beside.criteria(both)
     assert [one.verdict for one in found] == ["not decided", "not decided"]
     assert found[0].text.endswith("No result of a method: base reads true masks.")
-    assert beside.lines(both)[0].label == "base (this machine: ceiling: reads true masks)"
-    assert any("base (this machine: ceiling: reads true masks) |" in line for line in beside.to_markdown(both))
+    assert beside.beside_rows(both)[0].label == "base (this machine: ceiling: reads true masks)"
+    assert any("base (this machine: ceiling: reads true masks) |" in line for line in beside.beside_markdown(both))
 
 
 def test_equal_scores_are_not_above_each_other_without_any_spread(tmp_path: Path) -> None:

@@ -129,16 +129,16 @@ def test_a_panel_stays_in_its_box_and_says_what_it_is() -> None:
 
 def test_figures_are_drawn_again_only_when_their_numbers_change(tmp_path: Path) -> None:
     drawn = {"sup": [curve([2.0, 1.0])]}
-    paths = figures.save(results(), drawn, tmp_path)
+    paths = figures.save_figures(results(), drawn, tmp_path)
     assert sorted(path.name for path in paths) == ["curves.png", "curves.svg", "scores.png", "scores.svg"]
     first = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
-    figures.save(results(), drawn, tmp_path)
+    figures.save_figures(results(), drawn, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in paths} == {path: when for path, (_, when) in first.items()}
-    figures.save(results(), {"sup": [curve([2.0, 1.5])]}, tmp_path)
+    figures.save_figures(results(), {"sup": [curve([2.0, 1.5])]}, tmp_path)
     changed = {path.name for path, (data, _) in first.items() if path.read_bytes() != data}
     assert changed == {"curves.png", "curves.svg"}
     (tmp_path / "scores.png").write_bytes(b"damaged")
-    figures.save(results(), drawn, tmp_path)
+    figures.save_figures(results(), drawn, tmp_path)
     assert all(path.read_bytes() == data for path, (data, _) in first.items()), "equal numbers, equal bytes"
     assert not list(tmp_path.glob(".*"))
 

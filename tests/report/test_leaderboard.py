@@ -19,7 +19,7 @@ from record_kit import CORE, name_of, told
 
 from viladiff.report.charts import figures, scatter, themes
 from viladiff.report.sections import leaderboard, learning_rates, ranking
-from viladiff.report.sections.leaderboard import StepCost, read_costs
+from viladiff.report.sections.leaderboard import TimedStep, read_costs
 from viladiff.report.table.results import Results, collect_results, summary
 from viladiff.report.table.table_page import render_table
 from viladiff.runs.config import RunConfig, non_default_fields, override, run_id
@@ -262,8 +262,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[scatter.Chart]:
             path.write_text(f"<svg>{theme}</svg>")
         return paths
 
-    monkeypatch.setattr(figures, "save", lambda *_: [])
-    monkeypatch.setattr(scatter, "save", save)
+    monkeypatch.setattr(figures, "save_figures", lambda *_: [])
+    monkeypatch.setattr(scatter, "save_scatter", save)
     return charts
 
 
@@ -307,7 +307,7 @@ def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, dra
 
 def test_the_finding_is_made_of_tests_and_says_what_it_cannot_say(tmp_path: Path) -> None:
     plan, store = studied(tmp_path)
-    found = ranking.told(collect_results(plan, store), evaluate_claims(plan, store.records()), [])
+    found = ranking.ranking_sentences(collect_results(plan, store), evaluate_claims(plan, store.records()), [])
     text = " ".join(found)
     assert (
         "3 of 3 methods have been trained, 3 of them in every column" in text and "600 optimiser steps, 3 seeds" in text
@@ -321,7 +321,9 @@ def test_the_finding_is_made_of_tests_and_says_what_it_cannot_say(tmp_path: Path
     assert "an average of weights for Fix <b>, Vila; the trained network itself for Plain." in text
     assert "12 labelled and, in methods that want them, 4 unlabelled images: 600 steps draw 7,200 and 2,400 (" in text
     empty = Plan(plan.table, "s", plan.rows, plan.columns, plan.seeds, plan.cells, plan.runs, plan.unavailable)
-    assert ranking.told(collect_results(empty, Store(tmp_path / "none")), [], []) == ["Nothing has been measured yet."]
+    assert ranking.ranking_sentences(collect_results(empty, Store(tmp_path / "none")), [], []) == [
+        "Nothing has been measured yet."
+    ]
 
 
 def test_a_method_that_collapses_now_and_then_hides_no_difference_and_shows_none(tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_a_method_that_collapses_now_and_then_hides_no_difference_and_shows_none
             store.directory(cell.run_id) / "record.json",
         )
     store = Store(tmp_path / "runs", [tmp_path / "published"])
-    text = " ".join(ranking.told(collect_results(plan, store), evaluate_claims(plan, store.records()), []))
+    text = " ".join(ranking.ranking_sentences(collect_results(plan, store), evaluate_claims(plan, store.records()), []))
     assert "below it: Plain (−4.0); Vila (−29.1): seeds differ too much for a verdict." in text
     page, _ = render(plan, store, tmp_path / "out")
     told = "for cells that spread more than the others (F test, 1 % over all cells; standard deviation of a cell in "
@@ -398,7 +400,7 @@ def test_costs_come_from_a_file_that_a_benchmark_made(tmp_path: Path) -> None:
     near = read_costs(out, [layer]).measured
     assert near is not None and near.machine == "near" and "near (cuda:0), 1 thread" in str(near)
     gpu = near.methods["fixmatch"].model_copy()
-    assert StepCost(**{**gpu.model_dump(), "device": "cuda:0"}).relative == 999, "on a GPU the clock counts"
+    assert TimedStep(**{**gpu.model_dump(), "device": "cuda:0"}).relative == 999, "on a GPU the clock counts"
     (out / "steps.json").write_text('{"made": 1')
     assert "cannot be used" in read_costs(out, []).why and str(tmp_path) not in read_costs(out, []).why
     steps_file(out / "steps.json", methods={"supervised": {"device": "cpu", "passes": "", "step_ms": 0}})
@@ -518,16 +520,16 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> bool:
 def test_a_picture_is_drawn_again_only_for_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     chart = scatter.Chart("t", "x", "y", (scatter.Point(1.0, 2.0, None, "1", "costs $1", 0),), ("f",))
-    paths = scatter.save(chart, tmp_path, "cost-1")
+    paths = scatter.save_scatter(chart, tmp_path, "cost-1")
     assert {path.name for path in paths.values()} == {"cost-1-light.svg", "cost-1-dark.svg"}
     texts = {theme: path.read_text() for theme, path in paths.items()}
     assert all(colour in texts[theme] for theme, look in themes.THEMES.items() for colour in look.values())
     assert not any(colour in texts["dark"] for colour in themes.THEMES["light"].values())
     assert "costs $1" in texts["light"]
     monkeypatch.setattr(scatter, "draw", lambda *_: pytest.fail("drawn again"))
-    scatter.save(chart, tmp_path, "cost-1")
+    scatter.save_scatter(chart, tmp_path, "cost-1")
     with pytest.raises(pytest.fail.Exception):
-        scatter.save(chart._replace(title="other"), tmp_path, "cost-1")
+        scatter.save_scatter(chart._replace(title="other"), tmp_path, "cost-1")
 
 
 def test_the_page_loads_neither_torch_nor_matplotlib() -> None:

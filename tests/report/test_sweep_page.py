@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 from record_kit import content_of
 
-from viladiff.cli.sweeps import parser
+from viladiff.cli.sweeps import sweep_parser
 from viladiff.experiments import publish_sweep, sweep_setup
 from viladiff.experiments import sweeps as sweep_drive
 from viladiff.report.charts import sweep_figures
@@ -370,7 +370,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def machine(root: Path, *words: str) -> sweep_setup.SweepJob:
     """A sweep as somebody asks for it whose storage is ``root``, opened."""
     given = ["--scale", "digits", "--storage", str(root), "--sampler", "random", *words]
-    job = sweep_setup.prepare(TUNE / "sweep_lambda.toml", parser(TUNE / "sweep_lambda.toml", "x").parse_args(given))
+    job = sweep_setup.prepare(
+        TUNE / "sweep_lambda.toml", sweep_parser(TUNE / "sweep_lambda.toml", "x").parse_args(given)
+    )
     with sweep_setup.alone(job.directory):
         sweep_setup.open_directory(job)
         publish_sweep.adopt(job)
@@ -399,7 +401,7 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
     train(job, 3)
     here = load_trials(job.directory / "trials")
     assert [one.state for one in here] == ["complete", "complete", "running"] and list(here[2].values) == ["0"]
-    index = sweep_drive.write(job, here, f"python tune/sweep_lambda.py --storage {tmp_path} --publish")
+    index = sweep_drive.write_sweep_page(job, here, f"python tune/sweep_lambda.py --storage {tmp_path} --publish")
     assert index == checkout / "index.html"
     files = [path for path in checkout.rglob("*") if path.is_file()]
     assert {path.parent.name for path in files} == {"sweep_lambda", "trials", "records", "figures"}
@@ -424,11 +426,11 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
     before = {path.name: path.read_bytes() for path in checkout.iterdir() if path.is_file()}
     third = sweep_setup.prepare(
         TUNE / "sweep_lambda.toml",
-        parser(TUNE / "sweep_lambda.toml", "x").parse_args(
+        sweep_parser(TUNE / "sweep_lambda.toml", "x").parse_args(
             ["--scale", "digits", "--storage", str(tmp_path / "c"), "--trials", "5", "--publish", "--render"]
         ),
     )
-    sweep_drive.write(
+    sweep_drive.write_sweep_page(
         third, publish_sweep.published_trials(third), f"python tune/sweep_lambda.py --storage {tmp_path} --publish"
     )
     assert {path.name: path.read_bytes() for path in checkout.iterdir() if path.is_file()} == before
@@ -439,7 +441,7 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
 def test_trials_that_went_another_way_are_not_published_over(checkout: Path, tmp_path: Path) -> None:
     job = machine(tmp_path / "a", "--trials", "2", "--publish")
     train(job, 2)
-    sweep_drive.write(job, load_trials(job.directory / "trials"), "x")
+    sweep_drive.write_sweep_page(job, load_trials(job.directory / "trials"), "x")
     # Without the published ones in sight, another machine's trials take another course.
     (checkout / "sweep.json").rename(checkout / "hidden")
     other = machine(tmp_path / "b", "--trials", "2", "--sampler-seed", "5")
@@ -461,13 +463,13 @@ def test_trials_that_went_another_way_are_not_published_over(checkout: Path, tmp
 def test_what_is_published_of_another_sweep_is_left_alone(checkout: Path, tmp_path: Path) -> None:
     job = machine(tmp_path / "a", "--trials", "2", "--publish")
     train(job, 2)
-    sweep_drive.write(job, load_trials(job.directory / "trials"), "x")
+    sweep_drive.write_sweep_page(job, load_trials(job.directory / "trials"), "x")
     meta = json.loads((checkout / "sweep.json").read_text())
     (checkout / "sweep.json").write_text(json.dumps({**meta, "first run": "0" * 16}))
     other = machine(tmp_path / "b", "--trials", "2", "--publish")
     assert load_trials(other.directory / "trials") == []
     train(other, 1)
-    sweep_drive.write(other, load_trials(other.directory / "trials"), "x")
+    sweep_drive.write_sweep_page(other, load_trials(other.directory / "trials"), "x")
     assert load_trials(checkout / "trials") == load_trials(other.directory / "trials")
     assert json.loads((checkout / "sweep.json").read_text()) == meta
 
@@ -481,7 +483,7 @@ def test_what_is_published_of_another_sweep_is_left_alone(checkout: Path, tmp_pa
     ],
 )
 def test_only_the_sweep_as_its_file_has_it_is_published(tmp_path: Path, words: list[str], wrong: str) -> None:
-    given = parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--publish", "--storage", str(tmp_path), *words])
+    given = sweep_parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--publish", "--storage", str(tmp_path), *words])
     with pytest.raises(ValueError, match=f"{wrong}: a published page is of the sweep as its file has it"):
         sweep_setup.prepare(TUNE / "sweep_lambda.toml", given)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from viladiff.runs import checkpoint
-from viladiff.runs.checkpoint import StepLog, load, load_file, previous, save
+from viladiff.runs.checkpoint import StepLog, load_checkpoint, load_file, previous, save_checkpoint
 
 
 def training_state(step: int) -> dict[str, Any]:
@@ -53,21 +53,21 @@ def assert_same(a: Any, b: Any) -> None:
 
 def test_round_trip_is_exact_and_keeps_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    assert load(path) is None
+    assert load_checkpoint(path) is None
     with pytest.raises(FileNotFoundError):
         load_file(path)
     for step in (1, 2, 3):
-        save(path, training_state(step))
-        assert_same(load(path), training_state(step))
+        save_checkpoint(path, training_state(step))
+        assert_same(load_checkpoint(path), training_state(step))
     assert_same(load_file(previous(path)), training_state(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
     path.unlink()
-    assert_same(load(path), training_state(2))
+    assert_same(load_checkpoint(path), training_state(2))
 
 
 def test_loaded_state_restores_module_and_optimizer(tmp_path: Path) -> None:
-    save(tmp_path / "c.pt", training_state(4))
-    state = load(tmp_path / "c.pt")
+    save_checkpoint(tmp_path / "c.pt", training_state(4))
+    state = load_checkpoint(tmp_path / "c.pt")
     assert state is not None
     net = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
     net.load_state_dict(state["net"])
@@ -77,20 +77,20 @@ def test_loaded_state_restores_module_and_optimizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.99, 0.9999])
 def test_truncated_file_is_one_clear_error(tmp_path: Path, share: float) -> None:
     path = tmp_path / "checkpoint.pt"
-    save(path, training_state(1))
-    save(path, training_state(2))
+    save_checkpoint(path, training_state(1))
+    save_checkpoint(path, training_state(2))
     data = path.read_bytes()
     size = int(len(data) * share)
     path.write_bytes(data[:size])
     with pytest.raises(ValueError, match=rf"checkpoint\.pt \({size} bytes\).*Delete it.*checkpoint\.prev\.pt"):
-        load(path)
+        load_checkpoint(path)
     path.unlink()
-    assert_same(load(path), training_state(1))
+    assert_same(load_checkpoint(path), training_state(1))
 
 
 def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    save(path, training_state(1), keep_previous=False)
+    save_checkpoint(path, training_state(1), keep_previous=False)
     data = path.read_bytes()
     places = [0, len(data) - 1, len(data) - 20, len(data) - 45]
     places += random.Random(0).sample(range(len(data)), 30)
@@ -99,17 +99,17 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
         broken[place] ^= 1 << place % 8
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"checkpoint\.pt"):
-            load(path)
+            load_checkpoint(path)
     path.write_bytes(data)
-    assert_same(load(path), training_state(1))
+    assert_same(load_checkpoint(path), training_state(1))
 
 
 def test_bytes_appended_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    save(path, training_state(1))
+    save_checkpoint(path, training_state(1))
     path.write_bytes(path.read_bytes() + path.read_bytes())
     with pytest.raises(ValueError, match="damaged"):
-        load(path)
+        load_checkpoint(path)
 
 
 class Payload:
@@ -131,11 +131,11 @@ def test_a_file_that_carries_code_is_refused_and_not_run(
         torch.save(evil, path)
     elif form == "with checksum":
         monkeypatch.setattr(checkpoint, "_check_plain", lambda value, where: None)
-        save(path, evil)
+        save_checkpoint(path, evil)
     else:
         path.write_bytes(pickle.dumps(evil, protocol=4 if form == "pickle4" else 2))
     with pytest.raises(ValueError, match=r"checkpoint\.pt carries code and is refused") as caught:
-        load(path)
+        load_checkpoint(path)
     assert not proof.exists()
     assert "weights_only" not in str(caught.value)  # torch's advice to load it all the same is not passed on
     if form == "pickle":
@@ -152,7 +152,7 @@ def test_files_of_other_programs_and_formats_are_named(tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match=r"weights\.pt \(500 bytes\)"):
         load_file(path)
     monkeypatch.setattr(checkpoint, "VERSION", 2)
-    save(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
     monkeypatch.setattr(checkpoint, "VERSION", 1)
     with pytest.raises(ValueError, match="format 2"):
         load_file(path)
@@ -161,30 +161,30 @@ def test_files_of_other_programs_and_formats_are_named(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("value", [np.float64(1.0), np.arange(3), {1, 2}, Path("x"), nn.Linear(1, 1)])
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, value: object) -> None:
     path = tmp_path / "checkpoint.pt"
-    save(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
     with pytest.raises(ValueError, match=r"state\['a'\]\[1\]"):
-        save(path, {"a": [0, value]})
-    assert load(path) == {"step": 1}
+        save_checkpoint(path, {"a": [0, value]})
+    assert load_checkpoint(path) == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_failed_write_leaves_the_old_state_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pt"
-    save(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save(path, {"step": 2})
-    assert load(path) == {"step": 1}
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_every_byte_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pt"
-    save(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
     events: list[str] = []
     real_fsync, real_replace = os.fsync, os.replace
 
@@ -201,7 +201,7 @@ def test_every_byte_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    save(path, {"step": 2})
+    save_checkpoint(path, {"step": 2})
     assert events == ["sync .tmp", "rename to checkpoint.prev.pt", "rename to checkpoint.pt", "sync directory"]
 
 
@@ -212,25 +212,26 @@ def test_previous_is_kept_without_hard_links(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "link", unsupported)
     path = tmp_path / "checkpoint.pt"
     for step in (1, 2):
-        save(path, {"step": step})
-    assert load(path) == {"step": 2} and load_file(previous(path)) == {"step": 1}
+        save_checkpoint(path, {"step": step})
+    assert load_checkpoint(path) == {"step": 2} and load_file(previous(path)) == {"step": 1}
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint.pt.12345.tmp").write_bytes(b"half")
     (tmp_path / ".other.pt.12345.tmp").write_bytes(b"not ours")
-    save(tmp_path / "checkpoint.pt", {"step": 1})
+    save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
     assert sorted(p.name for p in tmp_path.iterdir()) == [".other.pt.12345.tmp", "checkpoint.pt"]
 
 
 SAVER = """
 import sys, torch
-from viladiff.runs.checkpoint import StepLog, save
+from viladiff.runs.checkpoint import StepLog, save_checkpoint
 log = StepLog(sys.argv[2])
 for step in range(1, 10**6):
     log.append({"step": step - 1, "loss": 1 / step})
     log.flush()
-    save(sys.argv[1], {"step": step, "w": [torch.full((400, 400), step), torch.full((300, 300), float(step))]})
+    w = [torch.full((400, 400), step), torch.full((300, 300), float(step))]
+    save_checkpoint(sys.argv[1], {"step": step, "w": w})
     if step == 1:
         print("ready", flush=True)
 """
@@ -254,7 +255,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_state(tmp_path: Path) -> None:
         time.sleep(draw.uniform(0.0, 0.04))
         os.kill(process.pid, signal.SIGSTOP)
         torn += bool(list(tmp_path.glob(".*.tmp")))
-        state = load(path)
+        state = load_checkpoint(path)
         assert state is not None
         seen.append(state["step"])
         assert all(bool((w == state["step"]).all()) for w in state["w"])
@@ -263,7 +264,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_state(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     assert len(set(seen)) >= 6 and torn >= 3  # several states were seen, and some stops were amid a write
-    newest, older = load(path), load_file(previous(path))
+    newest, older = load_checkpoint(path), load_file(previous(path))
     assert newest is not None and newest["step"] - older["step"] in (0, 1)
     StepLog(log).truncate_to(newest["step"])
     assert [row["step"] for row in StepLog(log).read()] == list(range(newest["step"]))
@@ -277,7 +278,7 @@ def test_killed_process_leaves_what_the_next_one_needs(tmp_path: Path, seed: int
     if child == 0:
         try:
             for step in range(1, 10**6):
-                save(path, {"step": step, "w": torch.full((500, 500), step)})
+                save_checkpoint(path, {"step": step, "w": torch.full((500, 500), step)})
         finally:
             os._exit(1)  # never back into the tests
     try:
@@ -287,10 +288,10 @@ def test_killed_process_leaves_what_the_next_one_needs(tmp_path: Path, seed: int
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    state = load(path)
+    state = load_checkpoint(path)
     assert state is not None and bool((state["w"] == state["step"]).all())
-    save(path, {"step": 0})
-    assert load(path) == {"step": 0} and not list(tmp_path.glob(".*.tmp"))
+    save_checkpoint(path, {"step": 0})
+    assert load_checkpoint(path) == {"step": 0} and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_step_log_buffers_until_flush_and_reads_into_pandas(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from viladiff.cli import main
-from viladiff.runs.checkpoint import load
+from viladiff.runs.checkpoint import load_checkpoint
 
 FULL = os.strerror(errno.EFBIG)
 
@@ -73,7 +73,7 @@ def test_a_run_goes_on_once_there_is_room(trained: Trained) -> None:
     check_told(trained.told[0], "checkpoint.pt")
     check_told(trained.told[1], "lease-")
     assert [{Path(name).name for name in names} - {"steps.jsonl"} for names in trained.left] == [set(), set()]
-    state = load(trained.directory / "checkpoint.pt")
+    state = load_checkpoint(trained.directory / "checkpoint.pt")
     assert state is not None and state["step"] == 2 and (trained.directory / "record.json").is_file()
 
 

@@ -147,11 +147,11 @@ def test_a_directory_whose_files_cannot_be_looked_at_is_refused(
         monkeypatch.setattr(Path, "stat", stat)
 
     broken(errno.ESTALE)
-    assert leases.scan(tmp_path, leases.HeartbeatMonitor()) == []
+    assert leases.read_leases(tmp_path, leases.HeartbeatMonitor()) == []
     for number in (errno.EIO, errno.EACCES):
         broken(number)
         with pytest.raises(OSError, match=os.strerror(number)):
-            leases.scan(tmp_path, leases.HeartbeatMonitor())
+            leases.read_leases(tmp_path, leases.HeartbeatMonitor())
 
 
 ELSEWHERE = """

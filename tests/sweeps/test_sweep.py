@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from viladiff.cli.main import main as viladiff
-from viladiff.cli.sweeps import parser
+from viladiff.cli.sweeps import sweep_parser
 from viladiff.experiments import sweep_setup, sweeps
 from viladiff.experiments.sweeps import conclusion
 from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.finals import Finalist, compare_finalists, finalists, format_verdict
 from viladiff.sweeps.space import Dimension, edges, grid, shrunk
 from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, choosing_images, load_sweep, rung_steps
-from viladiff.sweeps.summary import best_so_far, importances, rows, rungs, to_toml, train_command
+from viladiff.sweeps.summary import best_so_far, importances, rungs, to_toml, train_command, trial_rows
 from viladiff.sweeps.trials import Rung, Trial
 from viladiff.tables.significance import smallest_detectable
 
@@ -276,7 +276,9 @@ def test_fields_of_the_sweep_are_not_typed(sweep: Sweep) -> None:
 
 
 def asked(tmp_path: Path, *words: str) -> argparse.Namespace:
-    return parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--scale", "smoke", "--storage", str(tmp_path), *words])
+    return sweep_parser(TUNE / "sweep_lambda.toml", "x").parse_args(
+        ["--scale", "smoke", "--storage", str(tmp_path), *words]
+    )
 
 
 def opened(tmp_path: Path, *words: str, path: Path = TUNE / "sweep_lambda.toml") -> sweep_setup.SweepJob:
@@ -442,7 +444,7 @@ def test_detectable_is_found_four_times_in_five() -> None:
 
 def test_page_data_compares_at_one_budget() -> None:
     trials = [trial(0, 0.5, 0.40, 0.44, origin="paper"), trial(1, 0.1, state="pruned"), trial(2, 0.9, 0.50)]
-    found = rows(trials, {f"{0:016x}": SimpleNamespace(train_seconds=3.0)}, 4)  # type: ignore[dict-item]
+    found = trial_rows(trials, {f"{0:016x}": SimpleNamespace(train_seconds=3.0)}, 4)  # type: ignore[dict-item]
     assert [(row.budget, row.rank, row.seeds, row.seconds) for row in found] == [
         (4, 2, 2, None),
         (2, None, 0, None),

@@ -11,7 +11,7 @@ from record_kit import made
 from viladiff.cli.tables import main
 from viladiff.report.table import exports, table_views
 from viladiff.report.table import results as tables
-from viladiff.report.table.long_form import long
+from viladiff.report.table.long_form import to_rows
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.store import Store
@@ -273,7 +273,7 @@ def test_a_ceiling_is_marked_wherever_its_row_stands_and_is_never_the_best(tmp_p
     results = tables.collect_results(plan, store)
     assert plan.ceilings == {2} and results.rows(control=False) == [0, 1]
     assert tables.row_name(results, 2) == "truth (ceiling: reads true masks)"
-    best = [[top for _, top, _, _ in row.cells] for row in exports.lines(results, "miou")]
+    best = [[top for _, top, _, _ in row.cells] for row in exports.export_rows(results, "miou")]
     assert best == [[False], [True], [False]], "90 is no result"
     assert "the highest of 2 rows" in tables.headline_sentence(replace_reference(results))
     lines = table_views.table_rows(results, "miou", table_views.Reasons())
@@ -286,7 +286,7 @@ def test_a_ceiling_is_marked_wherever_its_row_stands_and_is_never_the_best(tmp_p
     )
     assert "truth (ceiling: reads true masks)" in text and "(ceiling: reads true masks) (ours)" not in text
     assert "ceiling: reads true masks" in exports.to_latex(results, "")
-    assert [line["ceiling"] for line in long(results)] == [False] * 6 + [True] * 3
+    assert [line["ceiling"] for line in to_rows(results)] == [False] * 6 + [True] * 3
 
 
 def replace_reference(results: tables.Results) -> tables.Results:

@@ -11,7 +11,7 @@ import pytest
 
 from viladiff.config import renamed
 from viladiff.runs.config import TAGS, RunConfig, non_default_fields, override
-from viladiff.tables.cells import CHOOSERS, cells, choose, select, settings, unavailable
+from viladiff.tables.cells import CHOOSERS, cells, choose, paper_settings, select_labels, unavailable
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 
@@ -431,7 +431,7 @@ def test_cells_set_the_same_where_they_are_one_run() -> None:
         columns = [column.label for column in table.columns]
         for cell in cells(table, "paper", [0], rows, columns):
             run = non_default_fields(override(RunConfig(), cell.changes))
-            key = str(sorted(settings(table, cell.row, cell.column).items()))
+            key = str(sorted(paper_settings(table, cell.row, cell.column).items()))
             by_settings.setdefault(key, set()).add(str(sorted((k, str(v)) for k, v in run.items())))
     assert all(len(runs) == 1 for runs in by_settings.values())
     assert len(set.union(*by_settings.values())) == len(by_settings), "a row sets what is the default anyway"
@@ -468,23 +468,23 @@ def test_choosers_are_the_configurations() -> None:
 
 def test_selection_by_label_number_and_beginning() -> None:
     labels = ["ViLa", "ViLa + q_G", "Baseline", "10", "5"]
-    assert select("rows", labels, ["Baseline", "ViLa"]) == (0, 2)
-    assert select("rows", labels, ["base", "2", 1]) == (0, 1, 2)
-    assert select("rows", labels, ["ViLa +"]) == (1,), "a label that is whole goes before those it begins"
-    assert select("rows", labels, ["5", "10"]) == (3, 4), "a label goes before a number"
-    assert select("rows", labels, [3, "Baseline"]) == (2,)
+    assert select_labels("rows", labels, ["Baseline", "ViLa"]) == (0, 2)
+    assert select_labels("rows", labels, ["base", "2", 1]) == (0, 1, 2)
+    assert select_labels("rows", labels, ["ViLa +"]) == (1,), "a label that is whole goes before those it begins"
+    assert select_labels("rows", labels, ["5", "10"]) == (3, 4), "a label goes before a number"
+    assert select_labels("rows", labels, [3, "Baseline"]) == (2,)
     with pytest.raises(
         ValueError, match=r"rows = 'Basline': no such label; did you mean 'Baseline'\? Allowed: 1 'ViLa'"
     ):
-        select("rows", labels, ["Basline"])
+        select_labels("rows", labels, ["Basline"])
     with pytest.raises(ValueError, match="rows = 'vil': 2 begin so: 'ViLa', 'ViLa"):
-        select("rows", labels, ["vil"])
+        select_labels("rows", labels, ["vil"])
     with pytest.raises(ValueError, match="rows = 6: there are 5"):
-        select("rows", labels, ["6"])
+        select_labels("rows", labels, ["6"])
     with pytest.raises(ValueError, match="rows = 0: there are 5"):
-        select("rows", labels, [0])
+        select_labels("rows", labels, [0])
     with pytest.raises(ValueError, match="rows = '': no such label"):
-        select("rows", labels, [""])
+        select_labels("rows", labels, [""])
 
 
 def test_controls_come_last_and_a_named_one_is_run_also_where_the_scale_leaves_them_out(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from viladiff.data.captions.table import PROMPTS
 from viladiff.data.sources import digits
 from viladiff.runs.config import RunConfig, override, parse_overrides
 from viladiff.text.captioning import job as jobs
-from viladiff.text.captioning.blip2 import Caption, Captioner, ImageRef, caption_batch, joined, reader, writer
+from viladiff.text.captioning.blip2 import Caption, Captioner, ImageRef, caption_batch, join_prompt, reader, writer
 from viladiff.text.captioning.job import CaptioningJob, pictures, rows_table, state
 
 Make = Callable[..., Path]
@@ -58,7 +58,7 @@ def test_captions_are_those_of_the_library(captioner: Captioner, images: list[np
         for prompt, text in zip(PROMPTS, texts, strict=True):
             given = processor(images=Image.fromarray(image), text=prompt, return_tensors="pt")
             said = model.generate(**given, max_new_tokens=6, do_sample=False)[0, given["input_ids"].shape[1] :]
-            assert text == joined(prompt, processor.decode(said, skip_special_tokens=True).strip())
+            assert text == join_prompt(prompt, processor.decode(said, skip_special_tokens=True).strip())
     assert len({texts[0] for texts in found}) > 1, "a model that says one thing of all would show nothing"
 
 
@@ -72,8 +72,8 @@ def test_the_image_is_encoded_once_for_all_prompts(
 
 
 def test_a_prompt_is_said_once() -> None:
-    assert joined("A photo of", "a cat") == "A photo of a cat" == joined("A photo of", "A photo of a cat")
-    assert joined("A photo of", "") == "A photo of"
+    assert join_prompt("A photo of", "a cat") == "A photo of a cat" == join_prompt("A photo of", "A photo of a cat")
+    assert join_prompt("A photo of", "") == "A photo of"
 
 
 def test_a_failed_image_is_listed_and_the_others_go_on(
@@ -263,7 +263,7 @@ def test_the_commands_of_the_page_can_be_typed() -> None:
     commands += [shlex.split(line.split("   ")[0])[1:] for line in re.findall(r"^  (viladiff .*)$", examples, re.M)]
     assert len(commands) == 9
     for words in commands:
-        args = main.parser().parse_args(words)
+        args = main.command_parser().parse_args(words)
         if words[0] != "caption":
             override(RunConfig(), dict(parse_overrides(args.fields)))
 
@@ -272,7 +272,7 @@ def test_the_commands_of_the_page_can_be_typed() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_killed_job_goes_on_through_ray(photo_folder: Make, blip: Path, tmp_path: Path) -> None:
-    """kill -9 of the driver as soon as a part is there; then two actors do the rest, and one broken image is listed."""
+    """Kill -9 of the driver as soon as a part is there; then two actors do the rest, and one broken image is listed."""
     root, out = photo_folder(40, sizes=(30, 40)), tmp_path / "c.parquet"
     broken = sorted((root / "images").iterdir())[7]
     broken.write_bytes(broken.read_bytes()[:100])

@@ -19,7 +19,7 @@ from viladiff.data.sources import digits
 from viladiff.data.sources.digits import CLASS_NAMES, SCENES
 from viladiff.data.splits import classes_present
 from viladiff.text.embedding_bank import build_bank, encode_all, load_text, open_bank
-from viladiff.text.encoders import ENCODERS, WORDS_DIM, WordEncoder, build_encoder
+from viladiff.text.encoders import ENCODERS, WORDS_DIM, WordEncoder, build_text_encoder
 
 IMAGES = 3000
 
@@ -179,14 +179,14 @@ def test_encoding(words: WordEncoder) -> None:
 
 
 def test_encoders_by_name(texts: cap.Captions) -> None:
-    assert build_encoder("words", texts).name == "words"
+    assert build_text_encoder("words", texts).name == "words"
     assert set(get_args(DataConfig.model_fields["text_encoder"].annotation)) == set(ENCODERS)
     with pytest.raises(ValueError, match=r"runtime\.text_model: must be set"):
-        build_encoder("open_clip", texts)
+        build_text_encoder("open_clip", texts)
     with pytest.raises(ValueError, match="did you mean 'words'"):
-        build_encoder("word", texts)
+        build_text_encoder("word", texts)
     with pytest.raises(ValueError, match="no word to learn from"):
-        build_encoder("words", [(), ("!",)])
+        build_text_encoder("words", [(), ("!",)])
 
 
 # The bank

@@ -26,7 +26,7 @@ from viladiff.runs.record import strip_local_paths
 from viladiff.text import embedding_bank as banks
 from viladiff.text.base import LONGEST, unit
 from viladiff.text.embedding_bank import encode_all, is_encoded, load_text, text_fingerprint, write_all
-from viladiff.text.encoders import WordEncoder, build_encoder
+from viladiff.text.encoders import WordEncoder, build_text_encoder
 from viladiff.text.pretrained import MINILM
 from viladiff.training.fingerprints import fingerprints
 from viladiff.training.trainer import fit
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_(models: Path, name: str) -> Any:
-    return build_encoder("open_clip" if name == "open_clip" else "transformers", (), str(models / name))
+    return build_text_encoder("open_clip" if name == "open_clip" else "transformers", (), str(models / name))
 
 
 @pytest.mark.parametrize("name", ["bert", "clip", "open_clip"])
@@ -103,7 +103,7 @@ def test_pooling_of_the_first_token_where_the_directory_says_so(models: Path, tm
     place = shutil.copytree(models / "bert", tmp_path / "bert")
     (place / "1_Pooling").mkdir()
     (place / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    first, mean = (build_encoder("transformers", (), str(top)) for top in (place, models / "bert"))
+    first, mean = (build_text_encoder("transformers", (), str(top)) for top in (place, models / "bert"))
     assert first.fingerprint != mean.fingerprint
     tokens, _, pooled = first.encode(TEXTS)
     np.testing.assert_allclose(pooled, unit(tokens[:, 0]), atol=1e-6)
@@ -135,7 +135,7 @@ def test_a_clip_reads_no_further_than_its_positions(models: Path) -> None:
 def test_directories_of_no_use(models: Path, tmp_path: Path) -> None:
     def refused(name: str, place: Path, message: str) -> None:
         with pytest.raises(ValueError, match=message) as error:
-            build_encoder(name, (), str(place)).encode(["cat"])
+            build_text_encoder(name, (), str(place)).encode(["cat"])
         assert str(place) in str(error.value)
 
     refused("transformers", tmp_path / "none", "there is no such directory")
@@ -162,15 +162,15 @@ def test_directories_of_no_use(models: Path, tmp_path: Path) -> None:
 def test_a_model_of_images_is_no_text_encoder(tmp_path: Path) -> None:
     place = tiny_models.blip(tmp_path / "blip")
     with pytest.raises(ValueError, match="a 'blip-2' is no text encoder"):
-        build_encoder("transformers", (), str(place)).encode(["cat"])
+        build_text_encoder("transformers", (), str(place)).encode(["cat"])
 
 
 def test_the_encoder_is_named_by_its_files(models: Path, tmp_path: Path) -> None:
     same = shutil.copytree(models / "bert", tmp_path / "elsewhere")
-    one, two = (build_encoder("transformers", (), str(top)).fingerprint for top in (models / "bert", same))
+    one, two = (build_text_encoder("transformers", (), str(top)).fingerprint for top in (models / "bert", same))
     assert one == two
     tiny_models.bert(same, seed=1)
-    assert build_encoder("transformers", (), str(same)).fingerprint != one
+    assert build_text_encoder("transformers", (), str(same)).fingerprint != one
 
 
 # Banks
@@ -212,7 +212,7 @@ def test_captions_are_encoded_once_whatever_the_split_and_the_pairing(
 
 
 def test_words_of_a_shared_bank_are_those_of_the_image(models: Path, few_digits: Dataset) -> None:
-    encoder = build_encoder("transformers", (), str(models / "bert"))
+    encoder = build_text_encoder("transformers", (), str(models / "bert"))
     train, _ = load_text(few_digits, "transformers", model=str(models / "bert"))
     for place in (0, 57, 99):
         batch = train.batch([place])
@@ -277,8 +277,8 @@ def test_words_are_read_from_the_file_and_not_through_the_map(
 
 def test_minilm_stands_where_words_stand(few_digits: Dataset) -> None:
     pytest.importorskip(MINILM)
-    encoder = build_encoder("minilm", ())
-    words = build_encoder("words", few_digits.captions)
+    encoder = build_text_encoder("minilm", ())
+    words = build_text_encoder("words", few_digits.captions)
     texts = [
         "A photo of a three",
         "A picture of the number three",

@@ -23,7 +23,7 @@ from viladiff.methods import viladiff as viladiff_file
 from viladiff.methods.viladiff import ViLaDiff
 from viladiff.models.segmenter import NetworkFactory, upsample
 from viladiff.models.stream import StreamOutput
-from viladiff.runs.checkpoint import load
+from viladiff.runs.checkpoint import load_checkpoint
 from viladiff.runs.config import RunConfig, override
 from viladiff.training import launch
 from viladiff.training.errors import TrainingError
@@ -116,7 +116,7 @@ def _logged(out: Path) -> int:
 
 
 def _weights(out: Path) -> dict[str, Tensor]:
-    state = load(next(out.glob("*/checkpoint.pt")))
+    state = load_checkpoint(next(out.glob("*/checkpoint.pt")))
     assert state is not None
     return state["method"]
 
@@ -138,7 +138,7 @@ def test_ctrl_c_on_two_workers_saves_and_the_same_command_ends_with_the_same_wei
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command continues" in error, error
     assert "Traceback" not in error and not list(stopped.glob("*/record.json"))
-    state = load(next(stopped.glob("*/checkpoint.pt")))
+    state = load_checkpoint(next(stopped.glob("*/checkpoint.pt")))
     assert state is not None and 3 <= state["step"] < 60
 
     _, error = (process := _train(stopped, **changes)).communicate(timeout=300)

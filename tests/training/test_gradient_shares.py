@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from method_kit import STEP, make, make_batch, make_uneven
-from test_page import name, record, study
+from test_table_page import name, record, study
 from torch import Tensor
 
 from viladiff.data.batch import Losses, Step
@@ -359,7 +359,7 @@ def test_the_page_says_which_parts_a_table_cannot_test(tmp_path: Path) -> None:
     assert chart.seeds == 2 and chart.terms[1].shares == (pytest.approx(0.13), None, None)
     assert [loss_gradients.small(term.shares[0]) for term in chart.terms] == [False, False, True, True]
     assert chart.svg.count("<rect") == 4 and 'height="80.00"' in chart.svg
-    markdown = loss_gradients.to_markdown(found)["Gradient shares"]
+    markdown = loss_gradients.gradients_markdown(found)["Gradient shares"]
     assert any("| 13.0 |" in line for line in markdown) and any("5.0 &lt;" in line for line in markdown)
 
 
@@ -387,4 +387,4 @@ def test_what_varies_between_columns_or_methods_alone_is_no_ablation(tmp_path: P
 
 def test_a_table_without_measured_shares_has_no_section(tmp_path: Path) -> None:
     assert loss_gradients.section(results(tmp_path, lambda row, seed: None)) is None
-    assert loss_gradients.to_markdown(None) == {}
+    assert loss_gradients.gradients_markdown(None) == {}

@@ -1,4 +1,4 @@
-"""What every command shares: arguments in any order, and errors as lines with an exit status."""
+"""Shared parts of all commands: arguments in any order, errors as lines with an exit status."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 
-def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """``FIELD=VALUE`` may stand before and after options, of which argparse takes the first few alone."""
+def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse arguments with ``FIELD=VALUE`` before, between and after options; argparse takes the first few alone."""
     args, left = into.parse_known_args(argv)
     late = [text for text in left if "=" in text and not text.startswith("-")]
     taking = next((name for name in ("fields", "changes") if hasattr(args, name)), None)
@@ -20,8 +20,8 @@ def read_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) ->
     return args
 
 
-def carry_out(command: Callable[[], int]) -> int:
-    """The exit status of ``command``, or of what stopped it, with a line for each error."""
+def run_command(command: Callable[[], int]) -> int:
+    """Run ``command`` and return its exit status; print one line for each error."""
     try:
         status = command()
         sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""The command ``viladiff data``: look at images and masks, deal them into lists, make what data sets lack.
+"""The command ``viladiff data``: validate images and masks, split them into lists, make missing files.
 
-Only the standard library is loaded until a command is carried out.
+Only the standard library is loaded until a command is executed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHOWN = 20
 
 
 def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``data`` and its actions to the subparsers of ``viladiff``."""
+    """Add ``data`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "check and split images and masks, or render the embedded data sets"
     data = commands.add_parser("data", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
@@ -76,11 +76,11 @@ def _add_root(command: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from viladiff.data.files.validate import check
+    from viladiff.data.files.validate import validate_dataset
     from viladiff.report.dataset_page import write_page
 
     with _bar("reading images", args.quiet) as advance:
-        report = check(args.root, args.split_dir, args.processes, advance, not args.shifted)
+        report = validate_dataset(args.root, args.split_dir, args.processes, advance, not args.shifted)
     page = write_page(report, Path(args.out).expanduser(), f"viladiff data check {args.root}")
     _say(report)
     print(f"\n{page}")
@@ -88,9 +88,9 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _say(report: DatasetReport) -> None:
-    from viladiff.report.dataset_page import class_rows, facts
+    from viladiff.report.dataset_page import class_rows, dataset_facts
 
-    for name, value in facts(report).items():
+    for name, value in dataset_facts(report).items():
         print(f"{name:<30}{value}")
     print()
     for row in class_rows(report):
@@ -110,14 +110,14 @@ def _say(report: DatasetReport) -> None:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from viladiff.data.files.make_split import deal, write_lists
+    from viladiff.data.files.make_split import make_split, write_lists
     from viladiff.data.files.validate import inspect_images
     from viladiff.data.sources.detect import open_tree
 
     tree, classes = open_tree(args.root, not args.shifted)
     with _bar("reading masks", args.quiet) as advance:
         seen = inspect_images(tree, classes, args.processes, advance)
-    dealt = deal(args.root, seen, args.labelled, args.val, args.seed)
+    dealt = make_split(args.root, seen, args.labelled, args.val, args.seed)
     directory = write_lists(args.root, args.name, dealt.lists)
     labelled, unlabelled, val = map(len, dealt.lists)
     kept = f", the list of {dealt.kept_val}" if dealt.kept_val else ""
@@ -150,7 +150,7 @@ def _render(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _bar(title: str, quiet: bool) -> Iterator[Advance]:
-    """Counts images on a terminal's stderr; elsewhere, and where it is not wanted, nothing is shown."""
+    """Count images on stderr if it is a terminal; show nothing otherwise or if ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, of: None
         return

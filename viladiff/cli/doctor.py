@@ -1,4 +1,4 @@
-"""What ``viladiff doctor`` looks at: each check says what it found and, where that is trouble, how to mend it.
+"""The command ``viladiff doctor``: checks of the installation, each with a finding and, for a problem, its fix.
 
 Nothing is rendered, trained or started: a check reads, and at most writes one empty file and removes it.
 """
@@ -23,7 +23,7 @@ RUNS_GB = 1.0
 
 
 def examine(out: str | Path = "runs") -> list[Check]:
-    """All checks; ``out`` is the directory of runs."""
+    """Run all checks; ``out`` is the directory of runs."""
     checks = [_python(), *_packages()]
     if find_spec("torch") is not None:
         checks += _torch()
@@ -35,8 +35,8 @@ def examine(out: str | Path = "runs") -> list[Check]:
     return checks
 
 
-def show(checks: list[Check]) -> None:
-    """Prints the report."""
+def print_checks(checks: list[Check]) -> None:
+    """Print the report."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -92,7 +92,7 @@ def _torch() -> Iterator[Check]:
 
 
 def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
-    """Whether ``directory``, or the first parent of it that exists, has room and can be written to."""
+    """Check that ``directory``, or the first parent of it that exists, has space and is writable."""
     there = directory.absolute()
     while not there.exists():
         there = there.parent
@@ -114,7 +114,7 @@ def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
 
 
 def _cached(directory: Path) -> Iterator[Check]:
-    """The embedded data sets that are rendered: whether every file is complete and unaltered."""
+    """Check that every file of the rendered embedded data sets is complete and unaltered."""
     from viladiff.data.cache import open_checked
     from viladiff.data.sources.digits import VARIANTS, variant_fingerprint
 

@@ -1,4 +1,4 @@
-"""The command ``viladiff``: arguments in, one function call, text out. torch is imported after the arguments are read.
+"""The command ``viladiff``: the parser of all subcommands. torch is imported after the arguments are parsed.
 
 Exit status: 0 done, 1 a check failed, 2 the request cannot be carried out, 130 interrupted.
 """
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from viladiff import __version__
-from viladiff.cli.common import carry_out, read_arguments
+from viladiff.cli.common import parse_arguments, run_command
 from viladiff.cli.data import add_data
 from viladiff.cli.runs import add_runs
-from viladiff.cli.sweeps import add_options as add_sweep_options
-from viladiff.cli.tables import add_options
+from viladiff.cli.sweeps import add_sweep_options
+from viladiff.cli.tables import add_table_options
 from viladiff.cli.text import add_text
 from viladiff.core.messages import format_value
 
@@ -63,13 +63,13 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; errors that a user can mend are one line each on stderr."""
-    args = read_arguments(parser(), argv)
-    return carry_out(lambda: int(args.run(args)))
+    """Run one command and return its exit status; print each user error as one line on stderr."""
+    args = parse_arguments(command_parser(), argv)
+    return run_command(lambda: int(args.run(args)))
 
 
-def parser() -> argparse.ArgumentParser:
-    """All subcommands; each sets ``run`` to the function that carries it out."""
+def command_parser() -> argparse.ArgumentParser:
+    """Build the parser of all subcommands; each sets ``run`` to the function that executes it."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("viladiff", epilog=EXAMPLES, formatter_class=raw, description=_first_line())
     top.add_argument("--version", action="version", version=f"viladiff {__version__}")
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (("table", "run a table of the paper, and write its page"), ("plan", "table --dry-run")):
         table = commands.add_parser(name, help=text, description=text, epilog=TABLE_EXAMPLES, formatter_class=raw)
         table.add_argument("table", metavar="TABLE", help="number of the paper's table, or the path of a .toml file")
-        add_options(table)
+        add_table_options(table)
         table.set_defaults(run=_table, plan=name == "plan")
 
     sweep = commands.add_parser("sweep", help="search a space of fields", formatter_class=raw)
@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """What can be done with a trained network."""
+    """Add the commands that use a trained network."""
     raw = argparse.RawDescriptionHelpFormatter
     evaluate = commands.add_parser("evaluate", help="score the networks of a run", formatter_class=raw)
     evaluate.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
@@ -170,7 +170,7 @@ def _add_runtime(command: argparse.ArgumentParser) -> None:
 
 
 def _changes(args: argparse.Namespace) -> dict[str, object]:
-    """The fields and the flags that stand for fields, as one flat map; a field given in both ways is refused."""
+    """Return fields and the flags that stand for fields as one flat map; refuse a field that is set in both ways."""
     from viladiff.runs.config import parse_overrides
 
     flags = {name: getattr(args, name, None) for name in ("out", "device", "workers", "threads", "captions")}
@@ -228,13 +228,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _cost(directory: str) -> dict[str, str]:
-    from viladiff.evaluation.complexity import costs, table
+    from viladiff.evaluation.complexity import cost_facts, costs
     from viladiff.inference.load import text_dim
     from viladiff.inference.predict import load_model
 
     model = load_model(directory)
     found = costs(model.network, model.crop, text_dim(model.network.state_dict()))
-    return table(found, model.crop, model.device)
+    return cost_facts(found, model.crop, model.device)
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -282,32 +282,32 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from viladiff.cli.methods import show
+    from viladiff.cli.methods import format_methods
 
-    sys.stdout.write(show(args.json, None if sys.stdout.isatty() else 160, args.name))
+    sys.stdout.write(format_methods(args.json, None if sys.stdout.isatty() else 160, args.name))
     return 0
 
 
 def _table(args: argparse.Namespace) -> int:
-    from viladiff.experiments.tables import ROOT, find_table, run, shell_command
+    from viladiff.experiments.tables import ROOT, find_table, run_table, shell_command
 
     if args.plan and args.table == "all":
         from viladiff.experiments.all_tables import outline_all
 
         return outline_all(sorted((ROOT / "ablations").glob("*.toml")), args)
     args.dry_run = args.dry_run or args.plan
-    return run(find_table(args.table), args, shell_command("viladiff", sys.argv[1:]))
+    return run_table(find_table(args.table), args, shell_command("viladiff", sys.argv[1:]))
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from viladiff.experiments.sweeps import find_sweep, run
+    from viladiff.experiments.sweeps import find_sweep, run_sweep
     from viladiff.experiments.tables import shell_command
 
-    return run(find_sweep(args.sweep), args, shell_command("viladiff", sys.argv[1:]))
+    return run_sweep(find_sweep(args.sweep), args, shell_command("viladiff", sys.argv[1:]))
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from viladiff.cli.doctor import examine, show
+    from viladiff.cli.doctor import examine, print_checks
 
     if args.cluster:
         from viladiff.cluster.config_check import examine_cluster
@@ -315,12 +315,12 @@ def _doctor(args: argparse.Namespace) -> int:
         checks = examine_cluster(args.cluster)
     else:
         checks = examine(args.out)
-    show(checks)
+    print_checks(checks)
     return int(any(check.broken for check in checks))
 
 
 def _print_result(row: dict[str, Any]) -> None:
-    """What a run is, a line each, and its scores, one network and stream a line; scores by class stay in the record."""
+    """Print a run's facts and its scores, one network and stream a line; scores by class stay in the record."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``viladiff methods``: what each method is, what it asks of the data, what it keeps, and what its step costs."""
+"""The command ``viladiff methods``: each method's paper, views, state and cost of a step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from viladiff.methods.base import Method, StepCost
 from viladiff.methods.published import PublishedSetting
 
 
-def rows() -> list[dict[str, Any]]:
-    """One flat row a method, in the order of the table; None where there is nothing to say."""
+def method_rows() -> list[dict[str, Any]]:
+    """Return one flat row a method, in the order of the table; None for missing values."""
     return [_row(name, method) for name, method in METHODS.items()]
 
 
@@ -33,14 +33,14 @@ def _row(name: str, method: type[Method]) -> dict[str, Any]:
 
 
 def _declared(one: PublishedSetting) -> dict[str, Any]:
-    """Without what is empty."""
+    """Return the setting's entries that are not empty."""
     lists = {"datasets": list(one.datasets), "splits": list(one.splits), "families": list(one.families)}
     rest = {"given": dict(one.given), "fields": dict(one.fields), "not_available": one.not_available}
     return {name: value for name, value in {**lists, **rest, "source": one.source}.items() if value}
 
 
 def needs(views: Views) -> str:
-    """What the data layer makes for a step, in words."""
+    """Describe the views that the data layer makes for a step."""
     parts = ["labelled"]
     parts += ["labelled in colours"] if views.strong_labelled else []
     parts += [f"{count} {kind}" for kind, count in (("weak", views.weak), ("strong", views.strong)) if count]
@@ -52,14 +52,14 @@ def needs(views: Views) -> str:
 
 
 def written(passes: StepCost) -> str:
-    """Passes of a batch: forward f and backward b through everything, and df, db through a decoder alone."""
+    """Format the passes of a batch: f and b through the whole network, df and db through a decoder alone."""
     found = [(passes.forward, "f"), (passes.backward, "b"), (passes.decoder_forward, "df")]
     text = " + ".join(f"{count}{kind}" for count, kind in [*found, (passes.decoder_backward, "db")] if count)
     return f"{text}; {passes.beside}" if passes.beside else text
 
 
-def settings(method: type[Method]) -> list[str]:
-    """What its publication sets by data set and list, a line each."""
+def published_lines(method: type[Method]) -> list[str]:
+    """List the settings of a method's publication by data set and list, one a line."""
     said = []
     for one in method.published:
         limits = [*one.splits, *one.families, *(f"{path}={value}" for path, value in one.given.items())]
@@ -70,14 +70,14 @@ def settings(method: type[Method]) -> list[str]:
     return said
 
 
-def show(as_json: bool, width: int | None, name: str | None = None) -> str:
-    """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
+def format_methods(as_json: bool, width: int | None, name: str | None = None) -> str:
+    """Return the table of methods as JSON, or as text of ``width`` columns (the terminal's if None).
 
-    With ``name`` that method's alone, and what its publication sets. Raises ConfigError for an unknown one.
+    With ``name``, return that method alone with its published settings. Raises ConfigError for an unknown name.
     """
     if name is not None and name not in METHODS:
         raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
-    chosen = [row for row in rows() if name in (None, row["method"])]
+    chosen = [row for row in method_rows() if name in (None, row["method"])]
     if as_json:
         return json.dumps(chosen, indent=1, ensure_ascii=False) + "\n"
     from rich.console import Console
@@ -98,6 +98,6 @@ def show(as_json: bool, width: int | None, name: str | None = None) -> str:
         )
     if name is None:
         return text.get()
-    said = settings(METHODS[name]) or ["none is declared"]
+    said = published_lines(METHODS[name]) or ["none is declared"]
     heading = "Its publication's settings by data set, which the tables take at scale paper:"
     return text.get() + "\n" + "\n".join([heading, *(f"  {line}" for line in said)]) + "\n"

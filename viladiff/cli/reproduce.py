@@ -1,4 +1,4 @@
-"""Command line of ``make reproduce``."""
+"""The command line of ``make reproduce``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from viladiff.experiments.reproduce import reproduce
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all runs agree with their records, 1 one does not, 2 nothing to compare with, 130 interrupted."""
-    from viladiff.cli.common import carry_out, read_arguments
+    """Run the command and return its exit status.
 
-    args = read_arguments(parser(), argv)
-    return carry_out(lambda: reproduce(args))
+    0 if all runs agree with their records, 1 if one does not, 2 if there is nothing to compare with, 130 if
+    interrupted.
+    """
+    from viladiff.cli.common import parse_arguments, run_command
+
+    args = parse_arguments(reproduce_parser(), argv)
+    return run_command(lambda: reproduce(args))
 
 
-def parser() -> argparse.ArgumentParser:
+def reproduce_parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("reproduce.py", description="Trains published runs again and compares the scores.")
     top.add_argument("--table", default="5", help="number of the paper's table, or the path of a .toml file")
     top.add_argument("--scale", default="digits", help="the scale that was published")

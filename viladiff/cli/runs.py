@@ -1,6 +1,6 @@
-"""The command ``viladiff runs``: what has been run, whether it is sound, and what of it to send or throw away.
+"""The command ``viladiff runs``: list, show, verify, export, import and clean up runs.
 
-Only the standard library is loaded until a command is carried out, and torch only by ``verify`` and ``import``.
+Only the standard library is loaded until a command is executed, and torch only by ``verify`` and ``import``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATES = ("done", "running", "failed", "begun", "damaged")
 
 
 def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``runs`` and its actions to the subparsers of ``viladiff``."""
+    """Add ``runs`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "list, show, compare, check, pack and clean up runs"
     runs = commands.add_parser("runs", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
@@ -113,7 +113,7 @@ def _list(args: argparse.Namespace) -> int:
     rows = listing.rows(_store(args))
     if not rows:
         print(_empty(args), file=sys.stderr if args.json else sys.stdout)
-    chosen = listing.select(rows, args.filters, args.state)
+    chosen = listing.select_runs(rows, args.filters, args.state)
     chosen = listing.ordered(chosen, args.sort, args.reverse)
     if args.json:
         print(json.dumps([row.as_json() for row in chosen], indent=1))
@@ -134,7 +134,7 @@ def _show(args: argparse.Namespace) -> int:
         raise _nothing(args)
     row = listing.find_run(args.name, rows)
     if not args.json:
-        listing.show(store, row)
+        listing.print_run(store, row)
     elif row.record is None:
         print(json.dumps(row.as_json(), indent=1))
     else:
@@ -172,7 +172,7 @@ def _verified(store: Store, words: list[str]) -> set[str]:
     names = set(store.own()) | {record.run_id for record in store.published()}
     plain = {listing.resolve_prefix(word, names) for word in words if "=" not in word}
     filters = [word for word in words if "=" in word]
-    return plain | ({row.run_id for row in listing.select(listing.rows(store), filters)} if filters else set())
+    return plain | ({row.run_id for row in listing.select_runs(listing.rows(store), filters)} if filters else set())
 
 
 def _gc(args: argparse.Namespace) -> int:
@@ -206,7 +206,7 @@ def _export(args: argparse.Namespace) -> int:
     chosen = {listing.finished(listing.find_run(word, rows)).run_id for word in args.runs if "=" not in word}
     filters = [word for word in args.runs if "=" in word]
     if filters or not args.runs:
-        chosen |= {row.run_id for row in listing.select(rows, filters, "done")}
+        chosen |= {row.run_id for row in listing.select_runs(rows, filters, "done")}
     if not chosen:
         raise ValueError(listing.explain_no_match(rows, filters, "done"))
     path = Path(args.file)

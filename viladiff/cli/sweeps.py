@@ -1,4 +1,4 @@
-"""The options of a sweep's command, the same from its script and from ``viladiff sweep``."""
+"""The command of a sweep, with the same options from its script and from ``viladiff sweep``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from viladiff.cli.common import carry_out, read_arguments
+from viladiff.cli.common import parse_arguments, run_command
 from viladiff.cli.tables import add_placing
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
@@ -26,25 +26,25 @@ held out of the labelled list; the best ones are then trained anew on fresh seed
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors that a user can mend are a line each."""
-    from viladiff.experiments.sweeps import run
+    """Run a sweep's script, as ``tune/sweep_lambda.py``, or ``viladiff sweep lambda``; print user errors as lines."""
+    from viladiff.experiments.sweeps import run_sweep
     from viladiff.experiments.tables import shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
-    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, shell_command(f"python tune/{path.stem}.py", given)))
+    args = parse_arguments(sweep_parser(path, name or Path(sys.argv[0]).name), given)
+    return run_command(lambda: run_sweep(path, args, shell_command(f"python tune/{path.stem}.py", given)))
 
 
-def parser(path: Path, name: str) -> argparse.ArgumentParser:
+def sweep_parser(path: Path, name: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = f"Searches the space of {path.name}, and says which point is best and how sure that is."
     top = argparse.ArgumentParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
-    add_options(top)
+    add_sweep_options(top)
     return top
 
 
-def add_options(top: argparse.ArgumentParser) -> None:
-    """Options that every sweep has."""
+def add_sweep_options(top: argparse.ArgumentParser) -> None:
+    """Add the options that every sweep has."""
     what = top.add_argument_group("what")
     what.add_argument("--scale", default="quick", help="size of experiment: smoke, quick (default), digits or paper")
     what.add_argument("--trials", type=int, metavar="N", help="points in all, those of earlier calls included")

@@ -1,4 +1,4 @@
-"""The options of a table's command, the same from its script and from ``viladiff table``."""
+"""The command of a table, with the same options from its script and from ``viladiff table``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from viladiff.cli.common import carry_out, read_arguments
+from viladiff.cli.common import parse_arguments, run_command
 
 EXAMPLES = """\
 examples:
@@ -25,32 +25,32 @@ SHARE = "share of a GPU, or whole GPUs (default: those of this machine, shared o
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors that a user can mend are a line each."""
-    from viladiff.experiments.tables import run, shell_command
+    """Run a table's script, as ``ablations/run_table5.py``, or ``viladiff table 5``; print user errors as lines."""
+    from viladiff.experiments.tables import run_table, shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)
-    args = read_arguments(parser(path, name or Path(sys.argv[0]).name), given)
-    return carry_out(lambda: run(path, args, shell_command(name or _said(sys.argv[0]), given)))
+    args = parse_arguments(table_parser(path, name or Path(sys.argv[0]).name), given)
+    return run_command(lambda: run_table(path, args, shell_command(name or _said(sys.argv[0]), given)))
 
 
 def _said(program: str) -> str:
-    """The program as it would be typed, without where this machine keeps it."""
+    """Return the program as it is typed, without this machine's paths."""
     from viladiff.experiments.tables import ROOT
 
     path = Path(program).absolute()
     return f"python {path.relative_to(ROOT)}" if path.is_relative_to(ROOT / "ablations") else path.name
 
 
-def parser(path: Path, name: str) -> argparse.ArgumentParser:
+def table_parser(path: Path, name: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = f"Runs what {path.name} asks for and is not done yet, and writes its page."
     top = argparse.ArgumentParser(name, description=text, epilog=EXAMPLES.format(name=name), formatter_class=raw)
-    add_options(top)
+    add_table_options(top)
     return top
 
 
-def add_options(top: argparse.ArgumentParser) -> None:
-    """Options that every table has."""
+def add_table_options(top: argparse.ArgumentParser) -> None:
+    """Add the options that every table has."""
     what = top.add_argument_group("what")
     what.add_argument("--scale", default="quick", help="size of experiment: smoke, quick (default), digits or paper")
     what.add_argument("--seeds", metavar="N", help="so many seeds, from 0; or a list such as 3,4,5")
@@ -76,7 +76,7 @@ def add_options(top: argparse.ArgumentParser) -> None:
 
 
 def add_placing(how: argparse._ArgumentGroup) -> None:
-    """Options that say where Ray puts runs, for tables and sweeps alike."""
+    """Add the options of Ray's placement of runs, for tables and sweeps alike."""
     how.add_argument("--max-concurrent", type=int, metavar="N", help="runs at once (default: as many as fit)")
     how.add_argument("--gpus-per-trial", type=float, metavar="F", help=SHARE)
     how.add_argument("--address", help="an existing Ray cluster, or auto; default: one of its own on this machine")

@@ -1,6 +1,6 @@
-"""The commands ``viladiff caption`` and ``viladiff embed``: what the images show, and words as vectors.
+"""The commands ``viladiff caption`` and ``viladiff embed``: captions of images, and captions as vectors.
 
-Only the standard library is loaded until a command is carried out.
+Only the standard library is loaded until a command is executed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHOWN = 20
 
 
 def add_text(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``caption`` and ``embed`` to the subparsers of ``viladiff``."""
+    """Add ``caption`` and ``embed`` to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "caption the images of a data set with BLIP-2, as a job of Ray Data"
     caption = commands.add_parser("caption", help=text, description=text, epilog=CAPTION_EXAMPLES, formatter_class=raw)

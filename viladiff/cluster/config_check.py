@@ -72,9 +72,9 @@ class Cluster(NamedTuple):
 
 
 def examine_cluster(file: str | Path) -> list[Check]:
-    """A line for each rule, and one for each fault against it; raises OSError where the file cannot be read.
+    """Return a line for each rule, and one for each violation. Raises OSError if the file cannot be read.
 
-    Later rules are looked at only if Ray's schema accepts the file, since they rely on its shape.
+    Later rules are checked only if Ray's schema accepts the file, since they rely on its structure.
     """
     path = Path(file)
     text = path.read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def _said(cluster: Cluster, name: str, faults: list[ConfigProblem]) -> Iterator[
 
 
 def _repeated(node: yaml.Node | None, keys: Keys, lines: dict[Keys, int]) -> Iterator[Keys]:
-    """Notes the line of each key, and yields keys that stand twice in one mapping."""
+    """Record the line of each key, and yield keys that stand twice in one mapping."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = (*keys, str(key.value))
@@ -126,7 +126,7 @@ def _repeated(node: yaml.Node | None, keys: Keys, lines: dict[Keys, int]) -> Ite
 
 
 def _schema(raw: dict[str, Any]) -> Iterator[ConfigProblem]:
-    """What Ray's schema says, each key by its place; a mistyped key with the nearest that exists."""
+    """Yield the errors of Ray's schema by key; a mistyped key with the nearest that exists."""
     file = Path(str(distribution("ray").locate_file("ray/autoscaler/ray-schema.json")))
     schema = json.loads(file.read_text(encoding="utf-8"))
     for error in jsonschema.Draft7Validator(schema).iter_errors(raw):
@@ -227,7 +227,7 @@ def _has_gpu(kind: dict[str, Any]) -> bool:
 
 
 def _scaling(cluster: Cluster) -> Iterator[ConfigProblem]:
-    """What would run and cost without work."""
+    """Yield the machines that would run and cost without work."""
     for name, kind in cluster.types.items():
         here = ("available_node_types", name)
         if name == cluster.raw.get("head_node_type") and (kind.get("min_workers", 0) or kind.get("max_workers", 0)):

@@ -1,6 +1,6 @@
-"""Mechanics under the configuration: fields by dotted path, text read by a field's type, errors in the project's words.
+"""Base class and helpers of the configuration: fields by dotted path, parsing of text, error messages.
 
-Nothing here knows a field by name; ``viladiff.runs.config`` says which fields there are.
+Nothing here knows a field by name; ``viladiff.runs.config`` defines the fields.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FieldHelp(NamedTuple):
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, str]:
-    """``["a.b=1"]`` as {"a.b": "1"}; raises ConfigError for a word without "=" and for a field given twice."""
+    """Parse ``["a.b=1"]`` to {"a.b": "1"}. Raises ConfigError for a word without "=" and for a repeated field."""
     found: dict[str, str] = {}
     for word in words:
         path, sign, text = word.partition("=")
@@ -60,7 +60,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, str]:
 
 
 def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every field that holds a value rather than a section, by dotted path."""
+    """Return every field that holds a value rather than a section, by dotted path."""
     found: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
@@ -70,18 +70,18 @@ def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldIn
     return found
 
 
-def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted path, value) of every leaf of a section that exists."""
+def iter_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (dotted path, value) of every leaf of an existing section."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from values(value, f"{prefix}{name}.")
+            yield from iter_fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}."""
+    """Convert {"a.b": 1} to {"a": {"b": 1}}."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *sections, leaf = path.split(".")
@@ -93,8 +93,10 @@ def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
 
 
 def coerce(section: type[BaseModel], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """``given`` with text read by each field's type and lists made tuples; raises ConfigError for a bool that is a
-    number or a number that is a bool, which pydantic would let pass. Unknown names are left for validation."""
+    """Convert ``given``: parse text by each field's type, make lists tuples; unknown names are left for validation.
+
+    Raises ConfigError for a bool that is a number or a number that is a bool, which pydantic would accept.
+    """
     out: dict[str, Any] = {}
     for name, value in given.items():
         info = section.model_fields.get(name)
@@ -109,9 +111,9 @@ def coerce(section: type[BaseModel], given: Mapping[str, Any], prefix: str) -> d
 
 
 def parse(text: str, kind: Any) -> Any:
-    """The value that command-line text means for a field of type ``kind``: "183" stays text where text is wanted.
+    """Convert command-line text to a value of type ``kind``; "183" stays text where text is expected.
 
-    "0.8,1.25" is a tuple, "none" nothing where that is allowed. Text that does not fit is returned as it is, so that
+    "0.8,1.25" is a tuple, "none" is None where None is allowed. Text that does not fit is returned unchanged, so that
     validation can name it.
     """
     origin, args = get_origin(kind), get_args(kind)
@@ -137,18 +139,18 @@ def parse(text: str, kind: Any) -> Any:
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like ``name``; None where none has a similarity (0 to 1) of ``cutoff``."""
+    """Return the known name most like ``name``; None where none has a similarity (0 to 1) of ``cutoff``."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
+    """Return ``; did you mean 'x'?`` for the known name most like ``name``, or an empty string."""
     match = nearest(name, known)
     return f"; did you mean {match!r}?" if match else ""
 
 
 def unknown_field(path: str, known: Collection[str]) -> str:
-    """The sentence for a path that names no field: its new name, or the nearest one and what the section offers."""
+    """Return the error for a path that names no field: its new name, or the nearest one and the section's fields."""
     if path in renamed.FIELDS:
         return f"{path}: renamed; write {renamed.FIELDS[path]}"
     inside = [name for name in known if name.startswith(path + ".")]
@@ -166,9 +168,9 @@ def unknown_field(path: str, known: Collection[str]) -> str:
 
 
 def format_errors(error: ValidationError, known: Collection[str], tagged: Collection[str]) -> str:
-    """One line per fault: dotted field, value, what is allowed.
+    """Return one line per error: dotted field, value, allowed values.
 
-    ``tagged``: sections chosen by a tag, which pydantic puts into the location and the reader never wrote.
+    ``tagged``: sections chosen by a tag, which pydantic puts into the location although the user never wrote it.
     """
     lines = []
     for item in error.errors(include_url=False):
@@ -182,7 +184,7 @@ def format_errors(error: ValidationError, known: Collection[str], tagged: Collec
 
 @cache
 def field_docs(section: type[BaseModel]) -> dict[str, str]:
-    """The string under each field of a section, as written in its source; fields without one are absent."""
+    """Return the docstring of each field of a section, read from its source; fields without one are absent."""
     found: dict[str, str] = {}
     for cls in reversed(section.__mro__):
         if not (issubclass(cls, BaseModel) and cls is not BaseModel):
@@ -194,13 +196,13 @@ def field_docs(section: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def describe(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
-    """Path, type, value and explanation of every leaf."""
+def describe_fields(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
+    """Yield path, type, value and explanation of every leaf."""
     texts = field_docs(type(section))
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from describe(value, f"{prefix}{name}.")
+            yield from describe_fields(value, f"{prefix}{name}.")
         else:
             limits = [_limit(limit) for limit in info.metadata]
             kind = " ".join([format_type(info.annotation), *filter(None, limits)])
@@ -208,7 +210,7 @@ def describe(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
 
 
 def format_type(kind: Any) -> str:
-    """A type as a person writes it: ``poly | cosine``, ``int | none``, ``float, float``."""
+    """Format a type for people: ``poly | cosine``, ``int | none``, ``float, float``."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " | ".join(str(choice) for choice in args)
@@ -263,7 +265,7 @@ def _sentence(path: str, item: Any, known: Collection[str]) -> str:
 
 
 def error_reason(item: Mapping[str, Any]) -> str:
-    """Why pydantic refuses a value, in the project's words and without field and value.
+    """Return why pydantic refuses a value, in the project's words and without field and value.
 
     item: an entry of ``ValidationError.errors()``; that of an unknown key is left to the caller.
     """

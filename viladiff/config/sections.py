@@ -1,6 +1,6 @@
-"""The parts of a configuration other than the method's: data sets, model, optimiser, length, evaluation, runtime.
+"""The sections of a configuration other than the method's: data sets, model, optimiser, length, evaluation, runtime.
 
-Defaults that depend on the data set stand in ``PRESETS``; ``viladiff.runs.config`` puts the parts together.
+Defaults that depend on the data set are in ``PRESETS``; ``viladiff.runs.config`` joins the sections.
 """
 
 from __future__ import annotations

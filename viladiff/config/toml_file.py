@@ -1,4 +1,4 @@
-"""A TOML file of a table or a sweep as a tree, and what is wrong with it in the project's words."""
+"""Reader of the TOML files of tables and sweeps, with error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from viladiff.config.base import Section, did_you_mean, error_reason
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tree in a TOML file; ValueError where it cannot be read."""
+    """Read a TOML file. Raises ValueError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -23,7 +23,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:
-    """Dates and numbers that are not finite, wherever they stand: no field takes one."""
+    """Yield the dates and non-finite numbers anywhere in a tree: no field accepts one."""
     if isinstance(value, Mapping):
         for key, one in value.items():
             yield from strange_values(one, (*where, key))
@@ -42,13 +42,13 @@ def entry_name(kind: str, place: int, label: object) -> str:
     return f"{kind}[{place + 1}] {label!r}"
 
 
-def sentence(
+def format_toml_error(
     item: Any,
     tree: Mapping[str, Any],
     top: type[Section],
     sections: Mapping[str, type[Section]],
 ) -> str:
-    """One fault that pydantic found in a file of ``top``, in the project's words; ``sections`` lie in its lists."""
+    """Format one pydantic error of a file of ``top``; ``sections`` are in its lists."""
     loc, value = list(item["loc"]), item.get("input")
     section = sections.get(str(loc[0])) if len(loc) > 1 else None
     entry, rest = "", loc

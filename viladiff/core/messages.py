@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def format_seconds(seconds: float | None, unknown: str = "—") -> str:
-    """``2 h 5 min``, ``3 min 20 s``, ``8 s``; ``unknown`` for None."""
+    """Format seconds: ``2 h 5 min``, ``3 min 20 s``, ``8 s``; ``unknown`` for None."""
     if seconds is None:
         return unknown
     whole = round(seconds)
@@ -15,7 +15,7 @@ def format_seconds(seconds: float | None, unknown: str = "—") -> str:
 
 
 def format_value(value: object, digits: int | None = None) -> str:
-    """A value as it is typed for a field: ``none``, ``true``, ``a,b``; floats in full, or to so many digits."""
+    """Format a value as it is typed for a field: ``none``, ``true``, ``a,b``; floats in full, or to so many digits."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):

@@ -11,12 +11,12 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def plan_stem() -> str:
-    """How the names of plans by this code begin; those by other code are never used again."""
+    """Return the prefix of plans by this code; plans of other code are never used again."""
     return f"plan-{code_digest()[:12]}"
 
 
 def code_digest() -> str:
-    """Names the package's sources and the weights that it ships, by content."""
+    """Return the digest of the package's sources and shipped weights."""
     total = hashlib.sha256()
     for path in sorted(path for kind in ("*.py", "*.safetensors") for path in _PACKAGE.rglob(kind)):
         total.update(f"{path.relative_to(_PACKAGE).as_posix()} {file_digest(path)}\n".encode())
@@ -24,7 +24,7 @@ def code_digest() -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, or ``missing`` where it cannot be read."""
+    """Return the SHA-256 of a file, or ``missing`` where it cannot be read."""
     try:
         return file_sha256(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""A data set is known by name through one table; what is not rendered here is read by a reader of its own."""
+"""The table of data sets, and the loading of one by name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DatasetSpec(NamedTuple):
 
 
 def dataset_spec(cfg: Sections) -> DatasetSpec:
-    """What a run asks for."""
+    """Return the data set that a run asks for."""
     data = cfg.data
     return DatasetSpec(
         data.dataset,
@@ -69,7 +69,7 @@ def dataset_spec(cfg: Sections) -> DatasetSpec:
 
 
 def _simulated(data: DataConfig) -> CaptionSource:
-    """Who writes the captions of the embedded data sets; other data sets have no such fields."""
+    """Return the captioner's rates of the embedded data sets; other data sets have no such fields."""
     rates = {"recall": "caption_recall", "false_mention": "caption_false", "synonyms": "caption_synonyms"}
     return replace(SIMULATED, **{name: getattr(data, path) for name, path in rates.items() if hasattr(data, path)})
 
@@ -87,7 +87,7 @@ def load_dataset(
     captions: str | None = None,
     simulated: CaptionSource = SIMULATED,
 ) -> Dataset:
-    """Opens a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
+    """Open a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
     split: the name of a list, or "all" (``label_all``). root and split_dir: where the files and the lists of a data set
     that is not embedded are. holdout: see ``data.holdout``; those images are the validation set where ``scored`` is
@@ -111,7 +111,7 @@ def load_dataset(
 
 
 def with_captions(dataset: Dataset, path: str) -> Dataset:
-    """The data set under the captions of a file. Raises ValueError as ``read_captions`` and ``match``."""
+    """Return the data set with the captions of a file. Raises ValueError as ``read_captions`` and ``match``."""
     found = match(read_captions(path), *image_ids(dataset))
     return replace(
         dataset,
@@ -124,7 +124,7 @@ def with_captions(dataset: Dataset, path: str) -> Dataset:
 
 
 def image_ids(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What captions call the images of the pool and of validation: ids of files, else ``train/0`` and ``dev/0`` on."""
+    """Return the captions' ids of the pool and validation: ids of files, else ``train/0``, ``dev/0`` and on."""
     if dataset.files is not None and dataset.val_files is not None:
         return dataset.files.ids, dataset.val_files.ids
     sizes = {"train": len(dataset.images), dataset.scored: len(dataset.val_images)}
@@ -180,8 +180,10 @@ def _root(asked: DatasetSpec) -> str:
 
 
 def _of_files(asked: DatasetSpec, found: SourceFiles) -> Dataset:
-    """The pool is the labelled images, then the others. Files that are new or changed are read, and none is decoded but
-    masks that ``data.split_seed`` looks at."""
+    """Build a data set from files, the pool being the labelled images, then the others.
+
+    Files that are new or changed are read, and none is decoded but the masks that ``data.split_seed`` needs.
+    """
     drawn, contents = "", Contents(found.tree.root)
     if asked.split_seed is not None:
         found = found._replace(lists=resample(found.lists, found.tree.masks, asked.split_seed, _shown(found, contents)))
@@ -216,7 +218,7 @@ def _of_files(asked: DatasetSpec, found: SourceFiles) -> Dataset:
 
 
 def _shown(found: SourceFiles, contents: Contents) -> Callable[[str], np.ndarray]:
-    """Which classes the mask of an image shows, (C,) bool."""
+    """Return a function from an image to the classes of its mask, (C,) bool."""
     count = len(found.classes.names)
 
     def shown(name: str) -> np.ndarray:
@@ -226,8 +228,10 @@ def _shown(found: SourceFiles, contents: Contents) -> Callable[[str], np.ndarray
 
 
 def files_fingerprint(name: str, found: SourceFiles, contents: Contents) -> tuple[str, list[str]]:
-    """Names lists, classes and each file by its name and all of its bytes; masks of unlabelled images are left out and
-    not read, so that it is the same whether they exist or not. With it a note where training images are validated on.
+    """Hash lists, classes and each file by its name and all of its bytes; return it with notes.
+
+    Masks of unlabelled images are left out and not read, so that the hash is the same whether they exist or not. A note
+    says that training images are validated on.
     """
     lists, (names, coding) = found.lists, found.classes
     ids = [one for part in lists for one in part]
@@ -240,7 +244,7 @@ def files_fingerprint(name: str, found: SourceFiles, contents: Contents) -> tupl
 
 
 def _copies(digests: dict[str, str], val: Sequence[str]) -> list[str]:
-    """A sentence where validation images have the bytes of training images; digests: of all, by id."""
+    """Return a warning if validation images have the bytes of training images; digests: of all, by id."""
     apart = {*val}
     trained = {digest: name for name, digest in digests.items() if name not in apart}
     both = [(name, trained[digests[name]]) for name in val if digests[name] in trained]

@@ -1,7 +1,6 @@
-"""Which images are labelled, which are held out, and the split under which every image with a mask is labelled.
+"""Splits: labelled lists, images held out of training, and ``all``, in which every image with a mask is labelled.
 
-The labelled lists of one data set are prefixes of a single permutation, so a larger split only ever adds images.
-Runs are chosen between on labelled images that none of them trained on, so that the reported set stays unseen.
+The labelled lists of the embedded data are prefixes of one permutation, so that a larger split only adds images.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ VISIBLE = 12
 
 
 def classes_present(masks: np.ndarray, num_classes: int, least: int = VISIBLE) -> np.ndarray:
-    """(N, C) bool from (N, H, W) masks: whether at least ``least`` pixels of the image have the class."""
+    """Return (N, C) bool from (N, H, W) masks: whether at least ``least`` pixels of the image have the class."""
     flat = masks.reshape(len(masks), -1)
     return np.stack([np.count_nonzero(flat == c, axis=1) >= least for c in range(num_classes)], axis=1)
 
 
 def split_size(dataset: str, split: str, pool: int) -> int:
-    """Labelled images of a published split. Raises ValueError for one that is unknown or larger than the pool."""
+    """Return the labelled images of a published split. Raises ValueError if unknown or larger than the pool."""
     allowed = SPLITS[dataset]
     if split.isascii() and split.isdigit() and int(split) > pool:
         raise ValueError(
@@ -54,10 +53,10 @@ def split_size(dataset: str, split: str, pool: int) -> int:
 
 
 def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -> np.ndarray:
-    """(N,) int64 permutation of the pool whose first images show every class; ``None`` is the published order.
+    """Return (N,) int64 permutation of the pool whose first images show every class; ``None`` is the published order.
 
     present: (N, C) bool. At most C images move to the front: for each class in turn that the ones moved do not show
-    yet, the first in the drawn order that does. Raises ValueError where a class is in no image.
+    yet, the first in the drawn order that does. Raises ValueError if a class is in no image.
     """
     drawn = keyed_random.numpy_generator("split", dataset, "published" if seed is None else seed).permutation(
         len(present)
@@ -73,12 +72,12 @@ def labelled_order(dataset: str, present: np.ndarray, seed: int | None = None) -
 
 
 def resample(lists: Lists, masked: Container[str], seed: int, shows: Callable[[str], np.ndarray]) -> Lists:
-    """As many labelled images as the list has, drawn from the pool: all images of both lists that have a mask.
+    """Draw as many labelled images as the list has from the pool: all images of both lists that have a mask.
 
-    shows: (C,) bool, which classes the mask of an image of the pool shows. One that shows none is passed over. Where
-    the draw lacks a class, the first image further on in the drawn order that shows it takes the place of the last one
-    that can be spared, so that with as many images as classes every class of the pool is labelled. Masks are looked at
-    in the drawn order and no further than that takes. ValueError where too few show a class.
+    shows: (C,) bool, the classes in the mask of an image of the pool. An image without any is skipped. If the draw
+    lacks a class, the next image in the drawn order that shows it replaces the last one that can be spared, so that
+    with as many images as classes every class of the pool is labelled. Masks are read in the drawn order and no further
+    than needed. Raises ValueError if too few show a class.
     """
     pool = sorted((*lists.labelled, *lists.unlabelled))
     able, size = [name for name in pool if name in masked], len(lists.labelled)
@@ -110,7 +109,7 @@ LARGEST = {"digits": "1464", "dense": "1849", "cityscapes": "1488", "coco": "369
 
 
 def base_split(name: str, split: str, family: str = "") -> str:
-    """The list that a reader has to open for a split: another one for ``all``, on any data set but ``folder``."""
+    """Return the list that a reader opens for a split: another one for ``all``, on any data set but ``folder``."""
     if split != ALL or name == "folder":
         return split
     if name == "voc":
@@ -119,7 +118,7 @@ def base_split(name: str, split: str, family: str = "") -> str:
 
 
 def label_all(dataset: Dataset) -> Dataset:
-    """The data set with labels for all images of its pool; of images in files, those whose mask is there."""
+    """Return the data set with labels for all images of its pool; for images in files, those with a mask."""
     files = dataset.files
     able = np.array([files is None or _has_mask(files, i) for i in dataset.unlabelled], bool)
     added = dataset.unlabelled[able]
@@ -155,12 +154,12 @@ class Subset:
 
 
 def hold_out(dataset: Dataset, share: float, scored: bool) -> Dataset:
-    """The data set with ``share`` of its labelled list taken out of training, from both roles.
+    """Return the data set with ``share`` of its labelled list removed from training, labelled and unlabelled.
 
-    The same images for every run on that list. ``scored``: they take the place of the validation images. Raises
-    ValueError where the list is too short.
+    The images are the same for every run on that list. ``scored``: they replace the validation images. Raises
+    ValueError if the list is too short.
     """
-    held = dataset.labelled[choose(_present(dataset), share, dataset.name)]
+    held = dataset.labelled[choose_holdout(_present(dataset), share, dataset.name)]
     if len(held) == 0:
         raise ValueError(
             f"data.holdout = {share:g}: none of the {len(dataset.labelled)} labelled images of {dataset.name!r} can be "
@@ -181,11 +180,11 @@ def hold_out(dataset: Dataset, share: float, scored: bool) -> Dataset:
 
 
 def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
-    """The labelled list without one image in ``period``, and those; the same ones for every run on that list.
+    """Split the labelled list into all but one image in ``period``, and those; equal for every run on that list.
 
-    For a method that leaves labelled images out of its supervised loss. ValueError where the list is too short.
+    For a method that leaves labelled images out of its supervised loss. Raises ValueError if the list is too short.
     """
-    held = dataset.labelled[choose(_present(dataset), 1 / period, dataset.name, "set apart")]
+    held = dataset.labelled[choose_holdout(_present(dataset), 1 / period, dataset.name, "set apart")]
     if len(held) == 0:
         raise ValueError(
             f"method.mixe.holdout = {1 / period:g}: none of the {len(dataset.labelled)} labelled images of "
@@ -195,11 +194,11 @@ def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
     return dataset.labelled[~np.isin(dataset.labelled, held)], held
 
 
-def choose(present: np.ndarray, share: float, *key: keyed_random.Part) -> np.ndarray:
-    """Sorted places, about ``share`` of n, in an order drawn by ``key``; rare classes are seen to first.
+def choose_holdout(present: np.ndarray, share: float, *key: keyed_random.Part) -> np.ndarray:
+    """Return sorted positions, about ``share`` of n, in an order drawn by ``key``; rare classes are covered first.
 
-    present: (n, C) bool, which classes each labelled image shows. No class leaves training altogether, and each class
-    that two images show is shown by one held out, as far as ``share`` allows.
+    present: (n, C) bool, the classes of each labelled image. No class leaves training altogether, and each class that
+    two images show is shown by one held out, as far as ``share`` allows.
     """
     wanted = max(1, round(share * len(present)))
     left = present.sum(0)
@@ -231,7 +230,7 @@ def _present(dataset: Dataset) -> np.ndarray:
 
 
 def _counts(dataset: Dataset, index: int) -> np.ndarray:
-    """(256,) pixels by label of a labelled image."""
+    """Return (256,) pixels by label of a labelled image."""
     if dataset.contents is None:
         return np.bincount(dataset.target(index).ravel(), minlength=256)
     coding = getattr(dataset.masks, "coding", None)

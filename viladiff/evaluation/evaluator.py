@@ -1,4 +1,4 @@
-"""What is measured of a trained run: scores of its networks, quality of its pseudo-labels, pictures, its record."""
+"""Evaluation of a trained run: scores of its networks, quality of its pseudo-labels, pictures, its record."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation import feature_clusters
 from viladiff.evaluation.context import EvalContext
 from viladiff.evaluation.metrics import SegmentationMeter, evaluate_network, measure_all, to_scores
-from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized
+from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized_logits
 from viladiff.evaluation.pseudo_labels import pseudo_counts, pseudo_scores
 from viladiff.methods.base import Method
 from viladiff.models.encoders.build import weights_origin
 from viladiff.runs.config import CORE_REVISION, flatten, non_default_fields
 from viladiff.runs.record import RunRecord
 from viladiff.text.embedding_bank import EmbeddingBank
-from viladiff.text.encoders import describe
+from viladiff.text.encoders import describe_text_encoder
 
 FILES = ("pictures.npz", "features.npz", "plane.npz")
 """What a finished run may have beside its record and its log."""
@@ -64,7 +64,7 @@ class PeakMemory:
 
 
 def eval_batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
-    """This worker's validation images with masks and words; whoever watches the run sees that it is alive."""
+    """Yield this worker's validation images with masks and texts, sending heartbeats."""
     images = len(run.dataset.val_images)
     count = min(images, run.cfg.eval.max_images or images)
     size = 1
@@ -80,7 +80,7 @@ def eval_batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor,
 def compute_meters(
     run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
 ) -> dict[str, SegmentationMeter]:
-    """Counts of one network's streams over the validation images of all workers."""
+    """Count one network's streams over the validation images of all workers."""
     cfg = run.cfg.eval
     classes, crop = run.dataset.num_classes, run.cfg.data.crop
     return evaluate_network(network, eval_batches(run), streams, classes, boundary, cfg.protocol, crop)
@@ -89,7 +89,7 @@ def compute_meters(
 def compute_scores(
     run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
 ) -> dict[str, dict[str, Any]]:
-    """{stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
+    """Return {stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
     return {name: asdict(found) for name, found in to_scores(compute_meters(run, network, streams, boundary)).items()}
 
 
@@ -106,7 +106,7 @@ class PseudoLabels:
         self.sums: dict[str, Any] = {}
 
     def add(self, images: torch.Tensor, target: torch.Tensor, text: TextBatch | None) -> None:
-        """A batch, the method in evaluation mode; sums stay on the device."""
+        """Count a batch, with the method in evaluation mode; sums stay on the device."""
         if not self.wanted:
             return
         run, method = self.run, self.run.method
@@ -114,19 +114,19 @@ class PseudoLabels:
         keys = tuple(run.rank + (self.seen + j) * run.world for j in range(len(images)))
         self.seen += len(images)
         made = partial(method.pseudo_labels, text=text, keys=keys, step=Step(run.steps, 1.0, run.cfg.seed))
-        found = {name: p.max(1) for name, p in resized(made, images, method.student.patch).items()}
+        found = {name: p.max(1) for name, p in resized_logits(made, images, method.student.patch).items()}
         stages = {name: (p.values, p.indices) for name, p in found.items()}
         for name, count in pseudo_counts(stages, target, method.threshold()).items():
             self.sums[name] = self.sums.get(name, 0) + count
 
     def shares(self) -> dict[str, float | None]:
-        """``pseudo_scores`` of all workers' images; all of them must ask."""
+        """Return ``pseudo_scores`` of all workers' images; all workers must call it."""
         here = {name: count.cpu() for name, count in self.sums.items()}
         return pseudo_scores(summed_over_workers({"": here}).get("", {})) if self.wanted else {}
 
 
 def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
-    """{network: {stream: {score: value}}} and the quality of the pseudo-labels, from one pass over the images."""
+    """Return {network: {stream: {score: value}}} and the quality of pseudo-labels, from one pass over the images."""
     cfg, networks = run.cfg.eval, run.method.networks()
     run.method.eval()
     pseudo = PseudoLabels(run)
@@ -137,7 +137,7 @@ def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], d
 
 
 def _best(measured: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
-    """The highest of the evaluations, marked as picked on the images that it reports; None where there is but one."""
+    """Return the best of the evaluations, marked as selected on the images that it reports; None for a single one."""
     if len(measured) < 2:
         return None
     best = max(measured, key=lambda entry: entry["miou"])
@@ -148,7 +148,7 @@ class GradientRecord(Protocol):
     """Shares of the gradient that were measured in training."""
 
     def record(self) -> dict[str, Any] | None:
-        """For ``RunRecord.gradient_shares``; None where nothing was measured."""
+        """Return the entry ``RunRecord.gradient_shares``; None if nothing was measured."""
         ...
 
 
@@ -169,12 +169,12 @@ class RecordContext(EvalContext, Protocol):
         ...
 
     def wall_seconds(self) -> float | None:
-        """Of all legs; None where they are not known."""
+        """Return the seconds of all legs; None if unknown."""
         ...
 
 
 def record(run: RecordContext) -> RunRecord:
-    """Everything that is worth keeping of a run that has taken its last step; all workers take part."""
+    """Evaluate a run after its last step and return its record; all workers take part."""
     cfg = run.cfg
     predictor, stream = run.method.predictor(), run.method.headline()
     found, pseudo_labels = evaluated(run)
@@ -206,7 +206,7 @@ def record(run: RecordContext) -> RunRecord:
         notes=[*run.bank.notes(), *run.method.notes()],
         split_name=run.dataset.split_name,
         captions=run.dataset.caption_source,
-        text_encoder=describe(cfg.data.text_encoder, cfg.runtime.text_model),
+        text_encoder=describe_text_encoder(cfg.data.text_encoder, cfg.runtime.text_model),
         encoder=cfg.model.encoder,
         pretrained=weights_origin(cfg.model),
         wall_seconds=run.wall_seconds(),
@@ -226,10 +226,10 @@ def record(run: RecordContext) -> RunRecord:
 
 @torch.no_grad()
 def save_qualitative(run: EvalContext) -> None:
-    """Writes ``pictures.npz``: evenly spaced validation images, and their labels at every stage, in order of name.
+    """Write ``pictures.npz``: evenly spaced validation images and their labels at every stage, in order of name.
 
-    Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1. Of
-    images of different sizes it is the middle that is shown, padded where it is less than a crop.
+    Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for unknown pixels, or 0 and 1. Images of
+    different sizes are cropped to their centre, and padded if smaller than a crop.
     """
     count = min(run.cfg.runtime.visualizations, len(run.dataset.val_images))
     if run.rank or not count:
@@ -254,7 +254,7 @@ def save_qualitative(run: EvalContext) -> None:
 
 
 def _shown(run: EvalContext, array: np.ndarray, pad: int) -> np.ndarray:
-    """(H, W, ...) as it is where all images have one size, else its middle on a square of about the crop's size."""
+    """Return (H, W, ...) unchanged if all images have one size, else its centre on a square of the crop's size."""
     if run.dataset.uniform:
         return array
     side = nearest_multiple(run.cfg.data.crop, run.method.student.patch)

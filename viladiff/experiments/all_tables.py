@@ -1,4 +1,4 @@
-"""All tables at once: how many runs they really are, since one run stands in many cells, and what is left of them."""
+"""The dry run of all tables: unique runs, since one run is in many cells, and remaining ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TableShare:
 
 
 def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
-    """Prints, table by table and for all together, cells, runs, what is done, and hours; trains nothing.
+    """Print cells, runs, finished runs and hours, table by table and in total; train nothing.
 
     ``args``: as ``viladiff plan`` reads them. Raises ValueError for options that only one table can have.
     """
@@ -62,7 +62,10 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
 
 
 def share_of(path: Path, args: argparse.Namespace) -> TableShare:
-    """A table's cells and runs. Where its data cannot be read, equal settings count as one run; ValueError else."""
+    """Return a table's cells and runs; if its data cannot be read, count equal settings as one run.
+
+    Raises ValueError for other errors.
+    """
     table = load_table(path)
     if args.scale not in table.scale:
         return TableShare(table.name, 0, frozenset(), 0, why=f"has no scale {args.scale}")
@@ -78,7 +81,7 @@ def share_of(path: Path, args: argparse.Namespace) -> TableShare:
 
 
 def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, str]:
-    """Lines under the grid: cells against runs, time and money, and what is not known."""
+    """Return the lines under the grid: cells against runs, time and money, and unknown ones."""
     unique = frozenset().union(*(share.runs for share in shares))
     all_cells = sum(share.cells for share in shares)
     lines = {"cells": f"{all_cells} with {len(unique)} different runs"}
@@ -105,7 +108,7 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, 
 
 
 def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
-    """One plan of all runs, each once, and the job that it was begun with; None where no table can be planned."""
+    """Merge the plans, each run once, and return the job of the first; None if no table can be planned."""
     jobs = [share.job for share in shares if share.job is not None]
     if not jobs:
         return None, None
@@ -115,7 +118,7 @@ def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
 
 
 def _left(share: TableShare) -> tuple[str, str]:
-    """Done, and the time of what is left by itself."""
+    """Return the state of a table, and the time of its remaining runs alone."""
     if share.job is None:
         return "?", "?"
     guess = estimate(share.job.plan, share.job.store)

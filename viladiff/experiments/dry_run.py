@@ -1,4 +1,4 @@
-"""What a table would run and what that would take, said before anything is run."""
+"""The dry run of a table: its runs and their cost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIGNS: dict[State, str] = {
 STYLES: dict[State, str] = {"done": "green", "failed": "red", "stale": "yellow", "running": "cyan", "begun": "cyan"}
 
 
-def outline(
+def print_dry_run(
     plan: Plan,
     store: Store,
     settings: ExecutionSettings,
@@ -34,7 +34,7 @@ def outline(
     price: float | None = None,
     beside: tuple[Plan, Store] | None = None,
 ) -> None:
-    """Prints the grid of cells with their states, runs, steps, seconds, and where everything goes.
+    """Print the grid of cells with their states, runs, steps and seconds, and all output paths.
 
     ``beside``: the plan of the scale whose committed records stand beside these runs, and a store of those alone.
     """
@@ -84,7 +84,7 @@ def _grid(plan: Plan, found: dict[str, State]) -> Grid:
 
 
 def _grid_beside(plan: Plan, found: dict[str, State], other: Plan, committed: Store) -> Grid:
-    """Every row of either plan; for each column what is trained here, and how many committed records there are."""
+    """Return every row of either plan; for each column the runs trained here and the number of committed records."""
     columns = sorted({*plan.columns, *other.columns})
     labels = [escape(plan.table.columns[column].label) for column in columns]
     heads = (head for label in labels for head in (f"{label}, here", "published"))
@@ -109,7 +109,7 @@ def _committed(other: Plan, committed: Store) -> str:
 
 
 def _cell(plan: Plan, found: dict[str, State], row: int, column: int) -> str:
-    """ "done" or "2 done, 1 to run"."""
+    """Return "done" or "2 done, 1 to run"."""
     asked = [found[run_id] for run_id in plan.run_ids(row, column)]
     parts = [
         f"[{STYLES.get(state, 'default')}]{asked.count(state) if len(asked) > 1 else ''} {sign}".replace("] ", "]")

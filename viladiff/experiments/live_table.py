@@ -1,6 +1,6 @@
-"""A table that fills in while it is being run; off a terminal, a line now and then and every failure at once.
+"""A table that fills in while it runs; without a terminal, a line from time to time and every failure at once.
 
-It is fed with events only, so that it shows the same of trials in other processes, on other machines, or in a test.
+Its input is events only, so that it shows the same for trials in other processes, on other machines, or in a test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KEEP_TITLE = 200
 
 @dataclass
 class RunStatus:
-    """What is known of one run."""
+    """The state of one run."""
 
     state: str = "waiting"
     miou: float | None = None
@@ -59,9 +59,9 @@ class LiveTable:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``done``: mIoU in [0, 1] of runs that need nothing more. ``expected``: seconds, until speed is measured.
+        """Create the view. ``done``: mIoU in [0, 1] of finished runs. ``expected``: seconds, until speed is measured.
 
-        ``concurrency``: runs at once; None: as many as are under way.
+        ``concurrency``: runs at the same time; None: as many as are active.
         """
         self.plan, self.concurrency, self.expected, self.clock = plan, concurrency, expected, clock
         self.console = console or Console(stderr=True)
@@ -88,7 +88,7 @@ class LiveTable:
         self._line()
 
     def hear(self, event: Event) -> None:
-        """Takes an event in; runs that are not in the plan are passed over."""
+        """Process an event; events of runs outside the plan are ignored."""
         if event.kind == "note":
             self.console.print(escape(event.message), style="yellow", highlight=False, soft_wrap=True)
             return
@@ -131,7 +131,7 @@ class LiveTable:
         return sum(run.state in states for run in self.runs.values())
 
     def left(self) -> float | None:
-        """Seconds to the end, from the speeds seen so far; None while there are none."""
+        """Return the seconds to the end, from the speeds so far; None while there are none."""
         pace = self._pace(None)
         unknown = [run for run in self.runs.values() if run.state in ("waiting", "running", "elsewhere")]
         if not unknown:
@@ -148,7 +148,7 @@ class LiveTable:
         return max(longest, sum(seconds for seconds, _ in per) / min(at_once, len(per)))
 
     def _pace(self, row: int | None) -> float | None:
-        """Seconds of a slot's time for each step, in this row or in all."""
+        """Return a slot's seconds for each step, in this row or in all."""
         took = [pair for key, pairs in self._took.items() if row in (None, key) for pair in pairs]
         if not took:
             mine = [run for name, run in self.runs.items() if row in (None, self._rows.get(name))]
@@ -159,9 +159,10 @@ class LiveTable:
     # Pictures
 
     def render(self) -> RenderableType:
-        """The table, the runs under way, and a line of totals; what a low screen lacks room for is left out and told.
+        """Return the table, the active runs and a line of totals, cut to the terminal's height with a note.
 
-        Half of it is for runs under way, of which few are shown, and the rest for rows, those with such runs first.
+        Half of the height is for active runs, of which few are shown, and the rest for rows, those with active runs
+        first.
         """
         with self._lock:
             last = Text(self.totals(), style="bold")
@@ -180,7 +181,7 @@ class LiveTable:
             return Group(*parts, last)
 
     def _chosen(self, count: int) -> list[int]:
-        """So many rows in their order; where not all have room, those with something under way."""
+        """Return so many rows in order; if not all fit, those with active runs first."""
         at_work = {self._rows.get(name) for name, run in self.runs.items() if run.state == "running"}
         first = sorted(self.plan.rows, key=lambda row: row not in at_work)[:count]
         return [row for row in self.plan.rows if row in first]
@@ -198,7 +199,7 @@ class LiveTable:
         return grid
 
     def _cell(self, names: tuple[str, ...]) -> Text:
-        """Mean mIoU in points of the seeds that are done, how many of them, and what the others are doing."""
+        """Return mean mIoU in points of the finished seeds, their number, and the state of the others."""
         runs = [self.runs[name] for name in names]
         scores = [run.miou for run in runs if run.state == "done" and run.miou is not None]
         text = Text()
@@ -241,7 +242,7 @@ class LiveTable:
         return (self.clock() - run.first[0]) / (run.step - run.first[1])
 
     def totals(self) -> str:
-        """How far the whole is, in a line."""
+        """Return the overall progress in a line."""
         parts = [f"{self.count('done')} of {len(self.runs)} runs done"]
         for state in ("running", "failed", "stopped"):
             parts += [f"{self.count(state)} {state}"] if self.count(state) else []

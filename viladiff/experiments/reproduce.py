@@ -1,6 +1,6 @@
-"""Published runs trained again on this machine, and compared with their committed records.
+"""Reproduction of published runs on this machine, and comparison with their committed records.
 
-Where processor, threads and torch are those of the record every score has to be the same, bit for bit; elsewhere the
+If processor, threads and torch are those of the record, every score has to be the same, bit for bit; otherwise the
 difference in mIoU has to be within ``DEVIATIONS`` standard deviations over seeds of the published cells.
 """
 
@@ -30,7 +30,7 @@ class Compared(NamedTuple):
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    """Trains what has a committed record and is not trained in ``args.storage`` yet, and prints a line a run."""
+    """Train the runs that have a committed record and are not in ``args.storage`` yet, and print a line a run."""
     table = load_table(tables.find_table(args.table))
     storage = Path(args.storage).expanduser().absolute()
     cache = storage / "plans"
@@ -54,7 +54,7 @@ def reproduce(args: argparse.Namespace) -> int:
             found.append(Compared("fails", f"{title}: was not trained to its end; the same command goes on"))
         else:
             column = next(cell.column for cell in plan.cells if cell.run_id == run_id)
-            one = compare(theirs, mine, spread(every, committed, column))
+            one = compare(theirs, mine, published_deviation(every, committed, column))
             found.append(Compared(one.verdict, f"{title}: {one.text}"))
     for one in found:
         print(f"{one.verdict}: {one.text}")
@@ -74,7 +74,7 @@ def _lacking(plan: Plan, committed: Store) -> Iterator[str]:
 
 
 def _outline(plan: Plan, records: dict[str, RunRecord], storage: Path) -> Iterator[str]:
-    """What would be trained, and how long the records say that it takes."""
+    """Yield the runs to train and the time that they take according to the records."""
     for run_id, record in records.items():
         wall = "unknown time" if record.wall_seconds is None else f"{record.wall_seconds / 60:.0f} min"
         score = "not measured" if record.miou is None else f"{100 * record.miou:.2f}"
@@ -99,7 +99,7 @@ def _settings(plan: Plan, args: argparse.Namespace) -> ExecutionSettings:
 
 
 def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: ExecutionSettings) -> bool:
-    """Trains the runs that have a record and are not in the store; whether that was interrupted."""
+    """Train the runs that have a record and are not in the store; return whether that was interrupted."""
     from dataclasses import replace
 
     done = {name: record.miou for name, record in store.records().items()}
@@ -133,8 +133,8 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
 # Comparing
 
 
-def spread(every: Plan, committed: Store, column: int) -> float | None:
-    """Standard deviation over seeds of the published cells of the plan in a column, in points, pooled."""
+def published_deviation(every: Plan, committed: Store, column: int) -> float | None:
+    """Return the pooled standard deviation over seeds of the plan's published cells in a column, in points."""
     from viladiff.report.sections.beside import pooled_spread
     from viladiff.report.table.results import collect_results
 
@@ -142,7 +142,7 @@ def spread(every: Plan, committed: Store, column: int) -> float | None:
 
 
 def compare(theirs: RunRecord, mine: RunRecord, deviation: float | None) -> Compared:
-    """A published record against one of the same run made here; ``deviation`` is in points, None where not known."""
+    """Compare a published record with one of the same run made here; ``deviation`` is in points, None if unknown."""
     if theirs.miou is None or mine.miou is None:
         return Compared("not decided", "mIoU was not measured in both")
     other = _different(theirs, _how(mine))
@@ -160,20 +160,20 @@ def compare(theirs: RunRecord, mine: RunRecord, deviation: float | None) -> Comp
 
 
 def _how(record: RunRecord) -> dict[str, object]:
-    """What the last bits of a run depend on; None where it is not recorded."""
+    """Return the record's facts that decide the last bits of a run; None where one is not recorded."""
     about = {"processor": record.processor or None, "threads": record.threads, "torch": record.versions.get("torch")}
     return {**about, "device": record.device}
 
 
 def _different(theirs: RunRecord, here: Mapping[str, object]) -> list[str]:
-    """Why equal bits are not to be expected, as far as ``here`` says; empty where they are."""
+    """Explain why equal bits are not to be expected; empty if they are."""
     there = _how(theirs)
     found = [(name, there[name], value) for name, value in here.items() if there[name] is None or there[name] != value]
     return [f"{name} {'not recorded' if old is None else old} there, {new} here" for name, old, new in found]
 
 
 def _first_difference(theirs: RunRecord, mine: RunRecord) -> str:
-    """The first score that is not the same; empty where all are."""
+    """Return the first score that differs; empty if none does."""
     if theirs.miou != mine.miou:
         return "mIoU"
     if theirs.pseudo_labels != mine.pseudo_labels:

@@ -1,4 +1,4 @@
-"""One call of a sweep: what was asked for, the directory that it lives in, and whether that is of the same sweep."""
+"""Setup of a sweep: arguments, directory, lease, and the check that the directory holds the same sweep."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SweepJob:
 
 
 def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
-    """Reads the sweep and checks all that was asked for, the space at its edges too; nothing is trained or written."""
+    """Read the sweep and check all arguments, and the space at its edges; train and write nothing."""
     sweep = load_sweep(path)
     changes = parse_overrides(args.changes)
     check(sweep, args.scale, changes, args.select)
@@ -95,7 +95,7 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
 
 
 def _check_publishing(args: argparse.Namespace) -> None:
-    """ValueError for what would make the published sweep another one than its file says."""
+    """Raise ValueError for options under which the published sweep would differ from its file."""
     others = [name for name in ("changes", "seeds", "out", "no_finals") if getattr(args, name)]
     wrong = [f"--{others[0].replace('_', '-')}"] if others else []
     wrong += [f"--scale {args.scale}"] * (args.scale != "digits")
@@ -107,7 +107,7 @@ def _check_publishing(args: argparse.Namespace) -> None:
 
 
 def alone(directory: Path) -> leases.Lease:
-    """The right to drive the sweep, after a wait if need be. ValueError where others have it, or writing fails."""
+    """Acquire the sweep's lease, waiting if need be. Raises ValueError if others hold it or writing fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         watch = leases.HeartbeatMonitor()
@@ -121,7 +121,7 @@ def alone(directory: Path) -> leases.Lease:
 
 
 def open_directory(job: SweepJob) -> None:
-    """Notes what the sweep is of, as ``check_same`` compares it; its space may be wider now. Raises ValueError."""
+    """Write the sweep's definition, as ``check_same`` compares it; the space may have grown. Raises ValueError."""
     path = job.directory / META
     for left in job.directory.rglob(".*.tmp"):  # of a driver that was killed while it wrote
         left.unlink(missing_ok=True)
@@ -134,7 +134,7 @@ def open_directory(job: SweepJob) -> None:
 
 
 def check_same(job: SweepJob) -> None:
-    """Raises ValueError where the sweep's directory is that of another sweep; one that is not there yet is of none."""
+    """Raise ValueError if the directory holds another sweep; a directory that does not exist holds none."""
     path = job.directory / META
     try:
         before = json.loads(path.read_bytes())
@@ -149,7 +149,7 @@ def check_same(job: SweepJob) -> None:
 
 
 def differences(before: Mapping[str, Any], job: SweepJob) -> list[str]:
-    """Why the sweep that ``before`` is of, as ``meta`` described it, is not continued by this one."""
+    """Explain why this sweep does not continue the one that ``before``, written by ``meta``, describes."""
     faults = [
         f"{name} was {before.get(name)!r}, and is now {value!r}"
         for name, value in json.loads(json.dumps(meta(job))).items()
@@ -159,9 +159,9 @@ def differences(before: Mapping[str, Any], job: SweepJob) -> list[str]:
 
 
 def meta(job: SweepJob) -> dict[str, Any]:
-    """What makes trials comparable: all but the space, the number of trials, and how they are drawn and stopped.
+    """Return what makes trials comparable: all but the space, the number of trials, the sampler and the pruner.
 
-    It has no machine's paths in it.
+    It has no machine paths.
     """
     fixed = {path: value for path, value in job.namer.fixed.items() if not path.startswith("runtime.")}
     if fixed.get("model.weights"):

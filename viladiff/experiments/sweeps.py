@@ -1,4 +1,4 @@
-"""From a sweep's file to its answer: search, the best points anew on fresh seeds, verdict. Ray and torch come late."""
+"""A sweep from its file to its verdict: search, finals on fresh seeds. Ray and torch are imported late."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from viladiff.tables.spec import OWN_LISTS
 
 
 def find_sweep(name: str) -> Path:
-    """The file of a sweep, by name or by path. ValueError lists those there are."""
+    """Return the file of a sweep, by name or path. Raises ValueError that lists the existing ones."""
     path = Path(name) if name.endswith(".toml") else ROOT / "tune" / f"sweep_{name}.toml"
     if path.is_file():
         return path
@@ -42,16 +42,16 @@ def find_sweep(name: str) -> Path:
     raise ValueError(f"sweep {name!r}: not known; {there}, or give the path of a .toml file")
 
 
-def run(path: Path, args: argparse.Namespace, command: str) -> int:
-    """Searches, trains the best anew, says; the exit status: 0 all done, 1 it was given up, 130 interrupted."""
+def run_sweep(path: Path, args: argparse.Namespace, command: str) -> int:
+    """Search, retrain the best points, print the result; return the exit status: 0, 1 given up, 130 interrupted."""
     job = prepare(path, args)
     if args.dry_run:
-        print("\n".join(outline(job)))
+        print("\n".join(dry_run_lines(job)))
         return 0
     if args.render:
         check_same(job)
         trials = load_trials(job.directory / "trials") or published_trials(job)
-        return conclude(job, trials, write(job, trials, command))
+        return conclude(job, trials, write_sweep_page(job, trials, command))
     with alone(job.directory) as lease:
         open_directory(job)
         adopt(job)
@@ -59,9 +59,9 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
 
 
 def _search(job: SweepJob, command: str, lease: Lease) -> int:
-    """The sweep from where it is to its end, with a page that is rewritten on the way."""
+    """Resume the sweep and run it to its end, rewriting its page on the way."""
     load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
-    pages = PageWriter(lambda: write(job, load(), command, resting=False))
+    pages = PageWriter(lambda: write_sweep_page(job, load(), command, resting=False))
     desk = _desk(job, lease.check, pages.dirty.set)
     begun = len(desk.search.trials)
     print(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
@@ -70,7 +70,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
     with pages:
         run_search(desk)
     trials, given_up = desk.search.trials, desk.search.hopeless
-    index = write(job, trials, command, given_up)
+    index = write_sweep_page(job, trials, command, given_up)
     if given_up:
         print(f"given up: {given_up}\nthe page: {index}", file=sys.stderr)
         return 1
@@ -80,7 +80,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
 
 
 def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
-    """Says what came out; 0."""
+    """Print the result and return 0."""
     print("\n".join(conclusion(job, trials, finalists(job.sweep, trials, job.namer))))
     print(f"\nthe page: {index}")
     return 0
@@ -89,7 +89,7 @@ def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
 def _desk(
     job: SweepJob, held: Callable[[], None] = lambda: None, changed: Callable[[], object] = lambda: None
 ) -> TrialQueue:
-    """The sweep as it was left; ``held`` as Search has it, ``changed`` when there is something new for its page."""
+    """Restore the sweep's queue; ``held`` as in SweepController, ``changed`` is called when its page is out of date."""
     args, found = job.args, job.room
     if found.note:
         print(found.note)
@@ -132,7 +132,7 @@ def _desk(
 
 
 def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
-    """The runs of the finalists that are not done."""
+    """Return the finalists' runs that are not done."""
     found = finalists(job.sweep, search.trials, job.namer)
     left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
     if left:
@@ -141,7 +141,7 @@ def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
 
 
 def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
-    """Whether a run of a finalist failed, which is said."""
+    """Return whether a run of a finalist failed, and print it."""
     failed = False
     for seed, run in finalist.runs.items():
         outcome = desk.outcomes.get(run.run_id)
@@ -151,8 +151,10 @@ def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
     return failed
 
 
-def write(job: SweepJob, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True) -> Path:
-    """Publishes the sweep if asked to, and writes its page; returns where that is."""
+def write_sweep_page(
+    job: SweepJob, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True
+) -> Path:
+    """Publish the sweep if requested, and write its page; return the page's path."""
     from viladiff.report.sweep.sweep_page import Shown, render_sweep
 
     store = job.store
@@ -181,7 +183,7 @@ def write(job: SweepJob, trials: Sequence[Trial], command: str, given_up: str = 
 
 
 def line(trial: Trial, full: int) -> str:
-    """A trial that has ended, in one line."""
+    """Format a finished trial as one line."""
     point = ", ".join(f"{path.rpartition('.')[2]} = {format_value(value, 4)}" for path, value in trial.point.items())
     if trial.value is not None:
         what = f"{100 * trial.value:.2f} over {len(trial.values)} seed{'s' * (len(trial.values) != 1)}"
@@ -192,8 +194,8 @@ def line(trial: Trial, full: int) -> str:
     return f"trial {trial.number}: {point}: {what}"
 
 
-def outline(job: SweepJob) -> list[str]:
-    """What would run and what it would take."""
+def dry_run_lines(job: SweepJob) -> list[str]:
+    """Describe the runs of a sweep and their cost."""
     steps, size = job.namer.steps, job.sweep.scale[job.scale]
     example = job.namer.planned(job.sweep.initial_point, job.seeds[0])
     step = _seconds(job, example) or size.seconds_per_step
@@ -228,7 +230,7 @@ def outline(job: SweepJob) -> list[str]:
 
 
 def _seconds(job: SweepJob, example: PlannedRun) -> float | None:
-    """Median seconds a step of runs of the same method and data set that the store has."""
+    """Return the median seconds a step of the store's runs of the same method and data set."""
     kind = ("method.name", "data.dataset")
     found = sorted(
         record.train_seconds / record.steps
@@ -239,7 +241,7 @@ def _seconds(job: SweepJob, example: PlannedRun) -> float | None:
 
 
 def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[str]:
-    """What came out, and how to make it again."""
+    """Describe the outcome and how to reproduce it."""
     states = {state: sum(trial.state == state for trial in trials) for state in ("complete", "pruned", "failed")}
     counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     lines = ["", f"{len(trials)} of {job.trials} trials: {counts or 'none ended'}"]
@@ -259,6 +261,6 @@ def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]
 
 
 def again(job: SweepJob, trial: Trial) -> str:
-    """The command that trains a trial's first run again."""
+    """Return the command that trains a trial's first run again."""
     run = job.namer.planned(trial.point, int(trial.seeds[0]))
     return train_command(run.changed, run.threads)

@@ -1,4 +1,4 @@
-"""From a table's file to its page: plan, run what is missing, and keep the page up to date. Ray and torch come late.
+"""A table from its file to its page: plan, run, and update the page. Ray and torch are imported late.
 
 A second call with nothing left to run loads neither, so that a changed title is on the page within seconds.
 """
@@ -59,8 +59,8 @@ class TableJob:
         return Store(self.store.root / "nothing", [ROOT / "reports" / "published"])
 
 
-def run(path: Path, args: argparse.Namespace, command: str) -> int:
-    """Plans, says or does, and writes; returns the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
+def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
+    """Plan, then print or run, and write; return the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
     _check_options(args)
     job = plan_table(path, args, command)
     settings = ExecutionSettings(
@@ -72,10 +72,10 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         dashboard=args.dashboard,
     )
     if args.dry_run:
-        from viladiff.experiments.dry_run import outline
+        from viladiff.experiments.dry_run import print_dry_run
 
         beside = None if job.beside is None else (job.beside, job.records)
-        outline(job.plan, job.store, settings, job.out, args.price, beside)
+        print_dry_run(job.plan, job.store, settings, job.out, args.price, beside)
         return 0
     if args.fresh:
         _set_aside(job)
@@ -83,12 +83,12 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
         outcomes = [] if args.render else run_missing(job, settings)
     finally:
         job.store.sweep()  # also where a second Ctrl-C ended it at once
-    index = write(job)
+    index = write_table_page(job)
     return print_summary(job, outcomes, index)
 
 
 def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
-    """Reads the table, checks all that was asked for and names its runs; nothing is trained."""
+    """Read the table, check all arguments and name its runs; train nothing."""
     table = load_table(path)
     changes: dict[str, object] = dict(parse_overrides(args.changes))
     if args.encoder is not None:
@@ -118,7 +118,7 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
 
 
 def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
-    """Runs what is not done, with a live table; the page is rewritten as runs finish, on a thread of its own."""
+    """Run the missing runs with a live table; a thread rewrites the page as runs finish."""
     records = job.store.records()
     left = [_with_extras(job, one) for one in job.plan.runs.values() if one.run_id not in records]
     if not left:
@@ -131,7 +131,7 @@ def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
     expected = None if room is None else estimate(job.plan, job.store, room.slots).seconds
     done = {name: record.miou for name, record in records.items()}
     with (
-        PageWriter(lambda: write(job)) as pages,
+        PageWriter(lambda: write_table_page(job)) as pages,
         LiveTable(job.plan, done, room and room.slots, expected=expected) as live,
     ):
 
@@ -173,8 +173,8 @@ class PageWriter:
             self.over.wait(REWRITE)
 
 
-def write(job: TableJob) -> Path:
-    """Publishes finished runs if asked to, judges the claims, writes the page; returns the path of its index.html."""
+def write_table_page(job: TableJob) -> Path:
+    """Publish finished runs if requested, evaluate the claims, write the page; return the path of its index.html."""
     from viladiff.experiments.publish import publish
     from viladiff.report.table.table_page import render_table
     from viladiff.tables.claims import evaluate_claims
@@ -205,7 +205,7 @@ def write(job: TableJob) -> Path:
 
 
 def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> int:
-    """Says what came out, in a few lines."""
+    """Print the result in a few lines."""
     found = list(states(job.plan, job.store).values())
     if job.beside is None:
         print((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
@@ -226,17 +226,17 @@ def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> in
 
 
 def _say_beside(job: TableJob, other: Plan) -> None:
-    """The three columns in a few lines, and the sentence that they come to."""
-    from viladiff.report.sections.beside import sentence, to_terminal
+    """Print the three columns in a few lines, and the sentence that sums them up."""
+    from viladiff.report.sections.beside import headline_beside, to_terminal
     from viladiff.report.table.results import collect_results
     from viladiff.report.table.table_page import beside_of
 
     both = beside_of(collect_results(job.plan, job.store), other, job.records, job.out)
-    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{sentence(both)}\n")
+    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{headline_beside(both)}\n")
 
 
 def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_form: bool = False) -> pd.DataFrame:
-    """A table as far as it was run; trains nothing. Rows by (column, mean | sd | n | paper), all in percent.
+    """Return a table of the finished runs; train nothing. Rows by (column, mean | sd | n | paper), all in percent.
 
     ``n`` counts the seeds of a cell that are done, ``sd`` is their sample standard deviation, NaN below two. Runs of
     one seed share their labelled images and draws from row to row, so that ``sd`` is not the spread of a difference:
@@ -253,7 +253,7 @@ def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_
 
 
 def find_table(name: str | int) -> Path:
-    """The file of a table: by number, by name, or by path. ValueError lists those there are."""
+    """Return the file of a table, by number, name or path. Raises ValueError that lists the existing ones."""
     given = Path(str(name))
     path = given if given.suffix == ".toml" else ROOT / "ablations" / f"{'table' * given.name.isdigit()}{name}.toml"
     if path.is_file():
@@ -268,17 +268,17 @@ def find_table(name: str | int) -> Path:
 
 
 def shell_command(program: str, words: Sequence[str]) -> str:
-    """The command that brings the table on from here, to be pasted into a shell."""
+    """Return the command that resumes the table, quoted for a shell."""
     return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--fresh", "--render"))])
 
 
 def public_command(command: str) -> str:
-    """The command for a page, which may be published: where this machine keeps things is left out."""
+    """Return the command for a page, which may be published: without this machine's paths."""
     return re.sub(r"""(?<![\w.])[~/][^\s'"]*/""", "…/", command)
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """ValueError for options that contradict each other."""
+    """Raise ValueError for options that contradict each other."""
     if args.fresh and args.render:
         raise ValueError("--fresh --render: the first sets all runs aside, so the second would find none; give one")
     partial = [name for name in ("rows", "columns", "seeds", "encoder", "changes", "fresh") if getattr(args, name)]
@@ -288,7 +288,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def seeds_of(text: str | None) -> tuple[int, ...] | None:
-    """Seeds as typed: how many, from 0, or a list; None where nothing was. Raises ValueError."""
+    """Parse seeds: a number of them, from 0, or a list; None if nothing was given. Raises ValueError."""
     if text is None:
         return None
     words = text.split(",")
@@ -298,7 +298,7 @@ def seeds_of(text: str | None) -> tuple[int, ...] | None:
 
 
 def _with_extras(job: TableJob, one: PlannedRun) -> PlannedRun:
-    """Fields outside a run's name that a table wants: a log that a screen can follow, pictures of the first seed."""
+    """Add fields outside a run's name that a table wants: frequent logs for the screen, pictures of the first seed."""
     extras: dict[str, object] = {"runtime.log_every": 10}
     seed = next(cell.seed for cell in job.plan.cells if cell.run_id == one.run_id)
     if seed == job.plan.seeds[0]:
@@ -307,7 +307,7 @@ def _with_extras(job: TableJob, one: PlannedRun) -> PlannedRun:
 
 
 def _forget(plan: Plan) -> None:
-    """Drops the file of a plan that is out of date."""
+    """Delete the cached plan, which is out of date."""
     if plan.file is not None:
         with suppress(OSError):
             plan.file.unlink()

@@ -167,11 +167,11 @@ class Ddfp(MeanTeacher):
         return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     def after_step(self, step: Step) -> None:
-        """The teacher follows, anew from the end of the warm-up on."""
+        """Update the teacher, restarted at the end of the warm-up."""
         ema_update(self.teacher, self.student, steps_after(self.cfg.warmup, step), self.cfg.teacher.momentum)
 
     def _likelihood(self, mid: Tensor, batch: Batch, step: Step) -> Tensor:
-        """Mean -log p per channel of the teacher's vectors ``mid`` (B + U, D, h, w) with noise; detached from them."""
+        """Return mean -log p per channel of the teacher's vectors ``mid`` (B + U, D, h, w) with noise; detached."""
         stride, width = self.student.decoder.stride, mid.shape[1]
         target, valid = (x[:, ::stride, ::stride].flatten(1) for x in (batch.target, batch.valid))
         counted = torch.cat([target != IGNORE, valid])
@@ -186,7 +186,7 @@ class Ddfp(MeanTeacher):
         return distributed_mean((nll * given.flatten()).sum() / width, given.sum())
 
     def _rarity(self, labels: Tensor) -> Callable[[list[Tensor]], Tensor]:
-        """From the decoder's four maps to the summed -log p of its vectors at positions with a label."""
+        """Return a function from the decoder's four maps to the summed -log p of its vectors at labelled positions."""
         stride = self.student.decoder.stride
         counted = (labels != IGNORE)[:, ::stride, ::stride].flatten()
 
@@ -198,7 +198,7 @@ class Ddfp(MeanTeacher):
 
 
 def lower_density(features: list[Tensor], nll: Callable[[list[Tensor]], Tensor], radius: float) -> list[Tensor]:
-    """A move of each vector along the gradient of ``nll``, a function of all maps: shaped like them, no gradient.
+    """Return a move of each vector along the gradient of ``nll``, a function of all maps: shaped like them, detached.
 
     At every position of a map (B, D_i, h_i, w_i) its length is ``radius`` times the mean length of the image's vectors
     there, or 0 where nothing changes ``nll``. Autocast is off in here: small gradients would be lost.

@@ -1,7 +1,7 @@
-"""Runs as one file to send: records, pictures and step logs, checked before anything of them is put in place.
+"""Archives of runs: records, pictures and step logs in one file, checked before anything is imported.
 
 Inside: ``records/<run_id>.json``, ``pictures/<run_id>.npz``, ``steps/<run_id>.jsonl`` and ``sums.json`` with the
-SHA-256 of each; no checkpoints. Records do not say where they were made. Equal runs give equal bytes.
+SHA-256 of each; no checkpoints. Records have no machine paths. Equal runs give equal bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SUMS = "sums.json"
 
 
 def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
-    """Packs finished runs and returns their number; ValueError where the file exists or a run is not finished."""
+    """Pack finished runs and return their number. Raises ValueError if the file exists or a run is not finished."""
     if not path.name.endswith((".tar.gz", ".tgz")):
         raise ValueError(f"{path}: an archive of runs ends in .tar.gz; write {path.name}.tar.gz")
     if path.exists():
@@ -54,9 +54,9 @@ def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
 
 
 def import_archive(store: Store, path: Path) -> dict[str, str]:
-    """Puts the runs of an archive into the store and says of each what was done; a good record is never replaced.
+    """Import the runs of an archive into the store and return the outcome of each; a good record is never replaced.
 
-    ValueError, with nothing put in place, where the archive holds anything but the files named above, one of them is
+    Raises ValueError, with nothing written, if the archive holds anything but the files named above, one of them is
     damaged, or a record's configuration does not match its name. Loads torch.
     """
     store.root.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _pack(members: dict[str, bytes]) -> bytes:
 
 
 def _unpack(path: Path, folder: Path) -> list[str]:
-    """Names of the members, each an expected one, a plain file, once, and no larger than it may be."""
+    """Unpack the archive and return the members' names: each an expected plain file, once, within its size limit."""
     names: list[str] = []
     total = 0
     with tarfile.open(path, "r:gz") as tar:
@@ -105,7 +105,7 @@ def _unpack(path: Path, folder: Path) -> list[str]:
 
 
 def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, Path]]:
-    """run_id, name in the run's directory, unpacked file; ValueError if any is not what was packed."""
+    """Return run_id, name in the run's directory, unpacked file. Raises ValueError if any was not packed so."""
     if _SUMS not in names:
         raise ValueError(f"{path}: has no {_SUMS}, so viladiff runs export did not write it; nothing was imported")
     try:
@@ -151,7 +151,7 @@ def _is_log(path: Path) -> bool:
 
 
 def _place(store: Store, run_id: str, files: dict[str, Path]) -> str:
-    """What was done with a run."""
+    """Import a run and return the outcome."""
     lease = store.lease(run_id)
     if lease is None:
         return f"not imported: in work here ({store.holder(run_id) or 'by an unknown process'})"

@@ -1,4 +1,4 @@
-"""What a launcher and its watchers say to each other; no Ray and no torch, so that a page or a test can read along."""
+"""Messages between an executor and its observers; no Ray and no torch, so that pages and tests can read them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended."""
+    """The end of one run."""
 
     run_id: str
     state: OutcomeState
@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """How runs are spread over processors. Raises ValueError for a number that makes no sense."""
+    """The distribution of runs over processors. Raises ValueError for invalid numbers."""
 
     threads: int = 1
     """CPU threads, and so CPU resources, of a worker, unless a run says otherwise; the largest counts for all."""

@@ -1,11 +1,11 @@
-"""At most one process works on a run at a time, on one machine or on several that share the directory.
+"""Leases: at most one process works on a run at a time, on one machine or on several that share the directory.
 
 A lease is a file ``lease-<token>.json`` in the run's directory; its token is drawn anew each time and never used again.
-To take one: write one's own file, then look at the others. Whoever sees a living one beside his own withdraws. Of two
+To acquire one, a process writes its own file, then looks at the others, and withdraws if one of them is alive. Of two
 that come at once, the later write is followed by a look that finds the earlier one, so never do both stay; that both
-withdraw is possible, hence they try again after a random pause. Since no name is ever used twice, removing the file of
-a dead holder can be done by anybody, any number of times, and can never hit a living one: a takeover needs no lock of
-its own. Whether a holder lives is seen in the kernel on its own machine, in its heartbeat from elsewhere.
+withdraw is possible, hence they try again after a random pause. Since no name is ever used twice, any process may
+remove the file of a dead holder, any number of times, and can never hit a living one: a takeover needs no lock of its
+own. Whether a holder is alive is read from the kernel on its own machine, from its heartbeat elsewhere.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NAME = re.compile(r"lease-[0-9a-f]{32}\.json")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who works on a run, as its lease file says."""
+    """The process that works on a run, according to its lease file."""
 
     host: str
     machine: str
@@ -73,7 +73,7 @@ class HeartbeatMonitor:
         self._seen: dict[str, tuple[int, float]] = {}
 
     def silent(self, name: str, beat: int) -> float:
-        """Seconds since ``beat``, the file's modification time in ns, was first seen unchanged."""
+        """Return the seconds since ``beat``, the file's modification time in ns, was first seen unchanged."""
         now = time.monotonic()
         with self._lock:
             known = self._seen.get(name)
@@ -107,7 +107,7 @@ class Lease:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raises LeaseLostError where another machine has taken over; looks at once, not at the next heartbeat."""
+        """Raise LeaseLostError if another machine has taken over; read the file now, not at the next heartbeat."""
         if not self.path.exists():
             self._lost.set()
             raise LeaseLostError(
@@ -115,7 +115,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """May be called twice, and by a forked child, where it does nothing."""
+        """Release the lease; safe to call twice, and without effect in a forked child."""
         if os.getpid() == self._pid:
             self._done.set()
             self.path.unlink(missing_ok=True)
@@ -142,9 +142,9 @@ class Lease:
 
 
 def acquire(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
-    """A lease on ``directory``, which is made where it is missing; None where somebody else has or gets one.
+    """Acquire a lease on ``directory``, creating it if missing; None if another process holds or wins it.
 
-    Safe between threads, processes and machines; a lease left by a dead holder is removed on the way.
+    Safe between threads, processes and machines; a dead holder's lease is removed.
     """
     until = time.monotonic() + PATIENCE
     pause = 0.002
@@ -169,7 +169,7 @@ def acquire(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
 
 
 def acquire_or_raise(directory: Path) -> Lease:
-    """``take_or_wait``; ValueError that names the holder where somebody else has the directory."""
+    """Acquire with ``take_or_wait``. Raises ValueError that names the holder if another process has the directory."""
     watch = HeartbeatMonitor()
     lease = take_or_wait(directory, watch)
     if lease is None:
@@ -180,18 +180,18 @@ def acquire_or_raise(directory: Path) -> Lease:
 
 
 def take_or_wait(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
-    """``take``, which waits as long as nobody can know whether the holder lives; None once somebody is seen to live.
+    """Acquire a lease, waiting while the holder's state is unknown; None once a holder is known to be alive.
 
-    After a restart of the machine or the container, the lease of a run that died with it is as one of another machine.
-    Its heartbeat is watched until there is one or SILENT seconds have passed, which are counted down on stderr.
-    Ctrl-C meanwhile leaves the lease as it is.
+    After a restart of the machine or the container, the lease of a dead run looks like one of another machine. Its
+    heartbeat is watched until there is one or SILENT seconds have passed, counted down on stderr. Ctrl-C leaves the
+    lease unchanged.
     """
     if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):  # said before the wait, not after it
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
     first: dict[Path, int] = {}
     with _countdown(directory) as show:
         while (lease := acquire(directory, watch)) is None:
-            held = [found for found in scan(directory, watch) if not found.sure]
+            held = [found for found in read_leases(directory, watch) if not found.sure]
             if any(_lives(found.holder) or first.setdefault(found.path, found.beat) != found.beat for found in held):
                 return None
             if held:
@@ -202,7 +202,7 @@ def take_or_wait(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
 
 @contextmanager
 def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], None]]:
-    """Shows whom one waits for, and how many seconds at most: on a terminal in one line, elsewhere now and then."""
+    """Show the holder and the longest remaining wait in seconds: in place on a terminal, else from time to time."""
     terminal, spoken = sys.stderr.isatty(), math.inf
 
     def show(holder: Holder | None, left: float) -> None:
@@ -221,19 +221,19 @@ def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], Non
 
 
 def live_leases(directory: Path, watch: HeartbeatMonitor) -> dict[Path, Holder | None]:
-    """Leases on ``directory`` whose holder lives, or may; None: unreadable. Those surely of the dead are removed."""
+    """Return leases on ``directory`` whose holder is or may be alive; None: unreadable. Remove those of the dead."""
     _held(directory, watch)
-    return {found.path: found.holder for found in scan(directory, watch) if not found.dead}
+    return {found.path: found.holder for found in read_leases(directory, watch) if not found.dead}
 
 
 def held(directory: Path, watch: HeartbeatMonitor) -> bool:
-    """Whether ``take`` would find somebody there, who may be dead and has to be watched for longer."""
+    """Return whether ``acquire`` would find a holder, which may be dead and needs longer observation."""
     return bool(_held(directory, watch))
 
 
-def _held(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
-    """Leases that nobody may take over; the others are removed, where this process may."""
-    seen = scan(directory, watch)
+def _held(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
+    """Return leases that nobody may take over; remove the others, if permitted."""
+    seen = read_leases(directory, watch)
     for found in seen:
         if found.sure:
             with suppress(OSError):  # another user's: it stays, without effect
@@ -242,7 +242,7 @@ def _held(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
     return [found for found in seen if not found.sure]
 
 
-class Found(NamedTuple):
+class FoundLease(NamedTuple):
     """A lease as it was seen."""
 
     path: Path
@@ -256,8 +256,8 @@ class Found(NamedTuple):
     """Whether it is also certain enough to take the run over."""
 
 
-def scan(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
-    """Each lease on ``directory``; removes nothing."""
+def read_leases(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
+    """Return each lease on ``directory``; remove nothing."""
     try:
         names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -278,7 +278,7 @@ def scan(directory: Path, watch: HeartbeatMonitor) -> list[Found]:
 
 
 def runs_here(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Return whether a process of this number runs on this machine."""
     return start(pid) is not None
 
 
@@ -292,11 +292,11 @@ def _parse(text: bytes) -> Holder | None:
     return holder if whole and 0 < holder.pid < 2**31 else None
 
 
-def _judged(path: Path, holder: Holder | None, beat: int, watch: HeartbeatMonitor) -> Found:
+def _judged(path: Path, holder: Holder | None, beat: int, watch: HeartbeatMonitor) -> FoundLease:
     alive, silent = _lives(holder), watch.silent(path.name, beat)
     if alive is not None:
-        return Found(path, holder, beat, not alive, not alive)  # one that is stopped is silent and may still go on
-    return Found(
+        return FoundLease(path, holder, beat, not alive, not alive)  # one that is stopped is silent and may still go on
+    return FoundLease(
         path, holder, beat, silent > SILENT or _aged(beat), silent > (2 * HEARTBEAT if _aged(beat) else SILENT)
     )
 
@@ -305,13 +305,13 @@ def _aged(beat: int) -> bool:
     return time.time() - beat / 1e9 > LONG_DEAD
 
 
-def _left(found: Found, watch: HeartbeatMonitor) -> float:
-    """Seconds of silence after which it may be taken over."""
+def _left(found: FoundLease, watch: HeartbeatMonitor) -> float:
+    """Return the seconds of silence after which it may be taken over."""
     return (2 * HEARTBEAT if _aged(found.beat) else SILENT) - watch.silent(found.path.name, found.beat)
 
 
 def _lives(holder: Holder | None) -> bool | None:
-    """Whether the process runs, as this machine's kernel knows it; None where the heartbeat alone tells."""
+    """Return whether the process runs, according to this machine's kernel; None if only the heartbeat can tell."""
     if holder is None or not holder.machine or holder.machine != _machine():
         return None
     started = start(holder.pid)
@@ -327,7 +327,7 @@ def _lives(holder: Holder | None) -> bool | None:
 
 
 def _dying(pid: int) -> bool:
-    """Whether threads of a killed process are left, whose last write may not be over though the first is a zombie."""
+    """Return whether threads of a killed process remain, whose last write may not be over though it is a zombie."""
     with suppress(OSError):
         return len(os.listdir(f"/proc/{pid}/task")) > 1
     return False

@@ -1,4 +1,4 @@
-"""Runs as rows for people: chosen, ordered, shown in full and set side by side; torch is not needed for any of it."""
+"""Runs as rows for people: selected, sorted, shown in full and compared; without torch."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class RunRow:
     record: RunRecord | None = field(default=None, repr=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Without the record, which ``viladiff runs show --json`` prints."""
+        """Return the row without the record, which ``viladiff runs show --json`` prints."""
         row = {name: value for name, value in vars(self).items() if name != "record"}
         return row
 
 
 def rows(store: Store) -> list[RunRow]:
-    """Every run of the store and its layers; an empty directory is no run."""
+    """Return every run of the store and its layers; an empty directory is no run."""
     own = set(store.own())
     records = store.records()
     found = [_finished(store, record, run_id in own) for run_id, record in records.items()]
@@ -97,10 +97,10 @@ def _time(seconds: float) -> str:
 # Choosing
 
 
-def select(rows: Iterable[RunRow], filters: Sequence[str], state: str | None = None) -> list[RunRow]:
-    """Rows where each ``field=value`` holds; a field is a column of the list or any field of the configuration.
+def select_runs(rows: Iterable[RunRow], filters: Sequence[str], state: str | None = None) -> list[RunRow]:
+    """Return rows where each ``field=value`` holds; a field is a column of the list or any field of the configuration.
 
-    ValueError for a word without "=" and for a field that no run has.
+    Raises ValueError for a word without "=" and for a field that no run has.
     """
     rows = list(rows)
     known = _fields(rows)
@@ -119,7 +119,7 @@ def select(rows: Iterable[RunRow], filters: Sequence[str], state: str | None = N
 
 
 def explain_no_match(rows: Sequence[RunRow], filters: Sequence[str], state: str | None) -> str:
-    """What to say where nothing was chosen: the values that the fields do have."""
+    """Return the message for an empty selection: the values that the fields have."""
     for word in filters:
         name, _, text = word.partition("=")
         values = {format_value(_value(row, name), 6) for row in rows if _value(row, name) is not None}
@@ -131,13 +131,13 @@ def explain_no_match(rows: Sequence[RunRow], filters: Sequence[str], state: str 
 
 
 def find_run(word: str, rows: Sequence[RunRow]) -> RunRow:
-    """The run of this name, or the only one whose name begins so; a path ends in the name. ValueError otherwise."""
+    """Return the run of this name or unique prefix; a path stands for its last part. Raises ValueError otherwise."""
     name = resolve_prefix(word, [row.run_id for row in rows])
     return next(row for row in rows if row.run_id == name)
 
 
 def resolve_prefix(word: str, names: Collection[str]) -> str:
-    """The only one of ``names`` that begins with ``word``; ValueError where none or several do."""
+    """Return the only one of ``names`` that begins with ``word``. Raises ValueError if none or several do."""
     start = Path(word).name if "/" in word else word
     found = sorted(name for name in names if name.startswith(start)) if start else []
     if len(found) == 1:
@@ -150,14 +150,14 @@ def resolve_prefix(word: str, names: Collection[str]) -> str:
 
 
 def finished(row: RunRow) -> RunRecord:
-    """Its record; ValueError that says why there is none."""
+    """Return the row's record. Raises ValueError with the reason if there is none."""
     if row.record is None:
         raise ValueError(f"run {row.run_id}: is not finished ({row.state}: {row.note}), so it has no numbers yet")
     return row.record
 
 
 def ordered(rows: Iterable[RunRow], column: str = "", reverse: bool = False) -> list[RunRow]:
-    """Sorted by a column of the list or a field; numbers in text count as numbers, runs without a value come last."""
+    """Sort by a column of the list or a field; numbers in text count as numbers, runs without a value come last."""
     rows = list(rows)
     if column and rows and column not in _fields(rows):
         raise ValueError(f"--sort {column}: no such column{did_you_mean(column, _fields(rows))}")
@@ -179,7 +179,7 @@ def _value(row: RunRow, name: str) -> Any:
 
 
 def _has(row: RunRow, name: str) -> bool:
-    """Whether the run has the field at all; "none" is a value, the field of another method is not."""
+    """Return whether the run has the field at all; "none" is a value, the field of another method is not."""
     return _value(row, name) is not None or (row.record is not None and (name in COLUMNS or name in row.record.config))
 
 
@@ -193,7 +193,7 @@ def _is(value: Any, text: str) -> bool:
 
 
 def _natural(text: str) -> list[tuple[int, float, str]]:
-    """ "183" before "1464"."""
+    """Return a sort key that orders "183" before "1464"."""
     try:
         return [(0, float(text), "")]
     except ValueError:
@@ -205,7 +205,7 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
 
 
 def print_rows(rows: Sequence[RunRow]) -> None:
-    """The list; mIoU in per cent."""
+    """Print the list, mIoU in percent."""
     lines = []
     for row in rows:
         differs = " ".join(f"{name}={format_value(value, 6)}" for name, value in row.differs.items()) or row.note
@@ -219,8 +219,8 @@ def print_rows(rows: Sequence[RunRow]) -> None:
     print(f"\n{len(rows)} run{'s' * (len(rows) != 1)}")
 
 
-def show(store: Store, row: RunRow) -> None:
-    """Facts, scores of each network and stream, and a bar for each class of the headline."""
+def print_run(store: Store, row: RunRow) -> None:
+    """Print facts, scores of each network and stream, and a bar for each class of the headline."""
     record = row.record
     path = store.file(row.run_id, "record.json")
     where = path if row.published and path else store.directory(row.run_id)
@@ -289,7 +289,7 @@ def _print_shares(record: RunRecord) -> None:
 
 
 def _print_pseudo_labels(record: RunRecord) -> None:
-    """A line a score; columns are all pixels and, where they were told apart, those at edges and elsewhere."""
+    """Print a line a score, over all pixels and, if they were told apart, over edges and the rest."""
     table: dict[str, dict[str, float | None]] = {}
     for name, value in record.pseudo_labels.items():
         score, _, area = name.rpartition("/")
@@ -303,7 +303,7 @@ def _print_pseudo_labels(record: RunRecord) -> None:
 
 
 def diff(one: RunRecord, two: RunRecord) -> None:
-    """What differs: fields, inputs, versions, machine; then all scores side by side, with the difference in points."""
+    """Print the differences of two runs: fields, inputs, versions, machine; then all scores, with differences."""
     print(f"{one.run_id} | {two.run_id}")
     sections: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "fields": (one.config, two.config),
@@ -333,7 +333,7 @@ def diff(one: RunRecord, two: RunRecord) -> None:
 
 
 def _scores(record: RunRecord) -> dict[str, dict[str, Any]]:
-    """network/stream, score, value; scores by class left out."""
+    """Return network/stream, score, value; without scores by class."""
     return {
         f"{network}/{stream}": {name: value for name, value in scores.items() if not isinstance(value, list | tuple)}
         for network, streams in record.scores.items()
@@ -350,7 +350,7 @@ def _score(value: Any) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """Format bytes in powers of 1000."""
     amount, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if amount < 1000 or unit == "TB":
@@ -360,7 +360,7 @@ def size(count: int) -> str:
 
 
 def say(lines: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> None:
-    """Lines in columns; a terminal folds what is too wide, a file or pipe gets each line whole."""
+    """Print lines in columns; a terminal folds long ones, a file or pipe gets each line whole."""
     from rich.console import Console
     from rich.table import Table
 

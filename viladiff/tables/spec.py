@@ -1,6 +1,6 @@
-"""A table of the paper as data: one TOML file says rows, columns, scales, printed numbers and claims.
+"""The spec of a table of the paper, from one TOML file: rows, columns, scales, printed numbers and claims.
 
-Nothing here loads torch: what the fields' paths and values mean is checked by ``viladiff.tables.cells``.
+Nothing here loads torch: ``viladiff.tables.cells`` checks the paths and values of fields.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Strict(Section):
 
 
 class Scale(Strict):
-    """What the paper's data sets become at one size of experiment."""
+    """The substitutes of the paper's data sets at one size of experiment."""
 
     datasets: dict[str, str] = Field(default_factory=dict)
     """The paper's data set to the one used here; empty uses the paper's own."""
@@ -175,7 +175,7 @@ class Claim(Strict):
 
 
 class Criterion(Strict):
-    """What runs of a scale with ``published_runs`` are to reach, measured against the published ones."""
+    """The goal of a scale's runs with ``published_runs``, relative to the published ones."""
 
     row: str = Field(min_length=1)
     """Label."""
@@ -188,7 +188,7 @@ class Criterion(Strict):
 
 
 class Gap(Strict):
-    """How far a row is on the way from one row to another, which pages print and no claim tests."""
+    """A row's position between two other rows, which pages print and no claim tests."""
 
     row: str = Field(min_length=1)
     """Label, and so of the others."""
@@ -238,7 +238,7 @@ class Layer(NamedTuple):
 
 
 def table_layers(table: Table) -> list[Layer]:
-    """What the table's own entries set, scales aside."""
+    """Return the settings of the table's own entries, without scales."""
     columns = [Layer(entry_name("columns", i, one.label), one.set) for i, one in enumerate(table.columns)]
     rows = [Layer(entry_name("rows", i, one.label), one.set) for i, one in enumerate(table.rows)]
     return [Layer("base", table.base), *columns, *rows]

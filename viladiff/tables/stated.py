@@ -1,4 +1,4 @@
-"""What the publications of a table's methods set, beside what its runs have."""
+"""Published settings of a table's methods, beside those of its runs."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Stated(NamedTuple):
 
 
 def stated(table: Table, found: Iterable[Cell]) -> tuple[Stated, ...]:
-    """For the first run of each cell, what its publication sets on the paper's data set, beside what the run has."""
+    """Return the publication's settings for the first run of each cell, beside the run's own."""
     from viladiff.runs.config import RunConfig, flatten, override
-    from viladiff.tables.cells import settings
+    from viladiff.tables.cells import paper_settings
 
     said: dict[tuple[int, int, str], Stated] = {}
     seen: set[tuple[int, int]] = set()
     for cell in found:
         place = (cell.row, cell.column)
-        asked = published(settings(table, *place))
+        asked = published(paper_settings(table, *place))
         if place in seen or not asked:
             continue
         seen.add(place)

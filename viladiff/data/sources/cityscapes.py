@@ -64,7 +64,7 @@ _FRACTION = {"100": "1_30", "186": "1_16", "372": "1_8", "744": "1_4", "1488": "
 def open_cityscapes(
     root: Path | str, split: str, family: str = "cps", split_dir: Path | str | None = None
 ) -> SourceFiles:
-    """``leftImg8bit/{train,val}/<city>`` and ``gtFine`` beside it, with lists in ``splits/`` or in ``split_dir``.
+    """Open ``leftImg8bit/{train,val}/<city>`` with ``gtFine`` and lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under the names ``1_16`` (CPS's) and ``u2pl_1_16``, or by their images.
     Without a list, all of ``val`` are validated on, and the unlabelled are all others of ``train``. Raises ValueError
@@ -79,9 +79,9 @@ def open_cityscapes(
 
 
 def city_tree(root: Path | str) -> tuple[FileIndex, Classes]:
-    """The files, read as ``labelTrainIds``, or as ``labelIds`` where more of those exist; then a sentence says so.
+    """Index the files, read as ``labelTrainIds``, or as ``labelIds`` with a note if more of those exist.
 
-    Ids are bare names such as ``jena_000078_000019``. Raises ValueError where there is no mask of either kind.
+    Ids are bare names such as ``jena_000078_000019``. Raises ValueError if there is no mask of either kind.
     """
     top = locate(root, PLACES, LAYOUT)
     by_train, by_id = scan(top, LAYOUT), scan(top, LABEL_IDS)

@@ -1,4 +1,4 @@
-"""COCO 2017: 80 things and a background, under the lists that PseudoSeg drew."""
+"""COCO 2017: 80 things and a background, under PseudoSeg's lists."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FRACTION = {"232": "512", "463": "256", "925": "128", "1849": "64", "3697": "32
 
 
 def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None) -> SourceFiles:
-    """``train2017``, ``val2017`` and the PNGs of both in ``masks``, with lists in ``splits/`` or in ``split_dir``.
+    """Open ``train2017``, ``val2017`` and the PNGs in ``masks``, with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under the names ``1_512`` and ``512_all`` or by their images. Without a list,
     all of ``val2017`` are validated on, and the unlabelled are all others of ``train2017``. Raises ValueError as
@@ -43,7 +43,7 @@ def open_coco(root: Path | str, split: str, split_dir: Path | str | None = None)
 
 
 def coco_tree(root: Path | str) -> tuple[FileIndex, Classes]:
-    """The files; ids are bare names such as ``000000177254``. Raises ValueError where there is no mask."""
+    """Index the files; ids are bare names such as ``000000177254``. Raises ValueError if there is no mask."""
     tree = scan(locate(root, PLACES, LAYOUT), LAYOUT)
     if not tree.masks:
         raise ValueError(

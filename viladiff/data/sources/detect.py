@@ -1,4 +1,4 @@
-"""Which of the layouts that are known a directory has."""
+"""Detection of a directory's layout."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from viladiff.data.sources.folder import Classes, read_classes
 
 
 def open_tree(root: Path | str, reduce_zero_label: bool = True) -> tuple[FileIndex, Classes]:
-    """The files below a root in whichever layout it has, and its classes. ValueError where it has none.
+    """Index the files below a root in the layout that it has. Raises ValueError if it has none.
 
-    One's own folder comes first, also where it has the folders of another beside. reduce_zero_label: see
+    A user's own folder takes precedence over the folders of another layout beside it. reduce_zero_label: see
     ``data.ade20k``.
     """
     top = Path(root).expanduser()

@@ -1,4 +1,4 @@
-"""A directory of one's own images and masks, with lists of which are labelled."""
+"""A user's own directory of images and masks, with lists of the labelled images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SourceFiles(NamedTuple):
 
 
 def open_folder(root: Path | str, split: str, split_dir: Path | str | None = None) -> SourceFiles:
-    """``images/``, ``masks/``, ``classes.txt`` or ``palette.txt``, and lists in ``splits/`` or in ``split_dir``.
+    """Open ``images/``, ``masks/``, ``classes.txt`` or ``palette.txt``, and lists in ``splits/`` or in ``split_dir``.
 
     The labelled images of split NAME are listed in ``NAME/labelled.txt`` (or ``labeled.txt``) or ``NAME.txt``, the
     validation images in ``NAME/val.txt`` or ``val.txt``; ``NAME/unlabelled.txt`` may list the others. Raises
@@ -57,7 +57,7 @@ def open_folder(root: Path | str, split: str, split_dir: Path | str | None = Non
 
 
 def split_directory(tree: FileIndex, given: Path | str | None) -> Path:
-    """The directory of lists that the user names, or ``splits`` below the root; ValueError where it is missing."""
+    """Return the directory of lists that the user names, or ``splits`` below the root. Raises ValueError if missing."""
     directory = tree.root / "splits" if given is None else Path(given).expanduser()
     if directory.is_dir():
         return directory
@@ -69,8 +69,9 @@ def split_directory(tree: FileIndex, given: Path | str | None) -> Path:
 def read_lists(
     tree: FileIndex, directory: Path, names: Sequence[str], masked: bool = False, wanted: Wanted | None = None
 ) -> tuple[FileIndex, Lists, tuple[Path | None, ...]]:
-    """The lists of a split under the first of its ``names`` that there is, or a published list of whatever name; the
-    tree is given back with the masks that they name. ValueError where one cannot be used.
+    """Read the lists of a split under the first of its ``names`` that exists, or a published list of any name.
+
+    Returns the index with the masks that the lists name. Raises ValueError for a list that cannot be used.
 
     Unlabelled images that no list names are all others; with ``masked``, all others that have a mask. Where a layout
     keeps validation images apart, those are never among them, and are all validated on if no list says which.
@@ -109,7 +110,7 @@ def read_lists(
 
 
 def describe_lists(dataset: str, found: SourceFiles) -> tuple[str, tuple[str, ...]]:
-    """Which published list the labelled images are, or that they are none; and what may be mistaken about the lists."""
+    """Return which published list the labelled images are, or that they are none; and notes on possible confusion."""
     labelled, val = identify_split(found.lists.labelled), identify_split(found.lists.val)
     if labelled is None:
         size = len(found.lists.labelled)
@@ -134,9 +135,9 @@ def _check_masks(tree: FileIndex, lists: Lists, sources: tuple[Path | None, ...]
 
 
 def refuse_other(lists: Lists, source: Path | None, family: str, split: str, dataset: str) -> None:
-    """ValueError where the labelled images are a published list, but not the one of this data set, split and family.
+    """Raise ValueError if the labelled images are a published list of another data set, split or family.
 
-    family: empty where the data set has no such field, and any will do.
+    family: empty if the data set has no such field, and any is accepted.
     """
     known = identify_split(lists.labelled)
     if known is None:
@@ -152,7 +153,7 @@ def refuse_other(lists: Lists, source: Path | None, family: str, split: str, dat
 
 
 def read_classes(root: Path) -> Classes:
-    """``palette.txt`` ("r g b name" a line) where there is one, else ``classes.txt`` (a name a line, id 0 first)."""
+    """Read ``palette.txt`` ("r g b name" a line) if it exists, else ``classes.txt`` (a name a line, id 0 first)."""
     if (root / "palette.txt").is_file():
         return _read_palette(root / "palette.txt")
     path = root / "classes.txt"

@@ -1,4 +1,4 @@
-"""Pascal VOC 2012: official and augmented training images, under the lists that the literature trains on."""
+"""Pascal VOC 2012: official and augmented training images, under the literature's lists."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CLEAN = {"92": "1-16", "183": "1-8", "366": "1-4", "732": "1-2"}
 
 
 def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path | str | None = None) -> SourceFiles:
-    """``JPEGImages/`` and ``SegmentationClass/`` (index PNGs), with lists in ``splits/`` or in ``split_dir``.
+    """Open ``JPEGImages/`` and ``SegmentationClass/`` (index PNGs), with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, those of the literature also under the names that its repositories give them, or
     else by the images that they hold. Where none lists the unlabelled images, they are all others that have a mask,
@@ -54,12 +54,12 @@ def open_voc(root: Path | str, split: str, family: str = "hq", split_dir: Path |
 
 
 def voc_root(root: Path | str) -> Path:
-    """Where the folder of images lies: the root or a folder of a usual name below it, else the root as it is."""
+    """Return the folder with the images: the root, a folder of a usual name below it, or the root itself if neither."""
     return locate(root, PLACES, VOC)
 
 
 def list_names(split: str, family: str) -> list[str]:
-    """What a list is called in the repositories that have it, unambiguous names first.
+    """Return the names of a list in the repositories that publish it, unambiguous names first.
 
     UniMatch and AllSpark say ``1_16`` and ``u2pl_1_16``, CPS ``train_aug_labeled_1-16``, PS-MT ``662_train_supervised``
     and with a 0 appended ``6620_train_supervised`` for U2PL's images.

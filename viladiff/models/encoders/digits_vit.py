@@ -9,7 +9,7 @@ from viladiff.models.blocks import SelfBlock
 from viladiff.models.encoders.base import Encoder
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions around a skip."""
 
     def __init__(self, width: int) -> None:
@@ -32,8 +32,8 @@ class DigitsViT(Encoder):
         self.stem = nn.ModuleList(
             [
                 _conv(3, 32, 2),
-                nn.Sequential(_conv(32, 64, 2), Residual(64)),
-                nn.Sequential(_conv(64, dim, 2), Residual(dim)),
+                nn.Sequential(_conv(32, 64, 2), ResidualBlock(64)),
+                nn.Sequential(_conv(64, dim, 2), ResidualBlock(dim)),
             ]
         )
         self.positions = nn.Parameter(torch.zeros(1, dim, 8, 8))

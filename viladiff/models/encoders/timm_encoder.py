@@ -1,4 +1,4 @@
-"""Encoders of timm, by name."""
+"""Encoders from timm, by name."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def _check_known(name: str) -> None:
 
 
 def _feature_info(net: nn.Module) -> Any:
-    """timm's description of each feature level; it is no module, which is all that type checkers know of attributes."""
+    """Return timm's description of the feature levels, typed Any since type checkers take it for a module."""
     return net.feature_info

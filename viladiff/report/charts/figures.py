@@ -34,7 +34,7 @@ def colour(results: Results, column: int) -> str:
 
 
 def limits(curves: Sequence[Curve]) -> tuple[Limits, Limits, bool]:
-    """Steps, values and whether the values want a logarithmic axis: shared by all panels, so that they compare."""
+    """Return the limits of steps and values, shared by all panels, and whether the values need a logarithmic axis."""
     x = (0.0, max(float(c.steps[-1]) for c in curves))
     low, high = min(float(c.low.min()) for c in curves), max(float(c.high.max()) for c in curves)
     log = low > 0 and high / low > 12
@@ -92,11 +92,11 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
 
 
-def save(results: Results, curves: dict[str, list[Curve]], folder: Path) -> list[Path]:
-    """Writes scores and, where there are step logs, curves, as PNG and SVG; returns their paths.
+def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path) -> list[Path]:
+    """Write scores and, if there are step logs, curves, as PNG and SVG; return their paths.
 
-    A figure whose PNG was drawn from the same numbers is left as it is, and matplotlib, which takes longer to load
-    than all the rest of a page takes to make, is not loaded for it.
+    A figure whose PNG was drawn from the same numbers is kept, and matplotlib, which takes longer to load than all the
+    rest of a page takes to make, is not loaded for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted: dict[str, tuple[str, Callable[[], Figure]]] = {
@@ -169,7 +169,7 @@ def _figure(width: float, height: float, across: int, left: float) -> tuple[Figu
 
 
 def _scores(results: Results) -> Figure:
-    """A panel a column: seeds as dots, their mean as a bar."""
+    """Draw a panel a column: seeds as dots, their mean as a bar."""
     rows, table = results.rows(), results.plan.table
     labels = [plain(_title(results, row)) for row in rows]
     left = 0.4 + 0.065 * max(map(len, labels))
@@ -192,7 +192,7 @@ def _scores(results: Results) -> Figure:
 
 
 def _lines(results: Results, curves: Sequence[Curve], name: str) -> Figure:
-    """A panel a column, a line a row; our own rows are dashed."""
+    """Draw a panel a column, a line a row; our own rows are dashed."""
     columns, table = [c for c in results.plan.columns if any(x.column == c for x in curves)], results.plan.table
     figure, axes = _figure(0.6 + 3.4 * len(columns) + 2.2, 3.2, len(columns), 0.6)
     figure.subplots_adjust(right=1 - 2.3 / figure.get_figwidth())

@@ -47,13 +47,13 @@ class Chart(NamedTuple):
     groups: tuple[str, ...]
 
 
-def save(chart: Chart, folder: Path, name: str) -> dict[str, Path]:
-    """Writes ``<name>-light.svg`` and ``<name>-dark.svg``; what was drawn from the same numbers is left as it is."""
+def save_scatter(chart: Chart, folder: Path, name: str) -> dict[str, Path]:
+    """Write ``<name>-light.svg`` and ``<name>-dark.svg``; keep a file that was drawn from the same numbers."""
     return save_drawn(chart, lambda: draw(chart), folder, name)
 
 
 def draw(chart: Chart) -> Figure:
-    """The light picture: numbered points, and beneath them the list of their names."""
+    """Draw the light figure: numbered points, and beneath them the list of their names."""
     chart = chart._replace(points=brought_in(chart.points))
     lines = math.ceil(len(chart.points) / COLUMNS)
     below = 0.62 + 0.15 * lines
@@ -63,7 +63,7 @@ def draw(chart: Chart) -> Figure:
     for place, group in enumerate(chart.groups):
         _points(axes, [one for one in chart.points if one.group == place], place, group, LIGHT)
     _frame(axes, chart)
-    for at, numbers in numbered(axes, chart.points):
+    for at, numbers in number_labels(axes, chart.points):
         axes.annotate(numbers, at, (4, 2), textcoords="offset points", fontsize=NUMBERED, color=LIGHT["ink"], zorder=4)
     for i, one in enumerate(chart.points):
         across, up = 0.09 + 0.3 * (i // lines), (0.15 * (lines - 1 - i % lines) + 0.06) / height
@@ -72,8 +72,8 @@ def draw(chart: Chart) -> Figure:
     return figure
 
 
-def numbered(axes: Axes, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:
-    """Places and numbers; points so near each other that their numbers would overlap share one text, as ``8, 18``."""
+def number_labels(axes: Axes, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:
+    """Return places and numbers; points whose numbers would overlap share one text, as ``8, 18``."""
     found: list[tuple[tuple[float, float], list[str]]] = []
     for one in points:
         near = (numbers for at, numbers in found if _distance(axes, at, (one.x, one.y)) < 1)
@@ -86,7 +86,7 @@ def numbered(axes: Axes, points: Sequence[Point]) -> list[tuple[tuple[float, flo
 
 
 def _distance(axes: Axes, one: tuple[float, float], other: tuple[float, float]) -> float:
-    """Of two points, in sizes of a number: 10 points across, 7 up."""
+    """Return the distance of two points in sizes of a number: 10 points across, 7 up."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     across, up = np.abs(np.subtract(*axes.transData.transform([one, other]))) * 72 / figure.dpi

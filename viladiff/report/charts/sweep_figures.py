@@ -53,7 +53,7 @@ class Axis(NamedTuple):
     """Of the places 0, 1, ... on an axis of choices."""
 
     def share(self, x: float) -> float:
-        """Where a value lies, 0 to 1."""
+        """Return the position of a value on the axis, 0 to 1."""
         warp = math.log if self.log else float
         return (warp(x) - warp(self.low)) / (warp(self.high) - warp(self.low))
 
@@ -98,7 +98,7 @@ class Picture(NamedTuple):
 
 
 def save_picture(chart: TrialChart | ParallelChart, folder: Path, name: str) -> Picture:
-    """Draws both themes below ``folder`` where the numbers are new; the text names the best points or lines."""
+    """Draw both themes below ``folder`` where the numbers are new; the text names the best points or lines."""
     draw = draw_parallel if isinstance(chart, ParallelChart) else draw_trials
     paths = save_drawn(chart, lambda: draw(chart), folder, name)  # type: ignore[arg-type]
     told: list[Point | Polyline | ParallelLine] = [*chart.lines]
@@ -111,7 +111,7 @@ def save_picture(chart: TrialChart | ParallelChart, folder: Path, name: str) -> 
 
 
 def draw_trials(chart: TrialChart) -> Figure:
-    """The light figure of values over an axis."""
+    """Draw the light figure of values over an axis."""
     figure = new_figure(*chart.size)
     axes = figure.add_axes(_inside(*chart.size))
     style_axes(axes, "", chart.axis.name, chart.upwards)
@@ -138,7 +138,7 @@ def draw_trials(chart: TrialChart) -> Figure:
 
 
 def draw_parallel(chart: ParallelChart) -> Figure:
-    """The light figure of parallel coordinates."""
+    """Draw the light figure of parallel coordinates."""
     size = max(WIDE[0], 1.1 * len(chart.axes)), WIDE[1]
     figure = new_figure(*size)
     axes = figure.add_axes((0.03, 0.06, 0.92, 0.82), facecolor=LIGHT["ground"])
@@ -159,7 +159,7 @@ def draw_parallel(chart: ParallelChart) -> Figure:
 
 
 def _inside(width: float, height: float) -> tuple[float, float, float, float]:
-    """Room for the numbers and names of both axes, whatever the size."""
+    """Return the axes' rectangle, with room for the numbers and names of both axes, whatever the size."""
     return 0.7 / width, 0.5 / height, 1 - 0.8 / width, 1 - 0.6 / height
 
 
@@ -176,7 +176,7 @@ def _scale(axes: Axes, axis: Axis) -> None:
 
 
 def _marks(axis: Axis) -> list[tuple[float, str]]:
-    """Places and texts of an axis's ticks, all inside."""
+    """Return places and texts of an axis's ticks, all inside."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     if axis.names:

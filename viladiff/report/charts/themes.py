@@ -27,7 +27,7 @@ _FORM = 3
 
 
 def save_drawn(numbers: object, picture: Callable[[], Figure], folder: Path, name: str) -> dict[str, Path]:
-    """Writes ``<name>-light.svg`` and ``<name>-dark.svg``; what was drawn from the same numbers is left as it is.
+    """Write ``<name>-light.svg`` and ``<name>-dark.svg``; what was drawn from the same numbers is left as it is.
 
     picture: draws the light one. numbers: all that it is drawn from, as JSON takes them. Returns paths by theme.
     """
@@ -43,12 +43,12 @@ def save_drawn(numbers: object, picture: Callable[[], Figure], folder: Path, nam
 
 
 def uri(path: Path) -> str:
-    """An SVG file as a data URI."""
+    """Encode an SVG file as a data URI."""
     return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty light figure; width and height in inches."""
+    """Make an empty light figure; width and height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: it keeps figures and picks a display
 
@@ -58,7 +58,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def style_axes(axes: Axes, title: str, across: str, upwards: str) -> None:
-    """Grid, spines, ticks and the three texts in the theme's colours."""
+    """Set grid, spines, ticks and the three texts in the theme's colours."""
     axes.set_facecolor(LIGHT["ground"])
     axes.grid(color=LIGHT["line"], linewidth=0.6)
     axes.set_axisbelow(True)
@@ -71,17 +71,17 @@ def style_axes(axes: Axes, title: str, across: str, upwards: str) -> None:
 
 
 def plain(text: str) -> str:
-    """matplotlib takes text between two dollars for mathematics."""
+    """Escape dollars, between which matplotlib reads mathematics."""
     return text.replace("$", r"\$")
 
 
 def _head(path: Path) -> str:
-    """Where a file says what it was drawn from."""
+    """Return the start of a file, which says what it was drawn from."""
     return path.read_text(encoding="utf-8", errors="replace")[:2000]
 
 
 def _coloured(svg: str, theme: str) -> str:
-    """A light picture in another theme: its colours are exchanged, which takes no time."""
+    """Recolour a light figure for another theme, which takes no time."""
     for name, colour in LIGHT.items():
         svg = svg.replace(colour, THEMES[theme][name])
     return svg

@@ -1,6 +1,6 @@
-"""What a page on captions has beyond a table's: mIoU against how much captions notice, and both streams of every row.
+"""Page section on captions: mIoU against the captions' recall, and both streams of every row.
 
-Used where a spec has ``page = "captions"``. The curve's rows are those that differ from the headline's in
+Used by specs with ``page = "captions"``. The curve's rows are those that differ from the headline's in
 ``data.caption_recall`` alone; the lines are rows of other methods.
 """
 
@@ -25,7 +25,7 @@ STREAMS = ("visual", "fusion")
 DASHES = ("--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 
 
-class Line(NamedTuple):
+class DoseLine(NamedTuple):
     """Both streams of a row of the headline's method."""
 
     number: str
@@ -46,14 +46,14 @@ class Level(NamedTuple):
 
 class Dose(NamedTuple):
     said: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[DoseLine, ...]
     pictures: tuple[CostChart, ...]
     files: tuple[str, ...]
     """Names of the pictures below figures/."""
 
 
 def dose(results: Results, out: Path) -> Dose | None:
-    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    """Compute all values of the template; None if the spec does not request them. Writes figures below ``out``."""
     table = results.plan.table
     if table.page != "captions":
         return None
@@ -74,13 +74,13 @@ def dose(results: Results, out: Path) -> Dose | None:
 
 
 def _fields(results: Results, row: int) -> Mapping[str, Any]:
-    """Changed fields of a row's first run; none where it has no run."""
+    """Return the changed fields of a row's first run; empty if it has none."""
     plan = results.plan
     name = next((name for column in plan.columns for name in plan.run_ids(row, column)), None)
     return {} if name is None else plan.runs[name].changed
 
 
-def _line(results: Results, row: int, base: Mapping[str, Any]) -> Line:
+def _line(results: Results, row: int, base: Mapping[str, Any]) -> DoseLine:
     mine = _fields(results, row)
     same = {path: value for path, value in mine.items() if path != RECALL} == {
         path: value for path, value in base.items() if path != RECALL
@@ -90,11 +90,11 @@ def _line(results: Results, row: int, base: Mapping[str, Any]) -> Line:
         tuple(summary(results.at(row, column), "miou", stream=stream) for stream in STREAMS)
         for column in results.plan.columns
     )
-    return Line(number(results, row), row_name(results, row), recall, found)
+    return DoseLine(number(results, row), row_name(results, row), recall, found)
 
 
-def _said(column: str, place: int, head: Line, levels: Sequence[Level]) -> str:
-    """The headline's streams less the best of the other methods, over the seeds that both have."""
+def _said(column: str, place: int, head: DoseLine, levels: Sequence[Level]) -> str:
+    """Format the headline's streams minus the best of the other methods, over the seeds that both have."""
     there = [level for level in levels if level.found[place].mean is not None]
     visual, fusion = head.found[place]
     if visual.mean is None or not there:
@@ -116,9 +116,9 @@ def _said(column: str, place: int, head: Line, levels: Sequence[Level]) -> str:
 
 
 def _pictures(
-    results: Results, lines: Sequence[Line], levels: Sequence[Level], folder: Path
+    results: Results, lines: Sequence[DoseLine], levels: Sequence[Level], folder: Path
 ) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
-    """One a column where two places of the curve are measured."""
+    """Draw a figure for each column in which two points of the curve are measured."""
     found, files = [], []
     for place, column in enumerate(results.plan.columns):
         curves = {stream: _curve(lines, place, i) for i, stream in enumerate(STREAMS)}
@@ -129,7 +129,7 @@ def _pictures(
         numbers: list[Any] = [title, curves, beside]
 
         def picture(title: str = title, curves: Any = curves, beside: Any = beside) -> Figure:
-            return draw(title, curves, beside)
+            return draw_dose(title, curves, beside)
 
         paths = save_drawn(numbers, picture, folder, f"captions-{place + 1}")
         points = [f"{stream} {y:.1f} at {x:g}" for stream, curve in curves.items() for x, y, _ in curve]
@@ -140,18 +140,18 @@ def _pictures(
     return tuple(found), tuple(files)
 
 
-def _curve(lines: Sequence[Line], place: int, stream: int) -> list[tuple[float, float, float | None]]:
-    """(recall, mean, standard deviation) of what is measured, by recall."""
+def _curve(lines: Sequence[DoseLine], place: int, stream: int) -> list[tuple[float, float, float | None]]:
+    """Return (recall, mean, standard deviation) of the measured points, by recall."""
     of = [(line.recall, line.found[place][stream]) for line in lines if line.recall is not None]
     return sorted((recall, one.mean, one.spread) for recall, one in of if one.mean is not None and recall is not None)
 
 
-def draw(
+def draw_dose(
     title: str,
     curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
     levels: Sequence[tuple[str, float]],
 ) -> Figure:
-    """The light picture: a curve a stream with standard deviations of seeds, a level a row of another method."""
+    """Draw the light figure: a curve a stream with standard deviations of seeds, a level a row of another method."""
     figure = new_figure(6.4, 4.2)
     axes = figure.add_axes((0.09, 0.12, 0.89, 0.8))
     style_axes(axes, title, "recall of captions", "mIoU (%), mean and standard deviation of seeds")
@@ -169,8 +169,8 @@ def draw(
 # Plain text
 
 
-def to_markdown(found: Dose | None, columns: Sequence[str]) -> dict[str, list[str]]:
-    """A section of table.md."""
+def dose_markdown(found: Dose | None, columns: Sequence[str]) -> dict[str, list[str]]:
+    """Return the section of table.md."""
     if found is None:
         return {}
     heads = ["row", "recall", *(f"{stream}, {column}" for column in columns for stream in STREAMS)]
@@ -180,7 +180,7 @@ def to_markdown(found: Dose | None, columns: Sequence[str]) -> dict[str, list[st
     return {"What captions bring": [*said, "", pipes[0], "|" + " --- |" * len(heads), *pipes[1:]]}
 
 
-def _cells(line: Line) -> Iterator[str]:
+def _cells(line: DoseLine) -> Iterator[str]:
     yield f"{line.number} {line.label}"
     yield "—" if line.recall is None else f"{line.recall:g}"
     for streams in line.found:

@@ -1,6 +1,6 @@
-"""What a leaderboard's page has beyond a table's: accuracy against cost, calibration, rates that were tried, a finding.
+"""Page section of the leaderboard: accuracy against cost, calibration, tried learning rates, a summary.
 
-Used where a spec has ``page = "leaderboard"``.
+Used by specs with ``page = "leaderboard"``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LeaderboardRow(NamedTuple):
     boundary: tuple[Summary, ...]
     calibration: tuple[Summary | None, ...]
     """Expected calibration error of the teacher's labels, in points."""
-    step: StepCost | None
+    step: TimedStep | None
     lengths: float | None
     """Steps, as a multiple of the supervised row's."""
     memory: float | None
@@ -88,14 +88,14 @@ class Leaderboard(NamedTuple):
 
 
 def build_leaderboard(results: Results, store: Store, out: Path, verdicts: Sequence[Verdict]) -> Leaderboard | None:
-    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    """Compute all values of the template; None if the spec does not request them. Writes figures below ``out``."""
     if results.plan.table.page != "leaderboard":
         return None
     measured = read_costs(out, store.layers)
     lines = tuple(_line(results, row, measured) for row in results.rows())
     found = tuple(tried(results, store.records()))
     pictures, files = _pictures(results, lines, out / "figures")
-    said = ranking.told(results, verdicts, found)
+    said = ranking.ranking_sentences(results, verdicts, found)
     return Leaderboard(tuple(said), lines, measured, pictures, files, found)
 
 
@@ -127,13 +127,13 @@ def _line(results: Results, row: int, measured: Costs) -> LeaderboardRow:
 
 
 def _planned(results: Results, row: int) -> list[PlannedRun]:
-    """Unique runs of a row."""
+    """Return the unique runs of a row."""
     names = dict.fromkeys(name for column in results.plan.columns for name in results.plan.run_ids(row, column))
     return [results.plan.runs[name] for name in names]
 
 
 def _lengths(results: Results, row: int) -> float | None:
-    """Steps of a row's runs over those of the supervised row, or where that is not planned, of most runs."""
+    """Return the steps of a row's runs over those of the supervised row, or if that is not planned, of most runs."""
     mine = [run.steps for run in _planned(results, row)]
     labels = {results.plan.table.rows[place].label: place for place in results.plan.rows}
     base = labels.get(results.plan.table.supervised)
@@ -143,7 +143,7 @@ def _lengths(results: Results, row: int) -> float | None:
 
 
 def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seconds"]) -> MeanTime:
-    """Mean over a row's runs of all columns; none where they differ in precision, and so in what a step is."""
+    """Return the mean over a row's runs of all columns; none if their precision, and so a step, differs."""
     if len({record.precision for record in records}) > 1:
         return MeanTime(None, 0)
     values: list[float | None] = [getattr(record, name) for record in records]
@@ -157,7 +157,7 @@ def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seco
 def _pictures(
     results: Results, lines: Sequence[LeaderboardRow], folder: Path
 ) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
-    """One a column that has a point; a row without a score or a cost has none."""
+    """Draw a figure for each column that has a point; a row without a score or a cost has none."""
     table, found, files = results.plan.table, [], []
     groups = tuple(dict.fromkeys(line.group or "Rows" for line in lines))
     for place, column in enumerate(results.plan.columns):
@@ -178,7 +178,7 @@ def _pictures(
             continue
         title = table.columns[column].label
         chart = scatter.Chart(title, ACROSS, "mIoU (%), mean and standard deviation of seeds", points, groups)
-        paths = scatter.save(chart, folder, f"cost-{place + 1}")
+        paths = scatter.save_scatter(chart, folder, f"cost-{place + 1}")
         words = "; ".join(f"{one.label}: {one.y:.1f} at {one.x:.1f}" for one in points)
         light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
         found.append(CostChart(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))
@@ -189,8 +189,8 @@ def _pictures(
 # Plain text
 
 
-def to_markdown(found: Leaderboard | None, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Sections of table.md."""
+def leaderboard_markdown(found: Leaderboard | None, columns: Sequence[str]) -> dict[str, list[str]]:
+    """Return the sections of table.md."""
     if found is None:
         return {}
     heads = ["row", *(f"mIoU of the trained network, {one}" for one in columns)]
@@ -232,12 +232,12 @@ def _rates(one: RateComparison) -> str:
 
 
 def timed(found: MeanTime) -> str:
-    """``196 (3)``: seconds, and over how many runs."""
+    """Format ``196 (3)``: seconds, and over how many runs."""
     return "—" if found.seconds is None else f"{found.seconds:.0f} ({found.runs})"
 
 
 def text(value: float | None, form: str) -> str:
-    """An em dash for what is not known."""
+    """Format a value; an em dash if it is unknown."""
     return "—" if value is None else format(value, form)
 
 
@@ -245,7 +245,7 @@ NAME = "steps.json"
 MAKE = "python benchmarks/bench_methods.py --json reports/published/leaderboard/steps.json"
 
 
-class StepCost(BaseModel):
+class TimedStep(BaseModel):
     """One method's step, in ms, and a step of ``supervised`` that was timed between its repeats."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -278,7 +278,7 @@ class Measured(BaseModel):
     repeats: int
     fields: tuple[str, ...]
     """Words of the command line that were not defaults."""
-    methods: dict[str, StepCost]
+    methods: dict[str, TimedStep]
 
     def __str__(self) -> str:
         of = "" if self.device == "cpu" else f" ({self.device})"
@@ -294,7 +294,7 @@ class Costs(NamedTuple):
 
 
 def read_costs(out: Path, layers: Iterable[Path]) -> Costs:
-    """The file beside the page, or else beside a published one."""
+    """Read the cost file beside the page, or else beside a published one."""
     places = [out / NAME, *(path for layer in layers for path in sorted(layer.glob(f"*/{NAME}")))]
     found = next((path for path in places if path.is_file()), None)
     if found is None:

@@ -1,4 +1,4 @@
-"""How a table's rows were trained: optimiser steps, and which of their publications' settings they run."""
+"""Page section on training: optimiser steps of the rows, and which published settings they use."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SHARED = "Encoder, optimiser, rate, batch and crop are the table's, whatever a p
 
 
 def shows_best(results: Results) -> bool:
-    """Whether runs are evaluated epoch by epoch, as those behind printed numbers are."""
+    """Return whether runs are evaluated epoch by epoch, as those behind printed numbers are."""
     return any(run.changed.get("eval.every_epochs") is not None for run in results.plan.runs.values())
 
 
 def best_epoch(entries: Sequence[CellRun]) -> Summary:
-    """mIoU of each run's best evaluation, for a look beside ``summary`` alone: it is picked on what it reports."""
+    """Return mIoU of each run's best evaluation; it is selected on the images that it reports, unlike ``summary``."""
     found = {
         e.cell.seed: 100 * float(e.record.best["miou"])
         for e in entries
@@ -37,7 +37,7 @@ def best_epoch(entries: Sequence[CellRun]) -> Summary:
     return Summary(found, why, frozenset(e.state for e in lacking))
 
 
-class Line(NamedTuple):
+class SettingsRow(NamedTuple):
     """A row: what its publication sets by data set, as far as its method declares it."""
 
     number: str
@@ -60,7 +60,7 @@ class Length(NamedTuple):
 
 
 def lengths(results: Results) -> list[Length]:
-    """All rows where runs of a column differ in length or are evaluated epoch by epoch; else none."""
+    """Return all rows if runs of a column differ in length or are evaluated epoch by epoch; else none."""
     plan, table = results.plan, results.plan.table
     found = []
     for row in results.rows():
@@ -74,14 +74,14 @@ def lengths(results: Results) -> list[Length]:
 
 
 def _steps(results: Results, row: int, column: int) -> str:
-    """``157,350``; an em dash for a cell without a run."""
+    """Format ``157,350``; an em dash for a cell without a run."""
     runs = results.plan.runs
     found = {runs[name].steps for name in results.plan.run_ids(row, column) if name in runs}
     return " or ".join(f"{steps:,}" for steps in sorted(found)) or "—"
 
 
-def lines(results: Results) -> list[Line]:
-    """Rows whose methods declare something for a data set of the table, in its order."""
+def settings_rows(results: Results) -> list[SettingsRow]:
+    """Return rows whose methods declare settings for a data set of the table, in its order."""
     found = []
     for row in results.rows():
         mine = [one for one in results.plan.published if one.row == row and one.column in results.plan.columns]
@@ -92,20 +92,20 @@ def lines(results: Results) -> list[Line]:
             sources = "; ".join(dict.fromkeys(one.source for one in mine))
             label = row_name(results, row)
             told = (_told(results, applied, columns), _told(results, other, columns))
-            found.append(Line(number(results, row), label, *told, sources))
+            found.append(SettingsRow(number(results, row), label, *told, sources))
     return found
 
 
 def undeclared(results: Results) -> str:
-    """A sentence on the rows that ``lines`` leaves out; empty where there is none or it leaves out all."""
-    there = {line.number for line in lines(results)}
+    """Return a sentence on the rows that ``lines`` leaves out; empty if it leaves out none or all."""
+    there = {line.number for line in settings_rows(results)}
     rows = [f"{number(results, row)} {row_name(results, row)}" for row in results.rows()]
     rest = [row for row in rows if row.partition(" ")[0] not in there]
     return f"No setting by data set is declared for {', '.join(rest)}." if there and rest else ""
 
 
 def _told(results: Results, found: Sequence[Stated], columns: Sequence[int]) -> str:
-    """``method.pseudo.weight = 0.06 (1/16 (92)), 0.6 (1/8 (183))``; no columns are named where it is all of them."""
+    """Format ``method.pseudo.weight = 0.06 (1/16 (92)), 0.6 (1/8 (183))``; columns are omitted if they are all."""
     labels = {column: results.plan.table.columns[column].label for column in columns}
     by_path: dict[str, dict[str, list[int]]] = {}
     for one in found:
@@ -128,11 +128,11 @@ def _value(one: Stated) -> str:
     return value if one.applied else f"{value} (here {format_value(one.runs, 4)})"
 
 
-def to_markdown(results: Results) -> dict[str, list[str]]:
-    """Sections of table.md."""
+def training_markdown(results: Results) -> dict[str, list[str]]:
+    """Return the sections of table.md."""
     from viladiff.report.markup import markdown
 
-    found, long = lines(results), lengths(results)
+    found, long = settings_rows(results), lengths(results)
     columns = [results.plan.table.columns[c].label for c in results.plan.columns]
     settings = [
         f"- {markdown(f'{one.number} {one.label} ({one.source})')}: "

@@ -1,4 +1,4 @@
-"""A sweep's page: verdict on fresh seeds first, then what was searched, each comparison at one budget."""
+"""The page of a sweep: verdict on fresh seeds first, then the search, each comparison at one budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from viladiff.runs.record import RunRecord
 from viladiff.runs.store import abandoned
 from viladiff.sweeps.finals import FinalComparison, Finalist, Tuned, chosen, compare_finalists, scores
 from viladiff.sweeps.spec import FRESH, Sweep, choosing_images
-from viladiff.sweeps.summary import FOREST, TrialRow, importances, one_budget, rows, rungs, to_toml
+from viladiff.sweeps.summary import FOREST, TrialRow, importances, one_budget, rungs, to_toml, trial_rows
 from viladiff.sweeps.trials import Trial, without_paths
 from viladiff.tables.significance import Records
 
@@ -57,16 +57,16 @@ class Shown:
 
 
 def render_sweep(shown: Shown, out: Path) -> Path:
-    """Writes index.html, trials.csv and winner.toml under ``out``; returns the path of index.html. A sweep that only
-    chooses writes chosen.toml too, the point with the highest mean on fresh seeds.
+    """Write index.html, trials.csv and winner.toml under ``out``; return the path of index.html.
 
-    Each file is replaced in one go: the page is rewritten while the sweep goes on.
+    A sweep that only chooses writes chosen.toml too, the point with the highest mean on fresh seeds. Each file is
+    replaced atomically: the page is rewritten during the sweep.
     """
     out.mkdir(parents=True, exist_ok=True)
     for path in abandoned(out):
         path.unlink(missing_ok=True)  # of a writer that was killed
     trials = [without_paths(trial) for trial in shown.trials]
-    every = rows(trials, shown.records, shown.steps[-1])
+    every = trial_rows(trials, shown.records, shown.steps[-1])
     best = min((row for row in every if row.rank is not None), key=lambda row: row.rank or 0, default=None)
     if best is not None:
         write_atomically(out / "winner.toml", to_toml(best.point).encode())
@@ -77,13 +77,15 @@ def render_sweep(shown: Shown, out: Path) -> Path:
         write_atomically(out / "chosen.toml", to_toml(taken.point).encode())
     else:
         (out / "chosen.toml").unlink(missing_ok=True)
-    write_atomically(out / "trials.csv", to_csv(shown.sweep, trials, every).encode())
-    write_atomically(out / "index.html", html(shown, trials, every, best, out).encode())
+    write_atomically(out / "trials.csv", trials_csv(shown.sweep, trials, every).encode())
+    write_atomically(out / "index.html", sweep_html(shown, trials, every, best, out).encode())
     return out / "index.html"
 
 
-def html(shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, out: Path) -> str:
-    """The page as text; what it shows is worked out here, and the template lays it out."""
+def sweep_html(
+    shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, out: Path
+) -> str:
+    """Render the page from values computed here; the template only lays it out."""
     sweep, records = shown.sweep, shown.records
     used = _used(trials, shown.finalists, records)
     fewest = min(FRESH, len(sweep.final_seeds))
@@ -92,7 +94,7 @@ def html(shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"last": sweep_views.last, "short": sweep_views.short}
-    facts = [*provenance.shared(list(used.values())), *_totals(used)] if used else []
+    facts = [*provenance.shared_facts(list(used.values())), *_totals(used)] if used else []
     return environment.get_template("sweep.html.j2").render(
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         colours={"plain": PLAIN, "best": BEST, "line": LINE, "paper": PAPER},
@@ -128,7 +130,7 @@ def html(shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best:
 def _pictures(
     shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, folder: Path
 ) -> dict[str, Any]:
-    """Figures by the template's names, drawn below ``folder``; None for one that has nothing to show."""
+    """Return figures by the template's names, drawn below ``folder``; None for one that has nothing to show."""
     sweep = shown.sweep
     found: dict[str, Any] = {
         "responses": [],
@@ -155,8 +157,8 @@ _STATES = ("complete", "pruned", "failed", "running")
 # Numbers
 
 
-def to_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[TrialRow]) -> str:
-    """A line a trial: its point, its score in percent and the step that it is of; empty where a number is missing."""
+def trials_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[TrialRow]) -> str:
+    """Return a line a trial: its point, its score in percent and the step of that score; empty if missing."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     names = ("state", "score", "step", "seeds", "rank", "train_seconds", "origin", "reason", "runs")
@@ -185,7 +187,7 @@ def _said(one: FinalComparison) -> dict[str, Any]:
 
 
 def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> dict[str, Any] | None:
-    """Shares by field from both evaluators at one budget; a space of one dimension has nothing to share out."""
+    """Return importances by field from both evaluators at one budget; None for a space of one dimension."""
     step = one_budget(trials, steps)
     if len(sweep.space) < 2 or step is None:
         return None
@@ -199,7 +201,7 @@ def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> di
 
 
 def _listed(every: Sequence[TrialRow]) -> list[TrialRow]:
-    """All trials, or of very many the best and the latest."""
+    """Return all trials, or of very many the best and the latest."""
     if len(every) <= LISTED:
         return list(every)
     first = sorted((row for row in every if row.rank is not None), key=lambda row: row.rank or 0)[: LISTED // 2]
@@ -208,7 +210,7 @@ def _listed(every: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def _used(trials: Sequence[Trial], found: Sequence[Finalist], records: Records) -> dict[str, RunRecord]:
-    """Records behind the page."""
+    """Return the records behind the page."""
     names = [*(run for trial in trials for run in trial.runs.values())]
     names += [run.run_id for one in found for run in one.runs.values()]
     return {name: records[name] for name in names if name in records}
@@ -221,7 +223,7 @@ def _totals(used: Mapping[str, RunRecord]) -> list[provenance.Fact]:
 
 
 def _runs(trials: Sequence[Trial], found: Sequence[Finalist], records: Records, out: Path) -> list[dict[str, Any]]:
-    """Finished runs of the finalists, and of all trials where there are not very many; with links to records nearby."""
+    """Return finished runs of the finalists, and of all trials if there are few; with links to records nearby."""
     stands: dict[str, list[str]] = {}
     for one in found:
         for seed, run in one.runs.items():
@@ -237,6 +239,6 @@ def _runs(trials: Sequence[Trial], found: Sequence[Finalist], records: Records, 
 
 
 def _link(run_id: str, out: Path) -> str:
-    """A record that lies beside the page; nothing else is named, since the page may be published."""
+    """Link a record beside the page; no other path is shown, since the page may be published."""
     path = out / "records" / f"{run_id}.json"
     return Path(os.path.relpath(path, out)).as_posix() if path.is_file() else ""

@@ -1,4 +1,4 @@
-"""What each chart of a sweep's page shows. Trials are compared at the full length alone, but for the chart of rungs."""
+"""Data of the charts on a sweep's page. Trials are compared at the full length alone, but for the chart of rungs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DRAWN = 300
 
 
 def last(path: str) -> str:
-    """A field without its sections."""
+    """Return a field without its sections."""
     return path.rpartition(".")[2]
 
 
@@ -56,7 +56,7 @@ def _who(row: TrialRow, best: TrialRow) -> tuple[str, str]:
 
 
 def _ranked(every: Sequence[TrialRow], most: int = DRAWN) -> list[TrialRow]:
-    """Completed trials, worst first; of very many, the best and an even choice of the rest."""
+    """Return completed trials, worst first; of very many, the best and an even selection of the rest."""
     found = sorted(
         (row for row in every if row.rank is not None and row.mean is not None), key=lambda row: row.rank or 0
     )
@@ -69,7 +69,7 @@ def _ranked(every: Sequence[TrialRow], most: int = DRAWN) -> list[TrialRow]:
 def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow) -> tuple[TrialChart, float | None]:
     """Completed trials along one dimension, mean and range over seeds, with a local mean where it holds numbers.
 
-    Also the width of that mean's kernel, as a share of the dimension.
+    Also returns the width of that mean's kernel, as a share of the dimension.
     """
     dimension, axis = sweep.space[path], _axis(path, sweep.space[path])
     done, dots, lines = [row for row in every if row.rank is not None and row.mean is not None], [], []
@@ -94,14 +94,14 @@ def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow)
 
 
 def _along(axis: Axis, share: float) -> float:
-    """The value at a share of an axis of numbers."""
+    """Return the value at a fraction of a numeric axis."""
     if axis.log:
         return axis.low * (axis.high / axis.low) ** share
     return axis.low + (axis.high - axis.low) * share
 
 
 def printed(sweep: Sweep) -> list[dict[str, Any]]:
-    """What the paper prints along a dimension: a chart relative to its own value, and the numbers."""
+    """Return the paper's values along a dimension: a chart relative to its own value, and the numbers."""
     found = []
     for path in sweep.space:
         curves = [curve for curve in sweep.paper if curve.field == path]
@@ -129,7 +129,7 @@ def printed(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _printed_line(sweep: Sweep, curve: PaperCurve) -> tuple[list[Polyline], list[Point]]:
-    """One printed curve, in points above what it prints at the value that the paper chose."""
+    """Return one printed curve, in points above its value at the paper's choice."""
     dimension = sweep.space[curve.field]
     known = {at: float(miou) for at, miou in zip(curve.at, curve.miou, strict=True) if miou != "-"}
     base = known.get(sweep.initial_point[curve.field])
@@ -144,7 +144,7 @@ def _printed_line(sweep: Sweep, curve: PaperCurve) -> tuple[list[Polyline], list
 
 
 def threads(sweep: Sweep, every: Sequence[TrialRow], best: TrialRow) -> ParallelChart:
-    """Completed trials across all dimensions and their mIoU."""
+    """Chart completed trials across all dimensions and their mIoU."""
     done = _ranked(every)
     low, high = min(row.mean or 0.0 for row in done), max(row.mean or 0.0 for row in done)
     score = Axis(low, high if high > low else low + 1, "mIoU (%)")
@@ -192,7 +192,7 @@ def _stairs(best: Sequence[tuple[float, float]], end: float) -> Polyline:
 
 
 def cost(trials: Sequence[Trial], full: int) -> TrialChart:
-    """The best so far against the steps that it took to find it."""
+    """Chart the best so far against the steps that it took to find it."""
     total = dict(trained(trials, full))
     best = [(total[number] / 1000, mean) for number, mean in best_so_far(trials)]
     end = max(total.values()) / 1000
@@ -221,7 +221,7 @@ def minutes(every: Sequence[TrialRow], best: TrialRow) -> TrialChart | None:
 
 
 def climbs(trials: Sequence[Trial], steps: Sequence[int]) -> TrialChart | None:
-    """The first seed of each trial from rung to rung; where it was stopped, its last place is hollow."""
+    """Chart the first seed of each trial from rung to rung; where it was stopped, its last place is hollow."""
     own = [trial for trial in trials if trial.twin is None and trial.rungs]
     if not own or len(steps) < 2:
         return None

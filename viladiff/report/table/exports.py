@@ -1,4 +1,4 @@
-"""table.md, table.tex and table.csv: measured and printed numbers stand in columns of their own in each of them."""
+"""Exports of a table: table.md, table.tex and table.csv, with measured and printed numbers in separate columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from viladiff.report import provenance
 from viladiff.report.markup import markdown
 from viladiff.report.sections.training import best_epoch, shows_best
-from viladiff.report.table.long_form import long
+from viladiff.report.table.long_form import to_rows
 from viladiff.report.table.results import (
     METRICS,
     Agreement,
@@ -22,9 +22,9 @@ from viladiff.report.table.results import (
     difference,
     headline_sentence,
     number,
-    parts,
     row_name,
     summary,
+    table_parts,
 )
 from viladiff.report.table.results import (
     paper_value as printed,
@@ -51,7 +51,7 @@ class Symbol(NamedTuple):
 
 
 def symbol(part: str) -> Symbol | None:
-    """``L_feat(t)`` taken apart as the paper sets it; None for a part that is a word."""
+    """Parse ``L_feat(t)`` into the paper's parts; None for a part that is a word."""
     match = re.fullmatch(r"([A-Za-z])_([A-Za-z]+) ?(\([a-z]\))?", part)
     return Symbol(match[1], match[2], match[3] or "") if match else None
 
@@ -61,7 +61,7 @@ def latex(text: str) -> str:
 
 
 def signed(value: float | None) -> str:
-    """``+2.1``, ``−0.3``, ``0.0``; an em dash for None."""
+    """Format ``+2.1``, ``−0.3``, ``0.0``; an em dash for None."""
     if value is None:
         return "—"
     text = f"{abs(value):.1f}"
@@ -69,14 +69,14 @@ def signed(value: float | None) -> str:
 
 
 def paper_text(value: object) -> str:
-    """As the paper prints it; empty for a row that is not the paper's."""
+    """Return the number as the paper prints it; empty for a row that is not the paper's."""
     return "" if value is None else f"{value:.1f}" if isinstance(value, float | int) else "—"
 
 
 def best(results: Results, column: int, metric: str) -> float | None:
-    """Highest mean of the paper's rows, as it is printed; controls are not in the race.
+    """Return the highest mean of the paper's rows as printed, without controls.
 
-    None where the paper has no such table, since the best of many alternatives is mostly luck, or one row is measured.
+    None if the paper has no such table, since the best of many alternatives is mostly luck, or one row is measured.
     """
     if not results.plan.table.printed:
         return None
@@ -98,9 +98,9 @@ class ExportRow(NamedTuple):
     """Whether its runs read true masks."""
 
 
-def lines(results: Results, metric: str) -> list[ExportRow]:
-    """The table as numbers, the paper's rows first."""
-    names, first = parts(results), results.reference
+def export_rows(results: Results, metric: str) -> list[ExportRow]:
+    """Return the table as numbers, the paper's rows first."""
+    names, first = table_parts(results), results.reference
     tops = {column: best(results, column, metric) for column in results.plan.columns}
     out = []
     for row in results.rows():
@@ -119,7 +119,7 @@ def lines(results: Results, metric: str) -> list[ExportRow]:
 
 
 def reasons(results: Results) -> list[str]:
-    """Why runs are missing, one line a reason, in the order of the table."""
+    """Return why runs are missing, one line a reason, in the order of the table."""
     found: dict[str, list[str]] = {}
     for entry in results.entries:
         if entry.why:
@@ -135,7 +135,7 @@ def _some(cells: Sequence[str], most: int = 6) -> str:
 
 
 def agreement_text(found: Agreement) -> str:
-    """Kendall's τ with what it is made of and what chance would do."""
+    """Format Kendall's τ with its counts and the probability of chance."""
     if found.tau is None:
         if found.rows > 1:
             return f"{found.column}: τ is not defined, since all {found.rows} rows are equal on one side."
@@ -165,7 +165,7 @@ def to_markdown(
     first: str = "",
     before: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
-    """The page without its pictures, for reading in a terminal or a repository.
+    """Return the page without its figures, for a terminal or a repository.
 
     ``context``: sentences without which the numbers would mislead; ``more``: sections and their lines; ``before``:
     those that stand before all others; ``first``: the first sentence, by default that of the results alone.
@@ -192,7 +192,8 @@ def to_markdown(
     out += ["## Notes", "", *(f"- {say(note)}" for note in notes), ""] if notes else []
     out += ["## Provenance", "", f"- Made by: `{command.replace('`', ' ')}`"]
     out += [
-        f"- {fact.name}: {say(str(fact))}{' **(mixed)**' if fact.mixed else ''}" for fact in provenance.facts(results)
+        f"- {fact.name}: {say(str(fact))}{' **(mixed)**' if fact.mixed else ''}"
+        for fact in provenance.run_facts(results)
     ]
     return "\n".join([*out, ""])
 
@@ -213,7 +214,7 @@ def _claim(verdict: Verdict) -> str:
 def _grid(
     results: Results, metric: str, say: Callable[[str], str], tick: str, bold: Callable[[str], str]
 ) -> list[list[str]]:
-    """Header and lines of one metric's table; printed numbers exist for the table's own metric only."""
+    """Return header and lines of one metric's table; printed numbers exist for the table's own metric only."""
     own = metric == results.plan.table.metric
     labels = [say(results.plan.table.columns[c].label) for c in results.plan.columns]
     printed = own and results.plan.table.printed
@@ -224,11 +225,11 @@ def _grid(
         "",
         "row",
         *(["encoder (paper)"] if encoders else []),
-        *(map(say, parts(results)) if own else []),
+        *(map(say, table_parts(results)) if own else []),
         *(f"{label} {kind}" for label in labels for kind in kinds),
     ]
     body = []
-    for place, row in zip(results.rows(), lines(results, metric), strict=True):
+    for place, row in zip(results.rows(), export_rows(results, metric), strict=True):
         cells: list[str] = []
         for column, (found, top, gap, paper) in zip(results.plan.columns, row.cells, strict=True):
             text = say(str(found))
@@ -250,18 +251,18 @@ def _grid(
 
 
 def pipes(grid: Sequence[Iterable[str]]) -> list[str]:
-    """Lines of a table in markdown; the first is its head."""
+    """Return the lines of a table in markdown; the first is its header."""
     head, *body = ["| " + " | ".join(row) + " |" for row in grid]
     return [head, "|" + " --- |" * len(list(grid[0])), *body]
 
 
 def to_csv(results: Results) -> str:
-    """``long`` as text: a line a run and cell, empty where a number is missing."""
-    return csv_text(long(results))
+    """Return ``long`` as text: a line a run and cell, empty if a number is missing."""
+    return csv_text(to_rows(results))
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Lines that all have the names of the first."""
+    """Format lines that all have the names of the first."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["number", "row", "column", "seed"], lineterminator="\n")
     writer.writeheader()
@@ -270,8 +271,8 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
-    """A booktabs table; printed numbers are set in grey columns headed as the paper's."""
-    names, table = parts(results), results.plan.table
+    """Render a booktabs table; printed numbers are set in grey columns headed as the paper's."""
+    names, table = table_parts(results), results.plan.table
     grey, encoders = r"\textcolor{gray}{%s}", any(row.encoder for row in table.rows)
     with_best = shows_best(results)
     kinds = ["measured", *(["best epoch"] if with_best else []), r"$\Delta$"]
@@ -298,7 +299,7 @@ def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
         r"\midrule",
     ]
     ruled = False
-    for place, row in zip(results.rows(), lines(results, table.metric), strict=True):
+    for place, row in zip(results.rows(), export_rows(results, table.metric), strict=True):
         if row.control and not ruled:
             out.append(r"\midrule")
             ruled = True

@@ -1,4 +1,4 @@
-"""A cell of a table is a set of runs, one a seed: what they measured, and for each that is missing, why it is."""
+"""Results of a table: for each cell its runs, one a seed, their scores, and the reason for each missing one."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ class Results:
         return [e for e in self.entries if e.cell.row == row]
 
     def records(self) -> dict[str, RunRecord]:
-        """Records that the table's numbers come from, each once, in the order of the table."""
+        """Return the records behind the table's numbers, each once, in the order of the table."""
         return {e.cell.run_id: e.record for e in self.entries if e.record is not None}
 
     def counts(self) -> dict[State, int]:
-        """Unique runs by state; a run that stands in several cells counts once."""
+        """Count unique runs by state; a run of several cells counts once."""
         by_run = {e.cell.run_id: e.state for e in self.entries if e.cell.run_id}
         return {state: n for state in _WHY if (n := sum(s == state for s in by_run.values()))}
 
     def rows(self, control: bool | None = None) -> list[int]:
-        """``control`` False: the rows that are ranked, without ceilings."""
+        """Return the rows that are not controls or, with ``control``, those that are, without ceilings."""
         table = self.plan.table
         found = [row for row in self.plan.rows if control is None or table.rows[row].control == control]
         return [row for row in found if control is not False or row not in self.plan.ceilings]
@@ -114,14 +114,14 @@ class Summary:
         return float(np.std(list(self.values.values()), ddof=1)) if self.n > 1 else None
 
     def __str__(self) -> str:
-        """``78.1 ± 0.3 (3)``, ``78.1 (1)`` or an em dash."""
+        """Return ``78.1 ± 0.3 (3)``, ``78.1 (1)`` or an em dash."""
         if self.mean is None:
             return "—"
         return f"{self.mean:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "") + f" ({self.n})"
 
 
 def collect_results(plan: Plan, store: Store) -> Results:
-    """Looks at each run of the plan once.
+    """Read each run of the plan once.
 
     A record belongs here by its name alone, which is its content: one that was made for another scale is the same run,
     and the page's provenance says so.
@@ -159,7 +159,7 @@ def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) ->
 
 
 def summary(entries: Sequence[CellRun], metric: str, network: str = "", stream: str = "") -> Summary:
-    """Of one cell. Raises ValueError where its runs differ in precision."""
+    """Summarise one cell. Raises ValueError if its runs differ in precision."""
     one_precision((e.record for e in entries if e.record is not None), "a cell")
     found = {
         e.cell.seed: score(e.record, metric, network or e.network, stream or e.stream) if e.record is not None else None
@@ -179,7 +179,7 @@ class Difference(NamedTuple):
 
 
 def difference(of: Summary, to: Summary) -> Difference | None:
-    """Mean over the seeds that both have, so that a seed's luck is in both or in neither; None without one."""
+    """Return the mean difference over common seeds, so that a seed's luck is in both or neither; None without one."""
     seeds = tuple(sorted(of.values.keys() & to.values.keys()))
     if not seeds:
         return None
@@ -187,7 +187,7 @@ def difference(of: Summary, to: Summary) -> Difference | None:
 
 
 def gaps(results: Results) -> list[str]:
-    """A sentence for each gap of the table: the share of it that a row closes, over seeds that all three rows have."""
+    """Return a sentence for each gap of the table: the share that a row closes, over seeds that all three rows have."""
     table = results.plan.table
     labels = [row.label for row in table.rows]
     said = []
@@ -209,30 +209,30 @@ def gaps(results: Results) -> list[str]:
 
 
 def paper_value(results: Results, row: int, column: int) -> PaperValue | None:
-    """The paper's number; "-" where it leaves one out, None for a row that it does not have."""
+    """Return the paper's number; "-" if it leaves one out, None for a row that it does not have."""
     numbers = results.plan.table.rows[row].paper
     return numbers[column] if column < len(numbers) else None
 
 
 def number(results: Results, row: int) -> str:
-    """Row 8 of the paper is "8" whatever was left out; our own rows are "a", "b", and so on."""
+    """Return a row's number: row 8 of the paper is "8" whatever was left out; our own rows are "a", "b", and so on."""
     own = [i for i, r in enumerate(results.plan.table.rows) if r.control]
     return chr(ord("a") + own.index(row)) if row in own else str(row + 1 - sum(i < row for i in own))
 
 
 def row_name(results: Results, row: int) -> str:
-    """A row's label; that of one whose runs read true masks says so."""
+    """Return a row's label, with a mark if its runs read true masks."""
     text = results.plan.table.rows[row].label
     return f"{text} ({CEILING})" if row in results.plan.ceilings else text
 
 
-def parts(results: Results) -> list[str]:
-    """Parts in the order in which the table's rows bring them in."""
+def table_parts(results: Results) -> list[str]:
+    """Return the parts in the order in which the table's rows introduce them."""
     return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.components))
 
 
 class Agreement(NamedTuple):
-    """How far the measured order of rows is the printed one."""
+    """The agreement of the measured order of rows with the printed one."""
 
     column: str
     tau: float | None
@@ -269,7 +269,7 @@ def agreement(results: Results, column: int) -> Agreement:
 
 
 def headline_sentence(results: Results) -> str:
-    """One sentence made of the numbers: where the headline's row ends, and against the reference."""
+    """Describe the headline row's score, and its difference to the reference, in one sentence."""
     plan, row, other = results.plan, results.headline, results.reference
     said = []
     for column in plan.columns:
@@ -290,7 +290,7 @@ def headline_sentence(results: Results) -> str:
 
 
 def swapped(results: Results, column: int) -> tuple[str, str] | None:
-    """The data set that a column asks for and the one that this scale has in its place; None where they are one."""
+    """Return the data set that a column names and this scale's substitute; None if they are the same."""
     table, size = results.plan.table, results.plan.table.scale.get(results.plan.scale)
     asked = str(table.columns[column].set.get("data.dataset", table.base.get("data.dataset")))
     there = size.datasets.get(asked, asked) if size else asked
@@ -298,13 +298,13 @@ def swapped(results: Results, column: int) -> tuple[str, str] | None:
 
 
 def _column(results: Results, column: int) -> str:
-    """A column's label; one that names a data set of the paper's says which is in its place."""
+    """Return a column's label, with this scale's substitute for a data set of the paper's."""
     label, other = results.plan.table.columns[column].label, swapped(results, column)
     return f"{label}, with {other[1]} in its place" if other and other[0] in label.lower() else label
 
 
 def _standing(results: Results, row: int, column: int) -> str:
-    """Where a row stands among the paper's that are measured."""
+    """Describe a row's rank among the paper's measured rows."""
     table = results.plan.table
     means = {r: summary(results.at(r, column), table.metric).mean for r in results.rows(control=False)}
     there = {r: mean for r, mean in means.items() if mean is not None}
@@ -330,7 +330,7 @@ def _against(gap: Difference | None, label: str) -> str:
 
 
 def per_class(record: RunRecord) -> dict[str, float | None]:
-    """Percent by class name for the headline; a class in neither truth nor prediction has None."""
+    """Return percent by class name for the headline; None for a class in neither truth nor prediction."""
     scores = record.scores.get(record.network, {}).get(record.stream, {})
     shares = scores.get("per_class") or []
     return {

@@ -1,4 +1,4 @@
-"""A table's page is one file: style, charts and pictures are inside, and each missing number has its reason."""
+"""The page of a table, in one file: style, charts and pictures are embedded, and each missing number has its reason."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def render_table(
     printed: Sequence[Inconsistency] = (),
     published: tuple[Plan, Store] | None = None,
 ) -> Path:
-    """Writes index.html, table.md, table.tex, table.csv and figures/ under ``out``; returns the path of index.html.
+    """Write index.html, table.md, table.tex, table.csv and figures/ under ``out``; return the path of index.html.
 
-    ``agreement`` is worked out here where it is not given; ``printed`` is what is wrong with the paper's numbers;
-    ``published`` is what stands beside the runs: the plan of another scale, and a store of committed records alone.
-    Each file is replaced in one go, so that a reader of the page, which is rewritten as runs finish, never sees half.
+    ``agreement`` is computed here unless given; ``printed`` lists what is wrong with the paper's numbers; ``published``
+    is shown beside the runs: the plan of another scale, and a store of committed records alone. Each file is replaced
+    atomically, so that a reader of the page, which is rewritten as runs finish, never sees half of it.
     """
     results = tables.collect_results(plan, store)
     drawn = curves(results, store)
@@ -67,7 +67,7 @@ def render_table(
     out.mkdir(parents=True, exist_ok=True)
     for path in [*abandoned(out), *abandoned(out / "figures")]:
         path.unlink(missing_ok=True)  # of a writer that was killed
-    files = [path.name for path in figures.save(results, drawn, out / "figures")]
+    files = [path.name for path in figures.save_figures(results, drawn, out / "figures")]
     board = leaderboard.build_leaderboard(results, store, out, verdicts)
     files += board.files if board else ()
     grouped = feature_clusters.build_clusters(results, store, out)
@@ -77,22 +77,22 @@ def render_table(
     files += doses.files if doses else ()
     opened = design_choices.build_choices(results, verdicts)
     more = {
-        **leaderboard.to_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
-        **feature_clusters.to_markdown(grouped),
-        **caption_dose.to_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
-        **training.to_markdown(results),
-        **loss_gradients.to_markdown(loss_gradients.section(results)),
-        "What each choice is worth": design_choices.to_markdown(opened),
+        **leaderboard.leaderboard_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
+        **feature_clusters.clusters_markdown(grouped),
+        **caption_dose.dose_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
+        **training.training_markdown(results),
+        **loss_gradients.gradients_markdown(loss_gradients.section(results)),
+        "What each choice is worth": design_choices.choices_markdown(opened),
         "The paper's own numbers": [f"- {markdown(one.text)}" for one in printed],
     }
     stand_ins, context = table_views.stand_ins(results), table_views.context(results)
-    first = beside.sentence(both) if both else ""
-    before = {f"{beside.HEADING} (%)": beside.to_markdown(both)} if both else {}
+    first = beside.headline_beside(both) if both else ""
+    before = {f"{beside.HEADING} (%)": beside.beside_markdown(both)} if both else {}
     texts = {
         "table.md": exports.to_markdown(results, verdicts, agreements, command, said, context, more, first, before),
-        "table.tex": beside.to_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
+        "table.tex": beside.beside_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
         "table.csv": exports.csv_text(beside.long_lines(both)) if both else exports.to_csv(results),
-        "index.html": html(
+        "index.html": table_html(
             results,
             store,
             out,
@@ -115,14 +115,14 @@ def render_table(
 
 
 def beside_of(results: Results, plan: Plan, store: Store, out: Path) -> Beside:
-    """``results`` and those of ``plan`` in ``store``; ``out`` is where the page goes, from which records are linked."""
+    """Return ``results`` beside those of ``plan`` in ``store``; ``out`` is the page's folder, for links to records."""
     published = tables.collect_results(plan, store)
     found = [one for one in provenance.origins(published, store, out) if one.entry.record is not None]
     return Beside(results, published, tuple(found))
 
 
 def banner(results: Results) -> str:
-    """Empty once every run is done."""
+    """Return the notice of missing runs; empty once every run is done."""
     counts = results.counts()
     total, done = sum(counts.values()), counts.get("done", 0)
     if done == total:
@@ -131,7 +131,7 @@ def banner(results: Results) -> str:
     return f"{', '.join([f'{done} of {total} runs done', *others])}; this page is rewritten as runs finish."
 
 
-def html(
+def table_html(
     results: Results,
     store: Store,
     out: Path,
@@ -147,7 +147,7 @@ def html(
     doses: caption_dose.Dose | None = None,
     both: Beside | None = None,
 ) -> str:
-    """The page as text; everything that it shows is worked out here, and the template only lays it out."""
+    """Render the page from values computed here; the template only lays it out."""
     table = results.plan.table
     shown = {
         **_numbers(results),
@@ -164,12 +164,12 @@ def html(
             table=table,
             scale=results.plan.scale,
             columns=[table.columns[c].label for c in results.plan.columns],
-            parts=tables.parts(results),
+            parts=tables.table_parts(results),
             finding=" ".join(
                 filter(
                     None,
                     [
-                        beside.sentence(both) if both else tables.headline_sentence(results),
+                        beside.headline_beside(both) if both else tables.headline_sentence(results),
                         design_choices.answer(opened),
                     ],
                 )
@@ -182,7 +182,7 @@ def html(
             encoders=any(row.encoder for row in table.rows),
             best_epochs=training.shows_best(results),
             lengths=training.lengths(results),
-            settings=training.lines(results),
+            settings=training.settings_rows(results),
             settings_notes=[*filter(None, [training.undeclared(results)]), training.SHARED],
             printed=printed,
             choices=opened,
@@ -218,7 +218,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _numbers(results: Results) -> dict[str, Any]:
-    """Scores of every metric, network and stream, and of pseudo-labels and classes."""
+    """Return scores of every metric, network and stream, and of pseudo-labels and classes."""
     reasons = table_views.Reasons()
     scores = {metric: table_views.table_rows(results, metric, reasons) for metric in METRICS}
     dots, axes = table_views.seed_dots(results, scores[results.plan.table.metric])
@@ -240,14 +240,14 @@ def _numbers(results: Results) -> dict[str, Any]:
 
 
 def _beside(both: Beside) -> dict[str, Any]:
-    """The section of three columns."""
+    """Return the section of three columns."""
     return {
         "labels": [both.here.plan.table.columns[column].label for column in both.columns],
-        "lines": beside.lines(both),
+        "lines": beside.beside_rows(both),
         "sources": beside.sources(both),
         "criteria": beside.criteria(both),
         "reference": tables.number(both.published, both.published.reference),
-        "facts": beside.shared(both),
+        "facts": beside.published_facts(both),
         "origins": both.origins,
         "any_published": both.any_published,
     }
@@ -266,15 +266,15 @@ def _figures(results: Results, store: Store, drawn: dict[str, list[Curve]]) -> d
 
 
 def _judged(results: Results, verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dict[str, Any]:
-    """What is said of the numbers: agreement with the printed order, and each claim."""
+    """Return the verdicts on the numbers: agreement with the printed order, and each claim."""
     placed, reach = table_views.forest(verdicts)
     agreed = [(found, exports.agreement_text(found)) for found in agreements]
     return {"agreements": agreed, "verdicts": verdicts, "forest": placed, "reach": reach}
 
 
 def _sources(results: Results, store: Store, out: Path) -> dict[str, Any]:
-    """Where the numbers come from."""
-    facts = provenance.facts(results)
+    """Return the origin of the numbers."""
+    facts = provenance.run_facts(results)
     return {
         "facts": facts,
         "mixed": [fact for fact in facts if fact.mixed],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from viladiff.cli.tables import add_options
+from viladiff.cli.tables import add_table_options
 from viladiff.experiments.all_tables import merged, outline_all, share_of, totals
 from viladiff.tables.estimate import estimate
 
@@ -48,7 +48,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def asked(tmp_path: Path, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_options(parser)
+    add_table_options(parser)
     return parser.parse_args(["--storage", str(tmp_path / "runs"), "--max-concurrent", "2", *words])
 
 

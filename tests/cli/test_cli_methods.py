@@ -10,7 +10,7 @@ from method_kit import STEP, make, make_batch
 from torch import Tensor, nn
 
 from viladiff.cli import main
-from viladiff.cli.methods import needs, rows, written
+from viladiff.cli.methods import method_rows, needs, written
 from viladiff.data.batch import Views
 from viladiff.methods import METHODS
 from viladiff.methods.base import StepCost
@@ -51,7 +51,7 @@ def test_passes_are_those_of_a_step(name: str) -> None:
 def test_every_method_is_listed_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == rows() and [row["method"] for row in found] == list(METHODS)
+    assert found == method_rows() and [row["method"] for row in found] == list(METHODS)
     for row in found:
         if row["method"] in ("supervised", "semibaseline", "fixmatch_tags", "textprobe"):
             assert row["paper"] is row["year"] is None

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from record_kit import content_of, made
 
-from viladiff.cli.tables import parser
+from viladiff.cli.tables import table_parser
 from viladiff.experiments import publish, tables
 from viladiff.runs.job import ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.record import save_record
@@ -26,7 +26,9 @@ TABLE = ROOT / "ablations" / "table5.toml"
 
 
 def job(tmp_path: Path, *words: str) -> tables.TableJob:
-    args = parser(TABLE, "t").parse_args(["--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "page"), *words])
+    args = table_parser(TABLE, "t").parse_args(
+        ["--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "page"), *words]
+    )
     return tables.plan_table(TABLE, args, "python ablations/run_table5.py")
 
 
@@ -58,9 +60,9 @@ def test_what_cannot_be_run_is_said_before_anything_runs(tmp_path: Path, words: 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     for words in (["--fresh", "--render"], ["--publish"], ["--publish", "--scale", "digits", "--rows", "1"]):
-        args = parser(TABLE, "t").parse_args(["--storage", str(tmp_path), *words])
+        args = table_parser(TABLE, "t").parse_args(["--storage", str(tmp_path), *words])
         with pytest.raises(ValueError, match=words[0]):
-            tables.run(TABLE, args, "t")
+            tables.run_table(TABLE, args, "t")
 
 
 def test_the_command_can_be_pasted_and_its_printed_form_names_no_directory() -> None:
@@ -127,7 +129,7 @@ def test_dry_run_says_what_would_go_at_once(
     monkeypatch.setattr("viladiff.cluster.resources.visible_cpus", lambda: 8)
     monkeypatch.setattr("viladiff.cluster.resources.visible_gpus", lambda: gpus)
     what = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path)]
-    assert tables.run(TABLE, parser(TABLE, "t").parse_args([*what, "--dry-run", *words]), "t") == 0
+    assert tables.run_table(TABLE, table_parser(TABLE, "t").parse_args([*what, "--dry-run", *words]), "t") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert [one for one in said if one not in text] == []
 
@@ -148,7 +150,7 @@ def test_what_a_second_ctrl_c_leaves_is_swept(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("viladiff.cluster.executor.run_jobs", ended)
     words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path / "runs")]
     with pytest.raises(KeyboardInterrupt):
-        tables.run(TABLE, parser(TABLE, "t").parse_args([*words, "--out", str(tmp_path / "page")]), "t")
+        tables.run_table(TABLE, table_parser(TABLE, "t").parse_args([*words, "--out", str(tmp_path / "page")]), "t")
     assert list(found.store.directory(run_id).iterdir()) == []
 
 

@@ -21,7 +21,7 @@ from viladiff.data import registry
 from viladiff.data.files import make_split
 from viladiff.data.files import validate as module
 from viladiff.data.files.images import read_mask
-from viladiff.data.files.validate import DatasetReport, check, inspect_images
+from viladiff.data.files.validate import DatasetReport, inspect_images, validate_dataset
 from viladiff.data.sources.detect import open_tree
 from viladiff.report import dataset_page
 
@@ -35,7 +35,7 @@ def reasons(report: DatasetReport, level: str = "error") -> dict[str, str]:
 def test_counts_sizes_and_the_histogram_are_those_of_the_files(photo_folder: Make) -> None:
     root = photo_folder(24, "voc")
     heard: list[tuple[int, int]] = []
-    report = check(root, processes=1, advance=lambda done, of: heard.append((done, of)))
+    report = validate_dataset(root, processes=1, advance=lambda done, of: heard.append((done, of)))
     pixels, shown, sizes = np.zeros(256, int), np.zeros(256, int), []
     for path in (root / "JPEGImages").iterdir():
         with Image.open(path) as image:
@@ -57,7 +57,7 @@ def test_counts_sizes_and_the_histogram_are_those_of_the_files(photo_folder: Mak
 def test_two_processes_find_what_one_does(photo_folder: Make) -> None:
     root = photo_folder(40)
     (root / "images" / "flower_0004.jpg").write_bytes(b"\xff\xd8\xff")
-    one, two = (check(root, processes=count) for count in (1, 2))
+    one, two = (validate_dataset(root, processes=count) for count in (1, 2))
     assert one.seen == two.seen and one.faults == two.faults and one.errors == 1
 
 
@@ -75,7 +75,7 @@ def test_each_fault_is_named_with_its_reason(photo_folder: Make, photographs: Mo
     shutil.copy(images / "grace_0005.jpg", masks / "grace_0005.jpg")
     (root / "splits" / "typo.txt").write_text("china_0000\nchina_9999\n")
     shutil.copy(root / "splits" / "labelled" / "val.txt", root / "splits" / "val.txt")
-    report = check(root, processes=1)
+    report = validate_dataset(root, processes=1)
     errors, warnings = reasons(report), reasons(report, "warning")
     assert "truncated" in errors.pop("china_0000.jpg")
     height, width = labels.shape
@@ -95,12 +95,12 @@ def test_each_fault_is_named_with_its_reason(photo_folder: Make, photographs: Mo
 def test_a_class_that_never_occurs_and_masks_without_a_label(photo_folder: Make, photographs: ModuleType) -> None:
     root = photo_folder(6)
     (root / "classes.txt").write_text("\n".join([*photographs.CLASSES, "unicorn"]))
-    assert "unicorn" in reasons(check(root, processes=1))["masks"]
+    assert "unicorn" in reasons(validate_dataset(root, processes=1))["masks"]
     for path in (root / "masks").iterdir():
         photographs.save_mask(path, np.full_like(read_mask(path, 7), 255))
-    assert "every pixel of all 2 masks is 255" in reasons(check(root, processes=1))["masks"]
+    assert "every pixel of all 2 masks is 255" in reasons(validate_dataset(root, processes=1))["masks"]
     shutil.rmtree(root / "masks")
-    found = reasons(check(root, processes=1))
+    found = reasons(validate_dataset(root, processes=1))
     assert found["masks"] == "there is no mask that can be read, so nothing to learn from"
 
 
@@ -110,10 +110,10 @@ def test_masks_of_0_and_255_are_a_trap(photo_folder: Make) -> None:
     for path in (root / "masks").iterdir():
         labels = read_mask(path, 6)
         Image.fromarray(np.where(labels == labels[0, 0], 0, 255).astype(np.uint8)).save(path)
-    found = [fault.reason for fault in check(root, processes=1).faults if "palette.txt" in fault.reason]
+    found = [fault.reason for fault in validate_dataset(root, processes=1).faults if "palette.txt" in fault.reason]
     assert len(found) == 1 and "'0 0 0 ground' and '255 255 255 tree'" in found[0]
     (root / "palette.txt").write_text("0 0 0 ground\n255 255 255 tree\n")
-    report = check(root, processes=1)
+    report = validate_dataset(root, processes=1)
     assert report.errors == 0 and report.pixels()[1] > 0 and report.pixels()[255] == 0
 
 
@@ -148,7 +148,7 @@ def test_the_page_escapes_names_and_shows_every_fault(photo_folder: Make, tmp_pa
     root = photo_folder(12)
     (root / "classes.txt").write_text("background\nsky\nbuilding\n<b>foliage\nflower\nperson\n")
     (root / "images" / "<script>alert(1)<.jpg").write_bytes(b"x")
-    page = dataset_page.write_page(check(root, processes=1), tmp_path / "page", "viladiff data check photos")
+    page = dataset_page.write_page(validate_dataset(root, processes=1), tmp_path / "page", "viladiff data check photos")
     text = page.read_text(encoding="utf-8")
     assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;.jpg" in text and "&lt;b&gt;foliage" in text
     assert "1 file or list would stop a run" in text and "not an image of a known format" in text
@@ -196,7 +196,7 @@ def test_the_commands(photo_folder: Make, tmp_path: Path, capsys: pytest.Capture
 
 def dealt(root: Path, labelled: int | None = 6, val: float | None = 4, seed: int = 0) -> make_split.NewSplit:
     tree, classes = open_tree(root)
-    return make_split.deal(root, inspect_images(tree, classes, 1), labelled, val, seed)
+    return make_split.make_split(root, inspect_images(tree, classes, 1), labelled, val, seed)
 
 
 def test_lists_are_seeded_disjoint_and_cover_every_class(photo_folder: Make) -> None:
@@ -218,12 +218,12 @@ def test_a_rare_class_is_labelled_first_then_validated_on() -> None:
     present[[7, 90], 2] = True
     present[[7, 8, 9, 10], 3] = True
     for seed in range(20):
-        first, last = make_split.draw(present, 5, 5, seed)
+        first, last = make_split.draw_split(present, 5, 5, seed)
         assert len({*first, *last}) == 10
         assert present[first][:, [0, 2, 3]].any(0).all() and present[last][:, [0, 2, 3]].any(0).all()
         assert len({7, 90} & {*first}) == 1 and len({7, 90} & {*last}) == 1
-    assert len({tuple(make_split.draw(present, 5, 5, seed)[0]) for seed in range(20)}) > 10
-    first, last = make_split.draw(present, 1, 1, 0)
+    assert len({tuple(make_split.draw_split(present, 5, 5, seed)[0]) for seed in range(20)}) > 10
+    first, last = make_split.draw_split(present, 1, 1, 0)
     assert len(first) == len(last) == 1
 
 
@@ -231,7 +231,7 @@ def test_the_last_image_that_shows_a_class_is_left_to_validation() -> None:
     """Image 3, for the third class, also shows the second; then 0, which shows the first, is the second one's last."""
     present = np.array([(1, 1, 0), (1, 0, 0), (1, 0, 0), (0, 1, 1)], bool)
     for seed in range(20):
-        first, last = make_split.draw(present, 2, 1, seed)
+        first, last = make_split.draw_split(present, 2, 1, seed)
         assert 3 in first and last == [0]
 
 

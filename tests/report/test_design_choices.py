@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from record_kit import name_of, told
 
+from viladiff.methods.viladiff import READING
 from viladiff.report.sections import design_choices
 from viladiff.report.table import exports, long_form
 from viladiff.report.table import results as tables
@@ -64,7 +65,7 @@ def test_every_choice_of_the_notes_is_varied_in_some_table() -> None:
         lacking += [field] if not wanted and field not in there else []
     theirs = {field.partition(" ")[0] for field in lacking}
     ours = {"method.cutmix", "method.ohem.enabled", "method.pseudo.oracle", "method.predict.refine"}
-    added = ("refine_where", "confidence", "labelled_views", "unlabelled_views", "condition", "denoiser")
+    added = ("refine_where", "confidence", "labelled_views", "unlabelled_views", "condition")
     ours |= {f"method.mixe.{name}" for name in added}
     assert theirs == ours, "these are no choices of this paper's text"
     numbers = ("vila.temperature", "vila.depth", "pseudo.threshold", "mixe.refine_from", "mixe.refine_steps",
@@ -79,14 +80,19 @@ def test_each_row_of_the_choices_changes_what_its_heading_is_about_and_nothing_e
     table = load_table(ROOT / "ablations" / "choices.toml")
     found = {cell.row: flatten(override(RunConfig(), cell.changes)) for cell in cells(table, "digits", [0])}
     base = found.pop(0)
-    assert table.rows[0].label == table.reference and not table.rows[0].set and len(found) == len(table.rows) - 1
+    assert table.rows[0].label == table.reference and not table.rows[0].set
+    assert len(found) == len([row for row in table.rows[1:] if not row.scales or "digits" in row.scales])
     for place, full in found.items():
         row = table.rows[place]
         differ = {path for path in full if full[path] != base[path]}
         assert row.group and "efault" in row.group and row.control is False and row.paper == ()
         if row.stream or row.network:
             assert not differ, "read from the runs of the defaults, which cost nothing more"
+        elif row.label == "First reading":
+            assert differ == {"method." + path for path in READING if path != "pseudo.threshold"}
         else:
+            views = {f"method.mixe.{kind}_views" for kind in ("labelled", "unlabelled")}
+            differ -= views if "method.mixe.train_images" in differ else set()  # views of images that are left out
             assert len(differ) == 1 or differ == {"data.batch_labelled", "data.batch_unlabelled"}
     groups = [row.group for row in table.rows]
     assert len(set(groups)) == sum(a != b for a, b in zip(groups, ["", *groups], strict=False)) + 1, "each in one place"
@@ -181,7 +187,7 @@ def test_a_table_of_the_papers_has_no_such_section(tmp_path: Path) -> None:
     assert (
         design_choices.build_choices(tables.collect_results(plan, store), evaluate_claims(plan, store.records())) == []
     )
-    assert design_choices.answer([]) == "" and design_choices.to_markdown([]) == []
+    assert design_choices.answer([]) == "" and design_choices.choices_markdown([]) == []
 
 
 class Text(HTMLParser):
@@ -235,7 +241,7 @@ def test_rows_that_wait_have_a_dash_a_reason_and_no_run(tmp_path: Path) -> None:
     assert results.counts() == {"missing": 2, "done": 10}, (
         "unique runs; the row that waits has none, streams share theirs"
     )
-    lines = [line for line in long_form.long(results) if line["row"] == "late"]
+    lines = [line for line in long_form.to_rows(results) if line["row"] == "late"]
     assert {(line["state"], line["run_id"], line["miou"]) for line in lines} == {("unavailable", "", None)}
     assert [reason for reason in exports.reasons(results) if "not available" in reason] == [
         "not available: method.clip.weights is not given: row 5"

@@ -220,7 +220,7 @@ def test_verify_finds_damage_and_older_revisions_and_moves_nothing(home: Store, 
     from viladiff.runs import checkpoint
 
     (home.directory(BEGUN) / "checkpoint.pt").unlink()
-    checkpoint.save(home.directory(ONE.run_id) / "checkpoint.pt", {"step": 600})
+    checkpoint.save_checkpoint(home.directory(ONE.run_id) / "checkpoint.pt", {"step": 600})
     text = runs("verify")
     assert text.count("configuration matches name") == 3 and "at step 600" in text and text.endswith("4 good, 0 bad\n")
     put(home, older := bound(ONE, core_revision=0))

@@ -280,7 +280,7 @@ def test_controls_come_last_have_letters_and_are_never_the_best(tmp_path: Path) 
     results = tables.collect_results(
         *study(tmp_path, lambda row, column, seed: 0.9 if row == 3 else rising(row, column, seed))
     )
-    found = exports.lines(results, "miou")
+    found = exports.export_rows(results, "miou")
     assert [line.number for line in found] == ["1", "2", "3", "a"]
     assert [[cell[1] for cell in line.cells] for line in found] == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
     assert found[3].cells[0][3] == "" and found[2].cells[1][3] == "—"
@@ -289,7 +289,7 @@ def test_controls_come_last_have_letters_and_are_never_the_best(tmp_path: Path) 
 def test_one_measured_row_is_not_the_best_and_an_empty_column_has_no_axis(tmp_path: Path) -> None:
     few = {(0, 0), (3, 0)}  # of the first column one row and a control, of the second none
     results = tables.collect_results(*study(tmp_path, lambda *at: rising(*at) if at[:2] in few else None))
-    assert not any(cell[1] for line in exports.lines(results, "miou") for cell in line.cells)
+    assert not any(cell[1] for line in exports.export_rows(results, "miou") for cell in line.cells)
     rows, axes = table_views.seed_dots(results, table_views.table_rows(results, "miou", table_views.Reasons()))
     assert axes[0] and axes[1] == [] and all(line.tracks[1] == ([], None) for line in rows)
     assert len(rows[0].tracks[0][0]) == 3 and not rows[1].tracks[0][0]
@@ -299,11 +299,11 @@ def test_one_measured_row_is_not_the_best_and_an_empty_column_has_no_axis(tmp_pa
 
 def test_runs_that_should_be_alike_and_are_not_are_flagged(tmp_path: Path) -> None:
     plan, store = study(tmp_path, rising, (0,))
-    assert not any(fact.mixed for fact in provenance.facts(tables.collect_results(plan, store)))
+    assert not any(fact.mixed for fact in provenance.run_facts(tables.collect_results(plan, store)))
     place = store.directory(name(0, 0, 0)) / "record.json"
     save_record(record(name(0, 0, 0), 0.4, threads=4, git={"revision": "f" * 40, "dirty": True}, scale="other"), place)
     results = tables.collect_results(plan, store)
-    mixed = {fact.name: str(fact) for fact in provenance.facts(results) if fact.mixed}
+    mixed = {fact.name: str(fact) for fact in provenance.run_facts(results) if fact.mixed}
     assert mixed.keys() == {"Threads", "Code revision", "Made for scale"}
     assert mixed["Code revision"] == "abcdef012345 (7 runs); ffffffffffff with uncommitted changes (1 run)"
 

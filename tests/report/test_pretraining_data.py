@@ -74,18 +74,21 @@ def test_captioner_and_text_encoder() -> None:
 
 def test_a_page_counts_the_runs_of_each() -> None:
     records = [like(pretrained=name) for name in ("none", "none", "timm resnet18.a1_in1k")]
-    facts = {fact.name: str(fact) for fact in provenance.shared(records)}
+    facts = {fact.name: str(fact) for fact in provenance.shared_facts(records)}
     assert facts["Image encoder was trained on"] == "nothing (2 runs); ImageNet-1k, with labels (1 run)"
     assert "Captioner was trained on" not in facts
 
 
 def test_a_page_says_what_runs_said() -> None:
     noted = [like(), like(notes=["guided by words", "guided by words"]), like(notes=["guided by words", "3 cut"])]
-    facts = {fact.name: str(fact) for fact in provenance.shared(noted)}
+    facts = {fact.name: str(fact) for fact in provenance.shared_facts(noted)}
     assert facts["Said by runs"] == "guided by words (2 runs); 3 cut (1 run)"
-    assert str(next(f for f in provenance.shared(noted[:2]) if f.name == "Said by runs")) == "guided by words (1 run)"
-    assert not any(fact.mixed for fact in provenance.shared(noted) if fact.name == "Said by runs")
-    assert "Said by runs" not in {fact.name for fact in provenance.shared(noted[:1])}
+    assert (
+        str(next(f for f in provenance.shared_facts(noted[:2]) if f.name == "Said by runs"))
+        == "guided by words (1 run)"
+    )
+    assert not any(fact.mixed for fact in provenance.shared_facts(noted) if fact.name == "Said by runs")
+    assert "Said by runs" not in {fact.name for fact in provenance.shared_facts(noted[:1])}
 
 
 def test_the_table_names_our_data_sets_only() -> None:

@@ -24,10 +24,10 @@ import torch
 
 from viladiff.core.environment import peak_memory
 from viladiff.evaluation import evaluator
-from viladiff.runs.checkpoint import load, save
+from viladiff.runs.checkpoint import load_checkpoint, save_checkpoint
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.lease import LeaseLostError, acquire_or_raise
-from viladiff.training.errors import RunIdMismatch, TrainingError
+from viladiff.training.errors import RunIdMismatchError, TrainingError
 from viladiff.training.trainer import StopRequested, Trainer, fit, lr_factor, param_groups
 
 TINY = {
@@ -49,7 +49,7 @@ def config(out: Path, **changes: Any) -> RunConfig:
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    state = load(directory / "checkpoint.pt")
+    state = load_checkpoint(directory / "checkpoint.pt")
     assert state is not None
     return state["method"]
 
@@ -150,7 +150,7 @@ def test_kill_9_at_seeded_moments_then_resume_is_bit_for_bit(tmp_path: Path) -> 
 
 def _step(directory: Path) -> int:
     try:
-        state = load(directory / "checkpoint.pt")
+        state = load_checkpoint(directory / "checkpoint.pt")
     except ValueError:
         return 0
     return 0 if state is None else state["step"]
@@ -197,7 +197,7 @@ def test_a_lease_is_taken_for_the_planned_run_alone_and_ends_it_when_lost(tmp_pa
     cfg = config(tmp_path)
     with (
         acquire_or_raise(tmp_path / ("0" * 16)) as lease,
-        pytest.raises(RunIdMismatch, match="planned as 0000000000000000"),
+        pytest.raises(RunIdMismatchError, match="planned as 0000000000000000"),
     ):
         fit(cfg, lease=lease)
     assert [path.name for path in tmp_path.iterdir()] == ["0" * 16], "nothing was trained under another name"
@@ -220,17 +220,19 @@ def test_wall_time_and_memory_are_those_of_all_legs_and_of_this_run_alone(tmp_pa
     with pytest.raises(StopRequested):
         fit(cfg, report=leave)
     checkpoint = tmp_path / Trainer(cfg).name / "checkpoint.pt"
-    state = load(checkpoint)
+    state = load_checkpoint(checkpoint)
     assert state is not None and 0 < state["peak_memory"] < before - 400_000_000
     state["peak_memory"] = before
-    save(checkpoint, state)
+    save_checkpoint(checkpoint, state)
     begun = time.time()
     record = fit(cfg).record
     took = time.time() - begun
     assert record.wall_seconds is not None and took + 0.5 < record.wall_seconds < took + state["wall_seconds"] + 0.5
     assert record.peak_memory_bytes == before, "the first leg held more"
     (checkpoint.parent / "record.json").unlink()
-    save(checkpoint, {name: value for name, value in state.items() if name not in ("wall_seconds", "peak_memory")})
+    save_checkpoint(
+        checkpoint, {name: value for name, value in state.items() if name not in ("wall_seconds", "peak_memory")}
+    )
     record = fit(cfg).record
     assert record.wall_seconds is None and record.peak_memory_bytes is None, "an older checkpoint does not tell"
 
@@ -426,10 +428,10 @@ def test_a_worker_without_a_validation_image_does_not_hang_the_others(tmp_path: 
 
 def test_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     result = fit(config(tmp_path, train__steps=2))
-    state = load(result.directory / "checkpoint.pt")
+    state = load_checkpoint(result.directory / "checkpoint.pt")
     assert state is not None
     del state["method"]["student.classifier.fine.weight"]
-    save(result.directory / "checkpoint.pt", state)
+    save_checkpoint(result.directory / "checkpoint.pt", state)
     (result.directory / "record.json").unlink()
     with pytest.raises(ValueError, match=r"checkpoint.pt is of another version"):
         fit(config(tmp_path, train__steps=2))

@@ -131,8 +131,8 @@ class Reader(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """matplotlib takes seconds, and tests/report/test_figures.py looks at what it draws."""
-    monkeypatch.setattr(figures, "save", lambda *_: [])
+    """Drawing with matplotlib takes seconds, and tests/report/test_figures.py looks at what it draws."""
+    monkeypatch.setattr(figures, "save_figures", lambda *_: [])
 
 
 def comparison(difference: float) -> Comparison:
@@ -180,7 +180,7 @@ def test_figures_are_files_beside_the_page_and_it_names_them(tmp_path: Path, mon
         assert drawn.keys() == {"sup", "total"}
         return [folder / "scores.png"]
 
-    monkeypatch.setattr(figures, "save", save)
+    monkeypatch.setattr(figures, "save_figures", save)
     assert "figures/scores.png" in {attrs.get("href") for _, attrs in render(tmp_path, rising).tags}
 
 
