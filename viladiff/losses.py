@@ -6,7 +6,6 @@ the data goes through ``distributed_mean``. All return scalars unless they say o
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from viladiff.config.base import did_you_mean
 from viladiff.data.batch import IGNORE
 
 
@@ -249,8 +249,7 @@ def image_mean(loss: Tensor, counted: Tensor) -> Tensor:
 def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ValueError for a value that is not allowed, with ``field``, the allowed values and the nearest one."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
-        raise ValueError(f"{field} = {value!r}: must be one of {', '.join(allowed)}; did you mean {near[0]!r}?")
+        raise ValueError(f"{field} = {value!r}: must be one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")
 
 
 def _workers() -> int:

@@ -90,13 +90,13 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
 
 
 def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
-    read = cli.read_arguments(
+    read = cli.parse_arguments(
         cli.command_parser(), ["train", "seed=1", "--runs-dir", "here", "train.steps=5", "--restart", "data.split=92"]
     )
     assert read.fields == ["seed=1", "train.steps=5", "data.split=92"] and read.runs_dir == "here" and read.restart
-    assert cli.read_arguments(cli.command_parser(), ["train", "--runs-dir", "a=b"]).fields == []
+    assert cli.parse_arguments(cli.command_parser(), ["train", "--runs-dir", "a=b"]).fields == []
     for command in (["table", "5"], ["sweep", "lambda"]):
-        read = cli.read_arguments(
+        read = cli.parse_arguments(
             cli.command_parser(), [*command, "--dry-run", "train.steps=5", "--seeds", "2", "seed=1"]
         )
         assert read.changes == ["train.steps=5", "seed=1"] and read.dry_run and read.seeds == "2"
@@ -106,7 +106,7 @@ def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["doctor", "a=b"], "unrecognized arguments: a=b"),
     ):
         with pytest.raises(SystemExit):
-            cli.read_arguments(cli.command_parser(), words)
+            cli.parse_arguments(cli.command_parser(), words)
         assert wrong in capsys.readouterr().err
 
 

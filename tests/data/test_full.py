@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from viladiff.config.sections import DATASETS, POOL
-from viladiff.data.full import ALL, base_split
 from viladiff.data.registry import load_dataset
+from viladiff.data.splits import ALL, base_split
 from viladiff.runs.config import RunConfig, override
 
 

@@ -30,10 +30,9 @@ from viladiff.data.transforms.mixing import (
 from viladiff.losses import feature_distillation, logit_distillation
 from viladiff.methods import METHODS, pseudoseg
 from viladiff.methods.allspark import AllSpark, AllSparkConfig
-from viladiff.methods.base import Method
+from viladiff.methods.base import Method, turn_length
 from viladiff.methods.corrmatch import Correlation, CorrMatchConfig, correlated
 from viladiff.methods.psmt import PsMt, VatConfig, bounded_momentum
-from viladiff.methods.two_teachers import turn_length
 from viladiff.models.baselines.allspark import AllSparkBlock, ChannelAttention
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.diffusion import add_gaussian_noise, alpha_bar

@@ -15,7 +15,8 @@ import pytest
 
 from viladiff.cli.main import main as viladiff
 from viladiff.cli.sweeps import sweep_parser
-from viladiff.experiments import sweep_messages, sweep_setup, sweeps
+from viladiff.experiments import sweep_setup, sweeps
+from viladiff.experiments.sweeps import conclusion
 from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.finals import Finalist, compare_finalists, finalists, format_verdict
 from viladiff.sweeps.space import Dimension, edges, grid, shrunk
@@ -516,7 +517,7 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
             desk.finished(run.run_id, {"state": "done", "miou": fit(cfg).miou})
     trials = desk.search.trials
     assert [trial.state for trial in trials] == ["complete"] and desk.over
-    printed = shlex.split(sweep_messages.conclusion(job, trials, [])[-1])
+    printed = shlex.split(conclusion(job, trials, [])[-1])
     assert viladiff([*printed[1:], "--runs-dir", str(tmp_path / "again"), "--quiet"]) == 0
     (path,) = (tmp_path / "again").glob("*/record.json")
     best = max(trials, key=lambda trial: trial.value or 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from viladiff.tables.paired import CellResidual, Part, contrast_parts, t_test, untestable, variance_model
+from viladiff.tables.paired import CellResidual, Part, contrast_parts, fit_rows, t_test, untestable, variance_model
 from viladiff.tables.significance import LEVEL, CellSample, Samples, Term, f_test
 
 DIFFERENCE = (Term(0, 0, 1), Term(1, 0, -1))

@@ -33,7 +33,7 @@ class CommandParser(argparse.ArgumentParser):
         return parsed, left
 
     def _replacement(self, flag: str) -> str:
-        """The flag to use instead, as the end of a message; empty if there is none."""
+        """Return the flag to use instead, as the end of a message; empty if there is none."""
         known = re.findall(r"--[a-z][a-z-]*", self.format_usage())
         renamed = next((name for name in RENAMED.get(flag, ()) if name in known), None)
         if renamed is not None:

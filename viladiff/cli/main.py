@@ -18,6 +18,7 @@ from viladiff.cli.runs import add_runs
 from viladiff.cli.sweeps import add_sweep_options as add_sweep_options
 from viladiff.cli.tables import add_table_options
 from viladiff.cli.text import add_text
+from viladiff.core.messages import format_value
 
 if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig
@@ -62,7 +63,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; errors of the user are one line each on stderr."""
+    """Run one command and return its exit status; errors of the user are one line each on stderr."""
     args = parse_arguments(command_parser(), argv)
     return run_command(lambda: int(args.run(args)))
 
@@ -277,7 +278,7 @@ def _config(args: argparse.Namespace) -> int:
     table = Table("field", "type", "value", "meaning", box=None, pad_edge=False)
     for prefix in [word for word in args.fields if "=" not in word] or [""]:
         for row in fields_help(prefix, cfg):
-            table.add_row(row.path, row.kind, _text(row.default), " ".join(row.text.split()))
+            table.add_row(row.path, row.kind, format_value(row.default, 6), " ".join(row.text.split()))
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width, markup=False, highlight=False)
     with console.capture() as text:
@@ -325,7 +326,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _print_result(row: dict[str, Any]) -> None:
-    """Prints facts of a run, one a line, and its scores in percent, one network and stream a line.
+    """Print facts of a run, one a line, and its scores in percent, one network and stream a line.
 
     ``row``: scores in [0, 1], under ``miou`` and ``network/stream/score``. Scores by class stay in the record.
     """
@@ -355,7 +356,7 @@ def _fact(name: str, value: object) -> object:
 
 
 def _score(value: object) -> str:
-    """A share in [0, 1] in percent; a count as it is; a dash for what was not measured."""
+    """Format a share in [0, 1] in percent, a count as it is, and a missing value as a dash."""
     return f"{100 * value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
@@ -364,13 +365,4 @@ def _print_facts(facts: dict[str, Any], title: str = "") -> None:
         print(f"\n{title}:")
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {_text(value)}")
-
-
-def _text(value: object) -> str:
-    """Return a value as it is typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(_text(item) for item in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        print(f"{name:<{width}}  {format_value(value, 6)}")

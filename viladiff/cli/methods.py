@@ -71,7 +71,7 @@ def published_lines(method: type[Method]) -> list[str]:
 
 
 def format_methods(as_json: bool, width: int | None, name: str | None = None) -> str:
-    """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
+    """Format the rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
 
     With ``name``, return that method alone with its published settings. Raises ConfigError for an unknown name.
     """

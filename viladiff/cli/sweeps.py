@@ -27,7 +27,7 @@ those scores are reported.
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """What ``tune/sweep_lambda.py`` and ``viladiff sweep lambda`` do; errors of the user are a line each."""
+    """Run a sweep's script, as ``tune/sweep_lambda.py``, or ``viladiff sweep lambda``; print user errors as lines."""
     from viladiff.experiments.sweeps import run_sweep
     from viladiff.experiments.tables import shell_command
 

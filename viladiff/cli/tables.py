@@ -27,7 +27,7 @@ SHARE = "GPUs per run, a fraction or whole ones (default: those of this machine,
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """What ``ablations/run_table5.py`` and ``viladiff table 5`` do; errors of the user are a line each."""
+    """Run a table's script, as ``ablations/run_table5.py``, or ``viladiff table 5``; print user errors as lines."""
     from viladiff.experiments.tables import run_table, shell_command
 
     given = sys.argv[1:] if argv is None else list(argv)

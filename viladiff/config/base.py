@@ -138,10 +138,15 @@ def parse(text: str, kind: Any) -> Any:
     return text
 
 
+def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name most like ``name``; None where none has a similarity (0 to 1) of ``cutoff``."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """Return ``; did you mean 'x'?`` for the known name most like ``name``, or an empty string."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    match = nearest(name, known)
+    return f"; did you mean {match!r}?" if match else ""
 
 
 def unknown_field(path: str, known: Collection[str]) -> str:
@@ -156,12 +161,9 @@ def unknown_field(path: str, known: Collection[str]) -> str:
         section = section.rpartition(".")[0]
     depth = len(section) + 1 if section else 0
     siblings = dict.fromkeys(name[depth:].split(".")[0] for name in known if name[:depth] == path[:depth])
-    match = difflib.get_close_matches(path, list(known), n=1, cutoff=0.6)
-    if not match:
-        last = path.rpartition(".")[2]
-        tails = {name.rpartition(".")[2]: name for name in known}
-        match = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=1, cutoff=0.6)]
-    hint = f"; did you mean {match[0]!r}?" if match else "."
+    tails = {name.rpartition(".")[2]: name for name in known}
+    match = nearest(path, known) or tails.get(nearest(path.rpartition(".")[2], tails) or "")
+    hint = f"; did you mean {match!r}?" if match else "."
     return f"{path}: no such field{hint} Allowed in {section or 'a run'}: {', '.join(siblings)}"
 
 
@@ -253,33 +255,49 @@ def _limit(limit: Any) -> str:
 
 
 def _sentence(path: str, item: Any, known: Collection[str]) -> str:
-    kind, value, ctx = item["type"], item.get("input"), item.get("ctx", {})
-    if kind == "extra_forbidden":
+    if item["type"] == "extra_forbidden":
         return unknown_field(path, known)
-    if kind == "value_error":
-        text = str(ctx["error"])
+    reason = error_reason(item)
+    if item["type"] == "value_error":
         # A section's own check begins with the field that it is about: "steps = 3: ...".
-        return text if not path else f"{path}.{text}" if FIELD_FIRST.match(text) else f"{path}: {text}"
-    if kind == "missing":
-        return f"{path}: missing, and it has no default"
-    signs = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
-    wanted = {"finite_number": "must be a finite number", "string_type": "must be text"}
-    if kind in signs:
-        reason = f"must be {signs[kind]} {ctx[_BOUNDS[kind]]:g}"
-    elif kind == "literal_error":
+        return reason if not path else f"{path}.{reason}" if FIELD_FIRST.match(reason) else f"{path}: {reason}"
+    return f"{path}: {reason}" if item["type"] == "missing" else f"{path} = {item.get('input')!r}: {reason}"
+
+
+def error_reason(item: Mapping[str, Any]) -> str:
+    """Return why pydantic refuses a value, in the project's words and without field and value.
+
+    item: an entry of ``ValidationError.errors()``; that of an unknown key is left to the caller.
+    """
+    kind, value, ctx = item["type"], item.get("input"), item.get("ctx", {})
+    if kind == "value_error":
+        return str(ctx["error"])
+    if kind in _BOUNDS:
+        sign, name = _BOUNDS[kind]
+        return f"must be {sign} {ctx[name]:g}"
+    if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", ctx["expected"])
         if not isinstance(value, str) and str(value) in choices:
-            return f"{path} = {value!r}: must be text, {str(value)!r}"
-        reason = f"allowed: {', '.join(choices) or ctx['expected']}{did_you_mean(str(value), choices)}"
-    elif kind in wanted:
-        reason = wanted[kind]
-    elif kind.startswith(("int_", "float_")):
-        reason = "must be a whole number" if kind.startswith("int_") else "must be a number"
-    elif kind.startswith("model_"):
-        reason = "must be a section of fields"
-    else:
-        reason = item["msg"][0].lower() + item["msg"][1:]
-    return f"{path} = {value!r}: {reason}"
+            return f"must be text, {str(value)!r}"
+        return f"allowed: {', '.join(choices) or ctx['expected']}{did_you_mean(str(value), choices)}"
+    for start, reason in _REASONS.items():
+        if kind.startswith(start):
+            return reason
+    return str(item["msg"][0].lower() + item["msg"][1:])
 
 
-_BOUNDS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+_BOUNDS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": ("≥", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("≤", "le"),
+}
+_REASONS = {
+    "missing": "missing, and it has no default",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "int_": "must be a whole number",
+    "float_": "must be a number",
+    "model_": "must be a section of fields",
+}
+"""Reasons by how the type of an error begins."""

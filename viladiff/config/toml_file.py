@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from viladiff.config import renamed
-from viladiff.config.base import Section, did_you_mean
+from viladiff.config.base import Section, did_you_mean, error_reason
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def format_toml_error(
     sections: Mapping[str, type[Section]],
 ) -> str:
     """Format one pydantic error of a file of ``top``; ``sections`` are in its lists."""
-    loc, value, ctx = list(item["loc"]), item.get("input"), item.get("ctx", {})
+    loc, value = list(item["loc"]), item.get("input")
     section = sections.get(str(loc[0])) if len(loc) > 1 else None
     entry, rest = "", loc
     if section is not None:
@@ -70,16 +69,13 @@ def format_toml_error(
     if item["type"] == "extra_forbidden":
         allowed = [name for name in (section or top).model_fields if section or name != "name"]
         return f"{entry}{field}: no such key{did_you_mean(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
+    reason = error_reason(item)
     if item["type"] == "missing":
-        return f"{entry}{field}: missing, and it has no default"
-    if item["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", ctx["expected"])
-        return f"{entry}{field} = {value!r}: allowed: {', '.join(choices)}{did_you_mean(str(value), choices)}"
-    reason = str(ctx["error"]) if item["type"] == "value_error" else item["msg"][0].lower() + item["msg"][1:]
+        return f"{entry}{field}: {reason}"
     return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
 
 
 def listed(labels: Iterable[str], numbers: Iterable[str] = ()) -> str:
-    """The allowed labels, each behind its number if numbers are given."""
+    """Format the allowed labels, each behind its number if numbers are given."""
     pairs = zip_longest(numbers, labels, fillvalue="")
     return "Allowed: " + ", ".join(f"{number} {label!r}".lstrip() for number, label in pairs)

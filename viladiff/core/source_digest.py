@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from viladiff.core.hashing import file_sha256
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -17,12 +19,13 @@ def code_digest() -> str:
     """Return the digest of the package's sources and shipped weights."""
     total = hashlib.sha256()
     for path in sorted(path for kind in ("*.py", "*.safetensors") for path in _PACKAGE.rglob(kind)):
-        total.update(f"{path.relative_to(_PACKAGE).as_posix()} {_digest(path)}\n".encode())
+        total.update(f"{path.relative_to(_PACKAGE).as_posix()} {file_digest(path)}\n".encode())
     return total.hexdigest()
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or ``missing`` where it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_sha256(path)
     except OSError:
         return "missing"

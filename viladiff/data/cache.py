@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from viladiff.core.hashing import sha256_hex
+
 MANIFEST = "manifest.json"
 LARGE = 2**26
 """Bytes from which a file is known by evenly spaced pieces of it: to read all of it would take longer than its use."""
@@ -44,7 +46,7 @@ def cache_dir() -> Path:
 def fingerprint(*parts: object) -> str:
     """Return 16 hexadecimal digits that name ``parts`` (any JSON values); equal on every machine."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256_hex(text)[:16]
 
 
 def open_or_make(directory: Path, make: Callable[[Path], Facts]) -> Opened:

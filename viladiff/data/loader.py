@@ -25,7 +25,7 @@ from viladiff.data.captions.tags import dataset_tags
 from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
-from viladiff.data.holdout import set_apart
+from viladiff.data.splits import set_apart
 from viladiff.data.transforms.augment import geometric, normalise, strong
 from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from viladiff.config.base import did_you_mean
 from viladiff.config.sections import DataConfig, Sections
 from viladiff.data.cache import fingerprint
 from viladiff.data.captions.files import match, read_captions
@@ -15,15 +16,22 @@ from viladiff.data.captions.table import SIMULATED, Captions, CaptionSource, sim
 from viladiff.data.dataset import Dataset
 from viladiff.data.files.contents import Contents
 from viladiff.data.files.images import FileImages, FileMasks
-from viladiff.data.full import base_split, label_all
-from viladiff.data.holdout import hold_out
 from viladiff.data.sources.ade20k import open_ade20k
 from viladiff.data.sources.cityscapes import open_cityscapes
 from viladiff.data.sources.coco import open_coco
 from viladiff.data.sources.digits import CLASS_NAMES, SCENES, Part, open_pixels, scene_kind, variant_fingerprint
 from viladiff.data.sources.folder import SourceFiles, describe_lists, open_folder
 from viladiff.data.sources.voc import open_voc
-from viladiff.data.splits import VISIBLE, classes_present, labelled_order, nearest, resample, split_size
+from viladiff.data.splits import (
+    VISIBLE,
+    base_split,
+    classes_present,
+    hold_out,
+    label_all,
+    labelled_order,
+    resample,
+    split_size,
+)
 
 
 class DatasetSpec(NamedTuple):
@@ -81,7 +89,7 @@ def load_dataset(
 ) -> Dataset:
     """Open a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
-    split: the name of a list, or "all" (``data.full``). root and split_dir: where the files and the lists of a data set
+    split: the name of a list, or "all" (``label_all``). root and split_dir: where the files and the lists of a data set
     that is not embedded are. holdout: see ``data.holdout``; those images are the validation set where ``scored`` is
     "holdout". family: which of several published lists of that size. reduce_zero_label: see ``data.ade20k``. captions:
     a file of captions in place of the data set's own. simulated: who writes those of an embedded data set. Raises
@@ -89,7 +97,9 @@ def load_dataset(
     cannot be used.
     """
     if name not in READERS:
-        raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, tuple(READERS))}")
+        raise ValueError(
+            f"data.dataset = {name!r}: unknown; allowed: {', '.join(READERS)}{did_you_mean(name, READERS)}"
+        )
     asked = DatasetSpec(name, split, split_seed, root, split_dir, holdout, scored, family, reduce_zero_label, captions)
     asked = asked._replace(simulated=simulated)
     whole = READERS[name](asked._replace(split=base_split(name, split, family)))

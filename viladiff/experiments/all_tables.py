@@ -12,13 +12,15 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from viladiff.config.base import parse_overrides
+from viladiff.core.messages import format_seconds
 from viladiff.experiments.tables import TableJob, plan_table, seeds_of
-from viladiff.report.provenance import duration
 from viladiff.runs.job import ExecutionSettings
 from viladiff.tables.cells import cells, unavailable
 from viladiff.tables.estimate import estimate
 from viladiff.tables.plan import Plan
 from viladiff.tables.spec_file import load_table
+
+UNKNOWN = "a time that is not known"
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, 
         asked = ExecutionSettings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
         room = concurrency(asked, left)
         alone, guess = (estimate(plan, job.store, n, args.hourly_price) for n in (1, room.slots if room else 1))
-        together = f", {_said(guess.seconds)} with {room.slots} at once" if room else ""
+        together = f", {format_seconds(guess.seconds, UNKNOWN)} with {room.slots} at once" if room else ""
         lines |= {
             "done": f"{guess.done} of {guess.runs} runs",
-            "time": f"{_said(alone.seconds)} of work left{together} ({guess.basis})",
+            "time": f"{format_seconds(alone.seconds, UNKNOWN)} of work left{together} ({guess.basis})",
         }
         lines |= {"cost": f"{guess.cost:.2f}"} if guess.cost is not None else {}
     waiting = sum(share.waiting for share in shares)
@@ -117,13 +119,9 @@ def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
     return replace(jobs[0].plan, cells=every, runs=runs, unavailable={}), jobs[0]
 
 
-def _said(seconds: float | None) -> str:
-    return "unknown" if seconds is None else duration(seconds)
-
-
 def _left(share: TableShare) -> tuple[str, str]:
     """Return the state of a table, and the time of its remaining runs alone."""
     if share.job is None:
         return "?", "?"
     guess = estimate(share.job.plan, share.job.store)
-    return str(guess.done), _said(guess.seconds)
+    return str(guess.done), format_seconds(guess.seconds, UNKNOWN)

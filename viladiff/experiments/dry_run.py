@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from viladiff.core.messages import format_seconds
 from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import estimate
@@ -49,6 +50,7 @@ def print_dry_run(
     many = f"{room.slots} at once" if room else "as many at once as the cluster can run"
     workers = max((run.workers for run in left), default=1)
     each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
+    about = "" if guess.seconds is None else "about "
     spread = "" if room else " of sequential work"
     lists = {"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {}
     lines = {
@@ -57,7 +59,7 @@ def print_dry_run(
         + (f"{workers} workers with {each}" if workers > 1 else each),
         **lists,
         **({"GPUs": room.note} if room and room.note else {}),
-        "time": f"{_span(guess.seconds)}{spread} ({guess.basis})",
+        "time": f"{about}{format_seconds(guess.seconds, 'unknown')}{spread} ({guess.basis})",
         **({} if guess.cost is None else {"cost": f"{guess.cost:.2f}"}),
         **({} if beside is None else {"records": _committed(*beside)}),
         "runs": str(store.root),
@@ -121,11 +123,3 @@ def _cell(plan: Plan, found: dict[str, State], row: int, column: int) -> str:
 
 def _listed(numbers: tuple[int, ...]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _span(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
+from viladiff.core.messages import format_seconds
 from viladiff.runs.job import Event
 from viladiff.tables.plan import Plan
 
@@ -226,7 +227,7 @@ class LiveTable:
         for name in active[:shown]:
             run = self.runs[name]
             pace = self._own_pace(run)
-            rest = "" if pace is None else _span(pace * (run.steps - run.step))
+            rest = "" if pace is None else format_seconds(pace * (run.steps - run.step))
             loss = "" if run.loss is None else f"loss {run.loss:.3f}"
             bar = ProgressBar(total=max(1, run.steps), completed=run.step)
             title = Text(self.plan.runs[name].title)
@@ -249,8 +250,8 @@ class LiveTable:
         parts += [f"{self.count('elsewhere')} with another driver"] if self.count("elsewhere") else []
         left = self.left()
         if left is not None and self.count("waiting", "running", "elsewhere"):
-            parts.append(f"{_span(left)} left")
-        return ", ".join([*parts, f"{_span(self.clock() - self._begun)} so far"])
+            parts.append(f"{format_seconds(left)} left")
+        return ", ".join([*parts, f"{format_seconds(self.clock() - self._begun)} so far"])
 
     def _line(self) -> None:
         self._spoken = self.clock()
@@ -259,13 +260,3 @@ class LiveTable:
 
 def _moving(run: RunStatus) -> bool:
     return run.state == "running" and run.first is not None and run.step > run.first[1]
-
-
-def _span(seconds: float) -> str:
-    """Format seconds: ``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

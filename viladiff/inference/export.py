@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from viladiff.core.atomic import name_file_in_errors, sync_directory
+from viladiff.core.messages import format_value
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.complexity import cost_facts, costs
 from viladiff.inference.load import load_run, text_dim
@@ -227,11 +228,7 @@ def _origin(record: RunRecord) -> dict[str, object]:
 
 def _command(record: RunRecord) -> str:
     """Return the command that trains the run: its fields that are not at their default."""
-    words = [f"{path}={_typed(value)}" for path, value in record.changed.items() if not path.startswith("runtime.")]
+    words = [
+        f"{path}={format_value(value)}" for path, value in record.changed.items() if not path.startswith("runtime.")
+    ]
     return " ".join(["viladiff train", *map(shlex.quote, words)])
-
-
-def _typed(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(_typed, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -7,22 +7,25 @@ through this class.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.config.base import Section
-from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.data.transforms.mixing import apply_cutmix
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import apply_cutmix, pair_partner
 from viladiff.losses import ignore_aware_mean, ohem_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
+from viladiff.models.segmenter import DualNetwork, NetworkFactory
 
 if TYPE_CHECKING:
     from viladiff.methods.published import PublishedSetting
-    from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
+    from viladiff.models.segmenter import Network, Segmenter
 
 
 class OhemConfig(Section):
@@ -250,8 +253,59 @@ def apply_cutmix_to(batch: Batch, view: int, *maps: Tensor) -> tuple[Tensor, ...
     return tuple(apply_cutmix(x, batch.mix[view]) for x in maps) if batch.mix else maps
 
 
+def keyed_boxes(
+    batch: Batch,
+    step: Step,
+    name: str,
+    draw: Callable[[Sequence[np.random.Generator], np.random.Generator, int], Tensor],
+) -> CutMix:
+    """Draw the CutMix boxes and partners of the unlabelled images with generators keyed by ``name``.
+
+    draw: (one generator an image, one for the step, side of a crop in pixels) -> boxes (U, 4).
+    """
+    device, key = batch.valid.device, (step.seed, name, step.index)
+    rngs = [keyed_random.numpy_generator(*key, image) for image in batch.keys_u]
+    boxes = draw(rngs, keyed_random.numpy_generator(*key, "coin"), batch.valid.shape[-1])
+    return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
+
+
 def steps_after(warmup: float, step: Step) -> int:
     """Return the steps between the end of a warm-up, a share of training, and ``step``; 0 within it and at its end."""
     if not step.index or step.progress < warmup:
         return 0
     return step.index - math.ceil(warmup * step.index / step.progress - 1e-6)
+
+
+class TwoTeachers(Method):
+    """``teachers`` start as copies of the student, get no gradient and are always in evaluation mode."""
+
+    def __init__(self, cfg: Any, build: NetworkFactory) -> None:
+        super().__init__(cfg, build)
+        self.teachers = DualNetwork(frozen_copy(self.student), frozen_copy(self.student))
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+
+def turn_length(step: Step, period: float) -> float:
+    """Return the steps of a teacher's turn: ``period``, a share of training, and at least two steps.
+
+    Published code counts epochs, whose length depends on the data set. At the first step the run's length is unknown:
+    2.
+    """
+    return max(2.0, period * step.index / step.progress) if step.index else 2.0
+
+
+def turn(step: Step, period: float, ahead: int = 0) -> tuple[int, int]:
+    """Return the number of the turn of the step ``ahead`` of this one, from 0, and the turn's steps before it.
+
+    At the first step the run's length is unknown and not needed.
+    """
+    index = step.index + ahead
+    if step.index == 0:
+        return 0, index
+    length = turn_length(step, period)
+    number = int((index + 1e-6) / length)
+    return number, index - math.ceil(number * length - 1e-6)

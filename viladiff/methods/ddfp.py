@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from viladiff.config.base import Section
 from viladiff.core import keyed_random
-from viladiff.data.batch import IGNORE, Batch, CutMix, Losses, Step, Views
-from viladiff.data.transforms.mixing import apply_cutmix, half_boxes, pair_partner
+from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
+from viladiff.data.transforms.mixing import apply_cutmix, half_boxes
 from viladiff.losses import cross_entropy, distributed_mean
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
@@ -40,6 +40,7 @@ from viladiff.methods.base import (
     Reference,
     StepCost,
     TeacherConfig,
+    keyed_boxes,
     steps_after,
 )
 from viladiff.methods.published import PublishedSetting
@@ -141,7 +142,7 @@ class Ddfp(MeanTeacher):
     def _teach(self, batch: Batch, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(batch.image), batch.image.shape[-2:]
         strong, valid = batch.strong[0], batch.valid
-        mix = self._boxes(batch, step) if cfg.cutmix else None
+        mix = keyed_boxes(batch, step, "ddfp-cut", half_boxes) if cfg.cutmix else None
         with torch.no_grad():
             seen = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]))["visual"]
             confidence, labels = upsample(seen.logits[labelled:], size).softmax(1).max(1)
@@ -194,12 +195,6 @@ class Ddfp(MeanTeacher):
             return (self.flow.nll(mid.flatten(2).mT.flatten(0, 1)) * counted).sum()
 
         return rarity
-
-    def _boxes(self, batch: Batch, step: Step) -> CutMix:
-        device, name = batch.valid.device, (step.seed, "ddfp-cut", step.index)
-        rngs = [keyed_random.numpy_generator(*name, key) for key in batch.keys_u]
-        boxes = half_boxes(rngs, keyed_random.numpy_generator(*name, "coin"), batch.valid.shape[-1])
-        return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 
 
 def lower_density(features: list[Tensor], nll: Callable[[list[Tensor]], Tensor], radius: float) -> list[Tensor]:

@@ -22,12 +22,22 @@ from torch import Tensor, nn
 
 from viladiff.config.base import Section
 from viladiff.core import keyed_random
-from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
-from viladiff.data.transforms.mixing import apply_cutmix, beta_boxes, pair_partner
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import apply_cutmix, beta_boxes
 from viladiff.losses import distributed_mean, pixel_cross_entropy
-from viladiff.methods.base import MethodConfig, PredictConfig, PseudoConfig, Reference, StepCost, TeacherConfig
+from viladiff.methods.base import (
+    MethodConfig,
+    PredictConfig,
+    PseudoConfig,
+    Reference,
+    StepCost,
+    TeacherConfig,
+    TwoTeachers,
+    keyed_boxes,
+    turn,
+    turn_length,
+)
 from viladiff.methods.published import PublishedSetting
-from viladiff.methods.two_teachers import TwoTeachers, turn, turn_length
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Network, NetworkFactory, upsample
@@ -120,7 +130,7 @@ class PsMt(TwoTeachers):
             confidence, labels = upsample(self._pseudo_logits(batch.weak[0], step), size).softmax(1).max(1)
         strong, valid = batch.strong[0], batch.valid
         if cfg.cutmix:
-            mix = self._boxes(batch, step)
+            mix = keyed_boxes(batch, step, "psmt-boxes", lambda draws, _, size: beta_boxes(draws, size))
             strong, confidence, labels, valid = (apply_cutmix(x, mix) for x in (strong, confidence, labels, valid))
         features = self.student.encode(torch.cat([image, strong]))
         if cfg.vat.epsilon:
@@ -169,12 +179,6 @@ class PsMt(TwoTeachers):
         start = [part.view_as(level) for part, level in zip(uniform.split(sizes, 1), features, strict=True)]
         vat = self.cfg.vat
         return virtual_adversarial(features, self.teachers.grid_logits, start, vat.epsilon, vat.xi)
-
-    def _boxes(self, batch: Batch, step: Step) -> CutMix:
-        device = batch.valid.device
-        rngs = [keyed_random.numpy_generator(step.seed, "psmt-boxes", step.index, key) for key in batch.keys_u]
-        boxes = beta_boxes(rngs, batch.valid.shape[-1])
-        return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 
     @torch.no_grad()
     def pseudo_labels(

@@ -31,9 +31,10 @@ from viladiff.methods.base import (
     Reference,
     StepCost,
     TeacherConfig,
+    TwoTeachers,
+    turn,
 )
 from viladiff.methods.published import PublishedSetting
-from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
 

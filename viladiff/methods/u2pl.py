@@ -33,8 +33,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.core import keyed_random
-from viladiff.data.batch import IGNORE, Batch, CutMix, Losses, Step, Views
-from viladiff.data.transforms.mixing import apply_cutmix, half_boxes, pair_partner
+from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
+from viladiff.data.transforms.mixing import apply_cutmix, half_boxes
 from viladiff.losses import (
     all_gather,
     all_reduce_sum,
@@ -49,6 +49,7 @@ from viladiff.methods.base import (
     Reference,
     StepCost,
     TeacherConfig,
+    keyed_boxes,
     steps_after,
 )
 from viladiff.methods.published import PublishedSetting
@@ -172,7 +173,7 @@ class U2pl(MeanTeacher):
     def _teach(self, batch: Batch, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(batch.image), batch.image.shape[-2:]
         weak, valid = batch.weak[0], batch.valid
-        mix = self._boxes(batch, step) if cfg.cutmix else None
+        mix = keyed_boxes(batch, step, "u2pl-cutmix", half_boxes) if cfg.cutmix else None
         images = torch.cat([batch.image, weak if mix is None else apply_cutmix(weak, mix)])
         with torch.no_grad():
             found = self.teacher.streams(torch.cat([weak, images]))["visual"]
@@ -244,12 +245,6 @@ class U2pl(MeanTeacher):
         if seen:
             for kind in zip(*seen, strict=True):  # labelled images, then the others
                 self.banks.push(*(torch.cat(parts) for parts in zip(*kind, strict=True)))
-
-    def _boxes(self, batch: Batch, step: Step) -> CutMix:
-        device, name = batch.valid.device, (step.seed, "u2pl-cutmix", step.index)
-        rngs = [keyed_random.numpy_generator(*name, key) for key in batch.keys_u]
-        boxes = half_boxes(rngs, keyed_random.numpy_generator(*name, "coin"), batch.valid.shape[-1])
-        return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from viladiff.core.messages import format_seconds
 from viladiff.report.sections import pretraining_data
 from viladiff.report.table.results import CellRun, Results, number
 from viladiff.runs.record import RunRecord, mismatch
@@ -114,8 +115,8 @@ def spent(records: Sequence[RunRecord]) -> dict[str, str]:
     peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     unknown = len(records) - len(walls)
     return {
-        "Wall time, all runs added": duration(sum(walls)) + (f", {unknown} runs not known" if unknown else ""),
-        "Training time, all runs added": duration(sum(record.train_seconds for record in records)),
+        "Wall time, all runs added": format_seconds(sum(walls)) + (f", {unknown} runs not known" if unknown else ""),
+        "Training time, all runs added": format_seconds(sum(record.train_seconds for record in records)),
         "Most memory of a run's process": f"{max(peaks) / 2**30:.1f} GiB" if peaks else "not known",
     }
 
@@ -124,17 +125,6 @@ def _fact(name: str, values: Iterable[object], one: bool) -> Fact:
     said = sorted("not recorded" if value is None else str(value) for value in values)
     counted = sorted(((value, len(list(same))) for value, same in groupby(said)), key=lambda pair: (-pair[1], pair[0]))
     return Fact(name, tuple(counted), one and len(counted) > 1)
-
-
-def duration(seconds: float | None) -> str:
-    """Format seconds: ``2 h 5 min``, ``3 min 20 s``, ``8 s``; a dash if unknown."""
-    if seconds is None:
-        return "—"
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ SHA-256 of each; no checkpoints. Records have no machine paths. Equal runs give 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import file_sha256, sha256_hex
 from viladiff.runs.maintenance import CHECKPOINTS, contradiction
 from viladiff.runs.record import parse_record, record_bytes, strip_local_paths
 from viladiff.runs.store import Store
@@ -48,7 +48,7 @@ def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
             file = store.file(run_id, PARTS[part])
             if file is not None:
                 members[f"{part}/{run_id}{file.suffix}"] = file.read_bytes()
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    sums = {name: sha256_hex(data) for name, data in members.items()}
     write_atomically(path, _pack({**members, _SUMS: json.dumps(sums, indent=1).encode()}))
     return sum(name.startswith("records/") for name in members)
 
@@ -112,7 +112,7 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
         sums = dict(json.loads((folder / _SUMS).read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {_SUMS} cannot be read; nothing was imported") from error
-    found = {name: _digest(folder / name) for name in names if name != _SUMS}
+    found = {name: file_sha256(folder / name) for name in names if name != _SUMS}
     if sums != found:
         wrong = sorted(set(found) ^ set(sums)) or [name for name in found if sums[name] != found[name]]
         raise ValueError(f"{path}: {wrong[0]} does not match {_SUMS}; nothing was imported")
@@ -132,11 +132,6 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
             raise ValueError(f"{path}: {name} cannot be read; nothing was imported")
         runs.setdefault(run_id, {})[PARTS[part]] = folder / name
     return runs
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_arrays(path: Path) -> bool:

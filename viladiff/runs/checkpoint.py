@@ -31,7 +31,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, str, bool, bytes, type(N
 
 
 def save_checkpoint(path: Path | str, state: dict[str, Any], keep_previous: bool = True) -> None:
-    """Writes ``state`` so that ``path`` holds either the old or the new checkpoint, whole, whenever the process dies.
+    """Write ``state`` so that ``path`` holds either the old or the new checkpoint, whole, whenever the process dies.
 
     The previous one is kept as ``<stem>.prev<suffix>``. One process writes to a path at a time. Raises ValueError for a
     value that is not a tensor, number, text, None, or a dict, list or tuple of those: loading it would mean running
@@ -63,7 +63,7 @@ def previous(path: Path | str) -> Path:
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
-    """The newest state to go on from: ``path``, else the previous one if only that is there, else None.
+    """Return the newest state to go on from: ``path``, else the previous one if only that is there, else None.
 
     A damaged file is an error, never skipped: resuming from an older state is the user's choice. Raises ValueError as
     ``load_file``.

@@ -12,6 +12,7 @@ from typing import Any
 
 from viladiff.config import renamed
 from viladiff.config.base import did_you_mean
+from viladiff.core.messages import format_value
 from viladiff.runs.gradient_shares import THIRDS, by_thirds
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
@@ -121,7 +122,7 @@ def explain_no_match(rows: Sequence[RunRow], filters: Sequence[str], state: str 
     """Return the message for an empty selection: the values that the fields have."""
     for word in filters:
         name, _, text = word.partition("=")
-        values = {typed(_value(row, name)) for row in rows if _value(row, name) is not None}
+        values = {format_value(_value(row, name), 6) for row in rows if _value(row, name) is not None}
         if text not in values:
             shown = ", ".join(sorted(values, key=_natural)[:12])
             return f"No run has {word}; {name} is one of {shown}{did_you_mean(text, values)}"
@@ -163,7 +164,7 @@ def ordered(rows: Iterable[RunRow], column: str = "", reverse: bool = False) -> 
     if column and rows and column not in _fields(rows):
         raise ValueError(f"--sort {column}: no such column{did_you_mean(column, _fields(rows))}")
     keys = (column, *DEFAULT_ORDER) if column else DEFAULT_ORDER
-    out = sorted(rows, key=lambda row: [_natural(typed(_value(row, key))) for key in keys], reverse=reverse)
+    out = sorted(rows, key=lambda row: [_natural(format_value(_value(row, key), 6)) for key in keys], reverse=reverse)
     return sorted(out, key=lambda row: _value(row, keys[0]) is None)
 
 
@@ -186,11 +187,11 @@ def _has(row: RunRow, name: str) -> bool:
 
 def _is(value: Any, text: str) -> bool:
     if value is None or isinstance(value, bool | str):
-        return typed(value) == text.strip()
+        return format_value(value, 6) == text.strip()
     try:
         return bool(value == float(text))
     except (ValueError, TypeError):
-        return typed(value) == text.replace(" ", "").strip("()[]")
+        return format_value(value, 6) == text.replace(" ", "").strip("()[]")
 
 
 def _natural(text: str) -> list[tuple[int, float, str]]:
@@ -202,23 +203,14 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
         return [(0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in parts if part]
 
 
-def typed(value: object) -> str:
-    """Return a value as it is typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(typed(item) for item in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 # Printing
 
 
 def print_rows(rows: Sequence[RunRow]) -> None:
-    """The list; mIoU in percent."""
+    """Print the list, mIoU in percent."""
     lines = []
     for row in rows:
-        differs = " ".join(f"{name}={typed(value)}" for name, value in row.differs.items()) or row.note
+        differs = " ".join(f"{name}={format_value(value, 6)}" for name, value in row.differs.items()) or row.note
         facts = [row.method, row.dataset, row.split, row.seed, differs, row.steps]
         when = row.when or ("published" if row.published else "")
         lines.append((row.run_id, *facts, _percent(row.miou), row.state, when, row.scale))
@@ -238,7 +230,7 @@ def print_run(store: Store, row: RunRow) -> None:
     facts: dict[str, Any] = {"where": where, "when": row.when, "scale": row.scale, "note": row.note}
     if record is not None:
         facts |= _facts(record)
-    say([(name, typed(value)) for name, value in facts.items() if value not in ("", None, {})])
+    say([(name, format_value(value, 6)) for name, value in facts.items() if value not in ("", None, {})])
     if record is None:
         files = sorted(path for path in store.directory(row.run_id).iterdir() if path.is_file())
         say([(path.name, size(path.stat().st_size)) for path in files], ("file", "size"))
@@ -274,7 +266,7 @@ def _facts(record: RunRecord) -> dict[str, Any]:
 
 def _print_changed(record: RunRecord) -> None:
     print("\nnon-default fields")
-    say([(name, typed(value)) for name, value in record.changed.items()])
+    say([(name, format_value(value, 6)) for name, value in record.changed.items()])
 
 
 def _print_scores(record: RunRecord) -> None:
@@ -329,7 +321,7 @@ def diff(one: RunRecord, two: RunRecord) -> None:
         names = [name for name in {**left, **right} if left.get(name, "-") != right.get(name, "-")]
         if names:
             print(f"\n{title}")
-            say([(name, typed(left.get(name, "-")), typed(right.get(name, "-"))) for name in names])
+            say([(name, format_value(left.get(name, "-"), 6), format_value(right.get(name, "-"), 6)) for name in names])
     lines = []
     left, right = _scores(one), _scores(two)
     for stream in {**left, **right}:

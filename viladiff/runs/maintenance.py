@@ -136,7 +136,7 @@ def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
 
 
 def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = None) -> list[Garbage]:
-    """What ``viladiff runs gc`` removes; never a record that can be read, never anything of a run in work.
+    """Return what ``viladiff runs gc`` removes; never a readable record, never a file of a running run.
 
     ``pages``: a directory of reports, of which only half-written files are listed.
     """

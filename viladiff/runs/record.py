@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from viladiff.config.base import error_reason
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import sha256_hex
 from viladiff.runs import gradient_shares as shares
 from viladiff.runs.run_name import WEIGHTS, Content, arithmetic, run_name
 
@@ -174,7 +175,7 @@ def checksum(rest: dict[str, Any]) -> str:
     ValueError if a number is not finite or text has no UTF-8.
     """
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_hex(text)
 
 
 def strip_local_paths(record: RunRecord) -> RunRecord:
@@ -234,7 +235,8 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} was written by another version of viladiff: {field}: {first['msg']}") from error
+        why = f"{field}: {error_reason(first)}"
+        raise ValueError(f"{path} was written by another version of viladiff: {why}") from error
     if why := impossible(record):
         raise CorruptRecordError(f"{path} is not a run's record: {why}")
     if why := mismatch(record):

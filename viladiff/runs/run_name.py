@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import NamedTuple
+
+from viladiff.core.hashing import sha256_hex
 
 PLACES = ("runtime.", "data.split_dir")
 """Where and how a run happens, by the beginning of a path: no part of its name."""
@@ -48,7 +49,7 @@ def run_name(content: Content) -> str:
         **({"tf32": True} if content.tf32 else {}),
     }
     text = json.dumps(named, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256_hex(text)[:16]
 
 
 def hashed(path: str, value: object) -> object:

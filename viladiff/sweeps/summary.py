@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from viladiff.core.messages import format_value
 from viladiff.sweeps.samplers import distributions
 from viladiff.sweeps.space import Space
 from viladiff.sweeps.trials import Trial, ranked
@@ -211,18 +212,9 @@ def importances(
 
 def train_command(changed: Mapping[str, Any], threads: int | None) -> str:
     """Return the command that repeats a run, bit for bit on the same machine, from its changed fields."""
-    words = [f"{path}={cli_value(value)}" for path, value in changed.items() if not path.startswith("runtime.")]
+    words = [f"{path}={format_value(value)}" for path, value in changed.items() if not path.startswith("runtime.")]
     more = [] if threads is None else ["--threads", str(threads)]
     return shlex.join(["viladiff", "train", *words, *more])
-
-
-def cli_value(value: object) -> str:
-    """Return a value as it is typed for a field, numbers in full precision."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return ",".join(cli_value(one) for one in value)
-    return repr(value) if isinstance(value, float) else str(value)
 
 
 def to_toml(point: Mapping[str, object]) -> str:
@@ -230,6 +222,6 @@ def to_toml(point: Mapping[str, object]) -> str:
 
     def one(value: object) -> str:
         text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{text}"' if isinstance(value, str) else cli_value(value)
+        return f'"{text}"' if isinstance(value, str) else format_value(value)
 
     return "".join(f'"{path}" = {one(value)}\n' for path, value in point.items())

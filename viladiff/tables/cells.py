@@ -46,7 +46,7 @@ class Cell:
 def select_labels(
     kind: str, labels: Sequence[str], requested: Iterable[str | int], numbers: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """Indices of the requested rows or columns, in the table's order, each once.
+    """Return the indices of the requested rows or columns, in the table's order, each once.
 
     Each is a label, a number, or a unique prefix of a label (case does not matter), in this order of precedence.
     ``numbers``: of the labels, as ``Table.row_numbers``; counted from 1 by default. Raises ValueError with the nearest

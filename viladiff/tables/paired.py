@@ -138,7 +138,7 @@ class Part(NamedTuple):
 
 
 def contrast_parts(terms: Sequence[Term], measured: Samples, known: VarianceModel) -> list[Part]:
-    """How a sum of signed cells is compared; cells on both sides cancel, and all of them may.
+    """Choose how a sum of signed cells is compared; cells on both sides cancel, and all of them may.
 
     In each column and pool whose signs add up to 0: by the fit of rows and seeds. Otherwise (two readings of one run,
     two precisions), or if a cell is excluded: the column's cells together, seed by seed. Columns whose own signs do not

@@ -7,7 +7,6 @@ with that file nothing here loads torch.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import TypeAdapter
 
 from viladiff.core.atomic import write_atomically
-from viladiff.core.source_digest import _digest, code_digest, plan_stem
+from viladiff.core.hashing import sha256_hex
+from viladiff.core.source_digest import code_digest, file_digest, plan_stem
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.run_name import PLACES, arithmetic
@@ -230,11 +230,11 @@ def _key(
         places,
         list(seeds),
         sorted((path, repr(value)) for path, value in changes.items()),
-        [_digest(Path(path)) for path in sorted(weights)],
+        [file_digest(Path(path)) for path in sorted(weights)],
         code_digest(),
         [_version(name) for name in _DATA_PACKAGES],
     ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+    return sha256_hex(json.dumps(content, sort_keys=True))[:24]
 
 
 def _sets(table: Table) -> list[dict[str, Any]]:
@@ -266,7 +266,7 @@ def _read(file: Path) -> _Kept | None:
     """Read the plan in a file; None if there is none, or if it is damaged and must be made again."""
     try:
         checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
-        if hashlib.sha256(text.encode()).hexdigest() != checksum:
+        if sha256_hex(text) != checksum:
             return None
         return _loads(text)
     except (OSError, ValueError):
@@ -278,7 +278,7 @@ def _write(file: Path, kept: _Kept) -> None:
     # A plan that cannot be kept is still a plan: the next one takes a few seconds longer.
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
+        write_atomically(file, f"{sha256_hex(text)}\n{text}".encode())
 
 
 # What there is

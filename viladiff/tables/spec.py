@@ -83,7 +83,7 @@ OWN_LISTS = "each seed draws its own labelled images, the same for all rows (dat
 
 
 def letter(place: int) -> str:
-    """a, b, ..., z, aa, bb, ...: the letter of a row or a note, counted from 0."""
+    """Return a, b, ..., z, aa, bb, ...: the letter of a row or a note, counted from 0."""
     return chr(ord("a") + place % 26) * (place // 26 + 1)
 
 

@@ -90,7 +90,7 @@ def word_vectors(together: np.ndarray, images: int, dim: int) -> np.ndarray:
 
 
 def build_text_encoder(name: str, captions: Iterable[Sequence[str]], model: str | None = None) -> TextEncoder:
-    """The encoder of that name; one that learns does so from ``captions``, the training images' own.
+    """Build the encoder of that name; one that is trained learns from ``captions``, those of the training images.
 
     model: directory of a pretrained encoder (runtime.text_model). Raises ValueError for an unknown name, and as
     ``viladiff.text.pretrained`` for a directory that is missing or of another kind.

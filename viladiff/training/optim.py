@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from viladiff.config.base import nearest
 
 if TYPE_CHECKING:
     from viladiff.data.dataset import Dataset
@@ -84,10 +85,9 @@ def check_paths(paths: Iterable[str], method: Method) -> None:
     for path in paths:
         if not any(part_of(name, [path]) for name in names):
             parts = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)}
-            near = difflib.get_close_matches(path, sorted(parts), n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"own_rates of method.name = {method.cfg.name!r}: no parameter lies below this path, got {path!r}; "
-                f"nearest: {near!r}"
+                f"nearest: {nearest(path, sorted(parts), cutoff=0.0)!r}"
             )
 
 

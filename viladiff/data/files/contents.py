@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import file_sha256, sha256_hex
 from viladiff.core.progress import counter
 from viladiff.data.cache import cache_dir, fingerprint
 from viladiff.data.files.images import MaskEncoding, label_counts, read_mask
@@ -174,8 +175,7 @@ def _stat(path: Path) -> Stat:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        return file_sha256(path)[:32]
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -197,7 +197,7 @@ def _facts(line: str | None, stat: Stat) -> dict[str, Any]:
 
 def _packed(known: Known) -> bytes:
     text = "".join(f"{name}\t{line}\n" for name, line in sorted(known.items())).encode()
-    return _head(hashlib.sha256(text).hexdigest()) + text
+    return _head(sha256_hex(text)) + text
 
 
 def _head(checksum: str) -> bytes:

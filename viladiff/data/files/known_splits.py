@@ -6,10 +6,11 @@ named below; order, line ends, folders and second column of a list do not matter
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
+
+from viladiff.core.hashing import sha256_hex
 
 _UNIMATCH = "UniMatch, UniMatch V2, AllSpark, CorrMatch, SemiVL"
 _CPS = "CPS, PS-MT, UniMatch, AllSpark, CorrMatch"
@@ -114,7 +115,7 @@ def stem(image: str) -> str:
 
 def list_hash(images: Iterable[str]) -> str:
     """Return the SHA-256 of the sorted stems, joined by newlines; images: ids, names or paths in any order."""
-    return hashlib.sha256("\n".join(sorted({stem(image) for image in images})).encode()).hexdigest()
+    return sha256_hex("\n".join(sorted({stem(image) for image in images})))
 
 
 def identify_split(images: Iterable[str]) -> Published | None:

@@ -66,7 +66,7 @@ def make_split(
 
 
 def draw_split(present: np.ndarray, labelled: int, val: int, seed: int) -> tuple[list[int], list[int]]:
-    """Places of so many labelled and validation images, in an order drawn by ``seed``; no place is in both.
+    """Draw the positions of so many labelled and validation images by ``seed``; no position is in both.
 
     present: (N, C) bool, the classes of each image. As far as the numbers allow, each class is in a labelled image, and
     then in one for validation, before either list is filled up.

@@ -7,7 +7,6 @@ last. A crowd is painted in the same order, as 255.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import file_sha256
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.index import locate
 from viladiff.data.files.validate import Advance
@@ -235,8 +235,7 @@ def _begin(folder: Path, path: Path, tasks: Sequence[Task]) -> frozenset[str]:
         there = frozenset(one.name for one in folder.iterdir())
         manifest = folder / MANIFEST
         known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        with path.open("rb") as file:
-            digest = f"{REVISION}/{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        digest = f"{REVISION}/{file_sha256(path)}"
         strange = [] if known.get(path.name) == digest else [one for one in tasks if f"{one.name}.png" in there]
         if strange:
             raise ValueError(

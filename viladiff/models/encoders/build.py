@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from viladiff.core.hashing import file_sha256
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.digits_vit import DigitsViT
 from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known
@@ -69,7 +69,7 @@ def weights_origin(model: ModelConfig) -> str:
     if not _from_timm(model):
         return model.weights or model.pretrained
     path = _timm_file(model.encoder)
-    return _timm_weights(model.encoder) + (f", SHA-256 {_checksum(path)}" if path else "")
+    return _timm_weights(model.encoder) + (f", SHA-256 {file_sha256(path)[:16]}" if path else "")
 
 
 def _from_timm(model: ModelConfig) -> bool:
@@ -110,12 +110,7 @@ def file_checksum(path: Path, fields: str) -> str:
     """Return 16 digits of the SHA-256 of a file of weights. Raises ValueError that names the fields if missing."""
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist ({fields})")
-    return _checksum(path)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import Tensor, nn
 
+from viladiff.config.base import did_you_mean
 from viladiff.models.encoders.base import Encoder
 
 
@@ -47,8 +47,7 @@ def _check_known(name: str) -> None:
 
     known = timm.list_models(pretrained=False)
     if name.split(".")[0] not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none is near"
-        raise ValueError(f'model.encoder = "{name}": timm has no such model (did you mean: {near}?)')
+        raise ValueError(f'model.encoder = "{name}": timm has no such model{did_you_mean(name, known)}')
 
 
 def _feature_info(net: nn.Module) -> Any:

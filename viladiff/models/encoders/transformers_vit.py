@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from viladiff.core.hashing import file_sha256
 from viladiff.models.encoders.base import Encoder
 
 
@@ -103,6 +104,5 @@ def directory_checksum(directory: Path) -> str:
         raise ValueError(f"model.weights = {str(directory)!r}: must be a directory with config.json and *.safetensors")
     total = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{path.name} {file_sha256(path)}\n".encode())
     return total.hexdigest()[:16]

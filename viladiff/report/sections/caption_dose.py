@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from viladiff.core.colormap import SERIES
-from viladiff.report.charts.scatter import THEMES, save_drawn
+from viladiff.report.charts.themes import LIGHT, new_figure, plain, save_drawn, style_axes, uri
 from viladiff.report.markup import markdown
-from viladiff.report.sections.leaderboard import CostChart, uri
+from viladiff.report.sections.leaderboard import CostChart
 from viladiff.report.table.exports import signed
 from viladiff.report.table.results import CEILING, Results, Summary, difference, number, row_name, summary
 
@@ -151,30 +151,18 @@ def draw_dose(
     curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
     levels: Sequence[tuple[str, float]],
 ) -> Figure:
-    """Draw the light figure: a curve a stream with standard deviations over seeds, a level a row of another method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: it keeps figures and picks a display
-
-    look = THEMES["light"]
-    figure = Figure(figsize=(6.4, 4.2), facecolor=look["ground"])
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 0.12, 0.89, 0.8), facecolor=look["ground"])
+    """Draw the light figure: a curve a stream with standard deviations of seeds, a level a row of another method."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.add_axes((0.09, 0.12, 0.89, 0.8))
+    style_axes(axes, title, "recall of captions", "mIoU (%), mean and standard deviation of seeds")
     for place, (stream, curve) in enumerate(curves.items()):
         x, y = [one[0] for one in curve], [one[1] for one in curve]
         spread = [one[2] or 0.0 for one in curve]
         axes.errorbar(x, y, spread, color=SERIES[place], marker="os"[place], markersize=5, label=stream, zorder=3)
     for place, (label, mean) in enumerate(levels):
         dashes = DASHES[place % len(DASHES)]
-        axes.axhline(mean, color=look["faint"], linewidth=1, linestyle=dashes, label=label.replace("$", r"\$"))
-    axes.grid(color=look["line"], linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=look["faint"])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(look["line"])
-    axes.set_title(title.replace("$", r"\$"), fontsize=9, color=look["ink"], loc="left")
-    axes.set_xlabel("recall of captions", fontsize=8, color=look["faint"])
-    axes.set_ylabel("mIoU (%), mean and standard deviation of seeds", fontsize=8, color=look["faint"])
-    axes.legend(loc="best", fontsize=7, frameon=False, labelcolor=look["faint"])
+        axes.axhline(mean, color=LIGHT["faint"], linewidth=1, linestyle=dashes, label=plain(label))
+    axes.legend(loc="best", fontsize=7, frameon=False, labelcolor=LIGHT["faint"])
     return figure
 
 

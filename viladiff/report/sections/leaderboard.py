@@ -5,7 +5,6 @@ Used by specs with ``page = "leaderboard"``.
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from viladiff.config.base import error_reason
 from viladiff.report.charts import scatter
+from viladiff.report.charts.themes import uri
 from viladiff.report.markup import markdown
 from viladiff.report.sections import ranking
 from viladiff.report.sections.learning_rates import RateComparison, tried
@@ -161,10 +162,17 @@ def _pictures(
     groups = tuple(dict.fromkeys(line.group or "Rows" for line in lines))
     for place, column in enumerate(results.plan.columns):
         points = tuple(
-            scatter.Point(cost, mean, line.accuracy[place].spread, line.label, groups.index(line.group or "Rows"), own)
+            scatter.Point(
+                cost,
+                mean,
+                line.accuracy[place].spread,
+                line.number,
+                line.label,
+                groups.index(line.group or "Rows"),
+                line.control,
+            )
             for line in lines
             if (cost := line.cost) is not None and (mean := line.accuracy[place].mean) is not None
-            for own in (line.control,)
         )
         if not points:
             continue
@@ -176,11 +184,6 @@ def _pictures(
         found.append(CostChart(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))
         files += [path.name for path in paths.values()]
     return tuple(found), tuple(files)
-
-
-def uri(path: Path) -> str:
-    """Return an image as a data URI."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 # Plain text
@@ -300,5 +303,5 @@ def read_costs(out: Path, layers: Iterable[Path]) -> Costs:
         return Costs(Measured.model_validate_json(found.read_bytes()), "")
     except (OSError, ValidationError) as error:
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        said = f"{'.'.join(map(str, first['loc']))}: {error_reason(first)}" if first else str(error)
         return Costs(None, f"{found.parent.name}/{NAME} cannot be used ({said}); {MAKE} makes it anew")

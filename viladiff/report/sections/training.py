@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from viladiff.core.messages import format_value
 from viladiff.report.table.results import CellRun, Results, Summary, number, row_name, summary
 
 if TYPE_CHECKING:
@@ -123,14 +124,8 @@ def _told(results: Results, found: Sequence[Stated], columns: Sequence[int]) -> 
 def _value(one: Stated) -> str:
     if not one.path:
         return ""
-    value = _text(one.value)
-    return value if one.applied else f"{value} (here {_text(one.runs)})"
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    value = format_value(one.value, 4)
+    return value if one.applied else f"{value} (here {format_value(one.runs, 4)})"
 
 
 def training_markdown(results: Results) -> dict[str, list[str]]:

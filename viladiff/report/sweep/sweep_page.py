@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from viladiff.core.atomic import write_atomically
 from viladiff.report import provenance
-from viladiff.report.charts.svg import BEST, LINE, PAPER, PLAIN
+from viladiff.report.charts.sweep_figures import BEST, LINE, PAPER, PLAIN, save_picture
 from viladiff.report.sweep import sweep_views
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import abandoned
@@ -115,13 +115,7 @@ def sweep_html(
         contests=[_said(one) for one in compare_finalists(shown.finalists, records, fewest)],
         winner=to_toml(best.point) if best else "",
         download=f"data:application/toml;charset=utf-8,{quote(to_toml(best.point))}" if best else "",
-        responses=[(path, *sweep_views.response(sweep, path, every, best)) for path in sweep.space] if best else [],
-        printed=sweep_views.printed(sweep),
-        threads=sweep_views.threads(sweep, every, best) if best and len(sweep.space) > 1 else None,
-        history=sweep_views.history(every, trials),
-        cost=sweep_views.cost(trials, shown.steps[-1]) if best else None,
-        minutes=sweep_views.minutes(every, best) if best else None,
-        climbs=sweep_views.climbs(trials, shown.steps),
+        **_pictures(shown, trials, every, best, out / "figures"),
         rungs=rungs(trials, shown.steps),
         mattered=_mattered(sweep, trials, shown.steps) if shown.resting else None,
         later=not shown.resting and len(sweep.space) > 1,
@@ -131,6 +125,30 @@ def sweep_html(
         facts=facts,
         mixed=[fact.name.lower() for fact in facts if fact.mixed],
     )
+
+
+def _pictures(
+    shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, folder: Path
+) -> dict[str, Any]:
+    """Return figures by the template's names, drawn below ``folder``; None for one that has nothing to show."""
+    sweep = shown.sweep
+    found: dict[str, Any] = {
+        "responses": [],
+        "printed": sweep_views.printed(sweep),
+        "threads": sweep_views.threads(sweep, every, best) if best and len(sweep.space) > 1 else None,
+        "history": sweep_views.history(every, trials),
+        "cost": sweep_views.cost(trials, shown.steps[-1]) if best else None,
+        "minutes": sweep_views.minutes(every, best) if best else None,
+        "climbs": sweep_views.climbs(trials, shown.steps),
+    }
+    for name in ("threads", "history", "cost", "minutes", "climbs"):
+        found[name] = found[name] and save_picture(found[name], folder, name)
+    for i, path in enumerate(sweep.space if best else (), 1):
+        chart, width = sweep_views.response(sweep, path, every, best)  # type: ignore[arg-type]
+        found["responses"].append((path, save_picture(chart, folder, f"response-{i}"), width))
+    for i, one in enumerate(found["printed"], 1):
+        one["chart"] = save_picture(one["chart"], folder, f"printed-{i}")
+    return found
 
 
 _STATES = ("complete", "pruned", "failed", "running")

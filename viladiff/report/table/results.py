@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -216,7 +215,7 @@ def paper_value(results: Results, row: int, column: int) -> PaperValue | None:
 
 
 def number(results: Results, row: int) -> str:
-    """The row's number in its table, as ``Table.row_numbers`` has it."""
+    """Return the row's number in its table, as ``Table.row_numbers`` has it."""
     return results.plan.table.row_numbers[row]
 
 
@@ -247,34 +246,25 @@ class Agreement(NamedTuple):
 
 
 def agreement(results: Results, column: int) -> Agreement:
-    """Compare the orders of the paper's rows that are measured and printed in this column."""
+    """Kendall's τ-b by SciPy, over the paper's rows that are measured and printed in this column."""
     pairs = []
     for row in results.rows(control=False):
-        mean, paper = (
-            summary(results.at(row, column), results.plan.table.metric).mean,
-            paper_value(results, row, column),
-        )
-        if mean is not None and isinstance(paper, float | int):
-            pairs.append((mean, float(paper)))
+        mean = summary(results.at(row, column), results.plan.table.metric).mean
+        printed = paper_value(results, row, column)
+        if mean is not None and isinstance(printed, float | int):
+            pairs.append((mean, float(printed)))
     label = results.plan.table.columns[column].label
-    signs = [(_sign(a[0] - b[0]), _sign(a[1] - b[1])) for a, b in combinations(pairs, 2)]
-    same, reverse = (sum(x * y == sign for x, y in signs) for sign in (1, -1))
-    untied = math.sqrt(sum(x != 0 for x, _ in signs) * sum(y != 0 for _, y in signs))
-    tied = len(signs) - same - reverse
-    tau = (same - reverse) / untied if untied else None
-    return Agreement(label, tau, len(pairs), same, reverse, tied, None if tied or not signs else _chance(same, pairs))
+    measured, paper = np.array(pairs, dtype=float).reshape(-1, 2).T
+    first, second = np.triu_indices(len(pairs), 1)
+    signs = np.sign(measured[first] - measured[second]) * np.sign(paper[first] - paper[second])
+    same, reverse, tied = (int((signs == sign).sum()) for sign in (1, -1, 0))
+    if len(set(measured)) < 2 or len(set(paper)) < 2:
+        return Agreement(label, None, len(pairs), same, reverse, tied, None)
+    from scipy import stats
 
-
-def _sign(difference: float) -> int:
-    return (difference > 0) - (difference < 0)
-
-
-def _chance(same: int, pairs: Sequence[object]) -> float:
-    """Return the share of the n! orders with at least ``same`` pairs in place (Mahonian numbers)."""
-    counts = np.ones(1)
-    for size in range(2, len(pairs) + 1):
-        counts = np.convolve(counts, np.ones(size)) / size
-    return float(counts[same:].sum())
+    test = stats.kendalltau(measured, paper, alternative="greater", method="asymptotic" if tied else "exact")
+    chance = None if tied else float(test.pvalue)
+    return Agreement(label, float(test.statistic), len(pairs), same, reverse, tied, chance)
 
 
 def headline_sentence(results: Results) -> str:

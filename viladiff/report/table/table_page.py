@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from viladiff.core import colormap
 from viladiff.core.atomic import write_atomically
+from viladiff.core.messages import format_seconds
 from viladiff.report import provenance
 from viladiff.report.charts import figures
 from viladiff.report.markup import markdown
@@ -203,7 +204,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"part": table_views.part_html, "signed": exports.signed, "duration": provenance.duration}
+    environment.filters |= {"part": table_views.part_html, "signed": exports.signed, "duration": format_seconds}
     environment.filters |= {"interval": table_views.interval, "p_value": table_views.p_value}
     environment.filters |= {
         "seen": table_views.seen,
