@@ -164,7 +164,7 @@ def repeat(run: Trainer, calls: list[Call]) -> None:
 
 
 def medians(actions: dict[str, Callable[[], object]], repeats: int, cuda: bool) -> dict[str, float]:
-    """ms of wall and processor time by action, interleaved, so that a drift of the machine's speed meets both alike."""
+    """Milliseconds of wall and processor time by action, interleaved, so that a drift of speed meets both alike."""
     found: dict[str, list[float]] = {}
     for i in range(repeats + 2):
         for name, action in actions.items():

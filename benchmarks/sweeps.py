@@ -125,7 +125,7 @@ def on_ray(root: Path, trials: int) -> float:
             return False
 
     asha, journal = Heard(*halving("asha", namer.steps)), str(root / "optuna.journal")
-    asker = OptunaStudy("sweep", sweep.space, sweep.initial_point, "tpe", 0, True, journal, asha)
+    asker = OptunaStudy("sweep", sweep.space, [sweep.initial_point], "tpe", 0, True, journal, asha)
     store = Store(root / "runs")
     search = SweepController(root / "trials", asker, namer.planned, (0,), namer.steps, trials, store)
     desk = TrialQueue(search, store, ExecutionSettings(), 2)

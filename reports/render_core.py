@@ -1,7 +1,7 @@
 """Draws the curves of three methods over the splits of ``digits`` from records of runs.
 
     python reports/render_core.py                         from reports/published/core/records, in place
-    python reports/render_core.py --records runs --out /tmp/core
+    python reports/render_core.py --records runs --report-dir /tmp/core
 
 Writes curves.png, table.md and table.csv. A cell that no run has filled stays empty.
 """
@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from viladiff.cli.common import CommandParser
 from viladiff.runs.maintenance import contradiction
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.tables.significance import one_precision
@@ -107,16 +108,16 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=HERE / "records")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--report-dir", type=Path, default=HERE)
     args = parser.parse_args()
     frame = read(args.records)
     if frame.empty:
         print(f"{args.records}: no records yet, nothing is drawn; python scripts/core_curves.py makes them")
         return
     head = frame[frame["headline"]]
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.report_dir.mkdir(parents=True, exist_ok=True)
     parts = ["# The core on `digits`: three methods over the splits", ""]
     parts += [
         "Percent on 400 validation scenes, last step, mean ± standard deviation (seeds). Captions are simulated.",
@@ -139,9 +140,9 @@ def main() -> None:
     revisions = head.groupby("method")["revision"].agg(lambda found: ", ".join(sorted(set(found))))
     parts += ["Code revisions: " + "; ".join(f"{method}: {found}" for method, found in revisions.items()) + ".", ""]
     parts += ["Made by `python reports/render_core.py` from the records beside this page.", ""]
-    (args.out / "table.md").write_text("\n".join(parts))
-    frame.to_csv(args.out / "table.csv", index=False)
-    draw(frame, args.out / "curves.png")
+    (args.report_dir / "table.md").write_text("\n".join(parts))
+    frame.to_csv(args.report_dir / "table.csv", index=False)
+    draw(frame, args.report_dir / "curves.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Each seed draws its own labelled images, the same for all methods.
 
-Runs that have a record there are skipped, interrupted ones continue from their checkpoint in ``--out``. Examples:
+Runs that have a record there are skipped, interrupted ones continue from their checkpoint in ``--runs-dir``. Examples:
 
     python scripts/core_curves.py --dry-run               what is left
     python scripts/core_curves.py --shard 0/2             every second run, one thread; start 1/2 beside it
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from viladiff.cli.common import CommandParser
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.record import load_record, save_record, strip_local_paths
 from viladiff.training.trainer import Trainer, fit
@@ -38,12 +39,12 @@ def is_done(cfg: RunConfig, path: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run, beginning with the I-th")
-    parser.add_argument("--out", default="runs/core")
+    parser.add_argument("--runs-dir", default="runs/core")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     index, count = map(int, args.shard.split("/"))
@@ -56,7 +57,7 @@ def main() -> None:
             "data.split_seed": seed,
             "seed": seed,
         }
-        runtime = {"runtime.runs_dir": args.out, "runtime.threads": 1, "runtime.progress": False}
+        runtime = {"runtime.runs_dir": args.runs_dir, "runtime.threads": 1, "runtime.progress": False}
         cfg, path = override(RunConfig(), {**fields, **runtime}), RECORDS / f"{method}-{split}-{seed}.json"
         if is_done(cfg, path):
             continue

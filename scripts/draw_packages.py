@@ -20,7 +20,7 @@ PICTURE = re.compile(r"```mermaid\n.*?```", re.S)
 
 
 def package_imports() -> dict[str, set[str]]:
-    """Packages that each package imports; ``losses`` is a module that counts as one."""
+    """Return the packages that each package imports; ``losses`` is a module that counts as one."""
     packages = {path.parent.name for path in (ROOT / "viladiff").glob("*/__init__.py")} | {"losses"}
     arrows: dict[str, set[str]] = {name: set() for name in packages}
     for path in sorted((ROOT / "viladiff").rglob("*.py")):
@@ -35,7 +35,7 @@ def package_imports() -> dict[str, set[str]]:
 
 
 def reachable(arrows: dict[str, set[str]], start: str) -> set[str]:
-    """Packages that ``start`` imports, directly or by way of others."""
+    """Return the packages that ``start`` imports, directly or by way of others."""
     seen: set[str] = set()
     waiting = list(arrows[start])
     while waiting:
@@ -47,7 +47,7 @@ def reachable(arrows: dict[str, set[str]], start: str) -> set[str]:
 
 
 def picture(arrows: dict[str, set[str]]) -> str:
-    """A mermaid graph of the arrows that no longer path replaces."""
+    """Return a mermaid graph of the arrows that no longer path replaces."""
     lines = ["```mermaid", "graph TD"]
     for package in sorted(arrows):
         for other in sorted(arrows[package]):

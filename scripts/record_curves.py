@@ -1,7 +1,7 @@
 """Records learning curves over the joint space, for ``benchmarks/quality.py``: points spread evenly, three seeds each.
 
 Each run is an ordinary one of ``sweep_joint`` at scale quick with 300 steps, scored on held-out images every 75.
-What has a record in ``--out`` is not run again and what was interrupted goes on, so that several may work side by side.
+Runs with a record in ``--runs-dir`` are skipped and interrupted ones are resumed; several calls may share the work.
 Each call writes benchmarks/curves.csv, and where it comes from to curves.json, from all records that there are.
 
     python scripts/record_curves.py --dry-run               what is left
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from viladiff.cli.common import CommandParser
 from viladiff.core.atomic import write_atomically
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
@@ -33,16 +34,16 @@ POINTS, SEEDS = 24, (0, 1, 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=POINTS, help="the first so many of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run, beginning with the I-th")
-    parser.add_argument("--out", default="runs/curves")
+    parser.add_argument("--runs-dir", default="runs/curves")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     index, count = map(int, args.shard.split("/"))
     sweep = load_sweep(ROOT / "tune" / "sweep_joint.toml")
-    namer, store = SweepPlanner(sweep, "quick", CHANGES, "holdout"), Store(Path(args.out))
+    namer, store = SweepPlanner(sweep, "quick", CHANGES, "holdout"), Store(Path(args.runs_dir))
     points = spread(sweep.space, 64)
     # Whole seeds first, so that a campaign that is cut short has seen every point.
     wanted = [
@@ -73,7 +74,7 @@ def spread(space: Space, count: int) -> list[dict[str, Value]]:
 
 
 def train(run: PlannedRun, store: Store) -> str:
-    """Does a run; what came of it in a few words. A loss that is not finite is a result too, and stays without one."""
+    """Train a run and return its result in a few words; a loss that is not finite is a result too."""
     from viladiff.runs.config import RunConfig, override
     from viladiff.runs.lease import LeaseLostError
     from viladiff.training.errors import TrainingError
@@ -92,7 +93,7 @@ def train(run: PlannedRun, store: Store) -> str:
 
 
 def write(store: Store, runs: Iterable[tuple[int, int, str]], points: list[dict[str, Value]], space: Space) -> None:
-    """The table: a line a point, seed and step; and its provenance."""
+    """Write the table, a line a point, seed and step, and its provenance."""
     records = store.records()
     done = [(number, seed, records[run_id]) for number, seed, run_id in runs if run_id in records]
     buffer = io.StringIO()
@@ -109,7 +110,7 @@ def write(store: Store, runs: Iterable[tuple[int, int, str]], points: list[dict[
 
 
 def provenance(records: list[RunRecord]) -> dict[str, Any]:
-    """What the curves have in common, or all the values where they differ."""
+    """Return the fields that the curves share, or all the values where they differ."""
 
     def all_of(values: Iterable[object]) -> list[str]:
         return sorted({json.dumps(value, sort_keys=True) for value in values})

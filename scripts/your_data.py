@@ -29,7 +29,7 @@ SHOWN, SIDE = 3, 220
 
 
 def photographs() -> ModuleType:
-    """The tests' pieces of real photographs, with masks by colour."""
+    """Load the tests' pieces of real photographs, with masks by colour."""
     path = ROOT / "tests" / "photographs.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -39,7 +39,7 @@ def photographs() -> ModuleType:
 
 
 def make(place: Path) -> None:
-    """photos/ without lists, half of it without masks; new/ with photographs of other sizes."""
+    """Write photos/ without lists, half of it without masks, and new/ with photographs of other sizes."""
     source = photographs()
     source.write(place / "photos", COUNT, labelled=COUNT // 4, val=COUNT // 4, sizes=(96, 200))
     shutil.rmtree(place / "photos" / "splits")
@@ -50,7 +50,7 @@ def make(place: Path) -> None:
 
 
 def commands() -> list[str]:
-    """The page's commands, in order."""
+    """Return the page's commands, in order."""
     return re.findall(r"^```sh\n(viladiff .*?)\n```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
@@ -74,7 +74,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes, runs, draws; the exit status of the first command that fails."""
+    """Write the data, run the commands, draw; return the exit status of the first command that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("place", type=Path, metavar="DIRECTORY", help="where the example is made")
     parser.add_argument("--pictures", type=Path, help="where the page's pictures go; none are drawn without")

@@ -99,7 +99,7 @@ def write(
     seed: int = 0,
     unlabelled_masks: bool = False,
 ) -> Path:
-    """n pieces below ``root``: the first ``labelled`` (a quarter) labelled, the last ``val`` (a quarter) validated on.
+    """Write n pieces: the first ``labelled`` (a quarter) labelled, the last ``val`` (a quarter) for validation.
 
     layout folder: images, masks, classes.txt and plain lists of ids in splits. layout voc: JPEGImages,
     SegmentationClass and lists of both columns. The split is called ``labelled`` or ``92`` unless given. The others

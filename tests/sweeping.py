@@ -79,10 +79,10 @@ def opened(
     """A desk on the sweep in ``root``, new or as it was left; ``pruner``: one of Optuna's, or its name here."""
     (root / "trials").mkdir(parents=True, exist_ok=True)
     space = more.pop("space", SPACE)
-    first = more.pop("first", FIRST)
+    listed = [more.pop("first", FIRST), *more.pop("points", [])]
     storage, seed = more.pop("storage", str(root / "optuna.journal")), more.pop("seed", 7)
     made = optuna_pruner(pruner, STEPS) if isinstance(pruner, str) else pruner
-    asker = OptunaStudy("sweep", space, first, kind, seed, slots > 1, storage, made)
+    asker = OptunaStudy("sweep", space, listed, kind, seed, slots > 1, storage, made)
     search = SweepController(root / "trials", asker, planned, more.pop("seeds", SEEDS), STEPS, wanted, runs, **more)  # type: ignore[arg-type]
     return TrialQueue(search, runs, ExecutionSettings(), slots, lambda event: None)  # type: ignore[arg-type]
 

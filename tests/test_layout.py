@@ -153,6 +153,86 @@ def test_folders_hold_at_most_twelve_modules() -> None:
     assert {folder: count for folder, count in counts.items() if count > 12 and folder not in PLUG_INS} == {}
 
 
+SHARED_NAMES = {
+    "main": "each program's entry point",
+    "load": "reads what its module writes or defines",
+    "build": "makes what its module defines",
+    "Point": "one in each of two kits of charts, which no module imports together",
+}
+"""Public names that several modules may define. Plug-ins of one folder may share all names, those of its interface."""
+
+
+def public_names() -> dict[str, list[str]]:
+    """Modules that define each public class or function, outside plug-ins as ``folder/``."""
+    found: dict[str, set[str]] = {}
+    for path in SOURCES:
+        folder = said(path.parent)
+        if folder.split("/")[0] != "viladiff":
+            continue
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, set()).add(f"{folder}/" if folder in PLUG_INS else said(path))
+    return {name: sorted(modules) for name, modules in found.items()}
+
+
+def test_a_public_name_is_defined_once() -> None:
+    twice = {name: where for name, where in public_names().items() if len(where) > 1 and name not in SHARED_NAMES}
+    assert twice == {}
+
+
+EQUATION = "the symbols of its equation"
+INPUTS = "independent inputs, each with its meaning; a class for them would have this one use"
+MANY_ARGUMENTS = {
+    "cluster/captioning.py:_carry_out": INPUTS,
+    "cluster/torch_trainer.py:_train": INPUTS,
+    "data/loader.py:BatchLoader.__init__": INPUTS,
+    "data/registry.py:load_dataset": "the entries of a DatasetSpec, for callers without a configuration",
+    "data/transforms/augment.py:strong": "the fields of the strong view, which tests call without a configuration",
+    "evaluation/metrics.py:evaluate_network": "those of measure_all, for one network",
+    "evaluation/metrics.py:measure_all": "core of the evaluation: knows no configuration",
+    "methods/viladiff_mixe.py:MixeTeacher._diffuse": "the maps of one step",
+    "models/diffusion.py:posterior": EQUATION,
+    "models/mixe.py:refine": EQUATION,
+    "report/table/exports.py:to_markdown": "the parts of a page, each optional",
+    "report/table/table_page.py:render_table": "the parts of a page, each optional",
+    "report/table/table_page.py:table_html": "the parts of a page, each optional",
+    "sweeps/controller.py:SweepController.__init__": INPUTS,
+    "sweeps/optuna_study.py:OptunaStudy.__init__": INPUTS,
+    "sweeps/trial_queue.py:TrialQueue.__init__": INPUTS,
+    "tables/plan.py:make_plan": "the options of a table's command",
+    "text/embedding_bank.py:load_text": "the fields of a text section, for callers without a configuration",
+    "training/launch.py:_worker": "arguments of a process, which pickles them",
+}
+"""Functions of more than six arguments, with the reason."""
+
+
+def functions(path: Path) -> list[tuple[str, ast.FunctionDef]]:
+    """(dotted name, function) of each function at the top of the file or of its classes."""
+    nodes = tree(path).body
+    found = [(node.name, node) for node in nodes if isinstance(node, ast.FunctionDef)]
+    for owner in (node for node in nodes if isinstance(node, ast.ClassDef)):
+        found += [(f"{owner.name}.{node.name}", node) for node in owner.body if isinstance(node, ast.FunctionDef)]
+    return found
+
+
+def test_functions_have_at_most_six_arguments() -> None:
+    package = [path for path in SOURCES if path.is_relative_to(ROOT / "viladiff")]
+    counts = {
+        f"{path.relative_to(ROOT / 'viladiff').as_posix()}:{name}": len(
+            [
+                a
+                for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                if a.arg not in ("self", "cls")
+            ]
+        )
+        for path in package
+        for name, node in functions(path)
+    }
+    many = {name for name, count in counts.items() if count > 6}
+    assert sorted(many - set(MANY_ARGUMENTS)) == [], "give each a reason, or pass a dataclass"
+    assert sorted(set(MANY_ARGUMENTS) - many) == [], "no longer has many arguments"
+
+
 def test_nothing_loads_code_with_data() -> None:
     package = [path for path in SOURCES if not path.is_relative_to(ROOT / "tests")]
     assert [said(path) for path in package if imports(path) & {"dill", "cloudpickle", "joblib"}] == []

@@ -82,7 +82,7 @@ def bert(directory: Path, seed: int = 0) -> Path:
 
 
 def clip(directory: Path, seed: int = 0) -> Path:
-    """transformers' CLIP, images and text, as hubs have it."""
+    """A CLIP of transformers, images and text, as hubs have it."""
     from transformers import CLIPConfig, CLIPModel
 
     # CLIP's configuration takes an end of 2 for a sign of its first release, which read the pooled vector elsewhere.

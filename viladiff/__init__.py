@@ -1,4 +1,4 @@
-"""Importing this package is cheap; torch is loaded when one of the names below is first used.
+"""The public interface: ``fit``, ``override``, ``load_model``, ``table``; torch is loaded at first use of a name.
 
 >>> import viladiff
 >>> cfg = viladiff.override(viladiff.RunConfig(), {"method.name": "viladiff", "data.split": "183"})

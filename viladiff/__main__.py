@@ -1,4 +1,4 @@
-"""``python -m viladiff`` is the command ``viladiff``."""
+"""Entry point of ``python -m viladiff``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every loss is a pure function, computed in float32 even under autocast, and equal on one worker and on many.
+"""Losses: pure functions, computed in float32 even under autocast, and equal on one worker and on many.
 
 Equations are those of the paper; shape letters are those of ``viladiff.data.batch``. A mean whose divisor depends on
 the data goes through ``distributed_mean``. All return scalars unless they say otherwise.
@@ -6,7 +6,6 @@ the data goes through ``distributed_mean``. All return scalars unless they say o
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +15,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from viladiff.config.base import did_you_mean
 from viladiff.data.batch import IGNORE
 
 
 def distributed_mean(total: Tensor, count: Tensor) -> Tensor:
-    """Two workers get the gradient of one: DDP averages gradients, so local sums are multiplied by the workers.
+    """Return the mean over all workers: DDP averages gradients, so local sums are multiplied by the workers.
 
     ``total`` is this worker's sum and ``count`` this worker's number of terms, both scalars. The result is total *
-    workers / max(count summed over workers, 1), hence 0 with a gradient graph when there is nothing to count. Its
-    mean over the workers is the global mean. Only the count is communicated, detached.
+    workers / max(count summed over workers, 1), hence 0 with a gradient graph when there is nothing to count. Its mean
+    over the workers is the global mean. Only the count is communicated, detached.
     """
     count = count.detach().to(torch.float32)
     workers = _workers()
@@ -35,7 +35,7 @@ def distributed_mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """For decisions that all workers must take alike: ``values`` summed over them, detached."""
+    """Return ``values`` summed over workers, detached, for decisions that all workers must take alike."""
     values = values.detach().clone()
     if _workers() > 1:
         dist.all_reduce(values)
@@ -43,7 +43,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_reduce_max(values: Tensor) -> Tensor:
-    """The largest of all workers' ``values``, element by element, detached."""
+    """Return the element-wise maximum of all workers' ``values``, detached."""
     values = values.detach().clone()
     if _workers() > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -51,7 +51,7 @@ def all_reduce_max(values: Tensor) -> Tensor:
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """All workers' rows, one worker after the other, detached: (n, ...) to (workers * n, ...), n alike everywhere."""
+    """Join all workers' rows, detached: (n, ...) to (workers * n, ...); n is the same on all workers."""
     values = values.detach().contiguous()
     if _workers() == 1:
         return values
@@ -71,12 +71,12 @@ class _Gathered(torch.autograd.Function):
 
 
 def all_gather_with_grad(values: Tensor) -> Tensor:
-    """``all_gather`` with a gradient: what all workers' losses say of this worker's rows comes back to them."""
+    """Join all workers' rows as ``all_gather`` does; the gradients of all workers' losses reach this worker's rows."""
     return values if _workers() == 1 else _Gathered.apply(values)
 
 
 def mean_over_classes(values: Tensor, classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
-    """Mean, over the classes that have any, of the mean of each class's ``values``, over all workers; 0 without any.
+    """Average ``values`` by class and then over the classes that have any, over all workers; 0 without any.
 
     ``values`` (n,) with a gradient, ``classes`` (n,) int64, ``counted`` (n,) bool.
     """
@@ -95,7 +95,7 @@ def feature_distillation(
     weight: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 1: squared distance + lam * cosine distance of (B, D) features; no gradient reaches the teacher.
+    """Return Eq. 1: squared distance + lam * cosine distance of (B, D) features; no gradient reaches the teacher.
 
     ``reduction`` concerns the first term: "mean" divides the squared differences by B * D (the "mean squared error"
     of section 3.3), "sum" adds them all, as Eq. 1 is printed. The cosine distance is a mean over B in both.
@@ -123,7 +123,7 @@ def feature_terms(
     weight: Tensor | None = None,
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The two summands of Eq. 1, the squared distance and lam * the cosine distance; their sum is the whole.
+    """Return the two summands of Eq. 1, the squared distance and lam * the cosine distance; their sum is the loss.
 
     Arguments, reduction and errors as of ``feature_distillation``.
     """
@@ -135,7 +135,7 @@ def feature_terms(
 def logit_distillation(
     teacher: Tensor, student: Tensor, temperature: float, *, weight: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
-    """Eq. 2: T² * KL(softmax(teacher / T) || softmax(student / T)); T² keeps the gradient's size independent of T.
+    """Return Eq. 2: T² * KL(softmax(teacher / T) || softmax(student / T)); T² keeps the gradient's size.
 
     Both are (B, C, ...) with classes on axis 1; the teacher gets no gradient. The mean is over all pixels, or, with a
     ``weight`` that broadcasts to (B, ...), the weighted sum over ``count``: this worker's share of it, by default the
@@ -151,7 +151,7 @@ def logit_distillation(
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, norm: str = "labelled") -> Tensor:
-    """Eq. 10 without pixels labelled 255 among the N; a batch of nothing else gives 0 with a gradient, never NaN.
+    """Return Eq. 10 over the pixels not labelled 255; a batch without such pixels gives 0 with a gradient, never NaN.
 
     ``logits`` (B, C, H, W), ``target`` (B, H, W) int64, ``weight`` (B, H, W) a factor on each pixel that leaves the
     divisor alone. ``norm``: divide by the "labelled" pixels of all workers, or by "all" of them, ignored ones
@@ -167,12 +167,12 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
 
 
 def ignore_aware_mean(loss: Tensor, target: Tensor) -> Tensor:
-    """The reduction of ``cross_entropy``, of a map (B, H, W) that is 0 where ``target`` is 255."""
+    """Reduce a map (B, H, W) that is 0 where ``target`` is 255, as ``cross_entropy`` does."""
     return distributed_mean(loss.sum(), (target != IGNORE).sum())
 
 
 def ohem_mean(loss: Tensor, target: Tensor, threshold: float, share: float) -> Tensor:
-    """``ignore_aware_mean`` of the hard pixels alone (online hard example mining): those with p <= max(threshold, p_n).
+    """Reduce as ``ignore_aware_mean`` over the hard pixels alone (online hard example mining): p <= max(threshold, p_n)
 
     p = exp(-loss) is the probability of the true class, p_n that of the n-th hardest pixel of all workers' maps, with n
     their pixels times ``share``; where fewer than n are labelled, all are kept. ``loss`` (B, H, W), 0 where ``target``
@@ -188,7 +188,7 @@ def ohem_mean(loss: Tensor, target: Tensor, threshold: float, share: float) -> T
 
 
 def pseudo_label_cross_entropy(logits: Tensor, labels: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
-    """Pseudo-label cross-entropy divided by the valid pixels, not by the confident ones: few confident, small loss.
+    """Return pseudo-label cross-entropy over the valid pixels, not the confident ones: few confident, small loss.
 
     ``logits`` (U, C, H, W), ``labels`` (U, H, W) int64, ``confidence_weight`` (U, H, W) >= 0, ``valid`` (U, H, W)
     bool, False in padding. The form is that of FixMatch and UniMatch. Raises ValueError for unlike shapes.
@@ -198,12 +198,12 @@ def pseudo_label_cross_entropy(logits: Tensor, labels: Tensor, confidence_weight
 
 
 def weighted_pixel_mean(loss: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
-    """The reduction of ``pseudo_label_cross_entropy``, of a map (U, H, W)."""
+    """Reduce a map (U, H, W) as ``pseudo_label_cross_entropy`` does."""
     return distributed_mean((loss * (confidence_weight.float() * valid)).sum(), valid.sum())
 
 
 def edge_cross_entropy(logits: Tensor, target: Tensor, edges: Tensor) -> Tensor:
-    """L_edge of Eq. 13: cross-entropy of edge pixels alone, divided by their number, however few they are.
+    """Return L_edge of Eq. 13: cross-entropy of edge pixels alone, divided by their number, however few they are.
 
     ``logits`` (B, C, H, W), ``target`` (B, H, W) int64 (255 is never an edge here), ``edges`` (B, H, W) bool. Raises
     ValueError for unlike shapes.
@@ -213,12 +213,12 @@ def edge_cross_entropy(logits: Tensor, target: Tensor, edges: Tensor) -> Tensor:
 
 
 def edge_mean(loss: Tensor, edges: Tensor) -> Tensor:
-    """The reduction of ``edge_cross_entropy``, of a map (B, H, W) on edges with a known label."""
+    """Reduce a map (B, H, W) over edges with a known label, as ``edge_cross_entropy`` does."""
     return distributed_mean((loss * edges).sum(), edges.sum())
 
 
 def noise_loss(pred: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 4: squared error of the predicted noise, a mean over channels and the pixels that got Gaussian noise.
+    """Return Eq. 4: squared error of the predicted noise, a mean over channels and the pixels that got Gaussian noise.
 
     ``pred`` and ``noise`` (B, d, h, w), ``mask`` (B, h, w) bool. Raises ValueError for unlike shapes.
     """
@@ -230,7 +230,7 @@ def noise_loss(pred: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def per_image_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """(B,) without a gradient: which stream is better on which image decides a gate, and a gate has no gradient.
+    """Return (B,) cross-entropy without a gradient, for gates that compare streams image by image.
 
     ``logits`` (B, C, H, W), ``labels`` (B, H, W) int64, ``valid`` (B, H, W) bool. A mean over each image's own pixels
     that are valid and not 255; 0 for an image that has none. Raises ValueError for unlike shapes.
@@ -241,16 +241,15 @@ def per_image_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Te
 
 @torch.no_grad()
 def image_mean(loss: Tensor, counted: Tensor) -> Tensor:
-    """The reduction of ``per_image_cross_entropy``, of a map (B, H, W) over the bool pixels ``counted``."""
+    """Reduce a map (B, H, W) over the bool pixels ``counted``, as ``per_image_cross_entropy`` does."""
     total = (loss * counted).flatten(1).sum(dim=1)
     return total / counted.flatten(1).sum(dim=1).clamp(min=1)
 
 
 def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
-    """An unknown word is answered with the allowed ones and the nearest of them: ValueError naming ``field``."""
+    """Raise ValueError for a value that is not allowed, with ``field``, the allowed values and the nearest one."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
-        raise ValueError(f"{field} = {value!r}: must be one of {', '.join(allowed)}; did you mean {near[0]!r}?")
+        raise ValueError(f"{field} = {value!r}: must be one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")
 
 
 def _workers() -> int:
@@ -258,7 +257,7 @@ def _workers() -> int:
 
 
 def _gated_mean(values: Tensor, weight: Tensor | None, count: Tensor | None) -> Tensor:
-    """Without a gate every worker's share is equally large, so its plain mean needs no communication."""
+    """Average by weight; without a gate every worker's share is equally large and needs no communication."""
     if weight is None:
         return values.mean() if count is None else distributed_mean(values.sum(), count)
     weight = weight.float().expand_as(values)
@@ -266,7 +265,7 @@ def _gated_mean(values: Tensor, weight: Tensor | None, count: Tensor | None) -> 
 
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """(B, H, W) nats, 0 where the target is 255: where several losses read one map, it is computed once.
+    """Return (B, H, W) nats, 0 where the target is 255, for several losses that read one map.
 
     ``logits`` (B, C, H, W), ``target`` (B, H, W) int64. Raises ValueError for unlike shapes.
     """

@@ -68,7 +68,7 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
         "cpu",
         "--threads",
         "2",
-        "--out",
+        "--runs-dir",
         "o",
         "--quiet",
     ]
@@ -83,30 +83,31 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
     }
     assert trained == [(override(RunConfig(), wanted), {"resume": True})]
     out = capsys.readouterr().out
-    assert "miou" in out and "0.25" in out and "none" in out and "finished before" not in out
+    assert "none" in out and "0.25" not in out and "Already finished" not in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["teacher/visual", "0.2500", "-"] in rows and ["student/visual", "-", "4"] in rows
+    assert ["mIoU", "%", "25.00"] in rows and ["network/stream", "miou", "%", "images"] in rows
+    assert ["teacher/visual", "25.00", "-"] in rows and ["student/visual", "-", "4"] in rows
 
 
 def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
-    read = cli.read_arguments(
-        cli.command_parser(), ["train", "seed=1", "--out", "here", "train.steps=5", "--fresh", "data.split=92"]
+    read = cli.parse_arguments(
+        cli.command_parser(), ["train", "seed=1", "--runs-dir", "here", "train.steps=5", "--restart", "data.split=92"]
     )
-    assert read.fields == ["seed=1", "train.steps=5", "data.split=92"] and read.out == "here" and read.fresh
-    assert cli.read_arguments(cli.command_parser(), ["train", "--out", "a=b"]).fields == []
+    assert read.fields == ["seed=1", "train.steps=5", "data.split=92"] and read.runs_dir == "here" and read.restart
+    assert cli.parse_arguments(cli.command_parser(), ["train", "--runs-dir", "a=b"]).fields == []
     for command in (["table", "5"], ["sweep", "lambda"]):
-        read = cli.read_arguments(
+        read = cli.parse_arguments(
             cli.command_parser(), [*command, "--dry-run", "train.steps=5", "--seeds", "2", "seed=1"]
         )
         assert read.changes == ["train.steps=5", "seed=1"] and read.dry_run and read.seeds == "2"
     for words, wrong in (
-        (["train", "seed=1", "--fresh", "--frsh"], "--frsh"),
-        (["train", "--fresh", "--frsh=1", "seed=1"], "--frsh=1"),
-        (["doctor", "a=b"], "a=b"),
+        (["train", "seed=1", "--restart", "--frsh"], "--frsh: unknown flag"),
+        (["train", "--restart", "--frsh=1", "seed=1"], "--frsh: unknown flag"),
+        (["doctor", "a=b"], "unrecognized arguments: a=b"),
     ):
         with pytest.raises(SystemExit):
-            cli.read_arguments(cli.command_parser(), words)
-        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
+            cli.parse_arguments(cli.command_parser(), words)
+        assert wrong in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["ablations/table5", "tune/sweep_lambda"])
@@ -115,13 +116,13 @@ def test_so_they_may_in_scripts(script: str, tmp_path: Path, capsys: pytest.Capt
     from viladiff.cli import tables as options
 
     main = options.main if script.startswith("ablations") else sweeps.main
-    words = ["eval.max_images=8", "--scale", "smoke", "--storage", str(tmp_path), "--dry-run", "train.stepz=5"]
+    words = ["eval.max_images=8", "--scale", "smoke", "--runs-dir", str(tmp_path), "--dry-run", "train.stepz=5"]
     assert main(Path(__file__).resolve().parents[2] / f"{script}.toml", words) == 2
     assert "train.stepz: no such field; did you mean 'train.steps'?" in capsys.readouterr().err
 
 
 def test_fresh_and_workers(trained: list[Any]) -> None:
-    assert cli.main(["train", "--fresh", "--workers", "2"]) == 0
+    assert cli.main(["train", "--restart", "--workers", "2"]) == 0
     cfg, options = trained[0]
     assert (cfg.runtime.workers, options) == (2, {"resume": False})
 
@@ -131,7 +132,7 @@ def test_a_finished_run_says_so(
 ) -> None:
     monkeypatch.setattr(cli.time, "time", lambda: 1e12)
     assert cli.main(["train"]) == 0
-    assert "finished before" in capsys.readouterr().out
+    assert "Already finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -221,9 +222,9 @@ def test_doctor_passes_on_a_sound_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
-    assert cli.main(["doctor", "--out", str(tmp_path / "runs")]) == 0
+    assert cli.main(["doctor", "--runs-dir", str(tmp_path / "runs")]) == 0
     out = capsys.readouterr().out
-    assert "torch" in out and "not rendered yet" in out and "FAIL" not in out
+    assert "torch" in out and "not rendered;" in out and "FAIL" not in out
     assert not list(tmp_path.iterdir())
 
 
@@ -234,7 +235,7 @@ def test_doctor_finds_a_damaged_cache_and_unusable_places(
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path))
     (tmp_path / "digits" / digits.variant_fingerprint("digits")).mkdir(parents=True)
     (tmp_path / "file").touch()
-    assert cli.main(["doctor", "--out", str(tmp_path / "file")]) == 1
+    assert cli.main(["doctor", "--runs-dir", str(tmp_path / "file")]) == 1
     broken = {check.name: check for check in doctor.examine(tmp_path / "file") if check.broken}
     assert set(broken) == {"data digits", "runs"}
     assert all(check.remedy for check in broken.values())
@@ -251,3 +252,26 @@ def test_doctor_finds_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_doctor_finds_a_place_it_may_not_write(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     assert "runs" in [check.name for check in doctor.examine(tmp_path) if check.broken]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --out x", "--out: unknown flag; use --runs-dir"),
+        ("train --fresh", "--fresh: unknown flag; use --restart"),
+        ("doctor --out=x", "--out: unknown flag; use --runs-dir"),
+        ("table 5 --storage x", "--storage: unknown flag; use --runs-dir"),
+        ("table 5 --out x", "--out: unknown flag; use --report-dir"),
+        ("sweep lambda --out x", "--out: unknown flag; use --report-dir"),
+        ("sweep lambda --hang-after 3", "--hang-after: unknown flag; use --stall-timeout"),
+        ("plan all --price 3", "--price: unknown flag; use --hourly-price"),
+        ("runs list --store x", "--store: unknown flag; use --runs-dir"),
+        ("runs gc --dry-rum", "--dry-rum: unknown flag; did you mean --dry-run?"),
+        ("predict a --model b --storage c", "--storage: unknown flag"),
+    ],
+)
+def test_an_unknown_flag_names_the_flag_to_use(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f": error: {message}")

@@ -165,7 +165,7 @@ def test_no_run_is_met_with_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for words in (["list"], ["verify"]):
         assert "viladiff train method.name=viladiff" in runs(*words)
     for words in (["show", "a"], ["diff", "a", "b"], ["export", "a.tar.gz"]):
-        assert "there is no" in runs(*words, status=2)
+        assert "error: no " in runs(*words, status=2)
     assert "Nothing to delete" in runs("gc")
     assert list(tmp_path.iterdir()) == []
 
@@ -195,12 +195,12 @@ def test_show_of_unfinished_runs(home: Store, runs: Runs) -> None:
 
 
 def test_names_of_runs_are_understood_or_explained(home: Store, runs: Runs) -> None:
-    assert "2 runs begin so (00000000000000aa, 00000000000000bb)" in runs("show", "0000", status=2)
+    assert "ambiguous run id '0000': matches 00000000000000aa, 00000000000000bb" in runs("show", "0000", status=2)
     wrong = ONE.run_id[:5] + "z" + ONE.run_id[6:]
     assert f"did you mean '{ONE.run_id}'?" in runs("show", wrong, status=2)
     assert f"did you mean '{ONE.run_id[:4]}'?" in runs("show", ONE.run_id[:3] + "z", status=2)
-    assert "shows 5 others" in runs("show", "", status=2)
-    assert "is not finished (failed" in runs("diff", ONE.run_id, FAILED, status=2)
+    assert "5 runs are in viladiff runs list" in runs("show", "", status=2)
+    assert "not finished (failed" in runs("diff", ONE.run_id, FAILED, status=2)
 
 
 def test_diff_shows_changed_fields_and_scores(home: Store, runs: Runs) -> None:
@@ -278,7 +278,7 @@ def test_a_record_that_does_not_match_its_name_is_refused_everywhere(home: Store
     forged = RunRecord(**{**ONE.model_dump(), **fields})
     path = pack(Path("forged.tar.gz"), {RECORD: record_bytes(forged)})
     told = f"does not match its name {ONE.run_id}: "
-    for text in (runs("import", str(path), "--store", "new", status=2), runs("import", str(path), status=2)):
+    for text in (runs("import", str(path), "--runs-dir", "new", status=2), runs("import", str(path), status=2)):
         assert told in text and words in text
     assert contents(Path("new")) == set() and home.get(ONE.run_id) == ONE
     layer = Path("reports/published/forged/records")
@@ -300,13 +300,13 @@ def test_a_record_that_contradicts_itself_is_refused(home: Store, runs: Runs, ki
     fields, words = UNSAID[kind]
     forged = RunRecord(**{**ONE.model_dump(), **fields})
     path = pack(Path("forged.tar.gz"), {RECORD: record_bytes(forged)})
-    assert words in runs("import", str(path), "--store", "new", status=2) and contents(Path("new")) == set()
+    assert words in runs("import", str(path), "--runs-dir", "new", status=2) and contents(Path("new")) == set()
     put(home, forged)
     assert words in runs("verify", ONE.run_id, status=1)
 
 
 def test_records_of_this_checkout_match_their_names(runs: Runs) -> None:
-    text = runs("verify", "--store", "nowhere", "--published", str(LAYER))
+    text = runs("verify", "--runs-dir", "nowhere", "--published", str(LAYER))
     count = len(list(CORE.glob("*.json")))
     assert text.count("configuration matches name") == count and "stale" not in text, "make records"
 
@@ -416,7 +416,7 @@ def test_what_is_packed_is_what_is_unpacked(home: Store, packed: Path, runs: Run
     assert b"/home/me" not in gzip.decompress(packed.read_bytes())
     again = runs("export", "again.tar.gz", ONE.run_id[:6], TWO.run_id)
     assert "2 runs" in again and Path("again.tar.gz").read_bytes() == packed.read_bytes()
-    text = runs("import", str(packed), "--store", "new")
+    text = runs("import", str(packed), "--runs-dir", "new")
     assert "2 of 2 runs imported" in text
     new = Store(Path("new"))
     assert new.records() == {record.run_id: strip_local_paths(home.records()[record.run_id]) for record in (ONE, TWO)}
@@ -427,13 +427,13 @@ def test_what_is_packed_is_what_is_unpacked(home: Store, packed: Path, runs: Run
         *(f"{record.run_id}/record.json" for record in (ONE, TWO)),
         *(f"{ONE.run_id}/{name}" for name in ("pictures.npz", "steps.jsonl")),
     }
-    assert "0 of 2" in (text := runs("import", str(packed), "--store", "new")) and text.count("already here") == 2
+    assert "0 of 2" in (text := runs("import", str(packed), "--runs-dir", "new")) and text.count("already here") == 2
 
 
 def test_export_refuses_what_it_cannot_do(home: Store, packed: Path, runs: Runs) -> None:
     assert "exists and is not overwritten" in runs("export", "mine.tar.gz", status=2)
     assert "ends in .tar.gz" in runs("export", "mine.zip", status=2)
-    assert "is not finished" in runs("export", "x.tar.gz", FAILED, status=2)
+    assert "not finished" in runs("export", "x.tar.gz", FAILED, status=2)
     assert "data.split is one of" in runs("export", "x.tar.gz", "data.split=1", status=2)
     assert "3 runs" in runs("export", "all.tar.gz")
 
@@ -454,7 +454,7 @@ def test_import_leaves_runs_in_work_alone_and_finishes_begun_ones(home: Store, p
     (new.directory(ONE.run_id) / "checkpoint.pt").write_bytes(b"half-trained")
     lease = new.lease(TWO.run_id)
     assert lease is not None
-    text = runs("import", str(packed), "--store", "new")
+    text = runs("import", str(packed), "--runs-dir", "new")
     lease.release()
     assert f"not imported: in work here (process {os.getpid()}" in text and "its checkpoint was removed" in text
     assert not (new.directory(ONE.run_id) / "checkpoint.pt").exists() and list(new.records()) == [ONE.run_id]
@@ -498,7 +498,7 @@ def test_hostile_archives_put_nothing_anywhere(
             tar.addfile(member(name, size=len(data)), io.BytesIO(data))
         tar.addfile(HOSTILE[kind])
     before = contents(tmp_path)
-    assert "is nothing that viladiff runs export writes" in runs("import", str(path), "--store", "new", status=2)
+    assert "is nothing that viladiff runs export writes" in runs("import", str(path), "--runs-dir", "new", status=2)
     assert contents(tmp_path) - before <= {"new"} and contents(Path("new")) == set()
     assert not Path("/tmp/viladiff-outside.json").exists()
 
@@ -516,7 +516,7 @@ def test_archives_with_wrong_content_put_nothing_in_place(home: Store, packed: P
     }
     for files, message in wrong.values():
         path = pack(Path("wrong.tar.gz"), files)
-        assert message in runs("import", str(path), "--store", "new", status=2)
+        assert message in runs("import", str(path), "--runs-dir", "new", status=2)
         assert contents(Path("new")) == set()
     sums = members(packed)["sums.json"]
     for text, message in (
@@ -525,8 +525,8 @@ def test_archives_with_wrong_content_put_nothing_in_place(home: Store, packed: P
         (b"3", "cannot be"),
     ):
         path = pack(Path("wrong.tar.gz"), {**good, "sums.json": text}, sums=False)
-        assert message in runs("import", str(path), "--store", "new", status=2)
-    assert "has no sums.json" in runs("import", str(pack(Path("w.tar.gz"), good, False)), "--store", "new", status=2)
+        assert message in runs("import", str(path), "--runs-dir", "new", status=2)
+    assert "has no sums.json" in runs("import", str(pack(Path("w.tar.gz"), good, False)), "--runs-dir", "new", status=2)
     assert contents(Path("new")) == set()
 
 
@@ -534,13 +534,13 @@ def test_broken_files_are_no_archives(home: Store, packed: Path, runs: Runs) -> 
     whole = packed.read_bytes()
     for data in (b"", b"not an archive", whole[: len(whole) // 2], gzip.compress(b"not a tar" * 100)):
         Path("broken.tar.gz").write_bytes(data)
-        assert "broken.tar.gz" in runs("import", "broken.tar.gz", "--store", "new", status=2)
+        assert "broken.tar.gz" in runs("import", "broken.tar.gz", "--runs-dir", "new", status=2)
         assert contents(Path("new")) == set()
-    assert "No such file" in runs("import", "absent.tar.gz", "--store", "new", status=2)
+    assert "No such file" in runs("import", "absent.tar.gz", "--runs-dir", "new", status=2)
 
 
 def test_archives_that_would_fill_the_disk_are_refused(
     home: Store, packed: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive, "LIMITS", {**archive.LIMITS, "records": 100})
-    assert "too many" in runs("import", str(packed), "--store", "new", status=2) and contents(Path("new")) == set()
+    assert "too many" in runs("import", str(packed), "--runs-dir", "new", status=2) and contents(Path("new")) == set()

@@ -244,7 +244,7 @@ def test_ctrl_c_saves_every_run_and_the_next_one_goes_on(tmp_path: Path) -> None
     driver.until("progress")
     processes = descendants(driver.process.pid)
     driver.ctrl_c()
-    assert "Ctrl-C once more" in driver.until("note")["message"]
+    assert "Press Ctrl-C again" in driver.until("note")["message"]
     outcomes = driver.outcomes()
     assert {state for state, _ in outcomes.values()} == {"stopped"}
     assert not alive(processes)
@@ -294,7 +294,7 @@ def test_a_process_that_stands_still_is_killed_and_its_run_goes_on(tmp_path: Pat
             stopped.append(holder.pid)
             os.kill(holder.pid, signal.SIGSTOP)
 
-    (outcome,) = run_jobs([job], store, ExecutionSettings(hang_after=12), tell)
+    (outcome,) = run_jobs([job], store, ExecutionSettings(stall_timeout=12), tell)
     assert outcome.state == "done" and outcome.attempts == 2 and stopped
     retry = next(event for event in events if event.kind == "retry")
     assert retry.message.startswith("hang: no sign of life for 12 s")

@@ -92,7 +92,7 @@ def test_a_run_that_stands_still_is_ended_tried_again_and_recorded(sweeping: Mod
     runs = sweeping.Files(tmp_path, sweeping.bowl)
     space = {"a": Dimension(choices=(0.5, 0.7)), "b": Dimension(low=5, high=9, step=1)}
     desk = sweeping.opened(tmp_path, runs, 3, "grid", space=space, first={"a": 0.5, "b": 6}, seeds=(0,))
-    desk.settings = replace(desk.settings, hang_after=3.0)
+    desk.settings = replace(desk.settings, stall_timeout=3.0)
     run_search(desk, standing)
     trials = desk.search.trials
     assert [trial.point["b"] for trial in trials] == [6, 5, 7]
@@ -162,7 +162,7 @@ def stamps(root: Path) -> int:
 def test_a_sweep_from_its_command_to_its_verdict(tmp_path: Path) -> None:
     """Real runs: search, stop, resume after Ctrl-C, finals, and nothing to do the second time."""
     words = [sys.executable, str(ROOT / "tune" / "sweep_lambda.py"), "--scale", "smoke", "--trials", "4"]
-    words += ["--scheduler", "asha", "--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "page")]
+    words += ["--scheduler", "asha", "--runs-dir", str(tmp_path / "runs"), "--report-dir", str(tmp_path / "page")]
     words += ["--", "method.mixe.timesteps=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
@@ -213,7 +213,7 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
     store = Store(tmp_path / "runs")
     (tmp_path / "trials").mkdir()
     asker = OptunaStudy(
-        "s", sweep.space, sweep.initial_point, "random", 0, False, str(tmp_path / "optuna.journal"), Every()
+        "s", sweep.space, [sweep.initial_point], "random", 0, False, str(tmp_path / "optuna.journal"), Every()
     )
     search = SweepController(tmp_path / "trials", asker, namer.planned, (0,), namer.steps, TRAINERS, store)
     desk = TrialQueue(search, store, ExecutionSettings(gpus_per_trial=0.0), 1)

@@ -195,7 +195,7 @@ def test_the_command_prints_a_methods_settings(capsys: pytest.CaptureFixture[str
     assert main.main(["methods", "psmt"]) == 0
     text = capsys.readouterr().out
     assert "voc (92, hq): method.pseudo.weight=0.06 [PS-MT 058cdc3]" in text
-    assert "not available here: CutMix with three boxes" in text and "\ncps " not in text
+    assert "not available: CutMix with three boxes" in text and "\ncps " not in text
     assert main.main(["methods", "cps", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["published"][3]["given"] == {"method.cutmix": False} and row["published"][3]["fields"]

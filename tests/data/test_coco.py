@@ -47,7 +47,7 @@ def square(label: int, inside: int) -> np.ndarray:
 
 
 def test_classes_are_the_80_things_in_order_of_category() -> None:
-    """torchvision has the same table, gaps and all."""
+    """The same as torchvision's table, gaps and all."""
     names = {number: name for number, name in enumerate(_COCO_CATEGORIES) if name not in ("__background__", "N/A")}
     assert dict(zip(CATEGORY_IDS, CLASS_NAMES[1:], strict=True)) == names
     assert (CLASS_NAMES[0], len(CLASS_NAMES), CATEGORY_IDS[0], CATEGORY_IDS[-1]) == ("background", 81, 1, 90)
@@ -255,8 +255,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     made = layouts.coco(tmp_path / "coco", masks=False)
     words = ["data", "coco-masks", str(made.root), "--processes", "1", "--quiet"]
     assert main.main(words) == 0
-    assert "9 masks written, 0 were there already\n0 images have no annotation" in capsys.readouterr().out
+    assert "9 masks written, 0 existed already\n0 images have no annotation" in capsys.readouterr().out
     assert main.main(words) == 0
-    assert "0 masks written, 9 were there already" in capsys.readouterr().out
+    assert "0 masks written, 9 existed already" in capsys.readouterr().out
     assert main.main(["data", "coco-masks", str(tmp_path / "nowhere")]) == 2
     assert "instances_train2017.json: there is no such file" in capsys.readouterr().err

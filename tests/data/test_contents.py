@@ -28,7 +28,7 @@ from viladiff.data.files.validate import check_files
 from viladiff.inference.load import preview_run
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.lease import acquire_or_raise
-from viladiff.training.errors import RunIdMismatch
+from viladiff.training.errors import RunIdMismatchError
 from viladiff.training.launch import run_in_processes
 from viladiff.training.trainer import fit
 
@@ -155,7 +155,7 @@ def test_a_planned_run_is_refused_once_a_file_has_changed(photo_folder: Make, tm
     with (
         acquire_or_raise(planned["directory"]) as lease,
         pytest.raises(
-            RunIdMismatch, match=rf"planned as {planned['run']}, it would be .* data or weights have changed"
+            RunIdMismatchError, match=rf"planned as {planned['run']}, it would be .* data or weights have changed"
         ),
     ):
         fit(cfg, lease=lease)

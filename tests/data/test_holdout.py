@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from viladiff.data.holdout import choose_holdout, hold_out
 from viladiff.data.registry import load_dataset
+from viladiff.data.splits import choose_holdout, hold_out
 from viladiff.runs.config import ConfigError, RunConfig, override, run_id
 from viladiff.training.fingerprints import name_runs
 from viladiff.training.trainer import Trainer, fit

@@ -78,7 +78,7 @@ def _all_children() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def _leave_out_those_of_other_tests() -> None:
-    """multiprocessing keeps helpers that earlier tests of this process have started."""
+    """Ignore helpers of multiprocessing that earlier tests of this process have started."""
     _BEFORE.clear()
     _BEFORE.update(_all_children())
 

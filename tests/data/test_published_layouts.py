@@ -93,7 +93,7 @@ def test_tables_of_the_paper_are_planned_on_files(
         shutil.copytree(made.root / "splits" / splits[0], made.root / "splits" / split)
     spec = ROOT / "ablations" / f"{table}.toml"
     words = ["--scale", "paper", "--seeds", "1", "--rows", "SupBaseline", "UniMatch", "ViLaDiff", "--dry-run"]
-    words += ["--storage", str(tmp_path / "runs"), "--", f"runtime.data_root={made.root}"]
+    words += ["--runs-dir", str(tmp_path / "runs"), "--", f"runtime.data_root={made.root}"]
     assert tables.run_table(spec, table_parser(spec, "t").parse_args(words), "t") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "12 runs" in told, told

@@ -18,7 +18,7 @@ from scipy import special, stats
 from viladiff.data.batch import TextBatch
 from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation import feature_clusters
-from viladiff.experiments.tables import TableJob, write
+from viladiff.experiments.tables import TableJob, write_table_page
 from viladiff.inference.load import load_method, load_run, text_dim
 from viladiff.methods.textprobe import TextProbe
 from viladiff.models.baselines.text_probe import ClassQueryHead, ProbeConfig, attention_maps
@@ -310,7 +310,7 @@ FEW = {"data.batch_labelled": 2, "train.steps": 3, "eval.boundary": False, "runt
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Store]:
     """The spec's first two rows at scale smoke, and the row without attention, each trained for three steps."""
     storage = tmp_path_factory.mktemp("figure1")
-    plan = make_plan(load_table(SPEC), "smoke", rows=[1, 2, 5], changes=FEW)
+    plan = make_plan(load_table(SPEC), "smoke", rows=[1, 2, "c"], changes=FEW)
     for one in plan.runs.values():
         extra = {"runtime.runs_dir": str(storage), "runtime.visualizations": 1}
         fit(override(RunConfig(), {**one.changes, **extra}))
@@ -371,14 +371,16 @@ def test_features_beside_a_run_are_those_of_the_tokens_that_they_say(trained: tu
 
 @pytest.fixture
 def quiet_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """matplotlib takes seconds."""
+    """Matplotlib takes seconds."""
     monkeypatch.setattr(figures, "save_figures", lambda *_: [])
 
 
 @pytest.mark.usefixtures("quiet_figures")
 def test_the_page_has_both_pictures_and_says_what_captions_are(trained: tuple[Plan, Store], tmp_path: Path) -> None:
     plan, store = trained
-    text = write(TableJob(plan.table, plan, store, tmp_path / "out", "make", path=SPEC)).read_text(encoding="utf-8")
+    text = write_table_page(TableJob(plan.table, plan, store, tmp_path / "out", "make", path=SPEC)).read_text(
+        encoding="utf-8"
+    )
     assert text.count('<svg xmlns="http://www.w3.org/2000/svg"') == 4
     for title in ("1 Without text", "2 With text, before words are read", "2 With text, as masks are made of them"):
         assert f"<figcaption>{title} <small>" in text
@@ -400,12 +402,12 @@ def test_a_published_page_needs_nothing_but_what_is_committed(trained: tuple[Pla
     plan, store = trained
     layered = Store(store.root, [tmp_path / "published"])
     out = tmp_path / "published" / "figure1"
-    first = write(TableJob(plan.table, plan, layered, out, "make", True, SPEC)).read_text(encoding="utf-8")
+    first = write_table_page(TableJob(plan.table, plan, layered, out, "make", True, SPEC)).read_text(encoding="utf-8")
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
         "figures", "pictures", "plane", "records", "steps",
     ]  # fmt: skip
     elsewhere = Store(tmp_path / "empty", [tmp_path / "published"])
-    again = write(TableJob(plan.table, plan, elsewhere, tmp_path / "again", "make", path=SPEC)).read_text(
+    again = write_table_page(TableJob(plan.table, plan, elsewhere, tmp_path / "again", "make", path=SPEC)).read_text(
         encoding="utf-8"
     )
     assert again.count("<path d=") == first.count("<path d=") > 20
@@ -447,7 +449,9 @@ def test_a_plane_that_is_not_one_is_refused(arrays: dict[str, np.ndarray], said:
 def test_a_damaged_plane_is_told_and_the_rest_is_there(trained: tuple[Plan, Store], tmp_path: Path) -> None:
     plan, store = trained
     layer = tmp_path / "published" / "figure1" / "plane"
-    write(TableJob(plan.table, plan, Store(store.root, [tmp_path / "published"]), layer.parent, "make", True, SPEC))
+    write_table_page(
+        TableJob(plan.table, plan, Store(store.root, [tmp_path / "published"]), layer.parent, "make", True, SPEC)
+    )
     damaged = next(iter(sorted(layer.iterdir())))
     damaged.write_bytes(damaged.read_bytes()[:100])
     elsewhere = Store(tmp_path / "empty", [tmp_path / "published"])

@@ -49,11 +49,11 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def asked(tmp_path: Path, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_table_options(parser)
-    return parser.parse_args(["--storage", str(tmp_path / "runs"), "--max-concurrent", "2", *words])
+    return parser.parse_args(["--runs-dir", str(tmp_path / "runs"), "--max-concurrent", "2", *words])
 
 
 def test_runs_that_tables_share_count_once(tmp_path: Path, paths: list[Path]) -> None:
-    args = asked(tmp_path, "--scale", "smoke", "--price", "3.6")
+    args = asked(tmp_path, "--scale", "smoke", "--hourly-price", "3.6")
     shares = [share_of(path, args) for path in paths]
     assert [(one.cells, len(one.runs), one.waiting) for one in shares] == [(8, 8, 0), (4, 4, 1)]
     assert shares[1].runs < shares[0].runs, "the second table needs nothing that the first has not"
@@ -62,9 +62,9 @@ def test_runs_that_tables_share_count_once(tmp_path: Path, paths: list[Path]) ->
     lines = totals(shares, args)
     assert lines["cells"] == "12 with 8 different runs" and lines["done"] == "0 of 8 runs"
     assert estimate(plan, job.store).seconds == pytest.approx(8 * (10 + 5))
-    assert lines["time"].startswith("2 min 0 s of work left, 1 min 0 s with 2 at once (8 runs to go: 8 as guessed")
+    assert lines["time"].startswith("2 min 0 s of work left, 1 min 0 s with 2 at once (8 runs remaining: 8 estimated")
     assert lines["cost"] == "0.06", "60 s of the machine at 3.6 an hour"
-    assert lines["waiting"].startswith("1 rows")
+    assert lines["unavailable"].startswith("1 rows")
 
 
 def test_the_outline_shows_what_each_table_adds(
@@ -86,7 +86,7 @@ def test_without_the_data_equal_settings_are_one_run_and_nothing_is_timed(tmp_pa
 
 
 def test_what_is_of_one_table_alone_is_refused(tmp_path: Path, paths: list[Path]) -> None:
-    with pytest.raises(ValueError, match="--rows: of one table"):
+    with pytest.raises(ValueError, match="--rows is not supported by `plan all`"):
         outline_all(paths, asked(tmp_path, "--scale", "smoke", "--rows", "1"))
     broken = paths[0].read_text().replace('"optim.lr"', '"optim.rate"')
     paths[0].write_text(broken)

@@ -31,14 +31,14 @@ def test_a_page_of_records_and_of_none(
     page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    call(page, monkeypatch, "--records", str(tmp_path / "absent"), "--out", str(out))
+    call(page, monkeypatch, "--records", str(tmp_path / "absent"), "--report-dir", str(out))
     assert "no records yet, nothing is drawn" in capsys.readouterr().out and not out.exists()
     for name in ("supervised-92-0", "supervised-92-1", "viladiff-183-0"):
         one = made(name)
         measured = {"boundary_iou": 0.1, "trimap_miou": 0.2}
         scores = {n: {s: found | measured for s, found in streams.items()} for n, streams in one.scores.items()}
         save_record(one.model_copy(update={"scores": scores}), tmp_path / f"{name}.json")
-    call(page, monkeypatch, "--records", str(tmp_path), "--out", str(out))
+    call(page, monkeypatch, "--records", str(tmp_path), "--report-dir", str(out))
     assert {path.name for path in out.iterdir()} == {"curves.png", "table.md", "table.csv"}
     assert "(2)" in (out / "table.md").read_text()
 
@@ -58,7 +58,7 @@ def test_what_is_left_of_the_campaign(
 ) -> None:
     script = load_module(ROOT / "scripts" / "core_curves.py")
     monkeypatch.setattr(script, "RECORDS", tmp_path / "none")
-    words = ["--dry-run", "--methods", "supervised", "--splits", "92", "--seeds", "0", "--out", str(tmp_path)]
+    words = ["--dry-run", "--methods", "supervised", "--splits", "92", "--seeds", "0", "--runs-dir", str(tmp_path)]
     left = "supervised 92 seed 0 is to be run\n"
     call(script, monkeypatch, *words)
     assert capsys.readouterr().out == left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -71,10 +72,10 @@ def test_each_state_of_a_run_has_its_look() -> None:
     shown.hear(Event("progress", B, step=30, steps=100, loss=1.25))
     shown.hear(Event("failed", C, step=3, message="nan: the loss is nan"))
     text = picture(shown)
-    row = next(line for line in text.splitlines() if line.startswith("row 0"))
+    row = next(line for line in text.splitlines() if line.startswith(" 1  row 0"))
     assert row.split()[-2:] == ["61.2", "30%"]
-    assert "failed" in next(line for line in text.splitlines() if line.startswith("row 1"))
-    assert "·" in next(line for line in text.splitlines() if line.startswith("row 1"))
+    assert "failed" in next(line for line in text.splitlines() if line.startswith(" a  row 1"))
+    assert "·" in next(line for line in text.splitlines() if line.startswith(" a  row 1"))
     running = next(line for line in text.splitlines() if line.startswith("row 0, column 1"))
     assert "30/100" in running and "loss 1.250" in running and "14 s" in running  # 70 steps at 0.2 s
     assert "1 of 4 runs done, 1 running, 1 failed" in text
@@ -150,7 +151,7 @@ def test_a_low_screen_keeps_the_totals_and_what_is_under_way(height: int, width:
     lines = [line.rstrip() for line in text.splitlines()]
     assert len(lines) <= height, "rich would cut off the end"
     assert " ".join(lines[-2:]).endswith("so far") and "0 of 15 runs done" in text
-    rows = [int(line.split()[1]) for line in lines if line.startswith("row ") and "," not in line]
+    rows = [int(found[1]) for line in lines if (found := re.match(r"[ \d][\da]  row (\d+) ", line))]
     assert len(rows) == 15 or height < 40
     if len(rows) < 15 and height > 5:
         assert f"and {15 - len(rows)} more rows" in text

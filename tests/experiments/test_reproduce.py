@@ -78,7 +78,7 @@ WORDS = ("--scale", "smoke", "--rows", "1", "supervised")
 
 
 def run(tmp_path: Path, *more: str) -> int:
-    return main([*WORDS, "--storage", str(tmp_path / "runs"), *more])
+    return main([*WORDS, "--runs-dir", str(tmp_path / "runs"), *more])
 
 
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: dict[str, float]) -> list[PlannedRun]:
@@ -137,7 +137,7 @@ def test_a_line_a_row_and_status_1_where_one_disagrees(
     said = [line for line in capsys.readouterr().out.splitlines() if "seed 0:" in line]
     assert [line.split(":")[0] for line in said] == ["holds", "fails"] and len(trained) == 2
     assert run(tmp_path) == 1 and len(trained) == 2, "a second call compares what is there"
-    assert "trained before in" in capsys.readouterr().out
+    assert "already trained in" in capsys.readouterr().out
 
 
 def test_a_row_without_a_record_is_not_trained(

@@ -27,7 +27,7 @@ TABLE = ROOT / "ablations" / "table5.toml"
 
 def job(tmp_path: Path, *words: str) -> tables.TableJob:
     args = table_parser(TABLE, "t").parse_args(
-        ["--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "page"), *words]
+        ["--runs-dir", str(tmp_path / "runs"), "--report-dir", str(tmp_path / "page"), *words]
     )
     return tables.plan_table(TABLE, args, "python ablations/run_table5.py")
 
@@ -59,21 +59,21 @@ def test_what_cannot_be_run_is_said_before_anything_runs(tmp_path: Path, words: 
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    for words in (["--fresh", "--render"], ["--publish"], ["--publish", "--scale", "digits", "--rows", "1"]):
-        args = table_parser(TABLE, "t").parse_args(["--storage", str(tmp_path), *words])
+    for words in (["--restart", "--render"], ["--publish"], ["--publish", "--scale", "digits", "--rows", "1"]):
+        args = table_parser(TABLE, "t").parse_args(["--runs-dir", str(tmp_path), *words])
         with pytest.raises(ValueError, match=words[0]):
             tables.run_table(TABLE, args, "t")
 
 
 def test_the_command_can_be_pasted_and_its_printed_form_names_no_directory() -> None:
     command = tables.shell_command(
-        "python ablations/run_table5.py", ["--rows", "ViLa + q_G", "--fresh", "--storage", "/me/a/runs"]
+        "python ablations/run_table5.py", ["--rows", "ViLa + q_G", "--restart", "--runs-dir", "/me/a/runs"]
     )
-    assert command == "python ablations/run_table5.py --rows 'ViLa + q_G' --storage /me/a/runs"
-    assert tables.public_command(command) == "python ablations/run_table5.py --rows 'ViLa + q_G' --storage …/runs"
+    assert command == "python ablations/run_table5.py --rows 'ViLa + q_G' --runs-dir /me/a/runs"
+    assert tables.public_command(command) == "python ablations/run_table5.py --rows 'ViLa + q_G' --runs-dir …/runs"
     assert (
-        tables.public_command("x -- runtime.data_root=/data/voc --out ~/p/q")
-        == "x -- runtime.data_root=…/voc --out …/q"
+        tables.public_command("x -- runtime.data_root=/data/voc --report-dir ~/p/q")
+        == "x -- runtime.data_root=…/voc --report-dir …/q"
     )
 
 
@@ -113,7 +113,7 @@ def test_nothing_left_to_run_starts_nothing(tmp_path: Path, monkeypatch: pytest.
         (["--workers", "2"], 0, ["4 at once, 2 workers with 1 thread each"]),
         ([], 2, ["2 at once", "2 GPUs here, one for each run; --gpus-per-trial says otherwise"]),
         (["--gpus-per-trial", "0.5"], 2, ["4 at once"]),
-        (["--address", "auto"], 0, ["as many at once as the cluster has room for", "of work, one run after another"]),
+        (["--address", "auto"], 0, ["as many at once as the cluster can run", "of sequential work"]),
         (["--address", "auto", "--max-concurrent", "5"], 0, ["5 at once"]),
     ],
     ids=str,
@@ -128,10 +128,19 @@ def test_dry_run_says_what_would_go_at_once(
 ) -> None:
     monkeypatch.setattr("viladiff.cluster.resources.visible_cpus", lambda: 8)
     monkeypatch.setattr("viladiff.cluster.resources.visible_gpus", lambda: gpus)
-    what = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path)]
+    what = ["--scale", "smoke", "--rows", "1", "8", "--columns", "1", "--seeds", "1", "--runs-dir", str(tmp_path)]
     assert tables.run_table(TABLE, table_parser(TABLE, "t").parse_args([*what, "--dry-run", *words]), "t") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert [one for one in said if one not in text] == []
+
+
+def test_a_control_has_the_letter_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--scale", "smoke", "--rows", "8", "a", "--columns", "1", "--seeds", "1", "--runs-dir", str(tmp_path)]
+    assert tables.run_table(TABLE, table_parser(TABLE, "t").parse_args([*words, "--dry-run"]), "t") == 0
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["8", "ViLaDiff"] in lines and ["a", "supervised"] in lines
+    with pytest.raises(ValueError, match="rows = 9: no such number"):
+        tables.run_table(TABLE, table_parser(TABLE, "t").parse_args([*words, "--dry-run", "--rows", "9"]), "t")
 
 
 def test_what_a_second_ctrl_c_leaves_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,9 +157,11 @@ def test_what_a_second_ctrl_c_leaves_is_swept(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr("viladiff.cluster.executor.run_jobs", ended)
-    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1", "--storage", str(tmp_path / "runs")]
+    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--seeds", "1", "--runs-dir", str(tmp_path / "runs")]
     with pytest.raises(KeyboardInterrupt):
-        tables.run_table(TABLE, table_parser(TABLE, "t").parse_args([*words, "--out", str(tmp_path / "page")]), "t")
+        tables.run_table(
+            TABLE, table_parser(TABLE, "t").parse_args([*words, "--report-dir", str(tmp_path / "page")]), "t"
+        )
     assert list(found.store.directory(run_id).iterdir()) == []
 
 
@@ -200,7 +211,7 @@ def test_a_plan_with_names_of_old_is_dropped(tmp_path: Path, capsys: pytest.Capt
         failure = Failure.model_validate({"kind": kind, "message": "m", "step": 3, "attempts": 1, "when": "now"})
         tables.print_summary(found, [Outcome(next(iter(found.plan.runs)), "failed", failure)], index)
         assert found.plan.file.exists() is there
-    assert "the same command names them anew" in capsys.readouterr().err
+    assert "re-run to plan again" in capsys.readouterr().err
     assert job(tmp_path, *words).plan == found.plan and found.plan.file.exists()
 
 
@@ -219,8 +230,8 @@ def test_a_frame_counts_seeds_and_lets_rows_be_compared_within_a_seed(tmp_path: 
     some = job(tmp_path, "--scale", "digits", "--rows", "1", "5", "--columns", "1", "2", "--seeds", "2")
     put(some, lambda run: 0.4 + 0.05 * list(some.plan.runs).index(run.run_id))
     tmp_path = some.store.root
-    wide = tables.table(5, "digits", storage=str(tmp_path))
-    lines = tables.table(5, "digits", storage=str(tmp_path), long_form=True)
+    wide = tables.table(5, "digits", runs_dir=str(tmp_path))
+    lines = tables.table(5, "digits", runs_dir=str(tmp_path), long_form=True)
     done = lines[lines["state"] == "done"]
     column = done["column"].iloc[0]
     counts = done[done["column"] == column].groupby("row")["seed"].nunique()
@@ -261,13 +272,13 @@ def test_published_runs_are_thin_and_read_back(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_was_made_before_is_rendered_without_torch(tmp_path: Path) -> None:
-    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--storage", str(tmp_path / "runs")]
+    words = ["--scale", "smoke", "--rows", "1", "--columns", "1", "--runs-dir", str(tmp_path / "runs")]
     job(tmp_path, *words)  # makes the plan
     code = f"""
 import sys
 from pathlib import Path
 from viladiff.cli import tables
-status = tables.main(Path({str(TABLE)!r}), {[*words, "--render", "--out", str(tmp_path / "page")]!r}, "t")
+status = tables.main(Path({str(TABLE)!r}), {[*words, "--render", "--report-dir", str(tmp_path / "page")]!r}, "t")
 assert not any(name in sys.modules for name in ("torch", "ray", "viladiff.runs.config")), "too much was imported"
 raise SystemExit(status)
 """

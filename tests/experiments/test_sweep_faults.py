@@ -62,7 +62,16 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
 
 
 def sweep(root: Path, *words: str) -> int:
-    given = ["--scale", "smoke", "--sampler", "random", "--storage", str(root / "runs"), "--out", str(root / "page")]
+    given = [
+        "--scale",
+        "smoke",
+        "--sampler",
+        "random",
+        "--runs-dir",
+        str(root / "runs"),
+        "--report-dir",
+        str(root / "page"),
+    ]
     return sweep_options.main(TUNE / "sweep_lambda.toml", [*given, *words])
 
 
@@ -144,7 +153,7 @@ def test_a_misspelt_space_is_said_before_any_training(
     text = (TUNE / "sweep_lambda.toml").read_text().replace("method.vila.lam", "method.vila.lan")
     (tmp_path / "sweep_lambda.toml").write_text(text)
     assert (
-        sweep_options.main(tmp_path / "sweep_lambda.toml", ["--scale", "smoke", "--storage", str(tmp_path / "runs")])
+        sweep_options.main(tmp_path / "sweep_lambda.toml", ["--scale", "smoke", "--runs-dir", str(tmp_path / "runs")])
         == 2
     )
     assert "did you mean 'method.vila.lam'" in capsys.readouterr().err and played.runs == []
@@ -210,5 +219,5 @@ def test_a_database_that_is_a_file_is_refused_and_left_as_it_is(
 ) -> None:
     (tmp_path / "mine.txt").write_text(text)
     assert sweep(tmp_path, "--database", str(tmp_path / "mine.txt")) == 2
-    assert "mine.txt: must be an URL, such as sqlite:///" in capsys.readouterr().err and played.runs == []
+    assert "mine.txt: must be a URL, such as sqlite:///" in capsys.readouterr().err and played.runs == []
     assert (tmp_path / "mine.txt").read_text() == text

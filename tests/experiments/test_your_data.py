@@ -152,7 +152,7 @@ def test_every_method_goes_from_photographs_to_a_model_folder(
     words = [f"data.dataset={layout}", f"runtime.data_root={root}", f"method.name={method}", *encoder, *QUICK]
     words += ["model.decoder_width=16", "data.crop=64", *(["data.split=92"] if voc else [])]
     words += ["data.captions=none"] if method == "viladiff" else []
-    assert main.main(["train", *words, "--out", str(tmp_path / "runs"), "--threads", "1", "--quiet"]) == 0
+    assert main.main(["train", *words, "--runs-dir", str(tmp_path / "runs"), "--threads", "1", "--quiet"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     capsys.readouterr()
     assert main.main(["evaluate", str(run), "--json", "--quiet"]) == 0

@@ -47,7 +47,7 @@ def test_a_folder_tells_scores_cost_and_origin(run: Path, tmp_path: Path, capsys
     teacher = record.scores["teacher"]["visual"]
     for fact in (
         record.run_id,
-        f"| visual (this folder) | {teacher['miou']:.4f} | - | - | 5 |",
+        f"| visual (this folder) | {100 * teacher['miou']:.2f} | - | - | 5 |",
         "semibaseline on digits",
         record.fingerprints["data"],
         record.versions["torch"],

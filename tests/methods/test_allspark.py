@@ -56,7 +56,7 @@ def gelu(x: Array) -> Array:
 
 
 def cross_in_numpy(net: ChannelAttention, x: Array, source: Array, drop: Array | None = None, p: float = 0.1) -> Array:
-    """x (B, N, C), source (S, N, C) that all images read: one image and one row of the map at a time."""
+    """Reference for x (B, N, C), source (S, N, C) that all images read: one image and one row of the map at a time."""
     q, k, v, out = (np_(f.weight) for f in (net.query, net.key, net.value, net.out))
     answers = np.concatenate([one @ k.T for one in source], 1)  # (N, S h C)
     told = np.concatenate([one @ v.T for one in source], 1)

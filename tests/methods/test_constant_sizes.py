@@ -30,10 +30,9 @@ from viladiff.data.transforms.mixing import (
 from viladiff.losses import feature_distillation, logit_distillation
 from viladiff.methods import METHODS, pseudoseg
 from viladiff.methods.allspark import AllSpark, AllSparkConfig
-from viladiff.methods.base import Method
+from viladiff.methods.base import Method, turn_length
 from viladiff.methods.corrmatch import Correlation, CorrMatchConfig, correlated
 from viladiff.methods.psmt import PsMt, VatConfig, bounded_momentum
-from viladiff.methods.two_teachers import turn_length
 from viladiff.models.baselines.allspark import AllSparkBlock, ChannelAttention
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.diffusion import add_gaussian_noise, alpha_bar
@@ -309,7 +308,7 @@ def test_pseudoseg_soft_labels_and_their_pull(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_corrmatch_scores_by_correlation_over_logits() -> None:
-    """r = z A with A = softmax(f1^T f2 / sqrt(K)), at 41 x 41 tokens of a crop of 321, K = 21, 256 channels."""
+    """Compare r = z A with A = softmax(f1^T f2 / sqrt(K)), at 41 x 41 tokens of a crop of 321, K = 21, 256 channels."""
     torch.manual_seed(0)
     width = CorrMatchConfig().width
     head = Correlation(64, width, 21)

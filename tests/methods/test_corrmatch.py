@@ -18,7 +18,7 @@ from viladiff.methods.corrmatch import (
     correlated,
     highest_by_class,
     region_maps,
-    spread,
+    region_votes,
     token_votes,
 )
 from viladiff.models.baselines.perturbations import channel_dropout
@@ -64,7 +64,7 @@ def test_regions_vote_as_if_one_by_one_on_pixels(tau: float) -> None:
         sure = confidence > 0.4
         votes = token_votes(labels, sure & may, side // tokens, CLASSES)
         pixels = token_votes(torch.zeros_like(labels), may, side // tokens, 1)[..., 0]
-        found = spread(regions.flatten(2), votes, pixels, torch.tensor(tau), rounds=24)
+        found = region_votes(regions.flatten(2), votes, pixels, torch.tensor(tau), rounds=24)
         large = np.kron(regions.numpy(), np.ones((1, 1, 4, 4), bool))
         expected = np.stack(
             [one_by_one(large[i], labels[i].numpy(), sure[i].numpy(), may[i].numpy(), tau) for i in range(2)]
@@ -83,10 +83,11 @@ def test_eight_rounds_are_enough_at_the_published_threshold_and_one_is_not_every
         sure = smooth((4, 1, 64, 64), gen)[:, 0] > -1
         votes = token_votes(labels, sure, 4, CLASSES)
         pixels = torch.full((4, 256), 16.0)
-        exact = spread(regions, votes, pixels, torch.tensor(tau), rounds=64)
+        exact = region_votes(regions, votes, pixels, torch.tensor(tau), rounds=64)
         assert (exact >= 0).any()
         wrong = {
-            r: float((spread(regions, votes, pixels, torch.tensor(tau), r) != exact).float().mean()) for r in wrong
+            r: float((region_votes(regions, votes, pixels, torch.tensor(tau), r) != exact).float().mean())
+            for r in wrong
         }
         assert wrong[8] <= (0 if tau == 0.85 else wrong[1])
     assert wrong[1] > 0
@@ -98,9 +99,9 @@ def test_later_regions_see_what_earlier_ones_decided() -> None:
     regions = torch.tensor([[[True, True, False, False], [False, True, True, True]]])
     pixels = votes.sum(2)
     tau = torch.tensor(0.85)
-    assert spread(regions, votes, pixels, tau, rounds=1).tolist() == [[0, 0, -1, -1]]
-    assert spread(regions, votes, pixels, tau, rounds=2).tolist() == [[0, 0, 0, 0]]
-    assert spread(regions.flip(1), votes, pixels, tau, rounds=2).tolist() == [[0, 0, -1, -1]]
+    assert region_votes(regions, votes, pixels, tau, rounds=1).tolist() == [[0, 0, -1, -1]]
+    assert region_votes(regions, votes, pixels, tau, rounds=2).tolist() == [[0, 0, 0, 0]]
+    assert region_votes(regions.flip(1), votes, pixels, tau, rounds=2).tolist() == [[0, 0, -1, -1]]
 
 
 def test_votes_are_counted_in_whole_pixels_under_autocast() -> None:
@@ -108,8 +109,8 @@ def test_votes_are_counted_in_whole_pixels_under_autocast() -> None:
     regions, pixels = torch.ones(1, 1, 2, dtype=torch.bool), torch.tensor([[1151.0, 1.0]])
     with torch.autocast("cpu", torch.bfloat16):
         # 1001 of 1152 pixels are above the share 0.8688 by a hair; in bfloat16 they are below it.
-        assert spread(regions, votes, pixels, torch.tensor(0.8688), 1).tolist() == [[0, 0]]
-        assert spread(regions, votes, pixels, torch.tensor(0.8690), 1).tolist() == [[-1, -1]]
+        assert region_votes(regions, votes, pixels, torch.tensor(0.8688), 1).tolist() == [[0, 0]]
+        assert region_votes(regions, votes, pixels, torch.tensor(0.8690), 1).tolist() == [[-1, -1]]
 
 
 def test_region_maps_are_different_rows_cut_at_the_middle_of_their_range() -> None:

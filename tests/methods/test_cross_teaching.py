@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Step
 from viladiff.data.transforms.mixing import beta_boxes, box_mask, class_mask
-from viladiff.methods.base import Method
+from viladiff.methods.base import Method, turn, turn_length
 from viladiff.methods.cps import Cps
 from viladiff.methods.psmt import PsMt, bounded_momentum, ramp, strict, strict_consistency
 from viladiff.methods.swith import Swith, sure_share
-from viladiff.methods.two_teachers import turn, turn_length
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override

@@ -14,9 +14,9 @@ from method_kit import CLASSES, SIDE, STEP, cross_entropy_map, make_batch, make_
 from torch import Tensor, nn
 
 from viladiff.data.batch import Batch
-from viladiff.data.holdout import set_apart
 from viladiff.data.loader import BatchLoader
 from viladiff.data.registry import load_dataset as load_dataset
+from viladiff.data.splits import set_apart
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.evaluation.metrics import boundary_width, trimap
 from viladiff.evaluation.pseudo_labels import STEPS, matched, pseudo_counts, pseudo_scores
@@ -246,7 +246,7 @@ def test_workers_choose_together_what_one_worker_would(
             part = replace(whole, image=whole.image[own], keys=keys, weak=(whole.weak[0][:unlabelled],))
             chosen = method._chosen(part)
             mine = viladiff_mixe._keys(part, chosen)
-            assert torch.equal(viladiff_mixe._rows(part.image, chosen), whole.image[list(mine)])
+            assert torch.equal(viladiff_mixe.select_rows(part.image, chosen), whole.image[list(mine)])
             found += mine
         assert found == expected, workers
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from record_kit import name_of, told
 
+from viladiff.methods.viladiff import READING
 from viladiff.report.sections import design_choices
 from viladiff.report.table import exports, long_form
 from viladiff.report.table import results as tables
@@ -64,7 +65,7 @@ def test_every_choice_of_the_notes_is_varied_in_some_table() -> None:
         lacking += [field] if not wanted and field not in there else []
     theirs = {field.partition(" ")[0] for field in lacking}
     ours = {"method.cutmix", "method.ohem.enabled", "method.pseudo.oracle", "method.predict.refine"}
-    added = ("refine_where", "confidence", "labelled_views", "unlabelled_views", "condition", "denoiser")
+    added = ("refine_where", "confidence", "labelled_views", "unlabelled_views", "condition")
     ours |= {f"method.mixe.{name}" for name in added}
     assert theirs == ours, "these are no choices of this paper's text"
     numbers = ("vila.temperature", "vila.depth", "pseudo.threshold", "mixe.refine_from", "mixe.refine_steps",
@@ -79,14 +80,19 @@ def test_each_row_of_the_choices_changes_what_its_heading_is_about_and_nothing_e
     table = load_table(ROOT / "ablations" / "choices.toml")
     found = {cell.row: flatten(override(RunConfig(), cell.changes)) for cell in cells(table, "digits", [0])}
     base = found.pop(0)
-    assert table.rows[0].label == table.reference and not table.rows[0].set and len(found) == len(table.rows) - 1
+    assert table.rows[0].label == table.reference and not table.rows[0].set
+    assert len(found) == len([row for row in table.rows[1:] if not row.scales or "digits" in row.scales])
     for place, full in found.items():
         row = table.rows[place]
         differ = {path for path in full if full[path] != base[path]}
         assert row.group and "efault" in row.group and row.control is False and row.paper == ()
         if row.stream or row.network:
             assert not differ, "read from the runs of the defaults, which cost nothing more"
+        elif row.label == "First reading":
+            assert differ == {"method." + path for path in READING if path != "pseudo.threshold"}
         else:
+            views = {f"method.mixe.{kind}_views" for kind in ("labelled", "unlabelled")}
+            differ -= views if "method.mixe.train_images" in differ else set()  # views of images that are left out
             assert len(differ) == 1 or differ == {"data.batch_labelled", "data.batch_unlabelled"}
     groups = [row.group for row in table.rows]
     assert len(set(groups)) == sum(a != b for a, b in zip(groups, ["", *groups], strict=False)) + 1, "each in one place"
@@ -135,9 +141,7 @@ def opened(tmp_path: Path, **changes: Any) -> tuple[Plan, Store]:
                 save_record(record(name, points), store.directory(name) / "record.json")
     runs = {cell.run_id: PlannedRun(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in found}
     every = tuple(range(len(ROWS)))
-    return Plan(
-        table, "s", every, (0,), (0, 1, 2), tuple(found), runs, {4: "not available: method.clip.weights is not given"}
-    ), store
+    return Plan(table, "s", every, (0,), (0, 1, 2), tuple(found), runs, {4: "requires method.clip.weights"}), store
 
 
 def test_each_choice_is_answered_with_what_was_and_what_could_have_been_seen(tmp_path: Path) -> None:
@@ -151,7 +155,7 @@ def test_each_choice_is_answered_with_what_was_and_what_could_have_been_seen(tmp
     assert (norm.outcome, third.outcome) == ("higher", "no difference shown")
     assert third.tested is not None and 0.1 < third.tested.least < 1 and third.tested.p > 0.05
     (late,), (few,) = found[2].alternatives, found[3].alternatives
-    assert late.why == "not available: method.clip.weights is not given" and late.gap is None and late.tested is None
+    assert late.why == "requires method.clip.weights" and late.gap is None and late.tested is None
     assert few.gap == pytest.approx(0.0) and "not run yet" in few.why and few.outcome == "not decided"
     assert design_choices.answer(found) == (
         "Of 5 alternatives 2 are higher, 0 are lower, 2 are not decided; for 1 no difference is shown."
@@ -216,12 +220,12 @@ def test_the_page_of_choices_has_their_answers_and_nothing_of_a_papers_table(tmp
     page, folder = render(plan, store, tmp_path / "out")
     assert "choices" in page.ids and not {"order", "printed"} & page.ids
     assert "Of 5 alternatives 2 are higher" in page.text and "It matters: other norm, +3.0 (1/8)." in page.text
-    assert "not decided: not available: method.clip.weights is not given" in page.text and "third <norm>" in page.text
+    assert "not decided: requires method.clip.weights" in page.text and "third <norm>" in page.text
     assert "Bold:" not in page.text and "as printed there" not in page.text
     markdown = (folder / "table.md").read_text(encoding="utf-8")
     assert "## What each choice is worth" in markdown and "## Agreement" not in markdown and "**5" not in markdown
     assert "fusion, 1/8: +5.0 (95 % interval" in markdown and "would have been seen" in markdown
-    assert "not available: method.clip.weights is not given: row 5" in markdown.replace("\\", "")
+    assert "requires method.clip.weights: row 5" in markdown.replace("\\", "")
     tex = (folder / "table.tex").read_text(encoding="utf-8")
     assert "Grey" not in tex and r"\textcolor" not in tex
     assert {line.count("&") for line in tex.splitlines() if "pm" in line and line.endswith("\\\\")} == {3}
@@ -231,22 +235,22 @@ def test_rows_that_wait_have_a_dash_a_reason_and_no_run(tmp_path: Path) -> None:
     plan, store = opened(tmp_path)
     results = tables.collect_results(plan, store)
     found = tables.summary(results.at(4, 0), "miou")
-    assert str(found) == "—" and set(found.missing.values()) == {"not available: method.clip.weights is not given"}
+    assert str(found) == "—" and set(found.missing.values()) == {"requires method.clip.weights"}
     assert results.counts() == {"missing": 2, "done": 10}, (
         "unique runs; the row that waits has none, streams share theirs"
     )
     lines = [line for line in long_form.to_rows(results) if line["row"] == "late"]
     assert {(line["state"], line["run_id"], line["miou"]) for line in lines} == {("unavailable", "", None)}
-    assert [reason for reason in exports.reasons(results) if "not available" in reason] == [
-        "not available: method.clip.weights is not given: row 5"
+    assert [reason for reason in exports.reasons(results) if "requires " in reason] == [
+        "requires method.clip.weights: row 5"
     ]
 
 
 def test_a_page_whose_rows_all_wait_can_be_written(tmp_path: Path) -> None:
     plan, store = opened(tmp_path)
-    later = dict.fromkeys(range(len(ROWS)), "not available: method.clip.weights is not given")
+    later = dict.fromkeys(range(len(ROWS)), "requires method.clip.weights")
     page, _ = render(Plan(plan.table, "s", plan.rows, (0,), (0,), (), {}, later), store, tmp_path / "out")
-    assert "No run of this table has finished yet." in page.text and "not available" in page.text
+    assert "No run of this table has finished yet." in page.text and "requires method.clip.weights" in page.text
 
 
 def test_encoders_groups_reference_and_contradictions_are_on_the_page_of_a_printed_table(tmp_path: Path) -> None:

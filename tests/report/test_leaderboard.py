@@ -17,7 +17,7 @@ import pytest
 from make_records import TINY
 from record_kit import CORE, name_of, told
 
-from viladiff.report.charts import figures, scatter
+from viladiff.report.charts import figures, scatter, themes
 from viladiff.report.sections import leaderboard, learning_rates, ranking
 from viladiff.report.sections.leaderboard import TimedStep, read_costs
 from viladiff.report.table.results import Results, collect_results, summary
@@ -90,7 +90,7 @@ def test_rows_of_our_own_stand_in_tables_1_to_4() -> None:
             row.control for row in rows.values() if row.label.startswith(("FixMatch-EMA", "All training", "Zero"))
         )
         zero = [row.label for row in table.rows].index("Zero-shot text (CLIP)")
-        assert unavailable(table) == {zero: "not available: method.clip.weights is not given"}
+        assert unavailable(table) == {zero: "requires method.clip.weights"}
         assert unavailable(table, {"method.clip.weights": "some.safetensors"}) == {}
         first = cells(table, "paper", [0], ["FixMatch-EMA", "FixMatch-EMA, twice the steps"], [1])
         lengths = [override(RunConfig(), one.changes).train.epochs for one in first]
@@ -191,7 +191,7 @@ def studied(tmp_path: Path, seeds: int = 3, **changes: Any) -> tuple[Plan, Store
         scores = {net: {"visual": score(points - lag)} for net, lag in (("teacher", 0), ("student", 0 if own else 1))}
         one = record(name, points, steps=runs[name].steps, scores=scores, **old, **own)
         save_record(one, store.directory(name) / "record.json")
-    later = {5: "not available: method.clip.weights is not given"}
+    later = {5: "requires method.clip.weights"}
     defaults = {f"None {row.set.get('method.name')}": {"optim.lr": 0.006} for row in ROWS}
     about = "s", tuple(range(6)), (0, 1), tuple(range(seeds)), tuple(found), runs, later
     return Plan(table, *about, defaults=defaults), store
@@ -257,7 +257,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[scatter.Chart]:
     def save(chart: scatter.Chart, folder: Path, name: str) -> dict[str, Path]:
         charts.append(chart)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = {theme: folder / f"{name}-{theme}.svg" for theme in scatter.THEMES}
+        paths = {theme: folder / f"{name}-{theme}.svg" for theme in themes.THEMES}
         for theme, path in paths.items():
             path.write_text(f"<svg>{theme}</svg>")
         return paths
@@ -285,7 +285,7 @@ def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, dra
     assert page.row("Fix twice", 15)[9:11] == ["2.00", "4.00"], "twice the steps cost twice"
     vila = page.row("Vila", 15)
     assert vila[7:9] == ["—", "—"] and vila[13:] == ["—", "150 (6)"], "what an older version did not note is not 0"
-    assert page.row("Zero", 2)[1] == "not available: method.clip.weights is not given"
+    assert page.row("Zero", 2)[1] == "requires method.clip.weights"
     assert [row[0].strip() for row in page.rows if len(row) == 1][:4] == [
         "Labelled",
         "Teacher",
@@ -486,42 +486,45 @@ def test_a_default_rate_is_the_plan_s_whatever_a_record_says_of_it(tmp_path: Pat
 # The picture
 
 
-def test_no_name_overlaps_another_a_point_or_the_key_and_all_are_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_point_has_its_number_and_its_name_in_the_list_beneath() -> None:
     draw = random.Random(4)
     labels = [f"A method of name {'n' * (i % 9)} {i}" for i in range(23)]
     points = tuple(
-        scatter.Point(1 + i % 5 * 0.7, 45 + 3 * draw.random(), 0.4 if i % 4 else None, label, i % 7, i > 18)
+        scatter.Point(1 + i % 5 * 0.7, 45 + 3 * draw.random(), 0.4 if i % 4 else None, str(i + 1), label, i % 7, i > 18)
         for i, label in enumerate(labels)
     )
     chart = scatter.Chart("183 labels", "cost", "mIoU", points, tuple(f"Family {i}" for i in range(7)))
     figure = scatter.draw(chart)
     (axes,), renderer = figure.axes, figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    from matplotlib.text import Annotation, Text
-
-    names = [child for child in axes.get_children() if isinstance(child, Annotation)]
-    for name in names:
-        name.update_positions(renderer)
-    boxes = [np.array(Text.get_window_extent(name, renderer).extents) for name in names]
-    assert sorted(name.get_text() for name in names) == sorted(labels)
-    frame, key = np.array(figure.bbox.extents), axes.get_legend()
-    assert key is not None
+    figure.draw_without_rendering()
+    shown = [number for text in axes.texts for number in text.get_text().split(", ")]
+    assert sorted(shown, key=int) == [one.number for one in points]
+    by_number = {one.number: one for one in points}
+    for text in axes.texts:
+        first, *others = (by_number[number] for number in text.get_text().split(", "))
+        gaps = [axes.transData.transform([one[:2], first[:2]]) for one in others]
+        assert all(np.ptp(gap[:, 1]) * 72 / figure.dpi < 7 for gap in gaps), "only points at one place share a text"
+    assert [text.get_text() for text in figure.texts] == [f"{one.number}  {one.label}" for one in points]
+    boxes = [np.array(text.get_window_extent(renderer).extents) for text in (*figure.texts, *axes.texts)]
     for i, box in enumerate(boxes):
-        others = [*boxes[:i], *boxes[i + 1 :], np.array(key.get_window_extent(renderer).extents)]
-        others += [
-            np.array([x - 2, y - 2, x + 2, y + 2]) for x, y in axes.transData.transform([one[:2] for one in points])
-        ]
-        assert not any((np.minimum(box[2:], o[2:]) > np.maximum(box[:2], o[:2])).all() for o in others), names[i]
-        assert (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
+        assert not any(_overlap(box, other) for other in boxes[:i]), "texts overlap"
+        assert (box[:2] >= 0).all() and (box[2:] <= figure.bbox.extents[2:]).all()
+    under = axes.get_tightbbox(renderer)
+    assert under is not None and all(box[3] < under.y0 for box in boxes[: len(points)])
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool((np.minimum(one[2:], other[2:]) > np.maximum(one[:2], other[:2])).all())
 
 
 def test_a_picture_is_drawn_again_only_for_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    chart = scatter.Chart("t", "x", "y", (scatter.Point(1.0, 2.0, None, "costs $1", 0),), ("f",))
+    chart = scatter.Chart("t", "x", "y", (scatter.Point(1.0, 2.0, None, "1", "costs $1", 0),), ("f",))
     paths = scatter.save_scatter(chart, tmp_path, "cost-1")
     assert {path.name for path in paths.values()} == {"cost-1-light.svg", "cost-1-dark.svg"}
     texts = {theme: path.read_text() for theme, path in paths.items()}
-    assert all(colour in texts[theme] for theme, look in scatter.THEMES.items() for colour in look.values())
-    assert not any(colour in texts["dark"] for colour in scatter.THEMES["light"].values())
+    assert all(colour in texts[theme] for theme, look in themes.THEMES.items() for colour in look.values())
+    assert not any(colour in texts["dark"] for colour in themes.THEMES["light"].values())
     assert "costs $1" in texts["light"]
     monkeypatch.setattr(scatter, "draw", lambda *_: pytest.fail("drawn again"))
     scatter.save_scatter(chart, tmp_path, "cost-1")
@@ -535,8 +538,8 @@ def test_the_page_loads_neither_torch_nor_matplotlib() -> None:
 
 
 def test_a_collapse_stands_below_the_others_with_its_number() -> None:
-    near = [scatter.Point(1.0, 45.0 + i, 0.5, str(i), 0) for i in range(6)]
-    far = scatter.Point(2.0, 6.0, 0.3, "lost", 0)
+    near = [scatter.Point(1.0, 45.0 + i, 0.5, str(i), str(i), 0) for i in range(6)]
+    far = scatter.Point(2.0, 6.0, 0.3, "7", "lost", 0)
     shown = scatter.brought_in([*near, far])
     assert shown[:6] == tuple(near) and shown[6].label == "lost ↓ 6.0" and shown[6].spread is None
     assert 43 < shown[6].y < 44.5 and shown[6].x == 2.0

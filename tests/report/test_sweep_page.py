@@ -18,6 +18,19 @@ from record_kit import content_of
 from viladiff.cli.sweeps import sweep_parser
 from viladiff.experiments import publish_sweep, sweep_setup
 from viladiff.experiments import sweeps as sweep_drive
+from viladiff.report.charts import sweep_figures
+from viladiff.report.charts.sweep_figures import (
+    Axis,
+    ParallelChart,
+    ParallelLine,
+    Point,
+    Polyline,
+    TrialChart,
+    draw_parallel,
+    draw_trials,
+    save_picture,
+)
+from viladiff.report.charts.themes import THEMES
 from viladiff.report.sweep import sweep_page
 from viladiff.report.sweep.sweep_page import Shown, render_sweep
 from viladiff.runs.job import PlannedRun
@@ -153,7 +166,53 @@ class Page(HTMLParser):
             self.said[self.open[-1]] = self.said.get(self.open[-1], "") + data
 
 
-def test_the_page_shows_all_that_a_sweep_found(sweep: Sweep, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, TrialChart | ParallelChart]:
+    """Charts that were asked for, by name; matplotlib takes seconds."""
+    charts: dict[str, TrialChart | ParallelChart] = {}
+
+    def save_drawn(chart: TrialChart | ParallelChart, picture: object, folder: Path, name: str) -> dict[str, Path]:
+        charts[name] = chart
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {theme: folder / f"{name}-{theme}.svg" for theme in THEMES}
+        for theme, path in paths.items():
+            path.write_text(f"<svg>{theme}</svg>")
+        return paths
+
+    monkeypatch.setattr(sweep_figures, "save_drawn", save_drawn)
+    return charts
+
+
+def test_figures_draw_every_trial_in_both_themes(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axis = Axis(0.05, 2.0, "lam", log=True)
+    dots = [Point(0.1 * i, 40.0 + i, f"trial {i}", low=39.0 + i, high=41.0 + i, hollow=i == 3) for i in (1, 2, 3)]
+    lines = [Polyline([(0.1, 41.0), (0.3, 42.0)], words="local mean", band=[1.0, 2.0])]
+    chart = TrialChart(axis, "mIoU along lam", dots, lines, rug=(0.5, 1.0))
+    (axes,) = draw_trials(chart).axes
+    marks = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [len(line.get_xdata()) for line in marks] == [2, 1] and marks[1].get_markerfacecolor() == "#ffffff"  # type: ignore[arg-type]
+    (rug,) = (line for line in axes.lines if line.get_marker() == "|")
+    assert list(rug.get_xdata()) == [0.5, 1.0]  # type: ignore[arg-type]
+    assert len(axes.collections) == 4, "a spread for each dot, and the band"
+    assert axes.get_xscale() == "log" and [text.get_text() for text in axes.get_xticklabels()] == [
+        f"{mark:g}" for mark in (0.05, 0.1, 0.2, 0.5, 1, 2)
+    ]
+    choices = Axis(-0.5, 1.5, "schedule", names=("cosine", "linear"))
+    parallel = ParallelChart([axis, choices], "all", [ParallelLine([0.2, 0.25], "trial 1", 0.5)])
+    (axes,) = draw_parallel(parallel).axes
+    assert list(axes.lines[0].get_ydata()) == [0.2, 0.25]  # type: ignore[arg-type]
+    assert {"lam", "schedule", "cosine", "linear"} <= {text.get_text() for text in axes.texts}
+    monkeypatch.undo()
+    picture = save_picture(chart, tmp_path, "chart")
+    assert picture.words == "mIoU along lam. trial 1; trial 2; trial 3; local mean"
+    texts = [(tmp_path / f"chart-{theme}.svg").read_text() for theme in ("light", "dark")]
+    assert THEMES["dark"]["ground"] in texts[1] and THEMES["light"]["ground"] not in texts[1]
+    assert picture.light.startswith("data:image/svg+xml;base64,") and picture.light != picture.dark
+
+
+def test_the_page_shows_all_that_a_sweep_found(
+    sweep: Sweep, tmp_path: Path, drawn: dict[str, TrialChart | ParallelChart]
+) -> None:
     text = render_sweep(shown(sweep, lambdas()), tmp_path).read_text()
     page = Page(text)
     assert page.ids == list(dict.fromkeys(page.ids))
@@ -165,19 +224,23 @@ def test_the_page_shows_all_that_a_sweep_found(sweep: Sweep, tmp_path: Path) -> 
     assert "12 of 14 trials have ended" in text and "9 trials complete, 2 stopped early, 1 failed, 1 under way" in text
     # The response: nine places with their spread, a local mean with its band, what was stopped, the paper's own curve.
     response = text.split('id="response"')[1].split("</section>")[0]
-    measured, printed = response.split("</svg>")[:2]
-    assert (
-        measured.count("<circle") == 9 and measured.count("<polygon") == 1 and measured.count('<path class="rug"') == 2
-    )
-    assert printed.count("<polyline") == 4 and printed.count("<circle") == 20
+    assert response.count("<picture>") == 2 and response.count("prefers-color-scheme: dark") == 2
+    measured = drawn["response-1"]
+    assert isinstance(measured, TrialChart)
+    assert (len(measured.dots), [len(line.band) > 0 for line in measured.lines]) == (9, [True, False])
+    assert len(measured.rug) == 2 and "2 stopped early" in response and "trial 5 (best, 3 seeds)" in response
+    printed = drawn["printed-1"]
+    assert isinstance(printed, TrialChart) and (len(printed.lines), len(printed.dots)) == (4, 20)
     assert all(number in page.said["response"] for number in ("77.5", "82.4", "46.3"))
     assert "What mattered" not in text, "a space of one dimension has nothing to share out"
-    winner = next(ref for ref in page.refers if ref.startswith("data:"))
+    winner = next(ref for ref in page.refers if ref.startswith("data:application/toml"))
     assert tomllib.loads(unquote(winner.partition(",")[2])) == {"method.vila.lam": 0.6}
     assert (tmp_path / "winner.toml").read_text() == '"method.vila.lam" = 0.6\n'
 
 
-def test_stopped_trials_are_at_their_own_budget(sweep: Sweep, tmp_path: Path) -> None:
+def test_stopped_trials_are_at_their_own_budget(
+    sweep: Sweep, tmp_path: Path, drawn: dict[str, TrialChart | ParallelChart]
+) -> None:
     trials = lambdas()
     text = render_sweep(shown(sweep, trials), tmp_path).read_text()
     page = Page(text)
@@ -187,8 +250,8 @@ def test_stopped_trials_are_at_their_own_budget(sweep: Sweep, tmp_path: Path) ->
     assert float(lines[5]["score"]) == pytest.approx(50.1) and lines[11]["score"] == ""
     assert lines[0]["runs"].split()[1] == run_of(0, 1) and "/home" not in (tmp_path / "trials.csv").read_text()
     assert "150" in page.said["rungs"] and 'class="num">12</td><td class="num">10</td>' in text
-    history = text.split('id="history"')[1].split("</svg>")[0]
-    assert history.count("<circle") == 9
+    history = drawn["history"]
+    assert isinstance(history, TrialChart) and len(history.dots) == 9
     assert "Points were chosen by the part dev of the embedded data, on which no trial was trained" in text
 
 
@@ -212,7 +275,7 @@ def test_peeking_is_said_in_red_and_an_empty_sweep_says_so(sweep: Sweep, tmp_pat
 
 
 def test_a_space_of_many_dimensions_has_threads_and_importances_at_one_budget(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: dict[str, TrialChart | ParallelChart]
 ) -> None:
     flip = load_sweep(TUNE / "sweep_flip.toml")
     asked: list[int] = []
@@ -235,8 +298,7 @@ def test_a_space_of_many_dimensions_has_threads_and_importances_at_one_budget(
     assert asked == [600, 600], "half of all came to the last rung"
     assert page.said["importances"].index("method.mixe.beta") < page.said["importances"].index("method.mixe.edge_bonus")
     assert "the 12 trials that came to it" in page.said["importances"]
-    text = (tmp_path / "index.html").read_text()
-    assert text.split('id="parallel"')[1].split("</svg>")[0].count("<polyline") == 12
+    assert len(drawn["threads"].lines) == 12
     assert "when the sweep rests" in render_sweep(shown(flip, trials, resting=False), tmp_path).read_text()
 
 
@@ -307,7 +369,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def machine(root: Path, *words: str) -> sweep_setup.SweepJob:
     """A sweep as somebody asks for it whose storage is ``root``, opened."""
-    given = ["--scale", "digits", "--storage", str(root), "--sampler", "random", *words]
+    given = ["--scale", "digits", "--runs-dir", str(root), "--sampler", "random", *words]
     job = sweep_setup.prepare(
         TUNE / "sweep_lambda.toml", sweep_parser(TUNE / "sweep_lambda.toml", "x").parse_args(given)
     )
@@ -339,10 +401,10 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
     train(job, 3)
     here = load_trials(job.directory / "trials")
     assert [one.state for one in here] == ["complete", "complete", "running"] and list(here[2].values) == ["0"]
-    index = sweep_drive.write_sweep_page(job, here, f"python tune/sweep_lambda.py --storage {tmp_path} --publish")
+    index = sweep_drive.write_sweep_page(job, here, f"python tune/sweep_lambda.py --runs-dir {tmp_path} --publish")
     assert index == checkout / "index.html"
     files = [path for path in checkout.rglob("*") if path.is_file()]
-    assert {path.parent.name for path in files} == {"sweep_lambda", "trials", "records"}
+    assert {path.parent.name for path in files} == {"sweep_lambda", "trials", "records", "figures"}
     assert len(list((checkout / "records").iterdir())) == 8
     for path in files:
         assert str(tmp_path) not in path.read_text() and "/home/" not in path.read_text(), path
@@ -365,11 +427,11 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
     third = sweep_setup.prepare(
         TUNE / "sweep_lambda.toml",
         sweep_parser(TUNE / "sweep_lambda.toml", "x").parse_args(
-            ["--scale", "digits", "--storage", str(tmp_path / "c"), "--trials", "5", "--publish", "--render"]
+            ["--scale", "digits", "--runs-dir", str(tmp_path / "c"), "--trials", "5", "--publish", "--render"]
         ),
     )
     sweep_drive.write_sweep_page(
-        third, publish_sweep.published_trials(third), f"python tune/sweep_lambda.py --storage {tmp_path} --publish"
+        third, publish_sweep.published_trials(third), f"python tune/sweep_lambda.py --runs-dir {tmp_path} --publish"
     )
     assert {path.name: path.read_bytes() for path in checkout.iterdir() if path.is_file()} == before
     assert not (tmp_path / "c" / "sweeps").exists()
@@ -387,7 +449,9 @@ def test_trials_that_went_another_way_are_not_published_over(checkout: Path, tmp
     (checkout / "hidden").rename(checkout / "sweep.json")
     mine = load_trials(other.directory / "trials")
     assert machine(tmp_path / "b", "--trials", "3").trials == 3 and load_trials(other.directory / "trials") == mine
-    with pytest.raises(ValueError, match=r"its trials went another way than those in .*; --study NAME goes on from"):
+    with pytest.raises(
+        ValueError, match=r"trials have diverged from those published in .*; use --study NAME to continue"
+    ):
         machine(tmp_path / "b", "--trials", "3", "--publish")
     assert len(load_trials(machine(tmp_path / "b", "--publish", "--study", "anew").directory / "trials")) == 2
     # One that is ahead of what is published publishes over it.
@@ -421,8 +485,8 @@ def test_what_is_published_of_another_sweep_is_left_alone(checkout: Path, tmp_pa
     ],
 )
 def test_only_the_sweep_as_its_file_has_it_is_published(tmp_path: Path, words: list[str], wrong: str) -> None:
-    given = sweep_parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--publish", "--storage", str(tmp_path), *words])
-    with pytest.raises(ValueError, match=f"{wrong}: a published page is of the sweep as its file has it"):
+    given = sweep_parser(TUNE / "sweep_lambda.toml", "x").parse_args(["--publish", "--runs-dir", str(tmp_path), *words])
+    with pytest.raises(ValueError, match=f"{wrong}: not allowed; a published page is of the sweep as in its file"):
         sweep_setup.prepare(TUNE / "sweep_lambda.toml", given)
 
 

@@ -131,7 +131,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """matplotlib takes seconds, and tests/report/test_figures.py looks at what it draws."""
+    """Matplotlib takes seconds, and tests/report/test_figures.py looks at what it draws."""
     monkeypatch.setattr(figures, "save_figures", lambda *_: [])
 
 

@@ -225,12 +225,13 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 
 SAVER = """
 import sys, torch
-from viladiff.runs.checkpoint import StepLog, save
+from viladiff.runs.checkpoint import StepLog, save_checkpoint
 log = StepLog(sys.argv[2])
 for step in range(1, 10**6):
     log.append({"step": step - 1, "loss": 1 / step})
     log.flush()
-    save(sys.argv[1], {"step": step, "w": [torch.full((400, 400), step), torch.full((300, 300), float(step))]})
+    w = [torch.full((400, 400), step), torch.full((300, 300), float(step))]
+    save_checkpoint(sys.argv[1], {"step": step, "w": w})
     if step == 1:
         print("ready", flush=True)
 """

@@ -47,7 +47,7 @@ class Trained(NamedTuple):
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     out, told, left = tmp_path_factory.mktemp("runs"), [], []
     train = ["train", "train.steps=2", "data.batch_labelled=2", "eval.max_images=4", "eval.boundary=false"]
-    train += ["--threads", "1", "--quiet", "--out"]
+    train += ["--threads", "1", "--quiet", "--runs-dir"]
     # A first run fills the caches of pictures and texts, which are files too: the limit below is for the run's own.
     assert main.main([*train, str(tmp_path_factory.mktemp("first"))]) == 0
     train.append(str(out))
@@ -116,7 +116,7 @@ def test_a_place_that_may_only_be_read(
     photograph = tmp_path / "a.png"
     Image.new("RGB", (20, 30)).save(photograph)
     words = {
-        "train": ["train", "train.steps=2", "--out", str(place), "--threads", "1", "--quiet"],
+        "train": ["train", "train.steps=2", "--runs-dir", str(place), "--threads", "1", "--quiet"],
         "predict": ["predict", str(photograph), "--model", str(trained.directory), "--out", str(place)],
         "export": ["export", str(trained.directory), str(place / "model")],
     }

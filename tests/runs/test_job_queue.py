@@ -120,7 +120,7 @@ def test_a_run_of_another_driver_is_waited_for_and_taken_over(tmp_path: Path, mo
 def test_a_silent_process_is_pointed_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(desks.time, "monotonic", lambda: now[0])
-    found, events = desk(tmp_path, 1, hang_after=8)
+    found, events = desk(tmp_path, 1, stall_timeout=8)
 
     def pass_time(seconds: int) -> list[str]:
         hung = []
@@ -161,7 +161,10 @@ def test_a_stop_starts_nothing_more_and_lets_the_rest_end(tmp_path: Path) -> Non
     found.stop()
     assert names(found) == [] and not found.over
     (note,) = [event for event in events if event.kind == "note"]
-    assert note.message.startswith("stopping: 2 runs save") and "Ctrl-C once more" in note.message
+    assert (
+        note.message.startswith("Stopping: 2 runs will checkpoint")
+        and "Press Ctrl-C again to kill them" in note.message
+    )
     found.finished(job(0).run_id, {"state": "stopped"})
     found.lost(job(1).run_id, "killed")
     assert found.over and {outcome.state for outcome in found.outcomes.values()} == {"stopped"}

@@ -47,8 +47,8 @@ def test_one_call_waits_and_takes_over(
     lease = take(tmp_path / "run")  # type: ignore[operator]
     assert time.monotonic() - begun > 0.5 and not path.exists() and lease.path.exists()
     told = capsys.readouterr().err
-    assert told.startswith(f"run: process {os.getpid()} on {host} since 2026-01-31T12:00:00Z has this run")
-    assert "without a sign of life it is taken over in" in told
+    assert told.startswith(f"run: locked by process {os.getpid()} on {host} since 2026-01-31T12:00:00Z, on another")
+    assert "taken over in" in told
     lease.release()
     assert list((tmp_path / "run").iterdir()) == []
 
@@ -80,7 +80,7 @@ def test_a_beating_heart_is_refused(tmp_path: Path) -> None:
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(ValueError, match=f"process {os.getpid()} on far since .* is at work on this run; wait"):
+        with pytest.raises(ValueError, match=f"run is locked by process {os.getpid()} on far since .*; wait"):
             acquire_or_raise(tmp_path / "run")
     finally:
         over.set()
@@ -92,7 +92,7 @@ def test_a_process_that_this_kernel_knows_is_neither_waited_for_nor_watched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with acquire_or_raise(tmp_path) as mine:
-        with pytest.raises(ValueError, match="is at work on this run"):
+        with pytest.raises(ValueError, match="run is locked by process"):
             acquire_or_raise(tmp_path)
         fields = json.loads(mine.path.read_text())
         mine.path.write_text(json.dumps({**fields, "started": fields["started"] - 1}))
@@ -213,7 +213,7 @@ TRAIN = ["train", "method.name=semibaseline", "train.steps=2", "eval.max_images=
 
 
 def test_ctrl_c_leaves_the_lease_as_it_was(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "viladiff", *TRAIN, "--out", str(tmp_path), "--threads", "1"]
+    words = [sys.executable, "-m", "viladiff", *TRAIN, "--runs-dir", str(tmp_path), "--threads", "1"]
     name = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=True).stdout
     run = next(
         word for word in name.replace("/", " ").split() if len(word) == 16 and set(word) <= set("0123456789abcdef")

@@ -113,6 +113,19 @@ def test_the_papers_value_comes_first_and_more_trials_go_on(sweeping: ModuleType
     assert sweeping.told(again) == sweeping.told(desk)
 
 
+def test_listed_points_come_after_the_papers_and_before_those_drawn(sweeping: ModuleType, tmp_path: Path) -> None:
+    points = [{"a": 0.25, "b": 2}, {"a": 0.75, "b": 9}]
+    runs = sweeping.Runs(tmp_path, sweeping.bowl)
+    desk = sweeping.opened(tmp_path, runs, 4, points=points)
+    sweeping.drive(desk, runs)
+    trials = desk.search.trials
+    assert [trial.origin for trial in trials] == ["paper", "listed", "listed", "tpe"]
+    assert [trial.point for trial in trials[:3]] == [sweeping.FIRST, *points]
+    again = sweeping.opened(tmp_path, runs, 5, points=points)
+    sweeping.drive(again, runs)
+    assert [trial.point for trial in again.search.trials[:4]] == [trial.point for trial in trials]
+
+
 def test_a_wider_space_goes_on_in_the_same_study(sweeping: ModuleType, tmp_path: Path) -> None:
     runs = sweeping.Runs(tmp_path, sweeping.bowl)
     first, space = {"a": 0.5, "m": "x"}, {"a": sweeping.SPACE["a"], "m": Dimension(choices=("x", "y"))}

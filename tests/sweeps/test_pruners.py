@@ -161,7 +161,7 @@ def test_a_twin_counts_once(sweeping: ModuleType, tmp_path: Path) -> None:
         for number, value in enumerate((0.4, 0.4, 0.6, 0.5))
     ]
     pruner, journal = optuna_pruner("asha", STEPS), str(tmp_path / "optuna.journal")
-    asker = OptunaStudy("s", sweeping.SPACE, sweeping.FIRST, "random", 0, False, journal, pruner)
+    asker = OptunaStudy("s", sweeping.SPACE, [sweeping.FIRST], "random", 0, False, journal, pruner)
     asker.open(trials, STEPS[-1])
     assert asker.stopped == {3}
 

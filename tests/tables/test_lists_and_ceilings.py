@@ -147,7 +147,7 @@ def test_trials_and_finals_of_a_sweep_draw_lists_by_seed(tmp_path: Path) -> None
 
 
 def test_the_dry_run_says_that_seeds_draw_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, storage = written(tmp_path, SMALL), ["--storage", str(tmp_path / "runs"), "--dry-run", "--seeds", "1"]
+    path, storage = written(tmp_path, SMALL), ["--runs-dir", str(tmp_path / "runs"), "--dry-run", "--seeds", "1"]
     assert main(path, ["--scale", "tiny", *storage]) == 0
     assert OWN_LISTS in capsys.readouterr().out
     assert main(path, ["--scale", "shared", *storage]) == 0

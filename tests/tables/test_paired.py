@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from viladiff.tables.paired import CellResidual, Part, contrast_parts, fit, t_test, untestable, variance_model
+from viladiff.tables.paired import CellResidual, Part, contrast_parts, fit_rows, t_test, untestable, variance_model
 from viladiff.tables.significance import LEVEL, CellSample, Samples, Term, f_test
 
 DIFFERENCE = (Term(0, 0, 1), Term(1, 0, -1))
@@ -63,7 +63,7 @@ def drawn(seed: int, rows: int, seeds: int, missing: float) -> np.ndarray:
 def test_rows_and_seeds_are_fitted_by_least_squares(seed: int, missing: float) -> None:
     y = drawn(seed, 5, 6, missing)
     squares, df, differences, factors = least_squares(y)
-    found = fit(rows_of(y))
+    found = fit_rows(rows_of(y))
     assert found.squares == pytest.approx(squares) and found.df == df
     for one in range(5):
         for other in range(5):
@@ -76,7 +76,7 @@ def test_rows_and_seeds_are_fitted_by_least_squares(seed: int, missing: float) -
 
 def test_a_whole_table_has_differences_of_means() -> None:
     y = drawn(1, 4, 5, 0.0)
-    found = fit(rows_of(y))
+    found = fit_rows(rows_of(y))
     contrast = found.contrast({0: 1, 2: -1})
     assert found.df == 3 * 4 and contrast is not None
     assert contrast == pytest.approx((y[0].mean() - y[2].mean(), 2 / 5))
@@ -88,21 +88,21 @@ def test_what_common_seeds_do_not_join_is_not_told() -> None:
     """Rows 0 and 1 share seeds, rows 2 and 3 others; a row between joins them, though not at one seed."""
     y = np.full((4, 4), np.nan)
     y[0, :2], y[1, :2], y[2, 2:], y[3, 2:] = [1, 2], [3, 5], [7, 9], [8, 8]
-    found = fit(rows_of(y))
+    found = fit_rows(rows_of(y))
     assert found.df == 8 - 4 - 2 and found.contrast({0: 1, 2: -1}) is None
     assert found.contrast({0: 1, 1: -1}) is not None
     assert found.contrast({0: 1, 1: -2}) is None, "no contrast"
-    joined = fit({**rows_of(y), 4: {1: 4.0, 2: 6.0}}).contrast({0: 1, 2: -1})
+    joined = fit_rows({**rows_of(y), 4: {1: 4.0, 2: 6.0}}).contrast({0: 1, 2: -1})
     assert joined is not None and joined.factor > 2 / 2
     with pytest.raises(KeyError):
         found.contrast({9: 1, 0: -1})
-    assert fit({}).df == fit({0: {}}).df == 0
+    assert fit_rows({}).df == fit_rows({0: {}}).df == 0
 
 
 def test_residuals_of_rounding_are_none() -> None:
     """Rows that differ by the same at each seed, in numbers that binary digits do not hold."""
     seeds = {s: 0.1 * s**2 for s in range(4)}
-    found = fit({r: {s: 50 + 0.3 * r + value for s, value in seeds.items()} for r in range(5)})
+    found = fit_rows({r: {s: 50 + 0.3 * r + value for s, value in seeds.items()} for r in range(5)})
     assert found.squares == 0.0 and found.df == 12
 
 
@@ -192,7 +192,7 @@ def wrong(tables: Sequence[Samples], terms: Sequence[Term] = DIFFERENCE) -> floa
 
 
 def no_difference(rng: np.random.Generator, rows: int, seeds: int, list_sd: float = 4.0) -> np.ndarray:
-    """y of rows that do not differ: lists of a seed spread by ``list_sd``, residuals by 1."""
+    """Draw y of rows that do not differ: lists of a seed spread by ``list_sd``, residuals by 1."""
     return 50 + rng.normal(0, list_sd, (1, seeds)) + rng.normal(0, 1, (rows, seeds))
 
 

@@ -421,7 +421,7 @@ def test_estimate_without_measurements_is_the_tables_guess(made: Plan, tmp_path:
     assert (found.cells, found.runs, found.done, found.measured) == (16, 12, 0, 0)
     assert found.seconds == pytest.approx(12 * (10 * 0.5 + 2) / 2)
     assert found.cost == pytest.approx(found.seconds / 3600 * 3.0)
-    assert found.basis == "12 runs to go: 12 as guessed in the table, not measured"
+    assert found.basis == "12 runs remaining: 12 estimated by the table file"
     assert estimate(made, store, 50).seconds == pytest.approx(7), "no faster than the longest run"
     assert estimate(made, store).cost is None
     with pytest.raises(ValueError, match="concurrency = 0"):
@@ -438,14 +438,14 @@ def test_estimate_from_records_of_the_same_settings_then_of_the_same_method(made
     found = estimate(made, store)
     assert (found.done, found.measured) == (2, 6), "no captions cost no other time; semibaseline is another method"
     assert found.seconds == pytest.approx(6 * (10 * 0.3 + 4) + 4 * (10 * 0.5 + 2))
-    assert "6 as measured for runs of the same settings, 4 as guessed in the table" in found.basis
+    assert "6 timed from runs with the same settings, 4 estimated by the table file" in found.basis
     first = next(run for run in runs if run.changed["method.name"] == "semibaseline")
     akin = {**first.changed, "method.cutmix": False}
     put(store, record(first, changed=akin, train_seconds=1.0, wall_seconds=2.0))
     found = estimate(made, store)
     assert (
         found.seconds == pytest.approx(6 * 7 + 4 * (10 * 0.1 + 1))
-        and "4 as measured for the same method" in found.basis
+        and "4 timed from runs of the same method" in found.basis
     )
 
 
@@ -484,7 +484,7 @@ def test_estimate_says_nothing_where_nobody_can(tmp_path: Path, made: Plan) -> N
     spec = table(tmp_path, ("seconds_per_step = 0.5", ""))
     bare = Plan(spec, "tiny", made.rows, made.columns, made.seeds, made.cells, made.runs)
     found = estimate(bare, Store(tmp_path / "runs"), price_per_hour=1.0)
-    assert found.seconds is None and found.cost is None and "no run like '2, 10, seed 0' was measured" in found.basis
+    assert found.seconds is None and found.cost is None and "no timing for '2, 10, seed 0'" in found.basis
     store = Store(tmp_path / "all")
     for run in bare.runs.values():
         put(store, record(run))

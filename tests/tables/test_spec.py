@@ -133,7 +133,7 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
             'title = "A table"\nreference = "hole"',
             "reference = 'hole': no such label; did you mean 'whole",
         ),
-        ('title = "A table"', 'title = "A table"\nheadline = "x"', "headline = 'x': no such label. Allowed: 1 'plain'"),
+        ('title = "A table"', 'title = "A table"\nheadline = "x"', "headline = 'x': no such label. Allowed: 'plain'"),
         ('title = "A table"', 'title = "A table"\nsupervised = "x"', "supervised = 'x': no such label"),
         ("seeds = [5]", 'rows = ["hole"]', "scale.real: rows = 'hole': no such label; did you mean 'whole'?"),
         ("seeds = [5]", 'columns = ["third"]', "scale.real: columns = 'third': no such label"),
@@ -413,7 +413,7 @@ def test_a_former_key_is_refused_and_the_error_gives_the_present_one(tmp_path: P
 
 def test_a_row_waits_for_the_field_that_it_needs(tmp_path: Path) -> None:
     table = read(tmp_path, ('label = "plain"', 'label = "plain"\nrequires = "runtime.data_root"'))
-    assert unavailable(table) == {0: "not available: runtime.data_root is not given"}
+    assert unavailable(table) == {0: "requires runtime.data_root"}
     assert {cell.row for cell in cells(table, "tiny")} == {1, 2}
     given = {"runtime.data_root": str(tmp_path)}
     assert unavailable(table, given) == {} and len(cells(table, "tiny", changes=given)) == 18
@@ -495,7 +495,7 @@ def test_controls_come_last_and_a_named_one_is_run_also_where_the_scale_leaves_t
     assert choose(table, "real", rows=["plain"], columns=[2], seeds=[1, 1]) == ((0,), (1,), (1,))
     with pytest.raises(ValueError, match=r"small\.toml: scale = 'tinny': allowed: tiny, real; did you mean 'tiny'"):
         choose(table, "tinny")
-    with pytest.raises(ValueError, match="rows: none is left"):
+    with pytest.raises(ValueError, match="no rows selected"):
         choose(table, "tiny", rows=[])
     with pytest.raises(ValueError, match=r"seeds = \[-1\]: a seed must not be negative"):
         choose(table, "tiny", seeds=[-1])

@@ -249,7 +249,7 @@ def test_a_dry_run_and_a_finished_one_start_nothing(
     jobs.begin(whole)
     jobs.write_part(whole, [rows_table(rows(whole, slice(None)))])
     jobs.finish(whole)
-    assert main.main(asked) == 0 and "has all captions of 8 images; nothing to do" in capsys.readouterr().out
+    assert main.main(asked) == 0 and "complete, 8 images; nothing to do" in capsys.readouterr().out
     assert main.main(["caption", "photo", "--model", str(blip)]) == 2
     assert "'photo': is neither a directory nor an embedded data set" in capsys.readouterr().err
 
@@ -272,7 +272,7 @@ def test_the_commands_of_the_page_can_be_typed() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_killed_job_goes_on_through_ray(photo_folder: Make, blip: Path, tmp_path: Path) -> None:
-    """kill -9 of the driver as soon as a part is there; then two actors do the rest, and one broken image is listed."""
+    """Kill -9 of the driver as soon as a part is there; then two actors do the rest, and one broken image is listed."""
     root, out = photo_folder(40, sizes=(30, 40)), tmp_path / "c.parquet"
     broken = sorted((root / "images").iterdir())[7]
     broken.write_bytes(broken.read_bytes()[:100])

@@ -83,7 +83,7 @@ def test_steps_between_evaluations_are_what_they_were() -> None:
 
 
 def sgd_by_hand(w: np.ndarray, grads: list[np.ndarray], rates: list[float], decay: float, nesterov: bool) -> np.ndarray:
-    """v <- 0.9 v + g, from v = g at first; w <- w - lr (g + 0.9 v if nesterov else v); g has the decay."""
+    """Update v <- 0.9 v + g, from v = g at first; w <- w - lr (g + 0.9 v if nesterov else v); g has the decay."""
     velocity = None
     for gradient, rate in zip(grads, rates, strict=True):
         g = gradient + decay * w

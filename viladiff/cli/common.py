@@ -1,15 +1,49 @@
-"""What every command shares: arguments in any order, and errors as lines with an exit status."""
+"""Shared parts of all commands: arguments in any order, errors as lines with an exit status."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
+
+RENAMED = {
+    "--storage": ("--runs-dir",),
+    "--store": ("--runs-dir",),
+    "--out": ("--report-dir", "--runs-dir"),
+    "--fresh": ("--restart",),
+    "--hang-after": ("--stall-timeout",),
+    "--price": ("--hourly-price",),
+}
+"""Flags of earlier versions and what replaces them; the first one that a command has."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser that reports an unknown flag with the flag to use instead."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """As in argparse, but exits with status 2 if a flag is unknown; positional arguments may be left over."""
+        parsed, left = super().parse_known_args(args, namespace)
+        flags = [word.partition("=")[0] for word in left if word.startswith("-") and word != "--"]
+        if flags:
+            self.error(f"{flags[0]}: unknown flag{self._replacement(flags[0])}")
+        return parsed, left
+
+    def _replacement(self, flag: str) -> str:
+        """Return the flag to use instead, as the end of a message; empty if there is none."""
+        known = re.findall(r"--[a-z][a-z-]*", self.format_usage())
+        renamed = next((name for name in RENAMED.get(flag, ()) if name in known), None)
+        if renamed is not None:
+            return f"; use {renamed}"
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """``FIELD=VALUE`` may stand before and after options, of which argparse takes the first few alone."""
+    """Parse arguments with ``FIELD=VALUE`` before, between and after options; argparse takes the first few alone."""
     args, left = into.parse_known_args(argv)
     late = [text for text in left if "=" in text and not text.startswith("-")]
     taking = next((name for name in ("fields", "changes") if hasattr(args, name)), None)
@@ -21,7 +55,7 @@ def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """The exit status of ``command``, or of what stopped it, with a line for each error."""
+    """Run ``command`` and return its exit status; print one line for each error."""
     try:
         status = command()
         sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""The command ``viladiff data``: look at images and masks, deal them into lists, make what data sets lack.
+"""The command ``viladiff data``: validate images and masks, split them into lists, make missing files.
 
-Only the standard library is loaded until a command is carried out.
+Only the standard library is loaded until a command is executed.
 """
 
 from __future__ import annotations
@@ -17,70 +17,83 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  viladiff data check photos                   every file, with reasons; writes data-check/index.html
+  viladiff data check photos                   check every file; writes data-check/index.html
   viladiff data split photos --labelled 30     photos/splits/labelled/: 30 labelled images, a fifth for validation
   viladiff data split photos --labelled 30 --seed 1 --name labelled-1
-  viladiff data coco-masks coco                coco/masks/: from COCO's instances; goes on where it stopped
+  viladiff data coco-masks coco                coco/masks/: from COCO's instances; resumes if interrupted
   viladiff train data.dataset=folder runtime.data_root=photos data.split=labelled
 """
 SHOWN = 20
 
 
 def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``data`` and its actions to the subparsers of ``viladiff``."""
+    """Add ``data`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "check and split images and masks, or render the embedded data sets"
     data = commands.add_parser("data", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
 
-    check = actions.add_parser("check", help="read every file and list, and say what is wrong", formatter_class=raw)
+    check = actions.add_parser("check", help="check every image, mask and list, and report faults", formatter_class=raw)
     _add_root(check)
-    check.add_argument("--split-dir", metavar="DIR", help="directory of lists (default: splits below ROOT)")
-    check.add_argument("--out", metavar="DIR", default="data-check", help="for the page (default: data-check)")
+    check.add_argument("--split-dir", metavar="DIR", help="directory of lists (default: ROOT/splits)")
+    check.add_argument("--out", metavar="DIR", default="data-check", help="directory of the page (default: data-check)")
     check.set_defaults(run=_check)
 
-    split = actions.add_parser("split", help="deal the images with masks into lists", formatter_class=raw)
-    _add_root(split)
-    split.add_argument("--labelled", metavar="N", type=int, help="labelled images (default: all but validation)")
-    split.add_argument(
-        "--val", metavar="N", type=float, help="validation images, or a share below 1 (default: a val.txt, or 0.2)"
+    split = actions.add_parser(
+        "split", help="split masked images into labelled, unlabelled and validation lists", formatter_class=raw
     )
-    split.add_argument("--seed", metavar="N", type=int, default=0, help="another draw (default: 0)")
-    split.add_argument("--name", default="labelled", help="of the split, for data.split (default: labelled)")
+    _add_root(split)
+    split.add_argument(
+        "--labelled", metavar="N", type=int, help="number of labelled images (default: all but validation)"
+    )
+    split.add_argument(
+        "--val",
+        metavar="N",
+        type=float,
+        help="number of validation images, or a share below 1 (default: the present val.txt, or 0.2)",
+    )
+    split.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the split (default: 0)")
+    split.add_argument("--name", default="labelled", help="name of the split, for data.split (default: labelled)")
     split.set_defaults(run=_split)
 
-    masks = actions.add_parser("coco-masks", help="make the masks of COCO 2017 from its instances")
+    masks = actions.add_parser("coco-masks", help="render the masks of COCO 2017 from its instances")
     masks.add_argument("root", metavar="ROOT", help="directory with train2017/, val2017/ and annotations/")
     masks.add_argument(
-        "--instances", metavar="FILE", action="append", default=[], help="a JSON file (default: both of annotations/)"
+        "--instances",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="JSON file of instances (default: both of annotations/)",
     )
-    masks.add_argument("--out", metavar="DIR", help="for the masks (default: masks below ROOT)")
-    masks.add_argument("--processes", metavar="N", type=int, help="that draw masks (default: one a core)")
-    masks.add_argument("--quiet", action="store_true", help="no progress bar")
+    masks.add_argument("--out", metavar="DIR", help="directory of the masks (default: ROOT/masks)")
+    masks.add_argument("--processes", metavar="N", type=int, help="number of processes (default: one per core)")
+    masks.add_argument("--quiet", action="store_true", help="hide the progress bar")
     masks.set_defaults(run=_coco_masks)
 
-    render = actions.add_parser("render", help="render into the cache, or check what is there")
+    render = actions.add_parser("render", help="render an embedded data set into the cache, or verify it")
     render.add_argument("names", nargs="+", choices=("digits", "dense"), metavar="NAME", help="digits or dense")
     render.set_defaults(run=_render)
 
 
 def _add_root(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "root", metavar="ROOT", help="directory with images/ and masks/, or as VOC, Cityscapes, COCO or ADE20K"
+        "root",
+        metavar="ROOT",
+        help="directory with images/ and masks/, or in the layout of VOC, Cityscapes, COCO or ADE20K",
     )
     command.add_argument(
-        "--shifted", action="store_true", help="ADE20K's masks hold 0 ... 149 and 255 (data.reduce_zero_label=false)"
+        "--shifted", action="store_true", help="ADE20K masks with labels 0...149 and 255 (data.reduce_zero_label=false)"
     )
-    command.add_argument("--processes", metavar="N", type=int, help="that read files (default: one a core)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--processes", metavar="N", type=int, help="number of processes (default: one per core)")
+    command.add_argument("--quiet", action="store_true", help="hide the progress bar")
 
 
 def _check(args: argparse.Namespace) -> int:
-    from viladiff.data.files.validate import validate_dataset as check
+    from viladiff.data.files.validate import validate_dataset
     from viladiff.report.dataset_page import write_page
 
     with _bar("reading images", args.quiet) as advance:
-        report = check(args.root, args.split_dir, args.processes, advance, not args.shifted)
+        report = validate_dataset(args.root, args.split_dir, args.processes, advance, not args.shifted)
     page = write_page(report, Path(args.out).expanduser(), f"viladiff data check {args.root}")
     _say(report)
     print(f"\n{page}")
@@ -123,7 +136,7 @@ def _split(args: argparse.Namespace) -> int:
     kept = f", the list of {dealt.kept_val}" if dealt.kept_val else ""
     print(f"{directory}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images{kept}")
     for name, missing in dealt.uncovered.items():
-        print(f"warning: no {name} image shows {', '.join(missing)}; deal more images, or another --seed")
+        print(f"warning: no {name} image shows {', '.join(missing)}; increase --labelled or --val, or change --seed")
     return 0
 
 
@@ -132,10 +145,10 @@ def _coco_masks(args: argparse.Namespace) -> int:
 
     with _bar("drawing masks", args.quiet) as advance:
         made = make_masks(args.root, args.instances, args.out, args.processes, advance)
-    print(f"{made.written:,} masks written, {made.there:,} were there already")
+    print(f"{made.written:,} masks written, {made.there:,} existed already")
     print(f"{made.empty:,} images have no annotation and are background; {made.crowds:,} crowds are 255")
     if made.hollow:
-        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were left out")
+        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were skipped")
     return 0
 
 
@@ -150,7 +163,7 @@ def _render(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _bar(title: str, quiet: bool) -> Iterator[Advance]:
-    """Counts images on a terminal's stderr; elsewhere, and where it is not wanted, nothing is shown."""
+    """Count images on stderr if it is a terminal; show nothing otherwise or if ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, of: None
         return

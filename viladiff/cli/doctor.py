@@ -1,4 +1,4 @@
-"""What ``viladiff doctor`` looks at: each check says what it found and, where that is trouble, how to mend it.
+"""The command ``viladiff doctor``: checks of the installation, each with a finding and, for a problem, its fix.
 
 Nothing is rendered, trained or started: a check reads, and at most writes one empty file and removes it.
 """
@@ -22,8 +22,8 @@ RUNS_GB = 1.0
 """Room for some runs on the embedded data sets, in GB; real ones take more."""
 
 
-def examine(out: str | Path = "runs") -> list[Check]:
-    """All checks; ``out`` is the directory of runs."""
+def examine(runs_dir: str | Path = "runs") -> list[Check]:
+    """All checks; ``runs_dir`` is the directory of runs."""
     checks = [_python(), *_packages()]
     if find_spec("torch") is not None:
         checks += _torch()
@@ -31,17 +31,17 @@ def examine(out: str | Path = "runs") -> list[Check]:
         from viladiff.data.cache import cache_dir
 
         checks += [_place("cache", cache_dir(), CACHE_GB, "VILADIFF_CACHE"), *_cached(cache_dir())]
-    checks += [_place("runs", Path(out), RUNS_GB, "--out"), _ray()]
+    checks += [_place("runs", Path(runs_dir), RUNS_GB, "--runs-dir"), _ray()]
     return checks
 
 
 def print_checks(checks: list[Check]) -> None:
-    """Prints the report."""
+    """Print the report."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "check", "found", "to mend it", box=None, pad_edge=False)
+    table = Table("", "check", "found", "fix", box=None, pad_edge=False)
     for check in checks:
         sign = (
             Text("FAIL", "bold red")
@@ -57,7 +57,7 @@ def print_checks(checks: list[Check]) -> None:
 def _python() -> Check:
     found = f"{sys.version.split()[0]} at {sys.executable}"
     old = sys.version_info < (3, 11)
-    return Check("python", found, "3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" if old else "", old)
+    return Check("python", found, "requires 3.11 or newer: make setup PYTHON=/path/to/python3.11" if old else "", old)
 
 
 def _packages() -> Iterator[Check]:
@@ -81,47 +81,47 @@ def _torch() -> Iterator[Check]:
         yield Check("torch", f"does not import: {error}", "remove .venv and run make setup", broken=True)
         return
     new = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
-    yield Check("torch", torch.__version__, "" if new else "2.11 or newer is needed: run make setup", not new)
+    yield Check("torch", torch.__version__, "" if new else "requires 2.11 or newer: run make setup", not new)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     built = torch.version.cuda or "none"
     yield Check("devices", f"{', '.join(names) or 'CPU only'} (built for CUDA {built})")
     cores = visible_cpus()
     threads = torch.get_num_threads()
-    advice = f"more threads than cores slow a run down: --threads {cores}" if threads > cores else ""
+    advice = f"fewer threads than cores are faster: --threads {cores}" if threads > cores else ""
     yield Check("threads", f"{threads} of {cores} cores", advice)
 
 
 def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
-    """Whether ``directory``, or the first parent of it that exists, has room and can be written to."""
+    """Check that ``directory``, or the first parent of it that exists, has space and is writable."""
     there = directory.absolute()
     while not there.exists():
         there = there.parent
     if not there.is_dir():
-        return Check(name, f"{there}: a file, not a directory", f"remove it, or point {how} elsewhere", broken=True)
+        return Check(name, f"{there}: a file, not a directory", f"remove it, or change {how}", broken=True)
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        return Check(name, f"{there}: cannot be written ({error.strerror})", f"point {how} elsewhere", broken=True)
+        return Check(name, f"{there}: cannot be written ({error.strerror})", f"change {how}", broken=True)
     free = shutil.disk_usage(there).free / 1e9
     low = free < need_gb
     return Check(
         name,
         f"{directory}: {free:.1f} GB free",
-        f"{need_gb:g} GB are needed: free some, or point {how} elsewhere" if low else "",
+        f"requires {need_gb:g} GB: free some, or change {how}" if low else "",
         low,
     )
 
 
 def _cached(directory: Path) -> Iterator[Check]:
-    """The embedded data sets that are rendered: whether every file is complete and unaltered."""
+    """Check that every file of the rendered embedded data sets is complete and unaltered."""
     from viladiff.data.cache import open_checked
     from viladiff.data.sources.digits import VARIANTS, variant_fingerprint
 
     for name in VARIANTS:
         folder = directory / name / variant_fingerprint(name)
         if not folder.exists():
-            yield Check(f"data {name}", f"not rendered yet; done when first used, or by: viladiff data render {name}")
+            yield Check(f"data {name}", f"not rendered; rendered at first use, or by: viladiff data render {name}")
             continue
         try:
             open_checked(folder)
@@ -134,5 +134,5 @@ def _cached(directory: Path) -> Iterator[Check]:
 
 def _ray() -> Check:
     if find_spec("ray") is None:
-        return Check("ray", "not installed", "only studies over several runs need it: run make setup")
+        return Check("ray", "not installed", "required by table, sweep and caption: run make setup")
     return Check("ray", version("ray"))

@@ -1,4 +1,4 @@
-"""The command ``viladiff``: arguments in, one function call, text out. torch is imported after the arguments are read.
+"""The command ``viladiff``: the parser of all subcommands. torch is imported after the arguments are parsed.
 
 Exit status: 0 done, 1 a check failed, 2 the request cannot be carried out, 130 interrupted.
 """
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from viladiff import __version__
-from viladiff.cli.common import parse_arguments, run_command
+from viladiff.cli.common import CommandParser, parse_arguments, run_command
 from viladiff.cli.data import add_data
 from viladiff.cli.runs import add_runs
 from viladiff.cli.sweeps import add_sweep_options as add_sweep_options
 from viladiff.cli.tables import add_table_options
 from viladiff.cli.text import add_text
+from viladiff.core.messages import format_value
 
 if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig
@@ -26,62 +27,66 @@ EXAMPLES = """\
 examples:
   viladiff train method.name=viladiff data.split=183
   viladiff train method.name=semibaseline train.steps=50 --dry-run
-  viladiff config method.mixe                  what can be set, with types, defaults and meaning
-  viladiff evaluate runs/0123456789abcdef      score a finished run again
+  viladiff config method.mixe                  list fields: type, default, meaning
+  viladiff evaluate runs/0123456789abcdef      evaluate a finished run again
   viladiff predict DIR --model RUN             label photographs
-  viladiff export RUN OUT --onnx               a folder that needs neither the run nor its data
-  viladiff doctor                              what is wrong with this machine, and how to mend it
+  viladiff export RUN OUT --onnx               export a model folder, independent of run and data
+  viladiff doctor                              check the installation and suggest fixes
 
-VILADIFF_DEBUG=1 shows the traceback behind an error.
+Set VILADIFF_DEBUG=1 to show the traceback of an error.
 """
 TRAIN_EXAMPLES = """\
 examples:
   viladiff train method.name=viladiff data.split=183 seed=1
   viladiff train method.name=viladiff method.mixe.enabled=false train.steps=100 --threads 1
-  viladiff train method.name=semibaseline data.dataset=dense data.split=463 --out /tmp/runs
+  viladiff train method.name=semibaseline data.dataset=dense data.split=463 --runs-dir /tmp/runs
   viladiff train method.name=viladiff --dry-run
 
-A run's directory is named by its content. The same command goes on from the last checkpoint;
-a finished run is only shown.
+The name of a run's directory is a hash of its configuration and data. Re-running the command
+resumes from the last checkpoint; for a finished run it prints the scores.
 """
 PREDICT_EXAMPLES = """\
 examples:
   viladiff predict holiday.jpg --model runs/0123456789abcdef
   viladiff predict photographs/ --model model --out masks
 
-OUT/masks has PNGs with a palette, OUT/overlays both pictures in one, OUT/confidence the network's
-own probability from black to white, OUT/classes.csv which id and colour is which class.
+Output: OUT/masks (palette PNGs), OUT/overlays (mask over image), OUT/confidence (probability of the
+predicted class, from black to white), OUT/classes.csv (id, name and colour of each class).
 """
 TABLE_EXAMPLES = """\
 examples:
-  viladiff plan 5 --scale digits          what would run, and how long it would take
-  viladiff plan all --scale digits        all tables: runs that they share, what is left, hours and price
+  viladiff plan 5 --scale digits          list the runs and estimate the time
+  viladiff plan all --scale digits        all tables: shared runs, remaining time and cost
   viladiff table 5                        scale quick: one seed, minutes on two cores
   viladiff table 5 --scale digits --rows 1 8 --seeds 3 -- train.steps=300
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; errors that a user can mend are one line each on stderr."""
+    """Run one command and return its exit status; errors of the user are one line each on stderr."""
     args = parse_arguments(command_parser(), argv)
     return run_command(lambda: int(args.run(args)))
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """All subcommands; each sets ``run`` to the function that carries it out."""
+    """Build the parser of all subcommands; each sets ``run`` to the function that executes it."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser("viladiff", epilog=EXAMPLES, formatter_class=raw, description=_first_line())
+    top: argparse.ArgumentParser = CommandParser(
+        "viladiff", epilog=EXAMPLES, formatter_class=raw, description=_first_line()
+    )
     top.add_argument("--version", action="version", version=f"viladiff {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train one run", epilog=TRAIN_EXAMPLES, formatter_class=raw)
     _add_fields(train)
-    train.add_argument("--out", metavar="DIR", help="directory of runs (runtime.runs_dir)")
-    train.add_argument("--captions", metavar="FILE", help="in place of the data set's own (runtime.captions)")
-    train.add_argument("--dry-run", action="store_true", help="say what would run and where it goes, and stop")
+    train.add_argument("--runs-dir", metavar="DIR", help="directory of runs (runtime.runs_dir)")
+    train.add_argument(
+        "--captions", metavar="FILE", help="captions to use instead of the data set's own (runtime.captions)"
+    )
+    train.add_argument("--dry-run", action="store_true", help="print the planned run and its directory, and exit")
     again = train.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint (the default)")
-    again.add_argument("--fresh", action="store_true", help="start over, also where the run is finished")
+    again.add_argument("--resume", action="store_true", help="resume from the last checkpoint (default)")
+    again.add_argument("--restart", action="store_true", help="train from scratch, even if the run is finished")
     _add_runtime(train)
     train.add_argument("--workers", metavar="N", help="processes that share each batch (runtime.workers)")
     train.set_defaults(run=_train)
@@ -89,91 +94,93 @@ def command_parser() -> argparse.ArgumentParser:
     _add_uses(commands)
 
     config = commands.add_parser("config", help="list fields with type, value and meaning", formatter_class=raw)
-    _add_fields(config, "a section or field such as method.mixe, and field=value to see other defaults")
+    _add_fields(config, "section or field, such as method.mixe; field=value shows the defaults that depend on it")
     config.set_defaults(run=_config)
 
     add_data(commands)
     add_text(commands)
-    methods = commands.add_parser("methods", help="list the methods: paper, what each needs, what a step costs")
-    methods.add_argument("name", nargs="?", help="one method alone, and what its publication sets by data set")
-    methods.add_argument("--json", action="store_true", help="the same for programs")
+    methods = commands.add_parser("methods", help="list the methods: paper, inputs, cost of a step")
+    methods.add_argument("name", nargs="?", help="show one method and its published settings by data set")
+    methods.add_argument("--json", action="store_true", help="print JSON")
     methods.set_defaults(run=_methods)
 
     add_runs(commands)
 
-    for name, text in (("table", "run a table of the paper, and write its page"), ("plan", "table --dry-run")):
+    for name, text in (
+        ("table", "run a table of the paper and write its page"),
+        ("plan", "list the runs of a table and estimate the time (table --dry-run)"),
+    ):
         table = commands.add_parser(name, help=text, description=text, epilog=TABLE_EXAMPLES, formatter_class=raw)
-        table.add_argument("table", metavar="TABLE", help="number of the paper's table, or the path of a .toml file")
+        table.add_argument("table", metavar="TABLE", help="number of a table of the paper, or path of a .toml file")
         add_table_options(table)
         table.set_defaults(run=_table, plan=name == "plan")
 
-    sweep = commands.add_parser("sweep", help="search a space of fields", formatter_class=raw)
-    sweep.add_argument(
-        "sweep", metavar="SWEEP", help="lambda, timesteps, tau, flip, joint, or the path of a .toml file"
-    )
+    sweep = commands.add_parser("sweep", help="search for the best values of fields", formatter_class=raw)
+    sweep.add_argument("sweep", metavar="SWEEP", help="lambda, timesteps, tau, flip, joint, or path of a .toml file")
     add_sweep_options(sweep)
     sweep.set_defaults(run=_sweep)
 
-    doctor = commands.add_parser("doctor", help="check this machine and installation")
-    doctor.add_argument("--out", metavar="DIR", default="runs", help="directory of runs to check")
-    doctor.add_argument("--cluster", metavar="FILE", help="check a cluster's file instead, before `ray up` reads it")
+    doctor = commands.add_parser("doctor", help="check the installation and suggest fixes")
+    doctor.add_argument("--runs-dir", metavar="DIR", default="runs", help="directory of runs to check (default: runs)")
+    doctor.add_argument("--cluster", metavar="FILE", help="check a cluster file of `ray up` instead")
     doctor.set_defaults(run=_doctor)
     return top
 
 
 def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """What can be done with a trained network."""
+    """Add the commands that use a trained network."""
     raw = argparse.RawDescriptionHelpFormatter
-    evaluate = commands.add_parser("evaluate", help="score the networks of a run", formatter_class=raw)
+    evaluate = commands.add_parser("evaluate", help="evaluate the networks of a finished run", formatter_class=raw)
     evaluate.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
-    _add_fields(evaluate, "eval.protocol=sliding_window, and other fields under eval and runtime")
+    _add_fields(evaluate, "eval.protocol=sliding_window, and other fields of eval and runtime")
     _add_runtime(evaluate)
     evaluate.add_argument("--workers", metavar="N", help="processes that share the images (runtime.workers)")
-    evaluate.add_argument("--cost", action="store_true", help="also parameters, FLOPs and time of an image")
+    evaluate.add_argument("--cost", action="store_true", help="also print parameters, FLOPs and time per image")
     evaluate.add_argument(
-        "--json", action="store_true", help="everything, with classes and confusion matrices, as JSON"
+        "--json", action="store_true", help="print all scores, per class too, and confusion matrices as JSON"
     )
     evaluate.set_defaults(run=_evaluate)
 
     predict = commands.add_parser("predict", help="label photographs", epilog=PREDICT_EXAMPLES, formatter_class=raw)
-    predict.add_argument("source", metavar="IMAGE|DIR", help="a photograph, or a directory of them, and below it")
-    predict.add_argument("--model", required=True, metavar="DIR", help="directory of a run, or a model folder")
-    predict.add_argument("--out", default="predictions", metavar="DIR", help="where masks go (default: %(default)s)")
+    predict.add_argument("source", metavar="IMAGE|DIR", help="image file, or directory of images (recursive)")
+    predict.add_argument("--model", required=True, metavar="DIR", help="directory of a run, or exported model folder")
+    predict.add_argument("--out", default="predictions", metavar="DIR", help="output directory (default: %(default)s)")
     predict.add_argument(
-        "--protocol", metavar="NAME", help="original or sliding_window; by default as the size asks for"
+        "--protocol", metavar="NAME", help="original or sliding_window (default: chosen by image size)"
     )
     predict.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     predict.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    predict.add_argument("--quiet", action="store_true", help="no progress bar")
+    predict.add_argument("--quiet", action="store_true", help="hide the progress bar")
     predict.set_defaults(run=_predict)
 
-    export = commands.add_parser("export", help="make a model folder of a run", formatter_class=raw)
+    export = commands.add_parser("export", help="export a run as a model folder", formatter_class=raw)
     export.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
-    export.add_argument("out", metavar="OUT", help="the folder to make")
-    export.add_argument("--onnx", action="store_true", help="also model.onnx, compared with torch on the spot")
+    export.add_argument("out", metavar="OUT", help="folder to create")
+    export.add_argument("--onnx", action="store_true", help="also write model.onnx and compare its output with torch")
     export.set_defaults(run=_export)
 
 
 def _first_line() -> str:
-    return "Semi-supervised semantic segmentation: train ViLaDiff and its baselines, and measure them."
+    return "Semi-supervised semantic segmentation: train and evaluate ViLaDiff and its baselines."
 
 
-def _add_fields(command: argparse.ArgumentParser, text: str = "field=value; `viladiff config` lists them") -> None:
+def _add_fields(
+    command: argparse.ArgumentParser, text: str = "configuration fields; `viladiff config` lists them"
+) -> None:
     command.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help=text)
 
 
 def _add_runtime(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", metavar="NAME", help="auto, cpu or cuda (runtime.device)")
     command.add_argument("--threads", metavar="N", help="CPU threads of each worker (runtime.threads)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar (runtime.progress=false)")
+    command.add_argument("--quiet", action="store_true", help="hide the progress bar (runtime.progress=false)")
 
 
 def _changes(args: argparse.Namespace) -> dict[str, object]:
-    """The fields and the flags that stand for fields, as one flat map; a field given in both ways is refused."""
+    """Return fields and the flags that stand for fields as one flat map; refuse a field that is set in both ways."""
     from viladiff.runs.config import parse_overrides
 
-    flags = {name: getattr(args, name, None) for name in ("out", "device", "workers", "threads", "captions")}
-    flags["runs_dir"] = flags.pop("out")
+    flags = {name: getattr(args, name, None) for name in ("runs_dir", "device", "workers", "threads", "captions")}
     words = [f"runtime.{name}={value}" for name, value in flags.items() if value is not None]
     if args.quiet:
         words.append("runtime.progress=false")
@@ -189,10 +196,10 @@ def _train(args: argparse.Namespace) -> int:
     from viladiff.training.trainer import fit
 
     started = time.time()
-    result = fit(cfg, resume=not args.fresh)
+    result = fit(cfg, resume=not args.restart)
     _print_result({**result.summary(), "directory": result.directory})
     if (result.directory / "record.json").stat().st_mtime < started:
-        print("\nThis run was finished before and nothing was trained; --fresh starts over.")
+        print("\nAlready finished; nothing to do. Use --restart to retrain.")
     return 0
 
 
@@ -201,7 +208,7 @@ def _dry_run(cfg: RunConfig) -> int:
     from viladiff.runs.config import non_default_fields
 
     _print_facts(preview_run(cfg))
-    _print_facts(non_default_fields(cfg), "fields that are not at their default")
+    _print_facts(non_default_fields(cfg), "non-default fields")
     return 0
 
 
@@ -227,14 +234,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _cost(directory: str) -> dict[str, str]:
-    from viladiff.evaluation.complexity import cost_facts as table
-    from viladiff.evaluation.complexity import costs
+    from viladiff.evaluation.complexity import cost_facts, costs
     from viladiff.inference.load import text_dim
     from viladiff.inference.predict import load_model
 
     model = load_model(directory)
     found = costs(model.network, model.crop, text_dim(model.network.state_dict()))
-    return table(found, model.crop, model.device)
+    return cost_facts(found, model.crop, model.device)
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -272,7 +278,7 @@ def _config(args: argparse.Namespace) -> int:
     table = Table("field", "type", "value", "meaning", box=None, pad_edge=False)
     for prefix in [word for word in args.fields if "=" not in word] or [""]:
         for row in fields_help(prefix, cfg):
-            table.add_row(row.path, row.kind, _text(row.default), " ".join(row.text.split()))
+            table.add_row(row.path, row.kind, format_value(row.default, 6), " ".join(row.text.split()))
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width, markup=False, highlight=False)
     with console.capture() as text:
@@ -300,27 +306,30 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from viladiff.experiments.sweeps import find_sweep
+    from viladiff.experiments.sweeps import find_sweep, run_sweep
     from viladiff.experiments.tables import shell_command
 
-    return run_table(find_sweep(args.sweep), args, shell_command("viladiff", sys.argv[1:]))
+    return run_sweep(find_sweep(args.sweep), args, shell_command("viladiff", sys.argv[1:]))
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from viladiff.cli.doctor import examine
+    from viladiff.cli.doctor import examine, print_checks
 
     if args.cluster:
         from viladiff.cluster.config_check import examine_cluster
 
         checks = examine_cluster(args.cluster)
     else:
-        checks = examine(args.out)
-    format_methods(checks)
+        checks = examine(args.runs_dir)
+    print_checks(checks)
     return int(any(check.broken for check in checks))
 
 
 def _print_result(row: dict[str, Any]) -> None:
-    """What a run is, a line each, and its scores, one network and stream a line; scores by class stay in the record."""
+    """Print facts of a run, one a line, and its scores in percent, one network and stream a line.
+
+    ``row``: scores in [0, 1], under ``miou`` and ``network/stream/score``. Scores by class stay in the record.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -329,9 +338,11 @@ def _print_result(row: dict[str, Any]) -> None:
         if name.count("/") == 2 and not isinstance(value, list | tuple):
             stream, _, score = name.rpartition("/")
             scores.setdefault(stream, {})[score] = value
-    _print_facts({name: value for name, value in row.items() if name.count("/") != 2})
+    facts = {name: value for name, value in row.items() if name.count("/") != 2}
+    _print_facts({"mIoU %" if name == "miou" else name: _fact(name, value) for name, value in facts.items()})
     columns = list(dict.fromkeys(score for found in scores.values() for score in found))
-    table = Table("network/stream", *columns, box=None, pad_edge=False)
+    titles = [name if name == "images" else f"{name} %" for name in columns]
+    table = Table("network/stream", *titles, box=None, pad_edge=False)
     for stream, found in scores.items():
         table.add_row(stream, *(_score(found.get(score)) for score in columns))
     console = Console(width=120, markup=False, highlight=False)
@@ -340,8 +351,13 @@ def _print_result(row: dict[str, Any]) -> None:
     print("\n" + text.get(), end="")
 
 
+def _fact(name: str, value: object) -> object:
+    return _score(value) if name == "miou" else value
+
+
 def _score(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+    """Format a share in [0, 1] in percent, a count as it is, and a missing value as a dash."""
+    return f"{100 * value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def _print_facts(facts: dict[str, Any], title: str = "") -> None:
@@ -349,13 +365,4 @@ def _print_facts(facts: dict[str, Any], title: str = "") -> None:
         print(f"\n{title}:")
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {_text(value)}")
-
-
-def _text(value: object) -> str:
-    """A value as it would be typed back in."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(_text(item) for item in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        print(f"{name:<{width}}  {format_value(value, 6)}")

@@ -1,4 +1,4 @@
-"""``viladiff methods``: what each method is, what it asks of the data, what it keeps, and what its step costs."""
+"""The command ``viladiff methods``: each method's paper, views, state and cost of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from viladiff.methods.published import PublishedSetting
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """One flat row a method, in the order of the table; None where there is nothing to say."""
+    """Return one flat row a method, in the order of the table; None for missing values."""
     return [_row(name, method) for name, method in METHODS.items()]
 
 
@@ -33,14 +33,14 @@ def _row(name: str, method: type[Method]) -> dict[str, Any]:
 
 
 def _declared(one: PublishedSetting) -> dict[str, Any]:
-    """Without what is empty."""
+    """Return the setting's entries that are not empty."""
     lists = {"datasets": list(one.datasets), "splits": list(one.splits), "families": list(one.families)}
     rest = {"given": dict(one.given), "fields": dict(one.fields), "not_available": one.not_available}
     return {name: value for name, value in {**lists, **rest, "source": one.source}.items() if value}
 
 
 def needs(views: Views) -> str:
-    """What the data layer makes for a step, in words."""
+    """Describe the views that the data layer makes for a step."""
     parts = ["labelled"]
     parts += ["labelled in colours"] if views.strong_labelled else []
     parts += [f"{count} {kind}" for kind, count in (("weak", views.weak), ("strong", views.strong)) if count]
@@ -52,28 +52,28 @@ def needs(views: Views) -> str:
 
 
 def written(passes: StepCost) -> str:
-    """Passes of a batch: forward f and backward b through everything, and df, db through a decoder alone."""
+    """Format the passes of a batch: f and b through the whole network, df and db through a decoder alone."""
     found = [(passes.forward, "f"), (passes.backward, "b"), (passes.decoder_forward, "df")]
     text = " + ".join(f"{count}{kind}" for count, kind in [*found, (passes.decoder_backward, "db")] if count)
     return f"{text}; {passes.beside}" if passes.beside else text
 
 
 def published_lines(method: type[Method]) -> list[str]:
-    """What its publication sets by data set and list, a line each."""
+    """List the settings of a method's publication by data set and list, one a line."""
     said = []
     for one in method.published:
         limits = [*one.splits, *one.families, *(f"{path}={value}" for path, value in one.given.items())]
         where = ", ".join(one.datasets) + (f" ({', '.join(limits)})" if limits else "")
         fields = ", ".join(f"{path}={value}" for path, value in one.fields.items())
-        more = f"; not available here: {one.not_available}" if one.not_available else ""
+        more = f"; not available: {one.not_available}" if one.not_available else ""
         said.append(f"{where}: {fields}{more} [{one.source}]")
     return said
 
 
 def format_methods(as_json: bool, width: int | None, name: str | None = None) -> str:
-    """The rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
+    """Format the rows as JSON, or as a table for people, as wide as the terminal where ``width`` is none.
 
-    With ``name`` that method's alone, and what its publication sets. Raises ConfigError for an unknown one.
+    With ``name``, return that method alone with its published settings. Raises ConfigError for an unknown name.
     """
     if name is not None and name not in METHODS:
         raise ConfigError(f"method {name!r}: allowed: {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
@@ -84,7 +84,7 @@ def format_methods(as_json: bool, width: int | None, name: str | None = None) ->
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("method", "published", "asks for", "keeps beside the student", "passes per step", "paper"):
+    for title in ("method", "published", "inputs", "networks beside the student", "passes per step", "paper"):
         table.add_column(title, no_wrap=title in ("method", "published"))
     for row in chosen:
         published = f"{row['venue']} {row['year']}" if row["paper"] else "-"
@@ -98,6 +98,6 @@ def format_methods(as_json: bool, width: int | None, name: str | None = None) ->
         )
     if name is None:
         return text.get()
-    said = published_lines(METHODS[name]) or ["none is declared"]
-    heading = "Its publication's settings by data set, which the tables take at scale paper:"
+    said = published_lines(METHODS[name]) or ["none declared"]
+    heading = "Published settings by data set, used by tables at scale paper:"
     return text.get() + "\n" + "\n".join([heading, *(f"  {line}" for line in said)]) + "\n"

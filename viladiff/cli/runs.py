@@ -1,6 +1,6 @@
-"""The command ``viladiff runs``: what has been run, whether it is sound, and what of it to send or throw away.
+"""The command ``viladiff runs``: list, show, verify, export, import and clean up runs.
 
-Only the standard library is loaded until a command is carried out, and torch only by ``verify`` and ``import``.
+Only the standard library is loaded until a command is executed, and torch only by ``verify`` and ``import``.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  viladiff runs list                                   every run, one a line
-  viladiff runs list method.name=viladiff seed=0       only these; any field of viladiff config
+  viladiff runs list                                   one run per line
+  viladiff runs list method.name=viladiff seed=0       only matching runs; any field of viladiff config
   viladiff runs list --state failed
   viladiff runs list --json | jq '.[] | .miou'
-  viladiff runs show 21b6                              the first digits of a run's name are enough
+  viladiff runs show 21b6                              a unique prefix of a run's name is enough
   viladiff runs diff 21b6 0c4f
-  viladiff runs verify                                 are all records and checkpoints as they were written?
-  viladiff runs gc --dry-run                           what could be deleted
-  viladiff runs export mine.tar.gz data.split=183      and elsewhere: viladiff runs import mine.tar.gz
+  viladiff runs verify                                 check records and checkpoints against their checksums
+  viladiff runs gc --dry-run                           list what would be deleted
+  viladiff runs export mine.tar.gz data.split=183      unpack with: viladiff runs import mine.tar.gz
 """
 STATES = ("done", "running", "failed", "begun", "damaged")
 
 
 def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``runs`` and its actions to the subparsers of ``viladiff``."""
+    """Add ``runs`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
-    text = "list, show, compare, check, pack and clean up runs"
+    text = "list, show, compare, verify, export and clean up runs"
     runs = commands.add_parser("runs", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
     actions = runs.add_subparsers(title="actions", required=True, metavar="ACTION")
 
@@ -40,71 +40,77 @@ def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         made = actions.add_parser(
             name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=raw
         )
-        made.add_argument("--store", metavar="DIR", default="runs", help="directory of runs (default: runs)")
+        made.add_argument("--runs-dir", metavar="DIR", default="runs", help="directory of runs (default: runs)")
         made.add_argument(
             "--published",
             metavar="DIR",
             default="reports/published",
-            help="directory of published runs, which are only read (default: reports/published)",
+            help="directory of published runs, read-only (default: reports/published)",
         )
         return made
 
-    which = "name of a run, its first digits, or field=value"
-    listing = action("list", "one line a run", "viladiff runs list method.name=viladiff data.split=183 --sort miou")
-    listing.add_argument("filters", nargs="*", metavar="FIELD=VALUE", help="only runs where the field has this value")
+    which = "run name, unique prefix, or field=value"
+    listing = action(
+        "list", "list runs, one per line", "viladiff runs list method.name=viladiff data.split=183 --sort miou"
+    )
+    listing.add_argument("filters", nargs="*", metavar="FIELD=VALUE", help="only runs with this value of the field")
     listing.add_argument("--state", choices=STATES, help="only runs in this state")
-    listing.add_argument("--sort", metavar="COLUMN", default="", help="default: method, dataset, split, seed")
-    listing.add_argument("--reverse", action="store_true", help="the other way round")
-    listing.add_argument("--json", action="store_true", help="for programs; mIoU in [0, 1]")
+    listing.add_argument(
+        "--sort", metavar="COLUMN", default="", help="column to sort by (default: method, dataset, split, seed)"
+    )
+    listing.add_argument("--reverse", action="store_true", help="reverse the order")
+    listing.add_argument("--json", action="store_true", help="print JSON; mIoU in [0, 1]")
     listing.set_defaults(run=_list)
-    show = action("show", "everything about one run", "viladiff runs show 21b6")
-    show.add_argument("name", metavar="RUN", help="name of a run, or its first digits")
-    show.add_argument("--json", action="store_true", help="the record itself")
+    show = action("show", "show one run in full", "viladiff runs show 21b6")
+    show.add_argument("name", metavar="RUN", help="run name or unique prefix")
+    show.add_argument("--json", action="store_true", help="print the record as JSON")
     show.set_defaults(run=_show)
-    diff = action("diff", "in what two finished runs differ", "viladiff runs diff 21b6 0c4f")
-    diff.add_argument("names", nargs=2, metavar="RUN", help="name of a run, or its first digits")
+    diff = action("diff", "compare two finished runs", "viladiff runs diff 21b6 0c4f")
+    diff.add_argument("names", nargs=2, metavar="RUN", help="run name or unique prefix")
     diff.set_defaults(run=_diff)
-    verify = action("verify", "check records, checkpoints and names; changes nothing", "viladiff runs verify 21b6")
-    verify.add_argument("runs", nargs="*", metavar="RUN", help=f"{which}; default: all")
+    verify = action("verify", "verify records, checkpoints and names; read-only", "viladiff runs verify 21b6")
+    verify.add_argument("runs", nargs="*", metavar="RUN", help=f"{which} (default: all)")
     verify.set_defaults(run=_verify)
-    gc = action("gc", "delete what nothing needs any more; never a record", "viladiff runs gc --dry-run")
-    gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    gc = action("gc", "delete files that are no longer needed; records are kept", "viladiff runs gc --dry-run")
+    gc.add_argument("--dry-run", action="store_true", help="list what would be deleted, and exit")
     gc.add_argument(
-        "--keep-checkpoints", action="store_true", help="keep the networks of finished runs, for viladiff evaluate"
+        "--keep-checkpoints", action="store_true", help="keep the checkpoints of finished runs, for viladiff evaluate"
     )
     gc.add_argument("--pages", metavar="DIR", default="reports", help="directory of pages (default: reports)")
     gc.set_defaults(run=_gc)
-    export = action("export", "pack finished runs", "viladiff runs export mine.tar.gz method.name=viladiff")
-    export.add_argument("file", metavar="FILE.tar.gz")
-    export.add_argument("runs", nargs="*", metavar="RUN", help=f"{which}; default: all that are finished")
+    export = action(
+        "export", "pack finished runs into an archive", "viladiff runs export mine.tar.gz method.name=viladiff"
+    )
+    export.add_argument("file", metavar="FILE.tar.gz", help="archive to create")
+    export.add_argument("runs", nargs="*", metavar="RUN", help=f"{which} (default: all finished runs)")
     export.set_defaults(run=_export)
-    load = action("import", "unpack what export packed, after checking it", "viladiff runs import mine.tar.gz")
-    load.add_argument("file", metavar="FILE.tar.gz")
+    load = action("import", "verify and unpack an archive of runs", "viladiff runs import mine.tar.gz")
+    load.add_argument("file", metavar="FILE.tar.gz", help="archive written by export")
     load.set_defaults(run=_import)
 
 
 def _store(args: argparse.Namespace, repair: bool = False) -> Store:
     from viladiff.runs.store import Store
 
-    return Store(Path(args.store), [Path(args.published)], repair=repair)
+    return Store(Path(args.runs_dir), [Path(args.published)], repair=repair)
 
 
 def _places(args: argparse.Namespace) -> str:
-    return " or ".join(dict.fromkeys((args.store, args.published)))
+    return " or ".join(dict.fromkeys((args.runs_dir, args.published)))
 
 
 def _empty(args: argparse.Namespace) -> str:
     return (
-        f"There is no run in {_places(args)}. To make one:\n"
+        f"No runs in {_places(args)}. To create one:\n"
         "  viladiff train method.name=viladiff data.split=183\n"
         "  make table5                                          a whole table, in minutes\n"
-        "Runs of another directory: viladiff runs list --store DIR; of somebody else: viladiff runs import FILE.tar.gz"
+        "To use another directory: --runs-dir DIR. To use an archive: viladiff runs import FILE.tar.gz"
     )
 
 
 def _nothing(args: argparse.Namespace, what: str = "run") -> ValueError:
-    here = f"there is no {what} in {_places(args)}"
-    return ValueError(f"{here}: viladiff train method.name=viladiff makes one, --store DIR looks elsewhere")
+    found = f"no {what} in {_places(args)}"
+    return ValueError(f"{found}; create one with viladiff train, or choose another directory with --runs-dir DIR")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -222,7 +228,6 @@ def _import(args: argparse.Namespace) -> int:
     done = import_archive(_store(args, repair=True), Path(args.file))
     for run_id, what in done.items():
         print(f"{run_id}  {what}")
-    print(
-        f"{sum(what.startswith('imported') for what in done.values())} of {len(done)} runs imported into {args.store}"
-    )
+    imported = sum(what.startswith("imported") for what in done.values())
+    print(f"{imported} of {len(done)} runs imported into {args.runs_dir}")
     return 0

@@ -1,6 +1,6 @@
-"""The commands ``viladiff caption`` and ``viladiff embed``: what the images show, and words as vectors.
+"""The commands ``viladiff caption`` and ``viladiff embed``: captions of images, and captions as vectors.
 
-Only the standard library is loaded until a command is carried out.
+Only the standard library is loaded until a command is executed.
 """
 
 from __future__ import annotations
@@ -23,48 +23,57 @@ examples:
   viladiff caption VOC2012 --model blip2-opt-2.7b --actors 4 --address auto
   viladiff train method.name=viladiff data.dataset=folder runtime.data_root=photos --captions photos.parquet
 
-The model is a directory with the files that transformers saves; nothing is downloaded. The same command goes
-on where it was stopped, and tries failed images again.
+The model is a directory of files saved by transformers; nothing is downloaded. Re-running the command resumes
+an interrupted job and retries failed images.
 """
 EMBED_EXAMPLES = """\
 examples:
   viladiff embed data.dataset=voc runtime.data_root=VOC2012 data.text_encoder=open_clip \\
     --captions voc.parquet --text-model CLIP-ViT-B-16
-  viladiff embed data.text_encoder=minilm           the embedded data set; pip install "viladiff[minilm]" first
+  viladiff embed data.text_encoder=minilm           the embedded data set; requires: pip install "viladiff[minilm]"
 
-Takes the fields of viladiff train, which finds what was encoded here and would otherwise encode it itself.
+Accepts the fields of viladiff train, which reads the encoded captions from the cache.
 """
 SHOWN = 20
 
 
 def add_text(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``caption`` and ``embed`` to the subparsers of ``viladiff``."""
+    """Add ``caption`` and ``embed`` to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
-    text = "caption the images of a data set with BLIP-2, as a job of Ray Data"
+    text = "caption the images of a data set with BLIP-2, by Ray Data"
     caption = commands.add_parser("caption", help=text, description=text, epilog=CAPTION_EXAMPLES, formatter_class=raw)
-    caption.add_argument("source", metavar="ROOT|DATASET", help="directory of a data set; or digits, dense")
-    caption.add_argument("--model", required=True, metavar="DIR", help="directory of BLIP-2")
-    caption.add_argument("--out", metavar="FILE", default="captions.parquet", help="(default: %(default)s)")
+    caption.add_argument("source", metavar="ROOT|DATASET", help="directory of a data set, or digits, or dense")
+    caption.add_argument("--model", required=True, metavar="DIR", help="directory of a BLIP-2 model")
     caption.add_argument(
-        "--prompt", metavar="TEXT", action="append", help="one for each caption (default: the paper's two)"
+        "--out", metavar="FILE", default="captions.parquet", help="Parquet file to write (default: %(default)s)"
     )
-    caption.add_argument("--actors", metavar="N", type=_positive, help="models at once (default: one a GPU, or one)")
-    caption.add_argument("--batch", metavar="N", type=_positive, default=16, help="images at once (default: 16)")
     caption.add_argument(
-        "--threads", metavar="N", type=_positive, default=1, help="CPU threads of an actor (default: 1)"
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        help="prompt of one caption per image; repeatable (default: the paper's two)",
     )
-    caption.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster; the files must be readable there")
-    caption.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
-    caption.add_argument("--quiet", action="store_true", help="no progress bar")
+    caption.add_argument(
+        "--actors", metavar="N", type=_positive, help="number of model replicas (default: one per GPU, or one)"
+    )
+    caption.add_argument("--batch", metavar="N", type=_positive, default=16, help="images per batch (default: 16)")
+    caption.add_argument(
+        "--threads", metavar="N", type=_positive, default=1, help="CPU threads per replica (default: 1)"
+    )
+    caption.add_argument(
+        "--address", metavar="ADDRESS", help="address of a Ray cluster, which must be able to read the files"
+    )
+    caption.add_argument("--dry-run", action="store_true", help="print the planned job, and exit")
+    caption.add_argument("--quiet", action="store_true", help="hide the progress bar")
     caption.set_defaults(run=_caption)
 
-    text = "encode captions ahead of training, into the cache"
+    text = "encode captions into the cache before training"
     embed = commands.add_parser("embed", help=text, description=text, epilog=EMBED_EXAMPLES, formatter_class=raw)
-    embed.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="as of viladiff train")
-    embed.add_argument("--captions", metavar="FILE", help="CSV, JSON lines or Parquet (runtime.captions)")
+    embed.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="configuration fields, as of viladiff train")
+    embed.add_argument("--captions", metavar="FILE", help="captions as CSV, JSON lines or Parquet (runtime.captions)")
     embed.add_argument("--text-model", metavar="DIR", help="directory of the text encoder (runtime.text_model)")
-    embed.add_argument("--dry-run", action="store_true", help="say what would be encoded, and stop")
-    embed.add_argument("--quiet", action="store_true", help="no progress bar")
+    embed.add_argument("--dry-run", action="store_true", help="print what would be encoded, and exit")
+    embed.add_argument("--quiet", action="store_true", help="hide the progress bar")
     embed.set_defaults(run=_embed)
 
 
@@ -88,7 +97,7 @@ def _caption(args: argparse.Namespace) -> int:
         _print(_facts(job, todo, args))
         return 0
     if not todo and job.out.is_file() and not job.parts.is_dir():
-        print(f"{job.out}: has all captions of {len(job.pictures)} images; nothing to do")
+        print(f"{job.out}: complete, {len(job.pictures)} images; nothing to do")
         return 0
     from viladiff.cluster.captioning import run_job
 
@@ -128,7 +137,7 @@ def _embed(args: argparse.Namespace) -> int:
     cfg = override(RunConfig(), dict(parse_overrides(words)))
     dataset = load_dataset(*dataset_spec(cfg))
     if not any(dataset.captions):
-        raise ValueError(f"the data set {cfg.data.dataset!r} has no captions to encode; give some with --captions FILE")
+        raise ValueError(f"the data set {cfg.data.dataset!r} has no captions to encode; use --captions FILE")
     asked = cfg.data.text_encoder, cfg.data.captions
     before = is_encoded(dataset, *asked, model=cfg.runtime.text_model, on=cfg.data.captions_on)
     if args.dry_run:

@@ -1,4 +1,4 @@
-"""Captions of a data set as a job of Ray Data: a model an actor, batches in any order, parts written as they come."""
+"""Captioning of a data set by Ray Data: one model per actor, batches in any order, parts written as they arrive."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def run_job(
     address: str | None = None,
     advance: Advance = lambda done, of: None,
 ) -> pa.Table:
-    """The table of all captions, failed ones with their reason; what was done before is not done again.
+    """Caption what is missing and return the table of all captions, failed ones with their reason.
 
-    actors: models at once; none: one for each GPU, or one. batch: images that a model is given at once. threads: CPU
-    threads of an actor. address: of a cluster, else a Ray of this machine alone for the time. Raises ValueError for a
-    model that cannot be loaded and a file that cannot be written.
+    actors: models that run at the same time; by default one for each GPU, or one. batch: images in a batch. threads:
+    CPU threads of an actor. address: of a cluster; by default a Ray instance is started on this machine and stopped at
+    the end. Raises ValueError for a model that cannot be loaded and a file that cannot be written.
     """
     found = caption_job.state(job)
     caption_job.begin(job)
@@ -64,7 +64,7 @@ def run_job(
 
 
 def _share(here: int, actors: int, address: str | None) -> float:
-    """GPUs of an actor: of this machine's an equal share; one on a cluster that has some."""
+    """Return the GPUs of an actor: an equal share of this machine's; one on a cluster that has some."""
     if address is None:
         return min(1.0, here / actors)
     import ray
@@ -107,7 +107,7 @@ def _carry_out(
 
 
 def _keep(job: CaptioningJob, tables: Iterable[pa.Table], images: int, advance: Advance, refresh: Any) -> None:
-    """Writes a part whenever there is one, and the rest whatever ends it."""
+    """Write a part for each table that arrives, and the remaining images' part when the job ends or is interrupted."""
     before = len(job.pictures) - images
     waiting: list[pa.Table] = []
     done, since, prompts = 0, time.monotonic(), len(job.who.prompts)

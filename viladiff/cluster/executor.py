@@ -65,12 +65,12 @@ def run_jobs(
     settings: ExecutionSettings,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[Outcome]:
-    """Runs what is not done yet and returns one outcome a job, in their order; ``on_event`` is called on this thread.
+    """Run the jobs that are not done and return one outcome a job, in order; ``on_event`` is called on this thread.
 
-    One run's failure is its own outcome and leaves the others alone. The first Ctrl-C or SIGTERM lets every run save
-    a checkpoint and come back as "stopped"; the second ends them and raises KeyboardInterrupt. A run that another
-    driver is at is waited for, and taken over if that driver dies. Raises ValueError for settings that this machine
-    cannot meet.
+    A failed run is its own outcome and does not affect the others. The first Ctrl-C or SIGTERM lets every run save a
+    checkpoint and return as "stopped"; the second ends them and raises KeyboardInterrupt. A run that another driver
+    holds is waited for, and taken over if that driver dies. Raises ValueError for settings that this machine cannot
+    meet.
     """
     if not jobs:
         return []
@@ -119,10 +119,10 @@ class Session:
 def cluster(
     settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun] = (), gone: list[int] | None = None
 ) -> Iterator[Session]:
-    """Joins ``settings.address``, or has a silent Ray of this machine's own for the time, which no other can reach.
+    """Join ``settings.address``, or start a silent Ray instance for this driver alone, and stop it at the end.
 
-    A driver that is killed takes its own Ray and the scratch directory along. ``gone`` is given the processes that were
-    ended with it.
+    A killed driver's Ray and scratch directory are removed too. ``gone`` receives the processes that were ended with
+    it.
     """
     for name, value in (QUIET if settings.dashboard else QUIET | NO_DASHBOARD).items():
         os.environ.setdefault(name, value)
@@ -177,7 +177,7 @@ def cluster(
 
 
 def _options(settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun], scratch: Path) -> dict[str, Any]:
-    """What Ray is told when it is joined, and more when it is started."""
+    """Return the arguments of ``ray.init``, more of them for starting than for joining."""
     # An idle thread of a numerical library is still a thread that spins beside the others.
     env = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
@@ -199,7 +199,7 @@ def _print_nothing(*given: Any, **words: Any) -> None:
 
 
 def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]]) -> Any:
-    """What ``ray.init`` says of it; tries once more where the machine was too busy."""
+    """Call ``ray.init`` and return its result; retry once if the machine was too busy."""
     import ray
 
     for last in (False, True):
@@ -223,7 +223,7 @@ def _end(pids: Iterable[int]) -> None:
 
 
 def _end_all(begun: dict[int, int | None]) -> None:
-    """Ends what is left of processes, each named by number and start, and waits a moment for them to be gone."""
+    """End the remaining processes, each named by number and start, and wait briefly for them to be gone."""
     until = time.monotonic() + 5
     while (left := [pid for pid, began in begun.items() if began is not None and start(pid) == began]) and (
         time.monotonic() < until
@@ -240,7 +240,7 @@ def _command(pid: int) -> str:
 
 
 def _seldom(do: Callable[[], None]) -> Callable[[], None]:
-    """The same, but not more often than every other second."""
+    """Wrap a function so that it runs at most every other second."""
     before = -math.inf
 
     def maybe() -> None:
@@ -253,7 +253,7 @@ def _seldom(do: Callable[[], None]) -> Callable[[], None]:
 
 
 def _scratch() -> Path:
-    """A directory of this driver's own; those that even a reaper left (a power cut) are removed."""
+    """Create a directory for this driver; remove those that even a watchdog left (a power cut)."""
     # Sockets lie in it, and their names must stay under 107 characters.
     base = Path(tempfile.gettempdir())
     base = base if len(str(base)) < 14 else Path("/tmp")
@@ -266,7 +266,7 @@ def _scratch() -> Path:
 
 
 def _remove(scratch: Path) -> None:
-    """What is left of Ray may write for a moment."""
+    """Remove the directory, retrying while Ray's last processes may still write."""
     for _ in range(50):
         shutil.rmtree(scratch, ignore_errors=True)
         if not scratch.exists():
@@ -286,14 +286,14 @@ def _running(pid: int) -> bool:
 
 @contextmanager
 def interrupts(*desks: JobQueue) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM is taken up by the desks' next ticks; a second one ends this process's wait."""
+    """Let the queues' next ticks handle the first Ctrl-C or SIGTERM; a second one ends this process's wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: Any) -> None:
         if desks[0].asked_to_stop:
-            raise KeyboardInterrupt("ended at once; the same command goes on from the last checkpoints")
+            raise KeyboardInterrupt("killed; re-run to resume from the last checkpoints")
         for desk in desks:
             desk.asked_to_stop = True
 
@@ -317,7 +317,7 @@ def _run_single(desk: JobQueue, session: Session) -> None:
     from viladiff.cluster.worker import WorkerContext, train_run
 
     settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
     jobs = {job.run_id: job for job in desk.waiting}
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)

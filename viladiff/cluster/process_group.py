@@ -1,4 +1,4 @@
-"""The group of one machine's workers of a run: they meet in a file; Ray Train would open a port to all networks."""
+"""The process group of a run's workers on one machine: they meet in a file, not on a network port."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Apart(TorchConfig):
 
 @contextmanager
 def joined_group(meeting: Path, backend: str) -> Iterator[None]:
-    """The calling worker is in the group meanwhile; ``meeting`` is a new file that all workers of the run name."""
+    """Keep the calling worker in the process group; ``meeting`` is a new file that all workers of the run name."""
     context = get_context()
     os.environ |= {
         "LOCAL_RANK": str(context.get_local_rank()),

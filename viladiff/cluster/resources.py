@@ -1,4 +1,4 @@
-"""How many runs go at once, and what each has of a machine's processors and GPUs."""
+"""The number of concurrent runs, and each one's share of a machine's processors and GPUs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Capacity(NamedTuple):
 
 
 def plan_capacity(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Capacity:
-    """What runs with equally many workers get; of a cluster it is known only once it is joined.
+    """Return the capacity for runs with equally many workers; a cluster's is known only after joining it.
 
     GPUs are shared out where no share was asked for: as many runs at once as ``max_concurrent`` or the processors
     allow, and at most SHARING on a GPU; a run of several workers has whole ones, or none where there are too few.
@@ -54,7 +54,7 @@ def plan_capacity(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Ca
 
 
 def concurrency(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Capacity | None:
-    """``room`` for most of the jobs; None on a cluster without a limit, whose size may change."""
+    """Return ``plan_capacity`` of most of the jobs; None on a cluster without a limit, whose size may change."""
     if settings.address is not None and settings.max_concurrent is None:
         return None
     settings = replace(settings, threads=max((job.threads or settings.threads for job in jobs), default=1))
@@ -63,7 +63,7 @@ def concurrency(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Capa
 
 
 def ask_cluster(*desks: JobQueue) -> None:
-    """Lets each run ask for a GPU where the cluster that was joined has some and nobody said how many."""
+    """Let each run request a GPU if the joined cluster has some and the user set no number."""
     import ray
 
     open_ = [desk for desk in desks if desk.settings.gpus_per_trial is None and not desk.over]
@@ -78,7 +78,7 @@ def ask_cluster(*desks: JobQueue) -> None:
 
 
 def cluster_slots(settings: ExecutionSettings, workers: int) -> int:
-    """How many runs of so many workers the cluster that was joined has room for now; at least one."""
+    """Return how many runs of so many workers fit on the joined cluster now; at least one."""
     import ray
 
     found = ray.cluster_resources()
@@ -89,7 +89,7 @@ def cluster_slots(settings: ExecutionSettings, workers: int) -> int:
 
 
 def visible_gpus() -> int:
-    """GPUs that this process may use."""
+    """Return the number of GPUs that this process may use."""
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists():
         return 0  # Ray, which looks closer, takes a second to load
     from ray._private.accelerators import NvidiaGPUAcceleratorManager as Manager
@@ -99,7 +99,7 @@ def visible_gpus() -> int:
 
 
 def _slots(settings: ExecutionSettings, by_cpus: int, workers: int) -> int:
-    """How many runs of so many workers fit on this machine at once; at least one, which then shares what there is."""
+    """Return how many runs of so many workers fit on this machine; at least one, which then shares what there is."""
     share = settings.gpus_per_trial
     if not share:
         return by_cpus
@@ -116,6 +116,6 @@ def _slots(settings: ExecutionSettings, by_cpus: int, workers: int) -> int:
 
 
 def send_note(on_event: Callable[[Event], None], note: str) -> None:
-    """A sentence for people, if there is one."""
+    """Send a note to ``on_event`` unless it is empty."""
     if note:
         on_event(Event("note", "", message=note))

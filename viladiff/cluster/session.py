@@ -31,9 +31,9 @@ WEB = "ray.dashboard.optional_deps"
 
 @contextmanager
 def private(scratch: Path) -> Iterator[None]:
-    """What Ray starts meanwhile listens on loopback alone and answers to who has the token in ``scratch``.
+    """Bind Ray's services to loopback and require the token in ``scratch`` within the context.
 
-    The environment is as before afterwards, and so is what Ray's library has read of it in this process.
+    The environment is restored afterwards, and so is what Ray's library has read of it in this process.
     """
     path = scratch / TOKEN
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -69,10 +69,10 @@ def _read_again() -> None:
 
 @contextmanager
 def patient() -> Iterator[None]:
-    """A raylet gives its agents 15 s to tell their ports, and Ray gives it 30: too little on a busy machine.
+    """Extend the time that a raylet waits for its agents' ports: 15 s, and Ray's 30 s, are too short on a busy machine.
 
-    With ports that are known beforehand it comes up without them, which on an idle machine is quicker too; for the
-    agent that trials need it waits later, and longer.
+    With ports that are known beforehand it starts without them, which on an idle machine is quicker too; for the agent
+    that trials need it waits later, and longer.
     """
     from ray._private import services
 

@@ -1,8 +1,8 @@
-"""A sweep on Ray: Tune asks for runs and carries their scores; Optuna's sampler and pruner answer, through a desk.
+"""Sweeps on Ray Tune: a searcher and a scheduler that pass Tune's requests to Optuna's sampler and pruner.
 
-A searcher asks the sweep's study for points and a scheduler asks its pruner at rungs, so that Tune's interfaces are
-what they are for others; but what they say comes from the sweep's records, and stopping is a flag that the training
-loop reads where it reports, never a process that is ended.
+The searcher asks the sweep's study for points and the scheduler asks its pruner at rungs, so that Tune's interfaces
+keep their roles; but the answers come from the sweep's records, and stopping is a flag that the training loop reads
+where it reports, never a process that is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Work = Callable[[PlannedRun, WorkerContext, Tell, Callable[[int, float | None], 
 
 
 def run_search(desk: TrialQueue, work: Work = run_attempt) -> None:
-    """Runs a sweep until it has its trials, is interrupted or is given up; ``desk.search`` has what came of it.
+    """Run a sweep until it has its trials, is interrupted or is given up; ``desk.search`` holds the outcome.
 
     The first Ctrl-C lets every run save a checkpoint; the second ends them and raises KeyboardInterrupt.
     """
@@ -89,14 +89,14 @@ class RungScheduler(FIFOScheduler):
         return TrialScheduler.CONTINUE
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep: records are the truth."""
+        """Save nothing: the records are the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing was kept."""
+        """Restore nothing: the records are the state."""
 
 
-def trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) -> None:
-    """A Tune function trainable: does one run, and reports how it ended as the last result."""
+def train_trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) -> None:
+    """Tune trainable that performs one run and reports its outcome as the last result."""
     job = PlannedRun(**config["job"])
     judged = partial(asked, box, tune.report, job.run_id)
     tune.report(work(job, place, tune.report, judged))
@@ -104,12 +104,12 @@ def trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) ->
 
 def _tune(desk: TrialQueue, session: Session, work: Work) -> None:
     settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
     box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, place=place, box=box, work=work), resources),
+        tune.with_resources(tune.with_parameters(train_trial, place=place, box=box, work=work), resources),
         tune_config=tune.TuneConfig(
             search_alg=TrialSearcher(desk), scheduler=RungScheduler(desk, box), num_samples=-1, reuse_actors=True
         ),

@@ -1,6 +1,6 @@
-"""Runs of two or more workers: ``TorchTrainer`` places the processes and joins them, and ``fit`` does the rest.
+"""Runs of two or more workers: ``TorchTrainer`` starts and joins the processes, and ``fit`` trains.
 
-Each trainer runs in a thread of the driver, beside a desk; a Tune trial around it would add a minute of processes and
+Each trainer runs in a thread of the driver, beside a queue; a Tune trial around it would add a minute of processes and
 placement groups. Torch and Ray Train are imported where they are used, since most tables have no such run.
 """
 
@@ -39,20 +39,20 @@ class Mailbox:
         self.news.append((run_id, news))
 
     def take(self) -> list[tuple[str, dict[str, Any]]]:
-        """What came since the last time."""
+        """Return the messages since the last call."""
         taken, self.news = self.news, []
         return taken
 
     def decide(self, run_id: str, step: int, stop: bool) -> None:
-        """The driver's answer to a score at a step."""
+        """Store the driver's decision on the score at a step."""
         self.answers[run_id, step] = stop
 
     def answer(self, run_id: str, step: int) -> bool | None:
-        """What was decided; None where nothing was yet."""
+        """Return the decision; None if there is none yet."""
         return self.answers.pop((run_id, step), None)
 
     def end(self, run_id: str, result: dict[str, Any]) -> None:
-        """The first cause stands; that a neighbour is gone is none."""
+        """Store the first cause of the end; a lost neighbour is a consequence and does not count."""
         if self.last.get(run_id, {}).get("kind", "killed") == "killed":
             self.last[run_id] = result
 
@@ -61,9 +61,9 @@ class Mailbox:
 
 
 def run_shared(desk: JobQueue, scratch: Path, refresh: Callable[[], None]) -> None:
-    """Runs the desk's jobs, ``desk.slots`` trainers at a time, until it is over."""
+    """Run the queue's jobs, ``desk.slots`` trainers at a time, until it is done."""
     settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.hang_after, stop_name())
+    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
     box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     flag: Any = None
     running: dict[Future[None], str] = {}
@@ -92,7 +92,7 @@ def run_shared(desk: JobQueue, scratch: Path, refresh: Callable[[], None]) -> No
 
 
 def _aside(do: Callable[..., None], *given: Any) -> Future[None]:
-    """Calls it in a thread that holds nobody up at the end, as those of an executor would."""
+    """Call a function in a daemon thread, which does not block the interpreter's exit as an executor's threads do."""
     future: Future[None] = Future()
 
     def call() -> None:
@@ -110,7 +110,7 @@ def _aside(do: Callable[..., None], *given: Any) -> Future[None]:
 def _train(
     job: PlannedRun, place: WorkerContext, box: Any, gpus: float, scratch: Path, judges: bool, alone: bool
 ) -> None:
-    """One trainer from start to end; blocks. Its own retries are off: a desk knows what is worth one.
+    """Run one trainer from start to end, blocking; its own retries are off, since the queue decides on them.
 
     alone: whether all workers are on this machine, and so meet in a file.
     """
@@ -136,7 +136,7 @@ def _train(
 
 
 def worker(config: dict[str, Any]) -> None:
-    """One rank of a run, in a process of Ray Train, which joins it to those on other machines."""
+    """Run one rank in a process of Ray Train, which has joined it to those on other machines."""
     if config["meeting"] is None:
         _work(config)
         return
@@ -175,7 +175,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def asked(box: Any, tell: Callable[[dict[str, Any]], Any], run_id: str, step: int, value: float | None) -> bool:
-    """Tells the driver a score and waits for its answer: whether the run is to end there."""
+    """Send the driver a score and wait for its answer: whether to stop the run."""
     tell({"judge": step, "step": step, "miou": value})
     while (answer := ray.get(box.answer.remote(run_id, step))) is None:
         time.sleep(0.02)
@@ -183,7 +183,7 @@ def asked(box: Any, tell: Callable[[dict[str, Any]], Any], run_id: str, step: in
 
 
 def _follow(job: PlannedRun, place: WorkerContext) -> dict[str, Any]:
-    """A rank that writes nothing and asks nothing, but must answer whenever rank 0 asks all."""
+    """Run a rank other than 0, which writes nothing and asks nothing but takes part in all collectives."""
     from viladiff.training.trainer import fit
 
     try:

@@ -1,4 +1,4 @@
-"""The two ends by which Tune holds a desk: it asks a searcher for work, and a callback hears what came of it."""
+"""The interface between Ray Tune and a job queue: a searcher that asks for runs and a callback that reports results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from viladiff.runs.job_queue import JobQueue
 
 
 def stop_name() -> str:
-    """Of the actor whose existence tells runs to stop; of this driver alone, also on a cluster with others."""
+    """Return a new name for the actor that tells runs to stop; it is of this driver alone, also on a shared cluster."""
     return f"viladiff-stop-{ray.get_runtime_context().get_job_id()}"
 
 
@@ -41,14 +41,14 @@ class QueueSearcher(Searcher):
         return Searcher.FINISHED if self.desk.over else None
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """The callback has heard of it."""
+        """Do nothing: the callback has handled the result."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep: records are the truth."""
+        """Save nothing: the records are the state."""
         open(checkpoint_path, "w").close()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing was kept."""
+        """Restore nothing: the records are the state."""
 
 
 class QueueCallback(Callback):
@@ -83,7 +83,7 @@ class QueueCallback(Callback):
 
 
 def poll_queue(desk: JobQueue) -> None:
-    """One tick of the desk; kills what it finds hung."""
+    """Poll the queue once and kill the stalled processes."""
     if desk.asked_to_stop and not desk.stopping:
         desk.stop()
     for _, (node, pid) in desk.tick():
@@ -95,12 +95,12 @@ class StopFlag:
 
 
 def create_stop_flag(name: str) -> Any:
-    """Tells every trial to stop; the flag stands as long as what is returned is kept."""
+    """Tell every trial to stop, for as long as the caller holds the returned actor."""
     return ray.remote(num_cpus=0)(StopFlag).options(name=name).remote()
 
 
 def kill(node: str, pid: int) -> None:
-    """Ends a process that no longer answers, on whichever node it is; it must be one of ours."""
+    """Kill an unresponsive process on any node, provided that it is one of this driver's."""
     if node == ray.get_runtime_context().get_node_id():
         _kill(pid)
     else:
@@ -116,7 +116,7 @@ def _kill(pid: int) -> None:
 
 
 def death_message(error: BaseException | None) -> str:
-    """One line on why a process is gone, without the advice that Ray wraps it in."""
+    """Return one line on the cause of a process's death, without Ray's advice."""
     text = str(error)
     for line in text.splitlines():
         if "Worker exit detail" in line or "exit code" in line.lower():

@@ -1,4 +1,4 @@
-"""One run inside a Ray worker: lease, ``fit``, and every error turned into a word that the driver can act on.
+"""One run inside a Ray worker: lease, ``fit``, and errors classified for the driver.
 
 Torch is imported where it is used: the driver names these functions and never runs them.
 """
@@ -40,19 +40,19 @@ Judged = Callable[[int, float | None], bool]
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a worker has to know besides the run; every path is absolute."""
+    """Settings of a worker besides its run; every path is absolute."""
 
     root: str
     cwd: str
     """Where the driver was started: paths in a configuration are meant from there."""
     threads: int
-    hang_after: float
+    stall_timeout: float
     stop_name: str
     """An actor of this name exists once all runs are to stop."""
 
 
 def train_run(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
-    """A Tune function trainable: runs ``jobs[config["run"]]`` and reports how it ended as the last result."""
+    """Tune trainable that performs ``jobs[config["run"]]`` and reports its outcome as the last result."""
     from ray import tune
 
     # A reused worker ends its trial with a report and not with a returned value, which costs one more exchange.
@@ -60,7 +60,7 @@ def train_run(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: 
 
 
 def run_attempt(job: PlannedRun, place: WorkerContext, tell: Tell, judged: Judged | None = None) -> dict[str, Any]:
-    """Does the run unless it is done or somebody else is at it; returns ``state`` and what belongs to it."""
+    """Perform the run unless it is done or leased by another process; return ``state`` and its details."""
     store = Store(Path(place.root))
     tell({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
     lease = store.lease(job.run_id)
@@ -73,12 +73,12 @@ def run_attempt(job: PlannedRun, place: WorkerContext, tell: Tell, judged: Judge
 def attempt_held(
     job: PlannedRun, place: WorkerContext, tell: Tell, lease: Lease, judged: Judged | None = None
 ) -> dict[str, Any]:
-    """``attempt``, once the lease is there."""
+    """Perform ``run_attempt`` under the acquired lease."""
     directory = Path(place.root) / job.run_id
     trace, told = directory / "hang.txt", directory / "traceback.txt"
     told.unlink(missing_ok=True)
     with trace.open("w") as file:
-        watchdog = _Watchdog(file.fileno(), place.hang_after)
+        watchdog = _Watchdog(file.fileno(), place.stall_timeout)
         report: ProgressCallback = _reporter(tell, watchdog, place.stop_name)
         if judged is not None:
             report = _hearing(report, judged, watchdog)
@@ -103,7 +103,7 @@ def attempt_held(
 
 
 def configuration(job: PlannedRun, place: WorkerContext) -> RunConfig:
-    """The run's, with what this call decides: where it writes, and that it draws no bar of its own."""
+    """Return the run's configuration with this call's output directory and without a progress bar."""
     from viladiff.runs.config import RunConfig, override
 
     with suppress(FileNotFoundError):
@@ -113,10 +113,10 @@ def configuration(job: PlannedRun, place: WorkerContext) -> RunConfig:
 
 
 def classify_error(error: BaseException) -> dict[str, Any] | None:
-    """The last word of a run that ended with this error; None for one that is not the run's own (an interrupt)."""
+    """Return the final result of a run that raised ``error``; None for errors outside the run (an interrupt)."""
     import torch.distributed as dist
 
-    from viladiff.training.errors import RunIdMismatch, StopRequested, TrainingError
+    from viladiff.training.errors import RunIdMismatchError, StopRequested, TrainingError
 
     if isinstance(error, StopRequested):
         return {"state": "stopped"}
@@ -129,7 +129,7 @@ def classify_error(error: BaseException) -> dict[str, Any] | None:
         kind = "memory"
     elif isinstance(error, TrainingError):
         kind = "nan"
-    elif isinstance(error, RunIdMismatch):
+    elif isinstance(error, RunIdMismatchError):
         kind = "stale"
     elif isinstance(error, dist.DistError) or any(sign in text for sign in LOST_NEIGHBOUR):
         kind, text = "killed", f"another worker of the run is gone ({text.splitlines()[0]})"
@@ -153,7 +153,7 @@ class _Watchdog:
 
 
 def _reporter(tell: Tell, watchdog: _Watchdog, stop_name: str) -> Callable[[dict[str, Any]], bool]:
-    """What ``fit`` calls at each log: a sign of life, now and then a word to the driver; True asks it to stop."""
+    """Return the callback of ``fit``: it sends heartbeats and progress to the driver; True asks the run to stop."""
     said = time.monotonic()
 
     def report(news: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
-"""Mechanics under the configuration: fields by dotted path, text read by a field's type, errors in the project's words.
+"""Base class and helpers of the configuration: fields by dotted path, parsing of text, error messages.
 
-Nothing here knows a field by name; ``viladiff.runs.config`` says which fields there are.
+Nothing here knows a field by name; ``viladiff.runs.config`` defines the fields.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FieldHelp(NamedTuple):
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, str]:
-    """``["a.b=1"]`` as {"a.b": "1"}; raises ConfigError for a word without "=" and for a field given twice."""
+    """Parse ``["a.b=1"]`` to {"a.b": "1"}. Raises ConfigError for a word without "=" and for a repeated field."""
     found: dict[str, str] = {}
     for word in words:
         path, sign, text = word.partition("=")
@@ -60,7 +60,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, str]:
 
 
 def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every field that holds a value rather than a section, by dotted path."""
+    """Return every field that holds a value rather than a section, by dotted path."""
     found: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
@@ -71,7 +71,7 @@ def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldIn
 
 
 def iter_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted path, value) of every leaf of a section that exists."""
+    """Yield (dotted path, value) of every leaf of an existing section."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -81,7 +81,7 @@ def iter_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, obj
 
 
 def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}."""
+    """Convert {"a.b": 1} to {"a": {"b": 1}}."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *sections, leaf = path.split(".")
@@ -93,8 +93,10 @@ def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
 
 
 def coerce(section: type[BaseModel], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """``given`` with text read by each field's type and lists made tuples; raises ConfigError for a bool that is a
-    number or a number that is a bool, which pydantic would let pass. Unknown names are left for validation."""
+    """Convert ``given``: parse text by each field's type, make lists tuples; unknown names are left for validation.
+
+    Raises ConfigError for a bool that is a number or a number that is a bool, which pydantic would accept.
+    """
     out: dict[str, Any] = {}
     for name, value in given.items():
         info = section.model_fields.get(name)
@@ -109,9 +111,9 @@ def coerce(section: type[BaseModel], given: Mapping[str, Any], prefix: str) -> d
 
 
 def parse(text: str, kind: Any) -> Any:
-    """The value that command-line text means for a field of type ``kind``: "183" stays text where text is wanted.
+    """Convert command-line text to a value of type ``kind``; "183" stays text where text is expected.
 
-    "0.8,1.25" is a tuple, "none" nothing where that is allowed. Text that does not fit is returned as it is, so that
+    "0.8,1.25" is a tuple, "none" is None where None is allowed. Text that does not fit is returned unchanged, so that
     validation can name it.
     """
     origin, args = get_origin(kind), get_args(kind)
@@ -136,14 +138,19 @@ def parse(text: str, kind: Any) -> Any:
     return text
 
 
+def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name most like ``name``; None where none has a similarity (0 to 1) of ``cutoff``."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    """Return ``; did you mean 'x'?`` for the known name most like ``name``, or an empty string."""
+    match = nearest(name, known)
+    return f"; did you mean {match!r}?" if match else ""
 
 
 def unknown_field(path: str, known: Collection[str]) -> str:
-    """The sentence for a path that names no field: its new name, or the nearest one and what the section offers."""
+    """Return the error for a path that names no field: its new name, or the nearest one and the section's fields."""
     if path in renamed.FIELDS:
         return f"{path}: renamed; write {renamed.FIELDS[path]}"
     inside = [name for name in known if name.startswith(path + ".")]
@@ -154,19 +161,16 @@ def unknown_field(path: str, known: Collection[str]) -> str:
         section = section.rpartition(".")[0]
     depth = len(section) + 1 if section else 0
     siblings = dict.fromkeys(name[depth:].split(".")[0] for name in known if name[:depth] == path[:depth])
-    match = difflib.get_close_matches(path, list(known), n=1, cutoff=0.6)
-    if not match:
-        last = path.rpartition(".")[2]
-        tails = {name.rpartition(".")[2]: name for name in known}
-        match = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=1, cutoff=0.6)]
-    hint = f"; did you mean {match[0]!r}?" if match else "."
+    tails = {name.rpartition(".")[2]: name for name in known}
+    match = nearest(path, known) or tails.get(nearest(path.rpartition(".")[2], tails) or "")
+    hint = f"; did you mean {match!r}?" if match else "."
     return f"{path}: no such field{hint} Allowed in {section or 'a run'}: {', '.join(siblings)}"
 
 
 def format_errors(error: ValidationError, known: Collection[str], tagged: Collection[str]) -> str:
-    """One line per fault: dotted field, value, what is allowed.
+    """Return one line per error: dotted field, value, allowed values.
 
-    ``tagged``: sections chosen by a tag, which pydantic puts into the location and the reader never wrote.
+    ``tagged``: sections chosen by a tag, which pydantic puts into the location although the user never wrote it.
     """
     lines = []
     for item in error.errors(include_url=False):
@@ -180,7 +184,7 @@ def format_errors(error: ValidationError, known: Collection[str], tagged: Collec
 
 @cache
 def field_docs(section: type[BaseModel]) -> dict[str, str]:
-    """The string under each field of a section, as written in its source; fields without one are absent."""
+    """Return the docstring of each field of a section, read from its source; fields without one are absent."""
     found: dict[str, str] = {}
     for cls in reversed(section.__mro__):
         if not (issubclass(cls, BaseModel) and cls is not BaseModel):
@@ -193,7 +197,7 @@ def field_docs(section: type[BaseModel]) -> dict[str, str]:
 
 
 def describe_fields(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]:
-    """Path, type, value and explanation of every leaf."""
+    """Yield path, type, value and explanation of every leaf."""
     texts = field_docs(type(section))
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
@@ -206,7 +210,7 @@ def describe_fields(section: BaseModel, prefix: str = "") -> Iterator[FieldHelp]
 
 
 def format_type(kind: Any) -> str:
-    """A type as a person writes it: ``poly | cosine``, ``int | none``, ``float, float``."""
+    """Format a type for people: ``poly | cosine``, ``int | none``, ``float, float``."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " | ".join(str(choice) for choice in args)
@@ -251,33 +255,49 @@ def _limit(limit: Any) -> str:
 
 
 def _sentence(path: str, item: Any, known: Collection[str]) -> str:
-    kind, value, ctx = item["type"], item.get("input"), item.get("ctx", {})
-    if kind == "extra_forbidden":
+    if item["type"] == "extra_forbidden":
         return unknown_field(path, known)
-    if kind == "value_error":
-        text = str(ctx["error"])
+    reason = error_reason(item)
+    if item["type"] == "value_error":
         # A section's own check begins with the field that it is about: "steps = 3: ...".
-        return text if not path else f"{path}.{text}" if FIELD_FIRST.match(text) else f"{path}: {text}"
-    if kind == "missing":
-        return f"{path}: missing, and it has no default"
-    signs = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
-    wanted = {"finite_number": "must be a finite number", "string_type": "must be text"}
-    if kind in signs:
-        reason = f"must be {signs[kind]} {ctx[_BOUNDS[kind]]:g}"
-    elif kind == "literal_error":
+        return reason if not path else f"{path}.{reason}" if FIELD_FIRST.match(reason) else f"{path}: {reason}"
+    return f"{path}: {reason}" if item["type"] == "missing" else f"{path} = {item.get('input')!r}: {reason}"
+
+
+def error_reason(item: Mapping[str, Any]) -> str:
+    """Return why pydantic refuses a value, in the project's words and without field and value.
+
+    item: an entry of ``ValidationError.errors()``; that of an unknown key is left to the caller.
+    """
+    kind, value, ctx = item["type"], item.get("input"), item.get("ctx", {})
+    if kind == "value_error":
+        return str(ctx["error"])
+    if kind in _BOUNDS:
+        sign, name = _BOUNDS[kind]
+        return f"must be {sign} {ctx[name]:g}"
+    if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", ctx["expected"])
         if not isinstance(value, str) and str(value) in choices:
-            return f"{path} = {value!r}: must be text, {str(value)!r}"
-        reason = f"allowed: {', '.join(choices) or ctx['expected']}{did_you_mean(str(value), choices)}"
-    elif kind in wanted:
-        reason = wanted[kind]
-    elif kind.startswith(("int_", "float_")):
-        reason = "must be a whole number" if kind.startswith("int_") else "must be a number"
-    elif kind.startswith("model_"):
-        reason = "must be a section of fields"
-    else:
-        reason = item["msg"][0].lower() + item["msg"][1:]
-    return f"{path} = {value!r}: {reason}"
+            return f"must be text, {str(value)!r}"
+        return f"allowed: {', '.join(choices) or ctx['expected']}{did_you_mean(str(value), choices)}"
+    for start, reason in _REASONS.items():
+        if kind.startswith(start):
+            return reason
+    return str(item["msg"][0].lower() + item["msg"][1:])
 
 
-_BOUNDS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+_BOUNDS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": ("≥", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("≤", "le"),
+}
+_REASONS = {
+    "missing": "missing, and it has no default",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "int_": "must be a whole number",
+    "float_": "must be a number",
+    "model_": "must be a section of fields",
+}
+"""Reasons by how the type of an error begins."""

@@ -94,7 +94,7 @@ class OptimConfig(Section):
     poly_power: float = Field(0.9, gt=0)
     """Exponent of ``poly``."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the rate rises linearly; a run that is shorter never reaches the full rate."""
+    """Linear warm-up steps. Shorter runs never reach the base learning rate."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient; none leaves it as it is."""
 

@@ -1,20 +1,20 @@
-"""A TOML file of a table or a sweep as a tree, and what is wrong with it in the project's words."""
+"""Reader of the TOML files of tables and sweeps, with error messages."""
 
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from viladiff.config import renamed
-from viladiff.config.base import Section, did_you_mean
+from viladiff.config.base import Section, did_you_mean, error_reason
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tree in a TOML file; ValueError where it cannot be read."""
+    """Read a TOML file. Raises ValueError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -24,7 +24,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:
-    """Dates and numbers that are not finite, wherever they stand: no field takes one."""
+    """Yield the dates and non-finite numbers anywhere in a tree: no field accepts one."""
     if isinstance(value, Mapping):
         for key, one in value.items():
             yield from strange_values(one, (*where, key))
@@ -49,8 +49,8 @@ def format_toml_error(
     top: type[Section],
     sections: Mapping[str, type[Section]],
 ) -> str:
-    """One fault that pydantic found in a file of ``top``, in the project's words; ``sections`` lie in its lists."""
-    loc, value, ctx = list(item["loc"]), item.get("input"), item.get("ctx", {})
+    """Format one pydantic error of a file of ``top``; ``sections`` are in its lists."""
+    loc, value = list(item["loc"]), item.get("input")
     section = sections.get(str(loc[0])) if len(loc) > 1 else None
     entry, rest = "", loc
     if section is not None:
@@ -69,14 +69,13 @@ def format_toml_error(
     if item["type"] == "extra_forbidden":
         allowed = [name for name in (section or top).model_fields if section or name != "name"]
         return f"{entry}{field}: no such key{did_you_mean(field, allowed) or '.'} Allowed: {', '.join(allowed)}"
+    reason = error_reason(item)
     if item["type"] == "missing":
-        return f"{entry}{field}: missing, and it has no default"
-    if item["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", ctx["expected"])
-        return f"{entry}{field} = {value!r}: allowed: {', '.join(choices)}{did_you_mean(str(value), choices)}"
-    reason = str(ctx["error"]) if item["type"] == "value_error" else item["msg"][0].lower() + item["msg"][1:]
+        return f"{entry}{field}: {reason}"
     return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
 
 
-def listed(labels: Iterable[str]) -> str:
-    return "Allowed: " + ", ".join(f"{i} {label!r}" for i, label in enumerate(labels, 1))
+def listed(labels: Iterable[str], numbers: Iterable[str] = ()) -> str:
+    """Format the allowed labels, each behind its number if numbers are given."""
+    pairs = zip_longest(numbers, labels, fillvalue="")
+    return "Allowed: " + ", ".join(f"{number} {label!r}".lstrip() for number, label in pairs)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The file holds the old bytes or the new ones, whole, whenever the process dies and however many write at once.
+    """Replace the file in one step: readers see the old bytes or the new ones, also after a crash or with many writers.
 
     A killed writer leaves at most ``.<name>.<pid>.<token>.tmp``, which ``viladiff runs gc`` removes.
     """
@@ -30,7 +30,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """The error of a full disk names the file, or folder of files, that was being written; of itself it names none."""
+    """Add to the error of a full disk the file or folder that was being written; the error itself names none."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes a rename in it last through a power cut; not every platform can open a directory."""
+    """Flush a directory to the disk, so that a rename in it survives a power cut; not every platform can open one."""
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""One finding about a machine or a file, with its fix."""
+"""The result of one check of a machine or a file, with its fix."""
 
 from __future__ import annotations
 

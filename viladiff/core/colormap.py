@@ -1,4 +1,4 @@
-"""Class colours that colour-blind readers can tell apart, as far as a dozen allows; hover text says the rest."""
+"""Class colours that colour-blind readers can tell apart, as far as a dozen allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SERIES = ("#3b7dd8", "#c8731c", "#2a9d74", "#a05fc9", "#c2455a", "#7a7a80")
 
 
 def class_colours(count: int) -> np.ndarray:
-    """(count, 3) uint8; 0 is the background. After ten, hues go round by the golden ratio in three lightnesses."""
+    """Return (count, 3) uint8; 0 is the background. After ten, hues follow the golden ratio in three lightnesses."""
     colours = [BACKGROUND, *(tuple(bytes.fromhex(text[1:])) for text in _MUTED)]
     for i in range(len(colours), count):
         rgb = colorsys.hls_to_rgb(i * 0.618034 % 1, (0.35, 0.55, 0.72)[i % 3], 0.6)
@@ -28,7 +28,7 @@ def class_colours(count: int) -> np.ndarray:
 
 
 def hatch(height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8 diagonal stripes."""
+    """Return (height, width, 3) uint8 diagonal stripes."""
     stripe = (np.add.outer(np.arange(height), np.arange(width)) % 4) < 2
     return np.array(HATCH, np.uint8)[stripe.astype(int)]
 

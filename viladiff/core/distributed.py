@@ -1,4 +1,4 @@
-"""Where a run computes: the device of each worker, and several workers on one machine without any launcher."""
+"""Process groups, collectives and number formats of torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PATIENCE = timedelta(hours=12)
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether CUDA rounds inputs of fp32 products and convolutions to TF32; what held before holds again afterwards.
+    """Set whether CUDA rounds inputs of fp32 products and convolutions to TF32; restore the old setting afterwards.
 
-    torch by itself allows it for convolutions alone. The flags are the process's.
+    By default torch allows it for convolutions alone. The flags belong to the process.
     """
     matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, convolutions.allow_tf32
@@ -33,7 +33,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def join_here(backend: str, meeting: Path, rank: int, workers: int) -> None:
-    """Joins a group of this machine alone: its workers meet in a file, which must be new, and talk over loopback.
+    """Join a group of this machine alone: its workers meet in the new file ``meeting`` and talk over loopback.
 
     A rendezvous over TCP would listen on every network of the machine, whatever address it is given.
     """
@@ -48,9 +48,9 @@ T = TypeVar("T")
 
 
 def in_turn(work: Callable[[], T]) -> T:
-    """``work()`` by the first worker of each machine, then by its others, which find what that one has kept.
+    """Run ``work()`` on the first worker of each machine, then on its others, which find the first one's cache.
 
-    An error of the first one is the others' as well, since they do the same afterwards.
+    An error of the first worker is raised on the others too, since they do the same afterwards.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
@@ -70,7 +70,7 @@ def in_turn(work: Callable[[], T]) -> T:
 
 
 def summed_over_workers(counts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Counts of all workers together, tensors on the CPU; one that has seen no image has none, but must take part."""
+    """Sum counts over all workers, as tensors on the CPU; a worker without images has no counts but must take part."""
     parts: list[dict[str, dict[str, Any]]] = [counts]
     if dist.is_initialized():
         parts = [{}] * dist.get_world_size()

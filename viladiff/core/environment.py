@@ -13,7 +13,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "scikit-learn",
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of the packages that the numbers depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -24,12 +24,12 @@ def versions() -> dict[str, str]:
 
 
 def visible_cpus() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """Model of this machine's processor, by name and by the numbers that tell apart those of one name."""
+    """Return the processor's model by name, with the numbers that distinguish processors of one name."""
     wanted = ("model name", "cpu family", "model", "stepping")
     try:
         block = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
@@ -41,7 +41,7 @@ def processor() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Revision of the checkout that the package is imported from, and whether it was changed; empty outside of one."""
+    """Return the commit of the package's checkout, and whether it was modified; empty outside a checkout."""
     here = Path(__file__).parent
     try:
         run = lambda *words: subprocess.run(  # noqa: E731
@@ -53,7 +53,7 @@ def git_state() -> dict[str, Any]:
 
 
 def reset_peak_memory() -> bool:
-    """Lets ``peak_memory`` begin anew; False where the kernel has no such thing or does not allow it."""
+    """Reset ``peak_memory``; return False if the kernel does not support or allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -62,7 +62,7 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory() -> int:
-    """Most bytes of main memory that this process has held, since ``reset_peak_memory`` where that works."""
+    """Return this process's peak main memory in bytes, since ``reset_peak_memory`` if that works."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

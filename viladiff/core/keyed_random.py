@@ -1,7 +1,7 @@
-"""Random draws that depend on what they are for, never on who asks first.
+"""Keyed random numbers: each draw is named by seed, purpose, step and image, so the order of execution does not matter.
 
-Every draw is named by a tuple such as ``(seed, "crop", epoch, image)``. Two workers, a resumed run and an undisturbed
-one therefore see the same numbers, and nothing about a generator's state has to be stored in a checkpoint.
+Every draw is named by a tuple such as ``(seed, "crop", epoch, image)``. Two workers, a resumed run and an uninterrupted
+one therefore draw the same numbers, and no generator's state is stored in a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Part = int | str
 
 
 def seed_for(*parts: Part) -> int:
-    """A 63-bit integer named by ``parts``; equal on every machine and Python version."""
+    """Return the 63-bit integer named by ``parts``; equal on every machine and Python version."""
     text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def numpy_generator(*parts: Part) -> np.random.Generator:
-    """A NumPy generator for the draw named by ``parts``."""
+    """Return the NumPy generator of the draw named by ``parts``."""
     return np.random.Generator(np.random.Philox(key=seed_for(*parts)))
 
 
 def torch_generator(*parts: Part, device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator on ``device`` for the draw named by ``parts``."""
+    """Return the torch generator on ``device`` of the draw named by ``parts``."""
     import torch
 
     gen = torch.Generator(device=device)
@@ -40,7 +40,7 @@ def torch_generator(*parts: Part, device: torch.device | str = "cpu") -> torch.G
 
 
 def uniform(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: torch.device | str = "cpu") -> Tensor:
-    """One uniform tensor of ``shape`` per key, stacked: (len(keys), *shape), float32 in [0, 1)."""
+    """Return one uniform tensor of ``shape`` per key, stacked: (len(keys), *shape), float32 in [0, 1)."""
     import torch
 
     out = torch.empty((len(keys), *shape), device=device)
@@ -50,7 +50,7 @@ def uniform(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: 
 
 
 def normal(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: torch.device | str = "cpu") -> Tensor:
-    """One standard normal tensor of ``shape`` per key, stacked: (len(keys), *shape), float32."""
+    """Return one standard normal tensor of ``shape`` per key, stacked: (len(keys), *shape), float32."""
     import torch
 
     out = torch.empty((len(keys), *shape), device=device)

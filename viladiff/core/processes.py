@@ -1,4 +1,4 @@
-"""Outlives a driver that is killed, by a moment: ends the processes that it had named, and removes its directory.
+"""Watchdog that kills a dead driver's Ray processes and removes its temporary directory.
 
 Run as a program, by its path and without site packages, so that it costs some milliseconds and a few megabytes. Ray's
 own processes notice the death of their driver, but some only after a minute.
@@ -23,7 +23,7 @@ class Reaper:
     """The driver's end: ``watch`` names processes, ``dismiss`` after a tidy end."""
 
     def __init__(self, directory: Path) -> None:
-        """``directory`` is removed with the driver."""
+        """Start the watchdog; ``directory`` is removed with the driver."""
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(directory)],
             stdin=subprocess.PIPE,
@@ -34,11 +34,11 @@ class Reaper:
         )
 
     def watch(self, pids: list[int]) -> None:
-        """Processes to be ended with the driver; those that a number names at a later time are not touched."""
+        """Name processes to be killed if the driver dies; a later process of the same number is not touched."""
         self._say(json.dumps([[pid, began] for pid in pids if (began := start(pid)) is not None]))
 
     def dismiss(self) -> None:
-        """The driver has cleared up itself."""
+        """End the watchdog after the driver's own cleanup."""
         self._say(DONE)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
@@ -66,7 +66,7 @@ def start(pid: int) -> int | None:
 
 
 def descendants(*pids: int) -> list[int]:
-    """Children of processes, their children, and so on; empty where the system does not tell."""
+    """Return children of processes, their children, and so on; empty if the system does not tell."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):
@@ -79,7 +79,7 @@ def descendants(*pids: int) -> list[int]:
 
 
 def main(directory: str) -> None:
-    """Waits for the driver's last word or its death, which closes the pipe."""
+    """Wait for the driver's dismissal or its death, which closes the pipe."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     named: list[list[int]] = []

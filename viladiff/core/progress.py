@@ -1,4 +1,4 @@
-"""A bar with time left on a terminal, a line now and then elsewhere."""
+"""Progress bars on a terminal, lines from time to time elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Advance = Callable[[int, int], None]
 
 @contextmanager
 def counter(title: str, show: bool) -> Iterator[Advance]:
-    """Counts on a terminal's stderr, from the first call on; elsewhere, and where not wanted, nothing is shown."""
+    """Count on stderr from the first call on if it is a terminal; show nothing otherwise or without ``show``."""
     if not show or not sys.stderr.isatty():
         yield lambda done, of: None
         return
@@ -72,11 +72,11 @@ class Progress:
             self.bar.stop()
 
     def note(self, loss: float) -> None:
-        """The newest loss, shown beside the bar."""
+        """Show the newest loss beside the bar."""
         self.text = f"loss {loss:.3f}"
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one more step."""
         self.done += 1
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=self.text)

@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from viladiff.core.hashing import file_sha256
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def plan_stem() -> str:
-    """How the names of plans by this code begin; those by other code are never used again."""
+    """Return the prefix of plans by this code; plans of other code are never used again."""
     return f"plan-{code_digest()[:12]}"
 
 
 def code_digest() -> str:
-    """Names the package's sources and the weights that it ships, by content."""
+    """Return the digest of the package's sources and shipped weights."""
     total = hashlib.sha256()
     for path in sorted(path for kind in ("*.py", "*.safetensors") for path in _PACKAGE.rglob(kind)):
-        total.update(f"{path.relative_to(_PACKAGE).as_posix()} {_digest(path)}\n".encode())
+        total.update(f"{path.relative_to(_PACKAGE).as_posix()} {file_digest(path)}\n".encode())
     return total.hexdigest()
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or ``missing`` where it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_sha256(path)
     except OSError:
         return "missing"

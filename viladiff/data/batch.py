@@ -1,4 +1,4 @@
-"""What passes between data, method and loop.
+"""The batch that data layer, method and loop share, and the views that a method requests.
 
 Shape letters used in every docstring: B images of a labelled batch, U of an unlabelled one, C classes, H x W pixels of
 a crop, h x w cells of a feature grid, N = h * w tokens, D channels, L words, T diffusion steps.
@@ -19,7 +19,7 @@ from viladiff.data.constants import IGNORE as IGNORE  # most modules that need i
 
 @dataclass(frozen=True)
 class Views:
-    """What a method asks of the data layer for each unlabelled image."""
+    """The views of each unlabelled image that a method requests from the data layer."""
 
     weak: int = 1
     strong: int = 0
@@ -58,7 +58,7 @@ class TextBank(Protocol):
     """Encoded captions of a data set's images."""
 
     def batch(self, indices: Sequence[int]) -> TextBatch:
-        """Words of these images, on the CPU."""
+        """Return the texts of these images, on the CPU."""
         ...
 
 
@@ -106,7 +106,7 @@ class Batch:
     """(U, H, W) int64 true masks, 255 in padding, where an oracle control wants them."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with every tensor on ``device``."""
+        """Return the batch with every tensor on ``device``."""
         moved: dict[str, Any] = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
         return replace(self, **moved)
 
@@ -123,7 +123,7 @@ def _move(value: object, device: torch.device) -> object:
 
 
 class Losses(NamedTuple):
-    """What a method's forward pass returns."""
+    """The result of a method's forward pass."""
 
     total: Tensor
     """Scalar with a gradient."""
@@ -137,7 +137,7 @@ class Losses(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where in training a forward pass stands."""
+    """The position of a forward pass in training."""
 
     index: int  # type: ignore[assignment]  # a tuple has a method of that name, which nobody calls
     """Optimiser steps done so far."""

@@ -1,6 +1,6 @@
-"""A folder of arrays named by a hash of what made it is either complete and unaltered or is not opened at all.
+"""Folders of arrays named by a hash of their inputs, opened only if complete and unaltered.
 
-The rendered data sets and the text banks are both kept this way: made in a folder beside the final one, then renamed.
+The rendered data sets and the text banks are stored this way: written to a temporary folder, then renamed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from viladiff.core.hashing import sha256_hex
 
 MANIFEST = "manifest.json"
 LARGE = 2**26
@@ -36,19 +38,19 @@ class Opened(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """$VILADIFF_CACHE, or ~/.cache/viladiff; nothing is created here."""
+    """Return $VILADIFF_CACHE, or ~/.cache/viladiff, without creating it."""
     given = os.environ.get("VILADIFF_CACHE")
     return Path(given).expanduser() if given else Path.home() / ".cache" / "viladiff"
 
 
 def fingerprint(*parts: object) -> str:
-    """16 hexadecimal digits that name ``parts`` (anything JSON can hold); equal on every machine."""
+    """Return 16 hexadecimal digits that name ``parts`` (any JSON values); equal on every machine."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256_hex(text)[:16]
 
 
 def open_or_make(directory: Path, make: Callable[[Path], Facts]) -> Opened:
-    """Opens ``directory``; where it is missing, ``make`` first fills a folder beside it that is then renamed.
+    """Open ``directory``; if it is missing, let ``make`` fill a temporary folder that is then renamed to it.
 
     Two processes may race: the one that renames second throws its copy away. Raises ValueError as ``open_checked``
     does, and where the folder cannot be written.
@@ -62,9 +64,9 @@ def open_or_make(directory: Path, make: Callable[[Path], Facts]) -> Opened:
 
 
 def open_checked(directory: Path) -> Opened:
-    """Every file is compared with the manifest's size and SHA-256 (``digest``) before it is mapped.
+    """Open a folder after comparing every file with the manifest's size and SHA-256 (``digest``).
 
-    Raises ValueError that names the file, what was expected and what was found.
+    Raises ValueError that names the file, the expected value and the actual one.
     """
     manifest = _read_manifest(directory)
     for name, entry in manifest["files"].items():
@@ -94,9 +96,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; of one of LARGE bytes or more, of PIECES evenly spaced pieces, first and last among them.
+    """Return the SHA-256 of a file; for LARGE bytes or more, of PIECES evenly spaced pieces with the first and last.
 
-    The second shows a file that was cut off, exchanged or never filled, and hardly a few altered bytes.
+    The sampled digest detects a truncated, replaced or unfilled file, but hardly a few altered bytes.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""What a label may be besides a class; here, and not beside the batch, so that decoding processes need no torch."""
+"""Constants of labels and images; apart from the batch, so that decoding processes need no torch."""
 
 from __future__ import annotations
 

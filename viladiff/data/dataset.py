@@ -70,19 +70,22 @@ class Dataset:
         return frozenset(self.labelled.tolist())
 
     def target(self, index: int) -> np.ndarray:
-        """(H, W) uint8 mask of a labelled image. Raises ValueError for any other: its mask is not for training."""
+        """Return the (H, W) uint8 mask of a labelled image. Raises ValueError for any other image."""
         self._check_labelled(index)
         return self.masks[index]
 
     def target_path(self, index: int) -> Path:
-        """The file of ``target(index)``, unopened. Raises ValueError where there are no files, and as ``target``."""
+        """Return the path of ``target(index)`` without opening it.
+
+        Raises ValueError if there are no files, and as ``target``.
+        """
         self._check_labelled(index)
         if self.files is None:
             raise ValueError(f"{self.name}: its masks are not in files")
         return self.files.masks[index]
 
     def oracle_masks(self, indices: Sequence[int]) -> np.ndarray:
-        """(n, H, W) uint8 true masks of images of the pool, for oracle controls. ValueError where there are files."""
+        """Return (n, H, W) uint8 true masks of the pool, for oracle controls. Raises ValueError for data in files."""
         if self.files is not None:
             raise ValueError(f"method.pseudo.oracle: masks of unlabelled images of {self.name!r} are never read")
         return np.stack([self.masks[i] for i in indices])
@@ -90,9 +93,10 @@ class Dataset:
     def caption_table(
         self, part: Literal["train", "val"], control: Control = "own", seed: int = 0, on: Images = "both"
     ) -> CaptionTable:
-        """Texts of the pool or of validation under a control, by ``train/0`` or ``val/0`` on.
+        """Return the texts of the pool or of validation under a control, by ``train/0`` or ``val/0`` on.
 
-        on: images of the pool that keep them, after captions have been exchanged. Raises ValueError as ``variant``.
+        on: images of the pool that keep their texts, after captions have been exchanged. Raises ValueError as
+        ``variant``.
         """
         texts = self.captions if part == "train" else self.val_captions
         own = CaptionTable({f"{part}/{i}": lines for i, lines in enumerate(texts)}, self.caption_source)

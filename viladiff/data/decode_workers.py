@@ -1,8 +1,8 @@
-"""From a file to a crop, in this process or in others that do nothing else.
+"""Decoding of files to crops, in this process or in worker processes.
 
-``python -m viladiff.data.decode_workers`` is such a process: a program of its own, so that it neither loads torch (0.2
-s to start instead of seconds, 40 MB instead of hundreds) nor runs the caller's main module again, and so that a trial's
-thread can start it as well. Tasks and answers are lines of JSON on its standard streams; pixels lie in memory that both
+``python -m viladiff.data.decode_workers`` is a worker: a program of its own, so that it neither loads torch (0.2 s to
+start instead of seconds, 40 MB instead of hundreds) nor runs the caller's main module again, and so that a trial's
+thread can start it as well. Tasks and answers are lines of JSON on its standard streams; pixels are in memory that both
 sides have mapped and that no file name leads to. It ends when its input does, so that it never outlives the run.
 """
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class CropRecipe(NamedTuple):
-    """What is done to every file of a run."""
+    """The processing of every file of a run."""
 
     crop: int
     scale: Range
@@ -65,7 +65,7 @@ class DecodedBatch(NamedTuple):
 
 
 def decode(sample: DecodeRequest, recipe: CropRecipe, image: np.ndarray, mask: np.ndarray) -> tuple[int, int, bool]:
-    """Writes one crop to ``image`` (3, crop, crop) and ``mask`` (crop, crop); see ``DecodedBatch`` for what it returns.
+    """Write one crop to ``image`` (3, crop, crop) and ``mask`` (crop, crop); return a row of ``DecodedBatch``.
 
     Raises ValueError that names the file for one that cannot be read, and for a mask of another size than its image.
     """
@@ -83,7 +83,7 @@ def decode(sample: DecodeRequest, recipe: CropRecipe, image: np.ndarray, mask: n
 
 
 def decode_all(samples: Sequence[DecodeRequest], recipe: CropRecipe) -> DecodedBatch:
-    """The samples, one after another in this process."""
+    """Decode the samples one after another in this process."""
     images, masks = _arrays(bytearray(_bytes(len(samples), recipe.crop)), recipe.crop)
     shown = [decode(sample, recipe, *out) for sample, *out in zip(samples, images, masks, strict=True)]
     return DecodedBatch(images, masks, shown)
@@ -94,7 +94,7 @@ def _bytes(samples: int, crop: int) -> int:
 
 
 def _arrays(memory: bytearray | mmap.mmap, crop: int) -> tuple[np.ndarray, np.ndarray]:
-    """The memory as images and masks of as many samples as it holds."""
+    """View the memory as images and masks of as many samples as it holds."""
     samples = len(memory) // (4 * crop**2)
     flat = np.frombuffer(memory, np.uint8, samples * 4 * crop**2)
     cut = samples * 3 * crop**2
@@ -108,7 +108,7 @@ class DecodeWorkers:
     """
 
     def __init__(self, recipe: CropRecipe, processes: int, samples: int, ahead: int) -> None:
-        """samples: the most that a batch has."""
+        """Start the processes. samples: maximum size of a batch."""
         self.recipe, self.samples, self.slots = recipe, samples, ahead + 1
         self._asked: deque[tuple[int, tuple[DecodeRequest, ...]]] = deque()
         self._next = 0
@@ -124,7 +124,7 @@ class DecodeWorkers:
         return [process.pid for process in self._processes]
 
     def ask(self, samples: Sequence[DecodeRequest]) -> None:
-        """Hands a batch out. At most ``ahead`` may be out at a time."""
+        """Request a batch. At most ``ahead`` may be pending at a time."""
         if len(self._asked) >= self.slots or len(samples) > self.samples:
             raise ValueError(f"{len(self._asked)} batches are out, one of {len(samples)} samples: too many")
         slot, self._next = self._next, (self._next + 1) % self.slots
@@ -137,7 +137,7 @@ class DecodeWorkers:
                 raise self._died(process, sample) from None
 
     def take(self, samples: Sequence[DecodeRequest]) -> DecodedBatch:
-        """The crops of the batch that was asked for first and not yet taken, which is this one, or the only one.
+        """Return the crops of the oldest requested batch, which must be ``samples``, or request it if none is.
 
         Raises ValueError for a file that cannot be used, ChildProcessError where a process has died.
         """
@@ -151,7 +151,7 @@ class DecodeWorkers:
         return DecodedBatch(self._images[part], self._masks[part], shown)
 
     def close(self) -> None:
-        """Ends the processes at once; they have nothing to lose."""
+        """Kill the processes at once; they have no state to save."""
         self._finalizer()
 
     def _of(self, place: int) -> subprocess.Popen[bytes]:
@@ -183,7 +183,7 @@ class DecodeWorkers:
 
 @contextmanager
 def _nameless(size: int) -> Iterator[IO[bytes]]:
-    """An open file in memory, or in the directory of temporary files, that disappears with its last user."""
+    """Open a file in memory, or in the directory of temporary files, that disappears with its last user."""
     in_memory = hasattr(os, "memfd_create")
     with os.fdopen(os.memfd_create("viladiff"), "r+b") if in_memory else tempfile.TemporaryFile() as file:
         file.truncate(size)
@@ -225,7 +225,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def main(memory: int, size: int) -> None:
-    """Answers each line of standard input until there are no more."""
+    """Process the tasks on standard input, one a line, until it ends."""
     crop, scale, hflip, num_classes, coding = _tupled(json.loads(sys.stdin.buffer.readline()))
     if coding is not None:
         coding = (PaletteEncoding if coding[0] else IdEncoding)(*coding[1:])
@@ -242,7 +242,7 @@ def main(memory: int, size: int) -> None:
 
 
 def _tupled(value: Any) -> Any:
-    """Lists, which JSON knows, as tuples, at any depth."""
+    """Convert lists, which JSON knows, to tuples at any depth."""
     return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def base_split(source: DataSource, split: str, family: str = "") -> str:
-    """The list that a data set has to open for a split: its longest for ``all``, where that is not a list itself."""
+    """Return the list that a data set opens for a split: its longest for ``all``, unless that is a list itself."""
     if split != ALL or not source.largest:
         return split
     return source.largest.get(family) or next(iter(source.largest.values()))
 
 
 def label_all(dataset: Dataset) -> Dataset:
-    """The data set with labels for all images of its pool; of images in files, those whose mask is there."""
+    """Return the data set with labels for all images of its pool; for images in files, those with a mask."""
     files = dataset.files
     able = np.array([files is None or _has_mask(files, i) for i in dataset.unlabelled], bool)
     added = dataset.unlabelled[able]

@@ -1,7 +1,7 @@
-"""Batches as a pure function of the step: whoever asks for step s, on any number of workers, gets the same batch.
+"""Batches as a pure function of the step: step s has the same batch on any number of workers.
 
-An embedded data set lies in arrays of one size and goes through ``augment.geometric``. Files are decoded and cut one by
-one on the host (``decode``), maybe in other processes; colours change in batches on the device for both.
+An embedded data set is in arrays of one size and goes through ``augment.geometric``. Files are decoded and cut one by
+one on the host (``decode``), optionally in other processes; colours change in batches on the device for both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from viladiff.data.captions.tags import dataset_tags
 from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
-from viladiff.data.holdout import set_apart
+from viladiff.data.splits import set_apart
 from viladiff.data.transforms.augment import geometric, normalise, strong
 from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
 
@@ -43,7 +43,7 @@ class ShuffledIndices:
         self._epoch, self._permutation = -1, ids
 
     def __getitem__(self, place: int) -> tuple[int, int]:
-        """(epoch, image id) at this place of the endless list."""
+        """Return (epoch, image id) at this place of the endless list."""
         epoch, offset = divmod(place, len(self.ids))
         if epoch != self._epoch:
             self._epoch = epoch
@@ -57,7 +57,7 @@ class ShuffledIndices:
 
 
 class MicroBatch(NamedTuple):
-    """Which images of one role are in a micro-batch."""
+    """The images of one role in a micro-batch."""
 
     keys: tuple[int, ...]
     """Places in the global batch."""
@@ -90,11 +90,11 @@ class BatchLoader:
         self._decoders: DecodeWorkers | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """The batches whose gradients make up one optimiser step."""
+        """Return the batches whose gradients make up one optimiser step."""
         return [self._batch(step, part) for part in range(self.cfg.train.grad_accum_steps)]
 
     def _shares(self, step: int, part: int) -> tuple[MicroBatch, MicroBatch]:
-        """The labelled and the unlabelled images; the second share is empty for a method that uses none."""
+        """Return the labelled and the unlabelled share; the second is empty for a method that uses none."""
         data = self.cfg.data
         unlabelled = data.batch_unlabelled if self.views.unlabelled else 0
         return (
@@ -112,7 +112,7 @@ class BatchLoader:
         return MicroBatch(keys, [order[step * size + key] for key in keys])
 
     def _partly_apart(self, apart: ShuffledIndices, step: int, size: int, key: int) -> tuple[int, int]:
-        """The image at place ``key`` of a batch of which every ``views.apart``-th is set apart, the last of each."""
+        """Draw the image at position ``key`` of a batch in which the last of every ``views.apart`` is set apart."""
         round_, place = divmod(step * size + key, self.views.apart)
         last = self.views.apart - 1
         return apart[round_] if place == last else self.labelled[round_ * last + place]
@@ -142,7 +142,7 @@ class BatchLoader:
     def _from_arrays(
         self, labelled: MicroBatch, unlabelled: MicroBatch
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Images in 0..1, masks of labelled ones, unlabelled images, where these are no padding, an oracle's masks."""
+        """Return images in 0..1, masks of labelled ones, unlabelled images, their valid pixels, an oracle's masks."""
         masks = np.stack([self.dataset.target(i) for _, i in labelled.drawn])
         image, target, _ = self._geometry("labelled", labelled.drawn, masks)
         assert target is not None  # masks went in
@@ -161,7 +161,7 @@ class BatchLoader:
         return geometric(on_device, labels, data.crop, data.scale, data.hflip, self._rngs(f"crop-{purpose}", drawn))
 
     def _from_files(self, labelled: MicroBatch, unlabelled: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        """As ``_from_arrays``."""
+        """Return the same as ``_from_arrays``."""
         samples, count = self._samples(labelled, unlabelled), len(labelled.drawn)
         found = decode_all(samples, self._recipe()) if self._decoders is None else self._decoders.take(samples)
         pixels = torch.from_numpy(found.images).to(self.device, non_blocking=True).float().div_(255)
@@ -203,7 +203,7 @@ class BatchLoader:
         return None if self._tags is None else self._tags[[i for _, i in drawn]].to(self.device)
 
     def stream(self, start: int, stop: int, ahead: int = 0) -> Generator[list[Batch], None, None]:
-        """The micro-batches of steps start ... stop - 1, with ``ahead`` steps prepared by a thread.
+        """Yield the micro-batches of steps start ... stop - 1, with ``ahead`` steps prepared by a thread.
 
         Files are decoded in ``decoding_processes``, which live as long as this iterator: close it.
         """
@@ -238,7 +238,7 @@ class BatchLoader:
 
 
 def valid_pixels(shown: list[tuple[int, int, bool]], crop: int, device: torch.device) -> Tensor:
-    """(n, crop, crop) bool, False in the padding of each crop, by geometry alone; see ``DecodedBatch.shown``."""
+    """Return (n, crop, crop) bool, False in the padding of each crop, by geometry alone; see ``DecodedBatch.shown``."""
     seen = torch.tensor(shown, dtype=torch.int64).view(-1, 3).to(device, non_blocking=True)
     rows, columns, flip = seen[:, :, None].unbind(1)
     place = torch.arange(crop, device=device)
@@ -251,11 +251,11 @@ DECODED_AHEAD = 2
 
 
 def decoding_processes(cfg: Sections, device: torch.device) -> int:
-    """``runtime.loader_workers``, or what fits this machine: a process decodes some 150 images a second.
+    """Return ``runtime.loader_workers``, or a number for this machine: a process decodes some 150 images a second.
 
-    None where the network itself computes on the CPU, and none for a worker with fewer than four cores, whose thread
-    that prepares batches decodes as well; else half of the cores, four at most. ``runtime.threads`` counts as the cores
-    that a worker was given, as by Ray.
+    0 if the network itself runs on the CPU, and for a worker with fewer than four cores, whose thread that prepares
+    batches decodes as well; else half of the cores, four at most. ``runtime.threads`` counts as the cores that a worker
+    was given, as by Ray.
     """
     runtime = cfg.runtime
     if runtime.loader_workers is not None:
@@ -266,7 +266,7 @@ def decoding_processes(cfg: Sections, device: torch.device) -> int:
 
 
 def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch]]:
-    """The same, ``ahead`` of them prepared by a thread, which has ended when this iterator is closed."""
+    """Prepare up to ``ahead`` items in a thread, which ends when this iterator is closed."""
     queue: Queue[list[Batch] | BaseException | None] = Queue(ahead)
     ended = threading.Event()
 
@@ -298,9 +298,10 @@ def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch
 def validation(
     dataset: Dataset, bank: TextBank | None, device: torch.device, batch: int, indices: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
-    """Validation images (B, 3, H, W) normalised, masks (B, H, W) int64 and words, in order, without augmentation.
+    """Yield validation images (B, 3, H, W) normalised, masks (B, H, W) int64 and texts, in order.
 
-    B is ``batch``, or 1 where images have several sizes. ValueError for a mask of another size than its image.
+    There is no augmentation. B is ``batch``, or 1 if images have several sizes. Raises ValueError for a mask of another
+    size than its image.
     """
     batch = batch if dataset.uniform else 1
     for start in range(0, len(indices), batch):

@@ -1,4 +1,4 @@
-"""Several processes that read or draw images, and end with the one that asked for them."""
+"""Pools of processes that read or draw images, and end with their parent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from viladiff.core.environment import visible_cpus
 
 @contextmanager
 def map_in_processes(processes: int | None, jobs: int) -> Iterator[Callable[..., Iterator[list[Any]]]]:
-    """``map``, in this process or in several that end with the block, whatever ends it."""
+    """Provide ``map`` over this process or several, which end with the block in any case."""
     count = min(processes or visible_cpus(), jobs)
     if count < 2:
         yield map
@@ -38,7 +38,7 @@ def map_in_processes(processes: int | None, jobs: int) -> Iterator[Callable[...,
 
 
 def _follow(parent: int) -> None:
-    """Leaves Ctrl-C to the process that asked for this one, and ends with it, also when it is killed."""
+    """Leave Ctrl-C to the parent process and end with it, also when it is killed."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from viladiff.config.base import did_you_mean
 from viladiff.config.sections import DataConfig, Sections
 from viladiff.data.cache import fingerprint
 from viladiff.data.captions.files import match, read_captions
 from viladiff.data.dataset import Dataset
 from viladiff.data.full import base_split, label_all
-from viladiff.data.holdout import hold_out
 from viladiff.data.sources import DATASETS
-from viladiff.data.splits import nearest
+from viladiff.data.splits import hold_out
 
 
 class DatasetSpec(NamedTuple):
@@ -30,7 +30,7 @@ class DatasetSpec(NamedTuple):
 
 
 def dataset_spec(cfg: Sections) -> DatasetSpec:
-    """What a run asks for."""
+    """Return the data set that a run asks for."""
     data = cfg.data
     own = tuple((name, getattr(data, name)) for name in type(data).model_fields if name not in DataConfig.model_fields)
     place, captions = cfg.runtime.data_root, cfg.runtime.captions
@@ -47,7 +47,7 @@ def load_dataset(
     captions: str | None = None,
     own: Mapping[str, object] | Iterable[tuple[str, object]] = (),
 ) -> Dataset:
-    """Opens a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
+    """Open a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
     split: the name of a list, or "all" (``data.full``). root: where the files of a data set that is not embedded are.
     holdout: see ``data.holdout``; those images are the validation set where ``scored`` is "holdout". captions: a file
@@ -56,7 +56,9 @@ def load_dataset(
     set, split or field, for a cache that is damaged or cannot be written, and for files that cannot be used.
     """
     if name not in DATASETS:
-        raise ValueError(f"data.dataset = {name!r}: unknown; {nearest(name, tuple(DATASETS))}")
+        raise ValueError(
+            f"data.dataset = {name!r}: unknown; allowed: {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}"
+        )
     source, fields = DATASETS[name], dict(own)
     base = base_split(source, split, str(fields.get("split_family", "")))
     whole = source.load(source.section(dataset=name, split=base, split_seed=split_seed, **fields), root, scored)
@@ -68,7 +70,7 @@ def load_dataset(
 
 
 def with_captions(dataset: Dataset, path: str) -> Dataset:
-    """The data set under the captions of a file. Raises ValueError as ``read_captions`` and ``match``."""
+    """Return the data set with the captions of a file. Raises ValueError as ``read_captions`` and ``match``."""
     found = match(read_captions(path), *image_ids(dataset))
     return replace(
         dataset,
@@ -81,7 +83,7 @@ def with_captions(dataset: Dataset, path: str) -> Dataset:
 
 
 def image_ids(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What captions call the images of the pool and of validation: ids of files, else ``train/0`` and ``dev/0`` on."""
+    """Return the captions' ids of the pool and validation: ids of files, else ``train/0``, ``dev/0`` and on."""
     if dataset.files is not None and dataset.val_files is not None:
         return dataset.files.ids, dataset.val_files.ids
     sizes = {"train": len(dataset.images), dataset.scored: len(dataset.val_images)}

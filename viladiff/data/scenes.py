@@ -122,7 +122,7 @@ def scene_kind(name: str, part: Part, index: int) -> int:
 
 
 def render(recipe: SceneRecipe, name: str, part: Part, index: int, sources: Sources | None = None) -> Scene:
-    """Draws scene ``index``, far digits first; equal arguments give equal pixels, whatever was drawn before.
+    """Draw scene ``index``, far digits first; equal arguments give equal pixels, in any order of calls.
 
     ``sources`` replaces the material of ``part``.
     """
@@ -148,7 +148,7 @@ def render(recipe: SceneRecipe, name: str, part: Part, index: int, sources: Sour
 
 @functools.lru_cache(maxsize=4)
 def load_sources(part: Part) -> Sources:
-    """Handwriting and photo columns of one part."""
+    """Load handwriting and photo columns of one part."""
     from sklearn.datasets import load_digits, load_sample_images
 
     (first, last), columns = MATERIAL[part]
@@ -162,7 +162,7 @@ def load_sources(part: Part) -> Sources:
 
 
 def deform_handwriting(sources: Sources, copies: int, amplitude: float, seed: int) -> Sources:
-    """The same photographs with ``copies`` elastic deformations of each scan in place of the scan.
+    """Replace each scan by ``copies`` elastic deformations of it; the photographs stay.
 
     The displacement is a cubic spline through 5 x 5 normal draws of standard deviation ``amplitude``, in pixels of the
     scan. Raises ValueError for no copies.
@@ -194,7 +194,7 @@ def _shrink(region: Array, zoom: float) -> Array:
 
 @functools.lru_cache(maxsize=1)
 def _scans() -> Array:
-    """(1797, s, s) float32 ink in [0, 1]: cubic splines through all scans, sampled _FINE times as densely."""
+    """Return (1797, s, s) float32 ink in [0, 1]: cubic splines through all scans, sampled _FINE times as densely."""
     from sklearn.datasets import load_digits
 
     margins = ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN))
@@ -206,7 +206,7 @@ def _scans() -> Array:
 
 
 def write_digits(rng: np.random.Generator, recipe: SceneRecipe, scans: list[Array]) -> list[tuple[Array, Array]]:
-    """Each scan (s, s) under a random size, slant and turn: ink over the outline's level, at most 1, and coverage.
+    """Draw each scan (s, s) under a random size, slant and turn: ink over the outline's level, at most 1, and coverage.
 
     Both (p, q), without empty borders. Coverage, in [0, 1], is the distance to the outline in pixels, estimated as
     (ink - level) / |gradient|, plus one half.
@@ -232,7 +232,7 @@ def write_digits(rng: np.random.Generator, recipe: SceneRecipe, scans: list[Arra
 
 
 def _matrix(height: float, aspect: float, angle: float, slant: float) -> Array:
-    """(2, 2) from pixels of a patch to those of the upsampled scan: turn, then slant, then scale."""
+    """Return (2, 2) from pixels of a patch to those of the upsampled scan: turn, then slant, then scale."""
     rows, columns = 8 * _FINE / height, 8 * _FINE / (height * aspect)
     cos, sin = math.cos(angle), math.sin(angle)
     return np.array([[rows * cos, -rows * sin], [columns * (slant * cos + sin), columns * (cos - slant * sin)]])
@@ -278,7 +278,7 @@ def _place(rng: np.random.Generator, recipe: SceneRecipe, shape: Array, mask: Ar
 def _windows(
     side: int, top: int, left: int, height: int, width: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """The part of a patch that lies on the canvas, in the patch's and in the canvas's own coordinates."""
+    """Return the part of a patch that lies on the canvas, in the patch's and in the canvas's own coordinates."""
     bottom, right = min(top + height, side), min(left + width, side)
     outer = (slice(max(top, 0), bottom), slice(max(left, 0), right))
     inner = (slice(max(-top, 0), bottom - top), slice(max(-left, 0), right - left))
@@ -286,7 +286,7 @@ def _windows(
 
 
 def recolour(rng: np.random.Generator, recipe: SceneRecipe, crop: Array, digit: int, behind: float) -> Array:
-    """The crop (3, h, w) with the digit's hue and a mean luminance that stands off from ``behind`` (0 to 1).
+    """Give the crop (3, h, w) the digit's hue and a mean luminance that stands off from ``behind`` (0 to 1).
 
     Hue is an angle in the plane orthogonal to grey; the digit's own is 36 degrees times its place on the circle.
     """

@@ -1,4 +1,4 @@
-"""What one image costs a network: parameters, arithmetic and time, with captions and without."""
+"""Complexity of a network per image: parameters, arithmetic and time, with captions and without."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class WithText(nn.Module):
 
 
 def costs(network: Network, side: int, text_dim: int, words: int = WORDS, passes: int = 5) -> dict[str, Cost]:
-    """``without text``, and of a network with ViLa ``with text``: both streams, and ``words`` words of a caption.
+    """Return the costs ``without text``, and for a network with ViLa ``with text``: both streams, ``words`` words.
 
     The image is side x side, the network in evaluation mode; a word has ``text_dim`` channels.
     """
@@ -77,7 +77,7 @@ def _cost(module: TextFree | WithText, inputs: tuple[Tensor, ...], passes: int) 
 
 
 def _reached(module: TextFree | WithText, inputs: tuple[Tensor, ...]) -> int:
-    """Parameters that the outputs depend on, which a backward pass tells; on a small image, since size changes none."""
+    """Count the parameters that the outputs depend on, by a backward pass on a small image, since size changes none."""
     side = 2 * module.network.patch
     small = (inputs[0][..., :side, :side], *inputs[1:])
     weights = {name: value.detach().requires_grad_() for name, value in module.named_parameters()}
@@ -100,7 +100,7 @@ def _seconds(once: Callable[[], object], device: torch.device, passes: int) -> f
 
 
 def cost_facts(found: dict[str, Cost], side: int, device: torch.device) -> dict[str, str]:
-    """The costs as facts to print, a line each."""
+    """Format the costs as facts to print, one a line."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         f"{side} x {side} {name}": f"{cost.parameters:,} parameters, {cost.flops / 1e9:.3g} GFLOPs, "

@@ -1,4 +1,4 @@
-"""What an evaluation asks of whoever runs it: a method in training, or one that was loaded."""
+"""The interface between an evaluation and its caller, the training loop or a loaded run."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ class EvalContext(Protocol):
     """Where files beside the record go."""
 
     def alive(self) -> None:
-        """Tells whoever watches that work goes on; may raise to end it."""
+        """Send a heartbeat; may raise to end the evaluation."""
         ...

@@ -1,4 +1,4 @@
-"""What is measured of a trained run: scores of its networks, quality of its pseudo-labels, pictures, its record."""
+"""Evaluation of a trained run: scores of its networks, quality of its pseudo-labels, pictures, its record."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PeakMemory:
 
 
 def eval_batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
-    """This worker's validation images with masks and words; whoever watches the run sees that it is alive."""
+    """Yield this worker's validation images with masks and texts, sending heartbeats."""
     images = len(run.dataset.val_images)
     count = min(images, run.cfg.eval.max_images or images)
     size = 1
@@ -79,7 +79,7 @@ def eval_batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor,
 def compute_meters(
     run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
 ) -> dict[str, SegmentationMeter]:
-    """Counts of one network's streams over the validation images of all workers."""
+    """Count one network's streams over the validation images of all workers."""
     cfg = run.cfg.eval
     classes, crop = run.dataset.num_classes, run.cfg.data.crop
     return evaluate_network(network, eval_batches(run), streams, classes, boundary, cfg.protocol, crop)
@@ -88,7 +88,7 @@ def compute_meters(
 def compute_scores(
     run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
 ) -> dict[str, dict[str, Any]]:
-    """{stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
+    """Return {stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
     return {name: found.stored() for name, found in to_scores(compute_meters(run, network, streams, boundary)).items()}
 
 
@@ -105,7 +105,7 @@ class PseudoLabels:
         self.sums: dict[str, Any] = {}
 
     def add(self, images: torch.Tensor, target: torch.Tensor, text: TextBatch | None) -> None:
-        """A batch, the method in evaluation mode; sums stay on the device."""
+        """Count a batch, with the method in evaluation mode; sums stay on the device."""
         if not self.wanted:
             return
         run, method = self.run, self.run.method
@@ -119,13 +119,13 @@ class PseudoLabels:
             self.sums[name] = self.sums.get(name, 0) + count
 
     def shares(self) -> dict[str, float | None]:
-        """``pseudo_scores`` of all workers' images; all of them must ask."""
+        """Return ``pseudo_scores`` of all workers' images; all workers must call it."""
         here = {name: count.cpu() for name, count in self.sums.items()}
         return pseudo_scores(summed_over_workers({"": here}).get("", {})) if self.wanted else {}
 
 
 def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
-    """{network: {stream: {score: value}}} and the quality of the pseudo-labels, from one pass over the images."""
+    """Return {network: {stream: {score: value}}} and the quality of pseudo-labels, from one pass over the images."""
     cfg, networks = run.cfg.eval, run.method.networks()
     run.method.eval()
     pseudo = PseudoLabels(run)
@@ -136,7 +136,7 @@ def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], d
 
 
 def _best(measured: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
-    """The highest of the evaluations, marked as picked on the images that it reports; None where there is but one."""
+    """Return the best of the evaluations, marked as selected on the images that it reports; None for a single one."""
     if len(measured) < 2:
         return None
     best = max(measured, key=lambda entry: entry["miou"])
@@ -147,7 +147,7 @@ class GradientRecord(Protocol):
     """Shares of the gradient that were measured in training."""
 
     def record(self) -> dict[str, Any] | None:
-        """For ``RunRecord.gradient_shares``; None where nothing was measured."""
+        """Return the entry ``RunRecord.gradient_shares``; None if nothing was measured."""
         ...
 
 
@@ -168,12 +168,12 @@ class RecordContext(EvalContext, Protocol):
         ...
 
     def wall_seconds(self) -> float | None:
-        """Of all legs; None where they are not known."""
+        """Return the seconds of all legs; None if unknown."""
         ...
 
 
 def record(run: RecordContext) -> RunRecord:
-    """Everything that is worth keeping of a run that has taken its last step; all workers take part."""
+    """Evaluate a run after its last step and return its record; all workers take part."""
     cfg = run.cfg
     predictor, stream = run.method.predictor(), run.method.headline()
     found, pseudo_labels = evaluated(run)
@@ -225,10 +225,10 @@ def record(run: RecordContext) -> RunRecord:
 
 @torch.no_grad()
 def save_qualitative(run: EvalContext) -> None:
-    """Writes ``pictures.npz``: evenly spaced validation images, and their labels at every stage, in order of name.
+    """Write ``pictures.npz``: evenly spaced validation images and their labels at every stage, in order of name.
 
-    Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for what is not known, or 0 and 1. Of
-    images of different sizes it is the middle that is shown, padded where it is less than a crop.
+    Each array is uint8 (K, H, W), the image (K, H, W, 3): class ids with 255 for unknown pixels, or 0 and 1. Images of
+    different sizes are cropped to their centre, and padded if smaller than a crop.
     """
     count = min(run.cfg.runtime.visualizations, len(run.dataset.val_images))
     if run.rank or not count:
@@ -253,7 +253,7 @@ def save_qualitative(run: EvalContext) -> None:
 
 
 def _shown(run: EvalContext, array: np.ndarray, pad: int) -> np.ndarray:
-    """(H, W, ...) as it is where all images have one size, else its middle on a square of about the crop's size."""
+    """Return (H, W, ...) unchanged if all images have one size, else its centre on a square of the crop's size."""
     if run.dataset.uniform:
         return array
     side = nearest_multiple(run.cfg.data.crop, run.method.student.patch)

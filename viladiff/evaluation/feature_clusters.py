@@ -1,4 +1,4 @@
-"""How well features of image tokens cluster by class, and by image: measured in feature space, drawn by t-SNE."""
+"""Clustering of image tokens' features by class, and by image: scores in feature space, drawn by t-SNE."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class TokenSample(NamedTuple):
 
 
 def cell_labels(mask: np.ndarray, patch: int) -> np.ndarray:
-    """(H, W) classes to those that most pixels of each patch x patch cell have, row by row; 255 is not counted.
+    """Return the most frequent class of each patch x patch cell of (H, W) labels, row by row; 255 is not counted.
 
-    255 where a cell has nothing else; of equally many the lower class. ValueError for sides that are no multiples.
+    255 if a cell has nothing else; in a tie the lower class. Raises ValueError for sides that are no multiples.
     """
     height, width = mask.shape
     if height % patch or width % patch:
@@ -58,7 +58,7 @@ def cell_labels(mask: np.ndarray, patch: int) -> np.ndarray:
 
 
 def sample(labels: Sequence[np.ndarray]) -> TokenSample | None:
-    """Equally many tokens of each class, drawn without replacement, always the same; None below two classes.
+    """Sample equally many tokens of each class without replacement, with a fixed seed; None below two classes.
 
     ``labels`` has ``cell_labels`` of each image.
     """
@@ -80,11 +80,11 @@ def _drawn(places: np.ndarray, size: int, label: int) -> np.ndarray:
 
 
 def cluster_scores(features: np.ndarray, label: np.ndarray, image: np.ndarray) -> dict[str, float]:
-    """How well features (n, W) cluster, each brought to length 1; Euclidean distances.
+    """Measure how well features (n, W) cluster, each scaled to length 1; Euclidean distances.
 
     ``silhouette``: mean silhouette coefficient by class, in [-1, 1], more is better. ``davies_bouldin``: the index by
     class, ≥ 0, less is better. ``image_silhouette``: by image in place of class, over tokens that are not alone in
-    theirs. What cannot be told, as of one image or of features that are all alike, is left out.
+    theirs. Undefined scores, as of one image or of equal features, are left out.
     """
     from sklearn.metrics import davies_bouldin_score, silhouette_score
 
@@ -103,9 +103,9 @@ def cluster_scores(features: np.ndarray, label: np.ndarray, image: np.ndarray) -
 
 
 def tsne(features: np.ndarray) -> np.ndarray | None:
-    """t-SNE of features (n, W), each brought to length 1: (n, 2) float32; the seed is fixed, and so is the start.
+    """Return t-SNE of features (n, W), each scaled to length 1: (n, 2) float32; seed and start are fixed.
 
-    None of features that are all alike or not finite: of those scikit-learn's can end the whole process.
+    None for features that are all equal or not finite: scikit-learn's implementation can end the whole process on them.
     """
     from sklearn.manifold import TSNE
 
@@ -116,16 +116,16 @@ def tsne(features: np.ndarray) -> np.ndarray | None:
 
 
 def _unit(features: np.ndarray) -> np.ndarray | None:
-    """Features (n, W), each brought to length 1; None where they are all alike or not finite."""
+    """Scale features (n, W) to length 1; None if they are all equal or not finite."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
     return unit if np.isfinite(unit).all() and np.ptp(unit, axis=0).max() >= 1e-6 else None
 
 
 @torch.inference_mode()
 def collect_features(run: EvalContext) -> tuple[TokenSample, dict[str, np.ndarray]] | None:
-    """A sample of a run's validation images and its features (n, W) float32 by stage; None where there is no sample.
+    """Sample tokens of a run's validation images and their features (n, W) float32 by stage; None without a sample.
 
-    Images are seen whole, at the nearest multiples of the patch, whatever the protocol.
+    Images are read whole, at the nearest multiples of the patch, whatever the protocol.
     """
     images, patch = len(run.dataset.val_images), run.method.student.patch
     count = min(images, run.cfg.eval.max_images or images)
@@ -151,7 +151,7 @@ def collect_features(run: EvalContext) -> tuple[TokenSample, dict[str, np.ndarra
 
 
 def _fitted(mask: np.ndarray, patch: int) -> np.ndarray:
-    """The mask as the network sees the image: its nearest pixel at each place of the nearest multiples of the patch."""
+    """Resize the mask to the network's image: the nearest pixel at each position of the patch's nearest multiples."""
     rows, columns = (
         (2 * np.arange(fitted) + 1) * side // (2 * fitted)
         for side, fitted in ((side, nearest_multiple(side, patch)) for side in mask.shape)
@@ -160,10 +160,10 @@ def _fitted(mask: np.ndarray, patch: int) -> np.ndarray:
 
 
 def measure_clusters(run: EvalContext) -> dict[str, float | int | None]:
-    """What a record says of the headline's clusters; writes the features, and with pictures the plane, beside the run.
+    """Return the scores of the headline's clusters; write the features, and with pictures the t-SNE plane, to the run.
 
-    Names of the stage before words were read end in ``_before``. ``tokens`` and ``token_classes`` say of how many.
-    Empty for a method without such features; scores are None where there was no sample. By the first worker alone.
+    Names of the stage before the texts are read end in ``_before``. ``tokens`` and ``token_classes`` count the sample.
+    Empty for a method without such features; scores are None without a sample. Runs on the first worker alone.
     """
     if type(run.method).token_features is Method.token_features or run.rank:
         return {}

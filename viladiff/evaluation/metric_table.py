@@ -38,17 +38,17 @@ class Metric:
     for a score that is not of pixels: ``viladiff.evaluation.feature_clusters`` measures those."""
 
     def heading(self) -> str:
-        """The title, or else the name, and the direction where lower is better."""
+        """Return the title, or else the name, and the direction where lower is better."""
         return (self.title or self.name) + (" (lower is better)" if self.better == "lower" else "")
 
 
 def miou_from(confusion: Tensor) -> tuple[float, list[float]]:
-    """A class in neither truth nor prediction is NaN and left out of the mean; (mean IoU, IoU per class) in [0, 1].
+    """Return (mean IoU, IoU per class), in [0, 1], of a confusion matrix.
 
-    A class that is predicted but never true, or true but never predicted, counts as 0. Where less than two of several
-    classes are left the mean is NaN, since all pixels are of one class in truth and prediction, and it would be 1
-    whatever the network has learned. Published scripts add 1e-10 to the union, which counts an absent class as 0; in
-    full sets no class is absent.
+    A class in neither truth nor prediction is NaN and left out of the mean. A class that is predicted but never true,
+    or true but never predicted, counts as 0. With fewer than two of several classes left, the mean is NaN: all pixels
+    are of one class in truth and prediction, and it would be 1 whatever the network has learned. Published scripts add
+    1e-10 to the union, which counts an absent class as 0; in full sets no class is absent.
     """
     counts = confusion.double()
     return _mean_iou(counts.diagonal(), counts.sum(1) + counts.sum(0) - counts.diagonal())
@@ -76,7 +76,7 @@ def boundary_iou(counts: PixelCounts) -> float | None:
 
 
 def trimap_miou(counts: PixelCounts) -> float | None:
-    """mIoU of the pixels near a true boundary."""
+    """MIoU of the pixels near a true boundary."""
     return None if counts.near is None else miou_from(counts.near)[0]
 
 

@@ -23,7 +23,7 @@ Labelling = tuple[Tensor, Tensor]  # confidence and labels, each (B, H, W)
 
 
 def _count(index: Tensor, bins: int) -> Tensor:
-    """Histogram of int64 ``index`` in [0, bins); bincount waits for the host on a GPU, scatter_add does not."""
+    """Return the histogram of int64 ``index`` in [0, bins); on a GPU bincount waits, scatter_add does not."""
     index = index.reshape(-1)
     if index.device.type == "cpu":
         return torch.bincount(index, minlength=bins)
@@ -31,13 +31,13 @@ def _count(index: Tensor, bins: int) -> Tensor:
 
 
 def _counts(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """(256, C) counts, a row per possible label: ignored pixels cost no mask and strange labels stay visible."""
+    """Return (256, C) counts, a row per possible label: ignored pixels cost no mask and strange labels stay visible."""
     index = torch.add(pred.reshape(-1).long(), target.reshape(-1).long(), alpha=num_classes)
     return _count(index, 256 * num_classes).view(-1, num_classes)
 
 
 def _known_rows(counts: Tensor) -> Tensor:
-    """The (C, C) part of ``_counts``; ValueError where a label is neither a class nor 255."""
+    """Return the (C, C) part of ``_counts``. Raises ValueError if a label is neither a class nor 255."""
     num_classes = counts.shape[1]
     strange = counts[num_classes:IGNORE].sum(1).nonzero()
     if len(strange):
@@ -47,10 +47,10 @@ def _known_rows(counts: Tensor) -> Tensor:
 
 
 def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Rows are the truth, columns the prediction: (C, C) int64 counts of pixels.
+    """Count pixels: (C, C) int64, rows are the truth, columns the prediction.
 
-    pred and target are integer tensors of one shape. Pixels whose target is 255 do not count. ValueError for shapes
-    that differ, more than 255 classes, or a value outside 0..C-1 (255 is allowed in target).
+    pred and target are integer tensors of one shape. Pixels whose target is 255 do not count. Raises ValueError for
+    shapes that differ, more than 255 classes, or a value outside 0..C-1 (255 is allowed in target).
     """
     if pred.shape != target.shape:
         raise ValueError(f"pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}; they must be equal")
@@ -66,12 +66,12 @@ def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
 
 
 def boundary_width(height: int, width: int) -> int:
-    """d in pixels: 2 % of the image diagonal, at least 1 (Cheng et al. 2021, Boundary IoU, section 4)."""
+    """Return d in pixels: 2 % of the image diagonal, at least 1 (Cheng et al. 2021, Boundary IoU, section 4)."""
     return max(1, round(0.02 * (height**2 + width**2) ** 0.5))
 
 
 def _uniform(labels: Tensor, d: int) -> Tensor:
-    """(B, H, W) bool: the (2d+1)-square window around the pixel, clipped at the image border, holds one label only.
+    """Return (B, H, W) bool: the (2d+1)-square window around the pixel, clipped at the border, holds one label.
 
     Where it does, the pixel survives erosion of its own class by d, so one pass serves all classes at once. A window
     holds one label where no two neighbours inside it differ; running sums count them in a time that d does not change.
@@ -82,7 +82,7 @@ def _uniform(labels: Tensor, d: int) -> Tensor:
 
 
 def _near(x: Tensor, dim: int, before: int, after: int) -> Tensor:
-    """Whether any of x[i - before : i + after + 1] along ``dim`` is True, clipped at the ends; bool, shape of x."""
+    """Return bool, shape of x: whether any of x[i - before : i + after + 1] along ``dim`` is True, clipped."""
     sums = F.pad(x.cumsum(dim, dtype=torch.int32), (1, 0) if dim == 2 else (0, 0, 1, 0))
     places = torch.arange(x.shape[dim], device=x.device)
     high = sums.index_select(dim, (places + after + 1).clamp_(max=x.shape[dim]))
@@ -90,7 +90,9 @@ def _near(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 def boundary_band(labels: Tensor, d: int) -> Tensor:
-    """A class's band also runs along the image border: (B, H, W) bool, True where erosion by d removes the pixel.
+    """Return the boundary band (B, H, W) bool of each pixel's class: True where erosion by d removes the pixel.
+
+    A class's band also runs along the image border.
 
     labels (B, H, W) hold integers in 0..255. Equals mask & ~erode(mask) for every class, with a 3 x 3 square applied d
     times and everything outside the image taken as another class (Cheng et al. 2021, Boundary IoU, section 4).
@@ -104,7 +106,7 @@ def _with_border(band: Tensor, d: int) -> Tensor:
 
 
 def boundary_counts(pred: Tensor, target: Tensor, num_classes: int, d: int, true_band: Tensor | None = None) -> Tensor:
-    """(3, C) pixels of: both bands at once, the truth's band, the prediction's band.
+    """Return (3, C) pixels of: both bands at once, the truth's band, the prediction's band.
 
     Ignored pixels are cut out of both maps before the bands are made, so that a perfect prediction scores 1.
     ``true_band`` is ``boundary_band(target, d)`` where that was made before.
@@ -118,7 +120,7 @@ def boundary_counts(pred: Tensor, target: Tensor, num_classes: int, d: int, true
 
 
 def trimap(target: Tensor, d: int) -> Tensor:
-    """(B, H, W) bool: within d pixels, on the longer axis, of another true label; 255 is one, the image border is not.
+    """Return (B, H, W) bool: within d pixels, on the longer axis, of another true label; 255 is one, the border not.
 
     Data sets put 255 along outlines, so leaving it out would leave out most boundaries.
     """
@@ -140,7 +142,7 @@ class Truth:
 
 
 def truth_of(target: Tensor) -> Truth:
-    """One pass over ``target`` (B, H, W) for trimap and band."""
+    """Compute trimap and band of ``target`` (B, H, W) once."""
     d = boundary_width(*target.shape[-2:])
     close = trimap(target, d)
     return Truth(target, d, torch.where(close, target, IGNORE), _with_border(close, d))
@@ -175,7 +177,9 @@ class SegmentationMeter:
         self._all, self._near, self._bands = rows[:256], rows[256:512], rows[512:]
 
     def update(self, pred: Tensor, target: Tensor, truth: Truth | None = None) -> None:
-        """pred (B, H, W) of classes 0..C-1, as an argmax gives (checking would wait); target likewise, 255 = ignore.
+        """Count a batch: pred (B, H, W) of classes 0..C-1, as an argmax gives, and target likewise, 255 = ignore.
+
+        ``pred`` is not checked, which would wait for the device.
 
         ``truth`` is ``truth_of(target)`` where several predictions are measured against one target.
         """
@@ -187,24 +191,27 @@ class SegmentationMeter:
         self.state[-1] += len(target)
 
     def merge(self, other: SegmentationMeter) -> SegmentationMeter:
-        """Adds another worker's counts to this one's."""
+        """Add another worker's counts to this one's."""
         if (self.num_classes, self.boundary) != (other.num_classes, other.boundary):
             raise ValueError(f"meters of {self.num_classes} and {other.num_classes} classes or of other parts differ")
         self.state += other.state.to(self.state.device)
         return self
 
     def all_reduce(self) -> SegmentationMeter:
-        """Sums over all workers in place; call it once, after the last batch. Nothing to do in a single process."""
+        """Sum over all workers in place. Call it once, after the last batch; a single process has nothing to sum."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.state)
         return self
 
     def confusion(self) -> Tensor:
-        """(C, C) int64 on the CPU, rows are the truth; ValueError for a target that is neither a class nor 255."""
+        """Return (C, C) int64 on the CPU, rows are the truth.
+
+        Raises ValueError for a target that is no class and not 255.
+        """
         return _known_rows(self._all.cpu())
 
     def result(self) -> Scores:
-        """ValueError where a target had a label that is neither a class nor 255."""
+        """Return the scores. Raises ValueError if a target had a label that is neither a class nor 255."""
         state = self.state.cpu()
         rows = state[:-1].view(515, self.num_classes)
         near = _known_rows(rows[256:512]) if self.boundary else None
@@ -224,7 +231,7 @@ def _present(value: float | None) -> float | None:
 def pseudo_quality(
     conf: Tensor, labels: Tensor, truth: Tensor, threshold: float, valid: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Counts behind coverage = accepted / valid and precision = correct / accepted; sums add over batches and workers.
+    """Count for coverage = accepted / valid and precision = correct / accepted; sums add over batches and workers.
 
     All maps are (B, H, W); a label is accepted where its confidence is at least ``threshold``. Pixels whose truth is
     255, or that are not ``valid`` (padding), do not count.
@@ -239,7 +246,7 @@ BINS = 15
 
 
 def calibration_bins(conf: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
-    """(3, 15) float64, a column a bin of confidence: pixels, right ones, summed confidence; adds over batches.
+    """Return (3, 15) float64, a column a bin of confidence: pixels, right ones, summed confidence; adds over batches.
 
     All maps are (B, H, W); bin k holds confidences in (k / 15, (k + 1) / 15], the first 0 too. Pixels whose truth is
     255 do not count, whatever their confidence; every other one does, trained on or not.
@@ -252,7 +259,7 @@ def calibration_bins(conf: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
 
 
 def calibration_error(bins: Tensor) -> float | None:
-    """Σ_k n_k / n · |accuracy_k - mean confidence_k| of summed ``calibration_bins``, in [0, 1]; None without pixels."""
+    """Return Σ_k n_k / n · |accuracy_k - mean confidence_k| of ``calibration_bins``, in [0, 1]; None without pixels."""
     count, correct, confidence = bins
     total = float(count.sum())
     return float((correct - confidence).abs().sum()) / total if total else None
@@ -261,7 +268,7 @@ def calibration_error(bins: Tensor) -> float | None:
 def pseudo_change(
     before: Labelling, after: Labelling, truth: Tensor, threshold: float, valid: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Counts what refinement does to labels, both ways: rescued of the lost, spoiled of the good.
+    """Count how refinement changes labels: the lost ones that it rescues, the good ones that it spoils.
 
     A pixel is good where its label is accepted and right, lost otherwise; rescued goes from lost to good, spoiled from
     good to lost. Truth and valid as in ``pseudo_quality``.
@@ -277,7 +284,7 @@ def pseudo_change(
 
 
 def pseudo_shares(sums: dict[str, Tensor] | dict[str, int]) -> dict[str, float | None]:
-    """Shares from summed counts of ``pseudo_quality`` and ``pseudo_change``; None where the denominator is 0."""
+    """Return shares from summed counts of ``pseudo_quality`` and ``pseudo_change``; None if the denominator is 0."""
     ratios = {"coverage": ("accepted", "valid"), "precision": ("correct", "accepted")}
     ratios |= {"rescued": ("rescued", "lost"), "spoiled": ("spoiled", "good")}
     found = {name: (int(sums[a]), int(sums[b])) for name, (a, b) in ratios.items() if a in sums and b in sums}
@@ -293,7 +300,7 @@ def evaluate_network(
     protocol: str = "original",
     crop: int = 0,
 ) -> dict[str, SegmentationMeter]:
-    """``measure_all`` of one network: {stream: counts}."""
+    """Return ``measure_all`` of one network: {stream: counts}."""
     return measure_all({"": network}, images_iter, streams, num_classes, boundary, protocol, crop)[""]
 
 
@@ -307,13 +314,13 @@ def measure_all(
     crop: int = 0,
     also: Callable[[Tensor, Tensor, TextBatch | None], None] | None = None,
 ) -> dict[str, dict[str, SegmentationMeter]]:
-    """Counts of each network's streams over the images of all workers, from one pass over the images.
+    """Count each network's streams over the images of all workers, in one pass over the images.
 
     images_iter yields (normalised images (B, 3, H, W), targets (B, H, W), TextBatch or None). Each worker passes its
-    own part of the set, maybe none of it, without a padded sampler's duplicates. A stream that network or texts do not
-    allow has seen no image. ``also`` is called with each batch after the networks, and what it asks of them for the
-    same tensors is not computed again. Networks are in eval mode meanwhile; each module's mode is restored, also after
-    an error. ValueError for a network of another number of classes.
+    own part of the set, possibly empty, without a padded sampler's duplicates. A stream that network or texts do not
+    allow has seen no image. ``also`` is called with each batch after the networks, and outputs that it requests for the
+    same tensors are not computed again. Networks are in eval mode meanwhile; each module's mode is restored, also after
+    an error. Raises ValueError for a network of another number of classes.
     """
     modes = {module: module.training for network in networks.values() for module in network.modules()}
     device = next(next(iter(networks.values())).parameters()).device
@@ -350,7 +357,7 @@ def _moved(
 
 
 def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
-    """(B, H, W) labels by stream; only they are kept of each band. ValueError for another number of classes."""
+    """Return (B, H, W) labels by stream, dropping each band. Raises ValueError for another number of classes."""
     parts: dict[str, list[Tensor]] = {}
     for band in bands:
         for name, logits in band.logits.items():
@@ -361,6 +368,6 @@ def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
 
 
 def to_scores(found: dict[str, SegmentationMeter]) -> dict[str, Scores]:
-    """Scores of ``measure``; a stream that the network or the texts do not allow is left out."""
+    """Return the scores of ``evaluate_network``; a stream that the network or the texts do not allow is left out."""
     scores = {name: meter.result() for name, meter in found.items()}
     return {name: score for name, score in scores.items() if score.images}

@@ -1,4 +1,4 @@
-"""Logits of images of any size, by the three published protocols; what is large is done in bands, from the top down."""
+"""The three published protocols: logits of images of any size, computed in bands from the top down."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Band(NamedTuple):
 
 
 def bands(forward: Forward, image: Tensor, multiple: int, protocol: str = "original", crop: int = 0) -> Iterator[Band]:
-    """The logits of ``image`` (B, 3, H, W), normalised, from the top down; of its centre only for ``center_crop``.
+    """Yield the logits of ``image`` (B, 3, H, W), normalised, from the top down; for ``center_crop`` only its centre's.
 
     ``original`` resizes to the nearest multiple of the patch and back. ``sliding_window`` steps by floor(2/3 crop),
     snaps the last window to the border and averages probabilities; one band a row of windows, so that memory grows
     with width times crop, not with the number of windows nor with the height. A crop that the patch does not divide is
     resized as in ``original``, window by window. Those with a crop pad a smaller image with the mean colour at the
-    bottom and right and cut that off again. ValueError for an unknown protocol or a crop that is not positive.
+    bottom and right and cut that off again. Raises ValueError for an unknown protocol or a crop that is not positive.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(
@@ -60,7 +60,7 @@ def bands(forward: Forward, image: Tensor, multiple: int, protocol: str = "origi
 
 
 def resized_logits(forward: Forward, image: Tensor, multiple: int) -> dict[str, Tensor]:
-    """``forward`` at the nearest multiples of the patch, its maps brought back to the image's own size."""
+    """Apply ``forward`` at the nearest multiples of the patch and resize its maps to the image's own size."""
     back = tuple(image.shape[-2:])
     size = tuple(nearest_multiple(side, multiple) for side in back)
     if size == back:
@@ -70,12 +70,12 @@ def resized_logits(forward: Forward, image: Tensor, multiple: int) -> dict[str, 
 
 
 def nearest_multiple(side: int, multiple: int) -> int:
-    """The positive multiple nearest to ``side``; halves go to the even one."""
+    """Return the positive multiple nearest to ``side``; halves go to the even one."""
     return max(multiple, round(side / multiple) * multiple)
 
 
 def _slid(forward: Forward, image: Tensor, crop: int) -> Iterator[Band]:
-    """Probabilities of overlapping windows are summed in place, in a band one window high that moves down."""
+    """Sum probabilities of overlapping windows in place, in a band one window high that moves down."""
     height, width = image.shape[-2:]
     stride = window_stride(crop)
     sums: dict[str, Tensor] = {}
@@ -94,22 +94,22 @@ def _slid(forward: Forward, image: Tensor, crop: int) -> Iterator[Band]:
 
 
 def window_stride(crop: int) -> int:
-    """floor(2/3 crop), as published for Cityscapes."""
+    """Return floor(2/3 crop), as published for Cityscapes."""
     return max(1, 2 * crop // 3)
 
 
 def _snapped_starts(length: int, window: int, stride: int) -> list[int]:
-    """Window starts along one side; the last window ends at the border, so that all windows have one size."""
+    """Return the window starts along one side; the last window ends at the border, so that all have one size."""
     return [*range(0, length - window, stride), length - window]
 
 
 def _log(sums: Tensor) -> Tensor:
-    """Logits of summed probabilities (B, C, H, W); kept finite, since interpolating an infinity gives NaN."""
+    """Return logits of summed probabilities (B, C, H, W), finite, since interpolating an infinity gives NaN."""
     return (sums / sums.sum(1, keepdim=True)).clamp_min_(1e-30).log_()
 
 
 def center(x: Tensor, crop: int) -> Tensor:
-    """The middle of (..., H, W), at most crop x crop."""
+    """Crop (..., H, W) to its centre, at most crop x crop."""
     height, width = x.shape[-2:]
     top, left = max(0, (height - crop) // 2), max(0, (width - crop) // 2)
     return x[..., top : top + crop, left : left + crop]
@@ -118,10 +118,10 @@ def center(x: Tensor, crop: int) -> Tensor:
 def stream_logits(
     network: nn.Module, images: Tensor, text: TextBatch | None, streams: Sequence[str] = STREAMS
 ) -> dict[str, Tensor]:
-    """The asked streams that can be had, each (B, C, H, W) logits, from at most two forwards.
+    """Return the requested streams that are available, each (B, C, H, W) logits, from at most two forward passes.
 
     A network without ViLa gives ``visual`` alone; without text, ``fusion`` and ``mean`` are left out, not replaced.
-    ValueError for the name of an unknown stream.
+    Raises ValueError for an unknown stream.
     """
     for name in streams:
         if name not in STREAMS:
@@ -139,7 +139,7 @@ def stream_logits(
 
 
 def _without_text(network: nn.Module, images: Tensor) -> Tensor:
-    """Full-size logits of the fusion stream, of a segmenter without those of the other."""
+    """Return full-size logits of the fusion stream without text, for a segmenter without that stream the only ones."""
     if isinstance(network, Segmenter):
         return upsample(network.streams(images, None, ("fusion",))["fusion"].logits, images.shape[-2:])
     return network(images, None)["fusion"]
@@ -153,7 +153,7 @@ def stream_bands(
     protocol: str = "original",
     crop: int = 0,
 ) -> Iterator[Band]:
-    """``bands`` of the asked streams of a network, which says in ``network.patch`` what sides must be multiples of."""
+    """Yield ``bands`` of a network's requested streams; ``network.patch`` must divide the sides."""
 
     def forward(x: Tensor) -> dict[str, Tensor]:
         return stream_logits(network, x, text, streams)
@@ -169,9 +169,9 @@ def predict_logits(
     crop: int = 0,
     stream: str = "visual",
 ) -> Tensor:
-    """One stream's ``stream_bands`` put together: (B, C, H, W) logits, of the centre only for ``center_crop``.
+    """Join one stream's ``stream_bands``: (B, C, H, W) logits, of the centre only for ``center_crop``.
 
-    ValueError where the network or the missing text does not allow the stream.
+    Raises ValueError if the network or the missing text does not allow the stream.
     """
     found = [band.logits for band in stream_bands(network, image, text, (stream,), protocol, crop)]
     if stream not in found[0]:

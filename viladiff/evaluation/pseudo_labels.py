@@ -1,4 +1,4 @@
-"""What pseudo-labels are worth before and after they are refined, at edges and elsewhere, from counts of pixels.
+"""Quality of pseudo-labels before and after refinement, at edges and elsewhere, from counts of pixels.
 
 A pixel is at an edge within ``evaluate.trimap`` of the truth: as near to another true label as boundary scores look.
 """
@@ -30,10 +30,10 @@ STEPS = 2000
 
 
 def pseudo_counts(stages: Mapping[str, Labelling], truth: Tensor, threshold: float | None) -> dict[str, Tensor]:
-    """What adds over batches and workers, by "stage/count/area"; ``change`` is what the second stage does to the first.
+    """Return counts that add over batches and workers, by "stage/count/area".
 
-    ``stages`` "before" and maybe "after", (B, H, W) each; ``truth`` (B, H, W), 255 = ignore. Without a threshold, the
-    bins of calibration alone.
+    ``change`` counts the change from the first stage to the second. ``stages`` "before" and maybe "after", (B, H, W)
+    each; ``truth`` (B, H, W), 255 = ignore. Without a threshold, the bins of calibration alone.
     """
     found = {f"{name}/bins/": calibration_bins(*labels, truth) for name, labels in stages.items()}
     if threshold is None:
@@ -50,14 +50,14 @@ def pseudo_counts(stages: Mapping[str, Labelling], truth: Tensor, threshold: flo
 
 
 def pseudo_scores(total: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Shares in [0, 1] from summed ``pseudo_counts``; None where there is nothing to divide by.
+    """Return shares in [0, 1] from summed ``pseudo_counts``; None if the denominator is 0.
 
     ``before/`` and ``after/`` have, at the threshold: coverage (accepted of all), precision (right of the accepted),
     wrong (accepted and wrong of all), and ece of all pixels. Of both: rescued (of the pixels not accepted or wrong, now
-    accepted and right) and spoiled (the other way, of the accepted and right); corrected and corrupted, the same of
-    labels alone: of the wrong ones and of the right ones. ``matched/`` is what a lower or higher threshold does to the
-    labels before refinement at the coverage that they have after it: that threshold, and wrong. A name that ends in
-    ``/edges`` or ``/elsewhere`` is of these pixels alone.
+    accepted and right) and spoiled (the reverse, of the accepted and right); corrected and corrupted, the same of
+    labels alone: of the wrong ones and of the right ones. ``matched/`` is the effect of a lower or higher threshold on
+    the labels before refinement at their coverage after it: that threshold, and wrong. A name that ends in ``/edges``
+    or ``/elsewhere`` is of these pixels alone.
     """
     counts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, count in total.items():
@@ -83,7 +83,7 @@ def pseudo_scores(total: Mapping[str, Tensor]) -> dict[str, float | None]:
 
 
 def _label_change(before: Tensor, after: Tensor, truth: Tensor, where: Tensor) -> dict[str, Tensor]:
-    """Counts of what refinement does to labels, accepted or not."""
+    """Count how refinement changes labels, accepted or not."""
     known = where & (truth != IGNORE)
     right, now = known & (before == truth), known & (after == truth)
     wrong = known & ~right
@@ -96,7 +96,7 @@ def _label_change(before: Tensor, after: Tensor, truth: Tensor, where: Tensor) -
 
 
 def _histogram(confidence: Tensor, labels: Tensor, truth: Tensor, where: Tensor) -> Tensor:
-    """(2, STEPS) float64 pixels and wrong ones by confidence: bin k holds [k / STEPS, (k + 1) / STEPS), the last 1."""
+    """Return (2, STEPS) float64 pixels and wrong ones by confidence: bin k is [k / STEPS, (k + 1) / STEPS), or to 1."""
     known = (where & (truth != IGNORE)).double().flatten()
     place = (confidence.double().flatten() * STEPS).long().clamp(0, STEPS - 1)
     parts = torch.stack([known, known * (labels != truth).flatten()])
@@ -104,7 +104,7 @@ def _histogram(confidence: Tensor, labels: Tensor, truth: Tensor, where: Tensor)
 
 
 def matched(histogram: Tensor, coverage: float | None) -> tuple[float | None, float | None]:
-    """(threshold, accepted and wrong share) at which labels of ``_histogram`` have that coverage.
+    """Return (threshold, accepted and wrong share) at which labels of ``_histogram`` have that coverage.
 
     Between the edges of a bin its pixels and its wrong ones are taken as spread evenly. None without pixels.
     """

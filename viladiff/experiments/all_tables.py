@@ -1,4 +1,4 @@
-"""All tables at once: how many runs they really are, since one run stands in many cells, and what is left of them."""
+"""The dry run of all tables: unique runs, since one run is in many cells, and remaining ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from viladiff.config.base import parse_overrides
+from viladiff.core.messages import format_seconds
 from viladiff.experiments.tables import TableJob, plan_table, seeds_of
-from viladiff.report.provenance import duration
 from viladiff.runs.job import ExecutionSettings
 from viladiff.tables.cells import cells, unavailable
 from viladiff.tables.estimate import estimate
 from viladiff.tables.plan import Plan
 from viladiff.tables.spec_file import load_table
+
+UNKNOWN = "a time that is not known"
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,18 @@ class TableShare:
 
 
 def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
-    """Prints, table by table and for all together, cells, runs, what is done, and hours; trains nothing.
+    """Print cells, runs, finished runs and hours, table by table and in total; train nothing.
 
     ``args``: as ``viladiff plan`` reads them. Raises ValueError for options that only one table can have.
     """
-    for name in ("rows", "columns", "encoder", "out"):
+    for name in ("rows", "columns", "encoder", "report_dir"):
         if getattr(args, name, None):
-            raise ValueError(f"--{name}: of one table; `plan all` has none")
+            raise ValueError(f"--{name.replace('_', '-')} is not supported by `plan all`")
     shares = [share_of(path, args) for path in paths]
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    grid = Grid("table", *("cells", "runs", "new here", "done", "alone", "rows that wait"), box=None, pad_edge=False)
+    grid = Grid(
+        "table", *("cells", "runs", "new runs", "done", "time alone", "unavailable rows"), box=None, pad_edge=False
+    )
     seen: set[str] = set()
     for share in shares:
         new, seen = share.runs - seen, seen | share.runs
@@ -55,12 +59,15 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
     console.print(grid)
     console.print()
     for name, text in totals(shares, args).items():
-        console.print(f"{name:<8}  {escape(text)}", soft_wrap=True)
+        console.print(f"{name:<11}  {escape(text)}", soft_wrap=True)
     return 0
 
 
 def share_of(path: Path, args: argparse.Namespace) -> TableShare:
-    """A table's cells and runs. Where its data cannot be read, equal settings count as one run; ValueError else."""
+    """Return a table's cells and runs; if its data cannot be read, count equal settings as one run.
+
+    Raises ValueError for other errors.
+    """
     table = load_table(path)
     if args.scale not in table.scale:
         return TableShare(table.name, 0, frozenset(), 0, why=f"has no scale {args.scale}")
@@ -76,7 +83,7 @@ def share_of(path: Path, args: argparse.Namespace) -> TableShare:
 
 
 def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, str]:
-    """Lines under the grid: cells against runs, time and money, and what is not known."""
+    """Return the lines under the grid: cells against runs, time and money, and unknown ones."""
     unique = frozenset().union(*(share.runs for share in shares))
     all_cells = sum(share.cells for share in shares)
     lines = {"cells": f"{all_cells} with {len(unique)} different runs"}
@@ -89,21 +96,21 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, 
         threads = job.table.scale[args.scale].threads or 1
         asked = ExecutionSettings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
         room = concurrency(asked, left)
-        alone, guess = (estimate(plan, job.store, n, args.price) for n in (1, room.slots if room else 1))
-        together = f", {_said(guess.seconds)} with {room.slots} at once" if room else ""
+        alone, guess = (estimate(plan, job.store, n, args.hourly_price) for n in (1, room.slots if room else 1))
+        together = f", {format_seconds(guess.seconds, UNKNOWN)} with {room.slots} at once" if room else ""
         lines |= {
             "done": f"{guess.done} of {guess.runs} runs",
-            "time": f"{_said(alone.seconds)} of work left{together} ({guess.basis})",
+            "time": f"{format_seconds(alone.seconds, UNKNOWN)} of work left{together} ({guess.basis})",
         }
         lines |= {"cost": f"{guess.cost:.2f}"} if guess.cost is not None else {}
     waiting = sum(share.waiting for share in shares)
-    lines |= {"waiting": f"{waiting} rows, which need a field that is not given"} if waiting else {}
+    lines |= {"unavailable": f"{waiting} rows, which require a field that is not set"} if waiting else {}
     lines |= {share.name: f"not timed: {share.why}" for share in shares if share.job is None}
     return lines
 
 
 def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
-    """One plan of all runs, each once, and the job that it was begun with; None where no table can be planned."""
+    """Merge the plans, each run once, and return the job of the first; None if no table can be planned."""
     jobs = [share.job for share in shares if share.job is not None]
     if not jobs:
         return None, None
@@ -112,13 +119,9 @@ def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
     return replace(jobs[0].plan, cells=every, runs=runs, unavailable={}), jobs[0]
 
 
-def _said(seconds: float | None) -> str:
-    return "a time that is not known" if seconds is None else duration(seconds)
-
-
 def _left(share: TableShare) -> tuple[str, str]:
-    """Done, and the time of what is left by itself."""
+    """Return the state of a table, and the time of its remaining runs alone."""
     if share.job is None:
         return "?", "?"
     guess = estimate(share.job.plan, share.job.store)
-    return str(guess.done), _said(guess.seconds)
+    return str(guess.done), format_seconds(guess.seconds, UNKNOWN)

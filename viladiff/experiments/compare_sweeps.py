@@ -1,4 +1,4 @@
-"""Sweeps of several methods side by side: how many trials each had, its first point and the one that was chosen."""
+"""Sweeps of several methods side by side: number of trials, first point and chosen point."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ from viladiff.tables.significance import Records
 
 
 def tuned(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[Tuned]:
-    """This sweep, then those that it names ``beside`` it, as far as each has come. Loads torch."""
+    """Return this sweep's result and those of the sweeps that it names ``beside`` it, as far as they exist.
+
+    Loads torch.
+    """
     records = job.store.records()
     return [_tuned(job, trials, found, records), *(_other(name, job, records) for name in job.sweep.beside)]
 
 
 def _other(name: str, job: SweepJob, records: Records) -> Tuned:
-    plain: dict[str, Any] = {"study": None, "trials": None, "seeds": None, "database": None, "out": None, "changes": []}
+    plain: dict[str, Any] = {
+        "study": None,
+        "trials": None,
+        "seeds": None,
+        "database": None,
+        "report_dir": None,
+        "changes": [],
+    }
     args = argparse.Namespace(**{**vars(job.args), **plain})
     other = prepare(ROOT / "tune" / f"sweep_{name}.toml", args)
     trials = load_trials(other.directory / "trials") or published_trials(other)

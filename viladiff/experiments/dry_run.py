@@ -1,4 +1,4 @@
-"""What a table would run and what that would take, said before anything is run."""
+"""The dry run of a table: its runs and their cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from viladiff.core.messages import format_seconds
 from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import estimate
@@ -33,7 +34,7 @@ def print_dry_run(
     price: float | None = None,
     beside: tuple[Plan, Store] | None = None,
 ) -> None:
-    """Prints the grid of cells with their states, runs, steps, seconds, and where everything goes.
+    """Print the grid of cells with their states, runs, steps and seconds, and all output paths.
 
     ``beside``: the plan of the scale whose committed records stand beside these runs, and a store of those alone.
     """
@@ -46,10 +47,11 @@ def print_dry_run(
     left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]
     room = concurrency(settings, left)
     guess = estimate(plan, store, room.slots if room else 1, price)
-    many = f"{room.slots} at once" if room else "as many at once as the cluster has room for"
+    many = f"{room.slots} at once" if room else "as many at once as the cluster can run"
     workers = max((run.workers for run in left), default=1)
     each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
-    spread = "" if room else " of work, one run after another"
+    about = "" if guess.seconds is None else "about "
+    spread = "" if room else " of sequential work"
     lists = {"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {}
     lines = {
         "cells": f"{guess.cells} with {guess.runs} different runs, of which {guess.done} are done",
@@ -57,10 +59,10 @@ def print_dry_run(
         + (f"{workers} workers with {each}" if workers > 1 else each),
         **lists,
         **({"GPUs": room.note} if room and room.note else {}),
-        "time": f"{_span(guess.seconds)}{spread} ({guess.basis})",
+        "time": f"{about}{format_seconds(guess.seconds, 'unknown')}{spread} ({guess.basis})",
         **({} if guess.cost is None else {"cost": f"{guess.cost:.2f}"}),
         **({} if beside is None else {"records": _committed(*beside)}),
-        "runs go to": str(store.root),
+        "runs": str(store.root),
         "page": str(out / "index.html"),
     }
     console.print()
@@ -68,21 +70,22 @@ def print_dry_run(
     for name, text in lines.items():
         console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
     if "stale" in found.values():
-        console.print("\nstale: a record of the same settings comes from older code, data or weights, and is not used")
+        console.print("\nstale: the record of the same settings is of older code, data or weights, and is not used")
 
 
 def _grid(plan: Plan, found: dict[str, State]) -> Grid:
     grid = Grid("", *(escape(plan.table.columns[column].label) for column in plan.columns), box=None, pad_edge=False)
+    numbers = plan.table.row_numbers
     for row in plan.rows:
         label = plan.table.rows[row].label
         later = plan.unavailable.get(row)
         cells = [_cell(plan, found, row, column) if later is None else later.split(":")[0] for column in plan.columns]
-        grid.add_row(f"{row + 1:>2}  {escape(label)}", *cells)
+        grid.add_row(f"{numbers[row]:>2}  {escape(label)}", *cells)
     return grid
 
 
 def _grid_beside(plan: Plan, found: dict[str, State], other: Plan, committed: Store) -> Grid:
-    """Every row of either plan; for each column what is trained here, and how many committed records there are."""
+    """Return every row of either plan; for each column the runs trained here and the number of committed records."""
     columns = sorted({*plan.columns, *other.columns})
     labels = [escape(plan.table.columns[column].label) for column in columns]
     heads = (head for label in labels for head in (f"{label}, here", "published"))
@@ -95,19 +98,19 @@ def _grid_beside(plan: Plan, found: dict[str, State], other: Plan, committed: St
             done = sum(name in there for name in names)
             said = f"{done} of {len(names)} records" if done else "no record"
             cells += [_cell(plan, found, row, column) or "–", said]
-        grid.add_row(f"{row + 1:>2}  {escape(plan.table.rows[row].label)}", *cells)
+        grid.add_row(f"{plan.table.row_numbers[row]:>2}  {escape(plan.table.rows[row].label)}", *cells)
     return grid
 
 
 def _committed(other: Plan, committed: Store) -> str:
     there = committed.records().keys() & other.runs.keys()
     if not there:
-        return f"none of scale {other.scale} is committed yet; the page has this machine's runs alone"
-    return f"{len(there)} of {len(other.runs)} runs of scale {other.scale} are committed and cost nothing"
+        return f"none committed for scale {other.scale}; the page shows only runs of this machine"
+    return f"{len(there)} of {len(other.runs)} runs of scale {other.scale} are committed"
 
 
 def _cell(plan: Plan, found: dict[str, State], row: int, column: int) -> str:
-    """ "done" or "2 done, 1 to run"."""
+    """Return "done" or "2 done, 1 to run"."""
     asked = [found[run_id] for run_id in plan.run_ids(row, column)]
     parts = [
         f"[{STYLES.get(state, 'default')}]{asked.count(state) if len(asked) > 1 else ''} {sign}".replace("] ", "]")
@@ -120,11 +123,3 @@ def _cell(plan: Plan, found: dict[str, State], row: int, column: int) -> str:
 
 def _listed(numbers: tuple[int, ...]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _span(seconds: float | None) -> str:
-    if seconds is None:
-        return "not known"
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,6 +1,6 @@
-"""A table that fills in while it is being run; off a terminal, a line now and then and every failure at once.
+"""A table that fills in while it runs; without a terminal, a line from time to time and every failure at once.
 
-It is fed with events only, so that it shows the same of trials in other processes, on other machines, or in a test.
+Its input is events only, so that it shows the same for trials in other processes, on other machines, or in a test.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
+from viladiff.core.messages import format_seconds
 from viladiff.runs.job import Event
 from viladiff.tables.plan import Plan
 
@@ -31,7 +32,7 @@ KEEP_TITLE = 200
 
 @dataclass
 class RunStatus:
-    """What is known of one run."""
+    """The state of one run."""
 
     state: str = "waiting"
     miou: float | None = None
@@ -58,9 +59,9 @@ class LiveTable:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``done``: mIoU in [0, 1] of runs that need nothing more. ``expected``: seconds, until speed is measured.
+        """Create the view. ``done``: mIoU in [0, 1] of finished runs. ``expected``: seconds, until speed is measured.
 
-        ``concurrency``: runs at once; None: as many as are under way.
+        ``concurrency``: runs at the same time; None: as many as are active.
         """
         self.plan, self.concurrency, self.expected, self.clock = plan, concurrency, expected, clock
         self.console = console or Console(stderr=True)
@@ -87,7 +88,7 @@ class LiveTable:
         self._line()
 
     def hear(self, event: Event) -> None:
-        """Takes an event in; runs that are not in the plan are passed over."""
+        """Process an event; events of runs outside the plan are ignored."""
         if event.kind == "note":
             self.console.print(escape(event.message), style="yellow", highlight=False, soft_wrap=True)
             return
@@ -130,7 +131,7 @@ class LiveTable:
         return sum(run.state in states for run in self.runs.values())
 
     def left(self) -> float | None:
-        """Seconds to the end, from the speeds seen so far; None while there are none."""
+        """Return the seconds to the end, from the speeds so far; None while there are none."""
         pace = self._pace(None)
         unknown = [run for run in self.runs.values() if run.state in ("waiting", "running", "elsewhere")]
         if not unknown:
@@ -147,7 +148,7 @@ class LiveTable:
         return max(longest, sum(seconds for seconds, _ in per) / min(at_once, len(per)))
 
     def _pace(self, row: int | None) -> float | None:
-        """Seconds of a slot's time for each step, in this row or in all."""
+        """Return a slot's seconds for each step, in this row or in all."""
         took = [pair for key, pairs in self._took.items() if row in (None, key) for pair in pairs]
         if not took:
             mine = [run for name, run in self.runs.items() if row in (None, self._rows.get(name))]
@@ -158,9 +159,10 @@ class LiveTable:
     # Pictures
 
     def render(self) -> RenderableType:
-        """The table, the runs under way, and a line of totals; what a low screen lacks room for is left out and told.
+        """Return the table, the active runs and a line of totals, cut to the terminal's height with a note.
 
-        Half of it is for runs under way, of which few are shown, and the rest for rows, those with such runs first.
+        Half of the height is for active runs, of which few are shown, and the rest for rows, those with active runs
+        first.
         """
         with self._lock:
             last = Text(self.totals(), style="bold")
@@ -179,7 +181,7 @@ class LiveTable:
             return Group(*parts, last)
 
     def _chosen(self, count: int) -> list[int]:
-        """So many rows in their order; where not all have room, those with something under way."""
+        """Return so many rows in order; if not all fit, those with active runs first."""
         at_work = {self._rows.get(name) for name, run in self.runs.items() if run.state == "running"}
         first = sorted(self.plan.rows, key=lambda row: row not in at_work)[:count]
         return [row for row in self.plan.rows if row in first]
@@ -193,11 +195,12 @@ class LiveTable:
             grid.add_column(label, justify="right", no_wrap=True, overflow="ellipsis", ratio=1)
         for row in rows:
             cells = [self._cell(self.plan.run_ids(row, column)) for column in self.plan.columns]
-            grid.add_row(escape(table.rows[row].label), *cells, style="dim" if table.rows[row].control else "")
+            label = f"{table.row_numbers[row]:>2}  {table.rows[row].label}"
+            grid.add_row(escape(label), *cells, style="dim" if table.rows[row].control else "")
         return grid
 
     def _cell(self, names: tuple[str, ...]) -> Text:
-        """Mean mIoU in points of the seeds that are done, how many of them, and what the others are doing."""
+        """Return mean mIoU in points of the finished seeds, their number, and the state of the others."""
         runs = [self.runs[name] for name in names]
         scores = [run.miou for run in runs if run.state == "done" and run.miou is not None]
         text = Text()
@@ -224,7 +227,7 @@ class LiveTable:
         for name in active[:shown]:
             run = self.runs[name]
             pace = self._own_pace(run)
-            rest = "" if pace is None else _span(pace * (run.steps - run.step))
+            rest = "" if pace is None else format_seconds(pace * (run.steps - run.step))
             loss = "" if run.loss is None else f"loss {run.loss:.3f}"
             bar = ProgressBar(total=max(1, run.steps), completed=run.step)
             title = Text(self.plan.runs[name].title)
@@ -240,15 +243,15 @@ class LiveTable:
         return (self.clock() - run.first[0]) / (run.step - run.first[1])
 
     def totals(self) -> str:
-        """How far the whole is, in a line."""
+        """Return the overall progress in a line."""
         parts = [f"{self.count('done')} of {len(self.runs)} runs done"]
         for state in ("running", "failed", "stopped"):
             parts += [f"{self.count(state)} {state}"] if self.count(state) else []
         parts += [f"{self.count('elsewhere')} with another driver"] if self.count("elsewhere") else []
         left = self.left()
         if left is not None and self.count("waiting", "running", "elsewhere"):
-            parts.append(f"{_span(left)} left")
-        return ", ".join([*parts, f"{_span(self.clock() - self._begun)} so far"])
+            parts.append(f"{format_seconds(left)} left")
+        return ", ".join([*parts, f"{format_seconds(self.clock() - self._begun)} so far"])
 
     def _line(self) -> None:
         self._spoken = self.clock()
@@ -257,13 +260,3 @@ class LiveTable:
 
 def _moving(run: RunStatus) -> bool:
     return run.state == "running" and run.first is not None and run.step > run.first[1]
-
-
-def _span(seconds: float) -> str:
-    """``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

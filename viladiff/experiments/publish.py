@@ -1,4 +1,4 @@
-"""Finished runs become committed ones: records without machine paths, pictures, and logs as thin as a page needs."""
+"""Publication of finished runs: records without machine paths, pictures, and thinned logs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BESIDE = {"steps.jsonl": _thin_log, "pictures.npz": Path.read_bytes, "plane.npz"
 
 
 def publish(plan: Plan, store: Store, out: Path) -> list[Path]:
-    """Copies finished runs into ``out``/records, and logs and pictures beside, as far as no layer has them yet.
+    """Copy finished runs into ``out``/records, and logs and pictures beside, unless a layer has them.
 
     Returns the new records.
     """
@@ -46,7 +46,7 @@ def publish(plan: Plan, store: Store, out: Path) -> list[Path]:
 
 
 def publish_records(runs: Iterable[str], store: Store, out: Path) -> list[Path]:
-    """Copies records of finished runs into ``out``/records, as far as no layer has them yet; returns the new ones."""
+    """Copy records of finished runs into ``out``/records unless a layer has them; return the new ones."""
     published = {record.run_id for record in store.published()}
     new = []
     for run_id in runs:
@@ -65,7 +65,7 @@ def _rows(log: Path) -> Iterator[dict[str, float]]:
 
 
 def thinned(rows: Iterable[dict[str, float]], points: int = POINTS) -> list[dict[str, float]]:
-    """Means over stretches of equal length; ``step`` is the last of its stretch, so that a curve ends where it did."""
+    """Average rows over equal intervals; ``step`` is the last of its interval, so that a curve ends where it did."""
     every = list(rows)
     length = max(1, -(-len(every) // points))
     found = []

@@ -1,4 +1,4 @@
-"""A sweep in the repository: its trials and their runs' records, from which the next machine goes on."""
+"""Publication of a sweep: its trials and their runs' records, from which another machine continues."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def published_in(job: SweepJob) -> Path:
 
 
 def published_trials(job: SweepJob) -> list[Trial]:
-    """Trials that are published of this very sweep, or of it over a narrower space; none where there are none.
+    """Return the published trials of this sweep, or of it over a narrower space; empty if there are none.
 
-    Raises ValueError where their files are damaged.
+    Raises ValueError if their files are damaged.
     """
     path = published_in(job) / META
     try:
@@ -29,31 +29,31 @@ def published_trials(job: SweepJob) -> list[Trial]:
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); bring it back") from None
+        raise ValueError(f"{path}: damaged ({error}); restore it") from None
     return [] if differences(before, job) else load_trials(path.parent / "trials")
 
 
 def adopt(job: SweepJob) -> None:
-    """Takes over what is published of the sweep, as far as it goes on from the trials that are here.
+    """Import the published trials of the sweep that continue the trials of this storage.
 
-    Raises ValueError where it is to be published over trials that went another way.
+    Raises ValueError if the sweep is to be published over trials that have diverged.
     """
     here, there = load_trials(job.directory / "trials"), published_trials(job)
     if continues(there, here):
         if len(there) > len(here):
-            print(f"{len(there)} trials of this sweep are published in {published_in(job)}; it goes on from them")
+            print(f"{len(there)} trials of this sweep are published in {published_in(job)}; resuming from them")
         for trial in there:
             if trial.number >= len(here) or here[trial.number].state == "running":
                 save_trial(trial, job.directory / "trials")
     elif job.args.publish and not continues(here, there):
         raise ValueError(
-            f"{job.directory}: its trials went another way than those in {published_in(job)}; --study NAME goes on "
-            "from the published ones"
+            f"{job.directory}: trials have diverged from those published in {published_in(job)}; use --study NAME to "
+            "continue from the published ones"
         )
 
 
 def continues(later: Sequence[Trial], earlier: Sequence[Trial]) -> bool:
-    """Whether one state of a sweep can have come from another one."""
+    """Return whether one state of a sweep can continue another."""
     return len(later) >= len(earlier) and all(_continues(a, b) for a, b in zip(later, earlier, strict=False))
 
 
@@ -70,7 +70,7 @@ def _continues(later: Trial, earlier: Trial) -> bool:
 
 
 def publish_sweep(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> None:
-    """Writes what the sweep is of, its trials and the records of their finished runs, without a machine's paths."""
+    """Write the sweep's definition, its trials and the records of their finished runs, without machine paths."""
     out = published_in(job)
     (out / "trials").mkdir(parents=True, exist_ok=True)
     runs = [run for trial in trials for run in trial.runs.values()]

@@ -1,6 +1,6 @@
-"""Published runs trained again on this machine, and compared with their committed records.
+"""Reproduction of published runs on this machine, and comparison with their committed records.
 
-Where processor, threads and torch are those of the record every score has to be the same, bit for bit; elsewhere the
+If processor, threads and torch are those of the record, every score has to be the same, bit for bit; otherwise the
 difference in mIoU has to be within ``DEVIATIONS`` standard deviations over seeds of the published cells.
 """
 
@@ -30,28 +30,28 @@ class Compared(NamedTuple):
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    """Trains what has a committed record and is not trained in ``args.storage`` yet, and prints a line a run."""
+    """Trains what has a committed record and is not trained in ``args.runs_dir`` yet, and prints a line a run."""
     table = load_table(tables.find_table(args.table))
-    storage = Path(args.storage).expanduser().absolute()
-    cache = storage / "plans"
+    runs_dir = Path(args.runs_dir).expanduser().absolute()
+    cache = runs_dir / "plans"
     plan = make_plan(table, args.scale, seeds=[args.seed], rows=args.rows, columns=args.columns, cache=cache)
-    committed = Store(storage / "nothing", [tables.ROOT / "reports" / "published"])
+    committed = Store(runs_dir / "nothing", [tables.ROOT / "reports" / "published"])
     there = committed.records()
     records = {name: there[name] for name in plan.runs if name in there}
     lacking = [Compared("not decided", text) for text in _lacking(plan, committed)]
     if args.dry_run or not records:
-        for text in [*(one.text for one in lacking), *_outline(plan, records, storage)]:
+        for text in [*(one.text for one in lacking), *_outline(plan, records, runs_dir)]:
             print(text)
         return 0 if args.dry_run else 2
     every = make_plan(table, args.scale, rows=args.rows, columns=args.columns, cache=cache)
-    store = Store(storage)
+    store = Store(runs_dir)
     store.sweep()
     stopped = _train(plan, records, store, _settings(plan, args))
     found = [*lacking]
     for run_id, theirs in records.items():
         mine, title = store.get(run_id), plan.runs[run_id].title
         if mine is None:
-            found.append(Compared("fails", f"{title}: was not trained to its end; the same command goes on"))
+            found.append(Compared("fails", f"{title}: not finished; re-run to resume"))
         else:
             column = next(cell.column for cell in plan.cells if cell.run_id == run_id)
             one = compare(theirs, mine, published_deviation(every, committed, column))
@@ -73,8 +73,8 @@ def _lacking(plan: Plan, committed: Store) -> Iterator[str]:
             yield f"{plan.runs[run_id].title}: no published record of run {run_id}{older}: nothing to compare with"
 
 
-def _outline(plan: Plan, records: dict[str, RunRecord], storage: Path) -> Iterator[str]:
-    """What would be trained, and how long the records say that it takes."""
+def _outline(plan: Plan, records: dict[str, RunRecord], runs_dir: Path) -> Iterator[str]:
+    """Yield the runs to train and the time that they take according to the records."""
     for run_id, record in records.items():
         wall = "unknown time" if record.wall_seconds is None else f"{record.wall_seconds / 60:.0f} min"
         score = "not measured" if record.miou is None else f"{100 * record.miou:.2f}"
@@ -83,9 +83,9 @@ def _outline(plan: Plan, records: dict[str, RunRecord], storage: Path) -> Iterat
         how = f"within {DEVIATIONS} standard deviations ({'; '.join(other)})" if other else "bit for bit"
         yield f"{plan.runs[run_id].title}: {record.steps:,} steps, {wall} when published; mIoU {score}, compared {how}"
     if records:
-        yield f"{len(records)} runs to train and compare; they go to {storage}"
+        yield f"{len(records)} runs to train and compare; directory: {runs_dir}"
     else:
-        yield "nothing is trained: make published makes the records"
+        yield "nothing to train; make published creates the records"
 
 
 def _settings(plan: Plan, args: argparse.Namespace) -> ExecutionSettings:
@@ -93,18 +93,18 @@ def _settings(plan: Plan, args: argparse.Namespace) -> ExecutionSettings:
         threads=plan.table.scale[plan.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
-        hang_after=args.hang_after,
+        stall_timeout=args.stall_timeout,
         address=args.address,
     )
 
 
 def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: ExecutionSettings) -> bool:
-    """Trains the runs that have a record and are not in the store; whether that was interrupted."""
+    """Train the runs that have a record and are not in the store; return whether that was interrupted."""
     from dataclasses import replace
 
     done = {name: record.miou for name, record in store.records().items()}
     for name in done.keys() & records.keys():
-        print(f"{plan.runs[name].title}: trained before in {store.root}; another --storage trains it anew")
+        print(f"{plan.runs[name].title}: already trained in {store.root}; use another --runs-dir to retrain")
     runs = {name: run for name, run in plan.runs.items() if name in records}
     left = [replace(run, changes={"runtime.log_every": 10, **run.changes}) for run in runs.values()]
     left = [run for run in left if run.run_id not in done]
@@ -134,7 +134,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
 
 
 def published_deviation(every: Plan, committed: Store, column: int) -> float | None:
-    """Standard deviation over seeds of the published cells of the plan in a column, in points, pooled."""
+    """Return the pooled standard deviation over seeds of the plan's published cells in a column, in points."""
     from viladiff.report.sections.beside import pooled_spread
     from viladiff.report.table.results import collect_results
 
@@ -142,7 +142,7 @@ def published_deviation(every: Plan, committed: Store, column: int) -> float | N
 
 
 def compare(theirs: RunRecord, mine: RunRecord, deviation: float | None) -> Compared:
-    """A published record against one of the same run made here; ``deviation`` is in points, None where not known."""
+    """Compare a published record with one of the same run made here; ``deviation`` is in points, None if unknown."""
     if theirs.miou is None or mine.miou is None:
         return Compared("not decided", "mIoU was not measured in both")
     other = _different(theirs, _how(mine))
@@ -160,20 +160,20 @@ def compare(theirs: RunRecord, mine: RunRecord, deviation: float | None) -> Comp
 
 
 def _how(record: RunRecord) -> dict[str, object]:
-    """What the last bits of a run depend on; None where it is not recorded."""
+    """Return the record's facts that decide the last bits of a run; None where one is not recorded."""
     about = {"processor": record.processor or None, "threads": record.threads, "torch": record.versions.get("torch")}
     return {**about, "device": record.device}
 
 
 def _different(theirs: RunRecord, here: Mapping[str, object]) -> list[str]:
-    """Why equal bits are not to be expected, as far as ``here`` says; empty where they are."""
+    """Explain why equal bits are not to be expected; empty if they are."""
     there = _how(theirs)
     found = [(name, there[name], value) for name, value in here.items() if there[name] is None or there[name] != value]
     return [f"{name} {'not recorded' if old is None else old} there, {new} here" for name, old, new in found]
 
 
 def _first_difference(theirs: RunRecord, mine: RunRecord) -> str:
-    """The first score that is not the same; empty where all are."""
+    """Return the first score that differs; empty if none does."""
     if theirs.miou != mine.miou:
         return "mIoU"
     if theirs.pseudo_labels != mine.pseudo_labels:

@@ -1,4 +1,4 @@
-"""One call of a sweep: what was asked for, the directory that it lives in, and whether that is of the same sweep."""
+"""Setup of a sweep: arguments, directory, lease, and the check that the directory holds the same sweep."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SweepJob:
 
 
 def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
-    """Reads the sweep and checks all that was asked for, the space at its edges too; nothing is trained or written."""
+    """Read the sweep and check all arguments, and the space at its edges; train and write nothing."""
     sweep = load_sweep(path)
     changes = parse_overrides(args.changes)
     check(sweep, args.scale, changes, args.select)
@@ -65,29 +65,29 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
             raise ValueError(f"--{name} {value}: must be more than 0")
     if set(seeds) & set(sweep.final_seeds):
         raise ValueError(
-            f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.final_seeds))} are kept fresh for the finals"
+            f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.final_seeds))} are reserved for the finals"
         )
     if args.database is not None and "://" not in args.database:
         raise ValueError(
-            f"--database {args.database}: must be an URL, such as sqlite:///sweeps.db; leave it out for a journal "
+            f"--database {args.database}: must be a URL, such as sqlite:///sweeps.db; omit it for a journal "
             "beside the trials"
         )
     name = args.study or f"{sweep.name}-{args.scale}" + ("-val" if args.select == "val" else "")
     if not _NAME.fullmatch(name):
-        raise ValueError(f"--study {name!r}: letters, digits, dots, dashes and underscores only")
+        raise ValueError(f"--study {name!r}: must be of letters, digits, dots, dashes and underscores")
     _check_publishing(args)
     namer = SweepPlanner(sweep, args.scale, changes, args.select, args.workers)
     optuna_pruner(args.scheduler, namer.steps)  # whether it can judge at these rungs
     published = ROOT / "reports" / "published"
-    store = Store(Path(args.storage), [published])
+    store = Store(Path(args.runs_dir), [published])
     own = published if args.publish else ROOT / "reports" / args.scale
-    out = Path(args.out).expanduser().absolute() if args.out else own / f"sweep_{sweep.name}"
+    out = Path(args.report_dir).expanduser().absolute() if args.report_dir else own / f"sweep_{sweep.name}"
     example = namer.planned(sweep.initial_point, seeds[0])
     settings = ExecutionSettings(
         threads=example.threads or sweep.scale[args.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
-        hang_after=args.hang_after,
+        stall_timeout=args.stall_timeout,
         address=args.address,
     )
     found = room(settings, [example] * trials)
@@ -95,33 +95,37 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
 
 
 def _check_publishing(args: argparse.Namespace) -> None:
-    """ValueError for what would make the published sweep another one than its file says."""
-    others = [name for name in ("changes", "seeds", "out", "no_finals") if getattr(args, name)]
+    """Raise ValueError for options under which the published sweep would differ from its file."""
+    others = [name for name in ("changes", "seeds", "report_dir", "no_finals") if getattr(args, name)]
     wrong = [f"--{others[0].replace('_', '-')}"] if others else []
     wrong += [f"--scale {args.scale}"] * (args.scale != "digits")
     if args.publish and wrong:
-        raise ValueError(f"--publish {wrong[0]}: a published page is of the sweep as its file has it, --scale digits")
+        raise ValueError(
+            f"--publish {wrong[0]}: not allowed; a published page is of the sweep as in its file, at --scale digits"
+        )
 
 
 # The sweep's directory
 
 
 def alone(directory: Path) -> leases.Lease:
-    """The right to drive the sweep, after a wait if need be. ValueError where others have it, or writing fails."""
+    """Acquire the sweep's lease, waiting if need be. Raises ValueError if others hold it or writing fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         watch = leases.HeartbeatMonitor()
         lease = leases.take_or_wait(directory, watch)
     except OSError as error:
-        raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); see --storage") from error
+        raise ValueError(f"{directory}: cannot be written ({error.strerror or error}); change --runs-dir") from error
     if lease is None:
         holder = next(iter(leases.live_leases(directory, watch).values()), None)
-        raise ValueError(f"{directory}: {holder or 'another driver'} is at this sweep; wait, or give --study NAME")
+        raise ValueError(
+            f"{directory}: sweep is locked by {holder or 'another driver'}; wait for it to finish, or use --study NAME"
+        )
     return lease
 
 
 def open_directory(job: SweepJob) -> None:
-    """Notes what the sweep is of, as ``check_same`` compares it; its space may be wider now. Raises ValueError."""
+    """Write the sweep's definition, as ``check_same`` compares it; the space may have grown. Raises ValueError."""
     path = job.directory / META
     for left in job.directory.rglob(".*.tmp"):  # of a driver that was killed while it wrote
         left.unlink(missing_ok=True)
@@ -130,26 +134,26 @@ def open_directory(job: SweepJob) -> None:
         (job.directory / "trials").mkdir(exist_ok=True)
         write_atomically(path, json.dumps(meta(job), indent=1).encode())
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); see --storage") from error
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); change --runs-dir") from error
 
 
 def check_same(job: SweepJob) -> None:
-    """Raises ValueError where the sweep's directory is that of another sweep; one that is not there yet is of none."""
+    """Raise ValueError if the directory holds another sweep; a directory that does not exist holds none."""
     path = job.directory / META
     try:
         before = json.loads(path.read_bytes())
     except FileNotFoundError:
         return
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); give the sweep another name with --study") from None
+        raise ValueError(f"{path}: damaged ({error}); use --study NAME for a new sweep") from None
     faults = differences(before, job)
     if faults:
-        more = "; a wider space or more trials would go on with it, this needs another name: --study NAME"
+        more = "; only a wider space or more trials can resume it; use --study NAME for a new sweep"
         raise ValueError(f"{job.directory} is another sweep: {'; '.join(faults)}{more}")
 
 
 def differences(before: Mapping[str, Any], job: SweepJob) -> list[str]:
-    """Why the sweep that ``before`` is of, as ``meta`` described it, is not continued by this one."""
+    """Explain why this sweep does not continue the one that ``before``, written by ``meta``, describes."""
     faults = [
         f"{name} was {before.get(name)!r}, and is now {value!r}"
         for name, value in json.loads(json.dumps(meta(job))).items()
@@ -159,9 +163,9 @@ def differences(before: Mapping[str, Any], job: SweepJob) -> list[str]:
 
 
 def meta(job: SweepJob) -> dict[str, Any]:
-    """What makes trials comparable: all but the space, the number of trials, and how they are drawn and stopped.
+    """Return what makes trials comparable: all but the space, the number of trials, the sampler and the pruner.
 
-    It has no machine's paths in it.
+    It has no machine paths.
     """
     fixed = {path: value for path, value in job.namer.fixed.items() if not path.startswith("runtime.")}
     if fixed.get("model.weights"):

@@ -1,4 +1,4 @@
-"""From a sweep's file to its answer: search, the best points anew on fresh seeds, verdict. Ray and torch come late."""
+"""A sweep from its file to its verdict: search, finals on fresh seeds. Ray and torch are imported late."""
 
 from __future__ import annotations
 
@@ -9,38 +9,41 @@ from functools import partial
 from pathlib import Path
 
 from viladiff.config.base import did_you_mean
+from viladiff.core.messages import format_value
 from viladiff.experiments.compare_sweeps import tuned
 from viladiff.experiments.publish_sweep import adopt, publish_sweep, published_trials
-from viladiff.experiments.sweep_messages import again, conclusion, dry_run_lines, line
 from viladiff.experiments.sweep_setup import SweepJob, alone, check_same, open_directory, prepare
 from viladiff.experiments.tables import ROOT, PageWriter, public_command
 from viladiff.runs.job import Event, PlannedRun
 from viladiff.runs.lease import Lease
 from viladiff.runs.store import Store
 from viladiff.sweeps.controller import SweepController
-from viladiff.sweeps.finals import Finalist, finalists
+from viladiff.sweeps.finals import Finalist, chosen, finalists, format_verdict
 from viladiff.sweeps.optuna_study import JOURNAL, OptunaStudy
 from viladiff.sweeps.pruners import optuna_pruner
+from viladiff.sweeps.spec import choosing_images
+from viladiff.sweeps.summary import to_toml, train_command
 from viladiff.sweeps.trial_queue import TrialQueue
 from viladiff.sweeps.trials import Trial, load_trials, ranked
+from viladiff.tables.spec import OWN_LISTS
 
 
 def find_sweep(name: str) -> Path:
-    """The file of a sweep, by name or by path. ValueError lists those there are."""
+    """Return the file of a sweep, by name or path. Raises ValueError that lists the existing ones."""
     path = Path(name) if name.endswith(".toml") else ROOT / "tune" / f"sweep_{name}.toml"
     if path.is_file():
         return path
     known = sorted(one.stem.removeprefix("sweep_") for one in (ROOT / "tune").glob("sweep_*.toml"))
     there = (
-        f"there are {', '.join(known)}{did_you_mean(name, known)}"
+        f"allowed: {', '.join(known)}{did_you_mean(name, known)}"
         if known
-        else "they come with a checkout, not a wheel"
+        else "sweeps are part of a checkout, not of a wheel"
     )
-    raise ValueError(f"sweep {name!r}: not known; {there}, or give the path of a .toml file")
+    raise ValueError(f"sweep {name!r}: unknown; {there}, or the path of a .toml file")
 
 
-def run(path: Path, args: argparse.Namespace, command: str) -> int:
-    """Searches, trains the best anew, says; the exit status: 0 all done, 1 it was given up, 130 interrupted."""
+def run_sweep(path: Path, args: argparse.Namespace, command: str) -> int:
+    """Search, retrain the best points, print the result; return the exit status: 0, 1 given up, 130 interrupted."""
     job = prepare(path, args)
     if args.dry_run:
         print("\n".join(dry_run_lines(job)))
@@ -56,7 +59,7 @@ def run(path: Path, args: argparse.Namespace, command: str) -> int:
 
 
 def _search(job: SweepJob, command: str, lease: Lease) -> int:
-    """The sweep from where it is to its end, with a page that is rewritten on the way."""
+    """Resume the sweep and run it to its end, rewriting its page on the way."""
     load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
     pages = PageWriter(lambda: write_sweep_page(job, load(), command, resting=False))
     desk = _desk(job, lease.check, pages.dirty.set)
@@ -69,7 +72,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
     trials, given_up = desk.search.trials, desk.search.hopeless
     index = write_sweep_page(job, trials, command, given_up)
     if given_up:
-        print(f"given up: {given_up}\nthe page: {index}", file=sys.stderr)
+        print(f"given up: {given_up}\npage: {index}", file=sys.stderr)
         return 1
     job.store.sweep()
     failed = any([_failed(desk, one) for one in finalists(job.sweep, trials, job.namer)])
@@ -77,16 +80,16 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
 
 
 def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
-    """Says what came out; 0."""
+    """Print the result and return 0."""
     print("\n".join(conclusion(job, trials, finalists(job.sweep, trials, job.namer))))
-    print(f"\nthe page: {index}")
+    print(f"\npage: {index}")
     return 0
 
 
 def _desk(
     job: SweepJob, held: Callable[[], None] = lambda: None, changed: Callable[[], object] = lambda: None
 ) -> TrialQueue:
-    """The sweep as it was left; ``held`` as Search has it, ``changed`` when there is something new for its page."""
+    """Restore the sweep's queue; ``held`` as in SweepController, ``changed`` is called when its page is out of date."""
     args, found = job.args, job.room
     if found.note:
         print(found.note)
@@ -95,7 +98,7 @@ def _desk(
     asker = OptunaStudy(
         job.name,
         job.sweep.space,
-        job.sweep.initial_point,
+        [job.sweep.initial_point, *({**job.sweep.initial_point, **point} for point in job.sweep.points)],
         args.sampler,
         args.sampler_seed,
         parallel,
@@ -129,16 +132,16 @@ def _desk(
 
 
 def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
-    """The runs of the finalists that are not done."""
+    """Return the finalists' runs that are not done."""
     found = finalists(job.sweep, search.trials, job.namer)
     left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
     if left:
-        print(f"the best points anew: {len(left)} runs on fresh seeds", flush=True)
+        print(f"retraining the best points: {len(left)} runs on fresh seeds", flush=True)
     return left
 
 
 def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
-    """Whether a run of a finalist failed, which is said."""
+    """Return whether a run of a finalist failed, and print it."""
     failed = False
     for seed, run in finalist.runs.items():
         outcome = desk.outcomes.get(run.run_id)
@@ -151,7 +154,7 @@ def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
 def write_sweep_page(
     job: SweepJob, trials: Sequence[Trial], command: str, given_up: str = "", resting: bool = True
 ) -> Path:
-    """Publishes the sweep if asked to, and writes its page; returns where that is."""
+    """Publish the sweep if requested, and write its page; return the page's path."""
     from viladiff.report.sweep.sweep_page import Shown, render_sweep
 
     store = job.store
@@ -177,3 +180,87 @@ def write_sweep_page(
         tuned(job, trials, found) if resting and job.sweep.beside else (),
     )
     return render_sweep(shown, job.out)
+
+
+def line(trial: Trial, full: int) -> str:
+    """Format a finished trial as one line."""
+    point = ", ".join(f"{path.rpartition('.')[2]} = {format_value(value, 4)}" for path, value in trial.point.items())
+    if trial.value is not None:
+        what = f"{100 * trial.value:.2f} over {len(trial.values)} seed{'s' * (len(trial.values) != 1)}"
+    elif trial.state == "pruned" and trial.rungs:
+        what = f"stopped at step {trial.rungs[-1].step} of {full}, with {100 * trial.rungs[-1].value:.2f} there"
+    else:
+        what = f"{trial.state}: {trial.reason.splitlines()[0] if trial.reason else 'unknown reason'}"
+    return f"trial {trial.number}: {point}: {what}"
+
+
+def dry_run_lines(job: SweepJob) -> list[str]:
+    """Describe the runs of a sweep and their cost."""
+    steps, size = job.namer.steps, job.sweep.scale[job.scale]
+    example = job.namer.planned(job.sweep.initial_point, job.seeds[0])
+    step = _seconds(job, example) or size.seconds_per_step
+    ended = sum(trial.state != "running" for trial in load_trials(job.directory / "trials"))
+    runs = max(0, job.trials - ended) * len(job.seeds) + 3 * len(job.sweep.final_seeds)
+    known = job.args.address is None or job.args.max_concurrent is not None
+    slots = min(job.room.slots, runs) if known else 1
+    many = f"{slots} at once" if known else "sequential; a cluster runs as many at once as fit"
+    begun = f", of which {ended} have ended," if ended else ""
+    stops = f" at steps {', '.join(map(str, steps[:-1]))}" if job.args.scheduler != "none" else ""
+    lines = {
+        "searched": "; ".join(f"{path} in {dimension}" for path, dimension in job.sweep.space.items()),
+        "first": ", ".join(f"{path} = {value}" for path, value in job.sweep.initial_point.items()) + " (the paper's)",
+        "chosen by": f"{choosing_images(job.sweep, job.scale)}, not used for training"
+        if job.args.select == "holdout"
+        else "THE REPORTED VALIDATION SET (--select val): reported scores are biased",
+        **({"labelled": OWN_LISTS.replace("rows", "points")} if size.split_per_seed else {}),
+        "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
+        f"{job.args.scheduler}{stops}",
+        "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on "
+        + ("the reported set" if job.sweep.finals_split == "test" else "the same images, to choose between them"),
+        "at most": f"{runs} runs, {runs * steps[-1]:,} steps",
+        "time": "unknown"
+        if step is None
+        else f"at most {runs * (steps[-1] * step + size.seconds_overhead) / 3600 / slots:.1f} h, {many}",
+        **({"GPUs": job.room.note} if job.room.note else {}),
+        "sweep": str(job.directory),
+        "page": str(job.out / "index.html"),
+    }
+    width = max(map(len, lines))
+    return [f"{job.sweep.title}, scale {job.scale}", *(f"{name:<{width}}  {text}" for name, text in lines.items())]
+
+
+def _seconds(job: SweepJob, example: PlannedRun) -> float | None:
+    """Return the median seconds a step of the store's runs of the same method and data set."""
+    kind = ("method.name", "data.dataset")
+    found = sorted(
+        record.train_seconds / record.steps
+        for record in job.store.records().values()
+        if record.steps and all(record.changed.get(path) == example.changed.get(path) for path in kind)
+    )
+    return found[len(found) // 2] if found else None
+
+
+def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[str]:
+    """Describe the outcome and how to reproduce it."""
+    states = {state: sum(trial.state == state for trial in trials) for state in ("complete", "pruned", "failed")}
+    counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+    lines = ["", f"{len(trials)} of {job.trials} trials: {counts or 'none ended'}"]
+    best = ranked(list(trials))
+    if job.args.select == "val":
+        lines.append("CHOSEN BY THE REPORTED SET (--select val): these scores are biased")
+    if not best:
+        return lines
+    lines += ["", *format_verdict(found, job.store.records(), len(job.sweep.final_seeds)), "", "winner:"]
+    lines += to_toml(best[0].point).splitlines()
+    if job.sweep.finals_split == "dev" and (one := chosen(found, job.store.records())):
+        lines += ["", f"chosen, by the mean over fresh seeds: {one.label}, trial {one.trial}:"]
+        lines += to_toml(one.point).splitlines()
+    seed = best[0].seeds[0]
+    lines += ["", f"reproduce seed {seed} of its trial ({100 * best[0].values[seed]:.2f} on the images of its choice):"]
+    return [*lines, f"  {again(job, best[0])}"]
+
+
+def again(job: SweepJob, trial: Trial) -> str:
+    """Return the command that trains a trial's first run again."""
+    run = job.namer.planned(trial.point, int(trial.seeds[0]))
+    return train_command(run.changed, run.threads)

@@ -1,4 +1,4 @@
-"""From a table's file to its page: plan, run what is missing, and keep the page up to date. Ray and torch come late.
+"""A table from its file to its page: plan, run, and update the page. Ray and torch are imported late.
 
 A second call with nothing left to run loads neither, so that a changed title is on the page within seconds.
 """
@@ -60,14 +60,14 @@ class TableJob:
 
 
 def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
-    """Plans, says or does, and writes; returns the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
+    """Plan, then print or run, and write; return the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
     _check_options(args)
     job = plan_table(path, args, command)
     settings = ExecutionSettings(
         threads=job.table.scale[args.scale].threads or 1,
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
-        hang_after=args.hang_after,
+        stall_timeout=args.stall_timeout,
         address=args.address,
         dashboard=args.dashboard,
     )
@@ -75,20 +75,20 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
         from viladiff.experiments.dry_run import print_dry_run
 
         beside = None if job.beside is None else (job.beside, job.records)
-        print_dry_run(job.plan, job.store, settings, job.out, args.price, beside)
+        print_dry_run(job.plan, job.store, settings, job.out, args.hourly_price, beside)
         return 0
-    if args.fresh:
+    if args.restart:
         _set_aside(job)
     try:
         outcomes = [] if args.render else run_missing(job, settings)
     finally:
         job.store.sweep()  # also where a second Ctrl-C ended it at once
-    index = write(job)
+    index = write_table_page(job)
     return print_summary(job, outcomes, index)
 
 
 def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
-    """Reads the table, checks all that was asked for and names its runs; nothing is trained."""
+    """Read the table, check all arguments and name its runs; train nothing."""
     table = load_table(path)
     changes: dict[str, object] = dict(parse_overrides(args.changes))
     if args.encoder is not None:
@@ -97,7 +97,7 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
     if args.workers is not None:
         changes.setdefault("runtime.workers", args.workers)
     published = ROOT / "reports" / "published"
-    storage = Path(args.storage).expanduser().absolute()
+    runs_dir = Path(args.runs_dir).expanduser().absolute()
     plan = make_plan(
         table,
         args.scale,
@@ -105,20 +105,20 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
         rows=args.rows,
         columns=args.columns,
         changes=changes,
-        cache=storage / "plans",
+        cache=runs_dir / "plans",
     )
     other = table.scale[args.scale].published_runs
-    beside = make_plan(table, other, cache=storage / "plans") if other else None
+    beside = make_plan(table, other, cache=runs_dir / "plans") if other else None
     # Where published numbers have a column of their own, what counts as run here is what was run here.
-    store = Store(storage, [] if args.fresh or beside else [published])
+    store = Store(runs_dir, [] if args.restart or beside else [published])
     store.sweep()
     default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
-    out = Path(args.out).expanduser().absolute() if args.out else default
+    out = Path(args.report_dir).expanduser().absolute() if args.report_dir else default
     return TableJob(table, plan, store, out, command, args.publish, path, beside)
 
 
 def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
-    """Runs what is not done, with a live table; the page is rewritten as runs finish, on a thread of its own."""
+    """Run the missing runs with a live table; a thread rewrites the page as runs finish."""
     records = job.store.records()
     left = [_with_extras(job, one) for one in job.plan.runs.values() if one.run_id not in records]
     if not left:
@@ -131,7 +131,7 @@ def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
     expected = None if room is None else estimate(job.plan, job.store, room.slots).seconds
     done = {name: record.miou for name, record in records.items()}
     with (
-        PageWriter(lambda: write(job)) as pages,
+        PageWriter(lambda: write_table_page(job)) as pages,
         LiveTable(job.plan, done, room and room.slots, expected=expected) as live,
     ):
 
@@ -173,8 +173,8 @@ class PageWriter:
             self.over.wait(REWRITE)
 
 
-def write(job: TableJob) -> Path:
-    """Publishes finished runs if asked to, judges the claims, writes the page; returns the path of its index.html."""
+def write_table_page(job: TableJob) -> Path:
+    """Publish finished runs if requested, evaluate the claims, write the page; return the path of its index.html."""
     from viladiff.experiments.publish import publish
     from viladiff.report.table.table_page import render_table
     from viladiff.tables.claims import evaluate_claims
@@ -205,28 +205,28 @@ def write(job: TableJob) -> Path:
 
 
 def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> int:
-    """Says what came out, in a few lines."""
+    """Print the result in a few lines."""
     found = list(states(job.plan, job.store).values())
     if job.beside is None:
         print((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
     else:
         _say_beside(job, job.beside)
-    print(f"{found.count('done')} of {len(found)} runs done; the page: {_relative(index)}")
+    print(f"{found.count('done')} of {len(found)} runs done; page: {_relative(index)}")
     stopped = [outcome for outcome in outcomes if outcome.state == "stopped"]
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if any(one.failure is not None and one.failure.kind == "stale" for one in failed):
         _forget(job.plan)
     for outcome in failed:
-        why = outcome.failure.message if outcome.failure else "no reason is known"
+        why = outcome.failure.message if outcome.failure else "unknown reason"
         print(f"failed: {job.plan.runs[outcome.run_id].title}: {why}", file=sys.stderr)
     if stopped:
-        print(f"{len(stopped)} runs were stopped; the same command continues:\n  {job.command}", file=sys.stderr)
+        print(f"{len(stopped)} runs were stopped; resume with:\n  {job.command}", file=sys.stderr)
         return 130
     return int(bool(failed))
 
 
 def _say_beside(job: TableJob, other: Plan) -> None:
-    """The three columns in a few lines, and the sentence that they come to."""
+    """Print the three columns in a few lines, and the sentence that sums them up."""
     from viladiff.report.sections.beside import headline_beside, to_terminal
     from viladiff.report.table.results import collect_results
     from viladiff.report.table.table_page import beside_of
@@ -235,8 +235,8 @@ def _say_beside(job: TableJob, other: Plan) -> None:
     print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{headline_beside(both)}\n")
 
 
-def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_form: bool = False) -> pd.DataFrame:
-    """A table as far as it was run; trains nothing. Rows by (column, mean | sd | n | paper), all in percent.
+def table(name: str | int, scale: str = "quick", *, runs_dir: str = "runs", long_form: bool = False) -> pd.DataFrame:
+    """Return a table of the finished runs; train nothing. Rows by (column, mean | sd | n | paper), all in percent.
 
     ``n`` counts the seeds of a cell that are done, ``sd`` is their sample standard deviation, NaN below two. Runs of
     one seed share their labelled images and draws from row to row, so that ``sd`` is not the spread of a difference:
@@ -248,57 +248,59 @@ def table(name: str | int, scale: str = "quick", *, storage: str = "runs", long_
     from viladiff.report.table.long_form import frame
 
     found = load_table(find_table(name))
-    plan = make_plan(found, scale, cache=Path(storage).absolute() / "plans")
-    return frame(plan, Store(Path(storage), [ROOT / "reports" / "published"], repair=False), long_form=long_form)
+    plan = make_plan(found, scale, cache=Path(runs_dir).absolute() / "plans")
+    return frame(plan, Store(Path(runs_dir), [ROOT / "reports" / "published"], repair=False), long_form=long_form)
 
 
 def find_table(name: str | int) -> Path:
-    """The file of a table: by number, by name, or by path. ValueError lists those there are."""
+    """Return the file of a table, by number, name or path. Raises ValueError that lists the existing ones."""
     given = Path(str(name))
     path = given if given.suffix == ".toml" else ROOT / "ablations" / f"{'table' * given.name.isdigit()}{name}.toml"
     if path.is_file():
         return path
     known = sorted(one.stem for one in (ROOT / "ablations").glob("*.toml"))
     if not known:
-        raise ValueError(f"{ROOT / 'ablations'}: no tables there; they come with a checkout, not with a wheel")
-    raise ValueError(f"table {name!r}: not known; there are {', '.join(known)}, or give the path of a .toml file")
+        raise ValueError(f"{ROOT / 'ablations'}: no tables; tables are part of a checkout, not of a wheel")
+    raise ValueError(f"table {name!r}: unknown; allowed: {', '.join(known)}, or the path of a .toml file")
 
 
 # Parts
 
 
 def shell_command(program: str, words: Sequence[str]) -> str:
-    """The command that brings the table on from here, to be pasted into a shell."""
-    return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--fresh", "--render"))])
+    """Return the command that resumes the table, quoted for a shell."""
+    return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--restart", "--render"))])
 
 
 def public_command(command: str) -> str:
-    """The command for a page, which may be published: where this machine keeps things is left out."""
+    """Return the command for a page, which may be published: without this machine's paths."""
     return re.sub(r"""(?<![\w.])[~/][^\s'"]*/""", "…/", command)
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """ValueError for options that contradict each other."""
-    if args.fresh and args.render:
-        raise ValueError("--fresh --render: the first sets all runs aside, so the second would find none; give one")
-    partial = [name for name in ("rows", "columns", "seeds", "encoder", "changes", "fresh") if getattr(args, name)]
+    """Raise ValueError for options that contradict each other."""
+    if args.restart and args.render:
+        raise ValueError(
+            "--restart and --render: mutually exclusive, since --restart archives the runs that --render reads"
+        )
+    partial = [name for name in ("rows", "columns", "seeds", "encoder", "changes", "restart") if getattr(args, name)]
     if args.publish and (partial or args.scale != "digits"):
         wrong = f"--scale {args.scale}" if args.scale != "digits" else f"--{partial[0]}"
-        raise ValueError(f"--publish {wrong}: a published page is of the whole table, at --scale digits")
+        raise ValueError(f"--publish {wrong}: not allowed; a published page is of the whole table at --scale digits")
 
 
 def seeds_of(text: str | None) -> tuple[int, ...] | None:
-    """Seeds as typed: how many, from 0, or a list; None where nothing was. Raises ValueError."""
+    """Parse seeds: a number of them, from 0, or a list; None if nothing was given. Raises ValueError."""
     if text is None:
         return None
     words = text.split(",")
     if not all(word.strip().isdigit() for word in words) or (len(words) == 1 and int(text) < 1):
-        raise ValueError(f"--seeds {text}: a number of seeds such as 3, or a list such as 0,1,5")
+        raise ValueError(f"--seeds {text}: must be a number of seeds such as 3, or a list such as 0,1,5")
     return tuple(range(int(text))) if len(words) == 1 else tuple(dict.fromkeys(int(word) for word in words))
 
 
 def _with_extras(job: TableJob, one: PlannedRun) -> PlannedRun:
-    """Fields outside a run's name that a table wants: a log that a screen can follow, pictures of the first seed."""
+    """Add fields outside a run's name that a table wants: frequent logs for the screen, pictures of the first seed."""
     extras: dict[str, object] = {"runtime.log_every": 10}
     seed = next(cell.seed for cell in job.plan.cells if cell.run_id == one.run_id)
     if seed == job.plan.seeds[0]:
@@ -307,12 +309,12 @@ def _with_extras(job: TableJob, one: PlannedRun) -> PlannedRun:
 
 
 def _forget(plan: Plan) -> None:
-    """Drops the file of a plan that is out of date."""
+    """Delete the cached plan, which is out of date."""
     if plan.file is not None:
         with suppress(OSError):
             plan.file.unlink()
     print(
-        "code, data or weights have changed since the runs were named; the same command names them anew",
+        "code, data or weights changed since planning; re-run to plan again",
         file=sys.stderr,
     )
 

@@ -1,4 +1,4 @@
-"""A run's network as a folder of its own: weights that cannot carry code, what they are, and where they come from."""
+"""Export of a run's network to a folder: weights that cannot carry code, their description and origin."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from viladiff.core.atomic import name_file_in_errors, sync_directory
+from viladiff.core.messages import format_value
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.complexity import cost_facts, costs
 from viladiff.evaluation.metric_table import METRICS
@@ -44,10 +45,10 @@ class Standalone(nn.Module):
 
 
 def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> dict[str, Any]:
-    """Writes the model folder of a finished run and says what it costs; ``viladiff.load_model`` reads it.
+    """Write the model folder of a finished run and return its cost; ``viladiff.load_model`` reads the folder.
 
-    The folder appears whole or not at all. No data set is opened. Raises ValueError where ``out`` exists, there is no
-    finished run, or an ONNX file is wanted and cannot be made or does not compute the same.
+    The folder is written atomically. No data set is opened. Raises ValueError if ``out`` exists, there is no finished
+    run, or a requested ONNX file cannot be made or does not compute the same.
     """
     out = Path(out).expanduser()
     if out.exists():
@@ -93,10 +94,10 @@ def _need_onnx() -> None:
 
 
 def export_onnx(model: Model, path: Path) -> float:
-    """Writes the text-free path with free batch, height and width (multiples of the patch); the largest difference.
+    """Export the text-free path with free batch, height and width (multiples of the patch); return the largest error.
 
     Input ``image`` as in ``Standalone``, output ``logits``. The file is run by onnxruntime on two other sizes before it
-    is accepted. Raises ValueError where it cannot be made, or differs by more than ``TOLERANCE``.
+    is accepted. Raises ValueError if it cannot be made, or differs by more than ``TOLERANCE``.
     """
     module, patch = Standalone(model.network).eval(), model.network.patch
     # Sides that differ from each other and from the encoder's own, so that none of them is taken for a constant.
@@ -140,7 +141,7 @@ def export_onnx(model: Model, path: Path) -> float:
 
 
 def onnx_difference(module: nn.Module, path: Path, size: tuple[int, int, int]) -> float:
-    """Largest difference of a logit between torch and onnxruntime, on (batch, height, width) of random pixels."""
+    """Return the largest difference of a logit between torch and onnxruntime, on random (batch, height, width)."""
     import onnxruntime
 
     image = torch.rand(size[0], 3, *size[1:], generator=torch.Generator().manual_seed(0))
@@ -153,7 +154,7 @@ def onnx_difference(module: nn.Module, path: Path, size: tuple[int, int, int]) -
 
 @contextlib.contextmanager
 def _quiet(name: str):  # type: ignore[no-untyped-def]
-    """The exporter's log of its own passes is of no use to a reader; errors are raised anyway."""
+    """Silence the exporter's log of its own passes; errors are raised anyway."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -164,7 +165,7 @@ def _quiet(name: str):  # type: ignore[no-untyped-def]
 
 
 def card(model: Model, record: RunRecord, facts: dict[str, str], onnx: bool) -> str:
-    """README.md of a model folder: use, scores, cost, origin, limits; from the record alone."""
+    """Return README.md of a model folder: use, scores, cost, origin, limits; from the record alone."""
     config, named = record.config, f"{record.config['method.name']} on {record.config['data.dataset']}"
     lines = [
         f"# {named}, run {record.run_id}",
@@ -197,13 +198,15 @@ def card(model: Model, record: RunRecord, facts: dict[str, str], onnx: bool) -> 
 
 
 def _scores(model: Model, record: RunRecord) -> list[str]:
-    """A line for each stream of the network that is in the folder; a score that was not measured is a dash."""
+    """Format a line for each stream of the exported network; a score that was not measured is a dash."""
     columns = {name: metric.name for name, metric in METRICS.items() if metric.title} | {"images": "images"}
     lines = [f"Network `{record.network}` at the last step, protocol `{record.config['eval.protocol']}`:", ""]
     lines += ["| stream | " + " | ".join(columns.values()) + " |", "| --- " * (len(columns) + 1) + "|"]
     for stream, found in record.scores[record.network].items():
         cells = [found.get(name) for name in columns]
-        shown = ["-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        shown = [
+            "-" if cell is None else f"{100 * cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells
+        ]
         lines.append(f"| {stream}{' (this folder)' if stream == 'visual' else ''} | " + " | ".join(shown) + " |")
     return lines
 
@@ -224,12 +227,8 @@ def _origin(record: RunRecord) -> dict[str, object]:
 
 
 def _command(record: RunRecord) -> str:
-    """The fields that were not at their default, as one types them."""
-    words = [f"{path}={_typed(value)}" for path, value in record.changed.items() if not path.startswith("runtime.")]
+    """Return the command that trains the run: its fields that are not at their default."""
+    words = [
+        f"{path}={format_value(value)}" for path, value in record.changed.items() if not path.startswith("runtime.")
+    ]
     return " ".join(["viladiff train", *map(shlex.quote, words)])
-
-
-def _typed(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(_typed, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""A run seen from outside: what it would be before it starts, its networks and its scores after it is done."""
+"""Preview of a run, loading of a finished one, and its repeated evaluation."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 def preview_run(cfg: RunConfig) -> dict[str, Any]:
-    """Name, place, length, images and parameters of what ``fit(cfg)`` would do; may render data, trains nothing.
+    """Return name, directory, length, images and parameters of ``fit(cfg)``; may render data, trains nothing.
 
-    Files are checked as ``fit`` does, which then finds what was read of them. Raises ValueError as it does.
+    Files are checked as in ``fit``, which then reuses the results. Raises ValueError as it does.
     """
     from viladiff.training.trainer import Trainer
 
@@ -64,7 +64,7 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
 
 
 def _measuring(each: int, steps: int) -> dict[str, str]:
-    """What gradient shares cost where they cost more than 1 %: a backward pass a part, two thirds of a step's time."""
+    """Return the cost of gradient shares if it exceeds 1 %: a backward pass a part, two thirds of a step's time."""
     count = len(measured_steps(each, steps))
     more = 200 * count / (3 * steps)
     what = f"at {count} of {steps} steps, at most {more:.1f} % more time for each part of the loss"
@@ -72,7 +72,7 @@ def _measuring(each: int, steps: int) -> dict[str, str]:
 
 
 class Finished(NamedTuple):
-    """What is left of a run in its directory."""
+    """A finished run's directory, loaded."""
 
     directory: Path
     record: RunRecord
@@ -80,9 +80,9 @@ class Finished(NamedTuple):
 
 
 def load_run(directory: Path | str, changes: Mapping[str, object] | None = None) -> Finished:
-    """The run of a directory, with other fields under ``eval`` and ``runtime`` if wanted; the record stays as it is.
+    """Load the run of a directory, optionally with other ``eval`` and ``runtime`` fields; the record is unchanged.
 
-    Raises ConfigError for other fields, ValueError where there is no finished run or its network has been removed.
+    Raises ConfigError for other fields, ValueError if there is no finished run or its network has been removed.
     """
     directory, changes = Path(directory), changes or {}
     if not (directory / "record.json").is_file():
@@ -98,9 +98,10 @@ def load_run(directory: Path | str, changes: Mapping[str, object] | None = None)
 
 
 def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> Method:
-    """The method with weights that are still to be filled in: nothing pretrained is looked for.
+    """Build the method with weights that are still to be loaded; no pretrained file is read.
 
-    But for ``model.encoder=transformers``, whose directory alone says what the network is. ValueError where it is gone.
+    ``model.encoder=transformers`` is an exception: its directory alone defines the network. Raises ValueError if it is
+    missing.
     """
     gone: dict[str, object] = {} if cfg.model.encoder == "transformers" else {"model.weights": None}
     plain = override(cfg, {"model.pretrained": "none", **gone})
@@ -110,9 +111,9 @@ def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> M
 
 
 def load_method(run: Finished) -> Method:
-    """The method as its last step left it, on the CPU, in evaluation mode; no data set is opened.
+    """Load the method of the run's last step, on the CPU, in evaluation mode; no data set is opened.
 
-    Raises ValueError where the checkpoint is damaged or of another version.
+    Raises ValueError if the checkpoint is damaged or of another version.
     """
     path = run.directory / "checkpoint.pt"
     state: dict[str, Tensor] = load_file(path)["method"]
@@ -125,22 +126,22 @@ def load_method(run: Finished) -> Method:
 
 
 def text_dim(state: Mapping[str, Tensor]) -> int:
-    """Channels of a word, read off the first layer that sees one, or off classes' texts; 1 without either."""
+    """Return the channels of a word, from the first layer that reads one or the classes' texts; 1 without either."""
     ends = ("words.0.weight", "class_texts")
     return next((value.shape[-1] for name, value in state.items() if name.endswith(ends)), 1)
 
 
 def last_line(error: Exception) -> str:
-    """Of a message that lists everything, the end, which names a parameter."""
+    """Return the end of a message that lists everything; it names a parameter."""
     return str(error).splitlines()[-1].strip()
 
 
 def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[str, Any]:
-    """Scores of a finished run once more, ``{network: {stream: {score: value}}}`` under ``scores``.
+    """Evaluate a finished run again: ``{network: {stream: {score: value}}}`` under ``scores``.
 
-    ``eval`` and ``runtime`` may be changed as in ``finished``. ``confusion`` holds {network: {stream: rows of counts}},
-    truth down, prediction across. Several workers share the images, each counted once. Raises as ``finished``, and
-    ValueError where the data cannot be read.
+    ``eval`` and ``runtime`` may be changed as in ``load_run``. ``confusion`` holds {network: {stream: rows of counts}},
+    truth down, prediction across. Several workers share the images, each counted once. Raises as ``load_run``, and
+    ValueError if the data cannot be read.
     """
     rest = {path: value for path, value in changes.items() if path != "runtime.workers"}
     run, workers = load_run(directory, rest), _count(changes.get("runtime.workers", 1))
@@ -152,7 +153,7 @@ def evaluate_run(directory: Path | str, changes: Mapping[str, object]) -> dict[s
 
 
 def _count(workers: object) -> int:
-    """Not by way of the configuration: of training, another number of workers might not fit the batch."""
+    """Parse the number of workers, without the configuration: its check of the training batch does not apply here."""
     if not INTEGER.fullmatch(str(workers)) or int(str(workers)) < 1:
         raise ConfigError(f"runtime.workers = {workers!r}: must be a whole number, 1 or more")
     return int(str(workers))

@@ -1,4 +1,4 @@
-"""A trained network on any photograph: from a run's directory, or from a model folder that knows nothing of the run.
+"""Prediction on any photograph: a model from a run's directory, or from an exported folder.
 
 >>> import viladiff
 >>> model = viladiff.load_model("model")  # doctest: +SKIP
@@ -45,7 +45,7 @@ LARGE = 4
 
 
 class Prediction(NamedTuple):
-    """What the network sees in an image of (h, w) pixels."""
+    """The network's prediction for an image of (h, w) pixels."""
 
     labels: np.ndarray
     """(h, w) uint8 class ids."""
@@ -69,11 +69,11 @@ class Model:
 
     @torch.inference_mode()
     def predict(self, image: np.ndarray | Path | str, protocol: str | None = None) -> Prediction:
-        """The classes of an image: a file, or (h, w, 3) uint8 RGB, of any size.
+        """Predict the classes of an image: a file, or (h, w, 3) uint8 RGB, of any size.
 
-        ``original`` sees the image as a whole, ``sliding_window`` in windows. By default windows are used where the
-        run was scored so, and for images of more than 4 crops' pixels. Raises ValueError for another protocol, for
-        an array of another kind, for a file that cannot be read, and where the memory does not suffice.
+        ``original`` reads the image as a whole, ``sliding_window`` in windows. By default windows are used if the run
+        was scored so, and for images of more than 4 crops' pixels. Raises ValueError for another protocol, for an array
+        of another kind, for a file that cannot be read, and for insufficient memory.
         """
         pixels = read_image(image) if isinstance(image, str | Path) else np.asarray(image)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
@@ -93,7 +93,7 @@ class Model:
             ) from error
 
     def protocol_for(self, height: int, width: int) -> str:
-        """``original`` for what fits, else ``sliding_window``."""
+        """Return ``original`` for an image that fits, else ``sliding_window``."""
         windows = self.protocol == "sliding_window" or height * width > LARGE * self.crop**2
         return "sliding_window" if windows else "original"
 
@@ -115,10 +115,10 @@ def _memory_is_short(error: Exception) -> bool:
 
 
 def load_model(path: Path | str, device: str = "auto") -> Model:
-    """The network of a finished run's directory, or of a folder that ``viladiff export`` made.
+    """Load the network of a finished run's directory, or of a folder that ``viladiff export`` made.
 
-    No data set is opened, and no file is unpickled but a run's own checkpoint, and that as tensors alone. device: auto,
-    cpu or cuda. Raises ValueError that names the file where there is neither, or one is damaged or does not fit.
+    No data set is opened, and no file is unpickled but a run's own checkpoint, as tensors alone. device: auto, cpu or
+    cuda. Raises ValueError that names the file if there is neither, or one is damaged or does not fit.
     """
     folder = Path(path)
     if (folder / WEIGHTS).is_file():
@@ -171,7 +171,7 @@ def _read_text(path: Path) -> str:
 
 
 class Labelled(NamedTuple):
-    """What came of some photographs."""
+    """The result of labelling photographs."""
 
     images: int
     failed: tuple[str, ...]
@@ -183,10 +183,10 @@ class Labelled(NamedTuple):
 def label_files(
     model: Model, source: Path | str, out: Path | str, protocol: str | None = None, show: bool = True
 ) -> Labelled:
-    """Labels a photograph, or all in a directory and below it; ``out`` gets what ``_write`` says, and ``classes.csv``.
+    """Label a photograph, or all in a directory and below it; write to ``out`` as ``_write`` does, and ``classes.csv``.
 
-    Raises ValueError where there is nothing to label, two photographs would share a name, or ``out`` lies where the
-    next call would take masks for photographs; also where the only photograph cannot be read.
+    Raises ValueError if there is nothing to label, two photographs would share a name, or ``out`` lies where the next
+    call would take masks for photographs; also if the only photograph cannot be read.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
     found = _photographs(source, out)
@@ -210,7 +210,7 @@ def label_files(
 
 
 def _photographs(source: Path, out: Path) -> dict[str, Path]:
-    """Path by name without suffix, relative to a directory."""
+    """Return paths by name without suffix, relative to a directory."""
     if source.is_file():
         return {source.stem: source}
     if not source.is_dir():
@@ -234,7 +234,7 @@ def _photographs(source: Path, out: Path) -> dict[str, Path]:
 
 
 def _write(out: Path, name: str, image: np.ndarray, found: Prediction, colours: np.ndarray) -> None:
-    """masks/NAME.png with a palette, overlays/NAME.jpg half photograph half classes, confidence/NAME.png in grey."""
+    """Write masks/NAME.png with a palette, overlays/NAME.jpg, half image half classes, confidence/NAME.png in grey."""
     mask = Image.fromarray(found.labels)
     mask.putpalette(colours.tobytes())
     blend = ((image.astype(np.uint16) + colours[found.labels]) // 2).astype(np.uint8)
@@ -252,7 +252,7 @@ def _write(out: Path, name: str, image: np.ndarray, found: Prediction, colours: 
 
 
 def _write_classes(path: Path, names: tuple[str, ...], colours: np.ndarray, pixels: np.ndarray) -> None:
-    """Which class each id and colour is, and how many pixels of all masks have it."""
+    """Write each class's id and colour, and its pixels in all masks."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("id", "name", "colour", "pixels"))

@@ -118,7 +118,7 @@ class AllSpark(Method):
 
     @torch.no_grad()
     def _answers(self, images: Tensor, inside: Tensor | None = None) -> Tensor:
-        """Grid logits (U, K, h, w) of images that read the channels of the whole batch, without dropped branches.
+        """Return grid logits (U, K, h, w) of images that read the channels of the whole batch, with all branches.
 
         With ``inside`` (U, N, 1), 0 in padding, the batch is that of all workers.
         """
@@ -133,7 +133,7 @@ class AllSpark(Method):
     def _rebuilt(
         self, top: Tensor, seen: Tensor, labelled: int, inside: Tensor, step: Step, both: tuple[Draw, Draw]
     ) -> Tensor:
-        """The last map (B + U, D, h, w) through the block; ``seen`` (U, K, h', w') are the answers behind ŷ."""
+        """Pass the last map (B + U, D, h, w) through the block; ``seen`` (U, K, h', w') are the logits behind ŷ."""
         spark, cfg, grid = self.student.spark, self.cfg, top.shape[-2:]
         tokens, e = spark.embed(top)
         own = e[labelled:] * inside
@@ -154,7 +154,7 @@ class AllSpark(Method):
         return partial(draw, "labelled", batch.keys), partial(draw, "unlabelled", batch.keys_u)
 
     def _keep(self, tokens: Tensor, seen: Tensor, grid: torch.Size) -> Tensor:
-        """Remembers this micro-batch's channels until the step is done, and gives the slots of the memory with them."""
+        """Store this micro-batch's channels until the end of the step; return the memory's slots with them."""
         channels = tokens.detach().mT
         maps = F.interpolate(seen.softmax(1), grid, mode="bilinear", align_corners=False).flatten(2)
         kept = resize_tokens(channels.float(), tuple(grid), (self.memory.side, self.memory.side)).flatten(0, 1)
@@ -176,7 +176,7 @@ class AllSpark(Method):
 
 @contextmanager
 def _evaluating(network: Segmenter) -> Iterator[None]:
-    """Drops no branch meanwhile."""
+    """Disable drop path within the context."""
     training = network.training
     network.eval()
     try:

@@ -1,28 +1,31 @@
-"""What every method is: a module that owns its networks and says which views it wants.
+"""The base class of methods: a module that owns its networks and declares its views.
 
-``backward`` stands in the loop and nowhere else; the loop, the data layer and the evaluator know a method only through
-this class.
+``backward`` is called in the loop and nowhere else; the loop, the data layer and the evaluator know a method only
+through this class.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.config.base import Section
-from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
-from viladiff.data.transforms.mixing import apply_cutmix
+from viladiff.core import keyed_random
+from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import apply_cutmix, pair_partner
 from viladiff.losses import ignore_aware_mean, ohem_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
+from viladiff.models.segmenter import DualNetwork, NetworkFactory
 
 if TYPE_CHECKING:
     from viladiff.methods.published import PublishedSetting
-    from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
+    from viladiff.models.segmenter import Network, Segmenter
 
 
 class OhemConfig(Section):
@@ -50,7 +53,7 @@ class TeacherConfig(Section):
 
 
 class PseudoConfig(Section):
-    """How teacher predictions become labels."""
+    """The choice of pseudo-labels from teacher predictions."""
 
     threshold: float = Field(0.95, ge=0, le=1)
     """Pixels below this confidence have weight 0."""
@@ -63,13 +66,13 @@ SHARED_THRESHOLD: Mapping[str, object] = {"pseudo.threshold": 0.7}
 
 
 class PredictConfig(Section):
-    """Which network is evaluated and shipped."""
+    """The choice of the network that is evaluated and exported."""
 
     network: Literal["teacher", "student"] = "teacher"
 
 
 class Reference(NamedTuple):
-    """Where a method was published."""
+    """The publication of a method."""
 
     title: str
     venue: str
@@ -77,7 +80,7 @@ class Reference(NamedTuple):
 
 
 class StepCost(NamedTuple):
-    """What a step costs, in passes of a batch through encoder and decoder; labelled and unlabelled batch equally large.
+    """The cost of a step, in passes of a batch through encoder and decoder, for equally large batches.
 
     Of the default configuration, in the phase that most of training is spent in.
     """
@@ -119,48 +122,48 @@ class Method(nn.Module):
         self.student = self.build_student(build)
 
     def build_student(self, build: NetworkFactory) -> Segmenter:
-        """The network that is trained; a method with extra parts in it says so here."""
+        """Build the trained network; override it to add parts."""
         return build()
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         raise NotImplementedError
 
     def supervised(self, logits: Tensor, target: Tensor) -> Tensor:
-        """L_sup, Eq. 10 with the masks of labelled images: of all pixels, or with ``cfg.ohem`` of the hard ones."""
+        """Return L_sup, Eq. 10 with the masks of labelled images: all pixels, or with ``cfg.ohem`` the hard ones."""
         return self.supervised_mean(pixel_cross_entropy(logits, target), target)
 
     def supervised_mean(self, loss: Tensor, target: Tensor) -> Tensor:
-        """``supervised`` of a loss map (B, H, W) that is 0 where ``target`` is 255."""
+        """Reduce a loss map (B, H, W) that is 0 where ``target`` is 255 as ``supervised`` does."""
         ohem = self.cfg.ohem
         if ohem.enabled:
             return ohem_mean(loss, target, ohem.threshold, ohem.min_kept)
         return ignore_aware_mean(loss, target)
 
     def shared(self) -> dict[str, list[nn.Parameter]]:
-        """Trained parameters at which the gradients of the loss's parts are compared, by place.
+        """Return trained parameters at which the gradients of the loss's parts are compared, by place.
 
-        A part counts at the first place that its gradient comes to: the student's encoder and decoder, unless it
-        reaches none of both; one that reaches no place counts with all other trained parameters.
+        A part counts at the first place that its gradient reaches: the student's encoder and decoder, unless it reaches
+        neither; one that reaches no place counts with all other trained parameters.
         """
         both = (*self.student.encoder.parameters(), *self.student.decoder.parameters())
         return {"student": [weight for weight in both if weight.requires_grad]}
 
     def after_step(self, step: Step) -> None:
-        """Runs after each optimiser step, outside autograd: moving averages, queues."""
+        """Update state after each optimiser step, outside autograd: moving averages, queues."""
 
     def own_rates(self) -> dict[str, dict[str, Any]]:
-        """Options of the optimiser for parts of the method, by dotted path ("flow", "student.spark").
+        """Return options of the optimiser for parts of the method, by dotted path ("flow", "student.spark").
 
         Each has either ``lr``, the rate itself, or ``lr_scale``, a factor of ``optim.lr`` or "encoder" for the
-        encoder's; ``betas`` and ``weight_decay`` may stand beside it. With ``betas`` they are options of AdamW, which
-        the part then has whatever ``optim.name`` is. Of two paths to a parameter the longer one holds.
+        encoder's; ``betas`` and ``weight_decay`` are optional. With ``betas`` they are options of AdamW, which the part
+        then has whatever ``optim.name`` is. Of two paths to a parameter the longer one applies.
         """
         return {}
 
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """Class probabilities (B, C, H, W) behind these weak views' pseudo-labels, by stage; none without a teacher."""
+        """Return class probabilities (B, C, H, W) behind the weak views' labels, by stage; empty without a teacher."""
         return {}
 
     def illustrate(
@@ -170,31 +173,31 @@ class Method(nn.Module):
         return {name: found.argmax(1) for name, found in self.pseudo_labels(images, text, keys, step).items()}
 
     def token_features(self, images: Tensor, text: TextBatch | None) -> dict[str, Tensor]:
-        """Features (B, N, W) of the coarsest grid's cells, row by row, by stage; none where clusters are no question.
+        """Return features (B, N, W) of the coarsest grid's cells, row by row, by stage; empty if not to be measured.
 
-        ``after`` is what the headline's masks are made of, ``before`` the same before words were read.
+        ``after`` is the source of the headline's masks, ``before`` the same before the texts are read.
         """
         return {}
 
     def predictor(self) -> Network:
-        """What is evaluated, shipped and quoted."""
+        """Return the network that is evaluated, exported and reported."""
         return self.student
 
     def networks(self) -> dict[str, Network]:
-        """Every network worth evaluating, by the name that a record uses."""
+        """Return every network to evaluate, by its name in a record."""
         return {"student": self.student}
 
     def threshold(self) -> float | None:
-        """Confidence above which a pseudo-label counts, now; none where the method has no such limit."""
+        """Return the current confidence above which a pseudo-label counts; None if the method has no such limit."""
         pseudo = getattr(self.cfg, "pseudo", None)
         return getattr(pseudo, "threshold", None)
 
     def views_wanted(self) -> Views:
-        """The views this configuration of the method needs; the class's own by default."""
+        """Return the views that this configuration of the method needs; the class's own by default."""
         return self.views
 
     def check_images(self, unlabelled: int) -> None:
-        """ValueError before training where that many unlabelled images are too few, with what to change."""
+        """Raise ValueError before training if there are too few unlabelled images, with what to change."""
         views, name = self.views_wanted(), f"method.name = {self.cfg.name!r}"
         if views.unlabelled and unlabelled == 0:
             raise ValueError(
@@ -209,11 +212,11 @@ class Method(nn.Module):
             )
 
     def notes(self) -> tuple[str, ...]:
-        """What should be known before training, a sentence each: what the method lacks here and how to give it."""
+        """Return notes before training, a sentence each: what the method lacks here and how to provide it."""
         return ()
 
     def headline(self) -> str:
-        """The prediction stream whose mIoU is the run's number."""
+        """Return the name of the prediction stream whose mIoU is the run's score."""
         return "visual"
 
 
@@ -246,12 +249,63 @@ class MeanTeacher(Method):
 
 
 def apply_cutmix_to(batch: Batch, view: int, *maps: Tensor) -> tuple[Tensor, ...]:
-    """Maps (U, ..., H, W) with the boxes of a strong view pasted in, or as they are where no boxes are wanted."""
+    """Paste the boxes of a strong view into maps (U, ..., H, W); return them unchanged if the method uses no boxes."""
     return tuple(apply_cutmix(x, batch.mix[view]) for x in maps) if batch.mix else maps
 
 
+def keyed_boxes(
+    batch: Batch,
+    step: Step,
+    name: str,
+    draw: Callable[[Sequence[np.random.Generator], np.random.Generator, int], Tensor],
+) -> CutMix:
+    """Draw the CutMix boxes and partners of the unlabelled images with generators keyed by ``name``.
+
+    draw: (one generator an image, one for the step, side of a crop in pixels) -> boxes (U, 4).
+    """
+    device, key = batch.valid.device, (step.seed, name, step.index)
+    rngs = [keyed_random.numpy_generator(*key, image) for image in batch.keys_u]
+    boxes = draw(rngs, keyed_random.numpy_generator(*key, "coin"), batch.valid.shape[-1])
+    return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
+
+
 def steps_after(warmup: float, step: Step) -> int:
-    """Steps done between the end of a warm-up, a share of training, and ``step``; 0 within it and at its end."""
+    """Return the steps between the end of a warm-up, a share of training, and ``step``; 0 within it and at its end."""
     if not step.index or step.progress < warmup:
         return 0
     return step.index - math.ceil(warmup * step.index / step.progress - 1e-6)
+
+
+class TwoTeachers(Method):
+    """``teachers`` start as copies of the student, get no gradient and are always in evaluation mode."""
+
+    def __init__(self, cfg: Any, build: NetworkFactory) -> None:
+        super().__init__(cfg, build)
+        self.teachers = DualNetwork(frozen_copy(self.student), frozen_copy(self.student))
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+
+def turn_length(step: Step, period: float) -> float:
+    """Return the steps of a teacher's turn: ``period``, a share of training, and at least two steps.
+
+    Published code counts epochs, whose length depends on the data set. At the first step the run's length is unknown:
+    2.
+    """
+    return max(2.0, period * step.index / step.progress) if step.index else 2.0
+
+
+def turn(step: Step, period: float, ahead: int = 0) -> tuple[int, int]:
+    """Return the number of the turn of the step ``ahead`` of this one, from 0, and the turn's steps before it.
+
+    At the first step the run's length is unknown and not needed.
+    """
+    index = step.index + ahead
+    if step.index == 0:
+        return 0, index
+    length = turn_length(step, period)
+    number = int((index + 1e-6) / length)
+    return number, index - math.ceil(number * length - 1e-6)

@@ -3,9 +3,9 @@
 Differences from the released code. Regions vote where the correlation map lives, on tokens, and their edits are brought
 to pixels as blocks; the original enlarges every region to pixels first, which moves the loss by 0.005 to 0.008 on equal
 tensors and takes ``regions`` maps of the size of the crop for each image. A region sees the edits of earlier ones, as
-there, but all vote at once in a few rounds, where it takes them one by one (``spread``). Rows of the map become regions
-without the last token left out, and none twice. Pasted pixels get the labels of the neighbour in the batch, so there is
-no pass for a second unlabelled batch. KL compares the student with labels mixed as its picture was mixed
+there, but all vote at once in a few rounds, where it takes them one by one (``region_votes``). Rows of the map become
+regions without the last token left out, and none twice. Pasted pixels get the labels of the neighbour in the batch, so
+there is no pass for a second unlabelled batch. KL compares the student with labels mixed as its picture was mixed
 (``faithful_kl`` restores the released form). The threshold is fed confidences with the padding that belongs to them,
 once a step, for the next step. CutMix boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``).
 """
@@ -63,7 +63,10 @@ class Correlation(nn.Module):
         self.first, self.second = nn.Conv2d(width, num_classes, 1), nn.Conv2d(width, num_classes, 1)
 
     def forward(self, top: Tensor, uniform: Tensor, p: float = 0.1) -> Tensor:
-        """top (B, D, h, w), uniform (B, width) for the dropout of whole channels: (B, N, N), rows sum to 1."""
+        """Return the correlation map (B, N, N) of top (B, D, h, w); rows sum to 1.
+
+        ``uniform`` (B, width) draws the dropout of whole channels.
+        """
         (x,) = channel_dropout([self.project(top)], uniform, p)
         first, second = (f(x).flatten(2).float() for f in (self.first, self.second))
         return (first.mT @ second / first.shape[1] ** 0.5).softmax(2)
@@ -156,7 +159,7 @@ class CorrMatch(Method):
         return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     def after_step(self, step: Step) -> None:
-        """τ <- m τ + (1 - m) mean of the highest confidences, over the classes that any worker predicted."""
+        """Set τ <- m τ + (1 - m) mean of the highest confidences, over the classes that any worker predicted."""
         highest = all_reduce_max(self.highest)
         seen = highest > 0
         momentum = self.cfg.pseudo.threshold_momentum
@@ -178,7 +181,7 @@ class CorrMatch(Method):
         return channel_dropout(features, uniform)
 
     def _correlations(self, top: Tensor, batch: Batch, step: Step) -> Tensor:
-        """(B + 2 U, N, N) of the labelled, weak and mixed strong pictures."""
+        """Return (B + 2 U, N, N) of the labelled, weak and mixed strong images."""
         keys = [f"{kind}{key}" for kind, keys in _kinds(batch) for key in keys]
         name = (step.seed, "corrmatch-dropout", step.index)
         return self.correlation(top, keyed_random.uniform(keys, (self.cfg.width,), *name, device=top.device))
@@ -186,7 +189,7 @@ class CorrMatch(Method):
     def _spread(
         self, a: Tensor, labels: Tensor, sure: Tensor, valid: Tensor, batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor]:
-        """Labels (U, H, W) and weights (U, H, W) after the regions of the weak views have voted on their own pixels."""
+        """Return labels (U, H, W) and weights (U, H, W) after the votes of the weak views' regions on their pixels."""
         patch, classes = self.student.patch, self.student.num_classes
         uniform = keyed_random.uniform(
             batch.keys_u, (a.shape[1],), step.seed, "corrmatch-regions", step.index, device=a.device
@@ -194,7 +197,7 @@ class CorrMatch(Method):
         own = valid if not batch.mix else valid & ~box_mask(batch.mix[0].boxes, *valid.shape[-2:])
         votes = token_votes(labels, sure & own, patch, classes)
         pixels = F.avg_pool2d(own.float()[:, None], patch, divisor_override=1).flatten(1)
-        answer = spread(region_maps(a, uniform, self.cfg.regions), votes, pixels, self.tau, self.cfg.rounds)
+        answer = region_votes(region_maps(a, uniform, self.cfg.regions), votes, pixels, self.tau, self.cfg.rounds)
         spread_labels = _to_pixels(answer, labels.shape[-2:], patch)
         edited = (spread_labels >= 0) & own
         return torch.where(edited, spread_labels, labels), (sure | edited).float()
@@ -205,9 +208,9 @@ def _kinds(batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def correlated(logits: Tensor, a: Tensor, grid: torch.Size) -> Tensor:
-    """r = z A: a token's scores are those of all tokens, each as far as it correlates; (B, C, h', w').
+    """Return r = z A (B, C, h', w'): a token's scores are the sum of all tokens' scores, weighted by correlation.
 
-    ``logits`` (B, C, h, w) are brought to the ``grid`` (h', w') of the N tokens of ``a`` (B, N, N) first. The columns
+    ``logits`` (B, C, h, w) are resized to the ``grid`` (h', w') of the N tokens of ``a`` (B, N, N) first. The columns
     of A do not sum to 1, so neither do the weights.
     """
     coarse = F.interpolate(logits, tuple(grid), mode="bilinear", align_corners=False)
@@ -215,7 +218,7 @@ def correlated(logits: Tensor, a: Tensor, grid: torch.Size) -> Tensor:
 
 
 def highest_by_class(confidence: Tensor, labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:
-    """(C,) the highest confidence of a valid pixel with that label, 0 for a class without one; maps are (U, H, W)."""
+    """Return (C,) the highest confidence of a valid pixel with that label, 0 without one; maps are (U, H, W)."""
     zeros = torch.zeros(num_classes, device=confidence.device)
     return zeros.scatter_reduce_(0, labels.flatten(), (confidence * valid).flatten(), "amax")
 
@@ -232,7 +235,7 @@ def region_maps(a: Tensor, uniform: Tensor, count: int) -> Tensor:
 
 
 def token_votes(labels: Tensor, keep: Tensor, patch: int, num_classes: int) -> Tensor:
-    """(U, N, C) pixels of each class in each token's ``patch`` x ``patch`` block; only those with ``keep`` count.
+    """Return (U, N, C) pixels of each class in each token's ``patch`` x ``patch`` block, only those with ``keep``.
 
     ``labels`` (U, H, W) int64 and ``keep`` (U, H, W) bool.
     """
@@ -243,15 +246,15 @@ def token_votes(labels: Tensor, keep: Tensor, patch: int, num_classes: int) -> T
 
 
 @torch.no_grad()
-def spread(regions: Tensor, votes: Tensor, pixels: Tensor, tau: Tensor, rounds: int) -> Tensor:
-    """Regions sure enough of one class give it to all of their tokens: (U, N) int64 classes, -1 where none did.
+def region_votes(regions: Tensor, votes: Tensor, pixels: Tensor, tau: Tensor, rounds: int) -> Tensor:
+    """Let regions sure of one class assign it to all of their tokens: (U, N) int64 classes, -1 where none did.
 
     ``regions`` (U, R, N) bool, ``votes`` (U, N, C) confident pixels by class, ``pixels`` (U, N) all pixels that may
-    vote. A region is accepted where at least τ of its pixels are confident and more than τ of these are of one class;
-    the vote counts tokens that earlier accepted regions took as theirs, and of several the last one holds.
+    vote. A region is accepted if at least τ of its pixels are confident and more than τ of these are of one class; the
+    vote counts the tokens of earlier accepted regions with their class, and of several the last one applies.
 
-    Region j depends on regions before it. All vote at once on what the round before decided, so that after r rounds the
-    first r regions, and all whose chain of dependence is shorter than r, are as if taken one by one.
+    Region j depends on regions before it. All vote at once on the result of the previous round, so that after r rounds
+    the first r regions, and all whose chain of dependence is shorter than r, are as if taken one by one.
     """
     inside, sure = regions.to(votes.dtype), votes.sum(2)
     order = torch.arange(1, regions.shape[1] + 1, device=regions.device)[:, None]
@@ -273,7 +276,7 @@ def spread(regions: Tensor, votes: Tensor, pixels: Tensor, tau: Tensor, rounds: 
 
 
 def _to_pixels(tokens: Tensor, size: torch.Size, patch: int) -> Tensor:
-    """(U, N) to (U, H, W), each token as a block."""
+    """Expand (U, N) to (U, H, W), each token as a block."""
     height, width = size[0] // patch, size[1] // patch
     blocks = tokens.view(-1, height, 1, width, 1).expand(-1, -1, patch, -1, patch)
     return blocks.reshape(-1, *size)

@@ -108,7 +108,7 @@ class Cps(Method):
         return Losses(parts["sup"] + parts["pseudo"], terms, parts)
 
     def _boxes(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
-        """Each image's partner, and the pixels that come from it: (U,), (U, H, W)."""
+        """Return each image's partner, and the pixels that come from it: (U,), (U, H, W)."""
         device, (height, width) = batch.valid.device, batch.valid.shape[-2:]
         rngs = [keyed_random.numpy_generator(step.seed, "cps-boxes", step.index, key) for key in batch.keys_u]
         boxes = parity_boxes(rngs, height).to(device, non_blocking=True)
@@ -118,7 +118,7 @@ class Cps(Method):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """Those of the second network, which teach the one that is evaluated."""
+        """Return the labels of the second network, which teach the evaluated one."""
         return {"before": self.second(images)["visual"].softmax(1)}
 
     def networks(self) -> dict[str, Network]:
@@ -126,5 +126,5 @@ class Cps(Method):
 
 
 def _answers(logits: Tensor) -> tuple[Tensor, ...]:
-    """Confidence and labels of one network, each (B, H, W)."""
+    """Return confidence and labels of one network, each (B, H, W)."""
     return tuple(logits.softmax(1).max(1))

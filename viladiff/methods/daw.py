@@ -144,7 +144,7 @@ class Daw(UniMatch, MeanTeacher):
 
 
 def class_confidence(probabilities: Tensor, counted: Tensor) -> Tensor:
-    """(2, C): pixels predicted as each class, and the sum of their confidence.
+    """Return (2, C): pixels predicted as each class, and the sum of their confidence.
 
     ``probabilities`` (B, C, H, W), ``counted`` (B, H, W) bool.
     """
@@ -155,10 +155,10 @@ def class_confidence(probabilities: Tensor, counted: Tensor) -> Tensor:
 
 
 def right_and_wrong(probabilities: Tensor, target: Tensor) -> Tensor:
-    """(2, 3): right and wrong pixels, the sum of their conflict_weight 1 - p, and of its square; label 255 is neither.
+    """Return (2, 3): right and wrong pixels, the sum of their conflict_weight 1 - p, and of its square.
 
-    ``probabilities`` (B, C, H, W), ``target`` (B, H, W) int64. Doubt is near 0 where confidence is near 1, so that its
-    variance survives float32.
+    Label 255 is neither. ``probabilities`` (B, C, H, W), ``target`` (B, H, W) int64. 1 - p is near 0 where confidence
+    is near 1, so that its variance survives float32.
     """
     confidence, labels = probabilities.max(1)
     conflict_weight = 1 - confidence.float()
@@ -168,13 +168,13 @@ def right_and_wrong(probabilities: Tensor, target: Tensor) -> Tensor:
 
 
 def align(probabilities: Tensor, labelled: Tensor, unlabelled: Tensor) -> Tensor:
-    """Class probabilities (U, C, H, W) times labelled / unlabelled (C,), normalised again."""
+    """Multiply class probabilities (U, C, H, W) by labelled / unlabelled (C,) and normalise again."""
     scaled = probabilities * (labelled / unlabelled).view(-1, 1, 1)
     return scaled / scaled.sum(1, keepdim=True)
 
 
 def moved(gaussians: Tensor, sums: Tensor, momentum: float) -> Tensor:
-    """Means and variances (2, 2) after a step with the ``sums`` (2, 3) of ``right_and_wrong``; too few move nothing."""
+    """Update means and variances (2, 2) with a step's ``sums`` (2, 3) of ``right_and_wrong``, if there are enough."""
     count, conflict_weight, square = sums.unbind(1)
     mean = conflict_weight / count.clamp(min=1)
     variance = (square / count.clamp(min=1) - mean.square()).clamp(min=0)
@@ -183,7 +183,7 @@ def moved(gaussians: Tensor, sums: Tensor, momentum: float) -> Tensor:
 
 
 def crossing(right: Tensor, wrong: Tensor, lowest: float) -> Tensor:
-    """The confidence, in [lowest, 1], at which the densities of two Gaussians, (mean, variance) each, are equal.
+    """Return the confidence in [lowest, 1] at which the densities of two Gaussians, (mean, variance) each, are equal.
 
     Of A t² + B t + C = 0 the root with + lies between the means; equal variances leave a line, whose root is their
     midpoint. B² - 4AC = 4 v w ((m - n)² + (v - w) ln(v / w)) is never negative. Float64, as A may be nearly 0.

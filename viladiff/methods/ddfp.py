@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from viladiff.config.base import Section
 from viladiff.core import keyed_random
-from viladiff.data.batch import IGNORE, Batch, CutMix, Losses, Step, Views
-from viladiff.data.transforms.mixing import apply_cutmix, half_boxes, pair_partner
+from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
+from viladiff.data.transforms.mixing import apply_cutmix, half_boxes
 from viladiff.losses import cross_entropy, distributed_mean
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
@@ -40,6 +40,7 @@ from viladiff.methods.base import (
     Reference,
     StepCost,
     TeacherConfig,
+    keyed_boxes,
     steps_after,
 )
 from viladiff.methods.published import PublishedSetting
@@ -141,7 +142,7 @@ class Ddfp(MeanTeacher):
     def _teach(self, batch: Batch, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(batch.image), batch.image.shape[-2:]
         strong, valid = batch.strong[0], batch.valid
-        mix = self._boxes(batch, step) if cfg.cutmix else None
+        mix = keyed_boxes(batch, step, "ddfp-cut", half_boxes) if cfg.cutmix else None
         with torch.no_grad():
             seen = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]))["visual"]
             confidence, labels = upsample(seen.logits[labelled:], size).softmax(1).max(1)
@@ -166,11 +167,11 @@ class Ddfp(MeanTeacher):
         return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     def after_step(self, step: Step) -> None:
-        """The teacher follows, anew from the end of the warm-up on."""
+        """Update the teacher, restarted at the end of the warm-up."""
         ema_update(self.teacher, self.student, steps_after(self.cfg.warmup, step), self.cfg.teacher.momentum)
 
     def _likelihood(self, mid: Tensor, batch: Batch, step: Step) -> Tensor:
-        """Mean -log p per channel of the teacher's vectors ``mid`` (B + U, D, h, w) with noise; detached from them."""
+        """Return mean -log p per channel of the teacher's vectors ``mid`` (B + U, D, h, w) with noise; detached."""
         stride, width = self.student.decoder.stride, mid.shape[1]
         target, valid = (x[:, ::stride, ::stride].flatten(1) for x in (batch.target, batch.valid))
         counted = torch.cat([target != IGNORE, valid])
@@ -185,7 +186,7 @@ class Ddfp(MeanTeacher):
         return distributed_mean((nll * given.flatten()).sum() / width, given.sum())
 
     def _rarity(self, labels: Tensor) -> Callable[[list[Tensor]], Tensor]:
-        """From the decoder's four maps to the summed -log p of its vectors at positions with a label."""
+        """Return a function from the decoder's four maps to the summed -log p of its vectors at labelled positions."""
         stride = self.student.decoder.stride
         counted = (labels != IGNORE)[:, ::stride, ::stride].flatten()
 
@@ -195,15 +196,9 @@ class Ddfp(MeanTeacher):
 
         return rarity
 
-    def _boxes(self, batch: Batch, step: Step) -> CutMix:
-        device, name = batch.valid.device, (step.seed, "ddfp-cut", step.index)
-        rngs = [keyed_random.numpy_generator(*name, key) for key in batch.keys_u]
-        boxes = half_boxes(rngs, keyed_random.numpy_generator(*name, "coin"), batch.valid.shape[-1])
-        return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
-
 
 def lower_density(features: list[Tensor], nll: Callable[[list[Tensor]], Tensor], radius: float) -> list[Tensor]:
-    """A move of each vector along the gradient of ``nll``, a function of all maps: shaped like them, no gradient.
+    """Return a move of each vector along the gradient of ``nll``, a function of all maps: shaped like them, detached.
 
     At every position of a map (B, D_i, h_i, w_i) its length is ``radius`` times the mean length of the image's vectors
     there, or 0 where nothing changes ``nll``. Autocast is off in here: small gradients would be lost.

@@ -131,20 +131,20 @@ class LogicDiag(MeanTeacher):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """The teacher's classes before revision, and the shares of their paths after it."""
+        """Return the teacher's classes before revision, and the shares of their paths after it."""
         stages = self._stages(_nodes(self.teacher, self.teacher_groups, images))
         before, after = (upsample(x, images.shape[-2:]) for x in stages)
         scores = before.sigmoid()
         return {"before": scores / scores.sum(1, keepdim=True), "after": after.softmax(1)}
 
     def _stages(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (U, C, h, w) of the classes alone, and after revision, from those of all nodes (U, C + S, h, w)."""
+        """Return logits (U, C, h, w) of the classes alone, and after revision, from all nodes' (U, C + S, h, w)."""
         alone = z[:, : len(self.parent)]
         return alone, diagnose(z, self.parent, self.cfg.conflict_weight) if self.cfg.revise else alone
 
 
 def _nodes(network: Segmenter, groups: Classifier, images: Tensor) -> Tensor:
-    """Grid logits (B, C + S, h, w): the network's classes, then the groups, from the same maps."""
+    """Return grid logits (B, C + S, h, w): the network's classes, then the groups, from the same maps."""
     features = network.encode(images)
     stream = network.decode(features)["visual"]
     return torch.cat([stream.logits, groups(stream.mid, features[-1]).float()], 1)

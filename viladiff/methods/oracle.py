@@ -33,9 +33,9 @@ class OraclePseudoConfig(PseudoConfig):
 def with_truth(
     cfg: OraclePseudoConfig, progress: float, confidence: Tensor, labels: Tensor, truth: Tensor | None, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """Confidence and labels (U, H, W) with true labels where ``cfg.oracle`` says; as they are while it is off.
+    """Replace confidence and labels (U, H, W) by true labels where ``cfg.oracle`` says; unchanged if it is off.
 
-    truth: (U, H, W) int64, 255 in padding, where nothing is replaced. stride: pixels a cell of the label grid is wide;
+    truth: (U, H, W) int64, 255 in padding, where nothing is replaced. stride: width of a label grid's cell in pixels;
     edges are whole cells that hold a pixel on an edge.
     """
     if cfg.oracle == "none" or progress < cfg.oracle_from:
@@ -55,7 +55,7 @@ def with_truth(
 
 
 def _through_grid(truth: Tensor, stride: int) -> Tensor:
-    """Labels (U, H, W) averaged as one-hot maps over cells and brought back to pixels bilinearly, as logits are."""
+    """Average labels (U, H, W) as one-hot maps over cells and resize them to pixels bilinearly, as logits are."""
     known = truth != IGNORE
     onehot = F.one_hot(truth.masked_fill(~known, 0)).permute(0, 3, 1, 2).float() * known[:, None]
     cells = F.avg_pool2d(onehot, stride)

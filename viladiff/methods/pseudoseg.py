@@ -93,7 +93,7 @@ class PseudoSeg(Method):
 
     @torch.no_grad()
     def _soft_labels(self, images: Tensor, valid: Tensor) -> Tensor:
-        """Sharpened class probabilities (U, C, H, W) of weak views (U, 3, H, W); ``valid`` (U, H, W) bool."""
+        """Return sharpened class probabilities (U, C, H, W) of weak views (U, 3, H, W); ``valid`` (U, H, W) bool."""
         features = self.student.encode(images)
         grid = self.student.decode(features)["visual"].logits
         present = (self.sgc.tags(features[-1]) >= 0).float()  # a probability of one half
@@ -101,7 +101,7 @@ class PseudoSeg(Method):
         return upsample(fuse(grid, maps, self.cfg.pseudo.temperature), images.shape[-2:])
 
     def _cut(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
-        """The strong view with a square of the mean colour, which is 0, and its valid pixels without that square."""
+        """Fill a square of the strong view with the mean colour, which is 0; remove it from the valid pixels."""
         height, width = batch.valid.shape[-2:]
         rngs = [keyed_random.numpy_generator(step.seed, "pseudoseg-cutout", step.index, key) for key in batch.keys_u]
         boxes = square_boxes(rngs, width, self.cfg.cutout).to(batch.valid.device, non_blocking=True)
@@ -112,13 +112,13 @@ class PseudoSeg(Method):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """The decoder's own answer, and what it is fused to."""
+        """Return the decoder's own prediction, and the fused one."""
         whole = torch.ones_like(images[:, 0], dtype=torch.bool)
         return {"before": self.student(images)["visual"].softmax(1), "after": self._soft_labels(images, whole)}
 
 
 def fuse(logits: Tensor, maps: Tensor, temperature: float) -> Tensor:
-    """Mean of two predictions of equal weight, sharpened: (U, C, h, w), each pixel sums to 1.
+    """Average two predictions with equal weight and sharpen: (U, C, h, w), each pixel sums to 1.
 
     Both (U, C, h, w) logits of an image are divided by their common root mean square first.
     """
@@ -129,5 +129,5 @@ def fuse(logits: Tensor, maps: Tensor, temperature: float) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, soft: Tensor) -> Tensor:
-    """(U, H, W) nats: - sum over classes of ``soft`` log softmax(``logits``), both (U, C, H, W)."""
+    """Return (U, H, W) nats: - sum over classes of ``soft`` log softmax(``logits``), both (U, C, H, W)."""
     return F.cross_entropy(logits.float(), soft, reduction="none")

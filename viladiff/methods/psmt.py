@@ -22,12 +22,22 @@ from torch import Tensor, nn
 
 from viladiff.config.base import Section
 from viladiff.core import keyed_random
-from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
-from viladiff.data.transforms.mixing import apply_cutmix, beta_boxes, pair_partner
+from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.transforms.mixing import apply_cutmix, beta_boxes
 from viladiff.losses import distributed_mean, pixel_cross_entropy
-from viladiff.methods.base import MethodConfig, PredictConfig, PseudoConfig, Reference, StepCost, TeacherConfig
+from viladiff.methods.base import (
+    MethodConfig,
+    PredictConfig,
+    PseudoConfig,
+    Reference,
+    StepCost,
+    TeacherConfig,
+    TwoTeachers,
+    keyed_boxes,
+    turn,
+    turn_length,
+)
 from viladiff.methods.published import PublishedSetting
-from viladiff.methods.two_teachers import TwoTeachers, turn, turn_length
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Network, NetworkFactory, upsample
@@ -106,7 +116,7 @@ class PsMt(TwoTeachers):
         return self._warm(batch) if step.progress < self.cfg.warmup else self._teach(batch, batch.image_strong, step)
 
     def _warm(self, batch: Batch) -> Losses:
-        """Supervised: the student on coloured images, each coming teacher on plain ones."""
+        """Train with masks alone: the student on coloured images, each later teacher on plain ones."""
         networks = [(self.student, batch.image_strong), *((founder, batch.image) for founder in self.founders)]
         losses = [self.supervised(network(image)["visual"], batch.target) for network, image in networks]
         zero = torch.zeros((), device=losses[0].device)
@@ -120,7 +130,7 @@ class PsMt(TwoTeachers):
             confidence, labels = upsample(self._pseudo_logits(batch.weak[0], step), size).softmax(1).max(1)
         strong, valid = batch.strong[0], batch.valid
         if cfg.cutmix:
-            mix = self._boxes(batch, step)
+            mix = keyed_boxes(batch, step, "psmt-boxes", lambda draws, _, size: beta_boxes(draws, size))
             strong, confidence, labels, valid = (apply_cutmix(x, mix) for x in (strong, confidence, labels, valid))
         features = self.student.encode(torch.cat([image, strong]))
         if cfg.vat.epsilon:
@@ -156,7 +166,7 @@ class PsMt(TwoTeachers):
         return turn(step, self.cfg.teacher.switch_period)[0] % 2
 
     def _pseudo_logits(self, images: Tensor, step: Step) -> Tensor:
-        """Mean of the active teacher's grid logits and the strict assistant's: (U, C, h, w)."""
+        """Return the mean of the active teacher's grid logits and the strict assistant's: (U, C, h, w)."""
         active = self._active(step)
         mine, other = (self.teachers[i].streams(images)["visual"].logits for i in (active, 1 - active))
         return (mine + strict(other, mine, self.cfg.teacher.assistant_classes)) / 2
@@ -170,12 +180,6 @@ class PsMt(TwoTeachers):
         vat = self.cfg.vat
         return virtual_adversarial(features, self.teachers.grid_logits, start, vat.epsilon, vat.xi)
 
-    def _boxes(self, batch: Batch, step: Step) -> CutMix:
-        device = batch.valid.device
-        rngs = [keyed_random.numpy_generator(step.seed, "psmt-boxes", step.index, key) for key in batch.keys_u]
-        boxes = beta_boxes(rngs, batch.valid.shape[-1])
-        return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
-
     @torch.no_grad()
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
@@ -183,7 +187,7 @@ class PsMt(TwoTeachers):
         return {"before": upsample(self._pseudo_logits(images, step), images.shape[-2:]).softmax(1)}
 
     def predictor(self) -> Network:
-        """The mean of both teachers, as the paper evaluates."""
+        """Return the mean of both teachers, as the paper evaluates."""
         return self.teachers if self.cfg.predict.network == "teacher" else self.student
 
     def networks(self) -> dict[str, Network]:
@@ -191,12 +195,12 @@ class PsMt(TwoTeachers):
 
 
 def bounded_momentum(momentum: float, turn_steps: float) -> float:
-    """min(m, 1 - 1 / T): an average over 1 / (1 - m) steps is no longer than the turn of T steps that updates it."""
+    """Return min(m, 1 - 1 / T): an average over 1 / (1 - m) steps is no longer than the turn of T steps."""
     return min(momentum, 1 - 1 / turn_steps)
 
 
 def strict(assistant: Tensor, active: Tensor, classes: int) -> Tensor:
-    """The assistant's logits (U, C, h, w) at its highest ``classes`` of each pixel, the active teacher's elsewhere."""
+    """Return the assistant's logits (U, C, h, w) at its top ``classes`` of each pixel, else the active teacher's."""
     if classes >= assistant.shape[1]:
         return assistant
     lowest = assistant.topk(classes, 1).values[:, -1:]
@@ -204,7 +208,7 @@ def strict(assistant: Tensor, active: Tensor, classes: int) -> Tensor:
 
 
 def strict_consistency(logits: Tensor, labels: Tensor, confidence: Tensor, accepted: Tensor) -> Tensor:
-    """Cross-entropy times confidence, a mean over the accepted pixels alone; 0 where there are none.
+    """Return cross-entropy times confidence, a mean over the accepted pixels alone; 0 without any.
 
     ``logits`` (U, C, H, W), ``labels`` int64, ``confidence`` and bool ``accepted`` (U, H, W).
     """
@@ -213,5 +217,5 @@ def strict_consistency(logits: Tensor, labels: Tensor, confidence: Tensor, accep
 
 
 def ramp(progress: float, length: float) -> float:
-    """Half a cosine from 0 to 1 over ``length``, both shares of training."""
+    """Return half a cosine from 0 to 1 over ``length``, both shares of training."""
     return (1 - math.cos(math.pi * min(1.0, progress / length))) / 2 if length else 1.0

@@ -1,4 +1,4 @@
-"""What a method's publication sets by data set and list, as data."""
+"""Settings of a method's publication by data set and list, as data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PublishedSetting(NamedTuple):
     """What the publication also has there and no field here gives."""
 
     def holds(self, values: Mapping[str, object]) -> bool:
-        """Whether it is about a run with these fields (dotted path to value)."""
+        """Return whether it applies to a run with these fields (dotted path to value)."""
         wanted = {"data.dataset": self.datasets, "data.split": self.splits, "data.split_family": self.families}
         listed = all(not allowed or values.get(path) in allowed for path, allowed in wanted.items())
         return listed and all(values.get(path) == value for path, value in self.given.items())

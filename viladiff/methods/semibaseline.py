@@ -56,7 +56,7 @@ class SemiBaseline(MeanTeacher):
         return Views(strong=1, cutmix=cfg.cutmix, truth=cfg.pseudo.oracle != "none", tags=cfg.tags.weight > 0)
 
     def _pseudo(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
-        """Confidence and labels (U, H, W) of the teacher on the weak views."""
+        """Return confidence and labels (U, H, W) of the teacher on the weak views."""
         confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
         stride = self.student.decoder.stride
         return with_truth(self.cfg.pseudo, step.progress, confidence, labels, batch.truth_u, stride)

@@ -146,7 +146,7 @@ class SemiVl(UniMatch):
         )
 
     def networks(self) -> dict[str, Network]:
-        """Where there is a CLIP, it is scored by itself as well: what its labels from text are worth untrained."""
+        """Return the networks; an existing CLIP is evaluated too, as the untrained quality of its labels from text."""
         alone: dict[str, Any] = {"clip": ZeroShot(self._clip[0], self)} if self._clip else {}
         return {**super().networks(), **alone}
 
@@ -183,9 +183,9 @@ class SemiVl(UniMatch):
         return total, terms, parts
 
     def _guide(self, batch: Batch, top: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Likeness (U, K, h, w) of the weak views to the classes, and of the labelled images where it can be taught.
+        """Return the likeness (U, K, h, w) of the weak views to the classes, and of labelled images if it is trained.
 
-        ``top`` holds the encoder's last map of all views; labelled ones teach the encoder as well.
+        ``top`` holds the encoder's last map of all views; labelled ones train the encoder as well.
         """
         for clip in self._clip:
             return self.likeness(clip(batch.weak[0])), None
@@ -194,7 +194,7 @@ class SemiVl(UniMatch):
         return weak.detach(), mine
 
     def likeness(self, dense: Tensor) -> Tensor:
-        """Unit maps (B, T, h, w) to each class's best concept's cosine: (B, K, h, w)."""
+        """Map unit features (B, T, h, w) to the cosine of each class's best concept: (B, K, h, w)."""
         return best_concepts(similarity(dense, self.concepts), self.owner, self.student.num_classes)
 
 
@@ -207,14 +207,14 @@ class ZeroShot(nn.Module):
         self._method = (method,)  # in a tuple: the method is no part of this
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        """images (B, 3, H, W) to {"visual": (B, C, H, W) logits}."""
+        """Map images (B, 3, H, W) to {"visual": (B, C, H, W) logits}."""
         (method,) = self._method
         likeness = method.likeness(self.clip(images)) * method.cfg.guidance.scale
         return {"visual": upsample(likeness, images.shape[-2:])}
 
 
 class Texts(NamedTuple):
-    """What the labels from text and the decoder read; vectors are of length 1."""
+    """The vectors that the labels from text and the decoder read, of length 1."""
 
     clip: tuple[MaskClip, ...]
     """One where it is given, or none."""
@@ -227,10 +227,10 @@ class Texts(NamedTuple):
 
 
 def read_texts(cfg: ClipConfig, build: NetworkFactory) -> Texts:
-    """The vectors of the classes' concepts and names, of CLIP where it is given.
+    """Encode the classes' concepts and names, with CLIP if it is available.
 
-    Concepts that the text encoder does not know are left out; where it knows none of those published for a class, the
-    general ones stand in for those of all. Where a checkpoint brings the texts, there is neither CLIP nor a concept.
+    Concepts unknown to the text encoder are left out; if it knows none of a class's published ones, the general
+    concepts replace those of all classes. With a checkpoint that brings the texts there is neither CLIP nor a concept.
     Raises ValueError for a class without a known concept, and as ``load_clip``.
     """
     count = build.num_classes
@@ -254,7 +254,7 @@ def read_texts(cfg: ClipConfig, build: NetworkFactory) -> Texts:
 
 
 def _said(build: NetworkFactory, dataset: str) -> tuple[list[str], Tensor]:
-    """All concepts and then all names, and whose each is: class k for a concept, K + k for a name."""
+    """Return all concepts and then all names, and their owners: class k for a concept, K + k for a name."""
     groups = (*concepts(build.class_names, dataset), *names(build.class_names, dataset))
     owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
     return [text for group in groups for text in group], owner
@@ -267,20 +267,20 @@ def _gathered(clip: tuple[MaskClip, ...], vectors: Tensor, owner: Tensor, count:
 
 
 def class_text_vectors(vectors: Tensor, owner: Tensor, num_classes: int) -> Tensor:
-    """(K, T): the mean of each class's unit vectors (M, T), at length 1, or 0 where all are 0; ``owner`` (M,) int64."""
+    """Return (K, T): the mean of each class's unit vectors (M, T), at length 1, or 0 if all are 0; ``owner`` (M,)."""
     sums = torch.zeros(num_classes, vectors.shape[1]).index_add_(0, owner, vectors)
     return F.normalize(sums, dim=1)
 
 
 def best_concepts(similar: Tensor, owner: Tensor, num_classes: int) -> Tensor:
-    """(B, M, h, w) to (B, K, h, w): the highest of each class's own."""
+    """Reduce (B, M, h, w) to (B, K, h, w): the highest of each class's own."""
     index = owner.view(1, -1, 1, 1).expand_as(similar)
     found = similar.new_zeros(len(similar), num_classes, *similar.shape[2:])
     return found.scatter_reduce(1, index, similar, "amax", include_self=False)
 
 
 def train_attention_only(encoder: nn.Module, name: str) -> None:
-    """Freezes all but attention and position embeddings. ValueError where there is no attention."""
+    """Freeze all but attention and position embeddings. Raises ValueError if there is no attention."""
     chosen = {
         n
         for n, _ in encoder.named_parameters()

@@ -31,9 +31,10 @@ from viladiff.methods.base import (
     Reference,
     StepCost,
     TeacherConfig,
+    TwoTeachers,
+    turn,
 )
 from viladiff.methods.published import PublishedSetting
-from viladiff.methods.two_teachers import TwoTeachers, turn
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
 
@@ -116,12 +117,12 @@ class Swith(TwoTeachers):
         return Losses(total, terms, parts)
 
     def after_step(self, step: Step) -> None:
-        """The teacher of the next step follows the student; at the start of its turn it becomes the student."""
+        """Update the teacher of the next step; at the start of its turn it is set to the student."""
         number, done = turn(step, self.cfg.teacher.switch_period, ahead=1)
         ema_update(self.teachers[number % 2], self.student, done, self.cfg.teacher.momentum)
 
     def _active(self, step: Step) -> int:
-        """0 in turns of CutMix, 1 in turns of ClassMix."""
+        """Return 0 in turns of CutMix, 1 in turns of ClassMix."""
         return turn(step, self.cfg.teacher.switch_period)[0] % 2
 
     def _box_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
@@ -130,7 +131,7 @@ class Swith(TwoTeachers):
         return box_mask(beta_boxes(rngs, width).to(labels.device, non_blocking=True), height, width)
 
     def _class_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
-        """The pixels of half of the classes that the teacher sees in each image's partner."""
+        """Return the pixels of half of the classes that the teacher predicts in each image's partner."""
         shape, name = (self.student.num_classes,), (step.seed, "swith-classes", step.index)
         uniform = keyed_random.uniform(batch.keys_u, shape, *name, device=labels.device)
         return class_mask(labels, batch.valid, uniform)[partner]
@@ -149,7 +150,7 @@ class Swith(TwoTeachers):
 
 
 def sure_share(sure: Tensor, valid: Tensor, whole_batch: bool) -> Tensor:
-    """Share of valid pixels that are sure: (U, 1, 1) by picture, or (1, 1, 1) over all pictures of all workers.
+    """Return the share of valid pixels that are sure: (U, 1, 1) by image, or (1, 1, 1) over all images of all workers.
 
     ``sure`` and ``valid`` (U, H, W) bool; 0 where nothing is valid.
     """

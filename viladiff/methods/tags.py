@@ -28,7 +28,7 @@ class TagsConfig(Section):
 
 
 def of_both(tags: Tensor, mix: CutMix) -> Tensor:
-    """Tags (U, C) of pictures that have a box of their partner: 1 if either is, else -1 if either is, else 0."""
+    """Join the tags (U, C) of images and their pasted partners: 1 if either is, else -1 if either is, else 0."""
     boxed = (mix.boxes[:, 2] > mix.boxes[:, 0])[:, None]
     other = torch.where(boxed, tags[mix.partner], tags)
     unknown = torch.minimum(tags, other) < 0
@@ -36,9 +36,9 @@ def of_both(tags: Tensor, mix: CutMix) -> Tensor:
 
 
 def shown_mean(top: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (B, D) of a map (B, D, h, w) over cells that show a pixel of ``shown`` (B, H, W) bool; 0 where none does.
+    """Average a map (B, D, h, w) over cells that show a pixel of ``shown`` (B, H, W) bool: (B, D), 0 where none does.
 
-    And (B,) bool, whether one does.
+    Also returns (B,) bool, whether one does.
     """
     cells = (F.adaptive_max_pool2d(shown[:, None].float(), top.shape[-2:]) > 0).float()
     count = cells.sum((1, 2, 3))
@@ -46,9 +46,9 @@ def shown_mean(top: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tag_cross_entropy(logits: Tensor, tags: Tensor, seen: Tensor) -> Tensor:
-    """Mean binary cross-entropy, in nats, over known tags of seen images; logits and tags (B, C), seen (B,) bool.
+    """Return mean binary cross-entropy, in nats, over known tags of seen images; logits, tags (B, C), seen (B,) bool.
 
-    Tags are 1 or 0, and -1 where they are not known; 0 where none is.
+    Tags are 1 or 0, and -1 if unknown; the result is 0 if all are.
     """
     known = (tags >= 0) & seen[:, None]
     loss = F.binary_cross_entropy_with_logits(logits.float(), tags.clamp(min=0), reduction="none")

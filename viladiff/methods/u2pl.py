@@ -33,8 +33,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.core import keyed_random
-from viladiff.data.batch import IGNORE, Batch, CutMix, Losses, Step, Views
-from viladiff.data.transforms.mixing import apply_cutmix, half_boxes, pair_partner
+from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
+from viladiff.data.transforms.mixing import apply_cutmix, half_boxes
 from viladiff.losses import (
     all_gather,
     all_reduce_sum,
@@ -49,6 +49,7 @@ from viladiff.methods.base import (
     Reference,
     StepCost,
     TeacherConfig,
+    keyed_boxes,
     steps_after,
 )
 from viladiff.methods.published import PublishedSetting
@@ -111,7 +112,10 @@ class Representation(nn.Module):
         self.last = nn.Conv2d(width, width, 1)
 
     def forward(self, mid: Tensor, uniform: Tensor | None = None, p: float = 0.1) -> Tensor:
-        """mid (B, D, h, w), and ``uniform`` (B, 2 * width) where channels are to drop: (B, h * w, width) float32."""
+        """Map mid (B, D, h, w) to representations (B, h * w, width) float32;
+
+        ``uniform`` (B, 2 * width) draws dropped channels.
+        """
         x = mid
         for i, layer in enumerate((self.first, self.second)):
             x = layer(x)
@@ -153,7 +157,7 @@ class U2pl(MeanTeacher):
         return Views(weak=1, pairs=self.cfg.cutmix)
 
     def threshold(self) -> float:
-        """Entropy decides, among the pixels of a batch; at no confidence is a label refused."""
+        """Return 0: entropy selects among the pixels of a batch, and no confidence excludes a label."""
         return 0.0
 
     def forward(self, batch: Batch, step: Step) -> Losses:
@@ -169,7 +173,7 @@ class U2pl(MeanTeacher):
     def _teach(self, batch: Batch, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(batch.image), batch.image.shape[-2:]
         weak, valid = batch.weak[0], batch.valid
-        mix = self._boxes(batch, step) if cfg.cutmix else None
+        mix = keyed_boxes(batch, step, "u2pl-cutmix", half_boxes) if cfg.cutmix else None
         images = torch.cat([batch.image, weak if mix is None else apply_cutmix(weak, mix)])
         with torch.no_grad():
             found = self.teacher.streams(torch.cat([weak, images]))["visual"]
@@ -198,10 +202,10 @@ class U2pl(MeanTeacher):
     def _contrast(
         self, stream: StreamOutput, found: StreamOutput, classes: Tensor, limits: list[Tensor], batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor]:
-        """L_c on the decoder's grid, and the number of its anchors; notes what the queues will get.
+        """Return L_c on the decoder's grid, and the number of its anchors; store the vectors for the queues.
 
-        ``stream`` is the student's of labelled and mixed pictures, ``found`` the teacher's of the weak views and then
-        of these. ``classes`` (B + U, H, W) has 255 where there is none, ``limits`` say where entropy is low, and high.
+        ``stream`` is the student's of labelled and mixed images, ``found`` the teacher's of the weak views and then of
+        these. ``classes`` (B + U, H, W) is 255 where unknown, ``limits`` bound low and high entropy.
         """
         cfg, stride, labelled = self.cfg, self.student.decoder.stride, len(batch.image)
         keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
@@ -233,7 +237,7 @@ class U2pl(MeanTeacher):
         return total, counted.sum()
 
     def after_step(self, step: Step) -> None:
-        """The teacher follows, anew from the end of the warm-up on; then the queues take in what the step has seen."""
+        """Update the teacher, restarted at the end of the warm-up; then add the step's vectors to the queues."""
         done = steps_after(self.cfg.warmup, step)
         for mine, theirs in ((self.teacher, self.student), (self.teacher_head, self.head)):
             ema_update(mine, theirs, done, self.cfg.teacher.momentum)
@@ -242,24 +246,18 @@ class U2pl(MeanTeacher):
             for kind in zip(*seen, strict=True):  # labelled images, then the others
                 self.banks.push(*(torch.cat(parts) for parts in zip(*kind, strict=True)))
 
-    def _boxes(self, batch: Batch, step: Step) -> CutMix:
-        device, name = batch.valid.device, (step.seed, "u2pl-cutmix", step.index)
-        rngs = [keyed_random.numpy_generator(*name, key) for key in batch.keys_u]
-        boxes = half_boxes(rngs, keyed_random.numpy_generator(*name, "coin"), batch.valid.shape[-1])
-        return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
-
 
 def entropy(logits: Tensor) -> Tensor:
-    """(U, H, W) nats of (U, C, H, W)."""
+    """Return (U, H, W) nats of (U, C, H, W)."""
     logs = logits.float().log_softmax(1)
     return -(logs.exp() * logs).sum(1)
 
 
 def percentiles(values: Tensor, counted: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """Scalars below which ``shares`` percent of the counted values of all workers lie, interpolated linearly.
+    """Return scalars below which ``shares`` percent of the counted values of all workers lie, interpolated linearly.
 
-    NumPy's definition; infinite where nothing is counted. ``values`` float and ``counted`` bool of one shape, which
-    must be the same on all workers.
+    NumPy's definition; infinite if nothing is counted. ``values`` float and ``counted`` bool of one shape, which must
+    be the same on all workers.
     """
     ordered = all_gather(torch.where(counted, values, torch.inf).flatten()).sort().values
     last = (all_reduce_sum(counted.sum()) - 1).clamp(min=0)
@@ -273,7 +271,7 @@ def percentiles(values: Tensor, counted: Tensor, shares: tuple[float, ...]) -> t
 
 
 def kept_consistency(logits: Tensor, labels: Tensor, kept: Tensor, valid: Tensor) -> Tensor:
-    """(N / N_kept) times the mean cross-entropy of the kept pixels, over all workers; 0 where none is kept.
+    """Return (N / N_kept) times the mean cross-entropy of the kept pixels, over all workers; 0 if none is kept.
 
     ``logits`` (U, C, H, W), ``labels`` (U, H, W) int64, ``kept`` and ``valid`` (U, H, W) bool, N the valid pixels.
     """
@@ -283,7 +281,7 @@ def kept_consistency(logits: Tensor, labels: Tensor, kept: Tensor, valid: Tensor
 
 
 def contrast(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """-log of the positive's share in exp(cos(anchor, .) / T) over the positive and all negatives: (...), float32.
+    """Return -log of the positive's share in exp(cos(anchor, .) / T) over the positive and all negatives: (...).
 
     ``anchors`` and ``positives`` (..., D), ``negatives`` (..., m, D) of unit length or 0; anchors alone get a gradient.
     """
@@ -294,7 +292,7 @@ def contrast(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature:
 
 
 def class_prototypes(vectors: Tensor, classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
-    """(C, D) means over the counted vectors of all workers by class, 0 for a class without any.
+    """Return (C, D) means over the counted vectors of all workers by class, 0 for a class without any.
 
     ``vectors`` (n, D), ``classes`` (n,) int64, ``counted`` (n,) bool.
     """
@@ -307,7 +305,7 @@ def class_prototypes(vectors: Tensor, classes: Tensor, counted: Tensor, num_clas
 
 
 def not_of(p: Tensor, target: Tensor, labelled: int, first: int, last: int) -> Tensor:
-    """(N, C, n) bool: the pixel is almost surely not of the class, yet was mistaken for it, or might have been.
+    """Return (N, C, n) bool: the pixel is almost surely not of the class, yet was mistaken for it, or might have been.
 
     The first ``labelled`` images have the classes ``target`` (N, n); there the class is another one and among the
     ``first`` of the sorted probabilities ``p`` (N, C, n). In the others its place, from 0, is in [first, last).
@@ -321,7 +319,7 @@ def not_of(p: Tensor, target: Tensor, labelled: int, first: int, last: int) -> T
 
 
 def shared_sample(classes: Tensor, counted: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """As ``sample`` of (N, n), but the classes of an image get equally many places, as far as each has counted ones."""
+    """Sample (N, n) as ``sample_positions`` does, equally many of each class of an image as far as it has them."""
     at = torch.where(counted, order, 2.0).argsort(dim=1, stable=True)
     group = torch.where(counted, classes, torch.iinfo(torch.int32).max).gather(1, at)
     group, by_class = group.sort(dim=1, stable=True)

@@ -98,7 +98,7 @@ class UniMatch(Method):
         return Losses(total, logged, {"sup": sup / 2, **halves, **own})
 
     def judge(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor]:
-        """Confidence and labels (U, H, W) of the weak views and the least confidence that counts.
+        """Return confidence and labels (U, H, W) of the weak views and the lowest confidence that counts.
 
         ``mine`` (B, C, H, W) are the logits of the labelled images, ``clean`` (U, C, H, W) those of the weak views.
         """
@@ -106,13 +106,13 @@ class UniMatch(Method):
         return confidence, labels, self.cfg.pseudo.threshold
 
     def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
-        """(U, H, W) how much each pixel's label counts, by its confidence (U, H, W)."""
+        """Return the weight (U, H, W) of each pixel's label, by its confidence (U, H, W)."""
         return (confidence >= threshold).float()
 
     def beside(
         self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """What is added to the total, its terms, and its weighted parts; here nothing.
+        """Return an extra loss, its terms and its weighted parts; zero here, for subclasses.
 
         ``features`` are the encoder's maps of labelled, weak and both strong views, ``streams`` the logits
         (U, C, H, W) of the strong views and of the weak one with dropped channels.
@@ -120,7 +120,7 @@ class UniMatch(Method):
         return streams[0].new_zeros(()), {}, {}
 
     def statistics(self) -> dict[str, Tensor]:
-        """Running values for the log; here none."""
+        """Return running values for the log; none here."""
         return {}
 
     @torch.no_grad()

@@ -99,7 +99,7 @@ class UniMatchV2(MeanTeacher):
         return Losses((sup + weighted) / 2, terms, {"sup": sup / 2, "pseudo": weighted / 2})
 
     def _dropped(self, features: list[Tensor], labelled: int, keys: tuple[int, ...], step: Step) -> list[Tensor]:
-        """Maps (B + 2 U, ...) of labelled images and both streams, the latter without each other's channels."""
+        """Return maps (B + 2 U, ...) of labelled images and both streams, these with complementary channels dropped."""
         device = features[0].device
         name = (step.seed, "complementary", step.index)
         uniform = keyed_random.uniform(keys, (widest(features),), *name, device=device)

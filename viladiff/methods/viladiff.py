@@ -6,6 +6,7 @@ unlabelled images nothing but pixels is mixed, and ``data.cutmix_grid`` may be "
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ from viladiff.losses import (
 )
 from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, PredictConfig, Reference, StepCost, TeacherConfig
 from viladiff.methods.oracle import OraclePseudoConfig, with_truth
-from viladiff.methods.viladiff_mixe import MixeTeacher, Pseudo, Refined
+from viladiff.methods.viladiff_mixe import MixeTeacher, Refined
+from viladiff.methods.viladiff_outputs import Pseudo
 from viladiff.models.mixe import MixeConfig, class_codes, noise_levels
 from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream, upsample
 from viladiff.models.stream import StreamOutput
@@ -64,7 +66,7 @@ class ViLaDiffConfig(MethodConfig):
             return self
         if "other_stream" in self.mixe.condition and not self.vila.enabled:
             raise ValueError(
-                "mixe.condition = 'other_stream': there is one stream with vila.enabled = false; leave it out"
+                "mixe.condition = 'other_stream': there is one stream with vila.enabled = false; remove it"
             )
         if self.mixe.unlabelled_views == "cutmix" and not self.cutmix:
             raise ValueError("mixe.unlabelled_views = 'cutmix': no boxes with cutmix = false; set strong")
@@ -85,9 +87,22 @@ TERM_FIELDS = {
 }
 
 
+READING: Mapping[str, object] = {
+    **SHARED_THRESHOLD,
+    "vila.temperature": 1.0,
+    "vila.logit_weight": 0.3,
+    "vila.path_weights.teacher_logits": 0.0,
+    "mixe.refine_where": "unsure",
+    "mixe.labelled_views": "strong",
+    "mixe.unlabelled_views": "strong",
+}
+"""What the text leaves open, as it was chosen on ``dev`` of the embedded data: reports/published/protocol/table.md."""
+
+
 class ViLaDiff(MixeTeacher):
     Config = ViLaDiffConfig
-    embedded = SHARED_THRESHOLD
+    embedded = READING
+    revision = 2
     views = Views(strong=1, cutmix=True, text=True, whole_cells=True)
     paper = Reference(
         "Learning Beyond Vision: Vision-Language Distillation and Edge-Aware Mix Diffusion in Semi-Supervised "
@@ -110,10 +125,10 @@ class ViLaDiff(MixeTeacher):
         return replace(views, strong_labelled=coloured, apart=apart)
 
     def networks(self) -> dict[str, Any]:
-        found: dict[str, Any] = super().networks()
+        networks: dict[str, Any] = super().networks()
         network = self.predictor()
         assert isinstance(network, Segmenter)
-        return found | {"refined": Refined(self, network)} if self.cfg.predict.refine else found
+        return networks | {"refined": Refined(self, network)} if self.cfg.predict.refine else networks
 
     def shared(self) -> dict[str, list[nn.Parameter]]:
         own = {} if self.denoiser is None else {"denoiser": list(self.denoiser.parameters())}
@@ -128,12 +143,12 @@ class ViLaDiff(MixeTeacher):
         cfg, labelled, size = self.cfg, len(batch.image), batch.image.shape[-2:]
         mix = batch.mix[0] if batch.mix else None
         with torch.no_grad():
-            taught = self._teach(batch, mix, step)
-            soft = self._source_logits(taught.weak.streams)
-            before = upsample(soft, size).softmax(1)
-            plain = Pseudo(*before.max(1))
-            refined = self._refined(taught.weak, soft, batch.keys_u, step)
-            pseudo = plain if refined is None else Pseudo(*self.relabelled(before, refined, batch.valid).max(1))
+            teacher_out = self._teach(batch, mix, step)
+            teacher_logits = self._source_logits(teacher_out.weak.streams)
+            before = upsample(teacher_logits, size).softmax(1)
+            unrefined = Pseudo(*before.max(1))
+            refined = self._refined(teacher_out.weak, teacher_logits, batch.keys_u, step)
+            pseudo = unrefined if refined is None else Pseudo(*self.relabelled(before, refined, batch.valid).max(1))
             self._calibrate(batch, step)
             stride = self.student.decoder.stride
             pseudo = Pseudo(*with_truth(cfg.pseudo, step.progress, *pseudo, batch.truth_u, stride))
@@ -142,32 +157,34 @@ class ViLaDiff(MixeTeacher):
         if mix is not None:
             strong, valid = apply_cutmix(strong, mix), apply_cutmix(valid, mix)
             pseudo = Pseudo(*(apply_cutmix(x, mix) for x in pseudo))
-            plain = Pseudo(*(apply_cutmix(x, mix) for x in plain))
+            unrefined = Pseudo(*(apply_cutmix(x, mix) for x in unrefined))
         text = join_text(batch.text, self._words(batch.text_u, mix))
-        seen = self._see(self.student, torch.cat([batch.image, strong]), text)
-        logits = {name: upsample(stream.logits, size) for name, stream in seen.streams.items()}
+        student_out = self._see(self.student, torch.cat([batch.image, strong]), text)
+        logits = {name: upsample(stream.logits, size) for name, stream in student_out.streams.items()}
 
-        accepted = (pseudo.confidence >= cfg.pseudo.threshold).float()
+        confident = (pseudo.confidence >= cfg.pseudo.threshold).float()
         target = self._supervised(batch)
-        answers = torch.cat([target, pseudo.labels])
-        maps = {name: pixel_cross_entropy(x, answers) for name, x in logits.items()}
-        sup = torch.stack([self.supervised_mean(x[:labelled], target) for x in maps.values()]).mean()
-        cons = torch.stack([weighted_pixel_mean(x[labelled:], accepted, valid) for x in maps.values()]).mean()
-        parts = {"sup": sup, "pseudo": cfg.pseudo.weight * cons}
+        targets = torch.cat([target, pseudo.labels])
+        maps = {name: pixel_cross_entropy(x, targets) for name, x in logits.items()}
+        loss_sup = torch.stack([self.supervised_mean(x[:labelled], target) for x in maps.values()]).mean()
+        loss_pseudo = torch.stack([weighted_pixel_mean(x[labelled:], confident, valid) for x in maps.values()]).mean()
+        parts = {"sup": loss_sup, "pseudo": cfg.pseudo.weight * loss_pseudo}
         total = parts["sup"] + parts["pseudo"]
-        coverage = distributed_mean((accepted * valid).sum(), valid.sum())
-        terms = {"sup": sup, "pseudo": cons, "coverage": coverage}
+        coverage = distributed_mean((confident * valid).sum(), valid.sum())
+        terms = {"sup": loss_sup, "pseudo": loss_pseudo, "coverage": coverage}
 
         if cfg.vila.enabled:
-            student = {name: StreamOutput(*(x[labelled:] for x in stream)) for name, stream in seen.streams.items()}
-            gate = self._gate({name: x[labelled:] for name, x in maps.items()}, (accepted * valid) > 0)
-            distilled = self._distil(taught.weak.streams, student, gate, valid, mix)
+            student = {
+                name: StreamOutput(*(x[labelled:] for x in stream)) for name, stream in student_out.streams.items()
+            }
+            gate = self._gate({name: x[labelled:] for name, x in maps.items()}, (confident * valid) > 0)
+            distilled = self._distil(teacher_out.weak.streams, student, gate, valid, mix)
             total = total + sum(distilled.terms.values())
             terms |= distilled.terms | {"gate": gate.mean()}
             parts |= distilled.parts
         if self.denoiser is not None:
-            soft = self._unlabelled_start(taught, soft, mix)
-            diffusion = self._diffuse(batch, step, seen, taught, soft, plain, valid)
+            teacher_logits = self._unlabelled_start(teacher_out, teacher_logits, mix)
+            diffusion = self._diffuse(batch, step, student_out, teacher_out, teacher_logits, unrefined, valid)
             ce, edge, noise = cfg.mixe.loss_weights
             total = total + ce * diffusion["mixe_ce"] + edge * diffusion["mixe_edge"] + noise * diffusion["mixe_noise"]
             terms |= diffusion
@@ -179,36 +196,36 @@ class ViLaDiff(MixeTeacher):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """Of ``after`` the scores that training chooses by, which need not add up to 1."""
-        seen = self._see(self.teacher, images, text)
-        soft = self._source_logits(seen.streams)
-        before = upsample(soft, images.shape[-2:]).softmax(1)
-        refined = self._refined(seen, soft, keys, step, always=True)
+        """Return the probabilities ``before`` refinement and the scores ``after``, which need not sum to 1."""
+        teacher_out = self._see(self.teacher, images, text)
+        teacher_logits = self._source_logits(teacher_out.streams)
+        before = upsample(teacher_logits, images.shape[-2:]).softmax(1)
+        refined = self._refined(teacher_out, teacher_logits, keys, step, always=True)
         return {"before": before} if refined is None else {"before": before, "after": self.relabelled(before, refined)}
 
     @torch.no_grad()
     def illustrate(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        """Pseudo-labels before and after refinement, the edges that flip more, and the labels at a few noise levels."""
+        """Return labels before and after refinement, the edges that flip more, and labels at a few noise levels."""
         stages = [x.argmax(1) for x in self.pseudo_labels(images, text, keys, step).values()]
-        found = dict(zip(("pseudo-label", "refined"), stages, strict=False))
+        label_maps = dict(zip(("pseudo-label", "refined"), stages, strict=False))
         cfg, size = self.cfg.mixe, images.shape[-2:]
         if self.denoiser is None or cfg.denoiser != "diffusion":
-            return found
-        soft = self._source_logits(self.teacher.streams(images, text)).softmax(1)
-        _, classes, h, w = soft.shape
+            return label_maps
+        probs = self._source_logits(self.teacher.streams(images, text)).softmax(1)
+        _, classes, h, w = probs.shape
         length = class_codes(classes).shape[1]
-        noise = keyed_random.normal(keys, (length, h, w), step.seed, "picture-noise", step.index, device=soft.device)
-        uniform = keyed_random.uniform(keys, (h, w), step.seed, "picture-flip", step.index, device=soft.device)
-        levels = noise_levels(soft, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
-        large = {name: F.interpolate(x.float()[:, None], size, mode="nearest")[:, 0] for name, x in levels.items()}
-        return found | {name: labels.long() for name, labels in large.items()}
+        noise = keyed_random.normal(keys, (length, h, w), step.seed, "picture-noise", step.index, device=probs.device)
+        uniform = keyed_random.uniform(keys, (h, w), step.seed, "picture-flip", step.index, device=probs.device)
+        levels = noise_levels(probs, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
+        resized = {name: F.interpolate(x.float()[:, None], size, mode="nearest")[:, 0] for name, x in levels.items()}
+        return label_maps | {name: labels.long() for name, labels in resized.items()}
 
     # ViLa (section 3.3)
 
     def _gate(self, maps: dict[str, Tensor], counted: Tensor) -> Tensor:
-        """(U,) 1 where the fusion stream may teach the visual one: where its cross-entropy to the labels is lower.
+        """Return (U,) 1 where the fusion stream may teach the visual one: if its cross-entropy to the labels is lower.
 
         ``maps`` (U, H, W) a stream, of which the bool pixels ``counted`` are read.
         """
@@ -223,17 +240,17 @@ class ViLaDiff(MixeTeacher):
 
     def _distil(
         self,
-        taught: dict[str, StreamOutput],
+        teacher: dict[str, StreamOutput],
         student: dict[str, StreamOutput],
         gate: Tensor,
         valid: Tensor,
         mix: CutMix | None,
     ) -> Distilled:
-        """Eq. 12; teacher maps are mixed with the boxes of the strong view."""
+        """Return Eq. 12; teacher maps are mixed with the boxes of the strong view."""
         cfg, patch, stride = self.cfg.vila, self.student.patch, self.student.decoder.stride
         h, w = valid.shape[-2] // patch, valid.shape[-1] // patch
         cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)
         pixels = F.avg_pool2d(valid.float()[:, None], stride)[:, 0] > 0.5
         if mix is not None:
-            taught = {name: cutmix_stream(stream, mix, h, w, patch, stride) for name, stream in taught.items()}
-        return distil(cfg, taught, student, gate, cells, pixels)
+            teacher = {name: cutmix_stream(stream, mix, h, w, patch, stride) for name, stream in teacher.items()}
+        return distil(cfg, teacher, student, gate, cells, pixels)

@@ -1,8 +1,8 @@
-"""The MixE half of ViLaDiff: what its denoiser learns from, what it reads, and which labels it replaces."""
+"""The MixE half of ViLaDiff: training of the denoiser, its inputs, and the labels that it replaces."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from viladiff.data.batch import IGNORE, Batch, CutMix, Step, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes, join_text, mix_text, pair_partner
 from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, pixel_cross_entropy, weighted_pixel_mean
 from viladiff.methods.base import MeanTeacher
+from viladiff.methods.viladiff_outputs import NetworkOutput, Places, Pseudo, TeacherOutput, select_rows
 from viladiff.models.guided import Guided
 from viladiff.models.mixe import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
 from viladiff.models.relabel import Calibration, refined_pixels, relabelled
@@ -21,58 +22,6 @@ from viladiff.models.stream import StreamOutput
 
 LEAD = 0.1
 """Share of training before refinement from which refined confidence is calibrated."""
-
-
-Places = slice | list[int]
-"""Images of a batch."""
-
-
-class Pseudo(NamedTuple):
-    """Labels for the unlabelled pixels and how sure the teacher is of them."""
-
-    confidence: Tensor
-    """(U, H, W)."""
-    labels: Tensor
-    """(U, H, W) int64."""
-
-
-class Seen(NamedTuple):
-    """What a network says of pictures, with all that the denoiser may be conditioned on."""
-
-    streams: dict[str, StreamOutput]
-    image: Tensor
-    """(B, 3, H, W)."""
-    finer: tuple[Tensor, ...] = ()
-    """The encoder's two finest maps (B, D_i, h_i, w_i), where they are wanted."""
-
-    def part(self, where: Places) -> Seen:
-        """Some of the pictures, without a gradient."""
-        streams = {
-            name: StreamOutput(*(_rows(x.detach(), where) for x in stream)) for name, stream in self.streams.items()
-        }
-        return Seen(streams, _rows(self.image, where), tuple(_rows(x.detach(), where) for x in self.finer))
-
-    def mixed(self, mix: CutMix) -> Seen:
-        """The same with boxes pasted into every map but the tokens."""
-
-        def cut(x: Tensor) -> Tensor:
-            return apply_cutmix(x, mix, self.image.shape[-1] // x.shape[-1])
-
-        streams = {name: StreamOutput(x.features, cut(x.mid), cut(x.logits)) for name, x in self.streams.items()}
-        return Seen(streams, cut(self.image), tuple(cut(x) for x in self.finer))
-
-
-class Taught(NamedTuple):
-    """The teacher's view of a batch; logits are those of the stream that makes pseudo-labels, on the grid."""
-
-    weak: Seen
-    """Of the unlabelled images' weak views."""
-    labelled: Tensor | None
-    """(K, C, h, w) logits behind x_0 of the labelled images that MixE learns from."""
-    unlabelled: Tensor | None
-    """(U, C, h, w) logits behind x_0 of the unlabelled images where those are of another view than the weak one."""
-    boxes: CutMix | None
-    """What was pasted into the labelled images before."""
 
 
 class MixeTeacher(MeanTeacher):
@@ -106,11 +55,11 @@ class MixeTeacher(MeanTeacher):
     # Images: which ones, which views
 
     def _period(self) -> int:
-        """Every such labelled image of a batch is left out of the supervised loss; 1 where none is."""
+        """Return n if every n-th labelled image of a batch is left out of the supervised loss; 1 if none is."""
         return int(self.cfg.mixe.period) if self.cfg.mixe.enabled else 1
 
     def _supervised(self, batch: Batch) -> Tensor:
-        """(B, H, W) masks without those of images that are left out."""
+        """Return (B, H, W) masks, 255 in images that are left out."""
         if self._period() == 1:
             return batch.target
         target = batch.target.clone()
@@ -118,96 +67,96 @@ class MixeTeacher(MeanTeacher):
         return target
 
     def _chosen(self, batch: Batch) -> Places:
-        """Labelled images that MixE learns from: as many as there are unlabelled ones; all at equal batch sizes.
+        """Choose the labelled images that MixE learns from: as many as unlabelled ones; all at equal batch sizes.
 
-        Of images that are left out where there are any, unless confidence is calibrated on those. They are evenly
+        They are among the left-out images if there are any, unless confidence is calibrated on those. They are evenly
         spaced, so that workers with a share each choose together what one worker would.
         """
         period = 1 if self.calibration is not None else self._period()
         count, most = len(batch.image) // period, len(batch.weak[0])
         if count > most and count % most:
-            places = [i for i in range(count) if -(-(i + 1) * most // count) > -(-i * most // count)]
-            return [i * period + period - 1 for i in places]
+            indices = [i for i in range(count) if -(-(i + 1) * most // count) > -(-i * most // count)]
+            return [i * period + period - 1 for i in indices]
         return slice(period - 1, len(batch.image), period * max(1, count // most))
 
-    def _teach(self, batch: Batch, mix: CutMix | None, step: Step) -> Taught:
-        """The teacher's streams on the weak views and, where MixE learns from them, on other pictures, in one pass."""
+    def _teach(self, batch: Batch, mix: CutMix | None, step: Step) -> TeacherOutput:
+        """Run the teacher on the weak views and, where MixE learns from them, on other images, in one pass."""
         cfg, boxes = self.cfg.mixe, None
         learns = None if self.denoiser is None else cfg.train_images
-        pictures: dict[str, tuple[Tensor, TextBatch | None]] = {}
+        views: dict[str, tuple[Tensor, TextBatch | None]] = {}
         if learns in ("labelled", "both"):
             chosen = self._chosen(batch)
-            picture, words = batch.image if cfg.labelled_views == "weak" else batch.image_strong, batch.text
-            assert picture is not None  # the views ask for it
-            picture, words = _rows(picture, chosen), _of(words, chosen)
+            image, view_text = batch.image if cfg.labelled_views == "weak" else batch.image_strong, batch.text
+            assert image is not None  # the views ask for it
+            image, view_text = select_rows(image, chosen), _of(view_text, chosen)
             if cfg.labelled_views == "cutmix":
-                boxes = self._boxes(_keys(batch, chosen), picture, step)
-                picture, words = apply_cutmix(picture, boxes), self._words(words, boxes)
-            pictures["labelled"] = picture, words
-        pictures["weak"] = batch.weak[0], batch.text_u
+                boxes = self._boxes(_keys(batch, chosen), image, step)
+                image, view_text = apply_cutmix(image, boxes), self._words(view_text, boxes)
+            views["labelled"] = image, view_text
+        views["weak"] = batch.weak[0], batch.text_u
         if learns in ("unlabelled", "both") and cfg.unlabelled_views != "weak":
-            picture, words = batch.strong[0], batch.text_u
+            image, view_text = batch.strong[0], batch.text_u
             if cfg.unlabelled_views == "cutmix" and mix is not None:
-                picture, words = apply_cutmix(picture, mix), self._words(words, mix)
-            pictures["unlabelled"] = picture, words
-        images, text = next(iter(pictures.values()))
-        for more, words in list(pictures.values())[1:]:
-            images, text = torch.cat([images, more]), join_text(text, words)
-        seen = self._see(self.teacher, images, text)
+                image, view_text = apply_cutmix(image, mix), self._words(view_text, mix)
+            views["unlabelled"] = image, view_text
+        images, text = next(iter(views.values()))
+        for more_images, view_text in list(views.values())[1:]:
+            images, text = torch.cat([images, more_images]), join_text(text, view_text)
+        out = self._see(self.teacher, images, text)
         parts, start = {}, 0
-        for name, (picture, _) in pictures.items():
-            parts[name] = seen.part(slice(start, start + len(picture)))
-            start += len(picture)
+        for name, (image, _) in views.items():
+            parts[name] = out.part(slice(start, start + len(image)))
+            start += len(image)
         logits = {name: self._source_logits(part.streams) for name, part in parts.items() if name != "weak"}
-        return Taught(parts["weak"], logits.get("labelled"), logits.get("unlabelled"), boxes)
+        return TeacherOutput(parts["weak"], logits.get("labelled"), logits.get("unlabelled"), boxes)
 
     def _boxes(self, keys: tuple[int, ...], images: Tensor, step: Step) -> CutMix:
-        """CutMix of labelled neighbours, drawn as the unlabelled images' boxes are."""
+        """Draw CutMix boxes of labelled neighbours as the unlabelled images' boxes are drawn."""
         rngs = [keyed_random.numpy_generator(step.seed, "mixe-cutmix", step.index, key) for key in keys]
         boxes = cutmix_boxes(rngs, images.shape[-1], self.student.patch)
         return CutMix(*(x.to(images.device, non_blocking=True) for x in (boxes, pair_partner(len(keys)))))
 
-    def _words(self, words: TextBatch | None, mix: CutMix | None) -> TextBatch | None:
-        """Words of pictures into which boxes were pasted."""
-        return words if mix is None or self.cfg.vila.cutmix_text == "own" else mix_text(words, mix)
+    def _words(self, text: TextBatch | None, mix: CutMix | None) -> TextBatch | None:
+        """Return the texts of images into which boxes were pasted."""
+        return text if mix is None or self.cfg.vila.cutmix_text == "own" else mix_text(text, mix)
 
-    def _see(self, network: Segmenter, images: Tensor, text: TextBatch | None) -> Seen:
+    def _see(self, network: Segmenter, images: Tensor, text: TextBatch | None) -> NetworkOutput:
         if not (self.cfg.mixe.enabled and "finer" in self.cfg.mixe.condition):
-            return Seen(network.streams(images, text), images)
+            return NetworkOutput(network.streams(images, text), images)
         maps = network.encode(images)
-        return Seen(network.decode(maps, text), images, tuple(maps[:2]))
+        return NetworkOutput(network.decode(maps, text), images, tuple(maps[:2]))
 
     def _source(self) -> str:
         return self.cfg.pseudo.source if self.cfg.vila.enabled else "visual"
 
     def _source_logits(self, streams: dict[str, StreamOutput]) -> Tensor:
-        """Grid logits (U, C, h, w) of the stream that makes pseudo-labels; of the mean, its log-probabilities."""
+        """Return grid logits (U, C, h, w) of the stream that makes pseudo-labels; log-probabilities for the mean."""
         if self._source() == "mean":
             mean = torch.stack([stream.logits.softmax(1) for stream in streams.values()]).mean(0)
             return mean.clamp_min(1e-30).log()  # kept finite, since interpolating an infinity gives NaN
         return streams[self._source()].logits
 
-    def _condition(self, seen: Seen, source: str | None = None) -> list[Tensor]:
+    def _condition(self, out: NetworkOutput, source: str | None = None) -> list[Tensor]:
         """Map and logits of the stream that conditions the denoiser, and the further maps of ``condition``."""
         name = source or ("fusion" if self._source() == "mean" else self._source())
-        stream, more = seen.streams[name], list[Tensor]()
+        stream, more = out.streams[name], list[Tensor]()
         for part in self.cfg.mixe.condition:
             if part == "finer":
-                more += seen.finer
+                more += out.finer
             elif part == "image":
-                more.append(pixel_unshuffle(seen.image, self.student.decoder.stride))
+                more.append(pixel_unshuffle(out.image, self.student.decoder.stride))
             else:
-                other = seen.streams["visual" if name == "fusion" else "fusion"]
-                more.append(torch.cat([other.mid.float(), other.logits.softmax(1)], 1))
+                second = out.streams["visual" if name == "fusion" else "fusion"]
+                more.append(torch.cat([second.mid.float(), second.logits.softmax(1)], 1))
         return [stream.mid.float(), stream.logits, *more]
 
-    def _unlabelled_start(self, taught: Taught, soft: Tensor, mix: CutMix | None) -> Tensor:
-        """(U, C, h, w) x_0 of the pictures that the student sees; ``soft`` are the weak views' logits."""
-        if taught.unlabelled is not None:
-            soft = taught.unlabelled
-        x0 = soft.softmax(1)
-        whole = taught.unlabelled is not None and self.cfg.mixe.unlabelled_views == "cutmix"
-        return x0 if mix is None or whole else apply_cutmix(x0, mix, self.student.decoder.stride)
+    def _unlabelled_start(self, teacher_out: TeacherOutput, teacher_logits: Tensor, mix: CutMix | None) -> Tensor:
+        """Return x_0 (U, C, h, w) of the images that the student sees, from the weak views' logits."""
+        if teacher_out.unlabelled is not None:
+            teacher_logits = teacher_out.unlabelled
+        x0 = teacher_logits.softmax(1)
+        mixed_before = teacher_out.unlabelled is not None and self.cfg.mixe.unlabelled_views == "cutmix"
+        return x0 if mix is None or mixed_before else apply_cutmix(x0, mix, self.student.decoder.stride)
 
     # Training (section 3.4, Eqs. 3-8 and 11)
 
@@ -216,56 +165,63 @@ class MixeTeacher(MeanTeacher):
         return confidence_threshold(progress, cfg.tau_end, cfg.tau_ramp, start=cfg.tau_start, shape=cfg.tau_shape)
 
     def _diffuse(
-        self, batch: Batch, step: Step, seen: Seen, taught: Taught, soft: Tensor, pseudo: Pseudo, valid: Tensor
+        self,
+        batch: Batch,
+        step: Step,
+        student_out: NetworkOutput,
+        teacher_out: TeacherOutput,
+        unlabelled_x0: Tensor,
+        pseudo: Pseudo,
+        valid: Tensor,
     ) -> dict[str, Tensor]:
-        """The three terms of Eq. 13: corrupt the teacher's soft labels and ask the denoiser for the clean ones.
+        """Return the three terms of Eq. 13: corrupt the teacher's soft labels and predict the clean ones.
 
-        The condition is the student's view of the same picture, never the logits that x_0 was made from: those could be
-        copied. Targets are the masks, and on unlabelled images the teacher's confident labels as they were before
-        refinement, so that the denoiser never learns from its own output. ``soft`` (U, C, h, w) is x_0 of the
-        unlabelled images; ``soft``, ``pseudo`` and ``valid`` are of the mixed pictures.
+        The condition is the student's view of the same image, never the logits that x_0 was made from: those could be
+        copied. Targets are the masks, and on unlabelled images the teacher's confident labels before refinement, so
+        that the denoiser never learns from its own output. ``unlabelled_x0`` (U, C, h, w), ``pseudo`` and ``valid`` are
+        of the mixed images.
         """
         cfg, size = self.cfg.mixe, batch.image.shape[-2:]
-        starts, keys, looks, answers, known = [], [], [], [], []
-        if taught.labelled is not None:
+        starts, keys, outputs, targets, valid_pixels = [], [], [], [], []
+        if teacher_out.labelled is not None:
             chosen = self._chosen(batch)
-            target = _rows(batch.target if self.calibration is None else self._supervised(batch), chosen)
-            look = seen.part(chosen)
-            if taught.boxes is not None:
-                target, look = apply_cutmix(target, taught.boxes), look.mixed(taught.boxes)
-            starts.append(taught.labelled.softmax(1))
+            target = select_rows(batch.target if self.calibration is None else self._supervised(batch), chosen)
+            output = student_out.part(chosen)
+            if teacher_out.boxes is not None:
+                target, output = apply_cutmix(target, teacher_out.boxes), output.mixed(teacher_out.boxes)
+            starts.append(teacher_out.labelled.softmax(1))
             keys += [f"l{key}" for key in _keys(batch, chosen)]
-            looks.append(look)
-            answers.append(target)
-            known.append(target != IGNORE)
+            outputs.append(output)
+            targets.append(target)
+            valid_pixels.append(target != IGNORE)
         if cfg.train_images != "labelled":
-            starts.append(soft)
+            starts.append(unlabelled_x0)
             keys += [f"u{key}" for key in batch.keys_u]
-            looks.append(seen.part(slice(len(batch.image), None)))
-            answers.append(pseudo.labels)
-            known.append(valid)
-        condition = [torch.cat(maps) for maps in zip(*(self._condition(look) for look in looks), strict=True)]
+            outputs.append(student_out.part(slice(len(batch.image), None)))
+            targets.append(pseudo.labels)
+            valid_pixels.append(valid)
+        condition = [torch.cat(maps) for maps in zip(*(self._condition(output) for output in outputs), strict=True)]
         if cfg.condition_noise:
-            shape, device = tuple(condition[0].shape[1:]), soft.device
+            shape, device = tuple(condition[0].shape[1:]), unlabelled_x0.device
             noise = keyed_random.normal(keys, shape, step.seed, "mixe-condition", step.index, device=device)
             condition[0] = condition[0] + cfg.condition_noise * noise
-        image = torch.cat([look.image for look in looks])
+        image = torch.cat([output.image for output in outputs])
         clean, gaussian, noise_hat, noise = self._denoised(torch.cat(starts), condition, image, keys, step)
         clean = upsample(clean, size)
 
         ce, edge = [], []
-        loss = pixel_cross_entropy(clean, torch.cat(answers))
-        if taught.labelled is not None:
+        loss = pixel_cross_entropy(clean, torch.cat(targets))
+        if teacher_out.labelled is not None:
             ce.append(ignore_aware_mean(loss[: len(target)], target))
             edge.append(edge_mean(loss[: len(target)], edge_mask(target)))
         if cfg.train_images != "labelled":
-            accepted = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
-            rest = loss[-len(pseudo.labels) :]
-            ce.append(weighted_pixel_mean(rest, accepted, valid))
+            confident = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
+            unlabelled_loss = loss[-len(pseudo.labels) :]
+            ce.append(weighted_pixel_mean(unlabelled_loss, confident, valid))
             # The padding has labels too, made up by the teacher; they must not draw an edge around the picture.
             edges = edge_mask(pseudo.labels.masked_fill(~valid, IGNORE))
-            edge.append(edge_mean(rest, edges & (accepted > 0)))
-        counted = avg_pool2d(torch.cat(known).float()[:, None], self.student.decoder.stride)[:, 0] > 0.5
+            edge.append(edge_mean(unlabelled_loss, edges & (confident > 0)))
+        counted = avg_pool2d(torch.cat(valid_pixels).float()[:, None], self.student.decoder.stride)[:, 0] > 0.5
         terms = {
             "mixe_ce": torch.stack(ce).sum(),
             "mixe_edge": torch.stack(edge).sum() if cfg.edge_loss else clean.sum() * 0,
@@ -276,14 +232,14 @@ class MixeTeacher(MeanTeacher):
     def _denoised(
         self, soft: Tensor, condition: list[Tensor], image: Tensor, keys: list[str], step: Step
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Class logits, Gaussian region, predicted and true noise for one random timestep per image (Eqs. 3-8)."""
+        """Return class logits, Gaussian region, predicted and true noise at a random timestep per image (Eqs. 3-8)."""
         cfg, device, (batch, _, h, w) = self.cfg.mixe, soft.device, soft.shape
         codes = class_codes(self.student.num_classes).shape[1]
         if cfg.denoiser != "diffusion":
-            nothing = torch.zeros(batch, codes, h, w, device=device)
-            nowhere = torch.zeros(batch, h, w, dtype=torch.bool, device=device)
+            no_noise = torch.zeros(batch, codes, h, w, device=device)
+            no_pixel = torch.zeros(batch, h, w, dtype=torch.bool, device=device)
             clean, noise_hat = self._without_noise(soft, condition, image)
-            return clean, nowhere, nothing if noise_hat is None else noise_hat, nothing
+            return clean, no_pixel, no_noise if noise_hat is None else noise_hat, no_noise
         assert isinstance(self.denoiser, Denoiser)
         name = (step.seed, "mixe-t", step.index)
         times = [int(keyed_random.numpy_generator(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
@@ -296,53 +252,58 @@ class MixeTeacher(MeanTeacher):
         return clean, state.gaussian, noise_hat, noise
 
     def _without_noise(self, soft: Tensor, condition: list[Tensor], image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Class logits of a control, and what the noise head of a plain one says."""
+        """Return class logits of a control, and the output of the noise head of a plain one."""
         if isinstance(self.denoiser, Guided):
             return self.denoiser(soft, image), None
         assert self.denoiser is not None
         batch, _, h, w = soft.shape
         codes = class_codes(self.student.num_classes).shape[1]
-        nothing = torch.zeros(batch, codes, h, w, device=soft.device)
-        nowhere = torch.zeros(batch, h, w, dtype=torch.bool, device=soft.device)
+        no_noise = torch.zeros(batch, codes, h, w, device=soft.device)
+        no_pixel = torch.zeros(batch, h, w, dtype=torch.bool, device=soft.device)
         start = torch.zeros(batch, device=soft.device).long()
-        clean, noise_hat = self.denoiser(nothing, nowhere, nowhere, start, self.denoiser.prepare(*condition))
+        clean, noise_hat = self.denoiser(no_noise, no_pixel, no_pixel, start, self.denoiser.prepare(*condition))
         return clean, noise_hat
 
     # Refinement (Eq. 8)
 
     def _refined(
-        self, taught: Seen, soft: Tensor, keys: tuple[int, ...], step: Step, always: bool = False
+        self,
+        teacher_out: NetworkOutput,
+        teacher_logits: Tensor,
+        keys: tuple[int, ...],
+        step: Step,
+        always: bool = False,
     ) -> Tensor | None:
-        """Grid logits (U, C, h, w) of the labels after the reverse chain, or None where MixE does not refine yet."""
+        """Return grid logits (U, C, h, w) of the labels after the reverse chain; None if MixE does not refine yet."""
         cfg = self.cfg.mixe
         if self.denoiser is None or not cfg.refine or (step.progress < cfg.refine_from and not always):
             return None
-        return self.chained(taught, soft, keys, step)
+        return self.chained(teacher_out, teacher_logits, keys, step)
 
     def chained(
         self,
-        seen: Seen,
-        soft: Tensor,
+        out: NetworkOutput,
+        logits: Tensor,
         keys: tuple[int, ...] | tuple[str, ...],
         step: Step,
         source: str | None = None,
     ) -> Tensor:
-        """Grid logits (B, C, h, w) of the labels after the reverse chain from logits ``soft``; no gradient.
+        """Return grid logits (B, C, h, w) of the labels after the reverse chain from logits ``logits``; no gradient.
 
         ``source``: the stream that conditions the denoiser, if it is another than in training.
         """
-        cfg, condition, (_, _, h, w) = self.cfg.mixe, self._condition(seen, source), soft.shape
+        cfg, condition, (_, _, h, w) = self.cfg.mixe, self._condition(out, source), logits.shape
         if cfg.denoiser != "diffusion":
-            return self._without_noise(soft.softmax(1), condition, seen.image)[0]
+            return self._without_noise(logits.softmax(1), condition, out.image)[0]
         assert isinstance(self.denoiser, Denoiser)
         codes, steps = class_codes(self.student.num_classes).shape[1], cfg.refine_steps or cfg.timesteps
-        noise = keyed_random.normal(keys, (codes, h, w), step.seed, "refine-noise", step.index, device=soft.device)
-        uniforms = keyed_random.uniform(keys, (steps, h, w), step.seed, "refine-flip", step.index, device=soft.device)
+        noise = keyed_random.normal(keys, (codes, h, w), step.seed, "refine-noise", step.index, device=logits.device)
+        uniforms = keyed_random.uniform(keys, (steps, h, w), step.seed, "refine-flip", step.index, device=logits.device)
         prepared, tau = self.denoiser.prepare(*condition), self._tau(step.progress)
-        return refine(self.denoiser, prepared, soft.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
+        return refine(self.denoiser, prepared, logits.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
 
     def relabelled(self, before: Tensor, refined: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) scores of the labels that training uses, from the teacher's probabilities and refined logits.
+        """Return (B, C, H, W) scores of training's labels, from the teacher's probabilities and refined logits.
 
         ``before`` (B, C, H, W), ``refined`` (B, C, h, w) on the grid, ``valid`` (B, H, W) bool, False in padding.
         """
@@ -353,16 +314,19 @@ class MixeTeacher(MeanTeacher):
         return relabelled(before, after, where, cfg.confidence, self.calibration)
 
     def _calibrate(self, batch: Batch, step: Step) -> None:
-        """Counts how often refined labels of left-out images are right, by their confidence."""
+        """Count how often refined labels of left-out images are right, by their confidence."""
         cfg, size = self.cfg.mixe, batch.image.shape[-2:]
         if self.calibration is None or not cfg.refine or step.progress < cfg.refine_from - LEAD:
             return
-        held = slice(self._period() - 1, None, self._period())
-        seen, target = self._see(self.teacher, batch.image[held], _of(batch.text, held)), batch.target[held]
-        soft = self._source_logits(seen.streams)
-        keys = tuple(f"l{key}" for key in batch.keys[held])
-        confidence, labels = upsample(self.chained(seen, soft, keys, step), size).softmax(1).max(1)
-        before, stride = upsample(soft, size).softmax(1), self.student.decoder.stride
+        left_out = slice(self._period() - 1, None, self._period())
+        teacher_out, target = (
+            self._see(self.teacher, batch.image[left_out], _of(batch.text, left_out)),
+            batch.target[left_out],
+        )
+        teacher_logits = self._source_logits(teacher_out.streams)
+        keys = tuple(f"l{key}" for key in batch.keys[left_out])
+        confidence, labels = upsample(self.chained(teacher_out, teacher_logits, keys, step), size).softmax(1).max(1)
+        before, stride = upsample(teacher_logits, size).softmax(1), self.student.decoder.stride
         replaced = refined_pixels(before, cfg.refine_where, self.cfg.pseudo.threshold, stride)
         self.calibration.add(confidence, labels == target, replaced & (target != IGNORE))
 
@@ -380,19 +344,14 @@ class Refined(nn.Module):
         self.patch = network.patch
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        """images (B, 3, H, W) to {stream: (B, C, H, W) log-probabilities, up to a constant}."""
+        """Map images (B, 3, H, W) to {stream: (B, C, H, W) log-probabilities, up to a constant}."""
         (method,) = self._method
-        seen, found = method._see(self.network, images, text), {}
-        for name, stream in seen.streams.items():
-            refined = method.chained(seen, stream.logits, (0,) * len(images), Step(0, 1.0, 0), name)
+        out, log_probs = method._see(self.network, images, text), {}
+        for name, stream in out.streams.items():
+            refined = method.chained(out, stream.logits, (0,) * len(images), Step(0, 1.0, 0), name)
             scores = method.relabelled(upsample(stream.logits, images.shape[-2:]).softmax(1), refined)
-            found[name] = scores.clamp_min(1e-30).log()
-        return found
-
-
-def _rows(x: Tensor, where: Places) -> Tensor:
-    """Some rows; of a list, without an index that the device would have to be sent."""
-    return x[where] if isinstance(where, slice) else torch.stack([x[i] for i in where])
+            log_probs[name] = scores.clamp_min(1e-30).log()
+        return log_probs
 
 
 def _keys(batch: Batch, where: Places) -> tuple[int, ...]:
@@ -400,4 +359,4 @@ def _keys(batch: Batch, where: Places) -> tuple[int, ...]:
 
 
 def _of(text: TextBatch | None, where: Places) -> TextBatch | None:
-    return None if text is None else TextBatch(_rows(text.tokens, where), _rows(text.mask, where))
+    return None if text is None else TextBatch(select_rows(text.tokens, where), select_rows(text.mask, where))

@@ -1,4 +1,4 @@
-"""Transformer pieces that the small encoder and ViLa share."""
+"""Transformer blocks that the small encoder and ViLa share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, other: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, D) asks, other (B, L, D) answers; mask (B, L) bool is False where nothing may be read."""
+        """Attend from x (B, N, D) to other (B, L, D); mask (B, L) bool is False at tokens that must not be read."""
         source = x if other is None else other
         batch, tokens, dim = x.shape
         q = self.query(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
@@ -83,9 +83,9 @@ class CrossBlock(nn.Module):
 
 
 def sincos_2d(h: int, w: int, dim: int, device: torch.device) -> Tensor:
-    """Fixed positions of an h x w grid: (h * w, dim), a quarter of the channels each for sine and cosine of y and of x.
+    """Return fixed positions of an h x w grid: (h * w, dim), a quarter of it each for sine and cosine of y and x.
 
-    Raises ValueError where dim is not a multiple of 4.
+    Raises ValueError if dim is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"positions need a width that is a multiple of 4, got {dim}")
@@ -96,9 +96,10 @@ def sincos_2d(h: int, w: int, dim: int, device: torch.device) -> Tensor:
 
 
 def bilinear(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    """(B, C, h, w) to ``size`` = (H, W), pixel centres at half-integers, edges replicated.
+    """Resize (B, C, h, w) to ``size`` = (H, W), pixel centres at half-integers, edges replicated.
 
-    One number that is not finite makes all of its map NaN where matrix products enlarge it, its surroundings elsewhere.
+    One number that is not finite makes all of its map NaN where matrix products enlarge it, its neighbourhood
+    elsewhere.
     """
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or max(x.shape[-2:]) > SMALL
     plain = plain or type(x) is not Tensor  # a fake one's weights would be fake, and are kept
@@ -110,7 +111,7 @@ def bilinear(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _weights(source: int, length: int) -> Tensor:
-    """(length, source) weight of each source in each result along one axis."""
+    """Return (length, source) weight of each source in each result along one axis."""
     with torch.inference_mode(False), torch.no_grad():
         # Whatever device and type are the default now: the weights are kept.
         unit = torch.eye(source, dtype=torch.float32, device="cpu").unsqueeze(1)

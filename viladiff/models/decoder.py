@@ -38,11 +38,11 @@ class Decoder(nn.Module):
         self.norm = nn.GroupNorm(8, width)
 
     def laterals(self, features: list[Tensor]) -> list[Tensor]:
-        """The three finer levels at their target strides, each (B, width, h_i, w_i)."""
+        """Project the three finer levels to their target strides, each (B, width, h_i, w_i)."""
         return [reshape(level) for reshape, level in zip(self.reshape[:3], features[:3], strict=True)]
 
     def forward(self, top: Tensor, laterals: list[Tensor]) -> Tensor:
-        """top (k * B, D, h, w) for k streams, laterals (B, ...) as above: (k * B, width, H / stride, W / stride)."""
+        """Decode top (k * B, D, h, w) for k streams with laterals (B, ...): (k * B, width, H / stride, W / stride)."""
         x = self.fuse[3](self.reshape[3](top))
         for fuse, lateral in zip(list(self.fuse[:3])[::-1], laterals[::-1], strict=True):
             if x.shape[-2:] != lateral.shape[-2:]:
@@ -53,10 +53,10 @@ class Decoder(nn.Module):
 
 
 def output_stride(strides: tuple[int, ...]) -> int:
-    """Pixels a cell of the decoder's map is wide: 4, the encoder's finest where that is less, or 7 for patches of 14.
+    """Return the pixels of a cell of the decoder's map: 4, the encoder's finest if less, or 7 for patches of 14.
 
-    A cell must be whole pixels and a patch whole cells, since boxes are cut out of maps of both. ValueError for patches
-    that neither fits.
+    A cell must be whole pixels and a patch whole cells, since boxes are cut out of maps of both. Raises ValueError for
+    patches that neither fits.
     """
     fine = min(4, strides[0])
     found = next((stride for stride in (fine, 7) if max(strides) % stride == 0), None)

@@ -1,4 +1,4 @@
-"""The two noises of MixE as equations (paper, Eqs. 3 and 5-7), forward and backward; ``models.mixe`` combines them.
+"""The two noises of MixE (paper, Eqs. 3 and 5-7), forward and backward; ``models.mixe`` combines them.
 
 The kernel of Eq. 6 treats all other classes alike, so t of its steps are again such a kernel, with one number that
 matters: the share 1 - (1 - beta C / (C - 1))^t of its memory that a pixel has lost. Nothing here builds a C x C
@@ -27,10 +27,10 @@ TINY_RATE = 1e-12
 
 
 def alpha_bar(timesteps: int) -> Tensor:
-    """(T + 1,) shares of signal left: DDPM's 1000 steps at round(1000 t / T), so T = 10 too ends in almost pure noise.
+    """Return (T + 1,) shares of signal left: DDPM's 1000 steps at round(1000 t / T), so T = 10 too ends in pure noise.
 
-    Float32, entry 0 is 1; computed in float64 from beta = 1e-4 ... 0.02 (Ho et al. 2020). ValueError unless 1 <= T <=
-    1000.
+    Float32, entry 0 is 1; computed in float64 from beta = 1e-4 ... 0.02 (Ho et al. 2020). Raises ValueError unless 1 <=
+    T <= 1000.
     """
     if not 1 <= timesteps <= DDPM_STEPS:
         raise ValueError(f"timesteps = {timesteps}: must be from 1 to {DDPM_STEPS}")
@@ -40,9 +40,10 @@ def alpha_bar(timesteps: int) -> Tensor:
 
 
 def add_gaussian_noise(x0: Tensor, t: int | Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 3: sqrt(a) x0 + sqrt(1 - a) noise with a = alpha_bar[t]; t = 0 gives x0 back.
+    """Return Eq. 3: sqrt(a) x0 + sqrt(1 - a) noise with a = alpha_bar[t]; t = 0 gives x0 back.
 
-    ``x0`` and ``noise`` (B, ...); ``t`` an int or (B,) int64, from 0 to T. Float32. ValueError for unlike shapes.
+    ``x0`` and ``noise`` (B, ...); ``t`` an int or (B,) int64, from 0 to T. Float32. Raises ValueError for unlike
+    shapes.
     """
     if x0.shape != noise.shape:
         raise ValueError(f"x0 {tuple(x0.shape)} and noise {tuple(noise.shape)} must have the same shape")
@@ -57,13 +58,13 @@ def flip_probability(
     schedule: str = "cumulative",
     timesteps: int | None = None,
 ) -> Tensor:
-    """Probability that t steps of Eq. 6 leave a label in another class: at most (C - 1) / C, as flips also lead back.
+    """Return the probability that t steps of Eq. 6 leave a label in another class.
 
-    ``t`` an int or int64 tensor; ``beta`` a float or tensor, the probability in one step; a (B,) ``t`` goes with a
-    (B, h, w) ``beta``. "cumulative" composes t steps; "constant" is beta for every t >= 1, the letter of Eq. 6;
-    "matched" needs ``timesteps`` = T and has a rate such that T steps flip as many as 10 steps of beta. Float64 and
-    0-dimensional for an int and a float, else float32. ValueError for t < 0, beta outside 0 ... (C - 1) / C, an
-    unknown schedule. (Tensors on a GPU are not read, so not checked.)
+    It is at most (C - 1) / C, as flips also lead back. ``t`` an int or int64 tensor; ``beta`` a float or tensor, the
+    probability in one step; a (B,) ``t`` goes with a (B, h, w) ``beta``. "cumulative" composes t steps; "constant" is
+    beta for every t >= 1, the letter of Eq. 6; "matched" needs ``timesteps`` = T and has a rate such that T steps flip
+    as many as 10 steps of beta. Float64 and 0-dimensional for an int and a float, else float32. Raises ValueError for t
+    < 0, beta outside 0 ... (C - 1) / C, an unknown schedule. (Tensors on a GPU are not read, so not checked.)
     """
     check_beta(beta, num_classes)
     return _memory_lost(_exponent(t, schedule, timesteps), beta, num_classes) * ((num_classes - 1) / num_classes)
@@ -104,7 +105,7 @@ def _step_memory_lost(
 
 
 def _exponent(t: int | Tensor, schedule: str, timesteps: int | None) -> float | Tensor:
-    """How many steps at rate beta the first t steps of the schedule amount to."""
+    """Return the number of steps at rate beta that the first t steps of the schedule amount to."""
     check_choice("flip_schedule", schedule, SCHEDULES)
     if _known_below(t, 0):
         raise ValueError(f"t = {t}: must not be negative")
@@ -118,7 +119,7 @@ def _exponent(t: int | Tensor, schedule: str, timesteps: int | None) -> float | 
 
 
 def _memory_lost(power: float | Tensor, beta: float | Tensor, classes: int) -> Tensor:
-    """1 - (1 - beta C / (C - 1))^power, exact also for rates near 0 and for the rate that forgets at once."""
+    """Return 1 - (1 - beta C / (C - 1))^power, exact also for rates near 0 and for the rate that forgets at once."""
     scalar = not isinstance(power, Tensor) and not isinstance(beta, Tensor)
     device = beta.device if isinstance(beta, Tensor) else power.device if isinstance(power, Tensor) else None
     rate = torch.as_tensor(beta, dtype=torch.float64 if scalar else torch.float32, device=device)
@@ -138,22 +139,22 @@ def check_beta(beta: float | Tensor, classes: int) -> None:
 
 
 def _known_below(value: float | Tensor, bound: float) -> bool:
-    """Whether any entry is below; a tensor on an accelerator is not read, because that would stop its queue."""
+    """Return whether any entry is below; a tensor on an accelerator is not read, because that would stop its queue."""
     if isinstance(value, Tensor):
         return value.device.type == "cpu" and bool((value < bound).any())
     return value < bound
 
 
 def _trailing(values: Tensor, ndim: int) -> Tensor:
-    """(B,) as (B, 1, ..., 1); 0-dimensional tensors and those of full rank pass."""
+    """Reshape (B,) to (B, 1, ..., 1); 0-dimensional tensors and those of full rank pass."""
     return values.reshape(values.shape + (1,) * (ndim - values.ndim)) if 0 < values.ndim < ndim else values
 
 
 def edge_mask(labels: Tensor) -> Tensor:
-    """Bool, as labels: some class's one-hot map has a non-zero Laplacian just where a neighbour is of another class.
+    """Return bool, as labels: some class's one-hot map has a non-zero Laplacian just where a neighbour's class differs.
 
     ``labels`` (..., H, W) integers; the class ids are compared, never subtracted. Borders replicate, so they are no
-    edges; a pixel of 255 is no edge and makes none. Four neighbours. ValueError for fewer than two axes.
+    edges; a pixel of 255 is no edge and makes none. Four neighbours. Raises ValueError for fewer than two axes.
     """
     if labels.ndim < 2:
         raise ValueError(f"labels {tuple(labels.shape)}: must have height and width as last axes")
@@ -176,12 +177,12 @@ def flip_labels(
     *,
     uniform: Tensor | None = None,
 ) -> Tensor:
-    """Eqs. 5-6 from one uniform u a pixel: u < p decides, then u / p, again uniform, picks one of the other classes.
+    """Apply Eqs. 5-6 with one uniform u a pixel: u < p decides, then u / p, again uniform, picks another class.
 
-    ``labels`` integers of any shape and dtype, kept; 255 stays 255. ``probability`` a float or a tensor that
+    ``labels`` integers of any shape and dtype, preserved; 255 stays 255. ``probability`` a float or a tensor that
     broadcasts to the labels. ``uniform`` (as labels, float32 in [0, 1)) replaces the draw from ``generator``. Memory
-    does not depend on C. ValueError for C < 2, C > 255, a float probability outside 0 ... 1, and shapes that do not
-    fit.
+    does not depend on C. Raises ValueError for C < 2, C > 255, a float probability outside 0 ... 1, and shapes that do
+    not fit.
     """
     if not 2 <= num_classes <= IGNORE:
         raise ValueError(f"num_classes = {num_classes}: must be from 2 to {IGNORE}")
@@ -215,7 +216,7 @@ def posterior(
     *,
     t_prev: int | Tensor | None = None,
 ) -> Tensor:
-    """(B, C, h, w) probabilities of z at ``t_prev`` (default t - 1): the exact mixture of q(z_prev | z_t, x0) over x0.
+    """Return (B, C, h, w) probabilities of z at ``t_prev`` (default t - 1): the mixture of q(z_prev | z_t, x0) over x0.
 
     By Bayes q is Q(z_t | z) Qbar_prev(z | x0) / Qbar_t(z_t | x0). With w(k) = x0_probs(k) / Qbar_t(z_t | k) and W
     their sum, the uniform kernel leaves Q(z_t | z) [(W - w(z)) o + w(z) d], where d is the chance to be unflipped at
@@ -245,7 +246,7 @@ def posterior_memory(
     schedule: str = "cumulative",
     timesteps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shares of labels redrawn by time t, by ``t_prev``, and between the two: all of ``posterior`` but its labels.
+    """Return shares of labels redrawn by time t, by ``t_prev``, and between the two: ``posterior`` without its labels.
 
     Float32, of the shape that ``t`` and ``beta`` broadcast to; a chain has all its steps at once from a ``t`` (S, 1,
     1, 1) and a ``beta`` (B, h, w). A beta of 0 is read as a tiny one. Errors as for ``step_probability``.
@@ -259,7 +260,7 @@ def posterior_memory(
 
 
 def posterior_of(z_t: Tensor, x0_probs: Tensor, lost_t: Tensor, lost_prev: Tensor, lost_step: Tensor) -> Tensor:
-    """``posterior`` from the three shares of ``posterior_memory``, made to broadcast against (B, C, h, w); no 255."""
+    """Return ``posterior`` from the three shares of ``posterior_memory``, broadcast against (B, C, h, w); no 255."""
     here, probs, classes = z_t.unsqueeze(1), x0_probs.float(), x0_probs.shape[1]
     away = (classes - 1) / classes
     ratio = probs / (lost_t / classes)
@@ -271,15 +272,15 @@ def posterior_of(z_t: Tensor, x0_probs: Tensor, lost_t: Tensor, lost_prev: Tenso
 
 
 def _per_channel(values: Tensor) -> Tensor:
-    """() or (B,) or (B, h, w) made to broadcast against (B, C, h, w)."""
+    """Reshape () or (B,) or (B, h, w) to broadcast against (B, C, h, w)."""
     return values.unsqueeze(1) if values.ndim == 3 else _trailing(values, 4)
 
 
 def sample_classes(probs: Tensor, uniform: Tensor) -> Tensor:
-    """(B, h, w) int64, the first class whose cumulated share exceeds ``uniform``: never a class of probability 0.
+    """Return (B, h, w) int64, the first class whose cumulated share exceeds ``uniform``, never one of probability 0.
 
-    ``probs`` (B, C, h, w) need not be normalised; ``uniform`` (B, h, w) in [0, 1). ValueError for shapes that do not
-    fit.
+    ``probs`` (B, C, h, w) need not be normalised; ``uniform`` (B, h, w) in [0, 1). Raises ValueError for shapes that do
+    not fit.
     """
     if uniform.shape != probs.shape[:1] + probs.shape[2:]:
         raise ValueError(f"uniform {tuple(uniform.shape)} does not fit probs {tuple(probs.shape)}")
@@ -292,11 +293,11 @@ def sample_classes(probs: Tensor, uniform: Tensor) -> Tensor:
 def confidence_threshold(
     progress: float, maximum: float = 0.8, ramp: float = 0.5, *, start: float = 0.0, shape: str = "linear"
 ) -> float:
-    """tau of Eq. 7: from ``start`` to ``maximum`` over the first ``ramp`` of training, then constant.
+    """Return tau of Eq. 7: from ``start`` to ``maximum`` over the first ``ramp`` of training, then constant.
 
-    ``progress`` and ``ramp`` are shares of training; ramp = 0 is ``maximum`` at once. ``shape``: "linear" (the
-    paper), "cosine", or "step", which jumps at the end of the ramp. ValueError for progress or ramp outside 0 ... 1
-    and an unknown shape.
+    ``progress`` and ``ramp`` are shares of training; ramp = 0 is ``maximum`` at once. ``shape``: "linear" (the paper),
+    "cosine", or "step", which jumps at the end of the ramp. Raises ValueError for progress or ramp outside 0 ... 1 and
+    an unknown shape.
     """
     for name, value in (("progress", progress), ("ramp", ramp)):
         if not 0 <= value <= 1:
@@ -311,10 +312,10 @@ def confidence_threshold(
 
 
 def class_codes(num_classes: int) -> Tensor:
-    """(C, d) rows of +-1, all equally far apart; d is the least power of two above C: 32 for 21 classes.
+    """Return (C, d) rows of +-1, all equally far apart; d is the least power of two above C: 32 for 21 classes.
 
     Rows 1 ... C of a Hadamard matrix, without the constant row 0. A soft label embeds as probs @ codes, in [-1, 1]^d,
-    as DDPM's data are. ValueError for C < 2.
+    as DDPM's data are. Raises ValueError for C < 2.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes = {num_classes}: must be at least 2")
@@ -325,11 +326,11 @@ def class_codes(num_classes: int) -> Tensor:
 def ddim_step(
     x_t: Tensor, noise_pred: Tensor, t: int, alpha_bar: Tensor | Sequence[float], t_prev: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One DDIM step (eta = 0, no fresh noise) from t to ``t_prev`` (default t - 1): the new x and the x0 believed in.
+    """Perform one DDIM step (eta = 0, no fresh noise) from t to ``t_prev`` (default t - 1): new x and predicted x0.
 
     x0 is clipped to [-1, 1], where codes live, and the noise is recomputed from the clipped x0, so that x_t stays
     explained by the pair; without it an error of the network at alpha_bar near 0 is amplified. ``alpha_bar`` is best a
-    list: a tensor on a GPU would be read, and stall it. ValueError unless 0 <= t_prev < t.
+    list: a tensor on a GPU would be read, and stall it. Raises ValueError unless 0 <= t_prev < t.
     """
     t_prev = t - 1 if t_prev is None else t_prev
     if not 0 <= t_prev < t:

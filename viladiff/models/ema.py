@@ -1,4 +1,4 @@
-"""The moving-average teacher follows its student without a copy through the host and without a loop over parameters."""
+"""The moving-average teacher: updates without a copy to the host and without a loop over parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def ema_momentum(step: int, momentum: float) -> float:
-    """The teacher starts as a plain average: m_i = min(1 - 1 / (i + 1), momentum), so step 0 copies the student.
+    """Return m_i = min(1 - 1 / (i + 1), momentum): the average starts as a plain mean, and step 0 copies the student.
 
     step counts the optimiser steps done before this one, from 0. Source: UniMatch's schedule; paper, section 4.1, gives
-    the momentum 0.99. ValueError for a negative step or a momentum outside [0, 1].
+    the momentum 0.99. Raises ValueError for a negative step or a momentum outside [0, 1].
     """
     if step < 0:
         raise ValueError(f"step = {step}: must be at least 0")
@@ -28,11 +28,11 @@ def ema_momentum(step: int, momentum: float) -> float:
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, step: int, momentum: float = 0.99) -> None:
-    """teacher <- m teacher + (1 - m) student over all parameters and float buffers; integer buffers are copied.
+    """Set teacher <- m teacher + (1 - m) student for all parameters and float buffers; copy integer buffers.
 
-    Both modules have the same structure, on the same device; their tensors are paired by place. The average is kept in
-    the teacher's precision, which must be float32 or better: in bfloat16 a step of 1 - m = 0.01 is mostly rounded away.
-    ValueError where the shapes differ or the teacher is not in such a precision.
+    Both modules have the same structure, on the same device; their tensors are paired by position. The average is kept
+    in the teacher's precision, which must be float32 or better: in bfloat16 a step of 1 - m = 0.01 is mostly rounded
+    away. Raises ValueError if the shapes differ or the teacher is not in such a precision.
     """
     average = get_ema_multi_avg_fn(ema_momentum(step, momentum))
     mine, theirs = _tensors(teacher), _tensors(student)
@@ -69,5 +69,5 @@ def _refuse(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def frozen_copy(module: M) -> M:
-    """A copy whose parameters never get a gradient and which shares no memory with the original."""
+    """Copy a module; the copy's parameters never get a gradient and share no memory with the original."""
     return copy.deepcopy(module).requires_grad_(False)

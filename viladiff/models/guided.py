@@ -1,7 +1,7 @@
-"""A refiner of another kind than MixE's, as a control (ours): labels are smoothed along the picture, without noise.
+"""A control for MixE (ours): labels are refined by smoothing along the image, without noise.
 
 A joint bilateral filter whose distances are learned (after Tomasi and Manduchi 1998; Petschnigg et al. 2004): a pixel's
-probabilities become a mean of its neighbours', weighed by how alike the two look in the picture.
+probabilities become a mean of its neighbours', weighted by the similarity of the two in the image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Guided(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, soft: Tensor, image: Tensor) -> Tensor:
-        """(B, C, h, w) float32 logits from ``soft`` (B, C, h, w) probabilities and ``image`` (B, 3, H, W)."""
+        """Return (B, C, h, w) float32 logits from ``soft`` (B, C, h, w) probabilities and ``image`` (B, 3, H, W)."""
         seen = self.body(self.cells(image))
         with torch.autocast(soft.device.type, enabled=False):
             distance = _distances(self.keys(seen.float()))
@@ -53,12 +53,12 @@ class Guided(nn.Module):
 
 
 def _windows(x: Tensor) -> Tensor:
-    """(B, D, WINDOW², h, w): each cell's neighbours, zeros outside the map."""
+    """Return (B, D, WINDOW², h, w): each cell's neighbours, zeros outside the map."""
     return F.unfold(x, WINDOW, padding=WINDOW // 2).unflatten(2, x.shape[-2:]).unflatten(1, (x.shape[1], WINDOW**2))
 
 
 def _distances(keys: Tensor) -> Tensor:
-    """(B, WINDOW², h, w) squared distance of each cell's keys to its neighbours'; infinite outside the map."""
+    """Return (B, WINDOW², h, w) squared distance of each cell's keys to its neighbours'; infinite outside the map."""
     distance = (_windows(keys) - keys[:, :, None]).square().sum(1)
     inside = _windows(torch.ones_like(keys[:1, :1]))[:, 0] > 0
     return distance.masked_fill(~inside, torch.inf)

@@ -1,7 +1,7 @@
-"""MixE (paper, section 3.4): labels are corrupted by noise or flipped classes, and a small network learns to undo it.
+"""MixE (paper, section 3.4): corruption of labels by noise or flipped classes, and the denoiser that undoes it.
 
-The equations are in ``models.diffusion`` and can be had from here. Shape letters are those of ``viladiff.data.batch``;
-d is the length of a class's code, S the number of reverse steps.
+The equations are in ``models.diffusion``. Shape letters are those of ``viladiff.data.batch``; d is the length of a
+class's code, S the number of reverse steps.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _alpha_bar_list(timesteps: int) -> list[float]:
 
 @dataclass
 class Corrupted:
-    """What Eq. 7 makes of soft labels."""
+    """The result of Eq. 7 on soft labels."""
 
     codes: Tensor
     """(B, d, h, w) float32, what the denoiser sees."""
@@ -94,9 +94,9 @@ class Corrupted:
 
 
 def regions(soft: Tensor, tau: float, gaussian_region: str) -> Tensor:
-    """(B, h, w) bool, True where a pixel gets Gaussian noise: Eq. 7 says the "confident", its text the "uncertain".
+    """Return (B, h, w) bool, True where a pixel gets Gaussian noise: Eq. 7 says "confident", its text "uncertain".
 
-    ``soft`` (B, C, h, w) probabilities; a pixel is confident if its largest one exceeds ``tau``. ValueError for
+    ``soft`` (B, C, h, w) probabilities; a pixel is confident if its largest one exceeds ``tau``. Raises ValueError for
     another region.
     """
     check_choice("gaussian_region", gaussian_region, ("confident", "uncertain"))
@@ -105,12 +105,12 @@ def regions(soft: Tensor, tau: float, gaussian_region: str) -> Tensor:
 
 
 def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise: Tensor, uniform: Tensor) -> Corrupted:
-    """Eq. 7: by its confidence a pixel gets noise on the code of its soft label, or a flip of its most probable class.
+    """Apply Eq. 7: by its confidence a pixel gets noise on the code of its soft label, or a flip of its top class.
 
-    ``soft`` (B, C, h, w) probabilities; ``t`` an int or (B,) int64 in 1 ... cfg.timesteps; draws ``noise`` (B, d, h,
-    w) normal and ``uniform`` (B, h, w) in [0, 1). Edge pixels flip at cfg.beta + cfg.edge_bonus a step. With
-    cfg.gaussian or cfg.flips off, that region keeps its clean codes. ValueError for an impossible beta and shapes
-    that do not fit.
+    ``soft`` (B, C, h, w) probabilities; ``t`` an int or (B,) int64 in 1 ... cfg.timesteps; draws ``noise`` (B, d, h, w)
+    normal and ``uniform`` (B, h, w) in [0, 1). Edge pixels flip at cfg.beta + cfg.edge_bonus a step. With cfg.gaussian
+    or cfg.flips off, that region keeps its clean codes. Raises ValueError for an impossible beta and shapes that do not
+    fit.
     """
     soft = soft.float()
     labels = soft.max(dim=1).indices  # on a CPU a tenth of argmax's time
@@ -122,34 +122,34 @@ def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise
     if cfg.flips:
         rates, when = _rates(cfg, soft.shape[1], soft.device), t[:, None] if isinstance(t, Tensor) else t
         chances = flip_probability(when, rates, soft.shape[1], cfg.flip_schedule, cfg.timesteps)
-        place = edges.flatten(1).long()
-        chance = chances.expand(len(soft), -1).gather(1, place).view_as(edges)
+        edge_index = edges.flatten(1).long()
+        chance = chances.expand(len(soft), -1).gather(1, edge_index).view_as(edges)
         labels = torch.where(gaussian, labels, flip_labels(labels, chance, soft.shape[1], uniform=uniform))
     return Corrupted(_assemble(values, labels, gaussian, soft.shape[1]), labels, gaussian, edges, noise)
 
 
 def noise_levels(soft: Tensor, tau: float, cfg: MixeConfig, *, noise: Tensor, uniform: Tensor) -> dict[str, Tensor]:
-    """For pictures, (B, h, w) each: ``edges``, the pixels that flip more, and the nearest classes at three timesteps.
+    """Return maps to visualise, (B, h, w): ``edges``, which flip more, and the nearest classes at three timesteps.
 
     Arguments as of ``corrupt``.
     """
     codes = _codes_on(soft.shape[1], soft.device)
-    found: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}
     for t in sorted({1, (cfg.timesteps + 1) // 2, cfg.timesteps}):
         state = corrupt(soft, t, tau, cfg, noise=noise, uniform=uniform)
-        found.setdefault("edges", state.edges)
-        found[f"noise t={t}"] = torch.einsum("bdhw,cd->bchw", state.codes, codes).argmax(1)
-    return found
+        maps.setdefault("edges", state.edges)
+        maps[f"noise t={t}"] = torch.einsum("bdhw,cd->bchw", state.codes, codes).argmax(1)
+    return maps
 
 
 def _rates(cfg: MixeConfig, classes: int, device: torch.device) -> Tensor:
-    """(2,) probabilities of a flip in one step, off and on an edge: what depends on them is computed for these two."""
+    """Return (2,) probabilities of a flip in one step, off and on an edge: all that depends on them has two values."""
     check_beta(cfg.beta + cfg.edge_bonus, classes)
     return cfg.beta + cfg.edge_bonus * torch.arange(2, device=device).float()
 
 
 def _assemble(values: Tensor, labels: Tensor, gaussian: Tensor, classes: int) -> Tensor:
-    """(B, d, h, w): continuous ``values`` in the Gaussian region, codes of ``labels`` elsewhere."""
+    """Return (B, d, h, w): continuous ``values`` in the Gaussian region, codes of ``labels`` elsewhere."""
     codes = _codes_on(classes, values.device).T.index_select(1, labels.flatten())
     codes = codes.view(-1, *labels.shape).transpose(0, 1)
     return torch.where(gaussian.unsqueeze(1), values, codes)
@@ -181,7 +181,7 @@ class Denoiser(nn.Module):
         self.more = nn.ModuleList(nn.Sequential(nn.Conv2d(inputs, width, 1), _norm(width)) for inputs in more)
 
     def prepare(self, features: Tensor, logits: Tensor, *more: Tensor) -> Tensor:
-        """(B, width, h, w) conditioning, computed once for the whole chain; no gradient reaches the segmenter.
+        """Return (B, width, h, w) conditioning, computed once for the whole chain; no gradient reaches the segmenter.
 
         ``features`` (B, cond_channels, ...) and ``more`` (B, ...) are brought to the grid of ``logits`` (B, C, h, w) if
         theirs is another.
@@ -192,7 +192,7 @@ class Denoiser(nn.Module):
         return seen + self.logits(logits.detach().float().softmax(dim=1))
 
     def forward(self, codes: Tensor, gaussian: Tensor, edges: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) logits of the clean class and (B, d, h, w) noise, float32.
+        """Return (B, C, h, w) logits of the clean class and (B, d, h, w) noise, float32.
 
         ``codes`` (B, d, h, w), ``gaussian`` and ``edges`` (B, h, w) bool, ``t`` (B,) int64, ``cond`` from
         ``prepare``.
@@ -200,16 +200,16 @@ class Denoiser(nn.Module):
         return self.denoise(codes, self.films(t), self.placed(cond, gaussian, edges))
 
     def placed(self, cond: Tensor, gaussian: Tensor, edges: Tensor) -> Tensor:
-        """``cond`` and what the entry makes of the two regions, which stay as they are for a whole chain."""
+        """Add to ``cond`` the entry's features of the two regions, which are constant within a chain."""
         maps = torch.stack((gaussian, edges), dim=1).to(self.entry.weight.dtype)
         return cond + F.conv2d(maps, self.entry.weight[:, -2:], self.entry.bias, padding=1)
 
     def films(self, t: Tensor) -> Tensor:
-        """(B, 2 * depth * width, 1, 1) scale and shift of each block at ``t`` (B,) int64."""
+        """Return (B, 2 * depth * width, 1, 1) scale and shift of each block at ``t`` (B,) int64."""
         return self.time(_sinusoids(t / self.timesteps, self.width))[:, :, None, None]
 
     def denoise(self, codes: Tensor, films: Tensor, placed: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward`` from what ``films`` and ``placed`` give; one row of ``films`` serves a whole batch."""
+        """Compute ``forward`` from the results of ``films`` and ``placed``; one row of ``films`` serves a batch."""
         x = placed + F.conv2d(codes, self.entry.weight[:, :-2], padding=1)
         parts = films.chunk(2 * len(self.convs), dim=1)
         for norm, conv, scale, shift in zip(self.norms, self.convs, parts[::2], parts[1::2], strict=True):
@@ -221,7 +221,7 @@ class Denoiser(nn.Module):
     def chain(
         self, gaussian: Tensor, edges: Tensor, times: Tensor, cond: Tensor
     ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-        """``forward`` of codes at the i-th of ``times`` (S,) int64, with all that the steps share done once."""
+        """Return ``forward`` of codes at the i-th of ``times`` (S,) int64; work that the steps share is done once."""
         films, placed = self.films(times), self.placed(cond, gaussian, edges)
         return lambda codes, i: self.denoise(codes, films[i : i + 1], placed)
 
@@ -235,16 +235,16 @@ def _norm(width: int) -> nn.GroupNorm:
 
 
 def _sinusoids(share: Tensor, width: int) -> Tensor:
-    """(B, width) of sines and cosines of ``share`` (B,) in 0 ... 1, at frequencies from 1 to 1000 a unit."""
+    """Return (B, width) of sines and cosines of ``share`` (B,) in 0 ... 1, at frequencies from 1 to 1000 a unit."""
     rates = torch.logspace(0, 3, (width + 1) // 2, device=share.device)
     angles = share.float().unsqueeze(1) * rates
     return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
 
 
 def reverse_times(timesteps: int, steps: int | None) -> list[int]:
-    """The times that a refinement visits, evenly from T down to 0: ``steps`` + 1 of them, T + 1 if ``steps`` is None.
+    """Return the times that a refinement visits, evenly from T to 0: ``steps`` + 1 of them, T + 1 if ``steps`` is None.
 
-    ValueError unless 1 <= steps <= T.
+    Raises ValueError unless 1 <= steps <= T.
     """
     steps = timesteps if steps is None else steps
     if not 1 <= steps <= timesteps:
@@ -253,7 +253,7 @@ def reverse_times(timesteps: int, steps: int | None) -> list[int]:
 
 
 class Chained(Protocol):
-    """What ``refine`` asks of a denoiser; see ``Denoiser.chain``."""
+    """The interface that ``refine`` needs of a denoiser; see ``Denoiser.chain``."""
 
     def chain(
         self, gaussian: Tensor, edges: Tensor, times: Tensor, cond: Tensor, /
@@ -264,11 +264,11 @@ class Chained(Protocol):
 def refine(
     denoiser: Chained, cond: Tensor, soft: Tensor, tau: float, cfg: MixeConfig, noise: Tensor, uniforms: Tensor
 ) -> Tensor:
-    """(B, C, h, w) logits of the clean class after the whole chain: corrupt ``soft`` at T, then undo it step by step.
+    """Return (B, C, h, w) logits of the clean class after the chain: corrupt ``soft`` at T, then undo it step by step.
 
     ``denoiser`` has the ``chain`` of a ``Denoiser``; ``cond`` as from its ``prepare``; ``soft`` (B, C, h, w)
     probabilities; ``noise`` (B, d, h, w) normal; ``uniforms`` (S, B, h, w) in [0, 1), the first for the corruption.
-    Regions and edges are those of ``soft`` throughout. S = cfg.refine_steps or T. ValueError if ``uniforms`` has
+    Regions and edges are those of ``soft`` throughout. S = cfg.refine_steps or T. Raises ValueError if ``uniforms`` has
     another S.
     """
     times, classes = reverse_times(cfg.timesteps, cfg.refine_steps), soft.shape[1]
@@ -276,14 +276,14 @@ def refine(
         raise ValueError(
             f"uniforms has {len(uniforms)} entries on axis 0: must have one per reverse step, {len(times) - 1}"
         )
-    kept = _alpha_bar_list(cfg.timesteps)
+    signal = _alpha_bar_list(cfg.timesteps)
     state = corrupt(soft, cfg.timesteps, tau, cfg, noise=noise, uniform=uniforms[0])
     x, z = state.codes, state.labels
-    rates, place = _rates(cfg, classes, soft.device), state.edges.flatten().long()
+    rates, edge_index = _rates(cfg, classes, soft.device), state.edges.flatten().long()
     at = torch.tensor(times).to(soft.device, non_blocking=True)
     steps = at[:, None]
     lost = posterior_memory(steps[:-1], steps[1:], rates, classes, cfg.flip_schedule, cfg.timesteps)
-    memory = [part[:, place].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost]
+    memory = [part[:, edge_index].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost]
     denoise = denoiser.chain(state.gaussian, state.edges, at[:-1], cond)
     for i, (t, t_prev) in enumerate(pairwise(times)):
         logits, noise_pred = denoise(x, i)
@@ -295,6 +295,6 @@ def refine(
                 probs = posterior_of(z, probs, *(part[i] for part in memory))
             z = torch.where(state.gaussian, z, sample_classes(probs, uniforms[i + 1]))
         if cfg.gaussian:
-            x, _ = ddim_step(x, noise_pred, t, kept, t_prev)
+            x, _ = ddim_step(x, noise_pred, t, signal, t_prev)
         x = _assemble(x, z, state.gaussian, classes)
     return logits

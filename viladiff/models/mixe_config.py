@@ -1,4 +1,4 @@
-"""What can be set of MixE: the noise, the denoiser, what it reads, and which labels the refined ones replace."""
+"""The configuration of MixE: noise, denoiser, its inputs, and the labels that refined ones replace."""
 
 from __future__ import annotations
 

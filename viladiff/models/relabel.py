@@ -1,6 +1,6 @@
-"""Which pixels take the refined label, and what counts as its confidence (ours; the paper replaces all of them).
+"""The choice of pixels that take the refined label, and its confidence (ours; the paper replaces all of them).
 
-Labels are handed on as class scores (B, C, H, W): the largest is the confidence, its place the label.
+Labels are passed on as class scores (B, C, H, W): the largest is the confidence, its index the label.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TINY = 1e-20
 
 
 def refined_pixels(teacher: Tensor, where: str, threshold: float, stride: int, valid: Tensor | None = None) -> Tensor:
-    """(B, H, W) bool, True where the refined label replaces the teacher's.
+    """Return (B, H, W) bool, True where the refined label replaces the teacher's.
 
     ``teacher`` (B, C, H, W) probabilities. ``where``: "all"; "unsure", those whose largest is below ``threshold``; or
     "edges", all pixels of the cells, ``stride`` wide, that hold a pixel on an edge of the teacher's labels. The border
@@ -38,7 +38,7 @@ def refined_pixels(teacher: Tensor, where: str, threshold: float, stride: int, v
 
 
 def cells_with(pixels: Tensor, stride: int) -> Tensor:
-    """(B, H, W) bool: all pixels of each cell, ``stride`` wide, that holds one of ``pixels`` (B, H, W) bool."""
+    """Return (B, H, W) bool: all pixels of each cell, ``stride`` wide, that holds one of ``pixels`` (B, H, W) bool."""
     cells = F.max_pool2d(pixels.float()[:, None], stride)
     return F.interpolate(cells, scale_factor=stride, mode="nearest")[:, 0] > 0
 
@@ -46,7 +46,7 @@ def cells_with(pixels: Tensor, stride: int) -> Tensor:
 def relabelled(
     teacher: Tensor, refined: Tensor, where: Tensor | None, confidence: str, calibration: Calibration | None
 ) -> Tensor:
-    """(B, C, H, W) class scores of the labels that training uses: refined ones in the pixels ``where``.
+    """Return (B, C, H, W) class scores of the labels that training uses: refined ones in the pixels ``where``.
 
     ``teacher`` and ``refined`` (B, C, H, W) probabilities; ``where`` (B, H, W) bool, None is all; ``confidence`` as
     ``method.mixe.confidence``, of which "calibrated" needs ``calibration``.
@@ -80,20 +80,22 @@ class Calibration(nn.Module):
         self.register_buffer("pending", torch.zeros(2, LEVELS), persistent=False)
 
     def forward(self, confidence: Tensor) -> Tensor:
-        """Precision, of any shape, at each ``confidence``: one pixel of the level's middle confidence is counted in."""
+        """Return the precision, of any shape, at each ``confidence``, adding one pixel of the level's middle
+        confidence.
+        """
         middle = (torch.arange(LEVELS, device=confidence.device) + 0.5) / LEVELS
         return ((self.counts[1] + middle) / (self.counts[0] + 1))[_level(confidence)]
 
     @torch.no_grad()
     def add(self, confidence: Tensor, right: Tensor, counted: Tensor) -> None:
-        """Pixels (B, H, W) of this worker: their confidence, whether the label is right, and whether they count."""
+        """Count pixels (B, H, W) of this worker by confidence, correctness of the label, and whether they count."""
         weight = counted.flatten().float()
         parts = torch.stack([weight, weight * right.flatten()])
         self.pending.index_add_(1, _level(confidence).flatten(), parts)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Takes in the pixels of all workers since the last call."""
+        """Count the pixels of all workers since the last call."""
         self.counts.mul_(KEPT).add_(all_reduce_sum(self.pending))
         self.pending.zero_()
 

@@ -1,4 +1,4 @@
-"""The network that all methods share: encoder, decoder, classifier; with ViLa, two streams through one decoder."""
+"""The segmenter that all methods share: encoder, decoder, classifier; with ViLa, two streams through one decoder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
 
 
 class _Last:
-    """What a segmenter found in the images that it saw last, by identity of the tensors that it was given."""
+    """A segmenter's results for its last images, by identity of the input tensors."""
 
     def __init__(self, segmenter: Segmenter) -> None:
         self.images: Tensor | None = None
@@ -69,7 +69,7 @@ class _Last:
         return None
 
     def check(self) -> None:
-        """The one look at the device; raises RuntimeError where something was written to in place meanwhile."""
+        """Check for in-place writes with a single look at the device; raise RuntimeError if there was one."""
         self._let_go()
         if self._changed and bool(torch.stack(self._changed).any()):
             raise RuntimeError("remembered: images, words or maps were changed in place; change copies of them")
@@ -85,18 +85,18 @@ class _Last:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Of the numbers' bits as integers, so that it is exact, in any order and for NaN too."""
+    """Sum the numbers' bits as integers, so that it is exact, in any order and for NaN too."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.detach().contiguous().view(kinds[x.element_size()]).sum()
 
 
 @contextmanager
 def remembered(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it, segmenters in ``networks`` do not go again through the images that they saw last, nor their streams.
+    """Let segmenters in ``networks`` reuse the maps and streams of the last images within the context.
 
-    For evaluation, where several scores read one prediction. One batch of maps is kept for each segmenter, until the
-    next one. In training mode and where a gradient is wanted nothing is read of it. Raises RuntimeError at the end
-    where images, words, maps or weights were changed in place meanwhile, since older maps may have been read then.
+    For evaluation, where several scores read one prediction. One batch of maps is stored for each segmenter, until the
+    next one. In training mode and with gradients nothing is reused. Raises RuntimeError at the end if images, texts,
+    maps or weights were changed in place meanwhile, since older maps may have been read then.
     """
     found = {module for network in networks for module in network.modules() if isinstance(module, Segmenter)}
     try:
@@ -139,7 +139,7 @@ class Segmenter(nn.Module):
     def streams(
         self, images: Tensor, text: TextBatch | None = None, names: tuple[str, ...] | None = None
     ) -> dict[str, StreamOutput]:
-        """images (B, 3, H, W) to the named streams, all by default; encoder and fine decoder levels run once."""
+        """Map images (B, 3, H, W) to the named streams, all by default; encoder and fine decoder levels run once."""
         features, names, last = self.encode(images), self.names if names is None else names, self._last()
         found = None if last is None else last.found(text, names)
         if found is None:
@@ -149,18 +149,18 @@ class Segmenter(nn.Module):
         return found
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) to the encoder's four maps (B, D_i, h_i, w_i), coarsest last, for ``decode``."""
+        """Map images (B, 3, H, W) to the encoder's four maps (B, D_i, h_i, w_i), coarsest last, for ``decode``."""
         last = self._last()
         return self.encoder(images) if last is None else last.encoded(images, self.encoder)
 
     def _last(self) -> _Last | None:
-        """None also where branches may be dropped or a gradient is wanted: neither is what was found before."""
+        """Return the stored maps; None if branches may be dropped or a gradient is needed, which change the result."""
         return None if self.training or torch.is_grad_enabled() else self.last
 
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
     ) -> dict[str, StreamOutput]:
-        """The second half of ``streams``: what a method may change in between is every map that the decoder reads."""
+        """Perform the second half of ``streams``; a method may change every map of ``features`` before."""
         names = self.names if names is None else names
         top = features[-1]
         if self.vila is None:
@@ -177,29 +177,29 @@ class Segmenter(nn.Module):
         }
 
     def classify(self, mid: Tensor, top: Tensor, name: str = "visual") -> Tensor:
-        """Decoder map (B, width, h, w) and coarse map (B, D, H / patch, W / patch) to float32 logits (B, C, h, w)."""
+        """Map the decoder's (B, width, h, w) and coarse (B, D, H / patch, W / patch) to logits (B, C, h, w) float32."""
         head = self.classifier_fusion if name == "fusion" else self.classifier
         assert head is not None
         return head(mid, top).float()
 
     def logits(self, features: list[Tensor], size: torch.Size | tuple[int, ...]) -> Tensor:
-        """Maps of ``encode``, as they are or changed, to the visual stream's full-size logits (B, C, H, W)."""
+        """Map features of ``encode``, unchanged or not, to the visual stream's full-size logits (B, C, H, W)."""
         return upsample(self.decode(features, names=("visual",))["visual"].logits, size)
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        """images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
+        """Map images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
         return {name: upsample(stream.logits, images.shape[-2:]) for name, stream in self.streams(images, text).items()}
 
 
 def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: int) -> StreamOutput:
-    """A teacher stream with the boxes of the strong view pasted into its tokens, map and logits."""
+    """Paste the boxes of the strong view into the tokens, map and logits of a teacher's stream."""
     tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
     tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
     return StreamOutput(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
 
 
 def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    """Grid logits (B, C, h, w) to pixels, bilinearly."""
+    """Resize grid logits (B, C, h, w) to pixels, bilinearly."""
     return bilinear(logits, size)
 
 
@@ -228,20 +228,20 @@ class DualNetwork(nn.Module):
         return self[0].encoder
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) to the four maps of the first encoder and then those of the second."""
+        """Map images (B, 3, H, W) to the four maps of the first encoder followed by those of the second."""
         return [*self[0].encode(images), *self[1].encode(images)]
 
     def logits(self, features: list[Tensor], size: torch.Size | tuple[int, ...]) -> Tensor:
-        """Maps of ``encode`` to mean full-size logits (B, C, H, W)."""
+        """Map features of ``encode`` to mean full-size logits (B, C, H, W)."""
         half = len(features) // 2
         return (self[0].logits(features[:half], size) + self[1].logits(features[half:], size)) / 2
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
-        """Mean logits (B, C, h, w) of the two decoders on the same four maps, of any encoder of their kind."""
+        """Return mean logits (B, C, h, w) of the two decoders on the same four maps, of any encoder of their kind."""
         return (self[0].decode(features)["visual"].logits + self[1].decode(features)["visual"].logits) / 2
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        """images (B, 3, H, W) to {"visual": (B, C, H, W) logits}."""
+        """Map images (B, 3, H, W) to {"visual": (B, C, H, W) logits}."""
         return {"visual": self.logits(self.encode(images), images.shape[-2:])}
 
 
@@ -251,7 +251,7 @@ Network = Segmenter | DualNetwork
 
 @dataclass(frozen=True)
 class NetworkFactory:
-    """How a method gets its networks: called once per independently initialised student."""
+    """The factory of a method's networks: called once per independently initialised student."""
 
     model: ModelConfig
     num_classes: int
@@ -270,9 +270,9 @@ class NetworkFactory:
         drop_path: float | None = None,
         kind: Callable[[Encoder, int, int], Segmenter] = Segmenter,
     ) -> Segmenter:
-        """``drop_path`` in place of the configured rate, for a method that is defined by its own.
+        """Build a network; ``drop_path`` replaces the configured rate, for a method that is defined by its own.
 
-        ``kind`` makes the network from encoder, width of the decoder and number of classes, for one with other parts.
+        ``kind`` builds the network from encoder, width of the decoder and number of classes, for one with other parts.
         """
         rate = self.model.drop_path if drop_path is None else drop_path
         encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, rate)

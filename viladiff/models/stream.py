@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class StreamOutput(NamedTuple):
-    """What one stream says of a batch, on the decoder's grid (h = H / stride)."""
+    """The output of one stream for a batch, on the decoder's grid (h = H / stride)."""
 
     features: Tensor
     """(B, N, W) tokens of ViLa, or the encoder's last tokens where there is no ViLa."""

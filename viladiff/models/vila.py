@@ -106,7 +106,7 @@ class ViLa(nn.Module):
         nn.init.zeros_(self.back.bias)
 
     def forward(self, top: Tensor, text: TextBatch | None, streams: tuple[str, ...]) -> dict[str, StreamTokens]:
-        """top (B, D, h, w) to the asked streams; without text the fusion stream reads the null token alone."""
+        """Map top (B, D, h, w) to the requested streams; without text the fusion stream reads the null token alone."""
         batch, dim, h, w = top.shape
         tokens = self.project(top.flatten(2).transpose(1, 2)) + sincos_2d(h, w, self.width, top.device)
         inputs = []
@@ -123,28 +123,28 @@ class ViLa(nn.Module):
         }
 
     def _injected(self, tokens: Tensor, text: TextBatch | None) -> Tensor:
-        words, mask = prepend_null_token(self.null, self.words, text, len(tokens))
+        context, mask = prepend_null_token(self.null, self.words, text, len(tokens))
         for block in self.inject:
-            tokens = block(tokens, words, mask)
+            tokens = block(tokens, context, mask)
         return tokens
 
 
 def prepend_null_token(null: Tensor, embed: nn.Module, text: TextBatch | None, batch: int) -> tuple[Tensor, Tensor]:
-    """The null token (1, 1, W) and then the embedded words: (B, 1 + L, W), and (B, 1 + L) bool: what may be read."""
-    words = null.expand(batch, -1, -1)
-    mask = torch.ones(words.shape[:2], dtype=torch.bool, device=null.device)
+    """Join the null token (1, 1, W) and the embedded text: (B, 1 + L, W), and its mask (B, 1 + L) bool."""
+    context = null.expand(batch, -1, -1)
+    mask = torch.ones(context.shape[:2], dtype=torch.bool, device=null.device)
     if text is not None:
-        words = torch.cat([words, embed(text.tokens).to(words.dtype)], dim=1)
+        context = torch.cat([context, embed(text.tokens).to(context.dtype)], dim=1)
         mask = torch.cat([mask, text.mask], dim=1)
-    return words, mask
+    return context, mask
 
 
 def match_features(
     teacher: Tensor, student: Tensor, cells: Tensor, weight: Tensor, scope: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features (U, N, W) as the rows (B', D') that Eq. 1 compares, each row's weight, and the number of rows.
+    """Return features (U, N, W) as the rows (B', D') that Eq. 1 compares, each row's weight, and the number of rows.
 
-    Padding never counts; a row that is gated off still does, so that the gate scales the loss.
+    Padding never counts; a row that the gate closes still does, so that the gate scales the loss.
     """
     mask, images = cells[..., None].to(teacher.dtype), torch.full((), len(weight), device=weight.device)
     if scope == "tokens":
@@ -166,39 +166,41 @@ class Distilled(NamedTuple):
 
 def distil(
     cfg: VilaConfig,
-    taught: dict[str, StreamOutput],
+    teacher: dict[str, StreamOutput],
     student: dict[str, StreamOutput],
     gate: Tensor,
     cells: Tensor,
     pixels: Tensor,
 ) -> Distilled:
-    """Every arrow that is on; those that end in the visual stream are weighted by ``gate`` (U,).
+    """Compute every enabled pair; those that end in the visual stream are weighted by ``gate`` (U,).
 
-    ``taught`` and ``student`` are the streams of U images by name, ``cells`` (U, N) and ``pixels`` (U, h, w) bool what
-    is not padding.
+    ``teacher`` and ``student`` are the streams of U images by name, ``cells`` (U, N) and ``pixels`` (U, h, w) bool are
+    False in padding.
     """
-    heads = {"student": [("student", student["fusion"], student["visual"], gate)], "teacher": []}
-    heads["teacher"].append(("teacher", taught["visual"], student["fusion"], torch.ones_like(gate)))
+    pairs = {"student": [("student", student["fusion"], student["visual"], gate)], "teacher": []}
+    pairs["teacher"].append(("teacher", teacher["visual"], student["fusion"], torch.ones_like(gate)))
     if cfg.teacher_to_visual:
-        heads["teacher"].append(("teacher_to_visual", taught["fusion"], student["visual"], gate))
+        pairs["teacher"].append(("teacher_to_visual", teacher["fusion"], student["visual"], gate))
     terms: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     for path in cfg.distillation_paths:
         origin, what = path.split("_")
         losses = []
-        for start, tail, head, weight in heads[origin]:
-            name, own = f"{start}_{what}", getattr(cfg.path_weights, f"{start}_{what}")
+        for owner, source, target, weight in pairs[origin]:
+            name, path_weight = f"{owner}_{what}", getattr(cfg.path_weights, f"{owner}_{what}")
             if what == "features":
-                factor = cfg.feature_weight * own
-                *rows, keep, count = match_features(tail.features, head.features, cells, weight, cfg.feature_scope)
-                given = rows[0], rows[1], cfg.lam, cfg.feature_reduction
-                losses.append(factor * feature_distillation(*given, weight=keep, count=count))
-                squared, cosine = feature_terms(*given, weight=keep, count=count)
+                factor = cfg.feature_weight * path_weight
+                *rows, keep, count = match_features(source.features, target.features, cells, weight, cfg.feature_scope)
+                inputs = rows[0], rows[1], cfg.lam, cfg.feature_reduction
+                losses.append(factor * feature_distillation(*inputs, weight=keep, count=count))
+                squared, cosine = feature_terms(*inputs, weight=keep, count=count)
                 parts |= {f"{name}/squared": factor * squared, f"{name}/cosine": factor * cosine}
             else:
                 keep = weight[:, None, None] * pixels
-                loss = logit_distillation(tail.logits, head.logits, cfg.temperature, weight=keep, count=pixels.sum())
-                losses.append(cfg.logit_weight * own * loss)
+                loss = logit_distillation(
+                    source.logits, target.logits, cfg.temperature, weight=keep, count=pixels.sum()
+                )
+                losses.append(cfg.logit_weight * path_weight * loss)
                 parts[name] = losses[-1]
         terms[path] = torch.stack(losses).sum()
     return Distilled(terms, parts)

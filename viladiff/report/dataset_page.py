@@ -1,4 +1,4 @@
-"""The page that ``viladiff data check`` writes: counts, sizes, classes, faults, and labels laid over their images."""
+"""The page of ``viladiff data check``: counts, sizes, classes, problems, and labels laid over their images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STRENGTH = 0.55
 
 
 def write_page(report: DatasetReport, out: Path, command: str) -> Path:
-    """Writes mosaic.png and index.html into ``out``; returns the path of index.html. ValueError where that fails."""
+    """Write mosaic.png and index.html into ``out``; return the path of index.html. Raises ValueError if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         mosaic = draw_mosaic(report)
@@ -43,7 +43,7 @@ def write_page(report: DatasetReport, out: Path, command: str) -> Path:
 
 
 def draw_mosaic(report: DatasetReport) -> np.ndarray | None:
-    """(H, W, 3) uint8 of evenly chosen images under their labels; None where no image has a sound mask."""
+    """Return (H, W, 3) uint8 of evenly chosen images under their labels; None if no image has a valid mask."""
     names = [name for name, one in report.seen.items() if one.pixels is not None and not one.faults]
     if not names:
         return None
@@ -72,7 +72,7 @@ def _tile(report: DatasetReport, name: str) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """(h, w, 3) uint8: each class but background in its colour over the image, ignored pixels hatched."""
+    """Return (h, w, 3) uint8: each class but background in its colour over the image, ignored pixels hatched."""
     colours = np.zeros((256, 3), np.uint8)
     colours[:num_classes] = colormap.class_colours(num_classes)
     shown = np.where((labels == IGNORE)[..., None], colormap.hatch(*labels.shape), colours[labels])
@@ -81,7 +81,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarr
 
 
 def dataset_html(report: DatasetReport, mosaic: bool, command: str) -> str:
-    """The page as text; names of files are escaped."""
+    """Render the page; names of files are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -100,7 +100,7 @@ def dataset_html(report: DatasetReport, mosaic: bool, command: str) -> str:
 
 
 def dataset_facts(report: DatasetReport) -> dict[str, str]:
-    """Counts and sizes, a line each."""
+    """Return counts and sizes, one a line."""
     masks = sum(one.pixels is not None for one in report.seen.values())
     found = {"images": f"{len(report.seen):,}", "with a mask that can be read": f"{masks:,}"}
     sizes = report.sizes()
@@ -115,7 +115,7 @@ def dataset_facts(report: DatasetReport) -> dict[str, str]:
 
 
 def class_rows(report: DatasetReport) -> list[dict[str, Any]]:
-    """Share of labelled pixels and number of masks of each class, and of what is ignored (as a share of all pixels)."""
+    """Return each class's share of labelled pixels and number of masks, and the ignored share of all pixels."""
     pixels, images = report.pixels(), report.images()
     total, valid = int(pixels.sum()), int(pixels[:IGNORE].sum())
     colours = colormap.class_colours(len(report.classes.names))

@@ -1,4 +1,4 @@
-"""Text as markdown that no renderer takes for markup."""
+"""Escaping of text for markdown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import re
 
 
 def markdown(text: str) -> str:
-    """Text that no renderer takes for markup, a cell's border or HTML."""
+    """Escape text so that no renderer takes it for markup, a cell's border or HTML."""
     escaped = re.sub(r"([\\`*_\[\]|$~#!^])", r"\\\1", " ".join(text.split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,4 +1,4 @@
-"""Where every number of a table comes from, and what differs between its runs although it should not."""
+"""Provenance of a table's numbers, and unintended differences between its runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from viladiff.core.messages import format_seconds
 from viladiff.report.sections import pretraining_data
 from viladiff.report.table.results import CellRun, Results, number
 from viladiff.runs.record import RunRecord, mismatch
@@ -66,7 +67,7 @@ def _revision(record: RunRecord) -> str:
 
 
 def labelled_list(record: RunRecord) -> str:
-    """Which labelled images a run had."""
+    """Describe the labelled list of a run."""
     drawn = record.config.get("data.split_seed")
     if drawn is None:
         return "one for all seeds"
@@ -75,14 +76,14 @@ def labelled_list(record: RunRecord) -> str:
 
 
 def captions(record: RunRecord) -> str:
-    """What the record says of its captions, and whether a control exchanged them."""
+    """Describe the record's captions, and the control that replaced them, if any."""
     kind, on = record.config.get("data.captions", "own"), record.config.get("data.captions_on", "both")
     said = record.captions if kind in ("own", None) else f"{kind}: {record.captions}"
     return said if on in ("both", None) else f"{said}, on {on} images alone"
 
 
 def run_facts(results: Results) -> list[Fact]:
-    """What the runs have in common, and how many have what where they differ."""
+    """Return the facts that the runs share, and how many have which where they differ."""
     records = list(results.records().values())
     if not records:
         return []
@@ -98,7 +99,7 @@ def run_facts(results: Results) -> list[Fact]:
 
 
 def shared_facts(records: Sequence[RunRecord]) -> list[Fact]:
-    """What runs have in common or not: data, evaluation, what models were trained on, notes, encoder, code."""
+    """Return the facts of records, shared or not: data, evaluation, pretraining data, notes, encoder, code."""
     found = [_fact(name, map(read, records), False) for name, read in _MAY_DIFFER.items()]
     told = [pretraining_data.pretraining_overlap(record) for record in records]
     names = dict.fromkeys(name for one in told for name in one)
@@ -109,13 +110,13 @@ def shared_facts(records: Sequence[RunRecord]) -> list[Fact]:
 
 
 def spent(records: Sequence[RunRecord]) -> dict[str, str]:
-    """Time and memory of all runs together."""
+    """Return time and memory of all runs together."""
     walls = [record.wall_seconds for record in records if record.wall_seconds is not None]
     peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     unknown = len(records) - len(walls)
     return {
-        "Wall time, all runs added": duration(sum(walls)) + (f", {unknown} runs not known" if unknown else ""),
-        "Training time, all runs added": duration(sum(record.train_seconds for record in records)),
+        "Wall time, all runs added": format_seconds(sum(walls)) + (f", {unknown} runs not known" if unknown else ""),
+        "Training time, all runs added": format_seconds(sum(record.train_seconds for record in records)),
         "Most memory of a run's process": f"{max(peaks) / 2**30:.1f} GiB" if peaks else "not known",
     }
 
@@ -124,17 +125,6 @@ def _fact(name: str, values: Iterable[object], one: bool) -> Fact:
     said = sorted("not recorded" if value is None else str(value) for value in values)
     counted = sorted(((value, len(list(same))) for value, same in groupby(said)), key=lambda pair: (-pair[1], pair[0]))
     return Fact(name, tuple(counted), one and len(counted) > 1)
-
-
-def duration(seconds: float | None) -> str:
-    """``2 h 5 min``, ``3 min 20 s``, ``8 s``; a dash for what is not known."""
-    if seconds is None:
-        return "—"
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 @dataclass(frozen=True)
@@ -148,7 +138,7 @@ class Origin:
 
 
 def origins(results: Results, store: Store, out: Path) -> list[Origin]:
-    """Unique runs in the order of the table."""
+    """Return the unique runs in the order of the table."""
     seen: dict[str, list[CellRun]] = {}
     for entry in results.entries:
         seen.setdefault(entry.cell.run_id, []).append(entry)
@@ -164,6 +154,6 @@ def origins(results: Results, store: Store, out: Path) -> list[Origin]:
 
 
 def _link(path: Path | None, out: Path) -> str:
-    """Nothing far from the page is named: the page may be published, and whose disk it was on is nobody's business."""
+    """Return a relative path of a file near the page; no other path is shown, since the page may be published."""
     relative = Path(os.path.relpath(path, out)).as_posix() if path is not None else ""
     return "" if relative.count("../") > 3 else relative

@@ -1,13 +1,12 @@
-"""Runs as one file to send: records, pictures and step logs, checked before anything of them is put in place.
+"""Archives of runs: records, pictures and step logs in one file, checked before anything is imported.
 
 Inside: ``records/<run_id>.json``, ``pictures/<run_id>.npz``, ``steps/<run_id>.jsonl`` and ``sums.json`` with the
-SHA-256 of each; no checkpoints. Records do not say where they were made. Equal runs give equal bytes.
+SHA-256 of each; no checkpoints. Records have no machine paths. Equal runs give equal bytes.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import file_sha256, sha256_hex
 from viladiff.runs.maintenance import CHECKPOINTS, contradiction
 from viladiff.runs.record import parse_record, record_bytes, strip_local_paths
 from viladiff.runs.store import Store
@@ -33,7 +33,7 @@ _SUMS = "sums.json"
 
 
 def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
-    """Packs finished runs and returns their number; ValueError where the file exists or a run is not finished."""
+    """Pack finished runs and return their number. Raises ValueError if the file exists or a run is not finished."""
     if not path.name.endswith((".tar.gz", ".tgz")):
         raise ValueError(f"{path}: an archive of runs ends in .tar.gz; write {path.name}.tar.gz")
     if path.exists():
@@ -42,21 +42,21 @@ def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
     for run_id in sorted(run_ids):
         record = store.get(run_id)
         if record is None:
-            raise ValueError(f"run {run_id}: has no record, so there is nothing to pack; viladiff runs show {run_id}")
+            raise ValueError(f"run {run_id}: has no record to pack; see viladiff runs show {run_id}")
         members[f"records/{run_id}.json"] = record_bytes(strip_local_paths(record))
         for part in ("pictures", "steps"):
             file = store.file(run_id, PARTS[part])
             if file is not None:
                 members[f"{part}/{run_id}{file.suffix}"] = file.read_bytes()
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    sums = {name: sha256_hex(data) for name, data in members.items()}
     write_atomically(path, _pack({**members, _SUMS: json.dumps(sums, indent=1).encode()}))
     return sum(name.startswith("records/") for name in members)
 
 
 def import_archive(store: Store, path: Path) -> dict[str, str]:
-    """Puts the runs of an archive into the store and says of each what was done; a good record is never replaced.
+    """Import the runs of an archive into the store and return the outcome of each; a good record is never replaced.
 
-    ValueError, with nothing put in place, where the archive holds anything but the files named above, one of them is
+    Raises ValueError, with nothing written, if the archive holds anything but the files named above, one of them is
     damaged, or a record's configuration does not match its name. Loads torch.
     """
     store.root.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _pack(members: dict[str, bytes]) -> bytes:
 
 
 def _unpack(path: Path, folder: Path) -> list[str]:
-    """Names of the members, each an expected one, a plain file, once, and no larger than it may be."""
+    """Unpack the archive and return the members' names: each an expected plain file, once, within its size limit."""
     names: list[str] = []
     total = 0
     with tarfile.open(path, "r:gz") as tar:
@@ -105,14 +105,14 @@ def _unpack(path: Path, folder: Path) -> list[str]:
 
 
 def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, Path]]:
-    """run_id, name in the run's directory, unpacked file; ValueError if any is not what was packed."""
+    """Return run_id, name in the run's directory, unpacked file. Raises ValueError if any was not packed so."""
     if _SUMS not in names:
         raise ValueError(f"{path}: has no {_SUMS}, so viladiff runs export did not write it; nothing was imported")
     try:
         sums = dict(json.loads((folder / _SUMS).read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {_SUMS} cannot be read; nothing was imported") from error
-    found = {name: _digest(folder / name) for name in names if name != _SUMS}
+    found = {name: file_sha256(folder / name) for name in names if name != _SUMS}
     if sums != found:
         wrong = sorted(set(found) ^ set(sums)) or [name for name in found if sums[name] != found[name]]
         raise ValueError(f"{path}: {wrong[0]} does not match {_SUMS}; nothing was imported")
@@ -134,11 +134,6 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
     return runs
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_arrays(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as packed:
@@ -156,7 +151,7 @@ def _is_log(path: Path) -> bool:
 
 
 def _place(store: Store, run_id: str, files: dict[str, Path]) -> str:
-    """What was done with a run."""
+    """Import a run and return the outcome."""
     lease = store.lease(run_id)
     if lease is None:
         return f"not imported: in work here ({store.holder(run_id) or 'by an unknown process'})"

@@ -1,4 +1,4 @@
-"""State on disk that survives a kill at any moment: a reader finds the old state or the new one, whole."""
+"""Checkpoints and step logs that survive a kill at any moment: a reader finds the old state or the new one, whole."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, str, bool, bytes, type(N
 
 
 def save_checkpoint(path: Path | str, state: dict[str, Any], keep_previous: bool = True) -> None:
-    """Writes ``state`` so that ``path`` holds either the old or the new checkpoint, whole, whenever the process dies.
+    """Write ``state`` so that ``path`` holds either the old or the new checkpoint, whole, whenever the process dies.
 
-    The one before is kept as ``<stem>.prev<suffix>``. One process writes to a path at a time. ValueError for a value
-    that is not a tensor, number, text, None, or a dict, list or tuple of those: loading it would mean running code.
-    OSError (disk full, no permission) leaves the old checkpoint as it was.
+    The previous one is kept as ``<stem>.prev<suffix>``. One process writes to a path at a time. Raises ValueError for a
+    value that is not a tensor, number, text, None, or a dict, list or tuple of those: loading it would mean running
+    code. OSError (disk full, no permission) leaves the old checkpoint as it was.
     """
     path = Path(path)
     _check_plain(state, "state")
@@ -57,15 +57,15 @@ def save_checkpoint(path: Path | str, state: dict[str, Any], keep_previous: bool
 
 
 def previous(path: Path | str) -> Path:
-    """Where ``save`` keeps the checkpoint before the newest: ``checkpoint.pt`` -> ``checkpoint.prev.pt``."""
+    """Return the path of ``save``'s previous checkpoint: ``checkpoint.pt`` -> ``checkpoint.prev.pt``."""
     path = Path(path)
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
-    """The newest state to go on from: ``path``, else the previous one if only that is there, else None.
+    """Return the newest state to go on from: ``path``, else the previous one if only that is there, else None.
 
-    A damaged file is an error, never skipped: going on from an older state is the user's choice. ValueError as
+    A damaged file is an error, never skipped: resuming from an older state is the user's choice. Raises ValueError as
     ``load_file``.
     """
     path = Path(path)
@@ -76,10 +76,10 @@ def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
 
 
 def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Exactly this checkpoint, checked against its checksum and loaded without running any code in it.
+    """Load exactly this checkpoint, checked against its checksum, without running any code in it.
 
-    FileNotFoundError where there is none; ValueError, with name, size and what to do, where it is truncated or changed,
-    carries code, has a newer format, or is not a checkpoint.
+    Raises FileNotFoundError if it is missing; ValueError, with name, size and what to do, if it is truncated or
+    changed, carries code, has a newer format, or is not a checkpoint.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -105,7 +105,7 @@ def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str,
 
 
 class _Hashing:
-    """What torch.save writes goes to the file and into the checksum, with no second copy in memory."""
+    """A file that hashes what torch.save writes, with no second copy in memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash, self.length = file, hashlib.sha256(), 0
@@ -138,7 +138,7 @@ def _digest(file: IO[bytes], length: int) -> bytes:
 
 
 def _duplicate(path: Path, to: Path) -> None:
-    """A second name for the file, put in place by a rename, so that ``path`` itself is never missing."""
+    """Give the file a second name, put in place by a rename, so that ``path`` itself is never missing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.prev.tmp")
     try:
         os.link(path, temporary)
@@ -173,7 +173,7 @@ def _check_plain(value: object, where: str) -> None:
 
 def _damaged(path: Path, size: int, why: str) -> ValueError:
     older = previous(path)
-    then = f"training then goes on from {older.name}" if older.exists() else "training then starts anew"
+    then = f"training then resumes from {older.name}" if older.exists() else "training then starts from scratch"
     return ValueError(f"checkpoint {path} ({size} bytes) is truncated or damaged: {why}. Delete it: {then}")
 
 
@@ -185,7 +185,7 @@ def _refused(path: Path, error: Exception) -> ValueError:
 
 
 def _foreign(path: Path, size: int, file: IO[bytes]) -> ValueError:
-    """Tells a file that carries code from one that lost its end."""
+    """Return the error of a file that carries code, or of one that was truncated."""
     try:
         torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -204,7 +204,7 @@ class StepLog:
         self._lines: list[str] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """row has an int under "step". ValueError otherwise, and for a value that JSON cannot hold."""
+        """Append a row with an int under "step". Raises ValueError otherwise, and for a value that JSON cannot hold."""
         if type(row.get("step")) is not int:
             raise ValueError(f"step log: step = {row.get('step')!r}; every row needs an integer step")
         try:
@@ -213,7 +213,7 @@ class StepLog:
             raise ValueError(f"step log: {error} ({dict(row)})") from error
 
     def flush(self) -> None:
-        """Puts the pending rows on the disk, so that a checkpoint written after it never knows more than the log."""
+        """Write the pending rows to the disk, so that a checkpoint written afterwards is never ahead of the log."""
         if not self._lines:
             return
         with name_file_in_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
@@ -223,7 +223,7 @@ class StepLog:
         self._lines.clear()
 
     def truncate_to(self, step: int) -> None:
-        """Keeps the rows of steps 0 ... step - 1: what had been done when the checkpoint at ``step`` was written."""
+        """Keep the rows of steps 0 ... step - 1, the state of the log at the checkpoint of ``step``."""
         self._lines.clear()
         if not self.path.exists():
             return
@@ -235,7 +235,7 @@ class StepLog:
         os.replace(temporary, self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows that were flushed; ``pandas.DataFrame(log.read())`` is a table. Empty where there is no file."""
+        """Return all rows that were flushed; ``pandas.DataFrame(log.read())`` is a table. Empty without a file."""
         return list(self._rows()) if self.path.exists() else []
 
     def _rows(self) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""What a run is: a frozen tree of sections, the one way to change it, and the name that its content gives it.
+"""The configuration of a run: a frozen tree of sections, ``override``, and the run's name.
 
 Every field is reached by a dotted path (``method.mixe.beta``), on the command line, in a table's spec and in a search
-space alike. ``data`` and ``method`` are unions: ``data.dataset`` and ``method.name`` choose which section stands there.
+space alike. ``data`` and ``method`` are unions: ``data.dataset`` and ``method.name`` choose the section.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class RunConfig(Section):
 
 
 def override(cfg: RunConfig, changes: Mapping[str, object]) -> RunConfig:
-    """A new, wholly validated configuration with ``changes`` (dotted path to value, or to text as typed in a shell).
+    """Return a new, validated configuration with ``changes`` (dotted path to value, or to text as typed in a shell).
 
-    ``data.dataset`` and ``method.name`` are applied first, wherever they stand, and bring their section back to its
-    defaults. Of ``train.steps`` and ``train.epochs``, the one that is set replaces the other. Raises ConfigError.
+    ``data.dataset`` and ``method.name`` are applied first, in any position, and reset their section to its defaults. Of
+    ``train.steps`` and ``train.epochs``, the one that is set replaces the other. Raises ConfigError.
     """
     flat = non_default_fields(cfg)
     for section, tag in TAGS.items():
@@ -123,29 +123,29 @@ def override(cfg: RunConfig, changes: Mapping[str, object]) -> RunConfig:
 
 
 def flatten(cfg: RunConfig) -> dict[str, object]:
-    """Every field by dotted path, in the order of the sections."""
+    """Return every field by dotted path, in the order of the sections."""
     return dict(iter_fields(cfg))
 
 
 def non_default_fields(cfg: RunConfig) -> dict[str, object]:
-    """The fields that differ from the defaults of the chosen data set and method, and those two choices themselves."""
+    """Return the fields that differ from the defaults of the chosen data set and method, and those two choices."""
     plain = _plain(type(cfg), cfg.data.dataset, cfg.method.name)
     chosen = {f"{section}.{tag}" for section, tag in TAGS.items()}
     return {path: value for path, value in flatten(cfg).items() if path in chosen or value != plain[path]}
 
 
 def defaults(dataset: str, method: str) -> Mapping[str, object]:
-    """Every field of a run on ``dataset`` with ``method`` where nothing is set, by dotted path. Raises ConfigError."""
+    """Return every field of a default run on ``dataset`` with ``method``, by dotted path. Raises ConfigError."""
     _known_choice("data.dataset", dataset, DATASETS)
     _known_choice("method.name", method, METHODS)
     return _plain(RunConfig, dataset, method)
 
 
 def run_id(cfg: RunConfig, fingerprints: Mapping[str, str] | None = None) -> str:
-    """16 hex digits that name a run by content: changed fields outside ``runtime``, revisions, fingerprints of inputs.
+    """Return 16 hex digits that name a run: changed fields outside ``runtime``, revisions, fingerprints of inputs.
 
-    Where lists and weights lie does not matter, since what they hold is in the fingerprints. A field added later with a
-    default leaves old names as they are; ``1`` and ``1.0`` in a float field are one name.
+    Paths of lists and weights do not matter, since their content is in the fingerprints. A field added later with a
+    default leaves old names unchanged; ``1`` and ``1.0`` in a float field are one name.
     """
     revision, train = METHODS[cfg.method.name].revision, cfg.train
     given = dict(fingerprints or {})
@@ -155,7 +155,7 @@ def run_id(cfg: RunConfig, fingerprints: Mapping[str, str] | None = None) -> str
 
 
 def fields_help(prefix: str = "", cfg: RunConfig | None = None) -> list[FieldHelp]:
-    """Path, type, value and explanation of each field under ``prefix``; raises ConfigError where there is none.
+    """Return path, type, value and explanation of each field under ``prefix``. Raises ConfigError if there is none.
 
     A prefix that the configuration's own method or data set lacks is looked up in the others.
     """
@@ -171,7 +171,10 @@ def fields_help(prefix: str = "", cfg: RunConfig | None = None) -> list[FieldHel
 
 @cache
 def schema(dataset: str, method: str) -> dict[str, FieldInfo]:
-    """Every field of a run on ``dataset`` with ``method``, by dotted path; raises ConfigError for an unknown one."""
+    """Return every field of a run on ``dataset`` with ``method``, by dotted path.
+
+    Raises ConfigError for an unknown one.
+    """
     _known_choice("data.dataset", dataset, DATASETS)
     _known_choice("method.name", method, METHODS)
     sections = {"data": DATASETS[dataset].config, "method": METHODS[method].Config}
@@ -192,7 +195,7 @@ def _known_choice(path: str, value: str, table: Mapping[str, object]) -> None:
 
 
 def _no_such_field(path: str, known: Iterable[str]) -> str:
-    """``unknown``, unless another data set or method has the field: then which."""
+    """Return the error of an unknown field; it names the data set or method that has the field, if any."""
     for dataset in DATASETS:
         if path in schema(dataset, "supervised"):
             return f"{path}: not a field of this data set; it is one of data.dataset={dataset}"
@@ -203,7 +206,7 @@ def _no_such_field(path: str, known: Iterable[str]) -> str:
 
 
 def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Input with tags present, text read by type and the data set's presets filled in; and the paths it may have."""
+    """Return the input with tags, text parsed by type and the data set's presets; and the paths it may have."""
     tree = dict(given)
     chosen = {}
     for section, tag in TAGS.items():
@@ -234,7 +237,7 @@ def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _filled(given: object, preset: Mapping[str, object], name: str) -> object:
-    """``given``, a method's section or what is set of it, with ``preset`` (dotted path to value) where it is silent."""
+    """Fill ``given``, a method's section or the part that is set, with ``preset`` (dotted path to value)."""
 
     def plain(part: Any) -> Any:
         return part.model_dump(exclude_unset=True) if isinstance(part, BaseModel) else part
@@ -253,7 +256,10 @@ def _filled(given: object, preset: Mapping[str, object], name: str) -> object:
 
 
 def _batch_faults(cfg: RunConfig) -> Iterator[str]:
-    """A global batch falls into equal parts, one for each worker and micro-batch; CutMix pairs images within a part."""
+    """Yield errors of batch sizes: a global batch splits evenly by worker and micro-batch;
+
+    CutMix pairs images in a part.
+    """
     workers, parts = cfg.runtime.workers, cfg.runtime.workers * cfg.train.grad_accum_steps
     by = f"runtime.workers × train.grad_accum_steps = {workers} × {cfg.train.grad_accum_steps}"
     sizes = {"data.batch_labelled": cfg.data.batch_labelled}
@@ -288,7 +294,7 @@ def _batch_faults(cfg: RunConfig) -> Iterator[str]:
 
 
 def _method_faults(cfg: RunConfig) -> Iterator[str]:
-    """Limits that tie fields together, wherever in a method's section they occur."""
+    """Yield violations of limits that tie fields together, in any section of a method."""
     fields = dict(iter_fields(cfg.method, "method."))
     classes = DATASETS[cfg.data.dataset].num_classes
     for path, value in fields.items():
@@ -332,7 +338,7 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
 
 
 def _caption_faults(cfg: RunConfig) -> Iterator[str]:
-    """Fields that would say something of captions that are not there."""
+    """Yield fields that describe captions although there are none."""
     data = cfg.data
     if data.captions == "none" and data.captions_on != "both":
         yield f"data.captions_on = {data.captions_on!r}: not with data.captions = 'none'; set it to both"

@@ -1,4 +1,4 @@
-"""Which share of the gradient each term of a loss makes: what a record keeps of it, by thirds of training. No torch.
+"""Shares of the gradient by term of a loss, as records store them, by thirds of training. No torch.
 
 The share of a term at a step is the norm of its gradient over the sum of all terms' norms, at parameters that they
 share; a term is weighted as it is in the loss.
@@ -32,7 +32,7 @@ class TermShare(NamedTuple):
 
 
 def measured_steps(each: int, steps: int) -> frozenset[int]:
-    """Up to ``each`` steps of each third of training, in the middles of as many equal parts of it."""
+    """Return up to ``each`` steps of each third of training, in the middles of as many equal parts of it."""
     found = set()
     for third in range(3):
         low, high = (-(-(third + end) * steps // 3) for end in (0, 1))
@@ -41,7 +41,7 @@ def measured_steps(each: int, steps: int) -> frozenset[int]:
 
 
 def by_thirds(found: Mapping[str, Any] | None, steps: int) -> list[TermShare]:
-    """Every term of ``RunRecord.gradient_shares`` of a run of that many steps, by place, in the order of the loss.
+    """Return every term of a run's ``RunRecord.gradient_shares``, by place, in the order of the loss.
 
     A term that the loss lacks in some measured steps of a third, as in a warm-up, has no share of the gradient there.
     """
@@ -63,10 +63,10 @@ def by_thirds(found: Mapping[str, Any] | None, steps: int) -> list[TermShare]:
 
 
 def together(found: Sequence[TermShare], names: Sequence[str]) -> Triple:
-    """Added shares of the terms that one of the patterns matches, by third; None where none of them was measured.
+    """Add the shares of the terms that match a pattern, by third; None if none of them was measured.
 
-    Shares of different places are of different gradients: they are added within a place, and the largest sum counts.
-    Terms whose gradients point apart make less than that together, never more.
+    Shares at different parameters are of different gradients: they are added for each set of parameters, and the
+    largest sum counts. Terms whose gradients diverge contribute less than that together, never more.
     """
     mine = [one for one in found if any(fnmatchcase(one.term, name) for name in names)]
     sums: list[list[float]] = [[], [], []]
@@ -79,7 +79,7 @@ def together(found: Sequence[TermShare], names: Sequence[str]) -> Triple:
 
 
 def fault(found: Mapping[str, Any]) -> str:
-    """What no run can have measured, in a clause; empty without it. For records, which may come from anywhere."""
+    """Return an error for values that no run can have measured; empty otherwise. For records of any origin."""
     fields, measured = found.get("fields"), found.get("measured")
     if not isinstance(fields, dict) or not isinstance(measured, list):
         return "gradient_shares: must have fields, an object, and measured, a list"

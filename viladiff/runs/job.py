@@ -1,4 +1,4 @@
-"""What a launcher and its watchers say to each other; no Ray and no torch, so that a page or a test can read along."""
+"""Messages between an executor and its observers; no Ray and no torch, so that pages and tests can read them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended."""
+    """The end of one run."""
 
     run_id: str
     state: OutcomeState
@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """How runs are spread over processors. Raises ValueError for a number that makes no sense."""
+    """The distribution of runs over processors. Raises ValueError for invalid numbers."""
 
     threads: int = 1
     """CPU threads, and so CPU resources, of a worker, unless a run says otherwise; the largest counts for all."""
@@ -55,7 +55,7 @@ class ExecutionSettings:
     """Runs at once; None: as many as processors (or fractions of a GPU) allow, all of them on a cluster."""
     retries: int = 2
     """How often a run whose process died is started again."""
-    hang_after: float = 600.0
+    stall_timeout: float = 600.0
     """Seconds without a sign of life after which a run is killed; until its first step, six times that."""
     address: str | None = None
     """A Ray cluster; None starts one on this machine for the time of the call."""
@@ -76,7 +76,7 @@ class ExecutionSettings:
                     self.max_concurrent is None or self.max_concurrent >= 1,
                 ),
                 ("retries", self.retries, "must not be negative", self.retries >= 0),
-                ("hang_after", self.hang_after, "must be more than 0 seconds", self.hang_after > 0),
+                ("stall_timeout", self.stall_timeout, "must be more than 0 seconds", self.stall_timeout > 0),
             )
             if not fine
         ]

@@ -1,9 +1,9 @@
-"""Which run is next, which is tried again, which is left to another driver: decided here, without Ray, on one thread.
+"""The job queue: order, retries, and runs of other drivers, decided on one thread without Ray.
 
-A run is handed out (``next``), heard of (``heard``) and comes back (``finished`` or ``lost``); ``tick`` looks at what
-does not come back by itself. Retries: a process that died, ``settings.retries`` times; a hang, once; too little
-memory, once, at the end and with nothing beside it; a loss that is not finite, an error, or another name than planned,
-never, since it would end the same way.
+A run is handed out (``next``), reported on (``heard``) and returned (``finished`` or ``lost``); ``tick`` handles runs
+that do not return by themselves. Retries: a process that died, ``settings.retries`` times; a stalled run, once; too
+little memory, once, at the end and with nothing beside it; a loss that is not finite, an error, or another name than
+planned, never, since it would end the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Kind = Literal["nan", "memory", "hang", "killed", "stale", "error"]
 
 SETUP = 6
-"""Rendering or reading a data set, and the first step, may take this many times ``hang_after``."""
+"""Rendering or reading a data set, and the first step, may take this many times ``stall_timeout``."""
 LOOK = 1.0
 """Seconds between looks at runs that another driver has."""
 
@@ -74,14 +74,14 @@ class JobQueue:
         return not (self.live or self.waiting or self.alone or self.elsewhere)
 
     def settle(self) -> None:
-        """Drops from the queue what is done already, and sets apart what others are at."""
+        """Drop finished runs from the queue, and set apart those that other processes hold."""
         for _ in range(len(self.waiting)):
             job = self.waiting.popleft()
             if not self._already(job):
                 self.waiting.append(job)
 
     def next(self) -> PlannedRun | None:
-        """A run to start now, if there is one and room for it."""
+        """Return a run to start now, if there is one and a free slot."""
         exclusive = any(name in self.tries and "memory" in self.tries[name] for name in self.live)
         if self.stopping or exclusive or len(self.live) >= self.slots:
             return None
@@ -98,12 +98,12 @@ class JobQueue:
         return None
 
     def started(self, run_id: str) -> None:
-        """Its process is there."""
+        """Record that the run's process has started."""
         self.live[run_id].heard = self.clock
         self.tell(Event("started", run_id))
 
     def heard(self, run_id: str, news: dict[str, Any]) -> None:
-        """A sign of life, with ``node`` and ``pid`` at the beginning, ``step``, ``steps`` and ``loss`` later."""
+        """Process a heartbeat, with ``node`` and ``pid`` at the start, ``step``, ``steps`` and ``loss`` later."""
         run = self.live.get(run_id)
         if run is None:
             return
@@ -119,11 +119,11 @@ class JobQueue:
     """Whether runs are to ask ``judged`` of each of their scores."""
 
     def judged(self, run_id: str, step: int, value: float | None) -> bool:
-        """A score at a step; True tells the run to end there."""
+        """Process the score at a step; True stops the run there."""
         return False
 
     def finished(self, run_id: str, result: dict[str, Any]) -> None:
-        """The trial returned: ``state`` is done, stopped, elsewhere or failed (with ``kind`` and ``message``)."""
+        """Process a trial's result: ``state`` is done, stopped, elsewhere or failed (with ``kind`` and ``message``)."""
         run = self.live.pop(run_id)
         state = result["state"]
         if state == "elsewhere":
@@ -142,7 +142,7 @@ class JobQueue:
             )
 
     def lost(self, run_id: str, message: str, memory: bool = False) -> None:
-        """Its process died without a word, was killed as hung, or by Ray for want of ``memory``."""
+        """Process the loss of a run: its process died, was killed as stalled, or by Ray for lack of ``memory``."""
         run = self.live.pop(run_id)
         if self.stopping:
             self._end(Outcome(run_id, "stopped", attempts=self._attempts(run_id)), step=run.step)
@@ -151,11 +151,11 @@ class JobQueue:
         hung = run.hung or (trace.is_file() and trace.stat().st_size > 0)
         if hung:
             stack = f"; where it stood: {trace}" if trace.is_file() and trace.stat().st_size else ""
-            message = f"no sign of life for {self.settings.hang_after:g} s{stack}"
+            message = f"no sign of life for {self.settings.stall_timeout:g} s{stack}"
         self._failed(run, "hang" if hung else "memory" if memory else "killed", message)
 
     def tick(self) -> Iterator[tuple[str, tuple[str, int]]]:
-        """Called often: takes over what others left; yields (run, (node, process)) of each run to be killed as hung."""
+        """Poll: take over abandoned runs; yield (run, (node, process)) of each stalled run, to be killed."""
         now = time.monotonic()
         # A driver that was itself stopped for a while must not think that everybody else was.
         self.clock += min(now - self._before, LOOK)
@@ -165,17 +165,17 @@ class JobQueue:
             self._look_elsewhere()
         for run_id, run in self.live.items():
             # The run's own watchdog comes first and leaves a trace; this one is for a process that cannot act.
-            patience = 1.25 * self.settings.hang_after * (SETUP if run.step is None else 1)
+            patience = 1.25 * self.settings.stall_timeout * (SETUP if run.step is None else 1)
             if run.place and not run.hung and self.clock - run.heard > patience:
                 run.hung = True
                 yield run_id, run.place
 
     def stop(self) -> None:
-        """Nothing new is started; what runs is to end at a step, with a checkpoint."""
+        """Start nothing new and ask active runs to stop at a step, with a checkpoint."""
         self.stopping = True
         if self.live:
-            runs = "1 run saves" if len(self.live) == 1 else f"{len(self.live)} runs save"
-            told = f"stopping: {runs} at the next step; Ctrl-C once more ends them at once"
+            runs, them = ("1 run", "it") if len(self.live) == 1 else (f"{len(self.live)} runs", "them")
+            told = f"Stopping: {runs} will checkpoint at the next step. Press Ctrl-C again to kill {them}."
             self.tell(Event("note", "", message=told))
         others = [job for job, _ in self.elsewhere.values()]
         for job in (*self.waiting, *self.alone, *others):
@@ -187,7 +187,7 @@ class JobQueue:
     # How it decides
 
     def _already(self, job: PlannedRun) -> bool:
-        """Whether it is done, or somebody else is at it."""
+        """Return whether the run is done, or another process holds it."""
         record = self.store.get(job.run_id)
         if record is not None:
             self._end(Outcome(job.run_id, "done", attempts=0), miou=record.miou)

@@ -1,11 +1,11 @@
-"""At most one process works on a run at a time, on one machine or on several that share the directory.
+"""Leases: at most one process works on a run at a time, on one machine or on several that share the directory.
 
 A lease is a file ``lease-<token>.json`` in the run's directory; its token is drawn anew each time and never used again.
-To take one: write one's own file, then look at the others. Whoever sees a living one beside his own withdraws. Of two
+To acquire one, a process writes its own file, then looks at the others, and withdraws if one of them is alive. Of two
 that come at once, the later write is followed by a look that finds the earlier one, so never do both stay; that both
-withdraw is possible, hence they try again after a random pause. Since no name is ever used twice, removing the file of
-a dead holder can be done by anybody, any number of times, and can never hit a living one: a takeover needs no lock of
-its own. Whether a holder lives is seen in the kernel on its own machine, in its heartbeat from elsewhere.
+withdraw is possible, hence they try again after a random pause. Since no name is ever used twice, any process may
+remove the file of a dead holder, any number of times, and can never hit a living one: a takeover needs no lock of its
+own. Whether a holder is alive is read from the kernel on its own machine, from its heartbeat elsewhere.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NAME = re.compile(r"lease-[0-9a-f]{32}\.json")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who works on a run, as its lease file says."""
+    """The process that works on a run, according to its lease file."""
 
     host: str
     machine: str
@@ -73,7 +73,7 @@ class HeartbeatMonitor:
         self._seen: dict[str, tuple[int, float]] = {}
 
     def silent(self, name: str, beat: int) -> float:
-        """Seconds since ``beat``, the file's modification time in ns, was first seen unchanged."""
+        """Return the seconds since ``beat``, the file's modification time in ns, was first seen unchanged."""
         now = time.monotonic()
         with self._lock:
             known = self._seen.get(name)
@@ -107,7 +107,7 @@ class Lease:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raises LeaseLostError where another machine has taken over; looks at once, not at the next heartbeat."""
+        """Raise LeaseLostError if another machine has taken over; read the file now, not at the next heartbeat."""
         if not self.path.exists():
             self._lost.set()
             raise LeaseLostError(
@@ -115,7 +115,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """May be called twice, and by a forked child, where it does nothing."""
+        """Release the lease; safe to call twice, and without effect in a forked child."""
         if os.getpid() == self._pid:
             self._done.set()
             self.path.unlink(missing_ok=True)
@@ -142,9 +142,9 @@ class Lease:
 
 
 def acquire(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
-    """A lease on ``directory``, which is made where it is missing; None where somebody else has or gets one.
+    """Acquire a lease on ``directory``, creating it if missing; None if another process holds or wins it.
 
-    Safe between threads, processes and machines; a lease left by a dead holder is removed on the way.
+    Safe between threads, processes and machines; a dead holder's lease is removed.
     """
     until = time.monotonic() + PATIENCE
     pause = 0.002
@@ -169,22 +169,22 @@ def acquire(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
 
 
 def acquire_or_raise(directory: Path) -> Lease:
-    """``take_or_wait``; ValueError that names the holder where somebody else has the directory."""
+    """Acquire with ``take_or_wait``. Raises ValueError that names the holder if another process has the directory."""
     watch = HeartbeatMonitor()
     lease = take_or_wait(directory, watch)
     if lease is None:
         holders = [str(holder) for holder in live_leases(directory, watch).values() if holder is not None]
         who = holders[0] if holders else "another process"
-        raise ValueError(f"{directory}: {who} is at work on this run; wait until it is done, or stop it first")
+        raise ValueError(f"{directory}: run is locked by {who}; wait for it to finish or stop it")
     return lease
 
 
 def take_or_wait(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
-    """``take``, which waits as long as nobody can know whether the holder lives; None once somebody is seen to live.
+    """Acquire a lease, waiting while the holder's state is unknown; None once a holder is known to be alive.
 
-    After a restart of the machine or the container, the lease of a run that died with it is as one of another machine.
-    Its heartbeat is watched until there is one or SILENT seconds have passed, which are counted down on stderr.
-    Ctrl-C meanwhile leaves the lease as it is.
+    After a restart of the machine or the container, the lease of a dead run looks like one of another machine. Its
+    heartbeat is watched until there is one or SILENT seconds have passed, counted down on stderr. Ctrl-C leaves the
+    lease unchanged.
     """
     if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):  # said before the wait, not after it
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
@@ -202,15 +202,15 @@ def take_or_wait(directory: Path, watch: HeartbeatMonitor) -> Lease | None:
 
 @contextmanager
 def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], None]]:
-    """Shows whom one waits for, and how many seconds at most: on a terminal in one line, elsewhere now and then."""
+    """Show the holder and the longest remaining wait in seconds: in place on a terminal, else from time to time."""
     terminal, spoken = sys.stderr.isatty(), math.inf
 
     def show(holder: Holder | None, left: float) -> None:
         nonlocal spoken
         if terminal or spoken - left >= HEARTBEAT:
             spoken = left
-            who = f"{holder or 'another process'} has this run, on another machine or before a restart"
-            line = f"{directory.name}: {who}; without a sign of life it is taken over in {max(left, 0):.0f} s"
+            who = f"locked by {holder or 'another process'}, on another machine or before a restart"
+            line = f"{directory.name}: {who}; taken over in {max(left, 0):.0f} s unless its heartbeat changes"
             print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     try:
@@ -221,18 +221,18 @@ def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], Non
 
 
 def live_leases(directory: Path, watch: HeartbeatMonitor) -> dict[Path, Holder | None]:
-    """Leases on ``directory`` whose holder lives, or may; None: unreadable. Those surely of the dead are removed."""
+    """Return leases on ``directory`` whose holder is or may be alive; None: unreadable. Remove those of the dead."""
     _held(directory, watch)
     return {found.path: found.holder for found in read_leases(directory, watch) if not found.dead}
 
 
 def held(directory: Path, watch: HeartbeatMonitor) -> bool:
-    """Whether ``take`` would find somebody there, who may be dead and has to be watched for longer."""
+    """Return whether ``acquire`` would find a holder, which may be dead and needs longer observation."""
     return bool(_held(directory, watch))
 
 
 def _held(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
-    """Leases that nobody may take over; the others are removed, where this process may."""
+    """Return leases that nobody may take over; remove the others, if permitted."""
     seen = read_leases(directory, watch)
     for found in seen:
         if found.sure:
@@ -257,7 +257,7 @@ class FoundLease(NamedTuple):
 
 
 def read_leases(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
-    """Each lease on ``directory``; removes nothing."""
+    """Return each lease on ``directory``; remove nothing."""
     try:
         names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -278,7 +278,7 @@ def read_leases(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
 
 
 def runs_here(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Return whether a process of this number runs on this machine."""
     return start(pid) is not None
 
 
@@ -306,12 +306,12 @@ def _aged(beat: int) -> bool:
 
 
 def _left(found: FoundLease, watch: HeartbeatMonitor) -> float:
-    """Seconds of silence after which it may be taken over."""
+    """Return the seconds of silence after which it may be taken over."""
     return (2 * HEARTBEAT if _aged(found.beat) else SILENT) - watch.silent(found.path.name, found.beat)
 
 
 def _lives(holder: Holder | None) -> bool | None:
-    """Whether the process runs, as this machine's kernel knows it; None where the heartbeat alone tells."""
+    """Return whether the process runs, according to this machine's kernel; None if only the heartbeat can tell."""
     if holder is None or not holder.machine or holder.machine != _machine():
         return None
     started = start(holder.pid)
@@ -327,7 +327,7 @@ def _lives(holder: Holder | None) -> bool | None:
 
 
 def _dying(pid: int) -> bool:
-    """Whether threads of a killed process are left, whose last write may not be over though the first is a zombie."""
+    """Return whether threads of a killed process remain, whose last write may not be over though it is a zombie."""
     with suppress(OSError):
         return len(os.listdir(f"/proc/{pid}/task")) > 1
     return False

@@ -1,4 +1,4 @@
-"""Runs as rows for people: chosen, ordered, shown in full and set side by side; torch is not needed for any of it."""
+"""Runs as rows for people: selected, sorted, shown in full and compared; without torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from viladiff.config import renamed
 from viladiff.config.base import did_you_mean
+from viladiff.core.messages import format_value
 from viladiff.runs.gradient_shares import THIRDS, by_thirds
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
@@ -44,13 +45,13 @@ class RunRow:
     record: RunRecord | None = field(default=None, repr=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Without the record, which ``viladiff runs show --json`` prints."""
+        """Return the row without the record, which ``viladiff runs show --json`` prints."""
         row = {name: value for name, value in vars(self).items() if name != "record"}
         return row
 
 
 def rows(store: Store) -> list[RunRow]:
-    """Every run of the store and its layers; an empty directory is no run."""
+    """Return every run of the store and its layers; an empty directory is no run."""
     own = set(store.own())
     records = store.records()
     found = [_finished(store, record, run_id in own) for run_id, record in records.items()]
@@ -82,7 +83,7 @@ def _unfinished(store: Store, run_id: str) -> RunRow | None:
         at = "" if failure.step is None else f" at step {failure.step}"
         state, note = "failed", f"{failure.kind}{at}, attempt {failure.attempts}: {failure.message}"
     elif files:
-        state, note = "begun", "the same command goes on from its checkpoint"
+        state, note = "begun", "re-run to resume from its checkpoint"
     else:
         return None
     when = _time(max(files)) if files else holder.since if holder else ""
@@ -99,7 +100,7 @@ def _time(seconds: float) -> str:
 def select_runs(rows: Iterable[RunRow], filters: Sequence[str], state: str | None = None) -> list[RunRow]:
     """Rows where each ``field=value`` holds; a field is a column of the list or any field of the configuration.
 
-    ValueError for a word without "=" and for a field that no run has.
+    Raises ValueError for a word without "=" and for a field that no run has.
     """
     rows = list(rows)
     known = _fields(rows)
@@ -118,10 +119,10 @@ def select_runs(rows: Iterable[RunRow], filters: Sequence[str], state: str | Non
 
 
 def explain_no_match(rows: Sequence[RunRow], filters: Sequence[str], state: str | None) -> str:
-    """What to say where nothing was chosen: the values that the fields do have."""
+    """Return the message for an empty selection: the values that the fields have."""
     for word in filters:
         name, _, text = word.partition("=")
-        values = {typed(_value(row, name)) for row in rows if _value(row, name) is not None}
+        values = {format_value(_value(row, name), 6) for row in rows if _value(row, name) is not None}
         if text not in values:
             shown = ", ".join(sorted(values, key=_natural)[:12])
             return f"No run has {word}; {name} is one of {shown}{did_you_mean(text, values)}"
@@ -130,38 +131,40 @@ def explain_no_match(rows: Sequence[RunRow], filters: Sequence[str], state: str 
 
 
 def find_run(word: str, rows: Sequence[RunRow]) -> RunRow:
-    """The run of this name, or the only one whose name begins so; a path ends in the name. ValueError otherwise."""
+    """Return the run of this name or unique prefix; a path stands for its last part. Raises ValueError otherwise."""
     name = resolve_prefix(word, [row.run_id for row in rows])
     return next(row for row in rows if row.run_id == name)
 
 
 def resolve_prefix(word: str, names: Collection[str]) -> str:
-    """The only one of ``names`` that begins with ``word``; ValueError where none or several do."""
+    """Return the only one of ``names`` that begins with ``word``. Raises ValueError if none or several do."""
     start = Path(word).name if "/" in word else word
     found = sorted(name for name in names if name.startswith(start)) if start else []
     if len(found) == 1:
         return found[0]
     if found:
         shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
-        raise ValueError(f"run {word!r}: {len(found)} runs begin so ({shown}); type more of the name")
+        raise ValueError(f"ambiguous run id {word!r}: matches {shown}")
     heads = {name[: max(4, len(start))] for name in names}
-    raise ValueError(f"run {word!r}: viladiff runs list shows {len(names)} others{did_you_mean(start, heads)}")
+    raise ValueError(
+        f"unknown run id {word!r}: {len(names)} runs are in viladiff runs list{did_you_mean(start, heads)}"
+    )
 
 
 def finished(row: RunRow) -> RunRecord:
-    """Its record; ValueError that says why there is none."""
+    """Return the row's record. Raises ValueError with the reason if there is none."""
     if row.record is None:
-        raise ValueError(f"run {row.run_id}: is not finished ({row.state}: {row.note}), so it has no numbers yet")
+        raise ValueError(f"run {row.run_id}: not finished ({row.state}: {row.note}), so it has no scores")
     return row.record
 
 
 def ordered(rows: Iterable[RunRow], column: str = "", reverse: bool = False) -> list[RunRow]:
-    """Sorted by a column of the list or a field; numbers in text count as numbers, runs without a value come last."""
+    """Sort by a column of the list or a field; numbers in text count as numbers, runs without a value come last."""
     rows = list(rows)
     if column and rows and column not in _fields(rows):
         raise ValueError(f"--sort {column}: no such column{did_you_mean(column, _fields(rows))}")
     keys = (column, *DEFAULT_ORDER) if column else DEFAULT_ORDER
-    out = sorted(rows, key=lambda row: [_natural(typed(_value(row, key))) for key in keys], reverse=reverse)
+    out = sorted(rows, key=lambda row: [_natural(format_value(_value(row, key), 6)) for key in keys], reverse=reverse)
     return sorted(out, key=lambda row: _value(row, keys[0]) is None)
 
 
@@ -178,21 +181,21 @@ def _value(row: RunRow, name: str) -> Any:
 
 
 def _has(row: RunRow, name: str) -> bool:
-    """Whether the run has the field at all; "none" is a value, the field of another method is not."""
+    """Return whether the run has the field at all; "none" is a value, the field of another method is not."""
     return _value(row, name) is not None or (row.record is not None and (name in COLUMNS or name in row.record.config))
 
 
 def _is(value: Any, text: str) -> bool:
     if value is None or isinstance(value, bool | str):
-        return typed(value) == text.strip()
+        return format_value(value, 6) == text.strip()
     try:
         return bool(value == float(text))
     except (ValueError, TypeError):
-        return typed(value) == text.replace(" ", "").strip("()[]")
+        return format_value(value, 6) == text.replace(" ", "").strip("()[]")
 
 
 def _natural(text: str) -> list[tuple[int, float, str]]:
-    """ "183" before "1464"."""
+    """Return a sort key that orders "183" before "1464"."""
     try:
         return [(0, float(text), "")]
     except ValueError:
@@ -200,23 +203,14 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
         return [(0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in parts if part]
 
 
-def typed(value: object) -> str:
-    """A value as it would be typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(typed(item) for item in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 # Printing
 
 
 def print_rows(rows: Sequence[RunRow]) -> None:
-    """The list; mIoU in per cent."""
+    """Print the list, mIoU in percent."""
     lines = []
     for row in rows:
-        differs = " ".join(f"{name}={typed(value)}" for name, value in row.differs.items()) or row.note
+        differs = " ".join(f"{name}={format_value(value, 6)}" for name, value in row.differs.items()) or row.note
         facts = [row.method, row.dataset, row.split, row.seed, differs, row.steps]
         when = row.when or ("published" if row.published else "")
         lines.append((row.run_id, *facts, _percent(row.miou), row.state, when, row.scale))
@@ -228,7 +222,7 @@ def print_rows(rows: Sequence[RunRow]) -> None:
 
 
 def print_run(store: Store, row: RunRow) -> None:
-    """Facts, scores of each network and stream, and a bar for each class of the headline."""
+    """Print facts, scores of each network and stream, and a bar for each class of the headline."""
     record = row.record
     path = store.file(row.run_id, "record.json")
     where = path if row.published and path else store.directory(row.run_id)
@@ -236,7 +230,7 @@ def print_run(store: Store, row: RunRow) -> None:
     facts: dict[str, Any] = {"where": where, "when": row.when, "scale": row.scale, "note": row.note}
     if record is not None:
         facts |= _facts(record)
-    say([(name, typed(value)) for name, value in facts.items() if value not in ("", None, {})])
+    say([(name, format_value(value, 6)) for name, value in facts.items() if value not in ("", None, {})])
     if record is None:
         files = sorted(path for path in store.directory(row.run_id).iterdir() if path.is_file())
         say([(path.name, size(path.stat().st_size)) for path in files], ("file", "size"))
@@ -246,14 +240,14 @@ def print_run(store: Store, row: RunRow) -> None:
     _print_shares(record)
     _print_pseudo_labels(record)
     per_class = record.scores.get(record.network, {}).get(record.stream, {}).get("per_class") or []
-    print(f"\nIoU of each class, {record.network}/{record.stream}, in per cent")
+    print(f"\nIoU of each class, {record.network}/{record.stream}, in percent")
     lines = zip(record.class_names, per_class, strict=False)
     say([(name, _percent(value), "█" * round(_BAR * (value or 0.0))) for name, value in lines])
 
 
 def _facts(record: RunRecord) -> dict[str, Any]:
     git = f"{record.git.get('revision', '')[:12]}{' with changes' if record.git.get('dirty') else ''}"
-    wall = "not known in all" if record.wall_seconds is None else f"{record.wall_seconds:.0f} s"
+    wall = "unknown" if record.wall_seconds is None else f"{record.wall_seconds:.0f} s"
     per_step = "" if record.seconds_per_step is None else f"{1000 * record.seconds_per_step:.0f} ms a step"
     return {
         "mIoU %": f"{_percent(record.miou)} ({record.network}/{record.stream}, after the last of {record.steps} steps)",
@@ -271,14 +265,14 @@ def _facts(record: RunRecord) -> dict[str, Any]:
 
 
 def _print_changed(record: RunRecord) -> None:
-    print("\nfields that are not at their default")
-    say([(name, typed(value)) for name, value in record.changed.items()])
+    print("\nnon-default fields")
+    say([(name, format_value(value, 6)) for name, value in record.changed.items()])
 
 
 def _print_scores(record: RunRecord) -> None:
     flat = _scores(record)
     names = list(dict.fromkeys(name for scores in flat.values() for name in scores))
-    print("\nscores, in per cent")
+    print("\nscores, in percent")
     say([(stream, *(_score(scores.get(name)) for name in names)) for stream, scores in flat.items()], ("", *names))
 
 
@@ -287,7 +281,7 @@ def _print_shares(record: RunRecord) -> None:
     if not found:
         return
     steps = ", ".join(str(one["step"]) for one in (record.gradient_shares or {})["measured"])
-    print("\ngradient shares, in per cent, and cosines to the supervised gradient")
+    print("\ngradient shares, in percent, and cosines to the supervised gradient")
     lines = [
         (one.place, one.term, *map(_percent, one.shares), *("—" if c is None else f"{c:+.2f}" for c in one.cosines))
         for one in found
@@ -297,7 +291,7 @@ def _print_shares(record: RunRecord) -> None:
 
 
 def _print_pseudo_labels(record: RunRecord) -> None:
-    """A line a score; columns are all pixels and, where they were told apart, those at edges and elsewhere."""
+    """Print a line a score, over all pixels and, if they were told apart, over edges and the rest."""
     table: dict[str, dict[str, float | None]] = {}
     for name, value in record.pseudo_labels.items():
         score, _, area = name.rpartition("/")
@@ -305,13 +299,13 @@ def _print_pseudo_labels(record: RunRecord) -> None:
         table.setdefault(score, {})[area] = value
     areas = [area for area in ("all", "edges", "elsewhere") if any(area in found for found in table.values())]
     if table:
-        print("\npseudo-labels, in per cent")
+        print("\npseudo-labels, in percent")
         lines = [(name, *(_percent(x[area]) if area in x else "" for area in areas)) for name, x in table.items()]
         say(lines, ("", *areas))
 
 
 def diff(one: RunRecord, two: RunRecord) -> None:
-    """What differs: fields, inputs, versions, machine; then all scores side by side, with the difference in points."""
+    """Print the differences of two runs: fields, inputs, versions, machine; then all scores, with differences."""
     print(f"{one.run_id} | {two.run_id}")
     sections: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "fields": (one.config, two.config),
@@ -327,7 +321,7 @@ def diff(one: RunRecord, two: RunRecord) -> None:
         names = [name for name in {**left, **right} if left.get(name, "-") != right.get(name, "-")]
         if names:
             print(f"\n{title}")
-            say([(name, typed(left.get(name, "-")), typed(right.get(name, "-"))) for name in names])
+            say([(name, format_value(left.get(name, "-"), 6), format_value(right.get(name, "-"), 6)) for name in names])
     lines = []
     left, right = _scores(one), _scores(two)
     for stream in {**left, **right}:
@@ -336,12 +330,12 @@ def diff(one: RunRecord, two: RunRecord) -> None:
             a, b = (scores.get(name) for scores in pair)
             points = f"{100 * (b - a):+.2f}" if isinstance(a, float) and isinstance(b, float) else ""
             lines.append((f"{stream}/{name}", _score(a), _score(b), points))
-    print("\nscores, in per cent")
+    print("\nscores, in percent")
     say(lines)
 
 
 def _scores(record: RunRecord) -> dict[str, dict[str, Any]]:
-    """network/stream, score, value; scores by class left out."""
+    """Return network/stream, score, value; without scores by class."""
     return {
         f"{network}/{stream}": {name: value for name, value in scores.items() if not isinstance(value, list | tuple)}
         for network, streams in record.scores.items()
@@ -358,7 +352,7 @@ def _score(value: Any) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """Format bytes in powers of 1000."""
     amount, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if amount < 1000 or unit == "TB":
@@ -368,7 +362,7 @@ def size(count: int) -> str:
 
 
 def say(lines: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> None:
-    """Lines in columns; a terminal folds what is too wide, a file or pipe gets each line whole."""
+    """Print lines in columns; a terminal folds long ones, a file or pipe gets each line whole."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Whether runs on disk are what they say, and what of them can go; both only look, ``remove`` alone deletes."""
+"""Verification of runs on disk, and garbage collection; both only read, ``remove`` alone deletes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Garbage(NamedTuple):
 
 
 def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Finding]:
-    """Reads every record and checkpoint against its checksum and recomputes each run's name; None is all runs.
+    """Check every record and checkpoint against its checksum and recompute each run's name; None means all runs.
 
     A record is good where its configuration matches its name, which authenticates no score. A run of an older revision
     is good: its numbers are what they were, only a table of today would run it again.
@@ -73,7 +73,7 @@ def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Find
 
 
 def contradiction(record: RunRecord) -> str:
-    """What in a record contradicts its name or itself, in a clause; empty without one. Loads torch.
+    """Return how a record contradicts its name or itself; empty if it does not. Loads torch.
 
     ``viladiff.runs.record.mismatch`` binds changed fields to the name. This asks for fields of ``config`` that are
     neither among them nor at their defaults, in records of today's revisions, since defaults of older ones are not
@@ -103,7 +103,7 @@ def contradiction(record: RunRecord) -> str:
 
 
 def current_name(record: RunRecord) -> str | None:
-    """What the run would be called today; None where a field of it is gone or no longer allowed."""
+    """Return the run's name under today's revisions; None if a field is gone or no longer allowed."""
     from viladiff.runs.config import RunConfig, run_id
 
     try:
@@ -136,9 +136,9 @@ def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
 
 
 def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = None) -> list[Garbage]:
-    """What ``viladiff runs gc`` removes; never a record that can be read, never anything of a run in work.
+    """Return what ``viladiff runs gc`` removes; never a readable record, never a file of a running run.
 
-    ``pages``: a directory of reports, of which only half-written files are waste.
+    ``pages``: a directory of reports, of which only half-written files are listed.
     """
     found: list[tuple[Path, str]] = [
         (path, "lease of a process that is gone" if "lease-" in path.name else "left half written")
@@ -162,7 +162,7 @@ def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = N
 
 
 def _replaced(folder: Path, keep_checkpoints: bool) -> Iterator[tuple[Path, str]]:
-    """Of runs that ``--fresh`` has set aside: the networks of finished ones, and all of the others."""
+    """Of runs that ``--restart`` has set aside: the networks of finished ones, and all of the others."""
     for run in sorted(path for path in folder.glob("*/*") if path.is_dir() and RUN_ID.fullmatch(path.name)):
         if not (run / "record.json").exists():
             yield run, "unfinished, replaced"
@@ -171,7 +171,7 @@ def _replaced(folder: Path, keep_checkpoints: bool) -> Iterator[tuple[Path, str]
 
 
 def remove(item: Garbage) -> None:
-    """Deletes it; what another process deleted first is no error."""
+    """Delete the item; ignore what another process has deleted."""
     if item.path.is_dir() and not item.path.is_symlink():
         shutil.rmtree(item.path, ignore_errors=True)
     else:
@@ -179,7 +179,7 @@ def remove(item: Garbage) -> None:
 
 
 def _finished(store: Store, run_id: str) -> bool:
-    """Not asked of the store, which would set a damaged record aside: looking must not move anything."""
+    """Return whether a run is finished, without the store, which would set a damaged record aside."""
     try:
         return load_record(store.directory(run_id) / "record.json").run_id == run_id and store.holder(run_id) is None
     except ValueError:

@@ -1,15 +1,16 @@
-"""What a finished run leaves behind: its numbers, and everything one needs to know to believe them."""
+"""The record of a finished run: its numbers, and the evidence for them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from viladiff.config.base import error_reason
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import sha256_hex
 from viladiff.runs import gradient_shares as shares
 from viladiff.runs.run_name import WEIGHTS, Content, arithmetic, run_name
 
@@ -88,10 +89,10 @@ class RunRecord(BaseModel):
 
 
 def mismatch(record: RunRecord) -> str:
-    """How a record's configuration contradicts its name, in a clause; empty where it matches.
+    """Return how a record's configuration contradicts its name; empty if it matches.
 
-    The name is computed again from what the record says: changed fields, revisions, fingerprints, seed and precision.
-    It says nothing of a score. Fields at their defaults are compared by ``viladiff.runs.maintenance.contradiction``.
+    The name is computed again from the record: changed fields, revisions, fingerprints, seed and precision. It
+    authenticates no score. Fields at their defaults are compared by ``viladiff.runs.maintenance.contradiction``.
     """
     config, changed = record.config, record.changed
     for path, value in changed.items():
@@ -111,9 +112,9 @@ _LARGEST = 2.0**63
 
 
 def impossible(record: RunRecord) -> str:
-    """A number that no run can have measured, in a clause; empty without one.
+    """Return the first number that no run can have measured; empty if there is none.
 
-    A page computes with these, so that one of another type or size must not come so far.
+    Pages compute with these numbers, so values of another type or range must be refused here.
     """
     for name in ("steps", "train_seconds", "wall_seconds", "seconds_per_step", "cpu_seconds", "peak_memory_bytes"):
         value = getattr(record, name)
@@ -148,7 +149,7 @@ def _short(value: object) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a key that is there twice, of which readers choose different ones."""
+    """Build a JSON object. Raises ValueError for a repeated key, of which readers choose different values."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -157,28 +158,28 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def save_record(record: RunRecord, path: Path) -> None:
-    """Writes the record, with its checksum, so that a reader sees none or all of it, also after a power cut."""
+    """Write the record with its checksum, atomically, also across a power cut."""
     write_atomically(path, record_bytes(record))
 
 
 def record_bytes(record: RunRecord) -> bytes:
-    """What ``save_record`` writes: JSON, the checksum last."""
+    """Return what ``save_record`` writes: JSON, the checksum last."""
     rest = json.loads(record.model_dump_json())
     return json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
 def checksum(rest: dict[str, Any]) -> str:
-    """SHA-256 of a record without its ``checksum``, over sorted compact JSON: of content, whatever the file's layout.
+    """Return the SHA-256 of a record without its ``checksum``, over sorted compact JSON, whatever the file's layout.
 
-    It covers what the file says, not what the model knows, so that fields added later invalidate no older record.
-    ValueError where a number is not finite or text has no UTF-8.
+    It covers the file's content, not the model's fields, so that fields added later invalidate no older record. Raises
+    ValueError if a number is not finite or text has no UTF-8.
     """
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_hex(text)
 
 
 def strip_local_paths(record: RunRecord) -> RunRecord:
-    """A copy fit to be published: it no longer says where on somebody's machine it ran."""
+    """Return a copy for publication, without paths of this machine."""
     hidden = ("runtime.runs_dir", "runtime.data_root", "data.split_dir", "runtime.captions", "runtime.text_model")
     config, changed = (
         {name: value for name, value in fields.items() if name not in hidden}
@@ -201,8 +202,11 @@ class ForgedRecordError(CorruptRecordError):
 
 
 def load_record(path: Path) -> RunRecord:
-    """Raises ValueError that names the file where it cannot be read, its checksum is wrong or missing, a field that
-    this version needs is missing or of another type, or its configuration does not match its name."""
+    """Load a record.
+
+    Raises ValueError that names the file if it cannot be read, its checksum is wrong or missing, a field that this
+    version needs is missing or of another type, or its configuration does not match its name.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -211,7 +215,7 @@ def load_record(path: Path) -> RunRecord:
 
 
 def parse_record(data: bytes, path: Path | str) -> RunRecord:
-    """The record in the bytes of a file; ``path`` is only named. Raises as ``load_record`` does."""
+    """Parse the record in the bytes of a file; ``path`` is for messages. Raises as ``load_record`` does."""
     try:
         rest = json.loads(data, object_pairs_hook=_once)
         if not isinstance(rest, dict):
@@ -231,7 +235,8 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} was written by another version of viladiff: {field}: {first['msg']}") from error
+        why = f"{field}: {error_reason(first)}"
+        raise ValueError(f"{path} was written by another version of viladiff: {why}") from error
     if why := impossible(record):
         raise CorruptRecordError(f"{path} is not a run's record: {why}")
     if why := mismatch(record):

@@ -1,12 +1,13 @@
-"""A run's name: a hash of what decides its numbers. A record says all of it, so that checking one needs no torch."""
+"""The name of a run: a hash of the inputs that decide its numbers. Records hold them, so no check needs torch."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import NamedTuple
+
+from viladiff.core.hashing import sha256_hex
 
 PLACES = ("runtime.", "data.split_dir")
 """Where and how a run happens, by the beginning of a path: no part of its name."""
@@ -15,7 +16,7 @@ WEIGHTS = ("model.weights", "method.clip.weights")
 
 
 class Content(NamedTuple):
-    """What a run's name is a hash of."""
+    """The hashed content of a run's name."""
 
     core: int
     """``viladiff.runs.config.CORE_REVISION``."""
@@ -31,12 +32,12 @@ class Content(NamedTuple):
 
 
 def arithmetic(precision: str, tf32: bool) -> str:
-    """``train.precision`` and ``train.tf32`` in words: ``bf16``, ``fp32, TF32``."""
+    """Format ``train.precision`` and ``train.tf32``: ``bf16``, ``fp32, TF32``."""
     return f"{precision}, TF32" if tf32 else precision
 
 
 def run_name(content: Content) -> str:
-    """16 hex digits; ``1`` and ``1.0`` in a float field, -0.0 and 0.0, a tuple and a list give one name."""
+    """Return 16 hex digits; ``1`` and ``1.0`` in a float field, -0.0 and 0.0, a tuple and a list give one name."""
     named = {
         "core": content.core,
         "revision": content.method,
@@ -48,11 +49,11 @@ def run_name(content: Content) -> str:
         **({"tf32": True} if content.tf32 else {}),
     }
     text = json.dumps(named, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256_hex(text)[:16]
 
 
 def hashed(path: str, value: object) -> object:
-    """A field's value as it enters the name: plain JSON."""
+    """Return a field's value as it enters the name: plain JSON."""
     if path in WEIGHTS and isinstance(value, str):
         return PurePath(value).name
     if isinstance(value, tuple | list):

@@ -1,7 +1,7 @@
-"""Runs on disk: one's own store, and below it published records that are only read.
+"""Runs on disk: the user's own store, and below it published records that are only read.
 
 A run is the directory ``<root>/<run_id>/``: record.json once it is finished, checkpoints, the log of its steps,
-pictures, ``failure.json`` after a failure, ``lease-*.json`` while somebody works on it. A layer is a directory such as
+pictures, ``failure.json`` after a failure, ``lease-*.json`` while a process works on it. A layer is a directory such as
 ``reports/published``: records in ``*/records/*.json``, pictures in ``*/pictures/<run_id>.npz``. Nothing here loads
 torch.
 """
@@ -85,7 +85,7 @@ class Store:
     # Records
 
     def records(self) -> dict[str, RunRecord]:
-        """Every finished run by id: one's own before the layers', an earlier layer before a later one.
+        """Return every finished run by id: the store's own first, then the layers' in order.
 
         Files that have not changed since the last call are not read again.
         """
@@ -97,14 +97,14 @@ class Store:
         return found
 
     def get(self, run_id: str) -> RunRecord | None:
-        """The record of a finished run; None where there is none, also after one that is of no use was set aside."""
+        """Return the record of a finished run; None if there is none, also after setting an unusable one aside."""
         record = self._own_record(run_id)
         if record is not None:
             return record
         return next((record for record in self.published() if record.run_id == run_id), None)
 
     def published(self) -> list[RunRecord]:
-        """Records of the layers, one a run."""
+        """Return the records of the layers, one a run."""
         found: dict[str, RunRecord] = {}
         for path in self.layer_files():
             record = self._load(path)
@@ -113,22 +113,26 @@ class Store:
         return list(found.values())
 
     def own(self) -> list[str]:
-        """Ids of all runs that have a directory under ``root``, finished or not."""
+        """Return the ids of all runs that have a directory under ``root``, finished or not."""
         try:
             return sorted(name for name in os.listdir(self.root) if RUN_ID.fullmatch(name))
         except FileNotFoundError:
             return []
 
     def directory(self, run_id: str) -> Path:
-        """Where the run lives, whether or not it exists. ValueError for what is no run id: no path leaves the store."""
+        """Return the run's directory, whether or not it exists.
+
+        Raises ValueError for an invalid run id: no path escapes.
+        """
         if not RUN_ID.fullmatch(run_id):
             raise ValueError(f"run {run_id!r}: a run's name is 16 digits of 0-9 and a-f")
         return self.root / run_id
 
     def file(self, run_id: str, name: str) -> Path | None:
-        """A file of a run, from its directory or, as ``*/<stem>/<run_id><suffix>``, from a layer; None if in neither.
+        """Return a file of a run from its directory or, as ``*/<stem>/<run_id><suffix>``, from a layer;
 
-        ``file(run_id, "pictures.npz")`` is ``reports/published/table5/pictures/<run_id>.npz``, for example.
+        None if in neither. ``file(run_id, "pictures.npz")`` is ``reports/published/table5/pictures/<run_id>.npz``, for
+        example.
         """
         if not _FILE.fullmatch(name):
             raise ValueError(f"file {name!r}: must be the plain name of a file in a run's directory")
@@ -159,9 +163,9 @@ class Store:
         return record
 
     def _load(self, path: Path) -> RunRecord | None:
-        """The record in a file; None where it is gone, or cannot be used, which is said once for each state of it.
+        """Load the record in a file; None if it is gone or unusable, with one warning for each state of the file.
 
-        Raises ValueError as ``parse_record`` for one's own, which its caller sets aside.
+        Raises ValueError as ``parse_record`` for the store's own file, which the caller sets aside.
         """
         with self._lock:
             try:
@@ -179,7 +183,7 @@ class Store:
             except ValueError as error:
                 if self._repair and path.parent.parent == self.root:
                     raise
-                self._say(f"{error}. It is only read here, so it is left out and its run counts as missing")
+                self._say(f"{error}. It is read-only, so it is skipped and its run counts as missing")
             self._read[path] = stamp, record
             return record
 
@@ -194,14 +198,14 @@ class Store:
         except FileNotFoundError:
             return  # another process was faster
         except OSError as error:
-            self._say(f"{why}. It could not be set aside ({error.strerror}); move it away to have the run done again")
+            self._say(f"{why}. It could not be moved to damaged/ ({error.strerror}); move it away to rerun the run")
             return
         if self._put_back(aside / path.name, path):
             return
         self._say(f"{why}. It was moved to {aside}; the run will be finished again from its checkpoint, or run again")
 
     def _put_back(self, moved: Path, path: Path) -> bool:
-        """Whether, between the look and the move, a sound record had come, as it does where two find the damage."""
+        """Restore a valid record that was written between check and move, as by two processes that find the damage."""
         try:
             sound = parse_record(moved.read_bytes(), moved).run_id == path.parent.name
         except ValueError:
@@ -214,7 +218,7 @@ class Store:
     # Failures
 
     def failure(self, run_id: str) -> Failure | None:
-        """Why the run failed last; None where it did not, or where nothing readable says so."""
+        """Return the run's last failure; None if there is none or it is unreadable."""
         path = self.directory(run_id) / "failure.json"
         try:
             return Failure.model_validate_json(path.read_bytes())
@@ -225,7 +229,7 @@ class Store:
             return None
 
     def record_failure(self, run_id: str, failure: Failure) -> None:
-        """Replaces what was noted of an earlier failure."""
+        """Replace the note of an earlier failure."""
         directory = self.directory(run_id)
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / "failure.json", failure.model_dump_json(indent=1).encode())
@@ -236,26 +240,26 @@ class Store:
     # Leases
 
     def lease(self, run_id: str) -> Lease | None:
-        """The right to work on the run; None where somebody else has it. A dead holder's is taken over.
+        """Acquire the lease of a run; None if another process holds it. A dead holder's is taken over.
 
-        Look once more for the record after taking it: whoever had it before may just have finished.
+        Look again for the record afterwards: the previous holder may just have finished.
         """
         return leases.acquire(self.directory(run_id), self._watch)
 
     def holder(self, run_id: str) -> Holder | None:
-        """Who works on the run now, as far as one look tells; None also where the only lease cannot be read."""
+        """Return the current holder of the run, from one look; None also if the only lease cannot be read."""
         held = leases.live_leases(self.directory(run_id), self._watch)
         return next((holder for holder in held.values() if holder is not None), None)
 
     def held(self, run_id: str) -> bool:
-        """Whether ``lease`` would be refused now; not for ever where the holder may be dead and is watched."""
+        """Return whether ``lease`` would be refused now; a holder that may be dead is watched and later taken over."""
         return leases.held(self.directory(run_id), self._watch)
 
     def sweep(self, gone: Collection[int] = ()) -> list[Path]:
-        """Removes what killed processes left behind: leases of the dead, and files that were being written.
+        """Remove what killed processes left behind: their leases and half-written files; return the paths.
 
-        Returns what was removed. For a driver to call when it starts and when it ends; ``gone`` are processes of this
-        machine that it has ended itself.
+        Drivers call it when they start and end; ``gone`` are processes of this machine that the driver has ended
+        itself.
         """
         removed = []
         for path in self.litter(gone, sure=True):
@@ -265,7 +269,7 @@ class Store:
         return removed
 
     def litter(self, gone: Collection[int] = (), sure: bool = False) -> list[Path]:
-        """What ``sweep`` would remove; unless ``sure``, also what a longer look might find to be in use."""
+        """List what ``sweep`` would remove; unless ``sure``, also what a longer look might find to be in use."""
         found: list[Path] = []
         for run_id in self.own():
             directory = self.directory(run_id)
@@ -283,7 +287,7 @@ def _stamp(path: Path) -> _Stamp:
 
 
 def abandoned(directory: Path, gone: Collection[int] = ()) -> Iterator[Path]:
-    """Files in it whose writer is gone; none where there is no directory.
+    """Yield the directory's files whose writer is gone; none if there is no directory.
 
     A writer on another machine cannot be told from a dead one, so recent files stay, except those of ``gone``.
     """

@@ -1,7 +1,7 @@
-"""A sweep as it goes on: which point is next, what each run's end means, when a trial is stopped. No Ray, no torch.
+"""The controller of a sweep: next points, results of runs, early stopping. No Ray, no torch.
 
-``search_desk`` hands out what is decided here. All that happens is numbered and written before it counts, so that a
-search opened again on the same directory goes on as if it had not been interrupted.
+``trial_queue`` hands out the runs. All events are numbered and written before they count, so that a search reopened on
+the same directory continues as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class SweepController:
         tell: Callable[[Trial], None] = lambda trial: None,
         held: Callable[[], None] = lambda: None,
     ) -> None:
-        """``planned`` names the run of a point under a seed; ``steps`` are the rungs, the last the full length.
+        """Create the controller.
 
-        ``held`` is asked before anything is written, and raises where another driver has the sweep now.
+        ``planned`` names the run of a point under a seed; ``steps`` are the rungs, the last full. ``held`` is called
+        before anything is written, and raises if another driver has the sweep now.
         """
         self.directory, self.asker, self.planned = directory, asker, planned
         self.seeds, self.steps, self.wanted, self.store, self.tell = seeds, steps, wanted, store, tell
@@ -61,7 +62,7 @@ class SweepController:
     # Going on from records
 
     def _recall(self) -> list[Trial]:
-        """Counts what happened, in its order; returns the trials that were under way."""
+        """Count the past events in order; return the trials that were running."""
         for trial in self.trials:
             self.order = max([self.order, trial.order, trial.ended or 0, *(rung.order for rung in trial.rungs)])
             if trial.twin is None:
@@ -75,7 +76,7 @@ class SweepController:
     # Handing out
 
     def work(self) -> list[PlannedRun]:
-        """Runs to start now; none where there is nothing to do but wait, or nothing left (``done``)."""
+        """Return the runs to start now; empty while waiting, or at the end (``done``)."""
         while not self.hopeless:
             job = self._next()
             if job is None:
@@ -86,7 +87,7 @@ class SweepController:
         return []
 
     def _next(self) -> list[PlannedRun] | None:
-        """Jobs of one trial, none if it ended at once; None where there is no trial to go on with."""
+        """Return the jobs of one trial, empty if it ended at once; None if there is no trial to continue with."""
         if self._again:
             return self._go_on(self._again.pop(0))
         if len(self.trials) < self.wanted and not self._exhausted:
@@ -119,7 +120,7 @@ class SweepController:
         return self.planned(point, seed, f"trial {number}, seed {seed}")
 
     def _go_on(self, trial: Trial) -> list[PlannedRun]:
-        """The next run of a trial; none if that was all, since it then ends."""
+        """Return the trial's next run; end the trial if there is none."""
         if trial.number in self.asker.stopped:
             self._finish(trial, "pruned", self._stopped_at(trial))
             return []
@@ -132,7 +133,7 @@ class SweepController:
         if job.run_id != trial.runs[left[0]]:
             raise ValueError(
                 f"trial {trial.number} of {self.directory} has the run {trial.runs[left[0]]}, which is now named "
-                f"{job.run_id}: code, data or weights have changed; give the sweep another name with --study"
+                f"{job.run_id}: code, data or weights changed; use --study NAME for a new sweep"
             )
         self.owner[job.run_id] = (trial.number, int(left[0]))
         return [job]
@@ -140,7 +141,7 @@ class SweepController:
     # Hearing
 
     def heard(self, run_id: str, step: int, value: float | None) -> bool:
-        """A score on the way; True asks the run to end here, with a checkpoint."""
+        """Process an intermediate score; True asks the run to stop here, with a checkpoint."""
         number, seed = self.owner.get(run_id, (-1, -1))
         if number < 0 or seed != self.seeds[0]:
             return False
@@ -152,7 +153,7 @@ class SweepController:
         return number in self.asker.stopped
 
     def _new_rungs(self, trial: Trial, scores: Iterable[tuple[int, float | None]]) -> list[Rung]:
-        """Adds the scores that were measured at rungs and are not known yet."""
+        """Add the scores at rungs that are not recorded yet."""
         known = {rung.step for rung in trial.rungs}
         new = [
             Rung(step=step, value=value, order=self._tick())
@@ -163,7 +164,7 @@ class SweepController:
         return new
 
     def ended(self, outcome: Outcome) -> list[PlannedRun]:
-        """How a run ended; returns the next run of its trial, if there is one."""
+        """Process the end of a run; return the next run of its trial, if any."""
         number, seed = self.owner.pop(outcome.run_id, (-1, -1))
         if number < 0:
             return []
@@ -171,7 +172,7 @@ class SweepController:
         if outcome.state == "done":
             return self._scored(trial, seed, outcome.run_id)
         if outcome.state == "failed":
-            why = f"{outcome.failure.kind}: {outcome.failure.message}" if outcome.failure else "no reason is known"
+            why = f"{outcome.failure.kind}: {outcome.failure.message}" if outcome.failure else "unknown reason"
             self._finish(trial, "failed", f"seed {seed}: {why}")
         elif number in self.asker.stopped:
             self._finish(trial, "pruned", self._stopped_at(trial))
@@ -210,7 +211,7 @@ class SweepController:
             self._follow(self.trials[number])
 
     def _follow(self, trial: Trial) -> None:
-        """Ends a trial as its twin ended."""
+        """End a trial as its twin ended."""
         assert trial.twin is not None
         other = self.trials[trial.twin]
         trial.rungs = [Rung(step=rung.step, value=rung.value, order=self._tick()) for rung in other.rungs]
@@ -222,7 +223,7 @@ class SweepController:
         self.tell(trial)
 
     def _worst(self) -> str:
-        """The first failure of this call, with its traceback where it left one."""
+        """Return the first failure of this call, with its traceback if there is one."""
         trial = [one for one in self.trials if one.state == "failed"][-self._failed_now]
         trace = next(
             (path for run in trial.runs.values() if (path := self.store.directory(run) / "traceback.txt").is_file()),

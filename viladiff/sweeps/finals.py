@@ -1,7 +1,8 @@
-"""What a sweep is quoted for: its best points and the paper's, on fresh seeds and the reported set.
+"""Finals of a sweep: its best points and the paper's, on fresh seeds and the reported set.
 
-A best trial is the best of many, on images and seeds that it was chosen by, so its own score is too good. These points
-are not chosen by the seeds that they report; ``chosen`` is, so that its mean, the highest of up to three, is too good.
+A best trial is the best of many, on images and seeds that it was chosen by, so its own score is biased upwards. These
+points are not chosen by the seeds that they report; ``chosen`` is, so that its mean, the highest of up to three, is
+biased upwards too.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Tuned(NamedTuple):
 
 
 def finalists(sweep: Sweep, trials: Sequence[Trial], namer: SweepPlanner) -> list[Finalist]:
-    """Winner, the paper's value and runner-up, equal ones once; none before a trial is complete. Loads torch."""
+    """Return winner, the paper's value and runner-up, equal ones once; empty without a complete trial. Loads torch."""
     best = ranked(list(trials))
     chosen: dict[int, list[Role]] = {}
     if best:
@@ -100,13 +101,13 @@ def finalists(sweep: Sweep, trials: Sequence[Trial], namer: SweepPlanner) -> lis
 
 
 def scores(finalist: Finalist, records: Records) -> dict[int, float]:
-    """mIoU in points by seed, of runs that are done."""
+    """Return mIoU in points by seed, of runs that are done."""
     found = {seed: records[run.run_id].miou for seed, run in finalist.runs.items() if run.run_id in records}
     return {seed: 100 * miou for seed, miou in found.items() if miou is not None and math.isfinite(miou)}
 
 
 def chosen(found: Sequence[Finalist], records: Records) -> Finalist | None:
-    """The finalist with the highest mean, the paper's of equal ones; None before all have all their fresh seeds."""
+    """Return the finalist with the highest mean, the paper's in a tie; None until all fresh seeds are done."""
     means = []
     for one in found:
         values = scores(one, records)
@@ -117,7 +118,7 @@ def chosen(found: Sequence[Finalist], records: Records) -> Finalist | None:
 
 
 def compare_finalists(found: Sequence[Finalist], records: Records, fewest: int = FRESH) -> list[FinalComparison]:
-    """The winner against each other finalist, where both have ``fewest`` seeds; with Holm's correction for how many.
+    """Compare the winner with each other finalist that shares ``fewest`` seeds with it, with Holm's correction.
 
     A two-sided paired t test: d_s = a_s - b_s over the n seeds that both have, t = mean(d) / (sd(d) / √n), n - 1
     degrees of freedom. Comparisons that cannot be made yet count in the correction too.
@@ -139,7 +140,7 @@ def _differences(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
 
 
 def _paired(d: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference, its standard error and the two-sided p."""
+    """Return the mean difference, its standard error and the two-sided p."""
     from scipy import stats
 
     mean = math.fsum(d) / len(d)
@@ -175,7 +176,7 @@ def _contest(
 
 
 def format_verdict(found: Sequence[Finalist], records: Records, wanted: int) -> Iterator[str]:
-    """The verdict in lines of text."""
+    """Yield the verdict in lines of text."""
     for one in found:
         values = list(scores(one, records).values())
         if values:
@@ -184,7 +185,7 @@ def format_verdict(found: Sequence[Finalist], records: Records, wanted: int) -> 
             spread = "" if sd is None else f" ± {sd:.2f}"
             yield f"{one.label}: {mean:.2f}{spread} mIoU over {len(values)} of {wanted} fresh seeds, trial {one.trial}"
         else:
-            yield f"{one.label}: not trained anew yet, trial {one.trial}"
+            yield f"{one.label}: not retrained yet, trial {one.trial}"
     for contest in compare_finalists(found, records, min(FRESH, wanted)):
         low, high = contest.interval
         verdict = {"shown": "better", "reversed": "worse", "open": "not told apart"}[contest.outcome]

@@ -1,9 +1,9 @@
-"""Optuna's side of a sweep: a study of the trials' records, with ask, report and tell.
+"""Optuna study rebuilt from the trial records, with ask, report and tell.
 
-The study is a view. When a sweep is opened, its records are replayed to a study in memory, and the stored study is made
-anew where it differs from that one. So a kill between two writes, or a lost file, changes nothing. Sampler and pruner
-work on the study in memory, with what they note there; the stored one, for whoever looks on, is told what came of it,
-a new trial with all its parameters in one write. Optuna is imported where it is used.
+The study is a view. When a sweep is opened, its records are replayed to a study in memory, and the stored study is
+rebuilt if it differs from that one. So a kill between two writes, or a lost file, changes nothing. Sampler and pruner
+work on the study in memory, with their own notes; the stored one, for dashboards, gets the results, a new trial with
+all its parameters in one write. Optuna is imported where it is used.
 """
 
 from __future__ import annotations
@@ -34,31 +34,34 @@ LOCK_SECONDS = 3
 """Age at which the journal's lock is that of a killed driver; one driver at a time has the sweep, by its lease."""
 
 
-class ForeignStudy(ValueError):
+class ForeignStudyError(ValueError):
     """A study of the sweep's name that was not made here, and is left alone."""
 
 
 class OptunaStudy:
-    """Where points come from, and where values go."""
+    """The source of a sweep's points, and the receiver of their values."""
 
     def __init__(
         self,
         name: str,
         space: Space,
-        first: Mapping[str, Value],
+        listed: Sequence[Mapping[str, Value]],
         kind: Kind,
         seed: int,
         parallel: bool,
         storage: str,
         pruner: BasePruner,
     ) -> None:
-        """``storage``: an URL as Optuna takes it, or the path of a journal. Raises ValueError where it is out of reach,
-        or holds a study of the same name that is not ours."""
+        """Create the study's view. ``listed``: points to try first, the paper's before all others.
+
+        ``storage``: a URL as Optuna takes it, or the path of a journal. Raises ValueError if it cannot be reached, or
+        holds a study of the same name from elsewhere.
+        """
         _quiet()
-        self.name, self.space, self.first = name, space, dict(first)
+        self.name, self.space, self.listed = name, space, [dict(point) for point in listed]
         self.kind, self.seed, self.parallel, self.pruner = kind, seed, parallel, pruner
         self.distributions = distributions(space)
-        self.cmaes = Cmaes(space, self.first, seed) if kind == "cmaes" else None
+        self.cmaes = Cmaes(space, self.listed[0], seed) if kind == "cmaes" else None
         self.where = storage
         self.storage: BaseStorage
         self.memory: Told
@@ -74,7 +77,7 @@ class OptunaStudy:
     # Opening
 
     def open(self, trials: Sequence[Trial], full: int) -> None:
-        """Brings the study to what the records say; ``full``: steps of the last rung, where nothing is pruned."""
+        """Bring the study to the state of the records; ``full``: steps of the last rung, where nothing is pruned."""
         self.memory = self._replay(trials, full)
         wanted = self.memory.study.get_trials(deepcopy=False)
         try:
@@ -82,7 +85,7 @@ class OptunaStudy:
             study = self._found()
             if study is None or not _same(study.get_trials(deepcopy=False), wanted):
                 study = self._anew(wanted)
-        except ForeignStudy:
+        except ForeignStudyError:
             raise
         except Exception as error:  # each kind of storage has errors of its own
             if "://" in self.where:
@@ -92,7 +95,7 @@ class OptunaStudy:
         self.stored = Told(study, self.storage, self.distributions, full, judges=False)
 
     def _replay(self, trials: Sequence[Trial], full: int) -> Told:
-        """What happened, told in its order to a study in memory."""
+        """Replay the trials' events in order into a study in memory."""
         import optuna
 
         storage = optuna.storages.InMemoryStorage()
@@ -126,14 +129,14 @@ class OptunaStudy:
         studies = self.storage.get_all_studies()
         foreign = [one.study_name for one in studies if one.user_attrs.get(OWNER) is None]
         if "://" not in self.where and foreign:  # the journal is made anew as a whole
-            raise ForeignStudy(
+            raise ForeignStudyError(
                 f"{self.where}: holds a study {foreign[0]!r} that was not made by viladiff; move the file away"
             )
         if self.name not in {one.study_name for one in studies}:
             return None
         study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=self.pruner)
         if study.user_attrs.get(OWNER) is None:
-            raise ForeignStudy(
+            raise ForeignStudyError(
                 f"{_hidden(self.where)}: holds a study {self.name!r} that was not made by viladiff; give --study NAME"
             )
         return study
@@ -159,9 +162,9 @@ class OptunaStudy:
     # Asking and telling
 
     def ask(self, number: int, trials: Sequence[Trial]) -> tuple[dict[str, Value], str] | None:
-        """The point of trial ``number`` and where it comes from; the first one is the paper's. None: no more points."""
-        if number == 0:
-            return self._fixed(self.first, "paper")
+        """Return the point of trial ``number`` and its origin; the first is the paper's. None: no more points."""
+        if number < len(self.listed):
+            return self._fixed(self.listed[number], "listed" if number else "paper")
         if self.kind == "grid":
             point = next_on_grid(self.space, trials)
             return None if point is None else self._fixed(point, "grid")
@@ -180,12 +183,12 @@ class OptunaStudy:
         return dict(point), origin
 
     def report(self, trial: Trial, rungs: Sequence[Rung]) -> None:
-        """Values on the way, as ``Told.report`` takes them."""
+        """Report intermediate values as ``Told.report`` does."""
         self.memory.report(trial, rungs)
         self.stored.report(trial, rungs)
 
     def tell(self, trial: Trial) -> None:
-        """How a trial ended."""
+        """Report the end of a trial."""
         self.memory.tell(trial)
         self.stored.tell(trial)
 
@@ -207,7 +210,7 @@ class Told:
         self.stopped: set[int] = set()
 
     def add(self, point: Mapping[str, Value]) -> None:
-        """A trial begins at a point that no sampler of Optuna's has drawn."""
+        """Start a trial at a point that no Optuna sampler has drawn."""
         import optuna
 
         running = optuna.trial.TrialState.RUNNING
@@ -216,8 +219,11 @@ class Told:
         )
 
     def report(self, trial: Trial, rungs: Iterable[Rung]) -> None:
-        """The first seed's values on the way. The pruner judges each but the last rung's, and none of a twin, whose
-        values it knows; it does not stop a trial that has a value."""
+        """Report the first seed's values at the rungs to the pruner.
+
+        It decides at each rung but the last. A twin, whose values it knows, and a trial that has a value are not
+        stopped.
+        """
         asked = self._asked(trial.number)
         for rung in rungs:
             asked.report(rung.value, rung.step)
@@ -226,7 +232,7 @@ class Told:
                 self.stopped.add(trial.number)
 
     def tell(self, trial: Trial) -> None:
-        """How a trial ended. A stopped one is PRUNED at the budget of its last rung, never COMPLETE."""
+        """Report the end of a trial. A stopped one is PRUNED at the budget of its last rung, never COMPLETE."""
         import optuna
 
         states = optuna.trial.TrialState
@@ -246,7 +252,7 @@ class Told:
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:
-    """What a dashboard shows beside a trial."""
+    """Return what a dashboard shows beside a trial."""
     budget = {"budget": trial.rungs[-1].step} if trial.state == "pruned" and trial.rungs else {}
     reason = {"reason": trial.reason} if trial.reason else {}
     return {**budget, **reason, "seeds": len(trial.values), "runs": list(trial.runs.values())}
@@ -271,7 +277,7 @@ def _same(found: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
 
 
 def _hidden(storage: str) -> str:
-    """An URL without the password that it may carry."""
+    """Return a URL without its password."""
     scheme, sign, rest = storage.partition("://")
     return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else storage
 

@@ -1,4 +1,4 @@
-"""Who stops trials early: Optuna's pruners, set so that each rung of a sweep is judged once."""
+"""Optuna's pruners, set so that each rung of a sweep is judged once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Kind = Literal["none", "asha", "hyperband", "median"]
 
 
 def optuna_pruner(kind: Kind, steps: Sequence[int]) -> BasePruner:
-    """The pruner of a sweep whose rungs are at ``steps``, the last one the full length.
+    """Build the pruner of a sweep whose rungs are at ``steps``, the last one the full length.
 
-    Raises ValueError where there is no rung before the last, or where ``halving`` does.
+    Raises ValueError if there is no rung before the last, or as ``halving`` does.
     """
     from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 
@@ -22,7 +22,7 @@ def optuna_pruner(kind: Kind, steps: Sequence[int]) -> BasePruner:
         return NopPruner()
     if len(steps) < 2:
         raise ValueError(
-            f"--scheduler {kind}: stops trials at rungs, and the sweep has one; give it rungs, or take none"
+            f"--scheduler {kind}: stops trials at rungs, and the sweep has one; add rungs, or use --scheduler none"
         )
     if kind == "median":
         return MedianPruner()
@@ -35,16 +35,16 @@ def optuna_pruner(kind: Kind, steps: Sequence[int]) -> BasePruner:
 
 
 def halving(kind: Kind, steps: Sequence[int]) -> tuple[int, int]:
-    """min_resource r and reduction_factor η with which successive halving judges a trial once at each of ``steps``.
+    """Return min_resource r and reduction_factor η with which successive halving judges a trial once at each rung.
 
-    It judges rung k at the first report from step r η^k on, hence r η^k <= steps[k] < r η^(k+1). η is how many times
-    the budget grows from rung to rung, and 1 / η the share of trials that go on. Raises ValueError where no r does.
+    It judges rung k at the first report from step r η^k on, hence r η^k <= steps[k] < r η^(k+1). η is the growth of the
+    budget from rung to rung, and 1 / η the share of trials that continue. Raises ValueError if no r fits.
     """
     factor = max(2, round((steps[-1] / steps[0]) ** (1 / (len(steps) - 1))))
     least = min(step // factor**k for k, step in enumerate(steps))
     if least < 1 or any(step >= least * factor ** (k + 1) for k, step in enumerate(steps)):
         raise ValueError(
             f"--scheduler {kind}: rungs must grow by one factor of 2 or more, got the steps {list(steps)}; write such "
-            "as rungs = [0.25, 0.5, 1.0], or take median"
+            "as rungs = [0.25, 0.5, 1.0], or use --scheduler median"
         )
     return least, factor

@@ -1,6 +1,6 @@
-"""Where the next point comes from. Each is made anew for each trial, from (seed, trial) and the study alone.
+"""Samplers of a sweep. Each is created anew for each trial, from (seed, trial) and the study alone.
 
-The state of a sampler is thereby nothing that could be lost: a sweep that was killed draws what it would have drawn.
+A sampler thereby has no state that could be lost: a killed sweep draws the same points after it is resumed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SPREAD = 0.3
 
 
 def key(seed: int, number: int) -> int:
-    """32 bits named by a sweep's seed and a trial's number."""
+    """Return 32 bits named by a sweep's seed and a trial's number."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=4).digest(), "little")
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """The space in Optuna's words."""
+    """Return the space as Optuna's distributions."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     def one(dimension: Dimension) -> BaseDistribution:
@@ -46,7 +46,7 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
 
 
 def optuna_sampler(kind: Kind, seed: int, number: int, parallel: bool) -> BaseSampler:
-    """A sampler for one trial. ``parallel``: points that are still running count as bad ones, so as not to be met."""
+    """Build a sampler for one trial. ``parallel``: running points count as bad ones, so that they are avoided."""
     from optuna.exceptions import ExperimentalWarning
     from optuna.samplers import GPSampler, RandomSampler, TPESampler
 
@@ -61,7 +61,7 @@ def optuna_sampler(kind: Kind, seed: int, number: int, parallel: bool) -> BaseSa
 
 
 def next_on_grid(space: Space, trials: Sequence[Trial]) -> dict[str, Value] | None:
-    """The first point of the grid that no trial has; None after the last."""
+    """Return the first point of the grid that no trial has; None after the last."""
     taken = {_named(trial.point, space) for trial in trials}
     return next((point for point in grid(space) if _named(point, space) not in taken), None)
 
@@ -77,14 +77,16 @@ class Cmaes:
     """
 
     def __init__(self, space: Space, first: dict[str, Value], seed: int) -> None:
-        """Raises ValueError for a space that it cannot search, or where the package is missing."""
+        """Create the optimiser. Raises ValueError for a space that it cannot search, and without the package."""
         self.space, self.first, self.seed = space, first, seed
         self.told = 0
         self.cma = self._make()
 
     def point(self, trials: Sequence[Trial], number: int) -> dict[str, Value]:
-        """The point of trial ``number``, after ``trials``; stopped and failed ones say nothing, since they have no
-        value at the full budget."""
+        """Return the point of trial ``number``, after ``trials``.
+
+        Stopped and failed trials are ignored, since they have no value at the full budget.
+        """
         done = [trial for trial in trials if trial.value is not None and trial.origin == "cmaes"]
         done.sort(key=lambda trial: trial.ended or 0)
         size = self.cma.population_size
@@ -109,13 +111,11 @@ class Cmaes:
             import numpy as np
             from cmaes import CMA
         except ImportError:
-            raise ValueError(
-                "--sampler cmaes: the package cmaes is not installed (pip install cmaes); tpe, gp, random and grid are"
-            ) from None
+            raise ValueError("--sampler cmaes requires the 'cmaes' package: pip install cmaes") from None
         words = [path for path, one in self.space.items() if one.choices]
         if words or len(self.space) < 2:
             why = f"{words[0]} has choices" if words else "the space has one dimension, and it takes two"
-            raise ValueError(f"--sampler cmaes: searches numbers only, and {why}; take tpe")
+            raise ValueError(f"--sampler cmaes: searches numbers only, but {why}; use tpe")
         mean = np.array([one.unit(self.first[path]) for path, one in self.space.items()])
         bounds = np.array([[0.0, 1.0]] * len(self.space))
         return CMA(mean=mean, sigma=SPREAD, bounds=bounds, seed=key(self.seed, -1))

@@ -1,4 +1,4 @@
-"""A search space as data: one dimension a field, its edges, its grid, whether a point lies in it. No Optuna here."""
+"""The search space of a sweep: one dimension a field, its edges, its grid, and tests of membership. No Optuna here."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Dimension(Strict):
         return (self.low, self.high) if self.whole else (float(self.low), float(self.high))
 
     def has(self, value: object) -> bool:
-        """Whether the value lies in it, on a step where there are steps; the type counts too."""
+        """Return whether the value lies in it, on a step if there are steps; the type counts too."""
         if self.choices:
             return any(type(value) is type(one) and value == one for one in self.choices)
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
@@ -85,7 +85,7 @@ class Dimension(Strict):
         return self.low <= value <= self.high and math.isclose(steps, round(steps), abs_tol=1e-9)
 
     def covers(self, other: Dimension) -> bool:
-        """Whether every value of another dimension lies in this one."""
+        """Return whether every value of another dimension lies in this one."""
         return (
             bool(self.choices) == bool(other.choices)
             and self.whole == other.whole
@@ -93,7 +93,7 @@ class Dimension(Strict):
         )
 
     def places(self, count: int = GRID) -> tuple[Value, ...]:
-        """The grid on it: choices, every step, or ``count`` places at equal distances (ratios where ``log``)."""
+        """Return its grid: choices, every step, or ``count`` values at equal distances (ratios if ``log``)."""
         if self.choices:
             return self.choices
         assert self.low is not None and self.high is not None
@@ -108,14 +108,14 @@ class Dimension(Strict):
         return tuple(dict.fromkeys(round(one) if self.whole else float(one) for one in found))
 
     def unit(self, value: Value) -> float:
-        """Where a number lies between its ends, 0 to 1; equal ratios apart where ``log``."""
+        """Return a number's position between the ends, 0 to 1, by ratios if ``log``."""
         assert self.low is not None and self.high is not None and not isinstance(value, str)
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def number(self, unit: float) -> Value:
-        """The number at such a place, on a step where there are steps; the inverse of ``unit``."""
+        """Return the value at a position of the unit interval, rounded to its steps; the inverse of ``unit``."""
         assert self.low is not None and self.high is not None
         unit, low, high = min(1.0, max(0.0, unit)), self.low, self.high
         found = low * (high / low) ** unit if self.log else low + (high - low) * unit
@@ -135,7 +135,7 @@ Space = Mapping[str, Dimension]
 
 
 def strays(point: Mapping[str, object], space: Space) -> Iterator[str]:
-    """What keeps a point from lying in a space, a sentence each."""
+    """Yield a sentence for each reason that a point is outside a space."""
     for path in point.keys() - space.keys():
         yield f"{path} is not a dimension of the space"
     for path, dimension in space.items():
@@ -146,15 +146,15 @@ def strays(point: Mapping[str, object], space: Space) -> Iterator[str]:
 
 
 def grid(space: Space) -> Iterator[dict[str, Value]]:
-    """Every point of the grid, the last dimension fastest."""
+    """Yield every point of the grid, the last dimension fastest."""
     for values in itertools.product(*(dimension.places() for dimension in space.values())):
         yield dict(zip(space, values, strict=True))
 
 
 def edges(space: Space, first: Point) -> Iterator[dict[str, Value]]:
-    """Points that between them show every way in which a space can be wrong, as far as can be tried.
+    """Yield points that together reveal every invalid combination of a space, as far as can be tried.
 
-    All corners where there are few. Otherwise each dimension's ends with the rest at ``first``, and corners drawn.
+    All corners if there are few. Otherwise each dimension's ends with the rest at ``first``, and sampled corners.
     """
     ends = [dimension.ends for dimension in space.values()]
     if math.prod(map(len, ends)) <= EDGES:
@@ -170,7 +170,7 @@ def edges(space: Space, first: Point) -> Iterator[dict[str, Value]]:
 
 
 def shrunk(old: Mapping[str, Any], space: Space) -> list[str]:
-    """What a study of the space ``old`` (as ``dumped`` wrote it) lacks in ``space``; empty where that is as wide."""
+    """Return what a study of the space ``old`` (as ``dumped`` wrote it) lacks in ``space``; empty if not narrower."""
     before = {path: Dimension.model_validate_json(text) for path, text in old.items()}
     faults = [f"{path} was not searched before" for path in space.keys() - before.keys()]
     for path, dimension in before.items():
@@ -182,5 +182,5 @@ def shrunk(old: Mapping[str, Any], space: Space) -> list[str]:
 
 
 def dumped(space: Space) -> dict[str, str]:
-    """A space as text that ``shrunk`` reads."""
+    """Serialise a space as text that ``shrunk`` reads."""
     return {path: dimension.model_dump_json() for path, dimension in space.items()}

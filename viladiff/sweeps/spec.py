@@ -1,6 +1,6 @@
-"""A sweep as data: one TOML file says what is searched, from which point, at which budgets, and how runs are compared.
+"""The spec of a sweep, from one TOML file: search space, first point, budgets, comparison of runs.
 
-Reading it loads no torch; ``check`` and ``Namer`` do, since they build configurations.
+Reading it loads no torch; ``check`` and ``SweepPlanner`` do, since they build configurations.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class Sweep(Strict):
     space: dict[str, Dimension] = Field(min_length=1)
     initial_point: dict[str, Value]
     """The paper's value: the first point that is tried."""
+    points: tuple[dict[str, Value], ...] = ()
+    """Points that are tried after it, before the sampler draws: each by its differences from the initial point."""
     scale: dict[str, Scale] = Field(min_length=1)
     paper: tuple[PaperCurve, ...] = ()
     notes: tuple[str, ...] = ()
@@ -86,7 +88,7 @@ class Sweep(Strict):
 
 
 def load_sweep(path: Path | str) -> Sweep:
-    """The sweep in a TOML file; what its fields mean is left to ``check``.
+    """Read the sweep in a TOML file; ``check`` validates the meaning of its fields.
 
     Raises ValueError with one line a fault: file, entry, value, what is allowed.
     """
@@ -109,7 +111,7 @@ def load_sweep(path: Path | str) -> Sweep:
 
 
 def _said(item: Any, tree: Mapping[str, Any]) -> str:
-    """Paths of fields have dots of their own, so that what lies in ``space`` is named here."""
+    """Format a pydantic error of ``space``, whose keys are paths of fields with dots of their own."""
     loc = item["loc"]
     if loc[0] in ("space", "initial_point") and len(loc) > 1:
         inner = {**item, "loc": loc[2:] if len(loc) > 2 and loc[0] == "space" else ()}
@@ -123,12 +125,17 @@ def _faults(sweep: Sweep) -> Iterator[str]:
         if path in OURS:
             yield f"{here}: not searched: {OURS[path]}"
         if path in sweep.base:
-            yield f"{here}: base sets it too; keep one"
+            yield f"{here}: base sets it too; remove one"
         if path in sweep.initial_point and not dimension.has(sweep.initial_point[path]):
             yield f'initial_point."{path}" = {sweep.initial_point[path]!r}: must lie in the space, {dimension}'
     for fault in strays(sweep.initial_point, sweep.space):
         if "is not in" not in fault:
             yield f"initial_point: {fault}{did_you_mean(fault.split(' ')[0], sweep.space)}"
+    for i, point in enumerate(sweep.points):
+        for fault in strays({**sweep.initial_point, **point}, sweep.space):
+            yield f"points[{i}]: {fault}{did_you_mean(fault.split(' ')[0], sweep.space)}"
+    if len(sweep.points) >= sweep.trials:
+        yield f"points: {len(sweep.points)} and the initial point are more than trials = {sweep.trials}"
     for entry, fields in [("base", sweep.base), *((f"scale.{name}", one.set) for name, one in sweep.scale.items())]:
         for path, value in fields.items():
             if path in OURS:
@@ -156,7 +163,7 @@ def _faults(sweep: Sweep) -> Iterator[str]:
 
 
 def _beside_faults(sweep: Sweep, path: Path) -> Iterator[str]:
-    """Methods that are tuned with other means are not tuned equally."""
+    """Yield methods tuned by other means: they are not tuned equally."""
     for name in sweep.beside:
         other = path.with_name(f"sweep_{name}.toml")
         if not other.is_file():
@@ -173,18 +180,18 @@ def _beside_faults(sweep: Sweep, path: Path) -> Iterator[str]:
 
 
 def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Select) -> dict[str, object]:
-    """What every run of the search has: base, scale, command line, and what it is scored on; not the point or seed.
+    """Return the fields of every run of the search: base, scale, command line, scored images; not the point or seed.
 
-    A run of the search is scored at each rung and at the end on images that it does not train on and that no result
-    is read from: ``dev`` of an embedded data set, else labelled images that are held out. ``select`` val is for data
-    in files alone: on embedded data it would be ``test``. Raises ValueError for that, for an unknown scale, and for a
-    field that is not to be set here.
+    A run of the search is scored at each rung and at the end on images that it does not train on and that no result is
+    read from: ``dev`` of an embedded data set, else labelled images that are held out. ``select`` val is for data in
+    files alone: on embedded data it would be ``test``. Raises ValueError for that, for an unknown scale, and for a
+    field that must not be set here.
     """
     fixed = common(sweep, scale, typed)
     if select == "val" and embedded(fixed):
         raise ValueError(
             f"--select val: trials on {fixed.get('data.dataset', 'digits')!r} are scored on dev, and never on test, "
-            "which finals alone read; leave it out"
+            "which only finals read; remove it"
         )
     steps = rung_steps(sweep, fixed)
     chosen: dict[str, object] = {"eval.every_steps": math.gcd(*steps), "eval.boundary": False}
@@ -194,14 +201,14 @@ def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Selec
 
 
 def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, object]:
-    """What the runs of the search share with those that the winner is quoted from."""
+    """Return the fields that the runs of the search share with those of the finals."""
     if scale not in sweep.scale:
         raise ValueError(f"scale = {scale!r}: allowed: {', '.join(sweep.scale)}{did_you_mean(scale, sweep.scale)}")
     for path, value in typed.items():
         if path in OURS:
             raise ValueError(f"{path} = {value}: not set here: {OURS[path]}")
         if path in sweep.space:
-            raise ValueError(f"{path} = {value}: the sweep searches it; leave it out")
+            raise ValueError(f"{path} = {value}: the sweep searches it; remove it")
     size = sweep.scale[scale]
     mapped: dict[str, object] = dict(sweep.base)
     for path, value in sweep.base.items():
@@ -217,19 +224,19 @@ def common(sweep: Sweep, scale: str, typed: Mapping[str, object]) -> dict[str, o
 
 
 def _choosing(sweep: Sweep, fixed: Mapping[str, object]) -> dict[str, object]:
-    """What scores a run on images that no result is read from."""
+    """Return the fields that score a run on images that no result is read from."""
     return {"eval.split": "dev"} if embedded(fixed) else {"data.holdout": sweep.holdout, "eval.split": "holdout"}
 
 
 def choosing_images(sweep: Sweep, scale: str) -> str:
-    """The images that points are chosen by, in words, where nobody looks at the reported set."""
+    """Describe the images that points are chosen by, if they are not the reported set."""
     if embedded(common(sweep, scale, {})):
         return "the part dev of the embedded data"
     return f"{sweep.holdout:.0%} of the labelled images"
 
 
 def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
-    """Steps of the rungs, the last one the full length. Raises ValueError where they are no steps of their own."""
+    """Return the steps of the rungs, the last one the full length. Raises ValueError if they coincide."""
     text = str(fixed.get("train.steps"))
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"train.steps = {fixed.get('train.steps')}: a sweep needs a number of steps, set by its scale")
@@ -245,9 +252,9 @@ def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
 
 
 def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, select: Select = "holdout") -> None:
-    """Builds the configurations at the space's edges, so that no trial can fail for its fields; loads torch.
+    """Build the configurations at the space's edges, so that no trial can fail for its fields. Loads torch.
 
-    Raises ValueError with a line a fault: entry, value, what is allowed, the nearest name.
+    Raises ValueError with a line for each error: entry, value, allowed values, nearest name.
     """
     from viladiff.runs.config import RunConfig, override
 
@@ -262,7 +269,8 @@ def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, s
     if not faults:
         faults |= dict.fromkeys(_kinds(sweep, fixed))
     if not faults:
-        for point in edges(sweep.space, sweep.initial_point):
+        listed = [{**sweep.initial_point, **point} for point in sweep.points]
+        for point in [*listed, *edges(sweep.space, sweep.initial_point)]:
             try:
                 override(RunConfig(), {**fixed, **point})
             except ConfigError as error:
@@ -274,7 +282,7 @@ def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, s
 
 
 def _kinds(sweep: Sweep, fixed: Mapping[str, object]) -> Iterator[str]:
-    """Whole numbers for a field that holds any number would be searched as whole numbers."""
+    """Yield float fields with whole numbers, which would be searched as whole numbers."""
     from viladiff.runs.config import RunConfig, override, schema
 
     cfg = override(RunConfig(), {**fixed, **sweep.initial_point})
@@ -310,19 +318,21 @@ class SweepPlanner:
         self._prints: dict[object, dict[str, str]] = {}
 
     def planned(self, point: Point, seed: int, title: str = "") -> PlannedRun:
-        """The run of a point under a seed; loads torch. Raises ValueError for a point that cannot be run."""
+        """Return the run of a point under a seed. Loads torch. Raises ValueError for a point that cannot be run."""
         found = self._named({**self.fixed, **point, **self._seeded(point, seed)}, title)
         if found.changed.get("eval.split") == "test":
             raise ValueError("eval.split = 'test': a trial is never scored on the images that finals are quoted from")
         return found
 
     def final(self, point: Point, seed: int, title: str = "") -> PlannedRun:
-        """The run that a point is quoted from: the full labelled list, scored on the reported set; or, with
-        ``finals_split = "dev"``, chosen from: scored as a trial is."""
+        """Return the run that is quoted for a point: the full labelled list, scored on the reported set.
+
+        With ``finals_split = "dev"`` the run only chooses the point: it is scored as a trial is.
+        """
         return self._named({**self.common, **point, **self._seeded(point, seed)}, title)
 
     def _seeded(self, point: Point, seed: int) -> dict[str, object]:
-        """What a seed sets: with the scale's ``split_per_seed`` the labelled list too, the same for all points."""
+        """Return the fields of a seed: with the scale's ``split_per_seed`` the list too, the same for all points."""
         drawn = list_of_seed({**self.common, **point}, seed) if self.own_lists else {}
         return {"seed": seed, **drawn}
 

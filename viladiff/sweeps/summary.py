@@ -1,6 +1,6 @@
-"""A sweep as a page needs it: trials as rows, rungs, history, importances, commands. From records alone, no torch.
+"""Summary of a sweep for its page: trials as rows, rungs, history, importances, commands. From records, no torch.
 
-Scores are in points, percent of mIoU. Whatever compares trials compares them at one budget.
+Scores are in points, percent of mIoU. Trials are compared at one budget.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from viladiff.core.messages import format_value
 from viladiff.sweeps.samplers import distributions
 from viladiff.sweeps.space import Space
 from viladiff.sweeps.trials import Trial, ranked
@@ -48,7 +49,7 @@ class TrialRow(NamedTuple):
 
 
 def trial_rows(trials: Sequence[Trial], records: Records, full: int) -> list[TrialRow]:
-    """All trials, in their order; ``full`` is the step of the full budget."""
+    """Return all trials in order; ``full`` is the step of the full budget."""
     places = {trial.number: place for place, trial in enumerate(ranked(list(trials)), 1)}
     return [_row(trial, records, full, places.get(trial.number)) for trial in trials]
 
@@ -83,7 +84,7 @@ def _row(trial: Trial, records: Records, full: int, rank: int | None) -> TrialRo
 
 
 def best_so_far(trials: Sequence[Trial]) -> list[tuple[int, float]]:
-    """(trial, mean) of each completed trial that was the best one when it ended, in that order."""
+    """Return (trial, mean) of each completed trial that was the best one when it ended, in that order."""
     found: list[tuple[int, float]] = []
     for trial in sorted((one for one in trials if one.ended is not None), key=lambda one: one.ended or 0):
         if trial.value is not None and (not found or 100 * trial.value > found[-1][1]):
@@ -92,7 +93,7 @@ def best_so_far(trials: Sequence[Trial]) -> list[tuple[int, float]]:
 
 
 def trained(trials: Sequence[Trial], full: int) -> list[tuple[int, int]]:
-    """(trial, steps trained until it ended) of each trial that ended, in that order; twins cost nothing.
+    """Return (trial, steps trained until it ended) of each ended trial, in that order; twins cost nothing.
 
     A stopped trial counts up to its last rung, a failed one up to the last rung that it is known to have reached.
     """
@@ -116,8 +117,9 @@ class Smooth(NamedTuple):
 
 
 def local_mean(at: Sequence[float], values: Sequence[float]) -> Smooth | None:
-    """m(u) = Σ w_i y_i / Σ w_i with w_i = exp(-(u - u_i)² / 2h²), between the outermost points; None for fewer than
-    FEWEST different places (Nadaraya 1964, Watson 1964).
+    """Return m(u) = Σ w_i y_i / Σ w_i with w_i = exp(-(u - u_i)² / 2h²), between the outermost points.
+
+    None for fewer than FEWEST different positions (Nadaraya 1964, Watson 1964).
 
     h is that of WIDTHS whose predictions of each point from the others err least, and s² their mean squared error; the
     standard error at u is s √Σ w_i² / Σ w_i.
@@ -153,7 +155,7 @@ class RungStep(NamedTuple):
 
 
 def rungs(trials: Sequence[Trial], steps: Sequence[int]) -> list[RungStep]:
-    """Each rung with those that came to it; twins are left out, since they are the same runs."""
+    """Return each rung with the trials that reached it; twins are left out, since they are the same runs."""
     found = []
     own = [trial for trial in trials if trial.twin is None]
     for i, step in enumerate(steps):
@@ -165,9 +167,9 @@ def rungs(trials: Sequence[Trial], steps: Sequence[int]) -> list[RungStep]:
 
 
 def one_budget(trials: Sequence[Trial], steps: Sequence[int]) -> int | None:
-    """The step at which trials are compared for what matters: the last one that half of all, and FEWEST, came to.
+    """Return the step at which trials are compared for importance: the last that half of all, and FEWEST, reached.
 
-    Later ones were reached by the best alone, among whom what matters most no longer differs.
+    Later steps were reached by the best alone, among which the important dimensions no longer differ.
     """
     own = [trial for trial in trials if trial.twin is None]
     came = {step: sum(any(rung.step == step for rung in trial.rungs) for trial in own) for step in steps}
@@ -178,10 +180,10 @@ def one_budget(trials: Sequence[Trial], steps: Sequence[int]) -> int | None:
 def importances(
     trials: Sequence[Trial], space: Space, step: int, kind: Literal["ped_anova", "fanova"] = "ped_anova", seed: int = 0
 ) -> dict[str, float] | None:
-    """Share of each dimension in what the first seed scored at one rung; None where too few trials came to it.
+    """Return each dimension's share in the first seed's score at one rung; None if too few trials reached it.
 
-    ``ped_anova`` asks what tells good trials from the rest, ``fanova`` what the variance is due to (a forest's guess
-    from FOREST trials).
+    ``ped_anova`` asks what tells good trials from the rest, ``fanova`` the sources of the variance (estimated by a
+    forest from FOREST trials).
     """
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
@@ -209,26 +211,17 @@ def importances(
 
 
 def train_command(changed: Mapping[str, Any], threads: int | None) -> str:
-    """What trains a run again, bit for bit on the same machine: ``changed`` is all that differs from the defaults."""
-    words = [f"{path}={cli_value(value)}" for path, value in changed.items() if not path.startswith("runtime.")]
+    """Return the command that repeats a run, bit for bit on the same machine, from its changed fields."""
+    words = [f"{path}={format_value(value)}" for path, value in changed.items() if not path.startswith("runtime.")]
     more = [] if threads is None else ["--threads", str(threads)]
     return shlex.join(["viladiff", "train", *words, *more])
 
 
-def cli_value(value: object) -> str:
-    """A value as it is typed for a field; numbers in full."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return ",".join(cli_value(one) for one in value)
-    return repr(value) if isinstance(value, float) else str(value)
-
-
 def to_toml(point: Mapping[str, object]) -> str:
-    """A point as lines that a table's ``base`` or ``set`` can have."""
+    """Format a point as lines for a table's ``base`` or ``set``."""
 
     def one(value: object) -> str:
         text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{text}"' if isinstance(value, str) else cli_value(value)
+        return f'"{text}"' if isinstance(value, str) else format_value(value)
 
     return "".join(f'"{path}" = {one(value)}\n' for path, value in point.items())

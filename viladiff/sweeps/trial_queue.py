@@ -1,4 +1,4 @@
-"""A desk whose runs come from a search: they have the retries, leases and watching that a table's runs have."""
+"""A job queue whose runs come from a sweep's controller, with the retries, leases and heartbeats of a table's runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ class TrialQueue(JobQueue):
         timeout: float | None = None,
         then: Callable[[], list[PlannedRun]] | None = None,
     ) -> None:
-        """``timeout``: seconds that all runs of a trial may take together in this call. ``then`` is asked once for runs
-        that follow from what the search has found."""
+        """Create the queue. ``timeout``: seconds that all runs of a trial may take together in this call.
+
+        ``then`` is called once for runs that follow from the result of the search.
+        """
         super().__init__([], store, settings, slots, tell)
         self.search, self.timeout, self.then = search, timeout, then
         self.spent: dict[int, float] = {}
@@ -37,7 +39,7 @@ class TrialQueue(JobQueue):
         return super().over and (self.stopping or (self.search.done and self.then is None))
 
     def prime(self) -> None:
-        """Looks whether there is anything to run, before Ray is started for it."""
+        """Check whether there is anything to run, before Ray is started for it."""
         while not self.waiting and not self.elsewhere and not self.over:
             self.waiting.extend(self._work())
             self.settle()

@@ -1,7 +1,7 @@
-"""What is kept of each trial of a sweep: point, runs, values at each budget, and how it ended. The truth of a sweep.
+"""Records of a sweep's trials: point, runs, values at each budget, and how it ended. The sweep's only state.
 
-Optuna's study with its pruner's decisions and the page all follow from these files. A trial is a point of the
-space; its runs are the point under each seed. Scores are shares in [0, 1].
+Optuna's study with its pruner's decisions and the page all follow from these files. A trial is a point of the space;
+its runs are the point under each seed. Scores are shares in [0, 1].
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FEWEST_DF = 3
 
 
 class Rung(BaseModel):
-    """What the first seed's run scored on its way."""
+    """An intermediate score of the first seed's run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,31 +75,31 @@ class Trial(BaseModel):
 
 
 def save_trial(trial: Trial, directory: Path) -> None:
-    """Writes ``<number>.json``, whole or not at all."""
+    """Write ``<number>.json`` atomically."""
     write_atomically(directory / f"{trial.number:06}.json", trial_bytes(trial))
 
 
 def trial_bytes(trial: Trial) -> bytes:
-    """What ``save_trial`` writes: JSON, the checksum last."""
+    """Return what ``save_trial`` writes: JSON, the checksum last."""
     rest = json.loads(trial.model_dump_json())
     return json.dumps({**rest, "checksum": checksum(rest)}, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
 def load_trials(directory: Path) -> list[Trial]:
-    """All trials by number, without a gap. Raises ValueError that names the file that is damaged or missing."""
+    """Return all trials by number, without a gap. Raises ValueError that names the damaged or missing file."""
     paths = sorted(directory.glob("[0-9]*.json"))
     trials = [_load(path) for path in paths]
     for number, (trial, path) in enumerate(zip(trials, paths, strict=True)):
         if trial.number != number:
             raise ValueError(
-                f"{directory / f'{number:06}.json'}: missing, though {path.name} is there; bring it back, or give the "
-                "sweep another name with --study (finished runs are used again)"
+                f"{directory / f'{number:06}.json'}: missing, though {path.name} is there; restore it, or use "
+                "--study NAME for a new sweep (finished runs are reused)"
             )
     return trials
 
 
 def without_paths(trial: Trial) -> Trial:
-    """A copy fit to be published: why it ended no longer says where on somebody's machine."""
+    """Return a copy for publication: the reason of its end has no paths of this machine."""
     return Trial(**{**trial.model_dump(), "reason": _FOLDERS.sub("…/", trial.reason)})
 
 
@@ -115,8 +115,8 @@ def _load(path: Path) -> Trial:
     except (ValueError, KeyError, AttributeError, TypeError, OSError, ValidationError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path}: not a trial's record, or damaged ({why}); bring it back, or give the sweep another name with "
-            "--study (finished runs are used again)"
+            f"{path}: not a trial's record, or damaged ({why}); restore it, or use --study NAME for a new sweep "
+            "(finished runs are reused)"
         ) from None
     return trial
 
@@ -129,7 +129,7 @@ class SeedStatistics:
         self.squares, self.df = 0.0, 0
 
     def add(self, trial: Trial) -> None:
-        """Counts a completed trial; one that is another's twin is the same sample and counts once."""
+        """Count a completed trial; a twin is the same sample as its original and counts once."""
         if trial.value is None or trial.twin is not None:
             return
         values = list(trial.values.values())
@@ -140,7 +140,7 @@ class SeedStatistics:
             self.best = trial
 
     def decided(self, values: list[float]) -> str:
-        """Why the other seeds of a trial with these first ones need not be run; empty where they must.
+        """Explain why the other seeds of a trial with these first ones need not be run; empty if they must.
 
         mean + 2 sd √(1 / n + 1 / m) < best mean, where n and m are the seeds of the trial and of the best one and sd
         is pooled over all trials. It saves runs that would very likely not change the winner, and claims no more.
@@ -159,6 +159,6 @@ class SeedStatistics:
 
 
 def ranked(trials: list[Trial]) -> list[Trial]:
-    """Completed trials that are no twins, best first; of equal ones the earlier. Stopped ones have no place in it."""
+    """Return completed trials that are no twins, best first; in a tie the earlier. Stopped ones are not ranked."""
     done = [trial for trial in trials if trial.value is not None and trial.twin is None]
     return sorted(done, key=lambda trial: (-float(trial.value or 0), trial.number))

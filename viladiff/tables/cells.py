@@ -1,4 +1,4 @@
-"""From a table to its runs: what each cell sets, layer over layer, and whether that can be run.
+"""Cells of a table as configurations: each cell's settings, layer over layer, and their check.
 
 ``cells`` loads torch, since it builds the configuration of every cell in order to check it; ``choose`` does not.
 """
@@ -43,28 +43,35 @@ class Cell:
 # Selection
 
 
-def select_labels(kind: str, labels: Sequence[str], asked: Iterable[str | int]) -> tuple[int, ...]:
-    """Places of the rows or columns that were asked for, in the table's order, each once.
+def select_labels(
+    kind: str, labels: Sequence[str], requested: Iterable[str | int], numbers: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Return the indices of the requested rows or columns, in the table's order, each once.
 
-    Each is a label, a number counted from 1, or the beginning of one label only (case does not matter); a label goes
-    before a number. Raises ValueError with the nearest label.
+    Each is a label, a number, or a unique prefix of a label (case does not matter), in this order of precedence.
+    ``numbers``: of the labels, as ``Table.row_numbers``; counted from 1 by default. Raises ValueError with the nearest
+    label.
     """
-    return tuple(sorted({_select_one(kind, labels, str(one)) for one in asked}))
+    numbers = numbers or [str(number) for number in range(1, len(labels) + 1)]
+    return tuple(sorted({_select_one(kind, labels, numbers, str(one)) for one in requested}))
 
 
-def _select_one(kind: str, labels: Sequence[str], asked: str) -> int:
-    if asked in labels:
-        return labels.index(asked)
-    if asked.isascii() and asked.isdigit():
-        if 1 <= int(asked) <= len(labels):
-            return int(asked) - 1
-        raise ValueError(f"{kind} = {asked}: there are {len(labels)}. {listed(labels)}")
-    begins = [i for i, label in enumerate(labels) if asked and label.casefold().startswith(asked.casefold())]
-    if len(begins) == 1:
-        return begins[0]
-    if begins:
-        raise ValueError(f"{kind} = {asked!r}: {len(begins)} begin so: {', '.join(repr(labels[i]) for i in begins)}")
-    raise ValueError(f"{kind} = {asked!r}: no such label{did_you_mean(asked, labels) or '.'} {listed(labels)}")
+def _select_one(kind: str, labels: Sequence[str], numbers: Sequence[str], requested: str) -> int:
+    if requested in labels:
+        return labels.index(requested)
+    if requested.casefold() in numbers:
+        return numbers.index(requested.casefold())
+    if requested.isascii() and requested.isdigit():
+        raise ValueError(f"{kind} = {requested}: no such number. {listed(labels, numbers)}")
+    prefix = requested.casefold()
+    matches = [i for i, label in enumerate(labels) if prefix and label.casefold().startswith(prefix)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        options = ", ".join(f"{numbers[i]} {labels[i]!r}" for i in matches)
+        raise ValueError(f"{kind} = {requested!r}: ambiguous, matches {options}")
+    near = did_you_mean(requested, labels) or "."
+    raise ValueError(f"{kind} = {requested!r}: no such label{near} {listed(labels, numbers)}")
 
 
 def choose(
@@ -74,7 +81,10 @@ def choose(
     rows: Iterable[str | int] | None = None,
     columns: Iterable[str | int] | None = None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(rows, columns, seeds) that a scale runs: places in the table, controls last, then ceilings. ValueError."""
+    """Return (rows, columns, seeds) of a scale: positions in the table, controls last, then ceilings.
+
+    Raises ValueError.
+    """
     if scale not in table.scale:
         names = ", ".join(table.scale)
         raise ValueError(f"{table.name}.toml: scale = {scale!r}: allowed: {names}{did_you_mean(scale, table.scale)}")
@@ -83,7 +93,8 @@ def choose(
     every = [i for i in every if not table.rows[i].scales or scale in table.rows[i].scales]
     rows = size.rows or None if rows is None else rows
     columns = size.columns or None if columns is None else columns
-    chosen = every if rows is None else select_labels("rows", [row.label for row in table.rows], rows)
+    labels = [row.label for row in table.rows]
+    chosen = every if rows is None else select_labels("rows", labels, rows, table.row_numbers)
     across = range(len(table.columns))
     chosen_columns = (
         across if columns is None else select_labels("columns", [one.label for one in table.columns], columns)
@@ -91,7 +102,7 @@ def choose(
     wanted = tuple(dict.fromkeys(seeds if seeds is not None else size.seeds or table.seeds))
     for name, found in (("rows", chosen), ("columns", chosen_columns), ("seeds", wanted)):
         if not found:
-            raise ValueError(f"{table.name}.toml: {name}: none is left to run")
+            raise ValueError(f"{table.name}.toml: no {name} selected")
     if min(wanted) < 0:
         raise ValueError(f"seeds = {list(wanted)}: a seed must not be negative")
     order = sorted(chosen, key=lambda i: (table.rows[i].control, table.rows[i].oracle))
@@ -109,16 +120,16 @@ def cells(
     columns: Iterable[str | int] | None = None,
     changes: Mapping[str, object] = _NOTHING,
 ) -> list[Cell]:
-    """Every run that the table asks for at a scale, seed by seed, each checked as a configuration.
+    """Return every run that the table requests at a scale, seed by seed, each checked as a configuration.
 
-    A later layer goes before an earlier one: base, scale, column, row, seed, command line (``changes``); with the
-    scale's ``split_per_seed`` a seed also draws the labelled list. What a scale
-    has as ``shared_method_fields`` goes to cells whose method has it and where neither column nor row sets it. Where a
-    scale has ``published``, what a method's publication sets for the cell's data set goes before base and scale alone.
-    One that chooses another method or data set drops what earlier ones set for the one before alone, and of
-    ``train.steps`` and ``train.epochs`` the later one replaces the other. A field of ``changes`` that the method or the
-    data set of a cell lacks is left out there, unless all cells lack it. Rows that cannot be run yet have no cells
-    (``unavailable``). Loads torch. Raises ValueError that names file and entry.
+    A later layer overrides an earlier one: base, scale, column, row, seed, command line (``changes``); with the scale's
+    ``split_per_seed`` a seed also draws the labelled list. The scale's ``shared_method_fields`` apply to cells whose
+    method has them and where neither column nor row sets them. With the scale's ``published``, settings of a method's
+    publication for the cell's data set override base and scale alone. A layer that chooses another method or data set
+    drops earlier settings of the previous one alone, and of ``train.steps`` and ``train.epochs`` the later one replaces
+    the other. A field of ``changes`` that the method or the data set of a cell lacks is left out there, unless all
+    cells lack it. Rows that cannot be run yet have no cells (``unavailable``). Loads torch. Raises ValueError that
+    names file and entry.
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():
@@ -150,13 +161,13 @@ def cells(
 
 
 def list_of_seed(fields: Mapping[str, object], seed: int) -> dict[str, object]:
-    """``data.split_seed`` of a run whose seed draws its labelled list: the seed, added to what the fields set there."""
+    """Return ``data.split_seed`` of a run whose seed draws its labelled list: the seed, added to the fields' value."""
     given = str(fields.get("data.split_seed"))
     return {"data.split_seed": seed + (int(given) if given.isascii() and given.isdigit() else 0)}
 
 
 def check_lists(entry: str, fields: Mapping[str, object]) -> None:
-    """Raises ValueError where seeds cannot draw lists of their own: on data sets that come with published ones."""
+    """Raise ValueError if seeds cannot draw lists of their own: on data sets that come with published ones."""
     if not embedded(fields):
         from viladiff.data.sources import embedded_datasets
 
@@ -167,23 +178,23 @@ def check_lists(entry: str, fields: Mapping[str, object]) -> None:
 
 
 def embedded(fields: Mapping[str, object]) -> bool:
-    """Whether runs that set these fields are on an embedded data set, which has parts ``dev`` and ``test``."""
+    """Return whether runs with these fields are on an embedded data set, which has parts ``dev`` and ``test``."""
     from viladiff.data.sources import embedded_datasets
 
     return str(fields.get("data.dataset", "digits")) in embedded_datasets()
 
 
 def unavailable(table: Table, changes: Mapping[str, object] = _NOTHING) -> dict[int, str]:
-    """Why rows cannot be run, by place: a field that has to be given, such as a file, is not."""
+    """Return why rows cannot be run, by position: a required field, such as a file, is not set."""
     return {
-        place: f"not available: {row.requires} is not given"
+        place: f"requires {row.requires}"
         for place, row in enumerate(table.rows)
         if row.requires and {**table.base, **row.set, **changes}.get(row.requires) is None
     }
 
 
 def paper_settings(table: Table, row: int, column: int) -> dict[str, object]:
-    """What the paper's cell sets, before any scale: equal in two cells, also of two tables, where they are one run."""
+    """Return the settings of the paper's cell, before any scale; equal for cells, also of two tables, of one run."""
     base, *entries = table_layers(table)
     return {p: one.value for p, one in _merge([base, entries[column], entries[len(table.columns) + row]]).items()}
 
@@ -197,7 +208,7 @@ class Setting(NamedTuple):
 
 
 def _layers(table: Table, scale: str, row: int, column: int) -> list[Layer]:
-    """Base, scale, column and row, with the paper's data sets replaced by the scale's."""
+    """Return base, scale, column and row, with the paper's data sets replaced by the scale's."""
     size = table.scale[scale]
     base, *entries = table_layers(table)
     chosen = [base, entries[column], entries[len(table.columns) + row]]
@@ -207,7 +218,7 @@ def _layers(table: Table, scale: str, row: int, column: int) -> list[Layer]:
 
 
 def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
-    """``layers`` and what the scale sets for all methods that have it; raises ValueError where no method has it."""
+    """Add the settings of the scale for all methods that have them. Raises ValueError if no method has one."""
     from viladiff.methods import METHODS
 
     shared = table.scale[scale].shared_method_fields
@@ -231,7 +242,7 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
 
 
 def _with_published(merged: Mapping[str, Setting]) -> dict[str, Setting]:
-    """``merged`` and the fields of the cell's publication that nothing above the scale sets."""
+    """Add the fields of the cell's publication that no layer above the scale sets."""
     try:
         fields = published_fields({path: one.value for path, one in merged.items()})
     except ConfigError:  # an unknown method or data set: ``_check`` says which entry names it
@@ -242,7 +253,7 @@ def _with_published(merged: Mapping[str, Setting]) -> dict[str, Setting]:
 
 
 def _known(merged: Mapping[str, Setting], method: str | None = None) -> dict[str, FieldInfo]:
-    """The fields that a cell's data set and method have; raises ConfigError where there is no such one."""
+    """Return the fields of a cell's data set and method. Raises ConfigError if one is unknown."""
     from viladiff.runs.config import RunConfig, schema
 
     plain = RunConfig()
@@ -252,7 +263,7 @@ def _known(merged: Mapping[str, Setting], method: str | None = None) -> dict[str
 
 
 def _mapped(fields: Mapping[str, object], size: Scale) -> dict[str, object]:
-    """Fields with the scale's stand-ins for the paper's data sets, lists and lengths."""
+    """Replace the paper's data sets, lists and lengths by the scale's substitutes."""
     found: dict[str, object] = {}
     for path, value in fields.items():
         if path == "data.dataset":
@@ -262,7 +273,7 @@ def _mapped(fields: Mapping[str, object], size: Scale) -> dict[str, object]:
 
 
 def _merge(layers: Iterable[Layer]) -> dict[str, Setting]:
-    """See ``cells``; a chooser that no earlier layer names drops nothing, since what they set was meant for any."""
+    """Merge as in ``cells``; a chooser that no earlier layer names drops nothing, since their settings are for any."""
     merged: dict[str, Setting] = {}
     for rank, (entry, fields) in enumerate(layers):
         for chooser in CHOOSERS:
@@ -280,7 +291,7 @@ def _merge(layers: Iterable[Layer]) -> dict[str, Setting]:
 def _fitting(
     changes: Mapping[str, object], settled: Mapping[tuple[int, int], Mapping[str, Setting]]
 ) -> dict[tuple[int, int], Mapping[str, object]]:
-    """``changes`` for each cell, without the fields of other cells' methods and data sets."""
+    """Restrict ``changes`` for each cell to the fields of its method and data set."""
     fitting: dict[tuple[int, int], Mapping[str, object]] = {}
     for place, before in settled.items():
         try:
@@ -294,7 +305,7 @@ def _fitting(
 
 
 def _check(table: Table, found: Sequence[Cell], settled: Mapping[tuple[int, int], Mapping[str, Setting]]) -> None:
-    """Raises ValueError with a line for each fault, which names the entry that set the field at fault."""
+    """Raise ValueError with a line for each error, which names the entry that set the field."""
     from viladiff.runs.config import RunConfig, override
 
     faults: dict[str, None] = {}
@@ -311,7 +322,7 @@ def _check(table: Table, found: Sequence[Cell], settled: Mapping[tuple[int, int]
 
 
 def _check_chooses(table: Table, found: Iterable[Cell]) -> None:
-    """Raises ValueError where a run by which settings are chosen would be scored on what results are quoted from."""
+    """Raise ValueError if a run that chooses settings would be scored on the images of reported results."""
     for cell in found:
         split = cell.changes.get("eval.split", "dev" if embedded(cell.changes) else "val")
         if split not in ("dev", "holdout"):
@@ -323,7 +334,7 @@ def _check_chooses(table: Table, found: Iterable[Cell]) -> None:
 
 
 def _blamed(line: str, table: Table, cell: Cell, settled: Mapping[str, Setting]) -> str:
-    """The last layer that set a field that the message names, or the cell."""
+    """Return the last layer that set a field named in the message, or the cell."""
     named = set(re.findall(r"[a-z_.]*[a-z]", line))
     setting = [one for path, one in settled.items() if path in named]
     if setting:

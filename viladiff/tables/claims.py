@@ -1,8 +1,7 @@
-"""Whether a sentence about a table holds, and how sure that is: tests over seeds, corrected for how many there are.
+"""Evaluation of a table's claims: tests over seeds, corrected for their number.
 
-A claim becomes questions (``viladiff.tables.contrasts``), most of them a sum of cell means with signs that is said to
-be above 0. Numbers here are in points, percent of mIoU and the like, but where two spreads are compared, by their
-ratio.
+A claim becomes contrasts (``viladiff.tables.contrasts``), most of them a signed sum of cell means that is claimed to be
+above 0. Numbers here are in points, percent of mIoU and the like, but where two spreads are compared, by their ratio.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What records say of a claim, and what the paper's own numbers say."""
+    """The verdict on a claim, by records and by the paper's own numbers."""
 
     text: str
     verdict: Literal["holds", "fails", "not decided"]
@@ -87,10 +86,10 @@ class Verdict:
 
 
 def evaluate_claims(plan: Plan, records: Records) -> list[Verdict]:
-    """A verdict for each claim of the table, in its order.
+    """Return a verdict for each claim of the table, in order.
 
-    Holm's correction runs over the distinct comparisons that all claims of one source ask for, the paper's and ours
-    apart; those that cannot be made yet count too, so that the correction is the same from the first run to the last.
+    Holm's correction runs over the distinct comparisons of all claims from one source, the paper's and ours separately;
+    comparisons that cannot be made yet count too, so that the correction is the same from the first run to the last.
     """
     verdicts: dict[str, Verdict] = {}
     for source in ("paper", "ours"):
@@ -169,7 +168,7 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
 
 
 def _answer(question: Contrast, measured: Samples, known: VarianceModel, family: int) -> _Answer:
-    """``family``: how many comparisons there are in all."""
+    """Answer a question; ``family``: the number of all comparisons."""
     from scipy import stats
 
     if question.form == "spread":
@@ -237,7 +236,7 @@ def _verdict(
 
 
 def _differs(counts: Mapping[str, int], asked: int, lacking: str) -> tuple[Literal["holds", "not decided"], str]:
-    """One difference is enough; that there is none cannot be shown, only how large one could be."""
+    """Return the verdict on difference: one is enough; its absence cannot be shown, only bounded."""
     higher, lower = counts["shown"], counts["reversed"]
     said = f"{higher + lower} of {asked} differ: {higher} higher, {lower} lower; {counts['open']} open{lacking}"
     return ("holds" if higher + lower else "not decided"), said
@@ -251,7 +250,7 @@ def _worst(reversed_: Sequence[Comparison]) -> str:
 
 
 def _lacking(plan: Plan, question: Contrast, measured: Samples, known: VarianceModel) -> Iterator[str]:
-    """Why a question cannot be answered: cells with fewer than three seeds, or in common; spreads of two precisions."""
+    """Yield why a question cannot be answered: cells with fewer than three seeds, own or common; two precisions."""
     few = any(_ceiling(plan, term.row) for term in question.terms)
     for label in dict.fromkeys(plan.table.rows[t.row].label for t in question.terms if _ceiling(plan, t.row)):
         yield f"{label!r} reads true masks of unlabelled images here ({ORACLE}): a ceiling is no result of a method"
@@ -277,12 +276,12 @@ def _lacking(plan: Plan, question: Contrast, measured: Samples, known: VarianceM
 
 
 def _ceiling(plan: Plan, row: int) -> bool:
-    """Whether a row reads true masks, and not by its spec, which may ask about its own ceilings."""
+    """Return whether a row reads true masks, and not by its spec, which may ask about its own ceilings."""
     return row in plan.ceilings and not plan.table.rows[row].oracle
 
 
 def _as_measured(plan: Plan, asked: Sequence[Contrast], measured: Samples) -> str:
-    """How many differences point the claimed way over the seeds in common, for a table too small to decide."""
+    """Describe how many differences have the claimed sign over common seeds, for a table too small to decide."""
     counted = [one for one in asked if one.form != "spread" and not any(_ceiling(plan, t.row) for t in one.terms)]
     if not counted:
         return "no difference is counted before that"
@@ -318,7 +317,7 @@ def _said(
 
 
 def _spreads(plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measured: Samples) -> Iterator[str]:
-    """Which standard deviations a claim's tests use, and what is paired."""
+    """Yield the standard deviations of a claim's tests, and what is paired."""
     cells = list(dict.fromkeys((term.row, term.column) for question in asked for term in question.terms))
     taken = {place: measured[place] for place in cells if place in measured}
     several = len({precision for _, precision in known.pools}) > 1
@@ -348,7 +347,7 @@ def _spreads(plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measur
 
 
 def _seed_by_seed(question: Contrast, measured: Samples, known: VarianceModel) -> bool:
-    """Whether differences of a question have a spread of their own for another reason than a cell's spread."""
+    """Return whether a question's differences have a spread of their own for another reason than a cell's spread."""
     found = {one for row, column, _ in question.terms if (one := measured.get((row, column))) and one.values}
     return not found & known.apart.keys() and len({one.pool for one in found}) > 1
 
@@ -357,7 +356,7 @@ def _seed_by_seed(question: Contrast, measured: Samples, known: VarianceModel) -
 
 
 def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails", "not printed"], str]:
-    """What the paper's own numbers say of a claim, compared as decimals; a number left out is passed over.
+    """Evaluate a claim on the paper's own numbers, compared as decimals; missing numbers are skipped.
 
     Without tolerance and margin an equal number is not higher; with one of them, a number at its edge still counts.
     """
@@ -386,7 +385,7 @@ def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails
 
 
 def _gains(table: Table, claim: Claim) -> Iterator[str]:
-    """Printed differences of the claim's two rows, column by column."""
+    """Yield the printed differences of the claim's two rows, column by column."""
     one, other = ([row.label for row in table.rows].index(label) for label in claim.rows)
     labels = [column.label for column in table.columns]
     for label in claim.columns or labels:

@@ -1,6 +1,6 @@
-"""Where a paper's printed numbers contradict each other or its own sentences, found by comparing them as decimals.
+"""Contradictions of a paper's printed numbers with each other or its own sentences, compared as decimals.
 
-Nothing here reads a record or loads torch: cells are compared by what they set.
+Nothing here reads a record or loads torch: cells are compared by their settings.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Cell(NamedTuple):
 
 
 def siblings(path: Path) -> list[Table]:
-    """The tables beside a table's file, and itself; one that cannot be read says so when it is run, and not here."""
+    """Return the tables beside a table's file, and itself; an unreadable one is skipped: running it reports why."""
     found = []
     for one in sorted(path.parent.glob("*.toml")):
         try:
@@ -53,10 +53,10 @@ def siblings(path: Path) -> list[Table]:
 
 
 def inconsistencies(table: Table, others: Sequence[Table] = ()) -> list[Inconsistency]:
-    """What is wrong with a table's printed numbers, by themselves and against those of other tables.
+    """Return what is wrong with a table's printed numbers, by themselves and against other tables'.
 
-    same run: cells that set the same and ought to be one run have different numbers. repeated: a row's numbers are
-    those of a row of other runs. below supervised: a semi-supervised row is below the supervised one on the same data.
+    same run: cells with the same settings, hence one run, have different numbers. repeated: a row's numbers are those
+    of a row of other runs. below supervised: a semi-supervised row is below the supervised one on the same data.
     encoders: rows that are compared have different ones. claim: a sentence that the printed numbers do not bear out.
     """
     mine = _cells(table)
@@ -113,7 +113,7 @@ def _repeated(mine: Sequence[_Cell], every: Sequence[_Cell]) -> Iterator[Inconsi
 
 
 def _longest_shared(own: Sequence[_Cell], other: Sequence[_Cell]) -> list[tuple[_Cell, _Cell]]:
-    """The longest stretch of equal numbers in equal order."""
+    """Return the longest run of equal numbers in equal order."""
     best: list[tuple[_Cell, _Cell]] = []
     for start in range(len(own)):
         for begin in range(len(other)):
@@ -161,7 +161,7 @@ def _by_row(cells: Sequence[_Cell]) -> dict[tuple[str, int], list[_Cell]]:
 
 
 def _names(cells: Sequence[_Cell]) -> dict[tuple[str, int], str]:
-    """Rows in words; a table is called by what its title begins with."""
+    """Name the rows; a table is called by the beginning of its title."""
     return {
         (cell.table.name, cell.row): f"“{cell.table.rows[cell.row].label}” of {cell.table.title.partition('.')[0]}"
         for cell in cells

@@ -1,4 +1,4 @@
-"""What a claim asks of a table: comparisons of cells, each in a form that records or printed numbers can answer."""
+"""Contrasts of a table's claims: comparisons of cells, for records or printed numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Form = Literal["one_sided", "two_sided", "spread"]
 
 
 class Contrast(NamedTuple):
-    """Whether a sum of signed cells, compared at the same seeds, is above a limit.
+    """The claim that a sum of signed cells, compared at the same seeds, is above a limit.
 
     ``two_sided``: whether it is other than 0. ``spread``: whether the standard deviation between seeds is larger in the
     cells with sign + than in those with sign -, all columns taken together.
@@ -31,7 +31,7 @@ class Contrast(NamedTuple):
 
 
 def contrasts(table: Table, claim: Claim) -> list[Contrast]:
-    """What a claim asks, in the table's order.
+    """Return the contrasts of a claim, in the table's order.
 
     superset_increases: each row without ``control`` is higher than those whose parts it includes, in every column; only
     pairs with no row between them are asked, since the rest follows. best_row: the row is higher than every other row
@@ -80,14 +80,14 @@ def contrasts(table: Table, claim: Claim) -> list[Contrast]:
 
 
 def _others(table: Table, claim: Claim, named: Sequence[int]) -> list[int]:
-    """Rows that best_row, worst_rows and differs compare with."""
+    """Return the rows that best_row, worst_rows and differs compare with."""
     among = set(claim.among)
     chosen = [i for i, row in enumerate(table.rows) if (row.label in among if among else not row.control)]
     return [i for i in chosen if i not in named]
 
 
 def inclusion_pairs(table: Table) -> list[tuple[int, int]]:
-    """(row, row) where the first's parts include the second's and no row stands between; controls stay out."""
+    """Return (row, row) where the first's parts include the second's and no row is between; controls are left out."""
     parts = {i: frozenset(row.components) for i, row in enumerate(table.rows) if not row.control}
     return [
         (high, low)
@@ -105,7 +105,7 @@ def _shrinks(table: Table, rows: Sequence[int], left: int, right: int, limit: fl
 
 
 def _gains(table: Table, greater: tuple[int, ...], less: tuple[int, ...], column: int, limit: float) -> Contrast:
-    """Whether one pair of rows is farther apart than another, in one column."""
+    """Return the contrast that one pair of rows is farther apart than another, in one column."""
     signs = (1, -1, -1, 1)
     terms = tuple(Term(row, column, sign) for row, sign in zip((*greater, *less), signs, strict=True))
     return Contrast(_gain(table, *greater), _gain(table, *less), table.columns[column].label, terms, limit)

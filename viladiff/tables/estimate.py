@@ -1,4 +1,4 @@
-"""What finishing a plan takes: seconds a step as records of like runs have them, or as the table guesses."""
+"""Estimate of a plan's remaining time, from seconds a step of similar records, or the table's guess."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from viladiff.tables.plan import Plan, RunStore, fields_of
 
 
 class Estimate(NamedTuple):
-    """What finishing a plan takes."""
+    """The remaining cost of a plan."""
 
     cells: int
     runs: int
@@ -31,12 +31,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: float | None = None) -> Estimate:
-    """Time that is left with ``concurrency`` runs at once, and its cost at a price per hour of the whole machine.
+    """Return the remaining time with ``concurrency`` runs at once, and its cost at the machine's price per hour.
 
-    A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the records most
-    like it, of its precision: those that differ in seed, labelled list, captions, length, learning rates and evaluation
-    only, or else those of the same method and data set. Without records the guesses of the scale are taken, and without
-    those nothing is said. Steps that the log of an interrupted run holds are not counted again.
+    A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the most similar
+    records of its precision: those that differ in seed, labelled list, captions, length, learning rates and evaluation
+    only, or else those of the same method and data set. Without records the guesses of the scale are used, and without
+    those the time is unknown. Steps that the log of an interrupted run holds are not counted again.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency}: must be at least 1")
@@ -49,17 +49,17 @@ def estimate(plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: 
         alike, akin = alike + (close and bool(near)), akin + (not close and bool(near))
         step = median(near_step) if (near_step := [_per_step(one) for one in near]) else size.seconds_per_step
         if step is None:
-            return _estimate(plan, left, None, alike + akin, price_per_hour, f"no run like {run.title!r} was measured")
+            return _estimate(plan, left, None, alike + akin, price_per_hour, f"no timing for {run.title!r}")
         besides = _besides(run, near)
         outside = size.seconds_overhead if besides is None else besides
         times.append(max(0, run.steps - _logged(store.directory(run.run_id))) * step + outside)
     guessed = len(left) - alike - akin
     parts = [
-        f"{alike} as measured for runs of the same settings" if alike else "",
-        f"{akin} as measured for the same method and data set" if akin else "",
-        f"{guessed} as guessed in the table, not measured" if guessed else "",
+        f"{alike} timed from runs with the same settings" if alike else "",
+        f"{akin} timed from runs of the same method and data set" if akin else "",
+        f"{guessed} estimated by the table file" if guessed else "",
     ]
-    basis = f"{len(left)} runs to go: " + ", ".join(filter(None, parts)) if left else "nothing to run"
+    basis = f"{len(left)} runs remaining: " + ", ".join(filter(None, parts)) if left else "nothing to run"
     seconds = max([sum(times) / concurrency, *times]) if times else 0.0
     return _estimate(plan, left, seconds, alike + akin, price_per_hour, basis)
 
@@ -81,7 +81,7 @@ def _cost_fields(changed: Mapping[str, Any]) -> str:
 
 
 def _nearest(run: PlannedRun, records: Iterable[RunRecord]) -> tuple[list[RunRecord], bool]:
-    """Records to take times from, and whether their settings are the same; on as many threads, where there are such."""
+    """Return the records to take times from, and whether their settings are the same; with equal threads if any."""
     usable = [one for one in records if one.steps > 0 and one.train_seconds > 0 and one.precision == run.precision]
     same = [one for one in usable if _cost_fields(one.changed) == _cost_fields(run.changed)]
     kind = ("method.name", "data.dataset")
@@ -96,7 +96,7 @@ def _per_step(record: RunRecord) -> float:
 
 
 def _besides(run: PlannedRun, near: Sequence[RunRecord]) -> float | None:
-    """Median seconds outside of steps, of records evaluated in the same way where there are such."""
+    """Return the median seconds outside of steps, of records evaluated in the same way if there are any."""
 
     def scored(changed: Mapping[str, Any]) -> dict[str, Any]:
         return {path: value for path, value in changed.items() if path.startswith("eval.")}
@@ -115,7 +115,7 @@ def _besides(run: PlannedRun, near: Sequence[RunRecord]) -> float | None:
 
 
 def _logged(directory: Path) -> int:
-    """Steps that an interrupted run has logged; its checkpoint may be somewhat older."""
+    """Return the steps that an interrupted run has logged; its checkpoint may be somewhat older."""
     if not (directory / "checkpoint.pt").is_file():
         return 0
     try:

@@ -1,7 +1,7 @@
-"""Differences between rows of a table, paired by seed, and the spread that they are told from.
+"""Differences between rows of a table, paired by seed, and the variance that they are tested against.
 
-A seed gives two rows the same labelled images, first weights and order of images, so that its luck is in neither's
-favour. All numbers are in points.
+A seed gives two rows the same labelled images, first weights and order of images, so that its luck favours neither. All
+numbers are in points.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ APART = 0.01
 
 
 class CellResidual(NamedTuple):
-    """What rows and seeds leave (a randomised block design), its variance taken as one for all cells."""
+    """The residual of rows and seeds (a randomised block design), with one variance for all cells."""
 
     sd: float
     df: int
@@ -34,7 +34,7 @@ class CellResidual(NamedTuple):
 
 
 class VarianceModel(NamedTuple):
-    """What is known of the variance between seeds."""
+    """The estimate of the variance between seeds."""
 
     pools: dict[tuple[str, str], CellResidual]
     """One for each reading of the networks, and each precision, by ``Sample.pool``; none where no residual is left."""
@@ -57,12 +57,12 @@ class TTest(NamedTuple):
 
 
 def variance_model(measured: Samples) -> VarianceModel:
-    """A pool of all cells that read their networks alike, of one precision, less those of too large a variance.
+    """Pool the variance of all cells that read their networks alike and have one precision, without outlying cells.
 
     The residuals are those of rows and seeds in each column, summed over columns. The cell that adds most to them is
-    set apart while an F test of what it adds against what the others leave gives p below 1 % / the number of cells; the
-    next is then asked. A run that reads 40 once and 6 twice would otherwise hide every other difference of its table,
-    and lend its own a certainty that three such numbers do not have.
+    excluded while an F test of its part against the others' gives p below 1 % / the number of cells; then the next is
+    tested. A run that reads 40 once and 6 twice would otherwise hide every other difference of its table, and lend its
+    own a certainty that three such numbers do not have.
     """
     columns: dict[tuple[str, str], dict[int, list[CellSample]]] = defaultdict(lambda: defaultdict(list))
     for (_, column), one in measured.items():
@@ -85,7 +85,7 @@ def variance_model(measured: Samples) -> VarianceModel:
 
 
 def _once(columns: Mapping[int, Sequence[CellSample]]) -> dict[int, list[CellSample]]:
-    """Cells by column, one that stands in several columns in the first alone: its residuals count once."""
+    """Return cells by column, a cell of several columns in the first alone: its residuals count once."""
     seen: set[CellSample] = set()
     found: dict[int, list[CellSample]] = {}
     for column, cells in columns.items():
@@ -95,11 +95,11 @@ def _once(columns: Mapping[int, Sequence[CellSample]]) -> dict[int, list[CellSam
 
 
 def _fit(cells: Iterable[CellSample]) -> Fit:
-    return fit({one: one.by_seed for one in cells})
+    return fit_rows({one: one.by_seed for one in cells})
 
 
 def _wild(columns: Mapping[int, Sequence[CellSample]]) -> list[CellSample]:
-    """Cells to set apart, the one that adds most to the residuals first."""
+    """Return the cells to exclude, the one that adds most to the residuals first."""
     from scipy import stats
 
     kept = {column: list(cells) for column, cells in columns.items()}
@@ -138,11 +138,11 @@ class Part(NamedTuple):
 
 
 def contrast_parts(terms: Sequence[Term], measured: Samples, known: VarianceModel) -> list[Part]:
-    """How a sum of signed cells is compared; cells on both sides cancel, and all of them may.
+    """Choose how a sum of signed cells is compared; cells on both sides cancel, and all of them may.
 
-    In each column and pool whose signs add up to 0: by the fit of rows and seeds. Where they do not (two readings of
-    one run, two precisions), or where a cell is set apart: the column's cells together, seed by seed. Columns whose
-    own signs do not add up to 0: all of them together, seed by seed.
+    In each column and pool whose signs add up to 0: by the fit of rows and seeds. Otherwise (two readings of one run,
+    two precisions), or if a cell is excluded: the column's cells together, seed by seed. Columns whose own signs do not
+    add up to 0: all of them together, seed by seed.
     """
     weights: dict[CellSample, float] = defaultdict(float)
     place: dict[CellSample, int] = {}
@@ -172,14 +172,14 @@ def contrast_parts(terms: Sequence[Term], measured: Samples, known: VarianceMode
 
 
 def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: VarianceModel) -> TTest:
-    """Whether a sum of signed cells is above minus the tolerance: t = (sum + tolerance) / error.
+    """Test whether a sum of signed cells is above minus the tolerance: t = (sum + tolerance) / error.
 
     The error's square adds up over ``parts``: of a fit, the pool's variance times the contrast's factor (2 / n of two
     rows with the same n seeds); of differences seed by seed, their variance / n, over the n seeds that all cells have.
     Where more than one estimate of a variance takes part, degrees of freedom are Welch's and Satterthwaite's; what
     columns leave is taken as independent of each other. Where the error is 0, a p value is 0 or 1.
 
-    Raises ValueError where ``untestable`` says why.
+    Raises ValueError if ``untestable`` says why.
     """
     from scipy import stats
 
@@ -215,7 +215,7 @@ def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: Va
 
 
 def untestable(found: Sequence[Part], known: VarianceModel, fewest: int) -> str:
-    """Why cells cannot be compared, each of which has seeds enough; empty where they can."""
+    """Explain why cells with enough seeds each cannot be compared; empty if they can."""
     for part in found:
         if part.fit is None or part.fit.contrast(part.weights) is None:
             if len(part.seeds) < fewest:
@@ -257,8 +257,11 @@ class Fit:
     """(rows, rows): its Moore-Penrose inverse."""
 
     def contrast(self, weights: Mapping[Any, float]) -> FittedContrast | None:
-        """None where the cells that are there do not tell it: rows that no chain of common seeds joins, or weights that
-        do not add up to 0. Raises KeyError for a row that is not in the fit."""
+        """Return the contrast; None if the cells do not determine it.
+
+        Rows that no chain of common seeds joins, or weights that do not add up to 0, determine none. Raises KeyError
+        for a row that is not in the fit.
+        """
         c = np.zeros(len(self.rows))
         for row, weight in weights.items():
             c[self._place(row)] += weight
@@ -272,8 +275,8 @@ class Fit:
         return self.rows.index(row)
 
 
-def fit(cells: Mapping[Any, Mapping[int, float]]) -> Fit:
-    """``cells``: each row's values by seed; rows without one are left out.
+def fit_rows(cells: Mapping[Any, Mapping[int, float]]) -> Fit:
+    """Fit rows and seeds. ``cells``: each row's values by seed; rows without one are left out.
 
     With n_rs = 1 where row r has seed s, k_s rows at seed s and totals T_r and B_s: the estimates solve C b = q, C =
     diag(Σ_s n_rs) - n diag(1 / k) nᵀ, q = T - n (B / k). The solution of least norm is taken.

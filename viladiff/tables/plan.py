@@ -1,13 +1,12 @@
-"""What a table needs run: equal cells once, and finished ones not again.
+"""The plan of a table's runs: equal cells once, and finished ones not again.
 
-A plan names its runs, for which data sets, captions and weights have to be read; a plan that was made before is
-therefore kept in a file, and with that file nothing here loads torch.
+A plan names its runs, for which data sets, captions and weights have to be read; it is therefore cached in a file, and
+with that file nothing here loads torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import TypeAdapter
 
 from viladiff.core.atomic import write_atomically
-from viladiff.core.source_digest import _digest, code_digest, plan_stem
+from viladiff.core.hashing import sha256_hex
+from viladiff.core.source_digest import code_digest, file_digest, plan_stem
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.run_name import PLACES, arithmetic
@@ -67,7 +67,7 @@ class Plan:
     """Where it is kept for the next time; None where it is made each time."""
 
     def run_ids(self, row: int, column: int) -> tuple[str, ...]:
-        """Runs of a cell, one a seed; a cell that was not asked for has none."""
+        """Return the runs of a cell, one a seed; empty for a cell that was not selected."""
         return tuple(cell.run_id for cell in self.cells if (cell.row, cell.column) == (row, column))
 
     @cached_property
@@ -78,17 +78,17 @@ class Plan:
         return frozenset(found | {row for row in self.rows if self.table.rows[row].oracle})
 
     def by_seed(self, row: int, column: int) -> dict[int, str]:
-        """Runs of a cell by seed."""
+        """Return the runs of a cell by seed."""
         return {cell.seed: cell.run_id for cell in self.cells if (cell.row, cell.column) == (row, column)}
 
     def default(self, changed: Mapping[str, Any], path: str) -> Any:
-        """A field's value where a run with these changed fields does not set it; None where the plan has none."""
+        """Return a field's value in a run with these changed fields that does not set it; None if the plan has none."""
         return self.defaults.get(kind_of(changed), _NOTHING).get(path)
 
     def settled(self, record: RunRecord) -> RunRecord:
-        """The record of a run of the plan, with the plan's defaults in ``config``.
+        """Return the record of a planned run with the plan's defaults in ``config``.
 
-        A run's name binds its changed fields alone, so that what a record says of the others is not to be relied on.
+        A run's name binds its changed fields alone; the record's values of other fields are not reliable.
         """
         plain = self.defaults.get(kind_of(record.changed), _NOTHING)
         rest = {path: value for path, value in plain.items() if path not in record.changed}
@@ -96,7 +96,7 @@ class Plan:
 
 
 class RunStore(Protocol):
-    """What is asked of a store."""
+    """The interface of a store that a plan reads."""
 
     def records(self) -> dict[str, RunRecord]: ...
 
@@ -108,7 +108,7 @@ class RunStore(Protocol):
 
 
 class _Kept(NamedTuple):
-    """What of a plan is worth a file; titles come from the table's present labels."""
+    """The cached part of a plan; titles come from the table's present labels."""
 
     cells: tuple[PlannedCell, ...]
     runs: tuple[PlannedRun, ...]
@@ -127,11 +127,11 @@ def make_plan(
     changes: Mapping[str, object] = _NOTHING,
     cache: Path | None = None,
 ) -> Plan:
-    """The unique runs behind a table's cells, named as ``viladiff.training.trainer.Trainer`` names them.
+    """Return the unique runs behind a table's cells, named as ``viladiff.training.trainer.Trainer`` names them.
 
-    ``changes`` come from the command line and go before everything that the table sets. ``cache`` is a directory for
+    ``changes`` come from the command line and override everything that the table sets. ``cache`` is a directory for
     plans; one made there before from the same fields, code and weights is used again, and torch is not loaded. Plans
-    with data that is not embedded are not kept, since it may change. Raises ValueError for what cannot be run.
+    with data that is not embedded are not cached, since it may change. Raises ValueError for what cannot be run.
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     file = None
@@ -156,7 +156,7 @@ def _make(
     seeds: Sequence[int],
     changes: Mapping[str, object],
 ) -> tuple[_Kept, bool]:
-    """The plan, and whether it holds for as long as its key does."""
+    """Make the plan; return it, and whether it holds for as long as its key does."""
     from viladiff.data.sources import embedded_datasets
     from viladiff.runs.config import RunConfig, defaults, override
     from viladiff.runs.config import non_default_fields as changed
@@ -204,7 +204,7 @@ def _key(
     seeds: Sequence[int],
     changes: Mapping[str, object],
 ) -> str:
-    """Names everything that a plan follows from; titles, labels, printed numbers, notes and claims are not among it."""
+    """Return a key of everything that a plan depends on; not of titles, labels, printed numbers, notes and claims."""
     size = table.scale[scale]
     places = [
         {"base": table.base},
@@ -230,11 +230,11 @@ def _key(
         places,
         list(seeds),
         sorted((path, repr(value)) for path, value in changes.items()),
-        [_digest(Path(path)) for path in sorted(weights)],
+        [file_digest(Path(path)) for path in sorted(weights)],
         code_digest(),
         [_version(name) for name in _DATA_PACKAGES],
     ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+    return sha256_hex(json.dumps(content, sort_keys=True))[:24]
 
 
 def _sets(table: Table) -> list[dict[str, Any]]:
@@ -263,10 +263,10 @@ def _loads(text: str) -> _Kept:
 
 
 def _read(file: Path) -> _Kept | None:
-    """The plan in a file; None where there is none, or where it is damaged, in which case it is made again."""
+    """Read the plan in a file; None if there is none, or if it is damaged and must be made again."""
     try:
         checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
-        if hashlib.sha256(text.encode()).hexdigest() != checksum:
+        if sha256_hex(text) != checksum:
             return None
         return _loads(text)
     except (OSError, ValueError):
@@ -278,17 +278,17 @@ def _write(file: Path, kept: _Kept) -> None:
     # A plan that cannot be kept is still a plan: the next one takes a few seconds longer.
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
+        write_atomically(file, f"{sha256_hex(text)}\n{text}".encode())
 
 
 # What there is
 
 
 def states(plan: Plan, store: RunStore) -> dict[str, State]:
-    """How far each run is: done, running (somebody holds it), failed, begun (a checkpoint is there), stale or missing.
+    """Return the state of each run: done, running (a process holds it), failed, begun (checkpoint), stale or missing.
 
-    The first that holds, in this order. Stale: nothing is there but a record with the same fields and seed and another
-    name, made with older code, data or weights.
+    The first that holds, in this order. Stale: there is only a record with the same fields and seed and another name,
+    made with older code, data or weights.
     """
     records = store.records()
     older = {fields_of(record.changed) for record in records.values()}
@@ -308,12 +308,12 @@ def _state(run: PlannedRun, store: RunStore, records: Mapping[str, RunRecord], o
 
 
 def kind_of(changed: Mapping[str, Any]) -> str:
-    """Data set and method, which decide a run's defaults."""
+    """Return data set and method, which decide a run's defaults."""
     return f"{changed.get('data.dataset')} {changed.get('method.name')}"
 
 
 def fields_of(changed: Mapping[str, Any]) -> str:
-    """Changed fields outside ``runtime`` as text, the seed among them."""
+    """Return the changed fields outside ``runtime`` as text, the seed among them."""
     return json.dumps(
         {path: value for path, value in changed.items() if not path.startswith("runtime.")}, sort_keys=True
     )

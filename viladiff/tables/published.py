@@ -1,6 +1,6 @@
-"""What the publications of a table's methods set by data set, and which of it the table's runs have.
+"""Published settings of a table's methods by data set, and which of them the table's runs have.
 
-Nothing here loads torch when it is imported; both functions do, since a method says what its publication sets.
+Nothing here loads torch when it is imported; both functions do, since a method declares its published settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def published(values: Mapping[str, object]) -> list[PublishedSetting]:
-    """What holds for a run that sets these fields (dotted path to value), the rest at their defaults.
+    """Return the published settings of a run with these fields (dotted path to value), the rest at their defaults.
 
     Raises ConfigError for an unknown data set or method.
     """
@@ -36,5 +36,5 @@ def published(values: Mapping[str, object]) -> list[PublishedSetting]:
 
 
 def published_fields(values: Mapping[str, object]) -> dict[str, object]:
-    """The fields of ``published``, by dotted path."""
+    """Return the fields of ``published``, by dotted path."""
     return {path: value for setting in published(values) for path, value in setting.fields.items()}

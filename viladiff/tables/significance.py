@@ -1,5 +1,4 @@
-"""What was measured in a table's cells, and what any test of it takes; ``viladiff.tables.paired`` has the tests of
-rows.
+"""Scores of a table's cells and their variance; ``viladiff.tables.paired`` has the tests of rows.
 
 All numbers are in points: percent of mIoU and the like.
 """
@@ -34,7 +33,7 @@ class Term(NamedTuple):
 
 
 class CellSample(NamedTuple):
-    """What was measured in a cell."""
+    """The scores of a cell."""
 
     values: tuple[float, ...]
     """Points, one a finished run."""
@@ -81,7 +80,7 @@ class FTest(NamedTuple):
 
 
 def score(record: RunRecord, metric: str, network: str = "", stream: str = "") -> float | None:
-    """Percent, of the headline network and stream unless others are named; None where it was not measured."""
+    """Return percent, of the headline network and stream unless others are named; None if not measured."""
     if metric == "miou" and not (network or stream):
         value = record.miou
     else:
@@ -90,7 +89,7 @@ def score(record: RunRecord, metric: str, network: str = "", stream: str = "") -
 
 
 def one_precision(records: Iterable[RunRecord], of: str) -> str:
-    """``RunRecord.precision`` that all of them have, empty without any; ValueError that names ``of`` for more than one.
+    """Return the ``RunRecord.precision`` of all; empty without any. Raises ValueError that names ``of`` for several.
 
     Runs of different precision are never averaged: their numbers differ by more than seeds.
     """
@@ -101,9 +100,9 @@ def one_precision(records: Iterable[RunRecord], of: str) -> str:
 
 
 def cell_samples(plan: Plan, records: Records, metric: MetricName = "miou") -> Samples:
-    """What was measured in each cell of a plan; a run without a record or without the score is left out.
+    """Return the scores of each cell of a plan; a run without a record or without the score is left out.
 
-    Raises ValueError where the runs of a cell differ in precision.
+    Raises ValueError if the runs of a cell differ in precision.
     """
     found: Samples = {}
     for row in plan.rows:
@@ -121,9 +120,9 @@ def cell_samples(plan: Plan, records: Records, metric: MetricName = "miou") -> S
 
 
 def pooled_variance(measured: Iterable[CellSample]) -> PooledVariance | None:
-    """One variance within cells of two seeds or more: summed squares over summed degrees of freedom.
+    """Return one variance within cells of two seeds or more: summed squares over summed degrees of freedom.
 
-    Cells that are one sample count once. None where no cell has two seeds. ValueError for cells of two precisions.
+    Cells that are one sample count once. None if no cell has two seeds. Raises ValueError for cells of two precisions.
     """
     measured = list(measured)
     precisions = sorted({one.precision for one in measured if one.values})
@@ -137,13 +136,13 @@ def pooled_variance(measured: Iterable[CellSample]) -> PooledVariance | None:
 
 
 def sum_of_squares(values: Sequence[float]) -> float:
-    """About their mean."""
+    """Return the sum of squares about their mean."""
     mean = sum(values) / len(values)
     return sum((x - mean) ** 2 for x in values)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the k-th smallest of m times m - k + 1, never below a smaller one's, at most 1."""
+    """Apply Holm's step-down correction: the k-th smallest of m times m - k + 1, monotone, at most 1."""
     order = sorted(range(len(ps)), key=lambda i: ps[i])
     corrected, highest = [0.0] * len(ps), 0.0
     for k, i in enumerate(order):
@@ -153,11 +152,11 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def f_test(above: Sequence[CellSample], below: Sequence[CellSample]) -> FTest:
-    """Whether seeds spread more in some cells than in others: an F test of variances pooled within the cells of a side.
+    """Test whether seeds spread more in some cells than in others: an F test of variances pooled within a side's cells.
 
-    Of sides that have the same seeds it is on the safe side: what a seed does to both brings their variances nearer.
+    With common seeds on both sides it is conservative: a seed's effect on both brings their variances nearer.
 
-    Raises ValueError where a side has no cell with two seeds, or cells of different precision.
+    Raises ValueError if a side has no cell with two seeds, or cells of different precision.
     """
     from scipy import stats
 
@@ -175,24 +174,24 @@ def f_test(above: Sequence[CellSample], below: Sequence[CellSample]) -> FTest:
 
 
 def smallest_ratio(df: tuple[int, int], comparisons: int) -> float:
-    """The true ratio of standard deviations that ``f_test`` finds with a chance of 80 %, at 5 % / ``comparisons``."""
+    """Return the ratio of standard deviations that ``f_test`` detects with 80 % power at 5 % / ``comparisons``."""
     from scipy import stats
 
     return math.sqrt(stats.f.isf(LEVEL / comparisons, *df) / stats.f.isf(POWER, *df))
 
 
 def smallest_detectable(error: float, df: float, comparisons: int) -> float:
-    """The true difference that such a test finds with a chance of 80 %, by the noncentral t distribution.
+    """Return the true difference that such a test detects with 80 % power, by the noncentral t distribution.
 
-    ``error``: standard error of the difference, taken as true. The level is Holm's first and strictest,
-    5 % / ``comparisons``, one-sided: whatever the other comparisons give, a difference of this size is found so often.
+    ``error``: standard error of the difference, taken as true. The level is Holm's first and strictest, 5 % /
+    ``comparisons``, one-sided: whatever the other comparisons give, a difference of this size is found so often.
     """
     return error * _detectable_errors(df, comparisons) if error else 0.0
 
 
 @cache
 def _detectable_errors(df: float, comparisons: int) -> float:
-    """That difference in standard errors."""
+    """Return the smallest detectable difference in standard errors."""
     from scipy import optimize, stats
 
     critical = stats.t.isf(LEVEL / comparisons, df)

@@ -1,6 +1,6 @@
-"""A table of the paper as data: one TOML file says rows, columns, scales, printed numbers and claims.
+"""The spec of a table of the paper, from one TOML file: rows, columns, scales, printed numbers and claims.
 
-Nothing here loads torch: what the fields' paths and values mean is checked by ``viladiff.tables.cells``.
+Nothing here loads torch: ``viladiff.tables.cells`` checks the paths and values of fields.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _as_printed(value: object) -> object:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value == "-" or (number and 0 <= value <= 100):  # type: ignore[operator]
         return value
-    raise ValueError('must be a number from 0 to 100, or "-" where the paper leaves it out')
+    raise ValueError('must be a number from 0 to 100, or "-" where the paper omits it')
 
 
 def _as_seed(value: object) -> object:
@@ -75,6 +75,11 @@ OWN_LISTS = "each seed draws its own labelled images, the same for all rows (dat
 """What a scale's ``split_per_seed`` means, in words."""
 
 
+def letter(place: int) -> str:
+    """Return a, b, ..., z, aa, bb, ...: the letter of a row or a note, counted from 0."""
+    return chr(ord("a") + place % 26) * (place // 26 + 1)
+
+
 class Strict(Section):
     """No number from text, no number from true, no text from numbers."""
 
@@ -82,7 +87,7 @@ class Strict(Section):
 
 
 class Scale(Strict):
-    """What the paper's data sets become at one size of experiment."""
+    """The substitutes of the paper's data sets at one size of experiment."""
 
     datasets: dict[str, str] = Field(default_factory=dict)
     """The paper's data set to the one used here; empty uses the paper's own."""
@@ -168,7 +173,7 @@ class Claim(Strict):
 
 
 class Criterion(Strict):
-    """What runs of a scale with ``published_runs`` are to reach, measured against the published ones."""
+    """The goal of a scale's runs with ``published_runs``, relative to the published ones."""
 
     row: str = Field(min_length=1)
     """Label."""
@@ -181,7 +186,7 @@ class Criterion(Strict):
 
 
 class Gap(Strict):
-    """How far a row is on the way from one row to another, which pages print and no claim tests."""
+    """A row's position between two other rows, which pages print and no claim tests."""
 
     row: str = Field(min_length=1)
     """Label, and so of the others."""
@@ -218,6 +223,15 @@ class Table(Strict):
     ``captions``: also mIoU against the recall of captions."""
 
     @property
+    def row_numbers(self) -> tuple[str, ...]:
+        """What each row is called on pages and with ``--rows``: 1, 2, ... for the paper's rows, a, b, ... for ours."""
+        numbers = []
+        for place, row in enumerate(self.rows):
+            same_kind = sum(one.control == row.control for one in self.rows[:place])
+            numbers.append(letter(same_kind) if row.control else str(same_kind + 1))
+        return tuple(numbers)
+
+    @property
     def printed(self) -> bool:
         """Whether the paper has this table."""
         return any(row.paper for row in self.rows)
@@ -232,7 +246,7 @@ class Layer(NamedTuple):
 
 
 def table_layers(table: Table) -> list[Layer]:
-    """What the table's own entries set, scales aside."""
+    """Return the settings of the table's own entries, without scales."""
     columns = [Layer(entry_name("columns", i, one.label), one.set) for i, one in enumerate(table.columns)]
     rows = [Layer(entry_name("rows", i, one.label), one.set) for i, one in enumerate(table.rows)]
     return [Layer("base", table.base), *columns, *rows]

@@ -1,6 +1,6 @@
-"""Read the file of a table and check it as a whole: labels, scales, sets, claims, oracles.
+"""Reader of a table's file, with checks of the whole: labels, scales, sets, claims, oracles.
 
-Nothing here loads torch: what the fields' paths and values mean is checked by ``viladiff.tables.cells``.
+Nothing here loads torch: ``viladiff.tables.cells`` checks the paths and values of fields.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ _PATH = re.compile(r"[a-z][a-z_]*(\.[a-z][a-z_]*)*")
 
 
 def load_table(path: Path | str) -> Table:
-    """The table in a TOML file, checked but for what the paths and values of fields mean, which ``cells`` does.
+    """Read the table in a TOML file; ``cells`` validates the paths and values of fields.
 
-    Raises ValueError with one line a fault: file, entry (rows and the like are counted from 1), value, what is allowed.
+    Raises ValueError with a line for each error: file, entry (rows and the like are counted from 1), value, allowed
+    values.
     """
     path = Path(path)
     tree = read_toml(path)
@@ -109,7 +110,7 @@ def _row_faults(table: Table) -> Iterator[str]:
 
 
 def _scale_faults(table: Table) -> Iterator[str]:
-    """Labels and replaced values that the table does not have."""
+    """Yield labels and replaced values that the table does not have."""
     rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
     for i, row in enumerate(table.rows):
         for name in row.scales:
@@ -131,7 +132,7 @@ def _scale_faults(table: Table) -> Iterator[str]:
 
 
 def _beside_faults(table: Table) -> Iterator[str]:
-    """Scales and rows of what is compared with published runs."""
+    """Yield missing scales and rows of comparisons with published runs."""
     for name, one in table.scale.items():
         other, here = one.published_runs, f"scale.{name}: published_runs = {one.published_runs!r}"
         if other and other not in table.scale:
@@ -197,7 +198,7 @@ def _set_faults(table: Table) -> Iterator[str]:
 
 
 def published_lists(scales: Mapping[str, Scale]) -> Iterator[str]:
-    """A fault for a scale of the paper's own data whose seeds draw lists of their own."""
+    """Yield an error for a scale of the paper's own data whose seeds draw lists of their own."""
     for name, one in scales.items():
         if one.split_per_seed and name == "paper":
             yield (
@@ -234,7 +235,7 @@ def _claim_faults(table: Table) -> Iterator[str]:
 
 
 def _oracle_faults(table: Table) -> Iterator[str]:
-    """Rows that read true masks and do not say so, and claims that would rank them among methods."""
+    """Yield rows that read true masks without a mark, and claims that would rank them among methods."""
     scales = [Layer(f"scale.{name}", {**one.set, **one.shared_method_fields}) for name, one in table.scale.items()]
     columns = [Layer(entry_name("columns", i, one.label), one.set) for i, one in enumerate(table.columns)]
     for entry, fields in (Layer("base", table.base), *scales, *columns):

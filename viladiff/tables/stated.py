@@ -1,4 +1,4 @@
-"""What the publications of a table's methods set, beside what its runs have."""
+"""Published settings of a table's methods, beside those of its runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Stated(NamedTuple):
 
 
 def stated(table: Table, found: Iterable[Cell]) -> tuple[Stated, ...]:
-    """For the first run of each cell, what its publication sets on the paper's data set, beside what the run has."""
+    """Return the publication's settings for the first run of each cell, beside the run's own."""
     from viladiff.runs.config import RunConfig, flatten, override
     from viladiff.tables.cells import paper_settings
 

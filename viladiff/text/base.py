@@ -1,4 +1,4 @@
-"""What a text encoder is."""
+"""The interface of text encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LONGEST = 77
 
 
 class TextEncoder(Protocol):
-    """What the text bank asks of an encoder."""
+    """The interface of encoders that the text bank needs."""
 
     name: str
     fingerprint: str
@@ -24,23 +24,23 @@ class TextEncoder(Protocol):
         ...
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32; L >= 1 tokens of the longest text."""
+        """Return tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32; L >= 1 tokens of the longest."""
         ...
 
     def lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """(n,) int64 tokens that ``encode`` gives each text, without encoding it."""
+        """Return (n,) int64 tokens that ``encode`` gives each text, without encoding it."""
         ...
 
     def cut(self, texts: Sequence[str]) -> int:
-        """How many of ``texts`` are longer than the encoder reads (LONGEST at most) and lose their end."""
+        """Return how many of ``texts`` are longer than the encoder reads (LONGEST at most) and are truncated."""
         ...
 
     def unknown(self, texts: Sequence[str]) -> int:
-        """How many words of ``texts`` have no vector and are dropped."""
+        """Return how many words of ``texts`` have no vector and are dropped."""
         ...
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows (..., D) scaled to length 1; rows of zeros stay zero."""
+    """Scale rows (..., D) to length 1; rows of zeros stay zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)

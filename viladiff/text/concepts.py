@@ -1,4 +1,4 @@
-"""What classes are called in text: a class is known by one or several words or short phrases, its concepts.
+"""Names of classes in text: each class has one or several words or short phrases, its concepts.
 
 ``PUBLISHED`` has SemiVL's lists as they are in its repository (google-research/semivl 13ee65d,
 ``model/text_embeddings.py``, VOC's fourth and Cityscapes' third), spelling included, since its text vectors are of
@@ -85,9 +85,9 @@ APART = {
 
 
 def concepts(class_names: Sequence[str], dataset: str = "") -> tuple[tuple[str, ...], ...]:
-    """The concepts of each class: those published for ``dataset``, or its name in words.
+    """Return the concepts of each class: those published for ``dataset``, or its name in words.
 
-    Of ``background`` in another data set, a list without what is a class here.
+    For ``background`` of another data set, a list without its other classes.
     """
     published = PUBLISHED.get(dataset, ())
     if len(published) == len(class_names):
@@ -104,7 +104,7 @@ def concepts(class_names: Sequence[str], dataset: str = "") -> tuple[tuple[str, 
 
 
 def names(class_names: Sequence[str], dataset: str = "") -> tuple[tuple[str, ...], ...]:
-    """The texts of each class whose mean SemiVL's decoder reads: its name alone, or on Cityscapes its concepts."""
+    """Return the texts of each class whose mean SemiVL's decoder reads: its name, or on Cityscapes its concepts."""
     return concepts(class_names, dataset) if dataset in READ_AS_MEAN else tuple((_plain(x),) for x in class_names)
 
 

@@ -1,4 +1,4 @@
-"""The words of all images, encoded once into one memory-mapped array: in training a caption costs a look-up."""
+"""Encoded captions of all images in one memory-mapped array: in training a caption is a look-up."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ class EmbeddingBank:
         return len(self.tokens if self.rows is None else self.rows)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> TextBatch:
-        """Words of these images: tokens (B, L, D) float32 and mask (B, L), on the CPU."""
+        """Return the texts of these images: tokens (B, L, D) float32 and mask (B, L), on the CPU."""
         rows = self._rows(indices)
         mask = torch.from_numpy(self.mask[rows])
         return TextBatch(torch.from_numpy(self._tokens_of(rows)).float(), mask)
 
     def pooled_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """(B, D) float32: the pooled vectors of these images."""
+        """Return (B, D) float32: the pooled vectors of these images."""
         return self.pooled[self._rows(indices)].astype(np.float32)
 
     def notes(self) -> tuple[str, ...]:
-        """What the encoder lost, a sentence each."""
+        """Return a note for each loss of the encoder."""
         lost = []
         if self.unknown:
             lost.append(f"text encoder {self.encoder!r}: does not know {self.unknown} words of the captions")
@@ -82,7 +82,7 @@ class EmbeddingBank:
         return tuple(lost)
 
     def _tokens_of(self, rows: np.ndarray) -> np.ndarray:
-        """(B, L, D) float16; raises ValueError that names the file where it has been cut since it was opened."""
+        """Return (B, L, D) float16. Raises ValueError that names the file if it has been truncated since."""
         if self._file is None or not isinstance(self.tokens, np.memmap):
             return self.tokens[rows]
         found = np.empty((len(rows), *self.tokens.shape[1:]), self.tokens.dtype)
@@ -101,10 +101,10 @@ class EmbeddingBank:
 def build_bank(
     captions: CaptionTable, encoder: TextEncoder, directory: Path, advance: Advance | None = None
 ) -> EmbeddingBank:
-    """The bank of these captions, made if missing, in a folder below ``directory`` named by captions and encoder.
+    """Build the bank of these captions, unless it exists below ``directory`` in a folder named by captions and encoder.
 
-    ``advance`` hears how many images are encoded, and of how many. Raises ValueError where the folder is damaged or
-    cannot be written.
+    ``advance`` is called with the number of encoded images and their total. Raises ValueError if the folder is damaged
+    or cannot be written.
     """
     place = directory / bank_name(captions, encoder)
 
@@ -122,13 +122,13 @@ def build_bank(
 
 
 def bank_name(captions: CaptionTable, encoder: TextEncoder) -> str:
-    """The folder in which ``build_bank`` keeps the bank, whether it exists or not."""
+    """Return the folder of ``build_bank``, whether it exists or not."""
     return fingerprint("bank", _REVISION, captions.hash(), encoder.name, encoder.fingerprint)
 
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """One process of a machine at a time: several workers that need a bank shall not all encode it."""
+    """Admit one process of a machine at a time, so that several workers do not all encode a bank."""
     with suppress(OSError):  # where it cannot be made, open_or_make says so
         directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -145,7 +145,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def open_bank(directory: Path) -> EmbeddingBank:
-    """A bank that exists. Raises ValueError that names the file where one is missing, truncated or altered."""
+    """Open an existing bank. Raises ValueError that names the file if one is missing, truncated or altered."""
     arrays, facts = open_checked(directory)
     return EmbeddingBank(
         _file=FileIO(directory / "tokens.npy"),
@@ -161,7 +161,7 @@ def open_bank(directory: Path) -> EmbeddingBank:
 
 
 def write_all(draft: Path, captions: Captions, encoder: TextEncoder, advance: Advance | None = None) -> None:
-    """The arrays of a ``Bank`` as files in ``draft``; only CHUNK images are in memory at a time."""
+    """Write the arrays of an ``EmbeddingBank`` to ``draft``; only CHUNK images are in memory at a time."""
     lengths = encoder.lengths([text for lines in captions for text in lines])
     ends = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum([0, *map(len, captions)])]
     shape = len(captions), max(1, int(np.diff(ends).max(initial=0)))
@@ -186,7 +186,7 @@ def write_all(draft: Path, captions: Captions, encoder: TextEncoder, advance: Ad
 
 
 def encode_all(captions: Captions, encoder: TextEncoder) -> dict[str, np.ndarray]:
-    """tokens, mask and pooled of a ``Bank``; each distinct text is encoded once."""
+    """Return tokens, mask and pooled of an ``EmbeddingBank``; each distinct text is encoded once."""
     places: dict[str, int] = {}
     for lines in captions:
         for text in lines:
@@ -216,10 +216,10 @@ def load_text(
     advance: Advance | None = None,
     on: Images = "both",
 ) -> tuple[EmbeddingBank, EmbeddingBank]:
-    """Banks of the training pool and of validation, both under the same control; ``on``: see ``Dataset.caption_table``.
+    """Load banks of the training pool and of validation under one control; ``on``: see ``Dataset.caption_table``.
 
     ``words`` learns from the pool's own captions whatever the control, so that only the pairing changes; ``model`` is
-    the directory of a pretrained encoder. Where no image has a caption no encoder is needed, and both banks are silent.
+    the directory of a pretrained encoder. If no image has a caption, no encoder is needed, and both banks are empty.
     Raises ValueError for an unknown encoder or control, for a directory that holds no such encoder, and for a damaged
     or unwritable cache.
     """
@@ -252,7 +252,7 @@ def text_fingerprint(
     model: str | None = None,
     on: Images = "both",
 ) -> str:
-    """The fingerprint of the first bank of ``load_text``; nothing is encoded. Raises ValueError as that does."""
+    """Return the fingerprint of the first bank of ``load_text``, encoding nothing. Raises ValueError as that does."""
     if not any(dataset.captions) and not any(dataset.val_captions):
         return NO_CAPTIONS
     made, tables = build_text_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
@@ -269,7 +269,7 @@ def is_encoded(
     model: str | None = None,
     on: Images = "both",
 ) -> bool:
-    """Whether ``load_text`` would find everything encoded."""
+    """Return whether ``load_text`` would find everything encoded."""
     if not any(dataset.captions) and not any(dataset.val_captions):
         return True
     made, tables = build_text_encoder(encoder, dataset.captions, model), _tables(dataset, variant, seed, on)
@@ -282,7 +282,7 @@ def _tables(dataset: Dataset, variant: Control, seed: int, on: Images) -> list[C
 
 
 def _distinct(tables: Sequence[CaptionTable]) -> CaptionTable:
-    """Each image's texts once: what a pretrained encoder has read serves every split and every exchange of captions."""
+    """Return each image's texts once: a pretrained encoder's bank serves every split and every exchange of captions."""
     each = sorted({lines for table in tables for lines in table.values()})
     return CaptionTable({str(place): lines for place, lines in enumerate(each)}, "")
 
@@ -294,10 +294,10 @@ def _view(whole: str, table: CaptionTable) -> str:
 def text_vectors(
     dataset: Dataset, encoder: str = "words", model: str | None = None
 ) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Texts to their pooled vectors (n, D) float32; the encoder is that of the captions and is made when it is asked.
+    """Return a function from texts to pooled vectors (n, D) float32, by the captions' encoder, built at the first call.
 
-    Where no image has a caption, an encoder that learns does so from the texts asked for. A text of which no word is
-    known has a vector of 0. Raises ValueError as ``build_encoder``.
+    If no image has a caption, an encoder that learns does so from the requested texts. A text without a known word has
+    a vector of 0. Raises ValueError as ``build_encoder``.
     """
 
     def encode(texts: Sequence[str]) -> torch.Tensor:
@@ -309,7 +309,7 @@ def text_vectors(
 
 
 def empty_bank(images: int) -> EmbeddingBank:
-    """The bank of images without a word; its width is that of the ``words`` encoder, so that networks can be built."""
+    """Return the bank of images without text, as wide as the ``words`` encoder's, so that networks can be built."""
     return EmbeddingBank(
         tokens=np.zeros((images, 1, WORDS_DIM), np.float16),
         mask=np.zeros((images, 1), bool),

@@ -1,4 +1,4 @@
-"""A text encoder turns captions into word vectors once, offline; in training it is neither run nor held in memory."""
+"""Text encoders by name; they encode captions once, offline, and are not in memory during training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WordEncoder:
     name = "words"
 
     def __init__(self, captions: Iterable[Sequence[str]], dim: int = WORDS_DIM) -> None:
-        """captions: the texts of each *training* image. Raises ValueError where they hold no word."""
+        """Learn the vectors. captions: the texts of each *training* image. Raises ValueError if they hold no word."""
         bags = Counter(frozenset(word for text in texts for word in split_words(text)) for texts in captions)
         bags.pop(frozenset(), None)
         words = sorted(frozenset().union(*bags))
@@ -50,7 +50,7 @@ class WordEncoder:
         return mentions.T @ (mentions * weights[:, None]), int(weights.sum())
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32, which is 0 where no word is known."""
+        """Return tokens (n, L, D) float32, mask (n, L) bool, pooled (n, D) float32, which is 0 if no word is known."""
         known = self._places(texts)
         mask = np.arange(max([1, *map(len, known)])) < np.array([len(places) for places in known], int)[:, None]
         tokens = np.zeros((*mask.shape, self.dim), np.float32)
@@ -58,15 +58,15 @@ class WordEncoder:
         return tokens, mask, unit(tokens.sum(1))
 
     def lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """As ``TextEncoder``: words that a training caption holds."""
+        """Return the number of words that a training caption holds; see ``TextEncoder``."""
         return np.array([len(places) for places in self._places(texts)], np.int64)
 
     def unknown(self, texts: Sequence[str]) -> int:
-        """How many words of ``texts`` no training caption holds."""
+        """Return how many words of ``texts`` no training caption holds."""
         return sum(word not in self.vocabulary for text in texts for word in split_words(text))
 
     def cut(self, texts: Sequence[str]) -> int:
-        """How many of ``texts`` have more than LONGEST known words."""
+        """Return how many of ``texts`` have more than LONGEST known words."""
         return sum(sum(word in self.vocabulary for word in split_words(text)) > LONGEST for text in texts)
 
     def _places(self, texts: Sequence[str]) -> list[list[int]]:
@@ -75,7 +75,7 @@ class WordEncoder:
 
 
 def word_vectors(together: np.ndarray, images: int, dim: int) -> np.ndarray:
-    """(V, dim) float32 unit vectors from (V, V) counts of images that mention two words; see ``WordEncoder``."""
+    """Return (V, dim) float32 unit vectors from (V, V) counts of images that mention two words; see ``WordEncoder``."""
     alone = np.diag(together)
     with np.errstate(divide="ignore"):
         information = np.log(together * images / np.outer(alone, alone))
@@ -90,9 +90,9 @@ def word_vectors(together: np.ndarray, images: int, dim: int) -> np.ndarray:
 
 
 def build_text_encoder(name: str, captions: Iterable[Sequence[str]], model: str | None = None) -> TextEncoder:
-    """The encoder of that name; one that learns does so from ``captions``, the training images' own.
+    """Build the encoder of that name; one that is trained learns from ``captions``, those of the training images.
 
-    model: directory of a pretrained encoder (runtime.text_model). Raises ValueError for a name that is unknown, and as
+    model: directory of a pretrained encoder (runtime.text_model). Raises ValueError for an unknown name, and as
     ``viladiff.text.pretrained`` for a directory that is missing or of another kind.
     """
     if name == "words":
@@ -105,14 +105,14 @@ def build_text_encoder(name: str, captions: Iterable[Sequence[str]], model: str 
 
 
 def model_name(directory: Path | str) -> str:
-    """What a model is called: as its directory is, or as the folder of a model hub's cache says."""
+    """Return a model's name: that of its directory, or of its folder in a model hub's cache."""
     real = Path(directory).expanduser().resolve()
     hub = real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--")
     return real.parent.parent.name.removeprefix("models--").replace("--", "/") if hub else real.name
 
 
 def describe_text_encoder(name: str, model: str | None) -> str:
-    """The encoder for a record: its kind and, where it comes from a directory, the model's name."""
+    """Describe the encoder for a record: its kind and, if it comes from a directory, the model's name."""
     return f"{name} {model_name(model)}" if model is not None and name in ("open_clip", "transformers") else name
 
 

@@ -1,7 +1,7 @@
-"""Text encoders that were trained elsewhere, read from a directory on this machine: nothing is ever downloaded.
+"""Pretrained text encoders from a local directory; nothing is downloaded.
 
-Only safetensors are read, since other weights can carry code. The tokens of CLIP are brought to the space of its pooled
-vectors, so that both have D channels and an image's vectors can be compared with either.
+Only safetensors are read, since other weights can carry code. The tokens of CLIP are projected to the space of its
+pooled vectors, so that both have D channels and an image's vectors can be compared with either.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PretrainedEncoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As ``TextEncoder``; on a GPU if there is one, in float32; last bits depend on the machine."""
+        """Encode as ``TextEncoder``; on a GPU if there is one, in float32; last bits depend on the machine."""
         rows = self._ids(texts)
         lengths = np.array([len(row) for row in rows], int)
         longest = max([1, *lengths.tolist()])
@@ -91,15 +91,15 @@ class PretrainedEncoder:
         return tokens, mask, unit(pooled).astype(np.float32)
 
     def lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """As ``TextEncoder``."""
+        """Return token counts as ``TextEncoder``."""
         return np.array([len(row) for row in self._ids(texts)], np.int64)
 
     def unknown(self, texts: Sequence[str]) -> int:
-        """How many tokens of ``texts`` stand for something that the tokenizer does not know."""
+        """Return how many tokens of ``texts`` stand for something that the tokenizer does not know."""
         return sum(row.count(self.tower.unknown) for row in self._ids(texts)) if self.tower.unknown is not None else 0
 
     def cut(self, texts: Sequence[str]) -> int:
-        """As ``TextEncoder``."""
+        """Return the number of truncated texts as ``TextEncoder``."""
         return sum(len(row) > self.tower.limit for row in self.tower.ids(texts)) if texts else 0
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -108,9 +108,9 @@ class PretrainedEncoder:
 
 
 def open_encoder(name: str, model: str | None) -> PretrainedEncoder:
-    """``minilm`` from its package, ``open_clip`` or ``transformers`` from the directory ``model``.
+    """Open ``minilm`` from its package, ``open_clip`` or ``transformers`` from the directory ``model``.
 
-    Raises ValueError where there is no such directory or it is none of that kind; weights are read later.
+    Raises ValueError if there is no such directory or it is none of that kind; weights are read later.
     """
     if name == "minilm":
         spec = find_spec(MINILM)
@@ -145,7 +145,7 @@ def require_weights(directory: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers neither counts weights nor tells of those that are not needed; missing ones are looked for."""
+    """Silence transformers' progress and its report of unused weights; missing ones are checked elsewhere."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -166,7 +166,7 @@ def _device() -> torch.device:
 
 
 def load_open_clip(directory: Path) -> TextTower:
-    """A CLIP whose text tower is causal and reads to the end-of-text token. Raises ValueError for any other."""
+    """Load a CLIP whose text tower is causal and reads to the end-of-text token. Raises ValueError for any other."""
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -221,10 +221,10 @@ def load_open_clip(directory: Path) -> TextTower:
 
 
 def load_transformers(directory: Path) -> TextTower:
-    """A model that turns token ids into hidden states: BERT's kind, a causal one, T5's encoder, or CLIP's text tower.
+    """Load a model from token ids to hidden states: BERT's kind, a causal one, T5's encoder, or CLIP's text tower.
 
-    Pooled is the mean over tokens, or the first token where ``1_Pooling/config.json`` says so; CLIP's is its own.
-    Raises ValueError for a model of images, for weights that are missing, and for a directory without tokenizer.
+    Pooled is the mean over tokens, or the first token if ``1_Pooling/config.json`` says so; CLIP's is its own. Raises
+    ValueError for a model of images, for missing weights, and for a directory without tokenizer.
     """
     import transformers
     from transformers import AutoConfig, AutoTokenizer
@@ -280,7 +280,7 @@ def load_transformers(directory: Path) -> TextTower:
 
 
 def _class(transformers: Any, config: Any) -> Any:
-    """What reads text in a model of this configuration."""
+    """Return the class of the text model of this configuration."""
     if config.model_type in ("clip", "clip_text_model"):
         return transformers.CLIPTextModelWithProjection
     if config.model_type in ("t5", "mt5", "umt5"):
@@ -295,7 +295,7 @@ def _class(transformers: Any, config: Any) -> Any:
 
 
 def _pooling(directory: Path) -> bool:
-    """Whether the pooled vector is the first token's, as sentence-transformers write it down."""
+    """Return whether the pooled vector is the first token's, as sentence-transformers write it down."""
     path = directory / "1_Pooling" / "config.json"
     return path.is_file() and bool(_json(path).get("pooling_mode_cls_token"))
 

@@ -1,4 +1,4 @@
-"""What keeps a run from starting, and what ends it early: Ctrl-C, too little memory, a loss that is not finite."""
+"""Errors of training and checks before it: unusable inputs, interruption, memory, losses that are not finite."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ class TrainingError(ValueError):
     """Training cannot go on; the message says where it stopped and what to change."""
 
 
-class StopRequested(RuntimeError):
-    """Whoever watches a run asked it to end early; its checkpoint is saved, and the same command goes on from it."""
+class StopRequested(RuntimeError):  # noqa: N818 - a signal, as StopIteration is
+    """A request of the run's observer to end it early; its checkpoint is saved, and the same command resumes it."""
 
 
-class RunIdMismatch(ValueError):
+class RunIdMismatchError(ValueError):
     """A run's name is not the one that it was planned under: code, data or weights have changed since."""
 
 
 def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int) -> None:
-    """ValueError, with what to change, for what only network and data together show: too few images for the method, no
-    captions, boxes that cut through cells of maps that are mixed, a crop that the encoder cannot take, BatchNorm in
-    several workers."""
+    """Raise ValueError, with what to change, for problems that only network and data together show.
+
+    Too few images for the method, no captions, boxes that cut through cells of mixed maps, a crop that the encoder
+    cannot take, BatchNorm in several workers.
+    """
     views, patch = method.views_wanted(), method.student.patch
     method.check_images(len(dataset.unlabelled))
     if (views.text or views.tags) and cfg.data.captions != "none" and not any(dataset.captions):
@@ -87,7 +89,7 @@ def stop_flag() -> Iterator[threading.Event]:
 
 @contextmanager
 def memory_errors(cfg: RunConfig) -> Iterator[None]:
-    """Turns an allocation that fails into an error that names what to lower."""
+    """Turn a failed allocation into an error that names the fields to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -105,7 +107,7 @@ def memory_errors(cfg: RunConfig) -> Iterator[None]:
 
 
 def check_finite(values: dict[str, float], step: int, steps: int, cfg: RunConfig, directory: Path) -> None:
-    """Raises TrainingError if a loss term of this step is not finite; the message names the term and what to try."""
+    """Raise TrainingError if a loss term of this step is not finite; the message names the term and possible fixes."""
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if not broken:
         return

@@ -1,4 +1,4 @@
-"""What a run will be called, known before it starts; what many runs share is read once."""
+"""Fingerprints and names of runs before they start; shared inputs are read once."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ class Named(NamedTuple):
 
 
 def fingerprints(cfg: RunConfig) -> dict[str, str]:
-    """The fingerprints that ``viladiff.training.trainer.Trainer(cfg)`` computes. Raises ValueError as it does.
+    """Return the fingerprints that ``viladiff.training.trainer.Trainer(cfg)`` computes. Raises ValueError as it does.
 
-    About a second; files of a data set that are new or changed are read as well.
+    Takes about a second; new or changed files of a data set are read as well.
     """
     return name_runs([cfg])[0].fingerprints
 
 
 def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
-    """What the networks start from: the encoder's weights, and beside them the file of a method's frozen CLIP."""
+    """Return the networks' initial weights: the encoder's, and the file of a method's frozen CLIP."""
     clip = getattr(getattr(cfg.method, "clip", None), "weights", None)
     beside = {"clip": file_checksum(Path(clip), "method.clip.weights")} if clip else {}
     return {**encoder_fingerprint(cfg.model), **beside}
 
 
 def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
-    """The names that ``viladiff.training.trainer.Trainer`` would give, in order; renders data where it is missing.
+    """Return the names that ``viladiff.training.trainer.Trainer`` gives, in order; render missing data.
 
-    A labelled list and a file of weights are read once and, since the words of a data set are the same under each of
-    its lists, so is a bank of words. Nothing is kept between calls: files may change. ValueError for unusable inputs.
+    A labelled list and a file of weights are read once and, since the texts of a data set are the same under each of
+    its lists, so is a bank of texts. Nothing is cached between calls: files may change. Raises ValueError for unusable
+    inputs.
     """
     datasets: dict[object, tuple[Dataset, str]] = {}
     banks: dict[object, str] = {}

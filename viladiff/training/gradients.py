@@ -1,4 +1,4 @@
-"""Measures, on the way, which share of the gradient each term of the loss makes, and leaves training as it is.
+"""Measurement of each loss term's share of the gradient, without any effect on training.
 
 At a few steps of each third of training the gradient of each weighted term is taken on the step's own graph before the
 step's backward pass, with ``torch.autograd.grad``: there is no second forward pass, no random draw, and no ``.grad``,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GradientShares:
-    """What is measured in a run of so many steps with ``runtime.gradient_shares``; nothing where that is 0."""
+    """The measurement of a run's gradient shares (``runtime.gradient_shares``); none if that is 0."""
 
     def __init__(self, cfg: RunConfig, method: Method, steps: int) -> None:
         self.each, self.name = cfg.runtime.gradient_shares, cfg.method.name
@@ -36,15 +36,15 @@ class GradientShares:
         self._sums: dict[str, dict[str, Tensor]] = {}
 
     def record(self) -> dict[str, Any] | None:
-        """For ``RunRecord.gradient_shares``; None where nothing was measured."""
+        """Return the entry ``RunRecord.gradient_shares``; None if nothing was measured."""
         return {"fields": self.fields, "measured": self.found} if self.found else None
 
     def add(self, step: int, losses: Losses, scale: float) -> None:
-        """Takes the gradients of a micro-batch's parts, where ``step`` is measured; before ``backward``.
+        """Add the gradients of a micro-batch's parts, if ``step`` is measured; call it before ``backward``.
 
         ``scale`` multiplies each part: the micro-batch's share of the step, and the factor of a gradient scaler. A part
         that depends on no parameter has no share.
-        Raises ValueError where the method does not say what its loss is made of.
+        Raises ValueError if the method does not say what its loss is made of.
         """
         if step not in self.at:
             return
@@ -63,9 +63,10 @@ class GradientShares:
                 sums[term] = sums[term] + vector if term in sums else vector
 
     def finish(self, step: int, scale: float) -> None:
-        """Notes the norms and directions of a measured step; ``scale`` is the scaler's factor, taken out again.
+        """Record the norms and directions of a measured step; ``scale`` is the scaler's factor, divided out again.
 
-        All workers take part. A step with a gradient that is not finite, which a scaler skips, is noted without norms.
+        All workers take part. A step with a gradient that is not finite, which a scaler skips, is recorded without
+        norms.
         """
         if step not in self.at:
             return
@@ -87,7 +88,7 @@ class GradientShares:
     def _reached(
         self, weights: list[torch.nn.Parameter], taken: tuple[Tensor | None, ...]
     ) -> tuple[str, list[tuple[Tensor, Tensor | None]]]:
-        """The first place that a term's gradient comes to, and its parameters with their gradients; "" for none."""
+        """Return the first place that a term's gradient reaches, and its parameters with gradients; "" for none."""
         start = 0
         for place, own in self.places.items():
             pairs = list(zip(weights[start : start + len(own)], taken[start : start + len(own)], strict=True))
@@ -98,7 +99,7 @@ class GradientShares:
 
 
 def _everywhere(method: Method) -> dict[str, list[torch.nn.Parameter]]:
-    """The method's shared parameters by place, and as ``elsewhere`` all others that are trained."""
+    """Return the method's shared parameters by place, and as ``elsewhere`` all others that are trained."""
     places = method.shared()
     there = {id(weight) for place in places.values() for weight in place}
     rest = [weight for weight in method.parameters() if weight.requires_grad and id(weight) not in there]
@@ -106,7 +107,7 @@ def _everywhere(method: Method) -> dict[str, list[torch.nn.Parameter]]:
 
 
 def _mean_of_workers(vector: Tensor) -> Tensor:
-    """Of this worker's gradient the mean over all, as DDP takes it."""
+    """Average this worker's gradient over all workers, as DDP does."""
     if not dist.is_initialized():
         return vector
     dist.all_reduce(vector)
@@ -114,5 +115,5 @@ def _mean_of_workers(vector: Tensor) -> Tensor:
 
 
 def _cosine(dot: float, one: float, other: float) -> float | None:
-    """None where a gradient is 0, which has no direction."""
+    """Return the cosine; None if a gradient is 0, which has no direction."""
     return max(-1.0, min(1.0, dot / (one * other))) if one * other else None

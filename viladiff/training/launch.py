@@ -19,7 +19,7 @@ from viladiff.training.errors import TrainingError
 
 
 def select_device(cfg: RunConfig) -> torch.device:
-    """The device of this worker. Raises ValueError where CUDA is asked for and absent."""
+    """Return the device of this worker. Raises ValueError if CUDA is requested and absent."""
     available = torch.cuda.is_available()
     if cfg.runtime.device == "cuda" and not available:
         raise ValueError('runtime.device = "cuda": this machine has no usable CUDA device (use auto or cpu)')
@@ -29,7 +29,7 @@ def select_device(cfg: RunConfig) -> torch.device:
 
 
 def join_group(cfg: RunConfig) -> None:
-    """Joins the group that torchrun announces in the environment. Raises ValueError where it has another size."""
+    """Join the group that torchrun announces in the environment. Raises ValueError if it has another size."""
     if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         return
     announced = int(os.environ["WORLD_SIZE"])
@@ -40,13 +40,13 @@ def join_group(cfg: RunConfig) -> None:
 
 
 def _backend(cfg: RunConfig, workers: int) -> str:
-    """nccl wants a GPU of its own for every worker of this machine."""
+    """Return the backend; nccl needs a GPU of its own for every worker of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
     return "nccl" if select_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
 
 
 def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *arguments: object) -> str:
-    """``work(cfg, *arguments)`` in ``workers`` new processes that form a group; the first one's short answer.
+    """Run ``work(cfg, *arguments)`` in ``workers`` new processes that form a group; return the first's short answer.
 
     work is a function of a module, since new processes look it up by name. A worker's error is raised here.
     """

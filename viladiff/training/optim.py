@@ -1,8 +1,7 @@
-"""How long a run is, and how fast each of its parameters learns at each step."""
+"""Length of a run, and each parameter's learning rate at each step."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from viladiff.config.base import nearest
+
 if TYPE_CHECKING:
     from viladiff.data.dataset import Dataset
     from viladiff.methods.base import Method
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def epoch(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool) -> tuple[int, int]:
-    """Images of an epoch and images of a step: of the unlabelled list, or of the labelled one if it is alone.
+    """Return images of an epoch and images of a step: of the unlabelled list, or of the labelled one if it is alone.
 
-    The labelled list is repeated up to ``train.epoch_images``; a longer one is not cut. ValueError where that is
+    The labelled list is repeated up to ``train.epoch_images``; a longer one is not cut. Raises ValueError if that is
     ``unlabelled`` and there is no such image.
     """
     asked = cfg.train.epoch_images
@@ -33,7 +34,7 @@ def epoch(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool) -> tuple[int,
 
 
 def total_steps(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool) -> int:
-    """Optimiser steps of the run: ``train.steps``, or ``train.epochs`` times those of an epoch."""
+    """Return the run's optimiser steps: ``train.steps``, or ``train.epochs`` times those of an epoch."""
     if cfg.train.steps is not None:
         return cfg.train.steps
     assert cfg.train.epochs is not None
@@ -42,7 +43,7 @@ def total_steps(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool) -> int:
 
 
 def evaluation_steps(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool, steps: int) -> frozenset[int]:
-    """Numbers of steps done, below ``steps``, at which the run is evaluated on its way.
+    """Return the numbers of steps done, below ``steps``, at which the run is evaluated during training.
 
     With ``eval.every_epochs`` these are the first steps at which a multiple of that many epochs is complete.
     """
@@ -55,7 +56,7 @@ def evaluation_steps(cfg: RunConfig, dataset: Dataset, uses_unlabelled: bool, st
 
 
 def lr_factor(cfg: RunConfig, step: int, steps: int) -> float:
-    """Share of the base learning rate at ``step`` of ``steps``: linear warm-up, then poly, cosine or constant."""
+    """Return the share of the base learning rate at ``step`` of ``steps``: linear warm-up, then the schedule."""
     optim = cfg.optim
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
@@ -66,7 +67,7 @@ def lr_factor(cfg: RunConfig, step: int, steps: int) -> float:
 
 
 def rate_scale(options: dict[str, Any], cfg: RunConfig) -> float:
-    """Takes ``lr`` or ``lr_scale`` out of the options of ``Method.own_rates``: the rate as a factor of ``optim.lr``."""
+    """Pop ``lr`` or ``lr_scale`` from options of ``Method.own_rates``; return the rate as a factor of ``optim.lr``."""
     if "lr" in options:
         return float(options.pop("lr") / cfg.optim.lr)
     scale = options.pop("lr_scale")
@@ -74,28 +75,27 @@ def rate_scale(options: dict[str, Any], cfg: RunConfig) -> float:
 
 
 def part_of(name: str, paths: Iterable[str]) -> str:
-    """The longest of the dotted ``paths`` that a parameter's name lies below, or ""."""
+    """Return the longest of the dotted ``paths`` that contains a parameter's name, or ""."""
     return max((path for path in paths if f"{name}.".startswith(f"{path}.")), key=len, default="")
 
 
 def check_paths(paths: Iterable[str], method: Method) -> None:
-    """ValueError, with the nearest part, for a path without a parameter below it."""
+    """Raise ValueError, with the nearest part, for a path without a parameter below it."""
     names = [name for name, _ in method.named_parameters()]
     for path in paths:
         if not any(part_of(name, [path]) for name in names):
             parts = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)}
-            near = difflib.get_close_matches(path, sorted(parts), n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"own_rates of method.name = {method.cfg.name!r}: no parameter lies below this path, got {path!r}; "
-                f"nearest: {near!r}"
+                f"nearest: {nearest(path, sorted(parts), cutoff=0.0)!r}"
             )
 
 
 def param_groups(method: Method, cfg: RunConfig) -> list[dict[str, Any]]:
-    """Four groups: encoder or not, with weight decay (matrices and kernels) or without (biases, norms).
+    """Return four groups: encoder or not, with weight decay (matrices and kernels) or without (biases, norms).
 
     With ``optim.decay_norm_and_bias`` there are two, since all parameters decay. Parts with rates of their own
-    (``Method.own_rates``) are groups beside these; the schedule is that of the run for all. ValueError for a path that
+    (``Method.own_rates``) are groups beside these; the run's schedule applies to all. Raises ValueError for a path that
     names no part of the method.
     """
     own = method.own_rates()
@@ -148,12 +148,12 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's own where it is the run's; of SGD ``name`` and the states of ``parts``."""
+        """Return AdamW's own state if it is the run's; of SGD ``name`` and the states of ``parts``."""
         states = [part.state_dict() for part in self.parts]
         return states[0] if self._optim.name == "adamw" else {"name": self._optim.name, "parts": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError for the state of another optimiser."""
+        """Load the state. Raises ValueError for the state of another optimiser."""
         name = state.get("name", "adamw")
         if name != self._optim.name:
             raise ValueError(f"written with optim.name = {name!r}, got {self._optim.name!r}")

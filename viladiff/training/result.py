@@ -1,4 +1,4 @@
-"""What ``fit`` gives back."""
+"""The result of ``fit``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Result:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The run's name, choices and scores as one flat row; a list of such rows makes a ``pandas.DataFrame``."""
+        """Return the run's name, choices and scores as one flat row, for a ``pandas.DataFrame``."""
         chosen = {path: value for path, value in self.record.changed.items() if not path.startswith("runtime.")}
         return {
             "run_id": self.record.run_id,
@@ -48,7 +48,7 @@ class Result:
         }
 
     def frame(self) -> pd.DataFrame:
-        """The per-step log."""
+        """Return the per-step log."""
         import pandas as pd
 
         return pd.DataFrame(StepLog(self.directory / self.record.step_log).read())

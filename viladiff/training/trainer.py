@@ -1,4 +1,4 @@
-"""The only training loop: ``fit(cfg)`` on one process or many, interrupted or not, gives the same weights."""
+"""The training loop: ``fit(cfg)`` on one process or many, interrupted or not, gives the same weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ from viladiff.runs.config import RunConfig, run_id
 from viladiff.runs.lease import Lease, LeaseLostError, acquire_or_raise
 from viladiff.runs.record import load_record, save_record
 from viladiff.text.embedding_bank import load_text, text_vectors
-from viladiff.training.errors import RunIdMismatch, StopRequested, check_finite, check_inputs, memory_errors, stop_flag
+from viladiff.training.errors import (
+    RunIdMismatchError,
+    StopRequested,
+    check_finite,
+    check_inputs,
+    memory_errors,
+    stop_flag,
+)
 from viladiff.training.fingerprints import weights_fingerprint
 from viladiff.training.gradients import GradientShares
 from viladiff.training.launch import join_group, run_in_processes, select_device
@@ -47,16 +54,16 @@ while no step ends."""
 def fit(
     cfg: RunConfig, *, report: ProgressCallback | None = None, resume: bool = True, lease: Lease | None = None
 ) -> Result:
-    """Trains, evaluates and records one run in ``runtime.runs_dir/<run_id>``.
+    """Train, evaluate and record one run in ``runtime.runs_dir/<run_id>``.
 
-    A run that is done is returned as it is, and one that was interrupted continues from its checkpoint, unless
-    ``resume`` is False. ``report`` hears of each log and evaluation and may end the run early (StopRequested). With
+    A finished run is returned as it is, and an interrupted one continues from its checkpoint, unless ``resume`` is
+    False. ``report`` is called at each log and evaluation and may end the run early (StopRequested). With
     ``runtime.workers`` > 1 and no process group, the workers are started here; inside an existing group (torchrun, Ray
-    Train) the loop joins it. One process at a time works on a run: a lease on its directory is taken, unless the caller
-    holds one and gives it as ``lease``.
+    Train) the loop joins it. One process at a time works on a run: a lease on its directory is acquired, unless the
+    caller holds one and passes it as ``lease``.
 
-    Raises RunIdMismatch where that lease is on another run's directory, LeaseLostError once another machine has
-    taken over, TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
+    Raises RunIdMismatchError if that lease is on another run's directory, LeaseLostError once another machine has taken
+    over, TrainingError for a loss that is not finite and for too little memory, ValueError for unusable inputs.
     """
     join_group(cfg)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -88,9 +95,9 @@ class Trainer:
         self.dataset = in_turn(lambda: load_dataset(*dataset_spec(cfg)))
         # Words are looked up even where the method reads none: the shared input of all methods is then checked alike.
         with counter("encoding captions", cfg.runtime.progress and not self.rank) as advance:
-            asked = cfg.data.text_encoder, cfg.data.captions
+            text_source = cfg.data.text_encoder, cfg.data.captions
             self.bank, self.val_bank = load_text(
-                self.dataset, *asked, model=cfg.runtime.text_model, advance=advance, on=cfg.data.captions_on
+                self.dataset, *text_source, model=cfg.runtime.text_model, advance=advance, on=cfg.data.captions_on
             )
         self.fingerprints = {
             "data": self.dataset.fingerprint,
@@ -106,12 +113,12 @@ class Trainer:
         self.memory = evaluator.PeakMemory(self.device)
 
     def execute(self, report: ProgressCallback | None, resume: bool, lease: Lease | None = None) -> Result:
-        """The whole life of the run; see ``fit``."""
+        """Run from start to record; see ``fit``."""
         self.report, self.lease = report, lease
         done = self.directory / "record.json"
         if lease is not None and lease.path.parent.name != self.name:
             planned = lease.path.parent.name
-            raise RunIdMismatch(
+            raise RunIdMismatchError(
                 f"planned as {planned}, it would be {self.name} now: its code, data or weights have changed"
             )
         if resume and done.is_file():
@@ -124,7 +131,7 @@ class Trainer:
             return self._carry_out(done, resume)
 
     def wall_seconds(self) -> float | None:
-        """Of all legs; what a kill undid, after the last checkpoint, is not in it."""
+        """Return the seconds of all legs, without work after the last checkpoint that a kill undid."""
         return None if self.wall_before is None else self.wall_before + time.time() - self.started
 
     def _carry_out(self, done: Path, resume: bool) -> Result:
@@ -178,7 +185,7 @@ class Trainer:
         self.cpu_seconds: float | None = 0.0
 
     def build(self) -> NetworkFactory:
-        """What the method makes its networks of."""
+        """Return the factory of the method's networks."""
         cfg, data = self.cfg, self.dataset
         texts = text_vectors(data, cfg.data.text_encoder, cfg.runtime.text_model)
         return NetworkFactory(
@@ -194,13 +201,13 @@ class Trainer:
                 reason = str(error).splitlines()[-1].strip()
                 raise ValueError(
                     f"{self.directory / 'checkpoint.pt'} is of another version of this model ({reason}); "
-                    "start over (viladiff train --fresh), or go back to the version that wrote it"
+                    "start over (viladiff train --restart), or go back to the version that wrote it"
                 ) from error
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
             except ValueError as error:
                 here = self.directory / "checkpoint.pt"
-                raise ValueError(f"{here}: {error}; start over (viladiff train --fresh)") from error
+                raise ValueError(f"{here}: {error}; start over (viladiff train --restart)") from error
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
             self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
@@ -210,7 +217,7 @@ class Trainer:
             self.log.truncate_to(self.step)
 
     def _recall(self) -> None:
-        """Says once more what was measured before an interruption: whoever should have heard may have died with it."""
+        """Report the earlier evaluations again after an interruption: their receiver may have died with it."""
         if self.report is None or not self.history:
             return
         if self._any(bool(self.report({"step": self.step, "steps": self.steps, "history": self.history}))):
@@ -259,7 +266,7 @@ class Trainer:
                 keep = self.step % runtime.checkpoint_every == 0 or last or evaluate
                 agree = self.world == 1 or self.step % 10 == 0
                 stopped = agree and self._any(stop.is_set())
-                asked = False
+                stop_requested = False
                 if keep or stopped or self.step % runtime.log_every == 0:
                     self._check_lease()
                     loss = self._write(pending, writer)
@@ -267,23 +274,23 @@ class Trainer:
                     self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
                     if self.cpu_seconds is not None:
                         self.cpu_seconds += time.process_time() - used
-                    news = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
+                    update = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
                     if evaluate:
-                        news |= self._evaluate_now()
+                        update |= self._evaluate_now()
                     if self.report is not None:
-                        asked = self._any(bool(self.report(news))) and not last
-                    if keep or stopped or asked:
+                        stop_requested = self._any(bool(self.report(update))) and not last
+                    if keep or stopped or stop_requested:
                         self._save()
                     mark, used = time.perf_counter(), time.process_time()
                 bar.advance()
-                if stopped or asked:
+                if stopped or stop_requested:
                     text = f"stopped at step {self.step} of {self.steps}; the same command continues from there"
-                    raise StopRequested(text) if asked else KeyboardInterrupt(text)
+                    raise StopRequested(text) if stop_requested else KeyboardInterrupt(text)
         if writer is not None:
             writer.close()
 
     def _step(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """One optimiser step on this worker's micro-batches; returns the mean of their loss terms, not synchronised."""
+        """Take one optimiser step on this worker's micro-batches; return the mean of their terms, unsynchronised."""
         cfg = self.cfg
         step = Step(self.step, self.step / self.steps, cfg.seed)
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "dropout", self.step, self.rank))
@@ -314,11 +321,11 @@ class Trainer:
         return sums
 
     def _factor(self) -> float:
-        """What the scaler multiplies losses by; asked only where shares are measured, since the host waits for it."""
+        """Return the scaler's factor; read only on measured steps, since the host waits for it."""
         return self.scaler.get_scale() if self.scaler.is_enabled() and self.step in self.shares.at else 1.0
 
     def _write(self, pending: list[tuple[int, float, dict[str, Tensor]]], writer: Any) -> float:
-        """Brings the last steps' loss terms to the host at once, checks and logs them; returns the newest total."""
+        """Copy the last steps' loss terms to the host at once, check and log them; return the newest total."""
         names = list(pending[0][2])
         table = torch.stack([torch.stack([terms[name].to(self.device) for name in names]) for _, _, terms in pending])
         if self.world > 1:
@@ -348,12 +355,12 @@ class Trainer:
         return SummaryWriter(str(self.directory / "tensorboard"))
 
     def _any(self, flag: bool) -> bool:
-        """Whether any worker has raised the flag; all workers must ask at the same step."""
+        """Return whether any worker has raised the flag; all workers must ask at the same step."""
         if self.world == 1:
             return flag
-        asked = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(asked)
-        return bool(asked.item())
+        raised = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(raised)
+        return bool(raised.item())
 
     def _barrier(self) -> None:
         if self.world > 1:
@@ -370,13 +377,13 @@ class Trainer:
             )
 
     def alive(self) -> None:
-        """Tells whoever watches that the run is at work, where no step ends for long."""
+        """Send a heartbeat during work without steps."""
         self._check_lease()
         if self.report is not None:
             self.report({"step": self.step, "steps": self.steps, "evaluating": True})
 
     def _evaluate_now(self) -> dict[str, Any]:
-        """A quick look on the way: the headline stream of the predictor, without boundary scores."""
+        """Evaluate the headline stream of the predictor during training, without boundary scores."""
         stream = self.method.headline()
         scores = evaluator.compute_scores(self, self.method.predictor(), (stream,), False)
         self.history.append({"step": self.step, "miou": scores[stream]["miou"] if stream in scores else None})

@@ -1,7 +1,7 @@
 """Captions from a CSV, JSON-lines or Parquet file: read, matched to a data set's images, and counted.
 
-What cannot be used stops nothing if it can be left out: it is counted, and the counts stand in the run's notes and
-in its record. A file that is no table of captions, or whose images are others altogether, is an error.
+Unusable entries that can be left out are counted, and the counts are in the run's notes and record. A file that is no
+table of captions, or of entirely other images, is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CaptionRow(NamedTuple):
 
 
 class CaptionFile(NamedTuple):
-    """What a file says."""
+    """The content of a caption file."""
 
     name: str
     """Of the file, without its folder."""
@@ -65,7 +65,7 @@ class Matched(NamedTuple):
 
 
 def read_captions(path: Path | str) -> CaptionFile:
-    """Reads a table of captions by its suffix.
+    """Read a table of captions in the format of its suffix.
 
     Columns are named in ``COLUMNS``; rows of one image and no prompt are several captions of it, in their order. In
     JSON lines and Parquet a text may be a list of them. Raises ValueError that names the file, and the row where there
@@ -106,9 +106,9 @@ def read_captions(path: Path | str) -> CaptionFile:
 
 
 def match(file: CaptionFile, train: Sequence[str], val: Sequence[str]) -> Matched:
-    """The captions of the images ``train`` and ``val``, empty for those without.
+    """Return the captions of the images ``train`` and ``val``; empty for images without any.
 
-    An image may be named with its suffix and with folders above it. Raises ValueError where the file has none of these
+    An image may be named with its suffix and with folders above it. Raises ValueError if the file has none of these
     images, or two names for one.
     """
     known = {*train, *val}
@@ -137,7 +137,7 @@ def match(file: CaptionFile, train: Sequence[str], val: Sequence[str]) -> Matche
 
 
 def clean(text: str) -> str:
-    """One line in Unicode's composed spelling, without control characters. Raises ValueError for half a character."""
+    """Return one line in Unicode's composed form, without control characters. Raises ValueError for surrogates."""
     if text.isascii() and text.isprintable():  # as nearly all are
         return " ".join(text.split())
     try:
@@ -167,7 +167,7 @@ def _rows(path: Path) -> Iterator[CaptionRow]:
 
 
 def _row(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[CaptionRow]:
-    """One row, or one for each text of a list; ``names`` says which column is which."""
+    """Yield one row, or one for each text of a list; ``names`` maps columns."""
     text = values[names["text"]]
     said = [_repeated(values.get(names[what])) if what in names else "" for what in ("prompt", "model", "revision")]
     image = values[names["image"]]
@@ -179,13 +179,13 @@ def _row(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[Captio
 
 @cache
 def _repeated(value: object) -> str:
-    """What many rows have in common, cleaned once."""
+    """Clean a text that many rows share, once."""
     return "" if value is None else clean(str(value))
 
 
 @cache
 def _columns(there: tuple[str, ...]) -> dict[str, str]:
-    """Which of a file's columns stands for what. ValueError where image or text is missing."""
+    """Map a file's columns to their meaning. Raises ValueError if image or text is missing."""
     lower = {name.strip().lower(): name for name in there}
     found = {what: next((lower[name] for name in known if name in lower), "") for what, known in COLUMNS.items()}
     for what in ("image", "text"):
@@ -246,7 +246,7 @@ def _named(path: Path, there: tuple[str, ...]) -> dict[str, str]:
 
 
 def _names(given: str) -> Iterator[str]:
-    """Ids that a name may mean: itself, and what is left of it without its first folders."""
+    """Yield the ids that a name may mean: itself, and itself without its first folders."""
     parts = given.replace("\\", "/").removeprefix("./").split("/")
     for start in range(len(parts)):
         yield image_id("/".join(parts[start:]))
@@ -286,7 +286,7 @@ def _foreign(file: CaptionFile, texts: Mapping[str, tuple[str, ...]]) -> Iterato
 
 
 def scripts(text: str) -> set[str]:
-    """First words of the Unicode names of a text's letters, such as LATIN, CYRILLIC, CJK."""
+    """Return the first words of the Unicode names of a text's letters, such as LATIN, CYRILLIC, CJK."""
     return {_script(sign) for sign in text if sign.isalpha()}
 
 

@@ -1,8 +1,7 @@
-"""Captions of the embedded data sets come from the truth, through a captioner that forgets and invents at stated rates.
+"""Captions of the embedded data sets, made from the masks by a simulated captioner with stated error rates.
 
-They say what is in an image and never where, how large or how many, so they are extra supervision of a weak kind;
-whatever prints a result made with them has to say so (``CaptionSource``). ``CaptionTable`` keeps captions of any source
-and makes the controls.
+They name an image's classes and never their position, size or number, so they are extra, weak supervision; every result
+made with them has to say so (``CaptionSource``). ``CaptionTable`` holds captions of any source and makes the controls.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _BEHIND = {"building": "in front of a building", "flowers": "in front of flowers
 
 @dataclass(frozen=True)
 class CaptionSource:
-    """Who wrote captions, and how reliably: per image, both prompts share what was noticed."""
+    """The captioner and its error rates: per image, both prompts share what was noticed."""
 
     name: str
     recall: float
@@ -69,10 +68,10 @@ def simulate(
     *key: keyed_random.Part,
     source: CaptionSource = SIMULATED,
 ) -> Captions:
-    """One caption per prompt and image, drawn by (``key``, number of the image).
+    """Write one caption per prompt and image, drawn by (``key``, number of the image).
 
-    present: (N, C) bool, which classes the truth shows; class 0 is background and is never named. scenes: per image,
-    what the photograph behind shows, which is always told right where anything is noticed.
+    present: (N, C) bool, the classes that the truth shows; class 0 is background and is never named. scenes: per image,
+    the scene of its photograph, which is always right if anything is noticed.
     """
     return tuple(
         describe(row, scene, class_names, *key, index, source=source)
@@ -87,13 +86,14 @@ def describe(
     *key: keyed_random.Part,
     source: CaptionSource = SIMULATED,
 ) -> tuple[str, str]:
-    """The texts for both prompts depend on the classes (C,) bool, the scene and the key, hence on no position or size.
+    """Write the texts of both prompts from the classes (C,) bool, the scene and the key alone.
 
-    Each visible class is noticed with probability ``source.recall`` and each absent one with ``source.false_mention``,
-    once for both prompts. The first names at most two of those noticed and the scene, the second all of them, each in
-    an order of its own draw. A class goes by its synonym with probability ``source.synonyms``, in both prompts alike.
-    Draws do not depend on the rates: what is noticed, or renamed, at a rate is so at every higher one. Raises
-    ValueError where a class that is to be renamed has no synonym.
+    The texts depend on no position or size. Each visible class is noticed with probability ``source.recall`` and each
+    absent one with ``source.false_mention``, once for both prompts. The first names at most two of those noticed and
+    the scene, the second all of them, each in an order of its own draw. A class is replaced by its synonym with
+    probability ``source.synonyms``, in both prompts alike. Draws do not depend on the rates: a class noticed, or
+    renamed, at one rate is so at every higher rate. Raises ValueError if a class that is to be renamed has no
+    synonym.
     """
     rng = keyed_random.numpy_generator("caption", *key)
     noticed = rng.random(len(present)) < np.where(present, source.recall, source.false_mention)
@@ -139,11 +139,11 @@ class CaptionTable(Mapping[str, tuple[str, ...]]):
         return len(self._texts)
 
     def hash(self) -> str:
-        """16 hexadecimal digits that name ids and texts."""
+        """Return 16 hexadecimal digits that name ids and texts."""
         return fingerprint("captions", list(self._texts.items()))
 
     def variant(self, control: Control, seed: int = 0) -> CaptionTable:
-        """The table as a control experiment wants it.
+        """Return the table for a control experiment.
 
         own: as it is. shuffled: along one random cycle through all images, so none keeps its own. generic: one
         sentence for all. none: no text. Raises ValueError for another name, and for shuffling fewer than two images.
@@ -160,7 +160,7 @@ class CaptionTable(Mapping[str, tuple[str, ...]]):
         raise ValueError(f"data.captions = {control!r}: allowed: {', '.join(get_args(Control))}")
 
     def silenced(self, images: Iterable[str]) -> CaptionTable:
-        """The table with no text for these images."""
+        """Return the table without texts for these images."""
         dropped = frozenset(images)
         texts = {image: () if image in dropped else lines for image, lines in self._texts.items()}
         return CaptionTable(texts, self.source)

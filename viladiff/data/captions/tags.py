@@ -1,4 +1,4 @@
-"""Which classes the captions of an image mention, by name alone: what words say to a method that cannot read."""
+"""Image tags: the classes that an image's captions mention, by name alone."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ UNKNOWN = -1.0
 
 
 def caption_tags(captions: Captions, class_names: Sequence[str]) -> np.ndarray:
-    """(N, C) float32: 1 for a class that an image's texts name, 0 for one that they do not, -1 where nothing is known.
+    """Return (N, C) float32: 1 for a class that an image's texts name, 0 for one that they do not, -1 if unknown.
 
-    A name is found as whole words in a row, run together or apart, whatever the case, also in its plural (s, es). What
-    goes by another word (a man, for the class person) is not found. Nothing is known of ``background``, and of any
-    class of an image without a text.
+    A name matches whole words in a row, run together or apart, in any case, also in its plural (s, es). Synonyms (a
+    man, for the class person) do not match. ``background`` is unknown, and so is any class of an image without a text.
     """
     places = {_joined(f"{name}{end}"): c for end in ("es", "s", "") for c, name in enumerate(class_names)}
     longest = max([LONGEST, *(len(split_words(name)) for name in class_names)])
@@ -40,7 +39,7 @@ def caption_tags(captions: Captions, class_names: Sequence[str]) -> np.ndarray:
 
 
 def dataset_tags(dataset: Dataset, control: Control = "own", on: Images = "both") -> np.ndarray:
-    """``mentions`` of the training pool's captions under a control, those that a method reading them is given."""
+    """Return ``caption_tags`` of the training pool's captions under a control, as methods read them."""
     return caption_tags(tuple(dataset.caption_table("train", control, on=on).values()), dataset.class_names)
 
 

@@ -6,5 +6,5 @@ import re
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words without punctuation; digits count as letters."""
+    """Return lower-case words without punctuation; digits count as letters."""
     return re.findall(r"\w+", text.lower())

@@ -1,9 +1,9 @@
-"""What the files of a data set hold is read once and kept; a later start asks for sizes and times alone.
+"""Cache of facts about a data set's files, so that a later start reads sizes and times alone.
 
-A file beside the data, or in the cache folder where that cannot be written, has of each file its SHA-256 and what
-checks found, under its size, its times of modification and change in nanoseconds and its inode. It is not believed of a
-file of which one of these has changed, and does not have what was read within RACY of the later of the two times: a
-second change within the clock's granularity would leave all four as they were.
+A file beside the data, or in the cache folder if that is not writable, stores each file's SHA-256 and results of
+checks, under its size, its times of modification and change in nanoseconds and its inode. An entry is ignored if one of
+these has changed, and none is written for a file read within RACY of the later of the two times: a second change within
+the clock's granularity would leave all four as they were.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import file_sha256, sha256_hex
 from viladiff.core.progress import counter
 from viladiff.data.cache import cache_dir, fingerprint
 from viladiff.data.files.images import MaskEncoding, label_counts, read_mask
@@ -46,7 +47,7 @@ _unkept: dict[Path, Known] = {}
 
 
 class MaskFacts(NamedTuple):
-    """What a check of a mask finds."""
+    """The results of checking a mask."""
 
     shape: tuple[int, int]
     """(height, width)."""
@@ -55,7 +56,7 @@ class MaskFacts(NamedTuple):
 
 
 class Contents:
-    """What is known of the files below one root."""
+    """The stored facts of the files below one root."""
 
     def __init__(self, root: Path) -> None:
         self.root, self._cut = root, len(os.fspath(root)) + 1
@@ -66,7 +67,7 @@ class Contents:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads what other processes have kept meanwhile."""
+        """Read what other processes have stored since."""
         for place in self.places:
             with suppress(ValueError):
                 stat = _stat(place)
@@ -74,9 +75,9 @@ class Contents:
                     self._seen[place], self._kept[place] = stat, _read(place)
 
     def digests(self, paths: Sequence[Path]) -> list[str]:
-        """SHA-256 of each file, its first 32 hexadecimal digits; a word on stderr where reading takes seconds.
+        """Return the SHA-256 of each file, its first 32 hexadecimal digits; print a note if reading takes seconds.
 
-        Raises ValueError that names a file which is gone or cannot be read.
+        Raises ValueError that names a file which is missing or cannot be read.
         """
         kept = [self._facts(self._name(path), _stat(path)).get("sha256") for path in paths]
         missing = [path for path, digest in zip(paths, kept, strict=True) if digest is None]
@@ -87,7 +88,7 @@ class Contents:
         return [digest or fresh[path] for path, digest in zip(paths, kept, strict=True)]
 
     def find(self, path: Path, what: str, look: Callable[[], Any]) -> Any:
-        """What is kept of the file as ``what``, anything JSON can hold; where nothing is, ``look`` reads it.
+        """Return the stored entry ``what`` of the file, any JSON value; if there is none, let ``look`` read it.
 
         Raises ValueError as ``look``, and for a file that cannot be read or is changed meanwhile.
         """
@@ -103,7 +104,7 @@ class Contents:
         return found
 
     def mask(self, path: Path, num_classes: int, coding: MaskEncoding | None) -> MaskFacts:
-        """Size and pixels by label of a mask. Raises ValueError as ``read_mask``."""
+        """Return size and pixels by label of a mask. Raises ValueError as ``read_mask``."""
 
         def look() -> list[Any]:
             labels = read_mask(path, num_classes, coding)
@@ -117,7 +118,7 @@ class Contents:
         return MaskFacts((height, width), counts)
 
     def save(self) -> None:
-        """Keeps what is new, beside what others kept meanwhile; where neither place can be written, in this process."""
+        """Store the new entries beside those of other processes; if neither place is writable, in this process only."""
         if not self._new:
             return
         for place in self.places:
@@ -136,7 +137,7 @@ class Contents:
         return (self.root / json.loads(f'"{name}"')).exists()
 
     def _facts(self, name: str, stat: Stat) -> dict[str, Any]:
-        """What any place has of a file as it is: of two, either may be older, or know less."""
+        """Merge the entries of both places for the file's current state; either may be older or know less."""
         found: dict[str, Any] = {}
         for known in (*self._kept.values(), self._new):
             found |= _facts(known.get(name), stat)
@@ -174,8 +175,7 @@ def _stat(path: Path) -> Stat:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        return file_sha256(path)[:32]
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -185,7 +185,7 @@ def _start(stat: Stat) -> str:
 
 
 def _facts(line: str | None, stat: Stat) -> dict[str, Any]:
-    """What a line says of a file; nothing where it is of another one, or says nothing that is written here."""
+    """Return the entries of a line; empty if it is of another file or has none of this module's."""
     start = _start(stat)
     if line is None or not line.startswith(start):
         return {}
@@ -197,7 +197,7 @@ def _facts(line: str | None, stat: Stat) -> dict[str, Any]:
 
 def _packed(known: Known) -> bytes:
     text = "".join(f"{name}\t{line}\n" for name, line in sorted(known.items())).encode()
-    return _head(hashlib.sha256(text).hexdigest()) + text
+    return _head(sha256_hex(text)) + text
 
 
 def _head(checksum: str) -> bytes:
@@ -205,7 +205,10 @@ def _head(checksum: str) -> bytes:
 
 
 def _read(place: Path) -> Known:
-    """Nothing where the file is missing, damaged, of another format or no file; a damaged one is not held in memory."""
+    """Read a stored table; empty if the file is missing, damaged, of another format or no file.
+
+    A damaged file is not held in memory.
+    """
     try:
         if not place.is_file():  # a pipe would be waited for
             return {}

@@ -1,4 +1,4 @@
-"""Photographs and masks from files: whatever a camera or an editor wrote comes out as 8-bit RGB, or as class ids.
+"""Readers of photographs and masks: 8-bit RGB, or class ids, from the files of cameras and editors.
 
 Every function raises ValueError that names the file and what is wrong with it.
 """
@@ -49,7 +49,7 @@ _TURNED = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class PaletteEncoding:
-    """Which class each colour of a mask stands for."""
+    """The class of each colour of a mask."""
 
     rgb: tuple[tuple[int, int, int], ...]
     labels: tuple[int, ...]
@@ -62,7 +62,7 @@ class PaletteEncoding:
         return codes[order], np.array(self.labels, np.uint8)[order]
 
     def labels_of(self, pixels: np.ndarray) -> np.ndarray:
-        """(h, w) uint8 from (h, w, 3) uint8; raises ValueError that names the first colour that is in no class."""
+        """Map (h, w, 3) uint8 to (h, w) uint8. Raises ValueError that names the first colour that is in no class."""
         known, labels = self._sorted
         codes = _codes(pixels)
         places = np.searchsorted(known, codes).clip(max=len(known) - 1)
@@ -79,7 +79,7 @@ class PaletteEncoding:
 
 @dataclass(frozen=True)
 class IdEncoding:
-    """Which class each number of a mask stands for, where not every number is allowed or it is not the class itself."""
+    """The class of each number of a mask, if some numbers are not allowed or are not the class itself."""
 
     numbers: tuple[int, ...]
     """From 0 to 255."""
@@ -89,7 +89,7 @@ class IdEncoding:
     """What it tells of a file that it holds another number."""
 
     def labels_of(self, ids: np.ndarray) -> np.ndarray:
-        """(h, w) uint8 from (h, w) integers; raises ValueError that names numbers which are not allowed."""
+        """Map (h, w) integers to (h, w) uint8. Raises ValueError that names numbers which are not allowed."""
         found = np.flatnonzero(label_counts(ids)) if ids.dtype == np.uint8 else np.unique(ids)
         wrong = sorted(set(found.tolist()) - set(self.numbers))
         if wrong:
@@ -114,7 +114,7 @@ def _codes(rgb: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def open_image(path: Path | str) -> Iterator[Image.Image]:
-    """The file as Pillow sees it, its header read and its pixels not yet; closed at the end."""
+    """Open the file with Pillow, its header read and its pixels not yet; close it at the end."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             yield image
@@ -128,7 +128,7 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation that is still to be applied, 1 where there is none, from the header alone."""
+    """Return EXIF's orientation that is still to be applied, 1 if there is none, from the header alone."""
     # Pillow decodes a whole PNG to look for EXIF behind its pixels; only what stands before them counts here. A TIFF
     # it turns by itself, size and all.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
@@ -138,18 +138,18 @@ def orientation(image: Image.Image) -> int:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) of ``read_image(path)``, from the header alone."""
+    """Return (height, width) of ``read_image(path)``, from the header alone."""
     with open_image(path) as image:
         return upright_size(image)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) once turned by EXIF, from the header alone."""
+    """Return (height, width) once turned by EXIF, from the header alone."""
     return (image.width, image.height) if orientation(image) in _TURNED else (image.height, image.width)
 
 
 def read_image(path: Path | str) -> np.ndarray:
-    """(h, w, 3) uint8, upright by its EXIF orientation.
+    """Return (h, w, 3) uint8, upright by its EXIF orientation.
 
     Grey, palette and CMYK images are converted as Pillow does, transparency is dropped, and 16 bits a channel are
     brought to 8 so that the brightest value stays the brightest.
@@ -174,7 +174,7 @@ def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
 
 
 def read_mask(path: Path | str, num_classes: int, coding: MaskEncoding | None = None) -> np.ndarray:
-    """(h, w) uint8 of class ids and 255, upright by its EXIF orientation.
+    """Return (h, w) uint8 of class ids and 255, upright by its EXIF orientation.
 
     A pixel is a number: the index of a palette image, the value of a grey one (1 to 16 bits), or the value common to
     all channels of an RGB one. It is the class id, unless ``coding`` says what it stands for. Where that is of colours,
@@ -202,19 +202,21 @@ def read_mask(path: Path | str, num_classes: int, coding: MaskEncoding | None = 
 
 
 def label_counts(labels: np.ndarray) -> np.ndarray:
-    """(256,) int64 pixels by label; many times faster than counting in NumPy, which would widen the labels first."""
+    """Return (256,) int64 pixels by label; many times faster than NumPy, which would widen the labels first."""
     return np.array(Image.fromarray(labels).histogram(), np.int64)
 
 
 def _step(image: Image.Image) -> int:
-    """What Pillow multiplies the numbers of a grey PNG with 2 or 4 bits a pixel by, so that the largest becomes 255; 1
-    elsewhere. To be asked before the pixels are loaded."""
+    """Return Pillow's factor for the values of a grey PNG with 2 or 4 bits a pixel, by which the largest becomes 255.
+
+    1 for all other files. Call it before the pixels are loaded.
+    """
     packed = {"L;2": 85, "L;4": 17}
     return max((packed.get(str(tile[3]), 1) for tile in getattr(image, "tile", ())), default=1)
 
 
 def _indices(image: Image.Image) -> np.ndarray:
-    """(h, w) integers."""
+    """Return (h, w) integers."""
     if image.mode in ("P", "L", "1") or image.mode.startswith("I"):
         return np.asarray(image).astype(np.int64 if image.mode.startswith("I") else np.uint8)
     if image.mode in ("LA", "PA"):

@@ -1,4 +1,4 @@
-"""Which files a directory of images and masks holds; no path that leads out of the directory is ever followed."""
+"""Index of a directory's images and masks; no path that leads out of the directory is ever followed."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class Layout(NamedTuple):
     """Whether unlabelled images that no list names are only those that have a mask."""
 
     def image_id(self, text: str) -> str:
-        """The id in a relative path of an image, as files and lists have it."""
+        """Return the id in a relative path of an image, as files and lists spell it."""
         if not self.val_images:
             return image_id(text)
         return PurePosixPath(image_id(text)).name.removesuffix(self.image_end)
 
     def is_at(self, root: Path, places: Sequence[str]) -> bool:
-        """Whether the root, or one of ``places`` below it, has the folder of images."""
+        """Return whether the root, or one of ``places`` below it, has the folder of images."""
         return (locate(root, places, self) / self.images).is_dir()
 
     def mask_name(self, name: str) -> str:
-        """The mask of an image, below the folder of masks."""
+        """Return the mask's path for an image, relative to the folder of masks."""
         return f"{name}{self.mask_end}.png"
 
 
@@ -86,19 +86,22 @@ class FileIndex(NamedTuple):
     """Images of which a list says that they have no mask."""
 
     def pool(self) -> list[str]:
-        """Images that may be trained on."""
+        """Return the images that may be trained on."""
         return [name for name in self.images if name not in self.apart]
 
     def files(self, ids: Sequence[str]) -> FileList:
-        """The images of these ids, with the place of each mask, whether it exists or not."""
+        """Return the images of these ids with the path of each mask, whether it exists or not."""
         folder = self.root / self.layout.masks
         masks = tuple(self.masks.get(name) or folder / self.layout.mask_name(name) for name in ids)
         return FileList(tuple(ids), tuple(self.images[name] for name in ids), masks, self.unmasked)
 
 
 def scan(root: Path | str, layout: Layout) -> FileIndex:
-    """Names alone are read. Raises ValueError where the root or its images are missing, where two files have the same
-    id, and where a symbolic link leads out of the root."""
+    """Index the files below a root by name, opening none.
+
+    Raises ValueError if the root or its images are missing, two files have the same id, or a symbolic link leads out of
+    the root.
+    """
     top = Path(root).expanduser()
     if not top.is_dir():
         raise ValueError(f"{top}: there is no such directory; set runtime.data_root to the one that holds the data")
@@ -122,19 +125,19 @@ def _images(top: Path, layout: Layout, folder: str) -> dict[str, Path]:
 
 
 def locate(root: Path | str, places: Sequence[str], layout: Layout) -> Path:
-    """The first of ``places`` below the root that has the folder of images; the root as it is where none has."""
+    """Return the first of ``places`` below the root that has the folder of images; the root itself if none has."""
     top = Path(root).expanduser()
     return next((top / place for place in places if (top / place / layout.images).is_dir()), top)
 
 
 def image_id(text: str) -> str:
-    """A relative name without suffix of an image, in the one of Unicode's two spellings that lists are compared in."""
+    """Return an image's relative name without suffix, in the Unicode spelling in which lists are compared."""
     path = PurePosixPath(text)
     return unicodedata.normalize("NFC", str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else str(path))
 
 
 def _by_id(root: Path, layout: Layout, folder: str, end: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Files of one folder whose names end so; in a layout that keeps validation images apart, by bare name."""
+    """Return the files of a folder with the given ending; by bare name if the layout keeps validation images apart."""
     inside(root, root / folder)
     top, found = str(root / folder), []
     for path in _walk(root, top):
@@ -146,7 +149,7 @@ def _by_id(root: Path, layout: Layout, folder: str, end: str, suffixes: tuple[st
 
 
 def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """In order of id. ValueError where two have the same."""
+    """Sort the files by id. Raises ValueError if two have the same."""
     found: dict[str, Path] = {}
     for name, path in named:
         if name in found:
@@ -156,9 +159,9 @@ def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def _walk(root: Path, folder: str, within: tuple[str, ...] = ()) -> Iterator[str]:
-    """Files below ``folder``, hidden ones left out, and links to nothing, which whoever reads them refuses.
+    """Yield the files below ``folder`` but hidden ones; broken links are included, and refused by their reader.
 
-    A link is followed where it stays below the root; ValueError where it leads out, or to a folder that it is in.
+    A link is followed if it stays below the root. Raises ValueError if it leads out, or to a folder that contains it.
     within: real folders that hold the links on the way here.
     """
     for entry in os.scandir(folder):
@@ -178,8 +181,10 @@ def _walk(root: Path, folder: str, within: tuple[str, ...] = ()) -> Iterator[str
 
 
 def below(root: Path, folder: str) -> Iterator[tuple[str, Path]]:
-    """Each file below a folder of the root, by its path from there with "/" between folders; none where it is hidden or
-    not there. ValueError where a link leads out of the root."""
+    """Yield each file below a folder of the root with its relative path; none if the folder is hidden or missing.
+
+    The separator is "/". Raises ValueError if a link leads out of the root.
+    """
     if folder.startswith(".") or not (root / folder).is_dir():
         return
     inside(root, root / folder)
@@ -189,7 +194,7 @@ def below(root: Path, folder: str) -> Iterator[tuple[str, Path]]:
 
 
 def inside(root: Path, path: Path) -> Path:
-    """``path``, if what it finally leads to is below the root (a real path itself); ValueError otherwise."""
+    """Return ``path`` if its real path is below the root, itself a real path. Raises ValueError otherwise."""
     real = Path(os.path.realpath(path))
     if not real.is_relative_to(root):
         raise ValueError(f"{path}: leads to {real}, out of {root}; copy the file, or set runtime.data_root further up")

@@ -1,15 +1,16 @@
-"""Published lists of images, known by a hash of which images they hold: a run says which list it trained on.
+"""Published lists of images, identified by a hash of their images, so that a run names the list it trained on.
 
 The lists themselves are not part of the project. Hashes and overlaps were computed from the files of the repositories
-named below; a list counts as the same whatever its order, line ends, folders and second column.
+named below; order, line ends, folders and second column of a list do not matter.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
+
+from viladiff.core.hashing import sha256_hex
 
 _UNIMATCH = "UniMatch, UniMatch V2, AllSpark, CorrMatch, SemiVL"
 _CPS = "CPS, PS-MT, UniMatch, AllSpark, CorrMatch"
@@ -108,22 +109,22 @@ _BY_HASH = {one.sha256: one for one in LISTS}
 
 
 def stem(image: str) -> str:
-    """What the repositories' lists have in common of an image's name: no folder, suffix, or Cityscapes ending."""
+    """Return the part of an image's name that the repositories' lists share: no folder, suffix or Cityscapes ending."""
     return PurePosixPath(image).name.partition(".")[0].removesuffix("_leftImg8bit")
 
 
 def list_hash(images: Iterable[str]) -> str:
-    """SHA-256 of the sorted stems, a newline between them; images: ids, names or paths in any order."""
-    return hashlib.sha256("\n".join(sorted({stem(image) for image in images})).encode()).hexdigest()
+    """Return the SHA-256 of the sorted stems, joined by newlines; images: ids, names or paths in any order."""
+    return sha256_hex("\n".join(sorted({stem(image) for image in images})))
 
 
 def identify_split(images: Iterable[str]) -> Published | None:
-    """The published list of these images, if there is one."""
+    """Return the published list of exactly these images, if any."""
     return _BY_HASH.get(list_hash(images)[:16])
 
 
 def similarly_named(found: Published) -> list[str]:
-    """A sentence for each other list of the same data set and name."""
+    """Return a sentence for each other list of the same data set and name."""
     return [
         f"{found} has a look-alike: {other} shares {IN_COMMON[frozenset((found.sha256, other.sha256))]} of its images; "
         "scores on the two are not comparable"
@@ -133,7 +134,7 @@ def similarly_named(found: Published) -> list[str]:
 
 
 def missing_unlabelled(found: Published, unlabelled: int) -> list[str]:
-    """A sentence where the unlabelled images are not all others of the training set, as they are in most papers."""
+    """Return a warning if the unlabelled images are not all others of the training set, as in most papers."""
     whole = (one.size for one in LISTS if (one.dataset, one.family) == (found.dataset, "train"))
     return [
         f"{unlabelled} unlabelled images; the training set has {size - found.size} beside {found}"
@@ -143,7 +144,7 @@ def missing_unlabelled(found: Published, unlabelled: int) -> list[str]:
 
 
 def same_size(dataset: str, size: int) -> list[str]:
-    """A sentence for each published list that an unknown one could be taken for, since it has as many images."""
+    """Return a sentence for each published list that has as many images as an unknown one."""
     return [
         f"{size} labelled images, as {one} has, but other ones: this is not that list"
         for one in LISTS

@@ -1,4 +1,4 @@
-"""New lists for a directory of images: seeded, and so dealt that every class is labelled and validated on."""
+"""New lists for a directory of images: seeded, with every class in the labelled and validation lists."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def make_split(
     val: float | None,
     seed: int,
 ) -> NewSplit:
-    """Deals the images that have a sound mask into labelled and validation images; all others are unlabelled.
+    """Split the images with a valid mask into labelled and validation images; all others are unlabelled.
 
-    labelled: how many, or all that validation leaves. val: how many, or a share below 1; none keeps a val.txt that the
-    directory has, or the layout's own images for validation, or takes a fifth. In either list rare classes are seen to
-    first, the rest is drawn by ``seed``. Raises ValueError for too few masks, or numbers that make no sense.
+    labelled: their number, or all that validation leaves. val: their number, or a share below 1; None keeps the
+    directory's val.txt, or the layout's own validation images, or takes a fifth. Both lists cover rare classes first,
+    the rest is drawn by ``seed``. Raises ValueError for too few masks or invalid numbers.
     """
     tree, classes = open_tree(root)
     if tree.apart and val is not None:
@@ -68,8 +68,8 @@ def make_split(
 def draw_split(present: np.ndarray, labelled: int, val: int, seed: int) -> tuple[list[int], list[int]]:
     """Places of so many labelled and validation images, in an order drawn by ``seed``; no place is in both.
 
-    present: (N, C) bool, which image shows which class. As far as the numbers allow, each class is in a labelled
-    image, and then in one for validation, before either list is filled up.
+    present: (N, C) bool, the classes of each image. As far as the numbers allow, each class is in a labelled image, and
+    then in one for validation, before either list is filled up.
     """
     order = keyed_random.numpy_generator("deal", seed).permutation(len(present)).tolist()
     first = _essential(present, order, labelled)
@@ -80,9 +80,9 @@ def draw_split(present: np.ndarray, labelled: int, val: int, seed: int) -> tuple
 
 
 def _essential(present: np.ndarray, order: Sequence[int], most: int) -> list[int]:
-    """For each class that the ones chosen do not show yet, the first in order that does; rare classes come first.
+    """Return the first image in order for each class that the selection lacks; rare classes come first.
 
-    An image that is the last one left to show another class is only taken where there is no other.
+    The last image left to show another class is only taken if there is no other.
     """
     chosen: list[int] = []
     left = present[list(order)].sum(0)
@@ -96,9 +96,9 @@ def _essential(present: np.ndarray, order: Sequence[int], most: int) -> list[int
 
 
 def write_lists(root: Path | str, name: str, lists: Lists) -> Path:
-    """``splits/NAME/{labelled,unlabelled,val}.txt``, all or none.
+    """Write ``splits/NAME/{labelled,unlabelled,val}.txt``, all or none.
 
-    ValueError where that exists or cannot be written, and for an image whose name no line of a list can be.
+    Raises ValueError if the folder exists or cannot be written, and for an image whose name no line of a list can hold.
     """
     if not name or name != Path(name).name or name in (".", ".."):
         raise ValueError(f"--name {name!r}: must be a single name, such as 'labelled'")
@@ -143,7 +143,7 @@ def _shows(one: ImageReport, label: int) -> bool:
 
 
 def _count(option: str, value: float, images: int) -> int:
-    """A share of ``images`` below 1, one at least; or a whole number of them."""
+    """Convert an option to a number of images: a share of ``images`` below 1, at least one, or a whole number."""
     if 0 < value < 1:
         return max(1, round(value * images))
     if value < 1 or value != int(value):

@@ -13,7 +13,7 @@ from viladiff.data.files.split_lists import LABELLED, Lists, Wanted, check_disjo
 
 
 def split_directory(tree: FileIndex, given: Path | str | None) -> Path:
-    """The directory of lists that the user names, or ``splits`` below the root; ValueError where it is missing."""
+    """Return the directory of lists that the user names, or ``splits`` below the root. Raises ValueError if missing."""
     directory = tree.root / "splits" if given is None else Path(given).expanduser()
     if directory.is_dir():
         return directory
@@ -25,7 +25,7 @@ def split_directory(tree: FileIndex, given: Path | str | None) -> Path:
 def read_lists(
     tree: FileIndex, directory: Path, names: Sequence[str], wanted: Wanted | None = None
 ) -> tuple[FileIndex, Lists, tuple[Path | None, ...]]:
-    """The lists of a split under the first of its ``names`` that there is, or a published list of whatever name; the
+    """Return a split's lists under the first of its ``names`` that exists, or a published list of whatever name; the
     tree is given back with the masks that they name. ValueError where one cannot be used.
 
     Unlabelled images that no list names are all others, or all others that have a mask (``Layout.pool_has_masks``).
@@ -78,9 +78,9 @@ def _check_masks(tree: FileIndex, lists: Lists, sources: tuple[Path | None, ...]
 
 
 def refuse_other(lists: Lists, source: Path | None, family: str, split: str, dataset: str) -> None:
-    """ValueError where the labelled images are a published list, but not the one of this data set, split and family.
+    """Raise ValueError if the labelled images are a published list of another data set, split or family.
 
-    family: empty where the data set has no such field, and any will do.
+    family: empty if the data set has no such field, and any is accepted.
     """
     known = identify_split(lists.labelled)
     if known is None:

@@ -1,4 +1,4 @@
-"""Masks that a list names beside its images: names are looked up among the PNGs below the root, and make no path."""
+"""Masks that a list names beside its images, looked up among the PNGs below the root; names are never used as paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NONE = "None"
 
 
 def named_masks(tree: FileIndex, source: Path, lines: Mapping[str, ListLine], needed: bool) -> FileIndex:
-    """The tree with the masks that a list names; those of lines without a second column stay.
+    """Return the index with the masks that a list names; images of lines without a second column keep theirs.
 
     The same picture's mask in another coding is the same mask, and the one that the layout reads stays. needed: the
     masks of these images are read. Others are not, so that a name without a file is no error there, but the image then
@@ -52,7 +52,7 @@ class _Finder:
         self._others: set[str] = set()
 
     def find(self, name: str, text: str) -> Path | None:
-        """The mask of an image that ``text`` stands for; none where it is no mask that can be read."""
+        """Return the mask that ``text`` names for an image; None if it is no readable mask."""
         text = _spelt(str(PurePosixPath(text.lstrip("/"))))
         read = self.tree.masks.get(name)
         tried = [text] if self.layout.val_images else [text, f"{self.layout.masks}/{text}"]
@@ -73,7 +73,7 @@ class _Finder:
         return read if alike else None
 
     def beside(self, names: Sequence[str]) -> dict[str, Path]:
-        """Masks of images in the other folders that lists have named so far."""
+        """Return masks of images in the other folders that lists have named so far."""
         found: dict[str, Path] = {}
         for folder in sorted(self._others):
             there = self._pngs(folder.partition("/")[0])
@@ -82,7 +82,7 @@ class _Finder:
         return found
 
     def refusal(self, name: str, text: str) -> str:
-        """Why ``text`` cannot be the mask of an image, and what can."""
+        """Explain why ``text`` cannot be the mask of an image, and which files can."""
         read, root, layout = self.tree.masks.get(name), self.tree.root, self.layout
         here = f"the mask there is {self._relative(read)!r}" if read else f"there is no mask in {layout.masks!r}"
         if text == NONE:
@@ -100,7 +100,7 @@ class _Finder:
         return _spelt(os.fspath(path)[len(os.fspath(self.tree.root)) + 1 :].replace(os.sep, "/"))
 
     def _pngs(self, folder: str) -> dict[str, Path]:
-        """PNGs below a folder of the root, by name relative to the root; its hidden folders and files are none."""
+        """Return the PNGs below a folder of the root by relative name, without hidden folders and files."""
         if folder not in self._files:
             there = below(self.tree.root, folder) if folder else ()
             self._files[folder] = {_spelt(name): path for name, path in there if name.lower().endswith(".png")}

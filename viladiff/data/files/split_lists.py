@@ -1,4 +1,4 @@
-"""Lists of images in text files: an id a line, or ``<image path> <mask path>`` as the published lists have it."""
+"""Lists of images in text files: an id a line, or ``<image path> <mask path>`` as in published lists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VALIDATION = ("{}/val.txt", "val.txt")
 
 
 class Wanted(NamedTuple):
-    """Which published list is asked for."""
+    """The key of a published list."""
 
     dataset: str
     family: str
@@ -35,12 +35,12 @@ class Lists(NamedTuple):
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines that are not empty. Raises ValueError for a file that is not UTF-8 text or cannot be read."""
+    """Return the lines that are not empty. Raises ValueError for a file that is not UTF-8 text or cannot be read."""
     return [line for _, line in numbered(path)]
 
 
 def numbered(path: Path) -> list[tuple[int, str]]:
-    """``read_lines``, each with its number in the file, from 1."""
+    """Return ``read_lines``, each with its number in the file, from 1."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -49,7 +49,7 @@ def numbered(path: Path) -> list[tuple[int, str]]:
 
 
 class ListLine(NamedTuple):
-    """What a list says of an image besides its name."""
+    """A list's entry for an image besides its name."""
 
     number: int
     """In the file, from 1."""
@@ -58,12 +58,12 @@ class ListLine(NamedTuple):
 
 
 def read_list(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> tuple[str, ...]:
-    """The ids of ``read_columns``, in order."""
+    """Return the ids of ``read_columns``, in order."""
     return tuple(read_columns(path, layout, known, folder))
 
 
 def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> dict[str, ListLine]:
-    """A list's images by id, in order; ``known``: those of ``folder``, or of the layout's one folder.
+    """Read a list's images by id, in order; ``known``: those of ``folder``, or of the layout's one folder.
 
     Raises ValueError that names file and line for an image that is not there, for one that is listed twice, for a name
     that climbs out or that two images have, and for an empty list.
@@ -86,9 +86,9 @@ def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str
 
 
 def candidates(line: str, layout: Layout) -> Iterator[tuple[str, str]]:
-    """Ids that a line may mean, each with what follows it, most of the line first: names may hold spaces.
+    """Yield the ids that a line may mean, each with the rest of the line, longest first: names may hold spaces.
 
-    Where ids are bare names, which hold no spaces, the first word says it all.
+    Where ids are bare names, which hold no spaces, the first word is the id.
     """
     if layout.val_images:
         first = line.split()[0]
@@ -108,7 +108,7 @@ def candidates(line: str, layout: Layout) -> Iterator[tuple[str, str]]:
 
 
 def listable(name: str, layout: Layout, known: Collection[str]) -> bool:
-    """Whether a line with this id, and nothing else, is read as this image."""
+    """Return whether a line with this id, and nothing else, is read as this image."""
     meant = [one for one, rest in candidates(name, layout) if one in known and not rest]
     odd = any(one in "\r\n" or "\ud800" <= one <= "\udfff" for one in name)  # the latter are bytes that are no text
     return meant == [name] and name == name.strip() and not odd
@@ -123,13 +123,13 @@ def _unknown(line: str, layout: Layout, known: Collection[str], folder: str) -> 
 
 
 def find_list(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> Path | None:
-    """The first file that exists, patterns before names."""
+    """Return the first file that exists, patterns before names."""
     tried = (directory / pattern.format(name) for pattern in patterns for name in names)
     return next((path for path in tried if path.is_file()), None)
 
 
 class Places(NamedTuple):
-    """Where the lists of a split are; none for one that there is not."""
+    """The files of a split's lists; None for a missing one."""
 
     labelled: Path | None
     unlabelled: Path | None
@@ -137,8 +137,10 @@ class Places(NamedTuple):
 
 
 def find_lists(directory: Path, names: Sequence[str], wanted: Wanted | None = None) -> Places:
-    """All three lists of the first name under which images are labelled; else those of the published list ``wanted``,
-    whatever its file below the directory is called."""
+    """Return the three lists under the first name that has labelled images; else those of the published ``wanted``.
+
+    The published list may be in any file below the directory.
+    """
     for name in names:
         labelled = find_list(directory, LABELLED, [name])
         if labelled is not None:
@@ -151,7 +153,7 @@ def find_lists(directory: Path, names: Sequence[str], wanted: Wanted | None = No
 
 
 def find_published(directory: Path, wanted: Wanted) -> Path | None:
-    """The file below the directory with exactly the images of a published list, the first by name."""
+    """Return the first file, by name, below the directory that lists exactly the images of a published list."""
     hashes = {
         one.size: one.sha256
         for one in known_splits.LISTS
@@ -167,20 +169,20 @@ def find_published(directory: Path, wanted: Wanted) -> Path | None:
 
 
 def _others(labelled: Path) -> Path | None:
-    """The list of unlabelled images that lies beside one of labelled images, under its name with "un" in it."""
+    """Return the list of unlabelled images beside one of labelled images, under its name with "un" in it."""
     name = labelled.name
     same = (name.replace(word, f"un{word}") for word in ("labelled", "labeled", "supervised") if word in name)
     return next((path for path in map(labelled.with_name, same) if path.is_file()), None)
 
 
 def _above(directory: Path, labelled: Path) -> Path | None:
-    """The ``val.txt`` beside a list or further up, in the directory at most."""
+    """Return the ``val.txt`` beside a list or in a parent folder up to the directory."""
     tried = [folder / "val.txt" for folder in labelled.parents if folder.is_relative_to(directory)]
     return next((path for path in tried if path.is_file()), None)
 
 
 def check_disjoint(lists: Lists, sources: Sequence[str]) -> None:
-    """Raises ValueError where an image is in two lists; ``sources`` says where the three come from."""
+    """Raise ValueError if an image is in two lists; ``sources`` names the origin of the three."""
     for (one, here), (other, there) in (
         ((lists.labelled, sources[0]), (lists.val, sources[2])),
         ((lists.unlabelled, sources[1]), (lists.val, sources[2])),

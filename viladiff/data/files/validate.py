@@ -1,4 +1,4 @@
-"""What a directory of images and masks holds, and every file in it that training or scoring would trip over."""
+"""Validation of a directory of images and masks: every problem that would stop training or evaluation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class DataProblem(NamedTuple):
 
 
 class ImageReport(NamedTuple):
-    """What one image and its mask hold."""
+    """The content of one image and its mask."""
 
     size: tuple[int, int] | None
     """(height, width) of the image; None where it cannot be read."""
@@ -89,21 +89,21 @@ class DatasetReport:
         return sum(fault.level == "error" for fault in self.faults)
 
     def pixels(self) -> np.ndarray:
-        """(256,) int64 pixels by label in all masks."""
+        """Return (256,) int64 pixels by label in all masks."""
         total = np.zeros(256, np.int64)
         for counts in self._masks():
             total[list(counts)] += list(counts.values())
         return total
 
     def images(self) -> np.ndarray:
-        """(256,) int64 masks that show a label."""
+        """Return (256,) int64 masks that show a label."""
         total = np.zeros(256, np.int64)
         for counts in self._masks():
             total[list(counts)] += 1
         return total
 
     def sizes(self) -> Counter[tuple[int, int]]:
-        """How many images have each (height, width)."""
+        """Count the images of each (height, width)."""
         return Counter(one.size for one in self.seen.values() if one.size is not None)
 
     def _masks(self) -> Iterator[dict[int, int]]:
@@ -117,10 +117,10 @@ def validate_dataset(
     advance: Advance = lambda done, of: None,
     reduce_zero_label: bool = True,
 ) -> DatasetReport:
-    """Decodes every image and mask below ``root`` and reads every list, in ``processes`` (one for each core).
+    """Decode every image and mask below ``root`` and read every list, in ``processes`` (one for each core).
 
-    ``advance`` hears how many images are done, and of how many. Raises ValueError where there is nothing to check: no
-    layout, no classes, two files of one name, a link that leads out of the root.
+    ``advance`` is called with the number of images done and their total. Raises ValueError if there is nothing to
+    check: no layout, no classes, two files of one name, a link that leads out of the root.
     """
     tree, classes = open_tree(root, reduce_zero_label=reduce_zero_label)
     seen = inspect_images(tree, classes, processes, advance)
@@ -136,7 +136,7 @@ def validate_dataset(
 def inspect_images(
     tree: FileIndex, classes: Classes, processes: int | None, advance: Advance = lambda done, of: None
 ) -> dict[str, ImageReport]:
-    """``inspect_image`` of every image, by id. ValueError where a process dies."""
+    """Return ``inspect_image`` of every image, by id. Raises ValueError if a process dies."""
     jobs = [(path, tree.masks.get(name), len(classes.names), classes.coding) for name, path in tree.images.items()]
     chunks = [jobs[start : start + 16] for start in range(0, len(jobs), 16)]
     found: list[ImageReport] = []
@@ -152,7 +152,7 @@ def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, MaskEncoding | No
 
 
 def inspect_image(image: Path, mask: Path | None, num_classes: int, coding: MaskEncoding | None) -> ImageReport:
-    """Decodes an image and its mask and compares them."""
+    """Decode an image and its mask and compare them."""
     faults = []
     size: tuple[int, int] | None = None
     counts: dict[int, int] | None = None
@@ -175,7 +175,7 @@ def inspect_image(image: Path, mask: Path | None, num_classes: int, coding: Mask
 
 
 def decoded_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a whole image. A JPEG is decoded at an eighth of its size, which reads all of its bytes."""
+    """Decode a whole image; return (height, width). A JPEG is decoded at an eighth of its size, reading all bytes."""
     with open_image(path) as image:
         size = upright_size(image)
         whole = image.format == "JPEG" or image.mode in ("L", "RGB", "RGBA", "P", "CMYK", "1", "LA")
@@ -199,7 +199,7 @@ def _reason(path: Path, error: ValueError) -> str:
 
 
 def _strays(tree: FileIndex) -> list[DataProblem]:
-    """Masks that no image has, and files beside the masks that are no PNG."""
+    """Report masks without an image, and files beside the masks that are no PNG."""
     lost = [DataProblem("warning", str(path), "there is no image of this name") for name, path in tree.masks.items()]
     lost = [fault for fault, name in zip(lost, tree.masks, strict=True) if name not in tree.images]
     known = set(tree.masks.values())
@@ -211,7 +211,7 @@ def _strays(tree: FileIndex) -> list[DataProblem]:
 
 
 def _read_splits(tree: FileIndex, directory: Path) -> tuple[list[Split], list[DataProblem]]:
-    """Every list of labelled images in the directory, with its validation list and the rest."""
+    """Read every list of labelled images in the directory, with its validation list and the rest."""
     if not directory.is_dir():
         return [], [DataProblem("warning", str(directory), "no lists of images yet; `viladiff data split` makes some")]
     names = {path.relative_to(directory).as_posix().removesuffix(".txt") for path in directory.glob("*.txt")}
@@ -231,7 +231,7 @@ def _read_splits(tree: FileIndex, directory: Path) -> tuple[list[Split], list[Da
 
 
 def _doubts(report: DatasetReport) -> list[DataProblem]:
-    """What no single file is to blame for."""
+    """Return the problems that belong to no single file."""
     faults = []
     root, names = str(report.tree.root / report.tree.layout.masks), report.classes.names
     masks = [one.pixels for one in report.seen.values() if one.pixels is not None]
@@ -255,7 +255,7 @@ def _doubts(report: DatasetReport) -> list[DataProblem]:
 
 
 def some_ignored(classes: Classes, shown: np.ndarray, unsure: int, masks: int) -> str | None:
-    """What to look at where ``unsure`` of the masks of two classes hold 0 and 255 alone, and others 1."""
+    """Return advice if ``unsure`` of the masks of two classes hold 0 and 255 alone, and others 1."""
     if len(classes.names) != 2 or classes.coding is not None or not unsure or not shown[1]:
         return None
     return (
@@ -265,7 +265,7 @@ def some_ignored(classes: Classes, shown: np.ndarray, unsure: int, masks: int) -
 
 
 def zero_or_ignored(names: Sequence[str], shown: np.ndarray) -> str | None:
-    """What to do about masks of 0 and 255 where there are two classes; shown: (256,) how often each label occurs."""
+    """Return advice on masks of 0 and 255 with two classes; shown: (256,) occurrences of each label."""
     if len(names) != 2 or shown[1] or not shown[IGNORE]:
         return None
     return (
@@ -278,12 +278,12 @@ def zero_or_ignored(names: Sequence[str], shown: np.ndarray) -> str | None:
 
 
 def check_files(dataset: Dataset) -> tuple[str, ...]:
-    """What a run on these files should be told, after a look at every header and at the masks that it will use.
+    """Return warnings for a run on these files, after reading every header and the masks that the run uses.
 
-    Files are judged by their header and their end, those of which either is odd are decoded; masks of labelled and
-    validation images are read, all others are not opened. What was found in a file is kept (``data.contents``), so that
-    it is read once. Raises ValueError that quotes the first faults; of a folder of one's own, also where no labelled
-    mask shows a class, or validation masks show less than two. Of a data set that is not in files nothing is read.
+    Files are judged by their header and their end; a file in which either is odd is decoded. Masks of labelled and
+    validation images are read, all others are not opened. Results are stored by file (``data.contents``), so that each
+    is read once. Raises ValueError that quotes the first problems; for a user's own folder also if no labelled mask
+    shows a class, or validation masks show fewer than two. Reads nothing of a data set that is not in files.
     """
     files, contents = dataset.files, dataset.contents
     if files is None or contents is None:
@@ -316,7 +316,7 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
 
 
 def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> tuple[np.ndarray, int, list[str]]:
-    """(256,) pixels by label in some masks, how many of these hold 0 and 255 alone, and what is wrong with files."""
+    """Read some masks: (256,) pixels by label, how many masks hold 0 and 255 alone, and problems of files."""
     total, unsure, faults = np.zeros(256, np.int64), 0, []
     for image, mask in zip(part.paths, part.masks, strict=True):
         size, wrong = _odd(image, contents)
@@ -328,8 +328,7 @@ def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> tuple
 
 
 def _refuse_absent(dataset: Dataset, root: Path, counts: Sequence[np.ndarray]) -> None:
-    """ValueError where a class cannot be learnt or a score would be of one class alone: mIoU leaves out a class that is
-    in neither truth nor prediction, so that it would be 1."""
+    """Raise ValueError if a class cannot be learnt or a score would be of one class alone, for which mIoU is 1."""
     masks, names = root / FOLDER.masks, dataset.class_names
     file = "palette.txt" if (root / "palette.txt").is_file() else "classes.txt"
     hint = zero_or_ignored(names, sum(counts, np.zeros(256, np.int64)))
@@ -361,7 +360,7 @@ def _some(files: FileList, places: Sequence[int]) -> FileList:
 
 
 def _odd(path: Path, contents: Contents) -> tuple[tuple[int, int] | None, list[str]]:
-    """(height, width) of an image that seems whole, or what is wrong with it."""
+    """Return (height, width) of an image that seems complete, or its problems."""
 
     def look() -> tuple[int, int]:
         size = image_size(path)
@@ -394,7 +393,7 @@ def _odd_mask(
 
 
 def _never(dataset: Dataset, counts: Sequence[np.ndarray]) -> list[str]:
-    """A sentence where no labelled or no validation image shows a class."""
+    """Return a sentence for the classes that no labelled or no validation image shows."""
     told = []
     for where, shown in zip(("labelled", "validation"), counts, strict=False):
         absent = [name for label, name in enumerate(dataset.class_names) if not shown[label]]

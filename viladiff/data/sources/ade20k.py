@@ -1,4 +1,4 @@
-"""ADE20K as the scene parsing challenge has it: 150 classes without a background."""
+"""ADE20K of the scene parsing challenge: 150 classes without a background."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Ade20kData(DataConfig):
 
 
 def open_ade20k(root: Path | str, data: Ade20kData) -> SourceFiles:
-    """``images/{training,validation}`` and ``annotations`` beside it, with lists in ``splits/`` or in ``split_dir``.
+    """Open ``images/{training,validation}`` with ``annotations`` and lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under names such as ``1_64`` or by their images. Without a list, all of
     ``validation`` are validated on, and the unlabelled are all others of ``training``. Raises ValueError as ``folder``
@@ -82,7 +82,7 @@ def open_ade20k(root: Path | str, data: Ade20kData) -> SourceFiles:
 
 
 def ade_tree(root: Path | str, data: Ade20kData) -> tuple[FileIndex, Classes]:
-    """The files; ids are bare names such as ``ADE_train_00001609``. Raises ValueError where there is no mask.
+    """Return the files; ids are bare names such as ``ADE_train_00001609``. Raises ValueError where there is no mask.
 
     ``data.reduce_zero_label``: masks are as published, 0 for what is in no class; else they are shifted already.
     """

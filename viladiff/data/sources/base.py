@@ -59,7 +59,7 @@ class DataSource:
     """Defaults of other sections that depend on the data set."""
 
     def section(self, **fields: object) -> Any:
-        """The section with these fields, which are not validated, and its defaults. ValueError for an unknown field."""
+        """Return the section with these fields, unvalidated, and its defaults. Raises ValueError for an unknown field."""
         known = self.config.model_fields
         for name in fields:
             if name not in known:
@@ -70,7 +70,7 @@ class DataSource:
         return construct(**fields)
 
     def load(self, data: Any, root: str | None, scored: str) -> Dataset:
-        """Opens it; ``data`` is its section, ``root`` the directory of its files, ``scored`` the part to score."""
+        """Open the data set. data: its section, root: the directory of its files, scored: the part to score."""
         raise NotImplementedError
 
 
@@ -114,12 +114,12 @@ def pretrained(epochs: float) -> dict[str, dict[str, object]]:
 
 
 def published_lists(config: type[DataConfig]) -> tuple[str, ...]:
-    """The labelled lists that ``data.split`` names, without ``all``."""
+    """Return the labelled lists that ``data.split`` names, without ``all``."""
     return tuple(name for name in get_args(config.model_fields["split"].annotation) if name != ALL)
 
 
 def describe_lists(dataset: str, found: SourceFiles) -> tuple[str, tuple[str, ...]]:
-    """Which published list the labelled images are, or that they are none; and what may be mistaken about the lists."""
+    """Return which published list the labelled images are, or that they are none; and notes on possible confusion."""
     labelled, val = identify_split(found.lists.labelled), identify_split(found.lists.val)
     if labelled is None:
         size = len(found.lists.labelled)
@@ -134,7 +134,9 @@ def describe_lists(dataset: str, found: SourceFiles) -> tuple[str, tuple[str, ..
 
 
 def load_files(data: DataConfig, found: SourceFiles) -> Dataset:
-    """The pool is the labelled images, then the others. Files that are new or changed are read, and none is decoded but
+    """Load the files of a split; the pool is the labelled images, then the others.
+
+    Files that are new or changed are read, and none is decoded but
     masks that ``data.split_seed`` looks at."""
     drawn, contents = "", Contents(found.tree.root)
     if data.split_seed is not None:
@@ -180,8 +182,10 @@ def _shown(found: SourceFiles, contents: Contents) -> Callable[[str], np.ndarray
 
 
 def files_fingerprint(name: str, found: SourceFiles, contents: Contents) -> tuple[str, list[str]]:
-    """Names lists, classes and each file by its name and all of its bytes; masks of unlabelled images are left out and
-    not read, so that it is the same whether they exist or not. With it a note where training images are validated on.
+    """Hash lists, classes and each file by its name and all of its bytes; return it with notes.
+
+    Masks of unlabelled images are left out and not read, so that the hash is the same whether they exist or not. A note
+    says that training images are validated on.
     """
     lists, (names, coding) = found.lists, found.classes
     ids = [one for part in lists for one in part]
@@ -194,7 +198,7 @@ def files_fingerprint(name: str, found: SourceFiles, contents: Contents) -> tupl
 
 
 def _copies(digests: dict[str, str], val: Sequence[str]) -> list[str]:
-    """A sentence where validation images have the bytes of training images; digests: of all, by id."""
+    """Return a warning if validation images have the bytes of training images; digests: of all, by id."""
     apart = {*val}
     trained = {digest: name for name, digest in digests.items() if name not in apart}
     both = [(name, trained[digests[name]]) for name in val if digests[name] in trained]

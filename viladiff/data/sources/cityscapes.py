@@ -77,7 +77,7 @@ class CityscapesData(DataConfig):
 
 
 def open_cityscapes(root: Path | str, data: CityscapesData) -> SourceFiles:
-    """``leftImg8bit/{train,val}/<city>`` and ``gtFine`` beside it, with lists in ``splits/`` or in ``split_dir``.
+    """Open ``leftImg8bit/{train,val}/<city>`` with ``gtFine`` and lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under the names ``1_16`` (CPS's) and ``u2pl_1_16``, or by their images.
     Without a list, all of ``val`` are validated on, and the unlabelled are all others of ``train``. Raises ValueError
@@ -93,9 +93,9 @@ def open_cityscapes(root: Path | str, data: CityscapesData) -> SourceFiles:
 
 
 def city_tree(root: Path | str, data: CityscapesData) -> tuple[FileIndex, Classes]:
-    """The files, read as ``labelTrainIds``, or as ``labelIds`` where more of those exist; then a sentence says so.
+    """Return the files, read as ``labelTrainIds``, or as ``labelIds`` if more of those exist; then a note says so.
 
-    Ids are bare names such as ``jena_000078_000019``. Raises ValueError where there is no mask of either kind.
+    Ids are bare names such as ``jena_000078_000019``. Raises ValueError if there is no mask of either kind.
     """
     top = locate(root, PLACES, LAYOUT)
     by_train, by_id = scan(top, LAYOUT), scan(top, LABEL_IDS)

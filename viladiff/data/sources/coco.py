@@ -1,4 +1,4 @@
-"""COCO 2017: 80 things and a background, under the lists that PseudoSeg drew."""
+"""COCO 2017: 80 things and a background, under PseudoSeg's lists."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CocoData(DataConfig):
 
 
 def open_coco(root: Path | str, data: CocoData) -> SourceFiles:
-    """``train2017``, ``val2017`` and the PNGs of both in ``masks``, with lists in ``splits/`` or in ``split_dir``.
+    """Open ``train2017``, ``val2017`` and the PNGs in ``masks``, with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, also under the names ``1_512`` and ``512_all`` or by their images. Without a list,
     all of ``val2017`` are validated on, and the unlabelled are all others of ``train2017``. Raises ValueError as
@@ -57,7 +57,7 @@ def open_coco(root: Path | str, data: CocoData) -> SourceFiles:
 
 
 def coco_tree(root: Path | str, data: CocoData) -> tuple[FileIndex, Classes]:
-    """The files; ids are bare names such as ``000000177254``. Raises ValueError where there is no mask."""
+    """Index the files; ids are bare names such as ``000000177254``. Raises ValueError if there is no mask."""
     tree = scan(locate(root, PLACES, LAYOUT), LAYOUT)
     if not tree.masks:
         raise ValueError(

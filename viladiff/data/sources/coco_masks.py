@@ -1,13 +1,12 @@
 """Masks of COCO's images from its instances: one PNG an image, 0 for background, 1 ... 80 for things, 255 for crowds.
 
-Nobody has published how the masks that the literature trains on were made, so that ours may differ from them in a few
-pixels. Where instances overlap, the smaller one is on top: regions are painted by falling area, of equal ones the
-later one in the file last. A crowd is painted in the same order, as 255.
+The conversion behind the literature's masks is not published, so that ours may differ from them in a few pixels. Where
+instances overlap, the smaller one is on top: regions are painted by falling area, in a tie the later one in the file
+last. A crowd is painted in the same order, as 255.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.hashing import file_sha256
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.index import locate
 from viladiff.data.files.validate import Advance
@@ -77,11 +77,11 @@ def make_masks(
     processes: int | None = None,
     advance: Advance = lambda done, of: None,
 ) -> Made:
-    """Makes the masks that are missing in ``out`` (``masks`` below ``root``), in ``processes`` (one for each core).
+    """Make the masks that are missing in ``out`` (``masks`` below ``root``), in ``processes`` (one for each core).
 
-    instances: COCO's JSON files; those of train2017 and val2017 below ``root/annotations`` unless given. A mask is
-    written whole or not at all, so that an interrupted call goes on where it stopped. Raises ValueError for a file that
-    is not of COCO's instances, and for masks in ``out`` that other files were made of.
+    instances: COCO's JSON files; those of train2017 and val2017 below ``root/annotations`` by default. Each mask is
+    written atomically, so that an interrupted call can be resumed. Raises ValueError for a file that is not of COCO's
+    instances, and for masks in ``out`` that were made from other files.
     """
     if importlib.util.find_spec("pycocotools") is None:
         raise ValueError("pycocotools is missing, which reads COCO's regions: pip install 'viladiff[coco]'")
@@ -104,7 +104,7 @@ def make_masks(
 
 
 def read_instances(path: Path) -> list[Task]:
-    """Every image of the file with its regions. Raises ValueError that says what is not as in COCO's instances."""
+    """Read every image of the file with its regions. Raises ValueError for what differs from COCO's instances."""
     try:
         with path.open("rb") as file:
             content = json.load(file)
@@ -159,7 +159,7 @@ def _tasks(path: Path, images: Sequence[dict[str, Any]], annotations: Sequence[d
 
 
 def paint(task: Task) -> tuple[np.ndarray, int]:
-    """(h, w) uint8 mask, and how much of it was left out as ``Made.hollow``. ValueError for what is no segmentation."""
+    """Return the (h, w) uint8 mask, and the omitted part as ``Made.hollow``. Raises ValueError for no segmentation."""
     from pycocotools import mask as masks
 
     labels = np.zeros((task.height, task.width), np.uint8)
@@ -177,7 +177,7 @@ def paint(task: Task) -> tuple[np.ndarray, int]:
 
 
 def _encoded(region: Region, height: int, width: int) -> tuple[Any, int]:
-    """pycocotools' run-length encoding, none where no polygon is left; and how many polygons were left out."""
+    """Return pycocotools' run-length encoding, None if no polygon is left, and the number of polygons skipped."""
     from pycocotools import mask as masks
 
     given = region.segmentation
@@ -201,7 +201,7 @@ def _encoded(region: Region, height: int, width: int) -> tuple[Any, int]:
 
 
 def _whole(given: dict[str, Any]) -> bool:
-    """Whether a compressed encoding is what its own pixels give, which it is not if runs are missing."""
+    """Return whether a compressed encoding is what its own pixels give, which it is not if runs are missing."""
     from pycocotools import mask as masks
 
     text = given["counts"] if isinstance(given["counts"], bytes) else str(given["counts"]).encode()
@@ -229,14 +229,13 @@ def _default(top: Path) -> list[Path]:
 
 
 def _begin(folder: Path, path: Path, tasks: Sequence[Task]) -> frozenset[str]:
-    """Names of the files that are there, once it is sure that masks among them are of the same instances."""
+    """Return the names of the existing files, after checking that masks among them are of the same instances."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         there = frozenset(one.name for one in folder.iterdir())
         manifest = folder / MANIFEST
         known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        with path.open("rb") as file:
-            digest = f"{REVISION}/{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        digest = f"{REVISION}/{file_sha256(path)}"
         strange = [] if known.get(path.name) == digest else [one for one in tasks if f"{one.name}.png" in there]
         if strange:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which of the layouts that are known a directory has."""
+"""Detection of a directory's layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from viladiff.data.sources.base import Classes, FileSource
 
 
 def open_tree(root: Path | str, **fields: object) -> tuple[FileIndex, Classes]:
-    """The files below a root in whichever layout it has, and its classes. ValueError where it has none.
+    """Return the files below a root in whichever layout it has, and its classes. ValueError where it has none.
 
     One's own folder comes first, also where it has the folders of another beside, but for a layout whose folders lie
     within those of ``folder``. fields: of ``data``, such as ``reduce_zero_label``, for the data sets that have them.

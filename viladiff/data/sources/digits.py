@@ -35,7 +35,7 @@ class Variant(NamedTuple):
     test: int
 
     def sizes(self) -> dict[Part, int]:
-        """Scenes of each part that is kept in the cache."""
+        """Return the number of scenes of each part in the cache."""
         return {"train": self.train, "dev": self.dev, "test": self.test}
 
 
@@ -79,13 +79,13 @@ class DenseData(EmbeddedData):
 
 
 def variant_fingerprint(name: str) -> str:
-    """Names the pixels of a variant without rendering them: recipe, revision, seed, sizes and material."""
+    """Hash recipe, revision, seed, sizes and material of a variant: its pixels, without rendering them."""
     variant = VARIANTS[name]
     return fingerprint("scenes", name, REVISION, SEED, asdict(variant.recipe), variant.sizes(), MATERIAL)
 
 
 def open_pixels(name: str) -> Opened:
-    """Arrays images, masks (the pool), dev_images, dev_masks, test_images, test_masks of a variant.
+    """Open the arrays images, masks (the pool), dev_images, dev_masks, test_images, test_masks of a variant.
 
     Rendered on first use, which takes seconds.
 
@@ -95,7 +95,7 @@ def open_pixels(name: str) -> Opened:
 
 
 def load_scenes(data: EmbeddedData, scored: str) -> Dataset:
-    """The scenes of ``data.dataset`` with their labelled list and captions; validation images are those of ``dev``, or
+    """Return the scenes of ``data.dataset``, their labelled list and captions; validation images are ``dev``'s, or
     of ``test`` where ``scored`` says so. Raises ValueError for an unknown split, and as ``open_pixels``."""
     name = data.dataset
     part: Part = "test" if scored == "test" else "dev"

@@ -1,4 +1,4 @@
-"""A directory of one's own images and masks, with lists of which are labelled."""
+"""A user's own directory of images and masks, with lists of the labelled images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FolderData(DataConfig):
 
 
 def open_folder(root: Path | str, data: FolderData) -> SourceFiles:
-    """``images/``, ``masks/``, ``classes.txt`` or ``palette.txt``, and lists in ``splits/`` or in ``split_dir``.
+    """Open ``images/``, ``masks/``, ``classes.txt`` or ``palette.txt``, and lists in ``splits/`` or in ``split_dir``.
 
     The labelled images of split NAME are listed in ``NAME/labelled.txt`` (or ``labeled.txt``) or ``NAME.txt``, the
     validation images in ``NAME/val.txt`` or ``val.txt``; ``NAME/unlabelled.txt`` may list the others. Raises
@@ -43,14 +43,14 @@ def open_folder(root: Path | str, data: FolderData) -> SourceFiles:
 
 
 def folder_tree(root: Path | str, data: FolderData) -> tuple[FileIndex, Classes]:
-    """The files, and the classes that ``classes.txt`` or ``palette.txt`` names. Raises ValueError as ``scan`` and
+    """Return the files, and the classes of ``classes.txt`` or ``palette.txt``. Raises ValueError as ``scan`` and
     ``read_classes``."""
     tree = scan(root, FOLDER)
     return tree, read_classes(tree.root)
 
 
 def read_classes(root: Path) -> Classes:
-    """``palette.txt`` ("r g b name" a line) where there is one, else ``classes.txt`` (a name a line, id 0 first)."""
+    """Read ``palette.txt`` ("r g b name" a line) if it exists, else ``classes.txt`` (a name a line, id 0 first)."""
     if (root / "palette.txt").is_file():
         return _read_palette(root / "palette.txt")
     path = root / "classes.txt"

@@ -1,4 +1,4 @@
-"""Pascal VOC 2012: official and augmented training images, under the lists that the literature trains on."""
+"""Pascal VOC 2012: official and augmented training images, under the literature's lists."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class VocData(DataConfig):
 
 
 def open_voc(root: Path | str, data: VocData) -> SourceFiles:
-    """``JPEGImages/`` and ``SegmentationClass/`` (index PNGs), with lists in ``splits/`` or in ``split_dir``.
+    """Open ``JPEGImages/`` and ``SegmentationClass/`` (index PNGs), with lists in ``splits/`` or in ``split_dir``.
 
     Lists are found as in ``folder``, those of the literature also under the names that its repositories give them, or
     else by the images that they hold. Where none lists the unlabelled images, they are all others that have a mask,
@@ -81,12 +81,12 @@ def open_voc(root: Path | str, data: VocData) -> SourceFiles:
 
 
 def voc_tree(root: Path | str, data: VocData) -> tuple[FileIndex, Classes]:
-    """The files; ids are bare names such as ``2007_000032``. Raises ValueError as ``scan``."""
+    """Return the files; ids are bare names such as ``2007_000032``. Raises ValueError as ``scan``."""
     return scan(locate(root, PLACES, LAYOUT), LAYOUT), Classes(CLASS_NAMES, None)
 
 
 def list_names(split: str, family: str) -> list[str]:
-    """What a list is called in the repositories that have it, unambiguous names first.
+    """Return the names of a list in the repositories that publish it, unambiguous names first.
 
     UniMatch and AllSpark say ``1_16`` and ``u2pl_1_16``, CPS ``train_aug_labeled_1-16``, PS-MT ``662_train_supervised``
     and with a 0 appended ``6620_train_supervised`` for U2PL's images.

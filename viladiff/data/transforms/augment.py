@@ -1,4 +1,4 @@
-"""Augmentation of batches on any device; every parameter is drawn per image on the host, so nothing waits for a GPU."""
+"""Augmentation of batches on any device; parameters are drawn per image on the host, so nothing waits for a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Range = tuple[float, float]
 
 
 def normalise(images: Tensor) -> Tensor:
-    """(n, 3, H, W) in 0..1 to the units of ImageNet encoders: mean 0, standard deviation 1 per channel."""
+    """Convert (n, 3, H, W) in 0..1 to the units of ImageNet encoders: mean 0, standard deviation 1 per channel."""
     mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
     return images.sub(mean).div_(std)
 
@@ -40,7 +40,7 @@ def geometric(
     (n, 3, crop, crop) in 0..1, not normalised, 0 in the padding; masks int64, 255 there; valid (n, crop, crop) bool,
     False there, which depends on the geometry alone. The resize is bilinear, spread over more source pixels where it
     shrinks, as PIL does; masks take the nearest pixel. Both axes are independent, so a batch is two matrix products,
-    exact at scale 1. ValueError for a scale that is not positive, or another number of generators.
+    exact at scale 1. Raises ValueError for a scale that is not positive, or another number of generators.
     """
     pixels = torch.as_tensor(images)
     height, width = pixels.shape[1:3]
@@ -64,7 +64,7 @@ def geometric(
 def _draw_window(
     rng: np.random.Generator, height: int, width: int, crop: int, scale: Range, hflip: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per axis (1 + crop,) int64: the resized length, then the resized coordinate that each output pixel shows."""
+    """Draw per axis (1 + crop,) int64: the resized length, then the resized coordinate of each output pixel."""
     factor = rng.uniform(*scale)
     lengths = [max(1, round(side * factor)) for side in (height, width)]
     starts = [int(rng.integers(max(length - crop, 0) + 1)) for length in lengths]
@@ -76,7 +76,7 @@ def _draw_window(
 
 
 def _axis(window: np.ndarray, source: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis of the resize for n images: weights (n, crop, source), nearest source index and valid, both (n, crop).
+    """Prepare one axis of the resize of n images: weights (n, crop, source), nearest source index and valid, (n, crop).
 
     Pixel centres lie at half-integers: output k shows source position (k + 0.5) * source / length - 0.5.
     """
@@ -125,13 +125,13 @@ def strong(
 
 
 def _groups(places: list[int], images: Tensor) -> list[list[int]]:
-    """The places, on a CPU in groups that stay in its cache: from 363 x 363 pixels on, image by image."""
+    """Split the positions into groups that fit the CPU's cache: single images from 363 x 363 pixels on."""
     size = max(1, 2**18 // (images.shape[-2] * images.shape[-1])) if images.device.type == "cpu" else len(places)
     return [places[start : start + size] for start in range(0, len(places), size or 1)]
 
 
 def _stacked(images: list[Tensor]) -> Tensor:
-    """Not copied where there is but one."""
+    """Stack the images; a single one is not copied."""
     return images[0].unsqueeze(0) if len(images) == 1 else torch.stack(images)
 
 
@@ -141,10 +141,10 @@ def _put(into: list[Tensor], places: list[int], images: Tensor) -> None:
 
 
 def jitter(images: Tensor, amounts: np.ndarray, order: np.ndarray) -> Tensor:
-    """Brightness, contrast, saturation and hue of (n, 3, H, W), each image in its own order.
+    """Change brightness, contrast, saturation and hue of (n, 3, H, W), each image in its own order.
 
     amounts (n, 4): factor minus 1 three times, then the turn of the hue; order (n, 4): a permutation of 0..3 per image.
-    What comes before and after the hue is cheap and done image by image; the hue is dear and turned for all at once.
+    Steps before and after the hue are cheap and done image by image; the hue is expensive and done for all at once.
     """
     before, after = [], []
     for operations in order.tolist():
@@ -165,28 +165,28 @@ def _cheap(images: Tensor, amounts: np.ndarray, operations: list[list[int]]) -> 
 
 
 def _gray(image: Tensor) -> Tensor:
-    """Grey value (1, H, W)."""
+    """Return the grey value (1, H, W)."""
     red, green, blue = image.unbind()
     return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze(0)
 
 
 def brighten(image: Tensor, factor: float) -> Tensor:
-    """Towards black (factor 0) or away from it."""
+    """Scale the brightness; factor 0 gives black."""
     return (image * factor).clamp_(0, 1)
 
 
 def contrasted(image: Tensor, factor: float) -> Tensor:
-    """Towards the image's mean grey (factor 0) or away from it."""
+    """Blend with the image's mean grey; factor 0 gives the mean alone."""
     return torch.lerp(_gray(image).mean().expand_as(image), image, factor).clamp_(0, 1)
 
 
 def saturated(image: Tensor, factor: float) -> Tensor:
-    """Towards each pixel's grey (factor 0) or away from it."""
+    """Blend with each pixel's grey; factor 0 gives the grey alone."""
     return torch.lerp(_gray(image).expand_as(image), image, factor).clamp_(0, 1)
 
 
 def turn_hue(images: Tensor, turns: np.ndarray) -> Tensor:
-    """Value and saturation of every pixel of (n, 3, H, W) stay, its hue moves by its image's number of full turns."""
+    """Rotate the hue of (n, 3, H, W) by each image's number of full turns; value and saturation stay."""
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
@@ -203,7 +203,7 @@ BLOCK = 64
 
 
 def blur(images: Tensor, sigma: np.ndarray, radius: int) -> Tensor:
-    """Gaussian blur of (n, 3, H, W), one sigma an image in pixels, cut at ``radius`` and mirrored at the border."""
+    """Blur (n, 3, H, W) with one sigma an image in pixels, cut at ``radius`` and mirrored at the border."""
     distances = np.arange(radius + 1)
     kernel = np.exp(-0.5 * (distances / np.maximum(sigma, 1e-3)[:, None]) ** 2)
     kernel /= kernel.sum(1, keepdims=True) + kernel[:, 1:].sum(1, keepdims=True)
@@ -212,7 +212,7 @@ def blur(images: Tensor, sigma: np.ndarray, radius: int) -> Tensor:
 
 
 def _blur_axis(images: Tensor, weights: Tensor, radius: int, axis: int) -> Tensor:
-    """A matrix product, mirrored without a padded copy; on a CPU by blocks of pixels, each with the few it sees.
+    """Blur along an axis with matrix products, mirrored without a padded copy; on a CPU in blocks of pixels.
 
     All blocks but the ends have one matrix. At 513 pixels that takes a third of the time of the dense product and half
     of a grouped convolution's; below 193 the dense one is as fast.
@@ -240,7 +240,7 @@ def _blur_axis(images: Tensor, weights: Tensor, radius: int, axis: int) -> Tenso
 
 @lru_cache(maxsize=4)
 def _shifts(length: int, radius: int, device: torch.device) -> Tensor:
-    """(radius + 1, length * length) how often output i (row) sees source j at each distance, mirrored at both ends."""
+    """Return (radius + 1, length * length) how often output i (row) reads source j at each distance, mirrored."""
     if radius >= length:
         raise ValueError(f"blur radius {radius}: the image must be larger, it has {length} pixels on one side")
     out = torch.zeros(radius + 1, length, length)

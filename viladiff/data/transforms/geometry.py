@@ -1,6 +1,6 @@
-"""The geometry of real images, as UniMatch has it: resize, pad, crop, mirror, one image at a time on the host.
+"""UniMatch's geometric augmentation of real images: resize, pad, crop, mirror, one image at a time on the host.
 
-Only the pixels that the crop shows are ever computed. NumPy and Pillow suffice: a process that decodes needs no torch.
+Only the pixels that the crop shows are computed. NumPy and Pillow suffice: a decoding process needs no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Range = tuple[float, float]
 
 
 class Window(NamedTuple):
-    """Which part of a resized image a square crop shows; all in pixels."""
+    """The part of a resized image in a square crop; all in pixels."""
 
     source: tuple[int, int]
     """Height and width before the resize."""
@@ -34,11 +34,11 @@ class Window(NamedTuple):
 
 
 def window(size: tuple[int, int], crop: int, scale: Range, hflip: float, draws: Sequence[float]) -> Window:
-    """The window that four uniform numbers in [0, 1) choose for an image of this height and width.
+    """Return the window that four uniform numbers in [0, 1) choose for an image of this height and width.
 
     draws: long side, row, column, mirroring. The long side L becomes an integer in int(scale[0] L) .. int(scale[1] L),
     each as likely; the short side keeps the aspect, rounded half up (UniMatch). No side is shorter than 1 pixel.
-    ValueError for a scale that is not positive, and for a crop or side below 1.
+    Raises ValueError for a scale that is not positive, and for a crop or side below 1.
     """
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale = {scale}: must be low, high with 0 < low <= high")
@@ -57,7 +57,7 @@ def window(size: tuple[int, int], crop: int, scale: Range, hflip: float, draws: 
 
 
 def crop_image(pixels: np.ndarray, to: Window, out: np.ndarray) -> None:
-    """Writes the window of pixels (h, w, 3) uint8 to out (3, crop, crop) uint8, 0 in the padding.
+    """Write the window of pixels (h, w, 3) uint8 to out (3, crop, crop) uint8, 0 in the padding.
 
     Bilinear, spread over more source pixels where it shrinks; columns first and rounded, then rows, as Pillow did when
     the published results were made. A crop of the whole image resized so differs by 2 of 255 at most, in values that
@@ -74,8 +74,7 @@ def crop_image(pixels: np.ndarray, to: Window, out: np.ndarray) -> None:
 
 
 def _edges(source: int, resized: int, start: int, shown: int) -> tuple[float, float, int, int]:
-    """One axis: the source pixels, first and one past the last, that the window is made of, and where among these it
-    begins and ends."""
+    """Return one axis of the window: its source pixels, first and one past the last, and its start and end there."""
     step = source / resized
     low, high = start * step, (start + shown) * step
     reach = max(1.0, step) + 1 if source != resized else 0
@@ -84,7 +83,7 @@ def _edges(source: int, resized: int, start: int, shown: int) -> tuple[float, fl
 
 
 def crop_mask(labels: np.ndarray, to: Window, out: np.ndarray) -> None:
-    """Writes the window of labels (h, w) uint8 to out (crop, crop) uint8, 255 in the padding.
+    """Write the window of labels (h, w) uint8 to out (crop, crop) uint8, 255 in the padding.
 
     The nearest label: row k of the resized mask shows source row floor((k + 0.5) h / resized), in integers.
     """

@@ -1,6 +1,6 @@
-"""Pictures made of two neighbours of a batch: CutMix in the four published forms, and ClassMix; and CutOut's squares.
+"""Mixing of neighbours in a batch: CutMix in the four published forms, ClassMix, and CutOut's squares.
 
-What is pasted is either a ``CutMix`` (one box an image, also on coarser maps) or a mask of any shape. Boxes are drawn
+The pasted part is either a ``CutMix`` (one box an image, also on coarser maps) or a mask of any shape. Boxes are drawn
 on the host, each from its own generator, so that an image is mixed alike in any batch, on any number of workers.
 """
 
@@ -19,7 +19,7 @@ TRIES = 1000
 
 
 def pair_partner(n: int) -> Tensor:
-    """Image 2k is cut from 2k + 1 and the other way round: (n,) int64. ValueError for an odd n."""
+    """Pair image 2k with 2k + 1: (n,) int64. Raises ValueError for an odd n."""
     if n % 2:
         raise ValueError(f"{n} unlabelled images: CutMix pairs neighbours, so every worker needs an even number")
     return torch.arange(n) ^ 1
@@ -33,11 +33,11 @@ def cutmix_boxes(
     area: tuple[float, float] = (0.02, 0.4),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Tensor:
-    """One box per generator for crops of size x size: (n, 4) int64 top, left, bottom, right; all zero without a box.
+    """Draw one box per generator for crops of size x size: (n, 4) int64 top, left, bottom, right; all zero for none.
 
-    With probability p an area is drawn (share of the crop), then aspect (height / width) and place until the box fits,
-    as UniMatch does. Edges are multiples of ``snap`` pixels, so the area is met up to rounding; a box has at least one
-    cell of the grid. ValueError where snap does not divide size or no box of that shape fits.
+    With probability p an area is drawn (share of the crop), then aspect (height / width) and position until the box
+    fits, as in UniMatch. Edges are multiples of ``snap`` pixels, so the area is met up to rounding; a box has at least
+    one cell of the grid. Raises ValueError if snap does not divide size or no box of that shape fits.
     """
     if snap < 1 or size % snap:
         raise ValueError(f"snap = {snap}: must divide the crop's side, {size}")
@@ -59,10 +59,10 @@ def _box(
 
 
 def half_boxes(draws: Sequence[np.random.Generator], coin: np.random.Generator, size: int, p: float = 0.5) -> Tensor:
-    """Boxes of half the crop's area, or with probability 1 - p none in the whole batch: (n, 4) int64 as above.
+    """Draw boxes of half the crop's area, or with probability 1 - p none in the whole batch: (n, 4) int64 as above.
 
-    U2PL's form. The width is uniform between S / 2 and S, the height follows, the place is uniform; edges are whole
-    pixels. ``coin`` decides for all images, so every worker must hand in the same one.
+    U2PL's form. The width is uniform between S / 2 and S, the height follows, the position is uniform; edges are whole
+    pixels. ``coin`` decides for all images, so every worker must pass the same one.
     """
     if coin.random() >= p:
         return torch.zeros(len(draws), 4, dtype=torch.int64)
@@ -76,7 +76,7 @@ def half_boxes(draws: Sequence[np.random.Generator], coin: np.random.Generator, 
 
 
 def beta_boxes(draws: Sequence[np.random.Generator], size: int, concentration: float = 4.0) -> Tensor:
-    """One square per generator, clipped at the border: (n, 4) int64 as above, never without a pixel.
+    """Draw one square per generator, clipped at the border: (n, 4) int64 as above, never without a pixel.
 
     The form of PS-MT and SwiTh: λ ~ Beta(4, 4), side S sqrt(1 - λ), centre uniform in [S / 8, S).
     """
@@ -91,7 +91,7 @@ def beta_boxes(draws: Sequence[np.random.Generator], size: int, concentration: f
 
 
 def square_boxes(draws: Sequence[np.random.Generator], size: int, share: float) -> Tensor:
-    """One square per generator, its side ``share`` of the crop's: (n, 4) int64 as above, uniform within the crop.
+    """Draw one square per generator, its side ``share`` of the crop's: (n, 4) int64 as above, uniform within the crop.
 
     CutOut's form, with whole pixels; a share of 0 gives no box.
     """
@@ -103,7 +103,7 @@ def square_boxes(draws: Sequence[np.random.Generator], size: int, share: float) 
 def parity_boxes(
     draws: Sequence[np.random.Generator], size: int, count: int = 3, area: tuple[float, float] = (0.25, 0.5)
 ) -> Tensor:
-    """Several boxes per generator for ``parity_mask``: (n, count, 4) int64, of ``area`` of the crop together.
+    """Draw several boxes per generator for ``parity_mask``: (n, count, 4) int64, of ``area`` of the crop together.
 
     CPS's form; the boxes have equal areas, heights log-uniform from that share to the whole side (ours), whole pixels.
     Where boxes overlap, less than ``area`` is pasted.
@@ -120,13 +120,13 @@ def parity_boxes(
 
 
 def parity_mask(boxes: Tensor, height: int, width: int) -> Tensor:
-    """(n, height, width) bool: pixels inside an odd number of an image's boxes (n, k, 4)."""
+    """Return (n, height, width) bool: pixels inside an odd number of an image's boxes (n, k, 4)."""
     inside = box_mask(boxes.flatten(0, 1), height, width)
     return inside.view(*boxes.shape[:2], height, width).sum(1) % 2 == 1
 
 
 def class_mask(labels: Tensor, valid: Tensor, uniform: Tensor) -> Tensor:
-    """(n, H, W) bool: the pixels of half of the classes of each image, rounded down.
+    """Return (n, H, W) bool: the pixels of half of the classes of each image, rounded down.
 
     ClassMix's choice. ``labels`` (n, H, W) int64 in 0 .. C-1, ``valid`` (n, H, W) bool, False where no pixel may be
     pasted, ``uniform`` (n, C) random numbers that order the classes. Paste with ``paste(x, mask[partner], partner)``.
@@ -139,9 +139,9 @@ def class_mask(labels: Tensor, valid: Tensor, uniform: Tensor) -> Tensor:
 
 
 def paste(x: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
-    """Each partner's pixels where ``mask`` (n, H, W) is True, in (n, ..., H, W) of any type; a new tensor.
+    """Paste each partner's pixels where ``mask`` (n, H, W) is True, in (n, ..., H, W) of any type; a new tensor.
 
-    ValueError where sizes differ, and, for partners on the CPU, where an image is its own.
+    Raises ValueError if sizes differ, and, for partners on the CPU, if an image is its own.
     """
     if len(x) != len(mask) or len(x) != len(partner) or x.shape[-2:] != mask.shape[-2:]:
         raise ValueError(f"x {tuple(x.shape)}, mask {tuple(mask.shape)}, {len(partner)} partners: sizes must agree")
@@ -155,7 +155,7 @@ def _pasted(x: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
 
 
 def box_mask(boxes: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
-    """(n, height, width) bool, True inside the box, for a map whose cells are ``stride`` pixels wide."""
+    """Return (n, height, width) bool, True inside the box, for a map whose cells are ``stride`` pixels wide."""
     rows = torch.arange(height, device=boxes.device) * stride
     columns = torch.arange(width, device=boxes.device) * stride
     top, left, bottom, right = boxes[:, :, None].unbind(1)
@@ -164,10 +164,10 @@ def box_mask(boxes: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
 
 
 def apply_cutmix(x: Tensor, cutmix: CutMix, stride: int = 1) -> Tensor:
-    """Pastes each partner's box into (n, ..., H, W) of any type, cells being ``stride`` pixels wide, in a new tensor.
+    """Paste each partner's box into (n, ..., H, W) of any type, cells being ``stride`` pixels wide, in a new tensor.
 
-    ValueError where sizes differ, and, for boxes on the CPU (looking at them on a GPU would stall it), where a box has
-    an edge inside a cell or an image with a box is its own partner.
+    Raises ValueError if sizes differ, and, for boxes on the CPU (reading them on a GPU would stall it), if a box has an
+    edge inside a cell or an image with a box is its own partner.
     """
     if len(x) != len(cutmix.boxes) or len(x) != len(cutmix.partner):
         raise ValueError(f"{len(x)} images, {len(cutmix.boxes)} boxes, {len(cutmix.partner)} partners: must be equal")
@@ -192,7 +192,7 @@ def _check_partner(partner: Tensor, mixed: Tensor) -> None:
 
 
 def mix_text(text: TextBatch | None, cutmix: CutMix) -> TextBatch | None:
-    """Where a box is pasted in, the partner's words belong to the picture too: (U, L, D) to (U, 2 L, D)."""
+    """Append the partner's text to images into which a box was pasted: (U, L, D) to (U, 2 L, D)."""
     if text is None:
         return None
     pasted = (cutmix.boxes.sum(1) > 0)[:, None]
@@ -203,7 +203,7 @@ def mix_text(text: TextBatch | None, cutmix: CutMix) -> TextBatch | None:
 
 
 def join_text(first: TextBatch | None, second: TextBatch | None) -> TextBatch | None:
-    """One batch from two, the one with fewer words padded; None where either has no text."""
+    """Join two batches, the one with fewer words padded; None if either has no text."""
     if first is None or second is None:
         return None
     length = max(first.mask.shape[1], second.mask.shape[1])

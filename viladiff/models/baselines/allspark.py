@@ -33,31 +33,31 @@ class ChannelAttention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor, source: Tensor, draw: Draw | None = None, p: float = 0.1) -> Tensor:
-        """x (B, N, C) asks; the channels of source (G, S, N, C) answer all together, those of S images and all heads.
+        """Attend from the channels of x (B, N, C) to those of source (G, S, N, C): S images and all heads together.
 
-        G is 1 where all images of x read the same source, else B. The map is (B, h C, S h C). With ``draw``, weights of
-        the map and numbers of the answer are each dropped with probability ``p``.
+        G is 1 if all images of x read the same source, else B. The map is (B, h C, S h C). With ``draw``, weights of
+        the map and values of the output are each dropped with probability ``p``.
         """
         keys, values = (f(source).transpose(1, 2).flatten(2) for f in (self.key, self.value))
         found = _attend(self.query(x).mT, keys, values.mT, draw, p)
         return _dropped(self.out(found.mT), draw, p)
 
     def within(self, x: Tensor, draw: Draw | None = None, p: float = 0.1) -> Tensor:
-        """x (B, N, C) asks itself, each head for itself: maps (B, h, C, C)."""
+        """Attend from x (B, N, C) to itself, each head on its own: maps (B, h, C, C)."""
         q, k, v = (f(x).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1) for f in (self.query, self.key, self.value))
         found = _attend(q, k.mT, v, draw, p)
         return _dropped(self.out(found.flatten(1, 2).mT), draw, p)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, draw: Draw | None, p: float) -> Tensor:
-    """queries (..., R, N), keys (..., N, M), values (..., M, N) to (..., R, N); of float32 but for the products."""
+    """Attend with queries (..., R, N), keys (..., N, M), values (..., M, N): (..., R, N), float32 but for products."""
     scores = (queries @ keys).float()
     weights = F.layer_norm(scores, scores.shape[-2:]).softmax(-1)
     return _dropped(weights, draw, p, "weights").to(values.dtype) @ values
 
 
 def _dropped(x: Tensor, draw: Draw | None, p: float, what: str = "answer") -> Tensor:
-    """x (B, ...) with each number dropped with probability p and the rest scaled by 1 / (1 - p)."""
+    """Drop each number of x (B, ...) with probability p and scale the rest by 1 / (1 - p)."""
     if draw is None or not p:
         return x
     return x * ((draw(what, tuple(x.shape[1:])) >= p) / (1 - p)).to(x.dtype)
@@ -74,16 +74,16 @@ class AllSparkBlock(nn.Module):
         self.leave = nn.Sequential(nn.Conv2d(width, channels, 1), nn.GELU())
 
     def embed(self, top: Tensor) -> tuple[Tensor, Tensor]:
-        """top (B, D, h, w) to tokens (B, N, C), as they are and normalised."""
+        """Map top (B, D, h, w) to tokens (B, N, C), as they are and normalised."""
         tokens = self.enter(top).flatten(2).mT
         return tokens, self.norm(tokens)
 
     def restore(self, tokens: Tensor, grid: torch.Size) -> Tensor:
-        """Tokens (B, N, C) to (B, D, h, w)."""
+        """Map tokens (B, N, C) to (B, D, h, w)."""
         return self.leave(self.norm_out(tokens).mT.unflatten(2, tuple(grid)))
 
     def forward(self, top: Tensor) -> Tensor:
-        """As in evaluation: every image is rebuilt from its own channels, in any size."""
+        """Rebuild every image from its own channels, in any size, as in evaluation."""
         tokens, e = self.embed(top)
         return self.restore(tokens + self.cross(e, e[:, None]), top.shape[-2:])
 
@@ -108,7 +108,7 @@ class AllSparkSegmenter(Segmenter):
 
 
 def allspark_segmenter(spark_width: int, heads: int) -> Callable[[Encoder, int, int], Segmenter]:
-    """What ``Build`` makes such a network with."""
+    """Return the constructor that ``NetworkFactory`` calls for a SparkSegmenter."""
     return partial(AllSparkSegmenter, spark_width=spark_width, heads=heads)
 
 
@@ -127,21 +127,21 @@ class SemanticMemory(nn.Module):
         self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.int64))
 
     def read(self, grid: torch.Size, slots: Tensor | None = None) -> Tensor:
-        """(K, N, C) tokens on that grid, or of the ``slots`` of ``placed``; a place without a channel so far is 0."""
+        """Return (K, N, C) tokens on that grid, or of the ``slots`` of ``placed``; 0 at positions without a channel."""
         kept = (self.slots if slots is None else slots)[:-1].unflatten(0, (-1, self.width))
         return resize_tokens(kept, (self.side, self.side), tuple(grid)).mT
 
     def filled(self) -> Tensor:
-        """Share of the places that hold a channel."""
+        """Return the share of the positions that hold a channel."""
         return self.pushed.clamp(max=self.width).float().mean() / self.width
 
     def push(self, channels: Tensor, classes: Tensor) -> None:
-        """Each class takes its channels (R, N) in their order and forgets its oldest; ``classes`` (R,) int64."""
+        """Append to each class its channels (R, N) in order and drop its oldest; ``classes`` (R,) int64."""
         self.slots.copy_(self.placed(channels, classes))
         self.pushed.add_(F.one_hot(classes, len(self.pushed)).sum(0))
 
     def placed(self, channels: Tensor, classes: Tensor) -> Tensor:
-        """The slots as they will be after ``push``; the memory itself stays as it is."""
+        """Return the slots as they will be after ``push``; the memory is unchanged."""
         own = F.one_hot(classes, len(self.pushed))
         rank = own.cumsum(0).gather(1, classes[:, None])[:, 0] - 1
         total = own.sum(0)
@@ -154,14 +154,14 @@ class SemanticMemory(nn.Module):
 
 
 def resize_tokens(maps: Tensor, grid: tuple[int, ...], to: tuple[int, ...]) -> Tensor:
-    """Maps (B, C, N) of one grid brought to another, bilinearly."""
+    """Resize maps (B, C, N) from one grid to another, bilinearly."""
     if grid == to:
         return maps
     return F.interpolate(maps.unflatten(2, grid), to, mode="bilinear", align_corners=False).flatten(2)
 
 
 def nearest_class(channels: Tensor, maps: Tensor) -> Tensor:
-    """(U, C) the class whose map over the tokens is most like that of a channel, by cosine.
+    """Return (U, C) the class whose map over the tokens is most similar to a channel's, by cosine.
 
     ``channels`` (U, C, N) and ``maps`` (U, K, N).
     """

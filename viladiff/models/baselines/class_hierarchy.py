@@ -1,4 +1,4 @@
-"""Classes in groups, and what logic says of predictions that contradict each other (reconstruction of LogicDiag).
+"""Classes in groups, and the logic of contradicting predictions (reconstruction of LogicDiag).
 
 A tree of three levels: the root, which holds, groups, and classes. Its rules: a class implies its group (composition),
 a group one of its classes and the root one of the groups (decomposition), and of siblings no two hold (exclusion). The
@@ -64,7 +64,7 @@ KNOWN: Mapping[str, Groups] = {"digits": DIGITS, "dense": DIGITS, "voc": VOC, "c
 
 
 def known_groups(dataset: str, num_classes: int) -> tuple[str, ...] | None:
-    """The name of each class's group, or None where no grouping of that data set is known."""
+    """Return the name of each class's group, or None if no grouping of that data set is known."""
     if dataset not in KNOWN:
         return None
     name = {label: group for group, labels in KNOWN[dataset].items() for label in labels}
@@ -72,13 +72,13 @@ def known_groups(dataset: str, num_classes: int) -> tuple[str, ...] | None:
 
 
 def parents(groups: tuple[str, ...]) -> Tensor:
-    """(C,) int64 the number of each class's group, in the order in which the names first occur."""
+    """Return (C,) int64 the number of each class's group, in the order in which the names first occur."""
     order = {name: place for place, name in enumerate(dict.fromkeys(groups))}
     return torch.tensor([order[name] for name in groups])
 
 
 def node_cross_entropy(logits: Tensor, target: Tensor, parent: Tensor) -> Tensor:
-    """(B, H, W) nats, - log P(path of the label): the sum of all nodes' binary cross-entropies; 0 where it is 255.
+    """Return (B, H, W) nats, - log P(path of the label): the sum of all nodes' binary cross-entropies; 0 at label 255.
 
     ``logits`` (B, C + S, H, W) of classes and then groups, ``target`` (B, H, W) int64, ``parent`` (C,). With path π it
     is the sum of softplus(z) - π z.
@@ -91,7 +91,7 @@ def node_cross_entropy(logits: Tensor, target: Tensor, parent: Tensor) -> Tensor
 
 
 def conflicts(classes: Tensor, groups: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean degree of conflict, 1 - truth, of the rules that each node stands in: (U, C, h, w), (U, S, h, w).
+    """Return the mean degree of conflict, 1 - truth, of each node's rules: (U, C, h, w), (U, S, h, w).
 
     From scores of classes (U, C, h, w) and groups (U, S, h, w), in time and memory of these maps, since a node's
     exclusions add up to s_a (sum of its siblings' s). That a group implies the root is always true, and no rule here.

@@ -1,4 +1,4 @@
-"""Self-attention Grad-CAM: which tokens speak for which class, spread to those that look alike (PseudoSeg).
+"""Self-attention Grad-CAM (PseudoSeg): evidence of tokens for classes, spread to similar tokens.
 
 With a classifier on the mean of all tokens, the gradient that Grad-CAM asks for is that classifier's weight, over the
 number of tokens: all maps are one product, without a backward pass and without a loop over classes.
@@ -38,13 +38,13 @@ class Sgc(nn.Module):
         self.score = nn.Sequential(nn.Conv2d(num_classes, num_classes, 1), nn.GroupNorm(1, num_classes))
 
     def tags(self, top: Tensor) -> Tensor:
-        """Logits (B, C - 1) of the foreground classes being in the picture, from the last map (B, D, h, w)."""
+        """Return logits (B, C - 1) of the foreground classes' presence in the image, from the last map (B, D, h, w)."""
         return self.tag(top.mean((2, 3))).float()
 
     def forward(self, features: list[Tensor], present: Tensor, valid: Tensor) -> Tensor:
-        """Logits (B, C, h, w) on the grid of the last map.
+        """Return logits (B, C, h, w) on the grid of the last map.
 
-        ``features`` are the encoder's maps, ``present`` (B, C - 1) which foreground classes are in the picture, 0 or 1,
+        ``features`` are the encoder's maps, ``present`` (B, C - 1) the foreground classes in the image, 0 or 1,
         ``valid`` (B, H, W) bool, False in padding. No gradient reaches the encoder or the tags from here.
         """
         lower, top = (level.detach() for level in features[-2:])
@@ -56,9 +56,9 @@ class Sgc(nn.Module):
 
 
 def class_maps(top: Tensor, weight: Tensor, present: Tensor) -> Tensor:
-    """Grad-CAM of a classifier on mean tokens, each map divided by its highest: (B, K, h, w) in [0, 1].
+    """Return Grad-CAM of a classifier on mean tokens, each map divided by its highest: (B, K, h, w) in [0, 1].
 
-    ``top`` (B, D, h, w), ``weight`` (K, D), ``present`` (B, K) 0 or 1: a map of 0 for a class that is not there.
+    ``top`` (B, D, h, w), ``weight`` (K, D), ``present`` (B, K) 0 or 1: a map of 0 for an absent class.
     """
     maps = torch.einsum("bdhw,kd->bkhw", top, weight).float().relu() * present[..., None, None]
     highest = maps.amax((2, 3), keepdim=True)
@@ -66,19 +66,22 @@ def class_maps(top: Tensor, weight: Tensor, present: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, counted: Tensor) -> Tensor:
-    """softmax(Q^T K / sqrt(width)), (B, N, N): row n says what token n reads; maps (B, width, h, w), counted (B, N)."""
+    """Return softmax(Q^T K / sqrt(width)), (B, N, N), row n over the tokens that n reads.
+
+    Maps (B, width, h, w), counted (B, N).
+    """
     scores = query.flatten(2).mT @ key.flatten(2) / query.shape[1] ** 0.5
     return scores.float().masked_fill(~counted[:, None], MASKED).softmax(2)
 
 
 def spread_maps(maps: Tensor, a: Tensor) -> Tensor:
-    """s = A m + m for each class map (B, K, h, w), and in front of them the background, 2 - max s: (B, K + 1, h, w)."""
+    """Return s = A m + m for each class map (B, K, h, w), preceded by the background, 2 - max s: (B, K + 1, h, w)."""
     own = maps + (maps.flatten(2) @ a.to(maps.dtype).mT).view_as(maps)
     return torch.cat([2 - own.amax(1, keepdim=True), own], 1)
 
 
 class Tagged(NamedTuple):
-    """What a mask says of the whole picture."""
+    """The image tags of a mask."""
 
     present: Tensor
     """(B, C - 1) float, 1 for a foreground class with a pixel in it."""
@@ -87,13 +90,13 @@ class Tagged(NamedTuple):
 
 
 def tagged(target: Tensor, num_classes: int) -> Tagged:
-    """``target`` (B, H, W) int64, 255 where it is unknown."""
+    """Return the tags of ``target`` (B, H, W) int64, 255 where unknown."""
     flat = target.flatten(1)
     seen = torch.zeros(len(flat), IGNORE + 1, device=target.device).scatter_(1, flat, 1.0)
     return Tagged(seen[:, 1:num_classes], (flat != IGNORE).any(1))
 
 
 def tag_loss(scores: Tensor, found: Tagged) -> Tensor:
-    """Binary cross-entropy, a mean over classes and over the pictures of all workers that have a label."""
+    """Return binary cross-entropy, a mean over classes and over the images of all workers that have a label."""
     loss = F.binary_cross_entropy_with_logits(scores, found.present, reduction="none").mean(1)
     return distributed_mean((loss * found.known).sum(), found.known.sum())

@@ -1,6 +1,6 @@
-"""MaskCLIP: what a frozen CLIP says of every place of an image, and of words, in one space; weights from a file.
+"""MaskCLIP: dense features of a frozen CLIP, and its text vectors, in one space; weights from a file.
 
-open_clip's own modules compute it. Nothing is ever fetched: its tokenizer of words comes with the package.
+open_clip's own modules compute it. Nothing is downloaded: its tokenizer comes with the package.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class MaskClip(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised as for the encoder, to unit maps (B, T, h, w) float32.
+        """Map images (B, 3, H, W), normalised as for the encoder, to unit maps (B, T, h, w) float32.
 
-        Images are enlarged to CLIP's own size where they are smaller, and to whole patches.
+        Images are enlarged to CLIP's own size if they are smaller, and to whole patches.
         """
         net = self.visual
         x = net.conv1(self._sized(images * self.scale + self.shift))
@@ -90,9 +90,9 @@ class MaskClip(nn.Module):
 
 
 def load_clip(name: str, weights: str, texts: Sequence[str]) -> Clip:
-    """open_clip's model of that name with the weights of a local file, and its vectors of the texts in a sentence.
+    """Load open_clip's model of that name with the weights of a local file, and encode the texts in a sentence.
 
-    Raises ValueError that names the field where open_clip has no such model or one of another build, and as
+    Raises ValueError that names the field if open_clip has no such model or one of another build, and as
     ``load_weights`` for the file.
     """
     import open_clip

@@ -1,4 +1,4 @@
-"""Positions taken from a map by chance, and queues of their vectors that outlive a step.
+"""Random sampling of a map's positions, and queues of their vectors across steps.
 
 Queues are part of the state, and alike on all workers.
 """
@@ -33,9 +33,9 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, vectors: Tensor, counted: Tensor) -> None:
-        """Takes in the ``counted`` (n, C, m) of ``vectors`` (n, C, m, width), of all workers, in the order of n.
+        """Add the ``counted`` (n, C, m) of ``vectors`` (n, C, m, width), of all workers, in the order of n.
 
-        Every worker hands in equally many. Of more than ``size`` new vectors of a class the last ones stay.
+        Every worker passes equally many. Of more than ``size`` new vectors of a class the last ones are kept.
         """
         classes, size, width = self.vectors.shape
         given = all_gather(vectors.to(self.vectors.dtype)).transpose(0, 1).reshape(classes, -1, width)
@@ -55,9 +55,9 @@ class MemoryBank(nn.Module):
         self.filled.add_(kept[:, 0]).clamp_(max=size)
 
     def draw(self, classes: Tensor, uniform: Tensor) -> Tensor:
-        """For each of ``classes`` (...) int64 as many vectors of its bank as it has random numbers.
+        """Draw for each of ``classes`` (...) int64 as many vectors of its bank as it has random numbers.
 
-        ``uniform`` (..., m) in [0, 1): (..., m, width) float16, with repetition; zeros where a bank is empty.
+        ``uniform`` (..., m) in [0, 1): (..., m, width) float16, with repetition; zeros if a bank is empty.
         """
         size, width = self.vectors.shape[1:]
         filled = self.filled[classes][..., None]
@@ -67,9 +67,9 @@ class MemoryBank(nn.Module):
 
 
 def sample_positions(counted: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Places (..., m) of at most ``count`` of the ``counted`` (..., n), and which of the places are of such, both m.
+    """Return positions (..., m) of at most ``count`` of the ``counted`` (..., n), and which are counted, both m.
 
-    ``order`` (..., n) random in [0, 1), or what broadcasts to it.
+    ``order`` (..., n) random in [0, 1), or a tensor that broadcasts to it.
     """
     score = torch.where(counted, order, -1.0)
     top = score.topk(min(count, score.shape[-1]), -1)
@@ -77,5 +77,5 @@ def sample_positions(counted: Tensor, order: Tensor, count: int) -> tuple[Tensor
 
 
 def gather_at(vectors: Tensor, at: Tensor) -> Tensor:
-    """(N, m, D): those of (N, n, D) at the places (N, m)."""
+    """Return (N, m, D): the vectors (N, n, D) at the positions (N, m)."""
     return vectors.gather(1, at[..., None].expand(-1, -1, vectors.shape[2]))

@@ -1,4 +1,4 @@
-"""A density of feature vectors: affine couplings (RealNVP) to a mixture of Gaussians, one a class, in float32."""
+"""A density of feature vectors: affine couplings (RealNVP) to a mixture of one Gaussian a class, in float32."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Coupling(nn.Module):
         self.register_buffer("permutation", torch.randperm(width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, D) to (n, D) and the logarithm of the determinant of the Jacobian, (n,)."""
+        """Map x (n, D) to (n, D) and the logarithm of the determinant of the Jacobian, (n,)."""
         first, second = x.split(self.parts, 1)
         scale, shift = self._terms(self.by_second, second)
         first = first * scale.exp() + shift
@@ -40,7 +40,7 @@ class Coupling(nn.Module):
         return torch.cat([first, second], 1)[:, self.permutation], scale.sum(1) + other.sum(1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The x that ``forward`` maps to y (n, D)."""
+        """Return the x that ``forward`` maps to y (n, D)."""
         first, second = y[:, self.permutation.argsort()].split(self.parts, 1)
         scale, shift = self._terms(self.by_first, first)
         second = (second - shift) * (-scale).exp()
@@ -66,7 +66,7 @@ class Flow(nn.Module):
         nn.init.normal_(self.means, std=MEAN_STD)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, D) to z (n, D) and log |det dz/dx| (n,)."""
+        """Map x (n, D) to z (n, D) and log |det dz/dx| (n,)."""
         total = x.new_zeros(len(x))
         for coupling in self.couplings:
             x, log_det = coupling(x)
@@ -74,15 +74,15 @@ class Flow(nn.Module):
         return x, total
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The x of z, both (n, D)."""
+        """Return the x of z, both (n, D)."""
         for coupling in reversed(self.couplings):
             z = coupling.inverse(z)  # type: ignore[operator]
         return z
 
     def nll(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """-log p(x) in nats, (n,): of x (n, D) given its class, or, without one, under the whole mixture.
+        """Return -log p(x) in nats, (n,): of x (n, D) given its class, or, without one, under the whole mixture.
 
-        ``classes`` (n,) int64, -1 where there is none. In float32 or better, also under autocast.
+        ``classes`` (n,) int64, -1 if unknown. In float32 or better, also under autocast.
         """
         with torch.autocast(x.device.type, enabled=False):
             z, log_det = self(x if x.dtype == torch.float64 else x.float())
@@ -97,7 +97,7 @@ class Flow(nn.Module):
 
 
 def soft_clamp(x: Tensor, limit: float) -> Tensor:
-    """x squeezed into (-limit, limit): 0.636 limit atan(x), of any shape, without units; FrEIA's since its version 0.2.
+    """Squeeze x of any shape into (-limit, limit): 0.636 limit atan(x), as FrEIA does since version 0.2.
 
     x itself is not divided by the limit, so the slope at 0 is 0.636 limit; 0.636 stands for 2 / pi.
     """

@@ -16,12 +16,12 @@ from viladiff.core import keyed_random
 
 
 def widest(features: Sequence[Tensor]) -> int:
-    """Channels of the widest map: the random numbers an image needs below."""
+    """Return the channels of the widest map: the random numbers that an image needs below."""
     return max(level.shape[1] for level in features)
 
 
 def channel_dropout(features: Sequence[Tensor], uniform: Tensor, p: float = 0.5) -> list[Tensor]:
-    """Drops whole channels with probability p and scales the rest by 1 / (1 - p); one mask an image, for all maps.
+    """Drop whole channels with probability p and scale the rest by 1 / (1 - p); one mask an image, for all maps.
 
     ``uniform`` (B, widest) in [0, 1); a narrower map reads the first of it. UniMatch's feature perturbation.
     """
@@ -31,7 +31,7 @@ def channel_dropout(features: Sequence[Tensor], uniform: Tensor, p: float = 0.5)
 def complementary_dropout(
     features: Sequence[Tensor], uniform: Tensor, whole: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Two streams of the same images, each with the channels that the other one lacks, at twice their size.
+    """Return two streams of the same images, each with the channels that the other one lacks, scaled by 2.
 
     ``features`` holds both streams, (2 B, D_i, h_i, w_i); ``uniform`` (B, widest) in [0, 1): below one half a channel
     is the second stream's. ``whole`` (B,) bool marks the images that lose nothing. UniMatch V2, section 3.
@@ -44,9 +44,9 @@ def complementary_dropout(
 
 
 def half_of_pairs(keys: Sequence[int], *parts: keyed_random.Part) -> list[bool]:
-    """Exactly one of each pair of neighbours 2k, 2k + 1, by a coin named by ``parts`` and the pair.
+    """Choose exactly one of each pair of neighbours 2k, 2k + 1, by a coin named by ``parts`` and the pair.
 
-    ``keys`` are places in the global batch: half of it is chosen without a worker knowing another's images.
+    ``keys`` are positions in the global batch: half of it is chosen without a worker knowing another's images.
     """
     return [bool(keyed_random.numpy_generator(*parts, key // 2).integers(2) ^ (key & 1)) for key in keys]
 
@@ -63,11 +63,11 @@ def virtual_adversarial(
     probe: float = 1e-2,
     steps: int = 1,
 ) -> list[Tensor]:
-    """Noise to which the predicted classes are most sensitive, to first order: one map per map, without a gradient.
+    """Return noise to which the predicted classes are most sensitive, to first order: one map per map, detached.
 
     ``predict`` maps features to logits (B, C, ...). From ``start`` (random maps, shaped like the features), ``steps``
-    times: the direction becomes the gradient of KL(p(f) || p(f + probe |f| direction)). Lengths are over all maps of
-    an image together. The result has length radius * |f|; it is zero where no direction changes the prediction.
+    times: the direction becomes the gradient of KL(p(f) || p(f + probe |f| direction)). Lengths are over all maps of an
+    image together. The result has length radius * |f|; it is zero where no direction changes the prediction.
 
     Virtual adversarial training (Miyato et al. 2018) with a probe that is a share of the length of the features: the
     absolute 1e-6 of published code is lost in float32 rounding. Autocast is off in here for the same reason.
@@ -88,12 +88,12 @@ def virtual_adversarial(
 
 
 def _length(maps: Sequence[Tensor]) -> Tensor:
-    """(B,) Euclidean length over all maps of an image."""
+    """Return (B,) Euclidean length over all maps of an image."""
     return torch.stack([level.flatten(1).square().sum(1) for level in maps]).sum(0).sqrt()
 
 
 def _unit(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Maps divided by their common length, in two rounds, since the squares of tiny gradients vanish in float32."""
+    """Divide the maps by their common length, in two rounds, since the squares of tiny gradients vanish in float32."""
     largest = torch.stack([level.flatten(1).abs().amax(1) for level in maps]).amax(0)
     safe = torch.where(largest > 0, largest, 1.0)
     scaled = [level / _image(safe, level) for level in maps]
@@ -102,5 +102,5 @@ def _unit(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _image(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) values as a factor of ``like`` (B, ...)."""
+    """Reshape (B,) values to a factor of ``like`` (B, ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))

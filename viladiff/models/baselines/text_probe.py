@@ -1,4 +1,4 @@
-"""What section 3.2 of the paper tries: image tokens read a caption, and attention maps of class queries are the masks.
+"""The network of the paper's section 3.2: image tokens read a caption, and class queries' attention maps are masks.
 
 W is the width of the tokens, C the number of classes.
 """
@@ -22,7 +22,7 @@ from viladiff.models.vila import prepend_null_token
 
 
 class ProbeConfig(Section):
-    """What stands between the encoder's last tokens and the masks."""
+    """The layers between the encoder's last tokens and the masks."""
 
     text: bool = True
     """Whether there is a cross-attention to the caption at all; with ``data.captions=none`` it reads a null token."""
@@ -52,10 +52,10 @@ class ClassQueryHead(nn.Module):
             self.inject = nn.ModuleList([CrossBlock(cfg.width, cfg.heads) for _ in range(cfg.depth)])
 
     def tokens(self, top: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        """The encoder's last map (B, D, h, w) to normalised tokens (B, h * w, W) that classes attend to.
+        """Map the encoder's last map (B, D, h, w) to normalised tokens (B, h * w, W) that classes attend to.
 
-        ``after`` the words were read, and ``before``: what it would be had none been. Without text the null token is
-        read; without the attention there is ``after`` alone.
+        ``after`` reading the texts, and ``before``: the tokens without it. Without text the null token is read; without
+        the attention there is ``after`` alone.
         """
         x = self.project(top.flatten(2).transpose(1, 2))
         if not self.reads_text:
@@ -67,7 +67,7 @@ class ClassQueryHead(nn.Module):
         return {"before": self.norm(before), "after": self.norm(x)}
 
     def forward(self, top: Tensor, text: TextBatch | None = None) -> StreamOutput:
-        """The map in the middle is that of the keys (B, W, h, w); logits are float32."""
+        """Return the stream; its middle map is that of the keys (B, W, h, w), its logits are float32."""
         grid, x = top.shape[-2:], self.tokens(top, text)["after"]
         keys = self.key(x)
         maps = attention_maps(self.queries, keys).float()
@@ -78,7 +78,7 @@ class Probe(Segmenter):
     """An encoder and ``Masks``. Stream ``fusion`` reads the caption, ``visual`` the null token alone."""
 
     def __init__(self, encoder: Encoder, width: int, num_classes: int, *, text_dim: int, cfg: ProbeConfig) -> None:
-        """``width``, of other networks' decoders, is not used."""
+        """Build the network; ``width``, of other networks' decoders, is not used."""
         nn.Module.__init__(self)
         self.num_classes, self.encoder = num_classes, encoder
         self.vila = self.classifier_fusion = None
@@ -92,19 +92,19 @@ class Probe(Segmenter):
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
     ) -> dict[str, StreamOutput]:
-        """As a segmenter's, of the coarsest map alone."""
+        """Return the streams as a segmenter does, from the coarsest map alone."""
         names = self.names if names is None else names
         return {name: self.decoder(features[-1], text if name == "fusion" else None) for name in names}
 
 
 def attention_maps(queries: Tensor, keys: Tensor) -> Tensor:
-    """Scores of classes' queries (C, W) on tokens' keys (B, N, W): q · k / √W as (B, C, N), with no softmax yet.
+    """Score classes' queries (C, W) on tokens' keys (B, N, W): q · k / √W as (B, C, N), before any softmax.
 
-    In the attention the softmax goes over tokens; a mask is a choice among classes, so there it goes over these.
+    In attention the softmax goes over tokens; a mask is a choice among classes, so its softmax goes over these.
     """
     return torch.einsum("cw,bnw->bcn", queries, keys) / queries.shape[1] ** 0.5
 
 
 def probe(text_dim: int, cfg: ProbeConfig) -> Callable[[Encoder, int, int], Segmenter]:
-    """What ``Build`` makes such a network with."""
+    """Return the constructor that ``NetworkFactory`` calls for a text probe."""
     return partial(Probe, text_dim=text_dim, cfg=cfg)

@@ -1,4 +1,4 @@
-"""SemiVL's decoder: a map of likeness to its text for each class, read class by class, and classes read one another.
+"""SemiVL's decoder: a similarity map for each class's text, decoded class by class, with attention between classes.
 
 T is the width of the text vectors, K the number of classes, W the decoder's width (128 as published). Norms are
 GroupNorm with 16 channels a group, so a class's map is done alike in any batch.
@@ -54,7 +54,7 @@ class Aspp(nn.Module):
         self.join = nn.Sequential(*_conv((len(self.branches) + 1) * width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, W, h, w) to its like; the residual passes unchanged, negative values too."""
+        """Apply the block to x (B, W, h, w), same shape out; the residual passes unchanged, negative values too."""
         mean = self.mean(x.mean((2, 3), keepdim=True)).expand_as(x)
         return x + self.join(torch.cat([*(branch(x) for branch in self.branches), mean], 1))
 
@@ -67,7 +67,7 @@ class SemanticBlock(nn.Module):
         self.block = SelfBlock(2 * width, 4, ratio=2)
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        """x (B, K, W, h, w), words (K, W) the projected texts."""
+        """Apply the block to x (B, K, W, h, w) with the projected texts ``words`` (K, W)."""
         classes, width = x.shape[1:3]
         pooled = F.avg_pool2d(x.flatten(0, 1), POOL, ceil_mode=True, count_include_pad=False)
         tokens = pooled.unflatten(0, (-1, classes)).permute(0, 3, 4, 1, 2)  # (B, h', w', K, W)
@@ -87,7 +87,7 @@ class Up(nn.Module):
         self.join = nn.Sequential(*_conv(inputs, outputs), *_conv(outputs, outputs))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """x (B, k, inputs, h, w) of k classes, skip (B, ..., 2 h, 2 w)."""
+        """Upsample x (B, k, inputs, h, w) of k classes and join skip (B, ..., 2 h, 2 w)."""
         classes = x.shape[1]  # a number also in an exported graph, where the batch is free
         repeated = skip[:, None].expand(-1, classes, -1, -1, -1).flatten(0, 1)
         return self.join(torch.cat([self.grow(x.flatten(0, 1)), repeated], 1)).unflatten(0, (-1, classes))
@@ -128,11 +128,11 @@ class VlDecoder(nn.Module):
         self.score = nn.Conv2d(quarter, 1, 3, padding=1)
 
     def dense(self, top: Tensor) -> Tensor:
-        """The encoder's last map (B, D, h, w) in the space of the texts, at length 1: (B, T, h, w) float32."""
+        """Map the encoder's last map (B, D, h, w) to the space of the texts, at length 1: (B, T, h, w) float32."""
         return F.normalize(self.to_text(top).float(), dim=1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """The encoder's four maps to float32 logits."""
+        """Map the encoder's four maps to float32 logits."""
         maps = similarity(self.dense(features[-1]), self.class_texts)
         height, width = maps.shape[-2:]
         x = torch.cat([self._chunked(self._read, part) for part in maps.split(self.chunk, 1)], 1)
@@ -153,11 +153,11 @@ class VlDecoder(nn.Module):
         return found
 
     def _read(self, maps: Tensor) -> Tensor:
-        """(B, k, h, w) to (B, k, W, h, w)."""
+        """Map (B, k, h, w) to (B, k, W, h, w)."""
         return self.aspp(self.embed(maps.flatten(0, 1)[:, None])).unflatten(0, (-1, maps.shape[1]))
 
     def _grow(self, x: Tensor, *skips: Tensor) -> Tensor:
-        """(B, k, W, h, w) to (B, k, 4 h, 4 w)."""
+        """Map (B, k, W, h, w) to (B, k, 4 h, 4 w)."""
         classes = x.shape[1]
         for up, skip in zip(self.ups, skips, strict=True):
             x = up(x, skip)
@@ -180,25 +180,25 @@ class VlSegmenter(Segmenter):
     def decode(
         self, features: list[Tensor], text: TextBatch | None = None, names: tuple[str, ...] | None = None
     ) -> dict[str, StreamOutput]:
-        """The map in the middle is the dense one in the space of the texts."""
+        """Return the streams; the middle map is the dense one in the space of the texts."""
         top = features[-1]
         return {"visual": StreamOutput(top.flatten(2).mT, self.decoder.dense(top), self.decoder(features))}
 
 
 def vl_segmenter(class_texts: Tensor, cfg: VlDecoderConfig) -> Callable[[Encoder, int, int], Segmenter]:
-    """What ``Build`` makes such a network with."""
+    """Return the constructor that ``NetworkFactory`` calls for a VlSegmenter."""
     return partial(VlSegmenter, class_texts=class_texts, cfg=cfg)
 
 
 def similarity(dense: Tensor, texts: Tensor) -> Tensor:
-    """Cosines (B, M, h, w) of unit maps (B, T, h, w) and unit texts (M, T)."""
+    """Return cosines (B, M, h, w) of unit maps (B, T, h, w) and unit texts (M, T)."""
     return torch.einsum("bthw,mt->bmhw", dense, texts)
 
 
 def skip_levels(strides: Sequence[int]) -> tuple[int, int]:
-    """Which of the three finer maps come nearest to a half and to a quarter of the top one's cells.
+    """Return which of the three finer maps are nearest to a half and to a quarter of the top one's cells.
 
-    Of equals, as all are in a plain transformer, the deepest joins first and the shallowest last.
+    In a tie, as all are in a plain transformer, the deepest joins first and the shallowest last.
     """
     found = [
         min(range(3), key=lambda i, wanted=wanted, sign=sign: (abs(math.log2(strides[i] / wanted)), sign * i))  # type: ignore[misc]
@@ -212,13 +212,13 @@ def _fitted(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    """16 channels a group, or the least number above it that divides the width."""
+    """Return a norm with 16 channels a group, or the smallest number above it that divides the width."""
     groups = max(count for count in range(1, max(1, width // 16) + 1) if width % count == 0)
     return nn.GroupNorm(groups, width)
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3, dilation: int = 1) -> tuple[nn.Module, ...]:
-    """Convolution without a bias, norm, ReLU; the size of the map stays."""
+    """Return convolution without a bias, norm, ReLU; the size of the map stays."""
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
     return conv, _norm(outputs), nn.ReLU()

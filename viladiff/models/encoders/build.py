@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from viladiff.core.hashing import file_sha256
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.digits_vit import DigitsViT
 from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known
@@ -22,11 +22,11 @@ SHIPPED = Path(__file__).with_name("digits_vit.safetensors")
 
 
 def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_path: float = 0.0) -> Encoder:
-    """Makes an encoder by name.
+    """Build an encoder by name.
 
     pretrained: ``shipped`` (the file in the package, for digits_vit alone), ``timm`` (timm's own weights) or ``none``.
-    weights: a local .safetensors or .pth file, which goes before ``pretrained``; of ``transformers`` a directory.
-    Raises ValueError for an unknown name, a file that does not fit, or a combination that does not exist.
+    weights: a local .safetensors or .pth file, which overrides ``pretrained``; for ``transformers`` a directory. Raises
+    ValueError for an unknown name, a file that does not fit, or a combination that does not exist.
     """
     if name == "transformers":
         from viladiff.models.encoders.transformers_vit import DirectoryEncoder  # it builds on this module
@@ -47,9 +47,10 @@ def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_p
 
 
 def encoder_fingerprint(model: ModelConfig) -> dict[str, str]:
-    """What the encoder starts from, under ``weights``: a file by its checksum, timm's weights by their tag and home.
+    """Return the encoder's initial state under ``weights``: a file by its checksum, timm's by their tag and source.
 
-    Those are fetched when the first run builds its network, after it was named; ``weights_origin`` has their checksum.
+    timm's are downloaded when the first run builds its network, after it was named; ``weights_origin`` has their
+    checksum.
     """
     if _from_timm(model):
         return {"weights": _timm_weights(model.encoder)}
@@ -64,11 +65,11 @@ def encoder_fingerprint(model: ModelConfig) -> dict[str, str]:
 
 
 def weights_origin(model: ModelConfig) -> str:
-    """For a record: a file's path, ``shipped`` or ``none``, or timm's weights with the checksum of the file read."""
+    """Return the weights' origin for a record: a file's path, ``shipped`` or ``none``, or timm's and a checksum."""
     if not _from_timm(model):
         return model.weights or model.pretrained
     path = _timm_file(model.encoder)
-    return _timm_weights(model.encoder) + (f", SHA-256 {_checksum(path)}" if path else "")
+    return _timm_weights(model.encoder) + (f", SHA-256 {file_sha256(path)[:16]}" if path else "")
 
 
 def _from_timm(model: ModelConfig) -> bool:
@@ -76,7 +77,7 @@ def _from_timm(model: ModelConfig) -> bool:
 
 
 def _timm_weights(name: str) -> str:
-    """``timm resnet18.a1_in1k (timm/resnet18.a1_in1k)``; ValueError where timm has no weights for the model."""
+    """Return ``timm resnet18.a1_in1k (timm/resnet18.a1_in1k)``. Raises ValueError if timm has no such weights."""
     import timm
 
     _check_known(name)
@@ -91,7 +92,7 @@ def _timm_weights(name: str) -> str:
 
 
 def _timm_file(name: str) -> Path | None:
-    """timm's weights as they lie in the hub's cache; None where they came in another way."""
+    """Return timm's weights in the hub's cache; None if they came in another way."""
     import timm
     from huggingface_hub import try_to_load_from_cache
 
@@ -106,21 +107,16 @@ def _timm_file(name: str) -> Path | None:
 
 
 def file_checksum(path: Path, fields: str) -> str:
-    """16 digits of the SHA-256 of a file of weights. ValueError that names the fields where there is none."""
+    """Return 16 digits of the SHA-256 of a file of weights. Raises ValueError that names the fields if missing."""
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist ({fields})")
-    return _checksum(path)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Fills ``module`` from a safetensors or torch file without running any code that the file may carry.
+    """Load ``module`` from a safetensors or torch file without running any code that the file may carry.
 
-    Heads that a backbone here lacks are left out; a parameter that the file lacks is an error, as is another shape.
+    Heads that a backbone here lacks are skipped; a parameter that the file lacks is an error, as is another shape.
     """
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist")

@@ -1,12 +1,12 @@
-"""Encoders of timm, by name."""
+"""Encoders from timm, by name."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import Tensor, nn
 
+from viladiff.config.base import did_you_mean
 from viladiff.models.encoders.base import Encoder
 
 
@@ -47,10 +47,9 @@ def _check_known(name: str) -> None:
 
     known = timm.list_models(pretrained=False)
     if name.split(".")[0] not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none is near"
-        raise ValueError(f'model.encoder = "{name}": timm has no such model (did you mean: {near}?)')
+        raise ValueError(f'model.encoder = "{name}": timm has no such model{did_you_mean(name, known)}')
 
 
 def _feature_info(net: nn.Module) -> Any:
-    """timm's description of each feature level; it is no module, which is all that type checkers know of attributes."""
+    """Return timm's description of the feature levels, typed Any since type checkers take it for a module."""
     return net.feature_info

@@ -1,4 +1,4 @@
-"""A plain vision transformer of transformers, read from a local directory: safetensors, and no code of its own."""
+"""Plain vision transformers from a local directory of transformers: safetensors, and no code of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from viladiff.core.hashing import file_sha256
 from viladiff.models.encoders.base import Encoder
 
 
@@ -38,7 +39,7 @@ class DirectoryEncoder(Encoder):
             raise ValueError(f"{directory}: gives no maps of an image: {str(error).splitlines()[0]}") from error
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Sides must be multiples of the patch."""
+        """Return the maps of x (B, 3, H, W), whose sides must be multiples of the patch."""
         found = self.net(pixel_values=x, output_hidden_states=True, **self.options).hidden_states
         rows, columns = (side // self.patch for side in x.shape[-2:])
         # Before the places of the picture come a class token and maybe others.
@@ -46,7 +47,7 @@ class DirectoryEncoder(Encoder):
         return [norm(one) for norm, one in zip(self.norms, maps, strict=True)]
 
     def _freeze_unread(self, image: Tensor) -> None:
-        """Parameters that no map depends on, as a pooler's, do not train: two workers would wait for their gradient."""
+        """Freeze parameters that no map depends on, as a pooler's: two workers would wait for their gradient."""
         weights = list(self.parameters())
         total = torch.stack([one.float().square().sum() for one in self(image)]).sum()
         for parameter, grad in zip(weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
@@ -54,7 +55,7 @@ class DirectoryEncoder(Encoder):
 
 
 def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
-    """The model with all of its weights, in float32, and its configuration; of CLIP the part for images."""
+    """Load the model with all of its weights, in float32, and its configuration; of CLIP the image tower."""
     from transformers import AutoConfig, AutoModel
 
     from viladiff.text.pretrained import first_line, quiet, require_weights
@@ -88,7 +89,7 @@ def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
 
 
 def check_vit_config(config: Any) -> None:
-    """ValueError where a configuration is not that of one transformer on square patches of an image."""
+    """Raise ValueError if a configuration is not that of one transformer on square patches of an image."""
     needed = ("patch_size", "hidden_size", "num_hidden_layers")
     lacking = [name for name in needed if not isinstance(getattr(config, name, None), int)]
     if lacking or hasattr(config, "vocab_size"):
@@ -97,12 +98,11 @@ def check_vit_config(config: Any) -> None:
 
 
 def directory_checksum(directory: Path) -> str:
-    """16 hex digits of the configuration and of all weights; ValueError where there are none."""
+    """Return 16 hex digits of the configuration and of all weights. Raises ValueError if there are none."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
     if not files[0].is_file() or len(files) == 1:
         raise ValueError(f"model.weights = {str(directory)!r}: must be a directory with config.json and *.safetensors")
     total = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{path.name} {file_sha256(path)}\n".encode())
     return total.hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -15,6 +14,8 @@ from PIL import Image
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import SERIES
+from viladiff.core.hashing import sha256_hex
+from viladiff.report.charts.themes import plain
 from viladiff.report.sections.learning_curves import TERMS, Curve
 from viladiff.report.table.results import Results, number, row_name, summary
 
@@ -33,7 +34,7 @@ def colour(results: Results, column: int) -> str:
 
 
 def limits(curves: Sequence[Curve]) -> tuple[Limits, Limits, bool]:
-    """Steps, values and whether the values want a logarithmic axis: shared by all panels, so that they compare."""
+    """Return the limits of steps and values, shared by all panels, and whether the values need a logarithmic axis."""
     x = (0.0, max(float(c.steps[-1]) for c in curves))
     low, high = min(float(c.low.min()) for c in curves), max(float(c.high.max()) for c in curves)
     log = low > 0 and high / low > 12
@@ -92,19 +93,22 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path) -> list[Path]:
-    """Writes scores and, where there are step logs, curves, as PNG and SVG; returns their paths.
+    """Write scores and, if there are step logs, curves, as PNG and SVG; return their paths.
 
-    A figure whose PNG was drawn from the same numbers is left as it is, and matplotlib, which takes longer to load
-    than all the rest of a page takes to make, is not loaded for it.
+    A figure whose PNG was drawn from the same numbers is kept, and matplotlib, which takes longer to load than all the
+    rest of a page takes to make, is not loaded for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted: dict[str, tuple[str, Callable[[], Figure]]] = {
-        "scores": (_digest(_score_numbers(results)), lambda: _scores(results)),
+        "scores": (sha256_hex(json.dumps(_score_numbers(results))), lambda: _scores(results)),
     }
     if "sup" in curves:
         numbers = [(c.row, c.column, c.steps.tolist(), c.mean.tolist()) for c in curves["sup"]]
         labels = [_title(results, c.row) + results.plan.table.columns[c.column].label for c in curves["sup"]]
-        wanted["curves"] = (_digest([numbers, labels]), lambda: _lines(results, curves["sup"], TERMS["sup"]))
+        wanted["curves"] = (
+            sha256_hex(json.dumps([numbers, labels])),
+            lambda: _lines(results, curves["sup"], TERMS["sup"]),
+        )
     written = []
     for name, (digest, draw) in wanted.items():
         paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
@@ -124,10 +128,6 @@ def _write(figure: Figure, paths: Sequence[Path], digest: str) -> None:
         with matplotlib.rc_context({"svg.hashsalt": "viladiff", "svg.fonttype": "none"}):
             figure.savefig(buffer, format=path.suffix[1:], dpi=160, metadata=metadata)
         write_atomically(path, buffer.getvalue())
-
-
-def _digest(numbers: object) -> str:
-    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
 def _drawn_from(path: Path) -> str:
@@ -169,9 +169,9 @@ def _figure(width: float, height: float, across: int, left: float) -> tuple[Figu
 
 
 def _scores(results: Results) -> Figure:
-    """A panel a column: seeds as dots, their mean as a bar."""
+    """Draw a panel a column: seeds as dots, their mean as a bar."""
     rows, table = results.rows(), results.plan.table
-    labels = [_plain(_title(results, row)) for row in rows]
+    labels = [plain(_title(results, row)) for row in rows]
     left = 0.4 + 0.065 * max(map(len, labels))
     columns = results.plan.columns
     figure, axes = _figure(left + 2.6 * len(columns), 0.24 * len(rows) + 0.9, len(columns), left)
@@ -184,7 +184,7 @@ def _scores(results: Results) -> Figure:
                 axis.plot([found.mean], [place], "|", color=css, markersize=12, markeredgewidth=2)
         if not any(summary(results.at(row, column), table.metric).n for row in rows):
             axis.set_xticks([])
-        axis.set_title(_plain(table.columns[column].label), fontsize=8)
+        axis.set_title(plain(table.columns[column].label), fontsize=8)
         axis.set_xlabel("mIoU (%)", fontsize=8)
     axes[0].set_yticks(range(len(rows)), labels)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -192,7 +192,7 @@ def _scores(results: Results) -> Figure:
 
 
 def _lines(results: Results, curves: Sequence[Curve], name: str) -> Figure:
-    """A panel a column, a line a row; our own rows are dashed."""
+    """Draw a panel a column, a line a row; our own rows are dashed."""
     columns, table = [c for c in results.plan.columns if any(x.column == c for x in curves)], results.plan.table
     figure, axes = _figure(0.6 + 3.4 * len(columns) + 2.2, 3.2, len(columns), 0.6)
     figure.subplots_adjust(right=1 - 2.3 / figure.get_figwidth())
@@ -201,17 +201,12 @@ def _lines(results: Results, curves: Sequence[Curve], name: str) -> Figure:
         for curve in (c for c in curves if c.column == column):
             place = results.plan.rows.index(curve.row)
             style = "--" if table.rows[curve.row].control else "-"
-            css, label = shades[place % len(shades)], _plain(_title(results, curve.row)[:34])
+            css, label = shades[place % len(shades)], plain(_title(results, curve.row)[:34])
             axis.plot(curve.steps, curve.mean, style, color=css, linewidth=1, label=label)
-        axis.set_title(_plain(table.columns[column].label), fontsize=8)
+        axis.set_title(plain(table.columns[column].label), fontsize=8)
         axis.set_xlabel("step", fontsize=8)
     axes[0].set_ylabel(name, fontsize=8)
     axes[-1].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     if limits(curves)[2]:
         axes[0].set_yscale("log")
     return figure
-
-
-def _plain(text: str) -> str:
-    """matplotlib takes text between two dollars for mathematics."""
-    return text.replace("$", r"\$")

@@ -1,6 +1,6 @@
-"""The paper's numbers, the published runs and this machine's runs side by side, and whether the last meet criteria.
+"""The paper's numbers, the published runs and this machine's runs side by side, with criteria for the last.
 
-A scale with ``published_runs`` trains few of a table's cells; for all of them the committed records stand beside it.
+A scale with ``published_runs`` trains few of a table's cells; the committed records of all are beside it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Beside:
         return tuple(sorted({*self.published.plan.columns, *self.here.plan.columns}))
 
     def trained(self, row: int, column: int) -> bool:
-        """Whether the cell is among those that are trained on this machine."""
+        """Return whether the cell is trained on this machine."""
         return bool(self.here.at(row, column))
 
 
@@ -103,7 +103,7 @@ class BesideRow(NamedTuple):
 
 
 def beside_rows(both: Beside) -> list[BesideRow]:
-    """Every row of the table."""
+    """Return every row of the table."""
     table = both.here.plan.table
     return [
         BesideRow(
@@ -118,7 +118,7 @@ def beside_rows(both: Beside) -> list[BesideRow]:
 
 
 def _name(both: Beside, row: int) -> str:
-    """A row's label, with a mark where its runs read true masks, be it on this machine alone."""
+    """Return a row's label, with a mark if its runs read true masks, even on this machine alone."""
     if row in both.here.plan.ceilings - both.published.plan.ceilings:
         return f"{both.here.plan.table.rows[row].label} (this machine: {CEILING})"
     return row_name(both.published, row)
@@ -141,7 +141,7 @@ def _number(results: Results, row: int, reference: int, column: int) -> Number:
 
 
 def headline_beside(both: Beside) -> str:
-    """The page's first: the published numbers, then this machine's; the paper's differences stand beside the first."""
+    """Return the page's first sentence: the published numbers, the paper's differences to them, this machine's."""
     if not both.any_published:
         return f"{NO_RECORDS} On this machine {_reached(both, both.here, True)}"
     published, here = _reached(both, both.published, True), _reached(both, both.here, False)
@@ -149,7 +149,7 @@ def headline_beside(both: Beside) -> str:
 
 
 def _reached(both: Beside, results: Results, with_paper: bool) -> str:
-    """Where the headline's row ends, and against the reference; a sentence without its beginning."""
+    """Describe the headline's score and its difference to the reference, as the end of a sentence."""
     table, row, base = both.here.plan.table, both.published.headline, both.published.reference
     said = []
     for column in results.plan.columns:
@@ -170,7 +170,7 @@ def _against(gap: float) -> str:
 
 
 def sources(both: Beside) -> list[tuple[str, str]]:
-    """Each of the three with what its numbers are of."""
+    """Return each of the three columns with the source of its numbers."""
     pairs = dict.fromkeys(filter(None, (swapped(both.here, column) for column in both.columns)))
     paper = f"as printed, on {' and '.join(asked for asked, _ in pairs)}" if pairs else "as printed"
     stand = " and ".join(ours for _, ours in pairs)
@@ -186,7 +186,7 @@ def sources(both: Beside) -> list[tuple[str, str]]:
 
 
 def _made(results: Results) -> str:
-    """Steps, seeds and processor of the runs that are there."""
+    """Describe steps, seeds and processor of the existing runs."""
     records = list(results.records().values())
     if not records:
         return ""
@@ -208,7 +208,7 @@ class Judged(NamedTuple):
 
 
 def criteria(both: Beside) -> list[Judged]:
-    """Every criterion of the table in every column in which its row is trained here."""
+    """Evaluate every criterion of the table in every column in which its row is trained here."""
     table = both.here.plan.table
     labels = [row.label for row in table.rows]
     found = []
@@ -224,14 +224,14 @@ def criteria(both: Beside) -> list[Judged]:
 
 
 def _undecided(judged: Judged, ceilings: Sequence[str]) -> Judged:
-    """As it is without ``ceilings``, rows of the criterion that read true masks; they are no result of a method."""
+    """Return the criterion without ``ceilings``, its rows that read true masks and are no result of a method."""
     if not ceilings:
         return judged
     return Judged("not decided", f"{judged.text} No result of a method: {', '.join(ceilings)} reads true masks.")
 
 
 def _apart(both: Beside, one: Criterion, row: int, column: int) -> Judged:
-    """Whether a row's mean is near the published one."""
+    """Evaluate whether a row's mean is near the published one."""
     table = both.here.plan.table
     mine, theirs = (summary(side.at(row, column), table.metric).mean for side in (both.here, both.published))
     said = f"{one.row} within {one.points:g} points of its published value, {table.columns[column].label}"
@@ -244,7 +244,7 @@ def _apart(both: Beside, one: Criterion, row: int, column: int) -> Judged:
 
 
 def _lengths(both: Beside, row: int, column: int) -> str:
-    """How long a cell's runs are on either side; empty where that is the same."""
+    """Describe the length of a cell's runs in both sources; empty if they are equal."""
     entries = [side.at(row, column) for side in (both.here, both.published)]
     here, there = (sorted({one.record.steps for one in found if one.record is not None}) for found in entries)
     said = (" and ".join(f"{steps:,}" for steps in found) for found in (here, there))
@@ -252,7 +252,7 @@ def _lengths(both: Beside, row: int, column: int) -> str:
 
 
 def _above(both: Beside, one: Criterion, row: int, other: int, column: int) -> Judged:
-    """Whether a row is above another by so many standard deviations of the published runs."""
+    """Evaluate whether a row is above another by so many standard deviations of the published runs."""
     table = both.here.plan.table
     found, base = (summary(both.here.at(place, column), table.metric) for place in (row, other))
     gap, spread = difference(found, base), pooled_spread(both.published, (row, other), column)
@@ -273,7 +273,7 @@ def _lacking(here: bool, published: bool, record: str = "no published record") -
 
 
 def pooled_spread(results: Results, rows: Sequence[int], column: int) -> float | None:
-    """Standard deviation over seeds of the rows' cells in a column, in points, pooled; None below two seeds in all."""
+    """Return the pooled standard deviation over seeds of the rows' cells in a column, in points, or None."""
     squares, free = 0.0, 0
     for row in rows:
         found = summary(results.at(row, column), results.plan.table.metric)
@@ -286,7 +286,7 @@ def pooled_spread(results: Results, rows: Sequence[int], column: int) -> float |
 
 
 def long_lines(both: Beside) -> list[dict[str, object]]:
-    """A line a run of either source, ``source`` first: ``published`` or ``this machine``; the paper's in ``paper``."""
+    """Return a line a run, ``source`` first: ``published`` or ``this machine``; the paper's value in ``paper``."""
     found = [
         {"source": source, **line}
         for source, results in (("published", both.published), ("this machine", both.here))
@@ -297,7 +297,7 @@ def long_lines(both: Beside) -> list[dict[str, object]]:
 
 
 def beside_markdown(both: Beside) -> list[str]:
-    """Lines of a section."""
+    """Return the lines of a section."""
     labels = [markdown(both.here.plan.table.columns[column].label) for column in both.columns]
     head = ["", "row", *(f"{label} {kind}" for label in labels for kind in ("paper", "published", "this machine"))]
     body = [
@@ -316,7 +316,7 @@ def _texts(line: BesideRow) -> Iterator[str]:
 
 
 def beside_latex(both: Beside, caption: Sequence[str]) -> str:
-    """A booktabs table with three columns for each of the table's; printed numbers are grey."""
+    """Render a booktabs table with three columns for each of the table's; printed numbers are grey."""
     table = both.here.plan.table
     grey = r"\textcolor{gray}{%s}"
     spans = [rf"\multicolumn{{3}}{{c}}{{{latex(table.columns[column].label)}}}" for column in both.columns]
@@ -347,7 +347,7 @@ def beside_latex(both: Beside, caption: Sequence[str]) -> str:
 
 
 def to_terminal(both: Beside) -> str:
-    """The columns that are trained here, the paper's rows and those trained here: a line each, and the criteria."""
+    """Format the columns that are trained here, a line for each of the paper's and trained rows, and the criteria."""
     shown = [i for i, column in enumerate(both.columns) if any(both.trained(row, column) for row in both.rows)]
     labels = [both.here.plan.table.columns[both.columns[i]].label for i in shown]
     grid = [["", "", *(word for label in labels for word in (f"{label}: paper", "published", "this machine"))]]
@@ -370,6 +370,6 @@ def to_terminal(both: Beside) -> str:
 
 
 def published_facts(both: Beside) -> list[provenance.Fact]:
-    """What the published runs have in common."""
+    """Return the facts that the published runs share."""
     records = list(both.published.records().values())
     return provenance.shared_facts(records) if records else []

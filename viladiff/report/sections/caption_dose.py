@@ -1,6 +1,6 @@
-"""What a page on captions has beyond a table's: mIoU against how much captions notice, and both streams of every row.
+"""Page section on captions: mIoU against the captions' recall, and both streams of every row.
 
-Used where a spec has ``page = "captions"``. The curve's rows are those that differ from the headline's in
+Used by specs with ``page = "captions"``. The curve's rows are those that differ from the headline's in
 ``data.caption_recall`` alone; the lines are rows of other methods.
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from viladiff.core.colormap import SERIES
-from viladiff.report.charts.scatter import THEMES, save_drawn
+from viladiff.report.charts.themes import LIGHT, new_figure, plain, save_drawn, style_axes, uri
 from viladiff.report.markup import markdown
-from viladiff.report.sections.leaderboard import CostChart, uri
+from viladiff.report.sections.leaderboard import CostChart
 from viladiff.report.table.exports import signed
 from viladiff.report.table.results import CEILING, Results, Summary, difference, number, row_name, summary
 
@@ -53,7 +53,7 @@ class Dose(NamedTuple):
 
 
 def dose(results: Results, out: Path) -> Dose | None:
-    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    """Compute all values of the template; None if the spec does not request them. Writes figures below ``out``."""
     table = results.plan.table
     if table.page != "captions":
         return None
@@ -74,7 +74,7 @@ def dose(results: Results, out: Path) -> Dose | None:
 
 
 def _fields(results: Results, row: int) -> Mapping[str, Any]:
-    """Changed fields of a row's first run; none where it has no run."""
+    """Return the changed fields of a row's first run; empty if it has none."""
     plan = results.plan
     name = next((name for column in plan.columns for name in plan.run_ids(row, column)), None)
     return {} if name is None else plan.runs[name].changed
@@ -94,7 +94,7 @@ def _line(results: Results, row: int, base: Mapping[str, Any]) -> DoseLine:
 
 
 def _said(column: str, place: int, head: DoseLine, levels: Sequence[Level]) -> str:
-    """The headline's streams less the best of the other methods, over the seeds that both have."""
+    """Format the headline's streams minus the best of the other methods, over the seeds that both have."""
     there = [level for level in levels if level.found[place].mean is not None]
     visual, fusion = head.found[place]
     if visual.mean is None or not there:
@@ -118,7 +118,7 @@ def _said(column: str, place: int, head: DoseLine, levels: Sequence[Level]) -> s
 def _pictures(
     results: Results, lines: Sequence[DoseLine], levels: Sequence[Level], folder: Path
 ) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
-    """One a column where two places of the curve are measured."""
+    """Draw a figure for each column in which two points of the curve are measured."""
     found, files = [], []
     for place, column in enumerate(results.plan.columns):
         curves = {stream: _curve(lines, place, i) for i, stream in enumerate(STREAMS)}
@@ -141,7 +141,7 @@ def _pictures(
 
 
 def _curve(lines: Sequence[DoseLine], place: int, stream: int) -> list[tuple[float, float, float | None]]:
-    """(recall, mean, standard deviation) of what is measured, by recall."""
+    """Return (recall, mean, standard deviation) of the measured points, by recall."""
     of = [(line.recall, line.found[place][stream]) for line in lines if line.recall is not None]
     return sorted((recall, one.mean, one.spread) for recall, one in of if one.mean is not None and recall is not None)
 
@@ -151,30 +151,18 @@ def draw_dose(
     curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
     levels: Sequence[tuple[str, float]],
 ) -> Figure:
-    """The light picture: a curve a stream with standard deviations of seeds, a level a row of another method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: it keeps figures and picks a display
-
-    look = THEMES["light"]
-    figure = Figure(figsize=(6.4, 4.2), facecolor=look["ground"])
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 0.12, 0.89, 0.8), facecolor=look["ground"])
+    """Draw the light figure: a curve a stream with standard deviations of seeds, a level a row of another method."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.add_axes((0.09, 0.12, 0.89, 0.8))
+    style_axes(axes, title, "recall of captions", "mIoU (%), mean and standard deviation of seeds")
     for place, (stream, curve) in enumerate(curves.items()):
         x, y = [one[0] for one in curve], [one[1] for one in curve]
         spread = [one[2] or 0.0 for one in curve]
         axes.errorbar(x, y, spread, color=SERIES[place], marker="os"[place], markersize=5, label=stream, zorder=3)
     for place, (label, mean) in enumerate(levels):
         dashes = DASHES[place % len(DASHES)]
-        axes.axhline(mean, color=look["faint"], linewidth=1, linestyle=dashes, label=label.replace("$", r"\$"))
-    axes.grid(color=look["line"], linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=look["faint"])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(look["line"])
-    axes.set_title(title.replace("$", r"\$"), fontsize=9, color=look["ink"], loc="left")
-    axes.set_xlabel("recall of captions", fontsize=8, color=look["faint"])
-    axes.set_ylabel("mIoU (%), mean and standard deviation of seeds", fontsize=8, color=look["faint"])
-    axes.legend(loc="best", fontsize=7, frameon=False, labelcolor=look["faint"])
+        axes.axhline(mean, color=LIGHT["faint"], linewidth=1, linestyle=dashes, label=plain(label))
+    axes.legend(loc="best", fontsize=7, frameon=False, labelcolor=LIGHT["faint"])
     return figure
 
 
@@ -182,7 +170,7 @@ def draw_dose(
 
 
 def dose_markdown(found: Dose | None, columns: Sequence[str]) -> dict[str, list[str]]:
-    """A section of table.md."""
+    """Return the section of table.md."""
     if found is None:
         return {}
     heads = ["row", "recall", *(f"{stream}, {column}" for column in columns for stream in STREAMS)]

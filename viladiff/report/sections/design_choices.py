@@ -1,4 +1,4 @@
-"""What each choice that the text leaves open is worth: every alternative against the default, and what went unseen."""
+"""Page section on choices that the paper leaves open: every alternative against the default."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 
 
 def build_choices(results: Results, verdicts: Sequence[Verdict]) -> list[Choice]:
-    """By heading of rows, for a table that the paper does not have and that asks what differs from its reference."""
+    """Return the choices by heading of rows, for a table of our own that asks what differs from its reference."""
     table = results.plan.table
     claim = next((one for one in table.claims if one.kind == "differs" and one.metric == table.metric), None)
     if table.printed or claim is None or table.page != "table":
@@ -91,7 +91,7 @@ def _choice(where: str, alternatives: Sequence[Alternative]) -> Choice:
 
 
 def answer(found: Sequence[Choice]) -> str:
-    """All choices in a sentence; empty where none is asked about."""
+    """Summarise all choices in a sentence; empty if there is none."""
     outcomes = [one.outcome for choice in found for one in choice.alternatives]
     if not outcomes:
         return ""
@@ -103,7 +103,7 @@ def answer(found: Sequence[Choice]) -> str:
 
 
 def choices_markdown(found: Sequence[Choice]) -> list[str]:
-    """Lines of table.md."""
+    """Return the lines of table.md."""
     out = [answer(found), ""] if found else []
     for choice in found:
         out += [f"- **{markdown(choice.where)}** {markdown(choice.said)}"]

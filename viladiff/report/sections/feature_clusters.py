@@ -1,6 +1,6 @@
-"""How well features cluster, before and after text was read: numbers of feature space, and t-SNE to look at.
+"""Page section on clusters of features, before and after reading text: scores and t-SNE.
 
-Used where a spec has ``page = "clusters"``; ``viladiff.evaluation.feature_clusters`` measures.
+Used by specs with ``page = "clusters"``; ``viladiff.evaluation.feature_clusters`` measures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Values(NamedTuple):
     by_seed: dict[int, float]
 
     def __str__(self) -> str:
-        """``0.149 ± 0.010 (3)``, ``0.149 (1)`` or an em dash."""
+        """Return ``0.149 ± 0.010 (3)``, ``0.149 (1)`` or an em dash."""
         values = list(self.by_seed.values())
         if not values:
             return "—"
@@ -58,7 +58,7 @@ class Paired(NamedTuple):
     """Two-sided, of a paired t test, not corrected."""
 
     def __str__(self) -> str:
-        """``+0.021 ± 0.013, p = 0.020``: what follows ± is the interval."""
+        """Return ``+0.021 ± 0.013, p = 0.020``, with the interval after ±."""
         shown = f"{self.mean:+.3f}".replace("-", "−")
         if self.half is None or self.p is None:
             return f"{shown} ({self.seeds})"
@@ -105,7 +105,7 @@ class Clusters(NamedTuple):
 
 
 def build_clusters(results: Results, store: Store, out: Path) -> Clusters | None:
-    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    """Compute all values of the template; None if the spec does not request them. Writes figures below ``out``."""
     if results.plan.table.page != "clusters":
         return None
     lines = tuple(_line(results, row, column) for row in results.rows() for column in results.plan.columns)
@@ -142,12 +142,12 @@ def _values(entries: Sequence[CellRun], name: str) -> Values:
 
 
 def _scores(record: RunRecord) -> Mapping[str, float | None]:
-    """Of the headline."""
+    """Return the headline's cluster scores."""
     return record.scores.get(record.network, {}).get(record.stream, {})
 
 
 def paired(of: Mapping[int, float], to: Mapping[int, float]) -> Paired | None:
-    """Over the seeds that both have; None without one."""
+    """Return the difference over the seeds that both have; None without one."""
     from scipy import stats
 
     gaps = np.array([of[seed] - to[seed] for seed in sorted(of.keys() & to.keys())])
@@ -162,7 +162,7 @@ def paired(of: Mapping[int, float], to: Mapping[int, float]) -> Paired | None:
 
 
 def _said(results: Results) -> list[str]:
-    """How it was measured, from the records."""
+    """Describe the measurement from the records."""
     found = {(s.get("tokens"), s.get("token_classes")) for s in map(_scores, results.records().values())}
     counts = sorted((int(tokens), int(classes or 0)) for tokens, classes in found if tokens)
     sampled = "; ".join(f"{n:,} tokens, {n // k} of each of {k} classes" for n, k in counts if k)
@@ -194,7 +194,7 @@ def _said(results: Results) -> list[str]:
 
 
 def _panels(results: Results, store: Store) -> tuple[tuple[Panel, ...], set[int], tuple[str, ...]]:
-    """Of each row after words were read, of the headline before as well; classes that occur; and what is wrong."""
+    """Return the panels of each row after reading the texts, for the headline before as well; classes; problems."""
     table, panels = results.plan.table, []
     shown: set[int] = set()
     wrong: list[str] = []
@@ -219,7 +219,7 @@ def _panels(results: Results, store: Store) -> tuple[tuple[Panel, ...], set[int]
 
 
 def _first(entries: Sequence[CellRun], store: Store, wrong: list[str]) -> tuple[CellRun, dict[str, np.ndarray]] | None:
-    """The first seed that has a picture; notes in ``wrong`` what cannot be read."""
+    """Return the first seed that has a figure; add to ``wrong`` what cannot be read."""
     for entry in entries:
         path = store.file(entry.cell.run_id, "plane.npz") if entry.record is not None else None
         if path is not None and entry.record is not None:
@@ -247,7 +247,7 @@ def load(path: Path, classes: int) -> dict[str, np.ndarray]:
 
 
 def drawn(places: np.ndarray, label: np.ndarray, classes: int, words: str) -> Markup:
-    """Points (n, 2) in the classes' colours, on a square; a path a class, since a circle a point would take 100 kB."""
+    """Draw points (n, 2) in the classes' colours, on a square; one path a class, since circles would take 100 kB."""
     low, high = places.min(0).astype(float), places.max(0).astype(float)
     at = (places - (low + high) / 2) / ((high - low).max() or 1.0) * (SIDE - 16) + SIDE / 2
     colours = colormap.class_colours(classes)
@@ -275,7 +275,7 @@ def _legend(results: Results, shown: set[int]) -> tuple[tuple[str, str], ...]:
 
 
 def clusters_markdown(found: Clusters | None) -> dict[str, list[str]]:
-    """Sections of table.md."""
+    """Return the sections of table.md."""
     if found is None:
         return {}
     out = {"How features were measured": [f"- {markdown(text)}" for text in found.said]}

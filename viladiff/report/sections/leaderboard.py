@@ -1,11 +1,10 @@
-"""What a leaderboard's page has beyond a table's: accuracy against cost, calibration, rates that were tried, a finding.
+"""Page section of the leaderboard: accuracy against cost, calibration, tried learning rates, a summary.
 
-Used where a spec has ``page = "leaderboard"``.
+Used by specs with ``page = "leaderboard"``.
 """
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from viladiff.config.base import error_reason
 from viladiff.report.charts import scatter
+from viladiff.report.charts.themes import uri
 from viladiff.report.markup import markdown
 from viladiff.report.sections import ranking
 from viladiff.report.sections.learning_rates import RateComparison, tried
@@ -87,7 +88,7 @@ class Leaderboard(NamedTuple):
 
 
 def build_leaderboard(results: Results, store: Store, out: Path, verdicts: Sequence[Verdict]) -> Leaderboard | None:
-    """Everything that the template lays out; None where the spec does not ask for it. Writes figures below ``out``."""
+    """Compute all values of the template; None if the spec does not request them. Writes figures below ``out``."""
     if results.plan.table.page != "leaderboard":
         return None
     measured = read_costs(out, store.layers)
@@ -126,13 +127,13 @@ def _line(results: Results, row: int, measured: Costs) -> LeaderboardRow:
 
 
 def _planned(results: Results, row: int) -> list[PlannedRun]:
-    """Unique runs of a row."""
+    """Return the unique runs of a row."""
     names = dict.fromkeys(name for column in results.plan.columns for name in results.plan.run_ids(row, column))
     return [results.plan.runs[name] for name in names]
 
 
 def _lengths(results: Results, row: int) -> float | None:
-    """Steps of a row's runs over those of the supervised row, or where that is not planned, of most runs."""
+    """Return the steps of a row's runs over those of the supervised row, or if that is not planned, of most runs."""
     mine = [run.steps for run in _planned(results, row)]
     labels = {results.plan.table.rows[place].label: place for place in results.plan.rows}
     base = labels.get(results.plan.table.supervised)
@@ -142,7 +143,7 @@ def _lengths(results: Results, row: int) -> float | None:
 
 
 def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seconds"]) -> MeanTime:
-    """Mean over a row's runs of all columns; none where they differ in precision, and so in what a step is."""
+    """Return the mean over a row's runs of all columns; none if their precision, and so a step, differs."""
     if len({record.precision for record in records}) > 1:
         return MeanTime(None, 0)
     values: list[float | None] = [getattr(record, name) for record in records]
@@ -156,15 +157,22 @@ def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seco
 def _pictures(
     results: Results, lines: Sequence[LeaderboardRow], folder: Path
 ) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
-    """One a column that has a point; a row without a score or a cost has none."""
+    """Draw a figure for each column that has a point; a row without a score or a cost has none."""
     table, found, files = results.plan.table, [], []
     groups = tuple(dict.fromkeys(line.group or "Rows" for line in lines))
     for place, column in enumerate(results.plan.columns):
         points = tuple(
-            scatter.Point(cost, mean, line.accuracy[place].spread, line.label, groups.index(line.group or "Rows"), own)
+            scatter.Point(
+                cost,
+                mean,
+                line.accuracy[place].spread,
+                line.number,
+                line.label,
+                groups.index(line.group or "Rows"),
+                line.control,
+            )
             for line in lines
             if (cost := line.cost) is not None and (mean := line.accuracy[place].mean) is not None
-            for own in (line.control,)
         )
         if not points:
             continue
@@ -178,16 +186,11 @@ def _pictures(
     return tuple(found), tuple(files)
 
 
-def uri(path: Path) -> str:
-    """A picture inside a page."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 # Plain text
 
 
 def leaderboard_markdown(found: Leaderboard | None, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Sections of table.md."""
+    """Return the sections of table.md."""
     if found is None:
         return {}
     heads = ["row", *(f"mIoU of the trained network, {one}" for one in columns)]
@@ -229,12 +232,12 @@ def _rates(one: RateComparison) -> str:
 
 
 def timed(found: MeanTime) -> str:
-    """``196 (3)``: seconds, and over how many runs."""
+    """Format ``196 (3)``: seconds, and over how many runs."""
     return "—" if found.seconds is None else f"{found.seconds:.0f} ({found.runs})"
 
 
 def text(value: float | None, form: str) -> str:
-    """An em dash for what is not known."""
+    """Format a value; an em dash if it is unknown."""
     return "—" if value is None else format(value, form)
 
 
@@ -291,7 +294,7 @@ class Costs(NamedTuple):
 
 
 def read_costs(out: Path, layers: Iterable[Path]) -> Costs:
-    """The file beside the page, or else beside a published one."""
+    """Read the cost file beside the page, or else beside a published one."""
     places = [out / NAME, *(path for layer in layers for path in sorted(layer.glob(f"*/{NAME}")))]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
@@ -300,5 +303,5 @@ def read_costs(out: Path, layers: Iterable[Path]) -> Costs:
         return Costs(Measured.model_validate_json(found.read_bytes()), "")
     except (OSError, ValidationError) as error:
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        said = f"{'.'.join(map(str, first['loc']))}: {error_reason(first)}" if first else str(error)
         return Costs(None, f"{found.parent.name}/{NAME} cannot be used ({said}); {MAKE} makes it anew")

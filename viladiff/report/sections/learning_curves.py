@@ -37,7 +37,7 @@ class Curve:
 
 
 def curves(results: Results, store: Store) -> dict[str, list[Curve]]:
-    """By term, for each cell with logs of finished runs; a term that a method lacks has no curve there."""
+    """Return curves by term, for each cell with logs of finished runs and whose method has the term."""
     logs: dict[str, dict[str, np.ndarray]] = {}
     for run_id, record in results.records().items():
         path = store.file(run_id, record.step_log)
@@ -53,7 +53,7 @@ def curves(results: Results, store: Store) -> dict[str, list[Curve]]:
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
-    """Columns by name; a line that a kill cut short is left out, as are the terms of a log without steps."""
+    """Read columns by name; a line cut short by a kill is skipped, as are the terms of a log without steps."""
     lines = path.read_bytes().splitlines()
     lines = lines[:: max(1, len(lines) // MOST_LINES)]
     if lines and _entry(lines[-1]) is None:
@@ -102,7 +102,7 @@ def _binned(steps: np.ndarray, values: np.ndarray, edges: np.ndarray) -> np.ndar
 
 
 def _history(results: Results, row: int, column: int) -> Curve | None:
-    """Evaluations along the way; a run that was evaluated at its end alone has no curve."""
+    """Return the evaluations during training; None for a run that was evaluated at its end alone."""
     logs = [e.record.history for e in results.at(row, column) if e.record and len(e.record.history) > 1]
     if not logs:
         return None

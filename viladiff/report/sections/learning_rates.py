@@ -1,4 +1,4 @@
-"""Learning rates tried for a table's methods: whatever runs of a store differ from its own in the rate alone."""
+"""Learning rates tried for a table's methods: the store's runs that differ from the table's in the rate alone."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class RateComparison(NamedTuple):
 
 
 def _for_choices(changed: Mapping[str, object]) -> bool:
-    """Whether a run was scored on images for choices: held out, or the part ``dev``, the default of embedded data."""
+    """Return whether a run was scored on selection images: held out, or embedded data's default part ``dev``."""
     if "eval.split" in changed:
         return changed["eval.split"] in ("dev", "holdout")
     return str(changed.get("data.dataset")) in embedded_datasets()
 
 
 def tried(results: Results, records: Mapping[str, RunRecord]) -> list[RateComparison]:
-    """In the table's order; rows of which no run was scored on held-out images are left out."""
+    """Return comparisons in the table's order; rows without runs scored on held-out images are left out."""
     by_fields: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
     for record in records.values():
         if _for_choices(record.changed):
@@ -77,7 +77,7 @@ def tried(results: Results, records: Mapping[str, RunRecord]) -> list[RateCompar
 
 
 def _key(changed: Mapping[str, Any]) -> str:
-    """One for runs that differ in ``APART`` alone, and in the labelled list as seeds do that draw their own."""
+    """Return a key that is equal for runs that differ in ``APART`` alone, and in lists that seeds draw."""
     fields = {path: value for path, value in changed.items() if path not in APART}
     drawn = changed.get("data.split_seed")
     if drawn is not None:
@@ -86,7 +86,10 @@ def _key(changed: Mapping[str, Any]) -> str:
 
 
 def _rates(records: Iterable[RunRecord], taken: float | None, plain: float | None) -> tuple[RateResult, ...]:
-    """``taken`` is the table's rate, ``plain`` the plan's default, of which a record's ``config`` is no witness."""
+    """Return the results of each rate; ``taken`` is the table's rate, ``plain`` the plan's default.
+
+    A record's ``config`` is no evidence of the default.
+    """
     values: dict[float, dict[int, float]] = defaultdict(dict)
     for record in records:
         found, rate = score(record, "miou"), record.changed.get(RATE, plain)

@@ -1,4 +1,4 @@
-"""Which share of the gradient each part of a row's loss makes, and which ablated parts are too small to be tested."""
+"""Shares of the gradient by part of a row's loss, and ablated parts that are too small to test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TermChart(NamedTuple):
 
 
 class GradientSection(NamedTuple):
-    """What the page shows."""
+    """The values of the page's section."""
 
     charts: tuple[TermChart, ...]
     legend: tuple[tuple[str, str], ...]
@@ -41,7 +41,7 @@ class GradientSection(NamedTuple):
 
 
 def section(results: Results) -> GradientSection | None:
-    """None where no run of the table measured shares."""
+    """Return the section; None if no run of the table measured shares."""
     cells = {
         (row, column): of_cell(results.at(row, column)) for row in results.rows() for column in results.plan.columns
     }
@@ -64,7 +64,7 @@ def section(results: Results) -> GradientSection | None:
 
 
 def of_cell(entries: Sequence[CellRun]) -> list[TermShare]:
-    """Means over the seeds that measured shares; empty without one."""
+    """Return means over the seeds that measured shares; empty without one."""
     found = [shares for entry in entries if (shares := _shares(entry))]
     names = dict.fromkeys((one.place, one.term) for shares in found for one in shares)
     out = []
@@ -85,7 +85,7 @@ def _mean(triples: Sequence[Triple]) -> Triple:
 
 
 def bars(terms: Sequence[TermShare], colours: dict[str, str], words: str) -> Markup:
-    """A stacked bar a third of training; a third that was not measured has none."""
+    """Draw a stacked bar for each third of training; a third that was not measured has none."""
     bottom, span = HEIGHT - _BOTTOM, HEIGHT - _BOTTOM - _TOP
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="panel"><title>{escape(words)}</title>']
     for mark in (0.0, 0.5, 1.0):
@@ -109,12 +109,12 @@ def bars(terms: Sequence[TermShare], colours: dict[str, str], words: str) -> Mar
 
 
 def percent(share: float | None) -> str:
-    """``12.3``, an em dash for what was not measured."""
+    """Format ``12.3``; an em dash if not measured."""
     return "—" if share is None else f"{100 * share:.1f}"
 
 
 def small(share: float | None) -> bool:
-    """Whether a share is measured and below ``ENOUGH``."""
+    """Return whether a share is measured and below ``ENOUGH``."""
     return share is not None and share < ENOUGH
 
 
@@ -122,10 +122,10 @@ def small(share: float | None) -> bool:
 
 
 def ablated(results: Results, measured: dict[tuple[int, int], list[TermShare]]) -> list[str]:
-    """A sentence for each field that rows of one method vary and that weighs parts of its loss.
+    """Return a sentence for each field that rows of one method vary and that weights parts of its loss.
 
-    The parts are looked at in the headline's row, or in the first row where they have a share. What cannot be tested is
-    said of parts that are small in every row that measured any: a row may weigh them more than the headline's.
+    The parts are read in the headline's row, or in the first row where they have a share. A part is called untestable
+    if it is small in every row that measured any: a row may weight it more than the headline's.
     """
     records = {place: _records(results.at(*place)) for place in measured}
     fields: dict[str, tuple[str, ...]] = {}
@@ -146,7 +146,7 @@ def ablated(results: Results, measured: dict[tuple[int, int], list[TermShare]]) 
 
 
 def _largest(measured: dict[tuple[int, int], list[TermShare]], column: int, names: Sequence[str]) -> tuple[float, int]:
-    """The parts' largest share in a column, and its row."""
+    """Return the parts' largest share in a column, and its row."""
     shares = [(x or 0.0, r) for (r, c), terms in measured.items() if c == column for x in together(terms, names)]
     return max(shares, key=lambda one: one[0], default=(0.0, -1))
 
@@ -169,7 +169,7 @@ def _sentence(
 
 
 def _varied(results: Results, field: str) -> bool:
-    """Whether rows of one method differ in the field in a column; of ``path=value`` in whether the value is among."""
+    """Return whether rows of one method differ in the field in a column; for ``path=value`` in having the value."""
     path, _, one = field.partition("=")
     values: dict[tuple[int, object], set[bool | str]] = {}
     for entry in results.entries:
@@ -197,7 +197,7 @@ def _lacking(results: Results, measured: dict[tuple[int, int], list[TermShare]])
 
 
 def gradients_markdown(found: GradientSection | None) -> dict[str, list[str]]:
-    """Sections of table.md."""
+    """Return the sections of table.md."""
     if found is None:
         return {}
     heads = ["row", "column", "at", "part", *THIRDS]

@@ -1,7 +1,7 @@
-"""What the pretrained models behind a number were trained on, as far as their authors say: they may know its images.
+"""Pretraining data of the models behind a number, as far as their authors state it, and its overlap with the data set.
 
-A small table, not a search: a model that is not in it is not known, which is no statement that it is clean. The names
-are those of timm, open_clip and of model hubs' directories.
+A small table, not a search: a model that is not in it is unknown, not free of overlap. The names are those of timm,
+open_clip and of model hubs' directories.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from viladiff.runs.record import RunRecord
 
 
 class Known(NamedTuple):
-    """What models of some name saw."""
+    """The pretraining data of models whose name matches."""
 
     pattern: str
     """Of their names, in lower case."""
@@ -74,8 +74,10 @@ UNKNOWN = "not known"
 
 
 def pretraining_overlap(record: RunRecord) -> dict[str, str]:
-    """What each model behind a run was trained on, and what of the run's data set was among it; text only if there was
-    any."""
+    """Return the pretraining data of each model behind a run, and its overlap with the run's data set.
+
+    Text models are listed only if they were used.
+    """
     data = str(record.config.get("data.dataset"))
     found = {"Image encoder was trained on": _image(record, data)}
     if record.captions != "no captions" and record.config.get("data.captions", "own") not in ("none", "generic"):

@@ -1,4 +1,4 @@
-"""Pictures of a run's labels at every stage, from its ``pictures.npz``, as images that stand inside a page."""
+"""Images of a run's labels at every stage, from its ``pictures.npz``, for a page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Strip:
 
 
 def build_strips(results: Results, store: Store, most: int = MOST) -> tuple[list[Strip], list[str]]:
-    """Of the reference and the headline, first column and seed that have pictures; and what is wrong."""
+    """Return the strips of the reference and the headline, first column and seed that have pictures; and problems."""
     found, wrong = [], []
     for row in dict.fromkeys((results.reference, results.headline)):
         for entry in results.of_row(row):
@@ -59,7 +59,7 @@ def build_strips(results: Results, store: Store, most: int = MOST) -> tuple[list
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Arrays by stage, in order. Raises ValueError that names the file where one is not as it should be."""
+    """Return arrays by stage, in order. Raises ValueError that names the file if one is invalid."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name.partition("/")[2] or name: file[name] for name in sorted(file.files)}
@@ -113,7 +113,7 @@ def _mistakes(truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, st
 
 
 def _uri(pixels: np.ndarray) -> str:
-    """A PNG with a palette where 256 colours do: a tenth of the size."""
+    """Encode a PNG as a data URI, with a palette if 256 colours suffice: a tenth of the size."""
     image = Image.fromarray(pixels)
     flat = image.getcolors(256)
     if flat is not None:
@@ -124,7 +124,7 @@ def _uri(pixels: np.ndarray) -> str:
 
 
 def legend(results: Results) -> list[tuple[str, str]]:
-    """(name, CSS colour) of each class of the first record."""
+    """Return (name, CSS colour) of each class of the first record."""
     record = next(iter(results.records().values()), None)
     if record is None:
         return []

@@ -1,4 +1,4 @@
-"""What a leaderboard shows in sentences, each made of its numbers and tests, and what such numbers cannot say."""
+"""Sentences on a leaderboard, generated from its numbers and tests, and the limits of such numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def ranking_sentences(results: Results, verdicts: Sequence[Verdict], tried: Sequence[RateComparison]) -> list[str]:
-    """How much has been measured, which differences are shown, what was not seen, and what it does not tell."""
+    """Return sentences: the number of measurements, the differences shown and not shown, and the limits."""
     if not results.records():
         return ["Nothing has been measured yet."]
     found = [*_extent(results), *_shown(results, verdicts), *_gap(results), *_controls(verdicts)]
@@ -40,7 +40,7 @@ def _extent(results: Results) -> Iterator[str]:
 
 
 def _shown(results: Results, verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Who is above and below the reference, by the test of the claim that asks what differs from it."""
+    """Yield the rows above and below the reference, by the test of the claim that asks what differs from it."""
     table = results.plan.table
     claim = next((one for one in table.claims if one.kind == "differs" and one.metric == table.metric), None)
     verdict = next((one for one in verdicts if claim is not None and one.text == claim.text), None)
@@ -78,7 +78,7 @@ def _against(reference: str, made: Sequence[Comparison]) -> str:
 
 
 def _gap(results: Results) -> Iterator[str]:
-    """How much of what labels for all images would bring the best method reaches."""
+    """Yield the share of the gain of labels for all images that the best method reaches."""
     table = results.plan.table
     labels = {table.rows[row].label: row for row in results.plan.rows}
     low = labels.get(table.supervised)
@@ -101,7 +101,7 @@ def _gap(results: Results) -> Iterator[str]:
 
 
 def _controls(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Every other question of ours, with its answer."""
+    """Yield every other question of ours, with its answer."""
     for verdict in verdicts:
         if verdict.source == "ours" and any(c.form == "one_sided" for c in verdict.comparisons):
             few = verdict.comparisons if len(verdict.comparisons) <= 4 else ()
@@ -136,7 +136,7 @@ def _limits(results: Results, tried: Sequence[RateComparison]) -> Iterator[str]:
 
 
 def _evaluated(results: Results) -> Iterator[str]:
-    """Which network's score is whose."""
+    """Yield the network of each score."""
     averaged, own = [], []
     for row in results.rows(control=False):
         networks = {e.record.network for e in results.of_row(row) if e.record}
@@ -152,7 +152,7 @@ def _evaluated(results: Results) -> Iterator[str]:
 
 
 def _draws(records: Sequence[RunRecord]) -> Iterator[str]:
-    """How many images training sees, where that is the same for nearly all."""
+    """Yield the number of images in training, if it is the same for nearly all."""
     batches = ("data.batch_labelled", "data.batch_unlabelled")
     kinds = Counter((*(int(r.config.get(one) or 0) for one in batches), r.steps) for r in records)
     (labelled, unlabelled, steps), count = kinds.most_common(1)[0]
@@ -166,7 +166,7 @@ def _draws(records: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def _rates(results: Results, tried: Sequence[RateComparison]) -> str:
-    """For how many families rates were compared, and what came of it."""
+    """Summarise the comparisons of rates and the number of method families."""
     families = {row.group for row in results.plan.table.rows if not row.control}
     compared = [one for one in tried if len(one.rates) > 1 and one.family in families]
     have = {one.family for one in compared}

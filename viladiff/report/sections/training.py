@@ -1,10 +1,11 @@
-"""How a table's rows were trained: optimiser steps, and which of their publications' settings they run."""
+"""Page section on training: optimiser steps of the rows, and which published settings they use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from viladiff.core.messages import format_value
 from viladiff.report.table.results import CellRun, Results, Summary, number, row_name, summary
 
 if TYPE_CHECKING:
@@ -20,15 +21,17 @@ SHARED = "Encoder, optimiser, rate, batch and crop are the table's, whatever a p
 
 
 def shows_best(results: Results) -> bool:
-    """Whether runs are evaluated epoch by epoch, as those behind printed numbers are, in a table of mIoU: evaluations
-    along the way have no other score."""
+    """Return whether runs are evaluated epoch by epoch, as those behind printed numbers are, in a table of mIoU.
+
+    Evaluations along the way have no other score.
+    """
     return results.plan.table.metric == "miou" and any(
         run.changed.get("eval.every_epochs") is not None for run in results.plan.runs.values()
     )
 
 
 def best_epoch(entries: Sequence[CellRun]) -> Summary:
-    """mIoU of each run's best evaluation, for a look beside ``summary`` alone: it is picked on what it reports."""
+    """Return mIoU of each run's best evaluation; it is selected on the images that it reports, unlike ``summary``."""
     found = {
         e.cell.seed: 100 * float(e.record.best["miou"])
         for e in entries
@@ -62,7 +65,7 @@ class Length(NamedTuple):
 
 
 def lengths(results: Results) -> list[Length]:
-    """All rows where runs of a column differ in length or are evaluated epoch by epoch; else none."""
+    """Return all rows if runs of a column differ in length or are evaluated epoch by epoch; else none."""
     plan, table = results.plan, results.plan.table
     found = []
     for row in results.rows():
@@ -76,14 +79,14 @@ def lengths(results: Results) -> list[Length]:
 
 
 def _steps(results: Results, row: int, column: int) -> str:
-    """``157,350``; an em dash for a cell without a run."""
+    """Format ``157,350``; an em dash for a cell without a run."""
     runs = results.plan.runs
     found = {runs[name].steps for name in results.plan.run_ids(row, column) if name in runs}
     return " or ".join(f"{steps:,}" for steps in sorted(found)) or "—"
 
 
 def settings_rows(results: Results) -> list[SettingsRow]:
-    """Rows whose methods declare something for a data set of the table, in its order."""
+    """Return rows whose methods declare settings for a data set of the table, in its order."""
     found = []
     for row in results.rows():
         mine = [one for one in results.plan.published if one.row == row and one.column in results.plan.columns]
@@ -99,7 +102,7 @@ def settings_rows(results: Results) -> list[SettingsRow]:
 
 
 def undeclared(results: Results) -> str:
-    """A sentence on the rows that ``lines`` leaves out; empty where there is none or it leaves out all."""
+    """Return a sentence on the rows that ``lines`` leaves out; empty if it leaves out none or all."""
     there = {line.number for line in settings_rows(results)}
     rows = [f"{number(results, row)} {row_name(results, row)}" for row in results.rows()]
     rest = [row for row in rows if row.partition(" ")[0] not in there]
@@ -107,7 +110,7 @@ def undeclared(results: Results) -> str:
 
 
 def _told(results: Results, found: Sequence[Stated], columns: Sequence[int]) -> str:
-    """``method.pseudo.weight = 0.06 (1/16 (92)), 0.6 (1/8 (183))``; no columns are named where it is all of them."""
+    """Format ``method.pseudo.weight = 0.06 (1/16 (92)), 0.6 (1/8 (183))``; columns are omitted if they are all."""
     labels = {column: results.plan.table.columns[column].label for column in columns}
     by_path: dict[str, dict[str, list[int]]] = {}
     for one in found:
@@ -126,18 +129,12 @@ def _told(results: Results, found: Sequence[Stated], columns: Sequence[int]) -> 
 def _value(one: Stated) -> str:
     if not one.path:
         return ""
-    value = _text(one.value)
-    return value if one.applied else f"{value} (here {_text(one.runs)})"
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    value = format_value(one.value, 4)
+    return value if one.applied else f"{value} (here {format_value(one.runs, 4)})"
 
 
 def training_markdown(results: Results) -> dict[str, list[str]]:
-    """Sections of table.md."""
+    """Return the sections of table.md."""
     from viladiff.report.markup import markdown
 
     found, long = settings_rows(results), lengths(results)

@@ -1,4 +1,4 @@
-"""A sweep's page: verdict on fresh seeds first, then what was searched, each comparison at one budget."""
+"""The page of a sweep: verdict on fresh seeds first, then the search, each comparison at one budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from viladiff.core.atomic import write_atomically
 from viladiff.report import provenance
-from viladiff.report.charts.svg import BEST, LINE, PAPER, PLAIN
+from viladiff.report.charts.sweep_figures import BEST, LINE, PAPER, PLAIN, save_picture
 from viladiff.report.sweep import sweep_views
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import abandoned
@@ -57,10 +57,10 @@ class Shown:
 
 
 def render_sweep(shown: Shown, out: Path) -> Path:
-    """Writes index.html, trials.csv and winner.toml under ``out``; returns the path of index.html. A sweep that only
-    chooses writes chosen.toml too, the point with the highest mean on fresh seeds.
+    """Write index.html, trials.csv and winner.toml under ``out``; return the path of index.html.
 
-    Each file is replaced in one go: the page is rewritten while the sweep goes on.
+    A sweep that only chooses writes chosen.toml too, the point with the highest mean on fresh seeds. Each file is
+    replaced atomically: the page is rewritten during the sweep.
     """
     out.mkdir(parents=True, exist_ok=True)
     for path in abandoned(out):
@@ -85,7 +85,7 @@ def render_sweep(shown: Shown, out: Path) -> Path:
 def sweep_html(
     shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, out: Path
 ) -> str:
-    """The page as text; what it shows is worked out here, and the template lays it out."""
+    """Render the page from values computed here; the template only lays it out."""
     sweep, records = shown.sweep, shown.records
     used = _used(trials, shown.finalists, records)
     fewest = min(FRESH, len(sweep.final_seeds))
@@ -115,13 +115,7 @@ def sweep_html(
         contests=[_said(one) for one in compare_finalists(shown.finalists, records, fewest)],
         winner=to_toml(best.point) if best else "",
         download=f"data:application/toml;charset=utf-8,{quote(to_toml(best.point))}" if best else "",
-        responses=[(path, *sweep_views.response(sweep, path, every, best)) for path in sweep.space] if best else [],
-        printed=sweep_views.printed(sweep),
-        threads=sweep_views.threads(sweep, every, best) if best and len(sweep.space) > 1 else None,
-        history=sweep_views.history(every, trials),
-        cost=sweep_views.cost(trials, shown.steps[-1]) if best else None,
-        minutes=sweep_views.minutes(every, best) if best else None,
-        climbs=sweep_views.climbs(trials, shown.steps),
+        **_pictures(shown, trials, every, best, out / "figures"),
         rungs=rungs(trials, shown.steps),
         mattered=_mattered(sweep, trials, shown.steps) if shown.resting else None,
         later=not shown.resting and len(sweep.space) > 1,
@@ -133,6 +127,30 @@ def sweep_html(
     )
 
 
+def _pictures(
+    shown: Shown, trials: Sequence[Trial], every: Sequence[TrialRow], best: TrialRow | None, folder: Path
+) -> dict[str, Any]:
+    """Return figures by the template's names, drawn below ``folder``; None for one that has nothing to show."""
+    sweep = shown.sweep
+    found: dict[str, Any] = {
+        "responses": [],
+        "printed": sweep_views.printed(sweep),
+        "threads": sweep_views.threads(sweep, every, best) if best and len(sweep.space) > 1 else None,
+        "history": sweep_views.history(every, trials),
+        "cost": sweep_views.cost(trials, shown.steps[-1]) if best else None,
+        "minutes": sweep_views.minutes(every, best) if best else None,
+        "climbs": sweep_views.climbs(trials, shown.steps),
+    }
+    for name in ("threads", "history", "cost", "minutes", "climbs"):
+        found[name] = found[name] and save_picture(found[name], folder, name)
+    for i, path in enumerate(sweep.space if best else (), 1):
+        chart, width = sweep_views.response(sweep, path, every, best)  # type: ignore[arg-type]
+        found["responses"].append((path, save_picture(chart, folder, f"response-{i}"), width))
+    for i, one in enumerate(found["printed"], 1):
+        one["chart"] = save_picture(one["chart"], folder, f"printed-{i}")
+    return found
+
+
 _STATES = ("complete", "pruned", "failed", "running")
 
 
@@ -140,7 +158,7 @@ _STATES = ("complete", "pruned", "failed", "running")
 
 
 def trials_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[TrialRow]) -> str:
-    """A line a trial: its point, its score in percent and the step that it is of; empty where a number is missing."""
+    """Return a line a trial: its point, its score in percent and the step of that score; empty if missing."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     names = ("state", "score", "step", "seeds", "rank", "train_seconds", "origin", "reason", "runs")
@@ -169,7 +187,7 @@ def _said(one: FinalComparison) -> dict[str, Any]:
 
 
 def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> dict[str, Any] | None:
-    """Shares by field from both evaluators at one budget; a space of one dimension has nothing to share out."""
+    """Return importances by field from both evaluators at one budget; None for a space of one dimension."""
     step = one_budget(trials, steps)
     if len(sweep.space) < 2 or step is None:
         return None
@@ -183,7 +201,7 @@ def _mattered(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int]) -> di
 
 
 def _listed(every: Sequence[TrialRow]) -> list[TrialRow]:
-    """All trials, or of very many the best and the latest."""
+    """Return all trials, or of very many the best and the latest."""
     if len(every) <= LISTED:
         return list(every)
     first = sorted((row for row in every if row.rank is not None), key=lambda row: row.rank or 0)[: LISTED // 2]
@@ -192,7 +210,7 @@ def _listed(every: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def _used(trials: Sequence[Trial], found: Sequence[Finalist], records: Records) -> dict[str, RunRecord]:
-    """Records behind the page."""
+    """Return the records behind the page."""
     names = [*(run for trial in trials for run in trial.runs.values())]
     names += [run.run_id for one in found for run in one.runs.values()]
     return {name: records[name] for name in names if name in records}
@@ -205,7 +223,7 @@ def _totals(used: Mapping[str, RunRecord]) -> list[provenance.Fact]:
 
 
 def _runs(trials: Sequence[Trial], found: Sequence[Finalist], records: Records, out: Path) -> list[dict[str, Any]]:
-    """Finished runs of the finalists, and of all trials where there are not very many; with links to records nearby."""
+    """Return finished runs of the finalists, and of all trials if there are few; with links to records nearby."""
     stands: dict[str, list[str]] = {}
     for one in found:
         for seed, run in one.runs.items():
@@ -221,6 +239,6 @@ def _runs(trials: Sequence[Trial], found: Sequence[Finalist], records: Records, 
 
 
 def _link(run_id: str, out: Path) -> str:
-    """A record that lies beside the page; nothing else is named, since the page may be published."""
+    """Link a record beside the page; no other path is shown, since the page may be published."""
     path = out / "records" / f"{run_id}.json"
     return Path(os.path.relpath(path, out)).as_posix() if path.is_file() else ""

@@ -1,26 +1,24 @@
-"""What each chart of a sweep's page shows. Trials are compared at the full length alone, but for the chart of rungs."""
+"""Data of the charts on a sweep's page. Trials are compared at the full length alone, but for the chart of rungs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import Markup
-
-from viladiff.report.charts.svg import (
+from viladiff.core.messages import format_seconds
+from viladiff.report.charts.sweep_figures import (
     BEST,
     LINE,
     PAPER,
     PLAIN,
     WIDE,
     Axis,
+    ParallelChart,
     ParallelLine,
     Point,
     Polyline,
-    chart,
-    parallel,
+    TrialChart,
 )
-from viladiff.report.provenance import duration
 from viladiff.sweeps.space import Dimension
 from viladiff.sweeps.spec import PaperCurve, Sweep
 from viladiff.sweeps.summary import TrialRow, best_so_far, local_mean, trained
@@ -31,7 +29,7 @@ DRAWN = 300
 
 
 def last(path: str) -> str:
-    """A field without its sections."""
+    """Return a field without its sections."""
     return path.rpartition(".")[2]
 
 
@@ -58,7 +56,7 @@ def _who(row: TrialRow, best: TrialRow) -> tuple[str, str]:
 
 
 def _ranked(every: Sequence[TrialRow], most: int = DRAWN) -> list[TrialRow]:
-    """Completed trials, worst first; of very many, the best and an even choice of the rest."""
+    """Return completed trials, worst first; of very many, the best and an even selection of the rest."""
     found = sorted(
         (row for row in every if row.rank is not None and row.mean is not None), key=lambda row: row.rank or 0
     )
@@ -68,10 +66,10 @@ def _ranked(every: Sequence[TrialRow], most: int = DRAWN) -> list[TrialRow]:
     return found[::-1]
 
 
-def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow) -> tuple[Markup, float | None]:
+def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow) -> tuple[TrialChart, float | None]:
     """Completed trials along one dimension, mean and range over seeds, with a local mean where it holds numbers.
 
-    Also the width of that mean's kernel, as a share of the dimension.
+    Also returns the width of that mean's kernel, as a share of the dimension.
     """
     dimension, axis = sweep.space[path], _axis(path, sweep.space[path])
     done, dots, lines = [row for row in every if row.rank is not None and row.mean is not None], [], []
@@ -90,20 +88,20 @@ def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow)
         words = f"trial {row.number} ({who}, {row.seeds} seeds): {path} = {short(row.point[path])}, {row.mean:.2f}"
         dots.append(Point(_place(dimension, row.point[path]), row.mean or 0.0, words, colour, row.low, row.high))
     stopped = [row for row in every if row.state == "pruned"][-DRAWN:]
-    rug = [(_place(dimension, row.point[path]), f"trial {row.number}, {row.reason}") for row in stopped]
-    words = f"mIoU of completed trials along {path}"
-    return chart(axis, words, dots, lines, rug=rug), smooth.width if smooth else None
+    rug = [_place(dimension, row.point[path]) for row in stopped]
+    words = f"mIoU of completed trials along {path}" + (f", {len(rug)} stopped early" if rug else "")
+    return TrialChart(axis, words, dots, lines, rug=rug), smooth.width if smooth else None
 
 
 def _along(axis: Axis, share: float) -> float:
-    """The value at a share of an axis of numbers."""
+    """Return the value at a fraction of a numeric axis."""
     if axis.log:
         return axis.low * (axis.high / axis.low) ** share
     return axis.low + (axis.high - axis.low) * share
 
 
 def printed(sweep: Sweep) -> list[dict[str, Any]]:
-    """What the paper prints along a dimension: a chart relative to its own value, and the numbers."""
+    """Return the paper's values along a dimension: a chart relative to its own value, and the numbers."""
     found = []
     for path in sweep.space:
         curves = [curve for curve in sweep.paper if curve.field == path]
@@ -124,14 +122,14 @@ def printed(sweep: Sweep) -> list[dict[str, Any]]:
                     "path": path,
                     "at": places,
                     "numbers": numbers,
-                    "chart": chart(_axis(path, sweep.space[path]), words, dots, lines),
+                    "chart": TrialChart(_axis(path, sweep.space[path]), words, dots, lines, upwards="points of mIoU"),
                 }
             )
     return found
 
 
 def _printed_line(sweep: Sweep, curve: PaperCurve) -> tuple[list[Polyline], list[Point]]:
-    """One printed curve, in points above what it prints at the value that the paper chose."""
+    """Return one printed curve, in points above its value at the paper's choice."""
     dimension = sweep.space[curve.field]
     known = {at: float(miou) for at, miou in zip(curve.at, curve.miou, strict=True) if miou != "-"}
     base = known.get(sweep.initial_point[curve.field])
@@ -145,7 +143,8 @@ def _printed_line(sweep: Sweep, curve: PaperCurve) -> tuple[list[Polyline], list
     return [Polyline(points, PAPER, curve.label, faint=True)], dots
 
 
-def threads(sweep: Sweep, every: Sequence[TrialRow], best: TrialRow) -> Markup:
+def threads(sweep: Sweep, every: Sequence[TrialRow], best: TrialRow) -> ParallelChart:
+    """Chart completed trials across all dimensions and their mIoU."""
     done = _ranked(every)
     low, high = min(row.mean or 0.0 for row in done), max(row.mean or 0.0 for row in done)
     score = Axis(low, high if high > low else low + 1, "mIoU (%)")
@@ -161,10 +160,10 @@ def threads(sweep: Sweep, every: Sequence[TrialRow], best: TrialRow) -> Markup:
         threads.append(
             ParallelLine([*shares, score.share(row.mean or 0.0)], words, rank, "" if colour == PLAIN else colour)
         )
-    return parallel([*axes, score], threads, "Completed trials across all dimensions, and their mIoU")
+    return ParallelChart([*axes, score], "Completed trials across all dimensions, and their mIoU", threads)
 
 
-def history(every: Sequence[TrialRow], trials: Sequence[Trial]) -> Markup | None:
+def history(every: Sequence[TrialRow], trials: Sequence[Trial]) -> TrialChart | None:
     """Completed trials by number, and the best of them so far."""
     best = best_so_far(trials)
     if not best:
@@ -181,7 +180,7 @@ def history(every: Sequence[TrialRow], trials: Sequence[Trial]) -> Markup | None
         for row in _ranked(every)
     ]
     end = max(1.0, float(len(trials) - 1))
-    return chart(Axis(0.0, end, "trial"), "Completed trials in their order", dots, [_stairs(best, end)], WIDE)
+    return TrialChart(Axis(0.0, end, "trial"), "Completed trials in their order", dots, [_stairs(best, end)], WIDE)
 
 
 def _stairs(best: Sequence[tuple[float, float]], end: float) -> Polyline:
@@ -192,17 +191,17 @@ def _stairs(best: Sequence[tuple[float, float]], end: float) -> Polyline:
     return Polyline([*points, (end, points[-1][1])], LINE, f"best so far: {points[-1][1]:.2f}")
 
 
-def cost(trials: Sequence[Trial], full: int) -> Markup:
-    """The best so far against the steps that it took to find it."""
+def cost(trials: Sequence[Trial], full: int) -> TrialChart:
+    """Chart the best so far against the steps that it took to find it."""
     total = dict(trained(trials, full))
     best = [(total[number] / 1000, mean) for number, mean in best_so_far(trials)]
     end = max(total.values()) / 1000
-    return chart(
+    return TrialChart(
         Axis(0.0, end * 1.02, "thousand steps trained"), "Best so far by steps trained", [], [_stairs(best, end)]
     )
 
 
-def minutes(every: Sequence[TrialRow], best: TrialRow) -> Markup | None:
+def minutes(every: Sequence[TrialRow], best: TrialRow) -> TrialChart | None:
     """Score of each completed trial against the time that its runs trained."""
     timed = [row for row in _ranked(every) if row.seconds]
     if not timed:
@@ -211,18 +210,18 @@ def minutes(every: Sequence[TrialRow], best: TrialRow) -> Markup | None:
         Point(
             (row.seconds or 0) / 60,
             row.mean or 0.0,
-            f"trial {row.number}: {row.mean:.2f} after {duration(row.seconds)}",
+            f"trial {row.number}: {row.mean:.2f} after {format_seconds(row.seconds)}",
             _who(row, best)[0],
         )
         for row in timed
     ]
-    return chart(
+    return TrialChart(
         Axis(0.0, max(dot.x for dot in dots) * 1.05, "minutes of training"), "mIoU against minutes of training", dots
     )
 
 
-def climbs(trials: Sequence[Trial], steps: Sequence[int]) -> Markup | None:
-    """The first seed of each trial from rung to rung; where it was stopped, its last place is hollow."""
+def climbs(trials: Sequence[Trial], steps: Sequence[int]) -> TrialChart | None:
+    """Chart the first seed of each trial from rung to rung; where it was stopped, its last place is hollow."""
     own = [trial for trial in trials if trial.twin is None and trial.rungs]
     if not own or len(steps) < 2:
         return None
@@ -234,4 +233,4 @@ def climbs(trials: Sequence[Trial], steps: Sequence[int]) -> Markup | None:
         words = f"trial {trial.number}{end}: " + ", ".join(f"{y:.2f} at step {x:g}" for x, y in points)
         lines.append(Polyline(points, PLAIN, words, faint=True))
         dots.append(Point(*points[-1], words, PLAIN, hollow=trial.state != "complete"))
-    return chart(Axis(0.0, float(steps[-1]) * 1.03, "step"), "First seed of each trial by step", dots, lines, WIDE)
+    return TrialChart(Axis(0.0, float(steps[-1]) * 1.03, "step"), "First seed of each trial by step", dots, lines, WIDE)

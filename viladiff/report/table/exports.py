@@ -1,4 +1,4 @@
-"""table.md, table.tex and table.csv: measured and printed numbers stand in columns of their own in each of them."""
+"""Exports of a table: table.md, table.tex and table.csv, with measured and printed numbers in separate columns."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Symbol(NamedTuple):
 
 
 def symbol(part: str) -> Symbol | None:
-    """``L_feat(t)`` taken apart as the paper sets it; None for a part that is a word."""
+    """Parse ``L_feat(t)`` into the paper's parts; None for a part that is a word."""
     match = re.fullmatch(r"([A-Za-z])_([A-Za-z]+) ?(\([a-z]\))?", part)
     return Symbol(match[1], match[2], match[3] or "") if match else None
 
@@ -60,7 +60,7 @@ def latex(text: str) -> str:
 
 
 def signed(value: float | None) -> str:
-    """``+2.1``, ``−0.3``, ``0.0``; an em dash for None."""
+    """Format ``+2.1``, ``−0.3``, ``0.0``; an em dash for None."""
     if value is None:
         return "—"
     text = f"{abs(value):.1f}"
@@ -68,14 +68,14 @@ def signed(value: float | None) -> str:
 
 
 def paper_text(value: object) -> str:
-    """As the paper prints it; empty for a row that is not the paper's."""
+    """Return the number as the paper prints it; empty for a row that is not the paper's."""
     return "" if value is None else f"{value:.1f}" if isinstance(value, float | int) else "—"
 
 
 def best(results: Results, column: int, metric: str) -> float | None:
-    """Best mean of the paper's rows, as it is printed; controls are not in the race.
+    """Return the best mean of the paper's rows as printed, without controls.
 
-    None where the paper has no such table, since the best of many alternatives is mostly luck, or one row is measured.
+    None if the paper has no such table, since the best of many alternatives is mostly luck, or one row is measured.
     """
     if not results.plan.table.printed:
         return None
@@ -99,7 +99,7 @@ class ExportRow(NamedTuple):
 
 
 def export_rows(results: Results, metric: str) -> list[ExportRow]:
-    """The table as numbers, the paper's rows first."""
+    """Return the table as numbers, the paper's rows first."""
     names, first = table_parts(results), results.reference
     tops = {column: best(results, column, metric) for column in results.plan.columns}
     out = []
@@ -119,7 +119,7 @@ def export_rows(results: Results, metric: str) -> list[ExportRow]:
 
 
 def reasons(results: Results) -> list[str]:
-    """Why runs are missing, one line a reason, in the order of the table."""
+    """Return why runs are missing, one line a reason, in the order of the table."""
     found: dict[str, list[str]] = {}
     for entry in results.entries:
         if entry.why:
@@ -135,7 +135,7 @@ def _some(cells: Sequence[str], most: int = 6) -> str:
 
 
 def agreement_text(found: Agreement) -> str:
-    """Kendall's τ with what it is made of and what chance would do."""
+    """Format Kendall's τ with its counts and the probability of chance."""
     if found.tau is None:
         if found.rows > 1:
             return f"{found.column}: τ is not defined, since all {found.rows} rows are equal on one side."
@@ -165,7 +165,7 @@ def to_markdown(
     first: str = "",
     before: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
-    """The page without its pictures, for reading in a terminal or a repository.
+    """Return the page without its figures, for a terminal or a repository.
 
     ``context``: sentences without which the numbers would mislead; ``more``: sections and their lines; ``before``:
     those that stand before all others; ``first``: the first sentence, by default that of the results alone.
@@ -219,7 +219,7 @@ def _claim(verdict: Verdict) -> str:
 def _grid(
     results: Results, metric: str, say: Callable[[str], str], tick: str, bold: Callable[[str], str]
 ) -> list[list[str]]:
-    """Header and lines of one metric's table; printed numbers exist for the table's own metric only."""
+    """Return header and lines of one metric's table; printed numbers exist for the table's own metric only."""
     own = metric == results.plan.table.metric
     labels = [say(results.plan.table.columns[c].label) for c in results.plan.columns]
     printed = own and results.plan.table.printed
@@ -256,18 +256,18 @@ def _grid(
 
 
 def pipes(grid: Sequence[Iterable[str]]) -> list[str]:
-    """Lines of a table in markdown; the first is its head."""
+    """Return the lines of a table in markdown; the first is its header."""
     head, *body = ["| " + " | ".join(row) + " |" for row in grid]
     return [head, "|" + " --- |" * len(list(grid[0])), *body]
 
 
 def to_csv(results: Results) -> str:
-    """``long`` as text: a line a run and cell, empty where a number is missing."""
+    """Return ``long`` as text: a line a run and cell, empty if a number is missing."""
     return csv_text(to_rows(results))
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Lines that all have the names of the first."""
+    """Format lines that all have the names of the first."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["number", "row", "column", "seed"], lineterminator="\n")
     writer.writeheader()
@@ -276,7 +276,7 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def to_latex(results: Results, banner: str, context: Sequence[str] = ()) -> str:
-    """A booktabs table; printed numbers are set in grey columns headed as the paper's."""
+    """Render a booktabs table; printed numbers are set in grey columns headed as the paper's."""
     names, table = table_parts(results), results.plan.table
     grey, encoders = r"\textcolor{gray}{%s}", any(row.encoder for row in table.rows)
     with_best = shows_best(results)

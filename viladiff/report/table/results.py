@@ -1,4 +1,4 @@
-"""A cell of a table is a set of runs, one a seed: what they measured, and for each that is missing, why it is."""
+"""Results of a table: for each cell its runs, one a seed, their scores, and the reason for each missing one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -61,16 +60,16 @@ class Results:
         return [e for e in self.entries if e.cell.row == row]
 
     def records(self) -> dict[str, RunRecord]:
-        """Records that the table's numbers come from, each once, in the order of the table."""
+        """Return the records behind the table's numbers, each once, in the order of the table."""
         return {e.cell.run_id: e.record for e in self.entries if e.record is not None}
 
     def counts(self) -> dict[State, int]:
-        """Unique runs by state; a run that stands in several cells counts once."""
+        """Count unique runs by state; a run of several cells counts once."""
         by_run = {e.cell.run_id: e.state for e in self.entries if e.cell.run_id}
         return {state: n for state in _WHY if (n := sum(s == state for s in by_run.values()))}
 
     def rows(self, control: bool | None = None) -> list[int]:
-        """``control`` False: the rows that are ranked, without ceilings."""
+        """Return the rows that are not controls or, with ``control``, those that are, without ceilings."""
         table = self.plan.table
         found = [row for row in self.plan.rows if control is None or table.rows[row].control == control]
         return [row for row in found if control is not False or row not in self.plan.ceilings]
@@ -113,14 +112,14 @@ class Summary:
         return float(np.std(list(self.values.values()), ddof=1)) if self.n > 1 else None
 
     def __str__(self) -> str:
-        """``78.1 ± 0.3 (3)``, ``78.1 (1)`` or an em dash."""
+        """Return ``78.1 ± 0.3 (3)``, ``78.1 (1)`` or an em dash."""
         if self.mean is None:
             return "—"
         return f"{self.mean:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "") + f" ({self.n})"
 
 
 def collect_results(plan: Plan, store: Store) -> Results:
-    """Looks at each run of the plan once.
+    """Read each run of the plan once.
 
     A record belongs here by its name alone, which is its content: one that was made for another scale is the same run,
     and the page's provenance says so.
@@ -158,7 +157,7 @@ def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) ->
 
 
 def summary(entries: Sequence[CellRun], metric: str, network: str = "", stream: str = "") -> Summary:
-    """Of one cell. Raises ValueError where its runs differ in precision."""
+    """Summarise one cell. Raises ValueError if its runs differ in precision."""
     one_precision((e.record for e in entries if e.record is not None), "a cell")
     found = {
         e.cell.seed: score(e.record, metric, network or e.network, stream or e.stream) if e.record is not None else None
@@ -178,7 +177,7 @@ class Difference(NamedTuple):
 
 
 def difference(of: Summary, to: Summary) -> Difference | None:
-    """Mean over the seeds that both have, so that a seed's luck is in both or in neither; None without one."""
+    """Return the mean difference over common seeds, so that a seed's luck is in both or neither; None without one."""
     seeds = tuple(sorted(of.values.keys() & to.values.keys()))
     if not seeds:
         return None
@@ -186,7 +185,7 @@ def difference(of: Summary, to: Summary) -> Difference | None:
 
 
 def gaps(results: Results) -> list[str]:
-    """A sentence for each gap of the table: the share of it that a row closes, over seeds that all three rows have."""
+    """Return a sentence for each gap of the table: the share that a row closes, over seeds that all three rows have."""
     table = results.plan.table
     labels = [row.label for row in table.rows]
     said = []
@@ -208,30 +207,29 @@ def gaps(results: Results) -> list[str]:
 
 
 def paper_value(results: Results, row: int, column: int) -> PaperValue | None:
-    """The paper's number; "-" where it leaves one out, None for a row that it does not have."""
+    """Return the paper's number; "-" if it leaves one out, None for a row that it does not have."""
     numbers = results.plan.table.rows[row].paper
     return numbers[column] if column < len(numbers) else None
 
 
 def number(results: Results, row: int) -> str:
-    """Row 8 of the paper is "8" whatever was left out; our own rows are "a", "b", and so on."""
-    own = [i for i, r in enumerate(results.plan.table.rows) if r.control]
-    return chr(ord("a") + own.index(row)) if row in own else str(row + 1 - sum(i < row for i in own))
+    """Return the row's number in its table, as ``Table.row_numbers`` has it."""
+    return results.plan.table.row_numbers[row]
 
 
 def row_name(results: Results, row: int) -> str:
-    """A row's label; that of one whose runs read true masks says so."""
+    """Return a row's label, with a mark if its runs read true masks."""
     text = results.plan.table.rows[row].label
     return f"{text} ({CEILING})" if row in results.plan.ceilings else text
 
 
 def table_parts(results: Results) -> list[str]:
-    """Parts in the order in which the table's rows bring them in."""
+    """Return the parts in the order in which the table's rows introduce them."""
     return list(dict.fromkeys(part for row in results.plan.table.rows for part in row.components))
 
 
 class Agreement(NamedTuple):
-    """How far the measured order of rows is the printed one."""
+    """The agreement of the measured order of rows with the printed one."""
 
     column: str
     tau: float | None
@@ -246,38 +244,29 @@ class Agreement(NamedTuple):
 
 
 def agreement(results: Results, column: int) -> Agreement:
-    """Over the paper's rows that are measured and printed in this column."""
+    """Kendall's τ-b by SciPy, over the paper's rows that are measured and printed in this column."""
     pairs = []
     for row in results.rows(control=False):
-        mean, paper = (
-            summary(results.at(row, column), results.plan.table.metric).mean,
-            paper_value(results, row, column),
-        )
-        if mean is not None and isinstance(paper, float | int):
-            pairs.append((mean, float(paper)))
+        mean = summary(results.at(row, column), results.plan.table.metric).mean
+        printed = paper_value(results, row, column)
+        if mean is not None and isinstance(printed, float | int):
+            pairs.append((mean, float(printed)))
     label = results.plan.table.columns[column].label
-    signs = [(_sign(a[0] - b[0]), _sign(a[1] - b[1])) for a, b in combinations(pairs, 2)]
-    same, reverse = (sum(x * y == sign for x, y in signs) for sign in (1, -1))
-    untied = math.sqrt(sum(x != 0 for x, _ in signs) * sum(y != 0 for _, y in signs))
-    tied = len(signs) - same - reverse
-    tau = (same - reverse) / untied if untied else None
-    return Agreement(label, tau, len(pairs), same, reverse, tied, None if tied or not signs else _chance(same, pairs))
+    measured, paper = np.array(pairs, dtype=float).reshape(-1, 2).T
+    first, second = np.triu_indices(len(pairs), 1)
+    signs = np.sign(measured[first] - measured[second]) * np.sign(paper[first] - paper[second])
+    same, reverse, tied = (int((signs == sign).sum()) for sign in (1, -1, 0))
+    if len(set(measured)) < 2 or len(set(paper)) < 2:
+        return Agreement(label, None, len(pairs), same, reverse, tied, None)
+    from scipy import stats
 
-
-def _sign(difference: float) -> int:
-    return (difference > 0) - (difference < 0)
-
-
-def _chance(same: int, pairs: Sequence[object]) -> float:
-    """Share of the n! orders with at least ``same`` pairs in place (Mahonian numbers)."""
-    counts = np.ones(1)
-    for size in range(2, len(pairs) + 1):
-        counts = np.convolve(counts, np.ones(size)) / size
-    return float(counts[same:].sum())
+    test = stats.kendalltau(measured, paper, alternative="greater", method="asymptotic" if tied else "exact")
+    chance = None if tied else float(test.pvalue)
+    return Agreement(label, float(test.statistic), len(pairs), same, reverse, tied, chance)
 
 
 def headline_sentence(results: Results) -> str:
-    """One sentence made of the numbers: where the headline's row ends, and against the reference."""
+    """Describe the headline row's score, and its difference to the reference, in one sentence."""
     plan, row, other = results.plan, results.headline, results.reference
     said = []
     for column in plan.columns:
@@ -298,7 +287,7 @@ def headline_sentence(results: Results) -> str:
 
 
 def swapped(results: Results, column: int) -> tuple[str, str] | None:
-    """The data set that a column asks for and the one that this scale has in its place; None where they are one."""
+    """Return the data set that a column names and this scale's substitute; None if they are the same."""
     table, size = results.plan.table, results.plan.table.scale.get(results.plan.scale)
     asked = str(table.columns[column].set.get("data.dataset", table.base.get("data.dataset")))
     there = size.datasets.get(asked, asked) if size else asked
@@ -306,13 +295,13 @@ def swapped(results: Results, column: int) -> tuple[str, str] | None:
 
 
 def _column(results: Results, column: int) -> str:
-    """A column's label; one that names a data set of the paper's says which is in its place."""
+    """Return a column's label, with this scale's substitute for a data set of the paper's."""
     label, other = results.plan.table.columns[column].label, swapped(results, column)
     return f"{label}, with {other[1]} in its place" if other and other[0] in label.lower() else label
 
 
 def _standing(results: Results, row: int, column: int) -> str:
-    """Where a row stands among the paper's that are measured."""
+    """Describe a row's rank among the paper's measured rows."""
     table = results.plan.table
     means = {r: summary(results.at(r, column), table.metric).mean for r in results.rows(control=False)}
     there = {r: mean for r, mean in means.items() if mean is not None}
@@ -338,7 +327,7 @@ def _against(gap: Difference | None, label: str) -> str:
 
 
 def per_class(record: RunRecord) -> dict[str, float | None]:
-    """Percent by class name for the headline; a class in neither truth nor prediction has None."""
+    """Return percent by class name for the headline; None for a class in neither truth nor prediction."""
     scores = record.scores.get(record.network, {}).get(record.stream, {})
     shares = scores.get("per_class") or []
     return {

@@ -1,4 +1,4 @@
-"""A table's page is one file: style, charts and pictures are inside, and each missing number has its reason."""
+"""The page of a table, in one file: style, charts and pictures are embedded, and each missing number has its reason."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from viladiff.core import colormap
 from viladiff.core.atomic import write_atomically
+from viladiff.core.messages import format_seconds
 from viladiff.evaluation.metric_table import METRICS, shown_metrics
 from viladiff.report import provenance
 from viladiff.report.charts import figures
@@ -54,11 +55,11 @@ def render_table(
     printed: Sequence[Inconsistency] = (),
     published: tuple[Plan, Store] | None = None,
 ) -> Path:
-    """Writes index.html, table.md, table.tex, table.csv and figures/ under ``out``; returns the path of index.html.
+    """Write index.html, table.md, table.tex, table.csv and figures/ under ``out``; return the path of index.html.
 
-    ``agreement`` is worked out here where it is not given; ``printed`` is what is wrong with the paper's numbers;
-    ``published`` is what stands beside the runs: the plan of another scale, and a store of committed records alone.
-    Each file is replaced in one go, so that a reader of the page, which is rewritten as runs finish, never sees half.
+    ``agreement`` is computed here unless given; ``printed`` lists what is wrong with the paper's numbers; ``published``
+    is shown beside the runs: the plan of another scale, and a store of committed records alone. Each file is replaced
+    atomically, so that a reader of the page, which is rewritten as runs finish, never sees half of it.
     """
     results = tables.collect_results(plan, store)
     drawn = curves(results, store)
@@ -116,14 +117,14 @@ def render_table(
 
 
 def beside_of(results: Results, plan: Plan, store: Store, out: Path) -> Beside:
-    """``results`` and those of ``plan`` in ``store``; ``out`` is where the page goes, from which records are linked."""
+    """Return ``results`` beside those of ``plan`` in ``store``; ``out`` is the page's folder, for links to records."""
     published = tables.collect_results(plan, store)
     found = [one for one in provenance.origins(published, store, out) if one.entry.record is not None]
     return Beside(results, published, tuple(found))
 
 
 def banner(results: Results) -> str:
-    """Empty once every run is done."""
+    """Return the notice of missing runs; empty once every run is done."""
     counts = results.counts()
     total, done = sum(counts.values()), counts.get("done", 0)
     if done == total:
@@ -148,7 +149,7 @@ def table_html(
     doses: caption_dose.Dose | None = None,
     both: Beside | None = None,
 ) -> str:
-    """The page as text; everything that it shows is worked out here, and the template only lays it out."""
+    """Render the page from values computed here; the template only lays it out."""
     table = results.plan.table
     shown = {
         **_numbers(results),
@@ -205,7 +206,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"part": table_views.part_html, "signed": exports.signed, "duration": provenance.duration}
+    environment.filters |= {"part": table_views.part_html, "signed": exports.signed, "duration": format_seconds}
     environment.filters |= {"interval": table_views.interval, "p_value": table_views.p_value}
     environment.filters |= {
         "seen": table_views.seen,
@@ -219,7 +220,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _numbers(results: Results) -> dict[str, Any]:
-    """Scores of every metric, network and stream, and of pseudo-labels and classes."""
+    """Return scores of every metric, network and stream, and of pseudo-labels and classes."""
     own, reasons = results.plan.table.metric, table_views.Reasons()
     shown = shown_metrics(own)
     scores = {metric: table_views.table_rows(results, metric, reasons) for metric in shown}
@@ -244,7 +245,7 @@ def _numbers(results: Results) -> dict[str, Any]:
 
 
 def _beside(both: Beside) -> dict[str, Any]:
-    """The section of three columns."""
+    """Return the section of three columns."""
     return {
         "labels": [both.here.plan.table.columns[column].label for column in both.columns],
         "lines": beside.beside_rows(both),
@@ -270,14 +271,14 @@ def _figures(results: Results, store: Store, drawn: dict[str, list[Curve]]) -> d
 
 
 def _judged(results: Results, verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dict[str, Any]:
-    """What is said of the numbers: agreement with the printed order, and each claim."""
+    """Return the verdicts on the numbers: agreement with the printed order, and each claim."""
     placed, reach = table_views.forest(verdicts)
     agreed = [(found, exports.agreement_text(found)) for found in agreements]
     return {"agreements": agreed, "verdicts": verdicts, "forest": placed, "reach": reach}
 
 
 def _sources(results: Results, store: Store, out: Path) -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Return the origin of the numbers."""
     facts = provenance.run_facts(results)
     return {
         "facts": facts,

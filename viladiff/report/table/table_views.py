@@ -1,4 +1,4 @@
-"""What a page shows, worked out so that its template only has to lay it out."""
+"""Data of a table's page, computed so that its template only lays it out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from viladiff.report.table.results import (
     summary,
     swapped,
 )
-from viladiff.tables.spec import OWN_LISTS
+from viladiff.tables.spec import OWN_LISTS, letter
 
 if TYPE_CHECKING:
     from viladiff.tables.claims import Comparison, Verdict
@@ -94,11 +94,7 @@ class Reasons:
         self.letters: dict[str, str] = {}
 
     def letter(self, why: str) -> str:
-        return self.letters.setdefault(why, _letter(len(self.letters)))
-
-
-def _letter(place: int) -> str:
-    return chr(ord("a") + place % 26) * (place // 26 + 1)
+        return self.letters.setdefault(why, letter(len(self.letters)))
 
 
 def table_rows(results: Results, metric: str, reasons: Reasons) -> list[TableRow]:
@@ -151,7 +147,7 @@ class Dots(NamedTuple):
 
 
 def seed_dots(results: Results, table: Sequence[TableRow]) -> tuple[list[Dots], list[list[tuple[float, str]]]]:
-    """Seeds of each cell on one axis a column, and the axes' ticks: none where nothing is measured."""
+    """Return the seeds of each cell on one axis a column, and the axes' ticks: none if nothing is measured."""
     ranges, axes = [], []
     for i in range(len(results.plan.columns)):
         values = [value for line in table for value in line.cells[i].found.values.values()]
@@ -177,7 +173,7 @@ def _place(value: float, reach: tuple[float, float]) -> float:
 
 @dataclass(frozen=True)
 class Forest:
-    """Where a comparison's interval and difference lie on the track, in percent of its width."""
+    """The positions of a comparison's interval and difference on the track, in percent of its width."""
 
     left: float
     right: float
@@ -185,9 +181,9 @@ class Forest:
 
 
 def forest(verdicts: Sequence[Verdict]) -> tuple[dict[int, Forest], float]:
-    """By ``id`` of each comparison, on one axis for all claims of the page; and the axis' half width in points.
+    """Return intervals by ``id`` of each comparison, on one axis for all claims; and the axis' half width in points.
 
-    The interval of a cell that is set apart for its spread may run over the edge, or no other could be made out.
+    The interval of a cell that is excluded for its variance may leave the axis, or no other would be visible.
     """
     ends = [
         abs(end)
@@ -208,21 +204,21 @@ def forest(verdicts: Sequence[Verdict]) -> tuple[dict[int, Forest], float]:
 
 
 def interval(comparison: Comparison) -> str:
-    """``−0.4 to +2.1``, or ``× 0.80 to 2.10`` of a ratio."""
+    """Format ``−0.4 to +2.1``, or ``× 0.80 to 2.10`` for a ratio."""
     if comparison.form == "spread":
         return "× " + " to ".join(_times(end) for end in comparison.interval)
     return " to ".join(exports.signed(end) for end in comparison.interval)
 
 
 def seen(comparison: Comparison) -> str:
-    """``+2.1``, or ``× 1.40`` of a ratio."""
+    """Format ``+2.1``, or ``× 1.40`` for a ratio."""
     return (
         f"× {_times(comparison.difference)}" if comparison.form == "spread" else exports.signed(comparison.difference)
     )
 
 
 def least(comparison: Comparison) -> str:
-    """The smallest difference that the comparison would have seen."""
+    """Format the smallest difference that the comparison would have detected."""
     return f"× {comparison.least:.1f}" if comparison.form == "spread" else f"{comparison.least:.1f}"
 
 
@@ -235,7 +231,7 @@ def p_value(p: float) -> str:
 
 
 def panels(results: Results, drawn: dict[str, list[Curve]]) -> list[dict[str, Any]]:
-    """A group of small charts a term: one a row, a line a column, all on the same axes."""
+    """Return a group of small charts a term: one a row, a line a column, all on the same axes."""
     names, table = TERMS | {"miou": "mIoU along the way (%)"}, results.plan.table
     groups = []
     for term, found in drawn.items():
@@ -253,7 +249,7 @@ def panels(results: Results, drawn: dict[str, list[Curve]]) -> list[dict[str, An
 
 
 def network_scores(results: Results) -> list[tuple[str, str, list[list[Summary]]]]:
-    """(row, stream) with, by column, each network's mIoU."""
+    """Return (row, stream) with, by column, each network's mIoU."""
     table, out = results.plan.table, []
     records = [e.record for e in results.entries if e.record]
     nets = list(dict.fromkeys(net for record in records for net in record.scores))
@@ -265,7 +261,10 @@ def network_scores(results: Results) -> list[tuple[str, str, list[list[Summary]]
 
 
 def stream_scores(results: Results) -> tuple[str, list[str], list[tuple[str, list[list[Summary]]]]]:
-    """Of the headline, or else the last row with records: label, networks, each stream's mIoU by column and network."""
+    """Return the streams of the headline, or else of the last row with records.
+
+    Label, networks, each stream's mIoU by column and network.
+    """
     table = results.plan.table
     for row in (results.headline, *reversed(results.rows(control=False) or results.rows())):
         record = next((e.record for e in results.of_row(row) if e.record), None)
@@ -285,7 +284,7 @@ def stream_scores(results: Results) -> tuple[str, list[str], list[tuple[str, lis
 
 
 def pseudo(results: Results) -> list[tuple[str, str, list[Summary | None]]]:
-    """(row, column, quality of its pseudo-labels in the order of PSEUDO); rows without any are left out."""
+    """Return (row, column, quality of its pseudo-labels in the order of PSEUDO); rows without any are left out."""
     table, out = results.plan.table, []
     for row in results.rows():
         for column in results.plan.columns:
@@ -297,14 +296,14 @@ def pseudo(results: Results) -> list[tuple[str, str, list[Summary | None]]]:
 
 
 def shares(entries: Sequence[CellRun], name: str) -> Summary | None:
-    """One of ``PSEUDO`` in percent by seed; None where no run measured it."""
+    """Return one of ``PSEUDO`` in percent by seed; None if no run measured it."""
     found = {e.cell.seed: e.record.pseudo_labels.get(name) for e in entries if e.record}
     values = {seed: 100 * share for seed, share in found.items() if share is not None and math.isfinite(share)}
     return Summary(values, {}, frozenset()) if values else None
 
 
 def class_heatmap(results: Results) -> list[dict[str, Any]]:
-    """A column's table of IoU by row and class, mean over seeds."""
+    """Return a column's table of IoU by row and class, mean over seeds."""
     out = []
     for column in results.plan.columns:
         by_row = {r: [per_class(e.record) for e in results.at(r, column) if e.record] for r in results.rows()}
@@ -333,14 +332,14 @@ def part_html(part: str) -> Markup:
 
 
 def scored_images(results: Results) -> str:
-    """Which images the scores are of, as a page says it; empty without a record."""
+    """Describe the images that the scores are of; empty without a record."""
     names = {"val": "validation set", "holdout": "held-out labelled images"}
     parts = dict.fromkeys(str(record.config.get("eval.split", "val")) for record in results.records().values())
     return " and ".join(names.get(part, f"part {part}") for part in parts)
 
 
 def context(results: Results) -> list[str]:
-    """Sentences without which the numbers would mislead: stand-in data sets, captions, length."""
+    """Return the sentences that the numbers need: stand-in data sets, captions, length."""
     records = list(results.records().values())
     size = results.plan.table.scale.get(results.plan.scale)
     said = [*stand_ins(results), *([training.BEST] if training.shows_best(results) else [])]
@@ -371,7 +370,7 @@ def context(results: Results) -> list[str]:
 
 
 def stand_ins(results: Results) -> list[str]:
-    """A sentence for each data set of the paper's columns that another stands for."""
+    """Return a sentence for each data set of the paper's columns that is substituted."""
     return [
         f"The paper's {paper} is {ours} here: compare order and direction with the paper's numbers, not levels."
         for paper, ours in dict.fromkeys(filter(None, (swapped(results, column) for column in results.plan.columns)))

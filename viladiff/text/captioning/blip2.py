@@ -1,4 +1,4 @@
-"""BLIP-2 from a directory on this machine: the paper's two prompts over a batch of images, one sentence each.
+"""BLIP-2 from a local directory: the paper's two prompts over a batch of images, one sentence each.
 
 Nothing is downloaded, no code of the directory is run, and only safetensors are read. Decoding is greedy, so that the
 same images in the same batches have the same captions on one machine.
@@ -34,7 +34,7 @@ FILES = ("config.json", "preprocessor_config.json or processor_config.json", "to
 
 
 class CaptionerSpec(NamedTuple):
-    """Which model, with what; all that decides a caption but the image."""
+    """The model and its prompts; all that decides a caption but the image."""
 
     directory: str
     model: str
@@ -64,10 +64,10 @@ class ImageRef(NamedTuple):
 
 
 def writer(directory: Path | str, prompts: Sequence[str] = PROMPTS, longest: int = LONGEST) -> CaptionerSpec:
-    """Looks at the directory without loading the model.
+    """Describe the model in a directory without loading it.
 
-    The model is called as the directory is, or as the folder of a model hub's cache says; its revision is that cache's,
-    or a hash of the files. Raises ValueError where it is not a directory of BLIP-2 with weights and processor.
+    Its name is the directory's, or the folder's in a model hub's cache; its revision is that cache's, or a hash of the
+    files. Raises ValueError if it is not a directory of BLIP-2 with weights and processor.
     """
     top = Path(directory).expanduser()
     if not top.is_dir():
@@ -96,7 +96,7 @@ class Captioner:
     """The model in memory, on a GPU in half precision if there is one."""
 
     def __init__(self, who: CaptionerSpec) -> None:
-        """Raises ValueError where transformers cannot load the directory, or weights are missing."""
+        """Load the model. Raises ValueError if transformers cannot load the directory, or weights are missing."""
         import transformers
 
         self.who = who
@@ -125,7 +125,7 @@ class Captioner:
 
     @torch.inference_mode()
     def say(self, images: Sequence[np.ndarray]) -> list[list[str]]:
-        """Per image, one text per prompt: the prompt and what the model adds; the prompt alone where it is silent."""
+        """Return per image one text per prompt: the prompt and its continuation; the prompt alone if there is none."""
         pictures = [Image.fromarray(image) for image in images]
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.device, self.model.dtype)
@@ -146,13 +146,13 @@ class Captioner:
 
 
 def join_prompt(prompt: str, text: str) -> str:
-    """The prompt and its continuation as one line; a model that repeats the prompt is not made to say it twice."""
+    """Join the prompt and its continuation in one line; a model that repeats the prompt adds it once."""
     return text if text.lower().startswith(prompt.lower()) else f"{prompt} {text}".strip()
 
 
 @contextmanager
 def _seen_once(vision: Any) -> Iterator[None]:
-    """Within it, which is for one batch of images, their encoder computes once and then answers from memory."""
+    """Let the encoder compute once and then answer from memory, for one batch of images."""
     forward: Any = vision.forward
     seen: list[Any] = []
 
@@ -169,7 +169,7 @@ def _seen_once(vision: Any) -> Iterator[None]:
 
 
 def reader(dataset: str) -> Callable[[str], np.ndarray]:
-    """``where`` of a ``Picture`` to (H, W, 3) uint8: a file's where ``dataset`` is empty, else that embedded one's."""
+    """Return a function from ``ImageRef.where`` to (H, W, 3) uint8: of a file if ``dataset`` is empty."""
     if not dataset:
         return read_image
     arrays = open_pixels(dataset).arrays
@@ -185,7 +185,7 @@ def reader(dataset: str) -> Callable[[str], np.ndarray]:
 def caption_batch(
     captioner: Captioner, pictures: Sequence[ImageRef], read: Callable[[str], np.ndarray]
 ) -> list[Caption]:
-    """A row for each picture and prompt. What fails with one picture is said of it alone, and the others go on."""
+    """Return a row for each image and prompt. A failure belongs to its image alone, and the others continue."""
     begun = time.perf_counter()
     with ThreadPoolExecutor(READERS) as pool:
         opened = list(pool.map(lambda picture: _attempt(lambda: read(picture.where)), pictures))
@@ -210,7 +210,7 @@ def _alone(captioner: Captioner, image: np.ndarray) -> list[str]:
 
 
 def _attempt(what: Callable[[], Any]) -> Any:
-    """The answer, or the reason in a line where there is none."""
+    """Return the result, or the error as one line."""
     try:
         return what()
     except Exception as error:  # an image that a library trips over is one image, not the end of the job

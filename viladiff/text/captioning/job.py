@@ -1,7 +1,7 @@
-"""Captions of a whole data set on disk: what there is to do, parts that survive a kill, and the file at the end.
+"""Captioning of a whole data set on disk: remaining images, parts that survive a kill, and the final file.
 
-FILE.parquet is the end; FILE.parquet.parts holds what is done of it. A part is written beside its place and renamed, so
-that a kill costs at most one part. The same command goes on; images whose caption failed are tried again.
+FILE.parquet is the result; FILE.parquet.parts holds finished parts. A part is written under another name and renamed,
+so that a kill costs at most one part. The same command resumes; images whose caption failed are tried again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
 
 
 class CaptioningJob(NamedTuple):
-    """What is to be captioned, by whom, into which file."""
+    """The images, the model and the output file of a captioning job."""
 
     dataset: str
     """An embedded data set; empty where the pictures are files."""
@@ -52,7 +52,7 @@ class CaptioningJob(NamedTuple):
 
 
 class State(NamedTuple):
-    """How far a job is."""
+    """The progress of a job."""
 
     rows: pa.Table
     """All that is done, failures left out."""
@@ -60,8 +60,10 @@ class State(NamedTuple):
 
 
 def pictures(source: str) -> tuple[str, tuple[ImageRef, ...]]:
-    """The embedded data set of that name, or the images below a directory in any layout that is known: its name (empty
-    for files) and its pictures. Raises ValueError where there are none."""
+    """Return the name and images of an embedded data set, or of a directory in any known layout (the name is empty).
+
+    Raises ValueError if there are none.
+    """
     from viladiff.data.sources.digits import VARIANTS
     from viladiff.text.captioning.blip2 import ImageRef
 
@@ -79,8 +81,11 @@ def pictures(source: str) -> tuple[str, tuple[ImageRef, ...]]:
 
 
 def state(job: CaptioningJob) -> State:
-    """What is done and what is left. Raises ValueError for a file or parts that another model wrote, or that are
-    damaged, and for a file of captions that did not come from here."""
+    """Return what is done and what remains.
+
+    Raises ValueError for a file or parts that another model wrote, or that are damaged, and for a file of captions from
+    another source.
+    """
     if job.out.suffix != ".parquet":
         raise ValueError(f"--out {str(job.out)!r}: captions are written as Parquet: name it .parquet")
     note = job.parts / "job.json"
@@ -105,7 +110,7 @@ def state(job: CaptioningJob) -> State:
 
 
 def begin(job: CaptioningJob) -> None:
-    """Makes the directory of parts and notes whose they are. ValueError where it cannot be written."""
+    """Create the directory of parts and record its job. Raises ValueError if it cannot be written."""
     try:
         job.parts.mkdir(parents=True, exist_ok=True)
         write_atomically(job.parts / "job.json", json.dumps(_terms(job.who)).encode())
@@ -114,12 +119,12 @@ def begin(job: CaptioningJob) -> None:
 
 
 def write_part(job: CaptioningJob, tables: Sequence[pa.Table]) -> None:
-    """Keeps these rows as one part."""
+    """Write these rows as one part."""
     write_atomically(job.parts / f"part-{secrets.token_hex(8)}.parquet", _bytes(pa.concat_tables(tables)))
 
 
 def finish(job: CaptioningJob) -> pa.Table:
-    """The whole table, failures among it, in the order of pictures and prompts; written, and its parts removed."""
+    """Write the whole table, failures among it, in the order of images and prompts, and remove its parts; return it."""
     files = [job.out] if job.out.is_file() else []
     files += sorted(job.parts.glob("part-*.parquet"))
     rows: dict[tuple[str, str], dict[str, object]] = {}
@@ -137,13 +142,13 @@ def finish(job: CaptioningJob) -> pa.Table:
 
 
 def failures(table: pa.Table) -> dict[str, str]:
-    """Images without a caption, each with the reason."""
+    """Return images without a caption, each with the reason."""
     lost = table.filter(pc.is_valid(table["error"]))
     return dict(zip(lost["image"].to_pylist(), lost["error"].to_pylist(), strict=True))
 
 
 def rows_table(rows: Iterable[tuple[object, ...]]) -> pa.Table:
-    """Rows in the order of SCHEMA as a table."""
+    """Build a table from rows in the order of SCHEMA."""
     return pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
 
 

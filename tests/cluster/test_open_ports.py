@@ -190,7 +190,7 @@ def test_a_run_of_two_workers_listens_on_loopback_alone(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "viladiff", "train", *RUN, "train.steps=100000", "runtime.log_every=1"]
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    words += ["runtime.workers=2", "--out", str(tmp_path / "runs")]
+    words += ["runtime.workers=2", "--runs-dir", str(tmp_path / "runs")]
     with program(words, tmp_path, TMPDIR=str(temporary)) as watched:
         look_until(watched, trained(tmp_path / "runs"))
         watched.look()

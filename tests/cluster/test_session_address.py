@@ -35,7 +35,7 @@ class Head(NamedTuple):
         return self.call("ablations/run_table5.py", words, out, **environment)
 
     def call(self, script: str, words: list[str], out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        where = ["--address", self.address, "--storage", str(out / "runs"), "--out", str(out / "page")]
+        where = ["--address", self.address, "--runs-dir", str(out / "runs"), "--report-dir", str(out / "page")]
         command = [sys.executable, str(ROOT / script), *where, *words]
         env = self.environment | environment
         return subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, timeout=800)

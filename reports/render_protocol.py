@@ -1,0 +1,161 @@
+"""Write the page of the runs on ``dev`` that the protocol and the readings were chosen by, from their records.
+
+    python reports/render_protocol.py                    from reports/published/protocol/records, in place
+    python reports/render_protocol.py --records runs --out /tmp/protocol
+
+Writes table.md. A cell without a run stays empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from viladiff.runs.gradient_shares import Triple, by_thirds
+from viladiff.runs.maintenance import contradiction
+from viladiff.runs.record import RunRecord, load_record
+from viladiff.tables.significance import one_precision
+
+HERE = Path(__file__).parent / "published" / "protocol"
+APART = ("data.dataset", "data.split", "data.split_seed", "seed", "train.steps", "method.name")
+"""Fields that place a run in a table; all others that differ from their defaults make it a trial of a reading."""
+
+
+def read_records(directory: Path) -> list[RunRecord]:
+    """Return the records below ``directory`` in the order in which their runs ended.
+
+    Raises ValueError for a record that does not match its name, for records of different precision, and for a run that
+    was not scored on ``dev``.
+    """
+    files = sorted([*directory.glob("*.json"), *directory.glob("*/record.json")])
+    records = [load_record(file) for file in files]
+    for file, record in zip(files, records, strict=True):
+        if why := contradiction(record):
+            raise ValueError(f"{file} does not match its name: {why}")
+        if record.config["eval.split"] != "dev":
+            raise ValueError(f"{file}: eval.split = {record.config['eval.split']!r}; this page is of dev alone")
+    one_precision(records, str(directory))
+    return sorted(records, key=lambda record: record.finished or "")
+
+
+def own_fields(record: RunRecord) -> dict[str, object]:
+    """Return the fields of a run that are not at their defaults and do not place it in a table."""
+    return {
+        name: value for name, value in record.changed.items() if name not in APART and not name.startswith("runtime.")
+    }
+
+
+def written(fields: dict[str, object]) -> str:
+    """Return ``field=value`` pairs without the prefix ``method.``; defaults where there are none."""
+    pairs = (f"{name.removeprefix('method.')}={_value(value)}" for name, value in sorted(fields.items()))
+    return ", ".join(f"`{pair}`" for pair in pairs) or "defaults"
+
+
+def _value(value: object) -> str:
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, list | tuple)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(header)} |",
+        f"| {' | '.join('---' for _ in header)} |",
+        *(f"| {' | '.join(r)} |" for r in rows),
+    ]
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def criteria(records: Sequence[RunRecord]) -> list[str]:
+    """Return one row a method, split, length and changed fields, with a cell a seed, of runs of more than one seed."""
+    cells: dict[tuple[str, str, int, str], dict[int, float]] = defaultdict(dict)
+    for record in records:
+        config = record.config
+        key = (
+            config["method.name"],
+            str(config["data.split"]),
+            int(config["train.steps"]),
+            written(own_fields(record)),
+        )
+        cells[key][int(config["seed"])] = record.miou
+    seeds = sorted({seed for found in cells.values() for seed in found})
+    rows = []
+    for (method, split, steps, fields), found in sorted(cells.items()):
+        values = list(found.values())
+        mean = f"{100 * statistics.mean(values):.1f}" if len(values) > 1 else ""
+        rows.append([f"`{method}`", split, str(steps), fields, *(percent(found.get(seed)) for seed in seeds), mean])
+    return markdown(["method", "labels", "steps", "fields", *(f"seed {seed}" for seed in seeds), "mean"], rows)
+
+
+def trials(records: Sequence[RunRecord], method: str) -> list[str]:
+    """Return the trials of a method's reading (seed 0, 183 labels, the protocol's length) in order of their ends."""
+    chosen = [
+        record
+        for record in records
+        if record.config["method.name"] == method and str(record.config["data.split"]) == "183"
+        if record.config["seed"] == 0 and record.config["train.steps"] == 1500
+        if record.config.get("method.pseudo.oracle", "none") == "none"
+    ]
+    rows = []
+    for i, record in enumerate(chosen, 1):
+        streams = record.scores[record.network]
+        quality = record.pseudo_labels
+        fusion = streams["fusion"]["miou"] if "fusion" in streams else None
+        before, after = quality.get("before/coverage", quality.get("coverage")), quality.get("after/coverage")
+        wrong, later = quality.get("before/wrong"), quality.get("after/wrong")
+        shown = (record.miou, fusion, before, wrong, after, later, quality.get("matched/wrong"))
+        rows.append([str(i), written(own_fields(record)), *map(percent, shown)])
+    header = [
+        "trial",
+        "fields",
+        "visual",
+        "fusion",
+        "accepted",
+        "wrong",
+        "refined: accepted",
+        "wrong",
+        "wrong at a lower threshold",
+    ]
+    return markdown(header, rows)
+
+
+def shares(records: Sequence[RunRecord]) -> list[str]:
+    """Return each term's share of the gradient by thirds of training, in percent: a column a run that measured it."""
+    runs = [record for record in records if record.gradient_shares]
+    found = [{(one.place, one.term): one.shares for one in by_thirds(run.gradient_shares, run.steps)} for run in runs]
+    names = list(dict.fromkeys(name for one in found for name in one))
+    rows = [[f"`{place}`", f"`{term}`", *(_thirds(one.get((place, term))) for one in found)] for place, term in names]
+    return markdown(["parameters", "term", *(written(own_fields(run)) for run in runs)], rows)
+
+
+def _thirds(share: Triple | None) -> str:
+    return "" if share is None else " · ".join(percent(value) or "–" for value in share)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the page of the runs on dev that choices were made by.")
+    parser.add_argument("--records", type=Path, default=HERE / "records", help="directory of records")
+    parser.add_argument("--out", type=Path, default=HERE, help="directory of the page")
+    args = parser.parse_args()
+    records = read_records(args.records)
+    methods = list(dict.fromkeys(record.config["method.name"] for record in records))
+    lines = ["# Runs on dev", ""]
+    for method in methods:
+        lines += [f"## Trials of `{method}`", "", *trials(records, method), ""]
+    lines += ["## Shares of the gradient", "", "Early, middle and late third of training.", "", *shares(records), ""]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table.md").write_text("\n".join([*lines, "## All runs", "", *criteria(records), ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""How values and durations are written for people, everywhere in the same way."""
+
+from __future__ import annotations
+
+
+def format_seconds(seconds: float | None, unknown: str = "—") -> str:
+    """Format seconds: ``2 h 5 min``, ``3 min 20 s``, ``8 s``; ``unknown`` for None."""
+    if seconds is None:
+        return unknown
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def format_value(value: object, digits: int | None = None) -> str:
+    """Format a value as it is typed for a field: ``none``, ``true``, ``a,b``; floats in full, or to so many digits."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(format_value(item, digits) for item in value)
+    return f"{value:.{digits}g}" if digits is not None and isinstance(value, float) else str(value)
