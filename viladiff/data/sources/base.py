@@ -59,7 +59,7 @@ class DataSource:
     """Defaults of other sections that depend on the data set."""
 
     def section(self, **fields: object) -> Any:
-        """Return the section with these fields, unvalidated, and its defaults. Raises ValueError for an unknown field."""
+        """Return the section with these fields, unvalidated, and its defaults. ValueError for an unknown field."""
         known = self.config.model_fields
         for name in fields:
             if name not in known:
