@@ -143,7 +143,7 @@ def set_apart(dataset: Dataset, period: int) -> tuple[np.ndarray, np.ndarray]:
     if len(held) == 0:
         raise ValueError(
             f"method.mixe.holdout = {1 / period:g}: none of the {len(dataset.labelled)} labelled images of "
-            f"{dataset.name!r} can be left out without a class leaving training; take a longer list (data.split), or "
+            f"{dataset.name!r} can be held out without a class leaving training; take a longer list (data.split), or "
             "method.mixe.holdout=0"
         )
     return dataset.labelled[~np.isin(dataset.labelled, held)], held
