@@ -15,6 +15,15 @@ from viladiff.methods.base import Method
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override
 
+FIRST_READING: dict[str, object] = {
+    "vila.temperature": 2.0,
+    "vila.logit_weight": 1.0,
+    "vila.path_weights.teacher_logits": 1.0,
+    "mixe.refine_where": "all",
+    "mixe.labelled_views": "weak",
+    "mixe.unlabelled_views": "weak",
+}
+"""ViLaDiff's fields as the class has them, without the reading that embedded data run."""
 CLASSES, SIDE, WORDS = 5, 32, 6
 NAMES = ("background", "one", "two", "three", "four")
 STEP = Step(index=7, progress=0.9, seed=3)
@@ -26,7 +35,8 @@ def make(name: str, **changes: object) -> Method:
     Nor is a branch dropped: that is drawn from torch's own generator, which the loop seeds and tests do not.
     """
     cfg = override(RunConfig(), {"method.name": name, "model.pretrained": "none", "model.decoder_width": 16})
-    flat = {f"method.{path}": value for path, value in changes.items()}
+    plain = FIRST_READING if name == "viladiff" else {}
+    flat = {f"method.{path}": value for path, value in {**plain, **changes}.items()}
     if "threshold" not in str(changes) and hasattr(cfg.method, "pseudo"):
         flat["method.pseudo.threshold"] = 0.0
     if hasattr(cfg.method, "drop_path"):

@@ -30,7 +30,7 @@ from viladiff.data.transforms.mixing import (
 from viladiff.losses import feature_distillation, logit_distillation
 from viladiff.methods import METHODS, pseudoseg
 from viladiff.methods.allspark import AllSpark, AllSparkConfig
-from viladiff.methods.base import Method, turn_length
+from viladiff.methods.base import Method, keyed_boxes, turn_length
 from viladiff.methods.corrmatch import Correlation, CorrMatchConfig, correlated
 from viladiff.methods.psmt import PsMt, VatConfig, bounded_momentum
 from viladiff.models.baselines.allspark import AllSparkBlock, ChannelAttention
@@ -142,7 +142,8 @@ def psmt(answers: Answers, method: Any, batch: Batch, step: Step) -> Tensor:
     """After the ramp, at 183 labels; both teachers are heard in all of five classes."""
     (z,), (first,), (second,) = (answers.of(net) for net in (method.student, *(method.teachers[i] for i in (0, 1))))
     confidence, labels, sure = judged((first + second) / 2, 0.6)
-    inside = box_mask(method._boxes(batch, step).boxes, 32, 32)
+    mix = keyed_boxes(batch, step, "psmt-boxes", lambda draws, _, size: beta_boxes(draws, size))
+    inside = box_mask(mix.boxes, 32, 32)
     confidence, labels, kept = (
         torch.where(inside, x[torch.arange(4) ^ 1], x) for x in (confidence, labels, sure * batch.valid)
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Step
 from viladiff.data.transforms.mixing import beta_boxes, box_mask, class_mask
-from viladiff.methods.base import Method, turn, turn_length
+from viladiff.methods.base import Method, keyed_boxes, turn, turn_length
 from viladiff.methods.cps import Cps
 from viladiff.methods.psmt import PsMt, bounded_momentum, ramp, strict, strict_consistency
 from viladiff.methods.swith import Swith, sure_share
@@ -190,7 +190,7 @@ def test_psmt_loss_is_that_of_the_formula(radius: float, index: int) -> None:
     pseudo = torch.nn.functional.interpolate((mine + strict(other, mine, 2)) / 2, (SIDE, SIDE), mode="bilinear")
     assert (strict(other, mine, 2) != other).any()
     p, valid = softmax(pseudo.numpy()), batch.valid.numpy()
-    mix = method._boxes(batch, step)
+    mix = keyed_boxes(batch, step, "psmt-boxes", lambda draws, _, size: beta_boxes(draws, size))
     inside = box_mask(mix.boxes, SIDE, SIDE).numpy()
     rngs = [keyed_random.numpy_generator(3, "psmt-boxes", index, key) for key in range(4)]
     assert torch.equal(mix.boxes, beta_boxes(rngs, SIDE)) and 0.05 < inside.mean() < 0.9

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Step
-from viladiff.data.transforms.mixing import box_mask
+from viladiff.data.transforms.mixing import box_mask, half_boxes
+from viladiff.methods.base import keyed_boxes
 from viladiff.methods.ddfp import Ddfp, lower_density
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.training.optim import param_groups
@@ -40,7 +41,7 @@ def test_loss_is_that_of_the_formula(step: Step, cutmix: bool) -> None:
     valid, target = batch.valid.numpy(), batch.target.numpy()
     inside = np.zeros_like(valid)
     if cutmix:
-        inside = box_mask(method._boxes(batch, step).boxes, SIDE, SIDE).numpy()
+        inside = box_mask(keyed_boxes(batch, step, "ddfp-cut", half_boxes).boxes, SIDE, SIDE).numpy()
         assert inside.reshape(4, -1).mean(1) == pytest.approx([0.5] * 4, abs=0.05)
     with torch.no_grad():
         p = softmax(method.teacher(batch.weak[0])["visual"].numpy())

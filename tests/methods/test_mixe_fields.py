@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from method_kit import CLASSES, SIDE, STEP, cross_entropy_map, make_batch, make_uneven, mean_over
+from method_kit import CLASSES, FIRST_READING, SIDE, STEP, cross_entropy_map, make_batch, make_uneven, mean_over
 from torch import Tensor, nn
 
 from viladiff.data.batch import Batch
@@ -409,9 +409,10 @@ def test_refined_network_is_the_chain_after_the_evaluated_one() -> None:
     ],
 )
 def test_combinations_without_a_meaning_are_refused(changes: dict[str, object], said: str) -> None:
+    first = {f"method.{path}": value for path, value in FIRST_READING.items()}
     flat = {f"method.{path}": value for path, value in changes.items()}
     with pytest.raises(ConfigError, match=said) as error:
-        override(RunConfig(), {"method.name": "viladiff", **flat})
+        override(RunConfig(), {"method.name": "viladiff", **first, **flat})
     assert len(str(error.value).splitlines()) == 1
 
 

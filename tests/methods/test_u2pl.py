@@ -12,7 +12,8 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Step
-from viladiff.data.transforms.mixing import box_mask
+from viladiff.data.transforms.mixing import box_mask, half_boxes
+from viladiff.methods.base import keyed_boxes
 from viladiff.methods.u2pl import (
     Representation,
     U2pl,
@@ -225,7 +226,7 @@ def test_loss_is_that_of_the_formula(cutmix: bool) -> None:
     valid, target = batch.valid.numpy(), batch.target.numpy()
     inside = np.zeros_like(valid)
     if cutmix:
-        inside = box_mask(method._boxes(batch, STEP).boxes, SIDE, SIDE).numpy()
+        inside = box_mask(keyed_boxes(batch, STEP, "u2pl-cutmix", half_boxes).boxes, SIDE, SIDE).numpy()
         assert inside.reshape(4, -1).mean(1) == pytest.approx([0.5] * 4, abs=0.05)
     images = torch.cat([batch.image, torch.from_numpy(mixed(batch.weak[0].numpy(), inside))])
     with torch.no_grad():

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_kit import FIRST_READING
 from torch import Tensor
 
 from viladiff.core import keyed_random
@@ -155,7 +156,9 @@ def method(**changes: object) -> ViLaDiff:
     """ViLaDiff with an encoder of random weights, that accepts every pixel's pseudo-label."""
     flat = {"method.name": "viladiff", "model.pretrained": "none", "model.decoder_width": 16}
     accept = {"method.pseudo.threshold": 0.0}
-    cfg = override(RunConfig(), flat | accept | {f"method.{path}": value for path, value in changes.items()})
+    cfg = override(
+        RunConfig(), flat | accept | {f"method.{path}": value for path, value in {**FIRST_READING, **changes}.items()}
+    )
     torch.manual_seed(0)
     made = METHODS["viladiff"](cfg.method, NetworkFactory(cfg.model, CLASSES, 12)).train()
     assert isinstance(made, ViLaDiff)

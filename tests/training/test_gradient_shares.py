@@ -146,7 +146,7 @@ def test_an_arrow_of_weight_0_leaves_the_rest_as_it_is() -> None:
     batch = make_batch(views=by_path.views_wanted())
     assert by_weight(batch, STEP).total.item() == pytest.approx(by_path(batch, STEP).total.item(), rel=1e-6)
     assert run_id(
-        override(RunConfig(), {"method.name": "viladiff", "method.vila.path_weights.teacher_logits": 1.0})
+        override(RunConfig(), {"method.name": "viladiff", "method.vila.path_weights.teacher_to_visual_logits": 1.0})
     ) == (run_id(override(RunConfig(), {"method.name": "viladiff"})))
 
 
