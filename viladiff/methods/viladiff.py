@@ -110,7 +110,7 @@ class ViLaDiff(MixeTeacher):
         "AAAI",
         2026,
     )
-    passes = StepCost(5, 2, 4, 2, "denoiser: 1 forward and backward, later 10 forward")
+    passes = StepCost(4, 2, 4, 2, "denoiser: 1 forward and backward, later 10 forward")
     keeps = "teacher, denoiser"
     term_fields = TERM_FIELDS
 

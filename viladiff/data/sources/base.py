@@ -113,7 +113,7 @@ def pretrained(epochs: float) -> dict[str, dict[str, object]]:
     return {"model": model, "train": {"epochs": epochs, "precision": "bf16"}}
 
 
-def published_lists(config: type[DataConfig]) -> tuple[str, ...]:
+def split_names(config: type[DataConfig]) -> tuple[str, ...]:
     """Return the labelled lists that ``data.split`` names, without ``all``."""
     return tuple(name for name in get_args(config.model_fields["split"].annotation) if name != ALL)
 

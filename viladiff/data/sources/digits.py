@@ -16,7 +16,7 @@ from viladiff.data.cache import Facts, Opened, cache_dir, fingerprint, open_or_m
 from viladiff.data.captions.table import SIMULATED, Captions, CaptionSource, simulate
 from viladiff.data.dataset import Dataset
 from viladiff.data.scenes import MATERIAL, REVISION, SCENES, SEED, Part, SceneRecipe, render, scene_kind
-from viladiff.data.sources.base import ALL, EmbeddedSource, Presets, published_lists
+from viladiff.data.sources.base import ALL, EmbeddedSource, Presets, split_names
 from viladiff.data.splits import classes_present, labelled_order, split_size
 
 CLASS_NAMES = ("background", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -63,7 +63,7 @@ class EmbeddedData(DataConfig):
     @classmethod
     def _fits_the_pool(cls, split: object) -> object:
         if isinstance(split, str) and split.isascii() and split.isdigit() and int(split) > POOL:
-            allowed = ", ".join((*published_lists(cls), ALL))
+            allowed = ", ".join((*split_names(cls), ALL))
             raise ValueError(f"{split!r} asks for more labelled images than the pool of {POOL} has; allowed: {allowed}")
         return split
 
@@ -104,7 +104,7 @@ def load_scenes(data: EmbeddedData, scored: str) -> Dataset:
     )
     arrays = open_pixels(name).arrays
     images, masks, val_masks = arrays["images"], arrays["masks"], arrays[f"{part}_masks"]
-    size = split_size(name, data.split, published_lists(type(data)), len(images))
+    size = split_size(name, data.split, split_names(type(data)), len(images))
     present = classes_present(masks, len(CLASS_NAMES))
     order = labelled_order(name, present, data.split_seed)
     captions = _captions(name, "train", present, source)
