@@ -295,3 +295,14 @@ def test_planned_runs_keep_their_names(tmp_path: Path) -> None:
     found = job(tmp_path, "--scale", "smoke", "--rows", "8", "--columns", "1", "--seeds", "1")
     one: PlannedRun = tables._with_extras(found, next(iter(found.plan.runs.values())))
     assert Trainer(override(RunConfig(), one.changes)).name == one.run_id
+
+
+def test_runs_start_in_the_order_of_the_scales_rows(tmp_path: Path) -> None:
+    """The longest first, so that two at once end together."""
+    quick = job(tmp_path, "--scale", "quick").plan
+    rows = {cell.run_id: quick.table.rows[cell.row].label for cell in quick.cells}
+    assert [rows[run.run_id] for run in tables.in_order_of_scale(quick)] == [
+        "ViLaDiff", "ViLa", "SemiBaseline", "supervised",
+    ]  # fmt: skip
+    smoke = job(tmp_path, "--scale", "smoke", "--seeds", "1").plan
+    assert tables.in_order_of_scale(smoke) == list(smoke.runs.values())

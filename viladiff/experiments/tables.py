@@ -117,10 +117,18 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
     return TableJob(table, plan, store, out, command, args.publish, path, beside)
 
 
+def in_order_of_scale(plan: Plan) -> list[PlannedRun]:
+    """Return the runs of a plan in the order of the rows that its scale names; in the order of the table by default."""
+    named = plan.table.scale[plan.scale].rows or ()
+    first = {cell.run_id: plan.table.rows[cell.row].label for cell in reversed(plan.cells)}
+    place = {label: i for i, label in enumerate(named)}
+    return sorted(plan.runs.values(), key=lambda run: place.get(first[run.run_id], len(place)))
+
+
 def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
     """Run the missing runs with a live table; a thread rewrites the page as runs finish."""
     records = job.store.records()
-    left = [_with_extras(job, one) for one in job.plan.runs.values() if one.run_id not in records]
+    left = [_with_extras(job, one) for one in in_order_of_scale(job.plan) if one.run_id not in records]
     if not left:
         return []
     from viladiff.cluster.executor import run_jobs
