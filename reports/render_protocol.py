@@ -1,7 +1,7 @@
 """Write the page of the runs on ``dev`` that the protocol and the readings were chosen by, from their records.
 
     python reports/render_protocol.py                    from reports/published/protocol/records, in place
-    python reports/render_protocol.py --records runs --out /tmp/protocol
+    python reports/render_protocol.py --records runs --report-dir /tmp/protocol
 
 Writes table.md. A cell without a run stays empty.
 """
@@ -11,15 +11,21 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from viladiff.core.messages import format_value
+from viladiff.report.table.exports import pipes
 from viladiff.runs.gradient_shares import Triple, by_thirds
 from viladiff.runs.maintenance import contradiction
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.tables.significance import one_precision
 
 HERE = Path(__file__).parent / "published" / "protocol"
+ABOUT = (
+    "mIoU and shares of pixels in percent. Fields are those that differ from the defaults of the code that made the run; "
+    "those of ViLaDiff were its first reading."
+)
 APART = ("data.dataset", "data.split", "data.split_seed", "seed", "train.steps", "method.name")
 """Fields that place a run in a table; all others that differ from their defaults make it a trial of a reading."""
 
@@ -50,26 +56,8 @@ def own_fields(record: RunRecord) -> dict[str, object]:
 
 def written(fields: dict[str, object]) -> str:
     """Return ``field=value`` pairs without the prefix ``method.``; defaults where there are none."""
-    pairs = (f"{name.removeprefix('method.')}={_value(value)}" for name, value in sorted(fields.items()))
+    pairs = (f"{name.removeprefix('method.')}={format_value(value)}" for name, value in sorted(fields.items()))
     return ", ".join(f"`{pair}`" for pair in pairs) or "defaults"
-
-
-def _value(value: object) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, list | tuple)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"| {' | '.join('---' for _ in header)} |",
-        *(f"| {' | '.join(r)} |" for r in rows),
-    ]
 
 
 def percent(value: float | None) -> str:
@@ -94,7 +82,7 @@ def criteria(records: Sequence[RunRecord]) -> list[str]:
         values = list(found.values())
         mean = f"{100 * statistics.mean(values):.1f}" if len(values) > 1 else ""
         rows.append([f"`{method}`", split, str(steps), fields, *(percent(found.get(seed)) for seed in seeds), mean])
-    return markdown(["method", "labels", "steps", "fields", *(f"seed {seed}" for seed in seeds), "mean"], rows)
+    return pipes([["method", "labels", "steps", "fields", *(f"seed {seed}" for seed in seeds), "mean"], *rows])
 
 
 def trials(records: Sequence[RunRecord], method: str) -> list[str]:
@@ -126,7 +114,7 @@ def trials(records: Sequence[RunRecord], method: str) -> list[str]:
         "wrong",
         "wrong at a lower threshold",
     ]
-    return markdown(header, rows)
+    return pipes([header, *rows])
 
 
 def shares(records: Sequence[RunRecord]) -> list[str]:
@@ -135,7 +123,7 @@ def shares(records: Sequence[RunRecord]) -> list[str]:
     found = [{(one.place, one.term): one.shares for one in by_thirds(run.gradient_shares, run.steps)} for run in runs]
     names = list(dict.fromkeys(name for one in found for name in one))
     rows = [[f"`{place}`", f"`{term}`", *(_thirds(one.get((place, term))) for one in found)] for place, term in names]
-    return markdown(["parameters", "term", *(written(own_fields(run)) for run in runs)], rows)
+    return pipes([["parameters", "term", *(written(own_fields(run)) for run in runs)], *rows])
 
 
 def _thirds(share: Triple | None) -> str:
@@ -145,16 +133,18 @@ def _thirds(share: Triple | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the page of the runs on dev that choices were made by.")
     parser.add_argument("--records", type=Path, default=HERE / "records", help="directory of records")
-    parser.add_argument("--out", type=Path, default=HERE, help="directory of the page")
+    parser.add_argument("--report-dir", type=Path, default=HERE, help="directory of the page")
     args = parser.parse_args()
     records = read_records(args.records)
     methods = list(dict.fromkeys(record.config["method.name"] for record in records))
-    lines = ["# Runs on dev", ""]
+    lines = ["# Runs on dev", "", ABOUT, ""]
     for method in methods:
         lines += [f"## Trials of `{method}`", "", *trials(records, method), ""]
     lines += ["## Shares of the gradient", "", "Early, middle and late third of training.", "", *shares(records), ""]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text("\n".join([*lines, "## All runs", "", *criteria(records), ""]), encoding="utf-8")
+    args.report_dir.mkdir(parents=True, exist_ok=True)
+    (args.report_dir / "table.md").write_text(
+        "\n".join([*lines, "## All runs", "", *criteria(records), ""]), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -74,3 +74,16 @@ def test_what_is_left_of_the_campaign(
     save_record(done, path)
     call(script, monkeypatch, *words)
     assert capsys.readouterr().out == ""
+
+
+def test_the_page_of_the_protocol_is_that_of_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, committed = (
+        load_module(ROOT / "reports" / "render_protocol.py"),
+        ROOT / "reports" / "published" / "protocol",
+    )
+    call(script, monkeypatch, "--report-dir", str(tmp_path))
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == (committed / "table.md").read_text(encoding="utf-8")
+    reported = next((committed.parent / "table5" / "records").glob("*.json"))
+    (tmp_path / reported.name).write_bytes(reported.read_bytes())
+    with pytest.raises(ValueError, match=r"eval\.split = 'test'; this page is of dev alone"):
+        script.read_records(tmp_path)
