@@ -23,8 +23,8 @@ from viladiff.tables.significance import one_precision
 
 HERE = Path(__file__).parent / "published" / "protocol"
 ABOUT = (
-    "mIoU and shares of pixels in percent. Fields are those that differ from the defaults of the code that made the run; "
-    "those of ViLaDiff were its first reading."
+    "mIoU and shares of pixels in percent. Fields are those that differ from the defaults of the code that made the "
+    "run; those of ViLaDiff were its first reading."
 )
 APART = ("data.dataset", "data.split", "data.split_seed", "seed", "train.steps", "method.name")
 """Fields that place a run in a table; all others that differ from their defaults make it a trial of a reading."""
