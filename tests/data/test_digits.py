@@ -404,7 +404,7 @@ def test_a_data_set_and_its_labelled_list(rendered: Path) -> None:
         ("coco", "232", "runtime.data_root: must be set .* 'coco'"),
         ("voc", "92", "runtime.data_root: must be set"),
         ("folder", "92", "runtime.data_root: must be set"),
-        ("digits", "93", "'93'.*allowed: 92, 183, 366, 732, 1464"),
+        ("digits", "93", "'93'.*allowed: 92, 183, 366, 732, 1464; did you mean '92'"),
         ("digits", "1464", "more labelled images than the pool of 'digits' has \\(120\\)"),
         ("digits", "", "no split"),
     ],

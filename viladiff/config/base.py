@@ -143,9 +143,9 @@ def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | Non
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
+def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
     """Return ``; did you mean 'x'?`` for the known name most like ``name``, or an empty string."""
-    match = nearest(name, known)
+    match = nearest(name, known, cutoff)
     return f"; did you mean {match!r}?" if match else ""
 
 

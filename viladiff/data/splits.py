@@ -35,12 +35,12 @@ def split_size(dataset: str, split: str, allowed: tuple[str, ...], pool: int) ->
     if split.isascii() and split.isdigit() and int(split) > pool:
         raise ValueError(
             f"data.split = {split!r}: more labelled images than the pool of {dataset!r} has ({pool}); "
-            f"allowed: {', '.join(allowed)}{did_you_mean(split, allowed)}"
+            f"allowed: {', '.join(allowed)}{did_you_mean(split, allowed, 0.5)}"
         )
     if split not in allowed:
         raise ValueError(
             f"data.split = {split!r}: no split of {dataset!r}; allowed: {', '.join(allowed)}"
-            f"{did_you_mean(split, allowed)}"
+            f"{did_you_mean(split, allowed, 0.5)}"
         )
     return int(split)
 
