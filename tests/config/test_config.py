@@ -455,3 +455,21 @@ def test_a_former_name_is_refused_and_the_error_gives_the_present_one() -> None:
         method = next(name for name in METHODS if new in schema("digits", name))
         with pytest.raises(ConfigError, match=rf"^{re.escape(old)}: renamed; write {re.escape(new)}$"):
             override(RunConfig(), {"method.name": method, old: 1})
+
+
+def test_viladiffs_reading_is_that_of_its_revision() -> None:
+    """A run's name holds no defaults: whoever changes a value here raises the method's revision, and trains anew."""
+    chosen = {
+        "pseudo.threshold": 0.7, "vila.temperature": 1.0, "vila.logit_weight": 0.3,
+        "vila.path_weights.teacher_logits": 0.0, "mixe.refine_where": "unsure",
+        "mixe.labelled_views": "strong", "mixe.unlabelled_views": "strong",
+    }  # fmt: skip
+    first = {
+        "pseudo.threshold": 0.95, "vila.temperature": 2.0, "vila.logit_weight": 1.0,
+        "vila.path_weights.teacher_logits": 1.0, "mixe.refine_where": "all",
+        "mixe.labelled_views": "weak", "mixe.unlabelled_views": "weak",
+    }  # fmt: skip
+    assert METHODS["viladiff"].revision == 2
+    for dataset, reading in (("digits", chosen), ("dense", chosen), ("voc", first), ("folder", first)):
+        fields = flatten(variant(dataset, "viladiff"))
+        assert {path: fields[f"method.{path}"] for path in reading} == reading, dataset
