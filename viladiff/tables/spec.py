@@ -104,8 +104,9 @@ class Scale(Strict):
     published_runs: str = ""
     """Another scale of the table, whose committed records are shown beside the runs of this one; empty for none."""
     rows: tuple[str, ...] = ()
-    """Labels of those that are run when none are named, and so for columns; empty for all."""
+    """Labels of those that are run when none are named, in the order in which their runs start; empty for all."""
     columns: tuple[str, ...] = ()
+    """Labels of those that are run when none are named; empty for all."""
     substitute: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """``field=value`` of the paper's to the fields that stand in for it here, such as a list that a data set lacks."""
     threads: int | None = Field(None, ge=1)
