@@ -16,7 +16,7 @@ from viladiff.methods import METHODS
 from viladiff.methods.base import StepCost
 from viladiff.models.baselines.text_probe import ClassQueryHead
 from viladiff.models.baselines.vl_decoder import VlDecoder
-from viladiff.models.decoder import Decoder
+from viladiff.models.decoders.base import Decoder
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.stream import StreamOutput
 

@@ -30,7 +30,7 @@ from viladiff.inference.load import preview_run
 from viladiff.losses import pixel_cross_entropy
 from viladiff.methods import METHODS
 from viladiff.methods.base import MeanTeacher, Method
-from viladiff.models.segmenter import Classifier
+from viladiff.models.decoders.light import Classifier
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.training import trainer
 

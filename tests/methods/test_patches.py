@@ -13,13 +13,14 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from viladiff.config.sections import ModelConfig
 from viladiff.core.keyed_random import numpy_generator
 from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes
 from viladiff.inference.export import Standalone, export_onnx, export_run, onnx_difference
 from viladiff.inference.load import evaluate_run, preview_run
 from viladiff.inference.predict import Model, load_model
-from viladiff.models.decoder import Decoder, output_stride
+from viladiff.models.decoders.light import LightDecoder, output_stride
 from viladiff.models.encoders.build import build_encoder
 from viladiff.models.segmenter import Segmenter, cutmix_stream
 from viladiff.models.vila import ViLa, VilaConfig
@@ -48,7 +49,9 @@ def _known_to_timm() -> None:
 def network(vila: bool = False, classes: int = 5) -> Segmenter:
     torch.manual_seed(0)
     encoder = build_encoder(PICO, "none")
-    net = Segmenter(encoder, 16, classes, ViLa(32, 12, VilaConfig(width=32, heads=2)) if vila else None)
+    net = Segmenter(
+        encoder, ModelConfig(decoder_width=16), classes, ViLa(32, 12, VilaConfig(width=32, heads=2)) if vila else None
+    )
     with torch.no_grad():  # an untrained block adds next to nothing
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -61,7 +64,7 @@ def test_cells_are_whole_pixels_and_patches_whole_cells() -> None:
     assert output_stride((4, 8, 16, 32)) == 4 and output_stride((2, 4, 8, 8)) == 2
     with pytest.raises(ValueError, match=r"cells of 15 pixels; the decoder needs a multiple of 4 or of 7"):
         output_stride((15,) * 4)
-    decoder = Decoder((8, 8, 8, 8), (14,) * 4, 16)
+    decoder = LightDecoder((8, 8, 8, 8), (14,) * 4, 16)
     maps = [torch.rand(2, 8, 3, 4) for _ in range(4)]
     assert [tuple(x.shape[-2:]) for x in decoder.laterals(maps)] == [(6, 8), (3, 4), (3, 4)]
     assert decoder(maps[3], decoder.laterals(maps)).shape == (2, 16, 6, 8)
@@ -143,7 +146,7 @@ def test_other_crops_are_refused_with_the_nearest_that_fit(
 @pytest.mark.parametrize("crop", [518, 798])
 def test_published_crops_of_a_real_encoder_s_shape(crop: int) -> None:
     encoder = build_encoder("vit_small_patch14_reg4_dinov2", "none")
-    net = Segmenter(encoder, 64, 21).eval()
+    net = Segmenter(encoder, ModelConfig(decoder_width=64), 21).eval()
     with torch.inference_mode():
         assert net(torch.rand(1, 3, crop, crop))["visual"].shape == (1, 21, crop, crop)
 

@@ -62,6 +62,8 @@ class ModelConfig(Section):
     """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
     weights: str | None = None
     """A safetensors file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory."""
+    decoder: Literal["light"] = "light"
+    """What brings the encoder's maps to one fine map; semivl and textprobe have their own."""
     decoder_width: int = Field(16, ge=8)
     """Channels of the decoder, a multiple of 8; 128 unless the data set is embedded."""
     drop_path: float = Field(0.0, ge=0, lt=1)

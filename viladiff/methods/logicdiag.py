@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
@@ -41,7 +41,7 @@ from viladiff.methods.base import (
 from viladiff.methods.fixmatch import FixMatchTeacherConfig
 from viladiff.models.baselines.class_hierarchy import diagnose, known_groups, node_cross_entropy, parents
 from viladiff.models.ema import ema_update, frozen_copy
-from viladiff.models.segmenter import Classifier, NetworkFactory, Segmenter, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
 
 
 class LogicDiagPseudoConfig(PseudoConfig):
@@ -89,7 +89,7 @@ class LogicDiag(MeanTeacher):
             )
         self.register_buffer("parent", parents(names), persistent=False)
         student = self.student
-        self.groups = Classifier(student.encoder.channels[-1], student.decoder.width, len(set(names)))
+        self.groups = student.decoder.classifier(len(set(names)))
         self.teacher_groups = frozen_copy(self.groups)
 
     def views_wanted(self) -> Views:
@@ -143,7 +143,7 @@ class LogicDiag(MeanTeacher):
         return alone, diagnose(z, self.parent, self.cfg.conflict_weight) if self.cfg.revise else alone
 
 
-def _nodes(network: Segmenter, groups: Classifier, images: Tensor) -> Tensor:
+def _nodes(network: Segmenter, groups: nn.Module, images: Tensor) -> Tensor:
     """Return grid logits (B, C + S, h, w): the network's classes, then the groups, from the same maps."""
     features = network.encode(images)
     stream = network.decode(features)["visual"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.models.blocks import bilinear
-from viladiff.models.decoder import Decoder
+from viladiff.models.decoders.build import build_decoder
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
 from viladiff.models.stream import StreamOutput
@@ -21,21 +21,6 @@ from viladiff.models.vila import ViLa, VilaConfig
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
-
-
-class Classifier(nn.Module):
-    """Scores from the decoder's fine map plus scores straight from the coarse one.
-
-    The short way from the encoder's most semantic features to the classes is learned from few labels and few steps; the
-    decoder is left with the outlines.
-    """
-
-    def __init__(self, coarse: int, fine: int, num_classes: int) -> None:
-        super().__init__()
-        self.fine, self.coarse = nn.Conv2d(fine, num_classes, 1), nn.Conv2d(coarse, num_classes, 1)
-
-    def forward(self, mid: Tensor, top: Tensor) -> Tensor:
-        return self.fine(mid) + upsample(self.coarse(top), mid.shape[-2:])
 
 
 class _Last:
@@ -117,14 +102,14 @@ class Segmenter(nn.Module):
     last: _Last | None = None
     """Set by ``remembered``."""
 
-    def __init__(self, encoder: Encoder, width: int, num_classes: int, vila: ViLa | None = None) -> None:
+    def __init__(self, encoder: Encoder, model: ModelConfig, num_classes: int, vila: ViLa | None = None) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.encoder = encoder
-        self.decoder = Decoder(encoder.channels, encoder.strides, width)
-        self.classifier = Classifier(encoder.channels[-1], width, num_classes)
+        self.decoder = build_decoder(model, encoder)
+        self.classifier = self.decoder.classifier(num_classes)
         self.vila = vila
-        self.classifier_fusion = None if vila is None else Classifier(encoder.channels[-1], width, num_classes)
+        self.classifier_fusion = None if vila is None else self.decoder.classifier(num_classes)
 
     @property
     def patch(self) -> int:
@@ -268,19 +253,19 @@ class NetworkFactory:
         self,
         vila: VilaConfig | None = None,
         drop_path: float | None = None,
-        kind: Callable[[Encoder, int, int], Segmenter] = Segmenter,
+        kind: Callable[[Encoder, ModelConfig, int], Segmenter] = Segmenter,
     ) -> Segmenter:
         """Build a network; ``drop_path`` replaces the configured rate, for a method that is defined by its own.
 
-        ``kind`` builds the network from encoder, width of the decoder and number of classes, for one with other parts.
+        ``kind`` builds the network from encoder, fields of ``model`` and number of classes, for one with other parts.
         """
         rate = self.model.drop_path if drop_path is None else drop_path
         encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, rate)
-        network = kind(encoder, self.model.decoder_width, self.num_classes)
+        network = kind(encoder, self.model, self.num_classes)
         if vila is not None:
             # Made after the rest, so that the shared part starts from the same weights with and without it.
             network.vila = ViLa(encoder.channels[-1], self.text_dim, vila)
-            network.classifier_fusion = Classifier(encoder.channels[-1], self.model.decoder_width, self.num_classes)
+            network.classifier_fusion = network.decoder.classifier(self.num_classes)
         if self.model.encoder_frozen:
             encoder.requires_grad_(False)
         return network

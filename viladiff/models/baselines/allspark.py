@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from viladiff.data.batch import TextBatch
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter
 from viladiff.models.stream import StreamOutput
+
+if TYPE_CHECKING:
+    from viladiff.config.sections import ModelConfig
 
 Draw = Callable[[str, tuple[int, ...]], Tensor]
 """What they are for and a shape, to that many uniform numbers for each image of a batch: (B, *shape)."""
@@ -91,8 +95,8 @@ class AllSparkBlock(nn.Module):
 class AllSparkSegmenter(Segmenter):
     """A segmenter with the block between encoder and decoder."""
 
-    def __init__(self, encoder: Encoder, width: int, num_classes: int, *, spark_width: int, heads: int) -> None:
-        super().__init__(encoder, width, num_classes)
+    def __init__(self, encoder: Encoder, model: ModelConfig, num_classes: int, *, spark_width: int, heads: int) -> None:
+        super().__init__(encoder, model, num_classes)
         self.spark = AllSparkBlock(encoder.channels[-1], min(spark_width, encoder.channels[-1]), heads)
 
     def decode(
@@ -107,7 +111,7 @@ class AllSparkSegmenter(Segmenter):
         return super().decode(features, text, names)
 
 
-def allspark_segmenter(spark_width: int, heads: int) -> Callable[[Encoder, int, int], Segmenter]:
+def allspark_segmenter(spark_width: int, heads: int) -> Callable[[Encoder, ModelConfig, int], Segmenter]:
     """Return the constructor that ``NetworkFactory`` calls for a SparkSegmenter."""
     return partial(AllSparkSegmenter, spark_width=spark_width, heads=heads)
 

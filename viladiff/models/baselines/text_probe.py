@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -19,6 +20,9 @@ from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import prepend_null_token
+
+if TYPE_CHECKING:
+    from viladiff.config.sections import ModelConfig
 
 
 class ProbeConfig(Section):
@@ -77,8 +81,10 @@ class ClassQueryHead(nn.Module):
 class Probe(Segmenter):
     """An encoder and ``Masks``. Stream ``fusion`` reads the caption, ``visual`` the null token alone."""
 
-    def __init__(self, encoder: Encoder, width: int, num_classes: int, *, text_dim: int, cfg: ProbeConfig) -> None:
-        """Build the network; ``width``, of other networks' decoders, is not used."""
+    def __init__(
+        self, encoder: Encoder, model: ModelConfig, num_classes: int, *, text_dim: int, cfg: ProbeConfig
+    ) -> None:
+        """Build the network; ``model`` is not used, since the head has its own width."""
         nn.Module.__init__(self)
         self.num_classes, self.encoder = num_classes, encoder
         self.vila = self.classifier_fusion = None
@@ -105,6 +111,6 @@ def attention_maps(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.einsum("cw,bnw->bcn", queries, keys) / queries.shape[1] ** 0.5
 
 
-def probe(text_dim: int, cfg: ProbeConfig) -> Callable[[Encoder, int, int], Segmenter]:
+def probe(text_dim: int, cfg: ProbeConfig) -> Callable[[Encoder, ModelConfig, int], Segmenter]:
     """Return the constructor that ``NetworkFactory`` calls for a text probe."""
     return partial(Probe, text_dim=text_dim, cfg=cfg)

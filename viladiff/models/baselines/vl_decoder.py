@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from viladiff.models.blocks import SelfBlock
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.segmenter import Segmenter
 from viladiff.models.stream import StreamOutput
+
+if TYPE_CHECKING:
+    from viladiff.config.sections import ModelConfig
 
 POOL = 4
 """Cells along each side that share one token of a semantic transformer."""
@@ -168,13 +172,13 @@ class VlSegmenter(Segmenter):
     """Encoder and ``VlDecoder``; the streams are those of a segmenter without ViLa."""
 
     def __init__(
-        self, encoder: Encoder, width: int, num_classes: int, *, class_texts: Tensor, cfg: VlDecoderConfig
+        self, encoder: Encoder, model: ModelConfig, num_classes: int, *, class_texts: Tensor, cfg: VlDecoderConfig
     ) -> None:
         nn.Module.__init__(self)
         self.num_classes, self.encoder = num_classes, encoder
         self.vila = self.classifier_fusion = None
         self.decoder: VlDecoder = VlDecoder(  # type: ignore[assignment]
-            encoder.channels, encoder.strides, width, class_texts, cfg
+            encoder.channels, encoder.strides, model.decoder_width, class_texts, cfg
         )
 
     def decode(
@@ -185,7 +189,7 @@ class VlSegmenter(Segmenter):
         return {"visual": StreamOutput(top.flatten(2).mT, self.decoder.dense(top), self.decoder(features))}
 
 
-def vl_segmenter(class_texts: Tensor, cfg: VlDecoderConfig) -> Callable[[Encoder, int, int], Segmenter]:
+def vl_segmenter(class_texts: Tensor, cfg: VlDecoderConfig) -> Callable[[Encoder, ModelConfig, int], Segmenter]:
     """Return the constructor that ``NetworkFactory`` calls for a VlSegmenter."""
     return partial(VlSegmenter, class_texts=class_texts, cfg=cfg)
 

@@ -6,6 +6,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.models.blocks import bilinear
+from viladiff.models.decoders.base import Decoder
+
+
+class Classifier(nn.Module):
+    """Scores from the decoder's fine map plus scores straight from the coarse one.
+
+    The short way from the encoder's most semantic features to the classes is learned from few labels and few steps; the
+    decoder is left with the outlines.
+    """
+
+    def __init__(self, coarse: int, fine: int, num_classes: int) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(fine, num_classes, 1), nn.Conv2d(coarse, num_classes, 1)
+
+    def forward(self, mid: Tensor, top: Tensor) -> Tensor:
+        return self.fine(mid) + bilinear(self.coarse(top), mid.shape[-2:])
 
 
 class Refine(nn.Module):
@@ -19,7 +35,7 @@ class Refine(nn.Module):
         return x + self.body(x)
 
 
-class Decoder(nn.Module):
+class LightDecoder(Decoder):
     """Brings level i to stride ``output_stride * 2 ** i``, never coarser than the encoder's top; adds from coarse to
     fine.
 
@@ -28,7 +44,7 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.stride = output_stride(strides)
+        self.stride, self.coarse = output_stride(strides), channels[-1]
         self.width = width
         targets = [min(self.stride * 2**i, max(strides)) for i in range(4)]
         self.reshape = nn.ModuleList(
@@ -50,6 +66,10 @@ class Decoder(nn.Module):
             copies = x.shape[0] // lateral.shape[0]
             x = fuse(x + (lateral if copies == 1 else lateral.repeat(copies, 1, 1, 1)))
         return F.relu(self.norm(x))
+
+    def classifier(self, num_classes: int) -> Classifier:
+        """Return a new classifier of the decoder's map and the coarsest one."""
+        return Classifier(self.coarse, self.width, num_classes)
 
 
 def output_stride(strides: tuple[int, ...]) -> int:

@@ -1,0 +1,28 @@
+"""The interface of decoders."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Decoder(nn.Module):
+    """Contract: maps of an encoder to one map of ``width`` channels, whose cells are ``stride`` pixels wide.
+
+    The coarsest map comes apart from the others, since ViLa makes two of it, one a stream.
+    """
+
+    stride: int
+    """Pixels a cell of the decoder's map is wide; a patch of the encoder is a whole number of cells."""
+    width: int
+
+    def laterals(self, features: list[Tensor]) -> list[Tensor]:
+        """Return what the streams share: of the three finer maps (B, D_i, h_i, w_i), computed once for all streams."""
+        raise NotImplementedError
+
+    def forward(self, top: Tensor, laterals: list[Tensor]) -> Tensor:
+        """Decode top (k * B, D, h, w) for k streams with laterals (B, ...): (k * B, width, H / stride, W / stride)."""
+        raise NotImplementedError
+
+    def classifier(self, num_classes: int) -> nn.Module:
+        """Return a new classifier: called with the decoder's map and the coarsest one, logits (B, K, h, w)."""
+        raise NotImplementedError
