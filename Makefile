@@ -51,5 +51,5 @@ published: setup ## continue the campaigns behind the committed reports and rend
 		else echo 'left out: run_text.py needs pip install "viladiff[minilm]"'; fi
 	@for sweep in lambda flip; do \
 		echo "== sweep_$$sweep"; \
-		$(bin)/python tune/sweep_$$sweep.py --scale digits --scheduler asha --publish || exit 1; done
+		$(bin)/python tune/sweep_$$sweep.py --scale digits --early-stopping asha --publish || exit 1; done
 	@for file in reports/render_*.py; do echo "== $$file"; $(bin)/python "$$file" || exit 1; done

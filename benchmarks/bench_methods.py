@@ -151,7 +151,7 @@ def one(name: str, words: list[str], repeats: int, reference: bool = False) -> d
         other, its = ready("supervised", [word for word in words if not word.startswith("method.")])
         actions["reference"] = functools.partial(other._step, its)
     times = medians(actions, repeats, cuda)
-    passes = METHODS[name].passes
+    passes = METHODS[name].step_cost
     about = {"method": name, "device": str(run.device), "threads": torch.get_num_threads()}
     about["passes"] = written(passes) if passes else ""
     return {**about, **times, "memory_mb": memory / 2**20, "calls": len(calls)}

@@ -14,7 +14,7 @@ import torch
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from viladiff.data.batch import IGNORE
-from viladiff.evaluation.metrics import confusion_matrix
+from viladiff.evaluation.pixel_counts import confusion_matrix
 
 CLASSES = 21
 SHAPE = (8, 512, 512)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from viladiff.evaluation import evaluator
-from viladiff.evaluation.metrics import evaluate_network
+from viladiff.evaluation.pixel_counts import evaluate_network
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.models.segmenter import Segmenter
 from viladiff.runs.config import RunConfig, override
@@ -30,7 +30,7 @@ def separately(run: Trainer) -> None:
     """A pass over the images for each network, and one for the pseudo-labels."""
     cfg = run.cfg.eval
     given = run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
-    for network in run.method.networks().values():
+    for network in run.method.eval_networks().values():
         evaluate_network(network, evaluator.eval_batches(run), STREAMS, *given)
     pseudo = evaluator.PseudoLabels(run)
     run.method.eval()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from viladiff.models.mixe import edge_mask, flip_labels, flip_probability, posterior, step_probability
+from viladiff.models.mixe.denoiser import edge_mask, flip_labels, flip_probability, posterior, step_probability
 
 BETA, BONUS, TIME = 0.1, 0.1, 3
 FLIP_SHAPE, POSTERIOR_SHAPE = (4, 512, 512), (4, 64, 64)

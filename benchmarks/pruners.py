@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from viladiff.sweeps.pruners import halving, optuna_pruner
+from viladiff.sweeps.early_stopping import halving, optuna_pruner
 from viladiff.sweeps.spec import load_sweep
 
 if TYPE_CHECKING:

@@ -110,8 +110,8 @@ def on_ray(root: Path, trials: int) -> float:
     from viladiff.runs.job import ExecutionSettings
     from viladiff.runs.store import Store
     from viladiff.sweeps.controller import SweepController
+    from viladiff.sweeps.early_stopping import halving
     from viladiff.sweeps.optuna_study import OptunaStudy
-    from viladiff.sweeps.pruners import halving
     from viladiff.sweeps.spec import SweepPlanner, load_sweep
     from viladiff.sweeps.trial_queue import TrialQueue
 

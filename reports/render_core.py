@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from viladiff.cli.common import CommandParser
-from viladiff.runs.maintenance import contradiction
 from viladiff.runs.record import RunRecord, load_record
+from viladiff.runs.verify_and_gc import contradiction
 from viladiff.tables.significance import one_precision
 
 HERE = Path(__file__).parent / "published" / "core"

@@ -17,8 +17,8 @@ from pathlib import Path
 from viladiff.core.messages import format_value
 from viladiff.report.table.exports import pipes
 from viladiff.runs.gradient_shares import Triple, by_thirds
-from viladiff.runs.maintenance import contradiction
 from viladiff.runs.record import RunRecord, load_record
+from viladiff.runs.verify_and_gc import contradiction
 from viladiff.tables.significance import one_precision
 
 HERE = Path(__file__).parent / "published" / "protocol"

@@ -71,7 +71,7 @@ def pull(name: str, step: Step, formula: Formula, **changes: object) -> tuple[fl
     """
     threshold = {"pseudo.threshold": METHODS[name].Config(name=name).pseudo.threshold}  # type: ignore[attr-defined]
     method = make(name, **threshold, **changes)
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     answers = Answers(batch)
     with answering(answers):
         losses = method(batch, step)

@@ -15,7 +15,7 @@ from viladiff.methods.base import Method
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override
 
-FIRST_READING: dict[str, object] = {
+PAPER_DEFAULTS: dict[str, object] = {
     "vila.temperature": 2.0,
     "vila.logit_weight": 1.0,
     "vila.path_weights.teacher_logits": 1.0,
@@ -35,7 +35,7 @@ def make(name: str, **changes: object) -> Method:
     Nor is a branch dropped: that is drawn from torch's own generator, which the loop seeds and tests do not.
     """
     cfg = override(RunConfig(), {"method.name": name, "model.pretrained": "none", "model.decoder_width": 16})
-    plain = FIRST_READING if name == "viladiff" else {}
+    plain = PAPER_DEFAULTS if name == "viladiff" else {}
     flat = {f"method.{path}": value for path, value in {**plain, **changes}.items()}
     if "threshold" not in str(changes) and hasattr(cfg.method, "pseudo"):
         flat["method.pseudo.threshold"] = 0.0
@@ -130,7 +130,7 @@ def take_steps(method: Method, optimizer: torch.optim.Optimizer, start: int, sto
     totals = []
     for index in range(start, stop):
         step = Step(index, index / 10, 3)
-        losses = method(make_batch(seed=index, views=method.views_wanted()), step)
+        losses = method(make_batch(seed=index, views=method.required_views()), step)
         losses.total.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -14,8 +14,8 @@ from typing import Any
 
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.sweeps.controller import SweepController
+from viladiff.sweeps.early_stopping import optuna_pruner
 from viladiff.sweeps.optuna_study import OptunaStudy
-from viladiff.sweeps.pruners import optuna_pruner
 from viladiff.sweeps.space import Dimension, Point
 from viladiff.sweeps.trial_queue import TrialQueue
 
@@ -153,7 +153,7 @@ class Files(Runs):
         value = json.loads(path.read_text())
         return SimpleNamespace(miou=value["history"][-1]["miou"], history=value["history"])
 
-    def sweep(self, gone: Any = ()) -> None:
+    def clean(self, gone: Any = ()) -> None:
         """Nothing to clear up."""
 
 

@@ -28,7 +28,7 @@ SYMBOLS = {
     "save record": "viladiff.runs.record:save_record",
     "failure": "viladiff.runs.store:Failure",
     "store": "viladiff.runs.store:Store",
-    "verify": "viladiff.runs.maintenance:verify",
+    "verify": "viladiff.runs.verify_and_gc:verify",
     "load trials": "viladiff.sweeps.trials:load_trials",
     "dimension": "viladiff.sweeps.space:Dimension",
     "read captions": "viladiff.data.captions.files:read_captions",

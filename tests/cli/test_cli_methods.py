@@ -36,14 +36,14 @@ def counted(name: str) -> tuple[float, float, float, float]:
     for module in method.modules():
         if isinstance(module, Encoder | decoders):
             module.register_forward_hook(note)
-    method(make_batch(size, views=method.views_wanted()), STEP)
+    method(make_batch(size, views=method.required_views()), STEP)
     f, b, df, db = (totals[kind, graph] / size for kind in (Encoder, Decoder) for graph in (False, True))
     return f, b, df - f, db - b
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_passes_are_those_of_a_step(name: str) -> None:
-    passes = METHODS[name].passes
+    passes = METHODS[name].step_cost
     assert passes is not None
     assert counted(name) == passes[:4]
 

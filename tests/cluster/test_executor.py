@@ -18,7 +18,7 @@ import torch
 from run_kit import alive
 
 from viladiff.cluster.executor import run_jobs
-from viladiff.core.processes import descendants
+from viladiff.core.watchdog import descendants
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun

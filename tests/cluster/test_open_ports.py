@@ -20,7 +20,7 @@ import pytest
 
 from viladiff.cluster import captioning, executor, sweep_executor
 from viladiff.cluster.session import private
-from viladiff.core.processes import descendants
+from viladiff.core.watchdog import descendants
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store

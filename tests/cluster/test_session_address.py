@@ -87,7 +87,7 @@ def test_two_cells_on_a_cluster_with_a_token(head: Head, tmp_path: Path) -> None
 def test_a_sweep_on_a_cluster_takes_the_room_that_there_is(head: Head, tmp_path: Path) -> None:
     """Three trials, of which two fit at once: none is asked for before there is room, so that each learns from those
     before it."""
-    words = ["--scale", "smoke", "--trials", "3", "--scheduler", "asha", "--no-finals"]
+    words = ["--scale", "smoke", "--trials", "3", "--early-stopping", "asha", "--no-finals"]
     done = head.call("tune/sweep_lambda.py", words, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "3 of 3 trials" in done.stdout and "no GPU in the cluster so far" in done.stderr

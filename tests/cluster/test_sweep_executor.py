@@ -18,7 +18,7 @@ import pytest
 from run_kit import alive
 
 from viladiff.cluster.sweep_executor import run_search
-from viladiff.core.processes import descendants
+from viladiff.core.watchdog import descendants
 from viladiff.sweeps.space import Dimension
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -162,7 +162,7 @@ def stamps(root: Path) -> int:
 def test_a_sweep_from_its_command_to_its_verdict(tmp_path: Path) -> None:
     """Real runs: search, stop, resume after Ctrl-C, finals, and nothing to do the second time."""
     words = [sys.executable, str(ROOT / "tune" / "sweep_lambda.py"), "--scale", "smoke", "--trials", "4"]
-    words += ["--scheduler", "asha", "--runs-dir", str(tmp_path / "runs"), "--report-dir", str(tmp_path / "page")]
+    words += ["--early-stopping", "asha", "--runs-dir", str(tmp_path / "runs"), "--report-dir", str(tmp_path / "page")]
     words += ["--", "method.mixe.timesteps=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)

@@ -271,7 +271,7 @@ def test_costs_of_evaluations_in_the_notes_are_those_of_images_times_passes() ->
             "supervised": runs(name, table(name).supervised)[0]["train.epoch_images"],
         }
         for method, length in epochs.items():
-            passes = METHODS[method].passes
+            passes = METHODS[method].step_cost
             assert passes is not None
             cost = 100 * images * windows / (length * (passes.forward + 2 * passes.backward)) / every  # type: ignore[operator]
             told[name].append(f"{cost:.1f} %")

@@ -13,7 +13,7 @@ import pytest
 
 from viladiff.data import registry
 from viladiff.data.captions.files import match, read_captions, scripts
-from viladiff.data.captions.table import PROMPTS
+from viladiff.data.captions.simulated import PROMPTS
 
 Make = Callable[..., Path]
 Rows = list[dict[str, Any]]

@@ -18,7 +18,7 @@ from viladiff.data.files.known_splits import (
     same_size,
     similarly_named,
 )
-from viladiff.data.files.split_lists import Wanted, find_lists
+from viladiff.data.files.split_lists import SplitKey, find_lists
 
 SHARED = Path(os.environ.get("VILADIFF_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data" / "splits"
 LISTED = {
@@ -103,13 +103,13 @@ def test_overlaps_of_look_alikes_that_are_here() -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published lists are not on this machine")
 def test_each_list_is_found_by_what_it_holds_wherever_it_lies() -> None:
     for name in ("allspark-aug/1_8", "allspark-aug/u2pl_1_8", "unimatch-v2/pascal/732", "unimatch-v2/coco/1_512"):
-        wanted = Wanted(*LISTED[f"{name}/labeled.txt"])
+        wanted = SplitKey(*LISTED[f"{name}/labeled.txt"])
         found = find_lists(SHARED, ["nowhere"], wanted)
         assert found.labelled == SHARED / name / "labeled.txt"
         assert (
             found.val == (SHARED / name).parent / "val.txt" or not (SHARED / name).parent.joinpath("val.txt").is_file()
         )
-    assert find_lists(SHARED, ["nowhere"], Wanted("voc", "hq", "5291")).labelled is None
+    assert find_lists(SHARED, ["nowhere"], SplitKey("voc", "hq", "5291")).labelled is None
 
 
 def test_a_small_list_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,8 +85,8 @@ print(json.dumps({
 
 def package(directory: Path, entry: bool) -> Path:
     """The package with the function, and with its entry or without; and the table's file beside it."""
-    text = replaced("evaluation/metric_table.py", (TABLE, FUNCTION + TABLE + (ENTRY if entry else "")))
-    overlay(directory, {"evaluation/metric_table.py": text})
+    text = replaced("evaluation/metrics.py", (TABLE, FUNCTION + TABLE + (ENTRY if entry else "")))
+    overlay(directory, {"evaluation/metrics.py": text})
     (directory / "table.toml").write_text(SPEC, encoding="utf-8")
     return directory
 

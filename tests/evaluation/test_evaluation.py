@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from viladiff.evaluation import evaluator
-from viladiff.evaluation.metrics import SegmentationMeter, evaluate_network, to_scores, truth_of
+from viladiff.evaluation.pixel_counts import SegmentationMeter, evaluate_network, to_scores, truth_of
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.models.blocks import SMALL, bilinear
 from viladiff.models.ema import ema_update
@@ -53,7 +53,7 @@ def test_each_network_goes_once_through_each_image(name: str, tmp_path: Path) ->
         counted(segmenter.encoder, path, passes)
     scored, _ = evaluator.evaluated(run)
     assert passes == dict.fromkeys(segmenters, IMAGES)
-    assert set(scored) == set(run.method.networks())
+    assert set(scored) == set(run.method.eval_networks())
     assert all(score["images"] == IMAGES for found in scored.values() for score in found.values())
     assert all(segmenter.last is None for segmenter in segmenters.values())
 
@@ -61,7 +61,7 @@ def test_each_network_goes_once_through_each_image(name: str, tmp_path: Path) ->
 def test_the_decoder_makes_each_stream_of_an_image_once(tmp_path: Path) -> None:
     run = prepared("viladiff", tmp_path)
     passes: Counter[str] = Counter()
-    for name, network in run.method.networks().items():
+    for name, network in run.method.eval_networks().items():
         counted(network.get_submodule("decoder"), name, passes)
     evaluator.evaluated(run)
     assert passes == {"student": 3 * IMAGES, "teacher": 3 * IMAGES}  # visual, fusion, fusion without text
@@ -71,7 +71,7 @@ def test_one_pass_for_all_scores_gives_those_of_a_pass_for_each(tmp_path: Path) 
     run = prepared("viladiff", tmp_path)
     scored, shares = evaluator.evaluated(run)
     given = run.dataset.num_classes, True, "original", run.cfg.data.crop
-    for name, network in run.method.networks().items():
+    for name, network in run.method.eval_networks().items():
         for stream in STREAMS:
             alone = to_scores(evaluate_network(network, evaluator.eval_batches(run), (stream,), *given))[stream]
             # What reads no text is then made beside the visual stream, in another batch: last bits of logits differ.

@@ -104,7 +104,7 @@ def test_masks_and_loss_are_those_of_the_formulas(text: bool) -> None:
     method, batch = make_uneven("textprobe", **{"probe.text": text, "probe.depth": 2}), make_batch()
     with torch.no_grad():
         top = method.student.encode(batch.image)[-1]
-        found = method.student.decode([top], batch.text)[method.headline()].logits
+        found = method.student.decode([top], batch.text)[method.eval_stream()].logits
     expected = masks(method.student.decoder, array(top), batch.text)  # type: ignore[arg-type]
     np.testing.assert_allclose(array(found), expected, rtol=1e-3, atol=1e-4)
     target = batch.target.numpy()
@@ -123,9 +123,9 @@ def test_words_matter_where_they_are_read_and_nowhere_else() -> None:
         method, batch = make_uneven("textprobe", **{"probe.text": text}), make_batch()
         assert batch.text is not None
         other = replace(batch, text=TextBatch(batch.text.tokens.flip(0), batch.text.mask.flip(0)))
-        assert method.views_wanted().text == text
+        assert method.required_views().text == text
         assert torch.equal(method(batch, STEP).total, method(other, STEP).total) != text
-        assert not method.views_wanted().unlabelled
+        assert not method.required_views().unlabelled
 
 
 def test_without_a_word_both_streams_are_one_and_padding_is_never_read() -> None:
@@ -286,7 +286,7 @@ def test_features_and_classes_are_of_the_same_places_where_sides_are_no_multiple
     method = SimpleNamespace(
         student=SimpleNamespace(patch=8),
         eval=lambda: None,
-        views_wanted=lambda: SimpleNamespace(text=False),
+        required_views=lambda: SimpleNamespace(text=False),
         token_features=lambda pixels, _: {"after": torch.nn.functional.avg_pool2d(pixels, 8).flatten(2).mT},
     )
     run: Any = SimpleNamespace(

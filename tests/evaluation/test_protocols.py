@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from viladiff.data.batch import TextBatch
 from viladiff.data.registry import dataset_spec
 from viladiff.data.registry import load_dataset as load_dataset
-from viladiff.evaluation.metrics import evaluate_network
+from viladiff.evaluation.pixel_counts import evaluate_network
 from viladiff.evaluation.protocols import PROTOCOLS, Band, bands, center, nearest_multiple, predict_logits, stream_bands
 from viladiff.inference.load import evaluate_run, load_run
 from viladiff.runs.config import ConfigError, RunConfig, override

@@ -66,7 +66,7 @@ def test_the_run_s_own_network_is_what_predicts(model: Model, run: Path) -> None
     """The teacher's visual stream, as ``viladiff evaluate`` scores it."""
     from viladiff.inference.load import load_method, load_run
 
-    teacher = load_method(load_run(run)).networks()["teacher"]
+    teacher = load_method(load_run(run)).eval_networks()["teacher"]
     image = noise(64, 72)
     tensor = normalise(torch.tensor(image).permute(2, 0, 1)[None].float() / 255)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_run_s_own_network_is_what_predicts(model: Model, run: Path) -> None
     found = model.predict(image, "original")
     assert np.array_equal(found.labels, expected.indices[0].numpy())
     np.testing.assert_allclose(found.confidence, expected.values[0].numpy(), atol=1e-6)
-    student = load_method(load_run(run)).networks()["student"]
+    student = load_method(load_run(run)).eval_networks()["student"]
     with torch.no_grad():
         other = predict_logits(student, tensor).softmax(1).max(1)
     assert np.abs(found.confidence - other.values[0].numpy()).max() > 1e-4

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from method_kit import CLASSES, SIDE, make, make_batch
 from torch import Tensor, nn
 
-from viladiff.evaluation.metrics import evaluate_network, to_scores
+from viladiff.evaluation.pixel_counts import evaluate_network, to_scores
 from viladiff.methods.semivl import SemiVl
 
 
@@ -24,7 +24,7 @@ class Dense(nn.Module):
 
 
 def test_without_clip_there_is_nothing_to_score() -> None:
-    assert "clip" not in make("semivl").networks()
+    assert "clip" not in make("semivl").eval_networks()
 
 
 def test_each_place_has_the_class_of_the_concept_that_it_is_most_like() -> None:
@@ -33,7 +33,7 @@ def test_each_place_has_the_class_of_the_concept_that_it_is_most_like() -> None:
     torch.manual_seed(3)
     dense = Dense().requires_grad_(False)
     method._clip = (dense,)  # type: ignore[assignment]
-    network, images = method.networks()["clip"], make_batch().image
+    network, images = method.eval_networks()["clip"], make_batch().image
     maps = dense(images).numpy()
     concepts, owner = method.concepts.numpy(), method.owner.numpy()
     grid = np.full((4, CLASSES, SIDE // 8, SIDE // 8), -np.inf)

@@ -254,7 +254,7 @@ def ready(**changes: object) -> tuple[AllSpark, Batch]:
     gen = torch.Generator().manual_seed(4)
     for _ in range(4):
         method.memory.push(torch.randn(64, 16, generator=gen), torch.randint(0, 4, (64,), generator=gen))
-    return method, make_batch(views=method.views_wanted())
+    return method, make_batch(views=method.required_views())
 
 
 def test_loss_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_answers_teach_and_are_not_taught(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_step_puts_its_channels_into_the_memory_when_it_is_done() -> None:
-    method, batch = make_uneven("allspark", width=16, dropout=0.0), make_batch(views=make("allspark").views_wanted())
+    method, batch = make_uneven("allspark", width=16, dropout=0.0), make_batch(views=make("allspark").required_views())
     assert isinstance(method, AllSpark)
     before = method.memory.slots.clone()
     method(batch, EARLY), method(batch, EARLY)  # two micro-batches

@@ -35,8 +35,8 @@ from viladiff.methods.corrmatch import Correlation, CorrMatchConfig, correlated
 from viladiff.methods.psmt import PsMt, VatConfig, bounded_momentum
 from viladiff.models.baselines.allspark import AllSparkBlock, ChannelAttention
 from viladiff.models.baselines.perturbations import virtual_adversarial
-from viladiff.models.diffusion import add_gaussian_noise, alpha_bar
-from viladiff.models.mixe import MixeConfig
+from viladiff.models.mixe.denoiser import MixeConfig
+from viladiff.models.mixe.diffusion import add_gaussian_noise, alpha_bar
 from viladiff.models.vila import VilaConfig
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.trainer import StopRequested, fit
@@ -250,7 +250,7 @@ def test_psmt_noise_over_the_features() -> None:
 def test_dropped_channels_over_the_features(name: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout2d at 1/2 moves a map by its own length; of UniMatch V2 half of the images are left whole."""
     method = make(name)
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     seen: list[list[Tensor]] = []
     encode, decode = method.student.encode, method.student.decode
     monkeypatch.setattr(method.student, "encode", lambda x: seen.append(encode(x)) or seen[-1])  # type: ignore[func-returns-value]
@@ -331,7 +331,7 @@ def test_corrmatch_scores_by_correlation_over_logits() -> None:
 
 def test_daw_running_values_move_at_the_published_rate() -> None:
     method = make_uneven("daw")
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     before = method.distributions.clone()  # type: ignore[operator]
     own = method.student(batch.image)["visual"].softmax(1)
     method(batch, LATE)
@@ -436,7 +436,7 @@ def answers_while_training(rates: dict[str, Any] | None, out: Path, monkeypatch:
     monkeypatch.setattr(AllSparkBlock, "embed", noted)
     monkeypatch.setattr(AllSparkBlock, "restore", measured)
     if rates is not None:
-        monkeypatch.setattr(AllSpark, "own_rates", lambda self: rates)
+        monkeypatch.setattr(AllSpark, "extra_param_groups", lambda self: rates)
     flat = {"method.name": "allspark", "data.split": "183", "train.steps": 600, "runtime.runs_dir": str(out)}
     cfg = override(RunConfig(), flat | {"runtime.progress": False, "runtime.threads": 1})
     with pytest.raises(StopRequested):

@@ -249,7 +249,7 @@ def test_contrast_pulls_as_hard_as_the_authors(changes: dict[str, object], fits:
     def grown(x: Tensor) -> Tensor:
         return x.repeat_interleave(stride, 1).repeat_interleave(stride, 2)
 
-    views = method.views_wanted()
+    views = method.required_views()
     batch = make_batch(views=views)
     stream = StreamOutput(mid.flatten(2).mT, layer(mid + 0.5 * torch.randn(mid.shape, generator=gen(9))), scores)
     mine, anchors = method._contrast(
@@ -299,7 +299,7 @@ def test_queues_are_as_long_as_the_authors(classes: int, megabytes: int | None, 
 def test_as_many_pixels_are_dropped_as_by_the_authors(percent: float) -> None:
     """20 (1 - τ) percent of them."""
     method = make("u2pl", drop_percent=percent)
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     found = []
     for progress in (0.05, 0.5, 0.9):
         dropped = 1 - float(method(batch, Step(7, progress, 3)).terms["coverage"])
@@ -317,7 +317,7 @@ def test_labels_from_text_teach_as_much_as_the_authors(
     """The gradient at the strong views' logits, over UniMatch's, with cosines as CLIP's: near 0.2, apart by 0.03."""
     changes = {} if weight is None else {"guidance.weight": weight}
     method, progress = built("semivl", "voc", **changes), 0.25
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     cosines = 0.2 + 0.03 * smooth(4, CLASSES, SIDE, 10)
     method._clip = (nn.Identity(),)  # whose scale is 100
     monkeypatch.setattr(method, "_guide", lambda batch, top: (cosines, None))

@@ -31,7 +31,7 @@ def ready(**changes: object) -> tuple[CorrMatch, Batch]:
     """A small method whose regions vote in full sequence, and a batch with its views."""
     method = make_uneven("corrmatch", **{"width": 16, "regions": 10, "rounds": 10, "pseudo.threshold": TAU} | changes)
     assert isinstance(method, CorrMatch)
-    return method, make_batch(views=method.views_wanted())
+    return method, make_batch(views=method.required_views())
 
 
 def one_by_one(regions: np.ndarray, labels: np.ndarray, sure: np.ndarray, may: np.ndarray, tau: float) -> np.ndarray:

@@ -29,7 +29,7 @@ def ready(name: str, **changes: object) -> tuple[Method, Batch]:
     """A method and a batch with its views, padding enough to be pasted; labels are judged by its own threshold."""
     changes.setdefault("pseudo.threshold", {"cps": 0.0, "psmt": 0.6, "swith": 0.95}[name])
     method = make_uneven(name, **changes)
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     batch.valid[1, :, : SIDE // 2] = False
     return method, batch
 
@@ -264,7 +264,7 @@ def test_psmt_teachers_take_turns_after_the_warm_up_and_the_founders_rest(bounde
 def test_psmt_without_a_warm_up_starts_both_teachers_as_the_student() -> None:
     method = make("psmt", warmup=0.0)
     assert isinstance(method, PsMt) and len(method.founders) == 0
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     np.testing.assert_array_equal(seen(method.teachers[0], batch.image), seen(method.student, batch.image))
     np.testing.assert_array_equal(seen(method.teachers[1], batch.image), seen(method.student, batch.image))
     assert method(batch, Step(0, 0.0, 3)).total.isfinite()
@@ -273,13 +273,13 @@ def test_psmt_without_a_warm_up_starts_both_teachers_as_the_student() -> None:
 def test_psmt_and_swith_ship_what_their_papers_evaluate() -> None:
     psmt, swith, images = make_uneven("psmt"), make_uneven("swith"), make_batch().image
     both = np.mean([seen(psmt.teachers[i], images) for i in (0, 1)], axis=0)
-    np.testing.assert_allclose(seen(psmt.predictor(), images), both, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen(psmt.eval_network(), images), both, rtol=1e-4, atol=1e-5)
     with torch.no_grad():  # as predict and export ask
-        halves = psmt.predictor().logits(psmt.predictor().encode(images), (SIDE, SIDE)).numpy()
+        halves = psmt.eval_network().logits(psmt.eval_network().encode(images), (SIDE, SIDE)).numpy()
     np.testing.assert_allclose(halves, both, rtol=1e-4, atol=1e-5)
-    assert psmt.networks()["teacher"] is psmt.predictor() and psmt.predictor().patch == 8
-    assert swith.predictor() is swith.student is swith.networks()["student"]
-    assert make("swith", **{"predict.network": "teacher"}).predictor().members[0].num_classes == CLASSES
+    assert psmt.eval_networks()["teacher"] is psmt.eval_network() and psmt.eval_network().patch == 8
+    assert swith.eval_network() is swith.student is swith.eval_networks()["student"]
+    assert make("swith", **{"predict.network": "teacher"}).eval_network().members[0].num_classes == CLASSES
     assert not any(p.requires_grad for method in (psmt, swith) for p in method.teachers.parameters())
 
 

@@ -110,7 +110,7 @@ def state(method: Method) -> dict[str, Tensor]:
 
 def test_a_step_moves_the_running_values_and_reads_those_before_it() -> None:
     method = make("daw", **{"pseudo.threshold": 0.4})
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     before = state(method)
     assert before["tau"] == pytest.approx(0.4) and (before["distributions"] == 1 / CLASSES).all()
     first = method(batch, STEP)
@@ -136,7 +136,7 @@ def test_a_step_moves_the_running_values_and_reads_those_before_it() -> None:
 
 def test_micro_batches_of_a_step_count_together() -> None:
     whole, parts = make("daw"), make("daw")
-    batch = make_batch(views=whole.views_wanted())
+    batch = make_batch(views=whole.required_views())
     whole(batch, STEP)
     for rank in range(2):
         parts(share(batch, rank, 2), STEP)
@@ -151,7 +151,7 @@ def test_micro_batches_of_a_step_count_together() -> None:
 
 def test_evaluation_tells_nothing_to_the_running_values() -> None:
     method = make("daw").eval()
-    method(make_batch(views=method.views_wanted()), STEP)
+    method(make_batch(views=method.required_views()), STEP)
     before = state(method)
     method.after_step(STEP)
     assert all(torch.equal(value, before[name]) for name, value in state(method).items())
@@ -172,7 +172,7 @@ def test_daw_without_its_two_parts_is_unimatch_bit_for_bit() -> None:
     base = make("unimatch", **{"pseudo.threshold": 0.3})
     totals = [take_steps(m, torch.optim.AdamW(m.parameters(), 1e-3), 0, 4) for m in (bare, base)]
     assert totals[0] == totals[1]
-    assert bare.predictor() is bare.teacher and bare.cfg.teacher.momentum == 0.999
+    assert bare.eval_network() is bare.teacher and bare.cfg.teacher.momentum == 0.999
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_each_part_of_daw_changes_training(changes: dict[str, object]) -> None:
 def test_a_step_judges_aligned_labels_by_the_running_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels and confidence both, the latter against τ, not against the field."""
     method, seen = make_uneven("daw", **{"pseudo.threshold": 0.95}), []
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     with torch.no_grad():
         method.distributions.copy_(torch.rand(2, CLASSES, generator=torch.Generator().manual_seed(4)) + 0.2)
         method.tau.fill_(0.8)

@@ -26,7 +26,7 @@ BETWEEN = Step(index=71, progress=0.02, seed=3)
 def ready(**changes: object) -> tuple[Ddfp, Batch]:
     method = make_uneven("ddfp", **{"pseudo.threshold": 0.5} | changes)
     assert isinstance(method, Ddfp)
-    return method, make_batch(views=method.views_wanted())
+    return method, make_batch(views=method.required_views())
 
 
 def on_grid(x: np.ndarray) -> np.ndarray:
@@ -238,6 +238,6 @@ def test_no_confident_pixel_gives_a_loss_of_zero_and_no_move() -> None:
 
 def test_a_sample_of_positions_tells_the_likelihood_of_all() -> None:
     every, some = (ready(**{"flow.samples": n})[0] for n in (999, 100))
-    batch = make_batch(views=every.views_wanted())
+    batch = make_batch(views=every.required_views())
     a, b = (float(method(batch, STEP).terms["nll"]) for method in (every, some))
     assert a != b and b == pytest.approx(a, rel=0.05)

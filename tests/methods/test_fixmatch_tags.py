@@ -10,12 +10,12 @@ import torch
 from method_kit import CLASSES, STEP, cross_entropy_map, make_batch, make_uneven, mean_over, softmax
 
 from viladiff.data.batch import CutMix, Views
-from viladiff.data.captions.table import CaptionTable
+from viladiff.data.captions.simulated import CaptionTable
 from viladiff.data.captions.tags import caption_tags, dataset_tags
 from viladiff.data.dataset import Dataset
 from viladiff.data.loader import BatchLoader
 from viladiff.data.registry import load_dataset
-from viladiff.methods.tags import of_both, shown_mean, tag_cross_entropy
+from viladiff.methods.common.tags import of_both, shown_mean, tag_cross_entropy
 from viladiff.runs.config import RunConfig, override
 
 NAMES = ("background", "person", "dining table", "pottedplant", "bus")
@@ -91,7 +91,7 @@ def test_the_mean_is_of_cells_that_show_something() -> None:
 
 def test_losses_are_those_of_numpy() -> None:
     method = make_uneven("fixmatch_tags")
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     with torch.no_grad():
         half = float(method.teacher(batch.weak[0])["visual"].softmax(1).amax(1).median())  # type: ignore[operator]
     method = make_uneven("fixmatch_tags", **{"pseudo.threshold": half, "tags.weight": 1.4})
@@ -148,7 +148,7 @@ def test_without_a_known_tag_it_is_fixmatch() -> None:
     mine, plain = make_uneven("fixmatch_tags"), make_uneven("fixmatch")
     mine.student.load_state_dict(plain.student.state_dict())
     mine.teacher.load_state_dict(plain.teacher.state_dict())  # type: ignore[union-attr]
-    batch = make_batch(views=mine.views_wanted())
+    batch = make_batch(views=mine.required_views())
     silent = replace(batch, tags=torch.full_like(batch.tags, -1), tags_u=torch.full_like(batch.tags_u, -1))  # type: ignore[arg-type]
     found, other = mine(silent, STEP), plain(batch, STEP)
     torch.testing.assert_close(found.total, other.total)

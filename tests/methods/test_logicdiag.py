@@ -34,7 +34,7 @@ TOY = ("x", "x", "y", "y", "y", "z")
 def ready(**changes: object) -> tuple[LogicDiag, Batch]:
     method = make_uneven("logicdiag", **{"groups": GROUPS} | changes)
     assert isinstance(method, LogicDiag)
-    return method, make_batch(views=method.views_wanted())
+    return method, make_batch(views=method.required_views())
 
 
 def sigmoid(z: np.ndarray) -> np.ndarray:

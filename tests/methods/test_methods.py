@@ -44,7 +44,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def wanted(method: Method, seed: int = 0) -> Batch:
     """A batch with the views that the method asks for."""
-    return make_batch(seed=seed, views=method.views_wanted())
+    return make_batch(seed=seed, views=method.required_views())
 
 
 def test_loss_is_finite_and_its_terms_are_detached(name: str) -> None:
@@ -78,10 +78,10 @@ def test_every_strong_view_trains_and_a_weak_view_only_where_the_method_says_so(
     batch.weak = tuple(x.requires_grad_() for x in batch.weak)
     coloured = [] if batch.image_strong is None else [batch.image_strong.requires_grad_()]
     method(batch, STEP).total.backward()
-    for strong in (*batch.strong[: method.views_wanted().strong], *coloured):
+    for strong in (*batch.strong[: method.required_views().strong], *coloured):
         assert strong.grad is not None and (strong.grad.abs().sum((1, 2, 3)) > 0).all()
     for weak in batch.weak:
-        assert (weak.grad is not None and bool(weak.grad.abs().sum() > 0)) == method.weak_trains
+        assert (weak.grad is not None and bool(weak.grad.abs().sum() > 0)) == method.trains_on_weak
 
 
 def test_weak_view_changes_the_loss_where_one_is_asked_for(name: str) -> None:
@@ -93,7 +93,7 @@ def test_weak_view_changes_the_loss_where_one_is_asked_for(name: str) -> None:
         torch.manual_seed(0)  # the loop seeds what drop-path draws from
         totals.append(method(given, STEP).total)
     assert torch.equal(totals[0], totals[1])
-    assert torch.equal(totals[0], totals[2]) == (not method.views_wanted().unlabelled)
+    assert torch.equal(totals[0], totals[2]) == (not method.required_views().unlabelled)
 
 
 def test_teachers_get_no_gradient_and_follow_the_student(name: str) -> None:
@@ -133,7 +133,7 @@ def test_padding_never_trains(name: str) -> None:
 def test_padding_is_pasted_with_the_picture(name: str) -> None:
     """All that is valid is replaced by padding of the partner, so that nothing is left to train on."""
     method = make(name)
-    if not method.views_wanted().cutmix:
+    if not method.required_views().cutmix:
         pytest.skip("no boxes")
     batch = wanted(method)
     top, left, bottom, right = batch.mix[0].boxes[0].tolist()
@@ -177,14 +177,14 @@ def test_cutmix_can_be_switched_off_where_it_is_a_field(name: str) -> None:
     if not hasattr(make(name).cfg, "cutmix"):
         pytest.skip("no such field")
     method, mixed = make(name, cutmix=False), make(name)
-    assert not method.views_wanted().cutmix
+    assert not method.required_views().cutmix
     total = method(wanted(method), STEP).total
     assert total.isfinite() and not torch.equal(total, mixed(wanted(mixed), STEP).total)
 
 
 def test_what_is_evaluated_is_among_the_networks_and_says_what_its_labels_are(name: str) -> None:
     method = make(name).eval()
-    assert any(network is method.predictor() for network in method.networks().values())
+    assert any(network is method.eval_network() for network in method.eval_networks().values())
     batch = make_batch()
     for found in method.pseudo_labels(batch.weak[0], batch.text_u, batch.keys_u, STEP).values():
         assert found.shape == (4, CLASSES, SIDE, SIDE) and not found.requires_grad
@@ -193,7 +193,7 @@ def test_what_is_evaluated_is_among_the_networks_and_says_what_its_labels_are(na
 
 def test_too_few_images_are_said_before_training(name: str) -> None:
     method = make(name)
-    views = method.views_wanted()
+    views = method.required_views()
     method.check_images(2)
     if not views.unlabelled:
         method.check_images(0)
@@ -221,7 +221,7 @@ def test_a_run_without_enough_images_ends_before_it_starts(
 
 def test_one_image_in_a_batch_is_refused_with_what_to_change(name: str) -> None:
     method, one = make(name), {"method.name": name, "data.batch_unlabelled": 1}
-    views = method.views_wanted()
+    views = method.required_views()
     if not (views.cutmix or views.pairs):
         override(RunConfig(), one)
         return
@@ -497,7 +497,7 @@ def test_each_choice_of_viladiff_changes_the_loss_or_the_log(changes: dict[str, 
         with torch.no_grad():
             for parameter in method.student.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=gen))
-    batch_other = batch if other.views_wanted().cutmix else replace(batch, mix=())
+    batch_other = batch if other.required_views().cutmix else replace(batch, mix=())
     a, b = default(batch, STEP), other(batch_other, STEP)
     assert 0 < a.terms["gaussian"] < 1 and ("mixe.timesteps" in changes or 0 < a.terms["gate"] < 1)
     assert b.total.isfinite()
@@ -581,7 +581,7 @@ def test_denoiser_learns_from_labels_as_they_were_before_refinement(monkeypatch:
 
 
 def test_headline_is_the_stream_that_the_configuration_names() -> None:
-    assert make("viladiff", **{"predict.stream": "fusion"}).headline() == "fusion"
-    assert make("viladiff", **{"predict.stream": "fusion", "vila.enabled": False}).headline() == "visual"
+    assert make("viladiff", **{"predict.stream": "fusion"}).eval_stream() == "fusion"
+    assert make("viladiff", **{"predict.stream": "fusion", "vila.enabled": False}).eval_stream() == "visual"
     student = make("viladiff", **{"predict.network": "student"})
-    assert student.predictor() is student.student
+    assert student.eval_network() is student.student

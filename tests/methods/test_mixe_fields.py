@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from method_kit import CLASSES, FIRST_READING, SIDE, STEP, cross_entropy_map, make_batch, make_uneven, mean_over
+from method_kit import CLASSES, PAPER_DEFAULTS, SIDE, STEP, cross_entropy_map, make_batch, make_uneven, mean_over
 from torch import Tensor, nn
 
 from viladiff.data.batch import Batch
@@ -18,17 +18,16 @@ from viladiff.data.loader import BatchLoader
 from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.data.splits import set_apart
 from viladiff.data.transforms.mixing import apply_cutmix
-from viladiff.evaluation.metrics import boundary_width, trimap
+from viladiff.evaluation.pixel_counts import boundary_width, trimap
 from viladiff.evaluation.pseudo_labels import STEPS, matched, pseudo_counts, pseudo_scores
 from viladiff.losses import pixel_cross_entropy
 from viladiff.methods import viladiff, viladiff_mixe
 from viladiff.methods.viladiff import ViLaDiff
-from viladiff.models import guided
-from viladiff.models.diffusion import edge_mask
-from viladiff.models.guided import Guided
-from viladiff.models.mixe import MixeConfig
-from viladiff.models.relabel import KEPT, LEVELS, Calibration, refined_pixels
-from viladiff.models.relabel import relabelled as relabel
+from viladiff.models.mixe import guided_filter, relabel
+from viladiff.models.mixe.denoiser import MixeConfig
+from viladiff.models.mixe.diffusion import edge_mask
+from viladiff.models.mixe.guided_filter import Guided
+from viladiff.models.mixe.relabel import KEPT, LEVELS, Calibration, refined_pixels
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.training.optim import param_groups
 
@@ -60,7 +59,7 @@ def ours(**changes: object) -> ViLaDiff:
 
 
 def batch_for(method: ViLaDiff, seed: int = 0) -> Batch:
-    return make_batch(seed=seed, views=method.views_wanted())
+    return make_batch(seed=seed, views=method.required_views())
 
 
 # Which labels are replaced
@@ -70,7 +69,7 @@ def relabelled(
     teacher: Tensor, refined: Tensor, cfg: MixeConfig, threshold: float, calibration: Calibration | None = None
 ) -> Tensor:
     where = None if cfg.refine_where == "all" else refined_pixels(teacher, cfg.refine_where, threshold, 2)
-    return relabel(teacher, refined, where, cfg.confidence, calibration)
+    return relabel.relabelled(teacher, refined, where, cfg.confidence, calibration)
 
 
 @pytest.mark.parametrize("confidence", ["refined", "product", "calibrated"])
@@ -184,7 +183,7 @@ def test_images_set_apart_stay_in_their_places() -> None:
     assert len(apart) == 23 and sorted([*rest, *apart]) == sorted(data.labelled)
     assert np.array_equal(set_apart(data, 4)[1], apart)
     cfg = override(RunConfig(), {"data.split": "92", "data.batch_labelled": 8, "method.name": "viladiff"})
-    views = replace(ours(**{"mixe.holdout": 0.25}).views_wanted(), text=False)
+    views = replace(ours(**{"mixe.holdout": 0.25}).required_views(), text=False)
     assert views.apart == 4
     whole = BatchLoader(cfg, data, views, None, 8, torch.device("cpu"))
     drawn = [image for step in range(12) for _, image in whole._shares(step, 0)[0].drawn]
@@ -315,10 +314,10 @@ def test_guided_filter_is_a_joint_bilateral_one() -> None:
         net.near.copy_(torch.randn(net.near.shape))
         keys = net.keys(net.body(net.cells(image)))[0].numpy()
         got, near = net(soft, image)[0].numpy(), net.near[0].numpy()
-    p, half = soft[0].numpy(), guided.WINDOW // 2
+    p, half = soft[0].numpy(), guided_filter.WINDOW // 2
     for y, x in np.ndindex(6, 6):
         total, weights = np.zeros(CLASSES), 0.0
-        for k, (dy, dx) in enumerate(np.ndindex(guided.WINDOW, guided.WINDOW)):
+        for k, (dy, dx) in enumerate(np.ndindex(guided_filter.WINDOW, guided_filter.WINDOW)):
             v, u = y + dy - half, x + dx - half
             if 0 <= v < 6 and 0 <= u < 6:
                 w = np.exp(near[k] - ((keys[:, v, u] - keys[:, y, x]) ** 2).sum())
@@ -365,14 +364,14 @@ def test_a_large_denoiser_and_its_own_rate() -> None:
     own = {id(p) for p in denoiser_of(method).parameters()}
     scales = {(id(p) in own, group["scale"]) for group in param_groups(method, cfg) for p in group["params"]}
     assert {scale for mine, scale in scales if mine} == {3.0} and 3.0 not in {s for mine, s in scales if not mine}
-    assert ours().own_rates() == {}
+    assert ours().extra_param_groups() == {}
 
 
 def test_refined_network_is_the_chain_after_the_evaluated_one() -> None:
     method = ours(**{"predict.refine": True, "mixe.refine_where": "unsure", "pseudo.threshold": 0.5}).eval()
     batch = make_batch()
     with torch.no_grad():
-        found = method.networks()["refined"](batch.weak[0], batch.text_u)
+        found = method.eval_networks()["refined"](batch.weak[0], batch.text_u)
         seen = method._see(method.teacher, batch.weak[0], batch.text_u)
         for name in ("visual", "fusion"):
             soft = seen.streams[name].logits
@@ -383,9 +382,9 @@ def test_refined_network_is_the_chain_after_the_evaluated_one() -> None:
             before = F.interpolate(soft, SIDE, mode="bilinear", align_corners=False).softmax(1)
             expected = torch.where(before.amax(1, keepdim=True) < 0.5, after, before)
             torch.testing.assert_close(found[name].exp(), expected, rtol=1e-3, atol=1e-4)
-            alone = method.networks()["refined"](batch.weak[0][2:3], None)["visual"]
+            alone = method.eval_networks()["refined"](batch.weak[0][2:3], None)["visual"]
             torch.testing.assert_close(alone, found["visual"][2:3], rtol=1e-2, atol=1e-2)
-    assert "refined" not in ours().networks() and method.state_dict().keys() == ours().state_dict().keys()
+    assert "refined" not in ours().eval_networks() and method.state_dict().keys() == ours().state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -409,7 +408,7 @@ def test_refined_network_is_the_chain_after_the_evaluated_one() -> None:
     ],
 )
 def test_combinations_without_a_meaning_are_refused(changes: dict[str, object], said: str) -> None:
-    first = {f"method.{path}": value for path, value in FIRST_READING.items()}
+    first = {f"method.{path}": value for path, value in PAPER_DEFAULTS.items()}
     flat = {f"method.{path}": value for path, value in changes.items()}
     with pytest.raises(ConfigError, match=said) as error:
         override(RunConfig(), {"method.name": "viladiff", **first, **flat})

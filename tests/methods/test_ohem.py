@@ -103,7 +103,7 @@ def test_every_method_trains_on_hard_pixels_where_asked(name: str) -> None:
         changes = {"ohem.enabled": enabled, "ohem.threshold": 0.001, "ohem.min_kept": 0.1}
         method = make_uneven(name, **changes)
         with torch.no_grad():
-            found[enabled] = float(method(make_batch(views=method.views_wanted()), STEP).terms["sup"])
+            found[enabled] = float(method(make_batch(views=method.required_views()), STEP).terms["sup"])
     assert found[True] > found[False] * 1.05
 
 

@@ -10,7 +10,7 @@ from viladiff.data import registry
 from viladiff.data.batch import IGNORE, Views
 from viladiff.data.dataset import Dataset
 from viladiff.data.loader import BatchLoader
-from viladiff.methods.oracle import OraclePseudoConfig, with_truth
+from viladiff.methods.common.oracle import OraclePseudoConfig, with_truth
 from viladiff.runs.config import ConfigError, RunConfig, override
 
 KINDS = ("everywhere", "edges", "teacher_edges", "wrong_and_unsure", "grid")

@@ -83,7 +83,7 @@ def test_a_method_that_mixes_pixels_alone_takes_boxes_on_any_pixel() -> None:
         cut = kind.views.cutmix and not kind.views.whole_cells
         for changes in [{}] if cut else [{"vila.enabled": False, "mixe.enabled": False}] if name == "viladiff" else []:
             method = make(name, **changes)
-            batch = make_batch(views=method.views_wanted())
+            batch = make_batch(views=method.required_views())
             batch.mix = tuple(CutMix(torch.tensor([[3, 5, 20, 17]] * 4), mix.partner) for mix in batch.mix)
             assert method(batch, STEP).total.isfinite(), name
 

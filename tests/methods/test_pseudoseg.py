@@ -20,7 +20,7 @@ WIDTH = 8
 def ready(**changes: object) -> tuple[PseudoSeg, Batch]:
     method = make_uneven("pseudoseg", **{"width": WIDTH} | changes)
     assert isinstance(method, PseudoSeg)
-    return method, make_batch(views=method.views_wanted())
+    return method, make_batch(views=method.required_views())
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

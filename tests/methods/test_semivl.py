@@ -362,7 +362,7 @@ class Seen:
 def ready(**changes: object) -> tuple[SemiVl, Batch]:
     method = make_uneven("semivl", **changes)
     assert isinstance(method, SemiVl)
-    return method, make_batch(views=method.views_wanted())
+    return method, make_batch(views=method.required_views())
 
 
 def cosine_maps(method: SemiVl, top: Tensor) -> Array:
@@ -480,7 +480,7 @@ def test_a_map_that_the_decoder_does_not_read_leaves_no_parameter_without_a_grad
         cfg.method, NetworkFactory(cfg.model, CLASSES, 12, class_names=NAMES, crop=SIDE, texts=vectors)
     ).train()
     assert method.student.decoder.levels == (2, 0)
-    method(replace(make_batch(2, views=method.views_wanted()), mix=()), STEP).total.backward()
+    method(replace(make_batch(2, views=method.required_views()), mix=()), STEP).total.backward()
     assert [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
 
 

@@ -34,7 +34,7 @@ STEP = Step(index=71, progress=0.5, seed=3)
 def ready(**changes: object) -> tuple[U2pl, Batch]:
     method = make_uneven("u2pl", **changes)
     assert isinstance(method, U2pl)
-    return method, make_batch(views=method.views_wanted())
+    return method, make_batch(views=method.required_views())
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -292,7 +292,7 @@ def test_queues_get_the_uncertain_pixels_of_a_step_when_it_is_done() -> None:
 def test_micro_batches_of_a_step_go_into_the_queues_together() -> None:
     """Labelled pixels have no percentile: the same ones as of the whole batch."""
     whole, parts = (ready(max_enqueue=999, queue_size=5000, width=8, entropy_percent=0.0)[0] for _ in range(2))
-    batch = make_batch(views=whole.views_wanted())
+    batch = make_batch(views=whole.required_views())
     whole(batch, STEP)
     for rank in range(2):
         parts(share(batch, rank, 2), STEP)

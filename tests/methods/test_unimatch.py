@@ -73,7 +73,7 @@ def pseudo(z: np.ndarray, labels: np.ndarray, weight: np.ndarray, valid: np.ndar
 
 def test_unimatch_loss_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     method = half_trained("unimatch", strong_weight=0.4, feature_weight=0.7)
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     seen = Seen(method, monkeypatch)
     losses = method(batch, STEP)
     mine, clean, first, second, dropped = np.split(seen.logits[0], [4, 8, 12, 16])
@@ -102,7 +102,7 @@ def test_unimatch_defaults_are_the_published_weights() -> None:
 def test_strong_views_enter_with_their_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, start in (("unimatch", 8), ("unimatch_v2", 4)):
         method = make(name)
-        batch = make_batch(views=method.views_wanted())
+        batch = make_batch(views=method.required_views())
         given: list[Tensor] = []
         encode = method.student.encode
         monkeypatch.setattr(
@@ -115,7 +115,7 @@ def test_strong_views_enter_with_their_boxes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_unimatch_drops_channels_of_the_weak_view_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     method = make("unimatch")
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     seen = Seen(method, monkeypatch)
     method(batch, STEP)
     # ReLU leaves zeros of its own on the finer maps; the tokens of the last one are normalised and have none.
@@ -129,7 +129,7 @@ def test_unimatch_drops_channels_of_the_weak_view_alone(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["unimatch", "unimatch_v2"])
 def test_dropped_channels_are_named_by_step_and_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = make(name)
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     seen = Seen(method, monkeypatch)
     for given, step in ((batch, STEP), (batch, Step(8, 0.9, 3)), (replace(batch, keys_u=(4, 5, 6, 7)), STEP)):
         method(given, step)
@@ -141,7 +141,7 @@ def test_dropped_channels_are_named_by_step_and_image(name: str, monkeypatch: py
 
 def test_unimatch_labels_pass_no_gradient() -> None:
     """Of the weak view, only the perturbed half trains."""
-    batch = make_batch(views=make("unimatch").views_wanted())
+    batch = make_batch(views=make("unimatch").required_views())
     grads = []
     for weight in (0.0, 0.5):
         method = make("unimatch", feature_weight=weight)
@@ -154,7 +154,7 @@ def test_unimatch_labels_pass_no_gradient() -> None:
 
 def test_unimatch_v2_loss_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     method = half_trained("unimatch_v2", **{"pseudo.weight": 0.8})
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     seen = Seen(method, monkeypatch)
     losses = method(batch, STEP)
     mine, first, second = np.split(seen.logits[0], [4, 8])
@@ -172,7 +172,7 @@ def test_unimatch_v2_loss_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unimatch_v2_streams_lack_each_other_s_channels_in_half_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     method = make("unimatch_v2")
-    batch = replace(make_batch(8, views=method.views_wanted()), mix=())
+    batch = replace(make_batch(8, views=method.required_views()), mix=())
     batch.strong = (batch.strong[0], batch.strong[0])
     plain = make("unimatch_v2", complementary=False)
     before, after = Seen(plain, monkeypatch), Seen(method, monkeypatch)
@@ -192,7 +192,7 @@ def test_unimatch_v2_streams_lack_each_other_s_channels_in_half_of_the_images(mo
 @pytest.mark.parametrize("changes", [{"complementary": False}, {"cutmix": False}, {"pseudo.threshold": 0.9}], ids=str)
 def test_each_choice_of_unimatch_v2_changes_the_loss(changes: dict[str, object]) -> None:
     default, other = half_trained("unimatch_v2"), half_trained("unimatch_v2", **changes)
-    totals = [method(make_batch(views=method.views_wanted()), STEP).total for method in (default, other)]
+    totals = [method(make_batch(views=method.required_views()), STEP).total for method in (default, other)]
     assert not torch.equal(*totals)
 
 
@@ -200,7 +200,7 @@ def test_each_choice_of_unimatch_v2_changes_the_loss(changes: dict[str, object])
 def test_semibaseline_loss_in_numpy(cutmix: bool) -> None:
     """Labels, confidence and padding are cut as the picture is; the teacher makes them."""
     method = half_trained("semibaseline", cutmix=cutmix, **{"pseudo.weight": 0.8})
-    batch = make_batch(views=method.views_wanted())
+    batch = make_batch(views=method.required_views())
     losses = method(batch, STEP)
 
     def boxed(x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from scipy import ndimage, stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from viladiff.models import mixe
+from viladiff.models.mixe import denoiser as mixe
 
 SCHEDULES = ("cumulative", "constant", "matched")
 STEPS = 6

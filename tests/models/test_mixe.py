@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
-from viladiff.models import mixe
-from viladiff.models.mixe import MixeConfig
+from viladiff.models.mixe import denoiser as mixe
+from viladiff.models.mixe.denoiser import MixeConfig
 
 
 def kernel(beta: float, classes: int) -> np.ndarray:

@@ -43,6 +43,10 @@ def run(row: int, seed: int, **fields: Any) -> CellRun:
     return CellRun(PlannedCell(row, 0, seed, f"{row}{seed}".rjust(16, "0")), "done", record)
 
 
+def scored(row: int, miou: float) -> CellRun:
+    return run(row, 0, precision="fp32", miou=miou)
+
+
 class Files:
     """As much of a store as figures ask for."""
 
@@ -141,6 +145,14 @@ def test_figures_are_drawn_again_only_when_their_numbers_change(tmp_path: Path) 
     figures.save_figures(results(), drawn, tmp_path)
     assert all(path.read_bytes() == data for path, (data, _) in first.items()), "equal numbers, equal bytes"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_rows_and_columns_without_a_score_are_left_out_of_the_figure(tmp_path: Path) -> None:
+    figures.save_figures(results((scored(1, 0.5),)), {}, tmp_path)
+    drawn = (tmp_path / "scores.svg").read_text()
+    assert "second" in drawn and "first" not in drawn and "b_{" not in drawn
+    figures.save_figures(results(), {}, tmp_path)
+    assert "first" in (tmp_path / "scores.svg").read_text(), "with no score at all, the empty frame shows what is to come"
 
 
 def pictures(**changes: np.ndarray | None) -> dict[str, np.ndarray]:

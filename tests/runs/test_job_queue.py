@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from viladiff.core.processes import Reaper, descendants, start
+from viladiff.core.watchdog import Reaper, descendants, start
 from viladiff.runs import job_queue as desks
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
@@ -176,7 +176,7 @@ def test_a_reaper_ends_what_a_killed_driver_leaves_and_nothing_else(tmp_path: Pa
     code = (
         "import subprocess, sys, time, json\n"
         "from pathlib import Path\n"
-        "from viladiff.core.processes import Reaper\n"
+        "from viladiff.core.watchdog import Reaper\n"
         "reaper = Reaper(Path(sys.argv[1]))\n"
         "children = [subprocess.Popen(['sleep', '60']).pid for _ in range(2)]\n"
         "reaper.watch(children[:1])\n"

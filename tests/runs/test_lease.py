@@ -110,7 +110,7 @@ os.chmod(run, 0o555)
 if os.getuid() == 0:
     os.setuid(65534)
 store = Store(run.parent)
-print(store.holder(run.name), store.held(run.name), store.sweep())
+print(store.holder(run.name), store.held(run.name), store.clean())
 acquire_or_raise(run)
 """
 

@@ -193,7 +193,7 @@ def test_writer_that_fails_leaves_the_old_record_alone(tmp_path: Path, monkeypat
 def test_store_and_layers_answer_together(tmp_path: Path, said: list[str]) -> None:
     layers = [tmp_path / name for name in ("one", "two", "absent")]
     store = Store(tmp_path / "runs", layers, said.append)
-    assert store.records() == {} and store.get(RUN) is None and store.own() == []
+    assert store.records() == {} and store.get(RUN) is None and store.local_run_ids() == []
     for layer, miou in zip(layers[:2], (0.1, 0.2), strict=True):
         folder = layer / "table5" / "records"
         folder.mkdir(parents=True)
@@ -387,11 +387,11 @@ def test_half_written_files_of_processes_that_one_has_ended_oneself_go_at_once(s
     path = put(store).parent / f".checkpoint.pt.{dead.pid}.tmp"
     for name in (path.name, f".record.json.{dead.pid}.0123abcd.tmp", f".record.json.{os.getpid()}.0123abcd.tmp"):
         (path.parent / name).write_bytes(b"half")
-    assert store.sweep() == [], "it may be a process of another machine"
+    assert store.clean() == [], "it may be a process of another machine"
     lease = store.lease(RUN)
-    assert lease is not None and store.sweep([dead.pid]) == [], "somebody is at work there"
+    assert lease is not None and store.clean([dead.pid]) == [], "somebody is at work there"
     lease.release()
-    assert len(store.sweep([dead.pid, os.getpid()])) == 2
+    assert len(store.clean([dead.pid, os.getpid()])) == 2
     assert {one.name for one in path.parent.iterdir()} == {"record.json", f".record.json.{os.getpid()}.0123abcd.tmp"}
 
 
@@ -540,13 +540,13 @@ def test_eight_processes_never_hold_one_run_twice(tmp_path: Path, kill: int) -> 
     assert "TWO HOLDERS" not in said and "Error" not in said, said
     assert got > 50
     store = Store(tmp_path / "runs")
-    for run in store.own():
+    for run in store.local_run_ids():
         lease = store.lease(run)
         assert lease is not None, f"{run} is still held by {store.holder(run)}"
         lease.release()
     for path in (tmp_path / "runs").rglob(".lease-*"):  # the killed were writing these
         os.utime(path, (1, 1))
-    store.sweep()
+    store.clean()
     assert list((tmp_path / "runs").rglob("*lease*")) == []
 
 
@@ -618,8 +618,8 @@ def test_long_dead_holder_of_another_machine_needs_two_heartbeats(
     """The clock may have jumped, as after a suspension, which the holder survives."""
     monkeypatch.setattr(leases, "HEARTBEAT", 0.2)
     path = foreign(store, 2 * leases.LONG_DEAD)
-    assert store.lease(RUN) is None and store.held(RUN) and store.sweep() == [], "it may beat in a moment"
-    assert store.holder(RUN) is None and store.litter() == [path], "one look tells more than nothing"
+    assert store.lease(RUN) is None and store.held(RUN) and store.clean() == [], "it may beat in a moment"
+    assert store.holder(RUN) is None and store.stale_files() == [path], "one look tells more than nothing"
     os.utime(path, (1, 1))
     time.sleep(0.3)
     assert store.lease(RUN) is None
@@ -708,7 +708,7 @@ def test_sweep_removes_what_the_dead_left_and_nothing_else(store: Store, monkeyp
     monkeypatch.setattr(leases, "HEARTBEAT", 0.0)
     assert store.held(RUN)
     time.sleep(0.01)
-    removed = {path.name for path in store.sweep()}
+    removed = {path.name for path in store.clean()}
     assert removed == {*names[:3], stale.name}
     assert {path.name for path in kept.parent.iterdir()} == {"record.json", *names[3:], fresh.name}
     assert store.get(RUN) == a_record()
@@ -719,4 +719,4 @@ def test_sweep_leaves_a_held_run_alone(store: Store) -> None:
     half = store.directory(RUN) / f".checkpoint.pt.{dead_pid()}.tmp"
     half.write_bytes(b"half")
     os.utime(half, (1, 1))
-    assert store.sweep() == [] and half.exists()
+    assert store.clean() == [] and half.exists()

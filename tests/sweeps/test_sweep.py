@@ -67,7 +67,7 @@ def test_the_papers_value_is_the_methods_default() -> None:
     for path in FILES:
         sweep = load_sweep(path)
         where = {"method.name": sweep.base["method.name"]}
-        if path.stem == "sweep_reading":  # its first point is the first reading, which embedded data do not run
+        if path.stem == "sweep_viladiff":  # its first point is the first reading, which embedded data do not run
             where |= {"data.dataset": "voc", "method.pseudo.threshold": "0.7"}
         plain = flatten(override(RunConfig(), where))
         if "method.mixe.condition" in plain:
@@ -75,7 +75,7 @@ def test_the_papers_value_is_the_methods_default() -> None:
         arrows = "method.vila.distillation_paths"
         tuples = {arrows: ",".join(plain[arrows])} if arrows in plain else {}  # type: ignore[arg-type]
         first = dict(sweep.initial_point)
-        if path.stem == "sweep_reading_semibaseline_tags":
+        if path.stem == "sweep_semibaseline_tags":
             assert first.pop("method.tags.weight") == 1.0, "no tags are the default"
         assert first == {field: (plain | tuples)[field] for field in first}, path.stem
 
@@ -186,9 +186,9 @@ def test_an_impossible_space_is_refused_before_anything_runs(tmp_path: Path, nam
 
 def test_rungs_that_a_scheduler_would_skip_are_refused_before_anything_runs(tmp_path: Path) -> None:
     path = edited(tmp_path, ("[0.25, 0.5, 1.0]", "[0.5, 0.75, 1.0]"))
-    with pytest.raises(ValueError, match=r"--scheduler hyperband: rungs must grow by one factor .*\[2, 3, 4\]"):
-        sweep_setup.prepare(path, asked(tmp_path, "--scheduler", "hyperband"))
-    assert sweep_setup.prepare(path, asked(tmp_path, "--scheduler", "median")).namer.steps == (2, 3, 4)
+    with pytest.raises(ValueError, match=r"--early-stopping hyperband: rungs must grow by one factor .*\[2, 3, 4\]"):
+        sweep_setup.prepare(path, asked(tmp_path, "--early-stopping", "hyperband"))
+    assert sweep_setup.prepare(path, asked(tmp_path, "--early-stopping", "median")).namer.steps == (2, 3, 4)
 
 
 def test_limits_that_tie_fields_together_are_seen_at_the_corners(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def opened(tmp_path: Path, *words: str, path: Path = TUNE / "sweep_lambda.toml")
 
 def test_a_sweep_is_not_continued_as_another_one(tmp_path: Path) -> None:
     opened(tmp_path)
-    opened(tmp_path, "--trials", "99", "--sampler", "random", "--scheduler", "asha")
+    opened(tmp_path, "--trials", "99", "--sampler", "random", "--early-stopping", "asha")
     wider = edited(tmp_path, ("low = 0.05, high = 2.0", "low = 0.01, high = 4.0"))
     opened(tmp_path, path=wider)
     for words, why in (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from record_kit import name_of, told
 
-from viladiff.report.sections import caption_dose
+from viladiff.report.sections import caption_quality as caption_dose
 from viladiff.report.table.results import Results, collect_results
 from viladiff.report.table.table_page import render_table
 from viladiff.runs.config import RunConfig, flatten, non_default_fields, override

@@ -22,7 +22,7 @@ from PIL import Image
 from viladiff.cli import main
 from viladiff.cli.text import CAPTION_EXAMPLES, EMBED_EXAMPLES
 from viladiff.data.captions.files import read_captions
-from viladiff.data.captions.table import PROMPTS
+from viladiff.data.captions.simulated import PROMPTS
 from viladiff.data.sources import digits
 from viladiff.runs.config import RunConfig, override, parse_overrides
 from viladiff.text.captioning import job as jobs

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from viladiff.config.sections import DataConfig
-from viladiff.data.captions import table as cap
-from viladiff.data.captions.table import GENERIC, SIMULATED, CaptionTable, describe, simulate
+from viladiff.data.captions import simulated as cap
+from viladiff.data.captions.simulated import GENERIC, SIMULATED, CaptionTable, describe, simulate
 from viladiff.data.captions.words import split_words
 from viladiff.data.scenes import SCENES, render
 from viladiff.data.sources import digits

@@ -17,7 +17,7 @@ from test_folder import small
 
 from viladiff.cli import main
 from viladiff.data import cache, registry
-from viladiff.data.captions.table import GENERIC
+from viladiff.data.captions.simulated import GENERIC
 from viladiff.data.dataset import Dataset
 from viladiff.data.sources import digits
 from viladiff.runs.config import RunConfig, override

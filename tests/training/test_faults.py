@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_kit import FIRST_READING
+from method_kit import PAPER_DEFAULTS
 from torch import Tensor
 
 from viladiff.core import keyed_random
@@ -157,7 +157,7 @@ def method(**changes: object) -> ViLaDiff:
     flat = {"method.name": "viladiff", "model.pretrained": "none", "model.decoder_width": 16}
     accept = {"method.pseudo.threshold": 0.0}
     cfg = override(
-        RunConfig(), flat | accept | {f"method.{path}": value for path, value in {**FIRST_READING, **changes}.items()}
+        RunConfig(), flat | accept | {f"method.{path}": value for path, value in {**PAPER_DEFAULTS, **changes}.items()}
     )
     torch.manual_seed(0)
     made = METHODS["viladiff"](cfg.method, NetworkFactory(cfg.model, CLASSES, 12)).train()

@@ -49,7 +49,7 @@ def meter(method: Method, **runtime: Any) -> GradientShares:
 def test_parts_add_up_to_the_total_and_so_do_their_gradients(method: str, step: Step) -> None:
     made = make_uneven(method)
     torch.manual_seed(1)
-    losses = made(make_batch(views=made.views_wanted()), step)
+    losses = made(make_batch(views=made.required_views()), step)
     assert sum(part.detach() for part in losses.parts.values()) == pytest.approx(losses.total.item(), rel=1e-5)
     assert "sup" in losses.parts
     weights = [p for place in made.shared().values() for p in place]
@@ -63,7 +63,7 @@ def test_parts_add_up_to_the_total_and_so_do_their_gradients(method: str, step: 
 
 def test_parts_of_vila_are_those_that_their_fields_switch_off() -> None:
     """The loss is linear in every weight: what a weight of 0 takes from the gradient is the part's own."""
-    views, shared = make("viladiff").views_wanted(), {}
+    views, shared = make("viladiff").required_views(), {}
 
     def gradient(**changes: object) -> Tensor:
         method = make_uneven("viladiff", **{"vila.gate": "always", "vila.lam": 0.5, **changes})
@@ -105,7 +105,7 @@ def test_parts_of_vila_are_those_that_their_fields_switch_off() -> None:
 def test_a_part_that_depends_on_nothing_trained_has_no_share() -> None:
     """The guided denoiser sees no noise, so that the noise term is a constant."""
     method = make_uneven("viladiff", **{"mixe.denoiser": "guided"})
-    losses = method(make_batch(views=method.views_wanted()), STEP)
+    losses = method(make_batch(views=method.required_views()), STEP)
     assert losses.parts["mixe_noise"].item() == 0 and not losses.parts["mixe_noise"].requires_grad
     shares = meter(method)
     shares.add(0, losses, 1.0)
@@ -143,7 +143,7 @@ def test_an_arrow_of_weight_0_leaves_the_rest_as_it_is() -> None:
     weights = {f"vila.path_weights.{one}": 0.0 for one in ("teacher_logits", "teacher_to_visual_logits")}
     paths = ("student_features", "student_logits", "teacher_features")
     by_weight, by_path = make("viladiff", **weights), make("viladiff", **{"vila.distillation_paths": paths})
-    batch = make_batch(views=by_path.views_wanted())
+    batch = make_batch(views=by_path.required_views())
     assert by_weight(batch, STEP).total.item() == pytest.approx(by_path(batch, STEP).total.item(), rel=1e-6)
     assert run_id(
         override(RunConfig(), {"method.name": "viladiff", "method.vila.path_weights.teacher_to_visual_logits": 1.0})
@@ -160,7 +160,7 @@ def trained(name: str, measure: bool) -> tuple[dict[str, Tensor], Tensor]:
     optimizer, shares = torch.optim.AdamW(method.parameters(), 1e-3), meter(method)
     torch.manual_seed(2)
     for index in range(3):
-        losses = method(make_batch(seed=index, views=method.views_wanted()), Step(index, index / 3, 3))
+        losses = method(make_batch(seed=index, views=method.required_views()), Step(index, index / 3, 3))
         if measure:
             shares.add(index, losses, 1.0)
         losses.total.backward()
@@ -231,7 +231,7 @@ def test_a_method_without_parts_is_refused_in_a_line() -> None:
 
 def test_a_gradient_that_is_not_finite_is_noted_without_norms() -> None:
     method = make("supervised")
-    shares, losses = meter(method), method(make_batch(views=method.views_wanted()), STEP)
+    shares, losses = meter(method), method(make_batch(views=method.required_views()), STEP)
     shares.add(2, Losses(losses.total, {}, {"sup": losses.total * torch.inf}), 1.0)
     shares.finish(2, 1.0)
     assert shares.found == [{"step": 2, "norms": {}, "cosines": {}}]
@@ -243,7 +243,7 @@ def test_a_part_that_reaches_nothing_shared_is_measured_elsewhere() -> None:
     method = make("fixmatch_tags")
     method.student.encoder.requires_grad_(False)
     shares = meter(method)
-    shares.add(0, method(make_batch(views=method.views_wanted()), STEP), 1.0)
+    shares.add(0, method(make_batch(views=method.required_views()), STEP), 1.0)
     shares.finish(0, 1.0)
     found = {place: list(norms) for place, norms in shares.found[0]["norms"].items()}
     assert found == {"student": ["sup", "pseudo"], "elsewhere": ["tags"]}

@@ -17,6 +17,7 @@ RENAMED = {
     "--fresh": ("--restart",),
     "--hang-after": ("--stall-timeout",),
     "--price": ("--hourly-price",),
+    "--scheduler": ("--early-stopping",),
 }
 """Flags of earlier versions and what replaces them; the first one that a command has."""
 

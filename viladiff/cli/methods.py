@@ -9,7 +9,7 @@ from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.data.batch import Views
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method, StepCost
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -18,14 +18,14 @@ def method_rows() -> list[dict[str, Any]]:
 
 
 def _row(name: str, method: type[Method]) -> dict[str, Any]:
-    paper, passes = method.paper, method.passes
+    paper, passes = method.paper, method.step_cost
     return {
         "method": name,
         "paper": paper.title if paper else None,
         "venue": paper.venue if paper else None,
         "year": paper.year if paper else None,
         "views": needs(method.views),
-        "keeps": method.keeps or None,
+        "keeps": method.extra_state or None,
         "passes": written(passes) if passes else None,
         "revision": method.revision,
         "published": [_declared(one) for one in method.published],

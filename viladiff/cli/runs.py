@@ -159,13 +159,13 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from viladiff.runs import maintenance
+    from viladiff.runs import verify_and_gc
     from viladiff.runs.listing import say
 
     store = _store(args)
     wanted = _verified(store, args.runs) if args.runs else None
     good = bad = 0
-    for found in maintenance.verify(store, wanted):
+    for found in verify_and_gc.verify(store, wanted):
         say([("ok" if found.good else "BAD", found.run_id or "-", str(found.path), found.text)])
         good, bad = good + found.good, bad + (not found.good)
     print(f"{good} good, {bad} bad" if good or bad else _empty(args))
@@ -175,24 +175,24 @@ def _verify(args: argparse.Namespace) -> int:
 def _verified(store: Store, words: list[str]) -> set[str]:
     from viladiff.runs import listing
 
-    names = set(store.own()) | {record.run_id for record in store.published()}
+    names = set(store.local_run_ids()) | {record.run_id for record in store.published()}
     plain = {listing.resolve_prefix(word, names) for word in words if "=" not in word}
     filters = [word for word in words if "=" in word]
     return plain | ({row.run_id for row in listing.select_runs(listing.rows(store), filters)} if filters else set())
 
 
 def _gc(args: argparse.Namespace) -> int:
-    from viladiff.runs import maintenance
+    from viladiff.runs import verify_and_gc
     from viladiff.runs.listing import size
 
     store = _store(args)
-    found = maintenance.garbage(store, args.keep_checkpoints, Path(args.pages))
+    found = verify_and_gc.garbage(store, args.keep_checkpoints, Path(args.pages))
     for item in found:
         print(f"{'would delete' if args.dry_run else 'deleted'}  {item.path}  {item.why}  {size(item.size)}")
         if not args.dry_run:
-            maintenance.remove(item)
+            verify_and_gc.remove(item)
     total = size(sum(item.size for item in found))
-    kept = f"runs in {store.root}: {len(store.own())}"
+    kept = f"runs in {store.root}: {len(store.local_run_ids())}"
     if not found:
         print(f"Nothing to delete: {kept}.")
     else:

@@ -11,13 +11,13 @@ from viladiff.cli.common import CommandParser, parse_arguments, run_command
 from viladiff.cli.tables import add_placing
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
-SCHEDULERS = ("none", "asha", "hyperband", "median")
+EARLY_STOPPING = ("none", "asha", "hyperband", "median")
 EXAMPLES = """\
 examples:
   {name} --dry-run                        print the space and the runs, and estimate the time
   {name}                                  scale quick: minutes on two cores
   {name} --scale digits --trials 40       the full embedded data set; --trials 60 adds twenty
-  {name} --sampler random --scheduler asha --seeds 1
+  {name} --sampler random --early-stopping asha --seeds 1
   {name} --scale digits --address auto --gpus-per-trial 0.5 --runs-dir /shared/runs
 
 Re-running the command resumes an interrupted sweep and skips finished runs. Trials are scored on
@@ -54,10 +54,10 @@ def add_sweep_options(top: argparse.ArgumentParser) -> None:
     what.add_argument("--seeds", metavar="N", help="seeds per trial: a number, counted from 0, or a list such as 0,1")
     what.add_argument("--sampler", choices=SAMPLERS, default="tpe", help="sampler of the points (default: tpe)")
     what.add_argument(
-        "--scheduler",
-        choices=SCHEDULERS,
+        "--early-stopping",
+        choices=EARLY_STOPPING,
         default="none",
-        help="Optuna's pruner, which stops trials early (default: none; see docs/experiments.md)",
+        help="rule that ends weak trials early, by Optuna (default: none; see docs/experiments.md)",
     )
     what.add_argument("--sampler-seed", type=int, default=0, metavar="N", help="seed of the sampler (default: 0)")
     what.add_argument(

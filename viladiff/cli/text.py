@@ -86,7 +86,7 @@ def _positive(text: str) -> int:
 
 def _caption(args: argparse.Namespace) -> int:
     from viladiff.core.progress import counter
-    from viladiff.data.captions.table import PROMPTS
+    from viladiff.data.captions.simulated import PROMPTS
     from viladiff.text.captioning.blip2 import writer
     from viladiff.text.captioning.job import CaptioningJob, failures, pictures, state
 

@@ -25,7 +25,7 @@ from typing import Any
 from viladiff.cluster.resources import ask_cluster, plan_capacity, send_note
 from viladiff.cluster.session import TOKEN, patient, private, without_web
 from viladiff.core.environment import visible_cpus
-from viladiff.core.processes import Reaper, descendants, start
+from viladiff.core.watchdog import Reaper, descendants, start
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.store import Store
@@ -94,7 +94,7 @@ def run_jobs(
                 _run_single(single, session)
                 _run_shared(shared, session)
         except BaseException:
-            store.sweep(gone)  # what was ended in the middle of a step
+            store.clean(gone)  # what was ended in the middle of a step
             raise
     outcomes = single.outcomes | shared.outcomes
     return [outcomes[job.run_id] for job in jobs]
@@ -313,7 +313,7 @@ def _run_single(desk: JobQueue, session: Session) -> None:
         return
     from ray import tune
 
-    from viladiff.cluster.tune import QueueCallback, QueueSearcher, stop_name
+    from viladiff.cluster.ray_tune import QueueCallback, QueueSearcher, stop_name
     from viladiff.cluster.worker import WorkerContext, train_run
 
     settings = desk.settings

@@ -19,9 +19,9 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from viladiff.cluster.executor import Session, cluster, interrupts
+from viladiff.cluster.ray_tune import QueueCallback, QueueSearcher, poll_queue, stop_name
 from viladiff.cluster.resources import ask_cluster, cluster_slots, send_note
 from viladiff.cluster.torch_trainer import Mailbox, asked, run_shared
-from viladiff.cluster.tune import QueueCallback, QueueSearcher, poll_queue, stop_name
 from viladiff.cluster.worker import Tell, WorkerContext, run_attempt
 from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.trial_queue import TrialQueue
@@ -55,7 +55,7 @@ def run_search(desk: TrialQueue, work: Work = run_attempt) -> None:
             else:
                 _tune(desk, session, work)
     except BaseException:
-        desk.store.sweep(gone)
+        desk.store.clean(gone)
         raise
 
 

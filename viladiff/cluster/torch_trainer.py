@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from viladiff.cluster.tune import create_stop_flag, death_message, poll_queue, stop_name
+from viladiff.cluster.ray_tune import create_stop_flag, death_message, poll_queue, stop_name
 from viladiff.cluster.worker import WorkerContext, attempt_held, classify_error, configuration
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.job_queue import JobQueue

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from viladiff.data.captions.table import Captions, CaptionTable, Control, Images
-from viladiff.data.files.contents import Contents
+from viladiff.data.captions.simulated import Captions, CaptionTable, Control, Images
+from viladiff.data.files.file_cache import Contents
 from viladiff.data.files.index import FileList
 
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from viladiff.config.base import did_you_mean
 from viladiff.config.sections import DataConfig, Sections
+from viladiff.data.all_labelled import base_split, label_all
 from viladiff.data.cache import fingerprint
 from viladiff.data.captions.files import match, read_captions
 from viladiff.data.dataset import Dataset
-from viladiff.data.full import base_split, label_all
 from viladiff.data.sources import DATASETS
 from viladiff.data.splits import hold_out
 
@@ -49,7 +49,7 @@ def load_dataset(
 ) -> Dataset:
     """Open a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
-    split: the name of a list, or "all" (``data.full``). root: where the files of a data set that is not embedded are.
+    split: the name of a list, or "all" (``data.all_labelled``). root: where the files of a data set that is not embedded are.
     holdout: see ``data.holdout``; those images are the validation set where ``scored`` is "holdout". captions: a file
     of captions in place of the data set's own. own: the fields that the section of the data set has beside those of all
     data sets, such as ``split_family``; its defaults where they are not given. Raises ValueError for an unknown data

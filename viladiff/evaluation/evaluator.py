@@ -20,7 +20,7 @@ from viladiff.data.loader import validation
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation import feature_clusters
 from viladiff.evaluation.context import EvalContext
-from viladiff.evaluation.metrics import SegmentationMeter, evaluate_network, measure_all, to_scores
+from viladiff.evaluation.pixel_counts import SegmentationMeter, evaluate_network, measure_all, to_scores
 from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized_logits
 from viladiff.evaluation.pseudo_labels import pseudo_counts, pseudo_scores
 from viladiff.methods.base import Method
@@ -70,7 +70,7 @@ def eval_batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor,
     if run.cfg.eval.protocol == "original" and run.dataset.uniform and count:
         height, width = run.dataset.val_images[0].shape[:2]
         size = max(1, BATCH_PIXELS // (height * width))
-    bank = run.val_bank if run.method.views_wanted().text else None
+    bank = run.val_bank if run.method.required_views().text else None
     for batch in validation(run.dataset, bank, run.device, size, range(run.rank, count, run.world)):
         run.alive()
         yield batch
@@ -126,7 +126,7 @@ class PseudoLabels:
 
 def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
     """Return {network: {stream: {score: value}}} and the quality of pseudo-labels, from one pass over the images."""
-    cfg, networks = run.cfg.eval, run.method.networks()
+    cfg, networks = run.cfg.eval, run.method.eval_networks()
     run.method.eval()
     pseudo = PseudoLabels(run)
     given = STREAMS, run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
@@ -175,9 +175,9 @@ class RecordContext(EvalContext, Protocol):
 def record(run: RecordContext) -> RunRecord:
     """Evaluate a run after its last step and return its record; all workers take part."""
     cfg = run.cfg
-    predictor, stream = run.method.predictor(), run.method.headline()
+    predictor, stream = run.method.eval_network(), run.method.eval_stream()
     found, pseudo_labels = evaluated(run)
-    network = next(name for name, net in run.method.networks().items() if net is predictor)
+    network = next(name for name, net in run.method.eval_networks().items() if net is predictor)
     miou = found[network][stream]["miou"] if stream in found[network] else None
     if stream in found[network]:
         found[network][stream] |= feature_clusters.measure_clusters(run)
@@ -240,11 +240,11 @@ def save_qualitative(run: EvalContext) -> None:
     stages: list[tuple[str, np.ndarray]] = [("image", pixels), ("truth", truth)]
     images = normalise(torch.from_numpy(pixels).to(run.device).permute(0, 3, 1, 2).float() / 255)
     text = None
-    if run.method.views_wanted().text:
+    if run.method.required_views().text:
         words = run.val_bank.batch(places)
         text = TextBatch(words.tokens.to(run.device), words.mask.to(run.device))
-    shown = run.method.illustrate(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
-    predicted = {"prediction": run.method.predictor()(images, text)[run.method.headline()].argmax(1)}
+    shown = run.method.visualize(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
+    predicted = {"prediction": run.method.eval_network()(images, text)[run.method.eval_stream()].argmax(1)}
     stages += [(name, labels.to(torch.uint8).cpu().numpy()) for name, labels in {**shown, **predicted}.items()]
     packed = io.BytesIO()
     named: dict[str, Any] = {f"{i:02}/{name}": array for i, (name, array) in enumerate(stages)}

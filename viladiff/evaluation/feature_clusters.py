@@ -135,7 +135,7 @@ def collect_features(run: EvalContext) -> tuple[TokenSample, dict[str, np.ndarra
     run.method.eval()
     some = np.unique(chosen.image).tolist()
     size = 25 if run.dataset.uniform else 1
-    bank = run.val_bank if run.method.views_wanted().text else None
+    bank = run.val_bank if run.method.required_views().text else None
     parts: dict[str, list[np.ndarray]] = {}
     batches = validation(run.dataset, bank, run.device, size, some)
     for start, (pixels, _, text) in zip(range(0, len(some), size), batches, strict=True):

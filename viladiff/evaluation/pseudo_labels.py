@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from viladiff.data.batch import IGNORE
-from viladiff.evaluation.metrics import (
+from viladiff.evaluation.pixel_counts import (
     boundary_width,
     calibration_bins,
     calibration_error,

@@ -45,7 +45,7 @@ def reproduce(args: argparse.Namespace) -> int:
         return 0 if args.dry_run else 2
     every = make_plan(table, args.scale, rows=args.rows, columns=args.columns, cache=cache)
     store = Store(runs_dir)
-    store.sweep()
+    store.clean()
     stopped = _train(plan, records, store, _settings(plan, args))
     found = [*lacking]
     for run_id, theirs in records.items():
@@ -123,7 +123,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
     shown = replace(plan, runs=runs, cells=cells, rows=tuple(dict.fromkeys(cell.row for cell in cells)))
     with LiveTable(shown, done, room and room.slots, expected=expected) as live:
         outcomes = run_jobs(left, store, settings, live.hear)
-    store.sweep()
+    store.clean()
     for one in outcomes:
         if one.failure is not None:
             print(f"failed: {plan.runs[one.run_id].title}: {one.failure.message}", file=sys.stderr)
@@ -135,7 +135,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
 
 def published_deviation(every: Plan, committed: Store, column: int) -> float | None:
     """Return the pooled standard deviation over seeds of the plan's published cells in a column, in points."""
-    from viladiff.report.sections.beside import pooled_spread
+    from viladiff.report.sections.side_by_side import pooled_spread
     from viladiff.report.table.results import collect_results
 
     return pooled_spread(collect_results(every, committed), every.rows, column)

@@ -18,7 +18,7 @@ from viladiff.experiments.tables import ROOT, seeds_of
 from viladiff.runs import lease as leases
 from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.store import Store
-from viladiff.sweeps.pruners import optuna_pruner
+from viladiff.sweeps.early_stopping import optuna_pruner
 from viladiff.sweeps.space import dumped, shrunk
 from viladiff.sweeps.spec import Sweep, SweepPlanner, check, load_sweep
 
@@ -77,7 +77,7 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
         raise ValueError(f"--study {name!r}: must be of letters, digits, dots, dashes and underscores")
     _check_publishing(args)
     namer = SweepPlanner(sweep, args.scale, changes, args.select, args.workers)
-    optuna_pruner(args.scheduler, namer.steps)  # whether it can judge at these rungs
+    optuna_pruner(args.early_stopping, namer.steps)  # whether it can judge at these rungs
     published = ROOT / "reports" / "published"
     store = Store(Path(args.runs_dir), [published])
     own = published if args.publish else ROOT / "reports" / args.scale

@@ -18,9 +18,9 @@ from viladiff.runs.job import Event, PlannedRun
 from viladiff.runs.lease import Lease
 from viladiff.runs.store import Store
 from viladiff.sweeps.controller import SweepController
+from viladiff.sweeps.early_stopping import optuna_pruner
 from viladiff.sweeps.finals import Finalist, chosen, finalists, format_verdict
 from viladiff.sweeps.optuna_study import JOURNAL, OptunaStudy
-from viladiff.sweeps.pruners import optuna_pruner
 from viladiff.sweeps.spec import choosing_images
 from viladiff.sweeps.summary import to_toml, train_command
 from viladiff.sweeps.trial_queue import TrialQueue
@@ -74,7 +74,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
     if given_up:
         print(f"given up: {given_up}\npage: {index}", file=sys.stderr)
         return 1
-    job.store.sweep()
+    job.store.clean()
     failed = any([_failed(desk, one) for one in finalists(job.sweep, trials, job.namer)])
     return conclude(job, trials, index) or (130 if desk.stopping else int(failed))
 
@@ -103,7 +103,7 @@ def _desk(
         args.sampler_seed,
         parallel,
         where,
-        optuna_pruner(args.scheduler, job.namer.steps),
+        optuna_pruner(args.early_stopping, job.namer.steps),
     )
 
     def ended(trial: Trial) -> None:
@@ -205,7 +205,7 @@ def dry_run_lines(job: SweepJob) -> list[str]:
     slots = min(job.room.slots, runs) if known else 1
     many = f"{slots} at once" if known else "sequential; a cluster runs as many at once as fit"
     begun = f", of which {ended} have ended," if ended else ""
-    stops = f" at steps {', '.join(map(str, steps[:-1]))}" if job.args.scheduler != "none" else ""
+    stops = f" at steps {', '.join(map(str, steps[:-1]))}" if job.args.early_stopping != "none" else ""
     lines = {
         "searched": "; ".join(f"{path} in {dimension}" for path, dimension in job.sweep.space.items()),
         "first": ", ".join(f"{path} = {value}" for path, value in job.sweep.initial_point.items()) + " (the paper's)",
@@ -214,7 +214,7 @@ def dry_run_lines(job: SweepJob) -> list[str]:
         else "THE REPORTED VALIDATION SET (--select val): reported scores are biased",
         **({"labelled": OWN_LISTS.replace("rows", "points")} if size.split_per_seed else {}),
         "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
-        f"{job.args.scheduler}{stops}",
+        f"{job.args.early_stopping}{stops}",
         "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on "
         + ("the reported set" if job.sweep.finals_split == "test" else "the same images, to choose between them"),
         "at most": f"{runs} runs, {runs * steps[-1]:,} steps",

@@ -82,7 +82,7 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
     try:
         outcomes = [] if args.render else run_missing(job, settings)
     finally:
-        job.store.sweep()  # also where a second Ctrl-C ended it at once
+        job.store.clean()  # also where a second Ctrl-C ended it at once
     index = write_table_page(job)
     return print_summary(job, outcomes, index)
 
@@ -111,7 +111,7 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
     beside = make_plan(table, other, cache=runs_dir / "plans") if other else None
     # Where published numbers have a column of their own, what counts as run here is what was run here.
     store = Store(runs_dir, [] if args.restart or beside else [published])
-    store.sweep()
+    store.clean()
     default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
     out = Path(args.report_dir).expanduser().absolute() if args.report_dir else default
     return TableJob(table, plan, store, out, command, args.publish, path, beside)
@@ -235,12 +235,12 @@ def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> in
 
 def _say_beside(job: TableJob, other: Plan) -> None:
     """Print the three columns in a few lines, and the sentence that sums them up."""
-    from viladiff.report.sections.beside import headline_beside, to_terminal
+    from viladiff.report.sections.side_by_side import headline_of_both, to_terminal
     from viladiff.report.table.results import collect_results
-    from viladiff.report.table.table_page import beside_of
+    from viladiff.report.table.table_page import load_both
 
-    both = beside_of(collect_results(job.plan, job.store), other, job.records, job.out)
-    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{headline_beside(both)}\n")
+    both = load_both(collect_results(job.plan, job.store), other, job.records, job.out)
+    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{headline_of_both(both)}\n")
 
 
 def table(name: str | int, scale: str = "quick", *, runs_dir: str = "runs", long_form: bool = False) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from viladiff.core.atomic import name_file_in_errors, sync_directory
 from viladiff.core.messages import format_value
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.complexity import cost_facts, costs
-from viladiff.evaluation.metric_table import METRICS
+from viladiff.evaluation.metrics import METRICS
 from viladiff.inference.load import load_run, text_dim
 from viladiff.inference.predict import CLASSES, CONFIG, FORMAT, WEIGHTS, Model, load_model
 from viladiff.models.segmenter import Network

@@ -14,7 +14,7 @@ from viladiff.config.base import INTEGER, unflatten
 from viladiff.core.atomic import write_atomically
 from viladiff.core.distributed import tf32
 from viladiff.data.files.validate import check_files
-from viladiff.evaluation.metrics import to_scores
+from viladiff.evaluation.pixel_counts import to_scores
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
@@ -44,19 +44,19 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
     check_inputs(cfg, method, run.dataset, cfg.runtime.workers)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in method.networks().items()}
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in method.eval_networks().items()}
     return {
         "run": run.name,
         "directory": run.directory,
         "state": state,
         "device": run.device,
-        "steps": total_steps(cfg, run.dataset, method.views_wanted().unlabelled),
+        "steps": total_steps(cfg, run.dataset, method.required_views().unlabelled),
         "list of labelled images": run.dataset.split_name or "the data set's own",
         "labelled images": len(run.dataset.labelled),
-        "unlabelled images": len(run.dataset.unlabelled) if method.views_wanted().unlabelled else "not used",
+        "unlabelled images": len(run.dataset.unlabelled) if method.required_views().unlabelled else "not used",
         "validation images": len(run.dataset.val_images),
         "captions": run.dataset.caption_source,
-        **_measuring(cfg.runtime.gradient_shares, total_steps(cfg, run.dataset, method.views_wanted().unlabelled)),
+        **_measuring(cfg.runtime.gradient_shares, total_steps(cfg, run.dataset, method.required_views().unlabelled)),
         **{f"parameters of {name}": f"{count:,}" for name, count in counts.items()},
         "trained parameters": f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,}",
         **({"notes": "; ".join(notes)} if notes else {}),
@@ -177,7 +177,7 @@ def _evaluated(finished_run: Finished) -> dict[str, Any]:
         raise ValueError(f"the data have the classes {run.dataset.class_names}, the run had {record.class_names}")
     same = run.fingerprints["data"] == record.fingerprints.get("data")
     found: dict[str, Any] = {"scores": {}, "confusion": {}}
-    for name, network in run.method.networks().items():
+    for name, network in run.method.eval_networks().items():
         with tf32(cfg.train.tf32):
             measured = compute_meters(run, network, STREAMS, cfg.eval.boundary)
         scores = to_scores(measured)

@@ -125,7 +125,7 @@ def load_model(path: Path | str, device: str = "auto") -> Model:
         network, cfg, names = _from_folder(folder)
     elif (folder / "record.json").is_file():
         run = load_run(folder)
-        network, cfg, names = load_method(run).predictor(), run.cfg, tuple(run.record.class_names)
+        network, cfg, names = load_method(run).eval_network(), run.cfg, tuple(run.record.class_names)
     else:
         wrong = "there is no such directory" if not folder.is_dir() else f"no {WEIGHTS} and no record.json in it"
         raise ValueError(f"{folder}: {wrong}; give a model folder (viladiff export) or the directory of a finished run")
@@ -139,7 +139,7 @@ def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...]]:
     names = tuple(_read_text(folder / CLASSES).removesuffix("\n").split("\n"))
     try:
         cfg = RunConfig(**unflatten(facts["fields"]))
-        network = empty_method(cfg, names, int(facts["text_dim"])).predictor()
+        network = empty_method(cfg, names, int(facts["text_dim"])).eval_network()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: describes no model that can be built: {error}") from error
     path = folder / WEIGHTS

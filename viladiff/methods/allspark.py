@@ -36,7 +36,7 @@ from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.losses import all_gather, all_gather_with_grad, distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.allspark import (
     AllSparkSegmenter,
     Draw,
@@ -74,15 +74,15 @@ class AllSpark(Method):
         PublishedSetting(("cityscapes",), {"method.warmup": 15 / 240, "method.ohem.enabled": True}, "AllSpark 9da63e2"),
     )
     views = Views(weak=1, strong_labelled=True)
-    weak_trains = True
+    trains_on_weak = True
     revision = 2
     paper = Reference(
         "AllSpark: Reborn Labeled Features from Unlabeled in Transformer for Semi-Supervised Semantic Segmentation",
         "CVPR",
         2024,
     )
-    passes = StepCost(3, 2)
-    keeps = "a queue of channels for each class"
+    step_cost = StepCost(3, 2)
+    extra_state = "a queue of channels for each class"
     student: AllSparkSegmenter
 
     def __init__(self, cfg: AllSparkConfig, build: NetworkFactory) -> None:
@@ -94,7 +94,7 @@ class AllSpark(Method):
     def build_student(self, build: NetworkFactory) -> Segmenter:
         return build(kind=allspark_segmenter(self.cfg.width, self.cfg.attention_heads))
 
-    def own_rates(self) -> dict[str, dict[str, Any]]:
+    def extra_param_groups(self) -> dict[str, dict[str, Any]]:
         return {"student.spark": {"lr_scale": "encoder"}}
 
     def forward(self, batch: Batch, step: Step) -> Losses:

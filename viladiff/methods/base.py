@@ -24,7 +24,7 @@ from viladiff.models.ema import ema_update, frozen_copy
 from viladiff.models.segmenter import DualNetwork, NetworkFactory
 
 if TYPE_CHECKING:
-    from viladiff.methods.published import PublishedSetting
+    from viladiff.methods.common.published import PublishedSetting
     from viladiff.models.segmenter import Network, Segmenter
 
 
@@ -103,8 +103,8 @@ class Method(nn.Module):
     revision: ClassVar[int] = 1
     """Raised together with the golden file whenever the method computes something else than before."""
     paper: ClassVar[Reference | None] = None
-    passes: ClassVar[StepCost | None] = None
-    keeps: ClassVar[str] = ""
+    step_cost: ClassVar[StepCost | None] = None
+    extra_state: ClassVar[str] = ""
     """What the method has beside its student."""
     published: ClassVar[tuple[PublishedSetting, ...]] = ()
     """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
@@ -113,7 +113,7 @@ class Method(nn.Module):
     term_fields: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that weigh single parts of the loss or leave them out, by path below ``method``: patterns of their names.
     ``path=value`` is one of several values of a field. A table that varies such a field is told the parts' shares."""
-    weak_trains: ClassVar[bool] = False
+    trains_on_weak: ClassVar[bool] = False
     """Whether a weak view is also an input that trains, as where its features are perturbed."""
 
     def __init__(self, cfg: Any, build: NetworkFactory) -> None:
@@ -151,7 +151,7 @@ class Method(nn.Module):
     def after_step(self, step: Step) -> None:
         """Update state after each optimiser step, outside autograd: moving averages, queues."""
 
-    def own_rates(self) -> dict[str, dict[str, Any]]:
+    def extra_param_groups(self) -> dict[str, dict[str, Any]]:
         """Return options of the optimiser for parts of the method, by dotted path ("flow", "student.spark").
 
         Each has either ``lr``, the rate itself, or ``lr_scale``, a factor of ``optim.lr`` or "encoder" for the
@@ -166,9 +166,7 @@ class Method(nn.Module):
         """Return class probabilities (B, C, H, W) behind the weak views' labels, by stage; empty without a teacher."""
         return {}
 
-    def illustrate(
-        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
-    ) -> dict[str, Tensor]:
+    def visualize(self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step) -> dict[str, Tensor]:
         """Label maps (B, H, W) worth a look, in the order they arise in; by default those of the pseudo-labels."""
         return {name: found.argmax(1) for name, found in self.pseudo_labels(images, text, keys, step).items()}
 
@@ -179,11 +177,11 @@ class Method(nn.Module):
         """
         return {}
 
-    def predictor(self) -> Network:
+    def eval_network(self) -> Network:
         """Return the network that is evaluated, exported and reported."""
         return self.student
 
-    def networks(self) -> dict[str, Network]:
+    def eval_networks(self) -> dict[str, Network]:
         """Return every network to evaluate, by its name in a record."""
         return {"student": self.student}
 
@@ -192,13 +190,13 @@ class Method(nn.Module):
         pseudo = getattr(self.cfg, "pseudo", None)
         return getattr(pseudo, "threshold", None)
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         """Return the views that this configuration of the method needs; the class's own by default."""
         return self.views
 
     def check_images(self, unlabelled: int) -> None:
         """Raise ValueError before training if there are too few unlabelled images, with what to change."""
-        views, name = self.views_wanted(), f"method.name = {self.cfg.name!r}"
+        views, name = self.required_views(), f"method.name = {self.cfg.name!r}"
         if views.unlabelled and unlabelled == 0:
             raise ValueError(
                 f"{name} learns from unlabelled images, and data.split leaves none; choose a split with fewer labels, "
@@ -215,7 +213,7 @@ class Method(nn.Module):
         """Return notes before training, a sentence each: what the method lacks here and how to provide it."""
         return ()
 
-    def headline(self) -> str:
+    def eval_stream(self) -> str:
         """Return the name of the prediction stream whose mIoU is the run's score."""
         return "visual"
 
@@ -235,10 +233,10 @@ class MeanTeacher(Method):
     def after_step(self, step: Step) -> None:
         ema_update(self.teacher, self.student, step.index, self.cfg.teacher.momentum)
 
-    def predictor(self) -> Network:
+    def eval_network(self) -> Network:
         return self.teacher if self.cfg.predict.network == "teacher" else self.student
 
-    def networks(self) -> dict[str, Network]:
+    def eval_networks(self) -> dict[str, Network]:
         return {"student": self.student, "teacher": self.teacher}
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import box_mask
 from viladiff.losses import all_reduce_max, distributed_mean, logit_distillation, pseudo_label_cross_entropy
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.perturbations import channel_dropout, widest
 from viladiff.models.segmenter import NetworkFactory, upsample
 
@@ -93,12 +93,12 @@ class CorrMatch(Method):
         ),
     )
     views = Views(strong=1, cutmix=True)
-    weak_trains = True
+    trains_on_weak = True
     paper = Reference(
         "CorrMatch: Label Propagation via Correlation Matching for Semi-Supervised Semantic Segmentation", "CVPR", 2024
     )
-    passes = StepCost(3, 3, 1, 1, "correlation head: 3 forward and backward")
-    keeps = "correlation head, threshold"
+    step_cost = StepCost(3, 3, 1, 1, "correlation head: 3 forward and backward")
+    extra_state = "correlation head, threshold"
     tau: Tensor
     highest: Tensor
 
@@ -109,7 +109,7 @@ class CorrMatch(Method):
         # Highest confidence by class in this step so far, over all of its micro-batches; 0 between steps.
         self.register_buffer("highest", torch.zeros(build.num_classes), persistent=False)
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(strong=1, cutmix=self.cfg.cutmix)
 
     def forward(self, batch: Batch, step: Step) -> Losses:

@@ -22,7 +22,7 @@ from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import pair_partner, parity_boxes, parity_mask, paste
 from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.segmenter import Network, NetworkFactory
 
 
@@ -45,9 +45,9 @@ class CpsConfig(MethodConfig):
 class Cps(Method):
     Config = CpsConfig
     views = Views(weak=1, pairs=True)
-    weak_trains = True
+    trains_on_weak = True
     paper = Reference("Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", "CVPR", 2021)
-    passes = StepCost(6, 4)
+    step_cost = StepCost(6, 4)
     published = (
         PublishedSetting(
             ("voc",), {"method.pseudo.weight": 1.0}, "TorchSemiSeg 5e0c29c", given={"method.cutmix": True}
@@ -69,14 +69,14 @@ class Cps(Method):
             given={"method.cutmix": False},
         ),
     )
-    keeps = "second network"
+    extra_state = "second network"
 
     def __init__(self, cfg: CpsConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         self.second = self.build_student(build)
         """Its encoder starts from the same weights; decoder and classifier are drawn anew."""
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(weak=1, pairs=self.cfg.cutmix)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
@@ -121,7 +121,7 @@ class Cps(Method):
         """Return the labels of the second network, which teach the evaluated one."""
         return {"before": self.second(images)["visual"].softmax(1)}
 
-    def networks(self) -> dict[str, Network]:
+    def eval_networks(self) -> dict[str, Network]:
         return {"student": self.student, "second": self.second}
 
 

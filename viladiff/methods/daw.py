@@ -24,7 +24,7 @@ from torch import Tensor
 from viladiff.data.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import all_reduce_sum
 from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, Reference, TeacherConfig
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.segmenter import NetworkFactory
 
@@ -74,7 +74,7 @@ class Daw(UniMatch, MeanTeacher):
     paper = Reference(
         "DAW: Exploring the Better Weighting Function for Semi-supervised Semantic Segmentation", "NeurIPS", 2023
     )
-    keeps = "average for evaluation, class distributions, two Gaussians"
+    extra_state = "average for evaluation, class distributions, two Gaussians"
     distributions: Tensor
     """(2, C) mean confidence of the pixels predicted as a class, on labelled and on unlabelled images."""
     gaussians: Tensor

@@ -43,7 +43,7 @@ from viladiff.methods.base import (
     keyed_boxes,
     steps_after,
 )
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.memory_bank import gather_at, sample_positions
 from viladiff.models.baselines.normalizing_flow import Flow
 from viladiff.models.ema import ema_update
@@ -109,24 +109,24 @@ class Ddfp(MeanTeacher):
         "CVPR",
         2024,
     )
-    passes = StepCost(4, 2, 2, 2, "flow: 2 forward and backward")
+    step_cost = StepCost(4, 2, 2, 2, "flow: 2 forward and backward")
     published = (
         PublishedSetting(("voc",), {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.999}, "DDFP 7956c72"),
     )
-    keeps = "teacher, flow"
+    extra_state = "teacher, flow"
 
     def __init__(self, cfg: DdfpConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
         width, flow = self.student.decoder.width, cfg.flow
         self.flow = Flow(width, build.num_classes, flow.hidden or width, flow.depth, flow.clamp)
 
-    def own_rates(self) -> dict[str, dict[str, Any]]:
+    def extra_param_groups(self) -> dict[str, dict[str, Any]]:
         return {"flow": {"lr": self.cfg.flow.lr, "betas": (0.5, 0.9), "weight_decay": 0.0}}
 
     def shared(self) -> dict[str, list[nn.Parameter]]:
         return {**super().shared(), "flow": list(self.flow.parameters())}
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(strong=1, pairs=self.cfg.cutmix)
 
     def forward(self, batch: Batch, step: Step) -> Losses:

@@ -14,10 +14,10 @@ from pydantic import Field
 
 from viladiff.data.batch import Batch, Losses, Step
 from viladiff.methods.base import MethodConfig, PredictConfig, Reference, TeacherConfig
-from viladiff.methods.oracle import OraclePseudoConfig
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.oracle import OraclePseudoConfig
+from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.tags import TagsConfig
 from viladiff.methods.semibaseline import SemiBaseline
-from viladiff.methods.tags import TagsConfig
 
 
 class FixMatchTeacherConfig(TeacherConfig):

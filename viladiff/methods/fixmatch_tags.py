@@ -1,6 +1,6 @@
 """FixMatch with image tags: what captions say of an image, for a method without any network for language (ours).
 
-``fixmatch`` with ``method.tags`` (``viladiff.methods.tags``) at a weight that was not tuned: 2 within the halved total.
+``fixmatch`` with ``method.tags`` (``methods.common.tags``) at a weight that was not tuned: 2 within the halved total.
 CutMix boxes lie on the patch grid unless ``data.cutmix_grid`` says otherwise, as in FixMatch.
 """
 
@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from viladiff.data.batch import Views
+from viladiff.methods.common.tags import TagsConfig
 from viladiff.methods.fixmatch import FixMatch, FixMatchConfig
-from viladiff.methods.tags import TagsConfig
 
 
 class FixMatchTagsWeight(TagsConfig):
@@ -31,4 +31,4 @@ class FixMatchTags(FixMatch):
     Config = FixMatchTagsConfig
     views = Views(strong=1, cutmix=True, tags=True)
     paper = None  # type: ignore[assignment]  # ours
-    keeps = "teacher, tag head"
+    extra_state = "teacher, tag head"

@@ -72,8 +72,8 @@ class LogicDiag(MeanTeacher):
     paper = Reference(
         "Logic-induced Diagnostic Reasoning for Semi-supervised Semantic Segmentation (reimpl.)", "ICCV", 2023
     )
-    passes = StepCost(3, 2)
-    keeps = "teacher, classifier of groups"
+    step_cost = StepCost(3, 2)
+    extra_state = "teacher, classifier of groups"
     parent: Tensor
     """(C,) the group of each class."""
 
@@ -92,7 +92,7 @@ class LogicDiag(MeanTeacher):
         self.groups = student.decoder.classifier(len(set(names)))
         self.teacher_groups = frozen_copy(self.groups)
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(strong=1, cutmix=self.cfg.cutmix)
 
     def notes(self) -> tuple[str, ...]:

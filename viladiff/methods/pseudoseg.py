@@ -30,7 +30,7 @@ from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import box_mask, square_boxes
 from viladiff.losses import cross_entropy, distributed_mean, weighted_pixel_mean
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.grad_cam import Sgc, tag_loss, tagged
 from viladiff.models.segmenter import NetworkFactory, upsample
 
@@ -62,8 +62,8 @@ class PseudoSeg(Method):
     )
     views = Views(strong=1)
     paper = Reference("PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", "ICLR", 2021)
-    passes = StepCost(3, 2)
-    keeps = "class activation head"
+    step_cost = StepCost(3, 2)
+    extra_state = "class activation head"
 
     def __init__(self, cfg: PseudoSegConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)

@@ -37,7 +37,7 @@ from viladiff.methods.base import (
     turn,
     turn_length,
 )
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Network, NetworkFactory, upsample
@@ -98,9 +98,9 @@ class PsMt(TwoTeachers):
     )
     views = Views(strong=1, strong_labelled=True, pairs=True)
     paper = Reference("Perturbed and Strict Mean Teachers for Semi-supervised Semantic Segmentation", "CVPR", 2022)
-    passes = StepCost(4, 2, 8, 4)
+    step_cost = StepCost(4, 2, 8, 4)
     revision = 2
-    keeps = "two teachers, two networks of the warm-up"
+    extra_state = "two teachers, two networks of the warm-up"
 
     def __init__(self, cfg: PsmtConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
@@ -108,7 +108,7 @@ class PsMt(TwoTeachers):
         """What the teachers are until the warm-up ends; then they rest."""
         self._copy_founders()
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(strong=1, strong_labelled=True, pairs=self.cfg.cutmix)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
@@ -186,11 +186,11 @@ class PsMt(TwoTeachers):
     ) -> dict[str, Tensor]:
         return {"before": upsample(self._pseudo_logits(images, step), images.shape[-2:]).softmax(1)}
 
-    def predictor(self) -> Network:
+    def eval_network(self) -> Network:
         """Return the mean of both teachers, as the paper evaluates."""
         return self.teachers if self.cfg.predict.network == "teacher" else self.student
 
-    def networks(self) -> dict[str, Network]:
+    def eval_networks(self) -> dict[str, Network]:
         return {"student": self.student, "teacher": self.teachers}
 
 

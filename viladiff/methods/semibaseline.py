@@ -22,8 +22,8 @@ from viladiff.methods.base import (
     TeacherConfig,
     apply_cutmix_to,
 )
-from viladiff.methods.oracle import OraclePseudoConfig, with_truth
-from viladiff.methods.tags import TagsConfig, of_both, shown_mean, tag_cross_entropy
+from viladiff.methods.common.oracle import OraclePseudoConfig, with_truth
+from viladiff.methods.common.tags import TagsConfig, of_both, shown_mean, tag_cross_entropy
 from viladiff.models.segmenter import NetworkFactory
 
 
@@ -42,8 +42,8 @@ class SemiBaseline(MeanTeacher):
     Config: ClassVar[type[MethodConfig]] = SemiBaselineConfig
     embedded = SHARED_THRESHOLD
     views = Views(strong=1, cutmix=True)
-    passes = StepCost(3, 2)
-    keeps = "teacher"
+    step_cost = StepCost(3, 2)
+    extra_state = "teacher"
 
     def __init__(self, cfg: Any, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
@@ -51,7 +51,7 @@ class SemiBaseline(MeanTeacher):
         if cfg.tags.weight:
             self.tagger = nn.Linear(self.student.encoder.channels[-1], build.num_classes)
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         cfg = self.cfg
         return Views(strong=1, cutmix=cfg.cutmix, truth=cfg.pseudo.oracle != "none", tags=cfg.tags.weight > 0)
 
@@ -77,7 +77,7 @@ class SemiBaseline(MeanTeacher):
         total = parts["sup"] + parts["pseudo"]
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach()}
         if self.tagger is not None:
-            assert batch.tags is not None and batch.tags_u is not None  # the loader makes what views_wanted asks for
+            assert batch.tags is not None and batch.tags_u is not None  # the loader makes what required_views asks for
             tags = torch.cat([batch.tags, of_both(batch.tags_u, batch.mix[0]) if batch.mix else batch.tags_u])
             mean, seen = shown_mean(features[-1], torch.cat([batch.target != IGNORE, valid]))
             tagged = tag_cross_entropy(self.tagger(mean), tags, seen)

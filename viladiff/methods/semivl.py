@@ -42,7 +42,7 @@ from viladiff.config.base import Section
 from viladiff.data.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import cross_entropy, distributed_mean
 from viladiff.methods.base import MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.baselines.maskclip import MaskClip, load_clip
 from viladiff.models.baselines.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
@@ -113,8 +113,8 @@ class SemiVl(UniMatch):
     revision = 3
     views = Views(strong=2, cutmix=True)
     paper = Reference("SemiVL: Semi-Supervised Semantic Segmentation with Vision-Language Guidance", "ECCV", 2024)
-    passes = StepCost(4, 4, 1, 1, "CLIP, where its weights are given: 1 forward")
-    keeps = "texts of the classes"
+    step_cost = StepCost(4, 4, 1, 1, "CLIP, where its weights are given: 1 forward")
+    extra_state = "texts of the classes"
     student: VlSegmenter
     concepts: Tensor
     """(M, T) unit vectors of all classes' concepts."""
@@ -145,10 +145,10 @@ class SemiVl(UniMatch):
             "labelled images; the published method's are those of a frozen CLIP, which method.clip.weights=FILE gives",
         )
 
-    def networks(self) -> dict[str, Network]:
+    def eval_networks(self) -> dict[str, Network]:
         """Return the networks; an existing CLIP is evaluated too, as the untrained quality of its labels from text."""
         alone: dict[str, Any] = {"clip": ZeroShot(self._clip[0], self)} if self._clip else {}
-        return {**super().networks(), **alone}
+        return {**super().eval_networks(), **alone}
 
     def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
         if self.cfg.pseudo.weighting == "pixel":

@@ -6,7 +6,7 @@ from typing import Literal
 
 from viladiff.data.batch import Batch, Losses, Step, Views
 from viladiff.methods.base import Method, MethodConfig, StepCost
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 
 
 class SupervisedConfig(MethodConfig):
@@ -18,7 +18,7 @@ class SupervisedConfig(MethodConfig):
 class Supervised(Method):
     Config = SupervisedConfig
     views = Views(weak=0)
-    passes = StepCost(1, 1)
+    step_cost = StepCost(1, 1)
     published = tuple(
         PublishedSetting((dataset,), {"train.epoch_images": images, **hard}, "UniMatch-V2 f6afb4d, supervised.py")
         for dataset, images, hard in (

@@ -34,7 +34,7 @@ from viladiff.methods.base import (
     TwoTeachers,
     turn,
 )
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
 
@@ -84,9 +84,9 @@ class Swith(TwoTeachers):
     )
     views = Views(strong=2, pairs=True)
     paper = Reference("Switching Temporary Teachers for Semi-Supervised Semantic Segmentation", "NeurIPS", 2023)
-    passes = StepCost(4, 3)
+    step_cost = StepCost(4, 3)
     revision = 2
-    keeps = "two teachers"
+    extra_state = "two teachers"
 
     def build_student(self, build: NetworkFactory) -> Segmenter:
         return build(drop_path=self.cfg.drop_path)
@@ -142,10 +142,10 @@ class Swith(TwoTeachers):
     ) -> dict[str, Tensor]:
         return {"before": self.teachers[self._active(step)](images)["visual"].softmax(1)}
 
-    def predictor(self) -> Network:
+    def eval_network(self) -> Network:
         return self.teachers if self.cfg.predict.network == "teacher" else self.student
 
-    def networks(self) -> dict[str, Network]:
+    def eval_networks(self) -> dict[str, Network]:
         return {"student": self.student, "teacher": self.teachers}
 
 

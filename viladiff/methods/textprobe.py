@@ -28,20 +28,20 @@ class TextProbeConfig(MethodConfig):
 class TextProbe(Method):
     Config = TextProbeConfig
     views = Views(weak=0, text=True)
-    passes = StepCost(1, 1)
+    step_cost = StepCost(1, 1)
     student: Probe
 
     def build_student(self, build: NetworkFactory) -> Segmenter:
         return build(kind=probe(build.text_dim, self.cfg.probe))
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(weak=0, text=self.cfg.probe.text)
 
-    def headline(self) -> str:
+    def eval_stream(self) -> str:
         return self.student.names[-1]
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        features, stream = self.student.encode(batch.image), self.headline()
+        features, stream = self.student.encode(batch.image), self.eval_stream()
         maps = self.student.decode(features, batch.text, (stream,))[stream].logits
         loss = self.supervised(upsample(maps, batch.target.shape[-2:]), batch.target)
         # Finer maps of the encoder are not read, but a norm of their own, as timm's have, must get a gradient.

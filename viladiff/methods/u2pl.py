@@ -52,7 +52,7 @@ from viladiff.methods.base import (
     keyed_boxes,
     steps_after,
 )
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.memory_bank import MemoryBank, gather_at, sample_positions
 from viladiff.models.baselines.perturbations import channel_dropout
 from viladiff.models.ema import ema_update, frozen_copy
@@ -137,10 +137,10 @@ class U2pl(MeanTeacher):
         ),
     )
     views = Views(weak=1, pairs=True)
-    weak_trains = True
+    trains_on_weak = True
     paper = Reference("Semi-Supervised Semantic Segmentation Using Unreliable Pseudo-Labels", "CVPR", 2022)
-    passes = StepCost(5, 2, beside="representation head: 4 forward, 2 backward")
-    keeps = "teacher, representation heads, a queue a class"
+    step_cost = StepCost(5, 2, beside="representation head: 4 forward, 2 backward")
+    extra_state = "teacher, representation heads, a queue a class"
 
     def __init__(self, cfg: U2plConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
@@ -153,7 +153,7 @@ class U2pl(MeanTeacher):
         )
         self._seen: list[tuple[tuple[Tensor, Tensor], ...]] = []
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(weak=1, pairs=self.cfg.cutmix)
 
     def threshold(self) -> float:

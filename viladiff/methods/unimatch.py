@@ -30,7 +30,7 @@ from viladiff.methods.base import (
     StepCost,
     apply_cutmix_to,
 )
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.perturbations import channel_dropout, widest
 
 
@@ -52,9 +52,9 @@ class UniMatch(Method):
     Config: ClassVar[type[MethodConfig]] = UniMatchConfig
     embedded = SHARED_THRESHOLD
     views = Views(strong=2, cutmix=True)
-    weak_trains = True
+    trains_on_weak = True
     paper = Reference("Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", "CVPR", 2023)
-    passes = StepCost(4, 4, 1, 1)
+    step_cost = StepCost(4, 4, 1, 1)
     published: ClassVar[tuple[PublishedSetting, ...]] = (
         PublishedSetting(("voc", "coco"), {"method.pseudo.threshold": 0.95}, "UniMatch 0324f3d"),
         PublishedSetting(
@@ -62,7 +62,7 @@ class UniMatch(Method):
         ),
     )
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(strong=2, cutmix=self.cfg.cutmix)
 
     def forward(self, batch: Batch, step: Step) -> Losses:

@@ -30,7 +30,7 @@ from viladiff.methods.base import (
     TeacherConfig,
     apply_cutmix_to,
 )
-from viladiff.methods.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.perturbations import complementary_dropout, half_of_pairs, widest
 
 
@@ -56,7 +56,7 @@ class UniMatchV2(MeanTeacher):
     embedded = SHARED_THRESHOLD
     views = Views(strong=2, cutmix=True)
     paper = Reference("UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", "TPAMI", 2025)
-    passes = StepCost(4, 3)
+    step_cost = StepCost(4, 3)
     published = (
         PublishedSetting(
             ("voc", "coco", "ade20k"),
@@ -69,9 +69,9 @@ class UniMatchV2(MeanTeacher):
             "UniMatch-V2 f6afb4d",
         ),
     )
-    keeps = "teacher"
+    extra_state = "teacher"
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         return Views(strong=2, cutmix=self.cfg.cutmix)
 
     def forward(self, batch: Batch, step: Step) -> Losses:

@@ -26,10 +26,10 @@ from viladiff.losses import (
     weighted_pixel_mean,
 )
 from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, PredictConfig, Reference, StepCost, TeacherConfig
-from viladiff.methods.oracle import OraclePseudoConfig, with_truth
+from viladiff.methods.common.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.viladiff_mixe import MixeTeacher, Refined
 from viladiff.methods.viladiff_outputs import Pseudo
-from viladiff.models.mixe import MixeConfig, class_codes, noise_levels
+from viladiff.models.mixe.denoiser import MixeConfig, class_codes, noise_levels
 from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream, upsample
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import Distilled, VilaConfig, distil
@@ -87,7 +87,7 @@ TERM_FIELDS = {
 }
 
 
-READING: Mapping[str, object] = {
+EMBEDDED_PRESET: Mapping[str, object] = {
     **SHARED_THRESHOLD,
     "vila.temperature": 1.0,
     "vila.logit_weight": 0.3,
@@ -101,7 +101,7 @@ READING: Mapping[str, object] = {
 
 class ViLaDiff(MixeTeacher):
     Config = ViLaDiffConfig
-    embedded = READING
+    embedded = EMBEDDED_PRESET
     revision = 2
     views = Views(strong=1, cutmix=True, text=True, whole_cells=True)
     paper = Reference(
@@ -110,23 +110,23 @@ class ViLaDiff(MixeTeacher):
         "AAAI",
         2026,
     )
-    passes = StepCost(4, 2, 4, 2, "denoiser: 1 forward and backward, later 10 forward")
-    keeps = "teacher, denoiser"
+    step_cost = StepCost(4, 2, 4, 2, "denoiser: 1 forward and backward, later 10 forward")
+    extra_state = "teacher, denoiser"
     term_fields = TERM_FIELDS
 
     def build_student(self, build: NetworkFactory) -> Segmenter:
         return build(self.cfg.vila if self.cfg.vila.enabled else None)
 
-    def views_wanted(self) -> Views:
+    def required_views(self) -> Views:
         cfg, oracle = self.cfg, self.cfg.pseudo.oracle != "none"
         maps = cfg.vila.enabled or (cfg.mixe.enabled and cfg.mixe.train_images != "labelled")
         coloured, apart = cfg.mixe.enabled and cfg.mixe.labelled_views != "weak", self._period()
         views = Views(strong=1, cutmix=cfg.cutmix, text=cfg.vila.enabled, whole_cells=maps, truth=oracle)
         return replace(views, strong_labelled=coloured, apart=apart)
 
-    def networks(self) -> dict[str, Any]:
-        networks: dict[str, Any] = super().networks()
-        network = self.predictor()
+    def eval_networks(self) -> dict[str, Any]:
+        networks: dict[str, Any] = super().eval_networks()
+        network = self.eval_network()
         assert isinstance(network, Segmenter)
         return networks | {"refined": Refined(self, network)} if self.cfg.predict.refine else networks
 
@@ -134,7 +134,7 @@ class ViLaDiff(MixeTeacher):
         own = {} if self.denoiser is None else {"denoiser": list(self.denoiser.parameters())}
         return {**super().shared(), **own}
 
-    def headline(self) -> str:
+    def eval_stream(self) -> str:
         return self.cfg.predict.stream if self.cfg.vila.enabled else "visual"
 
     # One step, in the order of the paper: teacher, pseudo-labels, student, ViLa, MixE.
@@ -204,9 +204,7 @@ class ViLaDiff(MixeTeacher):
         return {"before": before} if refined is None else {"before": before, "after": self.relabelled(before, refined)}
 
     @torch.no_grad()
-    def illustrate(
-        self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
-    ) -> dict[str, Tensor]:
+    def visualize(self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step) -> dict[str, Tensor]:
         """Return labels before and after refinement, the edges that flip more, and labels at a few noise levels."""
         stages = [x.argmax(1) for x in self.pseudo_labels(images, text, keys, step).values()]
         label_maps = dict(zip(("pseudo-label", "refined"), stages, strict=False))

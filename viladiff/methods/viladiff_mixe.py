@@ -14,9 +14,9 @@ from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes, join_tex
 from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, pixel_cross_entropy, weighted_pixel_mean
 from viladiff.methods.base import MeanTeacher
 from viladiff.methods.viladiff_outputs import NetworkOutput, Places, Pseudo, TeacherOutput, select_rows
-from viladiff.models.guided import Guided
-from viladiff.models.mixe import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
-from viladiff.models.relabel import Calibration, refined_pixels, relabelled
+from viladiff.models.mixe.denoiser import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
+from viladiff.models.mixe.guided_filter import Guided
+from viladiff.models.mixe.relabel import Calibration, refined_pixels, relabelled
 from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
 from viladiff.models.stream import StreamOutput
 
@@ -43,7 +43,7 @@ class MixeTeacher(MeanTeacher):
         if mixe.enabled and mixe.confidence == "calibrated":
             self.calibration = Calibration()
 
-    def own_rates(self) -> dict[str, dict[str, Any]]:
+    def extra_param_groups(self) -> dict[str, dict[str, Any]]:
         scale = self.cfg.mixe.lr_scale
         return {} if self.denoiser is None or scale == 1 else {"denoiser": {"lr_scale": scale}}
 

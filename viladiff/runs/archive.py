@@ -20,9 +20,9 @@ from pathlib import Path
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256, sha256_hex
-from viladiff.runs.maintenance import CHECKPOINTS, contradiction
 from viladiff.runs.record import parse_record, record_bytes, strip_local_paths
 from viladiff.runs.store import Store
+from viladiff.runs.verify_and_gc import CHECKPOINTS, contradiction
 
 PARTS = {"records": "record.json", "pictures": "pictures.npz", "steps": "steps.jsonl"}
 LIMITS = {"records": 16 << 20, "pictures": 1 << 30, "steps": 1 << 30}

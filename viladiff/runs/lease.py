@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from viladiff.core.atomic import write_atomically
-from viladiff.core.processes import start
+from viladiff.core.watchdog import start
 
 HEARTBEAT = 10.0
 """Seconds between renewals."""

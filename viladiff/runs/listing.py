@@ -52,7 +52,7 @@ class RunRow:
 
 def rows(store: Store) -> list[RunRow]:
     """Return every run of the store and its layers; an empty directory is no run."""
-    own = set(store.own())
+    own = set(store.local_run_ids())
     records = store.records()
     found = [_finished(store, record, run_id in own) for run_id, record in records.items()]
     return found + [row for run_id in sorted(own - records.keys()) if (row := _unfinished(store, run_id))]

@@ -92,7 +92,7 @@ def mismatch(record: RunRecord) -> str:
     """Return how a record's configuration contradicts its name; empty if it matches.
 
     The name is computed again from the record: changed fields, revisions, fingerprints, seed and precision. It
-    authenticates no score. Fields at their defaults are compared by ``viladiff.runs.maintenance.contradiction``.
+    authenticates no score. Fields at their defaults are compared by ``viladiff.runs.verify_and_gc.contradiction``.
     """
     config, changed = record.config, record.changed
     for path, value in changed.items():

@@ -90,7 +90,7 @@ class Store:
         Files that have not changed since the last call are not read again.
         """
         found = {record.run_id: record for record in self.published()}
-        for run_id in self.own():
+        for run_id in self.local_run_ids():
             record = self._own_record(run_id)
             if record is not None:
                 found[run_id] = record
@@ -112,7 +112,7 @@ class Store:
                 found.setdefault(record.run_id, record)
         return list(found.values())
 
-    def own(self) -> list[str]:
+    def local_run_ids(self) -> list[str]:
         """Return the ids of all runs that have a directory under ``root``, finished or not."""
         try:
             return sorted(name for name in os.listdir(self.root) if RUN_ID.fullmatch(name))
@@ -255,23 +255,23 @@ class Store:
         """Return whether ``lease`` would be refused now; a holder that may be dead is watched and later taken over."""
         return leases.held(self.directory(run_id), self._watch)
 
-    def sweep(self, gone: Collection[int] = ()) -> list[Path]:
+    def clean(self, gone: Collection[int] = ()) -> list[Path]:
         """Remove what killed processes left behind: their leases and half-written files; return the paths.
 
         Drivers call it when they start and end; ``gone`` are processes of this machine that the driver has ended
         itself.
         """
         removed = []
-        for path in self.litter(gone, sure=True):
+        for path in self.stale_files(gone, sure=True):
             with contextlib.suppress(PermissionError):  # a run of another user is left to that one
                 path.unlink(missing_ok=True)
                 removed.append(path)
         return removed
 
-    def litter(self, gone: Collection[int] = (), sure: bool = False) -> list[Path]:
+    def stale_files(self, gone: Collection[int] = (), sure: bool = False) -> list[Path]:
         """List what ``sweep`` would remove; unless ``sure``, also what a longer look might find to be in use."""
         found: list[Path] = []
-        for run_id in self.own():
+        for run_id in self.local_run_ids():
             directory = self.directory(run_id)
             state = leases.read_leases(directory, self._watch)
             dead = [lease.path for lease in state if (lease.sure if sure else lease.dead)]

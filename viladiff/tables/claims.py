@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from viladiff.evaluation.metric_table import METRICS
+from viladiff.evaluation.metrics import METRICS
 from viladiff.tables.contrasts import Contrast, Form, contrasts
 from viladiff.tables.paired import VarianceModel, contrast_parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (

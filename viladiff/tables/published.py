@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from viladiff.config.base import parse
 
 if TYPE_CHECKING:
-    from viladiff.methods.published import PublishedSetting
+    from viladiff.methods.common.published import PublishedSetting
 
 
 def published(values: Mapping[str, object]) -> list[PublishedSetting]:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from viladiff.config.base import Section
 from viladiff.config.toml_file import entry_name
-from viladiff.evaluation.metric_table import METRICS
+from viladiff.evaluation.metrics import METRICS
 
 RESERVED = {
     "seed": "write seeds = [...] at the top, or ask for other seeds when the table is run",

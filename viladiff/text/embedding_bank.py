@@ -16,7 +16,7 @@ import torch
 from viladiff.core.progress import Advance
 from viladiff.data.batch import TextBatch
 from viladiff.data.cache import Facts, cache_dir, fingerprint, open_checked, open_or_make
-from viladiff.data.captions.table import Captions, CaptionTable, Control, Images
+from viladiff.data.captions.simulated import Captions, CaptionTable, Control, Images
 from viladiff.data.dataset import Dataset
 from viladiff.text.base import LONGEST, TextEncoder, unit
 from viladiff.text.encoders import WORDS_DIM, build_text_encoder

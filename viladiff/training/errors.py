@@ -37,7 +37,7 @@ def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int)
     Too few images for the method, no captions, boxes that cut through cells of mixed maps, a crop that the encoder
     cannot take, BatchNorm in several workers.
     """
-    views, patch = method.views_wanted(), method.student.patch
+    views, patch = method.required_views(), method.student.patch
     method.check_images(len(dataset.unlabelled))
     if (views.text or views.tags) and cfg.data.captions != "none" and not any(dataset.captions):
         raise ValueError(

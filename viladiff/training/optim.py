@@ -67,7 +67,7 @@ def lr_factor(cfg: RunConfig, step: int, steps: int) -> float:
 
 
 def rate_scale(options: dict[str, Any], cfg: RunConfig) -> float:
-    """Pop ``lr`` or ``lr_scale`` from options of ``Method.own_rates``; return the rate as a factor of ``optim.lr``."""
+    """Pop ``lr`` or ``lr_scale`` from a value of ``Method.extra_param_groups``; return a factor of ``optim.lr``."""
     if "lr" in options:
         return float(options.pop("lr") / cfg.optim.lr)
     scale = options.pop("lr_scale")
@@ -86,8 +86,8 @@ def check_paths(paths: Iterable[str], method: Method) -> None:
         if not any(part_of(name, [path]) for name in names):
             parts = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)}
             raise ValueError(
-                f"own_rates of method.name = {method.cfg.name!r}: no parameter lies below this path, got {path!r}; "
-                f"nearest: {nearest(path, sorted(parts), cutoff=0.0)!r}"
+                f"extra_param_groups of method.name = {method.cfg.name!r}: no parameter lies below this path, "
+                f"got {path!r}; nearest: {nearest(path, sorted(parts), cutoff=0.0)!r}"
             )
 
 
@@ -95,10 +95,10 @@ def param_groups(method: Method, cfg: RunConfig) -> list[dict[str, Any]]:
     """Return four groups: encoder or not, with weight decay (matrices and kernels) or without (biases, norms).
 
     With ``optim.decay_norm_and_bias`` there are two, since all parameters decay. Parts with rates of their own
-    (``Method.own_rates``) are groups beside these; the run's schedule applies to all. Raises ValueError for a path that
-    names no part of the method.
+    (``Method.extra_param_groups``) are groups beside these; the run's schedule applies to all. Raises ValueError for a
+    path that names no part of the method.
     """
-    own = method.own_rates()
+    own = method.extra_param_groups()
     check_paths(own, method)
     groups: dict[tuple[str, bool, bool], list[Tensor]] = {}
     for name, parameter in method.named_parameters():

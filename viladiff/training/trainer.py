@@ -165,7 +165,7 @@ class Trainer:
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
         for note in self.method.notes() if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
-        views = self.method.views_wanted()
+        views = self.method.required_views()
         check_inputs(cfg, self.method, self.dataset, self.world)
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
         self.evaluated_at = evaluation_steps(cfg, self.dataset, views.unlabelled, self.steps)
@@ -384,7 +384,7 @@ class Trainer:
 
     def _evaluate_now(self) -> dict[str, Any]:
         """Evaluate the headline stream of the predictor during training, without boundary scores."""
-        stream = self.method.headline()
-        scores = evaluator.compute_scores(self, self.method.predictor(), (stream,), False)
+        stream = self.method.eval_stream()
+        scores = evaluator.compute_scores(self, self.method.eval_network(), (stream,), False)
         self.history.append({"step": self.step, "miou": scores[stream]["miou"] if stream in scores else None})
         return {"steps": self.steps, **self.history[-1]}

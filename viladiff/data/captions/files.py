@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from viladiff.config.base import did_you_mean
-from viladiff.data.captions.table import Captions
+from viladiff.data.captions.simulated import Captions
 from viladiff.data.files.index import image_id
 
 COLUMNS = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from viladiff.data.captions.table import Captions, Control, Images
+from viladiff.data.captions.simulated import Captions, Control, Images
 from viladiff.data.captions.words import split_words
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 from viladiff.config.base import did_you_mean
 from viladiff.data.files.index import FileIndex
 from viladiff.data.files.known_splits import identify_split
-from viladiff.data.files.second_column import named_masks
-from viladiff.data.files.split_lists import LABELLED, Lists, Wanted, check_disjoint, find_lists, read_columns
+from viladiff.data.files.mask_column import named_masks
+from viladiff.data.files.split_lists import LABELLED, Lists, SplitKey, check_disjoint, find_lists, read_columns
 
 
 def split_directory(tree: FileIndex, given: Path | str | None) -> Path:
@@ -23,7 +23,7 @@ def split_directory(tree: FileIndex, given: Path | str | None) -> Path:
 
 
 def read_lists(
-    tree: FileIndex, directory: Path, names: Sequence[str], wanted: Wanted | None = None
+    tree: FileIndex, directory: Path, names: Sequence[str], wanted: SplitKey | None = None
 ) -> tuple[FileIndex, Lists, tuple[Path | None, ...]]:
     """Return a split's lists under the first of its ``names`` that exists, or a published list of whatever name; the
     tree is given back with the masks that they name. ValueError where one cannot be used.

@@ -17,7 +17,7 @@ UNLABELLED = ("{}/unlabelled.txt", "{}/unlabeled.txt", "{}_train_unsupervised.tx
 VALIDATION = ("{}/val.txt", "val.txt")
 
 
-class Wanted(NamedTuple):
+class SplitKey(NamedTuple):
     """The key of a published list."""
 
     dataset: str
@@ -136,7 +136,7 @@ class Places(NamedTuple):
     val: Path | None
 
 
-def find_lists(directory: Path, names: Sequence[str], wanted: Wanted | None = None) -> Places:
+def find_lists(directory: Path, names: Sequence[str], wanted: SplitKey | None = None) -> Places:
     """Return the three lists under the first name that has labelled images; else those of the published ``wanted``.
 
     The published list may be in any file below the directory.
@@ -152,7 +152,7 @@ def find_lists(directory: Path, names: Sequence[str], wanted: Wanted | None = No
     return Places(None, None, find_list(directory, VALIDATION, names))
 
 
-def find_published(directory: Path, wanted: Wanted) -> Path | None:
+def find_published(directory: Path, wanted: SplitKey) -> Path | None:
     """Return the first file, by name, below the directory that lists exactly the images of a published list."""
     hashes = {
         one.size: one.sha256

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.contents import Contents
+from viladiff.data.files.file_cache import Contents
 from viladiff.data.files.images import (
     IdEncoding,
     MaskEncoding,
@@ -26,7 +26,7 @@ from viladiff.data.files.images import (
 from viladiff.data.files.index import FOLDER, FileIndex, FileList
 from viladiff.data.files.open_lists import read_lists
 from viladiff.data.files.split_lists import LABELLED
-from viladiff.data.processes import map_in_processes
+from viladiff.data.process_pool import map_in_processes
 from viladiff.data.sources.base import Classes, SourceFiles, describe_lists
 from viladiff.data.sources.detect import open_tree
 

@@ -10,7 +10,7 @@ from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import IdEncoding
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
-from viladiff.data.files.split_lists import Wanted
+from viladiff.data.files.split_lists import SplitKey
 from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
 
 _NAMES = (
@@ -74,7 +74,7 @@ def open_ade20k(root: Path | str, data: Ade20kData) -> SourceFiles:
     """
     tree, classes = ade_tree(root, data)
     split = data.split
-    wanted = Wanted("ade20k", "semivl" if split in ("158", "632") else "unimatch_v2", split)
+    wanted = SplitKey("ade20k", "semivl" if split in ("158", "632") else "unimatch_v2", split)
     directory = split_directory(tree, data.split_dir)
     tree, lists, sources = read_lists(tree, directory, [split, _FRACTION[split]], wanted)
     refuse_other(lists, sources[0], "", split, "ade20k")

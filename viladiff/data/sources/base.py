@@ -13,7 +13,7 @@ from viladiff.config.base import did_you_mean
 from viladiff.config.sections import DataConfig
 from viladiff.data.cache import fingerprint
 from viladiff.data.dataset import Dataset
-from viladiff.data.files.contents import Contents
+from viladiff.data.files.file_cache import Contents
 from viladiff.data.files.images import FileImages, FileMasks, MaskEncoding
 from viladiff.data.files.index import FileIndex, Layout
 from viladiff.data.files.known_splits import identify_split, list_hash, missing_unlabelled, same_size, similarly_named

@@ -12,7 +12,7 @@ from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import IdEncoding
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
-from viladiff.data.files.split_lists import Wanted
+from viladiff.data.files.split_lists import SplitKey
 from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
 
 CLASS_NAMES = (
@@ -86,7 +86,7 @@ def open_cityscapes(root: Path | str, data: CityscapesData) -> SourceFiles:
     tree, classes = city_tree(root, data)
     split, family = data.split, data.split_family
     names = [("" if family == "cps" else "u2pl_") + _FRACTION[split], split]
-    wanted = Wanted("cityscapes", family, split)
+    wanted = SplitKey("cityscapes", family, split)
     tree, lists, sources = read_lists(tree, split_directory(tree, data.split_dir), names, wanted)
     refuse_other(lists, sources[0], family, split, "cityscapes")
     return SourceFiles(tree, classes, lists, sources)

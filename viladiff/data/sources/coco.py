@@ -8,7 +8,7 @@ from typing import Literal
 from viladiff.config.sections import DataConfig
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
-from viladiff.data.files.split_lists import Wanted
+from viladiff.data.files.split_lists import SplitKey
 from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
 
 _NAMES = (
@@ -51,7 +51,7 @@ def open_coco(root: Path | str, data: CocoData) -> SourceFiles:
     split = data.split
     names = [split, f"1_{_FRACTION[split]}", f"{_FRACTION[split]}_all"]
     directory = split_directory(tree, data.split_dir)
-    tree, lists, sources = read_lists(tree, directory, names, Wanted("coco", "", split))
+    tree, lists, sources = read_lists(tree, directory, names, SplitKey("coco", "", split))
     refuse_other(lists, sources[0], "", split, "coco")
     return SourceFiles(tree, classes, lists, sources)
 

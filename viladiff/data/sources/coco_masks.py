@@ -22,7 +22,7 @@ from viladiff.core.hashing import file_sha256
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.index import locate
 from viladiff.data.files.validate import Advance
-from viladiff.data.processes import map_in_processes
+from viladiff.data.process_pool import map_in_processes
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES, LAYOUT, PLACES
 
 REVISION = 1

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from viladiff.config.sections import DataConfig
 from viladiff.core.progress import counter
 from viladiff.data.cache import Facts, Opened, cache_dir, fingerprint, open_or_make
-from viladiff.data.captions.table import SIMULATED, Captions, CaptionSource, simulate
+from viladiff.data.captions.simulated import SIMULATED, Captions, CaptionSource, simulate
 from viladiff.data.dataset import Dataset
 from viladiff.data.scenes import MATERIAL, REVISION, SCENES, SEED, Part, SceneRecipe, render, scene_kind
 from viladiff.data.sources.base import ALL, EmbeddedSource, Presets, split_names

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from viladiff.config.sections import DataConfig
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
-from viladiff.data.files.split_lists import Wanted
+from viladiff.data.files.split_lists import SplitKey
 from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
 
 CLASS_NAMES = (
@@ -74,7 +74,7 @@ def open_voc(root: Path | str, data: VocData) -> SourceFiles:
     """
     tree, classes = voc_tree(root, data)
     split, family = data.split, data.split_family
-    names, wanted = list_names(split, family), Wanted("voc", family, split)
+    names, wanted = list_names(split, family), SplitKey("voc", family, split)
     tree, lists, sources = read_lists(tree, split_directory(tree, data.split_dir), names, wanted)
     refuse_other(lists, sources[0], family, split, "voc")
     return SourceFiles(tree, classes, lists, sources)

@@ -168,13 +168,24 @@ def _figure(width: float, height: float, across: int, left: float) -> tuple[Figu
     return figure, axes
 
 
+def _with_scores(results: Results) -> tuple[list[int], list[int]]:
+    """Return the rows and columns that have a score in this figure; all where there is none yet."""
+    rows, columns = results.rows(), list(results.plan.columns)
+    there = {(r, c) for r in rows for c in columns if summary(results.at(r, c), results.plan.table.metric).n}
+    if not there:
+        return rows, columns
+    return [r for r in rows if any((r, c) in there for c in columns)], [
+        c for c in columns if any((r, c) in there for r in rows)
+    ]
+
+
 def _scores(results: Results) -> Figure:
-    """Draw a panel a column: seeds as dots, their mean as a bar."""
-    rows, table = results.rows(), results.plan.table
+    """Draw a panel a column: seeds as dots, their mean as a bar. Rows and columns without a score are left out."""
+    (rows, columns), table = _with_scores(results), results.plan.table
     labels = [plain(_title(results, row)) for row in rows]
     left = 0.4 + 0.065 * max(map(len, labels))
-    columns = results.plan.columns
-    figure, axes = _figure(left + 2.6 * len(columns), 0.24 * len(rows) + 0.9, len(columns), left)
+    width = 2.6 if len(columns) > 1 else 4.0
+    figure, axes = _figure(left + width * len(columns), 0.24 * len(rows) + 0.9, len(columns), left)
     for axis, column in zip(axes, columns, strict=True):
         for place, row in enumerate(rows):
             found = summary(results.at(row, column), table.metric)

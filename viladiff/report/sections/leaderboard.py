@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from viladiff.config.base import error_reason
-from viladiff.report.charts import scatter
+from viladiff.report.charts import cost_scatter
 from viladiff.report.charts.themes import uri
 from viladiff.report.markup import markdown
 from viladiff.report.sections import ranking
@@ -162,7 +162,7 @@ def _pictures(
     groups = tuple(dict.fromkeys(line.group or "Rows" for line in lines))
     for place, column in enumerate(results.plan.columns):
         points = tuple(
-            scatter.Point(
+            cost_scatter.Point(
                 cost,
                 mean,
                 line.accuracy[place].spread,
@@ -177,8 +177,8 @@ def _pictures(
         if not points:
             continue
         title = table.columns[column].label
-        chart = scatter.Chart(title, ACROSS, "mIoU (%), mean and standard deviation of seeds", points, groups)
-        paths = scatter.save_scatter(chart, folder, f"cost-{place + 1}")
+        chart = cost_scatter.Chart(title, ACROSS, "mIoU (%), mean and standard deviation of seeds", points, groups)
+        paths = cost_scatter.save_scatter(chart, folder, f"cost-{place + 1}")
         words = "; ".join(f"{one.label}: {one.y:.1f} at {one.x:.1f}" for one in points)
         light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
         found.append(CostChart(title, light, dark, f"mIoU (%) against cost, {title}. {words}"))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from viladiff.evaluation.metric_table import METRICS, shown_metrics
+from viladiff.evaluation.metrics import METRICS, shown_metrics
 from viladiff.report import provenance
 from viladiff.report.markup import markdown
 from viladiff.report.sections.training import best_epoch, shows_best

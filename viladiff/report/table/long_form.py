@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from viladiff.evaluation.metric_table import shown_metrics
+from viladiff.evaluation.metrics import shown_metrics
 from viladiff.report.table.results import (
     CellRun,
     Results,

@@ -12,22 +12,22 @@ from markupsafe import Markup
 from viladiff.core import colormap
 from viladiff.core.atomic import write_atomically
 from viladiff.core.messages import format_seconds
-from viladiff.evaluation.metric_table import METRICS, shown_metrics
+from viladiff.evaluation.metrics import METRICS, shown_metrics
 from viladiff.report import provenance
 from viladiff.report.charts import figures
 from viladiff.report.markup import markdown
 from viladiff.report.sections import (
-    beside,
-    caption_dose,
+    caption_quality,
     design_choices,
     feature_clusters,
     leaderboard,
     loss_gradients,
     qualitative,
+    side_by_side,
     training,
 )
-from viladiff.report.sections.beside import Beside
 from viladiff.report.sections.learning_curves import Curve, curves
+from viladiff.report.sections.side_by_side import SideBySide
 from viladiff.report.table import exports, table_views
 from viladiff.report.table import results as tables
 from viladiff.report.table.results import Agreement, Results
@@ -63,7 +63,7 @@ def render_table(
     """
     results = tables.collect_results(plan, store)
     drawn = curves(results, store)
-    both = None if published is None else beside_of(results, *published, out)
+    both = None if published is None else load_both(results, *published, out)
     judged = both.published if both and both.any_published else results
     agreements = agreement if agreement is not None else [tables.agreement(judged, c) for c in judged.plan.columns]
     out.mkdir(parents=True, exist_ok=True)
@@ -75,25 +75,25 @@ def render_table(
     grouped = feature_clusters.build_clusters(results, store, out)
     files += grouped.files if grouped else ()
     said = banner(results)
-    doses = caption_dose.dose(results, out)
+    doses = caption_quality.dose(results, out)
     files += doses.files if doses else ()
     opened = design_choices.build_choices(results, verdicts)
     more = {
         **leaderboard.leaderboard_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
         **feature_clusters.clusters_markdown(grouped),
-        **caption_dose.dose_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
+        **caption_quality.dose_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
         **training.training_markdown(results),
         **loss_gradients.gradients_markdown(loss_gradients.section(results)),
         "What each choice is worth": design_choices.choices_markdown(opened),
         "The paper's own numbers": [f"- {markdown(one.text)}" for one in printed],
     }
     stand_ins, context = table_views.stand_ins(results), table_views.context(results)
-    first = beside.headline_beside(both) if both else ""
-    before = {f"{beside.HEADING} (%)": beside.beside_markdown(both)} if both else {}
+    first = side_by_side.headline_of_both(both) if both else ""
+    before = {f"{side_by_side.HEADING} (%)": side_by_side.both_markdown(both)} if both else {}
     texts = {
         "table.md": exports.to_markdown(results, verdicts, agreements, command, said, context, more, first, before),
-        "table.tex": beside.beside_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
-        "table.csv": exports.csv_text(beside.long_lines(both)) if both else exports.to_csv(results),
+        "table.tex": side_by_side.both_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
+        "table.csv": exports.csv_text(side_by_side.long_lines(both)) if both else exports.to_csv(results),
         "index.html": table_html(
             results,
             store,
@@ -116,11 +116,11 @@ def render_table(
     return out / "index.html"
 
 
-def beside_of(results: Results, plan: Plan, store: Store, out: Path) -> Beside:
+def load_both(results: Results, plan: Plan, store: Store, out: Path) -> SideBySide:
     """Return ``results`` beside those of ``plan`` in ``store``; ``out`` is the page's folder, for links to records."""
     published = tables.collect_results(plan, store)
     found = [one for one in provenance.origins(published, store, out) if one.entry.record is not None]
-    return Beside(results, published, tuple(found))
+    return SideBySide(results, published, tuple(found))
 
 
 def banner(results: Results) -> str:
@@ -146,8 +146,8 @@ def table_html(
     opened: Sequence[design_choices.Choice] = (),
     board: leaderboard.Leaderboard | None = None,
     grouped: feature_clusters.Clusters | None = None,
-    doses: caption_dose.Dose | None = None,
-    both: Beside | None = None,
+    doses: caption_quality.Dose | None = None,
+    both: SideBySide | None = None,
 ) -> str:
     """Render the page from values computed here; the template only lays it out."""
     table = results.plan.table
@@ -171,12 +171,12 @@ def table_html(
                 filter(
                     None,
                     [
-                        beside.headline_beside(both) if both else tables.headline_sentence(results),
+                        side_by_side.headline_of_both(both) if both else tables.headline_sentence(results),
                         design_choices.answer(opened),
                     ],
                 )
             ),
-            beside=_beside(both) if both else None,
+            beside=_side_by_side(both) if both else None,
             banner=banner(results),
             counts=results.counts(),
             context=table_views.context(results),
@@ -244,15 +244,15 @@ def _numbers(results: Results) -> dict[str, Any]:
     }
 
 
-def _beside(both: Beside) -> dict[str, Any]:
+def _side_by_side(both: SideBySide) -> dict[str, Any]:
     """Return the section of three columns."""
     return {
         "labels": [both.here.plan.table.columns[column].label for column in both.columns],
-        "lines": beside.beside_rows(both),
-        "sources": beside.sources(both),
-        "criteria": beside.criteria(both),
+        "lines": side_by_side.both_rows(both),
+        "sources": side_by_side.sources(both),
+        "criteria": side_by_side.criteria(both),
         "reference": tables.number(both.published, both.published.reference),
-        "facts": beside.published_facts(both),
+        "facts": side_by_side.published_facts(both),
         "origins": both.origins,
         "any_published": both.any_published,
     }

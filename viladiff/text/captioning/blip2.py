@@ -20,7 +20,7 @@ from PIL import Image
 
 from viladiff.data.cache import digest, fingerprint
 from viladiff.data.captions.files import clean
-from viladiff.data.captions.table import PROMPTS
+from viladiff.data.captions.simulated import PROMPTS
 from viladiff.data.files.images import read_image
 from viladiff.data.sources.digits import open_pixels
 from viladiff.text.encoders import model_name

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from viladiff.data.batch import IGNORE
 from viladiff.methods.base import PseudoConfig
-from viladiff.models.diffusion import edge_mask
-from viladiff.models.relabel import cells_with
+from viladiff.models.mixe.diffusion import edge_mask
+from viladiff.models.mixe.relabel import cells_with
 
 Oracle = Literal["none", "everywhere", "edges", "teacher_edges", "wrong_and_unsure", "grid"]
 

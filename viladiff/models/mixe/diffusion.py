@@ -1,4 +1,4 @@
-"""The two noises of MixE (paper, Eqs. 3 and 5-7), forward and backward; ``models.mixe`` combines them.
+"""The two noises of MixE (paper, Eqs. 3 and 5-7), forward and backward; ``models.mixe.denoiser`` combines them.
 
 The kernel of Eq. 6 treats all other classes alike, so t of its steps are again such a kernel, with one number that
 matters: the share 1 - (1 - beta C / (C - 1))^t of its memory that a pixel has lost. Nothing here builds a C x C

@@ -1,6 +1,6 @@
 """MixE (paper, section 3.4): corruption of labels by noise or flipped classes, and the denoiser that undoes it.
 
-The equations are in ``models.diffusion``. Shape letters are those of ``viladiff.data.batch``; d is the length of a
+The equations are in ``models.mixe.diffusion``. Shape letters are those of ``viladiff.data.batch``; d is the length of a
 class's code, S the number of reverse steps.
 """
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from viladiff.losses import check_choice
 from viladiff.models.blocks import bilinear
-from viladiff.models.diffusion import (
+from viladiff.models.mixe.config import MixeConfig
+from viladiff.models.mixe.diffusion import (
     add_gaussian_noise,
     alpha_bar,
     check_beta,
@@ -35,7 +36,6 @@ from viladiff.models.diffusion import (
     sample_classes,
     step_probability,
 )
-from viladiff.models.mixe_config import MixeConfig
 
 __all__ = [
     "Corrupted",

@@ -37,7 +37,7 @@ NO_RECORDS = "No published records of this table are there yet."
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideBySide:
     """Results of one table twice: of this machine's runs, and of committed records alone."""
 
     here: Results
@@ -102,7 +102,7 @@ class BesideRow(NamedTuple):
     cells: tuple[BesideCell, ...]
 
 
-def beside_rows(both: Beside) -> list[BesideRow]:
+def both_rows(both: SideBySide) -> list[BesideRow]:
     """Return every row of the table."""
     table = both.here.plan.table
     return [
@@ -117,14 +117,14 @@ def beside_rows(both: Beside) -> list[BesideRow]:
     ]
 
 
-def _name(both: Beside, row: int) -> str:
+def _name(both: SideBySide, row: int) -> str:
     """Return a row's label, with a mark if its runs read true masks, even on this machine alone."""
     if row in both.here.plan.ceilings - both.published.plan.ceilings:
         return f"{both.here.plan.table.rows[row].label} (this machine: {CEILING})"
     return row_name(both.published, row)
 
 
-def _cell(both: Beside, row: int, column: int) -> BesideCell:
+def _cell(both: SideBySide, row: int, column: int) -> BesideCell:
     paper, base = (paper_value(both.here, place, column) for place in (row, both.published.reference))
     both_printed = isinstance(paper, float | int) and isinstance(base, float | int)
     gap = paper - base if both_printed and row != both.published.reference else None  # type: ignore[operator]
@@ -140,7 +140,7 @@ def _number(results: Results, row: int, reference: int, column: int) -> Number:
 # What it says
 
 
-def headline_beside(both: Beside) -> str:
+def headline_of_both(both: SideBySide) -> str:
     """Return the page's first sentence: the published numbers, the paper's differences to them, this machine's."""
     if not both.any_published:
         return f"{NO_RECORDS} On this machine {_reached(both, both.here, True)}"
@@ -148,7 +148,7 @@ def headline_beside(both: Beside) -> str:
     return f"In the published runs {published} On this machine {here}"
 
 
-def _reached(both: Beside, results: Results, with_paper: bool) -> str:
+def _reached(both: SideBySide, results: Results, with_paper: bool) -> str:
     """Describe the headline's score and its difference to the reference, as the end of a sentence."""
     table, row, base = both.here.plan.table, both.published.headline, both.published.reference
     said = []
@@ -169,7 +169,7 @@ def _against(gap: float) -> str:
     return "level with" if abs(gap) < 0.05 else f"{abs(gap):.1f} {'above' if gap > 0 else 'below'}"
 
 
-def sources(both: Beside) -> list[tuple[str, str]]:
+def sources(both: SideBySide) -> list[tuple[str, str]]:
     """Return each of the three columns with the source of its numbers."""
     pairs = dict.fromkeys(filter(None, (swapped(both.here, column) for column in both.columns)))
     paper = f"as printed, on {' and '.join(asked for asked, _ in pairs)}" if pairs else "as printed"
@@ -207,7 +207,7 @@ class Judged(NamedTuple):
     text: str
 
 
-def criteria(both: Beside) -> list[Judged]:
+def criteria(both: SideBySide) -> list[Judged]:
     """Evaluate every criterion of the table in every column in which its row is trained here."""
     table = both.here.plan.table
     labels = [row.label for row in table.rows]
@@ -230,7 +230,7 @@ def _undecided(judged: Judged, ceilings: Sequence[str]) -> Judged:
     return Judged("not decided", f"{judged.text} No result of a method: {', '.join(ceilings)} reads true masks.")
 
 
-def _apart(both: Beside, one: Criterion, row: int, column: int) -> Judged:
+def _apart(both: SideBySide, one: Criterion, row: int, column: int) -> Judged:
     """Evaluate whether a row's mean is near the published one."""
     table = both.here.plan.table
     mine, theirs = (summary(side.at(row, column), table.metric).mean for side in (both.here, both.published))
@@ -243,7 +243,7 @@ def _apart(both: Beside, one: Criterion, row: int, column: int) -> Judged:
     return Judged("holds" if holds else "fails", f"{said}: {why}.")
 
 
-def _lengths(both: Beside, row: int, column: int) -> str:
+def _lengths(both: SideBySide, row: int, column: int) -> str:
     """Describe the length of a cell's runs in both sources; empty if they are equal."""
     entries = [side.at(row, column) for side in (both.here, both.published)]
     here, there = (sorted({one.record.steps for one in found if one.record is not None}) for found in entries)
@@ -251,7 +251,7 @@ def _lengths(both: Beside, row: int, column: int) -> str:
     return "" if here == there else "; {} steps here, {} published".format(*said)
 
 
-def _above(both: Beside, one: Criterion, row: int, other: int, column: int) -> Judged:
+def _above(both: SideBySide, one: Criterion, row: int, other: int, column: int) -> Judged:
     """Evaluate whether a row is above another by so many standard deviations of the published runs."""
     table = both.here.plan.table
     found, base = (summary(both.here.at(place, column), table.metric) for place in (row, other))
@@ -285,7 +285,7 @@ def pooled_spread(results: Results, rows: Sequence[int], column: int) -> float |
 # Exports
 
 
-def long_lines(both: Beside) -> list[dict[str, object]]:
+def long_lines(both: SideBySide) -> list[dict[str, object]]:
     """Return a line a run, ``source`` first: ``published`` or ``this machine``; the paper's value in ``paper``."""
     found = [
         {"source": source, **line}
@@ -296,13 +296,13 @@ def long_lines(both: Beside) -> list[dict[str, object]]:
     return [{name: line.get(name) for name in names} for line in found]
 
 
-def beside_markdown(both: Beside) -> list[str]:
+def both_markdown(both: SideBySide) -> list[str]:
     """Return the lines of a section."""
     labels = [markdown(both.here.plan.table.columns[column].label) for column in both.columns]
     head = ["", "row", *(f"{label} {kind}" for label in labels for kind in ("paper", "published", "this machine"))]
     body = [
         [line.number, markdown(line.label) + " (ours)" * (line.control and CEILING not in line.label), *texts]
-        for line, texts in ((line, map(markdown, _texts(line))) for line in beside_rows(both))
+        for line, texts in ((line, map(markdown, _texts(line))) for line in both_rows(both))
     ]
     told = [f"- {name}: {markdown(text)}" for name, text in sources(both)]
     mark = f"- “{RECORDS}”: not trained at this scale; the published number stands for it"
@@ -315,7 +315,7 @@ def _texts(line: BesideRow) -> Iterator[str]:
         yield from (cell.paper, str(cell.published.found), cell.own)
 
 
-def beside_latex(both: Beside, caption: Sequence[str]) -> str:
+def both_latex(both: SideBySide, caption: Sequence[str]) -> str:
     """Render a booktabs table with three columns for each of the table's; printed numbers are grey."""
     table = both.here.plan.table
     grey = r"\textcolor{gray}{%s}"
@@ -336,7 +336,7 @@ def beside_latex(both: Beside, caption: Sequence[str]) -> str:
         r"\midrule",
     ]
     ruled = False
-    for line in beside_rows(both):
+    for line in both_rows(both):
         if line.control and not ruled:
             out.append(r"\midrule")
             ruled = True
@@ -346,12 +346,12 @@ def beside_latex(both: Beside, caption: Sequence[str]) -> str:
     return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def to_terminal(both: Beside) -> str:
+def to_terminal(both: SideBySide) -> str:
     """Format the columns that are trained here, a line for each of the paper's and trained rows, and the criteria."""
     shown = [i for i, column in enumerate(both.columns) if any(both.trained(row, column) for row in both.rows)]
     labels = [both.here.plan.table.columns[both.columns[i]].label for i in shown]
     grid = [["", "", *(word for label in labels for word in (f"{label}: paper", "published", "this machine"))]]
-    for line in beside_rows(both):
+    for line in both_rows(both):
         if not line.control or line.trained:
             texts = list(_texts(line))
             grid.append([line.number, line.label, *(text for i in shown for text in texts[3 * i : 3 * i + 3])])
@@ -369,7 +369,7 @@ def to_terminal(both: Beside) -> str:
     return "\n".join([*(row.rstrip() for row in rows), *mark, "", *judged])
 
 
-def published_facts(both: Beside) -> list[provenance.Fact]:
+def published_facts(both: SideBySide) -> list[provenance.Fact]:
     """Return the facts that the published runs share."""
     records = list(both.published.records().values())
     return provenance.shared_facts(records) if records else []

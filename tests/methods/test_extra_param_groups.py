@@ -14,7 +14,7 @@ from viladiff.training.optim import param_groups, part_of
 
 def scales(method: Method, rates: dict[str, dict[str, Any]], **changes: object) -> dict[str, dict[str, Any]]:
     """The group of each trainable parameter, by name."""
-    method.own_rates = lambda: rates  # type: ignore[method-assign]
+    method.extra_param_groups = lambda: rates  # type: ignore[method-assign]
     cfg = override(RunConfig(), {"optim.lr": 4e-3, "optim.encoder_lr_scale": 0.25, **changes})
     found = {id(p): group for group in param_groups(method, cfg) for p in group["params"]}
     assert sum(len(group["params"]) for group in param_groups(method, cfg)) == len(found)
@@ -58,6 +58,6 @@ def test_a_path_ends_where_a_name_ends() -> None:
 
 
 def test_a_path_to_nothing_is_refused_with_the_nearest() -> None:
-    expected = r"own_rates of method.name = 'allspark'.*got 'student.sparks'; nearest: 'student.spark'"
+    expected = r"extra_param_groups of method.name = 'allspark'.*got 'student.sparks'; nearest: 'student.spark'"
     with pytest.raises(ValueError, match=expected):
         scales(make("allspark", width=16), {"student.sparks": {"lr": 1e-3}})

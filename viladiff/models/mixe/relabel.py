@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from viladiff.data.batch import IGNORE
 from viladiff.losses import all_reduce_sum
-from viladiff.models.diffusion import edge_mask
+from viladiff.models.mixe.diffusion import edge_mask
 
 LEVELS = 20
 """Equal parts of [0, 1] that a refined confidence is sorted into for its calibration."""

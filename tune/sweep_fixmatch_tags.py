@@ -5,4 +5,4 @@ from pathlib import Path
 from viladiff.cli.sweeps import main
 
 if __name__ == "__main__":
-    raise SystemExit(main(Path(__file__).with_name("sweep_reading_fixmatch_tags.toml")))
+    raise SystemExit(main(Path(__file__).with_name("sweep_fixmatch_tags.toml")))

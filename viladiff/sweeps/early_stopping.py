@@ -22,7 +22,7 @@ def optuna_pruner(kind: Kind, steps: Sequence[int]) -> BasePruner:
         return NopPruner()
     if len(steps) < 2:
         raise ValueError(
-            f"--scheduler {kind}: stops trials at rungs, and the sweep has one; add rungs, or use --scheduler none"
+            f"--early-stopping {kind}: stops trials at rungs, and the sweep has one; add rungs, or use none"
         )
     if kind == "median":
         return MedianPruner()
@@ -44,7 +44,7 @@ def halving(kind: Kind, steps: Sequence[int]) -> tuple[int, int]:
     least = min(step // factor**k for k, step in enumerate(steps))
     if least < 1 or any(step >= least * factor ** (k + 1) for k, step in enumerate(steps)):
         raise ValueError(
-            f"--scheduler {kind}: rungs must grow by one factor of 2 or more, got the steps {list(steps)}; write such "
-            "as rungs = [0.25, 0.5, 1.0], or use --scheduler median"
+            f"--early-stopping {kind}: rungs must grow by one factor of 2 or more, got the steps {list(steps)}; "
+            "write such as rungs = [0.25, 0.5, 1.0], or use --early-stopping median"
         )
     return least, factor

@@ -15,8 +15,8 @@ from record_kit import name_of, told
 from test_table_page import Reader, record
 
 from viladiff.experiments.dry_run import print_dry_run
-from viladiff.report.sections import beside
-from viladiff.report.sections.beside import Beside
+from viladiff.report.sections import side_by_side
+from viladiff.report.sections.side_by_side import SideBySide
 from viladiff.report.table import table_page
 from viladiff.report.table.results import collect_results
 from viladiff.runs.job import PlannedRun
@@ -87,9 +87,9 @@ def levels(cell: PlannedCell) -> float:
     return round((LEVEL[cell.row] + 4 * cell.column + (cell.seed - 1) / 2) / 100, 5)
 
 
-def both_of(root: Path, published: Callable[[PlannedCell], float | None], here: dict[int, float] = HERE) -> Beside:
+def both_of(root: Path, published: Callable[[PlannedCell], float | None], here: dict[int, float] = HERE) -> SideBySide:
     mine, store, other, committed = study(root, published, here)
-    return table_page.beside_of(collect_results(mine, store), other, committed, root / "reports" / "quick" / "t")
+    return table_page.load_both(collect_results(mine, store), other, committed, root / "reports" / "quick" / "t")
 
 
 def render(root: Path, published: Callable[[PlannedCell], float | None]) -> Path:
@@ -103,7 +103,7 @@ def nothing(cell: PlannedCell) -> None:
 
 
 def test_three_sources_stand_in_columns_of_their_own(tmp_path: Path) -> None:
-    found = {line.label: line for line in beside.beside_rows(both_of(tmp_path, levels))}
+    found = {line.label: line for line in side_by_side.both_rows(both_of(tmp_path, levels))}
     assert list(found) == ["base", "part", "all", "supervised"]
     cell = found["all"].cells[0]
     assert (cell.paper, str(cell.published.found), cell.own) == ("80.5", "62.5 ± 0.5 (3)", "57.0 (1)")
@@ -116,7 +116,7 @@ def test_three_sources_stand_in_columns_of_their_own(tmp_path: Path) -> None:
 
 
 def test_the_first_sentence_speaks_of_the_published_numbers_first(tmp_path: Path) -> None:
-    assert beside.headline_beside(both_of(tmp_path, levels)) == (
+    assert side_by_side.headline_of_both(both_of(tmp_path, levels)) == (
         "In the published runs all (row 3) reaches 62.5 ± 0.5 (3) on 183, 2.5 above base (paper: 10.5 above); "
         "66.5 ± 0.5 (3) on 732, 2.5 above base (paper: 7.4 above). "
         "On this machine all (row 3) reaches 57.0 (1) on 183, 1.0 above base."
@@ -125,14 +125,14 @@ def test_the_first_sentence_speaks_of_the_published_numbers_first(tmp_path: Path
 
 def test_without_published_records_it_says_so_and_speaks_of_this_machine(tmp_path: Path) -> None:
     both = both_of(tmp_path, nothing)
-    assert beside.headline_beside(both) == (
+    assert side_by_side.headline_of_both(both) == (
         "No published records of this table are there yet. "
         "On this machine all (row 3) reaches 57.0 (1) on 183, 1.0 above base (paper: 10.5 above)."
     )
-    own = [cell.own for line in beside.beside_rows(both) for cell in line.cells]
+    own = [cell.own for line in side_by_side.both_rows(both) for cell in line.cells]
     assert "records" not in own and own.count("—") == 5
-    assert {one.verdict for one in beside.criteria(both)} == {"not decided"}
-    assert "the difference here is +6.0 points" in beside.criteria(both)[0].text
+    assert {one.verdict for one in side_by_side.criteria(both)} == {"not decided"}
+    assert "the difference here is +6.0 points" in side_by_side.criteria(both)[0].text
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_criteria_are_judged_by_the_published_runs(
     tmp_path: Path, base: float, supervised: float, verdicts: list[str]
 ) -> None:
     """The published spread is 0.5 points, so 1.0 is asked for; the published baseline is at 60."""
-    found = beside.criteria(both_of(tmp_path, levels, {**HERE, 0: base, 3: supervised}))
+    found = side_by_side.criteria(both_of(tmp_path, levels, {**HERE, 0: base, 3: supervised}))
     assert [one.verdict for one in found] == verdicts
     assert "at least 2 × 0.50 = 1.00 wanted" in found[0].text and "60.0 published" in found[1].text
     assert found[1].text.endswith(" apart; 1,000 steps here, 2,400 published.")
@@ -164,8 +164,8 @@ def test_the_spread_is_pooled_over_cells_by_their_degrees_of_freedom(tmp_path: P
         return round((LEVEL[cell.row] + (cell.seed - 1) * (2 if cell.row == 3 else 0.5)) / 100, 5)
 
     both = both_of(tmp_path, wide)
-    assert beside.pooled_spread(both.published, (0, 3), 0) == pytest.approx(((0.5 + 2.0) / 3) ** 0.5)
-    assert beside.pooled_spread(both.here, (0, 3), 0) is None, "one seed has no spread"
+    assert side_by_side.pooled_spread(both.published, (0, 3), 0) == pytest.approx(((0.5 + 2.0) / 3) ** 0.5)
+    assert side_by_side.pooled_spread(both.here, (0, 3), 0) is None, "one seed has no spread"
 
 
 def test_the_page_shows_them(tmp_path: Path) -> None:
@@ -213,12 +213,12 @@ def test_exports_carry_the_three_columns(tmp_path: Path) -> None:
 
 
 def test_the_terminal_shows_the_columns_that_are_trained_here(tmp_path: Path) -> None:
-    said = beside.to_terminal(both_of(tmp_path, levels)).splitlines()
+    said = side_by_side.to_terminal(both_of(tmp_path, levels)).splitlines()
     assert said[0].split() == ["183:", "paper", "published", "this", "machine"]
     assert said[2].split() == ["2", "part", "73.0", "61.0", "±", "0.5", "(3)", "records"]
     assert said[4].split()[:2] == ["a", "supervised"] and said[5].startswith("records: not trained")
     assert [line.split(":")[0] for line in said[7:]] == ["holds", "holds"]
-    assert "records:" not in beside.to_terminal(both_of(tmp_path / "b", nothing))
+    assert "records:" not in side_by_side.to_terminal(both_of(tmp_path / "b", nothing))
 
 
 def test_a_dry_run_says_what_runs_here_and_what_is_committed(
@@ -315,13 +315,13 @@ def test_an_oracle_is_marked_and_meets_no_criterion(tmp_path: Path) -> None:
     (name,) = plan.run_ids(0, 0)
     oracle = replace(plan.runs[name], changed={"method.pseudo.oracle": "edges"})
     both = replace(both, here=replace(both.here, plan=replace(plan, runs={**plan.runs, name: oracle})))
-    found = beside.criteria(both)
+    found = side_by_side.criteria(both)
     assert [one.verdict for one in found] == ["not decided", "not decided"]
     assert found[0].text.endswith("No result of a method: base reads true masks.")
-    assert beside.beside_rows(both)[0].label == "base (this machine: ceiling: reads true masks)"
-    assert any("base (this machine: ceiling: reads true masks) |" in line for line in beside.beside_markdown(both))
+    assert side_by_side.both_rows(both)[0].label == "base (this machine: ceiling: reads true masks)"
+    assert any("base (this machine: ceiling: reads true masks) |" in line for line in side_by_side.both_markdown(both))
 
 
 def test_equal_scores_are_not_above_each_other_without_any_spread(tmp_path: Path) -> None:
-    found = beside.criteria(both_of(tmp_path, lambda cell: 0.6, {**HERE, 0: 0.5, 3: 0.5}))
+    found = side_by_side.criteria(both_of(tmp_path, lambda cell: 0.6, {**HERE, 0: 0.5, 3: 0.5}))
     assert found[0].verdict == "fails" and "0.0 points here, at least 2 × 0.00 = 0.00 wanted" in found[0].text

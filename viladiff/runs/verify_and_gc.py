@@ -48,7 +48,7 @@ def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Find
     is good: its numbers are what they were, only a table of today would run it again.
     torch is loaded when the first sound record is met. Nothing is moved or changed.
     """
-    files = [store.directory(run_id) / "record.json" for run_id in store.own()]
+    files = [store.directory(run_id) / "record.json" for run_id in store.local_run_ids()]
     for path in [*(path for path in files if path.exists()), *store.layer_files()]:
         mine = path.parent.parent == store.root
         try:
@@ -67,7 +67,7 @@ def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Find
             yield Finding(path, run_id, False, f"contradicts its name or itself: {why}")
         else:
             yield Finding(path, run_id, True, _revision(record))
-    for run_id in store.own():
+    for run_id in store.local_run_ids():
         if wanted is None or run_id in wanted:
             yield from _checkpoints(store.directory(run_id), run_id)
 
@@ -142,7 +142,7 @@ def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = N
     """
     found: list[tuple[Path, str]] = [
         (path, "lease of a process that is gone" if "lease-" in path.name else "left half written")
-        for path in store.litter()
+        for path in store.stale_files()
     ]
     plans = store.root / "plans"
     folders = [plans, *([pages, *filter(Path.is_dir, pages.rglob("*"))] if pages else [])]
@@ -153,7 +153,7 @@ def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = N
     found += _replaced(store.root / "replaced", keep_checkpoints)
     found += [(path, "left by an import") for path in _entries(store.root, _IMPORT) if _abandoned_import(path)]
     found += [(path, "damaged, set aside") for path in _entries(store.root / "damaged", _DAMAGED)]
-    for run_id in [] if keep_checkpoints else store.own():
+    for run_id in [] if keep_checkpoints else store.local_run_ids():
         if _finished(store, run_id):
             paths = (store.directory(run_id) / name for name in CHECKPOINTS)
             found += [(path, "checkpoint of a finished run") for path in paths if path.is_file()]

@@ -14,8 +14,8 @@ from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 
 from viladiff.data.batch import TextBatch
-from viladiff.evaluation.metric_table import miou_from
-from viladiff.evaluation.metrics import (
+from viladiff.evaluation.metrics import miou_from
+from viladiff.evaluation.pixel_counts import (
     BINS,
     Scores,
     SegmentationMeter,
@@ -31,7 +31,7 @@ from viladiff.evaluation.metrics import (
     to_scores,
     trimap,
 )
-from viladiff.evaluation.metrics import (
+from viladiff.evaluation.pixel_counts import (
     evaluate_network as measure,
 )
 from viladiff.evaluation.protocols import STREAMS, center, predict_logits, stream_logits

@@ -10,7 +10,7 @@ import torch
 from method_kit import STEP, make_batch, make_uneven
 
 from viladiff.data import scenes
-from viladiff.data.captions.table import SIMULATED, SYNONYMS, Captions, describe
+from viladiff.data.captions.simulated import SIMULATED, SYNONYMS, Captions, describe
 from viladiff.data.captions.tags import caption_tags, dataset_tags
 from viladiff.data.captions.words import split_words
 from viladiff.data.dataset import Dataset
@@ -158,7 +158,7 @@ def test_semibaseline_adds_the_tags_that_fixmatch_has() -> None:
     plain = make_uneven("semibaseline")
     for method in (halved, plain):
         method.load_state_dict(mine.state_dict(), strict=False)
-    batch = make_batch(views=mine.views_wanted())
+    batch = make_batch(views=mine.required_views())
     found, half, without = (method(batch, STEP) for method in (mine, halved, plain))
     assert found.terms["tags"] > 0
     torch.testing.assert_close(found.total, without.total + 0.6 * found.terms["tags"])
@@ -168,8 +168,8 @@ def test_semibaseline_adds_the_tags_that_fixmatch_has() -> None:
 
 def test_without_weight_there_is_no_head_and_no_term() -> None:
     plain, off = make_uneven("semibaseline"), make_uneven("semibaseline", **{"tags.weight": 0.0})
-    assert plain.state_dict().keys() == off.state_dict().keys() and not off.views_wanted().tags
-    batch = make_batch(views=plain.views_wanted())
+    assert plain.state_dict().keys() == off.state_dict().keys() and not off.required_views().tags
+    batch = make_batch(views=plain.required_views())
     assert "tags" not in off(batch, STEP).terms and plain(batch, STEP).total.equal(off(batch, STEP).total)
     assert non_default_fields(
         override(RunConfig(), {"method.name": "semibaseline", "method.tags.weight": 0.0})

@@ -10,6 +10,7 @@ import pytest
 from test_sweep_page import Page, lambdas, shown
 
 from viladiff.experiments.compare_sweeps import _tuned
+from viladiff.methods import METHODS
 from viladiff.report.sweep.sweep_page import render_sweep
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import PlannedRun
@@ -18,14 +19,15 @@ from viladiff.sweeps.finals import format_verdict as said
 from viladiff.sweeps.spec import SweepPlanner, changes, common, load_sweep
 
 TUNE = Path(__file__).resolve().parents[2] / "tune"
-FILES = sorted(TUNE.glob("sweep_reading*.toml"))
+FILES = [path for path in sorted(TUNE.glob("sweep_*.toml")) if path.stem.removeprefix("sweep_") in METHODS]
+FILES += [TUNE / "sweep_semibaseline_tags.toml"]
 
 
 def test_every_method_has_as_many_trials_and_seeds() -> None:
     found = {path.stem.removeprefix("sweep_"): load_sweep(path) for path in FILES}
-    main = found["reading"]
+    main = found["viladiff"]
     assert {one.base["method.name"] for one in found.values()} >= {"viladiff", "semibaseline", "unimatch", "semivl"}
-    assert set(main.beside) == found.keys() - {"reading"}, "the page lists every one"
+    assert set(main.beside) == found.keys() - {"viladiff"}, "the page lists every one"
     for sweep in found.values():
         assert (sweep.trials, sweep.seeds, sweep.final_seeds) == (12, (0,), (1, 2, 3))
         assert sweep.finals_split == "dev" and sweep.base["data.split"] == "183"
@@ -48,7 +50,7 @@ def test_no_run_reads_the_reported_set(path: Path) -> None:
 
 @pytest.mark.usefixtures("prints_once")
 def test_trials_and_finals_are_runs_on_dev() -> None:
-    sweep = load_sweep(TUNE / "sweep_reading_semibaseline.toml")
+    sweep = load_sweep(TUNE / "sweep_semibaseline.toml")
     namer = SweepPlanner(sweep, "smoke", {}, "holdout")
     found = [namer.planned(sweep.initial_point, 0), namer.final(sweep.initial_point, 1)]
     assert [override(RunConfig(), one.changes).eval.split for one in found] == ["dev", "dev"]
@@ -63,12 +65,12 @@ def test_other_sweeps_still_end_on_the_reported_set() -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [
-        ("reading_unimatch", "trials = 12", "trials = 11", r"reading_unimatch': trials = 11 there, and 12 here"),
-        ("reading_semivl", "[1, 2, 3]", "[1, 2, 3, 4]", r"reading_semivl': final_seeds = \(1, 2, 3, 4\) there"),
-        ("reading", '"reading_unimatch"', '"reading_unimach"', r"there is no sweep_reading_unimach.toml beside"),
-        ("reading_semivl", "[1, 2, 3]", "[1, 2]", r"final_seeds = \[1, 2\]: 3 seeds or more"),
-        ("reading_semivl", 'finals_split = "dev"', 'finals_split = "test"', r"final_seeds = .*: 5 seeds or more"),
-        ("reading", 'finals_split = "dev"', 'finals_split = "val"', r"finals_split = 'val': allowed"),
+        ("unimatch", "trials = 12", "trials = 11", r"unimatch': trials = 11 there, and 12 here"),
+        ("semivl", "[1, 2, 3]", "[1, 2, 3, 4]", r"semivl': final_seeds = \(1, 2, 3, 4\) there"),
+        ("viladiff", '"unimatch"', '"unimach"', r"there is no sweep_unimach.toml beside"),
+        ("semivl", "[1, 2, 3]", "[1, 2]", r"final_seeds = \[1, 2\]: 3 seeds or more"),
+        ("semivl", 'finals_split = "dev"', 'finals_split = "test"', r"final_seeds = .*: 5 seeds or more"),
+        ("viladiff", 'finals_split = "dev"', 'finals_split = "val"', r"finals_split = 'val': allowed"),
     ],
 )  # fmt: skip
 def test_unequal_tuning_is_refused(tmp_path: Path, name: str, old: str, new: str, said: str) -> None:
@@ -77,7 +79,7 @@ def test_unequal_tuning_is_refused(tmp_path: Path, name: str, old: str, new: str
         assert old in text or path.stem != f"sweep_{name}"
         (tmp_path / path.name).write_text(text.replace(old, new) if path.stem == f"sweep_{name}" else text)
     with pytest.raises(ValueError, match=said):
-        load_sweep(tmp_path / "sweep_reading.toml")
+        load_sweep(tmp_path / "sweep_viladiff.toml")
 
 
 def finalist(role: str, trial: int, values: list[float | None]) -> tuple[Finalist, dict[str, Any]]:
@@ -106,7 +108,7 @@ def test_chosen_is_the_highest_mean_on_fresh_seeds_once_all_are_there() -> None:
 
 
 def test_a_row_of_the_page_has_the_first_point_beside_the_chosen_one() -> None:
-    sweep = load_sweep(TUNE / "sweep_reading.toml")
+    sweep = load_sweep(TUNE / "sweep_viladiff.toml")
     best, a = finalist("winner", 7, [0.60, 0.62, 0.61])
     paper, b = finalist("paper", 0, [0.58, 0.60, 0.59])
     trials: Any = [

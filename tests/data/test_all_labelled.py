@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from viladiff.data.full import base_split
+from viladiff.data.all_labelled import base_split
 from viladiff.data.registry import load_dataset
 from viladiff.data.sources import DATASETS
 from viladiff.data.sources.base import ALL

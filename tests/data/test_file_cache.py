@@ -21,8 +21,8 @@ from PIL import Image
 from viladiff.core.distributed import in_turn
 from viladiff.data import registry
 from viladiff.data.dataset import Dataset
-from viladiff.data.files import contents
-from viladiff.data.files.contents import NAME, Contents
+from viladiff.data.files import file_cache
+from viladiff.data.files.file_cache import NAME, Contents
 from viladiff.data.files.images import read_mask
 from viladiff.data.files.validate import check_files
 from viladiff.inference.load import preview_run
@@ -33,7 +33,7 @@ from viladiff.training.launch import run_in_processes
 from viladiff.training.trainer import fit
 
 Make = Callable[..., Path]
-RACY = contents.RACY
+RACY = file_cache.RACY
 """As it is for users."""
 _opened: list[str] = []
 _listening = threading.Event()
@@ -73,7 +73,7 @@ def aged(root: Path) -> Path:
 @pytest.fixture(autouse=True)
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test has just written counts as old: no call sets the time of change back."""
-    monkeypatch.setattr(contents, "RACY", 0)
+    monkeypatch.setattr(file_cache, "RACY", 0)
 
 
 def load(root: Path, split: str = "labelled", **options: Any) -> Dataset:
@@ -249,11 +249,11 @@ def test_a_second_change_in_the_same_tick_is_seen(
 ) -> None:
     root = photo_folder(8)
     path = root / "images" / "china_0000.jpg"
-    plain, data, now = contents._stat, path.read_bytes(), time.time_ns()
+    plain, data, now = file_cache._stat, path.read_bytes(), time.time_ns()
     then = 10**18 if restored else now
-    monkeypatch.setattr(contents, "RACY", RACY)
+    monkeypatch.setattr(file_cache, "RACY", RACY)
     # As on a file system whose clock ticks rarely: nothing but the content shows the second change.
-    monkeypatch.setattr(contents, "_stat", lambda path: (*plain(path)[:2], now if restored else 0, 0))
+    monkeypatch.setattr(file_cache, "_stat", lambda path: (*plain(path)[:2], now if restored else 0, 0))
 
     def found(last: bytes) -> str:
         path.write_bytes(data + last)
@@ -261,7 +261,7 @@ def test_a_second_change_in_the_same_tick_is_seen(
         return load(root).fingerprint
 
     assert found(b"1") != found(b"2")
-    monkeypatch.setattr(contents, "RACY", -(10**12))
+    monkeypatch.setattr(file_cache, "RACY", -(10**12))
     assert found(b"3") == found(b"4"), "without the pause this goes unseen, so the test can fail"
 
 
@@ -281,11 +281,11 @@ def test_what_is_kept_and_damaged_is_read_anew(
 ) -> None:
     root = aged(photo_folder(8))
     wanted, kept = load(root).fingerprint, root / NAME
-    data, known = kept.read_bytes(), contents._read(kept)
+    data, known = kept.read_bytes(), file_cache._read(kept)
     place = data.index(b'"sha256":"') + 12
     with monkeypatch.context() as patch:
-        patch.setattr(contents, "FORMAT", 9)
-        other = contents._packed(known)
+        patch.setattr(file_cache, "FORMAT", 9)
+        other = file_cache._packed(known)
     kept.write_bytes(
         {
             "cut": data[: len(data) // 2],
@@ -314,7 +314,7 @@ def test_where_the_data_cannot_be_written_the_cache_folder_is(
     assert not found
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(contents, "_unkept", {})
+    monkeypatch.setattr(file_cache, "_unkept", {})
     with opens(root) as first:
         assert load(root).fingerprint == wanted
     with opens(root) as second:
@@ -356,9 +356,9 @@ def test_what_lies_in_the_place_of_what_is_kept(photo_folder: Make, tmp_path: Pa
     elif what == "endless":
         kept.symlink_to("/dev/zero")
     else:
-        stat = contents._stat(root / "images" / "china_0000.jpg")
-        lines = {"images/china_0000.jpg": contents._start(stat) + "null", "images/flower_0001.jpg": "", '"': "x"}
-        kept.write_bytes(contents._packed(lines))
+        stat = file_cache._stat(root / "images" / "china_0000.jpg")
+        lines = {"images/china_0000.jpg": file_cache._start(stat) + "null", "images/flower_0001.jpg": "", '"': "x"}
+        kept.write_bytes(file_cache._packed(lines))
     assert load(root).fingerprint == wanted
     assert load(root).fingerprint == wanted and (what == "lines" or kept.read_bytes() == data)
 
@@ -370,7 +370,7 @@ def test_of_a_large_file_that_was_not_written_here_nothing_is_held(photo_folder:
     for garbage in (b"", head + b"\n"):
         kept.write_bytes(garbage + b"a" * size)
         tracemalloc.start()
-        assert contents._read(kept) == {}
+        assert file_cache._read(kept) == {}
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < size / 8
@@ -419,7 +419,7 @@ def test_files_that_cannot_be_read_are_named(photo_folder: Make, tmp_path: Path)
 
 def test_a_file_that_changes_while_it_is_read(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     root = photo_folder(8)
-    path, plain = root / "images" / "china_0000.jpg", contents._sha256
+    path, plain = root / "images" / "china_0000.jpg", file_cache._sha256
 
     def written(read: Path) -> str:
         found = plain(read)
@@ -428,7 +428,7 @@ def test_a_file_that_changes_while_it_is_read(photo_folder: Make, monkeypatch: p
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(contents, "_sha256", written)
+        patch.setattr(file_cache, "_sha256", written)
         with pytest.raises(ValueError, match=r"china_0000\.jpg: was changed while it was read; start again"):
             load(root)
     load(root)
@@ -438,7 +438,7 @@ def test_reading_for_long_says_so(
     photo_folder: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = aged(photo_folder(8))
-    monkeypatch.setattr(contents, "_SAY_AFTER", -1.0)
+    monkeypatch.setattr(file_cache, "_SAY_AFTER", -1.0)
     load(root)
     told = capsys.readouterr().err
     assert told.count("reading 12 new or changed files of ") == 1 and f"{root}, 0.0 GB: 1 read" in told

@@ -13,8 +13,8 @@ import optuna
 import pytest
 
 from viladiff.sweeps import controller as search_module
+from viladiff.sweeps.early_stopping import halving, optuna_pruner
 from viladiff.sweeps.optuna_study import OptunaStudy
-from viladiff.sweeps.pruners import halving, optuna_pruner
 from viladiff.sweeps.trials import Rung, Trial, save_trial
 
 STEPS = (25, 50, 100)
@@ -81,14 +81,16 @@ def test_asha_judges_each_rung_once_by_its_rule(steps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("steps", [(50, 75, 100), (2, 3, 6), (25, 50, 60, 100)])
 def test_rungs_that_successive_halving_would_skip_are_refused(steps: tuple[int, ...]) -> None:
     for kind in ("asha", "hyperband"):
-        with pytest.raises(ValueError, match=rf"--scheduler {kind}: rungs must grow by one factor .*\[{steps[0]}, "):
+        with pytest.raises(
+            ValueError, match=rf"--early-stopping {kind}: rungs must grow by one factor .*\[{steps[0]}, "
+        ):
             optuna_pruner(kind, steps)  # type: ignore[arg-type]
     assert isinstance(optuna_pruner("median", steps), optuna.pruners.MedianPruner)
 
 
 def test_one_rung_is_too_few() -> None:
     for kind in ("asha", "hyperband", "median"):
-        with pytest.raises(ValueError, match=f"--scheduler {kind}: stops trials at rungs, and the sweep has one"):
+        with pytest.raises(ValueError, match=f"--early-stopping {kind}: stops trials at rungs, and the sweep has one"):
             optuna_pruner(kind, (100,))  # type: ignore[arg-type]
     assert isinstance(optuna_pruner("none", (100,)), optuna.pruners.NopPruner)
 
