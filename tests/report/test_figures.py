@@ -152,7 +152,7 @@ def test_rows_and_columns_without_a_score_are_left_out_of_the_figure(tmp_path: P
     drawn = (tmp_path / "scores.svg").read_text()
     assert "second" in drawn and "first" not in drawn and "b_{" not in drawn
     figures.save_figures(results(), {}, tmp_path)
-    assert "first" in (tmp_path / "scores.svg").read_text(), "with no score at all, the empty frame shows what is to come"
+    assert "first" in (tmp_path / "scores.svg").read_text(), "an empty frame shows what is to come"
 
 
 def pictures(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
