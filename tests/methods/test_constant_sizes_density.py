@@ -325,7 +325,7 @@ def test_labels_from_text_teach_as_much_as_the_authors(
     object.__setattr__(batch, "mix", (still, still))
     features = [x.detach() for x in method.student.encode(torch.cat([batch.image, batch.weak[0]]))]
     streams = [(4 * smooth(4, CLASSES, SIDE, seed)).requires_grad_() for seed in (11, 12, 13)]
-    total, *_ = method.beside(batch, Step(7, progress, 3), features, tuple(streams))
+    total, *_ = method.extra_loss(batch, Step(7, progress, 3), features, tuple(streams))
     mine = torch.stack([g.norm() for g in torch.autograd.grad(total, streams)])
 
     q = (100 * cosines).softmax(1)

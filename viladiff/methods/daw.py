@@ -89,7 +89,7 @@ class Daw(UniMatch, MeanTeacher):
         self.register_buffer("tau", torch.tensor(float(cfg.pseudo.threshold)))
         self._sums: list[Tensor] = []
 
-    def judge(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def pseudo_label(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         own, others = mine.softmax(1), clean.softmax(1)
         if self.training:
             known = batch.target != IGNORE
@@ -123,7 +123,7 @@ class Daw(UniMatch, MeanTeacher):
             right, wrong = self.gaussians
             self.tau.copy_(crossing(right, wrong, 1 / classes))
 
-    def statistics(self) -> dict[str, Tensor]:
+    def running_stats(self) -> dict[str, Tensor]:
         (right, spread), (wrong, spread_wrong) = self.gaussians
         return {
             "tau": self.tau.clone(),

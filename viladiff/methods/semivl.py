@@ -150,16 +150,16 @@ class SemiVl(UniMatch):
         alone: dict[str, Any] = {"clip": ZeroShot(self._clip[0], self)} if self._clip else {}
         return {**super().eval_networks(), **alone}
 
-    def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
+    def pixel_weight(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
         if self.cfg.pseudo.weighting == "pixel":
-            return super().weigh(confidence, threshold, valid)
+            return super().pixel_weight(confidence, threshold, valid)
         share = (confidence * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
         return share[:, None, None].expand_as(confidence)
 
     def threshold(self) -> float | None:
         return super().threshold() if self.cfg.pseudo.weighting == "pixel" else None
 
-    def beside(
+    def extra_loss(
         self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         cfg, size = self.cfg, batch.image.shape[-2:]

@@ -78,8 +78,8 @@ class UniMatch(Method):
         logits = self.student.logits(joined, batch.image.shape[-2:])
         mine, clean, first, second, dropped = logits.split([labelled, *[unlabelled] * 4])
 
-        confidence, labels, threshold = self.judge(mine.detach(), clean.detach(), batch)
-        accepted, valid = self.weigh(confidence, threshold, batch.valid), batch.valid
+        confidence, labels, threshold = self.pseudo_label(mine.detach(), clean.detach(), batch)
+        accepted, valid = self.pixel_weight(confidence, threshold, batch.valid), batch.valid
         sup = self.supervised(mine, batch.target)
         streams = [
             pseudo_label_cross_entropy(z, *apply_cutmix_to(batch, i, labels, accepted, valid))
@@ -89,15 +89,15 @@ class UniMatch(Method):
         feature_loss = pseudo_label_cross_entropy(dropped, labels, accepted, valid)
         unsup = cfg.strong_weight * strong_loss + cfg.feature_weight * feature_loss
         weights = {"pseudo": cfg.strong_weight, "feature": cfg.feature_weight}
-        added, more, own = self.beside(batch, step, features, (first, second, dropped))
+        added, more, own = self.extra_loss(batch, step, features, (first, second, dropped))
         total = (sup + cfg.pseudo.weight * unsup) / 2 + added
         coverage = distributed_mean((accepted * valid).sum(), valid.sum())
         terms = {"sup": sup, "pseudo": strong_loss, "feature": feature_loss, "coverage": coverage}
         halves = {name: cfg.pseudo.weight * weight / 2 * terms[name] for name, weight in weights.items()}
-        logged = {name: value.detach() for name, value in (terms | more | self.statistics()).items()}
+        logged = {name: value.detach() for name, value in (terms | more | self.running_stats()).items()}
         return Losses(total, logged, {"sup": sup / 2, **halves, **own})
 
-    def judge(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor]:
+    def pseudo_label(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return confidence and labels (U, H, W) of the weak views and the lowest confidence that counts.
 
         ``mine`` (B, C, H, W) are the logits of the labelled images, ``clean`` (U, C, H, W) those of the weak views.
@@ -105,11 +105,11 @@ class UniMatch(Method):
         confidence, labels = clean.softmax(1).max(1)
         return confidence, labels, self.cfg.pseudo.threshold
 
-    def weigh(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
+    def pixel_weight(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
         """Return the weight (U, H, W) of each pixel's label, by its confidence (U, H, W)."""
         return (confidence >= threshold).float()
 
-    def beside(
+    def extra_loss(
         self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return an extra loss, its terms and its weighted parts; zero here, for subclasses.
@@ -119,7 +119,7 @@ class UniMatch(Method):
         """
         return streams[0].new_zeros(()), {}, {}
 
-    def statistics(self) -> dict[str, Tensor]:
+    def running_stats(self) -> dict[str, Tensor]:
         """Return running values for the log; none here."""
         return {}
 
