@@ -46,6 +46,13 @@ def test_a_ray_that_would_listen_elsewhere_is_refused(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_a_ray_that_would_ask_for_no_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_ray(local=True), "__version__", "2.58.1")
+    with pytest.raises(ValueError, match=r"^Ray: requires 2\.59 or newer, got 2\.58\.1; run make setup$"):
+        private(tmp_path).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)

@@ -46,6 +46,8 @@ PRIVATE = {
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 """Of the caller's Ray. Where no mode is set, a Ray that is started here requires a token; one of the environment would
 be used before one of a file."""
+OLDEST = (2, 59)
+"""Release of Ray that requires a token of a Ray that is started, unless the environment says otherwise."""
 TOKEN = "token"
 """File of a Ray's secret, in its scratch directory."""
 
@@ -67,10 +69,13 @@ def load_ray(local: bool) -> ModuleType:
 def private(scratch: Path) -> Iterator[None]:
     """Bind Ray's services to loopback and require the token in ``scratch`` within the context.
 
-    The environment is restored afterwards. Raises ValueError if Ray was loaded before for another address.
+    The environment is restored afterwards. Raises ValueError if Ray was loaded before for another address or is older
+    than ``OLDEST``.
     """
     import ray
 
+    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < OLDEST:
+        raise ValueError(f"Ray: requires {OLDEST[0]}.{OLDEST[1]} or newer, got {ray.__version__}; run make setup")
     address = ray.util.get_node_ip_address()
     if not ip_address(address).is_loopback:
         name, value = next(iter(LOOPBACK.items()))
