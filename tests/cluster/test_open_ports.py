@@ -19,7 +19,6 @@ from urllib.request import Request, urlopen
 import pytest
 
 from viladiff.cluster import captioning, executor, sweep_executor
-from viladiff.cluster.session import private
 from viladiff.core.watchdog import descendants
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
@@ -88,26 +87,6 @@ def test_one_place_starts_ray_and_one_joins_a_group() -> None:
     assert [name for name, text in sources.items() if "ray.init(" in text] == ["executor.py"]
     assert {name for name, text in sources.items() if "init_process_group(" in text} == {"distributed.py", "launch.py"}
     assert captioning.cluster is sweep_executor.cluster is executor.cluster
-
-
-def test_environment_and_library_are_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray._private import ray_constants
-    from ray._raylet import AuthenticationMode, get_authentication_mode
-
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "a user's own")
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    before, old = dict(os.environ), os.umask(0)
-    try:
-        with private(tmp_path):
-            assert get_authentication_mode() == AuthenticationMode.TOKEN
-            assert "RAY_AUTH_TOKEN" not in os.environ and not ray_constants.ENABLE_RAY_CLUSTER
-            token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-            assert token.parent == tmp_path and token.stat().st_mode & 0o777 == 0o600
-    finally:
-        os.umask(old)
-    assert dict(os.environ) == before and ray_constants.ENABLE_RAY_CLUSTER
-    assert get_authentication_mode() != AuthenticationMode.TOKEN
 
 
 class Watched:

@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from viladiff.cluster import resources
 from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity
+from viladiff.cluster.session import load_ray
 from viladiff.runs.job import ExecutionSettings, PlannedRun
 
 
@@ -91,6 +93,7 @@ def test_runs_at_once_are_those_of_the_machine_and_not_known_of_a_cluster(machin
 
 
 def test_a_sweep_takes_the_room_that_a_cluster_has_when_it_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_ray(local=True)  # other tests of this process may start it
     for there, settings, workers, wanted in (
         ({"CPU": 8.0}, ExecutionSettings(threads=2, gpus_per_trial=0.0), 1, 4),
         ({"CPU": 8.0}, ExecutionSettings(threads=2, gpus_per_trial=0.0), 2, 2),
@@ -102,13 +105,10 @@ def test_a_sweep_takes_the_room_that_a_cluster_has_when_it_is_joined(monkeypatch
         assert cluster_slots(settings, workers) == wanted
 
 
-def test_gpus_that_a_process_may_not_see_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager as Manager
-
-    monkeypatch.setattr(Path, "glob", lambda path, what: iter([path / "nvidia0"]))
-    monkeypatch.setattr(Manager, "get_current_node_num_accelerators", staticmethod(lambda: 4))
-    for seen, count in ((None, 4), (["1", "3"], 2), ([], 0)):
-        monkeypatch.setattr(
-            Manager, "get_current_process_visible_accelerator_ids", staticmethod(lambda seen=seen: seen)
-        )
+def test_gpus_are_counted_by_torch_where_there_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch counts what CUDA_VISIBLE_DEVICES leaves."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for devices, count in (([], 0), (["nvidia0", "nvidiactl"], 2)):
+        monkeypatch.setattr(Path, "glob", lambda path, what, devices=devices: iter([path / each for each in devices]))
+        monkeypatch.setattr(Path, "exists", lambda path: False)
         assert resources.visible_gpus() == count

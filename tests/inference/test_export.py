@@ -188,6 +188,15 @@ def test_an_onnx_file_that_computes_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_without_an_onnx_form_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    asks = lambda self, image: image if image.sum() > 0 else -image  # noqa: E731
+    monkeypatch.setattr(Standalone, "forward", asks)
+    with pytest.raises(ValueError, match=r"^\w+ has no ONNX form: "):
+        export_onnx(folded(network(vila=False)), tmp_path / ONNX)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_the_packages_the_message_names_them(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ import signal
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -23,38 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from viladiff.cluster.resources import ask_cluster, plan_capacity, send_note
-from viladiff.cluster.session import TOKEN, patient, private, without_web
+from viladiff.cluster.session import TOKEN, load_ray, private
 from viladiff.core.environment import visible_cpus
 from viladiff.core.watchdog import Reaper, descendants, start
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.store import Store
 
-QUIET = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever it is told
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths are meant from where the driver was started
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives its Ray must not start another
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # what the raylet says of a process that died comes as an outcome
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_agent_register_timeout_ms": "300000",  # a busy machine is no reason to give up
-    "RAY_enable_worker_prestart": "0",  # such processes lack the environment of a trial and are never used for one
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_worker_register_timeout_seconds": "300",
-    "RAY_worker_niceness": "0",  # a run is as urgent as the same run without Ray
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours lets each run end at a step, with a checkpoint
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
-    "TUNE_WARN_THRESHOLD_S": "1000000",
-}
-NO_DASHBOARD = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0"}
-"""Ray starts its web server also where none is wanted, and would wait seconds for it."""
 OBJECT_STORE = 100 * 2**20
 """Bytes; only names and numbers pass through it."""
 
@@ -124,11 +98,7 @@ def cluster(
     A killed driver's Ray and scratch directory are removed too. ``gone`` receives the processes that were ended with
     it.
     """
-    for name, value in (QUIET if settings.dashboard else QUIET | NO_DASHBOARD).items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", module="ray")
-    import ray
-
+    ray = load_ray(local=settings.address is None)
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     scratch = _scratch()
@@ -145,19 +115,11 @@ def cluster(
     # Ray starts processes and waits; that is time to import in, but only Ray itself may be started on this thread: its
     # processes die with the thread that started them.
     threading.Thread(target=import_module, args=["ray.tune"], daemon=True).start()
-    from ray._private import worker
-
-    # The death of a process is told by its outcome; Ray prints it besides, whatever the logging level.
-    printer, worker.print_to_stdstream = worker.print_to_stdstream, _print_nothing
     options = _options(settings, slots, shared, scratch)
-    bare = settings.address is None and not settings.dashboard
     try:
         with nullcontext() if settings.address else private(scratch):
             try:
-                with without_web() if bare else nullcontext():
-                    begun = _start(settings.address or "local", options, ours)
-                if bare:
-                    _end([pid for pid in ours() if "/ray/dashboard/dashboard.py" in _command(pid)])
+                begun = _start(settings.address or "local", options, ours)
                 roots += ours()
                 asks = f"dashboard: http://{begun.dashboard_url} asks for the token in {scratch / TOKEN}"
                 note = asks if options.get("include_dashboard") else ""
@@ -171,7 +133,6 @@ def cluster(
                 if gone is not None:
                     gone += left
     finally:
-        worker.print_to_stdstream = printer
         _remove(scratch)
         reaper.dismiss()
 
@@ -194,18 +155,13 @@ def _options(settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRu
     return options
 
 
-def _print_nothing(*given: Any, **words: Any) -> None:
-    """Stands in for Ray's printer."""
-
-
 def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]]) -> Any:
     """Call ``ray.init`` and return its result; retry once if the machine was too busy."""
     import ray
 
     for last in (False, True):
         try:
-            with patient() if options.get("include_dashboard") is False else nullcontext():
-                return ray.init(address=address, **options)
+            return ray.init(address=address, **options)
         except Exception as error:
             ray.shutdown()
             _end(ours())
@@ -230,13 +186,6 @@ def _end_all(begun: dict[int, int | None]) -> None:
     ):
         _end(left)
         time.sleep(0.02)
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def _seldom(do: Callable[[], None]) -> Callable[[], None]:

@@ -91,11 +91,10 @@ def cluster_slots(settings: ExecutionSettings, workers: int) -> int:
 def visible_gpus() -> int:
     """Return the number of GPUs that this process may use."""
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists():
-        return 0  # Ray, which looks closer, takes a second to load
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager as Manager
+        return 0  # torch, which looks closer, takes seconds to load
+    import torch
 
-    seen, count = Manager.get_current_process_visible_accelerator_ids(), Manager.get_current_node_num_accelerators()
-    return count if seen is None else min(count, len(seen))
+    return torch.cuda.device_count()
 
 
 def _slots(settings: ExecutionSettings, by_cpus: int, workers: int) -> int:

@@ -1,39 +1,22 @@
-"""Sweeps on Ray Tune: a searcher and a scheduler that pass Tune's requests to Optuna's sampler and pruner.
-
-The searcher asks the sweep's study for points and the scheduler asks its pruner at rungs, so that Tune's interfaces
-keep their roles; but the answers come from the sweep's records, and stopping is a flag that the training loop reads
-where it reports, never a process that is killed.
-"""
+"""Sweeps on Ray: a session, the number of trials at once, and Tune or ``TorchTrainer`` by the size of the runs."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
-import ray
-from ray import tune
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
-
-from viladiff.cluster.executor import Session, cluster, interrupts
-from viladiff.cluster.ray_tune import QueueCallback, QueueSearcher, poll_queue, stop_name
+from viladiff.cluster.executor import cluster, interrupts
 from viladiff.cluster.resources import ask_cluster, cluster_slots, send_note
-from viladiff.cluster.torch_trainer import Mailbox, asked, run_shared
-from viladiff.cluster.worker import Tell, WorkerContext, run_attempt
-from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.trial_queue import TrialQueue
 
-Work = Callable[[PlannedRun, WorkerContext, Tell, Callable[[int, float | None], bool]], dict[str, Any]]
-"""Does a run: tells of its life, asks about its scores, and returns how it ended."""
+if TYPE_CHECKING:
+    from viladiff.cluster.sweep_tune import Work
 
 
-def run_search(desk: TrialQueue, work: Work = run_attempt) -> None:
+def run_search(desk: TrialQueue, work: Work | None = None) -> None:
     """Run a sweep until it has its trials, is interrupted or is given up; ``desk.search`` holds the outcome.
 
-    The first Ctrl-C lets every run save a checkpoint; the second ends them and raises KeyboardInterrupt.
+    work: does a run; by default trains it. The first Ctrl-C lets every run save a checkpoint; the second ends them and
+    raises KeyboardInterrupt.
     """
     desk.prime()
     if desk.over:  # starting Ray takes seconds
@@ -51,73 +34,13 @@ def run_search(desk: TrialQueue, work: Work = run_attempt) -> None:
                     desk.slots, cluster_slots(desk.settings, max((job.workers for job in known), default=1))
                 )
             if shared:
+                from viladiff.cluster.torch_trainer import run_shared
+
                 run_shared(desk, session.scratch, session.refresh)
             else:
-                _tune(desk, session, work)
+                from viladiff.cluster.sweep_tune import run_trials
+
+                run_trials(desk, session, *([work] if work else []))
     except BaseException:
         desk.store.clean(gone)
         raise
-
-
-class TrialSearcher(QueueSearcher):
-    """Tune's searcher: each run that it suggests is a point of the sweep under one seed."""
-
-    desk: TrialQueue
-
-    def suggest(self, trial_id: str) -> Any:
-        poll_queue(self.desk)
-        job = self.desk.next()
-        if job is not None:
-            return {"run": job.run_id, "job": asdict(job)}
-        return Searcher.FINISHED if self.desk.over else None
-
-
-class RungScheduler(FIFOScheduler):
-    """Tune's scheduler: brings scores to the sweep's pruner and its answers to the runs; it ends nothing itself."""
-
-    def __init__(self, desk: TrialQueue, box: Any) -> None:
-        super().__init__()
-        self.desk, self.box = desk, box
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        if result.get("judge") is not None:
-            run_id, step = trial.config["run"], int(result["judge"])
-            self.box.decide.remote(run_id, step, self.desk.judged(run_id, step, result["miou"]))
-        return TrialScheduler.CONTINUE
-
-    def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the records are the state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing: the records are the state."""
-
-
-def train_trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Work) -> None:
-    """Tune trainable that performs one run and reports its outcome as the last result."""
-    job = PlannedRun(**config["job"])
-    judged = partial(asked, box, tune.report, job.run_id)
-    tune.report(work(job, place, tune.report, judged))
-
-
-def _tune(desk: TrialQueue, session: Session, work: Work) -> None:
-    settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
-    box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-    resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(train_trial, place=place, box=box, work=work), resources),
-        tune_config=tune.TuneConfig(
-            search_alg=TrialSearcher(desk), scheduler=RungScheduler(desk, box), num_samples=-1, reuse_actors=True
-        ),
-        run_config=tune.RunConfig(
-            name="sweep",
-            storage_path=str(session.scratch / "tune"),
-            verbose=0,
-            callbacks=[QueueCallback(desk, place.stop_name, session.refresh)],
-        ),
-    )
-    tuner.fit()

@@ -129,7 +129,7 @@ def export_onnx(model: Model, path: Path) -> float:
                 }
             )
             program.save(path, external_data=False)
-        except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+        except torch.onnx.OnnxExporterError as error:
             raise ValueError(f"{model.network.encoder.__class__.__name__} has no ONNX form: {error}") from error
     sizes = ((1, side * patch, side * patch), (3, 2 * patch, (side + 3) * patch))
     difference = max(onnx_difference(module, path, size) for size in sizes)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from viladiff.methods.base import Method
     from viladiff.runs.config import RunConfig
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Norms whose statistics are those of a worker's share of the batch; other libraries' derive from them."""
+
 
 class TrainingError(ValueError):
     """Training cannot go on; the message says where it stopped and what to change."""
@@ -57,7 +60,7 @@ def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int)
             f"data.crop = {cfg.data.crop}: must be a multiple of the patch of model.encoder = {cfg.model.encoder!r}, "
             f"{patch}; nearest: {fits}"
         )
-    if workers > 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules()):
+    if workers > 1 and any(isinstance(module, BATCH_NORMS) for module in method.modules()):
         raise ValueError(
             f"model.encoder = {cfg.model.encoder!r}: it has BatchNorm, whose statistics would differ between "
             "workers; use runtime.workers = 1, or an encoder with other norms"
