@@ -329,6 +329,22 @@ def test_readme_and_make_name_the_same_targets() -> None:
     assert {"table5", "test"} <= used <= targets
 
 
+def makefile_scripts() -> set[str]:
+    """Scripts that the Makefile runs, those of its loops one by one."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = set(re.findall(r"(?<![\w$/])[a-z]+/\w+\.(?:py|sh)", text))
+    for name, items, body in re.findall(r"for (\w+) in ([\w ]+); do(.*?)done", text, re.DOTALL):
+        for script in re.findall(rf"[a-z]+/\w+\$\${name}\.py", body):
+            found |= {script.replace(f"$${name}", item) for item in items.split()}
+    return found
+
+
+def test_scripts_that_make_runs_exist() -> None:
+    scripts = makefile_scripts()
+    assert {"tune/sweep_lambda.py", "ablations/run_table7.py", "tests/make_records.py"} <= scripts
+    assert sorted(script for script in scripts if not (ROOT / script).is_file()) == []
+
+
 def test_version_is_one() -> None:
     import viladiff
 
