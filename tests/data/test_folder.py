@@ -22,8 +22,9 @@ from viladiff.data import registry
 from viladiff.data.dataset import Dataset
 from viladiff.data.files import contents, images
 from viladiff.data.files.images import PaletteEncoding, image_size, label_counts, read_image, read_mask
+from viladiff.data.files.run_checks import check_files
 from viladiff.data.files.split_lists import Lists
-from viladiff.data.files.validate import check_files, validate_dataset
+from viladiff.data.files.validate import validate_dataset
 from viladiff.data.splits import VISIBLE, resample
 from viladiff.runs.config import RunConfig, override, run_id
 from viladiff.text.embedding_bank import load_text

@@ -258,7 +258,7 @@ def test_a_validation_list_that_exists_is_kept(photo_folder: Make) -> None:
 @pytest.mark.parametrize(
     ("labelled", "val", "message"),
     [
-        (13, 4, "16 images have a mask that can be dealt, but 13 labelled and 4 validation images are asked for"),
+        (13, 4, "16 images have a valid mask, but 13 labelled and 4 validation images are asked for"),
         (0, 4, "labelled"),
         (None, 16, "16 images have a mask"),
         (4, 0, r"--val 0: must be a share between 0 and 1, or a whole number"),
@@ -275,7 +275,7 @@ def test_numbers_that_cannot_be_dealt(photo_folder: Make, labelled: int | None, 
 def test_one_image_cannot_be_dealt(photo_folder: Make) -> None:
     root = photo_folder(2, unlabelled_masks=True)
     (root / "images" / "flower_0001.jpg").unlink()
-    with pytest.raises(ValueError, match="1 images have a mask that can be dealt, but 1 labelled and 1 validation"):
+    with pytest.raises(ValueError, match="1 images have a valid mask, but 1 labelled and 1 validation"):
         dealt(root, None, None)
 
 

@@ -124,13 +124,7 @@ def cluster(
     A killed driver's Ray and scratch directory are removed too. ``gone`` receives the processes that were ended with
     it.
     """
-    for name, value in (QUIET if settings.dashboard else QUIET | NO_DASHBOARD).items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", module="ray")
-    import ray
-
-    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _silence_ray(settings)
     scratch = _scratch()
     reaper = Reaper(scratch)
     others = set(descendants(os.getpid()))
@@ -165,15 +159,33 @@ def cluster(
                 session.refresh()
                 yield session
             finally:
-                left = {pid: start(pid) for pid in ours()}
-                ray.shutdown()
-                _end_all(left)
+                ended = _shut_down(ours())
                 if gone is not None:
-                    gone += left
+                    gone += ended
     finally:
         worker.print_to_stdstream = printer
         _remove(scratch)
         reaper.dismiss()
+
+
+def _silence_ray(settings: ExecutionSettings) -> None:
+    """Load Ray with its variables of the environment set and its messages off."""
+    for name, value in (QUIET if settings.dashboard else QUIET | NO_DASHBOARD).items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module="ray")
+    import_module("ray")
+    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _shut_down(pids: Sequence[int]) -> list[int]:
+    """Leave or stop Ray and end those of its processes that remain; return ``pids``."""
+    import ray
+
+    left = {pid: start(pid) for pid in pids}
+    ray.shutdown()
+    _end_all(left)
+    return list(left)
 
 
 def _options(settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun], scratch: Path) -> dict[str, Any]:
