@@ -40,8 +40,7 @@ records: setup ## make the tests' records anew, after a revision or a default ha
 	$(one_thread) $(bin)/python tests/make_records.py
 
 published: setup ## continue the campaigns behind the committed reports and render these again (hours)
-	$(one_thread) $(bin)/python scripts/core_curves.py
-	@for sweep in reading_semibaseline reading_unimatch reading_semivl reading_semibaseline_tags reading_fixmatch_tags reading; do \
+	@for sweep in semibaseline unimatch semivl semibaseline_tags fixmatch_tags viladiff; do \
 		echo "== sweep_$$sweep"; $(bin)/python tune/sweep_$$sweep.py --scale digits --publish || exit 1; done
 	@echo "== table5, 1/8 (183)"; $(bin)/python ablations/run_table5.py --scale digits --columns "1/8 (183)" && \
 		$(bin)/python ablations/run_table5.py --scale digits --publish --render

@@ -35,10 +35,10 @@ HELD_OUT = {"data.holdout": 0.25, "eval.split": "holdout"}
 
 def wanted() -> dict[str, dict[str, object]]:
     """Fields by the name of the record's file."""
-    core = [(m, s, seed) for m in ("supervised", "semibaseline", "viladiff") for s in ("92", "183") for seed in (0, 1)]
+    three = [(m, s, seed) for m in ("supervised", "semibaseline", "viladiff") for s in ("92", "183") for seed in (0, 1)]
     found: dict[str, dict[str, object]] = {
         f"{method}-{split}-{seed}": {"method.name": method, "data.split": split, "seed": seed}
-        for method, split, seed in [*core, ("supervised", "1464", 2), ("fixmatch", "183", 0), ("unimatch", "183", 0)]
+        for method, split, seed in [*three, ("supervised", "1464", 2), ("fixmatch", "183", 0), ("unimatch", "183", 0)]
     }
     two_streams = {"method.name": "viladiff", "data.split": "183"}
     found["viladiff-183-0-no-mixe"] = {**two_streams, "method.mixe.enabled": False}
@@ -54,10 +54,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runtime = {"runtime.runs_dir": f"{folder}/runs", "runtime.threads": 1, "runtime.progress": False}
         made = Path(folder) / "made"
-        (made / "core" / "records").mkdir(parents=True)
+        (made / "short" / "records").mkdir(parents=True)
         for name, fields in wanted().items():
             record = fit(override(RunConfig(), {**TINY, **fields, **runtime})).record
-            save_record(strip_local_paths(record), made / "core" / "records" / f"{name}.json")
+            save_record(strip_local_paths(record), made / "short" / "records" / f"{name}.json")
             print(name, record.run_id, flush=True)
         write_atomically(made / "failure.json", failed(runtime).model_dump_json(indent=1).encode())
         shutil.rmtree(RECORDS, ignore_errors=True)

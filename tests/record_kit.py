@@ -12,13 +12,13 @@ from viladiff.runs.run_name import Content, run_name
 
 LAYER = Path(__file__).resolve().parent / "records"
 """A layer of a store."""
-CORE = LAYER / "core" / "records"
+SHORT_RUNS = LAYER / "short" / "records"
 _CHANGED: dict[str, dict[str, Any]] = {}
 
 
 def made(name: str) -> RunRecord:
     """``made("viladiff-183-0")``: of a run of a few steps."""
-    return load_record(CORE / f"{name}.json")
+    return load_record(SHORT_RUNS / f"{name}.json")
 
 
 def name_of(**changed: Any) -> str:

@@ -195,7 +195,6 @@ MANY_ARGUMENTS = {
     "models/mixe/denoiser.py:refine": EQUATION,
     "report/table/exports.py:to_markdown": "the parts of a page, each optional",
     "report/table/table_page.py:render_table": "the parts of a page, each optional",
-    "report/table/table_page.py:table_html": "the parts of a page, each optional",
     "sweeps/controller.py:SweepController.__init__": INPUTS,
     "sweeps/optuna_study.py:OptunaStudy.__init__": INPUTS,
     "sweeps/trial_queue.py:TrialQueue.__init__": INPUTS,
@@ -215,8 +214,25 @@ def functions(path: Path) -> list[tuple[str, ast.FunctionDef]]:
     return found
 
 
+PACKAGE = [path for path in SOURCES if path.is_relative_to(ROOT / "viladiff")]
+
+
+def test_functions_have_at_most_fifty_lines() -> None:
+    lengths = {
+        f"{said(path)}:{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in PACKAGE
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 50} == {}, "signature and docstring count"
+
+
+def test_modules_have_at_most_four_hundred_lines() -> None:
+    lengths = {said(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
 def test_functions_have_at_most_six_arguments() -> None:
-    package = [path for path in SOURCES if path.is_relative_to(ROOT / "viladiff")]
     counts = {
         f"{path.relative_to(ROOT / 'viladiff').as_posix()}:{name}": len(
             [
@@ -225,7 +241,7 @@ def test_functions_have_at_most_six_arguments() -> None:
                 if a.arg not in ("self", "cls")
             ]
         )
-        for path in package
+        for path in PACKAGE
         for name, node in functions(path)
     }
     many = {name for name, count in counts.items() if count > 6}
@@ -327,6 +343,22 @@ def test_readme_and_make_name_the_same_targets() -> None:
     assert {"setup", "table5", "test", "lint", "bench", "published", "help"} <= targets
     used = set(re.findall(r"(?:^|`)make ([a-z0-9]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
     assert {"table5", "test"} <= used <= targets
+
+
+def makefile_scripts() -> set[str]:
+    """Scripts that the Makefile runs, those of its loops one by one."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = set(re.findall(r"(?<![\w$/])[a-z]+/\w+\.(?:py|sh)", text))
+    for name, items, body in re.findall(r"for (\w+) in ([\w ]+); do(.*?)done", text, re.DOTALL):
+        for script in re.findall(rf"[a-z]+/\w+\$\${name}\.py", body):
+            found |= {script.replace(f"$${name}", item) for item in items.split()}
+    return found
+
+
+def test_scripts_that_make_runs_exist() -> None:
+    scripts = makefile_scripts()
+    assert {"tune/sweep_lambda.py", "ablations/run_table7.py", "tests/make_records.py"} <= scripts
+    assert sorted(script for script in scripts if not (ROOT / script).is_file()) == []
 
 
 def test_version_is_one() -> None:

@@ -81,6 +81,36 @@ def test_every_function_and_field_that_a_page_names_exists(page: Path) -> None:
     assert sorted(fields(text) - every_field() - set(modules())) == []
 
 
+PACKAGES = sorted({path.parent.name for path in (ROOT / "viladiff").glob("*/__init__.py")} | {"losses"})
+DOTTED = rf"`(?:viladiff\.)?((?:{'|'.join(PACKAGES)})(?!\.(?:py|yaml|json)`)(?:\.\w+)+)(?:\(\))?`"
+
+
+def is_defined(dotted: str) -> bool:
+    """Whether ``runs.store`` is a module or folder, or ``runs.store.Store`` a name that a module defines."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        place = (ROOT / "viladiff").joinpath(*parts[:length])
+        if place.is_dir():
+            return length == len(parts)
+        if place.with_suffix(".py").is_file():
+            tree = ast.parse(place.with_suffix(".py").read_text(encoding="utf-8"))
+            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+            names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            return set(parts[length:]) <= names
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_that_a_page_names_exists(page: Path) -> None:
+    named = set(re.findall(DOTTED, page.read_text(encoding="utf-8")))
+    assert sorted(name for name in named - every_field() if not is_defined(name)) == []
+
+
+def test_the_test_of_names_can_fail() -> None:
+    assert is_defined("runs.store") and is_defined("runs.store.Store") and is_defined("data.files")
+    assert not is_defined("runs.stores") and not is_defined("runs.store.Shop")
+
+
 def test_notes_name_enough_to_be_worth_checking() -> None:
     assert len(functions(NOTES)) > 50 and len(rows()) > 50
     named = set(re.findall(r"Eqs?\. (\d+)", NOTES)) | {"9", "11"}

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from record_kit import CORE, LAYER, bound, made
+from record_kit import LAYER, SHORT_RUNS, bound, made
 
 from viladiff.cli import main
 from viladiff.core.source_digest import plan_stem
@@ -38,7 +38,7 @@ BEGUN, FAILED = "00000000000000aa", "00000000000000bb"
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store ``runs`` in the working directory with two finished, a begun and a failed run, and a published one."""
     monkeypatch.chdir(tmp_path)
-    layer = tmp_path / "reports" / "published" / "core" / "records"
+    layer = tmp_path / "reports" / "published" / "table5" / "records"
     layer.mkdir(parents=True)
     save_record(THREE, layer / "any.json")
     store = Store(tmp_path / "runs")
@@ -307,7 +307,7 @@ def test_a_record_that_contradicts_itself_is_refused(home: Store, runs: Runs, ki
 
 def test_records_of_this_checkout_match_their_names(runs: Runs) -> None:
     text = runs("verify", "--runs-dir", "nowhere", "--published", str(LAYER))
-    count = len(list(CORE.glob("*.json")))
+    count = len(list(SHORT_RUNS.glob("*.json")))
     assert text.count("configuration matches name") == count and "stale" not in text, "make records"
 
 

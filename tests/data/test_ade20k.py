@@ -16,7 +16,8 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.images import FileMasks
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check_files, validate_dataset
+from viladiff.data.files.run_checks import check_files
+from viladiff.data.files.validate import validate_dataset
 from viladiff.data.sources import ade20k
 from viladiff.runs.config import RunConfig, override
 

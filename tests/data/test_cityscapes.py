@@ -16,7 +16,8 @@ from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorker
 from viladiff.data.files import known_splits, make_split
 from viladiff.data.files.images import FileMasks, image_size
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check_files, inspect_images, validate_dataset
+from viladiff.data.files.run_checks import check_files
+from viladiff.data.files.validate import inspect_images, validate_dataset
 from viladiff.data.sources import cityscapes
 from viladiff.data.sources.detect import open_tree
 from viladiff.runs.config import RunConfig, override

@@ -22,7 +22,8 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.files import known_splits
 from viladiff.data.files.images import read_mask
 from viladiff.data.files.known_splits import Published, list_hash
-from viladiff.data.files.validate import check_files, validate_dataset
+from viladiff.data.files.run_checks import check_files
+from viladiff.data.files.validate import validate_dataset
 from viladiff.data.sources import coco_masks
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES
 from viladiff.data.sources.coco_masks import MANIFEST, Made, Region, Task, make_masks, paint, read_instances

@@ -24,7 +24,7 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.files import file_cache
 from viladiff.data.files.file_cache import NAME, Contents
 from viladiff.data.files.images import read_mask
-from viladiff.data.files.validate import check_files
+from viladiff.data.files.run_checks import check_files
 from viladiff.inference.load import preview_run
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.lease import acquire_or_raise

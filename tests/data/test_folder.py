@@ -20,10 +20,11 @@ from PIL import Image, ImageOps
 from viladiff.cli import main
 from viladiff.data import registry
 from viladiff.data.dataset import Dataset
-from viladiff.data.files import contents, images
+from viladiff.data.files import file_cache, images
 from viladiff.data.files.images import PaletteEncoding, image_size, label_counts, read_image, read_mask
+from viladiff.data.files.run_checks import check_files
 from viladiff.data.files.split_lists import Lists
-from viladiff.data.files.validate import check_files, validate_dataset
+from viladiff.data.files.validate import validate_dataset
 from viladiff.data.splits import VISIBLE, resample
 from viladiff.runs.config import RunConfig, override, run_id
 from viladiff.text.embedding_bank import load_text
@@ -347,7 +348,7 @@ def test_a_draw_opens_masks_of_the_pool_alone(photo_folder: Make, monkeypatch: p
         opened.add(path.stem)
         return read_mask(path, *rest)
 
-    monkeypatch.setattr(contents, "read_mask", spy)
+    monkeypatch.setattr(file_cache, "read_mask", spy)
     data = load(root, split_seed=2)
     assert data.files is not None and data.val_files is not None
     pool, names = set(data.files.ids), [data.files.ids[i] for i in data.labelled]

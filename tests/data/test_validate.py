@@ -194,14 +194,14 @@ def test_the_commands(photo_folder: Make, tmp_path: Path, capsys: pytest.Capture
 # Lists
 
 
-def dealt(root: Path, labelled: int | None = 6, val: float | None = 4, seed: int = 0) -> make_split.NewSplit:
+def make_lists(root: Path, labelled: int | None = 6, val: float | None = 4, seed: int = 0) -> make_split.NewSplit:
     tree, classes = open_tree(root)
     return make_split.make_split(root, inspect_images(tree, classes, 1), labelled, val, seed)
 
 
 def test_lists_are_seeded_disjoint_and_cover_every_class(photo_folder: Make) -> None:
     root = photo_folder(48, unlabelled_masks=True, sizes=(90, 200))
-    found = [dealt(root, 8, 8, seed) for seed in (0, 0, 1)]
+    found = [make_lists(root, 8, 8, seed) for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
     for one in found:
         parts = [set(part) for part in one.lists]
@@ -241,7 +241,7 @@ def test_what_cannot_be_labelled_is_left_unlabelled(photo_folder: Make, photogra
     photographs.save_mask(root / "masks" / "flower_0001.png", np.full((9, 9), 1, np.uint8))
     path = root / "masks" / "grace_0002.png"
     photographs.save_mask(path, np.full_like(read_mask(path, 6), 255))
-    found = dealt(root, None, 0.2)
+    found = make_lists(root, None, 0.2)
     assert set(found.lists.unlabelled) == {"china_0000", "flower_0001", "grace_0002"}
     assert (len(found.lists.labelled), len(found.lists.val)) == (10, 3)
 
@@ -249,34 +249,34 @@ def test_what_cannot_be_labelled_is_left_unlabelled(photo_folder: Make, photogra
 def test_a_validation_list_that_exists_is_kept(photo_folder: Make) -> None:
     root = photo_folder(16, unlabelled_masks=True)
     shutil.move(root / "splits" / "labelled" / "val.txt", root / "splits" / "val.txt")
-    kept = dealt(root, 4, None)
+    kept = make_lists(root, 4, None)
     assert kept.lists.val == tuple((root / "splits" / "val.txt").read_text().split())
     assert kept.kept_val is not None and not {*kept.lists.labelled} & {*kept.lists.val}
-    assert dealt(root, 4, 4).kept_val is None
+    assert make_lists(root, 4, 4).kept_val is None
 
 
 @pytest.mark.parametrize(
     ("labelled", "val", "message"),
     [
-        (13, 4, "16 images have a mask that can be dealt, but 13 labelled and 4 validation images are asked for"),
+        (13, 4, "16 images have a valid mask, but 13 labelled and 4 validation images are asked for"),
         (0, 4, "labelled"),
-        (None, 16, "16 images have a mask"),
+        (None, 16, "16 images have a valid mask"),
         (4, 0, r"--val 0: must be a share between 0 and 1, or a whole number"),
         (4, 2.5, r"--val 2\.5: must be a share"),
         (4, -1, r"--val -1: must be a share"),
     ],
 )
-def test_numbers_that_cannot_be_dealt(photo_folder: Make, labelled: int | None, val: float, message: str) -> None:
+def test_impossible_numbers_are_refused(photo_folder: Make, labelled: int | None, val: float, message: str) -> None:
     root = photo_folder(16, unlabelled_masks=True)
     with pytest.raises(ValueError, match=message):
-        dealt(root, labelled, val)
+        make_lists(root, labelled, val)
 
 
-def test_one_image_cannot_be_dealt(photo_folder: Make) -> None:
+def test_one_image_cannot_be_split(photo_folder: Make) -> None:
     root = photo_folder(2, unlabelled_masks=True)
     (root / "images" / "flower_0001.jpg").unlink()
-    with pytest.raises(ValueError, match="1 images have a mask that can be dealt, but 1 labelled and 1 validation"):
-        dealt(root, None, None)
+    with pytest.raises(ValueError, match="1 images have a valid mask, but 1 labelled and 1 validation"):
+        make_lists(root, None, None)
 
 
 @pytest.mark.parametrize("name", [" a", "a\nb", "a\tb", os.fsdecode(b"a\xff"), "images/a"])
@@ -292,7 +292,7 @@ def test_names_that_no_list_can_hold(photo_folder: Make, capsys: pytest.CaptureF
 
 def test_lists_are_written_whole_or_not_at_all(photo_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     root = photo_folder(16, unlabelled_masks=True)
-    lists = dealt(root).lists
+    lists = make_lists(root).lists
     before = sorted(path.name for path in (root / "splits").iterdir())
     with pytest.raises(ValueError, match="labelled: exists already; choose another --name"):
         make_split.write_lists(root, "labelled", lists)

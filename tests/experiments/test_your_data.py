@@ -135,7 +135,7 @@ def test_every_method_goes_from_photographs_to_a_model_folder(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Checked, dealt, trained on, scored, labelled, exported; what the folder predicts is what the run scored."""
+    """Checked, split, trained on, scored, labelled, exported; what the folder predicts is what the run scored."""
     root, voc = photo_folder(images, layout, unlabelled_masks=True, sizes=(50, 160)), layout == "voc"
     pictures, masks = ((root / one) for one in (("JPEGImages", "SegmentationClass") if voc else ("images", "masks")))
     assert len({image_size(path) for path in pictures.iterdir()}) > images * 0.9

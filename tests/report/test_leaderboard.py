@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from make_records import TINY
-from record_kit import CORE, name_of, told
+from record_kit import SHORT_RUNS, name_of, told
 
-from viladiff.report.charts import figures, scatter, themes
+from viladiff.report.charts import cost_scatter, figures, themes
 from viladiff.report.sections import leaderboard, learning_rates, ranking
 from viladiff.report.sections.leaderboard import TimedStep, read_costs
 from viladiff.report.table.results import Results, collect_results, summary
@@ -69,7 +69,7 @@ def test_cells_are_the_runs_of_the_tables_and_of_records() -> None:
         0,
         {fields(one): one for one in (override(cfg, {**TINY, "data.split_seed": None}) for cfg in mine.values())},
     )
-    for path in CORE.glob("*.json"):
+    for path in SHORT_RUNS.glob("*.json"):
         record = load_record(path)
         changes = {k: v for k, v in record.changed.items() if not k.startswith("runtime.")}
         text = fields(override(RunConfig(), {**changes, "seed": record.config["seed"]}))
@@ -250,11 +250,11 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(autouse=True)
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[scatter.Chart]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[cost_scatter.Chart]:
     """Charts that were asked for; matplotlib takes seconds."""
-    charts: list[scatter.Chart] = []
+    charts: list[cost_scatter.Chart] = []
 
-    def save(chart: scatter.Chart, folder: Path, name: str) -> dict[str, Path]:
+    def save(chart: cost_scatter.Chart, folder: Path, name: str) -> dict[str, Path]:
         charts.append(chart)
         folder.mkdir(parents=True, exist_ok=True)
         paths = {theme: folder / f"{name}-{theme}.svg" for theme in themes.THEMES}
@@ -263,7 +263,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[scatter.Chart]:
         return paths
 
     monkeypatch.setattr(figures, "save_figures", lambda *_: [])
-    monkeypatch.setattr(scatter, "save_scatter", save)
+    monkeypatch.setattr(cost_scatter, "save_scatter", save)
     return charts
 
 
@@ -273,7 +273,7 @@ def render(plan: Plan, store: Store, out: Path) -> tuple[Page, str]:
     return Page(index.read_text(encoding="utf-8")), (out / "table.md").read_text(encoding="utf-8")
 
 
-def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, drawn: list[scatter.Chart]) -> None:
+def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, drawn: list[cost_scatter.Chart]) -> None:
     plan, store = studied(tmp_path)
     steps_file(tmp_path / "published" / "leaderboard" / "steps.json")
     page, markdown = render(plan, store, tmp_path / "out")
@@ -490,11 +490,13 @@ def test_every_point_has_its_number_and_its_name_in_the_list_beneath() -> None:
     draw = random.Random(4)
     labels = [f"A method of name {'n' * (i % 9)} {i}" for i in range(23)]
     points = tuple(
-        scatter.Point(1 + i % 5 * 0.7, 45 + 3 * draw.random(), 0.4 if i % 4 else None, str(i + 1), label, i % 7, i > 18)
+        cost_scatter.Point(
+            1 + i % 5 * 0.7, 45 + 3 * draw.random(), 0.4 if i % 4 else None, str(i + 1), label, i % 7, i > 18
+        )
         for i, label in enumerate(labels)
     )
-    chart = scatter.Chart("183 labels", "cost", "mIoU", points, tuple(f"Family {i}" for i in range(7)))
-    figure = scatter.draw(chart)
+    chart = cost_scatter.Chart("183 labels", "cost", "mIoU", points, tuple(f"Family {i}" for i in range(7)))
+    figure = cost_scatter.draw(chart)
     (axes,), renderer = figure.axes, figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.draw_without_rendering()
     shown = [number for text in axes.texts for number in text.get_text().split(", ")]
@@ -519,17 +521,17 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> bool:
 
 def test_a_picture_is_drawn_again_only_for_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    chart = scatter.Chart("t", "x", "y", (scatter.Point(1.0, 2.0, None, "1", "costs $1", 0),), ("f",))
-    paths = scatter.save_scatter(chart, tmp_path, "cost-1")
+    chart = cost_scatter.Chart("t", "x", "y", (cost_scatter.Point(1.0, 2.0, None, "1", "costs $1", 0),), ("f",))
+    paths = cost_scatter.save_scatter(chart, tmp_path, "cost-1")
     assert {path.name for path in paths.values()} == {"cost-1-light.svg", "cost-1-dark.svg"}
     texts = {theme: path.read_text() for theme, path in paths.items()}
     assert all(colour in texts[theme] for theme, look in themes.THEMES.items() for colour in look.values())
     assert not any(colour in texts["dark"] for colour in themes.THEMES["light"].values())
     assert "costs $1" in texts["light"]
-    monkeypatch.setattr(scatter, "draw", lambda *_: pytest.fail("drawn again"))
-    scatter.save_scatter(chart, tmp_path, "cost-1")
+    monkeypatch.setattr(cost_scatter, "draw", lambda *_: pytest.fail("drawn again"))
+    cost_scatter.save_scatter(chart, tmp_path, "cost-1")
     with pytest.raises(pytest.fail.Exception):
-        scatter.save_scatter(chart._replace(title="other"), tmp_path, "cost-1")
+        cost_scatter.save_scatter(chart._replace(title="other"), tmp_path, "cost-1")
 
 
 def test_the_page_loads_neither_torch_nor_matplotlib() -> None:
@@ -538,10 +540,10 @@ def test_the_page_loads_neither_torch_nor_matplotlib() -> None:
 
 
 def test_a_collapse_stands_below_the_others_with_its_number() -> None:
-    near = [scatter.Point(1.0, 45.0 + i, 0.5, str(i), str(i), 0) for i in range(6)]
-    far = scatter.Point(2.0, 6.0, 0.3, "7", "lost", 0)
-    shown = scatter.brought_in([*near, far])
+    near = [cost_scatter.Point(1.0, 45.0 + i, 0.5, str(i), str(i), 0) for i in range(6)]
+    far = cost_scatter.Point(2.0, 6.0, 0.3, "7", "lost", 0)
+    shown = cost_scatter.brought_in([*near, far])
     assert shown[:6] == tuple(near) and shown[6].label == "lost ↓ 6.0" and shown[6].spread is None
     assert 43 < shown[6].y < 44.5 and shown[6].x == 2.0
-    assert scatter.brought_in([*near[:4], far]) == (*near[:4], far), "of five, nobody says which is far"
-    assert scatter.brought_in([*near, far._replace(y=40.0)])[6].y == 40.0
+    assert cost_scatter.brought_in([*near[:4], far]) == (*near[:4], far), "of five, nobody says which is far"
+    assert cost_scatter.brought_in([*near, far._replace(y=40.0)])[6].y == 40.0

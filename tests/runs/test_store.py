@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from record_kit import CORE, LAYER, bound, made
+from record_kit import LAYER, SHORT_RUNS, bound, made
 
 from viladiff.core import atomic
 from viladiff.runs import lease as leases
@@ -216,7 +216,7 @@ def test_store_and_layers_answer_together(tmp_path: Path, said: list[str]) -> No
 
 def test_records_of_this_checkout_load(said: list[str]) -> None:
     found = Store(Path("/nonexistent/runs"), [LAYER], said.append).records()
-    assert len(found) == len(list(CORE.glob("*.json"))) >= 20 and found[RUN] == EXAMPLE and not said
+    assert len(found) == len(list(SHORT_RUNS.glob("*.json"))) >= 20 and found[RUN] == EXAMPLE and not said
     published = ROOT / "reports" / "published"
     files = len(list(published.glob("**/records/*.json")))
     assert len(Store(Path("/nonexistent/runs"), [published], said.append).records()) == files and not said

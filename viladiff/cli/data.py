@@ -71,7 +71,7 @@ def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     masks.set_defaults(run=_coco_masks)
 
     render = actions.add_parser("render", help="render an embedded data set into the cache, or verify it")
-    render.add_argument("names", nargs="+", choices=("digits", "dense"), metavar="NAME", help="digits or dense")
+    render.add_argument("names", nargs="+", metavar="NAME", help="name of the data set, such as digits or dense")
     render.set_defaults(run=_render)
 
 
@@ -130,12 +130,12 @@ def _split(args: argparse.Namespace) -> int:
     tree, classes = open_tree(args.root, reduce_zero_label=not args.shifted)
     with _bar("reading masks", args.quiet) as advance:
         seen = inspect_images(tree, classes, args.processes, advance)
-    dealt = make_split(args.root, seen, args.labelled, args.val, args.seed)
-    directory = write_lists(args.root, args.name, dealt.lists)
-    labelled, unlabelled, val = map(len, dealt.lists)
-    kept = f", the list of {dealt.kept_val}" if dealt.kept_val else ""
+    found = make_split(args.root, seen, args.labelled, args.val, args.seed)
+    directory = write_lists(args.root, args.name, found.lists)
+    labelled, unlabelled, val = map(len, found.lists)
+    kept = f", the list of {found.kept_val}" if found.kept_val else ""
     print(f"{directory}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images{kept}")
-    for name, missing in dealt.uncovered.items():
+    for name, missing in found.uncovered.items():
         print(f"warning: no {name} image shows {', '.join(missing)}; increase --labelled or --val, or change --seed")
     return 0
 
@@ -153,10 +153,17 @@ def _coco_masks(args: argparse.Namespace) -> int:
 
 
 def _render(args: argparse.Namespace) -> int:
-    from viladiff.data.sources.digits import open_pixels
+    from viladiff.config.base import did_you_mean
+    from viladiff.data.sources import DATASETS
+    from viladiff.data.sources.base import EmbeddedSource
 
+    sources = {name: source for name, source in DATASETS.items() if isinstance(source, EmbeddedSource)}
     for name in args.names:
-        arrays = open_pixels(name).arrays
+        if name not in sources:
+            allowed = f"allowed: {', '.join(sources)}{did_you_mean(name, sources)}"
+            raise ValueError(f"{name}: is no data set that is rendered; {allowed}")
+    for name in args.names:
+        arrays = sources[name].pixels().arrays
         print(f"{name}: " + ", ".join(f"{part} {array.shape}" for part, array in sorted(arrays.items())))
     return 0
 

@@ -77,20 +77,7 @@ def command_parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"viladiff {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train one run", epilog=TRAIN_EXAMPLES, formatter_class=raw)
-    _add_fields(train)
-    train.add_argument("--runs-dir", metavar="DIR", help="directory of runs (runtime.runs_dir)")
-    train.add_argument(
-        "--captions", metavar="FILE", help="captions to use instead of the data set's own (runtime.captions)"
-    )
-    train.add_argument("--dry-run", action="store_true", help="print the planned run and its directory, and exit")
-    again = train.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="resume from the last checkpoint (default)")
-    again.add_argument("--restart", action="store_true", help="train from scratch, even if the run is finished")
-    _add_runtime(train)
-    train.add_argument("--workers", metavar="N", help="processes that share each batch (runtime.workers)")
-    train.set_defaults(run=_train)
-
+    _add_train(commands)
     _add_uses(commands)
 
     config = commands.add_parser("config", help="list fields with type, value and meaning", formatter_class=raw)
@@ -125,6 +112,23 @@ def command_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--cluster", metavar="FILE", help="check a cluster file of `ray up` instead")
     doctor.set_defaults(run=_doctor)
     return top
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    train = commands.add_parser("train", help="train one run", epilog=TRAIN_EXAMPLES, formatter_class=raw)
+    _add_fields(train)
+    train.add_argument("--runs-dir", metavar="DIR", help="directory of runs (runtime.runs_dir)")
+    train.add_argument(
+        "--captions", metavar="FILE", help="captions to use instead of the data set's own (runtime.captions)"
+    )
+    train.add_argument("--dry-run", action="store_true", help="print the planned run and its directory, and exit")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="resume from the last checkpoint (default)")
+    again.add_argument("--restart", action="store_true", help="train from scratch, even if the run is finished")
+    _add_runtime(train)
+    train.add_argument("--workers", metavar="N", help="processes that share each batch (runtime.workers)")
+    train.set_defaults(run=_train)
 
 
 def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

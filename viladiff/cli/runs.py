@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,20 +36,7 @@ def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     text = "list, show, compare, verify, export and clean up runs"
     runs = commands.add_parser("runs", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
     actions = runs.add_subparsers(title="actions", required=True, metavar="ACTION")
-
-    def action(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(
-            name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=raw
-        )
-        made.add_argument("--runs-dir", metavar="DIR", default="runs", help="directory of runs (default: runs)")
-        made.add_argument(
-            "--published",
-            metavar="DIR",
-            default="reports/published",
-            help="directory of published runs, read-only (default: reports/published)",
-        )
-        return made
-
+    action = partial(_add_action, actions)
     which = "run name, unique prefix, or field=value"
     listing = action(
         "list", "list runs, one per line", "viladiff runs list method.name=viladiff data.split=183 --sort miou"
@@ -87,6 +75,22 @@ def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     load = action("import", "verify and unpack an archive of runs", "viladiff runs import mine.tar.gz")
     load.add_argument("file", metavar="FILE.tar.gz", help="archive written by export")
     load.set_defaults(run=_import)
+
+
+def _add_action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    """Add an action with the options that all have: the directories of runs."""
+    raw = argparse.RawDescriptionHelpFormatter
+    made = actions.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=raw)
+    made.add_argument("--runs-dir", metavar="DIR", default="runs", help="directory of runs (default: runs)")
+    made.add_argument(
+        "--published",
+        metavar="DIR",
+        default="reports/published",
+        help="directory of published runs, read-only (default: reports/published)",
+    )
+    return made
 
 
 def _store(args: argparse.Namespace, repair: bool = False) -> Store:

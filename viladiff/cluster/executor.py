@@ -98,9 +98,7 @@ def cluster(
     A killed driver's Ray and scratch directory are removed too. ``gone`` receives the processes that were ended with
     it.
     """
-    ray = load_ray(local=settings.address is None)
-    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _silence_ray(settings)
     scratch = _scratch()
     reaper = Reaper(scratch)
     others = set(descendants(os.getpid()))
@@ -127,14 +125,29 @@ def cluster(
                 session.refresh()
                 yield session
             finally:
-                left = {pid: start(pid) for pid in ours()}
-                ray.shutdown()
-                _end_all(left)
+                ended = _shut_down(ours())
                 if gone is not None:
-                    gone += left
+                    gone += ended
     finally:
         _remove(scratch)
         reaper.dismiss()
+
+
+def _silence_ray(settings: ExecutionSettings) -> None:
+    """Load Ray with its messages off."""
+    load_ray(local=settings.address is None)
+    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _shut_down(pids: Sequence[int]) -> list[int]:
+    """Leave or stop Ray and end those of its processes that remain; return ``pids``."""
+    import ray
+
+    left = {pid: start(pid) for pid in pids}
+    ray.shutdown()
+    _end_all(left)
+    return list(left)
 
 
 def _options(settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun], scratch: Path) -> dict[str, Any]:

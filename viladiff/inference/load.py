@@ -13,7 +13,7 @@ import torch.distributed as dist
 from viladiff.config.base import INTEGER, unflatten
 from viladiff.core.atomic import write_atomically
 from viladiff.core.distributed import tf32
-from viladiff.data.files.validate import check_files
+from viladiff.data.files.run_checks import check_files
 from viladiff.evaluation.pixel_counts import to_scores
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS

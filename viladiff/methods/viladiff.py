@@ -174,22 +174,19 @@ class ViLaDiff(MixeTeacher):
         terms = {"sup": loss_sup, "pseudo": loss_pseudo, "coverage": coverage}
 
         if cfg.vila.enabled:
-            student = {
-                name: StreamOutput(*(x[labelled:] for x in stream)) for name, stream in student_out.streams.items()
-            }
             gate = self._gate({name: x[labelled:] for name, x in maps.items()}, (confident * valid) > 0)
-            distilled = self._distil(teacher_out.weak.streams, student, gate, valid, mix)
+            distilled = self._distil(teacher_out.weak.streams, student_out.streams, gate, valid, mix)
             total = total + sum(distilled.terms.values())
             terms |= distilled.terms | {"gate": gate.mean()}
             parts |= distilled.parts
         if self.denoiser is not None:
             teacher_logits = self._unlabelled_start(teacher_out, teacher_logits, mix)
             diffusion = self._diffuse(batch, step, student_out, teacher_out, teacher_logits, unrefined, valid)
-            ce, edge, noise = cfg.mixe.loss_weights
-            total = total + ce * diffusion["mixe_ce"] + edge * diffusion["mixe_edge"] + noise * diffusion["mixe_noise"]
+            names = ("mixe_ce", "mixe_edge", "mixe_noise")
+            weighted = {name: w * diffusion[name] for name, w in zip(names, cfg.mixe.loss_weights, strict=True)}
+            total = total + weighted["mixe_ce"] + weighted["mixe_edge"] + weighted["mixe_noise"]
             terms |= diffusion
-            weighted = zip(("mixe_ce", "mixe_edge", "mixe_noise"), cfg.mixe.loss_weights, strict=True)
-            parts |= {name: weight * diffusion[name] for name, weight in weighted}
+            parts |= weighted
         return Losses(total, {name: value.detach() for name, value in terms.items()}, parts)
 
     @torch.no_grad()
@@ -244,11 +241,15 @@ class ViLaDiff(MixeTeacher):
         valid: Tensor,
         mix: CutMix | None,
     ) -> Distilled:
-        """Return Eq. 12; teacher maps are mixed with the boxes of the strong view."""
+        """Return Eq. 12 on the unlabelled images, which are the last ones of ``student``.
+
+        Teacher maps are mixed with the boxes of the strong view.
+        """
         cfg, patch, stride = self.cfg.vila, self.student.patch, self.student.decoder.stride
         h, w = valid.shape[-2] // patch, valid.shape[-1] // patch
         cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)
         pixels = F.avg_pool2d(valid.float()[:, None], stride)[:, 0] > 0.5
+        student = {name: StreamOutput(*(x[len(x) - len(valid) :] for x in stream)) for name, stream in student.items()}
         if mix is not None:
             teacher = {name: cutmix_stream(stream, mix, h, w, patch, stride) for name, stream in teacher.items()}
         return distil(cfg, teacher, student, gate, cells, pixels)

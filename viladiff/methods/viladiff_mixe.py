@@ -164,6 +164,36 @@ class MixeTeacher(MeanTeacher):
         cfg = self.cfg.mixe
         return confidence_threshold(progress, cfg.tau_end, cfg.tau_ramp, start=cfg.tau_start, shape=cfg.tau_shape)
 
+    def _training_condition(self, outputs: list[NetworkOutput], keys: list[str], step: Step) -> list[Tensor]:
+        """Return the condition of the images of all ``outputs``, its first map with noise."""
+        cfg = self.cfg.mixe
+        condition = [torch.cat(maps) for maps in zip(*(self._condition(output) for output in outputs), strict=True)]
+        if cfg.condition_noise:
+            shape, device = tuple(condition[0].shape[1:]), condition[0].device
+            noise = keyed_random.normal(keys, shape, step.seed, "mixe-condition", step.index, device=device)
+            condition[0] = condition[0] + cfg.condition_noise * noise
+        return condition
+
+    def _label_losses(
+        self, loss: Tensor, target: Tensor | None, pseudo: Pseudo, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return L_ce and L_edge from the cross-entropy (L + U, H, W) of all images, labelled ones first.
+
+        ``target`` (L, H, W): None if MixE learns from no labelled image.
+        """
+        ce, edge = [], []
+        if target is not None:
+            ce.append(ignore_aware_mean(loss[: len(target)], target))
+            edge.append(edge_mean(loss[: len(target)], edge_mask(target)))
+        if self.cfg.mixe.train_images != "labelled":
+            confident = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
+            unlabelled_loss = loss[-len(pseudo.labels) :]
+            ce.append(weighted_pixel_mean(unlabelled_loss, confident, valid))
+            # The padding has labels too, made up by the teacher; they must not draw an edge around the picture.
+            edges = edge_mask(pseudo.labels.masked_fill(~valid, IGNORE))
+            edge.append(edge_mean(unlabelled_loss, edges & (confident > 0)))
+        return torch.stack(ce).sum(), torch.stack(edge).sum()
+
     def _diffuse(
         self,
         batch: Batch,
@@ -183,6 +213,7 @@ class MixeTeacher(MeanTeacher):
         """
         cfg, size = self.cfg.mixe, batch.image.shape[-2:]
         starts, keys, outputs, targets, valid_pixels = [], [], [], [], []
+        target = None
         if teacher_out.labelled is not None:
             chosen = self._chosen(batch)
             target = select_rows(batch.target if self.calibration is None else self._supervised(batch), chosen)
@@ -200,31 +231,16 @@ class MixeTeacher(MeanTeacher):
             outputs.append(student_out.part(slice(len(batch.image), None)))
             targets.append(pseudo.labels)
             valid_pixels.append(valid)
-        condition = [torch.cat(maps) for maps in zip(*(self._condition(output) for output in outputs), strict=True)]
-        if cfg.condition_noise:
-            shape, device = tuple(condition[0].shape[1:]), unlabelled_x0.device
-            noise = keyed_random.normal(keys, shape, step.seed, "mixe-condition", step.index, device=device)
-            condition[0] = condition[0] + cfg.condition_noise * noise
+        condition = self._training_condition(outputs, keys, step)
         image = torch.cat([output.image for output in outputs])
         clean, gaussian, noise_hat, noise = self._denoised(torch.cat(starts), condition, image, keys, step)
         clean = upsample(clean, size)
 
-        ce, edge = [], []
-        loss = pixel_cross_entropy(clean, torch.cat(targets))
-        if teacher_out.labelled is not None:
-            ce.append(ignore_aware_mean(loss[: len(target)], target))
-            edge.append(edge_mean(loss[: len(target)], edge_mask(target)))
-        if cfg.train_images != "labelled":
-            confident = (pseudo.confidence >= self.cfg.pseudo.threshold).float()
-            unlabelled_loss = loss[-len(pseudo.labels) :]
-            ce.append(weighted_pixel_mean(unlabelled_loss, confident, valid))
-            # The padding has labels too, made up by the teacher; they must not draw an edge around the picture.
-            edges = edge_mask(pseudo.labels.masked_fill(~valid, IGNORE))
-            edge.append(edge_mean(unlabelled_loss, edges & (confident > 0)))
+        ce, edge = self._label_losses(pixel_cross_entropy(clean, torch.cat(targets)), target, pseudo, valid)
         counted = avg_pool2d(torch.cat(valid_pixels).float()[:, None], self.student.decoder.stride)[:, 0] > 0.5
         terms = {
-            "mixe_ce": torch.stack(ce).sum(),
-            "mixe_edge": torch.stack(edge).sum() if cfg.edge_loss else clean.sum() * 0,
+            "mixe_ce": ce,
+            "mixe_edge": edge if cfg.edge_loss else clean.sum() * 0,
             "mixe_noise": noise_loss(noise_hat, noise, gaussian & counted & cfg.gaussian),
         }
         return terms | {"tau": torch.tensor(self._tau(step.progress)), "gaussian": gaussian.float().mean()}

@@ -226,31 +226,7 @@ def load_transformers(directory: Path) -> TextTower:
     Pooled is the mean over tokens, or the first token if ``1_Pooling/config.json`` says so; CLIP's is its own. Raises
     ValueError for a model of images, for missing weights, and for a directory without tokenizer.
     """
-    import transformers
-    from transformers import AutoConfig, AutoTokenizer
-
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(directory, **options)
-        kind = _class(transformers, config)
-        if config.model_type == "clip":  # its text tower has a configuration of its own
-            config.text_config.projection_dim = config.projection_dim
-            config = config.text_config
-        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
-        with quiet():
-            model, told = kind.from_pretrained(
-                directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
-            )
-    except Exception as error:  # whatever a foreign file makes a library raise
-        raise ValueError(f"{directory}: transformers cannot load it: {first_line(error)}") from error
-    lacking = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))
-    if lacking or told["mismatched_keys"]:
-        raise ValueError(
-            f"{directory}: its weights are of another model: {len(lacking)} of {kind.__name__}'s are missing"
-            + (f", first {lacking[0]}" if lacking else "")
-        )
-    if not len(tokenizer):
-        raise ValueError(f"{directory}: has no tokenizer")
+    model, tokenizer, config = _read_transformers(directory)
     model = model.to(_device()).eval()
     clip = hasattr(model, "text_projection")
     first_token = _pooling(directory)
@@ -277,6 +253,36 @@ def load_transformers(directory: Path) -> TextTower:
 
     dim = model.text_projection.out_features if clip else config.hidden_size
     return TextTower(int(dim), ids, cut, limit, tokenizer.unk_token_id, forward)
+
+
+def _read_transformers(directory: Path) -> tuple[Any, Any, Any]:
+    """Return model, tokenizer and the configuration of the text model. Raises ValueError as ``load_transformers``."""
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(directory, **options)
+        kind = _class(transformers, config)
+        if config.model_type == "clip":  # its text tower has a configuration of its own
+            config.text_config.projection_dim = config.projection_dim
+            config = config.text_config
+        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        with quiet():
+            model, told = kind.from_pretrained(
+                directory, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
+            )
+    except Exception as error:  # whatever a foreign file makes a library raise
+        raise ValueError(f"{directory}: transformers cannot load it: {first_line(error)}") from error
+    lacking = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))
+    if lacking or told["mismatched_keys"]:
+        raise ValueError(
+            f"{directory}: its weights are of another model: {len(lacking)} of {kind.__name__}'s are missing"
+            + (f", first {lacking[0]}" if lacking else "")
+        )
+    if not len(tokenizer):
+        raise ValueError(f"{directory}: has no tokenizer")
+    return model, tokenizer, config
 
 
 def _class(transformers: Any, config: Any) -> Any:

@@ -18,7 +18,7 @@ from viladiff.core import keyed_random
 from viladiff.core.distributed import in_turn, tf32
 from viladiff.core.progress import Progress, counter
 from viladiff.data.batch import Batch, Step
-from viladiff.data.files.validate import check_files
+from viladiff.data.files.run_checks import check_files
 from viladiff.data.loader import BatchLoader
 from viladiff.data.registry import dataset_spec
 from viladiff.data.registry import load_dataset as load_dataset

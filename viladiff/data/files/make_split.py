@@ -55,7 +55,7 @@ def make_split(
     count = len(free) - wanted if labelled is None else labelled
     if count < 1 or count + wanted > len(free):
         raise ValueError(
-            f"{tree.root}: {len(free)} images have a mask that can be dealt, but {max(count, 1)} labelled and {wanted} "
+            f"{tree.root}: {len(free)} images have a valid mask, but {max(count, 1)} labelled and {wanted} "
             "validation images are asked for; lower --labelled or --val, or label more images"
         )
     first, last = draw_split(present, count, wanted, seed)

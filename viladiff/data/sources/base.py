@@ -11,7 +11,7 @@ import numpy as np
 
 from viladiff.config.base import did_you_mean
 from viladiff.config.sections import DataConfig
-from viladiff.data.cache import fingerprint
+from viladiff.data.cache import Opened, fingerprint
 from viladiff.data.dataset import Dataset
 from viladiff.data.files.file_cache import Contents
 from viladiff.data.files.images import FileImages, FileMasks, MaskEncoding
@@ -81,6 +81,8 @@ class EmbeddedSource(DataSource):
 
     read: Callable[[Any, str], Dataset]
     """From the section and the part to score."""
+    pixels: Callable[[], Opened]
+    """Opens its arrays, which are rendered on first use."""
 
     def load(self, data: Any, root: str | None, scored: str) -> Dataset:
         return self.read(data, scored)

@@ -154,9 +154,18 @@ _PRESETS: Presets = {
     "eval": {"split": "dev"},
 }
 """Fixed with ``supervised`` and ``semibaseline``, before ViLaDiff was trained with them: docs/experiments.md."""
-DIGITS_SOURCE = EmbeddedSource(
-    config=DigitsData, num_classes=len(CLASS_NAMES), largest={"": "1464"}, presets=_PRESETS, read=load_scenes
-)
-DENSE_SOURCE = EmbeddedSource(
-    config=DenseData, num_classes=len(CLASS_NAMES), largest={"": "1849"}, presets=_PRESETS, read=load_scenes
-)
+
+
+def _source(config: type[EmbeddedData], largest: str) -> EmbeddedSource:
+    return EmbeddedSource(
+        config=config,
+        num_classes=len(CLASS_NAMES),
+        largest={"": largest},
+        presets=_PRESETS,
+        read=load_scenes,
+        pixels=functools.partial(open_pixels, config.model_fields["dataset"].default),
+    )
+
+
+DIGITS_SOURCE = _source(DigitsData, "1464")
+DENSE_SOURCE = _source(DenseData, "1849")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,37 @@ BOUNDARIES = ("boundary_iou", "trimap_miou")
 """Metrics that stand side by side, under a heading of their own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableSections:
+    """What a page draws of a table's results, and the sections that only some tables have."""
+
+    drawn: dict[str, list[Curve]]
+    board: leaderboard.Leaderboard | None
+    grouped: feature_clusters.Clusters | None
+    doses: caption_quality.Dose | None
+    opened: Sequence[design_choices.Choice]
+    files: Sequence[str]
+    """Names of the files of its figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePage:
+    """All that the files of a page show."""
+
+    results: Results
+    store: Store
+    out: Path
+    """The folder of the page."""
+    command: str
+    verdicts: Sequence[Verdict]
+    agreements: Sequence[Agreement]
+    printed: Sequence[Inconsistency]
+    """What is wrong with the paper's numbers."""
+    both: SideBySide | None
+    """The runs beside published ones."""
+    sections: TableSections
+
+
 def render_table(
     plan: Plan,
     store: Store,
@@ -62,58 +94,67 @@ def render_table(
     atomically, so that a reader of the page, which is rewritten as runs finish, never sees half of it.
     """
     results = tables.collect_results(plan, store)
-    drawn = curves(results, store)
     both = None if published is None else load_both(results, *published, out)
     judged = both.published if both and both.any_published else results
     agreements = agreement if agreement is not None else [tables.agreement(judged, c) for c in judged.plan.columns]
+    page = TablePage(
+        results=results,
+        store=store,
+        out=out,
+        command=command,
+        verdicts=verdicts,
+        agreements=agreements,
+        printed=printed,
+        both=both,
+        sections=draw_sections(results, store, out, verdicts),
+    )
+    said, stand_ins = banner(results), table_views.stand_ins(results)
+    texts = {
+        "table.md": table_markdown(page),
+        "table.tex": side_by_side.both_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
+        "table.csv": exports.csv_text(side_by_side.long_lines(both)) if both else exports.to_csv(results),
+        "index.html": table_html(page),
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, text.encode())
+    return out / "index.html"
+
+
+def draw_sections(results: Results, store: Store, out: Path, verdicts: Sequence[Verdict]) -> TableSections:
+    """Write the figures under ``out``, which is made, and return the sections that show them."""
+    drawn = curves(results, store)
     out.mkdir(parents=True, exist_ok=True)
     for path in [*abandoned(out), *abandoned(out / "figures")]:
         path.unlink(missing_ok=True)  # of a writer that was killed
     files = [path.name for path in figures.save_figures(results, drawn, out / "figures")]
     board = leaderboard.build_leaderboard(results, store, out, verdicts)
-    files += board.files if board else ()
     grouped = feature_clusters.build_clusters(results, store, out)
-    files += grouped.files if grouped else ()
-    said = banner(results)
     doses = caption_quality.dose(results, out)
-    files += doses.files if doses else ()
+    for section in (board, grouped, doses):
+        files += section.files if section else ()
     opened = design_choices.build_choices(results, verdicts)
+    return TableSections(drawn=drawn, board=board, grouped=grouped, doses=doses, opened=opened, files=files)
+
+
+def table_markdown(page: TablePage) -> str:
+    """Return table.md."""
+    results, both, sections = page.results, page.both, page.sections
+    columns = [results.plan.table.columns[c].label for c in results.plan.columns]
     more = {
-        **leaderboard.leaderboard_markdown(board, [plan.table.columns[c].label for c in plan.columns]),
-        **feature_clusters.clusters_markdown(grouped),
-        **caption_quality.dose_markdown(doses, [plan.table.columns[c].label for c in plan.columns]),
+        **leaderboard.leaderboard_markdown(sections.board, columns),
+        **feature_clusters.clusters_markdown(sections.grouped),
+        **caption_quality.dose_markdown(sections.doses, columns),
         **training.training_markdown(results),
         **loss_gradients.gradients_markdown(loss_gradients.section(results)),
-        "What each choice is worth": design_choices.choices_markdown(opened),
-        "The paper's own numbers": [f"- {markdown(one.text)}" for one in printed],
+        "What each choice is worth": design_choices.choices_markdown(sections.opened),
+        "The paper's own numbers": [f"- {markdown(one.text)}" for one in page.printed],
     }
-    stand_ins, context = table_views.stand_ins(results), table_views.context(results)
     first = side_by_side.headline_of_both(both) if both else ""
     before = {f"{side_by_side.HEADING} (%)": side_by_side.both_markdown(both)} if both else {}
-    texts = {
-        "table.md": exports.to_markdown(results, verdicts, agreements, command, said, context, more, first, before),
-        "table.tex": side_by_side.both_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
-        "table.csv": exports.csv_text(side_by_side.long_lines(both)) if both else exports.to_csv(results),
-        "index.html": table_html(
-            results,
-            store,
-            out,
-            command,
-            verdicts,
-            agreements,
-            drawn,
-            files,
-            printed,
-            opened,
-            board,
-            grouped,
-            doses,
-            both,
-        ),
-    }
-    for name, text in texts.items():
-        write_atomically(out / name, text.encode())
-    return out / "index.html"
+    said, context = banner(results), table_views.context(results)
+    return exports.to_markdown(
+        results, page.verdicts, page.agreements, page.command, said, context, more, first, before
+    )
 
 
 def load_both(results: Results, plan: Plan, store: Store, out: Path) -> SideBySide:
@@ -133,29 +174,15 @@ def banner(results: Results) -> str:
     return f"{', '.join([f'{done} of {total} runs done', *others])}; this page is rewritten as runs finish."
 
 
-def table_html(
-    results: Results,
-    store: Store,
-    out: Path,
-    command: str,
-    verdicts: Sequence[Verdict],
-    agreements: Sequence[Agreement],
-    drawn: dict[str, list[Curve]],
-    files: Sequence[str],
-    printed: Sequence[Inconsistency] = (),
-    opened: Sequence[design_choices.Choice] = (),
-    board: leaderboard.Leaderboard | None = None,
-    grouped: feature_clusters.Clusters | None = None,
-    doses: caption_quality.Dose | None = None,
-    both: SideBySide | None = None,
-) -> str:
+def table_html(page: TablePage) -> str:
     """Render the page from values computed here; the template only lays it out."""
+    results, both, sections = page.results, page.both, page.sections
     table = results.plan.table
     shown = {
         **_numbers(results),
-        **_figures(results, store, drawn),
-        **_judged(results, verdicts, agreements),
-        **_sources(results, store, out),
+        **_figures(results, page.store, sections.drawn),
+        **_judged(page.verdicts, page.agreements),
+        **_sources(results, page.store, page.out),
     }
     return (
         _environment()
@@ -167,15 +194,7 @@ def table_html(
             scale=results.plan.scale,
             columns=[table.columns[c].label for c in results.plan.columns],
             parts=tables.table_parts(results),
-            finding=" ".join(
-                filter(
-                    None,
-                    [
-                        side_by_side.headline_of_both(both) if both else tables.headline_sentence(results),
-                        design_choices.answer(opened),
-                    ],
-                )
-            ),
+            finding=_finding(page),
             beside=_side_by_side(both) if both else None,
             banner=banner(results),
             counts=results.counts(),
@@ -186,19 +205,25 @@ def table_html(
             lengths=training.lengths(results),
             settings=training.settings_rows(results),
             settings_notes=[*filter(None, [training.undeclared(results)]), training.SHARED],
-            printed=printed,
-            choices=opened,
-            board=board,
-            clusters=grouped,
-            dose=doses,
+            printed=page.printed,
+            choices=sections.opened,
+            board=sections.board,
+            clusters=sections.grouped,
+            dose=sections.doses,
             number=lambda row: tables.number(results, row),
             row_name=lambda row: tables.row_name(results, row),
-            command=command,
-            files=files,
+            command=page.command,
+            files=sections.files,
             id=id,
             **shown,
         )
     )
+
+
+def _finding(page: TablePage) -> str:
+    """Return the sentences that open the page."""
+    headline = side_by_side.headline_of_both(page.both) if page.both else tables.headline_sentence(page.results)
+    return " ".join(filter(None, [headline, design_choices.answer(page.sections.opened)]))
 
 
 def _environment() -> jinja2.Environment:
@@ -270,7 +295,7 @@ def _figures(results: Results, store: Store, drawn: dict[str, list[Curve]]) -> d
     }
 
 
-def _judged(results: Results, verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dict[str, Any]:
+def _judged(verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dict[str, Any]:
     """Return the verdicts on the numbers: agreement with the printed order, and each claim."""
     placed, reach = table_views.forest(verdicts)
     agreed = [(found, exports.agreement_text(found)) for found in agreements]

@@ -1,0 +1,54 @@
+"""The page of the runs on ``dev``: it follows from its records, and refuses those that it cannot compare."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import load_module
+from record_kit import bound, made
+
+from viladiff.runs.record import RunRecord, save_record
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "reports" / "published"
+
+
+@pytest.fixture
+def page() -> ModuleType:
+    return load_module(ROOT / "reports" / "render_protocol.py")
+
+
+def on_dev(name: str) -> RunRecord:
+    """A record of a short run as if it had been scored on ``dev``."""
+    record = made(name)
+    return bound(record, **{key: getattr(record, key) | {"eval.split": "dev"} for key in ("config", "changed")})
+
+
+def test_the_page_follows_from_its_records(page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", "--report-dir", str(tmp_path)])
+    page.main()
+    committed = (PUBLISHED / "protocol" / "table.md").read_text(encoding="utf-8")
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == committed
+
+
+def test_a_run_on_reported_images_is_refused(page: ModuleType, tmp_path: Path) -> None:
+    reported = next((PUBLISHED / "table5" / "records").glob("*.json"))
+    (tmp_path / reported.name).write_bytes(reported.read_bytes())
+    with pytest.raises(ValueError, match=r"eval\.split = 'test'; this page is of dev alone"):
+        page.read_records(tmp_path)
+
+
+def test_runs_of_two_precisions_or_of_other_defaults_are_refused(page: ModuleType, tmp_path: Path) -> None:
+    one = on_dev("supervised-183-0")
+    save_record(one, tmp_path / "fp32.json")
+    assert [record.run_id for record in page.read_records(tmp_path)] == [one.run_id]
+    save_record(on_dev("supervised-183-0-bf16"), tmp_path / "bf16.json")
+    with pytest.raises(ValueError, match="runs of different precision are not averaged, got bf16; fp32"):
+        page.read_records(tmp_path)
+    forged = RunRecord(**{**one.model_dump(), "config": {**one.config, "data.holdout": 0.5}})
+    save_record(forged, tmp_path / "fp32.json")
+    with pytest.raises(ValueError, match=r"does not match its name: data\.holdout is 0\.5 in config, 0\.0 by default"):
+        page.read_records(tmp_path)
