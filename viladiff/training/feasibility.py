@@ -49,7 +49,7 @@ def run_faults(cfg: RunConfig, data: DataFacts, store: Checked | None = None) ->
     key = store.key(fields, workers, data)
     found = store.find(key)
     if found is None:
-        found = examine(cfg, data)
+        found = try_on_meta(cfg, data)
         store.keep(key, found)
     return found
 
@@ -72,7 +72,7 @@ def refuse_scoring(cfg: RunConfig, data: DataFacts) -> None:
         raise ValueError(fault)
 
 
-def examine(cfg: RunConfig, data: DataFacts) -> list[str]:
+def try_on_meta(cfg: RunConfig, data: DataFacts) -> list[str]:
     """Return ``run_faults`` without looking for a stored result; the first problem ends the search."""
     try:
         method = _on_meta(cfg, data.classes)
@@ -144,9 +144,10 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
     """Yield the fault of a step: forward, backward, groups of the optimiser, the method's own update."""
     where = f"method.name = {cfg.method.name!r} with model.encoder = {cfg.model.encoder!r}, data.crop = {cfg.data.crop}"
     method.train()
+    weights = {name: weight for name, weight in method.named_parameters() if weight.requires_grad}
     try:
         losses = method(_batch(cfg, method.views_wanted(), data.classes), LATE)
-        losses.total.backward()
+        grads = torch.autograd.grad(losses.total, list(weights.values()), allow_unused=True)
         with torch.no_grad():
             method.after_step(LATE)
         param_groups(method, cfg)
@@ -154,7 +155,7 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
         if not _untraceable(error):
             yield f"{where}: a training step fails ({_said(error)}); choose another encoder or crop"
         return
-    idle = [name for name, weight in method.named_parameters() if weight.requires_grad and weight.grad is None]
+    idle = [name for name, grad in zip(weights, grads, strict=True) if grad is None]
     if idle and cfg.runtime.workers > 1:
         yield (
             f"runtime.workers = {cfg.runtime.workers}: {where}: no loss reaches {len(idle)} weights ({idle[0]}), for "
