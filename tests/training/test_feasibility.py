@@ -39,12 +39,10 @@ def config(encoder: str = "any", crop: int = 64, method: str = "supervised", **c
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_runs_without_content(name: str) -> None:
-    """Whatever it computes, so that no method is left unchecked without a word."""
+def test_every_method_runs_without_content(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is left out because it reads a number of a tensor: that would be a fault here."""
+    monkeypatch.setattr(feasibility, "_untraceable", lambda error: False)
     assert try_on_meta(config(method=name), FACTS) == []
-    method = feasibility._on_meta(config(method=name), 21)
-    batch = feasibility._batch(config(method=name), method.views_wanted(), 21)
-    assert method.train()(batch, feasibility.LATE).total.is_meta
 
 
 @pytest.mark.parametrize(

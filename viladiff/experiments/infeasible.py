@@ -20,11 +20,12 @@ SHOWN = 5
 """Faults of a sweep's points that a message quotes."""
 
 
-def infeasible(runs: Iterable[PlannedRun], fetch: bool = False, show: bool = True) -> dict[str, list[str]]:
+def infeasible(runs: Iterable[PlannedRun], fetch: bool | None = False, show: bool = True) -> dict[str, list[str]]:
     """Return the faults of the runs that have some, by name: a sentence each, with what to set.
 
     Each distinct combination of method, encoder, crop and classes is tried once, and its result stored for the next
-    call. ``fetch`` downloads weights that are not in this machine's cache; else no network is used.
+    call. ``fetch`` downloads weights that are not in this machine's cache; else no network is used. None asks for no
+    weights, since other machines train.
     """
     runs = [run for run in runs if run.data is not None]
     shapes = _shape_faults(runs, show)
@@ -32,7 +33,7 @@ def infeasible(runs: Iterable[PlannedRun], fetch: bool = False, show: bool = Tru
     found = {}
     for run in runs:
         faults = shapes.get(run.run_id, [])
-        if _downloads(run):
+        if fetch is not None and _downloads(run):
             model = _config(run).model
             name = model.model_dump_json()
             if name not in weights:
@@ -46,14 +47,15 @@ def infeasible(runs: Iterable[PlannedRun], fetch: bool = False, show: bool = Tru
 
 
 def _shape_faults(runs: Sequence[PlannedRun], show: bool) -> dict[str, list[str]]:
+    asked = [run for run in runs if run.data is not None and not usual(run.changed, run.workers, run.data)]
+    if not asked:
+        return {}
     store = Checked()
     known: dict[str, list[str]] = {}
     keys: dict[str, str] = {}
     new: dict[str, PlannedRun] = {}
-    for run in runs:
+    for run in asked:
         assert run.data is not None
-        if usual(run.changed, run.workers, run.data):
-            continue
         stored = store.key(run.changed, run.workers, run.data)
         keys[run.run_id] = key = stored or json.dumps([run.changed, run.workers, run.data], sort_keys=True)
         if key not in known and key not in new:
@@ -107,7 +109,7 @@ def row_lines(plan: Plan, faults: dict[str, list[str]]) -> list[str]:
     return lines
 
 
-def refuse_rows(plan: Plan, left: Iterable[PlannedRun], fetch: bool = False) -> None:
+def refuse_rows(plan: Plan, left: Iterable[PlannedRun], fetch: bool | None = False) -> None:
     """Raise ValueError with ``row_lines`` if runs of the plan that are left to do cannot be trained or scored."""
     faults = infeasible(left, fetch)
     if faults:
@@ -117,7 +119,7 @@ def refuse_rows(plan: Plan, left: Iterable[PlannedRun], fetch: bool = False) -> 
         raise ValueError("\n".join(["these rows cannot run:", *row_lines(plan, faults), *more]))
 
 
-def refuse_points(runs: Iterable[PlannedRun], fetch: bool = False) -> None:
+def refuse_points(runs: Iterable[PlannedRun], fetch: bool | None = False) -> None:
     """Raise ValueError if runs of a sweep cannot be trained or scored."""
     lines = list(dict.fromkeys(_sentences(infeasible(runs, fetch))))
     if lines:

@@ -48,13 +48,13 @@ def run_sweep(path: Path, args: argparse.Namespace, command: str) -> int:
     job = prepare(path, args)
     if args.dry_run:
         print("\n".join(dry_run_lines(job)))
-        refuse_points(job.tried(), fetch=False)
+        refuse_points(job.tried(), fetch=None if args.address else False)
         return 0
     if args.render:
         check_same(job)
         trials = load_trials(job.directory / "trials") or published_trials(job)
         return conclude(job, trials, write_sweep_page(job, trials, command))
-    refuse_points(job.tried(), fetch=True)
+    refuse_points(job.tried(), fetch=None if args.address else True)
     with alone(job.directory) as lease:
         open_directory(job)
         adopt(job)

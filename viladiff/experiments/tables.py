@@ -81,7 +81,7 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
         beside = None if job.beside is None else (job.beside, job.records)
         print_dry_run(job.plan, job.store, settings, job.out, args.hourly_price, beside)
     if not args.render:
-        refuse_rows(job.plan, _left(job, args.restart), fetch=not args.dry_run)
+        refuse_rows(job.plan, _left(job, args.restart), fetch=None if args.address else not args.dry_run)
     if args.dry_run:
         return 0
     if args.restart:
