@@ -47,7 +47,7 @@ def sweeping() -> ModuleType:
     return load_module(ROOT / "tests" / "sweeping.py")
 
 
-PRINTS: dict[object, dict[str, str]] = {}
+PRINTS: dict[object, Any] = {}
 
 
 @pytest.fixture

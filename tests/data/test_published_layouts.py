@@ -94,9 +94,14 @@ def test_tables_of_the_paper_are_planned_on_files(
     spec = ROOT / "ablations" / f"{table}.toml"
     words = ["--scale", "paper", "--seeds", "1", "--rows", "SupBaseline", "UniMatch", "ViLaDiff", "--dry-run"]
     words += ["--runs-dir", str(tmp_path / "runs"), "--", f"runtime.data_root={made.root}"]
-    assert tables.run_table(spec, table_parser(spec, "t").parse_args(words), "t") == 0
+    words += ["model.encoder=digits_vit", "model.pretrained=none"]
+    with pytest.raises(
+        ValueError, match=r"^these rows cannot run:\nrow .* 'ViLaDiff': data\.captions = 'own': .*\n2 rows"
+    ):
+        tables.run_table(spec, table_parser(spec, "t").parse_args(words), "t")
     told = " ".join(capsys.readouterr().out.split())
     assert "12 runs" in told, told
+    assert tables.run_table(spec, table_parser(spec, "t").parse_args([*words, "data.captions=none"]), "t") == 0
     with pytest.raises(ValueError, match=r"runtime\.data_root: must be set"):
         tables.run_table(spec, table_parser(spec, "t").parse_args(words[: words.index("--")]), "t")
 

@@ -44,6 +44,8 @@ def uniform(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: 
     import torch
 
     out = torch.empty((len(keys), *shape), device=device)
+    if out.is_meta:  # has a shape alone, and no generator
+        return out
     for row, name in zip(out, keys, strict=True):
         row.uniform_(generator=torch_generator(*parts, name, device=device))
     return out
@@ -54,6 +56,8 @@ def normal(keys: Sequence[Part], shape: tuple[int, ...], *parts: Part, device: t
     import torch
 
     out = torch.empty((len(keys), *shape), device=device)
+    if out.is_meta:
+        return out
     for row, name in zip(out, keys, strict=True):
         row.normal_(generator=torch_generator(*parts, name, device=device))
     return out

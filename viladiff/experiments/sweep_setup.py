@@ -16,10 +16,10 @@ from viladiff.config.base import parse_overrides
 from viladiff.core.atomic import write_atomically
 from viladiff.experiments.tables import ROOT, seeds_of
 from viladiff.runs import lease as leases
-from viladiff.runs.job import ExecutionSettings
+from viladiff.runs.job import ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.early_stopping import optuna_pruner
-from viladiff.sweeps.space import dumped, shrunk
+from viladiff.sweeps.space import dumped, edges, shrunk
 from viladiff.sweeps.spec import Sweep, SweepPlanner, check, load_sweep
 
 META = "sweep.json"
@@ -47,6 +47,14 @@ class SweepJob:
     @property
     def directory(self) -> Path:
         return self.store.root / "sweeps" / self.name
+
+    def tried(self) -> list[PlannedRun]:
+        """Return a run at each edge of the space and at each point that the file lists."""
+        sweep = self.sweep
+        listed = [{**sweep.initial_point, **point} for point in ({}, *sweep.points)]
+        return [
+            self.namer.planned(point, self.seeds[0]) for point in [*listed, *edges(sweep.space, sweep.initial_point)]
+        ]
 
 
 def prepare(path: Path, args: argparse.Namespace) -> SweepJob:

@@ -11,6 +11,7 @@ from pathlib import Path
 from viladiff.config.base import did_you_mean
 from viladiff.core.messages import format_value
 from viladiff.experiments.compare_sweeps import tuned
+from viladiff.experiments.infeasible import refuse_points
 from viladiff.experiments.publish_sweep import adopt, publish_sweep, published_trials
 from viladiff.experiments.sweep_setup import SweepJob, alone, check_same, open_directory, prepare
 from viladiff.experiments.tables import ROOT, PageWriter, public_command
@@ -47,11 +48,13 @@ def run_sweep(path: Path, args: argparse.Namespace, command: str) -> int:
     job = prepare(path, args)
     if args.dry_run:
         print("\n".join(dry_run_lines(job)))
+        refuse_points(job.tried(), fetch=None if args.address else False)
         return 0
     if args.render:
         check_same(job)
         trials = load_trials(job.directory / "trials") or published_trials(job)
         return conclude(job, trials, write_sweep_page(job, trials, command))
+    refuse_points(job.tried(), fetch=None if args.address else True)
     with alone(job.directory) as lease:
         open_directory(job)
         adopt(job)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viladiff.config.base import parse_overrides
+from viladiff.experiments.infeasible import refuse_rows
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import estimate
@@ -60,7 +61,10 @@ class TableJob:
 
 
 def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
-    """Plan, then print or run, and write; return the exit status: 0 all done, 1 some runs failed, 130 interrupted."""
+    """Plan, then print or run, and write; return the exit status: 0 all done, 1 some runs failed, 130 interrupted.
+
+    Raises ValueError, before any training, with a line for each row that cannot be trained or scored.
+    """
     _check_options(args)
     job = plan_table(path, args, command)
     settings = ExecutionSettings(
@@ -76,6 +80,9 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
 
         beside = None if job.beside is None else (job.beside, job.records)
         print_dry_run(job.plan, job.store, settings, job.out, args.hourly_price, beside)
+    if not args.render:
+        refuse_rows(job.plan, _left(job, args.restart), fetch=None if args.address else not args.dry_run)
+    if args.dry_run:
         return 0
     if args.restart:
         _set_aside(job)
@@ -314,6 +321,12 @@ def _with_extras(job: TableJob, one: PlannedRun) -> PlannedRun:
     if seed == job.plan.seeds[0]:
         extras["runtime.visualizations"] = PICTURES
     return replace(one, changes={**extras, **one.changes})
+
+
+def _left(job: TableJob, restart: bool) -> list[PlannedRun]:
+    """Return the runs to do, of which ``restart`` leaves none out."""
+    records = {} if restart else job.store.records()
+    return [run for run_id, run in job.plan.runs.items() if run_id not in records]
 
 
 def _forget(plan: Plan) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,12 +19,13 @@ from viladiff.evaluation.pixel_counts import to_scores
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.gradient_shares import measured_steps
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.training.errors import check_inputs
+from viladiff.training.feasibility import empty_method, refuse_infeasible, refuse_scoring
+from viladiff.training.fingerprints import data_facts
 from viladiff.training.launch import run_in_processes
 from viladiff.training.optim import total_steps
 
@@ -40,8 +42,13 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
 
     run = Trainer(cfg)
     notes = check_files(run.dataset)
-    method = METHODS[cfg.method.name](cfg.method, run.build())
-    check_inputs(cfg, method, run.dataset, cfg.runtime.workers)
+    data = data_facts(run.dataset)
+    refuse_infeasible(cfg, data, fetch=False)
+    build = run.build()
+    if cfg.model.pretrained == "timm" and cfg.model.weights is None:  # which would ask a network for news of them
+        build = replace(build, model=cfg.model.model_copy(update={"pretrained": "none"}))
+    method = METHODS[cfg.method.name](cfg.method, build)
+    check_inputs(cfg, method, data, cfg.runtime.workers)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in method.eval_networks().items()}
@@ -95,19 +102,6 @@ def load_run(directory: Path | str, changes: Mapping[str, object] | None = None)
     record = load_record(directory / "record.json")
     cfg = override(RunConfig(**unflatten(record.config)), {"runtime.workers": 1, **changes})
     return Finished(directory.resolve(), record, cfg)
-
-
-def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> Method:
-    """Build the method with weights that are still to be loaded; no pretrained file is read.
-
-    ``model.encoder=transformers`` is an exception: its directory alone defines the network. Raises ValueError if it is
-    missing.
-    """
-    gone: dict[str, object] = {} if cfg.model.encoder == "transformers" else {"model.weights": None}
-    plain = override(cfg, {"model.pretrained": "none", **gone})
-    data, names = cfg.data, tuple(class_names)
-    build = NetworkFactory(plain.model, len(names), text_dim, data.dataset, names, data.crop)
-    return METHODS[cfg.method.name](cfg.method, build)
 
 
 def load_method(run: Finished) -> Method:
@@ -175,6 +169,7 @@ def _evaluated(finished_run: Finished) -> dict[str, Any]:
     run.method = load_method(finished_run).to(run.device)
     if run.dataset.class_names != tuple(record.class_names):
         raise ValueError(f"the data have the classes {run.dataset.class_names}, the run had {record.class_names}")
+    refuse_scoring(cfg, data_facts(run.dataset))
     same = run.fingerprints["data"] == record.fingerprints.get("data")
     found: dict[str, Any] = {"scores": {}, "confusion": {}}
     for name, network in run.method.eval_networks().items():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +28,13 @@ from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import class_colours, css
 from viladiff.core.distributed import tf32
 from viladiff.core.progress import Progress
-from viladiff.data.files.images import SUFFIXES, read_image
+from viladiff.data.files.images import SUFFIXES, image_size, read_image
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.protocols import bands
-from viladiff.inference.load import empty_method, last_line, load_method, load_run
+from viladiff.inference.load import last_line, load_method, load_run
 from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig, override
+from viladiff.training.feasibility import check_prediction, empty_method
 from viladiff.training.launch import select_device
 
 FORMAT = 1
@@ -186,10 +189,13 @@ def label_files(
     """Label a photograph, or all in a directory and below it; write to ``out`` as ``_write`` does, and ``classes.csv``.
 
     Raises ValueError if there is nothing to label, two photographs would share a name, or ``out`` lies where the next
-    call would take masks for photographs; also if the only photograph cannot be read.
+    call would take masks for photographs; also if the only photograph cannot be read, or the network cannot take
+    pictures of their sizes.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
     found = _photographs(source, out)
+    usual = protocol or model.protocol_for(model.crop, model.crop)
+    check_prediction(model.network, model.crop, usual, _sizes(found.values()))
     colours = class_colours(len(model.class_names))
     pixels, failed = np.zeros(len(model.class_names), np.int64), []
     with Progress(len(found), 0, "labelling", show) as bar:
@@ -207,6 +213,13 @@ def label_files(
             bar.advance()
     _write_classes(out / "classes.csv", model.class_names, colours, pixels)
     return Labelled(len(found) - len(failed), tuple(failed), pixels)
+
+
+def _sizes(paths: Iterable[Path]) -> Iterator[tuple[int, int]]:
+    """Yield (height, width) of the photographs that can be read."""
+    for path in paths:
+        with suppress(ValueError, OSError):
+            yield image_size(path)
 
 
 def _photographs(source: Path, out: Path) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.core import keyed_random
+from viladiff.core.distributed import full_precision
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import box_mask
 from viladiff.losses import all_reduce_max, distributed_mean, logit_distillation, pseudo_label_cross_entropy
@@ -260,7 +261,7 @@ def region_votes(regions: Tensor, votes: Tensor, pixels: Tensor, tau: Tensor, ro
     order = torch.arange(1, regions.shape[1] + 1, device=regions.device)[:, None]
     before = torch.zeros_like(regions, dtype=torch.int64)  # the last region before this one that took the token, or 0
     classes = torch.zeros_like(before[..., 0])
-    with torch.autocast(votes.device.type, enabled=False):  # bfloat16 would round counts of pixels
+    with full_precision(votes.device):  # bfloat16 would round counts of pixels
         confident = (inside @ sure[..., None])[..., 0]
         possible = confident >= tau * (inside @ pixels[..., None])[..., 0]
         for _ in range(rounds):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from viladiff.config.base import Section
 from viladiff.core import keyed_random
+from viladiff.core.distributed import full_precision
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
 from viladiff.data.transforms.mixing import apply_cutmix, half_boxes
 from viladiff.losses import cross_entropy, distributed_mean
@@ -203,7 +204,7 @@ def lower_density(features: list[Tensor], nll: Callable[[list[Tensor]], Tensor],
     At every position of a map (B, D_i, h_i, w_i) its length is ``radius`` times the mean length of the image's vectors
     there, or 0 where nothing changes ``nll``. Autocast is off in here: small gradients would be lost.
     """
-    with torch.autocast(features[0].device.type, enabled=False), torch.enable_grad():
+    with full_precision(features[0].device), torch.enable_grad():
         base = [level.detach().float() for level in features]
         moved = [level.clone().requires_grad_() for level in base]
         slopes = torch.autograd.grad(nll(moved), moved, materialize_grads=True)

@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from viladiff.core import keyed_random
+from viladiff.core.distributed import full_precision
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
 from viladiff.data.transforms.mixing import apply_cutmix, half_boxes
 from viladiff.losses import (
@@ -213,7 +214,7 @@ class U2pl(MeanTeacher):
         width = self.banks.vectors.shape[2]
         dropped = keyed_random.uniform(keys, (2 * width,), *name, "dropout", device=device)
         mine = self.head(stream.mid, dropped)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), full_precision(device):
             theirs = self.teacher_head(found.mid[-len(mine) :].float())
             p = found.logits[-len(mine) :].softmax(1).flatten(2)
             grid, low, high = (x[:, ::stride, ::stride].flatten(1) for x in (classes, *limits))
@@ -231,7 +232,7 @@ class U2pl(MeanTeacher):
                 at, given = sample_positions(far, order[:, None], cfg.max_enqueue)
                 vectors = F.normalize(gather_at(theirs, at.flatten(1)), dim=2).unflatten(1, at.shape[1:])
                 self._seen.append(((vectors[:labelled], given[:labelled]), (vectors[labelled:], given[labelled:])))
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(device):
             loss = contrast(gather_at(mine, place), means[of], negatives, cfg.temperature)
             total = mean_over_classes(loss.flatten(), of.flatten(), counted.flatten(), p.shape[1])
         return total, counted.sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from viladiff.runs.store import Failure
@@ -84,6 +84,18 @@ class ExecutionSettings:
             raise ValueError("; ".join(faults))
 
 
+class DataFacts(NamedTuple):
+    """Facts of a run's data that decide whether its method and its networks can work with them."""
+
+    classes: int
+    unlabelled: int
+    """Images without labels that training may read."""
+    captions: bool
+    """Whether any image of the pool has a caption."""
+    picture: tuple[int, int] | None = None
+    """(height, width) of all images; None where they differ."""
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """One unique run."""
@@ -100,3 +112,5 @@ class PlannedRun:
     threads: int | None = None
     precision: str = "fp32"
     """As ``RunRecord.precision``."""
+    data: DataFacts | None = None
+    """None where the plan did not open the data."""

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -21,6 +21,9 @@ from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
 from viladiff.tables.cells import check_lists, embedded, list_of_seed
 from viladiff.tables.spec import RESERVED, PaperValue, Scale, Seeds, Strict
 from viladiff.tables.spec_file import published_lists
+
+if TYPE_CHECKING:
+    from viladiff.training.fingerprints import Named
 
 Select = Literal["holdout", "val"]
 FRESH = 5
@@ -315,7 +318,7 @@ class SweepPlanner:
         self.common = {**common(sweep, scale, typed), "runtime.workers": workers}
         self.fixed = {**changes(sweep, scale, typed, select), "runtime.workers": workers}
         self.steps = rung_steps(sweep, self.fixed)
-        self._prints: dict[object, dict[str, str]] = {}
+        self._prints: dict[object, Named] = {}
 
     def planned(self, point: Point, seed: int, title: str = "") -> PlannedRun:
         """Return the run of a point under a seed. Loads torch. Raises ValueError for a point that cannot be run."""
@@ -343,8 +346,9 @@ class SweepPlanner:
         cfg = override(RunConfig(), given)
         key = (cfg.data, cfg.model, cfg.eval.split)
         if key not in self._prints:
-            self._prints[key] = name_runs([cfg])[0].fingerprints
+            self._prints[key] = name_runs([cfg])[0]
         fields = {path: value for path, value in non_default_fields(cfg).items() if not path.startswith("runtime.")}
         assert cfg.train.steps is not None  # rung_steps has seen it
         how = self.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
-        return PlannedRun(run_id(cfg, self._prints[key]), given, title, cfg.train.steps, fields, *how)
+        named = self._prints[key]
+        return PlannedRun(run_id(cfg, named.fingerprints), given, title, cfg.train.steps, fields, *how, named.data)

@@ -30,7 +30,7 @@ from viladiff.tables.stated import Stated, stated
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
 
-_FORMAT = 4
+_FORMAT = 5
 """Raised when the file of a plan means something else than before."""
 _DATA_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch")
 """What else decides the pixels, words and numbers behind a run's name."""
@@ -171,7 +171,7 @@ def _make(
         where.append(PlannedCell(cell.row, cell.column, cell.seed, named.run_id))
         fields = {path: value for path, value in changed(cfg).items() if not path.startswith("runtime.")}
         how = cfg.runtime.workers, cfg.runtime.threads, arithmetic(cfg.train.precision, cfg.train.tf32)
-        run = PlannedRun(named.run_id, cell.changes, "", named.steps, fields, *how)
+        run = PlannedRun(named.run_id, cell.changes, "", named.steps, fields, *how, named.data)
         planned.setdefault(named.run_id, run)
         plain[kind_of(fields)] = {
             path: value

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from viladiff.data.dataset import Dataset
     from viladiff.methods.base import Method
     from viladiff.runs.config import RunConfig
+    from viladiff.runs.job import DataFacts
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Norms whose statistics are those of a worker's share of the batch; other libraries' derive from them."""
@@ -34,15 +34,15 @@ class RunIdMismatchError(ValueError):
     """A run's name is not the one that it was planned under: code, data or weights have changed since."""
 
 
-def check_inputs(cfg: RunConfig, method: Method, dataset: Dataset, workers: int) -> None:
+def check_inputs(cfg: RunConfig, method: Method, data: DataFacts, workers: int) -> None:
     """Raise ValueError, with what to change, for problems that only network and data together show.
 
     Too few images for the method, no captions, boxes that cut through cells of mixed maps, a crop that the encoder
     cannot take, BatchNorm in several workers.
     """
     views, patch = method.required_views(), method.student.patch
-    method.check_images(len(dataset.unlabelled))
-    if (views.text or views.tags) and cfg.data.captions != "none" and not any(dataset.captions):
+    method.check_images(data.unlabelled)
+    if (views.text or views.tags) and cfg.data.captions != "none" and not data.captions:
         raise ValueError(
             f"data.captions = {cfg.data.captions!r}: the data set {cfg.data.dataset!r} has no captions, which "
             f"method.name={cfg.method.name} reads; give a file of them (runtime.captions), or set "

@@ -13,6 +13,7 @@ from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.methods import METHODS
 from viladiff.models.encoders.build import encoder_fingerprint, file_checksum
 from viladiff.runs.config import RunConfig, run_id
+from viladiff.runs.job import DataFacts
 from viladiff.text.embedding_bank import text_fingerprint
 from viladiff.training.optim import total_steps
 
@@ -24,6 +25,13 @@ class Named(NamedTuple):
     fingerprints: dict[str, str]
     """Of data, text and, where a file is read, the encoder's first weights."""
     steps: int
+    data: DataFacts | None = None
+
+
+def data_facts(dataset: Dataset) -> DataFacts:
+    """Return the facts of an opened data set that ``viladiff.training.feasibility`` asks for."""
+    picture = tuple(dataset.val_images[0].shape[:2]) if dataset.uniform and len(dataset.val_images) else None
+    return DataFacts(dataset.num_classes, len(dataset.unlabelled), any(dataset.captions), picture)
 
 
 def fingerprints(cfg: RunConfig) -> dict[str, str]:
@@ -69,5 +77,5 @@ def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
             weights[files] = weights_fingerprint(cfg)
         prints = {"data": dataset.fingerprint, "text": banks[bank], **weights[files]}
         steps = total_steps(cfg, dataset, METHODS[cfg.method.name].views.unlabelled)
-        found.append(Named(run_id(cfg, prints), prints, steps))
+        found.append(Named(run_id(cfg, prints), prints, steps, data_facts(dataset)))
     return found

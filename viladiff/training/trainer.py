@@ -39,7 +39,8 @@ from viladiff.training.errors import (
     memory_errors,
     stop_flag,
 )
-from viladiff.training.fingerprints import weights_fingerprint
+from viladiff.training.feasibility import refuse_infeasible
+from viladiff.training.fingerprints import data_facts, weights_fingerprint
 from viladiff.training.gradients import GradientShares
 from viladiff.training.launch import join_group, run_in_processes, select_device
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
@@ -161,12 +162,13 @@ class Trainer:
         for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes()):
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
+        in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
         for note in self.method.notes() if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
         views = self.method.required_views()
-        check_inputs(cfg, self.method, self.dataset, self.world)
+        check_inputs(cfg, self.method, data_facts(self.dataset), self.world)
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
         self.evaluated_at = evaluation_steps(cfg, self.dataset, views.unlabelled, self.steps)
         patch = self.method.student.patch

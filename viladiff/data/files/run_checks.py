@@ -13,6 +13,7 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.files.file_cache import Contents
 from viladiff.data.files.images import IdEncoding, image_size
 from viladiff.data.files.index import FOLDER, FileList
+from viladiff.data.files.stamps import stamped
 from viladiff.data.files.validate import decoded_size, size_mismatch, some_ignored, zero_or_ignored
 from viladiff.data.sources.base import Classes
 
@@ -27,13 +28,18 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
     """Return warnings for a run on these files, after reading every header and the masks that the run uses.
 
     Files are judged by their header and their end; a file in which either is odd is decoded. Masks of labelled and
-    validation images are read, all others are not opened. Results are stored by file (``data.contents``), so that each
-    is read once. Raises ValueError that quotes the first problems; for a user's own folder also if no labelled mask
-    shows a class, or validation masks show fewer than two. Reads nothing of a data set that is not in files.
+    validation images are read, all others are not opened. Results are stored by file (``data.files.file_cache``), so
+    that each is read once, and a stamp (``data.files.stamps``) spares other workers and starts the look at each. Raises
+    ValueError that quotes the first problems; for a user's own folder also if no labelled mask shows a class, or
+    validation masks show fewer than two. Reads nothing of a data set that is not in files.
     """
     files, contents = dataset.files, dataset.contents
     if files is None or contents is None:
         return dataset.notes
+    return (*dataset.notes, *stamped(dataset, lambda: _checked(dataset, files, contents)))
+
+
+def _checked(dataset: Dataset, files: FileList, contents: Contents) -> tuple[str, ...]:
     contents.refresh()
     labelled = _some(files, dataset.labelled.tolist())
     parts = [labelled] if dataset.val_files is None else [labelled, dataset.val_files]
@@ -58,7 +64,7 @@ def check_files(dataset: Dataset) -> tuple[str, ...]:
     both, unsure = sum(counts, np.zeros(256, np.int64)), sum(one for _, one, _ in looked)
     hint = some_ignored(Classes(dataset.class_names, coding), both, unsure, sum(map(len, parts)))
     told += [f"{files.masks[0].parent}: {hint}"] if hint else []
-    return (*dataset.notes, *told, *_never(dataset, counts))
+    return (*told, *_never(dataset, counts))
 
 
 def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> tuple[np.ndarray, int, list[str]]:

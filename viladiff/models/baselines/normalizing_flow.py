@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from viladiff.core.distributed import full_precision
+
 COUPLING_STD = 0.05
 """Standard deviation of the couplings' parameters at first, so that z is nearly x, permuted; DDFP's release."""
 MEAN_STD = 1.0
@@ -84,7 +86,7 @@ class Flow(nn.Module):
 
         ``classes`` (n,) int64, -1 if unknown. In float32 or better, also under autocast.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             z, log_det = self(x if x.dtype == torch.float64 else x.float())
             # |z - m|^2 multiplied out: a row of differences for each class would be C times the memory.
             squared = z.square().sum(1, keepdim=True) - 2 * z @ self.means.T + self.means.square().sum(1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from viladiff.core import keyed_random
+from viladiff.core.distributed import full_precision
 
 
 def widest(features: Sequence[Tensor]) -> int:
@@ -72,8 +73,7 @@ def virtual_adversarial(
     Virtual adversarial training (Miyato et al. 2018) with a probe that is a share of the length of the features: the
     absolute 1e-6 of published code is lost in float32 rounding. Autocast is off in here for the same reason.
     """
-    device = features[0].device.type
-    with torch.autocast(device, enabled=False), torch.enable_grad():
+    with full_precision(features[0].device), torch.enable_grad():
         base = [level.detach().float() for level in features]
         length = _length(base)
         with torch.no_grad():

@@ -72,6 +72,43 @@ def weights_origin(model: ModelConfig) -> str:
     return _timm_weights(model.encoder) + (f", SHA-256 {file_sha256(path)[:16]}" if path else "")
 
 
+def own_size(name: str) -> int | None:
+    """Return the side in pixels of the images that timm trained a model on; None for other encoders."""
+    import timm
+
+    found = timm.get_pretrained_cfg(name) if name.split(".")[0] in timm.list_models(pretrained=False) else None
+    return None if found is None else int(found.input_size[-1])
+
+
+def weights_fault(model: ModelConfig, fetch: bool = False) -> str | None:
+    """Return why the encoder's first weights cannot be had from here, with what to set; None if they can.
+
+    timm's must be in the cache of the Hugging Face hub. ``fetch`` downloads them if they are not, and else there is no
+    access to a network. Files and directories are checked where runs are named.
+    """
+    if not _from_timm(model) or _timm_file(model.encoder) is not None:
+        return None
+    import timm
+
+    found = timm.get_pretrained_cfg(model.encoder)
+    why = "are not in the cache of this machine"
+    if found is None or not found.hf_hub_id:
+        return None  # from another place than the hub, whose cache timm keeps
+    if fetch:
+        from timm.models import load_state_dict_from_hf
+
+        try:
+            load_state_dict_from_hf(found.hf_hub_id, found.hf_hub_filename or "pytorch_model.bin", weights_only=True)
+        except Exception as error:
+            why = f"cannot be downloaded ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
+        else:
+            return None
+    return (
+        f"model.pretrained = 'timm': the weights of {model.encoder!r} ({found.hf_hub_id}) {why}; set model.weights to "
+        "a file of them, or HF_HOME to a cache that has them"
+    )
+
+
 def _from_timm(model: ModelConfig) -> bool:
     return model.pretrained == "timm" and model.weights is None and model.encoder != "digits_vit"
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from viladiff.core.distributed import full_precision
 from viladiff.losses import check_choice
 from viladiff.models.blocks import bilinear
 from viladiff.models.mixe.config import MixeConfig
@@ -115,7 +116,7 @@ def corrupt(soft: Tensor, t: int | Tensor, tau: float, cfg: MixeConfig, *, noise
     soft = soft.float()
     labels = soft.max(dim=1).indices  # on a CPU a tenth of argmax's time
     gaussian, edges = regions(soft, tau, cfg.gaussian_region), edge_mask(labels)
-    with torch.autocast(soft.device.type, enabled=False):
+    with full_precision(soft.device):
         values = torch.einsum("bchw,cd->bdhw", soft, _codes_on(soft.shape[1], soft.device))
     if cfg.gaussian:
         values = add_gaussian_noise(values, t, _alpha_bar_on(cfg.timesteps, soft.device), noise)
@@ -214,7 +215,7 @@ class Denoiser(nn.Module):
         parts = films.chunk(2 * len(self.convs), dim=1)
         for norm, conv, scale, shift in zip(self.norms, self.convs, parts[::2], parts[1::2], strict=True):
             x = torch.addcmul(x + shift, conv(F.silu(norm(x))), 1 + scale)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = F.silu(self.exit(x.float()))
             return self.class_head(x), self.noise_head(x)
 

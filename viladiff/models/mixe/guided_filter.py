@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from viladiff.core.distributed import full_precision
+
 WINDOW = 5
 """Side, in cells, of the square that a filter averages over."""
 KEYS = 8
@@ -42,7 +44,7 @@ class Guided(nn.Module):
     def forward(self, soft: Tensor, image: Tensor) -> Tensor:
         """Return (B, C, h, w) float32 logits from ``soft`` (B, C, h, w) probabilities and ``image`` (B, 3, H, W)."""
         seen = self.body(self.cells(image))
-        with torch.autocast(soft.device.type, enabled=False):
+        with full_precision(soft.device):
             distance = _distances(self.keys(seen.float()))
             probs = soft.detach().float()
             for near in self.near:

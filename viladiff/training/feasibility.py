@@ -1,0 +1,311 @@
+"""Whether a run can be trained and scored, found before it starts on meta tensors: shapes alone, without content.
+
+One training step and the forward passes of an evaluation run on networks that are built without pretrained weights, so
+that nothing is downloaded and no image is read. Memory, the types of autocast and the content of files of weights are
+not seen. A method that reads numbers of its tensors cannot run so; then the step is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from viladiff.data.batch import Batch, CutMix, Step, TextBatch, Views
+from viladiff.evaluation.complexity import TextFree
+from viladiff.evaluation.protocols import PROTOCOLS, STREAMS, resized_logits, stream_bands
+from viladiff.methods import METHODS
+from viladiff.methods.base import Method
+from viladiff.models.encoders.base import Encoder
+from viladiff.models.encoders.build import own_size, weights_fault
+from viladiff.models.encoders.digits_vit import DigitsViT
+from viladiff.models.segmenter import Network, NetworkFactory
+from viladiff.runs.config import RunConfig, non_default_fields, override
+from viladiff.runs.job import DataFacts
+from viladiff.training.checked import Checked, usual
+from viladiff.training.errors import check_inputs
+from viladiff.training.optim import param_groups
+
+META = torch.device("meta")
+LATE = Step(9, 0.9, 0)
+"""Past every warm-up, where all parts of a loss are computed."""
+WORDS, TEXT_DIM = 7, 64
+"""Of the captions that are tried; no encoder depends on them."""
+_FIRST_LINE = 160
+
+
+def run_faults(cfg: RunConfig, data: DataFacts, store: Checked | None = None) -> list[str]:
+    """Return why a run cannot be trained or scored, a sentence each with what to set; empty if it can.
+
+    Each distinct combination of method, encoder, crop and classes is tried once and its result stored.
+    """
+    fields, workers = non_default_fields(cfg), cfg.runtime.workers
+    if usual(fields, workers, data):
+        return []
+    store = store or Checked()
+    key = store.key(fields, workers, data)
+    found = store.find(key)
+    if found is None:
+        found = try_on_meta(cfg, data)
+        store.keep(key, found)
+    return found
+
+
+def refuse_infeasible(cfg: RunConfig, data: DataFacts, fetch: bool = True) -> None:
+    """Raise ValueError, with what to set, for a run that cannot be trained or scored, or whose weights are not here.
+
+    ``fetch`` downloads weights that are not in this machine's cache; else no network is used.
+    """
+    faults = [*run_faults(cfg, data), *filter(None, [weights_fault(cfg.model, fetch)])]
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def refuse_scoring(cfg: RunConfig, data: DataFacts) -> None:
+    """Raise ValueError if the networks of a run that is trained cannot be scored under ``eval.protocol``."""
+    if usual(non_default_fields(cfg), 1, data):
+        return
+    for fault in _protocol(cfg, _on_meta(cfg, data.classes), data):
+        raise ValueError(fault)
+
+
+def try_on_meta(cfg: RunConfig, data: DataFacts) -> list[str]:
+    """Return ``run_faults`` without looking for a stored result; the first problem ends the search."""
+    try:
+        method = _on_meta(cfg, data.classes)
+        check_inputs(cfg, method, data, cfg.runtime.workers)
+    except ValueError as error:
+        return str(error).splitlines()
+    for look in (_maps, _training, _scoring):
+        for fault in look(cfg, method, data):
+            return [fault]
+    return []
+
+
+def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> Method:
+    """Build the method with weights that are still to be loaded; no pretrained file is read.
+
+    ``model.encoder=transformers`` is an exception: its directory alone defines the network. Raises ValueError if it is
+    missing.
+    """
+    gone: dict[str, object] = {} if cfg.model.encoder == "transformers" else {"model.weights": None}
+    plain = override(cfg, {"model.pretrained": "none", **gone})
+    data, names = cfg.data, tuple(class_names)
+    build = NetworkFactory(plain.model, len(names), text_dim, data.dataset, names, data.crop)
+    return METHODS[cfg.method.name](cfg.method, build)
+
+
+def _on_meta(cfg: RunConfig, classes: int) -> Method:
+    names = [f"class {i}" for i in range(classes)]
+    if cfg.model.encoder != "transformers":  # its directory is read in any case
+        try:
+            with META:  # nothing is drawn: a ViT-B takes seconds else
+                return empty_method(cfg, names, TEXT_DIM).to(META)
+        except (RuntimeError, ValueError):
+            pass  # some networks look at their own numbers when they are made; a fault shows again below
+    return empty_method(cfg, names, TEXT_DIM).to(META)
+
+
+# Parts
+
+
+def _maps(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
+    """Yield the fault of an encoder that cannot take the crop or whose maps do not fit any decoder."""
+    encoder, crop = method.student.encoder, cfg.data.crop
+    fault = _map_fault(encoder, crop)
+    if fault is not None:
+        own = own_size(cfg.model.encoder)
+        fits = own is not None and own != crop and _map_fault(encoder, own) is None
+        yield (
+            f"data.crop = {crop}: model.encoder = {cfg.model.encoder!r} cannot take it ({fault}); "
+            f"{f'data.crop={own} fits, or ' if fits else ''}choose {_OTHERS}"
+        )
+
+
+def _map_fault(encoder: Encoder, side: int) -> str | None:
+    try:
+        found = encoder(_picture(side, side))
+    except Exception as error:
+        return None if _untraceable(error) else _said(error)
+    sides = [-(-side // stride) for stride in encoder.strides]
+    for one, channels, length in zip(found, encoder.channels, sides, strict=True):
+        if one.shape != (1, channels, length, length):
+            return f"a decoder needs a map of (1, {channels}, {length}, {length}), got {tuple(one.shape)}"
+    return None
+
+
+_OTHERS = "an encoder for images of any size, such as vit_base_patch16_224, resnet101 or convnext_tiny"
+
+
+def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
+    """Yield the fault of a step: forward, backward, groups of the optimiser, the method's own update."""
+    where = f"method.name = {cfg.method.name!r} with model.encoder = {cfg.model.encoder!r}, data.crop = {cfg.data.crop}"
+    method.train()
+    weights = {name: weight for name, weight in method.named_parameters() if weight.requires_grad}
+    try:
+        losses = method(_batch(cfg, method.required_views(), data.classes), LATE)
+        grads = torch.autograd.grad(losses.total, list(weights.values()), allow_unused=True)
+        with torch.no_grad():
+            method.after_step(LATE)
+        param_groups(method, cfg)
+    except Exception as error:
+        if not _untraceable(error):
+            yield f"{where}: a training step fails ({_said(error)}); choose another encoder or crop"
+        return
+    idle = [name for name, grad in zip(weights, grads, strict=True) if grad is None]
+    if idle and cfg.runtime.workers > 1:
+        yield (
+            f"runtime.workers = {cfg.runtime.workers}: {where}: no loss reaches {len(idle)} weights ({idle[0]}), for "
+            "whose gradient workers would wait; use runtime.workers = 1"
+        )
+
+
+def _scoring(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
+    """Yield the fault of an evaluation: pseudo-labels, then each network under the run's protocol."""
+    method.eval()
+    text = _text(1) if method.required_views().text else None
+    for size in picture_sizes(cfg.data.crop, data.picture):
+        try:
+            with torch.no_grad():  # of whole pictures, whatever the protocol is
+                resized_logits(
+                    lambda x: method.pseudo_labels(x, text, (0,), LATE), _picture(*size), method.student.patch
+                )
+        except Exception as error:
+            if not _untraceable(error):
+                yield (
+                    f"model.encoder = {cfg.model.encoder!r}: pseudo-labels are scored on whole pictures, and it cannot "
+                    f"take one of {size[0]} x {size[1]} pixels ({_said(error)}); choose {_OTHERS}"
+                )
+                return
+    yield from _protocol(cfg, method, data)
+
+
+def _protocol(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
+    """Yield the fault of the run's protocol on a crop and on an odd-sized picture, with a protocol that has none."""
+    method.eval()
+    text = _text(1) if method.required_views().text else None
+    for network in {type(one): one for one in method.eval_networks().values()}.values():
+        for size in picture_sizes(cfg.data.crop, data.picture):
+            faults = (
+                (name, protocol_fault(network, size, text, name, cfg.data.crop))
+                for name in (cfg.eval.protocol, "sliding_window", "center_crop", "original")
+            )
+            _, fault = next(faults)
+            if fault is not None:
+                able = next((name for name, other in faults if other is None), None)
+                yield (
+                    f"eval.protocol = {cfg.eval.protocol!r}: model.encoder = {cfg.model.encoder!r} cannot score a "
+                    f"picture of {size[0]} x {size[1]} pixels ({fault}); "
+                    f"{f'eval.protocol={able} fits, or ' if able else ''}choose {_OTHERS}"
+                )
+                return
+
+
+def picture_sizes(crop: int, picture: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+    """Return the sizes to try: of the pictures if they have one, else a crop's and one that no patch divides."""
+    return [picture] if picture is not None else [(crop, crop), (crop + crop // 3 + 5, crop - crop // 5 + 3)]
+
+
+def protocol_fault(
+    network: nn.Module, size: tuple[int, int], text: TextBatch | None, protocol: str, crop: int
+) -> str | None:
+    """Return why a network on the meta device cannot score a picture of ``size`` under the protocol; None if it can."""
+    try:
+        with torch.no_grad():
+            for _ in stream_bands(network, _picture(*size), text, STREAMS, protocol, crop):
+                pass
+    except Exception as error:
+        return None if _untraceable(error) else _said(error)
+    return None
+
+
+def check_prediction(network: Network, crop: int, protocol: str, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise ValueError if a loaded network cannot label pictures of these (height, width); name a protocol that works.
+
+    Its weights are neither read nor copied. ``sizes`` are looked at only if the network cannot take any size.
+    """
+    if isinstance(network.encoder, DigitsViT) or protocol not in PROTOCOLS:
+        return
+    plain = _Shapes(network)
+    if not any(protocol_fault(plain, size, None, protocol, crop) for size in picture_sizes(crop)):
+        return
+    for size in dict.fromkeys(sizes):
+        fault = protocol_fault(plain, size, None, protocol, crop)
+        if fault is not None:
+            others = [name for name in ("original", "sliding_window") if name != protocol]
+            able = [name for name in others if protocol_fault(plain, size, None, name, crop) is None]
+            raise ValueError(
+                f"protocol = {protocol!r}: the network cannot label a picture of {size[0]} x {size[1]} pixels "
+                f"({fault}); {f'use {able[0]}' if able else f'train with {_OTHERS}'}"
+            )
+
+
+class _Shapes(nn.Module):
+    """A network without the content of its weights, which stay where they are."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.patch = network.patch
+        whole = TextFree(network)
+        self._whole = (whole,)  # in a tuple, so that it is no part of this module
+        self._weights = {name: x.to(META) for name, x in (*whole.named_parameters(), *whole.named_buffers())}
+
+    def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
+        return {"visual": functional_call(self._whole[0], self._weights, (images,))}
+
+
+# Tensors without content
+
+
+def _batch(cfg: RunConfig, views: Views, classes: int) -> Batch:
+    """Return a micro-batch with the views that a method asks for."""
+    parts, crop = cfg.runtime.workers * cfg.train.grad_accum_steps, cfg.data.crop
+    labelled, unlabelled = cfg.data.batch_labelled // parts, cfg.data.batch_unlabelled // parts
+    more: dict[str, Any] = {"text": _text(labelled)} if views.text else {}
+    more |= {"image_strong": _images(labelled, crop)} if views.strong_labelled else {}
+    more |= {"tags": _empty(labelled, classes)} if views.tags else {}
+    if views.unlabelled:
+        more |= {
+            "weak": (_images(unlabelled, crop),) * views.weak,
+            "strong": tuple(_images(unlabelled, crop) for _ in range(views.strong)),
+            "valid": _empty(unlabelled, crop, crop, dtype=torch.bool),
+            "keys_u": tuple(range(unlabelled)),
+            "mix": tuple(_boxes(unlabelled) for _ in range(views.strong if views.cutmix else 0)),
+        }
+        more |= {"text_u": _text(unlabelled)} if views.text else {}
+        more |= {"tags_u": _empty(unlabelled, classes)} if views.tags else {}
+        more |= {"truth_u": _empty(unlabelled, crop, crop, dtype=torch.int64)} if views.truth else {}
+    target = _empty(labelled, crop, crop, dtype=torch.int64)
+    return Batch(_images(labelled, crop), target, tuple(range(labelled)), **more)
+
+
+def _boxes(count: int) -> CutMix:
+    return CutMix(_empty(count, 4, dtype=torch.int64), _empty(count, dtype=torch.int64))
+
+
+def _images(count: int, side: int) -> Tensor:
+    return _empty(count, 3, side, side)
+
+
+def _picture(height: int, width: int) -> Tensor:
+    return _empty(1, 3, height, width)
+
+
+def _text(count: int) -> TextBatch:
+    return TextBatch(_empty(count, WORDS, TEXT_DIM), _empty(count, WORDS, dtype=torch.bool))
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def _untraceable(error: Exception) -> bool:
+    """Return whether a number of a tensor without content was asked for, which is no fault of the run."""
+    return "meta" in str(error).lower()
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_FIRST_LINE]
