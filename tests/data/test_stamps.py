@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from viladiff.data.dataset import Dataset
-from viladiff.data.files import stamps, validate
+from viladiff.data.files import run_checks, stamps
 from viladiff.data.files.file_cache import Contents
-from viladiff.data.files.validate import check_files
+from viladiff.data.files.run_checks import check_files
 from viladiff.data.registry import load_dataset
 
 Make = Callable[..., Path]
@@ -97,5 +97,5 @@ def test_other_workers_only_read_the_stamp(
 ) -> None:
     root = photo_folder(8)
     check_files(opened(root))
-    monkeypatch.setattr(validate, "_checked", lambda *given: pytest.fail("looked again"))
+    monkeypatch.setattr(run_checks, "_checked", lambda *given: pytest.fail("looked again"))
     check_files(opened(root))

@@ -46,7 +46,7 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
     refuse_infeasible(cfg, data, fetch=False)
     build = run.build()
     if cfg.model.pretrained == "timm" and cfg.model.weights is None:  # which would ask a network for news of them
-        build = replace(build, model=cfg.model.model_copy(update={"pretrained": "none"}))
+        build = replace(build, model=override(cfg, {"model.pretrained": "none"}).model)
     method = METHODS[cfg.method.name](cfg.method, build)
     check_inputs(cfg, method, data, cfg.runtime.workers)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
