@@ -144,6 +144,8 @@ def _faults(sweep: Sweep) -> Iterator[str]:
                 yield f'{entry}: {path} = {value!r}: write the whole path in quotes, as in "{path}.field" = ...'
     yield from published_lists(sweep.scale)
     for name, one in sweep.scale.items():
+        if one.recipe:
+            yield f"scale.{name}: recipe = {one.recipe!r}: of tables alone; write its fields in set"
         if one.shared_method_fields:
             fields = one.shared_method_fields
             yield f"scale.{name}: shared_method_fields = {fields}: a sweep has one method: write it in set"
