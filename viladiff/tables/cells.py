@@ -128,12 +128,12 @@ def cells(
     A later layer overrides an earlier one: base, scale, column, row, seed, command line (``changes``); with the scale's
     ``split_per_seed`` a seed also draws the labelled list. The scale's ``shared_method_fields`` apply to cells whose
     method has them and where neither column nor row sets them. The scale's ``recipe`` overrides the base alone. With
-    the scale's ``published``, settings of a method's publication for the cell's data set override base, scale and what
-    the recipe sets of a method's own fields (``recipes.recipe.shared``), alone. A layer that chooses another method or data set
-    drops earlier settings of the previous one alone, and of ``train.steps`` and ``train.epochs`` the later one replaces
-    the other. A field of ``changes`` that the method or the data set of a cell lacks is left out there, unless all
-    cells lack it. Rows that cannot be run yet have no cells (``unavailable``). Loads torch. Raises ValueError that
-    names file and entry.
+    the scale's ``published``, settings of a method's publication for the cell's data set override base and scale, and
+    of the recipe what it sets of a method's own fields (``recipes.recipe.shared``). A layer that chooses another method
+    or data set drops earlier settings of the previous one alone, and of ``train.steps`` and ``train.epochs`` the later
+    one replaces the other. A field of ``changes`` that the method or the data set of a cell lacks is left out there,
+    unless all cells lack it. Rows that cannot be run yet have no cells (``unavailable``). Loads torch. Raises
+    ValueError that names file and entry.
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():

@@ -132,7 +132,8 @@ def _scale_faults(table: Table) -> Iterator[str]:
             allowed = f"allowed: {', '.join(recipe_names())}{did_you_mean(one.recipe, recipe_names())}"
             yield f"scale.{name}: recipe = {one.recipe!r}: {allowed}"
         if one.recipe and one.datasets:
-            yield f"scale.{name}: recipe = {one.recipe!r}: of the literature's data sets, and datasets has others; keep one"
+            here = f"scale.{name}: recipe = {one.recipe!r}"
+            yield f"{here}: of the literature's data sets, and datasets names others; keep one of the two"
         for key in one.substitute.keys() - there:
             yield f"scale.{name}: substitute: {key!r}: nothing in the table sets this{did_you_mean(key, there)}"
 
