@@ -65,10 +65,10 @@ class Recipe(Section):
     name: str
     """The file's stem."""
     title: str = Field(min_length=1)
-    datasets: tuple[str, ...] = Field(min_length=1)
+    datasets: tuple[str, ...]
     """Data sets that it has settings for; other ones are refused."""
     notes: tuple[str, ...] = ()
-    entries: tuple[RecipeEntry, ...] = Field(min_length=1)
+    entries: tuple[RecipeEntry, ...]
     not_expressed: tuple[NotExpressed, ...] = ()
 
     def place(self, number: int) -> str:
@@ -124,6 +124,8 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _entry_faults(recipe: Recipe) -> Iterator[str]:
+    if not recipe.datasets or not recipe.entries:
+        yield "datasets, entries: one at least of each"
     for i, entry in enumerate(recipe.entries):
         here = entry_name("entries", i, entry.label)
         if entry.ours != bool(entry.why):
