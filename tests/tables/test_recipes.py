@@ -247,7 +247,8 @@ def test_faults_of_a_recipe_are_one_line_each(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match=r"t\.toml: scale\.s: recipe resnet: data\.dataset = 'ade20k': allowed"):
         ade = Column(label="a", set={"data.dataset": "ade20k"})
         cells(Table(**{**dict(small()), "columns": (ade,), "scale": {"s": Scale(recipe="resnet")}}), "s", [0])
-    bad = Recipe(**{**load_recipe("strong").model_dump(), "entries": ({"label": "x", "source": "y", "fields": {"optim.lr": "fast"}},)})  # fmt: skip
+    wrong = ({"label": "x", "source": "y", "fields": {"optim.lr": "fast"}},)
+    bad = Recipe(**{**load_recipe("strong").model_dump(), "entries": wrong})
     monkeypatch.setattr(recipes, "load_recipe", lambda name: bad)
     with pytest.raises(ValueError, match=r"t\.toml: recipe strong: entries\[1\] 'x': optim\.lr = 'fast'"):
         cells(small(), "s", [0])
