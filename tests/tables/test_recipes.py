@@ -30,6 +30,7 @@ from viladiff.tables.recipes.recipe import Recipe, check_recipe, load_recipe, re
 from viladiff.tables.spec import Column, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 from viladiff.tables.stated import stated
+from viladiff.training.fingerprints import sizes_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = [f"table{number}" for number in range(1, 8)]
@@ -102,7 +103,8 @@ def test_what_the_publications_print() -> None:
     (one, *_) = runs("table1", "strong", "SupBaseline")
     assert some(one, "data.batch_labelled", "train.epoch_images", "train.epochs") == (32, 3000, 60)
     assert adamw(5e-6, 40) == {"optim.name": "adamw", "optim.lr": 2e-4, "optim.encoder_lr_scale": 0.025}
-    assert sgd(5e-3) == {"optim.name": "sgd", "optim.lr": 5e-3, "optim.encoder_lr_scale": 1.0}
+    assert sgd(5e-3, 1) == {"optim.name": "sgd", "optim.lr": 5e-3, "optim.encoder_lr_scale": 1.0}
+    assert sgd(5e-3) == {"optim.name": "sgd", "optim.lr": 5e-3}
 
 
 def test_the_recipe_of_the_paper_is_what_the_data_sets_preset() -> None:
@@ -137,6 +139,31 @@ def test_sizes_of_vila_and_mixe_follow_from_the_classes(dataset: str, vila: Any,
     narrow = {"method.vila.width": "64", "method.vila.heads": "4"}
     fields = flatten(override(RunConfig(), {"data.dataset": dataset, "method.name": "viladiff", **narrow}))
     assert (fields["method.vila.width"], fields["method.vila.depth"]) == (64, vila[2])
+
+
+def test_a_runs_name_has_the_sizes_that_its_data_set_presets() -> None:
+    """They are defaults, which are in no name by themselves; embedded data and methods without them have old names."""
+
+    def sizes(dataset: str, method: str, **more: object) -> dict[str, str]:
+        return sizes_fingerprint(override(RunConfig(), {"data.dataset": dataset, "method.name": method, **more}))
+
+    for dataset, method in (("digits", "viladiff"), ("dense", "viladiff"), ("voc", "cps"), ("coco", "semibaseline")):
+        assert sizes(dataset, method) == {}
+    assert sizes("voc", "viladiff").keys() == {"sizes"}
+    assert sizes("voc", "viladiff") == sizes("cityscapes", "viladiff") != sizes("coco", "viladiff")
+
+
+def test_protocols_of_publications_are_of_real_data_sets_and_fields() -> None:
+    declared = [(name, one) for name, method in METHODS.items() for one in method.protocols]
+    assert len(declared) > 30 and {"unimatch", "u2pl", "psmt"} <= {name for name, _ in declared}
+    for name, one in declared:
+        assert one.source and one.fields and all(shared(path) for path in one.fields)
+        for dataset in one.datasets:
+            where = {"data.dataset": dataset, "method.name": name}
+            if one.splits:
+                where |= {"data.split_family": "aug_cps", "data.split": one.splits[0]}
+            cfg = flatten(override(RunConfig(), {**where, **one.fields}))
+            assert {path: cfg[path] for path in one.fields} == dict(one.fields)
 
 
 # Cells
@@ -281,7 +308,8 @@ def test_pages_say_what_yields_to_the_protocol(tmp_path: Path) -> None:
     assert said[0, "method.teacher.momentum"].yields and said[0, "method.teacher.momentum"].value == 0.999
     assert said[0, "data.crop"][4:] == (513, 518, True)
     assert not said[0, "train.epochs"].applied and said[0, "optim.name"].yields
-    assert said[1, "method.teacher.momentum"].yields, "what a row sets of the protocol is not the publication's either"
+    own = said[1, "method.teacher.momentum"]
+    assert not own.yields and not own.applied and own.runs == 0.9, "the row's own, not the protocol's"
     plain = Table(**{**dict(small()), "scale": {"s": Scale(published=True)}})
     without = stated(plain, cells(plain, "s", [0]))
     assert not any(one.yields for one in without) and {one.path for one in without} == {"method.teacher.momentum"}

@@ -75,7 +75,7 @@ class AllSpark(Method):
     )
     protocols = (
         protocol(("voc",), "AllSpark 9da63e2", 513, 80.0, 8, sgd(1e-3, 10)),
-        protocol(("cityscapes",), "AllSpark 9da63e2", 801, 240.0, 8, sgd(5e-3)),
+        protocol(("cityscapes",), "AllSpark 9da63e2", 801, 240.0, 8, sgd(5e-3, 1)),
         protocol(("coco",), "AllSpark 9da63e2", 513, 10.0, 16, sgd(1e-3, 10)),
     )
     views = Views(weak=1, strong_labelled=True)

@@ -94,7 +94,7 @@ class CorrMatch(Method):
     )
     protocols = (
         protocol(("voc",), "CorrMatch 44f9f9e", 321, 80.0, rates=sgd(1e-3, 10)),
-        protocol(("cityscapes",), "CorrMatch 44f9f9e", 801, 240.0, rates=sgd(5e-3)),
+        protocol(("cityscapes",), "CorrMatch 44f9f9e", 801, 240.0, rates=sgd(5e-3, 1)),
     )
     views = Views(strong=1, cutmix=True)
     weak_trains = True

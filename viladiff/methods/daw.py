@@ -72,7 +72,7 @@ class Daw(UniMatch, MeanTeacher):
     )
     protocols = (
         protocol(("voc",), "DAW 3d1e093", 513, 80.0, 8, sgd(1e-3, 10)),
-        protocol(("cityscapes",), "DAW 3d1e093", 801, 240.0, 8, sgd(5e-3)),
+        protocol(("cityscapes",), "DAW 3d1e093", 801, 240.0, 8, sgd(5e-3, 1)),
     )
     views = Views(strong=2, cutmix=True)
     paper = Reference(

@@ -34,17 +34,19 @@ class PublishedSetting(NamedTuple):
         return listed and all(values.get(path) == value for path, value in self.given.items())
 
 
-def sgd(lr: float, head: float = 1.0) -> dict[str, object]:
-    """Return the fields of SGD at a rate of the encoder, whose ``head``-fold the rest has."""
+def sgd(lr: float, head: float | None = None) -> dict[str, object]:
+    """Return the fields of SGD at a rate of the encoder, whose ``head``-fold the rest has; None where that is open."""
     return {"optim.name": "sgd", **_rates(lr, head)}
 
 
-def adamw(lr: float, head: float = 1.0) -> dict[str, object]:
+def adamw(lr: float, head: float) -> dict[str, object]:
     """Return the fields of AdamW, likewise."""
     return {"optim.name": "adamw", **_rates(lr, head)}
 
 
-def _rates(lr: float, head: float) -> dict[str, object]:
+def _rates(lr: float, head: float | None) -> dict[str, object]:
+    if head is None:
+        return {"optim.lr": lr}
     # Rounded, so that 5e-6 times 40 is the 0.0002 that a table writes.
     return {"optim.lr": round(lr * head, 12), "optim.encoder_lr_scale": round(1 / head, 12)}
 

@@ -138,7 +138,7 @@ class U2pl(MeanTeacher):
     )
     protocols = (
         protocol(("voc",), "U2PL ab3d2be", 513, 80.0, 16, sgd(1e-3, 10)),
-        protocol(("cityscapes",), "U2PL ab3d2be", 769, 200.0, 16, sgd(1e-2)),
+        protocol(("cityscapes",), "U2PL ab3d2be", 769, 200.0, 16, sgd(1e-2, 1)),
     )
     views = Views(weak=1, pairs=True)
     weak_trains = True

@@ -66,7 +66,7 @@ class UniMatch(Method):
         protocol(("voc",), "UniMatch, CVPR 2023", 513, 80.0, 8, sgd(1e-3, 10))._replace(
             families=("aug_cps", "aug_u2pl")
         ),
-        protocol(("cityscapes",), "UniMatch 0324f3d", 801, 240.0, 8, sgd(5e-3)),
+        protocol(("cityscapes",), "UniMatch 0324f3d", 801, 240.0, 8, sgd(5e-3, 1)),
         protocol(("coco",), "UniMatch 0324f3d", 513, 30.0, 8, sgd(4e-3, 10)),
     )
 

@@ -48,7 +48,8 @@ def stated(table: Table, found: Iterable[Cell]) -> tuple[Stated, ...]:
         if place in seen:
             continue
         seen.add(place)
-        asked = published(paper_settings(table, *place))
+        settings = paper_settings(table, *place)
+        asked = published(settings)
         recipe = table.scale[str(cell.changes["runtime.scale"])].recipe
         if not asked and not recipe:
             continue
@@ -58,8 +59,8 @@ def stated(table: Table, found: Iterable[Cell]) -> tuple[Stated, ...]:
         for one in [*common, *asked]:
             for path, value in one.fields.items():
                 here = Stated(*place, one.source, path, value, runs.get(path))
-                other = recipe and (one in common or path in ruled) and not here.applied
-                said[*place, path] = here._replace(yields=True) if other else here
+                other = recipe and (one in common or path in ruled) and path not in settings
+                said[*place, path] = here._replace(yields=True) if other and not here.applied else here
             if one.not_available:
                 said[*place, one.not_available] = Stated(*place, one.source, "", one.not_available, None)
     return tuple(said.values())
