@@ -79,20 +79,22 @@ def test_from_files_and_captions_to_scores(
 
 
 @pytest.mark.parametrize(
-    ("table", "dataset", "splits"),
+    ("table", "dataset", "splits", "scale"),
     [
-        ("table3", "cityscapes", ("186", "372", "744", "1488")),
-        ("table4", "coco", ("232", "463", "925", "1849")),
+        ("table3", "cityscapes", ("186", "372", "744", "1488"), "paper"),
+        ("table3", "cityscapes", ("186", "372", "744", "1488"), "strong"),
+        ("table4", "coco", ("232", "463", "925", "1849"), "paper"),
+        ("table4", "coco", ("232", "463", "925", "1849"), "resnet"),
     ],
 )
 def test_tables_of_the_paper_are_planned_on_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str, dataset: str, splits: tuple[str, ...]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str, dataset: str, splits: tuple[str, ...], scale: str
 ) -> None:
     made = WRITE[dataset](tmp_path / dataset, split=splits[0])
     for split in splits[1:]:
         shutil.copytree(made.root / "splits" / splits[0], made.root / "splits" / split)
     spec = ROOT / "ablations" / f"{table}.toml"
-    words = ["--scale", "paper", "--seeds", "1", "--rows", "SupBaseline", "UniMatch", "ViLaDiff", "--dry-run"]
+    words = ["--scale", scale, "--seeds", "1", "--rows", "SupBaseline", "UniMatch", "ViLaDiff", "--dry-run"]
     words += ["--runs-dir", str(tmp_path / "runs"), "--", f"runtime.data_root={made.root}"]
     words += ["model.encoder=digits_vit", "model.pretrained=none"]
     with pytest.raises(
@@ -100,7 +102,7 @@ def test_tables_of_the_paper_are_planned_on_files(
     ):
         tables.run_table(spec, table_parser(spec, "t").parse_args(words), "t")
     told = " ".join(capsys.readouterr().out.split())
-    assert "12 runs" in told, told
+    assert "12 runs" in told and f"recipe {scale}; viladiff methods --recipe {scale} lists it" in told, told
     assert tables.run_table(spec, table_parser(spec, "t").parse_args([*words, "data.captions=none"]), "t") == 0
     with pytest.raises(ValueError, match=r"runtime\.data_root: must be set"):
         tables.run_table(spec, table_parser(spec, "t").parse_args(words[: words.index("--")]), "t")

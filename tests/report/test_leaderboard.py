@@ -39,9 +39,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def configs(name: str, scale: str = "digits", seeds: tuple[int, ...] = (0,)) -> dict[tuple[str, str, int], RunConfig]:
-    """By row, column and seed."""
+    """By row, column and seed, of the rows that the scale has."""
     table = load_table(ROOT / "ablations" / f"{name}.toml")
-    found = cells(table, scale, seeds, [row.label for row in table.rows], [one.label for one in table.columns])
+    rows = [row.label for row in table.rows if not row.scales or scale in row.scales]
+    found = cells(table, scale, seeds, rows, [one.label for one in table.columns])
     return {
         (table.rows[one.row].label, table.columns[one.column].label, one.seed): override(RunConfig(), one.changes)
         for one in found

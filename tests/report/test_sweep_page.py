@@ -220,7 +220,7 @@ def test_the_page_shows_all_that_a_sweep_found(
     assert {ref[1:] for ref in page.refers if ref.startswith("#")} <= set(page.ids)
     assert "http" not in text.replace("https://", "http") or not re.search(r'(src|href)="http', text)
     assert "/home/somebody" not in text and "failed at …/hang.txt" in text
-    assert "Winner against paper: +" in text and "x=&lt;1&gt;" in text
+    assert "Winner against first point: +" in text and "x=&lt;1&gt;" in text
     assert "12 of 14 trials have ended" in text and "9 trials complete, 2 stopped early, 1 failed, 1 under way" in text
     # The response: nine places with their spread, a local mean with its band, what was stopped, the paper's own curve.
     response = text.split('id="response"')[1].split("</section>")[0]

@@ -20,7 +20,7 @@ from viladiff.experiments.sweeps import conclusion
 from viladiff.runs.job import PlannedRun
 from viladiff.sweeps.finals import Finalist, compare_finalists, finalists, format_verdict
 from viladiff.sweeps.space import Dimension, edges, grid, shrunk
-from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, choosing_images, load_sweep, rung_steps
+from viladiff.sweeps.spec import Sweep, SweepPlanner, at_scale, changes, check, choosing_images, load_sweep, rung_steps
 from viladiff.sweeps.summary import best_so_far, importances, rungs, to_toml, train_command, trial_rows
 from viladiff.sweeps.trials import Rung, Trial
 from viladiff.tables.significance import smallest_detectable
@@ -69,6 +69,7 @@ def test_the_papers_value_is_the_methods_default() -> None:
         where = {"method.name": sweep.base["method.name"]}
         if path.stem == "sweep_viladiff":  # its first point is the first reading, which embedded data do not run
             where |= {"data.dataset": "voc", "method.pseudo.threshold": "0.7"}
+            where |= {"method.mixe.width": "32", "method.mixe.depth": "2"}
         plain = flatten(override(RunConfig(), where))
         if "method.mixe.condition" in plain:
             plain["method.mixe.condition"] = ",".join(plain["method.mixe.condition"])  # type: ignore[arg-type]
@@ -78,6 +79,49 @@ def test_the_papers_value_is_the_methods_default() -> None:
         if path.stem == "sweep_semibaseline_tags":
             assert first.pop("method.tags.weight") == 1.0, "no tags are the default"
         assert first == {field: (plain | tuples)[field] for field in first}, path.stem
+
+
+def test_the_joint_search_starts_from_the_papers_rates_on_its_data_alone(tmp_path: Path) -> None:
+    joint = load_sweep(TUNE / "sweep_joint.toml")
+    rates = ("optim.lr", "optim.encoder_lr_scale")
+    assert [joint.initial_point[path] for path in rates] == [0.006, 0.2] and "but for" in joint.initial_label
+    assert at_scale(joint, "digits") is joint
+    paper = at_scale(joint, "paper")
+    assert [paper.initial_point[path] for path in rates] == [0.001, 1.0]
+    assert paper.initial_label == "the paper's value" and paper.points == joint.points
+    assert {p: v for p, v in paper.initial_point.items() if p not in rates}.items() <= joint.initial_point.items()
+    check(paper, "paper")
+    path = tmp_path / "sweep_joint.toml"
+    text = (TUNE / "sweep_joint.toml").read_text()
+    for old, new, why in (
+        ("[initial_at.paper]", "[initial_at.papr]", r"initial_at\.papr: allowed: .*did you mean 'paper'"),
+        ('"optim.lr" = 0.001', '"optim.lrr" = 0.001', r"initial_at\.paper: optim\.lrr .*did you mean"),
+        ('"optim.lr" = 0.001', '"optim.lr" = 0.5', r"initial_at\.paper: optim\.lr"),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=why):
+            load_sweep(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_trial_on_the_papers_data_is_as_long_as_a_run_of_its_tables(path: Path) -> None:
+    """60 epochs of the 9,850 unlabelled images at 732 labels, four a step, to the next thousand that rungs divide."""
+    from viladiff.runs.config import RunConfig, override
+
+    fixed = changes(load_sweep(path), "paper", {}, "holdout")
+    cfg = override(RunConfig(), {**fixed, **load_sweep(path).initial_point})
+    assert (cfg.data.split, cfg.data.batch_unlabelled) == ("732", 4)
+    assert 0 <= fixed["train.steps"] - 60 * 9850 / 4 < 1000  # type: ignore[operator]
+
+
+def test_the_command_that_repeats_a_run_has_its_inputs() -> None:
+    changed = {"data.dataset": "voc", "runtime.scale": "paper"}
+    inputs = {"runtime.data_root": "/data/my voc", "runtime.captions": "c.parquet"}
+    text = train_command(changed, 1, inputs)
+    assert text == (
+        "viladiff train data.dataset=voc 'runtime.data_root=/data/my voc' runtime.captions=c.parquet --threads 1"
+    )
+    assert train_command(changed, None) == "viladiff train data.dataset=voc"
 
 
 def test_printed_curves_are_the_papers() -> None:
@@ -262,7 +306,7 @@ def test_a_search_runs_on_held_out_images_and_its_finals_on_the_reported_ones(sw
 
 def test_the_images_that_points_are_chosen_by_are_named(sweep: Sweep) -> None:
     assert choosing_images(sweep, "digits") == choosing_images(sweep, "smoke") == "the part dev of the embedded data"
-    assert choosing_images(sweep, "paper") == "25% of the labelled images"
+    assert choosing_images(sweep, "paper") == "25% of the labelled images (at most 183 of 732)"
 
 
 def test_fields_of_the_sweep_are_not_typed(sweep: Sweep) -> None:

@@ -88,6 +88,7 @@ def command_parser() -> argparse.ArgumentParser:
     add_text(commands)
     methods = commands.add_parser("methods", help="list the methods: paper, inputs, cost of a step")
     methods.add_argument("name", nargs="?", help="show one method and its published settings by data set")
+    methods.add_argument("--recipe", metavar="NAME", help="show a recipe of the tables' scales, field by field")
     methods.add_argument("--json", action="store_true", help="print JSON")
     methods.set_defaults(run=_methods)
 
@@ -292,6 +293,11 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
+    if args.recipe is not None:
+        from viladiff.cli.methods import format_recipe
+
+        sys.stdout.write(format_recipe(args.recipe, args.json, args.name))
+        return 0
     from viladiff.cli.methods import format_methods
 
     sys.stdout.write(format_methods(args.json, None if sys.stdout.isatty() else 160, args.name))

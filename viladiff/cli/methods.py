@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from viladiff.config.base import ConfigError, did_you_mean
@@ -10,6 +11,8 @@ from viladiff.data.batch import Views
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method, StepCost
 from viladiff.methods.common.published import PublishedSetting
+from viladiff.tables.recipes.listing import recipe_text
+from viladiff.tables.recipes.recipe import check_recipe, load_recipe
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -29,6 +32,7 @@ def _row(name: str, method: type[Method]) -> dict[str, Any]:
         "passes": written(passes) if passes else None,
         "revision": method.revision,
         "published": [_declared(one) for one in method.published],
+        "protocols": [_declared(one) for one in method.protocols],
     }
 
 
@@ -58,16 +62,25 @@ def written(passes: StepCost) -> str:
     return f"{text}; {passes.beside}" if passes.beside else text
 
 
-def published_lines(method: type[Method]) -> list[str]:
-    """List the settings of a method's publication by data set and list, one a line."""
+def published_lines(settings: Iterable[PublishedSetting]) -> list[str]:
+    """List settings of a method's publication by data set and list, one a line."""
     said = []
-    for one in method.published:
+    for one in settings:
         limits = [*one.splits, *one.families, *(f"{path}={value}" for path, value in one.given.items())]
         where = ", ".join(one.datasets) + (f" ({', '.join(limits)})" if limits else "")
         fields = ", ".join(f"{path}={value}" for path, value in one.fields.items())
         more = f"; not available: {one.not_available}" if one.not_available else ""
         said.append(f"{where}: {fields}{more} [{one.source}]")
     return said
+
+
+def format_recipe(name: str, as_json: bool, method: str | None) -> str:
+    """Format a recipe as JSON or a line a field. Raises ValueError for an unknown one, or beside a method."""
+    if method is not None:
+        raise ValueError(f"--recipe {name} and {method}: give one of the two")
+    recipe = load_recipe(name)
+    check_recipe(recipe)
+    return recipe.model_dump_json(indent=1) + "\n" if as_json else recipe_text(name)
 
 
 def format_methods(as_json: bool, width: int | None, name: str | None = None) -> str:
@@ -98,6 +111,9 @@ def format_methods(as_json: bool, width: int | None, name: str | None = None) ->
         )
     if name is None:
         return text.get()
-    said = published_lines(METHODS[name]) or ["none declared"]
-    heading = "Published settings by data set, used by tables at scale paper:"
-    return text.get() + "\n" + "\n".join([heading, *(f"  {line}" for line in said)]) + "\n"
+    own = published_lines(METHODS[name].published) or ["none declared"]
+    shared = published_lines(METHODS[name].protocols) or ["none declared"]
+    heading = "Published settings by data set, used by tables at scales paper, strong and resnet:"
+    other = "Published protocol by data set, in whose place a table has its own:"
+    said = [heading, *(f"  {line}" for line in own), "", other, *(f"  {line}" for line in shared)]
+    return text.get() + "\n" + "\n".join(said) + "\n"

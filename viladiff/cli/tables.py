@@ -55,7 +55,9 @@ def add_table_options(top: argparse.ArgumentParser) -> None:
     """Add the options that every table has."""
     what = top.add_argument_group("selection")
     what.add_argument(
-        "--scale", default="quick", help="size of the experiment: smoke, quick (default), digits or paper"
+        "--scale",
+        default="quick",
+        help="size of experiment: smoke, quick (default), digits, paper, strong or resnet",
     )
     what.add_argument("--seeds", metavar="N", help="number of seeds, counted from 0, or a list such as 3,4,5")
     what.add_argument("--rows", nargs="+", metavar="ROW", help=ROWS)

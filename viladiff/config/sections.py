@@ -62,10 +62,12 @@ class ModelConfig(Section):
     """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
     weights: str | None = None
     """A safetensors file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory."""
-    decoder: Literal["light"] = "light"
+    decoder: Literal["light", "dpt", "deeplabv3plus"] = "light"
     """What brings the encoder's maps to one fine map; semivl and textprobe have their own."""
     decoder_width: int = Field(16, ge=8)
     """Channels of the decoder, a multiple of 8; 128 unless the data set is embedded."""
+    encoder_stride: Literal[8, 16] | None = None
+    """Output stride of a ResNet whose last stages are dilated; none leaves the encoder as it is."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Rate of stochastic depth in the encoder."""
     encoder_frozen: bool = False

@@ -53,7 +53,9 @@ def print_dry_run(
     about = "" if guess.seconds is None else "about "
     spread = "" if room else " of sequential work"
     lists = {"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {}
+    recipe = plan.table.scale[plan.scale].recipe
     lines = {
+        **({"recipe": f"{recipe}; viladiff methods --recipe {recipe} lists it"} if recipe else {}),
         "cells": f"{guess.cells} with {guess.runs} different runs, of which {guess.done} are done",
         "to train": f"{len(left)} runs, {sum(run.steps for run in left):,} steps, {many}, "
         + (f"{workers} workers with {each}" if workers > 1 else each),

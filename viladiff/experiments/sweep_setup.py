@@ -20,7 +20,7 @@ from viladiff.runs.job import ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.sweeps.early_stopping import optuna_pruner
 from viladiff.sweeps.space import dumped, edges, shrunk
-from viladiff.sweeps.spec import Sweep, SweepPlanner, check, load_sweep
+from viladiff.sweeps.spec import Sweep, SweepPlanner, at_scale, check, load_sweep
 
 META = "sweep.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -59,7 +59,7 @@ class SweepJob:
 
 def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
     """Read the sweep and check all arguments, and the space at its edges; train and write nothing."""
-    sweep = load_sweep(path)
+    sweep = at_scale(load_sweep(path), args.scale)
     changes = parse_overrides(args.changes)
     check(sweep, args.scale, changes, args.select)
     trials = sweep.trials if args.trials is None else args.trials

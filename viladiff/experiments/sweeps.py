@@ -23,7 +23,7 @@ from viladiff.sweeps.early_stopping import optuna_pruner
 from viladiff.sweeps.finals import Finalist, chosen, finalists, format_verdict
 from viladiff.sweeps.optuna_study import JOURNAL, OptunaStudy
 from viladiff.sweeps.spec import choosing_images
-from viladiff.sweeps.summary import to_toml, train_command
+from viladiff.sweeps.summary import INPUTS, to_toml, train_command
 from viladiff.sweeps.trial_queue import TrialQueue
 from viladiff.sweeps.trials import Trial, load_trials, ranked
 from viladiff.tables.spec import OWN_LISTS
@@ -177,7 +177,7 @@ def write_sweep_page(
         max(job.trials, len(trials)),
         job.args.select,
         public_command(command),
-        again(job, best[0]) if best else "",
+        public_command(again(job, best[0])) if best else "",
         given_up,
         resting,
         tuned(job, trials, found) if resting and job.sweep.beside else (),
@@ -211,14 +211,15 @@ def dry_run_lines(job: SweepJob) -> list[str]:
     stops = f" at steps {', '.join(map(str, steps[:-1]))}" if job.args.early_stopping != "none" else ""
     lines = {
         "searched": "; ".join(f"{path} in {dimension}" for path, dimension in job.sweep.space.items()),
-        "first": ", ".join(f"{path} = {value}" for path, value in job.sweep.initial_point.items()) + " (the paper's)",
+        "first": ", ".join(f"{path} = {value}" for path, value in job.sweep.initial_point.items())
+        + f" ({job.sweep.initial_label})",
         "chosen by": f"{choosing_images(job.sweep, job.scale)}, not used for training"
         if job.args.select == "holdout"
         else "THE REPORTED VALIDATION SET (--select val): reported scores are biased",
         **({"labelled": OWN_LISTS.replace("rows", "points")} if size.split_per_seed else {}),
         "trials": f"{job.trials}{begun} of {len(job.seeds)} seeds, by {job.args.sampler}; stopped early by "
         f"{job.args.early_stopping}{stops}",
-        "then": f"the best, the paper's and the second on {len(job.sweep.final_seeds)} fresh seeds, scored on "
+        "then": f"the best, the first and the second best on {len(job.sweep.final_seeds)} fresh seeds, scored on "
         + ("the reported set" if job.sweep.finals_split == "test" else "the same images, to choose between them"),
         "at most": f"{runs} runs, {runs * steps[-1]:,} steps",
         "time": "unknown"
@@ -266,4 +267,4 @@ def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]
 def again(job: SweepJob, trial: Trial) -> str:
     """Return the command that trains a trial's first run again."""
     run = job.namer.planned(trial.point, int(trial.seeds[0]))
-    return train_command(run.changed, run.threads)
+    return train_command(run.changed, run.threads, {path: run.changes[path] for path in INPUTS if path in run.changes})

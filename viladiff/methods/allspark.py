@@ -36,7 +36,7 @@ from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.losses import all_gather, all_gather_with_grad, distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.allspark import (
     AllSparkSegmenter,
     Draw,
@@ -72,6 +72,11 @@ class AllSpark(Method):
     published = (
         PublishedSetting(("voc",), {"method.warmup": 5 / 80}, "AllSpark 9da63e2"),
         PublishedSetting(("cityscapes",), {"method.warmup": 15 / 240, "method.ohem.enabled": True}, "AllSpark 9da63e2"),
+    )
+    protocols = (
+        protocol(("voc",), "AllSpark 9da63e2", 513, 80.0, 8, sgd(1e-3, 10)),
+        protocol(("cityscapes",), "AllSpark 9da63e2", 801, 240.0, 8, sgd(5e-3, 1)),
+        protocol(("coco",), "AllSpark 9da63e2", 513, 10.0, 16, sgd(1e-3, 10)),
     )
     views = Views(weak=1, strong_labelled=True)
     trains_on_weak = True

@@ -108,6 +108,8 @@ class Method(nn.Module):
     """What the method has beside its student."""
     published: ClassVar[tuple[PublishedSetting, ...]] = ()
     """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
+    protocols: ClassVar[tuple[PublishedSetting, ...]] = ()
+    """What the publication has of optimiser, batch, crop and length, likewise; it yields to a table's own."""
     embedded: ClassVar[Mapping[str, object]] = {}
     """Defaults on the embedded data sets, chosen on their part ``dev``: {path below ``method``: value}."""
     term_fields: ClassVar[Mapping[str, tuple[str, ...]]] = {}

@@ -25,7 +25,7 @@ from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import box_mask
 from viladiff.losses import all_reduce_max, distributed_mean, logit_distillation, pseudo_label_cross_entropy
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.perturbations import channel_dropout, widest
 from viladiff.models.segmenter import NetworkFactory, upsample
 
@@ -92,6 +92,10 @@ class CorrMatch(Method):
             },
             "CorrMatch 44f9f9e; threshold: its issue 12",
         ),
+    )
+    protocols = (
+        protocol(("voc",), "CorrMatch 44f9f9e", 321, 80.0, rates=sgd(1e-3, 10)),
+        protocol(("cityscapes",), "CorrMatch 44f9f9e", 801, 240.0, rates=sgd(5e-3, 1)),
     )
     views = Views(strong=1, cutmix=True)
     trains_on_weak = True

@@ -22,7 +22,7 @@ from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import pair_partner, parity_boxes, parity_mask, paste
 from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.segmenter import Network, NetworkFactory
 
 
@@ -68,6 +68,10 @@ class Cps(Method):
             "TorchSemiSeg 5e0c29c",
             given={"method.cutmix": False},
         ),
+    )
+    protocols = (
+        protocol(("voc",), "TorchSemiSeg 5e0c29c", 512, batch=8, rates=sgd(2.5e-3)),
+        protocol(("cityscapes",), "TorchSemiSeg 5e0c29c", 800, batch=8, rates=sgd(2e-2)),
     )
     extra_state = "second network"
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from viladiff.data.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import all_reduce_sum
 from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, Reference, TeacherConfig
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.segmenter import NetworkFactory
 
@@ -69,6 +69,10 @@ class Daw(UniMatch, MeanTeacher):
         PublishedSetting(
             ("cityscapes",), {"method.teacher.momentum": 0.999, "method.ohem.enabled": True}, "DAW 3d1e093"
         ),
+    )
+    protocols = (
+        protocol(("voc",), "DAW 3d1e093", 513, 80.0, 8, sgd(1e-3, 10)),
+        protocol(("cityscapes",), "DAW 3d1e093", 801, 240.0, 8, sgd(5e-3, 1)),
     )
     views = Views(strong=2, cutmix=True)
     paper = Reference(

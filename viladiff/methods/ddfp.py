@@ -44,7 +44,7 @@ from viladiff.methods.base import (
     keyed_boxes,
     steps_after,
 )
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.memory_bank import gather_at, sample_positions
 from viladiff.models.baselines.normalizing_flow import Flow
 from viladiff.models.ema import ema_update
@@ -113,6 +113,10 @@ class Ddfp(MeanTeacher):
     step_cost = StepCost(4, 2, 2, 2, "flow: 2 forward and backward")
     published = (
         PublishedSetting(("voc",), {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.999}, "DDFP 7956c72"),
+    )
+    protocols = (
+        protocol(("voc",), "DDFP 7956c72", 513, 80.0, 16, sgd(1e-3, 10)),
+        protocol(("cityscapes",), "DDFP 7956c72", 801),
     )
     extra_state = "teacher, flow"
 

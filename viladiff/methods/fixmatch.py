@@ -15,7 +15,7 @@ from pydantic import Field
 from viladiff.data.batch import Batch, Losses, Step
 from viladiff.methods.base import MethodConfig, PredictConfig, Reference, TeacherConfig
 from viladiff.methods.common.oracle import OraclePseudoConfig
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, adamw, protocol
 from viladiff.methods.common.tags import TagsConfig
 from viladiff.methods.semibaseline import SemiBaseline
 
@@ -50,6 +50,12 @@ class FixMatch(SemiBaseline):
             {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996, "method.ohem.enabled": True},
             "UniMatch-V2 f6afb4d, fixmatch.py",
         ),
+    )
+    protocols = (
+        protocol(("voc",), "UniMatch-V2 f6afb4d", 518, 60.0, 16, adamw(5e-6, 40)),
+        protocol(("cityscapes",), "UniMatch-V2 f6afb4d", 798, 180.0, 8, adamw(5e-6, 40)),
+        protocol(("coco",), "UniMatch-V2 f6afb4d", 518, 20.0, 16, adamw(5e-6, 40)),
+        protocol(("ade20k",), "UniMatch-V2 f6afb4d", 518, 60.0, 8, adamw(5e-6, 40)),
     )
 
     def forward(self, batch: Batch, step: Step) -> Losses:

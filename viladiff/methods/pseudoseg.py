@@ -30,7 +30,7 @@ from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import box_mask, square_boxes
 from viladiff.losses import cross_entropy, distributed_mean, weighted_pixel_mean
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.grad_cam import Sgc, tag_loss, tagged
 from viladiff.models.segmenter import NetworkFactory, upsample
 
@@ -59,6 +59,10 @@ class PseudoSeg(Method):
         PublishedSetting(
             ("voc", "coco"), {"method.pseudo.temperature": 0.5, "method.pseudo.threshold": 0.0}, "wss b01acaf"
         ),
+    )
+    protocols = (
+        protocol(("voc",), "wss b01acaf", 513, batch=64, rates={"train.steps": 30_000, **sgd(7e-3)}),
+        protocol(("coco",), "wss b01acaf", 513, batch=64, rates={"train.steps": 200_000, **sgd(7e-3)}),
     )
     views = Views(strong=1)
     paper = Reference("PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", "ICLR", 2021)

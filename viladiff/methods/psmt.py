@@ -37,7 +37,7 @@ from viladiff.methods.base import (
     turn,
     turn_length,
 )
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Network, NetworkFactory, upsample
@@ -95,6 +95,12 @@ class PsMt(TwoTeachers):
         PublishedSetting(
             ("cityscapes",), {"method.pseudo.weight": 3.0}, "PS-MT 058cdc3", not_available="CutMix with three boxes"
         ),
+    )
+    protocols = (
+        protocol(("voc",), "PS-MT 058cdc3", 512, 80.0, 32, sgd(1e-2)),
+        protocol(("voc",), "PS-MT 058cdc3", 512, 200.0, 32, sgd(1e-2))._replace(splits=("2646",)),
+        protocol(("voc",), "PS-MT 058cdc3", 512, 300.0, 32, sgd(1e-2))._replace(splits=("5291",)),
+        protocol(("cityscapes",), "PS-MT 058cdc3", 800, batch=8),
     )
     views = Views(strong=1, strong_labelled=True, pairs=True)
     paper = Reference("Perturbed and Strict Mean Teachers for Semi-supervised Semantic Segmentation", "CVPR", 2022)

@@ -42,7 +42,7 @@ from viladiff.config.base import Section
 from viladiff.data.batch import IGNORE, Batch, Step, TextBatch, Views
 from viladiff.losses import cross_entropy, distributed_mean
 from viladiff.methods.base import MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.baselines.maskclip import MaskClip, load_clip
 from viladiff.models.baselines.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
@@ -109,6 +109,11 @@ class SemiVl(UniMatch):
             "semivl 13ee65d",
             not_available="a ResNet-101's first stage as the decoder's finest map",
         ),
+    )
+    protocols = (
+        protocol(("voc",), "semivl 13ee65d", 512, 80.0, 8, {"optim.name": "adamw"}),
+        protocol(("cityscapes",), "semivl 13ee65d", 801, batch=8, rates={"optim.name": "adamw"}),
+        protocol(("coco",), "semivl 13ee65d", 512, 10.0, 8, {"optim.name": "adamw"}),
     )
     revision = 3
     views = Views(strong=2, cutmix=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from viladiff.data.batch import Batch, Losses, Step, Views
 from viladiff.methods.base import Method, MethodConfig, StepCost
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, adamw, protocol
 
 
 class SupervisedConfig(MethodConfig):
@@ -27,6 +27,13 @@ class Supervised(Method):
             ("ade20k", 6000, {}),
             ("coco", 30_000, {}),
         )
+    )
+    # Twice the labelled images of a step with unlabelled ones.
+    protocols = (
+        protocol(("voc",), "UniMatch-V2 f6afb4d", 518, 60.0, 32, adamw(5e-6, 40)),
+        protocol(("cityscapes",), "UniMatch-V2 f6afb4d", 798, 180.0, 16, adamw(5e-6, 40)),
+        protocol(("coco",), "UniMatch-V2 f6afb4d", 518, 20.0, 32, adamw(5e-6, 40)),
+        protocol(("ade20k",), "UniMatch-V2 f6afb4d", 518, 60.0, 16, adamw(5e-6, 40)),
     )
 
     def forward(self, batch: Batch, step: Step) -> Losses:

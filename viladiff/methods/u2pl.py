@@ -53,7 +53,7 @@ from viladiff.methods.base import (
     keyed_boxes,
     steps_after,
 )
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.memory_bank import MemoryBank, gather_at, sample_positions
 from viladiff.models.baselines.perturbations import channel_dropout
 from viladiff.models.ema import ema_update, frozen_copy
@@ -136,6 +136,10 @@ class U2pl(MeanTeacher):
             "U2PL ab3d2be",
             not_available="an auxiliary loss of weight 0.4 on an inner map of the encoder",
         ),
+    )
+    protocols = (
+        protocol(("voc",), "U2PL ab3d2be", 513, 80.0, 16, sgd(1e-3, 10)),
+        protocol(("cityscapes",), "U2PL ab3d2be", 769, 200.0, 16, sgd(1e-2, 1)),
     )
     views = Views(weak=1, pairs=True)
     trains_on_weak = True

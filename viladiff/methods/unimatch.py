@@ -30,7 +30,7 @@ from viladiff.methods.base import (
     StepCost,
     apply_cutmix_to,
 )
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.perturbations import channel_dropout, widest
 
 
@@ -60,6 +60,14 @@ class UniMatch(Method):
         PublishedSetting(
             ("cityscapes",), {"method.pseudo.threshold": 0.0, "method.ohem.enabled": True}, "UniMatch 0324f3d"
         ),
+    )
+    protocols: ClassVar[tuple[PublishedSetting, ...]] = (
+        protocol(("voc",), "UniMatch 0324f3d", 321, 80.0, 8, sgd(1e-3, 10)),
+        protocol(("voc",), "UniMatch, CVPR 2023", 513, 80.0, 8, sgd(1e-3, 10))._replace(
+            families=("aug_cps", "aug_u2pl")
+        ),
+        protocol(("cityscapes",), "UniMatch 0324f3d", 801, 240.0, 8, sgd(5e-3, 1)),
+        protocol(("coco",), "UniMatch 0324f3d", 513, 30.0, 8, sgd(4e-3, 10)),
     )
 
     def required_views(self) -> Views:

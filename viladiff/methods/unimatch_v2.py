@@ -30,7 +30,7 @@ from viladiff.methods.base import (
     TeacherConfig,
     apply_cutmix_to,
 )
-from viladiff.methods.common.published import PublishedSetting
+from viladiff.methods.common.published import PublishedSetting, adamw, protocol
 from viladiff.models.baselines.perturbations import complementary_dropout, half_of_pairs, widest
 
 
@@ -68,6 +68,12 @@ class UniMatchV2(MeanTeacher):
             {"method.pseudo.threshold": 0.95, "method.teacher.momentum": 0.996, "method.ohem.enabled": True},
             "UniMatch-V2 f6afb4d",
         ),
+    )
+    protocols = (
+        protocol(("voc",), "UniMatch-V2 f6afb4d", 518, 60.0, 16, adamw(5e-6, 40)),
+        protocol(("cityscapes",), "UniMatch-V2 f6afb4d", 798, 180.0, 8, adamw(5e-6, 40)),
+        protocol(("coco",), "UniMatch-V2 f6afb4d", 518, 20.0, 16, adamw(5e-6, 40)),
+        protocol(("ade20k",), "UniMatch-V2 f6afb4d", 518, 60.0, 8, adamw(5e-6, 40)),
     )
     extra_state = "teacher"
 

@@ -184,6 +184,18 @@ def schema(dataset: str, method: str) -> dict[str, FieldInfo]:
     return found
 
 
+def method_presets(dataset: str, method: str) -> dict[str, object]:
+    """Return the data set's defaults of fields that the method has, by path below ``method``; not those of a method.
+
+    Raises ConfigError for an unknown method; a data set that does not exist has none.
+    """
+    source = DATASETS.get(dataset)
+    if source is None:
+        return {}
+    known = schema(dataset, method)
+    return {path: value for path, value in source.method_presets.items() if f"method.{path}" in known}
+
+
 @cache
 def _plain(kind: type[RunConfig], dataset: str, method: str) -> dict[str, object]:
     return flatten(kind(data={"dataset": dataset}, method={"name": method}))
@@ -225,8 +237,9 @@ def _prepare(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if isinstance(here, Mapping):
             length = LENGTH if here.keys() & LENGTH else frozenset()
             tree[section] = {**{name: value for name, value in fields.items() if name not in length}, **here}
-    if isinstance(source, EmbeddedSource) and chosen.get("method") in METHODS:
-        preset = METHODS[chosen["method"]].embedded
+    if chosen.get("method") in METHODS:
+        sizes = method_presets(str(chosen["data"]), chosen["method"])
+        preset = {**sizes, **(METHODS[chosen["method"]].embedded if isinstance(source, EmbeddedSource) else {})}
         if preset:
             tree["method"] = _filled(tree["method"], preset, chosen["method"])
     if isinstance(tree.get("data"), Mapping):

@@ -29,7 +29,7 @@ class Finalist:
     """A point that is trained anew."""
 
     roles: tuple[Role, ...]
-    """The paper's value may be the winner too."""
+    """The first point, ``paper``, may be the winner too; what it is, ``Sweep.initial_label`` says."""
     trial: int
     point: dict[str, Value]
     runs: dict[int, PlannedRun]
@@ -37,7 +37,7 @@ class Finalist:
 
     @property
     def label(self) -> str:
-        return " and ".join(self.roles)
+        return " and ".join("first point" if role == "paper" else role for role in self.roles)
 
 
 @dataclass(frozen=True)

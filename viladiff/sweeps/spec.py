@@ -79,7 +79,11 @@ class Sweep(Strict):
     base: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Dimension] = Field(min_length=1)
     initial_point: dict[str, Value]
-    """The paper's value: the first point that is tried."""
+    """The first point that is tried."""
+    initial_label: str = Field("the paper's value", min_length=1)
+    """What that point is, in words."""
+    initial_at: dict[str, dict[str, Value]] = Field(default_factory=dict)
+    """By scale, what the paper's value has in place of the first point's; there the first point is the paper's."""
     points: tuple[dict[str, Value], ...] = ()
     """Points that are tried after it, before the sampler draws: each by its differences from the initial point."""
     scale: dict[str, Scale] = Field(min_length=1)
@@ -134,6 +138,11 @@ def _faults(sweep: Sweep) -> Iterator[str]:
     for fault in strays(sweep.initial_point, sweep.space):
         if "is not in" not in fault:
             yield f"initial_point: {fault}{did_you_mean(fault.split(' ')[0], sweep.space)}"
+    for scale, point in sweep.initial_at.items():
+        if scale not in sweep.scale:
+            yield f"initial_at.{scale}: allowed: {', '.join(sweep.scale)}{did_you_mean(scale, sweep.scale)}"
+        for fault in strays({**sweep.initial_point, **point}, sweep.space):
+            yield f"initial_at.{scale}: {fault}{did_you_mean(fault.split(' ')[0], sweep.space)}"
     for i, point in enumerate(sweep.points):
         for fault in strays({**sweep.initial_point, **point}, sweep.space):
             yield f"points[{i}]: {fault}{did_you_mean(fault.split(' ')[0], sweep.space)}"
@@ -147,6 +156,8 @@ def _faults(sweep: Sweep) -> Iterator[str]:
                 yield f'{entry}: {path} = {value!r}: write the whole path in quotes, as in "{path}.field" = ...'
     yield from published_lists(sweep.scale)
     for name, one in sweep.scale.items():
+        if one.recipe:
+            yield f"scale.{name}: recipe = {one.recipe!r}: of tables alone; write its fields in set"
         if one.shared_method_fields:
             fields = one.shared_method_fields
             yield f"scale.{name}: shared_method_fields = {fields}: a sweep has one method: write it in set"
@@ -177,6 +188,15 @@ def _beside_faults(sweep: Sweep, path: Path) -> Iterator[str]:
             mine, theirs = getattr(sweep, field), getattr(found, field)
             if mine != theirs:
                 yield f"beside = {name!r}: {field} = {theirs} there, and {mine} here; both must be equal"
+
+
+def at_scale(sweep: Sweep, scale: str) -> Sweep:
+    """Return the sweep with the first point of a scale."""
+    here = sweep.initial_at.get(scale)
+    if here is None:
+        return sweep
+    fields = {**dict(sweep), "initial_point": {**sweep.initial_point, **here}}
+    return Sweep(**{**fields, "initial_label": Sweep.model_fields["initial_label"].default})
 
 
 # Runs
@@ -235,7 +255,9 @@ def choosing_images(sweep: Sweep, scale: str) -> str:
     """Describe the images that points are chosen by, if they are not the reported set."""
     if embedded(common(sweep, scale, {})):
         return "the part dev of the embedded data"
-    return f"{sweep.holdout:.0%} of the labelled images"
+    listed = str(common(sweep, scale, {}).get("data.split", ""))
+    many = f" (at most {round(sweep.holdout * int(listed))} of {listed})" if listed.isdigit() else ""
+    return f"{sweep.holdout:.0%} of the labelled images{many}"
 
 
 def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:

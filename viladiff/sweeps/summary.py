@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -210,9 +211,16 @@ def importances(
     return {path: float(found.get(path, 0.0)) for path in space}
 
 
-def train_command(changed: Mapping[str, Any], threads: int | None) -> str:
-    """Return the command that repeats a run, bit for bit on the same machine, from its changed fields."""
-    words = [f"{path}={format_value(value)}" for path, value in changed.items() if not path.startswith("runtime.")]
+INPUTS = ("runtime.data_root", "runtime.captions", "runtime.text_model")
+"""Files that a run reads: their content is in its name, their places in none of its changed fields."""
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+def train_command(changed: Mapping[str, Any], threads: int | None, inputs: Mapping[str, Any] = _NONE) -> str:
+    """Return the command that repeats a run, bit for bit on the same machine, from its changed fields and inputs."""
+    fields = {path: value for path, value in changed.items() if not path.startswith("runtime.")}
+    words = [f"{path}={format_value(value)}" for path, value in {**fields, **inputs}.items()]
     more = [] if threads is None else ["--threads", str(threads)]
     return shlex.join(["viladiff", "train", *words, *more])
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import entry_name, listed
 from viladiff.tables.published import published_fields
+from viladiff.tables.recipes.recipe import recipe_fields, shared
 from viladiff.tables.spec import RESERVED, Layer, Scale, Table, table_layers
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ COMMON = "method.ohem."
 _TYPED = "the command line"
 _SCALE = 1
 """Rank of the scale's layer, below those of column, row and command line."""
+_PROTOCOL = 2
+"""Rank of a recipe's shared fields: above a publication's settings, which go above the scale's layer alone."""
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
@@ -124,12 +127,13 @@ def cells(
 
     A later layer overrides an earlier one: base, scale, column, row, seed, command line (``changes``); with the scale's
     ``split_per_seed`` a seed also draws the labelled list. The scale's ``shared_method_fields`` apply to cells whose
-    method has them and where neither column nor row sets them. With the scale's ``published``, settings of a method's
-    publication for the cell's data set override base and scale alone. A layer that chooses another method or data set
-    drops earlier settings of the previous one alone, and of ``train.steps`` and ``train.epochs`` the later one replaces
-    the other. A field of ``changes`` that the method or the data set of a cell lacks is left out there, unless all
-    cells lack it. Rows that cannot be run yet have no cells (``unavailable``). Loads torch. Raises ValueError that
-    names file and entry.
+    method has them and where neither column nor row sets them. The scale's ``recipe`` overrides the base alone. With
+    the scale's ``published``, settings of a method's publication for the cell's data set override base and scale, and
+    of the recipe what it sets of a method's own fields (``recipes.recipe.shared``). A layer that chooses another method
+    or data set drops earlier settings of the previous one alone, and of ``train.steps`` and ``train.epochs`` the later
+    one replaces the other. A field of ``changes`` that the method or the data set of a cell lacks is left out there,
+    unless all cells lack it. Rows that cannot be run yet have no cells (``unavailable``). Loads torch. Raises
+    ValueError that names file and entry.
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():
@@ -141,6 +145,7 @@ def cells(
     layers = {place: _shared(table, scale, [*_layers(table, scale, *place), chosen]) for place in places}
     typed = _fitting(changes, {place: _merge(layers[place]) for place in places})
     settled = {place: _merge([*layers[place], Layer(_TYPED, typed[place])]) for place in places}
+    settled = {place: _with_recipe(table, scale, merged) for place, merged in settled.items()}
     if table.scale[scale].published:
         settled = {place: _with_published(merged) for place, merged in settled.items()}
     fixed: dict[str, object] = {"runtime.scale": scale}
@@ -239,6 +244,31 @@ def _shared(table: Table, scale: str, layers: list[Layer]) -> list[Layer]:
     known = found.keys() - {path for path, one in merged.items() if one.rank > _SCALE}
     fields = {path: value for path, value in shared.items() if path in known}
     return [*layers, Layer(f"scale.{scale}: shared_method_fields", fields)]
+
+
+def _with_recipe(table: Table, scale: str, merged: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Add the fields of the scale's recipe that neither the scale nor a layer above it sets.
+
+    Raises ValueError for a recipe with unknown fields, or without settings of the cell's data set.
+    """
+    recipe = table.scale[scale].recipe
+    if not recipe:
+        return dict(merged)
+    try:
+        _known(merged)
+    except ConfigError:  # an unknown method or data set: ``_check`` says which entry names it
+        return dict(merged)
+    try:
+        fields = recipe_fields(recipe, {path: one.value for path, one in merged.items()})
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        raise ValueError("\n".join(f"{table.name}.toml: scale.{scale}: {line}" for line in lines)) from None
+    taken = {path for path, one in merged.items() if one.rank >= _SCALE}
+    if taken & {"train.steps", "train.epochs"}:
+        taken |= {"train.steps", "train.epochs"}
+    free = {path: one for path, one in fields.items() if path not in taken}
+    ranks = {path: _PROTOCOL if shared(path) else _SCALE for path in free}
+    return {**merged, **{path: Setting(one.value, one.entry, ranks[path]) for path, one in free.items()}}
 
 
 def _with_published(merged: Mapping[str, Setting]) -> dict[str, Setting]:

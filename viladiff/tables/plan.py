@@ -25,6 +25,7 @@ from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.run_name import PLACES, arithmetic
 from viladiff.tables.cells import cells, choose, unavailable
+from viladiff.tables.recipes.recipe import recipe_file
 from viladiff.tables.spec import ORACLE, Table
 from viladiff.tables.stated import Stated, stated
 
@@ -216,6 +217,7 @@ def _key(
         "set": size.set,
         "shared_method_fields": size.shared_method_fields,
         "published": size.published,
+        "recipe": size.recipe and recipe_file(size.recipe).read_text(encoding="utf-8"),
         "datasets": size.datasets,
         "substitute": size.substitute,
         "threads": size.threads,

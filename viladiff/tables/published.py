@@ -35,6 +35,13 @@ def published(values: Mapping[str, object]) -> list[PublishedSetting]:
     return [setting for setting in METHODS[name].published if setting.holds(every)]
 
 
+def protocols(values: Mapping[str, object]) -> list[PublishedSetting]:
+    """Return what the publication has of the shared settings of such a run, likewise; a table's own go before them."""
+    from viladiff.methods import METHODS
+
+    return [setting for setting in METHODS[str(values["method.name"])].protocols if setting.holds(values)]
+
+
 def published_fields(values: Mapping[str, object]) -> dict[str, object]:
     """Return the fields of ``published``, by dotted path."""
     return {path: value for setting in published(values) for path, value in setting.fields.items()}

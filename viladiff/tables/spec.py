@@ -94,6 +94,8 @@ class Scale(Strict):
     set: dict[str, Any] = Field(default_factory=dict)
     shared_method_fields: dict[str, Any] = Field(default_factory=dict)
     """Fields of methods, for cells whose method has them and that do not set them: one momentum for all averages."""
+    recipe: str = ""
+    """Name of a file in ``viladiff/tables/recipes`` that sets fields below this scale's ``set``; empty for none."""
     published: bool = False
     """Whether cells take what their methods' publications set for the data set, where neither column nor row does."""
     seeds: Seeds | None = None

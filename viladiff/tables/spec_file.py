@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from viladiff.config.base import Section, did_you_mean
 from viladiff.config.toml_file import entry_name, format_toml_error, listed, read_toml, strange_values
+from viladiff.tables.recipes.recipe import recipe_names
 from viladiff.tables.spec import (
     AMONG,
     ORACLE,
@@ -127,6 +128,12 @@ def _scale_faults(table: Table) -> Iterator[str]:
             yield f"{said}: no such label{did_you_mean(label, known) or '.'} {listed(known)}"
     there = {f"{path}={value}" for _, fields in table_layers(table) for path, value in fields.items()}
     for name, one in table.scale.items():
+        if one.recipe and one.recipe not in recipe_names():
+            allowed = f"allowed: {', '.join(recipe_names())}{did_you_mean(one.recipe, recipe_names())}"
+            yield f"scale.{name}: recipe = {one.recipe!r}: {allowed}"
+        if one.recipe and one.datasets:
+            here = f"scale.{name}: recipe = {one.recipe!r}"
+            yield f"{here}: of the literature's data sets, and datasets names others; keep one of the two"
         for key in one.substitute.keys() - there:
             yield f"scale.{name}: substitute: {key!r}: nothing in the table sets this{did_you_mean(key, there)}"
 
@@ -200,7 +207,7 @@ def _set_faults(table: Table) -> Iterator[str]:
 def published_lists(scales: Mapping[str, Scale]) -> Iterator[str]:
     """Yield an error for a scale of the paper's own data whose seeds draw lists of their own."""
     for name, one in scales.items():
-        if one.split_per_seed and name == "paper":
+        if one.split_per_seed and (name == "paper" or one.recipe):
             yield (
                 f"scale.{name}: split_per_seed = true: the paper's lists are published, so that all seeds train on "
                 "them; allowed at scales of embedded data; leave it out"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from viladiff.tables.published import published
+from viladiff.tables.published import protocols, published
+from viladiff.tables.recipes.recipe import recipe_fields, shared
 
 if TYPE_CHECKING:
     from viladiff.tables.cells import Cell
@@ -24,6 +25,8 @@ class Stated(NamedTuple):
     """What the publication sets, or says in words."""
     runs: Any
     """The value in the cell's runs; None where they lack the field."""
+    yields: bool = False
+    """Whether it belongs to the protocol that all rows of the scale share, and differs from it."""
 
     @property
     def applied(self) -> bool:
@@ -31,7 +34,10 @@ class Stated(NamedTuple):
 
 
 def stated(table: Table, found: Iterable[Cell]) -> tuple[Stated, ...]:
-    """Return the publication's settings for the first run of each cell, beside the run's own."""
+    """Return the publication's settings for the first run of each cell, beside the run's own.
+
+    At a scale with a recipe also those of the protocol, which are the scale's for all rows.
+    """
     from viladiff.runs.config import RunConfig, flatten, override
     from viladiff.tables.cells import paper_settings
 
@@ -39,14 +45,22 @@ def stated(table: Table, found: Iterable[Cell]) -> tuple[Stated, ...]:
     seen: set[tuple[int, int]] = set()
     for cell in found:
         place = (cell.row, cell.column)
-        asked = published(paper_settings(table, *place))
-        if place in seen or not asked:
+        if place in seen:
             continue
         seen.add(place)
+        settings = paper_settings(table, *place)
+        asked = published(settings)
+        recipe = table.scale[str(cell.changes["runtime.scale"])].recipe
+        if not asked and not recipe:
+            continue
         runs = flatten(override(RunConfig(), cell.changes))
-        for one in asked:
+        common = protocols(runs) if recipe else []
+        ruled = {path for path in recipe_fields(recipe, runs) if shared(path)} if recipe else set()
+        for one in [*common, *asked]:
             for path, value in one.fields.items():
-                said[*place, path] = Stated(*place, one.source, path, value, runs.get(path))
+                here = Stated(*place, one.source, path, value, runs.get(path))
+                other = recipe and (one in common or path in ruled) and path not in settings
+                said[*place, path] = here._replace(yields=True) if other and not here.applied else here
             if one.not_available:
                 said[*place, one.not_available] = Stated(*place, one.source, "", one.not_available, None)
     return tuple(said.values())

@@ -12,7 +12,7 @@ from viladiff.data.registry import dataset_spec
 from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.methods import METHODS
 from viladiff.models.encoders.build import encoder_fingerprint, file_checksum
-from viladiff.runs.config import RunConfig, run_id
+from viladiff.runs.config import RunConfig, method_presets, run_id
 from viladiff.runs.job import DataFacts
 from viladiff.text.embedding_bank import text_fingerprint
 from viladiff.training.optim import total_steps
@@ -49,6 +49,15 @@ def weights_fingerprint(cfg: RunConfig) -> dict[str, str]:
     return {**encoder_fingerprint(cfg.model), **beside}
 
 
+def sizes_fingerprint(cfg: RunConfig) -> dict[str, str]:
+    """Return what the data set makes of the method's sizes, which a run's name does not hold: they are defaults.
+
+    Empty where it sets none. Earlier versions had other sizes under the same changed fields.
+    """
+    sizes = method_presets(cfg.data.dataset, cfg.method.name)
+    return {"sizes": fingerprint("sizes", sorted(sizes.items()))} if sizes else {}
+
+
 def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
     """Return the names that ``viladiff.training.trainer.Trainer`` gives, in order; render missing data.
 
@@ -75,7 +84,7 @@ def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
         files = (cfg.model.model_dump_json(), getattr(getattr(cfg.method, "clip", None), "weights", None))
         if files not in weights:
             weights[files] = weights_fingerprint(cfg)
-        prints = {"data": dataset.fingerprint, "text": banks[bank], **weights[files]}
+        prints = {"data": dataset.fingerprint, "text": banks[bank], **weights[files], **sizes_fingerprint(cfg)}
         steps = total_steps(cfg, dataset, METHODS[cfg.method.name].views.unlabelled)
         found.append(Named(run_id(cfg, prints), prints, steps, data_facts(dataset)))
     return found

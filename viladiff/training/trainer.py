@@ -40,7 +40,7 @@ from viladiff.training.errors import (
     stop_flag,
 )
 from viladiff.training.feasibility import refuse_infeasible
-from viladiff.training.fingerprints import data_facts, weights_fingerprint
+from viladiff.training.fingerprints import data_facts, sizes_fingerprint, weights_fingerprint
 from viladiff.training.gradients import GradientShares
 from viladiff.training.launch import join_group, run_in_processes, select_device
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
@@ -104,6 +104,7 @@ class Trainer:
             "data": self.dataset.fingerprint,
             "text": self.bank.fingerprint,
             **weights_fingerprint(cfg),
+            **sizes_fingerprint(cfg),
         }
         self.name = run_id(cfg, self.fingerprints)
         self.directory = Path(cfg.runtime.runs_dir).expanduser().resolve() / self.name

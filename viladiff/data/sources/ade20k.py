@@ -11,7 +11,7 @@ from viladiff.data.files.images import IdEncoding
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
 from viladiff.data.files.split_lists import SplitKey
-from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, photograph_sizes, pretrained
 
 _NAMES = (
     "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, "
@@ -97,6 +97,7 @@ ADE20K_SOURCE = FileSource(
     num_classes=len(CLASS_NAMES),
     largest={"": "10105"},
     presets=pretrained(epochs=60.0),
+    method_presets=photograph_sizes(len(CLASS_NAMES)),
     layout=LAYOUT,
     places=PLACES,
     scan=ade_tree,

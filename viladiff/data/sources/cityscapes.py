@@ -13,7 +13,7 @@ from viladiff.data.files.images import IdEncoding
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
 from viladiff.data.files.split_lists import SplitKey
-from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, photograph_sizes, pretrained
 
 CLASS_NAMES = (
     "road",
@@ -118,6 +118,7 @@ CITYSCAPES_SOURCE = FileSource(
     num_classes=len(CLASS_NAMES),
     largest={"": "1488"},
     presets={**pretrained(epochs=180.0), "eval": {"protocol": "sliding_window"}},
+    method_presets=photograph_sizes(len(CLASS_NAMES)),
     layout=LAYOUT,
     places=PLACES,
     scan=city_tree,

@@ -9,7 +9,7 @@ from viladiff.config.sections import DataConfig
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
 from viladiff.data.files.split_lists import SplitKey
-from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, photograph_sizes, pretrained
 
 _NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
@@ -72,6 +72,7 @@ COCO_SOURCE = FileSource(
     num_classes=len(CLASS_NAMES),
     largest={"": "3697"},
     presets=pretrained(epochs=20.0),
+    method_presets=photograph_sizes(len(CLASS_NAMES)),
     layout=LAYOUT,
     places=PLACES,
     scan=coco_tree,

@@ -14,7 +14,7 @@ from viladiff.data.files.images import PaletteEncoding
 from viladiff.data.files.index import FOLDER, FileIndex, scan
 from viladiff.data.files.open_lists import read_lists, split_directory
 from viladiff.data.files.split_lists import numbered, read_lines
-from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, photograph_sizes, pretrained
 
 IGNORED = ("ignore", "void", "unlabelled", "unlabeled")
 """Names in palette.txt whose colour is no class: its pixels count in no loss and no score."""
@@ -89,6 +89,12 @@ def _checked(names: Sequence[str], path: Path) -> tuple[str, ...]:
 
 
 FOLDER_SOURCE = FileSource(
-    config=FolderData, presets=pretrained(epochs=60.0), layout=FOLDER, places=("",), scan=folder_tree, read=open_folder
+    config=FolderData,
+    presets=pretrained(epochs=60.0),
+    method_presets=photograph_sizes(None),
+    layout=FOLDER,
+    places=("",),
+    scan=folder_tree,
+    read=open_folder,
 )
 """Lengths are those of ``voc``; ``all`` is a list of that name, as any other."""

@@ -11,7 +11,7 @@ from viladiff.config.sections import DataConfig
 from viladiff.data.files.index import FileIndex, Layout, locate, scan
 from viladiff.data.files.open_lists import read_lists, refuse_other, split_directory
 from viladiff.data.files.split_lists import SplitKey
-from viladiff.data.sources.base import Classes, FileSource, SourceFiles, pretrained
+from viladiff.data.sources.base import Classes, FileSource, SourceFiles, photograph_sizes, pretrained
 
 CLASS_NAMES = (
     "background",
@@ -104,6 +104,7 @@ VOC_SOURCE = FileSource(
     num_classes=len(CLASS_NAMES),
     largest={"hq": "1464", "aug_cps": "5291", "aug_u2pl": "5291"},
     presets=pretrained(epochs=60.0),
+    method_presets=photograph_sizes(len(CLASS_NAMES)),
     layout=LAYOUT,
     places=PLACES,
     scan=voc_tree,

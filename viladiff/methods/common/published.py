@@ -32,3 +32,36 @@ class PublishedSetting(NamedTuple):
         wanted = {"data.dataset": self.datasets, "data.split": self.splits, "data.split_family": self.families}
         listed = all(not allowed or values.get(path) in allowed for path, allowed in wanted.items())
         return listed and all(values.get(path) == value for path, value in self.given.items())
+
+
+def sgd(lr: float, head: float | None = None) -> dict[str, object]:
+    """Return the fields of SGD at a rate of the encoder, whose ``head``-fold the rest has; None where that is open."""
+    return {"optim.name": "sgd", **_rates(lr, head)}
+
+
+def adamw(lr: float, head: float) -> dict[str, object]:
+    """Return the fields of AdamW, likewise."""
+    return {"optim.name": "adamw", **_rates(lr, head)}
+
+
+def _rates(lr: float, head: float | None) -> dict[str, object]:
+    if head is None:
+        return {"optim.lr": lr}
+    # Rounded, so that 5e-6 times 40 is the 0.0002 that a table writes.
+    return {"optim.lr": round(lr * head, 12), "optim.encoder_lr_scale": round(1 / head, 12)}
+
+
+def protocol(
+    datasets: tuple[str, ...],
+    source: str,
+    crop: int,
+    epochs: float | None = None,
+    batch: int | None = None,
+    rates: Mapping[str, object] = NOTHING,
+) -> PublishedSetting:
+    """Return what a publication has of the settings that all rows of a table share; ``batch``: labelled, in total.
+
+    No scale applies them: a page says where they differ from its protocol.
+    """
+    fields = {"data.crop": crop, "train.epochs": epochs, "data.batch_labelled": batch, **rates}
+    return PublishedSetting(datasets, {path: value for path, value in fields.items() if value is not None}, source)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.core.messages import format_value
 from viladiff.report.table.results import CellRun, Results, Summary, number, row_name, summary
+from viladiff.tables.recipes.recipe import load_recipe
 
 if TYPE_CHECKING:
     from viladiff.tables.stated import Stated
@@ -51,6 +52,8 @@ class SettingsRow(NamedTuple):
     """Settings that its runs have; empty for none."""
     lacks: str
     """Settings that they do not have, and what they have in their place."""
+    yields: str
+    """Settings of the protocol that all rows share, likewise: the table's go before the publication's."""
     source: str
 
 
@@ -93,11 +96,12 @@ def settings_rows(results: Results) -> list[SettingsRow]:
         if mine:
             columns = tuple(dict.fromkeys(one.column for one in mine))
             applied = [one for one in mine if one.applied]
-            other = [one for one in mine if not one.applied]
+            other = [one for one in mine if not one.applied and not one.yields]
+            yields = [one for one in mine if one.yields]
             sources = "; ".join(dict.fromkeys(one.source for one in mine))
             label = row_name(results, row)
-            told = (_told(results, applied, columns), _told(results, other, columns))
-            found.append(SettingsRow(number(results, row), label, *told, sources))
+            said = [_told(results, some, columns) for some in (applied, other, yields)]
+            found.append(SettingsRow(number(results, row), label, said[0], said[1], said[2], sources))
     return found
 
 
@@ -133,6 +137,24 @@ def _value(one: Stated) -> str:
     return value if one.applied else f"{value} (here {format_value(one.runs, 4)})"
 
 
+def protocol_note(results: Results) -> str:
+    """Return a sentence on the recipe of the page's scale; empty if it has none."""
+    name = results.plan.table.scale[results.plan.scale].recipe
+    if not name:
+        return ""
+    recipe = load_recipe(name)
+    return (
+        f"All rows train by the recipe {name} ({recipe.title}); `viladiff methods --recipe {name}` lists it field by "
+        "field with sources. What it sets of encoder, optimiser, batch, crop, length and average of weights goes "
+        "before a publication's settings; thresholds, weights of losses, warm-ups, hard pixels are the publication's."
+    )
+
+
+def settings_notes(results: Results) -> list[str]:
+    """Return the sentences below the settings: rows without any, and whose settings all rows share."""
+    return [*filter(None, [undeclared(results)]), protocol_note(results) or SHARED]
+
+
 def training_markdown(results: Results) -> dict[str, list[str]]:
     """Return the sections of table.md."""
     from viladiff.report.markup import markdown
@@ -143,14 +165,17 @@ def training_markdown(results: Results) -> dict[str, list[str]]:
         f"- {markdown(f'{one.number} {one.label} ({one.source})')}: "
         + ". ".join(
             markdown(part)
-            for part in (f"runs {one.runs}" if one.runs else "", f"not run: {one.lacks}" if one.lacks else "")
+            for part in (
+                f"runs {one.runs}" if one.runs else "",
+                f"not run: {one.lacks}" if one.lacks else "",
+                f"yields to the protocol: {one.yields}" if one.yields else "",
+            )
             if part
         )
         for one in found
     ]
-    if settings:
-        settings += [f"- {markdown(undeclared(results))}"] if undeclared(results) else []
-        settings += [f"- {SHARED}"]
+    if settings or protocol_note(results):
+        settings += [f"- {markdown(note)}" for note in settings_notes(results)]
     heads = ["row", *(f"{label} {kind}" for label in columns for kind in ("steps", "last", "best"))]
     grid = [heads, *([f"{one.number} {one.label}", *_cells(one)] for one in long)]
     pipes = ["| " + " | ".join(markdown(cell) for cell in row) + " |" for row in grid]

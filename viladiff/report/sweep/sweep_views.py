@@ -51,8 +51,8 @@ def _place(dimension: Dimension, value: Any) -> float:
 def _who(row: TrialRow, best: TrialRow) -> tuple[str, str]:
     """Colour and word of a completed trial."""
     if row.number == best.number:
-        return BEST, "best" + ", the paper's value" * (row.origin == "paper")
-    return (PAPER, "the paper's value") if row.origin == "paper" else (PLAIN, row.origin)
+        return BEST, "best" + ", the first point" * (row.origin == "paper")
+    return (PAPER, "the first point") if row.origin == "paper" else (PLAIN, row.origin)
 
 
 def _ranked(every: Sequence[TrialRow], most: int = DRAWN) -> list[TrialRow]:
@@ -81,7 +81,7 @@ def response(sweep: Sweep, path: str, every: Sequence[TrialRow], best: TrialRow)
         lines.append(Polyline(points, words="local mean", band=[2 * error for error in smooth.error]))
     reference = next((row.mean for row in done if row.origin == "paper"), None)
     if reference is not None:
-        words = f"the paper's value scored {reference:.2f}"
+        words = f"the first point scored {reference:.2f}"
         lines.append(Polyline([(axis.low, reference), (axis.high, reference)], PAPER, words, dashed=True, faint=True))
     for row in _ranked(every):
         colour, who = _who(row, best)
