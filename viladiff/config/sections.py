@@ -62,10 +62,14 @@ class ModelConfig(Section):
     """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
     weights: str | None = None
     """A safetensors file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory."""
-    decoder: Literal["light"] = "light"
+    encoder_stride: Literal[8, 16] | None = None
+    """Pixels a cell of a convolutional timm encoder's coarsest map is wide: later stages are dilated in place of
+    strided. None is the network's own, mostly 32; ``resnet101s`` at 16 is UniMatch's ResNet-101."""
+    decoder: Literal["light", "deeplabv3plus"] = "light"
     """What brings the encoder's maps to one fine map; semivl and textprobe have their own."""
     decoder_width: int = Field(16, ge=8)
-    """Channels of the decoder, a multiple of 8; 128 unless the data set is embedded."""
+    """Channels of ``light``, a multiple of 8; 128 unless the data set is embedded. ``deeplabv3plus`` has its published
+    widths."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Rate of stochastic depth in the encoder."""
     encoder_frozen: bool = False

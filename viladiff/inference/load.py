@@ -18,6 +18,7 @@ from viladiff.evaluation.pixel_counts import to_scores
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
+from viladiff.models.batch_norm import statistics_notes
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import ConfigError, RunConfig, override
@@ -39,9 +40,9 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
     from viladiff.training.trainer import Trainer
 
     run = Trainer(cfg)
-    notes = check_files(run.dataset)
     method = METHODS[cfg.method.name](cfg.method, run.build())
-    check_inputs(cfg, method, run.dataset, cfg.runtime.workers)
+    notes = [*check_files(run.dataset), *statistics_notes(method, run.device, cfg.runtime.workers)]
+    check_inputs(cfg, method, run.dataset)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in method.eval_networks().items()}

@@ -26,7 +26,7 @@ from viladiff.losses import all_reduce_max, distributed_mean, logit_distillation
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
 from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.perturbations import channel_dropout, widest
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.segmenter import NetworkFactory
 
 
 class CorrMatchPseudoConfig(PseudoConfig):
@@ -119,11 +119,11 @@ class CorrMatch(Method):
         )
         dropped = self._dropped([level.split(counts)[1] for level in features], batch, step)
         grid = self.student.decode([torch.cat(pair) for pair in zip(features, dropped, strict=True)])["visual"].logits
-        z, weak, z_strong, z_dropped = upsample(grid, size).split((*counts, counts[1]))
+        z, weak, z_strong, z_dropped = self.student.upsample(grid, size).split((*counts, counts[1]))
         a = self._correlations(features[-1], batch, step)
-        r, r_weak, r_strong = upsample(correlated(grid[: len(a)].detach(), a, features[-1].shape[-2:]), size).split(
-            counts
-        )
+        r, r_weak, r_strong = self.student.upsample(
+            correlated(grid[: len(a)].detach(), a, features[-1].shape[-2:]), size
+        ).split(counts)
 
         with torch.no_grad():
             confidence, labels = weak.softmax(1).max(1)
@@ -196,7 +196,7 @@ class CorrMatch(Method):
         )
         own = valid if not batch.mix else valid & ~box_mask(batch.mix[0].boxes, *valid.shape[-2:])
         votes = token_votes(labels, sure & own, patch, classes)
-        pixels = F.avg_pool2d(own.float()[:, None], patch, divisor_override=1).flatten(1)
+        pixels = F.avg_pool2d(own.float()[:, None], patch, ceil_mode=True, divisor_override=1).flatten(1)
         answer = region_votes(region_maps(a, uniform, self.cfg.regions), votes, pixels, self.tau, self.cfg.rounds)
         spread_labels = _to_pixels(answer, labels.shape[-2:], patch)
         edited = (spread_labels >= 0) & own

@@ -47,7 +47,7 @@ from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.memory_bank import gather_at, sample_positions
 from viladiff.models.baselines.normalizing_flow import Flow
 from viladiff.models.ema import ema_update
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.segmenter import NetworkFactory
 
 
 class DdfpTeacherConfig(TeacherConfig):
@@ -145,7 +145,7 @@ class Ddfp(MeanTeacher):
         mix = keyed_boxes(batch, step, "ddfp-cut", half_boxes) if cfg.cutmix else None
         with torch.no_grad():
             seen = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]))["visual"]
-            confidence, labels = upsample(seen.logits[labelled:], size).softmax(1).max(1)
+            confidence, labels = self.student.upsample(seen.logits[labelled:], size).softmax(1).max(1)
             labels = labels.masked_fill((confidence < cfg.pseudo.threshold) | ~valid, IGNORE)
         if mix is not None:
             strong, labels, valid = (apply_cutmix(x, mix) for x in (strong, labels, valid))

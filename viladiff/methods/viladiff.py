@@ -30,7 +30,7 @@ from viladiff.methods.common.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.viladiff_mixe import MixeTeacher, Refined
 from viladiff.methods.viladiff_outputs import Pseudo
 from viladiff.models.mixe.denoiser import MixeConfig, class_codes, noise_levels
-from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import Distilled, VilaConfig, distil
 
@@ -122,6 +122,7 @@ class ViLaDiff(MixeTeacher):
         maps = cfg.vila.enabled or (cfg.mixe.enabled and cfg.mixe.train_images != "labelled")
         coloured, apart = cfg.mixe.enabled and cfg.mixe.labelled_views != "weak", self._period()
         views = Views(strong=1, cutmix=cfg.cutmix, text=cfg.vila.enabled, whole_cells=maps, truth=oracle)
+        views = replace(views, cells=cfg.vila.enabled or cfg.mixe.enabled)
         return replace(views, strong_labelled=coloured, apart=apart)
 
     def eval_networks(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class ViLaDiff(MixeTeacher):
         with torch.no_grad():
             teacher_out = self._teach(batch, mix, step)
             teacher_logits = self._source_logits(teacher_out.weak.streams)
-            before = upsample(teacher_logits, size).softmax(1)
+            before = self.student.upsample(teacher_logits, size).softmax(1)
             unrefined = Pseudo(*before.max(1))
             refined = self._refined(teacher_out.weak, teacher_logits, batch.keys_u, step)
             pseudo = unrefined if refined is None else Pseudo(*self.relabelled(before, refined, batch.valid).max(1))
@@ -160,7 +161,7 @@ class ViLaDiff(MixeTeacher):
             unrefined = Pseudo(*(apply_cutmix(x, mix) for x in unrefined))
         text = join_text(batch.text, self._words(batch.text_u, mix))
         student_out = self._see(self.student, torch.cat([batch.image, strong]), text)
-        logits = {name: upsample(stream.logits, size) for name, stream in student_out.streams.items()}
+        logits = {name: self.student.upsample(stream.logits, size) for name, stream in student_out.streams.items()}
 
         confident = (pseudo.confidence >= cfg.pseudo.threshold).float()
         target = self._supervised(batch)
@@ -199,7 +200,7 @@ class ViLaDiff(MixeTeacher):
         """Return the probabilities ``before`` refinement and the scores ``after``, which need not sum to 1."""
         teacher_out = self._see(self.teacher, images, text)
         teacher_logits = self._source_logits(teacher_out.streams)
-        before = upsample(teacher_logits, images.shape[-2:]).softmax(1)
+        before = self.student.upsample(teacher_logits, images.shape[-2:]).softmax(1)
         refined = self._refined(teacher_out, teacher_logits, keys, step, always=True)
         return {"before": before} if refined is None else {"before": before, "after": self.relabelled(before, refined)}
 

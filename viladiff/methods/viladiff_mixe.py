@@ -17,7 +17,7 @@ from viladiff.methods.viladiff_outputs import NetworkOutput, Places, Pseudo, Tea
 from viladiff.models.mixe.denoiser import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
 from viladiff.models.mixe.guided_filter import Guided
 from viladiff.models.mixe.relabel import Calibration, refined_pixels, relabelled
-from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter
 from viladiff.models.stream import StreamOutput
 
 LEAD = 0.1
@@ -207,7 +207,7 @@ class MixeTeacher(MeanTeacher):
             condition[0] = condition[0] + cfg.condition_noise * noise
         image = torch.cat([output.image for output in outputs])
         clean, gaussian, noise_hat, noise = self._denoised(torch.cat(starts), condition, image, keys, step)
-        clean = upsample(clean, size)
+        clean = self.student.upsample(clean, size)
 
         ce, edge = [], []
         loss = pixel_cross_entropy(clean, torch.cat(targets))
@@ -307,7 +307,7 @@ class MixeTeacher(MeanTeacher):
 
         ``before`` (B, C, H, W), ``refined`` (B, C, h, w) on the grid, ``valid`` (B, H, W) bool, False in padding.
         """
-        cfg, after = self.cfg.mixe, upsample(refined, before.shape[-2:]).softmax(1)
+        cfg, after = self.cfg.mixe, self.student.upsample(refined, before.shape[-2:]).softmax(1)
         threshold, stride, where = self.cfg.pseudo.threshold, self.student.decoder.stride, None
         if cfg.refine_where != "all":
             where = refined_pixels(before, cfg.refine_where, threshold, stride, valid)
@@ -325,8 +325,10 @@ class MixeTeacher(MeanTeacher):
         )
         teacher_logits = self._source_logits(teacher_out.streams)
         keys = tuple(f"l{key}" for key in batch.keys[left_out])
-        confidence, labels = upsample(self.chained(teacher_out, teacher_logits, keys, step), size).softmax(1).max(1)
-        before, stride = upsample(teacher_logits, size).softmax(1), self.student.decoder.stride
+        confidence, labels = (
+            self.student.upsample(self.chained(teacher_out, teacher_logits, keys, step), size).softmax(1).max(1)
+        )
+        before, stride = self.student.upsample(teacher_logits, size).softmax(1), self.student.decoder.stride
         replaced = refined_pixels(before, cfg.refine_where, self.cfg.pseudo.threshold, stride)
         self.calibration.add(confidence, labels == target, replaced & (target != IGNORE))
 
@@ -341,7 +343,7 @@ class Refined(nn.Module):
         super().__init__()
         self.network, self.denoiser = network, method.denoiser
         self._method = (method,)  # not a part of this module: its networks are evaluated beside it
-        self.patch = network.patch
+        self.side_multiple = network.patch  # the denoiser works on whole cells
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to {stream: (B, C, H, W) log-probabilities, up to a constant}."""
@@ -349,7 +351,7 @@ class Refined(nn.Module):
         out, log_probs = method._see(self.network, images, text), {}
         for name, stream in out.streams.items():
             refined = method.chained(out, stream.logits, (0,) * len(images), Step(0, 1.0, 0), name)
-            scores = method.relabelled(upsample(stream.logits, images.shape[-2:]).softmax(1), refined)
+            scores = method.relabelled(self.network.upsample(stream.logits, images.shape[-2:]).softmax(1), refined)
             log_probs[name] = scores.clamp_min(1e-30).log()
         return log_probs
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.data.batch import CutMix, TextBatch
@@ -113,8 +114,13 @@ class Segmenter(nn.Module):
 
     @property
     def patch(self) -> int:
-        """Image sides must be multiples of this."""
+        """Pixels a cell of the coarsest map is wide."""
         return self.encoder.patch
+
+    @property
+    def side_multiple(self) -> int:
+        """Image sides must be multiples of this: the patch, or 1 where encoder and decoder take any size."""
+        return 1 if self.encoder.any_size and self.decoder.any_size else self.patch
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,11 +175,16 @@ class Segmenter(nn.Module):
 
     def logits(self, features: list[Tensor], size: torch.Size | tuple[int, ...]) -> Tensor:
         """Map features of ``encode``, unchanged or not, to the visual stream's full-size logits (B, C, H, W)."""
-        return upsample(self.decode(features, names=("visual",))["visual"].logits, size)
+        return self.upsample(self.decode(features, names=("visual",))["visual"].logits, size)
+
+    def upsample(self, maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+        """Resize maps (B, C, h, w) on the decoder's grid to pixels (B, C, H, W), aligned as the decoder's are."""
+        return upsample(maps, size, self.decoder.align_corners)
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
-        return {name: upsample(stream.logits, images.shape[-2:]) for name, stream in self.streams(images, text).items()}
+        found, size = self.streams(images, text), images.shape[-2:]
+        return {name: self.upsample(stream.logits, size) for name, stream in found.items()}
 
 
 def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: int) -> StreamOutput:
@@ -183,8 +194,10 @@ def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int,
     return StreamOutput(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
 
 
-def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    """Resize grid logits (B, C, h, w) to pixels, bilinearly."""
+def upsample(logits: Tensor, size: torch.Size | tuple[int, ...], align_corners: bool = False) -> Tensor:
+    """Resize grid logits (B, C, h, w) to pixels, bilinearly; ``align_corners`` as in F.interpolate."""
+    if align_corners:
+        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=True)
     return bilinear(logits, size)
 
 
@@ -204,8 +217,17 @@ class DualNetwork(nn.Module):
 
     @property
     def patch(self) -> int:
-        """Image sides must be multiples of this."""
+        """Pixels a cell of the coarsest map is wide."""
         return self[0].patch
+
+    @property
+    def side_multiple(self) -> int:
+        """Image sides must be multiples of this."""
+        return self[0].side_multiple
+
+    def upsample(self, maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+        """Resize maps (B, C, h, w) on the decoders' grid to pixels (B, C, H, W)."""
+        return self[0].upsample(maps, size)
 
     @property
     def encoder(self) -> Encoder:
@@ -260,7 +282,8 @@ class NetworkFactory:
         ``kind`` builds the network from encoder, fields of ``model`` and number of classes, for one with other parts.
         """
         rate = self.model.drop_path if drop_path is None else drop_path
-        encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, rate)
+        model = self.model
+        encoder = build_encoder(model.encoder, model.pretrained, model.weights, rate, model.encoder_stride)
         network = kind(encoder, self.model, self.num_classes)
         if vila is not None:
             # Made after the rest, so that the shared part starts from the same weights with and without it.
@@ -268,4 +291,5 @@ class NetworkFactory:
             network.classifier_fusion = network.decoder.classifier(self.num_classes)
         if self.model.encoder_frozen:
             encoder.requires_grad_(False)
+            encoder.frozen = True
         return network

@@ -25,6 +25,7 @@ from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
+from viladiff.models.batch_norm import average_statistics, statistics_notes, synchronise
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, load_checkpoint, save_checkpoint
 from viladiff.runs.config import RunConfig, run_id
@@ -163,10 +164,12 @@ class Trainer:
                 print(f"note: {note}", file=sys.stderr)
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
-        for note in self.method.notes() if self.rank == 0 else ():
+        own = statistics_notes(self.method, self.device, self.world)
+        for note in (*self.method.notes(), *own) if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
+        synchronise(self.method, self.device, self.world)
         views = self.method.required_views()
-        check_inputs(cfg, self.method, self.dataset, self.world)
+        check_inputs(cfg, self.method, self.dataset)
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
         self.evaluated_at = evaluation_steps(cfg, self.dataset, views.unlabelled, self.steps)
         patch = self.method.student.patch
@@ -317,6 +320,8 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         with torch.no_grad():
+            if self.world > 1:
+                average_statistics(self.method)
             self.method.after_step(step)
         return sums
 

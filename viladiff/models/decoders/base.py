@@ -14,6 +14,11 @@ class Decoder(nn.Module):
     stride: int
     """Pixels a cell of the decoder's map is wide; a patch of the encoder is a whole number of cells."""
     width: int
+    align_corners: bool = False
+    """Where the map lies on the image: the centres of its corner cells on the corner pixels, as with ``align_corners``
+    of F.interpolate, or its edges on the image's edges."""
+    any_size: bool = False
+    """Whether image sides that are no multiples of the patch are decoded as they are."""
 
     def laterals(self, features: list[Tensor]) -> list[Tensor]:
         """Return what the streams share: of the three finer maps (B, D_i, h_i, w_i), computed once for all streams."""

@@ -21,13 +21,21 @@ SHIPPED = Path(__file__).with_name("digits_vit.safetensors")
 """Weights of ``digits_vit`` that come with the package; ``scripts/pretrain_digits.py`` remakes them."""
 
 
-def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_path: float = 0.0) -> Encoder:
+def build_encoder(
+    name: str, pretrained: str, weights: str | None = None, drop_path: float = 0.0, stride: int | None = None
+) -> Encoder:
     """Build an encoder by name.
 
     pretrained: ``shipped`` (the file in the package, for digits_vit alone), ``timm`` (timm's own weights) or ``none``.
-    weights: a local .safetensors or .pth file, which overrides ``pretrained``; for ``transformers`` a directory. Raises
-    ValueError for an unknown name, a file that does not fit, or a combination that does not exist.
+    weights: a local .safetensors or .pth file, which overrides ``pretrained``; for ``transformers`` a directory.
+    stride: that of the coarsest map, for convolutional encoders of timm. Raises ValueError for an unknown name, a file
+    that does not fit, or a combination that does not exist.
     """
+    if stride is not None and name in ("digits_vit", "transformers"):
+        raise ValueError(
+            f"model.encoder_stride = {stride}: only convolutional encoders of timm can be dilated, got model.encoder = "
+            f"{name!r}; set it to none"
+        )
     if name == "transformers":
         from viladiff.models.encoders.transformers_vit import DirectoryEncoder  # it builds on this module
 
@@ -40,7 +48,7 @@ def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_p
     if own and pretrained == "timm" and weights is None:
         raise ValueError('model.pretrained = "timm": timm has no weights for digits_vit (use shipped or none)')
     use_timm = pretrained == "timm" and weights is None
-    encoder: Encoder = DigitsViT(drop_path=drop_path) if own else TimmEncoder(name, use_timm, drop_path)
+    encoder: Encoder = DigitsViT(drop_path=drop_path) if own else TimmEncoder(name, use_timm, drop_path, stride)
     if weights is not None or pretrained == "shipped":
         load_weights(encoder if own else encoder.net, Path(weights) if weights else SHIPPED)  # type: ignore[arg-type]
     return encoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from viladiff.config.base import did_you_mean
@@ -11,9 +12,13 @@ from viladiff.models.encoders.base import Encoder
 
 
 class TimmEncoder(Encoder):
-    """Any timm backbone that offers features: last four levels of a pyramid, or four evenly spaced blocks of a ViT."""
+    """Any timm backbone that offers features: last four levels of a pyramid, or four evenly spaced blocks of a ViT.
 
-    def __init__(self, name: str, pretrained: bool, drop_path: float) -> None:
+    ``stride``: pixels a cell of the coarsest map is wide; a stage beyond it has its stride replaced by a dilation twice
+    that of the stage before, from its second block on, as in DeepLab. None is the network's own.
+    """
+
+    def __init__(self, name: str, pretrained: bool, drop_path: float, stride: int | None = None) -> None:
         super().__init__()
         import timm  # a second of import time that the embedded data does not need
 
@@ -21,6 +26,9 @@ class TimmEncoder(Encoder):
         options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
         if drop_path:
             options["drop_path_rate"] = drop_path
+        if stride is not None:
+            _check_dilates(name, stride)
+            options["output_stride"] = stride
         try:
             levels = len(_feature_info(timm.create_model(name, features_only=True)))
             # A ViT reports every block; a pyramid its few stages.
@@ -48,6 +56,22 @@ def _check_known(name: str) -> None:
     known = timm.list_models(pretrained=False)
     if name.split(".")[0] not in known:
         raise ValueError(f'model.encoder = "{name}": timm has no such model{did_you_mean(name, known)}')
+
+
+def _check_dilates(name: str, stride: int) -> None:
+    """Raise ValueError for a network of timm whose later stages cannot be dilated to this stride."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            found = max(_feature_info(timm.create_model(name, features_only=True, output_stride=stride)).reduction())
+    except (RuntimeError, AttributeError, TypeError, AssertionError, NotImplementedError):
+        found = None
+    if found != stride:
+        raise ValueError(
+            f"model.encoder_stride = {stride}: timm cannot dilate model.encoder = {name!r}; set it to none, or use a "
+            "convolutional encoder, as resnet101s"
+        )
 
 
 def _feature_info(net: nn.Module) -> Any:
