@@ -67,15 +67,6 @@ def test_launcher_with_another_number_of_processes_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_batch_norm_is_refused_with_two_workers_and_fine_with_one(tmp_path: Path) -> None:
-    run = Trainer(config(tmp_path, model__encoder="resnet10t"))
-    run._build()
-    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in run.method.modules())
-    run.world = 2
-    with pytest.raises(ValueError, match=r"model\.encoder = 'resnet10t': it has BatchNorm.*runtime\.workers = 1"):
-        run._build()
-
-
 def _second_worker_fails(rank: int, dump: dict, *rest: Any) -> None:
     """Stands where ``launch._worker`` stood: the second of two workers finds at step 2 that it cannot go on."""
     step = Trainer._step

@@ -61,7 +61,8 @@ class ModelConfig(Section):
     pretrained: Literal["shipped", "timm", "none"] = "shipped"
     """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
     weights: str | None = None
-    """A safetensors file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory."""
+    """A file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory. A whole network
+    of a published layout, as UniMatch's, also sets ``decoder`` and classifier."""
     encoder_stride: Literal[8, 16] | None = None
     """Pixels a cell of a convolutional timm encoder's coarsest map is wide: later stages are dilated in place of
     strided. None is the network's own, mostly 32; ``resnet101s`` at 16 is UniMatch's ResNet-101."""

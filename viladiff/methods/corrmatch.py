@@ -12,6 +12,7 @@ once a step, for the next step. CutMix boxes lie on the patch grid, on any pixel
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -237,8 +238,10 @@ def region_maps(a: Tensor, uniform: Tensor, count: int) -> Tensor:
 def token_votes(labels: Tensor, keep: Tensor, patch: int, num_classes: int) -> Tensor:
     """Return (U, N, C) pixels of each class in each token's ``patch`` x ``patch`` block, only those with ``keep``.
 
-    ``labels`` (U, H, W) int64 and ``keep`` (U, H, W) bool.
+    ``labels`` (U, H, W) int64 and ``keep`` (U, H, W) bool. Blocks at the lower and right edges may be cut.
     """
+    below, right = (-side % patch for side in labels.shape[-2:])
+    labels, keep = (F.pad(x, (0, right, 0, below)) for x in (labels, keep))
     blocks = [x.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3).flatten(3) for x in (labels, keep)]
     index, weight = (x.flatten(1, 2) for x in blocks)
     zeros = torch.zeros(*index.shape[:2], num_classes, device=labels.device)
@@ -277,6 +280,6 @@ def region_votes(regions: Tensor, votes: Tensor, pixels: Tensor, tau: Tensor, ro
 
 def _to_pixels(tokens: Tensor, size: torch.Size, patch: int) -> Tensor:
     """Expand (U, N) to (U, H, W), each token as a block."""
-    height, width = size[0] // patch, size[1] // patch
+    height, width = (math.ceil(side / patch) for side in size)
     blocks = tokens.view(-1, height, 1, width, 1).expand(-1, -1, patch, -1, patch)
-    return blocks.reshape(-1, *size)
+    return blocks.reshape(-1, height * patch, width * patch)[:, : size[0], : size[1]]

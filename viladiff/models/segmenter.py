@@ -17,6 +17,7 @@ from viladiff.models.blocks import bilinear
 from viladiff.models.decoders.build import build_decoder
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
+from viladiff.models.public_weights import load_head
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import ViLa, VilaConfig
 
@@ -284,12 +285,14 @@ class NetworkFactory:
         rate = self.model.drop_path if drop_path is None else drop_path
         model = self.model
         encoder = build_encoder(model.encoder, model.pretrained, model.weights, rate, model.encoder_stride)
-        network = kind(encoder, self.model, self.num_classes)
+        network = kind(encoder, model, self.num_classes)
+        if model.encoder != "transformers":
+            load_head(network, model)
         if vila is not None:
             # Made after the rest, so that the shared part starts from the same weights with and without it.
             network.vila = ViLa(encoder.channels[-1], self.text_dim, vila)
             network.classifier_fusion = network.decoder.classifier(self.num_classes)
-        if self.model.encoder_frozen:
+        if model.encoder_frozen:
             encoder.requires_grad_(False)
             encoder.frozen = True
         return network

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from viladiff.core.hashing import file_sha256
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.digits_vit import DigitsViT
 from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known
+from viladiff.models.public_weights import read_weights
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
@@ -124,24 +123,23 @@ def file_checksum(path: Path, fields: str) -> str:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load ``module`` from a safetensors or torch file without running any code that the file may carry.
 
+    Layouts of other projects are converted (``viladiff.models.public_weights``), and then no name may be left over.
     Heads that a backbone here lacks are skipped; a parameter that the file lacks is an error, as is another shape.
     """
-    if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist")
-    try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
-    state: dict[str, Tensor] = found.get("state_dict", found.get("model", found))
-    wanted = module.state_dict()
+    found, wanted = read_weights(path), module.state_dict()
+    state = found.encoder
     # timm's feature wrappers put the network under "model."; files of the plain network do not.
     if not set(state) & set(wanted):
         state = {f"model.{name}": value for name, value in state.items()}
-    missing = [name for name in wanted if name not in state]
+    counts = {name for name in wanted if name.endswith(".num_batches_tracked")}  # absent from files before torch 0.4.1
+    missing = [name for name in wanted if name not in state and name not in counts]
     wrong = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    if found.decoder is not None and (more := [name for name in state if name not in wanted]):
+        raise ValueError(f"weights file {path} does not fit: it has {more[0]} beyond the encoder ({len(more)} such)")
     if missing or wrong:
         what = f"lacks {missing[0]}" if missing else f"has {tuple(state[wrong[0]].shape)} for {wrong[0]}"
         raise ValueError(
             f"weights file {path} does not fit: it {what} ({len(missing)} missing, {len(wrong)} of another shape)"
         )
-    module.load_state_dict({name: state[name].to(wanted[name].dtype) for name in wanted})
+    kept = {name: state.get(name, value).to(value.dtype) for name, value in wanted.items()}
+    module.load_state_dict(kept)
