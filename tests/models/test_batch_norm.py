@@ -73,6 +73,7 @@ def test_the_loop_synchronises_before_it_distributes(tmp_path: Path, monkeypatch
     assert trained == {id(p) for p in given[0].parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_workers_without_gpus_normalise_by_their_shares(tmp_path: Path) -> None:
     """Gradients are those of one worker that takes the shares one after the other; running statistics are means."""
@@ -100,6 +101,7 @@ def test_two_workers_without_gpus_normalise_by_their_shares(tmp_path: Path) -> N
     assert apart > 1e-2  # else the mean would say nothing
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_workers_equal_one_where_statistics_are_frozen(tmp_path: Path) -> None:
     changes = {

@@ -237,6 +237,7 @@ def test_a_frozen_encoder_keeps_its_statistics() -> None:
         assert net.decoder.reduce[1].training  # type: ignore[index, union-attr]
 
 
+@pytest.mark.slow
 def test_it_learns_four_images_by_heart() -> None:
     net = network(3)
     draw = torch.Generator().manual_seed(2)

@@ -14,7 +14,7 @@ moved, each by a share of its vectors' mean length in the picture (``radius``); 
 length of 4. The flow is a parameter group of AdamW, with its own rate and betas, but on the run's
 schedule, and its gradient is not clipped by itself; its likelihood is taken per channel. It has as many hidden units as
 channels, and samples positions image by image. Labelled positions without a class are left out. There is no auxiliary
-BatchNorm, as there is no BatchNorm.
+BatchNorm for moved maps; a network with BatchNorm has one for all, which counts the passes of the search as well.
 """
 
 from __future__ import annotations
