@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unimatch_layout import convolutions, forward, multiplications, random_state
 
 from viladiff.config.sections import ModelConfig
+from viladiff.inference.export import Standalone, export_onnx, onnx_difference
+from viladiff.inference.predict import Model
 from viladiff.models.decoders.deeplabv3plus import DeepLabV3PlusDecoder
 from viladiff.models.encoders.build import build_encoder, load_weights
 from viladiff.models.public_weights import load_head
@@ -253,3 +255,14 @@ def test_it_learns_four_images_by_heart() -> None:
         losses.append(loss.item())
     right = (net(images)["visual"].argmax(1) == labels).float().mean()
     assert losses[0] > 0.8 and losses[-1] < 0.25 * losses[0] and right > 0.9, (losses[0], losses[-1], right)
+
+
+@pytest.mark.slow
+def test_onnx_with_free_sizes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = network()
+    shake(net)
+    model = Model(net.eval(), tuple("abcde"), 48, "original", torch.device("cpu"))
+    assert export_onnx(model, tmp_path / "model.onnx") < 1e-4
+    for shape in ((1, 80, 112), (3, 64, 48)):
+        assert onnx_difference(Standalone(net), tmp_path / "model.onnx", shape) < 1e-4

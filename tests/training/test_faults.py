@@ -20,7 +20,6 @@ from torch import Tensor
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Step, TextBatch
 from viladiff.methods import METHODS, viladiff_mixe
-from viladiff.methods import viladiff as viladiff_file
 from viladiff.methods.viladiff import ViLaDiff
 from viladiff.models.segmenter import NetworkFactory, upsample
 from viladiff.models.stream import StreamOutput
@@ -208,17 +207,17 @@ def test_padding_draws_no_edge_around_the_picture(monkeypatch: pytest.MonkeyPatc
 
     def one_class_inside_another_outside(logits: Tensor, size: torch.Size) -> Tensor:
         if asked:
-            return enlarge(logits, size)
+            return upsample(logits, size)
         asked.append(True)  # the teacher's answers come first
         labels = torch.where(given.valid, 1, 2)
         labels[:, :6, :6] = 3  # a true edge, which must be kept
         return 50 * torch.nn.functional.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2).float()
 
     asked: list[bool] = []
-    original, enlarge, given = viladiff_mixe.edge_mean, viladiff_file.upsample, batch()
+    original, given = viladiff_mixe.edge_mean, batch()
     monkeypatch.setattr(viladiff_mixe, "edge_mean", edge_mean)
-    monkeypatch.setattr(viladiff_file, "upsample", one_class_inside_another_outside)
     made = method(**{"cutmix": False, "mixe.train_images": "unlabelled", "mixe.refine": False})
+    monkeypatch.setattr(made.student, "upsample", one_class_inside_another_outside)
     made(given, Step(7, 0.9, 3))
     (edges,) = seen
     assert edges[:, :7, :7].any() and not edges[:, 8:].any()

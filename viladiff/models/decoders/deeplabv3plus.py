@@ -32,7 +32,7 @@ class ImagePooling(ConvNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, D, h, w) to (B, width, h, w). Raises ValueError for one image in training, which has no variance."""
-        if self.training and len(x) == 1 and not isinstance(self[1], nn.SyncBatchNorm):
+        if self.training and x.shape[0] == 1 and not isinstance(self[1], nn.SyncBatchNorm):
             raise ValueError(
                 "model.decoder = 'deeplabv3plus': BatchNorm of the pooled image needs two images or more in each "
                 "training pass of a worker, got 1; raise data.batch_labelled, or lower runtime.workers or "
@@ -105,7 +105,7 @@ class DeepLabV3PlusDecoder(Decoder):
     def forward(self, top: Tensor, laterals: list[Tensor]) -> Tensor:
         """Decode top (k * B, D, h, w) for k streams with one lateral (B, 48, ...): (k * B, 256, H / 4, W / 4)."""
         (fine,) = laterals
-        copies = len(top) // len(fine)
+        copies = top.shape[0] // fine.shape[0]  # not len(), which an export would keep as a constant
         fine = fine if copies == 1 else fine.repeat(copies, 1, 1, 1)
         coarse = F.interpolate(self.pyramid(top), fine.shape[-2:], mode="bilinear", align_corners=True)
         return self.fuse(torch.cat([fine, coarse], dim=1))
