@@ -14,6 +14,7 @@ from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.models.blocks import bilinear
 from viladiff.models.decoders.build import build_decoder
+from viladiff.models.decoders.light import output_stride
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
 from viladiff.models.stream import StreamOutput
@@ -117,6 +118,11 @@ class Segmenter(nn.Module):
         return self.encoder.patch
 
     @property
+    def label_stride(self) -> int:
+        """Pixels a cell of the label grid is wide, that of MixE: the light decoder's, whatever the decoder's own."""
+        return output_stride(self.encoder.strides)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Streams that this network has; the first needs no text."""
         return ("visual",) if self.vila is None else ("visual", "fusion")
@@ -176,7 +182,7 @@ class Segmenter(nn.Module):
         return {name: upsample(stream.logits, images.shape[-2:]) for name, stream in self.streams(images, text).items()}
 
 
-def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: int) -> StreamOutput:
+def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: float) -> StreamOutput:
     """Paste the boxes of the strong view into the tokens, map and logits of a teacher's stream."""
     tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
     tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
