@@ -128,8 +128,8 @@ def cell_means(pixels: Tensor, stride: float) -> Tensor:
     """
     if isinstance(stride, int):
         return F.avg_pool2d(pixels[:, None], stride)[:, 0]
-    size = tuple(round(side / stride) for side in pixels.shape[-2:])
-    return F.adaptive_avg_pool2d(pixels[:, None], size)[:, 0]
+    height, width = (round(side / stride) for side in pixels.shape[-2:])
+    return F.adaptive_avg_pool2d(pixels[:, None], (height, width))[:, 0]
 
 
 def at_cells(pixels: Tensor, stride: float) -> Tensor:

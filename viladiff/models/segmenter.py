@@ -17,6 +17,7 @@ from viladiff.models.decoders.build import build_decoder
 from viladiff.models.decoders.light import output_stride
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
+from viladiff.models.public_weights import load_head
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import ViLa, VilaConfig
 
@@ -266,8 +267,12 @@ class NetworkFactory:
         ``kind`` builds the network from encoder, fields of ``model`` and number of classes, for one with other parts.
         """
         rate = self.model.drop_path if drop_path is None else drop_path
-        encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, rate)
-        network = kind(encoder, self.model, self.num_classes)
+        model = self.model
+        norm = model.map_norm or ("authors" if model.decoder == "dpt" else "group")
+        encoder = build_encoder(model.encoder, model.pretrained, model.weights, rate, norm)
+        network = kind(encoder, model, self.num_classes)
+        if model.encoder != "transformers":
+            load_head(network, model)
         if vila is not None:
             # Made after the rest, so that the shared part starts from the same weights with and without it.
             network.vila = ViLa(encoder.channels[-1], self.text_dim, vila)
