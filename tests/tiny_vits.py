@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import timm
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -48,4 +49,5 @@ def register() -> None:
     """Make all known to timm."""
     sys.modules[__name__].__dict__.setdefault("__all__", [])
     for make in (vit_femto_patch14, vit_femto_patch16, vit_femto_patch14_dinov2, vit_femto_patch14_reg4_dinov2):
-        register_model(make)
+        if not timm.is_model(make.__name__):
+            register_model(make)

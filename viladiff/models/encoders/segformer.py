@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from viladiff.models.encoders.base import Encoder
@@ -27,7 +28,7 @@ class SegformerEncoder(Encoder):
         super().__init__()
         self.net: Any = net
         self.channels = tuple(net.config.hidden_sizes)
-        self.strides = tuple(torch.tensor(net.config.strides).cumprod(0).tolist())
+        self.strides = tuple(accumulate(net.config.strides, operator.mul))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return list(self.net(pixel_values=self.own_units(x), output_hidden_states=True).hidden_states)
