@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,66 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     refused(state, r"got model\.decoder = 'light'; set it to dpt", decoder="light")
     refused(state, r"model\.decoder_width and the number of classes", decoder_width=128)
     refused({**dinov2_state(), "head.weight": one}, r"looks like DINOv2, but head\.weight is unknown")
+
+
+MIT_TO_TIMM = (
+    ("patch_embed1", "patch_embed"),
+    (r"patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample"),
+    (r"block(\d)\.(\d+)", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}"),
+    (r"^norm(\d)", lambda m: f"stages.{int(m[1]) - 1}.norm"),
+    ("dwconv.dwconv", "dwconv"),
+)
+
+
+def mit_state(widths: tuple[int, ...], seed: int = 0) -> State:
+    """SegFormer's names and shapes, two blocks a stage."""
+    drawn = Drawn(seed)
+    for i, (before, width) in enumerate(zip((3, *widths), widths, strict=False), 1):
+        kernel, ratio = (7 if i == 1 else 3), (8, 4, 2, 1)[i - 1]
+        drawn.layer(f"patch_embed{i}.proj", width, before, kernel, kernel)
+        drawn.layer(f"patch_embed{i}.norm", width)
+        for block in (f"block{i}.0", f"block{i}.1"):
+            for part, shape in (("norm1", (width,)), ("norm2", (width,)), ("attn.q", (width, width)),
+                                ("attn.kv", (2 * width, width)), ("attn.proj", (width, width)),
+                                ("mlp.fc1", (4 * width, width)), ("mlp.dwconv.dwconv", (4 * width, 1, 3, 3)),
+                                ("mlp.fc2", (width, 4 * width))):  # fmt: skip
+                drawn.layer(f"{block}.{part}", *shape)
+            if ratio > 1:
+                drawn.layer(f"{block}.attn.sr", width, width, ratio, ratio)
+                drawn.layer(f"{block}.attn.norm", width)
+        drawn.layer(f"norm{i}", width)
+    drawn.layer("head", 10, widths[-1])
+    return drawn.state
+
+
+def test_mit_computes_what_it_does(tmp_path: Path) -> None:
+    """Timm's PVTv2 with SegFormer's heads and ratios is the same network under other names."""
+    from timm.models.pvt_v2 import PyramidVisionTransformerV2
+
+    widths = (32, 64, 160, 256)
+    state, path = mit_state(widths), tmp_path / "mit_b0.pth"
+    torch.save(state, path)
+    plain = PyramidVisionTransformerV2(
+        depths=(2, 2, 2, 2), embed_dims=widths, num_heads=(1, 2, 5, 8), mlp_ratios=(4, 4, 4, 4), num_classes=0
+    ).eval()
+    named = {}
+    for name, value in state.items():
+        if not name.startswith("head."):
+            for pattern, other in MIT_TO_TIMM:
+                name = re.sub(pattern, other, name)
+            named[name] = value
+    plain.load_state_dict(named)
+    encoder, images = build_encoder("mit_b0", "none", str(path)).eval(), torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected, x = [], plain.patch_embed(images)
+        for stage in plain.stages:
+            x = stage(x)
+            expected.append(x)
+        for mine, theirs in zip(encoder(images), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    torch.save({**state, "block1.0.attn.rel.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"looks like SegFormer, but block1\.0\.attn\.rel is unknown"):
+        build_encoder("mit_b0", "none", str(path))
 
 
 def without(state: State, name: str) -> State:

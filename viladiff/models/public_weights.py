@@ -24,7 +24,7 @@ class Weights(NamedTuple):
     """A file's tensors in the names of this package."""
 
     encoder: State
-    """In the names of timm's network."""
+    """In the names of timm's network, or of transformers'."""
     head: Mapping[str, Tensor] = MappingProxyType({})
     """``decoder.`` and ``classifier.`` of a segmenter; empty where the file has an encoder alone."""
     decoder: str | None = None
@@ -163,6 +163,49 @@ def _dpt_name(name: str) -> str:
     raise ValueError(f"head.{name} is unknown")
 
 
+MIT_NAMES = (
+    (r"patch_embed(\d)\.proj", "patch_embeddings.proj"),
+    (r"patch_embed(\d)\.norm", "patch_embeddings.layer_norm"),
+    (r"block(\d)\.(\d+)\.norm1", "blocks.{}.layernorm_before"),
+    (r"block(\d)\.(\d+)\.norm2", "blocks.{}.layernorm_after"),
+    (r"block(\d)\.(\d+)\.attn\.q", "blocks.{}.attention.q_proj"),
+    (r"block(\d)\.(\d+)\.attn\.proj", "blocks.{}.attention.o_proj"),
+    (r"block(\d)\.(\d+)\.attn\.sr", "blocks.{}.attention.sequence_reduction.sequence_reduction"),
+    (r"block(\d)\.(\d+)\.attn\.norm", "blocks.{}.attention.sequence_reduction.layer_norm"),
+    (r"block(\d)\.(\d+)\.mlp\.(fc[12]|dwconv\.dwconv)", "blocks.{}.mlp.{}"),
+    (r"norm(\d)", "layer_norm"),
+)
+"""Names in SegFormer's files, whose stages count from 1, to those within a stage of transformers' model."""
+
+
+def mit(state: State) -> Weights | None:
+    """Convert SegFormer's official Mix Transformer (NVlabs/SegFormer, mit_b0.pth to mit_b5.pth) to transformers' names.
+
+    Keys and values are one layer there, the former first. The classifier of ImageNet is left out.
+    """
+    if not {"patch_embed1.proj.weight", "block1.0.attn.kv.weight", "norm4.weight"} <= set(state):
+        return None
+    found: State = {}
+    for name, value in state.items():
+        owner, _, last = name.rpartition(".")
+        if owner == "head":
+            continue
+        if both := re.fullmatch(r"block(\d)\.(\d+)\.attn\.kv", owner):
+            place = f"stages.{int(both[1]) - 1}.blocks.{both[2]}.attention"
+            found[f"{place}.k_proj.{last}"], found[f"{place}.v_proj.{last}"] = value.chunk(2)
+        else:
+            found[f"{_mit_name(owner)}.{last}"] = value
+    return Weights(found)
+
+
+def _mit_name(owner: str) -> str:
+    for pattern, ours in MIT_NAMES:
+        if match := re.fullmatch(pattern, owner):
+            stage, *rest = match.groups()
+            return f"stages.{int(stage) - 1}.{ours.format(*rest)}"
+    raise ValueError(f"{owner} is unknown")
+
+
 LITE_REPEATS = (1, 2, 2, 3, 3, 4, 1)
 """Blocks of each stage of EfficientNet-Lite0."""
 
@@ -199,6 +242,7 @@ def _lite_name(name: str) -> str:
 LAYOUTS: dict[str, Callable[[State], Weights | None]] = {
     "UniMatch-V2": unimatch_v2,
     "DINOv2": dinov2,
+    "SegFormer": mit,
     "EfficientNet-Lite0": efficientnet_lite0,
 }
 """Name of a layout to the function that converts it, and returns none for a file that is of another one."""
