@@ -59,6 +59,8 @@ def test_a_run_s_name_says_other_units() -> None:
 
     assert named("vit_base_patch16_224") == named("beit_base_patch16_224") == HALF
     assert named("resnet18") == named("mit_b0") == named("digits_vit") == named("vit_base_patch14_dinov2") == {}
+    with pytest.raises(ValueError, match=r'model\.encoder = "resnet18\.no_such_tag"'):
+        named("resnet18.no_such_tag")
     assert named("vit_base_patch16_clip_224.openai")["input"].startswith("mean 0.48145466 0.4578275 0.40821073, std")
 
 
@@ -155,7 +157,7 @@ def test_of_24_blocks_those_of_unimatch_v2_are_read() -> None:
     assert named.net.indices == [4, 11, 17, 23] and list(other.net.out_indices) == [5, 11, 17, 23]
 
 
-def test_the_field_of_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_field_of_the_norm() -> None:
     tiny_vits.register()
 
     def norms(**fields: Any) -> set[type]:
@@ -168,6 +170,15 @@ def test_the_field_of_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("resnet18", "digits_vit", "mit_b0"):
         with pytest.raises(ValueError, match=r'model\.map_norm = "final": .* is no plain vision transformer'):
             norms(encoder=name, map_norm="final")
+
+
+@pytest.mark.parametrize("name", [*tiny_vits.DINO.values(), "mit_b0"])
+def test_every_parameter_of_the_encoder_gets_a_gradient(name: str) -> None:
+    """Two workers would wait for one that gets none."""
+    tiny_vits.register()
+    encoder = build_encoder(name, "none", norm="authors").train()
+    torch.stack([level.square().mean() for level in encoder(torch.randn(2, 3, 56, 56))]).sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
 
 
 # Mix Transformers

@@ -102,10 +102,16 @@ class FinalNormed(nn.Module):
 
 
 def timm_units(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the images that timm's weights of that name and tag were learned from."""
+    """Return mean and standard deviation of the images that timm's weights of that name and tag were learned from.
+
+    ImageNet's where timm says nothing. Raises ValueError for a tag that it does not know.
+    """
     import timm
 
-    found = timm.get_pretrained_cfg(name)
+    try:
+        found = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(f'model.encoder = "{name}": {error}') from error
     return (IMAGENET_MEAN, IMAGENET_STD) if found is None else (tuple(found.mean), tuple(found.std))
 
 
