@@ -18,8 +18,9 @@ from viladiff.inference import export
 from viladiff.inference.export import ONNX, Standalone, export_onnx, export_run, onnx_difference
 from viladiff.inference.predict import Model, load_model
 from viladiff.methods.viladiff import VilaConfig
-from viladiff.models import decoder, segmenter
+from viladiff.models import segmenter
 from viladiff.models.blocks import Attention, bilinear
+from viladiff.models.decoders import light
 from viladiff.models.segmenter import NetworkFactory, Segmenter
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.record import load_record
@@ -121,7 +122,7 @@ def test_flops_are_those_of_convolutions_products_and_attention(vila: bool, monk
         return bilinear(x, size)
 
     with monkeypatch.context() as patch:
-        for place in (decoder, segmenter):
+        for place in (light, segmenter):
             patch.setattr(place, "bilinear", enlarge)
         hooks = [module.register_forward_hook(count) for module in net.modules()]  # type: ignore[arg-type]
         with torch.no_grad():

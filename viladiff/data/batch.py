@@ -77,7 +77,7 @@ class CutMix:
     """(U, 4) int64: top, left, bottom, right in pixels, as ``data.cutmix_grid`` snaps them; all zero means no box."""
     partner: Tensor
     """(U,) int64: index of the image that the box is cut from."""
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    masks: dict[tuple[float, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What is inside the boxes, by (stride, height, width) of a map; filled by ``apply_cutmix``."""
 
 

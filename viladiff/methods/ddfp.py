@@ -46,6 +46,7 @@ from viladiff.methods.base import (
 from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.memory_bank import gather_at, sample_positions
 from viladiff.models.baselines.normalizing_flow import Flow
+from viladiff.models.blocks import at_cells
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import NetworkFactory
 
@@ -173,7 +174,7 @@ class Ddfp(MeanTeacher):
     def _likelihood(self, mid: Tensor, batch: Batch, step: Step) -> Tensor:
         """Return mean -log p per channel of the teacher's vectors ``mid`` (B + U, D, h, w) with noise; detached."""
         stride, width = self.student.decoder.stride, mid.shape[1]
-        target, valid = (x[:, ::stride, ::stride].flatten(1) for x in (batch.target, batch.valid))
+        target, valid = (at_cells(x, stride).flatten(1) for x in (batch.target, batch.valid))
         counted = torch.cat([target != IGNORE, valid])
         classes = torch.cat([target.masked_fill(target == IGNORE, -1), torch.full_like(valid, -1, dtype=torch.int64)])
         keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
@@ -188,7 +189,7 @@ class Ddfp(MeanTeacher):
     def _rarity(self, labels: Tensor) -> Callable[[list[Tensor]], Tensor]:
         """Return a function from the decoder's four maps to the summed -log p of its vectors at labelled positions."""
         stride = self.student.decoder.stride
-        counted = (labels != IGNORE)[:, ::stride, ::stride].flatten()
+        counted = at_cells(labels != IGNORE, stride).flatten()
 
         def rarity(features: list[Tensor]) -> Tensor:
             mid = self.student.decode(features)["visual"].mid

@@ -55,6 +55,7 @@ from viladiff.methods.base import (
 from viladiff.methods.common.published import PublishedSetting
 from viladiff.models.baselines.memory_bank import MemoryBank, gather_at, sample_positions
 from viladiff.models.baselines.perturbations import channel_dropout
+from viladiff.models.blocks import at_cells
 from viladiff.models.ema import ema_update, frozen_copy
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.models.stream import StreamOutput
@@ -216,7 +217,7 @@ class U2pl(MeanTeacher):
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             theirs = self.teacher_head(found.mid[-len(mine) :].float())
             p = found.logits[-len(mine) :].softmax(1).flatten(2)
-            grid, low, high = (x[:, ::stride, ::stride].flatten(1) for x in (classes, *limits))
+            grid, low, high = (at_cells(x, stride).flatten(1) for x in (classes, *limits))
             known, index = grid != IGNORE, grid.masked_fill(grid == IGNORE, 0)
             means = class_prototypes(theirs.flatten(0, 1), index.flatten(), (known & low).flatten(), p.shape[1])
             order = keyed_random.uniform(keys, grid.shape[1:], *name, "order", device=device)

@@ -29,6 +29,7 @@ from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, PredictConfig,
 from viladiff.methods.common.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.viladiff_mixe import MixeTeacher, Refined
 from viladiff.methods.viladiff_outputs import Pseudo
+from viladiff.models.blocks import cell_means
 from viladiff.models.mixe.denoiser import MixeConfig, class_codes, noise_levels
 from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream
 from viladiff.models.stream import StreamOutput
@@ -151,7 +152,7 @@ class ViLaDiff(MixeTeacher):
             refined = self._refined(teacher_out.weak, teacher_logits, batch.keys_u, step)
             pseudo = unrefined if refined is None else Pseudo(*self.relabelled(before, refined, batch.valid).max(1))
             self._calibrate(batch, step)
-            stride = self.student.decoder.stride
+            stride = self.student.label_stride
             pseudo = Pseudo(*with_truth(cfg.pseudo, step.progress, *pseudo, batch.truth_u, stride))
 
         strong, valid = batch.strong[0], batch.valid
@@ -212,7 +213,7 @@ class ViLaDiff(MixeTeacher):
         cfg, size = self.cfg.mixe, images.shape[-2:]
         if self.denoiser is None or cfg.denoiser != "diffusion":
             return label_maps
-        probs = self._source_logits(self.teacher.streams(images, text)).softmax(1)
+        probs = self._soft(self._source_logits(self.teacher.streams(images, text)), size)
         _, classes, h, w = probs.shape
         length = class_codes(classes).shape[1]
         noise = keyed_random.normal(keys, (length, h, w), step.seed, "picture-noise", step.index, device=probs.device)
@@ -249,7 +250,7 @@ class ViLaDiff(MixeTeacher):
         cfg, patch, stride = self.cfg.vila, self.student.patch, self.student.decoder.stride
         h, w = valid.shape[-2] // patch, valid.shape[-1] // patch
         cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)
-        pixels = F.avg_pool2d(valid.float()[:, None], stride)[:, 0] > 0.5
+        pixels = cell_means(valid.float(), stride) > 0.5
         if mix is not None:
             teacher = {name: cutmix_stream(stream, mix, h, w, patch, stride) for name, stream in teacher.items()}
         return distil(cfg, teacher, student, gate, cells, pixels)

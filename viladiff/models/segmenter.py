@@ -15,6 +15,7 @@ from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.models.blocks import bilinear
 from viladiff.models.decoders.build import build_decoder
+from viladiff.models.decoders.light import output_stride
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
 from viladiff.models.public_weights import load_head
@@ -124,6 +125,11 @@ class Segmenter(nn.Module):
         return 1 if self.encoder.any_size and self.decoder.any_size else self.patch
 
     @property
+    def label_stride(self) -> int:
+        """Pixels a cell of the label grid is wide, that of MixE: the light decoder's, whatever the decoder's own."""
+        return output_stride(self.encoder.strides)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Streams that this network has; the first needs no text."""
         return ("visual",) if self.vila is None else ("visual", "fusion")
@@ -188,7 +194,7 @@ class Segmenter(nn.Module):
         return {name: self.upsample(stream.logits, size) for name, stream in found.items()}
 
 
-def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: int) -> StreamOutput:
+def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: float) -> StreamOutput:
     """Paste the boxes of the strong view into the tokens, map and logits of a teacher's stream."""
     tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
     tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
@@ -284,7 +290,8 @@ class NetworkFactory:
         """
         rate = self.model.drop_path if drop_path is None else drop_path
         model = self.model
-        encoder = build_encoder(model.encoder, model.pretrained, model.weights, rate, model.encoder_stride)
+        norm = model.map_norm or ("authors" if model.decoder == "dpt" else "group")
+        encoder = build_encoder(model.encoder, model.pretrained, model.weights, rate, model.encoder_stride, norm)
         network = kind(encoder, model, self.num_classes)
         if model.encoder != "transformers":
             load_head(network, model)

@@ -11,8 +11,9 @@ class Decoder(nn.Module):
     The coarsest map comes apart from the others, since ViLa makes two of it, one a stream.
     """
 
-    stride: int
-    """Pixels a cell of the decoder's map is wide; a patch of the encoder is a whole number of cells."""
+    stride: float
+    """Pixels a cell of the decoder's map is wide, an int where they are whole ones (dpt has 1.75 with patches of 14).
+    A patch of the encoder is a whole number of cells, so that boxes on the patch grid cut none."""
     width: int
     align_corners: bool = False
     """Where the map lies on the image: the centres of its corner cells on the corner pixels, as with ``align_corners``

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from viladiff.models.decoders.base import Decoder
 from viladiff.models.decoders.deeplabv3plus import DeepLabV3PlusDecoder
+from viladiff.models.decoders.dpt import DptDecoder
 from viladiff.models.decoders.light import LightDecoder
 from viladiff.models.encoders.base import Encoder
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 DECODERS: dict[str, Callable[[tuple[int, ...], tuple[int, ...], int], Decoder]] = {
     "light": LightDecoder,
     "deeplabv3plus": DeepLabV3PlusDecoder,
+    "dpt": DptDecoder,
 }
 """``model.decoder`` to the class, which is called with the encoder's channels and strides and the width."""
 
