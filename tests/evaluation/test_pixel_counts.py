@@ -297,13 +297,17 @@ class Toy(nn.Module):
 
     def __init__(self, fusion: bool = True, patch: int = 4) -> None:
         super().__init__()
-        self.patch = patch
+        self.side_multiple = patch
         self.visual = nn.Conv2d(3, C, 1)
         self.fused = nn.Conv2d(3, C, 1) if fusion else None
         self.sizes: list[tuple[int, ...]] = []
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        assert not self.training and images.shape[-1] % self.patch == 0 and images.shape[-2] % self.patch == 0
+        assert (
+            not self.training
+            and images.shape[-1] % self.side_multiple == 0
+            and images.shape[-2] % self.side_multiple == 0
+        )
         self.sizes.append(tuple(images.shape[-2:]))
         out = {"visual": self.visual(images)}
         if self.fused is not None:

@@ -29,12 +29,12 @@ class Positional(nn.Module):
 
     def __init__(self, patch: int = 1) -> None:
         super().__init__()
-        self.patch = patch
+        self.side_multiple = patch
         self.mix = nn.Conv2d(3, C, 3, padding=1, bias=False)
         self.windows: list[tuple[int, ...]] = []
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
-        assert images.shape[-1] % self.patch == 0 and images.shape[-2] % self.patch == 0
+        assert images.shape[-1] % self.side_multiple == 0 and images.shape[-2] % self.side_multiple == 0
         self.windows.append(tuple(images.shape))
         ramp = torch.linspace(0, 2, images.shape[-1]) + torch.linspace(0, 1, images.shape[-2])[:, None]
         return {"visual": self.mix(images) * 3 + ramp * torch.arange(C).view(1, C, 1, 1)}

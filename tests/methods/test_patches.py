@@ -46,11 +46,14 @@ def _known_to_timm() -> None:
     register_model(vit_pico_patch14)
 
 
-def network(vila: bool = False, classes: int = 5) -> Segmenter:
+def network(vila: bool = False, classes: int = 5, decoder: str = "light") -> Segmenter:
     torch.manual_seed(0)
     encoder = build_encoder(PICO, "none")
     net = Segmenter(
-        encoder, ModelConfig(decoder_width=16), classes, ViLa(32, 12, VilaConfig(width=32, heads=2)) if vila else None
+        encoder,
+        ModelConfig(decoder=decoder, decoder_width=64 if decoder == "dpt" else 16),  # type: ignore[arg-type]
+        classes,
+        ViLa(32, 12, VilaConfig(width=32, heads=2)) if vila else None,
     )
     with torch.no_grad():  # an untrained block adds next to nothing
         for parameter in net.parameters():
@@ -152,9 +155,10 @@ def test_published_crops_of_a_real_encoder_s_shape(crop: int) -> None:
 
 
 @pytest.mark.slow
-def test_onnx_of_patches_of_14(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoder", ["light", "dpt"])
+def test_onnx_of_patches_of_14(decoder: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    net = network()
+    net = network(decoder=decoder)
     model = Model(net, tuple("abcde"), 56, "original", torch.device("cpu"))
     assert export_onnx(model, tmp_path / "model.onnx") < 1e-4
     assert onnx_difference(Standalone(net), tmp_path / "model.onnx", (2, 126, 98)) < 1e-4

@@ -61,13 +61,21 @@ class ModelConfig(Section):
     pretrained: Literal["shipped", "timm", "none"] = "shipped"
     """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
     weights: str | None = None
-    """A safetensors file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory."""
-    decoder: Literal["light", "dpt", "deeplabv3plus"] = "light"
-    """What brings the encoder's maps to one fine map; semivl and textprobe have their own."""
-    decoder_width: int = Field(16, ge=8)
-    """Channels of the decoder, a multiple of 8; 128 unless the data set is embedded."""
+    """A file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory. A whole network
+    of a published layout, as UniMatch's, also sets ``decoder`` and classifier."""
     encoder_stride: Literal[8, 16] | None = None
-    """Output stride of a ResNet whose last stages are dilated; none leaves the encoder as it is."""
+    """Pixels a cell of a convolutional timm encoder's coarsest map is wide: later stages are dilated in place of
+    strided. None is the network's own, mostly 32; ``resnet101s`` at 16 is UniMatch's ResNet-101."""
+    map_norm: Literal["group", "final"] | None = None
+    """What norms a plain transformer's maps: a GroupNorm of one group each, or the encoder's own final norm all four
+    (``final``, and blocks as UniMatch-V2 takes them); none is ``final`` for DINOv2 and DINOv3 under ``dpt``, else
+    ``group``."""
+    decoder: Literal["light", "deeplabv3plus", "dpt"] = "light"
+    """What brings the encoder's maps to one fine map, ``dpt`` that of UniMatch-V2; semivl and textprobe have their own.
+    """
+    decoder_width: int = Field(16, ge=8)
+    """Channels of ``light``, a multiple of 8; 128 unless the data set is embedded. ``dpt`` has 64, 128 or 256,
+    ``deeplabv3plus`` its published widths."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Rate of stochastic depth in the encoder."""
     encoder_frozen: bool = False

@@ -31,6 +31,8 @@ class Views:
     """Whether the method itself mixes neighbours of a batch, whose number must then be even."""
     whole_cells: bool = False
     """Whether the method mixes feature maps as well, so that boxes must consist of whole patches."""
+    cells: bool = False
+    """Whether the method pools pixels by cells of a map, so that crops must consist of whole patches."""
     tags: bool = False
     """Whether the classes that each image's captions mention are wanted."""
     truth: bool = False
@@ -42,6 +44,11 @@ class Views:
     def unlabelled(self) -> bool:
         """False for a method that never looks at unlabelled images."""
         return self.weak + self.strong > 0
+
+    @property
+    def whole_patches(self) -> bool:
+        """Whether sides of images must be multiples of the patch, whatever the network takes."""
+        return self.whole_cells or self.cells or self.truth
 
 
 @dataclass
@@ -70,7 +77,7 @@ class CutMix:
     """(U, 4) int64: top, left, bottom, right in pixels, as ``data.cutmix_grid`` snaps them; all zero means no box."""
     partner: Tensor
     """(U,) int64: index of the image that the box is cut from."""
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    masks: dict[tuple[float, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What is inside the boxes, by (stride, height, width) of a map; filled by ``apply_cutmix``."""
 
 

@@ -24,6 +24,7 @@ from viladiff.evaluation.pixel_counts import SegmentationMeter, evaluate_network
 from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized_logits
 from viladiff.evaluation.pseudo_labels import pseudo_counts, pseudo_scores
 from viladiff.methods.base import Method
+from viladiff.models.batch_norm import statistics_notes
 from viladiff.models.encoders.build import weights_origin
 from viladiff.runs.config import CORE_REVISION, flatten, non_default_fields
 from viladiff.runs.record import RunRecord
@@ -95,13 +96,15 @@ def compute_scores(
 class PseudoLabels:
     """Quality of the pseudo-labels on validation images, since masks of unlabelled images are never read.
 
-    ``ece`` is of all pixels' labels; what depends on a threshold is left out where the method has none. Where a side is
-    no multiple of the patch, labels are made at the nearest one and their probabilities brought back.
+    ``ece`` is of all pixels' labels; what depends on a threshold is left out where the method has none. Where a side
+    must be a multiple of the patch and is not, labels are made at the nearest one and their probabilities brought back.
     """
 
     def __init__(self, run: EvalContext) -> None:
         self.run, self.seen = run, 0
         self.wanted = type(run.method).pseudo_labels is not Method.pseudo_labels
+        student, whole = run.method.student, run.method.required_views().whole_patches
+        self.multiple = student.patch if whole else student.side_multiple
         self.sums: dict[str, Any] = {}
 
     def add(self, images: torch.Tensor, target: torch.Tensor, text: TextBatch | None) -> None:
@@ -113,7 +116,7 @@ class PseudoLabels:
         keys = tuple(run.rank + (self.seen + j) * run.world for j in range(len(images)))
         self.seen += len(images)
         made = partial(method.pseudo_labels, text=text, keys=keys, step=Step(run.steps, 1.0, run.cfg.seed))
-        found = {name: p.max(1) for name, p in resized_logits(made, images, method.student.patch).items()}
+        found = {name: p.max(1) for name, p in resized_logits(made, images, self.multiple).items()}
         stages = {name: (p.values, p.indices) for name, p in found.items()}
         for name, count in pseudo_counts(stages, target, method.threshold()).items():
             self.sums[name] = self.sums.get(name, 0) + count
@@ -202,7 +205,7 @@ def record(run: RecordContext) -> RunRecord:
         pseudo_labels=pseudo_labels,
         gradient_shares=run.shares.record(),
         class_names=list(run.dataset.class_names),
-        notes=[*run.bank.notes(), *run.method.notes()],
+        notes=[*run.bank.notes(), *run.method.notes(), *statistics_notes(run.method, run.device, run.world)],
         split_name=run.dataset.split_name,
         captions=run.dataset.caption_source,
         text_encoder=describe_text_encoder(cfg.data.text_encoder, cfg.runtime.text_model),

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from viladiff.config.base import did_you_mean
 from viladiff.data.batch import TextBatch
-from viladiff.models.segmenter import Segmenter, upsample
+from viladiff.models.segmenter import Segmenter
 
 STREAMS = ("visual", "fusion", "fusion_no_text", "mean")
 """``fusion`` and ``mean`` read the text; ``mean`` averages probabilities; ``fusion_no_text`` reads the null token."""
 PROTOCOLS = ("original", "center_crop", "sliding_window")
 
 Forward = Callable[[Tensor], dict[str, Tensor]]
-"""Normalised images (B, 3, H, W), sides multiples of the patch, to full-size logits (B, C, H, W) by stream."""
+"""Normalised images (B, 3, H, W), of sides that the network takes, to full-size logits (B, C, H, W) by stream."""
 
 
 class Band(NamedTuple):
@@ -141,7 +141,7 @@ def stream_logits(
 def _without_text(network: nn.Module, images: Tensor) -> Tensor:
     """Return full-size logits of the fusion stream without text, for a segmenter without that stream the only ones."""
     if isinstance(network, Segmenter):
-        return upsample(network.streams(images, None, ("fusion",))["fusion"].logits, images.shape[-2:])
+        return network.upsample(network.streams(images, None, ("fusion",))["fusion"].logits, images.shape[-2:])
     return network(images, None)["fusion"]
 
 
@@ -153,12 +153,13 @@ def stream_bands(
     protocol: str = "original",
     crop: int = 0,
 ) -> Iterator[Band]:
-    """Yield ``bands`` of a network's requested streams; ``network.patch`` must divide the sides."""
+    """Yield ``bands`` of a network's requested streams; ``network.side_multiple`` must divide the
+    sides."""
 
     def forward(x: Tensor) -> dict[str, Tensor]:
         return stream_logits(network, x, text, streams)
 
-    return bands(forward, image, int(getattr(network, "patch", 1)), protocol, crop)
+    return bands(forward, image, int(getattr(network, "side_multiple", 1)), protocol, crop)
 
 
 def predict_logits(

@@ -19,6 +19,7 @@ from viladiff.evaluation.pixel_counts import to_scores
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
+from viladiff.models.batch_norm import statistics_notes
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.gradient_shares import measured_steps
@@ -41,13 +42,13 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
     from viladiff.training.trainer import Trainer
 
     run = Trainer(cfg)
-    notes = check_files(run.dataset)
     data = data_facts(run.dataset)
     refuse_infeasible(cfg, data, fetch=False)
     build = run.build()
     if cfg.model.pretrained == "timm" and cfg.model.weights is None:  # which would ask a network for news of them
         build = replace(build, model=override(cfg, {"model.pretrained": "none"}).model)
     method = METHODS[cfg.method.name](cfg.method, build)
+    notes = [*check_files(run.dataset), *statistics_notes(method, run.device, cfg.runtime.workers)]
     check_inputs(cfg, method, data, cfg.runtime.workers)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"

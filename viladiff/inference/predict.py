@@ -103,7 +103,7 @@ class Model:
     def _predicted(self, pixels: np.ndarray, protocol: str) -> Prediction:
         image = torch.tensor(pixels).to(self.device).permute(2, 0, 1)[None].float() / 255
         labels, confidence = np.empty(pixels.shape[:2], np.uint8), np.empty(pixels.shape[:2], np.float32)
-        for top, logits in bands(self._forward, normalise(image), self.network.patch, protocol, self.crop):
+        for top, logits in bands(self._forward, normalise(image), self.network.side_multiple, protocol, self.crop):
             found = logits["visual"][0].softmax(0).max(0)
             rows = slice(top, top + len(found.values))
             confidence[rows], labels[rows] = found.values.cpu().numpy(), found.indices.cpu().numpy()

@@ -22,6 +22,7 @@ With C = 256, h = 2 and N = 1024 each of these is 22 MB for K = 21 and 85 MB for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -45,7 +46,7 @@ from viladiff.models.baselines.allspark import (
     nearest_class,
     resize_tokens,
 )
-from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter
 
 
 class AllSparkPseudoConfig(PseudoConfig):
@@ -92,7 +93,7 @@ class AllSpark(Method):
 
     def __init__(self, cfg: AllSparkConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
-        side = max(1, build.crop // self.student.patch)
+        side = max(1, math.ceil(build.crop / self.student.patch))
         self.memory = SemanticMemory(build.num_classes, self.student.spark.norm.normalized_shape[0], side)
         self._new: list[tuple[Tensor, Tensor]] = []
 
@@ -105,13 +106,13 @@ class AllSpark(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         assert batch.image_strong is not None
         size, labelled, weak, valid = batch.image.shape[-2:], len(batch.image), batch.weak[0], batch.valid
-        inside = F.max_pool2d(valid.float()[:, None], self.student.patch).flatten(2).mT  # (U, N, 1)
+        inside = F.max_pool2d(valid.float()[:, None], self.student.patch, ceil_mode=True).flatten(2).mT  # (U, N, 1)
         seen = self._answers(weak, inside)
-        confidence, labels = upsample(seen, size).softmax(1).max(1)
+        confidence, labels = self.student.upsample(seen, size).softmax(1).max(1)
 
         *fine, top = self.student.encode(torch.cat([batch.image_strong, weak]))
         rebuilt = self._rebuilt(top, seen, labelled, inside, step, self._draws(batch, step))
-        z = upsample(self.student.decode_rebuilt([*fine, rebuilt])["visual"].logits, size)
+        z = self.student.upsample(self.student.decode_rebuilt([*fine, rebuilt])["visual"].logits, size)
 
         sup = self.supervised(z[:labelled], batch.target)
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
@@ -176,7 +177,7 @@ class AllSpark(Method):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        return {"before": upsample(self._answers(images), images.shape[-2:]).softmax(1)}
+        return {"before": self.student.upsample(self._answers(images), images.shape[-2:]).softmax(1)}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ once a step, for the next step. CutMix boxes lie on the patch grid, on any pixel
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ from viladiff.losses import all_reduce_max, distributed_mean, logit_distillation
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.perturbations import channel_dropout, widest
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.segmenter import NetworkFactory
 
 
 class CorrMatchPseudoConfig(PseudoConfig):
@@ -124,11 +125,11 @@ class CorrMatch(Method):
         )
         dropped = self._dropped([level.split(counts)[1] for level in features], batch, step)
         grid = self.student.decode([torch.cat(pair) for pair in zip(features, dropped, strict=True)])["visual"].logits
-        z, weak, z_strong, z_dropped = upsample(grid, size).split((*counts, counts[1]))
+        z, weak, z_strong, z_dropped = self.student.upsample(grid, size).split((*counts, counts[1]))
         a = self._correlations(features[-1], batch, step)
-        r, r_weak, r_strong = upsample(correlated(grid[: len(a)].detach(), a, features[-1].shape[-2:]), size).split(
-            counts
-        )
+        r, r_weak, r_strong = self.student.upsample(
+            correlated(grid[: len(a)].detach(), a, features[-1].shape[-2:]), size
+        ).split(counts)
 
         with torch.no_grad():
             confidence, labels = weak.softmax(1).max(1)
@@ -201,7 +202,7 @@ class CorrMatch(Method):
         )
         own = valid if not batch.mix else valid & ~box_mask(batch.mix[0].boxes, *valid.shape[-2:])
         votes = token_votes(labels, sure & own, patch, classes)
-        pixels = F.avg_pool2d(own.float()[:, None], patch, divisor_override=1).flatten(1)
+        pixels = F.avg_pool2d(own.float()[:, None], patch, ceil_mode=True, divisor_override=1).flatten(1)
         answer = region_votes(region_maps(a, uniform, self.cfg.regions), votes, pixels, self.tau, self.cfg.rounds)
         spread_labels = _to_pixels(answer, labels.shape[-2:], patch)
         edited = (spread_labels >= 0) & own
@@ -242,8 +243,10 @@ def region_maps(a: Tensor, uniform: Tensor, count: int) -> Tensor:
 def token_votes(labels: Tensor, keep: Tensor, patch: int, num_classes: int) -> Tensor:
     """Return (U, N, C) pixels of each class in each token's ``patch`` x ``patch`` block, only those with ``keep``.
 
-    ``labels`` (U, H, W) int64 and ``keep`` (U, H, W) bool.
+    ``labels`` (U, H, W) int64 and ``keep`` (U, H, W) bool. Blocks at the lower and right edges may be cut.
     """
+    below, right = (-side % patch for side in labels.shape[-2:])
+    labels, keep = (F.pad(x, (0, right, 0, below)) for x in (labels, keep))
     blocks = [x.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3).flatten(3) for x in (labels, keep)]
     index, weight = (x.flatten(1, 2) for x in blocks)
     zeros = torch.zeros(*index.shape[:2], num_classes, device=labels.device)
@@ -282,6 +285,6 @@ def region_votes(regions: Tensor, votes: Tensor, pixels: Tensor, tau: Tensor, ro
 
 def _to_pixels(tokens: Tensor, size: torch.Size, patch: int) -> Tensor:
     """Expand (U, N) to (U, H, W), each token as a block."""
-    height, width = size[0] // patch, size[1] // patch
+    height, width = (math.ceil(side / patch) for side in size)
     blocks = tokens.view(-1, height, 1, width, 1).expand(-1, -1, patch, -1, patch)
-    return blocks.reshape(-1, *size)
+    return blocks.reshape(-1, height * patch, width * patch)[:, : size[0], : size[1]]

@@ -14,7 +14,7 @@ moved, each by a share of its vectors' mean length in the picture (``radius``); 
 length of 4. The flow is a parameter group of AdamW, with its own rate and betas, but on the run's
 schedule, and its gradient is not clipped by itself; its likelihood is taken per channel. It has as many hidden units as
 channels, and samples positions image by image. Labelled positions without a class are left out. There is no auxiliary
-BatchNorm, as there is no BatchNorm.
+BatchNorm for moved maps; a network with BatchNorm has one for all, which counts the passes of the search as well.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ from viladiff.methods.base import (
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.memory_bank import gather_at, sample_positions
 from viladiff.models.baselines.normalizing_flow import Flow
+from viladiff.models.blocks import at_cells
 from viladiff.models.ema import ema_update
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.segmenter import NetworkFactory
 
 
 class DdfpTeacherConfig(TeacherConfig):
@@ -150,7 +151,7 @@ class Ddfp(MeanTeacher):
         mix = keyed_boxes(batch, step, "ddfp-cut", half_boxes) if cfg.cutmix else None
         with torch.no_grad():
             seen = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]))["visual"]
-            confidence, labels = upsample(seen.logits[labelled:], size).softmax(1).max(1)
+            confidence, labels = self.student.upsample(seen.logits[labelled:], size).softmax(1).max(1)
             labels = labels.masked_fill((confidence < cfg.pseudo.threshold) | ~valid, IGNORE)
         if mix is not None:
             strong, labels, valid = (apply_cutmix(x, mix) for x in (strong, labels, valid))
@@ -178,7 +179,7 @@ class Ddfp(MeanTeacher):
     def _likelihood(self, mid: Tensor, batch: Batch, step: Step) -> Tensor:
         """Return mean -log p per channel of the teacher's vectors ``mid`` (B + U, D, h, w) with noise; detached."""
         stride, width = self.student.decoder.stride, mid.shape[1]
-        target, valid = (x[:, ::stride, ::stride].flatten(1) for x in (batch.target, batch.valid))
+        target, valid = (at_cells(x, stride).flatten(1) for x in (batch.target, batch.valid))
         counted = torch.cat([target != IGNORE, valid])
         classes = torch.cat([target.masked_fill(target == IGNORE, -1), torch.full_like(valid, -1, dtype=torch.int64)])
         keys = [*(f"l{key}" for key in batch.keys), *(f"u{key}" for key in batch.keys_u)]
@@ -193,7 +194,7 @@ class Ddfp(MeanTeacher):
     def _rarity(self, labels: Tensor) -> Callable[[list[Tensor]], Tensor]:
         """Return a function from the decoder's four maps to the summed -log p of its vectors at labelled positions."""
         stride = self.student.decoder.stride
-        counted = (labels != IGNORE)[:, ::stride, ::stride].flatten()
+        counted = at_cells(labels != IGNORE, stride).flatten()
 
         def rarity(features: list[Tensor]) -> Tensor:
             mid = self.student.decode(features)["visual"].mid

@@ -41,7 +41,7 @@ from viladiff.methods.base import (
 from viladiff.methods.fixmatch import FixMatchTeacherConfig
 from viladiff.models.baselines.class_hierarchy import diagnose, known_groups, node_cross_entropy, parents
 from viladiff.models.ema import ema_update, frozen_copy
-from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter
 
 
 class LogicDiagPseudoConfig(PseudoConfig):
@@ -107,14 +107,14 @@ class LogicDiag(MeanTeacher):
         labelled, size = len(batch.image), batch.image.shape[-2:]
         with torch.no_grad():
             z = _nodes(self.teacher, self.teacher_groups, batch.weak[0])
-            before, after = (upsample(x, size) for x in self._stages(z))
+            before, after = (self.student.upsample(x, size) for x in self._stages(z))
             confidence, labels = after.softmax(1).max(1)
             revised = (labels != before.argmax(1)).float()
             accepted = (confidence >= self.cfg.pseudo.threshold).float()
             changed = distributed_mean((revised * batch.valid).sum(), batch.valid.sum())
         strong, labels, accepted, valid = apply_cutmix_to(batch, 0, batch.strong[0], labels, accepted, batch.valid)
 
-        logits = upsample(_nodes(self.student, self.groups, torch.cat([batch.image, strong])), size)
+        logits = self.student.upsample(_nodes(self.student, self.groups, torch.cat([batch.image, strong])), size)
         mine, taught = logits[:labelled], logits[labelled:, : len(self.parent)]
         sup = self.supervised_mean(node_cross_entropy(mine, batch.target, self.parent), batch.target)
         pseudo = pseudo_label_cross_entropy(taught, labels, accepted, valid)
@@ -133,7 +133,7 @@ class LogicDiag(MeanTeacher):
     ) -> dict[str, Tensor]:
         """Return the teacher's classes before revision, and the shares of their paths after it."""
         stages = self._stages(_nodes(self.teacher, self.teacher_groups, images))
-        before, after = (upsample(x, images.shape[-2:]) for x in stages)
+        before, after = (self.student.upsample(x, images.shape[-2:]) for x in stages)
         scores = before.sigmoid()
         return {"before": scores / scores.sum(1, keepdim=True), "after": after.softmax(1)}
 

@@ -102,7 +102,7 @@ class PseudoSeg(Method):
         grid = self.student.decode(features)["visual"].logits
         present = (self.sgc.tags(features[-1]) >= 0).float()  # a probability of one half
         maps = upsample(self.sgc(features, present, valid), grid.shape[-2:])
-        return upsample(fuse(grid, maps, self.cfg.pseudo.temperature), images.shape[-2:])
+        return self.student.upsample(fuse(grid, maps, self.cfg.pseudo.temperature), images.shape[-2:])
 
     def _cut(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Fill a square of the strong view with the mean colour, which is 0; remove it from the valid pixels."""

@@ -40,7 +40,7 @@ from viladiff.methods.base import (
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.ema import ema_update
-from viladiff.models.segmenter import Network, NetworkFactory, upsample
+from viladiff.models.segmenter import Network, NetworkFactory
 
 
 class PsmtTeacherConfig(TeacherConfig):
@@ -133,7 +133,7 @@ class PsMt(TwoTeachers):
     def _teach(self, batch: Batch, image: Tensor, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(image), image.shape[-2:]
         with torch.no_grad():
-            confidence, labels = upsample(self._pseudo_logits(batch.weak[0], step), size).softmax(1).max(1)
+            confidence, labels = self.student.upsample(self._pseudo_logits(batch.weak[0], step), size).softmax(1).max(1)
         strong, valid = batch.strong[0], batch.valid
         if cfg.cutmix:
             mix = keyed_boxes(batch, step, "psmt-boxes", lambda draws, _, size: beta_boxes(draws, size))
@@ -190,7 +190,7 @@ class PsMt(TwoTeachers):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        return {"before": upsample(self._pseudo_logits(images, step), images.shape[-2:]).softmax(1)}
+        return {"before": self.student.upsample(self._pseudo_logits(images, step), images.shape[-2:]).softmax(1)}
 
     def eval_network(self) -> Network:
         """Return the mean of both teachers, as the paper evaluates."""

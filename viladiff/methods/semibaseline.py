@@ -58,7 +58,7 @@ class SemiBaseline(MeanTeacher):
     def _pseudo(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Return confidence and labels (U, H, W) of the teacher on the weak views."""
         confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
-        stride = self.student.decoder.stride
+        stride = self.student.label_stride
         return with_truth(self.cfg.pseudo, step.progress, confidence, labels, batch.truth_u, stride)
 
     def forward(self, batch: Batch, step: Step) -> Losses:

@@ -56,8 +56,9 @@ from viladiff.methods.base import (
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.memory_bank import MemoryBank, gather_at, sample_positions
 from viladiff.models.baselines.perturbations import channel_dropout
+from viladiff.models.blocks import at_cells
 from viladiff.models.ema import ema_update, frozen_copy
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.models.stream import StreamOutput
 
 
@@ -182,17 +183,17 @@ class U2pl(MeanTeacher):
         images = torch.cat([batch.image, weak if mix is None else apply_cutmix(weak, mix)])
         with torch.no_grad():
             found = self.teacher.streams(torch.cat([weak, images]))["visual"]
-            labels = upsample(found.logits[: len(weak)], size).argmax(1)
+            labels = self.student.upsample(found.logits[: len(weak)], size).argmax(1)
             if mix is not None:
                 labels, valid = apply_cutmix(labels, mix), apply_cutmix(valid, mix)
-            uncertain = entropy(upsample(found.logits[len(weak) + labelled :], size))
+            uncertain = entropy(self.student.upsample(found.logits[len(weak) + labelled :], size))
             shrink = 1 - step.progress
             shares = (100 - cfg.drop_percent * shrink, cfg.entropy_percent * shrink, 100 - cfg.entropy_percent * shrink)
             highest, low, high = percentiles(uncertain, valid, shares)
             kept = valid & (uncertain <= highest)
 
         stream = self.student.streams(images)["visual"]
-        z = upsample(stream.logits, size)
+        z = self.student.upsample(stream.logits, size)
         sup = self.supervised(z[:labelled], batch.target)
         pseudo = kept_consistency(z[labelled:], labels, kept, valid)
         classes = torch.cat([batch.target, labels.masked_fill(~valid, IGNORE)])
@@ -221,7 +222,7 @@ class U2pl(MeanTeacher):
         with torch.no_grad(), full_precision(device):
             theirs = self.teacher_head(found.mid[-len(mine) :].float())
             p = found.logits[-len(mine) :].softmax(1).flatten(2)
-            grid, low, high = (x[:, ::stride, ::stride].flatten(1) for x in (classes, *limits))
+            grid, low, high = (at_cells(x, stride).flatten(1) for x in (classes, *limits))
             known, index = grid != IGNORE, grid.masked_fill(grid == IGNORE, 0)
             means = class_prototypes(theirs.flatten(0, 1), index.flatten(), (known & low).flatten(), p.shape[1])
             order = keyed_random.uniform(keys, grid.shape[1:], *name, "order", device=device)

@@ -4,10 +4,11 @@ L = 1/2 [L_x + 1/4 L_s1 + 1/4 L_s2 + 1/2 L_fp]; the labels are the student's, de
 confidence 0.95; a loss is divided by all pixels outside the padding. There is no teacher.
 
 Differences from the released code: the image that a box comes from is the neighbour in the batch, never another crop of
-the same image as there, and its labels are those already at hand, which saves a forward pass without a gradient
-(without BatchNorm nothing but drop-path would tell them apart); labelled images, whose perturbed half the released code
-throws away, are not perturbed; all views are one pass. One channel mask serves the four maps of an image. CutMix
-boxes lie on the patch grid, on any pixel there (``data.cutmix_grid``).
+the same image as there, and its labels are those already at hand, which saves a forward pass without a gradient (with
+BatchNorm they are of training mode here and of evaluation mode there; without it drop-path alone tells them apart);
+labelled images, whose perturbed half the released code throws away, are not perturbed; all views are one pass. One
+channel mask serves the four maps of an image. CutMix boxes lie on the patch grid, on any pixel there
+(``data.cutmix_grid``).
 """
 
 from __future__ import annotations

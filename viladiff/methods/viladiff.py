@@ -29,8 +29,9 @@ from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, PredictConfig,
 from viladiff.methods.common.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.viladiff_mixe import MixeTeacher, Refined
 from viladiff.methods.viladiff_outputs import Pseudo
+from viladiff.models.blocks import cell_means
 from viladiff.models.mixe.denoiser import MixeConfig, class_codes, noise_levels
-from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import Distilled, VilaConfig, distil
 
@@ -122,6 +123,7 @@ class ViLaDiff(MixeTeacher):
         maps = cfg.vila.enabled or (cfg.mixe.enabled and cfg.mixe.train_images != "labelled")
         coloured, apart = cfg.mixe.enabled and cfg.mixe.labelled_views != "weak", self._period()
         views = Views(strong=1, cutmix=cfg.cutmix, text=cfg.vila.enabled, whole_cells=maps, truth=oracle)
+        views = replace(views, cells=cfg.vila.enabled or cfg.mixe.enabled)
         return replace(views, strong_labelled=coloured, apart=apart)
 
     def eval_networks(self) -> dict[str, Any]:
@@ -145,12 +147,12 @@ class ViLaDiff(MixeTeacher):
         with torch.no_grad():
             teacher_out = self._teach(batch, mix, step)
             teacher_logits = self._source_logits(teacher_out.weak.streams)
-            before = upsample(teacher_logits, size).softmax(1)
+            before = self.student.upsample(teacher_logits, size).softmax(1)
             unrefined = Pseudo(*before.max(1))
             refined = self._refined(teacher_out.weak, teacher_logits, batch.keys_u, step)
             pseudo = unrefined if refined is None else Pseudo(*self.relabelled(before, refined, batch.valid).max(1))
             self._calibrate(batch, step)
-            stride = self.student.decoder.stride
+            stride = self.student.label_stride
             pseudo = Pseudo(*with_truth(cfg.pseudo, step.progress, *pseudo, batch.truth_u, stride))
 
         strong, valid = batch.strong[0], batch.valid
@@ -160,7 +162,7 @@ class ViLaDiff(MixeTeacher):
             unrefined = Pseudo(*(apply_cutmix(x, mix) for x in unrefined))
         text = join_text(batch.text, self._words(batch.text_u, mix))
         student_out = self._see(self.student, torch.cat([batch.image, strong]), text)
-        logits = {name: upsample(stream.logits, size) for name, stream in student_out.streams.items()}
+        logits = {name: self.student.upsample(stream.logits, size) for name, stream in student_out.streams.items()}
 
         confident = (pseudo.confidence >= cfg.pseudo.threshold).float()
         target = self._supervised(batch)
@@ -196,7 +198,7 @@ class ViLaDiff(MixeTeacher):
         """Return the probabilities ``before`` refinement and the scores ``after``, which need not sum to 1."""
         teacher_out = self._see(self.teacher, images, text)
         teacher_logits = self._source_logits(teacher_out.streams)
-        before = upsample(teacher_logits, images.shape[-2:]).softmax(1)
+        before = self.student.upsample(teacher_logits, images.shape[-2:]).softmax(1)
         refined = self._refined(teacher_out, teacher_logits, keys, step, always=True)
         return {"before": before} if refined is None else {"before": before, "after": self.relabelled(before, refined)}
 
@@ -208,7 +210,7 @@ class ViLaDiff(MixeTeacher):
         cfg, size = self.cfg.mixe, images.shape[-2:]
         if self.denoiser is None or cfg.denoiser != "diffusion":
             return label_maps
-        probs = self._source_logits(self.teacher.streams(images, text)).softmax(1)
+        probs = self._soft(self._source_logits(self.teacher.streams(images, text)), size)
         _, classes, h, w = probs.shape
         length = class_codes(classes).shape[1]
         noise = keyed_random.normal(keys, (length, h, w), step.seed, "picture-noise", step.index, device=probs.device)
@@ -248,7 +250,7 @@ class ViLaDiff(MixeTeacher):
         cfg, patch, stride = self.cfg.vila, self.student.patch, self.student.decoder.stride
         h, w = valid.shape[-2] // patch, valid.shape[-1] // patch
         cells = (F.avg_pool2d(valid.float()[:, None], patch) > 0.5).flatten(1)
-        pixels = F.avg_pool2d(valid.float()[:, None], stride)[:, 0] > 0.5
+        pixels = cell_means(valid.float(), stride) > 0.5
         student = {name: StreamOutput(*(x[len(x) - len(valid) :] for x in stream)) for name, stream in student.items()}
         if mix is not None:
             teacher = {name: cutmix_stream(stream, mix, h, w, patch, stride) for name, stream in teacher.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, pixel_unshuffle
+from torch.nn.functional import pixel_unshuffle
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, CutMix, Step, TextBatch
@@ -14,6 +14,7 @@ from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes, join_tex
 from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, pixel_cross_entropy, weighted_pixel_mean
 from viladiff.methods.base import MeanTeacher
 from viladiff.methods.viladiff_outputs import NetworkOutput, Places, Pseudo, TeacherOutput, select_rows
+from viladiff.models.blocks import cell_means, resampled
 from viladiff.models.mixe.denoiser import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
 from viladiff.models.mixe.guided_filter import Guided
 from viladiff.models.mixe.relabel import Calibration, refined_pixels, relabelled
@@ -33,11 +34,11 @@ class MixeTeacher(MeanTeacher):
         self.denoiser: Denoiser | Guided | None = None
         self.calibration: Calibration | None = None
         if mixe.enabled and mixe.denoiser == "guided":
-            self.denoiser = Guided(classes, self.student.decoder.stride, mixe.width, mixe.depth)
+            self.denoiser = Guided(classes, self.student.label_stride, mixe.width, mixe.depth)
         elif mixe.enabled:
             width = self.student.decoder.width
             sizes = {"finer": self.student.encoder.channels[:2], "other_stream": (width + classes,)}
-            sizes["image"] = (3 * self.student.decoder.stride**2,)
+            sizes["image"] = (3 * self.student.label_stride**2,)
             more = [channels for name in mixe.condition for channels in sizes[name]]
             self.denoiser = Denoiser(classes, width, mixe.width, mixe.depth, mixe.timesteps, more)
         if mixe.enabled and mixe.confidence == "calibrated":
@@ -136,27 +137,50 @@ class MixeTeacher(MeanTeacher):
             return mean.clamp_min(1e-30).log()  # kept finite, since interpolating an infinity gives NaN
         return streams[self._source()].logits
 
+    def _soft(self, logits: Tensor, size: torch.Size) -> Tensor:
+        """Return probabilities (B, C, h, w) on the label grid of images of ``size``, from logits on the decoder's."""
+        return self._labelled_grid(logits.softmax(1), size)
+
+    def _labelled_grid(self, x: Tensor, size: torch.Size) -> Tensor:
+        """Bring a map of the decoder's grid to the label grid, whose cells are whole pixels; often that is the same."""
+        stride = self.student.label_stride
+        if self.student.decoder.stride == stride:
+            return x
+        return resampled(x, (-(-size[0] // stride), -(-size[1] // stride)))
+
+    def _label_pixels(self, x: Tensor, size: torch.Size) -> Tensor:
+        """Resize maps of the label grid to pixels, aligned as the decoder's are where the two grids are one."""
+        same = self.student.decoder.stride == self.student.label_stride
+        return self.student.upsample(x, size) if same else upsample(x, size)
+
+    def _on_labels(self, stream: StreamOutput, size: torch.Size) -> StreamOutput:
+        """Bring a stream's map and logits to the label grid, logits as logarithms of mean probabilities."""
+        if self.student.decoder.stride == self.student.label_stride:
+            return stream
+        logits = self._soft(stream.logits, size).clamp_min(1e-30).log()
+        return StreamOutput(stream.features, self._labelled_grid(stream.mid, size), logits)
+
     def _condition(self, out: NetworkOutput, source: str | None = None) -> list[Tensor]:
         """Map and logits of the stream that conditions the denoiser, and the further maps of ``condition``."""
         name = source or ("fusion" if self._source() == "mean" else self._source())
-        stream, more = out.streams[name], list[Tensor]()
+        stream, more = self._on_labels(out.streams[name], out.image.shape[-2:]), list[Tensor]()
         for part in self.cfg.mixe.condition:
             if part == "finer":
                 more += out.finer
             elif part == "image":
-                more.append(pixel_unshuffle(out.image, self.student.decoder.stride))
+                more.append(pixel_unshuffle(out.image, self.student.label_stride))
             else:
-                second = out.streams["visual" if name == "fusion" else "fusion"]
+                second = self._on_labels(out.streams["visual" if name == "fusion" else "fusion"], out.image.shape[-2:])
                 more.append(torch.cat([second.mid.float(), second.logits.softmax(1)], 1))
         return [stream.mid.float(), stream.logits, *more]
 
     def _unlabelled_start(self, teacher_out: TeacherOutput, teacher_logits: Tensor, mix: CutMix | None) -> Tensor:
-        """Return x_0 (U, C, h, w) of the images that the student sees, from the weak views' logits."""
+        """Return x_0 (U, C, h, w), label grid, of the images that the student sees, from the weak views' logits."""
         if teacher_out.unlabelled is not None:
             teacher_logits = teacher_out.unlabelled
-        x0 = teacher_logits.softmax(1)
+        x0 = self._soft(teacher_logits, teacher_out.weak.image.shape[-2:])
         mixed_before = teacher_out.unlabelled is not None and self.cfg.mixe.unlabelled_views == "cutmix"
-        return x0 if mix is None or mixed_before else apply_cutmix(x0, mix, self.student.decoder.stride)
+        return x0 if mix is None or mixed_before else apply_cutmix(x0, mix, self.student.label_stride)
 
     # Training (section 3.4, Eqs. 3-8 and 11)
 
@@ -220,7 +244,7 @@ class MixeTeacher(MeanTeacher):
             output = student_out.part(chosen)
             if teacher_out.boxes is not None:
                 target, output = apply_cutmix(target, teacher_out.boxes), output.mixed(teacher_out.boxes)
-            starts.append(teacher_out.labelled.softmax(1))
+            starts.append(self._soft(teacher_out.labelled, size))
             keys += [f"l{key}" for key in _keys(batch, chosen)]
             outputs.append(output)
             targets.append(target)
@@ -234,10 +258,10 @@ class MixeTeacher(MeanTeacher):
         condition = self._training_condition(outputs, keys, step)
         image = torch.cat([output.image for output in outputs])
         clean, gaussian, noise_hat, noise = self._denoised(torch.cat(starts), condition, image, keys, step)
-        clean = upsample(clean, size)
+        clean = self._label_pixels(clean, size)
 
         ce, edge = self._label_losses(pixel_cross_entropy(clean, torch.cat(targets)), target, pseudo, valid)
-        counted = avg_pool2d(torch.cat(valid_pixels).float()[:, None], self.student.decoder.stride)[:, 0] > 0.5
+        counted = cell_means(torch.cat(valid_pixels).float(), self.student.label_stride) > 0.5
         terms = {
             "mixe_ce": ce,
             "mixe_edge": edge if cfg.edge_loss else clean.sum() * 0,
@@ -290,7 +314,7 @@ class MixeTeacher(MeanTeacher):
         step: Step,
         always: bool = False,
     ) -> Tensor | None:
-        """Return grid logits (U, C, h, w) of the labels after the reverse chain; None if MixE does not refine yet."""
+        """Return label-grid logits (U, C, h, w) after the reverse chain; None if MixE does not refine yet."""
         cfg = self.cfg.mixe
         if self.denoiser is None or not cfg.refine or (step.progress < cfg.refine_from and not always):
             return None
@@ -304,27 +328,29 @@ class MixeTeacher(MeanTeacher):
         step: Step,
         source: str | None = None,
     ) -> Tensor:
-        """Return grid logits (B, C, h, w) of the labels after the reverse chain from logits ``logits``; no gradient.
+        """Return label-grid logits (B, C, h, w) of the labels after the reverse chain from the decoder's; no gradient.
 
         ``source``: the stream that conditions the denoiser, if it is another than in training.
         """
-        cfg, condition, (_, _, h, w) = self.cfg.mixe, self._condition(out, source), logits.shape
+        cfg, condition = self.cfg.mixe, self._condition(out, source)
+        soft = self._soft(logits, out.image.shape[-2:])
         if cfg.denoiser != "diffusion":
-            return self._without_noise(logits.softmax(1), condition, out.image)[0]
+            return self._without_noise(soft, condition, out.image)[0]
         assert isinstance(self.denoiser, Denoiser)
+        h, w = soft.shape[-2:]
         codes, steps = class_codes(self.student.num_classes).shape[1], cfg.refine_steps or cfg.timesteps
         noise = keyed_random.normal(keys, (codes, h, w), step.seed, "refine-noise", step.index, device=logits.device)
         uniforms = keyed_random.uniform(keys, (steps, h, w), step.seed, "refine-flip", step.index, device=logits.device)
         prepared, tau = self.denoiser.prepare(*condition), self._tau(step.progress)
-        return refine(self.denoiser, prepared, logits.softmax(1), tau, cfg, noise, uniforms.transpose(0, 1))
+        return refine(self.denoiser, prepared, soft, tau, cfg, noise, uniforms.transpose(0, 1))
 
     def relabelled(self, before: Tensor, refined: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return (B, C, H, W) scores of training's labels, from the teacher's probabilities and refined logits.
 
         ``before`` (B, C, H, W), ``refined`` (B, C, h, w) on the grid, ``valid`` (B, H, W) bool, False in padding.
         """
-        cfg, after = self.cfg.mixe, upsample(refined, before.shape[-2:]).softmax(1)
-        threshold, stride, where = self.cfg.pseudo.threshold, self.student.decoder.stride, None
+        cfg, after = self.cfg.mixe, self._label_pixels(refined, before.shape[-2:]).softmax(1)
+        threshold, stride, where = self.cfg.pseudo.threshold, self.student.label_stride, None
         if cfg.refine_where != "all":
             where = refined_pixels(before, cfg.refine_where, threshold, stride, valid)
         return relabelled(before, after, where, cfg.confidence, self.calibration)
@@ -341,8 +367,9 @@ class MixeTeacher(MeanTeacher):
         )
         teacher_logits = self._source_logits(teacher_out.streams)
         keys = tuple(f"l{key}" for key in batch.keys[left_out])
-        confidence, labels = upsample(self.chained(teacher_out, teacher_logits, keys, step), size).softmax(1).max(1)
-        before, stride = upsample(teacher_logits, size).softmax(1), self.student.decoder.stride
+        found = self._label_pixels(self.chained(teacher_out, teacher_logits, keys, step), size)
+        confidence, labels = found.softmax(1).max(1)
+        before, stride = self.student.upsample(teacher_logits, size).softmax(1), self.student.label_stride
         replaced = refined_pixels(before, cfg.refine_where, self.cfg.pseudo.threshold, stride)
         self.calibration.add(confidence, labels == target, replaced & (target != IGNORE))
 
@@ -357,7 +384,7 @@ class Refined(nn.Module):
         super().__init__()
         self.network, self.denoiser = network, method.denoiser
         self._method = (method,)  # not a part of this module: its networks are evaluated beside it
-        self.patch = network.patch
+        self.side_multiple = network.patch  # the denoiser works on whole cells
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to {stream: (B, C, H, W) log-probabilities, up to a constant}."""
@@ -365,7 +392,7 @@ class Refined(nn.Module):
         out, log_probs = method._see(self.network, images, text), {}
         for name, stream in out.streams.items():
             refined = method.chained(out, stream.logits, (0,) * len(images), Step(0, 1.0, 0), name)
-            scores = method.relabelled(upsample(stream.logits, images.shape[-2:]).softmax(1), refined)
+            scores = method.relabelled(self.network.upsample(stream.logits, images.shape[-2:]).softmax(1), refined)
             log_probs[name] = scores.clamp_min(1e-30).log()
         return log_probs
 

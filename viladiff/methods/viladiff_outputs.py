@@ -47,7 +47,8 @@ class NetworkOutput(NamedTuple):
         """Paste CutMix boxes into every map but the tokens."""
 
         def cut(x: Tensor) -> Tensor:
-            return apply_cutmix(x, mix, self.image.shape[-1] // x.shape[-1])
+            pixels, cells = self.image.shape[-1], x.shape[-1]
+            return apply_cutmix(x, mix, pixels / cells if pixels % cells else pixels // cells)
 
         streams = {name: StreamOutput(x.features, cut(x.mid), cut(x.logits)) for name, x in self.streams.items()}
         return NetworkOutput(streams, cut(self.image), tuple(cut(x) for x in self.finer))

@@ -109,6 +109,39 @@ def bilinear(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     return rows @ (x @ columns.mT)
 
 
+def resampled(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bring a map (B, C, h, w) to ``size``: means over what a cell covers where it shrinks, else bilinearly.
+
+    A map of that size is returned as it is.
+    """
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    if size[0] <= x.shape[-2] and size[1] <= x.shape[-1]:
+        return F.interpolate(x, tuple(size), mode="area")
+    return bilinear(x, size)
+
+
+def cell_means(pixels: Tensor, stride: float) -> Tensor:
+    """Average pixels (B, H, W) float over cells ``stride`` wide: (B, H / stride, W / stride).
+
+    Where a cell is no whole number of pixels, those that its edges cut count in full in both cells.
+    """
+    if isinstance(stride, int):
+        return F.avg_pool2d(pixels[:, None], stride)[:, 0]
+    height, width = (round(side / stride) for side in pixels.shape[-2:])
+    return F.adaptive_avg_pool2d(pixels[:, None], (height, width))[:, 0]
+
+
+def at_cells(pixels: Tensor, stride: float) -> Tensor:
+    """Pick the pixel (B, H, W) at the upper left corner of each cell ``stride`` wide: (B, H / stride, W / stride)."""
+    if isinstance(stride, int):
+        return pixels[:, ::stride, ::stride]
+    rows, columns = (
+        (torch.arange(round(side / stride), device=pixels.device) * stride).long() for side in pixels.shape[-2:]
+    )
+    return pixels[:, rows[:, None], columns]
+
+
 @lru_cache(maxsize=64)
 def _weights(source: int, length: int) -> Tensor:
     """Return (length, source) weight of each source in each result along one axis."""

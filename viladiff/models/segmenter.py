@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.models.blocks import bilinear
 from viladiff.models.decoders.build import build_decoder
+from viladiff.models.decoders.light import output_stride
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
+from viladiff.models.public_weights import load_head
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import ViLa, VilaConfig
 
@@ -113,8 +116,18 @@ class Segmenter(nn.Module):
 
     @property
     def patch(self) -> int:
-        """Image sides must be multiples of this."""
+        """Pixels a cell of the coarsest map is wide."""
         return self.encoder.patch
+
+    @property
+    def side_multiple(self) -> int:
+        """Image sides must be multiples of this: the patch, or 1 where encoder and decoder take any size."""
+        return 1 if self.encoder.any_size and self.decoder.any_size else self.patch
+
+    @property
+    def label_stride(self) -> int:
+        """Pixels a cell of the label grid is wide, that of MixE: the light decoder's, whatever the decoder's own."""
+        return output_stride(self.encoder.strides)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,22 +182,29 @@ class Segmenter(nn.Module):
 
     def logits(self, features: list[Tensor], size: torch.Size | tuple[int, ...]) -> Tensor:
         """Map features of ``encode``, unchanged or not, to the visual stream's full-size logits (B, C, H, W)."""
-        return upsample(self.decode(features, names=("visual",))["visual"].logits, size)
+        return self.upsample(self.decode(features, names=("visual",))["visual"].logits, size)
+
+    def upsample(self, maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+        """Resize maps (B, C, h, w) on the decoder's grid to pixels (B, C, H, W), aligned as the decoder's are."""
+        return upsample(maps, size, self.decoder.align_corners)
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
-        return {name: upsample(stream.logits, images.shape[-2:]) for name, stream in self.streams(images, text).items()}
+        found, size = self.streams(images, text), images.shape[-2:]
+        return {name: self.upsample(stream.logits, size) for name, stream in found.items()}
 
 
-def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: int) -> StreamOutput:
+def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int, stride: float) -> StreamOutput:
     """Paste the boxes of the strong view into the tokens, map and logits of a teacher's stream."""
     tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
     tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
     return StreamOutput(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
 
 
-def upsample(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    """Resize grid logits (B, C, h, w) to pixels, bilinearly."""
+def upsample(logits: Tensor, size: torch.Size | tuple[int, ...], align_corners: bool = False) -> Tensor:
+    """Resize grid logits (B, C, h, w) to pixels, bilinearly; ``align_corners`` as in F.interpolate."""
+    if align_corners:
+        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=True)
     return bilinear(logits, size)
 
 
@@ -204,8 +224,17 @@ class DualNetwork(nn.Module):
 
     @property
     def patch(self) -> int:
-        """Image sides must be multiples of this."""
+        """Pixels a cell of the coarsest map is wide."""
         return self[0].patch
+
+    @property
+    def side_multiple(self) -> int:
+        """Image sides must be multiples of this."""
+        return self[0].side_multiple
+
+    def upsample(self, maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+        """Resize maps (B, C, h, w) on the decoders' grid to pixels (B, C, H, W)."""
+        return self[0].upsample(maps, size)
 
     @property
     def encoder(self) -> Encoder:
@@ -260,12 +289,17 @@ class NetworkFactory:
         ``kind`` builds the network from encoder, fields of ``model`` and number of classes, for one with other parts.
         """
         rate = self.model.drop_path if drop_path is None else drop_path
-        encoder = build_encoder(self.model.encoder, self.model.pretrained, self.model.weights, rate)
-        network = kind(encoder, self.model, self.num_classes)
+        model = self.model
+        norm = model.map_norm or ("authors" if model.decoder == "dpt" else "group")
+        encoder = build_encoder(model.encoder, model.pretrained, model.weights, rate, model.encoder_stride, norm)
+        network = kind(encoder, model, self.num_classes)
+        if model.encoder != "transformers":
+            load_head(network, model)
         if vila is not None:
             # Made after the rest, so that the shared part starts from the same weights with and without it.
             network.vila = ViLa(encoder.channels[-1], self.text_dim, vila)
             network.classifier_fusion = network.decoder.classifier(self.num_classes)
-        if self.model.encoder_frozen:
+        if model.encoder_frozen:
             encoder.requires_grad_(False)
+            encoder.frozen = True
         return network

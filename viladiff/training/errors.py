@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
+    from viladiff.data.batch import Views
     from viladiff.methods.base import Method
+    from viladiff.models.segmenter import Segmenter
     from viladiff.runs.config import RunConfig
     from viladiff.runs.job import DataFacts
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""Norms whose statistics are those of a worker's share of the batch; other libraries' derive from them."""
 
 
 class TrainingError(ValueError):
@@ -37,8 +35,8 @@ class RunIdMismatchError(ValueError):
 def check_inputs(cfg: RunConfig, method: Method, data: DataFacts, workers: int) -> None:
     """Raise ValueError, with what to change, for problems that only network and data together show.
 
-    Too few images for the method, no captions, boxes that cut through cells of mixed maps, a crop that the encoder
-    cannot take, BatchNorm in several workers.
+    Too few images for the method, no captions, boxes that cut through cells of mixed maps, a crop that the networks
+    or the method cannot take.
     """
     views, patch = method.required_views(), method.student.patch
     method.check_images(data.unlabelled)
@@ -53,18 +51,22 @@ def check_inputs(cfg: RunConfig, method: Method, data: DataFacts, workers: int) 
             f"data.cutmix_grid: method.name={cfg.method.name} mixes feature maps, whose cells are patches, got 'pixel'"
             "; set data.cutmix_grid=patch"
         )
-    if cfg.data.crop % patch and (views.unlabelled or not method.student.encoder.any_size):
-        below = cfg.data.crop // patch * patch
-        fits = f"{below} or {below + patch}" if below else f"{patch}"
-        raise ValueError(
-            f"data.crop = {cfg.data.crop}: must be a multiple of the patch of model.encoder = {cfg.model.encoder!r}, "
-            f"{patch}; nearest: {fits}"
-        )
-    if workers > 1 and any(isinstance(module, BATCH_NORMS) for module in method.modules()):
-        raise ValueError(
-            f"model.encoder = {cfg.model.encoder!r}: it has BatchNorm, whose statistics would differ between "
-            "workers; use runtime.workers = 1, or an encoder with other norms"
-        )
+    _check_crop(cfg, views, patch, method.student)
+
+
+def _check_crop(cfg: RunConfig, views: Views, patch: int, network: Segmenter) -> None:
+    """Raise ValueError for a crop that is no multiple of the patch where encoder, decoder, boxes or method need one."""
+    boxes = views.cutmix and cfg.data.cutmix_grid == "patch"
+    light = views.unlabelled and not network.decoder.any_size
+    if not cfg.data.crop % patch or not (boxes or light or views.whole_patches or not network.encoder.any_size):
+        return
+    below = cfg.data.crop // patch * patch
+    fits = f"{below} or {below + patch}" if below else f"{patch}"
+    free = network.side_multiple == 1 and not views.whole_patches
+    raise ValueError(
+        f"data.crop = {cfg.data.crop}: must be a multiple of the patch of model.encoder = {cfg.model.encoder!r}, "
+        f"{patch}; nearest: {fits}{', or set data.cutmix_grid=pixel' if free else ''}"
+    )
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
+from viladiff.models.batch_norm import average_statistics, statistics_notes, synchronise
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, load_checkpoint, save_checkpoint
 from viladiff.runs.config import RunConfig, run_id
@@ -166,8 +167,10 @@ class Trainer:
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
-        for note in self.method.notes() if self.rank == 0 else ():
+        own = statistics_notes(self.method, self.device, self.world)
+        for note in (*self.method.notes(), *own) if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
+        synchronise(self.method, self.device, self.world)
         views = self.method.required_views()
         check_inputs(cfg, self.method, data_facts(self.dataset), self.world)
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
@@ -320,6 +323,8 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         with torch.no_grad():
+            if self.world > 1:
+                average_statistics(self.method)
             self.method.after_step(step)
         return sums
 

@@ -154,7 +154,7 @@ def _pasted(x: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
     return torch.where(mask.view(len(x), *[1] * (x.ndim - 3), *x.shape[-2:]), x[partner], x)
 
 
-def box_mask(boxes: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
+def box_mask(boxes: Tensor, height: int, width: int, stride: float = 1) -> Tensor:
     """Return (n, height, width) bool, True inside the box, for a map whose cells are ``stride`` pixels wide."""
     rows = torch.arange(height, device=boxes.device) * stride
     columns = torch.arange(width, device=boxes.device) * stride
@@ -163,7 +163,7 @@ def box_mask(boxes: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
     return inside_rows[:, :, None] & inside_columns[:, None, :]
 
 
-def apply_cutmix(x: Tensor, cutmix: CutMix, stride: int = 1) -> Tensor:
+def apply_cutmix(x: Tensor, cutmix: CutMix, stride: float = 1) -> Tensor:
     """Paste each partner's box into (n, ..., H, W) of any type, cells being ``stride`` pixels wide, in a new tensor.
 
     Raises ValueError if sizes differ, and, for boxes on the CPU (reading them on a GPU would stall it), if a box has an
@@ -179,7 +179,7 @@ def apply_cutmix(x: Tensor, cutmix: CutMix, stride: int = 1) -> Tensor:
     return _pasted(x, cutmix.masks[where], cutmix.partner)
 
 
-def _check(cutmix: CutMix, stride: int) -> None:
+def _check(cutmix: CutMix, stride: float) -> None:
     if bool((cutmix.boxes % stride).any()):
         raise ValueError(f"stride = {stride}: must divide every edge of the boxes {cutmix.boxes.tolist()}")
     _check_partner(cutmix.partner, cutmix.boxes.any(1))

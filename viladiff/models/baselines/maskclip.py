@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.config.base import did_you_mean
+from viladiff.models.encoders.base import unit_change
 from viladiff.models.encoders.build import load_weights
 
 TEMPLATE = "a photo of a {}"
@@ -35,26 +36,21 @@ class MaskClip(nn.Module):
 
     shift: Tensor
     scale: Tensor
-    """From the units of ImageNet encoders to those of CLIP."""
+    """From the units of batches, ImageNet's, to those of CLIP."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-        from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD
-
         self.visual: Any = visual.requires_grad_(False)
-        mean, std, to_mean, to_std = (
-            torch.tensor(x).view(3, 1, 1)
-            for x in (IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-        )
-        self.register_buffer("scale", std / to_std)
-        self.register_buffer("shift", (mean - to_mean) / to_std)
+        scale, shift = unit_change(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
         self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W), normalised as for the encoder, to unit maps (B, T, h, w) float32.
+        """Map images (B, 3, H, W), in the units of batches, to unit maps (B, T, h, w) float32.
 
         Images are enlarged to CLIP's own size if they are smaller, and to whole patches.
         """

@@ -41,6 +41,8 @@ class ProbeConfig(Section):
 class ClassQueryHead(nn.Module):
     """Tokens read words, classes attend to tokens."""
 
+    align_corners = any_size = False
+
     def __init__(self, dim: int, num_classes: int, text_dim: int, cfg: ProbeConfig) -> None:
         super().__init__()
         self.project = nn.Linear(dim, cfg.width)

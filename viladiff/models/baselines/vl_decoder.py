@@ -100,6 +100,7 @@ class Up(nn.Module):
 class VlDecoder(nn.Module):
     """Similarity maps, class-wise ASPP, semantic transformers, twice up: (B, K, 4 h, 4 w) from a top map of h x w."""
 
+    align_corners = any_size = False
     class_texts: Tensor
     """(K, T) unit vectors, part of the state."""
 

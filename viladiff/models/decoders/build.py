@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from viladiff.models.decoders.base import Decoder
+from viladiff.models.decoders.deeplabv3plus import DeepLabV3PlusDecoder
+from viladiff.models.decoders.dpt import DptDecoder
 from viladiff.models.decoders.light import LightDecoder
 from viladiff.models.encoders.base import Encoder
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
 
-DECODERS = {"light": LightDecoder}
+DECODERS: dict[str, Callable[[tuple[int, ...], tuple[int, ...], int], Decoder]] = {
+    "light": LightDecoder,
+    "deeplabv3plus": DeepLabV3PlusDecoder,
+    "dpt": DptDecoder,
+}
 """``model.decoder`` to the class, which is called with the encoder's channels and strides and the width."""
 
 

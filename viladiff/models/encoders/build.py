@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from viladiff.core.hashing import file_sha256
+from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.digits_vit import DigitsViT
-from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known
+from viladiff.models.encoders.positions import fit_positions
+from viladiff.models.encoders.segformer import MIT, new_mit
+from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known, timm_units
+from viladiff.models.public_weights import State, read_weights
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
@@ -21,38 +24,83 @@ SHIPPED = Path(__file__).with_name("digits_vit.safetensors")
 """Weights of ``digits_vit`` that come with the package; ``scripts/pretrain_digits.py`` remakes them."""
 
 
-def build_encoder(name: str, pretrained: str, weights: str | None = None, drop_path: float = 0.0) -> Encoder:
+def build_encoder(
+    name: str,
+    pretrained: str,
+    weights: str | None = None,
+    drop_path: float = 0.0,
+    stride: int | None = None,
+    norm: str = "group",
+) -> Encoder:
     """Build an encoder by name.
 
     pretrained: ``shipped`` (the file in the package, for digits_vit alone), ``timm`` (timm's own weights) or ``none``.
-    weights: a local .safetensors or .pth file, which overrides ``pretrained``; for ``transformers`` a directory. Raises
-    ValueError for an unknown name, a file that does not fit, or a combination that does not exist.
+    weights: a local .safetensors or .pth file, which overrides ``pretrained``; for ``transformers`` a directory.
+    stride: that of the coarsest map, for convolutional encoders of timm. norm: of a plain transformer's maps, as of
+    ``TimmEncoder``; the embedded encoder has its own. Raises ValueError for an unknown name, a file that does not fit,
+    or a combination that does not exist.
     """
+    if stride is not None and name in ("digits_vit", "transformers"):
+        raise ValueError(
+            f"model.encoder_stride = {stride}: only convolutional encoders of timm can be dilated, got model.encoder = "
+            f"{name!r}; set it to none"
+        )
     if name == "transformers":
-        from viladiff.models.encoders.transformers_vit import DirectoryEncoder  # it builds on this module
+        from viladiff.models.encoders.transformers_vit import from_directory  # it builds on this module
 
         if weights is None:
             raise ValueError('model.encoder = "transformers": model.weights must be the directory of the model')
-        return DirectoryEncoder(Path(weights).expanduser(), drop_path)
-    own = name == "digits_vit"
+        return from_directory(Path(weights).expanduser(), drop_path, norm)
+    own, mit = name == "digits_vit", name in MIT
     if not own and pretrained == "shipped" and weights is None:
         raise ValueError(f'model.pretrained = "shipped": only digits_vit is shipped, not "{name}" (use timm or none)')
-    if own and pretrained == "timm" and weights is None:
-        raise ValueError('model.pretrained = "timm": timm has no weights for digits_vit (use shipped or none)')
+    if (own or mit) and pretrained == "timm" and weights is None:
+        raise ValueError(_no_timm_weights(name))
+    if (own or mit) and norm == "final":
+        raise ValueError(f'model.map_norm = "final": model.encoder = "{name}" is no plain vision transformer')
     use_timm = pretrained == "timm" and weights is None
-    encoder: Encoder = DigitsViT(drop_path=drop_path) if own else TimmEncoder(name, use_timm, drop_path)
+    encoder: Encoder
+    if own:
+        encoder = DigitsViT(drop_path=drop_path)
+    else:
+        encoder = new_mit(name, drop_path) if mit else TimmEncoder(name, use_timm, drop_path, stride, norm)
     if weights is not None or pretrained == "shipped":
         load_weights(encoder if own else encoder.net, Path(weights) if weights else SHIPPED)  # type: ignore[arg-type]
     return encoder
+
+
+def _no_timm_weights(name: str) -> str:
+    instead = "shipped or none" if name == "digits_vit" else 'none, or model.encoder = "transformers" with a directory'
+    return f'model.pretrained = "timm": timm has no weights for {name} (use {instead})'
 
 
 def encoder_fingerprint(model: ModelConfig) -> dict[str, str]:
     """Return the encoder's initial state under ``weights``: a file by its checksum, timm's by their tag and source.
 
     timm's are downloaded when the first run builds its network, after it was named; ``weights_origin`` has their
-    checksum.
+    checksum. ``input`` is there too if the encoder's images are not normalised as ImageNet's usually are.
     """
+    return {**_weights_fingerprint(model), **_input_fingerprint(model)}
+
+
+def _input_fingerprint(model: ModelConfig) -> dict[str, str]:
+    if model.encoder == "digits_vit" or model.encoder in MIT:
+        return {}
+    if model.encoder == "transformers":
+        from viladiff.models.encoders.transformers_vit import directory_units
+
+        mean, std = directory_units(Path(model.weights or "").expanduser())
+    else:
+        _check_known(model.encoder)
+        mean, std = timm_units(model.encoder)
+    own = {"input": f"mean {' '.join(map(str, mean))}, std {' '.join(map(str, std))}"}
+    return {} if (mean, std) == (IMAGENET_MEAN, IMAGENET_STD) else own
+
+
+def _weights_fingerprint(model: ModelConfig) -> dict[str, str]:
     if _from_timm(model):
+        if model.encoder in MIT:
+            raise ValueError(_no_timm_weights(model.encoder))
         return {"weights": _timm_weights(model.encoder)}
     path = Path(model.weights) if model.weights else SHIPPED if model.pretrained == "shipped" else None
     if path is None:
@@ -153,24 +201,33 @@ def file_checksum(path: Path, fields: str) -> str:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load ``module`` from a safetensors or torch file without running any code that the file may carry.
 
-    Heads that a backbone here lacks are skipped; a parameter that the file lacks is an error, as is another shape.
+    Layouts of other projects are converted (``viladiff.models.public_weights``), and then no name may be left over;
+    positions of another grid are resampled. Heads that a backbone here lacks are skipped; a parameter that the file
+    lacks is an error, as is another shape.
     """
-    if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist")
-    try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
-    state: dict[str, Tensor] = found.get("state_dict", found.get("model", found))
-    wanted = module.state_dict()
-    # timm's feature wrappers put the network under "model."; files of the plain network do not.
-    if not set(state) & set(wanted):
-        state = {f"model.{name}": value for name, value in state.items()}
-    missing = [name for name in wanted if name not in state]
-    wrong = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    found, wanted = read_weights(path), module.state_dict()
+    state = found.encoder
+    names = {name: _name_in(state, name) for name in wanted}
+    fitted = {name: fit_positions(name, state[there], module) for name, there in names.items() if there is not None}
+    counts = {name for name in wanted if name.endswith(".num_batches_tracked")}  # absent from files before torch 0.4.1
+    missing = [name for name in wanted if name not in fitted and name not in counts]
+    wrong = [name for name, value in fitted.items() if value.shape != wanted[name].shape]
+    # A plain transformer's final norm is read under model.map_norm = final alone.
+    used = {*names.values(), "norm.weight", "norm.bias"}
+    if found.decoder is not None and (more := [name for name in state if name not in used]):
+        raise ValueError(f"weights file {path} does not fit: it has {more[0]} beyond the encoder ({len(more)} such)")
     if missing or wrong:
-        what = f"lacks {missing[0]}" if missing else f"has {tuple(state[wrong[0]].shape)} for {wrong[0]}"
+        what = f"lacks {missing[0]}" if missing else f"has {tuple(fitted[wrong[0]].shape)} for {wrong[0]}"
         raise ValueError(
             f"weights file {path} does not fit: it {what} ({len(missing)} missing, {len(wrong)} of another shape)"
         )
-    module.load_state_dict({name: state[name].to(wanted[name].dtype) for name in wanted})
+    module.load_state_dict({name: fitted.get(name, value).to(value.dtype) for name, value in wanted.items()})
+
+
+def _name_in(state: State, name: str) -> str | None:
+    """Return a parameter's name in a file of the plain network: wrappers of timm put "model." before it, or make
+    ``layers.0`` ``layers_0``.
+    """
+    plain = name.removeprefix("model.")
+    choices = (name, plain, re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", plain))
+    return next((choice for choice in choices if choice in state), None)

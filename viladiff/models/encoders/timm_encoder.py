@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from viladiff.config.base import did_you_mean
+from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD
 from viladiff.models.encoders.base import Encoder
+
+INSTEAD = 'use a plain vit_*, swin_*, convnext_*, resnet* or mit_b0 to mit_b5, or model.encoder = "transformers"'
+"""Families whose maps fit images of any size."""
+FINAL_BLOCKS = {24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
+"""Blocks of DINOv2 by its depth that DINOv2's authors and UniMatch-V2 read; at 12 they are the evenly spaced ones."""
 
 
 class TimmEncoder(Encoder):
-    """Any timm backbone that offers features: last four levels of a pyramid, or four evenly spaced blocks of a ViT."""
+    """Any timm backbone that offers features: last four levels of a pyramid, or four evenly spaced blocks of a ViT.
 
-    def __init__(self, name: str, pretrained: bool, drop_path: float) -> None:
+    ``stride``: pixels a cell of the coarsest map is wide; a stage beyond it has its stride replaced by a dilation twice
+    that of the stage before, from its second block on, as in DeepLab. None is the network's own. ``norm``: "group"
+    gives each map of a ViT a GroupNorm of one group, "final" the ViT's own final norm, "authors" the latter to DINOv2
+    and DINOv3 alone, whose authors read inner blocks so, and the former to others. Raises ValueError for a network
+    whose maps are not four or do not fit images of other sizes than its own.
+    """
+
+    def __init__(
+        self, name: str, pretrained: bool, drop_path: float, stride: int | None = None, norm: str = "group"
+    ) -> None:
         super().__init__()
         import timm  # a second of import time that the embedded data does not need
 
@@ -21,25 +39,109 @@ class TimmEncoder(Encoder):
         options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
         if drop_path:
             options["drop_path_rate"] = drop_path
+        if stride is not None:
+            _check_dilates(name, stride)
+            options["output_stride"] = stride
         try:
             levels = len(_feature_info(timm.create_model(name, features_only=True)))
-            # A ViT reports every block; a pyramid its few stages.
-            indices = [(levels * (i + 1)) // 4 - 1 for i in range(4)] if levels >= 8 else list(range(levels))[-4:]
-            plain = levels >= 8
-            extra: dict[str, Any] = {"dynamic_img_size": True} if plain else {}
-            self.net = timm.create_model(name, out_indices=indices, **options, **extra)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(f'model.encoder = "{name}": timm offers no feature maps for it ({error})') from error
-        self.any_size = not plain
+        plain = levels >= 8  # a ViT reports every block; a pyramid its few stages
+        if norm == "final" and not plain:
+            raise ValueError(f'model.map_norm = "final": model.encoder = "{name}" is no plain vision transformer')
+        final = plain and (norm == "final" or (norm == "authors" and re.search("dinov[23]", name) is not None))
+        self.net, told = _fitting(name, levels, options, final)
         self.channels = tuple(_feature_info(self.net).channels())
         self.strides = tuple(_feature_info(self.net).reduction())
-        if len(self.channels) != 4:
-            raise ValueError(f'model.encoder = "{name}": {len(self.channels)} feature levels, four are needed')
+        self.any_size = not plain and not told
+        self.channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
         # Some transformers have no norm on intermediate features; the decoder expects maps of one scale.
-        self.norms = nn.ModuleList([nn.GroupNorm(1, c) if plain else nn.Identity() for c in self.channels])
+        grouped = plain and not final
+        self.norms = nn.ModuleList([nn.GroupNorm(1, c) if grouped else nn.Identity() for c in self.channels])
+        self.set_units(*timm_units(name))
+        self._check_maps(name)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [norm(level) for norm, level in zip(self.norms, self.net(x), strict=True)]
+        maps = self.net(self.own_units(x))
+        if self.channels_last:
+            maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
+        return [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
+
+    @torch.no_grad()
+    def _check_maps(self, name: str) -> None:
+        """Raise ValueError unless the maps of two unequal sides, another size than the network's own, are as told."""
+        if len(self.channels) != 4:
+            raise ValueError(
+                f'model.encoder = "{name}": {len(self.channels)} feature levels, four are needed; {INSTEAD}'
+            )
+        height, width = 2 * self.patch, 3 * self.patch
+        wanted = [(1, c, height // s, width // s) for c, s in zip(self.channels, self.strides, strict=True)]
+        self.eval()
+        try:
+            found = [tuple(level.shape) for level in self(torch.zeros(1, 3, height, width))]
+        except (RuntimeError, AssertionError, ValueError) as error:
+            why = f"takes images of its own size alone ({str(error).splitlines()[0]})"
+            raise ValueError(f'model.encoder = "{name}": {why}; {INSTEAD}') from error
+        if found != wanted:
+            raise ValueError(f'model.encoder = "{name}": maps of {found} where {wanted} are needed; {INSTEAD}')
+        self.train()
+
+
+class FinalNormed(nn.Module):
+    """Blocks of a plain transformer through its final norm, in the place of timm's wrapper and with its names."""
+
+    def __init__(self, model: Any, out_indices: Sequence[int], **_: Any) -> None:
+        super().__init__()
+        from timm.models import FeatureInfo
+
+        self.feature_info: Any = FeatureInfo(model.feature_info, tuple(out_indices))
+        self.indices = list(model.prune_intermediate_layers(list(out_indices), prune_norm=False))
+        self.model = model
+        if not isinstance(getattr(model, "norm", None), nn.Module) or isinstance(model.norm, nn.Identity):
+            raise TypeError("it has no final norm")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return maps (B, D, h, w) of x (B, 3, H, W)."""
+        found: list[Tensor] = self.model.forward_intermediates(
+            x, indices=self.indices, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return found
+
+
+def timm_units(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of the images that timm's weights of that name and tag were learned from.
+
+    ImageNet's where timm says nothing. Raises ValueError for a tag that it does not know.
+    """
+    import timm
+
+    try:
+        found = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(f'model.encoder = "{name}": {error}') from error
+    return (IMAGENET_MEAN, IMAGENET_STD) if found is None else (tuple(found.mean), tuple(found.std))
+
+
+def _fitting(name: str, levels: int, options: dict[str, Any], final: bool) -> tuple[nn.Module, bool]:
+    """Build the network so that it takes images of any size; return also whether it had to be told to.
+
+    Families that are made for one size of image have an option for that, or nothing helps; ``_check_maps`` tries it.
+    """
+    import timm
+
+    indices = [(levels * (i + 1)) // 4 - 1 for i in range(4)] if levels >= 8 else list(range(levels))[-4:]
+    if final:
+        indices = list(FINAL_BLOCKS.get(levels, indices))
+        options = {**options, "feature_cls": FinalNormed}
+    try:
+        try:
+            return timm.create_model(name, out_indices=indices, dynamic_img_size=True, **options), True
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+        return timm.create_model(name, out_indices=indices, **options), False
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ValueError(f'model.encoder = "{name}": timm offers no feature maps for it ({error})') from error
 
 
 def _check_known(name: str) -> None:
@@ -48,6 +150,22 @@ def _check_known(name: str) -> None:
     known = timm.list_models(pretrained=False)
     if name.split(".")[0] not in known:
         raise ValueError(f'model.encoder = "{name}": timm has no such model{did_you_mean(name, known)}')
+
+
+def _check_dilates(name: str, stride: int) -> None:
+    """Raise ValueError for a network of timm whose later stages cannot be dilated to this stride."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            found = max(_feature_info(timm.create_model(name, features_only=True, output_stride=stride)).reduction())
+    except (RuntimeError, AttributeError, TypeError, AssertionError, NotImplementedError):
+        found = None
+    if found != stride:
+        raise ValueError(
+            f"model.encoder_stride = {stride}: timm cannot dilate model.encoder = {name!r}; set it to none, or use a "
+            "convolutional encoder, as resnet101s"
+        )
 
 
 def _feature_info(net: nn.Module) -> Any:

@@ -1,9 +1,11 @@
-"""Plain vision transformers from a local directory of transformers: safetensors, and no code of its own."""
+"""Vision transformers from a local directory of transformers: safetensors, and no code of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from viladiff.core.hashing import file_sha256
+from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD
 from viladiff.models.encoders.base import Encoder
+from viladiff.models.encoders.segformer import SegformerEncoder
+from viladiff.models.encoders.timm_encoder import FINAL_BLOCKS
 
 
 class DirectoryEncoder(Encoder):
-    """Four maps of one size from four evenly spaced blocks, as ``backbones.TimmEncoder`` has them of a plain ViT.
+    """Four maps of one size from four evenly spaced blocks, as ``TimmEncoder`` has them of a plain ViT.
 
-    Raises ValueError for a directory that holds no such model, lacks weights, or would need code of its own.
+    ``norm`` as of ``TimmEncoder``; the final norm is the model's ``layernorm``. Raises ValueError for a directory that
+    holds no such model, lacks weights, or would need code of its own.
     """
 
     any_size = False
 
-    def __init__(self, directory: Path, drop_path: float = 0.0) -> None:
+    def __init__(self, directory: Path, drop_path: float = 0.0, norm: str = "group") -> None:
         super().__init__()
         self.net, config = read(directory, drop_path)
+        final = norm == "final" or (norm == "authors" and re.match("dinov[23]", config.model_type) is not None)
+        if final and not isinstance(getattr(self.net, "layernorm", None), nn.Module):
+            raise ValueError(f'model.map_norm = "final": {directory}: a {config.model_type!r} has no final "layernorm"')
         depth, width, cell = config.num_hidden_layers, config.hidden_size, config.patch_size
         self.blocks = [max(1, depth * (i + 1) // 4) for i in range(4)]
         """Of the hidden states, whose first is what the blocks begin with."""
         self.channels, self.strides = (width,) * 4, (cell,) * 4
-        self.norms = nn.ModuleList([nn.GroupNorm(1, width) for _ in range(4)])
+        self.final = final
+        if final:
+            self.blocks = [i + 1 for i in FINAL_BLOCKS.get(depth, [n - 1 for n in self.blocks])]
+        self.norms = nn.ModuleList([nn.Identity() if final else nn.GroupNorm(1, width) for _ in range(4)])
+        self.set_units(*directory_units(directory))
         # Positions are made for one size of image; some models bring them to another only if told to.
         told = "interpolate_pos_encoding" in inspect.signature(self.net.forward).parameters
         self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if told else {}
@@ -40,7 +53,10 @@ class DirectoryEncoder(Encoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the maps of x (B, 3, H, W), whose sides must be multiples of the patch."""
-        found = self.net(pixel_values=x, output_hidden_states=True, **self.options).hidden_states
+        images = self.own_units(x)
+        found = self.net(pixel_values=images, output_hidden_states=True, **self.options).hidden_states
+        if self.final:
+            found = [self.net.layernorm(state) for state in found]
         rows, columns = (side // self.patch for side in x.shape[-2:])
         # Before the places of the picture come a class token and maybe others.
         maps = [found[i][:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns)) for i in self.blocks]
@@ -52,6 +68,42 @@ class DirectoryEncoder(Encoder):
         total = torch.stack([one.float().square().sum() for one in self(image)]).sum()
         for parameter, grad in zip(weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
             parameter.requires_grad_(grad is not None)
+
+
+def from_directory(directory: Path, drop_path: float, norm: str) -> Encoder:
+    """Build the encoder of a directory: a SegFormer's four stages, or four blocks of a plain vision transformer."""
+    if not is_segformer(directory):
+        return DirectoryEncoder(directory, drop_path, norm)
+    if norm == "final":
+        raise ValueError(f'model.map_norm = "final": {directory}: a segformer is no plain vision transformer')
+    encoder = SegformerEncoder(read(directory, drop_path)[0])
+    encoder.set_units(*directory_units(directory))
+    return encoder
+
+
+def is_segformer(directory: Path) -> bool:
+    """Return whether a directory holds a SegFormer, whatever head it has."""
+    return _read_json(directory / "config.json").get("model_type") == "segformer"
+
+
+def directory_units(directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of ``preprocessor_config.json``; ImageNet's if it says none."""
+    found = _read_json(directory / "preprocessor_config.json")
+    mean, std = found.get("image_mean"), found.get("image_std")
+    if mean is None or std is None:
+        return IMAGENET_MEAN, IMAGENET_STD
+    try:
+        return tuple(map(float, mean)), tuple(map(float, std))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory / 'preprocessor_config.json'}: image_mean, image_std: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
@@ -67,8 +119,9 @@ def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(directory, **options)
         config = getattr(config, "vision_config", config)
-        check_vit_config(config)
-        if drop_path:
+        if config.model_type != "segformer":
+            check_vit_config(config)
+        if drop_path or config.model_type == "segformer":  # which drops a tenth where nothing is said
             config.drop_path_rate = drop_path
         with quiet():
             model, told = AutoModel.from_pretrained(
