@@ -121,7 +121,8 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def dataset(name: str, split: str, *rest: object) -> SimpleNamespace:
         read.append((name, split, *rest))
         words = ((f"words of {name}",),)
-        return SimpleNamespace(captions=words, val_captions=words, caption_source="us", fingerprint=f"{name} {split}")
+        facts = {"num_classes": 4, "unlabelled": (1, 2), "uniform": False, "fingerprint": f"{name} {split}"}
+        return SimpleNamespace(captions=words, val_captions=words, caption_source="us", **facts)
 
     def text(opened: SimpleNamespace, encoder: str, control: str, *, model: str | None, on: str) -> str:
         read.append((opened.captions, control))
@@ -147,6 +148,7 @@ def test_what_runs_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = name_runs([override(RunConfig(), one) for one in fields])
     assert len(read) == 3 + 2 * 2, "three labelled lists; the words of two data sets under two controls"
     assert hashed == ["shipped", "none", "a.st", "b.st"]
+    assert {one.data for one in found} == {(4, 2, True, None)}, "facts of the data come with the name"
     assert [one.fingerprints["weights"] for one in found[-3:]] == hashed[1:], "CLIP's file counts as well"
     assert len({one.run_id for one in found}) == len(found)
     assert len({one.fingerprints["text"] for one in found}) == 4

@@ -210,7 +210,7 @@ def test_weights_that_are_not_here_are_told_without_a_network(tmp_path: Path, mo
         patch.setattr(socket.socket, "connect", refused)
         told = weights_fault(model)
     assert told is not None and told.startswith("model.pretrained = 'timm': the weights of 'resnet18' (timm/")
-    assert "not in the cache of this machine; set model.weights to a file" in told
+    assert "not in the cache of this machine, and a start would download them; set model.weights to a file" in told
     assert "cannot be downloaded" in (weights_fault(model, fetch=True) or "")
     for folder in ("refs", "snapshots/abc"):
         (tmp_path / "models--timm--resnet18.a1_in1k" / folder).mkdir(parents=True)

@@ -139,7 +139,7 @@ def weights_fault(model: ModelConfig, fetch: bool = False) -> str | None:
     import timm
 
     found = timm.get_pretrained_cfg(model.encoder)
-    why = "are not in the cache of this machine"
+    why = "are not in the cache of this machine, and a start would download them"
     if found is None or not found.hf_hub_id:
         return None  # from another place than the hub, whose cache timm keeps
     if fetch:
