@@ -49,7 +49,7 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
         build = replace(build, model=override(cfg, {"model.pretrained": "none"}).model)
     method = METHODS[cfg.method.name](cfg.method, build)
     notes = [*check_files(run.dataset), *statistics_notes(method, run.device, cfg.runtime.workers)]
-    check_inputs(cfg, method, data, cfg.runtime.workers)
+    check_inputs(cfg, method, data)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in method.eval_networks().items()}

@@ -32,7 +32,7 @@ class RunIdMismatchError(ValueError):
     """A run's name is not the one that it was planned under: code, data or weights have changed since."""
 
 
-def check_inputs(cfg: RunConfig, method: Method, data: DataFacts, workers: int) -> None:
+def check_inputs(cfg: RunConfig, method: Method, data: DataFacts) -> None:
     """Raise ValueError, with what to change, for problems that only network and data together show.
 
     Too few images for the method, no captions, boxes that cut through cells of mixed maps, a crop that the networks

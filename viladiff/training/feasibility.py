@@ -76,7 +76,7 @@ def try_on_meta(cfg: RunConfig, data: DataFacts) -> list[str]:
     """Return ``run_faults`` without looking for a stored result; the first problem ends the search."""
     try:
         method = _on_meta(cfg, data.classes)
-        check_inputs(cfg, method, data, cfg.runtime.workers)
+        check_inputs(cfg, method, data)
     except ValueError as error:
         return str(error).splitlines()
     for look in (_maps, _training, _scoring):

@@ -172,7 +172,7 @@ class Trainer:
             print(f"note: {note}", file=sys.stderr)
         synchronise(self.method, self.device, self.world)
         views = self.method.required_views()
-        check_inputs(cfg, self.method, data_facts(self.dataset), self.world)
+        check_inputs(cfg, self.method, data_facts(self.dataset))
         self.steps = total_steps(cfg, self.dataset, views.unlabelled)
         self.evaluated_at = evaluation_steps(cfg, self.dataset, views.unlabelled, self.steps)
         patch = self.method.student.patch
