@@ -24,8 +24,4 @@ DECODERS: dict[str, Callable[[tuple[int, ...], tuple[int, ...], int], Decoder]] 
 
 def build_decoder(model: ModelConfig, encoder: Encoder) -> Decoder:
     """Return a new decoder for the maps of ``encoder``. Raises ValueError for maps that it cannot take."""
-    if model.decoder not in DECODERS:
-        raise ValueError(f"model.decoder = {model.decoder!r}: not built yet; allowed: {', '.join(DECODERS)}")
-    if model.encoder_stride is not None:
-        raise ValueError(f"model.encoder_stride = {model.encoder_stride}: not built yet; set it to none")
     return DECODERS[model.decoder](encoder.channels, encoder.strides, model.decoder_width)
