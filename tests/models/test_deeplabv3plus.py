@@ -156,7 +156,7 @@ def test_counts_that_old_files_lack_stay_as_they_are(tmp_path: Path) -> None:
     ("resnet101s", 16, 21, 59.5), ("resnet101s", 16, 19, 59.5), ("resnet50s", 16, 19, 40.5), ("resnet50s", 8, 21, 40.5),
 ])  # fmt: skip
 def test_parameters_are_the_published_ones(encoder: str, stride: int, classes: int, millions: float) -> None:
-    """UniMatch's logs say 59.5M for ResNet-101, and 40.5M for ResNet-50."""
+    """Counted from the layer sizes of the specification, in millions."""
     with torch.device("meta"):
         net = network(classes, encoder=encoder, encoder_stride=stride)
     count = sum(
