@@ -268,12 +268,14 @@ def search(
 
         def tell(trial: Trial) -> None:
             if budget is not None and runs.trained >= budget:
-                desk.search.wanted = len(desk.search.trials)
+                queue.search.wanted = len(queue.search.trials)
 
         stops = "none" if budget is None else pruner
-        desk = sweeping.opened(Path(root), runs, trials, kind, stops, 1, space=space, first=first, seed=seed, tell=tell)
-        sweeping.drive(desk, runs)
-    found = desk.search.trials
+        queue = sweeping.opened(
+            Path(root), runs, trials, kind, stops, 1, space=space, first=first, seed=seed, tell=tell
+        )
+        sweeping.drive(queue, runs)
+    found = queue.search.trials
     total, steps, regret = dict(trained(found, full)), [], []
     ended = sorted((trial for trial in found if trial.ended is not None), key=lambda trial: trial.ended or 0)
     for i, trial in enumerate(ended, 1):

@@ -51,11 +51,11 @@ def formulas(root: Path, sampler: str, trials: int, slots: int) -> None:
     runs = sweeping.Runs(root, sweeping.bowl)
     before = memory()
     begun, spent = time.perf_counter(), time.process_time()
-    desk = sweeping.opened(root, runs, trials, sampler, "none", slots, seeds=(0,))
-    asks, reports = timed(desk.search.asker, "ask"), timed(desk.search, "heard")
+    queue = sweeping.opened(root, runs, trials, sampler, "none", slots, seeds=(0,))
+    asks, reports = timed(queue.search.asker, "ask"), timed(queue.search, "heard")
     sizes: list[float] = []
-    desk.search.tell = lambda trial: sizes.append(memory())
-    sweeping.drive(desk, runs)
+    queue.search.tell = lambda trial: sizes.append(memory())
+    sweeping.drive(queue, runs)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - spent
     print(f"{sampler}: {trials} trials, {slots} at once: {1000 * cpu / trials:.1f} ms of processor time a trial")
     print(
@@ -69,7 +69,7 @@ def formulas(root: Path, sampler: str, trials: int, slots: int) -> None:
         print(f"  to {start + part:>6}: {ask} ms a suggestion, {report} ms a report, {grown:6.0f} MB more")
     begun = time.perf_counter()
     again = sweeping.opened(root, runs, trials, sampler, "none", slots, seeds=(0,))
-    assert again.search.work() == [] and len(again.search.trials) == trials
+    assert again.search.next_runs() == [] and len(again.search.trials) == trials
     print(f"  opened again in {time.perf_counter() - begun:.1f} s")
 
 
@@ -128,10 +128,10 @@ def on_ray(root: Path, trials: int) -> float:
     asker = OptunaStudy("sweep", sweep.space, [sweep.initial_point], "tpe", 0, True, journal, asha)
     store = Store(root / "runs")
     search = SweepController(root / "trials", asker, namer.planned, (0,), namer.steps, trials, store)
-    desk = TrialQueue(search, store, ExecutionSettings(), 2)
-    run_search(desk)
+    queue = TrialQueue(search, store, ExecutionSettings(), 2)
+    run_search(queue)
     spans: dict[str, list[tuple[float, float]]] = {}
-    for outcome in desk.outcomes.values():
+    for outcome in queue.outcomes.values():
         if outcome.began is not None and outcome.ended is not None:
             spans.setdefault(outcome.worker, []).append((outcome.began, outcome.ended))
     gaps = [later[0] - earlier[1] for runs in spans.values() for earlier, later in pairwise(sorted(runs))]

@@ -76,7 +76,7 @@ def bowl(point: dict[str, Any], seed: int, step: int) -> float:
 def opened(
     root: Path, runs: Runs, wanted: int, kind: Any = "tpe", pruner: Any = "none", slots: int = 1, **more: Any
 ) -> TrialQueue:
-    """A desk on the sweep in ``root``, new or as it was left; ``pruner``: one of Optuna's, or its name here."""
+    """A queue on the sweep in ``root``, new or as it was left; ``pruner``: one of Optuna's, or its name here."""
     (root / "trials").mkdir(parents=True, exist_ok=True)
     space = more.pop("space", SPACE)
     listed = [more.pop("first", FIRST), *more.pop("points", [])]
@@ -87,30 +87,30 @@ def opened(
     return TrialQueue(search, runs, ExecutionSettings(), slots, lambda event: None)  # type: ignore[arg-type]
 
 
-def drive(desk: TrialQueue, runs: Runs, event: Callable[[str], None] = lambda what: None) -> list[Event]:
-    """Plays Tune: hands out up to ``desk.slots`` runs, and lets each in turn come to its next rung or its end."""
+def drive(queue: TrialQueue, runs: Runs, event: Callable[[str], None] = lambda what: None) -> list[Event]:
+    """Plays Tune: hands out up to ``queue.slots`` runs, and lets each in turn come to its next rung or its end."""
     live: dict[str, PlannedRun] = {}
-    while not desk.over:
-        job = desk.next()
+    while not queue.done:
+        job = queue.next_job()
         while job is not None:
             live[job.run_id] = job
-            desk.started(job.run_id)
-            job = desk.next()
+            queue.on_started(job.run_id)
+            job = queue.next_job()
         for run_id in list(live):
-            _advance(desk, runs, live.pop(run_id), live, event)
+            _advance(queue, runs, live.pop(run_id), live, event)
     return []
 
 
 def _advance(
-    desk: TrialQueue, runs: Runs, job: PlannedRun, live: dict[str, PlannedRun], event: Callable[[str], None]
+    queue: TrialQueue, runs: Runs, job: PlannedRun, live: dict[str, PlannedRun], event: Callable[[str], None]
 ) -> None:
     point, seed, run_id = {**job.changes}, int(str(job.changes["seed"])), job.run_id
     del point["seed"]
     ahead = [step for step in STEPS if step > runs.progress.get(run_id, 0)]
     passed = [step for step in STEPS[:-1] if step <= runs.progress.get(run_id, 0)]
     # A run that goes on says once more what it had measured, as training does from its checkpoint.
-    if any(desk.judged(run_id, step, runs.score(point, seed, step)) for step in passed):
-        desk.finished(run_id, {"state": "stopped"})
+    if any(queue.should_stop(run_id, step, runs.score(point, seed, step)) for step in passed):
+        queue.on_result(run_id, {"state": "stopped"})
         return
     step = ahead[0] if ahead else STEPS[-1]
     event("before a step")
@@ -120,24 +120,24 @@ def _advance(
     event("after a step")
     if value != value or value < 0:
         kind = "nan" if value != value else "error"
-        desk.finished(run_id, {"state": "failed", "kind": kind, "message": f"value {value}"})
+        queue.on_result(run_id, {"state": "failed", "kind": kind, "message": f"value {value}"})
         return
     if step < STEPS[-1]:
-        if desk.judged(run_id, step, value):
+        if queue.should_stop(run_id, step, value):
             event("told to stop")
-            desk.finished(run_id, {"state": "stopped"})
+            queue.on_result(run_id, {"state": "stopped"})
         else:
             live[run_id] = job
         return
     history = [{"step": one, "miou": runs.score(point, seed, one)} for one in STEPS]
     runs.records[run_id] = SimpleNamespace(miou=value, history=history)
     event("recorded")
-    desk.finished(run_id, {"state": "done", "began": 0.0, "ended": 0.0, "miou": value})
+    queue.on_result(run_id, {"state": "done", "began": 0.0, "ended": 0.0, "miou": value})
 
 
-def told(desk: TrialQueue) -> list[dict[str, Any]]:
+def told(queue: TrialQueue) -> list[dict[str, Any]]:
     """All trials as their records have them."""
-    return [trial.model_dump() for trial in desk.search.trials]
+    return [trial.model_dump() for trial in queue.search.trials]
 
 
 # The same formulas in processes

@@ -35,8 +35,8 @@ sweeping = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sweeping)
 root, wanted = Path(sys.argv[2]), int(sys.argv[3])
 runs = sweeping.Files(root, sweeping.bowl)
-desk = sweeping.opened(root, runs, wanted, "tpe", "asha")
-run_search(desk, sweeping.work)
+queue = sweeping.opened(root, runs, wanted, "tpe", "asha")
+run_search(queue, sweeping.work)
 print("done", flush=True)
 """
 
@@ -44,11 +44,11 @@ print("done", flush=True)
 def test_ray_decides_what_formulas_do_and_records_deaths(sweeping: ModuleType, tmp_path: Path) -> None:
     """A sequential sweep with ASHA: a run that fails is recorded, one whose process is killed is run again."""
     ray, plain = sweeping.Files(tmp_path / "ray", sweeping.bowl), sweeping.Runs(tmp_path / "plain", bad(sweeping))
-    desk = sweeping.opened(tmp_path / "ray", ray, 14, "random", "asha")
-    run_search(desk, sweeping.work)
+    queue = sweeping.opened(tmp_path / "ray", ray, 14, "random", "asha")
+    run_search(queue, sweeping.work)
     other = sweeping.opened(tmp_path / "plain", plain, 14, "random", "asha")
     sweeping.drive(other, plain)
-    found, wanted = sweeping.told(desk), sweeping.told(other)
+    found, wanted = sweeping.told(queue), sweeping.told(other)
     for one in (*found, *wanted):
         one.pop("reason")
     assert found == wanted
@@ -57,7 +57,7 @@ def test_ray_decides_what_formulas_do_and_records_deaths(sweeping: ModuleType, t
     killed = [trial for trial in found if trial["point"]["b"] == 7]
     assert killed and all(trial["state"] != "failed" for trial in killed)
     assert any(path.name == "killed" for path in (tmp_path / "ray").glob("*/killed"))
-    reasons = [trial.reason for trial in desk.search.trials if trial.state == "failed"]
+    reasons = [trial.reason for trial in queue.search.trials if trial.state == "failed"]
     assert reasons and all(reason == "seed 0: nan: the loss is nan" for reason in reasons)
 
 
@@ -91,10 +91,10 @@ def test_a_run_that_stands_still_is_ended_tried_again_and_recorded(sweeping: Mod
 
     runs = sweeping.Files(tmp_path, sweeping.bowl)
     space = {"a": Dimension(choices=(0.5, 0.7)), "b": Dimension(low=5, high=9, step=1)}
-    desk = sweeping.opened(tmp_path, runs, 3, "grid", space=space, first={"a": 0.5, "b": 6}, seeds=(0,))
-    desk.settings = replace(desk.settings, stall_timeout=3.0)
-    run_search(desk, standing)
-    trials = desk.search.trials
+    queue = sweeping.opened(tmp_path, runs, 3, "grid", space=space, first={"a": 0.5, "b": 6}, seeds=(0,))
+    queue.settings = replace(queue.settings, stall_timeout=3.0)
+    run_search(queue, standing)
+    trials = queue.search.trials
     assert [trial.point["b"] for trial in trials] == [6, 5, 7]
     hung = [tmp_path / trial.runs["0"] / "hung" for trial in trials]
     pids = [[int(word) for word in path.read_text().split()] for path in hung[:2]]
@@ -216,7 +216,7 @@ def test_trainers_of_two_workers_are_stopped_without_leaks(tmp_path: Path) -> No
         "s", sweep.space, [sweep.initial_point], "random", 0, False, str(tmp_path / "optuna.journal"), Every()
     )
     search = SweepController(tmp_path / "trials", asker, namer.planned, (0,), namer.steps, TRAINERS, store)
-    desk = TrialQueue(search, store, ExecutionSettings(gpus_per_trial=0.0), 1)
-    run_search(desk)
+    queue = TrialQueue(search, store, ExecutionSettings(gpus_per_trial=0.0), 1)
+    run_search(queue)
     assert [trial.state for trial in search.trials] == ["complete", "pruned"] * (TRAINERS // 2)
     assert all(trial.rungs[-1].step == (1 if trial.number % 2 else 4) for trial in search.trials)

@@ -34,24 +34,24 @@ class Played:
         self.runs: list[str] = []
         self.bad: Callable[[dict[str, Any]], bool] = lambda changes: False
 
-    def __call__(self, desk: TrialQueue) -> None:
-        desk.prime()
-        while not desk.over:
-            run = desk.next()
+    def __call__(self, queue: TrialQueue) -> None:
+        queue.prime()
+        while not queue.done:
+            run = queue.next_job()
             if run is None:
-                assert desk.over
+                assert queue.done
                 return
-            desk.started(run.run_id)
+            queue.on_started(run.run_id)
             self.runs.append(run.run_id)
-            directory = desk.store.directory(run.run_id)
+            directory = queue.store.directory(run.run_id)
             directory.mkdir(parents=True, exist_ok=True)
             if self.bad(run.changes):
                 (directory / "traceback.txt").write_text("Traceback (most recent call last):\nKeyError: 'lam'\n")
-                desk.finished(run.run_id, {"state": "failed", "kind": "error", "message": "KeyError: 'lam'"})
+                queue.on_result(run.run_id, {"state": "failed", "kind": "error", "message": "KeyError: 'lam'"})
                 continue
             made = record_of(run, 0.5 - 0.1 * abs(float(str(run.changes["method.vila.lam"])) - 0.6))
             save_record(made, directory / "record.json")
-            desk.finished(run.run_id, {"state": "done", "miou": made.miou})
+            queue.on_result(run.run_id, {"state": "done", "miou": made.miou})
 
 
 @pytest.fixture
@@ -196,16 +196,18 @@ def test_a_driver_that_was_taken_over_writes_nothing_more(
     """It was silent, another machine removed its lease and brought the sweep to its end; then it wakes up."""
     directory = tmp_path / "runs" / "sweeps" / "lambda-smoke"
 
-    def silent(desk: TrialQueue) -> None:
-        run = desk.next()
+    def silent(queue: TrialQueue) -> None:
+        run = queue.next_job()
         assert run is not None
-        desk.started(run.run_id)
+        queue.on_started(run.run_id)
         (lease,) = directory.glob("lease-*.json")
         lease.unlink()
         with monkeypatch.context() as patch:
             patch.setattr(sweep_executor, "run_search", played)
             assert sweep(tmp_path, "--trials", "2", "--no-finals") == 0
-        desk.finished(run.run_id, {"state": "failed", "kind": "error", "message": "another machine took this run over"})
+        queue.on_result(
+            run.run_id, {"state": "failed", "kind": "error", "message": "another machine took this run over"}
+        )
 
     monkeypatch.setattr(sweep_executor, "run_search", silent)
     assert sweep(tmp_path, "--trials", "3", "--no-finals") == 2

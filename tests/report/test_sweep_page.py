@@ -381,19 +381,19 @@ def machine(root: Path, *words: str) -> sweep_setup.SweepJob:
 
 def train(job: sweep_setup.SweepJob, wanted: int, score: float = 0.4) -> None:
     """Plays the sweep's first runs with made-up scores."""
-    desk = sweep_drive._desk(job)
-    while len(desk.search.trials) < wanted or desk.search.owner:
-        run = desk.next()
+    queue = sweep_drive._desk(job)
+    while len(queue.search.trials) < wanted or queue.search.owner:
+        run = queue.next_job()
         assert run is not None
-        desk.started(run.run_id)
-        for step in desk.search.steps[:-1]:
-            desk.judged(run.run_id, step, score / 2)
-        made = record_of(run, score + 0.001 * len(desk.search.trials))
+        queue.on_started(run.run_id)
+        for step in queue.search.steps[:-1]:
+            queue.should_stop(run.run_id, step, score / 2)
+        made = record_of(run, score + 0.001 * len(queue.search.trials))
         (job.store.root / run.run_id).mkdir(parents=True)
         save_record(made, job.store.root / run.run_id / "record.json")
-        if len(desk.search.trials) == wanted and run.changes["seed"] == 1:
+        if len(queue.search.trials) == wanted and run.changes["seed"] == 1:
             return  # in the middle of a trial
-        desk.finished(run.run_id, {"state": "done", "miou": made.miou})
+        queue.on_result(run.run_id, {"state": "done", "miou": made.miou})
 
 
 def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_path: Path) -> None:
@@ -412,15 +412,15 @@ def test_the_next_machine_goes_on_from_what_is_published(checkout: Path, tmp_pat
 
     other = machine(tmp_path / "b", "--trials", "5")
     assert load_trials(other.directory / "trials") == here
-    desk = sweep_drive._desk(other)
+    queue = sweep_drive._desk(other)
     assert all(other.store.get(run) is not None for one in here[:2] for run in one.runs.values())
     names = []
-    while not desk.over and (run := desk.next()) is not None:
+    while not queue.done and (run := queue.next_job()) is not None:
         names.append(run.title)
-        desk.started(run.run_id)
-        desk.stop()
+        queue.on_started(run.run_id)
+        queue.request_stop()
     assert names == ["trial 2, seed 2"], "finished runs count as done"
-    assert [one.number for one in desk.search.trials] == [0, 1, 2]
+    assert [one.number for one in queue.search.trials] == [0, 1, 2]
 
     # A page of what is committed alone is the same page, wherever it is made.
     before = {path.name: path.read_bytes() for path in checkout.iterdir() if path.is_file()}

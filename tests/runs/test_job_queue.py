@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from viladiff.core.watchdog import Reaper, descendants, start
-from viladiff.runs import job_queue as desks
+from viladiff.runs import job_queue as queues
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.store import Failure, Store
@@ -23,7 +23,7 @@ def job(number: int) -> PlannedRun:
     return PlannedRun(run_id=f"{number:016x}", changes={}, title=f"run {number}", steps=10, changed={})
 
 
-def desk(root: Path, count: int, slots: int = 2, **settings: object) -> tuple[JobQueue, list[Event]]:
+def queue(root: Path, count: int, slots: int = 2, **settings: object) -> tuple[JobQueue, list[Event]]:
     events: list[Event] = []
     jobs = [job(number) for number in range(count)]
     return JobQueue(jobs, Store(root), ExecutionSettings(**settings), slots, events.append), events  # type: ignore[arg-type]
@@ -32,35 +32,35 @@ def desk(root: Path, count: int, slots: int = 2, **settings: object) -> tuple[Jo
 def names(found: JobQueue) -> list[int]:
     """Numbers of the runs that are handed out until there is no room."""
     out = []
-    while (one := found.next()) is not None:
+    while (one := found.next_job()) is not None:
         out.append(int(one.run_id, 16))
     return out
 
 
 def fail(found: JobQueue, number: int, kind: str) -> None:
-    found.finished(job(number).run_id, {"state": "failed", "kind": kind, "message": f"{kind} happened"})
+    found.on_result(job(number).run_id, {"state": "failed", "kind": kind, "message": f"{kind} happened"})
 
 
 def done(found: JobQueue, number: int) -> None:
-    found.finished(job(number).run_id, {"state": "done", "began": 1.0, "ended": 2.0, "miou": 0.5})
+    found.on_result(job(number).run_id, {"state": "done", "began": 1.0, "ended": 2.0, "miou": 0.5})
 
 
 def test_no_more_than_the_slots_and_in_order(tmp_path: Path) -> None:
-    found, events = desk(tmp_path, 4)
+    found, events = queue(tmp_path, 4)
     assert names(found) == [0, 1]
     done(found, 1)
     assert names(found) == [2]
     for number in (0, 2):
         done(found, number)
-    assert names(found) == [3] and not found.over
+    assert names(found) == [3] and not found.done
     done(found, 3)
-    assert found.over and {outcome.state for outcome in found.outcomes.values()} == {"done"}
+    assert found.done and {outcome.state for outcome in found.outcomes.values()} == {"done"}
     assert [event.miou for event in events if event.kind == "done"] == [0.5] * 4
 
 
 @pytest.mark.parametrize(("kind", "attempts"), [("nan", 1), ("error", 1), ("stale", 1), ("hang", 2), ("killed", 3)])
 def test_what_is_tried_again_and_how_often(tmp_path: Path, kind: str, attempts: int) -> None:
-    found, events = desk(tmp_path, 2, slots=1, retries=2)
+    found, events = queue(tmp_path, 2, slots=1, retries=2)
     for attempt in range(attempts):
         assert names(found) == [0], f"attempt {attempt}"
         fail(found, 0, kind)
@@ -75,7 +75,7 @@ def test_what_is_tried_again_and_how_often(tmp_path: Path, kind: str, attempts: 
 
 
 def test_too_little_memory_is_tried_once_more_alone_at_the_end(tmp_path: Path) -> None:
-    found, _ = desk(tmp_path, 4)
+    found, _ = queue(tmp_path, 4)
     assert names(found) == [0, 1]
     fail(found, 0, "memory")
     assert names(found) == [2]
@@ -86,88 +86,88 @@ def test_too_little_memory_is_tried_once_more_alone_at_the_end(tmp_path: Path) -
     done(found, 3)
     assert names(found) == [0]
     done(found, 0)
-    assert found.over and found.outcomes[job(0).run_id].attempts == 2
+    assert found.done and found.outcomes[job(0).run_id].attempts == 2
     assert Store(tmp_path).failure(job(0).run_id) is None, "what went well in the end is no failure"
 
 
 def test_a_run_of_another_driver_is_waited_for_and_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desks, "LOOK", 0.0)
+    monkeypatch.setattr(queues, "LOOK", 0.0)
     other = Store(tmp_path)
     lease = other.lease(job(0).run_id)
     assert lease is not None
-    found, events = desk(tmp_path, 2)
-    found.settle()
+    found, events = queue(tmp_path, 2)
+    found.drop_finished()
     assert names(found) == [1]
     assert [event.run_id for event in events if event.kind == "elsewhere"] == [job(0).run_id]
-    list(found.tick())
-    assert names(found) == [] and not found.over
+    list(found.poll())
+    assert names(found) == [] and not found.done
     lease.release()
-    list(found.tick())
+    list(found.poll())
     assert names(found) == [0]
     # A trial may find the lease taken in the last moment.
     lease = other.lease(job(0).run_id)
-    found.finished(job(0).run_id, {"state": "elsewhere"})
+    found.on_result(job(0).run_id, {"state": "elsewhere"})
     assert lease is not None and names(found) == []
     other.record_failure(
         job(0).run_id, Failure(kind="nan", message="nan", step=3, attempts=1, when="2026-01-31T12:00:00Z")
     )
     lease.release()
-    list(found.tick())
+    list(found.poll())
     outcome = found.outcomes[job(0).run_id]
     assert outcome.state == "failed" and outcome.attempts == 0, "the same arithmetic would fail alike"
 
 
 def test_a_silent_process_is_pointed_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(desks.time, "monotonic", lambda: now[0])
-    found, events = desk(tmp_path, 1, stall_timeout=8)
+    monkeypatch.setattr(queues.time, "monotonic", lambda: now[0])
+    found, events = queue(tmp_path, 1, stall_timeout=8)
 
     def pass_time(seconds: int) -> list[str]:
         hung = []
         for _ in range(2 * seconds):
             now[0] += 0.5
-            hung += [run_id for run_id, _ in found.tick()]
+            hung += [run_id for run_id, _ in found.poll()]
         return hung
 
     names(found)
     run_id = job(0).run_id
-    found.started(run_id)
+    found.on_started(run_id)
     assert pass_time(100) == [], "no process is known yet"
-    found.heard(run_id, {"node": "n", "pid": 7})
+    found.on_progress(run_id, {"node": "n", "pid": 7})
     assert pass_time(55) == [], "before its first step a run may take six times as long"
-    found.heard(run_id, {"step": 1, "steps": 10, "loss": 2.0})
+    found.on_progress(run_id, {"step": 1, "steps": 10, "loss": 2.0})
     assert pass_time(9) == []
     now[0] += 1000  # the driver itself was stopped
-    assert pass_time(0) == [] and list(found.tick()) == []
+    assert pass_time(0) == [] and list(found.poll()) == []
     assert pass_time(5) == [run_id] and pass_time(50) == []
-    found.lost(run_id, "killed")
+    found.on_worker_died(run_id, "killed")
     assert events[-1].kind == "retry" and "hang: no sign of life for 8 s" in events[-1].message
 
 
 def test_a_trace_of_the_watchdog_tells_a_hang_from_a_kill(tmp_path: Path) -> None:
-    found, _ = desk(tmp_path, 1)
+    found, _ = queue(tmp_path, 1)
     names(found)
     directory = Store(tmp_path).directory(job(0).run_id)
     directory.mkdir(parents=True)
     (directory / "hang.txt").write_text("Timeout (0:10:00)!\n")
-    found.lost(job(0).run_id, "gone")
+    found.on_worker_died(job(0).run_id, "gone")
     failure = Store(tmp_path).failure(job(0).run_id)
     assert failure is not None and failure.kind == "hang" and "hang.txt" in failure.message
 
 
 def test_a_stop_starts_nothing_more_and_lets_the_rest_end(tmp_path: Path) -> None:
-    found, events = desk(tmp_path, 3)
+    found, events = queue(tmp_path, 3)
     assert names(found) == [0, 1]
-    found.stop()
-    assert names(found) == [] and not found.over
+    found.request_stop()
+    assert names(found) == [] and not found.done
     (note,) = [event for event in events if event.kind == "note"]
     assert (
         note.message.startswith("Stopping: 2 runs will checkpoint")
         and "Press Ctrl-C again to kill them" in note.message
     )
-    found.finished(job(0).run_id, {"state": "stopped"})
-    found.lost(job(1).run_id, "killed")
-    assert found.over and {outcome.state for outcome in found.outcomes.values()} == {"stopped"}
+    found.on_result(job(0).run_id, {"state": "stopped"})
+    found.on_worker_died(job(1).run_id, "killed")
+    assert found.done and {outcome.state for outcome in found.outcomes.values()} == {"stopped"}
 
 
 def test_a_reaper_ends_what_a_killed_driver_leaves_and_nothing_else(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from run_kit import short_run
 
 from viladiff.experiments.sweep_setup import alone
-from viladiff.runs import job_queue as desks
+from viladiff.runs import job_queue as queues
 from viladiff.runs import lease as leases
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
@@ -243,17 +243,17 @@ def test_training_goes_on_after_the_wait(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_table_does_its_other_runs_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "SILENT", 0.5)
-    monkeypatch.setattr(desks, "LOOK", 0.0)
+    monkeypatch.setattr(queues, "LOOK", 0.0)
     jobs = [PlannedRun(f"{number:016x}", {"seed": number}, f"seed {number}", 100, {}) for number in range(2)]
     path = left_behind(tmp_path / jobs[0].run_id)
     events: list[Event] = []
-    desk = JobQueue(jobs, Store(tmp_path), ExecutionSettings(), 2, events.append)
-    desk.settle()
-    assert desk.next() == jobs[1] and desk.next() is None, "the other run does not wait"
+    queue = JobQueue(jobs, Store(tmp_path), ExecutionSettings(), 2, events.append)
+    queue.drop_finished()
+    assert queue.next_job() == jobs[1] and queue.next_job() is None, "the other run does not wait"
     assert [event.run_id for event in events if event.kind == "elsewhere"] == [jobs[0].run_id]
     until = time.monotonic() + 60
-    while (taken := desk.next()) is None and time.monotonic() < until:
-        list(desk.tick())
+    while (taken := queue.next_job()) is None and time.monotonic() < until:
+        list(queue.poll())
         time.sleep(0.05)
     assert taken == jobs[0] and not path.exists()
 

@@ -116,9 +116,9 @@ def test_median_stops_what_is_below_the_middle_of_complete_trials() -> None:
     assert verdicts("median", steps, [*curves[:4], [0.05, 0.9, 0.9]])[4] == [False] * 3, "five are to be complete"
 
 
-def notes(desk: Any) -> list[Any]:
+def notes(queue: Any) -> list[Any]:
     """All that the study in memory has of each trial, the pruner's notes with it."""
-    study = desk.search.asker.memory.study
+    study = queue.search.asker.memory.study
     return [(one.state, one.values, one.intermediate_values, one.user_attrs, pruners_of(one)) for one in study.trials]
 
 
@@ -139,11 +139,11 @@ def test_a_study_that_was_lost_is_replayed_with_the_pruners_notes(
     runs = sweeping.Runs(tmp_path, score)
     space = {"a": sweeping.Dimension(choices=(0.4, 0.5, 0.6)), "b": sweeping.SPACE["b"]}
     given = {"kind": sampler, "pruner": kind, "slots": 3, "seeds": (0,), "space": space}
-    sweeping.drive(desk := sweeping.opened(tmp_path, runs, 30, **given), runs)
-    states = {trial.state for trial in desk.search.trials}
+    sweeping.drive(queue := sweeping.opened(tmp_path, runs, 30, **given), runs)
+    states = {trial.state for trial in queue.search.trials}
     assert states == {"complete", "pruned", "failed"}
-    assert any(trial.twin is not None for trial in desk.search.trials)
-    wanted = notes(desk)
+    assert any(trial.twin is not None for trial in queue.search.trials)
+    wanted = notes(queue)
     assert any(kept for *_, kept in wanted) == (kind != "median")
     (tmp_path / "optuna.journal").unlink()
     assert notes(sweeping.opened(tmp_path, runs, 30, **given)) == wanted
@@ -187,7 +187,7 @@ def test_a_run_that_was_finished_before_is_not_stopped(
         job = sweeping.planned(sweeping.FIRST, seed)
         history = [{"step": step, "miou": sweeping.bowl(sweeping.FIRST, seed, step)} for step in STEPS]
         runs.records[job.run_id] = SimpleNamespace(miou=history[-1]["miou"], history=history)
-    desk = sweeping.opened(tmp_path, runs, 2, "random", pruner())
+    queue = sweeping.opened(tmp_path, runs, 2, "random", pruner())
     if killed:
         writes = itertools.count()
 
@@ -199,10 +199,10 @@ def test_a_run_that_was_finished_before_is_not_stopped(
         with monkeypatch.context() as patch:
             patch.setattr(search_module, "save_trial", saved)
             with pytest.raises(KillError):
-                sweeping.drive(desk, runs)
-        desk = sweeping.opened(tmp_path, runs, 2, "random", pruner())
-    sweeping.drive(desk, runs)
-    first, second = desk.search.trials
+                sweeping.drive(queue, runs)
+        queue = sweeping.opened(tmp_path, runs, 2, "random", pruner())
+    sweeping.drive(queue, runs)
+    first, second = queue.search.trials
     assert first.state == "complete" and len(first.values) == 3 and [rung.step for rung in first.rungs] == [*STEPS]
     assert second.state == "pruned" and second.rungs[-1].step == 25
 
@@ -213,16 +213,16 @@ def test_a_trial_that_was_stopped_as_its_driver_died_stays_stopped(
 ) -> None:
     """Unless its run came to its end all the same."""
     runs = sweeping.Runs(tmp_path, sweeping.bowl)
-    desk = sweeping.opened(tmp_path, runs, 2, "random", "asha", seeds=(0,))
+    queue = sweeping.opened(tmp_path, runs, 2, "random", "asha", seeds=(0,))
     for stopped in (False, True):
-        job = desk.next()
-        desk.started(job.run_id)
-        assert desk.judged(job.run_id, 25, 0.4 if stopped else 0.5) is stopped
+        job = queue.next_job()
+        queue.on_started(job.run_id)
+        assert queue.should_stop(job.run_id, 25, 0.4 if stopped else 0.5) is stopped
         if finished or not stopped:
             runs.records[job.run_id] = SimpleNamespace(miou=0.6, history=[])
-            desk.finished(job.run_id, {"state": "done", "began": 0.0, "ended": 0.0, "miou": 0.6})
+            queue.on_result(job.run_id, {"state": "done", "began": 0.0, "ended": 0.0, "miou": 0.6})
     again = sweeping.opened(tmp_path, runs, 2, "random", "asha", seeds=(0,))
-    assert again.search.work() == []
+    assert again.search.next_runs() == []
     second = again.search.trials[1]
     assert (second.state, second.value) == (("complete", 0.6) if finished else ("pruned", None))
     assert finished or second.reason == "stopped at step 25 of 100"
@@ -237,7 +237,7 @@ def test_a_killed_drivers_lock_and_half_a_line_are_passed_over(sweeping: ModuleT
     (tmp_path / "optuna.journal.lock").touch()
     begun = time.monotonic()
     again = sweeping.opened(tmp_path, runs, 6, "random", "asha")
-    assert again.search.work() and time.monotonic() - begun < 25, "Optuna itself waits for 30 s"
+    assert again.search.next_runs() and time.monotonic() - begun < 25, "Optuna itself waits for 30 s"
     sweeping.drive(again := sweeping.opened(tmp_path, runs, 6, "random", "asha"), runs)
     assert len(again.search.trials) == 6 and not (tmp_path / "optuna.journal.lock").exists()
     whole = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))

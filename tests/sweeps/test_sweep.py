@@ -550,17 +550,17 @@ def test_the_printed_command_gives_the_winners_metric_bit_for_bit(tmp_path: Path
     job = sweep_setup.prepare(TUNE / "sweep_lambda.toml", asked(tmp_path / "runs", *words))
     with sweep_setup.alone(job.directory):
         sweep_setup.open_directory(job)
-        desk = sweeps._desk(job)
-        while (run := desk.next()) is not None:
-            desk.started(run.run_id)
+        queue = sweeps._desk(job)
+        while (run := queue.next_job()) is not None:
+            queue.on_started(run.run_id)
             cfg = override(
                 RunConfig(), {**run.changes, "runtime.runs_dir": str(tmp_path / "runs"), "runtime.progress": False}
             )
             with pytest.raises(StopRequested):
                 fit(cfg, report=lambda news: "miou" in news and news["step"] == 2)
-            desk.finished(run.run_id, {"state": "done", "miou": fit(cfg).miou})
-    trials = desk.search.trials
-    assert [trial.state for trial in trials] == ["complete"] and desk.over
+            queue.on_result(run.run_id, {"state": "done", "miou": fit(cfg).miou})
+    trials = queue.search.trials
+    assert [trial.state for trial in trials] == ["complete"] and queue.done
     printed = shlex.split(conclusion(job, trials, [])[-1])
     assert viladiff([*printed[1:], "--runs-dir", str(tmp_path / "again"), "--quiet"]) == 0
     (path,) = (tmp_path / "again").glob("*/record.json")

@@ -54,10 +54,12 @@ def run_jobs(
     single, shared = (
         JobQueue(some, store, one.settings, one.slots, on_event) for some, one in zip(kinds, rooms, strict=True)
     )
-    for desk in (single, shared):
-        desk.settle()
-    if not (single.over and shared.over):  # starting Ray takes seconds
-        for note in dict.fromkeys(one.note for one, desk in zip(rooms, (single, shared), strict=True) if not desk.over):
+    for queue in (single, shared):
+        queue.drop_finished()
+    if not (single.done and shared.done):  # starting Ray takes seconds
+        for note in dict.fromkeys(
+            one.note for one, queue in zip(rooms, (single, shared), strict=True) if not queue.done
+        ):
             send_note(on_event, note)
         gone: list[int] = []
         try:
@@ -247,17 +249,17 @@ def _running(pid: int) -> bool:
 
 
 @contextmanager
-def interrupts(*desks: JobQueue) -> Iterator[None]:
+def interrupts(*queues: JobQueue) -> Iterator[None]:
     """Let the queues' next ticks handle the first Ctrl-C or SIGTERM; a second one ends this process's wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: Any) -> None:
-        if desks[0].asked_to_stop:
+        if queues[0].asked_to_stop:
             raise KeyboardInterrupt("killed; re-run to resume from the last checkpoints")
-        for desk in desks:
-            desk.asked_to_stop = True
+        for queue in queues:
+            queue.asked_to_stop = True
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -270,38 +272,38 @@ def interrupts(*desks: JobQueue) -> Iterator[None]:
 # Trials of one worker
 
 
-def _run_single(desk: JobQueue, session: Session) -> None:
-    if desk.over:
+def _run_single(queue: JobQueue, session: Session) -> None:
+    if queue.done:
         return
     from ray import tune
 
     from viladiff.cluster.ray_tune import QueueCallback, QueueSearcher, stop_name
     from viladiff.cluster.worker import WorkerContext, train_run
 
-    settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
-    jobs = {job.run_id: job for job in desk.waiting}
+    settings = queue.settings
+    place = WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
+    jobs = {job.run_id: job for job in queue.waiting}
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(queue.slots)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(train_run, jobs=jobs, place=place), resources),
-        tune_config=tune.TuneConfig(search_alg=QueueSearcher(desk), num_samples=-1, reuse_actors=True),
+        tune_config=tune.TuneConfig(search_alg=QueueSearcher(queue), num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             name="table",
             storage_path=str(session.scratch / "tune"),
             verbose=0,
-            callbacks=[QueueCallback(desk, place.stop_name, session.refresh)],
+            callbacks=[QueueCallback(queue, place.stop_name, session.refresh)],
         ),
     )
     tuner.fit()
 
 
-def _run_shared(desk: JobQueue, session: Session) -> None:
-    if desk.over:
+def _run_shared(queue: JobQueue, session: Session) -> None:
+    if queue.done:
         return
     from viladiff.cluster.torch_trainer import run_shared
 
-    run_shared(desk, session.scratch, session.refresh)
+    run_shared(queue, session.scratch, session.refresh)
 
 
 __all__ = ["Event", "ExecutionSettings", "Outcome", "cluster", "run_jobs"]

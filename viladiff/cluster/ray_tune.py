@@ -21,11 +21,11 @@ def stop_name() -> str:
 
 
 class QueueSearcher(Searcher):
-    """Not a search: hands out the desk's next run whenever Tune has room."""
+    """Not a search: hands out the queue's next run whenever Tune has room."""
 
-    def __init__(self, desk: JobQueue) -> None:
+    def __init__(self, queue: JobQueue) -> None:
         super().__init__(metric="step", mode="max")
-        self.desk = desk
+        self.queue = queue
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy of what it is given on disk; nothing is ever restored from it
@@ -34,11 +34,11 @@ class QueueSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        poll_queue(self.desk)  # Tune asks nobody else while nothing runs
-        job = self.desk.next()
+        poll_queue(self.queue)  # Tune asks nobody else while nothing runs
+        job = self.queue.next_job()
         if job is not None:
             return {"run": job.run_id}
-        return Searcher.FINISHED if self.desk.over else None
+        return Searcher.FINISHED if self.queue.done else None
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Do nothing: the callback has handled the result."""
@@ -52,10 +52,10 @@ class QueueSearcher(Searcher):
 
 
 class QueueCallback(Callback):
-    """Brings what happens to trials to the desk, and the desk's wishes to trials."""
+    """Brings what happens to trials to the queue, and the queue's wishes to trials."""
 
-    def __init__(self, desk: JobQueue, stop: str, refresh: Callable[[], None]) -> None:
-        self.desk, self.stop, self.refresh = desk, stop, refresh
+    def __init__(self, queue: JobQueue, stop: str, refresh: Callable[[], None]) -> None:
+        self.queue, self.stop, self.refresh = queue, stop, refresh
         self.flag: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,30 +63,30 @@ class QueueCallback(Callback):
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self.refresh()
-        poll_queue(self.desk)
-        if self.desk.stopping and self.flag is None and self.desk.live:
+        poll_queue(self.queue)
+        if self.queue.stopping and self.flag is None and self.queue.live:
             self.flag = create_stop_flag(self.stop)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.desk.started(trial.config["run"])
+        self.queue.on_started(trial.config["run"])
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        self.desk.heard(trial.config["run"], result)
+        self.queue.on_progress(trial.config["run"], result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.desk.finished(trial.config["run"], trial.last_result)
+        self.queue.on_result(trial.config["run"], trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         error = trial.get_error()
         memory = isinstance(error, ray.exceptions.OutOfMemoryError) or "memory monitor" in str(error)
-        self.desk.lost(trial.config["run"], death_message(error), memory)
+        self.queue.on_worker_died(trial.config["run"], death_message(error), memory)
 
 
-def poll_queue(desk: JobQueue) -> None:
+def poll_queue(queue: JobQueue) -> None:
     """Poll the queue once and kill the stalled processes."""
-    if desk.asked_to_stop and not desk.stopping:
-        desk.stop()
-    for _, (node, pid) in desk.tick():
+    if queue.asked_to_stop and not queue.stopping:
+        queue.request_stop()
+    for _, (node, pid) in queue.poll():
         kill(node, pid)
 
 

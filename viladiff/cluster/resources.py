@@ -62,16 +62,16 @@ def concurrency(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Capa
     return plan_capacity(settings, single if 2 * len(single) >= len(jobs) else [job for job in jobs if job.workers > 1])
 
 
-def ask_cluster(*desks: JobQueue) -> None:
+def ask_cluster(*queues: JobQueue) -> None:
     """Let each run request a GPU if the joined cluster has some and the user set no number."""
     import ray
 
-    open_ = [desk for desk in desks if desk.settings.gpus_per_trial is None and not desk.over]
+    open_ = [queue for queue in queues if queue.settings.gpus_per_trial is None and not queue.done]
     if not open_:
         return
     found = ray.cluster_resources().get("GPU", 0)
-    for desk in open_:
-        desk.settings = replace(desk.settings, gpus_per_trial=1.0 if found else 0.0)
+    for queue in open_:
+        queue.settings = replace(queue.settings, gpus_per_trial=1.0 if found else 0.0)
     some = f"{found:g} GPUs in the cluster, one for each run"
     none = "no GPU in the cluster so far, and none is asked for"
     send_note(open_[0].tell, f"{some if found else none}; --gpus-per-trial says otherwise")

@@ -32,22 +32,22 @@ Work = Callable[[PlannedRun, WorkerContext, Tell, Callable[[int, float | None], 
 class TrialSearcher(QueueSearcher):
     """Tune's searcher: each run that it suggests is a point of the sweep under one seed."""
 
-    desk: TrialQueue
+    queue: TrialQueue
 
     def suggest(self, trial_id: str) -> Any:
-        poll_queue(self.desk)
-        job = self.desk.next()
+        poll_queue(self.queue)
+        job = self.queue.next_job()
         if job is not None:
             return {"run": job.run_id, "job": asdict(job)}
-        return Searcher.FINISHED if self.desk.over else None
+        return Searcher.FINISHED if self.queue.done else None
 
 
 class RungScheduler(FIFOScheduler):
     """Tune's scheduler: brings scores to the sweep's pruner and its answers to the runs; it ends nothing itself."""
 
-    def __init__(self, desk: TrialQueue, box: Any) -> None:
+    def __init__(self, queue: TrialQueue, box: Any) -> None:
         super().__init__()
-        self.desk, self.box = desk, box
+        self.queue, self.box = queue, box
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -55,7 +55,7 @@ class RungScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         if result.get("judge") is not None:
             run_id, step = trial.config["run"], int(result["judge"])
-            self.box.decide.remote(run_id, step, self.desk.judged(run_id, step, result["miou"]))
+            self.box.decide.remote(run_id, step, self.queue.should_stop(run_id, step, result["miou"]))
         return TrialScheduler.CONTINUE
 
     def save(self, checkpoint_path: str) -> None:
@@ -72,23 +72,23 @@ def train_trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Wo
     tune.report(work(job, place, tune.report, judged))
 
 
-def run_trials(desk: TrialQueue, session: Session, work: Work = run_attempt) -> None:
+def run_trials(queue: TrialQueue, session: Session, work: Work = run_attempt) -> None:
     """Run the sweep's trials of one worker on the session's Ray until the queue is over."""
-    settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
+    settings = queue.settings
+    place = WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
     box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(queue.slots)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(train_trial, place=place, box=box, work=work), resources),
         tune_config=tune.TuneConfig(
-            search_alg=TrialSearcher(desk), scheduler=RungScheduler(desk, box), num_samples=-1, reuse_actors=True
+            search_alg=TrialSearcher(queue), scheduler=RungScheduler(queue, box), num_samples=-1, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             name="sweep",
             storage_path=str(session.scratch / "tune"),
             verbose=0,
-            callbacks=[QueueCallback(desk, place.stop_name, session.refresh)],
+            callbacks=[QueueCallback(queue, place.stop_name, session.refresh)],
         ),
     )
     tuner.fit()

@@ -60,34 +60,34 @@ class Mailbox:
         return self.last.pop(run_id, None)
 
 
-def run_shared(desk: JobQueue, scratch: Path, refresh: Callable[[], None]) -> None:
-    """Run the queue's jobs, ``desk.slots`` trainers at a time, until it is done."""
-    settings = desk.settings
-    place = WorkerContext(str(desk.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
+def run_shared(queue: JobQueue, scratch: Path, refresh: Callable[[], None]) -> None:
+    """Run the queue's jobs, ``queue.slots`` trainers at a time, until it is done."""
+    settings = queue.settings
+    place = WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
     box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     flag: Any = None
     running: dict[Future[None], str] = {}
-    while not desk.over:
+    while not queue.done:
         refresh()
-        poll_queue(desk)
-        if desk.stopping and flag is None and running:
+        poll_queue(queue)
+        if queue.stopping and flag is None and running:
             flag = create_stop_flag(place.stop_name)
-        while (job := desk.next()) is not None:
+        while (job := queue.next_job()) is not None:
             alone = settings.address is None
-            given = job, place, box, settings.gpus_per_trial or 0.0, scratch, desk.judges, alone
+            given = job, place, box, settings.gpus_per_trial or 0.0, scratch, queue.judges, alone
             running[_aside(_train, *given)] = job.run_id
-            desk.started(job.run_id)
+            queue.on_started(job.run_id)
         for run_id, news in ray.get(box.take.remote()):
-            desk.heard(run_id, news)
+            queue.on_progress(run_id, news)
             if "judge" in news:
-                box.decide.remote(run_id, news["judge"], desk.judged(run_id, news["judge"], news["miou"]))
+                box.decide.remote(run_id, news["judge"], queue.should_stop(run_id, news["judge"], news["miou"]))
         for future in [future for future in running if future.done()]:
             run_id = running.pop(future)
             result, error = ray.get(box.pop.remote(run_id)), future.exception()
             if result is not None:
-                desk.finished(run_id, result)
+                queue.on_result(run_id, result)
             else:
-                desk.lost(run_id, death_message(error), isinstance(error, ray.exceptions.OutOfMemoryError))
+                queue.on_worker_died(run_id, death_message(error), isinstance(error, ray.exceptions.OutOfMemoryError))
         time.sleep(PAUSE)
 
 

@@ -65,21 +65,21 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
     """Resume the sweep and run it to its end, rewriting its page on the way."""
     load = partial(load_trials, job.directory / "trials")  # not those in memory, which change meanwhile
     pages = PageWriter(lambda: write_sweep_page(job, load(), command, resting=False))
-    desk = _desk(job, lease.check, pages.dirty.set)
-    begun = len(desk.search.trials)
+    queue = _desk(job, lease.check, pages.dirty.set)
+    begun = len(queue.search.trials)
     print(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
     from viladiff.cluster.sweep_executor import run_search
 
     with pages:
-        run_search(desk)
-    trials, given_up = desk.search.trials, desk.search.hopeless
+        run_search(queue)
+    trials, given_up = queue.search.trials, queue.search.hopeless
     index = write_sweep_page(job, trials, command, given_up)
     if given_up:
         print(f"given up: {given_up}\npage: {index}", file=sys.stderr)
         return 1
     job.store.clean()
-    failed = any([_failed(desk, one) for one in finalists(job.sweep, trials, job.namer)])
-    return conclude(job, trials, index) or (130 if desk.stopping else int(failed))
+    failed = any([_failed(queue, one) for one in finalists(job.sweep, trials, job.namer)])
+    return conclude(job, trials, index) or (130 if queue.stopping else int(failed))
 
 
 def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
@@ -143,11 +143,11 @@ def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
     return left
 
 
-def _failed(desk: TrialQueue, finalist: Finalist) -> bool:
+def _failed(queue: TrialQueue, finalist: Finalist) -> bool:
     """Return whether a run of a finalist failed, and print it."""
     failed = False
     for seed, run in finalist.runs.items():
-        outcome = desk.outcomes.get(run.run_id)
+        outcome = queue.outcomes.get(run.run_id)
         if outcome is not None and outcome.failure is not None and outcome.state == "failed":
             failed = True
             print(f"failed: {finalist.label}, seed {seed}: {outcome.failure.message}", file=sys.stderr)

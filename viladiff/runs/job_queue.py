@@ -1,9 +1,9 @@
 """The job queue: order, retries, and runs of other drivers, decided on one thread without Ray.
 
-A run is handed out (``next``), reported on (``heard``) and returned (``finished`` or ``lost``); ``tick`` handles runs
-that do not return by themselves. Retries: a process that died, ``settings.retries`` times; a stalled run, once; too
-little memory, once, at the end and with nothing beside it; a loss that is not finite, an error, or another name than
-planned, never, since it would end the same way.
+A run is handed out (``next_job``), reported on (``on_progress``) and returned (``on_result`` or ``on_worker_died``);
+``poll`` handles runs that do not return by themselves. Retries: a process that died, ``settings.retries`` times; a
+stalled run, once; too little memory, once, at the end and with nothing beside it; a loss that is not finite, an error,
+or another name than planned, never, since it would end the same way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ActiveRun:
 
     job: PlannedRun
     heard: float
-    """Clock of the desk at the last sign of life."""
+    """Clock of the queue at the last sign of life."""
     place: tuple[str, int] | None = None
     """Node and process, once known."""
     step: int | None = None
@@ -69,18 +69,18 @@ class JobQueue:
     # What the launcher asks
 
     @property
-    def over(self) -> bool:
+    def done(self) -> bool:
         """Nothing is under way and nothing more will be."""
         return not (self.live or self.waiting or self.alone or self.elsewhere)
 
-    def settle(self) -> None:
+    def drop_finished(self) -> None:
         """Drop finished runs from the queue, and set apart those that other processes hold."""
         for _ in range(len(self.waiting)):
             job = self.waiting.popleft()
             if not self._already(job):
                 self.waiting.append(job)
 
-    def next(self) -> PlannedRun | None:
+    def next_job(self) -> PlannedRun | None:
         """Return a run to start now, if there is one and a free slot."""
         exclusive = any(name in self.tries and "memory" in self.tries[name] for name in self.live)
         if self.stopping or exclusive or len(self.live) >= self.slots:
@@ -97,12 +97,12 @@ class JobQueue:
             return job
         return None
 
-    def started(self, run_id: str) -> None:
+    def on_started(self, run_id: str) -> None:
         """Record that the run's process has started."""
         self.live[run_id].heard = self.clock
         self.tell(Event("started", run_id))
 
-    def heard(self, run_id: str, news: dict[str, Any]) -> None:
+    def on_progress(self, run_id: str, news: dict[str, Any]) -> None:
         """Process a heartbeat, with ``node`` and ``pid`` at the start, ``step``, ``steps`` and ``loss`` later."""
         run = self.live.get(run_id)
         if run is None:
@@ -118,11 +118,11 @@ class JobQueue:
     judges = False
     """Whether runs are to ask ``judged`` of each of their scores."""
 
-    def judged(self, run_id: str, step: int, value: float | None) -> bool:
+    def should_stop(self, run_id: str, step: int, value: float | None) -> bool:
         """Process the score at a step; True stops the run there."""
         return False
 
-    def finished(self, run_id: str, result: dict[str, Any]) -> None:
+    def on_result(self, run_id: str, result: dict[str, Any]) -> None:
         """Process a trial's result: ``state`` is done, stopped, elsewhere or failed (with ``kind`` and ``message``)."""
         run = self.live.pop(run_id)
         state = result["state"]
@@ -141,7 +141,7 @@ class JobQueue:
                 Outcome(run_id, "done", attempts=attempts, worker=_named(run.place), **timing), miou=result.get("miou")
             )
 
-    def lost(self, run_id: str, message: str, memory: bool = False) -> None:
+    def on_worker_died(self, run_id: str, message: str, memory: bool = False) -> None:
         """Process the loss of a run: its process died, was killed as stalled, or by Ray for lack of ``memory``."""
         run = self.live.pop(run_id)
         if self.stopping:
@@ -154,7 +154,7 @@ class JobQueue:
             message = f"no sign of life for {self.settings.stall_timeout:g} s{stack}"
         self._failed(run, "hang" if hung else "memory" if memory else "killed", message)
 
-    def tick(self) -> Iterator[tuple[str, tuple[str, int]]]:
+    def poll(self) -> Iterator[tuple[str, tuple[str, int]]]:
         """Poll: take over abandoned runs; yield (run, (node, process)) of each stalled run, to be killed."""
         now = time.monotonic()
         # A driver that was itself stopped for a while must not think that everybody else was.
@@ -170,7 +170,7 @@ class JobQueue:
                 run.hung = True
                 yield run_id, run.place
 
-    def stop(self) -> None:
+    def request_stop(self) -> None:
         """Start nothing new and ask active runs to stop at a step, with a checkpoint."""
         self.stopping = True
         if self.live:

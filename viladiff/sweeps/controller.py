@@ -75,7 +75,7 @@ class SweepController:
 
     # Handing out
 
-    def work(self) -> list[PlannedRun]:
+    def next_runs(self) -> list[PlannedRun]:
         """Return the runs to start now; empty while waiting, or at the end (``done``)."""
         while not self.hopeless:
             job = self._next()
@@ -140,7 +140,7 @@ class SweepController:
 
     # Hearing
 
-    def heard(self, run_id: str, step: int, value: float | None) -> bool:
+    def on_score(self, run_id: str, step: int, value: float | None) -> bool:
         """Process an intermediate score; True asks the run to stop here, with a checkpoint."""
         number, seed = self.owner.get(run_id, (-1, -1))
         if number < 0 or seed != self.seeds[0]:
@@ -163,7 +163,7 @@ class SweepController:
         trial.rungs += new
         return new
 
-    def ended(self, outcome: Outcome) -> list[PlannedRun]:
+    def on_run_ended(self, outcome: Outcome) -> list[PlannedRun]:
         """Process the end of a run; return the next run of its trial, if any."""
         number, seed = self.owner.pop(outcome.run_id, (-1, -1))
         if number < 0:

@@ -35,25 +35,25 @@ class TrialQueue(JobQueue):
     judges = True
 
     @property
-    def over(self) -> bool:
-        return super().over and (self.stopping or (self.search.done and self.then is None))
+    def done(self) -> bool:
+        return super().done and (self.stopping or (self.search.done and self.then is None))
 
     def prime(self) -> None:
         """Check whether there is anything to run, before Ray is started for it."""
-        while not self.waiting and not self.elsewhere and not self.over:
+        while not self.waiting and not self.elsewhere and not self.done:
             self.waiting.extend(self._work())
-            self.settle()
+            self.drop_finished()
 
     def _work(self) -> list[PlannedRun]:
-        jobs = self.search.work()
+        jobs = self.search.next_runs()
         if not jobs and self.search.done and self.then is not None:
             then, self.then = self.then, None
             jobs = [] if self.search.hopeless else then()
         return jobs
 
-    def next(self) -> PlannedRun | None:
+    def next_job(self) -> PlannedRun | None:
         while True:
-            job = super().next()
+            job = super().next_job()
             if job is not None or self.stopping or self.waiting or self.alone or len(self.live) >= self.slots:
                 return job
             more = self._work()
@@ -61,15 +61,15 @@ class TrialQueue(JobQueue):
                 return None
             self.waiting.extend(more)
 
-    def started(self, run_id: str) -> None:
+    def on_started(self, run_id: str) -> None:
         self.began[run_id] = self.clock
-        super().started(run_id)
+        super().on_started(run_id)
 
-    def judged(self, run_id: str, step: int, value: float | None) -> bool:
-        return self.search.heard(run_id, step, value)
+    def should_stop(self, run_id: str, step: int, value: float | None) -> bool:
+        return self.search.on_score(run_id, step, value)
 
-    def tick(self) -> Iterator[tuple[str, tuple[str, int]]]:
-        yield from super().tick()
+    def poll(self) -> Iterator[tuple[str, tuple[str, int]]]:
+        yield from super().poll()
         for run_id, run in self.live.items():
             if self.timeout is not None and run.place and not run.hung and self._spent(run_id) > self.timeout:
                 run.hung = True
@@ -90,4 +90,4 @@ class TrialQueue(JobQueue):
         number = self.search.owner.get(outcome.run_id, (-1, 0))[0]
         self.spent[number] = self._spent(outcome.run_id)
         self.began.pop(outcome.run_id, None)
-        self.waiting.extend(self.search.ended(outcome))
+        self.waiting.extend(self.search.on_run_ended(outcome))

@@ -20,7 +20,7 @@ BACKGROUND = (
 _VOC = (
     "background; bed; building; cabinet; ceiling; curtain; door; fence; floor; grass; ground; mountain; road; rock; "
     "shelves; sidewalk; sky; snow; tree; wall; water; window; hang glider; helicopter; jet ski; go-cart; tractor; "
-    "emergency vehicle; lorry; truck; lion; stool; bench; wheelchair; coffee table; desk; side table; picnic bench; "
+    "emergency vehicle; lorry; truck; lion; stool; bench; wheelchair; coffee table; queue; side table; picnic bench; "
     "wolve; flowers in a vase; goat; tram; laptop; advertising display; vehicle interior",
     "aeroplane; airplane; glider",
     "bicycle; tricycle; unicycle",
