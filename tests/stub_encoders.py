@@ -10,8 +10,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 CHANNELS, STRIDES = (8, 16, 16, 16), (4, 8, 16, 32)
-SIDE = 64
-"""Of the only images that ``stub_fixed`` takes."""
+SIZES = ((64, 64), (64, 96))
+"""Of the only images that ``stub_fixed`` takes; the second is what an encoder is tried with when it is built."""
 __all__: list[str] = []
 
 
@@ -43,13 +43,14 @@ class Stub(nn.Module):
         self.idle = nn.Parameter(torch.zeros(1)) if kind == "idle" else None
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        if self.kind == "fixed" and x.shape[-2:] != (SIDE, SIDE):
-            raise AssertionError(f"input of {tuple(x.shape[-2:])} is not of {SIDE}")
+        height, width = x.shape[-2:]
+        if self.kind == "fixed" and (height, width) not in SIZES:
+            raise AssertionError(f"input of {(height, width)} is not of 64")
         x = nn.functional.pad(self.norm(x), (0, -x.shape[-1] % 32, 0, -x.shape[-2] % 32))
         found = []
         for level in self.levels:
             x = level(x)
-            found.append(x.permute(0, 2, 3, 1) if self.kind == "last" else x)
+            found.append(x.permute(0, 2, 3, 1) if self.kind == "last" and height == width else x)
         return found
 
 

@@ -96,7 +96,8 @@ def test_tables_of_the_paper_are_planned_on_files(
     spec = ROOT / "ablations" / f"{table}.toml"
     words = ["--scale", scale, "--seeds", "1", "--rows", "SupBaseline", "UniMatch", "ViLaDiff", "--dry-run"]
     words += ["--runs-dir", str(tmp_path / "runs"), "--", f"runtime.data_root={made.root}"]
-    words += ["model.encoder=digits_vit", "model.pretrained=none"]
+    words += ["model.encoder=digits_vit", "model.pretrained=none", "model.encoder_stride=none", "model.decoder=light"]
+    words += ["data.crop=512"]
     with pytest.raises(
         ValueError, match=r"^these rows cannot run:\nrow .* 'ViLaDiff': data\.captions = 'own': .*\n2 rows"
     ):

@@ -60,7 +60,6 @@ def test_every_method_runs_without_content(name: str, monkeypatch: pytest.Monkey
             r"^data\.crop = 96: .*stub_fixed.*\(96, 96\) is not of 64",
         ),
         ({"encoder": "last"}, FACTS, r"needs a map of \(1, 8, 16, 16\), got \(1, 16, 16, 8\)\); choose an encoder"),
-        ({"encoder": "norm", "runtime__workers": 2}, FACTS, r"stub_norm.*has BatchNorm.*runtime\.workers = 1"),
         (
             {"encoder": "idle", "runtime__workers": 2},
             FACTS,
@@ -103,7 +102,7 @@ def test_the_size_that_an_encoder_was_made_for_is_named(monkeypatch: pytest.Monk
 
 def test_pictures_of_one_size_are_tried_at_that_size_alone() -> None:
     assert try_on_meta(config("fixed"), FACTS._replace(picture=(64, 64))) == []
-    assert "picture of 64 x 96" in try_on_meta(config("fixed"), FACTS._replace(picture=(64, 96)))[0]
+    assert "picture of 96 x 64" in try_on_meta(config("fixed"), FACTS._replace(picture=(96, 64)))[0]
 
 
 def test_a_step_that_fails_is_told_and_one_that_reads_numbers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
