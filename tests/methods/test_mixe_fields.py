@@ -245,7 +245,7 @@ def test_workers_choose_together_what_one_worker_would(
             part = replace(whole, image=whole.image[own], keys=keys, weak=(whole.weak[0][:unlabelled],))
             chosen = method._chosen(part)
             mine = viladiff_mixe._keys(part, chosen)
-            assert torch.equal(viladiff_mixe.select_rows(part.image, chosen), whole.image[list(mine)])
+            assert torch.equal(viladiff_mixe.rows_at(part.image, chosen), whole.image[list(mine)])
             found += mine
         assert found == expected, workers
 

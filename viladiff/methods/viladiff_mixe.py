@@ -13,7 +13,7 @@ from viladiff.data.batch import IGNORE, Batch, CutMix, Step, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes, join_text, mix_text, pair_partner
 from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, pixel_cross_entropy, weighted_pixel_mean
 from viladiff.methods.base import MeanTeacher
-from viladiff.methods.viladiff_outputs import NetworkOutput, Places, Pseudo, TeacherOutput, select_rows
+from viladiff.methods.viladiff_outputs import NetworkOutput, Places, Pseudo, TeacherOutput, keys_at, rows_at, text_at
 from viladiff.models.blocks import cell_means, resampled
 from viladiff.models.mixe.denoiser import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
 from viladiff.models.mixe.guided_filter import Guided
@@ -89,9 +89,9 @@ class MixeTeacher(MeanTeacher):
             chosen = self._chosen(batch)
             image, view_text = batch.image if cfg.labelled_views == "weak" else batch.image_strong, batch.text
             assert image is not None  # the views ask for it
-            image, view_text = select_rows(image, chosen), _of(view_text, chosen)
+            image, view_text = rows_at(image, chosen), text_at(view_text, chosen)
             if cfg.labelled_views == "cutmix":
-                boxes = self._boxes(_keys(batch, chosen), image, step)
+                boxes = self._boxes(keys_at(batch, chosen), image, step)
                 image, view_text = apply_cutmix(image, boxes), self._words(view_text, boxes)
             views["labelled"] = image, view_text
         views["weak"] = batch.weak[0], batch.text_u
@@ -240,12 +240,12 @@ class MixeTeacher(MeanTeacher):
         target = None
         if teacher_out.labelled is not None:
             chosen = self._chosen(batch)
-            target = select_rows(batch.target if self.calibration is None else self._supervised(batch), chosen)
+            target = rows_at(batch.target if self.calibration is None else self._supervised(batch), chosen)
             output = student_out.part(chosen)
             if teacher_out.boxes is not None:
                 target, output = apply_cutmix(target, teacher_out.boxes), output.mixed(teacher_out.boxes)
             starts.append(self._soft(teacher_out.labelled, size))
-            keys += [f"l{key}" for key in _keys(batch, chosen)]
+            keys += [f"l{key}" for key in keys_at(batch, chosen)]
             outputs.append(output)
             targets.append(target)
             valid_pixels.append(target != IGNORE)
@@ -362,7 +362,7 @@ class MixeTeacher(MeanTeacher):
             return
         left_out = slice(self._period() - 1, None, self._period())
         teacher_out, target = (
-            self._see(self.teacher, batch.image[left_out], _of(batch.text, left_out)),
+            self._see(self.teacher, batch.image[left_out], text_at(batch.text, left_out)),
             batch.target[left_out],
         )
         teacher_logits = self._source_logits(teacher_out.streams)
@@ -395,11 +395,3 @@ class Refined(nn.Module):
             scores = method.relabelled(self.network.upsample(stream.logits, images.shape[-2:]).softmax(1), refined)
             log_probs[name] = scores.clamp_min(1e-30).log()
         return log_probs
-
-
-def _keys(batch: Batch, where: Places) -> tuple[int, ...]:
-    return batch.keys[where] if isinstance(where, slice) else tuple(batch.keys[i] for i in where)
-
-
-def _of(text: TextBatch | None, where: Places) -> TextBatch | None:
-    return None if text is None else TextBatch(select_rows(text.tokens, where), select_rows(text.mask, where))

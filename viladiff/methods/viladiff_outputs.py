@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from viladiff.data.batch import CutMix
+from viladiff.data.batch import Batch, CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.models.stream import StreamOutput
 
@@ -36,12 +36,9 @@ class NetworkOutput(NamedTuple):
     def part(self, where: Places) -> NetworkOutput:
         """Select some of the images, detached."""
         streams = {
-            name: StreamOutput(*(select_rows(x.detach(), where) for x in stream))
-            for name, stream in self.streams.items()
+            name: StreamOutput(*(rows_at(x.detach(), where) for x in stream)) for name, stream in self.streams.items()
         }
-        return NetworkOutput(
-            streams, select_rows(self.image, where), tuple(select_rows(x.detach(), where) for x in self.finer)
-        )
+        return NetworkOutput(streams, rows_at(self.image, where), tuple(rows_at(x.detach(), where) for x in self.finer))
 
     def mixed(self, mix: CutMix) -> NetworkOutput:
         """Paste CutMix boxes into every map but the tokens."""
@@ -67,6 +64,16 @@ class TeacherOutput(NamedTuple):
     """The boxes pasted into the labelled images before."""
 
 
-def select_rows(x: Tensor, where: Places) -> Tensor:
+def rows_at(x: Tensor, where: Places) -> Tensor:
     """Select rows by a slice or a list, without sending an index to the device."""
     return x[where] if isinstance(where, slice) else torch.stack([x[i] for i in where])
+
+
+def keys_at(batch: Batch, where: Places) -> tuple[int, ...]:
+    """Return the keys of those labelled images."""
+    return batch.keys[where] if isinstance(where, slice) else tuple(batch.keys[i] for i in where)
+
+
+def text_at(text: TextBatch | None, where: Places) -> TextBatch | None:
+    """Return the words of those images."""
+    return None if text is None else TextBatch(rows_at(text.tokens, where), rows_at(text.mask, where))
