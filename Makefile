@@ -15,7 +15,7 @@ help: ## list the targets
 setup: ## make .venv and install into it (says how much; nothing to do the second time)
 	@PYTHON="$(PYTHON)" scripts/setup.sh
 
-table5: setup ## set up, then the main job: Table 5 on the embedded data set, in minutes (ARGS="--scale digits")
+table5: setup ## set up, then the main job: Table 5 on the built-in data set, in minutes (ARGS="--scale digits")
 	$(bin)/python ablations/run_table5.py $(ARGS)
 
 reproduce: setup ## train rows 1 and 8 of the published Table 5 anew and compare with their records (ARGS="--dry-run")

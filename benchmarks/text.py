@@ -3,7 +3,7 @@
 OMP_NUM_THREADS=1 python benchmarks/text.py [--parts step bank caption] [--images 64]
 
 step: the looked-up words of a batch against the null token alone (a bank without a word), as a share of one ViLaDiff
-step on the embedded data set and of one with the tokens of CLIP; medians of alternating repeats. bank: 118,000 images
+step on the built-in data set and of one with the tokens of CLIP; medians of alternating repeats. bank: 118,000 images
 with two captions of 77 tokens and 512 channels, 18.6 GB as a sparse file, so that reading it costs no disk but every
 page that a real one costs. caption: BLIP-2 with the real classes and tiny random weights, which measures everything but
 the model; images a second of a model in this process, and of one and two actors through Ray Data, start not counted.
@@ -110,7 +110,7 @@ def bench_step(repeats: int) -> bool:
             repeats,
         )
     good = True
-    for name, title in (("words", "words of the embedded data set"), ("clip", "2 x 77 tokens of 512 channels")):
+    for name, title in (("words", "words of the built-in data set"), ("clip", "2 x 77 tokens of 512 channels")):
         share = (found[name] - found["null"]) / found["step"]
         print(f"{title}: {found[name]:.2f} ms, null token {found['null']:.2f} ms: {share:+.2%} of a step of")
         print(f"{found['step']:.0f} ms (aim {STEP_AIM:.0%})")

@@ -1,4 +1,4 @@
-"""Draws docs/digits.png: scenes of the embedded data sets with their masks, and what the simulated captioner says.
+"""Draws docs/digits.png: scenes of the built-in data sets with their masks, and what the simulated captioner says.
 
 python reports/render_digits.py
 """

@@ -23,7 +23,7 @@ PAPER_DEFAULTS: dict[str, object] = {
     "mixe.labelled_views": "weak",
     "mixe.unlabelled_views": "weak",
 }
-"""ViLaDiff's fields as the class has them, without the reading that embedded data run."""
+"""ViLaDiff's fields as the class has them, without the reading that built-in data run."""
 CLASSES, SIDE, WORDS = 5, 32, 6
 NAMES = ("background", "one", "two", "three", "four")
 STEP = Step(index=7, progress=0.9, seed=3)

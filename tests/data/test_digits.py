@@ -1,4 +1,4 @@
-"""The embedded data sets: what a scene depends on, how the cache fails, which images are labelled."""
+"""The built-in data sets: what a scene depends on, how the cache fails, which images are labelled."""
 
 from __future__ import annotations
 

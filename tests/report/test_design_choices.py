@@ -34,7 +34,7 @@ NOTES = (ROOT / "docs" / "paper-notes.md").read_text(encoding="utf-8")
 
 
 def varied() -> dict[str, set[str]]:
-    """By field, every value that a cell of any table gives it besides the default, on the embedded data sets."""
+    """By field, every value that a cell of any table gives it besides the default, on the built-in data sets."""
     found: dict[str, set[str]] = {}
     ours = flatten(override(RunConfig(), {"method.name": "viladiff"}))
     for path in sorted((ROOT / "ablations").glob("*.toml")):

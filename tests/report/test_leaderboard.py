@@ -126,7 +126,7 @@ def test_rates_are_half_and_twice_of_what_the_leaderboard_takes_and_never_see_th
         }
         rate = {"Half": 0.5, "Default": 1, "Double": 2}[column] * other.optim.lr
         assert cfg.optim.lr == pytest.approx(rate) and (cfg.data.holdout, cfg.eval.split) == (0.0, "dev")
-        assert apart.keys() - {"optim.lr"} == {"eval.boundary"}, "dev is the default of embedded data"
+        assert apart.keys() - {"optim.lr"} == {"eval.boundary"}, "dev is the default of built-in data"
         assert other.eval.split == "test"
 
 

@@ -37,7 +37,7 @@ def like(dataset: str = "voc", **changes: object) -> RunRecord:
         ("voc", "timm vit_base_patch16_224.mae", "ImageNet-1k, without labels"),
         ("voc", "own.safetensors", "not known"),
         ("voc", "none", "nothing"),
-        ("digits", "shipped", "embedded data sets, .* without masks"),
+        ("digits", "shipped", "built-in data sets, .* without masks"),
     ],
 )
 def test_image_encoders(dataset: str, pretrained: str, words: str) -> None:

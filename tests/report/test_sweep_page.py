@@ -252,7 +252,7 @@ def test_stopped_trials_are_at_their_own_budget(
     assert "150" in page.said["rungs"] and 'class="num">12</td><td class="num">10</td>' in text
     history = drawn["history"]
     assert isinstance(history, TrialChart) and len(history.dots) == 9
-    assert "Points were chosen by the part dev of the embedded data, on which no trial was trained" in text
+    assert "Points were chosen by the part dev of the built-in data, on which no trial was trained" in text
 
 
 def test_peeking_is_said_in_red_and_an_empty_sweep_says_so(sweep: Sweep, tmp_path: Path) -> None:

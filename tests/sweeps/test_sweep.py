@@ -67,7 +67,7 @@ def test_the_papers_value_is_the_methods_default() -> None:
     for path in FILES:
         sweep = load_sweep(path)
         where = {"method.name": sweep.base["method.name"]}
-        if path.stem == "sweep_viladiff":  # its first point is the first reading, which embedded data do not run
+        if path.stem == "sweep_viladiff":  # its first point is the first reading, which built-in data do not run
             where |= {"data.dataset": "voc", "method.pseudo.threshold": "0.7"}
             where |= {"method.mixe.width": "32", "method.mixe.depth": "2"}
         plain = flatten(override(RunConfig(), where))
@@ -305,7 +305,7 @@ def test_a_search_runs_on_held_out_images_and_its_finals_on_the_reported_ones(sw
 
 
 def test_the_images_that_points_are_chosen_by_are_named(sweep: Sweep) -> None:
-    assert choosing_images(sweep, "digits") == choosing_images(sweep, "smoke") == "the part dev of the embedded data"
+    assert choosing_images(sweep, "digits") == choosing_images(sweep, "smoke") == "the part dev of the built-in data"
     assert choosing_images(sweep, "paper") == "25% of the labelled images (at most 183 of 732)"
 
 
@@ -387,7 +387,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, capsys
     words = ["sweep", "lambda", "--scale", "smoke", "--runs-dir", str(tmp_path / "runs"), "--dry-run"]
     assert viladiff(words) == 0
     out = capsys.readouterr().out
-    assert "0.05 to 2.0, log" in out and "16 of 1 seeds, by tpe" in out and "the part dev of the embedded data" in out
+    assert "0.05 to 2.0, log" in out and "16 of 1 seeds, by tpe" in out and "the part dev of the built-in data" in out
     assert "31 runs, 124 steps" in out and not (tmp_path / "runs" / "sweeps").exists()
 
 

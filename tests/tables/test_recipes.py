@@ -142,7 +142,7 @@ def test_sizes_of_vila_and_mixe_follow_from_the_classes(dataset: str, vila: Any,
 
 
 def test_a_runs_name_has_the_sizes_that_its_data_set_presets() -> None:
-    """They are defaults, which are in no name by themselves; embedded data and methods without them have old names."""
+    """They are defaults, which are in no name by themselves; built-in data and methods without them have old names."""
 
     def sizes(dataset: str, method: str, **more: object) -> dict[str, str]:
         return sizes_fingerprint(override(RunConfig(), {"data.dataset": dataset, "method.name": method, **more}))

@@ -528,7 +528,7 @@ def test_reading_a_table_loads_no_torch() -> None:
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_table_can_be_run_at_every_scale_with_cells_that_differ(path: Path) -> None:
     table = load_table(path)
-    # Captions of known rates are simulated, on embedded data alone.
+    # Captions of known rates are simulated, on built-in data alone.
     assert {"smoke", "quick", "digits", "paper"} - set(table.scale) == ({"paper"} if path.stem == "captions" else set())
     whole = {i for i, row in enumerate(table.rows) if row.set.get("data.split") == "all"}
     long = {i for i, row in enumerate(table.rows) if "train.epoch_images" in row.set}

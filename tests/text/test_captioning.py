@@ -251,7 +251,7 @@ def test_a_dry_run_and_a_finished_one_start_nothing(
     jobs.finish(whole)
     assert main.main(asked) == 0 and "complete, 8 images; nothing to do" in capsys.readouterr().out
     assert main.main(["caption", "photo", "--model", str(blip)]) == 2
-    assert "'photo': is neither a directory nor an embedded data set" in capsys.readouterr().err
+    assert "'photo': is neither a directory nor a built-in data set" in capsys.readouterr().err
 
 
 def test_the_commands_of_the_page_can_be_typed() -> None:

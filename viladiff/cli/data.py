@@ -29,7 +29,7 @@ SHOWN = 20
 def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``data`` and its actions to the subparsers of ``viladiff``."""
     raw = argparse.RawDescriptionHelpFormatter
-    text = "check and split images and masks, or render the embedded data sets"
+    text = "check and split images and masks, or render the built-in data sets"
     data = commands.add_parser("data", help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
 
@@ -70,7 +70,7 @@ def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     masks.add_argument("--quiet", action="store_true", help="hide the progress bar")
     masks.set_defaults(run=_coco_masks)
 
-    render = actions.add_parser("render", help="render an embedded data set into the cache, or verify it")
+    render = actions.add_parser("render", help="render a built-in data set into the cache, or verify it")
     render.add_argument("names", nargs="+", metavar="NAME", help="name of the data set, such as digits or dense")
     render.set_defaults(run=_render)
 

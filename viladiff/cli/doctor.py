@@ -17,9 +17,9 @@ from viladiff.core.checks import Check
 from viladiff.core.environment import visible_cpus
 
 CACHE_GB = 0.5
-"""Room for both embedded data sets and their text, in GB."""
+"""Room for both built-in data sets and their text, in GB."""
 RUNS_GB = 1.0
-"""Room for some runs on the embedded data sets, in GB; real ones take more."""
+"""Room for some runs on the built-in data sets, in GB; real ones take more."""
 
 
 def examine(runs_dir: str | Path = "runs") -> list[Check]:
@@ -114,7 +114,7 @@ def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
 
 
 def _cached(directory: Path) -> Iterator[Check]:
-    """Check that every file of the rendered embedded data sets is complete and unaltered."""
+    """Check that every file of the rendered built-in data sets is complete and unaltered."""
     from viladiff.data.cache import open_checked
     from viladiff.data.sources.digits import VARIANTS, variant_fingerprint
 

@@ -16,7 +16,7 @@ EXAMPLES = """\
 examples:
   {name} --dry-run                        print the space and the runs, and estimate the time
   {name}                                  scale quick: minutes on two cores
-  {name} --scale digits --trials 40       the full embedded data set; --trials 60 adds twenty
+  {name} --scale digits --trials 40       the full built-in data set; --trials 60 adds twenty
   {name} --sampler random --early-stopping asha --seeds 1
   {name} --scale digits --address auto --gpus-per-trial 0.5 --runs-dir /shared/runs
 

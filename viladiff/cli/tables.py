@@ -13,7 +13,7 @@ EXAMPLES = """\
 examples:
   {name} --dry-run                        list the runs and estimate the time
   {name}                                  scale quick: one seed, minutes on two cores
-  {name} --scale digits --seeds 3         the full embedded data set
+  {name} --scale digits --seeds 3         the full built-in data set
   {name} --rows 1 8 --columns 1 -- train.steps=50
   {name} --scale digits --address auto --gpus-per-trial 0.5 --runs-dir /shared/runs
 

@@ -30,7 +30,7 @@ EMBED_EXAMPLES = """\
 examples:
   viladiff embed data.dataset=voc runtime.data_root=VOC2012 data.text_encoder=open_clip \\
     --captions voc.parquet --text-model CLIP-ViT-B-16
-  viladiff embed data.text_encoder=minilm           the embedded data set; requires: pip install "viladiff[minilm]"
+  viladiff embed data.text_encoder=minilm           the built-in data set; requires: pip install "viladiff[minilm]"
 
 Accepts the fields of viladiff train, which reads the encoded captions from the cache.
 """

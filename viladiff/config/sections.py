@@ -57,9 +57,9 @@ class ModelConfig(Section):
     """The segmenter that every method builds."""
 
     encoder: str = Field("digits_vit", min_length=1)
-    """``digits_vit``, any timm backbone, or ``transformers``; ``vit_base_patch16_224`` unless the data is embedded."""
+    """``digits_vit``, any timm backbone, or ``transformers``; ``vit_base_patch16_224`` unless the data is built in."""
     pretrained: Literal["shipped", "timm", "none"] = "shipped"
-    """Where the encoder's first weights come from; ``timm`` unless the data set is embedded."""
+    """Where the encoder's first weights come from; ``timm`` unless the data set is built in."""
     weights: str | None = None
     """A file of encoder weights, in place of ``pretrained``; of ``transformers`` the model's directory. A whole network
     of a published layout, as UniMatch's, also sets ``decoder`` and classifier."""
@@ -74,7 +74,7 @@ class ModelConfig(Section):
     """What brings the encoder's maps to one fine map, ``dpt`` that of UniMatch-V2; semivl and textprobe have their own.
     """
     decoder_width: int = Field(16, ge=8)
-    """Channels of ``light``, a multiple of 8; 128 unless the data set is embedded. ``dpt`` has 64, 128 or 256,
+    """Channels of ``light``, a multiple of 8; 128 unless the data set is built in. ``dpt`` has 64, 128 or 256,
     ``deeplabv3plus`` its published widths."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Rate of stochastic depth in the encoder."""
@@ -140,7 +140,7 @@ class TrainConfig(Section):
     """Images of an epoch of a method that uses labelled ones alone, whose list is repeated up to this number; none is
     the list once, ``unlabelled`` as many optimiser steps as a pass over the unlabelled list has."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass (autocast); ``bf16`` unless the data set is embedded, on whatever device. A CPU
+    """Arithmetic of the forward pass (autocast); ``bf16`` unless the data set is built in, on whatever device. A CPU
     computes in bf16 too, slower than in fp32 where it has no such instructions. Weights, averages and scores are fp32.
     """
     tf32: bool = False
@@ -178,7 +178,7 @@ class EvalConfig(Section):
     protocol: Literal["original", "center_crop", "sliding_window"] = "original"
     """``sliding_window`` by default on Cityscapes."""
     split: Literal["val", "dev", "test", "holdout"] = "val"
-    """Images that scores are of. The embedded data sets have ``dev``, their default, for choices and ``test`` for
+    """Images that scores are of. The built-in data sets have ``dev``, their default, for choices and ``test`` for
     results; the others have ``val``. ``holdout``: labelled images that ``data.holdout`` keeps out of training."""
     max_images: int | None = Field(None, ge=1)
     """The first so many validation images, for quick looks; none takes all."""
@@ -207,7 +207,7 @@ class RuntimeConfig(Section):
     runs_dir: str = Field("runs", min_length=1)
     """Directory that holds one directory a run."""
     data_root: str | None = None
-    """Directory of the data, for ``folder`` the one with ``images`` in it; not needed by the embedded data sets."""
+    """Directory of the data, for ``folder`` the one with ``images`` in it; not needed by the built-in data sets."""
     captions: str | None = None
     """File of captions (CSV, JSON lines or Parquet) in place of the data set's own; the run's name has its content."""
     text_model: str | None = None

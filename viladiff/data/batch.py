@@ -36,7 +36,7 @@ class Views:
     tags: bool = False
     """Whether the classes that each image's captions mention are wanted."""
     truth: bool = False
-    """Whether true masks of unlabelled images are wanted: for oracle controls on embedded data alone."""
+    """Whether true masks of unlabelled images are wanted: for oracle controls on built-in data alone."""
     apart: int = 1
     """Every such labelled image of a batch is of a part of the labelled list that is set apart; 1 where none is."""
 

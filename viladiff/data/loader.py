@@ -1,6 +1,6 @@
 """Batches as a pure function of the step: step s has the same batch on any number of workers.
 
-An embedded data set is in arrays of one size and goes through ``augment.geometric``. Files are decoded and cut one by
+A built-in data set is in arrays of one size and goes through ``augment.geometric``. Files are decoded and cut one by
 one on the host (``decode``), optionally in other processes; colours change in batches on the device for both.
 """
 

@@ -50,7 +50,7 @@ def load_dataset(
     """Open a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
     split: the name of a list, or "all" (``data.all_labelled``). root: where the files of a data set that is not
-    embedded are.
+    built in are.
     holdout: see ``data.holdout``; those images are the validation set where ``scored`` is "holdout". captions: a file
     of captions in place of the data set's own. own: the fields that the section of the data set has beside those of all
     data sets, such as ``split_family``; its defaults where they are not given. Raises ValueError for an unknown data

@@ -1,6 +1,6 @@
 """Splits: labelled lists, images held out of training, and ``all``, in which every image with a mask is labelled.
 
-The labelled lists of the embedded data are prefixes of one permutation, so that a larger split only adds images.
+The labelled lists of the built-in data are prefixes of one permutation, so that a larger split only adds images.
 """
 
 from __future__ import annotations

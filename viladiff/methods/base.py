@@ -62,7 +62,7 @@ class PseudoConfig(Section):
 
 
 SHARED_THRESHOLD: Mapping[str, object] = {"pseudo.threshold": 0.7}
-"""On the embedded data, of all methods with a fixed threshold that is published as 0.9 or more: docs/experiments.md."""
+"""On the built-in data, of all methods with a fixed threshold that is published as 0.9 or more: docs/experiments.md."""
 
 
 class PredictConfig(Section):
@@ -111,7 +111,7 @@ class Method(nn.Module):
     protocols: ClassVar[tuple[PublishedSetting, ...]] = ()
     """What the publication has of optimiser, batch, crop and length, likewise; it yields to a table's own."""
     embedded: ClassVar[Mapping[str, object]] = {}
-    """Defaults on the embedded data sets, chosen on their part ``dev``: {path below ``method``: value}."""
+    """Defaults on the built-in data sets, chosen on their part ``dev``: {path below ``method``: value}."""
     term_fields: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that weigh single parts of the loss or leave them out, by path below ``method``: patterns of their names.
     ``path=value`` is one of several values of a field. A table that varies such a field is told the parts' shares."""

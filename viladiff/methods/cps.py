@@ -5,7 +5,7 @@ there, so that no second unlabelled batch has to be looked at (6 forwards in pla
 without CutMix, do labelled images' pixels of label 255 teach the other network, as all do there; losses are plain
 global means, where the released ones shrink with the number of workers.
 
-No threshold leaves unsure labels out, as published: in runs of a few hundred steps on the embedded data, where early
+No threshold leaves unsure labels out, as published: in runs of a few hundred steps on the built-in data, where early
 labels are poor, they cost 1.5 to 2 points.
 """
 

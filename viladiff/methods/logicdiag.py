@@ -14,9 +14,9 @@ contradict itself; the groups' scores are the method, and ``method.revise=false`
 no loss on the rules themselves.
 
 CutMix boxes lie on the patch grid, as in ``fixmatch`` (``data.cutmix_grid``). No threshold leaves unsure labels out: in
-runs of a few hundred steps on the embedded data, where early labels are poor, they cost 1.5 to 2 points.
+runs of a few hundred steps on the built-in data, where early labels are poor, they cost 1.5 to 2 points.
 
-Groups are known for the embedded data sets, VOC, Cityscapes and COCO; of other data, ``groups`` says them.
+Groups are known for the built-in data sets, VOC, Cityscapes and COCO; of other data, ``groups`` says them.
 """
 
 from __future__ import annotations

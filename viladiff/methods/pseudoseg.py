@@ -12,7 +12,7 @@ labelled images is known by its label 255 alone. The strong view is that of the 
 probability 0.8, also grey and blur), before CutOut; the place of the square is uniform within the crop. On data without
 a background, class 0 takes its part (the road on Cityscapes).
 
-The tags' gradient into the encoder, which is published so, is what holds the method back on the embedded data: at 183
+The tags' gradient into the encoder, which is published so, is what holds the method back on the built-in data: at 183
 labels it reaches 45.5, 47.3 where that gradient is cut, and 45.2 without any pseudo-label.
 """
 

@@ -3,7 +3,7 @@
 L = cross-entropy (Eq. 10) of the labelled images alone. Tokens of the encoder read the caption by cross-attention, and
 the maps with which class queries attend to the tokens are the masks: scores before the softmax, brought to pixels
 bilinearly. ``probe.text=false`` leaves the cross-attention out; with ``data.captions=none`` it is there and reads a
-learned null token, so that both networks have the same parameters. Of the embedded data the encoder is trained;
+learned null token, so that both networks have the same parameters. Of the built-in data the encoder is trained;
 ``model.encoder_frozen=true`` is for one that has seen much. All of this is ours but for what section 3.2 says: that
 attention between features and text is computed and that its maps predict masks.
 """

@@ -97,7 +97,7 @@ EMBEDDED_PRESET: Mapping[str, object] = {
     "mixe.labelled_views": "strong",
     "mixe.unlabelled_views": "strong",
 }
-"""What the text leaves open, as it was chosen on ``dev`` of the embedded data: reports/published/protocol/table.md."""
+"""What the text leaves open, as it was chosen on ``dev`` of the built-in data: reports/published/protocol/table.md."""
 
 
 class ViLaDiff(MixeTeacher):

@@ -61,11 +61,11 @@ class VilaConfig(Section):
     """Factor of Eq. 2 in all arrows."""
     path_weights: PathWeights = PathWeights()
     depth: int = Field(1, ge=1, le=12)
-    """Cross-attention blocks of the fusion stream, and shared reconstruction blocks; 2 unless the data is embedded."""
+    """Cross-attention blocks of the fusion stream, and shared reconstruction blocks; 2 unless the data is built in."""
     width: int = Field(64, ge=8)
-    """Channels of the streams; 384 unless the data is embedded."""
+    """Channels of the streams; 384 unless the data is built in."""
     heads: int = Field(4, ge=1)
-    """Heads of the attentions; 6 unless the data is embedded."""
+    """Heads of the attentions; 6 unless the data is built in."""
     cutmix_text: Literal["both", "own"] = "both"
     """Words that a mixed image is given: its own and its partner's, or its own alone (ours)."""
 

@@ -70,7 +70,7 @@ class RunRecord(BaseModel):
     notes: list[str] = []
     """What the method said before training of what it lacked here, a sentence each."""
     split_name: str = ""
-    """Which list of files the labelled images are, and whether it is a published one; empty for embedded data sets."""
+    """Which list of files the labelled images are, and whether it is a published one; empty for built-in data sets."""
     scale: str = ""
     """Size of experiment that the run was made for; empty for a run of its own."""
     gradient_shares: dict[str, Any] | None = None

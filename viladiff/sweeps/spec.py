@@ -69,7 +69,7 @@ class Sweep(Strict):
     """Fresh seeds with which the winner, the paper's value and the runner-up are trained anew, on the full list."""
     finals_split: Literal["test", "dev"] = "test"
     """What those runs score: the reported set or, where the sweep is for a choice and quotes nothing, ``dev`` of
-    embedded data and elsewhere the labelled images that trials are chosen on."""
+    built-in data and elsewhere the labelled images that trials are chosen on."""
     beside: tuple[str, ...] = ()
     """Names of sweeps of other methods with as many trials and seeds, which the page lists beside this one."""
     holdout: float = Field(0.25, gt=0, lt=1)
@@ -206,8 +206,8 @@ def changes(sweep: Sweep, scale: str, typed: Mapping[str, object], select: Selec
     """Return the fields of every run of the search: base, scale, command line, scored images; not the point or seed.
 
     A run of the search is scored at each rung and at the end on images that it does not train on and that no result is
-    read from: ``dev`` of an embedded data set, else labelled images that are held out. ``select`` val is for data in
-    files alone: on embedded data it would be ``test``. Raises ValueError for that, for an unknown scale, and for a
+    read from: ``dev`` of a built-in data set, else labelled images that are held out. ``select`` val is for data in
+    files alone: on built-in data it would be ``test``. Raises ValueError for that, for an unknown scale, and for a
     field that must not be set here.
     """
     fixed = common(sweep, scale, typed)
@@ -254,7 +254,7 @@ def _choosing(sweep: Sweep, fixed: Mapping[str, object]) -> dict[str, object]:
 def choosing_images(sweep: Sweep, scale: str) -> str:
     """Describe the images that points are chosen by, if they are not the reported set."""
     if embedded(common(sweep, scale, {})):
-        return "the part dev of the embedded data"
+        return "the part dev of the built-in data"
     listed = str(common(sweep, scale, {}).get("data.split", ""))
     many = f" (at most {round(sweep.holdout * int(listed))} of {listed})" if listed.isdigit() else ""
     return f"{sweep.holdout:.0%} of the labelled images{many}"

@@ -183,7 +183,7 @@ def check_lists(entry: str, fields: Mapping[str, object]) -> None:
 
 
 def embedded(fields: Mapping[str, object]) -> bool:
-    """Return whether runs with these fields are on an embedded data set, which has parts ``dev`` and ``test``."""
+    """Return whether runs with these fields are on a built-in data set, which has parts ``dev`` and ``test``."""
     from viladiff.data.sources import embedded_datasets
 
     return str(fields.get("data.dataset", "digits")) in embedded_datasets()

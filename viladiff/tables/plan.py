@@ -132,7 +132,7 @@ def make_plan(
 
     ``changes`` come from the command line and override everything that the table sets. ``cache`` is a directory for
     plans; one made there before from the same fields, code and weights is used again, and torch is not loaded. Plans
-    with data that is not embedded are not cached, since it may change. Raises ValueError for what cannot be run.
+    with data that is not built in are not cached, since it may change. Raises ValueError for what cannot be run.
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     file = None

@@ -102,7 +102,7 @@ class Scale(Strict):
     """None takes the table's."""
     split_per_seed: bool = False
     """Whether each seed draws its own labelled list, the same for all rows (``data.split_seed`` is the seed, added to
-    what a cell sets there); on embedded data alone, since other data sets have published lists."""
+    what a cell sets there); on built-in data alone, since other data sets have published lists."""
     published_runs: str = ""
     """Another scale of the table, whose committed records are shown beside the runs of this one; empty for none."""
     rows: tuple[str, ...] = ()

@@ -210,7 +210,7 @@ def published_lists(scales: Mapping[str, Scale]) -> Iterator[str]:
         if one.split_per_seed and (name == "paper" or one.recipe):
             yield (
                 f"scale.{name}: split_per_seed = true: the paper's lists are published, so that all seeds train on "
-                "them; allowed at scales of embedded data; leave it out"
+                "them; allowed at scales of built-in data; leave it out"
             )
 
 

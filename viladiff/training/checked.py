@@ -26,12 +26,12 @@ _ALSO = ("train.grad_accum_steps", "eval.protocol")
 _VALUES = ("model.weights", "model.pretrained", "model.drop_path", "model.encoder_frozen")
 """Fields of the model that leave every shape as it is."""
 _TESTED = ("train.grad_accum_steps", "data.batch_labelled", "data.batch_unlabelled", "data.captions", *_VALUES)
-"""Fields with which runs on embedded data are still such as the package's own tests train."""
+"""Fields with which runs on built-in data are still such as the package's own tests train."""
 _PACKAGES = ("torch", "timm", "transformers")
 
 
 def usual(changed: Mapping[str, Any], workers: int, data: DataFacts) -> bool:
-    """Return whether the package's own tests train such networks: on embedded data with its encoder and crop.
+    """Return whether the package's own tests train such networks: on built-in data with its encoder and crop.
 
     changed: fields that differ from their defaults, by dotted path, as ``RunRecord.changed``.
     """

@@ -1,4 +1,4 @@
-"""Captions of the embedded data sets, made from the masks by a simulated captioner with stated error rates.
+"""Captions of the built-in data sets, made from the masks by a simulated captioner with stated error rates.
 
 They name an image's classes and never their position, size or number, so they are extra, weak supervision; every result
 made with them has to say so (``CaptionSource``). ``CaptionTable`` holds captions of any source and makes the controls.

@@ -1,4 +1,4 @@
-"""The embedded data sets ``digits`` and ``dense``: scenes of ``viladiff.data.scenes`` with simulated captions."""
+"""The built-in data sets ``digits`` and ``dense``: scenes of ``viladiff.data.scenes`` with simulated captions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from viladiff.data.splits import classes_present, labelled_order, split_size
 
 CLASS_NAMES = ("background", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 POOL = 4000
-"""Training images of each embedded data set."""
+"""Training images of each built-in data set."""
 DIGITS = SceneRecipe()
 DENSE = SceneRecipe(objects=(4, 8), height=(12, 22), overlap=0.2, shadow=(0.0, 0.25))
 

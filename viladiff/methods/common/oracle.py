@@ -1,6 +1,6 @@
 """Oracle pseudo-labels: true labels in part of the unlabelled pixels, as ceilings for what a refinement can bring.
 
-They read true masks of unlabelled images, which only the embedded data sets give out. A run with one is no result of a
+They read true masks of unlabelled images, which only the built-in data sets give out. A run with one is no result of a
 method: pages mark it as a ceiling.
 """
 
@@ -25,7 +25,7 @@ class OraclePseudoConfig(PseudoConfig):
     """Pseudo-labels that an ablation may replace by the truth."""
 
     oracle: Oracle = "none"
-    """Pixels whose pseudo-label is replaced by the true one, with confidence 1: a ceiling, on embedded data alone."""
+    """Pixels whose pseudo-label is replaced by the true one, with confidence 1: a ceiling, on built-in data alone."""
     oracle_from: float = Field(0.0, ge=0, lt=1)
     """Share of training after which the oracle is on."""
 

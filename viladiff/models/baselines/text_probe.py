@@ -31,7 +31,7 @@ class ProbeConfig(Section):
     text: bool = True
     """Whether there is a cross-attention to the caption at all; with ``data.captions=none`` it reads a null token."""
     width: int = Field(64, ge=8)
-    """W; sized for the embedded data, to be raised at paper scale."""
+    """W; sized for the built-in data, to be raised at paper scale."""
     heads: int = Field(4, ge=1)
     """Of the attention to words; the maps that are masks have one."""
     depth: int = Field(1, ge=1, le=12)

@@ -1,4 +1,4 @@
-"""Encoders: four feature maps, coarsest last, from timm by name or from the conv-stem ViT of the embedded data."""
+"""Encoders: four feature maps, coarsest last, from timm by name or from the conv-stem ViT of the built-in data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_encoder(
     pretrained: ``shipped`` (the file in the package, for digits_vit alone), ``timm`` (timm's own weights) or ``none``.
     weights: a local .safetensors or .pth file, which overrides ``pretrained``; for ``transformers`` a directory.
     stride: that of the coarsest map, for convolutional encoders of timm. norm: of a plain transformer's maps, as of
-    ``TimmEncoder``; the embedded encoder has its own. Raises ValueError for an unknown name, a file that does not fit,
+    ``TimmEncoder``; the built-in encoder has its own. Raises ValueError for an unknown name, a file that does not fit,
     or a combination that does not exist.
     """
     if stride is not None and name in ("digits_vit", "transformers"):

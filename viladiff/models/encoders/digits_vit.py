@@ -1,4 +1,4 @@
-"""The conv-stem ViT of the embedded data sets."""
+"""The conv-stem ViT of the built-in data sets."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class TimmEncoder(Encoder):
         self, name: str, pretrained: bool, drop_path: float, stride: int | None = None, norm: str = "group"
     ) -> None:
         super().__init__()
-        import timm  # a second of import time that the embedded data does not need
+        import timm  # a second of import time that the built-in data does not need
 
         _check_known(name)
         options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}

@@ -78,9 +78,9 @@ class MixeConfig(Section):
     """``plain``: a network of the same size that never sees noise (control). ``guided``: a learned joint bilateral
     filter of the teacher's probabilities along the picture, without noise (ours)."""
     width: int = Field(32, ge=8)
-    """Channels of the denoiser; 64, or 128 from 81 classes on, unless the data is embedded."""
+    """Channels of the denoiser; 64, or 128 from 81 classes on, unless the data is built in."""
     depth: int = Field(2, ge=1)
-    """Residual blocks of the denoiser, passes of the guided filter; 4 unless the data is embedded."""
+    """Residual blocks of the denoiser, passes of the guided filter; 4 unless the data is built in."""
     lr_scale: float = Field(1.0, gt=0)
     """Factor of the learning rate for the denoiser."""
     condition: tuple[More, ...] = ()

@@ -50,7 +50,7 @@ class RateComparison(NamedTuple):
 
 
 def _for_choices(changed: Mapping[str, object]) -> bool:
-    """Return whether a run was scored on selection images: held out, or embedded data's default part ``dev``."""
+    """Return whether a run was scored on selection images: held out, or built-in data's default part ``dev``."""
     if "eval.split" in changed:
         return changed["eval.split"] in ("dev", "holdout")
     return str(changed.get("data.dataset")) in embedded_datasets()

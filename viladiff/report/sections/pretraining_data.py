@@ -90,7 +90,7 @@ def _image(record: RunRecord, data: str) -> str:
     if record.pretrained == "none":
         return "nothing"
     if record.pretrained == "shipped":
-        return "training digits and photographs of the embedded data sets, with the digit's name and without masks"
+        return "training digits and photographs of the built-in data sets, with the digit's name and without masks"
     return _told(MODELS, f"{record.pretrained} {record.encoder}", data)
 
 

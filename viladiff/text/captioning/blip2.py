@@ -57,7 +57,7 @@ class Caption(NamedTuple):
 
 
 class ImageRef(NamedTuple):
-    """An image and where it is: a file, or ``part/number`` of an embedded data set."""
+    """An image and where it is: a file, or ``part/number`` of a built-in data set."""
 
     image: str
     where: str

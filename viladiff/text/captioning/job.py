@@ -40,7 +40,7 @@ class CaptioningJob(NamedTuple):
     """The images, the model and the output file of a captioning job."""
 
     dataset: str
-    """An embedded data set; empty where the pictures are files."""
+    """A built-in data set; empty where the pictures are files."""
     pictures: tuple[ImageRef, ...]
     who: CaptionerSpec
     out: Path
@@ -60,7 +60,7 @@ class State(NamedTuple):
 
 
 def pictures(source: str) -> tuple[str, tuple[ImageRef, ...]]:
-    """Return the name and images of an embedded data set, or of a directory in any known layout (the name is empty).
+    """Return the name and images of a built-in data set, or of a directory in any known layout (the name is empty).
 
     Raises ValueError if there are none.
     """
@@ -73,7 +73,7 @@ def pictures(source: str) -> tuple[str, tuple[ImageRef, ...]]:
         return source, tuple(ImageRef(name, name) for name in names)
     if not Path(source).expanduser().is_dir():
         known = ", ".join(VARIANTS)
-        raise ValueError(f"{source!r}: is neither a directory nor an embedded data set ({known})")
+        raise ValueError(f"{source!r}: is neither a directory nor a built-in data set ({known})")
     from viladiff.data.sources.detect import open_tree
 
     tree, _ = open_tree(source)
