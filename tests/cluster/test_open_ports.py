@@ -232,8 +232,8 @@ def test_a_stranger_needs_the_token(tmp_path: Path) -> None:
 
 def test_what_ray_notes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def cluster(*given: object) -> Iterator[executor.Session]:
-        yield executor.Session(tmp_path, lambda: None, "dashboard: there")
+    def cluster(*given: object) -> Iterator[executor.RaySession]:
+        yield executor.RaySession(tmp_path, lambda: None, "dashboard: there")
 
     def asked(*given: object) -> None:
         raise KeyboardInterrupt

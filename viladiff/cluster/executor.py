@@ -80,7 +80,7 @@ def run_jobs(
 
 
 @dataclass
-class Session:
+class RaySession:
     """A driver's hold on Ray."""
 
     scratch: Path
@@ -94,7 +94,7 @@ class Session:
 @contextmanager
 def cluster(
     settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun] = (), gone: list[int] | None = None
-) -> Iterator[Session]:
+) -> Iterator[RaySession]:
     """Join ``settings.address``, or start a silent Ray instance for this driver alone, and stop it at the end.
 
     A killed driver's Ray and scratch directory are removed too. ``gone`` receives the processes that were ended with
@@ -123,7 +123,7 @@ def cluster(
                 roots += ours()
                 asks = f"dashboard: http://{begun.dashboard_url} asks for the token in {scratch / TOKEN}"
                 note = asks if options.get("include_dashboard") else ""
-                session = Session(scratch, _seldom(lambda: reaper.watch(ours())), note)
+                session = RaySession(scratch, _seldom(lambda: reaper.watch(ours())), note)
                 session.refresh()
                 yield session
             finally:
@@ -272,7 +272,7 @@ def interrupts(*queues: JobQueue) -> Iterator[None]:
 # Trials of one worker
 
 
-def _run_single(queue: JobQueue, session: Session) -> None:
+def _run_single(queue: JobQueue, session: RaySession) -> None:
     if queue.done:
         return
     from ray import tune
@@ -298,7 +298,7 @@ def _run_single(queue: JobQueue, session: Session) -> None:
     tuner.fit()
 
 
-def _run_shared(queue: JobQueue, session: Session) -> None:
+def _run_shared(queue: JobQueue, session: RaySession) -> None:
     if queue.done:
         return
     from viladiff.cluster.torch_trainer import run_shared

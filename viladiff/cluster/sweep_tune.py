@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from viladiff.cluster.executor import Session
+from viladiff.cluster.executor import RaySession
 from viladiff.cluster.ray_tune import QueueCallback, QueueSearcher, poll_queue, stop_name
 from viladiff.cluster.torch_trainer import Mailbox, asked
 from viladiff.cluster.worker import Tell, WorkerContext, run_attempt
@@ -72,7 +72,7 @@ def train_trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Wo
     tune.report(work(job, place, tune.report, judged))
 
 
-def run_trials(queue: TrialQueue, session: Session, work: Work = run_attempt) -> None:
+def run_trials(queue: TrialQueue, session: RaySession, work: Work = run_attempt) -> None:
     """Run the sweep's trials of one worker on the session's Ray until the queue is over."""
     settings = queue.settings
     place = WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
