@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from viladiff.sweeps.early_stopping import halving, optuna_pruner
+from viladiff.sweeps.early_stopping import optuna_pruner, successive_halving_settings
 from viladiff.sweeps.spec import load_sweep
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def variants(steps: Sequence[int]) -> dict[str, Callable[[], BasePruner]]:
     """Pruners by name, each with documented arguments alone."""
     from optuna.pruners import MedianPruner, NopPruner, PercentilePruner, SuccessiveHalvingPruner
 
-    least, factor = halving("asha", steps)
+    least, factor = successive_halving_settings("asha", steps)
     first, second = steps[:2]
 
     def asha(**more: Any) -> BasePruner:

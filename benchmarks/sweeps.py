@@ -110,7 +110,7 @@ def on_ray(root: Path, trials: int) -> float:
     from viladiff.runs.job import ExecutionSettings
     from viladiff.runs.store import Store
     from viladiff.sweeps.controller import SweepController
-    from viladiff.sweeps.early_stopping import halving
+    from viladiff.sweeps.early_stopping import successive_halving_settings
     from viladiff.sweeps.optuna_study import OptunaStudy
     from viladiff.sweeps.spec import SweepPlanner, load_sweep
     from viladiff.sweeps.trial_queue import TrialQueue
@@ -124,7 +124,7 @@ def on_ray(root: Path, trials: int) -> float:
             super().prune(study, trial)
             return False
 
-    asha, journal = Heard(*halving("asha", namer.steps)), str(root / "optuna.journal")
+    asha, journal = Heard(*successive_halving_settings("asha", namer.steps)), str(root / "optuna.journal")
     asker = OptunaStudy("sweep", sweep.space, [sweep.initial_point], "tpe", 0, True, journal, asha)
     store = Store(root / "runs")
     search = SweepController(root / "trials", asker, namer.planned, (0,), namer.steps, trials, store)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from record_kit import name_of, told
 
-from viladiff.methods.viladiff import EMBEDDED_PRESET
+from viladiff.methods.viladiff import BUILT_IN_PRESET
 from viladiff.report.sections import design_choices
 from viladiff.report.table import exports, long_form
 from viladiff.report.table import results as tables
@@ -89,7 +89,7 @@ def test_each_row_of_the_choices_changes_what_its_heading_is_about_and_nothing_e
         if row.stream or row.network:
             assert not differ, "read from the runs of the defaults, which cost nothing more"
         elif row.label == "First reading":
-            assert differ == {"method." + path for path in EMBEDDED_PRESET if path != "pseudo.threshold"}
+            assert differ == {"method." + path for path in BUILT_IN_PRESET if path != "pseudo.threshold"}
         else:
             views = {f"method.mixe.{kind}_views" for kind in ("labelled", "unlabelled")}
             differ -= views if "method.mixe.train_images" in differ else set()  # views of images that are left out

@@ -13,7 +13,7 @@ import optuna
 import pytest
 
 from viladiff.sweeps import controller as search_module
-from viladiff.sweeps.early_stopping import halving, optuna_pruner
+from viladiff.sweeps.early_stopping import optuna_pruner, successive_halving_settings
 from viladiff.sweeps.optuna_study import OptunaStudy
 from viladiff.sweeps.trials import Rung, Trial, save_trial
 
@@ -72,7 +72,7 @@ GEOMETRIC = {
 
 @pytest.mark.parametrize("steps", GEOMETRIC)
 def test_asha_judges_each_rung_once_by_its_rule(steps: tuple[int, ...]) -> None:
-    assert halving("asha", steps) == GEOMETRIC[steps]
+    assert successive_halving_settings("asha", steps) == GEOMETRIC[steps]
     drawn = random.Random(1)
     curves = [[drawn.random() for _ in steps[:-1]] for _ in range(60)]
     assert verdicts("asha", steps, curves) == by_rule(curves, GEOMETRIC[steps][1])

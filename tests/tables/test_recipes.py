@@ -343,6 +343,6 @@ def test_the_command_lists_a_recipe_and_docs_have_it(capsys: pytest.CaptureFixtu
     assert "did you mean 'resnet'?" in capsys.readouterr().err
     assert main.main(["methods", "daw", "--recipe", "resnet"]) == 2
     assert "give one of the two" in capsys.readouterr().err
-    script = [sys.executable, str(ROOT / "scripts" / "write_recipes.py"), "--check"]
+    script = [sys.executable, str(ROOT / "scripts" / "write_recipe_docs.py"), "--check"]
     result = subprocess.run(script, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -23,7 +23,7 @@ Re-running the command resumes interrupted runs and skips finished ones. Process
 
 ROWS = "rows to run: labels, unique prefixes, or the numbers and letters of the page"
 COLUMNS = "columns to run: labels, unique prefixes, or 1-based numbers"
-SHARE = "GPUs per run, a fraction or whole ones (default: those of this machine, divided evenly; 0: none reserved)"
+SHARE = "GPUs per process of a run, a fraction or whole ones (default: this machine's, divided evenly; 0: none)"
 
 
 def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None) -> int:

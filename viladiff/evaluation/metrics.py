@@ -68,7 +68,10 @@ def mean_iou(counts: PixelCounts) -> float:
 
 
 def boundary_iou(counts: PixelCounts) -> float | None:
-    """Mean over classes of the IoU of boundary bands (Cheng et al. 2021, Boundary IoU, section 4)."""
+    """Mean over classes of the IoU of boundary bands (Cheng et al. 2021, Boundary IoU, section 4).
+
+    The bands and their width are those of ``pixel_counts.boundary_counts``.
+    """
     if counts.bands is None:
         return None
     both, true_band, pred_band = counts.bands

@@ -88,7 +88,7 @@ TERM_FIELDS = {
 }
 
 
-EMBEDDED_PRESET: Mapping[str, object] = {
+BUILT_IN_PRESET: Mapping[str, object] = {
     **SHARED_THRESHOLD,
     "vila.temperature": 1.0,
     "vila.logit_weight": 0.3,
@@ -102,7 +102,7 @@ EMBEDDED_PRESET: Mapping[str, object] = {
 
 class ViLaDiff(MixeTeacher):
     Config = ViLaDiffConfig
-    embedded = EMBEDDED_PRESET
+    embedded = BUILT_IN_PRESET
     revision = 2
     views = Views(strong=1, cutmix=True, text=True, whole_cells=True)
     paper = Reference(

@@ -43,7 +43,7 @@ class VilaConfig(Section):
     lam: float = Field(0.5, ge=0)
     """λ of Eq. 1: weight of the cosine distance against the squared one (paper, Table 6)."""
     temperature: float = Field(2.0, gt=0)
-    """T of Eq. 2; the paper gives none."""
+    """T of Eq. 2; the paper gives none. 1 on the built-in data, chosen there on ``dev``."""
     feature_reduction: Literal["mean", "sum"] = "mean"
     """Squared distance of Eq. 1: ``mean`` over rows and channels, or ``sum`` of all squares, as it is printed, which is
     rows times channels as large. The cosine distance is a mean over rows in both."""

@@ -14,7 +14,7 @@ Kind = Literal["none", "asha", "hyperband", "median"]
 def optuna_pruner(kind: Kind, steps: Sequence[int]) -> BasePruner:
     """Build the pruner of a sweep whose rungs are at ``steps``, the last one the full length.
 
-    Raises ValueError if there is no rung before the last, or as ``halving`` does.
+    Raises ValueError if there is no rung before the last, or as ``successive_halving_settings`` does.
     """
     from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 
@@ -26,7 +26,7 @@ def optuna_pruner(kind: Kind, steps: Sequence[int]) -> BasePruner:
         )
     if kind == "median":
         return MedianPruner()
-    least, factor = halving(kind, steps)
+    least, factor = successive_halving_settings(kind, steps)
     if kind == "asha":
         return SuccessiveHalvingPruner(min_resource=least, reduction_factor=factor)
     # One step more than the last rung's, since Optuna counts brackets by a logarithm that may be rounded down.
@@ -34,7 +34,7 @@ def optuna_pruner(kind: Kind, steps: Sequence[int]) -> BasePruner:
     return HyperbandPruner(min_resource=least, max_resource=longest, reduction_factor=factor)
 
 
-def halving(kind: Kind, steps: Sequence[int]) -> tuple[int, int]:
+def successive_halving_settings(kind: Kind, steps: Sequence[int]) -> tuple[int, int]:
     """Return min_resource r and reduction_factor η with which successive halving judges a trial once at each rung.
 
     It judges rung k at the first report from step r η^k on, hence r η^k <= steps[k] < r η^(k+1). η is the growth of the

@@ -1,4 +1,4 @@
-"""Accuracy against cost as a picture: numbered points, their names in a list beneath, once light and once dark."""
+"""Scatter plot of score against cost, for the leaderboard: numbered points, names listed below, light and dark."""
 
 from __future__ import annotations
 
