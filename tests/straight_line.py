@@ -8,6 +8,8 @@ The networks' own forward passes are shared: tests of models compare those.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,24 @@ def resnet_femto_deep(pretrained: bool = False, **options: Any) -> nn.Module:
     return build_model_with_cfg(ResNet, RESNET, pretrained, stem_type="deep", stem_width=8, **shape, **options)
 
 
-def register() -> None:
-    """Make the small encoders known to timm."""
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Keep in float64 what the package keeps in float32: new tensors, and those that it converts with ``float``.
+
+    Rounding then is far below any difference that matters, also where steps amplify it. The small encoders are known
+    to timm from here on.
+    """
     tiny_vits.register()
     if not is_model(RESNET):
         register_model(resnet_femto_deep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", Tensor.double)
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
 
 
 # The run
@@ -126,8 +141,8 @@ def trained(cfg: RunConfig) -> Run:
         patch.setattr(kind, "forward", noting_forward)
         patch.setattr(kind, "after_step", noting_after)
         patch.setattr(trainer, "refuse_infeasible", lambda *_: None)  # its images without content are float32
-        runs_to = trainer.fit(cfg).directory
-    runs[0].directory = runs_to
+        directory = trainer.fit(cfg).directory
+    runs[0].directory = directory
     return runs[0]
 
 

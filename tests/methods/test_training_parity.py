@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import straight_line
-import torch
 from straight_line import SIDES, STEPS, Run, config, followed, trained
 from torch import Tensor, nn
 
@@ -27,13 +26,8 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(autouse=True, scope="module")
 def _float64() -> Iterator[None]:
-    """What the package keeps in float32 is float64: new tensors, and those that it converts with ``float``."""
-    straight_line.register()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "float", Tensor.double)
-        torch.set_default_dtype(torch.float64)
+    with straight_line.in_float64():
         yield
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -47,7 +41,6 @@ def photos(photographs: ModuleType, tmp_path: Path) -> Path:
 def test_losses_and_weights_are_those_of_straight_line_torch(name: str, photos: Path) -> None:
     run = trained(config(photos, name))
     side, losses, weights = followed(run)
-    print(name, "loss", max(losses), "weights", max(weights.values()), "accepted", side.accepted)
     assert len(losses) == STEPS and list(weights) == [9, 19, 29, 39, 49]
     assert max(losses) < TOLERANCE and max(weights.values()) < TOLERANCE
     lines = (run.directory / "steps.jsonl").read_text(encoding="utf-8").splitlines()
@@ -99,7 +92,6 @@ def test_a_wrong_step_is_found(
 ) -> None:
     broken(monkeypatch)
     _, losses, weights = followed(trained(config(photos, "unimatch_v2", **{"train.steps": 8, **SURE})))
-    print(broken.__name__, max(losses), weights)
     assert max(losses) > TOLERANCE or weights[7] > TOLERANCE
 
 
