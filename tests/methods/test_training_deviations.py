@@ -7,7 +7,8 @@ falls with the length of a run, of which a step is a fiftieth here and a few hun
 What has no number: boxes come from the neighbour in place of the reversed batch, the same with two pictures; half of
 the pictures keep all channels, drawn within pairs in place of the batch, likewise; counts of BatchNorm are copied to
 the teacher in place of averaged, and nothing reads them; boxes of UniMatch come from the neighbour in place of another
-crop of a picture, which are equally good draws. FixMatch is published in one pass, as here, and with a ViT.
+crop, which the run does not draw. FixMatch is published in one pass, as here, and with a ViT. Passes apart weigh most,
+since BatchNorm has two pictures of a kind here, and eight as published.
 """
 
 from __future__ import annotations
