@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from viladiff.cluster import resources
-from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity
+from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity, threads_of_a_run
 from viladiff.cluster.session import load_ray
 from viladiff.runs.job import ExecutionSettings, PlannedRun
 
@@ -52,6 +52,16 @@ def test_gpus_are_shared_out_where_nobody_says_how(
     if gpus:
         ray = math.ceil(10_000 * found.settings.gpus_per_trial) / 10_000  # type: ignore[operator]
         assert found.slots * ray <= gpus, "as Ray counts, so many fit"
+
+
+def test_a_run_on_photographs_has_a_gpu_of_its_own(machine: pytest.MonkeyPatch) -> None:
+    """Four of them at real scale need more memory than a GPU has."""
+    with_gpus(machine, 4)
+    found = plan_capacity(ExecutionSettings(), [*jobs(20), *jobs(20, **{"data.dataset": "voc"})])
+    assert (found.settings.gpus_per_trial, found.slots) == (1.0, 4)
+    assert [threads_of_a_run(address) for address in (None, "auto")] == [4, 1], "16 processors over 4 GPUs"
+    with_gpus(machine, 0)
+    assert threads_of_a_run(None) == 1
 
 
 def test_what_was_asked_for_is_kept(machine: pytest.MonkeyPatch) -> None:

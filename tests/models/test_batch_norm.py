@@ -61,6 +61,19 @@ def test_it_is_synchronised_on_gpus_of_several_workers_alone() -> None:
     assert all(one is other for one, other in zip(normed.parameters(), tensors, strict=True))
 
 
+def test_activations_inside_timms_norms_are_kept() -> None:
+    import timm
+
+    encoder = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = encoder(images)
+        synchronise(encoder, CUDA, 2)
+        assert any(isinstance(norm, nn.SyncBatchNorm) for norm in batch_norms(encoder))
+        for one, other in zip(before, encoder(images), strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_the_loop_synchronises_before_it_distributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[nn.Module] = []
     monkeypatch.setattr(batch_norm, "synchronises", lambda module, device, world: world > 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_vits
 import torch
@@ -162,7 +163,9 @@ def built(weights: Path | None, classes: int = CLASSES, **fields: object) -> Seg
 def test_unimatch_v2_computes_what_it_does(suffix: str, prefix: str, tmp_path: Path) -> None:
     state, path = whole(prefix=prefix), tmp_path / f"best.{suffix}"
     if suffix == "pth":
-        torch.save({"model": state, "epoch": 3}, path)
+        other = {name: torch.zeros_like(value) for name, value in state.items()}
+        scores = {"previous_best": np.float64(80.0), "previous_best_ema": np.float64(81.0)}
+        torch.save({"model": other, "model_ema": state, "epoch": 3, **scores}, path)
     else:
         save_file(state, path)
     network, images = built(path), torch.randn(2, 3, 70, 70)

@@ -93,13 +93,15 @@ def test_what_the_publications_print() -> None:
         ("table4", (513, 30, 8, 8), (4e-3, 4e-2)),
     ):
         (one, *_) = runs(name, "resnet", "ViLaDiff")
-        assert some(one, *size) == wanted
+        assert some(one, *size, "data.cutmix_grid") == (wanted[0] - 1, *wanted[1:], "patch"), "whole cells, ours"
+        (other, *_) = runs(name, "resnet", "UniMatch†" if name == "table2" else "UniMatch")
+        assert some(other, *size, "data.cutmix_grid") == (*wanted, "pixel")
         assert some(one, "optim.name", "optim.momentum", "optim.weight_decay") == ("sgd", 0.9, 1e-4)
         assert one["optim.lr"] == lrs[1]
         assert one["optim.lr"] * one["optim.encoder_lr_scale"] == pytest.approx(lrs[0])  # type: ignore[operator]
         assert some(one, *model) == ("resnet101s", "deeplabv3plus", 256, 16)
-    for row in ("UniMatch†", "ViLaDiff†"):
-        assert {one["data.crop"] for one in runs("table2", "resnet", row)} == {513}
+    for row, crop in (("UniMatch†", 513), ("ViLaDiff†", 512)):
+        assert {one["data.crop"] for one in runs("table2", "resnet", row)} == {crop}
     (one, *_) = runs("table1", "strong", "SupBaseline")
     assert some(one, "data.batch_labelled", "train.epoch_images", "train.epochs") == (32, 3000, 60)
     assert adamw(5e-6, 40) == {"optim.name": "adamw", "optim.lr": 2e-4, "optim.encoder_lr_scale": 0.025}
@@ -181,6 +183,10 @@ def test_every_table_has_all_scales_and_one_protocol_for_its_rows(name: str, sca
         free |= {"data.batch_labelled"} if cfg["method.name"] == "supervised" else set()
         free |= {"data.split_family"}
         common = {path: value for path, value in cfg.items() if not path.startswith("method.") and path not in free}
+        if scale == "resnet" and cfg["method.name"] in ("viladiff", "semibaseline", "semivl"):
+            # Maps of features are mixed, in whole cells: one less along each side, as the recipe says.
+            assert common["data.cutmix_grid"] == "patch" and common["data.crop"] % 16 == 0  # type: ignore[operator]
+            common |= {"data.cutmix_grid": "pixel", "data.crop": common["data.crop"] + 1}  # type: ignore[operator]
         text = {path: str(value) for path, value in common.items() if not path.startswith("data.caption")}
         columns.setdefault(cell.column, set()).add(json.dumps(text, sort_keys=True))
     keys = [{frozenset(json.loads(text).items()) for text in texts} for texts in columns.values()]
@@ -232,6 +238,20 @@ def small(**scale: Any) -> Table:
 def values(of: Table, path: str, **changes: object) -> list[object]:
     typed = {name.replace("__", "."): value for name, value in changes.items()}
     return [flatten(override(RunConfig(), one.changes))[path] for one in cells(of, "s", [0], changes=typed)]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "width"),
+    [
+        ("vit_small_patch14_dinov2", 64),
+        ("vit_small_patch14_dinov2.lvd142m", 64),
+        ("vit_small_patch14_reg4_dinov2", 64),
+        ("vit_large_patch14_dinov2.lvd142m", 256),
+        ("vit_base_patch14_reg4_dinov2.lvd142m", 128),
+    ],
+)
+def test_the_decoder_is_as_wide_as_the_encoder_s_size_asks(encoder: str, width: int) -> None:
+    assert values(small(), "model.decoder_width", model__encoder=encoder) == [width, width]
 
 
 def test_scale_column_row_and_command_line_override_a_recipe() -> None:

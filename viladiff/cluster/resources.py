@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.core.environment import visible_cpus
+from viladiff.data.sources import embedded_datasets
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
 
 SHARING = 4
-"""Runs that one GPU gets at most where nobody says how many: more of them fit only if they are small."""
+"""Runs on built-in data that one GPU gets at most where nobody says how many; a run on photographs gets a GPU."""
 
 
 class Capacity(NamedTuple):
@@ -28,8 +29,8 @@ def plan_capacity(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Ca
     """Return the capacity for runs with equally many workers; a cluster's is known only after joining it.
 
     GPUs are shared out where no share was asked for: as many runs at once as ``max_concurrent`` or the processors
-    allow, and at most SHARING on a GPU; a run of several workers has whole ones, or none where there are too few.
-    Raises ValueError for a share that this machine does not have.
+    allow, and at most SHARING on a GPU, one of those on photographs; a run of several workers has whole ones, or none
+    where there are too few. Raises ValueError for a share that this machine does not have.
     """
     workers = max((job.workers for job in jobs), default=1)
     if settings.address is not None:
@@ -44,7 +45,9 @@ def plan_capacity(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Ca
     if workers > 1:
         share, note = (1.0, f"{there}, one for each worker") if found >= workers else (0.0, f"{there} for all workers")
     else:
-        wanted = settings.max_concurrent or min(by_cpus, len(jobs), SHARING * found)
+        names = {str(job.changes.get("data.dataset", "digits")) for job in jobs}
+        small = names <= set(embedded_datasets())
+        wanted = settings.max_concurrent or min(by_cpus, len(jobs), (SHARING if small else 1) * found)
         each = math.ceil(wanted / found)
         share = math.floor(10_000 / each) / 10_000  # Ray counts in steps of 1/10000 and rounds up
         note = f"{there}, {'one for each run' if each == 1 else f'each for {each} runs at once'}"
@@ -86,6 +89,15 @@ def cluster_slots(settings: ExecutionSettings, workers: int) -> int:
     if settings.gpus_per_trial:
         rooms.append(found.get("GPU", 0) / (settings.gpus_per_trial * workers))
     return max(1, int(min(rooms)))
+
+
+def threads_of_a_run(address: str | None) -> int:
+    """Return the processors of a run where a scale does not say: on a machine with GPUs each GPU's share, else 1.
+
+    They decode images while the GPU trains. A cluster's machines are not known here, and get 1.
+    """
+    gpus = 0 if address is not None else visible_gpus()
+    return max(1, visible_cpus() // gpus) if gpus else 1
 
 
 def visible_gpus() -> int:

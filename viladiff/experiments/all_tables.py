@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
 from viladiff.core.messages import format_seconds
 from viladiff.experiments.tables import TableJob, plan_table, seeds_of
@@ -93,7 +94,7 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, 
 
         records = job.store.records()
         left = [run for run_id, run in plan.runs.items() if run_id not in records]
-        threads = job.table.scale[args.scale].threads or 1
+        threads = job.table.scale[args.scale].threads or threads_of_a_run(None)
         asked = ExecutionSettings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
         room = concurrency(asked, left)
         alone, guess = (estimate(plan, job.store, n, args.hourly_price) for n in (1, room.slots if room else 1))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from viladiff.cluster.resources import threads_of_a_run
 from viladiff.core.environment import processor, versions
 from viladiff.experiments import tables
 from viladiff.runs.job import ExecutionSettings
@@ -90,7 +91,7 @@ def _outline(plan: Plan, records: dict[str, RunRecord], runs_dir: Path) -> Itera
 
 def _settings(plan: Plan, args: argparse.Namespace) -> ExecutionSettings:
     return ExecutionSettings(
-        threads=plan.table.scale[plan.scale].threads or 1,
+        threads=plan.table.scale[plan.scale].threads or threads_of_a_run(None),
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
         stall_timeout=args.stall_timeout,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from viladiff.cluster.resources import Capacity
+from viladiff.cluster.resources import Capacity, threads_of_a_run
 from viladiff.cluster.resources import plan_capacity as room
 from viladiff.config.base import parse_overrides
 from viladiff.core.atomic import write_atomically
@@ -92,7 +92,7 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
     out = Path(args.report_dir).expanduser().absolute() if args.report_dir else own / f"sweep_{sweep.name}"
     example = namer.planned(sweep.initial_point, seeds[0])
     settings = ExecutionSettings(
-        threads=example.threads or sweep.scale[args.scale].threads or 1,
+        threads=example.threads or sweep.scale[args.scale].threads or threads_of_a_run(args.address),
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
         stall_timeout=args.stall_timeout,

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
 from viladiff.experiments.infeasible import refuse_rows
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
@@ -68,7 +69,7 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
     _check_options(args)
     job = plan_table(path, args, command)
     settings = ExecutionSettings(
-        threads=job.table.scale[args.scale].threads or 1,
+        threads=job.table.scale[args.scale].threads or threads_of_a_run(args.address),
         gpus_per_trial=args.gpus_per_trial,
         max_concurrent=args.max_concurrent,
         stall_timeout=args.stall_timeout,

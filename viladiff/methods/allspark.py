@@ -101,7 +101,7 @@ class AllSpark(Method):
         return build(kind=allspark_segmenter(self.cfg.width, self.cfg.attention_heads))
 
     def extra_param_groups(self) -> dict[str, dict[str, Any]]:
-        return {"student.spark": {"lr_scale": "encoder"}}
+        return {"student.spark": {"lr_scale": "encoder", "optimiser": "adamw"}}
 
     def forward(self, batch: Batch, step: Step) -> Losses:
         assert batch.image_strong is not None

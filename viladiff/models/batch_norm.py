@@ -27,10 +27,13 @@ def synchronises(module: nn.Module, device: torch.device, world: int) -> bool:
 def synchronise(module: nn.Module, device: torch.device, world: int) -> None:
     """Replace BatchNorm inside ``module`` by SyncBatchNorm where ``synchronises``.
 
-    Parameters, buffers and their names are kept, so that optimisers and checkpoints are the same with both.
+    Parameters, buffers and their names are kept, so that optimisers and checkpoints are the same with both. So are the
+    activations that timm's norms include, which torch's own conversion would drop.
     """
     if synchronises(module, device, world):
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        from timm.layers.norm_act import convert_sync_batchnorm  # a second of import time
+
+        convert_sync_batchnorm(module)
 
 
 def statistics_notes(module: nn.Module, device: torch.device, world: int) -> tuple[str, ...]:

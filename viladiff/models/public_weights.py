@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -41,11 +42,12 @@ def read_weights(path: Path) -> Weights:
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist")
     try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        found: Any = load_file(path) if path.suffix == ".safetensors" else _tensors(path)
     except Exception as error:
         hint = "; keep its tensors alone in a safetensors file" if "eights only" in str(error) else ""
         raise ValueError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}{hint}") from error
-    state: State = found.get("state_dict", found.get("model", found))
+    # Of a checkpoint with an average, as UniMatch-V2's, the average: it has the published score.
+    state: State = next((found[key] for key in ("state_dict", "model_ema", "model") if key in found), found)
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     for name, layout in LAYOUTS.items():
@@ -56,6 +58,15 @@ def read_weights(path: Path) -> Weights:
         if weights is not None:
             return weights
     return Weights(state)
+
+
+def _tensors(path: Path) -> Any:
+    """Read a torch file; beside what torch allows, it may hold NumPy's numbers, as of scores beside the weights."""
+    scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before and since NumPy 2
+    numbers: list[Any] = [np.dtype, np.dtypes.Float64DType, *((scalar, name) for name in names)]
+    with torch.serialization.safe_globals(numbers):
+        return torch.load(path, "cpu", weights_only=True)
 
 
 def load_head(network: nn.Module, model: ModelConfig) -> None:

@@ -23,9 +23,16 @@ ENOUGH = 2
 """Unlabelled images from which on their number makes no difference to whether a method can work with them."""
 _DECISIVE = ("data.crop", "data.cutmix_grid", "data.captions", "data.batch_labelled", "data.batch_unlabelled")
 _ALSO = ("train.grad_accum_steps", "eval.protocol")
-_VALUES = ("model.weights", "model.pretrained", "model.drop_path", "model.encoder_frozen")
+_VALUES = ("model.weights", "model.pretrained", "model.encoder_frozen")
 """Fields of the model that leave every shape as it is."""
-_TESTED = ("train.grad_accum_steps", "data.batch_labelled", "data.batch_unlabelled", "data.captions", *_VALUES)
+_TESTED = (
+    "train.grad_accum_steps",
+    "data.batch_labelled",
+    "data.batch_unlabelled",
+    "data.captions",
+    "model.drop_path",
+    *_VALUES,
+)
 """Fields with which runs on built-in data are still such as the package's own tests train."""
 _PACKAGES = ("torch", "timm", "transformers")
 

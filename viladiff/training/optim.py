@@ -67,10 +67,15 @@ def lr_factor(cfg: RunConfig, step: int, steps: int) -> float:
 
 
 def rate_scale(options: dict[str, Any], cfg: RunConfig) -> float:
-    """Pop ``lr`` or ``lr_scale`` from a value of ``Method.extra_param_groups``; return a factor of ``optim.lr``."""
+    """Pop ``lr`` or ``lr_scale`` from a value of ``Method.extra_param_groups``; return a factor of ``optim.lr``.
+
+    An ``lr_scale`` with ``optimiser`` holds under that value of ``optim.name`` alone.
+    """
     if "lr" in options:
         return float(options.pop("lr") / cfg.optim.lr)
     scale = options.pop("lr_scale")
+    if options.pop("optimiser", cfg.optim.name) != cfg.optim.name:
+        scale = 1.0
     return float(cfg.optim.encoder_lr_scale if scale == "encoder" else scale)
 
 

@@ -12,15 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.source_digest import code_digest
 from viladiff.data.cache import cache_dir, fingerprint
 from viladiff.data.dataset import Dataset
 from viladiff.data.files.file_cache import FORMAT
 
 
 def stamp_path(dataset: Dataset) -> Path:
-    """Return the place of a data set's stamp in the cache folder, another one for each root."""
+    """Return the place of a data set's stamp in the cache folder, another one for each root and state of the checks."""
     root = "" if dataset.contents is None else str(dataset.contents.root)
-    return cache_dir() / "stamps" / f"{fingerprint('files', FORMAT, root, dataset.name, dataset.fingerprint)}.json"
+    return (
+        cache_dir()
+        / "stamps"
+        / f"{fingerprint('files', FORMAT, code_digest(), root, dataset.name, dataset.fingerprint)}.json"
+    )
 
 
 def stamped(dataset: Dataset, check: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:

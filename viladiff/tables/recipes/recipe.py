@@ -33,7 +33,7 @@ class RecipeEntry(Section):
     methods: tuple[str, ...] = ()
     """Values of ``method.name``; empty for all."""
     encoders: tuple[str, ...] = ()
-    """Values of ``model.encoder``, as an earlier entry or the table sets it; empty for all."""
+    """Values of ``model.encoder``, as set so far, timm's tag and registers aside; empty for all."""
     fields: dict[str, Any] = Field(min_length=1)
     """Dotted path to value; those of methods reach the methods that have them."""
     source: str = Field(min_length=1)
@@ -51,7 +51,11 @@ class RecipeEntry(Section):
             "method.name": self.methods,
             "model.encoder": self.encoders,
         }
-        return all(not allowed or values.get(path) in allowed for path, allowed in wanted.items())
+        given = {
+            **values,
+            "model.encoder": str(values.get("model.encoder", "")).partition(".")[0].replace("_reg4_", "_"),
+        }
+        return all(not allowed or given.get(path) in allowed for path, allowed in wanted.items())
 
 
 class NotExpressed(Section):
