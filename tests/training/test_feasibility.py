@@ -148,16 +148,17 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 
 def test_each_combination_is_tried_once(tmp_path: Path, tried: list[RunConfig]) -> None:
     store = Checked(tmp_path)
-    for changes in ({}, {"seed": 3}, {"optim__lr": 0.5}, {"data__split": "183"}, {"model__drop_path": 0.1}):
+    for changes in ({}, {"seed": 3}, {"optim__lr": 0.5}, {"data__split": "183"}, {"model__encoder_frozen": True}):
         assert run_faults(config(**changes), FACTS._replace(unlabelled=100 + len(changes)), store) == ["no 64"]
     assert len(tried) == 1
     others: list[dict[str, Any]] = [{"crop": 96}, {"method": "fixmatch"}, {"encoder": "norm"}, {"runtime__workers": 2}]
     others += [{"eval__protocol": "center_crop"}, {"method__ohem__enabled": True}]
+    others += [{"model__drop_path": 0.1}]
     for changes in others:
         run_faults(config(**changes), FACTS, store)
     for facts in (FACTS._replace(classes=5), FACTS._replace(captions=False), FACTS._replace(unlabelled=1)):
         run_faults(config(), facts, store)
-    assert len(tried) == 10
+    assert len(tried) == 11
 
 
 def test_a_result_is_of_one_state_of_the_code(
