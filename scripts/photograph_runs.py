@@ -57,8 +57,9 @@ NETWORKS: Mapping[str, Fields] = {
         "model.decoder": "dpt",
         "model.decoder_width": 64,
         "data.crop": 144,
-        "data.batch_labelled": 4,
-        "optim.lr": 5e-4,
+        "data.batch_labelled": 2,
+        "data.scale": (0.75, 1.5),
+        "optim.lr": 1e-3,
         "optim.warmup_steps": 50,
     },
     "deeplabv3plus": {
@@ -68,11 +69,14 @@ NETWORKS: Mapping[str, Fields] = {
         "model.decoder": "deeplabv3plus",
         "model.decoder_width": 256,
         "data.crop": 140,
-        "data.batch_labelled": 2,
+        "data.batch_labelled": 4,
+        "data.scale": (0.75, 1.5),
         "optim.lr": 1e-3,
     },
 }
-"""Rates are ours: random weights need higher ones than a recipe's, which has pretrained encoders."""
+"""Rates are ours: random weights need higher ones than a recipe's, which has pretrained encoders. DeepLabV3+ has four
+images a step, since BatchNorm's statistics of two are noisy: its weights after 500 steps of two had a cross-entropy of
+0.75 with the statistics of two images, 0.55 with those of four and 0.45 with the running ones."""
 METHODS = ("supervised", "semibaseline")
 
 
