@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -50,9 +51,27 @@ def photos() -> tuple[Photo, ...]:
     return tuple(found)
 
 
-def piece(index: int, sizes: tuple[int, int] = (64, 160), seed: int = 0) -> Photo:
-    """Crop ``index``, with two classes at least; sides in ``sizes``, drawn by (seed, index)."""
-    photo = photos()[index % 3]
+CUTS = {"china": 0.36, "flower": 0.5, "grace": 0.5}
+"""Share of the width where a photograph is cut in two; both parts show all its classes."""
+
+
+@cache
+def halves() -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
+    """The left parts of all photographs and the right ones, which share no pixel."""
+    parts: tuple[list[Photo], list[Photo]] = ([], [])
+    for name, pixels, labels in photos():
+        at = round(CUTS[name] * labels.shape[1])
+        parts[0].append(Photo(name, pixels[:, :at], labels[:, :at]))
+        parts[1].append(Photo(name, pixels[:, at:], labels[:, at:]))
+    return tuple(parts[0]), tuple(parts[1])
+
+
+def piece(
+    index: int, sizes: tuple[int, int] = (64, 160), seed: int = 0, source: tuple[Photo, ...] | None = None
+) -> Photo:
+    """Crop ``index`` of ``source`` (all photographs), with two classes at least; sides in ``sizes``, drawn by (seed,
+    index)."""
+    photo = (source or photos())[index % 3]
     rng = np.random.default_rng((seed, index))
     while True:
         height, width = (int(min(side, rng.integers(sizes[0], sizes[1] + 1))) for side in photo.labels.shape)
@@ -98,13 +117,15 @@ def write(
     sizes: tuple[int, int] = (64, 160),
     seed: int = 0,
     unlabelled_masks: bool = False,
+    halved: bool = False,
 ) -> Path:
     """Write n pieces: the first ``labelled`` (a quarter) labelled, the last ``val`` (a quarter) for validation.
 
     layout folder: images, masks, classes.txt and plain lists of ids in splits. layout voc: JPEGImages,
     SegmentationClass and lists of both columns. The split is called ``labelled`` or ``92`` unless given. The others
     have no mask unless ``unlabelled_masks``. In a folder the first mask has a square of each class that no labelled one
-    would show.
+    would show. Under ``halved`` those for validation are of the photographs' right parts and all others of the left
+    ones, so that no pixel is trained on and scored.
     """
     voc = layout == "voc"
     folders = [root / name for name in (("JPEGImages", "SegmentationClass") if voc else ("images", "masks"))]
@@ -113,9 +134,10 @@ def write(
     for folder in (*folders, root / "splits" / split):
         folder.mkdir(parents=True)
     names = []
-    shown = {int(label) for index in range(first) for label in np.unique(piece(index, sizes, seed).labels)}
+    left, right = halves() if halved else (photos(), photos())
+    shown = {int(label) for index in range(first) for label in np.unique(piece(index, sizes, seed, left).labels)}
     for index in range(n):
-        name, pixels, labels = piece(index, sizes, seed)
+        name, pixels, labels = piece(index, sizes, seed, right if index >= n - last else left)
         if index == 0 and not voc:
             labels = _with_patches(labels, sorted({*range(len(CLASSES))} - shown))
         names.append(name)
@@ -133,4 +155,15 @@ def write(
         if part:
             text = "\n".join(form.format(name) for name in part)
             (root / "splits" / split / f"{file}.txt").write_text(text, encoding="utf-8")
+    return root
+
+
+def score_training_images(root: Path, split: str = "labelled") -> Path:
+    """Make the validation list of a folder its labelled images, under other names: no image may be in both lists."""
+    lists = root / "splits" / split
+    names = (lists / "labelled.txt").read_text(encoding="utf-8").split()
+    for name in names:
+        for folder, suffix in (("images", ".jpg"), ("masks", ".png")):
+            shutil.copy(root / folder / f"{name}{suffix}", root / folder / f"again_{name}{suffix}")
+    (lists / "val.txt").write_text("\n".join(f"again_{name}" for name in names), encoding="utf-8")
     return root
