@@ -59,7 +59,8 @@ NETWORKS: Mapping[str, Fields] = {
         "data.crop": 144,
         "data.batch_labelled": 2,
         "data.scale": (0.75, 1.5),
-        "optim.lr": 1e-3,
+        "optim.lr": 3e-4,
+        "optim.clip_norm": 1.0,
         "optim.warmup_steps": 50,
     },
     "deeplabv3plus": {
