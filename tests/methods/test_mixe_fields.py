@@ -244,7 +244,7 @@ def test_workers_choose_together_what_one_worker_would(
             keys, own = whole.keys[start : start + labelled], slice(start, start + labelled)
             part = replace(whole, image=whole.image[own], keys=keys, weak=(whole.weak[0][:unlabelled],))
             chosen = method._chosen(part)
-            mine = viladiff_mixe._keys(part, chosen)
+            mine = viladiff_mixe.keys_at(part, chosen)
             assert torch.equal(viladiff_mixe.rows_at(part.image, chosen), whole.image[list(mine)])
             found += mine
         assert found == expected, workers
