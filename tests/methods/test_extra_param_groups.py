@@ -52,6 +52,17 @@ def test_a_path_may_lie_in_the_encoder_and_may_name_one_parameter() -> None:
     assert [n for n, g in found.items() if g["scale"] == 3.0] == ["student.classifier.fine.bias"]
 
 
+def test_allsparks_block_has_the_encoders_rate_under_adamw_alone() -> None:
+    """Its authors train it by SGD at the head's rate, ten times the encoder's."""
+    method = make("allspark")
+    block = {id(p) for name, p in method.named_parameters() if name.startswith("student.spark.")}
+    for optimiser, wanted in (("adamw", 0.1), ("sgd", 1.0)):
+        cfg = override(RunConfig(), {"optim.name": optimiser, "optim.encoder_lr_scale": 0.1})
+        groups = [one for one in param_groups(method, cfg) if any(id(p) in block for p in one["params"])]
+        assert groups and {one["scale"] for one in groups} == {wanted}
+        assert all("optimiser" not in one for one in groups), "torch's optimisers know no such option"
+
+
 def test_a_path_ends_where_a_name_ends() -> None:
     assert part_of("student.sparkler.weight", ["student.spark"]) == ""
     assert part_of("student.spark.weight", ["student", "student.spark", "student.spark.weight.x"]) == "student.spark"

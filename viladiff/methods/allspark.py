@@ -6,14 +6,15 @@ training a labelled image asks the channels of unlabelled images, those of the m
 channels that look most like it, those of this step among them; an unlabelled image asks its own. For ŷ an image asks
 the channels of the whole unlabelled batch, and in evaluation its own.
 
-Differences from the released code. The block learns at the encoder's rate: AdamW moves each weight by the rate whatever
-its gradient, and at the head's rate the answers of the attention outgrow the tokens that they are added to (15 times
-their standard deviation by step 300 of a run that collapsed, 0.3 at the encoder's rate); there SGD drives it, at the
-head's rate. Padding counts neither in CE(u, ŷ), nor as a token that others read. The classes' maps that channels are
-compared with are probabilities, logits there. A place of the memory that no channel has filled is 0, noise there. All
-workers' channels go into the one memory that all of them hold, and where the batch is read, that of all workers is;
-there each worker has a memory of its own until it is overwritten by the first one's. Of a step in several micro-batches
-each reads the memory with its own channels. The block is no wider than the encoder's last map, as wide there.
+Differences from the released code. Under AdamW the block learns at the encoder's rate: AdamW moves each weight by the
+rate whatever its gradient, and at the head's rate the answers of the attention outgrow the tokens that they are added
+to (15 times their standard deviation by step 300 of a run that collapsed, 0.3 at the encoder's rate); there SGD drives
+it, at the head's rate, and under `optim.name=sgd` here too. Padding counts neither in CE(u, ŷ), nor as a token that
+others read. The classes' maps that channels are compared with are probabilities, logits there. A place of the memory
+that no channel has filled is 0, noise there. All workers' channels go into the one memory that all of them hold, and
+where the batch is read, that of all workers is; there each worker has a memory of its own until it is overwritten by
+the first one's. Of a step in several micro-batches each reads the memory with its own channels. The block is no wider
+than the encoder's last map, as wide there.
 
 Memory at width C, h heads, K classes and N tokens: of each labelled image a map of attention takes 4 (h C) (K h C)
 bytes in float32, and four such maps are kept for the backward pass; the queues take 4 K C N bytes for the whole run.
