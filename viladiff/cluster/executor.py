@@ -277,25 +277,39 @@ def _run_single(queue: JobQueue, session: RaySession) -> None:
         return
     from ray import tune
 
-    from viladiff.cluster.ray_tune import QueueCallback, QueueSearcher, stop_name
-    from viladiff.cluster.worker import WorkerContext, train_run
+    from viladiff.cluster.ray_tune import QueueSearcher, worker_context
+    from viladiff.cluster.worker import train_run
 
-    settings = queue.settings
-    place = WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
+    place = worker_context(queue)
     jobs = {job.run_id: job for job in queue.waiting}
-    resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
+    run_tuner(
+        queue, session, tune.with_parameters(train_run, jobs=jobs, place=place), QueueSearcher(queue), place.stop_name
+    )
+
+
+def run_tuner(
+    queue: JobQueue, session: RaySession, trainable: Any, searcher: Any, stop: str, scheduler: Any = None
+) -> None:
+    """Run Tune's trials until the searcher has no more: one process a slot, reused from run to run.
+
+    ``stop`` names the actor that tells them to stop; ``scheduler`` is Tune's, its default where none.
+    """
+    from ray import tune
+
+    from viladiff.cluster.ray_tune import QueueCallback
+
+    resources = {"cpu": queue.settings.threads, "gpu": queue.settings.gpus_per_trial or 0.0}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(queue.slots)
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(train_run, jobs=jobs, place=place), resources),
-        tune_config=tune.TuneConfig(search_alg=QueueSearcher(queue), num_samples=-1, reuse_actors=True),
+    tune.Tuner(
+        tune.with_resources(trainable, resources),
+        tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
-            name="table",
+            name="runs",
             storage_path=str(session.scratch / "tune"),
             verbose=0,
-            callbacks=[QueueCallback(queue, place.stop_name, session.refresh)],
+            callbacks=[QueueCallback(queue, stop, session.refresh)],
         ),
-    )
-    tuner.fit()
+    ).fit()
 
 
 def _run_shared(queue: JobQueue, session: RaySession) -> None:

@@ -12,12 +12,19 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from viladiff.cluster.worker import WorkerContext
 from viladiff.runs.job_queue import JobQueue
 
 
 def stop_name() -> str:
     """Return a new name for the actor that tells runs to stop; it is of this driver alone, also on a shared cluster."""
     return f"viladiff-stop-{ray.get_runtime_context().get_job_id()}"
+
+
+def worker_context(queue: JobQueue) -> WorkerContext:
+    """Return what a run's process is told of its driver, with a new name for the actor that tells it to stop."""
+    settings = queue.settings
+    return WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
 
 
 class QueueSearcher(Searcher):

@@ -7,7 +7,6 @@ where it reports, never a process that is killed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -18,8 +17,8 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from viladiff.cluster.executor import RaySession
-from viladiff.cluster.ray_tune import QueueCallback, QueueSearcher, poll_queue, stop_name
+from viladiff.cluster.executor import RaySession, run_tuner
+from viladiff.cluster.ray_tune import QueueSearcher, poll_queue, worker_context
 from viladiff.cluster.torch_trainer import Mailbox, asked
 from viladiff.cluster.worker import Tell, WorkerContext, run_attempt
 from viladiff.runs.job import PlannedRun
@@ -74,21 +73,7 @@ def train_trial(config: dict[str, Any], place: WorkerContext, box: Any, work: Wo
 
 def run_trials(queue: TrialQueue, session: RaySession, work: Work = run_attempt) -> None:
     """Run the sweep's trials of one worker on the session's Ray until the queue is over."""
-    settings = queue.settings
-    place = WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
+    place = worker_context(queue)
     box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-    resources = {"cpu": settings.threads, "gpu": settings.gpus_per_trial or 0.0}
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(queue.slots)
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(train_trial, place=place, box=box, work=work), resources),
-        tune_config=tune.TuneConfig(
-            search_alg=TrialSearcher(queue), scheduler=RungScheduler(queue, box), num_samples=-1, reuse_actors=True
-        ),
-        run_config=tune.RunConfig(
-            name="sweep",
-            storage_path=str(session.scratch / "tune"),
-            verbose=0,
-            callbacks=[QueueCallback(queue, place.stop_name, session.refresh)],
-        ),
-    )
-    tuner.fit()
+    trainable = tune.with_parameters(train_trial, place=place, box=box, work=work)
+    run_tuner(queue, session, trainable, TrialSearcher(queue), place.stop_name, RungScheduler(queue, box))

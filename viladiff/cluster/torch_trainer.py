@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from viladiff.cluster.ray_tune import create_stop_flag, death_message, poll_queue, stop_name
+from viladiff.cluster.ray_tune import create_stop_flag, death_message, poll_queue, worker_context
 from viladiff.cluster.worker import WorkerContext, attempt_held, classify_error, configuration
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.job_queue import JobQueue
@@ -63,7 +63,7 @@ class Mailbox:
 def run_shared(queue: JobQueue, scratch: Path, refresh: Callable[[], None]) -> None:
     """Run the queue's jobs, ``queue.slots`` trainers at a time, until it is done."""
     settings = queue.settings
-    place = WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
+    place = worker_context(queue)
     box: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     flag: Any = None
     running: dict[Future[None], str] = {}
