@@ -92,6 +92,15 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     assert check_files(data) == check_files(data) and asked
 
 
+def test_another_state_of_the_checks_has_no_stamp(
+    photo_folder: Make, asked: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = opened(photo_folder(8))
+    old = stamps.stamp_path(data)
+    monkeypatch.setattr(stamps, "code_digest", lambda: "other")
+    assert stamps.stamp_path(data) != old
+
+
 def test_other_workers_only_read_the_stamp(
     photo_folder: Make, asked: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
