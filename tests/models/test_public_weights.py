@@ -311,6 +311,13 @@ def without(state: State, name: str) -> State:
     return {key: value for key, value in state.items() if key != name}
 
 
+def test_a_checkpoint_without_an_average_gives_the_network(tmp_path: Path) -> None:
+    state = {"student.weight": torch.ones(2)}
+    torch.save({"model": state, "model_ema": None}, tmp_path / "last.pth")
+    found = read_weights(tmp_path / "last.pth").encoder
+    assert found.keys() == state.keys() and torch.equal(found["student.weight"], state["student.weight"])
+
+
 def test_an_encoder_s_file_leaves_the_head_as_it_was_drawn(tmp_path: Path) -> None:
     path = tmp_path / "dinov2.pth"
     torch.save(dinov2_state(), path)

@@ -47,7 +47,8 @@ def read_weights(path: Path) -> Weights:
         hint = "; keep its tensors alone in a safetensors file" if "eights only" in str(error) else ""
         raise ValueError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}{hint}") from error
     # Of a checkpoint with an average, as UniMatch-V2's, the average: it has the published score.
-    state: State = next((found[key] for key in ("state_dict", "model_ema", "model") if key in found), found)
+    keys = ("state_dict", "model_ema", "model")
+    state: State = next((found[key] for key in keys if isinstance(found.get(key), Mapping)), found)
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     for name, layout in LAYOUTS.items():
