@@ -17,8 +17,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from types import ModuleType
 from typing import Any
+
+from your_data import photographs
 
 from viladiff import RunConfig, fit, override
 from viladiff.core.atomic import write_atomically
@@ -79,16 +80,6 @@ NETWORKS: Mapping[str, Fields] = {
 images a step, since BatchNorm's statistics of two are noisy: its weights after 500 steps of two had a cross-entropy of
 0.75 with the statistics of two images, 0.55 with those of four and 0.45 with the running ones."""
 METHODS = ("supervised", "semibaseline")
-
-
-def photographs() -> ModuleType:
-    """Load the tests' pieces of real photographs, with masks by colour."""
-    path = ROOT / "tests" / "photographs.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def lite0() -> Path | None:
