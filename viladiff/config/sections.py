@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, field_validator, model_validator
 
 from viladiff.config.base import Section
+from viladiff.config.pixel_format import RGB_8, PixelFormat
 
 
 class DataConfig(Section):
@@ -35,7 +36,8 @@ class DataConfig(Section):
     hflip: float = Field(0.5, ge=0, le=1)
     """Probability of mirroring left and right."""
     color_jitter: bool = True
-    """Whether strong views get colour changes and blur."""
+    """Whether strong views get colour changes and blur. With other than 3 channels these are brightness, contrast about
+    each channel's own mean, and blur; hue, saturation and grey are of red, green and blue alone."""
     cutmix_grid: Literal["patch", "pixel"] = "patch"
     """Where CutMix boxes have their edges: between patches (ours, so that feature maps can be mixed), or anywhere."""
     captions: Literal["own", "shuffled", "generic", "none"] = "own"
@@ -44,6 +46,11 @@ class DataConfig(Section):
     """Images of the pool that keep their captions; the others are given no words. Validation images keep theirs."""
     text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "open_clip"
     """What turns captions into vectors; the last two from ``runtime.text_model``."""
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """What the pixels of image files are; 8 bits of red, green and blue but for ``folder``."""
+        return RGB_8
 
     @model_validator(mode="after")
     def _check_scale(self) -> DataConfig:

@@ -20,6 +20,7 @@ from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import statistics_notes
+from viladiff.models.encoders.build import input_note
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.gradient_shares import measured_steps
@@ -49,6 +50,7 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
         build = replace(build, model=override(cfg, {"model.pretrained": "none"}).model)
     method = METHODS[cfg.method.name](cfg.method, build)
     notes = [*check_files(run.dataset), *statistics_notes(method, run.device, cfg.runtime.workers)]
+    notes += input_note(cfg.model, cfg.data.pixels.inputs)
     check_inputs(cfg, method, data)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"

@@ -94,7 +94,7 @@ def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> M
     gone: dict[str, object] = {} if cfg.model.encoder == "transformers" else {"model.weights": None}
     plain = override(cfg, {"model.pretrained": "none", **gone})
     data, names = cfg.data, tuple(class_names)
-    build = NetworkFactory(plain.model, len(names), text_dim, data.dataset, names, data.crop)
+    build = NetworkFactory(plain.model, len(names), text_dim, data.dataset, names, data.crop, inputs=data.pixels.inputs)
     return METHODS[cfg.method.name](cfg.method, build)
 
 
@@ -127,7 +127,7 @@ def _maps(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
 
 def _map_fault(encoder: Encoder, side: int) -> str | None:
     try:
-        found = encoder(_picture(side, side))
+        found = encoder(_picture(side, side, encoder.inputs))
     except Exception as error:
         return None if _untraceable(error) else _said(error)
     sides = [-(-side // stride) for stride in encoder.strides]
@@ -166,12 +166,13 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
 def _scoring(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
     """Yield the fault of an evaluation: pseudo-labels, then each network under the run's protocol."""
     method.eval()
+    inputs = method.student.encoder.inputs
     text = _text(1) if method.required_views().text else None
     for size in picture_sizes(cfg.data.crop, data.picture):
         try:
             with torch.no_grad():  # of whole pictures, whatever the protocol is
                 resized_logits(
-                    lambda x: method.pseudo_labels(x, text, (0,), LATE), _picture(*size), method.student.patch
+                    lambda x: method.pseudo_labels(x, text, (0,), LATE), _picture(*size, inputs), method.student.patch
                 )
         except Exception as error:
             if not _untraceable(error):
@@ -210,12 +211,13 @@ def picture_sizes(crop: int, picture: tuple[int, int] | None = None) -> list[tup
 
 
 def protocol_fault(
-    network: nn.Module, size: tuple[int, int], text: TextBatch | None, protocol: str, crop: int
+    network: Network | _Shapes, size: tuple[int, int], text: TextBatch | None, protocol: str, crop: int
 ) -> str | None:
     """Return why a network on the meta device cannot score a picture of ``size`` under the protocol; None if it can."""
     try:
         with torch.no_grad():
-            for _ in stream_bands(network, _picture(*size), text, STREAMS, protocol, crop):
+            inputs = network.inputs if isinstance(network, _Shapes) else network.encoder.inputs
+            for _ in stream_bands(network, _picture(*size, inputs), text, STREAMS, protocol, crop):
                 pass
     except Exception as error:
         return None if _untraceable(error) else _said(error)
@@ -248,7 +250,7 @@ class _Shapes(nn.Module):
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        self.patch = network.patch
+        self.patch, self.inputs = network.patch, network.encoder.inputs
         whole = TextFree(network)
         self._whole = (whole,)  # in a tuple, so that it is no part of this module
         self._weights = {name: x.to(META) for name, x in (*whole.named_parameters(), *whole.named_buffers())}
@@ -264,13 +266,14 @@ def _batch(cfg: RunConfig, views: Views, classes: int) -> Batch:
     """Return a micro-batch with the views that a method asks for."""
     parts, crop = cfg.runtime.workers * cfg.train.grad_accum_steps, cfg.data.crop
     labelled, unlabelled = cfg.data.batch_labelled // parts, cfg.data.batch_unlabelled // parts
+    inputs = cfg.data.pixels.inputs
     more: dict[str, Any] = {"text": _text(labelled)} if views.text else {}
-    more |= {"image_strong": _images(labelled, crop)} if views.strong_labelled else {}
+    more |= {"image_strong": _images(labelled, crop, inputs)} if views.strong_labelled else {}
     more |= {"tags": _empty(labelled, classes)} if views.tags else {}
     if views.unlabelled:
         more |= {
-            "weak": (_images(unlabelled, crop),) * views.weak,
-            "strong": tuple(_images(unlabelled, crop) for _ in range(views.strong)),
+            "weak": (_images(unlabelled, crop, inputs),) * views.weak,
+            "strong": tuple(_images(unlabelled, crop, inputs) for _ in range(views.strong)),
             "valid": _empty(unlabelled, crop, crop, dtype=torch.bool),
             "keys_u": tuple(range(unlabelled)),
             "mix": tuple(_boxes(unlabelled) for _ in range(views.strong if views.cutmix else 0)),
@@ -279,19 +282,19 @@ def _batch(cfg: RunConfig, views: Views, classes: int) -> Batch:
         more |= {"tags_u": _empty(unlabelled, classes)} if views.tags else {}
         more |= {"truth_u": _empty(unlabelled, crop, crop, dtype=torch.int64)} if views.truth else {}
     target = _empty(labelled, crop, crop, dtype=torch.int64)
-    return Batch(_images(labelled, crop), target, tuple(range(labelled)), **more)
+    return Batch(_images(labelled, crop, inputs), target, tuple(range(labelled)), **more)
 
 
 def _boxes(count: int) -> CutMix:
     return CutMix(_empty(count, 4, dtype=torch.int64), _empty(count, dtype=torch.int64))
 
 
-def _images(count: int, side: int) -> Tensor:
-    return _empty(count, 3, side, side)
+def _images(count: int, side: int, inputs: int) -> Tensor:
+    return _empty(count, inputs, side, side)
 
 
-def _picture(height: int, width: int) -> Tensor:
-    return _empty(1, 3, height, width)
+def _picture(height: int, width: int, inputs: int) -> Tensor:
+    return _empty(1, inputs, height, width)
 
 
 def _text(count: int) -> TextBatch:

@@ -26,6 +26,7 @@ from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import average_statistics, statistics_notes, synchronise
+from viladiff.models.encoders.build import input_note
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, load_checkpoint, save_checkpoint
 from viladiff.runs.config import RunConfig, run_id
@@ -167,7 +168,7 @@ class Trainer:
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
-        own = statistics_notes(self.method, self.device, self.world)
+        own = [*statistics_notes(self.method, self.device, self.world), *input_note(cfg.model, cfg.data.pixels.inputs)]
         for note in (*self.method.notes(), *own) if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
         synchronise(self.method, self.device, self.world)
@@ -194,8 +195,9 @@ class Trainer:
         """Return the factory of the method's networks."""
         cfg, data = self.cfg, self.dataset
         texts = text_vectors(data, cfg.data.text_encoder, cfg.runtime.text_model)
+        names, inputs = data.class_names, data.pixels.inputs
         return NetworkFactory(
-            cfg.model, data.num_classes, self.bank.dim, data.name, data.class_names, cfg.data.crop, texts
+            cfg.model, data.num_classes, self.bank.dim, data.name, names, cfg.data.crop, texts, inputs
         )
 
     def _restore(self) -> None:
