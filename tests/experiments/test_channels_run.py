@@ -66,12 +66,23 @@ def test_5_bands_of_12_bits_from_check_to_export(
 
     assert main.main(["evaluate", str(run), "--quiet"]) == 0
     assert "as in training" in capsys.readouterr().out
-    assert main.main(["export", str(run), "model", "--onnx"]) == 0
+    assert main.main(["export", str(run), "model"]) == 0
     again = viladiff.load_model("model", "cpu")
     assert again.pixels == model.pixels and np.array_equal(again.predict(file).labels, wanted.labels)
     card = Path("model/README.md").read_text()
-    assert "5 channels in 0..1 by data.value_range = 12bit" in card and "(batch, 5, height, width)" in card
-    assert Path("model", ONNX).is_file()
+    assert "5 channels in 0..1 by data.value_range = 12bit" in card
+
+
+@pytest.mark.slow
+def test_5_bands_in_onnx(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exported is run by onnxruntime and compared before it is accepted."""
+    monkeypatch.chdir(photos.parent)
+    words = [*RUN, *FIELDS, "runtime.runs_dir=onnx-runs", "--threads", "1", "--quiet"]
+    assert main.main(["train", *words]) == 0
+    (run,) = (path.parent for path in Path("onnx-runs").glob("*/record.json"))
+    assert main.main(["export", str(run), "onnx-model", "--onnx"]) == 0
+    assert Path("onnx-model", ONNX).is_file()
+    assert "(batch, 5, height, width)" in Path("onnx-model", "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,8 @@ def _eight_bits(path: Path | str) -> np.ndarray:
 
 def _check_whole(path: Path | str, image: Image.Image) -> None:
     """Raise ValueError for an animation, and for a TIFF whose fourth band may be more than transparency."""
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format in ("PNG", "WEBP"):
+    frames = getattr(image, "n_frames", 1) if image.format in ("PNG", "WEBP") else 1
+    if frames > 1:
         raise ValueError(f"{path}: an animation of {frames} frames; write one picture a file")
     if image.format == "TIFF" and image.mode in ("RGBA", "LA"):
         levels = len(set(np.flatnonzero(image.getchannel("A").histogram()).tolist()) - {0, 255})

@@ -148,7 +148,10 @@ def _masks_beside(images: dict[str, Path], layout: Layout) -> dict[str, Path]:
 def _images(top: Path, layout: Layout, folder: str, others: list[Path]) -> dict[str, Path]:
     if not (top / folder).is_dir():
         there = [entry.name for entry in os.scandir(top) if entry.is_dir()]
-        raise ValueError(f"{top}: has no folder {folder!r} of images{did_you_mean(folder, there)}")
+        names = ", ".join(sorted(there)[:SHOWN]) or "none"
+        raise ValueError(
+            f"{top}: has no folder {folder!r} of images{did_you_mean(folder, there) or f'; its folders: {names}'}"
+        )
     found = _by_id(top, layout, folder, layout.image_end, SUFFIXES, others)
     if not found:
         named = f" whose name ends in {layout.image_end!r}" if layout.image_end else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -256,7 +256,9 @@ def _doubts(report: DatasetReport) -> list[DataProblem]:
     root, names = str(report.tree.root / report.tree.layout.masks), report.classes.names
     masks = [one.pixels for one in report.seen.values() if one.pixels is not None]
     if not masks:
-        return [DataProblem("error", root, "there is no mask that can be read, so nothing to learn from")]
+        return [
+            DataProblem("error", root, f"there is no mask that can be read, so nothing to learn from{_hint(report)}")
+        ]
     shown = report.images()
     absent = [name for label, name in enumerate(names) if not shown[label]]
     level: Level = "error" if report.tree.layout.dataset == FOLDER.dataset else "warning"
@@ -274,6 +276,14 @@ def _doubts(report: DatasetReport) -> list[DataProblem]:
     if (hint := some_ignored(report.classes, shown, unsure, len(masks))) is not None:
         faults.append(DataProblem("warning", root, hint))
     return faults
+
+
+def _hint(report: DatasetReport) -> str:
+    """Return where masks may be if their folder is missing."""
+    top, masks = report.tree.root, report.tree.layout.masks
+    known = {PurePosixPath(masks).parts[0], PurePosixPath(report.tree.layout.images).parts[0], "splits"}
+    there = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and entry.name not in known)
+    return f"; there is no folder {masks!r}, but {', '.join(there)}" if there and not (top / masks).is_dir() else ""
 
 
 def some_ignored(classes: Classes, shown: np.ndarray, unsure: int, masks: int) -> str | None:

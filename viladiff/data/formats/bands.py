@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,9 @@ def read_bands(path: Path | str, kind: FileKind) -> FileBands:
         return FileBands(_upright(found, facts.turn), facts.alpha, facts.pages)
     with open_image(path) as image:
         turn = UPRIGHT.get(orientation(image))
+        if image.format == "PPM" and _white(path) > 255:
+            told = "a PNM of more than 8 bits says itself which value is white"
+            raise ValueError(f"{path}: {told}; for data.value_range and data.channels write it as TIFF, PNG or .npy")
         image.load()
         upright = image if turn is None else image.transpose(turn)
         if upright.mode == "P":
@@ -118,6 +122,13 @@ def choose_channels(found: FileBands, pixels: PixelFormat) -> np.ndarray:
             f"data.bands={','.join(map(str, range(1, min(count, 3) + 1)))}; nothing is dropped unasked"
         )
     return numbers
+
+
+def _white(path: Path | str) -> int:
+    """Return the value that a PNM has for white."""
+    with open(path, "rb") as file:
+        head = re.sub(rb"#[^\n]*", b"", file.read(1024)).split()
+    return int(head[3]) if head[0] in (b"P2", b"P3", b"P5", b"P6") and len(head) > 3 and head[3].isdigit() else 1
 
 
 def _array(path: Path | str) -> np.ndarray:

@@ -17,6 +17,8 @@ _OTHER_PLANES = 1 | 4
 """Bits of NewSubfileType: an overview, a mask of pixels."""
 _WHITE_IS_ZERO, _GREY, _RGB = 0, 1, 2
 _ALPHA = (1, 2)
+_PILLOW_READS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000, 50001)
+"""Compressions: none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard, WebP."""
 _LAST_OF_AN_EXIF_TURN = 8
 
 
@@ -34,11 +36,13 @@ class TiffFacts(NamedTuple):
     photometric: int
     turn: int
     """Orientation by TIFF 6.0, as in EXIF."""
+    compression: int = 1
 
     @property
     def eight_bits(self) -> bool:
         """Whether it is one page of grey, colours or a palette in up to 8 bits, which Pillow reads whole."""
         plain = self.bands - self.alpha in ((1, 3) if self.photometric in (_WHITE_IS_ZERO, _GREY, _RGB) else (1, 3, 4))
+        plain = plain and self.compression in _PILLOW_READS
         return plain and self.pages == 1 and self.dtype in (np.uint8, np.bool_)
 
 
@@ -89,7 +93,16 @@ def _facts(file: Any) -> TiffFacts:
     size = (width, height) if turn > 4 else (height, width)
     alpha = bool(page.extrasamples) and int(page.extrasamples[-1]) in _ALPHA
     count = max(planes, len(pages))
-    return TiffFacts(size, page.samplesperpixel, count, np.dtype(page.dtype), alpha, int(page.photometric), turn)
+    return TiffFacts(
+        size,
+        page.samplesperpixel,
+        count,
+        np.dtype(page.dtype),
+        alpha,
+        int(page.photometric),
+        turn,
+        int(page.compression),
+    )
 
 
 def _from_series(series: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ def in_range(bands: np.ndarray, value_range: str) -> np.ndarray:
     of one value is 0 under percentiles. Raises ValueError for numbers beyond the depth, NaN and infinity.
     """
     meant = parse_value_range(value_range)
+    _refuse_other_kinds(bands)
     if bands.dtype.kind == "f" and not np.isfinite(bands).all():
         wrong = np.count_nonzero(~np.isfinite(bands).all(2))
         raise ValueError(
@@ -34,6 +35,8 @@ def in_range(bands: np.ndarray, value_range: str) -> np.ndarray:
 def _of_depth(bands: np.ndarray, bits: int) -> np.ndarray:
     if bands.dtype.kind == "f":
         raise ValueError(f"values are {bands.dtype}, and data.value_range = '{bits}bit' is of integers; give low..high")
+    if 8 * bands.dtype.itemsize < bits:
+        raise ValueError(f"a file of {bands.dtype}, which cannot hold data.value_range = '{bits}bit' as the others do")
     low, high = (int(bands.min()), int(bands.max())) if bands.size else (0, 0)
     if low < 0 or high >= 2**bits:
         raise ValueError(f"values {low} ... {high}, and data.value_range = '{bits}bit' has 0 ... {2**bits - 1}")
@@ -53,6 +56,7 @@ def undeclared_8_bits(bands: np.ndarray) -> np.ndarray:
     """
     if bands.dtype == np.uint8:
         return bands
+    _refuse_other_kinds(bands)
     if bands.dtype == np.bool_:
         return bands.astype(np.uint8) * 255
     low, high = bands.min(), bands.max()
@@ -62,6 +66,11 @@ def undeclared_8_bits(bands: np.ndarray) -> np.ndarray:
         f"grey values {low:g} ... {high:g} ({bands.dtype}): without data.value_range only 8 or 16 bits a channel can "
         f"be read, the latter if the highest bit is used; set data.value_range to {_suggested(bands, low, high)}"
     )
+
+
+def _refuse_other_kinds(bands: np.ndarray) -> None:
+    if bands.dtype.kind not in "biuf":
+        raise ValueError(f"values are {bands.dtype}; must be real numbers")
 
 
 def of_16_bits(numbers: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -88,8 +89,10 @@ def read_classes(root: Path) -> Classes:
         return _read_palette(root / "palette.txt")
     path = root / "classes.txt"
     if not path.is_file():
+        cvat = (root / "labelmap.txt").is_file()
         raise ValueError(
             f"{root}: has no classes.txt (a class name a line, id 0 first), and no palette.txt ('r g b name' a line)"
+            + ("; of CVAT's labelmap.txt, 'cat:128,0,0::' is '128 0 0 cat' there" if cvat else "")
         )
     lines = numbered(path)
     for wanted, (number, name) in enumerate(lines, 1):
@@ -98,7 +101,20 @@ def read_classes(root: Path) -> Classes:
                 f"{path}, line {wanted}: is empty; a name's line is its class id, and {name!r} would move up to "
                 f"{wanted - 1}; name the class, or remove the line"
             )
+    _refuse_no_names(path, [name for _, name in lines])
     return Classes(_checked([name for _, name in lines], path), None)
+
+
+def _refuse_no_names(path: Path, names: Sequence[str]) -> None:
+    """Raise ValueError for lines that are more than a name, since a line's place is its class id."""
+    for number, name in enumerate(names, 1):
+        if name.startswith("#"):
+            raise ValueError(f"{path}, line {number}: {name!r} is a comment, and each line is a class; remove it")
+    if names and all(re.match(r"\d+[\s:.,)]+\S", name) for name in names):
+        told = "the place of a line is its class id, 0 first; write the names alone"
+        raise ValueError(f"{path}: every name begins with a number ({names[0]!r}), and {told}")
+    if len(names) == 1 and "," in names[0]:
+        raise ValueError(f"{path}: one line with commas; write a class a line, id 0 first")
 
 
 def _read_palette(path: Path) -> Classes:
