@@ -1,7 +1,9 @@
-# make help lists the targets. PYTHON picks the interpreter that .venv is made with.
+# make help lists the targets. PYTHON picks the interpreter that .venv is made with. TORCH_INDEX is a package index with other
+# builds of torch, such as those for processors alone.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
+TORCH_INDEX ?=
 PYTEST_ARGS ?=
 ARGS ?=
 bin := .venv/bin
@@ -13,7 +15,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv and install into it (says how much; nothing to do the second time)
-	@PYTHON="$(PYTHON)" scripts/setup.sh
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/setup.sh
 
 table5: setup ## set up, then the main job: Table 5 on the built-in data set, in minutes (ARGS="--scale digits")
 	$(bin)/python ablations/run_table5.py $(ARGS)
