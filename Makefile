@@ -9,7 +9,7 @@ ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 reproduce test lint compat bench records published
+.PHONY: help setup table5 reproduce test lint compat bench docs records published
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ compat: setup ## names of runs, stored records, Table 5's file and the golden lo
 bench: setup ## every claim about speed, as ratios measured in one run each
 	@for file in benchmarks/*.py; do \
 		echo "== $$file"; $(one_thread) $(bin)/python "$$file" || exit 1; done
+
+docs: setup ## the documentation as a site in build/site, to be read without a server
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(one_thread) NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --quiet
 
 records: setup ## make the tests' records anew, after a revision or a default has changed (a minute)
 	$(one_thread) $(bin)/python tests/make_records.py
