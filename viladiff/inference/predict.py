@@ -272,8 +272,10 @@ def label_files(
 def _sizes(paths: Iterable[Path]) -> Iterator[tuple[int, int]]:
     """Yield (height, width) of the photographs that can be read."""
     for path in paths:
-        with suppress(ValueError, OSError), allow_pixels(MAX_PIXELS):
-            yield image_size(path)
+        with suppress(ValueError, OSError):
+            with allow_pixels(MAX_PIXELS):
+                size = image_size(path)
+            yield size
 
 
 def _photographs(source: Path, out: Path) -> tuple[dict[str, Path], tuple[Path, ...]]:

@@ -105,6 +105,10 @@ def dataset_facts(report: DatasetReport) -> dict[str, str]:
     masks = sum(one.pixels is not None for one in report.seen.values())
     found = {"images": f"{len(report.seen):,}", "with a mask that can be read": f"{masks:,}"}
     found["files not used"] = f"{len(report.tree.unused):,}"
+    pixels = report.tree.pixels
+    if not pixels.plain:
+        found["channels"] = str(pixels.inputs)
+        found["black and white"] = pixels.value_range or "0 and 255"
     sizes = report.sizes()
     if sizes:
         count = np.array(list(sizes.values()))
