@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +23,7 @@ from viladiff.runs import checkpoint
 from viladiff.runs.checkpoint import load_checkpoint, load_file, previous, save_checkpoint
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.lease import LeaseLostError, acquire_or_raise
+from viladiff.runs.record import load_record
 from viladiff.training import saving
 from viladiff.training.saving import CheckpointWriter, HostCopy
 from viladiff.training.trainer import Result, StopRequested, Trainer, fit
@@ -331,3 +336,104 @@ def test_a_run_that_is_asked_to_stop_has_its_checkpoint_on_the_disk(
     with pytest.raises(StopRequested):
         fit(cfg, report=lambda news: news["step"] == 4)
     assert load_file(tmp_path / Trainer(cfg).name / "checkpoint.pt")["step"] == 4
+
+
+# Kills. Importing torch takes longer than the runs, so one process imports it and forks each run.
+
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from viladiff.runs.checkpoint import load_checkpoint
+from viladiff.runs.config import RunConfig, override
+from viladiff.training.trainer import Trainer, fit
+
+changes, plain, kills = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def start(out):
+    child = os.fork()
+    if child == 0:
+        try:
+            fit(override(RunConfig(), {**changes, "runtime.runs_dir": out}))
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return child
+
+def changed(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+def ended(child):
+    return os.waitpid(child, os.WNOHANG)[0] != 0
+
+_, status = os.waitpid(start(plain), 0)
+assert status == 0
+directory = Path(plain + "-killed") / next(Path(plain).iterdir()).name
+draw, inside, done, step = random.Random(11), 0, 0, 0
+while done < kills:
+    child = start(str(directory.parent))
+    # The kill comes after one or two new checkpoints: at the next write, or at any moment of the next steps.
+    for _ in range(draw.choice([1, 2])):
+        was = changed(directory / "checkpoint.pt")
+        while changed(directory / "checkpoint.pt") == was:
+            assert not ended(child), "the run was over before all kills"
+            time.sleep(0.001)
+    amid = draw.random() < 0.6
+    time.sleep(draw.uniform(0, 0.02) if amid else draw.uniform(0, 0.3))
+    while amid and not list(directory.glob(f".checkpoint.pt.{child}.tmp")):
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    done += 1
+    inside += any(str(child) in path.name for path in directory.glob(".*.tmp"))
+    assert not (directory / "record.json").exists()
+    state = load_checkpoint(directory / "checkpoint.pt")
+    assert state is None or state["step"] >= step, "work of an earlier checkpoint is lost"
+    step = state["step"] if state else 0
+last = start(str(directory.parent))
+assert os.waitpid(last, 0)[1] == 0
+print(json.dumps({"kills": done, "inside": inside, "step": step, "directory": str(directory)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_killed_twenty_times_ends_as_the_one_that_is_not(tmp_path: Path) -> None:
+    changes = {**TINY, "method.name": "semibaseline", "data.batch_unlabelled": 2, "train.steps": 60}
+    changes |= {"runtime.checkpoint_minutes": 1e-9, "runtime.log_every": 5}
+    script = [sys.executable, "-c", KILLER, json.dumps(changes), str(tmp_path / "plain"), "20"]
+    done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(told)
+    assert told["kills"] == 20 and told["inside"] >= 5 and 20 <= told["step"] < 60
+    killed = Path(told["directory"])
+    plain = tmp_path / "plain" / killed.name
+    a, b = (load_file(directory / "checkpoint.pt")["method"] for directory in (plain, killed))
+    assert a.keys() == b.keys() and [name for name in a if not torch.equal(a[name], b[name])] == []
+    one, two = (load_record(directory / "record.json") for directory in (plain, killed))
+    assert one.scores == two.scores and one.history == two.history
+    assert (plain / "steps.jsonl").read_bytes() == (killed / "steps.jsonl").read_bytes()
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in plain.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_workers_agree_on_a_step_by_the_clock_of_the_first_and_survive_a_kill(tmp_path: Path) -> None:
+    changes = {**TINY, "method.name": "semibaseline", "train.steps": 40, "runtime.workers": 2}
+    changes |= {"data.batch_labelled": 4, "data.batch_unlabelled": 4}
+    plain = fit(override(RunConfig(), {**changes, "runtime.runs_dir": str(tmp_path / "plain")}))
+    killed = {**changes, "runtime.runs_dir": str(tmp_path / "killed"), "runtime.checkpoint_minutes": 1e-9}
+    words = [f"{path}={json.dumps(value) if isinstance(value, bool) else value}" for path, value in killed.items()]
+    command = [sys.executable, "-m", "viladiff", "train", *words]
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    path = tmp_path / "killed" / plain.record.run_id / "checkpoint.pt"
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert load_file(path)["step"] in (10, 20, 30) and not path.with_name("record.json").exists()
+    again = fit(override(RunConfig(), killed))
+    assert same(plain, again) and again.record.scores == plain.record.scores
+    assert again.frame().equals(plain.frame())
