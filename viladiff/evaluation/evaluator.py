@@ -205,7 +205,12 @@ def record(run: RecordContext) -> RunRecord:
         pseudo_labels=pseudo_labels,
         gradient_shares=run.shares.record(),
         class_names=list(run.dataset.class_names),
-        notes=[*run.bank.notes(), *run.method.notes(), *statistics_notes(run.method, run.device, run.world)],
+        notes=[
+            *run.bank.notes(),
+            *run.method.notes(),
+            *run.method.student.encoder.notes,
+            *statistics_notes(run.method, run.device, run.world),
+        ],
         split_name=run.dataset.split_name,
         captions=run.dataset.caption_source,
         text_encoder=describe_text_encoder(cfg.data.text_encoder, cfg.runtime.text_model),
