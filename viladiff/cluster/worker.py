@@ -94,7 +94,8 @@ def attempt_held(
             if found is None:
                 raise
             if found.get("kind") == "error":
-                told.write_text(traceback.format_exc(), encoding="utf-8")
+                with suppress(OSError):  # a full disk is what the error is about
+                    told.write_text(traceback.format_exc(), encoding="utf-8")
             return found
         finally:
             watchdog.rest()

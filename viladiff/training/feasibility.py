@@ -174,11 +174,10 @@ def _batch_fault(cfg: RunConfig) -> str:
         sizes["data.batch_unlabelled"] = cfg.data.batch_unlabelled
     small = [name for name, size in sizes.items() if size // parts < 2]
     each = f" for runtime.workers x train.grad_accum_steps = {parts} parts" if parts > 1 else ""
-    more = " and ".join(f"{name}={2 * parts}" for name in small)
-    return (
-        "BatchNorm needs two values of each channel, and a map of one cell of one image has one; set "
-        f"{f'{more}{each}, or ' if small else ''}data.crop={2 * cfg.data.crop}, or model.encoder_frozen=true"
+    fix = (
+        f"{' and '.join(f'{name}={2 * parts}' for name in small)}{each}" if small else f"data.crop={2 * cfg.data.crop}"
     )
+    return f"BatchNorm needs two values of each channel, and a map of one cell of one image has one; set {fix}"
 
 
 def _scoring(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
