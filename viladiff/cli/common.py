@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import difflib
-import errno
 import io
 import os
 import re
@@ -13,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from viladiff.core.messages import disk_advice
 
 RENAMED = {
     "--storage": ("--runs-dir",),
@@ -136,10 +137,8 @@ def run_command(command: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("VILADIFF_DEBUG") == "1":
             raise
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "; free some space, and the same command goes on where it stopped" if full else ""
         for line in str(error).splitlines() or [type(error).__name__]:
-            _print_error(line + fix)
+            _print_error(line + disk_advice(error))
         return 2
     except KeyboardInterrupt as stop:
         print(stop or "interrupted", file=sys.stderr)

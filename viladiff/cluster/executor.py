@@ -232,8 +232,8 @@ def _scratch() -> Path:
     base, free = temporary_space()
     if free < SCRATCH:
         raise ValueError(
-            f"temporary folder {base}: {free / 2**20:.0f} MB free, and Ray needs {SCRATCH / 2**20:.0f} MB for its logs; "
-            "free some, or set TMPDIR to another folder"
+            f"temporary folder {base}: {free / 2**20:.0f} MB free, and Ray needs {SCRATCH / 2**20:.0f} MB for its "
+            "logs; free some, or set TMPDIR to another folder"
         )
     for old in base.glob("viladiff-*-*"):
         pid = old.name.split("-")[1]

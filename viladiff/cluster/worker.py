@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from viladiff.core.messages import disk_advice
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.job_queue import SETUP
 from viladiff.runs.lease import LeaseLostError
@@ -136,7 +137,7 @@ def classify_error(error: BaseException) -> dict[str, Any] | None:
         kind, text = "killed", f"another worker of the run is gone ({text.splitlines()[0]})"
     else:
         kind = "error"
-        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}{disk_advice(error)}"
     return {"state": "failed", "kind": kind, "message": text}
 
 
