@@ -64,6 +64,8 @@ def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -
     args, left = into.parse_known_args(words)
     if not hasattr(args, "source"):  # a picture to be labelled may have any name
         _refuse_unreadable(words)
+    if left[:1] == ["--"]:  # argparse leaves it where a list of no words stood before the options
+        left = left[1:]
     late = [text for text in left if "=" in text and not text.startswith("-")]
     taking = next((name for name in ("fields", "changes") if hasattr(args, name)), None)
     extra = [text for text in left if text not in late]
