@@ -247,10 +247,21 @@ def test_doctor_finds_a_damaged_cache_and_unusable_places(
     assert capsys.readouterr().out.count("FAIL") == 2
 
 
+def test_doctor_looks_at_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert {check.name for check in doctor.examine(tmp_path)} >= {"temporary"}
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10**6))
+    found = {check.name: check for check in doctor.examine(tmp_path)}
+    assert found["TMPDIR"].broken and found["TMPDIR"].found == f"/nonexistent: cannot be used, {tmp_path} is instead"
+    assert found["temporary"].broken and "0.0 GB free" in found["temporary"].found
+
+
 def test_doctor_finds_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
     broken = [check.name for check in doctor.examine(tmp_path) if check.broken]
-    assert broken == ["cache", "runs"]
+    assert broken == ["cache", "runs", "temporary"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

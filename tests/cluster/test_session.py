@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +65,27 @@ def test_a_process_starts_one_ray_after_another() -> None:
 
             assert ray.get(ray.remote(num_cpus=0)(lambda: 6 * 7).remote()) == 42
             assert bool(session.note) == dashboard
+
+
+def test_a_full_temporary_folder_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(total=2**30, used=2**30, free=2**20))
+    with pytest.raises(ValueError, match=r"1 MB free, and Ray needs 50 MB for its logs.*set TMPDIR") as error:
+        cluster(ExecutionSettings(), 1).__enter__()
+    assert str(error.value).startswith(f"temporary folder {tmp_path}: ") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_long_temporary_folder_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's sockets, whose names may have 107 characters, lie in it under a short name."""
+    folder = tmp_path / ("a long name " * 8)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with cluster(ExecutionSettings(), 1) as session:
+        import ray
+
+        assert ray.get(ray.remote(num_cpus=0)(lambda: 6 * 7).remote()) == 42
+        assert session.scratch.parent == folder and list((session.scratch / "r").glob("session_*"))
+    assert not list(folder.glob("viladiff-*"))

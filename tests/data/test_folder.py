@@ -805,3 +805,20 @@ def test_a_data_set_without_captions_has_silent_banks(photo_folder: Make) -> Non
         train, val = load_text(data, encoder)
         assert (len(train), len(val)) == (6, 2) and not train.mask.any() and train.fingerprint == "no captions"
         assert train.batch([0, 5]).tokens.shape == (2, 1, train.dim)
+
+
+def test_lists_with_backslashes_are_those_of_windows(photo_folder: Make) -> None:
+    root = photo_folder(12)
+    listed = load(root)
+    for path in (root / "splits").rglob("*.txt"):
+        path.write_text("\r\n".join(f"images\\{line}" for line in path.read_text().splitlines()))
+    found = load(root)
+    assert found.fingerprint == listed.fingerprint
+    assert [len(part) for part in (found.labelled, found.unlabelled)] == [len(listed.labelled), len(listed.unlabelled)]
+    name = next(path for path in (root / "splits").rglob("*.txt") if path.name == "labelled.txt")
+    name.write_text("C:\\data\\images\\a.jpg\n")
+    with pytest.raises(ValueError, match="is not an image of 'images'; names are relative to 'images'"):
+        load(root)
+    name.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        load(root)

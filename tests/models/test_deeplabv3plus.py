@@ -15,7 +15,8 @@ from viladiff.config.sections import ModelConfig
 from viladiff.inference.export import Standalone, export_onnx, onnx_difference
 from viladiff.inference.predict import Model
 from viladiff.models.decoders.deeplabv3plus import DeepLabV3PlusDecoder
-from viladiff.models.encoders.build import build_encoder, load_weights
+from viladiff.models.encoders.build import build_encoder
+from viladiff.models.encoders.load import load_weights
 from viladiff.models.public_weights import load_head
 from viladiff.models.segmenter import NetworkFactory, Segmenter
 from viladiff.models.vila import ViLa, VilaConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from viladiff.core.messages import disk_advice
 from viladiff.core.watchdog import Reaper, descendants, start
 from viladiff.runs import job_queue as queues
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
@@ -210,3 +212,20 @@ def test_a_dismissed_reaper_touches_nothing(tmp_path: Path) -> None:
     reaper.watch([os.getpid()])
     reaper.dismiss()
     assert tmp_path.exists() and start(os.getpid()) is not None
+
+
+def test_a_full_disk_stops_the_queue_and_is_kept_for_its_launcher(tmp_path: Path) -> None:
+    """Nothing is raised within a call of Ray's, which would bury it in a traceback."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "page.html"))
+
+    def tell(event: Event) -> None:
+        raise full
+
+    found = JobQueue([job(0), job(1)], Store(tmp_path), ExecutionSettings(), 1, tell)
+    assert names(found) == [0]
+    fail(found, 0, "error")
+    assert found.trouble is full and found.asked_to_stop
+    found.request_stop()
+    assert found.done and {outcome.state for outcome in found.outcomes.values()} == {"failed", "stopped"}
+    assert disk_advice(full) == "; free some space, and the same command goes on where it stopped"
+    assert disk_advice(OSError(errno.EACCES, "no")) == ""

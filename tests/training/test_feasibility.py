@@ -95,6 +95,20 @@ def test_what_can_be_run_is_not_refused(cfg: dict[str, Any]) -> None:
     assert try_on_meta(config(**cfg), FACTS._replace(captions="data__captions" not in cfg)) == []
 
 
+def batch_norm(size: int, parts: int = 1, encoder: str = "resnet10t") -> RunConfig:
+    """A run whose coarsest map has one cell."""
+    fields = {"model.encoder": encoder, "data.crop": 32, "data.batch_labelled": size}
+    return override(config(), {**fields, "train.grad_accum_steps": parts})
+
+
+def test_batch_norm_of_one_value_names_the_batch_and_two_values_are_enough() -> None:
+    (told,) = try_on_meta(batch_norm(1), FACTS)
+    assert told.endswith("a map of one cell of one image has one; set data.batch_labelled=2")
+    (told,) = try_on_meta(batch_norm(4, 4), FACTS)
+    assert told.endswith("set data.batch_labelled=8 for runtime.workers x train.grad_accum_steps = 4 parts")
+    assert try_on_meta(batch_norm(2), FACTS) == []
+
+
 def test_the_size_that_an_encoder_was_made_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility, "own_size", lambda name: 64)
     assert "data.crop=64 fits, or choose" in try_on_meta(config("fixed", 96), FACTS)[0]

@@ -5,6 +5,7 @@ Nothing is rendered, trained or started: a check reads, and at most writes one e
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from viladiff.core.environment import visible_cpus
 
 CACHE_GB = 0.5
 """Room for both built-in data sets and their text, in GB."""
+TEMPORARY_GB = 0.05
+"""Room for the logs of Ray, in GB."""
 RUNS_GB = 1.0
 """Room for some runs on the built-in data sets, in GB; real ones take more."""
 
@@ -31,7 +34,7 @@ def examine(runs_dir: str | Path = "runs") -> list[Check]:
         from viladiff.data.cache import cache_dir
 
         checks += [_place("cache", cache_dir(), CACHE_GB, "VILADIFF_CACHE"), *_cached(cache_dir())]
-    checks += [_place("runs", Path(runs_dir), RUNS_GB, "--runs-dir"), _ray()]
+    checks += [_place("runs", Path(runs_dir), RUNS_GB, "--runs-dir"), *_temporary(), _ray()]
     return checks
 
 
@@ -111,6 +114,17 @@ def _place(name: str, directory: Path, need_gb: float, how: str) -> Check:
         f"requires {need_gb:g} GB: free some, or change {how}" if low else "",
         low,
     )
+
+
+def _temporary() -> Iterator[Check]:
+    """Check the folder of temporary files, in which Ray's logs and sockets lie."""
+    asked = os.environ.get("TMPDIR", "")
+    found = Path(tempfile.gettempdir())
+    if asked and Path(asked).absolute() != found.absolute():
+        yield Check(
+            "TMPDIR", f"{asked}: cannot be used, {found} is instead", "set TMPDIR to a folder to write to", True
+        )
+    yield _place("temporary", found, TEMPORARY_GB, "TMPDIR")
 
 
 def _cached(directory: Path) -> Iterator[Check]:

@@ -29,6 +29,10 @@ from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.store import Store
 
+SCRATCH = 50 * 2**20
+"""Free bytes that the temporary folder must have: Ray's start hangs where its logs cannot be written."""
+LONGEST = 40
+"""Characters of a directory in which Ray can make its sockets, whose names may have 107."""
 OBJECT_STORE = 100 * 2**20
 """Bytes; only names and numbers pass through it."""
 
@@ -72,6 +76,9 @@ def run_jobs(
         except BaseException:
             store.clean(gone)  # what was ended in the middle of a step
             raise
+    for queue in (single, shared):
+        if queue.trouble is not None:
+            raise queue.trouble
     outcomes = single.outcomes | shared.outcomes
     return [outcomes[job.run_id] for job in jobs]
 
@@ -115,9 +122,11 @@ def cluster(
     # Ray starts processes and waits; that is time to import in, but only Ray itself may be started on this thread: its
     # processes die with the thread that started them.
     threading.Thread(target=import_module, args=["ray.tune"], daemon=True).start()
-    options = _options(settings, slots, shared, scratch)
+    options = _options(settings, slots, shared)
     try:
-        with nullcontext() if settings.address else private(scratch):
+        with nullcontext() if settings.address else private(scratch), _short(scratch) as place:
+            if settings.address is None:
+                options["_temp_dir"] = str(place / "r")
             try:
                 begun = _start(settings.address or "local", options, ours)
                 roots += ours()
@@ -152,7 +161,7 @@ def _shut_down(pids: Sequence[int]) -> list[int]:
     return list(left)
 
 
-def _options(settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun], scratch: Path) -> dict[str, Any]:
+def _options(settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRun]) -> dict[str, Any]:
     """Return the arguments of ``ray.init``, more of them for starting than for joining."""
     # An idle thread of a numerical library is still a thread that spins beside the others.
     env = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -165,7 +174,6 @@ def _options(settings: ExecutionSettings, slots: int, shared: Iterable[PlannedRu
             "object_store_memory": OBJECT_STORE,
             "include_dashboard": settings.dashboard,
             "dashboard_host": "127.0.0.1",
-            "_temp_dir": str(scratch / "r"),
         }
     return options
 
@@ -217,16 +225,44 @@ def _seldom(do: Callable[[], None]) -> Callable[[], None]:
 
 
 def _scratch() -> Path:
-    """Create a directory for this driver; remove those that even a watchdog left (a power cut)."""
-    # Sockets lie in it, and their names must stay under 107 characters.
-    base = Path(tempfile.gettempdir())
-    base = base if len(str(base)) < 14 else Path("/tmp")
+    """Create a directory for this driver; remove those that even a watchdog left (a power cut).
+
+    Raises ValueError if the temporary folder is full.
+    """
+    base, free = temporary_space()
+    if free < SCRATCH:
+        raise ValueError(
+            f"temporary folder {base}: {free / 2**20:.0f} MB free, and Ray needs {SCRATCH / 2**20:.0f} MB for its "
+            "logs; free some, or set TMPDIR to another folder"
+        )
     for old in base.glob("viladiff-*-*"):
         pid = old.name.split("-")[1]
         with suppress(FileNotFoundError):  # its reaper, or another driver, may be at it too
             if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
                 shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
+
+
+def temporary_space() -> tuple[Path, int]:
+    """Return the folder of Ray's scratch directories, which TMPDIR names, and its free bytes."""
+    base = Path(tempfile.gettempdir())
+    return base, shutil.disk_usage(base).free
+
+
+@contextmanager
+def _short(scratch: Path) -> Iterator[Path]:
+    """Give Ray a name of the directory under which those of its sockets stay below 107 characters."""
+    if len(str(scratch)) <= LONGEST:
+        yield scratch
+        return
+    places = [Path(place) for place in ("/tmp", "/dev/shm", "/var/tmp")]
+    place = next((place for place in places if place.is_dir() and os.access(place, os.W_OK)), None)
+    if place is None:
+        raise ValueError(f"temporary folder {scratch.parent}: too long for Ray's sockets; set TMPDIR to a shorter one")
+    with tempfile.TemporaryDirectory(prefix="viladiff-", dir=place) as folder:
+        link = Path(folder) / "s"
+        link.symlink_to(scratch)
+        yield link
 
 
 def _remove(scratch: Path) -> None:

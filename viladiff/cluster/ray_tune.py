@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -84,9 +86,8 @@ class QueueCallback(Callback):
         self.queue.on_result(trial.config["run"], trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        error = trial.get_error()
-        memory = isinstance(error, ray.exceptions.OutOfMemoryError) or "memory monitor" in str(error)
-        self.queue.on_worker_died(trial.config["run"], death_message(error), memory)
+        text = trial_error(trial)
+        self.queue.on_worker_died(trial.config["run"], death_message(text), killed_for_memory(text))
 
 
 def poll_queue(queue: JobQueue) -> None:
@@ -122,9 +123,25 @@ def _kill(pid: int) -> None:
         return  # it ended meanwhile
 
 
-def death_message(error: BaseException | None) -> str:
+def trial_error(trial: Any) -> str:
+    """Return what Ray says of a trial's death; Tune gives it out only once it has copied the file that has it."""
+    with suppress(OSError, TypeError):
+        return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    return str(trial.get_error() or "")
+
+
+def killed_for_memory(text: str) -> bool:
+    """Return whether Ray's memory monitor ended a process, from what Ray says of its death."""
+    return any(sign in text for sign in ("NODE_OUT_OF_MEMORY", "running low on memory", "OutOfMemoryError"))
+
+
+def death_message(text: str) -> str:
     """Return one line on the cause of a process's death, without Ray's advice."""
-    text = str(error)
+    if killed_for_memory(text):
+        return (
+            "Ray's memory monitor ended its process, since the machine was short of memory; lower "
+            "--max-concurrent, data.batch_labelled or data.crop, or add memory"
+        )
     for line in text.splitlines():
         if "Worker exit detail" in line or "exit code" in line.lower():
             return "its process died: " + line.split("detail:")[-1].split("There are some")[0].strip()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from viladiff.core.messages import disk_advice
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.job_queue import SETUP
 from viladiff.runs.lease import LeaseLostError
@@ -94,7 +95,8 @@ def attempt_held(
             if found is None:
                 raise
             if found.get("kind") == "error":
-                told.write_text(traceback.format_exc(), encoding="utf-8")
+                with suppress(OSError):  # a full disk is what the error is about
+                    told.write_text(traceback.format_exc(), encoding="utf-8")
             return found
         finally:
             watchdog.rest()
@@ -135,7 +137,7 @@ def classify_error(error: BaseException) -> dict[str, Any] | None:
         kind, text = "killed", f"another worker of the run is gone ({text.splitlines()[0]})"
     else:
         kind = "error"
-        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}{disk_advice(error)}"
     return {"state": "failed", "kind": kind, "message": text}
 
 

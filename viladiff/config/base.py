@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from viladiff.config import renamed
 
 INTEGER = re.compile(r"[+-]?\d+")
+DOTTED = re.compile(r"[a-z]\w*(\.\w+)+|seed")
 FIELD_FIRST = re.compile(r"[a-z_]+ [=+] ")
 REAL = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
 
@@ -48,15 +49,22 @@ class FieldHelp(NamedTuple):
 def parse_overrides(words: Iterable[str]) -> dict[str, str]:
     """Parse ``["a.b=1"]`` to {"a.b": "1"}. Raises ConfigError for a word without "=" and for a repeated field."""
     found: dict[str, str] = {}
-    for word in words:
+    given = list(words)
+    for place, word in enumerate(given):
         path, sign, text = word.partition("=")
         path = path.strip()
         if not sign or not path:
-            raise ConfigError(f"{word!r}: write field=value without spaces around '=', as in data.split=183")
+            raise ConfigError(f"{word!r}: write field=value without spaces around '=', as in {_joined(given[place:])}")
         if path in found:
             raise ConfigError(f"{path}: given twice, as {found[path]!r} and as {text!r}; keep one")
         found[path] = text
     return found
+
+
+def _joined(words: list[str]) -> str:
+    """Return the first word and the value behind it as ``field=value``; an example where they are none."""
+    field, value = words[0].rstrip(":"), next((word.lstrip("=") for word in words[1:] if word.strip("=")), "")
+    return f"{field}={value}" if DOTTED.fullmatch(field) and value else "data.split=183"
 
 
 def field_infos(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 def format_seconds(seconds: float | None, unknown: str = "—") -> str:
     """Format seconds: ``2 h 5 min``, ``3 min 20 s``, ``8 s``; ``unknown`` for None."""
@@ -21,3 +23,9 @@ def format_value(value: object, digits: int | None = None) -> str:
     if isinstance(value, list | tuple):
         return ",".join(format_value(item, digits) for item in value)
     return f"{value:.{digits}g}" if digits is not None and isinstance(value, float) else str(value)
+
+
+def disk_advice(error: BaseException) -> str:
+    """Return the end of a message about a full disk, which says what to do; empty for another error."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "; free some space, and the same command goes on where it stopped" if full else ""

@@ -184,7 +184,7 @@ def _palette(masks: object) -> list[tuple[int, int, int]] | None:
 
 
 def _notes(run: RecordContext) -> list[str]:
-    own = statistics_notes(run.method, run.device, run.world)
+    own = [*run.method.student.encoder.notes, *statistics_notes(run.method, run.device, run.world)]
     return [*run.dataset.unused, *run.bank.notes(), *run.method.notes(), *own]
 
 

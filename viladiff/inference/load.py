@@ -20,7 +20,7 @@ from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import statistics_notes
-from viladiff.models.encoders.build import input_note
+from viladiff.models.encoders.build import input_note, weights_fault
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.gradient_shares import measured_steps
@@ -38,19 +38,25 @@ if TYPE_CHECKING:
 def preview_run(cfg: RunConfig) -> dict[str, Any]:
     """Return name, directory, length, images and parameters of ``fit(cfg)``; may render data, trains nothing.
 
-    Files are checked as in ``fit``, which then reuses the results. Raises ValueError as it does.
+    Files are checked as in ``fit``, which then reuses the results. Raises ValueError as it does. No network is used;
+    weights that a start would download are a note.
     """
     from viladiff.training.trainer import Trainer
 
     run = Trainer(cfg)
     data = data_facts(run.dataset)
-    refuse_infeasible(cfg, data, fetch=False)
+    refuse_infeasible(cfg, data, weights=False)
     build = run.build()
     if cfg.model.pretrained == "timm" and cfg.model.weights is None:  # which would ask a network for news of them
         build = replace(build, model=override(cfg, {"model.pretrained": "none"}).model)
     method = METHODS[cfg.method.name](cfg.method, build)
-    notes = [*check_files(run.dataset), *statistics_notes(method, run.device, cfg.runtime.workers)]
-    notes += input_note(cfg.model, cfg.data.pixels.inputs)
+    notes = [
+        *filter(None, [weights_fault(cfg.model)]),
+        *check_files(run.dataset),
+        *method.student.encoder.notes,
+        *statistics_notes(method, run.device, cfg.runtime.workers),
+        *input_note(cfg.model, cfg.data.pixels.inputs),
+    ]
     check_inputs(cfg, method, data)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"

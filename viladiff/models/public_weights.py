@@ -6,19 +6,15 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from viladiff.models.decoders.base import Decoder
+from viladiff.models.weight_files import State, read_file, unwrapped, weights_path
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
-
-State = dict[str, Tensor]
 
 
 class Weights(NamedTuple):
@@ -30,44 +26,35 @@ class Weights(NamedTuple):
     """``decoder.`` and ``classifier.`` of a segmenter; empty where the file has an encoder alone."""
     decoder: str | None = None
     """The ``model.decoder`` that ``head`` belongs to."""
+    told: str = ""
+    """What of the file was read and how, where that is no matter of course."""
 
 
 def read_weights(path: Path) -> Weights:
     """Read a safetensors or torch file without running any code that the file may carry.
 
-    Names may begin with ``module.``, as DistributedDataParallel leaves them. A file of no known layout is an encoder's
-    in its own names. Raises ValueError in one line for a file that cannot be read or, of a known layout, has unknown
-    names.
+    Containers and prefixes of other programs are removed and told (``viladiff.models.weight_files``). A file of no
+    known layout is an encoder's in its own names, prefixes included. Raises ValueError in one line for a file that
+    cannot be read or, of a known layout, has unknown names.
     """
-    if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist")
-    try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else _tensors(path)
-    except Exception as error:
-        hint = "; keep its tensors alone in a safetensors file" if "eights only" in str(error) else ""
-        raise ValueError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}{hint}") from error
-    # Of a checkpoint with an average, as UniMatch-V2's, the average: it has the published score.
-    keys = ("state_dict", "model_ema", "model")
-    state: State = next((found[key] for key in keys if isinstance(found.get(key), Mapping)), found)
-    if all(name.startswith("module.") for name in state):
+    state, key = read_file(path)
+    if all(name.startswith("module.") for name in state):  # as DistributedDataParallel leaves them
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    for name, layout in LAYOUTS.items():
-        try:
-            weights = layout(state)
-        except ValueError as error:
-            raise ValueError(f"weights file {path}: looks like {name}, but {error}") from error
-        if weights is not None:
-            return weights
-    return Weights(state)
+    told = f"under {key!r}" if key not in ("", "model", "state_dict") else ""
+    for prefix, part in unwrapped(state):
+        for name, layout in LAYOUTS.items():
+            try:
+                weights = layout(part)
+            except ValueError as error:
+                raise ValueError(f"weights file {path}: looks like {name}, but {error}") from error
+            if weights is not None:
+                return weights._replace(told=", ".join(filter(None, [told, stripped(prefix)])))
+    return Weights(state, told=told)
 
 
-def _tensors(path: Path) -> Any:
-    """Read a torch file; beside what torch allows, it may hold NumPy's numbers, as of scores beside the weights."""
-    scalar = np.float64(0).__reduce__()[0]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before and since NumPy 2
-    numbers: list[Any] = [np.dtype, np.dtypes.Float64DType, *((scalar, name) for name in names)]
-    with torch.serialization.safe_globals(numbers):
-        return torch.load(path, "cpu", weights_only=True)
+def stripped(prefix: str) -> str:
+    """Return the remark on a prefix that was removed from names; empty for none."""
+    return f"without the prefix {prefix!r} of its names" if prefix else ""
 
 
 def load_head(network: nn.Module, model: ModelConfig) -> None:
@@ -78,7 +65,7 @@ def load_head(network: nn.Module, model: ModelConfig) -> None:
     """
     if model.weights is None or not isinstance(getattr(network, "decoder", None), Decoder):
         return
-    found = read_weights(Path(model.weights))
+    found = read_weights(weights_path(model.weights))
     if found.decoder is None:
         return
     if found.decoder != model.decoder:

@@ -53,7 +53,9 @@ class JobQueue:
         slots: int,
         tell: Callable[[Event], None],
     ) -> None:
-        self.store, self.settings, self.slots, self.tell = store, settings, slots, tell
+        self.store, self.settings, self.slots, self._told = store, settings, slots, tell
+        self.trouble: OSError | None = None
+        """The first file that could not be written, as on a full disk; the queue stops, and its launcher raises it."""
         self.waiting = deque(jobs)
         self.alone: deque[PlannedRun] = deque()
         """Runs that ran out of memory beside others."""
@@ -65,6 +67,18 @@ class JobQueue:
         self.asked_to_stop = False
         """Set by a signal handler, which must do no more than that."""
         self.clock, self._before, self._looked = 0.0, time.monotonic(), 0.0
+
+    def tell(self, event: Event) -> None:
+        """Send an event to whoever listens, who may write files."""
+        self._write(lambda: self._told(event))
+
+    def _write(self, do: Callable[[], None]) -> None:
+        """Do what may write files; the launcher is in the middle of a call of Ray's, where nothing may be raised."""
+        try:
+            do()
+        except OSError as error:
+            self.trouble = self.trouble or error
+            self.asked_to_stop = True
 
     # What the launcher asks
 
@@ -223,7 +237,7 @@ class JobQueue:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         failure = Failure(kind=kind, message=message, step=run.step, attempts=len(tries), when=now)
         if kind != "stale":  # then a run of this name is never asked for again
-            self.store.record_failure(run_id, failure)
+            self._write(lambda: self.store.record_failure(run_id, failure))
         allowed = {"killed": self.settings.retries, "hang": 1, "memory": 1}.get(kind, 0)
         if tries.count(kind) > allowed or self.stopping:
             self._end(Outcome(run_id, "failed", failure, len(tries)), step=run.step)

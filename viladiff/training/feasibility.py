@@ -54,12 +54,13 @@ def run_faults(cfg: RunConfig, data: DataFacts, store: Checked | None = None) ->
     return found
 
 
-def refuse_infeasible(cfg: RunConfig, data: DataFacts, fetch: bool = True) -> None:
-    """Raise ValueError, with what to set, for a run that cannot be trained or scored, or whose weights are not here.
+def refuse_infeasible(cfg: RunConfig, data: DataFacts, weights: bool = True) -> None:
+    """Raise ValueError, with what to set, for a run that cannot be trained or scored.
 
-    ``fetch`` downloads weights that are not in this machine's cache; else no network is used.
+    ``weights``: the encoder's first weights are downloaded if they are not here, and refused if that is impossible;
+    else no network is used.
     """
-    faults = [*run_faults(cfg, data), *filter(None, [weights_fault(cfg.model, fetch)])]
+    faults = [*run_faults(cfg, data), *filter(None, [weights_fault(cfg.model, True) if weights else None])]
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -114,7 +115,7 @@ def _on_meta(cfg: RunConfig, classes: int) -> Method:
 
 def _maps(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
     """Yield the fault of an encoder that cannot take the crop or whose maps do not fit any decoder."""
-    encoder, crop = method.student.encoder, cfg.data.crop
+    encoder, crop = method.student.encoder.eval(), cfg.data.crop  # of one image, which BatchNorm cannot train on
     fault = _map_fault(encoder, crop)
     if fault is not None:
         own = own_size(cfg.model.encoder)
@@ -152,7 +153,9 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
             method.after_step(LATE)
         param_groups(method, cfg)
     except Exception as error:
-        if not _untraceable(error):
+        if "more than 1 value per channel" in str(error):
+            yield f"{where}: {_batch_fault(cfg)}"
+        elif not _untraceable(error):
             yield f"{where}: a training step fails ({_said(error)}); choose another encoder or crop"
         return
     idle = [name for name, grad in zip(weights, grads, strict=True) if grad is None]
@@ -161,6 +164,20 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
             f"runtime.workers = {cfg.runtime.workers}: {where}: no loss reaches {len(idle)} weights ({idle[0]}), for "
             "whose gradient workers would wait; use runtime.workers = 1"
         )
+
+
+def _batch_fault(cfg: RunConfig) -> str:
+    """Return the fault of a BatchNorm that meets one value: a map of one cell of a micro-batch of one image."""
+    parts = cfg.runtime.workers * cfg.train.grad_accum_steps
+    sizes = {"data.batch_labelled": cfg.data.batch_labelled}
+    if METHODS[cfg.method.name].views.unlabelled:
+        sizes["data.batch_unlabelled"] = cfg.data.batch_unlabelled
+    small = [name for name, size in sizes.items() if size // parts < 2]
+    each = f" for runtime.workers x train.grad_accum_steps = {parts} parts" if parts > 1 else ""
+    fix = (
+        f"{' and '.join(f'{name}={2 * parts}' for name in small)}{each}" if small else f"data.crop={2 * cfg.data.crop}"
+    )
+    return f"BatchNorm needs two values of each channel, and a map of one cell of one image has one; set {fix}"
 
 
 def _scoring(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing import SimpleQueue, get_context
-from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from viladiff.core.distributed import join_here
 from viladiff.runs.config import RunConfig
@@ -67,9 +67,11 @@ def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *ar
 
     work is a function of a module, since new processes look it up by name. A worker's error is raised here.
     """
+    _refuse_unguarded()
     queue: SimpleQueue = get_context("spawn").SimpleQueue()
     # Workers get a terminal's Ctrl-C themselves and stop together; this process only waits for them.
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ[_STARTING] = str(os.getpid())
     failure: Exception | None = None
     try:
         dump = cfg.model_dump(mode="json")
@@ -77,7 +79,10 @@ def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *ar
             spawn(_worker, (work, dump, workers, arguments, _backend(cfg, workers), meeting, queue), workers)
     except ProcessRaisedException as error:
         failure = error
+    except ProcessExitedException as error:
+        failure = ValueError(_UNGUARDED.format(workers)) if error.exit_code == UNGUARDED_EXIT else error
     finally:
+        os.environ.pop(_STARTING, None)
         signal.signal(signal.SIGINT, old)
     kind, text = ("", "") if queue.empty() else queue.get()
     if kind == "done":
@@ -86,6 +91,21 @@ def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *ar
         raise _RAISED[kind](text) from None
     raise failure or RuntimeError("the workers ended without a result")
 
+
+def _refuse_unguarded() -> None:
+    """End a new process that reads the caller's script again and comes to the call that started it."""
+    if os.environ.get(_STARTING) == str(os.getppid()):
+        os._exit(UNGUARDED_EXIT)  # an error here would be one more traceback for each worker
+
+
+_STARTING = "VILADIFF_STARTING_WORKERS"
+"""Process that is starting workers; each of them leaves it once it has come to its own work."""
+UNGUARDED_EXIT = 83
+"""Exit status of a worker that did not come to its own work."""
+_UNGUARDED = (
+    "runtime.workers = {}: each worker imports the script that started it, which calls again; put the call under "
+    'if __name__ == "__main__": in the script'
+)
 
 _RAISED: dict[str, type[BaseException]] = {
     "KeyboardInterrupt": KeyboardInterrupt,
@@ -105,6 +125,7 @@ def _worker(
     meeting: str,
     queue: SimpleQueue,
 ) -> None:
+    os.environ.pop(_STARTING, None)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent ignores it, and children inherit that
     os.environ |= {"LOCAL_RANK": str(rank)}
     threads = dump["runtime"]["threads"] or max(1, (os.cpu_count() or 1) // workers)

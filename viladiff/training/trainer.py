@@ -172,7 +172,11 @@ class Trainer:
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
-        own = [*statistics_notes(self.method, self.device, self.world), *input_note(cfg.model, cfg.data.pixels.inputs)]
+        own = [
+            *self.method.student.encoder.notes,
+            *statistics_notes(self.method, self.device, self.world),
+            *input_note(cfg.model, cfg.data.pixels.inputs),
+        ]
         for note in (*self.method.notes(), *own) if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
         synchronise(self.method, self.device, self.world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -44,7 +45,8 @@ def numbered(path: Path) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a list of images: {error}") from error
+        fix = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"{path}: cannot be read as a list of images: {error}{fix}") from error
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
@@ -70,7 +72,7 @@ def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str
     """
     found: dict[str, ListLine] = {}
     for number, line in numbered(path):
-        meant = (one for one in candidates(line, layout) if one[0] in known)
+        meant = (one for one in _spellings(line, layout) if one[0] in known)
         name, mask = next(meant, ("", ""))
         other, same = next(meant, ("", ""))
         if not name:
@@ -83,6 +85,13 @@ def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str
     if not found:
         raise ValueError(f"{path}: the list is empty")
     return found
+
+
+def _spellings(line: str, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Yield ``candidates``, of a line with backslashes then those with "/" for each, as Windows writes its folders."""
+    yield from candidates(line, layout)
+    if "\\" in line:
+        yield from candidates(line.replace("\\", "/"), layout)
 
 
 def candidates(line: str, layout: Layout) -> Iterator[tuple[str, str]]:
@@ -117,7 +126,7 @@ def listable(name: str, layout: Layout, known: Collection[str]) -> bool:
 def _unknown(line: str, layout: Layout, known: Collection[str], folder: str) -> str:
     if ".." in PurePosixPath(line.split()[0]).parts:
         return f"{line!r} climbs out of the folder; names are relative to {folder!r}"
-    relative = f"; names are relative to {folder!r}" if line.startswith("/") else ""
+    relative = f"; names are relative to {folder!r}" if re.match(r"/|[A-Za-z]:[\\/]", line) else ""
     first, _ = next(candidates(line, layout))
     return f"{line!r} is not an image of {folder!r}{relative}{did_you_mean(first, known)}"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from viladiff.config.base import did_you_mean
 from viladiff.models.encoders.base import unit_change
-from viladiff.models.encoders.build import load_weights
+from viladiff.models.encoders.load import load_weights
 
 TEMPLATE = "a photo of a {}"
 """SemiVL's, without a full stop."""

@@ -27,6 +27,8 @@ class Encoder(nn.Module):
     """Whether it can do with sides that are no multiples of ``patch``; patches cut without overlap cannot."""
     frozen: bool = False
     """Whether running statistics of BatchNorm stay as they are, also in training mode."""
+    notes: tuple[str, ...] = ()
+    """What was done to its file of weights, a sentence each."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     """Of each channel in 0..1, by which the images that its weights were learned from were normalised."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from torch import Tensor, nn
 
 from viladiff.core.hashing import file_sha256
 from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.digits_vit import DigitsViT
-from viladiff.models.encoders.positions import fit_positions
+from viladiff.models.encoders.load import load_weights
 from viladiff.models.encoders.segformer import MIT, new_mit
 from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known, timm_units
-from viladiff.models.public_weights import State, read_weights
+from viladiff.models.encoders.timm_files import cached_weights, missing_weights
+from viladiff.models.weight_files import weights_path
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
@@ -65,7 +63,8 @@ def build_encoder(
             new_mit(name, drop_path, inputs) if mit else TimmEncoder(name, use_timm, drop_path, stride, norm, inputs)
         )
     if weights is not None or pretrained == "shipped":
-        load_weights(encoder if own else encoder.net, Path(weights) if weights else SHIPPED)  # type: ignore[arg-type]
+        path, timm_name = weights_path(weights) if weights else SHIPPED, "" if own or mit else name
+        encoder.notes = load_weights(encoder if own else encoder.net, path, timm_name)  # type: ignore[arg-type]
     return encoder
 
 
@@ -74,7 +73,7 @@ def _of_directory(weights: str | None, drop_path: float, norm: str, inputs: int)
 
     if weights is None:
         raise ValueError('model.encoder = "transformers": model.weights must be the directory of the model')
-    found = from_directory(Path(weights).expanduser(), drop_path, norm)
+    found = from_directory(weights_path(weights), drop_path, norm)
     if found.inputs != inputs:
         raise ValueError(
             f"data.channels = {inputs}: model.weights = {weights!r} is a model of {found.inputs}; use an encoder "
@@ -103,7 +102,7 @@ def _input_fingerprint(model: ModelConfig) -> dict[str, str]:
     if model.encoder == "transformers":
         from viladiff.models.encoders.transformers_vit import directory_units
 
-        mean, std = directory_units(Path(model.weights or "").expanduser())
+        mean, std = directory_units(weights_path(model.weights or ""))
     else:
         _check_known(model.encoder)
         mean, std = timm_units(model.encoder)
@@ -116,13 +115,13 @@ def _weights_fingerprint(model: ModelConfig) -> dict[str, str]:
         if model.encoder in MIT:
             raise ValueError(_no_timm_weights(model.encoder))
         return {"weights": _timm_weights(model.encoder)}
-    path = Path(model.weights) if model.weights else SHIPPED if model.pretrained == "shipped" else None
+    path = weights_path(model.weights) if model.weights else SHIPPED if model.pretrained == "shipped" else None
     if path is None:
         return {}
     if model.encoder == "transformers":
         from viladiff.models.encoders.transformers_vit import directory_checksum
 
-        return {"weights": directory_checksum(path.expanduser())}
+        return {"weights": directory_checksum(path)}
     return {"weights": file_checksum(path, "model.weights, model.pretrained")}
 
 
@@ -134,7 +133,7 @@ def weights_origin(model: ModelConfig, inputs: int = 3) -> str:
     told = "".join(f"; {note}" for note in input_note(model, inputs))
     if not _from_timm(model):
         return (model.weights or model.pretrained) + told
-    path = _timm_file(model.encoder)
+    path = cached_weights(model.encoder)
     return _timm_weights(model.encoder) + (f", SHA-256 {file_sha256(path)[:16]}" if path else "") + told
 
 
@@ -160,27 +159,7 @@ def weights_fault(model: ModelConfig, fetch: bool = False) -> str | None:
     timm's must be in the cache of the Hugging Face hub. ``fetch`` downloads them if they are not, and else there is no
     access to a network. Files and directories are checked where runs are named.
     """
-    if not _from_timm(model) or _timm_file(model.encoder) is not None:
-        return None
-    import timm
-
-    found = timm.get_pretrained_cfg(model.encoder)
-    why = "are not in the cache of this machine, and a start would download them"
-    if found is None or not found.hf_hub_id:
-        return None  # from another place than the hub, whose cache timm keeps
-    if fetch:
-        from timm.models import load_state_dict_from_hf
-
-        try:
-            load_state_dict_from_hf(found.hf_hub_id, found.hf_hub_filename or "pytorch_model.bin", weights_only=True)
-        except Exception as error:
-            why = f"cannot be downloaded ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
-        else:
-            return None
-    return (
-        f"model.pretrained = 'timm': the weights of {model.encoder!r} ({found.hf_hub_id}) {why}; set model.weights to "
-        "a file of them, or HF_HOME to a cache that has them"
-    )
+    return missing_weights(model.encoder, fetch) if _from_timm(model) else None
 
 
 def _from_timm(model: ModelConfig) -> bool:
@@ -202,70 +181,8 @@ def _timm_weights(name: str) -> str:
     return f"timm {found.architecture}{'.' * bool(found.tag)}{found.tag or ''} ({home})"
 
 
-def _timm_file(name: str) -> Path | None:
-    """Return timm's weights in the hub's cache; None if they came in another way."""
-    import timm
-    from huggingface_hub import try_to_load_from_cache
-
-    found = timm.get_pretrained_cfg(name)
-    if found is None or not found.hf_hub_id:
-        return None
-    for file in (found.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
-        path = try_to_load_from_cache(found.hf_hub_id, file) if file else None
-        if isinstance(path, str):
-            return Path(path)
-    return None
-
-
 def file_checksum(path: Path, fields: str) -> str:
     """Return 16 digits of the SHA-256 of a file of weights. Raises ValueError that names the fields if missing."""
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist ({fields})")
     return file_sha256(path)[:16]
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load ``module`` from a safetensors or torch file without running any code that the file may carry.
-
-    Layouts of other projects are converted (``viladiff.models.public_weights``), and then no name may be left over;
-    positions of another grid are resampled. Heads that a backbone here lacks are skipped; a parameter that the file
-    lacks is an error, as is another shape.
-    """
-    found, wanted = read_weights(path), module.state_dict()
-    state = found.encoder
-    names = {name: _name_in(state, name) for name in wanted}
-    fitted = {name: fit_positions(name, state[there], module) for name, there in names.items() if there is not None}
-    fitted = {name: _of_inputs(value, wanted[name]) for name, value in fitted.items()}
-    counts = {name for name in wanted if name.endswith(".num_batches_tracked")}  # absent from files before torch 0.4.1
-    missing = [name for name in wanted if name not in fitted and name not in counts]
-    wrong = [name for name, value in fitted.items() if value.shape != wanted[name].shape]
-    # A plain transformer's final norm is read under model.map_norm = final alone.
-    used = {*names.values(), "norm.weight", "norm.bias"}
-    if found.decoder is not None and (more := [name for name in state if name not in used]):
-        raise ValueError(f"weights file {path} does not fit: it has {more[0]} beyond the encoder ({len(more)} such)")
-    if missing or wrong:
-        what = f"lacks {missing[0]}" if missing else f"has {tuple(fitted[wrong[0]].shape)} for {wrong[0]}"
-        raise ValueError(
-            f"weights file {path} does not fit: it {what} ({len(missing)} missing, {len(wrong)} of another shape)"
-        )
-    module.load_state_dict({name: fitted.get(name, value).to(value.dtype) for name, value in wanted.items()})
-
-
-def _of_inputs(value: Tensor, wanted: Tensor) -> Tensor:
-    """Return the weights of a first layer (D, 3, k, k), brought to (D, N, k, k) as timm does; others unchanged."""
-    if value.ndim != 4 or value.shape[1] != 3 or wanted.shape != (len(value), wanted.shape[1], *value.shape[2:]):
-        return value
-    if wanted.shape[1] == 3:
-        return value
-    from timm.models import adapt_input_conv
-
-    return adapt_input_conv(wanted.shape[1], value.float())  # timm would round to the half precision of a file
-
-
-def _name_in(state: State, name: str) -> str | None:
-    """Return a parameter's name in a file of the plain network: wrappers of timm put "model." before it, or make
-    ``layers.0`` ``layers_0``.
-    """
-    plain = name.removeprefix("model.")
-    choices = (name, plain, re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", plain))
-    return next((choice for choice in choices if choice in state), None)

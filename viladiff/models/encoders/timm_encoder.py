@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from viladiff.config.base import did_you_mean
 from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD
 from viladiff.models.encoders.base import Encoder
+from viladiff.models.encoders.timm_files import cached_weights
 
 INSTEAD = 'use a plain vit_*, swin_*, convnext_*, resnet* or mit_b0 to mit_b5, or model.encoder = "transformers"'
 """Families whose maps fit images of any size."""
@@ -47,6 +48,8 @@ class TimmEncoder(Encoder):
         options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
         if inputs != 3:
             options["in_chans"] = inputs
+        if pretrained and (file := cached_weights(name)) is not None:
+            options["pretrained_cfg_overlay"] = {"file": str(file)}  # else the hub is asked for news, however long
         if drop_path:
             options["drop_path_rate"] = drop_path
         if stride is not None:

@@ -1,0 +1,82 @@
+"""Commands as people type them, and consoles as they have them: each works, or gets one line that says what to do."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from viladiff.cli import main
+from viladiff.cli.common import prepare_console
+
+
+def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line of a command that is refused."""
+    try:
+        status: object = main.main(words)
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return error.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--optim.lr 0.1", "--optim.lr: a field, not a flag; write optim.lr=0.1"),
+        ("seed=1 --optim.lr=0.1 --quiet", "--optim.lr: a field, not a flag; write optim.lr=0.1"),
+        ("optim.lr 0.1", "'optim.lr': write field=value without spaces around '=', as in optim.lr=0.1"),
+        ("optim.lr = 0.1", "'optim.lr': write field=value without spaces around '=', as in optim.lr=0.1"),
+        ("optim.lr: 0.1", "'optim.lr:': write field=value without spaces around '=', as in optim.lr=0.1"),
+        ("seed=1 --quiet optim.lr 0.1", "optim.lr 0.1: write optim.lr=0.1, in one word"),
+        ("foo", "'foo': write field=value without spaces around '=', as in data.split=183"),
+    ],
+)
+def test_a_field_typed_otherwise_is_told_as_it_is_written(
+    words: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told(["train", *words.split()], capsys) == wanted
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["evaluate RUN OTHER", "export RUN OTHER out", "predict a.png --model RUN OTHER", "runs show RUN OTHER"],
+)
+def test_two_runs_where_one_is_wanted(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = {"RUN": str(tmp_path / "one"), "OTHER": str(tmp_path / "two")}
+    for place in places.values():
+        Path(place).mkdir()
+        (Path(place) / "record.json").write_text("{}")
+    line = told([places.get(word, word) for word in words.split()], capsys)
+    both = ", ".join(places.values())
+    assert line == f"{places['OTHER']}: one too many of {both}; name one where one is wanted (a shell's * gives all)"
+
+
+def test_a_folder_whose_name_is_no_utf8_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    word = os.fsdecode(b"runtime.data_root=/data/caf\xe9")
+    line = told(["train", "data.dataset=folder", word], capsys)
+    assert line.endswith(": a name that is not UTF-8 text; rename it") and line.startswith(
+        "runtime.data_root=/data/caf"
+    )
+
+
+def test_a_console_without_a_sign_gets_another_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    prepare_console()
+    print("steps ≥ 1, 71.5 ± 1.0, λ, caf\udce9", end="", flush=True)
+    assert sys.stdout.buffer.getvalue() == b"steps >= 1, 71.5 +/- 1.0, \\u03bb, caf\\udce9"  # type: ignore[attr-defined]
+
+
+def test_commands_print_on_an_ascii_console_without_a_home() -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    here = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    command = [sys.executable, "-m", "viladiff", "config", "optim"]
+    found = subprocess.run(command, env={**here, **plain}, capture_output=True, timeout=120, check=False)
+    assert found.returncode == 0 and found.stderr == b""
+    assert b"int >= 0" in found.stdout
