@@ -43,7 +43,7 @@ def meta(*shape: int) -> Tensor:
 
 
 def test_a_linear_layer_without_bias() -> None:
-    """X (8, 16) W' (16, 4): the product, its sum, the gradient of one at the sum, and the product that is W's gradient."""
+    """X (8, 16) W' (16, 4): the product, its sum, the gradient at the sum, and the product that is W's gradient."""
     with torch.device("meta"):
         net = nn.Linear(16, 4, bias=False)
     x, out = 8 * 16 * F32, 8 * 4 * F32

@@ -85,6 +85,9 @@ def add_table_options(top: argparse.ArgumentParser) -> None:
     top.add_argument(
         "--hourly-price", type=float, metavar="P", help="hourly price of this machine, for the cost estimate"
     )
+    top.add_argument(
+        "--device", metavar="NAME", help="device of the cost estimate: cpu, h100, ... (default: this machine's GPU)"
+    )
 
 
 def add_placing(how: argparse._ArgumentGroup) -> None:

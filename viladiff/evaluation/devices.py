@@ -20,6 +20,8 @@ class Device(NamedTuple):
     """As on the command line."""
     called: tuple[str, ...]
     """What its maker's driver calls it contains one of these; empty for a processor."""
+    sustained: float
+    """Share of ``half`` and ``tf32`` that large products get, by published throughputs (docs/performance.md)."""
     half: float
     """Peak of bf16, FLOP/s."""
     tf32: float
@@ -33,21 +35,22 @@ class Device(NamedTuple):
     """US dollars an hour; None where it is this machine."""
 
 
-CPU = Device("cpu", (), 0.0, 0.0, 0.0, 0.0, 0, None)
+CPU = Device("cpu", (), 1.0, 0.0, 0.0, 0.0, 0.0, 0, None)
 """One core; its rates are measured (``viladiff.evaluation.step_time``)."""
 
+_SMALL = ("A100-SXM4-40GB", "A100-PCIE-40GB")
 DEVICES = {
     device.name: device
     for device in (
         CPU,
-        Device("h200", ("H200",), 989 * TERA, 494 * TERA, 67 * TERA, 4.8 * TERA, 141 * GB, 3.5),
-        Device("h100", ("H100",), 989 * TERA, 494 * TERA, 67 * TERA, 3.35 * TERA, 80 * GB, 3.0),
-        Device("a100", ("A100",), 312 * TERA, 156 * TERA, 19.5 * TERA, 2.039 * TERA, 80 * GB, 1.8),
-        Device("a100-40gb", ("A100-SXM4-40GB", "A100-PCIE-40GB"), 312e12, 156e12, 19.5e12, 1.555e12, 40 * GB, 1.3),
-        Device("l40s", ("L40S",), 362 * TERA, 183 * TERA, 91.6 * TERA, 0.864 * TERA, 48 * GB, 1.0),
-        Device("rtx5090", ("RTX 5090",), 209.5 * TERA, 104.8 * TERA, 104.8 * TERA, 1.792 * TERA, 32 * GB, 0.7),
-        Device("rtx4090", ("RTX 4090",), 165.2 * TERA, 82.6 * TERA, 82.6 * TERA, 1.008 * TERA, 24 * GB, 0.45),
-        Device("rtx3090", ("RTX 3090",), 71 * TERA, 35.6 * TERA, 35.6 * TERA, 0.936 * TERA, 24 * GB, 0.25),
+        Device("h200", ("H200",), 0.5, 989 * TERA, 494 * TERA, 67 * TERA, 4.8 * TERA, 141 * GB, 3.5),
+        Device("h100", ("H100",), 0.5, 989 * TERA, 494 * TERA, 67 * TERA, 3.35 * TERA, 80 * GB, 3.0),
+        Device("a100", ("A100",), 0.5, 312 * TERA, 156 * TERA, 19.5 * TERA, 2.039 * TERA, 80 * GB, 1.8),
+        Device("a100-40gb", _SMALL, 0.5, 312 * TERA, 156 * TERA, 19.5 * TERA, 1.555 * TERA, 40 * GB, 1.3),
+        Device("l40s", ("L40S",), 0.5, 362 * TERA, 183 * TERA, 91.6 * TERA, 0.864 * TERA, 48 * GB, 1.0),
+        Device("rtx5090", ("RTX 5090",), 0.95, 209.5 * TERA, 104.8 * TERA, 104.8 * TERA, 1.792 * TERA, 32 * GB, 0.7),
+        Device("rtx4090", ("RTX 4090",), 0.95, 165.2 * TERA, 82.6 * TERA, 82.6 * TERA, 1.008 * TERA, 24 * GB, 0.45),
+        Device("rtx3090", ("RTX 3090",), 0.95, 71 * TERA, 35.6 * TERA, 35.6 * TERA, 0.936 * TERA, 24 * GB, 0.25),
     )
 }
 

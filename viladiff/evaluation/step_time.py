@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 from viladiff.evaluation.devices import CPU, Device
 
+ERROR = 0.4
+"""Share by which an estimate may be off; docs/performance.md has the comparisons."""
 Kind = Literal["product", "convolution", "attention", "other"]
 
 
@@ -30,8 +32,10 @@ class Load(NamedTuple):
 class GpuShares(NamedTuple):
     """What eager PyTorch gets of a GPU's peaks."""
 
-    product: float
+    single: float
+    """Of fp32, by products."""
     convolution: float
+    """Of what products get; likewise."""
     attention: float
     bandwidth: float
     launch: float
@@ -50,7 +54,7 @@ class CoreRates(NamedTuple):
     """An operation, before it computes anything."""
 
 
-GPU = GpuShares(product=0.6, convolution=0.35, attention=0.4, bandwidth=0.75, launch=4e-6)
+GPU = GpuShares(single=0.7, convolution=0.6, attention=0.6, bandwidth=0.85, launch=4e-6)
 CORE = CoreRates(product=1.5e-11, convolution=2e-11, attention=2e-11, byte=2.5e-10, launch=1e-5)
 
 
@@ -67,14 +71,12 @@ def arithmetic_seconds(loads: Iterable[Load], device: Device, tf32: bool = False
 
 
 def _peak(load: Load, device: Device, tf32: bool) -> float:
-    if load.half:
-        return device.half
-    # cuDNN rounds to TF32 unless it is told not to, and this package tells it.
-    return device.tf32 if tf32 else device.single
+    return device.half if load.half else device.tf32 if tf32 else device.single
 
 
 def _gpu(load: Load, device: Device, tf32: bool) -> float:
-    share = 1.0 if load.kind == "other" else getattr(GPU, load.kind)
+    share = device.sustained if load.half or tf32 else GPU.single
+    share *= 1.0 if load.kind in ("product", "other") else getattr(GPU, load.kind)
     arithmetic = load.flops / (share * _peak(load, device, tf32))
     return max(GPU.launch, arithmetic, load.bytes / (GPU.bandwidth * device.bandwidth))
 
