@@ -84,9 +84,17 @@ class QueueCallback(Callback):
         self.queue.on_result(trial.config["run"], trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        error = trial.get_error()
-        memory = isinstance(error, ray.exceptions.OutOfMemoryError) or "memory monitor" in str(error)
-        self.queue.on_worker_died(trial.config["run"], death_message(error), memory)
+        report_death(self.queue, trial.config["run"], trial.get_error())
+
+
+def report_death(queue: JobQueue, run_id: str, error: BaseException | None) -> None:
+    """Tell the queue how a run's process ended: preempted with its machine, out of memory, or in another way."""
+    cause = error.__cause__ if isinstance(error, ray.exceptions.RayTaskError) else error
+    if isinstance(cause, ray.exceptions.RayActorError) and cause.preempted:
+        queue.on_preempted(run_id, "its machine was taken away")
+        return
+    memory = isinstance(error, ray.exceptions.OutOfMemoryError) or "memory monitor" in str(error)
+    queue.on_worker_died(run_id, death_message(error), memory)
 
 
 def poll_queue(queue: JobQueue) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-GB, TERA = 10**9, 1e12
+MIB, TERA = 2**20, 1e12
 
 
 class Device(NamedTuple):
@@ -43,14 +43,18 @@ DEVICES = {
     device.name: device
     for device in (
         CPU,
-        Device("h200", ("H200",), 0.5, 989 * TERA, 494 * TERA, 67 * TERA, 4.8 * TERA, 141 * GB, 3.5),
-        Device("h100", ("H100",), 0.5, 989 * TERA, 494 * TERA, 67 * TERA, 3.35 * TERA, 80 * GB, 3.0),
-        Device("a100", ("A100",), 0.5, 312 * TERA, 156 * TERA, 19.5 * TERA, 2.039 * TERA, 80 * GB, 1.8),
-        Device("a100-40gb", _SMALL, 0.5, 312 * TERA, 156 * TERA, 19.5 * TERA, 1.555 * TERA, 40 * GB, 1.3),
-        Device("l40s", ("L40S",), 0.5, 362 * TERA, 183 * TERA, 91.6 * TERA, 0.864 * TERA, 48 * GB, 1.0),
-        Device("rtx5090", ("RTX 5090",), 0.95, 209.5 * TERA, 104.8 * TERA, 104.8 * TERA, 1.792 * TERA, 32 * GB, 0.7),
-        Device("rtx4090", ("RTX 4090",), 0.95, 165.2 * TERA, 82.6 * TERA, 82.6 * TERA, 1.008 * TERA, 24 * GB, 0.45),
-        Device("rtx3090", ("RTX 3090",), 0.95, 71 * TERA, 35.6 * TERA, 35.6 * TERA, 0.936 * TERA, 24 * GB, 0.25),
+        Device("h200", ("H200",), 0.5, 989 * TERA, 494 * TERA, 67 * TERA, 4.8 * TERA, 143_771 * MIB, 3.5),
+        Device("h100", ("H100",), 0.5, 989 * TERA, 494 * TERA, 67 * TERA, 3.35 * TERA, 81_559 * MIB, 3.0),
+        Device("a100", ("A100",), 0.5, 312 * TERA, 156 * TERA, 19.5 * TERA, 2.039 * TERA, 81_920 * MIB, 1.8),
+        Device("a100-40gb", _SMALL, 0.5, 312 * TERA, 156 * TERA, 19.5 * TERA, 1.555 * TERA, 40_960 * MIB, 1.3),
+        Device("l40s", ("L40S",), 0.5, 362 * TERA, 183 * TERA, 91.6 * TERA, 0.864 * TERA, 46_068 * MIB, 1.0),
+        Device(
+            "rtx5090", ("RTX 5090",), 0.95, 209.5 * TERA, 104.8 * TERA, 104.8 * TERA, 1.792 * TERA, 32_607 * MIB, 0.7
+        ),
+        Device(
+            "rtx4090", ("RTX 4090",), 0.95, 165.2 * TERA, 82.6 * TERA, 82.6 * TERA, 1.008 * TERA, 24_564 * MIB, 0.45
+        ),
+        Device("rtx3090", ("RTX 3090",), 0.95, 71 * TERA, 35.6 * TERA, 35.6 * TERA, 0.936 * TERA, 24_576 * MIB, 0.25),
     )
 }
 

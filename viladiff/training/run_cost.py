@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,6 @@ from viladiff.data.files.known_splits import LISTS
 from viladiff.evaluation.devices import Device
 from viladiff.evaluation.step_time import Load, step_seconds
 from viladiff.runs.job import DataFacts, PlannedRun
-from viladiff.training.checked import Checked
 
 if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig
@@ -49,8 +49,14 @@ class CountedSteps:
     """Costs by planned run; what is not stored is counted, which takes seconds and loads torch."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self._folder = Checked(root).folder
+        self._root = root
         self._known: dict[str, CountedStep | None] = {}
+
+    @cached_property
+    def _folder(self) -> Path:
+        from viladiff.training.checked import Checked  # loads data sets, which a plan of known times does without
+
+        return Checked(self._root).folder
 
     def of(self, run: PlannedRun) -> CountedStep | None:
         """Return the cost of a step; None where it cannot be counted, as where the method reads its own numbers."""
