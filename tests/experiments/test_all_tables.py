@@ -92,7 +92,7 @@ def test_without_the_data_equal_settings_are_one_run_of_the_published_size(
     lines = totals(shares, args)
     assert lines["cells"] == "18 with 12 different runs" and "time" not in lines
     assert lines["one"].startswith("not timed here, costed with the published number of images: ")
-    steps = {one.changed.get("data.split", "92"): one.steps for share in shares for one in share.plan.runs.values()}  # type: ignore[union-attr]
+    steps = {one.changed.get("data.split", "183"): one.steps for share in shares for one in share.plan.runs.values()}  # type: ignore[union-attr]
     assert set(steps) == {"92", "183"}
     hours = sum(6 * count for count in steps.values()) / 3600
     assert lines["GPU-hours"].startswith(f"{hours:,.0f} on h100, estimated to within")
