@@ -75,10 +75,9 @@ def estimate_on(plan: Plan, store: RunStore, target: Target) -> Estimate:
     records = store.records()
     left = [run for run in plan.runs.values() if run.run_id not in records]
     size = plan.table.scale[plan.scale]
-    guess = None if target.device is not CPU else size.seconds_per_step
     times: list[RunTime] = []
     for run in left:
-        found = _run_time(run, records.values(), target, guess, size.seconds_overhead)
+        found = time_of_run(run, records.values(), target, size.seconds_per_step, size.seconds_overhead)
         if found is None:
             return _summary(plan, left, [], target, f"no timing for {run.title!r}")
         step = max(0, run.steps - _logged(store.directory(run.run_id))) * found.step
@@ -108,9 +107,14 @@ _SAYS = {
 }
 
 
-def _run_time(
+def time_of_run(
     run: PlannedRun, records: Iterable[RunRecord], target: Target, guess: float | None, overhead: float
 ) -> RunTime | None:
+    """Return a run's seconds a step and outside of steps on ``target``; None where nobody can say.
+
+    guess: seconds a step of its scale, which are a core's; ``overhead``: seconds outside of steps, likewise.
+    """
+    guess = guess if target.device is CPU else None
     near, close = _nearest(run, records, target.device)
     # What the scale's guess is for is small; counting takes seconds, and memory matters on a GPU alone.
     cost = target.steps.of(run) if target.device is not CPU or (guess is None and not near) else None
