@@ -101,7 +101,7 @@ def test_without_the_data_equal_settings_are_one_run_of_the_published_size(
     (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("one ") and "?" in line]
     assert row[1:] == ["12", "12", "12", "?", "?", f"{hours:,.0f}", "5.0", f"{hours * (h100.price or 0):,.0f}", "0"]
     assert totals(shares, asked(tmp_path, "--scale", "paper", "--device", "a100"))["GPU-hours"].count("a100") == 1
-    with pytest.raises(ValueError, match=r"--device h10: unknown; allowed: cpu, h200, h100.*did you mean h100"):
+    with pytest.raises(ValueError, match=r"--device h10: unknown; allowed: cpu, h200, h100.*did you mean 'h100'"):
         totals(shares, asked(tmp_path, "--scale", "paper", "--device", "h10"))
 
 
