@@ -22,6 +22,7 @@ FILES = {
 
 FAKE = "torch has no public tensor without memory that keeps its device apart; what a step does on a GPU is seen by it"
 DISPATCH = "torch has no public way to see each operation"
+FUSED = "the operation's name in torch's list; without content the public function is made of parts, as on no device"
 ALLOWED = {
     "viladiff/methods/semivl.py: _apply": "CLIP is no part of the state and moves with the method, by whichever of "
     "nn.Module's ways; test_semivl says so",
@@ -32,6 +33,11 @@ ALLOWED = {
     "tests/methods/test_methods.py: torch.ops.aten._to_copy": "the operation's name in torch's list of operations",
     "tests/methods/test_ohem.py: torch._subclasses.FakeTensorMode": FAKE,
     "tests/models/test_diffusion.py: torch.utils._python_dispatch.TorchDispatchMode": DISPATCH,
+    "tests/evaluation/test_operations.py: torch._foreach_lerp_": "what the moving average calls through torch.optim",
+    "viladiff/evaluation/operations.py: torch.utils._python_dispatch.TorchDispatchMode": DISPATCH,
+    "viladiff/evaluation/operations.py: torch.utils._pytree.tree_leaves": "arguments of an operation may be nested",
+    "viladiff/evaluation/meta_precision.py: torch.ops.aten._scaled_dot_product_flash_attention": FUSED,
+    "viladiff/evaluation/meta_precision.py: torch.ops.aten._scaled_dot_product_efficient_attention": FUSED,
 }
 """Each with its reason."""
 HOOKS = {name for kind in (nn.Module, optuna.study.Study) for name in vars(kind) if re.match(r"_[a-z]", name)}

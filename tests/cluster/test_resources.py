@@ -9,9 +9,21 @@ import pytest
 import torch
 
 from viladiff.cluster import resources
-from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity, threads_of_a_run
+from viladiff.cluster.resources import (
+    ask_cluster,
+    cluster_slots,
+    concurrency,
+    plan_capacity,
+    runs_that_fit,
+    threads_of_a_run,
+)
 from viladiff.cluster.session import load_ray
-from viladiff.runs.job import ExecutionSettings, PlannedRun
+from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
+from viladiff.runs.job_queue import JobQueue
+from viladiff.runs.store import Store
+from viladiff.training.run_cost import CountedStep, CountedSteps
+
+GIB = 2**30
 
 
 def jobs(count: int, workers: int = 1, **changes: object) -> list[PlannedRun]:
@@ -24,8 +36,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def with_gpus(machine: pytest.MonkeyPatch, count: int) -> None:
+def with_gpus(machine: pytest.MonkeyPatch, count: int, gib: float = 24) -> None:
+    """GPUs of 24 GiB; a run on built-in data needs 4 GiB, one on photographs 16."""
+
+    def of(steps: CountedSteps, run: PlannedRun) -> CountedStep:
+        return CountedStep((), (16 if "data.dataset" in run.changes else 4) * GIB, 0, 1)
+
     machine.setattr(resources, "visible_gpus", lambda: count)
+    machine.setattr(resources, "gpu_memory", lambda: int(gib * GIB))
+    machine.setattr(CountedSteps, "of", of)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +81,37 @@ def test_a_run_on_photographs_has_a_gpu_of_its_own(machine: pytest.MonkeyPatch) 
     assert [threads_of_a_run(address) for address in (None, "auto")] == [4, 1], "16 processors over 4 GPUs"
     with_gpus(machine, 0)
     assert threads_of_a_run(None) == 1
+
+
+@pytest.mark.parametrize(("gib", "fit"), [(80, 4), (141, 7), (39, 2), (38, 1), (8, 1)])
+def test_as_many_runs_share_a_gpu_as_fit_in_its_memory(machine: pytest.MonkeyPatch, gib: float, fit: int) -> None:
+    """16 GiB, 15 % of it as a margin, and 1 GiB for each process: 19.4 GiB a run."""
+    with_gpus(machine, 2, gib)
+    photographs = jobs(20, **{"data.dataset": "voc"})
+    found = plan_capacity(ExecutionSettings(), [*jobs(20), *photographs])
+    assert found.slots == 2 * fit and found.settings.gpus_per_trial == pytest.approx(1 / fit, abs=1e-4)
+    assert runs_that_fit(photographs, int(gib * GIB)) == fit
+    machine.setattr(CountedSteps, "of", lambda steps, run: None)
+    assert runs_that_fit(photographs, 999 * GIB) == 1, "what cannot be counted is alone"
+
+
+def test_a_cluster_shares_the_gpus_that_it_names(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The smallest decides; with one that is not known each run has a GPU."""
+    with_gpus(machine, 0)
+    load_ray(local=True)
+    import ray
+
+    for there, share in (
+        ({"GPU": 8.0, "accelerator_type:H100": 1.0}, 1 / 4),
+        ({"GPU": 8.0, "accelerator_type:H100": 1.0, "accelerator_type:RTX 4090": 1.0}, 1.0),
+        ({"GPU": 8.0, "accelerator_type:X1": 1.0}, 1.0),
+        ({"CPU": 8.0}, 0.0),
+    ):
+        machine.setattr(ray, "cluster_resources", lambda there=there: there)
+        notes: list[Event] = []
+        queue = JobQueue(jobs(9, **{"data.dataset": "voc"}), Store(tmp_path), ExecutionSettings(), 9, notes.append)
+        ask_cluster(queue)
+        assert queue.settings.gpus_per_trial == pytest.approx(share, abs=1e-4), notes
 
 
 def test_what_was_asked_for_is_kept(machine: pytest.MonkeyPatch) -> None:

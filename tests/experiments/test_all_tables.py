@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from viladiff.cli.tables import add_table_options
+from viladiff.evaluation.devices import DEVICES
+from viladiff.evaluation.step_time import Load
 from viladiff.experiments.all_tables import merged, outline_all, share_of, totals
 from viladiff.tables.estimate import estimate
+from viladiff.training.run_cost import CountedStep, CountedSteps
 
 HEAD = """
 title = "Table"
@@ -75,13 +78,31 @@ def test_the_outline_shows_what_each_table_adds(
     assert "cost" not in rows
 
 
-def test_without_the_data_equal_settings_are_one_run_and_nothing_is_timed(tmp_path: Path, paths: list[Path]) -> None:
+def test_without_the_data_equal_settings_are_one_run_of_the_published_size(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h100 = DEVICES["h100"]
+    second = Load("product", True, int(h100.half * h100.sustained), 0, 1)
+    monkeypatch.setattr(CountedSteps, "of", lambda steps, run: CountedStep((second,), 5 * 2**30, 2**30, 10**15))
+    monkeypatch.setattr("viladiff.experiments.target_device.visible_gpus", lambda: 0)
     args = asked(tmp_path, "--scale", "paper")
     shares = [share_of(path, args) for path in paths]
     assert [(one.cells, len(one.runs)) for one in shares] == [(12, 12), (6, 6)] and shares[1].runs < shares[0].runs
     lines = totals(shares, args)
-    assert lines["cells"] == "18 with 12 different runs" and "time" not in lines and "cost" not in lines
-    assert lines["one"].startswith("not timed: ") and len(lines["one"]) > 20
+    assert lines["cells"] == "18 with 12 different runs" and "time" not in lines
+    assert lines["one"].startswith("not timed here, costed with the published number of images: ")
+    steps = {one.changed.get("data.split", "183"): one.steps for share in shares for one in share.plan.runs.values()}  # type: ignore[union-attr]
+    assert set(steps) == {"92", "183"}
+    hours = sum(6 * count for count in steps.values()) / 3600
+    assert lines["GPU-hours"].startswith(f"{hours:,.0f} on h100, estimated to within")
+    money, said = lines["cost"].split(", ")
+    assert float(money) == pytest.approx(hours * (h100.price or 0), abs=0.01) and said.startswith("estimated")
+    assert outline_all(paths, args) == 0
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("one ") and "?" in line]
+    assert row[1:] == ["12", "12", "12", "?", "?", f"{hours:,.0f}", "5.0", f"{hours * (h100.price or 0):,.0f}", "0"]
+    assert totals(shares, asked(tmp_path, "--scale", "paper", "--device", "a100"))["GPU-hours"].count("a100") == 1
+    with pytest.raises(ValueError, match=r"--device h10: unknown; allowed: cpu, h200, h100.*did you mean 'h100'"):
+        totals(shares, asked(tmp_path, "--scale", "paper", "--device", "h10"))
 
 
 def test_what_is_of_one_table_alone_is_refused(tmp_path: Path, paths: list[Path]) -> None:

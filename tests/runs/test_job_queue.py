@@ -76,6 +76,34 @@ def test_what_is_tried_again_and_how_often(tmp_path: Path, kind: str, attempts: 
     assert names(found) == [1], "the others go on"
 
 
+def test_a_run_that_comes_further_each_time_is_never_given_up(tmp_path: Path) -> None:
+    found, _ = queue(tmp_path, 1, slots=1, retries=2)
+    run_id = job(0).run_id
+    for step in (100, 200, 300, 400, 500):
+        assert names(found) == [0], f"before step {step}"
+        found.on_progress(run_id, {"step": step, "steps": 999, "loss": 1.0})
+        found.on_worker_died(run_id, "its process died")
+    for step in (500, 450):
+        assert names(found) == [0]
+        found.on_progress(run_id, {"step": step, "steps": 999, "loss": 1.0})
+        found.on_worker_died(run_id, "its process died")
+    assert found.done and found.outcomes[run_id].state == "failed", "three ends without a new step"
+
+
+def test_a_machine_that_is_taken_away_is_no_failure(tmp_path: Path) -> None:
+    found, events = queue(tmp_path, 2, slots=1, retries=0)
+    for _ in range(4):
+        assert names(found) == [0]
+        found.on_preempted(job(0).run_id, "its machine was taken away")
+    assert Store(tmp_path).failure(job(0).run_id) is None
+    assert [event.message for event in events if event.kind == "retry"] == ["preempted: its machine was taken away"] * 4
+    assert names(found) == [0]
+    done(found, 0)
+    assert found.outcomes[job(0).run_id].attempts == 1
+    found.request_stop()
+    assert found.done
+
+
 def test_too_little_memory_is_tried_once_more_alone_at_the_end(tmp_path: Path) -> None:
     found, _ = queue(tmp_path, 4)
     assert names(found) == [0, 1]

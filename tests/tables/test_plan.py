@@ -16,17 +16,20 @@ from record_kit import bound, content_of
 from record_kit import made as record_of
 
 from viladiff.core import source_digest
+from viladiff.evaluation.devices import DEVICES
+from viladiff.evaluation.step_time import ERROR, Load
 from viladiff.models.encoders.build import SHIPPED
 from viladiff.runs.config import RunConfig, non_default_fields, override
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables import plan as plans
-from viladiff.tables.estimate import estimate
+from viladiff.tables.estimate import cost_lines, estimate
 from viladiff.tables.plan import Plan, make_plan, states
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 from viladiff.training.fingerprints import fingerprints, name_runs
+from viladiff.training.run_cost import CountedStep, CountedSteps
 from viladiff.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -472,6 +475,46 @@ def test_estimate_takes_no_time_of_another_precision(made: Plan, tmp_path: Path)
     assert estimate(made, store).measured > 0
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"device": "NVIDIA H100 80GB HBM3"},
+        {"workers": 2},
+        {"model.encoder": "resnet18"},
+        {"data.crop": 32},
+        {"data.batch_unlabelled": 8},
+        {"data.dataset": "dense"},
+        {"train.precision": "bf16"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_time_is_not_lent_to_runs_of_another_kind(made: Plan, tmp_path: Path, other: dict[str, object]) -> None:
+    store = Store(tmp_path / "runs")
+    first = next(run for run in made.runs.values() if run.changed["method.name"] == "semibaseline")
+    fields = {path: value for path, value in other.items() if "." not in path}
+    changed = {**first.changed, **{path: value for path, value in other.items() if "." in path}}
+    put(store, record(first, fingerprints={"data": "other"}, changed=changed, train_seconds=1.0, **fields))
+    assert estimate(made, store).measured == 0
+    put(store, record(first, fingerprints={"data": "older"}, train_seconds=1.0))
+    assert estimate(made, store).measured > 0
+
+
+def test_counted_work_costs_hours_memory_and_money(tmp_path: Path, made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the scale's guess, which is of a core, is not taken."""
+    h100 = DEVICES["h100"]
+    product = Load("product", True, int(h100.half * h100.sustained * 0.25), 0, 2)  # half a second
+    monkeypatch.setattr(CountedSteps, "of", lambda steps, run: CountedStep((product,), 3 * 2**30, 2**30, 1))
+    found = estimate(made, Store(tmp_path / "runs"), 2, device=h100)
+    assert found.counted == 12 and found.basis == "12 runs remaining: 12 estimated from their counted work"
+    assert found.seconds == pytest.approx(12 * 10 * 0.5 / 2) and found.device_hours == pytest.approx(60 / 3600)
+    assert found.cost == pytest.approx(60 / 3600 * (h100.price or 0)), "of the device, as no price was given"
+    lines = cost_lines(found, h100)
+    assert lines["memory"] == "at most 3.0 GiB a run, checkpoints of 1.00 GiB"
+    assert lines["GPU-hours"] == f"0 on h100, estimated to within {ERROR:.0%}" and lines["cost"].startswith("0.05, est")
+    priced = estimate(made, Store(tmp_path / "runs"), 2, 3.6, h100)
+    assert priced.cost == pytest.approx(0.03), "30 s of the whole machine at 3.6 an hour"
+
+
 def test_estimate_takes_off_what_an_interrupted_run_has_done(made: Plan, tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     directory = store.directory(next(iter(made.runs)))
@@ -482,7 +525,8 @@ def test_estimate_takes_off_what_an_interrupted_run_has_done(made: Plan, tmp_pat
     assert estimate(made, store).seconds == pytest.approx(12 * 7 - 6 * 0.5)
 
 
-def test_estimate_says_nothing_where_nobody_can(tmp_path: Path, made: Plan) -> None:
+def test_estimate_says_nothing_where_nobody_can(tmp_path: Path, made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountedSteps, "of", lambda steps, run: None)
     spec = table(tmp_path, ("seconds_per_step = 0.5", ""))
     bare = Plan(spec, "tiny", made.rows, made.columns, made.seeds, made.cells, made.runs)
     found = estimate(bare, Store(tmp_path / "runs"), price_per_hour=1.0)

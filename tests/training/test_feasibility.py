@@ -22,7 +22,8 @@ from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import DataFacts
 from viladiff.training import checked, feasibility
 from viladiff.training.checked import Checked
-from viladiff.training.feasibility import check_prediction, empty_method, refuse_scoring, run_faults, try_on_meta
+from viladiff.training.feasibility import check_prediction, refuse_scoring, run_faults, try_on_meta
+from viladiff.training.meta_step import empty_method
 
 FACTS = DataFacts(classes=21, unlabelled=9, captions=True)
 

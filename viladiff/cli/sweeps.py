@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from viladiff.cli.common import CommandParser, parse_arguments, run_command
-from viladiff.cli.tables import add_placing
+from viladiff.cli.tables import add_placing, add_pricing
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
 EARLY_STOPPING = ("none", "asha", "hyperband", "median")
@@ -92,4 +92,5 @@ def add_sweep_options(top: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print the planned runs and their estimated time, and exit"
     )
     then.add_argument("--render", action="store_true", help="write the page from existing records, and run nothing")
+    add_pricing(top)
     top.add_argument("--no-finals", action="store_true", help="skip retraining the best points on fresh seeds")

@@ -82,8 +82,16 @@ def add_table_options(top: argparse.ArgumentParser) -> None:
     top.add_argument(
         "--restart", action="store_true", help="rerun every cell; existing runs are archived below replaced/"
     )
+    add_pricing(top)
+
+
+def add_pricing(top: argparse.ArgumentParser) -> None:
+    """Add the options of the cost estimate, for tables and sweeps alike."""
     top.add_argument(
         "--hourly-price", type=float, metavar="P", help="hourly price of this machine, for the cost estimate"
+    )
+    top.add_argument(
+        "--device", metavar="NAME", help="device of the cost estimate: cpu, h100, ... (default: this machine's GPU)"
     )
 
 

@@ -17,6 +17,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from viladiff.cluster.worker import WorkerContext
 from viladiff.runs.job_queue import JobQueue
 
+MEMORY = (
+    "Ray's memory monitor ended its process, since the machine was short of memory; lower --max-concurrent, "
+    "data.batch_labelled or data.crop, or add memory"
+)
+"""Said of a run's process."""
+
 
 def stop_name() -> str:
     """Return a new name for the actor that tells runs to stop; it is of this driver alone, also on a shared cluster."""
@@ -86,8 +92,22 @@ class QueueCallback(Callback):
         self.queue.on_result(trial.config["run"], trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        text = trial_error(trial)
-        self.queue.on_worker_died(trial.config["run"], death_message(text), killed_for_memory(text))
+        report_death(self.queue, trial.config["run"], trial.get_error(), trial_error(trial))
+
+
+def report_death(queue: JobQueue, run_id: str, error: BaseException | str | None, text: str | None = None) -> None:
+    """Tell the queue how a run's process ended: preempted with its machine, out of memory, or in another way.
+
+    ``text``: what Ray says of it where the error has not arrived (``trial_error``).
+    """
+    cause = error.__cause__ if isinstance(error, ray.exceptions.RayTaskError) else error
+    if isinstance(cause, ray.exceptions.RayActorError) and cause.preempted:
+        queue.on_preempted(run_id, "its machine was taken away")
+        return
+    if text is None:
+        text = "" if error is None else str(error)
+    memory = isinstance(error, ray.exceptions.OutOfMemoryError) or killed_for_memory(text)
+    queue.on_worker_died(run_id, MEMORY if memory else death_message(text), memory)
 
 
 def poll_queue(queue: JobQueue) -> None:
@@ -138,10 +158,7 @@ def killed_for_memory(text: str) -> bool:
 def death_message(text: str) -> str:
     """Return one line on the cause of a process's death, without Ray's advice."""
     if killed_for_memory(text):
-        return (
-            "Ray's memory monitor ended its process, since the machine was short of memory; lower "
-            "--max-concurrent, data.batch_labelled or data.crop, or add memory"
-        )
+        return MEMORY
     for line in text.splitlines():
         if "Worker exit detail" in line or "exit code" in line.lower():
             return "its process died: " + line.split("detail:")[-1].split("There are some")[0].strip()

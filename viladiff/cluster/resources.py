@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.core.environment import visible_cpus
-from viladiff.data.sources import embedded_datasets
+from viladiff.evaluation.devices import device_called
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
+from viladiff.training.run_cost import CountedSteps
 
-SHARING = 4
-"""Runs on built-in data that one GPU gets at most where nobody says how many; a run on photographs gets a GPU."""
+MARGIN = 0.15
+"""Share of a run's counted memory that is kept free: an allocator's fragments, and what kernels need for themselves."""
+CONTEXT = 2**30
+"""Bytes that a process needs on a GPU before it trains: the driver's context, and workspaces of cuBLAS and cuDNN."""
 
 
 class Capacity(NamedTuple):
@@ -29,8 +32,8 @@ def plan_capacity(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Ca
     """Return the capacity for runs with equally many workers; a cluster's is known only after joining it.
 
     GPUs are shared out where no share was asked for: as many runs at once as ``max_concurrent`` or the processors
-    allow, and at most SHARING on a GPU, one of those on photographs; a run of several workers has whole ones, or none
-    where there are too few. Raises ValueError for a share that this machine does not have.
+    allow, and on a GPU no more than its memory holds (``runs_that_fit``); a run of several workers has whole ones, or
+    none where there are too few. Raises ValueError for a share that this machine does not have.
     """
     workers = max((job.workers for job in jobs), default=1)
     if settings.address is not None:
@@ -45,15 +48,27 @@ def plan_capacity(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Ca
     if workers > 1:
         share, note = (1.0, f"{there}, one for each worker") if found >= workers else (0.0, f"{there} for all workers")
     else:
-        names = {str(job.changes.get("data.dataset", "digits")) for job in jobs}
-        small = names <= set(embedded_datasets())
-        wanted = settings.max_concurrent or min(by_cpus, len(jobs), (SHARING if small else 1) * found)
+        most = min(by_cpus, len(jobs))
+        # Counting takes seconds, and decides nothing where each run has a GPU in any case.
+        fit = runs_that_fit(jobs, gpu_memory()) if most > found and not settings.max_concurrent else 1
+        wanted = settings.max_concurrent or min(most, fit * found)
         each = math.ceil(wanted / found)
         share = math.floor(10_000 / each) / 10_000  # Ray counts in steps of 1/10000 and rounds up
         note = f"{there}, {'one for each run' if each == 1 else f'each for {each} runs at once'}"
     settings = replace(settings, gpus_per_trial=share)
     slots = settings.max_concurrent or _slots(settings, by_cpus, workers)
     return Capacity(settings, slots, f"{note}; --gpus-per-trial says otherwise")
+
+
+def runs_that_fit(jobs: Sequence[PlannedRun], memory: int) -> int:
+    """Return how many of the runs fit in a GPU's ``memory`` bytes at once by their counted steps; at least one.
+
+    One where a step cannot be counted.
+    """
+    steps = CountedSteps()
+    costs = [steps.of(job) for job in jobs]
+    needs = [(1 + MARGIN) * cost.peak_bytes + CONTEXT for cost in costs if cost is not None]
+    return max(1, int(memory / max(needs))) if len(needs) == len(costs) else 1
 
 
 def concurrency(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Capacity | None:
@@ -72,12 +87,24 @@ def ask_cluster(*queues: JobQueue) -> None:
     open_ = [queue for queue in queues if queue.settings.gpus_per_trial is None and not queue.done]
     if not open_:
         return
-    found = ray.cluster_resources().get("GPU", 0)
+    there = ray.cluster_resources()
+    found = there.get("GPU", 0)
+    fits = {queue: runs_that_fit(list(queue.waiting), _cluster_memory(there)) for queue in open_} if found else {}
     for queue in open_:
-        queue.settings = replace(queue.settings, gpus_per_trial=1.0 if found else 0.0)
-    some = f"{found:g} GPUs in the cluster, one for each run"
+        each = math.floor(10_000 / fits.get(queue, 1)) / 10_000
+        queue.settings = replace(queue.settings, gpus_per_trial=each if found else 0.0)
+    most = max(fits.values(), default=1)
+    some = f"{found:g} GPUs in the cluster, {'one for each run' if most == 1 else f'each for {most} runs at once'}"
     none = "no GPU in the cluster so far, and none is asked for"
     send_note(open_[0].tell, f"{some if found else none}; --gpus-per-trial says otherwise")
+
+
+def _cluster_memory(there: Mapping[str, float]) -> int:
+    """Return the bytes of the smallest GPU that Ray names among a cluster's resources; 0 if it names none we know."""
+    mark = "accelerator_type:"
+    named = [name.removeprefix(mark) for name in there if name.startswith(mark)]
+    known = [device_called(name) for name in named]
+    return min((device.memory if device else 0 for device in known), default=0)
 
 
 def cluster_slots(settings: ExecutionSettings, workers: int) -> int:
@@ -107,6 +134,13 @@ def visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def gpu_memory() -> int:
+    """Return the bytes of the smallest GPU that this process may use."""
+    import torch
+
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def _slots(settings: ExecutionSettings, by_cpus: int, workers: int) -> int:

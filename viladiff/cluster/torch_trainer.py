@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from viladiff.cluster.ray_tune import create_stop_flag, death_message, killed_for_memory, poll_queue, worker_context
+from viladiff.cluster.ray_tune import create_stop_flag, poll_queue, report_death, worker_context
 from viladiff.cluster.worker import WorkerContext, attempt_held, classify_error, configuration
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.job_queue import JobQueue
@@ -87,8 +87,7 @@ def run_shared(queue: JobQueue, scratch: Path, refresh: Callable[[], None]) -> N
             if result is not None:
                 queue.on_result(run_id, result)
             else:
-                text = f"{type(error).__name__}: {error}" if error is not None else ""
-                queue.on_worker_died(run_id, death_message(text), killed_for_memory(text))
+                report_death(queue, run_id, error)
         time.sleep(PAUSE)
 
 

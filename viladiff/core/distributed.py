@@ -33,9 +33,10 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which nothing on ``device`` is autocast; for meta tensors torch has no autocast to end."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    """Return a context in which nothing on ``device`` is autocast; meta tensors stand for those of a GPU."""
+    kind = "cuda" if device.type == "meta" else device.type
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 
 def join_here(backend: str, meeting: Path, rank: int, workers: int) -> None:

@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from viladiff.core.messages import format_seconds
+from viladiff.experiments.target_device import target_device
 from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.store import Store
-from viladiff.tables.estimate import estimate
+from viladiff.tables.estimate import cost_lines, estimate
 from viladiff.tables.plan import Plan, State, states
 from viladiff.tables.spec import OWN_LISTS
 
@@ -31,12 +32,13 @@ def print_dry_run(
     store: Store,
     settings: ExecutionSettings,
     out: Path,
-    price: float | None = None,
+    priced: tuple[float | None, str | None] = (None, None),
     beside: tuple[Plan, Store] | None = None,
 ) -> None:
     """Print the grid of cells with their states, runs, steps and seconds, and all output paths.
 
-    ``beside``: the plan of the scale whose committed records stand beside these runs, and a store of those alone.
+    priced: ``--hourly-price`` and ``--device``. ``beside``: the plan of the scale whose committed records stand beside
+    these runs, and a store of those alone.
     """
     from viladiff.cluster.resources import concurrency
 
@@ -46,7 +48,9 @@ def print_dry_run(
     console.print(_grid(plan, found) if beside is None else _grid_beside(plan, found, *beside))
     left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]
     room = concurrency(settings, left)
-    guess = estimate(plan, store, room.slots if room else 1, price)
+    price, named = priced
+    device = target_device(named, plan.runs.values())
+    guess = estimate(plan, store, room.slots if room else 1, price, device)
     many = f"{room.slots} at once" if room else "as many at once as the cluster can run"
     workers = max((run.workers for run in left), default=1)
     each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
@@ -62,7 +66,7 @@ def print_dry_run(
         **lists,
         **({"GPUs": room.note} if room and room.note else {}),
         "time": f"{about}{format_seconds(guess.seconds, 'unknown')}{spread} ({guess.basis})",
-        **({} if guess.cost is None else {"cost": f"{guess.cost:.2f}"}),
+        **cost_lines(guess, device),
         **({} if beside is None else {"records": _committed(*beside)}),
         "runs": str(store.root),
         "page": str(out / "index.html"),

@@ -11,11 +11,14 @@ from pathlib import Path
 from viladiff.config.base import did_you_mean
 from viladiff.core.installation import specs_dir
 from viladiff.core.messages import format_value
+from viladiff.evaluation.devices import CPU
+from viladiff.evaluation.step_time import ERROR
 from viladiff.experiments.compare_sweeps import tuned
 from viladiff.experiments.infeasible import refuse_points
 from viladiff.experiments.publish_sweep import adopt, publish_sweep, published_trials
 from viladiff.experiments.sweep_setup import SweepJob, alone, check_same, open_directory, prepare
 from viladiff.experiments.tables import PageWriter, public_command
+from viladiff.experiments.target_device import target_device
 from viladiff.runs.job import Event, PlannedRun
 from viladiff.runs.lease import Lease
 from viladiff.runs.store import Store
@@ -27,6 +30,7 @@ from viladiff.sweeps.spec import choosing_images
 from viladiff.sweeps.summary import INPUTS, to_toml, train_command
 from viladiff.sweeps.trial_queue import TrialQueue
 from viladiff.sweeps.trials import Trial, load_trials, ranked
+from viladiff.tables.estimate import RunTime, Target, time_of_run
 from viladiff.tables.spec import OWN_LISTS
 
 
@@ -199,7 +203,8 @@ def dry_run_lines(job: SweepJob) -> list[str]:
     """Describe the runs of a sweep and their cost."""
     steps, size = job.namer.steps, job.sweep.scale[job.scale]
     example = job.namer.planned(job.sweep.initial_point, job.seeds[0])
-    step = _seconds(job, example) or size.seconds_per_step
+    target = Target(target_device(job.args.device, [example]), price_per_hour=job.args.hourly_price)
+    one = time_of_run(example, job.store.records().values(), target, size.seconds_per_step, size.seconds_overhead)
     ended = sum(trial.state != "running" for trial in load_trials(job.directory / "trials"))
     runs = max(0, job.trials - ended) * len(job.seeds) + 3 * len(job.sweep.final_seeds)
     known = job.args.address is None or job.args.max_concurrent is not None
@@ -220,9 +225,7 @@ def dry_run_lines(job: SweepJob) -> list[str]:
         "then": f"the best, the first and the second best on {len(job.sweep.final_seeds)} fresh seeds, scored on "
         + ("the reported set" if job.sweep.finals_split == "test" else "the same images, to choose between them"),
         "at most": f"{runs} runs, {runs * steps[-1]:,} steps",
-        "time": "unknown"
-        if step is None
-        else f"at most {runs * (steps[-1] * step + size.seconds_overhead) / 3600 / slots:.1f} h, {many}",
+        **({"time": "unknown"} if one is None else _cost(one, target, (runs, steps[-1], slots), many)),
         **({"GPUs": job.room.note} if job.room.note else {}),
         "sweep": str(job.directory),
         "page": str(job.out / "index.html"),
@@ -231,15 +234,21 @@ def dry_run_lines(job: SweepJob) -> list[str]:
     return [f"{job.sweep.title}, scale {job.scale}", *(f"{name:<{width}}  {text}" for name, text in lines.items())]
 
 
-def _seconds(job: SweepJob, example: PlannedRun) -> float | None:
-    """Return the median seconds a step of the store's runs of the same method and data set."""
-    kind = ("method.name", "data.dataset")
-    found = sorted(
-        record.train_seconds / record.steps
-        for record in job.store.records().values()
-        if record.steps and all(record.changed.get(path) == example.changed.get(path) for path in kind)
-    )
-    return found[len(found) // 2] if found else None
+def _cost(one: RunTime, target: Target, size: tuple[int, int, int], many: str) -> dict[str, str]:
+    """Return the lines of time, memory and money of at most ``size`` = (runs, steps of each, runs at once)."""
+    runs, steps, slots = size
+    hours = runs * (steps * one.step + one.outside) / 3600
+    error = f", estimated to within {ERROR:.0%}" if one.source == "counted" else ""
+    lines = {"time": f"at most {hours / slots:.1f} h, {many}{error}"}
+    price = target.price_per_hour
+    if target.device is not CPU:
+        lines["GPU-hours"] = f"at most {hours * one.devices:,.0f} on {target.device.name}{error}"
+    if one.peak_bytes:
+        lines["memory"] = f"{one.peak_bytes / 2**30:.1f} GiB a run"
+    if price is not None or target.device.price is not None:
+        money = hours / slots * price if price is not None else hours * one.devices * (target.device.price or 0.0)
+        lines["cost"] = f"at most {money:,.2f}{error}"
+    return lines
 
 
 def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[str]:

@@ -22,6 +22,7 @@ from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
 from viladiff.core.installation import published_dir, reports_dir, require_checkout, specs_dir
 from viladiff.experiments.infeasible import refuse_rows
+from viladiff.experiments.target_device import target_device
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import estimate
@@ -80,7 +81,7 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
         from viladiff.experiments.dry_run import print_dry_run
 
         beside = None if job.beside is None else (job.beside, job.records)
-        print_dry_run(job.plan, job.store, settings, job.out, args.hourly_price, beside)
+        print_dry_run(job.plan, job.store, settings, job.out, (args.hourly_price, args.device), beside)
     if not args.render:
         refuse_rows(job.plan, _left(job, args.restart), fetch=None if args.address else not args.dry_run)
     if args.dry_run:
@@ -143,7 +144,8 @@ def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
     from viladiff.experiments.live_table import LiveTable
 
     room = concurrency(settings, left)
-    expected = None if room is None else estimate(job.plan, job.store, room.slots).seconds
+    device = target_device(None, left)
+    expected = None if room is None else estimate(job.plan, job.store, room.slots, device=device).seconds
     done = {name: record.miou for name, record in records.items()}
     with (
         PageWriter(lambda: write_table_page(job)) as pages,

@@ -26,9 +26,10 @@ from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.gradient_shares import measured_steps
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.training.errors import check_inputs
-from viladiff.training.feasibility import empty_method, refuse_infeasible, refuse_scoring
+from viladiff.training.feasibility import refuse_infeasible, refuse_scoring
 from viladiff.training.fingerprints import data_facts
 from viladiff.training.launch import run_in_processes
+from viladiff.training.meta_step import empty_method
 from viladiff.training.optim import total_steps
 
 if TYPE_CHECKING:

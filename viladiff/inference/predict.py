@@ -39,8 +39,9 @@ from viladiff.evaluation.protocols import bands
 from viladiff.inference.load import last_line, load_method, load_run
 from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig, override
-from viladiff.training.feasibility import check_prediction, empty_method
+from viladiff.training.feasibility import check_prediction
 from viladiff.training.launch import select_device
+from viladiff.training.meta_step import empty_method
 
 FORMAT = 1
 """Of a model folder."""

@@ -3,7 +3,8 @@
 A run is handed out (``next_job``), reported on (``on_progress``) and returned (``on_result`` or ``on_worker_died``);
 ``poll`` handles runs that do not return by themselves. Retries: a process that died, ``settings.retries`` times; a
 stalled run, once; too little memory, once, at the end and with nothing beside it; a loss that is not finite, an error,
-or another name than planned, never, since it would end the same way.
+or another name than planned, never, since it would end the same way. Attempts at which a run came further than ever
+before are not counted against it, and neither is a machine that was taken away (a preemption).
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class JobQueue:
         self.live: dict[str, ActiveRun] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.tries: dict[str, list[Kind]] = {}
+        """Ends of each run's attempts since it last came further than before."""
+        self.furthest: dict[str, int] = {}
+        """The last step of each run's attempts, of those that ended early."""
         self.stopping = False
         self.asked_to_stop = False
         """Set by a signal handler, which must do no more than that."""
@@ -155,6 +159,14 @@ class JobQueue:
                 Outcome(run_id, "done", attempts=attempts, worker=_named(run.place), **timing), miou=result.get("miou")
             )
 
+    def on_preempted(self, run_id: str, message: str) -> None:
+        """Process the loss of a run's machine, which is no failure: it waits again, first in line."""
+        run = self.live.pop(run_id)
+        if self.stopping:
+            self._end(Outcome(run_id, "stopped", attempts=self._attempts(run_id)), step=run.step)
+            return
+        self._again(run, f"preempted: {message}")
+
     def on_worker_died(self, run_id: str, message: str, memory: bool = False) -> None:
         """Process the loss of a run: its process died, was killed as stalled, or by Ray for lack of ``memory``."""
         run = self.live.pop(run_id)
@@ -233,6 +245,9 @@ class JobQueue:
     def _failed(self, run: ActiveRun, kind: Kind, message: str) -> None:
         run_id = run.job.run_id
         tries = self.tries.setdefault(run_id, [])
+        if kind in ("killed", "hang") and (run.step or 0) > self.furthest.get(run_id, 0):
+            self.furthest[run_id] = run.step or 0
+            tries[:] = [one for one in tries if one == "memory"]  # which would come again beside others
         tries.append(kind)
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         failure = Failure(kind=kind, message=message, step=run.step, attempts=len(tries), when=now)
@@ -242,12 +257,16 @@ class JobQueue:
         if tries.count(kind) > allowed or self.stopping:
             self._end(Outcome(run_id, "failed", failure, len(tries)), step=run.step)
             return
-        # A run that met too little memory once stays alone, whatever happens to it next.
-        if "memory" in tries:
+        self._again(run, f"{kind}: {message}")
+
+    def _again(self, run: ActiveRun, message: str) -> None:
+        """Put a run back; one that met too little memory once stays alone, whatever happens to it next."""
+        run_id = run.job.run_id
+        if "memory" in self.tries.get(run_id, []):
             self.alone.append(run.job)
         else:
             self.waiting.appendleft(run.job)
-        self.tell(Event("retry", run_id, step=run.step, message=f"{kind}: {message}"))
+        self.tell(Event("retry", run_id, step=run.step, message=message))
 
     def _attempts(self, run_id: str) -> int:
         return len(self.tries.get(run_id, [])) + 1

@@ -1,16 +1,20 @@
-"""Estimate of a plan's remaining time, from seconds a step of similar records, or the table's guess."""
+"""Estimate of a plan's remaining cost: from measured steps of the same kind, the table's guess, or counted work."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from viladiff.evaluation.devices import CPU, Device, device_called
+from viladiff.evaluation.step_time import ERROR
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.tables.plan import Plan, RunStore, fields_of
+from viladiff.training.run_cost import CountedSteps, scoring_seconds
 
 
 class Estimate(NamedTuple):
@@ -23,56 +27,157 @@ class Estimate(NamedTuple):
     seconds: float | None
     """Wall time left, with all trials at work; None where nobody can say."""
     measured: int
-    """Unfinished runs whose time follows from records; those of the rest are guesses that the table states."""
+    """Unfinished runs whose time follows from records; those of the rest are guesses or counted."""
     cost: float | None
-    """Seconds left at the price that was given; None without one."""
+    """Of the time left, at the price that was given, else at the device's; None without one."""
     basis: str
     """What ``seconds`` rests on, in words."""
+    device_hours: float | None = None
+    """Hours of all devices together; None as ``seconds``."""
+    peak_bytes: int = 0
+    """The most that one run needs of a device's memory; 0 where it was not counted."""
+    checkpoint_bytes: int = 0
+    """Of the largest run's checkpoint, likewise."""
+    counted: int = 0
+    """Unfinished runs whose time is counted, to within ``ERROR``."""
 
 
-def estimate(plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: float | None = None) -> Estimate:
-    """Return the remaining time with ``concurrency`` runs at once, and its cost at the machine's price per hour.
+@dataclass(frozen=True)
+class Target:
+    """Where the runs are to go."""
+
+    device: Device = CPU
+    concurrency: int = 1
+    """Runs at once."""
+    price_per_hour: float | None = None
+    """Of the whole machine; None takes the device's own, for each device."""
+    steps: CountedSteps = field(default_factory=CountedSteps)
+
+
+def estimate(
+    plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: float | None = None, device: Device = CPU
+) -> Estimate:
+    """Return the remaining time on ``device`` with ``concurrency`` runs at once, and what it costs.
 
     A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the most similar
-    records of its precision: those that differ in seed, labelled list, captions, length, learning rates and evaluation
-    only, or else those of the same method and data set. Without records the guesses of the scale are used, and without
-    those the time is unknown. Steps that the log of an interrupted run holds are not counted again.
+    records of that device, its precision and its workers: those that differ in seed, labelled list, captions, length,
+    learning rates and evaluation only, or else those of the same method, encoder, crop, batch and data set. Without
+    records the guesses of the scale are used, and without those the step's work is counted. Steps that the log of an
+    interrupted run holds are not counted again.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency}: must be at least 1")
+    return estimate_on(plan, store, Target(device, concurrency, price_per_hour))
+
+
+def estimate_on(plan: Plan, store: RunStore, target: Target) -> Estimate:
+    """Return ``estimate`` for a place to run; plans that share ``target.steps`` count each step once."""
     records = store.records()
     left = [run for run in plan.runs.values() if run.run_id not in records]
     size = plan.table.scale[plan.scale]
-    times, alike, akin = [], 0, 0
+    times: list[RunTime] = []
     for run in left:
-        near, close = _nearest(run, records.values())
-        alike, akin = alike + (close and bool(near)), akin + (not close and bool(near))
-        step = median(near_step) if (near_step := [_per_step(one) for one in near]) else size.seconds_per_step
-        if step is None:
-            return _estimate(plan, left, None, alike + akin, price_per_hour, f"no timing for {run.title!r}")
-        besides = _besides(run, near)
-        outside = size.seconds_overhead if besides is None else besides
-        times.append(max(0, run.steps - _logged(store.directory(run.run_id))) * step + outside)
-    guessed = len(left) - alike - akin
-    parts = [
-        f"{alike} timed from runs with the same settings" if alike else "",
-        f"{akin} timed from runs of the same method and data set" if akin else "",
-        f"{guessed} estimated by the table file" if guessed else "",
-    ]
-    basis = f"{len(left)} runs remaining: " + ", ".join(filter(None, parts)) if left else "nothing to run"
-    seconds = max([sum(times) / concurrency, *times]) if times else 0.0
-    return _estimate(plan, left, seconds, alike + akin, price_per_hour, basis)
+        found = time_of_run(run, records.values(), target, size.seconds_per_step, size.seconds_overhead)
+        if found is None:
+            return _summary(plan, left, [], target, f"no timing for {run.title!r}")
+        step = max(0, run.steps - _logged(store.directory(run.run_id))) * found.step
+        times.append(found._replace(seconds=step + found.outside))
+    return _summary(plan, left, times, target, _basis(times))
 
 
-def _estimate(
-    plan: Plan, left: Sequence[PlannedRun], seconds: float | None, measured: int, price: float | None, basis: str
-) -> Estimate:
-    cost = None if seconds is None or price is None else seconds / 3600 * price
-    return Estimate(len(plan.cells), len(plan.runs), len(plan.runs) - len(left), seconds, measured, cost, basis)
+class RunTime(NamedTuple):
+    """The seconds of a run, and where they are from."""
+
+    source: str
+    """``alike``, ``akin``, ``guess`` or ``counted``."""
+    step: float
+    outside: float
+    """Seconds outside of steps."""
+    seconds: float = 0.0
+    devices: int = 1
+    peak_bytes: int = 0
+    checkpoint_bytes: int = 0
+
+
+_SAYS = {
+    "alike": "timed from runs with the same settings",
+    "akin": "timed from runs of the same method, encoder, crop and data set",
+    "guess": "estimated by the table file",
+    "counted": "estimated from their counted work",
+}
+
+
+def time_of_run(
+    run: PlannedRun, records: Iterable[RunRecord], target: Target, guess: float | None, overhead: float
+) -> RunTime | None:
+    """Return a run's seconds a step and outside of steps on ``target``; None where nobody can say.
+
+    guess: seconds a step of its scale, which are a core's; ``overhead``: seconds outside of steps, likewise.
+    """
+    guess = guess if target.device is CPU else None
+    near, close = _nearest(run, records, target.device)
+    # What the scale's guess is for is small; counting takes seconds, and memory matters on a GPU alone.
+    cost = target.steps.of(run) if target.device is not CPU or (guess is None and not near) else None
+    sizes = (0.0, run.workers, cost.peak_bytes if cost else 0, cost.checkpoint_bytes if cost else 0)
+    besides = _besides(run, near)
+    if near:
+        step = median(_per_step(one) for one in near)
+        return RunTime("alike" if close else "akin", step, overhead if besides is None else besides, *sizes)
+    if guess is not None:
+        return RunTime("guess", guess, overhead, *sizes)
+    if cost is None:
+        return None
+    step = cost.seconds(target.device, run.precision.endswith("TF32"))
+    return RunTime("counted", step, scoring_seconds(run, cost, step), *sizes)
+
+
+def _basis(times: Sequence[RunTime]) -> str:
+    counts = {source: sum(one.source == source for one in times) for source in _SAYS}
+    parts = [f"{count} {_SAYS[source]}" for source, count in counts.items() if count]
+    return f"{len(times)} runs remaining: " + ", ".join(parts) if times else "nothing to run"
+
+
+def _summary(plan: Plan, left: Sequence[PlannedRun], times: Sequence[RunTime], target: Target, basis: str) -> Estimate:
+    known = len(times) == len(left)
+    each = [one.seconds for one in times]
+    seconds = (max([sum(each) / target.concurrency, *each]) if each else 0.0) if known else None
+    hours = sum(one.seconds * one.devices for one in times) / 3600 if known else None
+    cost = None
+    if seconds is not None and target.price_per_hour is not None:
+        cost = seconds / 3600 * target.price_per_hour
+    elif hours is not None and target.device.price is not None:
+        cost = hours * target.device.price
+    return Estimate(
+        *(len(plan.cells), len(plan.runs), len(plan.runs) - len(left), seconds),
+        *(sum(one.source in ("alike", "akin") for one in times), cost, basis, hours),
+        *(max((one.peak_bytes for one in times), default=0), max((one.checkpoint_bytes for one in times), default=0)),
+        sum(one.source == "counted" for one in times),
+    )
+
+
+def cost_lines(guess: Estimate, device: Device) -> dict[str, str]:
+    """Return what is said of a plan's cost beside its time; nothing where it has no device's price or memory."""
+    lines = {}
+    error = f", estimated to within {ERROR:.0%}" if guess.counted else ""
+    if guess.device_hours is not None and device is not CPU:
+        lines["GPU-hours"] = f"{guess.device_hours:,.0f} on {device.name}{error}"
+    if guess.peak_bytes:
+        lines["memory"] = (
+            f"at most {guess.peak_bytes / 2**30:.1f} GiB a run, checkpoints of {guess.checkpoint_bytes / 2**30:.2f} GiB"
+        )
+    if guess.cost is not None:
+        lines["cost"] = f"{guess.cost:,.2f}{error}"
+    return lines
 
 
 _FREE = ("seed", "data.split", "data.split_seed", "data.captions", "data.captions_on", "train.steps", "train.epochs")
 """Fields that leave the time of a step as it is; so do learning rates and evaluation."""
+_KIND = (
+    *("method.name", "data.dataset", "data.crop", "data.batch_labelled", "data.batch_unlabelled"),
+    *("train.grad_accum_steps", "model.encoder", "model.encoder_stride", "model.encoder_frozen", "model.decoder"),
+    *("model.decoder_width",),
+)
+"""Fields that a record must share to lend its time."""
 
 
 def _cost_fields(changed: Mapping[str, Any]) -> str:
@@ -80,12 +185,16 @@ def _cost_fields(changed: Mapping[str, Any]) -> str:
     return fields_of({path: value for path, value in changed.items() if path not in free})
 
 
-def _nearest(run: PlannedRun, records: Iterable[RunRecord]) -> tuple[list[RunRecord], bool]:
+def _nearest(run: PlannedRun, records: Iterable[RunRecord], device: Device) -> tuple[list[RunRecord], bool]:
     """Return the records to take times from, and whether their settings are the same; with equal threads if any."""
-    usable = [one for one in records if one.steps > 0 and one.train_seconds > 0 and one.precision == run.precision]
+    usable = [
+        one
+        for one in records
+        if one.steps > 0 and one.train_seconds > 0 and one.precision == run.precision and one.workers == run.workers
+        if device_called(one.device) is device
+    ]
     same = [one for one in usable if _cost_fields(one.changed) == _cost_fields(run.changed)]
-    kind = ("method.name", "data.dataset")
-    akin = [one for one in usable if all(one.changed.get(path) == run.changed.get(path) for path in kind)]
+    akin = [one for one in usable if all(one.changed.get(path) == run.changed.get(path) for path in _KIND)]
     found = same or akin
     threads = [one for one in found if run.threads is None or one.threads == run.threads]
     return threads or found, bool(same)

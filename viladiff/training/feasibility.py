@@ -7,14 +7,13 @@ not seen. A method that reads numbers of its tensors cannot run so; then the ste
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from viladiff.data.batch import Batch, CutMix, Step, TextBatch, Views
+from viladiff.data.batch import TextBatch
 from viladiff.evaluation.complexity import TextFree
 from viladiff.evaluation.protocols import PROTOCOLS, STREAMS, resized_logits, stream_bands
 from viladiff.methods import METHODS
@@ -22,18 +21,14 @@ from viladiff.methods.base import Method
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import own_size, weights_fault
 from viladiff.models.encoders.digits_vit import DigitsViT
-from viladiff.models.segmenter import Network, NetworkFactory
-from viladiff.runs.config import RunConfig, non_default_fields, override
+from viladiff.models.segmenter import Network
+from viladiff.runs.config import RunConfig, non_default_fields
 from viladiff.runs.job import DataFacts
 from viladiff.training.checked import Checked, usual
 from viladiff.training.errors import check_inputs
+from viladiff.training.meta_step import LATE, META, empty_batch, empty_picture, empty_text, method_on_meta
 from viladiff.training.optim import param_groups
 
-META = torch.device("meta")
-LATE = Step(9, 0.9, 0)
-"""Past every warm-up, where all parts of a loss are computed."""
-WORDS, TEXT_DIM = 7, 64
-"""Of the captions that are tried; no encoder depends on them."""
 _FIRST_LINE = 160
 
 
@@ -69,14 +64,14 @@ def refuse_scoring(cfg: RunConfig, data: DataFacts) -> None:
     """Raise ValueError if the networks of a run that is trained cannot be scored under ``eval.protocol``."""
     if usual(non_default_fields(cfg), 1, data):
         return
-    for fault in _protocol(cfg, _on_meta(cfg, data.classes), data):
+    for fault in _protocol(cfg, method_on_meta(cfg, data.classes), data):
         raise ValueError(fault)
 
 
 def try_on_meta(cfg: RunConfig, data: DataFacts) -> list[str]:
     """Return ``run_faults`` without looking for a stored result; the first problem ends the search."""
     try:
-        method = _on_meta(cfg, data.classes)
+        method = method_on_meta(cfg, data.classes)
         check_inputs(cfg, method, data)
     except ValueError as error:
         return str(error).splitlines()
@@ -84,30 +79,6 @@ def try_on_meta(cfg: RunConfig, data: DataFacts) -> list[str]:
         for fault in look(cfg, method, data):
             return [fault]
     return []
-
-
-def empty_method(cfg: RunConfig, class_names: Sequence[str], text_dim: int) -> Method:
-    """Build the method with weights that are still to be loaded; no pretrained file is read.
-
-    ``model.encoder=transformers`` is an exception: its directory alone defines the network. Raises ValueError if it is
-    missing.
-    """
-    gone: dict[str, object] = {} if cfg.model.encoder == "transformers" else {"model.weights": None}
-    plain = override(cfg, {"model.pretrained": "none", **gone})
-    data, names = cfg.data, tuple(class_names)
-    build = NetworkFactory(plain.model, len(names), text_dim, data.dataset, names, data.crop, inputs=data.pixels.inputs)
-    return METHODS[cfg.method.name](cfg.method, build)
-
-
-def _on_meta(cfg: RunConfig, classes: int) -> Method:
-    names = [f"class {i}" for i in range(classes)]
-    if cfg.model.encoder != "transformers":  # its directory is read in any case
-        try:
-            with META:  # nothing is drawn: a ViT-B takes seconds else
-                return empty_method(cfg, names, TEXT_DIM).to(META)
-        except (RuntimeError, ValueError):
-            pass  # some networks look at their own numbers when they are made; a fault shows again below
-    return empty_method(cfg, names, TEXT_DIM).to(META)
 
 
 # Parts
@@ -128,7 +99,7 @@ def _maps(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
 
 def _map_fault(encoder: Encoder, side: int) -> str | None:
     try:
-        found = encoder(_picture(side, side, encoder.inputs))
+        found = encoder(empty_picture(side, side, encoder.inputs))
     except Exception as error:
         return None if _untraceable(error) else _said(error)
     sides = [-(-side // stride) for stride in encoder.strides]
@@ -147,7 +118,7 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
     method.train()
     weights = {name: weight for name, weight in method.named_parameters() if weight.requires_grad}
     try:
-        losses = method(_batch(cfg, method.required_views(), data.classes), LATE)
+        losses = method(empty_batch(cfg, method.required_views(), data.classes), LATE)
         grads = torch.autograd.grad(losses.total, list(weights.values()), allow_unused=True)
         with torch.no_grad():
             method.after_step(LATE)
@@ -184,12 +155,14 @@ def _scoring(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
     """Yield the fault of an evaluation: pseudo-labels, then each network under the run's protocol."""
     method.eval()
     inputs = method.student.encoder.inputs
-    text = _text(1) if method.required_views().text else None
+    text = empty_text(1) if method.required_views().text else None
     for size in picture_sizes(cfg.data.crop, data.picture):
         try:
             with torch.no_grad():  # of whole pictures, whatever the protocol is
                 resized_logits(
-                    lambda x: method.pseudo_labels(x, text, (0,), LATE), _picture(*size, inputs), method.student.patch
+                    lambda x: method.pseudo_labels(x, text, (0,), LATE),
+                    empty_picture(*size, inputs),
+                    method.student.patch,
                 )
         except Exception as error:
             if not _untraceable(error):
@@ -204,7 +177,7 @@ def _scoring(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
 def _protocol(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
     """Yield the fault of the run's protocol on a crop and on an odd-sized picture, with a protocol that has none."""
     method.eval()
-    text = _text(1) if method.required_views().text else None
+    text = empty_text(1) if method.required_views().text else None
     for network in {type(one): one for one in method.eval_networks().values()}.values():
         for size in picture_sizes(cfg.data.crop, data.picture):
             faults = (
@@ -234,7 +207,7 @@ def protocol_fault(
     try:
         with torch.no_grad():
             inputs = network.inputs if isinstance(network, _Shapes) else network.encoder.inputs
-            for _ in stream_bands(network, _picture(*size, inputs), text, STREAMS, protocol, crop):
+            for _ in stream_bands(network, empty_picture(*size, inputs), text, STREAMS, protocol, crop):
                 pass
     except Exception as error:
         return None if _untraceable(error) else _said(error)
@@ -274,52 +247,6 @@ class _Shapes(nn.Module):
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         return {"visual": functional_call(self._whole[0], self._weights, (images,))}
-
-
-# Tensors without content
-
-
-def _batch(cfg: RunConfig, views: Views, classes: int) -> Batch:
-    """Return a micro-batch with the views that a method asks for."""
-    parts, crop = cfg.runtime.workers * cfg.train.grad_accum_steps, cfg.data.crop
-    labelled, unlabelled = cfg.data.batch_labelled // parts, cfg.data.batch_unlabelled // parts
-    inputs = cfg.data.pixels.inputs
-    more: dict[str, Any] = {"text": _text(labelled)} if views.text else {}
-    more |= {"image_strong": _images(labelled, crop, inputs)} if views.strong_labelled else {}
-    more |= {"tags": _empty(labelled, classes)} if views.tags else {}
-    if views.unlabelled:
-        more |= {
-            "weak": (_images(unlabelled, crop, inputs),) * views.weak,
-            "strong": tuple(_images(unlabelled, crop, inputs) for _ in range(views.strong)),
-            "valid": _empty(unlabelled, crop, crop, dtype=torch.bool),
-            "keys_u": tuple(range(unlabelled)),
-            "mix": tuple(_boxes(unlabelled) for _ in range(views.strong if views.cutmix else 0)),
-        }
-        more |= {"text_u": _text(unlabelled)} if views.text else {}
-        more |= {"tags_u": _empty(unlabelled, classes)} if views.tags else {}
-        more |= {"truth_u": _empty(unlabelled, crop, crop, dtype=torch.int64)} if views.truth else {}
-    target = _empty(labelled, crop, crop, dtype=torch.int64)
-    return Batch(_images(labelled, crop, inputs), target, tuple(range(labelled)), **more)
-
-
-def _boxes(count: int) -> CutMix:
-    return CutMix(_empty(count, 4, dtype=torch.int64), _empty(count, dtype=torch.int64))
-
-
-def _images(count: int, side: int, inputs: int) -> Tensor:
-    return _empty(count, inputs, side, side)
-
-
-def _picture(height: int, width: int, inputs: int) -> Tensor:
-    return _empty(1, inputs, height, width)
-
-
-def _text(count: int) -> TextBatch:
-    return TextBatch(_empty(count, WORDS, TEXT_DIM), _empty(count, WORDS, dtype=torch.bool))
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def _untraceable(error: Exception) -> bool:

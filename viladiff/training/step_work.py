@@ -1,0 +1,113 @@
+"""The work of one optimiser step, counted without content: forward, backward, optimiser and the method's own update.
+
+Nothing is downloaded and no image is read. What is counted is what a GPU does; on a CPU some operations are others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from viladiff.data.batch import Batch, CutMix, TextBatch
+from viladiff.evaluation.meta_precision import MetaPrecision
+from viladiff.evaluation.operations import Line, LiveMemory, OperationCounter
+from viladiff.evaluation.step_time import Load
+from viladiff.runs.config import RunConfig
+from viladiff.training.meta_step import LATE, empty_batch, method_on_meta
+from viladiff.training.optim import Optimizer, param_groups
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FLOAT = 4
+"""Bytes of a weight and of each number that an optimiser keeps of it."""
+_TENSORS = 48
+"""Parameters that one kernel of a fused optimiser updates, about."""
+
+
+class StepWork(NamedTuple):
+    """One worker's work of a step."""
+
+    lines: list[Line]
+    peak_bytes: int
+    """Weights, averages, gradients, optimiser, batch and what the backward pass needs, at the most at once."""
+    checkpoint_bytes: int
+    """Weights, buffers and the optimiser's state."""
+
+
+def count_step(cfg: RunConfig, classes: int) -> StepWork:
+    """Count a step past every warm-up, when all parts of the loss are computed.
+
+    Raises NotImplementedError or RuntimeError for a method that reads numbers of its tensors.
+    """
+    method = method_on_meta(cfg, classes)
+    method.train()
+    batch = empty_batch(cfg, method.required_views(), classes)
+    optimizer = Optimizer(param_groups(method, cfg), cfg)
+    state = sum(_moments(cfg, group) * _size(group["params"]) for group in optimizer.param_groups)
+    counter = OperationCounter(method)
+    memory = LiveMemory([*method.parameters(), *method.buffers(), *_tensors(batch)])
+    precision = MetaPrecision(_DTYPES[cfg.train.precision])
+    parts = cfg.train.grad_accum_steps
+    with memory, counter, precision, counter.modules():
+        with precision.autocast():
+            total = method(batch, LATE).total
+        counter.begin("backward")
+        weights = [x for x in method.parameters() if x.requires_grad]
+        gradients = torch.autograd.grad(total / parts, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        del total, gradients, gradient
+        counter.begin("gradients")
+        if cfg.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(method.parameters(), cfg.optim.clip_norm, foreach=True)
+        optimizer.zero_grad()
+        counter.begin("update")
+        with torch.no_grad():
+            method.after_step(LATE)
+    lines = [_times(line, parts) for line in counter.lines()]
+    lines += [_optimiser_line(cfg, group) for group in optimizer.param_groups]
+    # Gradients of all workers are summed in buckets of their own size.
+    buckets = _size(method.parameters()) if cfg.runtime.workers > 1 else 0
+    kept = sum(x.untyped_storage().nbytes() for x in (*method.parameters(), *method.buffers()))
+    return StepWork(lines, memory.peak + state + buckets, kept + state)
+
+
+def _times(line: Line, parts: int) -> Line:
+    """Return the line of a whole step, whose forward and backward passes are done in ``parts``."""
+    once = line.module in ("gradients", "update")
+    return line if once else line._replace(load=line.load._replace(times=line.load.times * parts))
+
+
+def _moments(cfg: RunConfig, group: dict[str, object]) -> int:
+    """Return the numbers that the optimiser of a group keeps of each weight."""
+    return 2 if cfg.optim.name == "adamw" or "betas" in group else int(cfg.optim.momentum > 0)
+
+
+def _optimiser_line(cfg: RunConfig, group: dict[str, list[Tensor]]) -> Line:
+    """Return the update of a group: weight and state are read and written, the gradient is read.
+
+    Fused optimisers do not run without content, so theirs is not traced.
+    """
+    moments, weights = _moments(cfg, group), group["params"]  # type: ignore[arg-type]
+    kernels = -(-len(weights) // _TENSORS)
+    size = (2 * (1 + moments) + 1) * _size(weights)
+    name = "aten::_fused_adamw_" if moments == 2 else "aten::_fused_sgd_"
+    return Line("optimiser", name, Load("other", False, 0, size // kernels, kernels))
+
+
+def _size(weights: Iterator[nn.Parameter] | list[Tensor]) -> int:
+    return sum(_FLOAT * x.numel() for x in weights if x.requires_grad)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of a batch."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Batch | CutMix | TextBatch):
+        for item in vars(value).values():
+            yield from _tensors(item)
