@@ -25,7 +25,7 @@ from viladiff.models.encoders.digits_vit import DigitsViT
 from viladiff.models.segmenter import Network, NetworkFactory
 from viladiff.runs.config import RunConfig, non_default_fields, override
 from viladiff.runs.job import DataFacts
-from viladiff.training.checked import Checked, usual
+from viladiff.training.checked import Checked, shares_statistics, usual
 from viladiff.training.errors import check_inputs
 from viladiff.training.optim import param_groups
 
@@ -46,7 +46,7 @@ def run_faults(cfg: RunConfig, data: DataFacts, store: Checked | None = None) ->
     if usual(fields, workers, data):
         return []
     store = store or Checked()
-    key = store.key(fields, workers, data)
+    key = store.key(fields, workers, data, shares_statistics(workers, cfg.runtime.device))
     found = store.find(key)
     if found is None:
         found = try_on_meta(cfg, data)
@@ -152,7 +152,9 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
             method.after_step(LATE)
         param_groups(method, cfg)
     except Exception as error:
-        if not _untraceable(error):
+        if str(error).startswith("model."):  # the network's own sentence, with what to set
+            yield str(error)
+        elif not _untraceable(error):
             yield f"{where}: a training step fails ({_said(error)}); choose another encoder or crop"
         return
     idle = [name for name, grad in zip(weights, grads, strict=True) if grad is None]
@@ -261,8 +263,12 @@ class _Shapes(nn.Module):
 
 
 def _batch(cfg: RunConfig, views: Views, classes: int) -> Batch:
-    """Return a micro-batch with the views that a method asks for."""
-    parts, crop = cfg.runtime.workers * cfg.train.grad_accum_steps, cfg.data.crop
+    """Return a micro-batch with the views that a method asks for: a worker's, or that of all whose BatchNorm is one.
+
+    One image on each of two GPUs is enough for a BatchNorm that has one value an image.
+    """
+    shared = shares_statistics(cfg.runtime.workers, cfg.runtime.device)
+    parts, crop = cfg.train.grad_accum_steps * (1 if shared else cfg.runtime.workers), cfg.data.crop
     labelled, unlabelled = cfg.data.batch_labelled // parts, cfg.data.batch_unlabelled // parts
     more: dict[str, Any] = {"text": _text(labelled)} if views.text else {}
     more |= {"image_strong": _images(labelled, crop)} if views.strong_labelled else {}

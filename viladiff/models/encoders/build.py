@@ -113,11 +113,16 @@ def _weights_fingerprint(model: ModelConfig) -> dict[str, str]:
 
 
 def weights_origin(model: ModelConfig) -> str:
-    """Return the weights' origin for a record: a file's path, ``shipped`` or ``none``, or timm's and a checksum."""
+    """Return the weights' origin for a record: a file's path, ``shipped`` or ``none``, or timm's name and source, the
+    licence that timm states, and a checksum.
+    """
     if not _from_timm(model):
         return model.weights or model.pretrained
-    path = _timm_file(model.encoder)
-    return _timm_weights(model.encoder) + (f", SHA-256 {file_sha256(path)[:16]}" if path else "")
+    import timm
+
+    path, found = _timm_file(model.encoder), timm.get_pretrained_cfg(model.encoder)
+    licence = f", licence {found.license}" if found is not None and found.license else ""
+    return _timm_weights(model.encoder) + licence + (f", SHA-256 {file_sha256(path)[:16]}" if path else "")
 
 
 def own_size(name: str) -> int | None:
