@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from viladiff.cluster import resources
-from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity, threads_of_a_run
+from viladiff.cluster.resources import cluster_slots, concurrency, plan_capacity, threads_of_a_run, trains_on_gpus
 from viladiff.cluster.session import load_ray
 from viladiff.runs.job import ExecutionSettings, PlannedRun
 
@@ -52,6 +52,25 @@ def test_gpus_are_shared_out_where_nobody_says_how(
     if gpus:
         ray = math.ceil(10_000 * found.settings.gpus_per_trial) / 10_000  # type: ignore[operator]
         assert found.slots * ray <= gpus, "as Ray counts, so many fit"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "known"),
+    [
+        (0, ExecutionSettings(), False),
+        (2, ExecutionSettings(), True),
+        (2, ExecutionSettings(gpus_per_trial=0.5), True),
+        (2, ExecutionSettings(gpus_per_trial=0), None),
+        (0, ExecutionSettings(gpus_per_trial=0), False),
+        (0, ExecutionSettings(address="a", max_concurrent=3), None),
+        (2, ExecutionSettings(address="a"), None),
+    ],
+)
+def test_whether_runs_have_gpus(
+    machine: pytest.MonkeyPatch, gpus: int, settings: ExecutionSettings, known: bool | None
+) -> None:
+    with_gpus(machine, gpus)
+    assert trains_on_gpus(concurrency(settings, jobs(3))) is known
 
 
 def test_a_run_on_photographs_has_a_gpu_of_its_own(machine: pytest.MonkeyPatch) -> None:

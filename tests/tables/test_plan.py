@@ -22,7 +22,7 @@ from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables import plan as plans
-from viladiff.tables.estimate import estimate
+from viladiff.tables.estimate import estimate, step_seconds
 from viladiff.tables.plan import Plan, make_plan, states
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
@@ -449,6 +449,24 @@ def test_estimate_from_records_of_the_same_settings_then_of_the_same_method(made
         found.seconds == pytest.approx(6 * 7 + 4 * (10 * 0.1 + 1))
         and "4 timed from runs of the same method" in found.basis
     )
+
+
+def test_estimate_takes_no_time_of_other_networks_crops_or_devices(made: Plan, tmp_path: Path) -> None:
+    """Of a small encoder, a small crop or a GPU, a step may take a sixtieth of the time."""
+    run = next(run for run in made.runs.values() if run.changed["method.name"] == "semibaseline")
+    fast = {"train_seconds": 1.0, "wall_seconds": 2.0}
+    others: list[dict[str, object]] = [{"model.encoder": "resnet18"}, {"data.crop": 32}, {"data.batch_labelled": 1}]
+    for place, other in enumerate(others):
+        store = Store(tmp_path / f"{place}")
+        put(store, record(run, changed={**run.changed, **other}, **fast))
+        assert estimate(made, store).measured == 0, other
+        assert step_seconds(run, store.records().values()) is None
+    store = Store(tmp_path / "runs")
+    put(store, record(run, device="NVIDIA H100", fingerprints={"data": "older"}, **fast))
+    assert estimate(made, store, gpus=False).measured == 0
+    assert estimate(made, store, gpus=True).measured == estimate(made, store).measured > 0
+    assert step_seconds(run, store.records().values(), gpus=True) == pytest.approx(0.1)
+    assert step_seconds(run, store.records().values(), gpus=False) is None
 
 
 def test_estimate_prefers_records_of_as_many_threads_and_the_same_evaluation(made: Plan, tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def concurrency(settings: ExecutionSettings, jobs: Sequence[PlannedRun]) -> Capa
     return plan_capacity(settings, single if 2 * len(single) >= len(jobs) else [job for job in jobs if job.workers > 1])
 
 
+def trains_on_gpus(room: Capacity | None) -> bool | None:
+    """Return whether runs of this capacity have GPUs; None where that is not known, as on a cluster."""
+    if room is None or room.settings.gpus_per_trial is None:
+        return None
+    # A share of 0 keeps no GPU for a run, which then sees all of them.
+    return True if room.settings.gpus_per_trial else None if visible_gpus() else False
+
+
 def ask_cluster(*queues: JobQueue) -> None:
     """Let each run request a GPU if the joined cluster has some and the user set no number."""
     import ray

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +21,9 @@ from viladiff.tables.cells import cells, unavailable
 from viladiff.tables.estimate import estimate
 from viladiff.tables.plan import Plan
 from viladiff.tables.spec_file import load_table
+
+if TYPE_CHECKING:
+    from viladiff.cluster.resources import Capacity
 
 UNKNOWN = "a time that is not known"
 
@@ -55,7 +59,9 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
     seen: set[str] = set()
     for share in shares:
         new, seen = share.runs - seen, seen | share.runs
-        grid.add_row(share.name, *map(str, (share.cells, len(share.runs), len(new))), *_left(share), str(share.waiting))
+        grid.add_row(
+            share.name, *map(str, (share.cells, len(share.runs), len(new))), *_left(share, args), str(share.waiting)
+        )
     console.print(f"[bold]All tables[/bold], scale {escape(args.scale)}\n")
     console.print(grid)
     console.print()
@@ -90,14 +96,9 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, 
     lines = {"cells": f"{all_cells} with {len(unique)} different runs"}
     plan, job = merged(shares)
     if plan is not None and job is not None:
-        from viladiff.cluster.resources import concurrency
-
-        records = job.store.records()
-        left = [run for run_id, run in plan.runs.items() if run_id not in records]
-        threads = job.table.scale[args.scale].threads or threads_of_a_run(None)
-        asked = ExecutionSettings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
-        room = concurrency(asked, left)
-        alone, guess = (estimate(plan, job.store, n, args.hourly_price) for n in (1, room.slots if room else 1))
+        room, gpus = _room(plan, job, args)
+        price = args.hourly_price
+        alone, guess = (estimate(plan, job.store, n, price, gpus) for n in (1, room.slots if room else 1))
         together = f", {format_seconds(guess.seconds, UNKNOWN)} with {room.slots} at once" if room else ""
         lines |= {
             "done": f"{guess.done} of {guess.runs} runs",
@@ -120,9 +121,21 @@ def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
     return replace(jobs[0].plan, cells=every, runs=runs, unavailable={}), jobs[0]
 
 
-def _left(share: TableShare) -> tuple[str, str]:
+def _room(plan: Plan, job: TableJob, args: argparse.Namespace) -> tuple[Capacity | None, bool | None]:
+    """Return the capacity for the runs of a plan that are left, and whether they have GPUs; each None if unknown."""
+    from viladiff.cluster.resources import concurrency, trains_on_gpus
+
+    records = job.store.records()
+    left = [run for run_id, run in plan.runs.items() if run_id not in records]
+    threads = job.table.scale[args.scale].threads or threads_of_a_run(None)
+    asked = ExecutionSettings(threads, args.gpus_per_trial, args.max_concurrent, address=args.address)
+    room = concurrency(asked, left)
+    return room, trains_on_gpus(room)
+
+
+def _left(share: TableShare, args: argparse.Namespace) -> tuple[str, str]:
     """Return the state of a table, and the time of its remaining runs alone."""
     if share.job is None:
         return "?", "?"
-    guess = estimate(share.job.plan, share.job.store)
+    guess = estimate(share.job.plan, share.job.store, gpus=_room(share.job.plan, share.job, args)[1])
     return str(guess.done), format_seconds(guess.seconds, UNKNOWN)

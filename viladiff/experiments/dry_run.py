@@ -38,7 +38,7 @@ def print_dry_run(
 
     ``beside``: the plan of the scale whose committed records stand beside these runs, and a store of those alone.
     """
-    from viladiff.cluster.resources import concurrency
+    from viladiff.cluster.resources import concurrency, trains_on_gpus
 
     found = states(plan, store)
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
@@ -46,7 +46,7 @@ def print_dry_run(
     console.print(_grid(plan, found) if beside is None else _grid_beside(plan, found, *beside))
     left = [run for run_id, run in plan.runs.items() if found[run_id] != "done"]
     room = concurrency(settings, left)
-    guess = estimate(plan, store, room.slots if room else 1, price)
+    guess = estimate(plan, store, room.slots if room else 1, price, trains_on_gpus(room))
     many = f"{room.slots} at once" if room else "as many at once as the cluster can run"
     workers = max((run.workers for run in left), default=1)
     each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"

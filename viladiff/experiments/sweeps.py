@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from viladiff.cluster.resources import trains_on_gpus
 from viladiff.config.base import did_you_mean
 from viladiff.core.messages import format_value
 from viladiff.experiments.compare_sweeps import tuned
@@ -26,6 +27,7 @@ from viladiff.sweeps.spec import choosing_images
 from viladiff.sweeps.summary import INPUTS, to_toml, train_command
 from viladiff.sweeps.trial_queue import TrialQueue
 from viladiff.sweeps.trials import Trial, load_trials, ranked
+from viladiff.tables.estimate import step_seconds
 from viladiff.tables.spec import OWN_LISTS
 
 
@@ -201,7 +203,8 @@ def dry_run_lines(job: SweepJob) -> list[str]:
     """Describe the runs of a sweep and their cost."""
     steps, size = job.namer.steps, job.sweep.scale[job.scale]
     example = job.namer.planned(job.sweep.initial_point, job.seeds[0])
-    step = _seconds(job, example) or size.seconds_per_step
+    measured = step_seconds(example, job.store.records().values(), trains_on_gpus(job.room))
+    step = measured or size.seconds_per_step
     ended = sum(trial.state != "running" for trial in load_trials(job.directory / "trials"))
     runs = max(0, job.trials - ended) * len(job.seeds) + 3 * len(job.sweep.final_seeds)
     known = job.args.address is None or job.args.max_concurrent is not None
@@ -231,17 +234,6 @@ def dry_run_lines(job: SweepJob) -> list[str]:
     }
     width = max(map(len, lines))
     return [f"{job.sweep.title}, scale {job.scale}", *(f"{name:<{width}}  {text}" for name, text in lines.items())]
-
-
-def _seconds(job: SweepJob, example: PlannedRun) -> float | None:
-    """Return the median seconds a step of the store's runs of the same method and data set."""
-    kind = ("method.name", "data.dataset")
-    found = sorted(
-        record.train_seconds / record.steps
-        for record in job.store.records().values()
-        if record.steps and all(record.changed.get(path) == example.changed.get(path) for path in kind)
-    )
-    return found[len(found) // 2] if found else None
 
 
 def conclusion(job: SweepJob, trials: Sequence[Trial], found: Sequence[Finalist]) -> list[str]:

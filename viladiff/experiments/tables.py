@@ -140,11 +140,13 @@ def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
     if not left:
         return []
     from viladiff.cluster.executor import run_jobs
-    from viladiff.cluster.resources import concurrency
+    from viladiff.cluster.resources import concurrency, trains_on_gpus
     from viladiff.experiments.live_table import LiveTable
 
     room = concurrency(settings, left)
-    expected = None if room is None else estimate(job.plan, job.store, room.slots).seconds
+    expected = None
+    if room is not None:
+        expected = estimate(job.plan, job.store, room.slots, gpus=trains_on_gpus(room)).seconds
     done = {name: record.miou for name, record in records.items()}
     with (
         PageWriter(lambda: write_table_page(job)) as pages,

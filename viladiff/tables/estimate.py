@@ -30,22 +30,29 @@ class Estimate(NamedTuple):
     """What ``seconds`` rests on, in words."""
 
 
-def estimate(plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: float | None = None) -> Estimate:
+def estimate(
+    plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: float | None = None, gpus: bool | None = None
+) -> Estimate:
     """Return the remaining time with ``concurrency`` runs at once, and its cost at the machine's price per hour.
 
     A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the most similar
     records of its precision: those that differ in seed, labelled list, captions, length, learning rates and evaluation
-    only, or else those of the same method and data set. Without records the guesses of the scale are used, and without
-    those the time is unknown. Steps that the log of an interrupted run holds are not counted again.
+    only, or else those that besides differ in settings of the method's own. Without such records the guesses of the
+    scale are used, and without those the time is unknown. Steps that the log of an interrupted run holds are not
+    counted again.
+
+    gpus: whether runs will train on GPUs, and then only records of runs that did so count, or of those that did not;
+    None counts both.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency}: must be at least 1")
     records = store.records()
+    usable = _on(records.values(), gpus)
     left = [run for run in plan.runs.values() if run.run_id not in records]
     size = plan.table.scale[plan.scale]
     times, alike, akin = [], 0, 0
     for run in left:
-        near, close = _nearest(run, records.values())
+        near, close = _nearest(run, usable)
         alike, akin = alike + (close and bool(near)), akin + (not close and bool(near))
         step = median(near_step) if (near_step := [_per_step(one) for one in near]) else size.seconds_per_step
         if step is None:
@@ -56,12 +63,22 @@ def estimate(plan: Plan, store: RunStore, concurrency: int = 1, price_per_hour: 
     guessed = len(left) - alike - akin
     parts = [
         f"{alike} timed from runs with the same settings" if alike else "",
-        f"{akin} timed from runs of the same method and data set" if akin else "",
+        f"{akin} timed from runs of the same method, networks and batches" if akin else "",
         f"{guessed} estimated by the table file" if guessed else "",
     ]
     basis = f"{len(left)} runs remaining: " + ", ".join(filter(None, parts)) if left else "nothing to run"
     seconds = max([sum(times) / concurrency, *times]) if times else 0.0
     return _estimate(plan, left, seconds, alike + akin, price_per_hour, basis)
+
+
+def step_seconds(run: PlannedRun, records: Iterable[RunRecord], gpus: bool | None = None) -> float | None:
+    """Return the median seconds a step of the most similar records, chosen as by ``estimate``; None without any."""
+    near, _ = _nearest(run, _on(records, gpus))
+    return median(map(_per_step, near)) if near else None
+
+
+def _on(records: Iterable[RunRecord], gpus: bool | None) -> list[RunRecord]:
+    return [one for one in records if gpus is None or gpus == (one.device != "cpu")]
 
 
 def _estimate(
@@ -80,12 +97,16 @@ def _cost_fields(changed: Mapping[str, Any]) -> str:
     return fields_of({path: value for path, value in changed.items() if path not in free})
 
 
+def _shared(changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all fields but those of the method's own: a tenfold encoder or crop makes a tenfold step."""
+    return {path: value for path, value in changed.items() if path == "method.name" or not path.startswith("method.")}
+
+
 def _nearest(run: PlannedRun, records: Iterable[RunRecord]) -> tuple[list[RunRecord], bool]:
     """Return the records to take times from, and whether their settings are the same; with equal threads if any."""
     usable = [one for one in records if one.steps > 0 and one.train_seconds > 0 and one.precision == run.precision]
     same = [one for one in usable if _cost_fields(one.changed) == _cost_fields(run.changed)]
-    kind = ("method.name", "data.dataset")
-    akin = [one for one in usable if all(one.changed.get(path) == run.changed.get(path) for path in kind)]
+    akin = [one for one in usable if _cost_fields(_shared(one.changed)) == _cost_fields(_shared(run.changed))]
     found = same or akin
     threads = [one for one in found if run.threads is None or one.threads == run.threads]
     return threads or found, bool(same)
