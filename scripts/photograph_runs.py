@@ -23,6 +23,7 @@ from your_data import photographs
 
 from viladiff import RunConfig, fit, override
 from viladiff.core.atomic import write_atomically
+from viladiff.inference.load import evaluate_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (144, 192)
@@ -148,18 +149,25 @@ def _length(steps: int) -> Fields:
     return {"train.steps": steps, "eval.every_steps": max(1, steps // EVALUATIONS)}
 
 
-def train(runs: Mapping[str, Fields], place: Path) -> dict[str, dict[str, Any]]:
-    """Train what has no record; return each run's figures by name."""
+def train(runs: Mapping[str, Fields], place: Path, windows: bool = False) -> dict[str, dict[str, Any]]:
+    """Train what has no record; return each run's figures by name.
+
+    windows: whether the last network is scored a second time, by windows of the crop's size, at which it was trained.
+    """
     figures = {}
     for name, fields in runs.items():
         here = {"runtime.runs_dir": str(place / "runs"), "runtime.progress": False}
-        record = fit(override(RunConfig(), {**fields, **here})).record
+        done = fit(override(RunConfig(), {**fields, **here}))
+        record = done.record
         figures[name] = {
             "run": record.run_id,
             "miou": [[entry["step"], entry["miou"]] for entry in record.history] or [[record.steps, record.miou]],
             "train_seconds": record.train_seconds,
             "fields": {path: value for path, value in record.changed.items() if not path.startswith("runtime.")},
         }
+        if windows:
+            again = evaluate_run(done.directory, {"eval.protocol": "sliding_window"})
+            figures[name]["miou_of_windows"] = again["scores"][record.network][record.stream]["miou"]
         print(line(name, figures[name]), flush=True)
     return figures
 
@@ -167,7 +175,8 @@ def train(runs: Mapping[str, Fields], place: Path) -> dict[str, dict[str, Any]]:
 def line(name: str, found: Mapping[str, Any]) -> str:
     """Return a run's curve as one line of text."""
     curve = "  ".join(f"{step}: {100 * miou:.1f}" for step, miou in found["miou"])
-    return f"{name:24} mIoU %  {curve}  ({found['train_seconds']:.0f} s)"
+    windows = f"  in windows: {100 * found['miou_of_windows']:.1f}" if "miou_of_windows" in found else ""
+    return f"{name:24} mIoU %  {curve}{windows}  ({found['train_seconds']:.0f} s)"
 
 
 def differences(figures: Mapping[str, Mapping[str, Any]]) -> list[float]:
@@ -188,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     given.place.mkdir(parents=True, exist_ok=True)
     if given.part == "fit":
-        figures = train(fit_runs(given.place, given.steps, given.networks), given.place)
+        figures = train(fit_runs(given.place, given.steps, given.networks), given.place, windows=True)
     else:
         figures = train(held_out_runs(given.place, given.steps, given.seeds), given.place)
         if gains := differences(figures):
