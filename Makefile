@@ -1,19 +1,21 @@
-# make help lists the targets. PYTHON picks the interpreter that .venv is made with.
+# make help lists the targets. PYTHON picks the interpreter that .venv is made with. TORCH_INDEX is a package index with other
+# builds of torch, such as those for processors alone.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
+TORCH_INDEX ?=
 PYTEST_ARGS ?=
 ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 reproduce test lint compat bench records published
+.PHONY: help setup table5 reproduce test lint compat bench docs records published
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv and install into it (says how much; nothing to do the second time)
-	@PYTHON="$(PYTHON)" scripts/setup.sh
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/setup.sh
 
 table5: setup ## set up, then the main job: Table 5 on the built-in data set, in minutes (ARGS="--scale digits")
 	$(bin)/python ablations/run_table5.py $(ARGS)
@@ -35,6 +37,10 @@ compat: setup ## names of runs, stored records, Table 5's file and the golden lo
 bench: setup ## every claim about speed, as ratios measured in one run each
 	@for file in benchmarks/*.py; do \
 		echo "== $$file"; $(one_thread) $(bin)/python "$$file" || exit 1; done
+
+docs: setup ## the documentation as a site in build/site, to be read without a server
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(one_thread) NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --quiet
 
 records: setup ## make the tests' records anew, after a revision or a default has changed (a minute)
 	$(one_thread) $(bin)/python tests/make_records.py

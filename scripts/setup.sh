@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout and installs the project into it; does nothing when that is done, and mends what was interrupted.
 # Versions are those of constraints.txt where Python and platform are those that it was made with, else the newest that fit.
-# CONSTRAINTS=FILE takes another file, anywhere; CONSTRAINTS=none takes the newest.
+# CONSTRAINTS=FILE takes another file, anywhere; CONSTRAINTS=none takes the newest. TORCH_INDEX=URL is searched for wheels too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -54,6 +54,7 @@ if [ -z "${CONSTRAINTS:-}" ] && [ "$here" != "$made" ]; then
 fi
 pinned=()
 [ "$constraints" = none ] || pinned=(-c "$constraints")
+[ -z "${TORCH_INDEX:-}" ] || pinned+=(--extra-index-url "$TORCH_INDEX")
 .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off ${pinned[@]+"${pinned[@]}"} -e '.[dev]' |
     while IFS= read -r line; do
         case $line in

@@ -92,6 +92,12 @@ def test_constraints_can_be_left_out_or_be_others(checkout: Path) -> None:
     assert "CONSTRAINTS=none takes the newest" in setup(checkout, 1, CONSTRAINTS="constraints.txt", BROKEN="1")[0]
 
 
+def test_another_index_of_torch_is_searched_beside_the_usual_one(checkout: Path) -> None:
+    _, (call,) = setup(checkout, TORCH_INDEX="file:///wheels")
+    assert "-c constraints.txt --extra-index-url file:///wheels -e .[dev]" in call
+    assert setup(checkout, TORCH_INDEX="file:///other") == ("", []), "what is installed stays"
+
+
 def test_tools_that_only_some_systems_have_are_not_needed(checkout: Path) -> None:
     """sha256sum, and sed with unbuffered output, are missing on older macOS."""
     tools = checkout / "tools"

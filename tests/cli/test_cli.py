@@ -94,6 +94,11 @@ def test_fields_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
         cli.command_parser(), ["train", "seed=1", "--runs-dir", "here", "train.steps=5", "--restart", "data.split=92"]
     )
     assert read.fields == ["seed=1", "train.steps=5", "data.split=92"] and read.runs_dir == "here" and read.restart
+    for words in (
+        ["table", "5", "--scale", "smoke", "--", "a=1", "b=2"],
+        ["table", "5", "--rows", "1", "--", "a=1", "b=2"],
+    ):
+        assert cli.parse_arguments(cli.command_parser(), words).changes == ["a=1", "b=2"]
     assert cli.parse_arguments(cli.command_parser(), ["train", "--runs-dir", "a=b"]).fields == []
     for command in (["table", "5"], ["sweep", "lambda"]):
         read = cli.parse_arguments(

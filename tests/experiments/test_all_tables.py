@@ -37,9 +37,8 @@ OTHER = '[[rows]]\nlabel = "the same"\n[[rows]]\nlabel = "later"\nrequires = "me
 @pytest.fixture
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Two tables: 2 and 1 rows that can be run, of which one is the same, on 2 columns and 2 seeds."""
-    monkeypatch.setattr(
-        "viladiff.experiments.tables.ROOT", tmp_path
-    )  # or committed records would be as good as one's own
+    # or committed records would be as good as one's own
+    monkeypatch.setattr("viladiff.core.installation._PACKAGE", tmp_path / "viladiff")
     found = [tmp_path / "one.toml", tmp_path / "other.toml"]
     for path, rows in zip(found, (ONE, OTHER), strict=True):
         path.write_text(HEAD + rows)

@@ -68,7 +68,8 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "ablations").mkdir()
     text = (ROOT / "ablations" / "table5.toml").read_text(encoding="utf-8")
     (tmp_path / "ablations" / "table5.toml").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr("viladiff.core.installation._PACKAGE", tmp_path / "viladiff")
     layer = tmp_path / "reports" / "published" / "table5" / "records"
     layer.mkdir(parents=True)
     return layer

@@ -362,8 +362,9 @@ def test_reasons_are_told_without_a_machines_folders() -> None:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty checkout, as far as reports go."""
-    for module in (sweep_setup, publish_sweep):
-        monkeypatch.setattr(module, "ROOT", tmp_path / "checkout")
+    (tmp_path / "checkout" / "ablations").mkdir(parents=True)
+    (tmp_path / "checkout" / "pyproject.toml").touch()
+    monkeypatch.setattr("viladiff.core.installation._PACKAGE", tmp_path / "checkout" / "viladiff")
     return tmp_path / "checkout" / "reports" / "published" / "sweep_lambda"
 
 

@@ -46,6 +46,8 @@ class CommandParser(argparse.ArgumentParser):
 def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments with ``FIELD=VALUE`` before, between and after options; argparse takes the first few alone."""
     args, left = into.parse_known_args(argv)
+    if left[:1] == ["--"]:  # argparse leaves it where a list of no words stood before the options
+        left = left[1:]
     late = [text for text in left if "=" in text and not text.startswith("-")]
     taking = next((name for name in ("fields", "changes") if hasattr(args, name)), None)
     if len(late) < len(left) or (late and taking is None):

@@ -305,12 +305,13 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from viladiff.experiments.tables import ROOT, find_table, run_table, shell_command
+    from viladiff.core.installation import specs_dir
+    from viladiff.experiments.tables import find_table, run_table, shell_command
 
     if args.plan and args.table == "all":
         from viladiff.experiments.all_tables import outline_all
 
-        return outline_all(sorted((ROOT / "ablations").glob("*.toml")), args)
+        return outline_all(sorted(specs_dir("ablations").glob("*.toml")), args)
     args.dry_run = args.dry_run or args.plan
     return run_table(find_table(args.table), args, shell_command("viladiff", sys.argv[1:]))
 

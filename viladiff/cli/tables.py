@@ -37,10 +37,10 @@ def main(path: Path, argv: Sequence[str] | None = None, name: str | None = None)
 
 def _said(program: str) -> str:
     """Return the program as it is typed, without this machine's paths."""
-    from viladiff.experiments.tables import ROOT
+    from viladiff.core.installation import specs_dir
 
-    path = Path(program).absolute()
-    return f"python {path.relative_to(ROOT)}" if path.is_relative_to(ROOT / "ablations") else path.name
+    path, folder = Path(program).absolute(), specs_dir("ablations")
+    return f"python {path.relative_to(folder.parent)}" if path.is_relative_to(folder) else path.name
 
 
 def table_parser(path: Path, name: str) -> argparse.ArgumentParser:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from viladiff.core.installation import specs_dir
 from viladiff.experiments.publish_sweep import published_trials
 from viladiff.experiments.sweep_setup import SweepJob, prepare
-from viladiff.experiments.tables import ROOT
 from viladiff.sweeps.finals import Finalist, Tuned, chosen, finalists, scores
 from viladiff.sweeps.trials import Trial, load_trials
 from viladiff.tables.significance import Records
@@ -34,7 +34,7 @@ def _other(name: str, job: SweepJob, records: Records) -> Tuned:
         "changes": [],
     }
     args = argparse.Namespace(**{**vars(job.args), **plain})
-    other = prepare(ROOT / "tune" / f"sweep_{name}.toml", args)
+    other = prepare(specs_dir("tune") / f"sweep_{name}.toml", args)
     trials = load_trials(other.directory / "trials") or published_trials(other)
     return _tuned(other, trials, finalists(other.sweep, trials, other.namer), records)
 

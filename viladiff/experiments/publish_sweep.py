@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.installation import published_dir
 from viladiff.experiments.publish import publish_records
 from viladiff.experiments.sweep_setup import META, SweepJob, differences, meta
-from viladiff.experiments.tables import ROOT
 from viladiff.sweeps.finals import Finalist
 from viladiff.sweeps.trials import Trial, load_trials, save_trial, trial_bytes, without_paths
 
 
 def published_in(job: SweepJob) -> Path:
-    return ROOT / "reports" / "published" / f"sweep_{job.sweep.name}"
+    return published_dir() / f"sweep_{job.sweep.name}"
 
 
 def published_trials(job: SweepJob) -> list[Trial]:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from viladiff.cluster.resources import threads_of_a_run
 from viladiff.core.environment import processor, versions
+from viladiff.core.installation import published_dir
 from viladiff.experiments import tables
 from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.record import RunRecord
@@ -36,7 +37,7 @@ def reproduce(args: argparse.Namespace) -> int:
     runs_dir = Path(args.runs_dir).expanduser().absolute()
     cache = runs_dir / "plans"
     plan = make_plan(table, args.scale, seeds=[args.seed], rows=args.rows, columns=args.columns, cache=cache)
-    committed = Store(runs_dir / "nothing", [tables.ROOT / "reports" / "published"])
+    committed = Store(runs_dir / "nothing", [published_dir()])
     there = committed.records()
     records = {name: there[name] for name in plan.runs if name in there}
     lacking = [Compared("not decided", text) for text in _lacking(plan, committed)]

@@ -14,7 +14,8 @@ from viladiff.cluster.resources import Capacity, threads_of_a_run
 from viladiff.cluster.resources import plan_capacity as room
 from viladiff.config.base import parse_overrides
 from viladiff.core.atomic import write_atomically
-from viladiff.experiments.tables import ROOT, seeds_of
+from viladiff.core.installation import published_dir, reports_dir, require_checkout
+from viladiff.experiments.tables import seeds_of
 from viladiff.runs import lease as leases
 from viladiff.runs.job import ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
@@ -86,9 +87,8 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
     _check_publishing(args)
     namer = SweepPlanner(sweep, args.scale, changes, args.select, args.workers)
     optuna_pruner(args.early_stopping, namer.steps)  # whether it can judge at these rungs
-    published = ROOT / "reports" / "published"
-    store = Store(Path(args.runs_dir), [published])
-    own = published if args.publish else ROOT / "reports" / args.scale
+    store = Store(Path(args.runs_dir), [published_dir()])
+    own = published_dir() if args.publish else reports_dir() / args.scale
     out = Path(args.report_dir).expanduser().absolute() if args.report_dir else own / f"sweep_{sweep.name}"
     example = namer.planned(sweep.initial_point, seeds[0])
     settings = ExecutionSettings(
@@ -104,6 +104,8 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
 
 def _check_publishing(args: argparse.Namespace) -> None:
     """Raise ValueError for options under which the published sweep would differ from its file."""
+    if args.publish:
+        require_checkout("--publish")
     others = [name for name in ("changes", "seeds", "report_dir", "no_finals") if getattr(args, name)]
     wrong = [f"--{others[0].replace('_', '-')}"] if others else []
     wrong += [f"--scale {args.scale}"] * (args.scale != "digits")

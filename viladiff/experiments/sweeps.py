@@ -10,12 +10,13 @@ from pathlib import Path
 
 from viladiff.cluster.resources import trains_on_gpus
 from viladiff.config.base import did_you_mean
+from viladiff.core.installation import specs_dir
 from viladiff.core.messages import format_value
 from viladiff.experiments.compare_sweeps import tuned
 from viladiff.experiments.infeasible import refuse_points
 from viladiff.experiments.publish_sweep import adopt, publish_sweep, published_trials
 from viladiff.experiments.sweep_setup import SweepJob, alone, check_same, open_directory, prepare
-from viladiff.experiments.tables import ROOT, PageWriter, public_command
+from viladiff.experiments.tables import PageWriter, public_command
 from viladiff.runs.job import Event, PlannedRun
 from viladiff.runs.lease import Lease
 from viladiff.runs.store import Store
@@ -33,16 +34,13 @@ from viladiff.tables.spec import OWN_LISTS
 
 def find_sweep(name: str) -> Path:
     """Return the file of a sweep, by name or path. Raises ValueError that lists the existing ones."""
-    path = Path(name) if name.endswith(".toml") else ROOT / "tune" / f"sweep_{name}.toml"
+    path = Path(name) if name.endswith(".toml") else specs_dir("tune") / f"sweep_{name}.toml"
     if path.is_file():
         return path
-    known = sorted(one.stem.removeprefix("sweep_") for one in (ROOT / "tune").glob("sweep_*.toml"))
-    there = (
-        f"allowed: {', '.join(known)}{did_you_mean(name, known)}"
-        if known
-        else "sweeps are part of a checkout, not of a wheel"
+    known = sorted(one.stem.removeprefix("sweep_") for one in specs_dir("tune").glob("sweep_*.toml"))
+    raise ValueError(
+        f"sweep {name!r}: unknown; allowed: the path of a .toml file, {', '.join(known)}{did_you_mean(name, known)}"
     )
-    raise ValueError(f"sweep {name!r}: unknown; {there}, or the path of a .toml file")
 
 
 def run_sweep(path: Path, args: argparse.Namespace, command: str) -> int:

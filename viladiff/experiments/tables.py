@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
+from viladiff.core.installation import published_dir, reports_dir, require_checkout, specs_dir
 from viladiff.experiments.infeasible import refuse_rows
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
 from viladiff.runs.store import Store
@@ -31,7 +32,6 @@ from viladiff.tables.spec_file import load_table
 if TYPE_CHECKING:
     import pandas as pd
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 """The checkout: tables, reports and the records that are committed with them."""
 PICTURES = 4
 """Validation images of each cell's first seed whose labels are kept at every stage."""
@@ -58,7 +58,7 @@ class TableJob:
     @property
     def records(self) -> Store:
         """Committed records and nothing else."""
-        return Store(self.store.root / "nothing", [ROOT / "reports" / "published"])
+        return Store(self.store.root / "nothing", [published_dir()])
 
 
 def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
@@ -104,7 +104,6 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
         changes.setdefault("model.pretrained", "shipped" if args.encoder == "digits_vit" else "timm")
     if args.workers is not None:
         changes.setdefault("runtime.workers", args.workers)
-    published = ROOT / "reports" / "published"
     runs_dir = Path(args.runs_dir).expanduser().absolute()
     plan = make_plan(
         table,
@@ -118,9 +117,9 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
     other = table.scale[args.scale].published_runs
     beside = make_plan(table, other, cache=runs_dir / "plans") if other else None
     # Where published numbers have a column of their own, what counts as run here is what was run here.
-    store = Store(runs_dir, [] if args.restart or beside else [published])
+    store = Store(runs_dir, [] if args.restart or beside else [published_dir()])
     store.clean()
-    default = published / table.name if args.publish else ROOT / "reports" / args.scale / table.name
+    default = (published_dir() if args.publish else reports_dir() / args.scale) / table.name
     out = Path(args.report_dir).expanduser().absolute() if args.report_dir else default
     return TableJob(table, plan, store, out, command, args.publish, path, beside)
 
@@ -267,19 +266,17 @@ def table(name: str | int, scale: str = "quick", *, runs_dir: str = "runs", long
 
     found = load_table(find_table(name))
     plan = make_plan(found, scale, cache=Path(runs_dir).absolute() / "plans")
-    return frame(plan, Store(Path(runs_dir), [ROOT / "reports" / "published"], repair=False), long_form=long_form)
+    return frame(plan, Store(Path(runs_dir), [published_dir()], repair=False), long_form=long_form)
 
 
 def find_table(name: str | int) -> Path:
     """Return the file of a table, by number, name or path. Raises ValueError that lists the existing ones."""
     given = Path(str(name))
-    path = given if given.suffix == ".toml" else ROOT / "ablations" / f"{'table' * given.name.isdigit()}{name}.toml"
+    path = given if given.suffix == ".toml" else specs_dir("ablations") / f"{'table' * given.name.isdigit()}{name}.toml"
     if path.is_file():
         return path
-    known = sorted(one.stem for one in (ROOT / "ablations").glob("*.toml"))
-    if not known:
-        raise ValueError(f"{ROOT / 'ablations'}: no tables; tables are part of a checkout, not of a wheel")
-    raise ValueError(f"table {name!r}: unknown; allowed: {', '.join(known)}, or the path of a .toml file")
+    known = sorted(one.stem for one in specs_dir("ablations").glob("*.toml"))
+    raise ValueError(f"table {name!r}: unknown; allowed: the path of a .toml file, {', '.join(known)}")
 
 
 # Parts
@@ -297,6 +294,8 @@ def public_command(command: str) -> str:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raise ValueError for options that contradict each other."""
+    if args.publish:
+        require_checkout("--publish")
     if args.restart and args.render:
         raise ValueError(
             "--restart and --render: mutually exclusive, since --restart archives the runs that --render reads"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from viladiff.core.installation import checkout
 from viladiff.report import provenance
 from viladiff.report.markup import markdown
 from viladiff.report.provenance import Origin
@@ -33,7 +34,6 @@ from viladiff.tables.spec import Criterion
 HEADING = "Paper, published runs, this machine"
 RECORDS = "records"
 """Stands for this machine's number where none is trained here and a published one is there."""
-NO_RECORDS = "No published records of this table are there yet."
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,17 @@ def _number(results: Results, row: int, reference: int, column: int) -> Number:
 # What it says
 
 
+def no_records() -> str:
+    """Say why there is no published number."""
+    if checkout() is None:
+        return "Published records are part of the source checkout, and this installation has none."
+    return "No published records of this table are there yet."
+
+
 def headline_of_both(both: SideBySide) -> str:
     """Return the page's first sentence: the published numbers, the paper's differences to them, this machine's."""
     if not both.any_published:
-        return f"{NO_RECORDS} On this machine {_reached(both, both.here, True)}"
+        return f"{no_records()} On this machine {_reached(both, both.here, True)}"
     published, here = _reached(both, both.published, True), _reached(both, both.here, False)
     return f"In the published runs {published} On this machine {here}"
 
@@ -180,7 +187,7 @@ def sources(both: SideBySide) -> list[tuple[str, str]]:
     published = f"{records} of {every} runs of scale {both.published.plan.scale}, from committed records"
     return [
         ("Paper", paper),
-        ("Published", f"{published}{_made(both.published)}" if records else NO_RECORDS.rstrip(".").lower()),
+        ("Published", f"{published}{_made(both.published)}" if records else no_records().rstrip(".").lower()),
         ("This machine", f"{len(both.here.records())} of {sum(both.here.counts().values())} runs{_made(both.here)}"),
     ]
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from viladiff.core import colormap
 from viladiff.core.atomic import write_atomically
+from viladiff.core.installation import checkout
 from viladiff.core.messages import format_seconds
 from viladiff.evaluation.metrics import METRICS, shown_metrics
 from viladiff.report import provenance
@@ -171,7 +172,11 @@ def banner(results: Results) -> str:
     if done == total:
         return ""
     others = [f"{n} {state}" for state, n in counts.items() if state in ("failed", "running", "stale")]
-    return f"{', '.join([f'{done} of {total} runs done', *others])}; this page is rewritten as runs finish."
+    lacking = " Committed records, which belong to the source checkout, are not part of this installation."
+    return (
+        f"{', '.join([f'{done} of {total} runs done', *others])}; this page is rewritten as runs finish."
+        f"{lacking if checkout() is None else ''}"
+    )
 
 
 def table_html(page: TablePage) -> str:
