@@ -163,13 +163,21 @@ def train(runs: Mapping[str, Fields], place: Path, windows: bool = False) -> dic
             "run": record.run_id,
             "miou": [[entry["step"], entry["miou"]] for entry in record.history] or [[record.steps, record.miou]],
             "train_seconds": record.train_seconds,
-            "fields": {path: value for path, value in record.changed.items() if not path.startswith("runtime.")},
+            "fields": _public(record.changed),
         }
         if windows:
             again = evaluate_run(done.directory, {"eval.protocol": "sliding_window"})
             figures[name]["miou_of_windows"] = again["scores"][record.network][record.stream]["miou"]
         print(line(name, figures[name]), flush=True)
     return figures
+
+
+def _public(changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that make a run, with the name of a file of weights in place of its path."""
+    fields = {path: value for path, value in changed.items() if not path.startswith("runtime.")}
+    if "model.weights" in fields:
+        fields["model.weights"] = Path(fields["model.weights"]).name
+    return fields
 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
