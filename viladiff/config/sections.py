@@ -214,8 +214,11 @@ class RuntimeConfig(Section):
     """Directory of the text encoder ``open_clip`` or ``transformers``; its content is in the run's name."""
     log_every: int = Field(50, ge=1)
     """Steps between two writes of the log, which has a line a step."""
-    checkpoint_every: int = Field(100, ge=1)
-    """Steps between two checkpoints."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Minutes of training after which a checkpoint is due; its writing goes on beside the next steps."""
+    checkpoint_every: int = Field(100, ge=0)
+    """Steps between two checkpoints besides those by time, which then follow each evaluation too; 0 is by time alone,
+    the default unless the data set is built in."""
     scale: str = ""
     """Size of experiment that the run belongs to, for its record; set by the runner of tables."""
     visualizations: int = Field(0, ge=0, le=64)
