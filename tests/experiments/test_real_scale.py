@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import published_layouts as layouts
 import pytest
 import torch
 
+from viladiff.cli.tables import table_parser
+from viladiff.experiments import tables
 from viladiff.runs.config import RunConfig, override
+from viladiff.runs.job import DataFacts
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
+from viladiff.training import feasibility
 from viladiff.training.trainer import fit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,3 +179,58 @@ def test_two_workers_at_scale_strong_are_one(tree: dict[str, str], tmp_path: Pat
     for one, two in zip(*logs, strict=True):
         assert two == pytest.approx(one, rel=1e-5)
     assert logs[0][-1]["pseudo"] > 0
+
+
+VOC_LISTS = ("92", "183", "366", "732", "1464", *(f"{own}1_{n}" for own in ("", "u2pl_") for n in (16, 8, 4, 2)))
+LISTS = {
+    1: VOC_LISTS,
+    2: VOC_LISTS,
+    3: ("186", "372", "744", "1488"),
+    4: ("232", "463", "925", "1849"),
+    5: VOC_LISTS,
+}
+
+
+@pytest.fixture
+def whole_tree(request: pytest.FixtureRequest, photographs: Any, tmp_path: Path) -> list[str]:
+    """Fields of a tree in a table's layout, with all of its lists and a caption of every image; each list is alike."""
+    table = request.getfixturevalue("table")
+    first, *others = LISTS[table]
+    if table in (3, 4):
+        root = {3: layouts.cityscapes, 4: layouts.coco}[table](tmp_path / "photos", split=first).root
+    else:
+        root = photographs.write(tmp_path / "photos", 12, "voc", labelled=4, val=3, split=first, unlabelled_masks=True)
+    for name in others:
+        shutil.copytree(root / "splits" / first, root / "splits" / name)
+    pictures = [path for path in root.rglob("*.*") if path.suffix in (".jpg", ".png") and "color" not in path.name]
+    with open(tmp_path / "captions.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["image", "text"], *({(path.stem, "a photograph") for path in pictures})])
+    return [f"runtime.data_root={root}", f"runtime.captions={tmp_path / 'captions.csv'}"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("table", LISTS)
+def test_the_whole_plan_passes_without_content(
+    table: int, scale: str, whole_tree: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every network of a table at its own size, on meta tensors: a step and an evaluation of each."""
+    monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
+    tried: list[str] = []
+    plain = feasibility.try_on_meta
+
+    def noted(cfg: RunConfig, data: DataFacts) -> list[str]:
+        tried.append(f"{cfg.method.name} {cfg.model.encoder} {cfg.model.decoder} {cfg.data.crop} {data.classes}")
+        return plain(cfg, data)
+
+    monkeypatch.setattr(feasibility, "try_on_meta", noted)
+    spec = ROOT / "ablations" / f"table{table}.toml"
+    words = ["--scale", scale, "--seeds", "1", "--dry-run", "--runs-dir", str(tmp_path / "runs"), "--", *whole_tree]
+    words += ["model.pretrained=none", "data.text_encoder=words"]
+    assert tables.run_table(spec, table_parser(spec, "t").parse_args(words), "t") == 0
+    recipe = {"paper": "vit_base_patch16_224 light", "strong": "vit_base_patch14_dinov2 dpt"}
+    assert all(recipe.get(scale, "resnet101s deeplabv3plus") in one for one in tried), tried
+    assert {one.split()[-1] for one in tried} == {{3: "19", 4: "81"}.get(table, "21")}
+    methods = {one.split()[0] for one in tried}
+    assert {"viladiff", "semibaseline"} <= methods if table == 5 else {"viladiff", "unimatch", "supervised"} <= methods

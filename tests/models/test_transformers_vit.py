@@ -32,14 +32,21 @@ def saved(directory: Path, kind: str = "ViT", seed: int = 0, **more: Any) -> Pat
     return directory
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Dinov2WithRegisters"])
+BEIT = {"use_relative_position_bias": True, "use_absolute_position_embeddings": False}
+"""As the published BEiT has its positions."""
+NEEDS_TELLING = ("ViT", "Beit", "Data2VecVision")
+"""Models that bring positions to another size of image only if told to."""
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Dinov2WithRegisters", "Beit", "Data2VecVision"])
 def test_maps_are_four_blocks_of_the_model_on_an_image_of_any_size(kind: str, tmp_path: Path) -> None:
     import transformers
 
-    encoder = build_encoder("transformers", "timm", str(saved(tmp_path / "model", kind))).eval()
+    more = BEIT if kind in ("Beit", "Data2VecVision") else {}
+    encoder = build_encoder("transformers", "timm", str(saved(tmp_path / "model", kind, **more))).eval()
     assert (encoder.channels, encoder.strides, encoder.patch, encoder.any_size) == ((16,) * 4, (8,) * 4, 8, False)
     model = transformers.AutoModel.from_pretrained(tmp_path / "model").eval()
-    for size, told in (((32, 32), {}), ((16, 48), {"interpolate_pos_encoding": True} if kind == "ViT" else {})):
+    for size, told in (((32, 32), {}), ((16, 48), {"interpolate_pos_encoding": True} if kind in NEEDS_TELLING else {})):
         image = torch.randn(2, 3, *size)
         with torch.no_grad():
             found = encoder(image)
@@ -54,7 +61,7 @@ def test_maps_are_four_blocks_of_the_model_on_an_image_of_any_size(kind: str, tm
             torch.testing.assert_close(found[place].flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Beit"])
 def test_what_trains_has_a_gradient_and_the_rest_is_frozen(kind: str, tmp_path: Path) -> None:
     encoder = build_encoder("transformers", "none", str(saved(tmp_path / "model", kind))).train()
     torch.stack([one.square().mean() for one in encoder(torch.randn(2, 3, 16, 16))]).sum().backward()

@@ -49,13 +49,14 @@ def test_the_record_has_the_checksum_of_the_file_and_the_name_has_not(
     """A run is named before its weights are fetched; its name may not change by that."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     before = weights_fingerprint(TIMM)
-    assert weights_origin(TIMM.model) == before["weights"]
+    stated = f"{before['weights']}, licence apache-2.0"
+    assert weights_origin(TIMM.model) == stated
     repository = tmp_path / "models--timm--resnet18.a1_in1k"
     for folder in ("refs", "snapshots/abc"):
         (repository / folder).mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc")
     (repository / "snapshots" / "abc" / name).write_bytes(b"weights")
-    assert weights_origin(TIMM.model) == f"{before['weights']}, SHA-256 {hashlib.sha256(b'weights').hexdigest()[:16]}"
+    assert weights_origin(TIMM.model) == f"{stated}, SHA-256 {hashlib.sha256(b'weights').hexdigest()[:16]}"
     assert weights_fingerprint(TIMM) == before
 
 

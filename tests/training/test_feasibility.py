@@ -110,6 +110,29 @@ def test_batch_norm_of_one_value_names_the_batch_and_two_values_are_enough() -> 
     assert try_on_meta(batch_norm(2), FACTS) == []
 
 
+def pooled(**changes: object) -> RunConfig:
+    """DeepLabV3+, whose pooled image has one value of each channel, on two workers."""
+    deep = {"model__encoder": "resnet10t", "model__encoder_stride": 16, "model__decoder": "deeplabv3plus"}
+    return config(crop=33, **{**deep, "runtime__workers": 2, "data__batch_labelled": 2, **changes})
+
+
+def test_one_image_a_worker_is_enough_where_gpus_share_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SyncBatchNorm of torch refuses one value a channel in one worker alone."""
+    for gpus in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus)
+        for device in ("auto", "cpu", "cuda"):
+            faults = try_on_meta(pooled(runtime__device=device), FACTS)
+            assert bool(faults) == (device == "cpu" or (device == "auto" and not gpus)), (device, gpus)
+            for fault in faults:
+                assert re.match(
+                    r"model\.decoder = 'deeplabv3plus': BatchNorm .* got 1; raise .*grad_accum_steps$", fault
+                )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (told,) = try_on_meta(pooled(runtime__workers=1, data__batch_labelled=1), FACTS)
+    assert "got 1" in told
+    assert try_on_meta(pooled(data__batch_labelled=4, train__grad_accum_steps=2), FACTS) == []
+
+
 def test_the_size_that_an_encoder_was_made_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility, "own_size", lambda name: 64)
     assert "data.crop=64 fits, or choose" in try_on_meta(config("fixed", 96), FACTS)[0]
@@ -174,6 +197,9 @@ def test_each_combination_is_tried_once(tmp_path: Path, tried: list[RunConfig]) 
     for facts in (FACTS._replace(classes=5), FACTS._replace(captions=False), FACTS._replace(unlabelled=1)):
         run_faults(config(), facts, store)
     assert len(tried) == 11
+    for device in ("cpu", "cuda", "cpu"):
+        run_faults(pooled(runtime__device=device), FACTS, store)
+    assert len(tried) == 13
 
 
 def test_a_result_is_of_one_state_of_the_code(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from viladiff.core.progress import counter
 from viladiff.data.sources import embedded_datasets
 from viladiff.runs.job import PlannedRun
 from viladiff.tables.plan import Plan
-from viladiff.training.checked import Checked, usual
+from viladiff.training.checked import Checked, shares_statistics, usual
 
 if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig
@@ -25,9 +26,9 @@ def infeasible(runs: Iterable[PlannedRun], fetch: bool | None = False, show: boo
 
     Each distinct combination of method, encoder, crop and classes is tried once, and its result stored for the next
     call. ``fetch`` downloads weights that are not in this machine's cache; else no network is used. None asks for no
-    weights, since other machines train.
+    weights, since other machines train, and takes it that these have GPUs; a start looks again.
     """
-    runs = [run for run in runs if run.data is not None]
+    runs = [run if fetch is not None else _elsewhere(run) for run in runs if run.data is not None]
     shapes = _shape_faults(runs, show)
     weights: dict[str, str | None] = {}
     found = {}
@@ -56,8 +57,9 @@ def _shape_faults(runs: Sequence[PlannedRun], show: bool) -> dict[str, list[str]
     new: dict[str, PlannedRun] = {}
     for run in asked:
         assert run.data is not None
-        stored = store.key(run.changed, run.workers, run.data)
-        keys[run.run_id] = key = stored or json.dumps([run.changed, run.workers, run.data], sort_keys=True)
+        shared = shares_statistics(run.workers, str(run.changes.get("runtime.device", "auto")))
+        stored = store.key(run.changed, run.workers, run.data, shared)
+        keys[run.run_id] = key = stored or json.dumps([run.changed, run.workers, shared, run.data], sort_keys=True)
         if key not in known and key not in new:
             found = store.find(stored)
             if found is None:
@@ -69,6 +71,12 @@ def _shape_faults(runs: Sequence[PlannedRun], show: bool) -> dict[str, list[str]
             advance(i, len(new))
             known[key] = _examined(run, store)
     return {run_id: known[key] for run_id, key in keys.items()}
+
+
+def _elsewhere(run: PlannedRun) -> PlannedRun:
+    if run.workers == 1 or run.changes.get("runtime.device") == "cpu":
+        return run
+    return replace(run, changes={**run.changes, "runtime.device": "cuda"})
 
 
 def _examined(run: PlannedRun, store: Checked) -> list[str]:

@@ -48,6 +48,20 @@ def usual(changed: Mapping[str, Any], workers: int, data: DataFacts) -> bool:
     return embedded and not other and workers == 1 and data.captions and data.unlabelled >= ENOUGH
 
 
+def shares_statistics(workers: int, device: str) -> bool:
+    """Return whether BatchNorm of a run takes the images of all its workers: several of them, on GPUs.
+
+    device: ``runtime.device``; ``cuda`` is believed, also on a machine that has none and only plans.
+    """
+    if workers == 1 or device == "cpu":
+        return False
+    if device == "cuda":
+        return True
+    import torch
+
+    return torch.cuda.is_available()
+
+
 class Checked:
     """The stored results of this state of the code."""
 
@@ -56,8 +70,11 @@ class Checked:
         state = sha256_hex(json.dumps([code_digest(), packages]))[:12]
         self.folder = (cache_dir() if root is None else root) / "checked" / state
 
-    def key(self, changed: Mapping[str, Any], workers: int, data: DataFacts) -> str | None:
-        """Return the name of a run's result; None where a directory outside the package makes the network."""
+    def key(self, changed: Mapping[str, Any], workers: int, data: DataFacts, shared: bool = False) -> str | None:
+        """Return the name of a run's result; None where a directory outside the package makes the network.
+
+        shared: ``shares_statistics`` of the run.
+        """
         if changed.get("model.encoder") == "transformers":
             return None
         parts = ("method.", "model.")
@@ -67,7 +84,7 @@ class Checked:
             if path not in _VALUES and (path.startswith(parts) or path in ("data.dataset", *_DECISIVE, *_ALSO))
         }
         facts = [data.classes, min(data.unlabelled, ENOUGH), data.captions, data.picture]
-        return sha256_hex(json.dumps([fields, workers, facts], sort_keys=True))[:24]
+        return sha256_hex(json.dumps([fields, workers, shared, facts], sort_keys=True))[:24]
 
     def find(self, key: str | None) -> list[str] | None:
         """Return the faults that were found; None where nothing is stored, or it is damaged."""

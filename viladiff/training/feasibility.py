@@ -24,7 +24,7 @@ from viladiff.models.encoders.digits_vit import DigitsViT
 from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig, non_default_fields
 from viladiff.runs.job import DataFacts
-from viladiff.training.checked import Checked, usual
+from viladiff.training.checked import Checked, shares_statistics, usual
 from viladiff.training.errors import check_inputs
 from viladiff.training.meta_step import LATE, META, empty_batch, empty_picture, empty_text, method_on_meta
 from viladiff.training.optim import param_groups
@@ -41,7 +41,7 @@ def run_faults(cfg: RunConfig, data: DataFacts, store: Checked | None = None) ->
     if usual(fields, workers, data):
         return []
     store = store or Checked()
-    key = store.key(fields, workers, data)
+    key = store.key(fields, workers, data, shares_statistics(workers, cfg.runtime.device))
     found = store.find(key)
     if found is None:
         found = try_on_meta(cfg, data)
@@ -118,13 +118,16 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
     method.train()
     weights = {name: weight for name, weight in method.named_parameters() if weight.requires_grad}
     try:
-        losses = method(empty_batch(cfg, method.required_views(), data.classes), LATE)
+        shared = shares_statistics(cfg.runtime.workers, cfg.runtime.device)
+        losses = method(empty_batch(cfg, method.required_views(), data.classes, shared), LATE)
         grads = torch.autograd.grad(losses.total, list(weights.values()), allow_unused=True)
         with torch.no_grad():
             method.after_step(LATE)
         param_groups(method, cfg)
     except Exception as error:
-        if "more than 1 value per channel" in str(error):
+        if str(error).startswith("model."):  # the network's own sentence, with what to set
+            yield str(error)
+        elif "more than 1 value per channel" in str(error):
             yield f"{where}: {_batch_fault(cfg)}"
         elif not _untraceable(error):
             yield f"{where}: a training step fails ({_said(error)}); choose another encoder or crop"

@@ -45,9 +45,11 @@ def method_on_meta(cfg: RunConfig, classes: int) -> Method:
     return empty_method(cfg, names, TEXT_DIM).to(META)
 
 
-def empty_batch(cfg: RunConfig, views: Views, classes: int) -> Batch:
-    """Return a micro-batch with the views that a method asks for."""
-    parts, crop = cfg.runtime.workers * cfg.train.grad_accum_steps, cfg.data.crop
+def empty_batch(cfg: RunConfig, views: Views, classes: int, shared: bool = False) -> Batch:
+    """Return a micro-batch with the views that a method asks for: a worker's, or if ``shared`` that of all workers,
+    whose BatchNorm is one: an image on each of two GPUs is enough for one that has one value an image.
+    """
+    parts, crop = cfg.train.grad_accum_steps * (1 if shared else cfg.runtime.workers), cfg.data.crop
     labelled, unlabelled = cfg.data.batch_labelled // parts, cfg.data.batch_unlabelled // parts
     inputs = cfg.data.pixels.inputs
     more: dict[str, Any] = {"text": empty_text(labelled)} if views.text else {}

@@ -126,15 +126,19 @@ def _weights_fingerprint(model: ModelConfig) -> dict[str, str]:
 
 
 def weights_origin(model: ModelConfig, inputs: int = 3) -> str:
-    """Return the weights' origin for a record: a file's path, ``shipped`` or ``none``, or timm's and a checksum.
+    """Return the weights' origin for a record: a file's path, ``shipped`` or ``none``, or timm's name and source, the
+    licence that timm states, and a checksum.
 
     For images of other than 3 channels it also says how the first layer was made (``input_note``).
     """
     told = "".join(f"; {note}" for note in input_note(model, inputs))
     if not _from_timm(model):
         return (model.weights or model.pretrained) + told
-    path = cached_weights(model.encoder)
-    return _timm_weights(model.encoder) + (f", SHA-256 {file_sha256(path)[:16]}" if path else "") + told
+    import timm
+
+    path, found = cached_weights(model.encoder), timm.get_pretrained_cfg(model.encoder)
+    licence = f", licence {found.license}" if found is not None and found.license else ""
+    return _timm_weights(model.encoder) + licence + (f", SHA-256 {file_sha256(path)[:16]}" if path else "") + told
 
 
 def input_note(model: ModelConfig, inputs: int) -> list[str]:

@@ -142,11 +142,16 @@ def read(directory: Path, drop_path: float) -> tuple[Any, Any]:
     return model, config
 
 
+VISUAL_WORDS = ("beit", "data2vec-vision")
+"""Models of images whose configuration counts visual words, which were predicted in pretraining, as a vocabulary."""
+
+
 def check_vit_config(config: Any) -> None:
     """Raise ValueError if a configuration is not that of one transformer on square patches of an image."""
     needed = ("patch_size", "hidden_size", "num_hidden_layers")
     lacking = [name for name in needed if not isinstance(getattr(config, name, None), int)]
-    if lacking or hasattr(config, "vocab_size"):
+    words = hasattr(config, "vocab_size") and config.model_type not in VISUAL_WORDS
+    if lacking or words:
         why = f"no {lacking[0]} that is one number" if lacking else "a vocabulary"
         raise ValueError(f"a {config.model_type!r} is no plain vision transformer: it has {why}")
 
