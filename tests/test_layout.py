@@ -191,6 +191,7 @@ MANY_ARGUMENTS = {
     "evaluation/pixel_counts.py:evaluate_network": "those of measure_all, for one network",
     "evaluation/pixel_counts.py:measure_all": "core of the evaluation: knows no configuration",
     "methods/viladiff_mixe.py:MixeTeacher._diffuse": "the maps of one step",
+    "models/encoders/build.py:build_encoder": "the fields of an encoder, each optional, which tests call alone",
     "models/mixe/diffusion.py:posterior": EQUATION,
     "models/mixe/denoiser.py:refine": EQUATION,
     "report/table/exports.py:to_markdown": "the parts of a page, each optional",

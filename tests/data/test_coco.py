@@ -26,7 +26,17 @@ from viladiff.data.files.run_checks import check_files
 from viladiff.data.files.validate import validate_dataset
 from viladiff.data.sources import coco_masks
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES
-from viladiff.data.sources.coco_masks import MANIFEST, Made, Region, Task, make_masks, paint, read_instances
+from viladiff.data.sources.coco_masks import (
+    MANIFEST,
+    Made,
+    Region,
+    Task,
+    make_masks,
+    paint,
+    read_instances,
+    read_own_instances,
+)
+from viladiff.data.sources.coco_regions import unpacked_runs
 from viladiff.runs.config import RunConfig, override
 
 SQUARE, WHOLE = [2, 2, 6, 2, 6, 6, 2, 6], [0, 0, 10, 0, 10, 8, 0, 8]
@@ -261,3 +271,105 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "0 masks written, 9 existed already" in capsys.readouterr().out
     assert main.main(["data", "coco-masks", str(tmp_path / "nowhere")]) == 2
     assert "instances_train2017.json: there is no such file" in capsys.readouterr().err
+
+
+FAR = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[0, 0, float("nan"), 1, 2, 2]], "x = nan of a point, and the image has 10 x 8 pixels"),
+        ([[0, 0, 5, float("inf"), 2, 2]], "y = inf of a point"),
+        ([[0, 0, FAR, 0, FAR, FAR, 0, FAR]], "x = 1000000000 of a point"),
+        ([[0, 0, 5, -9, 2, 2]], "y = -9 of a point"),
+        ([[True, 0, 5, 5, 2, 2]], "could not convert 'True'"),
+        ({"size": [8, 10], "counts": [80, FAR, -FAR]}, "its runs do not make up the image"),
+        ({"size": [8, 10], "counts": [float("nan"), 80]}, "its runs must be whole numbers"),
+        ({"size": [FAR, FAR], "counts": [FAR * FAR]}, r"its size is \[1000000000, 1000000000\]"),
+        ({"size": [8, 10], "counts": "o" * 40}, "invalid RLE"),
+        ({"size": [8, 10], "counts": None}, "its counts must be a list"),
+    ],
+)
+def test_numbers_that_would_hang_or_end_the_process_are_refused_first(
+    segmentation: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pycocotools import mask
+
+    monkeypatch.setattr(mask, "frPyObjects", lambda *_: pytest.fail("reached pycocotools"))
+    monkeypatch.setattr(mask, "decode", lambda *_: pytest.fail("reached pycocotools"))
+    with pytest.raises(ValueError, match=rf"annotation 7: its segmentation cannot be read: .*{message}"):
+        painted((5, segmentation))
+
+
+def test_packed_runs_are_those_of_pycocotools() -> None:
+    from pycocotools import mask
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        pixels = np.asfortranarray((rng.random((37, 53)) > rng.random()).astype(np.uint8))
+        packed = mask.encode(pixels)["counts"].decode()
+        edges = np.flatnonzero(np.diff(pixels.ravel("F"))) + 1
+        runs = np.diff([0, *edges, pixels.size]).tolist()
+        assert unpacked_runs(packed) == ([0, *runs] if pixels[0, 0] else runs)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "message"),
+    [
+        (100_000, 100_000, "more than 178,956,970 pixels"),
+        (0, 5, "height and width are 0 and 5"),
+        ("8", 5, "must be whole numbers"),
+        (8.5, 5, "must be whole numbers"),
+        (True, 5, "must be whole numbers"),
+    ],
+)
+def test_sides_that_no_mask_can_have_are_refused(tmp_path: Path, height: Any, width: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"own\.json: image 1: .*{message}"):
+        read_own_instances(own_json(tmp_path / "own.json", height=height, width=width))
+
+
+def test_json_that_is_no_json_of_numbers(tmp_path: Path) -> None:
+    path = own_json(tmp_path / "own.json")
+    path.write_text(path.read_text().replace('"height": 8', '"height": NaN'))
+    with pytest.raises(ValueError, match=r"own\.json: not JSON: it holds NaN, which is no number"):
+        read_own_instances(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"own\.json: not JSON"):
+        read_own_instances(path)
+
+
+def own_json(path: Path, **image: Any) -> Path:
+    """Instances of one's own: categories 0 (of none, as Roboflow's), 3 and 7; images in a subfolder."""
+    images = [{"id": 1, "file_name": "images/day 1/a.jpg", "height": 8, "width": 10, **image}]
+    annotations = [
+        {"id": 1, "image_id": 1, "category_id": 7, "segmentation": [WHOLE], "iscrowd": 0},
+        {"id": 2, "image_id": 1, "category_id": 3, "segmentation": [SQUARE], "iscrowd": 0},
+    ]
+    categories = [{"id": 0, "name": "things"}, {"id": 7, "name": "leaf"}, {"id": 3, "name": "stem"}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+def test_ones_own_instances_become_masks_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "photos"
+    (root / "images" / "day 1").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(root / "images" / "day 1" / "a.jpg")
+    file = own_json(tmp_path / "own.json")
+    assert main.main(["data", "coco-masks", str(root), "--own", "--instances", str(file), "--quiet"]) == 0
+    assert (root / "classes.txt").read_text() == "background\nstem\nleaf\n"
+    assert np.array_equal(read_mask(root / "masks" / "day 1" / "a.png", 3), square(2, 1))
+    report = validate_dataset(root, processes=1)
+    assert [fault.reason for fault in report.faults if fault.level == "error"] == [
+        "1 classes are in no mask: background"
+    ]
+    capsys.readouterr()
+    (root / "classes.txt").write_text("cat\ndog\n")
+    assert main.main(["data", "coco-masks", str(root), "--own", "--instances", str(file), "--quiet"]) != 0
+    assert "another classes.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "images/../../a.jpg", ".hidden/a.jpg", "a"])
+def test_ones_own_names_lie_below_the_images(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"image 1: file_name = .* must lie below images/"):
+        read_own_instances(own_json(tmp_path / "own.json", file_name=name))

@@ -93,6 +93,19 @@ def test_error_in_one_of_two_workers_is_the_one_message(tmp_path: Path, monkeypa
     assert not list(tmp_path.glob("*/record.json"))
 
 
+@pytest.mark.filterwarnings("error")
+def test_gradients_are_views_of_what_is_sent_and_buffers_are_not_sent(tmp_path: Path) -> None:
+    launch.dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+        model = launch.data_parallel(net, torch.device("cpu"))
+        model(torch.randn(2, 1, 5, 5)).square().sum().backward()
+        places = {parameter.grad.untyped_storage().data_ptr() for parameter in net.parameters()}  # type: ignore[union-attr]
+        assert len(places) == 1 and not model.broadcast_buffers
+    finally:
+        launch.dist.destroy_process_group()
+
+
 def _train(out: Path, **changes: object) -> subprocess.Popen[str]:
     """``viladiff train`` in a process group of its own, as a shell starts it."""
     flat = TINY | {path.replace("__", "."): value for path, value in changes.items()} | {"runtime.runs_dir": out}

@@ -20,6 +20,9 @@ examples:
   viladiff data check photos                   check every file; writes data-check/index.html
   viladiff data split photos --labelled 30     photos/splits/labelled/: 30 labelled images, a fifth for validation
   viladiff data split photos --labelled 30 --seed 1 --name labelled-1
+  viladiff data split photos --groups 'patient[0-9]+' --split-dir lists
+  viladiff data check photos data.value_range=12bit data.channels=5 data.mask_suffix=_mask.tif
+  viladiff data coco-masks photos --own --instances mine.json
   viladiff data coco-masks coco                coco/masks/: from COCO's instances; resumes if interrupted
   viladiff train data.dataset=folder runtime.data_root=photos data.split=labelled
 """
@@ -39,6 +42,17 @@ def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     check.add_argument("--out", metavar="DIR", default="data-check", help="directory of the page (default: data-check)")
     check.set_defaults(run=_check)
 
+    _add_split(actions, raw)
+    _add_coco_masks(actions)
+
+    render = actions.add_parser("render", help="render a built-in data set into the cache, or verify it")
+    render.add_argument("names", nargs="+", metavar="NAME", help="name of the data set, such as digits or dense")
+    render.set_defaults(run=_render)
+
+
+def _add_split(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser], raw: type[argparse.RawDescriptionHelpFormatter]
+) -> None:
     split = actions.add_parser(
         "split", help="split masked images into labelled, unlabelled and validation lists", formatter_class=raw
     )
@@ -54,10 +68,22 @@ def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     split.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the split (default: 0)")
     split.add_argument("--name", default="labelled", help="name of the split, for data.split (default: labelled)")
+    split.add_argument("--split-dir", metavar="DIR", help="directory of lists (default: ROOT/splits)")
+    split.add_argument(
+        "--groups",
+        metavar="HOW",
+        help="keep images of a group on one side of validation: folder, a CSV file of image and group, or a regular "
+        "expression that finds the group in a name, such as patient[0-9]+",
+    )
     split.set_defaults(run=_split)
 
-    masks = actions.add_parser("coco-masks", help="render the masks of COCO 2017 from its instances")
-    masks.add_argument("root", metavar="ROOT", help="directory with train2017/, val2017/ and annotations/")
+
+def _add_coco_masks(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    masks = actions.add_parser("coco-masks", help="render masks from the instances of COCO 2017, or from one's own")
+    masks.add_argument("root", metavar="ROOT", help="directory with train2017/, val2017/ and annotations/, or images/")
+    masks.add_argument(
+        "--own", action="store_true", help="instances of any categories; also writes ROOT/classes.txt, background first"
+    )
     masks.add_argument(
         "--instances",
         metavar="FILE",
@@ -70,10 +96,6 @@ def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     masks.add_argument("--quiet", action="store_true", help="hide the progress bar")
     masks.set_defaults(run=_coco_masks)
 
-    render = actions.add_parser("render", help="render a built-in data set into the cache, or verify it")
-    render.add_argument("names", nargs="+", metavar="NAME", help="name of the data set, such as digits or dense")
-    render.set_defaults(run=_render)
-
 
 def _add_root(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -84,8 +106,26 @@ def _add_root(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shifted", action="store_true", help="ADE20K masks with labels 0...149 and 255 (data.reduce_zero_label=false)"
     )
+    command.add_argument(
+        "fields",
+        metavar="FIELD=VALUE",
+        nargs="*",
+        help="fields of data that say how files are read, such as data.value_range=12bit or data.channels=5",
+    )
     command.add_argument("--processes", metavar="N", type=int, help="number of processes (default: one per core)")
     command.add_argument("--quiet", action="store_true", help="hide the progress bar")
+
+
+def _fields(args: argparse.Namespace) -> dict[str, object]:
+    """Return the fields of ``data`` as ``open_tree`` takes them; of a folder, they are checked. Raises ValueError."""
+    from viladiff.config.base import parse_overrides
+
+    given = parse_overrides(args.fields)
+    wrong = [path for path in given if not path.startswith("data.")]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: only fields of data, such as data.value_range, say how files are read")
+    shifted: dict[str, object] = {"reduce_zero_label": False} if args.shifted else {}
+    return {**shifted, **{path.removeprefix("data."): value for path, value in given.items()}}
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -93,7 +133,7 @@ def _check(args: argparse.Namespace) -> int:
     from viladiff.report.dataset_page import write_page
 
     with _bar("reading images", args.quiet) as advance:
-        report = validate_dataset(args.root, args.split_dir, args.processes, advance, not args.shifted)
+        report = validate_dataset(args.root, args.split_dir, args.processes, advance, _fields(args))
     page = write_page(report, Path(args.out).expanduser(), f"viladiff data check {args.root}")
     _say(report)
     print(f"\n{page}")
@@ -123,28 +163,33 @@ def _say(report: DatasetReport) -> None:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from viladiff.data.files.make_split import make_split, write_lists
+    from viladiff.data.files.make_split import SplitOptions, make_split, write_lists
     from viladiff.data.files.validate import inspect_images
     from viladiff.data.sources.detect import open_tree
 
-    tree, classes = open_tree(args.root, reduce_zero_label=not args.shifted)
+    tree, classes = open_tree(args.root, **_fields(args))
     with _bar("reading masks", args.quiet) as advance:
         seen = inspect_images(tree, classes, args.processes, advance)
-    found = make_split(args.root, seen, args.labelled, args.val, args.seed)
-    directory = write_lists(args.root, args.name, found.lists)
+    split_dir = None if args.split_dir is None else Path(args.split_dir).expanduser()
+    options = SplitOptions(_fields(args), split_dir, args.groups)
+    found = make_split(args.root, seen, args.labelled, args.val, args.seed, options)
+    directory = write_lists(args.root, args.name, found.lists, options)
     labelled, unlabelled, val = map(len, found.lists)
     kept = f", the list of {found.kept_val}" if found.kept_val else ""
     print(f"{directory}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images{kept}")
+    if found.left_out:
+        print(f"{found.left_out} images are of groups in validation and have no mask: they are in no list")
     for name, missing in found.uncovered.items():
         print(f"warning: no {name} image shows {', '.join(missing)}; increase --labelled or --val, or change --seed")
     return 0
 
 
 def _coco_masks(args: argparse.Namespace) -> int:
-    from viladiff.data.sources.coco_masks import make_masks
+    from viladiff.data.sources.coco_masks import make_masks, make_own_masks
 
     with _bar("drawing masks", args.quiet) as advance:
-        made = make_masks(args.root, args.instances, args.out, args.processes, advance)
+        make = make_own_masks if args.own else make_masks
+        made = make(args.root, args.instances, args.out, args.processes, advance)
     print(f"{made.written:,} masks written, {made.there:,} existed already")
     print(f"{made.empty:,} images have no annotation and are background; {made.crowds:,} crowds are 255")
     if made.hollow:

@@ -154,6 +154,9 @@ def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--protocol", metavar="NAME", help="original or sliding_window (default: chosen by image size)"
     )
     predict.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    predict.add_argument(
+        "--max-pixels", type=int, metavar="N", help="pixels of the largest image that is read (default: 2^30)"
+    )
     predict.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     predict.add_argument("--quiet", action="store_true", help="hide the progress bar")
     predict.set_defaults(run=_predict)
@@ -249,6 +252,8 @@ def _cost(directory: str) -> dict[str, str]:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     import torch
 
     from viladiff.inference.predict import label_files, load_model
@@ -256,8 +261,16 @@ def _predict(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = load_model(args.model, args.device)
+    if args.max_pixels is not None:
+        if args.max_pixels < 1:
+            raise ValueError(f"--max-pixels {args.max_pixels}: must be 1 or more")
+        model = replace(model, max_pixels=args.max_pixels)
     found = label_files(model, args.source, args.out, args.protocol, not args.quiet)
-    _print_facts({"photographs": found.images, "masks, overlays, confidence": args.out})
+    facts: dict[str, Any] = {"photographs": found.images}
+    if found.unused:
+        first = ", ".join(path.name for path in found.unused[:5])
+        facts |= {"files not used": f"{len(found.unused)}: {first}{' ...' if len(found.unused) > 5 else ''}"}
+    _print_facts({**facts, "masks, overlays, confidence": args.out})
     total = max(1, int(found.pixels.sum()))
     shares = {name: f"{n / total:.1%}" for name, n in zip(model.class_names, found.pixels, strict=True) if n}
     _print_facts(shares, "share of all pixels")

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, field_validator, model_validator
 
 from viladiff.config.base import Section
+from viladiff.config.pixel_format import RGB_8, PixelFormat
 
 
 class DataConfig(Section):
@@ -35,7 +36,8 @@ class DataConfig(Section):
     hflip: float = Field(0.5, ge=0, le=1)
     """Probability of mirroring left and right."""
     color_jitter: bool = True
-    """Whether strong views get colour changes and blur."""
+    """Whether strong views get colour changes and blur. With other than 3 channels these are brightness, contrast about
+    each channel's own mean, and blur; hue, saturation and grey are of red, green and blue alone."""
     cutmix_grid: Literal["patch", "pixel"] = "patch"
     """Where CutMix boxes have their edges: between patches (ours, so that feature maps can be mixed), or anywhere."""
     captions: Literal["own", "shuffled", "generic", "none"] = "own"
@@ -44,6 +46,11 @@ class DataConfig(Section):
     """Images of the pool that keep their captions; the others are given no words. Validation images keep theirs."""
     text_encoder: Literal["words", "minilm", "open_clip", "transformers"] = "open_clip"
     """What turns captions into vectors; the last two from ``runtime.text_model``."""
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """What the pixels of image files are; 8 bits of red, green and blue but for ``folder``."""
+        return RGB_8
 
     @model_validator(mode="after")
     def _check_scale(self) -> DataConfig:
@@ -214,8 +221,11 @@ class RuntimeConfig(Section):
     """Directory of the text encoder ``open_clip`` or ``transformers``; its content is in the run's name."""
     log_every: int = Field(50, ge=1)
     """Steps between two writes of the log, which has a line a step."""
-    checkpoint_every: int = Field(100, ge=1)
-    """Steps between two checkpoints."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Minutes of training after which a checkpoint is due; its writing goes on beside the next steps."""
+    checkpoint_every: int = Field(100, ge=0)
+    """Steps between two checkpoints besides those by time, which then follow each evaluation too; 0 is by time alone,
+    the default unless the data set is built in."""
     scale: str = ""
     """Size of experiment that the run belongs to, for its record; set by the runner of tables."""
     visualizations: int = Field(0, ge=0, le=64)

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.captions.simulated import Captions, CaptionTable, Control, Images
 from viladiff.data.files.file_cache import Contents
 from viladiff.data.files.index import FileList
@@ -34,7 +35,7 @@ class Dataset:
     num_classes: int
     class_names: tuple[str, ...]
     images: Arrays = field(repr=False)
-    """N times (H, W, 3) uint8."""
+    """N times (H, W, 3) uint8; as ``pixels`` says for files that declare other channels or values."""
     masks: Arrays = field(repr=False)
     """N times (H, W) uint8, of the whole pool; training reads masks through ``target`` alone, and those of unlabelled
     files need not exist."""
@@ -51,6 +52,8 @@ class Dataset:
     """Names pixels, labelled list and captions."""
     caption_source: str
     """Who wrote the captions, in words that a page can print."""
+    pixels: PixelFormat = RGB_8
+    """What the pixels of its files are."""
     uniform: bool = True
     """Whether all images have one size and lie in arrays; those in files have any."""
     files: FileList | None = field(default=None, repr=False)
@@ -64,6 +67,8 @@ class Dataset:
     """What is known of the files, where there are some."""
     notes: tuple[str, ...] = ()
     """What a reader of the results should know of the lists, a sentence each."""
+    unused: tuple[str, ...] = ()
+    """A sentence that counts the files below its folders that are not used, for the record."""
 
     @cached_property
     def _labels(self) -> frozenset[int]:

@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.files.images import IdEncoding, MaskEncoding, PaletteEncoding, read_image, read_mask
 from viladiff.data.transforms.geometry import Range, Window, crop_image, crop_mask, window
 
@@ -41,6 +42,18 @@ class CropRecipe(NamedTuple):
     num_classes: int
     coding: MaskEncoding | None
     """What the pixels of a mask stand for, where they are not class ids."""
+    pixels: PixelFormat = RGB_8
+    """What the pixels of an image are."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of crops."""
+        return np.dtype(np.uint8 if self.pixels.value_range is None else np.float32)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a crop and its mask."""
+        return (self.pixels.inputs * self.dtype.itemsize + 1) * self.crop**2
 
 
 class DecodeRequest(NamedTuple):
@@ -57,7 +70,7 @@ class DecodedBatch(NamedTuple):
     """Crops of several samples."""
 
     images: np.ndarray
-    """(n, 3, crop, crop) uint8, 0 in the padding."""
+    """(n, N, crop, crop) uint8, or float32 in 0..1 where a range of values is declared; 0 in the padding."""
     masks: np.ndarray
     """(n, crop, crop) uint8, 255 in the padding; meaningless where there is no mask."""
     shown: list[tuple[int, int, bool]]
@@ -65,11 +78,11 @@ class DecodedBatch(NamedTuple):
 
 
 def decode(sample: DecodeRequest, recipe: CropRecipe, image: np.ndarray, mask: np.ndarray) -> tuple[int, int, bool]:
-    """Write one crop to ``image`` (3, crop, crop) and ``mask`` (crop, crop); return a row of ``DecodedBatch``.
+    """Write one crop to ``image`` (N, crop, crop) and ``mask`` (crop, crop); return a row of ``DecodedBatch``.
 
     Raises ValueError that names the file for one that cannot be read, and for a mask of another size than its image.
     """
-    pixels = read_image(sample.image)
+    pixels = read_image(sample.image, recipe.pixels)
     height, width = pixels.shape[:2]
     to: Window = window((height, width), recipe.crop, recipe.scale, recipe.hflip, sample.draws)
     crop_image(pixels, to, image)
@@ -84,21 +97,23 @@ def decode(sample: DecodeRequest, recipe: CropRecipe, image: np.ndarray, mask: n
 
 def decode_all(samples: Sequence[DecodeRequest], recipe: CropRecipe) -> DecodedBatch:
     """Decode the samples one after another in this process."""
-    images, masks = _arrays(bytearray(_bytes(len(samples), recipe.crop)), recipe.crop)
+    images, masks = _arrays(bytearray(_bytes(len(samples), recipe)), recipe)
     shown = [decode(sample, recipe, *out) for sample, *out in zip(samples, images, masks, strict=True)]
     return DecodedBatch(images, masks, shown)
 
 
-def _bytes(samples: int, crop: int) -> int:
-    return max(1, samples * 4 * crop**2)
+def _bytes(samples: int, recipe: CropRecipe) -> int:
+    return max(1, samples * recipe.sample_bytes)
 
 
-def _arrays(memory: bytearray | mmap.mmap, crop: int) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(memory: bytearray | mmap.mmap, recipe: CropRecipe) -> tuple[np.ndarray, np.ndarray]:
     """View the memory as images and masks of as many samples as it holds."""
-    samples = len(memory) // (4 * crop**2)
-    flat = np.frombuffer(memory, np.uint8, samples * 4 * crop**2)
-    cut = samples * 3 * crop**2
-    return flat[:cut].reshape(samples, 3, crop, crop), flat[cut:].reshape(samples, crop, crop)
+    crop = recipe.crop
+    samples = len(memory) // recipe.sample_bytes
+    flat = np.frombuffer(memory, np.uint8, samples * recipe.sample_bytes)
+    cut = len(flat) - samples * crop**2
+    images = flat[:cut].view(recipe.dtype).reshape(samples, recipe.pixels.inputs, crop, crop)
+    return images, flat[cut:].reshape(samples, crop, crop)
 
 
 class DecodeWorkers:
@@ -112,9 +127,9 @@ class DecodeWorkers:
         self.recipe, self.samples, self.slots = recipe, samples, ahead + 1
         self._asked: deque[tuple[int, tuple[DecodeRequest, ...]]] = deque()
         self._next = 0
-        size = _bytes(samples * self.slots, recipe.crop)
+        size = _bytes(samples * self.slots, recipe)
         with _nameless(size) as file:
-            self._images, self._masks = _arrays(mmap.mmap(file.fileno(), size), recipe.crop)
+            self._images, self._masks = _arrays(mmap.mmap(file.fileno(), size), recipe)
             self._processes = [_start(file.fileno(), size, recipe) for _ in range(processes)]
         self._finalizer = weakref.finalize(self, _end, self._processes)
         self._finalizer.atexit = False  # a forked copy of this process must not end them when it exits
@@ -203,7 +218,8 @@ def _start(memory: int, size: int, recipe: CropRecipe) -> subprocess.Popen[bytes
     )
     with suppress(OSError):  # one that dies at once is noticed by whoever asks it
         coding = recipe.coding
-        _write(process, [*recipe[:4], coding and [isinstance(coding, PaletteEncoding), *astuple(coding)]])
+        packed = coding and [isinstance(coding, PaletteEncoding), *astuple(coding)]
+        _write(process, [*recipe[:4], packed, list(recipe.pixels)])
     return process
 
 
@@ -226,11 +242,11 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main(memory: int, size: int) -> None:
     """Process the tasks on standard input, one a line, until it ends."""
-    crop, scale, hflip, num_classes, coding = _tupled(json.loads(sys.stdin.buffer.readline()))
+    crop, scale, hflip, num_classes, coding, pixels = _tupled(json.loads(sys.stdin.buffer.readline()))
     if coding is not None:
         coding = (PaletteEncoding if coding[0] else IdEncoding)(*coding[1:])
-    recipe = CropRecipe(crop, scale, hflip, num_classes, coding)
-    images, masks = _arrays(mmap.mmap(memory, size), crop)
+    recipe = CropRecipe(crop, scale, hflip, num_classes, coding, PixelFormat(*pixels))
+    images, masks = _arrays(mmap.mmap(memory, size), recipe)
     for line in sys.stdin.buffer:
         place, image, mask, draws = json.loads(line)
         try:

@@ -26,7 +26,7 @@ from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
 from viladiff.data.splits import set_apart
-from viladiff.data.transforms.augment import geometric, normalise, strong
+from viladiff.data.transforms.augment import geometric, normalise, strong, unit_images
 from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
 
 
@@ -164,7 +164,7 @@ class BatchLoader:
         """Return the same as ``_from_arrays``."""
         samples, count = self._samples(labelled, unlabelled), len(labelled.drawn)
         found = decode_all(samples, self._recipe()) if self._decoders is None else self._decoders.take(samples)
-        pixels = torch.from_numpy(found.images).to(self.device, non_blocking=True).float().div_(255)
+        pixels = unit_images(torch.from_numpy(found.images).to(self.device, non_blocking=True))
         target = torch.from_numpy(found.masks[:count]).to(self.device, non_blocking=True).long()
         valid = valid_pixels(found.shown[count:], self.cfg.data.crop, self.device)
         return pixels[:count], target, pixels[count:], valid, None
@@ -183,7 +183,7 @@ class BatchLoader:
     def _recipe(self) -> CropRecipe:
         data, masks = self.cfg.data, self.dataset.masks
         assert isinstance(masks, FileMasks)
-        return CropRecipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.coding)
+        return CropRecipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.coding, self.dataset.pixels)
 
     def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:
         return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.color_jitter else weak)
@@ -298,7 +298,7 @@ def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch
 def validation(
     dataset: Dataset, bank: TextBank | None, device: torch.device, batch: int, indices: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
-    """Yield validation images (B, 3, H, W) normalised, masks (B, H, W) int64 and texts, in order.
+    """Yield validation images (B, N, H, W) normalised, masks (B, H, W) int64 and texts, in order.
 
     There is no augmentation. B is ``batch``, or 1 if images have several sizes. Raises ValueError for a mask of another
     size than its image.
@@ -316,4 +316,4 @@ def validation(
         if bank is not None:
             found = bank.batch(some)
             text = TextBatch(found.tokens.to(device), found.mask.to(device))
-        yield normalise(images.permute(0, 3, 1, 2).contiguous().float() / 255), masks.long(), text
+        yield normalise(unit_images(images.permute(0, 3, 1, 2).contiguous())), masks.long(), text

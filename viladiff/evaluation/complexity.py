@@ -59,7 +59,7 @@ def costs(network: Network, side: int, text_dim: int, words: int = WORDS, passes
     The image is side x side, the network in evaluation mode; a word has ``text_dim`` channels.
     """
     device = next(network.parameters()).device
-    image = torch.zeros(1, 3, side, side, device=device)
+    image = torch.zeros(1, network.encoder.inputs, side, side, device=device)
     found = {"without text": _cost(TextFree(network), (image,), passes)}
     if network.vila is not None:
         tokens = torch.zeros(1, words, text_dim, device=device)

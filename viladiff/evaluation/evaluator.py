@@ -16,8 +16,10 @@ from viladiff.core.atomic import write_atomically
 from viladiff.core.distributed import summed_over_workers
 from viladiff.core.environment import git_state, peak_memory, processor, reset_peak_memory, versions
 from viladiff.data.batch import IGNORE, Step, TextBatch
+from viladiff.data.files.images import PaletteEncoding
+from viladiff.data.formats.values import displayed
 from viladiff.data.loader import validation
-from viladiff.data.transforms.augment import normalise
+from viladiff.data.transforms.augment import normalise, unit_images
 from viladiff.evaluation import feature_clusters
 from viladiff.evaluation.context import EvalContext
 from viladiff.evaluation.pixel_counts import SegmentationMeter, evaluate_network, measure_all, to_scores
@@ -175,6 +177,17 @@ class RecordContext(EvalContext, Protocol):
         ...
 
 
+def _palette(masks: object) -> list[tuple[int, int, int]] | None:
+    """Return the colour of each class, where masks are in colours."""
+    coding = getattr(masks, "coding", None)
+    return [*coding.colours] if isinstance(coding, PaletteEncoding) else None
+
+
+def _notes(run: RecordContext) -> list[str]:
+    own = statistics_notes(run.method, run.device, run.world)
+    return [*run.dataset.unused, *run.bank.notes(), *run.method.notes(), *own]
+
+
 def record(run: RecordContext) -> RunRecord:
     """Evaluate a run after its last step and return its record; all workers take part."""
     cfg = run.cfg
@@ -205,12 +218,13 @@ def record(run: RecordContext) -> RunRecord:
         pseudo_labels=pseudo_labels,
         gradient_shares=run.shares.record(),
         class_names=list(run.dataset.class_names),
-        notes=[*run.bank.notes(), *run.method.notes(), *statistics_notes(run.method, run.device, run.world)],
+        palette=_palette(run.dataset.masks),
+        notes=_notes(run),
         split_name=run.dataset.split_name,
         captions=run.dataset.caption_source,
         text_encoder=describe_text_encoder(cfg.data.text_encoder, cfg.runtime.text_model),
         encoder=cfg.model.encoder,
-        pretrained=weights_origin(cfg.model),
+        pretrained=weights_origin(cfg.model, run.dataset.pixels.inputs),
         wall_seconds=run.wall_seconds(),
         train_seconds=run.train_seconds,
         cpu_seconds=run.cpu_seconds,
@@ -240,8 +254,9 @@ def save_qualitative(run: EvalContext) -> None:
     places = np.linspace(0, len(run.dataset.val_images) - 1, count).astype(int).tolist()
     pixels = np.stack([_shown(run, run.dataset.val_images[i], 0) for i in places])
     truth = np.stack([_shown(run, run.dataset.val_masks[i], IGNORE) for i in places])
-    stages: list[tuple[str, np.ndarray]] = [("image", pixels), ("truth", truth)]
-    images = normalise(torch.from_numpy(pixels).to(run.device).permute(0, 3, 1, 2).float() / 255)
+    seen = np.stack([displayed(image, run.dataset.pixels) for image in pixels])
+    stages: list[tuple[str, np.ndarray]] = [("image", seen), ("truth", truth)]
+    images = normalise(unit_images(torch.from_numpy(pixels).to(run.device).permute(0, 3, 1, 2)))
     text = None
     if run.method.required_views().text:
         words = run.val_bank.batch(places)
@@ -260,7 +275,7 @@ def _shown(run: EvalContext, array: np.ndarray, pad: int) -> np.ndarray:
     if run.dataset.uniform:
         return array
     side = nearest_multiple(run.cfg.data.crop, run.method.student.patch)
-    found = np.full((side, side, *array.shape[2:]), pad, np.uint8)
+    found = np.full((side, side, *array.shape[2:]), pad, array.dtype)
     height, width = (min(side, length) for length in array.shape[:2])
     top, left = ((length - side) // 2 if length > side else 0 for length in array.shape[:2])
     found[:height, :width] = array[top : top + side, left : left + side]

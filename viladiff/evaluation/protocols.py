@@ -30,19 +30,35 @@ class Band(NamedTuple):
     """(B, C, rows, W) by stream."""
 
 
-def bands(forward: Forward, image: Tensor, multiple: int, protocol: str = "original", crop: int = 0) -> Iterator[Band]:
-    """Yield the logits of ``image`` (B, 3, H, W), normalised, from the top down; for ``center_crop`` only its centre's.
+def _as_it_is(image: Tensor) -> Tensor:
+    return image
+
+
+def bands(
+    forward: Forward,
+    image: Tensor,
+    multiple: int,
+    protocol: str = "original",
+    crop: int = 0,
+    prepare: Callable[[Tensor], Tensor] = _as_it_is,
+) -> Iterator[Band]:
+    """Yield the logits of ``image`` (B, N, H, W), normalised, from the top down; for ``center_crop`` only its centre's.
 
     ``original`` resizes to the nearest multiple of the patch and back. ``sliding_window`` steps by floor(2/3 crop),
     snaps the last window to the border and averages probabilities; one band a row of windows, so that memory grows
     with width times crop, not with the number of windows nor with the height. A crop that the patch does not divide is
-    resized as in ``original``, window by window. Those with a crop pad a smaller image with the mean colour at the
-    bottom and right and cut that off again. Raises ValueError for an unknown protocol or a crop that is not positive.
+    resized as in ``original``, window by window. ``prepare`` normalises an image that is not yet, window by window
+    where there are some, so that a huge one is never held as floats. Those with a crop pad a smaller image with the
+    mean colour at the bottom and right and cut that off again. Raises ValueError for an unknown protocol or a crop that
+    is not positive.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(
             f"protocol = {protocol!r}: must be one of {', '.join(PROTOCOLS)}{did_you_mean(protocol, PROTOCOLS)}"
         )
+    height, width = image.shape[-2:]
+    if protocol != "sliding_window" or crop < 1 or min(height, width) < crop:
+        image, prepare = prepare(image), _as_it_is
     if protocol == "original":
         yield Band(0, resized_logits(forward, image, multiple))
         return
@@ -53,7 +69,7 @@ def bands(forward: Forward, image: Tensor, multiple: int, protocol: str = "origi
     padded = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
 
     def window(x: Tensor) -> dict[str, Tensor]:
-        return resized_logits(forward, x, multiple)
+        return resized_logits(forward, prepare(x), multiple)
 
     for top, logits in [Band(0, window(padded))] if protocol == "center_crop" else _slid(window, padded, crop):
         yield Band(top, {name: x[..., : height - top, :width] for name, x in logits.items()})

@@ -34,7 +34,8 @@ TOLERANCE = 1e-3
 
 
 class Standalone(nn.Module):
-    """Photographs (B, 3, H, W), RGB in 0..1, to logits (B, C, H, W): the text-free path with its normalisation."""
+    """Images (B, N, H, W) in 0..1, RGB or the run's channels, to logits (B, C, H, W): the text-free path with its
+    normalisation."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -72,6 +73,7 @@ def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> di
             record = strip_local_paths(run.record)
             fields = {path: value for path, value in record.config.items() if not path.startswith("runtime.")}
             config = {"format": FORMAT, "text_dim": text_dim(state), "fields": fields}
+            config |= {} if model.palette is None else {"palette": model.palette}
             (draft / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in state.items()}))
             (draft / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             (draft / CLASSES).write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
@@ -102,7 +104,7 @@ def export_onnx(model: Model, path: Path) -> float:
     module, patch = Standalone(model.network).eval(), model.network.patch
     # Sides that differ from each other and from the encoder's own, so that none of them is taken for a constant.
     side = max(2, model.crop // patch)
-    example = torch.zeros(2, 3, (side + 1) * patch, (side + 2) * patch)
+    example = torch.zeros(2, model.network.encoder.inputs, (side + 1) * patch, (side + 2) * patch)
     free = {
         0: torch.export.Dim("batch", min=1, max=1024),
         2: patch * torch.export.Dim("rows", min=2, max=4096),
@@ -125,14 +127,14 @@ def export_onnx(model: Model, path: Path) -> float:
                 {
                     "classes": json.dumps(model.class_names),
                     "patch": str(patch),
-                    "input": "RGB in 0..1, sides multiples of patch",
+                    "input": f"{input_words(model)}, sides multiples of patch",
                 }
             )
             program.save(path, external_data=False)
         except torch.onnx.OnnxExporterError as error:
             raise ValueError(f"{model.network.encoder.__class__.__name__} has no ONNX form: {error}") from error
     sizes = ((1, side * patch, side * patch), (3, 2 * patch, (side + 3) * patch))
-    difference = max(onnx_difference(module, path, size) for size in sizes)
+    difference = max(onnx_difference(module, path, size, model.network.encoder.inputs) for size in sizes)
     if not difference <= TOLERANCE:
         raise ValueError(
             f"{path.name}: its logits differ from torch's by {difference:.2g}; at most {TOLERANCE} is right"
@@ -140,11 +142,11 @@ def export_onnx(model: Model, path: Path) -> float:
     return difference
 
 
-def onnx_difference(module: nn.Module, path: Path, size: tuple[int, int, int]) -> float:
+def onnx_difference(module: nn.Module, path: Path, size: tuple[int, int, int], inputs: int = 3) -> float:
     """Return the largest difference of a logit between torch and onnxruntime, on random (batch, height, width)."""
     import onnxruntime
 
-    image = torch.rand(size[0], 3, *size[1:], generator=torch.Generator().manual_seed(0))
+    image = torch.rand(size[0], inputs, *size[1:], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = module(image).numpy()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -181,8 +183,15 @@ def card(model: Model, record: RunRecord, facts: dict[str, str], onnx: bool) -> 
         "On the command line: `viladiff predict photographs/ --model FOLDER`. It needs no captions and no data set.",
     ]
     if onnx:
+        inputs = model.network.encoder.inputs
         sides = f"sides are multiples of {model.network.patch}"
-        lines += ["", f"`{ONNX}`: input `image` (batch, 3, height, width), RGB in 0..1; output `logits`; {sides}."]
+        shape = f"(batch, {inputs}, height, width), {input_words(model)}"
+        lines += ["", f"`{ONNX}`: input `image` {shape}; output `logits`; {sides}."]
+    if not model.pixels.plain:
+        lines += [
+            "",
+            f"Images: {input_words(model)}. Files are read so; an array has the numbers of such a file.",
+        ]
     lines += ["", "## Classes", "", ", ".join(f"{i} {name}" for i, name in enumerate(model.class_names))]
     lines += ["", "## Scores", "", *_scores(model, record)]
     lines += ["", "## Cost of an image", "", *(f"- {name}: {value}" for name, value in facts.items())]
@@ -195,6 +204,16 @@ def card(model: Model, record: RunRecord, facts: dict[str, str], onnx: bool) -> 
         f"- The encoder began as {record.encoder} ({record.pretrained}), whose licence and biases go with it.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def input_words(model: Model) -> str:
+    """Return the kind of images that a network takes, in words: its channels, and which values became 0 and 1."""
+    pixels = model.pixels
+    if pixels.plain:
+        return "RGB in 0..1"
+    which = f", bands {', '.join(map(str, pixels.bands))} of the files" if pixels.bands else ""
+    values = f" by data.value_range = {pixels.value_range}" if pixels.value_range else ""
+    return f"{pixels.inputs} channels{which} in 0..1{values}"
 
 
 def _scores(model: Model, record: RunRecord) -> list[str]:

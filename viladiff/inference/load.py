@@ -20,6 +20,7 @@ from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import statistics_notes
+from viladiff.models.encoders.build import input_note
 from viladiff.runs.checkpoint import load_file
 from viladiff.runs.config import ConfigError, RunConfig, override
 from viladiff.runs.gradient_shares import measured_steps
@@ -28,8 +29,8 @@ from viladiff.training.errors import check_inputs
 from viladiff.training.feasibility import refuse_infeasible, refuse_scoring
 from viladiff.training.fingerprints import data_facts
 from viladiff.training.launch import run_in_processes
-from viladiff.training.meta_step import empty_method
 from viladiff.training.optim import total_steps
+from viladiff.training.step_work import empty_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,7 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
         build = replace(build, model=override(cfg, {"model.pretrained": "none"}).model)
     method = METHODS[cfg.method.name](cfg.method, build)
     notes = [*check_files(run.dataset), *statistics_notes(method, run.device, cfg.runtime.workers)]
+    notes += input_note(cfg.model, cfg.data.pixels.inputs)
     check_inputs(cfg, method, data)
     done, begun = (run.directory / name for name in ("record.json", "checkpoint.pt"))
     state = "finished" if done.exists() else "interrupted; would go on" if begun.exists() else "new"

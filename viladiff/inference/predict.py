@@ -10,33 +10,38 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from viladiff.config.base import did_you_mean, unflatten
+from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import class_colours, css
 from viladiff.core.distributed import tf32
 from viladiff.core.progress import Progress
-from viladiff.data.files.images import SUFFIXES, image_size, read_image
-from viladiff.data.transforms.augment import normalise
+from viladiff.data.files.images import SUFFIXES, image_size, pixels_of_array, read_image
+from viladiff.data.files.index import FOLDER
+from viladiff.data.formats.pillow_file import MAX_PIXELS, allow_pixels
+from viladiff.data.formats.values import displayed
+from viladiff.data.transforms.augment import normalise, unit_images
 from viladiff.evaluation.protocols import bands
 from viladiff.inference.load import last_line, load_method, load_run
 from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.feasibility import check_prediction
 from viladiff.training.launch import select_device
-from viladiff.training.meta_step import empty_method
+from viladiff.training.step_work import empty_method
 
 FORMAT = 1
 """Of a model folder."""
@@ -44,6 +49,8 @@ WEIGHTS, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.txt"
 """Files of a model folder that are read; the others are for people."""
 WHOLE = ("original", "sliding_window")
 """Protocols that label a whole image."""
+_MASK_ENDS = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", "-mask", "_segmentation")
+"""What stands behind a photograph's name in that of its mask."""
 LARGE = 4
 """An image of more than so many crops' pixels is done in windows: attention's memory grows with the area squared."""
 
@@ -70,18 +77,38 @@ class Model:
     device: torch.device
     tf32: bool = False
     """``train.tf32`` of the run, so that a GPU labels as it was scored."""
+    pixels: PixelFormat = RGB_8
+    """What the pixels of its training images were, and those of images to label are."""
+    palette: tuple[tuple[int, int, int], ...] | None = None
+    """The colour of each class in the masks that it was trained on, where these are in colours."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest image that it reads."""
 
-    @torch.inference_mode()
+    @property
+    def colours(self) -> np.ndarray:
+        """(C, 3) uint8: those of the training masks, else the package's own."""
+        if self.palette is None:
+            return class_colours(len(self.class_names))
+        return np.array(self.palette, np.uint8)
+
     def predict(self, image: np.ndarray | Path | str, protocol: str | None = None) -> Prediction:
         """Predict the classes of an image: a file, or (h, w, 3) uint8 RGB, of any size.
+
+        For a run that declared channels or a range of values, a file is read as in training, and an array is (h, w) or
+        (h, w, bands) of the numbers that such a file has.
 
         ``original`` reads the image as a whole, ``sliding_window`` in windows. By default windows are used if the run
         was scored so, and for images of more than 4 crops' pixels. Raises ValueError for another protocol, for an array
         of another kind, for a file that cannot be read, and for insufficient memory.
         """
-        pixels = read_image(image) if isinstance(image, str | Path) else np.asarray(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-            raise ValueError(f"image: an array {pixels.dtype} {pixels.shape}; must be uint8 (h, w, 3), red first")
+        if isinstance(image, str | Path):
+            with allow_pixels(self.max_pixels):
+                pixels = read_image(image, self.pixels)
+            return self.labelled(pixels, protocol)
+        return self.labelled(pixels_of_array(np.asarray(image), self.pixels), protocol)
+
+    def labelled(self, pixels: np.ndarray, protocol: str | None = None) -> Prediction:
+        """Predict the classes of an image (h, w, N) as ``read_image`` gives it. Raises ValueError as ``predict``."""
         chosen = protocol or self.protocol_for(*pixels.shape[:2])
         if chosen not in WHOLE:
             raise ValueError(f"protocol = {chosen!r}: allowed: {', '.join(WHOLE)}{did_you_mean(chosen, WHOLE)}")
@@ -101,14 +128,18 @@ class Model:
         windows = self.protocol == "sliding_window" or height * width > LARGE * self.crop**2
         return "sliding_window" if windows else "original"
 
+    @torch.inference_mode()
     def _predicted(self, pixels: np.ndarray, protocol: str) -> Prediction:
-        image = torch.tensor(pixels).to(self.device).permute(2, 0, 1)[None].float() / 255
+        image = torch.tensor(pixels).permute(2, 0, 1)[None]
         labels, confidence = np.empty(pixels.shape[:2], np.uint8), np.empty(pixels.shape[:2], np.float32)
-        for top, logits in bands(self._forward, normalise(image), self.network.side_multiple, protocol, self.crop):
+        for top, logits in bands(self._forward, image, self.network.side_multiple, protocol, self.crop, self._prepared):
             found = logits["visual"][0].softmax(0).max(0)
             rows = slice(top, top + len(found.values))
             confidence[rows], labels[rows] = found.values.cpu().numpy(), found.indices.cpu().numpy()
         return Prediction(labels, confidence)
+
+    def _prepared(self, image: Tensor) -> Tensor:
+        return normalise(unit_images(image.to(self.device)))
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
         return {"visual": self.network.logits(self.network.encode(images), images.shape[-2:])}
@@ -126,19 +157,26 @@ def load_model(path: Path | str, device: str = "auto") -> Model:
     """
     folder = Path(path)
     if (folder / WEIGHTS).is_file():
-        network, cfg, names = _from_folder(folder)
+        network, cfg, names, palette = _from_folder(folder)
     elif (folder / "record.json").is_file():
         run = load_run(folder)
         network, cfg, names = load_method(run).eval_network(), run.cfg, tuple(run.record.class_names)
+        palette = tuple(run.record.palette) if run.record.palette else None
     else:
         wrong = "there is no such directory" if not folder.is_dir() else f"no {WEIGHTS} and no record.json in it"
         raise ValueError(f"{folder}: {wrong}; give a model folder (viladiff export) or the directory of a finished run")
     place = select_device(override(cfg, {"runtime.device": device}))
     network = network.requires_grad_(False).eval().to(place)
-    return Model(network, names, cfg.data.crop, cfg.eval.protocol, place, cfg.train.tf32)
+    fields = cfg.data.crop, cfg.eval.protocol, place, cfg.train.tf32, cfg.data.pixels
+    return Model(network, names, *fields, palette)
 
 
-def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...]]:
+Palette = tuple[tuple[int, int, int], ...] | None
+_Level = Annotated[int, Field(strict=True, ge=0, le=255)]
+_COLOURS = TypeAdapter(list[tuple[_Level, _Level, _Level]])
+
+
+def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...], Palette]:
     facts = _read_config(folder / CONFIG)
     names = tuple(_read_text(folder / CLASSES).removesuffix("\n").split("\n"))
     try:
@@ -153,7 +191,20 @@ def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...]]:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     except RuntimeError as error:
         raise ValueError(f"{path}: does not fit {CONFIG} and {CLASSES} beside it: {last_line(error)}") from error
-    return network, cfg, names
+    return network, cfg, names, _palette(folder / CONFIG, facts.get("palette"), len(names))
+
+
+def _palette(path: Path, found: object, classes: int) -> Palette:
+    """Check the colours in a model folder. Raises ValueError for what is no colour of each class."""
+    if found is None:
+        return None
+    try:
+        colours = _COLOURS.validate_python(found)
+    except ValidationError:
+        colours = []
+    if len(colours) != classes:
+        raise ValueError(f"{path}: palette: must be three levels from 0 to 255 for each of the {classes} classes")
+    return tuple(colours)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -182,6 +233,8 @@ class Labelled(NamedTuple):
     """A sentence for each that could not be read or labelled."""
     pixels: np.ndarray
     """(C,) int64 pixels of each class."""
+    unused: tuple[Path, ...] = ()
+    """Files in the directory that are no photographs: of other types, and masks beside photographs."""
 
 
 def label_files(
@@ -194,48 +247,56 @@ def label_files(
     pictures of their sizes.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
-    found = _photographs(source, out)
+    found, unused = _photographs(source, out)
     usual = protocol or model.protocol_for(model.crop, model.crop)
     check_prediction(model.network, model.crop, usual, _sizes(found.values()))
-    colours = class_colours(len(model.class_names))
+    colours = model.colours
     pixels, failed = np.zeros(len(model.class_names), np.int64), []
     with Progress(len(found), 0, "labelling", show) as bar:
         for name, path in found.items():
             try:
-                image = read_image(path)
-                prediction = model.predict(image, protocol)
+                with allow_pixels(model.max_pixels):
+                    image = read_image(path, model.pixels)
+                prediction = model.labelled(image, protocol)
             except ValueError as error:
                 if source.is_file():
                     raise
                 failed.append(str(error) if str(path) in str(error) else f"{path}: {error}")
             else:
-                _write(out, name, image, prediction, colours)
+                _write(out, name, displayed(image, model.pixels), prediction, colours)
                 pixels += np.bincount(prediction.labels.ravel(), minlength=len(pixels))
             bar.advance()
     _write_classes(out / "classes.csv", model.class_names, colours, pixels)
-    return Labelled(len(found) - len(failed), tuple(failed), pixels)
+    return Labelled(len(found) - len(failed), tuple(failed), pixels, unused)
 
 
 def _sizes(paths: Iterable[Path]) -> Iterator[tuple[int, int]]:
     """Yield (height, width) of the photographs that can be read."""
     for path in paths:
         with suppress(ValueError, OSError):
-            yield image_size(path)
+            with allow_pixels(MAX_PIXELS):
+                size = image_size(path)
+            yield size
 
 
-def _photographs(source: Path, out: Path) -> dict[str, Path]:
-    """Return paths by name without suffix, relative to a directory."""
+def _photographs(source: Path, out: Path) -> tuple[dict[str, Path], tuple[Path, ...]]:
+    """Return paths by name without suffix, relative to a directory, and the files there that are no photographs.
+
+    Masks beside photographs are none: below ``masks`` beside ``images``, or of a photograph's name and ``_mask`` or the
+    like.
+    """
     if source.is_file():
-        return {source.stem: source}
+        return {source.stem: source}, ()
     if not source.is_dir():
         raise ValueError(f"{source}: there is no such file or directory")
     root = source.resolve()
     if out.resolve().is_relative_to(root):
         raise ValueError(f"out = {str(out)!r} lies in {source}: next time its pictures would be taken for photographs")
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    names = {path.with_suffix("") for path in files}
+    unused = [path for path in files if path.suffix.lower() not in SUFFIXES or _is_mask(path, source, names)]
     found: dict[str, Path] = {}
-    for path in sorted(source.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or not path.is_file():
-            continue
+    for path in (path for path in files if path not in {*unused}):
         if not path.resolve().is_relative_to(root):
             raise ValueError(f"{path}: leads out of {source}, to {path.resolve()}")
         name = path.relative_to(source).with_suffix("").as_posix()
@@ -244,7 +305,15 @@ def _photographs(source: Path, out: Path) -> dict[str, Path]:
         found[name] = path
     if not found:
         raise ValueError(f"{source}: no photograph in it or below ({', '.join(SUFFIXES)})")
-    return found
+    return found, tuple(unused)
+
+
+def _is_mask(path: Path, source: Path, names: Container[Path]) -> bool:
+    below = path.relative_to(source).parts
+    if below[0] == FOLDER.masks and (source / FOLDER.images).is_dir():
+        return True
+    ends = [end for end in _MASK_ENDS if path.stem.lower().endswith(end)]
+    return any(path.with_name(path.stem[: -len(end)]) in names for end in ends)
 
 
 def _write(out: Path, name: str, image: np.ndarray, found: Prediction, colours: np.ndarray) -> None:

@@ -277,6 +277,8 @@ class NetworkFactory:
     """Side of a training crop in pixels."""
     texts: Callable[[Sequence[str]], Tensor] | None = None
     """Texts to their vectors (n, D) by the run's text encoder; none where a checkpoint brings what was made of them."""
+    inputs: int = 3
+    """Channels of an image."""
 
     def __call__(
         self,
@@ -291,7 +293,9 @@ class NetworkFactory:
         rate = self.model.drop_path if drop_path is None else drop_path
         model = self.model
         norm = model.map_norm or ("authors" if model.decoder == "dpt" else "group")
-        encoder = build_encoder(model.encoder, model.pretrained, model.weights, rate, model.encoder_stride, norm)
+        encoder = build_encoder(
+            model.encoder, model.pretrained, model.weights, rate, model.encoder_stride, norm, self.inputs
+        )
         network = kind(encoder, model, self.num_classes)
         if model.encoder != "transformers":
             load_head(network, model)

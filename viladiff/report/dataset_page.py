@@ -15,6 +15,7 @@ from viladiff.core import colormap
 from viladiff.core.atomic import write_atomically
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import read_image, read_mask
+from viladiff.data.formats.values import displayed
 
 if TYPE_CHECKING:
     from viladiff.data.files.validate import DatasetReport
@@ -62,7 +63,7 @@ def draw_mosaic(report: DatasetReport) -> np.ndarray | None:
 
 def _tile(report: DatasetReport, name: str) -> np.ndarray:
     classes = report.classes
-    image = read_image(report.tree.images[name])
+    image = displayed(read_image(report.tree.images[name], report.tree.pixels), report.tree.pixels)
     mask = read_mask(report.tree.masks[name], len(classes.names), classes.coding)
     factor = SIDE / max(mask.shape)
     size = (max(1, round(mask.shape[1] * factor)), max(1, round(mask.shape[0] * factor)))
@@ -103,6 +104,11 @@ def dataset_facts(report: DatasetReport) -> dict[str, str]:
     """Return counts and sizes, one a line."""
     masks = sum(one.pixels is not None for one in report.seen.values())
     found = {"images": f"{len(report.seen):,}", "with a mask that can be read": f"{masks:,}"}
+    found["files not used"] = f"{len(report.tree.unused):,}"
+    pixels = report.tree.pixels
+    if not pixels.plain:
+        found["channels"] = str(pixels.inputs)
+        found["black and white"] = pixels.value_range or "0 and 255"
     sizes = report.sizes()
     if sizes:
         count = np.array(list(sizes.values()))

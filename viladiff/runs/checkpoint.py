@@ -10,7 +10,7 @@ import re
 import shutil
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,12 +30,15 @@ _CODE = re.compile(r"(?i)GLOBAL \S+|unsupported operand \d+")
 _PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, str, bool, bytes, type(None))
 
 
-def save_checkpoint(path: Path | str, state: dict[str, Any], keep_previous: bool = True) -> None:
+def save_checkpoint(
+    path: Path | str, state: dict[str, Any], keep_previous: bool = True, proceed: Callable[[], None] = lambda: None
+) -> None:
     """Write ``state`` so that ``path`` holds either the old or the new checkpoint, whole, whenever the process dies.
 
     The previous one is kept as ``<stem>.prev<suffix>``. One process writes to a path at a time. Raises ValueError for a
     value that is not a tensor, number, text, None, or a dict, list or tuple of those: loading it would mean running
-    code. OSError (disk full, no permission) leaves the old checkpoint as it was.
+    code. OSError (disk full, no permission) leaves the old checkpoint as it was; so does what ``proceed`` raises, which
+    is called before each piece is written and once before the new file takes its name.
     """
     path = Path(path)
     _check_plain(state, "state")
@@ -44,9 +47,10 @@ def save_checkpoint(path: Path | str, state: dict[str, Any], keep_previous: bool
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with name_file_in_errors(path), open(temporary, "wb") as file:
-            _write(file, state)
+            _write(file, state, proceed)
             file.flush()
             os.fsync(file.fileno())
+        proceed()
         if keep_previous and path.exists():
             _duplicate(path, previous(path))
         os.replace(temporary, path)
@@ -107,10 +111,12 @@ def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str,
 class _Hashing:
     """A file that hashes what torch.save writes, with no second copy in memory."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.hash, self.length = file, hashlib.sha256(), 0
+    def __init__(self, file: IO[bytes], proceed: Callable[[], None]) -> None:
+        self.file, self.proceed = file, proceed
+        self.hash, self.length = hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
+        self.proceed()
         self.hash.update(data)
         self.length += memoryview(data).nbytes
         return self.file.write(data)
@@ -119,12 +125,12 @@ class _Hashing:
         self.file.flush()
 
 
-def _write(file: IO[bytes], state: dict[str, Any]) -> None:
-    hashing = _Hashing(file)
+def _write(file: IO[bytes], state: dict[str, Any], proceed: Callable[[], None]) -> None:
+    hashing = _Hashing(file, proceed)
     try:
         torch.save(state, hashing)  # type: ignore[arg-type]
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # a write that failed; torch then complains of its file's length
+        if error.__context__ is not None:  # a write that failed; torch then complains of its file's length
             raise error.__context__ from None
         raise
     file.write(_TRAILER.pack(MAGIC, VERSION, hashing.length, hashing.hash.digest()))

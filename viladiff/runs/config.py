@@ -335,6 +335,12 @@ def _other_faults(cfg: RunConfig) -> Iterator[str]:
         allowed = "shipped or none" if own else "timm or none"
         here = f"model.pretrained = {cfg.model.pretrained!r}"
         yield f"{here}: there are none for model.encoder = {cfg.model.encoder!r}; allowed: {allowed}"
+    clip = getattr(getattr(cfg.method, "clip", None), "weights", None)
+    if clip is not None and cfg.data.pixels.inputs != 3:
+        here = (
+            f"method.clip.weights = {clip!r}: CLIP sees red, green and blue, and images have {cfg.data.pixels.inputs}"
+        )
+        yield f"{here} channels (data.channels); set it to none, or choose three bands (data.bands)"
     yield from _caption_faults(cfg)
     embedded = embedded_datasets()
     parts = ("dev", "test") if cfg.data.dataset in embedded else ("val",)

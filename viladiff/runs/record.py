@@ -79,6 +79,8 @@ class RunRecord(BaseModel):
     method's fields weigh. ``viladiff.runs.gradient_shares.by_thirds`` makes shares of it."""
     processor: str = ""
     """Model of the first worker's processor, as the kernel names it; empty where it was not noted."""
+    palette: list[tuple[int, int, int]] | None = None
+    """Red, green and blue of each class in the masks, where they are in colours, in which predictions are written."""
     finished: str = ""
     """When the record was made, UTC, as 2026-01-31T12:00:00Z; empty where it was not noted."""
 

@@ -22,7 +22,7 @@ from viladiff.runs.job import DataFacts
 ENOUGH = 2
 """Unlabelled images from which on their number makes no difference to whether a method can work with them."""
 _DECISIVE = ("data.crop", "data.cutmix_grid", "data.captions", "data.batch_labelled", "data.batch_unlabelled")
-_ALSO = ("train.grad_accum_steps", "eval.protocol")
+_ALSO = ("train.grad_accum_steps", "eval.protocol", "data.channels", "data.bands")
 _VALUES = ("model.weights", "model.pretrained", "model.encoder_frozen")
 """Fields of the model that leave every shape as it is."""
 _TESTED = (

@@ -25,8 +25,8 @@ from viladiff.runs.config import RunConfig, non_default_fields
 from viladiff.runs.job import DataFacts
 from viladiff.training.checked import Checked, usual
 from viladiff.training.errors import check_inputs
-from viladiff.training.meta_step import LATE, META, empty_batch, empty_picture, empty_text, method_on_meta
 from viladiff.training.optim import param_groups
+from viladiff.training.step_work import LATE, META, empty_batch, empty_picture, empty_text, method_on_meta
 
 _FIRST_LINE = 160
 
@@ -97,7 +97,7 @@ def _maps(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
 
 def _map_fault(encoder: Encoder, side: int) -> str | None:
     try:
-        found = encoder(empty_picture(side, side))
+        found = encoder(empty_picture(side, side, encoder.inputs))
     except Exception as error:
         return None if _untraceable(error) else _said(error)
     sides = [-(-side // stride) for stride in encoder.strides]
@@ -136,12 +136,15 @@ def _training(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
 def _scoring(cfg: RunConfig, method: Method, data: DataFacts) -> Iterator[str]:
     """Yield the fault of an evaluation: pseudo-labels, then each network under the run's protocol."""
     method.eval()
+    inputs = method.student.encoder.inputs
     text = empty_text(1) if method.required_views().text else None
     for size in picture_sizes(cfg.data.crop, data.picture):
         try:
             with torch.no_grad():  # of whole pictures, whatever the protocol is
                 resized_logits(
-                    lambda x: method.pseudo_labels(x, text, (0,), LATE), empty_picture(*size), method.student.patch
+                    lambda x: method.pseudo_labels(x, text, (0,), LATE),
+                    empty_picture(*size, inputs),
+                    method.student.patch,
                 )
         except Exception as error:
             if not _untraceable(error):
@@ -180,12 +183,13 @@ def picture_sizes(crop: int, picture: tuple[int, int] | None = None) -> list[tup
 
 
 def protocol_fault(
-    network: nn.Module, size: tuple[int, int], text: TextBatch | None, protocol: str, crop: int
+    network: Network | _Shapes, size: tuple[int, int], text: TextBatch | None, protocol: str, crop: int
 ) -> str | None:
     """Return why a network on the meta device cannot score a picture of ``size`` under the protocol; None if it can."""
     try:
         with torch.no_grad():
-            for _ in stream_bands(network, empty_picture(*size), text, STREAMS, protocol, crop):
+            inputs = network.inputs if isinstance(network, _Shapes) else network.encoder.inputs
+            for _ in stream_bands(network, empty_picture(*size, inputs), text, STREAMS, protocol, crop):
                 pass
     except Exception as error:
         return None if _untraceable(error) else _said(error)
@@ -218,7 +222,7 @@ class _Shapes(nn.Module):
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        self.patch = network.patch
+        self.patch, self.inputs = network.patch, network.encoder.inputs
         whole = TextFree(network)
         self._whole = (whole,)  # in a tuple, so that it is no part of this module
         self._weights = {name: x.to(META) for name, x in (*whole.named_parameters(), *whole.named_buffers())}

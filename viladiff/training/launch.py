@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.multiprocessing import SimpleQueue, get_context
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
@@ -26,6 +29,20 @@ def select_device(cfg: RunConfig) -> torch.device:
     if cfg.runtime.device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap this worker's copy of a module so that its gradients are those of the global batch.
+
+    Gradients lie in the buckets that are sent, so that none is held twice. Buffers are not sent at each step: each
+    worker computes the same, or averages its own (``viladiff.models.batch_norm``).
+    """
+    kind = nn.parallel.DistributedDataParallel
+    # The field has another name from torch 2.13 on, where the old one warns at each use.
+    new = "forward_sync_buffers" in inspect.signature(kind).parameters
+    quiet: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    ids = [device.index] if device.type == "cuda" else None
+    return kind(module, device_ids=ids, gradient_as_bucket_view=True, **quiet)
 
 
 def join_group(cfg: RunConfig) -> None:
@@ -72,6 +89,7 @@ def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *ar
 
 _RAISED: dict[str, type[BaseException]] = {
     "KeyboardInterrupt": KeyboardInterrupt,
+    "OSError": OSError,
     "TrainingError": TrainingError,
     "ValueError": ValueError,
 }
@@ -99,8 +117,9 @@ def _worker(
     except KeyboardInterrupt as stop:
         queue.put(("KeyboardInterrupt", str(stop)))
         raise
-    except ValueError as error:
-        queue.put(("TrainingError" if isinstance(error, TrainingError) else "ValueError", str(error)))
+    except (OSError, ValueError) as error:
+        kind = next(name for name in ("TrainingError", "OSError", "ValueError") if isinstance(error, _RAISED[name]))
+        queue.put((kind, str(error)))
         raise
     finally:
         dist.destroy_process_group()

@@ -127,7 +127,8 @@ class Optimizer:
     """
 
     def __init__(self, groups: list[dict[str, Any]], cfg: RunConfig) -> None:
-        optim = self._optim = cfg.optim
+        optim = cfg.optim
+        self.name = optim.name
         adam = [group for group in groups if optim.name == "adamw" or "betas" in group]
         rest = [group for group in groups if optim.name == "sgd" and "betas" not in group]
         self.parts: list[torch.optim.Optimizer] = []
@@ -155,13 +156,19 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return AdamW's own state if it is the run's; of SGD ``name`` and the states of ``parts``."""
         states = [part.state_dict() for part in self.parts]
-        return states[0] if self._optim.name == "adamw" else {"name": self._optim.name, "parts": states}
+        return states[0] if self.name == "adamw" else {"name": self.name, "parts": states}
+
+    def check_name(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError for the state of another optimiser; of a finished run there is no more than its name."""
+        name = state.get("name", "adamw")
+        if name != self.name:
+            raise ValueError(f"written with optim.name = {name!r}, got {self.name!r}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state. Raises ValueError for the state of another optimiser."""
-        name = state.get("name", "adamw")
-        if name != self._optim.name:
-            raise ValueError(f"written with optim.name = {name!r}, got {self._optim.name!r}")
-        states = [state] if name == "adamw" else state["parts"]
+        """Load the state. Raises ValueError for that of another optimiser, and for that of a finished run."""
+        self.check_name(state)
+        if state.keys() <= {"name"}:
+            raise ValueError("of a finished run, without the state of its optimiser")
+        states = [state] if self.name == "adamw" else state["parts"]
         for part, one in zip(self.parts, states, strict=True):
             part.load_state_dict(dict(one))

@@ -26,8 +26,9 @@ from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import average_statistics, statistics_notes, synchronise
+from viladiff.models.encoders.build import input_note
 from viladiff.models.segmenter import NetworkFactory
-from viladiff.runs.checkpoint import StepLog, load_checkpoint, save_checkpoint
+from viladiff.runs.checkpoint import StepLog, previous
 from viladiff.runs.config import RunConfig, run_id
 from viladiff.runs.lease import Lease, LeaseLostError, acquire_or_raise
 from viladiff.runs.record import load_record, save_record
@@ -43,9 +44,10 @@ from viladiff.training.errors import (
 from viladiff.training.feasibility import refuse_infeasible
 from viladiff.training.fingerprints import data_facts, sizes_fingerprint, weights_fingerprint
 from viladiff.training.gradients import GradientShares
-from viladiff.training.launch import join_group, run_in_processes, select_device
+from viladiff.training.launch import data_parallel, join_group, run_in_processes, select_device
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 from viladiff.training.result import Result
+from viladiff.training.saving import CheckpointWriter, restore, state_of
 
 ProgressCallback = Callable[[dict[str, Any]], bool | None]
 """Called by every worker with step and steps: at each log also loss, history (all scores so far), and miou where one
@@ -147,12 +149,15 @@ class Trainer:
         self._barrier()
         with memory_errors(self.cfg), tf32(self.cfg.train.tf32):
             self._build()
-            self._restore()
+            restore(self)
+            if self.rank == 0:
+                self.log.truncate_to(self.step)
             self._recall()
             self._train()
             record = evaluator.record(self)
             evaluator.save_qualitative(self)
         if self.rank == 0:
+            previous(self.saver.path).unlink(missing_ok=True)
             save_record(record, done)
         self._barrier()
         return Result(self.directory, load_record(done))
@@ -167,7 +172,7 @@ class Trainer:
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
-        own = statistics_notes(self.method, self.device, self.world)
+        own = [*statistics_notes(self.method, self.device, self.world), *input_note(cfg.model, cfg.data.pixels.inputs)]
         for note in (*self.method.notes(), *own) if self.rank == 0 else ():
             print(f"note: {note}", file=sys.stderr)
         synchronise(self.method, self.device, self.world)
@@ -180,120 +185,99 @@ class Trainer:
         self.loader = BatchLoader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
         self.model: nn.Module = self.method
         if self.world > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
+            self.model = data_parallel(self.method, self.device)
         self.optimizer = Optimizer(param_groups(self.method, cfg), cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
         self.log = StepLog(self.directory / "steps.jsonl")
+        minutes = math.inf if self.rank else cfg.runtime.checkpoint_minutes  # the first worker decides and writes
+        self.saver = CheckpointWriter(self.directory / "checkpoint.pt", minutes, self.device, self._check_lease)
         self.history: list[dict[str, Any]] = []
         self.shares = GradientShares(cfg, self.method, self.steps)
         self.step, self.train_seconds = 0, 0.0
+        self._mark = 0.0, 0.0
         self.cpu_seconds: float | None = 0.0
 
     def build(self) -> NetworkFactory:
         """Return the factory of the method's networks."""
         cfg, data = self.cfg, self.dataset
         texts = text_vectors(data, cfg.data.text_encoder, cfg.runtime.text_model)
+        names, inputs = data.class_names, data.pixels.inputs
         return NetworkFactory(
-            cfg.model, data.num_classes, self.bank.dim, data.name, data.class_names, cfg.data.crop, texts
+            cfg.model, data.num_classes, self.bank.dim, data.name, names, cfg.data.crop, texts, inputs
         )
-
-    def _restore(self) -> None:
-        state = load_checkpoint(self.directory / "checkpoint.pt")
-        if state is not None:
-            try:
-                self.method.load_state_dict(state["method"])
-            except RuntimeError as error:
-                reason = str(error).splitlines()[-1].strip()
-                raise ValueError(
-                    f"{self.directory / 'checkpoint.pt'} is of another version of this model ({reason}); "
-                    "start over (viladiff train --restart), or go back to the version that wrote it"
-                ) from error
-            try:
-                self.optimizer.load_state_dict(state["optimizer"])
-            except ValueError as error:
-                here = self.directory / "checkpoint.pt"
-                raise ValueError(f"{here}: {error}; start over (viladiff train --restart)") from error
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.history, self.train_seconds = state["step"], state["history"], state["train_seconds"]
-            self.wall_before, self.memory.before = state.get("wall_seconds"), state.get("peak_memory")
-            self.cpu_seconds = state.get("cpu_seconds")
-            self.shares.found = state.get("gradient_shares", [])
-        if self.rank == 0:
-            self.log.truncate_to(self.step)
 
     def _recall(self) -> None:
         """Report the earlier evaluations again after an interruption: their receiver may have died with it."""
         if self.report is None or not self.history:
             return
-        if self._any(bool(self.report({"step": self.step, "steps": self.steps, "history": self.history}))):
+        if self._any(bool(self.report({"step": self.step, "steps": self.steps, "history": self.history})))[0]:
             raise StopRequested(f"stopped at step {self.step} of {self.steps}; the same command continues from there")
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = False) -> None:
+        """Save in a thread; ``wait`` for its end, where the run may end or training does."""
         if self.rank:
             return
         self.log.flush()
         if not nn.utils.get_total_norm([p.detach() for p in self.method.parameters()]).isfinite():
             # The loss may still be finite where a gradient was not; such weights must not replace good ones.
             check_finite({"weights": math.nan}, self.step, self.steps, self.cfg, self.directory)
-        state = {
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "history": self.history,
-            "gradient_shares": self.shares.found,
-            "train_seconds": self.train_seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "wall_seconds": self.wall_seconds(),
-            "peak_memory": self.memory.bytes(),
-        }
-        save_checkpoint(self.directory / "checkpoint.pt", state)
+        self.saver.save(state_of(self))
+        if wait:
+            self.saver.wait()
 
     # The loop
 
     def _train(self) -> None:
-        cfg, runtime = self.cfg, self.cfg.runtime
+        cfg, runtime, every = self.cfg, self.cfg.runtime, self.cfg.runtime.checkpoint_every
         self.method.train()
         pending: list[tuple[int, float, dict[str, Tensor]]] = []
         writer = self._tensorboard()
         ahead = 2 if self.device.type == "cuda" else 0
         with (
+            self.saver,
             Progress(self.steps, self.step, self._title(), runtime.progress and self.rank == 0) as bar,
             stop_flag() as stop,
             closing(self.loader.stream(self.step, self.steps, ahead)) as stream,
         ):
-            mark, used = time.perf_counter(), time.process_time()
+            self._lap(training=False)
             for batches in stream:
                 pending.append((self.step, lr_factor(cfg, self.step, self.steps) * cfg.optim.lr, self._step(batches)))
                 self.step += 1
                 last = self.step == self.steps
                 evaluate = self.step in self.evaluated_at
-                keep = self.step % runtime.checkpoint_every == 0 or last or evaluate
                 agree = self.world == 1 or self.step % 10 == 0
-                stopped = agree and self._any(stop.is_set())
+                stopped, due = self._any(stop.is_set(), self.saver.due()) if agree else (False, False)
+                keep = due or last or (every > 0 and (evaluate or self.step % every == 0))
                 stop_requested = False
-                if keep or stopped or self.step % runtime.log_every == 0:
+                if keep or evaluate or stopped or self.step % runtime.log_every == 0:
                     self._check_lease()
                     loss = self._write(pending, writer)
                     bar.note(loss)
-                    self.train_seconds += time.perf_counter() - mark  # after the log, which waits for the device
-                    if self.cpu_seconds is not None:
-                        self.cpu_seconds += time.process_time() - used
+                    self._lap()  # after the log, which waits for the device
                     update = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
                     if evaluate:
                         update |= self._evaluate_now()
                     if self.report is not None:
-                        stop_requested = self._any(bool(self.report(update))) and not last
+                        stop_requested = self._any(bool(self.report(update)))[0] and not last
+                    self._lap(training=False)
                     if keep or stopped or stop_requested:
-                        self._save()
-                    mark, used = time.perf_counter(), time.process_time()
+                        self._save(wait=last or stopped or stop_requested)
                 bar.advance()
                 if stopped or stop_requested:
                     text = f"stopped at step {self.step} of {self.steps}; the same command continues from there"
                     raise StopRequested(text) if stop_requested else KeyboardInterrupt(text)
+            self._lap()
         if writer is not None:
             writer.close()
+
+    def _lap(self, training: bool = True) -> None:
+        """Add what has passed since the last call to the time of training, unless it went into something else."""
+        now = time.perf_counter(), time.process_time()
+        if training:
+            self.train_seconds += now[0] - self._mark[0]
+            if self.cpu_seconds is not None:
+                self.cpu_seconds += now[1] - self._mark[1]
+        self._mark = now
 
     def _step(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Take one optimiser step on this worker's micro-batches; return the mean of their terms, unsynchronised."""
@@ -362,13 +346,13 @@ class Trainer:
             raise ValueError("runtime.tensorboard = true: the package tensorboard is not installed") from error
         return SummaryWriter(str(self.directory / "tensorboard"))
 
-    def _any(self, flag: bool) -> bool:
-        """Return whether any worker has raised the flag; all workers must ask at the same step."""
+    def _any(self, *flags: bool) -> list[bool]:
+        """Return of each flag whether any worker has raised it; all workers must ask at the same step."""
         if self.world == 1:
-            return flag
-        raised = torch.tensor(float(flag), device=self.device)
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.float32, device=self.device)
         dist.all_reduce(raised)
-        return bool(raised.item())
+        return (raised > 0).tolist()
 
     def _barrier(self) -> None:
         if self.world > 1:

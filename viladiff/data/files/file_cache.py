@@ -31,7 +31,7 @@ NAME = ".viladiff-contents.txt"
 """Hidden, so that no scan takes it for an image."""
 RACY = 3 * 10**9
 """Nanoseconds; file systems round times of modification to 2 s at most."""
-FORMAT = 2
+FORMAT = 3
 """Raised when what is kept would mean something else, or a check would find something else in the same file."""
 _THREADS = 4
 """That hash at once; hashlib and reading release the interpreter's lock."""

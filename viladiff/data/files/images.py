@@ -1,12 +1,10 @@
-"""Readers of photographs and masks: 8-bit RGB, or class ids, from the files of cameras and editors.
+"""Readers of images and masks: channels, or class ids, from the files of cameras, editors and instruments.
 
 Every function raises ValueError that names the file and what is wrong with it.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,37 +12,19 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
+from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.constants import IGNORE
+from viladiff.data.formats.bands import FileBands, bands_size, choose_channels, file_kind, read_bands
+from viladiff.data.formats.pillow_file import UPRIGHT, open_image, orientation, upright_size
+from viladiff.data.formats.values import in_range, of_16_bits, undeclared_8_bits
 
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM")
-"""What Pillow may open; it knows formats that start other programs, and they are left out."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""All that Pillow raises for bytes that are not the image that their header promises."""
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""By the value of EXIF's orientation, what shows the image as it was taken."""
-_TURNED = (5, 6, 7, 8)
-"""Orientations that swap height and width."""
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm", ".pnm", ".npy",
+)  # fmt: skip
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy")
+"""Types of masks that keep every number."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +34,11 @@ class PaletteEncoding:
     rgb: tuple[tuple[int, int, int], ...]
     labels: tuple[int, ...]
     """As many: 0 ... C - 1, or 255 for a colour that is ignored."""
+
+    @property
+    def colours(self) -> tuple[tuple[int, int, int], ...]:
+        """The colour of each class, by id."""
+        return tuple(self.rgb[self.labels.index(label)] for label in sorted({*self.labels} - {IGNORE}))
 
     @cached_property
     def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
@@ -112,93 +97,138 @@ def _codes(rgb: np.ndarray) -> np.ndarray:
     return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
 
 
-@contextmanager
-def open_image(path: Path | str) -> Iterator[Image.Image]:
-    """Open the file with Pillow, its header read and its pixels not yet; close it at the end."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from None
-    except _UNREADABLE as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: cannot be read: {text}") from error
-
-
-def orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation that is still to be applied, 1 if there is none, from the header alone."""
-    # Pillow decodes a whole PNG to look for EXIF behind its pixels; only what stands before them counts here. A TIFF
-    # it turns by itself, size and all.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return 1
-    found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return found if found in _UPRIGHT else 1
-
-
 def image_size(path: Path | str) -> tuple[int, int]:
     """Return (height, width) of ``read_image(path)``, from the header alone."""
+    kind = file_kind(path)
+    if not kind.eight_bits:
+        with _named(path):
+            return bands_size(path, kind)
     with open_image(path) as image:
         return upright_size(image)
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return (height, width) once turned by EXIF, from the header alone."""
-    return (image.width, image.height) if orientation(image) in _TURNED else (image.height, image.width)
+def read_image(path: Path | str, pixels: PixelFormat = RGB_8) -> np.ndarray:
+    """Return (h, w, N), upright by its EXIF orientation: uint8, or float32 in 0..1 where a range of values is declared.
 
-
-def read_image(path: Path | str) -> np.ndarray:
-    """Return (h, w, 3) uint8, upright by its EXIF orientation.
-
-    Grey, palette and CMYK images are converted as Pillow does, transparency is dropped, and 16 bits a channel are
-    brought to 8 so that the brightest value stays the brightest.
+    Without fields of ``pixels`` N is 3: grey, palette and CMYK images are converted as Pillow does, transparency is
+    dropped, and 16 bits a channel are brought to 8 if the highest bit is used. Raises ValueError for other numbers and
+    bands, which names the field that decides.
     """
+    kind = file_kind(path)
+    if pixels.plain and kind.eight_bits:
+        return _eight_bits(path)
+    with _named(path):
+        chosen = choose_channels(read_bands(path, kind), pixels)
+        return undeclared_8_bits(chosen) if pixels.value_range is None else in_range(chosen, pixels.value_range)
+
+
+def pixels_of_array(numbers: np.ndarray, pixels: PixelFormat) -> np.ndarray:
+    """Return what ``read_image`` gives for a file of these numbers: (h, w, 3) uint8, or (h, w) and (h, w, bands).
+
+    Raises ValueError for another array.
+    """
+    if pixels.plain:
+        if numbers.dtype != np.uint8 or numbers.ndim != 3 or numbers.shape[2] != 3 or not numbers.size:
+            raise ValueError(f"image: an array {numbers.dtype} {numbers.shape}; must be uint8 (h, w, 3), red first")
+        return numbers
+    if numbers.dtype.kind not in "biuf" or numbers.ndim not in (2, 3) or not numbers.size:
+        raise ValueError(f"image: an array {numbers.dtype} {numbers.shape}; must be numbers (h, w) or (h, w, bands)")
+    with _named("image"):
+        chosen = choose_channels(FileBands(numbers if numbers.ndim == 3 else numbers[..., None], False), pixels)
+        return undeclared_8_bits(chosen) if pixels.value_range is None else in_range(chosen, pixels.value_range)
+
+
+def _eight_bits(path: Path | str) -> np.ndarray:
     with open_image(path) as image:
-        turn = _UPRIGHT.get(orientation(image))
+        turn = UPRIGHT.get(orientation(image))
+        _check_whole(path, image)
         image.load()
         upright = image if turn is None else image.transpose(turn)
         if upright.mode.startswith("I") or upright.mode == "F":
-            return np.repeat(_to_8_bits(np.asarray(upright), upright.mode)[..., None], 3, axis=2)
+            grey = np.asarray(upright)
+            # A PGM says which value is white, and Pillow has brought it to 65535.
+            grey = of_16_bits(grey) if image.format == "PPM" else undeclared_8_bits(grey)
+            return np.repeat(grey[..., None], 3, axis=2)
         # A palette with transparency goes by way of RGBA, or Pillow warns where it is given for each colour.
         if upright.mode == "P" and "transparency" in upright.info:
             upright = upright.convert("RGBA")
         return np.array(upright.convert("RGB"))
 
 
-def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
-    low, high = pixels.min(), pixels.max()
-    if mode == "F" or low < 0 or high > 65535:
-        raise ValueError(f"grey values {low} ... {high} (Pillow's mode {mode}): 8 or 16 bits a channel can be read")
-    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _check_whole(path: Path | str, image: Image.Image) -> None:
+    """Raise ValueError for an animation, and for a TIFF whose fourth band may be more than transparency."""
+    frames = getattr(image, "n_frames", 1) if image.format in ("PNG", "WEBP") else 1
+    if frames > 1:
+        raise ValueError(f"{path}: an animation of {frames} frames; write one picture a file")
+    if image.format == "TIFF" and image.mode in ("RGBA", "LA"):
+        levels = len(set(np.flatnonzero(image.getchannel("A").histogram()).tolist()) - {0, 255})
+        if levels:
+            bands = len(image.getbands())
+            raise ValueError(
+                f"{path}: its band {bands} is marked as transparency and has {levels} levels between none and full, as "
+                f"infrared has that GDAL wrote; data.bands={','.join(map(str, range(1, bands)))} drops it, "
+                f"data.channels={bands} uses it"
+            )
+
+
+@contextmanager
+def _named(path: Path | str) -> Iterator[None]:
+    """Put the file before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from error
 
 
 def read_mask(path: Path | str, num_classes: int, coding: MaskEncoding | None = None) -> np.ndarray:
     """Return (h, w) uint8 of class ids and 255, upright by its EXIF orientation.
 
-    A pixel is a number: the index of a palette image, the value of a grey one (1 to 16 bits), or the value common to
-    all channels of an RGB one. It is the class id, unless ``coding`` says what it stands for. Where that is of colours,
-    the colour counts, whatever the file's mode.
+    A pixel is a number: that of an array or of a TIFF of one band, the index of a palette image, the value of a grey
+    one (1 to 16 bits), or the value common to all channels of an RGB one. It is the class id, unless ``coding`` says
+    what it stands for. Where that is of colours, the colour counts, whatever the file's mode.
     """
+    kind = file_kind(path)
+    if kind.name == "npy" or (kind.tiff is not None and not kind.eight_bits):
+        with _named(path):
+            return _labels(_ids_of_bands(read_bands(path, kind)), num_classes, coding)
     with open_image(path) as image:
-        turn, step = _UPRIGHT.get(orientation(image)), _step(image)
+        turn, step = UPRIGHT.get(orientation(image)), _step(image)
         image.load()
         upright = image if turn is None else image.transpose(turn)
         if isinstance(coding, PaletteEncoding):
             return coding.labels_of(np.asarray(upright.convert("RGB")))
-        ids = _indices(upright) // step
-        if coding is not None:
-            return coding.labels_of(ids)
-        wrong = ids >= num_classes
-        wrong &= ids != IGNORE
-        if ids.dtype.kind == "i":
-            wrong |= ids < 0
-        if wrong.any():
-            raise ValueError(
-                f"{np.count_nonzero(wrong)} pixels are of no class ({_some(np.unique(ids[wrong]).tolist())}); "
-                f"allowed: 0 ... {num_classes - 1}, and {IGNORE} for what is ignored"
-            )
-        return ids.astype(np.uint8)
+        return _labels(_indices(upright) // step, num_classes, coding)
+
+
+def _labels(ids: np.ndarray, num_classes: int, coding: MaskEncoding | None) -> np.ndarray:
+    if isinstance(coding, PaletteEncoding):
+        raise ValueError(f"a mask of numbers ({ids.dtype}), and palette.txt is of colours; remove it, or write colours")
+    if coding is not None:
+        return coding.labels_of(ids)
+    wrong = ids >= num_classes
+    wrong &= ids != IGNORE
+    if ids.dtype.kind == "i":
+        wrong |= ids < 0
+    if wrong.any():
+        raise ValueError(
+            f"{np.count_nonzero(wrong)} pixels are of no class ({_some(np.unique(ids[wrong]).tolist())}); "
+            f"allowed: 0 ... {num_classes - 1}, and {IGNORE} for what is ignored"
+        )
+    return ids.astype(np.uint8)
+
+
+def _ids_of_bands(found: FileBands) -> np.ndarray:
+    """Return (h, w) integers of a file of one band; whole numbers of any type are integers."""
+    numbers = found.numbers
+    if numbers.shape[2] != 1:
+        raise ValueError(f"a mask of {numbers.shape[2]} bands; it must have one, of class ids")
+    ids = numbers[..., 0]
+    if ids.dtype.kind == "f":
+        whole = np.isfinite(ids) & (ids == np.floor(ids))
+        if not whole.all():
+            raise ValueError(f"{np.count_nonzero(~whole):,} pixels are no whole number ({ids.dtype}); ids are integers")
+    return ids.astype(np.int64)
 
 
 def label_counts(labels: np.ndarray) -> np.ndarray:
@@ -230,16 +260,16 @@ def _indices(image: Image.Image) -> np.ndarray:
 
 
 class FileImages(Sequence[np.ndarray]):
-    """Images of different sizes, each (h, w, 3) uint8, decoded when asked for."""
+    """Images of different sizes, each as ``read_image`` gives it, decoded when asked for."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
+    def __init__(self, paths: Sequence[Path], pixels: PixelFormat = RGB_8) -> None:
+        self.paths, self.pixels = tuple(paths), pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]  # one at a time, no slices
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], self.pixels)
 
 
 class FileMasks(Sequence[np.ndarray]):

@@ -11,7 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from viladiff.config.base import did_you_mean
+from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.files.images import SUFFIXES
+
+SHOWN = 5
+"""Unused files that a sentence names; the rest are counted."""
 
 
 class Layout(NamedTuple):
@@ -36,6 +40,8 @@ class Layout(NamedTuple):
     another repository has."""
     pool_has_masks: bool = False
     """Whether unlabelled images that no list names are only those that have a mask."""
+    mask_suffix: str = ".png"
+    """What a mask's name ends in, behind ``mask_end``."""
 
     def image_id(self, text: str) -> str:
         """Return the id in a relative path of an image, as files and lists spell it."""
@@ -49,7 +55,7 @@ class Layout(NamedTuple):
 
     def mask_name(self, name: str) -> str:
         """Return the mask's path for an image, relative to the folder of masks."""
-        return f"{name}{self.mask_end}.png"
+        return f"{name}{self.mask_end}{self.mask_suffix}"
 
 
 FOLDER = Layout("folder", "images", "masks")
@@ -84,6 +90,18 @@ class FileIndex(NamedTuple):
     """What its reader took otherwise than one might think, a sentence each."""
     unmasked: frozenset[str] = frozenset()
     """Images of which a list says that they have no mask."""
+    pixels: PixelFormat = RGB_8
+    """What the pixels of the images are."""
+    unused: tuple[Path, ...] = ()
+    """Files in the folders of images and masks that are neither, and masks without an image."""
+
+    def unused_note(self) -> tuple[str, ...]:
+        """Return a sentence that counts the unused files and names the first."""
+        if not self.unused:
+            return ()
+        first = ", ".join(path.relative_to(self.root).as_posix() for path in self.unused[:SHOWN])
+        more = " ..." if len(self.unused) > SHOWN else ""
+        return (f"{len(self.unused)} files are not used: {first}{more}",)
 
     def pool(self) -> list[str]:
         """Return the images that may be trained on."""
@@ -106,18 +124,35 @@ def scan(root: Path | str, layout: Layout) -> FileIndex:
     if not top.is_dir():
         raise ValueError(f"{top}: there is no such directory; set runtime.data_root to the one that holds the data")
     top = Path(os.path.realpath(top))
-    parts = [_images(top, layout, folder) for folder in (layout.images, layout.val_images) if folder]
+    others: list[Path] = []
+    parts = [_images(top, layout, folder, others) for folder in (layout.images, layout.val_images) if folder]
     folders = dict.fromkeys(folder for folder in (layout.masks, layout.val_masks) if (top / folder).is_dir() and folder)
-    masks = (_by_id(top, layout, folder, layout.mask_end, (".png",)).items() for folder in folders)
-    images = (part.items() for part in parts)
-    return FileIndex(top, layout, _unique(chain(*images)), _unique(chain(*masks)), frozenset(*parts[1:]))
+    ends = layout.mask_end, (layout.mask_suffix.lower(),)
+    beside = _masks_beside(parts[0], layout)
+    here = (_by_id(top, layout, folder, *ends, others).items() for folder in folders)
+    masks = _unique(chain(beside.items(), *here))
+    images = _unique(chain(*(part.items() for part in parts)))
+    lost = [path for name, path in masks.items() if name not in images] if layout.dataset == FOLDER.dataset else []
+    return FileIndex(top, layout, images, masks, frozenset(*parts[1:]), unused=(*sorted(others), *lost))
 
 
-def _images(top: Path, layout: Layout, folder: str) -> dict[str, Path]:
+def _masks_beside(images: dict[str, Path], layout: Layout) -> dict[str, Path]:
+    """Take masks out of the images that stand beside them: of one's own folder, where they have an end of their own."""
+    if layout.dataset != FOLDER.dataset or not layout.mask_end:
+        return {}
+    end = f"{layout.mask_end}{layout.mask_suffix}".lower()
+    found = {name: path for name, path in images.items() if path.name.lower().endswith(end)}
+    return {name.removesuffix(layout.mask_end): images.pop(name) for name in found}
+
+
+def _images(top: Path, layout: Layout, folder: str, others: list[Path]) -> dict[str, Path]:
     if not (top / folder).is_dir():
         there = [entry.name for entry in os.scandir(top) if entry.is_dir()]
-        raise ValueError(f"{top}: has no folder {folder!r} of images{did_you_mean(folder, there)}")
-    found = _by_id(top, layout, folder, layout.image_end, SUFFIXES)
+        names = ", ".join(sorted(there)[:SHOWN]) or "none"
+        raise ValueError(
+            f"{top}: has no folder {folder!r} of images{did_you_mean(folder, there) or f'; its folders: {names}'}"
+        )
+    found = _by_id(top, layout, folder, layout.image_end, SUFFIXES, others)
     if not found:
         named = f" whose name ends in {layout.image_end!r}" if layout.image_end else ""
         raise ValueError(f"{top / folder}: holds no image{named} ({', '.join(SUFFIXES)})")
@@ -136,8 +171,14 @@ def image_id(text: str) -> str:
     return unicodedata.normalize("NFC", str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else str(path))
 
 
-def _by_id(root: Path, layout: Layout, folder: str, end: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Return the files of a folder with the given ending; by bare name if the layout keeps validation images apart."""
+def _by_id(
+    root: Path, layout: Layout, folder: str, end: str, suffixes: tuple[str, ...], others: list[Path]
+) -> dict[str, Path]:
+    """Return the files of a folder with the given ending; by bare name if the layout keeps validation images apart.
+
+    The other files are added to ``others``, unless a published layout has such beside the wanted ones.
+    """
+    usual = bool(end) and layout.dataset != FOLDER.dataset
     inside(root, root / folder)
     top, found = str(root / folder), []
     for path in _walk(root, top):
@@ -145,6 +186,8 @@ def _by_id(root: Path, layout: Layout, folder: str, end: str, suffixes: tuple[st
         name, suffix = os.path.splitext(os.path.basename(path) if layout.val_images else path[len(top) + 1 :])
         if suffix.lower() in suffixes and name.endswith(end):
             found.append((unicodedata.normalize("NFC", name.removesuffix(end)), Path(path)))
+        elif not usual:
+            others.append(Path(path))
     return _unique(found)
 
 

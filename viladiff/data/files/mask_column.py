@@ -58,7 +58,7 @@ class _Finder:
         tried = [text] if self.layout.val_images else [text, f"{self.layout.masks}/{text}"]
         if read is not None and self._relative(read) in tried:
             return read
-        alike = PurePosixPath(text).name in {f"{name}{end}.png" for end in self.layout.same_ends}
+        alike = PurePosixPath(text).name in {f"{name}{end}{self.layout.mask_suffix}" for end in self.layout.same_ends}
         own = tuple(f"{folder}/" for folder in (self.layout.masks, self.layout.val_masks) if folder)
         for one in tried:
             there = self._pngs(one.partition("/")[0]).get(one)
@@ -67,7 +67,7 @@ class _Finder:
             usual = f"/{self.layout.mask_name(name)}"
             if one.endswith(usual):
                 self._others.add(one.removesuffix(usual))
-            elif self.layout != FOLDER:
+            elif self.layout.dataset != FOLDER.dataset:
                 return None
             return there
         return read if alike else None
@@ -88,7 +88,7 @@ class _Finder:
         if text == NONE:
             return f"{name!r} has {NONE} in place of a mask, and needs one; name it, or take the line out ({here})"
         allowed, close = f"a PNG called {PurePosixPath(layout.mask_name(name)).name!r}", ""
-        if layout == FOLDER:
+        if layout.dataset == FOLDER.dataset:
             plain = text.lstrip("/")
             allowed, close = "a PNG", did_you_mean(plain, [*self._pngs(plain.partition("/")[0])])
         return (
@@ -103,7 +103,8 @@ class _Finder:
         """Return the PNGs below a folder of the root by relative name, without hidden folders and files."""
         if folder not in self._files:
             there = below(self.tree.root, folder) if folder else ()
-            self._files[folder] = {_spelt(name): path for name, path in there if name.lower().endswith(".png")}
+            ends = (".png", self.layout.mask_suffix.lower())
+            self._files[folder] = {_spelt(name): path for name, path in there if name.lower().endswith(ends)}
         return self._files[folder]
 
 

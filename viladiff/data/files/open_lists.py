@@ -9,7 +9,15 @@ from viladiff.config.base import did_you_mean
 from viladiff.data.files.index import FileIndex
 from viladiff.data.files.known_splits import identify_split
 from viladiff.data.files.mask_column import named_masks
-from viladiff.data.files.split_lists import LABELLED, Lists, SplitKey, check_disjoint, find_lists, read_columns
+from viladiff.data.files.split_lists import (
+    LABELLED,
+    Lists,
+    SplitKey,
+    check_disjoint,
+    find_lists,
+    read_columns,
+    read_lines,
+)
 
 
 def split_directory(tree: FileIndex, given: Path | str | None) -> Path:
@@ -53,7 +61,9 @@ def read_lists(
     if val is not None:
         listed = read_columns(val, tree.layout, tree.apart or tree.images, tree.layout.val_images)
         tree, last = named_masks(tree, val, listed, needed=True), tuple(listed)
-    if rest is not None:
+    if rest is not None and not read_lines(rest):  # as a split by groups leaves it
+        others: tuple[str, ...] = ()
+    elif rest is not None:
         found = read_columns(rest, tree.layout, pool)
         tree, others = named_masks(tree, rest, found, needed=False), tuple(found)
     else:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from viladiff.config.pixel_format import PixelFormat
+from viladiff.data.cache import fingerprint
 from viladiff.data.constants import IGNORE
 from viladiff.data.dataset import Dataset
 from viladiff.data.files.file_cache import Contents
 from viladiff.data.files.images import IdEncoding, image_size
 from viladiff.data.files.index import FOLDER, FileList
 from viladiff.data.files.stamps import stamped
-from viladiff.data.files.validate import decoded_size, size_mismatch, some_ignored, zero_or_ignored
+from viladiff.data.files.validate import (
+    decoded_size,
+    depth_note,
+    size_mismatch,
+    some_ignored,
+    undeclared_depth,
+    zero_or_ignored,
+)
+from viladiff.data.formats.bands import file_kind
 from viladiff.data.sources.base import Classes
 
 SHOWN = 5
@@ -45,15 +56,15 @@ def _checked(dataset: Dataset, files: FileList, contents: Contents) -> tuple[str
     parts = [labelled] if dataset.val_files is None else [labelled, dataset.val_files]
     others = _some(files, dataset.unlabelled.tolist())
     try:
-        faults = [text for path in others.paths for text in _odd(path, contents)[1]]
+        rest = [_odd(path, contents, dataset.pixels) for path in others.paths]
         looked = [_look_at_part(part, dataset, contents) for part in parts]
     finally:
         contents.save()
-    faults += [text for *_, wrong in looked for text in wrong]
-    counts = [shown for shown, *_ in looked]
+    faults = [text for one in rest for text in one.faults] + [text for part in looked for text in part.faults]
+    counts = [part.shown for part in looked]
     if faults:
-        rest = f"\n{len(faults) - SHOWN} more; `viladiff data check` lists all" if len(faults) > SHOWN else ""
-        raise ValueError("\n".join(faults[:SHOWN]) + rest)
+        more = f"\n{len(faults) - SHOWN} more; `viladiff data check` lists all" if len(faults) > SHOWN else ""
+        raise ValueError("\n".join(faults[:SHOWN]) + more)
     if not counts[0][: dataset.num_classes].any():
         raise ValueError(f"data.split: none of the {len(labelled)} labelled images has a labelled pixel")
     if dataset.name == FOLDER.dataset:
@@ -61,22 +72,35 @@ def _checked(dataset: Dataset, files: FileList, contents: Contents) -> tuple[str
     coding = getattr(dataset.masks, "coding", None)
     odd = [] if not isinstance(coding, IdEncoding) or any(shown[IGNORE] for shown in counts) else [coding.hint]
     told = [f"no mask has an ignored pixel, which is unusual of {dataset.name}: {hint}" for hint in odd]
-    both, unsure = sum(counts, np.zeros(256, np.int64)), sum(one for _, one, _ in looked)
+    both, unsure = sum(counts, np.zeros(256, np.int64)), sum(part.unsure for part in looked)
     hint = some_ignored(Classes(dataset.class_names, coding), both, unsure, sum(map(len, parts)))
     told += [f"{files.masks[0].parent}: {hint}"] if hint else []
-    return (*told, *_never(dataset, counts))
+    deep = depth_note(sum(one.deep for one in rest) + sum(part.deep for part in looked))
+    return (*told, *_never(dataset, counts), *deep)
 
 
-def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> tuple[np.ndarray, int, list[str]]:
-    """Read some masks: (256,) pixels by label, how many masks hold 0 and 255 alone, and problems of files."""
-    total, unsure, faults = np.zeros(256, np.int64), 0, []
+class _Part(NamedTuple):
+    """A look at some images with their masks."""
+
+    shown: np.ndarray
+    """(256,) pixels by label."""
+    unsure: int
+    """Masks that hold 0 and 255 alone."""
+    faults: list[str]
+    deep: int
+    """Images of ``undeclared_depth``."""
+
+
+def _look_at_part(part: FileList, dataset: Dataset, contents: Contents) -> _Part:
+    total, unsure, faults, deep = np.zeros(256, np.int64), 0, [], 0
     for image, mask in zip(part.paths, part.masks, strict=True):
-        size, wrong = _odd(image, contents)
-        found, more = _odd_mask(mask, size, dataset, contents)
-        faults += wrong + more
+        seen = _odd(image, contents, dataset.pixels)
+        found, more = _odd_mask(mask, seen.size, dataset, contents)
+        faults += seen.faults + more
+        deep += seen.deep
         total += found
         unsure += np.flatnonzero(found).tolist() == [0, IGNORE]
-    return total, unsure, faults
+    return _Part(total, unsure, faults, deep)
 
 
 def _refuse_absent(dataset: Dataset, root: Path, counts: Sequence[np.ndarray]) -> None:
@@ -111,21 +135,32 @@ def _some(files: FileList, places: Sequence[int]) -> FileList:
     return FileList(tuple(files.ids[i] for i in places), paths, masks, files.unmasked)
 
 
-def _odd(path: Path, contents: Contents) -> tuple[tuple[int, int] | None, list[str]]:
-    """Return (height, width) of an image that seems complete, or its problems."""
+class _Seen(NamedTuple):
+    """A look at an image."""
 
-    def look() -> tuple[int, int]:
+    size: tuple[int, int] | None
+    """(height, width) of one that seems complete."""
+    faults: list[str]
+    deep: bool = False
+    """As ``undeclared_depth``."""
+
+
+def _odd(path: Path, contents: Contents, pixels: PixelFormat) -> _Seen:
+    def look() -> tuple[int, int, bool]:
+        if not pixels.plain or file_kind(path).name != "pillow":
+            return (*decoded_size(path, pixels), undeclared_depth(path, pixels))
         size = image_size(path)
         end = _ENDS.get(path.suffix.lower())
         if end is None or end not in _tail(path):
             decoded_size(path)
-        return size
+        return (*size, False)
 
+    entry = "image" if pixels.plain else f"image {fingerprint(*pixels[:3])}"
     try:
-        height, width = contents.find(path, "image", look)
+        height, width, deep = contents.find(path, entry, look)
     except (ValueError, OSError) as error:
-        return None, [str(error)]
-    return (height, width), []
+        return _Seen(None, [str(error)])
+    return _Seen((height, width), [], deep)
 
 
 def _tail(path: Path) -> bytes:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.images import (
-    MaskEncoding,
-    label_counts,
-    open_image,
-    read_image,
-    read_mask,
-    upright_size,
-)
+from viladiff.data.files.images import SUFFIXES, MaskEncoding, label_counts, read_image, read_mask
 from viladiff.data.files.index import FOLDER, FileIndex
 from viladiff.data.files.open_lists import read_lists
 from viladiff.data.files.split_lists import LABELLED
+from viladiff.data.formats.bands import file_kind
+from viladiff.data.formats.pillow_file import open_image, upright_size
 from viladiff.data.process_pool import map_in_processes
 from viladiff.data.sources.base import Classes, SourceFiles, describe_lists
 from viladiff.data.sources.detect import open_tree
@@ -50,6 +47,8 @@ class ImageReport(NamedTuple):
     pixels: dict[int, int] | None
     """Pixels of the mask by label; None where there is no mask or it cannot be read."""
     faults: tuple[DataProblem, ...]
+    deep: bool = False
+    """Whether it has 16 bits a channel, and nothing says which values are black and white."""
 
 
 class Split(NamedTuple):
@@ -104,14 +103,15 @@ def validate_dataset(
     split_dir: Path | str | None = None,
     processes: int | None = None,
     advance: Advance = lambda done, of: None,
-    reduce_zero_label: bool = True,
+    fields: Mapping[str, object] = MappingProxyType({}),
 ) -> DatasetReport:
     """Decode every image and mask below ``root`` and read every list, in ``processes`` (one for each core).
 
-    ``advance`` is called with the number of images done and their total. Raises ValueError if there is nothing to
-    check: no layout, no classes, two files of one name, a link that leads out of the root.
+    ``advance`` is called with the number of images done and their total; fields: of ``data``, as of ``open_tree``.
+    Raises ValueError if there is nothing to check: no layout, no classes, two files of one name, a link that leads out
+    of the root.
     """
-    tree, classes = open_tree(root, reduce_zero_label=reduce_zero_label)
+    tree, classes = open_tree(root, **fields)
     seen = inspect_images(tree, classes, processes, advance)
     faults = [fault for one in seen.values() for fault in one.faults]
     faults += [DataProblem("warning", str(tree.root / tree.layout.masks), note) for note in tree.notes]
@@ -126,7 +126,8 @@ def inspect_images(
     tree: FileIndex, classes: Classes, processes: int | None, advance: Advance = lambda done, of: None
 ) -> dict[str, ImageReport]:
     """Return ``inspect_image`` of every image, by id. Raises ValueError if a process dies."""
-    jobs = [(path, tree.masks.get(name), len(classes.names), classes.coding) for name, path in tree.images.items()]
+    same = len(classes.names), classes.coding, tree.pixels
+    jobs = [(path, tree.masks.get(name), *same) for name, path in tree.images.items()]
     chunks = [jobs[start : start + 16] for start in range(0, len(jobs), 16)]
     found: list[ImageReport] = []
     with map_in_processes(processes, len(chunks)) as run:
@@ -136,17 +137,24 @@ def inspect_images(
     return dict(zip(tree.images, found, strict=True))
 
 
-def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, MaskEncoding | None]]) -> list[ImageReport]:
+def _look_at_some(jobs: Sequence[tuple[Path, Path | None, int, MaskEncoding | None, PixelFormat]]) -> list[ImageReport]:
     return [inspect_image(*job) for job in jobs]
 
 
-def inspect_image(image: Path, mask: Path | None, num_classes: int, coding: MaskEncoding | None) -> ImageReport:
+def inspect_image(
+    image: Path,
+    mask: Path | None,
+    num_classes: int,
+    coding: MaskEncoding | None,
+    pixels: PixelFormat = RGB_8,
+) -> ImageReport:
     """Decode an image and its mask and compare them."""
     faults = []
     size: tuple[int, int] | None = None
     counts: dict[int, int] | None = None
+    deep = False
     try:
-        size = decoded_size(image)
+        size, deep = decoded_size(image, pixels), undeclared_depth(image, pixels)
     except ValueError as error:
         faults.append(DataProblem("error", str(image), _reason(image, error)))
     if mask is not None:
@@ -160,11 +168,15 @@ def inspect_image(image: Path, mask: Path | None, num_classes: int, coding: Mask
             faults += [DataProblem("error", str(mask), text) for text in size_mismatch(size, labels.shape)]
             if counts.keys() == {IGNORE}:
                 faults.append(DataProblem("warning", str(mask), f"every pixel is {IGNORE}: nothing is labelled"))
-    return ImageReport(size, counts, tuple(faults))
+    return ImageReport(size, counts, tuple(faults), deep)
 
 
-def decoded_size(path: Path) -> tuple[int, int]:
+def decoded_size(path: Path, pixels: PixelFormat = RGB_8) -> tuple[int, int]:
     """Decode a whole image; return (height, width). A JPEG is decoded at an eighth of its size, reading all bytes."""
+    kind = file_kind(path)
+    if not (pixels.plain and kind.name == "pillow"):
+        height, width = read_image(path, pixels).shape[:2]
+        return height, width
     with open_image(path) as image:
         size = upright_size(image)
         whole = image.format == "JPEG" or image.mode in ("L", "RGB", "RGBA", "P", "CMYK", "1", "LA")
@@ -174,6 +186,19 @@ def decoded_size(path: Path) -> tuple[int, int]:
     if not whole:
         read_image(path)  # says which depths cannot be brought to 8 bits
     return size
+
+
+def undeclared_depth(path: Path, pixels: PixelFormat) -> bool:
+    """Return whether a file has 16 bits a channel and no field says which values are black and white."""
+    return pixels.value_range is None and file_kind(path).sixteen_bits
+
+
+def depth_note(count: int) -> list[str]:
+    """Return a sentence for so many images of ``undeclared_depth``."""
+    if not count:
+        return []
+    what = "images have 16 bits a channel and data.value_range is not set"
+    return [f"{count} {what}: 0 ... 65535 are read as black ... white, as data.value_range=16bit says"]
 
 
 def size_mismatch(size: tuple[int, int] | None, shape: tuple[int, ...]) -> list[str]:
@@ -189,14 +214,19 @@ def _reason(path: Path, error: ValueError) -> str:
 
 
 def _strays(tree: FileIndex) -> list[DataProblem]:
-    """Report masks without an image, and files beside the masks that are no PNG."""
+    """Report masks without an image, and files beside the images and masks that are neither."""
     lost = [DataProblem("warning", str(path), "there is no image of this name") for name, path in tree.masks.items()]
     lost = [fault for fault, name in zip(lost, tree.masks, strict=True) if name not in tree.images]
-    known = set(tree.masks.values())
-    folder = tree.root / tree.layout.masks
-    for path in sorted(folder.rglob("*.*")) if folder.is_dir() else ():
-        if path not in known and path.is_file() and not path.name.startswith(".") and not tree.layout.mask_end:
-            lost.append(DataProblem("warning", str(path), "is not read: masks are PNG files"))
+    masks = tree.root / tree.layout.masks
+    for path in tree.unused:
+        if path in tree.masks.values():
+            continue
+        if path.is_relative_to(masks):
+            end = f"{tree.layout.mask_end}{tree.layout.mask_suffix}"
+            what = "masks are PNG files" if end == ".png" else f"masks end in {end} (data.mask_suffix)"
+        else:
+            what = f"images end in {', '.join(SUFFIXES)}"
+        lost.append(DataProblem("warning", str(path), f"is not read: {what}"))
     return lost
 
 
@@ -226,10 +256,12 @@ def _doubts(report: DatasetReport) -> list[DataProblem]:
     root, names = str(report.tree.root / report.tree.layout.masks), report.classes.names
     masks = [one.pixels for one in report.seen.values() if one.pixels is not None]
     if not masks:
-        return [DataProblem("error", root, "there is no mask that can be read, so nothing to learn from")]
+        return [
+            DataProblem("error", root, f"there is no mask that can be read, so nothing to learn from{_hint(report)}")
+        ]
     shown = report.images()
     absent = [name for label, name in enumerate(names) if not shown[label]]
-    level: Level = "error" if report.tree.layout == FOLDER else "warning"
+    level: Level = "error" if report.tree.layout.dataset == FOLDER.dataset else "warning"
     if absent:
         faults.append(DataProblem(level, root, f"{len(absent)} classes are in no mask: {', '.join(absent)}"))
     if not shown[:IGNORE].any():
@@ -238,10 +270,20 @@ def _doubts(report: DatasetReport) -> list[DataProblem]:
         )
     elif (hint := zero_or_ignored(names, shown)) is not None:
         faults.append(DataProblem(level, root, hint))
+    deep = depth_note(sum(one.deep for one in report.seen.values()))
+    faults += [DataProblem("warning", str(report.tree.root / report.tree.layout.images), text) for text in deep]
     unsure = sum(one.keys() == {0, IGNORE} for one in masks)
     if (hint := some_ignored(report.classes, shown, unsure, len(masks))) is not None:
         faults.append(DataProblem("warning", root, hint))
     return faults
+
+
+def _hint(report: DatasetReport) -> str:
+    """Return where masks may be if their folder is missing."""
+    top, masks = report.tree.root, report.tree.layout.masks
+    known = {PurePosixPath(masks).parts[0], PurePosixPath(report.tree.layout.images).parts[0], "splits"}
+    there = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and entry.name not in known)
+    return f"; there is no folder {masks!r}, but {', '.join(there)}" if there and not (top / masks).is_dir() else ""
 
 
 def some_ignored(classes: Classes, shown: np.ndarray, unsure: int, masks: int) -> str | None:

@@ -112,9 +112,14 @@ class FileSource(DataSource):
 
 def pretrained(epochs: float) -> dict[str, dict[str, object]]:
     """Presets of data sets of photographs: an encoder that is pretrained on ImageNet, mixed precision (paper, section
-    4.1), and the length of training, which is UniMatch V2's for those that it has."""
+    4.1), the length of training, which is UniMatch V2's for those that it has, and checkpoints by time alone, since one
+    of 1.4 GB takes longer than 100 steps on a GPU."""
     model = {"encoder": "vit_base_patch16_224", "pretrained": "timm", "decoder_width": 128}
-    return {"model": model, "train": {"epochs": epochs, "precision": "bf16"}}
+    return {
+        "model": model,
+        "train": {"epochs": epochs, "precision": "bf16"},
+        "runtime": {"checkpoint_every": 0},
+    }
 
 
 MANY_CLASSES = 81
@@ -164,6 +169,9 @@ def load_files(data: DataConfig, found: SourceFiles) -> Dataset:
     split_name, notes = describe_lists(data.dataset, found)
     lists, (names, coding) = found.lists, found.classes
     named, copies = files_fingerprint(data.dataset, found, contents)
+    # Where nothing is declared, names stay as they were before the fields.
+    pixels = found.tree.pixels
+    named = named if pixels.plain else fingerprint("pixels", named, pixels[:3])
     files = found.tree.files((*lists.labelled, *lists.unlabelled))
     val = found.tree.files(lists.val)
     labelled = np.arange(len(lists.labelled))
@@ -171,9 +179,9 @@ def load_files(data: DataConfig, found: SourceFiles) -> Dataset:
         name=data.dataset,
         num_classes=len(names),
         class_names=names,
-        images=FileImages(files.paths),
+        images=FileImages(files.paths, found.tree.pixels),
         masks=FileMasks(files.masks, len(names), coding),
-        val_images=FileImages(val.paths),
+        val_images=FileImages(val.paths, found.tree.pixels),
         val_masks=FileMasks(val.masks, len(names), coding),
         labelled=labelled,
         unlabelled=np.arange(len(labelled), len(files)),
@@ -181,12 +189,14 @@ def load_files(data: DataConfig, found: SourceFiles) -> Dataset:
         val_captions=((),) * len(val),
         fingerprint=named,
         contents=contents,
+        pixels=pixels,
         caption_source="no captions",
         uniform=False,
         files=files,
         val_files=val,
         split_name=split_name + drawn,
-        notes=(*found.tree.notes, *notes, *copies),
+        notes=(*found.tree.notes, *notes, *copies, *found.tree.unused_note()),
+        unused=found.tree.unused_note(),
     )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +20,11 @@ from PIL import Image
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.index import locate
+from viladiff.data.files.index import FOLDER, locate
 from viladiff.data.files.validate import Advance
 from viladiff.data.process_pool import map_in_processes
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES, LAYOUT, PLACES
+from viladiff.data.sources.coco_regions import checked_polygons, checked_runs, checked_size
 
 REVISION = 1
 """Raised when the same instances would give other masks."""
@@ -38,7 +39,7 @@ class Region(NamedTuple):
     """An annotation as it is painted."""
 
     label: int
-    """1 ... 80, or 255 for a crowd."""
+    """The class, from 1, or 255 for a crowd."""
     segmentation: Any
     """Polygons, or a run-length encoding, as the file has it."""
     source: str
@@ -83,14 +84,51 @@ def make_masks(
     written atomically, so that an interrupted call can be resumed. Raises ValueError for a file that is not of COCO's
     instances, and for masks in ``out`` that were made from other files.
     """
-    if importlib.util.find_spec("pycocotools") is None:
-        raise ValueError("pycocotools is missing, which reads COCO's regions: pip install 'viladiff[coco]'")
     top = locate(root, PLACES, LAYOUT)
     folder = top / LAYOUT.masks if out is None else Path(out).expanduser()
+    _need_pycocotools()
     files = [Path(path).expanduser() for path in instances] or _default(top)
+    return _made(folder, ((path, read_instances(path)) for path in files), processes, advance)
+
+
+def make_own_masks(
+    root: Path | str,
+    instances: Sequence[Path | str],
+    out: Path | str | None = None,
+    processes: int | None = None,
+    advance: Advance = lambda done, of: None,
+) -> Made:
+    """Make the masks of ``root/images`` and ``root/classes.txt`` from one JSON file of any categories.
+
+    Background is class 0, and the categories that are annotated follow by rising id. Raises ValueError as
+    ``make_masks``, for more than one file, and where classes.txt or palette.txt says something else.
+    """
+    if len(instances) != 1:
+        raise ValueError(f"--own: needs one --instances FILE, got {len(instances)}; merge them first")
+    _need_pycocotools()
+    top, path = Path(root).expanduser(), Path(instances[0]).expanduser()
+    tasks, classes = read_own_instances(path)
+    file, text = top / "classes.txt", "\n".join(classes) + "\n"
+    if (top / "palette.txt").exists() or (
+        file.exists() and file.read_text(encoding="utf-8").split("\n") != text.split("\n")
+    ):
+        raise ValueError(f"{top}: has a palette.txt or another classes.txt, and {path.name} has {', '.join(classes)}")
+    try:
+        write_atomically(file, text.encode())
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be written ({error.strerror or error})") from error
+    folder = top / FOLDER.masks if out is None else Path(out).expanduser()
+    return _made(folder, [(path, tasks)], processes, advance)
+
+
+def _need_pycocotools() -> None:
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ValueError("pycocotools is missing, which reads COCO's regions: pip install 'viladiff[coco]'")
+
+
+def _made(folder: Path, files: Iterable[tuple[Path, Sequence[Task]]], processes: int | None, advance: Advance) -> Made:
     made = Made()
-    for path in files:
-        tasks = read_instances(path)
+    for path, tasks in files:
         there = _begin(folder, path, tasks)
         todo = [task for task in tasks if f"{task.name}.png" not in there]
         chunks = [(folder, todo[start : start + CHUNK]) for start in range(0, len(todo), CHUNK)]
@@ -105,12 +143,52 @@ def make_masks(
 
 def read_instances(path: Path) -> list[Task]:
     """Read every image of the file with its regions. Raises ValueError for what differs from COCO's instances."""
+    content = _content(path)
+    try:
+        _check_categories(path, {int(one["id"]): str(one["name"]) for one in content["categories"]})
+        return _tasks(path, content, _CLASS)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of COCO's instances: {_lack(error)}") from error
+
+
+def read_own_instances(path: Path) -> tuple[list[Task], tuple[str, ...]]:
+    """Read the images of a file of any categories, and the names of its classes, background first.
+
+    Classes are the categories that some annotation has, by rising id. Raises ValueError for a file that is none of
+    instances, or whose categories cannot be told apart.
+    """
+    content = _content(path)
+    try:
+        names = {int(one["id"]): str(one["name"]).strip() for one in content["categories"]}
+        used = sorted({int(one["category_id"]) for one in content["annotations"] if not one.get("iscrowd", 0)})
+        missing = [number for number in used if number not in names]
+        if missing:
+            raise ValueError(f"{path}: category_id = {missing[0]} is none of its categories")
+        classes = ("background", *(names[number] for number in used))
+        odd = [name for name in classes if not name or "\n" in name or classes.count(name) > 1]
+        if odd or not 2 <= len(classes) <= IGNORE:
+            what = f"the name {odd[0]!r} is empty or of two" if odd else f"{len(classes) - 1} categories are annotated"
+            raise ValueError(f"{path}: {what}; must be 1 to {IGNORE - 1} different ones beside 'background'")
+        return _tasks(path, content, {number: label for label, number in enumerate(used, 1)}, folders=True), classes
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of instances: {_lack(error)}") from error
+
+
+def _lack(error: Exception) -> str:
+    return f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"it holds {text}, which is no number")
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            content = json.load(file)
+            content = json.load(file, parse_constant=_no_number)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     parts = ("images", "annotations", "categories")
     lacks = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
@@ -118,12 +196,7 @@ def read_instances(path: Path) -> list[Task]:
         raise ValueError(
             f"{path}: not a file of COCO's instances, such as instances_val2017.json: has no list {lacks[0]!r}"
         )
-    try:
-        _check_categories(path, {int(one["id"]): str(one["name"]) for one in content["categories"]})
-        return _tasks(path, content["images"], content["annotations"])
-    except (KeyError, TypeError) as error:
-        what = f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: not a file of COCO's instances: {what}") from error
+    return content
 
 
 def _check_categories(path: Path, found: dict[int, str]) -> None:
@@ -132,30 +205,50 @@ def _check_categories(path: Path, found: dict[int, str]) -> None:
         if wanted.get(number) != found.get(number):
             raise ValueError(
                 f"{path}: its categories are not COCO's 80 things: {number} is {found.get(number, 'missing')!r} here "
-                f"and {wanted.get(number, 'unused')!r} there; keypoints, stuff and other data sets have others"
+                f"and {wanted.get(number, 'unused')!r} there; keypoints and stuff have others, and --own reads any"
             )
 
 
-def _tasks(path: Path, images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> list[Task]:
-    regions: dict[Any, list[Region]] = {one["id"]: [] for one in images}
-    for one in annotations:
+def _tasks(path: Path, content: dict[str, Any], classes: dict[int, int], folders: bool = False) -> list[Task]:
+    """folders: names of images may have some."""
+    regions: dict[Any, list[Region]] = {one["id"]: [] for one in content["images"]}
+    for one in content["annotations"]:
         source = f"{path}: annotation {one['id']}"
         if one["image_id"] not in regions:
             raise ValueError(f"{source}: is of image {one['image_id']!r}, which the file does not have")
-        if one["category_id"] not in _CLASS:
+        crowd = bool(one.get("iscrowd", 0))
+        if one["category_id"] not in classes and not (folders and crowd):
             raise ValueError(f"{source}: category_id = {one['category_id']!r} is none of COCO's 80 things")
-        label = IGNORE if one.get("iscrowd", 0) else _CLASS[one["category_id"]]
+        label = IGNORE if crowd else classes[one["category_id"]]
         regions[one["image_id"]].append(Region(label, one["segmentation"], source))
     tasks = []
-    for one in images:
-        name, suffix = str(one["file_name"]).rsplit(".", 1) if "." in str(one["file_name"]) else ("", "")
-        if not name or not suffix or name != Path(name).name or name.startswith("."):
-            raise ValueError(f"{path}: image {one['id']}: file_name = {one['file_name']!r} must be a bare name")
-        height, width = int(one["height"]), int(one["width"])
-        if height < 1 or width < 1:
-            raise ValueError(f"{path}: image {one['id']}: height and width are {height} and {width}")
+    for one in content["images"]:
+        name = _image_name(str(one["file_name"]), folders)
+        if not name:
+            wanted = "lie below images/" if folders else "be a bare name"
+            raise ValueError(f"{path}: image {one['id']}: file_name = {one['file_name']!r} must {wanted}")
+        try:
+            height, width = checked_size(one["height"], one["width"])
+        except ValueError as error:
+            raise ValueError(f"{path}: image {one['id']}: {error}") from None
         tasks.append(Task(name, height, width, tuple(regions[one["id"]])))
     return tasks
+
+
+def _image_name(file: str, folders: bool) -> str:
+    """Return an image's name without its suffix; empty if it leads elsewhere."""
+    name, dot, suffix = file.removeprefix("./").rpartition(".")
+    if folders:
+        name = name.replace("\\", "/").removeprefix(f"{FOLDER.images}/")
+    parts = PurePosixPath(name).parts
+    wrong = not dot or not suffix or not name or name.startswith("/") or "/" in suffix
+    if (
+        wrong
+        or any(part == ".." or part.startswith(".") for part in parts)
+        or (not folders and name != Path(name).name)
+    ):
+        return ""
+    return name
 
 
 def paint(task: Task) -> tuple[np.ndarray, int]:
@@ -183,29 +276,12 @@ def _encoded(region: Region, height: int, width: int) -> tuple[Any, int]:
     given = region.segmentation
     try:
         if isinstance(given, dict):
-            if [*map(int, given["size"])] != [height, width]:
-                raise ValueError(f"its size is {given['size']}, the image's {[height, width]} (height, width)")
-            runs = isinstance(given["counts"], list)
-            encoded = masks.frPyObjects(given, height, width) if runs else given
-            # Beyond the last run pycocotools leaves memory as it was.
-            if sum(given["counts"]) != height * width if runs else not _whole(given):
-                raise ValueError("its runs do not make up the image")
-            return encoded, 0
-        polygons = [[float(number) for number in polygon] for polygon in given]
-        # pycocotools takes four numbers for a box, which is not what a polygon of two points is.
-        whole = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
-        dropped = len(polygons) - len(whole) + (not polygons)
+            listed = checked_runs(given, height, width)
+            return (masks.frPyObjects(given, height, width) if listed else given), 0
+        whole, dropped = checked_polygons(given, height, width)
         return (masks.merge(masks.frPyObjects(whole, height, width)) if whole else None), dropped
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{region.source}: its segmentation cannot be read: {error}") from error
-
-
-def _whole(given: dict[str, Any]) -> bool:
-    """Return whether a compressed encoding is what its own pixels give, which it is not if runs are missing."""
-    from pycocotools import mask as masks
-
-    text = given["counts"] if isinstance(given["counts"], bytes) else str(given["counts"]).encode()
-    return bool(masks.encode(np.asfortranarray(masks.decode(given)))["counts"] == text)
 
 
 def _paint_some(chunk: tuple[Path, Sequence[Task]]) -> list[int]:
@@ -215,7 +291,9 @@ def _paint_some(chunk: tuple[Path, Sequence[Task]]) -> list[int]:
         labels, dropped = paint(task)
         packed = io.BytesIO()
         Image.fromarray(labels).save(packed, "PNG")
-        write_atomically(folder / f"{task.name}.png", packed.getvalue())
+        path = folder / f"{task.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, packed.getvalue())
         hollow.append(dropped)
     return hollow
 
@@ -232,7 +310,7 @@ def _begin(folder: Path, path: Path, tasks: Sequence[Task]) -> frozenset[str]:
     """Return the names of the existing files, after checking that masks among them are of the same instances."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        there = frozenset(one.name for one in folder.iterdir())
+        there = frozenset(one.relative_to(folder).as_posix() for one in folder.rglob("*"))
         manifest = folder / MANIFEST
         known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
         digest = f"{REVISION}/{file_sha256(path)}"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from viladiff.config.pixel_format import MOST_CHANNELS, PixelFormat, check_pixel_format
 from viladiff.config.sections import DataConfig
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.images import PaletteEncoding
+from viladiff.data.files.images import MASK_SUFFIXES, PaletteEncoding
 from viladiff.data.files.index import FOLDER, FileIndex, scan
 from viladiff.data.files.open_lists import read_lists, split_directory
-from viladiff.data.files.split_lists import numbered, read_lines
+from viladiff.data.files.split_lists import numbered
 from viladiff.data.sources.base import Classes, FileSource, SourceFiles, photograph_sizes, pretrained
 
 IGNORED = ("ignore", "void", "unlabelled", "unlabeled")
@@ -28,6 +30,37 @@ class FolderData(DataConfig):
     """Name of the list of labelled images."""
     split_dir: str | None = None
     """Directory of the lists; none is ``splits`` below the data."""
+    mask_suffix: str = ".png"
+    """What follows an image's name in the name of its mask: an end of one's own and the type, as _mask.png or .tif."""
+    channels: int | None = Field(None, ge=1, le=MOST_CHANNELS)
+    """Bands of an image file, pages of a TIFF counted together, all of them channels of the network; none is red, green
+    and blue, with grey repeated. The first layer's pretrained weights for 3 are repeated over others as timm does."""
+    bands: tuple[int, ...] | None = None
+    """Bands of a file that are the channels, from 1, in this order; none is all. Three count as red, green and blue."""
+    value_range: str | None = None
+    """Which values of a file are black and white: a depth as 12bit, values as -1000..400 (one pair, or one a channel
+    with commas), or percentiles of each channel of each image as p1..p99; none is 8 bits."""
+    shown: tuple[int, ...] | None = None
+    """Channels, from 1, that pages and overlays show as red, green and blue; none is the first, or all if 3."""
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """What the pixels of image files are."""
+        return PixelFormat(self.channels, self.bands, self.value_range, self.shown)
+
+    @field_validator("mask_suffix")
+    @classmethod
+    def _masks_without_loss(cls, suffix: str) -> str:
+        end, dot, kind = suffix.rpartition(".")
+        if not dot or f".{kind.lower()}" not in MASK_SUFFIXES or "/" in end or "\\" in end:
+            allowed = ", ".join(MASK_SUFFIXES)
+            raise ValueError(f"must be an end of a name and one of {allowed}, as _mask.png, got {suffix!r}")
+        return suffix
+
+    @model_validator(mode="after")
+    def _check_pixels(self) -> FolderData:
+        check_pixel_format(self.pixels)
+        return self
 
 
 def open_folder(root: Path | str, data: FolderData) -> SourceFiles:
@@ -37,15 +70,16 @@ def open_folder(root: Path | str, data: FolderData) -> SourceFiles:
     validation images in ``NAME/val.txt`` or ``val.txt``; ``NAME/unlabelled.txt`` may list the others. Raises
     ValueError for what is missing, empty, listed twice or outside of the root.
     """
-    tree = scan(root, FOLDER)
+    tree, classes = folder_tree(root, data)
     tree, lists, sources = read_lists(tree, split_directory(tree, data.split_dir), [data.split])
-    return SourceFiles(tree, read_classes(tree.root), lists, sources)
+    return SourceFiles(tree, classes, lists, sources)
 
 
 def folder_tree(root: Path | str, data: FolderData) -> tuple[FileIndex, Classes]:
     """Return the files, and the classes of ``classes.txt`` or ``palette.txt``. Raises ValueError as ``scan`` and
     ``read_classes``."""
-    tree = scan(root, FOLDER)
+    end, _, kind = data.mask_suffix.rpartition(".")
+    tree = scan(root, FOLDER._replace(mask_end=end, mask_suffix=f".{kind}"))._replace(pixels=data.pixels)
     return tree, read_classes(tree.root)
 
 
@@ -55,10 +89,32 @@ def read_classes(root: Path) -> Classes:
         return _read_palette(root / "palette.txt")
     path = root / "classes.txt"
     if not path.is_file():
+        cvat = (root / "labelmap.txt").is_file()
         raise ValueError(
             f"{root}: has no classes.txt (a class name a line, id 0 first), and no palette.txt ('r g b name' a line)"
+            + ("; of CVAT's labelmap.txt, 'cat:128,0,0::' is '128 0 0 cat' there" if cvat else "")
         )
-    return Classes(_checked(read_lines(path), path), None)
+    lines = numbered(path)
+    for wanted, (number, name) in enumerate(lines, 1):
+        if number != wanted:
+            raise ValueError(
+                f"{path}, line {wanted}: is empty; a name's line is its class id, and {name!r} would move up to "
+                f"{wanted - 1}; name the class, or remove the line"
+            )
+    _refuse_no_names(path, [name for _, name in lines])
+    return Classes(_checked([name for _, name in lines], path), None)
+
+
+def _refuse_no_names(path: Path, names: Sequence[str]) -> None:
+    """Raise ValueError for lines that are more than a name, since a line's place is its class id."""
+    for number, name in enumerate(names, 1):
+        if name.startswith("#"):
+            raise ValueError(f"{path}, line {number}: {name!r} is a comment, and each line is a class; remove it")
+    if names and all(re.match(r"\d+[\s:.,)]+\S", name) for name in names):
+        told = "the place of a line is its class id, 0 first; write the names alone"
+        raise ValueError(f"{path}: every name begins with a number ({names[0]!r}), and {told}")
+    if len(names) == 1 and "," in names[0]:
+        raise ValueError(f"{path}: one line with commas; write a class a line, id 0 first")
 
 
 def _read_palette(path: Path) -> Classes:

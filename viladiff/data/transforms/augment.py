@@ -20,9 +20,28 @@ LUMA = (0.299, 0.587, 0.114)
 Range = tuple[float, float]
 
 
+def unit_images(images: Tensor) -> Tensor:
+    """Convert uint8 of any shape to float32 in 0..1; float32 is in 0..1 already and stays."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return one number a channel from those of red, green and blue: in turn, as timm repeats weights; 1 has the mean.
+
+    Raises ValueError if there are not three.
+    """
+    if len(values) != 3:
+        raise ValueError(f"{tuple(values)}: must be three numbers")
+    return (sum(values) / 3,) if channels == 1 else tuple(values[i % 3] for i in range(channels))
+
+
 def normalise(images: Tensor) -> Tensor:
-    """Convert (n, 3, H, W) in 0..1 to the units of ImageNet encoders: mean 0, standard deviation 1 per channel."""
-    mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    """Convert (n, N, H, W) in 0..1 to the units of ImageNet encoders: mean 0, standard deviation 1 per channel.
+
+    Channels beyond red, green and blue have their mean and deviation in turn, one channel the mean of the three.
+    """
+    units = (of_channels(value, images.shape[1]) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in units)
     return images.sub(mean).div_(std)
 
 
@@ -107,7 +126,8 @@ def strong(
     """Colour jitter in a drawn order, then grey, then blur: (n, 3, H, W) in 0..1 to the same; the input is not changed.
 
     One generator per image, each giving the same number of draws whatever applies. Factors come from 1 ± brightness
-    and so on, the turn of the hue from ± hue (in full turns), sigma is in pixels. Defaults: UniMatch V2.
+    and so on, the turn of the hue from ± hue (in full turns), sigma is in pixels. Defaults: UniMatch V2. With other
+    than 3 channels the same numbers are drawn, and saturation, hue and grey are left out.
     """
     if len(draws) != len(images):
         raise ValueError(f"{len(images)} images, {len(draws)} generators: must be equal")
@@ -116,7 +136,7 @@ def strong(
     for some in _groups(np.flatnonzero(drawn[:, 0] < p_jitter).tolist(), images):
         amounts = (2 * drawn[some, 3:7] - 1) * (brightness, contrast, saturation, hue)
         _put(out, some, jitter(_stacked([out[i] for i in some]), amounts, drawn[some, 8:].astype(int)))
-    for i in np.flatnonzero(drawn[:, 1] < p_gray):
+    for i in np.flatnonzero(drawn[:, 1] < p_gray) if images.shape[1] == 3 else ():
         out[i] = _gray(out[i]).expand_as(out[i])
     for some in _groups(np.flatnonzero(drawn[:, 2] < p_blur).tolist(), images):
         sigmas = sigma[0] + (sigma[1] - sigma[0]) * drawn[some, 7]
@@ -145,7 +165,10 @@ def jitter(images: Tensor, amounts: np.ndarray, order: np.ndarray) -> Tensor:
 
     amounts (n, 4): factor minus 1 three times, then the turn of the hue; order (n, 4): a permutation of 0..3 per image.
     Steps before and after the hue are cheap and done image by image; the hue is expensive and done for all at once.
+    Of other than 3 channels brightness and contrast alone change.
     """
+    if images.shape[1] != 3:
+        return _cheap(images, amounts, [[one for one in mine if one < 2] for mine in order.tolist()])
     before, after = [], []
     for operations in order.tolist():
         place = operations.index(3)
@@ -176,7 +199,9 @@ def brighten(image: Tensor, factor: float) -> Tensor:
 
 
 def contrasted(image: Tensor, factor: float) -> Tensor:
-    """Blend with the image's mean grey; factor 0 gives the mean alone."""
+    """Blend with the image's mean grey, of other than 3 channels each with its mean; factor 0 gives that alone."""
+    if len(image) != 3:
+        return torch.lerp(image.mean((1, 2), keepdim=True).expand_as(image), image, factor).clamp_(0, 1)
     return torch.lerp(_gray(image).mean().expand_as(image), image, factor).clamp_(0, 1)
 
 

@@ -57,7 +57,7 @@ def window(size: tuple[int, int], crop: int, scale: Range, hflip: float, draws: 
 
 
 def crop_image(pixels: np.ndarray, to: Window, out: np.ndarray) -> None:
-    """Write the window of pixels (h, w, 3) uint8 to out (3, crop, crop) uint8, 0 in the padding.
+    """Write the window of pixels (h, w, N) to out (N, crop, crop), both uint8 or float32, 0 in the padding.
 
     Bilinear, spread over more source pixels where it shrinks; columns first and rounded, then rows, as Pillow did when
     the published results were made. A crop of the whole image resized so differs by 2 of 255 at most, in values that
@@ -66,11 +66,20 @@ def crop_image(pixels: np.ndarray, to: Window, out: np.ndarray) -> None:
     edges = [_edges(*axis) for axis in zip(to.source, to.resized, to.start, to.shown, strict=True)]
     (top, bottom, first, last), (left, right, west, east) = edges
     rows, columns = to.shown
-    image = Image.fromarray(pixels[first:last, west:east])
-    if to.source != to.resized:
-        image = image.resize((columns, last - first), BILINEAR, box=(left, 0, right, last - first))
-        image = image.resize((columns, rows), BILINEAR, box=(0, top, columns, bottom))
-    _put(out, np.asarray(image).transpose(2, 0, 1), to, 0)
+
+    def resized(part: np.ndarray) -> np.ndarray:
+        image = Image.fromarray(part)
+        if to.source != to.resized:
+            image = image.resize((columns, last - first), BILINEAR, box=(left, 0, right, last - first))
+            image = image.resize((columns, rows), BILINEAR, box=(0, top, columns, bottom))
+        return np.asarray(image)
+
+    seen = pixels[first:last, west:east]
+    if seen.dtype == np.uint8 and seen.shape[2] == 3:
+        _put(out, resized(seen).transpose(2, 0, 1), to, 0)
+    else:  # Pillow has no image of other kinds, but each channel is one
+        planes = [resized(np.ascontiguousarray(plane)) for plane in seen.transpose(2, 0, 1)]
+        _put(out, np.stack(planes), to, 0)
 
 
 def _edges(source: int, resized: int, start: int, shown: int) -> tuple[float, float, int, int]:

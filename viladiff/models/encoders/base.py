@@ -8,17 +8,19 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD
+from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD, of_channels
 from viladiff.models.batch_norm import batch_norms
 
 
 class Encoder(nn.Module):
-    """Contract: ``forward`` maps (B, 3, H, W) to four maps (B, channels[i], H / strides[i], W / strides[i]).
+    """Contract: ``forward`` maps (B, inputs, H, W) to four maps (B, channels[i], H / strides[i], W / strides[i]).
 
     Where ``any_size``, a map of a side that its stride does not divide has one cell more: ceil(H / strides[i]).
     Images come in the units of batches, ImageNet's mean and standard deviation, whatever the encoder's own are.
     """
 
+    inputs: int = 3
+    """Channels of an image."""
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     any_size: bool = True
@@ -30,7 +32,7 @@ class Encoder(nn.Module):
     """Of each channel in 0..1, by which the images that its weights were learned from were normalised."""
     scale: Tensor | None
     shift: Tensor | None
-    """(3, 1, 1) from the units of batches to the encoder's own; none where these are the same."""
+    """(inputs, 1, 1) from the units of batches to the encoder's own; none where these are the same."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,22 +54,23 @@ class Encoder(nn.Module):
     def set_units(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Name the mean and standard deviation that the weights expect; those of batches change nothing.
 
-        Raises ValueError unless both are of three channels and the deviations positive.
+        Both are of red, green and blue; other channels have them in turn, as batches do. Raises ValueError unless there
+        are three of each and the deviations are positive.
         """
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {tuple(mean)}, std {tuple(std)}: must be three numbers each, std above 0")
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         if (self.mean, self.std) != (IMAGENET_MEAN, IMAGENET_STD):
-            self.scale, self.shift = unit_change(self.mean, self.std)
+            self.scale, self.shift = unit_change(self.mean, self.std, self.inputs)
 
     def own_units(self, images: Tensor) -> Tensor:
-        """Convert (B, 3, H, W) from the units of batches to the encoder's; the same tensor where they agree."""
+        """Convert (B, inputs, H, W) from the units of batches to the encoder's; the same tensor where they agree."""
         return images if self.scale is None or self.shift is None else images * self.scale + self.shift
 
 
-def unit_change(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return factor and summand (3, 1, 1) from ImageNet's units to those of ``mean`` and ``std``."""
+def unit_change(mean: Sequence[float], std: Sequence[float], channels: int = 3) -> tuple[Tensor, Tensor]:
+    """Return factor and summand (channels, 1, 1) from ImageNet's units to those of ``mean`` and ``std``."""
     own_mean, own_std, to_mean, to_std = (
-        torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
+        torch.tensor(of_channels(x, channels)).view(-1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
     )
     return own_std / to_std, (own_mean - to_mean) / to_std

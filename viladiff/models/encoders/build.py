@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from viladiff.core.hashing import file_sha256
 from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -31,13 +31,15 @@ def build_encoder(
     drop_path: float = 0.0,
     stride: int | None = None,
     norm: str = "group",
+    inputs: int = 3,
 ) -> Encoder:
     """Build an encoder by name.
 
     pretrained: ``shipped`` (the file in the package, for digits_vit alone), ``timm`` (timm's own weights) or ``none``.
     weights: a local .safetensors or .pth file, which overrides ``pretrained``; for ``transformers`` a directory.
     stride: that of the coarsest map, for convolutional encoders of timm. norm: of a plain transformer's maps, as of
-    ``TimmEncoder``; the built-in encoder has its own. Raises ValueError for an unknown name, a file that does not fit,
+    ``TimmEncoder``; the built-in encoder has its own. inputs: channels of an image; weights for 3 are brought to
+    others as timm does (``TimmEncoder``). Raises ValueError for an unknown name, a file that does not fit,
     or a combination that does not exist.
     """
     if stride is not None and name in ("digits_vit", "transformers"):
@@ -46,11 +48,7 @@ def build_encoder(
             f"{name!r}; set it to none"
         )
     if name == "transformers":
-        from viladiff.models.encoders.transformers_vit import from_directory  # it builds on this module
-
-        if weights is None:
-            raise ValueError('model.encoder = "transformers": model.weights must be the directory of the model')
-        return from_directory(Path(weights).expanduser(), drop_path, norm)
+        return _of_directory(weights, drop_path, norm, inputs)
     own, mit = name == "digits_vit", name in MIT
     if not own and pretrained == "shipped" and weights is None:
         raise ValueError(f'model.pretrained = "shipped": only digits_vit is shipped, not "{name}" (use timm or none)')
@@ -61,12 +59,28 @@ def build_encoder(
     use_timm = pretrained == "timm" and weights is None
     encoder: Encoder
     if own:
-        encoder = DigitsViT(drop_path=drop_path)
+        encoder = DigitsViT(drop_path=drop_path, inputs=inputs)
     else:
-        encoder = new_mit(name, drop_path) if mit else TimmEncoder(name, use_timm, drop_path, stride, norm)
+        encoder = (
+            new_mit(name, drop_path, inputs) if mit else TimmEncoder(name, use_timm, drop_path, stride, norm, inputs)
+        )
     if weights is not None or pretrained == "shipped":
         load_weights(encoder if own else encoder.net, Path(weights) if weights else SHIPPED)  # type: ignore[arg-type]
     return encoder
+
+
+def _of_directory(weights: str | None, drop_path: float, norm: str, inputs: int) -> Encoder:
+    from viladiff.models.encoders.transformers_vit import from_directory  # it builds on this module
+
+    if weights is None:
+        raise ValueError('model.encoder = "transformers": model.weights must be the directory of the model')
+    found = from_directory(Path(weights).expanduser(), drop_path, norm)
+    if found.inputs != inputs:
+        raise ValueError(
+            f"data.channels = {inputs}: model.weights = {weights!r} is a model of {found.inputs}; use an encoder "
+            "of timm, whose first layer is made for any number"
+        )
+    return found
 
 
 def _no_timm_weights(name: str) -> str:
@@ -112,12 +126,24 @@ def _weights_fingerprint(model: ModelConfig) -> dict[str, str]:
     return {"weights": file_checksum(path, "model.weights, model.pretrained")}
 
 
-def weights_origin(model: ModelConfig) -> str:
-    """Return the weights' origin for a record: a file's path, ``shipped`` or ``none``, or timm's and a checksum."""
+def weights_origin(model: ModelConfig, inputs: int = 3) -> str:
+    """Return the weights' origin for a record: a file's path, ``shipped`` or ``none``, or timm's and a checksum.
+
+    For images of other than 3 channels it also says how the first layer was made (``input_note``).
+    """
+    told = "".join(f"; {note}" for note in input_note(model, inputs))
     if not _from_timm(model):
-        return model.weights or model.pretrained
+        return (model.weights or model.pretrained) + told
     path = _timm_file(model.encoder)
-    return _timm_weights(model.encoder) + (f", SHA-256 {file_sha256(path)[:16]}" if path else "")
+    return _timm_weights(model.encoder) + (f", SHA-256 {file_sha256(path)[:16]}" if path else "") + told
+
+
+def input_note(model: ModelConfig, inputs: int) -> list[str]:
+    """Return a sentence if weights for 3 channels are brought to another number."""
+    if inputs == 3 or (model.weights is None and model.pretrained == "none") or model.encoder == "transformers":
+        return []
+    how = "added up" if inputs == 1 else f"repeated in turn over {inputs} and scaled by 3 / {inputs}"
+    return [f"first layer's weights for red, green and blue {how}"]
 
 
 def own_size(name: str) -> int | None:
@@ -209,6 +235,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     state = found.encoder
     names = {name: _name_in(state, name) for name in wanted}
     fitted = {name: fit_positions(name, state[there], module) for name, there in names.items() if there is not None}
+    fitted = {name: _of_inputs(value, wanted[name]) for name, value in fitted.items()}
     counts = {name for name in wanted if name.endswith(".num_batches_tracked")}  # absent from files before torch 0.4.1
     missing = [name for name in wanted if name not in fitted and name not in counts]
     wrong = [name for name, value in fitted.items() if value.shape != wanted[name].shape]
@@ -222,6 +249,17 @@ def load_weights(module: nn.Module, path: Path) -> None:
             f"weights file {path} does not fit: it {what} ({len(missing)} missing, {len(wrong)} of another shape)"
         )
     module.load_state_dict({name: fitted.get(name, value).to(value.dtype) for name, value in wanted.items()})
+
+
+def _of_inputs(value: Tensor, wanted: Tensor) -> Tensor:
+    """Return the weights of a first layer (D, 3, k, k), brought to (D, N, k, k) as timm does; others unchanged."""
+    if value.ndim != 4 or value.shape[1] != 3 or wanted.shape != (len(value), wanted.shape[1], *value.shape[2:]):
+        return value
+    if wanted.shape[1] == 3:
+        return value
+    from timm.models import adapt_input_conv
+
+    return adapt_input_conv(wanted.shape[1], value.float())  # timm would round to the half precision of a file
 
 
 def _name_in(state: State, name: str) -> str | None:

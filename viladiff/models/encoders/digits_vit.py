@@ -26,12 +26,13 @@ class DigitsViT(Encoder):
     The stem is deeper than is usual, since attention alone learns shapes slowly from a few thousand small images.
     """
 
-    def __init__(self, dim: int = 128, depth: int = 2, heads: int = 4, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int = 128, depth: int = 2, heads: int = 4, drop_path: float = 0.0, inputs: int = 3) -> None:
         super().__init__()
+        self.inputs = inputs
         self.channels, self.strides = (32, 64, dim, dim), (2, 4, 8, 8)
         self.stem = nn.ModuleList(
             [
-                _conv(3, 32, 2),
+                _conv(inputs, 32, 2),
                 nn.Sequential(_conv(32, 64, 2), ResidualBlock(64)),
                 nn.Sequential(_conv(64, dim, 2), ResidualBlock(dim)),
             ]

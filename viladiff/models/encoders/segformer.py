@@ -27,6 +27,7 @@ class SegformerEncoder(Encoder):
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net: Any = net
+        self.inputs = int(net.config.num_channels)
         self.channels = tuple(net.config.hidden_sizes)
         self.strides = tuple(accumulate(net.config.strides, operator.mul))
 
@@ -34,10 +35,12 @@ class SegformerEncoder(Encoder):
         return list(self.net(pixel_values=self.own_units(x), output_hidden_states=True).hidden_states)
 
 
-def new_mit(name: str, drop_path: float) -> SegformerEncoder:
-    """Build ``mit_b0`` to ``mit_b5`` with random weights."""
+def new_mit(name: str, drop_path: float, inputs: int = 3) -> SegformerEncoder:
+    """Build ``mit_b0`` to ``mit_b5`` with random weights, for images of ``inputs`` channels."""
     from transformers import SegformerConfig, SegformerModel
 
     depths, widths = MIT[name]
-    config = SegformerConfig(depths=list(depths), hidden_sizes=list(widths), drop_path_rate=drop_path)
+    config = SegformerConfig(
+        depths=list(depths), hidden_sizes=list(widths), drop_path_rate=drop_path, num_channels=inputs
+    )
     return SegformerEncoder(SegformerModel(config))

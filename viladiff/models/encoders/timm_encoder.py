@@ -25,18 +25,28 @@ class TimmEncoder(Encoder):
     ``stride``: pixels a cell of the coarsest map is wide; a stage beyond it has its stride replaced by a dilation twice
     that of the stage before, from its second block on, as in DeepLab. None is the network's own. ``norm``: "group"
     gives each map of a ViT a GroupNorm of one group, "final" the ViT's own final norm, "authors" the latter to DINOv2
-    and DINOv3 alone, whose authors read inner blocks so, and the former to others. Raises ValueError for a network
-    whose maps are not four or do not fit images of other sizes than its own.
+    and DINOv3 alone, whose authors read inner blocks so, and the former to others. ``inputs``: channels of an image; of
+    pretrained weights for 3, timm repeats those of the first layer in turn and scales them by 3 / inputs. Raises
+    ValueError for a network whose maps are not four or do not fit images of other sizes than its own.
     """
 
     def __init__(
-        self, name: str, pretrained: bool, drop_path: float, stride: int | None = None, norm: str = "group"
+        self,
+        name: str,
+        pretrained: bool,
+        drop_path: float,
+        stride: int | None = None,
+        norm: str = "group",
+        inputs: int = 3,
     ) -> None:
         super().__init__()
+        self.inputs = inputs
         import timm  # a second of import time that the built-in data does not need
 
         _check_known(name)
         options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
+        if inputs != 3:
+            options["in_chans"] = inputs
         if drop_path:
             options["drop_path_rate"] = drop_path
         if stride is not None:
@@ -78,7 +88,7 @@ class TimmEncoder(Encoder):
         wanted = [(1, c, height // s, width // s) for c, s in zip(self.channels, self.strides, strict=True)]
         self.eval()
         try:
-            found = [tuple(level.shape) for level in self(torch.zeros(1, 3, height, width))]
+            found = [tuple(level.shape) for level in self(torch.zeros(1, self.inputs, height, width))]
         except (RuntimeError, AssertionError, ValueError) as error:
             why = f"takes images of its own size alone ({str(error).splitlines()[0]})"
             raise ValueError(f'model.encoder = "{name}": {why}; {INSTEAD}') from error

@@ -34,6 +34,7 @@ class DirectoryEncoder(Encoder):
         final = norm == "final" or (norm == "authors" and re.match("dinov[23]", config.model_type) is not None)
         if final and not isinstance(getattr(self.net, "layernorm", None), nn.Module):
             raise ValueError(f'model.map_norm = "final": {directory}: a {config.model_type!r} has no final "layernorm"')
+        self.inputs = int(getattr(config, "num_channels", 3))
         depth, width, cell = config.num_hidden_layers, config.hidden_size, config.patch_size
         self.blocks = [max(1, depth * (i + 1) // 4) for i in range(4)]
         """Of the hidden states, whose first is what the blocks begin with."""
@@ -47,7 +48,7 @@ class DirectoryEncoder(Encoder):
         told = "interpolate_pos_encoding" in inspect.signature(self.net.forward).parameters
         self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if told else {}
         try:
-            self._freeze_unread(torch.zeros(1, 3, 2 * cell, 3 * cell))
+            self._freeze_unread(torch.zeros(1, self.inputs, 2 * cell, 3 * cell))
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"{directory}: gives no maps of an image: {str(error).splitlines()[0]}") from error
 

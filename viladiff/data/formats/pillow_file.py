@@ -1,0 +1,117 @@
+"""Files that Pillow opens, upright by their EXIF orientation.
+
+Every function raises ValueError that names the file and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM")
+"""What Pillow may open; it knows formats that start other programs, and they are left out."""
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    struct.error,
+    zlib.error,
+)
+"""All that Pillow raises for bytes that are not the image that their header promises."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By the value of EXIF's orientation, what shows the image as it was taken."""
+TURNED = (5, 6, 7, 8)
+"""Orientations that swap height and width."""
+
+
+MAX_PIXELS = 2**30
+"""Of an image to label, which is done in windows; 3 GB in RGB."""
+_allowed: ContextVar[int | None] = ContextVar("pixels", default=None)
+_opening = threading.Lock()
+
+
+@contextmanager
+def allow_pixels(most: int) -> Iterator[None]:
+    """Read images of up to so many pixels within the context, where by default Pillow's limit holds (179 million)."""
+    token = _allowed.set(most)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def check_pixels(path: Path | str, size: tuple[int, int]) -> None:
+    """Raise ValueError for an image of (height, width) that is larger than the context allows."""
+    usual = Image.MAX_IMAGE_PIXELS
+    most = _allowed.get() or (None if usual is None else 2 * usual)
+    if most is not None and size[0] * size[1] > most:
+        raise ValueError(f"{path}: cannot be read: {size[1]} x {size[0]} pixels, more than {most:,} ({_LARGER})")
+
+
+_LARGER = "cut it into tiles to train on; viladiff predict labels it in windows, with a higher --max-pixels"
+
+
+def _opened(path: Path | str) -> Image.Image:
+    """Open a file; where the context has a limit, without Pillow's own, which is one of the whole process."""
+    if _allowed.get() is None:
+        return Image.open(path, formats=FORMATS)
+    with _opening:
+        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
+
+
+@contextmanager
+def open_image(path: Path | str) -> Iterator[Image.Image]:
+    """Open the file with Pillow, its header read and its pixels not yet; close it at the end.
+
+    Raises ValueError also for an image of more pixels than ``allow_pixels`` or Pillow admits.
+    """
+    try:
+        with _opened(path) as image:
+            check_pixels(path, (image.height, image.width))
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: cannot be read: {error} ({_LARGER})") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from None
+    except _UNREADABLE as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: cannot be read: {text}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation that is still to be applied, 1 if there is none, from the header alone."""
+    # Pillow decodes a whole PNG to look for EXIF behind its pixels; only what stands before them counts here. A TIFF
+    # it turns by itself, size and all.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in UPRIGHT else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) once turned by EXIF, from the header alone."""
+    return (image.width, image.height) if orientation(image) in TURNED else (image.height, image.width)
