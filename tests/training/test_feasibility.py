@@ -23,7 +23,7 @@ from viladiff.runs.job import DataFacts
 from viladiff.training import checked, feasibility
 from viladiff.training.checked import Checked
 from viladiff.training.feasibility import check_prediction, refuse_scoring, run_faults, try_on_meta
-from viladiff.training.meta_step import empty_method
+from viladiff.training.step_work import empty_method
 
 FACTS = DataFacts(classes=21, unlabelled=9, captions=True)
 

@@ -12,9 +12,8 @@ from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import DataFacts, PlannedRun
 from viladiff.runs.run_name import arithmetic
 from viladiff.training import run_cost, step_work
-from viladiff.training.meta_step import method_on_meta
 from viladiff.training.run_cost import CountedSteps, assumed_run
-from viladiff.training.step_work import StepWork, count_step
+from viladiff.training.step_work import StepWork, count_step, method_on_meta
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -29,8 +29,8 @@ from viladiff.training.errors import check_inputs
 from viladiff.training.feasibility import refuse_infeasible, refuse_scoring
 from viladiff.training.fingerprints import data_facts
 from viladiff.training.launch import run_in_processes
-from viladiff.training.meta_step import empty_method
 from viladiff.training.optim import total_steps
+from viladiff.training.step_work import empty_method
 
 if TYPE_CHECKING:
     from torch import Tensor

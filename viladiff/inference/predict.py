@@ -41,7 +41,7 @@ from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.feasibility import check_prediction
 from viladiff.training.launch import select_device
-from viladiff.training.meta_step import empty_method
+from viladiff.training.step_work import empty_method
 
 FORMAT = 1
 """Of a model folder."""

@@ -26,8 +26,8 @@ from viladiff.runs.config import RunConfig, non_default_fields
 from viladiff.runs.job import DataFacts
 from viladiff.training.checked import Checked, shares_statistics, usual
 from viladiff.training.errors import check_inputs
-from viladiff.training.meta_step import LATE, META, empty_batch, empty_picture, empty_text, method_on_meta
 from viladiff.training.optim import param_groups
+from viladiff.training.step_work import LATE, META, empty_batch, empty_picture, empty_text, method_on_meta
 
 _FIRST_LINE = 160
 
