@@ -71,7 +71,7 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
     console.print(f"[bold]All tables[/bold], scale {escape(args.scale)}\n")
     console.print(grid)
     console.print()
-    for name, text in totals(shares, args).items():
+    for name, text in totals(shares, args, target).items():
         console.print(f"{name:<11}  {escape(text)}", soft_wrap=True)
     return 0
 
@@ -100,13 +100,13 @@ def share_of(path: Path, args: argparse.Namespace) -> TableShare:
     return TableShare(table.name, len(job.plan.cells), frozenset(job.plan.runs), len(job.plan.unavailable), job)
 
 
-def totals(shares: Sequence[TableShare], args: argparse.Namespace) -> dict[str, str]:
+def totals(shares: Sequence[TableShare], args: argparse.Namespace, target: Target | None = None) -> dict[str, str]:
     """Return the lines under the grid: cells against runs, time and money, and unknown ones."""
+    target = target or _target(shares, args)
     unique = frozenset().union(*(share.runs for share in shares))
     all_cells = sum(share.cells for share in shares)
     lines = {"cells": f"{all_cells} with {len(unique)} different runs"}
     plan, job = merged(shares)
-    target = _target(shares, args)
     if plan is not None and job is not None:
         from viladiff.cluster.resources import concurrency
 
