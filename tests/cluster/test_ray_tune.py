@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from viladiff.cluster.ray_tune import death_message, killed_for_memory, trial_error
 from viladiff.cluster.session import load_ray
 from viladiff.runs.job import Event, ExecutionSettings, PlannedRun
 from viladiff.runs.job_queue import JobQueue
 from viladiff.runs.store import Store
+
+load_ray(local=True)  # Ray is loaded for this machine alone, before the modules that import it
+from viladiff.cluster.ray_tune import death_message, killed_for_memory, report_death, trial_error  # noqa: E402
 
 MEMORY = """Failure # 1 (occurred at 2026-11-29_11-43-14)
 1 worker(s) were killed due to the node running low on memory. Memory on the node was 5.55GB used / 23.54GB limit
@@ -54,10 +56,7 @@ RUN = PlannedRun(run_id=f"{0:016x}", changes={}, title="run", steps=10, changed=
     ],
 )
 def test_a_preemption_is_told_from_a_death_and_from_too_little_memory(tmp_path: Path, error: str, told: str) -> None:
-    load_ray(local=True)
     from ray.exceptions import OutOfMemoryError, RayActorError
-
-    from viladiff.cluster.ray_tune import report_death
 
     raised = {
         "preempted": RayActorError(error_msg="The node was drained", preempted=True),
