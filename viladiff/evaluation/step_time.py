@@ -55,8 +55,8 @@ class CoreRates(NamedTuple):
 
 
 GPU = GpuShares(single=0.7, convolution=0.6, attention=0.6, bandwidth=0.85, launch=4e-6)
-CORE = CoreRates(product=5.7e-12, convolution=1.27e-11, attention=5.7e-12, byte=1.5e-10, launch=4.8e-5)
-"""Of one core of an AMD EPYC (family 25, model 17); attention, which the fit does not tell apart, as products."""
+CORE = CoreRates(product=3.2e-12, convolution=1.21e-11, attention=4.6e-11, byte=8.8e-11, launch=4.8e-5)
+"""Of one core of an AMD EPYC (family 25, model 17), fitted to all steps of benchmarks/step_times.json."""
 
 
 def step_seconds(loads: Iterable[Load], device: Device, tf32: bool = False) -> float:
