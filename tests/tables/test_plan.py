@@ -511,6 +511,8 @@ def test_counted_work_costs_hours_memory_and_money(tmp_path: Path, made: Plan, m
     lines = cost_lines(found, h100)
     assert lines["memory"] == "at most 3.0 GiB a run, checkpoints of 1.00 GiB"
     assert lines["GPU-hours"] == f"0 on h100, estimated to within {ERROR:.0%}" and lines["cost"].startswith("0.05, est")
+    small = h100._replace(memory=2 * 2**30)
+    assert "; more than the 2 GiB of h100: name another --device" in cost_lines(found, small)["memory"]
     priced = estimate(made, Store(tmp_path / "runs"), 2, 3.6, h100)
     assert priced.cost == pytest.approx(0.03), "30 s of the whole machine at 3.6 an hour"
 

@@ -165,6 +165,11 @@ def cost_lines(guess: Estimate, device: Device) -> dict[str, str]:
         lines["memory"] = (
             f"at most {guess.peak_bytes / 2**30:.1f} GiB a run, checkpoints of {guess.checkpoint_bytes / 2**30:.2f} GiB"
         )
+        if 0 < device.memory < guess.peak_bytes:
+            lines["memory"] += (
+                f"; more than the {device.memory / 2**30:.0f} GiB of {device.name}: name another --device, or spread a "
+                "batch by train.grad_accum_steps=2"
+            )
     if guess.cost is not None:
         lines["cost"] = f"{guess.cost:,.2f}{error}"
     return lines
