@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from viladiff.config.pixel_format import RGB_8, PixelFormat
-from viladiff.data.files.images import image_size, read_image, read_mask
+from viladiff.data.files.images import PaletteEncoding, image_size, read_image, read_mask
 from viladiff.data.files.validate import validate_dataset
 from viladiff.data.sources.detect import open_tree
 
@@ -168,3 +168,32 @@ def test_masks_of_other_projects_are_named(photo_folder: Callable[..., Path]) ->
     reasons = [fault.reason for fault in validate_dataset(root, processes=1).faults]
     assert reasons.count("is not read: masks are PNG files") == 2, "JPEG changes class ids"
     assert len(open_tree(root, mask_suffix=".jpg.png")[0].masks) == 2
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_a_mask_in_which_0_is_white_is_refused(tmp_path: Path, dtype: type) -> None:
+    """Tifffile writes arrays of bool so unless it is told otherwise; Pillow reads them the other way round."""
+    ids = RGB[..., 0] > 99
+    tifffile.imwrite(tmp_path / "white.tif", ids.astype(dtype), photometric="miniswhite")
+    with pytest.raises(ValueError, match=r"white\.tif: 0 is white in it .*'minisblack'"):
+        read_mask(tmp_path / "white.tif", 2)
+    tifffile.imwrite(tmp_path / "black.tif", ids.astype(dtype), photometric="minisblack")
+    assert (read_mask(tmp_path / "black.tif", 2) == ids).all()
+    shown = PaletteEncoding(((0, 0, 0), (255, 255, 255)), (1, 0))
+    tifffile.imwrite(tmp_path / "colours.tif", ids, photometric="miniswhite")
+    assert (read_mask(tmp_path / "colours.tif", 2, shown) == ids).all(), "the colour counts: black is class 1"
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_no_range_is_suggested_that_cannot_be_set(tmp_path: Path, number: float) -> None:
+    np.save(tmp_path / "holes.npy", np.where(RGB < 9, number, RGB).astype(np.float32))
+    with pytest.raises(ValueError, match=r"holes\.npy: [0-9]+ pixels are NaN or infinite; write a number"):
+        read_image(tmp_path / "holes.npy")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.npy", "a.jpg"])
+def test_an_empty_file_is_called_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    for read in (read_image, lambda path: read_mask(path, 2)):
+        with pytest.raises(ValueError, match=rf"{name}: an empty file"):
+            read(tmp_path / name)

@@ -18,6 +18,7 @@ from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.constants import IGNORE
 from viladiff.data.formats.bands import FileBands, bands_size, choose_channels, file_kind, read_bands
 from viladiff.data.formats.pillow_file import UPRIGHT, open_image, orientation, upright_size
+from viladiff.data.formats.tiff import WHITE_IS_ZERO
 from viladiff.data.formats.values import in_range, of_16_bits, undeclared_8_bits
 
 SUFFIXES = (
@@ -186,12 +187,18 @@ def read_mask(path: Path | str, num_classes: int, coding: MaskEncoding | None = 
 
     A pixel is a number: that of an array or of a TIFF of one band, the index of a palette image, the value of a grey
     one (1 to 16 bits), or the value common to all channels of an RGB one. It is the class id, unless ``coding`` says
-    what it stands for. Where that is of colours, the colour counts, whatever the file's mode.
+    what it stands for. Where that is of colours, the colour counts, whatever the file's mode. Raises ValueError also
+    for a TIFF in which 0 is white, since its numbers and its greys name opposite classes.
     """
     kind = file_kind(path)
     if kind.name == "npy" or (kind.tiff is not None and not kind.eight_bits):
         with _named(path):
             return _labels(_ids_of_bands(read_bands(path, kind)), num_classes, coding)
+    if kind.tiff is not None and kind.tiff.photometric == WHITE_IS_ZERO and not isinstance(coding, PaletteEncoding):
+        raise ValueError(
+            f"{path}: 0 is white in it (photometric MINISWHITE), so numbers and greys name opposite classes; write it "
+            "with 0 as black (tifffile: photometric='minisblack'), or say in palette.txt which grey is which class"
+        )
     with open_image(path) as image:
         turn, step = UPRIGHT.get(orientation(image)), _step(image)
         image.load()

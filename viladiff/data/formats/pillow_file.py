@@ -96,7 +96,8 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from None
+        known = f"not an image of a known format ({', '.join(FORMATS)})"
+        raise ValueError(f"{path}: {known if Path(path).stat().st_size else 'an empty file'}") from None
     except _UNREADABLE as error:
         text = str(error)
         raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: cannot be read: {text}") from error

@@ -15,7 +15,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """What a file begins with; the last two are BigTIFF."""
 _OTHER_PLANES = 1 | 4
 """Bits of NewSubfileType: an overview, a mask of pixels."""
-_WHITE_IS_ZERO, _GREY, _RGB = 0, 1, 2
+WHITE_IS_ZERO, _GREY, _RGB = 0, 1, 2
 _ALPHA = (1, 2)
 _PILLOW_READS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000, 50001)
 """Compressions: none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard, WebP."""
@@ -41,7 +41,7 @@ class TiffFacts(NamedTuple):
     @property
     def eight_bits(self) -> bool:
         """Whether it is one page of grey, colours or a palette in up to 8 bits, which Pillow reads whole."""
-        plain = self.bands - self.alpha in ((1, 3) if self.photometric in (_WHITE_IS_ZERO, _GREY, _RGB) else (1, 3, 4))
+        plain = self.bands - self.alpha in ((1, 3) if self.photometric in (WHITE_IS_ZERO, _GREY, _RGB) else (1, 3, 4))
         plain = plain and self.compression in _PILLOW_READS
         return plain and self.pages == 1 and self.dtype in (np.uint8, np.bool_)
 
@@ -65,7 +65,7 @@ def read_tiff(path: Path | str) -> tuple[np.ndarray, TiffFacts]:
             found = _from_series(first) if planes and len(first.pages) >= facts.pages else _from_pages(_real(file))
     except Exception as error:
         raise ValueError(f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    if facts.photometric == _WHITE_IS_ZERO and found.dtype != np.bool_:
+    if facts.photometric == WHITE_IS_ZERO and found.dtype != np.bool_:
         raise ValueError("0 is white in it (photometric MINISWHITE); write it with 0 as black")
     return found, facts
 

@@ -17,11 +17,6 @@ def in_range(bands: np.ndarray, value_range: str) -> np.ndarray:
     """
     meant = parse_value_range(value_range)
     _refuse_other_kinds(bands)
-    if bands.dtype.kind == "f" and not np.isfinite(bands).all():
-        wrong = np.count_nonzero(~np.isfinite(bands).all(2))
-        raise ValueError(
-            f"{wrong:,} pixels are NaN or infinite; write a number in their place, as the lower end of data.value_range"
-        )
     if isinstance(meant, Depth):
         return _of_depth(bands, meant.bits)
     if isinstance(meant, Windows):
@@ -71,6 +66,11 @@ def undeclared_8_bits(bands: np.ndarray) -> np.ndarray:
 def _refuse_other_kinds(bands: np.ndarray) -> None:
     if bands.dtype.kind not in "biuf":
         raise ValueError(f"values are {bands.dtype}; must be real numbers")
+    if bands.dtype.kind == "f" and not np.isfinite(bands).all():
+        wrong = np.count_nonzero(~np.isfinite(bands).all(2))
+        raise ValueError(
+            f"{wrong:,} pixels are NaN or infinite; write a number in their place, as the lower end of data.value_range"
+        )
 
 
 def of_16_bits(numbers: np.ndarray) -> np.ndarray:
