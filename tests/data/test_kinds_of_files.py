@@ -197,3 +197,17 @@ def test_an_empty_file_is_called_so(tmp_path: Path, name: str) -> None:
     for read in (read_image, lambda path: read_mask(path, 2)):
         with pytest.raises(ValueError, match=rf"{name}: an empty file"):
             read(tmp_path / name)
+
+
+def test_a_turn_that_no_size_shows_is_told(photo_folder: Callable[..., Path]) -> None:
+    """Tools that draw masks often pass over EXIF; then an image turned by 180 degrees has its mask upside down."""
+    root = photo_folder(4, sizes=(40, 50))
+    assert not any("EXIF" in fault.reason for fault in validate_dataset(root, processes=1).faults)
+    name = next(iter(open_tree(root)[0].masks))
+    (image,) = (root / "images").glob(f"{name}.*")
+    exif = Image.Exif()
+    exif[0x112] = 3
+    Image.open(image).save(image, exif=exif)
+    (told,) = (fault for fault in validate_dataset(root, processes=1).faults if "EXIF" in fault.reason)
+    assert told.level == "warning"
+    assert told.reason.startswith(f"1 images are turned by EXIF, first {name!r}") and "upright" in told.reason

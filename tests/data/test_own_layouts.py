@@ -17,7 +17,7 @@ from viladiff.cli import main
 from viladiff.data.files.file_cache import Contents
 from viladiff.data.files.groups import groups_of
 from viladiff.data.files.images import read_mask
-from viladiff.data.files.make_split import SplitOptions, make_split, write_lists
+from viladiff.data.files.make_split import SplitOptions, draw_grouped, make_split, write_lists
 from viladiff.data.files.run_checks import check_files
 from viladiff.data.files.validate import inspect_images, validate_dataset
 from viladiff.data.registry import load_dataset
@@ -186,3 +186,15 @@ def test_a_check_under_other_fields_is_another(root: Path) -> None:
     with pytest.raises(ValueError, match=r"3 bands, and data\.channels = 4"):
         check_files(wrong)
     assert isinstance(wrong.contents, Contents)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_large_group_is_not_taken_from_training(seed: int) -> None:
+    groups = ["long"] * 9 + ["a", "b", "c"]
+    labelled, val = draw_grouped(np.ones((12, 2), bool), groups, 8, 2, seed)
+    assert len(labelled) == 8 and len(val) == 2 and "long" not in {groups[i] for i in val}
+
+
+def test_a_table_of_groups_that_is_missing(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.csv: cannot be read as a table of groups: .*No such file"):
+        groups_of(open_tree(root)[0], "none.csv")

@@ -21,7 +21,7 @@ def groups_of(tree: FileIndex, how: str) -> dict[str, str]:
     """
     if how == FOLDERS:
         found = {name: name.rpartition("/")[0] for name in tree.images}
-    elif Path(how).expanduser().is_file():
+    elif how.lower().endswith(".csv") or Path(how).expanduser().is_file():
         found = _from_table(tree, Path(how).expanduser())
     else:
         found = _from_names(tree, how)

@@ -116,8 +116,8 @@ def draw_grouped(
     """Return the places of labelled and validation images, no group in both; validation consists of whole groups.
 
     present: (N, C) bool, groups: that of each image. Validation groups are added in an order drawn by ``seed``, classes
-    first, until there are ``val`` images; labelled: their number, or all that are left. Raises ValueError if a group
-    cannot be spared, or too few images are left.
+    first, until there are ``val`` images; one that would leave fewer than ``labelled`` is passed over. labelled: their
+    number, or all that are left. Raises ValueError if no group can be spared, or too few images are left.
     """
     names = list(dict.fromkeys(groups))
     members = {name: [i for i, one in enumerate(groups) if one == name] for name in names}
@@ -128,13 +128,15 @@ def draw_grouped(
     last: list[int] = []
     for i in (*first, *(i for i in order if i not in first)):
         rest = [j for j in order if j != i and j not in taken]
-        if len(last) < val and rest and (shown[rest].any(0) >= shown[i]).all():
+        enough = len(groups) - len(last) - len(members[names[i]]) >= (labelled or 1)
+        if len(last) < val and rest and enough and (shown[rest].any(0) >= shown[i]).all():
             taken.append(i)
             last += members[names[i]]
     free = [i for i in range(len(groups)) if i not in {*last}]
     if val and not last:
         raise ValueError(
-            f"--groups: none of the {len(names)} groups can be validated on without a class leaving training"
+            f"--groups: none of the {len(names)} groups can be validated on without a class leaving training, "
+            f"or fewer than {labelled or 1} images (--labelled)"
         )
     if (labelled or 1) > len(free):
         raise ValueError(f"--labelled {labelled}: {len(free)} images are left beside the groups of validation")

@@ -18,7 +18,7 @@ from viladiff.data.files.index import FOLDER, FileIndex
 from viladiff.data.files.open_lists import read_lists
 from viladiff.data.files.split_lists import LABELLED
 from viladiff.data.formats.bands import file_kind
-from viladiff.data.formats.pillow_file import open_image, upright_size
+from viladiff.data.formats.pillow_file import open_image, turned_unseen, upright_size
 from viladiff.data.process_pool import map_in_processes
 from viladiff.data.sources.base import Classes, SourceFiles, describe_lists
 from viladiff.data.sources.detect import open_tree
@@ -49,6 +49,8 @@ class ImageReport(NamedTuple):
     faults: tuple[DataProblem, ...]
     deep: bool = False
     """Whether it has 16 bits a channel, and nothing says which values are black and white."""
+    turned: bool = False
+    """Whether EXIF turns it, and the size of its mask cannot tell if the mask is of the upright image."""
 
 
 class Split(NamedTuple):
@@ -152,7 +154,7 @@ def inspect_image(
     faults = []
     size: tuple[int, int] | None = None
     counts: dict[int, int] | None = None
-    deep = False
+    deep = turned = False
     try:
         size, deep = decoded_size(image, pixels), undeclared_depth(image, pixels)
     except ValueError as error:
@@ -166,9 +168,10 @@ def inspect_image(
             found = label_counts(labels)
             counts = {int(label): int(found[label]) for label in np.flatnonzero(found)}
             faults += [DataProblem("error", str(mask), text) for text in size_mismatch(size, labels.shape)]
+            turned = size == labels.shape and file_kind(image).name == "pillow" and turned_unseen(image)
             if counts.keys() == {IGNORE}:
                 faults.append(DataProblem("warning", str(mask), f"every pixel is {IGNORE}: nothing is labelled"))
-    return ImageReport(size, counts, tuple(faults), deep)
+    return ImageReport(size, counts, tuple(faults), deep, turned)
 
 
 def decoded_size(path: Path, pixels: PixelFormat = RGB_8) -> tuple[int, int]:
@@ -272,6 +275,10 @@ def _doubts(report: DatasetReport) -> list[DataProblem]:
         faults.append(DataProblem(level, root, hint))
     deep = depth_note(sum(one.deep for one in report.seen.values()))
     faults += [DataProblem("warning", str(report.tree.root / report.tree.layout.images), text) for text in deep]
+    turned = [name for name, one in report.seen.items() if one.turned]
+    if turned:
+        which = f"{len(turned)} images are turned by EXIF, first {turned[0]!r}, and have the same size either way"
+        faults.append(DataProblem("warning", root, f"{which}; their masks must be of the upright image"))
     unsure = sum(one.keys() == {0, IGNORE} for one in masks)
     if (hint := some_ignored(report.classes, shown, unsure, len(masks))) is not None:
         faults.append(DataProblem("warning", root, hint))

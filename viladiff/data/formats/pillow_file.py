@@ -113,6 +113,16 @@ def orientation(image: Image.Image) -> int:
     return found if found in UPRIGHT else 1
 
 
+def turned_unseen(path: Path | str) -> bool:
+    """Return whether EXIF turns an image that has the same size either way, so that a mask's size cannot tell.
+
+    Raises ValueError as ``open_image``.
+    """
+    with open_image(path) as image:
+        found = orientation(image)
+        return found != 1 and (found not in TURNED or image.width == image.height)
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return (height, width) once turned by EXIF, from the header alone."""
     return (image.width, image.height) if orientation(image) in TURNED else (image.height, image.width)
