@@ -211,3 +211,15 @@ def test_a_turn_that_no_size_shows_is_told(photo_folder: Callable[..., Path]) ->
     (told,) = (fault for fault in validate_dataset(root, processes=1).faults if "EXIF" in fault.reason)
     assert told.level == "warning"
     assert told.reason.startswith(f"1 images are turned by EXIF, first {name!r}") and "upright" in told.reason
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_animations_are_listed_with_the_other_errors(photo_folder: Callable[..., Path], suffix: str) -> None:
+    root = photo_folder(4, sizes=(40, 50))
+    name = next(iter(open_tree(root)[0].images))
+    (image,) = (root / "images").glob(f"{name}.*")
+    frames = [Image.open(image).convert("RGB"), Image.new("RGB", Image.open(image).size)]
+    image.unlink()
+    frames[0].save(root / f"images/{name}{suffix}", save_all=True, append_images=frames[1:])
+    errors = [fault for fault in validate_dataset(root, processes=1).faults if "animation" in fault.reason]
+    assert [(fault.level, Path(fault.path).name) for fault in errors] == [("error", f"{name}{suffix}")]

@@ -182,12 +182,13 @@ def decoded_size(path: Path, pixels: PixelFormat = RGB_8) -> tuple[int, int]:
         return height, width
     with open_image(path) as image:
         size = upright_size(image)
-        whole = image.format == "JPEG" or image.mode in ("L", "RGB", "RGBA", "P", "CMYK", "1", "LA")
+        plain = image.mode in ("L", "RGB", "RGBA", "P", "CMYK", "1", "LA") and getattr(image, "n_frames", 1) == 1
+        whole = image.format == "JPEG" or plain
         if image.format == "JPEG":
             image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
     if not whole:
-        read_image(path)  # says which depths cannot be brought to 8 bits
+        read_image(path)  # says which depths cannot be brought to 8 bits, and which files are animations
     return size
 
 
