@@ -130,10 +130,9 @@ def test_broken_images_are_named_with_the_reason(tmp_path: Path, pixels: np.ndar
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match=rf"{name}.*(truncated|cannot be read)"):
             read_image(tmp_path / name)
-    (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    for name in ("empty", "text", "script"):
+    for name in ("text", "script"):
         with pytest.raises(ValueError, match=rf"{name}\.jpg: not an image of a known format"):
             read_image(tmp_path / f"{name}.jpg")
     with pytest.raises(ValueError, match=r"none\.jpg: there is no such file"):
