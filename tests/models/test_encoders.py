@@ -107,12 +107,37 @@ def test_swin_at_its_own_size_computes_what_it_does_by_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["hiera_tiny_224", "coatnet_0_rw_224", "maxvit_tiny_tf_224", "nest_tiny", "beit_base_patch16_224"]
+    "name",
+    ["hiera_tiny_224", "coatnet_0_rw_224", "maxvit_tiny_tf_224", "nest_tiny", "beit_base_patch16_224", "halonet_h1"],
 )
 def test_encoders_whose_maps_do_not_fit_are_refused_with_others_that_do(name: str) -> None:
     with pytest.raises(ValueError, match=f'model.encoder = "{name}": .*; use a plain vit_') as caught:
         build_encoder(name, "none")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "inception_v4", "legacy_xception"])
+def test_maps_of_convolutions_without_padding_get_a_border_and_their_cells_keep_their_place(name: str) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(name, "none").eval()
+    assert encoder.any_size
+    for height, width in ((131, 160), (33, 100)):  # the second leaves nothing to them without a border of its own
+        with torch.no_grad(), torch.device("meta"):
+            maps = encoder(torch.zeros(1, 3, height, width))
+        assert [tuple(x.shape[1:]) for x in maps] == [
+            (c, -(-height // s), -(-width // s)) for c, s in zip(encoder.channels, encoder.strides, strict=True)
+        ]
+
+
+def test_a_cell_of_a_map_with_a_border_is_where_its_pixels_are() -> None:
+    encoder = build_encoder("inception_v3", "none").eval()
+    image = torch.rand(1, 3, 160, 160, requires_grad=True)
+    level, stride = encoder(image)[1], encoder.strides[1]
+    for cell in (7, 12):
+        (grad,) = torch.autograd.grad(level[0, :, cell, cell].abs().sum(), image, retain_graph=True)
+        weight = grad.abs().sum((0, 1, 3))
+        centre = float((weight * (torch.arange(160) + 0.5)).sum() / weight.sum())
+        assert abs(centre - (cell + 0.5) * stride) < 0.75 * stride
 
 
 def test_a_file_of_swin_fits_whatever_its_window(tmp_path: Path) -> None:

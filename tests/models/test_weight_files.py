@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from viladiff.models.encoders import timm_files
-from viladiff.models.encoders.build import build_encoder, encoder_fingerprint, weights_fault
+from viladiff.models.encoders.build import build_encoder, encoder_fingerprint, file_checksum, weights_fault
 from viladiff.models.encoders.load import load_weights
 from viladiff.models.weight_files import CONTAINERS
 from viladiff.runs.config import RunConfig, override
@@ -255,3 +255,18 @@ def test_weights_in_the_cache_are_read_without_a_network(tmp_path: Path, monkeyp
     monkeypatch.setattr("socket.getaddrinfo", refused)
     found = build_encoder(NET, "timm").net.state_dict()  # type: ignore[union-attr]
     assert torch.equal(found["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
+
+
+def test_a_file_of_a_deeper_network_of_the_family_is_refused(tmp_path: Path) -> None:
+    """It has all names of the shallower one, with blocks of another place in the network."""
+    path = tmp_path / "deeper.safetensors"
+    save_file(timm.create_model("test_convnext", depths=(1, 2, 4, 3)).state_dict(), path)
+    with pytest.raises(ValueError, match=r"has stages\.3\.blocks\.2\..* such\), which test_convnext has not"):
+        build_encoder("test_convnext", "none", str(path))
+    save_file(timm.create_model("test_convnext").state_dict(), path)
+    build_encoder("test_convnext", "none", str(path))
+
+
+def test_a_directory_of_weights_is_no_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a directory; name the file"):
+        file_checksum(tmp_path, "model.weights")

@@ -187,6 +187,8 @@ def _timm_weights(name: str) -> str:
 
 def file_checksum(path: Path, fields: str) -> str:
     """Return 16 digits of the SHA-256 of a file of weights. Raises ValueError that names the fields if missing."""
+    if path.is_dir():
+        raise ValueError(f"weights file {path} is a directory; name the file, or set model.encoder=transformers")
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist ({fields})")
     return file_sha256(path)[:16]

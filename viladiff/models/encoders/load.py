@@ -40,6 +40,7 @@ def load_weights(module: nn.Module, path: Path, timm_name: str = "") -> tuple[st
     tried = list(_tries(module, found, timm_name))
     best = min(tried, key=lambda fit: len(fit.missing) + len(fit.wrong))
     _check(path, found, best)
+    _check_blocks(path, best, timm_name)
     wanted = module.state_dict()
     module.load_state_dict({name: best.fitted.get(name, value).to(value.dtype) for name, value in wanted.items()})
     resampled = [
@@ -95,6 +96,28 @@ def _check(path: Path, found: Weights, fit: _Fit) -> None:
             f"weights file {path} does not fit: it {what} ({len(fit.missing)} missing, {len(fit.wrong)} of another "
             f"shape){own}; set model.encoder to the network that it is of"
         )
+
+
+def _check_blocks(path: Path, fit: _Fit, timm_name: str) -> None:
+    """Raise ValueError for a file of a deeper network of the family, whose first blocks alone would be read."""
+
+    def unnumbered(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    used = {name for name in fit.names.values() if name is not None}
+    kinds = {unnumbered(name) for name in used if unnumbered(name) != name}
+    more = [name for name in fit.state if name not in used and unnumbered(name) in kinds]
+    if more and timm_name:
+        import timm
+
+        with torch.device("meta"):  # whose last blocks may have no place in feature maps
+            whole = timm.create_model(timm_name).state_dict()
+        more = [name for name in more if name not in whole]
+        if more:
+            raise ValueError(
+                f"weights file {path} does not fit: it has {more[0]} ({len(more)} such), which {timm_name} has not; "
+                "set model.encoder to the network that it is of"
+            )
 
 
 def _converted(state: State, name: str) -> State | None:

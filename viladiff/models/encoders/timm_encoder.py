@@ -19,6 +19,9 @@ INSTEAD = 'use a plain vit_*, swin_*, convnext_*, resnet* or mit_b0 to mit_b5, o
 FINAL_BLOCKS = {24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 """Blocks of DINOv2 by its depth that DINOv2's authors and UniMatch-V2 read; at 12 they are the evenly spaced ones."""
 
+MOST_UNPADDED = 5
+"""Cells by which a map may be smaller than its image's size and stride say."""
+
 
 class TimmEncoder(Encoder):
     """Any timm backbone that offers features: last four levels of a pyramid, or four evenly spaced blocks of a ViT.
@@ -71,33 +74,61 @@ class TimmEncoder(Encoder):
         # Some transformers have no norm on intermediate features; the decoder expects maps of one scale.
         grouped = plain and not final
         self.norms = nn.ModuleList([nn.GroupNorm(1, c) if grouped else nn.Identity() for c in self.channels])
+        self.unpadded = False
         self.set_units(*timm_units(name))
         self._check_maps(name)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.net(self.own_units(x))
+        x, size = self.own_units(x), x.shape[-2:]
+        if self.unpadded:  # which leave nothing of a small image
+            short = [max(0, 3 * self.patch - side) for side in size]
+            x = nn.functional.pad(x, (0, short[1], 0, short[0]), mode="replicate")
+        maps = self.net(x)
         if self.channels_last:
             maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
+        if self.unpadded:
+            maps = [_bordered(level, x.shape[-2:], s) for level, s in zip(maps, self.strides, strict=True)]
+            maps = [m[..., : -(-size[0] // s), : -(-size[1] // s)] for m, s in zip(maps, self.strides, strict=True)]
         return [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
 
     @torch.no_grad()
     def _check_maps(self, name: str) -> None:
-        """Raise ValueError unless the maps of two unequal sides, another size than the network's own, are as told."""
+        """Raise ValueError unless the maps of two unequal sides, another size than the network's own, are as told.
+
+        Maps with a few cells less are those of convolutions without padding, as Inception's; ``forward`` repeats their
+        border.
+        """
         if len(self.channels) != 4:
             raise ValueError(
                 f'model.encoder = "{name}": {len(self.channels)} feature levels, four are needed; {INSTEAD}'
             )
-        height, width = 2 * self.patch, 3 * self.patch
-        wanted = [(1, c, height // s, width // s) for c, s in zip(self.channels, self.strides, strict=True)]
         self.eval()
-        try:
-            found = [tuple(level.shape) for level in self(torch.zeros(1, self.inputs, height, width))]
-        except (RuntimeError, AssertionError, ValueError) as error:
-            why = f"takes images of its own size alone ({str(error).splitlines()[0]})"
-            raise ValueError(f'model.encoder = "{name}": {why}; {INSTEAD}') from error
+        for height, width in ((2 * self.patch, 3 * self.patch), (8 * self.patch, 9 * self.patch)):
+            try:
+                found = [tuple(level.shape) for level in self(torch.zeros(1, self.inputs, height, width))]
+            except Exception as error:  # of timm's many networks each has its own
+                refused = error
+            else:
+                break  # the larger size is for networks whose unpadded convolutions leave nothing of the smaller one
+        else:
+            said = (str(refused).splitlines() or ["other sizes fail a check of its own"])[0]
+            why = f"takes images of its own size alone ({said})"
+            raise ValueError(f'model.encoder = "{name}": {why}; {INSTEAD}') from refused
+        wanted = [(1, c, height // s, width // s) for c, s in zip(self.channels, self.strides, strict=True)]
+        missing = [w - f for want, got in zip(wanted, found, strict=True) for w, f in zip(want, got, strict=True)]
+        if self.any_size and 0 < max(missing) <= MOST_UNPADDED and min(missing) == 0:
+            self.unpadded, found = True, wanted
         if found != wanted:
             raise ValueError(f'model.encoder = "{name}": maps of {found} where {wanted} are needed; {INSTEAD}')
         self.train()
+
+
+def _bordered(level: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """Repeat the border cells of a map on both sides up to ceil(size / stride), so that cells stay in their place."""
+    rows, columns = (-(-side // stride) - cells for side, cells in zip(size, level.shape[-2:], strict=True))
+    return nn.functional.pad(
+        level, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), mode="replicate"
+    )
 
 
 class FinalNormed(nn.Module):
