@@ -369,6 +369,19 @@ def test_ones_own_instances_become_masks_and_classes(tmp_path: Path, capsys: pyt
     assert "another classes.txt" in capsys.readouterr().err
 
 
+def test_a_file_that_fails_leaves_no_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    file = own_json(tmp_path / "own.json")
+
+    def fail(*given: Any) -> None:
+        raise ValueError("a region that cannot be painted")
+
+    monkeypatch.setattr(coco_masks, "_made", fail)
+    with pytest.raises(ValueError, match="cannot be painted"):
+        coco_masks.make_own_masks(tmp_path, [file])
+    assert not (tmp_path / "classes.txt").exists()
+
+
 @pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "images/../../a.jpg", ".hidden/a.jpg", "a"])
 def test_ones_own_names_lie_below_the_images(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"image 1: file_name = .* must lie below images/"):

@@ -53,6 +53,10 @@ def parse_overrides(words: Iterable[str]) -> dict[str, str]:
     for place, word in enumerate(given):
         path, sign, text = word.partition("=")
         path = path.strip()
+        if not sign and path.endswith(".toml"):
+            raise ConfigError(
+                f"{word}: fields are given one by one, as data.split=183; files are for viladiff table and sweep"
+            )
         if not sign or not path:
             raise ConfigError(f"{word!r}: write field=value without spaces around '=', as in {_joined(given[place:])}")
         if path in found:

@@ -113,12 +113,13 @@ def make_own_masks(
         file.exists() and file.read_text(encoding="utf-8").split("\n") != text.split("\n")
     ):
         raise ValueError(f"{top}: has a palette.txt or another classes.txt, and {path.name} has {', '.join(classes)}")
+    folder = top / FOLDER.masks if out is None else Path(out).expanduser()
+    made = _made(folder, [(path, tasks)], processes, advance)
     try:
-        write_atomically(file, text.encode())
+        write_atomically(file, text.encode())  # after the masks: a file that fails may come again with other categories
     except OSError as error:
         raise ValueError(f"{file}: cannot be written ({error.strerror or error})") from error
-    folder = top / FOLDER.masks if out is None else Path(out).expanduser()
-    return _made(folder, [(path, tasks)], processes, advance)
+    return made
 
 
 def _need_pycocotools() -> None:
