@@ -186,7 +186,7 @@ LISTS = {
     1: VOC_LISTS,
     2: VOC_LISTS,
     3: ("186", "372", "744", "1488"),
-    4: ("232", "463", "925", "1849"),
+    4: ("232", "463", "925", "1849", "3697"),
     5: VOC_LISTS,
 }
 
@@ -204,7 +204,8 @@ def whole_tree(request: pytest.FixtureRequest, photographs: Any, tmp_path: Path)
         shutil.copytree(root / "splits" / first, root / "splits" / name)
     pictures = [path for path in root.rglob("*.*") if path.suffix in (".jpg", ".png") and "color" not in path.name]
     with open(tmp_path / "captions.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["image", "text"], *({(path.stem, "a photograph") for path in pictures})])
+        names = {path.stem.removesuffix("_leftImg8bit") for path in pictures if "gtFine" not in path.name}
+        csv.writer(file).writerows([["image", "text"], *((name, "a photograph") for name in sorted(names))])
     return [f"runtime.data_root={root}", f"runtime.captions={tmp_path / 'captions.csv'}"]
 
 
