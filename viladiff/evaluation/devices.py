@@ -1,9 +1,8 @@
 """Devices that runs are costed for: what their makers state, and what a rented one costs.
 
-Peaks are of dense products with sums in float32. Sources: NVIDIA's data sheets of A100, H100, H200 and L40S; the white
-papers of the architectures GA102 (RTX 3090), AD102 (RTX 4090) and GB202 (RTX 5090). Prices are US dollars an hour for
-one GPU on demand, about the middle of what public price lists asked in early 2026; they change, and
-``--hourly-price`` replaces them.
+Peaks are of dense products with sums in float32, as NVIDIA states them in the data sheets of A100, H100, H200 and L40S
+and in the white papers of the architectures GA102 (RTX 3090), AD102 (RTX 4090) and GB202 (RTX 5090). Prices, in US
+dollars an hour for one rented GPU, are assumptions and no offer of anybody; ``--hourly-price`` replaces them.
 """
 
 from __future__ import annotations
