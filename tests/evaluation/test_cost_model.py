@@ -9,8 +9,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-
 from conftest import load_module
+
 from viladiff.evaluation.step_time import CORE, ERROR
 from viladiff.methods import METHODS
 
