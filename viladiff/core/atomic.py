@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-
-_HELP = {
-    errno.ENOSPC: "free space on its disk",
-    errno.EDQUOT: "free space in your quota",
-    errno.EFBIG: "raise the limit on the size of a file: ulimit -f",
-}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -37,14 +30,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Add to the error of a full disk what was being written, which the error itself does not name, and what to do."""
+    """Add to the error of a full disk the file or folder that was being written; the error itself names none."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
-            if error.errno in _HELP:
-                error.strerror = f"{error.strerror} ({_HELP[error.errno]}, and give the same command again)"
         raise
 
 

@@ -26,6 +26,11 @@ def format_value(value: object, digits: int | None = None) -> str:
 
 
 def disk_advice(error: BaseException) -> str:
-    """Return the end of a message about a full disk, which says what to do; empty for another error."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "; free some space, and the same command goes on where it stopped" if full else ""
+    """Return the end of a message about a disk or a limit that is full, which says what to do; empty for others."""
+    number = error.errno if isinstance(error, OSError) else None
+    advice = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space in your quota",
+        errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    }.get(number or 0)
+    return f"; {advice}, and the same command goes on where it stopped" if advice else ""

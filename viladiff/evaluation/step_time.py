@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from viladiff.evaluation.devices import CPU, Device
 
 ERROR = 0.55
-"""Share by which an estimate may be off: the largest error of a method that the fit had not seen (docs/performance.md)."""
+"""Share by which an estimate may be off: the largest of a method that the fit had not seen, docs/performance.md."""
 Kind = Literal["product", "convolution", "attention", "other"]
 
 
