@@ -270,3 +270,13 @@ def test_a_file_of_a_deeper_network_of_the_family_is_refused(tmp_path: Path) -> 
 def test_a_directory_of_weights_is_no_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a directory; name the file"):
         file_checksum(tmp_path, "model.weights")
+
+
+def test_weights_for_three_channels_fill_five_as_timm_does_and_are_no_resampled_grid(tmp_path: Path) -> None:
+    path, whole = tmp_path / "rgb.safetensors", timm.create_model(NET)
+    save_file(whole.state_dict(), path)
+    encoder = build_encoder(NET, "none", str(path), inputs=5)
+    first = encoder.net.state_dict()["conv1.0.weight"]  # type: ignore[union-attr]
+    rgb = whole.state_dict()["conv1.0.weight"]
+    assert torch.allclose(first, rgb[:, [0, 1, 2, 0, 1]] * 3 / 5)
+    assert encoder.notes == (), "the run's own note says it"
