@@ -26,7 +26,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from viladiff.config.pixel_format import RGB_8, PixelFormat
-from viladiff.data.files.images import IdEncoding, MaskEncoding, PaletteEncoding, read_image, read_mask
+from viladiff.data.files.images import IdEncoding, MaskEncoding, PaletteEncoding
+from viladiff.data.loading.picture_cache import picture_cache
 from viladiff.data.transforms.geometry import Range, Window, crop_image, crop_mask, window
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,8 @@ class CropRecipe(NamedTuple):
     """What the pixels of a mask stand for, where they are not class ids."""
     pixels: PixelFormat = RGB_8
     """What the pixels of an image are."""
+    pictures: str | None = None
+    """Folder of decoded pictures that are read in place of files, and stored where they are missing."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -82,12 +85,14 @@ def decode(sample: DecodeRequest, recipe: CropRecipe, image: np.ndarray, mask: n
 
     Raises ValueError that names the file for one that cannot be read, and for a mask of another size than its image.
     """
-    pixels = read_image(sample.image, recipe.pixels)
-    height, width = pixels.shape[:2]
-    to: Window = window((height, width), recipe.crop, recipe.scale, recipe.hflip, sample.draws)
-    crop_image(pixels, to, image)
-    if sample.mask is not None:
-        labels = read_mask(sample.mask, recipe.num_classes, recipe.coding)
+    cache = picture_cache(recipe.pictures)
+    with cache.image(sample.image, recipe.pixels) as pixels:
+        height, width = pixels.shape[:2]
+        to: Window = window((height, width), recipe.crop, recipe.scale, recipe.hflip, sample.draws)
+        crop_image(pixels, to, image)
+    if sample.mask is None:
+        return (*to.shown, to.flip)
+    with cache.mask(sample.mask, recipe.num_classes, recipe.coding) as labels:
         if labels.shape != (height, width):
             sizes = f"{labels.shape[0]} x {labels.shape[1]} pixels, but {sample.image} has {height} x {width}"
             raise ValueError(f"{sample.mask}: {sizes}; an image and its mask must have one size")
@@ -219,7 +224,7 @@ def _start(memory: int, size: int, recipe: CropRecipe) -> subprocess.Popen[bytes
     with suppress(OSError):  # one that dies at once is noticed by whoever asks it
         coding = recipe.coding
         packed = coding and [isinstance(coding, PaletteEncoding), *astuple(coding)]
-        _write(process, [*recipe[:4], packed, list(recipe.pixels)])
+        _write(process, [*recipe[:4], packed, list(recipe.pixels), recipe.pictures])
     return process
 
 
@@ -242,10 +247,10 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main(memory: int, size: int) -> None:
     """Process the tasks on standard input, one a line, until it ends."""
-    crop, scale, hflip, num_classes, coding, pixels = _tupled(json.loads(sys.stdin.buffer.readline()))
+    crop, scale, hflip, num_classes, coding, pixels, pictures = _tupled(json.loads(sys.stdin.buffer.readline()))
     if coding is not None:
         coding = (PaletteEncoding if coding[0] else IdEncoding)(*coding[1:])
-    recipe = CropRecipe(crop, scale, hflip, num_classes, coding, PixelFormat(*pixels))
+    recipe = CropRecipe(crop, scale, hflip, num_classes, coding, PixelFormat(*pixels), pictures)
     images, masks = _arrays(mmap.mmap(memory, size), recipe)
     for line in sys.stdin.buffer:
         place, image, mask, draws = json.loads(line)
