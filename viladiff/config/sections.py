@@ -211,6 +211,9 @@ class RuntimeConfig(Section):
     """CPU threads of each worker; another count changes the last bits of sums."""
     loader_workers: int | None = Field(None, ge=0, le=64)
     """Processes that decode image files, for each worker; none chooses: 0 on a CPU or below 4 cores, else up to 4."""
+    picture_cache: bool = False
+    """Whether images and masks are stored decoded in the cache folder at their first use, and crops are cut from there:
+    the same bits for less of the processor. A run says the size before it starts."""
     runs_dir: str = Field("runs", min_length=1)
     """Directory that holds one directory a run."""
     data_root: str | None = None

@@ -25,6 +25,7 @@ from viladiff.data.captions.tags import dataset_tags
 from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
+from viladiff.data.loading.picture_cache import picture_folder
 from viladiff.data.splits import set_apart
 from viladiff.data.transforms.augment import geometric, normalise, strong, unit_images
 from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
@@ -183,7 +184,9 @@ class BatchLoader:
     def _recipe(self) -> CropRecipe:
         data, masks = self.cfg.data, self.dataset.masks
         assert isinstance(masks, FileMasks)
-        return CropRecipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.coding, self.dataset.pixels)
+        pictures = str(picture_folder()) if self.cfg.runtime.picture_cache else None
+        reading = masks.num_classes, masks.coding, self.dataset.pixels, pictures
+        return CropRecipe(data.crop, data.scale, data.hflip, *reading)
 
     def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:
         return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.color_jitter else weak)

@@ -20,6 +20,7 @@ from viladiff.core.progress import Progress, counter
 from viladiff.data.batch import Batch, Step
 from viladiff.data.files.run_checks import check_files
 from viladiff.data.loader import BatchLoader
+from viladiff.data.loading.picture_space import picture_notes
 from viladiff.data.registry import dataset_spec
 from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation import evaluator
@@ -166,7 +167,9 @@ class Trainer:
 
     def _build(self) -> None:
         cfg = self.cfg
-        for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes()):
+        stored, unlabelled = cfg.runtime.picture_cache, METHODS[cfg.method.name].views.unlabelled
+        pictures = in_turn(lambda: picture_notes(self.dataset, unlabelled)) if stored else ()
+        for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes(), *pictures):
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))

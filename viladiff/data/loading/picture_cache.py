@@ -113,8 +113,8 @@ class PictureCache:
         if source is None:  # the reader says what is wrong
             yield read()
             return
-        with suppress(FileNotFoundError), place.open("rb", buffering=0) as file:
-            found = _entry(file)
+        with _open(place) as file:
+            found = None if file is None else _entry(file)
             if found is not None and found.source == source:
                 yield found
                 return
@@ -148,6 +148,13 @@ def packed_head(source: Source, shape: tuple[int, ...], dtype: np.dtype[Any]) ->
     return json.dumps([FORMAT, *source, list(shape), dtype.name]).encode() + b"\n"
 
 
+def _open(place: Path) -> AbstractContextManager[FileIO | None]:
+    """Open a file as a context; it is of None where there is none that can be read."""
+    with suppress(OSError):
+        return place.open("rb", buffering=0)
+    return nullcontext()
+
+
 def _state(path: str, what: str) -> Source | None:
     with suppress(OSError):
         found = os.stat(path)
@@ -169,9 +176,9 @@ def _entry(file: FileIO) -> StoredPixels | None:
 def entries(folder: Path) -> Iterator[tuple[Path, Source | None]]:
     """Yield each file of the folder with the state of the file that it is of; None where it is no whole entry."""
     for place in sorted(folder.glob("??/*")):
-        with suppress(OSError), place.open("rb", buffering=0) as file:
-            found = _entry(file)
-            yield place, None if found is None else found.source
+        with _open(place) as file:
+            found = None if file is None else _entry(file)
+        yield place, None if found is None else found.source
 
 
 def outdated(source: Source) -> bool:
