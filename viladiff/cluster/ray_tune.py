@@ -32,7 +32,8 @@ def stop_name() -> str:
 def worker_context(queue: JobQueue) -> WorkerContext:
     """Return what a run's process is told of its driver, with a new name for the actor that tells it to stop."""
     settings = queue.settings
-    return WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
+    how = settings.threads, settings.stall_timeout, stop_name(), settings.gpus_per_trial or 0.0
+    return WorkerContext(str(queue.store.root), os.getcwd(), *how)
 
 
 class QueueSearcher(Searcher):

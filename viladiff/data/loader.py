@@ -6,7 +6,7 @@ one on the host (``decode``), optionally in other processes; colours change in b
 
 from __future__ import annotations
 
-import os
+import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from viladiff.config.sections import Sections
 from viladiff.core import keyed_random
-from viladiff.core.environment import visible_cpus
 from viladiff.data.batch import Batch, CutMix, TextBank, TextBatch, Views
 from viladiff.data.captions.tags import dataset_tags
 from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
+from viladiff.data.loading.pace import LIMITING, LoaderPace, decoding_cores, decoding_processes, limit_note
 from viladiff.data.loading.picture_cache import picture_folder
 from viladiff.data.splits import set_apart
 from viladiff.data.transforms.augment import geometric, normalise, strong, unit_images
@@ -89,6 +89,7 @@ class BatchLoader:
         asked = cfg.data.captions, cfg.data.captions_on
         self._tags = torch.from_numpy(dataset_tags(dataset, *asked)) if views.tags else None
         self._decoders: DecodeWorkers | None = None
+        self.pace = LoaderPace()
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Return the batches whose gradients make up one optimiser step."""
@@ -211,33 +212,50 @@ class BatchLoader:
         Files are decoded in ``decoding_processes``, which live as long as this iterator: close it.
         """
         with self._decoding():
-            if ahead == 0:
-                yield from self._steps(start, stop)
-            else:
-                yield from _threaded(self._steps(start, stop), ahead)
+            steps = self._steps(start, stop)
+            yield from self.pace.timed(_threaded(steps, ahead) if ahead else steps)
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        processes = 0 if self.dataset.files is None else decoding_processes(self.cfg, self.device)
-        if processes:
-            parts = self.cfg.train.grad_accum_steps
-            samples = len(self._samples(*self._shares(0, 0)))
-            self._decoders = DecodeWorkers(self._recipe(), processes, samples, (1 + DECODED_AHEAD) * parts - 1)
         try:
+            if self.dataset.files is not None:
+                self._decode_in(decoding_processes(self.cfg, self.device)[0])
             yield
         finally:
             if self._decoders is not None:
                 self._decoders.close()
                 self._decoders = None
 
-    def _steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+    def _decode_in(self, processes: int) -> None:
+        """Bring the number of decoding processes up to ``processes``; batches are the same by any number."""
+        if self._decoders is None and processes:
+            parts = self.cfg.train.grad_accum_steps
+            samples = len(self._samples(*self._shares(0, 0)))
+            self._decoders = DecodeWorkers(self._recipe(), processes, samples, (1 + DECODED_AHEAD) * parts - 1)
+        elif self._decoders is not None:
+            self._decoders.grow(processes)
+
+    def _steps(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
         asked = start
         for step in range(start, stop):
+            if self.dataset.files is not None:
+                self._adapt()
+            asked = max(asked, step)
             while self._decoders is not None and asked < min(stop, step + 1 + DECODED_AHEAD):
                 for part in range(self.cfg.train.grad_accum_steps):
                     self._decoders.ask(self._samples(*self._shares(asked, part)))
                 asked += 1
             yield self.micro_batches(step)
+
+    def _adapt(self) -> None:
+        """Start processes while training waits for images, and say after a minute if it still does."""
+        here = 0 if self._decoders is None else len(self._decoders.pids)
+        most = decoding_processes(self.cfg, self.device)[1]
+        if here < most and self.pace.behind():
+            self._decode_in(min(most, max(1, 2 * here)))
+        share = self.pace.verdict()
+        if share is not None and share > LIMITING and self.rank == 0:
+            print(f"note: {limit_note(share, here, decoding_cores(self.cfg))}", file=sys.stderr, flush=True)
 
 
 def valid_pixels(shown: list[tuple[int, int, bool]], crop: int, device: torch.device) -> Tensor:
@@ -253,22 +271,7 @@ DECODED_AHEAD = 2
 """Steps that decoding processes are ahead."""
 
 
-def decoding_processes(cfg: Sections, device: torch.device) -> int:
-    """Return ``runtime.loader_workers``, or a number for this machine: a process decodes some 150 images a second.
-
-    0 if the network itself runs on the CPU, and for a worker with fewer than four cores, whose thread that prepares
-    batches decodes as well; else half of the cores, four at most. ``runtime.threads`` counts as the cores that a worker
-    was given, as by Ray.
-    """
-    runtime = cfg.runtime
-    if runtime.loader_workers is not None:
-        return runtime.loader_workers
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.workers))
-    cores = runtime.threads or visible_cpus() // here
-    return 0 if device.type == "cpu" or cores < 4 else min(cores // 2, 4)
-
-
-def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch]]:
+def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Generator[list[Batch], None, None]:
     """Prepare up to ``ahead`` items in a thread, which ends when this iterator is closed."""
     queue: Queue[list[Batch] | BaseException | None] = Queue(ahead)
     ended = threading.Event()

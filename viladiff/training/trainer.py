@@ -190,6 +190,7 @@ class Trainer:
         patch = self.method.student.patch
         bank = self.bank if views.text else None
         self.loader = BatchLoader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
+        self.pace = self.loader.pace
         self.model: nn.Module = self.method
         if self.world > 1:
             self.model = data_parallel(self.method, self.device)
