@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Queue
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +24,14 @@ from viladiff.data.captions.tags import dataset_tags
 from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
+from viladiff.data.loading.device_copies import LoaderStream, send
 from viladiff.data.loading.pace import LIMITING, LoaderPace, decoding_cores, decoding_processes, limit_note
 from viladiff.data.loading.picture_cache import picture_folder
 from viladiff.data.splits import set_apart
 from viladiff.data.transforms.augment import geometric, normalise, strong, unit_images
 from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
+
+T = TypeVar("T")
 
 
 class ShuffledIndices:
@@ -158,16 +161,16 @@ class BatchLoader:
         self, purpose: str, drawn: list[tuple[int, int]], masks: np.ndarray | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         data, images = self.cfg.data, np.stack([self.dataset.images[i] for _, i in drawn])
-        on_device = torch.from_numpy(images).to(self.device, non_blocking=True)
-        labels = None if masks is None else torch.from_numpy(masks).to(self.device, non_blocking=True)
+        on_device = send(torch.from_numpy(images), self.device)
+        labels = None if masks is None else send(torch.from_numpy(masks), self.device)
         return geometric(on_device, labels, data.crop, data.scale, data.hflip, self._rngs(f"crop-{purpose}", drawn))
 
     def _from_files(self, labelled: MicroBatch, unlabelled: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         """Return the same as ``_from_arrays``."""
         samples, count = self._samples(labelled, unlabelled), len(labelled.drawn)
         found = decode_all(samples, self._recipe()) if self._decoders is None else self._decoders.take(samples)
-        pixels = unit_images(torch.from_numpy(found.images).to(self.device, non_blocking=True))
-        target = torch.from_numpy(found.masks[:count]).to(self.device, non_blocking=True).long()
+        pixels = unit_images(send(torch.from_numpy(found.images), self.device))
+        target = send(torch.from_numpy(found.masks[:count]), self.device).long()
         valid = valid_pixels(found.shown[count:], self.cfg.data.crop, self.device)
         return pixels[:count], target, pixels[count:], valid, None
 
@@ -195,16 +198,16 @@ class BatchLoader:
     def _mix(self, drawn: list[tuple[int, int]], view: int) -> CutMix:
         snap = self.patch if self.cfg.data.cutmix_grid == "patch" else 1
         boxes = cutmix_boxes(self._rngs(f"cutmix-{view}", drawn), self.cfg.data.crop, snap)
-        return CutMix(boxes.to(self.device), pair_partner(len(drawn)).to(self.device))
+        return CutMix(send(boxes, self.device), send(pair_partner(len(drawn)), self.device))
 
     def _text(self, drawn: list[tuple[int, int]]) -> TextBatch | None:
         if self.bank is None:
             return None
         text = self.bank.batch([i for _, i in drawn])
-        return TextBatch(text.tokens.to(self.device), text.mask.to(self.device))
+        return TextBatch(send(text.tokens, self.device), send(text.mask, self.device))
 
     def _tagged(self, drawn: list[tuple[int, int]]) -> Tensor | None:
-        return None if self._tags is None else self._tags[[i for _, i in drawn]].to(self.device)
+        return None if self._tags is None else send(self._tags[[i for _, i in drawn]], self.device)
 
     def stream(self, start: int, stop: int, ahead: int = 0) -> Generator[list[Batch], None, None]:
         """Yield the micro-batches of steps start ... stop - 1, with ``ahead`` steps prepared by a thread.
@@ -213,7 +216,11 @@ class BatchLoader:
         """
         with self._decoding():
             steps = self._steps(start, stop)
-            yield from self.pace.timed(_threaded(steps, ahead) if ahead else steps)
+            if not ahead:
+                yield from self.pace.timed(steps)
+                return
+            stream = LoaderStream(self.device)
+            yield from self.pace.timed(stream.receive(_threaded(stream.prepare(steps), ahead)))
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
@@ -260,7 +267,7 @@ class BatchLoader:
 
 def valid_pixels(shown: list[tuple[int, int, bool]], crop: int, device: torch.device) -> Tensor:
     """Return (n, crop, crop) bool, False in the padding of each crop, by geometry alone; see ``DecodedBatch.shown``."""
-    seen = torch.tensor(shown, dtype=torch.int64).view(-1, 3).to(device, non_blocking=True)
+    seen = send(torch.tensor(shown, dtype=torch.int64).view(-1, 3), device)
     rows, columns, flip = seen[:, :, None].unbind(1)
     place = torch.arange(crop, device=device)
     column = torch.where(flip > 0, crop - 1 - place, place)
@@ -271,15 +278,15 @@ DECODED_AHEAD = 2
 """Steps that decoding processes are ahead."""
 
 
-def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Generator[list[Batch], None, None]:
+def _threaded(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
     """Prepare up to ``ahead`` items in a thread, which ends when this iterator is closed."""
-    queue: Queue[list[Batch] | BaseException | None] = Queue(ahead)
+    queue: Queue[T | BaseException | None] = Queue(ahead)
     ended = threading.Event()
 
     def fill() -> None:
         try:
-            for batch in batches:
-                queue.put(batch)
+            for item in items:
+                queue.put(item)
                 if ended.is_set():
                     return
             queue.put(None)
