@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from viladiff.cli.main import main
 from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data import registry
 from viladiff.data.batch import Views
@@ -24,7 +25,7 @@ from viladiff.data.files.images import PaletteEncoding, read_image, read_mask
 from viladiff.data.loader import BatchLoader
 from viladiff.data.loading import picture_cache as module
 from viladiff.data.loading import picture_space
-from viladiff.data.loading.picture_cache import HEAD, PictureCache, StoredPixels, entries, outdated
+from viladiff.data.loading.picture_cache import HEAD, PictureCache, StoredPixels, entry_path, survey
 from viladiff.runs.config import RunConfig, override
 
 OLD = 1_000_000_000
@@ -261,17 +262,38 @@ def test_entries_of_files_that_are_gone_changed_or_read_by_another_pillow_are_ou
     with cache.mask(str(mask), 3, None):
         pass
 
-    def found() -> dict[str, bool]:
-        states = {source.path: outdated(source) for _, source in entries(tmp_path / "pictures") if source is not None}
-        return {Path(path).name: old for path, old in states.items()}
-
-    assert found() == {image.name: False, "second.png": False, "mask.png": False}
+    folder = tmp_path / "pictures"
+    third = entry_path(folder, str(image), "x")
+    third.parent.mkdir(exist_ok=True)
+    third.write_bytes(b"not an entry")
+    writing = third.with_name(".x.raw.1.abcd.tmp")
+    writing.write_bytes(b"half")
+    assert survey(folder)[:3:2] == (4, 1), "the one that is being written is not counted"
     second.unlink()
     os.utime(mask, (OLD + 5, OLD + 5))
-    assert found() == {image.name: False, "second.png": True, "mask.png": True}
+    assert survey(folder)[:3:2] == (4, 3)
+    assert survey(folder, "outdated").removed == 3 and survey(folder)[:3:2] == (1, 0) and writing.exists()
+    assert stored(cache, image)
+    os.utime(writing, (OLD, OLD))
     monkeypatch.setattr(module, "pillow", "99.0")
-    assert all(found().values())
+    assert survey(folder)[:3:2] == (2, 2)
     assert not stored(cache, image), "another Pillow may decode to other pixels"
+    found = survey(folder, "all")
+    assert found.removed == 3 and found.removed_bytes == found.total
+    assert not list(folder.glob("??/*")) and survey(folder) == (0,) * 6 == survey(tmp_path / "none")
+
+
+def test_the_command_lists_and_deletes(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path))
+    read(PictureCache(tmp_path / "pictures"), image)
+    assert main(["data", "pictures"]) == 0
+    assert "pictures: 1 files, 0.00 GB\noutdated or incomplete: 0," in capsys.readouterr().out
+    image.unlink()
+    assert main(["data", "pictures", "--remove", "outdated"]) == 0
+    assert capsys.readouterr().out.endswith("incomplete: 1, 0.00 GB\ndeleted: 1, 0.00 GB\n")
+    assert not list((tmp_path / "pictures").glob("??/*"))
 
 
 # Its size
@@ -287,8 +309,13 @@ def test_the_size_that_is_said_is_that_of_the_files(
     cfg = override(RunConfig(), {"data.dataset": "folder", "data.crop": 64, "runtime.data_root": str(root)})
     dataset = registry.load_dataset(*registry.dataset_spec(cfg))
     space = picture_space.picture_space(dataset)
-    assert (space.images, space.masks) == (10, 4) and space.missing == space.total
-    assert picture_space.picture_space(dataset, unlabelled=False).images == 4
+    assert (len(space.images), len(space.masks)) == (10, 4) and space.missing() == space.total
+    assert len(picture_space.picture_space(dataset, unlabelled=False).images) == 4
+    both = picture_space.planned_space(
+        (override(cfg, {"runtime.picture_cache": seed > 0, "seed": seed}), True) for seed in (0, 1, 2)
+    )
+    assert both == space, "each picture counts once"
+    assert picture_space.planned_space([(cfg, True)]) is None
     cache = PictureCache(space.folder)
     assert dataset.files is not None
     for i in range(10):
@@ -299,7 +326,8 @@ def test_the_size_that_is_said_is_that_of_the_files(
             pass
     there = [path.stat().st_size for path in space.folder.glob("??/*.raw")]
     assert len(there) == 14 and sum(there) == space.total
-    assert picture_space.picture_space(dataset).missing == 0
+    assert {path.stat().st_size for path in space.masks} == set(space.masks.values())
+    assert space.missing() == 0 and "to be written" in space.text()
     monkeypatch.setattr(picture_space.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     picture_space.refuse_full_disk(picture_space.picture_space(dataset))
     next(space.folder.glob("??/*.raw")).unlink()

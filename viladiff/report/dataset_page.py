@@ -16,6 +16,7 @@ from viladiff.core.atomic import write_atomically
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import read_image, read_mask
 from viladiff.data.formats.values import displayed
+from viladiff.data.loading.picture_space import decoded_bytes
 
 if TYPE_CHECKING:
     from viladiff.data.files.validate import DatasetReport
@@ -117,6 +118,8 @@ def dataset_facts(report: DatasetReport) -> dict[str, str]:
             found[f"{name} in pixels"] = f"{sides.min()} to {sides.max()}, median {np.median(sides):g}"
         (height, width), often = sizes.most_common(1)[0]
         found["different sizes"] = f"{len(sizes):,}; most often {width} x {height} ({often:,} images)"
+        decoded = sum(decoded_bytes(size, pixels) * times for size, times in sizes.items())
+        found["decoded"] = f"{decoded / 1e9:.2f} GB, of which runtime.picture_cache stores those that a run trains on"
     return {**found, "classes": str(len(report.classes.names))}
 
 

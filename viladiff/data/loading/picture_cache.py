@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import cache
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import __version__ as pillow
@@ -32,6 +32,8 @@ from viladiff.data.transforms.geometry import Pixels
 
 FORMAT = 1
 """Raised when a reader gives other pixels of the same file, or an entry is laid out otherwise."""
+GRACE = 3600
+"""Seconds in which a file without an entry's name may be one that is being written."""
 HEAD = 4096
 """Bytes before the pixels; a page, and room for the longest paths in use."""
 
@@ -173,12 +175,40 @@ def _entry(file: FileIO) -> StoredPixels | None:
     return None
 
 
-def entries(folder: Path) -> Iterator[tuple[Path, Source | None]]:
-    """Yield each file of the folder with the state of the file that it is of; None where it is no whole entry."""
+class Survey(NamedTuple):
+    """What is in a folder, and what was deleted there; bytes beside numbers of files."""
+
+    entries: int
+    total: int
+    outdated: int
+    outdated_bytes: int
+    removed: int
+    removed_bytes: int
+
+
+def survey(folder: Path, remove: Literal["outdated", "all"] | None = None) -> Survey:
+    """Look at every file of the folder, and delete those whose file is gone or changed, or all.
+
+    A run that is reading an entry goes on reading it, and makes it again where it is needed later. A file that another
+    process may still be writing counts as outdated once it is ``GRACE`` seconds old. Raises OSError for one that cannot
+    be deleted.
+    """
+    kept: list[int] = []
+    old: list[int] = []
+    removed: list[int] = []
     for place in sorted(folder.glob("??/*")):
         with _open(place) as file:
-            found = None if file is None else _entry(file)
-        yield place, None if found is None else found.source
+            if file is None:
+                continue
+            found, status = _entry(file), os.fstat(file.fileno())
+        if place.name.endswith(".tmp") and time.time() - status.st_mtime < GRACE:
+            continue
+        gone = found is None or outdated(found.source)
+        (old if gone else kept).append(status.st_size)
+        if remove == "all" or (remove == "outdated" and gone):
+            place.unlink(missing_ok=True)
+            removed.append(status.st_size)
+    return Survey(len(kept) + len(old), sum(kept) + sum(old), len(old), sum(old), len(removed), sum(removed))
 
 
 def outdated(source: Source) -> bool:
