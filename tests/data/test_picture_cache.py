@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import load_module
 from PIL import Image
 
 from viladiff.cli.main import main
@@ -340,3 +341,14 @@ def test_built_in_data_have_no_files_to_store() -> None:
     dataset = registry.load_dataset(*registry.dataset_spec(RunConfig()))
     with pytest.raises(ValueError, match=r"runtime.picture_cache = true: digits is not in files; set it to false"):
         picture_space.picture_space(dataset)
+
+
+def test_the_benchmark_of_the_loader_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = load_module(ROOT / "benchmarks" / "loader.py")
+    small = {name: kind._replace(height=60, width=90, crop=48) for name, kind in bench.KINDS.items()}
+    bench.KINDS.update(small)
+    assert bench.main(["--rounds", "1", "--batches", "1", "--images", "2"]) in (0, 1)
+    said = capsys.readouterr().out
+    assert said.count("images a second and core") == 10 and said.count("aim") == 2
+    pair = bench.Pair(Path("a"), Path("b"))
+    assert [one.mask for one in bench.requests([pair], 0)] == ["b"] * 4 + [None] * 4
