@@ -57,7 +57,7 @@ def print_dry_run(
     each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
     about = "" if guess.seconds is None else "about "
     spread = "" if room else " of sequential work"
-    lists = {"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {}
+    lists = _pictures(left) | ({"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {})
     recipe = plan.table.scale[plan.scale].recipe
     lines = {
         **({"recipe": f"{recipe}; viladiff methods --recipe {recipe} lists it"} if recipe else {}),
@@ -68,7 +68,6 @@ def print_dry_run(
         **({"GPUs": room.note} if room and room.note else {}),
         "time": f"{about}{format_seconds(guess.seconds, 'unknown')}{spread} ({guess.basis})",
         **cost_lines(guess, device),
-        **_pictures(left),
         **({} if beside is None else {"records": _committed(*beside)}),
         "runs": str(store.root),
         "page": str(out / "index.html"),
