@@ -12,10 +12,12 @@ import torch
 
 from viladiff.data.loading import picture_space
 from viladiff.evaluation import evaluator
+from viladiff.experiments import dry_run
 from viladiff.inference.load import preview_run
 from viladiff.runs import listing
 from viladiff.runs.checkpoint import load_checkpoint, save_checkpoint
 from viladiff.runs.config import RunConfig, override
+from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import impossible, load_record
 from viladiff.training.errors import StopRequested
 from viladiff.training.trainer import fit
@@ -63,6 +65,19 @@ def test_a_run_with_the_cache_says_its_size_first_and_has_the_same_weights(
     monkeypatch.setattr(picture_space, "refuse_full_disk", _full)
     with pytest.raises(ValueError, match="no room"):
         fit(fields(root, tmp_path / "third", runtime__picture_cache=True))
+
+
+def test_the_dry_run_of_a_table_counts_each_picture_once(
+    photo_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
+    root = photo_folder(12, labelled=4, val=2, sizes=(64, 100))
+    given = {"data.dataset": "folder", "runtime.data_root": str(root), "runtime.picture_cache": True}
+    changes = [{**given, "seed": seed, "method.name": name} for seed in (0, 1) for name in ("supervised", "fixmatch")]
+    runs = [PlannedRun(f"{i:016x}", dict(one), "", 4, {}) for i, one in enumerate(changes)]
+    assert dry_run._pictures(runs)["pictures"].startswith("10 images and 4 masks decoded, ")
+    assert dry_run._pictures(runs[:1])["pictures"].startswith("4 images and 4 masks decoded, ")
+    assert dry_run._pictures([PlannedRun("0" * 16, {}, "", 4, {})]) == {}
 
 
 def _full(space: object) -> None:
