@@ -30,7 +30,7 @@ _Level = Annotated[int, Field(strict=True, ge=0, le=255)]
 _COLOURS = TypeAdapter(list[tuple[_Level, _Level, _Level]])
 
 
-class Contents(NamedTuple):
+class ModelFolder(NamedTuple):
     """What a model folder holds."""
 
     network: Network
@@ -64,7 +64,7 @@ def preprocessing(network: Network, cfg: RunConfig) -> dict[str, Any]:
     }
 
 
-def write_folder(into: Path, contents: Contents) -> None:
+def write_folder(into: Path, contents: ModelFolder) -> None:
     """Write the files that are read into a directory; the configuration comes last, and without it nothing is read.
 
     Raises ValueError for a network that no such files can describe.
@@ -92,7 +92,7 @@ def as_json(value: object) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
-def read_folder(folder: Path) -> Contents:
+def read_folder(folder: Path) -> ModelFolder:
     """Read a model folder; no code is run and nothing is unpickled.
 
     Raises ValueError that names the file if one is missing, damaged, changed since it was written, or does not fit the
@@ -115,7 +115,7 @@ def read_folder(folder: Path) -> Contents:
     except RuntimeError as error:
         raise ValueError(f"{path}: does not fit {CONFIG} and {CLASSES} beside it: {last_line(error)}") from error
     _check_preprocessing(folder / PREPROCESSING, preprocessing(network, cfg))
-    return Contents(network, fields, names, _palette(folder / CONFIG, facts.get("palette"), len(names)))
+    return ModelFolder(network, fields, names, _palette(folder / CONFIG, facts.get("palette"), len(names)))
 
 
 def _check_sums(folder: Path) -> None:
