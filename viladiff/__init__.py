@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from viladiff.experiments.tables import table
     from viladiff.inference.pretrained import Segmenter, load_model
     from viladiff.runs.config import RunConfig, override
+    from viladiff.trackers.base import Callback
     from viladiff.training.trainer import fit
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "Segmenter", "__version__", "fit", "load_model", "override", "table"]
+__all__ = ["Callback", "RunConfig", "Segmenter", "__version__", "fit", "load_model", "override", "table"]
 
 _LAZY = {
+    "Callback": "viladiff.trackers.base",
     "RunConfig": "viladiff.runs.config",
     "override": "viladiff.runs.config",
     "fit": "viladiff.training.trainer",
