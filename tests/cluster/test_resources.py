@@ -199,7 +199,7 @@ def test_a_run_decodes_on_its_gpus_share_of_the_processors(
     nodes = [{"NodeID": "other", "Resources": {"CPU": 1.0, "GPU": 1.0}}, {"NodeID": "here", "Resources": there}]
     machine.setattr(worker.ray, "nodes", lambda: nodes)
     machine.setattr(worker.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
-    place = worker.WorkerContext(str(tmp_path), os.getcwd(), 1, 60, "stop", gpus)
+    place = worker.WorkerContext(str(tmp_path), os.getcwd(), 1, 60, "stop", gpus=gpus)
     job = PlannedRun("0" * 16, {"data.batch_labelled": 8, "data.batch_unlabelled": 8}, "t", 4, {}, workers=workers)
     cfg = worker.configuration(job, place)
     assert (cfg.runtime.cores, cfg.runtime.threads) == (cores, 1)

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,8 @@ class WorkerContext:
     stall_timeout: float
     stop_name: str
     """An actor of this name exists once all runs are to stop."""
+    tracking: Mapping[str, object] = field(default_factory=dict)
+    """Fields of ``runtime`` for trackers."""
     gpus: float = 0.0
     """GPUs of a run of one worker, which may be a part of one; a worker of several has one at least."""
 
@@ -115,10 +117,9 @@ def configuration(job: PlannedRun, place: WorkerContext) -> RunConfig:
     with suppress(FileNotFoundError):
         os.chdir(place.cwd)
     here = {"runtime.runs_dir": place.root, "runtime.progress": False, "runtime.workers": job.workers}
-    cores = (
-        {} if not place.gpus else {"runtime.cores": _cores(place.gpus if job.workers == 1 else max(1.0, place.gpus))}
-    )
-    return override(RunConfig(), {"runtime.threads": place.threads, **cores, **job.changes, **here})
+    gpus = place.gpus if job.workers == 1 or not place.gpus else max(1.0, place.gpus)
+    own = {"runtime.threads": place.threads, **({"runtime.cores": _cores(gpus)} if gpus else {}), **place.tracking}
+    return override(RunConfig(), {**own, **job.changes, **here})
 
 
 def _cores(gpus: float) -> int:
