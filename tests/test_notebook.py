@@ -39,10 +39,8 @@ def test_every_cell_runs(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_its_printed_scores_are_those_of_its_runs(tmp_path: Path) -> None:
     def scores(notebook: Any) -> list[str]:
-        texts = [
-            out["data"]["text/plain"] for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out
-        ]
-        return [text for text in texts if "miou" in text or "background" in text]
+        outputs = [out["data"] for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]
+        return [text for text in (out["text/plain"] for out in outputs) if "miou" in text or "background" in text]
 
     assert scores(run(tmp_path)) == scores(nbformat.read(NOTEBOOK, as_version=4))
 
@@ -52,3 +50,13 @@ def test_its_outputs_name_no_machine() -> None:
     assert "/home/" not in text and "site-packages" not in text and str(ROOT) not in text
     cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in cells)
+
+
+def test_the_published_scores_that_it_names_are_those_of_the_records() -> None:
+    text = " ".join(NOTEBOOK.read_text(encoding="utf-8").split())
+    table = (ROOT / "reports" / "published" / "table5" / "table.md").read_text(encoding="utf-8")
+    rows = {name: re.search(rf"^\| \w \| {name}\b.*", table, re.M) for name in ("SemiBaseline", "supervised")}
+    for name, score in re.findall(r"(SemiBaseline|supervised) at (?:\\n\", \")?([\d.]+)", text):
+        row = rows[name]
+        assert row is not None and f"| {score} ±" in row[0]
+    assert len(re.findall(r"(SemiBaseline|supervised) at (?:\\n\", \")?([\d.]+)", text)) == 2
