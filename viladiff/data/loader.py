@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from queue import Queue
 from typing import NamedTuple
@@ -257,12 +257,16 @@ def decoding_processes(cfg: Sections, device: torch.device) -> int:
     batches decodes as well; else half of the cores, four at most. ``runtime.threads`` counts as the cores that a worker
     was given, as by Ray.
     """
-    runtime = cfg.runtime
-    if runtime.loader_workers is not None:
-        return runtime.loader_workers
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.workers))
-    cores = runtime.threads or visible_cpus() // here
+    if cfg.runtime.loader_workers is not None:
+        return cfg.runtime.loader_workers
+    cores = cores_of_worker(cfg)
     return 0 if device.type == "cpu" or cores < 4 else min(cores // 2, 4)
+
+
+def cores_of_worker(cfg: Sections) -> int:
+    """Return the cores that each worker of this machine has: ``runtime.threads``, or its share of all."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.runtime.workers))
+    return cfg.runtime.threads or visible_cpus() // here
 
 
 def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch]]:
@@ -293,27 +297,3 @@ def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch
             while not queue.empty():
                 queue.get_nowait()
             thread.join(0.05)
-
-
-def validation(
-    dataset: Dataset, bank: TextBank | None, device: torch.device, batch: int, indices: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
-    """Yield validation images (B, N, H, W) normalised, masks (B, H, W) int64 and texts, in order.
-
-    There is no augmentation. B is ``batch``, or 1 if images have several sizes. Raises ValueError for a mask of another
-    size than its image.
-    """
-    batch = batch if dataset.uniform else 1
-    for start in range(0, len(indices), batch):
-        some = list(indices[start : start + batch])
-        images = torch.from_numpy(np.stack([dataset.val_images[i] for i in some])).to(device)
-        masks = torch.from_numpy(np.stack([dataset.val_masks[i] for i in some])).to(device)
-        if images.shape[:3] != masks.shape:
-            name = some if dataset.val_files is None else dataset.val_files.ids[some[0]]
-            sizes = f"{tuple(masks.shape[1:])}, the image {tuple(images.shape[1:3])} (height, width)"
-            raise ValueError(f"validation image {name}: its mask has {sizes}; both must have one size")
-        text = None
-        if bank is not None:
-            found = bank.batch(some)
-            text = TextBatch(found.tokens.to(device), found.mask.to(device))
-        yield normalise(unit_images(images.permute(0, 3, 1, 2).contiguous())), masks.long(), text

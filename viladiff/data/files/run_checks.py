@@ -145,6 +145,16 @@ class _Seen(NamedTuple):
     """As ``undeclared_depth``."""
 
 
+def image_sizes(paths: Sequence[Path], contents: Contents | None, pixels: PixelFormat) -> list[tuple[int, int] | None]:
+    """Return (height, width) of each image, stored by ``check_files`` or from its header; None if it is damaged."""
+    if contents is None:
+        return [image_size(path) for path in paths]
+    try:
+        return [_odd(path, contents, pixels).size for path in paths]
+    finally:
+        contents.save()
+
+
 def _odd(path: Path, contents: Contents, pixels: PixelFormat) -> _Seen:
     def look() -> tuple[int, int, bool]:
         if not pixels.plain or file_kind(path).name != "pillow":
