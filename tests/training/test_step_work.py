@@ -90,7 +90,7 @@ def test_equal_steps_are_counted_once_and_kept(tmp_path: Path, monkeypatch: pyte
     assert CountedSteps(tmp_path).of(planned()) == first and calls == ["supervised"]
     other = steps.of(planned(**{"data.crop": 96}))
     assert other is not None and other.peak_bytes > first.peak_bytes and len(calls) == 2
-    for path in (tmp_path / "checked").rglob("step-*.json"):
+    for path in (tmp_path / "counted").rglob("step-*.json"):
         path.write_text("{")
     assert CountedSteps(tmp_path).of(planned()) == first and len(calls) == 3, "what is damaged is counted again"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from viladiff.runs.store import Store
 from viladiff.tables.cells import cells, unavailable
 from viladiff.tables.estimate import Target, cost_lines, estimate_on
 from viladiff.tables.plan import Plan, PlannedCell
+from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 from viladiff.training.run_cost import assumed_run
 
@@ -36,11 +37,13 @@ class TableShare:
     cells: int
     runs: frozenset[str]
     """Names of its runs; where data are not here, names made of settings alone."""
-    waiting: int
-    """Rows that cannot be run yet."""
+    waiting: tuple[str, ...] = ()
+    """Rows that cannot be run yet, and why."""
     job: TableJob | None = None
     """None where its runs cannot be named."""
     why: str = ""
+    absent: bool = False
+    """Whether the table has no such scale."""
     assumed: Plan | None = None
     """Where its data are not here: its runs with as many images as the data set is published with."""
 
@@ -60,20 +63,34 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is not supported by `plan all`")
     shares = [share_of(path, args) for path in paths]
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    heads = ("cells", "runs", "new runs", "done", "time alone", "GPU-hours", "GiB a run", "cost", "unavailable rows")
+    money = "cost" if args.hourly_price is not None else "US dollars"
+    heads = ("cells", "runs", "new runs", "done", "time alone", "GPU-hours", "GiB a run", money, "unavailable rows")
     grid = Grid("table", *heads, box=None, pad_edge=False)
     seen: set[str] = set()
     target = _target(shares, args)
+    if target.device is not CPU and (every := _all_plans(shares)) is not None:
+        target.steps.prepare(every.runs.values())
     for share in shares:
+        if share.absent:
+            continue
         new, seen = share.runs - seen, seen | share.runs
         counts = map(str, (share.cells, len(share.runs), len(new)))
-        grid.add_row(share.name, *counts, *_left(share, target, args), str(share.waiting))
-    console.print(f"[bold]All tables[/bold], scale {escape(args.scale)}\n")
+        grid.add_row(share.name, *counts, *_left(share, target, args), str(len(share.waiting)))
+    lists = _seeds(shares, args)
+    console.print(f"[bold]All tables[/bold], scale {escape(args.scale)}{f', seeds {lists}' if lists else ''}\n")
     console.print(grid)
     console.print()
-    for name, text in totals(shares, args, target).items():
-        console.print(f"{name:<11}  {escape(text)}", soft_wrap=True)
+    lines = totals(shares, args, target)
+    width = max(11, *map(len, lines))
+    for name, text in lines.items():
+        console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
     return 0
+
+
+def _seeds(shares: Sequence[TableShare], args: argparse.Namespace) -> str:
+    """Return the seeds of the tables that are planned; empty where they differ."""
+    found = {tuple(sorted({cell.seed for cell in share.plan.cells})) for share in shares if share.plan is not None}
+    return ", ".join(map(str, found.pop())) if len(found) == 1 else ""
 
 
 def share_of(path: Path, args: argparse.Namespace) -> TableShare:
@@ -83,7 +100,7 @@ def share_of(path: Path, args: argparse.Namespace) -> TableShare:
     """
     table = load_table(path)
     if args.scale not in table.scale:
-        return TableShare(table.name, 0, frozenset(), 0, why=f"has no scale {args.scale}")
+        return TableShare(table.name, 0, frozenset(), why=f"has no scale {args.scale}", absent=True)
     try:
         job = plan_table(path, args, "")
     except ValueError as error:
@@ -96,8 +113,14 @@ def share_of(path: Path, args: argparse.Namespace) -> TableShare:
         known = {name: run for name, run in runs.items() if run is not None}
         whole = Plan(table, args.scale, (), (), (), places, known) if len(known) == len(runs) else None
         why = str(error).splitlines()[0]
-        return TableShare(table.name, len(found), frozenset(names), len(unavailable(table)), why=why, assumed=whole)
-    return TableShare(table.name, len(job.plan.cells), frozenset(job.plan.runs), len(job.plan.unavailable), job)
+        waiting = _waiting(table, unavailable(table))
+        return TableShare(table.name, len(found), frozenset(names), waiting, why=why, assumed=whole)
+    waiting = _waiting(table, job.plan.unavailable)
+    return TableShare(table.name, len(job.plan.cells), frozenset(job.plan.runs), waiting, job)
+
+
+def _waiting(table: Table, reasons: Mapping[int, str]) -> tuple[str, ...]:
+    return tuple(f"{table.rows[place].label!r} {why}" for place, why in reasons.items())
 
 
 def totals(shares: Sequence[TableShare], args: argparse.Namespace, target: Target | None = None) -> dict[str, str]:
@@ -118,17 +141,61 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace, target: Targe
         at_once = replace(target, concurrency=room.slots if room else 1)
         alone, guess = (estimate_on(plan, job.store, one) for one in (target, at_once))
         together = f", {format_seconds(guess.seconds, UNKNOWN)} with {room.slots} at once" if room else ""
+        partly = any(share.assumed is not None for share in shares)
+        where = " in the tables whose data are here" if partly else ""
         lines |= {
-            "done": f"{guess.done} of {guess.runs} runs",
-            "time": f"{format_seconds(alone.seconds, UNKNOWN)} of work left{together} ({guess.basis})",
+            "done": f"{guess.done} of {guess.runs} runs{where}",
+            "time": f"{format_seconds(alone.seconds, UNKNOWN)} of work left{where}{together} ({guess.basis})",
         }
-        lines |= cost_lines(guess, target.device)
+        if partly and (whole := _all_plans(shares)) is not None:
+            guess = estimate_on(whole, job.store, at_once)
+        lines |= cost_lines(guess, target.device, args.hourly_price)
     elif (every := _all_plans(shares)) is not None:
-        lines |= cost_lines(estimate_on(every, _store(args), target), target.device)
-    waiting = sum(share.waiting for share in shares)
-    lines |= {"unavailable": f"{waiting} rows, which require a field that is not set"} if waiting else {}
-    lines |= {share.name: _absent(share, args) for share in shares if share.job is None}
+        guess = estimate_on(every, _store(args), target)
+        lines |= {"basis": guess.basis, **cost_lines(guess, target.device, args.hourly_price)}
+    if sum(len(share.runs) for share in shares) > len(unique):
+        lines["shared runs"] = "a run of several tables is in each table's numbers, and once in those of this list"
+    return lines | _remarks(shares, args, target)
+
+
+def _remarks(shares: Sequence[TableShare], args: argparse.Namespace, target: Target) -> dict[str, str]:
+    """Return what a reader must know of single tables, by subject; tables with the same remark share a line."""
+    lines = {}
+    large = [text for share in shares for text in _too_large(share, target)]
+    if large:
+        lines["too large"] = f"for the memory of {target.device.name}, and counted: {'; '.join(large)}"
+    waiting = [f"{share.name}: {', '.join(share.waiting)}" for share in shares if share.waiting]
+    if waiting:
+        lines["unavailable"] = f"{sum(len(share.waiting) for share in shares)} rows, not counted: {'; '.join(waiting)}"
+    for title, assumed, what in (
+        ("no data here", True, "costed with the published number of images, done runs not known"),
+        ("not timed", False, ""),
+    ):
+        reasons: dict[str, list[str]] = {}
+        for share in shares:
+            if share.job is None and not share.absent and (share.assumed is not None) == assumed:
+                reasons.setdefault(share.why, []).append(share.name)
+        said = [f"{', '.join(names)} ({why})" for why, names in reasons.items()]
+        if said:
+            lines[title] = "; ".join([*said, *([what] if what else [])])
+    absent = [share.name for share in shares if share.absent]
+    if absent:
+        lines["not planned"] = f"{', '.join(absent)}: no scale {args.scale}"
     return lines
+
+
+def _too_large(share: TableShare, target: Target) -> list[str]:
+    """Return the methods of a table whose runs need more memory than the device has, with the most that one needs."""
+    runs = share.plan.runs.values() if share.plan is not None and target.device.memory else ()
+    needs: dict[str, list[int]] = {}
+    for run in runs:
+        cost = target.steps.of(run)
+        if cost is not None and cost.peak_bytes > target.device.memory:
+            needs.setdefault(str(run.changed.get("method.name")), []).append(cost.peak_bytes)
+    return [
+        f"{share.name}: {method}, {len(some)} runs of up to {max(some) / 2**30:.0f} GiB"
+        for method, some in needs.items()
+    ]
 
 
 def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
@@ -160,20 +227,12 @@ def _target(shares: Sequence[TableShare], args: argparse.Namespace) -> Target:
     return Target(device, price_per_hour=args.hourly_price)
 
 
-def _absent(share: TableShare, args: argparse.Namespace) -> str:
-    if share.assumed is None:
-        return f"not timed: {share.why}"
-    return f"not timed here, costed with the published number of images: {share.why}"
-
-
 def _left(share: TableShare, target: Target, args: argparse.Namespace) -> tuple[str, str, str, str, str]:
     """Return the state of a table, the time of its remaining runs alone, and what they cost."""
     if share.plan is None:
-        return ("?",) * 5
+        return ("not known", *("",) * 4)
     guess = estimate_on(share.plan, share.job.store if share.job else _store(args), target)
     hours = "" if guess.device_hours is None or target.device is CPU else f"{guess.device_hours:,.0f}"
     memory = f"{guess.peak_bytes / 2**30:.1f}" if guess.peak_bytes else ""
     cost = "" if guess.cost is None else f"{guess.cost:,.0f}"
-    if share.job is None:
-        return "?", "?", hours, memory, cost
-    return str(guess.done), format_seconds(guess.seconds, UNKNOWN), hours, memory, cost
+    return "–" if share.job is None else str(guess.done), format_seconds(guess.seconds, UNKNOWN), hours, memory, cost

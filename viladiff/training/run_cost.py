@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import sha256_hex
+from viladiff.core.progress import Progress
+from viladiff.data.cache import cache_dir
 from viladiff.data.files.known_splits import LISTS
 from viladiff.evaluation.devices import Device
 from viladiff.evaluation.step_time import Load, step_seconds
@@ -28,6 +31,10 @@ _STEP = (
     *("data.dataset", "data.crop", "data.cutmix_grid", "data.captions", "data.batch_labelled", "data.batch_unlabelled"),
     *("train.precision", "train.grad_accum_steps", "optim.name", "optim.momentum", "optim.clip_norm"),
 )
+_NOT_COUNTED = ("inference", "tables", "sweeps", "report", "cluster", "experiments", "cli")
+"""Packages that no step needs; a change of them leaves the stored counts valid."""
+SAY_AFTER = 10.0
+"""Seconds of counting that are shown."""
 _CONTENT = ("model.weights", "model.pretrained")
 
 
@@ -54,9 +61,9 @@ class CountedSteps:
 
     @cached_property
     def _folder(self) -> Path:
-        from viladiff.training.checked import Checked  # loads data sets, which a plan of known times does without
+        from viladiff.training.checked import state_of_code  # loads data sets, which a plan of known times does without
 
-        return Checked(self._root).folder
+        return (cache_dir() if self._root is None else self._root) / "counted" / state_of_code(_NOT_COUNTED)
 
     def of(self, run: PlannedRun) -> CountedStep | None:
         """Return the cost of a step; None where it cannot be counted, as where the method reads its own numbers."""
@@ -64,6 +71,24 @@ class CountedSteps:
         if key not in self._known:
             self._known[key] = self._read(key) or self._count(run, key)
         return self._known[key]
+
+    def prepare(self, runs: Iterable[PlannedRun]) -> None:
+        """Count what is not stored of these runs; show on stderr how far it is if it takes more than SAY_AFTER."""
+        todo = {key: run for run in runs if (key := self._key(run)) not in self._known}
+        for key in list(todo):
+            found = self._read(key)
+            if found is not None:
+                self._known[key] = found
+                del todo[key]
+        begun, progress = time.monotonic(), None
+        with contextlib.ExitStack() as stack:
+            for done, (key, run) in enumerate(todo.items()):
+                if progress is None and done and (time.monotonic() - begun) * len(todo) / done > SAY_AFTER:
+                    title = "counting the work of each distinct step"
+                    progress = stack.enter_context(Progress(len(todo), done, title, True))
+                self._known[key] = self._count(run, key)
+                if progress is not None:
+                    progress.advance()
 
     def _key(self, run: PlannedRun) -> str:
         """Return a name of all that decides a step's work. Of a method's numbers it counts whether they are 0."""
