@@ -53,6 +53,7 @@ examples:
 Output: OUT/masks (palette PNGs), OUT/overlays (mask over image), OUT/confidence (probability of the
 predicted class, from black to white), OUT/classes.csv (id, name and colour of each class).
 """
+TABLE_HELP = "number of a table of the paper, or path of a .toml file"
 TABLE_EXAMPLES = """\
 examples:
   viladiff plan 5 --scale digits          list the runs and estimate the time

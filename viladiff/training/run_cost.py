@@ -27,6 +27,8 @@ POOLS = {"coco": 118_287} | {one.dataset: one.size for one in LISTS if one.famil
 """Training images by data set, where its files are not here."""
 SCORED = {one.dataset: one.size for one in LISTS if one.family == one.split == "val"}
 """Validation images, likewise."""
+PICTURES = {"cityscapes": (1024, 2048)}
+"""Height and width of validation images, where all have one size."""
 _STEP = (
     *("data.dataset", "data.crop", "data.cutmix_grid", "data.captions", "data.batch_labelled", "data.batch_unlabelled"),
     *("train.precision", "train.grad_accum_steps", "optim.name", "optim.momentum", "optim.clip_norm"),
@@ -134,9 +136,27 @@ class CountedSteps:
 
 
 def scoring_seconds(run: PlannedRun, cost: CountedStep, step: float) -> float:
-    """Return the estimated seconds of all evaluations: each network goes forwards through each validation image."""
-    images = SCORED.get(str(run.changed.get("data.dataset")), 0)
+    """Return the estimated seconds of all evaluations: each network goes forwards through each validation image.
+
+    An image is taken as large as a crop, or as many windows of that size as the protocol cuts out of it.
+    """
+    images = SCORED.get(str(run.changed.get("data.dataset")), 0) * windows(run.changed)
     return evaluations(run.changed, run.steps, run.data) * images * step / max(1, cost.passes)
+
+
+def windows(changed: Mapping[str, Any]) -> int:
+    """Return the windows of an image under ``sliding_window`` where all have one known size, else 1."""
+    dataset = str(changed.get("data.dataset"))
+    if dataset not in PICTURES:
+        return 1
+    from viladiff.data.sources import DATASETS
+
+    crop = int(changed.get("data.crop", DATASETS[dataset].config.model_fields["crop"].default))
+    usual = DATASETS[dataset].presets.get("eval", {}).get("protocol")
+    if changed.get("eval.protocol", usual) != "sliding_window":
+        return 1
+    stride = max(1, 2 * crop // 3)  # as viladiff.evaluation.protocols.window_stride, which loads torch
+    return math.prod(1 + max(0, -(-(side - crop) // stride)) for side in PICTURES[dataset])
 
 
 def evaluations(changed: Mapping[str, Any], steps: int, data: DataFacts | None) -> int:
