@@ -66,7 +66,7 @@ def test_runs_that_tables_share_count_once(tmp_path: Path, paths: list[Path]) ->
     assert estimate(plan, job.store).seconds == pytest.approx(8 * (10 + 5))
     assert lines["time"].startswith("2 min 0 s of work left, 1 min 0 s with 2 at once (8 runs remaining: 8 estimated")
     assert lines["cost"] == "0.06 at 3.60 an hour (--hourly-price)", "60 s of the machine"
-    assert lines["unavailable"] == "1 rows, not counted: other: 'later' requires method.clip.weights"
+    assert lines["unavailable"] == "1 rows, not counted: 'later' requires method.clip.weights (other)"
     assert lines["shared runs"].startswith("a run of several tables is in each table's")
 
 
@@ -76,7 +76,7 @@ def test_the_outline_shows_what_each_table_adds(
     assert outline_all(paths, asked(tmp_path, "--scale", "smoke")) == 0
     rows = {line.split()[0]: line.split()[1:5] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert rows["one"] == ["8", "8", "8", "0"] and rows["other"] == ["4", "4", "0", "0"]
-    assert "cost" not in rows
+    assert "cost" not in rows and rows["table"] == ["cells", "runs", "new", "runs"], "no column without an entry"
 
 
 def test_without_the_data_equal_settings_are_one_run_of_the_published_size(
@@ -108,7 +108,7 @@ def test_without_the_data_equal_settings_are_one_run_of_the_published_size(
         f"{hours * (h100.price or 0):,.0f}",
     ]
     small = totals(shares, args, Target(h100._replace(memory=4 * 2**30)))
-    wanted = "for the memory of h100, and counted: one: supervised, 12 runs of up to 5 GiB; other: supervised, 6 runs"
+    wanted = "for the memory of h100, and counted: one 12 of 12 runs, up to 5 GiB (supervised); other 6 of 6 runs"
     assert small["too large"].startswith(wanted)
     assert totals(shares, asked(tmp_path, "--scale", "paper", "--device", "a100"))["GPU-hours"].count("a100") == 1
     with pytest.raises(ValueError, match=r"--device h10: unknown; allowed: cpu, h200, h100.*did you mean 'h100'"):

@@ -15,7 +15,7 @@ import pytest
 from record_kit import bound, content_of
 from record_kit import made as record_of
 
-from viladiff.core import source_digest
+from viladiff.core import progress, source_digest
 from viladiff.evaluation.devices import DEVICES
 from viladiff.evaluation.step_time import ERROR, Load
 from viladiff.models.encoders.build import SHIPPED
@@ -28,7 +28,6 @@ from viladiff.tables.estimate import _shape, cost_lines, estimate
 from viladiff.tables.plan import Plan, make_plan, states
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
-from viladiff.training import run_cost
 from viladiff.training.fingerprints import fingerprints, name_runs
 from viladiff.training.run_cost import CountedStep, CountedSteps
 from viladiff.training.trainer import Trainer
@@ -615,7 +614,7 @@ def test_counting_is_shown_where_it_takes_long(
     assert len(counted) == len(set(counted)) >= 3 and not capsys.readouterr().err, "quick"
     steps.prepare(made.runs.values())
     assert all(steps.of(run) is not None for run in made.runs.values()) and len(counted) == len(set(counted))
-    monkeypatch.setattr(run_cost, "SAY_AFTER", 0.0)
+    monkeypatch.setattr(progress, "SAY_AFTER", 0.0)
     CountedSteps(tmp_path).prepare(made.runs.values())
     assert (
         f"counting the work of each distinct step: {len(set(counted))}/{len(set(counted))}" in capsys.readouterr().err

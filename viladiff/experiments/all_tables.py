@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
 from viladiff.core.messages import format_seconds
+from viladiff.core.progress import tracked
 from viladiff.evaluation.devices import CPU
 from viladiff.experiments.tables import TableJob, plan_table, seeds_of
 from viladiff.experiments.target_device import target_device
@@ -26,6 +27,8 @@ from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 from viladiff.training.run_cost import assumed_run
 
+SHOWN = 3
+"""Methods that a line names; more are counted."""
 UNKNOWN = "a time that is not known"
 
 
@@ -61,11 +64,11 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
     for name in ("rows", "columns", "encoder", "report_dir"):
         if getattr(args, name, None):
             raise ValueError(f"--{name.replace('_', '-')} is not supported by `plan all`")
-    shares = [share_of(path, args) for path in paths]
+    shares = [share_of(path, args) for path in tracked(paths, "planning the tables")]
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     money = "cost" if args.hourly_price is not None else "US dollars"
-    heads = ("cells", "runs", "new runs", "done", "time alone", "GPU-hours", "GiB a run", money, "unavailable rows")
-    grid = Grid("table", *heads, box=None, pad_edge=False)
+    heads = ("table", "cells", "runs", "new runs", "done", "time alone", "GPU-hours", "GiB a run", money)
+    rows: list[tuple[str, ...]] = []
     seen: set[str] = set()
     target = _target(shares, args)
     if target.device is not CPU and (every := _all_plans(shares)) is not None:
@@ -75,16 +78,25 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
             continue
         new, seen = share.runs - seen, seen | share.runs
         counts = map(str, (share.cells, len(share.runs), len(new)))
-        grid.add_row(share.name, *counts, *_left(share, target, args), str(len(share.waiting)))
+        rows.append((share.name, *counts, *_left(share, target, args), str(len(share.waiting))))
     lists = _seeds(shares, args)
     console.print(f"[bold]All tables[/bold], scale {escape(args.scale)}{f', seeds {lists}' if lists else ''}\n")
-    console.print(grid)
+    console.print(_filled((*heads, "unavailable rows"), rows))
     console.print()
     lines = totals(shares, args, target)
     width = max(11, *map(len, lines))
     for name, text in lines.items():
         console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
     return 0
+
+
+def _filled(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Grid:
+    """Return the grid without columns that have no entry, as GPU-hours of a plan for a processor."""
+    kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    grid = Grid(*(heads[i] for i in kept), box=None, pad_edge=False)
+    for row in rows:
+        grid.add_row(*(row[i] for i in kept))
+    return grid
 
 
 def _seeds(shares: Sequence[TableShare], args: argparse.Namespace) -> str:
@@ -161,12 +173,16 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace, target: Targe
 def _remarks(shares: Sequence[TableShare], args: argparse.Namespace, target: Target) -> dict[str, str]:
     """Return what a reader must know of single tables, by subject; tables with the same remark share a line."""
     lines = {}
-    large = [text for share in shares for text in _too_large(share, target)]
+    large = [text for share in shares if (text := _too_large(share, target))]
     if large:
         lines["too large"] = f"for the memory of {target.device.name}, and counted: {'; '.join(large)}"
-    waiting = [f"{share.name}: {', '.join(share.waiting)}" for share in shares if share.waiting]
+    waiting: dict[str, list[str]] = {}
+    for share in shares:
+        for text in share.waiting:
+            waiting.setdefault(text, []).append(share.name)
     if waiting:
-        lines["unavailable"] = f"{sum(len(share.waiting) for share in shares)} rows, not counted: {'; '.join(waiting)}"
+        count, said = sum(map(len, waiting.values())), [f"{text} ({', '.join(at)})" for text, at in waiting.items()]
+        lines["unavailable"] = f"{count} rows, not counted: {'; '.join(said)}"
     for title, assumed, what in (
         ("no data here", True, "costed with the published number of images, done runs not known"),
         ("not timed", False, ""),
@@ -184,18 +200,19 @@ def _remarks(shares: Sequence[TableShare], args: argparse.Namespace, target: Tar
     return lines
 
 
-def _too_large(share: TableShare, target: Target) -> list[str]:
-    """Return the methods of a table whose runs need more memory than the device has, with the most that one needs."""
+def _too_large(share: TableShare, target: Target) -> str:
+    """Return which runs of a table need more memory than the device has, and the most that one needs."""
     runs = share.plan.runs.values() if share.plan is not None and target.device.memory else ()
-    needs: dict[str, list[int]] = {}
-    for run in runs:
-        cost = target.steps.of(run)
-        if cost is not None and cost.peak_bytes > target.device.memory:
-            needs.setdefault(str(run.changed.get("method.name")), []).append(cost.peak_bytes)
-    return [
-        f"{share.name}: {method}, {len(some)} runs of up to {max(some) / 2**30:.0f} GiB"
-        for method, some in needs.items()
+    needs = [
+        (str(run.changed.get("method.name")), cost.peak_bytes)
+        for run in runs
+        if (cost := target.steps.of(run)) is not None and cost.peak_bytes > target.device.memory
     ]
+    if not needs:
+        return ""
+    methods = sorted({method for method, _ in needs})
+    named = ", ".join(methods[:SHOWN]) + (f" and {len(methods) - SHOWN} more" if len(methods) > SHOWN else "")
+    return f"{share.name} {len(needs)} of {len(runs)} runs, up to {max(n for _, n in needs) / 2**30:.0f} GiB ({named})"
 
 
 def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import sha256_hex
-from viladiff.core.progress import Progress
+from viladiff.core.progress import tracked
 from viladiff.data.cache import cache_dir
 from viladiff.data.files.known_splits import LISTS
 from viladiff.evaluation.devices import Device
@@ -35,8 +34,6 @@ _STEP = (
 )
 _NOT_COUNTED = ("inference", "tables", "sweeps", "report", "cluster", "experiments", "cli")
 """Packages that no step needs; a change of them leaves the stored counts valid."""
-SAY_AFTER = 10.0
-"""Seconds of counting that are shown."""
 _CONTENT = ("model.weights", "model.pretrained")
 
 
@@ -75,22 +72,15 @@ class CountedSteps:
         return self._known[key]
 
     def prepare(self, runs: Iterable[PlannedRun]) -> None:
-        """Count what is not stored of these runs; show on stderr how far it is if it takes more than SAY_AFTER."""
+        """Count what is not stored of these runs; show on stderr how far it is if that takes long."""
         todo = {key: run for run in runs if (key := self._key(run)) not in self._known}
         for key in list(todo):
             found = self._read(key)
             if found is not None:
                 self._known[key] = found
                 del todo[key]
-        begun, progress = time.monotonic(), None
-        with contextlib.ExitStack() as stack:
-            for done, (key, run) in enumerate(todo.items()):
-                if progress is None and done and (time.monotonic() - begun) * len(todo) / done > SAY_AFTER:
-                    title = "counting the work of each distinct step"
-                    progress = stack.enter_context(Progress(len(todo), done, title, True))
-                self._known[key] = self._count(run, key)
-                if progress is not None:
-                    progress.advance()
+        for key, run in tracked([*todo.items()], "counting the work of each distinct step"):
+            self._known[key] = self._count(run, key)
 
     def _key(self, run: PlannedRun) -> str:
         """Return a name of all that decides a step's work. Of a method's numbers it counts whether they are 0."""
