@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,8 @@ class WorkerContext:
     stall_timeout: float
     stop_name: str
     """An actor of this name exists once all runs are to stop."""
+    tracking: Mapping[str, object] = field(default_factory=dict)
+    """Fields of ``runtime`` for trackers."""
 
 
 def train_run(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
@@ -111,7 +113,7 @@ def configuration(job: PlannedRun, place: WorkerContext) -> RunConfig:
     with suppress(FileNotFoundError):
         os.chdir(place.cwd)
     here = {"runtime.runs_dir": place.root, "runtime.progress": False, "runtime.workers": job.workers}
-    return override(RunConfig(), {"runtime.threads": place.threads, **job.changes, **here})
+    return override(RunConfig(), {"runtime.threads": place.threads, **place.tracking, **job.changes, **here})
 
 
 def classify_error(error: BaseException) -> dict[str, Any] | None:

@@ -236,6 +236,10 @@ class RuntimeConfig(Section):
     5 is plenty. Weights stay the same bit for bit; each such step takes one more backward pass a part."""
     tensorboard: bool = False
     """Whether losses and scores go to TensorBoard's files, too."""
+    wandb: bool = False
+    """Whether losses and scores go to Weights & Biases, too; where, its environment variables say."""
+    group: str = ""
+    """Name by which trackers group runs; set by the runners of tables and sweeps to the table or sweep."""
     progress: bool = True
     """Whether a bar shows how far the run is."""
 

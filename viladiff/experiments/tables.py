@@ -76,6 +76,8 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
         stall_timeout=args.stall_timeout,
         address=args.address,
         dashboard=args.dashboard,
+        track=tuple(args.track),
+        group=f"{job.table.name} {args.scale}",
     )
     if args.dry_run:
         from viladiff.experiments.dry_run import print_dry_run
