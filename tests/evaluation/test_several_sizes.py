@@ -67,7 +67,8 @@ def equal(one: SegmentationMeter, other: SegmentationMeter) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "protocol"), [*(("viladiff", protocol) for protocol in PROTOCOLS), ("textprobe", "original")]
+    ("name", "protocol"),
+    [*(("viladiff", protocol) for protocol in PROTOCOLS), ("textprobe", "original"), ("allspark", "original")],
 )
 def test_batches_count_as_images_one_by_one(
     fields: dict[str, object], name: str, protocol: str, monkeypatch: pytest.MonkeyPatch
@@ -79,11 +80,12 @@ def test_batches_count_as_images_one_by_one(
     monkeypatch.setattr(evaluator, "decoding_threads", lambda cfg, device: 2)
     together = Counts(run)
     assert alone.batches == [1] * IMAGES and max(together.batches) > 1 and sum(together.batches) == IMAGES
-    assert len(alone.states) == (8 if name == "viladiff" else 4)
+    assert len(alone.states) == (8 if name == "viladiff" else 4)  # streams that there are not are empty
     for key, meter in alone.states.items():
-        assert equal(meter, together.states[key]) and len(meter.confusion().sum(0).nonzero()) > 1, key
+        assert equal(meter, together.states[key]), key
+        assert not int(meter.state[-1]) or len(meter.confusion().sum(0).nonzero()) > 1, key
     one, other = (counts.pseudo.shares() for counts in (alone, together))
-    assert one == pytest.approx(other, abs=1e-3, nan_ok=True)
+    assert one == pytest.approx(other, abs=1e-4, nan_ok=True)
     assert name != "viladiff" or one["after/ece"] != one["before/ece"] != None  # noqa: E711
     labels, others = alone.tokens.gathered(), together.tokens.gathered()
     assert len(labels) == (IMAGES if name == "textprobe" else 0)

@@ -131,6 +131,10 @@ class PseudoLabels:
         if not self.wanted:
             return
         run, method = self.run, self.run.method
+        if method.labels_read_batch and not run.dataset.uniform and len(batch.places) > 1:
+            for one in _one_by_one(batch):  # or quality would depend on how many images of a size there are
+                self.add(one)
+            return
         # Draws are named by the place in the validation set, whichever worker looks at the image.
         step = Step(run.steps, 1.0, run.cfg.seed)
         made = partial(method.pseudo_labels, text=batch.text, keys=batch.places, step=step)
@@ -143,6 +147,13 @@ class PseudoLabels:
         """Return ``pseudo_scores`` of all workers' images; all workers must call it."""
         here = {name: count.cpu() for name, count in self.sums.items()}
         return pseudo_scores(summed_over_workers({"": here}).get("", {})) if self.wanted else {}
+
+
+def _one_by_one(batch: EvalBatch) -> Iterator[EvalBatch]:
+    for i, place in enumerate(batch.places):
+        part, text = slice(i, i + 1), batch.text
+        words = None if text is None else TextBatch(text.tokens[part], text.mask[part])
+        yield EvalBatch(batch.images[part], batch.target[part], words, (place,))
 
 
 def evaluated(
