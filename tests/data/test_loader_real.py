@@ -27,7 +27,7 @@ from viladiff.data import decode_workers, loader, registry
 from viladiff.data.batch import Batch, Views
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import PaletteEncoding, read_image, read_mask
-from viladiff.data.loader import BatchLoader, validation
+from viladiff.data.loader import BatchLoader
 from viladiff.data.loading.pace import LoaderPace, decoding_processes, limit_note
 from viladiff.data.transforms.augment import normalise
 from viladiff.data.transforms.geometry import crop_image, crop_mask, window
@@ -255,20 +255,6 @@ def test_a_file_that_cannot_be_used_is_named(root: Path, processes: int) -> None
     with pytest.raises(ValueError, match=wanted), closing(made.stream(0, 2)) as s:
         list(s)
     assert made._decoders is None and not children()
-
-
-def test_validation_of_several_sizes_goes_one_by_one(root: Path) -> None:
-    dataset = make(config(root)).dataset
-    shapes = []
-    for k, (image, mask, text) in enumerate(validation(dataset, None, CPU, 25, range(2))):
-        assert text is None and image.shape == (1, 3, *mask.shape[1:])
-        assert torch.equal(mask[0], torch.from_numpy(dataset.val_masks[k]).long())
-        shapes.append(mask.shape)
-    assert len(set(shapes)) == 2
-    assert dataset.val_files is not None
-    Image.fromarray(np.zeros((5, 7), np.uint8)).save(dataset.val_files.masks[1])
-    with pytest.raises(ValueError, match=rf"{dataset.val_files.ids[1]}: its mask has \(5, 7\)"):
-        list(validation(dataset, None, CPU, 25, range(2)))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

@@ -81,7 +81,7 @@ def test_one_pass_for_all_scores_gives_those_of_a_pass_for_each(tmp_path: Path) 
     run.method.eval()
     alone_shares = evaluator.PseudoLabels(run)
     for batch in evaluator.eval_batches(run):
-        alone_shares.add(*batch)
+        alone_shares.add(batch)
     assert shares == alone_shares.shares() and shares["after/ece"] is not None
 
 
@@ -97,7 +97,7 @@ def test_large_images_go_one_by_one_and_small_ones_in_batches(tmp_path: Path, mo
 def test_what_was_remembered_is_of_the_same_images_words_and_streams(tmp_path: Path) -> None:
     run = prepared("viladiff", tmp_path)
     network = run.method.student.eval()
-    (images, _, text), (others, _, words) = evaluator.eval_batches(run)
+    (images, _, text, _), (others, _, words, _) = evaluator.eval_batches(run)
     plain: Callable[..., object] = network.streams
     with torch.no_grad():
         asked = [(images, text), (images, None), (images, text), (others, words), (images, text)]
@@ -187,7 +187,7 @@ def test_what_is_changed_in_place_meanwhile_is_no_score_without_a_word(
 def test_words_changed_in_place_are_no_score_without_a_word(tmp_path: Path) -> None:
     run = prepared("viladiff", tmp_path)
     network = run.method.student.eval()
-    images, _, text = next(iter(evaluator.eval_batches(run)))
+    images, _, text, _ = next(iter(evaluator.eval_batches(run)))
     assert text is not None
     with pytest.raises(RuntimeError, match="words"), torch.no_grad(), remembered((network,)):
         network.streams(images, text)

@@ -15,7 +15,8 @@ import torch
 from method_kit import STEP, cross_entropy_map, make, make_batch, make_uneven, mean_over
 from scipy import special, stats
 
-from viladiff.data.batch import TextBatch
+from viladiff.config.pixel_format import RGB_8
+from viladiff.data.batch import EvalBatch, TextBatch
 from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation import feature_clusters
 from viladiff.experiments.tables import TableJob, write_table_page
@@ -282,18 +283,25 @@ def test_features_and_classes_are_of_the_same_places_where_sides_are_no_multiple
     sizes = ((43, 30), (24, 61), (40, 40))
     found = [rng.integers(0, 3, (-(-h // 8) + 1, -(-w // 8) + 1)).repeat(8, 0).repeat(8, 1)[:h, :w] for h, w in sizes]
     images = [np.repeat(mask[..., None] * 100, 3, 2).astype(np.uint8) for mask in found]
-    data = SimpleNamespace(val_images=images, val_masks=found, uniform=False)
-    method = SimpleNamespace(
-        student=SimpleNamespace(patch=8),
-        eval=lambda: None,
-        required_views=lambda: SimpleNamespace(text=False),
-        token_features=lambda pixels, _: {"after": torch.nn.functional.avg_pool2d(pixels, 8).flatten(2).mT},
+    data = SimpleNamespace(
+        val_images=images, val_masks=found, uniform=False, num_classes=3, pixels=RGB_8, val_files=None
+    )
+
+    class Colour(SimpleNamespace):
+        def token_features(self, pixels: torch.Tensor, text: None) -> dict[str, torch.Tensor]:
+            return {"after": torch.nn.functional.avg_pool2d(pixels, 8).flatten(2).mT}
+
+    method = Colour(
+        student=SimpleNamespace(patch=8), eval=lambda: None, required_views=lambda: SimpleNamespace(text=False)
     )
     run: Any = SimpleNamespace(
-        dataset=data, method=method, device=torch.device("cpu"), alive=lambda: None,
-        cfg=SimpleNamespace(eval=SimpleNamespace(max_images=None)),
+        dataset=data, method=method, device=torch.device("cpu"), alive=lambda: None, rank=0, world=1, scoring="fp32",
+        cfg=SimpleNamespace(runtime=SimpleNamespace(loader_workers=None)),
     )  # fmt: skip
-    sampled = feature_clusters.collect_features(run)
+    tokens = feature_clusters.TokenLabels(run)
+    for place in (2, 0, 1):  # as they are grouped by size
+        tokens.add(EvalBatch(torch.empty(0), torch.from_numpy(found[place])[None], None, (place,)))
+    sampled = feature_clusters.collect_features(run, tokens.gathered())
     assert sampled is not None
     chosen, stages = sampled
     assert set(chosen.image) == {0, 1, 2} and stages["after"].shape == (len(chosen.label), 3)

@@ -13,7 +13,7 @@ from scipy import ndimage
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 
-from viladiff.data.batch import TextBatch
+from viladiff.data.batch import EvalBatch, TextBatch
 from viladiff.evaluation.metrics import miou_from
 from viladiff.evaluation.pixel_counts import (
     BINS,
@@ -321,12 +321,12 @@ def some_text(n: int) -> TextBatch:
     return TextBatch(torch.ones(n, 1, 1), torch.ones(n, 1, dtype=torch.bool))
 
 
-def batches(with_text: bool = True) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
+def batches(with_text: bool = True) -> Iterator[EvalBatch]:
     gen = torch.Generator().manual_seed(0)
     for n in (3, 2):
         images = torch.randn(n, 3, 16, 16, generator=gen)
         target = torch.randint(0, C, (n, 16, 16), generator=gen)
-        yield images, target, some_text(n) if with_text else None
+        yield EvalBatch(images, target, some_text(n) if with_text else None)
 
 
 def test_every_stream_is_scored_by_its_own_logits() -> None:
@@ -338,7 +338,7 @@ def test_every_stream_is_scored_by_its_own_logits() -> None:
     meters = {name: SegmentationMeter(C) for name in STREAMS}
     with torch.no_grad():
         net.eval()
-        for images, target, text in batches():
+        for images, target, text, _ in batches():
             assert text is not None
             visual, fusion = net.visual(images), net(images, text)["fusion"]
             maps = {"visual": visual, "fusion": fusion, "fusion_no_text": net(images, None)["fusion"]}
@@ -429,5 +429,5 @@ def test_center_crops_are_scored_against_the_same_pixels() -> None:
     images = torch.randn(1, 3, 16, 16)
     target = net.visual(images).argmax(1)
     target[:, :2] = (target[:, :2] + 1) % C  # wrong where the centre does not reach
-    scores = evaluate_network(net, [(images, target, None)], ("visual",), C, protocol="center_crop", crop=12)
+    scores = evaluate_network(net, [EvalBatch(images, target)], ("visual",), C, protocol="center_crop", crop=12)
     assert scores["visual"].values["pixel_accuracy"] == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from viladiff.data.batch import TextBatch
+from viladiff.data.batch import EvalBatch, TextBatch
 from viladiff.data.registry import dataset_spec
 from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation.pixel_counts import evaluate_network
@@ -126,14 +126,14 @@ def test_rows_of_bands_need_no_more_memory_than_one_row_of_windows() -> None:
 SIZES = [(17, 40), (40, 17), (24, 24), (31, 33), (64, 20), (25, 25), (5, 60)]
 
 
-def native(rank: int = 0, world: int = 1) -> list[tuple[Tensor, Tensor, None]]:
+def native(rank: int = 0, world: int = 1) -> list[EvalBatch]:
     """Every world-th image, each of a size of its own, a batch each."""
     found = []
     for i, (h, w) in list(enumerate(SIZES))[rank::world]:
         gen = torch.Generator().manual_seed(i)
         target = torch.randint(0, C, (1, h, w), generator=gen)
         target[:, :1] = 255
-        found.append((torch.randn(1, 3, h, w, generator=gen), target, None))
+        found.append(EvalBatch(torch.randn(1, 3, h, w, generator=gen), target))
     return found
 
 
@@ -143,7 +143,7 @@ def test_scores_on_native_sizes_count_every_pixel_once(protocol: str) -> None:
     meter = evaluate_network(network, native(), ("visual",), C, True, protocol, 24)["visual"]
     expected = torch.zeros(C, C, dtype=torch.int64)
     with torch.no_grad():
-        for image, target, _ in native():
+        for image, target, *_ in native():
             truth = center(target, 24) if protocol == "center_crop" else target
             labels = predict_logits(network, image, None, protocol, 24).argmax(1)
             keep = truth != 255

@@ -11,7 +11,7 @@ from viladiff.cli.tables import add_table_options
 from viladiff.evaluation.devices import DEVICES
 from viladiff.evaluation.step_time import Load
 from viladiff.experiments.all_tables import merged, outline_all, share_of, totals
-from viladiff.tables.estimate import estimate
+from viladiff.tables.estimate import Target, estimate
 from viladiff.training.run_cost import CountedStep, CountedSteps
 
 HEAD = """
@@ -57,7 +57,7 @@ def asked(tmp_path: Path, *words: str) -> argparse.Namespace:
 def test_runs_that_tables_share_count_once(tmp_path: Path, paths: list[Path]) -> None:
     args = asked(tmp_path, "--scale", "smoke", "--hourly-price", "3.6")
     shares = [share_of(path, args) for path in paths]
-    assert [(one.cells, len(one.runs), one.waiting) for one in shares] == [(8, 8, 0), (4, 4, 1)]
+    assert [(one.cells, len(one.runs), len(one.waiting)) for one in shares] == [(8, 8, 0), (4, 4, 1)]
     assert shares[1].runs < shares[0].runs, "the second table needs nothing that the first has not"
     plan, job = merged(shares)
     assert plan is not None and job is not None and len(plan.runs) == 8 and len(plan.cells) == 12
@@ -65,8 +65,9 @@ def test_runs_that_tables_share_count_once(tmp_path: Path, paths: list[Path]) ->
     assert lines["cells"] == "12 with 8 different runs" and lines["done"] == "0 of 8 runs"
     assert estimate(plan, job.store).seconds == pytest.approx(8 * (10 + 5))
     assert lines["time"].startswith("2 min 0 s of work left, 1 min 0 s with 2 at once (8 runs remaining: 8 estimated")
-    assert lines["cost"] == "0.06", "60 s of the machine at 3.6 an hour"
-    assert lines["unavailable"].startswith("1 rows")
+    assert lines["cost"] == "0.06 at 3.60 an hour (--hourly-price)", "60 s of the machine"
+    assert lines["unavailable"] == "1 rows, not counted: 'later' requires method.clip.weights (other)"
+    assert lines["shared runs"].startswith("a run of several tables is in each table's")
 
 
 def test_the_outline_shows_what_each_table_adds(
@@ -75,7 +76,7 @@ def test_the_outline_shows_what_each_table_adds(
     assert outline_all(paths, asked(tmp_path, "--scale", "smoke")) == 0
     rows = {line.split()[0]: line.split()[1:5] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert rows["one"] == ["8", "8", "8", "0"] and rows["other"] == ["4", "4", "0", "0"]
-    assert "cost" not in rows
+    assert "cost" not in rows and rows["table"] == ["cells", "runs", "new", "runs"], "no column without an entry"
 
 
 def test_without_the_data_equal_settings_are_one_run_of_the_published_size(
@@ -90,16 +91,25 @@ def test_without_the_data_equal_settings_are_one_run_of_the_published_size(
     assert [(one.cells, len(one.runs)) for one in shares] == [(12, 12), (6, 6)] and shares[1].runs < shares[0].runs
     lines = totals(shares, args)
     assert lines["cells"] == "18 with 12 different runs" and "time" not in lines
-    assert lines["one"].startswith("not timed here, costed with the published number of images: ")
+    assert lines["no data here"].startswith("one, other (runtime.data_root: must be set")
+    assert lines["no data here"].endswith("; costed with the published number of images, done runs not known")
+    assert lines["basis"] == "12 runs remaining: 12 estimated from their counted work" and "too large" not in lines
     steps = {one.changed.get("data.split", "183"): one.steps for share in shares for one in share.plan.runs.values()}  # type: ignore[union-attr]
     assert set(steps) == {"92", "183"}
     hours = sum(6 * count for count in steps.values()) / 3600
     assert lines["GPU-hours"].startswith(f"{hours:,.0f} on h100, estimated to within")
-    money, said = lines["cost"].split(", ")
-    assert float(money) == pytest.approx(hours * (h100.price or 0), abs=0.01) and said.startswith("estimated")
+    money = float(lines["cost"].split()[0].replace(",", ""))
+    assert money == pytest.approx(hours * (h100.price or 0), abs=0.5) and "3.00 an hour for one h100" in lines["cost"]
     assert outline_all(paths, args) == 0
-    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("one ") and "?" in line]
-    assert row[1:] == ["12", "12", "12", "?", "?", f"{hours:,.0f}", "5.0", f"{hours * (h100.price or 0):,.0f}", "0"]
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("one ")]
+    assert row[1:5] == ["12", "12", "12", "–"] and row[-4:-1] == [
+        f"{hours:,.0f}",
+        "5.0",
+        f"{hours * (h100.price or 0):,.0f}",
+    ]
+    small = totals(shares, args, Target(h100._replace(memory=4 * 2**30)))
+    wanted = "for the memory of h100, and counted: one 12 of 12 runs, up to 5 GiB (supervised); other 6 of 6 runs"
+    assert small["too large"].startswith(wanted)
     assert totals(shares, asked(tmp_path, "--scale", "paper", "--device", "a100"))["GPU-hours"].count("a100") == 1
     with pytest.raises(ValueError, match=r"--device h10: unknown; allowed: cpu, h200, h100.*did you mean 'h100'"):
         totals(shares, asked(tmp_path, "--scale", "paper", "--device", "h10"))
@@ -113,4 +123,4 @@ def test_what_is_of_one_table_alone_is_refused(tmp_path: Path, paths: list[Path]
     with pytest.raises(ValueError, match=r"one\.toml: rows\[2\] 'slow': optim\.rate: no such field"):
         outline_all(paths, asked(tmp_path, "--scale", "smoke"))
     quick = share_of(paths[1], asked(tmp_path, "--scale", "digits"))
-    assert quick.cells == 0 and quick.why == "has no scale digits"
+    assert quick.cells == 0 and quick.absent and quick.why == "has no scale digits"

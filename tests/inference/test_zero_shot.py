@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from method_kit import CLASSES, SIDE, make, make_batch
 from torch import Tensor, nn
 
+from viladiff.data.batch import EvalBatch
 from viladiff.evaluation.pixel_counts import evaluate_network, to_scores
 from viladiff.methods.semivl import SemiVl
 
@@ -42,6 +43,6 @@ def test_each_place_has_the_class_of_the_concept_that_it_is_most_like() -> None:
     wanted = F.interpolate(torch.from_numpy(grid).float(), (SIDE, SIDE), mode="bilinear", align_corners=False)
     found = network(images)["visual"]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
-    score = to_scores(evaluate_network(network, [(images, wanted.argmax(1), None)], ("visual",), CLASSES))["visual"]
+    score = to_scores(evaluate_network(network, [EvalBatch(images, wanted.argmax(1))], ("visual",), CLASSES))["visual"]
     assert score.values["miou"] == 1.0
     assert not {name for name in method.state_dict() if "clip" in name} and len(list(network.parameters())) == 2

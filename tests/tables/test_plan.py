@@ -14,7 +14,7 @@ import pytest
 from record_kit import bound, content_of
 from record_kit import made as record_of
 
-from viladiff.core import source_digest
+from viladiff.core import progress, source_digest
 from viladiff.evaluation.devices import DEVICES
 from viladiff.evaluation.step_time import ERROR, Load
 from viladiff.models.encoders.build import SHIPPED
@@ -23,7 +23,7 @@ from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
 from viladiff.tables import plan as plans
-from viladiff.tables.estimate import cost_lines, estimate
+from viladiff.tables.estimate import _shape, cost_lines, estimate
 from viladiff.tables.plan import Plan, make_plan, states
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
@@ -508,12 +508,116 @@ def test_counted_work_costs_hours_memory_and_money(tmp_path: Path, made: Plan, m
     assert found.seconds == pytest.approx(12 * 10 * 0.5 / 2) and found.device_hours == pytest.approx(60 / 3600)
     assert found.cost == pytest.approx(60 / 3600 * (h100.price or 0)), "of the device, as no price was given"
     lines = cost_lines(found, h100)
+    assert "3.00 an hour for one h100, an assumed price" in lines["cost"]
     assert lines["memory"] == "at most 3.0 GiB a run, checkpoints of 1.00 GiB"
-    assert lines["GPU-hours"] == f"0 on h100, estimated to within {ERROR:.0%}" and lines["cost"].startswith("0.05, est")
+    assert lines["GPU-hours"] == f"0 on h100, estimated to within {ERROR:.0%}" and lines["cost"].endswith(
+        f"within {ERROR:.0%}"
+    )
     small = h100._replace(memory=2 * 2**30)
     assert "; more than the 2 GiB of h100: name another --device" in cost_lines(found, small)["memory"]
     priced = estimate(made, Store(tmp_path / "runs"), 2, 3.6, h100)
     assert priced.cost == pytest.approx(0.03), "30 s of the whole machine at 3.6 an hour"
+    assert cost_lines(priced, h100, 3.6)["cost"].startswith("0.03 at 3.60 an hour (--hourly-price)")
+    long = cost_lines(found._replace(device_hours=4800.0), h100)["GPU-hours"]
+    assert long.startswith("4,800 on h100, estimated") and long.endswith("; 200 days on one, 25 on eight")
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def gpu_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second a step on an H100; a second with T = 10, or with the 3 classes of ``record``."""
+    h100 = DEVICES["h100"]
+    product = Load("product", True, int(h100.half * h100.sustained * 0.5), 0, 1)
+
+    def of(steps: CountedSteps, run: PlannedRun) -> CountedStep:
+        double = run.changed.get("method.mixe.timesteps") == 10 or run.changed["data.dataset"] == "dense"
+        return CountedStep((product._replace(times=2 if double else 1),), 2**30, 2**30, 1)
+
+    monkeypatch.setattr(CountedSteps, "of", of)
+    monkeypatch.setattr(CountedSteps, "prepare", lambda steps, runs: None)
+
+
+def test_measured_steps_of_other_classes_or_t_correct_a_count(
+    made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_work(monkeypatch)
+    device, steps = DEVICES["h100"], {"steps": 10}
+    first = next(run for run in made.runs.values() if run.changed["method.name"] == "semibaseline")
+    dense = {**first.changed, "data.dataset": "dense"}
+    store = Store(tmp_path / "runs")
+    # Two seconds a step where one was counted.
+    put(store, record(first, changed=dense, device=H100, train_seconds=20.0, wall_seconds=21.0, **steps))
+    found = estimate(made, store, device=device)
+    assert (found.measured, found.corrected, found.counted) == (4, 4, 8), "the other method is as counted"
+    assert found.seconds == pytest.approx(4 * 10 * 0.5 * 2 + 8 * 10 * 0.5)
+    assert "4 estimated from their counted work, corrected by measured steps of the same" in found.basis
+    assert "estimated to within" in cost_lines(found, device)["GPU-hours"]
+
+    # T = 10 counts twice as much as the run on which a step was measured, on the same data set.
+    store = Store(tmp_path / "t")
+    ours = next(run for run in made.runs.values() if run.changed["method.name"] == "viladiff")
+    many = {**ours.changed, "method.mixe.timesteps": 10}
+    put(store, record(ours, changed=many, device=H100, train_seconds=15.0, wall_seconds=16.0, **steps))
+    found = estimate(made, store, device=device)
+    assert (found.corrected, found.counted) == (8, 4)
+    assert found.seconds == pytest.approx(4 * 10 * 0.5 + 8 * (10 * 0.5 * 1.5 + 1))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"device": "NVIDIA A100-SXM4-80GB"},
+        {"device": "cpu"},
+        {"workers": 2},
+        {"method.name": "unimatch"},
+        {"model.encoder": "resnet18"},
+        {"model.decoder": "dpt"},
+        {"data.crop": 32},
+        {"data.batch_unlabelled": 2},
+        {"train.precision": "bf16"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_no_count_is_corrected_by_another_device_encoder_or_crop(
+    made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, object]
+) -> None:
+    gpu_work(monkeypatch)
+    store = Store(tmp_path / "runs")
+    first = next(run for run in made.runs.values() if run.changed["method.name"] == "semibaseline")
+    fields = {"device": H100, **{path: value for path, value in other.items() if "." not in path}}
+    changed = {**first.changed, "data.dataset": "dense", **{p: value for p, value in other.items() if "." in p}}
+    put(store, record(first, changed=changed, train_seconds=20.0, wall_seconds=21.0, **fields))
+    found = estimate(made, store, device=DEVICES["h100"])
+    assert found.corrected == 0 and found.counted == 12
+
+
+def test_a_default_that_differs_between_data_sets_is_another_crop() -> None:
+    shapes = [_shape({"data.dataset": name, "method.name": "supervised"}) for name in ("voc", "digits")]
+    same = _shape({"data.dataset": "digits", "method.name": "supervised", "data.crop": 512})
+    assert shapes[0] != shapes[1] and shapes[0][1] == same[1] == 512, "no changed field says so"
+
+
+def test_counting_is_shown_where_it_takes_long(
+    made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted: list[str] = []
+
+    def count(steps: CountedSteps, run: PlannedRun, key: str) -> CountedStep:
+        counted.append(key)
+        return CountedStep((), 0, 0, 1)
+
+    monkeypatch.setattr(CountedSteps, "_count", count)
+    steps = CountedSteps(tmp_path)
+    steps.prepare(made.runs.values())
+    assert len(counted) == len(set(counted)) >= 3 and not capsys.readouterr().err, "quick"
+    steps.prepare(made.runs.values())
+    assert all(steps.of(run) is not None for run in made.runs.values()) and len(counted) == len(set(counted))
+    monkeypatch.setattr(progress, "SAY_AFTER", 0.0)
+    CountedSteps(tmp_path).prepare(made.runs.values())
+    assert (
+        f"counting the work of each distinct step: {len(set(counted))}/{len(set(counted))}" in capsys.readouterr().err
+    )
 
 
 def test_estimate_takes_off_what_an_interrupted_run_has_done(made: Plan, tmp_path: Path) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stub_encoders
 
+from viladiff.evaluation import protocols
 from viladiff.runs.config import RunConfig, override
 from viladiff.runs.job import DataFacts, PlannedRun
 from viladiff.runs.run_name import arithmetic
 from viladiff.training import run_cost, step_work
-from viladiff.training.run_cost import CountedSteps, assumed_run
+from viladiff.training.run_cost import CountedStep, CountedSteps, assumed_run, scoring_seconds, windows
 from viladiff.training.step_work import StepWork, count_step, method_on_meta
 
 
@@ -90,9 +92,25 @@ def test_equal_steps_are_counted_once_and_kept(tmp_path: Path, monkeypatch: pyte
     assert CountedSteps(tmp_path).of(planned()) == first and calls == ["supervised"]
     other = steps.of(planned(**{"data.crop": 96}))
     assert other is not None and other.peak_bytes > first.peak_bytes and len(calls) == 2
-    for path in (tmp_path / "checked").rglob("step-*.json"):
+    for path in (tmp_path / "counted").rglob("step-*.json"):
         path.write_text("{")
     assert CountedSteps(tmp_path).of(planned()) == first and len(calls) == 3, "what is damaged is counted again"
+
+
+def test_an_image_of_cityscapes_is_scored_in_windows() -> None:
+    for crop in (500, 798, 801, 1024, 2048):
+        stride = protocols.window_stride(crop)
+        rows, columns = (protocols._snapped_starts(max(crop, side), crop, stride) for side in (1024, 2048))
+        assert windows({"data.dataset": "cityscapes", "data.crop": crop}) == len(rows) * len(columns)
+    assert windows({"data.dataset": "cityscapes", "data.crop": 798}) == 8
+    cfg = override(RunConfig(), {"data.dataset": "cityscapes"})
+    default = windows({"data.dataset": "cityscapes"})
+    assert default == windows({"data.dataset": "cityscapes", "data.crop": cfg.data.crop}) > 1
+    assert windows({"data.dataset": "cityscapes", "eval.protocol": "original"}) == windows({"data.dataset": "voc"}) == 1
+    run, cost = planned(), CountedStep((), 0, 0, 10)
+    once = scoring_seconds(run, cost, 1.0)
+    wide = replace(run, changed={**run.changed, "data.dataset": "cityscapes", "data.crop": 798})
+    assert once == 1449 / 10 and scoring_seconds(wide, cost, 1.0) == 500 * 8 / 10
 
 
 def test_runs_without_their_files_have_the_published_numbers_of_images() -> None:

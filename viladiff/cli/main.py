@@ -53,6 +53,7 @@ examples:
 Output: OUT/masks (palette PNGs), OUT/overlays (mask over image), OUT/confidence (probability of the
 predicted class, from black to white), OUT/classes.csv (id, name and colour of each class).
 """
+TABLE_HELP = "number of a table of the paper, or path of a .toml file"
 TABLE_EXAMPLES = """\
 examples:
   viladiff plan 5 --scale digits          list the runs and estimate the time
@@ -99,7 +100,10 @@ def command_parser() -> argparse.ArgumentParser:
         ("plan", "list the runs of a table and estimate the time (table --dry-run)"),
     ):
         table = commands.add_parser(name, help=text, description=text, epilog=TABLE_EXAMPLES, formatter_class=raw)
-        table.add_argument("table", metavar="TABLE", help="number of a table of the paper, or path of a .toml file")
+        which = "number of a table of the paper, or path of a .toml file" + (
+            "; all: all tables" if name == "plan" else ""
+        )
+        table.add_argument("table", metavar="TABLE", help=which)
         add_table_options(table)
         table.set_defaults(run=_table, plan=name == "plan")
 

@@ -148,8 +148,8 @@ class TrainConfig(Section):
     the list once, ``unlabelled`` as many optimiser steps as a pass over the unlabelled list has."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass (autocast); ``bf16`` unless the data set is built in, on whatever device. A CPU
-    computes in bf16 too, slower than in fp32 where it has no such instructions. Weights, averages and scores are fp32.
-    """
+    computes in bf16 too, slower than in fp32 where it has no such instructions. Evaluation computes in it as well;
+    built-in data are scored in fp32. Weights, averages and the logits that give labels are fp32."""
     tf32: bool = False
     """Whether a GPU may round the inputs of fp32 products and convolutions to TF32: faster, 10 bits in place of 23."""
     grad_accum_steps: int = Field(1, ge=1)
@@ -214,7 +214,8 @@ class RuntimeConfig(Section):
     Tables and sweeps set it."""
     loader_workers: int | None = Field(None, ge=0, le=64)
     """Processes that decode image files, for each worker; none chooses: 0 on a CPU, else by the cores, and in the first
-    minute more of them if training waits for images."""
+    minute more of them if training waits for images. In evaluation threads: none is 0 on a CPU, else the worker's cores
+    but one, up to 8."""
     picture_cache: bool = False
     """Whether images and masks are stored decoded in the cache folder at their first use, and crops are cut from there:
     the same bits for less of the processor. A run says the size before it starts."""

@@ -32,6 +32,12 @@ def tf32(allowed: bool) -> Iterator[None]:
         matmul.allow_tf32, convolutions.allow_tf32 = before
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Return a context for forward passes in ``precision`` (``fp32``, ``bf16`` or ``fp16``) of ``train.precision``."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which nothing on ``device`` is autocast; meta tensors stand for those of a GPU."""
     kind = "cuda" if device.type == "meta" else device.type

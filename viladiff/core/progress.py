@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 Advance = Callable[[int, int], None]
 """Hears how many are done, and of how many."""
@@ -33,6 +36,22 @@ def counter(title: str, show: bool) -> Iterator[Advance]:
         yield advance
     finally:
         bar.stop()
+
+
+SAY_AFTER = 10.0
+"""Seconds that something may take without a word."""
+
+
+def tracked(items: Sequence[T], title: str) -> Iterator[T]:
+    """Yield the items; show how far they are, with the time left, once all are expected to take over SAY_AFTER."""
+    begun, progress = time.monotonic(), None
+    with ExitStack() as stack:
+        for done, item in enumerate(items):
+            if progress is None and done and (time.monotonic() - begun) * len(items) / done > SAY_AFTER:
+                progress = stack.enter_context(Progress(len(items), done, title, True))
+            yield item
+            if progress is not None:
+                progress.advance()
 
 
 class Progress:

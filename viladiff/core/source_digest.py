@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from viladiff.core.hashing import file_sha256
@@ -15,10 +16,12 @@ def plan_stem() -> str:
     return f"plan-{code_digest()[:12]}"
 
 
-def code_digest() -> str:
-    """Return the digest of the package's sources and shipped weights."""
+def code_digest(without: Collection[str] = ()) -> str:
+    """Return the digest of the package's sources and shipped weights, but for those of the folders ``without``."""
     total = hashlib.sha256()
     for path in sorted(path for kind in ("*.py", "*.safetensors") for path in _PACKAGE.rglob(kind)):
+        if path.relative_to(_PACKAGE).parts[0] in without:
+            continue
         total.update(f"{path.relative_to(_PACKAGE).as_posix()} {file_digest(path)}\n".encode())
     return total.hexdigest()
 

@@ -61,6 +61,18 @@ class TextBatch:
     """(B, L) bool, True where there is a word."""
 
 
+class EvalBatch(NamedTuple):
+    """Whole images of one size that are scored together."""
+
+    images: Tensor
+    """(B, N, H, W), normalised."""
+    target: Tensor
+    """(B, H, W) int64, 255 = ignore."""
+    text: TextBatch | None = None
+    places: tuple[int, ...] = ()
+    """Of each image in the validation set; what is drawn for an image is named by it, whoever scores it and when."""
+
+
 class TextBank(Protocol):
     """Encoded captions of a data set's images."""
 

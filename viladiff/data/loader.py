@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from queue import Queue
 from typing import NamedTuple, TypeVar
@@ -306,27 +306,3 @@ def _threaded(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
             while not queue.empty():
                 queue.get_nowait()
             thread.join(0.05)
-
-
-def validation(
-    dataset: Dataset, bank: TextBank | None, device: torch.device, batch: int, indices: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, TextBatch | None]]:
-    """Yield validation images (B, N, H, W) normalised, masks (B, H, W) int64 and texts, in order.
-
-    There is no augmentation. B is ``batch``, or 1 if images have several sizes. Raises ValueError for a mask of another
-    size than its image.
-    """
-    batch = batch if dataset.uniform else 1
-    for start in range(0, len(indices), batch):
-        some = list(indices[start : start + batch])
-        images = torch.from_numpy(np.stack([dataset.val_images[i] for i in some])).to(device)
-        masks = torch.from_numpy(np.stack([dataset.val_masks[i] for i in some])).to(device)
-        if images.shape[:3] != masks.shape:
-            name = some if dataset.val_files is None else dataset.val_files.ids[some[0]]
-            sizes = f"{tuple(masks.shape[1:])}, the image {tuple(images.shape[1:3])} (height, width)"
-            raise ValueError(f"validation image {name}: its mask has {sizes}; both must have one size")
-        text = None
-        if bank is not None:
-            found = bank.batch(some)
-            text = TextBatch(found.tokens.to(device), found.mask.to(device))
-        yield normalise(unit_images(images.permute(0, 3, 1, 2).contiguous())), masks.long(), text

@@ -27,6 +27,8 @@ class EvalContext(Protocol):
     """Of this worker."""
     world: int
     """Workers in all."""
+    scoring: str
+    """Arithmetic in which networks are scored: ``fp32``, ``bf16`` or ``fp16``."""
     steps: int
     """Training steps of the whole run."""
     directory: Path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
@@ -13,17 +13,24 @@ import torch
 from torch import nn
 
 from viladiff.core.atomic import write_atomically
-from viladiff.core.distributed import summed_over_workers
+from viladiff.core.distributed import autocast, summed_over_workers
 from viladiff.core.environment import git_state, peak_memory, processor, reset_peak_memory, versions
-from viladiff.data.batch import IGNORE, Step, TextBatch
+from viladiff.data.batch import IGNORE, EvalBatch, Step, TextBatch
 from viladiff.data.files.images import PaletteEncoding
 from viladiff.data.formats.values import displayed
-from viladiff.data.loader import validation
+from viladiff.data.loading.eval_loader import (
+    BATCH_PIXELS,
+    Size,
+    decoding_threads,
+    images_together,
+    plan_batches,
+    validation,
+)
 from viladiff.data.loading.pace import LIMITING, LoaderPace
 from viladiff.data.transforms.augment import normalise, unit_images
 from viladiff.evaluation import feature_clusters
 from viladiff.evaluation.context import EvalContext
-from viladiff.evaluation.pixel_counts import SegmentationMeter, evaluate_network, measure_all, to_scores
+from viladiff.evaluation.pixel_counts import SegmentationMeter, measure_all, to_scores
 from viladiff.evaluation.protocols import STREAMS, nearest_multiple, resized_logits
 from viladiff.evaluation.pseudo_labels import pseudo_counts, pseudo_scores
 from viladiff.methods.base import Method
@@ -36,10 +43,6 @@ from viladiff.text.encoders import describe_text_encoder
 
 FILES = ("pictures.npz", "features.npz", "plane.npz")
 """What a finished run may have beside its record and its log."""
-
-
-BATCH_PIXELS = 25 * 64 * 64
-"""Of the images that are scored together, where all have one size."""
 
 
 class PeakMemory:
@@ -66,34 +69,48 @@ class PeakMemory:
         return max(self.before, torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory())
 
 
-def eval_batches(run: EvalContext) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextBatch | None]]:
-    """Yield this worker's validation images with masks and texts, sending heartbeats."""
-    images = len(run.dataset.val_images)
+def eval_batches(run: EvalContext) -> Iterator[EvalBatch]:
+    """Yield this worker's validation images in batches of one size, sending heartbeats.
+
+    Files are decoded ahead. Built-in data keep batches that depend on neither device nor protocol's windows.
+    """
+    dataset, images = run.dataset, len(run.dataset.val_images)
     count = min(images, run.cfg.eval.max_images or images)
-    size = 1
-    if run.cfg.eval.protocol == "original" and run.dataset.uniform and count:
-        height, width = run.dataset.val_images[0].shape[:2]
-        size = max(1, BATCH_PIXELS // (height * width))
+
+    def together(size: Size) -> int:
+        if not dataset.uniform:
+            return images_together(size, dataset.num_classes, run.device)
+        return max(1, BATCH_PIXELS // (size[0] * size[1])) if run.cfg.eval.protocol == "original" else 1
+
     bank = run.val_bank if run.method.required_views().text else None
-    for batch in validation(run.dataset, bank, run.device, size, range(run.rank, count, run.world)):
+    planned = plan_batches(dataset, range(run.rank, count, run.world), together)
+    for batch in validation(dataset, bank, run.device, planned, decoding_threads(run.cfg, run.device)):
         run.alive()
         yield batch
 
 
 def compute_meters(
-    run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
-) -> dict[str, SegmentationMeter]:
-    """Count one network's streams over the validation images of all workers."""
-    cfg = run.cfg.eval
-    classes, crop = run.dataset.num_classes, run.cfg.data.crop
-    return evaluate_network(network, eval_batches(run), streams, classes, boundary, cfg.protocol, crop)
+    run: EvalContext,
+    networks: Mapping[str, nn.Module],
+    streams: tuple[str, ...],
+    boundary: bool,
+    also: Callable[[EvalBatch], None] | None = None,
+) -> dict[str, dict[str, SegmentationMeter]]:
+    """Count streams of networks over the validation images of all workers, in one pass: {network: {stream: counts}}.
+
+    The networks compute in ``run.scoring``. ``also`` as in ``measure_all``.
+    """
+    given = streams, run.dataset.num_classes, boundary, run.cfg.eval.protocol, run.cfg.data.crop
+    with autocast(run.device, run.scoring):
+        return measure_all(networks, eval_batches(run), *given, also=also)
 
 
 def compute_scores(
     run: EvalContext, network: nn.Module, streams: tuple[str, ...], boundary: bool
 ) -> dict[str, dict[str, Any]]:
     """Return {stream: {score: value}}; a stream that the network or the texts do not allow is left out."""
-    return {name: found.stored() for name, found in to_scores(compute_meters(run, network, streams, boundary)).items()}
+    found = compute_meters(run, {"": network}, streams, boundary)[""]
+    return {name: score.stored() for name, score in to_scores(found).items()}
 
 
 class PseudoLabels:
@@ -104,24 +121,27 @@ class PseudoLabels:
     """
 
     def __init__(self, run: EvalContext) -> None:
-        self.run, self.seen = run, 0
+        self.run = run
         self.wanted = type(run.method).pseudo_labels is not Method.pseudo_labels
         student, whole = run.method.student, run.method.required_views().whole_patches
         self.multiple = student.patch if whole else student.side_multiple
         self.sums: dict[str, Any] = {}
 
-    def add(self, images: torch.Tensor, target: torch.Tensor, text: TextBatch | None) -> None:
+    def add(self, batch: EvalBatch) -> None:
         """Count a batch, with the method in evaluation mode; sums stay on the device."""
         if not self.wanted:
             return
         run, method = self.run, self.run.method
+        if method.labels_read_batch and not run.dataset.uniform and len(batch.places) > 1:
+            for one in _one_by_one(batch):  # or quality would depend on how many images of a size there are
+                self.add(one)
+            return
         # Draws are named by the place in the validation set, whichever worker looks at the image.
-        keys = tuple(run.rank + (self.seen + j) * run.world for j in range(len(images)))
-        self.seen += len(images)
-        made = partial(method.pseudo_labels, text=text, keys=keys, step=Step(run.steps, 1.0, run.cfg.seed))
-        found = {name: p.max(1) for name, p in resized_logits(made, images, self.multiple).items()}
+        step = Step(run.steps, 1.0, run.cfg.seed)
+        made = partial(method.pseudo_labels, text=batch.text, keys=batch.places, step=step)
+        found = {name: p.float().max(1) for name, p in resized_logits(made, batch.images, self.multiple).items()}
         stages = {name: (p.values, p.indices) for name, p in found.items()}
-        for name, count in pseudo_counts(stages, target, method.threshold()).items():
+        for name, count in pseudo_counts(stages, batch.target, method.threshold()).items():
             self.sums[name] = self.sums.get(name, 0) + count
 
     def shares(self) -> dict[str, float | None]:
@@ -130,13 +150,29 @@ class PseudoLabels:
         return pseudo_scores(summed_over_workers({"": here}).get("", {})) if self.wanted else {}
 
 
-def evaluated(run: EvalContext) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
-    """Return {network: {stream: {score: value}}} and the quality of pseudo-labels, from one pass over the images."""
-    cfg, networks = run.cfg.eval, run.method.eval_networks()
+def _one_by_one(batch: EvalBatch) -> Iterator[EvalBatch]:
+    for i, place in enumerate(batch.places):
+        part, text = slice(i, i + 1), batch.text
+        words = None if text is None else TextBatch(text.tokens[part], text.mask[part])
+        yield EvalBatch(batch.images[part], batch.target[part], words, (place,))
+
+
+def evaluated(
+    run: EvalContext, also: Callable[[EvalBatch], None] | None = None
+) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, float | None]]:
+    """Return {network: {stream: {score: value}}} and the quality of pseudo-labels, from one pass over the images.
+
+    ``also`` is called with each of this worker's batches.
+    """
     run.method.eval()
     pseudo = PseudoLabels(run)
-    given = STREAMS, run.dataset.num_classes, cfg.boundary, cfg.protocol, run.cfg.data.crop
-    found = measure_all(networks, eval_batches(run), *given, also=pseudo.add)
+
+    def seen(batch: EvalBatch) -> None:
+        pseudo.add(batch)
+        if also is not None:
+            also(batch)
+
+    found = compute_meters(run, run.method.eval_networks(), STREAMS, run.cfg.eval.boundary, seen)
     scored = {name: {stream: x.stored() for stream, x in to_scores(meters).items()} for name, meters in found.items()}
     return scored, pseudo.shares()
 
@@ -203,11 +239,12 @@ def record(run: RecordContext) -> RunRecord:
     """Evaluate a run after its last step and return its record; all workers take part."""
     cfg = run.cfg
     predictor, stream = run.method.eval_network(), run.method.eval_stream()
-    found, pseudo_labels = evaluated(run)
+    tokens = feature_clusters.TokenLabels(run)
+    found, pseudo_labels = evaluated(run, tokens.add)
     network = next(name for name, net in run.method.eval_networks().items() if net is predictor)
     miou = found[network][stream]["miou"] if stream in found[network] else None
     if stream in found[network]:
-        found[network][stream] |= feature_clusters.measure_clusters(run)
+        found[network][stream] |= feature_clusters.measure_clusters(run, tokens.gathered())
     history = [*run.history, {"step": run.steps, "miou": miou}]
     measured = [entry for entry in history if entry["miou"] is not None]
     cuda = run.device.type == "cuda"
@@ -273,8 +310,10 @@ def save_qualitative(run: EvalContext) -> None:
     if run.method.required_views().text:
         words = run.val_bank.batch(places)
         text = TextBatch(words.tokens.to(run.device), words.mask.to(run.device))
-    shown = run.method.visualize(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
-    predicted = {"prediction": run.method.eval_network()(images, text)[run.method.eval_stream()].argmax(1)}
+    with autocast(run.device, run.scoring):
+        shown = run.method.visualize(images, text, tuple(places), Step(run.steps, 1.0, run.cfg.seed))
+        logits = run.method.eval_network()(images, text)[run.method.eval_stream()]
+    predicted = {"prediction": logits.float().argmax(1)}
     stages += [(name, labels.to(torch.uint8).cpu().numpy()) for name, labels in {**shown, **predicted}.items()]
     packed = io.BytesIO()
     named: dict[str, Any] = {f"{i:02}/{name}": array for i, (name, array) in enumerate(stages)}

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 from viladiff.core import keyed_random
 from viladiff.core.atomic import write_atomically
+from viladiff.core.distributed import autocast, summed_over_workers
+from viladiff.data.batch import EvalBatch
 from viladiff.data.constants import IGNORE
-from viladiff.data.loader import validation
+from viladiff.data.loading.eval_loader import Size, decoding_threads, images_together, plan_batches, validation
 from viladiff.evaluation.context import EvalContext
 from viladiff.evaluation.protocols import nearest_multiple
 from viladiff.methods.base import Method
@@ -121,33 +123,66 @@ def _unit(features: np.ndarray) -> np.ndarray | None:
     return unit if np.isfinite(unit).all() and np.ptp(unit, axis=0).max() >= 1e-6 else None
 
 
+class TokenLabels:
+    """``cell_labels`` of all validation images, from masks that another pass over them has read."""
+
+    def __init__(self, run: EvalContext) -> None:
+        self.wanted = type(run.method).token_features is not Method.token_features
+        self._patch = run.method.student.patch
+        self._found: dict[str, torch.Tensor] = {}
+
+    def add(self, batch: EvalBatch) -> None:
+        """Look at the masks of a batch; nothing for a method without such features."""
+        if not self.wanted:
+            return
+        for place, mask in zip(batch.places, batch.target.cpu().numpy(), strict=True):
+            labels = cell_labels(_fitted(mask, self._patch), self._patch)
+            self._found[str(place)] = torch.from_numpy(labels.astype(np.uint8))
+
+    def gathered(self) -> list[np.ndarray]:
+        """Return the labels of the images of all workers, in their order; all workers must call it."""
+        if not self.wanted:
+            return []
+        found = summed_over_workers({"": self._found}).get("", {})
+        return [found[place].numpy().astype(int) for place in sorted(found, key=int)]
+
+
 @torch.inference_mode()
-def collect_features(run: EvalContext) -> tuple[TokenSample, dict[str, np.ndarray]] | None:
+def collect_features(
+    run: EvalContext, labels: Sequence[np.ndarray]
+) -> tuple[TokenSample, dict[str, np.ndarray]] | None:
     """Sample tokens of a run's validation images and their features (n, W) float32 by stage; None without a sample.
 
-    Images are read whole, at the nearest multiples of the patch, whatever the protocol.
+    labels: of ``TokenLabels``. Images are read whole, at the nearest multiples of the patch, whatever the protocol.
+    Workers share the batches, which are those of a single worker; all must call it.
     """
-    images, patch = len(run.dataset.val_images), run.method.student.patch
-    count = min(images, run.cfg.eval.max_images or images)
-    chosen = sample([cell_labels(_fitted(run.dataset.val_masks[i], patch), patch) for i in range(count)])
+    chosen = sample(labels)
     if chosen is None:
         return None
     run.method.eval()
-    some = np.unique(chosen.image).tolist()
-    size = 25 if run.dataset.uniform else 1
+    dataset, patch = run.dataset, run.method.student.patch
+
+    def together(size: Size) -> int:
+        return 25 if dataset.uniform else images_together(size, dataset.num_classes, run.device)
+
     bank = run.val_bank if run.method.required_views().text else None
-    parts: dict[str, list[np.ndarray]] = {}
-    batches = validation(run.dataset, bank, run.device, size, some)
-    for start, (pixels, _, text) in zip(range(0, len(some), size), batches, strict=True):
+    planned = plan_batches(dataset, np.unique(chosen.image).tolist(), together)[run.rank :: run.world]
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for batch in validation(dataset, bank, run.device, planned, decoding_threads(run.cfg, run.device)):
         run.alive()
+        pixels = batch.images
         fitted = tuple(nearest_multiple(side, patch) for side in pixels.shape[-2:])
         pixels = pixels if pixels.shape[-2:] == fitted else F.interpolate(pixels, fitted, mode="bilinear")
-        stages = run.method.token_features(pixels, text)
-        for k, image in enumerate(some[start : start + size]):
+        with autocast(run.device, run.scoring):
+            stages = run.method.token_features(pixels, batch.text)
+        for k, image in enumerate(batch.places):
             cells = torch.from_numpy(chosen.cell[chosen.image == image]).to(run.device)
             for name, features in stages.items():
-                parts.setdefault(name, []).append(features[k, cells].float().cpu().numpy())
-    return chosen, {name: np.concatenate(found) for name, found in parts.items()}
+                found.setdefault(name, {})[str(image)] = features[k, cells].float().cpu()
+    return chosen, {
+        name: np.concatenate([parts[place].numpy() for place in sorted(parts, key=int)])
+        for name, parts in summed_over_workers(found).items()
+    }
 
 
 def _fitted(mask: np.ndarray, patch: int) -> np.ndarray:
@@ -159,17 +194,20 @@ def _fitted(mask: np.ndarray, patch: int) -> np.ndarray:
     return np.asarray(mask)[np.ix_(rows, columns)]
 
 
-def measure_clusters(run: EvalContext) -> dict[str, float | int | None]:
+def measure_clusters(run: EvalContext, labels: Sequence[np.ndarray]) -> dict[str, float | int | None]:
     """Return the scores of the headline's clusters; write the features, and with pictures the t-SNE plane, to the run.
 
     Names of the stage before the texts are read end in ``_before``. ``tokens`` and ``token_classes`` count the sample.
-    Empty for a method without such features; scores are None without a sample. Runs on the first worker alone.
+    labels: of ``TokenLabels``. Empty for a method without such features, and on all workers but the first, who must
+    call it all the same; scores are None without a sample.
     """
-    if type(run.method).token_features is Method.token_features or run.rank:
+    if type(run.method).token_features is Method.token_features:
         return {}
     names = ("silhouette", "davies_bouldin", "image_silhouette")
     out: dict[str, float | int | None] = dict.fromkeys((*names, *(f"{name}_before" for name in names)))
-    found = collect_features(run)
+    found = collect_features(run, labels)
+    if run.rank:
+        return {}
     if found is None:
         return {**out, "tokens": 0, "token_classes": 0}
     chosen, stages = found

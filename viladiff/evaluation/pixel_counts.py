@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viladiff.data.batch import IGNORE, TextBatch
+from viladiff.data.batch import IGNORE, EvalBatch
 from viladiff.evaluation.metrics import METRICS, PixelCounts, miou_from
 from viladiff.evaluation.protocols import Band, center, stream_bands
 from viladiff.models.segmenter import remembered
 
-Batches = Iterable[tuple[Tensor, Tensor, TextBatch | None]]
+Batches = Iterable[EvalBatch]
 Labelling = tuple[Tensor, Tensor]  # confidence and labels, each (B, H, W)
 
 
@@ -312,15 +312,16 @@ def measure_all(
     boundary: bool = True,
     protocol: str = "original",
     crop: int = 0,
-    also: Callable[[Tensor, Tensor, TextBatch | None], None] | None = None,
+    also: Callable[[EvalBatch], None] | None = None,
 ) -> dict[str, dict[str, SegmentationMeter]]:
     """Count each network's streams over the images of all workers, in one pass over the images.
 
-    images_iter yields (normalised images (B, 3, H, W), targets (B, H, W), TextBatch or None). Each worker passes its
-    own part of the set, possibly empty, without a padded sampler's duplicates. A stream that network or texts do not
-    allow has seen no image. ``also`` is called with each batch after the networks, and outputs that it requests for the
-    same tensors are not computed again. Networks are in eval mode meanwhile; each module's mode is restored, also after
-    an error. Raises ValueError for a network of another number of classes.
+    images_iter yields batches of normalised images. Each worker passes its own part of the set, possibly empty, without
+    a padded sampler's duplicates; the numbers of batches may differ between workers. A stream that network or texts do
+    not allow has seen no image. Labels are those of the largest float32 logit, also under autocast. ``also`` is called
+    with each batch after the networks, and outputs that it requests for the same tensors are not computed again.
+    Networks are in eval mode meanwhile; each module's mode is restored, also after an error. Raises ValueError for a
+    network of another number of classes.
     """
     modes = {module: module.training for network in networks.values() for module in network.modules()}
     device = next(next(iter(networks.values())).parameters()).device
@@ -332,28 +333,28 @@ def measure_all(
     try:
         # Not inference_mode(): what ``also`` keeps in caches must be of use in training too.
         with torch.no_grad(), remembered(networks.values()):
-            for images, target, text in images_iter:
-                images, target, text = _moved(images, target, text, device)
-                centred = center(target, crop) if protocol == "center_crop" else target
+            for batch in images_iter:
+                batch = _moved(batch, device)
+                centred = center(batch.target, crop) if protocol == "center_crop" else batch.target
                 truth = truth_of(centred) if boundary else None
                 for name, network in networks.items():
-                    found = stream_bands(network, images, text, streams, protocol, crop)
+                    found = stream_bands(network, batch.images, batch.text, streams, protocol, crop)
                     for stream, labels in _label_maps(found, num_classes).items():
                         meters[name][stream].update(labels, centred, truth)
                 if also is not None:
-                    also(images, target, text)
+                    also(batch)
     finally:
         for module, training in modes.items():
             module.training = training
     return {name: {stream: meter.all_reduce() for stream, meter in found.items()} for name, found in meters.items()}
 
 
-def _moved(
-    images: Tensor, target: Tensor, text: TextBatch | None, device: torch.device
-) -> tuple[Tensor, Tensor, TextBatch | None]:
+def _moved(batch: EvalBatch, device: torch.device) -> EvalBatch:
+    text = batch.text
     if text is not None:
         text = replace(text, tokens=text.tokens.to(device), mask=text.mask.to(device))
-    return images.to(device, non_blocking=True), target.to(device, non_blocking=True), text
+    images, target = batch.images.to(device, non_blocking=True), batch.target.to(device, non_blocking=True)
+    return EvalBatch(images, target, text, batch.places)
 
 
 def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
@@ -363,7 +364,7 @@ def _label_maps(bands: Iterable[Band], num_classes: int) -> dict[str, Tensor]:
         for name, logits in band.logits.items():
             if logits.shape[1] != num_classes:
                 raise ValueError(f"num_classes = {num_classes}: the network has {logits.shape[1]}")
-            parts.setdefault(name, []).append(logits.max(1).indices)  # on a CPU a fifth of argmax's time
+            parts.setdefault(name, []).append(logits.float().max(1).indices)  # on a CPU a fifth of argmax's time
     return {name: torch.cat(labels, 1) for name, labels in parts.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
 from viladiff.core.messages import format_seconds
+from viladiff.core.progress import tracked
 from viladiff.evaluation.devices import CPU
 from viladiff.experiments.tables import TableJob, plan_table, seeds_of
 from viladiff.experiments.target_device import target_device
@@ -22,9 +23,12 @@ from viladiff.runs.store import Store
 from viladiff.tables.cells import cells, unavailable
 from viladiff.tables.estimate import Target, cost_lines, estimate_on
 from viladiff.tables.plan import Plan, PlannedCell
+from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 from viladiff.training.run_cost import assumed_run
 
+SHOWN = 3
+"""Methods that a line names; more are counted."""
 UNKNOWN = "a time that is not known"
 
 
@@ -36,11 +40,13 @@ class TableShare:
     cells: int
     runs: frozenset[str]
     """Names of its runs; where data are not here, names made of settings alone."""
-    waiting: int
-    """Rows that cannot be run yet."""
+    waiting: tuple[str, ...] = ()
+    """Rows that cannot be run yet, and why."""
     job: TableJob | None = None
     """None where its runs cannot be named."""
     why: str = ""
+    absent: bool = False
+    """Whether the table has no such scale."""
     assumed: Plan | None = None
     """Where its data are not here: its runs with as many images as the data set is published with."""
 
@@ -58,22 +64,45 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
     for name in ("rows", "columns", "encoder", "report_dir"):
         if getattr(args, name, None):
             raise ValueError(f"--{name.replace('_', '-')} is not supported by `plan all`")
-    shares = [share_of(path, args) for path in paths]
+    shares = [share_of(path, args) for path in tracked(paths, "planning the tables")]
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    heads = ("cells", "runs", "new runs", "done", "time alone", "GPU-hours", "GiB a run", "cost", "unavailable rows")
-    grid = Grid("table", *heads, box=None, pad_edge=False)
+    money = "cost" if args.hourly_price is not None else "US dollars"
+    heads = ("table", "cells", "runs", "new runs", "done", "time alone", "GPU-hours", "GiB a run", money)
+    rows: list[tuple[str, ...]] = []
     seen: set[str] = set()
     target = _target(shares, args)
+    if target.device is not CPU and (every := _all_plans(shares)) is not None:
+        target.steps.prepare(every.runs.values())
     for share in shares:
+        if share.absent:
+            continue
         new, seen = share.runs - seen, seen | share.runs
         counts = map(str, (share.cells, len(share.runs), len(new)))
-        grid.add_row(share.name, *counts, *_left(share, target, args), str(share.waiting))
-    console.print(f"[bold]All tables[/bold], scale {escape(args.scale)}\n")
-    console.print(grid)
+        rows.append((share.name, *counts, *_left(share, target, args), str(len(share.waiting))))
+    lists = _seeds(shares, args)
+    console.print(f"[bold]All tables[/bold], scale {escape(args.scale)}{f', seeds {lists}' if lists else ''}\n")
+    console.print(_filled((*heads, "unavailable rows"), rows))
     console.print()
-    for name, text in totals(shares, args, target).items():
-        console.print(f"{name:<11}  {escape(text)}", soft_wrap=True)
+    lines = totals(shares, args, target)
+    width = max(11, *map(len, lines))
+    for name, text in lines.items():
+        console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
     return 0
+
+
+def _filled(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Grid:
+    """Return the grid without columns that have no entry, as GPU-hours of a plan for a processor."""
+    kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    grid = Grid(*(heads[i] for i in kept), box=None, pad_edge=False)
+    for row in rows:
+        grid.add_row(*(row[i] for i in kept))
+    return grid
+
+
+def _seeds(shares: Sequence[TableShare], args: argparse.Namespace) -> str:
+    """Return the seeds of the tables that are planned; empty where they differ."""
+    found = {tuple(sorted({cell.seed for cell in share.plan.cells})) for share in shares if share.plan is not None}
+    return ", ".join(map(str, found.pop())) if len(found) == 1 else ""
 
 
 def share_of(path: Path, args: argparse.Namespace) -> TableShare:
@@ -83,7 +112,7 @@ def share_of(path: Path, args: argparse.Namespace) -> TableShare:
     """
     table = load_table(path)
     if args.scale not in table.scale:
-        return TableShare(table.name, 0, frozenset(), 0, why=f"has no scale {args.scale}")
+        return TableShare(table.name, 0, frozenset(), why=f"has no scale {args.scale}", absent=True)
     try:
         job = plan_table(path, args, "")
     except ValueError as error:
@@ -96,8 +125,14 @@ def share_of(path: Path, args: argparse.Namespace) -> TableShare:
         known = {name: run for name, run in runs.items() if run is not None}
         whole = Plan(table, args.scale, (), (), (), places, known) if len(known) == len(runs) else None
         why = str(error).splitlines()[0]
-        return TableShare(table.name, len(found), frozenset(names), len(unavailable(table)), why=why, assumed=whole)
-    return TableShare(table.name, len(job.plan.cells), frozenset(job.plan.runs), len(job.plan.unavailable), job)
+        waiting = _waiting(table, unavailable(table))
+        return TableShare(table.name, len(found), frozenset(names), waiting, why=why, assumed=whole)
+    waiting = _waiting(table, job.plan.unavailable)
+    return TableShare(table.name, len(job.plan.cells), frozenset(job.plan.runs), waiting, job)
+
+
+def _waiting(table: Table, reasons: Mapping[int, str]) -> tuple[str, ...]:
+    return tuple(f"{table.rows[place].label!r} {why}" for place, why in reasons.items())
 
 
 def totals(shares: Sequence[TableShare], args: argparse.Namespace, target: Target | None = None) -> dict[str, str]:
@@ -118,17 +153,66 @@ def totals(shares: Sequence[TableShare], args: argparse.Namespace, target: Targe
         at_once = replace(target, concurrency=room.slots if room else 1)
         alone, guess = (estimate_on(plan, job.store, one) for one in (target, at_once))
         together = f", {format_seconds(guess.seconds, UNKNOWN)} with {room.slots} at once" if room else ""
+        partly = any(share.assumed is not None for share in shares)
+        where = " in the tables whose data are here" if partly else ""
         lines |= {
-            "done": f"{guess.done} of {guess.runs} runs",
-            "time": f"{format_seconds(alone.seconds, UNKNOWN)} of work left{together} ({guess.basis})",
+            "done": f"{guess.done} of {guess.runs} runs{where}",
+            "time": f"{format_seconds(alone.seconds, UNKNOWN)} of work left{where}{together} ({guess.basis})",
         }
-        lines |= cost_lines(guess, target.device)
+        if partly and (whole := _all_plans(shares)) is not None:
+            guess = estimate_on(whole, job.store, at_once)
+        lines |= cost_lines(guess, target.device, args.hourly_price)
     elif (every := _all_plans(shares)) is not None:
-        lines |= cost_lines(estimate_on(every, _store(args), target), target.device)
-    waiting = sum(share.waiting for share in shares)
-    lines |= {"unavailable": f"{waiting} rows, which require a field that is not set"} if waiting else {}
-    lines |= {share.name: _absent(share, args) for share in shares if share.job is None}
+        guess = estimate_on(every, _store(args), target)
+        lines |= {"basis": guess.basis, **cost_lines(guess, target.device, args.hourly_price)}
+    if sum(len(share.runs) for share in shares) > len(unique):
+        lines["shared runs"] = "a run of several tables is in each table's numbers, and once in those of this list"
+    return lines | _remarks(shares, args, target)
+
+
+def _remarks(shares: Sequence[TableShare], args: argparse.Namespace, target: Target) -> dict[str, str]:
+    """Return what a reader must know of single tables, by subject; tables with the same remark share a line."""
+    lines = {}
+    large = [text for share in shares if (text := _too_large(share, target))]
+    if large:
+        lines["too large"] = f"for the memory of {target.device.name}, and counted: {'; '.join(large)}"
+    waiting: dict[str, list[str]] = {}
+    for share in shares:
+        for text in share.waiting:
+            waiting.setdefault(text, []).append(share.name)
+    if waiting:
+        count, said = sum(map(len, waiting.values())), [f"{text} ({', '.join(at)})" for text, at in waiting.items()]
+        lines["unavailable"] = f"{count} rows, not counted: {'; '.join(said)}"
+    for title, assumed, what in (
+        ("no data here", True, "costed with the published number of images, done runs not known"),
+        ("not timed", False, ""),
+    ):
+        reasons: dict[str, list[str]] = {}
+        for share in shares:
+            if share.job is None and not share.absent and (share.assumed is not None) == assumed:
+                reasons.setdefault(share.why, []).append(share.name)
+        said = [f"{', '.join(names)} ({why})" for why, names in reasons.items()]
+        if said:
+            lines[title] = "; ".join([*said, *([what] if what else [])])
+    absent = [share.name for share in shares if share.absent]
+    if absent:
+        lines["not planned"] = f"{', '.join(absent)}: no scale {args.scale}"
     return lines
+
+
+def _too_large(share: TableShare, target: Target) -> str:
+    """Return which runs of a table need more memory than the device has, and the most that one needs."""
+    runs = share.plan.runs.values() if share.plan is not None and target.device.memory else ()
+    needs = [
+        (str(run.changed.get("method.name")), cost.peak_bytes)
+        for run in runs
+        if (cost := target.steps.of(run)) is not None and cost.peak_bytes > target.device.memory
+    ]
+    if not needs:
+        return ""
+    methods = sorted({method for method, _ in needs})
+    named = ", ".join(methods[:SHOWN]) + (f" and {len(methods) - SHOWN} more" if len(methods) > SHOWN else "")
+    return f"{share.name} {len(needs)} of {len(runs)} runs, up to {max(n for _, n in needs) / 2**30:.0f} GiB ({named})"
 
 
 def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:
@@ -160,20 +244,12 @@ def _target(shares: Sequence[TableShare], args: argparse.Namespace) -> Target:
     return Target(device, price_per_hour=args.hourly_price)
 
 
-def _absent(share: TableShare, args: argparse.Namespace) -> str:
-    if share.assumed is None:
-        return f"not timed: {share.why}"
-    return f"not timed here, costed with the published number of images: {share.why}"
-
-
 def _left(share: TableShare, target: Target, args: argparse.Namespace) -> tuple[str, str, str, str, str]:
     """Return the state of a table, the time of its remaining runs alone, and what they cost."""
     if share.plan is None:
-        return ("?",) * 5
+        return ("not known", *("",) * 4)
     guess = estimate_on(share.plan, share.job.store if share.job else _store(args), target)
     hours = "" if guess.device_hours is None or target.device is CPU else f"{guess.device_hours:,.0f}"
     memory = f"{guess.peak_bytes / 2**30:.1f}" if guess.peak_bytes else ""
     cost = "" if guess.cost is None else f"{guess.cost:,.0f}"
-    if share.job is None:
-        return "?", "?", hours, memory, cost
-    return str(guess.done), format_seconds(guess.seconds, UNKNOWN), hours, memory, cost
+    return "–" if share.job is None else str(guess.done), format_seconds(guess.seconds, UNKNOWN), hours, memory, cost

@@ -67,7 +67,7 @@ def print_dry_run(
         **lists,
         **({"GPUs": room.note} if room and room.note else {}),
         "time": f"{about}{format_seconds(guess.seconds, 'unknown')}{spread} ({guess.basis})",
-        **cost_lines(guess, device),
+        **cost_lines(guess, device, price),
         **({} if beside is None else {"records": _committed(*beside)}),
         "runs": str(store.root),
         "page": str(out / "index.html"),

@@ -193,10 +193,11 @@ def _evaluated(finished_run: Finished) -> dict[str, Any]:
         raise ValueError(f"the data have the classes {run.dataset.class_names}, the run had {record.class_names}")
     refuse_scoring(cfg, data_facts(run.dataset))
     same = run.fingerprints["data"] == record.fingerprints.get("data")
+    run.scoring = record.scoring
     found: dict[str, Any] = {"scores": {}, "confusion": {}}
-    for name, network in run.method.eval_networks().items():
-        with tf32(cfg.train.tf32):
-            measured = compute_meters(run, network, STREAMS, cfg.eval.boundary)
+    with tf32(cfg.train.tf32):
+        meters = compute_meters(run, run.method.eval_networks(), STREAMS, cfg.eval.boundary)
+    for name, measured in meters.items():
         scores = to_scores(measured)
         found["scores"][name] = {stream: score.stored() for stream, score in scores.items()}
         found["confusion"][name] = {stream: measured[stream].confusion().tolist() for stream in scores}

@@ -82,6 +82,7 @@ class AllSpark(Method):
     )
     views = Views(weak=1, strong_labelled=True)
     trains_on_weak = True
+    labels_read_batch = True
     revision = 2
     paper = Reference(
         "AllSpark: Reborn Labeled Features from Unlabeled in Transformer for Semi-Supervised Semantic Segmentation",

@@ -117,6 +117,8 @@ class Method(nn.Module):
     ``path=value`` is one of several values of a field. A table that varies such a field is told the parts' shares."""
     trains_on_weak: ClassVar[bool] = False
     """Whether a weak view is also an input that trains, as where its features are perturbed."""
+    labels_read_batch: ClassVar[bool] = False
+    """Whether pseudo-labels of an image depend on the other images of its batch."""
 
     def __init__(self, cfg: Any, build: NetworkFactory) -> None:
         super().__init__()

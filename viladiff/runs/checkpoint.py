@@ -10,7 +10,7 @@ import re
 import shutil
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -217,6 +217,12 @@ class StepLog:
             self._lines.append(json.dumps(row) + "\n")
         except TypeError as error:
             raise ValueError(f"step log: {error} ({dict(row)})") from error
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows and write all that are pending."""
+        for row in rows:
+            self.append(row)
+        self.flush()
 
     def flush(self) -> None:
         """Write the pending rows to the disk, so that a checkpoint written afterwards is never ahead of the log."""

@@ -92,6 +92,11 @@ class RunRecord(BaseModel):
         """Arithmetic of its training: ``fp32``, ``bf16`` or ``fp16``, and ``fp32, TF32`` where that was allowed."""
         return arithmetic(self.config.get("train.precision", "fp32"), bool(self.config.get("train.tf32")))
 
+    @property
+    def scoring(self) -> str:
+        """Arithmetic in which its networks were scored; ``fp32`` of built-in data and of earlier versions."""
+        return self.fingerprints.get("scoring", "fp32")
+
 
 def mismatch(record: RunRecord) -> str:
     """Return how a record's configuration contradicts its name; empty if it matches.

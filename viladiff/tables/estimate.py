@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from viladiff.evaluation.devices import CPU, Device, device_called
 from viladiff.evaluation.step_time import ERROR
-from viladiff.runs.job import PlannedRun
+from viladiff.runs.job import DataFacts, PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.tables.plan import Plan, RunStore, fields_of
 from viladiff.training.run_cost import CountedSteps, scoring_seconds
@@ -40,6 +40,8 @@ class Estimate(NamedTuple):
     """Of the largest run's checkpoint, likewise."""
     counted: int = 0
     """Unfinished runs whose time is counted, to within ``ERROR``."""
+    corrected: int = 0
+    """Unfinished runs whose counted time is corrected by measured steps; they are among ``measured``."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Target:
     price_per_hour: float | None = None
     """Of the whole machine; None takes the device's own, for each device."""
     steps: CountedSteps = field(default_factory=CountedSteps)
+    ratios: dict[object, float | None] = field(default_factory=dict)
+    """Measured time over counted time, by what the records have in common; of one store."""
 
 
 def estimate(
@@ -62,8 +66,10 @@ def estimate(
     A run takes its steps times the median seconds a step, and the median seconds outside of steps, of the most similar
     records of that device, its precision and its workers: those that differ in seed, labelled list, captions, length,
     learning rates and evaluation only, or else those of the same method, encoder, crop, batch and data set. Without
-    records the guesses of the scale are used, and without those the step's work is counted. Steps that the log of an
-    interrupted run holds are not counted again.
+    records the guesses of the scale are used, and without those the step's work is counted. A count is corrected by
+    records of the same method, encoder, decoder, crop and batch that differ otherwise, as in data set, classes or T:
+    by the ratio of their measured to their counted steps. Steps that the log of an interrupted run holds are not
+    counted again.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency}: must be at least 1")
@@ -75,6 +81,8 @@ def estimate_on(plan: Plan, store: RunStore, target: Target) -> Estimate:
     records = store.records()
     left = [run for run in plan.runs.values() if run.run_id not in records]
     size = plan.table.scale[plan.scale]
+    if target.device is not CPU or (size.seconds_per_step is None and not records):
+        target.steps.prepare(left)
     times: list[RunTime] = []
     for run in left:
         found = time_of_run(run, records.values(), target, size.seconds_per_step, size.seconds_overhead)
@@ -89,7 +97,7 @@ class RunTime(NamedTuple):
     """The seconds of a run, and where they are from."""
 
     source: str
-    """``alike``, ``akin``, ``guess`` or ``counted``."""
+    """``alike``, ``akin``, ``corrected``, ``guess`` or ``counted``."""
     step: float
     outside: float
     """Seconds outside of steps."""
@@ -102,13 +110,14 @@ class RunTime(NamedTuple):
 _SAYS = {
     "alike": "timed from runs with the same settings",
     "akin": "timed from runs of the same method, encoder, crop and data set",
+    "corrected": "estimated from their counted work, corrected by measured steps of the same method, encoder and crop",
     "guess": "estimated by the table file",
     "counted": "estimated from their counted work",
 }
 
 
 def time_of_run(
-    run: PlannedRun, records: Iterable[RunRecord], target: Target, guess: float | None, overhead: float
+    run: PlannedRun, records: Collection[RunRecord], target: Target, guess: float | None, overhead: float
 ) -> RunTime | None:
     """Return a run's seconds a step and outside of steps on ``target``; None where nobody can say.
 
@@ -120,6 +129,12 @@ def time_of_run(
     cost = target.steps.of(run) if target.device is not CPU or (guess is None and not near) else None
     sizes = (0.0, run.workers, cost.peak_bytes if cost else 0, cost.checkpoint_bytes if cost else 0)
     besides = _besides(run, near)
+    if cost is not None and not close and guess is None:
+        ratio = _ratio(run, near or records, target, bool(near))
+        if ratio is not None:
+            step = ratio * cost.seconds(target.device, run.precision.endswith("TF32"))
+            outside = scoring_seconds(run, cost, step) if besides is None else besides
+            return RunTime("corrected", step, outside, *sizes)
     if near:
         step = median(_per_step(one) for one in near)
         return RunTime("alike" if close else "akin", step, overhead if besides is None else besides, *sizes)
@@ -149,18 +164,23 @@ def _summary(plan: Plan, left: Sequence[PlannedRun], times: Sequence[RunTime], t
         cost = hours * target.device.price
     return Estimate(
         *(len(plan.cells), len(plan.runs), len(plan.runs) - len(left), seconds),
-        *(sum(one.source in ("alike", "akin") for one in times), cost, basis, hours),
+        *(sum(one.source in ("alike", "akin", "corrected") for one in times), cost, basis, hours),
         *(max((one.peak_bytes for one in times), default=0), max((one.checkpoint_bytes for one in times), default=0)),
-        sum(one.source == "counted" for one in times),
+        *(sum(one.source == source for one in times) for source in ("counted", "corrected")),
     )
 
 
-def cost_lines(guess: Estimate, device: Device) -> dict[str, str]:
-    """Return what is said of a plan's cost beside its time; nothing where it has no device's price or memory."""
+def cost_lines(guess: Estimate, device: Device, price: float | None = None) -> dict[str, str]:
+    """Return what is said of a plan's cost beside its time; nothing where it has no device's price or memory.
+
+    price: the hourly one of the whole machine that was given, if any.
+    """
     lines = {}
     error = f", estimated to within {ERROR:.0%}" if guess.counted else ""
-    if guess.device_hours is not None and device is not CPU:
-        lines["GPU-hours"] = f"{guess.device_hours:,.0f} on {device.name}{error}"
+    hours = guess.device_hours
+    if hours is not None and device is not CPU:
+        long = f"; {hours / 24:,.0f} days on one, {hours / 24 / 8:,.0f} on eight" if hours >= 48 else ""
+        lines["GPU-hours"] = f"{hours:,.0f} on {device.name}{error}{long}"
     if guess.peak_bytes:
         lines["memory"] = (
             f"at most {guess.peak_bytes / 2**30:.1f} GiB a run, checkpoints of {guess.checkpoint_bytes / 2**30:.2f} GiB"
@@ -171,7 +191,12 @@ def cost_lines(guess: Estimate, device: Device) -> dict[str, str]:
                 "batch by train.grad_accum_steps=2"
             )
     if guess.cost is not None:
-        lines["cost"] = f"{guess.cost:,.2f}{error}"
+        money = f"{guess.cost:,.0f}" if guess.cost >= 100 else f"{guess.cost:,.2f}"
+        if price is not None:
+            lines["cost"] = f"{money} at {price:,.2f} an hour (--hourly-price){error}"
+        elif device.price is not None:
+            rate = f"{device.price:.2f} an hour for one {device.name}"
+            lines["cost"] = f"{money} US dollars at {rate}, an assumed price (--hourly-price sets yours){error}"
     return lines
 
 
@@ -190,19 +215,71 @@ def _cost_fields(changed: Mapping[str, Any]) -> str:
     return fields_of({path: value for path, value in changed.items() if path not in free})
 
 
-def _nearest(run: PlannedRun, records: Iterable[RunRecord], device: Device) -> tuple[list[RunRecord], bool]:
-    """Return the records to take times from, and whether their settings are the same; with equal threads if any."""
-    usable = [
+def _usable(run: PlannedRun, records: Iterable[RunRecord], device: Device) -> list[RunRecord]:
+    """Return the timed records of the device, and of the run's precision and workers."""
+    return [
         one
         for one in records
         if one.steps > 0 and one.train_seconds > 0 and one.precision == run.precision and one.workers == run.workers
         if device_called(one.device) is device
     ]
+
+
+def _nearest(run: PlannedRun, records: Iterable[RunRecord], device: Device) -> tuple[list[RunRecord], bool]:
+    """Return the records to take times from, and whether their settings are the same; with equal threads if any."""
+    usable = _usable(run, records, device)
     same = [one for one in usable if _cost_fields(one.changed) == _cost_fields(run.changed)]
     akin = [one for one in usable if all(one.changed.get(path) == run.changed.get(path) for path in _KIND)]
     found = same or akin
     threads = [one for one in found if run.threads is None or one.threads == run.threads]
     return threads or found, bool(same)
+
+
+_SHAPE = tuple(path for path in _KIND if path != "data.dataset")
+"""Fields of which a record must have the same values, given or default, to correct a count."""
+
+
+def _ratio(run: PlannedRun, records: Collection[RunRecord], target: Target, near: bool) -> float | None:
+    """Return the median of measured over counted seconds a step of records like the run; None without any.
+
+    They are of the target's device, the run's precision, workers and ``_SHAPE``; on a processor also of its threads.
+    ``near``: the records are those of ``_nearest``.
+    """
+    shape = _shape(run.changed)
+    threads = run.threads if target.device is CPU else None
+    key = (shape, run.changed.get("data.dataset") if near else None, run.precision, run.workers, threads)
+    if key not in target.ratios:
+        fits = [
+            one
+            for one in _usable(run, records, target.device)
+            if one.changed.get("method.name") == run.changed.get("method.name")
+            if threads in (None, one.threads)
+            if _shape(one.changed) == shape
+        ]
+        counted = [(one, target.steps.of(_as_planned(one))) for one in fits]
+        found = [
+            _per_step(one) / cost.seconds(target.device, one.precision.endswith("TF32"))
+            for one, cost in counted
+            if cost is not None
+        ]
+        target.ratios[key] = median(found) if found else None
+    return target.ratios[key]
+
+
+def _shape(changed: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return the values of ``_SHAPE``; defaults depend on the data set, so that equal changed fields do not suffice."""
+    from viladiff.runs.config import defaults  # loads torch, as counting does
+
+    whole = {**defaults(str(changed.get("data.dataset")), str(changed.get("method.name"))), **changed}
+    return tuple(whole.get(path) for path in _SHAPE)
+
+
+def _as_planned(record: RunRecord) -> PlannedRun:
+    """Return the run of a record, to count its step."""
+    fields = {path: value for path, value in record.changed.items() if not path.startswith("runtime.")}
+    facts = DataFacts(len(record.class_names), 0, True)
+    how = record.workers, record.threads, record.precision
+    return PlannedRun(record.run_id, fields, record.run_id, record.steps, fields, *how, facts)
 
 
 def _per_step(record: RunRecord) -> float:

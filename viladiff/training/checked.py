@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,17 @@ def shares_statistics(workers: int, device: str) -> bool:
     return torch.cuda.is_available()
 
 
+def state_of_code(without: Collection[str] = ()) -> str:
+    """Return 12 hex digits that name the sources, but those of folders ``without``, and the packages' versions."""
+    packages = [_version(name) for name in _PACKAGES]
+    return sha256_hex(json.dumps([code_digest(without), packages]))[:12]
+
+
 class Checked:
     """The stored results of this state of the code."""
 
     def __init__(self, root: Path | None = None) -> None:
-        packages = [_version(name) for name in _PACKAGES]
-        state = sha256_hex(json.dumps([code_digest(), packages]))[:12]
-        self.folder = (cache_dir() if root is None else root) / "checked" / state
+        self.folder = (cache_dir() if root is None else root) / "checked" / state_of_code()
 
     def key(self, changed: Mapping[str, Any], workers: int, data: DataFacts, shared: bool = False) -> str | None:
         """Return the name of a run's result; None where a directory outside the package makes the network.

@@ -10,6 +10,7 @@ from viladiff.data.cache import fingerprint
 from viladiff.data.dataset import Dataset
 from viladiff.data.registry import dataset_spec
 from viladiff.data.registry import load_dataset as load_dataset
+from viladiff.data.sources import embedded_datasets
 from viladiff.methods import METHODS
 from viladiff.models.encoders.build import encoder_fingerprint, file_checksum
 from viladiff.runs.config import RunConfig, method_presets, run_id
@@ -58,6 +59,17 @@ def sizes_fingerprint(cfg: RunConfig) -> dict[str, str]:
     return {"sizes": fingerprint("sizes", sorted(sizes.items()))} if sizes else {}
 
 
+def scoring_precision(cfg: RunConfig) -> str:
+    """Return the arithmetic in which a run's networks are scored: that of its training; fp32 on built-in data."""
+    return "fp32" if cfg.data.dataset in embedded_datasets() else cfg.train.precision
+
+
+def scoring_fingerprint(cfg: RunConfig) -> dict[str, str]:
+    """Return ``scoring_precision`` where it is not fp32, in which earlier versions scored under the same fields."""
+    found = scoring_precision(cfg)
+    return {} if found == "fp32" else {"scoring": found}
+
+
 def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
     """Return the names that ``viladiff.training.trainer.Trainer`` gives, in order; render missing data.
 
@@ -84,7 +96,8 @@ def name_runs(configs: Iterable[RunConfig]) -> list[Named]:
         files = (cfg.model.model_dump_json(), getattr(getattr(cfg.method, "clip", None), "weights", None))
         if files not in weights:
             weights[files] = weights_fingerprint(cfg)
-        prints = {"data": dataset.fingerprint, "text": banks[bank], **weights[files], **sizes_fingerprint(cfg)}
+        made = {**weights[files], **sizes_fingerprint(cfg), **scoring_fingerprint(cfg)}
+        prints = {"data": dataset.fingerprint, "text": banks[bank], **made}
         steps = total_steps(cfg, dataset, METHODS[cfg.method.name].views.unlabelled)
         found.append(Named(run_id(cfg, prints), prints, steps, data_facts(dataset)))
     return found

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import sha256_hex
+from viladiff.core.progress import tracked
+from viladiff.data.cache import cache_dir
 from viladiff.data.files.known_splits import LISTS
 from viladiff.evaluation.devices import Device
 from viladiff.evaluation.step_time import Load, step_seconds
@@ -24,10 +26,14 @@ POOLS = {"coco": 118_287} | {one.dataset: one.size for one in LISTS if one.famil
 """Training images by data set, where its files are not here."""
 SCORED = {one.dataset: one.size for one in LISTS if one.family == one.split == "val"}
 """Validation images, likewise."""
+PICTURES = {"cityscapes": (1024, 2048)}
+"""Height and width of validation images, where all have one size."""
 _STEP = (
     *("data.dataset", "data.crop", "data.cutmix_grid", "data.captions", "data.batch_labelled", "data.batch_unlabelled"),
     *("train.precision", "train.grad_accum_steps", "optim.name", "optim.momentum", "optim.clip_norm"),
 )
+_NOT_COUNTED = ("inference", "tables", "sweeps", "report", "cluster", "experiments", "cli")
+"""Packages that no step needs; a change of them leaves the stored counts valid."""
 _CONTENT = ("model.weights", "model.pretrained")
 
 
@@ -54,9 +60,9 @@ class CountedSteps:
 
     @cached_property
     def _folder(self) -> Path:
-        from viladiff.training.checked import Checked  # loads data sets, which a plan of known times does without
+        from viladiff.training.checked import state_of_code  # loads data sets, which a plan of known times does without
 
-        return Checked(self._root).folder
+        return (cache_dir() if self._root is None else self._root) / "counted" / state_of_code(_NOT_COUNTED)
 
     def of(self, run: PlannedRun) -> CountedStep | None:
         """Return the cost of a step; None where it cannot be counted, as where the method reads its own numbers."""
@@ -64,6 +70,17 @@ class CountedSteps:
         if key not in self._known:
             self._known[key] = self._read(key) or self._count(run, key)
         return self._known[key]
+
+    def prepare(self, runs: Iterable[PlannedRun]) -> None:
+        """Count what is not stored of these runs; show on stderr how far it is if that takes long."""
+        todo = {key: run for run in runs if (key := self._key(run)) not in self._known}
+        for key in list(todo):
+            found = self._read(key)
+            if found is not None:
+                self._known[key] = found
+                del todo[key]
+        for key, run in tracked([*todo.items()], "counting the work of each distinct step"):
+            self._known[key] = self._count(run, key)
 
     def _key(self, run: PlannedRun) -> str:
         """Return a name of all that decides a step's work. Of a method's numbers it counts whether they are 0."""
@@ -109,9 +126,27 @@ class CountedSteps:
 
 
 def scoring_seconds(run: PlannedRun, cost: CountedStep, step: float) -> float:
-    """Return the estimated seconds of all evaluations: each network goes forwards through each validation image."""
-    images = SCORED.get(str(run.changed.get("data.dataset")), 0)
+    """Return the estimated seconds of all evaluations: each network goes forwards through each validation image.
+
+    An image is taken as large as a crop, or as many windows of that size as the protocol cuts out of it.
+    """
+    images = SCORED.get(str(run.changed.get("data.dataset")), 0) * windows(run.changed)
     return evaluations(run.changed, run.steps, run.data) * images * step / max(1, cost.passes)
+
+
+def windows(changed: Mapping[str, Any]) -> int:
+    """Return the windows of an image under ``sliding_window`` where all have one known size, else 1."""
+    dataset = str(changed.get("data.dataset"))
+    if dataset not in PICTURES:
+        return 1
+    from viladiff.data.sources import DATASETS
+
+    crop = int(changed.get("data.crop", DATASETS[dataset].config.model_fields["crop"].default))
+    usual = DATASETS[dataset].presets.get("eval", {}).get("protocol")
+    if changed.get("eval.protocol", usual) != "sliding_window":
+        return 1
+    stride = max(1, 2 * crop // 3)  # as viladiff.evaluation.protocols.window_stride, which loads torch
+    return math.prod(1 + max(0, -(-(side - crop) // stride)) for side in PICTURES[dataset])
 
 
 def evaluations(changed: Mapping[str, Any], steps: int, data: DataFacts | None) -> int:

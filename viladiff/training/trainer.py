@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from viladiff.core import keyed_random
-from viladiff.core.distributed import in_turn, tf32
+from viladiff.core.distributed import autocast, in_turn, tf32
 from viladiff.core.progress import Progress, counter
 from viladiff.data.batch import Batch, Step
 from viladiff.data.files.run_checks import check_files
@@ -45,7 +45,13 @@ from viladiff.training.errors import (
     stop_flag,
 )
 from viladiff.training.feasibility import refuse_infeasible
-from viladiff.training.fingerprints import data_facts, sizes_fingerprint, weights_fingerprint
+from viladiff.training.fingerprints import (
+    data_facts,
+    scoring_fingerprint,
+    scoring_precision,
+    sizes_fingerprint,
+    weights_fingerprint,
+)
 from viladiff.training.gradients import GradientShares
 from viladiff.training.launch import data_parallel, join_group, run_in_processes, select_device
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
@@ -118,7 +124,9 @@ class Trainer:
             "text": self.bank.fingerprint,
             **weights_fingerprint(cfg),
             **sizes_fingerprint(cfg),
+            **scoring_fingerprint(cfg),
         }
+        self.scoring = scoring_precision(cfg)
         self.name = run_id(cfg, self.fingerprints)
         self.directory = Path(cfg.runtime.runs_dir).expanduser().resolve() / self.name
         self.wall_before: float | None = 0.0
@@ -305,13 +313,12 @@ class Trainer:
         factor = lr_factor(cfg, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.optim.lr * factor * group["scale"]
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision]
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             hold = nullcontext() if last or self.world == 1 else self.model.no_sync()  # type: ignore[operator]
             with hold:
-                with torch.autocast(self.device.type, dtype, enabled=cfg.train.precision != "fp32"):
+                with autocast(self.device, cfg.train.precision):
                     losses = self.model(batch, step)
                 self.shares.add(self.step, losses, self._factor() / len(batches))
                 self.scaler.scale(losses.total / len(batches)).backward()
@@ -348,16 +355,13 @@ class Trainer:
             found.append({"step": step, "lr": lr, **values})
         pending.clear()
         if self.rank == 0:
-            for entry in found:
-                self.log.append(entry)
-            self.log.flush()
+            self.log.extend(found)
             self.callbacks.log(found)
         return rows[-1][names.index("total")]
 
     def _info(self) -> RunInfo:
-        group, config = self.cfg.runtime.group, tracked_config(self.cfg)
-        facts = self.name, self.directory, self._title(), group, config
-        return RunInfo(*facts, self.step, self.log.read, [*self.history])
+        place = self.name, self.directory, self._title(), self.cfg.runtime.group, tracked_config(self.cfg)
+        return RunInfo(*place, self.step, self.log.read, [*self.history])
 
     def _any(self, *flags: bool) -> list[bool]:
         """Return of each flag whether any worker has raised it; all workers must ask at the same step."""

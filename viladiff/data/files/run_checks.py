@@ -79,23 +79,6 @@ def _checked(dataset: Dataset, files: FileList, contents: Contents) -> tuple[str
     return (*told, *_never(dataset, counts), *deep)
 
 
-def image_sizes(dataset: Dataset, indices: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (height, width) of images of the pool, as an earlier check has stored them or from their headers.
-
-    Raises ValueError for data that is not in files, and for an image that cannot be read.
-    """
-    files, contents = dataset.files, dataset.contents
-    if files is None or contents is None:
-        raise ValueError(f"{dataset.name}: its images are not in files")
-    sizes = []
-    for i in indices:
-        seen = _odd(files.paths[i], contents, dataset.pixels)
-        if seen.size is None:
-            raise ValueError(seen.faults[0])
-        sizes.append(seen.size)
-    return sizes
-
-
 class _Part(NamedTuple):
     """A look at some images with their masks."""
 
@@ -160,6 +143,16 @@ class _Seen(NamedTuple):
     faults: list[str]
     deep: bool = False
     """As ``undeclared_depth``."""
+
+
+def image_sizes(paths: Sequence[Path], contents: Contents | None, pixels: PixelFormat) -> list[tuple[int, int] | None]:
+    """Return (height, width) of each image, stored by ``check_files`` or from its header; None if it is damaged."""
+    if contents is None:
+        return [image_size(path) for path in paths]
+    try:
+        return [_odd(path, contents, pixels).size for path in paths]
+    finally:
+        contents.save()
 
 
 def _odd(path: Path, contents: Contents, pixels: PixelFormat) -> _Seen:

@@ -60,7 +60,13 @@ def picture_space(dataset: Dataset, unlabelled: bool = True) -> PictureSpace:
         raise ValueError(f"runtime.picture_cache = true: {dataset.name} is not in files; set it to false")
     folder, labelled = picture_folder(), dataset.labelled.tolist()
     used = [*labelled, *(dataset.unlabelled.tolist() if unlabelled else ())]
-    sizes = dict(zip(used, image_sizes(dataset, used), strict=True))
+    sizes: dict[int, tuple[int, int]] = {}
+    for i, size in zip(
+        used, image_sizes([files.paths[i] for i in used], dataset.contents, dataset.pixels), strict=True
+    ):
+        if size is None:
+            raise ValueError(f"{files.paths[i]}: its size cannot be read; viladiff data check says why")
+        sizes[i] = size
     image, mask = image_reading(dataset.pixels), mask_reading(masks.num_classes, masks.coding)
 
     def place(path: Path, what: str) -> Path:
