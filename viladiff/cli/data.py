@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from viladiff.cli.common import positive
+
 if TYPE_CHECKING:
     from viladiff.data.files.validate import Advance, DatasetReport
 
@@ -92,7 +94,7 @@ def _add_coco_masks(actions: argparse._SubParsersAction[argparse.ArgumentParser]
         help="JSON file of instances (default: both of annotations/)",
     )
     masks.add_argument("--out", metavar="DIR", help="directory of the masks (default: ROOT/masks)")
-    masks.add_argument("--processes", metavar="N", type=int, help="number of processes (default: one per core)")
+    masks.add_argument("--processes", metavar="N", type=positive, help="number of processes (default: one per core)")
     masks.add_argument("--quiet", action="store_true", help="hide the progress bar")
     masks.set_defaults(run=_coco_masks)
 
@@ -112,7 +114,7 @@ def _add_root(command: argparse.ArgumentParser) -> None:
         nargs="*",
         help="fields of data that say how files are read, such as data.value_range=12bit or data.channels=5",
     )
-    command.add_argument("--processes", metavar="N", type=int, help="number of processes (default: one per core)")
+    command.add_argument("--processes", metavar="N", type=positive, help="number of processes (default: one per core)")
     command.add_argument("--quiet", action="store_true", help="hide the progress bar")
 
 

@@ -207,7 +207,7 @@ class RuntimeConfig(Section):
     """Processes that share each global batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: a GPU where there is one."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of each worker; another count changes the last bits of sums."""
     loader_workers: int | None = Field(None, ge=0, le=64)
     """Processes that decode image files, for each worker; none chooses: 0 on a CPU or below 4 cores, else up to 4."""
