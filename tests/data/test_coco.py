@@ -176,7 +176,7 @@ def changed(content: dict[str, Any], where: str, **fields: Any) -> dict[str, Any
         (lambda c: c | {"categories": c["categories"][:1]}, "not COCO's 80 things: 2 is 'missing' here and 'bicycle'"),
         (lambda c: changed(c, "categories", name="people"), "1 is 'people' here and 'person' there"),
         (lambda c: c | {"categories": [*c["categories"], {"id": 92, "name": "banner"}]}, "92 is 'banner' .* 'unused'"),
-        (lambda c: changed(c, "annotations", category_id=12), "annotation 1: category_id = 12 is none of COCO's 80"),
+        (lambda c: changed(c, "annotations", category_id=12), "annotation 1 of 1.jpg: category_id = 12 is none of COCO's 80"),
         (lambda c: changed(c, "annotations", image_id=99), "annotation 1: is of image 99, which the file does not"),
         (lambda c: changed(c, "annotations", image_id=[1]), "unhashable"),
         (lambda c: changed(c, "images", file_name="../1.jpg"), "file_name = '../1.jpg' must be a bare name"),

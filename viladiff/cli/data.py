@@ -195,7 +195,13 @@ def _coco_masks(args: argparse.Namespace) -> int:
     print(f"{made.written:,} masks written, {made.there:,} existed already")
     print(f"{made.empty:,} images have no annotation and are background; {made.crowds:,} crowds are 255")
     if made.hollow:
-        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were skipped")
+        where = f", in {len(made.hollow_in):,} images, first {made.hollow_in[0]!r}"
+        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were skipped{where}")
+    if made.absent:
+        print(f"warning: {len(made.absent):,} images of the file are not in images/, first {made.absent[0]!r}")
+    if made.unnamed:
+        first = made.unnamed[0]
+        print(f"{len(made.unnamed):,} images are not in the file and have no mask of it, first {first!r}")
     return 0
 
 

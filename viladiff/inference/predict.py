@@ -288,7 +288,8 @@ def _photographs(source: Path, out: Path) -> tuple[dict[str, Path], tuple[Path, 
     if source.is_file():
         return {source.stem: source}, ()
     if not source.is_dir():
-        raise ValueError(f"{source}: there is no such file or directory")
+        what = "is neither a file nor a directory" if source.exists() else "there is no such file or directory"
+        raise ValueError(f"{source}: {what}")
     root = source.resolve()
     if out.resolve().is_relative_to(root):
         raise ValueError(f"out = {str(out)!r} lies in {source}: next time its pictures would be taken for photographs")

@@ -252,3 +252,26 @@ def inside(root: Path, path: Path) -> Path:
     if not real.is_relative_to(root):
         raise ValueError(f"{path}: leads to {real}, out of {root}; copy the file, or set runtime.data_root further up")
     return path
+
+
+_FOREIGN = (
+    ("labels/**/*.txt", "labels/ has YOLO's polygons or boxes"),
+    ("images/**/*.txt", "images/ has YOLO's polygons or boxes"),
+    ("images/**/*.json", "images/ has labelme's JSON"),
+    ("labels/**/*.json", "labels/ has JSON"),
+    ("ann/*.json", "ann/ has Supervisely's JSON"),
+    ("Annotations/*.xml", "Annotations/ has boxes of VOC's XML"),
+    ("annotations.xml", "annotations.xml is CVAT's"),
+)
+"""Files of annotation programs, and what they are."""
+
+
+def foreign_labels(root: Path) -> str:
+    """Return the end of a message on data without masks that has annotations of other programs; empty without them."""
+    for pattern, what in _FOREIGN:
+        if next(root.glob(pattern), None) is not None:
+            return (
+                f"; {what}, which is not read: export polygons as COCO JSON, and `viladiff data coco-masks --own` makes "
+                "masks and classes.txt"
+            )
+    return ""
