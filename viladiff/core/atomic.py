@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-
 _LONG = 200
 """Bytes of a name beyond which its temporary name has the first letters alone; 255 are allowed."""
 _KEPT = 40

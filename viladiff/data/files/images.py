@@ -188,8 +188,8 @@ def read_mask(path: Path | str, num_classes: int, coding: MaskEncoding | None = 
     A pixel is a number: that of an array or of a TIFF of one band, the index of a palette image, the value of a grey
     one (1 to 16 bits), or the value common to all channels of an RGB one. It is the class id, unless ``coding`` says
     what it stands for. Where that is of colours, the colour counts, whatever the file's mode. Raises ValueError also
-    for a TIFF in which 0 is white, since its numbers and its greys name opposite classes, and for JPEG, whatever the file's
-    suffix.
+    for a TIFF in which 0 is white, since its numbers and its greys name opposite classes, and for JPEG, whatever the
+    file's suffix.
     """
     kind = file_kind(path)
     if kind.name == "npy" or (kind.tiff is not None and not kind.eight_bits):
@@ -250,8 +250,8 @@ def _ids_of_bands(found: FileBands) -> np.ndarray:
     numbers = found.numbers
     if numbers.shape[2] != 1:
         raise ValueError(
-            f"a mask of {numbers.shape[2]} bands; it must have one, of class ids (colours need palette.txt; of a band a "
-            "class, np.argmax over the bands is the ids)"
+            f"a mask of {numbers.shape[2]} bands; it must have one, of class ids (colours need palette.txt; of a band "
+            "a class, np.argmax over the bands is the ids)"
         )
     ids = numbers[..., 0]
     if ids.dtype.kind == "f":

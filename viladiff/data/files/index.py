@@ -271,7 +271,7 @@ def foreign_labels(root: Path) -> str:
     for pattern, what in _FOREIGN:
         if next(root.glob(pattern), None) is not None:
             return (
-                f"; {what}, which is not read: export polygons as COCO JSON, and `viladiff data coco-masks --own` makes "
-                "masks and classes.txt"
+                f"; {what}, which is not read: export polygons as COCO JSON, and `viladiff data coco-masks --own` "
+                "makes masks and classes.txt"
             )
     return ""

@@ -75,8 +75,9 @@ class Made(NamedTuple):
     unnamed: tuple[str, ...] = ()
     """Images there that the file does not name, which get no mask."""
 
-    def __add__(self, other: Made) -> Made:  # type: ignore[override]
-        return Made(*(a + b for a, b in zip(self, other, strict=True)))  # numbers, or names one after the other
+    def __add__(self, other: tuple[Any, ...]) -> Made:
+        pairs: list[tuple[Any, Any]] = [*zip(self, other, strict=True)]
+        return Made(*(a + b for a, b in pairs))  # numbers, or names one after the other
 
 
 def make_masks(
@@ -284,8 +285,8 @@ def _tasks(path: Path, content: dict[str, Any], classes: dict[int, int], folders
             raise ValueError(f"{path}: image {one['id']}: {error}") from None
         if name in seen:
             raise ValueError(
-                f"{path}: images {seen[name]!r} and {one['id']!r} would have one mask, {name}.png; file_name must differ "
-                "by more than its suffix"
+                f"{path}: images {seen[name]!r} and {one['id']!r} would have one mask, {name}.png; file_name must "
+                "differ by more than its suffix"
             )
         seen[name] = one["id"]
         tasks.append(Task(name, height, width, tuple(regions[whole_id(one["id"])])))

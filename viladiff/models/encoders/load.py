@@ -95,8 +95,8 @@ def _check(path: Path, found: Weights, fit: _Fit) -> None:
         own = f", and begins with {next(iter(fit.state))}" if fit.missing and fit.state else ""
         if fit.missing and (part := re.search(r"\d+-of-(\d+)", path.name)):
             raise ValueError(
-                f"weights file {path} {what} ({len(fit.missing)} missing): it is one of {int(part[1])} files of a model; "
-                "join their tensors in one file: safetensors.torch.save_file"
+                f"weights file {path} {what} ({len(fit.missing)} missing): it is one of {int(part[1])} files of a "
+                "model; join their tensors in one file: safetensors.torch.save_file"
             )
         raise ValueError(
             f"weights file {path} does not fit: it {what} ({len(fit.missing)} missing, {len(fit.wrong)} of another "
@@ -110,8 +110,8 @@ def _check_numbers(path: Path, fit: _Fit, wanted: State) -> None:
         if wanted[name].is_floating_point() and not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise ValueError(
-                f"weights file {path}: {fit.names[name]} is {kind}, not floating point, as of a quantised network; name "
-                "the file that it was made of"
+                f"weights file {path}: {fit.names[name]} is {kind}, not floating point, as of a quantised network; "
+                "name the file that it was made of"
             )
         if value.is_floating_point() and not value.isfinite().all():
             count = int((~value.isfinite()).sum())

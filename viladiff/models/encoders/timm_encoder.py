@@ -159,7 +159,8 @@ class TimmEncoder(Encoder):
 
 def _padded_note(name: str, multiple: int, tiled: bool) -> str:
     if tiled:
-        how = f"takes {multiple} x {multiple} pixels: other sizes are read in tiles of that size, and attention ends at them"
+        size = f"{multiple} x {multiple} pixels"
+        how = f"takes {size}: other sizes are read in tiles of that size, and attention ends at them"
     else:
         how = f"takes sides that are multiples of {multiple}"
     return f"model.encoder = {name!r} {how}; the border is filled with the mean colour"
