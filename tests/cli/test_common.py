@@ -132,6 +132,7 @@ def test_ctrl_c_says_that_it_was_heard(capsys: pytest.CaptureFixture[str]) -> No
         (errno.EACCES, "give this user the right to it, or name another place"),
         (errno.EROFS, "name another place (--runs-dir, --out), or remount it"),
         (errno.ENAMETOOLONG, "shorten the name"),
+        (errno.ENOTDIR, "a part of it is a file; name a directory (--runs-dir"),
     ],
 )
 def test_what_the_system_refuses_is_told_with_the_way_out(
@@ -155,3 +156,25 @@ def test_processes_are_one_or_more(count: str, capsys: pytest.CaptureFixture[str
 def test_threads_have_a_limit_also_in_predict(count: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = told(["predict", str(tmp_path), "--model", "m", "--threads", count], capsys)
     assert said.startswith("runtime.threads = ") and "must be" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("can't start new thread"), "error: the system allows no more threads; raise the limits"),
+        (MemoryError(), "error: out of memory; raise the limits"),
+    ],
+)
+def test_limits_of_the_session_are_told(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise error
+
+    assert run_command(fail) == 2 and capsys.readouterr().err.startswith(said)
+
+
+def test_another_fault_of_the_program_keeps_its_traceback() -> None:
+    def fail() -> int:
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        run_command(fail)

@@ -417,7 +417,7 @@ def test_ids_that_are_text_or_fractions_are_numbers(tmp_path: Path) -> None:
         (lambda c: c["images"].append({**c["images"][0], "id": 2}), "images 1 and 2 would have one mask, day 1/a.png"),
         (
             lambda c: c["annotations"][0].update(category_id=8, iscrowd=0) or c["categories"].append({"id": 8}),
-            "an entry lacks 'name'",
+            r"an entry lacks 'name': number 4 of categories, \{'id': 8\}",
         ),
         (
             lambda c: c["annotations"][0].pop("segmentation"),

@@ -169,6 +169,12 @@ def run_command(command: Callable[[], int]) -> int:
         for line in str(error).splitlines() or [type(error).__name__]:
             _print_error(line + disk_advice(error))
         return 2
+    except (MemoryError, RuntimeError) as error:
+        thread = "can't start new thread" in str(error)
+        if os.environ.get("VILADIFF_DEBUG") == "1" or not (thread or isinstance(error, MemoryError)):
+            raise
+        what = "the system allows no more threads" if thread else "out of memory"
+        return _print_error(f"{what}; raise the limits of this session (ulimit -v, ulimit -u) or use less of it")
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130

@@ -40,6 +40,7 @@ def disk_advice(error: BaseException) -> str:
         errno.EPERM: elsewhere,
         errno.EROFS: "name another place (--runs-dir, --out), or remount it",
         errno.ENAMETOOLONG: "shorten the name",
+        errno.ENOTDIR: "a part of it is a file; name a directory (--runs-dir, --out, runtime.data_root)",
         errno.ELOOP: "it is a link that leads back to itself; remove it",
     }
     if number in full:

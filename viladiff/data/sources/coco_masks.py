@@ -26,7 +26,14 @@ from viladiff.data.files.index import FOLDER, locate, scan
 from viladiff.data.files.validate import Advance
 from viladiff.data.process_pool import map_in_processes
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES, LAYOUT, PLACES
-from viladiff.data.sources.coco_regions import checked_polygons, checked_runs, checked_size, refuse_no_regions, whole_id
+from viladiff.data.sources.coco_regions import (
+    checked_polygons,
+    checked_runs,
+    checked_size,
+    lack,
+    refuse_no_regions,
+    whole_id,
+)
 
 REVISION = 1
 """Raised when the same instances would give other masks."""
@@ -188,7 +195,7 @@ def read_instances(path: Path) -> list[Task]:
         _check_categories(path, {int(one["id"]): str(one["name"]) for one in content["categories"]})
         return _tasks(path, content, _CLASS)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of COCO's instances: {_lack(error)}") from error
+        raise ValueError(f"{path}: not a file of COCO's instances: {lack(error, content)}") from error
 
 
 def read_own_instances(path: Path) -> tuple[list[Task], tuple[str, ...]]:
@@ -213,11 +220,7 @@ def read_own_instances(path: Path) -> tuple[list[Task], tuple[str, ...]]:
         refuse_no_regions(path, [region.segmentation for task in tasks for region in task.regions])
         return tasks, classes
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of instances: {_lack(error)}") from error
-
-
-def _lack(error: Exception) -> str:
-    return f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: not a file of instances: {lack(error, content)}") from error
 
 
 def _no_number(text: str) -> None:

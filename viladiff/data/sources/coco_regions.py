@@ -7,7 +7,7 @@ ends the process.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,19 @@ def whole_id(value: Any) -> Any:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def lack(error: Exception, content: Mapping[str, Any]) -> str:
+    """Return what a file's content lacks by the error of its reader; of a key, with the first entry that lacks it."""
+    if not isinstance(error, KeyError):
+        return str(error)
+    key = error.args[0]
+    for part in ("categories", "images", "annotations"):
+        needed = any(isinstance(one, dict) and key in one for one in content[part])
+        lacking = [place for place, one in enumerate(content[part], 1) if not isinstance(one, dict) or key not in one]
+        if needed and lacking:
+            return f"an entry lacks {key!r}: number {lacking[0]} of {part}, {str(content[part][lacking[0] - 1])[:80]}"
+    return f"an entry lacks {key!r}"
 
 
 def refuse_no_regions(path: Path, segmentations: Sequence[Any]) -> None:
