@@ -27,6 +27,8 @@ LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages to those of docs/."""
     files.append(File.generated(config, "index.md", content=front_page()))
+    security = (ROOT / "SECURITY.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "security.md", content=security))
     for name, text in method_pages():
         files.append(File.generated(config, f"methods/{name}.md", content=text))
     for name in RESULTS:

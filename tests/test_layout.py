@@ -157,6 +157,7 @@ SHARED_NAMES = {
     "main": "each program's entry point",
     "load": "reads what its module writes or defines",
     "build": "makes what its module defines",
+    "Segmenter": "the network, and the network with all that it needs to predict, save and share",
     "Point": "one in each of two kits of charts, which no module imports together",
 }
 """Public names that several modules may define. Plug-ins of one folder may share all names, those of its interface."""
@@ -186,6 +187,7 @@ MANY_ARGUMENTS = {
     "cluster/captioning.py:_carry_out": INPUTS,
     "cluster/torch_trainer.py:_train": INPUTS,
     "data/loader.py:BatchLoader.__init__": INPUTS,
+    "inference/pretrained.py:Segmenter.from_pretrained": "the arguments that users of Hugging Face know",
     "data/registry.py:load_dataset": "the entries of a DatasetSpec, for callers without a configuration",
     "data/transforms/augment.py:strong": "the fields of the strong view, which tests call without a configuration",
     "evaluation/pixel_counts.py:evaluate_network": "those of measure_all, for one network",

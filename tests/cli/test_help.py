@@ -32,7 +32,7 @@ IDIOMS = re.compile(
 COMMANDS = (
     "",
     *("train", "evaluate", "predict", "export", "config", "methods", "table", "plan", "sweep", "doctor"),
-    *("caption", "embed", "data", "data check", "data split", "data coco-masks", "data render"),
+    *("caption", "embed", "data", "data check", "data split", "data coco-masks", "data render", "data pictures"),
     *("runs", "runs list", "runs show", "runs diff", "runs verify", "runs gc", "runs export", "runs import"),
 )
 

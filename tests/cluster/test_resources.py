@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from viladiff.cluster import resources
+from viladiff.cluster import ray_tune, resources, worker
 from viladiff.cluster.resources import (
     ask_cluster,
     cluster_slots,
@@ -172,3 +174,40 @@ def test_gpus_are_counted_by_torch_where_there_is_a_device(monkeypatch: pytest.M
         monkeypatch.setattr(Path, "glob", lambda path, what, devices=devices: iter([path / each for each in devices]))
         monkeypatch.setattr(Path, "exists", lambda path: False)
         assert resources.visible_gpus() == count
+
+
+@pytest.mark.parametrize(
+    ("there", "gpus", "workers", "cores"),
+    [
+        ({"CPU": 16, "GPU": 1}, 1.0, 1, 16),
+        ({"CPU": 16, "GPU": 1}, 0.25, 1, 4),
+        ({"CPU": 12, "GPU": 1}, 0.3333, 1, 4),
+        ({"CPU": 16, "GPU": 8}, 1.0, 1, 2),
+        ({"CPU": 16, "GPU": 8}, 0.5, 1, 1),
+        ({"CPU": 16, "GPU": 8}, 0.5, 4, 2),
+        ({"CPU": 4, "GPU": 2}, 1.0, 1, 2),
+        ({"CPU": 192, "GPU": 1}, 1.0, 1, 16),
+        ({}, 1.0, 1, 16),
+        ({"CPU": 16, "GPU": 1}, 0.0, 1, None),
+    ],
+)
+def test_a_run_decodes_on_its_gpus_share_of_the_processors(
+    machine: pytest.MonkeyPatch, tmp_path: Path, there: dict[str, float], gpus: float, workers: int, cores: int | None
+) -> None:
+    """Whatever its threads, which a scale may fix at one."""
+    machine.setattr(worker, "visible_cpus", lambda: 16)
+    nodes = [{"NodeID": "other", "Resources": {"CPU": 1.0, "GPU": 1.0}}, {"NodeID": "here", "Resources": there}]
+    machine.setattr(worker.ray, "nodes", lambda: nodes)
+    machine.setattr(worker.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    place = worker.WorkerContext(str(tmp_path), os.getcwd(), 1, 60, "stop", gpus=gpus)
+    job = PlannedRun("0" * 16, {"data.batch_labelled": 8, "data.batch_unlabelled": 8}, "t", 4, {}, workers=workers)
+    cfg = worker.configuration(job, place)
+    assert (cfg.runtime.cores, cfg.runtime.threads) == (cores, 1)
+    asked = PlannedRun("0" * 16, {"runtime.cores": 3}, "t", 4, {})
+    assert worker.configuration(asked, place).runtime.cores == 3
+
+
+def test_the_driver_tells_a_run_its_share_of_a_gpu(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine.setattr(ray_tune, "stop_name", lambda: "stop")
+    queue = JobQueue(jobs(2), Store(tmp_path), ExecutionSettings(threads=1, gpus_per_trial=0.5), 2, lambda event: None)
+    assert ray_tune.worker_context(queue).gpus == 0.5

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from viladiff.data import decode_workers, loader, registry
 from viladiff.data.batch import Batch, Views
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import PaletteEncoding, read_image, read_mask
-from viladiff.data.loader import BatchLoader, decoding_processes, validation
+from viladiff.data.loader import BatchLoader, validation
+from viladiff.data.loading.pace import LoaderPace, decoding_processes, limit_note
 from viladiff.data.transforms.augment import normalise
 from viladiff.data.transforms.geometry import crop_image, crop_mask, window
 from viladiff.runs.config import RunConfig, override
@@ -390,21 +391,24 @@ def test_a_process_that_decodes_loads_no_torch() -> None:
 def test_none_on_a_cpu_or_a_small_machine_some_beside_a_gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     cores = 16
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
-    def chosen(device: torch.device, **changes: Any) -> int:
+    def chosen(device: torch.device, **changes: Any) -> tuple[int, int]:
         return decoding_processes(config(root, **changes), device)
 
-    assert chosen(CPU) == 0 and chosen(gpu) == 4
-    assert chosen(gpu, runtime__workers=2) == 4 and chosen(gpu, runtime__workers=4) == 2
-    assert chosen(gpu, runtime__threads=1) == 0, "a trial keeps to the CPUs that it was given"
-    assert chosen(CPU, runtime__loader_workers=3) == 3 and chosen(gpu, runtime__loader_workers=0) == 0
+    assert chosen(CPU) == (0, 0) and chosen(gpu) == (4, 15)
+    assert chosen(gpu, runtime__workers=2) == (4, 7) and chosen(gpu, runtime__workers=4) == (2, 3)
+    assert chosen(gpu, runtime__threads=1) == (0, 0), "a trial keeps to the CPUs that it was given"
+    assert chosen(gpu, runtime__threads=1, runtime__cores=6) == (3, 5), "which may be more than its threads"
+    assert chosen(CPU, runtime__loader_workers=3) == (3, 3) and chosen(gpu, runtime__loader_workers=0) == (0, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert chosen(gpu) == 0
+    assert chosen(gpu) == (0, 1)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     cores = 2
-    assert chosen(gpu) == 0
+    assert chosen(gpu) == (0, 1)
+    cores = 1
+    assert chosen(gpu) == (0, 0)
     with pytest.raises(ValueError, match=r"runtime\.loader_workers.*-1"):
         config(root, runtime__loader_workers=-1)
 
@@ -415,3 +419,104 @@ def test_embedded_data_start_no_process() -> None:
     with closing(made.stream(0, 2)) as stream:
         next(stream)
         assert made._decoders is None
+
+
+class Clock:
+    """Seconds that a test passes."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def steps(pace: LoaderPace, clock: Clock, count: int, wait: float, work: float, first: float = 9.0) -> list[bool]:
+    """Take ``count`` batches that come after ``wait`` seconds each; whether more processes are due after each."""
+
+    def batches() -> Generator[int, None, None]:
+        for i in range(count + 1):
+            clock.now += wait if i else first
+            yield i
+
+    due = []
+    for i in pace.timed(batches()):
+        clock.now += work
+        if i:
+            due.append(pace.behind())
+    return due
+
+
+def test_processes_are_due_while_training_waits_and_in_the_first_minute_alone() -> None:
+    clock = Clock()
+    pace = LoaderPace(clock)
+    due = steps(pace, clock, 100, wait=0.5, work=0.5)
+    assert pace.waited == pytest.approx(50), "the first batch, for which processes start, does not count"
+    assert [i for i, yes in enumerate(due) if yes] == [4, 9, 14, 19, 24, 29, 34, 39, 44, 49, 54, 59][: sum(due)]
+    assert 11 <= sum(due) <= 12
+    fed = LoaderPace(clock)
+    assert not any(steps(fed, clock, 100, wait=0.05, work=0.95)) and fed.waited == pytest.approx(5)
+
+
+def test_the_verdict_is_said_once_and_is_of_the_time_since_the_last_process() -> None:
+    clock = Clock()
+    pace = LoaderPace(clock)
+    steps(pace, clock, 50, wait=0.5, work=0.5)
+    assert pace.verdict() is None, "the minute is not over"
+    clock.now += 40
+    assert pace.verdict() == pytest.approx(0, abs=0.06) and pace.verdict() is None
+    limited = LoaderPace(clock)
+    steps(limited, clock, 70, wait=0.6, work=0.4)
+    assert limited.verdict() == pytest.approx(0.6)
+    said = limit_note(0.63, 15, 16)
+    for part in ("63 %", "15 decoding processes on 16 cores", "runtime.picture_cache=true", "runtime.loader_workers"):
+        assert part in said
+    assert "its own thread decoding on 1 core;" in limit_note(0.3, 0, 1)
+
+
+def test_time_of_an_earlier_leg_that_is_unknown_stays_so() -> None:
+    clock = Clock()
+    pace = LoaderPace(clock)
+    pace.waited = None
+    steps(pace, clock, 3, 1, 1)
+    assert pace.waited is None
+    pace = LoaderPace(clock)
+    pace.waited = 7.0
+    steps(pace, clock, 3, 1, 1)
+    assert pace.waited == pytest.approx(10)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_processes_that_are_added_change_no_batch(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ahead: int
+) -> None:
+    whole = [make(config(root)).micro_batches(step) for step in range(6)]
+    made = make(config(root))
+    monkeypatch.setattr(loader, "decoding_processes", lambda cfg, device: (0, 3))
+    late = iter([False, False])
+    monkeypatch.setattr(made.pace, "behind", lambda: next(late, True))
+    monkeypatch.setattr(made.pace, "verdict", lambda: 0.5)
+    seen = []
+    with closing(made.stream(0, 6, ahead)) as stream:
+        found = []
+        for batches in stream:
+            found.append(batches)
+            seen.append(0 if made._decoders is None else len(made._decoders.pids))
+    assert same(whole, found) and seen[-1] == 3 and len(children()) == 0
+    assert seen == [0, 0, 1, 2, 3, 3] or ahead
+    assert "note: the loader is the limit: in its first minute training waited 50 % " in capsys.readouterr().err
+
+
+def test_added_processes_share_what_is_asked_for(root: Path) -> None:
+    made = make(config(root))
+    first, second = (made._samples(*made._shares(step, 0)) for step in range(2))
+    with closing(DecodeWorkers(made._recipe(), 1, 8, 1)) as decoders:
+        decoders.ask(first)
+        decoders.grow(3)
+        decoders.ask(second)
+        assert [decoders._tasks[pid] for pid in decoders.pids] == [8, 4, 4]
+        for asked in (first, second):
+            found = decoders.take(asked)
+            assert np.array_equal(found.images, decode_all(asked, made._recipe()).images)
+        assert [decoders._tasks[pid] for pid in decoders.pids] == [0, 0, 0]
+    assert not children()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from viladiff.config.pixel_format import PixelFormat, parse_value_range
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
+from viladiff.data.files import images
 from viladiff.data.files.images import image_size, pixels_of_array, read_image, read_mask
+from viladiff.data.formats.bands import decoded_rgb
 from viladiff.data.formats.values import displayed
 from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD, normalise, of_channels, strong
 from viladiff.data.transforms.geometry import crop_image, window
@@ -339,3 +343,54 @@ def test_nifti_is_converted_as_the_page_says(tmp_path: Path, monkeypatch: pytest
         )
         assert np.allclose(found[..., 0], volume[..., k].T / 900, atol=1e-6)
         assert np.array_equal(read_mask(tmp_path / "photos" / "masks" / f"{name}.png", 2), labels[..., k].T)
+
+
+def _png(path: Path, pixels: np.ndarray, **options: Any) -> Path:
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def test_a_png_of_colours_is_read_as_pillow_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A faster decoder takes those of 8 bits without transparency; whatever else stands in the file changes nothing."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    more = PngImagePlugin.PngInfo()
+    more.add(b"gAMA", (30000).to_bytes(4, "big"))
+    more.add(b"sRGB", b"\0")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    files = [
+        _png(tmp_path / "plain.png", pixels),
+        _png(tmp_path / "gamma.png", pixels, pnginfo=more),
+        _png(tmp_path / "profile.png", pixels, icc_profile=profile),
+        _png(tmp_path / "transparent.png", pixels, transparency=(3, 4, 5)),
+        _png(tmp_path / "alpha.png", rng.integers(0, 256, (9, 8, 4), dtype=np.uint8)),
+        _png(tmp_path / "grey.png", pixels[..., 0]),
+    ]
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    files.append(_png(tmp_path / "turned.png", pixels, exif=turned))
+    quick = [read_image(path) for path in files]
+    asked = []
+    monkeypatch.setattr(images, "decoded_rgb", lambda path, image: asked.append(path))
+    for path, found in zip(files, quick, strict=True):
+        assert np.array_equal(read_image(path), found) and found.flags.writeable, path.name
+    assert np.array_equal(quick[0], pixels) and len(asked) == len(files) - 1
+    monkeypatch.undo()
+    with Image.open(files[0]) as image:
+        assert decoded_rgb(files[0], image) is not None, "or the test compares Pillow with itself"
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda data: data[:-30], lambda data: data[:400], lambda data: data[:300] + b"x" + data[301:]]
+)
+def test_a_damaged_png_has_pillows_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[bytes], bytes]
+) -> None:
+    path = _png(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8))
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(ValueError) as quick:
+        read_image(path)
+    monkeypatch.setattr(images, "decoded_rgb", lambda path, image: None)
+    with pytest.raises(ValueError) as plain:
+        read_image(path)
+    assert str(quick.value) == str(plain.value) and str(path) in str(plain.value)

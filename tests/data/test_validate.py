@@ -152,8 +152,11 @@ def test_the_page_escapes_names_and_shows_every_fault(photo_folder: Make, tmp_pa
     text = page.read_text(encoding="utf-8")
     assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;.jpg" in text and "&lt;b&gt;foliage" in text
     assert "1 file or list would stop a run" in text and "not an image of a known format" in text
-    with Image.open(tmp_path / "page" / "mosaic.png") as mosaic:
-        assert mosaic.size == (6 * 196 - 4, 192)
+    with Image.open(tmp_path / "page" / "mosaic.png") as mosaic, Image.open(tmp_path / "page" / "images.png") as images:
+        assert mosaic.size == images.size == (6 * 196 - 4, 192)
+        changed = (np.asarray(mosaic) != np.asarray(images)).any(-1)
+        assert 0 < changed.mean() < 1  # labels over the same images; background is as it was
+    assert text.count('class="wipe"') == 1 and 'type="range"' in text
 
 
 def test_an_overlay_is_the_class_colour_over_the_image() -> None:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from viladiff.cli import main
 from viladiff.evaluation.complexity import costs
-from viladiff.inference import export
+from viladiff.inference import export, pretrained
+from viladiff.inference.card import _command
 from viladiff.inference.export import ONNX, Standalone, export_onnx, export_run, onnx_difference
-from viladiff.inference.predict import Model, load_model
+from viladiff.inference.predict import Model
+from viladiff.inference.pretrained import load_model
 from viladiff.methods.viladiff import VilaConfig
 from viladiff.models import segmenter
 from viladiff.models.blocks import Attention, bilinear
@@ -71,7 +73,7 @@ def test_a_folder_appears_whole_or_not_at_all(run: Path, tmp_path: Path, monkeyp
     def full(*given: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "card", full)
+    monkeypatch.setattr(pretrained, "card", full)
     with pytest.raises(OSError, match="No space left"):
         export_run(run, tmp_path / "model")
     monkeypatch.undo()
@@ -87,7 +89,7 @@ def test_the_command_in_the_card_names_the_run_again(run: Path) -> None:
     import shlex
 
     record = load_record(run / "record.json")
-    words = shlex.split(export._command(record))[2:]
+    words = shlex.split(_command(record))[2:]
     again = override(RunConfig(), dict(word.split("=", 1) for word in words))
     changed = {path: value for path, value in record.changed.items() if not path.startswith("runtime.")}
     assert {path: json.loads(json.dumps(value)) for path, value in _changed(again).items()} == changed

@@ -24,7 +24,8 @@ from viladiff.data.files.images import read_image, read_mask
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.protocols import predict_logits
 from viladiff.inference.export import export_run
-from viladiff.inference.predict import Model, label_files, load_model
+from viladiff.inference.predict import Model, label_files
+from viladiff.inference.pretrained import load_model
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def test_three_lines_of_python(run: Path, folder: Path, monkeypatch: pytest.Monk
     alone = folder.parent / "moved"
     shutil.copytree(folder, alone)
     assert sorted(path.name for path in alone.iterdir()) == [
-        *("README.md", "classes.txt", "config.json", "metrics.json", "model.safetensors"),
+        *("README.md", "classes.txt", "config.json", "manifest.json", "metrics.json", "model.safetensors"),
+        "preprocessor_config.json",
     ]
     image = noise(70, 50)
     labels, confidence = viladiff.load_model(alone).predict(image)
@@ -255,6 +257,7 @@ def test_damaged_and_foreign_folders_are_refused_by_file(folder: Path, tmp_path:
         copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
         shutil.copytree(folder, copy)
         (copy / name).write_bytes(data)
+        (copy / "manifest.json").unlink()
         return copy
 
     def other(fields: dict[str, str]) -> bytes:

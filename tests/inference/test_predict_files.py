@@ -19,7 +19,8 @@ from viladiff.data.formats.pillow_file import allow_pixels
 from viladiff.data.sources.folder import read_classes
 from viladiff.evaluation.protocols import bands
 from viladiff.inference.export import export_run
-from viladiff.inference.predict import Model, label_files, load_model
+from viladiff.inference.predict import Model, label_files
+from viladiff.inference.pretrained import load_model
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.result import Result
 from viladiff.training.trainer import fit
@@ -64,6 +65,7 @@ def test_predictions_of_coloured_masks_can_be_trained_on(coloured: Path, tmp_pat
             assert np.array_equal(read_mask(mask, 6, coding), model.predict(path).labels)
         assert "#0a141e" in (tmp_path / out / "classes.csv").read_text()
     config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "manifest.json").unlink()
     for wrong in ([[0, 0, 256]] * 6, [[0, 0, 0]], "red", [[0, 0]] * 6):
         (Path(folder) / "config.json").write_text(json.dumps({**config, "palette": wrong}))
         with pytest.raises(ValueError, match=r"config\.json: palette: must be three levels"):

@@ -19,7 +19,8 @@ from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes
 from viladiff.inference.export import Standalone, export_onnx, export_run, onnx_difference
 from viladiff.inference.load import evaluate_run, preview_run
-from viladiff.inference.predict import Model, load_model
+from viladiff.inference.predict import Model
+from viladiff.inference.pretrained import load_model
 from viladiff.models.decoders.light import LightDecoder, output_stride
 from viladiff.models.encoders.build import build_encoder
 from viladiff.models.segmenter import Segmenter, cutmix_stream

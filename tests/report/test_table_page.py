@@ -291,14 +291,41 @@ def test_runs_of_other_revisions_or_machines_are_flagged_at_the_top(tmp_path: Pa
 
 def test_pictures_stand_in_the_page_and_damaged_ones_are_named(tmp_path: Path) -> None:
     plan, store = study(tmp_path, rising, seeds=(0,))
-    maps = {"01/truth": np.zeros((2, 8, 8), np.uint8), "08/prediction": np.ones((2, 8, 8), np.uint8)}
-    np.savez(store.directory(name(0, 0, 0)) / "pictures.npz", **{"00/image": np.zeros((2, 8, 8, 3), np.uint8)}, **maps)
+    truth, prediction = np.zeros((3, 8, 8), np.uint8), np.zeros((3, 8, 8), np.uint8)
+    prediction[0, 0], prediction[1], truth[2], prediction[2, :2] = 1, 1, 255, 1  # an eighth, all, and nothing known
+    maps = {"00/image": np.zeros((3, 8, 8, 3), np.uint8), "01/truth": truth, "08/prediction": prediction}
+    np.savez(store.directory(name(0, 0, 0)) / "pictures.npz", **maps)
     (store.directory(name(1, 0, 0)) / "pictures.npz").write_bytes(b"broken")
-    reader = Reader(table_page.render_table(plan, store, tmp_path / "o", command="make", verdicts=[]).read_text())
-    images = [attrs for tag, attrs in reader.tags if tag == "img"]
-    assert len(images) == 8 and all(image["alt"] for image in images)
-    assert "Image 1, mistakes: 100.0% of the pixels are wrong" in {image["alt"] for image in images}
+    page = table_page.render_table(plan, store, tmp_path / "o", command="make", verdicts=[]).read_text()
+    reader = Reader(page)
+    images = [attrs for tag, attrs in reader.tags if tag == "img" and "title" in attrs]
+    assert len(images) == 12 and all(image["alt"] for image in images)
+    said = [str(image["alt"]) for image in images if "mistakes" in str(image["alt"])]
+    assert said == [
+        "Image 2, mistakes: 100.0% of the pixels are wrong",
+        "Image 1, mistakes: 12.5% of the pixels are wrong",
+        "Image 3, mistakes: 0.0% of the pixels are wrong",
+    ]
+    sliders = [attrs for tag, attrs in reader.tags if tag == "input"]
+    assert [slider["type"] for slider in sliders] == ["range"] * 3
+    assert "Image 2, prediction" in str(sliders[0]["aria-label"])
+    assert page.count('class="over"') == 3 and "largest share of wrong pixels come first" in reader.text
     assert f"Pictures of run {name(1, 0, 0)}: pictures.npz cannot be read" in reader.text
+
+
+def test_curves_of_unfinished_runs_are_drawn_and_the_page_of_running_ones_loads_itself(tmp_path: Path) -> None:
+    plan, store = study(tmp_path, lambda row, column, seed: 0.4 if (row, seed) == (0, 0) else None)
+    going = store.directory(name(0, 0, 1))
+    going.mkdir(parents=True)
+    (going / "steps.jsonl").write_text("".join(f'{{"step": {i}, "sup": 2.0, "total": 3.0}}\n' for i in range(4)))
+    lease = store.lease(name(0, 0, 1))
+    assert lease is not None
+    with lease:
+        page = table_page.render_table(plan, store, tmp_path / "o", command="make", verdicts=[]).read_text()
+    assert "1 base (1 unfinished)" in page and "also of unfinished runs" in page
+    assert '<meta http-equiv="refresh" content="30">' in page and "1 running" in page
+    page = table_page.render_table(plan, store, tmp_path / "o", command="make", verdicts=[]).read_text()
+    assert "refresh" not in page
 
 
 def test_the_same_runs_make_the_same_bytes_and_leave_nothing_else(tmp_path: Path) -> None:

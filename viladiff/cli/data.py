@@ -26,6 +26,7 @@ examples:
   viladiff data check photos data.value_range=12bit data.channels=5 data.mask_suffix=_mask.tif
   viladiff data coco-masks photos --own --instances mine.json
   viladiff data coco-masks coco                coco/masks/: from COCO's instances; resumes if interrupted
+  viladiff data pictures --remove outdated     delete decoded pictures whose file is gone or changed
   viladiff train data.dataset=folder runtime.data_root=photos data.split=labelled
 """
 SHOWN = 20
@@ -50,6 +51,15 @@ def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     render = actions.add_parser("render", help="render a built-in data set into the cache, or verify it")
     render.add_argument("names", nargs="+", metavar="NAME", help="name of the data set, such as digits or dense")
     render.set_defaults(run=_render)
+
+    text = "list the decoded pictures in the cache folder (runtime.picture_cache), or delete them"
+    pictures = actions.add_parser("pictures", help=text, description=text)
+    pictures.add_argument(
+        "--remove",
+        choices=("outdated", "all"),
+        help="delete those that no run reads any more, since their file is gone or changed or Pillow is; or all",
+    )
+    pictures.set_defaults(run=_pictures)
 
 
 def _add_split(
@@ -218,6 +228,17 @@ def _render(args: argparse.Namespace) -> int:
     for name in args.names:
         arrays = sources[name].pixels().arrays
         print(f"{name}: " + ", ".join(f"{part} {array.shape}" for part, array in sorted(arrays.items())))
+    return 0
+
+
+def _pictures(args: argparse.Namespace) -> int:
+    from viladiff.data.loading.picture_cache import picture_folder, survey
+
+    found = survey(picture_folder(), remove=args.remove)
+    print(f"{picture_folder()}: {found.entries:,} files, {found.total / 1e9:.2f} GB")
+    print(f"outdated or incomplete: {found.outdated:,}, {found.outdated_bytes / 1e9:.2f} GB")
+    if args.remove:
+        print(f"deleted: {found.removed:,}, {found.removed_bytes / 1e9:.2f} GB")
     return 0
 
 

@@ -165,6 +165,7 @@ def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     export.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
     export.add_argument("out", metavar="OUT", help="folder to create")
     export.add_argument("--onnx", action="store_true", help="also write model.onnx and compare its output with torch")
+    export.add_argument("--pt2", action="store_true", help="also write model.pt2 by torch.export, read by torch alone")
     export.set_defaults(run=_export)
 
 
@@ -244,7 +245,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _cost(directory: str) -> dict[str, str]:
     from viladiff.evaluation.complexity import cost_facts, costs
     from viladiff.inference.load import text_dim
-    from viladiff.inference.predict import load_model
+    from viladiff.inference.pretrained import load_model
 
     model = load_model(directory)
     found = costs(model.network, model.crop, text_dim(model.network.state_dict()))
@@ -256,7 +257,8 @@ def _predict(args: argparse.Namespace) -> int:
 
     import torch
 
-    from viladiff.inference.predict import label_files, load_model
+    from viladiff.inference.predict import label_files
+    from viladiff.inference.pretrained import load_model
     from viladiff.runs.config import RunConfig, override
 
     if args.threads is not None:
@@ -281,7 +283,7 @@ def _predict(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from viladiff.inference.export import export_run
 
-    _print_facts(export_run(args.directory, args.out, args.onnx))
+    _print_facts(export_run(args.directory, args.out, args.onnx, args.pt2))
     return 0
 
 

@@ -101,6 +101,9 @@ def add_placing(how: argparse._ArgumentGroup) -> None:
         "--max-concurrent", type=int, metavar="N", help="maximum of concurrent runs (default: as many as fit)"
     )
     how.add_argument("--gpus-per-trial", type=float, metavar="F", help=SHARE)
+    how.add_argument(
+        "--track", nargs="+", choices=("tensorboard", "wandb"), default=[], help="trackers that follow the runs"
+    )
     how.add_argument("--address", help="address of a Ray cluster, or auto (default: start one on this machine)")
     how.add_argument(
         "--stall-timeout",

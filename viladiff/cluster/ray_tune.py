@@ -32,7 +32,16 @@ def stop_name() -> str:
 def worker_context(queue: JobQueue) -> WorkerContext:
     """Return what a run's process is told of its driver, with a new name for the actor that tells it to stop."""
     settings = queue.settings
-    return WorkerContext(str(queue.store.root), os.getcwd(), settings.threads, settings.stall_timeout, stop_name())
+    tracking = {**dict.fromkeys((f"runtime.{name}" for name in settings.track), True), "runtime.group": settings.group}
+    return WorkerContext(
+        str(queue.store.root),
+        os.getcwd(),
+        settings.threads,
+        settings.stall_timeout,
+        stop_name(),
+        tracking if settings.track else {},
+        settings.gpus_per_trial or 0.0,
+    )
 
 
 class QueueSearcher(Searcher):

@@ -6,17 +6,19 @@ Torch is imported where it is used: the driver names these functions and never r
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from viladiff.core.environment import visible_cpus
 from viladiff.core.messages import disk_advice
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.job_queue import SETUP
@@ -50,6 +52,10 @@ class WorkerContext:
     stall_timeout: float
     stop_name: str
     """An actor of this name exists once all runs are to stop."""
+    tracking: Mapping[str, object] = field(default_factory=dict)
+    """Fields of ``runtime`` for trackers."""
+    gpus: float = 0.0
+    """GPUs of a run of one worker, which may be a part of one; a worker of several has one at least."""
 
 
 def train_run(config: Mapping[str, Any], jobs: Mapping[str, PlannedRun], place: WorkerContext) -> None:
@@ -111,7 +117,20 @@ def configuration(job: PlannedRun, place: WorkerContext) -> RunConfig:
     with suppress(FileNotFoundError):
         os.chdir(place.cwd)
     here = {"runtime.runs_dir": place.root, "runtime.progress": False, "runtime.workers": job.workers}
-    return override(RunConfig(), {"runtime.threads": place.threads, **job.changes, **here})
+    gpus = place.gpus if job.workers == 1 or not place.gpus else max(1.0, place.gpus)
+    own = {"runtime.threads": place.threads, **({"runtime.cores": _cores(gpus)} if gpus else {}), **place.tracking}
+    return override(RunConfig(), {**own, **job.changes, **here})
+
+
+def _cores(gpus: float) -> int:
+    """Return a worker's share of this machine's processors: that of the GPUs which it holds.
+
+    What Ray counts for it is no guide: a scale may fix one thread, so that the last bits of sums stay.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    there: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
+    processors = min(visible_cpus(), there.get("CPU", math.inf))
+    return max(1, int(round(processors * gpus / max(gpus, there.get("GPU", 0)), 2)))  # Ray rounds a third to 0.3333
 
 
 def classify_error(error: BaseException) -> dict[str, Any] | None:

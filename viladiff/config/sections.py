@@ -209,8 +209,15 @@ class RuntimeConfig(Section):
     """``auto``: a GPU where there is one."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of each worker; another count changes the last bits of sums."""
+    cores: int | None = Field(None, ge=1)
+    """Cores of each worker, which its decoding processes share; none is ``threads``, or else its share of the machine.
+    Tables and sweeps set it."""
     loader_workers: int | None = Field(None, ge=0, le=64)
-    """Processes that decode image files, for each worker; none chooses: 0 on a CPU or below 4 cores, else up to 4."""
+    """Processes that decode image files, for each worker; none chooses: 0 on a CPU, else by the cores, and in the first
+    minute more of them if training waits for images."""
+    picture_cache: bool = False
+    """Whether images and masks are stored decoded in the cache folder at their first use, and crops are cut from there:
+    the same bits for less of the processor. A run says the size before it starts."""
     runs_dir: str = Field("runs", min_length=1)
     """Directory that holds one directory a run."""
     data_root: str | None = None
@@ -235,6 +242,10 @@ class RuntimeConfig(Section):
     5 is plenty. Weights stay the same bit for bit; each such step takes one more backward pass a part."""
     tensorboard: bool = False
     """Whether losses and scores go to TensorBoard's files, too."""
+    wandb: bool = False
+    """Whether losses and scores go to Weights & Biases, too; where, its environment variables say."""
+    group: str = ""
+    """Name by which trackers group runs; set by the runners of tables and sweeps to the table or sweep."""
     progress: bool = True
     """Whether a bar shows how far the run is."""
 

@@ -6,7 +6,7 @@ a crop, h x w cells of a feature grid, N = h * w tokens, D channels, L words, T 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -116,6 +116,22 @@ class Batch:
         """Return the batch with every tensor on ``device``."""
         moved: dict[str, Any] = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
         return replace(self, **moved)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor of the batch; one that is in two places comes twice."""
+        for field_ in fields(self):
+            yield from _tensors(getattr(self, field_.name))
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, TextBatch | CutMix):
+        for field_ in fields(value):
+            yield from _tensors(getattr(value, field_.name))
 
 
 def _move(value: object, device: torch.device) -> object:

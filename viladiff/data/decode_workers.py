@@ -16,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -26,7 +26,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from viladiff.config.pixel_format import RGB_8, PixelFormat
-from viladiff.data.files.images import IdEncoding, MaskEncoding, PaletteEncoding, read_image, read_mask
+from viladiff.data.files.images import IdEncoding, MaskEncoding, PaletteEncoding
+from viladiff.data.loading.picture_cache import picture_cache
 from viladiff.data.transforms.geometry import Range, Window, crop_image, crop_mask, window
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,8 @@ class CropRecipe(NamedTuple):
     """What the pixels of a mask stand for, where they are not class ids."""
     pixels: PixelFormat = RGB_8
     """What the pixels of an image are."""
+    pictures: str | None = None
+    """Folder of decoded pictures that are read in place of files, and stored where they are missing."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -82,12 +85,14 @@ def decode(sample: DecodeRequest, recipe: CropRecipe, image: np.ndarray, mask: n
 
     Raises ValueError that names the file for one that cannot be read, and for a mask of another size than its image.
     """
-    pixels = read_image(sample.image, recipe.pixels)
-    height, width = pixels.shape[:2]
-    to: Window = window((height, width), recipe.crop, recipe.scale, recipe.hflip, sample.draws)
-    crop_image(pixels, to, image)
-    if sample.mask is not None:
-        labels = read_mask(sample.mask, recipe.num_classes, recipe.coding)
+    cache = picture_cache(recipe.pictures)
+    with cache.image(sample.image, recipe.pixels) as pixels:
+        height, width = pixels.shape[:2]
+        to: Window = window((height, width), recipe.crop, recipe.scale, recipe.hflip, sample.draws)
+        crop_image(pixels, to, image)
+    if sample.mask is None:
+        return (*to.shown, to.flip)
+    with cache.mask(sample.mask, recipe.num_classes, recipe.coding) as labels:
         if labels.shape != (height, width):
             sizes = f"{labels.shape[0]} x {labels.shape[1]} pixels, but {sample.image} has {height} x {width}"
             raise ValueError(f"{sample.mask}: {sizes}; an image and its mask must have one size")
@@ -116,6 +121,9 @@ def _arrays(memory: bytearray | mmap.mmap, recipe: CropRecipe) -> tuple[np.ndarr
     return images, flat[cut:].reshape(samples, crop, crop)
 
 
+_Process = subprocess.Popen[bytes]
+
+
 class DecodeWorkers:
     """Processes that decode batches in the order in which they are asked for, ``ahead`` of them beforehand.
 
@@ -125,27 +133,38 @@ class DecodeWorkers:
     def __init__(self, recipe: CropRecipe, processes: int, samples: int, ahead: int) -> None:
         """Start the processes. samples: maximum size of a batch."""
         self.recipe, self.samples, self.slots = recipe, samples, ahead + 1
-        self._asked: deque[tuple[int, tuple[DecodeRequest, ...]]] = deque()
+        self._asked: deque[tuple[int, tuple[DecodeRequest, ...], list[_Process]]] = deque()
         self._next = 0
-        size = _bytes(samples * self.slots, recipe)
-        with _nameless(size) as file:
-            self._images, self._masks = _arrays(mmap.mmap(file.fileno(), size), recipe)
-            self._processes = [_start(file.fileno(), size, recipe) for _ in range(processes)]
-        self._finalizer = weakref.finalize(self, _end, self._processes)
+        self._size = _bytes(samples * self.slots, recipe)
+        self._file = _nameless(self._size)
+        self._images, self._masks = _arrays(mmap.mmap(self._file.fileno(), self._size), recipe)
+        self._processes: list[_Process] = []
+        self._tasks: Counter[int] = Counter()
+        """By process id, what it has not answered."""
+        self._finalizer = weakref.finalize(self, _end, self._processes, self._file)
         self._finalizer.atexit = False  # a forked copy of this process must not end them when it exits
+        self.grow(processes)
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
+
+    def grow(self, processes: int) -> None:
+        """Start more processes, until there are so many; what is asked for from now on is shared with them."""
+        while len(self._processes) < processes:
+            self._processes.append(_start(self._file.fileno(), self._size, self.recipe))
 
     def ask(self, samples: Sequence[DecodeRequest]) -> None:
         """Request a batch. At most ``ahead`` may be pending at a time."""
         if len(self._asked) >= self.slots or len(samples) > self.samples:
             raise ValueError(f"{len(self._asked)} batches are out, one of {len(samples)} samples: too many")
         slot, self._next = self._next, (self._next + 1) % self.slots
-        self._asked.append((slot, tuple(samples)))
+        chosen: list[_Process] = []
+        self._asked.append((slot, tuple(samples), chosen))
         for i, sample in enumerate(samples):
-            process = self._of(i)
+            process = min(self._processes, key=lambda one: self._tasks[one.pid])
+            chosen.append(process)
+            self._tasks[process.pid] += 1
             try:
                 _write(process, [slot * self.samples + i, *sample])
             except OSError:
@@ -158,10 +177,10 @@ class DecodeWorkers:
         """
         if not self._asked:
             self.ask(samples)
-        slot, asked = self._asked.popleft()
+        slot, asked, chosen = self._asked.popleft()
         if asked != tuple(samples):
             raise ValueError("batches must be taken in the order in which they were asked for")
-        shown = [self._answer(self._of(i), sample) for i, sample in enumerate(asked)]
+        shown = [self._answer(process, sample) for process, sample in zip(chosen, asked, strict=True)]
         part = slice(slot * self.samples, slot * self.samples + len(asked))
         return DecodedBatch(self._images[part], self._masks[part], shown)
 
@@ -169,21 +188,19 @@ class DecodeWorkers:
         """Kill the processes at once; they have no state to save."""
         self._finalizer()
 
-    def _of(self, place: int) -> subprocess.Popen[bytes]:
-        return self._processes[place % len(self._processes)]
-
-    def _answer(self, process: subprocess.Popen[bytes], sample: DecodeRequest) -> tuple[int, int, bool]:
+    def _answer(self, process: _Process, sample: DecodeRequest) -> tuple[int, int, bool]:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line.endswith(b"\n"):
             raise self._died(process, sample)
+        self._tasks[process.pid] -= 1
         answer = json.loads(line)
         if isinstance(answer, str):
             raise ValueError(answer)
         rows, columns, flip = answer
         return rows, columns, flip
 
-    def _died(self, process: subprocess.Popen[bytes], sample: DecodeRequest) -> ChildProcessError:
+    def _died(self, process: _Process, sample: DecodeRequest) -> ChildProcessError:
         try:
             code = process.wait(10)
         except subprocess.TimeoutExpired:
@@ -196,16 +213,15 @@ class DecodeWorkers:
         )
 
 
-@contextmanager
-def _nameless(size: int) -> Iterator[IO[bytes]]:
+def _nameless(size: int) -> IO[bytes]:
     """Open a file in memory, or in the directory of temporary files, that disappears with its last user."""
     in_memory = hasattr(os, "memfd_create")
-    with os.fdopen(os.memfd_create("viladiff"), "r+b") if in_memory else tempfile.TemporaryFile() as file:
-        file.truncate(size)
-        yield file
+    file = os.fdopen(os.memfd_create("viladiff"), "r+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
+    file.truncate(size)
+    return file
 
 
-def _start(memory: int, size: int, recipe: CropRecipe) -> subprocess.Popen[bytes]:
+def _start(memory: int, size: int, recipe: CropRecipe) -> _Process:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         # -P: nothing is imported from the directory that the run was started in.
@@ -219,17 +235,18 @@ def _start(memory: int, size: int, recipe: CropRecipe) -> subprocess.Popen[bytes
     with suppress(OSError):  # one that dies at once is noticed by whoever asks it
         coding = recipe.coding
         packed = coding and [isinstance(coding, PaletteEncoding), *astuple(coding)]
-        _write(process, [*recipe[:4], packed, list(recipe.pixels)])
+        _write(process, [*recipe[:4], packed, list(recipe.pixels), recipe.pictures])
     return process
 
 
-def _write(process: subprocess.Popen[bytes], message: list[Any]) -> None:
+def _write(process: _Process, message: list[Any]) -> None:
     assert process.stdin is not None
     process.stdin.write(json.dumps(message).encode() + b"\n")
     process.stdin.flush()
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+def _end(processes: list[_Process], file: IO[bytes]) -> None:
+    file.close()
     for process in processes:
         process.kill()
     for process in processes:
@@ -242,10 +259,10 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main(memory: int, size: int) -> None:
     """Process the tasks on standard input, one a line, until it ends."""
-    crop, scale, hflip, num_classes, coding, pixels = _tupled(json.loads(sys.stdin.buffer.readline()))
+    crop, scale, hflip, num_classes, coding, pixels, pictures = _tupled(json.loads(sys.stdin.buffer.readline()))
     if coding is not None:
         coding = (PaletteEncoding if coding[0] else IdEncoding)(*coding[1:])
-    recipe = CropRecipe(crop, scale, hflip, num_classes, coding, PixelFormat(*pixels))
+    recipe = CropRecipe(crop, scale, hflip, num_classes, coding, PixelFormat(*pixels), pictures)
     images, masks = _arrays(mmap.mmap(memory, size), recipe)
     for line in sys.stdin.buffer:
         place, image, mask, draws = json.loads(line)

@@ -6,12 +6,12 @@ one on the host (``decode``), optionally in other processes; colours change in b
 
 from __future__ import annotations
 
-import os
+import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Queue
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +19,19 @@ from torch import Tensor
 
 from viladiff.config.sections import Sections
 from viladiff.core import keyed_random
-from viladiff.core.environment import visible_cpus
 from viladiff.data.batch import Batch, CutMix, TextBank, TextBatch, Views
 from viladiff.data.captions.tags import dataset_tags
 from viladiff.data.dataset import Dataset
 from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorkers, decode_all
 from viladiff.data.files.images import FileMasks
+from viladiff.data.loading.device_copies import LoaderStream, send
+from viladiff.data.loading.pace import LIMITING, LoaderPace, decoding_cores, decoding_processes, limit_note
+from viladiff.data.loading.picture_cache import picture_folder
 from viladiff.data.splits import set_apart
 from viladiff.data.transforms.augment import geometric, normalise, strong, unit_images
 from viladiff.data.transforms.mixing import cutmix_boxes, pair_partner
+
+T = TypeVar("T")
 
 
 class ShuffledIndices:
@@ -88,6 +92,7 @@ class BatchLoader:
         asked = cfg.data.captions, cfg.data.captions_on
         self._tags = torch.from_numpy(dataset_tags(dataset, *asked)) if views.tags else None
         self._decoders: DecodeWorkers | None = None
+        self.pace = LoaderPace()
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Return the batches whose gradients make up one optimiser step."""
@@ -156,16 +161,16 @@ class BatchLoader:
         self, purpose: str, drawn: list[tuple[int, int]], masks: np.ndarray | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         data, images = self.cfg.data, np.stack([self.dataset.images[i] for _, i in drawn])
-        on_device = torch.from_numpy(images).to(self.device, non_blocking=True)
-        labels = None if masks is None else torch.from_numpy(masks).to(self.device, non_blocking=True)
+        on_device = send(torch.from_numpy(images), self.device)
+        labels = None if masks is None else send(torch.from_numpy(masks), self.device)
         return geometric(on_device, labels, data.crop, data.scale, data.hflip, self._rngs(f"crop-{purpose}", drawn))
 
     def _from_files(self, labelled: MicroBatch, unlabelled: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         """Return the same as ``_from_arrays``."""
         samples, count = self._samples(labelled, unlabelled), len(labelled.drawn)
         found = decode_all(samples, self._recipe()) if self._decoders is None else self._decoders.take(samples)
-        pixels = unit_images(torch.from_numpy(found.images).to(self.device, non_blocking=True))
-        target = torch.from_numpy(found.masks[:count]).to(self.device, non_blocking=True).long()
+        pixels = unit_images(send(torch.from_numpy(found.images), self.device))
+        target = send(torch.from_numpy(found.masks[:count]), self.device).long()
         valid = valid_pixels(found.shown[count:], self.cfg.data.crop, self.device)
         return pixels[:count], target, pixels[count:], valid, None
 
@@ -183,7 +188,9 @@ class BatchLoader:
     def _recipe(self) -> CropRecipe:
         data, masks = self.cfg.data, self.dataset.masks
         assert isinstance(masks, FileMasks)
-        return CropRecipe(data.crop, data.scale, data.hflip, masks.num_classes, masks.coding, self.dataset.pixels)
+        pictures = str(picture_folder()) if self.cfg.runtime.picture_cache else None
+        reading = masks.num_classes, masks.coding, self.dataset.pixels, pictures
+        return CropRecipe(data.crop, data.scale, data.hflip, *reading)
 
     def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:
         return normalise(strong(weak, self._rngs(f"strong-{view}", drawn)) if self.cfg.data.color_jitter else weak)
@@ -191,16 +198,16 @@ class BatchLoader:
     def _mix(self, drawn: list[tuple[int, int]], view: int) -> CutMix:
         snap = self.patch if self.cfg.data.cutmix_grid == "patch" else 1
         boxes = cutmix_boxes(self._rngs(f"cutmix-{view}", drawn), self.cfg.data.crop, snap)
-        return CutMix(boxes.to(self.device), pair_partner(len(drawn)).to(self.device))
+        return CutMix(send(boxes, self.device), send(pair_partner(len(drawn)), self.device))
 
     def _text(self, drawn: list[tuple[int, int]]) -> TextBatch | None:
         if self.bank is None:
             return None
         text = self.bank.batch([i for _, i in drawn])
-        return TextBatch(text.tokens.to(self.device), text.mask.to(self.device))
+        return TextBatch(send(text.tokens, self.device), send(text.mask, self.device))
 
     def _tagged(self, drawn: list[tuple[int, int]]) -> Tensor | None:
-        return None if self._tags is None else self._tags[[i for _, i in drawn]].to(self.device)
+        return None if self._tags is None else send(self._tags[[i for _, i in drawn]], self.device)
 
     def stream(self, start: int, stop: int, ahead: int = 0) -> Generator[list[Batch], None, None]:
         """Yield the micro-batches of steps start ... stop - 1, with ``ahead`` steps prepared by a thread.
@@ -208,38 +215,59 @@ class BatchLoader:
         Files are decoded in ``decoding_processes``, which live as long as this iterator: close it.
         """
         with self._decoding():
-            if ahead == 0:
-                yield from self._steps(start, stop)
-            else:
-                yield from _threaded(self._steps(start, stop), ahead)
+            steps = self._steps(start, stop)
+            if not ahead:
+                yield from self.pace.timed(steps)
+                return
+            stream = LoaderStream(self.device)
+            yield from self.pace.timed(stream.receive(_threaded(stream.prepare(steps), ahead)))
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        processes = 0 if self.dataset.files is None else decoding_processes(self.cfg, self.device)
-        if processes:
-            parts = self.cfg.train.grad_accum_steps
-            samples = len(self._samples(*self._shares(0, 0)))
-            self._decoders = DecodeWorkers(self._recipe(), processes, samples, (1 + DECODED_AHEAD) * parts - 1)
         try:
+            if self.dataset.files is not None:
+                self._decode_in(decoding_processes(self.cfg, self.device)[0])
             yield
         finally:
             if self._decoders is not None:
                 self._decoders.close()
                 self._decoders = None
 
-    def _steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+    def _decode_in(self, processes: int) -> None:
+        """Bring the number of decoding processes up to ``processes``; batches are the same by any number."""
+        if self._decoders is None and processes:
+            parts = self.cfg.train.grad_accum_steps
+            samples = len(self._samples(*self._shares(0, 0)))
+            self._decoders = DecodeWorkers(self._recipe(), processes, samples, (1 + DECODED_AHEAD) * parts - 1)
+        elif self._decoders is not None:
+            self._decoders.grow(processes)
+
+    def _steps(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
         asked = start
         for step in range(start, stop):
+            if self.dataset.files is not None:
+                self._adapt()
+            asked = max(asked, step)
             while self._decoders is not None and asked < min(stop, step + 1 + DECODED_AHEAD):
                 for part in range(self.cfg.train.grad_accum_steps):
                     self._decoders.ask(self._samples(*self._shares(asked, part)))
                 asked += 1
             yield self.micro_batches(step)
 
+    def _adapt(self) -> None:
+        """Start processes while training waits for images, and say after a minute if it still does."""
+        here = 0 if self._decoders is None else len(self._decoders.pids)
+        most = decoding_processes(self.cfg, self.device)[1]
+        if here < most and self.pace.behind():
+            self._decode_in(min(most, max(1, 2 * here)))
+        share = self.pace.verdict()
+        if share is not None and share > LIMITING and self.rank == 0:
+            print(f"note: {limit_note(share, here, decoding_cores(self.cfg))}", file=sys.stderr, flush=True)
+
 
 def valid_pixels(shown: list[tuple[int, int, bool]], crop: int, device: torch.device) -> Tensor:
     """Return (n, crop, crop) bool, False in the padding of each crop, by geometry alone; see ``DecodedBatch.shown``."""
-    seen = torch.tensor(shown, dtype=torch.int64).view(-1, 3).to(device, non_blocking=True)
+    seen = send(torch.tensor(shown, dtype=torch.int64).view(-1, 3), device)
     rows, columns, flip = seen[:, :, None].unbind(1)
     place = torch.arange(crop, device=device)
     column = torch.where(flip > 0, crop - 1 - place, place)
@@ -250,30 +278,15 @@ DECODED_AHEAD = 2
 """Steps that decoding processes are ahead."""
 
 
-def decoding_processes(cfg: Sections, device: torch.device) -> int:
-    """Return ``runtime.loader_workers``, or a number for this machine: a process decodes some 150 images a second.
-
-    0 if the network itself runs on the CPU, and for a worker with fewer than four cores, whose thread that prepares
-    batches decodes as well; else half of the cores, four at most. ``runtime.threads`` counts as the cores that a worker
-    was given, as by Ray.
-    """
-    runtime = cfg.runtime
-    if runtime.loader_workers is not None:
-        return runtime.loader_workers
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.workers))
-    cores = runtime.threads or visible_cpus() // here
-    return 0 if device.type == "cpu" or cores < 4 else min(cores // 2, 4)
-
-
-def _threaded(batches: Iterator[list[Batch]], ahead: int) -> Iterator[list[Batch]]:
+def _threaded(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
     """Prepare up to ``ahead`` items in a thread, which ends when this iterator is closed."""
-    queue: Queue[list[Batch] | BaseException | None] = Queue(ahead)
+    queue: Queue[T | BaseException | None] = Queue(ahead)
     ended = threading.Event()
 
     def fill() -> None:
         try:
-            for batch in batches:
-                queue.put(batch)
+            for item in items:
+                queue.put(item)
                 if ended.is_set():
                     return
             queue.put(None)

@@ -19,6 +19,7 @@ from viladiff.data.batch import IGNORE, Step, TextBatch
 from viladiff.data.files.images import PaletteEncoding
 from viladiff.data.formats.values import displayed
 from viladiff.data.loader import validation
+from viladiff.data.loading.pace import LIMITING, LoaderPace
 from viladiff.data.transforms.augment import normalise, unit_images
 from viladiff.evaluation import feature_clusters
 from viladiff.evaluation.context import EvalContext
@@ -165,6 +166,7 @@ class RecordContext(EvalContext, Protocol):
     history: list[dict[str, Any]]
     train_seconds: float
     cpu_seconds: float | None
+    pace: LoaderPace
     memory: PeakMemory
 
     @property
@@ -183,9 +185,18 @@ def _palette(masks: object) -> list[tuple[int, int, int]] | None:
     return [*coding.colours] if isinstance(coding, PaletteEncoding) else None
 
 
+def _loader_share(run: RecordContext) -> float | None:
+    """Return the share of training that waited for batches; None where a leg did not note it."""
+    if run.pace.waited is None or not run.train_seconds:
+        return None
+    return min(1.0, run.pace.waited / run.train_seconds)
+
+
 def _notes(run: RecordContext) -> list[str]:
     own = [*run.method.student.encoder.notes, *statistics_notes(run.method, run.device, run.world)]
-    return [*run.dataset.unused, *run.bank.notes(), *run.method.notes(), *own]
+    share = None if run.dataset.files is None else _loader_share(run)
+    slow = [] if share is None or share <= LIMITING else [f"training waited {100 * share:.0f} % of its time for images"]
+    return [*run.dataset.unused, *run.bank.notes(), *run.method.notes(), *own, *slow]
 
 
 def record(run: RecordContext) -> RunRecord:
@@ -228,6 +239,7 @@ def record(run: RecordContext) -> RunRecord:
         wall_seconds=run.wall_seconds(),
         train_seconds=run.train_seconds,
         cpu_seconds=run.cpu_seconds,
+        loader_share=_loader_share(run),
         seconds_per_step=run.train_seconds / run.steps,
         peak_memory_bytes=run.memory.bytes(),
         workers=run.world,

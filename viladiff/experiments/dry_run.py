@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table as Grid
 
 from viladiff.core.messages import format_seconds
 from viladiff.experiments.target_device import target_device
-from viladiff.runs.job import ExecutionSettings
+from viladiff.runs.job import ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
 from viladiff.tables.estimate import cost_lines, estimate
 from viladiff.tables.plan import Plan, State, states
@@ -56,7 +57,7 @@ def print_dry_run(
     each = f"{settings.threads} {'thread' if settings.threads == 1 else 'threads'} each"
     about = "" if guess.seconds is None else "about "
     spread = "" if room else " of sequential work"
-    lists = {"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {}
+    lists = _pictures(left) | ({"labelled": OWN_LISTS} if plan.table.scale[plan.scale].split_per_seed else {})
     recipe = plan.table.scale[plan.scale].recipe
     lines = {
         **({"recipe": f"{recipe}; viladiff methods --recipe {recipe} lists it"} if recipe else {}),
@@ -77,6 +78,19 @@ def print_dry_run(
         console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
     if "stale" in found.values():
         console.print("\nstale: the record of the same settings is of older code, data or weights, and is not used")
+
+
+def _pictures(left: Sequence[PlannedRun]) -> dict[str, str]:
+    """Return the size of the picture cache of the runs, if one is asked for; loads torch and opens the data then."""
+    if not any("runtime.picture_cache" in run.changes for run in left):
+        return {}
+    from viladiff.data.loading.picture_space import planned_space
+    from viladiff.methods import METHODS
+    from viladiff.runs.config import RunConfig, override
+
+    configs = [override(RunConfig(), run.changes) for run in left]
+    space = planned_space((cfg, METHODS[cfg.method.name].views.unlabelled) for cfg in configs)
+    return {} if space is None else {"pictures": space.text()}
 
 
 def _grid(plan: Plan, found: dict[str, State]) -> Grid:

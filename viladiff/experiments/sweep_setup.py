@@ -97,6 +97,8 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
         max_concurrent=args.max_concurrent,
         stall_timeout=args.stall_timeout,
         address=args.address,
+        track=tuple(args.track),
+        group=name,
     )
     found = room(settings, [example] * trials)
     return SweepJob(sweep, args.scale, args, namer, store, name, trials, seeds, out, settings, found)

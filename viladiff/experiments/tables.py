@@ -76,6 +76,8 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
         stall_timeout=args.stall_timeout,
         address=args.address,
         dashboard=args.dashboard,
+        track=tuple(args.track),
+        group=f"{job.table.name} {args.scale}",
     )
     if args.dry_run:
         from viladiff.experiments.dry_run import print_dry_run
@@ -154,14 +156,15 @@ def run_missing(job: TableJob, settings: ExecutionSettings) -> list[Outcome]:
 
         def hear(event: Event) -> None:
             live.hear(event)
-            if event.kind in ("done", "failed"):
+            if event.kind in ("done", "failed", "progress"):
                 pages.dirty.set()
 
         return run_jobs(left, job.store, settings, hear)
 
 
 class PageWriter:
-    """Writes the page again when it is out of date, not more often than every ``REWRITE`` seconds, beside the runs."""
+    """Writes the page again when it is out of date, beside the runs: every ``REWRITE`` seconds at most, and seldom
+    enough that it takes a thirtieth of a processor."""
 
     def __init__(self, write: Callable[[], object]) -> None:
         self.write, self.dirty, self.over = write, threading.Event(), threading.Event()
@@ -183,11 +186,12 @@ class PageWriter:
             if self.over.is_set():
                 return  # whoever ends this writes the last page
             self.dirty.clear()
+            began = time.thread_time()
             try:
                 self.write()
             except Exception as error:  # a page that cannot be drawn must not end a campaign
                 print(f"the page could not be written: {error}", file=sys.stderr)
-            self.over.wait(REWRITE)
+            self.over.wait(max(REWRITE, 30 * (time.thread_time() - began)))
 
 
 def write_table_page(job: TableJob) -> Path:

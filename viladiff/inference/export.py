@@ -8,27 +8,23 @@ import io
 import json
 import logging
 import secrets
-import shlex
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from viladiff.core.atomic import name_file_in_errors, sync_directory
-from viladiff.core.messages import format_value
 from viladiff.data.transforms.augment import normalise
-from viladiff.evaluation.complexity import cost_facts, costs
-from viladiff.evaluation.metrics import METRICS
-from viladiff.inference.load import load_run, text_dim
-from viladiff.inference.predict import CLASSES, CONFIG, FORMAT, WEIGHTS, Model, load_model
+from viladiff.inference.card import input_words
+from viladiff.inference.predict import Model
+from viladiff.inference.pretrained import load_model
 from viladiff.models.segmenter import Network
-from viladiff.runs.record import RunRecord, strip_local_paths
 
-ONNX = "model.onnx"
+ONNX, PROGRAM = "model.onnx", "model.pt2"
 TOLERANCE = 1e-3
 """Largest difference of a logit that the ONNX file may have; what is found is a thousandth of it."""
 
@@ -45,43 +41,35 @@ class Standalone(nn.Module):
         return self.network.logits(self.network.encode(normalise(image)), image.shape[-2:])
 
 
-def export_run(directory: Path | str, out: Path | str, onnx: bool = False) -> dict[str, Any]:
-    """Write the model folder of a finished run and return its cost; ``viladiff.load_model`` reads the folder.
+def export_run(
+    directory: Path | str, out: Path | str, onnx: bool = False, torch_export: bool = False
+) -> dict[str, Any]:
+    """Write the model folder of a finished run and return its cost; ``Segmenter.from_pretrained`` reads the folder.
 
     The folder is written atomically. No data set is opened. Raises ValueError if ``out`` exists, there is no finished
-    run, or a requested ONNX file cannot be made or does not compute the same.
+    run, or a requested file of the network itself cannot be made or does not compute the same.
     """
     out = Path(out).expanduser()
     if out.exists():
         raise ValueError(f"{out}: exists already; name another folder, or remove it first")
-    run = load_run(directory)
-    if run.cfg.model.encoder == "transformers":
+    model = load_model(directory, "cpu")
+    if model.fields["model.encoder"] == "transformers":
         raise ValueError(
             f"{directory}: with model.encoder = 'transformers' no model folder can say what the network is"
         )
-    model = load_model(directory, "cpu")
     if onnx:
         _need_onnx()
-    state = model.network.state_dict()
-    found = costs(model.network, model.crop, text_dim(state))
-    facts: dict[str, Any] = cost_facts(found, model.crop, model.device)
+    facts: dict[str, Any] = model.cost()
+    wanted = [(ONNX, "ONNX", export_onnx, onnx), (PROGRAM, "torch.export", export_program, torch_export)]
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
     draft.mkdir()
     try:
         with name_file_in_errors(out):
-            record = strip_local_paths(run.record)
-            fields = {path: value for path, value in record.config.items() if not path.startswith("runtime.")}
-            config = {"format": FORMAT, "text_dim": text_dim(state), "fields": fields}
-            config |= {} if model.palette is None else {"palette": model.palette}
-            (draft / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in state.items()}))
-            (draft / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            (draft / CLASSES).write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
-            metrics = record.model_dump(mode="json", exclude={"config", "changed", "history", "step_log"})
-            (draft / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            if onnx:
-                facts["ONNX against torch"] = f"logits differ by at most {export_onnx(model, draft / ONNX):.2g}"
-            (draft / "README.md").write_text(card(model, record, facts, onnx), encoding="utf-8")
+            for name, kind, write, asked in wanted:
+                if asked:
+                    facts[f"{kind} against torch"] = f"logits differ by at most {write(model, draft / name):.2g}"
+            model.write(draft, facts, [name for name, *_, asked in wanted if asked])
             draft.rename(out)
         sync_directory(out.parent)
     finally:
@@ -95,13 +83,9 @@ def _need_onnx() -> None:
         raise ValueError(f"ONNX: the package {missing[0]} is not installed; pip install 'viladiff[onnx]'")
 
 
-def export_onnx(model: Model, path: Path) -> float:
-    """Export the text-free path with free batch, height and width (multiples of the patch); return the largest error.
-
-    Input ``image`` as in ``Standalone``, output ``logits``. The file is run by onnxruntime on two other sizes before it
-    is accepted. Raises ValueError if it cannot be made, or differs by more than ``TOLERANCE``.
-    """
-    module, patch = Standalone(model.network).eval(), model.network.patch
+def _free_sizes(model: Model) -> tuple[Tensor, dict[int, Any], list[tuple[int, int, int]]]:
+    """Return example images, which of their sizes stay free, and two other (batch, height, width) to compare at."""
+    patch = model.network.patch
     # Sides that differ from each other and from the encoder's own, so that none of them is taken for a constant.
     side = max(2, model.crop // patch)
     example = torch.zeros(2, model.network.encoder.inputs, (side + 1) * patch, (side + 2) * patch)
@@ -110,6 +94,55 @@ def export_onnx(model: Model, path: Path) -> float:
         2: patch * torch.export.Dim("rows", min=2, max=4096),
         3: patch * torch.export.Dim("columns", min=2, max=4096),
     }
+    return example, free, [(1, side * patch, side * patch), (3, 2 * patch, (side + 3) * patch)]
+
+
+def _checked(name: str, found: list[float]) -> float:
+    """Return the largest difference. Raises ValueError if it is more than ``TOLERANCE``, or no number."""
+    difference = float(np.max(found))
+    if not difference <= TOLERANCE:
+        raise ValueError(f"{name}: its logits differ from torch's by {difference:.2g}; at most {TOLERANCE} is right")
+    return difference
+
+
+def export_program(model: Model, path: Path) -> float:
+    """Export as ``export_onnx``, by ``torch.export``; the file is read again and run before it is accepted.
+
+    ``torch.export.load(path).module()`` runs where this package is not installed. Raises ValueError as
+    ``export_onnx``.
+    """
+    module, (example, free, sizes) = Standalone(model.network).eval(), _free_sizes(model)
+    kind = model.network.encoder.__class__.__name__
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, (example,), dynamic_shapes={"image": free})
+        torch.export.save(program, path)
+        again = torch.export.load(path).module()
+    except Exception as error:  # torch raises many kinds: of its own, of sympy and of pickle
+        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{kind} has no form for torch.export: {reason}") from error
+    return _checked(path.name, [_difference(module, again, image) for image in _images(sizes, example.shape[1])])
+
+
+def _images(sizes: list[tuple[int, int, int]], inputs: int) -> Iterator[Tensor]:
+    """Yield random images (batch, inputs, height, width) in 0..1."""
+    for batch, height, width in sizes:
+        yield torch.rand(batch, inputs, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _difference(module: nn.Module, other: Callable[[Tensor], Tensor], image: Tensor) -> float:
+    return float((module(image) - other(image)).abs().max())
+
+
+def export_onnx(model: Model, path: Path) -> float:
+    """Export the text-free path with free batch, height and width (multiples of the patch); return the largest error.
+
+    Input ``image`` as in ``Standalone``, output ``logits``. The file is run by onnxruntime on two other sizes before it
+    is accepted. Raises ValueError if it cannot be made, or differs by more than ``TOLERANCE``.
+    """
+    module, patch = Standalone(model.network).eval(), model.network.patch
+    example, free, sizes = _free_sizes(model)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), _quiet("torch.onnx"):
         try:
@@ -133,20 +166,14 @@ def export_onnx(model: Model, path: Path) -> float:
             program.save(path, external_data=False)
         except torch.onnx.OnnxExporterError as error:
             raise ValueError(f"{model.network.encoder.__class__.__name__} has no ONNX form: {error}") from error
-    sizes = ((1, side * patch, side * patch), (3, 2 * patch, (side + 3) * patch))
-    difference = max(onnx_difference(module, path, size, model.network.encoder.inputs) for size in sizes)
-    if not difference <= TOLERANCE:
-        raise ValueError(
-            f"{path.name}: its logits differ from torch's by {difference:.2g}; at most {TOLERANCE} is right"
-        )
-    return difference
+    return _checked(path.name, [onnx_difference(module, path, size, model.network.encoder.inputs) for size in sizes])
 
 
 def onnx_difference(module: nn.Module, path: Path, size: tuple[int, int, int], inputs: int = 3) -> float:
     """Return the largest difference of a logit between torch and onnxruntime, on random (batch, height, width)."""
     import onnxruntime
 
-    image = torch.rand(size[0], inputs, *size[1:], generator=torch.Generator().manual_seed(0))
+    (image,) = _images([size], inputs)
     with torch.inference_mode():
         expected = module(image).numpy()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -164,90 +191,3 @@ def _quiet(name: str):  # type: ignore[no-untyped-def]
         yield
     finally:
         logger.setLevel(level)
-
-
-def card(model: Model, record: RunRecord, facts: dict[str, str], onnx: bool) -> str:
-    """Return README.md of a model folder: use, scores, cost, origin, limits; from the record alone."""
-    config, named = record.config, f"{record.config['method.name']} on {record.config['data.dataset']}"
-    lines = [
-        f"# {named}, run {record.run_id}",
-        "",
-        f"A semantic segmentation network of {len(model.class_names)} classes, trained with ViLaDiff.",
-        "",
-        "```python",
-        "import viladiff",
-        'model = viladiff.load_model("PATH OF THIS FOLDER")',
-        'labels, confidence = model.predict("photograph.jpg")',
-        "```",
-        "",
-        "On the command line: `viladiff predict photographs/ --model FOLDER`. It needs no captions and no data set.",
-    ]
-    if onnx:
-        inputs = model.network.encoder.inputs
-        sides = f"sides are multiples of {model.network.patch}"
-        shape = f"(batch, {inputs}, height, width), {input_words(model)}"
-        lines += ["", f"`{ONNX}`: input `image` {shape}; output `logits`; {sides}."]
-    if not model.pixels.plain:
-        lines += [
-            "",
-            f"Images: {input_words(model)}. Files are read so; an array has the numbers of such a file.",
-        ]
-    lines += ["", "## Classes", "", ", ".join(f"{i} {name}" for i, name in enumerate(model.class_names))]
-    lines += ["", "## Scores", "", *_scores(model, record)]
-    lines += ["", "## Cost of an image", "", *(f"- {name}: {value}" for name, value in facts.items())]
-    lines += ["", "## Origin", "", *(f"- {name}: {value}" for name, value in _origin(record).items())]
-    lines += ["", "Trained with:", "", "```sh", _command(record), "```"]
-    lines += ["", "## Limits", ""]
-    lines += [
-        f"- Scores are of the validation images of {config['data.dataset']}; other photographs may be another matter.",
-        "- Confidence is the network's own probability and was not calibrated.",
-        f"- The encoder began as {record.encoder} ({record.pretrained}), whose licence and biases go with it.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def input_words(model: Model) -> str:
-    """Return the kind of images that a network takes, in words: its channels, and which values became 0 and 1."""
-    pixels = model.pixels
-    if pixels.plain:
-        return "RGB in 0..1"
-    which = f", bands {', '.join(map(str, pixels.bands))} of the files" if pixels.bands else ""
-    values = f" by data.value_range = {pixels.value_range}" if pixels.value_range else ""
-    return f"{pixels.inputs} channels{which} in 0..1{values}"
-
-
-def _scores(model: Model, record: RunRecord) -> list[str]:
-    """Format a line for each stream of the exported network; a score that was not measured is a dash."""
-    columns = {name: metric.name for name, metric in METRICS.items() if metric.title} | {"images": "images"}
-    lines = [f"Network `{record.network}` at the last step, protocol `{record.config['eval.protocol']}`:", ""]
-    lines += ["| stream | " + " | ".join(columns.values()) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for stream, found in record.scores[record.network].items():
-        cells = [found.get(name) for name in columns]
-        shown = [
-            "-" if cell is None else f"{100 * cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells
-        ]
-        lines.append(f"| {stream}{' (this folder)' if stream == 'visual' else ''} | " + " | ".join(shown) + " |")
-    return lines
-
-
-def _origin(record: RunRecord) -> dict[str, object]:
-    config, git = record.config, record.git
-    return {
-        "run": f"`{record.run_id}`, finished {record.finished or 'at an unknown time'}",
-        "data": f"{config['data.dataset']}, split {config['data.split']}"
-        + (f" ({record.split_name})" if record.split_name else "")
-        + f", seed {config['seed']}, {record.steps} steps",
-        "fingerprints": ", ".join(f"{name} `{value}`" for name, value in record.fingerprints.items()),
-        "code": f"`{git['revision']}`" + (", changed since" if git.get("dirty") else "")
-        if git
-        else "not in a checkout",
-        "versions": ", ".join(f"{name} {value}" for name, value in record.versions.items()),
-    }
-
-
-def _command(record: RunRecord) -> str:
-    """Return the command that trains the run: its fields that are not at their default."""
-    words = [
-        f"{path}={format_value(value)}" for path, value in record.changed.items() if not path.startswith("runtime.")
-    ]
-    return " ".join(["viladiff train", *map(shlex.quote, words)])

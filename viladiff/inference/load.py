@@ -14,7 +14,9 @@ import torch.distributed as dist
 from viladiff.config.base import INTEGER, unflatten
 from viladiff.core.atomic import write_atomically
 from viladiff.core.distributed import tf32
+from viladiff.data.dataset import Dataset
 from viladiff.data.files.run_checks import check_files
+from viladiff.data.loading.picture_space import picture_space, refuse_full_disk
 from viladiff.evaluation.pixel_counts import to_scores
 from viladiff.evaluation.protocols import STREAMS
 from viladiff.methods import METHODS
@@ -73,11 +75,21 @@ def preview_run(cfg: RunConfig) -> dict[str, Any]:
         "unlabelled images": len(run.dataset.unlabelled) if method.required_views().unlabelled else "not used",
         "validation images": len(run.dataset.val_images),
         "captions": run.dataset.caption_source,
+        **_stored(cfg, run.dataset),
         **_measuring(cfg.runtime.gradient_shares, total_steps(cfg, run.dataset, method.required_views().unlabelled)),
         **{f"parameters of {name}": f"{count:,}" for name, count in counts.items()},
         "trained parameters": f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,}",
         **({"notes": "; ".join(notes)} if notes else {}),
     }
+
+
+def _stored(cfg: RunConfig, dataset: Dataset) -> dict[str, str]:
+    """Return the size of the picture cache, if one is asked for."""
+    if not cfg.runtime.picture_cache:
+        return {}
+    space = picture_space(dataset, METHODS[cfg.method.name].views.unlabelled)
+    refuse_full_disk(space)
+    return {"picture cache": space.text()}
 
 
 def _measuring(each: int, steps: int) -> dict[str, str]:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from viladiff.config.base import did_you_mean, unflatten
+from viladiff.config.base import did_you_mean
 from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import class_colours, css
@@ -36,17 +32,9 @@ from viladiff.data.formats.pillow_file import MAX_PIXELS, allow_pixels
 from viladiff.data.formats.values import displayed
 from viladiff.data.transforms.augment import normalise, unit_images
 from viladiff.evaluation.protocols import bands
-from viladiff.inference.load import last_line, load_method, load_run
 from viladiff.models.segmenter import Network
-from viladiff.runs.config import RunConfig, override
 from viladiff.training.feasibility import check_prediction
-from viladiff.training.launch import select_device
-from viladiff.training.step_work import empty_method
 
-FORMAT = 1
-"""Of a model folder."""
-WEIGHTS, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.txt"
-"""Files of a model folder that are read; the others are for people."""
 WHOLE = ("original", "sliding_window")
 """Protocols that label a whole image."""
 _MASK_ENDS = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", "-mask", "_segmentation")
@@ -64,9 +52,9 @@ class Prediction(NamedTuple):
     """(h, w) float32 probability of that class, in 0..1."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Model:
-    """A network that labels photographes without captions; made by ``load_model``."""
+    """A network that labels photographs without captions; ``Segmenter`` is one that is loaded and saved."""
 
     network: Network
     class_names: tuple[str, ...]
@@ -147,82 +135,6 @@ class Model:
 
 def _memory_is_short(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def load_model(path: Path | str, device: str = "auto") -> Model:
-    """Load the network of a finished run's directory, or of a folder that ``viladiff export`` made.
-
-    No data set is opened, and no file is unpickled but a run's own checkpoint, as tensors alone. device: auto, cpu or
-    cuda. Raises ValueError that names the file if there is neither, or one is damaged or does not fit.
-    """
-    folder = Path(path)
-    if (folder / WEIGHTS).is_file():
-        network, cfg, names, palette = _from_folder(folder)
-    elif (folder / "record.json").is_file():
-        run = load_run(folder)
-        network, cfg, names = load_method(run).eval_network(), run.cfg, tuple(run.record.class_names)
-        palette = tuple(run.record.palette) if run.record.palette else None
-    else:
-        wrong = "there is no such directory" if not folder.is_dir() else f"no {WEIGHTS} and no record.json in it"
-        raise ValueError(f"{folder}: {wrong}; give a model folder (viladiff export) or the directory of a finished run")
-    place = select_device(override(cfg, {"runtime.device": device}))
-    network = network.requires_grad_(False).eval().to(place)
-    fields = cfg.data.crop, cfg.eval.protocol, place, cfg.train.tf32, cfg.data.pixels
-    return Model(network, names, *fields, palette)
-
-
-Palette = tuple[tuple[int, int, int], ...] | None
-_Level = Annotated[int, Field(strict=True, ge=0, le=255)]
-_COLOURS = TypeAdapter(list[tuple[_Level, _Level, _Level]])
-
-
-def _from_folder(folder: Path) -> tuple[Network, RunConfig, tuple[str, ...], Palette]:
-    facts = _read_config(folder / CONFIG)
-    names = tuple(_read_text(folder / CLASSES).removesuffix("\n").split("\n"))
-    try:
-        cfg = RunConfig(**unflatten(facts["fields"]))
-        network = empty_method(cfg, names, int(facts["text_dim"])).eval_network()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG}: describes no model that can be built: {error}") from error
-    path = folder / WEIGHTS
-    try:
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    except RuntimeError as error:
-        raise ValueError(f"{path}: does not fit {CONFIG} and {CLASSES} beside it: {last_line(error)}") from error
-    return network, cfg, names, _palette(folder / CONFIG, facts.get("palette"), len(names))
-
-
-def _palette(path: Path, found: object, classes: int) -> Palette:
-    """Check the colours in a model folder. Raises ValueError for what is no colour of each class."""
-    if found is None:
-        return None
-    try:
-        colours = _COLOURS.validate_python(found)
-    except ValidationError:
-        colours = []
-    if len(colours) != classes:
-        raise ValueError(f"{path}: palette: must be three levels from 0 to 255 for each of the {classes} classes")
-    return tuple(colours)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        found = facts.get("format") if isinstance(facts, dict) else None
-        raise ValueError(f"{path}: format = {found!r}; this version of viladiff reads format {FORMAT}")
-    return facts
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
 
 
 class Labelled(NamedTuple):

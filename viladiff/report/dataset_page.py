@@ -16,6 +16,7 @@ from viladiff.core.atomic import write_atomically
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import read_image, read_mask
 from viladiff.data.formats.values import displayed
+from viladiff.data.loading.picture_space import decoded_bytes
 
 if TYPE_CHECKING:
     from viladiff.data.files.validate import DatasetReport
@@ -29,22 +30,25 @@ STRENGTH = 0.55
 
 
 def write_page(report: DatasetReport, out: Path, command: str) -> Path:
-    """Write mosaic.png and index.html into ``out``; return the path of index.html. Raises ValueError if that fails."""
+    """Write images.png, mosaic.png and index.html into ``out``; return the path of index.html.
+
+    Raises ValueError if that fails.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        mosaic = draw_mosaic(report)
-        if mosaic is not None:
+        mosaics = draw_mosaics(report)
+        for name, mosaic in zip(("images.png", "mosaic.png"), mosaics or (), strict=False):
             packed = io.BytesIO()
             Image.fromarray(mosaic).save(packed, "PNG")
-            write_atomically(out / "mosaic.png", packed.getvalue())
-        write_atomically(out / "index.html", dataset_html(report, mosaic is not None, command).encode())
+            write_atomically(out / name, packed.getvalue())
+        write_atomically(out / "index.html", dataset_html(report, mosaics is not None, command).encode())
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror or error}); name another with --out") from error
     return out / "index.html"
 
 
-def draw_mosaic(report: DatasetReport) -> np.ndarray | None:
-    """Return (H, W, 3) uint8 of evenly chosen images under their labels; None if no image has a valid mask."""
+def draw_mosaics(report: DatasetReport) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return evenly chosen images, and these under their labels, each (H, W, 3) uint8; None without a valid mask."""
     names = [name for name, one in report.seen.items() if one.pixels is not None and not one.faults]
     if not names:
         return None
@@ -52,16 +56,17 @@ def draw_mosaic(report: DatasetReport) -> np.ndarray | None:
     across = min(ACROSS, len(chosen))
     rows = -(-len(chosen) // across)
     step = SIDE + GAP
-    canvas = np.full((rows * step - GAP, across * step - GAP, 3), 255, np.uint8)
+    canvases = np.full((2, rows * step - GAP, across * step - GAP, 3), 255, np.uint8)
     for place, name in enumerate(chosen):
-        tile = _tile(report, name)
-        top, left = (step * at for at in divmod(place, across))
-        top, left = top + (SIDE - tile.shape[0]) // 2, left + (SIDE - tile.shape[1]) // 2
-        canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    return canvas
+        for canvas, tile in zip(canvases, _tiles(report, name), strict=True):
+            top, left = (step * at for at in divmod(place, across))
+            top, left = top + (SIDE - tile.shape[0]) // 2, left + (SIDE - tile.shape[1]) // 2
+            canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return canvases[0], canvases[1]
 
 
-def _tile(report: DatasetReport, name: str) -> np.ndarray:
+def _tiles(report: DatasetReport, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image and its overlay, SIDE long."""
     classes = report.classes
     image = displayed(read_image(report.tree.images[name], report.tree.pixels), report.tree.pixels)
     mask = read_mask(report.tree.masks[name], len(classes.names), classes.coding)
@@ -69,7 +74,7 @@ def _tile(report: DatasetReport, name: str) -> np.ndarray:
     size = (max(1, round(mask.shape[1] * factor)), max(1, round(mask.shape[0] * factor)))
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
     labels = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    return overlay(small, labels, len(classes.names))
+    return small, overlay(small, labels, len(classes.names))
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -117,6 +122,8 @@ def dataset_facts(report: DatasetReport) -> dict[str, str]:
             found[f"{name} in pixels"] = f"{sides.min()} to {sides.max()}, median {np.median(sides):g}"
         (height, width), often = sizes.most_common(1)[0]
         found["different sizes"] = f"{len(sizes):,}; most often {width} x {height} ({often:,} images)"
+        decoded = sum(decoded_bytes(size, pixels) * times for size, times in sizes.items())
+        found["decoded"] = f"{decoded / 1e9:.2f} GB, of which runtime.picture_cache stores those that a run trains on"
     return {**found, "classes": str(len(report.classes.names))}
 
 

@@ -60,6 +60,10 @@ class ExecutionSettings:
     address: str | None = None
     """A Ray cluster; None starts one on this machine for the time of the call."""
     dashboard: bool = False
+    track: tuple[str, ...] = ()
+    """Trackers of the runs: fields of ``runtime`` that are set."""
+    group: str = ""
+    """Name by which they group the runs."""
 
     def __post_init__(self) -> None:
         gpus = float(self.gpus_per_trial or 0.0)

@@ -253,6 +253,9 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "mIoU %": f"{_percent(record.miou)} ({record.network}/{record.stream}, after the last of {record.steps} steps)",
         "best": record.best and f"{_percent(record.best['miou'])} at step {record.best['step']}, on the set it reports",
         "time": f"{wall}, {record.train_seconds:.0f} s of it training; {per_step}".rstrip("; "),
+        "loader": ""
+        if record.loader_share is None
+        else f"waited for {100 * record.loader_share:.0f} % of the training",
         "memory": "" if record.peak_memory_bytes is None else size(record.peak_memory_bytes),
         "device": f"{record.device}, {record.workers} workers, {record.threads} threads",
         "precision": record.precision,

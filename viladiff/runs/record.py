@@ -67,6 +67,9 @@ class RunRecord(BaseModel):
     cpu_seconds: float | None = None
     """Processor time of the first worker's process in ``train_seconds``, all its threads added; not that of programs
     that decode. Other work on the machine lengthens it less than the clock's. None where a leg did not note it."""
+    loader_share: float | None = None
+    """Share of ``train_seconds`` in which the first worker waited for batches, from 0 to 1; of a run on a CPU, in which
+    it made them. None where a leg did not note it."""
     notes: list[str] = []
     """What the method said before training of what it lacked here, a sentence each."""
     split_name: str = ""
@@ -123,6 +126,8 @@ def impossible(record: RunRecord) -> str:
         if value is not None and not 0 <= value < _LARGEST:
             return f"{name}: must be a number from 0 to 2^63, got {_short(value)}"
     found: list[tuple[str, object]] = [("miou", record.miou)]
+    if record.loader_share is not None and not _measured(record.loader_share, True):
+        return f"loader_share: must be a number from 0 to 1, got {_short(record.loader_share)}"
     streams = [(f"{net}.{stream}", one) for net, those in record.scores.items() for stream, one in those.items()]
     events = [("best", record.best)] if record.best is not None else []
     events += [(f"history[{i}]", one) for i, one in enumerate(record.history)]

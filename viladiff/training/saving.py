@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from viladiff.data.loading.pace import LoaderPace
 from viladiff.evaluation.evaluator import PeakMemory
 from viladiff.methods.base import Method
 from viladiff.runs.checkpoint import load_checkpoint, previous, save_checkpoint
@@ -152,6 +153,7 @@ class Resumable(Protocol):
     steps: int
     train_seconds: float
     cpu_seconds: float | None
+    pace: LoaderPace
     wall_before: float | None
 
     def wall_seconds(self) -> float | None:
@@ -171,6 +173,7 @@ def state_of(run: Resumable) -> dict[str, Any]:
         "gradient_shares": run.shares.found,
         "train_seconds": run.train_seconds,
         "cpu_seconds": run.cpu_seconds,
+        "waited_seconds": run.pace.waited,
         "wall_seconds": run.wall_seconds(),
         "peak_memory": run.memory.bytes(),
     }
@@ -203,5 +206,5 @@ def restore(run: Resumable) -> None:
         raise ValueError(f"{here}: {error}; start over (viladiff train --restart)") from error
     run.step, run.history, run.train_seconds = state["step"], state["history"], state["train_seconds"]
     run.wall_before, run.memory.before = state.get("wall_seconds"), state.get("peak_memory")
-    run.cpu_seconds = state.get("cpu_seconds")
+    run.cpu_seconds, run.pace.waited = state.get("cpu_seconds"), state.get("waited_seconds")
     run.shares.found = state.get("gradient_shares", [])

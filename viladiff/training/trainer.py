@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from viladiff.core.progress import Progress, counter
 from viladiff.data.batch import Batch, Step
 from viladiff.data.files.run_checks import check_files
 from viladiff.data.loader import BatchLoader
+from viladiff.data.loading.picture_space import picture_notes
 from viladiff.data.registry import dataset_spec
 from viladiff.data.registry import load_dataset as load_dataset
 from viladiff.evaluation import evaluator
@@ -33,6 +34,8 @@ from viladiff.runs.config import RunConfig, run_id
 from viladiff.runs.lease import Lease, LeaseLostError, acquire_or_raise
 from viladiff.runs.record import load_record, save_record
 from viladiff.text.embedding_bank import load_text, text_vectors
+from viladiff.trackers.base import Callback, Callbacks, RunInfo, tracked_config
+from viladiff.trackers.build import asked_trackers
 from viladiff.training.errors import (
     RunIdMismatchError,
     StopRequested,
@@ -56,12 +59,18 @@ while no step ends."""
 
 
 def fit(
-    cfg: RunConfig, *, report: ProgressCallback | None = None, resume: bool = True, lease: Lease | None = None
+    cfg: RunConfig,
+    *,
+    report: ProgressCallback | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = True,
+    lease: Lease | None = None,
 ) -> Result:
     """Train, evaluate and record one run in ``runtime.runs_dir/<run_id>``.
 
     A finished run is returned as it is, and an interrupted one continues from its checkpoint, unless ``resume`` is
-    False. ``report`` is called at each log and evaluation and may end the run early (StopRequested). With
+    False. ``report`` is called at each log and evaluation and may end the run early (StopRequested); ``callbacks``
+    follow the run in its first worker, beside the trackers that ``runtime`` asks for. With
     ``runtime.workers`` > 1 and no process group, the workers are started here; inside an existing group (torchrun, Ray
     Train) the loop joins it. One process at a time works on a run: a lease on its directory is acquired, unless the
     caller holds one and passes it as ``lease``.
@@ -74,11 +83,12 @@ def fit(
     if dist.is_initialized() and world != cfg.runtime.workers:
         raise ValueError(f"runtime.workers = {cfg.runtime.workers}, but the process group has {world} workers")
     if cfg.runtime.workers > 1 and not dist.is_initialized():
-        if report is not None:
-            raise ValueError("report: a callback cannot be sent to other processes; call fit inside a process group")
+        if report is not None or callbacks:
+            name = "callbacks" if callbacks else "report"
+            raise ValueError(f"{name}: cannot be sent to other processes; call fit inside a process group")
         directory = Path(run_in_processes(_fitted, cfg, cfg.runtime.workers, resume))
         return Result(directory, load_record(directory / "record.json"))
-    return Trainer(cfg).execute(report, resume, lease)
+    return Trainer(cfg, callbacks).execute(report, resume, lease)
 
 
 def _fitted(cfg: RunConfig, resume: bool) -> str:
@@ -88,7 +98,7 @@ def _fitted(cfg: RunConfig, resume: bool) -> str:
 class Trainer:
     """One worker's side of a run."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> None:
         self.cfg, self.device, self.started = cfg, select_device(cfg), time.time()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -116,6 +126,7 @@ class Trainer:
         self.report: ProgressCallback | None = None
         self.lease: Lease | None = None
         self.memory = evaluator.PeakMemory(self.device)
+        self.callbacks = Callbacks([] if self.rank else callbacks, [] if self.rank else asked_trackers(cfg.runtime))
 
     def execute(self, report: ProgressCallback | None, resume: bool, lease: Lease | None = None) -> Result:
         """Run from start to record; see ``fit``."""
@@ -152,13 +163,16 @@ class Trainer:
             restore(self)
             if self.rank == 0:
                 self.log.truncate_to(self.step)
-            self._recall()
-            self._train()
-            record = evaluator.record(self)
-            evaluator.save_qualitative(self)
-        if self.rank == 0:
-            previous(self.saver.path).unlink(missing_ok=True)
-            save_record(record, done)
+            with self.callbacks as following:
+                following.start(self._info())
+                self._recall()
+                self._train()
+                record = evaluator.record(self)
+                evaluator.save_qualitative(self)
+                if self.rank == 0:
+                    previous(self.saver.path).unlink(missing_ok=True)
+                    save_record(record, done)
+                following.end(record)
         self._barrier()
         return Result(self.directory, load_record(done))
 
@@ -166,7 +180,9 @@ class Trainer:
 
     def _build(self) -> None:
         cfg = self.cfg
-        for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes()):
+        stored, unlabelled = cfg.runtime.picture_cache, METHODS[cfg.method.name].views.unlabelled
+        pictures = in_turn(lambda: picture_notes(self.dataset, unlabelled)) if stored else ()
+        for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes(), *pictures):
             if self.rank == 0:
                 print(f"note: {note}", file=sys.stderr)
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
@@ -187,6 +203,7 @@ class Trainer:
         patch = self.method.student.patch
         bank = self.bank if views.text else None
         self.loader = BatchLoader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
+        self.pace = self.loader.pace
         self.model: nn.Module = self.method
         if self.world > 1:
             self.model = data_parallel(self.method, self.device)
@@ -235,7 +252,6 @@ class Trainer:
         cfg, runtime, every = self.cfg, self.cfg.runtime, self.cfg.runtime.checkpoint_every
         self.method.train()
         pending: list[tuple[int, float, dict[str, Tensor]]] = []
-        writer = self._tensorboard()
         ahead = 2 if self.device.type == "cuda" else 0
         with (
             self.saver,
@@ -255,7 +271,7 @@ class Trainer:
                 stop_requested = False
                 if keep or evaluate or stopped or self.step % runtime.log_every == 0:
                     self._check_lease()
-                    loss = self._write(pending, writer)
+                    loss = self._write(pending)
                     bar.note(loss)
                     self._lap()  # after the log, which waits for the device
                     update = {"step": self.step, "steps": self.steps, "loss": loss, "history": self.history}
@@ -271,8 +287,6 @@ class Trainer:
                     text = f"stopped at step {self.step} of {self.steps}; the same command continues from there"
                     raise StopRequested(text) if stop_requested else KeyboardInterrupt(text)
             self._lap()
-        if writer is not None:
-            writer.close()
 
     def _lap(self, training: bool = True) -> None:
         """Add what has passed since the last call to the time of training, unless it went into something else."""
@@ -320,35 +334,30 @@ class Trainer:
         """Return the scaler's factor; read only on measured steps, since the host waits for it."""
         return self.scaler.get_scale() if self.scaler.is_enabled() and self.step in self.shares.at else 1.0
 
-    def _write(self, pending: list[tuple[int, float, dict[str, Tensor]]], writer: Any) -> float:
+    def _write(self, pending: list[tuple[int, float, dict[str, Tensor]]]) -> float:
         """Copy the last steps' loss terms to the host at once, check and log them; return the newest total."""
         names = list(pending[0][2])
         table = torch.stack([torch.stack([terms[name].to(self.device) for name in names]) for _, _, terms in pending])
         if self.world > 1:
             dist.all_reduce(table)
             table /= self.world
-        rows = table.cpu().tolist()
+        rows, found = table.cpu().tolist(), []
         for (step, lr, _), row in zip(pending, rows, strict=True):
             values = dict(zip(names, row, strict=True))
             check_finite(values, step, self.steps, self.cfg, self.directory)
-            if self.rank == 0:
-                self.log.append({"step": step, "lr": lr, **values})
-                if writer is not None:
-                    for name, value in values.items():
-                        writer.add_scalar(name, value, step)
+            found.append({"step": step, "lr": lr, **values})
         pending.clear()
         if self.rank == 0:
+            for entry in found:
+                self.log.append(entry)
             self.log.flush()
+            self.callbacks.log(found)
         return rows[-1][names.index("total")]
 
-    def _tensorboard(self) -> Any:
-        if not self.cfg.runtime.tensorboard or self.rank:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("runtime.tensorboard = true: the package tensorboard is not installed") from error
-        return SummaryWriter(str(self.directory / "tensorboard"))
+    def _info(self) -> RunInfo:
+        group, config = self.cfg.runtime.group, tracked_config(self.cfg)
+        facts = self.name, self.directory, self._title(), group, config
+        return RunInfo(*facts, self.step, self.log.read, [*self.history])
 
     def _any(self, *flags: bool) -> list[bool]:
         """Return of each flag whether any worker has raised it; all workers must ask at the same step."""
@@ -383,4 +392,5 @@ class Trainer:
         stream = self.method.eval_stream()
         scores = evaluator.compute_scores(self, self.method.eval_network(), (stream,), False)
         self.history.append({"step": self.step, "miou": scores[stream]["miou"] if stream in scores else None})
+        self.callbacks.evaluation(**self.history[-1])
         return {"steps": self.steps, **self.history[-1]}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.constants import IGNORE
-from viladiff.data.formats.bands import FileBands, bands_size, choose_channels, file_kind, read_bands
+from viladiff.data.formats.bands import FileBands, bands_size, choose_channels, decoded_rgb, file_kind, read_bands
 from viladiff.data.formats.pillow_file import UPRIGHT, open_image, orientation, upright_size
 from viladiff.data.formats.tiff import JPEG_COMPRESSIONS, WHITE_IS_ZERO
 from viladiff.data.formats.values import in_range, of_16_bits, undeclared_8_bits
@@ -143,6 +143,8 @@ def _eight_bits(path: Path | str) -> np.ndarray:
     with open_image(path) as image:
         turn = UPRIGHT.get(orientation(image))
         _check_whole(path, image)
+        if image.format == "PNG" and turn is None and (quick := decoded_rgb(path, image)) is not None:
+            return quick
         image.load()
         upright = image if turn is None else image.transpose(turn)
         if upright.mode.startswith("I") or upright.mode == "F":
@@ -153,7 +155,7 @@ def _eight_bits(path: Path | str) -> np.ndarray:
         # A palette with transparency goes by way of RGBA, or Pillow warns where it is given for each colour.
         if upright.mode == "P" and "transparency" in upright.info:
             upright = upright.convert("RGBA")
-        return np.array(upright.convert("RGB"))
+        return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
 def _check_whole(path: Path | str, image: Image.Image) -> None:

@@ -79,6 +79,23 @@ def _checked(dataset: Dataset, files: FileList, contents: Contents) -> tuple[str
     return (*told, *_never(dataset, counts), *deep)
 
 
+def image_sizes(dataset: Dataset, indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (height, width) of images of the pool, as an earlier check has stored them or from their headers.
+
+    Raises ValueError for data that is not in files, and for an image that cannot be read.
+    """
+    files, contents = dataset.files, dataset.contents
+    if files is None or contents is None:
+        raise ValueError(f"{dataset.name}: its images are not in files")
+    sizes = []
+    for i in indices:
+        seen = _odd(files.paths[i], contents, dataset.pixels)
+        if seen.size is None:
+            raise ValueError(seen.faults[0])
+        sizes.append(seen.size)
+    return sizes
+
+
 class _Part(NamedTuple):
     """A look at some images with their masks."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from viladiff.data.batch import IGNORE
+from viladiff.data.loading.device_copies import send
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,8 +41,8 @@ def normalise(images: Tensor) -> Tensor:
 
     Channels beyond red, green and blue have their mean and deviation in turn, one channel the mean of the three.
     """
-    units = (of_channels(value, images.shape[1]) for value in (IMAGENET_MEAN, IMAGENET_STD))
-    mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in units)
+    units = [of_channels(value, images.shape[1]) for value in (IMAGENET_MEAN, IMAGENET_STD)]
+    mean, std = send(torch.tensor(units, dtype=images.dtype), images.device).view(2, -1, 1, 1)
     return images.sub(mean).div_(std)
 
 
@@ -99,7 +100,7 @@ def _axis(window: np.ndarray, source: int, device: torch.device) -> tuple[Tensor
 
     Pixel centres lie at half-integers: output k shows source position (k + 0.5) * source / length - 0.5.
     """
-    window_on = torch.from_numpy(window).to(device, non_blocking=True)
+    window_on = send(torch.from_numpy(window), device)
     length, place = window_on[:, :1], window_on[:, 1:]
     valid = place < length
     nearest = (((2 * place + 1) * source) // (2 * length)).clamp_(max=source - 1)
@@ -219,7 +220,7 @@ def turn_hue(images: Tensor, turns: np.ndarray) -> Tensor:
     hue = torch.where(value == red, green - blue, ahead).div_((chroma * 6).clamp_min_(1e-12))
     # A channel falls from value to minimum with its distance, round the circle, from its own hue: 0, 1/3 and 2/3 turns.
     shift = torch.from_numpy(turns[:, None] - np.array([0, 1 / 3, 2 / 3])).to(images.dtype)
-    away = hue.unsqueeze(1) + shift.to(images.device, non_blocking=True)[..., None, None]
+    away = hue.unsqueeze(1) + send(shift, images.device)[..., None, None]
     away = away.sub_(away.round()).abs_().mul_(6).sub_(1).clamp_(0, 1)
     return torch.addcmul(value.unsqueeze(1), chroma.unsqueeze(1), away, value=-1)
 
@@ -232,7 +233,7 @@ def blur(images: Tensor, sigma: np.ndarray, radius: int) -> Tensor:
     distances = np.arange(radius + 1)
     kernel = np.exp(-0.5 * (distances / np.maximum(sigma, 1e-3)[:, None]) ** 2)
     kernel /= kernel.sum(1, keepdims=True) + kernel[:, 1:].sum(1, keepdims=True)
-    weights = torch.from_numpy(kernel).to(images.dtype).to(images.device, non_blocking=True)
+    weights = send(torch.from_numpy(kernel).to(images.dtype), images.device)
     return _blur_axis(_blur_axis(images, weights, radius, -2), weights, radius, -1)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,14 @@ from viladiff.data.constants import IGNORE
 
 BILINEAR = Image.Resampling.BILINEAR
 Range = tuple[float, float]
+
+
+class Pixels(Protocol):
+    """An array of rows and columns, or what can be cut like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, part: Any, /) -> np.ndarray: ...
 
 
 class Window(NamedTuple):
@@ -56,7 +64,7 @@ def window(size: tuple[int, int], crop: int, scale: Range, hflip: float, draws: 
     return Window(size, resized, (rows, columns), shown, bool(draws[3] < hflip))
 
 
-def crop_image(pixels: np.ndarray, to: Window, out: np.ndarray) -> None:
+def crop_image(pixels: Pixels, to: Window, out: np.ndarray) -> None:
     """Write the window of pixels (h, w, N) to out (N, crop, crop), both uint8 or float32, 0 in the padding.
 
     Bilinear, spread over more source pixels where it shrinks; columns first and rounded, then rows, as Pillow did when
@@ -91,7 +99,7 @@ def _edges(source: int, resized: int, start: int, shown: int) -> tuple[float, fl
     return low - first, min(high - first, last - first), first, last
 
 
-def crop_mask(labels: np.ndarray, to: Window, out: np.ndarray) -> None:
+def crop_mask(labels: Pixels, to: Window, out: np.ndarray) -> None:
     """Write the window of labels (h, w) uint8 to out (crop, crop) uint8, 255 in the padding.
 
     The nearest label: row k of the resized mask shows source row floor((k + 0.5) h / resized), in integers.
@@ -100,7 +108,8 @@ def crop_mask(labels: np.ndarray, to: Window, out: np.ndarray) -> None:
         (2 * (np.arange(count) + start) + 1) * source // (2 * resized)
         for count, start, source, resized in zip(to.shown, to.start, to.source, to.resized, strict=True)
     )
-    _put(out, labels.take(columns, 1).take(rows, 0), to, IGNORE)
+    seen = labels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    _put(out, seen.take(columns - columns[0], 1).take(rows - rows[0], 0), to, IGNORE)
 
 
 def _put(out: np.ndarray, seen: np.ndarray, to: Window, padding: int) -> None:

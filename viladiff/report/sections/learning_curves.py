@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ TERMS = {
     "total": "Sum of all loss terms",
     "coverage": "Share of pixels with a pseudo-label",
 }
+UNFINISHED = ("running", "begun")
 BINS = 48
 MOST_LINES = 300
 """Of a longer log every n-th line is read."""
@@ -34,13 +35,17 @@ class Curve:
     low: np.ndarray
     high: np.ndarray
     seeds: int
+    running: int = 0
+    """How many of the seeds have not finished."""
 
 
 def curves(results: Results, store: Store) -> dict[str, list[Curve]]:
-    """Return curves by term, for each cell with logs of finished runs and whose method has the term."""
+    """Return curves by term, for each cell with logs of runs, finished or not, whose method has the term."""
     logs: dict[str, dict[str, np.ndarray]] = {}
-    for run_id, record in results.records().items():
-        path = store.file(run_id, record.step_log)
+    finished = {run_id: record.step_log for run_id, record in results.records().items()}
+    running = {e.cell.run_id: "steps.jsonl" for e in results.entries if e.state in UNFINISHED and e.cell.run_id}
+    for run_id, name in {**running, **finished}.items():
+        path = store.file(run_id, name)
         if path is not None and (log := read_log(path)):
             logs[run_id] = log
     found: dict[str, list[Curve]] = {}
@@ -83,14 +88,15 @@ def _number(value: object) -> float:
 
 
 def _curve(results: Results, logs: dict[str, dict[str, np.ndarray]], term: str, row: int, column: int) -> Curve | None:
-    mine = [logs[e.cell.run_id] for e in results.at(row, column) if e.record and e.cell.run_id in logs]
-    mine = [log for log in mine if term in log]
+    entries = [e for e in results.at(row, column) if term in logs.get(e.cell.run_id, ())]
+    mine = [logs[e.cell.run_id] for e in entries]
     if not mine:
         return None
     last = max(float(log["step"].max()) for log in mine)
     edges = np.linspace(0, last + 1, min(BINS, int(last) + 1) + 1)
     values = [_binned(log["step"], log[term], edges) for log in mine]
-    return _over_seeds(row, column, (edges[:-1] + edges[1:]) / 2, values)
+    found = _over_seeds(row, column, (edges[:-1] + edges[1:]) / 2, values)
+    return found and replace(found, running=sum(e.record is None for e in entries))
 
 
 def _binned(steps: np.ndarray, values: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -41,6 +41,12 @@ class Strip:
     side: tuple[int, int]
     """Height and width of a tile in its own pixels."""
 
+    @property
+    def compared(self) -> tuple[int, int] | None:
+        """Places of the image and of the prediction among the stages; None without both."""
+        both = "image", "prediction"
+        return None if {*both} - {*self.stages} else (self.stages.index(both[0]), self.stages.index(both[1]))
+
 
 def build_strips(results: Results, store: Store, most: int = MOST) -> tuple[list[Strip], list[str]]:
     """Return the strips of the reference and the headline, first column and seed that have pictures; and problems."""
@@ -79,7 +85,7 @@ def strip(entry: CellRun, record: RunRecord, arrays: dict[str, np.ndarray], most
     names, colours = record.class_names, colormap.class_colours(len(record.class_names))
     stages = [*arrays, *(["mistakes"] if {"truth", "prediction"} <= arrays.keys() else [])]
     rows = []
-    for k in range(min(most, len(arrays["image"]))):
+    for k in _worst_first(arrays)[:most]:
         drawn = {name: _draw(name, array[k], names, colours) for name, array in arrays.items()}
         if "mistakes" in stages:
             drawn["mistakes"] = _mistakes(arrays["truth"][k], arrays["prediction"][k])
@@ -88,6 +94,16 @@ def strip(entry: CellRun, record: RunRecord, arrays: dict[str, np.ndarray], most
         )
     height, width = arrays["image"].shape[1:3]
     return Strip(entry, tuple(stages), tuple(rows), (height, width))
+
+
+def _worst_first(arrays: dict[str, np.ndarray]) -> list[int]:
+    """Return the images, the one with the largest share of wrong pixels first; in order without truth or prediction."""
+    count = len(arrays["image"])
+    if not {"truth", "prediction"} <= arrays.keys():
+        return [*range(count)]
+    known = arrays["truth"] != IGNORE
+    wrong = (known & (arrays["truth"] != arrays["prediction"])).sum((1, 2)) / np.maximum(known.sum((1, 2)), 1)
+    return np.argsort(-wrong, kind="stable").tolist()
 
 
 def _draw(name: str, array: np.ndarray, names: list[str], colours: np.ndarray) -> tuple[np.ndarray, str]:

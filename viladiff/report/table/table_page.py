@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from viladiff.tables.plan import Plan
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+REFRESH = 30
+"""Seconds after which a browser loads a page again whose runs are under way."""
 BOUNDARIES = ("boundary_iou", "trimap_miou")
 """Metrics that stand side by side, under a heading of their own."""
 
@@ -203,6 +205,7 @@ def table_html(page: TablePage) -> str:
             beside=_side_by_side(both) if both else None,
             banner=banner(results),
             counts=results.counts(),
+            refresh=REFRESH,
             context=table_views.context(results),
             scored=table_views.scored_images(results),
             encoders=any(row.encoder for row in table.rows),

@@ -241,10 +241,12 @@ def panels(results: Results, drawn: dict[str, list[Curve]]) -> list[dict[str, An
             mine = [c for c in found if c.row == row]
             colours = [f"var(--series-{results.plan.columns.index(c.column) % len(colormap.SERIES)})" for c in mine]
             ends = "; ".join(f"{table.columns[c.column].label}: {c.mean[-1]:.3g} at the end" for c in mine)
-            title = f"{number(results, row)} {row_name(results, row)}"
+            under_way = sum(c.running for c in mine)
+            title = f"{number(results, row)} {row_name(results, row)}" + f" ({under_way} unfinished)" * (under_way > 0)
             charts.append((title, figures.panel(mine, colours, bounds, f"{names[term]} of row {title}. {ends}")))
         seeds = max(c.seeds for c in found)
-        groups.append({"term": term, "name": names[term], "charts": charts, "log": bounds[2], "seeds": seeds})
+        about = {"seeds": seeds, "running": sum(c.running for c in found)}
+        groups.append({"term": term, "name": names[term], "charts": charts, "log": bounds[2], **about})
     return groups
 
 

@@ -1,0 +1,161 @@
+"""A network with all that it needs, from a run, a model folder or a model hub, and to one again.
+
+>>> import viladiff
+>>> segmenter = viladiff.Segmenter.from_pretrained("model")  # doctest: +SKIP
+>>> labels, confidence = segmenter.predict("holiday.jpg")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from viladiff.core.atomic import write_atomically
+from viladiff.evaluation.complexity import cost_facts, costs
+from viladiff.inference.card import CARD, METRICS_FILE, card, changed_card, metrics
+from viladiff.inference.load import load_method, load_run, text_dim
+from viladiff.inference.model_folder import (
+    CLASSES,
+    CONFIG,
+    MANIFEST,
+    PREPROCESSING,
+    WEIGHTS,
+    ModelFolder,
+    read_folder,
+    write_folder,
+)
+from viladiff.inference.predict import Model
+from viladiff.runs.config import override
+from viladiff.runs.record import load_record, strip_local_paths
+from viladiff.training.launch import select_device
+
+FETCHED = [WEIGHTS, CONFIG, PREPROCESSING, CLASSES, MANIFEST, CARD, METRICS_FILE]
+"""What is fetched from a model hub, and no other file."""
+
+
+@dataclass(eq=False)
+class Segmenter(Model, ModelHubMixin, library_name="viladiff", pipeline_tag="image-segmentation"):
+    """A network that predicts, saves itself as a model folder, and is pushed to a model hub.
+
+    ``from_pretrained`` makes it, and so does ``load_model``.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    """The run's configuration by dotted path, without what belongs to a machine."""
+    source: Path | None = None
+    """The run's directory or the model folder that it was read from."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """Load a model folder, the directory of a finished run, or a model folder of a hub by its id, ``USER/NAME``.
+
+        A folder of this machine goes before an id of the same name. device: auto, cpu or cuda; the other arguments are
+        those of ``huggingface_hub.snapshot_download``. No file that can carry code is fetched or read. Raises
+        ValueError as ``load_model``, and where a hub has no such folder or cannot be reached.
+        """
+        place = Path(pretrained_model_name_or_path).expanduser()
+        name = str(pretrained_model_name_or_path)
+        if not place.exists() and not place.is_absolute() and name.count("/") == 1 and not name.startswith((".", "~")):
+            try:
+                found = snapshot_download(
+                    name,
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    force_download=force_download,
+                    allow_patterns=FETCHED,
+                )
+            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+                reason = " ".join(str(error).split("\n")[0].split())
+                raise ValueError(f"{name}: no such folder here, and no model hub gives it: {reason}") from error
+            place = Path(found)
+        return cls(**_loaded(place, device))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.write(save_directory)
+
+    def write(self, into: Path, facts: dict[str, str] | None = None, exported: Sequence[str] = ()) -> None:
+        """Write the files of a model folder into an existing directory.
+
+        facts: what the card says of the cost of an image, ``cost()`` if None; exported: names of further files there.
+        The card is made from the run's record. Where ``source`` is itself a model folder, its card and scores are
+        copied, unless the weights are others now, which the card then says. Raises ValueError where ``source`` is None
+        or gone.
+        """
+        if self.source is None or not self.source.is_dir():
+            gone = "it was made from a network alone" if self.source is None else f"{self.source} is gone"
+            raise ValueError(f"nothing to write a model card from: {gone}")
+        kept = _loaded(self.source, "cpu")["network"].state_dict()
+        people: dict[str, bytes] = {}
+        if not all(torch.equal(value.cpu(), kept[name]) for name, value in self.network.state_dict().items()):
+            people[CARD] = changed_card(self, str(self.fields["method.name"])).encode()
+        elif (self.source / "record.json").is_file():
+            record = strip_local_paths(load_record(self.source / "record.json"))
+            people[CARD] = card(self, record, self.cost() if facts is None else facts, exported).encode()
+            people[METRICS_FILE] = metrics(record)
+        else:
+            found = [self.source / name for name in (CARD, METRICS_FILE) if (self.source / name).is_file()]
+            people = {path.name: path.read_bytes() for path in found}
+        write_folder(into, ModelFolder(self.network, self.fields, self.class_names, self.palette))
+        for name, content in people.items():
+            write_atomically(into / name, content)
+
+    def cost(self) -> dict[str, str]:
+        """Return parameters, arithmetic and time of an image of a crop's size, a fact a line."""
+        found = costs(self.network, self.crop, text_dim(self.network.state_dict()))
+        return cost_facts(found, self.crop, self.device)
+
+
+def load_model(path: Path | str, device: str = "auto") -> Segmenter:
+    """Load the network of a finished run's directory, or of a folder that ``viladiff export`` made.
+
+    No data set is opened, and no file is unpickled but a run's own checkpoint, as tensors alone. device: auto, cpu or
+    cuda. Raises ValueError that names the file if there is neither, or one is damaged or does not fit.
+    """
+    return Segmenter(**_loaded(Path(path), device))
+
+
+def _loaded(folder: Path, device: str) -> dict[str, Any]:
+    """Return the fields of the segmenter in a folder."""
+    if (folder / WEIGHTS).is_file():
+        contents = read_folder(folder)
+    elif (folder / "record.json").is_file():
+        run = load_run(folder)
+        config = strip_local_paths(run.record).config
+        fields = {path: value for path, value in config.items() if not path.startswith("runtime.")}
+        network, palette = load_method(run).eval_network(), run.record.palette
+        contents = ModelFolder(network, fields, tuple(run.record.class_names), tuple(palette) if palette else None)
+    else:
+        wrong = "there is no such directory" if not folder.is_dir() else f"no {WEIGHTS} and no record.json in it"
+        raise ValueError(f"{folder}: {wrong}; give a model folder (viladiff export) or the directory of a finished run")
+    cfg = contents.cfg
+    place = select_device(override(cfg, {"runtime.device": device}))
+    return {
+        "network": contents.network.requires_grad_(False).eval().to(place),
+        "class_names": contents.class_names,
+        "crop": cfg.data.crop,
+        "protocol": cfg.eval.protocol,
+        "device": place,
+        "tf32": cfg.train.tf32,
+        "pixels": cfg.data.pixels,
+        "palette": contents.palette,
+        "fields": contents.fields,
+        "source": folder,
+    }
