@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from viladiff.cli import main
-from viladiff.cli.common import prepare_console
+from viladiff.cli.common import prepare_console, run_command
 
 
 def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -84,3 +85,96 @@ def test_commands_print_on_an_ascii_console_without_a_home() -> None:
     found = subprocess.run(command, env={**here, **plain}, capture_output=True, timeout=120, check=False)
     assert found.returncode == 0 and found.stderr == b""
     assert b"int >= 0" in found.stdout
+
+
+def test_a_file_whose_name_begins_like_a_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-x.png").write_bytes(b"")
+    assert told(["predict", "-x.png", "--model", "m"], capsys) == (
+        "-x.png: a name that begins with '-' is read as a flag; write ./-x.png"
+    )
+
+
+@pytest.mark.parametrize("words", [["config", "optim"], ["--version"]])
+def test_closed_outputs_are_no_error(words: list[str]) -> None:
+    code = f"import sys; from viladiff.cli.main import main; sys.exit(main({words!r}))"
+    command = f'exec "{sys.executable}" -c "{code}" >&- 2>&-'
+    assert subprocess.run(["bash", "-c", command], env={**os.environ}, timeout=120, check=False).returncode == 0
+
+
+def test_a_deleted_directory_is_told_before_a_library_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    try:
+        assert told(["config", "optim"], capsys) == "the current directory has been deleted; change to another one"
+    finally:
+        os.chdir(tmp_path)
+
+
+def test_ctrl_c_says_that_it_was_heard(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop() -> int:
+        raise KeyboardInterrupt
+
+    assert run_command(stop) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EMFILE, "raise the limit on open files (ulimit -n), and the same command goes on where it stopped"),
+        (errno.EACCES, "give this user the right to it, or name another place"),
+        (errno.EROFS, "name another place (--runs-dir, --out), or remount it"),
+        (errno.ENAMETOOLONG, "shorten the name"),
+        (errno.ENOTDIR, "a part of it is a file; name a directory (--runs-dir"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_the_way_out(
+    number: int, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> int:
+        raise OSError(number, os.strerror(number), "runs/a")
+
+    assert run_command(refuse) == 2
+    assert f"'runs/a'; {advice}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x"])
+def test_processes_are_one_or_more(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["data", "check", "photos", "--processes", count])
+    assert f"argument --processes: '{count}': must be a whole number, 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "1000000", "x"])
+def test_threads_have_a_limit_also_in_predict(count: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = told(["predict", str(tmp_path), "--model", "m", "--threads", count], capsys)
+    assert said.startswith("runtime.threads = ") and "must be" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("can't start new thread"), "error: the system allows no more threads; raise the limits"),
+        (MemoryError(), "error: out of memory; raise the limits"),
+    ],
+)
+def test_limits_of_the_session_are_told(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise error
+
+    assert run_command(fail) == 2 and capsys.readouterr().err.startswith(said)
+
+
+def test_another_fault_of_the_program_keeps_its_traceback() -> None:
+    def fail() -> int:
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        run_command(fail)

@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import re
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from viladiff.config import renamed
 from viladiff.config.base import Section, parse
 from viladiff.config.sections import ModelConfig, TrainConfig
+from viladiff.config.toml_file import read_toml
 from viladiff.data.sources import DATASETS
 from viladiff.data.sources.digits import CLASS_NAMES, POOL, DigitsData
 from viladiff.data.sources.digits import VARIANTS as RENDERED
@@ -480,3 +482,35 @@ def test_viladiffs_reading_is_that_of_its_revision() -> None:
     for dataset, reading in (("digits", chosen), ("dense", chosen), ("voc", first), ("folder", first)):
         fields = flatten(variant(dataset, "viladiff"))
         assert {path: fields[f"method.{path}"] for path in reading} == reading, dataset
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "meant"),
+    [
+        ("optim.lr", "0,1", "; write 0.1"),
+        ("optim.lr", "1e-3,", "; write 1e-3"),
+        ("optim.lr", "1e\N{MINUS SIGN}3", "; write 1e-3"),
+        ("optim.lr", "fast", ""),
+        ("train.steps", "1e3", " or none; write 1000"),
+        ("train.steps", "1,000", " or none; write 1000"),
+        ("train.steps", "100.0", " or none; write 100"),
+        ("train.steps", "1,5", " or none"),
+        ("train.steps", "1.5", " or none"),
+        ("seed", "\N{MINUS SIGN}1", "; write -1"),
+    ],
+)
+def test_a_number_in_another_spelling_is_told_in_this_one(field: str, value: str, meant: str) -> None:
+    kind = "a number" if field == "optim.lr" else "a whole number"
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{field} = {value!r}: must be {kind}{meant}')}$"):
+        override(RunConfig(), {field: value})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_toml_of_windows_is_read(tmp_path: Path, encoding: str, end: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(f'name = "λ"{end}values = [1, 2]{end}'.encode(encoding))
+    assert read_toml(path) == {"name": "λ", "values": [1, 2]}
+    path.write_bytes('name = "λ"'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.toml: cannot be read .*; save it as UTF-8"):
+        read_toml(path)

@@ -176,7 +176,10 @@ def changed(content: dict[str, Any], where: str, **fields: Any) -> dict[str, Any
         (lambda c: c | {"categories": c["categories"][:1]}, "not COCO's 80 things: 2 is 'missing' here and 'bicycle'"),
         (lambda c: changed(c, "categories", name="people"), "1 is 'people' here and 'person' there"),
         (lambda c: c | {"categories": [*c["categories"], {"id": 92, "name": "banner"}]}, "92 is 'banner' .* 'unused'"),
-        (lambda c: changed(c, "annotations", category_id=12), "annotation 1: category_id = 12 is none of COCO's 80"),
+        (
+            lambda c: changed(c, "annotations", category_id=12),
+            "annotation 1 of 1.jpg: category_id = 12 is none of COCO's 80",
+        ),
         (lambda c: changed(c, "annotations", image_id=99), "annotation 1: is of image 99, which the file does not"),
         (lambda c: changed(c, "annotations", image_id=[1]), "unhashable"),
         (lambda c: changed(c, "images", file_name="../1.jpg"), "file_name = '../1.jpg' must be a bare name"),
@@ -386,3 +389,78 @@ def test_a_file_that_fails_leaves_no_classes(tmp_path: Path, monkeypatch: pytest
 def test_ones_own_names_lie_below_the_images(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"image 1: file_name = .* must lie below images/"):
         read_own_instances(own_json(tmp_path / "own.json", file_name=name))
+
+
+def changed_own(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write ``own_json`` with a change of its content."""
+    content = json.loads(own_json(path).read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_ids_that_are_text_or_fractions_are_numbers(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["images"][0]["id"] = "1"
+        content["categories"][1]["id"] = "7"
+        content["annotations"][1] |= {"image_id": 1.0, "category_id": 3.0}
+
+    (task,), classes = read_own_instances(changed_own(tmp_path / "own.json", change))
+    assert classes == ("background", "stem", "leaf")
+    assert np.array_equal(paint(task)[0], square(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["images"].append({**c["images"][0], "file_name": "b.jpg"}), "image 1: two entries have this id"),
+        (lambda c: c["images"].append({**c["images"][0], "id": 2}), "images 1 and 2 would have one mask, day 1/a.png"),
+        (
+            lambda c: c["annotations"][0].update(category_id=8, iscrowd=0) or c["categories"].append({"id": 8}),
+            r"an entry lacks 'name': number 4 of categories, \{'id': 8\}",
+        ),
+        (
+            lambda c: c["annotations"][0].pop("segmentation"),
+            r"annotation 1 of images/day 1/a\.jpg: has no segmentation; a box alone makes no mask",
+        ),
+        (
+            lambda c: [one.update(segmentation=[]) for one in c["annotations"]],
+            "none of its 2 annotations has a segmentation; boxes alone",
+        ),
+        (
+            lambda c: [one.update(segmentation=[[0.1, 0, 1, 0.5, 0, 1]]) for one in c["annotations"]],
+            r"all points of its 2 segmentations lie in 0\.\.1, .*; multiply x by the image's width",
+        ),
+        (lambda c: c["images"][0].update(file_name="https://x.org/a.jpg"), "must lie below images/"),
+    ],
+)
+def test_ones_own_files_that_would_give_other_masks_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"own\.json: .*{message}"):
+        read_own_instances(changed_own(tmp_path / "own.json", change))
+
+
+def test_images_beside_ones_own_file_are_compared_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "photos"
+    (root / "images" / "day 1").mkdir(parents=True)
+    for name, size in (("day 1/a.jpg", (8, 10)), ("more.jpg", (8, 10))):
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / "images" / name)
+
+    def change(content: dict[str, Any]) -> None:
+        content["images"].append({**content["images"][0], "id": 2, "file_name": "gone.jpg"})
+        content["annotations"].append({**content["annotations"][0], "id": 3, "image_id": 2, "segmentation": [[1, 1]]})
+
+    words = ["data", "coco-masks", str(root), "--own", "--instances", "", "--quiet"]
+    words[5] = str(changed_own(tmp_path / "own.json", change))
+    assert main.main(words) == 0
+    said = capsys.readouterr().out
+    assert "1 images of the file are not in images/, first 'gone'" in said
+    assert "1 images are not in the file and have no mask of it, first 'more'" in said
+    assert "were skipped, in 1 images, first 'gone'" in said
+    Image.fromarray(np.zeros((10, 8, 3), np.uint8)).save(root / "images" / "day 1" / "a.jpg")
+    assert main.main(words) == 2
+    assert "image 'day 1/a' has 10 x 8 pixels (width x height) in it, and " in capsys.readouterr().err
+    (root / "images" / "day 1" / "a.jpg").unlink()
+    assert main.main(words) == 2
+    assert "none of its 2 images is in " in capsys.readouterr().err

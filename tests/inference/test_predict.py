@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -216,6 +217,29 @@ def test_sources_that_cannot_be_labelled_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=r"b.png: leads out of"):
         label_files(model, root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_photograph_is_counted_and_what_is_hidden_passed_over(model: Model, tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    (root / ".thumbnails").mkdir(parents=True)
+    for name in ("a.png", ".thumbnails/a.png"):
+        Image.fromarray(noise(32, 40)).save(root / name)
+    os.mkfifo(root / "pipe.png")
+    (root / "gone.png").symlink_to("nowhere.png")
+    (root / "loop.png").symlink_to("loop.png")
+    found = label_files(model, root, tmp_path / "out", show=False)
+    assert found.images == 1 and [path.name for path in found.unused] == ["gone.png", "loop.png", "pipe.png"]
+    with pytest.raises(ValueError, match=r"pipe\.png: is neither a file nor a directory"):
+        label_files(model, root / "pipe.png", tmp_path / "out", show=False)
+
+
+def test_the_longest_name_that_a_file_system_allows(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    name = "x" * 251
+    Image.fromarray(noise(32, 40)).save(tmp_path / "in" / f"{name}.png")
+    label_files(model, tmp_path / "in", tmp_path / "out", show=False)
+    labels = model.predict(tmp_path / "in" / f"{name}.png").labels
+    assert np.array_equal(read_mask(tmp_path / "out" / "masks" / f"{name}.png", 11), labels)
 
 
 class Trap:

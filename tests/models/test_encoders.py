@@ -106,14 +106,49 @@ def test_swin_at_its_own_size_computes_what_it_does_by_itself() -> None:
             torch.testing.assert_close(mine, theirs.permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["hiera_tiny_224", "coatnet_0_rw_224", "maxvit_tiny_tf_224", "nest_tiny", "beit_base_patch16_224", "halonet_h1"],
-)
+@pytest.mark.parametrize("name", ["nest_tiny", "levit_128s", "crossvit_9_240"])
 def test_encoders_whose_maps_do_not_fit_are_refused_with_others_that_do(name: str) -> None:
     with pytest.raises(ValueError, match=f'model.encoder = "{name}": .*; use a plain vit_') as caught:
         build_encoder(name, "none")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["hiera_tiny_224", "coatnet_0_rw_224", "maxvit_tiny_tf_224", "gcvit_xxtiny", "beit_base_patch16_224"]
+)
+def test_families_of_one_size_read_others_in_tiles(name: str) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(name, "none").eval()
+        found = encoder(torch.zeros(2, 3, 97, 330))
+    assert encoder.any_size and encoder.tiled and encoder.multiple == 224
+    assert [tuple(x.shape) for x in found] == [
+        (2, c, -(-97 // s), -(-330 // s)) for c, s in zip(encoder.channels, encoder.strides, strict=True)
+    ]
+    assert "takes 224 x 224 pixels: other sizes are read in tiles" in encoder.notes[0]
+
+
+def test_a_tile_is_what_the_network_makes_of_that_part() -> None:
+    encoder, image = build_encoder("gcvit_xxtiny", "none").eval(), torch.randn(2, 3, 230, 448)
+    last = torch.zeros(2, 3, 224, 224)
+    last[:, :, :6] = image[:, :, 224:, 224:]  # padded with the mean colour
+    with torch.no_grad():
+        found = encoder(image)
+        for y, x, part in ((0, 0, image[..., :224, :224]), (0, 1, image[..., :224, 224:]), (1, 1, last)):
+            for level, alone, s in zip(found, encoder.net(encoder.own_units(part)), encoder.strides, strict=True):
+                side = 224 // s
+                mine = level[..., y * side : (y + 1) * side, x * side : (x + 1) * side]
+                torch.testing.assert_close(mine, alone[..., : mine.shape[-2], :], rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_of_even_maps_reads_padded_images() -> None:
+    encoder, image = build_encoder("mobilevitv2_050", "none").eval(), torch.randn(1, 3, 96, 70)
+    padded = torch.zeros(1, 3, 128, 128)
+    padded[..., :96, :70] = encoder.own_units(image)
+    with torch.no_grad():
+        found, alone = encoder(image), encoder.net(padded)
+    assert [x.shape[-2:] for x in found] == [(24, 18), (12, 9), (6, 5), (3, 3)] and not encoder.tiled
+    for mine, whole in zip(found, alone, strict=True):
+        torch.testing.assert_close(mine, whole[..., : mine.shape[-2], : mine.shape[-1]])
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "inception_v4", "legacy_xception"])

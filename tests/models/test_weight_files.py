@@ -150,7 +150,7 @@ def cut_safetensors(path: Path) -> None:
         (zipped, "cut off, damaged, or no file of torch.save"),
         (cut, "cut off, damaged, or no file of torch.save"),
         (cut_safetensors, "not a whole safetensors file"),
-        (lambda path: np.savez(path.open("wb"), kernel=np.zeros(3)), "no file of torch.save"),
+        (lambda path: np.savez(path.open("wb"), kernel=np.zeros(3)), "an archive of NumPy.s arrays"),
         (lambda path: torch.save(torch.zeros(3), path), "holds no tensors by name, but a Tensor"),
         (lambda path: torch.save({"epoch": 3}, path), "holds no tensors by name, but the keys 'epoch'"),
         (lambda path: path.mkdir(), "is a directory; name the file"),
@@ -280,3 +280,55 @@ def test_weights_for_three_channels_fill_five_as_timm_does_and_are_no_resampled_
     rgb = whole.state_dict()["conv1.0.weight"]
     assert torch.allclose(first, rgb[:, [0, 1, 2, 0, 1]] * 3 / 5)
     assert encoder.notes == (), "the run's own note says it"
+
+
+def test_one_of_several_files_and_their_index_are_called_so(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({FIRST: state[FIRST]}, path)
+    with pytest.raises(ValueError, match=rf"{path.name} lacks conv1\.bias .*it is one of 2 files of a model; join"):
+        load_weights(tiny(), path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match=r"index\.json is JSON, as an index of weights in several files is"):
+        load_weights(tiny(), index)
+
+
+def test_a_length_that_looks_like_another_kind_is_one(tmp_path: Path, state: State) -> None:
+    """The first bytes of safetensors are the length of its header, here that of "{" and of "<"."""
+    save_file(state, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    for letter in b"{<":
+        more = (letter - length) % 256
+        padded = (length + more).to_bytes(8, "little") + whole[8 : 8 + length] + b" " * more + whole[8 + length :]
+        (tmp_path / "b.safetensors").write_bytes(padded)
+        assert padded[0] == letter
+        check_loads(tmp_path / "b.safetensors", state)
+
+
+def test_arrays_of_jax_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "vit.npz", kernel=np.zeros(3))
+    with pytest.raises(ValueError, match=r"vit\.npz is an archive of NumPy's arrays, as of JAX"):
+        load_weights(tiny(), tmp_path / "vit.npz")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda x: (x * 100).to(torch.int8), "conv1.weight is int8, not floating point, as of a quantised network"),
+        (lambda x: x.clone().fill_(float("nan")), "conv1.weight has 108 values that are NaN or infinite"),
+        (lambda x: torch.full_like(x, float("inf")), "conv1.weight has 108 values that are NaN or infinite"),
+    ],
+)
+def test_weights_that_are_no_numbers_of_a_network_are_refused(
+    value: Callable[[Tensor], Tensor], message: str, state: State, tmp_path: Path
+) -> None:
+    save_file({**state, FIRST: value(state[FIRST])}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"weights file .*a\.safetensors: {message}"):
+        load_weights(tiny(), tmp_path / "a.safetensors")
+
+
+def test_half_precision_is_read_with_its_values(state: State, tmp_path: Path) -> None:
+    half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in state.items()}
+    save_file(half, tmp_path / "a.safetensors")
+    check_loads(tmp_path / "a.safetensors", {FIRST: half[FIRST].float()})

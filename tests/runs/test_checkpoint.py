@@ -333,3 +333,11 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
         StepLog(path).append({"loss": 1})
     with pytest.raises(ValueError, match="Tensor"):
         StepLog(path).append({"step": 1, "loss": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize("content", [b"x" * 100, b"", b"<html>not found</html>"])
+def test_a_file_of_anything_is_called_damaged_and_not_code(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt \(\d+ bytes\) is truncated or damaged"):
+        load_checkpoint(path)

@@ -254,6 +254,14 @@ def test_a_dry_run_and_a_finished_one_start_nothing(
     assert "'photo': is neither a directory nor a built-in data set" in capsys.readouterr().err
 
 
+def test_pictures_of_other_channels_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    np.save(tmp_path / "images" / "a.npy", np.zeros((8, 9, 5), np.uint8))
+    with pytest.raises(ValueError, match=r"a\.npy: captions are of red, green and blue in 8 bits, .*to another folder"):
+        pictures(str(tmp_path))
+
+
 def test_the_commands_of_the_page_can_be_typed() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "captions.md").read_text(encoding="utf-8")
     found = re.findall(r"^```sh\n(viladiff .*?)\n```$", page, re.MULTILINE | re.DOTALL)

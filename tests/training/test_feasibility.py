@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import stub_encoders
 import torch
@@ -274,15 +275,24 @@ def test_predict_refuses_what_the_network_cannot_take(tmp_path: Path, photograph
     from PIL import Image
 
     (tmp_path / "in").mkdir()
-    piece = photographs.piece(0, (70, 90)).pixels
+    piece = photographs.piece(0, (100, 130)).pixels
     Image.fromarray(piece).save(tmp_path / "in" / "odd.png")
     Image.fromarray(piece[:64, :64]).save(tmp_path / "in" / "even.png")
-    with pytest.raises(ValueError, match=r"^protocol = 'original': .* a picture of [78]\d x .*use sliding_window$"):
+    with pytest.raises(ValueError, match=r"^protocol = 'original': .* a picture of 1[0-3]\d x .*use sliding_window$"):
         label_files(loaded("fixed"), tmp_path / "in", tmp_path / "out", show=False)
     assert not (tmp_path / "out").exists()
     assert label_files(loaded("fixed"), tmp_path / "in", tmp_path / "out", "sliding_window", show=False).images == 2
     assert label_files(loaded("fixed"), tmp_path / "in" / "even.png", tmp_path / "one", show=False).images == 1
     assert label_files(loaded("any"), tmp_path / "in", tmp_path / "any", show=False).images == 2
+
+
+def test_predict_takes_sides_that_no_patch_divides() -> None:
+    cfg = override(config(), {"model.encoder": "eva02_tiny_patch14_224"})
+    network = empty_method(cfg, [f"class {i}" for i in range(5)], 8).eval_network().eval()
+    model = Model(network, ("a", "b", "c", "d", "e"), 64, "original", torch.device("cpu"))
+    assert model.network.side_multiple == 14 and not model.network.encoder.any_size
+    check_prediction(model.network, 64, "original", [(97, 130)])  # which is resized to the nearest multiples
+    assert model.predict(np.zeros((97, 130, 3), np.uint8)).labels.shape == (97, 130)
 
 
 def test_a_loaded_network_keeps_its_weights() -> None:

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from viladiff.core.messages import disk_advice
 
@@ -34,8 +34,19 @@ SPELT = {"≥": ">=", "≤": "<=", "±": "+/-", "×": "x", "–": "-", "—": "-
 class CommandParser(argparse.ArgumentParser):
     """Parser that reports an unknown flag with the flag to use instead."""
 
+    words: Sequence[str] = ()
+    """The arguments, for messages."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and the message; for a file whose name begins like a flag, with the way to name it."""
+        taken = next((word for word in self.words if word.startswith("-") and Path(word).exists()), None)
+        if taken is not None:
+            self.exit(2, f"error: {taken}: a name that begins with '-' is read as a flag; write ./{taken}\n")
+        super().error(message)
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """As in argparse, but exits with status 2 if a flag is unknown; positional arguments may be left over."""
+        self.words = sys.argv[1:] if args is None else list(args)
         parsed, left = super().parse_known_args(args, namespace)
         flags = [word.partition("=")[0] for word in left if word.startswith("-") and word != "--"]
         if flags and re.fullmatch(r"--[a-z]\w*(\.\w+)+", flags[0]):
@@ -55,6 +66,17 @@ class CommandParser(argparse.ArgumentParser):
             return f"; use {renamed}"
         near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
         return f"; did you mean {near[0]}?" if near else ""
+
+
+def positive(text: str) -> int:
+    """Return the whole number above 0 that an argument is. Raises ArgumentTypeError for another."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return number
 
 
 def parse_arguments(into: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -111,6 +133,10 @@ def _print_error(line: str) -> int:
 def prepare_console() -> None:
     """Let a console that lacks a sign print another for it, instead of an error."""
     codecs.register_error("viladiff", _spell)
+    if sys.stdout is None:  # a closed one, whose number another file would get
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="viladiff")
@@ -126,6 +152,7 @@ def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
 def run_command(command: Callable[[], int]) -> int:
     """Run ``command`` and return its exit status; print one line for each error."""
     try:
+        _check_directory()
         status = command()
         sys.stdout.flush()
         return status
@@ -142,6 +169,20 @@ def run_command(command: Callable[[], int]) -> int:
         for line in str(error).splitlines() or [type(error).__name__]:
             _print_error(line + disk_advice(error))
         return 2
+    except (MemoryError, RuntimeError) as error:
+        thread = "can't start new thread" in str(error)
+        if os.environ.get("VILADIFF_DEBUG") == "1" or not (thread or isinstance(error, MemoryError)):
+            raise
+        what = "the system allows no more threads" if thread else "out of memory"
+        return _print_error(f"{what}; raise the limits of this session (ulimit -v, ulimit -u) or use less of it")
     except KeyboardInterrupt as stop:
-        print(stop or "interrupted", file=sys.stderr)
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 130
+
+
+def _check_directory() -> None:
+    """Raise ValueError if the current directory has been deleted, on which libraries end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current directory has been deleted; change to another one") from None

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from viladiff.cli.common import positive
+
 if TYPE_CHECKING:
     from viladiff.data.files.validate import Advance, DatasetReport
 
@@ -102,7 +104,7 @@ def _add_coco_masks(actions: argparse._SubParsersAction[argparse.ArgumentParser]
         help="JSON file of instances (default: both of annotations/)",
     )
     masks.add_argument("--out", metavar="DIR", help="directory of the masks (default: ROOT/masks)")
-    masks.add_argument("--processes", metavar="N", type=int, help="number of processes (default: one per core)")
+    masks.add_argument("--processes", metavar="N", type=positive, help="number of processes (default: one per core)")
     masks.add_argument("--quiet", action="store_true", help="hide the progress bar")
     masks.set_defaults(run=_coco_masks)
 
@@ -122,7 +124,7 @@ def _add_root(command: argparse.ArgumentParser) -> None:
         nargs="*",
         help="fields of data that say how files are read, such as data.value_range=12bit or data.channels=5",
     )
-    command.add_argument("--processes", metavar="N", type=int, help="number of processes (default: one per core)")
+    command.add_argument("--processes", metavar="N", type=positive, help="number of processes (default: one per core)")
     command.add_argument("--quiet", action="store_true", help="hide the progress bar")
 
 
@@ -203,7 +205,13 @@ def _coco_masks(args: argparse.Namespace) -> int:
     print(f"{made.written:,} masks written, {made.there:,} existed already")
     print(f"{made.empty:,} images have no annotation and are background; {made.crowds:,} crowds are 255")
     if made.hollow:
-        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were skipped")
+        where = f", in {len(made.hollow_in):,} images, first {made.hollow_in[0]!r}"
+        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were skipped{where}")
+    if made.absent:
+        print(f"warning: {len(made.absent):,} images of the file are not in images/, first {made.absent[0]!r}")
+    if made.unnamed:
+        first = made.unnamed[0]
+        print(f"{len(made.unnamed):,} images are not in the file and have no mask of it, first {first!r}")
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from viladiff import __version__
-from viladiff.cli.common import CommandParser, parse_arguments, run_command
+from viladiff.cli.common import CommandParser, parse_arguments, positive, run_command
 from viladiff.cli.data import add_data
 from viladiff.cli.runs import add_runs
 from viladiff.cli.sweeps import add_sweep_options as add_sweep_options
@@ -159,9 +159,9 @@ def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     predict.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     predict.add_argument(
-        "--max-pixels", type=int, metavar="N", help="pixels of the largest image that is read (default: 2^30)"
+        "--max-pixels", type=positive, metavar="N", help="pixels of the largest image that is read (default: 2^30)"
     )
-    predict.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    predict.add_argument("--threads", metavar="N", help="CPU threads")
     predict.add_argument("--quiet", action="store_true", help="hide the progress bar")
     predict.set_defaults(run=_predict)
 
@@ -263,13 +263,12 @@ def _predict(args: argparse.Namespace) -> int:
 
     from viladiff.inference.predict import label_files
     from viladiff.inference.pretrained import load_model
+    from viladiff.runs.config import RunConfig, override
 
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(override(RunConfig(), {"runtime.threads": args.threads}).runtime.threads or 1)
     model = load_model(args.model, args.device)
     if args.max_pixels is not None:
-        if args.max_pixels < 1:
-            raise ValueError(f"--max-pixels {args.max_pixels}: must be 1 or more")
         model = replace(model, max_pixels=args.max_pixels)
     found = label_files(model, args.source, args.out, args.protocol, not args.quiet)
     facts: dict[str, Any] = {"photographs": found.images}

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from viladiff.cli.common import positive
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -54,11 +56,11 @@ def add_text(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="prompt of one caption per image; repeatable (default: the paper's two)",
     )
     caption.add_argument(
-        "--actors", metavar="N", type=_positive, help="number of model replicas (default: one per GPU, or one)"
+        "--actors", metavar="N", type=positive, help="number of model replicas (default: one per GPU, or one)"
     )
-    caption.add_argument("--batch", metavar="N", type=_positive, default=16, help="images per batch (default: 16)")
+    caption.add_argument("--batch", metavar="N", type=positive, default=16, help="images per batch (default: 16)")
     caption.add_argument(
-        "--threads", metavar="N", type=_positive, default=1, help="CPU threads per replica (default: 1)"
+        "--threads", metavar="N", type=positive, default=1, help="CPU threads per replica (default: 1)"
     )
     caption.add_argument(
         "--address", metavar="ADDRESS", help="address of a Ray cluster, which must be able to read the files"
@@ -75,13 +77,6 @@ def add_text(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     embed.add_argument("--dry-run", action="store_true", help="print what would be encoded, and exit")
     embed.add_argument("--quiet", action="store_true", help="hide the progress bar")
     embed.set_defaults(run=_embed)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return number
 
 
 def _caption(args: argparse.Namespace) -> int:

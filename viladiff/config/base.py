@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -254,11 +255,31 @@ def _coerce_leaf(value: Any, kind: Any, path: str) -> Any:
         raise ConfigError(f"{path} = {value!r}: must be {len(parts)} values: {format_type(kind)}")
     if isinstance(value, str) and set(members) <= {int, float, NoneType}:
         wanted = "a whole number" if float not in members else "a number"
-        raise ConfigError(f"{path} = {value!r}: must be {wanted}{' or none' if NoneType in members else ''}")
+        meant = f"; write {near}" if (near := _number_in(value, float in members)) else ""
+        raise ConfigError(f"{path} = {value!r}: must be {wanted}{' or none' if NoneType in members else ''}{meant}")
     plain = not any(get_origin(member) is Literal for member in members)
     if isinstance(value, bool) and plain and bool not in members:
         raise ConfigError(f"{path} = {value!r}: must be {format_type(kind)}, not true or false")
     return value
+
+
+def _number_in(text: str, broken: bool) -> str:
+    """Return how a number is written that has a decimal comma, a sign of another alphabet or a unit; empty for none.
+
+    broken: whether it may have a fraction; else one such as 1e3 is written out.
+    """
+    plain = text.strip().replace("\N{MINUS SIGN}", "-").rstrip(",;f").replace("_", "")
+    if broken and re.fullmatch(r"[-+]?\d*,\d+(e[-+]?\d+)?", plain, re.IGNORECASE):
+        plain = plain.replace(",", ".")
+    elif re.fullmatch(r"\d{1,3}(,\d{3})+", plain):
+        plain = plain.replace(",", "")
+    try:
+        number = float(plain)
+    except ValueError:
+        return ""
+    if broken or not math.isfinite(number):
+        return plain
+    return str(int(number)) if number == int(number) and abs(number) < 2**53 else ""
 
 
 def _limit(limit: Any) -> str:

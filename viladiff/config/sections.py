@@ -207,7 +207,7 @@ class RuntimeConfig(Section):
     """Processes that share each global batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: a GPU where there is one."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of each worker; another count changes the last bits of sums."""
     cores: int | None = Field(None, ge=1)
     """Cores of each worker, which its decoding processes share; none is ``threads``, or else its share of the machine.

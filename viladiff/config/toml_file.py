@@ -16,9 +16,10 @@ from viladiff.config.base import Section, did_you_mean, error_reason
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises ValueError if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        fix = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}){fix}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML, or a key twice: {error}") from None
 

@@ -8,13 +8,20 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+_LONG = 200
+"""Bytes of a name beyond which its temporary name has the first letters alone; 255 are allowed."""
+_KEPT = 40
+"""Letters, of up to four bytes each."""
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file in one step: readers see the old bytes or the new ones, also after a crash or with many writers.
 
     A killed writer leaves at most ``.<name>.<pid>.<token>.tmp``, which ``viladiff runs gc`` removes.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    # The longest name that file systems allow leaves no room for more.
+    short = path.name if len(os.fsencode(path.name)) <= _LONG else path.name[:_KEPT]
+    temporary = path.with_name(f".{short}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with name_file_in_errors(path):
             with temporary.open("wb") as file:

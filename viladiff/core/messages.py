@@ -26,11 +26,23 @@ def format_value(value: object, digits: int | None = None) -> str:
 
 
 def disk_advice(error: BaseException) -> str:
-    """Return the end of a message about a disk or a limit that is full, which says what to do; empty for others."""
-    number = error.errno if isinstance(error, OSError) else None
-    advice = {
+    """Return the end of a message about a file that the system refuses, which says what to do; empty for others."""
+    number = (error.errno if isinstance(error, OSError) else None) or 0
+    full = {
         errno.ENOSPC: "free some space",
         errno.EDQUOT: "free some space in your quota",
         errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
-    }.get(number or 0)
-    return f"; {advice}, and the same command goes on where it stopped" if advice else ""
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    }
+    elsewhere = "give this user the right to it, or name another place (runtime.data_root, --runs-dir, --out)"
+    refused = {
+        errno.EACCES: elsewhere,
+        errno.EPERM: elsewhere,
+        errno.EROFS: "name another place (--runs-dir, --out), or remount it",
+        errno.ENAMETOOLONG: "shorten the name",
+        errno.ENOTDIR: "a part of it is a file; name a directory (--runs-dir, --out, runtime.data_root)",
+        errno.ELOOP: "it is a link that leads back to itself; remove it",
+    }
+    if number in full:
+        return f"; {full[number]}, and the same command goes on where it stopped"
+    return f"; {refused[number]}" if number in refused else ""

@@ -146,7 +146,7 @@ class Labelled(NamedTuple):
     pixels: np.ndarray
     """(C,) int64 pixels of each class."""
     unused: tuple[Path, ...] = ()
-    """Files in the directory that are no photographs: of other types, and masks beside photographs."""
+    """Files in the directory that are no photographs: of other types, masks beside photographs, broken links, pipes."""
 
 
 def label_files(
@@ -200,13 +200,16 @@ def _photographs(source: Path, out: Path) -> tuple[dict[str, Path], tuple[Path, 
     if source.is_file():
         return {source.stem: source}, ()
     if not source.is_dir():
-        raise ValueError(f"{source}: there is no such file or directory")
+        what = "is neither a file nor a directory" if source.exists() else "there is no such file or directory"
+        raise ValueError(f"{source}: {what}")
     root = source.resolve()
     if out.resolve().is_relative_to(root):
         raise ValueError(f"out = {str(out)!r} lies in {source}: next time its pictures would be taken for photographs")
-    files = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    shown = [path for path in sorted(source.rglob("*")) if not _hidden(path.relative_to(source))]
+    files = [path for path in shown if path.is_file()]
     names = {path.with_suffix("") for path in files}
     unused = [path for path in files if path.suffix.lower() not in SUFFIXES or _is_mask(path, source, names)]
+    unused += [path for path in shown if not path.exists() or not (path.is_file() or path.is_dir())]
     found: dict[str, Path] = {}
     for path in (path for path in files if path not in {*unused}):
         if not path.resolve().is_relative_to(root):
@@ -218,6 +221,10 @@ def _photographs(source: Path, out: Path) -> tuple[dict[str, Path], tuple[Path, 
     if not found:
         raise ValueError(f"{source}: no photograph in it or below ({', '.join(SUFFIXES)})")
     return found, tuple(unused)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _is_mask(path: Path, source: Path, names: Container[Path]) -> bool:

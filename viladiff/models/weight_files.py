@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,9 @@ _HEADS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`",
     b"<": "is a web page; download the file itself",
     b"\x1f\x8b": "is a compressed archive; unpack it and name the file in it",
+    b"{": "is JSON, as an index of weights in several files is; name a file of all tensors",
+    b"\x89HDF": "is HDF5, as of Keras; convert it with the program that it is of, and name the file of tensors",
+    b"GGUF": "is GGUF, whose weights are quantised; name the original file",
 }
 """What a file that holds no weights begins with, and what to do."""
 _KEEP = "keep the tensors alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
@@ -68,7 +72,7 @@ def read_file(path: Path) -> tuple[State, str]:
     with path.open("rb") as file:
         head = file.read(32)
     told = next((text for start, text in _HEADS.items() if head.startswith(start)), None if head else "is empty")
-    if told is not None:
+    if told is not None and head[8:9] != b"{":  # a safetensors file begins with a length, which may look like any
         raise ValueError(f"weights file {path} {told}")
     found: Any
     if head[8:9] == b"{":  # whatever its suffix
@@ -101,11 +105,21 @@ def _torch_file(path: Path, head: bytes) -> Any:
             why = f"cannot be read: it carries code ({code[1]}), which is not run; where it comes from, {_KEEP}"
         elif "TorchScript" in str(error):
             why = f"cannot be read: it is a program (TorchScript), which is not run; where it comes from, {_KEEP}"
+        elif head.startswith(b"PK\3\4") and _holds_arrays(path):
+            why = "is an archive of NumPy's arrays, as of JAX; name timm's or the authors' file for torch"
         elif head.startswith(b"PK\3\4") or head.startswith(b"\x80"):
             why = "cannot be read: it is cut off, damaged, or no file of torch.save; bring it again"
         else:
             why = "cannot be read: neither a safetensors file nor one of torch.save"
         raise ValueError(f"weights file {path} {why}") from error
+
+
+def _holds_arrays(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _contained(path: Path, found: Any) -> tuple[State, str]:

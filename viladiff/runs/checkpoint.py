@@ -192,8 +192,11 @@ def _refused(path: Path, error: Exception) -> ValueError:
 
 def _foreign(path: Path, size: int, file: IO[bytes]) -> ValueError:
     """Return the error of a file that carries code, or of one that was truncated."""
+    head = file.read(2)
+    file.seek(0)
     try:
-        torch.load(file, map_location="meta", weights_only=True)
+        if head == b"PK" or head.startswith(b"\x80"):  # else none of torch, in whose words any letter may be code
+            torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         if _CODE.search(str(error)):
             return _refused(path, error)

@@ -243,7 +243,7 @@ class _Shapes(nn.Module):
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        self.patch, self.inputs = network.patch, network.encoder.inputs
+        self.side_multiple, self.inputs = network.side_multiple, network.encoder.inputs
         whole = TextFree(network)
         self._whole = (whole,)  # in a tuple, so that it is no part of this module
         self._weights = {name: x.to(META) for name, x in (*whole.named_parameters(), *whole.named_buffers())}

@@ -18,7 +18,7 @@ from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.constants import IGNORE
 from viladiff.data.formats.bands import FileBands, bands_size, choose_channels, decoded_rgb, file_kind, read_bands
 from viladiff.data.formats.pillow_file import UPRIGHT, open_image, orientation, upright_size
-from viladiff.data.formats.tiff import WHITE_IS_ZERO
+from viladiff.data.formats.tiff import JPEG_COMPRESSIONS, WHITE_IS_ZERO
 from viladiff.data.formats.values import in_range, of_16_bits, undeclared_8_bits
 
 SUFFIXES = (
@@ -190,24 +190,44 @@ def read_mask(path: Path | str, num_classes: int, coding: MaskEncoding | None = 
     A pixel is a number: that of an array or of a TIFF of one band, the index of a palette image, the value of a grey
     one (1 to 16 bits), or the value common to all channels of an RGB one. It is the class id, unless ``coding`` says
     what it stands for. Where that is of colours, the colour counts, whatever the file's mode. Raises ValueError also
-    for a TIFF in which 0 is white, since its numbers and its greys name opposite classes.
+    for a TIFF in which 0 is white, since its numbers and its greys name opposite classes, and for JPEG, whatever the
+    file's suffix.
     """
     kind = file_kind(path)
     if kind.name == "npy" or (kind.tiff is not None and not kind.eight_bits):
         with _named(path):
-            return _labels(_ids_of_bands(read_bands(path, kind)), num_classes, coding)
+            if kind.tiff is not None and kind.tiff.compression in JPEG_COMPRESSIONS:
+                raise ValueError(_LOSSY)
+            found = read_bands(path, kind)
+            if isinstance(coding, PaletteEncoding) and found.numbers.shape[2] - found.alpha == 3:
+                return coding.labels_of(_levels(found.numbers[..., :3]))
+            return _labels(_ids_of_bands(found), num_classes, coding)
     if kind.tiff is not None and kind.tiff.photometric == WHITE_IS_ZERO and not isinstance(coding, PaletteEncoding):
         raise ValueError(
             f"{path}: 0 is white in it (photometric MINISWHITE), so numbers and greys name opposite classes; write it "
             "with 0 as black (tifffile: photometric='minisblack'), or say in palette.txt which grey is which class"
         )
     with open_image(path) as image:
+        if image.format in ("JPEG", "MPO") or (kind.tiff and kind.tiff.compression in JPEG_COMPRESSIONS):
+            raise ValueError(f"{path}: {_LOSSY}")
         turn, step = UPRIGHT.get(orientation(image)), _step(image)
         image.load()
         upright = image if turn is None else image.transpose(turn)
         if isinstance(coding, PaletteEncoding):
             return coding.labels_of(np.asarray(upright.convert("RGB")))
         return _labels(_indices(upright) // step, num_classes, coding)
+
+
+_LOSSY = "a mask compressed as JPEG, which changes class numbers and colours where classes meet; write it as PNG"
+
+
+def _levels(numbers: np.ndarray) -> np.ndarray:
+    """Return colours (h, w, 3) of any numbers as uint8. Raises ValueError unless all are whole and in 0..255."""
+    with np.errstate(invalid="ignore"):
+        levels = numbers.astype(np.uint8)
+    if not np.array_equal(levels, numbers):
+        raise ValueError(f"colours ({numbers.dtype}) must be whole numbers from 0 to 255, as palette.txt has them")
+    return levels
 
 
 def _labels(ids: np.ndarray, num_classes: int, coding: MaskEncoding | None) -> np.ndarray:
@@ -231,7 +251,10 @@ def _ids_of_bands(found: FileBands) -> np.ndarray:
     """Return (h, w) integers of a file of one band; whole numbers of any type are integers."""
     numbers = found.numbers
     if numbers.shape[2] != 1:
-        raise ValueError(f"a mask of {numbers.shape[2]} bands; it must have one, of class ids")
+        raise ValueError(
+            f"a mask of {numbers.shape[2]} bands; it must have one, of class ids (colours need palette.txt; of a band "
+            "a class, np.argmax over the bands is the ids)"
+        )
     ids = numbers[..., 0]
     if ids.dtype.kind == "f":
         whole = np.isfinite(ids) & (ids == np.floor(ids))

@@ -204,7 +204,8 @@ def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 def _walk(root: Path, folder: str, within: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the files below ``folder`` but hidden ones; broken links are included, and refused by their reader.
 
-    A link is followed if it stays below the root. Raises ValueError if it leads out, or to a folder that contains it.
+    A link is followed if it stays below the root. Raises ValueError if it leads out, to a folder that contains it or
+    to itself, and for what is neither file nor folder, which would block its reader.
     within: real folders that hold the links on the way here.
     """
     for entry in os.scandir(folder):
@@ -213,7 +214,7 @@ def _walk(root: Path, folder: str, within: tuple[str, ...] = ()) -> Iterator[str
         linked = entry.is_symlink()
         if linked:
             inside(root, Path(entry.path))
-        if entry.is_dir():
+        if _is_directory(entry):
             here = (*within, os.path.realpath(folder)) if linked else within
             real = os.path.realpath(entry.path) if linked else ""
             if linked and any(Path(one).is_relative_to(real) for one in here):
@@ -221,6 +222,15 @@ def _walk(root: Path, folder: str, within: tuple[str, ...] = ()) -> Iterator[str
             yield from _walk(root, entry.path, here)
         elif entry.is_file() or (linked and not os.path.exists(entry.path)):
             yield entry.path
+        else:
+            raise ValueError(f"{entry.path}: is no file but a pipe, a socket or a device; remove it")
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # of a link that leads back to itself
+        raise ValueError(f"{entry.path}: cannot be followed ({error.strerror}); remove it") from error
 
 
 def below(root: Path, folder: str) -> Iterator[tuple[str, Path]]:
@@ -242,3 +252,26 @@ def inside(root: Path, path: Path) -> Path:
     if not real.is_relative_to(root):
         raise ValueError(f"{path}: leads to {real}, out of {root}; copy the file, or set runtime.data_root further up")
     return path
+
+
+_FOREIGN = (
+    ("labels/**/*.txt", "labels/ has YOLO's polygons or boxes"),
+    ("images/**/*.txt", "images/ has YOLO's polygons or boxes"),
+    ("images/**/*.json", "images/ has labelme's JSON"),
+    ("labels/**/*.json", "labels/ has JSON"),
+    ("ann/*.json", "ann/ has Supervisely's JSON"),
+    ("Annotations/*.xml", "Annotations/ has boxes of VOC's XML"),
+    ("annotations.xml", "annotations.xml is CVAT's"),
+)
+"""Files of annotation programs, and what they are."""
+
+
+def foreign_labels(root: Path) -> str:
+    """Return the end of a message on data without masks that has annotations of other programs; empty without them."""
+    for pattern, what in _FOREIGN:
+        if next(root.glob(pattern), None) is not None:
+            return (
+                f"; {what}, which is not read: export polygons as COCO JSON, and `viladiff data coco-masks --own` "
+                "makes masks and classes.txt"
+            )
+    return ""

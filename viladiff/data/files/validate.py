@@ -14,7 +14,7 @@ import numpy as np
 from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import SUFFIXES, MaskEncoding, label_counts, read_image, read_mask
-from viladiff.data.files.index import FOLDER, FileIndex
+from viladiff.data.files.index import FOLDER, FileIndex, foreign_labels
 from viladiff.data.files.open_lists import read_lists
 from viladiff.data.files.split_lists import LABELLED
 from viladiff.data.formats.bands import file_kind
@@ -291,7 +291,8 @@ def _hint(report: DatasetReport) -> str:
     top, masks = report.tree.root, report.tree.layout.masks
     known = {PurePosixPath(masks).parts[0], PurePosixPath(report.tree.layout.images).parts[0], "splits"}
     there = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and entry.name not in known)
-    return f"; there is no folder {masks!r}, but {', '.join(there)}" if there and not (top / masks).is_dir() else ""
+    moved = f"; there is no folder {masks!r}, but {', '.join(there)}" if there and not (top / masks).is_dir() else ""
+    return foreign_labels(top) or moved
 
 
 def some_ignored(classes: Classes, shown: np.ndarray, unsure: int, masks: int) -> str | None:

@@ -45,7 +45,7 @@ TURNED = (5, 6, 7, 8)
 MAX_PIXELS = 2**30
 """Of an image to label, which is done in windows; 3 GB in RGB."""
 _allowed: ContextVar[int | None] = ContextVar("pixels", default=None)
-_opening = threading.Lock()
+_opening = threading.RLock()
 
 
 @contextmanager
@@ -69,14 +69,19 @@ def check_pixels(path: Path | str, size: tuple[int, int]) -> None:
 _LARGER = "cut it into tiles to train on; viladiff predict labels it in windows, with a higher --max-pixels"
 
 
-def _opened(path: Path | str) -> Image.Image:
-    """Open a file; where the context has a limit, without Pillow's own, which is one of the whole process."""
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    """Lift Pillow's limit, which is one of the whole process, where the context has its own; one image at a time.
+
+    Pillow asks for it when a file is opened, and of some formats again when its pixels are read.
+    """
     if _allowed.get() is None:
-        return Image.open(path, formats=FORMATS)
+        yield
+        return
     with _opening:
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path, formats=FORMATS)
+            yield
         finally:
             Image.MAX_IMAGE_PIXELS = usual
 
@@ -88,7 +93,7 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
     Raises ValueError also for an image of more pixels than ``allow_pixels`` or Pillow admits.
     """
     try:
-        with _opened(path) as image:
+        with _own_limit(), Image.open(path, formats=FORMATS) as image:
             check_pixels(path, (image.height, image.width))
             yield image
     except Image.DecompressionBombError as error:

@@ -19,6 +19,8 @@ WHITE_IS_ZERO, _GREY, _RGB = 0, 1, 2
 _ALPHA = (1, 2)
 _PILLOW_READS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000, 50001)
 """Compressions: none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard, WebP."""
+JPEG_COMPRESSIONS = (6, 7)
+"""Of TIFF 6.0 and of its second technical note."""
 _LAST_OF_AN_EXIF_TURN = 8
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -20,11 +21,19 @@ from PIL import Image
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256
 from viladiff.data.constants import IGNORE
-from viladiff.data.files.index import FOLDER, locate
+from viladiff.data.files.images import image_size
+from viladiff.data.files.index import FOLDER, locate, scan
 from viladiff.data.files.validate import Advance
 from viladiff.data.process_pool import map_in_processes
 from viladiff.data.sources.coco import CATEGORY_IDS, CLASS_NAMES, LAYOUT, PLACES
-from viladiff.data.sources.coco_regions import checked_polygons, checked_runs, checked_size
+from viladiff.data.sources.coco_regions import (
+    checked_polygons,
+    checked_runs,
+    checked_size,
+    lack,
+    refuse_no_regions,
+    whole_id,
+)
 
 REVISION = 1
 """Raised when the same instances would give other masks."""
@@ -66,9 +75,16 @@ class Made(NamedTuple):
     crowds: int = 0
     hollow: int = 0
     """Polygons of fewer than three points, and regions without a pixel: left out."""
+    hollow_in: tuple[str, ...] = ()
+    """The images that they are of."""
+    absent: tuple[str, ...] = ()
+    """Images of one's own file that are not below ``images``."""
+    unnamed: tuple[str, ...] = ()
+    """Images there that the file does not name, which get no mask."""
 
-    def __add__(self, other: tuple[int, ...]) -> Made:  # type: ignore[override]
-        return Made(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: tuple[Any, ...]) -> Made:
+        pairs: list[tuple[Any, Any]] = [*zip(self, other, strict=True)]
+        return Made(*(a + b for a, b in pairs))  # numbers, or names one after the other
 
 
 def make_masks(
@@ -101,7 +117,8 @@ def make_own_masks(
     """Make the masks of ``root/images`` and ``root/classes.txt`` from one JSON file of any categories.
 
     Background is class 0, and the categories that are annotated follow by rising id. Raises ValueError as
-    ``make_masks``, for more than one file, and where classes.txt or palette.txt says something else.
+    ``make_masks``, for more than one file, where classes.txt or palette.txt says something else, and for an image
+    whose size is not the file's.
     """
     if len(instances) != 1:
         raise ValueError(f"--own: needs one --instances FILE, got {len(instances)}; merge them first")
@@ -113,13 +130,41 @@ def make_own_masks(
         file.exists() and file.read_text(encoding="utf-8").split("\n") != text.split("\n")
     ):
         raise ValueError(f"{top}: has a palette.txt or another classes.txt, and {path.name} has {', '.join(classes)}")
+    absent, unnamed = _beside_images(top, path, tasks)
     folder = top / FOLDER.masks if out is None else Path(out).expanduser()
-    made = _made(folder, [(path, tasks)], processes, advance)
+    made = _made(folder, [(path, tasks)], processes, advance)._replace(absent=absent, unnamed=unnamed)
     try:
         write_atomically(file, text.encode())  # after the masks: a file that fails may come again with other categories
     except OSError as error:
         raise ValueError(f"{file}: cannot be written ({error.strerror or error})") from error
     return made
+
+
+def _beside_images(top: Path, path: Path, tasks: Sequence[Task]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the images of the file that are not in ``images``, and those there that it does not name.
+
+    Raises ValueError if none of them is there, and for one whose size is not the file's. Nothing is compared where
+    there is no such folder, or an empty one.
+    """
+    folder = top / FOLDER.images
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return (), ()
+    images = scan(top, FOLDER).images
+    named = {unicodedata.normalize("NFC", task.name): task for task in tasks}
+    absent = tuple(name for name in named if name not in images)
+    if len(absent) == len(named):
+        raise ValueError(
+            f"{path}: none of its {len(named)} images is in {folder}, first {absent[0]!r}; file_name is "
+            "relative to that folder"
+        )
+    for name, task in named.items():
+        size = image_size(images[name]) if name in images else (task.height, task.width)
+        if size != (task.height, task.width):
+            raise ValueError(
+                f"{path}: image {task.name!r} has {task.width} x {task.height} pixels (width x height) in it, and "
+                f"{images[name]} has {size[1]} x {size[0]}; scale its annotations, or bring the image that they are of"
+            )
+    return absent, tuple(name for name in images if name not in named)
 
 
 def _need_pycocotools() -> None:
@@ -136,8 +181,9 @@ def _made(folder: Path, files: Iterable[tuple[Path, Sequence[Task]]], processes:
         crowds = sum(region.label == IGNORE for task in tasks for region in task.regions)
         before = made = made + Made(0, len(tasks) - len(todo), sum(not task.regions for task in tasks), crowds)
         with map_in_processes(processes, len(chunks)) as run:
-            for hollow in run(_paint_some, chunks):
-                made += Made(len(hollow), hollow=sum(hollow))
+            for (_, some), hollow in zip(chunks, run(_paint_some, chunks), strict=True):
+                names = tuple(task.name for task, skipped in zip(some, hollow, strict=True) if skipped)
+                made += Made(len(hollow), hollow=sum(hollow), hollow_in=names)
                 advance(made.written - before.written, len(todo))
     return made
 
@@ -149,7 +195,7 @@ def read_instances(path: Path) -> list[Task]:
         _check_categories(path, {int(one["id"]): str(one["name"]) for one in content["categories"]})
         return _tasks(path, content, _CLASS)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of COCO's instances: {_lack(error)}") from error
+        raise ValueError(f"{path}: not a file of COCO's instances: {lack(error, content)}") from error
 
 
 def read_own_instances(path: Path) -> tuple[list[Task], tuple[str, ...]]:
@@ -160,8 +206,8 @@ def read_own_instances(path: Path) -> tuple[list[Task], tuple[str, ...]]:
     """
     content = _content(path)
     try:
-        names = {int(one["id"]): str(one["name"]).strip() for one in content["categories"]}
-        used = sorted({int(one["category_id"]) for one in content["annotations"] if not one.get("iscrowd", 0)})
+        names = {whole_id(one["id"]): str(one["name"]).strip() for one in content["categories"]}
+        used = sorted({whole_id(one["category_id"]) for one in content["annotations"] if not one.get("iscrowd", 0)})
         missing = [number for number in used if number not in names]
         if missing:
             raise ValueError(f"{path}: category_id = {missing[0]} is none of its categories")
@@ -170,13 +216,11 @@ def read_own_instances(path: Path) -> tuple[list[Task], tuple[str, ...]]:
         if odd or not 2 <= len(classes) <= IGNORE:
             what = f"the name {odd[0]!r} is empty or of two" if odd else f"{len(classes) - 1} categories are annotated"
             raise ValueError(f"{path}: {what}; must be 1 to {IGNORE - 1} different ones beside 'background'")
-        return _tasks(path, content, {number: label for label, number in enumerate(used, 1)}, folders=True), classes
+        tasks = _tasks(path, content, {number: label for label, number in enumerate(used, 1)}, folders=True)
+        refuse_no_regions(path, [region.segmentation for task in tasks for region in task.regions])
+        return tasks, classes
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of instances: {_lack(error)}") from error
-
-
-def _lack(error: Exception) -> str:
-    return f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: not a file of instances: {lack(error, content)}") from error
 
 
 def _no_number(text: str) -> None:
@@ -212,17 +256,27 @@ def _check_categories(path: Path, found: dict[int, str]) -> None:
 
 def _tasks(path: Path, content: dict[str, Any], classes: dict[int, int], folders: bool = False) -> list[Task]:
     """folders: names of images may have some."""
-    regions: dict[Any, list[Region]] = {one["id"]: [] for one in content["images"]}
+    regions: dict[Any, list[Region]] = {}
+    files: dict[Any, str] = {}
+    for one in content["images"]:
+        if (number := whole_id(one["id"])) in files:
+            both = f"{files[number]!r} and {one['file_name']!r}"
+            raise ValueError(f"{path}: image {one['id']!r}: two entries have this id, {both}; give each its own")
+        files[number], regions[number] = str(one["file_name"]), []
     for one in content["annotations"]:
-        source = f"{path}: annotation {one['id']}"
-        if one["image_id"] not in regions:
+        source, image = f"{path}: annotation {one.get('id', '?')}", whole_id(one["image_id"])
+        if image not in regions:
             raise ValueError(f"{source}: is of image {one['image_id']!r}, which the file does not have")
-        crowd = bool(one.get("iscrowd", 0))
-        if one["category_id"] not in classes and not (folders and crowd):
-            raise ValueError(f"{source}: category_id = {one['category_id']!r} is none of COCO's 80 things")
-        label = IGNORE if crowd else classes[one["category_id"]]
-        regions[one["image_id"]].append(Region(label, one["segmentation"], source))
-    tasks = []
+        source = f"{source} of {files[image]}"
+        crowd, category = bool(one.get("iscrowd", 0)), whole_id(one["category_id"])
+        if category not in classes and not (folders and crowd):
+            whose = "none of its categories" if folders else "none of COCO's 80 things"
+            raise ValueError(f"{source}: category_id = {one['category_id']!r} is {whose}")
+        if "segmentation" not in one:
+            raise ValueError(f"{source}: has no segmentation; a box alone makes no mask: draw a polygon")
+        regions[image].append(Region(IGNORE if crowd else classes[category], one["segmentation"], source))
+    tasks: list[Task] = []
+    seen: dict[str, Any] = {}
     for one in content["images"]:
         name = _image_name(str(one["file_name"]), folders)
         if not name:
@@ -232,7 +286,13 @@ def _tasks(path: Path, content: dict[str, Any], classes: dict[int, int], folders
             height, width = checked_size(one["height"], one["width"])
         except ValueError as error:
             raise ValueError(f"{path}: image {one['id']}: {error}") from None
-        tasks.append(Task(name, height, width, tuple(regions[one["id"]])))
+        if name in seen:
+            raise ValueError(
+                f"{path}: images {seen[name]!r} and {one['id']!r} would have one mask, {name}.png; file_name must "
+                "differ by more than its suffix"
+            )
+        seen[name] = one["id"]
+        tasks.append(Task(name, height, width, tuple(regions[whole_id(one["id"])])))
     return tasks
 
 
@@ -242,7 +302,7 @@ def _image_name(file: str, folders: bool) -> str:
     if folders:
         name = name.replace("\\", "/").removeprefix(f"{FOLDER.images}/")
     parts = PurePosixPath(name).parts
-    wrong = not dot or not suffix or not name or name.startswith("/") or "/" in suffix
+    wrong = not dot or not suffix or not name or name.startswith("/") or "/" in suffix or "://" in file
     if (
         wrong
         or any(part == ".." or part.startswith(".") for part in parts)

@@ -7,12 +7,52 @@ ends the process.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 MOST_PIXELS = 178_956_970
 """Of an image, as Pillow's limit: a mask is held whole."""
 _SHORTEST = 6
 """Numbers of a polygon of three points."""
+
+
+def whole_id(value: Any) -> Any:
+    """Return the number that an id is, which some programs write as text or with a fraction of 0; else the id."""
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def lack(error: Exception, content: Mapping[str, Any]) -> str:
+    """Return what a file's content lacks by the error of its reader; of a key, with the first entry that lacks it."""
+    if not isinstance(error, KeyError):
+        return str(error)
+    key = error.args[0]
+    for part in ("categories", "images", "annotations"):
+        needed = any(isinstance(one, dict) and key in one for one in content[part])
+        lacking = [place for place, one in enumerate(content[part], 1) if not isinstance(one, dict) or key not in one]
+        if needed and lacking:
+            return f"an entry lacks {key!r}: number {lacking[0]} of {part}, {str(content[part][lacking[0] - 1])[:80]}"
+    return f"an entry lacks {key!r}"
+
+
+def refuse_no_regions(path: Path, segmentations: Sequence[Any]) -> None:
+    """Raise ValueError if all masks would be background throughout: for boxes alone, and for points in 0..1."""
+    given = [one for one in segmentations if one]
+    if segmentations and not given:
+        raise ValueError(
+            f"{path}: none of its {len(segmentations)} annotations has a segmentation; boxes alone make no mask: draw "
+            "polygons"
+        )
+    polygons = [polygon for one in given if isinstance(one, list) for polygon in one if isinstance(polygon, list)]
+    numbers = [number for polygon in polygons for number in polygon if isinstance(number, int | float)]
+    listed = bool(numbers) and all(isinstance(one, list) for one in given)
+    if listed and all(0 <= number <= 1 for number in numbers):
+        raise ValueError(
+            f"{path}: all points of its {len(given)} segmentations lie in 0..1, which is less than a pixel; multiply x "
+            "by the image's width and y by its height"
+        )
 
 
 def checked_size(height: object, width: object) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from viladiff.config.pixel_format import MOST_CHANNELS, PixelFormat, check_pixel
 from viladiff.config.sections import DataConfig
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import MASK_SUFFIXES, PaletteEncoding
-from viladiff.data.files.index import FOLDER, FileIndex, scan
+from viladiff.data.files.index import FOLDER, FileIndex, foreign_labels, scan
 from viladiff.data.files.open_lists import read_lists, split_directory
 from viladiff.data.files.split_lists import numbered
 from viladiff.data.sources.base import Classes, FileSource, SourceFiles, photograph_sizes, pretrained
@@ -84,15 +84,24 @@ def folder_tree(root: Path | str, data: FolderData) -> tuple[FileIndex, Classes]
 
 
 def read_classes(root: Path) -> Classes:
-    """Read ``palette.txt`` ("r g b name" a line) if it exists, else ``classes.txt`` (a name a line, id 0 first)."""
-    if (root / "palette.txt").is_file():
-        return _read_palette(root / "palette.txt")
+    """Read ``palette.txt`` ("r g b name" a line) if it exists, else ``classes.txt`` (a name a line, id 0 first).
+
+    Raises ValueError if neither is there, or both are and name other classes.
+    """
     path = root / "classes.txt"
+    if (root / "palette.txt").is_file():
+        found = _read_palette(root / "palette.txt")
+        if path.is_file() and (others := tuple(name for _, name in numbered(path))) != found.names:
+            raise ValueError(
+                f"{root}: palette.txt has the classes {', '.join(found.names)}, and classes.txt has "
+                f"{', '.join(others)}; remove classes.txt if masks are in colours, else palette.txt"
+            )
+        return found
     if not path.is_file():
         cvat = (root / "labelmap.txt").is_file()
         raise ValueError(
             f"{root}: has no classes.txt (a class name a line, id 0 first), and no palette.txt ('r g b name' a line)"
-            + ("; of CVAT's labelmap.txt, 'cat:128,0,0::' is '128 0 0 cat' there" if cvat else "")
+            + ("; of CVAT's labelmap.txt, 'cat:128,0,0::' is '128 0 0 cat' there" if cvat else foreign_labels(root))
         )
     lines = numbered(path)
     for wanted, (number, name) in enumerate(lines, 1):
@@ -124,7 +133,10 @@ def _read_palette(path: Path) -> Classes:
     for number, line in numbered(path):
         *channels, name = line.split(maxsplit=3)
         if len(channels) != 3 or not all(one.isascii() and one.isdigit() and int(one) < 256 for one in channels):
-            raise ValueError(f"{path}, line {number}: {line!r} is not 'r g b name' with three numbers from 0 to 255")
+            raise ValueError(
+                f"{path}, line {number}: {line!r} is not 'r g b name' with three numbers from 0 to 255, as in "
+                "'128 0 0 cat'"
+            )
         colour = (int(channels[0]), int(channels[1]), int(channels[2]))
         if colour in rgb:
             raise ValueError(f"{path}, line {number}: the colour {colour} stands for two classes")

@@ -64,7 +64,7 @@ def build_encoder(
         )
     if weights is not None or pretrained == "shipped":
         path, timm_name = weights_path(weights) if weights else SHIPPED, "" if own or mit else name
-        encoder.notes = load_weights(encoder if own else encoder.net, path, timm_name)  # type: ignore[arg-type]
+        encoder.notes += load_weights(encoder if own else encoder.net, path, timm_name)  # type: ignore[arg-type]
     return encoder
 
 

@@ -42,6 +42,7 @@ def load_weights(module: nn.Module, path: Path, timm_name: str = "") -> tuple[st
     _check(path, found, best)
     _check_blocks(path, best, timm_name)
     wanted = module.state_dict()
+    _check_numbers(path, best, wanted)
     module.load_state_dict({name: best.fitted.get(name, value).to(value.dtype) for name, value in wanted.items()})
     resampled = [
         f"{there} resampled from {tuple(old.shape)} to {tuple(best.fitted[name].shape)}"
@@ -92,10 +93,29 @@ def _check(path: Path, found: Weights, fit: _Fit) -> None:
         one = (fit.missing or fit.wrong)[0]
         what = f"lacks {one}" if fit.missing else f"has {tuple(fit.fitted[one].shape)} for {one}"
         own = f", and begins with {next(iter(fit.state))}" if fit.missing and fit.state else ""
+        if fit.missing and (part := re.search(r"\d+-of-(\d+)", path.name)):
+            raise ValueError(
+                f"weights file {path} {what} ({len(fit.missing)} missing): it is one of {int(part[1])} files of a "
+                "model; join their tensors in one file: safetensors.torch.save_file"
+            )
         raise ValueError(
             f"weights file {path} does not fit: it {what} ({len(fit.missing)} missing, {len(fit.wrong)} of another "
             f"shape){own}; set model.encoder to the network that it is of"
         )
+
+
+def _check_numbers(path: Path, fit: _Fit, wanted: State) -> None:
+    """Raise ValueError for weights that are whole numbers, as quantised ones are, and for NaN or infinity."""
+    for name, value in fit.fitted.items():
+        if wanted[name].is_floating_point() and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"weights file {path}: {fit.names[name]} is {kind}, not floating point, as of a quantised network; "
+                "name the file that it was made of"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            count = int((~value.isfinite()).sum())
+            raise ValueError(f"weights file {path}: {fit.names[name]} has {count} values that are NaN or infinite")
 
 
 def _check_blocks(path: Path, fit: _Fit, timm_name: str) -> None:

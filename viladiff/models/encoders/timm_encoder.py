@@ -30,8 +30,10 @@ class TimmEncoder(Encoder):
     that of the stage before, from its second block on, as in DeepLab. None is the network's own. ``norm``: "group"
     gives each map of a ViT a GroupNorm of one group, "final" the ViT's own final norm, "authors" the latter to DINOv2
     and DINOv3 alone, whose authors read inner blocks so, and the former to others. ``inputs``: channels of an image; of
-    pretrained weights for 3, timm repeats those of the first layer in turn and scales them by 3 / inputs. Raises
-    ValueError for a network whose maps are not four or do not fit images of other sizes than its own.
+    pretrained weights for 3, timm repeats those of the first layer in turn and scales them by 3 / inputs. A network
+    that takes images of one size reads others in tiles of that size (``tiled``), one that takes multiples of a number
+    (``multiple``) reads them padded, and ``notes`` says so. Raises ValueError for a network whose maps are not four or
+    do not fit.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class TimmEncoder(Encoder):
         grouped = plain and not final
         self.norms = nn.ModuleList([nn.GroupNorm(1, c) if grouped else nn.Identity() for c in self.channels])
         self.unpadded = False
+        self.multiple, self.tiled = 1, False
         self.set_units(*timm_units(name))
         self._check_maps(name)
 
@@ -83,11 +86,16 @@ class TimmEncoder(Encoder):
         if self.unpadded:  # which leave nothing of a small image
             short = [max(0, 3 * self.patch - side) for side in size]
             x = nn.functional.pad(x, (0, short[1], 0, short[0]), mode="replicate")
-        maps = self.net(x)
+        if self.multiple > 1:
+            x = nn.functional.pad(x, (0, -x.shape[-1] % self.multiple, 0, -x.shape[-2] % self.multiple))
+        maps = self.net(_tiles(x, self.multiple) if self.tiled else x)
         if self.channels_last:
             maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
+        if self.tiled:
+            maps = [_joined(level, *(side // self.multiple for side in x.shape[-2:])) for level in maps]
         if self.unpadded:
             maps = [_bordered(level, x.shape[-2:], s) for level, s in zip(maps, self.strides, strict=True)]
+        if self.unpadded or self.multiple > 1:
             maps = [m[..., : -(-size[0] // s), : -(-size[1] // s)] for m, s in zip(maps, self.strides, strict=True)]
         return [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
 
@@ -96,13 +104,22 @@ class TimmEncoder(Encoder):
         """Raise ValueError unless the maps of two unequal sides, another size than the network's own, are as told.
 
         Maps with a few cells less are those of convolutions without padding, as Inception's; ``forward`` repeats their
-        border.
+        border. Networks that take one size, or even maps alone, read padded images (``_fits_padded``).
         """
         if len(self.channels) != 4:
             raise ValueError(
                 f'model.encoder = "{name}": {len(self.channels)} feature levels, four are needed; {INSTEAD}'
             )
         self.eval()
+        told = self._map_fault()
+        if told is not None and self._fits_padded(name):
+            told = None
+        if told is not None:
+            raise ValueError(f'model.encoder = "{name}": {told}; {INSTEAD}')
+        self.train()
+
+    def _map_fault(self) -> str | None:
+        """Return why the maps of two unequal sides are not as told; None if they are."""
         for height, width in ((2 * self.patch, 3 * self.patch), (8 * self.patch, 9 * self.patch)):
             try:
                 found = [tuple(level.shape) for level in self(torch.zeros(1, self.inputs, height, width))]
@@ -112,15 +129,51 @@ class TimmEncoder(Encoder):
                 break  # the larger size is for networks whose unpadded convolutions leave nothing of the smaller one
         else:
             said = (str(refused).splitlines() or ["other sizes fail a check of its own"])[0]
-            why = f"takes images of its own size alone ({said})"
-            raise ValueError(f'model.encoder = "{name}": {why}; {INSTEAD}') from refused
+            return f"takes images of its own size alone ({said})"
         wanted = [(1, c, height // s, width // s) for c, s in zip(self.channels, self.strides, strict=True)]
         missing = [w - f for want, got in zip(wanted, found, strict=True) for w, f in zip(want, got, strict=True)]
         if self.any_size and 0 < max(missing) <= MOST_UNPADDED and min(missing) == 0:
             self.unpadded, found = True, wanted
-        if found != wanted:
-            raise ValueError(f'model.encoder = "{name}": maps of {found} where {wanted} are needed; {INSTEAD}')
-        self.train()
+        return None if found == wanted else f"maps of {found} where {wanted} are needed"
+
+    def _fits_padded(self, name: str) -> bool:
+        """Read images at multiples of twice the patch, else in tiles of the network's own size; whether one fits.
+
+        MobileViTv2 rounds its last map up to an even size; MaxViT, GCViT, CoAtNet, Hiera and BEiT have one size.
+        """
+        import timm
+
+        known = timm.get_pretrained_cfg(name)
+        own = 0 if known is None else known.input_size[-1]
+        for multiple, tiled in ((2 * self.patch, False), (own, True)):
+            if multiple < self.patch or multiple % self.patch:
+                continue
+            self.multiple, self.tiled = multiple, tiled
+            if self._map_fault() is None:
+                self.any_size = True
+                self.notes = (_padded_note(name, multiple, tiled),)
+                return True
+        self.multiple, self.tiled = 1, False
+        return False
+
+
+def _padded_note(name: str, multiple: int, tiled: bool) -> str:
+    if tiled:
+        size = f"{multiple} x {multiple} pixels"
+        how = f"takes {size}: other sizes are read in tiles of that size, and attention ends at them"
+    else:
+        how = f"takes sides that are multiples of {multiple}"
+    return f"model.encoder = {name!r} {how}; the border is filled with the mean colour"
+
+
+def _tiles(x: Tensor, side: int) -> Tensor:
+    """Cut (B, C, rows side, columns side) into (B rows columns, C, side, side), row by row."""
+    return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def _joined(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Join (B rows columns, D, h, w), row by row, to (B, D, rows h, columns w)."""
+    return x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def _bordered(level: Tensor, size: Sequence[int], stride: int) -> Tensor:

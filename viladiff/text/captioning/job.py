@@ -62,7 +62,7 @@ class State(NamedTuple):
 def pictures(source: str) -> tuple[str, tuple[ImageRef, ...]]:
     """Return the name and images of a built-in data set, or of a directory in any known layout (the name is empty).
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are none, or the first has other channels or another depth than captioning looks at.
     """
     from viladiff.data.sources.digits import VARIANTS
     from viladiff.text.captioning.blip2 import ImageRef
@@ -74,9 +74,19 @@ def pictures(source: str) -> tuple[str, tuple[ImageRef, ...]]:
     if not Path(source).expanduser().is_dir():
         known = ", ".join(VARIANTS)
         raise ValueError(f"{source!r}: is neither a directory nor a built-in data set ({known})")
+    from viladiff.data.files.images import read_image
     from viladiff.data.sources.detect import open_tree
 
     tree, _ = open_tree(source)
+    first = next(iter(tree.images.values()))
+    try:
+        read_image(first)
+    except ValueError as error:
+        if "data." in str(error):  # which names a field that captioning has not
+            raise ValueError(
+                f"{first}: captions are of red, green and blue in 8 bits, and this file has other numbers; write such "
+                f"pictures with the same names to another folder, and caption that ({str(error).split(': ')[1][:80]})"
+            ) from error
     return "", tuple(ImageRef(name, str(path)) for name, path in tree.images.items())
 
 
