@@ -56,7 +56,7 @@ def test_help_comes_without_loading_torch(words: list[str]) -> None:
 def test_package_is_light_and_names_what_it_has() -> None:
     code = "import sys, viladiff; assert 'torch' not in sys.modules; viladiff.RunConfig; print(viladiff.nothing)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "module 'viladiff' has no attribute 'nothing'; it has RunConfig" in done.stderr
+    assert "module 'viladiff' has no attribute 'nothing'; it has Callback, RunConfig, Segmenter" in done.stderr
 
 
 def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

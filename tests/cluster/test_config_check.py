@@ -95,7 +95,7 @@ def test_shipped_file_mounts_all_that_runs() -> None:
         pytest.skip("not a git checkout")
     top = {name.split("/")[0] for name in done.stdout.splitlines()}
     assert {local for local in mounted if not local.startswith("~")} <= top | {".git", "ablations"}
-    people = {"docs", "mkdocs.yml", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"}
+    people = {"docs", "mkdocs.yml", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"}
     other_machines = {".ci", ".github", "Dockerfile", ".dockerignore"}
     assert top - mounted <= {"Makefile", "benchmarks", "cluster.yaml", "tests"} | people | other_machines
 

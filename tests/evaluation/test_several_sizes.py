@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from viladiff.data import eval_loader
+from viladiff.data.loading import eval_loader
 from viladiff.evaluation import evaluator, feature_clusters
 from viladiff.evaluation.pixel_counts import SegmentationMeter
 from viladiff.evaluation.protocols import PROTOCOLS, STREAMS

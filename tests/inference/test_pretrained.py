@@ -21,6 +21,7 @@ from viladiff.cli import main
 from viladiff.inference import pretrained
 from viladiff.inference.export import PROGRAM, Standalone, export_program, export_run
 from viladiff.inference.model_folder import preprocessing
+from viladiff.inference.predict import Model
 from viladiff.inference.pretrained import FETCHED, Segmenter, load_model
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override
@@ -203,7 +204,7 @@ def test_an_exported_program_needs_torch_alone(run: Path, tmp_path: Path, capsys
     script = (
         "import sys, numpy, torch\n"
         "image = torch.from_numpy(numpy.load('image.npy'))\n"
-        "logits = torch.export.load('model/model.pt2').module()(image)\n"
+        "logits = torch.export.load('model/model.pt2').module(check_guards=False)(image)\n"
         "assert not any(name.startswith('viladiff') for name in sys.modules)\n"
         "numpy.save('logits.npy', logits.detach().numpy())\n"
     )
@@ -218,7 +219,7 @@ def test_a_program_that_computes_something_else_is_not_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Program:
-        def module(self) -> Any:
+        def module(self, check_guards: bool) -> Any:
             return lambda image: torch.zeros(len(image), 11, *image.shape[-2:])
 
     monkeypatch.setattr(torch.export, "load", lambda path: Program())
@@ -241,3 +242,32 @@ def test_preprocessing_of_other_pixels_is_in_their_words() -> None:
     network = NetworkFactory(cfg.model, 3, 12, inputs=cfg.data.pixels.inputs)(None)
     facts = preprocessing(network, cfg)
     assert facts["bands"] == [1, 4] and facts["value_range"] == "12bit" and "rescale_factor" not in facts
+
+
+@pytest.mark.parametrize("crop", [48, 64])
+def test_a_program_takes_sides_of_all_kinds(crop: int, tmp_path: Path) -> None:
+    """64 is the grid that positions were learned on: there the network resamples nothing, elsewhere it does."""
+    cfg = override(RunConfig(), {"model.pretrained": "none"})
+    network = NetworkFactory(cfg.model, 7, 12)(None).eval().requires_grad_(False)
+    model = Model(network, tuple("abcdefg"), crop, "original", torch.device("cpu"))
+    assert export_program(model, tmp_path / PROGRAM) < 1e-5
+    program, module = torch.export.load(tmp_path / PROGRAM).module(check_guards=False), Standalone(network)
+    for size in ((1, 64, 64), (2, 16, 200), (3, 224, 64)):
+        image = torch.rand(size[0], 3, *size[1:])
+        torch.testing.assert_close(program(image), module(image), atol=1e-5, rtol=0)
+
+
+def test_images_are_labelled_in_the_precision_of_the_scores(folder: Path, copy: Path) -> None:
+    plain = Segmenter.from_pretrained(folder)
+    half = Segmenter.from_pretrained(folder)
+    half.precision = "bf16"
+    (labels, confidence), (labels_2, confidence_2) = plain.predict(PIXELS), half.predict(PIXELS)
+    assert (labels == labels_2).mean() > 0.9 and confidence_2.dtype == np.float32
+    assert 0 < np.abs(confidence - confidence_2).max() < 0.1
+    half.save_pretrained(copy)
+    assert Segmenter.from_pretrained(copy).precision == "bf16" and same(Segmenter.from_pretrained(copy), half)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**config, "scored_in": "int8"}))
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"config.json: scored_in = 'int8': allowed: fp32, bf16, fp16"):
+        load_model(copy)

@@ -9,7 +9,7 @@ import pytest
 from run_kit import short_run
 
 from viladiff.inference.export import export_run
-from viladiff.inference.predict import load_model
+from viladiff.inference.pretrained import load_model
 from viladiff.runs.record import load_record
 
 METHODS = ("allspark", "semivl")

@@ -72,6 +72,10 @@ def export_run(
             model.write(draft, facts, [name for name, *_, asked in wanted if asked])
             draft.rename(out)
         sync_directory(out.parent)
+    except OSError as error:
+        if error.filename is not None and draft in Path(error.filename).parents:
+            error.filename = str(out)  # the draft is gone by now
+        raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return {"model folder": out, **facts}
@@ -108,8 +112,9 @@ def _checked(name: str, found: list[float]) -> float:
 def export_program(model: Model, path: Path) -> float:
     """Export as ``export_onnx``, by ``torch.export``; the file is read again and run before it is accepted.
 
-    ``torch.export.load(path).module()`` runs where this package is not installed. Raises ValueError as
-    ``export_onnx``.
+    ``torch.export.load(path).module(check_guards=False)`` runs where this package is not installed. The guards note
+    which of two equal ways the example took, such as positions at their own grid or resampled to it. Raises ValueError
+    as ``export_onnx``.
     """
     module, (example, free, sizes) = Standalone(model.network).eval(), _free_sizes(model)
     kind = model.network.encoder.__class__.__name__
@@ -117,7 +122,7 @@ def export_program(model: Model, path: Path) -> float:
         with torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes={"image": free})
         torch.export.save(program, path)
-        again = torch.export.load(path).module()
+        again = torch.export.load(path).module(check_guards=False)
     except Exception as error:  # torch raises many kinds: of its own, of sympy and of pickle
         reason = next(filter(None, str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{kind} has no form for torch.export: {reason}") from error

@@ -22,6 +22,7 @@ FORMAT = 1
 """Of a model folder."""
 WEIGHTS, CONFIG, PREPROCESSING, CLASSES = "model.safetensors", "config.json", "preprocessor_config.json", "classes.txt"
 """Files of a model folder that are read; the others are for people."""
+PRECISIONS = ("fp32", "bf16", "fp16")
 MANIFEST = "manifest.json"
 """SHA-256 of each of these."""
 
@@ -39,6 +40,8 @@ class ModelFolder(NamedTuple):
     class_names: tuple[str, ...]
     palette: Palette = None
     """The colour of each class, where the training masks are in colours."""
+    precision: str = "fp32"
+    """In which the run was scored."""
 
     @property
     def cfg(self) -> RunConfig:
@@ -69,12 +72,13 @@ def write_folder(into: Path, contents: ModelFolder) -> None:
 
     Raises ValueError for a network that no such files can describe.
     """
-    network, fields, names, palette = contents
+    network, fields, names, palette, precision = contents
     if fields["model.encoder"] == "transformers":
         raise ValueError("with model.encoder = 'transformers' no model folder can say what the network is")
     state = network.state_dict()
     config = {"format": FORMAT, "text_dim": text_dim(state), "fields": fields}
     config |= {} if palette is None else {"palette": palette}
+    config |= {} if precision == "fp32" else {"scored_in": precision}
     (into / CONFIG).unlink(missing_ok=True)
     files = {
         WEIGHTS: save({name: value.contiguous() for name, value in state.items()}),
@@ -115,7 +119,10 @@ def read_folder(folder: Path) -> ModelFolder:
     except RuntimeError as error:
         raise ValueError(f"{path}: does not fit {CONFIG} and {CLASSES} beside it: {last_line(error)}") from error
     _check_preprocessing(folder / PREPROCESSING, preprocessing(network, cfg))
-    return ModelFolder(network, fields, names, _palette(folder / CONFIG, facts.get("palette"), len(names)))
+    precision = facts.get("scored_in", "fp32")
+    if precision not in PRECISIONS:
+        raise ValueError(f"{folder / CONFIG}: scored_in = {precision!r}: allowed: {', '.join(PRECISIONS)}")
+    return ModelFolder(network, fields, names, _palette(folder / CONFIG, facts.get("palette"), len(names)), precision)
 
 
 def _check_sums(folder: Path) -> None:

@@ -24,7 +24,7 @@ from viladiff.config.base import did_you_mean
 from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import class_colours, css
-from viladiff.core.distributed import tf32
+from viladiff.core.distributed import autocast, tf32
 from viladiff.core.progress import Progress
 from viladiff.data.files.images import SUFFIXES, image_size, pixels_of_array, read_image
 from viladiff.data.files.index import FOLDER
@@ -71,6 +71,8 @@ class Model:
     """The colour of each class in the masks that it was trained on, where these are in colours."""
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that it reads."""
+    precision: str = "fp32"
+    """In which the run was scored (fp32, bf16 or fp16), so that images are labelled as they were scored."""
 
     @property
     def colours(self) -> np.ndarray:
@@ -101,7 +103,7 @@ class Model:
         if chosen not in WHOLE:
             raise ValueError(f"protocol = {chosen!r}: allowed: {', '.join(WHOLE)}{did_you_mean(chosen, WHOLE)}")
         try:
-            with tf32(self.tf32):
+            with tf32(self.tf32), autocast(self.device, self.precision):
                 return self._predicted(pixels, chosen)
         except (MemoryError, RuntimeError) as error:
             if not _memory_is_short(error):
@@ -130,7 +132,7 @@ class Model:
         return normalise(unit_images(image.to(self.device)))
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {"visual": self.network.logits(self.network.encode(images), images.shape[-2:])}
+        return {"visual": self.network.logits(self.network.encode(images), images.shape[-2:]).float()}
 
 
 def _memory_is_short(error: Exception) -> bool:

@@ -113,7 +113,7 @@ class Segmenter(Model, ModelHubMixin, library_name="viladiff", pipeline_tag="ima
         else:
             found = [self.source / name for name in (CARD, METRICS_FILE) if (self.source / name).is_file()]
             people = {path.name: path.read_bytes() for path in found}
-        write_folder(into, ModelFolder(self.network, self.fields, self.class_names, self.palette))
+        write_folder(into, ModelFolder(self.network, self.fields, self.class_names, self.palette, self.precision))
         for name, content in people.items():
             write_atomically(into / name, content)
 
@@ -141,7 +141,8 @@ def _loaded(folder: Path, device: str) -> dict[str, Any]:
         config = strip_local_paths(run.record).config
         fields = {path: value for path, value in config.items() if not path.startswith("runtime.")}
         network, palette = load_method(run).eval_network(), run.record.palette
-        contents = ModelFolder(network, fields, tuple(run.record.class_names), tuple(palette) if palette else None)
+        names, colours = tuple(run.record.class_names), tuple(palette) if palette else None
+        contents = ModelFolder(network, fields, names, colours, run.record.scoring)
     else:
         wrong = "there is no such directory" if not folder.is_dir() else f"no {WEIGHTS} and no record.json in it"
         raise ValueError(f"{folder}: {wrong}; give a model folder (viladiff export) or the directory of a finished run")
@@ -156,6 +157,7 @@ def _loaded(folder: Path, device: str) -> dict[str, Any]:
         "tf32": cfg.train.tf32,
         "pixels": cfg.data.pixels,
         "palette": contents.palette,
+        "precision": contents.precision,
         "fields": contents.fields,
         "source": folder,
     }

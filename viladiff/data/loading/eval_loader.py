@@ -15,6 +15,7 @@ from viladiff.data.batch import EvalBatch, TextBank, TextBatch
 from viladiff.data.dataset import Arrays, Dataset
 from viladiff.data.files.images import FileImages
 from viladiff.data.files.run_checks import image_sizes
+from viladiff.data.loading.device_copies import send
 from viladiff.data.loading.pace import decoding_cores
 from viladiff.data.splits import Subset
 from viladiff.data.transforms.augment import normalise, unit_images
@@ -116,8 +117,8 @@ def validation(
     for (places, size), pairs in zip(batches, read_batches, strict=True):
         for place, pair in zip(places, pairs, strict=True):
             _check_size(dataset, place, pair, size)
-        images = torch.from_numpy(np.stack([image for image, _ in pairs])).to(device, non_blocking=True)
-        masks = torch.from_numpy(np.stack([mask for _, mask in pairs])).to(device, non_blocking=True)
+        images = send(torch.from_numpy(np.stack([image for image, _ in pairs])), device)
+        masks = send(torch.from_numpy(np.stack([mask for _, mask in pairs])), device)
         text = None
         if bank is not None:
             found = bank.batch(list(places))
