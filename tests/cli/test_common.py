@@ -34,6 +34,7 @@ def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("optim.lr 0.1", "'optim.lr': write field=value without spaces around '=', as in optim.lr=0.1"),
         ("optim.lr = 0.1", "'optim.lr': write field=value without spaces around '=', as in optim.lr=0.1"),
         ("optim.lr: 0.1", "'optim.lr:': write field=value without spaces around '=', as in optim.lr=0.1"),
+        ("seed=1 --quiet optim.lr:0.1", "optim.lr:0.1: write optim.lr=0.1"),
         ("seed=1 --quiet optim.lr 0.1", "optim.lr 0.1: write optim.lr=0.1, in one word"),
         (
             "study.toml",

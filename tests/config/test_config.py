@@ -277,6 +277,9 @@ FAULTS = [
     ({"method.name": "viladif"}, r"method\.name = 'viladif': allowed: supervised, .*; did you mean 'viladiff'\?"),
     ({"method.nme": "x"}, r"method\.nme: no such field; did you mean 'method\.name'\? Allowed in method: name"),
     ({"lr": "1"}, r"lr: no such field; did you mean 'optim\.lr'\?"),
+    ({"optim.learning_rate": "1"}, r"optim\.learning_rate: no such field; did you mean 'optim\.lr'\? Allowed in optim"),
+    ({"batch_size": "4"}, r"batch_size: no such field; did you mean 'data\.batch_labelled'\?"),
+    ({"train.max_iters": "4"}, r"train\.max_iters: no such field; did you mean 'train\.steps'\?"),
     (
         {"optim.lrr": "1"},
         r"optim\.lrr: no such field; did you mean 'optim\.lr'\? Allowed in optim: name, lr, encoder_lr_scale",

@@ -62,6 +62,8 @@ def test_other_names_of_columns_and_several_captions_without_prompts(tmp_path: P
         ("c.csv", b"image,text\n", "holds no caption"),
         ("c.csv", b"image,text\na,\nb,  \n", "holds no caption; 2 rows have an empty text"),
         ("c.csv", b"imag,text\na,b\n", "no column 'image' or .*did you mean 'imag'"),
+        ("c.csv", b"image;text\na;b\n", "among 'image;text'; columns are separated by ',', not ';'$"),
+        ("c.csv", b"image\ttext\na\tb\n", "columns are separated by ',', not "),
         ("c.csv", b"image,text\na,one, two\n", "line 2: more fields than columns"),
         ("c.csv", b"image,text\n,one\n", "row 1: names no image"),
         ("c.csv", b"image,text\na,\xff\n", "is not UTF-8"),

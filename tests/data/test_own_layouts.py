@@ -165,6 +165,10 @@ def test_what_is_no_group_is_named(photographs: ModuleType, tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=message):
             groups_of(tree, how)
+    first, second, *_ = tree.images
+    table.write_text(f"image,group\n{first},a\n{second}, \n")
+    with pytest.raises(ValueError, match=rf"groups\.csv, row 3: '{second}' has no group; write one"):
+        groups_of(tree, str(table))
 
 
 def test_read_only_data_has_its_lists_elsewhere(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,8 @@ def test_a_validation_list_that_exists_is_kept(photo_folder: Make) -> None:
     ("labelled", "val", "message"),
     [
         (13, 4, "16 images have a valid mask, but 13 labelled and 4 validation images are asked for"),
-        (0, 4, "labelled"),
+        (0, 4, "--labelled 0: must be a whole number, 1 or more"),
+        (-3, 4, "--labelled -3: must be a whole number, 1 or more"),
         (None, 16, "16 images have a valid mask"),
         (4, 0, r"--val 0: must be a share between 0 and 1, or a whole number"),
         (4, 2.5, r"--val 2\.5: must be a share"),

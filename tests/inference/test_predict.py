@@ -202,6 +202,8 @@ def test_sources_that_cannot_be_labelled_are_refused_before_anything_is_written(
     root = tmp_path / "in"
     with pytest.raises(ValueError, match="no such file or directory"):
         label_files(model, root, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"example\.org/a\.jpg: an address, not a file; download it"):
+        label_files(model, Path("https://example.org/a.jpg"), tmp_path / "out")
     root.mkdir()
     with pytest.raises(ValueError, match="no photograph in it"):
         label_files(model, root, tmp_path / "out")

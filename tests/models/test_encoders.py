@@ -81,6 +81,22 @@ def test_an_exported_network_normalises_for_its_encoder() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/resnet18.a1_in1k", r"did you mean 'resnet18\.a1_in1k'\?$"),
+        ("hf-hub:timm/resnet18.a1_in1k", r"did you mean 'resnet18\.a1_in1k'\?$"),
+        ("tu-resnet18", r"did you mean 'resnet18'\?$"),
+        ("resnet_18", r"did you mean 'resnet18'\?$"),
+        ("dinov2_vits14", r"its names with that word: .*vit_small_patch14_dinov2"),
+        ("deeplabv3plus", r"timm\.list_models\(\) has its names$"),
+    ],
+)
+def test_names_of_other_places_are_told_as_timm_has_them(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f'model.encoder = "{name}": timm has no such model; {message}'):
+        encoder_fingerprint(ModelConfig(encoder=name, pretrained="none"))
+
+
+@pytest.mark.parametrize(
     ("name", "size"), [("swin_tiny_patch4_window7_224", (96, 160)), ("swinv2_tiny_window8_256", (64, 96))]
 )
 def test_maps_with_channels_last_are_turned(name: str, size: tuple[int, int]) -> None:

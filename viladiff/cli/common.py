@@ -109,6 +109,10 @@ def _advice(extra: Sequence[str], words: Sequence[str], taking: str | None) -> s
         near = [text for text in words if Path(text).exists() and Path(text).parent == Path(there[0]).parent]
         which = ", ".join(near[:4]) + ", ..." * (len(near) > 4)
         return f"error: {there[0]}: one too many of {which}; name one where one is wanted (a shell's * gives all)\n"
+    for text in extra:
+        field, sign, value = text.partition(":")
+        if taking and sign and value and re.fullmatch(r"[a-z]\w*(\.\w+)+", field):
+            return f"error: {text}: write {field}={value.lstrip('=')}\n"
     fields = [text.strip("=:") for text in words if re.fullmatch(r"[a-z]\w*(\.\w+)+[=:]?", text)]
     if taking is None or not fields:
         return ""

@@ -175,7 +175,9 @@ def unknown_field(path: str, known: Collection[str]) -> str:
     depth = len(section) + 1 if section else 0
     siblings = dict.fromkeys(name[depth:].split(".")[0] for name in known if name[:depth] == path[:depth])
     tails = {name.rpartition(".")[2]: name for name in known}
-    match = nearest(path, known) or tails.get(nearest(path.rpartition(".")[2], tails) or "")
+    tail = path.rpartition(".")[2]
+    other = renamed.ELSEWHERE.get(tail)
+    match = other if other in known else nearest(path, known) or tails.get(nearest(tail, tails) or "")
     hint = f"; did you mean {match!r}?" if match else "."
     return f"{path}: no such field{hint} Allowed in {section or 'a run'}: {', '.join(siblings)}"
 

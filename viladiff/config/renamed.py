@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+# What neighbouring projects call a field, by the last part of its path.
+ELSEWHERE: dict[str, str] = {
+    "learning_rate": "optim.lr",
+    "lr0": "optim.lr",
+    "batch_size": "data.batch_labelled",
+    "batch": "data.batch_labelled",
+    "img_size": "data.crop",
+    "image_size": "data.crop",
+    "imgsz": "data.crop",
+    "crop_size": "data.crop",
+    "max_iters": "train.steps",
+    "iterations": "train.steps",
+    "max_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "backbone": "model.encoder",
+}
+
 FIELDS: dict[str, str] = {
     "data.colour": "data.color_jitter",
     "train.accumulate": "train.grad_accum_steps",

@@ -203,6 +203,8 @@ def _photographs(source: Path, out: Path) -> tuple[dict[str, Path], tuple[Path, 
         return {source.stem: source}, ()
     if not source.is_dir():
         what = "is neither a file nor a directory" if source.exists() else "there is no such file or directory"
+        if source.parts[:1] in (("http:",), ("https:",), ("s3:",), ("gs:",)):  # Path leaves one slash of two
+            what = "an address, not a file; download it, and name the file"
         raise ValueError(f"{source}: {what}")
     root = source.resolve()
     if out.resolve().is_relative_to(root):

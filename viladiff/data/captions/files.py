@@ -192,7 +192,13 @@ def _columns(there: tuple[str, ...]) -> dict[str, str]:
         if not found[what]:
             has = ", ".join(map(repr, there)) or "none"
             allowed = " or ".join(map(repr, COLUMNS[what]))
-            raise ValueError(f"no column {allowed} among {has}{did_you_mean(COLUMNS[what][0], list(lower))}")
+            other = next((sign for sign in ";\t|" if len(there) == 1 and sign in there[0]), "")
+            hint = (
+                f"; columns are separated by ',', not {other!r}"
+                if other
+                else did_you_mean(COLUMNS[what][0], list(lower))
+            )
+            raise ValueError(f"no column {allowed} among {has}{hint}")
     return {what: name for what, name in found.items() if name}
 
 

@@ -66,6 +66,8 @@ def _from_table(tree: FileIndex, path: Path) -> dict[str, str]:
             if number == 1:
                 continue  # the names of the columns
             raise ValueError(f"{path}, row {number}: {row[0]!r} is no image{did_you_mean(image_id(name), tree.images)}")
+        if not group:
+            raise ValueError(f"{path}, row {number}: {name!r} has no group; write one, its own if it has no neighbour")
         if found.setdefault(name, group) != group:
             raise ValueError(f"{path}, row {number}: {name!r} is in the groups {found[name]!r} and {group!r}")
     missing = [name for name in tree.images if name not in found]

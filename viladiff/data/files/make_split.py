@@ -64,6 +64,8 @@ def make_split(
     the rest is drawn by ``seed``. With groups, no other image of a validation image's group is in any list. Raises
     ValueError for too few masks or invalid numbers.
     """
+    if labelled is not None and labelled < 1:
+        raise ValueError(f"--labelled {labelled}: must be a whole number, 1 or more")
     tree, classes = open_tree(root, **options.fields)
     if tree.apart and val is not None:
         raise ValueError(f"--val {val:g}: {tree.layout.dataset} is validated on all of {tree.layout.val_images!r}")

@@ -245,8 +245,17 @@ def _check_known(name: str) -> None:
     import timm
 
     known = timm.list_models(pretrained=False)
-    if name.split(".")[0] not in known:
-        raise ValueError(f'model.encoder = "{name}": timm has no such model{did_you_mean(name, known)}')
+    if name.split(".")[0] in known:
+        return
+    bare = name.rpartition("/")[2].removeprefix("tu-")  # a hub's owner, segmentation_models.pytorch's mark of timm
+    if bare.split(".")[0] in known:
+        hint = f"; did you mean {bare!r}?"
+    else:
+        alike = [one for one in known if re.split(r"[-_.]", bare)[0] in one.split("_")]
+        hint = did_you_mean(bare, known) or (
+            f"; its names with that word: {', '.join(sorted(alike, key=len)[:6])}" if alike else ""
+        )
+    raise ValueError(f'model.encoder = "{name}": timm has no such model{hint or "; timm.list_models() has its names"}')
 
 
 def _check_dilates(name: str, stride: int) -> None:
