@@ -569,6 +569,7 @@ def test_links_within_the_root_and_to_the_root_are_followed(photo_folder: Make, 
         ("palette.txt", "0 0 0 sky\n0 0 0 tree\n", r"line 2: the colour \(0, 0, 0\) stands for two classes"),
         ("palette.txt", "0 0 0 sky\n0 0 300 tree\n", r"line 2: '0 0 300 tree' is not 'r g b name'"),
         ("palette.txt", "0 0 sky\n", r"line 1: '0 0 sky' is not 'r g b name'"),
+        ("palette.txt", "0 0 0 sky\n9 9 9 void # edges\n0 0 9 tree\n", "'void # edges': a comment would be"),
     ],
 )
 def test_classes_that_cannot_be_used(photo_folder: Make, file: str, text: str, message: str) -> None:

@@ -119,7 +119,7 @@ def test_kinds_that_are_named(
     ("text", "message"),
     [
         ("# mine\nsky\ntree\n", "'# mine' is a comment, and each line is a class"),
-        ("ground\nsky # blue\ntree\n", "line 2: 'sky # blue': a comment would be a part .* write 'sky' alone"),
+        ("ground\nsky # blue\ntree\n", "'sky # blue': a comment would be a part .* write 'sky' alone"),
         ("1 sky\n2 tree\n", r"every name begins with a number \('1 sky'\)"),
         ("0: sky\n1: tree\n", "every name begins with a number"),
         ("sky, tree, road\n", "one line with commas"),

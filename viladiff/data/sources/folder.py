@@ -119,9 +119,6 @@ def _refuse_no_names(path: Path, names: Sequence[str]) -> None:
     for number, name in enumerate(names, 1):
         if name.startswith("#"):
             raise ValueError(f"{path}, line {number}: {name!r} is a comment, and each line is a class; remove it")
-        if " # " in name:
-            told = f"a comment would be a part of the class's name; write {name.partition(' # ')[0].strip()!r} alone"
-            raise ValueError(f"{path}, line {number}: {name!r}: {told}")
     if names and all(re.match(r"\d+[\s:.,)]+\S", name) for name in names):
         told = "the place of a line is its class id, 0 first; write the names alone"
         raise ValueError(f"{path}: every name begins with a number ({names[0]!r}), and {told}")
@@ -151,6 +148,10 @@ def _read_palette(path: Path) -> Classes:
 
 
 def _checked(names: Sequence[str], path: Path) -> tuple[str, ...]:
+    for name in names:
+        if " # " in name:
+            told = f"a comment would be a part of the class's name; write {name.partition(' # ')[0].strip()!r} alone"
+            raise ValueError(f"{path}: {name!r}: {told}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: the class {twice[0]!r} is named twice")
