@@ -173,6 +173,14 @@ def test_missing_and_empty_files_and_deep_nests_are_no_records(tmp_path: Path) -
             load_record(path)
 
 
+def test_a_record_that_is_cut_off_is_told_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    for data, why in ((b" ", "the file is empty"), (forged_bytes(lambda row: None)[:200], ".*")):
+        path.write_bytes(data)
+        with pytest.raises(CorruptRecordError, match=rf"record: {why}; train the run again with --restart$"):
+            load_record(path)
+
+
 def test_writer_that_fails_leaves_the_old_record_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
     save_record(a_record(), path)

@@ -235,7 +235,8 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
         written = rest.pop("checksum", None)
         found = checksum(rest)
     except (ValueError, RecursionError) as error:
-        raise CorruptRecordError(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0] if data.strip() else "the file is empty"
+        raise CorruptRecordError(f"{path} is not a run's record: {why}; train the run again with --restart") from error
     if written is None:
         raise CorruptRecordError(f"{path} is not a run's record: it has no checksum")
     if written != found:
