@@ -271,3 +271,12 @@ def test_images_are_labelled_in_the_precision_of_the_scores(folder: Path, copy: 
     (copy / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"config.json: scored_in = 'int8': allowed: fp32, bf16, fp16"):
         load_model(copy)
+
+
+def test_a_file_in_the_way_and_a_folder_that_is_not_whole_are_said(folder: Path, copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file: a file; a model folder is a directory"):
+        Segmenter.from_pretrained(folder).save_pretrained(tmp_path / "file")
+    (copy / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config.json: missing, so the model folder is not whole"):
+        load_model(copy)

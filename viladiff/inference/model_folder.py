@@ -167,6 +167,8 @@ def _palette(path: Path, found: object, classes: int) -> Palette:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, so the model folder is not whole; write or fetch it again")
     facts = _read_json(path)
     if facts.get("format") != FORMAT:
         raise ValueError(f"{path}: format = {facts.get('format')!r}; this version of viladiff reads format {FORMAT}")

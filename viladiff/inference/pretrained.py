@@ -88,6 +88,15 @@ class Segmenter(Model, ModelHubMixin, library_name="viladiff", pipeline_tag="ima
             place = Path(found)
         return cls(**_loaded(place, device))
 
+    def save_pretrained(self, save_directory: str | Path, **given: Any) -> str | None:
+        """Write the model folder, as ``ModelHubMixin.save_pretrained``; files of an earlier one are replaced.
+
+        Raises ValueError as ``write``, and where the place is a file.
+        """
+        if Path(save_directory).is_file():
+            raise ValueError(f"{save_directory}: a file; a model folder is a directory, so name another place")
+        return super().save_pretrained(save_directory, **given)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         self.write(save_directory)
 
