@@ -329,13 +329,15 @@ def test_the_example_of_the_documentation_follows_a_run_in_mlflow(
     (example,) = re.findall(r"```python\n(.*?mlflow.*?)```", page, re.S)
     assert len(example.splitlines()) <= 40
     script = tmp_path / "follow.py"
-    script.write_text(example, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     words = [f"{name}={value}" for name, value in SHORT.items()] + ["runtime.runs_dir=runs"]
-    done = subprocess.run(
-        [sys.executable, str(script), *words], capture_output=True, text=True, check=False, env={**_environment()}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    end = "\ndef stop(update):\n    assert update['step'] != 3 or 'evaluating' in update, 'killed'\n\n\nfit("
+    killed = example.replace("\nfit(", end).replace("callbacks=", "report=stop, callbacks=")
+    for text, said in ((killed, "killed"), (example, "")):  # after an evaluation that no checkpoint has
+        script.write_text(text, encoding="utf-8")
+        command = [sys.executable, str(script), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**_environment()})
+        assert done.returncode == bool(said) and said in done.stderr, done.stderr[-2000:]
     (directory,) = (path.parent for path in (tmp_path / "runs").glob("*/record.json"))
     record = RunRecord.model_validate_json((directory / "record.json").read_text(encoding="utf-8"))
     from mlflow import MlflowClient
