@@ -178,6 +178,9 @@ def test_an_onnx_file_that_computes_something_else_is_not_kept(
         class model:
             metadata_props: dict[str, str] = {}  # noqa: RUF012
 
+            class graph:
+                all_nodes = staticmethod(lambda: [])
+
         def save(self, path: Path, external_data: bool) -> None:
             path.write_bytes(b"something")
 

@@ -147,7 +147,7 @@ def test_without_an_origin_nothing_is_written(folder: Path, copy: Path, tmp_path
     shutil.rmtree(copy)
     with pytest.raises(ValueError, match="copy is gone"):
         moved.save_pretrained(tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_is_asked_for_these_files_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -280,3 +280,38 @@ def test_a_file_in_the_way_and_a_folder_that_is_not_whole_are_said(folder: Path,
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config.json: missing, so the model folder is not whole"):
         load_model(copy)
+
+
+def test_a_folder_is_saved_over_itself_and_over_others(
+    run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    segmenter = Segmenter.from_pretrained(copy)
+    segmenter.save_pretrained(copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    (copy / "model.pt2").write_bytes(b"of the same network")
+    Segmenter.from_pretrained(copy).save_pretrained(tmp_path / "with")
+    assert (tmp_path / "with" / "model.pt2").read_bytes() == b"of the same network"
+    with torch.no_grad():
+        next(segmenter.network.parameters()).add_(0.5)
+    segmenter.save_pretrained(tmp_path / "with")
+    assert not {"model.pt2", "metrics.json"} & {path.name for path in (tmp_path / "with").iterdir()}
+    assert same(Segmenter.from_pretrained(tmp_path / "with"), segmenter)
+    with pytest.raises(ValueError, match="the directory of a run, which a model folder would hide"):
+        segmenter.save_pretrained(run)
+    with pytest.raises(ValueError, match="model_card_kwargs: the card is made of the run's record"):
+        segmenter.save_pretrained(tmp_path / "card", model_card_kwargs={"license": "mit"})
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    moved = Segmenter.from_pretrained(copy.name)
+    monkeypatch.chdir(run)
+    moved.save_pretrained("~/model")
+    assert (tmp_path / "home" / "model" / "config.json").is_file()
+
+
+def test_exported_networks_name_no_place_of_this_machine(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    export_run(run, tmp_path / "model", onnx=True, torch_export=True)
+    for path in (tmp_path / "model").iterdir():
+        data = path.read_bytes()
+        assert b"site-packages" not in data and str(Path(viladiff.__file__).parent).encode() not in data, path.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -130,6 +131,20 @@ def test_callbacks_do_not_change_a_run_and_their_errors_are_the_callers(tmp_path
         fit(override(cfg, {"runtime.workers": 2}), callbacks=[Memory()])
 
 
+def test_all_are_told_the_end_once_whoever_raises(tmp_path: Path) -> None:
+    class Broken(Callback):
+        def on_end(self, record: RunRecord | None) -> None:
+            raise ZeroDivisionError("mine")
+
+    cfg = override(RunConfig(), {**SHORT, "runtime.runs_dir": str(tmp_path)})
+    before, after = Memory(), Memory()
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fit(cfg, callbacks=[before, Broken(), after])
+    for memory in (before, after):
+        ends = [told for kind, told in memory.told if kind == "end"]
+        assert len(ends) == 1 and ends[0] is not None and ends[0].steps == STEPS
+
+
 def test_a_tracker_that_fails_on_the_way_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +217,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def compare_rows(directory: Path, record: RunRecord) -> dict[str, Any]:
     (leg,) = (directory / "wandb").glob("offline-run-*")
+    (data,) = (path.read_bytes() for path in leg.glob("run-*.wandb"))
+    for told in ("site-packages", str(ROOT), sys.executable, socket.gethostname()):
+        assert told.encode() not in data
     assert leg.name.endswith(record.run_id)
     rows, summary = history(leg)
     want = expected(directory, record)

@@ -121,6 +121,8 @@ def export_program(model: Model, path: Path) -> float:
     try:
         with torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes={"image": free})
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
         torch.export.save(program, path)
         again = torch.export.load(path).module(check_guards=False)
     except Exception as error:  # torch raises many kinds: of its own, of sympy and of pickle
@@ -168,6 +170,8 @@ def export_onnx(model: Model, path: Path) -> float:
                     "input": f"{input_words(model)}, sides multiples of patch",
                 }
             )
+            for node in program.model.graph.all_nodes():
+                node.metadata_props.clear()  # paths of this machine
             program.save(path, external_data=False)
         except torch.onnx.OnnxExporterError as error:
             raise ValueError(f"{model.network.encoder.__class__.__name__} has no ONNX form: {error}") from error

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from viladiff.core.atomic import write_atomically
 from viladiff.evaluation.complexity import cost_facts, costs
-from viladiff.inference.card import CARD, METRICS_FILE, card, changed_card, metrics
+from viladiff.inference.card import CARD, EXPORTED, METRICS_FILE, card, changed_card, metrics
 from viladiff.inference.load import load_method, load_run, text_dim
 from viladiff.inference.model_folder import (
     CLASSES,
@@ -88,43 +88,66 @@ class Segmenter(Model, ModelHubMixin, library_name="viladiff", pipeline_tag="ima
             place = Path(found)
         return cls(**_loaded(place, device))
 
-    def save_pretrained(self, save_directory: str | Path, **given: Any) -> str | None:
-        """Write the model folder, as ``ModelHubMixin.save_pretrained``; files of an earlier one are replaced.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: object = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write the model folder, with the arguments of ``ModelHubMixin.save_pretrained``.
 
-        Raises ValueError as ``write``, and where the place is a file.
+        All is made before the first file is written, and files of an earlier folder there are replaced. ``config`` is
+        the hub's own and not used. Raises ValueError as ``write``, for a place that is a file or a run's directory, and
+        for ``model_card_kwargs``: the card is made of the run's record.
         """
-        if Path(save_directory).is_file():
+        place = Path(save_directory).expanduser()
+        if place.is_file():
             raise ValueError(f"{save_directory}: a file; a model folder is a directory, so name another place")
-        return super().save_pretrained(save_directory, **given)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self.write(save_directory)
+        if (place / "record.json").is_file():
+            raise ValueError(f"{save_directory}: the directory of a run, which a model folder would hide; name another")
+        if model_card_kwargs:
+            raise ValueError("model_card_kwargs: the card is made of the run's record; edit README.md in the folder")
+        self.write(place)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or place.name, **push_to_hub_kwargs)
 
     def write(self, into: Path, facts: dict[str, str] | None = None, exported: Sequence[str] = ()) -> None:
-        """Write the files of a model folder into an existing directory.
+        """Write the files of a model folder into a directory, which is made if it is missing.
 
-        facts: what the card says of the cost of an image, ``cost()`` if None; exported: names of further files there.
-        The card is made from the run's record. Where ``source`` is itself a model folder, its card and scores are
-        copied, unless the weights are others now, which the card then says. Raises ValueError where ``source`` is None
-        or gone.
+        facts: what the card says of the cost of an image, ``cost()`` if None; exported: names of further files that are
+        there already. Raises ValueError where ``source`` is None or gone, and then nothing is written.
         """
         if self.source is None or not self.source.is_dir():
             gone = "it was made from a network alone" if self.source is None else f"{self.source} is gone"
             raise ValueError(f"nothing to write a model card from: {gone}")
-        kept = _loaded(self.source, "cpu")["network"].state_dict()
-        people: dict[str, bytes] = {}
-        if not all(torch.equal(value.cpu(), kept[name]) for name, value in self.network.state_dict().items()):
-            people[CARD] = changed_card(self, str(self.fields["method.name"])).encode()
-        elif (self.source / "record.json").is_file():
-            record = strip_local_paths(load_record(self.source / "record.json"))
-            people[CARD] = card(self, record, self.cost() if facts is None else facts, exported).encode()
-            people[METRICS_FILE] = metrics(record)
-        else:
-            found = [self.source / name for name in (CARD, METRICS_FILE) if (self.source / name).is_file()]
-            people = {path.name: path.read_bytes() for path in found}
+        people = self._for_people(self.source, facts, exported)
+        into.mkdir(parents=True, exist_ok=True)
+        for name in {METRICS_FILE, *EXPORTED} - {*people, *exported}:
+            (into / name).unlink(missing_ok=True)  # of another network that was here
         write_folder(into, ModelFolder(self.network, self.fields, self.class_names, self.palette, self.precision))
         for name, content in people.items():
             write_atomically(into / name, content)
+
+    def _for_people(self, source: Path, facts: dict[str, str] | None, exported: Sequence[str]) -> dict[str, bytes]:
+        """Return the card, the scores and exported networks, by name of their files.
+
+        The card is made from the run's record. Where ``source`` is itself a model folder, its files are copied, unless
+        the weights are others now: then the card says so, and there is nothing else.
+        """
+        kept = _loaded(source, "cpu")["network"].state_dict()
+        if not all(torch.equal(value.cpu(), kept[name]) for name, value in self.network.state_dict().items()):
+            return {CARD: changed_card(self, str(self.fields["method.name"])).encode()}
+        if (source / "record.json").is_file():
+            record = strip_local_paths(load_record(source / "record.json"))
+            text = card(self, record, self.cost() if facts is None else facts, exported)
+            return {CARD: text.encode(), METRICS_FILE: metrics(record)}
+        found = [source / name for name in (CARD, METRICS_FILE, *EXPORTED) if (source / name).is_file()]
+        return {path.name: path.read_bytes() for path in found}
 
     def cost(self) -> dict[str, str]:
         """Return parameters, arithmetic and time of an image of a crop's size, a fact a line."""
@@ -168,5 +191,5 @@ def _loaded(folder: Path, device: str) -> dict[str, Any]:
         "palette": contents.palette,
         "precision": contents.precision,
         "fields": contents.fields,
-        "source": folder,
+        "source": folder.resolve(),
     }

@@ -81,20 +81,25 @@ class Callbacks:
         self._all(lambda callback: callback.on_evaluation(step, miou))
 
     def end(self, record: RunRecord | None) -> None:
-        """Tell the end once."""
-        self._all(lambda callback: callback.on_end(record))
-        self._begun.clear()
+        """Tell each the end once. An error of a callback that the caller gave is raised when all have been told."""
+        begun, self._begun = self._begun, []
+        self._all(lambda callback: callback.on_end(record), begun)
 
-    def _all(self, call: Callable[[Callback], None]) -> None:
-        for callback in [*self._begun]:
+    def _all(self, call: Callable[[Callback], None], whom: Sequence[Callback] | None = None) -> None:
+        first: Exception | None = None
+        for callback in [*(self._begun if whom is None else whom)]:
             try:
                 call(callback)
             except Exception as error:
                 if callback in self._given:
-                    raise
-                self._begun.remove(callback)
+                    first = first or error
+                    continue
+                if callback in self._begun:
+                    self._begun.remove(callback)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 print(f"note: {type(callback).__name__} is left out from here on: {reason}", file=sys.stderr)
+        if first is not None:
+            raise first
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,14 @@ from viladiff.trackers.base import Callback, RunInfo, scalars
 if TYPE_CHECKING:
     import wandb
 
+_PRIVATE: dict[str, Any] = {
+    "host": "",
+    "disable_git": True,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+}
+"""What keeps paths, names and programs of the machine from being sent."""
 PROJECT = "viladiff"
 """Of runs where ``WANDB_PROJECT`` names none."""
 
@@ -46,7 +54,7 @@ class WeightsAndBiases(Callback):
                 config=run.config,
                 resume="allow",
                 reinit="create_new",
-                settings=wandb.Settings(console="off", quiet=True),
+                settings=wandb.Settings(console="off", quiet=True, **_PRIVATE),
             )
         except (wandb.Error, OSError) as error:
             reason = " ".join(str(error).split())
