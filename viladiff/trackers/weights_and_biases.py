@@ -44,6 +44,9 @@ class WeightsAndBiases(Callback):
             raise ValueError(
                 "runtime.wandb = true: the package wandb is not installed; pip install 'viladiff[trackers]'"
             ) from error
+        place = run.directory / "wandb"
+        if os.environ.get("WANDB_MODE") == "offline":
+            _remove_legs(place, run.name)  # before: W&B names a folder by the second, which two legs may share
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -63,7 +66,7 @@ class WeightsAndBiases(Callback):
         self.skip = self.run.step
         """Rows that W&B has already."""
         if self.run.offline:
-            _remove_legs(run.directory / "wandb", run.name, Path(self.run.dir).parent)
+            _remove_legs(place, run.name, Path(self.run.dir).parent)
         if run.step:
             for row in _in_order(run.log(), run.evaluations):
                 self._send(row)
@@ -103,8 +106,8 @@ def _known(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if value is not None}
 
 
-def _remove_legs(place: Path, run_id: str, own: Path) -> None:
+def _remove_legs(place: Path, run_id: str, own: Path | None = None) -> None:
     """Remove the offline folders of this run's earlier legs, which the new one repeats."""
     for path in place.glob(f"offline-run-*-{run_id}"):
-        if path.resolve() != own.resolve():
+        if own is None or path.resolve() != own.resolve():
             shutil.rmtree(path, ignore_errors=True)
