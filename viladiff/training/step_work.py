@@ -128,7 +128,7 @@ def count_step(cfg: RunConfig, classes: int) -> StepWork:
     optimizer = Optimizer(param_groups(method, cfg), cfg)
     state = sum(_moments(cfg, group) * _size(group["params"]) for group in optimizer.param_groups)
     counter = OperationCounter(method)
-    memory = LiveMemory([*method.parameters(), *method.buffers(), *_tensors(batch)])
+    memory = LiveMemory([*method.parameters(), *method.buffers(), *batch.tensors()])
     precision = MetaPrecision(_DTYPES[cfg.train.precision])
     parts = cfg.train.grad_accum_steps
     with memory, counter, precision, counter.modules():
@@ -180,15 +180,3 @@ def _optimiser_line(cfg: RunConfig, group: dict[str, list[Tensor]]) -> Line:
 
 def _size(weights: Iterator[nn.Parameter] | list[Tensor]) -> int:
     return sum(_FLOAT * x.numel() for x in weights if x.requires_grad)
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors of a batch."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Batch | CutMix | TextBatch):
-        for item in vars(value).values():
-            yield from _tensors(item)
