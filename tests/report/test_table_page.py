@@ -322,6 +322,7 @@ def test_curves_of_unfinished_runs_are_drawn_and_the_page_of_running_ones_loads_
     assert lease is not None
     with lease:
         page = table_page.render_table(plan, store, tmp_path / "o", command="make", verdicts=[]).read_text()
+    assert re.search(r"row 1 base \(1 unfinished\)\. 1/8 \(183\): [\d.]+ so far; 1/2: [\d.]+ at the end", page)
     assert "1 base (1 unfinished)" in page and "also of unfinished runs" in page
     assert '<meta http-equiv="refresh" content="30">' in page and "1 running" in page
     page = table_page.render_table(plan, store, tmp_path / "o", command="make", verdicts=[]).read_text()

@@ -240,7 +240,8 @@ def panels(results: Results, drawn: dict[str, list[Curve]]) -> list[dict[str, An
         for row in dict.fromkeys(c.row for c in found):
             mine = [c for c in found if c.row == row]
             colours = [f"var(--series-{results.plan.columns.index(c.column) % len(colormap.SERIES)})" for c in mine]
-            ends = "; ".join(f"{table.columns[c.column].label}: {c.mean[-1]:.3g} at the end" for c in mine)
+            named = [(table.columns[c.column].label, "so far" if c.running else "at the end", c) for c in mine]
+            ends = "; ".join(f"{label}: {c.mean[-1]:.3g} {when}" for label, when, c in named)
             under_way = sum(c.running for c in mine)
             title = f"{number(results, row)} {row_name(results, row)}" + f" ({under_way} unfinished)" * (under_way > 0)
             charts.append((title, figures.panel(mine, colours, bounds, f"{names[term]} of row {title}. {ends}")))
