@@ -23,6 +23,7 @@ from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
 from viladiff.trackers import weights_and_biases
 from viladiff.trackers.base import Callback, RunInfo, scalars
+from viladiff.trackers.build import TRACKERS
 from viladiff.trackers.weights_and_biases import WeightsAndBiases
 from viladiff.training.trainer import Trainer, fit
 
@@ -294,7 +295,12 @@ def test_rows_that_never_arrived_are_sent_by_the_next_leg(tmp_path: Path, monkey
     assert [row["step"] for row in hub.rows[-2:]] == [6, 7]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_the_flag_of_tables_and_sweeps_knows_each_tracker() -> None:
+    text = (ROOT / "tests" / "cli" / "help.txt").read_text(encoding="utf-8")
+    assert f"--track {{{','.join(TRACKERS)}}}" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", [*TRACKERS])
 def test_a_tracker_that_is_not_there_is_said_before_training(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
