@@ -132,6 +132,25 @@ def test_callbacks_do_not_change_a_run_and_their_errors_are_the_callers(tmp_path
         fit(override(cfg, {"runtime.workers": 2}), callbacks=[Memory()])
 
 
+def test_a_restart_that_cannot_begin_leaves_the_old_run(tmp_path: Path) -> None:
+    class Broken(Callback):
+        def on_start(self, run: RunInfo) -> None:
+            raise ZeroDivisionError("mine")
+
+    cfg = override(RunConfig(), {**SHORT, "runtime.runs_dir": str(tmp_path)})
+    directory = fit(cfg).directory
+    before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    assert {"record.json", "checkpoint.pt", "steps.jsonl"} <= {*before}
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fit(cfg, callbacks=[Broken()], resume=False)
+    assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
+    memory = Memory()
+    again = fit(cfg, callbacks=[memory], resume=False).record
+    assert memory.told[0] == ("start", 0) and len([kind for kind, _ in memory.told if kind == "row"]) == STEPS
+    assert again.finished >= json.loads(before["record.json"])["finished"] and again.history == fit(cfg).record.history
+    assert len(StepLog(directory / "steps.jsonl").read()) == STEPS
+
+
 def test_all_are_told_the_end_once_whoever_raises(tmp_path: Path) -> None:
     class Broken(Callback):
         def on_end(self, record: RunRecord | None) -> None:

@@ -160,19 +160,19 @@ class Trainer:
 
     def _carry_out(self, done: Path, resume: bool) -> Result:
         self.memory.start()
-        if self.rank == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl", *evaluator.FILES):
-                    (self.directory / name).unlink(missing_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._barrier()
         with memory_errors(self.cfg), tf32(self.cfg.train.tf32):
             self._build()
-            restore(self)
-            if self.rank == 0:
-                self.log.truncate_to(self.step)
+            if resume:
+                restore(self)
             with self.callbacks as following:
                 following.start(self._info())
+                if self.rank == 0:
+                    old = ("record.json", "checkpoint.pt", "checkpoint.prev.pt", *evaluator.FILES)
+                    for name in () if resume else old:  # not before: what cannot start leaves the old run as it is
+                        (self.directory / name).unlink(missing_ok=True)
+                    self.log.truncate_to(self.step)
                 self._recall()
                 self._train()
                 record = evaluator.record(self)
