@@ -166,13 +166,13 @@ class Trainer:
             self._build()
             if resume:
                 restore(self)
+                if self.rank == 0:
+                    self.log.truncate_to(self.step)
             with self.callbacks as following:
                 following.start(self._info())
-                if self.rank == 0:
-                    old = ("record.json", "checkpoint.pt", "checkpoint.prev.pt", *evaluator.FILES)
-                    for name in () if resume else old:  # not before: what cannot start leaves the old run as it is
+                if self.rank == 0 and not resume:  # not before: what cannot start leaves the old run as it is
+                    for name in ("record.json", "checkpoint.pt", "checkpoint.prev.pt", "steps.jsonl", *evaluator.FILES):
                         (self.directory / name).unlink(missing_ok=True)
-                    self.log.truncate_to(self.step)
                 self._recall()
                 self._train()
                 record = evaluator.record(self)
