@@ -33,3 +33,13 @@ def test_render_refuses_other_names_before_it_renders_any(
     assert f"{name}: is no data set that is rendered; allowed: {', '.join(embedded_datasets())}" in said
     assert ("did you mean 'digits'?" in said) == (name == "digit")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"), [("50%", "; write 0.5"), ("0,2", "; write 0.2"), ("nan", ""), ("-3", ""), ("some", "")]
+)
+def test_split_says_how_a_share_is_written(value: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "split", "photos", f"--val={value}"])
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(f"'{value}': must be a number of images, or a share below 1 such as 0.2{meant}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import os
@@ -124,6 +125,24 @@ def test_ctrl_c_says_that_it_was_heard(capsys: pytest.CaptureFixture[str]) -> No
 
     assert run_command(stop) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_command_that_begins_anew_does_not_promise_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(_: argparse.Namespace) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/a.png")
+
+    for words, end in (
+        (["predict", "a.jpg", "--model", "m"], "run the same command again"),
+        (["data", "coco-masks", "a"], "the same command goes on where it stopped"),
+    ):
+        parser = main.command_parser()
+        args = parser.parse_args(words)
+        args.run = fill
+        monkeypatch.setattr("viladiff.cli.main.parse_arguments", lambda *_, found=args: found)
+        assert main.main(words) == 2
+        assert capsys.readouterr().err.endswith(f"free some space, and {end}\n")
 
 
 @pytest.mark.parametrize(

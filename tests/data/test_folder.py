@@ -566,6 +566,7 @@ def test_links_within_the_root_and_to_the_root_are_followed(photo_folder: Make, 
     [
         ("classes.txt", "sky\n", r"classes\.txt: names 1 classes; 2 to 255"),
         ("classes.txt", "sky\ntree\nsky\n", r"the class 'sky' is named twice"),
+        ("classes.txt", "sky\ntree\nSky\n", "the classes 'sky' and 'Sky' differ in capitals alone"),
         ("palette.txt", "0 0 0 sky\n0 0 0 tree\n", r"line 2: the colour \(0, 0, 0\) stands for two classes"),
         ("palette.txt", "0 0 0 sky\n0 0 300 tree\n", r"line 2: '0 0 300 tree' is not 'r g b name'"),
         ("palette.txt", "0 0 sky\n", r"line 1: '0 0 sky' is not 'r g b name'"),

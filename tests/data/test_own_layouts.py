@@ -127,14 +127,16 @@ def grouped(photographs: ModuleType, root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("how", ["folder", "^p[0-9]", "^(p[0-9])/", "table"])
+@pytest.mark.parametrize("how", ["folder", "^p[0-9]", "^(p[0-9])/", ",", ";", "\t"])
 def test_no_group_is_on_both_sides(photographs: ModuleType, tmp_path: Path, how: str) -> None:
     root = grouped(photographs, tmp_path / "photos")
     tree, classes = open_tree(root)
-    if how == "table":
-        how = str(tmp_path / "groups.csv")
+    if len(how) == 1:  # what separates the columns of a table
+        separator, how = how, str(tmp_path / "groups.csv")
         with open(how, "w", newline="") as file:
-            csv.writer(file).writerows([("image", "group"), *((f"{name}.jpg", name[:2]) for name in tree.images)])
+            csv.writer(file, delimiter=separator).writerows(
+                [("image", "group"), *((f"{name}.jpg", name[:2]) for name in tree.images)]
+            )
     assert groups_of(tree, how) == {name: name[:2] for name in tree.images}
     for name in [name for name in tree.masks if name.startswith("p0")][1:]:
         tree.masks[name].unlink()

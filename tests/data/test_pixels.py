@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ from viladiff.data.decode_workers import CropRecipe, DecodeRequest, DecodeWorker
 from viladiff.data.files import images
 from viladiff.data.files.images import image_size, pixels_of_array, read_image, read_mask
 from viladiff.data.formats.bands import decoded_rgb
+from viladiff.data.formats.pillow_file import limit_pixels
 from viladiff.data.formats.values import displayed
+from viladiff.data.registry import dataset_spec, load_dataset
 from viladiff.data.transforms.augment import IMAGENET_MEAN, IMAGENET_STD, normalise, of_channels, strong
 from viladiff.data.transforms.geometry import crop_image, window
 from viladiff.models.encoders.build import build_encoder
+from viladiff.runs.config import RunConfig, override
 
 RAMP = np.linspace(0, 4095, 24 * 32).round().astype(np.uint16).reshape(24, 32)
 """12 bits."""
@@ -257,6 +263,31 @@ def test_processes_decode_the_same_channels(tmp_path: Path) -> None:
         assert np.array_equal(workers.take(asked).images, wanted)
     finally:
         workers.close()
+
+
+def test_a_field_sets_the_largest_image_in_every_thread_and_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    path = write(tmp_path / "a.png", bands(3))
+    asked, recipe = [DecodeRequest(str(path), None, (0.3, 0.5, 0.7, 0.2))], CropRecipe(16, (1.0, 1.0), 0.0, 2, None)
+    wanted = decode_all(asked, recipe).images
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    request.addfinalizer(lambda: limit_pixels(None))
+    cfg = override(RunConfig(), {"runtime.max_pixels": 24 * 32})
+    for most in (cfg.runtime.max_pixels, 24 * 32 - 1):
+        limit_pixels(None)
+        with pytest.raises(ValueError, match=r"raise runtime\.max_pixels"):
+            read_image(path)
+        load_dataset(*dataset_spec(cfg)._replace(max_pixels=most))
+        workers = DecodeWorkers(recipe._replace(max_pixels=most), 1, 1, 1)
+        with closing(workers), ThreadPoolExecutor(1) as pool:
+            if most == 24 * 32:
+                assert pool.submit(read_image, path).result().shape == (24, 32, 3)
+                assert np.array_equal(workers.take(asked).images, wanted)
+                continue
+            for read in (pool.submit(read_image, path).result, partial(workers.take, asked)):
+                with pytest.raises(ValueError, match=r"32 x 24 pixels, more than 767 .*runtime\.max_pixels"):
+                    read()
 
 
 def test_colour_changes_of_other_channels() -> None:

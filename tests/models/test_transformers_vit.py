@@ -119,6 +119,16 @@ def test_a_run_is_named_by_what_is_in_the_directory(tmp_path: Path) -> None:
     assert named(tmp_path / "a") != first
     with pytest.raises(ValueError, match=r"must be a directory with config\.json and"):
         named(tmp_path / "nothing")
+    for file, kind in (("tf_model.h5", "TensorFlow"), ("flax_model.msgpack", "JAX"), ("pytorch_model.bin", "torch")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").touch()
+        (tmp_path / kind / file).touch()
+        with pytest.raises(ValueError, match=rf"{file} is .*{kind}, which is not read: save the model anew"):
+            named(tmp_path / kind)
+    for file in ("manifest.json", "classes.txt"):
+        (tmp_path / "b" / file).touch()
+    with pytest.raises(ValueError, match=r"a model folder of viladiff export, .*; name .*model\.safetensors"):
+        named(tmp_path / "b")
 
 
 @pytest.mark.slow

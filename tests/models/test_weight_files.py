@@ -268,7 +268,14 @@ def test_a_file_of_a_deeper_network_of_the_family_is_refused(tmp_path: Path) -> 
 
 
 def test_a_directory_of_weights_is_no_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a directory; name the file"):
+    with pytest.raises(ValueError, match=r"name the file of weights, or set model\.encoder=transformers"):
+        file_checksum(tmp_path, "model.weights")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"is a directory; name the file .*/model\.safetensors$"):
+        file_checksum(tmp_path, "model.weights")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match=r"/model\.safetensors, or set model\.encoder=transformers$"):
         file_checksum(tmp_path, "model.weights")
 
 

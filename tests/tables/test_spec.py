@@ -168,6 +168,7 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
         ),
         ('title = "A table"', 'title = "A table"\nzzz = 1', "zzz: no such key. Allowed: title, metric,"),
         ('title = "A table"', 'title = "A table"\ntitle = "B"', "not TOML, or a key twice:"),
+        ('title = "A table"', 'title = "C:\\Users\\x"', "stands between single quotes: 'C:\\Users\\x'"),
         ('datasets = { voc = "digits" }', 'datasets = { vok = "digits" }', "does not say what becomes of 'voc', which"),
         (
             'kind = "higher"',

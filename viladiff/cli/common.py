@@ -153,8 +153,11 @@ def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
     return SPELT.get(one) or ascii(one)[1:-1], error.start + 1
 
 
-def run_command(command: Callable[[], int]) -> int:
-    """Run ``command`` and return its exit status; print one line for each error."""
+def run_command(command: Callable[[], int], resumes: bool = True) -> int:
+    """Run ``command`` and return its exit status; print one line for each error.
+
+    resumes: whether the command goes on where it was interrupted, if it is given again.
+    """
     try:
         _check_directory()
         status = command()
@@ -171,7 +174,7 @@ def run_command(command: Callable[[], int]) -> int:
         if os.environ.get("VILADIFF_DEBUG") == "1":
             raise
         for line in str(error).splitlines() or [type(error).__name__]:
-            _print_error(line + disk_advice(error))
+            _print_error(line + disk_advice(error, resumes))
         return 2
     except (MemoryError, RuntimeError) as error:
         thread = "can't start new thread" in str(error)

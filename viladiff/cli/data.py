@@ -6,9 +6,10 @@ Only the standard library is loaded until a command is executed.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ def _add_split(
     split.add_argument(
         "--val",
         metavar="N",
-        type=float,
+        type=_count_or_share,
         help="number of validation images, or a share below 1 (default: the present val.txt, or 0.2)",
     )
     split.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the split (default: 0)")
@@ -88,6 +89,22 @@ def _add_split(
         "expression that finds the group in a name, such as patient[0-9]+",
     )
     split.set_defaults(run=_split)
+
+
+def _count_or_share(text: str) -> float:
+    """Return a number above 0. Raises ArgumentTypeError for another, with what was probably meant."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if math.isfinite(found) and found > 0:
+        return found
+    meant = ""
+    if text.endswith("%") or "," in text:
+        with suppress(ValueError):
+            number = float(text.rstrip("%").replace(",", "."))
+            meant = f"; write {number / 100 if text.endswith('%') else number:g}"
+    raise argparse.ArgumentTypeError(f"{text!r}: must be a number of images, or a share below 1 such as 0.2{meant}")
 
 
 def _add_coco_masks(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -66,7 +66,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; errors of the user are one line each on stderr."""
     args = parse_arguments(command_parser(), argv)
-    return run_command(lambda: int(args.run(args)))
+    return run_command(lambda: int(args.run(args)), getattr(args, "resumes", True))
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -163,14 +163,14 @@ def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     predict.add_argument("--threads", metavar="N", help="CPU threads")
     predict.add_argument("--quiet", action="store_true", help="hide the progress bar")
-    predict.set_defaults(run=_predict)
+    predict.set_defaults(run=_predict, resumes=False)
 
     export = commands.add_parser("export", help="export a run as a model folder", formatter_class=raw)
     export.add_argument("directory", metavar="RUN", help="directory of a run, as printed by train")
     export.add_argument("out", metavar="OUT", help="folder to create")
     export.add_argument("--onnx", action="store_true", help="also write model.onnx and compare its output with torch")
     export.add_argument("--pt2", action="store_true", help="also write model.pt2 by torch.export, read by torch alone")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=_export, resumes=False)
 
 
 def _first_line() -> str:

@@ -223,6 +223,9 @@ class RuntimeConfig(Section):
     """Directory that holds one directory a run."""
     data_root: str | None = None
     """Directory of the data, for ``folder`` the one with ``images`` in it; not needed by the built-in data sets."""
+    max_pixels: int | None = Field(None, ge=1)
+    """Pixels of the largest image file that is read; none is 178,956,970. An image is decoded as a whole, in 3 bytes a
+    pixel or more."""
     captions: str | None = None
     """File of captions (CSV, JSON lines or Parquet) in place of the data set's own; the run's name has its content."""
     text_model: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -16,12 +17,16 @@ from viladiff.config.base import Section, did_you_mean, error_reason
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises ValueError if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         fix = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}){fix}") from None
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML, or a key twice: {error}") from None
+        windows = re.search(r'"(\w:\\[^"\n]*)"', text)
+        quotes = f"; a path with backslashes stands between single quotes: '{windows[1]}'" if windows else ""
+        raise ValueError(f"{path}: not TOML, or a key twice: {error}{quotes}") from None
 
 
 def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:

@@ -25,8 +25,11 @@ def format_value(value: object, digits: int | None = None) -> str:
     return f"{value:.{digits}g}" if digits is not None and isinstance(value, float) else str(value)
 
 
-def disk_advice(error: BaseException) -> str:
-    """Return the end of a message about a file that the system refuses, which says what to do; empty for others."""
+def disk_advice(error: BaseException, resumes: bool = True) -> str:
+    """Return the end of a message about a file that the system refuses, which says what to do; empty for others.
+
+    resumes: as of ``run_command``.
+    """
     number = (error.errno if isinstance(error, OSError) else None) or 0
     full = {
         errno.ENOSPC: "free some space",
@@ -44,5 +47,6 @@ def disk_advice(error: BaseException) -> str:
         errno.ELOOP: "it is a link that leads back to itself; remove it",
     }
     if number in full:
-        return f"; {full[number]}, and the same command goes on where it stopped"
+        again = "the same command goes on where it stopped" if resumes else "run the same command again"
+        return f"; {full[number]}, and {again}"
     return f"; {refused[number]}" if number in refused else ""

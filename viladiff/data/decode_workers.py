@@ -27,6 +27,7 @@ import numpy as np
 
 from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.files.images import IdEncoding, MaskEncoding, PaletteEncoding
+from viladiff.data.formats.pillow_file import limit_pixels
 from viladiff.data.loading.picture_cache import picture_cache
 from viladiff.data.transforms.geometry import Range, Window, crop_image, crop_mask, window
 
@@ -47,6 +48,8 @@ class CropRecipe(NamedTuple):
     """What the pixels of an image are."""
     pictures: str | None = None
     """Folder of decoded pictures that are read in place of files, and stored where they are missing."""
+    max_pixels: int | None = None
+    """``runtime.max_pixels``."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -235,7 +238,7 @@ def _start(memory: int, size: int, recipe: CropRecipe) -> _Process:
     with suppress(OSError):  # one that dies at once is noticed by whoever asks it
         coding = recipe.coding
         packed = coding and [isinstance(coding, PaletteEncoding), *astuple(coding)]
-        _write(process, [*recipe[:4], packed, list(recipe.pixels), recipe.pictures])
+        _write(process, [*recipe[:4], packed, list(recipe.pixels), *recipe[6:]])
     return process
 
 
@@ -259,10 +262,11 @@ def _end(processes: list[_Process], file: IO[bytes]) -> None:
 
 def main(memory: int, size: int) -> None:
     """Process the tasks on standard input, one a line, until it ends."""
-    crop, scale, hflip, num_classes, coding, pixels, pictures = _tupled(json.loads(sys.stdin.buffer.readline()))
+    crop, scale, hflip, num_classes, coding, pixels, *rest = _tupled(json.loads(sys.stdin.buffer.readline()))
     if coding is not None:
         coding = (PaletteEncoding if coding[0] else IdEncoding)(*coding[1:])
-    recipe = CropRecipe(crop, scale, hflip, num_classes, coding, PixelFormat(*pixels), pictures)
+    recipe = CropRecipe(crop, scale, hflip, num_classes, coding, PixelFormat(*pixels), *rest)
+    limit_pixels(recipe.max_pixels)
     images, masks = _arrays(mmap.mmap(memory, size), recipe)
     for line in sys.stdin.buffer:
         place, image, mask, draws = json.loads(line)

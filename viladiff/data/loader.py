@@ -189,7 +189,7 @@ class BatchLoader:
         data, masks = self.cfg.data, self.dataset.masks
         assert isinstance(masks, FileMasks)
         pictures = str(picture_folder()) if self.cfg.runtime.picture_cache else None
-        reading = masks.num_classes, masks.coding, self.dataset.pixels, pictures
+        reading = masks.num_classes, masks.coding, self.dataset.pixels, pictures, self.cfg.runtime.max_pixels
         return CropRecipe(data.crop, data.scale, data.hflip, *reading)
 
     def _strong(self, weak: Tensor, drawn: list[tuple[int, int]], view: int | str) -> Tensor:

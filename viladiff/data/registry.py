@@ -12,6 +12,7 @@ from viladiff.data.all_labelled import base_split, label_all
 from viladiff.data.cache import fingerprint
 from viladiff.data.captions.files import match, read_captions
 from viladiff.data.dataset import Dataset
+from viladiff.data.formats.pillow_file import limit_pixels
 from viladiff.data.sources import DATASETS
 from viladiff.data.splits import hold_out
 
@@ -27,14 +28,17 @@ class DatasetSpec(NamedTuple):
     scored: str = "val"
     captions: str | None = None
     own: tuple[tuple[str, object], ...] = ()
+    max_pixels: int | None = None
 
 
 def dataset_spec(cfg: Sections) -> DatasetSpec:
     """Return the data set that a run asks for."""
     data = cfg.data
     own = tuple((name, getattr(data, name)) for name in type(data).model_fields if name not in DataConfig.model_fields)
-    place, captions = cfg.runtime.data_root, cfg.runtime.captions
-    return DatasetSpec(data.dataset, data.split, data.split_seed, place, data.holdout, cfg.eval.split, captions, own)
+    place, captions, most = cfg.runtime.data_root, cfg.runtime.captions, cfg.runtime.max_pixels
+    return DatasetSpec(
+        data.dataset, data.split, data.split_seed, place, data.holdout, cfg.eval.split, captions, own, most
+    )
 
 
 def load_dataset(
@@ -46,6 +50,7 @@ def load_dataset(
     scored: str = "val",
     captions: str | None = None,
     own: Mapping[str, object] | Iterable[tuple[str, object]] = (),
+    max_pixels: int | None = None,
 ) -> Dataset:
     """Open a data set under one of its labelled splits; ``split_seed`` draws another labelled list of the same size.
 
@@ -53,13 +58,15 @@ def load_dataset(
     built in are.
     holdout: see ``data.holdout``; those images are the validation set where ``scored`` is "holdout". captions: a file
     of captions in place of the data set's own. own: the fields that the section of the data set has beside those of all
-    data sets, such as ``split_family``; its defaults where they are not given. Raises ValueError for an unknown data
-    set, split or field, for a cache that is damaged or cannot be written, and for files that cannot be used.
+    data sets, such as ``split_family``; its defaults where they are not given. max_pixels: ``runtime.max_pixels``,
+    which holds for all that this process reads from here on. Raises ValueError for an unknown data set, split or field,
+    for a cache that is damaged or cannot be written, and for files that cannot be used.
     """
     if name not in DATASETS:
         raise ValueError(
             f"data.dataset = {name!r}: unknown; allowed: {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}"
         )
+    limit_pixels(max_pixels)
     source, fields = DATASETS[name], dict(own)
     base = base_split(source, split, str(fields.get("split_family", "")))
     whole = source.load(source.section(dataset=name, split=base, split_seed=split_seed, **fields), root, scored)

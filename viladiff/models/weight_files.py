@@ -66,7 +66,7 @@ def read_file(path: Path) -> tuple[State, str]:
     No code that the file may carry is run. Raises ValueError in one line for a file that holds no such tensors.
     """
     if path.is_dir():
-        raise ValueError(f"weights file {path} is a directory; name the file, or set model.encoder=transformers")
+        raise ValueError(f"weights file {path} is a directory; {in_place_of(path)}")
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist (model.weights)")
     with path.open("rb") as file:
@@ -85,6 +85,15 @@ def read_file(path: Path) -> tuple[State, str]:
     else:
         found = _torch_file(path, head)
     return _contained(path, found)
+
+
+def in_place_of(directory: Path) -> str:
+    """Return what to name in place of a directory."""
+    inside = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+    file = f"name the file {inside[0]}" if inside else "name the file of weights"
+    config = directory / "config.json"
+    theirs = config.is_file() and '"model_type"' in config.read_text(encoding="utf-8", errors="replace")
+    return file if inside and not theirs else f"{file}, or set model.encoder=transformers"
 
 
 def _torch_file(path: Path, head: bytes) -> Any:

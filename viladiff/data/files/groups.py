@@ -54,7 +54,10 @@ def _from_table(tree: FileIndex, path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+            text = file.read()
+        first = text.partition("\n")[0]
+        separator = next((one for one in ",;\t" if one in first), ",")  # as spreadsheets of several languages write
+        rows = [row for row in csv.reader(text.splitlines(), delimiter=separator) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as a table of groups: {error}") from error
     for number, row in enumerate(rows, 1):

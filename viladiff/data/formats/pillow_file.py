@@ -46,11 +46,24 @@ MAX_PIXELS = 2**30
 """Of an image to label, which is done in windows; 3 GB in RGB."""
 _allowed: ContextVar[int | None] = ContextVar("pixels", default=None)
 _opening = threading.RLock()
+_usual = Image.MAX_IMAGE_PIXELS
+_limit: int | None = None
+"""That of all threads of this process, where no ``allow_pixels`` is in force."""
+
+
+def limit_pixels(most: int | None) -> None:
+    """Read images of up to so many pixels in this process from here on; None restores Pillow's limit (179 million)."""
+    global _limit, _usual
+    if most is not None and _limit is None:
+        _usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours holds in its place
+    elif most is None and _limit is not None:
+        Image.MAX_IMAGE_PIXELS = _usual
+    _limit = most
 
 
 @contextmanager
 def allow_pixels(most: int) -> Iterator[None]:
-    """Read images of up to so many pixels within the context, where by default Pillow's limit holds (179 million)."""
+    """Read images of up to so many pixels within the context, in place of the limit of the process."""
     token = _allowed.set(most)
     try:
         yield
@@ -60,13 +73,16 @@ def allow_pixels(most: int) -> Iterator[None]:
 
 def check_pixels(path: Path | str, size: tuple[int, int]) -> None:
     """Raise ValueError for an image of (height, width) that is larger than the context allows."""
-    usual = Image.MAX_IMAGE_PIXELS
-    most = _allowed.get() or (None if usual is None else 2 * usual)
+    usual: int | None = Image.MAX_IMAGE_PIXELS
+    most = _allowed.get() or _limit or (None if usual is None else 2 * usual)
     if most is not None and size[0] * size[1] > most:
         raise ValueError(f"{path}: cannot be read: {size[1]} x {size[0]} pixels, more than {most:,} ({_LARGER})")
 
 
-_LARGER = "cut it into tiles to train on; viladiff predict labels it in windows, with a higher --max-pixels"
+_LARGER = (
+    "cut it into tiles to train on, or raise runtime.max_pixels; viladiff predict labels it in windows, with a higher "
+    "--max-pixels"
+)
 
 
 @contextmanager
@@ -75,7 +91,7 @@ def _own_limit() -> Iterator[None]:
 
     Pillow asks for it when a file is opened, and of some formats again when its pixels are read.
     """
-    if _allowed.get() is None:
+    if _allowed.get() is None or Image.MAX_IMAGE_PIXELS is None:
         yield
         return
     with _opening:
@@ -90,7 +106,7 @@ def _own_limit() -> Iterator[None]:
 def open_image(path: Path | str) -> Iterator[Image.Image]:
     """Open the file with Pillow, its header read and its pixels not yet; close it at the end.
 
-    Raises ValueError also for an image of more pixels than ``allow_pixels`` or Pillow admits.
+    Raises ValueError also for an image of more pixels than ``allow_pixels``, ``limit_pixels`` or Pillow admits.
     """
     try:
         with _own_limit(), Image.open(path, formats=FORMATS) as image:

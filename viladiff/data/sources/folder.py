@@ -155,6 +155,11 @@ def _checked(names: Sequence[str], path: Path) -> tuple[str, ...]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: the class {twice[0]!r} is named twice")
+    folded = {name.casefold(): name for name in names}
+    alike = next((name for name in names if folded[name.casefold()] != name), None)
+    if alike is not None:
+        other = folded[alike.casefold()]
+        raise ValueError(f"{path}: the classes {alike!r} and {other!r} differ in capitals alone; rename one of them")
     if not 2 <= len(names) <= IGNORE:
         raise ValueError(f"{path}: names {len(names)} classes; 2 to {IGNORE} are possible, background among them")
     return tuple(names)

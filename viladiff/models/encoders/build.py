@@ -13,7 +13,7 @@ from viladiff.models.encoders.load import load_weights
 from viladiff.models.encoders.segformer import MIT, new_mit
 from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known, timm_units
 from viladiff.models.encoders.timm_files import cached_weights, missing_weights
-from viladiff.models.weight_files import weights_path
+from viladiff.models.weight_files import in_place_of, weights_path
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
@@ -188,7 +188,7 @@ def _timm_weights(name: str) -> str:
 def file_checksum(path: Path, fields: str) -> str:
     """Return 16 digits of the SHA-256 of a file of weights. Raises ValueError that names the fields if missing."""
     if path.is_dir():
-        raise ValueError(f"weights file {path} is a directory; name the file, or set model.encoder=transformers")
+        raise ValueError(f"weights file {path} is a directory; {in_place_of(path)}")
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist ({fields})")
     return file_sha256(path)[:16]

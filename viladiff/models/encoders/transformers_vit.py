@@ -18,6 +18,9 @@ from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.segformer import SegformerEncoder
 from viladiff.models.encoders.timm_encoder import FINAL_BLOCKS
 
+_OTHERS = {".h5": "of TensorFlow", ".msgpack": "of JAX", ".bin": "a pickle of torch"}
+"""Files of weights that transformers has written beside safetensors, by suffix."""
+
 
 class DirectoryEncoder(Encoder):
     """Four maps of one size from four evenly spaced blocks, as ``TimmEncoder`` has them of a plain ViT.
@@ -160,7 +163,19 @@ def directory_checksum(directory: Path) -> str:
     """Return 16 hex digits of the configuration and of all weights. Raises ValueError if there are none."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
     if not files[0].is_file() or len(files) == 1:
-        raise ValueError(f"model.weights = {str(directory)!r}: must be a directory with config.json and *.safetensors")
+        found = {path.suffix: path.name for path in directory.glob("*") if path.suffix in _OTHERS}
+        has = [f"{name} is {_OTHERS[suffix]}, which is not read" for suffix, name in sorted(found.items())][:1]
+        told = (
+            f"; {has[0]}: save the model anew with transformers, as safetensors" if has and files[0].is_file() else ""
+        )
+        raise ValueError(
+            f"model.weights = {str(directory)!r}: must be a directory with config.json and *.safetensors{told}"
+        )
+    if (directory / "manifest.json").is_file() and (directory / "classes.txt").is_file():
+        raise ValueError(
+            f"model.weights = {str(directory)!r}: a model folder of viladiff export, not of transformers; name "
+            f"{files[1]} and set model.encoder to the encoder of its config.json"
+        )
     total = hashlib.sha256()
     for path in files:
         total.update(f"{path.name} {file_sha256(path)}\n".encode())
