@@ -198,7 +198,9 @@ def test_a_network_without_an_onnx_form_is_one_error(tmp_path: Path, monkeypatch
     pytest.importorskip("onnxruntime")
     asks = lambda self, image: image if image.sum() > 0 else -image  # noqa: E731
     monkeypatch.setattr(Standalone, "forward", asks)
-    with pytest.raises(ValueError, match=r"^\w+ has no ONNX form: "):
+    with pytest.raises(
+        ValueError, match=r"^model\.encoder = .* has no form for ONNX: .*; export without --onnx, or with --pt2$"
+    ):
         export_onnx(folded(network(vila=False)), tmp_path / ONNX)
     assert list(tmp_path.iterdir()) == []
 
@@ -227,3 +229,16 @@ def test_a_folder_with_onnx_says_so(run: Path, tmp_path: Path, monkeypatch: pyte
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert "3e-06" in facts["ONNX against torch"] and "3e-06" in card and "multiples of 8" in card
     assert load_model(tmp_path / "model").crop == 48
+
+
+def test_of_a_chain_of_errors_the_first_cause_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise NotImplementedError("five dimensions\n\nof attention")
+        except NotImplementedError as cause:
+            raise torch.onnx.OnnxExporterError("\nFailed\nConversionError: node\n(Refer to the trace)") from cause
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ValueError, match=r"has no form for ONNX: five dimensions; export without") as caught:
+        export_onnx(folded(network(vila=False)), tmp_path / ONNX)
+    assert "\n" not in str(caught.value)

@@ -117,7 +117,6 @@ def export_program(model: Model, path: Path) -> float:
     as ``export_onnx``.
     """
     module, (example, free, sizes) = Standalone(model.network).eval(), _free_sizes(model)
-    kind = model.network.encoder.__class__.__name__
     try:
         with torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes={"image": free})
@@ -126,9 +125,17 @@ def export_program(model: Model, path: Path) -> float:
         torch.export.save(program, path)
         again = torch.export.load(path).module(check_guards=False)
     except Exception as error:  # torch raises many kinds: of its own, of sympy and of pickle
-        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{kind} has no form for torch.export: {reason}") from error
+        raise _no_form(model, "torch.export", error, "without --pt2, or with --onnx") from error
     return _checked(path.name, [_difference(module, again, image) for image in _images(sizes, example.shape[1])])
+
+
+def _no_form(model: Model, form: str, error: BaseException, instead: str) -> ValueError:
+    """Return the one line of a network that a form of torch cannot hold: of a chain of errors the first cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    name = getattr(model, "fields", {}).get("model.encoder", type(model.network.encoder).__name__)
+    return ValueError(f"model.encoder = {name!r} has no form for {form}: {reason[:200]}; export {instead}")
 
 
 def _images(sizes: list[tuple[int, int, int]], inputs: int) -> Iterator[Tensor]:
@@ -174,7 +181,7 @@ def export_onnx(model: Model, path: Path) -> float:
                 node.metadata_props.clear()  # paths of this machine
             program.save(path, external_data=False)
         except torch.onnx.OnnxExporterError as error:
-            raise ValueError(f"{model.network.encoder.__class__.__name__} has no ONNX form: {error}") from error
+            raise _no_form(model, "ONNX", error, "without --onnx, or with --pt2") from error
     return _checked(path.name, [onnx_difference(module, path, size, model.network.encoder.inputs) for size in sizes])
 
 
