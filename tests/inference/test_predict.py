@@ -24,6 +24,7 @@ from viladiff.data.files.images import read_image, read_mask
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.protocols import predict_logits
 from viladiff.inference.export import export_run
+from viladiff.inference import predict
 from viladiff.inference.predict import Model, label_files
 from viladiff.inference.pretrained import load_model
 
@@ -153,8 +154,13 @@ def photographs(root: Path) -> Path:
 
 
 def test_a_directory_becomes_masks_overlays_and_confidence(
-    model: Model, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Model,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(predict, "_ROWS", 32)  # of which each picture has several and a rest
     source, out = photographs(tmp_path / "in"), tmp_path / "out put"
     assert main.main(["predict", str(source), "--model", str(folder), "--out", str(out)]) == 1
     said = capsys.readouterr()

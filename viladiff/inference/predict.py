@@ -239,12 +239,18 @@ def _is_mask(path: Path, source: Path, names: Container[Path]) -> bool:
     return any(path.with_name(path.stem[: -len(end)]) in names for end in ends)
 
 
+_ROWS = 1024
+
+
 def _write(out: Path, name: str, image: np.ndarray, found: Prediction, colours: np.ndarray) -> None:
     """Write masks/NAME.png with a palette, overlays/NAME.jpg, half image half classes, confidence/NAME.png in grey."""
     mask = Image.fromarray(found.labels)
     mask.putpalette(colours.tobytes())
-    blend = ((image.astype(np.uint16) + colours[found.labels]) // 2).astype(np.uint8)
-    grey = np.rint(found.confidence * 255).astype(np.uint8)
+    blend, grey = np.empty_like(image), np.empty_like(found.labels)
+    for top in range(0, len(image), _ROWS):  # a few bytes a pixel, not a dozen
+        rows = slice(top, top + _ROWS)
+        blend[rows] = (image[rows].astype(np.uint16) + colours[found.labels[rows]]) // 2
+        grey[rows] = np.rint(found.confidence[rows] * 255)
     for kind, suffix, picture in (
         ("masks", "png", mask),
         ("overlays", "jpg", Image.fromarray(blend)),
