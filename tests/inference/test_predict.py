@@ -23,8 +23,8 @@ from viladiff.data import registry
 from viladiff.data.files.images import read_image, read_mask
 from viladiff.data.transforms.augment import normalise
 from viladiff.evaluation.protocols import predict_logits
-from viladiff.inference.export import export_run
 from viladiff.inference import predict
+from viladiff.inference.export import export_run
 from viladiff.inference.predict import Model, label_files
 from viladiff.inference.pretrained import load_model
 
