@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Concatenate, ParamSpec, TypeVar
+
+A = TypeVar("A")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LONGEST_VALUE = 160
 """Characters of a value in an error."""
@@ -90,6 +96,17 @@ def errors_name(where: object, several: bool = False) -> Iterator[None]:
             raise ValueError(text) from error
         error.args = (text,)
         raise
+
+
+def names_file(read: Callable[Concatenate[A, P], T]) -> Callable[Concatenate[A, P], T]:
+    """Decorate a reader whose first argument is a file or folder, with ``errors_name``."""
+
+    @functools.wraps(read)
+    def wrapped(place: A, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with errors_name(place):
+            return read(place, *args, **kwargs)
+
+    return wrapped
 
 
 def disk_advice(error: BaseException) -> str:

@@ -146,7 +146,7 @@ def _members(path: Path, packed: gzip.GzipFile) -> Iterator[tarfile.TarInfo]:
 def _copy(packed: gzip.GzipFile, size: int, into: Path) -> None:
     """Write the next ``size`` bytes to a file, and pass over the rest of the last block."""
     if size < 0:
-        raise tarfile.InvalidHeaderError("a file of negative size")
+        raise tarfile.HeaderError("a file of negative size")
     left = size
     with into.open("wb") as file:
         while left:

@@ -84,7 +84,8 @@ def _entry(line: bytes) -> object:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else np.nan
+    # An integer may be beyond all floats.
+    return float(value) if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000) else np.nan
 
 
 def _curve(results: Results, logs: dict[str, dict[str, np.ndarray]], term: str, row: int, column: int) -> Curve | None:
