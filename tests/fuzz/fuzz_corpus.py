@@ -1,4 +1,4 @@
-"""Makes the corpus: a few small sound files for each reader, which the mutators change. ``python tests/fuzz/fuzz_corpus.py``."""
+"""Makes the corpus, a few small sound files for each reader: ``python tests/fuzz/fuzz_corpus.py``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from viladiff.config.base import unflatten
 from viladiff.runs.archive import export
 from viladiff.runs.checkpoint import save_checkpoint
 from viladiff.runs.config import RunConfig, flatten, override
@@ -25,6 +26,7 @@ from viladiff.runs.run_name import Content, run_name
 from viladiff.runs.store import Store
 from viladiff.sweeps.space import Dimension
 from viladiff.sweeps.trials import Rung, Trial, trial_bytes
+from viladiff.training.step_work import empty_method
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 RNG = np.random.default_rng(0)
@@ -32,12 +34,12 @@ PIXELS = RNG.integers(0, 256, (6, 8, 3), np.uint8)
 TABLE = """\
 title = "A table"
 seeds = [0, 1]
-base = { "train.steps" = 8 }
+base = { "data.hflip" = 0.5 }
 reference = "plain"
 notes = ["one"]
 [scale.digits]
 datasets = { voc = "digits" }
-set = { "data.batch_labelled" = 4 }
+set = { "data.batch_labelled" = 4, "train.steps" = 8 }
 substitute = { "data.split=92" = { "data.split" = "183" } }
 threads = 1
 [scale.paper]
@@ -99,7 +101,7 @@ source = "a paper"
 label = "ours"
 datasets = ["voc"]
 methods = ["fixmatch"]
-fields = { "method.threshold" = 0.9 }
+fields = { "method.ohem.threshold" = 0.9 }
 source = "ours"
 ours = true
 why = "it is"
@@ -108,14 +110,30 @@ text = "something"
 source = "a paper"
 """
 COCO = {
-    "images": [{"id": 1, "file_name": "one.jpg", "height": 6, "width": 8}, {"id": "2", "file_name": "b/two.png", "height": 4.0, "width": 4}],
+    "images": [
+        {"id": 1, "file_name": "one.jpg", "height": 6, "width": 8},
+        {"id": "2", "file_name": "b/two.png", "height": 4.0, "width": 4},
+    ],
     "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
     "annotations": [
-        {"id": 1, "image_id": 1, "category_id": 3, "iscrowd": 0, "segmentation": [[1, 1, 5, 1, 5, 4.5, 1, 4]], "area": 12},
-        {"id": 2, "image_id": 1, "category_id": 7, "iscrowd": 1, "segmentation": {"size": [6, 8], "counts": [4, 8, 36]}},
-        {"id": 3, "image_id": 2, "category_id": 7, "segmentation": {"size": [4, 4], "counts": "08"}},
+        {
+            "id": 1,
+            "image_id": 1,
+            "category_id": 3,
+            "iscrowd": 0,
+            "segmentation": [[1, 1, 5, 1, 5, 4.5, 1, 4]],
+            "area": 12,
+        },
+        {
+            "id": 2,
+            "image_id": 1,
+            "category_id": 7,
+            "iscrowd": 1,
+            "segmentation": {"size": [6, 8], "counts": [4, 8, 36]},
+        },
+        {"id": 3, "image_id": 2, "category_id": 7, "segmentation": {"size": [4, 4], "counts": "088"}},
     ],
-}  # fmt: skip
+}
 
 
 def record(**other: object) -> RunRecord:
@@ -127,17 +145,45 @@ def record(**other: object) -> RunRecord:
     }
     config = {"seed": 0, "train.precision": "fp32", "train.tf32": False, "model.weights": None, **changed}
     score = {"miou": 0.5, "boundary_iou": None, "per_class": [0.25, None, 0.75], "images": 5}
-    shares = {"fields": {"method.lam": ["loss.*"]}, "measured": [{"step": 2, "norms": {"encoder": {"sup": 1.0, "loss.a": 0.5}}, "cosines": {"encoder": {"loss.a": None}}}]}  # fmt: skip
+    shares = {
+        "fields": {"method.lam": ["loss.*"]},
+        "measured": [
+            {"step": 2, "norms": {"encoder": {"sup": 1.0, "loss.a": 0.5}}, "cosines": {"encoder": {"loss.a": None}}}
+        ],
+    }
     fields = {
-        "run_id": run_name(Content(0, 0, changed, 0, "fp32", False, {"data": "abc"})), "config": config, "changed": changed,
-        "fingerprints": {"data": "abc"}, "core_revision": 0, "method_revision": 0, "steps": 8, "miou": 0.5, "network": "student",
-        "stream": "visual", "scores": {"student": {"visual": score}}, "best": {"step": 4, "miou": 0.5, "evaluations": 2},
-        "history": [{"step": 4, "miou": 0.25}, {"step": 8, "miou": 0.5}], "pseudo_labels": {"coverage": 0.5},
-        "class_names": ["background", "cat", "dog"], "captions": "none", "text_encoder": "", "encoder": "digits_vit",
-        "pretrained": "shipped", "wall_seconds": 3.5, "train_seconds": 2.5, "seconds_per_step": 0.3, "peak_memory_bytes": 1 << 20,
-        "workers": 1, "threads": 1, "device": "cpu", "versions": {"torch": "2"}, "git": {}, "gradient_shares": shares,
-        "palette": [[0, 0, 0], [128, 0, 0], [0, 128, 0]], **other,
-    }  # fmt: skip
+        "run_id": run_name(Content(0, 0, changed, 0, "fp32", False, {"data": "abc"})),
+        "config": config,
+        "changed": changed,
+        "fingerprints": {"data": "abc"},
+        "core_revision": 0,
+        "method_revision": 0,
+        "steps": 8,
+        "miou": 0.5,
+        "network": "student",
+        "stream": "visual",
+        "scores": {"student": {"visual": score}},
+        "best": {"step": 4, "miou": 0.5, "evaluations": 2},
+        "history": [{"step": 4, "miou": 0.25}, {"step": 8, "miou": 0.5}],
+        "pseudo_labels": {"coverage": 0.5},
+        "class_names": ["background", "cat", "dog"],
+        "captions": "none",
+        "text_encoder": "",
+        "encoder": "digits_vit",
+        "pretrained": "shipped",
+        "wall_seconds": 3.5,
+        "train_seconds": 2.5,
+        "seconds_per_step": 0.3,
+        "peak_memory_bytes": 1 << 20,
+        "workers": 1,
+        "threads": 1,
+        "device": "cpu",
+        "versions": {"torch": "2"},
+        "git": {},
+        "gradient_shares": shares,
+        "palette": [[0, 0, 0], [128, 0, 0], [0, 128, 0]],
+        **other,
+    }
     return RunRecord(**fields)  # type: ignore[arg-type]
 
 
@@ -185,8 +231,16 @@ def runs() -> None:
     write("failure/failure.json", json.dumps(failure))
     lease = {"host": "here", "machine": "boot pid:[1]", "pid": 4242, "started": 77, "since": "2026-01-31T12:00:00Z"}
     write("lease/lease.json", json.dumps(lease))
-    trial = Trial(number=0, point={"method.vila.lam": 0.5, "a.b": True}, runs={"0": "0" * 16}, order=0, state="complete",
-                  rungs=[Rung(step=4, value=0.25, order=1)], values={"0": 0.5}, ended=2)  # fmt: skip
+    trial = Trial(
+        number=0,
+        point={"method.vila.lam": 0.5, "a.b": True},
+        runs={"0": "0" * 16},
+        order=0,
+        state="complete",
+        rungs=[Rung(step=4, value=0.25, order=1)],
+        values={"0": 0.5},
+        ended=2,
+    )
     write("trial/000000.json", trial_bytes(trial))
     space = {"method.vila.lam": Dimension(low=0.01, high=1.0, log=True).model_dump_json()}
     write("study/sweep.json", json.dumps({"sweep": "a", "scale": "digits", "seeds": [0, 1], "space": space}))
@@ -273,8 +327,11 @@ def image() -> None:
         kind = {"jpg": "JPEG"}.get(name[4:], name[4:].upper())
         Image.fromarray(PIXELS).save(out, kind, **options)
         write(f"image/{name}", out.getvalue())
-    for name, picture in (("palette.png", Image.fromarray(PIXELS).quantize(4)), ("grey.png", Image.fromarray(grey % 3)),
-                          ("deep.png", Image.fromarray(grey.astype(np.uint16) * 257))):  # fmt: skip
+    for name, picture in (
+        ("palette.png", Image.fromarray(PIXELS).quantize(4)),
+        ("grey.png", Image.fromarray(grey % 3)),
+        ("deep.png", Image.fromarray(grey.astype(np.uint16) * 257)),
+    ):
         out = io.BytesIO()
         picture.save(out, "PNG")
         write(f"image/{name}", out.getvalue())
@@ -305,12 +362,13 @@ def model() -> None:
     write("model/classes.txt", "a\nb\nc\n")
     write(
         "model/preprocessor_config.json",
-        json.dumps({"do_resize": False, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "crop_size": 32}),
+        json.dumps({"do_resize": False, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "crop_size": 32}),
     )
     sums = {"classes.txt": hashlib.sha256(b"a\nb\nc\n").hexdigest()}
     write("model/manifest.json", json.dumps({"sha256": sums}))
-    head = json.dumps({"encoder.x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-    write("model/model.safetensors", struct.pack("<Q", len(head)) + head + bytes(8))
+    network = empty_method(RunConfig(**unflatten(config["fields"])), ["a", "b", "c"], 1).eval_network()
+    whole = safetensors.torch.save(network.state_dict())
+    write("model/model.safetensors", whole[: 8 + struct.unpack("<Q", whole[:8])[0]])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fuzzing of all readers: ``make fuzz``. Seeded, and resumed where it was stopped; exits with 1 where there are findings.
+"""Fuzzing of all readers: ``make fuzz``. Seeded, and resumed where it was stopped; exits with 1 after a finding.
 
 Inputs are made in blocks, by mutators and by hypothesis, from the corpus, the seed and the number of the block alone. A
 worker process under RLIMIT_AS reads them; one that dies or hangs is replaced, and the input that it had is a finding.
@@ -23,6 +23,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -108,6 +109,10 @@ def judged(reader: Any, folder: Path, name: str, data: bytes) -> tuple[str, str,
     )
 
 
+def is_finding(reader: Any, folder: Path, name: str, what: str, data: bytes) -> bool:
+    return judged(reader, folder, name, data)[1] == what
+
+
 def minimised(test: Callable[[bytes], bool], data: bytes, seconds: float = 6.0) -> bytes:
     """The smallest input found in some seconds that is the same finding."""
     until, size = time.monotonic() + seconds, max(1, len(data) // 2)
@@ -175,8 +180,8 @@ def work(progress: Path) -> None:
                 counts[outcome] += 1
                 if outcome == "finding" and what not in findings and what not in task["known"]:
                     if task["keep"]:
-                        again = lambda less, what=what, name=name: judged(reader, folder, name, less)[1] == what  # noqa: E731
-                        data = minimised(again, data) if "too long" not in what else data
+                        test = partial(is_finding, reader, folder, name, what)
+                        data = minimised(test, data) if "too long" not in what else data
                         text += f" [{kept(task['reader'], name, data).name}]"
                     findings[what] = {"text": text}
             print(json.dumps({"counts": counts, "findings": findings, "made": len(made)}), file=out, flush=True)

@@ -20,8 +20,10 @@ VALUES = st.one_of(
     st.text(max_size=20),
 )
 TREES = st.recursive(
-    VALUES, lambda inside: st.one_of(st.lists(inside, max_size=4), st.dictionaries(st.text(max_size=8), inside, max_size=4)), max_leaves=12
-)  # fmt: skip
+    VALUES,
+    lambda inside: st.one_of(st.lists(inside, max_size=4), st.dictionaries(st.text(max_size=8), inside, max_size=4)),
+    max_leaves=12,
+)
 
 
 @st.composite
@@ -71,20 +73,29 @@ def strategy(kind: str, data: bytes) -> st.SearchStrategy[bytes]:
     if kind == "record":
         from fuzz_mutators import record_changed
 
-        return st.builds(lambda tree, n: record_changed(Random(n), json.dumps(tree).encode()), edited(json.loads(data)).filter(lambda t: isinstance(t, dict)), numbers)  # fmt: skip
+        return st.builds(
+            lambda tree, n: record_changed(Random(n), json.dumps(tree).encode()),
+            edited(json.loads(data)).filter(lambda t: isinstance(t, dict)),
+            numbers,
+        )
     if kind == "jsonl":
         rows = [json.loads(line) for line in data.splitlines()]
         row = st.one_of(st.sampled_from(rows), edited(rows[0]))
         return st.builds(
-            lambda found, n: b"\n".join(written(json.dumps(one), Random(n)) for one in found) + b"\n", st.lists(row, max_size=5), numbers
-        )  # fmt: skip
+            lambda found, n: b"\n".join(written(json.dumps(one), Random(n)) for one in found) + b"\n",
+            st.lists(row, max_size=5),
+            numbers,
+        )
     if kind == "toml":
         import tomllib
 
         return st.builds(
-            lambda tree, n: written("\n".join(f"{json.dumps(str(key))} = {_toml(value)}" for key, value in tree.items()) + "\n", Random(n)),
-            edited(tomllib.loads(data.decode())).filter(lambda t: isinstance(t, dict)), numbers,
-        )  # fmt: skip
+            lambda tree, n: written(
+                "\n".join(f"{json.dumps(str(key))} = {_toml(value)}" for key, value in tree.items()) + "\n", Random(n)
+            ),
+            edited(tomllib.loads(data.decode())).filter(lambda t: isinstance(t, dict)),
+            numbers,
+        )
     mutator = checkpoint_changed if kind == "checkpoint" else MUTATORS[kind]
     return st.builds(lambda n, much: _repeated(mutator, n, much, data), numbers, st.integers(1, 3))
 

@@ -64,7 +64,7 @@ def _rows(log: Path) -> Iterator[dict[str, float]]:
     for line in log.read_bytes().splitlines():
         with suppress(ValueError, RecursionError):  # the last line of a run that was killed may be torn
             row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int:
+            if isinstance(row, dict) and type(row.get("step")) is int and _is_number(row["step"]):
                 yield {name: value for name, value in row.items() if _is_number(value)}
 
 

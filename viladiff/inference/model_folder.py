@@ -163,7 +163,7 @@ def _check_sums(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         return
     sums = _read_json(folder / MANIFEST).get("sha256")
-    if not isinstance(sums, dict) or {*sums} - {WEIGHTS, CONFIG, PREPROCESSING, CLASSES}:
+    if not isinstance(sums, dict) or {*sums} != {WEIGHTS, CONFIG, PREPROCESSING, CLASSES}:
         raise ValueError(f"{folder / MANIFEST}: not the manifest of a model folder")
     for name, wanted in sums.items():
         try:

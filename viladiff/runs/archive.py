@@ -170,7 +170,7 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {_SUMS} cannot be read; nothing was imported") from error
     if not isinstance(sums, dict):
-        raise ValueError(f"{path}: {_SUMS} is no list of files; nothing was imported")
+        raise ValueError(f"{path}: {_SUMS} cannot be read as one; nothing was imported")
     found = {name: file_sha256(folder / name) for name in names if name != _SUMS}
     if sums != found:
         wrong = sorted(set(found) ^ set(sums)) or [name for name in found if sums[name] != found[name]]
