@@ -22,7 +22,7 @@ from viladiff.core.messages import error_lines
 from viladiff.data.captions.files import match, read_captions
 from viladiff.data.files.groups import groups_of
 from viladiff.data.files.images import IdEncoding, PaletteEncoding, image_size, read_image, read_mask
-from viladiff.data.files.index import FOLDER, scan
+from viladiff.data.files.index import FOLDER, FileIndex, scan
 from viladiff.data.files.open_lists import read_lists
 from viladiff.data.sources.coco_masks import paint, read_instances, read_own_instances
 from viladiff.data.sources.folder import read_classes
@@ -263,6 +263,11 @@ def tree() -> Path:
     return root
 
 
+@cache
+def index() -> FileIndex:
+    return scan(tree(), FOLDER)
+
+
 LISTS = {"labelled.txt": "one\n", "val.txt": "four\n"}
 
 
@@ -270,8 +275,7 @@ def lists(path: Path) -> object:
     for name, text in LISTS.items():
         if name != path.name:
             path.with_name(name).write_text(text)
-    found = read_lists(scan(tree(), FOLDER), path.parent, ["labelled"])
-    return found
+    return read_lists(index(), path.parent, ["labelled"])
 
 
 def classes(path: Path) -> object:
@@ -282,7 +286,7 @@ def classes(path: Path) -> object:
 
 
 def groups(path: Path) -> object:
-    found = groups_of(scan(tree(), FOLDER), str(path))
+    found = groups_of(index(), str(path))
     same(sorted(found), ["four", "one", "sub/three", "two"], "groups")
     return found
 
@@ -425,7 +429,8 @@ READERS: dict[str, Reader] = {
 
 def attempt(reader: Reader, folder: Path, name: str, data: bytes) -> tuple[str, str, BaseException | None]:
     """Let a reader read a file: (outcome, what is wrong, the error); the outcome is accepted, refused or finding."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     path = folder / name
     path.write_bytes(data)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import functools
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
 A = TypeVar("A")
@@ -73,6 +73,11 @@ def error_lines(text: str) -> str:
     if len(lines) > MOST_LINES:
         lines[MOST_LINES:] = [f"and {lines[MOST_LINES].count(chr(10)) + 1} more faults"]
     return "\n".join(map(one_line, lines))
+
+
+def fault_lines(where: object, faults: Iterable[str]) -> str:
+    """Return an error with a line for each fault of a file, each once; what a fault quotes cannot begin a line."""
+    return error_lines("\n".join(one_line(f"{where}: {fault}") for fault in dict.fromkeys(faults)))
 
 
 @contextlib.contextmanager

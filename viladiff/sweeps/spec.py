@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import format_toml_error, read_toml, strange_values
-from viladiff.core.messages import error_lines, shown
+from viladiff.core.messages import fault_lines, shown
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.run_name import arithmetic
 from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
@@ -114,7 +114,7 @@ def load_sweep(path: Path | str) -> Sweep:
         else:
             faults = [*_faults(sweep), *_beside_faults(sweep, path)]
     if faults:
-        raise ValueError(error_lines("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults))))
+        raise ValueError(fault_lines(path, faults))
     return sweep
 
 
@@ -306,7 +306,7 @@ def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, s
     if faults:
         first = list(faults)[:8]
         more = [f"and {len(faults) - len(first)} more faults"] if len(faults) > len(first) else []
-        raise ValueError(error_lines("\n".join(f"sweep_{sweep.name}.toml: {fault}" for fault in [*first, *more])))
+        raise ValueError(fault_lines(f"sweep_{sweep.name}.toml", [*first, *more]))
 
 
 def _kinds(sweep: Sweep, fixed: Mapping[str, object]) -> Iterator[str]:
