@@ -12,6 +12,7 @@ from typing import Any
 
 from viladiff.config import renamed
 from viladiff.config.base import Section, did_you_mean, error_reason
+from viladiff.core.messages import one_line, shown
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -23,10 +24,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}){fix}") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{path}: not TOML that can be read: nested too deeply") from None
+    except ValueError as error:  # of TOML, or of an integer of thousands of digits
         windows = re.search(r'"(\w:\\[^"\n]*)"', text)
         quotes = f"; a path with backslashes stands between single quotes: '{windows[1]}'" if windows else ""
-        raise ValueError(f"{path}: not TOML, or a key twice: {error}{quotes}") from None
+        raise ValueError(f"{path}: not TOML, or a key twice: {one_line(f'{error}{quotes}')}") from None
 
 
 def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:
@@ -37,8 +40,8 @@ def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator
     elif isinstance(value, list):
         for i, one in enumerate(value):
             yield from strange_values(one, (*where, i))
-    elif not isinstance(value, str | int | float) or not (isinstance(value, str) or math.isfinite(value)):
-        yield f"{_place(where)} = {value}: must be text, a finite number, true, false or a list of those"
+    elif not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        yield f"{_place(where)} = {one_line(str(value))}: must be text, a finite number, true, false or a list of those"
 
 
 def _place(where: Sequence[str | int]) -> str:
@@ -46,7 +49,7 @@ def _place(where: Sequence[str | int]) -> str:
 
 
 def entry_name(kind: str, place: int, label: object) -> str:
-    return f"{kind}[{place + 1}] {label!r}"
+    return f"{kind}[{place + 1}] {shown(label)}"
 
 
 def format_toml_error(
@@ -57,6 +60,8 @@ def format_toml_error(
 ) -> str:
     """Format one pydantic error of a file of ``top``; ``sections`` are in its lists."""
     loc, value = list(item["loc"]), item.get("input")
+    if item["type"] == "json_invalid":  # the file as JSON, which only depth can make so
+        return f"nested too deeply ({one_line(item['msg'])})"
     section = sections.get(str(loc[0])) if len(loc) > 1 else None
     entry, rest = "", loc
     if section is not None:
@@ -78,7 +83,7 @@ def format_toml_error(
     reason = error_reason(item)
     if item["type"] == "missing":
         return f"{entry}{field}: {reason}"
-    return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
+    return f"{entry}{field} = {shown(value)}: {reason}" if field else f"{entry}{reason}, not {shown(value)}"
 
 
 def listed(labels: Iterable[str], numbers: Iterable[str] = ()) -> str:

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 
 from viladiff.core.atomic import name_file_in_errors, sync_directory
+from viladiff.core.messages import names_file, shown
 
 MAGIC = b"VILADIFF"
 VERSION = 1
@@ -79,6 +80,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
     return None
 
 
+@names_file
 def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Load exactly this checkpoint, checked against its checksum, without running any code in it.
 
@@ -103,6 +105,10 @@ def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str,
             state = torch.load(file, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
             raise _refused(path, error) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever torch makes of an archive that is sealed and is none
+            raise _damaged(path, size, "what its checksum seals is no archive of torch") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(state).__name__}, not a state")
     return state
@@ -260,8 +266,8 @@ class StepLog:
                     return  # torn by a crash
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     row = None
                 if not isinstance(row, dict) or type(row.get("step")) is not int:
-                    raise ValueError(f"{self.path}, line {number}: {line[:60]!r} is not a row of a step log")
+                    raise ValueError(f"{self.path}, line {number}: {shown(line, 60)} is not a row of a step log")
                 yield row
