@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from viladiff.cluster.executor import cluster
+from viladiff.cluster.executor import _check_answers, cluster
 from viladiff.cluster.session import LOOPBACK, PRIVATE, QUIET, load_ray, private
 from viladiff.runs.job import ExecutionSettings
 
@@ -89,3 +90,16 @@ def test_a_long_temporary_folder_is_used(tmp_path: Path, monkeypatch: pytest.Mon
         assert ray.get(ray.remote(num_cpus=0)(lambda: 6 * 7).remote()) == 42
         assert session.scratch.parent == folder and list((session.scratch / "r").glob("session_*"))
     assert not list(folder.glob("viladiff-*"))
+
+
+def test_an_address_at_which_nothing_answers_is_told_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # not listening
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        for said in (address, f"ray://{address}"):
+            with pytest.raises(ValueError, match=rf"--address {said}: cannot be joined: .*; is a head running there"):
+                _check_answers(said)
+        free.listen()
+        _check_answers(address)
+    _check_answers("local")
+    _check_answers("auto")

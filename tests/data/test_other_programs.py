@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from viladiff.data.files.images import PaletteEncoding, read_image, read_mask
 from viladiff.data.files.index import FOLDER, scan
@@ -113,3 +113,28 @@ def test_a_tiled_tiff_beyond_pillows_limit_is_read_where_more_is_allowed(
     with allow_pixels(64 * 96):
         assert np.array_equal(read_image(tmp_path / "a.tif"), pixels)
     assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+@pytest.mark.parametrize("profile", [False, True])
+def test_large_metadata_of_a_png_do_not_matter(tmp_path: Path, profile: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type xmp", "x" * 1_050_000, zip=True)
+    more = {"icc_profile": b"\0" * 1_100_000} if profile else {"pnginfo": info}
+    Image.fromarray(pixels).save(tmp_path / "a.png", **more)
+    assert np.array_equal(read_image(tmp_path / "a.png"), pixels)
+
+
+def test_blended_colours_of_a_mask_are_told_apart_from_a_forgotten_class(tmp_path: Path) -> None:
+    mask = np.array(COLOURS.rgb, np.uint8)[np.kron(IDS, np.ones((9, 9), np.int64))]
+    Image.fromarray(mask).resize((50, 40), Image.Resampling.BILINEAR).save(tmp_path / "blended.png")
+    mask[2:4, 5] = 7, 7, 7
+    Image.fromarray(mask).save(tmp_path / "more.png")
+    with pytest.raises(
+        ValueError, match=r"blended\.png: .*colours, as of blended edges: export masks without anti-alias"
+    ):
+        read_mask(tmp_path / "blended.png", 3, COLOURS)
+    with pytest.raises(
+        ValueError, match=r"more\.png: .*2 pixels .* \(7, 7, 7\) at row 2, column 5; .*a line of palette\.txt"
+    ):
+        read_mask(tmp_path / "more.png", 3, COLOURS)

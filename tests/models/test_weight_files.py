@@ -19,7 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from viladiff.models.encoders import timm_files
-from viladiff.models.encoders.build import build_encoder, encoder_fingerprint, file_checksum, weights_fault
+from viladiff.models.encoders.build import (
+    build_encoder,
+    encoder_fingerprint,
+    file_checksum,
+    input_note,
+    weights_fault,
+)
 from viladiff.models.encoders.load import load_weights
 from viladiff.models.weight_files import CONTAINERS
 from viladiff.runs.config import RunConfig, override
@@ -339,3 +345,18 @@ def test_half_precision_is_read_with_its_values(state: State, tmp_path: Path) ->
     half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in state.items()}
     save_file(half, tmp_path / "a.safetensors")
     check_loads(tmp_path / "a.safetensors", {FIRST: half[FIRST].float()})
+
+
+def test_weights_of_other_channels_are_read_as_they_are_or_told_as_such(tmp_path: Path) -> None:
+    path, four = tmp_path / "four.pth", timm.create_model("resnet18", in_chans=4)
+    torch.save(four.state_dict(), path)
+    encoder = build_encoder("resnet18", "none", str(path), inputs=4)
+    assert torch.equal(encoder.state_dict()["net.conv1.weight"], four.conv1.weight)
+    model = override(RunConfig(), {"model.encoder": "resnet18", "model.weights": str(path)}).model
+    assert input_note(model, 4) == []
+    with pytest.raises(ValueError, match=r"first layer for 4 channels, and the data have 3; set data\.channels=4"):
+        build_encoder("resnet18", "none", str(path))
+    torch.save(timm.create_model("resnet18").state_dict(), path)
+    assert input_note(model, 4) == [
+        "first layer's weights for red, green and blue repeated in turn over 4 and scaled by 3 / 4"
+    ]

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -182,6 +183,7 @@ def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]])
     """Call ``ray.init`` and return its result; retry once if the machine was too busy."""
     import ray
 
+    _check_answers(address)
     for last in (False, True):
         try:
             return ray.init(address=address, **options)
@@ -193,6 +195,20 @@ def _start(address: str, options: dict[str, Any], ours: Callable[[], list[int]])
                 raise ValueError(f"--address {address}: cannot be joined: {reason}") from error
             if last or "timed out during startup" not in str(error):
                 raise
+
+
+def _check_answers(address: str) -> None:
+    """Raise ValueError if nothing answers at HOST:PORT, which Ray would try for many minutes without a word."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=20).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"--address {address}: cannot be joined: {reason}; is a head running there, and is its port open?"
+        ) from error
 
 
 def _end(pids: Iterable[int]) -> None:

@@ -28,6 +28,9 @@ SUFFIXES = (
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy")
 """Types of masks that keep every number."""
 
+_FEW = 8
+"""Colours of no class in one mask that may be classes that were forgotten."""
+
 
 @dataclass(frozen=True)
 class PaletteEncoding:
@@ -57,9 +60,16 @@ class PaletteEncoding:
         if wrong.any():
             row, column = np.argwhere(wrong)[0].tolist()
             colour = tuple(pixels[row, column].tolist())
+            foreign = len(np.unique(codes[wrong]))
+            advice = (
+                f"these are {foreign} colours, as of blended edges: export masks without anti-aliasing, and resize "
+                "them by nearest neighbour"
+                if foreign > _FEW
+                else "a line of palette.txt names the colour of each class, or void"
+            )
             raise ValueError(
                 f"{np.count_nonzero(wrong)} pixels have a colour of no class, first {colour} "
-                f"at row {row}, column {column}; the palette has {len(known)} colours"
+                f"at row {row}, column {column}; the palette has {len(known)} colours; {advice}"
             )
         return labels[places]
 

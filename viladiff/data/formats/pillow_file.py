@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+# Photoshop and others write histories and profiles that unpack to more than Pillow's 1 MB; the pixels do not need them.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM")
 """What Pillow may open; it knows formats that start other programs, and they are left out."""

@@ -13,7 +13,7 @@ from viladiff.models.encoders.load import load_weights
 from viladiff.models.encoders.segformer import MIT, new_mit
 from viladiff.models.encoders.timm_encoder import TimmEncoder, _check_known, timm_units
 from viladiff.models.encoders.timm_files import cached_weights, missing_weights
-from viladiff.models.weight_files import in_place_of, weights_path
+from viladiff.models.weight_files import in_place_of, read_file, weights_path
 
 if TYPE_CHECKING:
     from viladiff.config.sections import ModelConfig
@@ -145,8 +145,19 @@ def input_note(model: ModelConfig, inputs: int) -> list[str]:
     """Return a sentence if weights for 3 channels are brought to another number."""
     if inputs == 3 or (model.weights is None and model.pretrained == "none") or model.encoder == "transformers":
         return []
+    if model.weights is not None and not _has_rgb(weights_path(model.weights)):
+        return []  # its first layer takes other channels, and is read as it is or refused
     how = "added up" if inputs == 1 else f"repeated in turn over {inputs} and scaled by 3 / {inputs}"
     return [f"first layer's weights for red, green and blue {how}"]
+
+
+def _has_rgb(path: Path) -> bool:
+    """Return whether a file has a layer for 3 channels; True where it cannot be read, which is refused elsewhere."""
+    try:
+        state, _ = read_file(path)
+    except (ValueError, OSError):
+        return True
+    return any(value.ndim == 4 and value.shape[1] == 3 for value in state.values())
 
 
 def own_size(name: str) -> int | None:

@@ -39,9 +39,9 @@ def load_weights(module: nn.Module, path: Path, timm_name: str = "") -> tuple[st
     found = read_weights(path)
     tried = list(_tries(module, found, timm_name))
     best = min(tried, key=lambda fit: len(fit.missing) + len(fit.wrong))
-    _check(path, found, best)
-    _check_blocks(path, best, timm_name)
     wanted = module.state_dict()
+    _check(path, found, best, wanted)
+    _check_blocks(path, best, timm_name)
     _check_numbers(path, best, wanted)
     module.load_state_dict({name: best.fitted.get(name, value).to(value.dtype) for name, value in wanted.items()})
     resampled = [
@@ -83,7 +83,7 @@ def _beside(module: nn.Module, state: State, told: str) -> _Fit:
     return _Fit(told, state, names, fitted, missing, wrong)
 
 
-def _check(path: Path, found: Weights, fit: _Fit) -> None:
+def _check(path: Path, found: Weights, fit: _Fit, wanted: State) -> None:
     """Raise ValueError for tensors that are missing, of another shape or, in a known layout, left over."""
     # A plain transformer's final norm is read under model.map_norm = final alone.
     used = {*fit.names.values(), "norm.weight", "norm.bias"}
@@ -92,6 +92,17 @@ def _check(path: Path, found: Weights, fit: _Fit) -> None:
     if fit.missing or fit.wrong:
         one = (fit.missing or fit.wrong)[0]
         what = f"lacks {one}" if fit.missing else f"has {tuple(fit.fitted[one].shape)} for {one}"
+        has, needs = fit.fitted.get(one, wanted[one]).shape, wanted[one].shape
+        if (
+            not fit.missing
+            and len(fit.wrong) == 1
+            and len(has) == 4
+            and (*has[:1], *has[2:]) == (*needs[:1], *needs[2:])
+        ):
+            raise ValueError(
+                f"weights file {path} {what}: a first layer for {has[1]} channels, and the data have {needs[1]}; set "
+                f"data.channels={has[1]} for such data, or bring weights for 3 channels, which serve any number"
+            )
         own = f", and begins with {next(iter(fit.state))}" if fit.missing and fit.state else ""
         if fit.missing and (part := re.search(r"\d+-of-(\d+)", path.name)):
             raise ValueError(
