@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from viladiff.config import renamed
+from viladiff.core.messages import error_lines, shown
 
 INTEGER = re.compile(r"[+-]?\d+")
 DOTTED = re.compile(r"[a-z]\w*(\.\w+)+|seed")
@@ -29,7 +30,10 @@ REAL = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.I
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the field, its value and what is allowed."""
+    """A configuration that cannot be run; the message names the field, its value and what is allowed, a line each."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(error_lines(text))
 
 
 class Section(BaseModel):
@@ -59,9 +63,11 @@ def parse_overrides(words: Iterable[str]) -> dict[str, str]:
                 f"{word}: fields are given one by one, as data.split=183; files are for viladiff table and sweep"
             )
         if not sign or not path:
-            raise ConfigError(f"{word!r}: write field=value without spaces around '=', as in {_joined(given[place:])}")
+            raise ConfigError(
+                f"{shown(word)}: write field=value without spaces around '=', as in {_joined(given[place:])}"
+            )
         if path in found:
-            raise ConfigError(f"{path}: given twice, as {found[path]!r} and as {text!r}; keep one")
+            raise ConfigError(f"{path}: given twice, as {shown(found[path])} and as {shown(text)}; keep one")
         found[path] = text
     return found
 
@@ -94,13 +100,17 @@ def iter_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, obj
 
 
 def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
-    """Convert {"a.b": 1} to {"a": {"b": 1}}."""
+    """Convert {"a.b": 1} to {"a": {"b": 1}}. Raises ConfigError for a field that is another one's section."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *sections, leaf = path.split(".")
         node = tree
         for name in sections:
             node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{path}: a field below {name}, which has a value itself; keep one of the two")
+        if isinstance(node.get(leaf), dict):
+            raise ConfigError(f"{path}: has a value, and fields below it are given too; keep one of the two")
         node[leaf] = value
     return tree
 
@@ -247,21 +257,23 @@ def _coerce_leaf(value: Any, kind: Any, path: str) -> Any:
     elif isinstance(value, list):
         value = tuple(value)
     if kind is bool and not isinstance(value, bool):
-        raise ConfigError(f"{path} = {value!r}: must be true or false")
+        raise ConfigError(f"{path} = {shown(value)}: must be true or false")
     if (
         get_origin(kind) is tuple
         and isinstance(value, tuple)
         and ... not in (parts := get_args(kind))
         and len(value) != len(parts)
     ):
-        raise ConfigError(f"{path} = {value!r}: must be {len(parts)} values: {format_type(kind)}")
+        raise ConfigError(f"{path} = {shown(value)}: must be {len(parts)} values: {format_type(kind)}")
     if isinstance(value, str) and set(members) <= {int, float, NoneType}:
         wanted = "a whole number" if float not in members else "a number"
         meant = f"; write {near}" if (near := _number_in(value, float in members)) else ""
-        raise ConfigError(f"{path} = {value!r}: must be {wanted}{' or none' if NoneType in members else ''}{meant}")
+        raise ConfigError(
+            f"{path} = {shown(value)}: must be {wanted}{' or none' if NoneType in members else ''}{meant}"
+        )
     plain = not any(get_origin(member) is Literal for member in members)
     if isinstance(value, bool) and plain and bool not in members:
-        raise ConfigError(f"{path} = {value!r}: must be {format_type(kind)}, not true or false")
+        raise ConfigError(f"{path} = {shown(value)}: must be {format_type(kind)}, not true or false")
     return value
 
 
@@ -296,7 +308,7 @@ def _sentence(path: str, item: Any, known: Collection[str]) -> str:
     if item["type"] == "value_error":
         # A section's own check begins with the field that it is about: "steps = 3: ...".
         return reason if not path else f"{path}.{reason}" if FIELD_FIRST.match(reason) else f"{path}: {reason}"
-    return f"{path}: {reason}" if item["type"] == "missing" else f"{path} = {item.get('input')!r}: {reason}"
+    return f"{path}: {reason}" if item["type"] == "missing" else f"{path} = {shown(item.get('input'))}: {reason}"
 
 
 def error_reason(item: Mapping[str, Any]) -> str:

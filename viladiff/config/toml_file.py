@@ -11,6 +11,7 @@ from typing import Any
 
 from viladiff.config import renamed
 from viladiff.config.base import Section, did_you_mean, error_reason
+from viladiff.core.messages import one_line, shown
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -20,8 +21,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         fix = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}){fix}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML, or a key twice: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not TOML that can be read: nested too deeply") from None
+    except ValueError as error:  # of TOML, or of an integer of thousands of digits
+        raise ValueError(f"{path}: not TOML, or a key twice: {one_line(str(error))}") from None
 
 
 def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator[str]:
@@ -33,7 +36,7 @@ def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator
         for i, one in enumerate(value):
             yield from strange_values(one, (*where, i))
     elif not isinstance(value, str | int | float) or not (isinstance(value, str) or math.isfinite(value)):
-        yield f"{_place(where)} = {value}: must be text, a finite number, true, false or a list of those"
+        yield f"{_place(where)} = {shown(value)}: must be text, a finite number, true, false or a list of those"
 
 
 def _place(where: Sequence[str | int]) -> str:
@@ -41,7 +44,7 @@ def _place(where: Sequence[str | int]) -> str:
 
 
 def entry_name(kind: str, place: int, label: object) -> str:
-    return f"{kind}[{place + 1}] {label!r}"
+    return f"{kind}[{place + 1}] {shown(label)}"
 
 
 def format_toml_error(
@@ -73,7 +76,7 @@ def format_toml_error(
     reason = error_reason(item)
     if item["type"] == "missing":
         return f"{entry}{field}: {reason}"
-    return f"{entry}{field} = {value!r}: {reason}" if field else f"{entry}{reason}, not {value!r}"
+    return f"{entry}{field} = {shown(value)}: {reason}" if field else f"{entry}{reason}, not {shown(value)}"
 
 
 def listed(labels: Iterable[str], numbers: Iterable[str] = ()) -> str:

@@ -1,8 +1,18 @@
-"""How values and durations are written for people, everywhere in the same way."""
+"""How values, durations and errors are written for people, everywhere in the same way."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import reprlib
+from collections.abc import Iterator
+
+LONGEST_VALUE = 160
+"""Characters of a value in an error."""
+LONGEST_LINE = 1000
+"""Characters of a line of an error; the longest that lists allowed names has some 800."""
+MOST_LINES = 40
+"""Lines of an error that has one a fault."""
 
 
 def format_seconds(seconds: float | None, unknown: str = "—") -> str:
@@ -23,6 +33,63 @@ def format_value(value: object, digits: int | None = None) -> str:
     if isinstance(value, list | tuple):
         return ",".join(format_value(item, digits) for item in value)
     return f"{value:.{digits}g}" if digits is not None and isinstance(value, float) else str(value)
+
+
+def shown(value: object, most: int = LONGEST_VALUE) -> str:
+    """Return a value as Python writes it, control characters escaped, cut to ``most`` characters."""
+    if isinstance(value, str | bytes) and len(value) > most:
+        return cut(repr(value[:most]), most - 3) + "..."
+    try:
+        return cut(repr(value), most)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
+        return cut(reprlib.repr(value), most) if isinstance(value, list | tuple | dict) else type(value).__name__
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text of at most ``most`` characters, the middle left out; the end of an error says what to do."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 5]} ... {text[len(text) - end :]}"
+
+
+def one_line(text: str, most: int = LONGEST_LINE) -> str:
+    """Return a text in one line of at most ``most`` characters, without anything that a terminal would obey."""
+    text = cut(text, 4 * most)
+    if not text.isprintable():
+        text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return cut(text, most)
+
+
+def error_lines(text: str) -> str:
+    """Return an error that has a line for each fault with each line as ``one_line``, the first few of many."""
+    lines = text.split("\n", MOST_LINES)
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"and {lines[MOST_LINES].count(chr(10)) + 1} more faults"]
+    return "\n".join(map(one_line, lines))
+
+
+@contextlib.contextmanager
+def errors_name(where: object, several: bool = False) -> Iterator[None]:
+    """Within the context a ValueError names ``where`` in one line, or one a fault if ``several`` may be raised.
+
+    Its type stays. Input that is nested too deeply for its parser is a ValueError too.
+    """
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{one_line(str(where))}: nested too deeply") from None
+    except ValueError as error:
+        text, name = str(error), str(where)
+        if name not in text:
+            text = f"{name}: {text or type(error).__name__}"
+        text = error_lines(text) if several else one_line(" ".join(text.split("\n")))
+        if text == str(error):
+            raise
+        if isinstance(error, UnicodeError):  # whose text is made of its parts
+            raise ValueError(text) from error
+        error.args = (text,)
+        raise
 
 
 def disk_advice(error: BaseException) -> str:

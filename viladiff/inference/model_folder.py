@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from viladiff.config.base import unflatten
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256, sha256_hex
+from viladiff.core.messages import errors_name, one_line, shown
 from viladiff.inference.load import last_line, text_dim
 from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig
-from viladiff.training.step_work import empty_method
+from viladiff.training.step_work import META, empty_method
 
 FORMAT = 1
 """Of a model folder."""
 WEIGHTS, CONFIG, PREPROCESSING, CLASSES = "model.safetensors", "config.json", "preprocessor_config.json", "classes.txt"
 """Files of a model folder that are read; the others are for people."""
+MOST_TEXT = 1 << 16
+"""Channels of a word."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 MANIFEST = "manifest.json"
 """SHA-256 of each of these."""
@@ -105,24 +109,52 @@ def read_folder(folder: Path) -> ModelFolder:
     facts = _read_config(folder / CONFIG)
     names = tuple(_read_text(folder / CLASSES).removesuffix("\n").split("\n"))
     _check_sums(folder)
-    try:
-        fields = dict(facts["fields"])
-        cfg = RunConfig(**unflatten(fields))
-        network = empty_method(cfg, names, int(facts["text_dim"])).eval_network()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG}: describes no model that can be built: {error}") from error
     path = folder / WEIGHTS
     try:
+        with safe_open(path, "pt"):  # the header alone
+            pass
+        with errors_name(folder / CONFIG):
+            fields, cfg, network = _empty_network(facts, names, path)
         network.load_state_dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        raise ValueError(f"{path}: not a whole safetensors file ({one_line(str(error))})") from error
     except RuntimeError as error:
         raise ValueError(f"{path}: does not fit {CONFIG} and {CLASSES} beside it: {last_line(error)}") from error
     _check_preprocessing(folder / PREPROCESSING, preprocessing(network, cfg))
     precision = facts.get("scored_in", "fp32")
     if precision not in PRECISIONS:
-        raise ValueError(f"{folder / CONFIG}: scored_in = {precision!r}: allowed: {', '.join(PRECISIONS)}")
+        raise ValueError(f"{folder / CONFIG}: scored_in = {shown(precision)}: allowed: {', '.join(PRECISIONS)}")
     return ModelFolder(network, fields, names, _palette(folder / CONFIG, facts.get("palette"), len(names)), precision)
+
+
+def _empty_network(
+    facts: dict[str, Any], names: tuple[str, ...], weights: Path
+) -> tuple[dict[str, Any], RunConfig, Network]:
+    """Return fields, configuration and network, before weights are loaded.
+
+    It is built without content first, so that no memory is taken for a network that the file of weights does not hold.
+    """
+    fields, text_dim = facts.get("fields"), facts.get("text_dim")
+    if not isinstance(fields, dict):
+        raise ValueError("describes no model that can be built: has no fields")
+    if type(text_dim) is not int or not 0 < text_dim <= MOST_TEXT:
+        raise ValueError(f"text_dim = {shown(text_dim)}: must be a whole number from 1 to {MOST_TEXT}")
+    try:
+        cfg = RunConfig(**unflatten(fields))
+        with suppress(RuntimeError, NotImplementedError), META:  # some networks look at their own numbers
+            plan = empty_method(cfg, names, text_dim).eval_network()
+            _check_size(plan, weights)
+        return fields, cfg, empty_method(cfg, names, text_dim).eval_network()
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"describes no model that can be built: {one_line(str(error))}") from error
+
+
+def _check_size(plan: Network, weights: Path) -> None:
+    """Raise ValueError for a network of more bytes than the file of its weights has."""
+    wanted = sum(value.numel() * value.element_size() for value in plan.state_dict().values())
+    there = weights.stat().st_size
+    if wanted > there:
+        raise ValueError(f"its network has {wanted} bytes of weights, and {weights.name} has {there}")
 
 
 def _check_sums(folder: Path) -> None:
@@ -140,7 +172,7 @@ def _check_sums(folder: Path) -> None:
         if found != wanted:
             raise ValueError(
                 f"{folder / name}: changed since the folder was written: SHA-256 {found[:12]}..., in {MANIFEST} "
-                f"{str(wanted)[:12]}...; fetch the folder again, or remove {MANIFEST} if the change is yours"
+                f"{shown(wanted, 14)}...; fetch the folder again, or remove {MANIFEST} if the change is yours"
             )
 
 
@@ -150,7 +182,7 @@ def _check_preprocessing(path: Path, own: dict[str, Any]) -> None:
         return
     for name, value in _read_json(path).items():
         if name in own and value != own[name]:
-            raise ValueError(f"{path}: {name} = {value!r}, but this network is fed with {own[name]!r}")
+            raise ValueError(f"{path}: {name} = {shown(value)}, but this network is fed with {own[name]!r}")
 
 
 def _palette(path: Path, found: object, classes: int) -> Palette:
@@ -171,15 +203,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: missing, so the model folder is not whole; write or fetch it again")
     facts = _read_json(path)
     if facts.get("format") != FORMAT:
-        raise ValueError(f"{path}: format = {facts.get('format')!r}; this version of viladiff reads format {FORMAT}")
+        raise ValueError(
+            f"{path}: format = {shown(facts.get('format'))}; this version of viladiff reads format {FORMAT}"
+        )
     return facts
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file, empty where the file holds something else. Raises ValueError for no JSON."""
+    text = _read_text(path)
     try:
-        facts = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     return facts if isinstance(facts, dict) else {}
 

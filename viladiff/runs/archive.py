@@ -13,23 +13,36 @@ import os
 import re
 import tarfile
 import tempfile
-import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256, sha256_hex
+from viladiff.core.messages import one_line, shown
+from viladiff.data.formats.npz import check_arrays
 from viladiff.runs.record import parse_record, record_bytes, strip_local_paths
 from viladiff.runs.store import Store
 from viladiff.runs.verify_and_gc import CHECKPOINTS, contradiction
 
 PARTS = {"records": "record.json", "pictures": "pictures.npz", "steps": "steps.jsonl"}
-LIMITS = {"records": 16 << 20, "pictures": 1 << 30, "steps": 1 << 30}
-"""Most bytes of one file; the packed size says nothing of the unpacked one."""
+LIMITS = {"records": 16 << 20, "pictures": 512 << 20, "steps": 512 << 20, "": 16 << 20}
+"""Most bytes of one file, ``sums.json`` last; the packed size says nothing of the unpacked one."""
 TOTAL = 8 << 30
+"""Most bytes of all files."""
+MEMBERS = 100_000
+"""Most files of an archive."""
+HEADER = 64 << 10
+"""Most bytes of a header that other programs write before a file, as of its times; what it says is passed over."""
+ROWS = 2_000_000
+"""Most rows of a log of steps."""
+ROW = 64 << 10
+"""Most bytes of one of them."""
 _MEMBER = re.compile(r"(records|pictures|steps)/([0-9a-f]{16})(\.[a-z]+)")
 _SUMS = "sums.json"
+_BLOCK = tarfile.BLOCKSIZE
+_EXTRA = (tarfile.XHDTYPE, tarfile.XGLTYPE)
+_CHUNK = 1 << 20
 
 
 def export(store: Store, run_ids: Iterable[str], path: Path) -> int:
@@ -65,7 +78,7 @@ def import_archive(store: Store, path: Path) -> dict[str, str]:
         try:
             found = _unpack(path, Path(folder))
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is not an archive of runs, or is damaged: {error}") from error
+            raise ValueError(f"{path} is not an archive of runs, or is damaged: {one_line(str(error))}") from error
         runs = _checked(path, Path(folder), found)
         return {run_id: _place(store, run_id, files) for run_id, files in runs.items()}
 
@@ -84,24 +97,68 @@ def _pack(members: dict[str, bytes]) -> bytes:
 
 
 def _unpack(path: Path, folder: Path) -> list[str]:
-    """Unpack the archive and return the members' names: each an expected plain file, once, within its size limit."""
-    names: list[str] = []
+    """Unpack the archive and return the members' names: each an expected plain file, once, within its size limit.
+
+    The blocks are read here, since tarfile takes memory for headers and lists of whatever length they claim.
+    """
+    names: dict[str, None] = {}
+    for part in PARTS:
+        (folder / part).mkdir()
     total = 0
-    with tarfile.open(path, "r:gz") as tar:
-        for member in tar:
+    with gzip.open(path) as packed:
+        for member in _members(path, packed):
             match = _MEMBER.fullmatch(member.name)
             part = match[1] if match else ""
             expected = match is not None and match[3] == Path(PARTS[part]).suffix
-            if not (expected or member.name == _SUMS) or not member.isreg() or member.name in names:
-                raise ValueError(
-                    f"{path}: {member.name!r} is nothing that viladiff runs export writes; nothing was imported"
-                )
+            plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+            if not (expected or member.name == _SUMS) or not plain or member.name in names:
+                what = f"{shown(member.name)} is nothing that viladiff runs export writes"
+                raise ValueError(f"{path}: {what}; nothing was imported")
+            names[member.name] = None
             total += member.size
-            if member.size > LIMITS.get(part, LIMITS["records"]) or total > TOTAL:
-                raise ValueError(f"{path}: {member.name!r} unpacks to {member.size} bytes, too many; nothing imported")
-            tar.extract(member, folder, set_attrs=False, filter="data")
-            names.append(member.name)
-    return names
+            most = min(LIMITS[part], TOTAL - total + member.size)
+            if member.size > most:
+                what = f"{member.name!r} unpacks to {member.size} bytes, at most {most} are allowed"
+                raise ValueError(f"{path}: {what}; nothing was imported")
+            _copy(packed, member.size, folder / member.name)
+    return list(names)
+
+
+def _members(path: Path, packed: gzip.GzipFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the header of each file, whose content is to be read before the next. Raises ValueError, TarError."""
+    number = 0
+    while len(block := packed.read(_BLOCK)) == _BLOCK and any(block):
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if (number := number + 1) > MEMBERS:
+            what = f"{shown(member.name)} is member {number}, at most {MEMBERS} are allowed"
+            raise ValueError(f"{path}: {what}; nothing was imported")
+        if member.type not in _EXTRA:
+            yield member
+            continue
+        if not 0 <= member.size <= HEADER:
+            what = f"{shown(member.name)} is a header of {member.size} bytes, at most {HEADER} are allowed"
+            raise ValueError(f"{path}: {what}; nothing was imported")
+        packed.read(_padded(member.size))
+    if len(block) % _BLOCK:
+        raise EOFError("it ends within a block")
+
+
+def _copy(packed: gzip.GzipFile, size: int, into: Path) -> None:
+    """Write the next ``size`` bytes to a file, and pass over the rest of the last block."""
+    if size < 0:
+        raise tarfile.InvalidHeaderError("a file of negative size")
+    left = size
+    with into.open("wb") as file:
+        while left:
+            if not (data := packed.read(min(left, _CHUNK))):
+                raise EOFError("it ends within a file")
+            file.write(data)
+            left -= len(data)
+    packed.read(_padded(size) - size)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, Path]]:
@@ -109,13 +166,15 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
     if _SUMS not in names:
         raise ValueError(f"{path}: has no {_SUMS}, so viladiff runs export did not write it; nothing was imported")
     try:
-        sums = dict(json.loads((folder / _SUMS).read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
+        sums = json.loads((folder / _SUMS).read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {_SUMS} cannot be read; nothing was imported") from error
+    if not isinstance(sums, dict):
+        raise ValueError(f"{path}: {_SUMS} is no list of files; nothing was imported")
     found = {name: file_sha256(folder / name) for name in names if name != _SUMS}
     if sums != found:
         wrong = sorted(set(found) ^ set(sums)) or [name for name in found if sums[name] != found[name]]
-        raise ValueError(f"{path}: {wrong[0]} does not match {_SUMS}; nothing was imported")
+        raise ValueError(f"{path}: {shown(wrong[0])} does not match {_SUMS}; nothing was imported")
     runs: dict[str, dict[str, Path]] = {}
     for name in sorted(found, key=lambda name: not name.startswith("records/")):
         part, _, file = name.partition("/")
@@ -128,26 +187,34 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
                 raise ValueError(f"{path}: {name} contradicts its name or itself: {why}; nothing was imported")
         elif run_id not in runs:
             raise ValueError(f"{path}: {name} belongs to no record in it; nothing was imported")
-        elif not (_is_arrays if part == "pictures" else _is_log)(folder / name):
-            raise ValueError(f"{path}: {name} cannot be read; nothing was imported")
+        else:
+            _check_part(path, folder / name, name)
         runs.setdefault(run_id, {})[PARTS[part]] = folder / name
     return runs
 
 
-def _is_arrays(path: Path) -> bool:
+def _check_part(path: Path, file: Path, name: str) -> None:
+    """Raise ValueError that names the member unless it holds what its name says."""
     try:
-        with zipfile.ZipFile(path) as packed:
-            return all(name.endswith(".npy") for name in packed.namelist()) and packed.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError):
-        return False
+        (check_arrays if name.startswith("pictures/") else _check_log)(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}; nothing was imported") from error
 
 
-def _is_log(path: Path) -> bool:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, RecursionError):
-        return False
-    return all(isinstance(row, dict) and type(row.get("step")) is int for row in rows)
+def _check_log(path: Path) -> None:
+    """Raise ValueError for a log that is none, or is longer than logs are; holds one row at a time."""
+    number = 0
+    with path.open("rb") as file:
+        while line := file.readline(ROW + 1):
+            number += 1
+            if number > ROWS or len(line) > ROW:
+                raise ValueError(f"row {number}: at most {ROWS} rows of {ROW} bytes are allowed")
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError(f"row {number} cannot be read as one of a log of steps")
 
 
 def _place(store: Store, run_id: str, files: dict[str, Path]) -> str:

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 
 from viladiff.core.atomic import name_file_in_errors, sync_directory
+from viladiff.core.messages import shown
 
 MAGIC = b"VILADIFF"
 VERSION = 1
@@ -103,6 +104,10 @@ def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str,
             state = torch.load(file, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
             raise _refused(path, error) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever torch makes of an archive that is sealed and is none
+            raise _damaged(path, size, "what its checksum seals is no archive of torch") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(state).__name__}, not a state")
     return state
@@ -260,8 +265,8 @@ class StepLog:
                     return  # torn by a crash
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     row = None
                 if not isinstance(row, dict) or type(row.get("step")) is not int:
-                    raise ValueError(f"{self.path}, line {number}: {line[:60]!r} is not a row of a step log")
+                    raise ValueError(f"{self.path}, line {number}: {shown(line, 60)} is not a row of a step log")
                 yield row

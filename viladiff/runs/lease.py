@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.messages import one_line
 from viladiff.core.watchdog import start
 
 HEARTBEAT = 10.0
@@ -58,7 +59,7 @@ class Holder:
     """When the lease was taken, UTC."""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since}"
+        return one_line(f"process {self.pid} on {self.host} since {self.since}", 200)
 
 
 class LeaseLostError(ValueError):
@@ -289,6 +290,7 @@ def _parse(text: bytes) -> Holder | None:
     except (ValueError, TypeError, RecursionError):
         return None
     whole = type(holder.pid) is int and type(holder.started) is int
+    whole = whole and all(type(text) is str for text in (holder.host, holder.machine, holder.since))
     return holder if whole and 0 < holder.pid < 2**31 else None
 
 

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import format_toml_error, read_toml, strange_values
+from viladiff.core.messages import error_lines
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.run_name import arithmetic
 from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
@@ -113,7 +114,7 @@ def load_sweep(path: Path | str) -> Sweep:
         else:
             faults = [*_faults(sweep), *_beside_faults(sweep, path)]
     if faults:
-        raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
+        raise ValueError(error_lines("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults))))
     return sweep
 
 

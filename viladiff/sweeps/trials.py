@@ -112,7 +112,7 @@ def _load(path: Path) -> Trial:
         trial = Trial.model_validate(rest)
         if path.stem != f"{trial.number:06}":
             raise ValueError(f"it is the record of trial {trial.number}")
-    except (ValueError, KeyError, AttributeError, TypeError, OSError, ValidationError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError, ValidationError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path}: not a trial's record, or damaged ({why}); restore it, or use --study NAME for a new sweep "

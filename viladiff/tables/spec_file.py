@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from viladiff.config.base import Section, did_you_mean
 from viladiff.config.toml_file import entry_name, format_toml_error, listed, read_toml, strange_values
+from viladiff.core.messages import error_lines
 from viladiff.tables.recipes.recipe import recipe_names
 from viladiff.tables.spec import (
     AMONG,
@@ -63,7 +64,7 @@ def load_table(path: Path | str) -> Table:
             )
             faults = [fault for kind in kinds for fault in kind(table)]
     if faults:
-        raise ValueError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
+        raise ValueError(error_lines("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults))))
     return table
 
 
@@ -197,7 +198,7 @@ def _set_faults(table: Table) -> Iterator[str]:
             yield f"scale.{name}: threads = {one.threads} and runtime.threads = {also!r}: keep one"
         for entry, fields in table_layers(table):
             asked = fields.get("data.dataset")
-            if one.datasets and asked is not None and asked not in one.datasets:
+            if one.datasets and asked is not None and str(asked) not in one.datasets:
                 yield (
                     f"scale.{name}: datasets = {one.datasets}: does not say what becomes of {asked!r}, "
                     f"which {entry} asks for{did_you_mean(str(asked), one.datasets)}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from viladiff.config.base import did_you_mean
+from viladiff.core.messages import errors_name, shown
 from viladiff.data.captions.simulated import Captions
 from viladiff.data.files.index import image_id
 
@@ -143,7 +144,7 @@ def clean(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{text!r} is no valid Unicode") from error
+        raise ValueError(f"{shown(text)} is no valid Unicode") from error
     spaced = "".join(" " if unicodedata.category(sign) == "Cc" else sign for sign in text)
     return unicodedata.normalize("NFC", " ".join(spaced.split()))
 
@@ -155,26 +156,29 @@ def _rows(path: Path) -> Iterator[CaptionRow]:
     reader = {".csv": _from_csv, ".parquet": _from_parquet}.get(path.suffix.lower(), _from_jsonl)
     try:
         for number, (names, values) in enumerate(reader(path), 1):
-            where = f"{path}, row {number}"
-            try:
-                yield from _row(names, values)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+            with errors_name(f"{path}, row {number}"):
+                rows = _row(names, values)
+            yield from rows
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text: {error}") from error
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _row(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[CaptionRow]:
-    """Yield one row, or one for each text of a list; ``names`` maps columns."""
+def _row(names: Mapping[str, str], values: Mapping[str, Any]) -> list[CaptionRow]:
+    """Return one row, or one for each text of a list; ``names`` maps columns."""
     text = values[names["text"]]
+    for what in ("image", "prompt", "model", "revision"):
+        if what in names and not isinstance(given := values.get(names[what]), str | int | float | None):
+            raise ValueError(f"the {what} is {shown(given)}, not a text")
     said = [_repeated(values.get(names[what])) if what in names else "" for what in ("prompt", "model", "revision")]
     image = values[names["image"]]
+    rows = []
     for one in text if isinstance(text, list) else [text]:
         if one is not None and not isinstance(one, str):
-            raise ValueError(f"the text is {one!r}, not a text")
-        yield CaptionRow("" if image is None else str(image).strip(), clean(one or ""), *said)
+            raise ValueError(f"the text is {shown(one)}, not a text")
+        rows.append(CaptionRow("" if image is None else str(image).strip(), clean(one or ""), *said))
+    return rows
 
 
 @cache
@@ -221,7 +225,7 @@ def _from_jsonl(path: Path) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
                 continue
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also of an integer of thousands of digits
                 raise ValueError(f"{path}, line {number}: is not JSON: {error}") from error
             if not isinstance(values, dict):
                 raise ValueError(f"{path}, line {number}: is not an object with an image and a text")

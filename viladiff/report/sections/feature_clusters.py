@@ -6,7 +6,6 @@ Used by specs with ``page = "clusters"``; ``viladiff.evaluation.feature_clusters
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +15,7 @@ from markupsafe import Markup, escape
 
 from viladiff.core import colormap
 from viladiff.core.atomic import write_atomically
+from viladiff.data.formats.npz import read_arrays
 from viladiff.report.markup import markdown
 from viladiff.report.table.results import CellRun, Results, number, row_name
 from viladiff.runs.record import RunRecord
@@ -232,11 +232,8 @@ def _first(entries: Sequence[CellRun], store: Store, wrong: list[str]) -> tuple[
 
 def load(path: Path, classes: int) -> dict[str, np.ndarray]:
     """``label`` (n,) and places (n, 2) by stage. Raises ValueError that names a file that is not so."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("label", *STAGES) if name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+    found = read_arrays(path)
+    arrays = {name: found[name] for name in ("label", *STAGES) if name in found}
     label = arrays.get("label", np.empty(0))
     if label.dtype != np.uint8 or label.ndim != 1 or not len(label) or label.max() >= classes:
         raise ValueError(f"{path.name}: needs an array label, uint8 (n,), of classes below {classes}")

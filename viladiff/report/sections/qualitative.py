@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from viladiff.core import colormap
+from viladiff.data.formats.npz import read_arrays
 from viladiff.report.table.results import CellRun, Results
 from viladiff.runs.record import RunRecord
 
@@ -66,11 +66,7 @@ def build_strips(results: Results, store: Store, most: int = MOST) -> tuple[list
 
 def load(path: Path) -> dict[str, np.ndarray]:
     """Return arrays by stage, in order. Raises ValueError that names the file if one is invalid."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name.partition("/")[2] or name: file[name] for name in sorted(file.files)}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+    arrays = {name.partition("/")[2] or name: array for name, array in sorted(read_arrays(path).items())}
     image = arrays.get("image")
     if image is None or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"{path.name}: needs an array image of shape (K, H, W, 3)")

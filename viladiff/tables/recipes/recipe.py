@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from viladiff.config.base import ConfigError, Section, did_you_mean
 from viladiff.config.toml_file import entry_name, format_toml_error, read_toml, strange_values
+from viladiff.core.messages import error_lines
 
 FOLDER = Path(__file__).resolve().parent
 AVERAGE = "method.teacher.momentum"
@@ -114,7 +115,7 @@ def read_recipe(path: Path) -> Recipe:
         else:
             faults = list(_entry_faults(recipe))
     if faults:
-        raise ValueError("\n".join(f"{path.name}: {fault}" for fault in dict.fromkeys(faults)))
+        raise ValueError(error_lines("\n".join(f"{path.name}: {fault}" for fault in dict.fromkeys(faults))))
     return recipe
 
 
