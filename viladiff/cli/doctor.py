@@ -16,6 +16,7 @@ from pathlib import Path
 
 from viladiff.core.checks import Check
 from viladiff.core.environment import visible_cpus
+from viladiff.core.messages import printable
 
 CACHE_GB = 0.5
 """Room for both built-in data sets and their text, in GB."""
@@ -53,7 +54,7 @@ def print_checks(checks: list[Check]) -> None:
             if check.remedy
             else Text("ok", "green")
         )
-        table.add_row(sign, Text(check.name), Text(check.found), Text(check.remedy))
+        table.add_row(sign, *(Text(printable(part)) for part in (check.name, check.found, check.remedy)))
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
 
