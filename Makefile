@@ -9,10 +9,10 @@ ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 reproduce test lint compat fuzz bench docs records published
+.PHONY: help setup table5 reproduce test test-lowest test-newest lint compat fuzz bench docs records published
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv and install into it (says how much; nothing to do the second time)
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/setup.sh
@@ -25,6 +25,12 @@ reproduce: setup ## train rows 1 and 8 of the published Table 5 anew and compare
 
 test: setup lint ## set up, then lint and tests
 	$(one_thread) $(bin)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-lowest: ## test the lower bounds of pyproject.toml, in .venv-lowest (about 7 GB; half an hour)
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" PYTEST_ARGS="$(PYTEST_ARGS)" scripts/test_versions.sh lowest
+
+test-newest: ## the same with the newest versions within the upper bounds, in .venv-newest
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" PYTEST_ARGS="$(PYTEST_ARGS)" scripts/test_versions.sh newest
 
 lint: setup ## ruff and mypy
 	$(bin)/ruff check .

@@ -11,6 +11,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from viladiff.cluster.session import OLDEST
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
@@ -113,3 +116,74 @@ def test_tools_that_only_some_systems_have_are_not_needed(checkout: Path) -> Non
     assert "  fetching torch\n" in said and "setup: done" in said
     assert setup(checkout, PATH=path) == ("", [])
     assert "  fetching" in setup(checkout, PATH=path, CONSTRAINTS="none")[0], "another choice is another installation"
+
+
+# The bounds of pyproject.toml
+
+EXTRAS = ("captions", "coco", "trackers", "onnx", "sweeps")
+"""Those whose packages the code uses; of tools and of a package of one file any version will do."""
+
+
+def bounded() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [text for name in EXTRAS for text in project["optional-dependencies"][name]]
+    return [Requirement(text) for text in [*project["dependencies"], *extras]]
+
+
+@pytest.mark.parametrize("one", bounded(), ids=lambda one: one.name)
+def test_each_dependency_has_both_bounds_and_the_pinned_version_between_them(one: Requirement) -> None:
+    signs = sorted(part.operator for part in one.specifier)
+    assert signs == ["<", ">="], "a lower bound that make test-lowest tests, and an upper one"
+    pins = dict(line.split("==") for line in CONSTRAINTS.splitlines() if "==" in line)
+    pinned = {plain(name): version for name, version in pins.items()}.get(plain(one.name))
+    assert pinned is None or one.specifier.contains(pinned), f"constraints.txt has {pinned}"
+    assert pinned is not None or one.name == "accelerate"
+
+
+def test_the_lower_bounds_are_what_the_code_asks_for() -> None:
+    lower = {one.name: next(part.version for part in one.specifier if part.operator == ">=") for one in bounded()}
+    assert lower["ray"] == ".".join(map(str, OLDEST)), "the release that requires a token"
+    assert 'torch.__version__.split(".")[:2]) >= (2, 12)' in (ROOT / "viladiff" / "cli" / "doctor.py").read_text()
+    assert lower["torch"] == "2.12"
+
+
+VERSIONS = """#!/bin/bash
+echo "$*" >>uv.log
+case "$*" in
+"-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+"-c import uv"*) exit 1 ;;
+"-m uv pip compile"*) [ "$BROKEN" != compile ] ;;
+"-m pytest"*) [ "$BROKEN" != tests ] ;;
+*) exit 0 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "broken", "status", "says", "calls"),
+    [
+        (["lowest"], "", 0, "into .venv-lowest", ["--resolution lowest-direct", "-m pip install .*uv", "-m pytest"]),
+        (["newest"], "", 0, "into .venv-newest", ["--resolution highest .*--upgrade", "-m pytest"]),
+        (["lowest"], "compile", 1, "no versions fit the bounds", []),
+        (["lowest"], "tests", 1, "", ["-m pytest"]),
+        (["oldest"], "", 1, "got 'oldest'; write lowest or newest", []),
+    ],
+)
+def test_bounds_are_tested_in_environments_of_their_own(
+    checkout: Path, words: list[str], broken: str, status: int, says: str, calls: list[str]
+) -> None:
+    shutil.copy(ROOT / "scripts" / "test_versions.sh", checkout / "scripts")
+    (checkout / "python").write_text(VERSIONS)
+    environment = os.environ | {"PYTHON": str(checkout / "python"), "BROKEN": broken, "COMMANDS": "no"}
+    script = ["bash", "scripts/test_versions.sh", *words]
+    done = subprocess.run(script, cwd=checkout, capture_output=True, text=True, env=environment)
+    log = (checkout / "uv.log").read_text() if (checkout / "uv.log").exists() else ""
+    assert done.returncode == status and says in done.stdout + done.stderr, done.stdout + done.stderr
+    assert all(re.search(call, log) for call in calls), log
+    assert not (checkout / ".venv").exists(), "what make setup makes is left alone"
+
+
+def test_the_tests_of_the_bounds_exist() -> None:
+    text = (ROOT / "scripts" / "test_versions.sh").read_text(encoding="utf-8")
+    named = re.findall(r"tests/[\w/.:]+", text.partition("tests=(")[2].partition(")")[0])
+    assert len(named) > 10 and [name for name in named if not (ROOT / name.partition("::")[0]).exists()] == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 from viladiff.cli import main
+from viladiff.cluster import exposure
 from viladiff.cluster.config_check import RULES, examine_cluster
 from viladiff.core.checks import Check
 
@@ -20,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "cluster.yaml"
 BLANKS = {
     "AWS region": "eu-central-1",
+    "one zone": "eu-central-1a",
     "file of the private key": "~/.ssh/viladiff.pem",
     "instance type without": "m7i.xlarge",
     "instance type with a": "g6.xlarge",
@@ -81,7 +85,7 @@ def test_shipped_file_as_it_is_has_blanks_alone(folder: Path, capsys: pytest.Cap
     text = SHIPPED.read_text()
     (folder / "cluster.yaml").write_text(text)
     found = broken(examine_cluster("cluster.yaml"))
-    assert {check.name for check in found} == {"cluster: filled in"} and len(found) == 8
+    assert {check.name for check in found} == {"cluster: filled in"} and len(found) == 9
     numbers = [int(re.search(r"cluster\.yaml:(\d+): ", check.found).group(1)) for check in found]  # type: ignore[union-attr]
     assert all(re.search(r"<.*>|\*image|\*key", text.splitlines()[number - 1]) for number in numbers)
     assert main.main(["doctor", "--cluster", "cluster.yaml"]) == 1
@@ -134,6 +138,21 @@ def opened(low: int, high: int, cidr: str = "0.0.0.0/0", protocol: str = "tcp") 
     return lambda tree: tree["provider"].update(security_group={"GroupName": "g", "IpPermissions": [rule]})
 
 
+def several(*ranges: tuple[int, int, str]) -> Callable[[Tree], None]:
+    rules = [
+        {"FromPort": low, "ToPort": high, "IpProtocol": "tcp", "IpRanges": [{"CidrIp": cidr}]}
+        for low, high, cidr in ranges
+    ]
+    return lambda tree: tree["provider"].update(security_group={"GroupName": "g", "IpPermissions": rules})
+
+
+def moved(tree: Tree) -> None:
+    """Ray's head and metrics at ports of their own, which are open."""
+    in_command(HEAD, "--port=6379", "--port=7000 --metrics-export-port 7001")(tree)
+    several((7000, 7001, "0.0.0.0/0"))(tree)
+
+
+SETUP = "head_setup_commands"
 HEAD, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
 MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
     # name: change, rule that must find it, what the finding and its remedy must say
@@ -214,6 +233,56 @@ MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
     "open port": (opened(8265, 8265), "ports", r"IpPermissions\.0: opens 8265 \(the dashboard\)"),
     "open range": (opened(0, 65535), "ports", "6379.*8265.*10001"),
     "all open": (opened(-1, -1, protocol="-1"), "ports", "10001"),
+    "halves of all": (
+        several((6379, 6379, "0.0.0.0/1"), (22, 6500, "128.0.0.0/1")),
+        "ports",
+        r"IpPermissions: opens 6379 \(Ray's head\) to everybody",
+    ),
+    "halves of IPv6": (
+        lambda t: t["provider"].update(
+            security_group={
+                "IpPermissions": [
+                    {"IpProtocol": "tcp", "FromPort": 1, "ToPort": 9999, "Ipv6Ranges": [{"CidrIpv6": one}]}
+                    for one in ("::/1", "8000::/1")
+                ]
+            }
+        ),
+        "ports",
+        "6379.* to everybody",
+    ),
+    "half of all": (opened(8265, 8265, "0.0.0.0/1"), "ports", r"8265 \(the dashboard\) to 0\.0\.0\.0/1"),
+    "an office": (opened(8265, 8265, "203.0.113.0/24"), "ports", r"to 203\.0\.113\.0/24"),
+    "no network": (opened(22, 22, "0.0.0.0/33"), "ports", r"0\.0\.0\.0/33.*10\.0\.0\.0/16"),
+    "open workers": (opened(15000, 15000), "ports", "10002-19999 .Ray's workers"),
+    "open agent": (opened(52365, 52365), "ports", "52365 .the dashboard's agent"),
+    "open own choice": (
+        opened(40000, 40001),
+        "ports",
+        "object manager.*node manager.*agent of environments.*Ray's metrics",
+    ),
+    "open metrics": (opened(44217, 44227), "ports", "44217 .the autoscaler's.*44227 .the dashboard's metrics"),
+    "open NFS": (opened(2049, 2049), "ports", r"opens 2049 \(NFS\)"),
+    "open rpcbind": (opened(111, 111, protocol="udp"), "ports", r"opens 111 \(NFS, rpcbind\)"),
+    "open mountd": (opened(20048, 20048), "ports", r"opens 20048 \(NFS, mountd\)"),
+    "moved ports": (moved, "ports", r"opens 7000 \(Ray's head\), 7001 \(Ray's metrics\) to everybody"),
+    "export without waiting": (in_command(SETUP, "rw,sync", "rw,async"), "shared folder", "async.*on the disk"),
+    "export by default": (in_command(SETUP, "(rw,sync,", "(rw,"), "shared folder", "exports with rw,no_sub.*sync"),
+    "export to all": (in_command(SETUP, "$subnet(", "*("), "shared folder", "to everybody, as '\\*'"),
+    "export to nobody named": (in_command(SETUP, "$subnet(", "("), "shared folder", "to everybody, as 'no host'"),
+    "export to ten": (in_command(SETUP, "$subnet(", "10.0.0.0/8("), "shared folder", "10.0.0.0/8, 16,777,216 addr"),
+    "export to halves": (
+        in_command(SETUP, "/shared $subnet(", "/shared 10.0.0.0/16(rw,sync) 10.1.0.0/16("),
+        "shared folder",
+        "exports to 10.0.0.0/15",
+    ),
+    "export to root": (in_command(SETUP, "rw,", "rw,no_root_squash,"), "shared folder", "no_root_squash"),
+    "mount with rights": (in_command(WORKER, "nosuid,", ""), "shared folder", "worker_start.*without nosuid"),
+    "mount with devices": (in_command(WORKER, ",nodev", ""), "shared folder", "without nodev"),
+    "mount without options": (
+        in_command(WORKER, "-o nosuid,nodev ", ""),
+        "shared folder",
+        "without nosuid and nodev",
+    ),
     "no key file": (
         lambda t: t["auth"].update(ssh_private_key="~/.ssh/viladif.pem"),
         "ssh",
@@ -237,9 +306,91 @@ def test_every_rule_is_shown_to_find_something() -> None:
     assert {rule for _, rule, _ in MUTATIONS.values()} == {"keys", *RULES}
 
 
-@pytest.mark.parametrize("change", [opened(22, 22), opened(8265, 8265, "10.0.0.0/8")], ids=["ssh", "inside"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        opened(22, 22),
+        opened(0, 65535, "10.0.0.0/8"),
+        several((0, 65535, "172.16.0.0/13"), (0, 65535, "172.24.0.0/13")),
+        opened(-1, -1, protocol="icmp"),
+    ],
+    ids=["ssh", "inside", "halves of inside", "ping"],
+)
 def test_rules_that_open_nothing_to_everybody_pass(folder: Path, change: Callable[[Tree], None]) -> None:
     assert broken(examined(folder, change)) == []
+
+
+def ports_line(folder: Path, change: Callable[[Tree], object] | None = None) -> str:
+    (check,) = [check for check in examined(folder, change) if check.name == "cluster: ports"]
+    assert not check.remedy
+    return check.found
+
+
+def test_what_is_exposed_is_said(folder: Path) -> None:
+    every = ["6379", "8265", "10001", "10002-19999", "52365", "44217", "44227", "2049", "111", "20048", "own choice"]
+    shipped = ports_line(folder)
+    assert shipped.startswith("from outside: 22 (ssh), by the security group that Ray makes; between the nodes: ")
+    assert [one for one in every if one not in shipped] == []
+    group = several((22, 22, "0.0.0.0/1"), (22, 22, "10.0.0.0/8"))
+    assert ports_line(folder, group).startswith("by its security group: 22-22 to 0.0.0.0/1; 22-22 to 10.0.0.0/8; ")
+
+    def local(tree: Tree) -> None:
+        tree["provider"] = {"type": "local", "head_ip": "10.0.0.2", "worker_ips": []}
+        del tree["available_node_types"], tree["head_node_type"]
+
+    assert ports_line(folder, local).startswith("the network of 'local' is not in this file; it must keep from others")
+
+
+def test_a_list_of_networks_of_the_provider_is_noted(folder: Path) -> None:
+    rule = {"FromPort": 1, "ToPort": 9999, "IpProtocol": "tcp", "PrefixListIds": [{"PrefixListId": "pl-1"}]}
+    checks = examined(folder, lambda tree: tree["provider"].update(security_group={"IpPermissions": [rule]}))
+    (check,) = [check for check in checks if check.remedy]
+    assert not check.broken and "a prefix list" in check.found
+
+
+def test_every_port_of_ray_start_is_known() -> None:
+    """A port that a later release adds is missed here."""
+    program = "import sys; from ray.scripts.scripts import main; sys.argv = ['ray', 'start', '--help']; main()"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280).stdout
+    options = set(re.findall(r"^ +(--[a-z-]*port) ", said, re.MULTILINE))
+    assert len(options) >= 11 and options == {option for one in exposure.RAY for option in one.options}
+
+
+def test_worker_ports_may_be_listed() -> None:
+    found = exposure.services_of(["ray start --head --worker-port-list=7,9", "ray start --address=a:1"])
+    assert {(7, 7), (9, 9)} <= {one.ports for one in found}
+    assert exposure.services_of([]) == exposure.services_of(["ray start --head"])
+    assert exposure.ANY_PORT in {one.ports for one in exposure.services_of(["ray start --head --port=0"]) if one.head}
+
+
+TOOLS = {
+    "sudo": 'exec "$@"',
+    "apt-get": "exit 0",
+    "exportfs": "exit 0",
+    "tee": 'cat > "$EXPORTS"',
+    "ip": """case "$*" in
+*default*) echo "default via 10.0.16.1 dev ens5 proto dhcp metric 512"; echo "default via 10.9.0.1 dev b" ;;
+*"dev ens5"*) echo "10.0.0.2 proto dhcp src 10.0.20.5"; [ -z "$SUBNET" ] || echo "$SUBNET proto kernel src 10.0.20.5" ;;
+esac""",
+}
+
+
+@pytest.mark.parametrize("subnet", ["10.0.16.0/20", ""])
+def test_the_export_is_for_the_heads_own_subnet(tmp_path: Path, subnet: str) -> None:
+    (command,) = [one for one in yaml.safe_load(SHIPPED.read_text())[SETUP] if "exports" in one]
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in TOOLS.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    written = tmp_path / "exports"
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "EXPORTS": str(written), "SUBNET": subnet}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    if subnet:
+        assert written.read_text() == "/shared 10.0.16.0/20(rw,sync,no_subtree_check)\n", done.stderr
+    else:
+        assert done.returncode and not written.exists(), "an export without a host is for everybody"
 
 
 def test_key_that_others_can_read_is_refused(folder: Path) -> None:

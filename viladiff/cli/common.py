@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from viladiff.core.messages import disk_advice
+from viladiff.core.messages import disk_advice, hide_passwords, one_line, print_text
 
 RENAMED = {
     "--storage": ("--runs-dir",),
@@ -43,6 +43,10 @@ class CommandParser(argparse.ArgumentParser):
         if taken is not None:
             self.exit(2, f"error: {taken}: a name that begins with '-' is read as a flag; write ./{taken}\n")
         super().error(message)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit with the message as errors are printed: in one line each, cut, without passwords."""
+        super().exit(status, message and hide_passwords("\n".join(map(one_line, message.split("\n")))))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """As in argparse, but exits with status 2 if a flag is unknown; positional arguments may be left over."""
@@ -130,7 +134,7 @@ def _refuse_unreadable(words: Sequence[str]) -> None:
 
 
 def _print_error(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
+    print_text(f"error: {one_line(line)}", error=True)
     return 2
 
 
@@ -173,7 +177,7 @@ def run_command(command: Callable[[], int], resumes: bool = True) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("VILADIFF_DEBUG") == "1":
             raise
-        for line in str(error).splitlines() or [type(error).__name__]:
+        for line in (str(error) or type(error).__name__).rstrip("\n").split("\n"):
             _print_error(line + disk_advice(error, resumes))
         return 2
     except (MemoryError, RuntimeError) as error:
@@ -183,7 +187,7 @@ def run_command(command: Callable[[], int], resumes: bool = True) -> int:
         what = "the system allows no more threads" if thread else "out of memory"
         return _print_error(f"{what}; raise the limits of this session (ulimit -v, ulimit -u) or use less of it")
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        print_text(str(stop) or "interrupted", error=True)
         return 130
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viladiff.cli.common import positive
+from viladiff.core.messages import print_text
 
 if TYPE_CHECKING:
     from viladiff.data.files.validate import Advance, DatasetReport
@@ -165,7 +166,7 @@ def _check(args: argparse.Namespace) -> int:
         report = validate_dataset(args.root, args.split_dir, args.processes, advance, _fields(args))
     page = write_page(report, Path(args.out).expanduser(), f"viladiff data check {args.root}")
     _say(report)
-    print(f"\n{page}")
+    print_text(f"\n{page}")
     return int(report.errors > 0)
 
 
@@ -173,22 +174,22 @@ def _say(report: DatasetReport) -> None:
     from viladiff.report.dataset_page import class_rows, dataset_facts
 
     for name, value in dataset_facts(report).items():
-        print(f"{name:<30}{value}")
-    print()
+        print_text(f"{name:<30}{value}")
+    print_text()
     for row in class_rows(report):
         share = "-" if row["share"] is None else f"{row['share']:.2f} %"
         of = "labelled" if row["id"] < 255 else "all"
-        print(f"{row['id']:>3}  {row['name']:<24}{share:>9} of {of} pixels, in {row['images']} masks")
+        print_text(f"{row['id']:>3}  {row['name']:<24}{share:>9} of {of} pixels, in {row['images']} masks")
     for split in report.splits:
         labelled, unlabelled, val = split.counts
-        print(f"\ndata.split={split.name}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images")
-        print("\n".join(f"  {text}" for text in (split.published, *split.notes)))
+        print_text(f"\ndata.split={split.name}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images")
+        print_text("\n".join(f"  {text}" for text in (split.published, *split.notes)))
     if report.faults:
-        print()
+        print_text()
     for fault in report.faults[:SHOWN]:
-        print(f"{fault.level}: {fault.path}: {fault.reason}")
+        print_text(f"{fault.level}: {fault.path}: {fault.reason}")
     if len(report.faults) > SHOWN:
-        print(f"... and {len(report.faults) - SHOWN} more, on the page")
+        print_text(f"... and {len(report.faults) - SHOWN} more, on the page")
 
 
 def _split(args: argparse.Namespace) -> int:
@@ -205,11 +206,13 @@ def _split(args: argparse.Namespace) -> int:
     directory = write_lists(args.root, args.name, found.lists, options)
     labelled, unlabelled, val = map(len, found.lists)
     kept = f", the list of {found.kept_val}" if found.kept_val else ""
-    print(f"{directory}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images{kept}")
+    print_text(f"{directory}: {labelled} labelled, {unlabelled} unlabelled, {val} validation images{kept}")
     if found.left_out:
-        print(f"{found.left_out} images are of groups in validation and have no mask: they are in no list")
+        print_text(f"{found.left_out} images are of groups in validation and have no mask: they are in no list")
     for name, missing in found.uncovered.items():
-        print(f"warning: no {name} image shows {', '.join(missing)}; increase --labelled or --val, or change --seed")
+        print_text(
+            f"warning: no {name} image shows {', '.join(missing)}; increase --labelled or --val, or change --seed"
+        )
     return 0
 
 
@@ -219,16 +222,18 @@ def _coco_masks(args: argparse.Namespace) -> int:
     with _bar("drawing masks", args.quiet) as advance:
         make = make_own_masks if args.own else make_masks
         made = make(args.root, args.instances, args.out, args.processes, advance)
-    print(f"{made.written:,} masks written, {made.there:,} existed already")
-    print(f"{made.empty:,} images have no annotation and are background; {made.crowds:,} crowds are 255")
+    print_text(f"{made.written:,} masks written, {made.there:,} existed already")
+    print_text(f"{made.empty:,} images have no annotation and are background; {made.crowds:,} crowds are 255")
     if made.hollow:
         where = f", in {len(made.hollow_in):,} images, first {made.hollow_in[0]!r}"
-        print(f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were skipped{where}")
+        print_text(
+            f"{made.hollow:,} polygons of fewer than three points or regions without a pixel were skipped{where}"
+        )
     if made.absent:
-        print(f"warning: {len(made.absent):,} images of the file are not in images/, first {made.absent[0]!r}")
+        print_text(f"warning: {len(made.absent):,} images of the file are not in images/, first {made.absent[0]!r}")
     if made.unnamed:
         first = made.unnamed[0]
-        print(f"{len(made.unnamed):,} images are not in the file and have no mask of it, first {first!r}")
+        print_text(f"{len(made.unnamed):,} images are not in the file and have no mask of it, first {first!r}")
     return 0
 
 
@@ -244,7 +249,7 @@ def _render(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: is no data set that is rendered; {allowed}")
     for name in args.names:
         arrays = sources[name].pixels().arrays
-        print(f"{name}: " + ", ".join(f"{part} {array.shape}" for part, array in sorted(arrays.items())))
+        print_text(f"{name}: " + ", ".join(f"{part} {array.shape}" for part, array in sorted(arrays.items())))
     return 0
 
 
@@ -252,10 +257,10 @@ def _pictures(args: argparse.Namespace) -> int:
     from viladiff.data.loading.picture_cache import picture_folder, survey
 
     found = survey(picture_folder(), remove=args.remove)
-    print(f"{picture_folder()}: {found.entries:,} files, {found.total / 1e9:.2f} GB")
-    print(f"outdated or incomplete: {found.outdated:,}, {found.outdated_bytes / 1e9:.2f} GB")
+    print_text(f"{picture_folder()}: {found.entries:,} files, {found.total / 1e9:.2f} GB")
+    print_text(f"outdated or incomplete: {found.outdated:,}, {found.outdated_bytes / 1e9:.2f} GB")
     if args.remove:
-        print(f"deleted: {found.removed:,}, {found.removed_bytes / 1e9:.2f} GB")
+        print_text(f"deleted: {found.removed:,}, {found.removed_bytes / 1e9:.2f} GB")
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from viladiff.core.checks import Check
 from viladiff.core.environment import visible_cpus
+from viladiff.core.messages import printable
 
 CACHE_GB = 0.5
 """Room for both built-in data sets and their text, in GB."""
@@ -53,7 +54,7 @@ def print_checks(checks: list[Check]) -> None:
             if check.remedy
             else Text("ok", "green")
         )
-        table.add_row(sign, Text(check.name), Text(check.found), Text(check.remedy))
+        table.add_row(sign, *(Text(printable(part)) for part in (check.name, check.found, check.remedy)))
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
 
@@ -83,8 +84,8 @@ def _torch() -> Iterator[Check]:
     except (ImportError, OSError) as error:
         yield Check("torch", f"does not import: {error}", "remove .venv and run make setup", broken=True)
         return
-    new = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
-    yield Check("torch", torch.__version__, "" if new else "requires 2.11 or newer: run make setup", not new)
+    new = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+    yield Check("torch", torch.__version__, "" if new else "requires 2.12 or newer: run make setup", not new)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     built = torch.version.cuda or "none"
     yield Check("devices", f"{', '.join(names) or 'CPU only'} (built for CUDA {built})")

@@ -18,7 +18,7 @@ from viladiff.cli.runs import add_runs
 from viladiff.cli.sweeps import add_sweep_options as add_sweep_options
 from viladiff.cli.tables import add_table_options
 from viladiff.cli.text import add_text
-from viladiff.core.messages import format_value
+from viladiff.core.messages import format_value, print_text, printable
 
 if TYPE_CHECKING:
     from viladiff.runs.config import RunConfig
@@ -212,7 +212,7 @@ def _train(args: argparse.Namespace) -> int:
     result = fit(cfg, resume=not args.restart)
     _print_result({**result.summary(), "directory": result.directory})
     if (result.directory / "record.json").stat().st_mtime < started:
-        print("\nAlready finished; nothing to do. Use --restart to retrain.")
+        print_text("\nAlready finished; nothing to do. Use --restart to retrain.")
     return 0
 
 
@@ -233,7 +233,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(json.dumps({**found, **cost}, indent=1))
+        print_text(json.dumps({**found, **cost}, indent=1))
         return 0
     facts = {name: value for name, value in found.items() if isinstance(value, str)}
     scores = {
@@ -280,7 +280,7 @@ def _predict(args: argparse.Namespace) -> int:
     shares = {name: f"{n / total:.1%}" for name, n in zip(model.class_names, found.pixels, strict=True) if n}
     _print_facts(shares, "share of all pixels")
     for sentence in found.failed:
-        print(f"error: {sentence}", file=sys.stderr)
+        print_text(f"error: {sentence}", error=True)
     return int(bool(found.failed))
 
 
@@ -301,7 +301,8 @@ def _config(args: argparse.Namespace) -> int:
     table = Table("field", "type", "value", "meaning", box=None, pad_edge=False)
     for prefix in [word for word in args.fields if "=" not in word] or [""]:
         for row in fields_help(prefix, cfg):
-            table.add_row(row.path, row.kind, format_value(row.default, 6), " ".join(row.text.split()))
+            shown = printable(format_value(row.default, 6))
+            table.add_row(row.path, row.kind, shown, " ".join(row.text.split()))
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width, markup=False, highlight=False)
     with console.capture() as text:
@@ -391,7 +392,7 @@ def _score(value: object) -> str:
 
 def _print_facts(facts: dict[str, Any], title: str = "") -> None:
     if title:
-        print(f"\n{title}:")
+        print_text(f"\n{title}:")
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {format_value(value, 6)}")
+        print_text(f"{name:<{width}}  {format_value(value, 6)}")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from viladiff.core.messages import print_text
 
 if TYPE_CHECKING:
     from viladiff.runs.store import Store
@@ -122,15 +123,15 @@ def _list(args: argparse.Namespace) -> int:
 
     rows = listing.rows(_store(args))
     if not rows:
-        print(_empty(args), file=sys.stderr if args.json else sys.stdout)
+        print_text(_empty(args), error=args.json)
     chosen = listing.select_runs(rows, args.filters, args.state)
     chosen = listing.ordered(chosen, args.sort, args.reverse)
     if args.json:
-        print(json.dumps([row.as_json() for row in chosen], indent=1))
+        print_text(json.dumps([row.as_json() for row in chosen], indent=1))
     elif chosen:
         listing.print_rows(chosen)
     elif rows:
-        print(listing.explain_no_match(rows, args.filters, args.state))
+        print_text(listing.explain_no_match(rows, args.filters, args.state))
     return 0
 
 
@@ -146,9 +147,9 @@ def _show(args: argparse.Namespace) -> int:
     if not args.json:
         listing.print_run(store, row)
     elif row.record is None:
-        print(json.dumps(row.as_json(), indent=1))
+        print_text(json.dumps(row.as_json(), indent=1))
     else:
-        print(record_bytes(row.record).decode())
+        print_text(record_bytes(row.record).decode())
     return 0
 
 
@@ -172,7 +173,7 @@ def _verify(args: argparse.Namespace) -> int:
     for found in verify_and_gc.verify(store, wanted):
         say([("ok" if found.good else "BAD", found.run_id or "-", str(found.path), found.text)])
         good, bad = good + found.good, bad + (not found.good)
-    print(f"{good} good, {bad} bad" if good or bad else _empty(args))
+    print_text(f"{good} good, {bad} bad" if good or bad else _empty(args))
     return int(bad > 0)
 
 
@@ -192,15 +193,17 @@ def _gc(args: argparse.Namespace) -> int:
     store = _store(args)
     found = verify_and_gc.garbage(store, args.keep_checkpoints, Path(args.pages))
     for item in found:
-        print(f"{'would delete' if args.dry_run else 'deleted'}  {item.path}  {item.why}  {size(item.size)}")
+        print_text(f"{'would delete' if args.dry_run else 'deleted'}  {item.path}  {item.why}  {size(item.size)}")
         if not args.dry_run:
             verify_and_gc.remove(item)
     total = size(sum(item.size for item in found))
     kept = f"runs in {store.root}: {len(store.local_run_ids())}"
     if not found:
-        print(f"Nothing to delete: {kept}.")
+        print_text(f"Nothing to delete: {kept}.")
     else:
-        print(f"{'It would free' if args.dry_run else 'Freed'} {total} ({len(found)} items); records stay: {kept}.")
+        print_text(
+            f"{'It would free' if args.dry_run else 'Freed'} {total} ({len(found)} items); records stay: {kept}."
+        )
     return 0
 
 
@@ -222,7 +225,7 @@ def _export(args: argparse.Namespace) -> int:
     path = Path(args.file)
     count = export(store, chosen, path)
     packed = f"{count} run{'s' * (count != 1)} in {path}, {size(path.stat().st_size)}"
-    print(f"{packed}. Elsewhere: viladiff runs import {path.name}")
+    print_text(f"{packed}. Elsewhere: viladiff runs import {path.name}")
     return 0
 
 
@@ -231,7 +234,7 @@ def _import(args: argparse.Namespace) -> int:
 
     done = import_archive(_store(args, repair=True), Path(args.file))
     for run_id, what in done.items():
-        print(f"{run_id}  {what}")
+        print_text(f"{run_id}  {what}")
     imported = sum(what.startswith("imported") for what in done.values())
-    print(f"{imported} of {len(done)} runs imported into {args.runs_dir}")
+    print_text(f"{imported} of {len(done)} runs imported into {args.runs_dir}")
     return 0

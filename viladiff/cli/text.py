@@ -6,11 +6,11 @@ Only the standard library is loaded until a command is executed.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from viladiff.cli.common import positive
+from viladiff.core.messages import print_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,7 +92,7 @@ def _caption(args: argparse.Namespace) -> int:
         _print(_facts(job, todo, args))
         return 0
     if not todo and job.out.is_file() and not job.parts.is_dir():
-        print(f"{job.out}: complete, {len(job.pictures)} images; nothing to do")
+        print_text(f"{job.out}: complete, {len(job.pictures)} images; nothing to do")
         return 0
     from viladiff.cluster.captioning import run_job
 
@@ -100,11 +100,13 @@ def _caption(args: argparse.Namespace) -> int:
     with counter("captioning", not args.quiet) as advance:
         table = run_job(job, **options, advance=advance)
     lost = failures(table)
-    print(f"{job.out}: {len(table) - len(lost) * len(who.prompts)} captions of {len(job.pictures) - len(lost)} images")
+    print_text(
+        f"{job.out}: {len(table) - len(lost) * len(who.prompts)} captions of {len(job.pictures) - len(lost)} images"
+    )
     for image, reason in list(lost.items())[:SHOWN]:
-        print(f"failed: {image}: {reason}", file=sys.stderr)
+        print_text(f"failed: {image}: {reason}", error=True)
     if len(lost) > SHOWN:
-        print(f"... and {len(lost) - SHOWN} more, in the column 'error' of {job.out}", file=sys.stderr)
+        print_text(f"... and {len(lost) - SHOWN} more, in the column 'error' of {job.out}", error=True)
     return int(bool(lost))
 
 
@@ -152,7 +154,7 @@ def _embed(args: argparse.Namespace) -> int:
     }
     _print(facts)
     for note in (*dataset.notes, *train.notes()):
-        print(f"note: {note}", file=sys.stderr)
+        print_text(f"note: {note}", error=True)
     return 0
 
 
@@ -169,4 +171,4 @@ def _wanted(cfg: RunConfig, source: str, captions: list[tuple[str, ...]], before
 def _print(facts: Mapping[str, object]) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+        print_text(f"{name:<{width}}  {value}")

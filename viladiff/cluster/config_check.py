@@ -17,13 +17,20 @@ from typing import Any, NamedTuple
 import jsonschema
 import yaml
 
+from viladiff.cluster.exposure import (
+    export_faults,
+    joined,
+    mount_faults,
+    networks_of,
+    opened_to_outside,
+    services_of,
+)
 from viladiff.config.base import did_you_mean
 from viladiff.core.checks import Check
 
 Keys = tuple[str | int, ...]
 TOKEN = "~/.ray/auth_token"
 STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
-PORTS = {6379: "Ray's head", 8265: "the dashboard", 10001: "Ray's clients"}
 PLACE = {"aws": ("region",), "gcp": ("region", "project_id"), "azure": ("location", "resource_group"), "local": ()}
 """Keys that name the place of the machines, by provider; Ray's schema leaves them open."""
 IDLE = 5
@@ -100,7 +107,7 @@ def examine_cluster(file: str | Path) -> list[Check]:
 
 def _said(cluster: Cluster, name: str, faults: list[ConfigProblem]) -> Iterator[Check]:
     if not faults:
-        yield Check(f"cluster: {name}", "as it should be")
+        yield Check(f"cluster: {name}", _exposed(cluster) if name == "ports" else "as it should be")
     for fault in faults:
         known = fault.keys
         while known and known not in cluster.lines:
@@ -281,20 +288,57 @@ def _ports(cluster: Cluster) -> Iterator[ConfigProblem]:
             yield ConfigProblem(keys, f"{found}: whoever reaches the port runs code here", remedy)
 
 
+def _firewall(cluster: Cluster) -> list[dict[str, Any]] | None:
+    """Return the rules of AWS's security group; None if the file has none."""
+    group = cluster.raw["provider"].get("security_group") or {}
+    rules: list[dict[str, Any]] | None = group.get("IpPermissions")
+    return rules
+
+
 def _open_ports(cluster: Cluster) -> Iterator[ConfigProblem]:
-    rules = cluster.raw["provider"].get("security_group", {}).get("IpPermissions", [])
+    rules = _firewall(cluster) or []
+    here: Keys = ("provider", "security_group", "IpPermissions")
     for i, rule in enumerate(rules):
-        ranges = [*rule.get("IpRanges", ()), *rule.get("Ipv6Ranges", ())]
-        public = [r for r in ranges if str(r.get("CidrIp", r.get("CidrIpv6", ""))).endswith("/0")]
-        low, high = rule.get("FromPort", 0), rule.get("ToPort", 65535)
-        if str(rule.get("IpProtocol")) == "-1" or low == -1:
-            low, high = 0, 65535
-        hit = [f"{port} ({what})" for port, what in PORTS.items() if low <= port <= high]
-        if public and hit:
-            found = f"opens {', '.join(hit)} to everybody"
-            yield ConfigProblem(
-                ("provider", "security_group", "IpPermissions", i), found, "leave port 22 alone open; use ssh"
-            )
+        try:
+            networks_of(rule)
+        except ValueError as error:
+            yield ConfigProblem((*here, i), f"{error}", "write a network as 10.0.0.0/16")
+            return
+        if rule.get("PrefixListIds"):
+            found = "a prefix list, whose networks are not in this file"
+            yield ConfigProblem((*here, i), found, "leave port 22 alone open; use ssh", broken=False)
+    for one in opened_to_outside(services_of(command for _, command in cluster.starts()), rules):
+        whom = "everybody" if one.everybody else ", ".join(map(str, one.networks))
+        keys = (*here, one.rules[0]) if len(one.rules) == 1 else here
+        yield ConfigProblem(keys, f"opens {', '.join(one.services)} to {whom}", "leave port 22 alone open; use ssh")
+
+
+def _exposed(cluster: Cluster) -> str:
+    """Say what the file opens, for a report without problems."""
+    listening = [*dict.fromkeys(map(str, services_of(command for _, command in cluster.starts())))]
+    between = f"between the nodes: {', '.join(listening)}"
+    if cluster.provider != "aws":
+        return (
+            f"the network of {cluster.provider!r} is not in this file; it must keep from others what is open {between}"
+        )
+    rules = _firewall(cluster)
+    if rules is None:
+        return f"from outside: 22 (ssh), by the security group that Ray makes; {between}"
+    said = [
+        f"{rule.get('FromPort', 'all')}-{rule.get('ToPort', 'all')} to {', '.join(map(str, joined(networks_of(rule))))}"
+        for rule in rules
+        if networks_of(rule)
+    ]
+    return f"by its security group: {'; '.join(said) or 'nothing'}; {between}"
+
+
+def _shared_folder(cluster: Cluster) -> Iterator[ConfigProblem]:
+    """Yield exports by NFS to others than the nodes or without waiting for the disk, and mounts that give rights."""
+    for part, commands in cluster.raw.items():
+        if part.endswith("_commands") and isinstance(commands, list):
+            for i, command in enumerate(map(str, commands)):
+                for found, remedy in [*export_faults(command), *mount_faults(command)]:
+                    yield ConfigProblem((part, i), found, remedy)
 
 
 def _ssh(cluster: Cluster) -> Iterator[ConfigProblem]:
@@ -329,6 +373,7 @@ RULES: dict[str, Callable[[Cluster], Iterator[ConfigProblem]]] = {
     "scaling": _scaling,
     "sources": _sources,
     "ports": _ports,
+    "shared folder": _shared_folder,
     "ssh": _ssh,
 }
 """What is looked at once Ray's schema accepts the file, in the order of the report."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
+from urllib.parse import quote, unquote, unquote_plus
 
 A = TypeVar("A")
 P = ParamSpec("P")
@@ -19,6 +22,13 @@ LONGEST_LINE = 1000
 """Characters of a line of an error; the longest that lists allowed names has some 800."""
 MOST_LINES = 40
 """Lines of an error that has one a fault."""
+HIDDEN = "***"
+"""What stands for a password."""
+_SECRET = r"[\w.-]*(?:passw|pwd|passphrase|secret|token|api_?key|access_?key)[\w.-]*"
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control characters but for tabs and ends of lines, and those that change the direction of writing."""
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""First signs of a cell that a spreadsheet computes, in either width."""
 
 
 def format_seconds(seconds: float | None, unknown: str = "—") -> str:
@@ -65,6 +75,56 @@ def one_line(text: str, most: int = LONGEST_LINE) -> str:
     if not text.isprintable():
         text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
     return cut(text, most)
+
+
+def printable(text: str) -> str:
+    """Return a text in which all that a terminal would obey is escaped, but for tabs and ends of lines."""
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def print_text(*parts: object, error: bool = False, end: str = "\n", flush: bool = False) -> None:
+    """Print as ``print`` does, ``printable`` and without passwords; on standard error if asked to.
+
+    For whatever may hold names, captions or messages of others; a test admits no other ``print``.
+    """
+    text = hide_passwords(printable(" ".join(map(str, parts))))
+    print(text, file=sys.stderr if error else sys.stdout, end=end, flush=flush)
+
+
+def plain_cell(value: object) -> object:
+    """Return a cell of a CSV file: text that a spreadsheet would compute has an apostrophe before it; numbers stay."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.lstrip()[:1] in _FORMULA and text.strip("-") else text
+    return text
+
+
+def hide_passwords(text: str, url: str = "") -> str:
+    """Return a text without the passwords of URLs in it, nor those of ``url``, as typed, decoded or encoded."""
+    for secret in sorted(_secrets(url), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    if "://" not in text and "=" not in text:
+        return text
+    text = re.sub(r"(://[^\s:/?#@'\"]*:)[^\s'\"]*@", rf"\1{HIDDEN}@", text)
+    return re.sub(rf"([?&;]{_SECRET}=)[^\s&;'\"]+", rf"\1{HIDDEN}", text, flags=re.IGNORECASE)
+
+
+def hidden_url(url: str) -> str:
+    """Return a URL, or the word of a command line that has one, without its passwords, whatever signs they have."""
+    text = re.sub(r"((?:^|://)[^:/?#@]*:)(?!//).*@", rf"\1{HIDDEN}@", url, count=1, flags=re.DOTALL)
+    return re.sub(rf"([?&;]{_SECRET}=)[^&;]+", rf"\1{HIDDEN}", text, flags=re.IGNORECASE | re.DOTALL)
+
+
+def _secrets(url: str) -> set[str]:
+    user = re.search(r"://[^:/?#@]*:(.*)@", url, re.DOTALL)
+    found = re.findall(rf"[?&;]{_SECRET}=([^&;]+)", url, re.IGNORECASE)
+    # A library may end the password at its first @ or / and take the rest for a host.
+    found += [user[1], *(part for part in re.split("[@/:]", user[1]) if len(part) > 3)] if user else []
+    return {form for one in found for form in (one, unquote(one), unquote_plus(one), quote(unquote(one), "")) if form}
 
 
 def error_lines(text: str) -> str:

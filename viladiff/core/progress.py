@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TypeVar
 
+from viladiff.core.messages import print_text, printable
+
 T = TypeVar("T")
 
 Advance = Callable[[int, int], None]
@@ -22,11 +24,12 @@ def counter(title: str, show: bool) -> Iterator[Advance]:
         yield lambda done, of: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import MofNCompleteColumn
     from rich.progress import Progress as Bar
 
     bar = Bar(*Bar.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task(title, total=None)
+    task = bar.add_task(escape(printable(title)), total=None)
 
     def advance(done: int, of: int) -> None:
         bar.start()
@@ -64,6 +67,7 @@ class Progress:
         self.bar = None
         if show and sys.stderr.isatty():
             from rich.console import Console
+            from rich.markup import escape
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
@@ -77,7 +81,7 @@ class Progress:
                 TimeRemainingColumn(),
             ]
             self.bar = Bar(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(title, total=total, completed=done, note="")
+            self.task = self.bar.add_task(escape(printable(title)), total=total, completed=done, note="")
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
@@ -103,4 +107,4 @@ class Progress:
             self.spoken = time.monotonic()
             rate = (self.done - self.first) / (self.spoken - self.begun + 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
-            print(f"{self.title}: {self.done}/{self.total} {self.text}, {left:.0f} s left", file=sys.stderr, flush=True)
+            print_text(f"{self.title}: {self.done}/{self.total} {self.text}, {left:.0f} s left", error=True, flush=True)

@@ -6,7 +6,6 @@ one on the host (``decode``), optionally in other processes; colours change in b
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from viladiff.config.sections import Sections
 from viladiff.core import keyed_random
+from viladiff.core.messages import print_text
 from viladiff.data.batch import Batch, CutMix, TextBank, TextBatch, Views
 from viladiff.data.captions.tags import dataset_tags
 from viladiff.data.dataset import Dataset
@@ -262,7 +262,7 @@ class BatchLoader:
             self._decode_in(min(most, max(1, 2 * here)))
         share = self.pace.verdict()
         if share is not None and share > LIMITING and self.rank == 0:
-            print(f"note: {limit_note(share, here, decoding_cores(self.cfg))}", file=sys.stderr, flush=True)
+            print_text(f"note: {limit_note(share, here, decoding_cores(self.cfg))}", error=True, flush=True)
 
 
 def valid_pixels(shown: list[tuple[int, int, bool]], crop: int, device: torch.device) -> Tensor:

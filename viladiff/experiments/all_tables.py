@@ -13,7 +13,7 @@ from rich.table import Table as Grid
 
 from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
-from viladiff.core.messages import format_seconds
+from viladiff.core.messages import format_seconds, printable
 from viladiff.core.progress import tracked
 from viladiff.evaluation.devices import CPU
 from viladiff.experiments.tables import TableJob, plan_table, seeds_of
@@ -86,7 +86,7 @@ def outline_all(paths: Sequence[Path], args: argparse.Namespace) -> int:
     lines = totals(shares, args, target)
     width = max(11, *map(len, lines))
     for name, text in lines.items():
-        console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
+        console.print(f"{name:<{width}}  {escape(printable(text))}", soft_wrap=True)
     return 0
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from viladiff.core.messages import format_seconds
+from viladiff.core.messages import format_seconds, printable
 from viladiff.experiments.target_device import target_device
 from viladiff.runs.job import ExecutionSettings, PlannedRun
 from viladiff.runs.store import Store
@@ -75,7 +75,7 @@ def print_dry_run(
     console.print()
     width = max(map(len, lines))
     for name, text in lines.items():
-        console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
+        console.print(f"{name:<{width}}  {escape(printable(text))}", soft_wrap=True)
     if "stale" in found.values():
         console.print("\nstale: the record of the same settings is of older code, data or weights, and is not used")
 

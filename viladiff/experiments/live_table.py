@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
-from viladiff.core.messages import format_seconds
+from viladiff.core.messages import format_seconds, printable
 from viladiff.runs.job import Event
 from viladiff.tables.plan import Plan
 
@@ -90,7 +90,7 @@ class LiveTable:
     def hear(self, event: Event) -> None:
         """Process an event; events of runs outside the plan are ignored."""
         if event.kind == "note":
-            self.console.print(escape(event.message), style="yellow", highlight=False, soft_wrap=True)
+            self.console.print(escape(printable(event.message)), style="yellow", highlight=False, soft_wrap=True)
             return
         with self._lock:
             run = self.runs.get(event.run_id)
@@ -102,7 +102,9 @@ class LiveTable:
             text = (
                 f"{event.kind if not again else 'trying'} {again}{self.plan.runs[event.run_id].title}: {event.message}"
             )
-            self.console.print(escape(text[:KEEP_TITLE]), style="red" if not again else "yellow", highlight=False)
+            self.console.print(
+                escape(printable(text)[:KEEP_TITLE]), style="red" if not again else "yellow", highlight=False
+            )
         if not self.console.is_terminal and self.clock() - self._spoken >= SPOKEN:
             self._line()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.installation import published_dir
+from viladiff.core.messages import print_text
 from viladiff.experiments.publish import publish_records
 from viladiff.experiments.sweep_setup import META, SweepJob, differences, meta, read_definition
 from viladiff.sweeps.finals import Finalist
@@ -41,7 +42,7 @@ def adopt(job: SweepJob) -> None:
     here, there = load_trials(job.directory / "trials"), published_trials(job)
     if continues(there, here):
         if len(there) > len(here):
-            print(f"{len(there)} trials of this sweep are published in {published_in(job)}; resuming from them")
+            print_text(f"{len(there)} trials of this sweep are published in {published_in(job)}; resuming from them")
         for trial in there:
             if trial.number >= len(here) or here[trial.number].state == "running":
                 save_trial(trial, job.directory / "trials")

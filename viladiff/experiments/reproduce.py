@@ -7,7 +7,6 @@ difference in mIoU has to be within ``DEVIATIONS`` standard deviations over seed
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,6 +14,7 @@ from typing import Literal, NamedTuple
 from viladiff.cluster.resources import threads_of_a_run
 from viladiff.core.environment import processor, versions
 from viladiff.core.installation import published_dir
+from viladiff.core.messages import print_text
 from viladiff.experiments import tables
 from viladiff.runs.job import ExecutionSettings
 from viladiff.runs.record import RunRecord
@@ -43,7 +43,7 @@ def reproduce(args: argparse.Namespace) -> int:
     lacking = [Compared("not decided", text) for text in _lacking(plan, committed)]
     if args.dry_run or not records:
         for text in [*(one.text for one in lacking), *_outline(plan, records, runs_dir)]:
-            print(text)
+            print_text(text)
         return 0 if args.dry_run else 2
     every = make_plan(table, args.scale, rows=args.rows, columns=args.columns, cache=cache)
     store = Store(runs_dir)
@@ -59,7 +59,7 @@ def reproduce(args: argparse.Namespace) -> int:
             one = compare(theirs, mine, published_deviation(every, committed, column))
             found.append(Compared(one.verdict, f"{title}: {one.text}"))
     for one in found:
-        print(f"{one.verdict}: {one.text}")
+        print_text(f"{one.verdict}: {one.text}")
     return 130 if stopped else _status(found)
 
 
@@ -106,7 +106,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
 
     done = {name: record.miou for name, record in store.records().items()}
     for name in done.keys() & records.keys():
-        print(f"{plan.runs[name].title}: already trained in {store.root}; use another --runs-dir to retrain")
+        print_text(f"{plan.runs[name].title}: already trained in {store.root}; use another --runs-dir to retrain")
     runs = {name: run for name, run in plan.runs.items() if name in records}
     left = [replace(run, changes={"runtime.log_every": 10, **run.changes}) for run in runs.values()]
     left = [run for run in left if run.run_id not in done]
@@ -128,7 +128,7 @@ def _train(plan: Plan, records: dict[str, RunRecord], store: Store, settings: Ex
     store.clean()
     for one in outcomes:
         if one.failure is not None:
-            print(f"failed: {plan.runs[one.run_id].title}: {one.failure.message}", file=sys.stderr)
+            print_text(f"failed: {plan.runs[one.run_id].title}: {one.failure.message}", error=True)
     return any(one.state == "stopped" for one in outcomes)
 
 

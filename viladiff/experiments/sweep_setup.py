@@ -17,7 +17,7 @@ from viladiff.cluster.resources import plan_capacity as room
 from viladiff.config.base import error_reason, parse_overrides
 from viladiff.core.atomic import write_atomically
 from viladiff.core.installation import published_dir, reports_dir, require_checkout
-from viladiff.core.messages import one_line, shown
+from viladiff.core.messages import HIDDEN, hidden_url, one_line, shown
 from viladiff.experiments.tables import seeds_of
 from viladiff.runs import lease as leases
 from viladiff.runs.job import ExecutionSettings, PlannedRun
@@ -79,10 +79,12 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
         raise ValueError(
             f"--seeds {args.seeds}: {sorted(set(seeds) & set(sweep.final_seeds))} are reserved for the finals"
         )
+    if args.database is not None and f":{HIDDEN}@" in args.database:
+        raise ValueError(f"--database {hidden_url(args.database)}: {HIDDEN} stands for the password; write it out")
     if args.database is not None and "://" not in args.database:
         raise ValueError(
-            f"--database {args.database}: must be a URL, such as sqlite:///sweeps.db; omit it for a journal "
-            "beside the trials"
+            f"--database {hidden_url(args.database)}: must be a URL, such as sqlite:///sweeps.db; omit it for a "
+            "journal beside the trials"
         )
     name = args.study or f"{sweep.name}-{args.scale}" + ("-val" if args.select == "val" else "")
     if not _NAME.fullmatch(name):

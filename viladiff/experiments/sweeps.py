@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from viladiff.config.base import did_you_mean
 from viladiff.core.installation import specs_dir
-from viladiff.core.messages import format_value
+from viladiff.core.messages import format_value, print_text
 from viladiff.evaluation.devices import CPU
 from viladiff.evaluation.step_time import ERROR
 from viladiff.experiments.compare_sweeps import tuned
@@ -49,7 +48,7 @@ def run_sweep(path: Path, args: argparse.Namespace, command: str) -> int:
     """Search, retrain the best points, print the result; return the exit status: 0, 1 given up, 130 interrupted."""
     job = prepare(path, args)
     if args.dry_run:
-        print("\n".join(dry_run_lines(job)))
+        print_text("\n".join(dry_run_lines(job)))
         refuse_points(job.tried(), fetch=None if args.address else False)
         return 0
     if args.render:
@@ -69,7 +68,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
     pages = PageWriter(lambda: write_sweep_page(job, load(), command, resting=False))
     queue = _desk(job, lease.check, pages.dirty.set)
     begun = len(queue.search.trials)
-    print(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
+    print_text(f"{job.sweep.title}, scale {job.scale}: {begun} of {job.trials} trials begun", flush=True)
     from viladiff.cluster.sweep_executor import run_search
 
     with pages:
@@ -77,7 +76,7 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
     trials, given_up = queue.search.trials, queue.search.hopeless
     index = write_sweep_page(job, trials, command, given_up)
     if given_up:
-        print(f"given up: {given_up}\npage: {index}", file=sys.stderr)
+        print_text(f"given up: {given_up}\npage: {index}", error=True)
         return 1
     job.store.clean()
     failed = any([_failed(queue, one) for one in finalists(job.sweep, trials, job.namer)])
@@ -86,8 +85,8 @@ def _search(job: SweepJob, command: str, lease: Lease) -> int:
 
 def conclude(job: SweepJob, trials: Sequence[Trial], index: Path) -> int:
     """Print the result and return 0."""
-    print("\n".join(conclusion(job, trials, finalists(job.sweep, trials, job.namer))))
-    print(f"\npage: {index}")
+    print_text("\n".join(conclusion(job, trials, finalists(job.sweep, trials, job.namer))))
+    print_text(f"\npage: {index}")
     return 0
 
 
@@ -97,7 +96,7 @@ def _desk(
     """Restore the sweep's queue; ``held`` as in SweepController, ``changed`` is called when its page is out of date."""
     args, found = job.args, job.room
     if found.note:
-        print(found.note)
+        print_text(found.note)
     parallel = found.slots > 1
     where = args.database or str(job.directory / JOURNAL)
     asker = OptunaStudy(
@@ -112,12 +111,12 @@ def _desk(
     )
 
     def ended(trial: Trial) -> None:
-        print(line(trial, job.namer.steps[-1]), flush=True)
+        print_text(line(trial, job.namer.steps[-1]), flush=True)
         changed()
 
     def hear(event: Event) -> None:
         if event.kind in ("note", "retry"):
-            print(event.message, file=sys.stderr, flush=True)
+            print_text(event.message, error=True, flush=True)
         elif event.kind == "done":
             changed()
 
@@ -141,7 +140,7 @@ def _finals(job: SweepJob, search: SweepController) -> list[PlannedRun]:
     found = finalists(job.sweep, search.trials, job.namer)
     left = [run for one in found for run in one.runs.values() if job.store.get(run.run_id) is None]
     if left:
-        print(f"retraining the best points: {len(left)} runs on fresh seeds", flush=True)
+        print_text(f"retraining the best points: {len(left)} runs on fresh seeds", flush=True)
     return left
 
 
@@ -152,7 +151,7 @@ def _failed(queue: TrialQueue, finalist: Finalist) -> bool:
         outcome = queue.outcomes.get(run.run_id)
         if outcome is not None and outcome.failure is not None and outcome.state == "failed":
             failed = True
-            print(f"failed: {finalist.label}, seed {seed}: {outcome.failure.message}", file=sys.stderr)
+            print_text(f"failed: {finalist.label}, seed {seed}: {outcome.failure.message}", error=True)
     return failed
 
 

@@ -9,7 +9,6 @@ import argparse
 import re
 import shlex
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
 from viladiff.core.installation import published_dir, reports_dir, require_checkout, specs_dir
+from viladiff.core.messages import hidden_url, print_text
 from viladiff.experiments.infeasible import refuse_rows
 from viladiff.experiments.target_device import target_device
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
@@ -190,7 +190,7 @@ class PageWriter:
             try:
                 self.write()
             except Exception as error:  # a page that cannot be drawn must not end a campaign
-                print(f"the page could not be written: {error}", file=sys.stderr)
+                print_text(f"the page could not be written: {error}", error=True)
             self.over.wait(max(REWRITE, 30 * (time.thread_time() - began)))
 
 
@@ -229,19 +229,19 @@ def print_summary(job: TableJob, outcomes: Sequence[Outcome], index: Path) -> in
     """Print the result in a few lines."""
     found = list(states(job.plan, job.store).values())
     if job.beside is None:
-        print((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
+        print_text((index.parent / "table.md").read_text().split("\n## ")[0].strip(), end="\n\n")
     else:
         _say_beside(job, job.beside)
-    print(f"{found.count('done')} of {len(found)} runs done; page: {_relative(index)}")
+    print_text(f"{found.count('done')} of {len(found)} runs done; page: {_relative(index)}")
     stopped = [outcome for outcome in outcomes if outcome.state == "stopped"]
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if any(one.failure is not None and one.failure.kind == "stale" for one in failed):
         _forget(job.plan)
     for outcome in failed:
         why = outcome.failure.message if outcome.failure else "unknown reason"
-        print(f"failed: {job.plan.runs[outcome.run_id].title}: {why}", file=sys.stderr)
+        print_text(f"failed: {job.plan.runs[outcome.run_id].title}: {why}", error=True)
     if stopped:
-        print(f"{len(stopped)} runs were stopped; resume with:\n  {job.command}", file=sys.stderr)
+        print_text(f"{len(stopped)} runs were stopped; resume with:\n  {job.command}", error=True)
         return 130
     return int(bool(failed))
 
@@ -253,7 +253,9 @@ def _say_beside(job: TableJob, other: Plan) -> None:
     from viladiff.report.table.table_page import load_both
 
     both = load_both(collect_results(job.plan, job.store), other, job.records, job.out)
-    print(f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{headline_of_both(both)}\n")
+    print_text(
+        f"{job.table.title}, scale {job.plan.scale}, mIoU (%)\n\n{to_terminal(both)}\n\n{headline_of_both(both)}\n"
+    )
 
 
 def table(name: str | int, scale: str = "quick", *, runs_dir: str = "runs", long_form: bool = False) -> pd.DataFrame:
@@ -287,8 +289,9 @@ def find_table(name: str | int) -> Path:
 
 
 def shell_command(program: str, words: Sequence[str]) -> str:
-    """Return the command that resumes the table, quoted for a shell."""
-    return " ".join([program, *(shlex.quote(word) for word in words if word not in ("--restart", "--render"))])
+    """Return the command that resumes the table or sweep, quoted for a shell, with *** for the passwords of URLs."""
+    kept = [hidden_url(word) for word in words if word not in ("--restart", "--render")]
+    return " ".join([program, *map(shlex.quote, kept)])
 
 
 def public_command(command: str) -> str:
@@ -340,9 +343,9 @@ def _forget(plan: Plan) -> None:
     if plan.file is not None:
         with suppress(OSError):
             plan.file.unlink()
-    print(
+    print_text(
         "code, data or weights changed since planning; re-run to plan again",
-        file=sys.stderr,
+        error=True,
     )
 
 

@@ -25,6 +25,7 @@ from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import class_colours, css
 from viladiff.core.distributed import autocast, tf32
+from viladiff.core.messages import plain_cell
 from viladiff.core.progress import Progress
 from viladiff.data.files.images import SUFFIXES, image_size, pixels_of_array, read_image
 from viladiff.data.files.index import FOLDER
@@ -268,6 +269,6 @@ def _write_classes(path: Path, names: tuple[str, ...], colours: np.ndarray, pixe
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("id", "name", "colour", "pixels"))
-    rows.writerows((i, name, css(colours[i]), int(pixels[i])) for i, name in enumerate(names))
+    rows.writerows((i, plain_cell(name), css(colours[i]), int(pixels[i])) for i, name in enumerate(names))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.getvalue().encode())

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from viladiff.core.atomic import write_atomically
-from viladiff.core.messages import one_line
+from viladiff.core.messages import one_line, printable
 from viladiff.core.watchdog import start
 
 HEARTBEAT = 10.0
@@ -211,7 +211,9 @@ def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], Non
         if terminal or spoken - left >= HEARTBEAT:
             spoken = left
             who = f"locked by {holder or 'another process'}, on another machine or before a restart"
-            line = f"{directory.name}: {who}; taken over in {max(left, 0):.0f} s unless its heartbeat changes"
+            line = printable(
+                f"{directory.name}: {who}; taken over in {max(left, 0):.0f} s unless its heartbeat changes"
+            )
             print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     try:

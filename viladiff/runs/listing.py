@@ -12,7 +12,7 @@ from typing import Any
 
 from viladiff.config import renamed
 from viladiff.config.base import did_you_mean
-from viladiff.core.messages import format_value
+from viladiff.core.messages import format_value, print_text, printable
 from viladiff.runs.gradient_shares import THIRDS, by_thirds
 from viladiff.runs.record import RunRecord
 from viladiff.runs.store import Store
@@ -218,7 +218,7 @@ def print_rows(rows: Sequence[RunRow]) -> None:
         [tuple("" if cell is None else str(cell) for cell in line) for line in lines],
         ("run", *COLUMNS[1:7], "mIoU %", *COLUMNS[8:]),
     )
-    print(f"\n{len(rows)} run{'s' * (len(rows) != 1)}")
+    print_text(f"\n{len(rows)} run{'s' * (len(rows) != 1)}")
 
 
 def print_run(store: Store, row: RunRow) -> None:
@@ -226,7 +226,7 @@ def print_run(store: Store, row: RunRow) -> None:
     record = row.record
     path = store.file(row.run_id, "record.json")
     where = path if row.published and path else store.directory(row.run_id)
-    print(f"run {row.run_id}: {row.state}{', published' if row.published else ''}\n")
+    print_text(f"run {row.run_id}: {row.state}{', published' if row.published else ''}\n")
     facts: dict[str, Any] = {"where": where, "when": row.when, "scale": row.scale, "note": row.note}
     if record is not None:
         facts |= _facts(record)
@@ -240,7 +240,7 @@ def print_run(store: Store, row: RunRow) -> None:
     _print_shares(record)
     _print_pseudo_labels(record)
     per_class = record.scores.get(record.network, {}).get(record.stream, {}).get("per_class") or []
-    print(f"\nIoU of each class, {record.network}/{record.stream}, in percent")
+    print_text(f"\nIoU of each class, {record.network}/{record.stream}, in percent")
     lines = zip(record.class_names, per_class, strict=False)
     say([(name, _percent(value), "█" * round(_BAR * (value or 0.0))) for name, value in lines])
 
@@ -268,14 +268,14 @@ def _facts(record: RunRecord) -> dict[str, Any]:
 
 
 def _print_changed(record: RunRecord) -> None:
-    print("\nnon-default fields")
+    print_text("\nnon-default fields")
     say([(name, format_value(value, 6)) for name, value in record.changed.items()])
 
 
 def _print_scores(record: RunRecord) -> None:
     flat = _scores(record)
     names = list(dict.fromkeys(name for scores in flat.values() for name in scores))
-    print("\nscores, in percent")
+    print_text("\nscores, in percent")
     say([(stream, *(_score(scores.get(name)) for name in names)) for stream, scores in flat.items()], ("", *names))
 
 
@@ -284,13 +284,13 @@ def _print_shares(record: RunRecord) -> None:
     if not found:
         return
     steps = ", ".join(str(one["step"]) for one in (record.gradient_shares or {})["measured"])
-    print("\ngradient shares, in percent, and cosines to the supervised gradient")
+    print_text("\ngradient shares, in percent, and cosines to the supervised gradient")
     lines = [
         (one.place, one.term, *map(_percent, one.shares), *("—" if c is None else f"{c:+.2f}" for c in one.cosines))
         for one in found
     ]
     say(lines, ("at", "part", *THIRDS, *(f"cos {third}" for third in THIRDS)))
-    print(f"measured at steps {steps}, whose shares are averaged")
+    print_text(f"measured at steps {steps}, whose shares are averaged")
 
 
 def _print_pseudo_labels(record: RunRecord) -> None:
@@ -302,14 +302,14 @@ def _print_pseudo_labels(record: RunRecord) -> None:
         table.setdefault(score, {})[area] = value
     areas = [area for area in ("all", "edges", "elsewhere") if any(area in found for found in table.values())]
     if table:
-        print("\npseudo-labels, in percent")
+        print_text("\npseudo-labels, in percent")
         lines = [(name, *(_percent(x[area]) if area in x else "" for area in areas)) for name, x in table.items()]
         say(lines, ("", *areas))
 
 
 def diff(one: RunRecord, two: RunRecord) -> None:
     """Print the differences of two runs: fields, inputs, versions, machine; then all scores, with differences."""
-    print(f"{one.run_id} | {two.run_id}")
+    print_text(f"{one.run_id} | {two.run_id}")
     sections: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "fields": (one.config, two.config),
         "fingerprints": (one.fingerprints, two.fingerprints),
@@ -323,7 +323,7 @@ def diff(one: RunRecord, two: RunRecord) -> None:
     for title, (left, right) in sections.items():
         names = [name for name in {**left, **right} if left.get(name, "-") != right.get(name, "-")]
         if names:
-            print(f"\n{title}")
+            print_text(f"\n{title}")
             say([(name, format_value(left.get(name, "-"), 6), format_value(right.get(name, "-"), 6)) for name in names])
     lines = []
     left, right = _scores(one), _scores(two)
@@ -333,7 +333,7 @@ def diff(one: RunRecord, two: RunRecord) -> None:
             a, b = (scores.get(name) for scores in pair)
             points = f"{100 * (b - a):+.2f}" if isinstance(a, float) and isinstance(b, float) else ""
             lines.append((f"{stream}/{name}", _score(a), _score(b), points))
-    print("\nscores, in percent")
+    print_text("\nscores, in percent")
     say(lines)
 
 
@@ -374,7 +374,7 @@ def say(lines: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> None:
     tty = sys.stdout.isatty()
     table = Table(*(columns or [""] * len(lines[0])), box=None, pad_edge=False, show_header=bool(columns))
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(printable, line))
     console = Console(width=None if tty else 10_000, markup=False, highlight=False)
     with console.capture() as text:
         console.print(table, no_wrap=not tty)

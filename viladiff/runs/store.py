@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from viladiff.core.atomic import write_atomically
-from viladiff.core.messages import one_line
+from viladiff.core.messages import one_line, print_text
 from viladiff.runs import lease as leases
 from viladiff.runs.lease import Holder, Lease
 from viladiff.runs.record import CorruptRecordError, RunRecord, parse_record
@@ -58,7 +57,7 @@ class _Stamp(NamedTuple):
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print_text(text, error=True)
 
 
 class Store:

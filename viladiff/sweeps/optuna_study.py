@@ -9,12 +9,15 @@ all its parameters in one write. Optuna is imported where it is used.
 from __future__ import annotations
 
 import logging
+import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from viladiff.core.messages import hidden_url, hide_passwords
 from viladiff.sweeps.samplers import Cmaes, Kind, distributions, next_on_grid, optuna_sampler
 from viladiff.sweeps.space import Space, Value
 from viladiff.sweeps.trials import Rung, Trial
@@ -89,10 +92,28 @@ class OptunaStudy:
             raise
         except Exception as error:  # each kind of storage has errors of its own
             if "://" in self.where:
-                why = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ValueError(f"{_hidden(self.where)}: Optuna cannot keep its study there ({why})") from error
+                raise self._out_of_reach(error) from self._cause(error)
             study = self._anew(wanted)  # a journal that is damaged
         self.stored = Told(study, self.storage, self.distributions, full, judges=False)
+
+    def _out_of_reach(self, error: Exception) -> ValueError:
+        why = hide_passwords(str(error) or type(error).__name__, self.where).splitlines()[0]
+        return ValueError(f"{hidden_url(self.where)}: Optuna cannot keep its study there ({why})")
+
+    def _cause(self, error: Exception) -> Exception | None:
+        """Return the error, for a traceback, or None if that would have the storage's password."""
+        text = "".join(traceback.format_exception(error))
+        return error if hide_passwords(text, self.where) == text else None
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Within the context an error of a database, whose text may hold its password, is a ValueError without it."""
+        try:
+            yield
+        except Exception as error:
+            if "://" not in self.where:
+                raise
+            raise self._out_of_reach(error) from self._cause(error)
 
     def _replay(self, trials: Sequence[Trial], full: int) -> Told:
         """Replay the trials' events in order into a study in memory."""
@@ -136,9 +157,8 @@ class OptunaStudy:
             return None
         study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=self.pruner)
         if study.user_attrs.get(OWNER) is None:
-            raise ForeignStudyError(
-                f"{_hidden(self.where)}: holds a study {self.name!r} that was not made by viladiff; give --study NAME"
-            )
+            found = f"holds a study {self.name!r} that was not made by viladiff"
+            raise ForeignStudyError(f"{hidden_url(self.where)}: {found}; give --study NAME")
         return study
 
     def _anew(self, frozen: Sequence[FrozenTrial]) -> Study:
@@ -174,23 +194,27 @@ class OptunaStudy:
         asked = self.memory.study.ask(self.distributions)
         assert asked.number == number, "the study has other trials than the records"
         point = {path: asked.params[path] for path in self.space}
-        self.stored.add(point)
+        with self._storing():
+            self.stored.add(point)
         return point, self.kind
 
     def _fixed(self, point: dict[str, Value], origin: str) -> tuple[dict[str, Value], str]:
         self.memory.add(point)
-        self.stored.add(point)
+        with self._storing():
+            self.stored.add(point)
         return dict(point), origin
 
     def report(self, trial: Trial, rungs: Sequence[Rung]) -> None:
         """Report intermediate values as ``Told.report`` does."""
         self.memory.report(trial, rungs)
-        self.stored.report(trial, rungs)
+        with self._storing():
+            self.stored.report(trial, rungs)
 
     def tell(self, trial: Trial) -> None:
         """Report the end of a trial."""
         self.memory.tell(trial)
-        self.stored.tell(trial)
+        with self._storing():
+            self.stored.tell(trial)
 
 
 class Told:
@@ -274,12 +298,6 @@ def _same(found: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
         content(a) == content(b)
         for a, b in zip(found, wanted, strict=True)
     )
-
-
-def _hidden(storage: str) -> str:
-    """Return a URL without its password."""
-    scheme, sign, rest = storage.partition("://")
-    return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else storage
 
 
 def _quiet() -> None:

@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from viladiff.core.messages import print_text
 from viladiff.runs.config import RunConfig, flatten
 from viladiff.runs.record import RunRecord
 
@@ -97,7 +97,7 @@ class Callbacks:
                 if callback in self._begun:
                     self._begun.remove(callback)
                 reason = " ".join(str(error).split()) or type(error).__name__
-                print(f"note: {type(callback).__name__} is left out from here on: {reason}", file=sys.stderr)
+                print_text(f"note: {type(callback).__name__} is left out from here on: {reason}", error=True)
         if first is not None:
             raise first
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from viladiff.core import keyed_random
 from viladiff.core.distributed import autocast, in_turn, tf32
+from viladiff.core.messages import print_text
 from viladiff.core.progress import Progress, counter
 from viladiff.data.batch import Batch, Step
 from viladiff.data.files.run_checks import check_files
@@ -192,7 +192,7 @@ class Trainer:
         pictures = in_turn(lambda: picture_notes(self.dataset, unlabelled)) if stored else ()
         for note in (*in_turn(lambda: check_files(self.dataset)), *self.bank.notes(), *pictures):
             if self.rank == 0:
-                print(f"note: {note}", file=sys.stderr)
+                print_text(f"note: {note}", error=True)
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
@@ -202,7 +202,7 @@ class Trainer:
             *input_note(cfg.model, cfg.data.pixels.inputs),
         ]
         for note in (*self.method.notes(), *own) if self.rank == 0 else ():
-            print(f"note: {note}", file=sys.stderr)
+            print_text(f"note: {note}", error=True)
         synchronise(self.method, self.device, self.world)
         views = self.method.required_views()
         check_inputs(cfg, self.method, data_facts(self.dataset))

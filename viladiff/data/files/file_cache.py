@@ -23,6 +23,7 @@ import numpy as np
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256, sha256_hex
+from viladiff.core.messages import print_text
 from viladiff.core.progress import counter
 from viladiff.data.cache import cache_dir, fingerprint
 from viladiff.data.files.images import MaskEncoding, label_counts, read_mask
@@ -159,7 +160,7 @@ class Contents:
                     advance(len(found), len(paths))
                     if not sys.stderr.isatty() and (spoken == begun or now - spoken > _SAY_EVERY):
                         spoken = now
-                        print(f"{title}: {len(found):,} read", file=sys.stderr, flush=True)
+                        print_text(f"{title}: {len(found):,} read", error=True, flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
         return found

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -25,6 +24,7 @@ from PIL import __version__ as pillow
 
 from viladiff.config.pixel_format import PixelFormat
 from viladiff.core.atomic import write_atomically
+from viladiff.core.messages import print_text
 from viladiff.data.cache import cache_dir, fingerprint
 from viladiff.data.files.file_cache import RACY
 from viladiff.data.files.images import MaskEncoding, read_image, read_mask
@@ -136,7 +136,7 @@ class PictureCache:
         except OSError as error:
             self.full = True
             why = f"{self.folder}: cannot be written ({error.strerror or error})"
-            print(f"note: runtime.picture_cache: {why}; what is not in it is decoded each time", file=sys.stderr)
+            print_text(f"note: runtime.picture_cache: {why}; what is not in it is decoded each time", error=True)
 
 
 @cache

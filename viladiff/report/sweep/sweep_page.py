@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.messages import plain_cell
 from viladiff.report import provenance
 from viladiff.report.charts.sweep_figures import BEST, LINE, PAPER, PLAIN, save_picture
 from viladiff.report.sweep import sweep_views
@@ -162,12 +163,11 @@ def trials_csv(sweep: Sweep, trials: Sequence[Trial], every: Sequence[TrialRow])
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     names = ("state", "score", "step", "seeds", "rank", "train_seconds", "origin", "reason", "runs")
-    writer.writerow(["trial", *sweep.space, *names])
+    writer.writerow(map(plain_cell, ["trial", *sweep.space, *names]))
     for trial, row in zip(trials, every, strict=True):
         about = (row.state, row.mean, row.budget, row.seeds, row.rank, row.seconds, row.origin, row.reason)
-        writer.writerow(
-            [row.number, *(row.point.get(path) for path in sweep.space), *about, " ".join(trial.runs.values())]
-        )
+        point = (row.point.get(path) for path in sweep.space)
+        writer.writerow(map(plain_cell, [row.number, *point, *about, " ".join(trial.runs.values())]))
     return buffer.getvalue()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from viladiff.core.messages import plain_cell
 from viladiff.evaluation.metrics import METRICS, shown_metrics
 from viladiff.report import provenance
 from viladiff.report.markup import markdown
@@ -271,7 +272,7 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["number", "row", "column", "seed"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: plain_cell(value) for name, value in row.items()} for row in rows)
     return buffer.getvalue()
 
 
