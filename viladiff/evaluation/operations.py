@@ -90,7 +90,9 @@ class OperationCounter(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, name: str, given: tuple[Any, dict[str, Any]], out: Any) -> None:
-        read = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        # A copy does not read its place.
+        inputs = (given[0][1:], given[1]) if name in ("copy_", "_foreach_copy_") else given
+        read = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if not written and name.endswith("_"):
             written = list(_written(name, given[0]))

@@ -106,6 +106,8 @@ class Method(nn.Module):
     step_cost: ClassVar[StepCost | None] = None
     extra_state: ClassVar[str] = ""
     """What the method has beside its student."""
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Dotted paths of parts of networks that ``forward`` runs in float32 also where it is under autocast."""
     published: ClassVar[tuple[PublishedSetting, ...]] = ()
     """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
     protocols: ClassVar[tuple[PublishedSetting, ...]] = ()

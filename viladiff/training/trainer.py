@@ -27,6 +27,7 @@ from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import average_statistics, statistics_notes, synchronise
+from viladiff.models.cast_weights import CastWeights
 from viladiff.models.encoders.build import input_note
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, previous
@@ -212,9 +213,8 @@ class Trainer:
         bank = self.bank if views.text else None
         self.loader = BatchLoader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
         self.pace = self.loader.pace
-        self.model: nn.Module = self.method
-        if self.world > 1:
-            self.model = data_parallel(self.method, self.device)
+        self.model: nn.Module = self.method if self.world == 1 else data_parallel(self.method, self.device)
+        self.forward = CastWeights(self.model, self.device, cfg.train.precision, self.method.exact)
         self.optimizer = Optimizer(param_groups(self.method, cfg), cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
         self.log = StepLog(self.directory / "steps.jsonl")
@@ -319,7 +319,7 @@ class Trainer:
             hold = nullcontext() if last or self.world == 1 else self.model.no_sync()  # type: ignore[operator]
             with hold:
                 with autocast(self.device, cfg.train.precision):
-                    losses = self.model(batch, step)
+                    losses = self.forward(batch, step)
                 self.shares.add(self.step, losses, self._factor() / len(batches))
                 self.scaler.scale(losses.total / len(batches)).backward()
             for name, value in {"total": losses.total.detach(), **losses.terms}.items():
