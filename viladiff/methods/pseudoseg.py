@@ -32,7 +32,8 @@ from viladiff.losses import cross_entropy, distributed_mean, weighted_pixel_mean
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.grad_cam import Sgc, tag_loss, tagged
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import NetworkFactory
 
 
 class PseudoSegPseudoConfig(PseudoConfig):
