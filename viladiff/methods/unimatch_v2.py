@@ -18,6 +18,7 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, Views
+from viladiff.data.loading.device_copies import send
 from viladiff.losses import distributed_mean, weighted_pixel_mean
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
@@ -111,6 +112,6 @@ class UniMatchV2(MeanTeacher):
         name = (step.seed, "complementary", step.index)
         uniform = keyed_random.uniform(keys, (widest(features),), *name, device=device)
         whole = torch.tensor(half_of_pairs(keys, step.seed, "complementary-whole", step.index))
-        whole = whole.to(device, non_blocking=True)
+        whole = send(whole, device)
         first, second = complementary_dropout([level[labelled:] for level in features], uniform, whole)
         return [torch.cat([level[:labelled], a, b]) for level, a, b in zip(features, first, second, strict=True)]

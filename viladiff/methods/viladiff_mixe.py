@@ -10,6 +10,7 @@ from torch.nn.functional import pixel_unshuffle
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, CutMix, Step, TextBatch
+from viladiff.data.loading.device_copies import send
 from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes, join_text, mix_text, pair_partner
 from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, weighted_pixel_mean
 from viladiff.methods.base import MeanTeacher
@@ -116,7 +117,7 @@ class MixeTeacher(MeanTeacher):
         """Draw CutMix boxes of labelled neighbours as the unlabelled images' boxes are drawn."""
         rngs = [keyed_random.numpy_generator(step.seed, "mixe-cutmix", step.index, key) for key in keys]
         boxes = cutmix_boxes(rngs, images.shape[-1], self.student.patch)
-        return CutMix(*(x.to(images.device, non_blocking=True) for x in (boxes, pair_partner(len(keys)))))
+        return CutMix(*(send(x, images.device) for x in (boxes, pair_partner(len(keys)))))
 
     def _words(self, text: TextBatch | None, mix: CutMix | None) -> TextBatch | None:
         """Return the texts of images into which boxes were pasted."""
@@ -286,7 +287,7 @@ class MixeTeacher(MeanTeacher):
         assert isinstance(self.denoiser, Denoiser)
         name = (step.seed, "mixe-t", step.index)
         times = [int(keyed_random.numpy_generator(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
-        t = torch.tensor(times).to(device, non_blocking=True)
+        t = send(torch.tensor(times), device)
         noise = keyed_random.normal(keys, (codes, h, w), step.seed, "mixe-noise", step.index, device=device)
         uniform = keyed_random.uniform(keys, (h, w), step.seed, "mixe-flip", step.index, device=device)
         state = corrupt(soft, t, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
