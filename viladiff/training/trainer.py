@@ -27,7 +27,6 @@ from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import average_statistics, statistics_notes, synchronise
-from viladiff.models.cast_weights import CastWeights
 from viladiff.models.encoders.build import input_note
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, previous
@@ -54,7 +53,7 @@ from viladiff.training.fingerprints import (
     weights_fingerprint,
 )
 from viladiff.training.gradients import GradientShares
-from viladiff.training.launch import data_parallel, join_group, run_in_processes, select_device
+from viladiff.training.launch import data_parallel, join_group, run_in_processes, select_device, training_forward
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 from viladiff.training.result import Result
 from viladiff.training.saving import CheckpointWriter, restore, state_of
@@ -214,7 +213,7 @@ class Trainer:
         self.loader = BatchLoader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
         self.pace = self.loader.pace
         self.model: nn.Module = self.method if self.world == 1 else data_parallel(self.method, self.device)
-        self.forward = CastWeights(self.model, self.device, cfg.train.precision, self.method.exact)
+        self.forward = training_forward(cfg, self.model, self.method, self.device)
         self.optimizer = Optimizer(param_groups(self.method, cfg), cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
         self.log = StepLog(self.directory / "steps.jsonl")
