@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 
 from viladiff.methods.viladiff import ViLaDiff
+from viladiff.models.blocks import upsample
 from viladiff.models.mixe.denoiser import class_codes
-from viladiff.models.segmenter import upsample
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.trainer import Trainer
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from viladiff.data.batch import Batch, Step
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
-from viladiff.models.segmenter import Segmenter, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import Segmenter
 
 
 def hold(ours: float, theirs: float, factor: float = 3.0) -> None:

@@ -37,6 +37,8 @@ ALLOWED = {
     "tests/methods/test_ohem.py: torch._subclasses.FakeTensorMode": FAKE,
     "tests/models/test_diffusion.py: torch.utils._python_dispatch.TorchDispatchMode": DISPATCH,
     "tests/evaluation/test_operations.py: torch._foreach_lerp_": "what the moving average calls through torch.optim",
+    "viladiff/models/cast_weights.py: torch._foreach_copy_": "documented among the foreach operations; nothing else "
+    "copies a list of tensors at once",
     "viladiff/evaluation/operations.py: torch.utils._python_dispatch.TorchDispatchMode": DISPATCH,
     "viladiff/evaluation/operations.py: torch.utils._pytree.tree_leaves": "arguments of an operation may be nested",
     "viladiff/evaluation/meta_precision.py: torch.ops.aten._scaled_dot_product_flash_attention": FUSED,

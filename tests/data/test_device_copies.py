@@ -37,7 +37,10 @@ class HostTensor:
         return HostTensor((*self.done, device.type, non_blocking))
 
 
-def test_a_gpu_is_sent_page_locked_memory_without_waiting_and_a_cpu_gets_the_tensor_itself() -> None:
+def test_a_gpu_is_sent_page_locked_memory_without_waiting_and_a_cpu_gets_the_tensor_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert send(HostTensor(), GPU).done == ("pinned", "cuda", True)  # type: ignore[arg-type, attr-defined]
     tensor = torch.arange(3)
     assert send(tensor, CPU) is tensor

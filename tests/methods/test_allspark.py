@@ -34,7 +34,7 @@ from viladiff.models.baselines.allspark import (
     nearest_class,
     resize_tokens,
 )
-from viladiff.models.segmenter import upsample
+from viladiff.models.blocks import upsample
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.optim import param_groups
 

@@ -22,7 +22,7 @@ from viladiff.methods.corrmatch import (
     token_votes,
 )
 from viladiff.models.baselines.perturbations import channel_dropout
-from viladiff.models.segmenter import upsample
+from viladiff.models.blocks import upsample
 
 PATCH, TAU = 8, 0.45
 

@@ -16,7 +16,8 @@ from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.methods.viladiff import ViLaDiff
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.models.stream import StreamOutput
 from viladiff.runs.config import RunConfig, override
 

@@ -24,7 +24,8 @@ from viladiff.models.baselines.class_hierarchy import (
     node_cross_entropy,
     parents,
 )
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override
 
 GROUPS = ("a", "b", "b", "c", "c")

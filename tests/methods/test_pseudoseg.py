@@ -12,7 +12,7 @@ from viladiff.data.batch import Batch
 from viladiff.data.transforms.mixing import square_boxes
 from viladiff.methods.pseudoseg import PseudoSeg, fuse, soft_cross_entropy
 from viladiff.models.baselines.grad_cam import Sgc, attention, class_maps, spread_maps, tag_loss, tagged
-from viladiff.models.segmenter import upsample
+from viladiff.models.blocks import upsample
 
 WIDTH = 8
 

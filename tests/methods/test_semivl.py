@@ -48,7 +48,8 @@ from viladiff.models.baselines.vl_decoder import (
     similarity,
     skip_levels,
 )
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override, run_id
 from viladiff.text.concepts import APART, BACKGROUND, PUBLISHED, concepts, names
 from viladiff.training.fingerprints import weights_fingerprint

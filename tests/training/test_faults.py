@@ -21,7 +21,8 @@ from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Step, TextBatch
 from viladiff.methods import METHODS, viladiff_mixe
 from viladiff.methods.viladiff import ViLaDiff
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import NetworkFactory
 from viladiff.models.stream import StreamOutput
 from viladiff.runs.checkpoint import load_checkpoint
 from viladiff.runs.config import RunConfig, override

@@ -43,10 +43,13 @@ class MetaPrecision(TorchFunctionMode):
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Cast within; ``torch.autocast("cuda", enabled=False)`` ends it for a part, as on a GPU."""
+        before = torch.get_autocast_dtype("cuda")
         torch.set_autocast_enabled("cuda", self.dtype != torch.float32)
+        torch.set_autocast_dtype("cuda", self.dtype if self.dtype != torch.float32 else before)
         try:
             yield
         finally:
+            torch.set_autocast_dtype("cuda", before)
             torch.set_autocast_enabled("cuda", False)
             self._casts.clear()
 

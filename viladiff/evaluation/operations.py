@@ -56,6 +56,7 @@ class OperationCounter(TorchDispatchMode):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self._names = {id(module): name for name, module in root.named_modules()}
+        self._meta = any(x.is_meta for x in root.parameters())
         self._counts: Counter[tuple[str, str, Kind, bool, int, int]] = Counter()
         self._stack = [""]
         self._nodes: dict[object, None] = {}
@@ -90,8 +91,12 @@ class OperationCounter(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, name: str, given: tuple[Any, dict[str, Any]], out: Any) -> None:
-        read = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        # A copy does not read its place.
+        inputs = (given[0][1:], given[1]) if name in ("copy_", "_foreach_copy_") else given
+        read = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if self._meta and not any(x.is_meta for x in (*read, *written)):
+            return  # the host's own, beside a device that tensors without content stand for
         if not written and name.endswith("_"):
             written = list(_written(name, given[0]))
         formula = flop_registry.get(func.overloadpacket)

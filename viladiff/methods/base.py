@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from viladiff.config.base import Section
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
+from viladiff.data.loading.device_copies import send
 from viladiff.data.transforms.mixing import apply_cutmix, pair_partner
 from viladiff.losses import ignore_aware_mean, ohem_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
@@ -106,6 +107,8 @@ class Method(nn.Module):
     step_cost: ClassVar[StepCost | None] = None
     extra_state: ClassVar[str] = ""
     """What the method has beside its student."""
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Dotted paths of parts of networks that ``forward`` runs in float32 also where it is under autocast."""
     published: ClassVar[tuple[PublishedSetting, ...]] = ()
     """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
     protocols: ClassVar[tuple[PublishedSetting, ...]] = ()
@@ -268,7 +271,7 @@ def keyed_boxes(
     device, key = batch.valid.device, (step.seed, name, step.index)
     rngs = [keyed_random.numpy_generator(*key, image) for image in batch.keys_u]
     boxes = draw(rngs, keyed_random.numpy_generator(*key, "coin"), batch.valid.shape[-1])
-    return CutMix(boxes.to(device, non_blocking=True), pair_partner(len(rngs)).to(device, non_blocking=True))
+    return CutMix(send(boxes, device), send(pair_partner(len(rngs)), device))
 
 
 def steps_after(warmup: float, step: Step) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
+from viladiff.data.loading.device_copies import send
 from viladiff.data.transforms.mixing import pair_partner, parity_boxes, parity_mask, paste
 from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
@@ -115,8 +116,8 @@ class Cps(Method):
         """Return each image's partner, and the pixels that come from it: (U,), (U, H, W)."""
         device, (height, width) = batch.valid.device, batch.valid.shape[-2:]
         rngs = [keyed_random.numpy_generator(step.seed, "cps-boxes", step.index, key) for key in batch.keys_u]
-        boxes = parity_boxes(rngs, height).to(device, non_blocking=True)
-        return pair_partner(len(rngs)).to(device, non_blocking=True), parity_mask(boxes, height, width)
+        boxes = send(parity_boxes(rngs, height), device)
+        return send(pair_partner(len(rngs)), device), parity_mask(boxes, height, width)
 
     @torch.no_grad()
     def pseudo_labels(

@@ -120,6 +120,7 @@ class Ddfp(MeanTeacher):
         protocol(("cityscapes",), "DDFP 7956c72", 801),
     )
     extra_state = "teacher, flow"
+    exact = ("student.decoder", "student.classifier")
 
     def __init__(self, cfg: DdfpConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)

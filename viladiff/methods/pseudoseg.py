@@ -27,12 +27,14 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, TextBatch, Views
+from viladiff.data.loading.device_copies import send
 from viladiff.data.transforms.mixing import box_mask, square_boxes
 from viladiff.losses import cross_entropy, distributed_mean, weighted_pixel_mean
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.grad_cam import Sgc, tag_loss, tagged
-from viladiff.models.segmenter import NetworkFactory, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import NetworkFactory
 
 
 class PseudoSegPseudoConfig(PseudoConfig):
@@ -108,7 +110,7 @@ class PseudoSeg(Method):
         """Fill a square of the strong view with the mean colour, which is 0; remove it from the valid pixels."""
         height, width = batch.valid.shape[-2:]
         rngs = [keyed_random.numpy_generator(step.seed, "pseudoseg-cutout", step.index, key) for key in batch.keys_u]
-        boxes = square_boxes(rngs, width, self.cfg.cutout).to(batch.valid.device, non_blocking=True)
+        boxes = send(square_boxes(rngs, width, self.cfg.cutout), batch.valid.device)
         inside = box_mask(boxes, height, width)
         return batch.strong[0].masked_fill(inside[:, None], 0.0), batch.valid & ~inside
 

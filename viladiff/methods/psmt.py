@@ -107,6 +107,7 @@ class PsMt(TwoTeachers):
     step_cost = StepCost(4, 2, 8, 4)
     revision = 2
     extra_state = "two teachers, two networks of the warm-up"
+    exact = tuple(f"teachers.members.{i}.{part}" for i in (0, 1) for part in ("decoder", "classifier"))
 
     def __init__(self, cfg: PsmtConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)

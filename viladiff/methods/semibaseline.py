@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
-from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
+from viladiff.losses import distributed_mean, weighted_pixel_mean
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
     MeanTeacher,
@@ -57,7 +57,7 @@ class SemiBaseline(MeanTeacher):
 
     def _pseudo(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Return confidence and labels (U, H, W) of the teacher on the weak views."""
-        confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
+        confidence, labels = self.teacher.classified(batch.weak[0])
         stride = self.student.label_stride
         return with_truth(self.cfg.pseudo, step.progress, confidence, labels, batch.truth_u, stride)
 
@@ -68,10 +68,10 @@ class SemiBaseline(MeanTeacher):
         strong, confidence, labels, valid = apply_cutmix_to(batch, 0, batch.strong[0], confidence, labels, batch.valid)
 
         features = self.student.encode(torch.cat([batch.image, strong]))
-        logits = self.student.logits(features, strong.shape[-2:])
+        maps = self.student.pixel_loss(self.student.grid_logits(features), torch.cat([batch.target, labels]))
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
-        sup = self.supervised(logits[:labelled], batch.target)
-        pseudo = pseudo_label_cross_entropy(logits[labelled:], labels, accepted, valid)
+        sup = self.supervised_mean(maps[:labelled], batch.target)
+        pseudo = weighted_pixel_mean(maps[labelled:], accepted, valid)
         coverage = distributed_mean((accepted * valid).sum(), valid.sum())
         parts = {"sup": sup, "pseudo": self.cfg.pseudo.weight * pseudo}
         total = parts["sup"] + parts["pseudo"]

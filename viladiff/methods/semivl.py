@@ -46,7 +46,8 @@ from viladiff.methods.common.published import PublishedSetting, protocol
 from viladiff.methods.unimatch import UniMatch
 from viladiff.models.baselines.maskclip import MaskClip, load_clip
 from viladiff.models.baselines.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
-from viladiff.models.segmenter import Network, NetworkFactory, Segmenter, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
 from viladiff.text.concepts import concepts, names
 
 

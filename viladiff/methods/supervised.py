@@ -37,5 +37,6 @@ class Supervised(Method):
     )
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        loss = self.supervised(self.student(batch.image)["visual"], batch.target)
+        grid = self.student.grid_logits(self.student.encode(batch.image))
+        loss = self.supervised_mean(self.student.pixel_loss(grid, batch.target), batch.target)
         return Losses(loss, {"sup": loss.detach()}, {"sup": loss})

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
+from viladiff.data.loading.device_copies import send
 from viladiff.data.transforms.mixing import beta_boxes, box_mask, class_mask, pair_partner, paste
 from viladiff.losses import all_reduce_sum, distributed_mean, pseudo_label_cross_entropy
 from viladiff.methods.base import (
@@ -96,7 +97,7 @@ class Swith(TwoTeachers):
         active = self._active(step)
         with torch.no_grad():
             confidence, labels = self.teachers[active](batch.weak[0])["visual"].softmax(1).max(1)
-            partner = pair_partner(len(labels)).to(labels.device, non_blocking=True)
+            partner = send(pair_partner(len(labels)), labels.device)
             mask = (self._class_masks if active else self._box_masks)(batch, labels, partner, step)
             sure = confidence >= cfg.threshold
             mixed_labels, mixed_sure, valid = (paste(x, mask, partner) for x in (labels, sure, batch.valid))
@@ -128,7 +129,7 @@ class Swith(TwoTeachers):
     def _box_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
         height, width = labels.shape[-2:]
         rngs = [keyed_random.numpy_generator(step.seed, "swith-boxes", step.index, key) for key in batch.keys_u]
-        return box_mask(beta_boxes(rngs, width).to(labels.device, non_blocking=True), height, width)
+        return box_mask(send(beta_boxes(rngs, width), labels.device), height, width)
 
     def _class_masks(self, batch: Batch, labels: Tensor, partner: Tensor, step: Step) -> Tensor:
         """Return the pixels of half of the classes that the teacher predicts in each image's partner."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.methods.base import Method, MethodConfig, StepCost
 from viladiff.models.baselines.text_probe import Probe, ProbeConfig, probe
-from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
+from viladiff.models.blocks import upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter
 
 
 class TextProbeConfig(MethodConfig):

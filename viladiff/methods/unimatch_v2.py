@@ -18,7 +18,8 @@ from torch import Tensor
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, Views
-from viladiff.losses import distributed_mean, pseudo_label_cross_entropy
+from viladiff.data.loading.device_copies import send
+from viladiff.losses import distributed_mean, weighted_pixel_mean
 from viladiff.methods.base import (
     SHARED_THRESHOLD,
     MeanTeacher,
@@ -83,20 +84,21 @@ class UniMatchV2(MeanTeacher):
     def forward(self, batch: Batch, step: Step) -> Losses:
         labelled, unlabelled = len(batch.image), len(batch.weak[0])
         with torch.no_grad():
-            confidence, labels = self.teacher(batch.weak[0])["visual"].softmax(1).max(1)
+            confidence, labels = self.teacher.classified(batch.weak[0])
         views = [apply_cutmix_to(batch, i, x, confidence, labels, batch.valid) for i, x in enumerate(batch.strong)]
 
         features = self.student.encode(torch.cat([batch.image, *(view[0] for view in views)]))
         if self.cfg.complementary:
             features = self._dropped(features, labelled, batch.keys_u, step)
-        logits = self.student.logits(features, batch.image.shape[-2:])
-        mine, *streams = logits.split([labelled, unlabelled, unlabelled])
+        targets = torch.cat([batch.target, *(view[2] for view in views)])
+        maps = self.student.pixel_loss(self.student.grid_logits(features), targets)
+        mine, *streams = maps.split([labelled, unlabelled, unlabelled])
 
-        sup = self.supervised(mine, batch.target)
+        sup = self.supervised_mean(mine, batch.target)
         accepted = [(view[1] >= self.cfg.pseudo.threshold).float() for view in views]
         parts = [
-            pseudo_label_cross_entropy(z, labels, weight, valid)
-            for z, (_, _, labels, valid), weight in zip(streams, views, accepted, strict=True)
+            weighted_pixel_mean(loss, weight, view[3])
+            for loss, view, weight in zip(streams, views, accepted, strict=True)
         ]
         pseudo = torch.stack(parts).mean()
         coverage = distributed_mean((accepted[0] * views[0][3]).sum(), views[0][3].sum())
@@ -110,6 +112,6 @@ class UniMatchV2(MeanTeacher):
         name = (step.seed, "complementary", step.index)
         uniform = keyed_random.uniform(keys, (widest(features),), *name, device=device)
         whole = torch.tensor(half_of_pairs(keys, step.seed, "complementary-whole", step.index))
-        whole = whole.to(device, non_blocking=True)
+        whole = send(whole, device)
         first, second = complementary_dropout([level[labelled:] for level in features], uniform, whole)
         return [torch.cat([level[:labelled], a, b]) for level, a, b in zip(features, first, second, strict=True)]

@@ -22,7 +22,6 @@ from viladiff.losses import (
     all_reduce_sum,
     distributed_mean,
     image_mean,
-    pixel_cross_entropy,
     weighted_pixel_mean,
 )
 from viladiff.methods.base import SHARED_THRESHOLD, MethodConfig, PredictConfig, Reference, StepCost, TeacherConfig
@@ -147,10 +146,9 @@ class ViLaDiff(MixeTeacher):
         with torch.no_grad():
             teacher_out = self._teach(batch, mix, step)
             teacher_logits = self._source_logits(teacher_out.weak.streams)
-            before = self.student.upsample(teacher_logits, size).softmax(1)
-            unrefined = Pseudo(*before.max(1))
+            unrefined = Pseudo(*self.student.pixel_labels(teacher_logits, size))
             refined = self._refined(teacher_out.weak, teacher_logits, batch.keys_u, step)
-            pseudo = unrefined if refined is None else Pseudo(*self.relabelled(before, refined, batch.valid).max(1))
+            pseudo = unrefined if refined is None else self._relabelled(teacher_logits, refined, batch.valid)
             self._calibrate(batch, step)
             stride = self.student.label_stride
             pseudo = Pseudo(*with_truth(cfg.pseudo, step.progress, *pseudo, batch.truth_u, stride))
@@ -162,12 +160,11 @@ class ViLaDiff(MixeTeacher):
             unrefined = Pseudo(*(apply_cutmix(x, mix) for x in unrefined))
         text = join_text(batch.text, self._words(batch.text_u, mix))
         student_out = self._see(self.student, torch.cat([batch.image, strong]), text)
-        logits = {name: self.student.upsample(stream.logits, size) for name, stream in student_out.streams.items()}
 
         confident = (pseudo.confidence >= cfg.pseudo.threshold).float()
         target = self._supervised(batch)
         targets = torch.cat([target, pseudo.labels])
-        maps = {name: pixel_cross_entropy(x, targets) for name, x in logits.items()}
+        maps = {name: self.student.pixel_loss(x.logits, targets) for name, x in student_out.streams.items()}
         loss_sup = torch.stack([self.supervised_mean(x[:labelled], target) for x in maps.values()]).mean()
         loss_pseudo = torch.stack([weighted_pixel_mean(x[labelled:], confident, valid) for x in maps.values()]).mean()
         parts = {"sup": loss_sup, "pseudo": cfg.pseudo.weight * loss_pseudo}

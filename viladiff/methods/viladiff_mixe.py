@@ -10,15 +10,17 @@ from torch.nn.functional import pixel_unshuffle
 
 from viladiff.core import keyed_random
 from viladiff.data.batch import IGNORE, Batch, CutMix, Step, TextBatch
+from viladiff.data.loading.device_copies import send
 from viladiff.data.transforms.mixing import apply_cutmix, cutmix_boxes, join_text, mix_text, pair_partner
-from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, pixel_cross_entropy, weighted_pixel_mean
+from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, weighted_pixel_mean
 from viladiff.methods.base import MeanTeacher
 from viladiff.methods.viladiff_outputs import NetworkOutput, Places, Pseudo, TeacherOutput, keys_at, rows_at, text_at
-from viladiff.models.blocks import cell_means, resampled
+from viladiff.models.blocks import cell_means, resampled, upsample
+from viladiff.models.fused.pixel_loss import grid_cross_entropy, grid_top
 from viladiff.models.mixe.denoiser import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
 from viladiff.models.mixe.guided_filter import Guided
 from viladiff.models.mixe.relabel import Calibration, refined_pixels, relabelled
-from viladiff.models.segmenter import NetworkFactory, Segmenter, upsample
+from viladiff.models.segmenter import NetworkFactory, Segmenter
 from viladiff.models.stream import StreamOutput
 
 LEAD = 0.1
@@ -115,7 +117,7 @@ class MixeTeacher(MeanTeacher):
         """Draw CutMix boxes of labelled neighbours as the unlabelled images' boxes are drawn."""
         rngs = [keyed_random.numpy_generator(step.seed, "mixe-cutmix", step.index, key) for key in keys]
         boxes = cutmix_boxes(rngs, images.shape[-1], self.student.patch)
-        return CutMix(*(x.to(images.device, non_blocking=True) for x in (boxes, pair_partner(len(keys)))))
+        return CutMix(*(send(x, images.device) for x in (boxes, pair_partner(len(keys)))))
 
     def _words(self, text: TextBatch | None, mix: CutMix | None) -> TextBatch | None:
         """Return the texts of images into which boxes were pasted."""
@@ -150,8 +152,11 @@ class MixeTeacher(MeanTeacher):
 
     def _label_pixels(self, x: Tensor, size: torch.Size) -> Tensor:
         """Resize maps of the label grid to pixels, aligned as the decoder's are where the two grids are one."""
-        same = self.student.decoder.stride == self.student.label_stride
-        return self.student.upsample(x, size) if same else upsample(x, size)
+        return upsample(x, size, self._aligned())
+
+    def _aligned(self) -> bool:
+        decoder = self.student.decoder
+        return decoder.stride == self.student.label_stride and decoder.align_corners
 
     def _on_labels(self, stream: StreamOutput, size: torch.Size) -> StreamOutput:
         """Bring a stream's map and logits to the label grid, logits as logarithms of mean probabilities."""
@@ -258,9 +263,8 @@ class MixeTeacher(MeanTeacher):
         condition = self._training_condition(outputs, keys, step)
         image = torch.cat([output.image for output in outputs])
         clean, gaussian, noise_hat, noise = self._denoised(torch.cat(starts), condition, image, keys, step)
-        clean = self._label_pixels(clean, size)
-
-        ce, edge = self._label_losses(pixel_cross_entropy(clean, torch.cat(targets)), target, pseudo, valid)
+        loss = grid_cross_entropy(clean, torch.cat(targets), self._aligned())
+        ce, edge = self._label_losses(loss, target, pseudo, valid)
         counted = cell_means(torch.cat(valid_pixels).float(), self.student.label_stride) > 0.5
         terms = {
             "mixe_ce": ce,
@@ -283,7 +287,7 @@ class MixeTeacher(MeanTeacher):
         assert isinstance(self.denoiser, Denoiser)
         name = (step.seed, "mixe-t", step.index)
         times = [int(keyed_random.numpy_generator(*name, key).integers(1, cfg.timesteps + 1)) for key in keys]
-        t = torch.tensor(times).to(device, non_blocking=True)
+        t = send(torch.tensor(times), device)
         noise = keyed_random.normal(keys, (codes, h, w), step.seed, "mixe-noise", step.index, device=device)
         uniform = keyed_random.uniform(keys, (h, w), step.seed, "mixe-flip", step.index, device=device)
         state = corrupt(soft, t, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
@@ -354,6 +358,14 @@ class MixeTeacher(MeanTeacher):
         if cfg.refine_where != "all":
             where = refined_pixels(before, cfg.refine_where, threshold, stride, valid)
         return relabelled(before, after, where, cfg.confidence, self.calibration)
+
+    def _relabelled(self, grid: Tensor, refined: Tensor, valid: Tensor) -> Pseudo:
+        """Return the labels of ``relabelled`` from grid logits (U, C, h, w) of teacher and chain."""
+        size = valid.shape[-2:]
+        if self.cfg.mixe.refine_where == "all" and self.cfg.mixe.confidence == "refined":
+            return Pseudo(*grid_top(refined, size, self._aligned()))
+        before = self.student.upsample(grid, size).softmax(1)
+        return Pseudo(*self.relabelled(before, refined, valid).max(1))
 
     def _calibrate(self, batch: Batch, step: Step) -> None:
         """Count how often refined labels of left-out images are right, by their confidence."""

@@ -109,6 +109,13 @@ def bilinear(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     return rows @ (x @ columns.mT)
 
 
+def upsample(logits: Tensor, size: torch.Size | tuple[int, ...], align_corners: bool = False) -> Tensor:
+    """Resize grid logits (B, C, h, w) to pixels, bilinearly; ``align_corners`` as in F.interpolate."""
+    if align_corners:
+        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=True)
+    return bilinear(logits, size)
+
+
 def resampled(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Bring a map (B, C, h, w) to ``size``: means over what a cell covers where it shrinks, else bilinearly.
 

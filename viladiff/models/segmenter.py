@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.data.batch import CutMix, TextBatch
 from viladiff.data.transforms.mixing import apply_cutmix
-from viladiff.models.blocks import bilinear
+from viladiff.models.blocks import upsample
 from viladiff.models.decoders.build import build_decoder
 from viladiff.models.decoders.light import output_stride
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
+from viladiff.models.fused.pixel_loss import grid_cross_entropy, grid_top
 from viladiff.models.public_weights import load_head
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import ViLa, VilaConfig
@@ -182,11 +182,27 @@ class Segmenter(nn.Module):
 
     def logits(self, features: list[Tensor], size: torch.Size | tuple[int, ...]) -> Tensor:
         """Map features of ``encode``, unchanged or not, to the visual stream's full-size logits (B, C, H, W)."""
-        return self.upsample(self.decode(features, names=("visual",))["visual"].logits, size)
+        return self.upsample(self.grid_logits(features), size)
 
     def upsample(self, maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
         """Resize maps (B, C, h, w) on the decoder's grid to pixels (B, C, H, W), aligned as the decoder's are."""
         return upsample(maps, size, self.decoder.align_corners)
+
+    def pixel_loss(self, grid: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy (B, H, W) of grid logits (B, C, h, w) that are resized to pixels, 0 at 255."""
+        return grid_cross_entropy(grid, target, self.decoder.align_corners)
+
+    def grid_logits(self, features: list[Tensor]) -> Tensor:
+        """Map features of ``encode`` to the visual stream's logits (B, C, h, w) on the decoder's grid."""
+        return self.decode(features, names=("visual",))["visual"].logits
+
+    def classified(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images (B, 3, H, W) to the visual stream's confidence and class (B, H, W); no gradient."""
+        return self.pixel_labels(self.grid_logits(self.encode(images)), images.shape[-2:])
+
+    def pixel_labels(self, grid: Tensor, size: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return confidence and class (B, H, W) of grid logits (B, C, h, w) resized to pixels; no gradient."""
+        return grid_top(grid, size, self.decoder.align_corners)
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
@@ -199,13 +215,6 @@ def cutmix_stream(stream: StreamOutput, mix: CutMix, h: int, w: int, patch: int,
     tokens = stream.features.transpose(1, 2).unflatten(2, (h, w))
     tokens = apply_cutmix(tokens, mix, patch).flatten(2).transpose(1, 2)
     return StreamOutput(tokens, stream.mid, apply_cutmix(stream.logits, mix, stride))
-
-
-def upsample(logits: Tensor, size: torch.Size | tuple[int, ...], align_corners: bool = False) -> Tensor:
-    """Resize grid logits (B, C, h, w) to pixels, bilinearly; ``align_corners`` as in F.interpolate."""
-    if align_corners:
-        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=True)
-    return bilinear(logits, size)
 
 
 class DualNetwork(nn.Module):

@@ -17,6 +17,10 @@ from torch.multiprocessing import SimpleQueue, get_context
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from viladiff.core.distributed import join_here
+from viladiff.data.batch import Losses
+from viladiff.methods.base import Method
+from viladiff.models.cast_weights import CastWeights
+from viladiff.models.compiled import compile_parts, compiler_works
 from viladiff.runs.config import RunConfig
 from viladiff.training.errors import TrainingError
 
@@ -60,6 +64,32 @@ def _backend(cfg: RunConfig, workers: int) -> str:
     """Return the backend; nccl needs a GPU of its own for every worker of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
     return "nccl" if select_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
+
+
+def training_forward(cfg: RunConfig, model: nn.Module, method: Method, device: torch.device) -> Callable[..., Losses]:
+    """Return ``model`` as a step calls it: with weights cast at once and, where ``runtime.compile`` says so, compiled.
+
+    Only within these calls are parts compiled: elsewhere they see images of other sizes. Raises ValueError for
+    ``runtime.compile`` = on where it cannot be.
+    """
+    forward = CastWeights(model, device, cfg.train.precision, method.exact)
+    choice, shares = cfg.runtime.compile, cfg.runtime.gradient_shares
+    if choice == "on" and shares:
+        raise ValueError(
+            f"runtime.compile = on: a compiled part goes backwards once, and runtime.gradient_shares = {shares} needs "
+            "it more often; set one of the two to off or 0"
+        )
+    if choice == "off" or (choice == "auto" and (device.type != "cuda" or shares or not compiler_works(device))):
+        return forward
+    compile_parts(method)
+
+    def compiled(*args: object) -> Losses:
+        with torch.compiler.set_stance("default"):
+            found: Losses = forward(*args)
+        return found
+
+    torch.compiler.set_stance("force_eager")
+    return compiled
 
 
 def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *arguments: object) -> str:

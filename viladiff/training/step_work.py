@@ -17,6 +17,7 @@ from viladiff.evaluation.operations import Line, LiveMemory, OperationCounter
 from viladiff.evaluation.step_time import Load
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
+from viladiff.models.cast_weights import CastWeights
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.optim import Optimizer, param_groups
@@ -133,7 +134,7 @@ def count_step(cfg: RunConfig, classes: int) -> StepWork:
     parts = cfg.train.grad_accum_steps
     with memory, counter, precision, counter.modules():
         with precision.autocast():
-            total = method(batch, LATE).total
+            total = CastWeights(method, META, cfg.train.precision, method.exact)(batch, LATE).total
         counter.begin("backward")
         weights = [x for x in method.parameters() if x.requires_grad]
         gradients = torch.autograd.grad(total / parts, weights, allow_unused=True)

@@ -53,7 +53,7 @@ from viladiff.training.fingerprints import (
     weights_fingerprint,
 )
 from viladiff.training.gradients import GradientShares
-from viladiff.training.launch import data_parallel, join_group, run_in_processes, select_device
+from viladiff.training.launch import data_parallel, join_group, run_in_processes, select_device, training_forward
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 from viladiff.training.result import Result
 from viladiff.training.saving import CheckpointWriter, restore, state_of
@@ -212,9 +212,8 @@ class Trainer:
         bank = self.bank if views.text else None
         self.loader = BatchLoader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
         self.pace = self.loader.pace
-        self.model: nn.Module = self.method
-        if self.world > 1:
-            self.model = data_parallel(self.method, self.device)
+        self.model: nn.Module = self.method if self.world == 1 else data_parallel(self.method, self.device)
+        self.forward = training_forward(cfg, self.model, self.method, self.device)
         self.optimizer = Optimizer(param_groups(self.method, cfg), cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
         self.log = StepLog(self.directory / "steps.jsonl")
@@ -319,7 +318,7 @@ class Trainer:
             hold = nullcontext() if last or self.world == 1 else self.model.no_sync()  # type: ignore[operator]
             with hold:
                 with autocast(self.device, cfg.train.precision):
-                    losses = self.model(batch, step)
+                    losses = self.forward(batch, step)
                 self.shares.add(self.step, losses, self._factor() / len(batches))
                 self.scaler.scale(losses.total / len(batches)).backward()
             for name, value in {"total": losses.total.detach(), **losses.terms}.items():

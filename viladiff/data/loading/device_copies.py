@@ -24,6 +24,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     # A graph that is being recorded for export has no memory to lock.
     if device.type != "cuda" or torch.compiler.is_compiling():
         return tensor.to(device)
+    if not torch.cuda.is_available():  # a device that tensors without content name, which has no memory to lock
+        return tensor.to(device, non_blocking=True)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -18,8 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.core.distributed import full_precision
+from viladiff.data.loading.device_copies import send
 from viladiff.losses import check_choice
 from viladiff.models.blocks import bilinear
+from viladiff.models.fused.chain import FoldedChain, reverse_step
+from viladiff.models.fused.pixel_loss import fused
 from viladiff.models.mixe.config import MixeConfig
 from viladiff.models.mixe.diffusion import (
     add_gaussian_noise,
@@ -64,13 +67,13 @@ __all__ = [
 @lru_cache(maxsize=64)
 def _codes_on(num_classes: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return class_codes(num_classes).to(device, non_blocking=True)
+        return send(class_codes(num_classes), device)
 
 
 @lru_cache(maxsize=64)
 def _alpha_bar_on(timesteps: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return alpha_bar(timesteps).to(device, non_blocking=True)
+        return send(alpha_bar(timesteps), device)
 
 
 @lru_cache(maxsize=64)
@@ -149,6 +152,17 @@ def _rates(cfg: MixeConfig, classes: int, device: torch.device) -> Tensor:
     return cfg.beta + cfg.edge_bonus * torch.arange(2, device=device).float()
 
 
+@lru_cache(maxsize=64)
+def _memory_lost_at(beta: float, edge_bonus: float, classes: int, times: tuple[int, ...], schedule: str) -> Tensor:
+    """Return ``posterior_memory`` (S, 3, 2) of a chain's steps, off and on an edge; made on the host once."""
+    with torch.inference_mode(False):
+        rates, steps = (
+            beta + edge_bonus * torch.arange(2, device="cpu").float(),
+            torch.tensor(times, device="cpu")[:, None],
+        )
+        return torch.stack(posterior_memory(steps[:-1], steps[1:], rates, classes, schedule, times[0]), dim=1)
+
+
 def _assemble(values: Tensor, labels: Tensor, gaussian: Tensor, classes: int) -> Tensor:
     """Return (B, d, h, w): continuous ``values`` in the Gaussian region, codes of ``labels`` elsewhere."""
     codes = _codes_on(classes, values.device).T.index_select(1, labels.flatten())
@@ -224,6 +238,8 @@ class Denoiser(nn.Module):
     ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
         """Return ``forward`` of codes at the i-th of ``times`` (S,) int64; work that the steps share is done once."""
         films, placed = self.films(times), self.placed(cond, gaussian, edges)
+        if fused(cond) and not torch.is_grad_enabled():
+            return FoldedChain(self, films, placed)
         return lambda codes, i: self.denoise(codes, films[i : i + 1], placed)
 
 
@@ -280,12 +296,12 @@ def refine(
     signal = _alpha_bar_list(cfg.timesteps)
     state = corrupt(soft, cfg.timesteps, tau, cfg, noise=noise, uniform=uniforms[0])
     x, z = state.codes, state.labels
-    rates, edge_index = _rates(cfg, classes, soft.device), state.edges.flatten().long()
-    at = torch.tensor(times).to(soft.device, non_blocking=True)
-    steps = at[:, None]
-    lost = posterior_memory(steps[:-1], steps[1:], rates, classes, cfg.flip_schedule, cfg.timesteps)
-    memory = [part[:, edge_index].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost]
-    denoise = denoiser.chain(state.gaussian, state.edges, at[:-1], cond)
+    denoise = denoiser.chain(state.gaussian, state.edges, send(torch.tensor(times[:-1]), soft.device), cond)
+    lost = send(_memory_lost_at(cfg.beta, cfg.edge_bonus, classes, tuple(times), cfg.flip_schedule), soft.device)
+    if fused(soft) and cfg.flips and cfg.gaussian and cfg.reverse == "posterior":
+        return _in_kernels(denoise, state, times, lost, signal, uniforms.contiguous())
+    edge_index = state.edges.flatten().long()
+    memory = [part[:, edge_index].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost.unbind(1)]
     for i, (t, t_prev) in enumerate(pairwise(times)):
         logits, noise_pred = denoise(x, i)
         if t_prev == 0:
@@ -299,3 +315,23 @@ def refine(
             x, _ = ddim_step(x, noise_pred, t, signal, t_prev)
         x = _assemble(x, z, state.gaussian, classes)
     return logits
+
+
+def _in_kernels(
+    denoise: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    state: Corrupted,
+    times: list[int],
+    lost: Tensor,
+    signal: Sequence[float],
+    uniforms: Tensor,
+) -> Tensor:
+    """Return what the loop of ``refine`` does, each step after the network in one kernel; ``lost`` (S, 3, 2)."""
+    x, z, regions = state.codes.contiguous(), state.labels, (state.gaussian, state.edges)
+    last = len(times) - 2
+    for i, (t, t_prev) in enumerate(pairwise(times)):
+        heads = denoise(x, i)
+        if i == last:
+            break
+        codes = _codes_on(heads[0].shape[1], x.device)
+        x, z = reverse_step(heads, (x, z), uniforms[i + 1], regions, (lost[i], codes), (signal[t], signal[t_prev]))
+    return heads[0]

@@ -1,0 +1,78 @@
+"""MixE's reverse chain in kernels against the loop of torch's operations, and how few launches it takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from viladiff.evaluation.operations import OperationCounter
+from viladiff.models.mixe import denoiser as mixe
+from viladiff.models.mixe.config import MixeConfig
+from viladiff.models.mixe.denoiser import Denoiser, refine
+
+Chain = tuple[Denoiser, Tensor, Tensor, float, MixeConfig, Tensor, Tensor]
+
+
+def chain(device: str, timesteps: int = 10, classes: int = 5) -> Chain:
+    """What ``refine`` is called with: a denoiser whose heads say something, and a tau that makes two regions."""
+    torch.manual_seed(0)
+    network = Denoiser(classes, 6, 8, 2, timesteps)
+    length = network.noise_head.out_channels
+    cond, soft = torch.randn(2, 8, 9, 7), (2 * torch.randn(2, classes, 9, 7)).softmax(1)
+    noise, uniforms = torch.randn(2, length, 9, 7), torch.rand(2, timesteps, 9, 7).transpose(0, 1)
+    tensors = (x.to(device) for x in (cond, soft, noise, uniforms))
+    cond, soft, noise, uniforms = tensors
+    cfg = MixeConfig(timesteps=timesteps, beta=0.2, edge_bonus=0.3)
+    return network.to(device), cond, soft, 0.5, cfg, noise, uniforms
+
+
+def test_a_gpu_takes_at_most_200_launches() -> None:
+    given = chain("meta")
+    counter = OperationCounter(given[0])
+    with counter:
+        refine(*given)
+    assert sum(line.load.times for line in counter.lines()) <= 200
+
+
+def test_a_cpu_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixe, "reverse_step", None)
+    monkeypatch.setattr(mixe, "FoldedChain", None)
+    assert refine(*chain("cpu", 2)).isfinite().all()
+
+
+KERNELS = """
+import torch
+from test_fused_chain import chain, mixe, refine
+from viladiff.models.fused import chain_kernels
+chain_kernels.SUMMED = 32  # several blocks a channel, the last one not full
+for timesteps in (2, 4):
+    given = chain("cpu", timesteps)
+    expected, labels = refine(*given), []
+    steps = mixe.reverse_step
+
+    def noting(*args):
+        found = steps(*args)
+        labels.append(found[1])
+        return found
+
+    mixe.fused, mixe.reverse_step = (lambda x: True), noting
+    found = refine(*given)
+    mixe.fused, mixe.reverse_step = (lambda x: False), steps
+    assert len(labels) == timesteps - 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+print("kernels agree")
+"""
+
+
+@pytest.mark.slow
+def test_kernels_agree_with_torch() -> None:
+    """Triton's interpreter; one label that is drawn otherwise would change the logits of its neighbours by far more."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    found = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True, timeout=280)
+    assert found.stdout.strip() == "kernels agree", found.stderr[-2000:]
