@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import entry_name, listed
-from viladiff.core.messages import error_lines, shown
+from viladiff.core.messages import error_lines, one_line, shown
 from viladiff.tables.published import published_fields
 from viladiff.tables.recipes.recipe import recipe_fields, shared
 from viladiff.tables.spec import RESERVED, Layer, Scale, Table, table_layers
@@ -138,7 +138,7 @@ def cells(
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():
-        raise ValueError(f"{path} = {shown(changes[path])}: not set here: {RESERVED[path]}")
+        raise ValueError(f"{path} = {one_line(str(changes[path]), 160)}: not set here: {RESERVED[path]}")
     later = unavailable(table, changes)
     places = [(row, column) for row in chosen_rows if row not in later for column in chosen_columns]
     # Which method and data set are meant has to be known before the shared fields are.
