@@ -160,9 +160,9 @@ def tree_changed(rng: Random, tree: Any) -> Any:
     way = rng.choice(ways)
     if not way:
         return (
-            rng.choice(ODD)
+            copy.deepcopy(rng.choice(ODD))
             if rng.random() < 0.1
-            else {**tree, rng.choice(TOKENS): rng.choice(ODD)}
+            else {**tree, rng.choice(TOKENS): copy.deepcopy(rng.choice(ODD))}
             if isinstance(tree, dict)
             else [tree]
         )
@@ -183,7 +183,7 @@ def tree_changed(rng: Random, tree: Any) -> Any:
             cut = rng.randrange(len(old) + 1)
             parent[key] = old[:cut] + rng.choice(TOKENS) + old[cut:]
         case 6 if isinstance(parent, dict):
-            parent[f"{key}.{rng.choice(('a', 'b', 'name', ''))}"] = rng.choice(ODD)
+            parent[f"{key}.{rng.choice(('a', 'b', 'name', ''))}"] = copy.deepcopy(rng.choice(ODD))
         case _:
             parent[key] = copy.deepcopy(rng.choice(ODD))
     return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from random import Random
 from typing import Any
@@ -33,9 +34,10 @@ def edited(draw: st.DrawFn, tree: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         ways = [way for way in places(tree) if way]
         if not ways:
-            return draw(TREES)
+            return copy.deepcopy(draw(TREES))
         way = draw(st.sampled_from(ways))
-        parent, value = at(tree, way[:-1]), draw(TREES)
+        # What is drawn may be shared with other draws.
+        parent, value = at(tree, way[:-1]), copy.deepcopy(draw(TREES))
         if isinstance(parent, dict) and draw(st.booleans()) and draw(st.booleans()):
             parent[draw(st.one_of(st.sampled_from(sorted(map(str, parent))), st.text(max_size=8)))] = value
         else:

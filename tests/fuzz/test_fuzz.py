@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from fuzz_mutators import MUTATORS, sealed
 from fuzz_readers import READERS, attempt, complaint
-from fuzz_run import CORPUS, HERE, inputs, minimised, seeds_of
+from fuzz_run import CORPUS, HERE, inputs, minimised, run_block, seeds_of
 
 from viladiff.config.base import unflatten
 from viladiff.core.messages import LONGEST_LINE, MOST_LINES, error_lines, errors_name, one_line, shown
@@ -32,7 +33,7 @@ def refusal(reader: str, name: str, data: bytes, folder: Path) -> str:
 
 def test_two_thousand_inputs_and_all_earlier_findings(tmp_path: Path) -> None:
     state = tmp_path / "quick.jsonl"
-    words = ["--each", "84", "--total", "2000", "--block", "42", "--seed", "1", "--state", str(state)]
+    words = ["--each", "84", "--total", "2000", "--block", "21", "--seed", "1", "--state", str(state)]
     done = subprocess.run(
         [sys.executable, str(HERE / "fuzz_run.py"), *words], capture_output=True, text=True, check=False
     )
@@ -79,6 +80,30 @@ def test_a_traceback_is_a_finding(tmp_path: Path) -> None:
 
     wrong = replace(READERS["lease"], read=lambda path: {}["missing"])
     assert attempt(wrong, tmp_path / "input", "lease.json", b"{}")[:2] == ("finding", "KeyError")
+
+
+class MortalWorker:
+    """Dies of input 3, and then does the rest."""
+
+    process = None
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+
+    def place(self) -> int:
+        return 3
+
+    def ask(self, task: dict[str, Any]) -> dict[str, Any] | None:
+        self.starts.append(task["start"])
+        return None if len(self.starts) == 1 else {"counts": {"refused": 6}, "findings": {}}
+
+
+def test_an_input_that_ends_a_worker_is_a_finding_and_the_others_are_read() -> None:
+    worker = MortalWorker()
+    task = {"reader": "lease", "seed": 0, "block": 7, "number": 10, "start": 0, "keep": False, "known": []}
+    found = run_block(worker, task)  # type: ignore[arg-type]
+    assert worker.starts == [0, 4] and found["findings"] == {"death (0)": {"text": "input 3 of block 7"}}
+    assert {"finding": 1, "uncounted": 3, "refused": 6}.items() <= found["counts"].items()
 
 
 # The findings of the first run by hand, each by what it was

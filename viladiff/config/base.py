@@ -23,7 +23,8 @@ from pydantic.fields import FieldInfo
 from viladiff.config import renamed
 from viladiff.core.messages import error_lines, one_line, shown
 
-INTEGER = re.compile(r"[+-]?\d+")
+INTEGER = re.compile(r"[+-]?\d{1,4000}")
+"""Python reads no longer ones."""
 DOTTED = re.compile(r"[a-z]\w*(\.\w+)+|seed")
 FIELD_FIRST = re.compile(r"[a-z_]+ [=+] ")
 REAL = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE)

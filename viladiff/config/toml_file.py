@@ -41,7 +41,8 @@ def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator
         for i, one in enumerate(value):
             yield from strange_values(one, (*where, i))
     elif not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
-        yield f"{_place(where)} = {one_line(str(value))}: must be text, a finite number, true, false or a list of those"
+        told = one_line(str(value), 160)
+        yield f"{_place(where)} = {told}: must be text, a finite number, true, false or a list of those"
 
 
 def _place(where: Sequence[str | int]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from viladiff.core.hashing import sha256_hex
+from viladiff.core.messages import shown
 
 MANIFEST = "manifest.json"
 LARGE = 2**26
@@ -88,10 +89,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         sound = sound and isinstance(manifest["facts"], dict)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; {_remedy(directory)}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a manifest ({error!r}); {_remedy(directory)}") from None
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest ({shown(error)}); {_remedy(directory)}") from None
     if not sound:
-        raise ValueError(f"{path}: names {manifest['fingerprint']!r}, not {directory.name!r}; {_remedy(directory)}")
+        raise ValueError(
+            f"{path}: names {shown(manifest['fingerprint'])}, not {directory.name!r}; {_remedy(directory)}"
+        )
     return manifest
 
 

@@ -158,7 +158,8 @@ def _measured(value: object, share: bool) -> bool:
 
 
 def _short(value: object) -> str:
-    return shown(value, 40)
+    text = shown(value, 1000)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

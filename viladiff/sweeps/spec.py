@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import format_toml_error, read_toml, strange_values
-from viladiff.core.messages import fault_lines, shown
+from viladiff.core.messages import fault_lines, one_line
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.run_name import arithmetic
 from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
@@ -265,9 +265,7 @@ def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
     """Return the steps of the rungs, the last one the full length. Raises ValueError if they coincide."""
     text = str(fixed.get("train.steps"))
     if not text.isdigit() or int(text) < 1:
-        raise ValueError(
-            f"train.steps = {shown(fixed.get('train.steps'))}: a sweep needs a number of steps, set by its scale"
-        )
+        raise ValueError(f"train.steps = {one_line(text, 160)}: a sweep needs a number of steps, set by its scale")
     steps = tuple(round(share * int(text)) for share in sweep.rungs)
     if len(set(steps)) < len(steps) or steps[0] < 1:
         raise ValueError(f"rungs = {list(sweep.rungs)}: of train.steps = {text} they are the steps {list(steps)}")

@@ -138,7 +138,7 @@ def cells(
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():
-        raise ValueError(f"{path} = {one_line(str(changes[path]))}: not set here: {RESERVED[path]}")
+        raise ValueError(f"{path} = {one_line(str(changes[path]), 160)}: not set here: {RESERVED[path]}")
     later = unavailable(table, changes)
     places = [(row, column) for row in chosen_rows if row not in later for column in chosen_columns]
     # Which method and data set are meant has to be known before the shared fields are.

@@ -316,6 +316,6 @@ def _logged(directory: Path) -> int:
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"]) + 1
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return 0

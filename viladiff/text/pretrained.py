@@ -309,7 +309,7 @@ def _pooling(directory: Path) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is not a JSON object")

@@ -94,7 +94,7 @@ class Checked:
         """Return the faults that were found; None where nothing is stored, or it is damaged."""
         if key is None:
             return None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             found = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))["faults"]
             if isinstance(found, list) and all(isinstance(one, str) for one in found):
                 return found

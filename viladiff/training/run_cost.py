@@ -94,7 +94,7 @@ class CountedSteps:
         return sha256_hex(json.dumps([fields, run.workers, classes], sort_keys=True))[:24]
 
     def _read(self, key: str) -> CountedStep | None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             found = json.loads((self._folder / f"step-{key}.json").read_text(encoding="utf-8"))
             loads = tuple(Load(*load) for load in found["loads"])
             return CountedStep(loads, found["peak_bytes"], found["checkpoint_bytes"], found["passes"])

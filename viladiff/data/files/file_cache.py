@@ -190,7 +190,7 @@ def _facts(line: str | None, stat: Stat) -> dict[str, Any]:
     start = _start(stat)
     if line is None or not line.startswith(start):
         return {}
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         found = json.loads(line[len(start) :])
         return found if isinstance(found, dict) else {}
     return {}

@@ -34,7 +34,7 @@ def stamped(dataset: Dataset, check: Callable[[], tuple[str, ...]]) -> tuple[str
     What it raises is not stored. Where nothing can be written the next start checks again.
     """
     path = stamp_path(dataset)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, list) and all(isinstance(one, str) for one in found):
             return tuple(found)

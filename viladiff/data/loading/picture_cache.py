@@ -166,7 +166,7 @@ def _state(path: str, what: str) -> Source | None:
 
 def _entry(file: FileIO) -> StoredPixels | None:
     """Return the entry in an open file; None for one that is not whole."""
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, RecursionError):
         version, path, what, size, mtime, shape, name = json.loads(file.read(HEAD))
         dtype = np.dtype(name)
         whole = HEAD + math.prod(shape) * dtype.itemsize

@@ -20,7 +20,7 @@ from PIL import Image
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256
-from viladiff.core.messages import names_file, one_line, shown
+from viladiff.core.messages import errors_name, names_file, one_line, shown
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import image_size
 from viladiff.data.files.index import FOLDER, locate, scan
@@ -376,7 +376,10 @@ def _begin(folder: Path, path: Path, tasks: Sequence[Task]) -> frozenset[str]:
         folder.mkdir(parents=True, exist_ok=True)
         there = frozenset(one.relative_to(folder).as_posix() for one in folder.rglob("*"))
         manifest = folder / MANIFEST
-        known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        with errors_name(manifest):
+            known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        if not isinstance(known, dict):
+            raise ValueError(f"{manifest}: not the note of which files masks were made of; move the masks away")
         digest = f"{REVISION}/{file_sha256(path)}"
         strange = [] if known.get(path.name) == digest else [one for one in tasks if f"{one.name}.png" in there]
         if strange:

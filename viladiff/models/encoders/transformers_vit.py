@@ -98,14 +98,14 @@ def directory_units(directory: Path) -> tuple[tuple[float, ...], tuple[float, ..
         return IMAGENET_MEAN, IMAGENET_STD
     try:
         return tuple(map(float, mean)), tuple(map(float, std))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{directory / 'preprocessor_config.json'}: image_mean, image_std: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

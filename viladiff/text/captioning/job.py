@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from viladiff.core.atomic import write_atomically
+from viladiff.core.messages import errors_name
 
 if TYPE_CHECKING:
     from viladiff.text.captioning.blip2 import CaptionerSpec, ImageRef
@@ -99,7 +100,9 @@ def state(job: CaptioningJob) -> State:
     if job.out.suffix != ".parquet":
         raise ValueError(f"--out {str(job.out)!r}: captions are written as Parquet: name it .parquet")
     note = job.parts / "job.json"
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != _terms(job.who):
+    with errors_name(note):
+        other = note.is_file() and json.loads(note.read_text(encoding="utf-8")) != _terms(job.who)
+    if other:
         raise ValueError(f"{job.parts}: is of another model or prompts; finish that first, remove it, or change --out")
     files = [job.out] if job.out.is_file() else []
     files += sorted(job.parts.glob("part-*.parquet")) if job.parts.is_dir() else []
