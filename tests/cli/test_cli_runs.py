@@ -20,6 +20,7 @@ import pytest
 from record_kit import LAYER, SHORT_RUNS, bound, made
 
 from viladiff.cli import main
+from viladiff.core.atomic import writer_token
 from viladiff.core.source_digest import plan_stem
 from viladiff.runs import archive
 from viladiff.runs.record import RunRecord, record_bytes, save_record, strip_local_paths
@@ -320,7 +321,7 @@ def test_gc_deletes_waste_and_says_how_much(home: Store, runs: Runs) -> None:
     os.link(folder / "checkpoint.pt", folder / "checkpoint.prev.pt")
     dead = subprocess.Popen(["true"])
     dead.wait()
-    temporary = folder / f".record.json.{dead.pid}.0123abcd.tmp"
+    temporary = folder / f".record.json.{dead.pid}.{writer_token()}.tmp"
     temporary.write_bytes(b"x" * 500)
     os.utime(temporary, (1, 1))
     lease = home.directory(BEGUN) / f"lease-{'0' * 32}.json"
@@ -354,9 +355,12 @@ def test_gc_knows_plans_pages_and_what_fresh_has_replaced(home: Store, runs: Run
     for folder in (plans, page, replaced / ONE.run_id, replaced / BEGUN):
         folder.mkdir(parents=True)
     waste = [plans / f"plan-{'0' * 12}-{'1' * 24}.json", plans / f"plan-{'1' * 24}.json", replaced / BEGUN / "x"]
-    half = [plans / f".plan.json.{dead.pid}.0123abcd.tmp", page / f".scores.png.{dead.pid}.0123abcd.tmp"]
+    half = [
+        plans / f".plan.json.{dead.pid}.{writer_token()}.tmp",
+        page / f".scores.png.{dead.pid}.{writer_token()}.tmp",
+    ]
     kept = [plans / f"{plan_stem()}-{'1' * 24}.json", plans / "mine.txt", page / "scores.png"]
-    kept.append(page / f".scores.png.{os.getpid()}.0123abcd.tmp")
+    kept.append(page / f".scores.png.{os.getpid()}.{writer_token()}.tmp")
     for path in (*waste, *half, *kept, replaced / ONE.run_id / "checkpoint.pt"):
         path.write_bytes(b"x")
         os.utime(path, (1, 1))

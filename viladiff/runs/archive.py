@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from viladiff.core.atomic import write_atomically
+from viladiff.core.atomic import write_atomically, writer_token
 from viladiff.core.hashing import file_sha256, sha256_hex
 from viladiff.runs.record import parse_record, record_bytes, strip_local_paths
 from viladiff.runs.store import Store
@@ -61,7 +61,7 @@ def import_archive(store: Store, path: Path) -> dict[str, str]:
     """
     store.root.mkdir(parents=True, exist_ok=True)
     # Inside the store, so that each file is put in place by a rename.
-    with tempfile.TemporaryDirectory(dir=store.root, prefix=f".import-{os.getpid()}-") as folder:
+    with tempfile.TemporaryDirectory(dir=store.root, prefix=f".import-{os.getpid()}-{writer_token()}-") as folder:
         try:
             found = _unpack(path, Path(folder))
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:

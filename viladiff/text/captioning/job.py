@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from viladiff.core.atomic import write_atomically
+from viladiff.core.atomic import abandoned, write_atomically
 
 if TYPE_CHECKING:
     from viladiff.text.captioning.blip2 import CaptionerSpec, ImageRef
@@ -148,6 +148,9 @@ def finish(job: CaptioningJob) -> pa.Table:
     table = pa.Table.from_pylist([rows[key] for key in order], schema=SCHEMA)
     write_atomically(job.out, _bytes(table))
     shutil.rmtree(job.parts)
+    for left in abandoned(job.out.parent):  # by one that was killed while it wrote the same file
+        if left.name.startswith(f".{job.out.name}."):
+            left.unlink(missing_ok=True)
     return table
 
 
