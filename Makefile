@@ -9,7 +9,7 @@ ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 reproduce test lint compat bench docs records published
+.PHONY: help setup table5 reproduce test chaos lint compat bench docs records published
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ reproduce: setup ## train rows 1 and 8 of the published Table 5 anew and compare
 
 test: setup lint ## set up, then lint and tests
 	$(one_thread) $(bin)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+chaos: setup ## faults at every durable write, resumable, as root (an hour; ARGS="--kinds kill torn")
+	$(one_thread) PYTHONPATH=tests:tests/report $(bin)/python -m chaos.suite $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(bin)/ruff check .

@@ -147,6 +147,7 @@ def _enter(do: Callable[[], int], fault: dict[str, Any] | None, host: str, words
         return _do(do, fault)
     except BaseException:
         traceback.print_exc()
+        sys.stderr.flush()
         return 70
 
 
@@ -164,6 +165,7 @@ def _contained(do: Callable[[], int], fault: dict[str, Any] | None, host: str) -
             os._exit(_do(do, fault))
         except BaseException:
             traceback.print_exc()
+            sys.stderr.flush()
             os._exit(70)
     return abs(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]))
 

@@ -132,8 +132,11 @@ class Hook:
             os.read(self.fault["wait"], 1)
 
     def _kill(self) -> None:
-        victim = self.fault.get("victim", "self")
-        pid = {"raylet": os.getppid(), "driver": self.fault.get("driver")}.get(victim) or os.getpid()
+        victim, pid = self.fault.get("victim"), os.getpid()
+        if victim == "raylet":
+            pid = os.getppid()  # which starts the workers
+        elif victim == "driver":
+            pid = int(Path(self.fault["driver"]).read_text())
         os.kill(pid, signal.SIGKILL)
 
     def _tear(self, path: str, descriptor: int | None) -> None:

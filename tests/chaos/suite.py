@@ -12,10 +12,12 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -23,18 +25,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm  # noqa: F401 - loaded once for all children
 import torch
 from chaos.children import CLONE_NEWNS, Child, may_unshare, unshare
 from chaos.hook import MS_PRIVATE, MS_REC, PLACES, mount
 from chaos.targets import TARGETS, collect_garbage, contents
+from chaos.through_ray import COMMANDS, FILES, VICTIMS, strike, whole
 
 KINDS = ("kill", "torn", "full disk", "EIO", "read-only", "clock", "container", "two hosts", "SIGSTOP")
 STOPPED = 120.0
 """Seconds of a SIGSTOP, really waited."""
 IDLE = ("container", "two hosts", "SIGSTOP")
 """Kinds that wait for heartbeats most of their time, so that many go on at once."""
-ATTEMPTS = 3
+EVERYWHERE = ("kill", "torn")
+"""Kinds that come at each place of each file; of the others one place of each file, in turn."""
+DEAR = ("table", "sweep")
+"""Commands that take seconds: one place of each file for every kind."""
+DRAWN = ("page", "figure", "page's table")
 
 
 class Fault(NamedTuple):
@@ -59,8 +65,10 @@ class Undisturbed(NamedTuple):
     """Place, kind of file and its bytes, in order."""
     contents: dict[str, str]
 
-    def writes(self, file: str) -> int:
-        return sum(place == "before" and kind == file for place, kind, _ in self.events)
+    def times(self, place: str, file: str) -> int:
+        """How often the command comes to a place of a file; of a page, which a thread writes, surely."""
+        found = sum(event[:2] == (place, file) for event in self.events)
+        return max(1, found // 2) if file in DRAWN else found
 
     def size(self, file: str) -> int:
         return max((size for _, kind, size in self.events if kind == file), default=0)
@@ -127,11 +135,11 @@ def perform(fault: Fault, plain: Undisturbed, work: Path) -> dict[str, Any]:
     disk = work if fault.kind == "full disk" and _small_disk(work) else None
     root.mkdir(exist_ok=True)
     draw = random.Random(fault.key)
-    last = plain.writes(fault.file) - (fault.place == "during" and fault.file == "previous checkpoint")
+    at = {"torn": "during", "full disk": "before" if fault.place == "during" else fault.place}
     told = {
         **fault._asdict(),
         "root": str(root),
-        "nth": draw.randint(1, max(1, last)),
+        "nth": draw.randint(1, max(1, plain.times(at.get(fault.kind, fault.place), fault.file))),
         "size": plain.size(fault.file),
         "marker": f"{work}.happened",
         "disk": disk and str(disk),
@@ -139,10 +147,13 @@ def perform(fault: Fault, plain: Undisturbed, work: Path) -> dict[str, Any]:
     }
     line: dict[str, Any] = {**fault._asdict(), "nth": told["nth"]}
     try:
-        line["first"] = _disturb(fault, told, root)
+        if fault.kind in VICTIMS:
+            line["first"], line["again"] = strike(fault.kind, told, fault.target, work)
+        else:
+            line["first"] = _disturb(fault, told, root)
+            (work / "ballast").unlink(missing_ok=True)
+            line["again"] = _again(fault, root)
         line["happened"] = os.path.exists(told["marker"])
-        (work / "ballast").unlink(missing_ok=True)
-        line["again"] = _again(fault, root)
         Child(partial(_collect, root)).wait()
         line["differs"] = _differences(plain.contents, contents(root))
         line["good"] = bool(line["happened"] and not line["differs"] and line["again"]["status"] == 0)
@@ -151,7 +162,7 @@ def perform(fault: Fault, plain: Undisturbed, work: Path) -> dict[str, Any]:
     finally:
         Path(told["marker"]).unlink(missing_ok=True)
         if disk is not None:
-            os.system(f"umount {work}")
+            subprocess.run(["umount", str(work)], check=False)
     if line["good"]:
         for part in ("first", "again"):
             line[part].pop("said", None)
@@ -241,28 +252,43 @@ def _differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
 
 
 def plan(profiles: dict[str, Undisturbed], seed: int, least: int = 5) -> list[Fault]:
-    """List the faults: each kind at each file, cheap ones at each place, and ``least`` of each kind and place."""
-    files = [(target, kind) for target, plain in profiles.items() for kind in dict.fromkeys(e[1] for e in plain.events)]
+    """List the faults: each kind at each kind of file, and ``least`` of each kind and place."""
+    where: dict[str, str] = {}  # a kind of file is that of the first command that writes it
+    for target, plain in profiles.items():
+        for event in plain.events if target in TARGETS else ():
+            where.setdefault(event[1], target)
+    files = [(target, file) for file, target in where.items()]
     faults: list[Fault] = []
     for number, kind in enumerate(KINDS):
-        places = [(file, place) for file in files for place in PLACES if possible(kind, place, *file, profiles)]
-        if kind in IDLE:  # one place of each file, another for the next file
-            chosen = []
-            for turn, file in enumerate(files):
-                options = [place for at, place in places if at == file]
-                if options:
-                    chosen.append((file, options[(turn + number) % len(options)]))
-            places = chosen
+        places = []
+        for turn, file in enumerate(files):
+            options = [place for place in PLACES if possible(kind, place, *file, profiles)]
+            every = kind in EVERYWHERE and file[0] not in DEAR
+            taken = options if every else [options[(turn + number) % len(options)]] if options else []
+            places += [(file, place) for place in taken]
         faults += [Fault(kind, place, *file, seed) for file, place in places]
         for place in PLACES:
             there = [file for file, at in places if at == place]
-            every = [file for file in files if possible(kind, place, *file, profiles)]
-            random.Random(f"{seed} {kind} {place}").shuffle(every)
-            for turn in range(max(0, least - len(there))):
-                faults.append(Fault(kind, place, *every[turn % len(every)], seed + 1 + turn))
+            more = [file for file in files if file[0] not in DEAR and possible(kind, place, *file, profiles)]
+            random.Random(f"{seed} {kind} {place}").shuffle(more)
+            for turn in range(max(0, least - len(there)) if more else 0):
+                faults.append(Fault(kind, place, *more[turn % len(more)], seed + 1 + turn))
+    faults += through_ray(profiles, seed, least)
     # Two of a kind differ where the seed's parity decides (the direction of a clock, the container of a second).
-    faults = [one._replace(seed=one.seed + turn % 2 * 100 + turn % 2) for turn, one in enumerate(faults)]
+    faults = [one._replace(seed=2 * one.seed + zlib.crc32(one.key.encode()) % 2) for one in faults]
     random.Random(seed).shuffle(faults)
+    return faults
+
+
+def through_ray(profiles: dict[str, Undisturbed], seed: int, least: int) -> list[Fault]:
+    """List the kills of Ray's processes: each at each place, at files and commands in turn."""
+    targets = [target for target in COMMANDS if target in profiles]
+    faults = []
+    for number, kind in enumerate(VICTIMS if targets else ()):
+        for turn in range(least):
+            for at, place in enumerate(PLACES):
+                file = FILES[(turn + at) % len(FILES)]
+                faults.append(Fault(kind, place, targets[(turn + number + at) % len(targets)], file, seed + turn))
     return faults
 
 
@@ -295,34 +321,47 @@ def matrix(lines: Iterable[dict[str, Any]], column: str) -> str:
 
 
 class Results:
-    """The file of lines, one a fault that has been done."""
+    """The file of lines, one a fault that has been done; what was bad is done again, and the last line counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[dict[str, Any]] = []
+        self._found: dict[str, dict[str, Any]] = {}
         if path.exists():
             for text in path.read_text().splitlines():
                 with suppress(ValueError):
-                    self.lines.append(json.loads(text))
+                    self._note(json.loads(text))
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return list(self._found.values())
 
     def has(self, fault: Fault) -> bool:
-        return any(Fault(*(line[name] for name in Fault._fields)).key == fault.key for line in self.lines)
+        return bool(self._found.get(fault.key, {}).get("good"))
 
     def add(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._note(line)
+        with self.path.open("a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            torn = file.read(1) not in (b"", b"\n")  # by a kill of the suite
+            file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self._found[Fault(*(line[name] for name in Fault._fields)).key] = line
 
 
 def run_all(faults: Sequence[Fault], profiles: dict[str, Undisturbed], work: Path, results: Results, idle: int) -> None:
     """Do the faults that have no result: ``idle`` of those that wait at once, of the others one at a time."""
     left = [fault for fault in faults if not results.has(fault)]
     waiting = [fault for fault in left if fault.kind in IDLE]
-    busy = [fault for fault in left if fault.kind not in IDLE]
+    rays = [fault for fault in left if fault.kind in VICTIMS]
+    busy = [fault for fault in left if fault not in waiting and fault not in rays]
     live: list[tuple[Child, Fault, Path]] = []
-    while waiting or busy or live:
-        counts = Counter(fault.kind in IDLE for _, fault, _ in live)
-        for queue, room in ((waiting, idle - counts[True]), (busy, 1 - counts[False])):
+    while waiting or busy or rays or live:
+        counts = Counter(fault.kind for _, fault, _ in live)
+        several = sum(counts[kind] for kind in IDLE)
+        through = sum(counts[kind] for kind in VICTIMS)
+        rooms = idle - several, 1 - (counts.total() - several - through), 1 - through
+        for queue, room in zip((waiting, busy, rays), rooms, strict=True):
             if queue and room > 0:
                 fault, place = queue.pop(0), Path(tempfile.mkdtemp(dir=work))
                 place.rmdir()
@@ -357,7 +396,15 @@ def _hear(child: Child, fault: Fault, place: Path, results: Results) -> None:
 
 def profiled(targets: Iterable[str], work: Path) -> dict[str, Undisturbed]:
     """The commands without a fault."""
-    return {name: undisturbed(name, work / f"plain-{name}") for name in targets}
+    found = {}
+    for name in targets:
+        here = work / f"plain-{name.replace(' ', '-')}"
+        if name in TARGETS:
+            found[name] = undisturbed(name, here)
+        else:
+            events = [("before", file, 0) for file in FILES for _ in range(1 if file == "record" else 3)]
+            found[name] = Undisturbed(events, whole(name, here))
+    return found
 
 
 def report(results: Results, to: Path, seed: int) -> int:
@@ -380,8 +427,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=26)
     parser.add_argument("--results", type=Path, default=Path("runs/chaos.jsonl"), help="lines of what has been done")
     parser.add_argument("--report", type=Path, default=Path("runs/chaos.json"))
-    parser.add_argument("--kinds", nargs="*", default=[*KINDS, "ray"])
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS, *VICTIMS])
+    parser.add_argument("--targets", nargs="*", default=[*TARGETS, *COMMANDS])
+    parser.add_argument("--only", nargs="*", metavar="KIND/PLACE/COMMAND/FILE", help="these faults and no others")
     parser.add_argument("--most", type=int, default=10**6, help="faults at most in this call")
     parser.add_argument("--idle", type=int, default=8, help="faults that wait for heartbeats at once")
     args = parser.parse_args(words)
@@ -396,6 +444,8 @@ def main(words: Sequence[str] | None = None) -> int:
         os.environ.setdefault("CHAOS_CACHE", str(Path(folder) / "cache"))
         profiles = profiled(args.targets, Path(folder))
         faults = [one for one in plan(profiles, args.seed) if one.kind in args.kinds][: args.most]
+        if args.only:
+            faults = [Fault(*name.split("/"), args.seed) for name in args.only]
         print(f"{len(faults)} faults, of which {sum(map(results.has, faults))} are done", flush=True)
         run_all(faults, profiles, Path(folder), results, args.idle)
     return int(report(results, args.report, args.seed) > 0)

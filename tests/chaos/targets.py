@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,11 @@ def render(root: Path) -> int:
 def _made_up(store: Store, run: PlannedRun, score: float) -> None:
     """Write what a run writes, without its training; a run fails once, so that there is a note to be taken away."""
     directory = store.directory(run.run_id)
-    lease = store.lease(run.run_id)
-    assert lease is not None
+    while (lease := store.lease(run.run_id)) is None:  # another driver's, or a dead container's
+        time.sleep(0.2)
     with lease:
+        if store.get(run.run_id) is not None:
+            return
         store.record_failure(run.run_id, Failure(kind="killed", message="x", step=1, attempts=1, when="2026-01-31"))
         from test_sweep_page import record_of
 
@@ -141,7 +144,7 @@ TARGETS: dict[str, Callable[[Path], int]] = {
 def collect_garbage(root: Path) -> None:
     """``viladiff runs gc --keep-checkpoints``, an hour later: what is younger may be another machine's."""
     for path in root.rglob("*"):
-        if path.name.startswith(".") and not path.is_symlink():
+        if path.name.startswith((".", "lease-")) and not path.is_symlink():
             os.utime(path, (1e9, 1e9))
     for item in garbage(Store(root / "runs"), keep_checkpoints=True, pages=root / "page", cache=root / "cache"):
         remove(item)

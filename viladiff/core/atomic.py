@@ -16,7 +16,7 @@ from pathlib import Path
 from viladiff.core.watchdog import start
 
 GRACE = 5.0
-"""Seconds that a file being written may rest before it counts as abandoned by a process of this machine."""
+"""Seconds that a file whose name has no machine may rest before it counts as abandoned by a process of this one."""
 GRACE_ELSEWHERE = 3600.0
 """The same of a process on another machine or in another container, which nothing here tells from a dead one; clocks
 may be half an hour apart."""
@@ -122,10 +122,10 @@ def writer_gone(pid: int, token: str, changed: float) -> bool:
 
     ``changed``: its modification time in Unix seconds. A writer elsewhere is taken for dead after GRACE_ELSEWHERE.
     """
+    if token[:4] == _tag():
+        return start(pid) is None
     age = abs(time.time() - changed)
-    if token and token[:4] != _tag():
-        return age > GRACE_ELSEWHERE
-    return start(pid) is None and age > GRACE
+    return age > GRACE_ELSEWHERE if token else start(pid) is None and age > GRACE
 
 
 def abandoned(directory: Path, gone: Collection[int] = ()) -> Iterator[Path]:
@@ -136,9 +136,9 @@ def abandoned(directory: Path, gone: Collection[int] = ()) -> Iterator[Path]:
     for path in directory.iterdir() if directory.is_dir() else ():
         if writer := _WRITER.fullmatch(path.name):
             pid, token = int(writer[1]), writer[2] or ""
-            own = pid in gone and token[:4] in ("", _tag()) and start(pid) is None
+            ended = pid in gone and not token and start(pid) is None
             with contextlib.suppress(FileNotFoundError):
-                if own or writer_gone(pid, token, path.stat().st_mtime):
+                if ended or writer_gone(pid, token, path.stat().st_mtime):
                     yield path
 
 

@@ -107,7 +107,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLostError if another machine has taken over; read the file now, not at the next heartbeat."""
-        if not self.path.exists():
+        if self._lost.is_set() or not self.path.exists():
             self._lost.set()
             raise LeaseLostError(
                 f"{self.path.parent}: another machine took this over after this one was silent too long"

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from viladiff.core.atomic import abandoned, write_atomically
+from viladiff.core.atomic import sync_directory, write_atomically
 
 if TYPE_CHECKING:
     from viladiff.text.captioning.blip2 import CaptionerSpec, ImageRef
@@ -146,11 +146,11 @@ def finish(job: CaptioningJob) -> pa.Table:
     prompts = {prompt: place for place, prompt in enumerate(job.who.prompts)}
     order = sorted(rows, key=lambda key: (images.get(key[0], len(images)), key[0], prompts[key[1]]))
     table = pa.Table.from_pylist([rows[key] for key in order], schema=SCHEMA)
-    write_atomically(job.out, _bytes(table))
+    whole = job.parts / job.out.name  # beside the parts, with which all that a kill leaves of it goes away
+    write_atomically(whole, _bytes(table))
+    whole.replace(job.out)
+    sync_directory(job.out.parent)
     shutil.rmtree(job.parts)
-    for left in abandoned(job.out.parent):  # by one that was killed while it wrote the same file
-        if left.name.startswith(f".{job.out.name}."):
-            left.unlink(missing_ok=True)
     return table
 
 
