@@ -24,7 +24,7 @@ from typing import Any
 
 from viladiff.cluster.resources import ask_cluster, plan_capacity, send_note
 from viladiff.cluster.session import TOKEN, load_ray, private
-from viladiff.core.atomic import hold
+from viladiff.core.atomic import GRACE, hold
 from viladiff.core.environment import visible_cpus
 from viladiff.core.watchdog import Reaper, descendants, start
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
@@ -240,9 +240,10 @@ def _scratch() -> Path:
             "logs; free some, or set TMPDIR to another folder"
         )
     for old in base.glob("viladiff-*-*"):
-        pid = old.name.split("-")[1]
         with suppress(OSError):  # its reaper, or another driver, may be at it too
-            if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
+            found = old.stat()
+            rested = abs(time.time() - found.st_mtime) > GRACE  # else its driver may be about to lock it
+            if old.name.split("-")[1].isdigit() and found.st_uid == os.getuid() and rested:
                 _remove_dead(old)
     while True:
         made = Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
@@ -252,7 +253,7 @@ def _scratch() -> Path:
 
 
 def _remove_dead(directory: Path) -> None:
-    """Remove a directory unless its driver lives in another container, where its process has no number of ours."""
+    """Remove a directory unless its driver lives, in whatever container, which its lock says; OSError if it does."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -292,16 +293,6 @@ def _remove(scratch: Path) -> None:
         if not scratch.exists():
             return
         time.sleep(0.1)
-
-
-def _running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager

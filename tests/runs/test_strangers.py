@@ -1,4 +1,4 @@
-"""A store that may only be read, really: reading prints the same, deletes nothing and needs no right to write."""
+"""Stores, folders and clocks of others: what may only be read, processes of other containers, clocks that are apart."""
 
 from __future__ import annotations
 
@@ -58,14 +58,32 @@ def files(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def told(words: list[str], cwd: Path, before: list[str]) -> tuple[int, str]:
-    done = subprocess.run([*before, sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout
+SAYS = """
+import json, sys
+from viladiff.cli import main
+for words in json.loads(sys.argv[1]):
+    print(words, main.main(words), flush=True)
+"""
+RENDERS = """
+import sys
+from pathlib import Path
+from viladiff.cli import sweeps, tables
+root, runs, page = map(Path, sys.argv[1:])
+words = ["--scale", "smoke", "--render", "--runs-dir", str(runs), "--report-dir"]
+some = ["--rows", "1", "--columns", "1"]
+assert tables.main(root / "ablations" / "table5.toml", [*words, str(page / "table"), *some], "x") == 0
+assert sweeps.main(root / "tune" / "sweep_lambda.toml", [*words, str(page / "sweep")], "x") == 0
+"""
+
+
+def told(code: str, words: list[str], before: list[str]) -> str:
+    done = subprocess.run([*before, sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_list_show_and_verify_read_only(way: str, store: Store, tmp_path: Path) -> None:
+def test_list_show_verify_and_a_dry_gc_read_only(way: str, store: Store) -> None:
     before = [*WAYS[way], *([str(store.root)] if way == "read-only" else [])]
     if not can([*before, "true"]):
         pytest.skip("this user may not")
@@ -73,29 +91,25 @@ def test_list_show_and_verify_read_only(way: str, store: Store, tmp_path: Path) 
         for path in [store.root, *store.root.rglob("*")]:
             os.chown(path, OTHER, OTHER)
     saved = files(store.root)
-    for words in (["list"], ["list", "--json"], ["show", ONE.run_id], ["verify"], ["gc", "--dry-run"]):
-        command = ["viladiff", "runs", *words, "--runs-dir", str(store.root), "--published", "none"]
-        assert told(command, tmp_path, before) == told(command, tmp_path, []), words
+    commands = (["list"], ["list", "--json"], ["show", ONE.run_id], ["verify"], ["gc", "--dry-run", "--pages", "none"])
+    places = ["--runs-dir", str(store.root), "--published", "none"]
+    words = json.dumps([["runs", *command, *places] for command in commands])
+    found = told(SAYS, [words], before)
+    assert found == told(SAYS, [words], []) and "would delete" in found and found.count("'list'") == 2
     refused = subprocess.run([*before, "touch", str(store.root / "x")], capture_output=True, text=True)
     assert refused.returncode != 0, "the store was not read-only"
     assert files(store.root) == saved, "whoever looks deletes nothing"
 
 
-def test_render_and_dry_run_read_only(store: Store, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_render_read_only(store: Store, tmp_path: Path) -> None:
     before = [*WAYS["read-only"], str(store.root)]
     if not can([*before, "true"]):
         pytest.skip("this user may not")
     saved = files(store.root)
-    code = "import sys; from pathlib import Path; from {0} import main; sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))"
-    for module, spec in (("tables", "ablations/table5.toml"), ("sweeps", "tune/sweep_lambda.toml")):
-        page = tmp_path / module
-        words = [sys.executable, "-c", code.format(f"viladiff.cli.{module}"), str(ROOT / spec), "--scale", "smoke"]
-        words += ["--runs-dir", str(store.root), "--report-dir", str(page)]
-        words += ["--rows", "1", "--columns", "1"] if module == "tables" else []
-        for option in ("--render", "--dry-run"):
-            done = subprocess.run([*before, *words, option], capture_output=True, text=True, cwd=tmp_path)
-            assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-        assert (page / "index.html").is_file() and files(store.root) == saved
+    told(RENDERS, [str(ROOT), str(store.root), str(tmp_path / "page")], before)
+    assert all((tmp_path / "page" / name / "index.html").is_file() for name in ("table", "sweep"))
+    assert files(store.root) == saved
 
 
 CONTAINER = """
@@ -124,9 +138,9 @@ def test_another_container_spares_the_files_of_the_living(tmp_path: Path, monkey
         folder.mkdir(parents=True)
     half = store.root / "plans" / f".plan-0.json.{gone}.{writer_token()}.tmp"
     half.write_bytes(b"half")
-    an_hour = time.time() - 1800  # by a clock that is half an hour apart
-    for path in (draft, importing, half):
-        os.utime(path, (an_hour, an_hour))
+    earlier = time.time() - 1800  # by a clock that is half an hour apart
+    for path in (living, dead, draft, importing, half):
+        os.utime(path, (earlier, earlier))
     held = hold(living)
     assert held is not None
     words = [*wrap, sys.executable, "-c", CONTAINER, str(scratch), str(store.root), str(cache)]
@@ -138,7 +152,46 @@ def test_another_container_spares_the_files_of_the_living(tmp_path: Path, monkey
     found = {item.path for item in garbage(store, cache=cache)}
     assert found == {draft, importing, half}
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    (left,) = scratch.glob("viladiff-1-*")  # of a driver in the container, which was process 1 and is gone
+    os.utime(left, (earlier, earlier))
     made_here = executor._scratch()
-    assert sorted(scratch.iterdir()) == [made_here]
+    assert list(scratch.iterdir()) == [made_here]
     executor._remove(made_here)
     assert not made_here.exists() and made_here not in executor._LOCKS
+
+
+APART = """
+import sys, time
+from pathlib import Path
+real, apart = time.time, float(sys.argv[2])
+time.time = lambda: real() + apart
+from viladiff.runs import lease as leases
+leases.HEARTBEAT, leases.SILENT = 0.2, 3.0
+lease = leases.take_or_wait(Path(sys.argv[1]), leases.HeartbeatMonitor())
+print("refused" if lease is None else "taken")
+"""
+
+
+@pytest.mark.parametrize("apart", [1800, -1800, 1e6])
+def test_clocks_that_are_apart_take_no_run_from_the_living_and_leave_none_to_the_dead(
+    apart: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrap = ["unshare", "--pid", "--fork", "--mount-proc", "--uts", "--kill-child"]
+    if not can([*wrap, "true"]):
+        pytest.skip("this machine makes no process namespaces")
+    monkeypatch.setattr(leases, "HEARTBEAT", 0.2)
+    lease = leases.acquire(tmp_path / "run", leases.HeartbeatMonitor())
+    assert lease is not None
+    words = [*wrap, sys.executable, "-c", APART, str(tmp_path / "run"), str(apart)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout == "refused\n", done
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + apart)  # its own clock steps, and it has the run still
+    assert not lease.lost
+    lease.check()
+    lease._done.set()  # it stops beating, as a process that was killed
+    time.sleep(0.5)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout == "taken\n" and not lease.path.exists(), done
+    with pytest.raises(leases.LeaseLostError):
+        lease.check()
