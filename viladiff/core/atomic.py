@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Collection, Iterator
 from functools import cache
@@ -26,6 +28,9 @@ _LONG = 200
 """Bytes of a name beyond which its temporary name has the first letters alone; 255 are allowed."""
 _KEPT = 40
 """Letters, of up to four bytes each."""
+
+_DRAFT = re.compile(r"\..+-(\d+)-([0-9a-f]{8})")
+"""Names of folders being filled: .digits-<pid>-<token>."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -126,6 +131,23 @@ def writer_gone(pid: int, token: str, changed: float) -> bool:
         return start(pid) is None
     age = abs(time.time() - changed)
     return age > GRACE_ELSEWHERE if token else start(pid) is None and age > GRACE
+
+
+def draft_of(folder: Path) -> Path:
+    """Return the name of a folder to be filled and then renamed to ``folder``, and remove what killed writers left."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-*-*"):
+        if abandoned_draft(left):
+            shutil.rmtree(left, ignore_errors=True)
+    return folder.with_name(f".{folder.name}-{os.getpid()}-{writer_token()}")
+
+
+def abandoned_draft(path: Path) -> bool:
+    """Return whether this is a folder under the name of ``draft_of`` whose writer is gone."""
+    writer = _DRAFT.fullmatch(path.name)
+    try:
+        return writer is not None and writer_gone(int(writer[1]), writer[2], path.stat().st_mtime)
+    except FileNotFoundError:
+        return False
 
 
 def abandoned(directory: Path, gone: Collection[int] = ()) -> Iterator[Path]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from viladiff.core.atomic import sync_directory, sync_file, writer_token
+from viladiff.core.atomic import draft_of, sync_directory, sync_file
 from viladiff.core.hashing import sha256_hex
 
 MANIFEST = "manifest.json"
@@ -153,7 +153,7 @@ def _publish(draft: Path, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _beside(directory: Path) -> Iterator[Path]:
-    draft = directory.with_name(f".{directory.name}-{os.getpid()}-{writer_token()}")
+    draft = draft_of(directory)
     draft.mkdir(parents=True)
     try:
         yield draft

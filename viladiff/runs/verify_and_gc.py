@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.config.base import ConfigError, unflatten
-from viladiff.core.atomic import abandoned, writer_gone
+from viladiff.core.atomic import abandoned, abandoned_draft, writer_gone
 from viladiff.core.source_digest import plan_stem
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.runs.run_name import PLACES, hashed
@@ -20,8 +20,6 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint.prev.pt")
 _DAMAGED = re.compile(r"[0-9a-f]{16}-\S+")
 _PLAN = re.compile(r"plan-[0-9a-f-]+\.json")
 _IMPORT = re.compile(r"\.import-(\d+)-(?:([0-9a-f]{8})-)?\S+")
-_DRAFT = re.compile(r"\..+-(\d+)-([0-9a-f]{8})")
-"""Folders of the cache that are being filled: .digits-<pid>-<token>."""
 
 
 class Finding(NamedTuple):
@@ -151,12 +149,12 @@ def garbage(
     plans = store.root / "plans"
     folders = [plans, *(folder for root in (pages, cache) if root for folder in [root, *_below(root)])]
     found += [(path, "left half written") for folder in folders for path in abandoned(folder)]
-    found += [(path, "left half written") for path in _below(cache) if _unfinished(path, _DRAFT)] if cache else []
+    found += [(path, "left half written") for path in _below(cache) if abandoned_draft(path)] if cache else []
     found += [
         (path, "plan by other code") for path in _entries(plans, _PLAN) if not path.name.startswith(plan_stem() + "-")
     ]
     found += _replaced(store.root / "replaced", keep_checkpoints)
-    found += [(path, "left by an import") for path in _entries(store.root, _IMPORT) if _unfinished(path, _IMPORT)]
+    found += [(path, "left by an import") for path in _entries(store.root, _IMPORT) if _abandoned_import(path)]
     found += [(path, "damaged, set aside") for path in _entries(store.root / "damaged", _DAMAGED)]
     for run_id in [] if keep_checkpoints else store.local_run_ids():
         if _finished(store, run_id):
@@ -203,9 +201,8 @@ def _below(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_dir() and not path.parent.name.startswith(".")]
 
 
-def _unfinished(path: Path, names: re.Pattern[str]) -> bool:
-    """Return whether whoever fills this folder is gone; ``names`` has its process and the token of its machine."""
-    writer = names.fullmatch(path.name)
+def _abandoned_import(path: Path) -> bool:
+    writer = _IMPORT.fullmatch(path.name)
     try:
         return writer is not None and writer_gone(int(writer[1]), writer[2] or "", path.stat().st_mtime)
     except FileNotFoundError:
