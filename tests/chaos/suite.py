@@ -417,7 +417,8 @@ def report(results: Results, to: Path, seed: int) -> int:
     texts = [
         json.dumps(one | {"first": line.get("first", {}).get("status")}) for one, line in zip(kept, lines, strict=True)
     ]
-    to.write_text(f'{{"seed": {seed}, "faults": [\n' + ",\n".join(texts) + "\n]}\n")
+    head = {"seed": seed, "count": len(lines), "good": len(lines) - len(bad)}
+    to.write_text(json.dumps(head)[:-1] + ', "faults": [\n' + ",\n".join(texts) + "\n]}\n")
     return len(bad)
 
 
@@ -432,9 +433,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", metavar="KIND/PLACE/COMMAND/FILE", help="these faults and no others")
     parser.add_argument("--most", type=int, default=10**6, help="faults at most in this call")
     parser.add_argument("--idle", type=int, default=8, help="faults that wait for heartbeats at once")
+    parser.add_argument("--summary", action="store_true", help="make no faults; print and write what has been done")
     args = parser.parse_args(words)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     results = Results(args.results)
+    if args.summary:
+        return int(report(results, args.report, args.seed) > 0)
     if not may_unshare():
         print("chaos: needs namespaces; run it as root", file=sys.stderr)
         return 2

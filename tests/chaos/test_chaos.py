@@ -48,9 +48,10 @@ def test_nothing_is_lost_repeated_or_left_over(tmp_path: Path) -> None:
 
 def test_the_plan_has_each_kind_at_each_place_and_file(tmp_path: Path) -> None:
     files = {
-        "train": ("lease", "step log", "checkpoint", "record"),
-        "table": ("plan", "page"),
-        "render": ("cache's array",),
+        "train": ("lease", "step log", "checkpoint", "previous checkpoint", "pictures", "record"),
+        "captions": ("captioning job", "captions' part", "captions"),
+        "render": ("cache's array", "cache's manifest"),
+        "table": ("plan", "failure note", "figure", "page"),
     }
     profiles = {
         target: Undisturbed([(place, file, 100) for file in names for place in PLACES], {})
@@ -62,9 +63,9 @@ def test_the_plan_has_each_kind_at_each_place_and_file(tmp_path: Path) -> None:
     cells = Counter((fault.kind, fault.place) for fault in faults)
     assert set(cells) == {(kind, place) for kind in (*KINDS, *VICTIMS) for place in PLACES} and min(cells.values()) >= 5
     for kind in KINDS:
-        assert {fault.file for fault in faults if fault.kind == kind} == {
-            file for names in files.values() for file in names
-        }
+        spared = {"previous checkpoint"} if kind == "torn" else set()  # a second name of a file, which has no data
+        found = {fault.file for fault in faults if fault.kind == kind}
+        assert found == {file for some in files.values() for file in some} - spared
     assert plan(profiles, 26) == faults != plan(profiles, 27)
 
 
