@@ -9,7 +9,7 @@ ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 reproduce test test-lowest test-newest lint compat fuzz bench docs records published
+.PHONY: help setup table5 reproduce test test-lowest test-newest chaos lint compat fuzz bench docs records published
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-lowest: ## test the lower bounds of pyproject.toml, in .venv-lowest (about 
 
 test-newest: ## the same with the newest versions within the upper bounds, in .venv-newest
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" PYTEST_ARGS="$(PYTEST_ARGS)" scripts/test_versions.sh newest
+
+chaos: setup ## faults at every durable write, resumable, as root (an hour; ARGS="--kinds kill torn")
+	$(one_thread) PYTHONPATH=tests:tests/report $(bin)/python -m chaos.suite $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(bin)/ruff check .

@@ -20,6 +20,7 @@ import pytest
 from record_kit import LAYER, SHORT_RUNS, bound, made
 
 from viladiff.cli import main
+from viladiff.core.atomic import writer_token
 from viladiff.core.source_digest import plan_stem
 from viladiff.runs import archive
 from viladiff.runs.record import RunRecord, record_bytes, save_record, strip_local_paths
@@ -38,6 +39,7 @@ BEGUN, FAILED = "00000000000000aa", "00000000000000bb"
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store ``runs`` in the working directory with two finished, a begun and a failed run, and a published one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VILADIFF_CACHE", str(tmp_path / "cache"))
     layer = tmp_path / "reports" / "published" / "table5" / "records"
     layer.mkdir(parents=True)
     save_record(THREE, layer / "any.json")
@@ -320,7 +322,7 @@ def test_gc_deletes_waste_and_says_how_much(home: Store, runs: Runs) -> None:
     os.link(folder / "checkpoint.pt", folder / "checkpoint.prev.pt")
     dead = subprocess.Popen(["true"])
     dead.wait()
-    temporary = folder / f".record.json.{dead.pid}.0123abcd.tmp"
+    temporary = folder / f".record.json.{dead.pid}.{writer_token()}.tmp"
     temporary.write_bytes(b"x" * 500)
     os.utime(temporary, (1, 1))
     lease = home.directory(BEGUN) / f"lease-{'0' * 32}.json"
@@ -347,21 +349,29 @@ def test_gc_deletes_waste_and_says_how_much(home: Store, runs: Runs) -> None:
     assert "Nothing to delete" in runs("gc") and home.get(ONE.run_id) == ONE
 
 
-def test_gc_knows_plans_pages_and_what_fresh_has_replaced(home: Store, runs: Runs) -> None:
+def test_gc_knows_plans_pages_the_cache_and_what_fresh_has_replaced(home: Store, runs: Runs, tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     plans, page, replaced = home.root / "plans", Path("reports/quick/table5/figures"), home.root / "replaced" / "2026"
     for folder in (plans, page, replaced / ONE.run_id, replaced / BEGUN):
         folder.mkdir(parents=True)
     waste = [plans / f"plan-{'0' * 12}-{'1' * 24}.json", plans / f"plan-{'1' * 24}.json", replaced / BEGUN / "x"]
-    half = [plans / f".plan.json.{dead.pid}.0123abcd.tmp", page / f".scores.png.{dead.pid}.0123abcd.tmp"]
+    half = [
+        plans / f".plan.json.{dead.pid}.{writer_token()}.tmp",
+        page / f".scores.png.{dead.pid}.{writer_token()}.tmp",
+    ]
     kept = [plans / f"{plan_stem()}-{'1' * 24}.json", plans / "mine.txt", page / "scores.png"]
-    kept.append(page / f".scores.png.{os.getpid()}.0123abcd.tmp")
+    kept.append(page / f".scores.png.{os.getpid()}.{writer_token()}.tmp")
+    cache = tmp_path / "cache" / "digits"
+    half.append(cache / f".5c3643929a9d7679-{dead.pid}-{writer_token()}" / "images.npy")
+    kept += [cache / f".5c3643929a9d7679-{os.getpid()}-{writer_token()}" / "images.npy", cache / "5c36" / "images.npy"]
+    for path in (half[-1], *kept[-2:]):
+        path.parent.mkdir(parents=True)
     for path in (*waste, *half, *kept, replaced / ONE.run_id / "checkpoint.pt"):
         path.write_bytes(b"x")
         os.utime(path, (1, 1))
     save_record(ONE, replaced / ONE.run_id / "record.json")
-    assert "Freed 5 B (5 items)" in runs("gc", "--keep-checkpoints")
+    assert "Freed 6 B (6 items)" in runs("gc", "--keep-checkpoints")
     assert (replaced / ONE.run_id / "checkpoint.pt").exists()
     assert "Freed 1 B (1 items)" in runs("gc") and "Nothing to delete" in runs("gc")
     assert all(path.exists() for path in (*kept, replaced / ONE.run_id / "record.json"))

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from record_kit import name_of, told
 
+from viladiff.core.atomic import writer_token
 from viladiff.report.charts import figures
 from viladiff.report.table import exports, results, table_page, table_views
 from viladiff.runs.job import PlannedRun
@@ -360,9 +361,9 @@ def test_a_writer_that_is_killed_leaves_a_whole_page_and_the_next_one_tidies_up(
         writer.kill()
         writer.wait()
         assert (out / "index.html").read_bytes() in (b"a" * 5_000_000, b"b" * 5_000_000)
-    (out / f".table.md.{writer.pid}.0123abcd.tmp").write_bytes(b"half")
+    (out / f".table.md.{writer.pid}.{writer_token()}.tmp").write_bytes(b"half")
     (out / "figures").mkdir()
-    (out / "figures" / f".scores.png.{writer.pid}.0123abcd.tmp").write_bytes(b"half")
+    (out / "figures" / f".scores.png.{writer.pid}.{writer_token()}.tmp").write_bytes(b"half")
     left = [path for path in out.rglob("*.tmp")]
     assert len(left) >= 2
     for path in left:

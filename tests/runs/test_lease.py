@@ -121,7 +121,7 @@ def test_a_directory_to_look_at_only_is_looked_at_and_refused_at_once() -> None:
         path = left_behind(Path(parent, "0" * 16))
         gone = subprocess.Popen(["true"])
         gone.wait()
-        holder = {"host": "here", "machine": leases._machine(), "pid": gone.pid, "started": 1, "since": "x"}
+        holder = {"host": "here", "machine": leases.machine(), "pid": gone.pid, "started": 1, "since": "x"}
         path.write_text(json.dumps(holder))
         words = [sys.executable, "-c", READ_ONLY, str(path.parent)]
         said = subprocess.run(words, capture_output=True, text=True, timeout=50, env=os.environ | {"HOME": parent})
@@ -157,7 +157,7 @@ def test_a_directory_whose_files_cannot_be_looked_at_is_refused(
 ELSEWHERE = """
 import os, sys
 from viladiff.runs import lease
-print(os.getpid(), lease._machine() == "")
+print(os.getpid(), lease.machine() == "")
 """
 
 
@@ -168,7 +168,7 @@ def test_starts_of_another_process_namespace_prove_nothing() -> None:
     if inside.returncode and "unshare" in inside.stderr:
         pytest.skip("this machine makes no process namespaces")
     assert inside.stdout == "1 True\n", inside
-    assert leases._machine()
+    assert leases.machine()
 
 
 WAITS = """

@@ -40,6 +40,8 @@ from viladiff.runs.record import (
 )
 from viladiff.runs.store import Failure, Store
 
+TOKEN = atomic.writer_token()
+
 EXAMPLE, SECOND = made("supervised-92-0"), made("supervised-92-1")
 ROOT = Path(__file__).resolve().parents[2]
 RUN, OTHER = EXAMPLE.run_id, SECOND.run_id
@@ -393,14 +395,21 @@ def test_half_written_files_of_processes_that_one_has_ended_oneself_go_at_once(s
     dead = subprocess.Popen(["true"])
     dead.wait()
     path = put(store).parent / f".checkpoint.pt.{dead.pid}.tmp"
-    for name in (path.name, f".record.json.{dead.pid}.0123abcd.tmp", f".record.json.{os.getpid()}.0123abcd.tmp"):
+    elsewhere = f"{int(TOKEN[:4], 16) ^ 1:04x}{TOKEN[4:]}"
+    kept = {f".record.json.{os.getpid()}.{TOKEN}.tmp", f".record.json.{dead.pid}.{elsewhere}.tmp"}
+    for name in (path.name, f".record.json.{dead.pid}.{TOKEN}.tmp", *kept):
         (path.parent / name).write_bytes(b"half")
-    assert store.clean() == [], "it may be a process of another machine"
     lease = store.lease(RUN)
     assert lease is not None and store.clean([dead.pid]) == [], "somebody is at work there"
     lease.release()
-    assert len(store.clean([dead.pid, os.getpid()])) == 2
-    assert {one.name for one in path.parent.iterdir()} == {"record.json", f".record.json.{os.getpid()}.0123abcd.tmp"}
+    assert [one.name for one in store.clean()] == [f".record.json.{dead.pid}.{TOKEN}.tmp"], "others' may be elsewhere's"
+    assert len(store.clean([dead.pid, os.getpid()])) == 1
+    assert {one.name for one in path.parent.iterdir()} == {"record.json", *kept}
+    half_an_hour = time.time() - 1800
+    os.utime(path.parent / f".record.json.{dead.pid}.{elsewhere}.tmp", (half_an_hour, half_an_hour))
+    assert store.clean() == [], "clocks of machines may be half an hour apart"
+    os.utime(path.parent / f".record.json.{dead.pid}.{elsewhere}.tmp", (1, 1))
+    assert len(store.clean()) == 1
 
 
 def test_store_needs_no_torch() -> None:
@@ -596,7 +605,7 @@ def test_process_number_that_was_used_again_holds_nothing(store: Store) -> None:
     assert lease is not None
     fields = json.loads(lease.path.read_text())
     lease.path.write_text(json.dumps({**fields, "started": fields["started"] - 1}))
-    assert store.holder(RUN) is None and lease_files(store) == []
+    assert store.holder(RUN) is None and lease_files(store) != [], "whoever looks deletes nothing"
     lease.release()
 
 
@@ -643,7 +652,7 @@ def test_long_dead_holder_of_another_machine_needs_two_heartbeats(
 def test_unreadable_lease_holds_until_it_is_silent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     path = foreign(store)
     whole = path.read_text()
-    machine = json.dumps(leases._machine())
+    machine = json.dumps(leases.machine())
     numbers = [whole.replace(f'"pid": {os.getpid()}', f'"pid": {pid}') for pid in (0, -1, 10**30)]
     numbers = [text.replace('"another"', machine) for text in numbers]
     for text in ("", "{}", "[]", '{"pid": "x"}', "\x00", "[" * 10**5, *numbers):
@@ -705,8 +714,8 @@ def dead_pid() -> int:
 
 def test_sweep_removes_what_the_dead_left_and_nothing_else(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = put(store)
-    names = [f".record.json.{dead_pid()}.0123abcd.tmp", f".checkpoint.pt.{dead_pid()}.tmp"]
-    names += [f".checkpoint.pt.{dead_pid()}.prev.tmp", f".record.json.{os.getpid()}.0123abcd.tmp", ".notes.tmp"]
+    names = [f".record.json.{dead_pid()}.{TOKEN}.tmp", f".checkpoint.pt.{dead_pid()}.tmp"]
+    names += [f".checkpoint.pt.{dead_pid()}.prev.tmp", f".record.json.{os.getpid()}.{TOKEN}.tmp", ".notes.tmp"]
     for name in names:
         (kept.parent / name).write_bytes(b"half")
         os.utime(kept.parent / name, (1, 1))

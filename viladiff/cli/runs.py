@@ -187,11 +187,12 @@ def _verified(store: Store, words: list[str]) -> set[str]:
 
 
 def _gc(args: argparse.Namespace) -> int:
+    from viladiff.data.cache import cache_dir
     from viladiff.runs import verify_and_gc
     from viladiff.runs.listing import size
 
     store = _store(args)
-    found = verify_and_gc.garbage(store, args.keep_checkpoints, Path(args.pages))
+    found = verify_and_gc.garbage(store, args.keep_checkpoints, Path(args.pages), cache_dir())
     for item in found:
         print_text(f"{'would delete' if args.dry_run else 'deleted'}  {item.path}  {item.why}  {size(item.size)}")
         if not args.dry_run:

@@ -6,6 +6,7 @@ Tune places processes and notices their death. What is next, what is tried again
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 from viladiff.cluster.resources import ask_cluster, plan_capacity, send_note
 from viladiff.cluster.session import TOKEN, load_ray, private
+from viladiff.core.atomic import GRACE, hold
 from viladiff.core.environment import visible_cpus
 from viladiff.core.watchdog import Reaper, descendants, start
 from viladiff.runs.job import Event, ExecutionSettings, Outcome, PlannedRun
@@ -34,6 +36,8 @@ SCRATCH = 50 * 2**20
 """Free bytes that the temporary folder must have: Ray's start hangs where its logs cannot be written."""
 LONGEST = 40
 """Characters of a directory in which Ray can make its sockets, whose names may have 107."""
+_LOCKS: dict[Path, int | None] = {}
+"""Descriptors by which this process holds its scratch directories."""
 OBJECT_STORE = 100 * 2**20
 """Bytes; only names and numbers pass through it."""
 
@@ -252,11 +256,26 @@ def _scratch() -> Path:
             "logs; free some, or set TMPDIR to another folder"
         )
     for old in base.glob("viladiff-*-*"):
-        pid = old.name.split("-")[1]
-        with suppress(FileNotFoundError):  # its reaper, or another driver, may be at it too
-            if pid.isdigit() and old.stat().st_uid == os.getuid() and not _running(int(pid)):
-                shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
+        with suppress(OSError):  # its reaper, or another driver, may be at it too
+            found = old.stat()
+            rested = abs(time.time() - found.st_mtime) > GRACE  # else its driver may be about to lock it
+            if old.name.split("-")[1].isdigit() and found.st_uid == os.getuid() and rested:
+                _remove_dead(old)
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
+        _LOCKS[made] = hold(made)
+        if made.exists():  # else another driver found it before it was locked
+            return made
+
+
+def _remove_dead(directory: Path) -> None:
+    """Remove a directory unless its driver lives, in whatever container, which its lock says; OSError if it does."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def temporary_space() -> tuple[Path, int]:
@@ -282,22 +301,14 @@ def _short(scratch: Path) -> Iterator[Path]:
 
 
 def _remove(scratch: Path) -> None:
-    """Remove the directory, retrying while Ray's last processes may still write."""
+    """Remove the directory and its lock, retrying while Ray's last processes may still write."""
+    if (descriptor := _LOCKS.pop(scratch, None)) is not None:
+        os.close(descriptor)
     for _ in range(50):
         shutil.rmtree(scratch, ignore_errors=True)
         if not scratch.exists():
             return
         time.sleep(0.1)
-
-
-def _running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager

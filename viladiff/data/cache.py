@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from viladiff.core.atomic import draft_of, sync_directory, sync_file
 from viladiff.core.hashing import sha256_hex
 from viladiff.core.messages import shown
 
@@ -138,11 +138,15 @@ def _write_manifest(draft: Path, name: str, facts: Facts) -> None:
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
     text = json.dumps({"fingerprint": name, "facts": facts, "files": files}, indent=1)
     (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    for path in draft.iterdir():  # a rename that outlives a power cut must not name files without content
+        sync_file(path)
+    sync_directory(draft)
 
 
 def _publish(draft: Path, directory: Path) -> None:
     try:
         draft.rename(directory)
+        sync_directory(directory.parent)
     except OSError:
         # Which code a rename onto a full folder gives (EEXIST, ENOTEMPTY, ...) differs between systems.
         if directory.exists():
@@ -152,7 +156,7 @@ def _publish(draft: Path, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _beside(directory: Path) -> Iterator[Path]:
-    draft = directory.with_name(f".{directory.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    draft = draft_of(directory)
     draft.mkdir(parents=True)
     try:
         yield draft

@@ -92,7 +92,7 @@ def prepare(path: Path, args: argparse.Namespace) -> SweepJob:
     _check_publishing(args)
     namer = SweepPlanner(sweep, args.scale, changes, args.select, args.workers)
     optuna_pruner(args.early_stopping, namer.steps)  # whether it can judge at these rungs
-    store = Store(Path(args.runs_dir), [published_dir()])
+    store = Store(Path(args.runs_dir), [published_dir()], repair=not (args.render or args.dry_run))
     own = published_dir() if args.publish else reports_dir() / args.scale
     out = Path(args.report_dir).expanduser().absolute() if args.report_dir else own / f"sweep_{sweep.name}"
     example = namer.planned(sweep.initial_point, seeds[0])

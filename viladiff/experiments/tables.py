@@ -93,7 +93,8 @@ def run_table(path: Path, args: argparse.Namespace, command: str) -> int:
     try:
         outcomes = [] if args.render else run_missing(job, settings)
     finally:
-        job.store.clean()  # also where a second Ctrl-C ended it at once
+        if not args.render:
+            job.store.clean()  # also where a second Ctrl-C ended it at once
     index = write_table_page(job)
     return print_summary(job, outcomes, index)
 
@@ -120,8 +121,10 @@ def plan_table(path: Path, args: argparse.Namespace, command: str) -> TableJob:
     other = table.scale[args.scale].published_runs
     beside = make_plan(table, other, cache=runs_dir / "plans") if other else None
     # Where published numbers have a column of their own, what counts as run here is what was run here.
-    store = Store(runs_dir, [] if args.restart or beside else [published_dir()])
-    store.clean()
+    looking = args.render or args.dry_run  # which deletes nothing, also of what is damaged
+    store = Store(runs_dir, [] if args.restart or beside else [published_dir()], repair=not looking)
+    if not looking:
+        store.clean()
     default = (published_dir() if args.publish else reports_dir() / args.scale) / table.name
     out = Path(args.report_dir).expanduser().absolute() if args.report_dir else default
     return TableJob(table, plan, store, out, command, args.publish, path, beside)

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import logging
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from viladiff.core.atomic import name_file_in_errors, sync_directory
+from viladiff.core.atomic import draft_of, name_file_in_errors, sync_directory
 from viladiff.data.transforms.augment import normalise
 from viladiff.inference.card import input_words
 from viladiff.inference.predict import Model
@@ -62,7 +61,7 @@ def export_run(
     facts: dict[str, Any] = model.cost()
     wanted = [(ONNX, "ONNX", export_onnx, onnx), (PROGRAM, "torch.export", export_program, torch_export)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
+    draft = draft_of(out)
     draft.mkdir()
     try:
         with name_file_in_errors(out):

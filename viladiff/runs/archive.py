@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from viladiff.core.atomic import write_atomically
+from viladiff.core.atomic import write_atomically, writer_token
 from viladiff.core.hashing import file_sha256, sha256_hex
 from viladiff.core.messages import one_line, shown
 from viladiff.data.formats.npz import check_arrays
@@ -74,7 +74,7 @@ def import_archive(store: Store, path: Path) -> dict[str, str]:
     """
     store.root.mkdir(parents=True, exist_ok=True)
     # Inside the store, so that each file is put in place by a rename.
-    with tempfile.TemporaryDirectory(dir=store.root, prefix=f".import-{os.getpid()}-") as folder:
+    with tempfile.TemporaryDirectory(dir=store.root, prefix=f".import-{os.getpid()}-{writer_token()}-") as folder:
         try:
             found = _unpack(path, Path(folder))
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:

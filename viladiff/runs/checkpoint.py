@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from viladiff.core.atomic import name_file_in_errors, sync_directory
+from viladiff.core.atomic import name_file_in_errors, sync_directory, sync_file
 from viladiff.core.messages import names_file, shown
 
 MAGIC = b"VILADIFF"
@@ -156,15 +156,10 @@ def _duplicate(path: Path, to: Path) -> None:
         os.link(path, temporary)
     except OSError:  # no hard links on this file system
         shutil.copyfile(path, temporary)
-        _sync_file(temporary)
+        sync_file(temporary)
     os.replace(temporary, to)
     # Where both were already one file, the rename does nothing and leaves the temporary name.
     temporary.unlink(missing_ok=True)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _check_plain(value: object, where: str) -> None:

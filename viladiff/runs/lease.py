@@ -24,12 +24,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from viladiff.core.atomic import write_atomically
+from viladiff.core.atomic import machine, write_atomically
 from viladiff.core.messages import one_line, printable
 from viladiff.core.watchdog import start
 
@@ -109,7 +108,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLostError if another machine has taken over; read the file now, not at the next heartbeat."""
-        if not self.path.exists():
+        if self._lost.is_set() or not self.path.exists():
             self._lost.set()
             raise LeaseLostError(
                 f"{self.path.parent}: another machine took this over after this one was silent too long"
@@ -224,8 +223,7 @@ def _countdown(directory: Path) -> Iterator[Callable[[Holder | None, float], Non
 
 
 def live_leases(directory: Path, watch: HeartbeatMonitor) -> dict[Path, Holder | None]:
-    """Return leases on ``directory`` whose holder is or may be alive; None: unreadable. Remove those of the dead."""
-    _held(directory, watch)
+    """Return leases on ``directory`` whose holder is or may be alive; None: unreadable. Remove nothing."""
     return {found.path: found.holder for found in read_leases(directory, watch) if not found.dead}
 
 
@@ -280,11 +278,6 @@ def read_leases(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
     return found
 
 
-def runs_here(pid: int) -> bool:
-    """Return whether a process of this number runs on this machine."""
-    return start(pid) is not None
-
-
 def _parse(text: bytes) -> Holder | None:
     try:
         fields = json.loads(text)
@@ -316,7 +309,7 @@ def _left(found: FoundLease, watch: HeartbeatMonitor) -> float:
 
 def _lives(holder: Holder | None) -> bool | None:
     """Return whether the process runs, according to this machine's kernel; None if only the heartbeat can tell."""
-    if holder is None or not holder.machine or holder.machine != _machine():
+    if holder is None or not holder.machine or holder.machine != machine():
         return None
     started = start(holder.pid)
     if started is not None:
@@ -337,17 +330,6 @@ def _dying(pid: int) -> bool:
     return False
 
 
-@cache
-def _machine() -> str:
-    try:
-        if os.readlink("/proc/self") != str(os.getpid()):
-            return ""  # /proc is of another process namespace, and so are the starts in it
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
 def _self() -> Holder:
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Holder(socket.gethostname(), _machine(), os.getpid(), start(os.getpid()) or 0, since)
+    return Holder(socket.gethostname(), machine(), os.getpid(), start(os.getpid()) or 0, since)

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from viladiff.core.atomic import write_atomically
+from viladiff.core.atomic import abandoned, write_atomically
 from viladiff.core.messages import one_line, print_text
 from viladiff.runs import lease as leases
 from viladiff.runs.lease import Holder, Lease
@@ -27,11 +27,6 @@ from viladiff.runs.record import CorruptRecordError, RunRecord, parse_record
 
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_WRITER = re.compile(r"\..+?\.(\d+)\.(?:[0-9a-f]{8}\.|prev\.)?tmp")
-"""Names of files being written: .record.json.<pid>.<token>.tmp, .checkpoint.pt.<pid>.tmp, ..."""
-
-GRACE = 5.0
-"""Seconds that a file being written may rest before it counts as abandoned."""
 
 
 class Failure(BaseModel):
@@ -264,7 +259,7 @@ class Store:
         """
         removed = []
         for path in self.stale_files(gone, sure=True):
-            with contextlib.suppress(PermissionError):  # a run of another user is left to that one
+            with contextlib.suppress(OSError):  # a run of another user is left to that one
                 path.unlink(missing_ok=True)
                 removed.append(path)
         return removed
@@ -285,16 +280,3 @@ class Store:
 def _stamp(path: Path) -> _Stamp:
     found = path.stat()
     return _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
-
-
-def abandoned(directory: Path, gone: Collection[int] = ()) -> Iterator[Path]:
-    """Yield the directory's files whose writer is gone; none if there is no directory.
-
-    A writer on another machine cannot be told from a dead one, so recent files stay, except those of ``gone``.
-    """
-    for path in directory.iterdir() if directory.is_dir() else ():
-        writer = _WRITER.fullmatch(path.name)
-        if writer and not leases.runs_here(pid := int(writer[1])):
-            with contextlib.suppress(FileNotFoundError):
-                if pid in gone or abs(time.time() - path.stat().st_mtime) > GRACE:
-                    yield path

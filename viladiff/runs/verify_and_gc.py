@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.config.base import ConfigError, unflatten
+from viladiff.core.atomic import abandoned, abandoned_draft, writer_gone
 from viladiff.core.messages import one_line, shown
 from viladiff.core.source_digest import plan_stem
-from viladiff.runs.lease import runs_here
 from viladiff.runs.record import RunRecord, load_record
 from viladiff.runs.run_name import PLACES, hashed
-from viladiff.runs.store import GRACE, RUN_ID, Store, abandoned
+from viladiff.runs.store import RUN_ID, Store
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.prev.pt")
 _DAMAGED = re.compile(r"[0-9a-f]{16}-\S+")
 _PLAN = re.compile(r"plan-[0-9a-f-]+\.json")
-_IMPORT = re.compile(r"\.import-(\d+)-\S+")
+_IMPORT = re.compile(r"\.import-(\d+)-(?:([0-9a-f]{8})-)?\S+")
 
 
 class Finding(NamedTuple):
@@ -137,18 +136,22 @@ def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
             yield Finding(path, run_id, False, str(error))
 
 
-def garbage(store: Store, keep_checkpoints: bool = False, pages: Path | None = None) -> list[Garbage]:
+def garbage(
+    store: Store, keep_checkpoints: bool = False, pages: Path | None = None, cache: Path | None = None
+) -> list[Garbage]:
     """Return what ``viladiff runs gc`` removes; never a readable record, never a file of a running run.
 
-    ``pages``: a directory of reports, of which only half-written files are listed.
+    ``pages``, ``cache``: directories of reports and of the cache, of which only half-written files and folders are
+    listed.
     """
     found: list[tuple[Path, str]] = [
         (path, "lease of a process that is gone" if "lease-" in path.name else "left half written")
         for path in store.stale_files()
     ]
     plans = store.root / "plans"
-    folders = [plans, *([pages, *filter(Path.is_dir, pages.rglob("*"))] if pages else [])]
+    folders = [plans, *(folder for root in (pages, cache) if root for folder in [root, *_below(root)])]
     found += [(path, "left half written") for folder in folders for path in abandoned(folder)]
+    found += [(path, "left half written") for path in _below(cache) if abandoned_draft(path)] if cache else []
     found += [
         (path, "plan by other code") for path in _entries(plans, _PLAN) if not path.name.startswith(plan_stem() + "-")
     ]
@@ -195,9 +198,17 @@ def _entries(folder: Path, names: re.Pattern[str]) -> list[Path]:
         return []
 
 
+def _below(root: Path) -> list[Path]:
+    """Return the folders below a directory, those of one that is being filled left out."""
+    return [path for path in root.rglob("*") if path.is_dir() and not path.parent.name.startswith(".")]
+
+
 def _abandoned_import(path: Path) -> bool:
-    writer = int(path.name.split("-")[1])
-    return not runs_here(writer) and abs(time.time() - path.stat().st_mtime) > GRACE
+    writer = _IMPORT.fullmatch(path.name)
+    try:
+        return writer is not None and writer_gone(int(writer[1]), writer[2] or "", path.stat().st_mtime)
+    except FileNotFoundError:
+        return False
 
 
 def _size(path: Path, seen: set[tuple[int, int]]) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.multiprocessing import SimpleQueue, get_context
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
+from viladiff.core.atomic import hold
 from viladiff.core.distributed import join_here
 from viladiff.data.batch import Losses
 from viladiff.methods.base import Method
@@ -103,9 +104,11 @@ def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *ar
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[_STARTING] = str(os.getpid())
     failure: Exception | None = None
+    held: int | None = None
     try:
         dump = cfg.model_dump(mode="json")
         with tempfile.TemporaryDirectory(prefix=f"viladiff-{os.getpid()}-", ignore_cleanup_errors=True) as meeting:
+            held = hold(Path(meeting))  # else a driver in another container removes it as a dead one's
             spawn(_worker, (work, dump, workers, arguments, _backend(cfg, workers), meeting, queue), workers)
     except ProcessRaisedException as error:
         failure = error
@@ -114,6 +117,8 @@ def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *ar
     finally:
         os.environ.pop(_STARTING, None)
         signal.signal(signal.SIGINT, old)
+        if held is not None:
+            os.close(held)
     kind, text = ("", "") if queue.empty() else queue.get()
     if kind == "done":
         return text

@@ -31,7 +31,7 @@ from viladiff.models.encoders.build import input_note
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, previous
 from viladiff.runs.config import RunConfig, run_id
-from viladiff.runs.lease import Lease, LeaseLostError, acquire_or_raise
+from viladiff.runs.lease import Lease, acquire_or_raise
 from viladiff.runs.record import load_record, save_record
 from viladiff.text.embedding_bank import load_text, text_vectors
 from viladiff.trackers.base import Callback, Callbacks, RunInfo, tracked_config
@@ -177,6 +177,7 @@ class Trainer:
                 self._train()
                 record = evaluator.record(self)
                 evaluator.save_qualitative(self)
+                self._check_lease()
                 if self.rank == 0:
                     previous(self.saver.path).unlink(missing_ok=True)
                     save_record(record, done)
@@ -380,9 +381,7 @@ class Trainer:
 
     def _check_lease(self) -> None:
         if self.lease is not None and self.lease.lost:
-            raise LeaseLostError(
-                f"{self.directory}: another machine took this run over after this one was silent too long"
-            )
+            self.lease.check()
 
     def alive(self) -> None:
         """Send a heartbeat during work without steps."""

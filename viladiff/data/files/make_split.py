@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from viladiff.core import keyed_random
+from viladiff.core.atomic import draft_of
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.groups import groups_of
 from viladiff.data.files.index import FileIndex
@@ -179,7 +179,7 @@ def write_lists(
     if unfit is not None:
         raise ValueError(f"{str(tree.images[unfit])!r}: no list can hold this name; rename the image and its mask")
     directory = options.lists_below(tree) / name
-    draft = directory.with_name(f".{name}-{secrets.token_hex(4)}")
+    draft = draft_of(directory)
     try:
         draft.mkdir(parents=True)
         for file, ids in zip(("labelled", "unlabelled", "val"), lists, strict=True):

@@ -15,13 +15,12 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from viladiff.core.atomic import write_atomically
+from viladiff.core.atomic import abandoned, write_atomically
 from viladiff.core.messages import plain_cell
 from viladiff.report import provenance
 from viladiff.report.charts.sweep_figures import BEST, LINE, PAPER, PLAIN, save_picture
 from viladiff.report.sweep import sweep_views
 from viladiff.runs.record import RunRecord
-from viladiff.runs.store import abandoned
 from viladiff.sweeps.finals import FinalComparison, Finalist, Tuned, chosen, compare_finalists, scores
 from viladiff.sweeps.spec import FRESH, Sweep, choosing_images
 from viladiff.sweeps.summary import FOREST, TrialRow, importances, one_budget, rungs, to_toml, trial_rows

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from viladiff.core import colormap
-from viladiff.core.atomic import write_atomically
+from viladiff.core.atomic import abandoned, write_atomically
 from viladiff.core.installation import checkout
 from viladiff.core.messages import format_seconds
 from viladiff.evaluation.metrics import METRICS, shown_metrics
@@ -33,7 +33,6 @@ from viladiff.report.sections.side_by_side import SideBySide
 from viladiff.report.table import exports, table_views
 from viladiff.report.table import results as tables
 from viladiff.report.table.results import Agreement, Results
-from viladiff.runs.store import abandoned
 
 if TYPE_CHECKING:
     from viladiff.runs.store import Store

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from viladiff.core.atomic import write_atomically
+from viladiff.core.atomic import sync_directory, write_atomically
 from viladiff.core.messages import errors_name
 
 if TYPE_CHECKING:
@@ -149,7 +149,10 @@ def finish(job: CaptioningJob) -> pa.Table:
     prompts = {prompt: place for place, prompt in enumerate(job.who.prompts)}
     order = sorted(rows, key=lambda key: (images.get(key[0], len(images)), key[0], prompts[key[1]]))
     table = pa.Table.from_pylist([rows[key] for key in order], schema=SCHEMA)
-    write_atomically(job.out, _bytes(table))
+    whole = job.parts / job.out.name  # beside the parts, with which all that a kill leaves of it goes away
+    write_atomically(whole, _bytes(table))
+    whole.replace(job.out)
+    sync_directory(job.out.parent)
     shutil.rmtree(job.parts)
     return table
 
