@@ -18,7 +18,7 @@ import safetensors.torch
 from viladiff.config.base import unflatten
 from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.core.hashing import file_sha256
-from viladiff.core.messages import error_lines
+from viladiff.core.messages import error_lines, one_line
 from viladiff.data.captions.files import match, read_captions
 from viladiff.data.files.groups import groups_of
 from viladiff.data.files.images import IdEncoding, PaletteEncoding, image_size, read_image, read_mask
@@ -120,7 +120,7 @@ def overrides(path: Path) -> object:
 
 def fields_named(path: Path) -> tuple[str, ...]:
     """Fields of the words, and sections, one of which an error on words names."""
-    given = [word.partition("=")[0].strip() for word in words(path)]
+    given = [one_line(word.partition("=")[0].strip())[:100] for word in words(path)]  # as an error shows it
     return (*SECTIONS, "field=value", *(one for one in given if one), *(one.split(".")[0] for one in given if one))
 
 
