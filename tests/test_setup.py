@@ -143,8 +143,8 @@ def test_each_dependency_has_both_bounds_and_the_pinned_version_between_them(one
 def test_the_lower_bounds_are_what_the_code_asks_for() -> None:
     lower = {one.name: next(part.version for part in one.specifier if part.operator == ">=") for one in bounded()}
     assert lower["ray"] == ".".join(map(str, OLDEST)), "the release that requires a token"
-    assert 'torch.__version__.split(".")[:2]) >= (2, 11)' in (ROOT / "viladiff" / "cli" / "doctor.py").read_text()
-    assert lower["torch"] == "2.11"
+    assert 'torch.__version__.split(".")[:2]) >= (2, 12)' in (ROOT / "viladiff" / "cli" / "doctor.py").read_text()
+    assert lower["torch"] == "2.12"
 
 
 VERSIONS = """#!/bin/bash

@@ -84,8 +84,8 @@ def _torch() -> Iterator[Check]:
     except (ImportError, OSError) as error:
         yield Check("torch", f"does not import: {error}", "remove .venv and run make setup", broken=True)
         return
-    new = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
-    yield Check("torch", torch.__version__, "" if new else "requires 2.11 or newer: run make setup", not new)
+    new = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+    yield Check("torch", torch.__version__, "" if new else "requires 2.12 or newer: run make setup", not new)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     built = torch.version.cuda or "none"
     yield Check("devices", f"{', '.join(names) or 'CPU only'} (built for CUDA {built})")
