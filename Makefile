@@ -9,7 +9,7 @@ ARGS ?=
 bin := .venv/bin
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup table5 reproduce test test-lowest test-newest lint compat bench docs records published
+.PHONY: help setup table5 reproduce test test-lowest test-newest lint compat fuzz bench docs records published
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: setup ## ruff and mypy
 
 compat: setup ## names of runs, stored records, Table 5's file and the golden losses are what they were (a minute)
 	$(one_thread) $(bin)/python -m pytest tests/test_compat.py tests/methods/test_methods.py -k "compat or golden" $(PYTEST_ARGS)
+
+fuzz: setup ## odd files for each reader, 100,000 in all; stopped and given again it goes on (minutes; ARGS="--seed 1 --keep")
+	$(one_thread) $(bin)/python tests/fuzz/fuzz_run.py $(ARGS)
 
 bench: setup ## every claim about speed, as ratios measured in one run each
 	@for file in benchmarks/*.py; do \

@@ -124,6 +124,39 @@ def test_a_manifest_names_no_other_files(copy: Path, text: str) -> None:
         load_model(copy)
 
 
+def test_a_manifest_leaves_out_no_file_such_as_the_order_of_classes(copy: Path) -> None:
+    sums = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))["sha256"]
+    assert {*sums} == {"classes.txt", "config.json", "model.safetensors", "preprocessor_config.json"}
+    names = (copy / "classes.txt").read_text(encoding="utf-8").split("\n")
+    (copy / "classes.txt").write_text("\n".join([names[1], names[0], *names[2:]]), encoding="utf-8")
+    del sums["classes.txt"]
+    (copy / "manifest.json").write_text(json.dumps({"sha256": sums}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"manifest.json: not the manifest of a model folder"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("field", ["method.name", "model.decoder_width"])
+def test_a_field_and_one_below_it_are_refused(copy: Path, field: str) -> None:
+    (copy / "manifest.json").unlink()
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["fields"][f"{field}.more"] = 1
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"config.json: .*{field}.more: a field below .*keep one of the two") as error:
+        load_model(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_no_memory_is_taken_for_a_network_that_the_weights_are_not_of(copy: Path) -> None:
+    (copy / "manifest.json").unlink()
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["fields"]["model.decoder_width"] = 1 << 20  # 38 TB of weights
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"config.json: .*its network has \d+ bytes of weights, and model.safetensors has"
+    ):
+        load_model(copy)
+
+
 def test_no_score_stands_on_changed_weights(run: Path, folder: Path, tmp_path: Path) -> None:
     for source in (run, folder):
         segmenter = Segmenter.from_pretrained(source)

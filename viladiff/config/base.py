@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from viladiff.config import renamed
-from viladiff.core.messages import error_lines, shown
+from viladiff.core.messages import error_lines, one_line, shown
 
 INTEGER = re.compile(r"[+-]?\d+")
 DOTTED = re.compile(r"[a-z]\w*(\.\w+)+|seed")
@@ -174,6 +174,7 @@ def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
 
 def unknown_field(path: str, known: Collection[str]) -> str:
     """Return the error for a path that names no field: its new name, or the nearest one and the section's fields."""
+    path = one_line(path, 200)
     if path in renamed.FIELDS:
         return f"{path}: renamed; write {renamed.FIELDS[path]}"
     inside = [name for name in known if name.startswith(path + ".")]

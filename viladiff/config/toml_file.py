@@ -35,7 +35,7 @@ def strange_values(value: object, where: tuple[str | int, ...] = ()) -> Iterator
     elif isinstance(value, list):
         for i, one in enumerate(value):
             yield from strange_values(one, (*where, i))
-    elif not isinstance(value, str | int | float) or not (isinstance(value, str) or math.isfinite(value)):
+    elif not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
         yield f"{_place(where)} = {shown(value)}: must be text, a finite number, true, false or a list of those"
 
 
@@ -55,6 +55,8 @@ def format_toml_error(
 ) -> str:
     """Format one pydantic error of a file of ``top``; ``sections`` are in its lists."""
     loc, value = list(item["loc"]), item.get("input")
+    if item["type"] == "json_invalid":  # the file as JSON, which only depth can make so
+        return f"nested too deeply ({one_line(item['msg'])})"
     section = sections.get(str(loc[0])) if len(loc) > 1 else None
     entry, rest = "", loc
     if section is not None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import re
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote, unquote, unquote_plus
+
+A = TypeVar("A")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LONGEST_VALUE = 160
 """Characters of a value in an error."""
@@ -129,6 +135,11 @@ def error_lines(text: str) -> str:
     return "\n".join(map(one_line, lines))
 
 
+def fault_lines(where: object, faults: Iterable[str]) -> str:
+    """Return an error with a line for each fault of a file, each once; what a fault quotes cannot begin a line."""
+    return error_lines("\n".join(one_line(f"{where}: {fault}") for fault in dict.fromkeys(faults)))
+
+
 @contextlib.contextmanager
 def errors_name(where: object, several: bool = False) -> Iterator[None]:
     """Within the context a ValueError names ``where`` in one line, or one a fault if ``several`` may be raised.
@@ -150,6 +161,17 @@ def errors_name(where: object, several: bool = False) -> Iterator[None]:
             raise ValueError(text) from error
         error.args = (text,)
         raise
+
+
+def names_file(read: Callable[Concatenate[A, P], T]) -> Callable[Concatenate[A, P], T]:
+    """Decorate a reader whose first argument is a file or folder, with ``errors_name``."""
+
+    @functools.wraps(read)
+    def wrapped(place: A, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with errors_name(place):
+            return read(place, *args, **kwargs)
+
+    return wrapped
 
 
 def disk_advice(error: BaseException) -> str:

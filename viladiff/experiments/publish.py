@@ -15,6 +15,8 @@ from viladiff.tables.plan import Plan
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+_LARGEST = 2.0**1000
+"""A number beyond it is none of a log, and a sum of such would be none either."""
 POINTS = 30
 """Lines that a published log has at most; each is the mean over a stretch of steps."""
 
@@ -59,9 +61,15 @@ def publish_records(runs: Iterable[str], store: Store, out: Path) -> list[Path]:
 
 
 def _rows(log: Path) -> Iterator[dict[str, float]]:
-    for line in log.read_text().splitlines():
-        with suppress(json.JSONDecodeError):  # the last line of a run that was killed may be torn
-            yield json.loads(line)
+    for line in log.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):  # the last line of a run that was killed may be torn
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int and _is_number(row["step"]):
+                yield {name: value for name, value in row.items() if _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < _LARGEST
 
 
 def thinned(rows: Iterable[dict[str, float]], points: int = POINTS) -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ from viladiff.core.atomic import write_atomically
 from viladiff.core.installation import published_dir
 from viladiff.core.messages import print_text
 from viladiff.experiments.publish import publish_records
-from viladiff.experiments.sweep_setup import META, SweepJob, differences, meta
+from viladiff.experiments.sweep_setup import META, SweepJob, differences, meta, read_definition
 from viladiff.sweeps.finals import Finalist
 from viladiff.sweeps.trials import Trial, load_trials, save_trial, trial_bytes, without_paths
 
@@ -26,11 +26,11 @@ def published_trials(job: SweepJob) -> list[Trial]:
     """
     path = published_in(job) / META
     try:
-        before = json.loads(path.read_bytes())
+        before = read_definition(path)
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); restore it") from None
+        raise ValueError(f"{error}; restore it") from None
     return [] if differences(before, job) else load_trials(path.parent / "trials")
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from viladiff.cluster.resources import Capacity, threads_of_a_run
 from viladiff.cluster.resources import plan_capacity as room
-from viladiff.config.base import parse_overrides
+from viladiff.config.base import error_reason, parse_overrides
 from viladiff.core.atomic import write_atomically
 from viladiff.core.installation import published_dir, reports_dir, require_checkout
-from viladiff.core.messages import HIDDEN, hidden_url
+from viladiff.core.messages import HIDDEN, hidden_url, one_line, shown
 from viladiff.experiments.tables import seeds_of
 from viladiff.runs import lease as leases
 from viladiff.runs.job import ExecutionSettings, PlannedRun
@@ -156,21 +158,38 @@ def check_same(job: SweepJob) -> None:
     """Raise ValueError if the directory holds another sweep; a directory that does not exist holds none."""
     path = job.directory / META
     try:
-        before = json.loads(path.read_bytes())
+        before = read_definition(path)
     except FileNotFoundError:
         return
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); use --study NAME for a new sweep") from None
+        raise ValueError(f"{error}; use --study NAME for a new sweep") from None
     faults = differences(before, job)
     if faults:
         more = "; only a wider space or more trials can resume it; use --study NAME for a new sweep"
         raise ValueError(f"{job.directory} is another sweep: {'; '.join(faults)}{more}")
 
 
+def read_definition(path: Path) -> dict[str, Any]:
+    """Read what ``meta`` wrote. Raises FileNotFoundError, and ValueError that names a file which is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({one_line(str(error))})") from None
+    space = found.get("space") if isinstance(found, dict) else None
+    if not isinstance(space, dict):
+        raise ValueError(f"{path}: damaged (it defines no space)")
+    try:
+        shrunk(space, {})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{path}: damaged (space: {one_line(error_reason(first))})") from None
+    return dict(found)
+
+
 def differences(before: Mapping[str, Any], job: SweepJob) -> list[str]:
     """Explain why this sweep does not continue the one that ``before``, written by ``meta``, describes."""
     faults = [
-        f"{name} was {before.get(name)!r}, and is now {value!r}"
+        f"{name} was {shown(before.get(name))}, and is now {shown(value)}"
         for name, value in json.loads(json.dumps(meta(job))).items()
         if name != "space" and before.get(name) != value
     ]

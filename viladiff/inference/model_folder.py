@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from viladiff.config.base import unflatten
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256, sha256_hex
-from viladiff.core.messages import errors_name, one_line, shown
+from viladiff.core.messages import errors_name, names_file, one_line, shown
 from viladiff.inference.load import last_line, text_dim
 from viladiff.models.segmenter import Network
 from viladiff.runs.config import RunConfig
@@ -100,6 +100,7 @@ def as_json(value: object) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
+@names_file
 def read_folder(folder: Path) -> ModelFolder:
     """Read a model folder; no code is run and nothing is unpickled.
 
@@ -162,7 +163,7 @@ def _check_sums(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         return
     sums = _read_json(folder / MANIFEST).get("sha256")
-    if not isinstance(sums, dict) or {*sums} - {WEIGHTS, CONFIG, PREPROCESSING, CLASSES}:
+    if not isinstance(sums, dict) or {*sums} != {WEIGHTS, CONFIG, PREPROCESSING, CLASSES}:
         raise ValueError(f"{folder / MANIFEST}: not the manifest of a model folder")
     for name, wanted in sums.items():
         try:

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from viladiff.core.messages import names_file
+
 State = dict[str, Tensor]
 
 CONTAINERS = (
@@ -60,6 +62,7 @@ def weights_path(text: str) -> Path:
         raise ValueError(f"model.weights = {text!r}: {error}; write the whole path") from error
 
 
+@names_file
 def read_file(path: Path) -> tuple[State, str]:
     """Return the tensors of a safetensors or torch file by name, and the key that they lay under, empty for none.
 

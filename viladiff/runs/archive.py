@@ -146,7 +146,7 @@ def _members(path: Path, packed: gzip.GzipFile) -> Iterator[tarfile.TarInfo]:
 def _copy(packed: gzip.GzipFile, size: int, into: Path) -> None:
     """Write the next ``size`` bytes to a file, and pass over the rest of the last block."""
     if size < 0:
-        raise tarfile.InvalidHeaderError("a file of negative size")
+        raise tarfile.HeaderError("a file of negative size")
     left = size
     with into.open("wb") as file:
         while left:
@@ -170,7 +170,7 @@ def _checked(path: Path, folder: Path, names: list[str]) -> dict[str, dict[str, 
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {_SUMS} cannot be read; nothing was imported") from error
     if not isinstance(sums, dict):
-        raise ValueError(f"{path}: {_SUMS} is no list of files; nothing was imported")
+        raise ValueError(f"{path}: {_SUMS} cannot be read as one; nothing was imported")
     found = {name: file_sha256(folder / name) for name in names if name != _SUMS}
     if sums != found:
         wrong = sorted(set(found) ^ set(sums)) or [name for name in found if sums[name] != found[name]]

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 
 from viladiff.core.atomic import name_file_in_errors, sync_directory
-from viladiff.core.messages import shown
+from viladiff.core.messages import names_file, shown
 
 MAGIC = b"VILADIFF"
 VERSION = 1
@@ -80,6 +80,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
     return None
 
 
+@names_file
 def load_file(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Load exactly this checkpoint, checked against its checksum, without running any code in it.
 

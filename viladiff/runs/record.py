@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from viladiff.config.base import error_reason
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import sha256_hex
+from viladiff.core.messages import errors_name, shown
 from viladiff.runs import gradient_shares as shares
 from viladiff.runs.run_name import WEIGHTS, Content, arithmetic, run_name
 
@@ -107,7 +108,8 @@ def mismatch(record: RunRecord) -> str:
     config, changed = record.config, record.changed
     for path, value in changed.items():
         if path not in config or config[path] != value:
-            return f"{path} is {value!r} among the changed fields and {config.get(path, 'missing')!r} in config"
+            there = shown(config.get(path, "missing"))
+            return f"{shown(path)[1:-1]} is {shown(value)} among the changed fields and {there} in config"
     if type(config.get("seed")) is not int or not isinstance(config.get("train.precision"), str):
         return "config lacks seed or train.precision"
     revisions = record.core_revision, record.method_revision
@@ -156,8 +158,7 @@ def _measured(value: object, share: bool) -> bool:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return shown(value, 40)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def strip_local_paths(record: RunRecord) -> RunRecord:
     for fields in (config, changed):
         for weights in WEIGHTS:
             if fields.get(weights):
-                fields[weights] = Path(fields[weights]).name
+                fields[weights] = Path(str(fields[weights])).name
     pretrained = Path(record.pretrained).name if record.config.get("model.weights") else record.pretrained
     return RunRecord(**{**record.model_dump(), "config": config, "changed": changed, "pretrained": pretrained})
 
@@ -228,6 +229,11 @@ def load_record(path: Path) -> RunRecord:
 
 def parse_record(data: bytes, path: Path | str) -> RunRecord:
     """Parse the record in the bytes of a file; ``path`` is for messages. Raises as ``load_record`` does."""
+    with errors_name(path):
+        return _parsed(data, path)
+
+
+def _parsed(data: bytes, path: Path | str) -> RunRecord:
     try:
         rest = json.loads(data, object_pairs_hook=_once)
         if not isinstance(rest, dict):
@@ -241,7 +247,7 @@ def parse_record(data: bytes, path: Path | str) -> RunRecord:
         raise CorruptRecordError(f"{path} is not a run's record: it has no checksum")
     if written != found:
         raise CorruptRecordError(
-            f"{path} is damaged: its checksum is {str(written)[:12]}, its content gives {found[:12]}"
+            f"{path} is damaged: its checksum is {shown(str(written)[:12])[1:-1]}, its content gives {found[:12]}"
         )
     try:
         record = RunRecord.model_validate(rest)

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from viladiff.core.atomic import write_atomically
-from viladiff.core.messages import print_text
+from viladiff.core.messages import one_line, print_text
 from viladiff.runs import lease as leases
 from viladiff.runs.lease import Holder, Lease
 from viladiff.runs.record import CorruptRecordError, RunRecord, parse_record
@@ -77,7 +77,8 @@ class Store:
         # Absolute, since a Ray worker sits in another working directory.
         self.root = Path(root).expanduser().absolute()
         self.layers = tuple(Path(layer).expanduser().absolute() for layer in layers)
-        self._say, self._repair = say, repair
+        self._say: Callable[[str], None] = lambda text: say(one_line(text))
+        self._repair = repair
         self._lock = threading.RLock()
         self._read: dict[Path, tuple[_Stamp, RunRecord | None]] = {}
         self._watch = leases.HeartbeatMonitor()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from viladiff.config.base import ConfigError, unflatten
+from viladiff.core.messages import one_line, shown
 from viladiff.core.source_digest import plan_stem
 from viladiff.runs.lease import runs_here
 from viladiff.runs.record import RunRecord, load_record
@@ -81,9 +82,10 @@ def contradiction(record: RunRecord) -> str:
     """
     headline = record.scores.get(record.network, {}).get(record.stream, {}).get("miou")
     if record.miou != headline:
-        return f"miou is {record.miou}, and {headline} among the scores of {record.network}, {record.stream}"
+        where = one_line(f"{record.network}, {record.stream}", 100)
+        return f"miou is {record.miou}, and {headline} among the scores of {where}"
     if (asked := record.config.get("train.steps")) is not None and asked != record.steps:
-        return f"steps is {record.steps}, and train.steps {asked!r}"
+        return f"steps is {record.steps}, and train.steps {shown(asked)}"
     from viladiff.methods import METHODS
     from viladiff.runs.config import CORE_REVISION, defaults
 
@@ -98,7 +100,7 @@ def contradiction(record: RunRecord) -> str:
         if path in record.config and path not in record.changed and not path.startswith(PLACES):
             there = record.config[path]
             if hashed(path, there) != hashed(path, value):
-                return f"{path} is {there!r} in config, {value!r} by default, and not among the changed fields"
+                return f"{path} is {shown(there)} in config, {value!r} by default, and not among the changed fields"
     return ""
 
 

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import format_toml_error, read_toml, strange_values
-from viladiff.core.messages import error_lines
+from viladiff.core.messages import fault_lines, shown
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.run_name import arithmetic
 from viladiff.sweeps.space import Dimension, Point, Value, edges, strays
@@ -114,14 +114,14 @@ def load_sweep(path: Path | str) -> Sweep:
         else:
             faults = [*_faults(sweep), *_beside_faults(sweep, path)]
     if faults:
-        raise ValueError(error_lines("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults))))
+        raise ValueError(fault_lines(path, faults))
     return sweep
 
 
 def _said(item: Any, tree: Mapping[str, Any]) -> str:
     """Format a pydantic error of ``space``, whose keys are paths of fields with dots of their own."""
     loc = item["loc"]
-    if loc[0] in ("space", "initial_point") and len(loc) > 1:
+    if loc and loc[0] in ("space", "initial_point") and len(loc) > 1:
         inner = {**item, "loc": loc[2:] if len(loc) > 2 and loc[0] == "space" else ()}
         return f'{loc[0]}."{loc[1]}": {format_toml_error(inner, tree, Dimension, {})}'
     return format_toml_error(item, tree, Sweep, {"scale": Scale, "paper": PaperCurve})
@@ -265,7 +265,9 @@ def rung_steps(sweep: Sweep, fixed: Mapping[str, object]) -> tuple[int, ...]:
     """Return the steps of the rungs, the last one the full length. Raises ValueError if they coincide."""
     text = str(fixed.get("train.steps"))
     if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"train.steps = {fixed.get('train.steps')}: a sweep needs a number of steps, set by its scale")
+        raise ValueError(
+            f"train.steps = {shown(fixed.get('train.steps'))}: a sweep needs a number of steps, set by its scale"
+        )
     steps = tuple(round(share * int(text)) for share in sweep.rungs)
     if len(set(steps)) < len(steps) or steps[0] < 1:
         raise ValueError(f"rungs = {list(sweep.rungs)}: of train.steps = {text} they are the steps {list(steps)}")
@@ -302,9 +304,9 @@ def check(sweep: Sweep, scale: str, typed: Mapping[str, object] | None = None, s
             except ConfigError as error:
                 faults |= dict.fromkeys(_blamed(str(error), sweep, scale, point))
     if faults:
-        shown = list(faults)[:8]
-        more = [f"and {len(faults) - len(shown)} more faults"] if len(faults) > len(shown) else []
-        raise ValueError("\n".join(f"sweep_{sweep.name}.toml: {fault}" for fault in [*shown, *more]))
+        first = list(faults)[:8]
+        more = [f"and {len(faults) - len(first)} more faults"] if len(faults) > len(first) else []
+        raise ValueError(fault_lines(f"sweep_{sweep.name}.toml", [*first, *more]))
 
 
 def _kinds(sweep: Sweep, fixed: Mapping[str, object]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.config.base import ConfigError, did_you_mean
 from viladiff.config.toml_file import entry_name, listed
+from viladiff.core.messages import error_lines, shown
 from viladiff.tables.published import published_fields
 from viladiff.tables.recipes.recipe import recipe_fields, shared
 from viladiff.tables.spec import RESERVED, Layer, Scale, Table, table_layers
@@ -137,7 +138,7 @@ def cells(
     """
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     for path in RESERVED.keys() & changes.keys():
-        raise ValueError(f"{path} = {changes[path]}: not set here: {RESERVED[path]}")
+        raise ValueError(f"{path} = {shown(changes[path])}: not set here: {RESERVED[path]}")
     later = unavailable(table, changes)
     places = [(row, column) for row in chosen_rows if row not in later for column in chosen_columns]
     # Which method and data set are meant has to be known before the shared fields are.
@@ -177,8 +178,8 @@ def check_lists(entry: str, fields: Mapping[str, object]) -> None:
         from viladiff.data.sources import embedded_datasets
 
         raise ValueError(
-            f"{entry}: split_per_seed = true: data.dataset = {fields.get('data.dataset')!r} has published lists, which "
-            f"all seeds share; allowed: {', '.join(embedded_datasets())}"
+            f"{entry}: split_per_seed = true: data.dataset = {shown(fields.get('data.dataset'))} has published "
+            f"lists, which all seeds share; allowed: {', '.join(embedded_datasets())}"
         )
 
 
@@ -262,7 +263,9 @@ def _with_recipe(table: Table, scale: str, merged: Mapping[str, Setting]) -> dic
         fields = recipe_fields(recipe, {path: one.value for path, one in merged.items()})
     except ConfigError as error:
         lines = str(error).splitlines()
-        raise ValueError("\n".join(f"{table.name}.toml: scale.{scale}: {line}" for line in lines)) from None
+        raise ValueError(
+            error_lines("\n".join(f"{table.name}.toml: scale.{scale}: {line}" for line in lines))
+        ) from None
     taken = {path for path, one in merged.items() if one.rank >= _SCALE}
     if taken & {"train.steps", "train.epochs"}:
         taken |= {"train.steps", "train.epochs"}
@@ -348,7 +351,7 @@ def _check(table: Table, found: Sequence[Cell], settled: Mapping[tuple[int, int]
                     None
                 )
     if faults:
-        raise ValueError("\n".join(faults))
+        raise ValueError(error_lines("\n".join(faults)))
 
 
 def _check_chooses(table: Table, found: Iterable[Cell]) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from viladiff.config.base import Section, did_you_mean
 from viladiff.config.toml_file import entry_name, format_toml_error, listed, read_toml, strange_values
-from viladiff.core.messages import error_lines
+from viladiff.core.messages import fault_lines
 from viladiff.tables.recipes.recipe import recipe_names
 from viladiff.tables.spec import (
     AMONG,
@@ -64,7 +64,7 @@ def load_table(path: Path | str) -> Table:
             )
             faults = [fault for kind in kinds for fault in kind(table)]
     if faults:
-        raise ValueError(error_lines("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults))))
+        raise ValueError(fault_lines(path, faults))
     return table
 
 

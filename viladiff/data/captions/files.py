@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from viladiff.config.base import did_you_mean
-from viladiff.core.messages import errors_name, shown
+from viladiff.core.messages import errors_name, names_file, shown
 from viladiff.data.captions.simulated import Captions
 from viladiff.data.files.index import image_id
 
@@ -65,6 +65,7 @@ class Matched(NamedTuple):
     notes: tuple[str, ...]
 
 
+@names_file
 def read_captions(path: Path | str) -> CaptionFile:
     """Read a table of captions in the format of its suffix.
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from viladiff.config.base import did_you_mean
+from viladiff.core.messages import shown
 from viladiff.data.files.index import FileIndex, image_id
 
 FOLDERS = "folder"
@@ -59,17 +60,21 @@ def _from_table(tree: FileIndex, path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: cannot be read as a table of groups: {error}") from error
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
-            raise ValueError(f"{path}, row {number}: {row} has {len(row)} columns; there must be two, image and group")
+            raise ValueError(
+                f"{path}, row {number}: {shown(row)} has {len(row)} columns; there must be two, image and group"
+            )
         name, group = tree.layout.image_id(row[0].strip()), row[1].strip()
         name = name.removeprefix(f"{tree.layout.images}/")
         if name not in tree.images:
             if number == 1:
                 continue  # the names of the columns
-            raise ValueError(f"{path}, row {number}: {row[0]!r} is no image{did_you_mean(image_id(name), tree.images)}")
+            raise ValueError(
+                f"{path}, row {number}: {shown(row[0])} is no image{did_you_mean(image_id(name), tree.images)}"
+            )
         if not group:
             raise ValueError(f"{path}, row {number}: {name!r} has no group; write one, its own if it has no neighbour")
         if found.setdefault(name, group) != group:
-            raise ValueError(f"{path}, row {number}: {name!r} is in the groups {found[name]!r} and {group!r}")
+            raise ValueError(f"{path}, row {number}: {name!r} is in the groups {shown(found[name])} and {shown(group)}")
     missing = [name for name in tree.images if name not in found]
     if missing:
         raise ValueError(f"{path}: {len(missing)} images have no group, first {missing[0]!r}")

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from viladiff.config.pixel_format import RGB_8, PixelFormat
+from viladiff.core.messages import names_file
 from viladiff.data.constants import IGNORE
 from viladiff.data.formats.bands import FileBands, bands_size, choose_channels, decoded_rgb, file_kind, read_bands
 from viladiff.data.formats.pillow_file import UPRIGHT, open_image, orientation, upright_size
@@ -98,6 +99,7 @@ def _codes(rgb: np.ndarray) -> np.ndarray:
     return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
 
 
+@names_file
 def image_size(path: Path | str) -> tuple[int, int]:
     """Return (height, width) of ``read_image(path)``, from the header alone."""
     kind = file_kind(path)
@@ -108,6 +110,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
         return upright_size(image)
 
 
+@names_file
 def read_image(path: Path | str, pixels: PixelFormat = RGB_8) -> np.ndarray:
     """Return (h, w, N), upright by its EXIF orientation: uint8, or float32 in 0..1 where a range of values is declared.
 
@@ -184,6 +187,7 @@ def _named(path: Path | str) -> Iterator[None]:
         raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from error
 
 
+@names_file
 def read_mask(path: Path | str, num_classes: int, coding: MaskEncoding | None = None) -> np.ndarray:
     """Return (h, w) uint8 of class ids and 255, upright by its EXIF orientation.
 

@@ -238,7 +238,11 @@ def below(root: Path, folder: str) -> Iterator[tuple[str, Path]]:
 
     The separator is "/". Raises ValueError if a link leads out of the root.
     """
-    if folder.startswith(".") or not (root / folder).is_dir():
+    try:
+        there = not folder.startswith(".") and (root / folder).is_dir()
+    except OSError:  # no name that a folder can have
+        there = False
+    if not there:
         return
     inside(root, root / folder)
     cut = len(os.fspath(root)) + 1

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from viladiff.config.base import did_you_mean
+from viladiff.core.messages import shown
 from viladiff.data.files.index import FOLDER, FileIndex, below
 from viladiff.data.files.split_lists import ListLine
 
@@ -30,7 +31,9 @@ def named_masks(tree: FileIndex, source: Path, lines: Mapping[str, ListLine], ne
             continue
         where = f"{source}, line {line.number}"
         if ".." in PurePosixPath(line.mask).parts:
-            raise ValueError(f"{where}: the mask {line.mask!r} climbs out of {tree.root}; names are relative to it")
+            raise ValueError(
+                f"{where}: the mask {shown(line.mask)} climbs out of {tree.root}; names are relative to it"
+            )
         found = None if line.mask == NONE else finder.find(name, line.mask)
         if found is not None:
             masks[name] = found
@@ -92,7 +95,7 @@ class _Finder:
             plain = text.lstrip("/")
             allowed, close = "a PNG", did_you_mean(plain, [*self._pngs(plain.partition("/")[0])])
         return (
-            f"names the mask {text!r}, which is not {allowed} below {root}; {here}; "
+            f"names the mask {shown(text)}, which is not {allowed} below {root}; {here}; "
             f"name one that is, or leave the second column out{close}"
         )
 

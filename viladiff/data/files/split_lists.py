@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from viladiff.config.base import did_you_mean
+from viladiff.core.messages import names_file, shown
 from viladiff.data.files import known_splits
 from viladiff.data.files.index import Layout
 
@@ -64,6 +65,7 @@ def read_list(path: Path, layout: Layout, known: Collection[str], folder: str = 
     return tuple(read_columns(path, layout, known, folder))
 
 
+@names_file
 def read_columns(path: Path, layout: Layout, known: Collection[str], folder: str = "") -> dict[str, ListLine]:
     """Read a list's images by id, in order; ``known``: those of ``folder``, or of the layout's one folder.
 
@@ -125,10 +127,10 @@ def listable(name: str, layout: Layout, known: Collection[str]) -> bool:
 
 def _unknown(line: str, layout: Layout, known: Collection[str], folder: str) -> str:
     if ".." in PurePosixPath(line.split()[0]).parts:
-        return f"{line!r} climbs out of the folder; names are relative to {folder!r}"
+        return f"{shown(line)} climbs out of the folder; names are relative to {folder!r}"
     relative = f"; names are relative to {folder!r}" if re.match(r"/|[A-Za-z]:[\\/]", line) else ""
     first, _ = next(candidates(line, layout))
-    return f"{line!r} is not an image of {folder!r}{relative}{did_you_mean(first, known)}"
+    return f"{shown(line)} is not an image of {folder!r}{relative}{did_you_mean(first, known)}"
 
 
 def find_list(directory: Path, patterns: Sequence[str], names: Sequence[str]) -> Path | None:

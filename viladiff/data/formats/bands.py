@@ -136,7 +136,7 @@ def _array(path: Path | str) -> np.ndarray:
     """Return (h, w, n) of a NumPy file, mapped; the shorter of first and last axis is that of the bands."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever NumPy's parser makes of a damaged header
         raise ValueError(f"cannot be read as an array: {error}") from error
     if array.dtype.kind not in "biuf" or array.ndim not in (2, 3) or not array.size:
         what = f"an array {array.dtype} {array.shape}"

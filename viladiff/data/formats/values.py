@@ -39,6 +39,8 @@ def _of_depth(bands: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _percentiles(bands: np.ndarray, meant: Percentiles) -> tuple[np.ndarray, np.ndarray]:
+    # NumPy has no percentiles of bits.
+    bands = bands.astype(np.uint8) if bands.dtype == np.bool_ else bands
     low, high = np.percentile(bands, [meant.low, meant.high], axis=(0, 1))
     return low, high
 

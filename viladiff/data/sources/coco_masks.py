@@ -20,6 +20,7 @@ from PIL import Image
 
 from viladiff.core.atomic import write_atomically
 from viladiff.core.hashing import file_sha256
+from viladiff.core.messages import names_file, one_line, shown
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import image_size
 from viladiff.data.files.index import FOLDER, locate, scan
@@ -188,6 +189,7 @@ def _made(folder: Path, files: Iterable[tuple[Path, Sequence[Task]]], processes:
     return made
 
 
+@names_file
 def read_instances(path: Path) -> list[Task]:
     """Read every image of the file with its regions. Raises ValueError for what differs from COCO's instances."""
     content = _content(path)
@@ -198,6 +200,7 @@ def read_instances(path: Path) -> list[Task]:
         raise ValueError(f"{path}: not a file of COCO's instances: {lack(error, content)}") from error
 
 
+@names_file
 def read_own_instances(path: Path) -> tuple[list[Task], tuple[str, ...]]:
     """Read the images of a file of any categories, and the names of its classes, background first.
 
@@ -264,10 +267,10 @@ def _tasks(path: Path, content: dict[str, Any], classes: dict[int, int], folders
             raise ValueError(f"{path}: image {one['id']!r}: two entries have this id, {both}; give each its own")
         files[number], regions[number] = str(one["file_name"]), []
     for one in content["annotations"]:
-        source, image = f"{path}: annotation {one.get('id', '?')}", whole_id(one["image_id"])
+        source, image = f"{path}: annotation {shown(one.get('id', '?'), 40)}", whole_id(one["image_id"])
         if image not in regions:
             raise ValueError(f"{source}: is of image {one['image_id']!r}, which the file does not have")
-        source = f"{source} of {files[image]}"
+        source = f"{source} of {one_line(files[image], 200)}"
         crowd, category = bool(one.get("iscrowd", 0)), whole_id(one["category_id"])
         if category not in classes and not (folders and crowd):
             whose = "none of its categories" if folders else "none of COCO's 80 things"
@@ -326,7 +329,7 @@ def paint(task: Task) -> tuple[np.ndarray, int]:
         try:
             labels[masks.decode(encoded) > 0] = region.label
         except ValueError as error:
-            raise ValueError(f"{region.source}: its segmentation cannot be read: {error}") from error
+            raise ValueError(one_line(f"{region.source}: its segmentation cannot be read: {error}")) from error
     return labels, hollow + int((areas == 0).sum())
 
 
@@ -342,7 +345,7 @@ def _encoded(region: Region, height: int, width: int) -> tuple[Any, int]:
         whole, dropped = checked_polygons(given, height, width)
         return (masks.merge(masks.frPyObjects(whole, height, width)) if whole else None), dropped
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{region.source}: its segmentation cannot be read: {error}") from error
+        raise ValueError(one_line(f"{region.source}: its segmentation cannot be read: {error}")) from error
 
 
 def _paint_some(chunk: tuple[Path, Sequence[Task]]) -> list[int]:

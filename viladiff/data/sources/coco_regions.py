@@ -6,10 +6,11 @@ ends the process.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from viladiff.core.messages import shown
 
 MOST_PIXELS = 178_956_970
 """Of an image, as Pillow's limit: a mask is held whole."""
@@ -59,13 +60,15 @@ def checked_size(height: object, width: object) -> tuple[int, int]:
     """Return the sides of an image. Raises ValueError unless they are whole numbers that a mask can have."""
     sides = []
     for side in (height, width):
-        if isinstance(side, bool) or not isinstance(side, int | float) or not math.isfinite(side) or side != int(side):
-            raise ValueError(f"height and width are {height!r} and {width!r}; must be whole numbers")
-        sides.append(int(side))
+        whole = isinstance(side, int) or (isinstance(side, float) and side.is_integer())
+        if isinstance(side, bool) or not whole:
+            raise ValueError(f"height and width are {shown(height, 40)} and {shown(width, 40)}; must be whole numbers")
+        sides.append(int(side))  # type: ignore[call-overload]
     if min(sides) < 1:
         raise ValueError(f"height and width are {sides[0]} and {sides[1]}")
     if sides[0] * sides[1] > MOST_PIXELS:
-        raise ValueError(f"height and width are {sides[0]} and {sides[1]}: more than {MOST_PIXELS:,} pixels")
+        told = f"{shown(sides[0], 40)} and {shown(sides[1], 40)}"
+        raise ValueError(f"height and width are {told}: more than {MOST_PIXELS:,} pixels")
     return sides[0], sides[1]
 
 
@@ -77,7 +80,7 @@ def checked_polygons(given: Any, height: int, width: int) -> tuple[list[list[flo
     """
     if not isinstance(given, list) or not all(isinstance(polygon, list) for polygon in given):
         raise ValueError(
-            f"{str(given)[:40]} is not iterable as polygons, each a list of numbers, nor a run-length encoding"
+            f"{shown(given, 40)} is not iterable as polygons, each a list of numbers, nor a run-length encoding"
         )
     whole = []
     for polygon in given:
@@ -86,9 +89,10 @@ def checked_polygons(given: Any, height: int, width: int) -> tuple[list[list[flo
             raise ValueError(f"could not convert {str(odd[0])[:40]!r} of a polygon to a number")
         for place, number in enumerate(polygon):
             side = (width, height)[place % 2]
-            if not math.isfinite(number) or not -side <= number <= 2 * side:
+            if not -side <= number <= 2 * side:  # nor is a number that is not finite
                 axis = "xy"[place % 2]
-                raise ValueError(f"{axis} = {number} of a point, and the image has {width} x {height} pixels")
+                told = f"the image has {width} x {height} pixels"
+                raise ValueError(f"{axis} = {shown(number, 40)} of a point, and {told}")
         # pycocotools takes four numbers for a box, which is not what a polygon of two points is.
         if len(polygon) >= _SHORTEST and len(polygon) % 2 == 0:
             whole.append([float(number) for number in polygon])
@@ -103,7 +107,7 @@ def checked_runs(given: dict[str, Any], height: int, width: int) -> bool:
     if "size" not in given:
         raise ValueError("it lacks 'size'")
     if not isinstance(given["size"], list) or [*given["size"]] != [height, width]:
-        raise ValueError(f"its size is {given['size']}, the image's {[height, width]} (height, width)")
+        raise ValueError(f"its size is {shown(given['size'], 60)}, the image's {[height, width]} (height, width)")
     counts = given.get("counts")
     if isinstance(counts, list):
         if any(isinstance(run, bool) or not isinstance(run, int) for run in counts):

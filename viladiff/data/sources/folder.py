@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from viladiff.config.pixel_format import MOST_CHANNELS, PixelFormat, check_pixel_format
 from viladiff.config.sections import DataConfig
+from viladiff.core.messages import names_file, shown
 from viladiff.data.constants import IGNORE
 from viladiff.data.files.images import MASK_SUFFIXES, PaletteEncoding
 from viladiff.data.files.index import FOLDER, FileIndex, foreign_labels, scan
@@ -83,6 +84,7 @@ def folder_tree(root: Path | str, data: FolderData) -> tuple[FileIndex, Classes]
     return tree, read_classes(tree.root)
 
 
+@names_file
 def read_classes(root: Path) -> Classes:
     """Read ``palette.txt`` ("r g b name" a line) if it exists, else ``classes.txt`` (a name a line, id 0 first).
 
@@ -107,7 +109,7 @@ def read_classes(root: Path) -> Classes:
     for wanted, (number, name) in enumerate(lines, 1):
         if number != wanted:
             raise ValueError(
-                f"{path}, line {wanted}: is empty; a name's line is its class id, and {name!r} would move up to "
+                f"{path}, line {wanted}: is empty; a name's line is its class id, and {shown(name)} would move up to "
                 f"{wanted - 1}; name the class, or remove the line"
             )
     _refuse_no_names(path, [name for _, name in lines])
@@ -118,7 +120,7 @@ def _refuse_no_names(path: Path, names: Sequence[str]) -> None:
     """Raise ValueError for lines that are more than a name, since a line's place is its class id."""
     for number, name in enumerate(names, 1):
         if name.startswith("#"):
-            raise ValueError(f"{path}, line {number}: {name!r} is a comment, and each line is a class; remove it")
+            raise ValueError(f"{path}, line {number}: {shown(name)} is a comment, and each line is a class; remove it")
     if names and all(re.match(r"\d+[\s:.,)]+\S", name) for name in names):
         told = "the place of a line is its class id, 0 first; write the names alone"
         raise ValueError(f"{path}: every name begins with a number ({names[0]!r}), and {told}")
@@ -132,9 +134,9 @@ def _read_palette(path: Path) -> Classes:
     labels: list[int] = []
     for number, line in numbered(path):
         *channels, name = line.split(maxsplit=3)
-        if len(channels) != 3 or not all(one.isascii() and one.isdigit() and int(one) < 256 for one in channels):
+        if len(channels) != 3 or not all(one.isascii() and one.isdigit() and int(one[:9]) < 256 for one in channels):
             raise ValueError(
-                f"{path}, line {number}: {line!r} is not 'r g b name' with three numbers from 0 to 255, as in "
+                f"{path}, line {number}: {shown(line)} is not 'r g b name' with three numbers from 0 to 255, as in "
                 "'128 0 0 cat'"
             )
         colour = (int(channels[0]), int(channels[1]), int(channels[2]))
@@ -151,10 +153,10 @@ def _checked(names: Sequence[str], path: Path) -> tuple[str, ...]:
     for name in names:
         if " # " in name:
             told = f"a comment would be a part of the class's name; write {name.partition(' # ')[0].strip()!r} alone"
-            raise ValueError(f"{path}: {name!r}: {told}")
+            raise ValueError(f"{path}: {shown(name)}: {told}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{path}: the class {twice[0]!r} is named twice")
+        raise ValueError(f"{path}: the class {shown(twice[0])} is named twice")
     if not 2 <= len(names) <= IGNORE:
         raise ValueError(f"{path}: names {len(names)} classes; 2 to {IGNORE} are possible, background among them")
     return tuple(names)

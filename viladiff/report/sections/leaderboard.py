@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from viladiff.config.base import error_reason
+from viladiff.core.messages import one_line
 from viladiff.report.charts import cost_scatter
 from viladiff.report.charts.themes import uri
 from viladiff.report.markup import markdown
@@ -304,4 +305,4 @@ def read_costs(out: Path, layers: Iterable[Path]) -> Costs:
     except (OSError, ValidationError) as error:
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
         said = f"{'.'.join(map(str, first['loc']))}: {error_reason(first)}" if first else str(error)
-        return Costs(None, f"{found.parent.name}/{NAME} cannot be used ({said}); {MAKE} makes it anew")
+        return Costs(None, f"{found.parent.name}/{NAME} cannot be used ({one_line(said, 200)}); {MAKE} makes it anew")

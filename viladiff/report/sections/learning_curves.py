@@ -65,7 +65,7 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
         lines.pop()
     try:
         entries = json.loads(b"[" + b",".join(lines) + b"]")  # several times as fast as line by line
-    except ValueError:
+    except (ValueError, RecursionError):
         entries = [_entry(line) for line in lines]
     kept = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
     names = ("step", *TERMS)
@@ -79,12 +79,13 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
 def _entry(line: bytes) -> object:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else np.nan
+    # An integer may be beyond all floats.
+    return float(value) if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000) else np.nan
 
 
 def _curve(results: Results, logs: dict[str, dict[str, np.ndarray]], term: str, row: int, column: int) -> Curve | None:

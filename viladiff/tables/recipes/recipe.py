@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from viladiff.config.base import ConfigError, Section, did_you_mean
 from viladiff.config.toml_file import entry_name, format_toml_error, read_toml, strange_values
-from viladiff.core.messages import error_lines
+from viladiff.core.messages import fault_lines
 
 FOLDER = Path(__file__).resolve().parent
 AVERAGE = "method.teacher.momentum"
@@ -115,7 +115,7 @@ def read_recipe(path: Path) -> Recipe:
         else:
             faults = list(_entry_faults(recipe))
     if faults:
-        raise ValueError(error_lines("\n".join(f"{path.name}: {fault}" for fault in dict.fromkeys(faults))))
+        raise ValueError(fault_lines(path.name, faults))
     return recipe
 
 
