@@ -105,7 +105,7 @@ class Trainer:
     """One worker's side of a run."""
 
     def __init__(self, cfg: RunConfig, callbacks: Sequence[Callback] = ()) -> None:
-        self.cfg, self.device, self.started = cfg, select_device(cfg), time.time()
+        self.cfg, self.device, self.started = cfg, select_device(cfg), time.monotonic()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if self.device.type == "cuda":
@@ -156,7 +156,7 @@ class Trainer:
 
     def wall_seconds(self) -> float | None:
         """Return the seconds of all legs, without work after the last checkpoint that a kill undid."""
-        return None if self.wall_before is None else self.wall_before + time.time() - self.started
+        return None if self.wall_before is None else self.wall_before + time.monotonic() - self.started
 
     def _carry_out(self, done: Path, resume: bool) -> Result:
         self.memory.start()
