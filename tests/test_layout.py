@@ -183,7 +183,17 @@ def test_a_public_name_is_defined_once() -> None:
 
 EQUATION = "the symbols of its equation"
 INPUTS = "independent inputs, each with its meaning; a class for them would have this one use"
+KERNEL = "an operation of torch or a kernel of Triton is called with tensors and numbers alone"
 MANY_ARGUMENTS = {
+    "models/fused/chain.py:_": KERNEL,
+    "models/fused/chain.py:_norm_silu": KERNEL,
+    "models/fused/chain.py:_reverse_step": KERNEL,
+    "models/fused/chain_kernels.py:_norm_kernel": KERNEL,
+    "models/fused/chain_kernels.py:_reverse_kernel": KERNEL,
+    "models/fused/pixel_kernels.py:_between": KERNEL,
+    "models/fused/pixel_kernels.py:_gradient_kernel": KERNEL,
+    "models/fused/pixel_kernels.py:_loss_kernel": KERNEL,
+    "models/fused/pixel_kernels.py:_top_kernel": KERNEL,
     "cluster/captioning.py:_carry_out": INPUTS,
     "cluster/torch_trainer.py:_train": INPUTS,
     "data/loader.py:BatchLoader.__init__": INPUTS,

@@ -29,6 +29,7 @@ from viladiff.methods.common.oracle import OraclePseudoConfig, with_truth
 from viladiff.methods.viladiff_mixe import MixeTeacher, Refined
 from viladiff.methods.viladiff_outputs import Pseudo
 from viladiff.models.blocks import cell_means
+from viladiff.models.fused.pixel_loss import grid_top
 from viladiff.models.mixe.denoiser import MixeConfig, class_codes, noise_levels
 from viladiff.models.segmenter import NetworkFactory, Segmenter, cutmix_stream
 from viladiff.models.stream import StreamOutput
@@ -215,6 +216,14 @@ class ViLaDiff(MixeTeacher):
         levels = noise_levels(probs, self._tau(step.progress), cfg, noise=noise, uniform=uniform)
         resized = {name: F.interpolate(x.float()[:, None], size, mode="nearest")[:, 0] for name, x in levels.items()}
         return label_maps | {name: labels.long() for name, labels in resized.items()}
+
+    def _relabelled(self, grid: Tensor, refined: Tensor, valid: Tensor) -> Pseudo:
+        """Return the labels of ``relabelled`` from grid logits (U, C, h, w) of teacher and chain."""
+        size = valid.shape[-2:]
+        if self.cfg.mixe.refine_where == "all" and self.cfg.mixe.confidence == "refined":
+            return Pseudo(*grid_top(refined, size, self.student.label_aligned))
+        before = self.student.upsample(grid, size).softmax(1)
+        return Pseudo(*self.relabelled(before, refined, valid).max(1))
 
     # ViLa (section 3.3)
 

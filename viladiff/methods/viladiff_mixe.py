@@ -16,7 +16,7 @@ from viladiff.losses import edge_mean, ignore_aware_mean, noise_loss, weighted_p
 from viladiff.methods.base import MeanTeacher
 from viladiff.methods.viladiff_outputs import NetworkOutput, Places, Pseudo, TeacherOutput, keys_at, rows_at, text_at
 from viladiff.models.blocks import cell_means, resampled, upsample
-from viladiff.models.fused.pixel_loss import grid_cross_entropy, grid_top
+from viladiff.models.fused.pixel_loss import grid_cross_entropy
 from viladiff.models.mixe.denoiser import Denoiser, class_codes, confidence_threshold, corrupt, edge_mask, refine
 from viladiff.models.mixe.guided_filter import Guided
 from viladiff.models.mixe.relabel import Calibration, refined_pixels, relabelled
@@ -152,11 +152,7 @@ class MixeTeacher(MeanTeacher):
 
     def _label_pixels(self, x: Tensor, size: torch.Size) -> Tensor:
         """Resize maps of the label grid to pixels, aligned as the decoder's are where the two grids are one."""
-        return upsample(x, size, self._aligned())
-
-    def _aligned(self) -> bool:
-        decoder = self.student.decoder
-        return decoder.stride == self.student.label_stride and decoder.align_corners
+        return upsample(x, size, self.student.label_aligned)
 
     def _on_labels(self, stream: StreamOutput, size: torch.Size) -> StreamOutput:
         """Bring a stream's map and logits to the label grid, logits as logarithms of mean probabilities."""
@@ -263,7 +259,7 @@ class MixeTeacher(MeanTeacher):
         condition = self._training_condition(outputs, keys, step)
         image = torch.cat([output.image for output in outputs])
         clean, gaussian, noise_hat, noise = self._denoised(torch.cat(starts), condition, image, keys, step)
-        loss = grid_cross_entropy(clean, torch.cat(targets), self._aligned())
+        loss = grid_cross_entropy(clean, torch.cat(targets), self.student.label_aligned)
         ce, edge = self._label_losses(loss, target, pseudo, valid)
         counted = cell_means(torch.cat(valid_pixels).float(), self.student.label_stride) > 0.5
         terms = {
@@ -358,14 +354,6 @@ class MixeTeacher(MeanTeacher):
         if cfg.refine_where != "all":
             where = refined_pixels(before, cfg.refine_where, threshold, stride, valid)
         return relabelled(before, after, where, cfg.confidence, self.calibration)
-
-    def _relabelled(self, grid: Tensor, refined: Tensor, valid: Tensor) -> Pseudo:
-        """Return the labels of ``relabelled`` from grid logits (U, C, h, w) of teacher and chain."""
-        size = valid.shape[-2:]
-        if self.cfg.mixe.refine_where == "all" and self.cfg.mixe.confidence == "refined":
-            return Pseudo(*grid_top(refined, size, self._aligned()))
-        before = self.student.upsample(grid, size).softmax(1)
-        return Pseudo(*self.relabelled(before, refined, valid).max(1))
 
     def _calibrate(self, batch: Batch, step: Step) -> None:
         """Count how often refined labels of left-out images are right, by their confidence."""

@@ -48,7 +48,8 @@ def compiler_works(device: torch.device, budget: float = BUDGET, try_it: Callabl
 
     def small() -> object:
         layer = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)).to(device)
-        return torch.compile(layer, dynamic=False)(torch.ones(4, 8, device=device)).sum().backward()
+        total = torch.compile(layer, dynamic=False)(torch.ones(4, 8, device=device)).sum()
+        return torch.autograd.grad(total, list(layer.parameters()))
 
     started, pool = time.monotonic(), ThreadPoolExecutor(1)
     try:

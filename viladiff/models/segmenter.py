@@ -130,6 +130,11 @@ class Segmenter(nn.Module):
         return output_stride(self.encoder.strides)
 
     @property
+    def label_aligned(self) -> bool:
+        """Whether the label grid's corners are aligned with pixels': as the decoder's, where the two are one."""
+        return self.decoder.stride == self.label_stride and self.decoder.align_corners
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Streams that this network has; the first needs no text."""
         return ("visual",) if self.vila is None else ("visual", "fusion")

@@ -5,16 +5,13 @@ It computes what ``Denoiser.denoise`` and the loop of ``refine`` do. No gradient
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.core.distributed import full_precision
-
-if TYPE_CHECKING:
-    from viladiff.models.mixe.denoiser import Denoiser
 
 
 @torch.library.custom_op("viladiff::reverse_step", mutates_args=())
@@ -115,9 +112,12 @@ def reverse_step(
 
 
 class FoldedChain:
-    """``Denoiser.denoise`` at the steps of a chain, whose scales and shifts are part of the convolutions' weights."""
+    """``Denoiser.denoise`` at the steps of a chain, whose scales and shifts are part of the convolutions' weights.
 
-    def __init__(self, denoiser: Denoiser, films: Tensor, placed: Tensor) -> None:
+    ``denoiser`` is a ``Denoiser``, which makes these and is therefore not imported.
+    """
+
+    def __init__(self, denoiser: Any, films: Tensor, placed: Tensor) -> None:
         self.denoiser, self.placed = denoiser, placed
         cuda = torch.is_autocast_enabled("cuda")
         self.dtype = torch.get_autocast_dtype("cuda") if cuda else torch.float32
