@@ -20,7 +20,7 @@ from viladiff.inference.export import ONNX, Standalone, export_onnx, export_run,
 from viladiff.inference.predict import Model
 from viladiff.inference.pretrained import load_model
 from viladiff.methods.viladiff import VilaConfig
-from viladiff.models import segmenter
+from viladiff.models import blocks
 from viladiff.models.blocks import Attention, bilinear
 from viladiff.models.decoders import light
 from viladiff.models.segmenter import NetworkFactory, Segmenter
@@ -124,7 +124,7 @@ def test_flops_are_those_of_convolutions_products_and_attention(vila: bool, monk
         return bilinear(x, size)
 
     with monkeypatch.context() as patch:
-        for place in (light, segmenter):
+        for place in (light, blocks):
             patch.setattr(place, "bilinear", enlarge)
         hooks = [module.register_forward_hook(count) for module in net.modules()]  # type: ignore[arg-type]
         with torch.no_grad():

@@ -20,9 +20,9 @@ from viladiff.data.splits import set_apart
 from viladiff.data.transforms.mixing import apply_cutmix
 from viladiff.evaluation.pixel_counts import boundary_width, trimap
 from viladiff.evaluation.pseudo_labels import STEPS, matched, pseudo_counts, pseudo_scores
-from viladiff.losses import pixel_cross_entropy
 from viladiff.methods import viladiff, viladiff_mixe
 from viladiff.methods.viladiff import ViLaDiff
+from viladiff.models.fused.pixel_loss import grid_cross_entropy
 from viladiff.models.mixe import guided_filter, relabel
 from viladiff.models.mixe.denoiser import MixeConfig
 from viladiff.models.mixe.diffusion import edge_mask
@@ -257,9 +257,9 @@ def test_workers_choose_together_what_one_worker_would(
 def test_views_of_x0_and_its_targets(labelled: str, unlabelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = ours(**{"mixe.labelled_views": labelled, "mixe.unlabelled_views": unlabelled, "mixe.refine": False})
     batch, shown, answers, starts = batch_for(method), list[Any](), list[Any](), list[Any]()
-    see, entropy, denoised = method._see, pixel_cross_entropy, method._denoised
+    see, entropy, denoised = method._see, grid_cross_entropy, method._denoised
     monkeypatch.setattr(method, "_see", noting(shown, 1, see))
-    monkeypatch.setattr(viladiff_mixe, "pixel_cross_entropy", noting(answers, 1, entropy))
+    monkeypatch.setattr(viladiff_mixe, "grid_cross_entropy", noting(answers, 1, entropy))
     monkeypatch.setattr(method, "_denoised", noting(starts, slice(None), denoised))
     method(batch, STEP)
     mix, boxes = batch.mix[0], method._boxes(batch.keys, batch.image, STEP)

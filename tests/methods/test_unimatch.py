@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from method_kit import STEP, make, make_batch
+from method_kit import SIDE, STEP, make, make_batch
 from torch import Tensor
 
 from viladiff.data.batch import Batch, Step
@@ -20,15 +20,15 @@ class Seen:
     def __init__(self, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
         self.features: list[list[Tensor]] = []
         self.logits: list[np.ndarray] = []
-        ask = method.student.logits
+        ask = method.student.grid_logits
 
-        def logits(features: list[Tensor], size: torch.Size) -> Tensor:
+        def grid_logits(features: list[Tensor]) -> Tensor:
             self.features.append([level.detach() for level in features])
-            out = ask(features, size)
-            self.logits.append(out.detach().double().numpy())
+            out = ask(features)
+            self.logits.append(method.student.upsample(out.detach(), (SIDE, SIDE)).double().numpy())
             return out
 
-        monkeypatch.setattr(method.student, "logits", logits)
+        monkeypatch.setattr(method.student, "grid_logits", grid_logits)
 
 
 def half_trained(name: str, **changes: object) -> Method:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from concurrent.futures import TimeoutError as Late
 import torch
 from torch import nn
 
+from viladiff.core.messages import print_text
 from viladiff.models.mixe.denoiser import Denoiser
 from viladiff.models.segmenter import Segmenter
 
@@ -61,5 +61,5 @@ def compiler_works(device: torch.device, budget: float = BUDGET, try_it: Callabl
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    print(f"note: nothing is compiled ({why}, after {time.monotonic() - started:.0f} s)", file=sys.stderr)
+    print_text(f"note: nothing is compiled ({why}, after {time.monotonic() - started:.0f} s)", error=True)
     return False

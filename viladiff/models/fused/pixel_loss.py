@@ -6,7 +6,6 @@ a CPU in pieces of a few rows, from ``MANY`` classes on; otherwise by torch's ow
 
 from __future__ import annotations
 
-import sys
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from viladiff.core.messages import print_text
 from viladiff.data.batch import IGNORE
 from viladiff.losses import pixel_cross_entropy
 from viladiff.models.blocks import upsample
@@ -71,7 +71,7 @@ def _agrees(device: torch.device) -> bool:
     except Exception as error:  # whatever a compiler says of a device or a system that it does not know
         agrees, why = False, str(error).splitlines()[0] if str(error) else type(error).__name__
     if not agrees:
-        print(f"note: Triton's kernels are not used on {device}: {why}", file=sys.stderr)
+        print_text(f"note: Triton's kernels are not used on {device}: {why}", error=True)
     return agrees
 
 
