@@ -8,7 +8,7 @@ import pytest
 import torch
 from method_kit import STEP, make, make_batch
 
-from viladiff.models.compiled import compile_parts, compiled_parts, compiler_works
+from viladiff.models.compiled import compile_parts, compiled_parts, compiler_works, force_eager, stance_restored
 from viladiff.runs.config import RunConfig, override
 from viladiff.training import launch
 from viladiff.training.launch import training_forward
@@ -68,7 +68,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch, device: torch.device, works: bool = 
     monkeypatch.setattr(launch, "compiler_works", lambda device: works)
     monkeypatch.setattr(launch, "compile_parts", calls.append)
     method = make("supervised")
-    training_forward(override(RunConfig(), {f"runtime.{k}": v for k, v in fields.items()}), method, method, device)
+    with stance_restored():
+        training_forward(override(RunConfig(), {f"runtime.{k}": v for k, v in fields.items()}), method, method, device)
     return bool(calls)
 
 
@@ -79,6 +80,22 @@ def test_it_is_on_where_it_is_asked_for_or_on_a_gpu_that_can(monkeypatch: pytest
     assert not chosen(monkeypatch, gpu, compile="off") and not chosen(monkeypatch, gpu, gradient_shares=5)
     with pytest.raises(ValueError, match=r"runtime.compile = on: .* runtime.gradient_shares = 5"):
         chosen(monkeypatch, CPU, compile="on", gradient_shares=5)
+
+
+def test_after_a_run_other_code_compiles_again() -> None:
+    seen: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        seen.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    with stance_restored():
+        force_eager()
+        double(torch.ones(3))
+        assert not seen
+    double(torch.ones(3))
+    assert len(seen) == 1
 
 
 def test_a_compiler_that_fails_or_is_late_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:

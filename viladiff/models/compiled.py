@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -63,3 +64,25 @@ def compiler_works(device: torch.device, budget: float = BUDGET, try_it: Callabl
         pool.shutdown(wait=False, cancel_futures=True)
     print_text(f"note: nothing is compiled ({why}, after {time.monotonic() - started:.0f} s)", error=True)
     return False
+
+
+_forced = False
+
+
+def force_eager() -> None:
+    """Let compiled parts run eagerly in this process, but where another stance is set, until ``stance_restored``."""
+    global _forced
+    torch.compiler.set_stance("force_eager")
+    _forced = True
+
+
+@contextmanager
+def stance_restored() -> Iterator[None]:
+    """Undo ``force_eager`` at the end: other code of the process may compile as well."""
+    global _forced
+    try:
+        yield
+    finally:
+        if _forced:
+            torch.compiler.set_stance("default")
+            _forced = False

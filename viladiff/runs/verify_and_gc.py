@@ -18,6 +18,7 @@ from viladiff.runs.run_name import PLACES, hashed
 from viladiff.runs.store import RUN_ID, Store
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.prev.pt")
+ATTEMPT_NOTES = ("failure.json", "hang.txt", "traceback.txt")
 _DAMAGED = re.compile(r"[0-9a-f]{16}-\S+")
 _PLAN = re.compile(r"plan-[0-9a-f-]+\.json")
 _IMPORT = re.compile(r"\.import-(\d+)-(?:([0-9a-f]{8})-)?\S+")
@@ -158,10 +159,10 @@ def garbage(
     found += _replaced(store.root / "replaced", keep_checkpoints)
     found += [(path, "left by an import") for path in _entries(store.root, _IMPORT) if _abandoned_import(path)]
     found += [(path, "damaged, set aside") for path in _entries(store.root / "damaged", _DAMAGED)]
-    for run_id in [] if keep_checkpoints else store.local_run_ids():
-        if _finished(store, run_id):
-            paths = (store.directory(run_id) / name for name in CHECKPOINTS)
-            found += [(path, "checkpoint of a finished run") for path in paths if path.is_file()]
+    for run_id in filter(lambda one: _finished(store, one), store.local_run_ids()):
+        names = [(name, "note of an attempt, beside a finished run") for name in ATTEMPT_NOTES]
+        names += [] if keep_checkpoints else [(name, "checkpoint of a finished run") for name in CHECKPOINTS]
+        found += [(path, why) for name, why in names if (path := store.directory(run_id) / name).is_file()]
     seen: set[tuple[int, int]] = set()
     return [Garbage(path, why, _size(path, seen)) for path, why in found]
 

@@ -21,7 +21,7 @@ from viladiff.core.distributed import join_here
 from viladiff.data.batch import Losses
 from viladiff.methods.base import Method
 from viladiff.models.cast_weights import CastWeights
-from viladiff.models.compiled import compile_parts, compiler_works
+from viladiff.models.compiled import compile_parts, compiler_works, force_eager
 from viladiff.runs.config import RunConfig
 from viladiff.training.errors import TrainingError
 
@@ -89,7 +89,7 @@ def training_forward(cfg: RunConfig, model: nn.Module, method: Method, device: t
             found: Losses = forward(*args)
         return found
 
-    torch.compiler.set_stance("force_eager")
+    force_eager()
     return compiled
 
 

@@ -27,6 +27,7 @@ from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import average_statistics, statistics_notes, synchronise
+from viladiff.models.compiled import stance_restored
 from viladiff.models.encoders.build import input_note
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, previous
@@ -162,7 +163,7 @@ class Trainer:
         self.memory.start()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._barrier()
-        with memory_errors(self.cfg), tf32(self.cfg.train.tf32):
+        with memory_errors(self.cfg), tf32(self.cfg.train.tf32), stance_restored():
             self._build()
             if resume:
                 restore(self)
