@@ -99,6 +99,14 @@ for cells, pixels, align in SHAPES:
     expected = upsample(grid, pixels, align).softmax(1).max(1)
     torch.testing.assert_close(confidence, expected.values, rtol=1e-6, atol=1e-6)
     assert torch.equal(label, expected.indices)
+from viladiff.models.fused import pixel_kernels, pixel_loss
+assert pixel_loss._agrees(torch.device("cpu"))
+for name in ("loss_gradient", "top_maps"):  # one that is wrong is noticed before its first use
+    right = getattr(pixel_kernels, name)
+    setattr(pixel_kernels, name, lambda *given: 2 * right(*given) if name == "loss_gradient" else right(*given)[::-1])
+    pixel_loss._agrees.cache_clear()
+    assert not pixel_loss._agrees(torch.device("cpu")), name
+    setattr(pixel_kernels, name, right)
 print("kernels agree")
 """
 

@@ -73,11 +73,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch, device: torch.device, works: bool = 
     return bool(calls)
 
 
-def test_it_is_on_where_it_is_asked_for_or_on_a_gpu_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_on_where_it_is_asked_for_and_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    assert chosen(monkeypatch, gpu) and chosen(monkeypatch, CPU, compile="on")
-    assert not chosen(monkeypatch, CPU) and not chosen(monkeypatch, gpu, works=False)
-    assert not chosen(monkeypatch, gpu, compile="off") and not chosen(monkeypatch, gpu, gradient_shares=5)
+    assert chosen(monkeypatch, gpu, compile="auto") and chosen(monkeypatch, CPU, compile="on")
+    assert not chosen(monkeypatch, CPU, compile="auto")
+    assert not chosen(monkeypatch, gpu, works=False, compile="auto")
+    assert not chosen(monkeypatch, gpu) and not chosen(monkeypatch, gpu, compile="auto", gradient_shares=5)
     with pytest.raises(ValueError, match=r"runtime.compile = on: .* runtime.gradient_shares = 5"):
         chosen(monkeypatch, CPU, compile="on", gradient_shares=5)
 

@@ -6,6 +6,7 @@ a CPU in pieces of a few rows, from ``MANY`` classes on; otherwise by torch's ow
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -60,19 +61,40 @@ def fused(x: Tensor) -> bool:
 
 @lru_cache
 def _agrees(device: torch.device) -> bool:
-    """Try the kernels on a small example; say so once where they fail."""
+    """Try each kernel on a small example, the gradient too; say so once where one fails."""
     try:
-        with torch.no_grad():
-            grid = torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0)).to(device)
-            target = torch.arange(2 * 24 * 28).reshape(2, 24, 28).remainder(5).to(device)
-            mine = torch.ops.viladiff.grid_cross_entropy(grid, target, False)[0]
-            agrees = torch.allclose(mine, pixel_cross_entropy(upsample(grid, (24, 28)), target), atol=TOLERANCE)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            agrees = all(torch.allclose(a, b, atol=TOLERANCE) for a, b in zip(*_example(device), strict=True))
         why = "their numbers differ from torch's"
     except Exception as error:  # whatever a compiler says of a device or a system that it does not know
         agrees, why = False, str(error).splitlines()[0] if str(error) else type(error).__name__
     if not agrees:
         print_text(f"note: Triton's kernels are not used on {device}: {why}", error=True)
     return agrees
+
+
+def _example(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Return loss, gradient, confidence and its class by the kernels and by torch."""
+    drawn = torch.Generator().manual_seed(0)
+    grid = torch.randn(2, 5, 6, 7, generator=drawn).to(device)
+    slope = torch.rand(2, 24, 28, generator=drawn).to(device)
+    target = torch.arange(2 * 24 * 28).reshape(2, 24, 28).remainder(6).to(device)
+    target[target == 5] = IGNORE
+
+    def answers(loss: Callable[[Tensor], Tensor], top: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+        x = grid.clone().requires_grad_()
+        value, (confidence, label) = loss(x), top(grid)
+        (gradient,) = torch.autograd.grad((value * slope).sum(), x)
+        return [value.detach(), gradient, confidence, label.float()]
+
+    ops = torch.ops.viladiff
+    return (
+        answers(lambda x: ops.grid_cross_entropy(x, target, False)[0], lambda x: ops.grid_top(x, 24, 28, False)),
+        answers(
+            lambda x: pixel_cross_entropy(upsample(x, (24, 28)), target),
+            lambda x: upsample(x, (24, 28)).softmax(1).max(1),
+        ),
+    )
 
 
 # Triton, as operations that torch knows
