@@ -60,11 +60,22 @@ for timesteps in (2, 4):
         labels.append(found[1])
         return found
 
-    mixe.fused, mixe.reverse_step = (lambda x: True), noting
+    mixe.fused = lambda x: True
+    assert mixe._kernels(given[1])  # tried before its steps are counted
+    mixe.reverse_step = noting
     found = refine(*given)
     mixe.fused, mixe.reverse_step = (lambda x: False), steps
     assert len(labels) == timesteps - 1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+mixe.fused = lambda x: True
+refine(*chain("cpu", 2))
+assert mixe._chain_agrees.cache_info().misses == 1 and mixe._chain_agrees(torch.device("cpu"))
+for name in ("reversed_maps", "added_maps"):  # one that is wrong is noticed before its first use
+    right = getattr(chain_kernels, name)
+    setattr(chain_kernels, name, lambda *given: [part + 1 for part in right(*given)])
+    mixe._chain_agrees.cache_clear()
+    assert not mixe._chain_agrees(torch.device("cpu")), name
+    setattr(chain_kernels, name, right)
 print("kernels agree")
 """
 

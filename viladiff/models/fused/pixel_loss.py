@@ -59,18 +59,23 @@ def fused(x: Tensor) -> bool:
     return x.device.type == "cuda" and _agrees(x.device)
 
 
-@lru_cache
-def _agrees(device: torch.device) -> bool:
-    """Try each kernel on a small example, the gradient too; say so once where one fails."""
+def kernels_agree(device: torch.device, example: Callable[[torch.device], tuple[list[Tensor], list[Tensor]]]) -> bool:
+    """Compare what kernels and torch make of a small example on a device; a note says where they differ or fail."""
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            agrees = all(torch.allclose(a, b, atol=TOLERANCE) for a, b in zip(*_example(device), strict=True))
+            agrees = all(torch.allclose(a, b, atol=TOLERANCE) for a, b in zip(*example(device), strict=True))
         why = "their numbers differ from torch's"
     except Exception as error:  # whatever a compiler says of a device or a system that it does not know
         agrees, why = False, str(error).splitlines()[0] if str(error) else type(error).__name__
     if not agrees:
         print_text(f"note: Triton's kernels are not used on {device}: {why}", error=True)
     return agrees
+
+
+@lru_cache
+def _agrees(device: torch.device) -> bool:
+    """Try each kernel on a small example, the gradient too."""
+    return kernels_agree(device, _example)
 
 
 def _example(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -22,7 +23,7 @@ from viladiff.data.loading.device_copies import send
 from viladiff.losses import check_choice
 from viladiff.models.blocks import bilinear
 from viladiff.models.fused.chain import FoldedChain, reverse_step
-from viladiff.models.fused.pixel_loss import fused
+from viladiff.models.fused.pixel_loss import fused, kernels_agree
 from viladiff.models.mixe.config import MixeConfig
 from viladiff.models.mixe.diffusion import (
     add_gaussian_noise,
@@ -238,7 +239,7 @@ class Denoiser(nn.Module):
     ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
         """Return ``forward`` of codes at the i-th of ``times`` (S,) int64; work that the steps share is done once."""
         films, placed = self.films(times), self.placed(cond, gaussian, edges)
-        if fused(cond) and not torch.is_grad_enabled():
+        if _kernels(cond) and not torch.is_grad_enabled():
             return FoldedChain(self, films, placed)
         return lambda codes, i: self.denoise(codes, films[i : i + 1], placed)
 
@@ -298,7 +299,7 @@ def refine(
     x, z = state.codes, state.labels
     denoise = denoiser.chain(state.gaussian, state.edges, send(torch.tensor(times[:-1]), soft.device), cond)
     lost = send(_memory_lost_at(cfg.beta, cfg.edge_bonus, classes, tuple(times), cfg.flip_schedule), soft.device)
-    if fused(soft) and cfg.flips and cfg.gaussian and cfg.reverse == "posterior":
+    if _kernels(soft) and cfg.flips and cfg.gaussian and cfg.reverse == "posterior":
         return _in_kernels(denoise, state, times, lost, signal, uniforms.contiguous())
     edge_index = state.edges.flatten().long()
     memory = [part[:, edge_index].view(-1, len(soft), 1, *soft.shape[2:]) for part in lost.unbind(1)]
@@ -315,6 +316,40 @@ def refine(
             x, _ = ddim_step(x, noise_pred, t, signal, t_prev)
         x = _assemble(x, z, state.gaussian, classes)
     return logits
+
+
+_tried: ContextVar[bool | None] = ContextVar("tried", default=None)
+"""Whether the chain that is just being tried is in kernels."""
+
+
+def _kernels(x: Tensor) -> bool:
+    """Return whether a chain on the device of ``x`` is in kernels, which must agree with the loop there."""
+    if (tried := _tried.get()) is not None:
+        return tried
+    return fused(x) and (x.is_meta or type(x) is not Tensor or _chain_agrees(x.device))
+
+
+@lru_cache
+def _chain_agrees(device: torch.device) -> bool:
+    return kernels_agree(device, _example)
+
+
+def _example(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the logits of a small chain in kernels, and of the loop; no generator's state changes."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), full_precision(device):
+        torch.manual_seed(0)
+        network, steps = Denoiser(5, 6, 8, 2, 4), 4
+        given = [torch.randn(2, 8, 9, 7), (2 * torch.randn(2, 5, 9, 7)).softmax(1)]
+        drawn = [torch.randn(2, network.noise_head.out_channels, 9, 7), torch.rand(steps, 2, 9, 7)]
+        (cond, soft), (noise, uniforms) = ([x.to(device) for x in part] for part in (given, drawn))
+        network, cfg, found = network.to(device), MixeConfig(timesteps=steps, beta=0.2, edge_bonus=0.3), []
+        for kernels in (True, False):
+            token = _tried.set(kernels)
+            try:
+                found.append([refine(network, cond, soft, 0.5, cfg, noise, uniforms)])
+            finally:
+                _tried.reset(token)
+    return found[0], found[1]
 
 
 def _in_kernels(
