@@ -20,7 +20,7 @@ def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if state(pid) not in "ZX"]
 
 
-def short_run(out: Path, method: str) -> Path:
+def short_run(out: Path, method: str, **more: object) -> Path:
     """The directory of a run of two steps, scored on five images."""
     changes = {
         "method.name": method,
@@ -31,5 +31,6 @@ def short_run(out: Path, method: str) -> Path:
         "runtime.runs_dir": str(out),
         "runtime.progress": False,
         "runtime.threads": 1,
+        **more,
     }
     return fit(override(RunConfig(), changes)).directory

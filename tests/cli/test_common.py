@@ -135,6 +135,7 @@ def test_a_command_that_begins_anew_does_not_promise_to_go_on(
 
     for words, end in (
         (["predict", "a.jpg", "--model", "m"], "run the same command again"),
+        (["export", "r", "m"], "run the same command again"),
         (["data", "coco-masks", "a"], "the same command goes on where it stopped"),
     ):
         parser = main.command_parser()

@@ -121,6 +121,17 @@ def test_a_batch_is_its_images_each_cut_by_its_own_draws(root: Path) -> None:
     assert any((~v).any() for v in padded), "some small image is padded, or the test shows nothing"
 
 
+def test_decoding_processes_have_the_limit_of_the_run(root: Path) -> None:
+    opened = registry.load_dataset(*registry.dataset_spec(config(root)))  # without the limit, as this process reads
+    cfg = config(root, runtime__loader_workers=1, runtime__max_pixels=10)
+    made = BatchLoader(cfg, opened, Views(), None, 16, CPU)
+    with (
+        closing(made.stream(0, 6, 1)) as stream,
+        pytest.raises(ValueError, match=r"pixels, more than 10 .*runtime\.max_pixels"),
+    ):
+        next(stream)
+
+
 def test_an_image_is_cut_otherwise_in_each_epoch_and_under_each_seed(root: Path) -> None:
     def of(seed: int, step: int) -> list[DecodeRequest]:
         made = make(config(root, seed=seed))

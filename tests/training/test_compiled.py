@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from method_kit import STEP, make, make_batch
+from run_kit import short_run
+from torch import Tensor
 
-from viladiff.models.compiled import compile_parts, compiled_parts, compiler_works, force_eager, stance_restored
+from viladiff.models.compiled import compile_parts, compiled_parts, compiler_works, stance_restored
 from viladiff.runs.config import RunConfig, override
 from viladiff.training import launch
 from viladiff.training.launch import training_forward
@@ -83,18 +87,32 @@ def test_it_is_on_where_it_is_asked_for_and_can_be(monkeypatch: pytest.MonkeyPat
         chosen(monkeypatch, CPU, compile="on", gradient_shares=5)
 
 
-def test_after_a_run_other_code_compiles_again() -> None:
+def compiled_so_far() -> tuple[Callable[[Tensor], Tensor], list[object]]:
+    """A function that is compiled at its first call, unless the process's stance is against it, and what it was."""
     seen: list[object] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
         seen.append(graph)
         return graph.forward
 
-    double = torch.compile(lambda x: 2 * x, backend=backend)
-    with stance_restored():
-        force_eager()
-        double(torch.ones(3))
-        assert not seen
+    return torch.compile(lambda x: 2 * x, backend=backend), seen
+
+
+def test_parts_are_compiled_within_a_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "compile_parts", lambda method: [])
+    double, seen = compiled_so_far()
+    method, cfg = make("supervised"), override(RunConfig(), {"runtime.compile": "on"})
+    step = training_forward(cfg, double, method, CPU)  # type: ignore[arg-type]
+    double(torch.ones(3))
+    assert not seen
+    step(torch.ones(3))
+    assert len(seen) == 1
+
+
+def test_after_a_run_other_code_compiles_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "compile_parts", lambda method: [])
+    short_run(tmp_path, "supervised", **{"runtime.compile": "on"})
+    double, seen = compiled_so_far()
     double(torch.ones(3))
     assert len(seen) == 1
 
