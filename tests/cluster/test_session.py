@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from viladiff.cluster.executor import _check_answers, cluster
+from viladiff.cluster.executor import _check_answers, _start, cluster
 from viladiff.cluster.session import LOOPBACK, PRIVATE, QUIET, load_ray, private
 from viladiff.runs.job import ExecutionSettings
 
@@ -103,3 +103,12 @@ def test_an_address_at_which_nothing_answers_is_told_at_once() -> None:
         _check_answers(address)
     _check_answers("local")
     _check_answers("auto")
+
+
+def test_a_dead_address_is_told_before_ray_tries_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = load_ray(local=True)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("it would be tried for many minutes"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(ValueError, match="cannot be joined"):
+            _start(f"127.0.0.1:{free.getsockname()[1]}", {}, lambda: [])

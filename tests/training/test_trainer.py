@@ -193,6 +193,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert not list(log.parent.glob("*lease*"))
 
 
+def test_a_lease_that_is_lost_after_the_last_step_leaves_the_record_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path)
+
+    def lose(given: Trainer) -> None:
+        assert given.lease is not None
+        given.lease._lost.set()
+
+    monkeypatch.setattr(evaluator, "save_qualitative", lose)
+    with pytest.raises(LeaseLostError, match="another machine"):
+        fit(cfg)
+    assert not (tmp_path / Trainer(cfg).name / "record.json").exists()
+
+
 def test_a_lease_is_taken_for_the_planned_run_alone_and_ends_it_when_lost(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     with (
