@@ -411,6 +411,12 @@ def test_missing_token_says_how_to_make_one(folder: Path) -> None:
         ("a: [1", "cluster.yaml:1"),
         ("- a\n- b\n", "not a mapping"),
         ("cluster_name: a\ncluster_name: b\nprovider: {type: aws}\n", "cluster.yaml:2: cluster_name: given twice"),
+        ("a: &a\n  - *a\n", r"more than 20,000 values where its aliases \(\*name\)"),
+        (
+            "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+            "more than 20,000 values",
+        ),
+        ("a: " + "[" * 9000 + "]" * 9000, "too deep to read"),
         ("!!python/object/apply:os.system ['touch bad']\n", "cluster.yaml:1.*python/object"),
     ],
 )

@@ -160,6 +160,34 @@ def test_another_container_spares_the_files_of_the_living(tmp_path: Path, monkey
     assert not made_here.exists() and made_here not in executor._LOCKS
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from viladiff.cluster import executor
+with executor._short(Path(sys.argv[1])) as link:
+    print(link.parent, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_short_name_of_a_killed_drivers_scratch_is_removed_by_the_next(tmp_path: Path) -> None:
+    scratch = tmp_path / ("long " * 30)
+    scratch.mkdir()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(scratch)], capture_output=True, text=True)
+    left = Path(done.stdout.strip())
+    assert (left / "s").is_symlink(), done
+    with executor._short(scratch):
+        assert left.is_dir(), "its driver may be about to lock it"
+    earlier = time.time() - 1800
+    os.utime(left, (earlier, earlier))
+    with executor._short(scratch) as link:
+        assert not left.exists() and link.resolve() == scratch.resolve()
+        os.utime(link.parent, (earlier, earlier))
+        with executor._short(scratch):
+            assert link.exists(), "its driver lives"
+    assert scratch.is_dir() and not link.parent.exists()
+
+
 APART = """
 import sys, time
 from pathlib import Path

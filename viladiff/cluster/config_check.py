@@ -7,6 +7,7 @@ dashboard that runs anybody's code. Nothing is started, and no cloud is asked.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
@@ -43,6 +44,9 @@ MACHINE: dict[str, tuple[str, ...]] = {
 """Keys of ``node_config`` that name the machine. Without an image, AWS gets one of 2018 from Ray."""
 GPU_MACHINE = re.compile(r"(g\d|p\d|a[23]-|n1-.*gpu|standard_n[cdgv]|trn|inf|dl)", re.IGNORECASE)
 """Instance families with an accelerator: AWS, Google, Azure."""
+
+MOST_VALUES = 20_000
+"""Values of a file with its aliases written out; Ray's example files have below 200."""
 
 
 class ConfigProblem(NamedTuple):
@@ -88,10 +92,16 @@ def examine_cluster(file: str | Path) -> list[Check]:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
+        values = _expanded(tree)
+    except RecursionError:
+        return [Check("cluster: yaml", f"{path.name}: lists or mappings too deep to read", "nest them less", True)]
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         found = f"{path.name}:{where.line + 1 if where else '?'}: {getattr(error, 'problem', error)}"
         return [Check("cluster: yaml", found, "fix the line; quote values with ': ', '#' or '*' in them", True)]
+    if values > MOST_VALUES:
+        found = f"{path.name}: more than {MOST_VALUES:,} values where its aliases (*name) are written out"
+        return [Check("cluster: yaml", found, "write out what they stand for", True)]
     if not isinstance(raw, dict):
         return [Check("cluster: yaml", f"{path.name}: not a mapping", "write key: value at the top level", True)]
     lines: dict[Keys, int] = {}
@@ -115,6 +125,18 @@ def _said(cluster: Cluster, name: str, faults: list[ConfigProblem]) -> Iterator[
         line = f":{cluster.lines[known]}" if known else ""
         where = f"{cluster.file.name}{line}: {'.'.join(map(str, fault.keys))}".rstrip(": ")
         yield Check(f"cluster: {name}", f"{where}: {fault.found}", fault.remedy, fault.broken)
+
+
+def _expanded(node: yaml.Node | None, known: dict[int, float] | None = None) -> float:
+    """Count values with each alias written out, visiting each node once; infinite for one that contains itself."""
+    known = {} if known is None else known
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [value for _, value in node.value]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _repeated(node: yaml.Node | None, keys: Keys, lines: dict[Keys, int]) -> Iterator[Keys]:

@@ -255,12 +255,22 @@ def _scratch() -> Path:
             f"temporary folder {base}: {free / 2**20:.0f} MB free, and Ray needs {SCRATCH / 2**20:.0f} MB for its "
             "logs; free some, or set TMPDIR to another folder"
         )
+    _clear(base)
+    return _claimed(base)
+
+
+def _clear(base: Path) -> None:
+    """Remove the directories there whose drivers are dead."""
     for old in base.glob("viladiff-*-*"):
         with suppress(OSError):  # its reaper, or another driver, may be at it too
             found = old.stat()
             rested = abs(time.time() - found.st_mtime) > GRACE  # else its driver may be about to lock it
             if old.name.split("-")[1].isdigit() and found.st_uid == os.getuid() and rested:
                 _remove_dead(old)
+
+
+def _claimed(base: Path) -> Path:
+    """Create a directory there and lock it as this driver's."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=f"viladiff-{os.getpid()}-", dir=base))
         _LOCKS[made] = hold(made)
@@ -294,10 +304,13 @@ def _short(scratch: Path) -> Iterator[Path]:
     place = next((place for place in places if place.is_dir() and os.access(place, os.W_OK)), None)
     if place is None:
         raise ValueError(f"temporary folder {scratch.parent}: too long for Ray's sockets; set TMPDIR to a shorter one")
-    with tempfile.TemporaryDirectory(prefix="viladiff-", dir=place) as folder:
-        link = Path(folder) / "s"
-        link.symlink_to(scratch)
-        yield link
+    _clear(place)
+    folder = _claimed(place)
+    try:
+        (folder / "s").symlink_to(scratch)
+        yield folder / "s"
+    finally:
+        _remove(folder)
 
 
 def _remove(scratch: Path) -> None:
