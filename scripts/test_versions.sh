@@ -37,7 +37,8 @@ index=()
 echo "test-$which: installs into .venv-$which: about 3.4 GB to download (less what uv has cached), about 7 GB on disk"
 "${uv[@]}" pip compile --quiet --python "$here" --resolution "$resolution" "${index[@]}" "${extras[@]}" pyproject.toml \
     --output-file "$venv/versions.txt" --no-annotate --upgrade || fail "no versions fit the bounds"
-"${uv[@]}" pip install --quiet --python "$here" "${index[@]}" -r "$venv/versions.txt" "${tools[@]}" || fail "uv failed, see above"
+# With byte code, as pip makes it: without, Ray's agents start so slowly that the raylet, which waits 15 s for them, gives up.
+"${uv[@]}" pip install --quiet --compile-bytecode --python "$here" "${index[@]}" -r "$venv/versions.txt" "${tools[@]}" || fail "uv failed, see above"
 "${uv[@]}" pip install --quiet --python "$here" --no-deps -e . || fail "uv failed, see above"
 "$here" scripts/list_versions.py | sed "s/^/test-$which: /"
 
