@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from method_kit import CLASSES, make, make_batch
-from torch import Tensor
+from torch import Tensor, nn
 
 from viladiff.data.batch import Losses, Step
 from viladiff.losses import cross_entropy, pixel_cross_entropy
 from viladiff.methods import METHODS
+from viladiff.methods.common.resting import resting
 from viladiff.models import segmenter
 from viladiff.models.blocks import upsample
 from viladiff.models.fused import pixel_logits, pixel_loss
@@ -63,6 +64,17 @@ def test_a_gpu_takes_every_hard_label_by_kernels(name: str) -> None:
     names = {line.operation for line in lines}
     assert "viladiff::grid_cross_entropy" in names or name == "viladiff"
     assert not any("nll_loss" in operation for operation in names)
+
+
+def test_weights_that_rest_get_zeros() -> None:
+    """As a sum times 0 gives them, in one operation instead of one for each weight."""
+    part = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).bfloat16())
+    weights = list(part.parameters())
+    (2 * resting(part) + weights[0].sum()).backward()
+    assert float(resting(part).detach()) == 0 and torch.equal(weights[0].grad, torch.ones(4, 3))
+    for weight in weights[1:]:
+        assert weight.grad is not None and weight.grad.dtype == weight.dtype
+        assert weight.grad.shape == weight.shape and not weight.grad.any()
 
 
 @pytest.mark.parametrize("classes", [5, pixel_loss.MANY])

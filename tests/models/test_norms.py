@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.evaluation.operations import OperationCounter
+from viladiff.models.fused import norms
 from viladiff.models.fused.norms import added_and_normed, norm_act, normed
 
 
@@ -26,6 +27,18 @@ def test_a_cpu_calls_torch_bit_for_bit(act: str, function: object) -> None:
     total, inner = added_and_normed(layer, x, y)
     assert torch.equal(total, x + y) and torch.equal(inner, layer(x + y))
     assert torch.equal(norm_act(group, maps, act), function(group(maps)))  # type: ignore[operator]
+
+
+def test_layers_in_order_are_those_of_a_sequential() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8)
+    x = torch.randn(2, 3, 6, 5)
+    joined = norms.NormActs(*layers)
+    assert torch.equal(joined(x), nn.Sequential(*layers)(x))
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[str] = []
+        patch.setattr(norms, "norm_act", lambda norm, x, act: seen.append(act) or F.relu(norm(x)))
+        assert torch.equal(joined(x), nn.Sequential(*layers)(x)) and seen == ["relu"]
 
 
 def test_a_gpu_reads_and_writes_each_tensor_once() -> None:

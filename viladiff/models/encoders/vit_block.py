@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -23,13 +21,14 @@ class JoinedBlock(Block):
     ahead: tuple[Tensor, Tensor] | None = None
     """Tokens and their first norm, from the block before."""
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        """Return (B, N, D) of tokens (B, N, D); ``options`` are the attention's."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return (B, N, D) of tokens (B, N, D)."""
         ahead, joins = self.ahead, joins_norms(self.norm1, x)
         if joins:
             self.ahead = None
         inner = ahead[1] if joins and ahead is not None and ahead[0] is x else normed(self.norm1, x)
-        x, inner = added_and_normed(self.norm2, x, self.drop_path1(self.ls1(self.attn(inner, **options))))
+        read = self.drop_path1(self.ls1(self.attn(inner, attn_mask=attn_mask, is_causal=is_causal)))
+        x, inner = added_and_normed(self.norm2, x, read)
         read = self.drop_path2(self.ls2(self.mlp(inner)))
         if not joins or not self.following:
             return x + read

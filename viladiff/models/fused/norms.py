@@ -42,7 +42,8 @@ def added_and_normed(norm: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Ten
         return total, norm(total)
     assert isinstance(norm, nn.LayerNorm)
     given = x.contiguous(), y.contiguous(), norm.weight, norm.bias, norm.eps, _type()
-    return tuple(torch.ops.viladiff.add_layer_norm(*given)[:2])  # type: ignore[return-value]
+    total, inner = torch.ops.viladiff.add_layer_norm(*given)[:2]
+    return total, inner
 
 
 def norm_act(norm: nn.GroupNorm, x: Tensor, act: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -97,6 +98,9 @@ def _agrees(device: torch.device) -> bool:
     return kernels_agree(device, _example)
 
 
+_Function = Callable[..., list[Tensor]]
+
+
 def _example(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """Return results and gradients by the kernels and by torch."""
     drawn = torch.Generator().manual_seed(0)
@@ -121,12 +125,13 @@ def _example(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
 
     both: tuple[list[Tensor], list[Tensor]] = [], []
     half = maps.bfloat16()
-    for mine, theirs, inputs in (
+    tried: tuple[tuple[_Function, _Function, tuple[Tensor, ...]], ...] = (
         *((added, plain, (rows, other, *weights[:2])) for other in (more, more.bfloat16())),
         (lambda x, w, b: [ops.layer_norm(x, w, b, 1e-5, full)[0]], lambda x, w, b: [F.layer_norm(x, (24,), w, b, 1e-5)],
          (rows, *weights[:2])),
         *((grouped(act), expected(act), (x, *weights[2:])) for act in (0, 1, 2) for x in (maps, half)),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for mine, theirs, inputs in tried:
         for found, function in zip(both, (mine, theirs), strict=True):
             found += _with_gradients(function, inputs, given if inputs[0].ndim == 4 else rows)
     return both
