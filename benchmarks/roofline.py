@@ -87,7 +87,7 @@ def per_flop(loads: Sequence[Load], device: str = "h100") -> float:
 
 
 def at_many_classes(method: str, scale: str | None, changes: dict[str, object]) -> float:
-    """Estimated ms a TFLOP at many classes; 0 where what checkpoints compute again cannot be counted in half precision."""
+    """Estimated ms a TFLOP at many classes; 0 where what checkpoints compute again is not counted in half precision."""
     try:
         return per_flop([line.load for line in counted(method, scale, {**changes, **MANY})[1].lines])
     except CheckpointError:
