@@ -15,6 +15,7 @@ from viladiff.methods import METHODS
 from viladiff.methods.common.resting import resting
 from viladiff.models import segmenter
 from viladiff.models.blocks import upsample
+from viladiff.models.cast_weights import CastWeights
 from viladiff.models.fused import pixel_logits, pixel_loss
 from viladiff.models.fused.pixel_logits import PixelLogits, reweighted
 from viladiff.runs.config import RunConfig, override
@@ -75,6 +76,13 @@ def test_weights_that_rest_get_zeros() -> None:
     for weight in weights[1:]:
         assert weight.grad is not None and weight.grad.dtype == weight.dtype
         assert weight.grad.shape == weight.shape and not weight.grad.any()
+
+
+def test_networks_that_rest_are_not_cast_with_the_others() -> None:
+    method = make("psmt")
+    names = CastWeights(method, torch.device("meta"), "bf16", method.exact).names
+    parts = {name.split(".")[0] for name in names}
+    assert parts == {"student", "teachers"} and len(list(method.founders.parameters())) > 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("classes", [5, pixel_loss.MANY])
