@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,17 @@ from torch import Tensor
 
 from viladiff.config.base import did_you_mean
 from viladiff.data.batch import IGNORE
+
+
+class OnGrid(Protocol):
+    """Logits of pixels that have their own way to the cross-entropy, as ``models.fused.pixel_logits`` has."""
+
+    def cross_entropy(self, target: Tensor) -> Tensor:
+        """Return (B, H, W) nats, 0 where ``target`` (B, H, W) is 255."""
+
+
+Logits = Tensor | OnGrid
+"""Logits (B, C, H, W), or what stands for them."""
 
 
 def distributed_mean(total: Tensor, count: Tensor) -> Tensor:
@@ -31,7 +42,7 @@ def distributed_mean(total: Tensor, count: Tensor) -> Tensor:
     if workers > 1:
         count = count.clone()
         dist.all_reduce(count)
-    return total * workers / count.clamp(min=1)
+    return (total if workers == 1 else total * workers) / count.clamp(min=1)
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -102,16 +113,7 @@ def feature_distillation(
     ``weight`` (B,) multiplies each sample's share, and the divisor B becomes ``count``: this worker's share of it, by
     default the sum of the weights. Raises ValueError for unlike shapes and an unknown reduction.
     """
-    _same_shape("teacher", teacher, "student", student)
-    check_choice("reduction", reduction, ("mean", "sum"))
-    teacher, student = teacher.detach().float(), student.float()
-    squared = (teacher - student).square()
-    cosine = 1 - F.cosine_similarity(teacher, student, dim=1)
-    if reduction == "mean":
-        return _gated_mean(squared.mean(dim=1) + lam * cosine, weight, count)
-    squared = squared.sum(dim=1)
-    total = squared.sum() if weight is None else (squared * weight.float()).sum()
-    return total * _workers() + lam * _gated_mean(cosine, weight, count)
+    return feature_terms(teacher, student, lam, reduction, weight=weight, count=count)[0]
 
 
 def feature_terms(
@@ -122,14 +124,23 @@ def feature_terms(
     *,
     weight: Tensor | None = None,
     count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the two summands of Eq. 1, the squared distance and lam * the cosine distance; their sum is the loss.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``feature_distillation`` and its two summands, the squared distance and lam * the cosine distance.
 
     Arguments, reduction and errors as of ``feature_distillation``.
     """
-    squared = feature_distillation(teacher, student, 0.0, reduction, weight=weight, count=count)
-    cosine = 1 - F.cosine_similarity(teacher.detach().float(), student.float(), dim=1)
-    return squared, lam * _gated_mean(cosine, weight, count)
+    _same_shape("teacher", teacher, "student", student)
+    check_choice("reduction", reduction, ("mean", "sum"))
+    teacher, student = teacher.detach().float(), student.float()
+    squared = (teacher - student).square()
+    cosine = 1 - F.cosine_similarity(teacher, student, dim=1)
+    apart = lam * _gated_mean(cosine, weight, count)
+    if reduction == "mean":
+        squared = squared.mean(dim=1)
+        return _gated_mean(squared + lam * cosine, weight, count), _gated_mean(squared, weight, count), apart
+    squared = squared.sum(dim=1)
+    summed = (squared.sum() if weight is None else (squared * weight.float()).sum()) * _workers()
+    return summed + apart, summed, apart
 
 
 def logit_distillation(
@@ -150,7 +161,7 @@ def logit_distillation(
     return temperature**2 * _gated_mean(divergence, weight, count)
 
 
-def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, norm: str = "labelled") -> Tensor:
+def cross_entropy(logits: Logits, target: Tensor, weight: Tensor | None = None, norm: str = "labelled") -> Tensor:
     """Return Eq. 10 over the pixels not labelled 255; a batch without such pixels gives 0 with a gradient, never NaN.
 
     ``logits`` (B, C, H, W), ``target`` (B, H, W) int64, ``weight`` (B, H, W) a factor on each pixel that leaves the
@@ -187,7 +198,7 @@ def ohem_mean(loss: Tensor, target: Tensor, threshold: float, share: float) -> T
     return distributed_mean((loss * kept).sum(), kept.sum())
 
 
-def pseudo_label_cross_entropy(logits: Tensor, labels: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
+def pseudo_label_cross_entropy(logits: Logits, labels: Tensor, confidence_weight: Tensor, valid: Tensor) -> Tensor:
     """Return pseudo-label cross-entropy over the valid pixels, not the confident ones: few confident, small loss.
 
     ``logits`` (U, C, H, W), ``labels`` (U, H, W) int64, ``confidence_weight`` (U, H, W) >= 0, ``valid`` (U, H, W)
@@ -264,11 +275,13 @@ def _gated_mean(values: Tensor, weight: Tensor | None, count: Tensor | None) -> 
     return distributed_mean((values * weight).sum(), weight.sum() if count is None else count)
 
 
-def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def pixel_cross_entropy(logits: Logits, target: Tensor) -> Tensor:
     """Return (B, H, W) nats, 0 where the target is 255, for several losses that read one map.
 
     ``logits`` (B, C, H, W), ``target`` (B, H, W) int64. Raises ValueError for unlike shapes.
     """
+    if not isinstance(logits, Tensor):
+        return logits.cross_entropy(target)
     if logits.ndim != target.ndim + 1 or logits.shape[:1] + logits.shape[2:] != target.shape:
         raise ValueError(
             f"target {tuple(target.shape)} does not fit logits {tuple(logits.shape)}: want (B, H, W), (B, C, H, W)"

@@ -14,7 +14,8 @@ from torch import Tensor
 from viladiff.data.batch import Step
 from viladiff.methods import unimatch
 from viladiff.methods.base import Method
-from viladiff.methods.daw import align, class_confidence, crossing, moved, right_and_wrong
+from viladiff.methods.daw import class_confidence, crossing, moved, right_and_wrong
+from viladiff.models.fused.pixel_logits import reweighted
 
 
 def probabilities(n: int = 3, seed: int = 0, classes: int = CLASSES) -> Tensor:
@@ -23,7 +24,7 @@ def probabilities(n: int = 3, seed: int = 0, classes: int = CLASSES) -> Tensor:
 
 def test_class_confidence_in_numpy() -> None:
     p, counted = probabilities(), torch.rand(3, 7, 5, generator=torch.Generator().manual_seed(1)) < 0.6
-    found = class_confidence(p, counted).numpy()
+    found = class_confidence(*p.max(1), counted, CLASSES).numpy()
     confidence, labels = p.max(1).values.numpy(), p.argmax(1).numpy()
     for k in range(CLASSES):
         here = (labels == k) & counted.numpy()
@@ -34,7 +35,7 @@ def test_right_and_wrong_in_numpy() -> None:
     p = probabilities()
     target = torch.randint(0, CLASSES, (3, 7, 5), generator=torch.Generator().manual_seed(2))
     target[0, :3] = 255
-    found = right_and_wrong(p, target).numpy()
+    found = right_and_wrong(*p.max(1), target).numpy()
     conflict_weight, labels, y = 1 - p.max(1).values.numpy(), p.argmax(1).numpy(), target.numpy()
     for row, here in zip(found, (labels == y, (labels != y) & (y != 255)), strict=True):
         assert row == pytest.approx(
@@ -97,11 +98,11 @@ def test_threshold_keeps_its_limits() -> None:
 def test_alignment_raises_classes_that_unlabelled_images_show_too_little_of() -> None:
     p = probabilities()
     labelled, unlabelled = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.5]), torch.tensor([0.3, 0.5, 0.5, 0.5, 0.5])
-    found = align(p, labelled, unlabelled)
+    found = reweighted(p, labelled / unlabelled)
     expected = p.numpy().copy()
     expected[:, 0] *= 3
     np.testing.assert_allclose(found.numpy(), expected / expected.sum(1, keepdims=True), rtol=1e-5)
-    torch.testing.assert_close(align(p, labelled, labelled), p)
+    torch.testing.assert_close(reweighted(p, labelled / labelled), p)
 
 
 def state(method: Method) -> dict[str, Tensor]:
@@ -196,7 +197,9 @@ def test_a_step_judges_aligned_labels_by_the_running_threshold(monkeypatch: pyte
     wanted = raw.numpy() * (method.distributions[0] / method.distributions[1]).numpy()[:, None, None]
     wanted /= wanted.sum(1, keepdims=True)
     assert (wanted.argmax(1) != raw.numpy().argmax(1)).mean() > 0.05
-    monkeypatch.setattr(unimatch, "pseudo_label_cross_entropy", lambda *given: seen.append(given) or given[0].sum() * 0)
+    monkeypatch.setattr(
+        unimatch, "pseudo_label_cross_entropy", lambda *given: seen.append(given) or given[0].tensor().sum() * 0
+    )
     losses = method(batch, STEP)
     _, labels, accepted, valid = seen[-1]  # of the view with dropped channels, which has no boxes
     assert np.array_equal(labels.numpy(), wanted.argmax(1)) and torch.equal(valid, batch.valid)
@@ -209,7 +212,7 @@ def test_a_step_judges_aligned_labels_by_the_running_threshold(monkeypatch: pyte
         own = method.student(batch.image)["visual"].softmax(1)
     method.after_step(STEP)
     for row, p, counted in ((0, own, batch.target != 255), (1, raw, batch.valid)):  # both as they were before alignment
-        count, total = class_confidence(p, counted)
+        count, total = class_confidence(*p.max(1), counted, CLASSES)
         mean = torch.where(count > 0, total / count.clamp(min=1), before[row])
         torch.testing.assert_close(method.distributions[row], 0.99 * before[row] + 0.01 * mean)
 

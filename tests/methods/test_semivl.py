@@ -49,6 +49,7 @@ from viladiff.models.baselines.vl_decoder import (
     skip_levels,
 )
 from viladiff.models.blocks import upsample
+from viladiff.models.fused.pixel_logits import PixelLogits
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.config import RunConfig, override, run_id
 from viladiff.text.concepts import APART, BACKGROUND, PUBLISHED, concepts, names
@@ -344,20 +345,20 @@ class Seen:
     def __init__(self, method: SemiVl, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tops: list[Tensor] = []
         self.logits: list[Array] = []
-        encode, ask = method.student.encode, method.student.logits
+        encode, ask = method.student.encode, method.student.at_pixels
 
         def encoded(images: Tensor) -> list[Tensor]:
             found = encode(images)
             self.tops.append(found[-1])
             return found
 
-        def logits(maps: list[Tensor], size: torch.Size) -> Tensor:
-            out = ask(maps, size)
-            self.logits.append(np_(out))
+        def logits(grid: Tensor, size: torch.Size) -> PixelLogits:
+            out = ask(grid, size)
+            self.logits.append(np_(out.tensor()))
             return out
 
         monkeypatch.setattr(method.student, "encode", encoded)
-        monkeypatch.setattr(method.student, "logits", logits)
+        monkeypatch.setattr(method.student, "at_pixels", logits)
 
 
 def ready(**changes: object) -> tuple[SemiVl, Batch]:

@@ -110,11 +110,11 @@ class AllSpark(Method):
         size, labelled, weak, valid = batch.image.shape[-2:], len(batch.image), batch.weak[0], batch.valid
         inside = F.max_pool2d(valid.float()[:, None], self.student.patch, ceil_mode=True).flatten(2).mT  # (U, N, 1)
         seen = self._answers(weak, inside)
-        confidence, labels = self.student.upsample(seen, size).softmax(1).max(1)
+        confidence, labels = self.student.pixel_labels(seen, size)
 
         *fine, top = self.student.encode(torch.cat([batch.image_strong, weak]))
         rebuilt = self._rebuilt(top, seen, labelled, inside, step, self._draws(batch, step))
-        z = self.student.upsample(self.student.decode_rebuilt([*fine, rebuilt])["visual"].logits, size)
+        z = self.student.at_pixels(self.student.decode_rebuilt([*fine, rebuilt])["visual"].logits, size)
 
         sup = self.supervised(z[:labelled], batch.target)
         accepted = (confidence >= self.cfg.pseudo.threshold).float()

@@ -20,7 +20,7 @@ from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, CutMix, Losses, Step, TextBatch, Views
 from viladiff.data.loading.device_copies import send
 from viladiff.data.transforms.mixing import apply_cutmix, pair_partner
-from viladiff.losses import ignore_aware_mean, ohem_mean, pixel_cross_entropy
+from viladiff.losses import Logits, ignore_aware_mean, ohem_mean, pixel_cross_entropy
 from viladiff.models.ema import ema_update, frozen_copy
 from viladiff.models.segmenter import DualNetwork, NetworkFactory
 
@@ -108,7 +108,8 @@ class Method(nn.Module):
     extra_state: ClassVar[str] = ""
     """What the method has beside its student."""
     exact: ClassVar[tuple[str, ...]] = ()
-    """Dotted paths of parts of networks that ``forward`` runs in float32 also where it is under autocast."""
+    """Dotted paths of parts of networks whose weights are not cast with all others: ``forward`` runs them in float32
+    also where it is under autocast, or they rest in most steps."""
     published: ClassVar[tuple[PublishedSetting, ...]] = ()
     """What the publication sets by data set and list; scale ``paper`` of the tables applies it."""
     protocols: ClassVar[tuple[PublishedSetting, ...]] = ()
@@ -135,7 +136,7 @@ class Method(nn.Module):
     def forward(self, batch: Batch, step: Step) -> Losses:
         raise NotImplementedError
 
-    def supervised(self, logits: Tensor, target: Tensor) -> Tensor:
+    def supervised(self, logits: Logits, target: Tensor) -> Tensor:
         """Return L_sup, Eq. 10 with the masks of labelled images: all pixels, or with ``cfg.ohem`` the hard ones."""
         return self.supervised_mean(pixel_cross_entropy(logits, target), target)
 

@@ -28,6 +28,7 @@ from viladiff.losses import all_reduce_max, distributed_mean, logit_distillation
 from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference, StepCost, apply_cutmix_to
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.perturbations import channel_dropout, widest
+from viladiff.models.fused.norms import NormActs
 from viladiff.models.segmenter import NetworkFactory
 
 
@@ -59,9 +60,7 @@ class Correlation(nn.Module):
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
         super().__init__()
-        self.project = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU(inplace=True)
-        )
+        self.project = NormActs(nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU())
         self.first, self.second = nn.Conv2d(width, num_classes, 1), nn.Conv2d(width, num_classes, 1)
 
     def forward(self, top: Tensor, uniform: Tensor, p: float = 0.1) -> Tensor:
@@ -119,35 +118,35 @@ class CorrMatch(Method):
         return Views(strong=1, cutmix=self.cfg.cutmix)
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        size, counts = batch.image.shape[-2:], (len(batch.image), len(batch.weak[0]), len(batch.strong[0]))
+        size, counts = batch.image.shape[-2:], [len(batch.image), len(batch.weak[0]), len(batch.strong[0])]
         features = self.student.encode(
             torch.cat([batch.image, batch.weak[0], *apply_cutmix_to(batch, 0, batch.strong[0])])
         )
         dropped = self._dropped([level.split(counts)[1] for level in features], batch, step)
         grid = self.student.decode([torch.cat(pair) for pair in zip(features, dropped, strict=True)])["visual"].logits
-        z, weak, z_strong, z_dropped = self.student.upsample(grid, size).split((*counts, counts[1]))
+        z, weak, z_strong, z_dropped = self.student.at_pixels(grid, size).split([*counts, counts[1]])
         a = self._correlations(features[-1], batch, step)
-        r, r_weak, r_strong = self.student.upsample(
+        r, r_weak, r_strong = self.student.at_pixels(
             correlated(grid[: len(a)].detach(), a, features[-1].shape[-2:]), size
         ).split(counts)
 
         with torch.no_grad():
-            confidence, labels = weak.softmax(1).max(1)
+            confidence, labels = weak.top()
             self.highest.copy_(
-                torch.maximum(self.highest, highest_by_class(confidence, labels, batch.valid, z.shape[1]))
+                torch.maximum(self.highest, highest_by_class(confidence, labels, batch.valid, self.student.num_classes))
             )
-            sure = (confidence >= self.tau).float()
+            sure, weak_logits = (confidence >= self.tau).float(), weak.tensor()
             mixed_confidence, mixed_labels, valid, mixed_weak = apply_cutmix_to(
-                batch, 0, confidence, labels, batch.valid, weak
+                batch, 0, confidence, labels, batch.valid, weak_logits
             )
             mixed_sure = mixed_confidence >= self.tau
             taught, accepted = self._spread(a[counts[0] :][: counts[1]], mixed_labels, mixed_sure, valid, batch, step)
 
         sup, sup_r = self.supervised(z, batch.target), self.supervised(r, batch.target)
-        source = weak if self.cfg.faithful_kl else mixed_weak
+        source = weak_logits if self.cfg.faithful_kl else mixed_weak
         terms = {
             "pseudo": pseudo_label_cross_entropy(z_strong, taught, accepted, valid),
-            "kl": logit_distillation(source, z_strong, 1.0, weight=mixed_sure * valid, count=valid.sum()),
+            "kl": logit_distillation(source, z_strong.tensor(), 1.0, weight=mixed_sure * valid, count=valid.sum()),
             "dropped": pseudo_label_cross_entropy(z_dropped, labels, sure, batch.valid),
             "correlation": (
                 pseudo_label_cross_entropy(r_strong, taught, accepted, valid)

@@ -88,15 +88,15 @@ class Cps(Method):
         nets, labelled, weak, valid = (self.student, self.second), len(batch.image), batch.weak[0], batch.valid
         if self.cfg.cutmix:
             with torch.no_grad():
-                answers = [_answers(net(weak)["visual"]) for net in nets]
+                answers: list[tuple[Tensor, ...]] = [net.predicted(weak).top() for net in nets]
             partner, mask = self._boxes(batch, step)
             weak, valid = paste(weak, mask, partner), paste(valid, mask, partner)
             answers = [tuple(paste(x, mask, partner) for x in answer) for answer in answers]
         images = torch.cat([batch.image, weak])
-        logits = [net(images)["visual"] for net in nets]
+        logits = [net.predicted(images) for net in nets]
         taught = [z[labelled:] for z in logits]
         if not self.cfg.cutmix:
-            answers, taught = [_answers(z.detach()) for z in logits], logits
+            answers, taught = [z.detach().top() for z in logits], logits
             valid = torch.cat([batch.target != IGNORE, valid])
 
         sup = torch.stack([self.supervised(z[:labelled], batch.target) for z in logits]).sum()
@@ -128,8 +128,3 @@ class Cps(Method):
 
     def eval_networks(self) -> dict[str, Network]:
         return {"student": self.student, "second": self.second}
-
-
-def _answers(logits: Tensor) -> tuple[Tensor, ...]:
-    """Return confidence and labels of one network, each (B, H, W)."""
-    return tuple(logits.softmax(1).max(1))

@@ -26,6 +26,7 @@ from viladiff.losses import all_reduce_sum
 from viladiff.methods.base import MeanTeacher, MethodConfig, PredictConfig, PseudoConfig, Reference, TeacherConfig
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.methods.unimatch import UniMatch
+from viladiff.models.fused.pixel_logits import PixelLogits, reweighted
 from viladiff.models.segmenter import NetworkFactory
 
 ENOUGH = 10
@@ -93,24 +94,26 @@ class Daw(UniMatch, MeanTeacher):
         self.register_buffer("tau", torch.tensor(float(cfg.pseudo.threshold)))
         self._sums: list[Tensor] = []
 
-    def pseudo_label(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        own, others = mine.softmax(1), clean.softmax(1)
+    def pseudo_label(self, mine: PixelLogits, clean: PixelLogits, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         if self.training:
-            known = batch.target != IGNORE
+            own, known, classes = mine.top(), batch.target != IGNORE, self.student.num_classes
             self._sums.append(
                 torch.cat(
                     [
-                        class_confidence(own, known).flatten(),
-                        class_confidence(others, batch.valid).flatten(),
-                        right_and_wrong(own, batch.target).flatten(),
+                        class_confidence(*own, known, classes).flatten(),
+                        class_confidence(*clean.top(), batch.valid, classes).flatten(),
+                        right_and_wrong(*own, batch.target).flatten(),
                     ]
                 )
             )
-        confidence, labels = self._aligned(others).max(1)
-        return confidence, labels, self.tau
+        return *clean.top(self._factor()), self.tau
 
-    def _aligned(self, probabilities: Tensor) -> Tensor:
-        return align(probabilities, *self.distributions) if self.cfg.distribution_alignment else probabilities
+    def _factor(self) -> Tensor | None:
+        """Return what multiplies each class's probability (C,), with alignment."""
+        if not self.cfg.distribution_alignment:
+            return None
+        labelled, unlabelled = self.distributions
+        return labelled / unlabelled
 
     def after_step(self, step: Step) -> None:
         super().after_step(step)
@@ -144,37 +147,30 @@ class Daw(UniMatch, MeanTeacher):
     def pseudo_labels(
         self, images: Tensor, text: TextBatch | None, keys: tuple[int, ...], step: Step
     ) -> dict[str, Tensor]:
-        return {"before": self._aligned(self.student(images)["visual"].softmax(1))}
+        probabilities, factor = self.student(images)["visual"].softmax(1), self._factor()
+        return {"before": probabilities if factor is None else reweighted(probabilities, factor)}
 
 
-def class_confidence(probabilities: Tensor, counted: Tensor) -> Tensor:
+def class_confidence(confidence: Tensor, labels: Tensor, counted: Tensor, num_classes: int) -> Tensor:
     """Return (2, C): pixels predicted as each class, and the sum of their confidence.
 
-    ``probabilities`` (B, C, H, W), ``counted`` (B, H, W) bool.
+    ``confidence`` and ``labels`` of the most probable class and ``counted``, bool, are (B, H, W).
     """
-    confidence, labels = probabilities.max(1)
-    sums = torch.zeros(2, probabilities.shape[1], device=labels.device)
+    sums = torch.zeros(2, num_classes, device=labels.device)
     terms = torch.stack([counted.float(), confidence.float() * counted]).flatten(1)
     return sums.scatter_add_(1, labels.flatten().expand(2, -1), terms)
 
 
-def right_and_wrong(probabilities: Tensor, target: Tensor) -> Tensor:
+def right_and_wrong(confidence: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     """Return (2, 3): right and wrong pixels, the sum of their conflict_weight 1 - p, and of its square.
 
-    Label 255 is neither. ``probabilities`` (B, C, H, W), ``target`` (B, H, W) int64. 1 - p is near 0 where confidence
-    is near 1, so that its variance survives float32.
+    Label 255 is neither. ``confidence`` and ``labels`` of the most probable class, and ``target``, are (B, H, W).
+    1 - p is near 0 where confidence is near 1, so that its variance survives float32.
     """
-    confidence, labels = probabilities.max(1)
     conflict_weight = 1 - confidence.float()
     groups = torch.stack([labels == target, (labels != target) & (target != IGNORE)]).float().flatten(1)
     powers = torch.stack([torch.ones_like(conflict_weight), conflict_weight, conflict_weight.square()]).flatten(1)
     return groups @ powers.T
-
-
-def align(probabilities: Tensor, labelled: Tensor, unlabelled: Tensor) -> Tensor:
-    """Multiply class probabilities (U, C, H, W) by labelled / unlabelled (C,) and normalise again."""
-    scaled = probabilities * (labelled / unlabelled).view(-1, 1, 1)
-    return scaled / scaled.sum(1, keepdim=True)
 
 
 def moved(gaussians: Tensor, sums: Tensor, momentum: float) -> Tensor:

@@ -45,6 +45,7 @@ from viladiff.methods.base import (
     steps_after,
 )
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
+from viladiff.methods.common.resting import resting
 from viladiff.models.baselines.memory_bank import gather_at, sample_positions
 from viladiff.models.baselines.normalizing_flow import Flow
 from viladiff.models.blocks import at_cells
@@ -140,8 +141,8 @@ class Ddfp(MeanTeacher):
         return self._warm(batch) if step.progress < self.cfg.warmup else self._teach(batch, step)
 
     def _warm(self, batch: Batch) -> Losses:
-        sup = self.supervised(self.student(batch.image)["visual"], batch.target)
-        rest = torch.stack([p.sum() for p in self.flow.parameters()]).sum() * 0
+        sup = self.supervised(self.student.predicted(batch.image), batch.target)
+        rest = resting(self.flow)
         zero = torch.zeros((), device=sup.device)
         names = ("pseudo", "perturbed", "nll", "coverage")
         return Losses(sup + rest, {"sup": sup.detach(), **dict.fromkeys(names, zero)}, {"sup": sup})
@@ -152,7 +153,7 @@ class Ddfp(MeanTeacher):
         mix = keyed_boxes(batch, step, "ddfp-cut", half_boxes) if cfg.cutmix else None
         with torch.no_grad():
             seen = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]))["visual"]
-            confidence, labels = self.student.upsample(seen.logits[labelled:], size).softmax(1).max(1)
+            confidence, labels = self.student.pixel_labels(seen.logits[labelled:], size)
             labels = labels.masked_fill((confidence < cfg.pseudo.threshold) | ~valid, IGNORE)
         if mix is not None:
             strong, labels, valid = (apply_cutmix(x, mix) for x in (strong, labels, valid))
@@ -162,7 +163,7 @@ class Ddfp(MeanTeacher):
             mine = [level[labelled:] for level in features]
             moves = lower_density(mine, self._rarity(labels), cfg.radius)
             features = [torch.cat([f, m + d]) for f, m, d in zip(features, mine, moves, strict=True)]
-        logits = self.student.logits(features, size)
+        logits = self.student.at_pixels(self.student.grid_logits(features), size)
 
         sup = self.supervised(logits[:labelled], batch.target)
         streams = [cross_entropy(z, labels) for z in logits[labelled:].split(len(labels))]

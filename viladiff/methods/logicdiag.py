@@ -107,15 +107,15 @@ class LogicDiag(MeanTeacher):
         labelled, size = len(batch.image), batch.image.shape[-2:]
         with torch.no_grad():
             z = _nodes(self.teacher, self.teacher_groups, batch.weak[0])
-            before, after = (self.student.upsample(x, size) for x in self._stages(z))
-            confidence, labels = after.softmax(1).max(1)
-            revised = (labels != before.argmax(1)).float()
+            before, after = (self.student.at_pixels(x, size) for x in self._stages(z))
+            confidence, labels = after.top()
+            revised = (labels != before.classes()).float()
             accepted = (confidence >= self.cfg.pseudo.threshold).float()
             changed = distributed_mean((revised * batch.valid).sum(), batch.valid.sum())
         strong, labels, accepted, valid = apply_cutmix_to(batch, 0, batch.strong[0], labels, accepted, batch.valid)
 
-        logits = self.student.upsample(_nodes(self.student, self.groups, torch.cat([batch.image, strong])), size)
-        mine, taught = logits[:labelled], logits[labelled:, : len(self.parent)]
+        logits = self.student.at_pixels(_nodes(self.student, self.groups, torch.cat([batch.image, strong])), size)
+        mine, taught = logits[:labelled].tensor(), logits[labelled:].channels(len(self.parent))
         sup = self.supervised_mean(node_cross_entropy(mine, batch.target, self.parent), batch.target)
         pseudo = pseudo_label_cross_entropy(taught, labels, accepted, valid)
         coverage = distributed_mean((accepted * valid).sum(), valid.sum())

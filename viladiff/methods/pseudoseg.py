@@ -34,6 +34,7 @@ from viladiff.methods.base import Method, MethodConfig, PseudoConfig, Reference,
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.grad_cam import Sgc, tag_loss, tagged
 from viladiff.models.blocks import upsample
+from viladiff.models.fused.pixel_logits import PixelLogits
 from viladiff.models.segmenter import NetworkFactory
 
 
@@ -80,17 +81,18 @@ class PseudoSeg(Method):
         soft = self._soft_labels(batch.weak[0], batch.valid)
         strong, valid = self._cut(batch, step)
         features = self.student.encode(torch.cat([batch.image, strong]))
-        mine, taught = self.student.logits(features, size).tensor_split([labelled])
+        logits = self.student.at_pixels(self.student.grid_logits(features), size)
+        mine, taught = logits[:labelled], logits[labelled:]
 
         own = [level[:labelled] for level in features]
         found = tagged(batch.target, self.student.num_classes)
-        scores = upsample(self.sgc(own, found.present, batch.target != IGNORE), size)
+        scores = PixelLogits(self.sgc(own, found.present, batch.target != IGNORE), size)
         accepted = (soft.amax(1) >= self.cfg.pseudo.threshold).float()
         terms = {
             "sup": self.supervised(mine, batch.target),
             "maps": cross_entropy(scores, batch.target),
             "tags": tag_loss(self.sgc.tags(own[-1]), found),
-            "pseudo": weighted_pixel_mean(soft_cross_entropy(taught, soft), accepted, valid),
+            "pseudo": weighted_pixel_mean(soft_cross_entropy(taught.tensor(), soft), accepted, valid),
         }
         parts = {**terms, "pseudo": self.cfg.pseudo.weight * terms["pseudo"]}
         total = parts["sup"] + parts["maps"] + parts["tags"] + parts["pseudo"]

@@ -14,7 +14,7 @@ mixed with itself.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from viladiff.config.base import Section
 from viladiff.core import keyed_random
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.data.transforms.mixing import apply_cutmix, beta_boxes
-from viladiff.losses import distributed_mean, pixel_cross_entropy
+from viladiff.losses import Logits, distributed_mean, pixel_cross_entropy
 from viladiff.methods.base import (
     MethodConfig,
     PredictConfig,
@@ -38,6 +38,7 @@ from viladiff.methods.base import (
     turn_length,
 )
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
+from viladiff.methods.common.resting import resting
 from viladiff.models.baselines.perturbations import virtual_adversarial
 from viladiff.models.ema import ema_update
 from viladiff.models.segmenter import Network, NetworkFactory
@@ -107,7 +108,7 @@ class PsMt(TwoTeachers):
     step_cost = StepCost(4, 2, 8, 4)
     revision = 2
     extra_state = "two teachers, two networks of the warm-up"
-    exact = tuple(f"teachers.members.{i}.{part}" for i in (0, 1) for part in ("decoder", "classifier"))
+    exact = ("founders", *(f"teachers.members.{i}.{part}" for i in (0, 1) for part in ("decoder", "classifier")))
 
     def __init__(self, cfg: PsmtConfig, build: NetworkFactory) -> None:
         super().__init__(cfg, build)
@@ -124,8 +125,11 @@ class PsMt(TwoTeachers):
 
     def _warm(self, batch: Batch) -> Losses:
         """Train with masks alone: the student on coloured images, each later teacher on plain ones."""
-        networks = [(self.student, batch.image_strong), *((founder, batch.image) for founder in self.founders)]
-        losses = [self.supervised(network(image)["visual"], batch.target) for network, image in networks]
+        networks: list[tuple[Any, Any]] = [
+            (self.student, batch.image_strong),
+            *((founder, batch.image) for founder in self.founders),
+        ]
+        losses = [self.supervised(network.predicted(image), batch.target) for network, image in networks]
         zero = torch.zeros((), device=losses[0].device)
         terms = {"sup": losses[0].detach(), "pseudo": zero, "coverage": zero, "weight": zero}
         total = torch.stack(losses).sum()
@@ -134,7 +138,7 @@ class PsMt(TwoTeachers):
     def _teach(self, batch: Batch, image: Tensor, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(image), image.shape[-2:]
         with torch.no_grad():
-            confidence, labels = self.student.upsample(self._pseudo_logits(batch.weak[0], step), size).softmax(1).max(1)
+            confidence, labels = self.student.pixel_labels(self._pseudo_logits(batch.weak[0], step), size)
         strong, valid = batch.strong[0], batch.valid
         if cfg.cutmix:
             mix = keyed_boxes(batch, step, "psmt-boxes", lambda draws, _, size: beta_boxes(draws, size))
@@ -143,13 +147,13 @@ class PsMt(TwoTeachers):
         if cfg.vat.epsilon:
             noise = self._noise(features, batch, step)
             features = [level + added for level, added in zip(features, noise, strict=True)]
-        logits = self.student.logits(features, size)
+        logits = self.student.at_pixels(self.student.grid_logits(features), size)
 
         sup = self.supervised(logits[:labelled], batch.target)
         accepted = (confidence >= cfg.pseudo.threshold) & valid
         pseudo = strict_consistency(logits[labelled:], labels, confidence, accepted)
         weight = cfg.pseudo.weight * ramp(step.progress - cfg.warmup, cfg.pseudo.rampup)
-        rest = torch.stack([p.sum() for p in self.founders.parameters()]).sum() * 0 if self.founders else 0
+        rest = resting(self.founders) if self.founders else 0
         coverage = distributed_mean(accepted.sum(), valid.sum())
         terms = {"sup": sup.detach(), "pseudo": pseudo.detach(), "coverage": coverage}
         terms["weight"] = torch.full((), weight, device=sup.device)
@@ -214,7 +218,7 @@ def strict(assistant: Tensor, active: Tensor, classes: int) -> Tensor:
     return torch.where(assistant >= lowest, assistant, active)
 
 
-def strict_consistency(logits: Tensor, labels: Tensor, confidence: Tensor, accepted: Tensor) -> Tensor:
+def strict_consistency(logits: Logits, labels: Tensor, confidence: Tensor, accepted: Tensor) -> Tensor:
     """Return cross-entropy times confidence, a mean over the accepted pixels alone; 0 without any.
 
     ``logits`` (U, C, H, W), ``labels`` int64, ``confidence`` and bool ``accepted`` (U, H, W).

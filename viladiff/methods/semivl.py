@@ -47,6 +47,7 @@ from viladiff.methods.unimatch import UniMatch
 from viladiff.models.baselines.maskclip import MaskClip, load_clip
 from viladiff.models.baselines.vl_decoder import VlDecoderConfig, VlSegmenter, similarity, vl_segmenter
 from viladiff.models.blocks import upsample
+from viladiff.models.fused.pixel_logits import PixelLogits
 from viladiff.models.segmenter import Network, NetworkFactory, Segmenter
 from viladiff.text.concepts import concepts, names
 
@@ -166,12 +167,12 @@ class SemiVl(UniMatch):
         return super().threshold() if self.cfg.pseudo.weighting == "pixel" else None
 
     def extra_loss(
-        self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
+        self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[PixelLogits, ...]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         cfg, size = self.cfg, batch.image.shape[-2:]
         weak, taught = self._guide(batch, features[-1])
         scale = cfg.guidance.scale if self._clip else cfg.guidance.map_scale
-        confidence, labels = upsample(weak * scale, size).softmax(1).max(1)
+        confidence, labels = PixelLogits(weak * scale, size).top()
         sure = (confidence >= cfg.guidance.threshold) & batch.valid
         labels = torch.where(sure, labels, IGNORE)
         strong = [cross_entropy(z, apply_cutmix_to(batch, i, labels)[0], norm="all") for i, z in enumerate(streams[:2])]
@@ -183,7 +184,7 @@ class SemiVl(UniMatch):
             total = total + 0 * features[level].float().mean()  # a norm of its own, as timm's have, must get a gradient
         terms = {"guided": guided, "guided_coverage": distributed_mean(sure.sum(), batch.valid.sum())}
         if taught is not None:
-            terms["map"] = cross_entropy(upsample(taught * scale, size), batch.target)
+            terms["map"] = cross_entropy(PixelLogits(taught * scale, size), batch.target)
             parts["map"] = cfg.guidance.map_weight * terms["map"]
             total = total + parts["map"]
         return total, terms, parts

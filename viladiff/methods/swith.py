@@ -96,14 +96,14 @@ class Swith(TwoTeachers):
         count, cfg = len(batch.image), self.cfg.pseudo
         active = self._active(step)
         with torch.no_grad():
-            confidence, labels = self.teachers[active](batch.weak[0])["visual"].softmax(1).max(1)
+            confidence, labels = self.teachers[active].classified(batch.weak[0])
             partner = send(pair_partner(len(labels)), labels.device)
             mask = (self._class_masks if active else self._box_masks)(batch, labels, partner, step)
             sure = confidence >= cfg.threshold
             mixed_labels, mixed_sure, valid = (paste(x, mask, partner) for x in (labels, sure, batch.valid))
             share = sure_share(mixed_sure, valid, True) if active else sure_share(sure, batch.valid, False)
         mixed, strong = paste(batch.strong[0], mask, partner), batch.strong[1]
-        logits = self.student(torch.cat([batch.image, mixed, strong]))["visual"]
+        logits = self.student.predicted(torch.cat([batch.image, mixed, strong]))
         z, z_mixed, z_strong = logits.split([count, len(mixed), len(strong)])
 
         sup = self.supervised(z, batch.target)

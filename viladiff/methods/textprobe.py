@@ -17,7 +17,7 @@ from torch import Tensor
 from viladiff.data.batch import Batch, Losses, Step, TextBatch, Views
 from viladiff.methods.base import Method, MethodConfig, StepCost
 from viladiff.models.baselines.text_probe import Probe, ProbeConfig, probe
-from viladiff.models.blocks import upsample
+from viladiff.models.fused.pixel_logits import PixelLogits
 from viladiff.models.segmenter import NetworkFactory, Segmenter
 
 
@@ -44,7 +44,7 @@ class TextProbe(Method):
     def forward(self, batch: Batch, step: Step) -> Losses:
         features, stream = self.student.encode(batch.image), self.eval_stream()
         maps = self.student.decode(features, batch.text, (stream,))[stream].logits
-        loss = self.supervised(upsample(maps, batch.target.shape[-2:]), batch.target)
+        loss = self.supervised(PixelLogits(maps, batch.target.shape[-2:]), batch.target)
         # Finer maps of the encoder are not read, but a norm of their own, as timm's have, must get a gradient.
         unread = sum(level.float().mean() for level in features[:-1])
         return Losses(loss + 0 * unread, {"sup": loss.detach()}, {"sup": loss})

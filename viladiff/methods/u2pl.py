@@ -37,6 +37,7 @@ from viladiff.core.distributed import full_precision
 from viladiff.data.batch import IGNORE, Batch, Losses, Step, Views
 from viladiff.data.transforms.mixing import apply_cutmix, half_boxes
 from viladiff.losses import (
+    Logits,
     all_gather,
     all_reduce_sum,
     distributed_mean,
@@ -54,10 +55,12 @@ from viladiff.methods.base import (
     steps_after,
 )
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
+from viladiff.methods.common.resting import resting
 from viladiff.models.baselines.memory_bank import MemoryBank, gather_at, sample_positions
 from viladiff.models.baselines.perturbations import channel_dropout
 from viladiff.models.blocks import at_cells
 from viladiff.models.ema import ema_update, frozen_copy
+from viladiff.models.fused.norms import NormActs
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.models.stream import StreamOutput
 
@@ -108,7 +111,7 @@ class Representation(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.first, self.second = (
-            nn.Sequential(nn.Conv2d(given, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU())
+            NormActs(nn.Conv2d(given, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU())
             for given in (channels, width)
         )
         self.last = nn.Conv2d(width, width, 1)
@@ -170,8 +173,8 @@ class U2pl(MeanTeacher):
         return self._warm(batch) if step.progress < self.cfg.warmup else self._teach(batch, step)
 
     def _warm(self, batch: Batch) -> Losses:
-        sup = self.supervised(self.student(batch.image)["visual"], batch.target)
-        rest = torch.stack([p.sum() for p in self.head.parameters()]).sum() * 0
+        sup = self.supervised(self.student.predicted(batch.image), batch.target)
+        rest = resting(self.head)
         zero = torch.zeros((), device=sup.device)
         names = ("pseudo", "contrast", "coverage", "anchors")
         return Losses(sup + rest, {"sup": sup.detach(), **dict.fromkeys(names, zero)}, {"sup": sup})
@@ -183,7 +186,7 @@ class U2pl(MeanTeacher):
         images = torch.cat([batch.image, weak if mix is None else apply_cutmix(weak, mix)])
         with torch.no_grad():
             found = self.teacher.streams(torch.cat([weak, images]))["visual"]
-            labels = self.student.upsample(found.logits[: len(weak)], size).argmax(1)
+            labels = self.student.at_pixels(found.logits[: len(weak)], size).classes()
             if mix is not None:
                 labels, valid = apply_cutmix(labels, mix), apply_cutmix(valid, mix)
             uncertain = entropy(self.student.upsample(found.logits[len(weak) + labelled :], size))
@@ -193,7 +196,7 @@ class U2pl(MeanTeacher):
             kept = valid & (uncertain <= highest)
 
         stream = self.student.streams(images)["visual"]
-        z = self.student.upsample(stream.logits, size)
+        z = self.student.at_pixels(stream.logits, size)
         sup = self.supervised(z[:labelled], batch.target)
         pseudo = kept_consistency(z[labelled:], labels, kept, valid)
         classes = torch.cat([batch.target, labels.masked_fill(~valid, IGNORE)])
@@ -276,7 +279,7 @@ def percentiles(values: Tensor, counted: Tensor, shares: tuple[float, ...]) -> t
     return tuple(found)
 
 
-def kept_consistency(logits: Tensor, labels: Tensor, kept: Tensor, valid: Tensor) -> Tensor:
+def kept_consistency(logits: Logits, labels: Tensor, kept: Tensor, valid: Tensor) -> Tensor:
     """Return (N / N_kept) times the mean cross-entropy of the kept pixels, over all workers; 0 if none is kept.
 
     ``logits`` (U, C, H, W), ``labels`` (U, H, W) int64, ``kept`` and ``valid`` (U, H, W) bool, N the valid pixels.

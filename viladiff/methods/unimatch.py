@@ -33,6 +33,7 @@ from viladiff.methods.base import (
 )
 from viladiff.methods.common.published import PublishedSetting, protocol, sgd
 from viladiff.models.baselines.perturbations import channel_dropout, widest
+from viladiff.models.fused.pixel_logits import PixelLogits
 
 
 class UniMatchConfig(MethodConfig):
@@ -84,7 +85,7 @@ class UniMatch(Method):
         )
         perturbed = channel_dropout(weak, uniform, cfg.feature_dropout)
         joined = [torch.cat(pair) for pair in zip(features, perturbed, strict=True)]
-        logits = self.student.logits(joined, batch.image.shape[-2:])
+        logits = self.student.at_pixels(self.student.grid_logits(joined), batch.image.shape[-2:])
         mine, clean, first, second, dropped = logits.split([labelled, *[unlabelled] * 4])
 
         confidence, labels, threshold = self.pseudo_label(mine.detach(), clean.detach(), batch)
@@ -106,12 +107,14 @@ class UniMatch(Method):
         logged = {name: value.detach() for name, value in (terms | more | self.running_stats()).items()}
         return Losses(total, logged, {"sup": sup / 2, **halves, **own})
 
-    def pseudo_label(self, mine: Tensor, clean: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor]:
+    def pseudo_label(
+        self, mine: PixelLogits, clean: PixelLogits, batch: Batch
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return confidence and labels (U, H, W) of the weak views and the lowest confidence that counts.
 
         ``mine`` (B, C, H, W) are the logits of the labelled images, ``clean`` (U, C, H, W) those of the weak views.
         """
-        confidence, labels = clean.softmax(1).max(1)
+        confidence, labels = clean.top()
         return confidence, labels, self.cfg.pseudo.threshold
 
     def pixel_weight(self, confidence: Tensor, threshold: float | Tensor, valid: Tensor) -> Tensor:
@@ -119,14 +122,14 @@ class UniMatch(Method):
         return (confidence >= threshold).float()
 
     def extra_loss(
-        self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[Tensor, Tensor, Tensor]
+        self, batch: Batch, step: Step, features: list[Tensor], streams: tuple[PixelLogits, ...]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return an extra loss, its terms and its weighted parts; zero here, for subclasses.
 
         ``features`` are the encoder's maps of labelled, weak and both strong views, ``streams`` the logits
         (U, C, H, W) of the strong views and of the weak one with dropped channels.
         """
-        return streams[0].new_zeros(()), {}, {}
+        return features[0].new_zeros((), dtype=torch.float32), {}, {}
 
     def running_stats(self) -> dict[str, Tensor]:
         """Return running values for the log; none here."""

@@ -17,6 +17,7 @@ from viladiff.models.decoders.build import build_decoder
 from viladiff.models.decoders.light import output_stride
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
+from viladiff.models.fused.pixel_logits import PixelLogits
 from viladiff.models.fused.pixel_loss import grid_cross_entropy, grid_top
 from viladiff.models.public_weights import load_head
 from viladiff.models.stream import StreamOutput
@@ -196,6 +197,14 @@ class Segmenter(nn.Module):
     def pixel_loss(self, grid: Tensor, target: Tensor) -> Tensor:
         """Return the cross-entropy (B, H, W) of grid logits (B, C, h, w) that are resized to pixels, 0 at 255."""
         return grid_cross_entropy(grid, target, self.decoder.align_corners)
+
+    def at_pixels(self, grid: Tensor, size: torch.Size | tuple[int, ...]) -> PixelLogits:
+        """Return grid logits (B, C, h, w) as those of pixels, for losses and labels."""
+        return PixelLogits(grid, size, self.decoder.align_corners)
+
+    def predicted(self, images: Tensor) -> PixelLogits:
+        """Map images (B, 3, H, W) to the visual stream's logits at their pixels."""
+        return self.at_pixels(self.grid_logits(self.encode(images)), images.shape[-2:])
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
         """Map features of ``encode`` to the visual stream's logits (B, C, h, w) on the decoder's grid."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from viladiff.config.base import Section
 from viladiff.data.batch import TextBatch
-from viladiff.losses import feature_distillation, feature_terms, logit_distillation
+from viladiff.losses import feature_terms, logit_distillation
 from viladiff.models.blocks import CrossBlock, SelfBlock, sincos_2d
 
 if TYPE_CHECKING:
@@ -193,8 +193,8 @@ def distil(
                 factor = cfg.feature_weight * path_weight
                 *rows, keep, count = match_features(source.features, target.features, cells, weight, cfg.feature_scope)
                 inputs = rows[0], rows[1], cfg.lam, cfg.feature_reduction
-                losses.append(factor * feature_distillation(*inputs, weight=keep, count=count))
-                squared, cosine = feature_terms(*inputs, weight=keep, count=count)
+                loss, squared, cosine = feature_terms(*inputs, weight=keep, count=count)
+                losses.append(factor * loss)
                 parts |= {f"{name}/squared": factor * squared, f"{name}/cosine": factor * cosine}
             else:
                 keep = weight[:, None, None] * pixels

@@ -25,6 +25,7 @@ from viladiff.config.base import Section
 from viladiff.data.batch import TextBatch
 from viladiff.models.blocks import SelfBlock
 from viladiff.models.encoders.base import Encoder
+from viladiff.models.fused.norms import NormActs
 from viladiff.models.segmenter import Segmenter
 from viladiff.models.stream import StreamOutput
 
@@ -53,9 +54,9 @@ class Aspp(nn.Module):
         super().__init__()
         near = _conv(width, width, 1)
         far = [_conv(width, width, 3, dilation) for dilation in dilations]
-        self.branches = nn.ModuleList([nn.Sequential(*layers) for layers in (near, *far)])
-        self.mean = nn.Sequential(*_conv(width, width, 1))
-        self.join = nn.Sequential(*_conv((len(self.branches) + 1) * width, width, 1))
+        self.branches = nn.ModuleList([NormActs(*layers) for layers in (near, *far)])
+        self.mean = NormActs(*_conv(width, width, 1))
+        self.join = NormActs(*_conv((len(self.branches) + 1) * width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to x (B, W, h, w), same shape out; the residual passes unchanged, negative values too."""
@@ -88,7 +89,7 @@ class Up(nn.Module):
     def __init__(self, inputs: int, skip: int, outputs: int) -> None:
         super().__init__()
         self.grow = nn.ConvTranspose2d(inputs, inputs - skip, 2, stride=2)
-        self.join = nn.Sequential(*_conv(inputs, outputs), *_conv(outputs, outputs))
+        self.join = NormActs(*_conv(inputs, outputs), *_conv(outputs, outputs))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Upsample x (B, k, inputs, h, w) of k classes and join skip (B, ..., 2 h, 2 w)."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from viladiff.models.blocks import bilinear
 from viladiff.models.decoders.base import Decoder
+from viladiff.models.fused.norms import norm_act
 
 
 class Classifier(nn.Module):
@@ -32,7 +33,10 @@ class Refine(nn.Module):
         self.body = nn.Sequential(nn.GroupNorm(8, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        norm, _, convolution = self.body
+        assert isinstance(norm, nn.GroupNorm)
+        found: Tensor = x + convolution(norm_act(norm, x, "relu"))
+        return found
 
 
 class LightDecoder(Decoder):
@@ -65,7 +69,7 @@ class LightDecoder(Decoder):
                 x = bilinear(x, lateral.shape[-2:])
             copies = x.shape[0] // lateral.shape[0]
             x = fuse(x + (lateral if copies == 1 else lateral.repeat(copies, 1, 1, 1)))
-        return F.relu(self.norm(x))
+        return norm_act(self.norm, x, "relu", torch.float32)
 
     def classifier(self, num_classes: int) -> Classifier:
         """Return a new classifier of the decoder's map and the coarsest one."""

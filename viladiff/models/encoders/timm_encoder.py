@@ -49,6 +49,8 @@ class TimmEncoder(Encoder):
         self.inputs = inputs
         import timm  # a second of import time that the built-in data does not need
 
+        from viladiff.models.encoders.vit_block import join_norms
+
         _check_known(name)
         options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
         if inputs != 3:
@@ -69,6 +71,7 @@ class TimmEncoder(Encoder):
             raise ValueError(f'model.map_norm = "final": model.encoder = "{name}" is no plain vision transformer')
         final = plain and (norm == "final" or (norm == "authors" and re.search("dinov[23]", name) is not None))
         self.net, told = _fitting(name, levels, options, final)
+        join_norms(self.net)
         self.channels = tuple(_feature_info(self.net).channels())
         self.strides = tuple(_feature_info(self.net).reduction())
         self.any_size = not plain and not told

@@ -14,16 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from viladiff.core.messages import print_text
 from viladiff.data.batch import IGNORE
 from viladiff.losses import pixel_cross_entropy
 from viladiff.models.blocks import upsample
+from viladiff.models.fused.agreement import kernels_agree, stands_for_gpu
 
 MANY = 64
 """Classes from which on a CPU works in pieces: below, all of them fit its caches well enough."""
 PIECE = 1 << 22
 """Numbers of an enlarged piece, about: 16 MiB."""
-TOLERANCE = 1e-4
 
 
 def grid_cross_entropy(grid: Tensor, target: Tensor, align_corners: bool = False) -> Tensor:
@@ -36,7 +35,7 @@ def grid_cross_entropy(grid: Tensor, target: Tensor, align_corners: bool = False
     if fused(grid):
         loss: Tensor = torch.ops.viladiff.grid_cross_entropy(grid.float().contiguous(), target, align_corners)[0]
         return loss
-    if grid.device.type == "cpu" and grid.shape[1] >= MANY and not torch.compiler.is_compiling():
+    if _in_pieces(grid):
         pieces: Tensor = _InPieces.apply(grid.float(), target, align_corners)
         return pieces
     return pixel_cross_entropy(upsample(grid, target.shape[-2:], align_corners), target)
@@ -52,24 +51,18 @@ def grid_top(grid: Tensor, size: torch.Size | tuple[int, ...], align_corners: bo
     return found.values, found.indices
 
 
+def stays_on_grid(grid: Tensor) -> bool:
+    """Return whether the loss of ``grid`` (B, C, h, w) is one operation, without enlarged logits of all classes."""
+    return fused(grid) or _in_pieces(grid)
+
+
+def _in_pieces(grid: Tensor) -> bool:
+    return grid.device.type == "cpu" and grid.shape[1] >= MANY and not torch.compiler.is_compiling()
+
+
 def fused(x: Tensor) -> bool:
     """Return whether Triton's kernels work on the device of ``x``; tensors without content stand for a GPU's."""
-    if x.is_meta or (x.device.type == "cuda" and type(x) is not Tensor):
-        return True
-    return x.device.type == "cuda" and _agrees(x.device)
-
-
-def kernels_agree(device: torch.device, example: Callable[[torch.device], tuple[list[Tensor], list[Tensor]]]) -> bool:
-    """Compare what kernels and torch make of a small example on a device; a note says where they differ or fail."""
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            agrees = all(torch.allclose(a, b, atol=TOLERANCE) for a, b in zip(*example(device), strict=True))
-        why = "their numbers differ from torch's"
-    except Exception as error:  # whatever a compiler says of a device or a system that it does not know
-        agrees, why = False, str(error).splitlines()[0] if str(error) else type(error).__name__
-    if not agrees:
-        print_text(f"note: Triton's kernels are not used on {device}: {why}", error=True)
-    return agrees
+    return stands_for_gpu(x) or (x.device.type == "cuda" and _agrees(x.device))
 
 
 @lru_cache
@@ -131,10 +124,11 @@ def _(slope: Tensor, grid: Tensor, target: Tensor, lse: Tensor, align: bool) -> 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
     grid, target, ctx.align = inputs
+    ctx.set_materialize_grads(False)  # of the second, which nobody reads
     ctx.save_for_backward(grid, target, output[1])
 
 
-def _backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+def _backward(ctx: Any, slope: Tensor, _: None) -> tuple[Tensor, None, None]:
     grid, target, lse = ctx.saved_tensors
     return torch.ops.viladiff.grid_cross_entropy_backward(slope, grid, target, lse, ctx.align), None, None
 

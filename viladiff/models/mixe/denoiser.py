@@ -22,8 +22,10 @@ from viladiff.core.distributed import full_precision
 from viladiff.data.loading.device_copies import send
 from viladiff.losses import check_choice
 from viladiff.models.blocks import bilinear
+from viladiff.models.fused.agreement import kernels_agree, stands_for_gpu
 from viladiff.models.fused.chain import FoldedChain, reverse_step
-from viladiff.models.fused.pixel_loss import fused, kernels_agree
+from viladiff.models.fused.norms import norm_act
+from viladiff.models.fused.pixel_loss import fused
 from viladiff.models.mixe.config import MixeConfig
 from viladiff.models.mixe.diffusion import (
     add_gaussian_noise,
@@ -229,9 +231,10 @@ class Denoiser(nn.Module):
         x = placed + F.conv2d(codes, self.entry.weight[:, :-2], padding=1)
         parts = films.chunk(2 * len(self.convs), dim=1)
         for norm, conv, scale, shift in zip(self.norms, self.convs, parts[::2], parts[1::2], strict=True):
-            x = torch.addcmul(x + shift, conv(F.silu(norm(x))), 1 + scale)
+            assert isinstance(norm, nn.GroupNorm)
+            x = torch.addcmul(x + shift, conv(norm_act(norm, x, "silu")), 1 + scale)
         with full_precision(x.device):
-            x = F.silu(self.exit(x.float()))
+            x = norm_act(self.exit, x.float(), "silu", torch.float32)
             return self.class_head(x), self.noise_head(x)
 
     def chain(
@@ -326,7 +329,7 @@ def _kernels(x: Tensor) -> bool:
     """Return whether a chain on the device of ``x`` is in kernels, which must agree with the loop there."""
     if (tried := _tried.get()) is not None:
         return tried
-    return fused(x) and (x.is_meta or type(x) is not Tensor or _chain_agrees(x.device))
+    return fused(x) and (stands_for_gpu(x) or _chain_agrees(x.device))
 
 
 @lru_cache

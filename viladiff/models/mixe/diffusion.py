@@ -162,10 +162,9 @@ def edge_mask(labels: Tensor) -> Tensor:
     edges = torch.zeros_like(known)
     rows = (labels[..., 1:, :] != labels[..., :-1, :]) & known[..., 1:, :] & known[..., :-1, :]
     columns = (labels[..., 1:] != labels[..., :-1]) & known[..., 1:] & known[..., :-1]
-    edges[..., 1:, :] |= rows
-    edges[..., :-1, :] |= rows
-    edges[..., 1:] |= columns
-    edges[..., :-1] |= columns
+    sides = (edges[..., 1:, :], rows), (edges[..., :-1, :], rows), (edges[..., 1:], columns), (edges[..., :-1], columns)
+    for side, found in sides:
+        side.logical_or_(found)
     return edges
 
 
