@@ -32,7 +32,7 @@ test-lowest: ## test the lower bounds of pyproject.toml, in .venv-lowest (about 
 test-newest: ## the same with the newest versions within the upper bounds, in .venv-newest
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" PYTEST_ARGS="$(PYTEST_ARGS)" scripts/test_versions.sh newest
 
-chaos: setup ## faults at every durable write, resumable, as root (an hour; ARGS="--kinds kill torn")
+chaos: setup ## faults at every durable write, resumable, as root (an hour and a half; ARGS="--kinds kill torn")
 	$(one_thread) PYTHONPATH=tests:tests/report $(bin)/python -m chaos.suite $(ARGS)
 
 lint: setup ## ruff and mypy
