@@ -384,7 +384,7 @@ def step_without_content(method: Method, batch: Batch, step: Step) -> list[str]:
 
 FIRST = Step(index=0, progress=0.0, seed=3)
 OPTIONS: list[tuple[str, dict[str, object]]] = [
-    ("viladiff", {"mixe.holdout": 0.5, "mixe.refine_where": "unsure"}),
+    ("viladiff", {"mixe.holdout": 0.5, "mixe.refine_where": "unsure", "mixe.confidence": "calibrated"}),
     ("viladiff", {"mixe.refine_where": "edges", "mixe.confidence": "product", "mixe.condition_noise": 0.1}),
     ("viladiff", {"mixe.train_images": "unlabelled", "mixe.reverse": "direct", "vila.gate": "per_batch"}),
     ("viladiff", {"mixe.unlabelled_views": "cutmix", "mixe.condition": ("image", "finer", "other_stream")}),
