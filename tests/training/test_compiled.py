@@ -18,6 +18,7 @@ from viladiff.models.compiled import CALLS, CompiledForward, Compiling, compile_
 from viladiff.runs.config import RunConfig, override
 from viladiff.training import launch
 from viladiff.training.launch import compiles, step_forward, trial_passes
+from viladiff.training.step_work import LATE, TEXT_DIM, empty_batch, empty_method
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 QUICK = ("viladiff", "ddfp", "pseudoseg")
@@ -64,6 +65,24 @@ def test_no_graph_breaks(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     total_of(method, compiling)
     assert not any(part.failed for part in parts), capsys.readouterr().err
     assert len(graphs) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["viladiff", "psmt", "semivl"])
+def test_a_vit_has_no_graph_breaks(name: str) -> None:
+    fields = {"model.encoder": "vit_base_patch16_224", "model.pretrained": "none", "method.name": name}
+    cfg = override(
+        RunConfig(), {**FILES, **fields, "data.crop": 64, "data.batch_labelled": 2, "data.batch_unlabelled": 2}
+    )
+    method, compiling, graphs = (
+        empty_method(cfg, [f"class {i}" for i in range(CLASSES)], TEXT_DIM),
+        Compiling(),
+        list[object](),
+    )
+    parts = compile_parts(method.train(), compiling, counting(graphs), fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16), compiling.step():
+        method(empty_batch(cfg, method.required_views(), CLASSES).to(CPU), LATE)
+    assert graphs and not any(part.failed for part in parts)
 
 
 @pytest.mark.slow
