@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=${PYTHON:-python3}
 if [ -n "${OUT:-}" ]; then
-    timeout 720 "$python" benchmarks/gpu_check.py "$@" | tee "$OUT/gpu_check.md"
+    timeout -k 5 715 "$python" benchmarks/gpu_check.py "$@" | tee "$OUT/gpu_check.md"
 else
-    timeout 720 "$python" benchmarks/gpu_check.py "$@"
+    timeout -k 5 715 "$python" benchmarks/gpu_check.py "$@"
 fi

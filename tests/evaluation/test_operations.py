@@ -1,9 +1,10 @@
-"""Operations of five small networks against counts made by hand, and memory against what a CPU allocates."""
+"""Operations of small networks against counts made by hand, and memory against what a CPU allocates."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,34 @@ def test_autocast_casts_each_weight_once() -> None:
     casts = [line.load for line in counter.lines() if line.operation == "aten::_to_copy"]
     assert sum(load.times for load in casts) == 2 + 1 + 2
     assert not found["1", "aten::native_layer_norm"].half
+
+
+def step_of(trained: nn.Module, precision: MetaPrecision | None, x: Tensor) -> OperationCounter:
+    """A pass without gradient, as of pseudo-labels, before one of the same weights that is trained."""
+    counter = OperationCounter(trained)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision is None else precision.autocast()
+    with counter, precision or nullcontext(), counter.modules():
+        with autocast:
+            with torch.no_grad():
+                trained(x)
+            out = trained(x).sum()
+        counter.begin("backward")
+        out.backward()
+    return counter
+
+
+def test_a_pass_without_gradient_leaves_the_weights_their_gradient() -> None:
+    """By hand: two products forwards and that of the weight's gradient, one cast of the weight there and one back."""
+    lines = {}
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            net, x = nn.Sequential(nn.Linear(16, 4, bias=False)), torch.ones(8, 16, dtype=torch.bfloat16)
+        precision = MetaPrecision(torch.bfloat16) if device == "meta" else None
+        lines[device] = step_of(net, precision, x).lines()
+    for found in lines.values():
+        assert sum(line.load.flops * line.load.times for line in found) == 3 * (2 * 8 * 16 * 4)
+        casts = [line for line in found if line.operation == "aten::_to_copy" and line.load.bytes == 64 * (F32 + B16)]
+        assert sum(line.load.times for line in casts) == 2, "as torch's own autocast does"
 
 
 def test_modules_own_their_backward_passes() -> None:

@@ -382,17 +382,47 @@ def step_without_content(method: Method, batch: Batch, step: Step) -> list[str]:
     return seen.found
 
 
-def test_no_step_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An .item(), a bool of a tensor or a boolean index stalls a GPU until it has done all that was asked before."""
-    method = make(name)
+FIRST = Step(index=0, progress=0.0, seed=3)
+OPTIONS: list[tuple[str, dict[str, object]]] = [
+    ("viladiff", {"mixe.holdout": 0.5, "mixe.refine_where": "unsure", "mixe.confidence": "calibrated"}),
+    ("viladiff", {"mixe.refine_where": "edges", "mixe.confidence": "product", "mixe.condition_noise": 0.1}),
+    ("viladiff", {"mixe.train_images": "unlabelled", "mixe.reverse": "direct", "vila.gate": "per_batch"}),
+    ("viladiff", {"mixe.unlabelled_views": "cutmix", "mixe.condition": ("image", "finer", "other_stream")}),
+    ("viladiff", {"mixe.denoiser": "guided", "vila.feature_scope": "tokens"}),
+    ("viladiff", {"mixe.denoiser": "plain", "pseudo.source": "mean", "cutmix": False}),
+    ("cps", {"cutmix": False}),
+    ("ddfp", {"cutmix": False}),
+    ("psmt", {"cutmix": False, "vat.epsilon": 0.0, "warmup": 0.0}),
+    ("u2pl", {"cutmix": False}),
+]
+"""Branches that neither a first nor a late step of the defaults takes."""
+
+
+def waits(method: Method, step: Step, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would wait for the device in a step of a method that has taken it once."""
     batch = wanted(method)
-    method(batch, STEP)  # fills caches of constants, which are made on the host once
-    method.after_step(STEP)
+    method(batch, step)  # fills caches of constants, which are made on the host once
+    method.after_step(step)
     batch.mix = tuple(CutMix(mix.boxes, mix.partner) for mix in batch.mix)
     monkeypatch.setattr(keyed_random, "torch_generator", lambda *parts, device="cpu": None)
     # A backward pass inside a step, as of adversarial noise, would ask for the GPU itself.
     monkeypatch.setattr(torch.autograd, "grad", lambda out, given, **options: [torch.zeros_like(x) for x in given])
-    assert step_without_content(method, batch, STEP) == []
+    return step_without_content(method, batch, step)
+
+
+@pytest.mark.parametrize("step", [FIRST, STEP], ids=["first", "late"])
+def test_no_step_waits_for_the_device(name: str, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An .item(), a bool of a tensor or a boolean index stalls a GPU until it has done all that was asked before.
+
+    The first step is that of warm-ups, here with the loss of hard pixels; the late one has all parts of a loss.
+    """
+    assert waits(make(name, **({"ohem.enabled": True} if step is FIRST else {})), step, monkeypatch) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("one", "changes"), OPTIONS, ids=str)
+def test_no_option_waits_for_the_device(one: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waits(make(one, **changes), STEP, monkeypatch) == []
 
 
 @pytest.mark.parametrize(

@@ -209,10 +209,10 @@ class RuntimeConfig(Section):
     """``auto``: a GPU where there is one."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of each worker; another count changes the last bits of sums."""
-    compile: Literal["auto", "on", "off"] = "off"
-    """Whether networks are compiled for training, part by part (torch.compile): ``auto`` does on a GPU, if a small
-    layer compiles within two minutes and ``gradient_shares`` is 0. Evaluation is never compiled, since sizes change
-    there. Off, since it has never run on a GPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether networks are compiled for training, part by part (torch.compile). ``auto`` does on a GPU for data sets of
+    files, if a step compiles in a process of its own within two minutes and ``gradient_shares`` is 0; a part that the
+    compiler fails at runs as it is, and a line says so. Evaluation is never compiled, since sizes change there."""
     cores: int | None = Field(None, ge=1)
     """Cores of each worker, which its decoding processes share; none is ``threads``, or else its share of the machine.
     Tables and sweeps set it."""

@@ -125,7 +125,7 @@ class Batch:
     """(U, H, W) int64 true masks, 255 in padding, where an oracle control wants them."""
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch with every tensor on ``device``."""
+        """Return the batch with every tensor on ``device``; those without content become zeros."""
         moved: dict[str, Any] = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
         return replace(self, **moved)
 
@@ -148,7 +148,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 def _move(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return torch.zeros_like(value, device=device) if value.is_meta else value.to(device, non_blocking=True)
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
     if isinstance(value, TextBatch | CutMix):

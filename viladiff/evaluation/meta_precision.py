@@ -73,11 +73,15 @@ class MetaPrecision(TorchFunctionMode):
         return value
 
     def _to(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """Cast; a weight that is trained is cast once within ``autocast``."""
+        """Cast; a weight that is trained is cast once within ``autocast``, with its graph also where none is asked for.
+
+        A pass without gradient may come first, and the trained one reads the same copy.
+        """
         if not (value.requires_grad and value.is_leaf):
             return value.to(dtype)
         if id(value) not in self._casts:
-            self._casts[id(value)] = value, value.to(dtype)
+            with torch.enable_grad():
+                self._casts[id(value)] = value, value.to(dtype)
         return self._casts[id(value)][1]
 
 

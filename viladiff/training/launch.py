@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,16 @@ from torch.multiprocessing import SimpleQueue, get_context
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from viladiff.core.atomic import hold
-from viladiff.core.distributed import join_here
-from viladiff.data.batch import Losses
+from viladiff.core.distributed import autocast, join_here, tf32
+from viladiff.core.messages import print_text
+from viladiff.data.batch import Losses, Step
+from viladiff.data.sources import embedded_datasets
 from viladiff.methods.base import Method
 from viladiff.models.cast_weights import CastWeights
-from viladiff.models.compiled import compile_parts, compiler_works, force_eager
+from viladiff.models.compiled import Compiling, compile_parts
 from viladiff.runs.config import RunConfig
 from viladiff.training.errors import TrainingError
+from viladiff.training.step_work import LATE, TEXT_DIM, empty_batch, empty_method
 
 
 def select_device(cfg: RunConfig) -> torch.device:
@@ -67,30 +74,97 @@ def _backend(cfg: RunConfig, workers: int) -> str:
     return "nccl" if select_device(cfg).type == "cuda" and torch.cuda.device_count() >= here else "gloo"
 
 
-def training_forward(cfg: RunConfig, model: nn.Module, method: Method, device: torch.device) -> Callable[..., Losses]:
-    """Return ``model`` as a step calls it: with weights cast at once and, where ``runtime.compile`` says so, compiled.
+BUDGET = 120.0
+"""Seconds that compilation may take: in a process that tries it, and once more in the run."""
 
-    Only within these calls are parts compiled: elsewhere they see images of other sizes. Raises ValueError for
-    ``runtime.compile`` = on where it cannot be.
+
+def compiles(cfg: RunConfig, classes: int, device: torch.device) -> bool:
+    """Return whether the networks of a run are compiled; where ``runtime.compile`` is auto, try it in a process first.
+
+    To be called before the run takes memory of the GPU, since the trial needs as much. All workers must call it; the
+    first one's answer holds. Raises ValueError for ``runtime.compile`` = on where it cannot be.
     """
-    forward = CastWeights(model, device, cfg.train.precision, method.exact)
     choice, shares = cfg.runtime.compile, cfg.runtime.gradient_shares
     if choice == "on" and shares:
         raise ValueError(
             f"runtime.compile = on: a compiled part goes backwards once, and runtime.gradient_shares = {shares} needs "
             "it more often; set one of the two to off or 0"
         )
-    if choice == "off" or (choice == "auto" and (device.type != "cuda" or shares or not compiler_works(device))):
-        return forward
-    compile_parts(method)
+    if choice != "auto":
+        return choice == "on"
+    if device.type != "cuda" or shares or cfg.data.dataset in embedded_datasets():
+        return False
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return trial_passes(cfg, classes, device)
+    passed = torch.tensor(float(dist.get_rank() == 0 and trial_passes(cfg, classes, device)), device=device)
+    dist.broadcast(passed, 0)
+    return bool(passed)
 
-    def compiled(*args: object) -> Losses:
-        with torch.compiler.set_stance("default"):
+
+def trial_passes(
+    cfg: RunConfig, classes: int, device: torch.device, budget: float = BUDGET, backend: str = "inductor"
+) -> bool:
+    """Return whether a step of these networks compiles within ``budget`` seconds in a process of its own.
+
+    What ends or hangs that process leaves the run alone; what it compiles is in the compiler's cache. A line says why
+    if not.
+    """
+    given = json.dumps([cfg.model_dump(mode="json"), classes, str(device), backend])
+    command, pipe = [sys.executable, "-c", f"from {__name__} import try_compiled; try_compiled()"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stderr=pipe, text=True, start_new_session=True) as child:
+        try:
+            lines = child.communicate(given, budget)[1].strip().splitlines() or [f"exit status {child.returncode}"]
+            faults = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")] or lines[-1:]
+            why = faults[0] if child.returncode else ""
+        except subprocess.TimeoutExpired:
+            why = f"it took more than {budget:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # the compiler's own processes too
+    if why:
+        print_text(f"note: nothing is compiled ({why})", error=True)
+    return not why
+
+
+def try_compiled() -> None:
+    """Take a first and a late step of a run's method, with weights that are drawn, in the process of a trial."""
+    signal.alarm(int(2 * BUDGET))  # whoever waits for it may be gone
+    dump, classes, place, backend = json.load(sys.stdin)
+    cfg, device = RunConfig(**dump), torch.device(place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    method = empty_method(cfg, [f"class {i}" for i in range(classes)], TEXT_DIM).to(device).train()
+    batch = empty_batch(cfg, method.required_views(), classes).to(device)
+    compiling = Compiling()
+    parts = compile_parts(method, compiling, backend)
+    forward = CastWeights(method, device, cfg.train.precision, method.exact)
+    with tf32(cfg.train.tf32):
+        for step in (Step(0, 0.0, 0), LATE):
+            with autocast(device, cfg.train.precision), compiling.step():
+                total = forward(batch, step).total
+            torch.autograd.grad(total, [x for x in method.parameters() if x.requires_grad], allow_unused=True)
+    sys.exit(int(any(part.failed for part in parts)))
+
+
+def step_forward(
+    cfg: RunConfig, model: nn.Module, method: Method, device: torch.device, compiled: bool
+) -> Callable[..., Losses]:
+    """Return ``model`` as a step calls it: with weights cast at once and, if asked for, with ``compiled`` parts.
+
+    Only within these calls are parts compiled: elsewhere they see images of other sizes.
+    """
+    forward = CastWeights(model, device, cfg.train.precision, method.exact)
+    if not compiled:
+        return forward
+    compiling = Compiling(BUDGET if cfg.runtime.compile == "auto" else None)
+    compile_parts(method, compiling)
+
+    def in_step(*args: object) -> Losses:
+        with compiling.step():
             found: Losses = forward(*args)
         return found
 
-    force_eager()
-    return compiled
+    return in_step
 
 
 def run_in_processes(work: Callable[..., str], cfg: RunConfig, workers: int, *arguments: object) -> str:

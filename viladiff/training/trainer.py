@@ -27,7 +27,6 @@ from viladiff.evaluation import evaluator
 from viladiff.methods import METHODS
 from viladiff.methods.base import Method
 from viladiff.models.batch_norm import average_statistics, statistics_notes, synchronise
-from viladiff.models.compiled import stance_restored
 from viladiff.models.encoders.build import input_note
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.runs.checkpoint import StepLog, previous
@@ -54,7 +53,7 @@ from viladiff.training.fingerprints import (
     weights_fingerprint,
 )
 from viladiff.training.gradients import GradientShares
-from viladiff.training.launch import data_parallel, join_group, run_in_processes, select_device, training_forward
+from viladiff.training.launch import compiles, data_parallel, join_group, run_in_processes, select_device, step_forward
 from viladiff.training.optim import Optimizer, evaluation_steps, lr_factor, param_groups, total_steps
 from viladiff.training.result import Result
 from viladiff.training.saving import CheckpointWriter, restore, state_of
@@ -163,7 +162,7 @@ class Trainer:
         self.memory.start()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._barrier()
-        with memory_errors(self.cfg), tf32(self.cfg.train.tf32), stance_restored():
+        with memory_errors(self.cfg), tf32(self.cfg.train.tf32):
             self._build()
             if resume:
                 restore(self)
@@ -196,6 +195,7 @@ class Trainer:
             if self.rank == 0:
                 print_text(f"note: {note}", error=True)
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
+        compiled = compiles(cfg, self.dataset.num_classes, self.device)
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
         own = [
@@ -215,7 +215,7 @@ class Trainer:
         self.loader = BatchLoader(cfg, self.dataset, views, bank, patch, self.device, self.rank, self.world)
         self.pace = self.loader.pace
         self.model: nn.Module = self.method if self.world == 1 else data_parallel(self.method, self.device)
-        self.forward = training_forward(cfg, self.model, self.method, self.device)
+        self.forward = step_forward(cfg, self.model, self.method, self.device, compiled)
         self.optimizer = Optimizer(param_groups(self.method, cfg), cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.precision == "fp16")
         self.log = StepLog(self.directory / "steps.jsonl")
