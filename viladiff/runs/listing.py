@@ -372,7 +372,7 @@ def say(lines: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> None:
     if not lines:
         return
     tty = sys.stdout.isatty()
-    table = Table(*(columns or [""] * len(lines[0])), box=None, pad_edge=False, show_header=bool(columns))
+    table = Table(*map(printable, columns or [""] * len(lines[0])), box=None, pad_edge=False, show_header=bool(columns))
     for line in lines:
         table.add_row(*map(printable, line))
     console = Console(width=None if tty else 10_000, markup=False, highlight=False)
