@@ -7,6 +7,7 @@ dashboard that runs anybody's code. Nothing is started, and no cloud is asked.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
@@ -23,10 +24,13 @@ from viladiff.cluster.exposure import (
     mount_faults,
     networks_of,
     opened_to_outside,
+    ports_given,
+    rule_fault,
     services_of,
 )
 from viladiff.config.base import did_you_mean
 from viladiff.core.checks import Check
+from viladiff.core.messages import one_line, shown
 
 Keys = tuple[str | int, ...]
 TOKEN = "~/.ray/auth_token"
@@ -88,6 +92,9 @@ def examine_cluster(file: str | Path) -> list[Check]:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
+    except (RecursionError, ValueError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else one_line(str(error), 100)
+        return [Check("cluster: yaml", f"{path.name}: {why}", "write plain keys and values", True)]
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         found = f"{path.name}:{where.line + 1 if where else '?'}: {getattr(error, 'problem', error)}"
@@ -140,7 +147,7 @@ def _schema(raw: dict[str, Any]) -> Iterator[ConfigProblem]:
         keys = tuple(error.absolute_path)
         known = list(error.schema.get("properties", ()))
         if error.validator == "additionalProperties":
-            for name in sorted(set(error.instance) - set(known)):
+            for name in sorted({*map(str, error.instance)} - {*known}):
                 yield ConfigProblem(
                     (*keys, name), "no such key", f"allowed: {', '.join(known)}{did_you_mean(name, known)}"
                 )
@@ -150,7 +157,7 @@ def _schema(raw: dict[str, Any]) -> Iterator[ConfigProblem]:
             )
     provider = raw.get("provider")
     known = list(schema["properties"]["provider"]["properties"])
-    for name in provider if isinstance(provider, dict) else ():
+    for name in map(str, provider) if isinstance(provider, dict) else ():
         if name not in known and (like := did_you_mean(name, known)):
             yield ConfigProblem(("provider", name), "no such key, and Ray would ignore it", like.removeprefix("; "))
 
@@ -252,15 +259,19 @@ def _sources(cluster: Cluster) -> Iterator[ConfigProblem]:
     """Every file and folder that is mounted exists."""
     for remote, local in cluster.raw.get("file_mounts", {}).items():
         source = _source(cluster, local)
-        if not _blank(local) and not source.exists():
-            siblings = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
-            remedy = f"make it, or mend the path{did_you_mean(source.name, siblings)}"
+        if not _blank(local) and not os.path.exists(source):
+            remedy = f"make it, or mend the path{_like(source)}"
             remedy = "run: ray get-auth-token --generate" if remote == TOKEN else remedy
-            yield ConfigProblem(("file_mounts", remote), f"{source} does not exist", remedy)
+            yield ConfigProblem(("file_mounts", remote), f"{shown(str(source))[1:-1]} does not exist", remedy)
 
 
-def _source(cluster: Cluster, local: str) -> Path:
-    return cluster.file.resolve().parent / Path(local).expanduser()
+def _source(cluster: Cluster, local: object) -> Path:
+    return cluster.file.resolve().parent / os.path.expanduser(str(local))
+
+
+def _like(file: Path) -> str:
+    there = os.path.isdir(file.parent)
+    return did_you_mean(file.name, [path.name for path in file.parent.iterdir()] if there else [])
 
 
 def _ports(cluster: Cluster) -> Iterator[ConfigProblem]:
@@ -272,6 +283,9 @@ def _ports(cluster: Cluster) -> Iterator[ConfigProblem]:
             found = "no command starts Ray; Ray's own asks for no token"
             yield ConfigProblem((part,), found, "add: RAY_AUTH_MODE=token ray start …")
     for keys, command in cluster.starts():
+        for option, port in ports_given(command).items():
+            if port > 65535:
+                yield ConfigProblem(keys, f"{option}={port}: no port", "write one from 1 to 65535")
         host = re.search(r"--dashboard-host[= ](\S+)", command)
         said = host.group(1).strip("'\"") if host else None
         if said is None and "--head" in command:
@@ -299,10 +313,9 @@ def _open_ports(cluster: Cluster) -> Iterator[ConfigProblem]:
     rules = _firewall(cluster) or []
     here: Keys = ("provider", "security_group", "IpPermissions")
     for i, rule in enumerate(rules):
-        try:
-            networks_of(rule)
-        except ValueError as error:
-            yield ConfigProblem((*here, i), f"{error}", "write a network as 10.0.0.0/16")
+        if fault := rule_fault(rule):
+            remedy = "write ports as 22, networks as - CidrIp: 10.0.0.0/16"
+            yield ConfigProblem((*here, i), fault, remedy)
             return
         if rule.get("PrefixListIds"):
             found = "a prefix list, whose networks are not in this file"
@@ -349,11 +362,9 @@ def _ssh(cluster: Cluster) -> Iterator[ConfigProblem]:
     if key is None or _blank(key):
         return  # without one Ray makes a key pair of its own
     file = _source(cluster, key)
-    if not file.is_file():
-        siblings = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
-        yield ConfigProblem(
-            ("auth", "ssh_private_key"), f"{file} does not exist", f"mend the path{did_you_mean(file.name, siblings)}"
-        )
+    if not os.path.isfile(file):
+        found = f"{shown(str(file))[1:-1]} does not exist"
+        yield ConfigProblem(("auth", "ssh_private_key"), found, f"mend the path{_like(file)}")
     elif file.stat().st_mode & 0o077:
         yield ConfigProblem(
             ("auth", "ssh_private_key"), f"{file}: others can read it, so ssh refuses it", f"chmod 600 {file}"
