@@ -230,6 +230,8 @@ def load_record(path: Path) -> RunRecord:
     version needs is missing or of another type, or its configuration does not match its name.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # a pipe would be waited for
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} is not a run's record: {error}") from error
