@@ -125,6 +125,19 @@ def test_a_private_run_hides_no_other(private: str, store: Store) -> None:
         assert "unreadable" in found and "its directory cannot be read by this user" in found
 
 
+def test_garbage_is_not_looked_for_behind_links(tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / ".notes.4194305.tmp"
+    mine.parent.mkdir()
+    mine.write_text("of a user")
+    os.utime(mine, (1, 1))
+    for name in ("pages", "cache"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "link").symlink_to(mine.parent)
+    folders = {"pages": tmp_path / "pages", "cache": tmp_path / "cache"}
+    assert garbage(Store(tmp_path / "runs"), **folders) == []
+    assert [item.path for item in garbage(Store(tmp_path / "runs"), pages=mine.parent)] == [mine]
+
+
 def test_what_is_no_run_hides_none(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """A file, links and a pipe in places of runs and of their files."""
     (store.root / ("2" * 16)).write_text("a file")

@@ -211,8 +211,9 @@ def _entries(folder: Path, names: re.Pattern[str]) -> list[Path]:
 
 
 def _below(root: Path) -> list[Path]:
-    """Return the folders below a directory, those of one that is being filled left out."""
-    return [path for path in root.rglob("*") if path.is_dir() and not path.parent.name.startswith(".")]
+    """Return the folders below a directory, but for links, which lead to what is not ours, and drafts' own folders."""
+    folders = (path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())
+    return [path for path in folders if not path.parent.name.startswith(".")]
 
 
 def _abandoned_import(path: Path) -> bool:
