@@ -146,6 +146,12 @@ def several(*ranges: tuple[int, int, str]) -> Callable[[Tree], None]:
     return lambda tree: tree["provider"].update(security_group={"GroupName": "g", "IpPermissions": rules})
 
 
+def odd(**more: object) -> Callable[[Tree], None]:
+    """A rule that lets everybody in, with other values."""
+    rule = {"IpProtocol": "tcp", "FromPort": 6379, "ToPort": 6379, "IpRanges": [{"CidrIp": "0.0.0.0/0"}], **more}
+    return lambda tree: tree["provider"].update(security_group={"IpPermissions": [rule]})
+
+
 def moved(tree: Tree) -> None:
     """Ray's head and metrics at ports of their own, which are open."""
     in_command(HEAD, "--port=6379", "--port=7000 --metrics-export-port 7001")(tree)
@@ -214,6 +220,12 @@ MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
         "sources",
         "scripst.*'scripts'",
     ),
+    "source of another home": (
+        lambda t: t["file_mounts"].update({"~/a": "~nobody-here/a"}),
+        "sources",
+        "~nobody-here/a",
+    ),
+    "source a number": (lambda t: t["file_mounts"].update({"~/a": 5}), "sources", "5 does not exist"),
     "open dashboard": (in_command(HEAD, "host=127.0.0.1", "host=0.0.0.0"), "ports", r"0\.0\.0\.0: whoever"),
     "dashboard left out": (in_command(HEAD, "--dashboard-host=127.0.0.1 ", ""), "ports", "no --dashboard-host"),
     "dashboard of worker": (
@@ -253,6 +265,24 @@ MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
     "half of all": (opened(8265, 8265, "0.0.0.0/1"), "ports", r"8265 \(the dashboard\) to 0\.0\.0\.0/1"),
     "an office": (opened(8265, 8265, "203.0.113.0/24"), "ports", r"to 203\.0\.113\.0/24"),
     "no network": (opened(22, 22, "0.0.0.0/33"), "ports", r"0\.0\.0\.0/33.*10\.0\.0\.0/16"),
+    "ports as text": (
+        odd(FromPort="6379", ToPort="6379"),
+        "ports",
+        r"IpPermissions\.0: FromPort and ToPort are \['6379'",
+    ),
+    "ports reversed": (odd(FromPort=7000, ToPort=6000), "ports", "FromPort 7000 is after ToPort 6000"),
+    "ports of null": (odd(FromPort=None, ToPort=None), "ports", "opens 6379.*to everybody"),
+    "all protocols": (odd(IpProtocol="all", FromPort=22), "ports", "opens 6379.*to everybody"),
+    "networks as text": (odd(IpRanges="0.0.0.0/0"), "ports", "IpRanges is '0.0.0.0/0', and no list of CidrIp"),
+    "networks as a mapping": (odd(IpRanges={"CidrIp": "::/0"}), "ports", "IpRanges is .*and no list"),
+    "networks as list of text": (odd(IpRanges=["0.0.0.0/0"]), "ports", "IpRanges is .*and no list"),
+    "a rule of text": (
+        lambda t: t["provider"].update(security_group={"IpPermissions": ["tcp"]}),
+        "ports",
+        r"IpPermissions\.0: 'tcp' is no rule",
+    ),
+    "no port": (in_command(HEAD, "--port=6379", "--port=99999"), "ports", "--port=99999: no port"),
+    "a port of many digits": (in_command(HEAD, "--port=6379", f"--port={'9' * 5000}"), "ports", "no port"),
     "open workers": (opened(15000, 15000), "ports", "10002-19999 .Ray's workers"),
     "open agent": (opened(52365, 52365), "ports", "52365 .the dashboard's agent"),
     "open own choice": (
@@ -275,6 +305,31 @@ MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
         "shared folder",
         "exports to 10.0.0.0/15",
     ),
+    "export to a mask": (
+        in_command(SETUP, "$subnet(", "10.0.0.0/255.0.0.0("),
+        "shared folder",
+        "exports to 10.0.0.0/8",
+    ),
+    "export to no network": (
+        in_command(SETUP, "$subnet(", "999.0.0.0/8("),
+        "shared folder",
+        r"'999.0.0.0/8' does not appear.*write a network as 10\.0\.0\.0/16",
+    ),
+    "export to names": (
+        in_command(SETUP, "$subnet(", "*.example.org("),
+        "shared folder",
+        r"to \*\.example\.org, names",
+    ),
+    "export of a command": (
+        in_command(SETUP, "exportfs -ra", "exportfs -o rw,async *:/shared"),
+        "shared folder",
+        "exports with rw,async.*on the disk",
+    ),
+    "export without options": (
+        in_command(SETUP, '"/shared $subnet(rw,sync,no_subtree_check)"', "'/shared 0.0.0.0/0'"),
+        "shared folder",
+        "exports with no options",
+    ),
     "export to root": (in_command(SETUP, "rw,", "rw,no_root_squash,"), "shared folder", "no_root_squash"),
     "mount with rights": (in_command(WORKER, "nosuid,", ""), "shared folder", "worker_start.*without nosuid"),
     "mount with devices": (in_command(WORKER, ",nodev", ""), "shared folder", "without nodev"),
@@ -283,6 +338,7 @@ MUTATIONS: dict[str, tuple[Callable[[Tree], object], str, str]] = {
         "shared folder",
         "without nosuid and nodev",
     ),
+    "a key of a long name": (lambda t: t["auth"].update(ssh_private_key="k" * 5000), "ssh", "does not exist"),
     "no key file": (
         lambda t: t["auth"].update(ssh_private_key="~/.ssh/viladif.pem"),
         "ssh",
@@ -411,12 +467,16 @@ def test_missing_token_says_how_to_make_one(folder: Path) -> None:
         ("a: [1", "cluster.yaml:1"),
         ("- a\n- b\n", "not a mapping"),
         ("cluster_name: a\ncluster_name: b\nprovider: {type: aws}\n", "cluster.yaml:2: cluster_name: given twice"),
-        ("a: &a\n  - *a\n", r"more than 20,000 values where its aliases \(\*name\)"),
+        ("a: &a\n  - *a\n", "nested too deeply"),
         (
             "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
-            "more than 20,000 values",
+            r"more than 20,000 values where its aliases \(\*name\)",
         ),
-        ("a: " + "[" * 9000 + "]" * 9000, "too deep to read"),
+        ("a: " + "[" * 9000 + "]" * 9000, "nested too deeply"),
+        ("[" * 3000, "cluster.yaml: nested too deeply"),
+        ("cluster_name: a\nprovider: {type: aws}\n5: b\n", "cluster.yaml:3: 5: no such key"),
+        ("cluster_name: a\nprovider: {type: aws}\n~: b\n", "cluster.yaml.*None: no such key"),
+        ("a: 2001-99-99", "cluster.yaml: month must be in 1..12"),
         ("!!python/object/apply:os.system ['touch bad']\n", "cluster.yaml:1.*python/object"),
     ],
 )

@@ -20,6 +20,7 @@ from viladiff.core.checks import Check
 from viladiff.core.hashing import file_sha256, sha256_hex
 from viladiff.core.messages import format_seconds, format_value, plain_cell, print_text, printable
 from viladiff.inference.predict import _write_classes
+from viladiff.report.markup import markdown
 from viladiff.report.table.exports import csv_text
 from viladiff.runs.listing import say
 
@@ -199,3 +200,7 @@ def test_the_files_of_tables_and_classes_have_plain_cells(tmp_path: Path) -> Non
     colours = np.zeros((2, 3), np.uint8)
     _write_classes(tmp_path / "classes.csv", ("=HYPERLINK(1)", "cat"), colours, np.array([1, 2]))
     assert (tmp_path / "classes.csv").read_text().splitlines()[1:] == ["0,'=HYPERLINK(1),#000000,1", "1,cat,#000000,2"]
+
+
+def test_markdown_has_nothing_that_a_terminal_obeys() -> None:
+    assert markdown("\x1b[31m\u202e|") == r"\\x1b\[31m\\u202e\|"

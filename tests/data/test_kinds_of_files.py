@@ -13,6 +13,7 @@ from PIL import Image
 from viladiff.config.pixel_format import RGB_8, PixelFormat
 from viladiff.data.files.images import PaletteEncoding, image_size, read_image, read_mask
 from viladiff.data.files.validate import validate_dataset
+from viladiff.data.formats.tiff import read_tiff
 from viladiff.data.sources.detect import open_tree
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
@@ -224,3 +225,18 @@ def test_animations_are_listed_with_the_other_errors(photo_folder: Callable[...,
     frames[0].save(root / f"images/{name}{suffix}", save_all=True, append_images=frames[1:])
     errors = [fault for fault in validate_dataset(root, processes=1).faults if "animation" in fault.reason]
     assert [(fault.level, Path(fault.path).name) for fault in errors] == [("error", f"{name}{suffix}")]
+
+
+@pytest.mark.timeout(60)
+def test_pages_that_lead_back_to_the_first_are_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, RGB[..., 0])
+    data = bytearray(path.read_bytes())
+    first = int.from_bytes(data[4:8], "little")
+    count = int.from_bytes(data[first : first + 2], "little")
+    end = first + 2 + 12 * count
+    data[end : end + 4] = data[4:8]
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="cannot be read: page 2 of it is one of those before"):
+        read_tiff(path)
+    assert np.array_equal(read_image(path, RGB_8)[..., 0], RGB[..., 0])

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import struct
 import tarfile
 import tracemalloc
 import zipfile
@@ -17,6 +18,7 @@ import pytest
 from record_kit import made
 
 from viladiff.data.formats.npz import check_arrays, read_arrays
+from viladiff.report.sections.learning_curves import read_log
 from viladiff.runs import archive
 from viladiff.runs.archive import HEADER, MEMBERS, ROW, import_archive
 from viladiff.runs.record import record_bytes
@@ -177,3 +179,36 @@ def test_sound_arrays_are_read_and_others_named(tmp_path: Path) -> None:
     np.savez(path, a=np.array([{}], object))
     with pytest.raises(ValueError, match=r"'a.npy': holds objects"):
         check_arrays(path)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_arrays_are_compressed_as_numpy_does(tmp_path: Path, kind: int) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", kind) as packed, packed.open("a.npy", "w") as file:
+        np.save(file, np.zeros(4))
+    with pytest.raises(ValueError, match=r"a.npz cannot be read: 'a.npy' is compressed in another way"):
+        check_arrays(tmp_path / "a.npz")
+
+
+def test_a_long_list_of_arrays_is_not_held(tmp_path: Path) -> None:
+    entry = struct.pack("<IHHHHHHIIIHHHHHII", 0x02014B50, 20, 20, *[0] * 7, 1, *[0] * 6) + b"a"
+    count, size = 300_000, 300_000 * len(entry)
+    end = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, 0)
+    end += struct.pack("<IIQI", 0x07064B50, 0, size, 1)
+    end += struct.pack("<IHHHHIIH", 0x06054B50, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    (tmp_path / "a.npz").write_bytes(entry * count + end)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"a.npz cannot be read: its list of arrays has {size} bytes"):
+            check_arrays(tmp_path / "a.npz")
+        assert tracemalloc.get_traced_memory()[1] < MB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("step", [-1, 2**63, 10**400])
+def test_steps_of_a_log_are_of_a_run(tmp_path: Path, step: int) -> None:
+    log = b'{"step": 0}\n' + json.dumps({"step": step, "sup": 1.0}).encode() + b"\n"
+    text = refused(tmp_path / "steps.tar.gz", tarred({RECORD: record_bytes(ONE), STEPS: log}))
+    assert f"{STEPS}: row 2 cannot be read as one of a log of steps" in text
+    (tmp_path / "steps.jsonl").write_bytes(log)
+    assert read_log(tmp_path / "steps.jsonl")["step"].tolist() == [0.0]

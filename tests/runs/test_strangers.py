@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from record_kit import made
 
+from viladiff.cli.main import main
 from viladiff.cluster import executor
 from viladiff.core.atomic import hold, writer_token
 from viladiff.core.watchdog import start
@@ -99,6 +100,58 @@ def test_list_show_verify_and_a_dry_gc_read_only(way: str, store: Store) -> None
     refused = subprocess.run([*before, "touch", str(store.root / "x")], capture_output=True, text=True)
     assert refused.returncode != 0, "the store was not read-only"
     assert files(store.root) == saved, "whoever looks deletes nothing"
+
+
+@pytest.mark.parametrize("private", ["directory", "record", "note"])
+def test_a_private_run_hides_no_other(private: str, store: Store) -> None:
+    """Whoever looks at a store of somebody else sees the runs that may be read, and that others may not."""
+    before = WAYS["another's"]
+    if not can([*before, "true"]):
+        pytest.skip("this user may not")
+    hidden = store.directory("2" * 16)
+    hidden.mkdir()
+    (hidden / "record.json").write_bytes(b"{}" if private != "note" else b"")
+    (hidden / "failure.json").write_bytes(b"{}")
+    for path in [store.root, *store.root.rglob("*")]:
+        os.chown(path, OTHER, OTHER)
+    chosen = {"directory": hidden, "record": hidden / "record.json", "note": hidden / "failure.json"}[private]
+    chosen.chmod(0)
+    actions = (["list"], ["show", ONE.run_id], ["show", "2" * 16], ["verify"], ["gc", "--dry-run", "--pages", "none"])
+    words = [["runs", *action, "--runs-dir", str(store.root), "--published", "none"] for action in actions]
+    found = told(SAYS, [json.dumps(words)], before)
+    assert [line.rpartition("]")[2].strip() for line in found.splitlines() if line.startswith("['runs'")] == [*"00010"]
+    assert ONE.run_id in found and found.count("2" * 16) > 2
+    if private == "directory":
+        assert "unreadable" in found and "its directory cannot be read by this user" in found
+
+
+def test_garbage_is_not_looked_for_behind_links(tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / ".notes.4194305.tmp"
+    mine.parent.mkdir()
+    mine.write_text("of a user")
+    os.utime(mine, (1, 1))
+    for name in ("pages", "cache"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "link").symlink_to(mine.parent)
+    folders = {"pages": tmp_path / "pages", "cache": tmp_path / "cache"}
+    assert garbage(Store(tmp_path / "runs"), **folders) == []
+    assert [item.path for item in garbage(Store(tmp_path / "runs"), pages=mine.parent)] == [mine]
+
+
+def test_what_is_no_run_hides_none(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file, links and a pipe in places of runs and of their files."""
+    (store.root / ("2" * 16)).write_text("a file")
+    (store.root / ("3" * 16)).symlink_to(store.root / "gone")
+    (store.root / ("4" * 16)).symlink_to(store.root / ("4" * 16))
+    for run_id, make in (("5" * 16, os.mkfifo), ("6" * 16, os.mkdir)):
+        store.directory(run_id).mkdir()
+        make(store.directory(run_id) / "record.json")
+    for name in ("failure.json", f"lease-{'b' * 32}.json"):
+        (store.directory("6" * 16) / name).mkdir()
+    for action in (["list"], ["show", ONE.run_id], ["show", "5" * 16], ["gc", "--dry-run", "--pages", "none"]):
+        words = ["runs", *action, "--runs-dir", str(store.root), "--published", "none"]
+        assert main(words) == 0, action
+        assert ONE.run_id in capsys.readouterr().out or action != ["list"]
 
 
 @pytest.mark.timeout(600)

@@ -28,7 +28,7 @@ examples:
   viladiff runs gc --dry-run                           list what would be deleted
   viladiff runs export mine.tar.gz data.split=183      unpack with: viladiff runs import mine.tar.gz
 """
-STATES = ("done", "running", "failed", "begun", "damaged")
+STATES = ("done", "running", "failed", "begun", "damaged", "unreadable")
 
 
 def add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

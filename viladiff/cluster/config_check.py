@@ -7,7 +7,7 @@ dashboard that runs anybody's code. Nothing is started, and no cloud is asked.
 from __future__ import annotations
 
 import json
-import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
@@ -24,10 +24,13 @@ from viladiff.cluster.exposure import (
     mount_faults,
     networks_of,
     opened_to_outside,
+    ports_given,
+    rule_fault,
     services_of,
 )
 from viladiff.config.base import did_you_mean
 from viladiff.core.checks import Check
+from viladiff.core.messages import one_line, shown
 
 Keys = tuple[str | int, ...]
 TOKEN = "~/.ray/auth_token"
@@ -89,23 +92,21 @@ def examine_cluster(file: str | Path) -> list[Check]:
     """
     path = Path(file)
     text = path.read_text(encoding="utf-8")
+    lines: dict[Keys, int] = {}
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
-        values = _expanded(tree)
-    except RecursionError:
-        return [Check("cluster: yaml", f"{path.name}: lists or mappings too deep to read", "nest them less", True)]
+        repeated = list(_repeated(tree, (), lines))
+    except (RecursionError, ValueError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else one_line(str(error), 100)
+        return [Check("cluster: yaml", f"{path.name}: {why}", "write plain keys and values", True)]
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         found = f"{path.name}:{where.line + 1 if where else '?'}: {getattr(error, 'problem', error)}"
         return [Check("cluster: yaml", found, "fix the line; quote values with ': ', '#' or '*' in them", True)]
-    if values > MOST_VALUES:
-        found = f"{path.name}: more than {MOST_VALUES:,} values where its aliases (*name) are written out"
-        return [Check("cluster: yaml", found, "write out what they stand for", True)]
     if not isinstance(raw, dict):
         return [Check("cluster: yaml", f"{path.name}: not a mapping", "write key: value at the top level", True)]
-    lines: dict[Keys, int] = {}
-    twice = [ConfigProblem(keys, "given twice; the first is lost", "keep one") for keys in _repeated(tree, (), lines)]
+    twice = [ConfigProblem(keys, "given twice; the first is lost", "keep one") for keys in repeated]
     cluster = Cluster(path, raw, lines)
     checks = [*_said(cluster, "keys", [*twice, *_schema(raw)])]
     if any(check.broken for check in checks):
@@ -127,20 +128,10 @@ def _said(cluster: Cluster, name: str, faults: list[ConfigProblem]) -> Iterator[
         yield Check(f"cluster: {name}", f"{where}: {fault.found}", fault.remedy, fault.broken)
 
 
-def _expanded(node: yaml.Node | None, known: dict[int, float] | None = None) -> float:
-    """Count values with each alias written out, visiting each node once; infinite for one that contains itself."""
-    known = {} if known is None else known
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [value for _, value in node.value]
-        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
-    return known[id(node)]
-
-
 def _repeated(node: yaml.Node | None, keys: Keys, lines: dict[Keys, int]) -> Iterator[Keys]:
-    """Record the line of each key, and yield keys that stand twice in one mapping."""
+    """Record the line of each key, and yield keys that stand twice in one mapping; ValueError for too many."""
+    if len(lines) > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values where its aliases (*name) are written out")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = (*keys, str(key.value))
@@ -162,7 +153,7 @@ def _schema(raw: dict[str, Any]) -> Iterator[ConfigProblem]:
         keys = tuple(error.absolute_path)
         known = list(error.schema.get("properties", ()))
         if error.validator == "additionalProperties":
-            for name in sorted(set(error.instance) - set(known)):
+            for name in sorted({*map(str, error.instance)} - {*known}):
                 yield ConfigProblem(
                     (*keys, name), "no such key", f"allowed: {', '.join(known)}{did_you_mean(name, known)}"
                 )
@@ -172,7 +163,7 @@ def _schema(raw: dict[str, Any]) -> Iterator[ConfigProblem]:
             )
     provider = raw.get("provider")
     known = list(schema["properties"]["provider"]["properties"])
-    for name in provider if isinstance(provider, dict) else ():
+    for name in map(str, provider) if isinstance(provider, dict) else ():
         if name not in known and (like := did_you_mean(name, known)):
             yield ConfigProblem(("provider", name), "no such key, and Ray would ignore it", like.removeprefix("; "))
 
@@ -274,15 +265,19 @@ def _sources(cluster: Cluster) -> Iterator[ConfigProblem]:
     """Every file and folder that is mounted exists."""
     for remote, local in cluster.raw.get("file_mounts", {}).items():
         source = _source(cluster, local)
-        if not _blank(local) and not source.exists():
-            siblings = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
-            remedy = f"make it, or mend the path{did_you_mean(source.name, siblings)}"
+        if not _blank(local) and not os.path.exists(source):
+            remedy = f"make it, or mend the path{_like(source)}"
             remedy = "run: ray get-auth-token --generate" if remote == TOKEN else remedy
-            yield ConfigProblem(("file_mounts", remote), f"{source} does not exist", remedy)
+            yield ConfigProblem(("file_mounts", remote), f"{shown(str(source))[1:-1]} does not exist", remedy)
 
 
-def _source(cluster: Cluster, local: str) -> Path:
-    return cluster.file.resolve().parent / Path(local).expanduser()
+def _source(cluster: Cluster, local: object) -> Path:
+    return cluster.file.resolve().parent / os.path.expanduser(str(local))
+
+
+def _like(file: Path) -> str:
+    there = os.path.isdir(file.parent)
+    return did_you_mean(file.name, [path.name for path in file.parent.iterdir()] if there else [])
 
 
 def _ports(cluster: Cluster) -> Iterator[ConfigProblem]:
@@ -294,6 +289,9 @@ def _ports(cluster: Cluster) -> Iterator[ConfigProblem]:
             found = "no command starts Ray; Ray's own asks for no token"
             yield ConfigProblem((part,), found, "add: RAY_AUTH_MODE=token ray start …")
     for keys, command in cluster.starts():
+        for option, port in ports_given(command).items():
+            if port > 65535:
+                yield ConfigProblem(keys, f"{option}={port}: no port", "write one from 1 to 65535")
         host = re.search(r"--dashboard-host[= ](\S+)", command)
         said = host.group(1).strip("'\"") if host else None
         if said is None and "--head" in command:
@@ -321,10 +319,9 @@ def _open_ports(cluster: Cluster) -> Iterator[ConfigProblem]:
     rules = _firewall(cluster) or []
     here: Keys = ("provider", "security_group", "IpPermissions")
     for i, rule in enumerate(rules):
-        try:
-            networks_of(rule)
-        except ValueError as error:
-            yield ConfigProblem((*here, i), f"{error}", "write a network as 10.0.0.0/16")
+        if fault := rule_fault(rule):
+            remedy = "write ports as 22, networks as - CidrIp: 10.0.0.0/16"
+            yield ConfigProblem((*here, i), fault, remedy)
             return
         if rule.get("PrefixListIds"):
             found = "a prefix list, whose networks are not in this file"
@@ -371,11 +368,9 @@ def _ssh(cluster: Cluster) -> Iterator[ConfigProblem]:
     if key is None or _blank(key):
         return  # without one Ray makes a key pair of its own
     file = _source(cluster, key)
-    if not file.is_file():
-        siblings = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
-        yield ConfigProblem(
-            ("auth", "ssh_private_key"), f"{file} does not exist", f"mend the path{did_you_mean(file.name, siblings)}"
-        )
+    if not os.path.isfile(file):
+        found = f"{shown(str(file))[1:-1]} does not exist"
+        yield ConfigProblem(("auth", "ssh_private_key"), found, f"mend the path{_like(file)}")
     elif file.stat().st_mode & 0o077:
         yield ConfigProblem(
             ("auth", "ssh_private_key"), f"{file}: others can read it, so ssh refuses it", f"chmod 600 {file}"

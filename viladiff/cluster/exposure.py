@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from typing import Any, NamedTuple
 
+from viladiff.core.messages import one_line, shown
+
 Network = IPv4Network | IPv6Network
 ANY_PORT = (32768, 60999)
 """The range from which Linux gives a port to a process that names none."""
@@ -57,6 +59,8 @@ INSIDE = tuple(
     )
 )
 """Networks that no provider routes from the internet."""
+DIGITS = 9
+"""Of a port that are read: more are no port either."""
 WIDEST = 16
 """Shortest prefix of a subnet of the nodes: AWS has none that is larger."""
 
@@ -78,7 +82,7 @@ def services_of(commands: Iterable[str]) -> list[Service]:
     """Return what listens on nodes that the commands start, each with ``ray start``, at the ports that they give."""
     found: dict[Service, None] = {}
     for command in [*commands] or ["ray start --head"]:
-        given = {option: int(port) for option, port in re.findall(r"(--[a-z-]*port)[= ]['\"]?(\d+)", command)}
+        given = ports_given(command)
         for one in RAY:
             if one.head and "--head" not in command:
                 continue
@@ -86,14 +90,21 @@ def services_of(commands: Iterable[str]) -> list[Service]:
             low, high = (given.get(option, default) for option, default in zip(ends, one.ports, strict=True))
             found[one._replace(ports=ANY_PORT if 0 in (low, high) else (low, max(low, high)))] = None
         for listed in re.findall(r"--worker-port-list[= ]['\"]?([\d,]+)", command):
-            found |= {Service("Ray's workers", (int(port), int(port))): None for port in listed.split(",") if port}
+            ports = [int(port[:DIGITS]) for port in listed.split(",") if port]
+            found |= {Service("Ray's workers", (port, port)): None for port in ports}
     return [*found, *NFS]
+
+
+def ports_given(command: str) -> dict[str, int]:
+    """Return the ports that the options of a command name, by option."""
+    named = re.findall(r"(--[a-z-]*port)[= ]['\"]?(\d+)", command)
+    return {option: int(port[:DIGITS]) for option, port in named}
 
 
 def opened_to_outside(services: Sequence[Service], rules: Sequence[Mapping[str, Any]]) -> Iterator[OpenedServices]:
     """Yield what AWS's ``rules`` together open to networks outside; ranges that are parts of one are joined.
 
-    Raises ValueError for a range that is no network.
+    Each rule is one that ``rule_fault`` passes.
     """
     found: dict[tuple[Network, ...], OpenedServices] = {}
     for service in services:
@@ -117,9 +128,29 @@ def joined(networks: Iterable[Network]) -> list[Network]:
 
 
 def networks_of(rule: Mapping[str, Any]) -> list[Network]:
-    """Return the networks of one rule. Raises ValueError for a range that is none."""
+    """Return the networks of one rule, as ``rule_fault`` passes it."""
     ranges = [*(rule.get("IpRanges") or ()), *(rule.get("Ipv6Ranges") or ())]
     return [ip_network(str(one.get("CidrIp", one.get("CidrIpv6", ""))).strip(), strict=False) for one in ranges]
+
+
+def rule_fault(rule: object) -> str:
+    """Return why this is no rule of AWS, so that nothing can be said of it; empty for one."""
+    if not isinstance(rule, Mapping):
+        return f"{shown(rule)} is no rule"
+    for name, key in (("IpRanges", "CidrIp"), ("Ipv6Ranges", "CidrIpv6")):
+        ranges = rule.get(name) or []
+        if not isinstance(ranges, list) or not all(isinstance(one, Mapping) and key in one for one in ranges):
+            return f"{name} is {shown(ranges)}, and no list of {key}"
+    ports = [rule.get(end) for end in ("FromPort", "ToPort")]
+    if not all(port is None or (type(port) is int and -1 <= port <= 65535) for port in ports):
+        return f"FromPort and ToPort are {shown(ports)}, and no numbers from -1 to 65535"
+    if None not in ports and ports[1] != -1 and ports[0] > ports[1]:  # type: ignore[operator]
+        return f"FromPort {ports[0]} is after ToPort {ports[1]}"
+    try:
+        networks_of(rule)
+    except ValueError as error:
+        return one_line(str(error))
+    return ""
 
 
 def _inside(network: Network) -> bool:
@@ -127,13 +158,13 @@ def _inside(network: Network) -> bool:
 
 
 def _meets(rule: Mapping[str, Any], ports: tuple[int, int]) -> bool:
-    protocol = str(rule.get("IpProtocol", "-1")).lower()
-    if protocol not in ("-1", "tcp", "udp", "6", "17"):
+    protocol = str(rule.get("IpProtocol", "-1")).strip().lower()
+    if protocol not in ("-1", "all", "tcp", "udp", "6", "17"):
         return False
-    low, high = rule.get("FromPort", 0), rule.get("ToPort", 65535)
-    if protocol == "-1" or low == -1:
-        low, high = 0, 65535
-    return bool(low <= ports[1] and ports[0] <= high)
+    low, high = rule.get("FromPort"), rule.get("ToPort")
+    if protocol in ("-1", "all") or -1 in (low, high):
+        low = high = None
+    return (low or 0) <= ports[1] and ports[0] <= (65535 if high is None else high)
 
 
 # The shared folder
@@ -144,7 +175,7 @@ def export_faults(command: str) -> Iterator[tuple[str, str]]:
     if not re.search(r"exports\b|\bexportfs\b", command):
         return
     hosts: list[Network] = []
-    for host, options in re.findall(r"([^\s\"'(]*)\(([^()]*\b(?:rw|ro|a?sync)\b[^()]*)\)", command):
+    for host, options in _exports(command):
         words = [word.strip() for word in options.split(",")]
         if "sync" not in words:
             yield f"exports with {options}", "sync: what is acknowledged must be on the disk"
@@ -153,11 +184,26 @@ def export_faults(command: str) -> Iterator[tuple[str, str]]:
                 yield f"exports with {word}", f"leave it out: {why} would write as it likes"
         if host in ("", "*"):
             yield f"exports to everybody, as {host or 'no host'!r}", "name the nodes' own subnet"
-        elif re.fullmatch(r"[\da-fA-F.:]+/\d+", host):
-            hosts.append(ip_network(host, strict=False))
+        elif re.search(r"[*?]", host):
+            yield f"exports to {host}, names that whoever has the addresses gives", "name the nodes' own subnet"
+        elif re.fullmatch(r"[\da-fA-F.:]+/[\d.]+", host):
+            try:
+                hosts.append(ip_network(host, strict=False))
+            except ValueError as error:
+                yield f"exports to {one_line(str(error))}", "write a network as 10.0.0.0/16"
     for network in joined(hosts):
         if network.prefixlen < (WIDEST if network.version == 4 else 4 * WIDEST):
             yield f"exports to {network}, {network.num_addresses:,} addresses", "name the nodes' own subnet"
+
+
+def _exports(command: str) -> Iterator[tuple[str, str]]:
+    """Yield (host, options) of the lines of an exports file in a shell command, and of words of ``exportfs``."""
+    yield from re.findall(r"([^\s\"'(]*)\(([^()]*\b(?:rw|ro|a?sync)\b[^()]*)\)", command)
+    for options, words in re.findall(r"\bexportfs\b[^;&|]*?-o\s*['\"]?([\w=,]+)['\"]?([^;&|]*)", command):
+        yield from ((host.strip("[]"), options) for host in re.findall(r"([^\s'\"]*):/", words))
+    # A host without options has those that the system takes for it.
+    for host in re.findall(r"(?:^|[\s'\"])/[\w./-]*\s+([\w.:*?-]*[*/][\d.]*)(?=['\"\s]|$)(?!\()", command):
+        yield host, "no options"
 
 
 def mount_faults(command: str) -> Iterator[tuple[str, str]]:

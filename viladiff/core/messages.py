@@ -24,7 +24,10 @@ MOST_LINES = 40
 """Lines of an error that has one a fault."""
 HIDDEN = "***"
 """What stands for a password."""
-_SECRET = r"[\w.-]*(?:passw|pwd|passphrase|secret|token|api_?key|access_?key)[\w.-]*"
+_SECRET_NAME = re.compile(r"passw|\bpass\b|pwd|passphrase|secret|token|api_?key|access_?key|\bauth\b", re.IGNORECASE)
+_SECRET_WITHIN = re.compile(rf"(?:{_SECRET_NAME.pattern})[\w.-]*\s*=\s*([^;&\s]+)", re.IGNORECASE)
+_PARAMETER = re.compile(r"([?&;]([^\s=&;?]+)=)([^&;]+)")
+"""Of a URL, whose name may be encoded."""
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Control characters but for tabs and ends of lines, and those that change the direction of writing."""
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -109,19 +112,37 @@ def hide_passwords(text: str, url: str = "") -> str:
         text = text.replace(secret, HIDDEN)
     if "://" not in text and "=" not in text:
         return text
-    text = re.sub(r"(://[^\s:/?#@'\"]*:)[^\s'\"]*@", rf"\1{HIDDEN}@", text)
-    return re.sub(rf"([?&;]{_SECRET}=)[^\s&;'\"]+", rf"\1{HIDDEN}", text, flags=re.IGNORECASE)
+    # Each pattern reads a letter once, whatever a stranger has written: others take hours for a megabyte.
+    text = re.sub(r"[^\s'\"]+", _without_password, text)
+    return re.sub(r"([?&;]([\w.%-]+)=)([^\s&;'\"]+)", _without_secret, text)
+
+
+def _without_password(word: re.Match[str]) -> str:
+    end = word[0].rfind("@")
+    user = re.search(r"://[^:/?#]*:", word[0][: max(end, 0)])  # a user's name may have an @, as Azure's have
+    return f"{word[0][: user.end()]}{HIDDEN}{word[0][end:]}" if user else word[0]
+
+
+def _without_secret(found: re.Match[str]) -> str:
+    return f"{found[1]}{HIDDEN}" if _is_secret(found[2], found[3]) else found[0]
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Return whether a parameter of a URL is a password or, as ``odbc_connect``, has one within."""
+    within = unquote_plus(value)
+    return bool(_SECRET_NAME.search(unquote(name)) or ("=" in within and _SECRET_NAME.search(within)))
 
 
 def hidden_url(url: str) -> str:
     """Return a URL, or the word of a command line that has one, without its passwords, whatever signs they have."""
-    text = re.sub(r"((?:^|://)[^:/?#@]*:)(?!//).*@", rf"\1{HIDDEN}@", url, count=1, flags=re.DOTALL)
-    return re.sub(rf"([?&;]{_SECRET}=)[^&;]+", rf"\1{HIDDEN}", text, flags=re.IGNORECASE | re.DOTALL)
+    text = re.sub(r"((?:^|://)[^:/?#]*:)(?!//).*@", rf"\1{HIDDEN}@", url, count=1, flags=re.DOTALL)
+    return _PARAMETER.sub(_without_secret, text)
 
 
 def _secrets(url: str) -> set[str]:
-    user = re.search(r"://[^:/?#@]*:(.*)@", url, re.DOTALL)
-    found = re.findall(rf"[?&;]{_SECRET}=([^&;]+)", url, re.IGNORECASE)
+    user = re.search(r"://[^:/?#]*:(.*)@", url, re.DOTALL)
+    found = [value for _, name, value in _PARAMETER.findall(url) if _is_secret(name, value)]
+    found += [one for value in found for one in _SECRET_WITHIN.findall(unquote_plus(value))]
     # A library may end the password at its first @ or / and take the rest for a host.
     found += [user[1], *(part for part in re.split("[@/:]", user[1]) if len(part) > 3)] if user else []
     return {form for one in found for form in (one, unquote(one), unquote_plus(one), quote(unquote(one), "")) if form}

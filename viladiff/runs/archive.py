@@ -213,7 +213,8 @@ def _check_log(path: Path) -> None:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
+            step = row.get("step") if isinstance(row, dict) else None
+            if type(step) is not int or not 0 <= step < 2**63:
                 raise ValueError(f"row {number} cannot be read as one of a log of steps")
 
 

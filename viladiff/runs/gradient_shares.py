@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from viladiff.core.messages import shown
+
 THIRDS = ("early", "middle", "late")
 ENOUGH = 0.1
 """Share below which leaving a term out can hardly show."""
 SUPERVISED = "sup"
 """Name of the supervised term, which the others' directions are compared with."""
+_LARGEST = 1e100
+"""Norm of a gradient, far beyond those of 32 bits; any number of these can be added."""
 Triple = tuple[float | None, float | None, float | None]
 
 
@@ -88,25 +92,24 @@ def fault(found: Mapping[str, Any]) -> str:
             return f"gradient_shares.fields.{field}: must be a list of names of terms"
     for i, one in enumerate(measured):
         where = f"gradient_shares.measured[{i}]"
-        if not isinstance(one, dict) or type(one.get("step")) is not int or one["step"] < 0:
-            return f"{where}: must have step, an integer from 0"
-        for name, low, high in (("norms", 0.0, math.inf), ("cosines", -1.0, 1.0)):
+        if not isinstance(one, dict) or type(one.get("step")) is not int or not 0 <= one["step"] < 2**63:
+            return f"{where}: must have step, an integer from 0 to 2^63"
+        for name, low, high in (("norms", 0.0, _LARGEST), ("cosines", -1.0, 1.0)):
             places = one.get(name)
             if not isinstance(places, dict) or not all(isinstance(values, dict) for values in places.values()):
                 return f"{where}: must have {name}, by place and term"
             for place, values in places.items():
                 for term, value in values.items():
                     if not (_number(value, low, high) or (value is None and name == "cosines")):
-                        return (
-                            f"{where}.{name}.{place}.{term}: must be a number from {low:g} to {high:g}, got {value!r}"
-                        )
+                        there = f"{where}.{name}.{place}.{term}"
+                        return f"{there}: must be a number from {low:g} to {high:g}, got {shown(value)}"
     return ""
 
 
 def _number(value: object, low: float, high: float) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) and low <= value <= high
+    return low <= value <= high
 
 
 def _means(values: Mapping[tuple[str, str, int], Sequence[float]], name: tuple[str, str]) -> Triple:

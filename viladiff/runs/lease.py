@@ -261,14 +261,14 @@ def read_leases(directory: Path, watch: HeartbeatMonitor) -> list[FoundLease]:
     """Return each lease on ``directory``; remove nothing."""
     try:
         names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []  # of a directory that cannot be read, no lease can be had either: nobody sees to be alone in it
     found = []
     for name in sorted(names):
         path = directory / name
         try:
             beat, text = path.stat().st_mtime_ns, b""
-            with suppress(PermissionError):  # another user's: its heartbeat has to do
+            with suppress(PermissionError, IsADirectoryError):  # another user's: its heartbeat has to do
                 text = path.read_bytes()
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):

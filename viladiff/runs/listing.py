@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -73,6 +74,9 @@ def _finished(store: Store, record: RunRecord, own: bool) -> RunRow:
 
 def _unfinished(store: Store, run_id: str) -> RunRow | None:
     directory = store.directory(run_id)
+    if not os.access(directory, os.R_OK | os.X_OK):
+        note = "its directory cannot be read by this user"
+        return RunRow(run_id, None, None, None, None, {}, None, None, "unreadable", "", "", False, note)
     holder, failure = store.holder(run_id), store.failure(run_id)
     files = [path.stat().st_mtime for path in directory.iterdir() if not path.name.startswith(("lease-", "."))]
     if holder is not None:
@@ -231,6 +235,8 @@ def print_run(store: Store, row: RunRow) -> None:
     if record is not None:
         facts |= _facts(record)
     say([(name, format_value(value, 6)) for name, value in facts.items() if value not in ("", None, {})])
+    if record is None and row.state == "unreadable":
+        return
     if record is None:
         files = sorted(path for path in store.directory(row.run_id).iterdir() if path.is_file())
         say([(path.name, size(path.stat().st_size)) for path in files], ("file", "size"))
@@ -372,7 +378,7 @@ def say(lines: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> None:
     if not lines:
         return
     tty = sys.stdout.isatty()
-    table = Table(*(columns or [""] * len(lines[0])), box=None, pad_edge=False, show_header=bool(columns))
+    table = Table(*map(printable, columns or [""] * len(lines[0])), box=None, pad_edge=False, show_header=bool(columns))
     for line in lines:
         table.add_row(*map(printable, line))
     console = Console(width=None if tty else 10_000, markup=False, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +140,22 @@ def impossible(record: RunRecord) -> str:
     events = [("best", record.best)] if record.best is not None else []
     events += [(f"history[{i}]", one) for i, one in enumerate(record.history)]
     for where, one in events:
-        if type(one.get("step")) is not int or "miou" not in one:
-            return f"{where}: must have step, an integer, and miou, got {_short(one)}"
+        if type(step := one.get("step")) is not int or not 0 <= step < _LARGEST or "miou" not in one:
+            return f"{where}: must have step, an integer from 0 to 2^63, and miou, got {_short(one)}"
     found += [(f"{where}.{name}", value) for where, one in streams for name, value in one.items()]
     found += [(f"{where}.miou", one["miou"]) for where, one in events]
     for name, value in found:
-        share = name.rpartition(".")[2] in SHARES
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not _measured(number, share):
-                return f"{name}: must be a number{' from 0 to 1' * share}, got {_short(number)}"
+        score = name.rpartition(".")[2]
+        listed = isinstance(value, list)
+        if value is not None and score in SHARES and listed != (score == "per_class"):
+            return f"{name}: must be {'a number' if listed else 'a list of numbers'}, got {_short(value)}"
+        for number in value if isinstance(value, list) else (value,):
+            if number is not None and not _measured(number, score in SHARES):
+                return f"{name}: must be a number{' from 0 to 1' * (score in SHARES)}, got {_short(number)}"
+    if not isinstance(revision := record.git.get("revision", ""), str | None):
+        return f"git.revision: must be text, got {_short(revision)}"
+    if any(not 0 <= level <= 255 for colour in record.palette or () for level in colour):
+        return f"palette: must be levels from 0 to 255, got {_short(record.palette)}"
     return "" if record.gradient_shares is None else shares.fault(record.gradient_shares)
 
 
@@ -166,8 +174,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object. Raises ValueError for a repeated key, of which readers choose different values."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"has {next(name for name in names if names.count(name) > 1)!r} twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"has {shown(next(name for name, count in counts.items() if count > 1))} twice")
     return found
 
 
@@ -222,6 +230,8 @@ def load_record(path: Path) -> RunRecord:
     version needs is missing or of another type, or its configuration does not match its name.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # a pipe would be waited for
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} is not a run's record: {error}") from error

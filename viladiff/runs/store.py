@@ -9,8 +9,10 @@ torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -49,6 +51,9 @@ class _Stamp(NamedTuple):
     modified: int
     size: int
     inode: int
+
+
+_UNREADABLE = _Stamp(-1, -1, -1)
 
 
 def _to_stderr(text: str) -> None:
@@ -111,9 +116,11 @@ class Store:
     def local_run_ids(self) -> list[str]:
         """Return the ids of all runs that have a directory under ``root``, finished or not."""
         try:
-            return sorted(name for name in os.listdir(self.root) if RUN_ID.fullmatch(name))
+            with os.scandir(self.root) as entries:
+                found = [one for one in entries if RUN_ID.fullmatch(one.name)]
         except FileNotFoundError:
             return []
+        return sorted(one.name for one in found if one.is_dir(follow_symlinks=False) or os.path.isdir(one.path))
 
     def directory(self, run_id: str) -> Path:
         """Return the run's directory, whether or not it exists.
@@ -133,7 +140,7 @@ class Store:
         if not _FILE.fullmatch(name):
             raise ValueError(f"file {name!r}: must be the plain name of a file in a run's directory")
         mine = self.directory(run_id) / name
-        if mine.is_file():
+        if os.path.isfile(mine):  # no error for a private run of another user
             return mine
         if name == "record.json":
             found = (path for path in self.layer_files() if (one := self._load(path)) and one.run_id == run_id)
@@ -172,6 +179,13 @@ class Store:
                 data = path.read_bytes()
             except FileNotFoundError:
                 self._read.pop(path, None)
+                return None
+            except OSError as error:  # a private run of another user hides no other run from whoever looks
+                if self._repair:
+                    raise
+                if self._read.get(path) != (_UNREADABLE, None):
+                    self._say(f"{path}: cannot be read ({error.strerror}); its run counts as missing")
+                self._read[path] = _UNREADABLE, None
                 return None
             record = None
             try:
@@ -220,7 +234,7 @@ class Store:
             return Failure.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValidationError:
+        except (ValidationError, PermissionError, IsADirectoryError):
             self._say(f"{path} is not a failure's note and is passed over; the run counts as one that did not fail")
             return None
 
@@ -269,6 +283,8 @@ class Store:
         found: list[Path] = []
         for run_id in self.local_run_ids():
             directory = self.directory(run_id)
+            if not os.access(directory, os.R_OK | os.X_OK):  # a private run of another user
+                continue
             state = leases.read_leases(directory, self._watch)
             dead = [lease.path for lease in state if (lease.sure if sure else lease.dead)]
             found += dead
@@ -279,4 +295,6 @@ class Store:
 
 def _stamp(path: Path) -> _Stamp:
     found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "not a file", str(path))
     return _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +51,7 @@ def verify(store: Store, wanted: Collection[str] | None = None) -> Iterator[Find
     torch is loaded when the first sound record is met. Nothing is moved or changed.
     """
     files = [store.directory(run_id) / "record.json" for run_id in store.local_run_ids()]
-    for path in [*(path for path in files if path.exists()), *store.layer_files()]:
+    for path in [*filter(_there, files), *store.layer_files()]:
         mine = path.parent.parent == store.root
         try:
             record = load_record(path)
@@ -124,7 +125,7 @@ def _revision(record: RunRecord) -> str:
 
 def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
     for path in (directory / name for name in CHECKPOINTS):
-        if not path.exists():
+        if not _there(path):
             continue
         from viladiff.runs.checkpoint import load_file
 
@@ -133,8 +134,18 @@ def _checkpoints(directory: Path, run_id: str) -> Iterator[Finding]:
             yield Finding(path, run_id, True, f"readable, at step {state.get('step', '?')}")
         except FileNotFoundError:
             continue
-        except ValueError as error:
-            yield Finding(path, run_id, False, str(error))
+        except (ValueError, OSError) as error:
+            yield Finding(path, run_id, False, one_line(str(error)))
+
+
+def _there(path: Path) -> bool:
+    """Return whether there is such a file, or something that this user cannot look at."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode) or path.is_dir()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def garbage(
@@ -200,8 +211,9 @@ def _entries(folder: Path, names: re.Pattern[str]) -> list[Path]:
 
 
 def _below(root: Path) -> list[Path]:
-    """Return the folders below a directory, those of one that is being filled left out."""
-    return [path for path in root.rglob("*") if path.is_dir() and not path.parent.name.startswith(".")]
+    """Return the folders below a directory, but for links, which lead to what is not ours, and drafts' own folders."""
+    folders = (path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())
+    return [path for path in folders if not path.parent.name.startswith(".")]
 
 
 def _abandoned_import(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
@@ -17,12 +18,25 @@ MOST_ARRAYS = 1000
 """In an archive."""
 MOST_UNPACKED = 512 << 20
 """Bytes of all arrays of an archive together; 64 pictures of 512 x 512 pixels at nine stages have 200 MB."""
+_LIST = 1 << 20
+"""Most bytes of an archive's list of its arrays, which a reader of zip files takes as a whole."""
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Those that NumPy writes; one of the others takes memory for a dictionary of whatever size the file names."""
 _NAME = 200
 """Most characters of an array's name."""
 _HEADERS: dict[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+
+
+class _ShortReads(io.FileIO):
+    """File of which no more than a list of arrays is read at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LIST:
+            raise zipfile.BadZipFile(f"its list of arrays has {size} bytes, at most {_LIST}")
+        return super().read(size)
 
 
 def read_arrays(path: Path, most: int = MOST_UNPACKED) -> dict[str, np.ndarray]:
@@ -42,7 +56,7 @@ def check_arrays(path: Path, most: int = MOST_UNPACKED) -> None:
     unpacked, an array whose header and size contradict each other, one of objects, a name twice, damaged content.
     """
     try:
-        with zipfile.ZipFile(path) as packed:
+        with _ShortReads(path) as file, zipfile.ZipFile(file) as packed:
             members = packed.infolist()
             if len(members) > MOST_ARRAYS:
                 raise ValueError(f"{len(members)} arrays, at most {MOST_ARRAYS}")
@@ -53,6 +67,8 @@ def check_arrays(path: Path, most: int = MOST_UNPACKED) -> None:
                     raise ValueError(f"{shown(member.filename)} makes it {total} bytes unpacked, at most {most}")
                 if member.filename in seen or not member.filename.endswith(".npy") or len(member.filename) > _NAME:
                     raise ValueError(f"{shown(member.filename)} is there twice, or is no array")
+                if member.compress_type not in _COMPRESSIONS:
+                    raise ValueError(f"{shown(member.filename)} is compressed in another way than NumPy's")
                 seen.add(member.filename)
                 _check_header(packed, member)
             if (damaged := packed.testzip()) is not None:

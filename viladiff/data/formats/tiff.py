@@ -80,7 +80,13 @@ def _opened(path: Path | str) -> Any:
 
 
 def _real(file: Any) -> list[Any]:
-    return [page for page in file.pages if not page.subfiletype & _OTHER_PLANES] or [file.pages[0]]
+    """Return the pages of the image itself. Raises ValueError for a page that comes again, as it would without end."""
+    pages: dict[int, Any] = {}
+    for page in file.pages:
+        if page.offset in pages:
+            raise ValueError(f"page {len(pages) + 1} of it is one of those before")
+        pages[page.offset] = page
+    return [page for page in pages.values() if not page.subfiletype & _OTHER_PLANES] or [file.pages[0]]
 
 
 def _facts(file: Any) -> TiffFacts:

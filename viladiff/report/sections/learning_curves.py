@@ -67,7 +67,7 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
         entries = json.loads(b"[" + b",".join(lines) + b"]")  # several times as fast as line by line
     except (ValueError, RecursionError):
         entries = [_entry(line) for line in lines]
-    kept = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+    kept = [entry for entry in entries if isinstance(entry, dict) and _is_step(entry.get("step"))]
     names = ("step", *TERMS)
     return {
         name: np.array([_number(entry.get(name)) for entry in kept])
@@ -81,6 +81,10 @@ def _entry(line: bytes) -> object:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
 
 
 def _number(value: object) -> float:
