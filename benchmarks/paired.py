@@ -3,6 +3,7 @@
 OMP_NUM_THREADS=1 python benchmarks/paired.py chain        MixE's reverse chain: work that its steps share done once
 OMP_NUM_THREADS=1 python benchmarks/paired.py casts        casts of a ViT-B's weights: all at once, or by autocast
                                                            each at its first use; --crop is the largest that fits
+OMP_NUM_THREADS=1 python benchmarks/paired.py layout       --decoder with maps in NCHW, then in channels_last
 
 Figures are medians of --pairs, each side first in every second one, and of their ratios. A CPU has none of the kernels
 of a GPU: what is compared is what both devices do.
@@ -11,6 +12,7 @@ of a GPU: what is compared is what both devices do.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -89,6 +91,31 @@ def casts(crop: int, images: int, encoder: str) -> tuple[Side, Side]:
     return before, now
 
 
+def layout(crop: int, images: int, encoder: str, decoder: str) -> tuple[Side, Side]:
+    """A decoder and its classifier forwards and backwards, on maps of the encoder; the first side has NCHW."""
+    fields = {"model.encoder": encoder, "model.decoder": decoder, "model.decoder_width": 256, "data.crop": crop}
+    cfg = override(RunConfig(), {"data.dataset": "voc", "data.split": "92", "model.pretrained": "none", **fields})
+    torch.manual_seed(0)
+    network = NetworkFactory(cfg.model, CLASSES, 1, crop=crop)().train()
+    with torch.no_grad():
+        maps = network.encode(torch.randn(images, 3, crop, crop))
+
+    def side(form: torch.memory_format) -> Side:
+        own = copy.deepcopy(network).to(memory_format=form)
+
+        def step() -> Tensor:
+            given = [one.clone().requires_grad_() for one in maps]  # an encoder's maps are NCHW
+            loss = own.grid_logits([one.contiguous(memory_format=form) for one in given]).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        return step
+
+    before, now = side(torch.contiguous_format), side(torch.channels_last)
+    torch.testing.assert_close(before(), now(), rtol=1e-4, atol=0.0)
+    return before, now
+
+
 def paired(before: Side, now: Side, pairs: int) -> list[tuple[float, float]]:
     """Seconds of the processor, (before, now) of each pair."""
 
@@ -107,16 +134,20 @@ def paired(before: Side, now: Side, pairs: int) -> list[tuple[float, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("chain", "casts"))
+    parser.add_argument("what", choices=("chain", "casts", "layout"))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--grid", type=int, default=GRID, help="cells of a side, of the chain")
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--encoder", default="vit_base_patch16_224")
+    parser.add_argument("--decoder", default="dpt")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    chosen = args.what == "chain"
-    sides = chain(args.grid, args.images) if chosen else casts(args.crop, args.images, args.encoder)
+    sides = {
+        "chain": lambda: chain(args.grid, args.images),
+        "casts": lambda: casts(args.crop, args.images, args.encoder),
+        "layout": lambda: layout(args.crop, args.images, args.encoder, args.decoder),
+    }[args.what]()
     times = paired(*sides, args.pairs)
     before, now = (statistics.median(side) for side in zip(*times, strict=True))
     ratio = statistics.median(b / a for a, b in times)
