@@ -295,19 +295,19 @@ def test_weights_that_are_cast_each_step_are_compiled_once() -> None:
 # A run
 
 
-def chosen(device: torch.device, passes: bool = True, **fields: object) -> bool:
+def chosen(device: torch.device, passes: bool = True, steps: int = 30_000, **fields: object) -> bool:
     """Whether parts are compiled with these fields of ``runtime``."""
     with pytest.MonkeyPatch.context() as stack:
         stack.setattr(launch, "trial_passes", lambda *given: passes)
         files = {} if "data__dataset" in fields else FILES
         cfg = override(RunConfig(), {**files, **{path.replace("__", "."): value for path, value in fields.items()}})
-        return compiles(cfg, CLASSES, device)
+        return compiles(cfg, CLASSES, device, steps)
 
 
 def test_it_is_on_where_it_can_be() -> None:
     assert chosen(GPU) and chosen(CPU, runtime__compile="on") and chosen(GPU, passes=False, runtime__compile="on")
     assert not chosen(CPU) and not chosen(GPU, passes=False) and not chosen(GPU, runtime__compile="off")
-    assert not chosen(GPU, runtime__gradient_shares=5)
+    assert not chosen(GPU, runtime__gradient_shares=5) and not chosen(GPU, steps=29_999)
     assert not chosen(GPU, data__dataset="digits"), "whose numbers are frozen"
     with pytest.raises(ValueError, match=r"runtime.compile = on: .* runtime.gradient_shares = 5"):
         chosen(CPU, runtime__compile="on", runtime__gradient_shares=5)

@@ -211,8 +211,9 @@ class RuntimeConfig(Section):
     """CPU threads of each worker; another count changes the last bits of sums."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether networks are compiled for training, part by part (torch.compile). ``auto`` does on a GPU for data sets of
-    files, if a step compiles in a process of its own within two minutes and ``gradient_shares`` is 0; a part that the
-    compiler fails at runs as it is, and a line says so. Evaluation is never compiled, since sizes change there."""
+    files and runs of 30,000 steps or more, if a step compiles in a process of its own within two minutes and
+    ``gradient_shares`` is 0; a part that the compiler fails at runs as it is, and a line says so.
+    Evaluation is never compiled, since sizes change there."""
     cores: int | None = Field(None, ge=1)
     """Cores of each worker, which its decoding processes share; none is ``threads``, or else its share of the machine.
     Tables and sweeps set it."""

@@ -195,7 +195,7 @@ class Trainer:
             if self.rank == 0:
                 print_text(f"note: {note}", error=True)
         in_turn(lambda: refuse_infeasible(cfg, data_facts(self.dataset)))
-        compiled = compiles(cfg, self.dataset.num_classes, self.device)
+        compiled = compiles(cfg, self.dataset.num_classes, self.device, total_steps(cfg, self.dataset, unlabelled))
         torch.manual_seed(keyed_random.seed_for(cfg.seed, "init"))
         self.method: Method = METHODS[cfg.method.name](cfg.method, self.build()).to(self.device)
         own = [
