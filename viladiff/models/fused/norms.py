@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "silu": (2, F.silu),
 }
 """Activations after a GroupNorm: their numbers in the kernels, and torch's functions."""
+_READ = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that the kernels read."""
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def norm_act(norm: nn.GroupNorm, x: Tensor, act: str, dtype: torch.dtype | None 
     ``dtype``: the result's type where kernels make it; by default that of autocast.
     """
     number, function = ACTIVATIONS[act]
-    if not _kernels(x):
+    if not _kernels(norm, x):
         return function(norm(x))
     given = norm.weight, norm.bias, [norm.num_groups, norm.eps, number], dtype or _type()
     x = x.contiguous()
@@ -83,11 +85,12 @@ def joins_norms(norm: nn.Module, x: Tensor) -> bool:
     """Return whether LayerNorm ``norm`` of x (..., D) is an operation of kernels here."""
     if not isinstance(norm, nn.LayerNorm) or norm.bias is None or len(norm.normalized_shape) != 1:
         return False
-    return _kernels(x)
+    return _kernels(norm, x)
 
 
-def _kernels(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():
+def _kernels(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> bool:
+    # A network that was cast itself, as by half(), has numbers of that type throughout.
+    if torch.compiler.is_compiling() or norm.weight.dtype != torch.float32 or x.dtype not in _READ:
         return False
     return stands_for_gpu(x) or (x.device.type == "cuda" and _agrees(x.device))
 
