@@ -185,15 +185,12 @@ EQUATION = "the symbols of its equation"
 INPUTS = "independent inputs, each with its meaning; a class for them would have this one use"
 KERNEL = "an operation of torch or a kernel of Triton is called with tensors and numbers alone"
 MANY_ARGUMENTS = {
-    "models/fused/chain.py:_": KERNEL,
-    "models/fused/chain.py:_norm_silu": KERNEL,
     "models/fused/chain.py:_reverse_step": KERNEL,
-    "models/fused/chain_kernels.py:_norm_kernel": KERNEL,
     "models/fused/chain_kernels.py:_reverse_kernel": KERNEL,
     "models/fused/norm_kernels.py:_group_gradient_kernel": KERNEL,
     "models/fused/norm_kernels.py:_group_kernel": KERNEL,
     "models/fused/norm_kernels.py:_group_sums_kernel": KERNEL,
-    "models/fused/norm_kernels.py:_joined": KERNEL,
+    "models/fused/norm_kernels.py:joined_statistics": KERNEL,
     "models/fused/norm_kernels.py:_layer_gradient_kernel": KERNEL,
     "models/fused/norm_kernels.py:_layer_kernel": KERNEL,
     "models/fused/norms.py:_": KERNEL,

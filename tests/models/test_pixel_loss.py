@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import check_kernels
 from torch import Tensor, nn
 
 from viladiff.evaluation.operations import OperationCounter
@@ -113,8 +110,4 @@ print("kernels agree")
 
 @pytest.mark.slow
 def test_kernels_agree_with_torch() -> None:
-    """Triton's interpreter, which computes a kernel's program on the CPU; it is chosen before Triton is imported."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    found = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True, timeout=280)
-    assert found.stdout.strip() == "kernels agree", found.stderr[-2000:]
+    check_kernels(KERNELS)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viladiff.core.distributed import full_precision
+from viladiff.models.fused.norms import ACTIVATIONS
 
 
 @torch.library.custom_op("viladiff::reverse_step", mutates_args=())
@@ -62,22 +63,6 @@ def _(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.float32), x.new_empty(x.shape[0] * x.shape[1], 1, 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("viladiff::norm_silu", mutates_args=())
-def _norm_silu(
-    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype
-) -> Tensor:
-    from viladiff.models.fused.chain_kernels import normed_maps
-
-    out = torch.empty_like(x, dtype=dtype)
-    normed_maps(x, stats, (weight, bias), groups, eps, out)
-    return out
-
-
-@_norm_silu.register_fake
-def _(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
 def added(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return x + y (B, W, h, w) float32 with the statistics that ``norm_silu`` needs."""
     total, stats = torch.ops.viladiff.add_with_statistics(x, y)
@@ -86,7 +71,8 @@ def added(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def norm_silu(norm: nn.GroupNorm, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """Return SiLU of the norm of what ``added`` returned, in ``dtype``."""
-    found: Tensor = torch.ops.viladiff.norm_silu(*x, norm.weight, norm.bias, norm.num_groups, norm.eps, dtype)
+    rule = [norm.num_groups, norm.eps, ACTIVATIONS["silu"][0]]
+    found: Tensor = torch.ops.viladiff.group_norm_act(*x, norm.weight, norm.bias, rule, dtype)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of ``chain``: a reverse step of MixE after its network, and GroupNorm with SiLU.
+"""Triton kernels of ``chain``: a reverse step of MixE after its network, and a sum with its statistics.
 
 Maps are contiguous (B, channels, h, w), float32; each program has some pixels of an image, or of one of its channels.
 """
@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from viladiff.models.fused import norm_kernels
+from viladiff.models.fused.norm_kernels import store_statistics
+
 BLOCK = 256
-SUMMED = 1024
-"""Pixels of a channel that a program sums."""
 
 
 @triton.jit
@@ -74,32 +75,7 @@ def _add_kernel(x: Any, y: Any, out: Any, stats: Any, pixels: Any, BLOCK: tl.con
     mask, at = pixel < pixels, plane * pixels + pixel
     value = tl.load(x + at, mask, 0.0).to(tl.float32) + tl.load(y + at, mask, 0.0).to(tl.float32)
     tl.store(out + at, value, mask)
-    mean = tl.sum(value, 0) / tl.minimum(pixels - block * BLOCK, BLOCK)
-    apart = tl.where(mask, value - mean, 0.0)
-    place = stats + (plane * tl.num_programs(0) + block) * 2
-    tl.store(place, mean)
-    tl.store(place + 1, tl.sum(apart * apart, 0))
-
-
-@triton.jit
-def _norm_kernel(
-    x: Any, stats: Any, weight: Any, bias: Any, out: Any, channels: Any, groups: Any, pixels: Any, blocks: Any,
-    eps: Any, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
-    pixel, plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
-    mask, channel, own = pixel < pixels, plane % channels, channels // groups
-    # Means and squared distances of the blocks of all channels of the group, joined.
-    part = tl.arange(0, PARTS)
-    there = part < own * blocks
-    first = stats + (plane - channel % own) * blocks * 2
-    count = tl.where(there, tl.minimum(pixels - (part % blocks) * SIZE, SIZE), 0).to(tl.float32)
-    means = tl.load(first + part * 2, there, 0.0)
-    mean = tl.sum(means * count, 0) / (own * pixels)
-    apart = means - mean
-    variance = tl.sum(tl.load(first + part * 2 + 1, there, 0.0) + count * apart * apart, 0) / (own * pixels)
-    scale = tl.load(weight + channel) / tl.sqrt(variance + eps)
-    value = (tl.load(x + plane * pixels + pixel, mask, 0.0) - mean) * scale + tl.load(bias + channel)
-    tl.store(out + plane * pixels + pixel, (value / (1 + tl.exp(-value))).to(out.dtype.element_ty), mask)
+    store_statistics(value, mask, stats, pixels, BLOCK)
 
 
 def reversed_maps(
@@ -124,24 +100,9 @@ def reversed_maps(
     return x_out, z_out
 
 
-def statistics_shape(x: Tensor) -> tuple[int, int, int]:
-    """Return the shape of the statistics of blocks of x (B, W, h, w): mean, and sum of squared distances from it."""
-    return len(x) * x.shape[1], -(-x.shape[2] * x.shape[3] // SUMMED), 2
-
-
 def added_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x + y (B, W, h, w) float32, and its ``statistics_shape``."""
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    stats = torch.empty(statistics_shape(x), dtype=torch.float32, device=x.device)
+    """Return x + y (B, W, h, w) float32, and its statistics as of ``norm_kernels.group_statistics``."""
+    out, stats = torch.empty(x.shape, dtype=torch.float32, device=x.device), norm_kernels.empty_statistics(x)
     planes, blocks, _ = stats.shape
-    _add_kernel[blocks, planes](x, y, out, stats, x.shape[2] * x.shape[3], BLOCK=SUMMED)
+    _add_kernel[blocks, planes](x, y, out, stats, x.shape[2] * x.shape[3], BLOCK=norm_kernels.SUMMED)
     return out, stats
-
-
-def normed_maps(x: Tensor, stats: Tensor, affine: tuple[Tensor, Tensor], groups: int, eps: float, out: Tensor) -> None:
-    """Write SiLU of GroupNorm of x (B, W, h, w), with the statistics of its blocks, to ``out``."""
-    channels, pixels, blocks = x.shape[1], x.shape[2] * x.shape[3], stats.shape[1]
-    grid = triton.cdiv(pixels, BLOCK), len(stats)
-    parts = triton.next_power_of_2(channels // groups * blocks)
-    sizes = channels, groups, pixels, blocks, eps
-    _norm_kernel[grid](x, stats, *affine, out, *sizes, PARTS=parts, SIZE=SUMMED, BLOCK=BLOCK)

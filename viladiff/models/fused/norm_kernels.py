@@ -73,11 +73,9 @@ def _layer_gradient_kernel(
 
 
 @triton.jit
-def _statistics_kernel(x: Any, stats: Any, pixels: Any, BLOCK: tl.constexpr) -> None:
+def store_statistics(value: Any, mask: Any, stats: Any, pixels: Any, BLOCK: tl.constexpr) -> None:
+    """Store mean, and sum of squared distances from it, of this program's block of a channel's pixels."""
     block, plane = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    pixel = block * BLOCK + tl.arange(0, BLOCK)
-    mask = pixel < pixels
-    value = tl.load(x + plane * pixels + pixel, mask, 0.0).to(tl.float32)
     mean = tl.sum(value, 0) / tl.minimum(pixels - block * BLOCK, BLOCK)
     apart = tl.where(mask, value - mean, 0.0)
     place = stats + (plane * tl.num_programs(0) + block) * 2
@@ -86,7 +84,15 @@ def _statistics_kernel(x: Any, stats: Any, pixels: Any, BLOCK: tl.constexpr) -> 
 
 
 @triton.jit
-def _joined(
+def _statistics_kernel(x: Any, stats: Any, pixels: Any, BLOCK: tl.constexpr) -> None:
+    block, plane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < pixels
+    store_statistics(tl.load(x + plane * pixels + pixel, mask, 0.0).to(tl.float32), mask, stats, pixels, BLOCK)
+
+
+@triton.jit
+def joined_statistics(
     stats: Any, first: Any, own: Any, pixels: Any, blocks: Any, eps: Any, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ) -> Any:
     """Return mean and inverse deviation of a group, from the statistics of all blocks of its ``own`` channels."""
@@ -118,7 +124,7 @@ def _group_kernel(
 ) -> None:  # fmt: skip
     pixel, plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     mask, channel, own = pixel < pixels, plane % channels, channels // groups
-    mean, inverse = _joined(stats, plane - channel % own, own, pixels, blocks, eps, PARTS, BLOCK)
+    mean, inverse = joined_statistics(stats, plane - channel % own, own, pixels, blocks, eps, PARTS, BLOCK)
     value = tl.load(x + plane * pixels + pixel, mask, 0.0).to(tl.float32)
     value = (value - mean) * inverse * tl.load(weight + channel) + tl.load(bias + channel)
     if ACT == 1:
@@ -136,7 +142,7 @@ def _group_sums_kernel(
     block, plane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     mask, channel, own = pixel < pixels, plane % channels, channels // groups
-    mean, inverse = _joined(stats, plane - channel % own, own, pixels, blocks, eps, PARTS, BLOCK)
+    mean, inverse = joined_statistics(stats, plane - channel % own, own, pixels, blocks, eps, PARTS, BLOCK)
     at = plane * pixels + pixel
     normed = (tl.load(x + at, mask, 0.0).to(tl.float32) - mean) * inverse
     value = normed * tl.load(weight + channel) + tl.load(bias + channel)
@@ -154,7 +160,7 @@ def _group_gradient_kernel(
     pixel, plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     mask, channel, own = pixel < pixels, plane % channels, channels // groups
     first = plane - channel % own
-    mean, inverse = _joined(stats, first, own, pixels, blocks, eps, PARTS, BLOCK)
+    mean, inverse = joined_statistics(stats, first, own, pixels, blocks, eps, PARTS, BLOCK)
     part = tl.arange(0, PARTS)
     there = part < own * blocks
     factor = tl.load(weight + channel - channel % own + part // blocks, there, 0.0)
@@ -197,21 +203,22 @@ def programs_of(rows: int) -> int:
     return min(rows, PROGRAMS)
 
 
-def blocks_of(x: Tensor) -> int:
-    """Return the blocks of a channel of x (B, W, h, w)."""
-    return -(-x.shape[2] * x.shape[3] // SUMMED)
+def empty_statistics(x: Tensor) -> Tensor:
+    """Return room for the statistics (B * W, blocks, 2) of blocks of x (B, W, h, w)."""
+    blocks = -(-x.shape[2] * x.shape[3] // SUMMED)
+    return torch.empty(len(x) * x.shape[1], blocks, 2, dtype=torch.float32, device=x.device)
 
 
 def group_statistics(x: Tensor) -> Tensor:
-    """Return (B * W, blocks, 2) of x (B, W, h, w)."""
-    planes, blocks = len(x) * x.shape[1], blocks_of(x)
-    stats = torch.empty(planes, blocks, 2, dtype=torch.float32, device=x.device)
+    """Return the statistics (B * W, blocks, 2) of x (B, W, h, w)."""
+    stats = empty_statistics(x)
+    planes, blocks, _ = stats.shape
     _statistics_kernel[blocks, planes](x, stats, x.shape[2] * x.shape[3], BLOCK=SUMMED)
     return stats
 
 
-def _sizes(x: Tensor, rule: list[float]) -> tuple[tuple[int, int], list[float], dict[str, int]]:
-    channels, pixels, blocks = x.shape[1], x.shape[2] * x.shape[3], blocks_of(x)
+def _sizes(x: Tensor, stats: Tensor, rule: list[float]) -> tuple[tuple[int, int], list[float], dict[str, int]]:
+    channels, pixels, blocks = x.shape[1], x.shape[2] * x.shape[3], stats.shape[1]
     groups, act = int(rule[0]), int(rule[2])
     parts = triton.next_power_of_2(channels // groups * blocks)
     options = {"ACT": act, "PARTS": parts, "BLOCK": SUMMED}
@@ -220,13 +227,13 @@ def _sizes(x: Tensor, rule: list[float]) -> tuple[tuple[int, int], list[float], 
 
 def group_norm(x: Tensor, stats: Tensor, affine: tuple[Tensor, Tensor], rule: list[float], out: Tensor) -> None:
     """Write the norm of x (B, W, h, w) after the activation to ``out``; ``rule``: groups, epsilon, activation."""
-    grid, sizes, options = _sizes(x, rule)
+    grid, sizes, options = _sizes(x, stats, rule)
     _group_kernel[grid](x, stats, *affine, out, *sizes, **options)
 
 
 def group_sums(slope: Tensor, x: Tensor, stats: Tensor, affine: tuple[Tensor, Tensor], rule: list[float]) -> Tensor:
     """Return (B * W, blocks, 2): a block's shares of the gradients of weight and bias."""
-    found, (grid, sizes, options) = torch.empty_like(stats), _sizes(x, rule)
+    found, (grid, sizes, options) = torch.empty_like(stats), _sizes(x, stats, rule)
     _group_sums_kernel[grid](slope, x, stats, *affine, found, *sizes, **options)
     return found
 
@@ -235,6 +242,6 @@ def group_gradient(
     slope: Tensor, x: Tensor, stats: Tensor, affine: tuple[Tensor, Tensor], parts: Tensor, rule: list[float]
 ) -> Tensor:
     """Return the gradient at x, from that at the result and ``group_sums``."""
-    out, (grid, sizes, options) = torch.empty_like(x), _sizes(x, rule)
+    out, (grid, sizes, options) = torch.empty_like(x), _sizes(x, stats, rule)
     _group_gradient_kernel[grid](slope, x, stats, *affine, parts, out, *sizes, **options)
     return out
