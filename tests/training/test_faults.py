@@ -22,6 +22,7 @@ from viladiff.data.batch import Batch, Step, TextBatch
 from viladiff.methods import METHODS, viladiff_mixe
 from viladiff.methods.viladiff import ViLaDiff
 from viladiff.models.blocks import upsample
+from viladiff.models.fused.pixel_logits import PixelLogits
 from viladiff.models.segmenter import NetworkFactory
 from viladiff.models.stream import StreamOutput
 from viladiff.runs.checkpoint import load_checkpoint
@@ -219,7 +220,7 @@ def test_padding_draws_no_edge_around_the_picture(monkeypatch: pytest.MonkeyPatc
         seen.append(edges)
         return original(loss, edges)
 
-    def one_class_inside_another_outside(grid: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+    def one_class_inside_another_outside(logits: PixelLogits) -> tuple[Tensor, Tensor]:
         labels = torch.where(given.valid, 1, 2)
         labels[:, :6, :6] = 3  # a true edge, which must be kept
         return torch.ones(labels.shape), labels
@@ -227,7 +228,7 @@ def test_padding_draws_no_edge_around_the_picture(monkeypatch: pytest.MonkeyPatc
     original, given = viladiff_mixe.edge_mean, batch()
     monkeypatch.setattr(viladiff_mixe, "edge_mean", edge_mean)
     made = method(**{"cutmix": False, "mixe.train_images": "unlabelled", "mixe.refine": False})
-    monkeypatch.setattr(made.student, "pixel_labels", one_class_inside_another_outside)
+    monkeypatch.setattr(PixelLogits, "top", one_class_inside_another_outside)
     made(given, Step(7, 0.9, 3))
     (edges,) = seen
     assert edges[:, :7, :7].any() and not edges[:, 8:].any()

@@ -110,7 +110,7 @@ class AllSpark(Method):
         size, labelled, weak, valid = batch.image.shape[-2:], len(batch.image), batch.weak[0], batch.valid
         inside = F.max_pool2d(valid.float()[:, None], self.student.patch, ceil_mode=True).flatten(2).mT  # (U, N, 1)
         seen = self._answers(weak, inside)
-        confidence, labels = self.student.pixel_labels(seen, size)
+        confidence, labels = self.student.at_pixels(seen, size).top()
 
         *fine, top = self.student.encode(torch.cat([batch.image_strong, weak]))
         rebuilt = self._rebuilt(top, seen, labelled, inside, step, self._draws(batch, step))

@@ -153,7 +153,7 @@ class Ddfp(MeanTeacher):
         mix = keyed_boxes(batch, step, "ddfp-cut", half_boxes) if cfg.cutmix else None
         with torch.no_grad():
             seen = self.teacher.streams(torch.cat([batch.image, batch.weak[0]]))["visual"]
-            confidence, labels = self.student.pixel_labels(seen.logits[labelled:], size)
+            confidence, labels = self.student.at_pixels(seen.logits[labelled:], size).top()
             labels = labels.masked_fill((confidence < cfg.pseudo.threshold) | ~valid, IGNORE)
         if mix is not None:
             strong, labels, valid = (apply_cutmix(x, mix) for x in (strong, labels, valid))

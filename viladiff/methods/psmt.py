@@ -138,7 +138,7 @@ class PsMt(TwoTeachers):
     def _teach(self, batch: Batch, image: Tensor, step: Step) -> Losses:
         cfg, labelled, size = self.cfg, len(image), image.shape[-2:]
         with torch.no_grad():
-            confidence, labels = self.student.pixel_labels(self._pseudo_logits(batch.weak[0], step), size)
+            confidence, labels = self.student.at_pixels(self._pseudo_logits(batch.weak[0], step), size).top()
         strong, valid = batch.strong[0], batch.valid
         if cfg.cutmix:
             mix = keyed_boxes(batch, step, "psmt-boxes", lambda draws, _, size: beta_boxes(draws, size))

@@ -57,7 +57,7 @@ class SemiBaseline(MeanTeacher):
 
     def _pseudo(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Return confidence and labels (U, H, W) of the teacher on the weak views."""
-        confidence, labels = self.teacher.classified(batch.weak[0])
+        confidence, labels = self.teacher.predicted(batch.weak[0]).top()
         stride = self.student.label_stride
         return with_truth(self.cfg.pseudo, step.progress, confidence, labels, batch.truth_u, stride)
 
@@ -68,7 +68,8 @@ class SemiBaseline(MeanTeacher):
         strong, confidence, labels, valid = apply_cutmix_to(batch, 0, batch.strong[0], confidence, labels, batch.valid)
 
         features = self.student.encode(torch.cat([batch.image, strong]))
-        maps = self.student.pixel_loss(self.student.grid_logits(features), torch.cat([batch.target, labels]))
+        logits = self.student.at_pixels(self.student.grid_logits(features), labels.shape[-2:])
+        maps = logits.cross_entropy(torch.cat([batch.target, labels]))
         accepted = (confidence >= self.cfg.pseudo.threshold).float()
         sup = self.supervised_mean(maps[:labelled], batch.target)
         pseudo = weighted_pixel_mean(maps[labelled:], accepted, valid)

@@ -37,6 +37,5 @@ class Supervised(Method):
     )
 
     def forward(self, batch: Batch, step: Step) -> Losses:
-        grid = self.student.grid_logits(self.student.encode(batch.image))
-        loss = self.supervised_mean(self.student.pixel_loss(grid, batch.target), batch.target)
+        loss = self.supervised(self.student.predicted(batch.image), batch.target)
         return Losses(loss, {"sup": loss.detach()}, {"sup": loss})

@@ -96,7 +96,7 @@ class Swith(TwoTeachers):
         count, cfg = len(batch.image), self.cfg.pseudo
         active = self._active(step)
         with torch.no_grad():
-            confidence, labels = self.teachers[active].classified(batch.weak[0])
+            confidence, labels = self.teachers[active].predicted(batch.weak[0]).top()
             partner = send(pair_partner(len(labels)), labels.device)
             mask = (self._class_masks if active else self._box_masks)(batch, labels, partner, step)
             sure = confidence >= cfg.threshold

@@ -84,14 +84,14 @@ class UniMatchV2(MeanTeacher):
     def forward(self, batch: Batch, step: Step) -> Losses:
         labelled, unlabelled = len(batch.image), len(batch.weak[0])
         with torch.no_grad():
-            confidence, labels = self.teacher.classified(batch.weak[0])
+            confidence, labels = self.teacher.predicted(batch.weak[0]).top()
         views = [apply_cutmix_to(batch, i, x, confidence, labels, batch.valid) for i, x in enumerate(batch.strong)]
 
         features = self.student.encode(torch.cat([batch.image, *(view[0] for view in views)]))
         if self.cfg.complementary:
             features = self._dropped(features, labelled, batch.keys_u, step)
-        targets = torch.cat([batch.target, *(view[2] for view in views)])
-        maps = self.student.pixel_loss(self.student.grid_logits(features), targets)
+        logits = self.student.at_pixels(self.student.grid_logits(features), labels.shape[-2:])
+        maps = logits.cross_entropy(torch.cat([batch.target, *(view[2] for view in views)]))
         mine, *streams = maps.split([labelled, unlabelled, unlabelled])
 
         sup = self.supervised_mean(mine, batch.target)

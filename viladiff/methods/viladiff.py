@@ -147,7 +147,7 @@ class ViLaDiff(MixeTeacher):
         with torch.no_grad():
             teacher_out = self._teach(batch, mix, step)
             teacher_logits = self._source_logits(teacher_out.weak.streams)
-            unrefined = Pseudo(*self.student.pixel_labels(teacher_logits, size))
+            unrefined = Pseudo(*self.student.at_pixels(teacher_logits, size).top())
             refined = self._refined(teacher_out.weak, teacher_logits, batch.keys_u, step)
             pseudo = unrefined if refined is None else self._relabelled(teacher_logits, refined, batch.valid)
             self._calibrate(batch, step)
@@ -165,7 +165,10 @@ class ViLaDiff(MixeTeacher):
         confident = (pseudo.confidence >= cfg.pseudo.threshold).float()
         target = self._supervised(batch)
         targets = torch.cat([target, pseudo.labels])
-        maps = {name: self.student.pixel_loss(x.logits, targets) for name, x in student_out.streams.items()}
+        maps = {
+            name: self.student.at_pixels(x.logits, size).cross_entropy(targets)
+            for name, x in student_out.streams.items()
+        }
         loss_sup = torch.stack([self.supervised_mean(x[:labelled], target) for x in maps.values()]).mean()
         loss_pseudo = torch.stack([weighted_pixel_mean(x[labelled:], confident, valid) for x in maps.values()]).mean()
         parts = {"sup": loss_sup, "pseudo": cfg.pseudo.weight * loss_pseudo}

@@ -18,7 +18,6 @@ from viladiff.models.decoders.light import output_stride
 from viladiff.models.encoders.base import Encoder
 from viladiff.models.encoders.build import build_encoder
 from viladiff.models.fused.pixel_logits import PixelLogits
-from viladiff.models.fused.pixel_loss import grid_cross_entropy, grid_top
 from viladiff.models.public_weights import load_head
 from viladiff.models.stream import StreamOutput
 from viladiff.models.vila import ViLa, VilaConfig
@@ -194,10 +193,6 @@ class Segmenter(nn.Module):
         """Resize maps (B, C, h, w) on the decoder's grid to pixels (B, C, H, W), aligned as the decoder's are."""
         return upsample(maps, size, self.decoder.align_corners)
 
-    def pixel_loss(self, grid: Tensor, target: Tensor) -> Tensor:
-        """Return the cross-entropy (B, H, W) of grid logits (B, C, h, w) that are resized to pixels, 0 at 255."""
-        return grid_cross_entropy(grid, target, self.decoder.align_corners)
-
     def at_pixels(self, grid: Tensor, size: torch.Size | tuple[int, ...]) -> PixelLogits:
         """Return grid logits (B, C, h, w) as those of pixels, for losses and labels."""
         return PixelLogits(grid, size, self.decoder.align_corners)
@@ -209,14 +204,6 @@ class Segmenter(nn.Module):
     def grid_logits(self, features: list[Tensor]) -> Tensor:
         """Map features of ``encode`` to the visual stream's logits (B, C, h, w) on the decoder's grid."""
         return self.decode(features, names=("visual",))["visual"].logits
-
-    def classified(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images (B, 3, H, W) to the visual stream's confidence and class (B, H, W); no gradient."""
-        return self.pixel_labels(self.grid_logits(self.encode(images)), images.shape[-2:])
-
-    def pixel_labels(self, grid: Tensor, size: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return confidence and class (B, H, W) of grid logits (B, C, h, w) resized to pixels; no gradient."""
-        return grid_top(grid, size, self.decoder.align_corners)
 
     def forward(self, images: Tensor, text: TextBatch | None = None) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to {stream: (B, C, H, W) logits}."""
