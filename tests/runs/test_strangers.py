@@ -102,6 +102,15 @@ def test_list_show_verify_and_a_dry_gc_read_only(way: str, store: Store) -> None
     assert files(store.root) == saved, "whoever looks deletes nothing"
 
 
+def test_whoever_trains_takes_no_unreadable_record_for_a_missing_one(store: Store) -> None:
+    """The run would be trained again, and its record written over."""
+    run_id = "0123456789abcdef"
+    (store.directory(run_id) / "record.json").mkdir(parents=True)
+    with pytest.raises(OSError, match="not a file"):
+        Store(store.root).get(run_id)
+    assert Store(store.root, repair=False).get(run_id) is None
+
+
 @pytest.mark.parametrize("private", ["directory", "record", "note"])
 def test_a_private_run_hides_no_other(private: str, store: Store) -> None:
     """Whoever looks at a store of somebody else sees the runs that may be read, and that others may not."""
