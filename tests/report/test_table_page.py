@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import re
@@ -22,11 +23,11 @@ from record_kit import name_of, told
 
 from viladiff.core.atomic import writer_token
 from viladiff.report.charts import figures
-from viladiff.report.table import exports, results, table_page, table_views
+from viladiff.report.table import comparisons, results, table_page, table_views
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord, save_record
 from viladiff.runs.store import Failure, Store
-from viladiff.tables.claims import Comparison, Verdict
+from viladiff.tables.claims import ColumnVerdict, Comparison, Verdict
 from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.spec import Column, Row, Scale, Table
 
@@ -234,6 +235,21 @@ def test_claims_show_whose_they_are_their_verdict_and_the_printed_numbers(tmp_pa
     assert "+1.0 to +3.0" in text
 
 
+def test_a_claim_lists_its_complete_columns_and_each_comparison_once(tmp_path: Path) -> None:
+    alone = (ColumnVerdict("1/8 (183)", "fails", "0 of 1 shown", 0.7),)
+    told = [replace(VERDICTS[2], by_column=alone, comparisons=VERDICTS[0].comparisons), VERDICTS[0]]
+    reader = render(tmp_path, rising, verdicts=told)
+    assert [attrs["class"] for tag, attrs in reader.tags if tag == "li" and attrs.get("class")] == ["fails"]
+    assert "1/8 (183) alone:" in reader.text and "(0 of 1 shown; unseen < 0.7)" in reader.text
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert "  - 1/8 (183) alone: **fails** (0 of 1 shown; least difference 0.7)" in lines
+    (compared,) = [line for line in lines if "| +1.0 to +3.0 |" in line]
+    assert compared.endswith("| mIoU | +2.0 | +1.0 to +3.0 | &lt; 0.001 | &lt; 0.0 | 3 | higher |")
+    spread = replace(VERDICTS[0].comparisons[0], form="spread", difference=math.inf, interval=(0.5, math.inf))
+    (_, ratio) = comparisons.comparison_grid([replace(VERDICTS[0], comparisons=(spread,))])
+    assert ratio[4:6] == ["× ∞", "× 0.50 to ∞"]
+
+
 def test_forest_puts_all_intervals_on_one_axis_around_zero() -> None:
     placed, reach = table_views.forest(VERDICTS)
     (spot,) = placed.values()
@@ -386,7 +402,7 @@ def test_headings_tables_and_bars_are_told_to_those_who_cannot_see_them(tmp_path
 
 def test_banner_is_gone_when_all_is_done(tmp_path: Path) -> None:
     assert table_page.banner(results.collect_results(*study(tmp_path, rising))) == ""
-    assert exports.signed(-0.04) == "0.0" and exports.signed(-0.06) == "−0.1"
+    assert comparisons.signed(-0.04) == "0.0" and comparisons.signed(-0.06) == "−0.1"
 
 
 def test_a_page_needs_neither_torch_nor_what_is_slow_to_load() -> None:

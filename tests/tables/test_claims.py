@@ -15,8 +15,8 @@ from record_kit import made
 from scipy import stats
 
 from viladiff.runs.record import RunRecord
-from viladiff.tables.claims import Verdict, evaluate_claims, printed_verdict
-from viladiff.tables.contrasts import contrasts, inclusion_pairs
+from viladiff.tables.claims import Verdict, evaluate_claims
+from viladiff.tables.contrasts import contrasts, inclusion_pairs, printed_verdict
 from viladiff.tables.paired import t_test
 from viladiff.tables.paired import variance_model as spread
 from viladiff.tables.plan import Plan, PlannedCell
@@ -312,6 +312,34 @@ def test_a_claim_is_open_where_a_difference_may_be_chance() -> None:
     assert (found.verdict, found.why) == ("not decided", "1 of 2 shown, 0 reversed, 1 open")
     tied = verdict(a_table(LADDER, ["c"], STEPS), {(0, 0): near(50), (1, 0): near(52), (2, 0): near(52)})
     assert tied.verdict == "not decided"
+
+
+def test_a_complete_column_has_a_verdict_of_its_own() -> None:
+    values: Values = {
+        (0, 0): near(50),
+        (1, 0): near(52),
+        (2, 0): near(51),
+        (0, 1): near(50),
+        (1, 1): near(52),
+        (2, 1): [],
+    }
+    found = verdict(a_table(LADDER, ["a", "b"], STEPS), values)
+    assert found.verdict == "not decided" and "'r2' at 'b' has 0 of 3 seeds" in found.why
+    (alone,) = found.by_column
+    assert alone[:2] == ("a", "fails")
+    assert alone.why == "1 of 2 shown, 1 reversed, 0 open: 'r2' is 1.0 points below 'r1' (a)"
+    assert alone.least == max(one.least for one in found.comparisons if one.column == "a" and not one.apart)
+    full = verdict(a_table(LADDER, ["a", "b"], STEPS), {**values, (2, 1): near(54)})
+    assert [one[:2] for one in full.by_column] == [("a", "fails"), ("b", "holds")] and full.verdict == "fails"
+    assert verdict(a_table(LADDER, ["a"], STEPS), {at: v for at, v in values.items() if at[1] == 0}).by_column == ()
+
+
+def test_a_claim_across_columns_has_no_verdict_of_one_column() -> None:
+    values: Values = {(0, 0): near(54), (1, 0): near(50), (0, 1): near(55), (1, 1): near(54)}
+    for kind in ("gain_shrinks", "less_stable"):
+        source = "ours" if kind == "less_stable" else "paper"
+        found = verdict(a_table(plain(2), ["a", "b"], higher("r0", "r1", kind=kind, source=source)), values)
+        assert found.comparisons and found.by_column == ()
 
 
 def test_correction_can_undo_what_one_test_would_show() -> None:

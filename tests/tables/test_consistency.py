@@ -11,8 +11,8 @@ import pytest
 
 from viladiff.runs.config import RunConfig, non_default_fields, override
 from viladiff.tables.cells import cells, unavailable
-from viladiff.tables.claims import printed_verdict
 from viladiff.tables.consistency import Inconsistency, inconsistencies, siblings
+from viladiff.tables.contrasts import printed_verdict
 from viladiff.tables.spec import Column, Row, Scale, Table
 from viladiff.tables.spec_file import load_table
 

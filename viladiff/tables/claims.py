@@ -6,13 +6,13 @@ above 0. Numbers here are in points, percent of mIoU and the like, but where two
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.evaluation.metrics import METRICS
-from viladiff.tables.contrasts import Contrast, Form, contrasts
+from viladiff.tables.contrasts import Contrast, Form, contrasts, printed_verdict
 from viladiff.tables.paired import VarianceModel, contrast_parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (
     LEVEL,
@@ -26,7 +26,7 @@ from viladiff.tables.significance import (
     smallest_detectable,
     smallest_ratio,
 )
-from viladiff.tables.spec import ORACLE, Claim, MetricName, Table
+from viladiff.tables.spec import ORACLE, Claim, MetricName
 
 if TYPE_CHECKING:
     from viladiff.tables.plan import Plan
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FEWEST_SEEDS = 3
 
 Outcome = Literal["shown", "reversed", "open"]
+Decision = Literal["holds", "fails", "not decided"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,22 @@ class Comparison:
     """Whether a side spreads so much more than other cells that differences are tested with a spread of their own."""
 
 
+class ColumnVerdict(NamedTuple):
+    """The verdict on a claim in one of its columns, of the same comparisons and corrections."""
+
+    column: str
+    verdict: Decision
+    why: str
+    least: float
+    """``Verdict.detectable`` of the column."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The verdict on a claim, by records and by the paper's own numbers."""
 
     text: str
-    verdict: Literal["holds", "fails", "not decided"]
+    verdict: Decision
     why: str
     test: str
     comparisons: tuple[Comparison, ...]
@@ -80,6 +91,8 @@ class Verdict:
     printed: Literal["holds", "fails", "not printed"]
     """Whether the printed numbers bear the claim out, compared as decimals."""
     printed_why: str
+    by_column: tuple[ColumnVerdict, ...] = ()
+    """Of a claim about several columns: those in which every cell has enough seeds."""
 
 
 # Verdicts
@@ -150,6 +163,7 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
         )
         verdict, why = _verdict(plan, claim, asked[claim.text], made, found, known[claim.metric])
         printed, printed_why = printed_verdict(plan.table, claim)
+        judge = partial(_verdict, plan, claim, measured=found, known=known[claim.metric])
         verdicts.append(
             Verdict(
                 claim.text,
@@ -157,14 +171,35 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
                 why,
                 _said(plan, known[claim.metric], asked[claim.text], found, len(family), claim),
                 made,
-                max((one.least for one in [c for c in made if not c.apart] or made), default=None),
+                _hardest(made),
                 claim.source,
                 claim.metric,
                 printed,
                 printed_why,
+                tuple(_by_column(asked[claim.text], made, judge)),
             )
         )
     return verdicts
+
+
+def _hardest(made: Sequence[Comparison]) -> float | None:
+    return max((one.least for one in [c for c in made if not c.apart] or made), default=None)
+
+
+def _by_column(
+    asked: Sequence[Contrast],
+    made: Sequence[Comparison],
+    judge: Callable[[Sequence[Contrast], Sequence[Comparison]], tuple[Decision, str]],
+) -> Iterator[ColumnVerdict]:
+    """Yield the verdicts of complete columns, of questions that ask each about one of several columns."""
+    if any(len({term.column for term in question.terms}) > 1 for question in asked):
+        return
+    columns = list(dict.fromkeys(question.column for question in asked))
+    for column in columns if len(columns) > 1 else ():
+        here = [one for one in asked if one.column == column]
+        found = [one for one in made if one.column == column]
+        if (least := _hardest(found)) is not None and len(found) == len(here):
+            yield ColumnVerdict(column, *judge(here, found), least)
 
 
 def _answer(question: Contrast, measured: Samples, known: VarianceModel, family: int) -> _Answer:
@@ -216,7 +251,7 @@ def _verdict(
     made: Sequence[Comparison],
     measured: Samples,
     known: VarianceModel,
-) -> tuple[Literal["holds", "fails", "not decided"], str]:
+) -> tuple[Decision, str]:
     if not asked:
         return "not decided", "no row's parts include another row's"
     counts = {outcome: sum(one.outcome == outcome for one in made) for outcome in ("shown", "reversed", "open")}
@@ -350,50 +385,3 @@ def _seed_by_seed(question: Contrast, measured: Samples, known: VarianceModel) -
     """Return whether a question's differences have a spread of their own for another reason than a cell's spread."""
     found = {one for row, column, _ in question.terms if (one := measured.get((row, column))) and one.values}
     return not found & known.apart.keys() and len({one.pool for one in found}) > 1
-
-
-# The printed numbers
-
-
-def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails", "not printed"], str]:
-    """Evaluate a claim on the paper's own numbers, compared as decimals; missing numbers are skipped.
-
-    Without tolerance and margin an equal number is not higher; with one of them, a number at its edge still counts.
-    """
-    if claim.metric != table.metric:
-        return "not printed", f"the paper prints no {METRICS[claim.metric].name}"
-    if claim.kind in ("less_stable", "differs"):
-        return "not printed", "the paper prints no spread"
-    wrong, count = [], 0
-    for question in contrasts(table, claim):
-        printed = [_printed(table, term) for term in question.terms]
-        numbers = [number for number in printed if number is not None]
-        if len(numbers) < len(printed):
-            continue
-        count += 1
-        total = sum((term.sign * number for term, number in zip(question.terms, numbers, strict=True)), Decimal(0))
-        limit = Decimal(str(question.limit))
-        if not (total > 0 if limit == 0 else total >= limit):
-            wrong.append(f"{question.higher!r} against {question.lower!r} ({question.column}): {total:+}")
-    if not count:
-        return "not printed", "the paper prints none of these numbers"
-    gains = f"; the gains are {', '.join(_gains(table, claim))}" if claim.kind == "gain_shrinks" else ""
-    if wrong:
-        said = f"{len(wrong)} of {count} printed differences are not as claimed: {'; '.join(wrong)}"
-        return "fails", said + gains
-    return "holds", f"all {count} printed differences are as claimed{gains}"
-
-
-def _gains(table: Table, claim: Claim) -> Iterator[str]:
-    """Yield the printed differences of the claim's two rows, column by column."""
-    one, other = ([row.label for row in table.rows].index(label) for label in claim.rows)
-    labels = [column.label for column in table.columns]
-    for label in claim.columns or labels:
-        ends = [_printed(table, Term(row, labels.index(label), 1)) for row in (one, other)]
-        yield "—" if None in ends else str(ends[0] - ends[1])  # type: ignore[operator]
-
-
-def _printed(table: Table, term: Term) -> Decimal | None:
-    numbers = table.rows[term.row].paper
-    value = numbers[term.column] if numbers else "-"
-    return None if value == "-" else Decimal(str(value))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from viladiff.tables.cells import paper_settings
-from viladiff.tables.claims import printed_verdict
+from viladiff.tables.contrasts import printed_verdict
 from viladiff.tables.spec import Table
 from viladiff.tables.spec_file import load_table
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from viladiff.evaluation.metrics import METRICS
 from viladiff.tables.significance import Term
 from viladiff.tables.spec import Claim, Table
 
@@ -120,3 +122,50 @@ def _spreads(table: Table, rows: Sequence[int], across: Sequence[int]) -> Contra
     terms = (*(Term(one, column, 1) for column in across), *(Term(other, column, -1) for column in across))
     where = table.columns[across[0]].label if len(across) == 1 else f"{len(across)} columns together"
     return Contrast(table.rows[one].label, table.rows[other].label, where, terms, form="spread")
+
+
+# The printed numbers
+
+
+def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails", "not printed"], str]:
+    """Evaluate a claim on the paper's own numbers, compared as decimals; missing numbers are skipped.
+
+    Without tolerance and margin an equal number is not higher; with one of them, a number at its edge still counts.
+    """
+    if claim.metric != table.metric:
+        return "not printed", f"the paper prints no {METRICS[claim.metric].name}"
+    if claim.kind in ("less_stable", "differs"):
+        return "not printed", "the paper prints no spread"
+    wrong, count = [], 0
+    for question in contrasts(table, claim):
+        printed = [_printed(table, term) for term in question.terms]
+        numbers = [number for number in printed if number is not None]
+        if len(numbers) < len(printed):
+            continue
+        count += 1
+        total = sum((term.sign * number for term, number in zip(question.terms, numbers, strict=True)), Decimal(0))
+        limit = Decimal(str(question.limit))
+        if not (total > 0 if limit == 0 else total >= limit):
+            wrong.append(f"{question.higher!r} against {question.lower!r} ({question.column}): {total:+}")
+    if not count:
+        return "not printed", "the paper prints none of these numbers"
+    gains = f"; the gains are {', '.join(_printed_gains(table, claim))}" if claim.kind == "gain_shrinks" else ""
+    if wrong:
+        said = f"{len(wrong)} of {count} printed differences are not as claimed: {'; '.join(wrong)}"
+        return "fails", said + gains
+    return "holds", f"all {count} printed differences are as claimed{gains}"
+
+
+def _printed_gains(table: Table, claim: Claim) -> Iterator[str]:
+    """Yield the printed differences of the claim's two rows, column by column."""
+    one, other = ([row.label for row in table.rows].index(label) for label in claim.rows)
+    labels = [column.label for column in table.columns]
+    for label in claim.columns or labels:
+        ends = [_printed(table, Term(row, labels.index(label), 1)) for row in (one, other)]
+        yield "—" if None in ends else str(ends[0] - ends[1])  # type: ignore[operator]
+
+
+def _printed(table: Table, term: Term) -> Decimal | None:
+    numbers = table.rows[term.row].paper
+    value = numbers[term.column] if numbers else "-"
+    return None if value == "-" else Decimal(str(value))

@@ -14,7 +14,7 @@ from viladiff.core.colormap import SERIES
 from viladiff.report.charts.themes import LIGHT, new_figure, plain, save_drawn, style_axes, uri
 from viladiff.report.markup import markdown
 from viladiff.report.sections.leaderboard import CostChart
-from viladiff.report.table.exports import signed
+from viladiff.report.table.comparisons import signed
 from viladiff.report.table.results import CEILING, Results, Summary, difference, number, row_name, summary
 
 if TYPE_CHECKING:

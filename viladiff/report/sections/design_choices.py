@@ -7,9 +7,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.report.markup import markdown
-from viladiff.report.table.exports import signed
+from viladiff.report.table.comparisons import p_value, signed
 from viladiff.report.table.results import Results, difference, number, summary
-from viladiff.report.table.table_views import p_value
 from viladiff.tables.contrasts import contrasts
 
 if TYPE_CHECKING:

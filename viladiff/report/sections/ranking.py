@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from viladiff.report.sections.learning_rates import RateComparison
-from viladiff.report.table.exports import signed
+from viladiff.report.table.comparisons import signed
 from viladiff.report.table.results import Results, difference, summary
 from viladiff.tables.spec import OWN_LISTS
 

@@ -14,7 +14,8 @@ from viladiff.core.installation import checkout
 from viladiff.report import provenance
 from viladiff.report.markup import markdown
 from viladiff.report.provenance import Origin
-from viladiff.report.table.exports import latex, paper_text, pipes, signed
+from viladiff.report.table.comparisons import signed
+from viladiff.report.table.exports import latex, paper_text, pipes
 from viladiff.report.table.long_form import to_rows
 from viladiff.report.table.results import (
     CEILING,

@@ -14,6 +14,7 @@ from viladiff.evaluation.metrics import METRICS, shown_metrics
 from viladiff.report import provenance
 from viladiff.report.markup import markdown
 from viladiff.report.sections.training import best_epoch, shows_best
+from viladiff.report.table.comparisons import LEGEND, claim_lines, comparison_grid, signed
 from viladiff.report.table.long_form import to_rows
 from viladiff.report.table.results import (
     Agreement,
@@ -58,14 +59,6 @@ def symbol(part: str) -> Symbol | None:
 
 def latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
-
-
-def signed(value: float | None) -> str:
-    """Format ``+2.1``, ``−0.3``, ``0.0``; an em dash for None."""
-    if value is None:
-        return "—"
-    text = f"{abs(value):.1f}"
-    return text if float(text) == 0 else ("+" if value > 0 else "−") + text
 
 
 def paper_text(value: object) -> str:
@@ -191,7 +184,9 @@ def to_markdown(
     for heading, told in more.items():
         out += [f"## {heading}", "", *told, ""] if told else []
     if verdicts:
-        out += ["## Claims", "", *(f"- {_claim(verdict)}" for verdict in verdicts), ""]
+        out += ["## Claims", "", *claim_lines(verdicts), ""]
+        grid = comparison_grid(verdicts)
+        out += ["### Comparisons", "", *pipes(grid), "", LEGEND, ""] if len(grid) > 1 else []
     missing = reasons(results)
     out += ["## Missing", "", *(f"- {say(reason)}" for reason in missing), ""] if missing else []
     notes = [*results.plan.table.notes, *(f"{r.label}: {r.note}" for r in results.plan.table.rows if r.note)]
@@ -202,19 +197,6 @@ def to_markdown(
         for fact in provenance.run_facts(results)
     ]
     return "\n".join([*out, ""])
-
-
-def _claim(verdict: Verdict) -> str:
-    whose = "The paper's" if verdict.source == "paper" else "Ours"
-    times = "× " if any(one.form == "spread" for one in verdict.comparisons) else ""
-    most = verdict.detectable
-    least = "" if most is None else f" Least difference that it would have seen four times in five: {times}{most:.1f}."
-    metric = METRICS[verdict.metric]
-    return (
-        f"**{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {metric.title or metric.name}. "
-        f"{markdown(verdict.why)}. Printed numbers: {verdict.printed} ({markdown(verdict.printed_why)}). "
-        f"Test: {markdown(verdict.test)}.{least}"
-    )
 
 
 def _grid(

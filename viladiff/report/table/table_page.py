@@ -30,7 +30,7 @@ from viladiff.report.sections import (
 )
 from viladiff.report.sections.learning_curves import Curve, curves
 from viladiff.report.sections.side_by_side import SideBySide
-from viladiff.report.table import exports, table_views
+from viladiff.report.table import comparisons, exports, table_views
 from viladiff.report.table import results as tables
 from viladiff.report.table.results import Agreement, Results
 
@@ -239,11 +239,11 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"part": table_views.part_html, "signed": exports.signed, "duration": format_seconds}
-    environment.filters |= {"interval": table_views.interval, "p_value": table_views.p_value}
+    environment.filters |= {"part": table_views.part_html, "signed": comparisons.signed, "duration": format_seconds}
+    environment.filters |= {"interval": comparisons.interval, "p_value": comparisons.p_value}
     environment.filters |= {
-        "seen": table_views.seen,
-        "least": table_views.least,
+        "seen": comparisons.seen,
+        "least": comparisons.least,
         "figure": leaderboard.text,
         "timed": leaderboard.timed,
         "percent": loss_gradients.percent,

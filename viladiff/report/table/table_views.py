@@ -30,7 +30,7 @@ from viladiff.report.table.results import (
 from viladiff.tables.spec import OWN_LISTS, letter
 
 if TYPE_CHECKING:
-    from viladiff.tables.claims import Comparison, Verdict
+    from viladiff.tables.claims import Verdict
 
 PSEUDO = {
     "before/coverage": "Coverage, teacher's",
@@ -201,33 +201,6 @@ def forest(verdicts: Sequence[Verdict]) -> tuple[dict[int, Forest], float]:
                 low, at, high = (_place(points, span) for points in (c.interval[0], c.difference, c.interval[1]))
                 placed[id(c)] = Forest(low, high, at)
     return placed, reach
-
-
-def interval(comparison: Comparison) -> str:
-    """Format ``−0.4 to +2.1``, or ``× 0.80 to 2.10`` for a ratio."""
-    if comparison.form == "spread":
-        return "× " + " to ".join(_times(end) for end in comparison.interval)
-    return " to ".join(exports.signed(end) for end in comparison.interval)
-
-
-def seen(comparison: Comparison) -> str:
-    """Format ``+2.1``, or ``× 1.40`` for a ratio."""
-    return (
-        f"× {_times(comparison.difference)}" if comparison.form == "spread" else exports.signed(comparison.difference)
-    )
-
-
-def least(comparison: Comparison) -> str:
-    """Format the smallest difference that the comparison would have detected."""
-    return f"× {comparison.least:.1f}" if comparison.form == "spread" else f"{comparison.least:.1f}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}" if math.isfinite(ratio) else "∞" if ratio > 0 else "—"
-
-
-def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def panels(results: Results, drawn: dict[str, list[Curve]]) -> list[dict[str, Any]]:
