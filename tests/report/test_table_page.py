@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,7 +140,9 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def comparison(difference: float) -> Comparison:
     reach = (difference - 1, difference + 1)
-    return Comparison("base", NASTY, "1/8 (183)", difference, reach, 0.0004, (3, 3), 0.9, "shown")
+    return Comparison(
+        "base", NASTY, "1/8 (183)", difference, reach, 0.0004, (3, 3), 0.9, "shown", printed=Decimal("1.1")
+    )
 
 
 VERDICTS = (
@@ -241,10 +244,13 @@ def test_a_claim_lists_its_complete_columns_and_each_comparison_once(tmp_path: P
     reader = render(tmp_path, rising, verdicts=told)
     assert [attrs["class"] for tag, attrs in reader.tags if tag == "li" and attrs.get("class")] == ["fails"]
     assert "1/8 (183) alone:" in reader.text and "(0 of 1 shown; unseen < 0.7)" in reader.text
+    assert [reader.cells[i + 1][1] for i, (_, text) in enumerate(reader.cells) if text == "+1.0 to +3.0"] == [
+        "+1.1"
+    ] * 2
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert "  - 1/8 (183) alone: **fails** (0 of 1 shown; least difference 0.7)" in lines
     (compared,) = [line for line in lines if "| +1.0 to +3.0 |" in line]
-    assert compared.endswith("| mIoU | +2.0 | +1.0 to +3.0 | &lt; 0.001 | &lt; 0.0 | 3 | higher |")
+    assert compared.endswith("| mIoU | +2.0 | +1.0 to +3.0 | +1.1 | &lt; 0.001 | &lt; 0.0 | 3 | higher |")
     spread = replace(VERDICTS[0].comparisons[0], form="spread", difference=math.inf, interval=(0.5, math.inf))
     (_, ratio) = comparisons.comparison_grid([replace(VERDICTS[0], comparisons=(spread,))])
     assert ratio[4:6] == ["× ∞", "× 0.50 to ∞"]

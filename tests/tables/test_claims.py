@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -552,6 +553,10 @@ def test_claims_of_table5_over_made_up_records() -> None:
     }
     found = evaluate_claims(*world(TABLE5, values))
     assert [one.text for one in found] == [claim.text for claim in TABLE5.claims]
+    assert all(c.printed == round(Decimal(c.difference), 1) for one in found[:3] for c in one.comparisons)
+    assert {c.printed for one in found[3:] for c in one.comparisons} == {None}, "boundaries and controls"
+    (mixe,) = [c for c in found[1].comparisons if (c.lower, c.column) == ("ViLa", "1/8 (183)")]
+    assert mixe.printed == Decimal("4.8")
     kinds = {one.text: (one.verdict, one.why) for one in found}
     assert kinds[TABLE5.claims[0].text] == ("not decided", "17 of 18 shown, 0 reversed, 1 open"), "77.4 against 77.3"
     assert kinds[TABLE5.claims[1].text][0] == "holds" and kinds[TABLE5.claims[2].text][0] == "holds"

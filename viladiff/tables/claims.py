@@ -7,12 +7,13 @@ above 0. Numbers here are in points, percent of mIoU and the like, but where two
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.evaluation.metrics import METRICS
-from viladiff.tables.contrasts import Contrast, Form, contrasts, printed_verdict
+from viladiff.tables.contrasts import Contrast, Form, contrasts, printed_difference, printed_verdict
 from viladiff.tables.paired import VarianceModel, contrast_parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (
     LEVEL,
@@ -61,6 +62,8 @@ class Comparison:
     form: Form = "one_sided"
     apart: bool = False
     """Whether a side spreads so much more than other cells that differences are tested with a spread of their own."""
+    printed: Decimal | None = None
+    """The paper's difference, where it prints these numbers."""
 
 
 class ColumnVerdict(NamedTuple):
@@ -157,7 +160,10 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
     for claim in claims:
         found = measured[claim.metric]
         made = tuple(
-            _comparison(question, answer, *corrected[key], found)
+            replace(
+                _comparison(question, answer, *corrected[key], found),
+                printed=printed_difference(plan.table, question) if claim.metric == plan.table.metric else None,
+            )
             for question in asked[claim.text]
             if (answer := answers[key := _key(claim, question)]) is not None
         )

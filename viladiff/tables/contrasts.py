@@ -138,12 +138,9 @@ def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails
         return "not printed", "the paper prints no spread"
     wrong, count = [], 0
     for question in contrasts(table, claim):
-        printed = [_printed(table, term) for term in question.terms]
-        numbers = [number for number in printed if number is not None]
-        if len(numbers) < len(printed):
+        if (total := printed_difference(table, question)) is None:
             continue
         count += 1
-        total = sum((term.sign * number for term, number in zip(question.terms, numbers, strict=True)), Decimal(0))
         limit = Decimal(str(question.limit))
         if not (total > 0 if limit == 0 else total >= limit):
             wrong.append(f"{question.higher!r} against {question.lower!r} ({question.column}): {total:+}")
@@ -154,6 +151,16 @@ def printed_verdict(table: Table, claim: Claim) -> tuple[Literal["holds", "fails
         said = f"{len(wrong)} of {count} printed differences are not as claimed: {'; '.join(wrong)}"
         return "fails", said + gains
     return "holds", f"all {count} printed differences are as claimed{gains}"
+
+
+def printed_difference(table: Table, question: Contrast) -> Decimal | None:
+    """Return the contrast of the printed numbers, of the table's own metric; None where one of them is not printed."""
+    total = Decimal(0)
+    for term in question.terms:
+        if question.form == "spread" or (number := _printed(table, term)) is None:
+            return None
+        total += term.sign * number
+    return total
 
 
 def _printed_gains(table: Table, claim: Claim) -> Iterator[str]:

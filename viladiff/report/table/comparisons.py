@@ -48,6 +48,11 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}" if math.isfinite(ratio) else "∞" if ratio > 0 else "—"
 
 
+def in_print(comparison: Comparison) -> str:
+    """Format the paper's difference; empty where it is not printed."""
+    return "" if comparison.printed is None else signed(float(comparison.printed))
+
+
 def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -74,13 +79,25 @@ def claim_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
 def comparison_grid(verdicts: Sequence[Verdict]) -> list[list[str]]:
     """Return header and a line for each comparison, in markdown; what two claims ask stands once."""
-    head = ["claimed to be higher", "than", "in", "metric", "points", "95 % interval", "p", "unseen", "seeds", "it is"]
+    head = [
+        "claimed to be higher",
+        "than",
+        "in",
+        "metric",
+        "points",
+        "95 % interval",
+        "paper",
+        "p",
+        "unseen",
+        "seeds",
+        "it is",
+    ]
     lines = {}
     for verdict in verdicts:
         metric = METRICS[verdict.metric]
         for one in verdict.comparisons:
             said = [markdown(text) for text in (one.higher, one.lower, one.column, metric.title or metric.name)]
             seeds = ", ".join(str(count) for count in dict.fromkeys(one.n))
-            numbers = [seen(one), interval(one), markdown(p_value(one.p)), f"&lt; {least(one)}", seeds]
+            numbers = [seen(one), interval(one), in_print(one), markdown(p_value(one.p)), f"&lt; {least(one)}", seeds]
             lines[*said, verdict.source] = [*said, *numbers, _OUTCOMES[one.outcome]]
     return [head, *lines.values()]

@@ -243,6 +243,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {"interval": comparisons.interval, "p_value": comparisons.p_value}
     environment.filters |= {
         "seen": comparisons.seen,
+        "in_print": comparisons.in_print,
         "least": comparisons.least,
         "figure": leaderboard.text,
         "timed": leaderboard.timed,
