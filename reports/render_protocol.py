@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from viladiff.core.messages import format_value
@@ -23,8 +23,8 @@ from viladiff.tables.significance import one_precision
 
 HERE = Path(__file__).parent / "published" / "protocol"
 ABOUT = (
-    "mIoU and shares of pixels in percent. Fields are those that differ from the defaults of the code that made the "
-    "run; those of ViLaDiff were its first reading."
+    "mIoU and shares of pixels in percent. Fields are those that differ from the method's first run with defaults: of "
+    "ViLaDiff, from its first reading."
 )
 APART = ("data.dataset", "data.split", "data.split_seed", "seed", "train.steps", "method.name")
 """Fields that place a run in a table; all others that differ from their defaults make it a trial of a reading."""
@@ -47,11 +47,20 @@ def read_records(directory: Path) -> list[RunRecord]:
     return sorted(records, key=lambda record: record.finished or "")
 
 
-def own_fields(record: RunRecord) -> dict[str, object]:
-    """Return the fields of a run that are not at their defaults and do not place it in a table."""
-    return {
-        name: value for name, value in record.changed.items() if name not in APART and not name.startswith("runtime.")
-    }
+def own_fields(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, object]:
+    """Return the fields of a run that differ from its method's first run with defaults and do not place it in a table.
+
+    Later code has other defaults, so that the fields which a run changes do not tell what it has in common with others.
+    Without a run with defaults, and of fields that it does not know, they are the fields that the run changes.
+    """
+    plain = (one for one in records if one.config["method.name"] == record.config["method.name"])
+    base = next((one.config for one in plain if not _settings(one.changed)), {})
+    different = {name: value for name, value in record.config.items() if name in base and value != base[name]}
+    return _settings(different | {name: value for name, value in record.changed.items() if name not in base})
+
+
+def _settings(fields: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if name not in APART and not name.startswith("runtime.")}
 
 
 def written(fields: dict[str, object]) -> str:
@@ -73,7 +82,7 @@ def criteria(records: Sequence[RunRecord]) -> list[str]:
             config["method.name"],
             str(config["data.split"]),
             int(config["train.steps"]),
-            written(own_fields(record)),
+            written(own_fields(record, records)),
         )
         cells[key][int(config["seed"])] = record.miou
     seeds = sorted({seed for found in cells.values() for seed in found})
@@ -102,7 +111,7 @@ def trials(records: Sequence[RunRecord], method: str) -> list[str]:
         before, after = quality.get("before/coverage", quality.get("coverage")), quality.get("after/coverage")
         wrong, later = quality.get("before/wrong"), quality.get("after/wrong")
         shown = (record.miou, fusion, before, wrong, after, later, quality.get("matched/wrong"))
-        rows.append([str(i), written(own_fields(record)), *map(percent, shown)])
+        rows.append([str(i), written(own_fields(record, records)), *map(percent, shown)])
     header = [
         "trial",
         "fields",
@@ -123,7 +132,7 @@ def shares(records: Sequence[RunRecord]) -> list[str]:
     found = [{(one.place, one.term): one.shares for one in by_thirds(run.gradient_shares, run.steps)} for run in runs]
     names = list(dict.fromkeys(name for one in found for name in one))
     rows = [[f"`{place}`", f"`{term}`", *(_thirds(one.get((place, term))) for one in found)] for place, term in names]
-    return pipes([["parameters", "term", *(written(own_fields(run)) for run in runs)], *rows])
+    return pipes([["parameters", "term", *(written(own_fields(run, records)) for run in runs)], *rows])
 
 
 def _thirds(share: Triple | None) -> str:

@@ -34,6 +34,21 @@ def test_the_page_follows_from_its_records(page: ModuleType, tmp_path: Path, mon
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == committed
 
 
+def test_fields_are_compared_with_the_first_run_with_defaults(page: ModuleType) -> None:
+    first = on_dev("supervised-183-0")
+    first = first.model_copy(update={"changed": {"data.split": "183"}, "config": {**first.config, "data.holdout": 0.0}})
+    later = first.model_copy(
+        update={
+            "config": {**first.config, "optim.lr": 2.0, "data.holdout": 0.25, "method.new": 3, "method.old": 4},
+            "changed": {"data.holdout": 0.25, "method.new": 3},
+        }
+    )
+    assert page.own_fields(first, [first, later]) == {}
+    told = {"optim.lr": 2.0, "data.holdout": 0.25, "method.new": 3}
+    assert page.own_fields(later, [first, later]) == told, "also a default that later code has changed"
+    assert page.own_fields(later, [later]) == {"data.holdout": 0.25, "method.new": 3}
+
+
 def test_a_run_on_reported_images_is_refused(page: ModuleType, tmp_path: Path) -> None:
     reported = next((PUBLISHED / "table5" / "records").glob("*.json"))
     (tmp_path / reported.name).write_bytes(reported.read_bytes())
