@@ -160,7 +160,7 @@ def one(name: str, words: list[str], repeats: int, reference: bool = False) -> d
 def repeat(run: Trainer, calls: list[Call]) -> None:
     for call in calls:
         call.repeat()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
 
 
 def medians(actions: dict[str, Callable[[], object]], repeats: int, cuda: bool) -> dict[str, float]:

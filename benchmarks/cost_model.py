@@ -87,7 +87,8 @@ def measure(repeats: int) -> None:
             begun = time.process_time()
             run._step(batches)
             times.append(time.process_time() - begun)
-        about = {"method": method, "encoder": encoder, "crop": crop, "seconds": statistics.median(times[1:])}
+        about: dict[str, Any] = {"method": method, "encoder": encoder, "crop": crop}
+        about["seconds"] = statistics.median(times[1:])
         found = [one for one in found if (one["method"], one["encoder"], one["crop"]) != (method, encoder, crop)]
         found.append({**about, "work": work(cfg, run.dataset.num_classes)})
         print(f"{method} {encoder} {crop}: {1000 * about['seconds']:.0f} ms", flush=True)
@@ -189,11 +190,12 @@ def classifier(name: str, batch: int, side: int = 224, train: bool = True, fused
     import timm
 
     with torch.device("meta"):
-        net = timm.create_model(name, **({"img_size": side} if name.startswith("vit") else {}))
+        options: dict[str, Any] = {"img_size": side} if name.startswith("vit") else {}
+        net = timm.create_model(name, **options)
         images, labels = torch.empty(batch, 3, side, side), torch.empty(batch, dtype=torch.int64)
     for module in net.train(train).modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
+            setattr(module, "fused_attn", fused)  # noqa: B010, not declared in the base class
     counter, precision = OperationCounter(net), MetaPrecision(torch.float16)
     with counter, precision, torch.set_grad_enabled(train):
         with precision.autocast():

@@ -28,7 +28,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from viladiff.data import eval_loader
+from viladiff.data.loading import eval_loader
 from viladiff.evaluation import evaluator
 from viladiff.evaluation.pixel_counts import evaluate_network
 from viladiff.evaluation.protocols import STREAMS
@@ -171,7 +171,7 @@ def sizes(images: int, repeats: int) -> None:
                 print(f"scores differ by rounding: {scores}")
             planned = eval_loader.plan_batches(run.dataset, range(images), lambda size: 8)
 
-            def read(threads: int, run: Trainer = run, planned: list = planned) -> None:  # type: ignore[type-arg]
+            def read(threads: int, run: Trainer = run, planned: list = planned) -> None:
                 for _ in eval_loader.validation(run.dataset, None, run.device, planned, threads):
                     pass
 

@@ -298,7 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     until = time.monotonic() + args.seconds
     if args.cell:
-        given = settings(*args.cell, args.tiny, parse_overrides(args.changes))
+        method, scale = args.cell
+        given = settings(method, scale, args.tiny, dict(parse_overrides(args.changes)))
         with tempfile.TemporaryDirectory() as root:
             steps = (1, 1) if args.tiny else (WARM, TIMED)
             for found in staged(lambda: Bench(given, Path(root), steps), args.how, until):

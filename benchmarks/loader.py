@@ -90,7 +90,8 @@ def write_files(folder: Path, kind: Kind) -> list[Pair]:
     for i in range(kind.images):
         pair = Pair(folder / f"{i}.{'jpg' if kind.jpeg else 'png'}", folder / f"{i}_labels.png")
         pixels = Image.fromarray(photograph(rng, kind.height, kind.width, kind.noise))
-        pixels.save(pair.image, **({"quality": 95} if kind.jpeg else {}))
+        options: dict[str, Any] = {"quality": 95} if kind.jpeg else {}
+        pixels.save(pair.image, **options)
         regions = rng.integers(0, kind.classes, (6, 10), dtype=np.uint8)
         mask = Image.fromarray(regions).resize((kind.width, kind.height), NEAREST)
         if kind.jpeg:

@@ -70,7 +70,7 @@ def casts(crop: int, images: int, encoder: str) -> tuple[Side, Side]:
     torch.manual_seed(0)
     network = NetworkFactory(cfg.model, CLASSES, 1, crop=crop)().train()
     holder = nn.ModuleDict({"network": network})
-    holder.forward = lambda x: network(x)["visual"].square().mean()  # type: ignore[method-assign]
+    holder.forward = lambda x: network(x)["visual"].square().mean()
     pictures = torch.randn(images, 3, crop, crop)
 
     def side(device: str) -> Side:

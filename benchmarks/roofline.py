@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.utils.checkpoint import CheckpointError
@@ -35,7 +35,7 @@ MANY: dict[str, object] = {"data.dataset": "ade20k", "data.split": "1263"}
 """The data set of the last column, which has many classes."""
 
 
-def counted(method: str, scale: str | None, changes: dict[str, object]) -> tuple[RunConfig, StepWork]:
+def counted(method: str, scale: str | None, changes: Mapping[str, object]) -> tuple[RunConfig, StepWork]:
     fields = {**BASE, "method.name": method}
     if scale is None:
         fields |= DEFAULTS
@@ -86,7 +86,7 @@ def per_flop(loads: Sequence[Load], device: str = "h100") -> float:
     return 1000 * step_seconds(loads, DEVICES[device]) / sums(loads)[0]
 
 
-def at_many_classes(method: str, scale: str | None, changes: dict[str, object]) -> float:
+def at_many_classes(method: str, scale: str | None, changes: Mapping[str, object]) -> float:
     """Estimated ms a TFLOP at many classes; 0 where what checkpoints compute again is not counted in half precision."""
     try:
         return per_flop([line.load for line in counted(method, scale, {**changes, **MANY})[1].lines])
@@ -94,7 +94,7 @@ def at_many_classes(method: str, scale: str | None, changes: dict[str, object]) 
         return 0.0
 
 
-def table(scale: str | None, changes: dict[str, object]) -> list[str]:
+def table(scale: str | None, changes: Mapping[str, object]) -> list[str]:
     rows = []
     floor: list[float] = []
     for method in METHODS:

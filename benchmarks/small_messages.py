@@ -53,7 +53,8 @@ class Messages:
 
 def measure(cfg: RunConfig) -> str:
     """Train in a worker of two; return a line of a table."""
-    messages, seconds, waits, inside = Messages(), [], [], []
+    messages, seconds, waits = Messages(), [], []
+    inside: list[tuple[str, int, float]] = []
     real = Trainer._step
 
     def step(self: Trainer, batches: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from viladiff.methods.viladiff import ViLaDiff
 from viladiff.models.blocks import upsample
-from viladiff.models.mixe.denoiser import class_codes
+from viladiff.models.mixe.denoiser import Denoiser, class_codes
 from viladiff.runs.config import RunConfig, override
 from viladiff.training.trainer import Trainer
 
@@ -25,10 +25,10 @@ from viladiff.training.trainer import Trainer
 def passes(run: Trainer, late: bool) -> dict[str, Callable[[], object]]:
     """The forwards and backwards that a step cannot do without, on tensors of the step's shapes."""
     method = run.method
-    assert isinstance(method, ViLaDiff) and method.denoiser is not None
+    assert isinstance(method, ViLaDiff) and isinstance(method.denoiser, Denoiser)
     data, cfg, denoiser = run.cfg.data, method.cfg.mixe, method.denoiser
     labelled, unlabelled = data.batch_labelled, data.batch_unlabelled
-    grid, taught = data.crop // method.student.decoder.stride, 2 * min(labelled, unlabelled)
+    grid, taught = data.crop // int(method.student.decoder.stride), 2 * min(labelled, unlabelled)
     batch = run.loader.micro_batches(0)[0]
     images = torch.cat([batch.image, batch.strong[0]])
     assert batch.text is not None

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -145,6 +146,10 @@ def bench_bank(batches: int = 1000, size: int = 8) -> bool:
     return opened < OPEN_AIM and most < MEMORY_AIM
 
 
+def note(heard: list[tuple[float, int]], done: int, of: int) -> None:
+    heard.append((time.perf_counter(), done))
+
+
 def bench_caption(images: int) -> bool:
     from viladiff.cluster import captioning
     from viladiff.text.captioning.blip2 import Captioner, caption_batch, reader, writer
@@ -169,7 +174,7 @@ def bench_caption(images: int) -> bool:
                 job,
                 actors=actors,
                 batch=8,
-                advance=lambda done, of, into=heard: into.append((time.perf_counter(), done)),
+                advance=partial(note, heard),
             )
             # From the first batch of each model on: before it, Ray and the models were starting.
             (begun, first), (ended, last) = heard[actors], heard[-1]

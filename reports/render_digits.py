@@ -21,7 +21,7 @@ COLUMNS = 6
 
 
 def main() -> None:
-    palette = np.vstack([[0.12, 0.12, 0.14], plt.get_cmap("tab10").colors])
+    palette = np.vstack([[0.12, 0.12, 0.14], plt.get_cmap("tab10")(range(10))[:, :3]])
     figure, axes = plt.subplots(4, COLUMNS, figsize=(1.75 * COLUMNS, 8.0), layout="constrained")
     for half, (name, split) in enumerate((("digits", "183"), ("dense", "463"))):
         data = load_dataset(name, split)

@@ -75,7 +75,7 @@ def percent(value: float | None) -> str:
 
 def criteria(records: Sequence[RunRecord]) -> list[str]:
     """Return one row a method, split, length and changed fields, with a cell a seed, of runs of more than one seed."""
-    cells: dict[tuple[str, str, int, str], dict[int, float]] = defaultdict(dict)
+    cells: dict[tuple[str, str, int, str], dict[int, float | None]] = defaultdict(dict)
     for record in records:
         config = record.config
         key = (
@@ -88,7 +88,7 @@ def criteria(records: Sequence[RunRecord]) -> list[str]:
     seeds = sorted({seed for found in cells.values() for seed in found})
     rows = []
     for (method, split, steps, fields), found in sorted(cells.items()):
-        values = list(found.values())
+        values = [value for value in found.values() if value is not None]
         mean = f"{100 * statistics.mean(values):.1f}" if len(values) > 1 else ""
         rows.append([f"`{method}`", split, str(steps), fields, *(percent(found.get(seed)) for seed in seeds), mean])
     return pipes([["method", "labels", "steps", "fields", *(f"seed {seed}" for seed in seeds), "mean"], *rows])
