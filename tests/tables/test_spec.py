@@ -12,6 +12,7 @@ import pytest
 from viladiff.config import renamed
 from viladiff.runs.config import TAGS, RunConfig, non_default_fields, override
 from viladiff.tables.cells import CHOOSERS, cells, choose, paper_settings, select_labels, unavailable
+from viladiff.tables.plan import make_plan
 from viladiff.tables.spec import Row, Table
 from viladiff.tables.spec_file import load_table
 
@@ -102,6 +103,16 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
         ("seeds = [5]", "seeds = [5.0]", "scale.real: seeds[1] = 5.0: a seed must be a whole number"),
         ("seeds = [5]", "seeds = [true]", "scale.real: seeds[1] = True: a seed must be a whole number"),
         ("seeds = [5]", "seeds = [-1]", "scale.real: seeds[1] = -1: a seed must be a whole number"),
+        (
+            "seeds = [5]",
+            'seeds = [5]\ncolumn_seeds = { "second" = [5, 6] }',
+            "scale.real: column_seeds: 'second' has [6]; allowed: [5], the seeds of the scale",
+        ),
+        (
+            "seeds = [5]",
+            'seeds = [5]\ncolumn_seeds = { "secnd" = [5] }',
+            "scale.real: column_seeds: 'secnd': no such label; did you mean 'second'",
+        ),
         ("seeds = [5]", "seeds = [5, 5]", "scale.real.seeds = [5, 5]: a seed is named twice"),
         ("seeds = [5]", "seeds = []", "scale.real: seeds = []: tuple should have at least 1 item"),
         ("threads = 1", "threads = true", "scale.tiny: threads = True"),
@@ -404,6 +415,19 @@ def test_a_scale_names_the_rows_and_columns_that_it_runs_by_itself(tmp_path: Pat
     assert choose(table, "real") == ((1,), (1,), (5,))
     assert choose(table, "real", rows=[1, 2], columns=["first"]) == ((0, 1), (0,), (5,))
     assert choose(table, "tiny")[:2] == ((0, 1, 2), (0, 1))
+
+
+def test_a_column_has_fewer_seeds_unless_seeds_are_named(tmp_path: Path) -> None:
+    table = read(tmp_path, ("[scale.tiny]", '[scale.tiny]\nseeds = [0, 1, 2]\ncolumn_seeds = { "second" = [1] }'))
+    found = {(cell.column, cell.seed) for cell in cells(table, "tiny")}
+    assert found == {(0, 0), (0, 1), (0, 2), (1, 1)}
+    plan = make_plan(table, "tiny", cache=tmp_path)
+    assert {(cell.column, cell.seed) for cell in plan.cells} == found and plan.seeds == (0, 1, 2)
+    assert make_plan(table, "tiny", cache=tmp_path).cells == plan.cells
+    named = {(cell.column, cell.seed) for cell in make_plan(table, "tiny", seeds=[0, 2], cache=tmp_path).cells}
+    assert named == {(0, 0), (0, 2), (1, 0), (1, 2)}, "on the command line they are those of all columns"
+    every = make_plan(table, "tiny", seeds=[0, 1, 2], cache=tmp_path).cells
+    assert {cell.seed for cell in every if cell.column == 1} == {0, 1, 2}, "another plan, though its seeds are the same"
 
 
 @pytest.mark.parametrize("old", ["guess_step", "instead", "shared"])

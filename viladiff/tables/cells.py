@@ -113,6 +113,16 @@ def choose(
     return tuple(order), tuple(chosen_columns), wanted
 
 
+def seeds_by_column(
+    table: Table, scale: str, columns: Iterable[int], seeds: Sequence[int] | None = None
+) -> dict[int, tuple[int, ...]]:
+    """Return the seeds of each column: those named, else its own in the scale, else the scale's or the table's."""
+    size = table.scale[scale]
+    own = {} if seeds is not None else size.column_seeds
+    rest = seeds if seeds is not None else size.seeds or table.seeds
+    return {column: tuple(dict.fromkeys(own.get(table.columns[column].label, rest))) for column in columns}
+
+
 # Merging
 
 
@@ -150,10 +160,13 @@ def cells(
     if table.scale[scale].published:
         settled = {place: _with_published(merged) for place, merged in settled.items()}
     fixed: dict[str, object] = {"runtime.scale": scale}
+    per_column = seeds_by_column(table, scale, chosen_columns, seeds)
     own = table.scale[scale].split_per_seed
     found = []
     for seed in chosen_seeds:
         for place in places:
+            if seed not in per_column[place[1]]:
+                continue
             fields = {path: one.value for path, one in settled[place].items()}
             drawn = list_of_seed(fields, seed) if own else {}
             found.append(Cell(*place, seed, {**fields, "seed": seed, **drawn, **fixed}))

@@ -24,7 +24,7 @@ from viladiff.core.source_digest import code_digest, file_digest, plan_stem
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.run_name import PLACES, arithmetic
-from viladiff.tables.cells import cells, choose, unavailable
+from viladiff.tables.cells import cells, choose, seeds_by_column, unavailable
 from viladiff.tables.recipes.recipe import recipe_file
 from viladiff.tables.spec import ORACLE, Table
 from viladiff.tables.stated import Stated, stated
@@ -137,11 +137,12 @@ def make_plan(
     chosen_rows, chosen_columns, chosen_seeds = choose(table, scale, seeds, rows, columns)
     file = None
     if cache is not None:
-        key = _key(table, scale, chosen_rows, chosen_columns, chosen_seeds, changes)
+        per_column = seeds_by_column(table, scale, chosen_columns, seeds)
+        key = _key(table, scale, chosen_rows, per_column, changes)
         file = Path(cache) / f"{plan_stem()}-{key}.json"
     kept = None if file is None else _read(file)
     if kept is None:
-        kept, lasting = _make(table, scale, chosen_rows, chosen_columns, chosen_seeds, changes)
+        kept, lasting = _make(table, scale, chosen_rows, chosen_columns, seeds, changes)
         if file is not None and lasting:
             _write(file, kept)
     titled = _titled(table, kept)
@@ -154,7 +155,7 @@ def _make(
     scale: str,
     rows: Sequence[int],
     columns: Sequence[int],
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None,
     changes: Mapping[str, object],
 ) -> tuple[_Kept, bool]:
     """Make the plan; return it, and whether it holds for as long as its key does."""
@@ -201,11 +202,13 @@ def _key(
     table: Table,
     scale: str,
     rows: Sequence[int],
-    columns: Sequence[int],
-    seeds: Sequence[int],
+    columns: Mapping[int, Sequence[int]],
     changes: Mapping[str, object],
 ) -> str:
-    """Return a key of everything that a plan depends on; not of titles, labels, printed numbers, notes and claims."""
+    """Return a key of everything that a plan depends on; not of titles, labels, printed numbers, notes and claims.
+
+    ``columns``: each with its seeds.
+    """
     size = table.scale[scale]
     places = [
         {"base": table.base},
@@ -230,7 +233,7 @@ def _key(
         _FORMAT,
         fields,
         places,
-        list(seeds),
+        {i: list(seeds) for i, seeds in columns.items()},
         sorted((path, repr(value)) for path, value in changes.items()),
         [file_digest(Path(path)) for path in sorted(weights)],
         code_digest(),

@@ -100,6 +100,8 @@ class Scale(Strict):
     """Whether cells take what their methods' publications set for the data set, where neither column nor row does."""
     seeds: Seeds | None = None
     """None takes the table's."""
+    column_seeds: dict[str, Seeds] = Field(default_factory=dict)
+    """Label of a column to those of the seeds that it is run with when none are named; other columns have them all."""
     split_per_seed: bool = False
     """Whether each seed draws its own labelled list, the same for all rows (``data.split_seed`` is the seed, added to
     what a cell sets there); on built-in data alone, since other data sets have published lists."""

@@ -90,6 +90,11 @@ def _label_faults(table: Table) -> Iterator[str]:
     for where, seeds in [("", table.seeds), *((f"scale.{name}.", one.seeds) for name, one in table.scale.items())]:
         if seeds is not None and len(set(seeds)) < len(seeds):
             yield f"{where}seeds = {list(seeds)}: a seed is named twice"
+    for name, one in table.scale.items():
+        for label, seeds in one.column_seeds.items():
+            if more := sorted(set(seeds) - set(one.seeds or table.seeds)):
+                allowed = f"allowed: {list(one.seeds or table.seeds)}, the seeds of the scale"
+                yield f"scale.{name}: column_seeds: {label!r} has {more}; {allowed}"
 
 
 def _twice(kind: str, labels: Sequence[str]) -> Iterator[str]:
@@ -124,6 +129,7 @@ def _scale_faults(table: Table) -> Iterator[str]:
     for name, one in table.scale.items():
         asked += [(f"scale.{name}: rows = {label!r}", label, rows) for label in one.rows]
         asked += [(f"scale.{name}: columns = {label!r}", label, columns) for label in one.columns]
+        asked += [(f"scale.{name}: column_seeds: {label!r}", label, columns) for label in one.column_seeds]
     for said, label, known in asked:
         if label not in known:
             yield f"{said}: no such label{did_you_mean(label, known) or '.'} {listed(known)}"

@@ -138,7 +138,7 @@ def collect_results(plan: Plan, store: Store) -> Results:
         CellRun(PlannedCell(row, column, seed, ""), "unavailable", None, why)
         for row, why in plan.unavailable.items()
         for column in plan.columns
-        for seed in plan.seeds
+        for seed in sorted({c.seed for c in plan.cells if c.column == column}) or plan.seeds
     ]
     return Results(plan, (*have, *lack))
 
