@@ -164,9 +164,7 @@ def cells(
     own = table.scale[scale].split_per_seed
     found = []
     for seed in chosen_seeds:
-        for place in places:
-            if seed not in per_column[place[1]]:
-                continue
+        for place in (place for place in places if seed in per_column[place[1]]):
             fields = {path: one.value for path, one in settled[place].items()}
             drawn = list_of_seed(fields, seed) if own else {}
             found.append(Cell(*place, seed, {**fields, "seed": seed, **drawn, **fixed}))
