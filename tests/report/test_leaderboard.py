@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -304,6 +305,18 @@ def test_the_page_says_what_is_accurate_calibrated_and_cheap(tmp_path: Path, dra
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     links = [str(attrs["href"]) for tag, attrs in page.tags if tag == "a" and str(attrs.get("href")).startswith("#")]
     assert len(ids) == len(set(ids)) and {one[1:] for one in links} <= set(ids)
+
+
+def test_a_column_of_which_only_references_are_known_has_no_picture(
+    tmp_path: Path, drawn: list[cost_scatter.Chart]
+) -> None:
+    plan, store = studied(tmp_path)
+    steps_file(tmp_path / "published" / "leaderboard" / "steps.json")
+    for cell in plan.cells:
+        if cell.column == 0 and not plan.table.rows[cell.row].control:
+            shutil.rmtree(store.directory(cell.run_id), ignore_errors=True)
+    render(plan, store, tmp_path / "out")
+    assert [chart.title for chart in drawn] == [plan.table.columns[1].label]
 
 
 def test_the_finding_is_made_of_tests_and_says_what_it_cannot_say(tmp_path: Path) -> None:

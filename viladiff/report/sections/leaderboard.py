@@ -158,7 +158,7 @@ def _time(records: Sequence[RunRecord], name: Literal["cpu_seconds", "train_seco
 def _pictures(
     results: Results, lines: Sequence[LeaderboardRow], folder: Path
 ) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
-    """Draw a figure for each column that has a point; a row without a score or a cost has none."""
+    """Draw a figure for each column in which a method has a point; a row without a score or a cost has none."""
     table, found, files = results.plan.table, [], []
     groups = tuple(dict.fromkeys(line.group or "Rows" for line in lines))
     for place, column in enumerate(results.plan.columns):
@@ -175,7 +175,7 @@ def _pictures(
             for line in lines
             if (cost := line.cost) is not None and (mean := line.accuracy[place].mean) is not None
         )
-        if not points:
+        if all(point.ours for point in points):
             continue
         title = table.columns[column].label
         chart = cost_scatter.Chart(title, ACROSS, "mIoU (%), mean and standard deviation of seeds", points, groups)
