@@ -197,9 +197,7 @@ def _by_column(
     made: Sequence[Comparison],
     judge: Callable[[Sequence[Contrast], Sequence[Comparison]], tuple[Decision, str]],
 ) -> Iterator[ColumnVerdict]:
-    """Yield the verdicts of complete columns, of questions that ask each about one of several columns."""
-    if any(len({term.column for term in question.terms}) > 1 for question in asked):
-        return
+    """Yield the verdicts of complete columns. Questions across columns have one label of a column, and so none."""
     columns = list(dict.fromkeys(question.column for question in asked))
     for column in columns if len(columns) > 1 else ():
         here = [one for one in asked if one.column == column]
