@@ -59,7 +59,7 @@ def test_the_ceilings_and_controls() -> None:
     room, edges = means["i"] - means["1"], means["j"] - means["4"]
     assert f"would give the baseline {room:.1f} points" in README and room < 7.9, "the paper's gain is out of reach"
     assert f"would give ViLa {edges:.1f}, of which MixE takes none" in README and means["8"] <= means["4"]
-    assert f"in place of the diffusion has {published('f')[0]}." in README
+    assert f"in place of the diffusion has {published('f')[0]}, a guided filter (ours) {published('g')[0]}." in README
     points, interval, *_, outcome = difference("ViLaDiff", "ViLaDiff, no captions")
     assert f"ViLaDiff without captions has {published('d')[0]} (captions: {points}, {interval})" in README
     assert outcome == "open", "not shown to matter"
