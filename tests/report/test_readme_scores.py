@@ -51,7 +51,9 @@ def test_the_differences_and_what_is_said_of_them() -> None:
     assert [one[-1] for one in (whole, features, mixe)] == ["higher", "higher", "open"], "Here ViLaDiff helps ..."
     assert f"a true difference of {whole[4].removeprefix('&lt; ')} points" in README
     assert float(whole[4].removeprefix("&lt; ")) == float(mixe[4].removeprefix("&lt; "))
-    assert any("for 34 comparisons" in line for line in (ROOT / "reports/published/table5/table.md").open())
+    assert any(
+        "for 34 comparisons" in line for line in (ROOT / "reports/published/table5/table.md").read_text().splitlines()
+    )
 
 
 def test_the_ceilings_and_controls() -> None:

@@ -110,6 +110,11 @@ def test_a_table_is_named_by_its_file_and_keeps_numbers_as_printed(tmp_path: Pat
         ),
         (
             "seeds = [5]",
+            'seeds = [5]\ncolumn_seeds = { "second" = [5, 5] }',
+            "scale.real: column_seeds: 'second' has [5, 5]: a seed is named twice",
+        ),
+        (
+            "seeds = [5]",
             'seeds = [5]\ncolumn_seeds = { "secnd" = [5] }',
             "scale.real: column_seeds: 'secnd': no such label; did you mean 'second'",
         ),

@@ -95,6 +95,8 @@ def _label_faults(table: Table) -> Iterator[str]:
             if more := sorted(set(seeds) - set(one.seeds or table.seeds)):
                 allowed = f"allowed: {list(one.seeds or table.seeds)}, the seeds of the scale"
                 yield f"scale.{name}: column_seeds: {label!r} has {more}; {allowed}"
+            if len(set(seeds)) < len(seeds):
+                yield f"scale.{name}: column_seeds: {label!r} has {list(seeds)}: a seed is named twice"
 
 
 def _twice(kind: str, labels: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.report.markup import markdown
-from viladiff.report.table.comparisons import p_value, signed
+from viladiff.report.table.comparisons import interval, least, p_value, seen, signed
 from viladiff.report.table.results import Results, difference, number, summary
 from viladiff.tables.contrasts import contrasts
 
@@ -111,10 +111,9 @@ def choices_markdown(found: Sequence[Choice]) -> list[str]:
             if tested is None:
                 told = f"{signed(one.gap)} so far, not tested ({one.why})"
             else:
-                ends = " to ".join(signed(end) for end in tested.interval)
                 told = (
-                    f"{signed(tested.difference)} (95 % interval {ends}; p {p_value(tested.p)}): {one.outcome}; "
-                    f"{tested.least:.1f} would have been seen four times in five"
+                    f"{seen(tested)} (95 % interval {interval(tested)}; p {p_value(tested.p)}): {one.outcome}; "
+                    f"{least(tested)} would have been seen four times in five"
                 )
             out += [f"  - {markdown(f'{one.number} {one.label}, {one.column}: {told}')}"]
     return out

@@ -16,7 +16,6 @@ LEGEND = (
     "Intervals are 95 %, for one difference at a time; p is corrected for all comparisons of the same source. "
     "“Unseen” is the smallest true difference that the test finds four times in five."
 )
-_OUTCOMES = {"shown": "higher", "reversed": "lower", "open": "open"}
 
 
 def signed(value: float | None) -> str:
@@ -51,6 +50,11 @@ def _times(ratio: float) -> str:
 def in_print(comparison: Comparison) -> str:
     """Format the paper's difference; empty where it is not printed."""
     return "" if comparison.printed is None else signed(float(comparison.printed))
+
+
+def it_is(comparison: Comparison) -> str:
+    """Return how the first row compares with the second: higher, lower, open."""
+    return {"shown": "higher", "reversed": "lower", "open": "open"}[comparison.outcome]
 
 
 def p_value(p: float) -> str:
@@ -99,5 +103,5 @@ def comparison_grid(verdicts: Sequence[Verdict]) -> list[list[str]]:
             said = [markdown(text) for text in (one.higher, one.lower, one.column, metric.title or metric.name)]
             seeds = ", ".join(str(count) for count in dict.fromkeys(one.n))
             numbers = [seen(one), interval(one), in_print(one), markdown(p_value(one.p)), f"&lt; {least(one)}", seeds]
-            lines[*said, verdict.source] = [*said, *numbers, _OUTCOMES[one.outcome]]
+            lines[*said, verdict.source] = [*said, *numbers, it_is(one)]
     return [head, *lines.values()]

@@ -244,6 +244,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "seen": comparisons.seen,
         "in_print": comparisons.in_print,
+        "it_is": comparisons.it_is,
         "least": comparisons.least,
         "figure": leaderboard.text,
         "timed": leaderboard.timed,
