@@ -320,3 +320,12 @@ def test_an_order_of_equal_rows_is_not_defined(tmp_path: Path) -> None:
     found = tables.agreement(tables.collect_results(plan, store), 0)
     assert found.tau is None and found.rows == 3
     assert "all 3 rows are equal" in exports.agreement_text(found)
+
+
+def test_a_row_that_waits_is_missing_at_its_column_s_own_seeds() -> None:
+    places = ((0, 0), (0, 1), (1, 0))
+    cells = tuple(PlannedCell(0, column, seed, name(0, column, seed)) for column, seed in places)
+    runs = {cell.run_id: PlannedRun(cell.run_id, {}, "t", 6, told(cell.run_id)["changed"]) for cell in cells}
+    plan = Plan(table(), "tiny", (0, 1), (0, 1), (0, 1), cells, runs, {1: "requires weights"})
+    found = tables.collect_results(plan, Store(Path("nowhere")))
+    assert tuple((one.cell.column, one.cell.seed) for one in found.of_row(1)) == places
