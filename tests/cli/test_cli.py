@@ -32,8 +32,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[RunCo
 
     def fit(cfg: RunConfig, **options: Any) -> SimpleNamespace:
         calls.append((cfg, options))
-        (tmp_path / "record.json").write_text("{}")
-        return SimpleNamespace(summary=lambda: dict(RESULT), directory=tmp_path)
+        return SimpleNamespace(summary=lambda: dict(RESULT), directory=tmp_path, already_finished=False)
 
     monkeypatch.setitem(sys.modules, "viladiff.training.trainer", SimpleNamespace(fit=fit))  # type: ignore[arg-type]
     return calls
@@ -132,10 +131,10 @@ def test_fresh_and_workers(trained: list[Any]) -> None:
     assert (cfg.runtime.workers, options) == (2, {"resume": False})
 
 
-def test_a_finished_run_says_so(
-    trained: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli.time, "time", lambda: 1e12)
+def test_a_finished_run_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = SimpleNamespace(summary=lambda: dict(RESULT), directory=Path("o"), already_finished=True)
+    trainer = SimpleNamespace(fit=lambda *_, **__: result)
+    monkeypatch.setitem(sys.modules, "viladiff.training.trainer", trainer)  # type: ignore[arg-type]
     assert cli.main(["train"]) == 0
     assert "Already finished" in capsys.readouterr().out
 

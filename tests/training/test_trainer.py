@@ -82,10 +82,12 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first = fit(config(tmp_path))
     stamp = (first.directory / "checkpoint.pt").stat().st_mtime_ns
     again = fit(config(tmp_path))
+    assert again.already_finished and not first.already_finished
     assert again.record == first.record and (first.directory / "checkpoint.pt").stat().st_mtime_ns == stamp
     for name in evaluator.FILES:
         (first.directory / name).write_bytes(b"of an older version")
     fresh = fit(config(tmp_path), resume=False)
+    assert not fresh.already_finished
     files = [path for path in fresh.directory.iterdir() if path.is_file()]
     assert not any(path.read_bytes() == b"of an older version" for path in files)
     assert (first.directory / "checkpoint.pt").stat().st_mtime_ns != stamp
@@ -268,11 +270,9 @@ def test_two_workers_follow_one(tmp_path: Path) -> None:
     changes = {**base, "data__batch_labelled": 4, "data__batch_unlabelled": 4}
     flat = {k: v for k, v in TINY.items() if "mixe" not in k}
     one = fit(override(RunConfig(), {**flat, **_dots(changes), "runtime.runs_dir": str(tmp_path / "one")}))
-    two = fit(
-        override(
-            RunConfig(), {**flat, **_dots(changes), "runtime.runs_dir": str(tmp_path / "two"), "runtime.workers": 2}
-        )
-    )
+    on_two = {**flat, **_dots(changes), "runtime.runs_dir": str(tmp_path / "two"), "runtime.workers": 2}
+    two = fit(override(RunConfig(), on_two))
+    assert not two.already_finished and fit(override(RunConfig(), on_two)).already_finished
     assert two.record.workers == 2 and two.record.run_id == one.record.run_id
     a, b = one.frame(), two.frame()
     assert list(a["step"]) == list(b["step"])

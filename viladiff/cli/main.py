@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -208,10 +207,9 @@ def _train(args: argparse.Namespace) -> int:
         return _dry_run(cfg)
     from viladiff.training.trainer import fit
 
-    started = time.time()
     result = fit(cfg, resume=not args.restart)
     _print_result({**result.summary(), "directory": result.directory})
-    if (result.directory / "record.json").stat().st_mtime < started:
+    if result.already_finished:
         print_text("\nAlready finished; nothing to do. Use --restart to retrain.")
     return 0
 

@@ -19,6 +19,8 @@ class Result:
 
     directory: Path
     record: RunRecord = field(repr=False)
+    already_finished: bool = False
+    """Whether the run was finished before this call, which then trained nothing."""
 
     @property
     def miou(self) -> float | None:

@@ -89,16 +89,16 @@ def fit(
     if dist.is_initialized() and world != cfg.runtime.workers:
         raise ValueError(f"runtime.workers = {cfg.runtime.workers}, but the process group has {world} workers")
     if cfg.runtime.workers > 1 and not dist.is_initialized():
-        if report is not None or callbacks:
-            name = "callbacks" if callbacks else "report"
+        if name := "callbacks" if callbacks else "report" if report is not None else "":
             raise ValueError(f"{name}: cannot be sent to other processes; call fit inside a process group")
-        directory = Path(run_in_processes(_fitted, cfg, cfg.runtime.workers, resume))
-        return Result(directory, load_record(directory / "record.json"))
+        finished, _, directory = run_in_processes(_fitted, cfg, cfg.runtime.workers, resume).partition(" ")
+        return Result(Path(directory), load_record(Path(directory) / "record.json"), bool(finished))
     return Trainer(cfg, callbacks).execute(report, resume, lease)
 
 
 def _fitted(cfg: RunConfig, resume: bool) -> str:
-    return str(fit(cfg, resume=resume).directory)
+    result = fit(cfg, resume=resume)
+    return f"{'finished' * result.already_finished} {result.directory}"
 
 
 class Trainer:
@@ -146,12 +146,12 @@ class Trainer:
                 f"planned as {planned}, it would be {self.name} now: its code, data or weights have changed"
             )
         if resume and done.is_file():
-            return Result(self.directory, load_record(done))
+            return Result(self.directory, load_record(done), True)
         if lease is not None or self.rank:
             return self._carry_out(done, resume)
         with acquire_or_raise(self.directory) as self.lease:
             if resume and self.world == 1 and done.is_file():  # whoever had the lease has just finished
-                return Result(self.directory, load_record(done))
+                return Result(self.directory, load_record(done), True)
             return self._carry_out(done, resume)
 
     def wall_seconds(self) -> float | None:
