@@ -117,10 +117,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--amplitude", type=float, default=AMPLITUDE, help="elastic deformation; 0 shows the scans alone"
+    )
     parser.add_argument("--out", type=Path, default=SHIPPED)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    sources = deform_handwriting(load_sources("pretrain"), COPIES, AMPLITUDE, seed=11)
+    sources = load_sources("pretrain")
+    if args.amplitude:
+        sources = deform_handwriting(sources, COPIES, args.amplitude, seed=11)
     shown = images_and_labels("dev", "probe", 0, 1500, load_sources("dev"))
     torch.manual_seed(keyed_random.seed_for(0, "pretrain"))
     model = Classifier()

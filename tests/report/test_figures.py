@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from viladiff.core import colormap
-from viladiff.report.charts import figures
+from viladiff.report.charts import differences, figures
 from viladiff.report.sections import learning_curves, qualitative
 from viladiff.report.sections.learning_curves import Curve
 from viladiff.report.table.results import CellRun, Results
@@ -258,3 +259,61 @@ def test_every_class_has_a_colour_of_its_own(count: int) -> None:
         lab = [colorsys.rgb_to_hls(*(colour / 255)) for colour in colours]
         apart = [np.linalg.norm(colours[i].astype(float) - colours[j]) for i in range(11) for j in range(i)]
         assert min(apart) > 40 and len({round(light, 1) for _, light, _ in lab}) >= 4
+
+
+# Differences
+
+
+def with_seeds(values: dict[int, list[float]], ours: frozenset[int] = frozenset()) -> Results:
+    """Rows by place with a score a seed; ``ours``: those that are controls."""
+    rows = tuple(
+        Row(label=f"row {row}", control=row in ours, paper=() if row in ours else (50 + row,)) for row in values
+    )
+    table = Table(name="t", title="T", scale={"tiny": Scale()}, columns=(Column(label="c"),), rows=rows)
+    cells = [
+        run(row, seed, precision="fp32", miou=v / 100) for row, those in values.items() for seed, v in enumerate(those)
+    ]
+    seeds = tuple(range(max(map(len, values.values()))))
+    planned = tuple(one.cell for one in cells)
+    return Results(Plan(table, "tiny", tuple(values), (0,), seeds, planned, {}), tuple(cells))
+
+
+def test_differences_are_paired_by_seed_and_stand_beside_the_printed_ones() -> None:
+    found = differences.gaps_of(with_seeds({0: [40, 42, 47.0], 1: [41, 44, 48.0], 2: [40.5, 42]}, frozenset({2})))
+    one, other = found["c"]
+    assert one.values == pytest.approx([1, 2, 1]) and one.mean == pytest.approx(4 / 3)
+    wanted = stats.ttest_1samp([1, 2, 1], 0).confidence_interval(0.95)
+    assert one.interval == pytest.approx(tuple(wanted)) and (one.kind, one.printed) == ("row", 1.0)
+    assert other.values == pytest.approx([0.5, 0]) and (other.kind, other.printed) == ("control", None)
+    assert differences.gaps_of(with_seeds({0: [40.0], 1: []})) == {}, "nothing to compare"
+    (single,) = differences.gaps_of(with_seeds({0: [40.0], 1: [43.0]}))["c"]
+    assert single.values == pytest.approx([3]) and single.interval is None
+
+
+def test_a_row_far_from_all_others_leaves_the_axis_of_differences_to_them() -> None:
+    near = [differences.Gap(str(i), "row", (i / 10, i / 5), None, None) for i in range(6)]
+    far = differences.Gap("far", "control", (-12.0, -11.0), None, None)
+    low, high = differences.bounds([*near, far])
+    assert -1 < low < 0 and 1 < high < 2
+    drawn = differences.draw({"c": [*near, far]}, "first", "mIoU")
+    texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
+    assert " ← −11.5 " in texts and "+0.2" in texts
+    assert drawn.axes[0].get_xlabel() == "mIoU minus first, points"
+
+
+def test_the_figure_of_differences_is_written_where_there_are_any(tmp_path: Path) -> None:
+    paths = figures.save_figures(with_seeds({0: [40, 42.0], 1: [41, 44.0]}), {}, tmp_path)
+    assert "differences.png" in {path.name for path in paths}
+    svg = (tmp_path / "differences.svg").read_text()
+    assert "row 1" in svg and "paper +1.0" in svg
+
+
+def test_many_curves_have_a_colour_and_dash_of_their_own() -> None:
+    rows = tuple(Row(label=f"row {i}") for i in range(24))
+    table = Table(name="t", title="T", scale={"tiny": Scale()}, columns=(Column(label="c"),), rows=rows)
+    drawn = Results(Plan(table, "tiny", tuple(range(24)), (0,), (0,), (), {}), ())
+    lines = [Curve(i, 0, np.arange(2.0), np.arange(2.0), np.arange(2.0), np.arange(2.0), 1) for i in range(24)]
+    (axes,) = figures._lines(drawn, lines, "loss").axes
+    styles = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
+    legend = axes.get_legend()
+    assert len(styles) == 24 and legend is not None and len(legend.get_texts()) == 24

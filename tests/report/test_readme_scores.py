@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from viladiff.runs.record import load_record
+from viladiff.tables.plan import make_plan
+from viladiff.tables.spec_file import load_table
+
 ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "reports" / "published"
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 SEEDS = {"three": "3", "six": "6"}
 
@@ -31,41 +36,58 @@ def difference(high: str, low: str) -> list[str]:
 
 def test_the_rows_of_its_table() -> None:
     (seeds,) = re.findall(r"standard deviation of (\w+) seeds", README)
-    rows = {"supervised`)": "a", "semibaseline`)": "1", "baseline + ViLa": "4", "viladiff`)": "8"}
+    rows = {"supervised`)": "a", "semibaseline`)": "1", "features only": "2", "baseline + ViLa": "4", "viladiff`)": "8"}
     for name, row in rows.items():
         mean, count = published(row)
         assert f"{name} | {mean} |" in README and count == SEEDS[seeds]
 
 
 def test_the_differences_and_what_is_said_of_them() -> None:
-    whole = difference("ViLaDiff", "SemiBaseline")
     features = difference("ViLa, features only", "SemiBaseline")
+    whole = difference("ViLaDiff", "SemiBaseline")
     mixe = difference("ViLaDiff", "ViLa")
-    names = (
-        "`viladiff` over `semibaseline`",
-        "distilled features over `semibaseline`",
-        "`viladiff` over baseline + ViLa",
-    )
-    for name, (points, interval, paper, *_) in zip(names, (whole, features, mixe), strict=True):
-        assert f"{name} | {points} ({interval}) | {paper} |" in README
-    assert [one[-1] for one in (whole, features, mixe)] == ["higher", "higher", "open"], "Here ViLaDiff helps ..."
-    assert f"a true difference of {whole[4].removeprefix('&lt; ')} points" in README
-    assert float(whole[4].removeprefix("&lt; ")) == float(mixe[4].removeprefix("&lt; "))
-    assert any(
-        "for 34 comparisons" in line for line in (ROOT / "reports/published/table5/table.md").read_text().splitlines()
-    )
+    names = ("features only, over `semibaseline`", "`viladiff` over `semibaseline`", "`viladiff` over baseline + ViLa")
+    for name, (points, interval, paper, p, *_) in zip(names, (features, whole, mixe), strict=True):
+        assert f"{name} | {points} ({interval}) | {p} | {paper} |" in README
+    assert [one[-1] for one in (features, whole, mixe)] == ["higher", "not shown", "not shown"]
+    least = [one[4] for one in (features, whole, mixe)]
+    assert f"has 80 % power for {least[0]}, {least[1]} and {least[2]} points" in README
+    page = (ROOT / "reports/published/table5/table.md").read_text(encoding="utf-8")
+    assert "for 34 comparisons of the paper's claims" in page
+    results = [line[-1] for line in lines("table5") if line[2:3] == ["1/8 (183)"] and len(line) == 11 and line[6]]
+    assert results.count("higher") == 1 and "lower" not in results, "of which this one alone"
 
 
 def test_the_ceilings_and_controls() -> None:
-    means = {row: float(published(row)[0].split()[0]) for row in ("1", "4", "8", "i", "j")}
+    means = {row: float(published(row)[0].split()[0]) for row in ("1", "4", "i", "j")}
     room, edges = means["i"] - means["1"], means["j"] - means["4"]
-    assert f"would give the baseline {room:.1f} points" in README and room < 7.9, "the paper's gain is out of reach"
-    assert f"would give ViLa {edges:.1f}, of which MixE takes none" in README and means["8"] <= means["4"]
-    assert f"in place of the diffusion has {published('f')[0]}, a guided filter (ours) {published('g')[0]}." in README
+    assert f"would give the baseline {room:.1f} points" in README
+    assert f"would give ViLa {edges:.1f}." in README
     points, interval, *_, outcome = difference("ViLaDiff", "ViLaDiff, no captions")
-    assert f"ViLaDiff without captions has {published('d')[0]} (captions: {points}, {interval})" in README
-    assert outcome == "open", "not shown to matter"
-    rival, ours = (published(row, "leaderboard") for row in ("9", "17"))
-    assert f"has no captions, has {rival[0]} on the first three seeds, ViLaDiff {ours[0]}." in README
-    assert rival[1] == ours[1] == "3"
-    assert {("9", "UniMatch V2"), ("17", "ViLaDiff")} <= {tuple(line[:2]) for line in lines("leaderboard")}
+    assert f"({points}, {interval}, over ViLaDiff without them)" in README and outcome == "not shown"
+
+
+def test_the_fusion_stream_with_captions_and_without() -> None:
+    plan = make_plan(load_table(ROOT / "ablations" / "table5.toml"), "digits", columns=["1/8 (183)"])
+    means = []
+    for label in ("ViLaDiff", "ViLaDiff, no captions"):
+        row = [one.label for one in plan.table.rows].index(label)
+        names = plan.run_ids(row, 0)
+        found = [load_record(next(PUBLISHED.glob(f"*/records/{name}.json"))) for name in names]
+        means.append(100 * sum(one.scores["teacher"]["fusion"]["miou"] for one in found) / len(found))
+    assert f"has {means[0]:.1f} with an image's own captions and {means[1]:.1f} without any" in README
+
+
+def test_what_it_says_of_the_leaderboard() -> None:
+    board = {line[0]: line for line in lines("leaderboard") if len(line) > 4}
+    costs = {line[0].split()[0]: line[6] for line in lines("leaderboard") if len(line) == 11}
+    longer, ours, rival = (published(row, "leaderboard") for row in ("c", "17", "9"))
+    pair = ["FixMatch-EMA, twice the steps", "FixMatch-EMA", "183 labels", "mIoU"]
+    (gain,) = [line[4] for line in lines("leaderboard") if line[:4] == pair]
+    assert f"Twice the steps give FixMatch-EMA {gain.removeprefix('+')} points" in README
+    assert f"it then has {longer[0]} at {float(costs['c']):.1f} times" in README
+    assert f"ViLaDiff {ours[0]} at {float(costs['17']):.1f} times (three seeds)" in README and ours[1] == "3"
+    assert f"highest means, {rival[0].split()[0]} and {ours[0].split()[0]}" in README
+    assert (board["9"][1], board["17"][1]) == ("UniMatch V2", "ViLaDiff")
+    rest = [published(str(row), "leaderboard")[0] for row in range(1, 18) if row not in (9, 17)]
+    assert max(rest) < min(ours[0], rival[0])

@@ -243,17 +243,33 @@ def test_a_claim_lists_its_complete_columns_and_each_comparison_once(tmp_path: P
     told = [replace(VERDICTS[2], by_column=alone, comparisons=VERDICTS[0].comparisons), VERDICTS[0]]
     reader = render(tmp_path, rising, verdicts=told)
     assert [attrs["class"] for tag, attrs in reader.tags if tag == "li" and attrs.get("class")] == ["fails"]
-    assert "1/8 (183) alone:" in reader.text and "(0 of 1 shown; unseen < 0.7)" in reader.text
+    assert "1/8 (183) alone:" in reader.text and "(0 of 1 shown; 80 % power at 0.7)" in reader.text
     assert [reader.cells[i + 1][1] for i, (_, text) in enumerate(reader.cells) if text == "+1.0 to +3.0"] == [
         "+1.1"
     ] * 2
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert "  - 1/8 (183) alone: **fails** (0 of 1 shown; least difference 0.7)" in lines
+    assert "  - 1/8 (183) alone: **fails** (0 of 1 shown; 80 % power at 0.7)" in lines
     (compared,) = [line for line in lines if "| +1.0 to +3.0 |" in line]
-    assert compared.endswith("| mIoU | +2.0 | +1.0 to +3.0 | +1.1 | &lt; 0.001 | &lt; 0.0 | 3 | higher |")
+    assert compared.endswith("| mIoU | +2.0 | +1.0 to +3.0 | +1.1 | &lt; 0.001 | 0.0 | 3 | higher |")
     spread = replace(VERDICTS[0].comparisons[0], form="spread", difference=math.inf, interval=(0.5, math.inf))
     (_, ratio) = comparisons.comparison_grid([replace(VERDICTS[0], comparisons=(spread,))])
     assert ratio[4:6] == ["× ∞", "× 0.50 to ∞"]
+
+
+def test_a_tally_counts_each_comparison_once_and_p_is_that_of_the_verdict() -> None:
+    one = VERDICTS[0].comparisons[0]
+    lower = replace(one, higher="x", outcome="reversed", p=1.0, p_reversed=0.004)
+    twice = [replace(VERDICTS[0], comparisons=(one, lower)), replace(VERDICTS[2], comparisons=(one,), metric="miou")]
+    assert (
+        comparisons.tally(twice)
+        == [
+            f"{one.column}: 1 of 2 comparisons shown as claimed, 1 the other way.",
+            "A claim is decided when all its comparisons are made and shown, or one is shown the other way.",
+        ]
+        or VERDICTS[2].source != VERDICTS[0].source
+    )
+    assert comparisons.p_value(lower) == "0.004" and comparisons.it_is(lower) == "lower"
+    assert comparisons.it_is(replace(one, outcome="open")) == "not shown"
 
 
 def test_forest_puts_all_intervals_on_one_axis_around_zero() -> None:
@@ -263,8 +279,8 @@ def test_forest_puts_all_intervals_on_one_axis_around_zero() -> None:
     assert spot.at == pytest.approx(50 + 50 * 2 / 3.3, abs=0.01)
     assert table_views.forest([])[0] == {}
     (usual,) = VERDICTS[0].comparisons
-    wild = replace(usual, difference=-2.5, interval=(-60.0, 55.0), apart=True)
-    placed, reach = table_views.forest([replace(VERDICTS[0], comparisons=(usual, wild))])
+    wild = replace(usual, difference=-2.5, interval=(-60.0, 55.0))
+    placed, reach = table_views.forest([replace(VERDICTS[0], comparisons=(usual, replace(usual, higher="x"), wild))])
     assert reach == pytest.approx(3.3), "an interval of its own kind does not squeeze the others"
     assert (placed[id(wild)].left, placed[id(wild)].right) == (0, 100), "and ends at the edge"
 

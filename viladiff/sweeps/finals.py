@@ -193,5 +193,5 @@ def format_verdict(found: Sequence[Finalist], records: Records, wanted: int) -> 
             f"{contest.higher} against {contest.lower}: {contest.difference:+.2f} points [{low:+.2f}, {high:+.2f}], "
             f"{verdict} (two-sided paired t over {contest.n} seeds, standard deviation of paired differences "
             f"{contest.spread:.2f}, Holm p = {contest.p:.3f}; "
-            f"a difference of {contest.detectable:.2f} would have been seen four times in five)"
+            f"80 % power for a difference of {contest.detectable:.2f})"
         )

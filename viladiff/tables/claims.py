@@ -6,6 +6,8 @@ above 0. Numbers here are in points, percent of mIoU and the like, but where two
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -60,8 +62,6 @@ class Comparison:
     least: float = 0.0
     """The smallest true difference, or ratio, that this comparison finds with a chance of 80 %."""
     form: Form = "one_sided"
-    apart: bool = False
-    """Whether a side spreads so much more than other cells that differences are tested with a spread of their own."""
     printed: Decimal | None = None
     """The paper's difference, where it prints these numbers."""
 
@@ -87,8 +87,7 @@ class Verdict:
     comparisons: tuple[Comparison, ...]
     """Those with enough seeds."""
     detectable: float | None
-    """``least`` of the hardest comparison that no cell set apart takes part in, or of all if one always does; None if
-    none was made."""
+    """``least`` of the hardest comparison; None if none was made."""
     source: Literal["paper", "ours"]
     metric: MetricName
     printed: Literal["holds", "fails", "not printed"]
@@ -107,11 +106,26 @@ def evaluate_claims(plan: Plan, records: Records) -> list[Verdict]:
     Holm's correction runs over the distinct comparisons of all claims from one source, the paper's and ours separately;
     comparisons that cannot be made yet count too, so that the correction is the same from the first run to the last.
     """
+    metrics = dict.fromkeys(claim.metric for claim in plan.table.claims)
+    measured = {metric: cell_samples(plan, records, metric) for metric in metrics}
+    known = {metric: table_variances(plan, found) for metric, found in measured.items()}
     verdicts: dict[str, Verdict] = {}
     for source in ("paper", "ours"):
         claims = [claim for claim in plan.table.claims if claim.source == source]
-        verdicts |= dict(zip([claim.text for claim in claims], _judge(plan, records, claims), strict=True))
+        verdicts |= dict(zip([claim.text for claim in claims], _judge(plan, claims, measured, known), strict=True))
     return [verdicts[claim.text] for claim in plan.table.claims]
+
+
+def table_variances(plan: Plan, measured: Samples) -> VarianceModel:
+    """Return the model of variances of a metric's paired differences: of all comparisons that any claim asks for.
+
+    Ceilings are left out, since their spread may be small. A table without claims compares its rows with the first.
+    """
+    asked = [one.terms for claim in plan.table.claims for one in contrasts(plan.table, claim) if one.form != "spread"]
+    if not asked:
+        first, *others = plan.rows
+        asked = [(Term(row, column, 1), Term(first, column, -1)) for row in others for column in plan.columns]
+    return variance_model([terms for terms in asked if not any(t.row in plan.ceilings for t in terms)], measured)
 
 
 class _Key(NamedTuple):
@@ -131,34 +145,31 @@ class _Answer(NamedTuple):
     p: float
     p_reversed: float
     least: float
-    apart: bool = False
 
 
 def _key(claim: Claim, question: Contrast) -> _Key:
     return _Key(claim.metric, tuple(sorted(question.terms)), question.limit, question.form)
 
 
-def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdict]:
+def _judge(
+    plan: Plan,
+    claims: Sequence[Claim],
+    samples: Mapping[MetricName, Samples],
+    known: Mapping[MetricName, VarianceModel],
+) -> list[Verdict]:
     asked = {claim.text: contrasts(plan.table, claim) for claim in claims}
-    measured = {claim.metric: cell_samples(plan, records, claim.metric) for claim in claims}
-    rows = {t.row for found in asked.values() for one in found for t in one.terms if not _ceiling(plan, t.row)}
-    rows |= set(plan.rows) - plan.ceilings  # a ceiling lends its spread, which may be small, to its own questions alone
-    known = {
-        metric: variance_model({at: one for at, one in found.items() if at[0] in rows})
-        for metric, found in measured.items()
-    }
     family = {_key(claim, question): question for claim in claims for question in asked[claim.text]}
     answers: dict[_Key, _Answer | None] = {}
     for key, question in family.items():
-        found = measured[key.metric]
-        enough = not any(_lacking(plan, question, found, known[key.metric]))
+        found = samples[key.metric]
+        enough = not any(_lacking(plan, question, found))
         answers[key] = _answer(question, found, known[key.metric], len(family)) if enough else None
     forward = holm([1.0 if found is None else found.p for found in answers.values()])
     backward = holm([1.0 if found is None else found.p_reversed for found in answers.values()])
     corrected = dict(zip(answers, zip(forward, backward, strict=True), strict=True))
     verdicts = []
     for claim in claims:
-        found = measured[claim.metric]
+        found = samples[claim.metric]
         made = tuple(
             replace(
                 _comparison(question, answer, *corrected[key], found),
@@ -167,9 +178,9 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
             for question in asked[claim.text]
             if (answer := answers[key := _key(claim, question)]) is not None
         )
-        verdict, why = _verdict(plan, claim, asked[claim.text], made, found, known[claim.metric])
+        verdict, why = _verdict(plan, claim, asked[claim.text], made, found)
         printed, printed_why = printed_verdict(plan.table, claim)
-        judge = partial(_verdict, plan, claim, measured=found, known=known[claim.metric])
+        judge = partial(_verdict, plan, claim, measured=found)
         verdicts.append(
             Verdict(
                 claim.text,
@@ -189,7 +200,7 @@ def _judge(plan: Plan, records: Records, claims: Sequence[Claim]) -> list[Verdic
 
 
 def _hardest(made: Sequence[Comparison]) -> float | None:
-    return max((one.least for one in [c for c in made if not c.apart] or made), default=None)
+    return max((one.least for one in made), default=None)
 
 
 def _by_column(
@@ -208,21 +219,17 @@ def _by_column(
 
 def _answer(question: Contrast, measured: Samples, known: VarianceModel, family: int) -> _Answer:
     """Answer a question; ``family``: the number of all comparisons."""
-    from scipy import stats
-
     if question.form == "spread":
         above, below = ([measured[t.row, t.column] for t in question.terms if t.sign == sign] for sign in (1, -1))
         found = f_test(above, below)
         return _Answer(found.ratio, found.interval, found.p, found.p_reversed, smallest_ratio(found.df, family))
     result = t_test(question.terms, -question.limit, measured, known)
-    half = float(stats.t.isf(0.025, result.df)) * result.error
-    interval = (result.difference - half, result.difference + half)
     sides = 2 if question.form == "two_sided" else 1
     least = smallest_detectable(result.error, result.df, sides * family)
     p, p_reversed = result.p, result.p_reversed
     if question.form == "two_sided":
         p = p_reversed = min(1.0, 2 * min(p, p_reversed))
-    return _Answer(result.difference, interval, p, p_reversed, least, result.apart)
+    return _Answer(result.difference, result.interval(), p, p_reversed, least)
 
 
 def _comparison(question: Contrast, answer: _Answer, p: float, p_reversed: float, measured: Samples) -> Comparison:
@@ -244,7 +251,6 @@ def _comparison(question: Contrast, answer: _Answer, p: float, p_reversed: float
         outcome,
         answer.least,
         question.form,
-        answer.apart,
     )
 
 
@@ -254,12 +260,11 @@ def _verdict(
     asked: Sequence[Contrast],
     made: Sequence[Comparison],
     measured: Samples,
-    known: VarianceModel,
 ) -> tuple[Decision, str]:
     if not asked:
         return "not decided", "no row's parts include another row's"
     counts = {outcome: sum(one.outcome == outcome for one in made) for outcome in ("shown", "reversed", "open")}
-    lacking = list(dict.fromkeys(reason for question in asked for reason in _lacking(plan, question, measured, known)))
+    lacking = list(dict.fromkeys(reason for question in asked for reason in _lacking(plan, question, measured)))
     more = len(lacking) - 1
     rest = f" (likewise {more} more cell{'s' if more > 1 else ''})" if more > 0 else ""
     if claim.kind == "differs":
@@ -288,7 +293,7 @@ def _worst(reversed_: Sequence[Comparison]) -> str:
     return f"{one.higher!r} is {-one.difference:.1f} points below {one.lower!r} ({one.column})"
 
 
-def _lacking(plan: Plan, question: Contrast, measured: Samples, known: VarianceModel) -> Iterator[str]:
+def _lacking(plan: Plan, question: Contrast, measured: Samples) -> Iterator[str]:
     """Yield why a question cannot be answered: cells with fewer than three seeds, own or common; two precisions."""
     few = any(_ceiling(plan, term.row) for term in question.terms)
     for label in dict.fromkeys(plan.table.rows[t.row].label for t in question.terms if _ceiling(plan, t.row)):
@@ -302,7 +307,7 @@ def _lacking(plan: Plan, question: Contrast, measured: Samples, known: VarianceM
         elif have < FEWEST_SEEDS:
             yield f"{where} has {have} of {max(planned, FEWEST_SEEDS)} seeds, and {FEWEST_SEEDS} are needed"
     if question.form != "spread":
-        why = "" if few else untestable(contrast_parts(question.terms, measured, known), known, FEWEST_SEEDS)
+        why = "" if few else untestable(contrast_parts(question.terms, measured), FEWEST_SEEDS)
         if why:
             yield f"{question.higher!r} and {question.lower!r} ({question.column}): {why}"
     else:
@@ -346,46 +351,45 @@ def _said(
     on = f"on {METRICS[claim.metric].name} over seeds"
     if claim.kind == "less_stable":
         return f"F test {on}, of variances pooled within the cells of either side, at 5 %; {corrected}"
-    if not known.pools:
-        return "none: no two rows have two seeds in common"
     sides = "two-sided t tests at 5 %" if claim.kind == "differs" else "one-sided t tests at 5 % in each direction"
     beyond = f", with a tolerance of {claim.tolerance:g}," if claim.tolerance else ""
     beyond = f", beyond a margin of {claim.margin:g}," if claim.margin else beyond
-    spreads = "; ".join(_spreads(plan, known, asked, measured)) or "differences paired by seed"
-    return f"{sides}{beyond} {on}, {spreads}; {corrected}"
+    return f"{sides}{beyond} {on}, {'; '.join(_spreads(plan, known, asked, measured))}; {corrected}"
 
 
 def _spreads(plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measured: Samples) -> Iterator[str]:
-    """Yield the standard deviations of a claim's tests, and what is paired."""
-    cells = list(dict.fromkeys((term.row, term.column) for question in asked for term in question.terms))
-    taken = {place: measured[place] for place in cells if place in measured}
-    several = len({precision for _, precision in known.pools}) > 1
-    for (read, precision), pool in known.pools.items():
-        if any(one.read == read and one.precision in (precision, "") for one in taken.values()):
+    """Yield what is paired, and the standard deviations of a claim's tests."""
+    places = dict.fromkeys(term[:2] for one in asked for term in one.terms if term[:2] in measured)
+    cells = {place: measured[place] for place in places if measured[place].values}
+    pools = {one.pool for one in cells.values()}
+    yield "differences paired by seed"
+    several = len({precision for _, precision in pools}) > 1
+    for (read, precision), prior in known.items():
+        if (read, precision) in pools:
             of = f" of the {' '.join(filter(None, reversed(read.split('/'))))} reading" if read else ""
             of += f" in {precision}" if several else ""
-            yield (
-                f"differences paired by seed, one standard deviation of them{of}, {pool.paired:.2f} points (√2 times "
-                f"the residual's of rows and seeds, pooled over {pool.cells} cells, {pool.df} degrees of freedom)"
-            )
+            common = f"{prior.sd:.2f} points, that of {prior.pairs} pairs of rows"
+            if math.isinf(prior.df):
+                yield f"their standard deviation{of} is {common}, which differ in it by chance alone"
+            else:
+                yield (
+                    f"a standard deviation{of} below {common}, is drawn up towards it, which counts for {prior.df:.1f} "
+                    "degrees of freedom; one above is the pair's own"
+                )
+    if pools - known.keys():
+        yield "each pair's standard deviation is its own"
     if any(len({term.column for term in question.terms}) > 1 for question in asked):
         yield "seeds are paired within each column, and what two columns leave is taken as independent"
-    if any(_seed_by_seed(question, measured, known) for question in asked):
-        yield "two readings or precisions are compared seed by seed, with the spread of their own differences"
-    table = plan.table
+    if len(pools) > 1:
+        yield "two streams, networks or precisions are compared with a standard deviation of their own"
+    wild = {one for prior in known.values() for one in prior.apart}
     apart = [
-        f"{table.rows[row].label} at {table.columns[column].label} ({known.apart[one]:.1f})"
-        for (row, column), one in taken.items()
-        if one in known.apart
+        f"{plan.table.rows[row].label} at {plan.table.columns[column].label} ({statistics.stdev(one.values):.1f})"
+        for (row, column), one in cells.items()
+        if one in wild
     ]
     if apart:
         yield (
-            f"with the spread of their own differences, seed by seed, for cells that spread more than the others (F "
-            f"test, 1 % over all cells; standard deviation of a cell in brackets): {', '.join(apart)}"
+            "compared with a standard deviation of their own, since their seeds spread more than the others: "
+            f"{', '.join(apart)} (standard deviation in brackets; F test, 1 % over all cells)"
         )
-
-
-def _seed_by_seed(question: Contrast, measured: Samples, known: VarianceModel) -> bool:
-    """Return whether a question's differences have a spread of their own for another reason than a cell's spread."""
-    found = {one for row, column, _ in question.terms if (one := measured.get((row, column))) and one.values}
-    return not found & known.apart.keys() and len({one.pool for one in found}) > 1

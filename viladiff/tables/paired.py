@@ -2,46 +2,66 @@
 
 A seed gives two rows the same labelled images, first weights and order of images, so that its luck favours neither. All
 numbers are in points.
+
+Two rows that train almost alike differ by almost the same at each seed, and two others by less so: with one variance
+for all pairs the second kind would have intervals that are too short. A variance of each pair's own has two to five
+degrees of freedom and finds little. So the distribution of the variances of all pairs is estimated (G. K. Smyth,
+Statistical Applications in Genetics and Molecular Biology 3(1), 2004). Where they differ by chance alone, all pairs
+have one. Otherwise a pair with less than most has a moderated variance, which is drawn up towards the others, and a
+pair with more has its own: drawn down, its intervals would hold the true difference less often than they say.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
 from viladiff.tables.significance import CellSample, Samples, Term, sum_of_squares
 
 APART = 0.01
-"""Chance that any cell is set apart for its spread though all spread alike."""
+"""Chance that any cell of a column is taken for an outlier though all spread alike."""
+FEWEST_PAIRS = 4
+"""Compared pairs below which no variance is drawn towards others."""
+_ROUNDING = 1e-10
+"""Spreads below this share of the largest value are rounding."""
+
+Pool = tuple[str, str]
+"""``CellSample.pool``: a reading of the networks, and a precision."""
+VarianceModel = Mapping[Pool, "SpreadPrior"]
 
 
-class CellResidual(NamedTuple):
-    """The residual of rows and seeds (a randomised block design), with one variance for all cells."""
+class SpreadPrior(NamedTuple):
+    """The scaled inverse chi-square distribution of the variances of paired differences."""
 
     sd: float
-    df: int
-    cells: int
+    """s_0: the standard deviation of a difference of two rows at one seed that variances are drawn towards."""
+    df: float
+    """d_0: the degrees of freedom that it counts for; infinite where variances differ by chance alone."""
+    most: int
+    """Degrees of freedom that a variance can have: those of the residual of rows and seeds over all columns."""
+    pairs: int
+    """Number of variances that it was estimated from."""
+    apart: frozenset[CellSample] = frozenset()
+    """Outliers, whose differences have a variance of their own."""
 
-    @property
-    def paired(self) -> float:
-        """The standard deviation of a difference between two rows at the same seed: √2 times the residual's."""
-        return math.sqrt(2) * self.sd
+    def moderated(self, variance: float, df: int, size: float = 1.0) -> tuple[float, float]:
+        """Return the variance to test with, and its degrees of freedom.
 
-
-class VarianceModel(NamedTuple):
-    """The estimate of the variance between seeds."""
-
-    pools: dict[tuple[str, str], CellResidual]
-    """One for each reading of the networks, and each precision, by ``Sample.pool``; none where no residual is left."""
-    apart: dict[CellSample, float]
-    """Cells that spread more than a pool explains, in none, and the standard deviations of their values."""
-    fits: dict[tuple[int, tuple[str, str]], Fit]
-    """By column and pool, of the cells that are not set apart."""
+        Where d_0 is infinite, s_0². A variance above s_0² is kept. One below is drawn up (Smyth, section 3): s̃² =
+        (d_0 s_0² + d s²) / (d_0 + d), with d_0 + d degrees of freedom. ``size``: the variance of a contrast as a
+        multiple of that of a difference of two cells, half the sum of its squared weights.
+        """
+        prior = size * self.sd**2
+        if math.isinf(self.df):
+            return prior, float(max(self.most, df))
+        if variance >= prior:
+            return variance, float(df)
+        return (self.df * prior + df * variance) / (self.df + df), min(self.df + df, float(max(self.most, df)))
 
 
 class TTest(NamedTuple):
@@ -52,97 +72,148 @@ class TTest(NamedTuple):
     """Degrees of freedom of that error."""
     p: float
     p_reversed: float
-    apart: bool
-    """Whether a cell that is set apart takes part."""
 
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the difference."""
+        from scipy import stats
 
-def variance_model(measured: Samples) -> VarianceModel:
-    """Pool the variance of all cells that read their networks alike and have one precision, without outlying cells.
-
-    The residuals are those of rows and seeds in each column, summed over columns. The cell that adds most to them is
-    excluded while an F test of its part against the others' gives p below 1 % / the number of cells; then the next is
-    tested. A run that reads 40 once and 6 twice would otherwise hide every other difference of its table, and lend its
-    own a certainty that three such numbers do not have.
-    """
-    columns: dict[tuple[str, str], dict[int, list[CellSample]]] = defaultdict(lambda: defaultdict(list))
-    for (_, column), one in measured.items():
-        if one.values and one not in columns[one.pool][column]:
-            columns[one.pool][column].append(one)
-    pools: dict[tuple[str, str], CellResidual] = {}
-    apart: dict[CellSample, float] = {}
-    fits: dict[tuple[int, tuple[str, str]], Fit] = {}
-    for key, found in columns.items():
-        wild = _wild(_once(found))
-        apart |= {one: math.sqrt(sum_of_squares(one.values) / (len(one.values) - 1)) for one in wild}
-        kept = {column: [one for one in cells if one not in wild] for column, cells in found.items()}
-        fits |= {(column, key): _fit(cells) for column, cells in kept.items()}
-        left = [(_fit(cells), cells) for cells in _once(kept).values()]
-        df = sum(one.df for one, _ in left)
-        if df:
-            sd = math.sqrt(sum(one.squares for one, _ in left) / df)
-            pools[key] = CellResidual(sd, df, sum(len(cells) for one, cells in left if one.df))
-    return VarianceModel(pools, apart, fits)
-
-
-def _once(columns: Mapping[int, Sequence[CellSample]]) -> dict[int, list[CellSample]]:
-    """Return cells by column, a cell of several columns in the first alone: its residuals count once."""
-    seen: set[CellSample] = set()
-    found: dict[int, list[CellSample]] = {}
-    for column, cells in columns.items():
-        found[column] = [one for one in cells if one not in seen]
-        seen |= set(cells)
-    return found
-
-
-def _fit(cells: Iterable[CellSample]) -> Fit:
-    return fit_rows({one: one.by_seed for one in cells})
-
-
-def _wild(columns: Mapping[int, Sequence[CellSample]]) -> list[CellSample]:
-    """Return the cells to exclude, the one that adds most to the residuals first."""
-    from scipy import stats
-
-    kept = {column: list(cells) for column, cells in columns.items()}
-    wild: list[CellSample] = []
-    while sum(map(len, kept.values())) > 2:
-        whole = {column: _fit(cells) for column, cells in kept.items()}
-        asked: list[tuple[float, float, int, CellSample]] = []
-        for column, one in ((column, one) for column, cells in kept.items() for one in cells if len(one.values) > 1):
-            less = _fit(other for other in kept[column] if other is not one)
-            added = whole[column].squares - less.squares, whole[column].df - less.df
-            rest = [less, *(other for place, other in whole.items() if place != column)]
-            squares, df = sum(other.squares for other in rest), sum(other.df for other in rest)
-            if added[1] and df:
-                ratio = added[0] / added[1] / (squares / df) if squares else math.inf if added[0] else 0.0
-                p = float(stats.f.sf(ratio, added[1], df))
-                asked.append((p, -sum_of_squares(one.values), column, one))
-        if not asked or sum(map(len, columns.values())) * min(asked)[0] >= APART:
-            break
-        *_, column, top = min(asked)
-        kept[column].remove(top)
-        wild.append(top)
-    return wild
+        half = float(stats.t.isf(0.025, self.df)) * self.error
+        return self.difference - half, self.difference + half
 
 
 class Part(NamedTuple):
-    """Some of a comparison's cells, and how they are compared."""
+    """Some of a comparison's cells, which are compared seed by seed."""
 
     weights: dict[CellSample, float]
-    fit: Fit | None
-    """Of their column, with a pool's variance; None where differences are taken seed by seed."""
+    pool: Pool | None
+    """``CellSample.pool`` of cells of one column whose weights add up to 0; None for all others, whose differences have
+    a variance of their own."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Those that all its cells have."""
         return tuple(sorted(set.intersection(*(set(one.seeds) for one in self.weights))))
 
+    def by_seed(self) -> list[float]:
+        """Return the weighted sum at each seed."""
+        return [sum(weight * one.by_seed[seed] for one, weight in self.weights.items()) for seed in self.seeds]
 
-def contrast_parts(terms: Sequence[Term], measured: Samples, known: VarianceModel) -> list[Part]:
-    """Choose how a sum of signed cells is compared; cells on both sides cancel, and all of them may.
+    @property
+    def size(self) -> float:
+        """Half the sum of squared weights: 1 for a difference of two cells."""
+        return sum(weight**2 for weight in self.weights.values()) / 2
 
-    In each column and pool whose signs add up to 0: by the fit of rows and seeds. Otherwise (two readings of one run,
-    two precisions), or if a cell is excluded: the column's cells together, seed by seed. Columns whose own signs do not
-    add up to 0: all of them together, seed by seed.
+
+# The variance of all pairs
+
+
+def variance_model(asked: Iterable[Sequence[Term]], measured: Samples) -> VarianceModel:
+    """Estimate the distribution of variances from all pairs of cells that take part in the comparisons ``asked``.
+
+    Pairs are of one column and one pool. All of them, since variances of pairs that have one row in common are too much
+    alike; but not those of ``_outliers``. A pool with fewer than ``FEWEST_PAIRS`` variances has none.
+    """
+    columns: dict[Pool, dict[int, set[CellSample]]] = defaultdict(lambda: defaultdict(set))
+    for row, column, _ in (term for terms in asked for term in terms):
+        one = measured.get((row, column))
+        if one is not None and len(one.values) > 1:
+            columns[one.pool][column].add(one)
+    found = {}
+    for pool, cells in columns.items():
+        # Sorted, since sums must not depend on the order in which a set holds its members.
+        wild = {one for those in cells.values() for one in _outliers(those)}
+        kept = [sorted(those - wild) for those in cells.values()]
+        pairs = dict.fromkeys(two for those in kept for two in combinations(those, 2))
+        spreads = [spread for one, other in pairs if (spread := _spread(one, other)) is not None]
+        if len(spreads) >= FEWEST_PAIRS:
+            variances, dfs = zip(*spreads, strict=True)
+            found[pool] = fit_prior(variances, dfs, sum(map(_residual_df, kept)))._replace(apart=frozenset(wild))
+    return found
+
+
+def _spread(one: CellSample, other: CellSample) -> tuple[float, int] | None:
+    """Return variance and degrees of freedom; None below two common seeds, or where all that is left is rounding."""
+    sums = Part({one: 1, other: -1}, None).by_seed()
+    if len(sums) < 2:
+        return None
+    variance = sum_of_squares(sums) / (len(sums) - 1)
+    largest = max(map(abs, (*one.values, *other.values)))
+    return (variance, len(sums) - 1) if variance > (_ROUNDING * largest) ** 2 else None
+
+
+def _outliers(cells: Set[CellSample]) -> set[CellSample]:
+    """Return the cells of a column that spread more than the others, by an F test at ``APART`` / the number of cells.
+
+    One method that collapses in two seeds of three would otherwise make all variances seem to differ. With R rows of S
+    seeds the differences of a row to the mean of all others have the variance σ² R / (R - 1) if all spread alike, with
+    S - 1 degrees of freedom, and σ², half the mean variance of the others' pairs, has (R - 2) (S - 1). The cell with
+    the lowest p goes first, then the others are tested again; three stay.
+    """
+    from scipy import stats
+
+    kept = sorted(cells)
+    spreads = {two: spread[0] for two in combinations(kept, 2) if (spread := _spread(*two)) is not None}
+    while len(kept) > 3:
+        asked = []
+        for one in kept:
+            rest = [value for two, value in spreads.items() if one not in two]
+            left = _to_others(one, kept)
+            if rest and len(left) > 1:
+                variance = sum_of_squares(left) / (len(left) - 1) * (len(kept) - 1) / len(kept)
+                df = len(left) - 1
+                p = float(stats.f.sf(variance / (sum(rest) / len(rest) / 2), df, (len(kept) - 2) * df))
+                asked.append((p, -variance, one))
+        if not asked or len(cells) * min(asked)[0] >= APART:
+            break
+        kept.remove(min(asked)[2])
+        spreads = {two: value for two, value in spreads.items() if set(two) <= set(kept)}
+    return set(cells) - set(kept)
+
+
+def _to_others(one: CellSample, cells: Sequence[CellSample]) -> list[float]:
+    """Return a cell's differences to the mean of all others, at the seeds that it shares with any."""
+    found = []
+    for seed, value in one.by_seed.items():
+        others = [other.by_seed[seed] for other in cells if other is not one and seed in other.seeds]
+        if others:
+            found.append(value - sum(others) / len(others))
+    return found
+
+
+def fit_prior(variances: Sequence[float], dfs: Sequence[int], most: int) -> SpreadPrior:
+    """Estimate s_0 and d_0 by the moments of log variances. Smyth (2004), section 6.2.
+
+    With e = log s² - ψ(d/2) + log(d/2): d_0 solves ψ'(d_0/2) = mean((e - ē)² n / (n - 1) - ψ'(d/2)), and s_0² =
+    exp(ē + ψ(d_0/2) - log(d_0/2)). Where the right side is not positive d_0 is infinite, and s_0² the mean variance.
+    variances: (n,) above 0. dfs: (n,) their degrees of freedom.
+    """
+    from scipy import optimize, special
+
+    s2, half = np.asarray(variances, float), np.asarray(dfs, float) / 2
+    e = np.log(s2) - special.digamma(half) + np.log(half)
+    n = len(e)
+    excess = float(np.mean((e - e.mean()) ** 2 * n / (n - 1) - special.polygamma(1, half)))
+    if excess <= 0:
+        return SpreadPrior(math.sqrt(float(np.average(s2, weights=half))), math.inf, most, n)
+    # ψ' falls from infinity to 0.
+    d0 = 2 * math.exp(optimize.brentq(lambda x: special.polygamma(1, math.exp(x)) - excess, -25.0, 25.0))
+    log_s0 = float(e.mean() + special.digamma(d0 / 2) - math.log(d0 / 2))
+    return SpreadPrior(math.exp(log_s0 / 2), d0, most, n)
+
+
+def _residual_df(cells: Collection[CellSample]) -> int:
+    """Values less rows and seeds, plus one: of a column whose rows are joined by common seeds."""
+    seeds = {seed for one in cells for seed in one.seeds}
+    return max(0, sum(len(one.values) for one in cells) - len(cells) - len(seeds) + 1)
+
+
+# Tests of rows
+
+
+def contrast_parts(terms: Sequence[Term], measured: Samples) -> list[Part]:
+    """Divide a sum of signed cells into parts; cells on both sides cancel, and all of them may.
+
+    A part is a column whose signs add up to 0; columns whose own signs do not are one part together.
     """
     weights: dict[CellSample, float] = defaultdict(float)
     place: dict[CellSample, int] = {}
@@ -155,148 +226,53 @@ def contrast_parts(terms: Sequence[Term], measured: Samples, known: VarianceMode
             columns[place[one]][one] = weight
     found: list[Part] = []
     loose: dict[CellSample, float] = {}
-    for column, cells in columns.items():
-        sums: dict[tuple[str, str], float] = defaultdict(float)
-        for one, weight in cells.items():
-            sums[one.pool] += weight
-        if sum(sums.values()):
+    for cells in columns.values():
+        if sum(cells.values()):
             loose |= cells
-        elif any(sums.values()) or any(one in known.apart for one in cells):
-            found.append(Part(cells, None))
         else:
-            found += [
-                Part({one: weight for one, weight in cells.items() if one.pool == pool}, known.fits[column, pool])
-                for pool in sums
-            ]
+            pools = {one.pool for one in cells}
+            found.append(Part(cells, pools.pop() if len(pools) == 1 else None))
     return [*found, *([Part(loose, None)] if loose else [])]
 
 
 def t_test(terms: Sequence[Term], tolerance: float, measured: Samples, known: VarianceModel) -> TTest:
     """Test whether a sum of signed cells is above minus the tolerance: t = (sum + tolerance) / error.
 
-    The error's square adds up over ``parts``: of a fit, the pool's variance times the contrast's factor (2 / n of two
-    rows with the same n seeds); of differences seed by seed, their variance / n, over the n seeds that all cells have.
-    Where more than one estimate of a variance takes part, degrees of freedom are Welch's and Satterthwaite's; what
-    columns leave is taken as independent of each other. Where the error is 0, a p value is 0 or 1.
+    The error's square adds up over ``contrast_parts``: of n sums at common seeds, their moderated variance / n. Columns
+    are taken as independent of each other; degrees of freedom of several parts are Welch's and Satterthwaite's. Where
+    the error is 0, a p value is 0 or 1.
 
     Raises ValueError if ``untestable`` says why.
     """
     from scipy import stats
 
-    difference, apart = 0.0, False
-    shares: dict[object, float] = defaultdict(float)  # by estimate of a variance: its share of the error's square
-    freedom: dict[object, int] = {}
-    found = contrast_parts(terms, measured, known)
-    why = untestable(found, known, 2)
-    if why:
+    found = contrast_parts(terms, measured)
+    if why := untestable(found, 2):
         raise ValueError(why)
-    for number, part in enumerate(found):
-        apart = apart or any(one in known.apart for one in part.weights)
-        contrast = part.fit.contrast(part.weights) if part.fit else None
-        if contrast is not None:
-            pool = next(iter(part.weights)).pool
-            difference += contrast.value
-            shares[pool] += known.pools[pool].sd ** 2 * contrast.factor
-            freedom[pool] = known.pools[pool].df
-        else:
-            n = len(part.seeds)
-            sums = [sum(w * one.by_seed[seed] for one, w in part.weights.items()) for seed in part.seeds]
-            difference += sum(sums) / n
-            shares[number], freedom[number] = sum_of_squares(sums) / (n - 1) / n, n - 1
+    difference, shares = 0.0, []
+    for part in found:
+        sums = part.by_seed()
+        n, prior = len(sums), known.get(part.pool) if part.pool is not None else None
+        variance, df = sum_of_squares(sums) / (n - 1), float(n - 1)
+        if prior is not None and not prior.apart & part.weights.keys():
+            variance, df = prior.moderated(variance, n - 1, part.size)
+        difference += sum(sums) / n
+        shares.append((variance / n, df))
     largest = max((abs(value) for part in found for one in part.weights for value in one.values), default=0.0)
-    square, beyond = sum(shares.values()), difference + tolerance
-    if square <= (1e-10 * largest) ** 2:
-        beyond = 0.0 if abs(beyond) <= 1e-10 * largest else beyond
-        return TTest(difference, 0.0, 1.0, float(beyond <= 0), float(beyond >= 0), apart)
+    square, beyond = sum(share for share, _ in shares), difference + tolerance
+    if square <= (_ROUNDING * largest) ** 2:
+        beyond = 0.0 if abs(beyond) <= _ROUNDING * largest else beyond
+        return TTest(difference, 0.0, 1.0, float(beyond <= 0), float(beyond >= 0))
     error = math.sqrt(square)
-    df = square**2 / sum(share**2 / freedom[key] for key, share in shares.items() if share)
+    df = square**2 / sum(share**2 / freedom for share, freedom in shares if share)
     t = beyond / error
-    return TTest(difference, error, df, float(stats.t.sf(t, df)), float(stats.t.cdf(t, df)), apart)
+    return TTest(difference, error, df, float(stats.t.sf(t, df)), float(stats.t.cdf(t, df)))
 
 
-def untestable(found: Sequence[Part], known: VarianceModel, fewest: int) -> str:
+def untestable(found: Sequence[Part], fewest: int) -> str:
     """Explain why cells with enough seeds each cannot be compared; empty if they can."""
     for part in found:
-        if part.fit is None or part.fit.contrast(part.weights) is None:
-            if len(part.seeds) < fewest:
-                have = f"{len(part.seeds)} seed{'s' if len(part.seeds) != 1 else ''}"
-                return f"the cells have {have} in common, and {fewest} are needed"
-        elif next(iter(part.weights)).pool not in known.pools:
-            return "no seed is left to tell the spread of differences by"
+        if len(part.seeds) < fewest:
+            have = f"{len(part.seeds)} seed{'s' if len(part.seeds) != 1 else ''}"
+            return f"the cells have {have} in common, and {fewest} are needed"
     return ""
-
-
-_ROUNDING = 1e-10
-"""Residuals below this share of the largest value are rounding."""
-_SMALL = 1e-8
-"""Of a weight in a contrast."""
-
-
-class FittedContrast(NamedTuple):
-    """A sum of rows with weights that add up to 0."""
-
-    value: float
-    factor: float
-    """Its variance as a multiple of the residual's."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The least-squares fit of a column."""
-
-    rows: tuple[Hashable, ...]
-    squares: float
-    """Sum of squared residuals."""
-    df: int
-    """Degrees of freedom of the residual: values less the rank of rows and seeds together."""
-    estimates: np.ndarray
-    """(rows,) effects, of which differences alone mean something."""
-    inverse: np.ndarray
-    """(rows, rows): covariance of contrasts as a multiple of the residual's variance."""
-    information: np.ndarray
-    """(rows, rows): its Moore-Penrose inverse."""
-
-    def contrast(self, weights: Mapping[Any, float]) -> FittedContrast | None:
-        """Return the contrast; None if the cells do not determine it.
-
-        Rows that no chain of common seeds joins, or weights that do not add up to 0, determine none. Raises KeyError
-        for a row that is not in the fit.
-        """
-        c = np.zeros(len(self.rows))
-        for row, weight in weights.items():
-            c[self._place(row)] += weight
-        if np.abs(self.information @ (self.inverse @ c) - c).max(initial=0.0) > _SMALL:
-            return None
-        return FittedContrast(float(c @ self.estimates), float(c @ self.inverse @ c))
-
-    def _place(self, row: Hashable) -> int:
-        if row not in self.rows:
-            raise KeyError(row)
-        return self.rows.index(row)
-
-
-def fit_rows(cells: Mapping[Any, Mapping[int, float]]) -> Fit:
-    """Fit rows and seeds. ``cells``: each row's values by seed; rows without one are left out.
-
-    With n_rs = 1 where row r has seed s, k_s rows at seed s and totals T_r and B_s: the estimates solve C b = q, C =
-    diag(Σ_s n_rs) - n diag(1 / k) nᵀ, q = T - n (B / k). The solution of least norm is taken.
-    """
-    there = {row: dict(values) for row, values in cells.items() if values}
-    rows, seeds = tuple(there), sorted({seed for values in there.values() for seed in values})
-    if not rows:
-        return Fit((), 0.0, 0, np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0)))
-    have = np.array([[seed in values for seed in seeds] for values in there.values()], float)
-    y = np.array([[values.get(seed, 0.0) for seed in seeds] for values in there.values()])
-    largest = float(np.abs(y).max())
-    y = have * (y - y.sum() / have.sum())  # an even level changes no contrast, and fewer digits are lost
-    per_seed = have.sum(0)
-    information = np.diag(have.sum(1)) - (have / per_seed) @ have.T
-    inverse = np.linalg.pinv(information, rcond=_SMALL, hermitian=True)
-    estimates = inverse @ (y.sum(1) - have @ (y.sum(0) / per_seed))
-    level = ((y - have * estimates[:, None]).sum(0)) / per_seed
-    left = have * (y - estimates[:, None] - level)
-    rank = int(np.linalg.matrix_rank(information, tol=_SMALL, hermitian=True))
-    squares = float((left**2).sum())
-    if squares <= have.sum() * (_ROUNDING * largest) ** 2:
-        squares = 0.0
-    return Fit(rows, squares, int(have.sum()) - len(seeds) - rank, estimates, inverse, information)

@@ -15,6 +15,8 @@ from PIL import Image
 from viladiff.core.atomic import write_atomically
 from viladiff.core.colormap import SERIES
 from viladiff.core.hashing import sha256_hex
+from viladiff.evaluation.metrics import METRICS
+from viladiff.report.charts import differences
 from viladiff.report.charts.themes import plain
 from viladiff.report.sections.learning_curves import TERMS, Curve
 from viladiff.report.table.results import Results, number, row_name, summary
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 260, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 8, 8, 20
+_FORM = 2
+"""Raised when the same numbers are drawn otherwise."""
 Limits = tuple[float, float]
 
 
@@ -93,22 +97,28 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path) -> list[Path]:
-    """Write scores and, if there are step logs, curves, as PNG and SVG; return their paths.
+    """Write scores, differences to the reference row and, if there are step logs, curves, as PNG and SVG.
+
+    Returns their paths. A figure without numbers is left out, but for scores, and an old one is removed.
 
     A figure whose PNG was drawn from the same numbers is kept, and matplotlib, which takes longer to load than all the
     rest of a page takes to make, is not loaded for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted: dict[str, tuple[str, Callable[[], Figure]]] = {
-        "scores": (sha256_hex(json.dumps(_score_numbers(results))), lambda: _scores(results)),
+        "scores": (_digest(_score_numbers(results)), lambda: _scores(results)),
     }
+    if gaps := differences.gaps_of(results):
+        against = row_name(results, results.reference)
+        metric = METRICS[results.plan.table.metric].name
+        wanted["differences"] = (
+            _digest([gaps, against, metric]),
+            lambda: differences.draw(gaps, against, metric),
+        )
     if "sup" in curves:
         numbers = [(c.row, c.column, c.steps.tolist(), c.mean.tolist()) for c in curves["sup"]]
         labels = [_title(results, c.row) + results.plan.table.columns[c.column].label for c in curves["sup"]]
-        wanted["curves"] = (
-            sha256_hex(json.dumps([numbers, labels])),
-            lambda: _lines(results, curves["sup"], TERMS["sup"]),
-        )
+        wanted["curves"] = _digest([numbers, labels]), lambda: _lines(results, curves["sup"], TERMS["sup"])
     written = []
     for name, (digest, draw) in wanted.items():
         paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
@@ -116,6 +126,10 @@ def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path)
             _write(draw(), paths, digest)
         written += paths
     return written
+
+
+def _digest(numbers: object) -> str:
+    return sha256_hex(json.dumps([_FORM, numbers]))
 
 
 def _write(figure: Figure, paths: Sequence[Path], digest: str) -> None:
@@ -203,21 +217,32 @@ def _scores(results: Results) -> Figure:
 
 
 def _lines(results: Results, curves: Sequence[Curve], name: str) -> Figure:
-    """Draw a panel a column, a line a row; our own rows are dashed."""
-    columns, table = [c for c in results.plan.columns if any(x.column == c for x in curves)], results.plan.table
-    figure, axes = _figure(0.6 + 3.4 * len(columns) + 2.2, 3.2, len(columns), 0.6)
-    figure.subplots_adjust(right=1 - 2.3 / figure.get_figwidth())
-    shades = [f"C{i}" for i in range(10)]
+    """Draw a panel a column, a line a row. Columns with controls alone are left out if others have more."""
+    table, rows = results.plan.table, list(dict.fromkeys(x.row for x in curves))
+    told = {x.column for x in curves if not table.rows[x.row].control} or {x.column for x in curves}
+    columns = [c for c in results.plan.columns if c in told]
+    names = {row: plain(_title(results, row)) for row in rows}
+    key = 0.4 + 0.055 * max(map(len, names.values()))
+    figure, axes = _figure(0.6 + 3.4 * len(columns) + key, max(3.2, 0.15 * len(rows) + 0.6), len(columns), 0.6)
+    figure.subplots_adjust(right=1 - key / figure.get_figwidth())
     for axis, column in zip(axes, columns, strict=True):
         for curve in (c for c in curves if c.column == column):
-            place = results.plan.rows.index(curve.row)
-            style = "--" if table.rows[curve.row].control else "-"
-            css, label = shades[place % len(shades)], plain(_title(results, curve.row)[:34])
-            axis.plot(curve.steps, curve.mean, style, color=css, linewidth=1, label=label)
+            place = rows.index(curve.row)  # ten colours, then the same with another dash
+            css, style = f"C{place % 10}", ("-", "--", ":", "-.")[place // 10 % 4]
+            axis.plot(curve.steps, curve.mean, style, color=css, linewidth=1.2, label=names[curve.row])
         axis.set_title(plain(table.columns[column].label), fontsize=8)
         axis.set_xlabel("step", fontsize=8)
     axes[0].set_ylabel(name, fontsize=8)
-    axes[-1].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    ordered = [name for name in names.values() if name in handles]
+    axes[-1].legend(
+        [handles[name] for name in ordered],
+        ordered,
+        fontsize=6,
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+    )
     if limits(curves)[2]:
         axes[0].set_yscale("log")
     return figure

@@ -85,7 +85,7 @@ def _choice(where: str, alternatives: Sequence[Alternative]) -> Choice:
         said = "Not decided."
     else:
         least = max(one.least for one in tested)
-        said = f"No difference shown; one of {least:.1f} points would have been seen four times in five."
+        said = f"No difference shown; the test has 80 % power for {least:.1f} points."
     return Choice(where, said, tuple(alternatives))
 
 
@@ -112,8 +112,8 @@ def choices_markdown(found: Sequence[Choice]) -> list[str]:
                 told = f"{signed(one.gap)} so far, not tested ({one.why})"
             else:
                 told = (
-                    f"{seen(tested)} (95 % interval {interval(tested)}; p {p_value(tested.p)}): {one.outcome}; "
-                    f"{least(tested)} would have been seen four times in five"
+                    f"{seen(tested)} (95 % interval {interval(tested)}; p {p_value(tested)}): {one.outcome}; "
+                    f"80 % power for {least(tested)}"
                 )
             out += [f"  - {markdown(f'{one.number} {one.label}, {one.column}: {told}')}"]
     return out

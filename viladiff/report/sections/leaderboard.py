@@ -94,7 +94,7 @@ def build_leaderboard(results: Results, store: Store, out: Path, verdicts: Seque
         return None
     measured = read_costs(out, store.layers)
     lines = tuple(_line(results, row, measured) for row in results.rows())
-    found = tuple(tried(results, store.records()))
+    found = tuple(one for one in tried(results, store.records()) if len(one.rates) > 1)
     pictures, files = _pictures(results, lines, out / "figures")
     said = ranking.ranking_sentences(results, verdicts, found)
     return Leaderboard(tuple(said), lines, measured, pictures, files, found)

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from viladiff.tables.claims import Comparison, Verdict
 
 LEGEND = (
-    "Intervals are 95 %, for one difference at a time; p is corrected for all comparisons of the same source. "
-    "“Unseen” is the smallest true difference that the test finds four times in five."
+    "Intervals are 95 %, two-sided, for one difference at a time. p is corrected for all comparisons of one source; "
+    "it is one-sided, in the claimed direction or, of a lower one, in the other, and two-sided where no direction is "
+    "claimed. A comparison is shown at p < 0.05. “80 % power at” is the true difference that the test finds four "
+    "times in five: a smaller one may be there. Below three seeds a side nothing is tested."
 )
+"""Beneath a list of comparisons."""
 
 
 def signed(value: float | None) -> str:
@@ -53,23 +56,40 @@ def in_print(comparison: Comparison) -> str:
 
 
 def it_is(comparison: Comparison) -> str:
-    """Return how the first row compares with the second: higher, lower, open."""
-    return {"shown": "higher", "reversed": "lower", "open": "open"}[comparison.outcome]
+    """Return how the first row compares with the second: higher, lower, not shown."""
+    return {"shown": "higher", "reversed": "lower", "open": "not shown"}[comparison.outcome]
 
 
-def p_value(p: float) -> str:
+def p_value(comparison: Comparison) -> str:
+    """Format p in the claimed direction or, of a lower row, in the other."""
+    p = comparison.p_reversed if comparison.outcome == "reversed" else comparison.p
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def tally(verdicts: Sequence[Verdict]) -> list[str]:
+    """Return a sentence for each column: how many distinct comparisons are shown; what two claims ask counts once."""
+    columns: dict[str, dict[tuple[str, ...], Comparison]] = {}
+    for verdict in verdicts:
+        for one in verdict.comparisons:
+            columns.setdefault(one.column, {})[one.higher, one.lower, verdict.metric, verdict.source, one.form] = one
+    said = []
+    for column, made in columns.items():
+        counts = {kind: sum(one.outcome == kind for one in made.values()) for kind in ("shown", "reversed")}
+        against = f", {counts['reversed']} the other way" if counts["reversed"] else ""
+        said.append(f"{column}: {counts['shown']} of {len(made)} comparisons shown as claimed{against}.")
+    if said and any(verdict.verdict == "not decided" for verdict in verdicts):
+        said.append("A claim is decided when all its comparisons are made and shown, or one is shown the other way.")
+    return said
+
+
 def claim_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Yield a list in markdown: each claim, and below it its verdicts by column."""
+    """Yield a list in markdown: each claim, and below it its verdicts by column; first a count for each column."""
+    yield from (f"- {markdown(sentence)}" for sentence in tally(verdicts))
     for verdict in verdicts:
         whose = "The paper's" if verdict.source == "paper" else "Ours"
         times = "× " if any(one.form == "spread" for one in verdict.comparisons) else ""
         most = verdict.detectable
-        power = (
-            "" if most is None else f" Least difference that it would have seen four times in five: {times}{most:.1f}."
-        )
+        power = "" if most is None else f" 80 % power at {times}{most:.1f}."
         metric = METRICS[verdict.metric]
         yield (
             f"- **{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {metric.title or metric.name}. "
@@ -77,7 +97,7 @@ def claim_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
             f"Test: {markdown(verdict.test)}.{power}"
         )
         for one in verdict.by_column:
-            why = f"{markdown(one.why)}; least difference {one.least:.1f}"
+            why = f"{markdown(one.why)}; 80 % power at {one.least:.1f}"
             yield f"  - {markdown(one.column)} alone: **{one.verdict}** ({why})"
 
 
@@ -92,9 +112,9 @@ def comparison_grid(verdicts: Sequence[Verdict]) -> list[list[str]]:
         "95 % interval",
         "paper",
         "p",
-        "unseen",
+        "80 % power at",
         "seeds",
-        "it is",
+        "result",
     ]
     lines = {}
     for verdict in verdicts:
@@ -102,6 +122,6 @@ def comparison_grid(verdicts: Sequence[Verdict]) -> list[list[str]]:
         for one in verdict.comparisons:
             said = [markdown(text) for text in (one.higher, one.lower, one.column, metric.title or metric.name)]
             seeds = ", ".join(str(count) for count in dict.fromkeys(one.n))
-            numbers = [seen(one), interval(one), in_print(one), markdown(p_value(one.p)), f"&lt; {least(one)}", seeds]
+            numbers = [seen(one), interval(one), in_print(one), markdown(p_value(one)), least(one), seeds]
             lines[*said, verdict.source] = [*said, *numbers, it_is(one)]
     return [head, *lines.values()]

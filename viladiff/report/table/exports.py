@@ -189,7 +189,8 @@ def to_markdown(
         out += ["### Comparisons", "", *pipes(grid), "", LEGEND, ""] if len(grid) > 1 else []
     missing = reasons(results)
     out += ["## Missing", "", *(f"- {say(reason)}" for reason in missing), ""] if missing else []
-    notes = [*results.plan.table.notes, *(f"{r.label}: {r.note}" for r in results.plan.table.rows if r.note)]
+    rows = results.plan.table.rows
+    notes = [*results.plan.table.notes, *(f"{rows[i].label}: {rows[i].note}" for i in results.rows() if rows[i].note)]
     out += ["## Notes", "", *(f"- {say(note)}" for note in notes), ""] if notes else []
     out += ["## Provenance", "", f"- Made by: `{command.replace('`', ' ')}`"]
     out += [

@@ -277,7 +277,9 @@ def headline_sentence(results: Results) -> str:
         if row == other:
             said.append(where + (_standing(results, row, column) if plan.table.printed else ""))
         else:
-            said.append(where + _against(difference(found, base), plan.table.rows[other].label))
+            against = _against(difference(found, base), plan.table.rows[other].label)
+            board = plan.table.page == "leaderboard"
+            said.append(where + against + (_standing(results, row, column) if board else ""))
     name = row_name(results, row)
     if not said:
         which = "the last row" if not plan.table.headline else f"row {number(results, row)} ({name})"
@@ -301,7 +303,7 @@ def _column(results: Results, column: int) -> str:
 
 
 def _standing(results: Results, row: int, column: int) -> str:
-    """Describe a row's rank among the paper's measured rows."""
+    """Describe a row's rank among the measured rows that are no controls."""
     table = results.plan.table
     means = {r: summary(results.at(r, column), table.metric).mean for r in results.rows(control=False)}
     there = {r: mean for r, mean in means.items() if mean is not None}

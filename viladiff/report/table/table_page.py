@@ -309,7 +309,14 @@ def _judged(verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dic
     """Return the verdicts on the numbers: agreement with the printed order, and each claim."""
     placed, reach = table_views.forest(verdicts)
     agreed = [(found, exports.agreement_text(found)) for found in agreements]
-    return {"agreements": agreed, "verdicts": verdicts, "forest": placed, "reach": reach}
+    return {
+        "agreements": agreed,
+        "verdicts": verdicts,
+        "forest": placed,
+        "reach": reach,
+        "tally": comparisons.tally(verdicts),
+        "about_tests": comparisons.LEGEND,
+    }
 
 
 def _sources(results: Results, store: Store, out: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -183,14 +184,16 @@ class Forest:
 def forest(verdicts: Sequence[Verdict]) -> tuple[dict[int, Forest], float]:
     """Return intervals by ``id`` of each comparison, on one axis for all claims; and the axis' half width in points.
 
-    The interval of a cell that is excluded for its variance may leave the axis, or no other would be visible.
+    An interval that is four times as long as most may leave the axis, or no other would be visible.
     """
+    shown = [c for verdict in verdicts for c in verdict.comparisons if c.form != "spread"]
+    lengths = [c.interval[1] - c.interval[0] for c in shown]
+    long = 4 * statistics.median(lengths) if lengths else math.inf
     ends = [
         abs(end)
-        for verdict in verdicts
-        for c in verdict.comparisons
-        for end in ((c.difference,) if c.apart else (*c.interval, c.difference))
-        if math.isfinite(end) and c.form != "spread"
+        for c, length in zip(shown, lengths, strict=True)
+        for end in ((c.difference,) if length > long else (*c.interval, c.difference))
+        if math.isfinite(end)
     ]
     reach = 1.1 * max(ends, default=1.0) or 1.0
     span = (-reach, reach)

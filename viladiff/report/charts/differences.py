@@ -1,0 +1,146 @@
+"""Chart of each row's difference to the reference row: seeds as dots, mean, and 95 % interval of the table's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from viladiff.core.colormap import SERIES
+from viladiff.report.charts.themes import LIGHT, new_figure, plain
+from viladiff.report.table.comparisons import signed
+from viladiff.report.table.results import Results, number, paper_value, summary
+from viladiff.tables.claims import table_variances
+from viladiff.tables.paired import contrast_parts, t_test, untestable
+from viladiff.tables.significance import Term, cell_samples
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = {"row": SERIES[0], "control": "#888888", "ceiling": SERIES[1]}
+"""Colour of a row by its kind."""
+
+
+class Gap(NamedTuple):
+    """One row's difference to the reference in one column, in points."""
+
+    label: str
+    """Number and name."""
+    kind: str
+    values: tuple[float, ...]
+    """By seed, over the seeds of both rows."""
+    interval: tuple[float, float] | None
+    """95 % interval of the table's tests; None below two seeds, and for a ceiling."""
+    printed: float | None
+    """The paper's difference."""
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+
+def gaps_of(results: Results) -> dict[str, list[Gap]]:
+    """Return the rows that have a difference to the reference row, by the label of the column."""
+    plan, base = results.plan, results.reference
+    metric = plan.table.metric
+    measured = cell_samples(plan, results.records(), metric)
+    known = table_variances(plan, measured)
+    found: dict[str, list[Gap]] = {}
+    for column in plan.columns:
+        to = summary(results.at(base, column), metric).values
+        for row in plan.rows:
+            of = summary(results.at(row, column), metric).values
+            if row == base or not (seeds := sorted(of.keys() & to.keys())):
+                continue
+            kind = "ceiling" if row in plan.ceilings else "control" if plan.table.rows[row].control else "row"
+            terms = (Term(row, column, 1), Term(base, column, -1))
+            interval = None
+            if kind != "ceiling" and not untestable(contrast_parts(terms, measured), 2):
+                interval = t_test(terms, 0.0, measured, known).interval()
+            values = tuple(of[seed] - to[seed] for seed in seeds)
+            label = f"{number(results, row)}  {plan.table.rows[row].label}"
+            gap = Gap(label, kind, values, interval, _printed(results, row, column))
+            found.setdefault(plan.table.columns[column].label, []).append(gap)
+    return found
+
+
+def _printed(results: Results, row: int, column: int) -> float | None:
+    """Return the difference of the printed numbers, of the table's own metric."""
+    one, other = (paper_value(results, place, column) for place in (row, results.reference))
+    if isinstance(one, str) or isinstance(other, str) or one is None or other is None:
+        return None
+    return float(Decimal(str(one)) - Decimal(str(other)))
+
+
+def bounds(gaps: Sequence[Gap]) -> tuple[float, float]:
+    """Return the axis' limits: 0 and all rows but those farther out than four times the distance of the quartiles."""
+    means = [one.mean for one in gaps]
+    low, high = np.quantile(means, (0.25, 0.75))
+    room = 4 * max(high - low, 0.5)
+    near = [one for one in gaps if low - room <= one.mean <= high + room]
+    ends = [0.0, *(end for one in near for end in (*one.values, *(one.interval or ())))]
+    margin = 0.06 * (max(ends) - min(ends))
+    return float(min(ends) - margin), float(max(ends) + margin)
+
+
+def draw(columns: dict[str, list[Gap]], reference: str, metric: str) -> Figure:
+    """Draw a panel a column. ``reference``: name of the row that differences are taken to."""
+    labels = list(dict.fromkeys(one.label for gaps in columns.values() for one in gaps))
+    left, width, height = 0.35 + 0.062 * max(map(len, labels)), 3.9, 0.21 * len(labels) + 1.05
+    whole = left + (width + 0.95) * len(columns)
+    figure = new_figure(whole, height)
+    for place, (column, gaps) in enumerate(columns.items()):
+        corner = (left + place * (width + 0.95)) / whole
+        axes = figure.add_axes((corner, 0.72 / height, width / whole, 1 - 1.05 / height))
+        _panel(axes, gaps, labels, bounds(gaps))
+        axes.set_title(plain(column), fontsize=8.5, loc="left")
+        axes.set_xlabel(plain(f"{metric} minus {reference}, points"), fontsize=8)
+        axes.set_yticks(range(len(labels)), [plain(label) for label in labels] if not place else [], fontsize=7.5)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+    _legend(figure, {one.kind for gaps in columns.values() for one in gaps}, height)
+    return figure
+
+
+def _panel(axes: Axes, gaps: Sequence[Gap], labels: Sequence[str], ends: tuple[float, float]) -> None:
+    axes.set_xlim(*ends)
+    axes.axvline(0, color="#1b1c20", linewidth=0.8, zorder=1)
+    for one in gaps:
+        place, css = labels.index(one.label), KINDS[one.kind]
+        if not ends[0] <= one.mean <= ends[1]:
+            side = ends[0] if one.mean < ends[0] else ends[1]
+            arrow = "← " if one.mean < ends[0] else "→ "
+            align = "left" if one.mean < ends[0] else "right"
+            axes.text(side, place, f" {arrow}{signed(one.mean)} ", color=css, fontsize=7, va="center", ha=align)
+        else:
+            axes.plot(one.values, [place] * len(one.values), "o", color=css, alpha=0.35, markersize=3.5, zorder=2)
+            if one.interval:
+                axes.plot(one.interval, [place, place], "-", color=css, linewidth=2.2, zorder=3)
+            axes.plot([one.mean], [place], "|", color=css, markersize=10, markeredgewidth=2.2, zorder=4)
+        said = signed(one.mean) + (f"  paper {signed(one.printed)}" if one.printed is not None else "")
+        axes.text(1.01, place, said, transform=axes.get_yaxis_transform(), fontsize=7, va="center", clip_on=False)
+    axes.tick_params(labelsize=7.5)
+    axes.grid(axis="x", color=LIGHT["line"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure, kinds: set[str], height: float) -> None:
+    from matplotlib.lines import Line2D
+
+    names = {"row": "row of the paper", "control": "ours", "ceiling": "reads true masks: no result of a method"}
+    marks = [Line2D([], [], marker="s", linestyle="none", color=KINDS[k], label=names[k]) for k in KINDS if k in kinds]
+    dots = Line2D([], [], marker="o", linestyle="none", color="#555555", alpha=0.5, markersize=4, label="one seed")
+    mean = Line2D([], [], marker="|", color="#555555", markersize=9, markeredgewidth=2, label="mean, 95 % interval")
+    figure.legend(
+        handles=[dots, mean, *marks],
+        loc="lower left",
+        bbox_to_anchor=(0.005, 0.03 / height),
+        ncol=5,
+        fontsize=7,
+        frameon=False,
+        handletextpad=0.4,
+        columnspacing=1.4,
+    )
