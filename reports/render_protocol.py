@@ -1,4 +1,4 @@
-"""Write the page of the runs on ``dev`` that the protocol and the readings were chosen by, from their records.
+"""Write the page of the runs on ``dev`` that the protocol and methods' settings were chosen by, from their records.
 
     python reports/render_protocol.py                    from reports/published/protocol/records, in place
     python reports/render_protocol.py --records runs --report-dir /tmp/protocol
@@ -24,10 +24,10 @@ from viladiff.tables.significance import one_precision
 HERE = Path(__file__).parent / "published" / "protocol"
 ABOUT = (
     "mIoU and shares of pixels in percent. Fields are those that differ from the method's first run with defaults: of "
-    "ViLaDiff, from its first reading."
+    "ViLaDiff, from its initial settings."
 )
 APART = ("data.dataset", "data.split", "data.split_seed", "seed", "train.steps", "method.name")
-"""Fields that place a run in a table; all others that differ from their defaults make it a trial of a reading."""
+"""Fields that place a run in a table; all others that differ from their defaults make it a trial."""
 
 
 def read_records(directory: Path) -> list[RunRecord]:
@@ -95,7 +95,7 @@ def criteria(records: Sequence[RunRecord]) -> list[str]:
 
 
 def trials(records: Sequence[RunRecord], method: str) -> list[str]:
-    """Return the trials of a method's reading (seed 0, 183 labels, the protocol's length) in order of their ends."""
+    """Return the trials of a method's settings (seed 0, 183 labels, the protocol's length) in order of their ends."""
     chosen = [
         record
         for record in records

@@ -88,7 +88,7 @@ def test_each_row_of_the_choices_changes_what_its_heading_is_about_and_nothing_e
         assert row.group and "efault" in row.group and row.control is False and row.paper == ()
         if row.stream or row.network:
             assert not differ, "read from the runs of the defaults, which cost nothing more"
-        elif row.label == "First reading":
+        elif row.label == "Initial settings":
             assert differ == {"method." + path for path in BUILT_IN_PRESET if path != "pseudo.threshold"}
         else:
             views = {f"method.mixe.{kind}_views" for kind in ("labelled", "unlabelled")}

@@ -68,7 +68,7 @@ def test_the_papers_value_is_the_methods_default() -> None:
     for path in FILES:
         sweep = load_sweep(path)
         where = {"method.name": sweep.base["method.name"]}
-        if path.stem == "sweep_viladiff":  # its first point is the first reading, which built-in data do not run
+        if path.stem == "sweep_viladiff":  # its first point is the initial settings, which built-in data do not run
             where |= {"data.dataset": "voc", "method.pseudo.threshold": "0.7"}
             where |= {"method.mixe.width": "32", "method.mixe.depth": "2"}
         plain = flatten(override(RunConfig(), where))

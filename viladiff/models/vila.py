@@ -20,7 +20,7 @@ Path = Literal["student_features", "student_logits", "teacher_features", "teache
 
 
 class PathWeights(Section):
-    """Factor of each arrow, on top of ``feature_weight`` or ``logit_weight``; 0 leaves it without a gradient."""
+    """Factor of each distillation path, on top of ``feature_weight`` or ``logit_weight``; 0: no gradient."""
 
     student_features: float = Field(1.0, ge=0)
     """Student fusion to student visual, Eq. 1."""
@@ -56,9 +56,9 @@ class VilaConfig(Section):
     teacher_to_visual: bool = True
     """Whether teacher fusion also teaches student visual (ours; the paper's teacher path is visual to fusion)."""
     feature_weight: float = Field(1.0, ge=0)
-    """Factor of Eq. 1, both of its distances, in all arrows."""
+    """Factor of Eq. 1, both of its distances, in all distillation paths."""
     logit_weight: float = Field(1.0, ge=0)
-    """Factor of Eq. 2 in all arrows."""
+    """Factor of Eq. 2 in all distillation paths."""
     path_weights: PathWeights = PathWeights()
     depth: int = Field(1, ge=1, le=12)
     """Cross-attention blocks of the fusion stream, and shared reconstruction blocks; 2 unless the data is built in."""
@@ -72,7 +72,7 @@ class VilaConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> VilaConfig:
         if len(set(self.distillation_paths)) < len(self.distillation_paths):
-            raise ValueError(f"distillation_paths = {self.distillation_paths}: an arrow is named twice")
+            raise ValueError(f"distillation_paths = {self.distillation_paths}: a path is named twice")
         return self
 
 
@@ -157,12 +157,12 @@ def match_features(
 
 
 class Distilled(NamedTuple):
-    """Eq. 12, term by term; the gradient of each goes to the arrow's head alone."""
+    """Eq. 12, term by term; the gradient of each goes to the path's end alone."""
 
     terms: dict[str, Tensor]
     """{path: scalar}, weighted; their sum is what is added to the loss."""
     parts: dict[str, Tensor]
-    """The same taken apart: by arrow, and those of features by the two distances of Eq. 1."""
+    """The same by path, and those of features by the two distances of Eq. 1."""
 
 
 def distil(

@@ -366,7 +366,7 @@ def _spreads(plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measur
     several = len({precision for _, precision in pools}) > 1
     for (read, precision), prior in known.items():
         if (read, precision) in pools:
-            of = f" of the {' '.join(filter(None, reversed(read.split('/'))))} reading" if read else ""
+            of = f" of the {' '.join(filter(None, reversed(read.split('/'))))}" if read else ""
             of += f" in {precision}" if several else ""
             common = f"{prior.sd:.2f} points, that of {prior.pairs} pairs of rows"
             if math.isinf(prior.df):

@@ -31,7 +31,7 @@ _ROUNDING = 1e-10
 """Spreads below this share of the largest value are rounding."""
 
 Pool = tuple[str, str]
-"""``CellSample.pool``: a reading of the networks, and a precision."""
+"""``CellSample.pool``: the network and stream that scores are of, and a precision."""
 VarianceModel = Mapping[Pool, "SpreadPrior"]
 
 

@@ -130,7 +130,7 @@ def _panel(axes: Axes, gaps: Sequence[Gap], labels: Sequence[str], ends: tuple[f
 def _legend(figure: Figure, kinds: set[str], height: float) -> None:
     from matplotlib.lines import Line2D
 
-    names = {"row": "row of the paper", "control": "ours", "ceiling": "reads true masks: no result of a method"}
+    names = {"row": "compared row", "control": "control (ours)", "ceiling": "reads true masks: no result of a method"}
     marks = [Line2D([], [], marker="s", linestyle="none", color=KINDS[k], label=names[k]) for k in KINDS if k in kinds]
     dots = Line2D([], [], marker="o", linestyle="none", color="#555555", alpha=0.5, markersize=4, label="one seed")
     mean = Line2D([], [], marker="|", color="#555555", markersize=9, markeredgewidth=2, label="mean, 95 % interval")
