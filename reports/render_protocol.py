@@ -23,8 +23,10 @@ from viladiff.tables.significance import one_precision
 
 HERE = Path(__file__).parent / "published" / "protocol"
 ABOUT = (
-    "mIoU and shares of pixels in percent. Fields are those that differ from the method's first run with defaults: of "
-    "ViLaDiff, from its initial settings."
+    "All scores are of dev, in percent; they served to choose settings and compare with no score of test. A trial has "
+    "183 labels and seed 0. Labelled: share of pixels of dev that get a pseudo-label. Wrong: share of all pixels that "
+    "get a wrong one; with a lower threshold, that which labels as many pixels as refinement does. Fields are those "
+    "that differ from the method's first run with defaults: of ViLaDiff, from its initial settings."
 )
 APART = ("data.dataset", "data.split", "data.split_seed", "seed", "train.steps", "method.name")
 """Fields that place a run in a table; all others that differ from their defaults make it a trial."""
@@ -63,10 +65,10 @@ def _settings(fields: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in fields.items() if name not in APART and not name.startswith("runtime.")}
 
 
-def written(fields: dict[str, object]) -> str:
-    """Return ``field=value`` pairs without the prefix ``method.``; defaults where there are none."""
+def written(fields: dict[str, object], none: str = "defaults") -> str:
+    """Return ``field=value`` pairs without the prefix ``method.``; ``none`` where there are none."""
     pairs = (f"{name.removeprefix('method.')}={format_value(value)}" for name, value in sorted(fields.items()))
-    return ", ".join(f"`{pair}`" for pair in pairs) or "defaults"
+    return ", ".join(f"`{pair}`" for pair in pairs) or none
 
 
 def percent(value: float | None) -> str:
@@ -94,36 +96,76 @@ def criteria(records: Sequence[RunRecord]) -> list[str]:
     return pipes([["method", "labels", "steps", "fields", *(f"seed {seed}" for seed in seeds), "mean"], *rows])
 
 
+def trial_numbers(records: Sequence[RunRecord]) -> dict[str, tuple[str, int]]:
+    """Return method and number of each trial by its run's name, in the order in which trials ended.
+
+    A trial is a run of seed 0 with 183 labels, the protocol's length and encoder, and no oracle.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    counts: dict[str, int] = defaultdict(int)
+    for record in records:
+        config = record.config
+        fixed = str(config["data.split"]), config["seed"], config["train.steps"]
+        plain = config.get("method.pseudo.oracle", "none") == "none" and not encoder(record, records)
+        if fixed == ("183", 0, 1500) and plain:
+            counts[config["method.name"]] += 1
+            found[record.run_id] = config["method.name"], counts[config["method.name"]]
+    return found
+
+
 def trials(records: Sequence[RunRecord], method: str) -> list[str]:
-    """Return the trials of a method's settings (seed 0, 183 labels, the protocol's length) in order of their ends."""
-    chosen = [
-        record
-        for record in records
-        if record.config["method.name"] == method and str(record.config["data.split"]) == "183"
-        if record.config["seed"] == 0 and record.config["train.steps"] == 1500
-        if record.config.get("method.pseudo.oracle", "none") == "none"
-    ]
+    """Return the trials of a method's settings."""
     rows = []
-    for i, record in enumerate(chosen, 1):
+    numbers = trial_numbers(records)
+    for record in records:
+        if numbers.get(record.run_id, ("", 0))[0] != method:
+            continue
         streams = record.scores[record.network]
         quality = record.pseudo_labels
         fusion = streams["fusion"]["miou"] if "fusion" in streams else None
         before, after = quality.get("before/coverage", quality.get("coverage")), quality.get("after/coverage")
         wrong, later = quality.get("before/wrong"), quality.get("after/wrong")
         shown = (record.miou, fusion, before, wrong, after, later, quality.get("matched/wrong"))
-        rows.append([str(i), written(own_fields(record, records)), *map(percent, shown)])
+        number = str(numbers[record.run_id][1])
+        rows.append([number, written(own_fields(record, records)), *map(percent, shown)])
     header = [
         "trial",
         "fields",
-        "visual",
-        "fusion",
-        "accepted",
+        "visual mIoU",
+        "fusion mIoU",
+        "labelled",
         "wrong",
-        "refined: accepted",
-        "wrong",
-        "wrong at a lower threshold",
+        "refined: labelled",
+        "refined: wrong",
+        "a lower threshold: wrong",
     ]
     return pipes([header, *rows])
+
+
+def encoder(record: RunRecord, records: Sequence[RunRecord]) -> str:
+    """Return the fields of ``model`` that differ from the method's run with defaults; empty for the shipped encoder."""
+    return written({k: v for k, v in own_fields(record, records).items() if k.startswith("model.")}, "")
+
+
+def encoders(records: Sequence[RunRecord]) -> list[str]:
+    """Return a row an encoder: mIoU by seeds of ``supervised`` and ``semibaseline``, and of all labelled."""
+    names = dict.fromkeys(encoder(record, records) for record in records if str(record.config["data.split"]) == "all")
+    rows = []
+    for name in sorted(names):
+        mine = [one for one in records if encoder(one, records) == name and one.config["train.steps"] == 1500]
+        other = {"pseudo", "oracle"}
+        plain = [one for one in mine if not any(set(f.split(".")) & other for f in own_fields(one, records))]
+        cells = []
+        for method, split in (("supervised", "183"), ("semibaseline", "183"), ("supervised", "all")):
+            found = {
+                one.config["seed"]: percent(one.miou)
+                for one in plain
+                if (one.config["method.name"], str(one.config["data.split"])) == (method, split)
+            }
+            cells.append(", ".join(found[seed] for seed in sorted(found)))
+        rows.append([name or "the shipped encoder", *cells])
+    head = ["encoder", "`supervised`, 183 labels", "`semibaseline`, 183 labels", "all labelled"]
+    return pipes([head, *rows])
 
 
 def shares(records: Sequence[RunRecord]) -> list[str]:
@@ -132,7 +174,12 @@ def shares(records: Sequence[RunRecord]) -> list[str]:
     found = [{(one.place, one.term): one.shares for one in by_thirds(run.gradient_shares, run.steps)} for run in runs]
     names = list(dict.fromkeys(name for one in found for name in one))
     rows = [[f"`{place}`", f"`{term}`", *(_thirds(one.get((place, term))) for one in found)] for place, term in names]
-    return pipes([["parameters", "term", *(written(own_fields(run, records)) for run in runs)], *rows])
+    numbers = trial_numbers(records)
+    heads = []
+    for run in runs:
+        method, number = numbers.get(run.run_id, ("", 0))
+        heads.append(f"`{method}` {number}" if number else written(own_fields(run, records)))
+    return pipes([["parameters", "term", *heads], *rows])
 
 
 def _thirds(share: Triple | None) -> str:
@@ -149,7 +196,9 @@ def main() -> None:
     lines = ["# Runs on dev", "", ABOUT, ""]
     for method in methods:
         lines += [f"## Trials of `{method}`", "", *trials(records, method), ""]
-    lines += ["## Shares of the gradient", "", "Early, middle and late third of training.", "", *shares(records), ""]
+    about = "Percent in the first, middle and last third of training; columns are trials."
+    lines += ["## Encoders", "", "mIoU by seed, on dev.", "", *encoders(records), ""]
+    lines += ["## Shares of the gradient", "", about, "", *shares(records), ""]
     args.report_dir.mkdir(parents=True, exist_ok=True)
     (args.report_dir / "table.md").write_text(
         "\n".join([*lines, "## All runs", "", *criteria(records), ""]), encoding="utf-8"

@@ -381,6 +381,7 @@ def test_features_beside_a_run_are_those_of_the_tokens_that_they_say(trained: tu
 def quiet_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matplotlib takes seconds."""
     monkeypatch.setattr(figures, "save_figures", lambda *_: [])
+    monkeypatch.setattr(figures, "save_differences", lambda *_: {})
 
 
 @pytest.mark.usefixtures("quiet_figures")

@@ -67,3 +67,22 @@ def test_runs_of_two_precisions_or_of_other_defaults_are_refused(page: ModuleTyp
     save_record(forged, tmp_path / "fp32.json")
     with pytest.raises(ValueError, match=r"does not match its name: data\.holdout is 0\.5 in config, 0\.0 by default"):
         page.read_records(tmp_path)
+
+
+def test_another_encoder_is_no_trial_and_has_a_row_of_its_own(page: ModuleType) -> None:
+    first = on_dev("supervised-183-0")
+    config = {**first.config, "train.steps": 1500, "data.split": "183", "seed": 0}
+    first = first.model_copy(update={"config": config, "changed": {}, "miou": 0.5})
+    bare = {"model.pretrained": "none"}
+    other = first.model_copy(update={"run_id": "f" * 16, "config": {**config, **bare}, "changed": bare, "miou": 0.25})
+    whole = {"data.split": "all"}
+    labelled = [
+        one.model_copy(update={"run_id": name * 16, "config": {**one.config, **whole}, "changed": one.changed | whole})
+        for name, one in (("d", first), ("e", other))
+    ]
+    records = [first, other, *labelled]
+    assert page.trial_numbers(records) == {first.run_id: ("supervised", 1)}
+    assert page.encoders(records)[2:] == [
+        "| the shipped encoder | 50.0 |  | 50.0 |",
+        "| `model.pretrained=none` | 25.0 |  | 25.0 |",
+    ]

@@ -297,15 +297,24 @@ def test_a_row_far_from_all_others_leaves_the_axis_of_differences_to_them() -> N
     assert -1 < low < 0 and 1 < high < 2
     drawn = differences.draw({"c": [*near, far]}, "first", "mIoU")
     texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
-    assert " ← −11.5 " in texts and "+0.2" in texts
+    assert "← −11.5" in texts and "+0.2" in texts
     assert drawn.axes[0].get_xlabel() == "mIoU minus first, points"
 
 
 def test_the_figure_of_differences_is_written_where_there_are_any(tmp_path: Path) -> None:
-    paths = figures.save_figures(with_seeds({0: [40, 42.0], 1: [41, 44.0]}), {}, tmp_path)
-    assert "differences.png" in {path.name for path in paths}
-    svg = (tmp_path / "differences.svg").read_text()
+    there = with_seeds({0: [40, 42.0], 1: [41, 44.0]})
+    paths = figures.save_differences(there, tmp_path)
+    assert {kind: path.name for kind, path in paths.items()} == {
+        "light": "differences-light.svg",
+        "dark": "differences-dark.svg",
+        "png": "differences.png",
+    }
+    svg = paths["light"].read_text()
     assert "row 1" in svg and "paper +1.0" in svg
+    first = {path: path.stat().st_mtime_ns for path in paths.values()}
+    assert figures.save_differences(there, tmp_path) == paths
+    assert {path: path.stat().st_mtime_ns for path in paths.values()} == first, "drawn from the same numbers"
+    assert figures.save_differences(with_seeds({0: [40.0], 1: []}), tmp_path / "none") == {}
 
 
 def test_many_curves_have_a_colour_and_dash_of_their_own() -> None:

@@ -265,6 +265,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[cost_scatter.Chart]:
         return paths
 
     monkeypatch.setattr(figures, "save_figures", lambda *_: [])
+    monkeypatch.setattr(figures, "save_differences", lambda *_: {})
     monkeypatch.setattr(cost_scatter, "save_scatter", save)
     return charts
 

@@ -35,7 +35,7 @@ from viladiff.tables.spec import Column, Row, Scale, Table
 ROOT = Path(__file__).resolve().parents[2]
 
 NASTY = '<script>alert("1")</script> & _{$} 40 letters'
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
 
 
 def name(row: int, column: int, seed: int) -> str:
@@ -136,6 +136,7 @@ class Reader(HTMLParser):
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matplotlib takes seconds, and tests/report/test_figures.py looks at what it draws."""
     monkeypatch.setattr(figures, "save_figures", lambda *_: [])
+    monkeypatch.setattr(figures, "save_differences", lambda *_: {})
 
 
 def comparison(difference: float) -> Comparison:
@@ -434,3 +435,39 @@ def test_a_page_needs_neither_torch_nor_what_is_slow_to_load() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_differences_are_shown_in_both_themes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(_: object, folder: Path) -> dict[str, Path]:
+        folder.mkdir(exist_ok=True)
+        paths = {theme: folder / f"differences-{theme}.svg" for theme in ("light", "dark")} | {"png": folder / "d.png"}
+        for path in paths.values():
+            path.write_bytes(b"<svg></svg>")
+        return paths
+
+    monkeypatch.setattr(figures, "save_differences", save)
+    plan, store = study(tmp_path, rising)
+    page = table_page.render_table(plan, store, tmp_path / "o", command="make", verdicts=[])
+    reader = Reader(page.read_text())
+    (image,) = [attrs for tag, attrs in reader.tags if tag == "img" and "title" not in attrs]
+    assert str(image["src"]).startswith("data:image/svg+xml") and "+" in str(image["alt"])
+    assert "Differences to row" in reader.text
+    assert {"figures/d.png", "figures/differences-dark.svg"} <= {str(attrs.get("href")) for _, attrs in reader.tags}
+
+
+def test_columns_without_a_run_are_named_and_not_drawn(tmp_path: Path) -> None:
+    plan, store = study(tmp_path, rising)
+    records = store.records()
+    later = {cell.run_id for cell in plan.cells if cell.column == plan.columns[-1]}
+    for run_id in later & records.keys():
+        (store.directory(run_id) / "record.json").unlink()
+    found = results.collect_results(plan, Store(store.root))
+    label = plan.table.columns[plan.columns[-1]].label
+    assert results.begun_columns(found).plan.columns == plan.columns[:-1]
+    assert table_page.banner(found).endswith(f" No run is done for {label}.")
+    page = table_page.render_table(plan, Store(store.root), tmp_path / "o", command="make", verdicts=[])
+    markdown = (page.parent / "table.md").read_text()
+    assert f"{label} measured" not in markdown and f"{label}, seed 0" in markdown, "what is missing is still listed"
+    assert f"{label}" in (page.parent / "table.csv").read_text()
+    empty = results.collect_results(plan, Store(tmp_path / "none"))
+    assert results.begun_columns(empty) is empty and "No run is done" not in table_page.banner(empty)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from viladiff.core.colormap import SERIES
-from viladiff.report.charts.themes import LIGHT, new_figure, plain
+from viladiff.report.charts.themes import LIGHT, new_figure, plain, style_axes
 from viladiff.report.table.comparisons import signed
 from viladiff.report.table.results import Results, number, paper_value, summary
 from viladiff.tables.claims import table_variances
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {"row": SERIES[0], "control": "#888888", "ceiling": SERIES[1]}
+KINDS = {"row": SERIES[0], "control": SERIES[5], "ceiling": SERIES[1]}
 """Colour of a row by its kind."""
 
 
@@ -96,9 +96,10 @@ def draw(columns: dict[str, list[Gap]], reference: str, metric: str) -> Figure:
         corner = (left + place * (width + 0.95)) / whole
         axes = figure.add_axes((corner, 0.72 / height, width / whole, 1 - 1.05 / height))
         _panel(axes, gaps, labels, bounds(gaps))
-        axes.set_title(plain(column), fontsize=8.5, loc="left")
-        axes.set_xlabel(plain(f"{metric} minus {reference}, points"), fontsize=8)
-        axes.set_yticks(range(len(labels)), [plain(label) for label in labels] if not place else [], fontsize=7.5)
+        style_axes(axes, column, f"{metric} minus {reference}, points", "")
+        axes.set_yticks(range(len(labels)), [plain(label) for label in labels] if not place else [])
+        axes.tick_params(labelsize=7.5, colors=LIGHT["ink"])
+        axes.grid(visible=False, axis="y")
         axes.set_ylim(len(labels) - 0.5, -0.5)
     _legend(figure, {one.kind for gaps in columns.values() for one in gaps}, height)
     return figure
@@ -106,25 +107,32 @@ def draw(columns: dict[str, list[Gap]], reference: str, metric: str) -> Figure:
 
 def _panel(axes: Axes, gaps: Sequence[Gap], labels: Sequence[str], ends: tuple[float, float]) -> None:
     axes.set_xlim(*ends)
-    axes.axvline(0, color="#1b1c20", linewidth=0.8, zorder=1)
+    axes.axvline(0, color=LIGHT["ink"], linewidth=0.8, zorder=1)
     for one in gaps:
         place, css = labels.index(one.label), KINDS[one.kind]
         if not ends[0] <= one.mean <= ends[1]:
-            side = ends[0] if one.mean < ends[0] else ends[1]
-            arrow = "← " if one.mean < ends[0] else "→ "
-            align = "left" if one.mean < ends[0] else "right"
-            axes.text(side, place, f" {arrow}{signed(one.mean)} ", color=css, fontsize=7, va="center", ha=align)
+            left = one.mean < ends[0]
+            told, side = f"{'←' if left else '→'} {signed(one.mean)}", ends[0] if left else ends[1]
+            shift, align = (4, "left") if left else (-4, "right")
+            at = (side, place)
+            axes.annotate(
+                told, at, (shift, 0), textcoords="offset points", color=css, fontsize=7, va="center", ha=align
+            )
         else:
             axes.plot(one.values, [place] * len(one.values), "o", color=css, alpha=0.35, markersize=3.5, zorder=2)
             if one.interval:
                 axes.plot(one.interval, [place, place], "-", color=css, linewidth=2.2, zorder=3)
             axes.plot([one.mean], [place], "|", color=css, markersize=10, markeredgewidth=2.2, zorder=4)
         said = signed(one.mean) + (f"  paper {signed(one.printed)}" if one.printed is not None else "")
-        axes.text(1.01, place, said, transform=axes.get_yaxis_transform(), fontsize=7, va="center", clip_on=False)
-    axes.tick_params(labelsize=7.5)
-    axes.grid(axis="x", color=LIGHT["line"], linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+        where = axes.get_yaxis_transform()
+        axes.text(1.01, place, said, transform=where, fontsize=7, va="center", clip_on=False, color=LIGHT["ink"])
+
+
+def words(columns: dict[str, list[Gap]]) -> str:
+    """Describe the picture for those who do not see it."""
+    return "; ".join(
+        f"{column}: {', '.join(f'{one.label} {signed(one.mean)}' for one in gaps)}" for column, gaps in columns.items()
+    )
 
 
 def _legend(figure: Figure, kinds: set[str], height: float) -> None:
@@ -141,6 +149,7 @@ def _legend(figure: Figure, kinds: set[str], height: float) -> None:
         ncol=5,
         fontsize=7,
         frameon=False,
+        labelcolor=LIGHT["ink"],
         handletextpad=0.4,
         columnspacing=1.4,
     )

@@ -17,7 +17,7 @@ from viladiff.core.colormap import SERIES
 from viladiff.core.hashing import sha256_hex
 from viladiff.evaluation.metrics import METRICS
 from viladiff.report.charts import differences
-from viladiff.report.charts.themes import plain
+from viladiff.report.charts.themes import plain, save_drawn
 from viladiff.report.sections.learning_curves import TERMS, Curve
 from viladiff.report.table.results import Results, number, row_name, summary
 
@@ -97,9 +97,7 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path) -> list[Path]:
-    """Write scores, differences to the reference row and, if there are step logs, curves, as PNG and SVG.
-
-    Returns their paths. A figure without numbers is left out, but for scores, and an old one is removed.
+    """Write scores and, if there are step logs, curves, as PNG and SVG; return their paths.
 
     A figure whose PNG was drawn from the same numbers is kept, and matplotlib, which takes longer to load than all the
     rest of a page takes to make, is not loaded for it.
@@ -108,13 +106,6 @@ def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path)
     wanted: dict[str, tuple[str, Callable[[], Figure]]] = {
         "scores": (_digest(_score_numbers(results)), lambda: _scores(results)),
     }
-    if gaps := differences.gaps_of(results):
-        against = row_name(results, results.reference)
-        metric = METRICS[results.plan.table.metric].name
-        wanted["differences"] = (
-            _digest([gaps, against, metric]),
-            lambda: differences.draw(gaps, against, metric),
-        )
     if "sup" in curves:
         numbers = [(c.row, c.column, c.steps.tolist(), c.mean.tolist()) for c in curves["sup"]]
         labels = [_title(results, c.row) + results.plan.table.columns[c.column].label for c in curves["sup"]]
@@ -126,6 +117,26 @@ def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path)
             _write(draw(), paths, digest)
         written += paths
     return written
+
+
+def save_differences(results: Results, folder: Path) -> dict[str, Path]:
+    """Write differences to the reference row as a PNG, and as an SVG for each theme; nothing where there are none.
+
+    Returns paths by theme, and of the PNG under ``png``.
+    """
+    gaps = differences.gaps_of(results)
+    if not gaps:
+        return {}
+    against, metric = row_name(results, results.reference), METRICS[results.plan.table.metric].name
+    numbers, png = [gaps, against, metric], folder / "differences.png"
+
+    def draw() -> Figure:
+        return differences.draw(gaps, against, metric)
+
+    paths = save_drawn(numbers, draw, folder, "differences")
+    if not png.is_file() or _drawn_from(png) != _digest(numbers):
+        _write(draw(), [png], _digest(numbers))
+    return {**paths, "png": png}
 
 
 def _digest(numbers: object) -> str:

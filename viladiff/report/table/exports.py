@@ -158,11 +158,13 @@ def to_markdown(
     more: Mapping[str, Sequence[str]] = MappingProxyType({}),
     first: str = "",
     before: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    missing: Sequence[str] | None = None,
 ) -> str:
     """Return the page without its figures, for a terminal or a repository.
 
     ``context``: sentences without which the numbers would mislead; ``more``: sections and their lines; ``before``:
-    those that stand before all others; ``first``: the first sentence, by default that of the results alone.
+    those that stand before all others; ``first``: the first sentence, by default that of the results alone;
+    ``missing``: why runs are missing, by default ``reasons`` of the results.
     """
     say = markdown
     out = [f"# {say(results.plan.table.title)}", "", say(first or headline_sentence(results)), ""]
@@ -187,7 +189,7 @@ def to_markdown(
         out += ["## Claims", "", *claim_lines(verdicts), ""]
         grid = comparison_grid(verdicts)
         out += ["### Comparisons", "", *pipes(grid), "", LEGEND, ""] if len(grid) > 1 else []
-    missing = reasons(results)
+    missing = reasons(results) if missing is None else missing
     out += ["## Missing", "", *(f"- {say(reason)}" for reason in missing), ""] if missing else []
     rows = results.plan.table.rows
     notes = [*results.plan.table.notes, *(f"{rows[i].label}: {rows[i].note}" for i in results.rows() if rows[i].note)]

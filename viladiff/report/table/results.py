@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -141,6 +141,17 @@ def collect_results(plan: Plan, store: Store) -> Results:
         for seed in sorted({c.seed for c in plan.cells if c.column == column}) or plan.seeds
     ]
     return Results(plan, (*have, *lack))
+
+
+def begun_columns(results: Results) -> Results:
+    """Return the results of the columns in which a run is done, not of a control alone; of all columns if none is."""
+    rows = results.plan.table.rows
+    there = {one.cell.column for one in results.entries if one.record is not None and not rows[one.cell.row].control}
+    columns = tuple(column for column in results.plan.columns if column in there)
+    if not columns or len(columns) == len(results.plan.columns):
+        return results
+    kept = tuple(entry for entry in results.entries if entry.cell.column in there)
+    return Results(replace(results.plan, columns=columns), kept)
 
 
 def _entry(store: Store, run_id: str, state: State, record: RunRecord | None) -> tuple[State, RunRecord | None, str]:

@@ -16,7 +16,8 @@ from viladiff.core.installation import checkout
 from viladiff.core.messages import format_seconds
 from viladiff.evaluation.metrics import METRICS, shown_metrics
 from viladiff.report import provenance
-from viladiff.report.charts import figures
+from viladiff.report.charts import differences, figures
+from viladiff.report.charts.themes import uri
 from viladiff.report.markup import markdown
 from viladiff.report.sections import (
     caption_quality,
@@ -58,6 +59,8 @@ class TableSections:
     opened: Sequence[design_choices.Choice]
     files: Sequence[str]
     """Names of the files of its figures."""
+    gaps: dict[str, Path]
+    """The picture of differences, by theme; empty where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,9 @@ class TablePage:
     """All that the files of a page show."""
 
     results: Results
+    """Of the columns that are shown."""
+    whole: Results
+    """Of all columns."""
     store: Store
     out: Path
     """The folder of the page."""
@@ -95,12 +101,14 @@ def render_table(
     is shown beside the runs: the plan of another scale, and a store of committed records alone. Each file is replaced
     atomically, so that a reader of the page, which is rewritten as runs finish, never sees half of it.
     """
-    results = tables.collect_results(plan, store)
+    whole = tables.collect_results(plan, store)
+    results = tables.begun_columns(whole)
     both = None if published is None else load_both(results, *published, out)
     judged = both.published if both and both.any_published else results
     agreements = agreement if agreement is not None else [tables.agreement(judged, c) for c in judged.plan.columns]
     page = TablePage(
         results=results,
+        whole=whole,
         store=store,
         out=out,
         command=command,
@@ -110,11 +118,11 @@ def render_table(
         both=both,
         sections=draw_sections(results, store, out, verdicts),
     )
-    said, stand_ins = banner(results), table_views.stand_ins(results)
+    said, stand_ins = banner(whole), table_views.stand_ins(results)
     texts = {
         "table.md": table_markdown(page),
         "table.tex": side_by_side.both_latex(both, [said]) if both else exports.to_latex(results, said, stand_ins),
-        "table.csv": exports.csv_text(side_by_side.long_lines(both)) if both else exports.to_csv(results),
+        "table.csv": exports.csv_text(side_by_side.long_lines(both)) if both else exports.to_csv(whole),
         "index.html": table_html(page),
     }
     for name, text in texts.items():
@@ -129,13 +137,15 @@ def draw_sections(results: Results, store: Store, out: Path, verdicts: Sequence[
     for path in [*abandoned(out), *abandoned(out / "figures")]:
         path.unlink(missing_ok=True)  # of a writer that was killed
     files = [path.name for path in figures.save_figures(results, drawn, out / "figures")]
+    gaps = figures.save_differences(results, out / "figures")
+    files += [path.name for path in gaps.values()]
     board = leaderboard.build_leaderboard(results, store, out, verdicts)
     grouped = feature_clusters.build_clusters(results, store, out)
     doses = caption_quality.dose(results, out)
     for section in (board, grouped, doses):
         files += section.files if section else ()
     opened = design_choices.build_choices(results, verdicts)
-    return TableSections(drawn=drawn, board=board, grouped=grouped, doses=doses, opened=opened, files=files)
+    return TableSections(drawn=drawn, board=board, grouped=grouped, doses=doses, opened=opened, files=files, gaps=gaps)
 
 
 def table_markdown(page: TablePage) -> str:
@@ -153,9 +163,10 @@ def table_markdown(page: TablePage) -> str:
     }
     first = side_by_side.headline_of_both(both) if both else ""
     before = {f"{side_by_side.HEADING} (%)": side_by_side.both_markdown(both)} if both else {}
-    said, context = banner(results), table_views.context(results)
+    said, context = banner(page.whole), table_views.context(results)
+    missing = exports.reasons(page.whole)
     return exports.to_markdown(
-        results, page.verdicts, page.agreements, page.command, said, context, more, first, before
+        results, page.verdicts, page.agreements, page.command, said, context, more, first, before, missing
     )
 
 
@@ -174,8 +185,12 @@ def banner(results: Results) -> str:
         return ""
     others = [f"{n} {state}" for state, n in counts.items() if state in ("failed", "running", "stale")]
     lacking = " Committed records, which belong to the source checkout, are not part of this installation."
+    columns = results.plan.table.columns
+    shown = tables.begun_columns(results).plan.columns
+    hidden = [columns[column].label for column in results.plan.columns if column not in shown]
     return (
         f"{', '.join([f'{done} of {total} runs done', *others])}; this page is rewritten as runs finish."
+        f"{f' No run is done for {chr(44).join(hidden)}.' if hidden else ''}"
         f"{lacking if checkout() is None else ''}"
     )
 
@@ -202,8 +217,8 @@ def table_html(page: TablePage) -> str:
             parts=tables.table_parts(results),
             finding=_finding(page),
             beside=_side_by_side(both) if both else None,
-            banner=banner(results),
-            counts=results.counts(),
+            banner=banner(page.whole),
+            counts=page.whole.counts(),
             refresh=REFRESH,
             context=table_views.context(results),
             scored=table_views.scored_images(results),
@@ -218,6 +233,8 @@ def table_html(page: TablePage) -> str:
             board=sections.board,
             clusters=sections.grouped,
             dose=sections.doses,
+            gaps={theme: uri(path) for theme, path in sections.gaps.items() if theme != "png"},
+            gaps_words=differences.words(differences.gaps_of(results)),
             number=lambda row: tables.number(results, row),
             row_name=lambda row: tables.row_name(results, row),
             command=page.command,
