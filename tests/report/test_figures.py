@@ -291,11 +291,11 @@ def test_differences_are_paired_by_seed_and_stand_beside_the_printed_ones() -> N
 
 
 def test_a_row_far_from_all_others_leaves_the_axis_of_differences_to_them() -> None:
-    near = [differences.Gap(str(i), "row", (i / 10, i / 5), None, None) for i in range(6)]
-    far = differences.Gap("far", "control", (-12.0, -11.0), None, None)
+    near = [differences.RowDifference(str(i), "row", (i / 10, i / 5), None, None) for i in range(6)]
+    far = differences.RowDifference("far", "control", (-12.0, -11.0), None, None)
     low, high = differences.bounds([*near, far])
     assert -1 < low < 0 and 1 < high < 2
-    drawn = differences.draw({"c": [*near, far]}, "first", "mIoU")
+    drawn = differences.draw_differences({"c": [*near, far]}, "first", "mIoU")
     texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
     assert "← −11.5" in texts and "+0.2" in texts
     assert drawn.axes[0].get_xlabel() == "mIoU minus first, points"

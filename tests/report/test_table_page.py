@@ -471,3 +471,15 @@ def test_columns_without_a_run_are_named_and_not_drawn(tmp_path: Path) -> None:
     assert f"{label}" in (page.parent / "table.csv").read_text()
     empty = results.collect_results(plan, Store(tmp_path / "none"))
     assert results.begun_columns(empty) is empty and "No run is done" not in table_page.banner(empty)
+
+
+def test_the_first_sentences_say_whether_the_difference_is_shown() -> None:
+    one = replace(VERDICTS[0].comparisons[0], higher="own", lower="base", outcome="open", p=0.185)
+    shown = replace(one, column="1/2", outcome="shown", p=0.0001)
+    verdicts = [replace(VERDICTS[0], comparisons=(one, shown)), replace(VERDICTS[0], comparisons=(one,))]
+    assert comparisons.tested(verdicts, "own", "base", VERDICTS[0].metric) == (
+        f"own against base, corrected for all comparisons: not shown on {one.column} (p = 0.185); "
+        "higher on 1/2 (p < 0.001)."
+    )
+    assert comparisons.tested(verdicts, "base", "own", VERDICTS[0].metric) == ""
+    assert comparisons.tested(verdicts, "own", "base", "boundary_iou") == ""

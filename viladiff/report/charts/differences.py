@@ -24,7 +24,7 @@ KINDS = {"row": SERIES[0], "control": SERIES[5], "ceiling": SERIES[1]}
 """Colour of a row by its kind."""
 
 
-class Gap(NamedTuple):
+class RowDifference(NamedTuple):
     """One row's difference to the reference in one column, in points."""
 
     label: str
@@ -42,13 +42,13 @@ class Gap(NamedTuple):
         return float(np.mean(self.values))
 
 
-def gaps_of(results: Results) -> dict[str, list[Gap]]:
+def gaps_of(results: Results) -> dict[str, list[RowDifference]]:
     """Return the rows that have a difference to the reference row, by the label of the column."""
     plan, base = results.plan, results.reference
     metric = plan.table.metric
     measured = cell_samples(plan, results.records(), metric)
     known = table_variances(plan, measured)
-    found: dict[str, list[Gap]] = {}
+    found: dict[str, list[RowDifference]] = {}
     for column in plan.columns:
         to = summary(results.at(base, column), metric).values
         for row in plan.rows:
@@ -62,7 +62,7 @@ def gaps_of(results: Results) -> dict[str, list[Gap]]:
                 interval = t_test(terms, 0.0, measured, known).interval()
             values = tuple(of[seed] - to[seed] for seed in seeds)
             label = f"{number(results, row)}  {plan.table.rows[row].label}"
-            gap = Gap(label, kind, values, interval, _printed(results, row, column))
+            gap = RowDifference(label, kind, values, interval, _printed(results, row, column))
             found.setdefault(plan.table.columns[column].label, []).append(gap)
     return found
 
@@ -75,7 +75,7 @@ def _printed(results: Results, row: int, column: int) -> float | None:
     return float(Decimal(str(one)) - Decimal(str(other)))
 
 
-def bounds(gaps: Sequence[Gap]) -> tuple[float, float]:
+def bounds(gaps: Sequence[RowDifference]) -> tuple[float, float]:
     """Return the axis' limits: 0 and all rows but those farther out than four times the distance of the quartiles."""
     means = [one.mean for one in gaps]
     low, high = np.quantile(means, (0.25, 0.75))
@@ -86,7 +86,7 @@ def bounds(gaps: Sequence[Gap]) -> tuple[float, float]:
     return float(min(ends) - margin), float(max(ends) + margin)
 
 
-def draw(columns: dict[str, list[Gap]], reference: str, metric: str) -> Figure:
+def draw_differences(columns: dict[str, list[RowDifference]], reference: str, metric: str) -> Figure:
     """Draw a panel a column. ``reference``: name of the row that differences are taken to."""
     labels = list(dict.fromkeys(one.label for gaps in columns.values() for one in gaps))
     left, width, height = 0.35 + 0.062 * max(map(len, labels)), 3.9, 0.21 * len(labels) + 1.05
@@ -105,7 +105,7 @@ def draw(columns: dict[str, list[Gap]], reference: str, metric: str) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, gaps: Sequence[Gap], labels: Sequence[str], ends: tuple[float, float]) -> None:
+def _panel(axes: Axes, gaps: Sequence[RowDifference], labels: Sequence[str], ends: tuple[float, float]) -> None:
     axes.set_xlim(*ends)
     axes.axvline(0, color=LIGHT["ink"], linewidth=0.8, zorder=1)
     for one in gaps:
@@ -128,7 +128,7 @@ def _panel(axes: Axes, gaps: Sequence[Gap], labels: Sequence[str], ends: tuple[f
         axes.text(1.01, place, said, transform=where, fontsize=7, va="center", clip_on=False, color=LIGHT["ink"])
 
 
-def words(columns: dict[str, list[Gap]]) -> str:
+def words(columns: dict[str, list[RowDifference]]) -> str:
     """Describe the picture for those who do not see it."""
     return "; ".join(
         f"{column}: {', '.join(f'{one.label} {signed(one.mean)}' for one in gaps)}" for column, gaps in columns.items()

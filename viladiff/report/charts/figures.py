@@ -131,7 +131,7 @@ def save_differences(results: Results, folder: Path) -> dict[str, Path]:
     numbers, png = [gaps, against, metric], folder / "differences.png"
 
     def draw() -> Figure:
-        return differences.draw(gaps, against, metric)
+        return differences.draw_differences(gaps, against, metric)
 
     paths = save_drawn(numbers, draw, folder, "differences")
     if not png.is_file() or _drawn_from(png) != _digest(numbers):

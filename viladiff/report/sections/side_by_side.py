@@ -22,6 +22,7 @@ from viladiff.report.table.results import (
     Difference,
     Results,
     Summary,
+    begun_columns,
     difference,
     headline_sentence,
     number,
@@ -59,7 +60,8 @@ class SideBySide:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        return tuple(sorted({*self.published.plan.columns, *self.here.plan.columns}))
+        """Places of the columns of either; of the published ones those with a run, if there are runs."""
+        return tuple(sorted({*begun_columns(self.published).plan.columns, *self.here.plan.columns}))
 
     def trained(self, row: int, column: int) -> bool:
         """Return whether the cell is trained on this machine."""

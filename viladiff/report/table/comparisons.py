@@ -66,6 +66,19 @@ def p_value(comparison: Comparison) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def tested(verdicts: Sequence[Verdict], high: str, low: str, metric: str) -> str:
+    """Return a sentence on the test of one difference in each column; empty if no claim asks about it."""
+    found = {
+        one.column: f"{it_is(one)} on {one.column} (p {'' if p_value(one).startswith('<') else '= '}{p_value(one)})"
+        for verdict in verdicts
+        for one in verdict.comparisons
+        if (one.higher, one.lower, verdict.metric) == (high, low, metric)
+    }
+    if not found:
+        return ""
+    return f"{high} against {low}, corrected for all comparisons: {'; '.join(found.values())}."
+
+
 def tally(verdicts: Sequence[Verdict]) -> list[str]:
     """Return a sentence for each column: how many distinct comparisons are shown; what two claims ask counts once."""
     columns: dict[str, dict[tuple[str, ...], Comparison]] = {}

@@ -191,15 +191,19 @@ def to_markdown(
         out += ["### Comparisons", "", *pipes(grid), "", LEGEND, ""] if len(grid) > 1 else []
     missing = reasons(results) if missing is None else missing
     out += ["## Missing", "", *(f"- {say(reason)}" for reason in missing), ""] if missing else []
-    rows = results.plan.table.rows
-    notes = [*results.plan.table.notes, *(f"{rows[i].label}: {rows[i].note}" for i in results.rows() if rows[i].note)]
-    out += ["## Notes", "", *(f"- {say(note)}" for note in notes), ""] if notes else []
+    out += ["## Notes", "", *(f"- {say(note)}" for note in notes), ""] if (notes := _notes(results)) else []
     out += ["## Provenance", "", f"- Made by: `{command.replace('`', ' ')}`"]
     out += [
         f"- {fact.name}: {say(str(fact))}{' **(mixed)**' if fact.mixed else ''}"
         for fact in provenance.run_facts(results)
     ]
     return "\n".join([*out, ""])
+
+
+def _notes(results: Results) -> list[str]:
+    """Return the table's notes, and those of its shown rows."""
+    rows = [results.plan.table.rows[row] for row in results.rows()]
+    return [*results.plan.table.notes, *(f"{row.label}: {row.note}" for row in rows if row.note)]
 
 
 def _grid(

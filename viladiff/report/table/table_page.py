@@ -61,6 +61,8 @@ class TableSections:
     """Names of the files of its figures."""
     gaps: dict[str, Path]
     """The picture of differences, by theme; empty where there is none."""
+    judged: Results
+    """What it is of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,11 @@ def render_table(
     results = tables.begun_columns(whole)
     both = None if published is None else load_both(results, *published, out)
     judged = both.published if both and both.any_published else results
-    agreements = agreement if agreement is not None else [tables.agreement(judged, c) for c in judged.plan.columns]
+    agreements = (
+        agreement
+        if agreement is not None
+        else [tables.agreement(judged, c) for c in tables.begun_columns(judged).plan.columns]
+    )
     page = TablePage(
         results=results,
         whole=whole,
@@ -116,7 +122,7 @@ def render_table(
         agreements=agreements,
         printed=printed,
         both=both,
-        sections=draw_sections(results, store, out, verdicts),
+        sections=draw_sections(results, store, out, verdicts, tables.begun_columns(judged)),
     )
     said, stand_ins = banner(whole), table_views.stand_ins(results)
     texts = {
@@ -130,14 +136,19 @@ def render_table(
     return out / "index.html"
 
 
-def draw_sections(results: Results, store: Store, out: Path, verdicts: Sequence[Verdict]) -> TableSections:
-    """Write the figures under ``out``, which is made, and return the sections that show them."""
+def draw_sections(
+    results: Results, store: Store, out: Path, verdicts: Sequence[Verdict], judged: Results
+) -> TableSections:
+    """Write the figures under ``out``, which is made, and return the sections that show them.
+
+    ``judged``: the results that claims are about, published ones where there are any; differences are those of them.
+    """
     drawn = curves(results, store)
     out.mkdir(parents=True, exist_ok=True)
     for path in [*abandoned(out), *abandoned(out / "figures")]:
         path.unlink(missing_ok=True)  # of a writer that was killed
     files = [path.name for path in figures.save_figures(results, drawn, out / "figures")]
-    gaps = figures.save_differences(results, out / "figures")
+    gaps = figures.save_differences(judged, out / "figures")
     files += [path.name for path in gaps.values()]
     board = leaderboard.build_leaderboard(results, store, out, verdicts)
     grouped = feature_clusters.build_clusters(results, store, out)
@@ -145,7 +156,9 @@ def draw_sections(results: Results, store: Store, out: Path, verdicts: Sequence[
     for section in (board, grouped, doses):
         files += section.files if section else ()
     opened = design_choices.build_choices(results, verdicts)
-    return TableSections(drawn=drawn, board=board, grouped=grouped, doses=doses, opened=opened, files=files, gaps=gaps)
+    return TableSections(
+        drawn=drawn, board=board, grouped=grouped, doses=doses, opened=opened, files=files, gaps=gaps, judged=judged
+    )
 
 
 def table_markdown(page: TablePage) -> str:
@@ -161,12 +174,11 @@ def table_markdown(page: TablePage) -> str:
         "What each choice is worth": design_choices.choices_markdown(sections.opened),
         "The paper's own numbers": [f"- {markdown(one.text)}" for one in page.printed],
     }
-    first = side_by_side.headline_of_both(both) if both else ""
     before = {f"{side_by_side.HEADING} (%)": side_by_side.both_markdown(both)} if both else {}
     said, context = banner(page.whole), table_views.context(results)
     missing = exports.reasons(page.whole)
     return exports.to_markdown(
-        results, page.verdicts, page.agreements, page.command, said, context, more, first, before, missing
+        results, page.verdicts, page.agreements, page.command, said, context, more, _headline(page), before, missing
     )
 
 
@@ -234,7 +246,7 @@ def table_html(page: TablePage) -> str:
             clusters=sections.grouped,
             dose=sections.doses,
             gaps={theme: uri(path) for theme, path in sections.gaps.items() if theme != "png"},
-            gaps_words=differences.words(differences.gaps_of(results)),
+            gaps_words=differences.words(differences.gaps_of(sections.judged)),
             number=lambda row: tables.number(results, row),
             row_name=lambda row: tables.row_name(results, row),
             command=page.command,
@@ -247,8 +259,20 @@ def table_html(page: TablePage) -> str:
 
 def _finding(page: TablePage) -> str:
     """Return the sentences that open the page."""
+    return " ".join(filter(None, [_headline(page), design_choices.answer(page.sections.opened)]))
+
+
+def _headline(page: TablePage) -> str:
+    """Return the first sentence, and whether its difference to the reference is shown by the claims' tests."""
     headline = side_by_side.headline_of_both(page.both) if page.both else tables.headline_sentence(page.results)
-    return " ".join(filter(None, [headline, design_choices.answer(page.sections.opened)]))
+    plan = page.sections.judged.plan
+    first, base = (
+        plan.table.rows[row].label for row in (page.sections.judged.headline, page.sections.judged.reference)
+    )
+    told = comparisons.tested(page.verdicts, first, base, plan.table.metric)
+    if told and page.both and page.both.any_published:
+        told = f"Test of the published runs: {told}"
+    return " ".join(filter(None, [headline, told]))
 
 
 def _environment() -> jinja2.Environment:
