@@ -561,3 +561,9 @@ def test_a_collapse_stands_below_the_others_with_its_number() -> None:
     assert 43 < shown[6].y < 44.5 and shown[6].x == 2.0
     assert cost_scatter.brought_in([*near[:4], far]) == (*near[:4], far), "of five, nobody says which is far"
     assert cost_scatter.brought_in([*near, far._replace(y=40.0)])[6].y == 40.0
+
+
+def test_numbers_of_points_that_are_near_share_a_text_beside_the_last_of_them() -> None:
+    points = [cost_scatter.Point(x, 70.0, None, str(i), f"r{i}", 0) for i, x in ((1, 2.0), (2, 2.05), (3, 4.0))]
+    figure = cost_scatter.draw(cost_scatter.Chart("t", "cost", "mIoU", tuple(points), ("g",)))
+    assert cost_scatter.number_labels(figure.axes[0], points) == [((2.05, 70.0), "1, 2"), ((4.0, 70.0), "3")]

@@ -74,15 +74,16 @@ def draw(chart: Chart) -> Figure:
 
 def number_labels(axes: Axes, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:
     """Return places and numbers; points whose numbers would overlap share one text, as ``8, 18``."""
-    found: list[tuple[tuple[float, float], list[str]]] = []
+    found: list[list[Point]] = []
     for one in points:
-        near = (numbers for at, numbers in found if _distance(axes, at, (one.x, one.y)) < 1)
-        numbers = next(near, None)
-        if numbers is None:
-            found.append(((one.x, one.y), [one.number]))
+        near = (those for those in found if _distance(axes, (those[0].x, those[0].y), (one.x, one.y)) < 1)
+        those = next(near, None)
+        if those is None:
+            found.append([one])
         else:
-            numbers.append(one.number)
-    return [(at, ", ".join(numbers)) for at, numbers in found]
+            those.append(one)
+    last = [max(those, key=lambda one: one.x) for those in found]  # so that the text covers none of them
+    return [((one.x, one.y), ", ".join(each.number for each in those)) for one, those in zip(last, found, strict=True)]
 
 
 def _distance(axes: Axes, one: tuple[float, float], other: tuple[float, float]) -> float:

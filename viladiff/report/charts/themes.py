@@ -22,7 +22,7 @@ THEMES = {
 }
 """As in page.css."""
 LIGHT = THEMES["light"]
-_FORM = 3
+_FORM = 4
 """Raised when the same numbers are drawn otherwise."""
 
 
