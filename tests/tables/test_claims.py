@@ -223,7 +223,7 @@ def test_a_cell_that_spreads_more_than_the_others_is_tested_with_its_own_spread(
     assert by_row["r1"].outcome == "shown"
     last, wanted = by_row["r12"], stats.ttest_rel(wild, values[0, 0]).confidence_interval(0.95)
     assert last.outcome == "open" and last.interval == pytest.approx((wanted.low, wanted.high))
-    assert "spread more than the others: r12 at c (19.9) (standard" in found.test
+    assert "r12 at c: no part of that, since they follow the others' seeds less" in found.test
 
 
 def test_without_any_spread_a_difference_is_certain() -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 from viladiff.runs.record import RunRecord
 from viladiff.tables.claims import Verdict, evaluate_claims, printed_verdict
 from viladiff.tables.contrasts import contrasts
+from viladiff.tables.paired import fit_prior
 from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.significance import (
     LEVEL,
@@ -18,6 +19,7 @@ from viladiff.tables.significance import (
     Term,
     cell_samples,
     f_test,
+    holm,
     score,
     smallest_detectable,
     smallest_ratio,
@@ -175,13 +177,17 @@ def test_differs_is_two_sided_and_corrected_for_all_rows() -> None:
     assert found.verdict == "holds" and found.why == "2 of 3 differ: 1 higher, 1 lower; 1 open"
     assert [c.outcome for c in found.comparisons] == ["shown", "reversed", "open"]
     y = np.array([values[row, 0] for row in range(4)])
-    left = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
-    error = math.sqrt((left**2).sum() / 6 * 2 / 3)
-    two_sided = [2 * stats.t.sf(abs(d) / error, 6) for d in (2.0, 1.0, 0.05)]
-    wanted = [min(1, two_sided[0] * 3), two_sided[1] * 2, two_sided[2]]
+    variances = [float((y[i] - y[j]).var(ddof=1)) for i in range(4) for j in range(i)]
+    prior = fit_prior(variances, [2] * 6, 6)
+    tests = []
+    for i in (0, 2, 3):
+        variance, df = prior.moderated(float((y[i] - y[1]).var(ddof=1)), 2)
+        tests.append((abs(float((y[i] - y[1]).mean())), math.sqrt(variance / 3), df))
+    two_sided = [2 * float(stats.t.sf(d / error, df)) for d, error, df in tests]
+    wanted = holm(two_sided)
     assert [c.p for c in found.comparisons] == pytest.approx(wanted)
     assert [c.p_reversed for c in found.comparisons] == pytest.approx(wanted)
-    assert found.comparisons[0].least == pytest.approx(smallest_detectable(error, 6, 6)), "5 % in both directions"
+    assert found.comparisons[0].least == pytest.approx(smallest_detectable(*tests[0][1:], 6)), "5 % in both directions"
     assert "two-sided t tests at 5 %" in found.test and "3 comparisons of our own claims" in found.test
 
 

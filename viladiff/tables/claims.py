@@ -7,7 +7,6 @@ above 0. Numbers here are in points, percent of mIoU and the like, but where two
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -64,6 +63,8 @@ class Comparison:
     form: Form = "one_sided"
     printed: Decimal | None = None
     """The paper's difference, where it prints these numbers."""
+    limit: float = 0.0
+    """``Contrast.limit``: what the difference is tested against."""
 
 
 class ColumnVerdict(NamedTuple):
@@ -251,6 +252,7 @@ def _comparison(question: Contrast, answer: _Answer, p: float, p_reversed: float
         outcome,
         answer.least,
         question.form,
+        limit=question.limit,
     )
 
 
@@ -290,6 +292,8 @@ def _worst(reversed_: Sequence[Comparison]) -> str:
     one = min(reversed_, key=lambda one: one.difference)
     if one.form == "spread":
         return f"{one.higher!r} spreads {one.difference:.2f} times as much as {one.lower!r} ({one.column})"
+    if one.difference > 0:
+        return f"{one.higher!r} is {one.difference:.1f} points above {one.lower!r}, {one.limit:g} asked ({one.column})"
     return f"{one.higher!r} is {-one.difference:.1f} points below {one.lower!r} ({one.column})"
 
 
@@ -384,12 +388,9 @@ def _spreads(plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measur
         yield "two streams, networks or precisions are compared with a standard deviation of their own"
     wild = {one for prior in known.values() for one in prior.apart}
     apart = [
-        f"{plan.table.rows[row].label} at {plan.table.columns[column].label} ({statistics.stdev(one.values):.1f})"
+        f"{plan.table.rows[row].label} at {plan.table.columns[column].label}"
         for (row, column), one in cells.items()
         if one in wild
     ]
     if apart:
-        yield (
-            "compared with a standard deviation of their own, since their seeds spread more than the others: "
-            f"{', '.join(apart)} (standard deviation in brackets; F test, 1 % over all cells)"
-        )
+        yield f"{', '.join(apart)}: no part of that, since they follow the others' seeds less (F test, 1 % in a column)"

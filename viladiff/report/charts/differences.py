@@ -11,7 +11,7 @@ import numpy as np
 from viladiff.core.colormap import SERIES
 from viladiff.report.charts.themes import LIGHT, new_figure, plain, style_axes
 from viladiff.report.table.comparisons import signed
-from viladiff.report.table.results import Results, number, paper_value, summary
+from viladiff.report.table.results import Results, begun_columns, number, paper_value, summary
 from viladiff.tables.claims import table_variances
 from viladiff.tables.paired import contrast_parts, t_test, untestable
 from viladiff.tables.significance import Term, cell_samples
@@ -43,13 +43,17 @@ class RowDifference(NamedTuple):
 
 
 def gaps_of(results: Results) -> dict[str, list[RowDifference]]:
-    """Return the rows that have a difference to the reference row, by the label of the column."""
+    """Return the rows that have a difference to the reference row, by the label of the column.
+
+    ``results``: of all columns of the table, since intervals are those of its claims' tests. Columns without a run are
+    left out.
+    """
     plan, base = results.plan, results.reference
     metric = plan.table.metric
     measured = cell_samples(plan, results.records(), metric)
     known = table_variances(plan, measured)
     found: dict[str, list[RowDifference]] = {}
-    for column in plan.columns:
+    for column in begun_columns(results).plan.columns:
         to = summary(results.at(base, column), metric).values
         for row in plan.rows:
             of = summary(results.at(row, column), metric).values
@@ -82,7 +86,7 @@ def bounds(gaps: Sequence[RowDifference]) -> tuple[float, float]:
     room = 4 * max(high - low, 0.5)
     near = [one for one in gaps if low - room <= one.mean <= high + room]
     ends = [0.0, *(end for one in near for end in (*one.values, *(one.interval or ())))]
-    margin = 0.06 * (max(ends) - min(ends))
+    margin = 0.06 * (max(ends) - min(ends)) or 1.0
     return float(min(ends) - margin), float(max(ends) + margin)
 
 

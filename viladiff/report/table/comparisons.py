@@ -56,8 +56,14 @@ def in_print(comparison: Comparison) -> str:
 
 
 def it_is(comparison: Comparison) -> str:
-    """Return how the first row compares with the second: higher, lower, not shown."""
-    return {"shown": "higher", "reversed": "lower", "open": "not shown"}[comparison.outcome]
+    """Return how the first row compares with the second: higher, lower, not shown; against a limit where one is set."""
+    limit = f"{abs(comparison.limit):g}"
+    words = {
+        0: {"shown": "higher", "reversed": "lower"},
+        1: {"shown": f"more than {limit} higher", "reversed": f"less than {limit} higher"},
+        -1: {"shown": f"less than {limit} lower", "reversed": f"more than {limit} lower"},
+    }[(comparison.limit > 0) - (comparison.limit < 0)]
+    return words.get(comparison.outcome, "not shown")
 
 
 def p_value(comparison: Comparison) -> str:
@@ -72,7 +78,7 @@ def tested(verdicts: Sequence[Verdict], high: str, low: str, metric: str) -> str
         one.column: f"{it_is(one)} on {one.column} (p {'' if p_value(one).startswith('<') else '= '}{p_value(one)})"
         for verdict in verdicts
         for one in verdict.comparisons
-        if (one.higher, one.lower, verdict.metric) == (high, low, metric)
+        if (one.higher, one.lower, verdict.metric, one.limit) == (high, low, metric, 0) and one.form != "spread"
     }
     if not found:
         return ""
@@ -81,10 +87,11 @@ def tested(verdicts: Sequence[Verdict], high: str, low: str, metric: str) -> str
 
 def tally(verdicts: Sequence[Verdict]) -> list[str]:
     """Return a sentence for each column: how many distinct comparisons are shown; what two claims ask counts once."""
-    columns: dict[str, dict[tuple[str, ...], Comparison]] = {}
+    columns: dict[str, dict[tuple[str | float, ...], Comparison]] = {}
     for verdict in verdicts:
         for one in verdict.comparisons:
-            columns.setdefault(one.column, {})[one.higher, one.lower, verdict.metric, verdict.source, one.form] = one
+            key = one.higher, one.lower, verdict.metric, verdict.source, one.form, one.limit
+            columns.setdefault(one.column, {})[key] = one
     said = []
     for column, made in columns.items():
         counts = {kind: sum(one.outcome == kind for one in made.values()) for kind in ("shown", "reversed")}
@@ -136,5 +143,5 @@ def comparison_grid(verdicts: Sequence[Verdict]) -> list[list[str]]:
             said = [markdown(text) for text in (one.higher, one.lower, one.column, metric.title or metric.name)]
             seeds = ", ".join(str(count) for count in dict.fromkeys(one.n))
             numbers = [seen(one), interval(one), in_print(one), markdown(p_value(one)), least(one), seeds]
-            lines[*said, verdict.source] = [*said, *numbers, it_is(one)]
+            lines[*said, verdict.source, one.form, one.limit] = [*said, *numbers, it_is(one)]
     return [head, *lines.values()]

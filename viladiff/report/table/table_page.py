@@ -122,7 +122,7 @@ def render_table(
         agreements=agreements,
         printed=printed,
         both=both,
-        sections=draw_sections(results, store, out, verdicts, tables.begun_columns(judged)),
+        sections=draw_sections(results, store, out, verdicts, judged if both and both.any_published else whole),
     )
     said, stand_ins = banner(whole), table_views.stand_ins(results)
     texts = {
