@@ -318,7 +318,7 @@ def test_intervals_of_pairs_that_do_not_spread_alike_hold_their_differences() ->
 
 @pytest.mark.parametrize("noisy", [0, 1])
 def test_a_noisy_row_has_intervals_that_hold_nearly_as_often_as_is_said(noisy: int) -> None:
-    """Three seeds, eight rows, one with three times the spread: three seeds often do not tell; 81 % for the reference."""
+    """Eight rows, one with three times the spread, which three seeds often do not tell: 81 % for the reference."""
     rng = np.random.default_rng(19 + noisy)
     held = []
     for _ in range(300):
