@@ -462,6 +462,10 @@ def test_a_tolerance_forgives_a_small_shortfall_only() -> None:
     assert verdict(table, {(0, 0): near(50, 0.02), (1, 0): near(50.2, 0.02)}).verdict == "holds"
     assert verdict(table, {(0, 0): near(50, 0.02), (1, 0): near(50.6, 0.02)}).verdict == "fails"
     assert verdict(table, {(0, 0): near(50, 0.5), (1, 0): near(50.2, 0.5)}).verdict == "not decided"
+    margin = a_table(plain(2), ["c"], higher("r0", "r1", margin=5))
+    found = verdict(margin, {(0, 0): near(52, 0.02), (1, 0): near(50, 0.02)})
+    assert found.verdict == "fails" and found.comparisons[0].limit == 5
+    assert found.why.endswith("'r0' is 2.0 points above 'r1', 5 asked (c)")
 
 
 def test_a_gain_shrinks_from_column_to_column() -> None:

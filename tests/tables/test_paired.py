@@ -317,8 +317,8 @@ def test_intervals_of_pairs_that_do_not_spread_alike_hold_their_differences() ->
 
 
 @pytest.mark.parametrize("noisy", [0, 1])
-def test_a_noisy_row_has_intervals_that_hold_nearly_as_often_as_is_said(noisy: int) -> None:
-    """Eight rows, one with three times the spread, which three seeds often do not tell: 81 % for the reference."""
+def test_intervals_of_one_noisy_row_are_too_short_with_three_seeds_by_no_more_than_is_known(noisy: int) -> None:
+    """Eight rows, one with three times the spread, the reference or the other: three seeds often do not find it out."""
     rng = np.random.default_rng(19 + noisy)
     held = []
     for _ in range(300):
@@ -326,7 +326,7 @@ def test_a_noisy_row_has_intervals_that_hold_nearly_as_often_as_is_said(noisy: i
         table = measured(50 + rng.normal(0, 4, (1, 3)) + sd * rng.normal(0, 1, (8, 3)))
         low, high = t_test(DIFFERENCE, 0.0, table, model(table)).interval()
         held.append(low <= 0 <= high)
-    assert np.mean(held) > 0.78
+    assert 0.78 < np.mean(held) < 0.95
 
 
 def test_false_alarms_between_two_readings() -> None:
