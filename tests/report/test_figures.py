@@ -6,6 +6,7 @@ import base64
 import colorsys
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,6 +287,13 @@ def test_differences_are_paired_by_seed_and_stand_beside_the_printed_ones() -> N
     assert one.interval == pytest.approx(tuple(wanted)) and (one.kind, one.printed) == ("row", 1.0)
     assert other.values == pytest.approx([0.5, 0]) and (other.kind, other.printed) == ("control", None)
     assert differences.gaps_of(with_seeds({0: [40.0], 1: []})) == {}, "nothing to compare"
+    alone = with_seeds({0: [40.0], 1: [43.0]}, frozenset({0, 1}))
+    columns = (*alone.plan.table.columns, Column(label="d"))
+    table = alone.plan.table.model_copy(update={"columns": columns, "rows": (*alone.plan.table.rows, Row(label="m"))})
+    entries = tuple(replace(one, cell=replace(one.cell, column=1)) for one in alone.entries)
+    method = run(2, 0, precision="fp32", miou=0.5)
+    both = Results(replace(alone.plan, table=table, columns=(0, 1)), (*alone.entries, *entries, method))
+    assert differences.gaps_of(both).keys() <= {"c"}, "a column of controls alone"
     (single,) = differences.gaps_of(with_seeds({0: [40.0], 1: [43.0]}))["c"]
     assert single.values == pytest.approx([3]) and single.interval is None
 
@@ -295,6 +303,8 @@ def test_a_row_far_from_all_others_leaves_the_axis_of_differences_to_them() -> N
     far = differences.RowDifference("far", "control", (-12.0, -11.0), None, None)
     low, high = differences.bounds([*near, far])
     assert -1 < low < 0 and 1 < high < 2
+    low, high = differences.bounds([differences.RowDifference("same", "row", (0.0, 0.0), None, None)])
+    assert low < 0 < high, "an axis has a length"
     drawn = differences.draw_differences({"c": [*near, far]}, "first", "mIoU")
     texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
     assert "← −11.5" in texts and "+0.2" in texts
@@ -314,6 +324,9 @@ def test_the_figure_of_differences_is_written_where_there_are_any(tmp_path: Path
     first = {path: path.stat().st_mtime_ns for path in paths.values()}
     assert figures.save_differences(there, tmp_path) == paths
     assert {path: path.stat().st_mtime_ns for path in paths.values()} == first, "drawn from the same numbers"
+    picture = paths["png"].read_bytes()
+    figures.save_differences(with_seeds({0: [40, 42.0], 1: [45, 48.0]}), tmp_path)
+    assert paths["png"].read_bytes() != picture and "paper +1.0" in paths["light"].read_text(), "drawn anew"
     assert figures.save_differences(with_seeds({0: [40.0], 1: []}), tmp_path / "none") == {}
 
 
