@@ -15,10 +15,11 @@ from record_kit import name_of, told
 from test_table_page import Reader, record
 
 from viladiff.experiments.dry_run import print_dry_run
+from viladiff.report.charts import figures
 from viladiff.report.sections import side_by_side
 from viladiff.report.sections.side_by_side import SideBySide
 from viladiff.report.table import table_page
-from viladiff.report.table.results import collect_results
+from viladiff.report.table.results import Results, collect_results
 from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import save_record
 from viladiff.runs.store import Store
@@ -184,6 +185,16 @@ def test_the_page_shows_them(tmp_path: Path) -> None:
     assert words.count("holds") >= 2 and "Of the published runs." in words
     links = [one["href"] for tag, one in read.tags if tag == "a" and "published" in str(one.get("href"))]
     assert len(links) == 24 and all((index.parent / str(link)).is_file() for link in links)
+
+
+@pytest.mark.parametrize("published", [levels, nothing])
+def test_the_picture_of_differences_is_of_the_runs_that_claims_are_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: Callable[[PlannedCell], float | None]
+) -> None:
+    asked: list[Results] = []
+    monkeypatch.setattr(figures, "save_differences", lambda results, _: asked.append(results) or {})
+    render(tmp_path, published)
+    assert [one.plan.scale for one in asked] == ["digits" if published is levels else "quick"]
 
 
 def test_the_page_without_published_records_has_no_marks(tmp_path: Path) -> None:
