@@ -496,7 +496,7 @@ def test_a_gain_shrinks_from_column_to_column() -> None:
 def test_printed_numbers_of_table5() -> None:
     found = {claim.text: printed_verdict(TABLE5, claim) for claim in TABLE5.claims}
     verdicts = [one for one, _ in found.values()]
-    assert verdicts == ["holds", "holds", "holds", "not printed", "not printed", *["not printed"] * 5]
+    assert verdicts == ["holds", "holds", "holds", "not printed", "not printed", *["not printed"] * 6]
     assert found[TABLE5.claims[0].text][1] == "all 18 printed differences are as claimed"
     assert found[TABLE5.claims[3].text][1] == "the paper prints no boundary IoU"
 
@@ -550,6 +550,30 @@ def test_claims_of_table5_over_made_up_records() -> None:
     assert {one.verdict for one in found if one.source == "ours"} == {"holds"}
     for one in found:
         assert one.detectable is not None and 0 < one.detectable < 2 and "Holm's correction" in one.test
+
+
+def test_a_claim_on_a_row_that_a_scale_leaves_out_is_not_made_there() -> None:
+    rows = [Row(label="a"), Row(label="b"), Row(label="c", scales=("other",))]
+    table = a_table(rows, ["x"], higher("a", "b"), higher("a", "c"))
+    values: Values = {(0, 0): near(70), (1, 0): near(60)}
+    assert [one.text for one in evaluate_claims(*world(table, values))] == [table.claims[0].text]
+    named = evaluate_claims(*world(table, values | {(2, 0): near(50)}))  # rows may be named at any scale
+    assert [one.verdict for one in named] == ["holds", "holds"]
+    rows[2] = Row(label="c", scales=("s",))
+    table = a_table(rows, ["x"], higher("a", "b"), higher("a", "c"))
+    assert len(evaluate_claims(*world(table, values))) == 2, "left out by hand: it says what is missing"
+
+
+def test_the_first_seeds_of_a_column_change_no_verdict_of_a_finished_one() -> None:
+    table = a_table(plain(5), ["x", "y"], *(higher(f"r{i}", "r0") for i in range(1, 5)))
+    drawn = np.random.default_rng(5).normal(0, 0.3, (5, 3))
+    values: Values = {(row, 0): (60 + row + drawn[row]).tolist() for row in range(5)}
+    begun = values | {(row, 1): [50.0 + 3 * row, 50.0 - 9 * row] for row in range(5)}
+    found = [
+        [c for one in evaluate_claims(*world(table, given)) for c in one.comparisons if c.column == "x"]
+        for given in (values | {(row, 1): [] for row in range(5)}, begun)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 4
 
 
 def test_verdicts_load_no_torch() -> None:
