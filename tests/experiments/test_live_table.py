@@ -88,8 +88,8 @@ def test_time_left_comes_from_measured_speeds_and_slots() -> None:
     shown.hear(Event("started", A))
     clock.now = 50
     shown.hear(Event("done", A, miou=0.5))
-    # 0.5 s a step; three runs of 100 steps remain on two slots.
-    assert shown.left() == pytest.approx(75)
+    # 0.5 s a step; three runs of 100 steps remain on two slots: two, then one.
+    assert shown.left() == pytest.approx(100)
     for name in (B, C, D):
         shown.hear(Event("done", name, miou=0.5))
     assert shown.left() == 0
@@ -177,9 +177,34 @@ def test_time_left_on_a_cluster_is_shared_by_the_runs_under_way() -> None:
         shown.hear(Event("started", name))
     clock.now = 50
     shown.hear(Event("done", A, miou=0.5))
-    assert shown.left() == pytest.approx(75)  # three runs of 50 s, two of them now
+    assert shown.left() == pytest.approx(100)  # three runs of 50 s, two of them now
     shown.hear(Event("retry", B))
     assert shown.left() == pytest.approx(150)
+
+
+def test_the_time_left_falls_while_a_longer_run_waits() -> None:
+    shown, clock, _ = live(plan(rows=2, columns=2))
+    shown.hear(Event("started", A))
+    shown.hear(Event("started", B))
+    found = []
+    for step in (20, 40, 60):  # half a second a step in row 0, and no run of row 1 has begun
+        clock.now = step / 2
+        for name in (A, B):
+            shown.hear(Event("progress", name, step=step, steps=100))
+        found.append(shown.left())
+    assert found[1:] == pytest.approx([30 + 50, 20 + 50])
+
+
+def test_runs_of_another_driver_take_no_slot_of_this_one() -> None:
+    shown, clock, _ = live(plan(rows=2, columns=2))
+    shown.hear(Event("started", A))
+    clock.now = 50
+    shown.hear(Event("done", A, miou=0.5))
+    for name in (B, C):
+        shown.hear(Event("elsewhere", name))
+    assert shown.left() == pytest.approx(50)  # one more here, beside the others' two
+    shown.hear(Event("done", D, miou=0.5))
+    assert shown.left() == pytest.approx(50), "the others' runs are waited for"
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then_and_each_failure() -> None:

@@ -566,4 +566,44 @@ def test_a_collapse_stands_below_the_others_with_its_number() -> None:
 def test_numbers_of_points_that_are_near_share_a_text_beside_the_last_of_them() -> None:
     points = [cost_scatter.Point(x, 70.0, None, str(i), f"r{i}", 0) for i, x in ((1, 2.0), (2, 2.05), (3, 4.0))]
     figure = cost_scatter.draw(cost_scatter.Chart("t", "cost", "mIoU", tuple(points), ("g",)))
-    assert cost_scatter.number_labels(figure.axes[0], points) == [((2.05, 70.0), "1, 2"), ((4.0, 70.0), "3")]
+    labels = cost_scatter.number_labels(figure.axes[0], points)
+    assert [(one.at, one.text, one.align) for one in labels] == [
+        ((2.05, 70.0), "1, 2", "left"),
+        ((4.0, 70.0), "3", "left"),
+    ]
+
+
+def test_numbers_cover_neither_a_marker_nor_other_numbers() -> None:
+    rows = [(1, 2.0, 70.0), (2, 2.05, 70.0), (3, 2.15, 70.7), (4, 4.0, 60.0), (5, 3.7, 60.1), (6, 8.0, 50.0)]
+    points = [cost_scatter.Point(x, y, None, str(i), f"r{i}", 0) for i, x, y in rows]
+    figure = cost_scatter.draw(cost_scatter.Chart("t", "cost", "mIoU", tuple(points), ("g",)))
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    scale = 72 / figure.dpi
+    texts = [one.get_window_extent() for one in axes.texts]
+    markers = [axes.transData.transform((one.x, one.y)) for one in points]
+    for place, box in enumerate(texts):
+        for x, y in markers:
+            inside = box.x0 - 2 / scale < x < box.x1 + 2 / scale and box.y0 < y < box.y1
+            assert not inside, axes.texts[place].get_text()
+        assert not any(box.overlaps(other) for other in texts[place + 1 :]), axes.texts[place].get_text()
+    assert len({(one.align, one.offset) for one in cost_scatter.number_labels(axes, points)}) > 1
+
+
+def test_a_text_avoids_earlier_texts_and_stands_at_the_end_of_its_points() -> None:
+    corners = [cost_scatter.Point(x, y, None, "", "", 0) for x, y in ((1.0, 40.0), (9.0, 80.0))]
+    figure = cost_scatter.draw(cost_scatter.Chart("t", "cost", "mIoU", tuple(corners), ("g",)))
+    axes = figure.axes[0]
+
+    def at(number: str, right: float, up: float) -> cost_scatter.Point:
+        """A point so many points of the figure from its middle."""
+        middle = axes.transAxes.transform((0.5, 0.5))
+        x, y = axes.transData.inverted().transform(middle + figure.dpi / 72 * np.array([right, up]))
+        return cost_scatter.Point(float(x), float(y), None, number, number, 0)
+
+    first, second = cost_scatter.number_labels(axes, [at("1", 0, 0), at("3", -11, 2), at("4", -11, 2)])
+    assert (first.align, first.offset, second.text) == ("left", (4, 2), "3, 4")
+    assert (second.align, second.offset) != ("left", (4, 2)), "it would cover the first number, and no marker"
+    left, right, beyond = at("1", 0, 0), at("2", 8, 0), at("3", 20, 0)
+    pair, _ = cost_scatter.number_labels(axes, [left, right, beyond])
+    assert (pair.text, pair.align, pair.at) == ("1, 2", "right", (left.x, left.y))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from viladiff.runs.record import load_record
+from viladiff.tables.contrasts import contrasts
 from viladiff.tables.plan import make_plan
 from viladiff.tables.spec_file import load_table
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "reports" / "published"
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 SEEDS = {"three": "3", "six": "6"}
+COLUMNS = {"table5": "1/8 (183) measured", "leaderboard": "183 labels measured"}
 
 
 def lines(table: str) -> list[list[str]]:
@@ -22,9 +24,10 @@ def lines(table: str) -> list[list[str]]:
 
 
 def published(row: str, table: str = "table5") -> tuple[str, str]:
-    """Mean with deviation, and the number of seeds, at 183 labels."""
-    line = next(line for line in lines(table) if line[0] == row)
-    (mean, seeds) = next(found for cell in line if (found := re.findall(r"^([\d.]+ ± [\d.]+) \((\d)\)$", cell)))[0]
+    """Mean with deviation, and the number of seeds, at 183 labels, of a row by its number or label."""
+    place = next(line for line in lines(table) if line[1:2] == ["row"]).index(COLUMNS[table])
+    line = next(line for line in lines(table) if row in (line[0], line[1].split(" (")[0]))
+    ((mean, seeds),) = re.findall(r"^([\d.]+ ± [\d.]+) \((\d)\)$", line[place])
     return mean, seeds
 
 
@@ -56,40 +59,62 @@ def test_the_differences_and_what_is_said_of_them() -> None:
     assert "for 34 comparisons of the paper's claims" in page
     results = [line[-1] for line in lines("table5") if line[2:3] == ["1/8 (183)"] and len(line) == 11 and line[6]]
     assert results.count("higher") == 1 and "lower" not in results, "of which this one alone"
+    table = load_table(ROOT / "ablations" / "table5.toml")
+    papers = [claim for claim in table.claims if claim.source == "paper"]
+    asked = {(claim.metric, tuple(sorted(one.terms))) for claim in papers for one in contrasts(table, claim)}
+    here = [terms for _, terms in asked if {table.columns[term.column].label for term in terms} == {"1/8 (183)"}]
+    assert f"for the {len(asked)} comparisons" in README and f"of the {len(here)} made so far" in README
 
 
 def test_the_ceilings_and_controls() -> None:
-    means = {row: float(published(row)[0].split()[0]) for row in ("1", "4", "i", "j")}
-    room, edges = means["i"] - means["1"], means["j"] - means["4"]
+    names = ("1", "4", "SemiBaseline, true labels everywhere", "ViLa, true labels at edges from half on")
+    base, vila, everywhere, at_edges = (float(published(row)[0].split()[0]) for row in names)
+    room, edges = everywhere - base, at_edges - vila
     assert f"would give the baseline {room:.1f} points" in README
     assert f"would give ViLa {edges:.1f}." in README
     points, interval, *_, outcome = difference("ViLaDiff", "ViLaDiff, no captions")
     assert f"({points}, {interval}, over ViLaDiff without them)" in README and outcome == "not shown"
 
 
+def test_the_baseline_of_the_best_trial() -> None:
+    points, interval, _, p, *_, outcome = difference("ViLa, features only", "SemiBaseline, weight 0.5")
+    mean, seeds = published("SemiBaseline, weight 0.5")
+    best = f"Over the baseline with its best trial ({mean.split()[0]}) ViLa with the teacher's features has"
+    assert f"{best} {points} ({interval}, p {p})." in README and (outcome, seeds) == ("higher", "6")
+
+
 def test_the_fusion_stream_with_captions_and_without() -> None:
     plan = make_plan(load_table(ROOT / "ablations" / "table5.toml"), "digits", columns=["1/8 (183)"])
     means = []
-    for label in ("ViLaDiff", "ViLaDiff, no captions"):
+    for label, stream in (("ViLaDiff", "fusion"), ("ViLaDiff", "fusion_no_text"), ("ViLaDiff, no captions", "fusion")):
         row = [one.label for one in plan.table.rows].index(label)
         names = plan.run_ids(row, 0)
         found = [load_record(next(PUBLISHED.glob(f"*/records/{name}.json"))) for name in names]
-        means.append(100 * sum(one.scores["teacher"]["fusion"]["miou"] for one in found) / len(found))
-    assert f"has {means[0]:.1f} with an image's own captions and {means[1]:.1f} without any" in README
+        means.append(100 * sum(one.scores["teacher"][stream]["miou"] for one in found) / len(found))
+    own, unread, untrained = (f"{mean:.1f}" for mean in means)
+    assert (
+        f"has {own} with an image's own captions and {unread} without any; trained without captions it has {untrained}."
+        in README
+    )
 
 
 def test_what_it_says_of_the_leaderboard() -> None:
-    board = {line[0]: line for line in lines("leaderboard") if len(line) == 4}
-    (head,) = [line for line in lines("leaderboard") if "training, supervised = 1" in line]
-    place = head.index("training, supervised = 1")
+    (width, *_) = (len(line) for line in lines("leaderboard") if line[1:2] == ["row"])
+    board = {line[0]: line for line in lines("leaderboard") if len(line) == width}
+    (head,) = [line for line in lines("leaderboard") if "the same, times steps" in line]
+    place = head.index("the same, times steps")
     costs = {line[0].split()[0]: line[place] for line in lines("leaderboard") if len(line) == len(head)}
     longer, ours, rival = (published(row, "leaderboard") for row in ("c", "17", "9"))
     pair = ["FixMatch-EMA, twice the steps", "FixMatch-EMA", "183 labels", "mIoU"]
     (gain,) = [line[4] for line in lines("leaderboard") if line[:4] == pair]
     assert f"Twice the steps give FixMatch-EMA {gain.removeprefix('+')} points" in README
-    assert f"it then has {longer[0]} at {float(costs['c']):.1f} times" in README
-    assert f"ViLaDiff {ours[0]} at {float(costs['17']):.1f} times (three seeds)" in README and ours[1] == "3"
-    assert f"highest means, {rival[0].split()[0]} and {ours[0].split()[0]}" in README
-    assert (board["9"][1], board["17"][1]) == ("UniMatch V2", "ViLaDiff")
-    rest = [published(str(row), "leaderboard")[0] for row in range(1, 18) if row not in (9, 17)]
-    assert max(rest) < min(ours[0], rival[0])
+    assert f"points: {longer[0]} (three seeds) at {float(costs['c']):.1f} times the cost of `supervised`" in README
+    assert f"a step of ViLaDiff, once MixE refines, costs {float(costs['17']):.1f} times as much" in README
+    means = {board[str(row)][1]: float(published(str(row), "leaderboard")[0].split()[0]) for row in range(1, 18)}
+    names = sorted(means, key=lambda name: -means[name])[:3]
+    assert names == ["UniMatch V2", "ViLaDiff", "UniMatch"] and {ours[1], rival[1], longer[1]} == {"3"}
+    high = f"{means[names[0]]}, {means[names[1]]} and {means[names[2]]}"
+    assert f"highest means of 17 methods under one protocol, {high}; none" in README
+    assert f"FixMatch-EMA's {means['FixMatch-EMA']} " in README
+    tests = [line for line in lines("leaderboard") if line[0] in names and line[1:4] == pair[1:]]
+    assert [line[-1] for line in tests] == ["not shown"] * 3

@@ -252,6 +252,10 @@ def test_a_claim_lists_its_complete_columns_and_each_comparison_once(tmp_path: P
     assert "  - 1/8 (183) alone: **fails** (0 of 1 shown; 80 % power at 0.7)" in lines
     (compared,) = [line for line in lines if "| +1.0 to +3.0 |" in line]
     assert compared.endswith("| mIoU | +2.0 | +1.0 to +3.0 | +1.1 | &lt; 0.001 | 0.0 | 3 | higher |")
+    assert [comparisons.power(most) for most in (2.34, 20.0, 68.0)] == ["2.3", "20.0", "> 20"]
+    far = replace(VERDICTS[0], detectable=68.0, comparisons=(replace(VERDICTS[0].comparisons[0], least=68.0),))
+    assert "68" not in " ".join(comparisons.comparison_grid([far])[1])
+    assert any(line.endswith("80 % power at &gt; 20.") for line in comparisons.claim_lines([far]))
     spread = replace(VERDICTS[0].comparisons[0], form="spread", difference=math.inf, interval=(0.5, math.inf))
     (_, ratio) = comparisons.comparison_grid([replace(VERDICTS[0], comparisons=(spread,))])
     assert ratio[4:6] == ["× ∞", "× 0.50 to ∞"]

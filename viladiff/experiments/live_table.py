@@ -5,6 +5,7 @@ Its input is events only, so that it shows the same for trials in other processe
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -133,21 +134,29 @@ class LiveTable:
         return sum(run.state in states for run in self.runs.values())
 
     def left(self) -> float | None:
-        """Return the seconds to the end, from the speeds so far; None while there are none."""
+        """Return the seconds to the end, from the speeds so far; None while there are none.
+
+        A waiting run begins where a slot is free first, so the figure falls while any run goes on. Runs of another
+        driver take no slot.
+        """
         pace = self._pace(None)
         unknown = [run for run in self.runs.values() if run.state in ("waiting", "running", "elsewhere")]
         if not unknown:
             return 0.0
         if pace is None:
             return None if self.expected is None else max(0.0, self.expected - (self.clock() - self._begun))
-        per = [
-            ((self._pace(self._rows.get(name)) or pace) * (run.steps - run.step), run.state)
+        rest = {
+            name: (self._pace(self._rows.get(name)) or pace) * (run.steps - run.step)
             for name, run in self.runs.items()
             if run in unknown
-        ]
-        longest = max(seconds for seconds, _ in per)
-        at_once = max(1, self.concurrency or self.count("running"))
-        return max(longest, sum(seconds for seconds, _ in per) / min(at_once, len(per)))
+        }
+        active = [rest[name] for name in rest if self.runs[name].state == "running"]
+        slots = max(1, self.concurrency or self.count("running"))
+        ends = sorted([0.0] * (slots - len(active)) + active)
+        for name, run in self.runs.items():
+            if run.state == "waiting":
+                heapq.heapreplace(ends, ends[0] + rest[name])
+        return max(ends + [rest[name] for name in rest if self.runs[name].state == "elsewhere"])
 
     def _pace(self, row: int | None) -> float | None:
         """Return a slot's seconds for each step, in this row or in all."""

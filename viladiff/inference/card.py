@@ -128,7 +128,7 @@ def card(model: Model, record: RunRecord, facts: dict[str, str], exported: Seque
     lines += ["", "Trained with:", "", "```sh", _command(record), "```"]
     lines += ["", "## Licence", "", *_licence(record), "", "## Limits", ""]
     lines += [
-        f"- Scores are of the validation images of {config['data.dataset']}; other photographs may be another matter.",
+        f"- Scores are of images of {config['data.dataset']} that were not trained on; other photographs may differ.",
         "- Confidence is the network's own probability and was not calibrated.",
         f"- The biases of the encoder's training images and of {config['data.dataset']} go with it.",
     ]

@@ -17,6 +17,7 @@ from viladiff.evaluation.metrics import METRICS
 from viladiff.tables.contrasts import Contrast, Form, contrasts, printed_difference, printed_verdict
 from viladiff.tables.paired import VarianceModel, contrast_parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (
+    FEWEST_SEEDS,
     LEVEL,
     CellSample,
     Records,
@@ -32,8 +33,6 @@ from viladiff.tables.spec import ORACLE, Claim, MetricName
 
 if TYPE_CHECKING:
     from viladiff.tables.plan import Plan
-
-FEWEST_SEEDS = 3
 
 Outcome = Literal["shown", "reversed", "open"]
 Decision = Literal["holds", "fails", "not decided"]
@@ -107,14 +106,14 @@ def evaluate_claims(plan: Plan, records: Records) -> list[Verdict]:
     Holm's correction runs over the distinct comparisons of all claims from one source, the paper's and ours separately;
     comparisons that cannot be made yet count too, so that the correction is the same from the first run to the last.
     """
-    metrics = dict.fromkeys(claim.metric for claim in plan.table.claims)
+    metrics = dict.fromkeys(claim.metric for claim in plan.claims)
     measured = {metric: cell_samples(plan, records, metric) for metric in metrics}
     known = {metric: table_variances(plan, found) for metric, found in measured.items()}
     verdicts: dict[str, Verdict] = {}
     for source in ("paper", "ours"):
-        claims = [claim for claim in plan.table.claims if claim.source == source]
+        claims = [claim for claim in plan.claims if claim.source == source]
         verdicts |= dict(zip([claim.text for claim in claims], _judge(plan, claims, measured, known), strict=True))
-    return [verdicts[claim.text] for claim in plan.table.claims]
+    return [verdicts[claim.text] for claim in plan.claims]
 
 
 def table_variances(plan: Plan, measured: Samples) -> VarianceModel:
@@ -122,7 +121,7 @@ def table_variances(plan: Plan, measured: Samples) -> VarianceModel:
 
     Ceilings are left out, since their spread may be small. A table without claims compares its rows with the first.
     """
-    asked = [one.terms for claim in plan.table.claims for one in contrasts(plan.table, claim) if one.form != "spread"]
+    asked = [one.terms for claim in plan.claims for one in contrasts(plan.table, claim) if one.form != "spread"]
     if not asked:
         first, *others = plan.rows
         asked = [(Term(row, column, 1), Term(first, column, -1)) for row in others for column in plan.columns]

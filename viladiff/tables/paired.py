@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from viladiff.tables.significance import CellSample, Samples, Term, sum_of_squares
+from viladiff.tables.significance import FEWEST_SEEDS, CellSample, Samples, Term, sum_of_squares
 
 APART = 0.01
 """Chance that any cell of a column is taken for an outlier though all spread alike."""
@@ -114,12 +114,13 @@ def variance_model(asked: Iterable[Sequence[Term]], measured: Samples) -> Varian
     """Estimate the distribution of variances from all pairs of cells that take part in the comparisons ``asked``.
 
     Pairs are of one column and one pool. All of them, since variances of pairs that have one row in common are too much
-    alike; but not those of ``_outliers``. A pool with fewer than ``FEWEST_PAIRS`` variances has none.
+    alike; but not those of ``_outliers``, nor of cells with fewer than ``FEWEST_SEEDS``: the first runs of one column
+    would change the verdicts of another. A pool with fewer than ``FEWEST_PAIRS`` variances has none.
     """
     columns: dict[Pool, dict[int, set[CellSample]]] = defaultdict(lambda: defaultdict(set))
     for row, column, _ in (term for terms in asked for term in terms):
         one = measured.get((row, column))
-        if one is not None and len(one.values) > 1:
+        if one is not None and len(one.values) >= FEWEST_SEEDS:
             columns[one.pool][column].add(one)
     found = {}
     for pool, cells in columns.items():

@@ -26,7 +26,7 @@ from viladiff.runs.record import RunRecord
 from viladiff.runs.run_name import PLACES, arithmetic
 from viladiff.tables.cells import cells, choose, seeds_by_column, unavailable
 from viladiff.tables.recipes.recipe import recipe_file
-from viladiff.tables.spec import ORACLE, Table
+from viladiff.tables.spec import ORACLE, Claim, Table
 from viladiff.tables.stated import Stated, stated
 
 State = Literal["done", "stale", "failed", "running", "begun", "missing"]
@@ -77,6 +77,16 @@ class Plan:
         read = {name for name, run in self.runs.items() if run.changed.get(ORACLE, "none") != "none"}
         found = {cell.row for cell in self.cells if cell.run_id in read}
         return frozenset(found | {row for row in self.rows if self.table.rows[row].oracle})
+
+    @cached_property
+    def claims(self) -> tuple[Claim, ...]:
+        """The table's claims, but those on a row that this scale leaves out (``Row.scales``)."""
+        left_out = {
+            row.label
+            for place, row in enumerate(self.table.rows)
+            if row.scales and self.scale not in row.scales and place not in self.rows
+        }
+        return tuple(claim for claim in self.table.claims if left_out.isdisjoint(claim.rows))
 
     def by_seed(self, row: int, column: int) -> dict[int, str]:
         """Return the runs of a cell by seed."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 """Chance, in each direction, of any wrong decision among all claims of one source."""
+FEWEST_SEEDS = 3
+"""Below these a cell has no part in a test."""
 POWER = 0.8
 
 Records = Mapping[str, "RunRecord"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,8 @@ NUMBERED = 6.5
 """Size of a point's number and of the list of names, in points."""
 COLUMNS = 3
 """Of the list of names beneath the axes."""
+MARKER = 3.0
+"""Half of a marker's width, in points."""
 
 
 class Point(NamedTuple):
@@ -35,6 +38,16 @@ class Point(NamedTuple):
     """Colour and marker."""
     ours: bool = False
     """A control or a reference: hollow."""
+
+
+class Label(NamedTuple):
+    """The numbers of one point, or of some that are close together."""
+
+    at: tuple[float, float]
+    text: str
+    offset: tuple[float, float]
+    """From ``at`` to the text's end that ``align`` names, in points of the figure."""
+    align: str
 
 
 class Chart(NamedTuple):
@@ -63,8 +76,9 @@ def draw(chart: Chart) -> Figure:
     for place, group in enumerate(chart.groups):
         _points(axes, [one for one in chart.points if one.group == place], place, group, LIGHT)
     _frame(axes, chart)
-    for at, numbers in number_labels(axes, chart.points):
-        axes.annotate(numbers, at, (4, 2), textcoords="offset points", fontsize=NUMBERED, color=LIGHT["ink"], zorder=4)
+    look: dict[str, Any] = {"textcoords": "offset points", "fontsize": NUMBERED, "color": LIGHT["ink"], "zorder": 4}
+    for label in number_labels(axes, chart.points):
+        axes.annotate(label.text, label.at, label.offset, ha=label.align, **look)
     for i, one in enumerate(chart.points):
         across, up = 0.09 + 0.3 * (i // lines), (0.15 * (lines - 1 - i % lines) + 0.06) / height
         colour = LIGHT["faint"] if one.ours else LIGHT["ink"]
@@ -72,8 +86,11 @@ def draw(chart: Chart) -> Figure:
     return figure
 
 
-def number_labels(axes: Axes, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:
-    """Return places and numbers; points whose numbers would overlap share one text, as ``8, 18``."""
+def number_labels(axes: Axes, points: Sequence[Point]) -> list[Label]:
+    """Return places and numbers; points whose numbers would overlap share one text, as ``8, 18``.
+
+    A text stands where it covers no marker and no earlier text, if there is such a place beside its points.
+    """
     found: list[list[Point]] = []
     for one in points:
         near = (those for those in found if _distance(axes, (those[0].x, those[0].y), (one.x, one.y)) < 1)
@@ -82,8 +99,39 @@ def number_labels(axes: Axes, points: Sequence[Point]) -> list[tuple[tuple[float
             found.append([one])
         else:
             those.append(one)
-    last = [max(those, key=lambda one: one.x) for those in found]  # so that the text covers none of them
-    return [((one.x, one.y), ", ".join(each.number for each in those)) for one, those in zip(last, found, strict=True)]
+    taken = [_box(axes, (one.x, one.y), (-MARKER, -MARKER), 2 * MARKER, 2 * MARKER) for one in points]
+    labels = []
+    for those in found:
+        text = ", ".join(one.number for one in those)
+        places = [
+            _beside(axes, those, text, right=right, up=up) for right, up in itertools.product((True, False), (2, -8))
+        ]
+        label, box = min(places, key=lambda place: sum(_overlap(place[1], other) for other in taken))
+        taken.append(box)
+        labels.append(label)
+    return labels
+
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top; in points of the figure."""
+
+
+def _beside(axes: Axes, those: Sequence[Point], text: str, *, right: bool, up: float) -> tuple[Label, Box]:
+    last = (max if right else min)(those, key=lambda one: one.x)  # so that the text covers none of them
+    width = 0.55 * NUMBERED * len(text)
+    label = Label((last.x, last.y), text, (4 if right else -4, up), "left" if right else "right")
+    return label, _box(axes, label.at, (4 if right else -4 - width, up), width, NUMBERED)
+
+
+def _box(axes: Axes, at: tuple[float, float], corner: tuple[float, float], width: float, height: float) -> Box:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    x, y = axes.transData.transform(at) * 72 / figure.dpi + corner
+    return float(x), float(y), float(x + width), float(y + height)
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _distance(axes: Axes, one: tuple[float, float], other: tuple[float, float]) -> float:

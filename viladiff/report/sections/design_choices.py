@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from viladiff.report.markup import markdown
-from viladiff.report.table.comparisons import interval, least, p_value, seen, signed
+from viladiff.report.table.comparisons import interval, least, p_value, power, seen, signed
 from viladiff.report.table.results import Results, difference, number, summary
 from viladiff.tables.contrasts import contrasts
 
@@ -84,8 +84,8 @@ def _choice(where: str, alternatives: Sequence[Alternative]) -> Choice:
     elif len(tested) < len(alternatives):
         said = "Not decided."
     else:
-        least = max(one.least for one in tested)
-        said = f"No difference shown; the test has 80 % power for {least:.1f} points."
+        most = max(one.least for one in tested)
+        said = f"No difference shown; the test has 80 % power for {power(most)} points."
     return Choice(where, said, tuple(alternatives))
 
 

@@ -175,7 +175,7 @@ def _said(results: Results) -> list[str]:
     ]
     return [
         *(told if any("simulated" in record.captions for record in results.records().values()) else ()),
-        f"{sampled or 'No tokens yet'}: drawn from the validation images by a fixed seed, the same for every run. A "
+        f"{sampled or 'No tokens yet'}: drawn from the scored images by a fixed seed, the same for every run. A "
         "token's class is the one that most of its pixels have; pixels that are ignored do not count.",
         "Features are the normalised tokens that the class queries attend to, each brought to length 1; distances are "
         "Euclidean in the space of all channels, not in the plane of the pictures, whose distances mean little.",

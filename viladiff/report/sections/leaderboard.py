@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from viladiff.runs.store import Store
     from viladiff.tables.claims import Verdict
 
-ACROSS = "processor time of training, supervised = 1"
+ACROSS = "processor time of a step at 70 % of training, times steps; supervised = 1"
 
 
 class MeanTime(NamedTuple):
@@ -197,8 +197,8 @@ def leaderboard_markdown(found: Leaderboard | None, columns: Sequence[str]) -> d
     heads = ["row", *(f"mIoU of the trained network, {one}" for one in columns)]
     heads += [f"calibration error, {one}" for one in columns]
     heads += [
-        "step, supervised = 1",
-        "training, supervised = 1",
+        "step at 70 % of training, supervised = 1",
+        "the same, times steps",
         "passes",
         "peak MiB",
         "CPU s (runs)",

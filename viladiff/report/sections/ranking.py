@@ -49,13 +49,15 @@ def _shown(results: Results, verdicts: Sequence[Verdict]) -> Iterator[str]:
         return
     for column in results.plan.columns:
         label = table.columns[column].label
-        means = {row: summary(results.at(row, column), table.metric).mean for row in results.rows(control=False)}
-        there = {row: mean for row, mean in means.items() if mean is not None}
+        found = {row: summary(results.at(row, column), table.metric) for row in results.rows(control=False)}
+        there = {row: one.mean for row, one in found.items() if one.mean is not None}
         if not there:
             yield f"{label}: nothing measured yet."
             continue
         top = max(there, key=lambda row: there[row])
         lead = f"{label}: the highest of {len(there)} means is {table.rows[top].label}'s, {there[top]:.1f}"
+        if len({found[row].n for row in there}) > 1:
+            lead = f"{label}: no mean is called the highest while rows have unlike numbers of seeds"
         yield f"{lead}. {_against(claim.rows[0], [one for one in verdict.comparisons if one.column == label])}"
 
 

@@ -19,6 +19,8 @@ LEGEND = (
     "times in five: a smaller one may be there. Below three seeds a side nothing is tested."
 )
 """Beneath a list of comparisons."""
+MOST_POWER = 20
+"""Points, or a ratio, beyond which no smallest difference is printed."""
 
 
 def signed(value: float | None) -> str:
@@ -43,7 +45,12 @@ def seen(comparison: Comparison) -> str:
 
 def least(comparison: Comparison) -> str:
     """Format the smallest difference that the comparison would have detected."""
-    return f"× {comparison.least:.1f}" if comparison.form == "spread" else f"{comparison.least:.1f}"
+    return f"× {power(comparison.least)}" if comparison.form == "spread" else power(comparison.least)
+
+
+def power(smallest: float) -> str:
+    """Format a smallest difference in points, or a ratio; a large one only says that the seeds are too few."""
+    return f"{smallest:.1f}" if smallest <= MOST_POWER else f"> {MOST_POWER}"
 
 
 def _times(ratio: float) -> str:
@@ -109,15 +116,15 @@ def claim_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
         whose = "The paper's" if verdict.source == "paper" else "Ours"
         times = "× " if any(one.form == "spread" for one in verdict.comparisons) else ""
         most = verdict.detectable
-        power = "" if most is None else f" 80 % power at {times}{most:.1f}."
+        found = "" if most is None else f" 80 % power at {markdown(times + power(most))}."
         metric = METRICS[verdict.metric]
         yield (
             f"- **{verdict.verdict}**: {markdown(verdict.text)}. {whose}, on {metric.title or metric.name}. "
             f"{markdown(verdict.why)}. Printed numbers: {verdict.printed} ({markdown(verdict.printed_why)}). "
-            f"Test: {markdown(verdict.test)}.{power}"
+            f"Test: {markdown(verdict.test)}.{found}"
         )
         for one in verdict.by_column:
-            why = f"{markdown(one.why)}; 80 % power at {one.least:.1f}"
+            why = f"{markdown(one.why)}; 80 % power at {markdown(power(one.least))}"
             yield f"  - {markdown(one.column)} alone: **{one.verdict}** ({why})"
 
 
@@ -142,6 +149,6 @@ def comparison_grid(verdicts: Sequence[Verdict]) -> list[list[str]]:
         for one in verdict.comparisons:
             said = [markdown(text) for text in (one.higher, one.lower, one.column, metric.title or metric.name)]
             seeds = ", ".join(str(count) for count in dict.fromkeys(one.n))
-            numbers = [seen(one), interval(one), in_print(one), markdown(p_value(one)), least(one), seeds]
+            numbers = [seen(one), interval(one), in_print(one), markdown(p_value(one)), markdown(least(one)), seeds]
             lines[*said, verdict.source, one.form, one.limit] = [*said, *numbers, it_is(one)]
     return [head, *lines.values()]

@@ -314,10 +314,13 @@ def _column(results: Results, column: int) -> str:
 
 
 def _standing(results: Results, row: int, column: int) -> str:
-    """Describe a row's rank among the measured rows that are no controls."""
+    """Describe a row's rank at its seeds among the rows that have these, controls left out."""
     table = results.plan.table
-    means = {r: summary(results.at(r, column), table.metric).mean for r in results.rows(control=False)}
-    there = {r: mean for r, mean in means.items() if mean is not None}
+    found = {r: summary(results.at(r, column), table.metric) for r in results.rows(control=False)}
+    mine = summary(results.at(row, column), table.metric).values.keys()
+    there = {
+        r: float(np.mean([one.values[seed] for seed in mine])) for r, one in found.items() if mine <= one.values.keys()
+    }
     top = max(there, key=lambda r: there[r], default=row)
     short = there.get(top, 0.0) - there.get(row, 0.0)
     if len(there) < 2:

@@ -287,6 +287,7 @@ def _environment() -> jinja2.Environment:
         "in_print": comparisons.in_print,
         "it_is": comparisons.it_is,
         "least": comparisons.least,
+        "power": comparisons.power,
         "figure": leaderboard.text,
         "timed": leaderboard.timed,
         "percent": loss_gradients.percent,
