@@ -354,7 +354,8 @@ def test_a_method_that_collapses_now_and_then_hides_no_difference_and_shows_none
     text = " ".join(ranking.ranking_sentences(collect_results(plan, store), evaluate_claims(plan, store.records()), []))
     assert "below it: Plain (−4.0); Vila (−29.1): seeds differ too much for a verdict." in text
     page, _ = render(plan, store, tmp_path / "out")
-    assert "Vila at 183 labels: no part of that, since they follow the others' seeds less" in page.text
+    assert "each pair's standard deviation at 183 labels is its own" in page.text, "three rows are left, too few"
+    assert "standard deviation at 92 labels is 0." in page.text, "the other column keeps its model"
 
 
 def test_with_one_seed_nothing_is_shown_and_the_page_says_so(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from viladiff.tables.paired import (
 from viladiff.tables.significance import LEVEL, CellSample, Samples, Term, f_test
 
 DIFFERENCE = (Term(0, 0, 1), Term(1, 0, -1))
-POOL = ("", "")
+GROUP = (0, ("", ""))
 
 
 def rows_of(y: np.ndarray) -> dict[int, dict[int, float]]:
@@ -100,7 +100,7 @@ def test_model_is_of_all_pairs_of_the_cells_that_are_asked_about() -> None:
     found = variance_model([*asked, *[(low, high) for high, low in asked], *asked], table)
     variances = [(y[one] - y[other]).var(ddof=1) for one in range(6) for other in range(one)]
     wanted = fit_prior(sorted(variances), [4] * 15, 5 * 4)
-    assert found[POOL][:4] == pytest.approx(wanted[:4])
+    assert found[GROUP][:4] == pytest.approx(wanted[:4])
     assert variance_model(asked[:2], table) == {} and variance_model([], table) == {}, "three pairs are too few"
 
 
@@ -108,7 +108,7 @@ def test_variances_that_are_alike_give_the_residual_of_rows_and_seeds() -> None:
     """The mean variance of all pairs is twice the residual's of a randomised block design."""
     rng = np.random.default_rng(15)
     y = 50 + rng.normal(0, 4, (1, 6)) + rng.normal(0, 1, (6, 6))
-    prior = model(measured(y))[POOL]
+    prior = model(measured(y))[GROUP]
     left = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()
     assert math.isinf(prior.df) and prior.most == 25 and prior.sd**2 == pytest.approx(2 * (left**2).sum() / 25)
 
@@ -116,7 +116,7 @@ def test_variances_that_are_alike_give_the_residual_of_rows_and_seeds() -> None:
 def test_equal_runs_tell_nothing_of_the_spread_of_others() -> None:
     y = drawn(3, 7, 4)
     y[1] = y[0] + 0.1
-    assert model(measured(y))[POOL].pairs == 20
+    assert model(measured(y))[GROUP].pairs == 20
 
 
 def test_a_row_that_spreads_more_than_the_others_is_no_part_of_the_model() -> None:
@@ -124,8 +124,8 @@ def test_a_row_that_spreads_more_than_the_others_is_no_part_of_the_model() -> No
     y = drawn(16, 13, 3)
     y[12] = [6.0, 9.0, 41.8]
     table = measured(y)
-    known = model(table)[POOL]
-    assert known._replace(apart=frozenset()) == model(measured(y[:12]))[POOL] and known.pairs == 66
+    known = model(table)[GROUP]
+    assert known._replace(apart=frozenset()) == model(measured(y[:12]))[GROUP] and known.pairs == 66
     assert known.apart == {table[12, 0]}
     found = t_test((Term(12, 0, 1), Term(0, 0, -1)), 0.0, table, model(table))
     assert found.interval() == pytest.approx(tuple(stats.ttest_rel(y[12], y[0]).confidence_interval(0.95)))
@@ -134,7 +134,7 @@ def test_a_row_that_spreads_more_than_the_others_is_no_part_of_the_model() -> No
 def test_rows_that_spread_alike_are_seldom_outliers() -> None:
     """In 1 % of tables at most, whatever seeds do to all rows; 300 tables of 8 rows give 8 at most nearly always."""
     rng = np.random.default_rng(2)
-    found = [model(measured(no_difference(rng, 8, 3)))[POOL].pairs for _ in range(300)]
+    found = [model(measured(no_difference(rng, 8, 3)))[GROUP].pairs for _ in range(300)]
     assert set(found) <= {28, 21, 15} and sum(pairs < 28 for pairs in found) <= 8
 
 
@@ -145,18 +145,34 @@ def test_rows_of_other_seeds_make_no_outliers() -> None:
     for _ in range(150):
         y = 50 + rng.normal(0, 3, (12, 1)) + rng.normal(0, 4, (1, 3)) + rng.normal(0, 0.5, (12, 3))
         y[:6, 2] = np.nan
-        found += bool(model(measured(y))[POOL].apart)
+        found += bool(model(measured(y))[GROUP].apart)
     assert found <= 6
     y = 50 + rng.normal(0, 0.5, (8, 3))
     y[7] -= 30
     y[7, 2] = np.nan
-    assert model(measured(y))[POOL].apart == frozenset()
+    assert model(measured(y))[GROUP].apart == frozenset()
 
 
-def test_a_cell_of_two_columns_counts_once() -> None:
-    table = measured(drawn(18, 6, 3))
-    twice = table | {(row, 1): one for (row, _), one in table.items()}
-    assert model(twice)[POOL] == model(table)[POOL]
+def test_each_column_has_a_model_of_its_own() -> None:
+    """A column's verdicts are the same whatever other columns have."""
+    table, wider = measured(drawn(18, 6, 3)), drawn(19, 6, 3)
+    both = table | measured(wider, 1)
+    assert model(both)[GROUP] == model(table)[GROUP]
+    assert model(both)[1, GROUP[1]] == model(measured(wider, 1))[1, GROUP[1]] and len(model(both)) == 2
+    assert model(table | measured(wider, 1, read="/fusion")).keys() == {GROUP, (1, ("/fusion", ""))}
+
+
+def test_intervals_hold_where_another_column_spreads_twice_as_much() -> None:
+    rng, held = np.random.default_rng(3), [0, 0]
+    for _ in range(400):
+        columns = [no_difference(rng, 8, 3), 50 + 2 * (no_difference(rng, 8, 3) - 50)]
+        table = measured(columns[0]) | measured(columns[1], 1)
+        known = model(table)
+        for column in (0, 1):
+            for row in range(1, 8):
+                low, high = t_test((Term(row, column, 1), Term(0, column, -1)), 0.0, table, known).interval()
+                held[column] += low <= 0 <= high
+    assert all(0.93 <= one / (400 * 7) <= 0.97 for one in held), held
 
 
 # Tests of rows
@@ -177,7 +193,7 @@ def test_moderated_test_written_out() -> None:
     y[3:5] += np.random.default_rng(5).normal(0, 6, (2, 4))  # rows that follow no seed
     table = measured(y)
     known = model(table)
-    prior, d = known[POOL], 3
+    prior, d = known[GROUP], 3
     assert 0 < prior.df < math.inf
     kept = []
     for row in range(1, 8):
@@ -226,16 +242,16 @@ def test_what_a_seed_does_to_all_rows_changes_nothing() -> None:
 def test_gain_against_gain_within_one_column_is_taken_seed_by_seed() -> None:
     y = drawn(7, 6, 5)
     table = measured(y)
-    known = {POOL: SpreadPrior(0.5, 3.0, 20, 5, frozenset(table.values()))}
+    known = {GROUP: SpreadPrior(0.5, 3.0, 20, 5, frozenset(table.values()))}
     gains = (Term(4, 0, 1), Term(0, 0, -1), Term(1, 0, -1), Term(2, 0, 1))
     (part,) = contrast_parts(gains, table)
     sums = y[4] - y[0] - y[1] + y[2]
-    assert part.pool == POOL and part.size == 2 and part.by_seed() == pytest.approx(sums)
+    assert part.group == GROUP and part.size == 2 and part.by_seed() == pytest.approx(sums)
     assert sums.var(ddof=1) > 2 * 0.25
     assert t_test(gains, 0.0, table, known).error ** 2 == pytest.approx(sums.var(ddof=1) / 5)
-    wide = {POOL: SpreadPrior(5.0, 3.0, 20, 5, frozenset(table.values()))}
+    wide = {GROUP: SpreadPrior(5.0, 3.0, 20, 5, frozenset(table.values()))}
     found = t_test(gains, 0.0, table, wide)
-    others = {POOL: SpreadPrior(5.0, 3.0, 20, 5, frozenset(list(table.values())[:4]))}
+    others = {GROUP: SpreadPrior(5.0, 3.0, 20, 5, frozenset(list(table.values())[:4]))}
     assert t_test(gains, 0.0, table, others).error ** 2 == pytest.approx(sums.var(ddof=1) / 5), "a cell was not in it"
     assert found.error**2 == pytest.approx((3 * 2 * 25 + 4 * sums.var(ddof=1)) / 7 / 5)
 
@@ -249,7 +265,7 @@ def test_one_row_of_two_columns_cancels() -> None:
     found, wanted = t_test(gap, 0.0, table, {}), stats.ttest_rel(columns[1][0], columns[0][0], alternative="greater")
     assert found.p == pytest.approx(wanted.pvalue), "seeds pair what is left"
     (part,) = contrast_parts(gap, table)
-    assert part.pool is None, "two columns together have a variance of their own"
+    assert part.group is None, "two columns together have a variance of their own"
 
 
 def test_two_readings_have_a_variance_of_their_own() -> None:

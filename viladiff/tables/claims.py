@@ -364,13 +364,15 @@ def _spreads(plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measur
     """Yield what is paired, and the standard deviations of a claim's tests."""
     places = dict.fromkeys(term[:2] for one in asked for term in one.terms if term[:2] in measured)
     cells = {place: measured[place] for place in places if measured[place].values}
-    pools = {one.pool for one in cells.values()}
+    groups = {(column, one.pool) for (_, column), one in cells.items()}
+    pools, columns = {pool for _, pool in groups}, {column for column, _ in groups}
     yield "differences paired by seed"
     several = len({precision for _, precision in pools}) > 1
-    for (read, precision), prior in known.items():
-        if (read, precision) in pools:
+    for (column, (read, precision)), prior in known.items():
+        if (column, (read, precision)) in groups:
             of = f" of the {' '.join(filter(None, reversed(read.split('/'))))}" if read else ""
             of += f" in {precision}" if several else ""
+            of += f" at {plan.table.columns[column].label}" if len(columns) > 1 else ""
             common = f"{prior.sd:.2f} points, that of {prior.pairs} pairs of rows"
             if math.isinf(prior.df):
                 yield f"their standard deviation{of} is {common}, which differ in it by chance alone"
@@ -379,8 +381,9 @@ def _spreads(plan: Plan, known: VarianceModel, asked: Sequence[Contrast], measur
                     f"a standard deviation{of} below {common}, is drawn up towards it, which counts for {prior.df:.1f} "
                     "degrees of freedom; one above is the pair's own"
                 )
-    if pools - known.keys():
-        yield "each pair's standard deviation is its own"
+    if own := groups - known.keys():
+        at = ", ".join(plan.table.columns[column].label for column in sorted({column for column, _ in own}))
+        yield f"each pair's standard deviation{f' at {at}' if len(columns) > 1 else ''} is its own"
     if any(len({term.column for term in question.terms}) > 1 for question in asked):
         yield "seeds are paired within each column, and what two columns leave is taken as independent"
     if len(pools) > 1:
