@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from record_kit import name_of, told
+from scipy import stats
 
 from viladiff.report.sections import caption_quality as caption_dose
 from viladiff.report.table.results import Results, collect_results
@@ -45,6 +46,8 @@ def test_rows_are_doses_of_row_4_and_baselines_at_the_same_captions() -> None:
     assert differ == {
         "ViLa": {},
         "ViLa, fusion stream": {},
+        "ViLa, fusion stream without text": {},
+        "ViLa, no captions": {"data.captions": "none"},
         **{f"ViLa, recall {rate}": {"data.caption_recall": rate} for rate in (0.3, 0.5, 0.7, 1.0)},
         "ViLa, false mentions 0.1": {"data.caption_false": 0.1},
         "ViLa, synonyms": {"data.caption_synonyms": 0.5},
@@ -56,7 +59,7 @@ def test_rows_are_doses_of_row_4_and_baselines_at_the_same_captions() -> None:
         assert found[label].data == found["ViLa"].data and found[label].eval.split == "test"
         assert (found[label].method.tags.weight > 0) is label.endswith("tags")  # type: ignore[attr-defined]
     table = load_table(ABLATIONS / "captions.toml")
-    assert [column.label for column in table.columns] == ["1/8 (183)", "1/16 (92)"]
+    assert [column.label for column in table.columns] == ["1/8 (183)"]
 
 
 def test_vila_is_claimed_above_the_best_of_the_baselines_and_fusion_apart() -> None:
@@ -78,8 +81,10 @@ ROWS = (
     Row(label="V, 1"),
     Row(label="V, false"),
     Row(label="V, fusion", stream="fusion"),
+    Row(label="V, none"),
+    Row(label="V, shuffled"),
 )
-LEVELS = {0: 50.0, 1: 52.0, 2: 53.0, 3: 51.0, 4: 55.0, 5: 49.0}
+LEVELS = {0: 50.0, 1: 52.0, 2: 53.0, 3: 51.0, 4: 55.0, 5: 49.0, 7: 50.5, 8: 50.7}
 CHANGED: dict[int, dict[str, Any]] = {
     0: {"method.name": "b"},
     1: {"method.name": "b", "method.tags.weight": 1.0},
@@ -87,6 +92,8 @@ CHANGED: dict[int, dict[str, Any]] = {
     3: {"data.caption_recall": 0.3},
     4: {"data.caption_recall": 1.0},
     5: {"data.caption_false": 0.1},
+    7: {"data.captions": "none"},
+    8: {"data.captions": "shuffled"},
 }
 
 
@@ -101,7 +108,7 @@ def record(run_id: str, points: float) -> RunRecord:
     )  # fmt: skip
 
 
-def opened(tmp_path: Path, done: tuple[int, ...] = (0, 1, 2, 3, 4, 5), **changes: Any) -> tuple[Plan, Store]:
+def opened(tmp_path: Path, done: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 7, 8), **changes: Any) -> tuple[Plan, Store]:
     claim = Claim(text="V is best", kind="best_row", source="ours", rows=("V",), among=("Base", "Base, tags"))
     fields: dict[str, Any] = {"name": "t", "title": "Captions", "scale": {"s": Scale()}, "page": "captions"}
     fields |= {"reference": "Base", "headline": "V", "columns": (Column(label="1/8"),), "claims": (claim,)}
@@ -143,6 +150,8 @@ def test_the_curve_is_of_rows_that_differ_in_recall_alone(tmp_path: Path) -> Non
         "V, 0.3": 0.3,
         "V, 1": 1.0,
         "V, false": None,
+        "V, none": 0.0,
+        "V, shuffled": None,
     }
     for line in found.lines:
         visual, fusion = line.found[0]
@@ -153,12 +162,40 @@ def test_the_curve_is_of_rows_that_differ_in_recall_alone(tmp_path: Path) -> Non
         "it.",
     )
     (picture,) = found.pictures
-    for word in ("visual 51.0 at 0.3", "visual 53.0 at 0.85", "fusion 57.5 at 1", "Base, tags 52.0"):
+    assert picture.title == "1/8, mean of 3 seeds"
+    for word in (
+        "visual 50.5 at 0",
+        "visual 51.0 at 0.3",
+        "visual 53.0 at 0.85",
+        "fusion 57.5 at 1",
+        "Base, tags 52.0",
+    ):
         assert word in picture.words
     assert "49.0" not in picture.words, "false mentions are no place of the curve"
     assert found.files == ("captions-1-light.svg", "captions-1-dark.svg")
     svg = (tmp_path / "out" / "figures" / "captions-1-light.svg").read_text()
     assert "recall of captions" in svg and "Base, tags" in svg and "fusion" in svg
+
+
+def test_points_are_means_of_the_same_seeds_and_bars_intervals_of_paired_differences(tmp_path: Path) -> None:
+    plan, store = opened(tmp_path)
+    scores = {2: (53.0, 54.5, 55.0), 3: (51.2, 52.0, 53.9)}  # the headline's and those of recall 0.3
+    for row, points in scores.items():
+        for cell, value in zip([c for c in plan.cells if c.row == row], points, strict=True):
+            save_record(record(cell.run_id, value), store.directory(cell.run_id) / "record.json")
+    (last,) = (c.run_id for c in plan.cells if (c.row, c.seed) == (4, 2))
+    (store.directory(last) / "record.json").unlink()
+    results = collect_results(plan, Store(store.root))
+    found = caption_dose.dose(results, tmp_path / "out")
+    assert found is not None
+    (picture,) = found.pictures
+    assert picture.title == "1/8, mean of 2 seeds", "one row lacks the third"
+    assert "visual 53.8 at 0.85" in picture.words and "visual 51.6 at 0.3" in picture.words
+    head, *_ = (line for line in found.lines if line.label == "V")
+    curve = caption_dose._curve(found.lines, head, 0, 0, {0, 1})
+    low, high = stats.ttest_rel(scores[3], scores[2]).confidence_interval(0.95)
+    assert {one.recall: one.error for one in curve}[0.3] == pytest.approx((high - low) / 2)
+    assert {one.recall: one.error for one in curve}[0.85] is None, "no difference to itself"
 
 
 def test_what_is_not_measured_is_missing(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Page section on captions: mIoU against the captions' recall, and both streams of every row.
 
 Used by specs with ``page = "captions"``. The curve's rows are those that differ from the headline's in
-``data.caption_recall`` alone; the lines are rows of other methods.
+``data.caption_recall`` alone, and the one without captions, at 0; the lines are rows of other methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECALL = "data.caption_recall"
+CAPTIONS = "data.captions"
 STREAMS = ("visual", "fusion")
 DASHES = ("--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 
@@ -36,6 +39,16 @@ class DoseLine(NamedTuple):
     """By column of the table, then by ``STREAMS``."""
 
 
+class DosePoint(NamedTuple):
+    """A place of the curve."""
+
+    recall: float
+    mean: float
+    error: float | None
+    """Half the 95 % interval of the difference to the headline's row, paired by seed; None for that row itself, and
+    below two common seeds."""
+
+
 class Level(NamedTuple):
     """A row of another method."""
 
@@ -47,6 +60,7 @@ class Level(NamedTuple):
 class Dose(NamedTuple):
     said: tuple[str, ...]
     lines: tuple[DoseLine, ...]
+    headline: str
     pictures: tuple[CostChart, ...]
     files: tuple[str, ...]
     """Names of the pictures below figures/."""
@@ -69,8 +83,8 @@ def dose(results: Results, out: Path) -> Dose | None:
     head = next((line for line in lines if line.number == number(results, results.headline)), None)
     ranked = [level for level in levels if CEILING not in level.label]
     said = [] if head is None else [_said(table.columns[c].label, i, head, ranked) for i, c in enumerate(columns)]
-    pictures, files = _pictures(results, lines, levels, out / "figures")
-    return Dose(tuple(said), lines, pictures, files)
+    pictures, files = _pictures(results, lines, head, levels, out / "figures")
+    return Dose(tuple(said), lines, row_name(results, results.headline), pictures, files)
 
 
 def _fields(results: Results, row: int) -> Mapping[str, Any]:
@@ -82,10 +96,12 @@ def _fields(results: Results, row: int) -> Mapping[str, Any]:
 
 def _line(results: Results, row: int, base: Mapping[str, Any]) -> DoseLine:
     mine = _fields(results, row)
-    same = {path: value for path, value in mine.items() if path != RECALL} == {
-        path: value for path, value in base.items() if path != RECALL
-    }
-    recall = mine.get(RECALL, results.plan.default(mine, RECALL)) if same else None
+    same, wanted = ({k: v for k, v in of.items() if k not in (RECALL, CAPTIONS)} for of in (mine, base))
+    recall = None
+    if same == wanted and mine.get(CAPTIONS) == "none":
+        recall = 0.0
+    elif same == wanted and mine.get(CAPTIONS) == base.get(CAPTIONS):
+        recall = mine.get(RECALL, results.plan.default(mine, RECALL))
     found = tuple(
         tuple(summary(results.at(row, column), "miou", stream=stream) for stream in STREAMS)
         for column in results.plan.columns
@@ -116,49 +132,80 @@ def _said(column: str, place: int, head: DoseLine, levels: Sequence[Level]) -> s
 
 
 def _pictures(
-    results: Results, lines: Sequence[DoseLine], levels: Sequence[Level], folder: Path
+    results: Results, lines: Sequence[DoseLine], head: DoseLine | None, levels: Sequence[Level], folder: Path
 ) -> tuple[tuple[CostChart, ...], tuple[str, ...]]:
-    """Draw a figure for each column in which two points of the curve are measured."""
+    """Draw a figure for each column in which two points of the curve are measured at a common seed."""
     found, files = [], []
     for place, column in enumerate(results.plan.columns):
-        curves = {stream: _curve(lines, place, i) for i, stream in enumerate(STREAMS)}
-        if len(curves["visual"]) < 2:
+        of = [line for line in lines if line.recall is not None and line.found[place][0].values]
+        beside = [level for level in levels if level.found[place].values]
+        seeds = _common([line.found[place][0] for line in of] + [level.found[place] for level in beside])
+        if len(of) < 2 or not seeds:
             continue
-        beside = [(level.label, level.found[place].mean) for level in levels if level.found[place].mean is not None]
-        title = results.plan.table.columns[column].label
-        numbers: list[Any] = [title, curves, beside]
+        curves = {stream: _curve(of, head, place, i, seeds) for i, stream in enumerate(STREAMS)}
+        means = [(level.label, _mean(level.found[place], seeds)) for level in beside]
+        title = f"{results.plan.table.columns[column].label}, mean of {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        numbers: list[Any] = [title, curves, means]
 
-        def picture(title: str = title, curves: Any = curves, beside: Any = beside) -> Figure:
-            return draw_dose(title, curves, beside)
+        def picture(title: str = title, curves: Any = curves, means: Any = means) -> Figure:
+            return draw_dose(title, curves, means)
 
         paths = save_drawn(numbers, picture, folder, f"captions-{place + 1}")
-        points = [f"{stream} {y:.1f} at {x:g}" for stream, curve in curves.items() for x, y, _ in curve]
-        words = "; ".join([*points, *(f"{label} {mean:.1f}" for label, mean in beside)])
+        points = [f"{stream} {one.mean:.1f} at {one.recall:g}" for stream, curve in curves.items() for one in curve]
+        words = "; ".join([*points, *(f"{label} {mean:.1f}" for label, mean in means)])
         light, dark = (uri(paths[theme]) for theme in ("light", "dark"))
         found.append(CostChart(title, light, dark, f"mIoU (%) against recall of captions, {title}. {words}"))
         files += [path.name for path in paths.values()]
     return tuple(found), tuple(files)
 
 
-def _curve(lines: Sequence[DoseLine], place: int, stream: int) -> list[tuple[float, float, float | None]]:
-    """Return (recall, mean, standard deviation) of the measured points, by recall."""
-    of = [(line.recall, line.found[place][stream]) for line in lines if line.recall is not None]
-    return sorted((recall, one.mean, one.spread) for recall, one in of if one.mean is not None and recall is not None)
+def _common(found: Iterable[Summary]) -> set[int]:
+    """Return the seeds that all have: a point of other seeds would have other labelled images."""
+    each = [set(one.values) for one in found]
+    return set.intersection(*each) if each else set()
+
+
+def _mean(of: Summary, seeds: Iterable[int]) -> float:
+    return statistics.fmean(of.values[seed] for seed in sorted(seeds))
+
+
+def _curve(
+    lines: Sequence[DoseLine], head: DoseLine | None, place: int, stream: int, seeds: set[int]
+) -> list[DosePoint]:
+    """Return the points by recall; a stream may lack some of them."""
+    found = []
+    for line in lines:
+        one = line.found[place][stream]
+        if line.recall is not None and seeds <= one.values.keys():
+            other = None if head is None or line is head else head.found[place][stream]
+            found.append(DosePoint(line.recall, _mean(one, seeds), None if other is None else _error(one, other)))
+    return sorted(found)
+
+
+def _error(one: Summary, other: Summary) -> float | None:
+    from scipy import stats
+
+    seeds = one.values.keys() & other.values.keys()
+    if len(seeds) < 2:
+        return None
+    spread = statistics.stdev(one.values[seed] - other.values[seed] for seed in sorted(seeds))
+    return float(stats.t.isf(0.025, len(seeds) - 1)) * spread / math.sqrt(len(seeds))
 
 
 def draw_dose(
     title: str,
-    curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
+    curves: Mapping[str, Sequence[DosePoint]],
     levels: Sequence[tuple[str, float]],
 ) -> Figure:
-    """Draw the light figure: a curve a stream with standard deviations of seeds, a level a row of another method."""
+    """Draw the light figure: a curve a stream with intervals of differences, a level a row of another method."""
     figure = new_figure(6.4, 4.2)
     axes = figure.add_axes((0.09, 0.12, 0.89, 0.8))
-    style_axes(axes, title, "recall of captions", "mIoU (%), mean and standard deviation of seeds")
+    style_axes(axes, title, "recall of captions", "mIoU (%)")
     for place, (stream, curve) in enumerate(curves.items()):
-        x, y = [one[0] for one in curve], [one[1] for one in curve]
-        spread = [one[2] or 0.0 for one in curve]
-        axes.errorbar(x, y, spread, color=SERIES[place], marker="os"[place], markersize=5, label=stream, zorder=3)
+        if not curve:
+            continue
+        x, y, bars = zip(*((one.recall, one.mean, one.error or 0.0) for one in curve), strict=True)
+        axes.errorbar(x, y, bars, color=SERIES[place], marker="os"[place], markersize=5, label=stream, zorder=3)
     for place, (label, mean) in enumerate(levels):
         dashes = DASHES[place % len(DASHES)]
         axes.axhline(mean, color=LIGHT["faint"], linewidth=1, linestyle=dashes, label=plain(label))
