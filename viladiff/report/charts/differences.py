@@ -93,15 +93,16 @@ def bounds(gaps: Sequence[RowDifference]) -> tuple[float, float]:
 def draw_differences(columns: dict[str, list[RowDifference]], reference: str, metric: str) -> Figure:
     """Draw a panel a column. ``reference``: name of the row that differences are taken to."""
     labels = list(dict.fromkeys(one.label for gaps in columns.values() for one in gaps))
+    beside = 1.05  # inches right of a panel, for its numbers
     left, width, height = 0.35 + 0.062 * max(map(len, labels)), 3.9, 0.21 * len(labels) + 1.05
-    whole = left + (width + 0.95) * len(columns)
+    whole = left + (width + beside) * len(columns)
     figure = new_figure(whole, height)
     for place, (column, gaps) in enumerate(columns.items()):
-        corner = (left + place * (width + 0.95)) / whole
+        corner = (left + place * (width + beside)) / whole
         axes = figure.add_axes((corner, 0.72 / height, width / whole, 1 - 1.05 / height))
         _panel(axes, gaps, labels, bounds(gaps))
         style_axes(axes, column, f"{metric} minus {reference}, points", "")
-        axes.set_yticks(range(len(labels)), [plain(label) for label in labels] if not place else [])
+        axes.set_yticks([] if place else range(len(labels)), [] if place else [plain(label) for label in labels])
         axes.tick_params(labelsize=7.5, colors=LIGHT["ink"])
         axes.grid(visible=False, axis="y")
         axes.set_ylim(len(labels) - 0.5, -0.5)

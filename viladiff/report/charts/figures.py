@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 260, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 8, 8, 20
-_FORM = 2
+_FORM = 3
 """Raised when the same numbers are drawn otherwise."""
 Limits = tuple[float, float]
 
