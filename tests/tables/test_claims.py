@@ -564,14 +564,17 @@ def test_a_claim_on_a_row_that_a_scale_leaves_out_is_not_made_there() -> None:
     assert len(evaluate_claims(*world(table, values))) == 2, "left out by hand: it says what is missing"
 
 
-def test_the_first_seeds_of_a_column_change_no_verdict_of_a_finished_one() -> None:
-    table = a_table(plain(5), ["x", "y"], *(higher(f"r{i}", "r0") for i in range(1, 5)))
+@pytest.mark.parametrize("begun", ["column", "row"])
+def test_the_first_seeds_change_no_verdict_of_finished_cells(begun: str) -> None:
+    """Those of another column, or of another row of the same one; two seeds make a pair's variance, and no verdict."""
+    table = a_table(plain(6), ["x", "y"], *(higher(f"r{i}", "r0") for i in range(1, 6)))
     drawn = np.random.default_rng(5).normal(0, 0.3, (5, 3))
     values: Values = {(row, 0): (60 + row + drawn[row]).tolist() for row in range(5)}
-    begun = values | {(row, 1): [50.0 + 3 * row, 50.0 - 9 * row] for row in range(5)}
+    first: Values = {(row, 1): [50.0 + 3 * row, 50.0 - 9 * row] for row in range(5)}
+    first = first if begun == "column" else {(5, 0): [65.0, 66.0]}
     found = [
         [c for one in evaluate_claims(*world(table, given)) for c in one.comparisons if c.column == "x"]
-        for given in (values | {(row, 1): [] for row in range(5)}, begun)
+        for given in (values | {place: [] for place in first}, values | first)
     ]
     assert found[0] == found[1] and len(found[0]) == 4
 
