@@ -12,8 +12,8 @@ and its intervals then hold 80 to 90 % in place of 95. Otherwise a pair with les
 which is drawn up towards the others, and a pair with more has its own: drawn down, its intervals would be too short.
 
 Each column has a distribution of its own: fewer labels spread more. With one for two columns, of which one spreads 1.5
-times as much, intervals hold 97 to 99 % in the one and 90 to 93 % in the other (6 and 17 rows alike, three and six
-seeds, simulated); with two they hold 94 to 97 % in both.
+times as much, intervals hold 97 to 99 % in the one and 90 to 95 % in the other; with two they hold 95 to 97 % and 92 to
+96 % (simulated: 6 and 17 rows that spread alike, some of them related, at three and six seeds).
 """
 
 from __future__ import annotations
