@@ -198,6 +198,21 @@ def test_points_are_means_of_the_same_seeds_and_bars_intervals_of_paired_differe
     assert {one.recall: one.error for one in curve}[0.85] is None, "no difference to itself"
 
 
+def test_the_best_baseline_is_found_at_common_seeds(tmp_path: Path) -> None:
+    """A baseline that has the easiest list alone has the highest mean, and is not the best."""
+    plan, store = opened(tmp_path)
+    scores: dict[int, tuple[float | None, ...]] = {0: (50.0, 50.0, 57.0), 1: (None, None, 54.0), 2: (53.0, 53.0, 60.0)}
+    for row, points in scores.items():
+        for cell, value in zip([c for c in plan.cells if c.row == row], points, strict=True):
+            path = store.directory(cell.run_id) / "record.json"
+            if value is None:
+                path.unlink()
+            else:
+                save_record(record(cell.run_id, value), path)
+    found = caption_dose.dose(collect_results(plan, Store(store.root)), tmp_path / "out")
+    assert found is not None and "+3.0 points to the best of 2 baselines, Base (52.3" in found.said[0]
+
+
 def test_what_is_not_measured_is_missing(tmp_path: Path) -> None:
     _, found = made(tmp_path / "some", done=(0, 2))
     assert "the best of 1 baseline, Base (50.0 ± 0.1 (3)); 1 not measured yet" in found.said[0]

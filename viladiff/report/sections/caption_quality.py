@@ -111,13 +111,13 @@ def _line(results: Results, row: int, base: Mapping[str, Any]) -> DoseLine:
 
 def _said(column: str, place: int, head: DoseLine, levels: Sequence[Level]) -> str:
     """Format the headline's streams minus the best of the other methods, over the seeds that both have."""
-    there = [level for level in levels if level.found[place].mean is not None]
     visual, fusion = head.found[place]
-    if visual.mean is None or not there:
+    compared = [(gap.mean, level) for level in levels if (gap := difference(visual, level.found[place]))]
+    if not compared:
         return f"{column}: not measured yet."
-    best = max(there, key=lambda level: level.found[place].mean or 0.0)
-    of = f"the best of {len(there)} baseline{'s' if len(there) > 1 else ''}, {best.label} ({best.found[place]})"
-    rest = f"; {len(levels) - len(there)} not measured yet" if len(there) < len(levels) else ""
+    best = min(compared, key=lambda one: one[0])[1]  # at the seeds of both, since rows may have unlike ones
+    of = f"the best of {len(compared)} baseline{'s' if len(compared) > 1 else ''}, {best.label} ({best.found[place]})"
+    rest = f"; {len(levels) - len(compared)} not measured yet" if len(compared) < len(levels) else ""
     gaps = [difference(one, best.found[place]) for one in (visual, fusion)]
     told = [
         f"{name} {one} mIoU, {signed(gap.mean) if gap else '—'} points"
