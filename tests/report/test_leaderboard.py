@@ -87,7 +87,10 @@ def test_rows_of_our_own_stand_in_tables_1_to_4() -> None:
         rows = {row.label: row for row in table.rows}
         assert rows["All training images labelled"].set == {"method.name": "supervised", "data.split": "all"}
         assert rows["FixMatch-EMA, twice the steps"].set["train.epochs"] == double
-        assert rows["FixMatch-EMA, tags from captions"].set == {"method.name": "fixmatch_tags"}
+        assert rows["FixMatch-EMA, tags from captions"].set == {
+            "method.name": "fixmatch_tags",
+            "method.tags.weight": 0.3,
+        }
         assert all(
             row.control for row in rows.values() if row.label.startswith(("FixMatch-EMA", "All training", "Zero"))
         )

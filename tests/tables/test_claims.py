@@ -15,6 +15,7 @@ import pytest
 from record_kit import made
 from scipy import stats
 
+from viladiff.report.table import comparisons
 from viladiff.runs.record import RunRecord
 from viladiff.tables.claims import Verdict, evaluate_claims
 from viladiff.tables.contrasts import contrasts, inclusion_pairs, printed_verdict
@@ -75,7 +76,8 @@ def world(table: Table, values: Values, seeds: int = 3) -> tuple[Plan, dict[str,
         for (row, column), found in values.items()
         for seed, value in enumerate(found)
     }
-    return Plan(table, "s", tuple(rows), tuple(columns), tuple(range(seeds)), tuple(cells), {}), records
+    scale = "s" if "s" in table.scale else "paper"
+    return Plan(table, scale, tuple(rows), tuple(columns), tuple(range(seeds)), tuple(cells), {}), records
 
 
 def verdict(table: Table, values: Values, seeds: int = 3) -> Verdict:
@@ -550,6 +552,45 @@ def test_claims_of_table5_over_made_up_records() -> None:
     assert {one.verdict for one in found if one.source == "ours"} == {"holds"}
     for one in found:
         assert one.detectable is not None and 0 < one.detectable < 2 and "Holm's correction" in one.test
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_a_scale_bounds_what_its_claims_ask(kind: str) -> None:
+    """Comparisons on rows and columns that it leaves out take no part in the correction; those named by hand do."""
+    columns, ranks = ("x", "y") if kind == "columns" else ("x",), Claim(text="best", kind="best_row", rows=("r0",))
+    size = Scale(rows=("r0", "r1")) if kind == "rows" else Scale(columns=("x",))
+    table = a_table(plain(3), list(columns), ranks, higher("r0", "r2"))
+    table = table.model_copy(update={"scale": {"s": size, "other": Scale()}})
+    rows = (0, 1) if kind == "rows" else (0, 1, 2)
+    values: Values = {(row, 0): near(70 - row) for row in rows}
+    found = evaluate_claims(*world(table, values))
+    assert [one.verdict for one in found] == ["holds"] * (1 if kind == "rows" else 2)
+    assert found[0].why.endswith("0 open; other rows and columns are not run at scale s")
+    count = 1 if kind == "rows" else 2
+    assert f"Holm's correction for {count} comparison" in found[0].test
+    last = comparisons.tally(found, len(table.claims))[-1]
+    assert (last == "1 claim asks about rows or columns alone that are not run at this scale.") is (kind == "rows")
+    more = {(2, 0): near(60)} if kind == "rows" else {(row, 1): near(70 - row) for row in rows}
+    whole = evaluate_claims(*world(table, values | more))
+    assert len(whole) == 2 and "are not run" not in whole[0].why
+    assert f"Holm's correction for {2 * len(columns)} comparisons" in whole[0].test
+    by_hand = evaluate_claims(*world(table, {place: one for place, one in values.items() if place[0] != 1}))
+    assert "'r1' at 'x' was not asked for" in by_hand[0].why, "--rows leaves out what the scale runs"
+
+
+def test_contrasts_between_what_a_scale_runs() -> None:
+    """A row or column between two others that is not run is passed over, since the rest does not follow from it."""
+    parts = [Row(label=label, components=tuple(label)) for label in ("a", "ab", "abc")]
+    adds = Claim(text="adds", kind="superset_increases")
+    table = a_table(parts, ["x", "y", "z"], adds)
+    found = contrasts(table, adds, (0, 2), (0,))
+    assert [(one.higher, one.lower, one.column) for one in found] == [("abc", "a", "x")]
+    shrinks = higher("ab", "a", kind="gain_shrinks")
+    assert [(one.higher, one.lower) for one in contrasts(table, shrinks, (0, 1), (0, 2))] == [("x", "z")]
+    spreads = higher("ab", "a", kind="less_stable")
+    (one,) = contrasts(table, spreads, (0, 1), (1, 2))
+    assert one.column == "2 columns together" and {term.column for term in one.terms} == {1, 2}
+    assert contrasts(table, spreads, (0, 1), ()) == [] == contrasts(table, higher("abc", "a"), (0, 1), (0,))
 
 
 def test_a_claim_on_a_row_that_a_scale_leaves_out_is_not_made_there() -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.evaluation.metrics import METRICS
-from viladiff.tables.contrasts import Contrast, Form, contrasts, printed_difference, printed_verdict
+from viladiff.tables.contrasts import Contrast, Form, printed_difference, printed_verdict
 from viladiff.tables.paired import VarianceModel, contrast_parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (
     FEWEST_SEEDS,
@@ -104,7 +104,8 @@ def evaluate_claims(plan: Plan, records: Records) -> list[Verdict]:
     """Return a verdict for each claim of the table, in order.
 
     Holm's correction runs over the distinct comparisons of all claims from one source, the paper's and ours separately;
-    comparisons that cannot be made yet count too, so that the correction is the same from the first run to the last.
+    comparisons that cannot be made yet count too, so that the correction is the same from the first run to the last;
+    those on rows and columns that the scale leaves out do not (``Plan.contrasts``).
     """
     metrics = dict.fromkeys(claim.metric for claim in plan.claims)
     measured = {metric: cell_samples(plan, records, metric) for metric in metrics}
@@ -121,7 +122,7 @@ def table_variances(plan: Plan, measured: Samples) -> VarianceModel:
 
     Ceilings are left out, since their spread may be small. A table without claims compares its rows with the first.
     """
-    asked = [one.terms for claim in plan.claims for one in contrasts(plan.table, claim) if one.form != "spread"]
+    asked = [one.terms for claim in plan.claims for one in plan.contrasts(claim) if one.form != "spread"]
     if not asked:
         first, *others = plan.rows
         asked = [(Term(row, column, 1), Term(first, column, -1)) for row in others for column in plan.columns]
@@ -157,7 +158,7 @@ def _judge(
     samples: Mapping[MetricName, Samples],
     known: Mapping[MetricName, VarianceModel],
 ) -> list[Verdict]:
-    asked = {claim.text: contrasts(plan.table, claim) for claim in claims}
+    asked = {claim.text: plan.contrasts(claim) for claim in claims}
     family = {_key(claim, question): question for claim in claims for question in asked[claim.text]}
     answers: dict[_Key, _Answer | None] = {}
     for key, question in family.items():
@@ -185,7 +186,7 @@ def _judge(
             Verdict(
                 claim.text,
                 verdict,
-                why,
+                why + plan.left_out(claim),
                 _said(plan, known[claim.metric], asked[claim.text], found, len(family), claim),
                 made,
                 _hardest(made),

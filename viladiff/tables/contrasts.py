@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from decimal import Decimal
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -32,8 +32,10 @@ class Contrast(NamedTuple):
     form: Form = "one_sided"
 
 
-def contrasts(table: Table, claim: Claim) -> list[Contrast]:
-    """Return the contrasts of a claim, in the table's order.
+def contrasts(
+    table: Table, claim: Claim, rows: Collection[int] | None = None, columns: Collection[int] | None = None
+) -> list[Contrast]:
+    """Return the contrasts of a claim, in the table's order; of these rows and columns alone, where they are given.
 
     superset_increases: each row without ``control`` is higher than those whose parts it includes, in every column; only
     pairs with no row between them are asked, since the rest follows. best_row: the row is higher than every other row
@@ -44,9 +46,20 @@ def contrasts(table: Table, claim: Claim) -> list[Contrast]:
     one before it. less_stable: seeds spread more in the first row than in the second. differs: every other row, or
     those ``among``, differs from this one, in whichever direction.
     """
-    rows = {row.label: i for i, row in enumerate(table.rows)}
+    there = range(len(table.rows)) if rows is None else rows
+    across = [column for column in _columns(table, claim) if columns is None or column in columns]
+    found = _contrasts(table, claim, there, across) if across else []
+    return [one for one in found if all(term.row in there for term in one.terms)]
+
+
+def _columns(table: Table, claim: Claim) -> list[int]:
     columns = {column.label: i for i, column in enumerate(table.columns)}
-    across = [columns[label] for label in claim.columns or columns]
+    return [columns[label] for label in claim.columns or columns]
+
+
+def _contrasts(table: Table, claim: Claim, there: Collection[int], across: Sequence[int]) -> list[Contrast]:
+    """Return the contrasts in these columns; ``there``: rows that may stand between two others."""
+    rows = {row.label: i for i, row in enumerate(table.rows)}
     named = [rows[label] for label in claim.rows]
     limit = claim.margin - claim.tolerance
     if claim.kind == "gain_shrinks":
@@ -60,7 +73,7 @@ def contrasts(table: Table, claim: Claim) -> list[Contrast]:
         return [_spreads(table, named, across)]
     others = _others(table, claim, named)
     pairs: dict[str, Callable[[], list[tuple[int, int]]]] = {
-        "superset_increases": lambda: inclusion_pairs(table),
+        "superset_increases": lambda: inclusion_pairs(table, there),
         "best_row": lambda: [(named[0], i) for i in others],
         "worst_rows": lambda: [(i, worst) for worst in named for i in others],
         "higher": lambda: [(named[0], named[1])],
@@ -88,9 +101,13 @@ def _others(table: Table, claim: Claim, named: Sequence[int]) -> list[int]:
     return [i for i in chosen if i not in named]
 
 
-def inclusion_pairs(table: Table) -> list[tuple[int, int]]:
-    """Return (row, row) where the first's parts include the second's and no row is between; controls are left out."""
-    parts = {i: frozenset(row.components) for i, row in enumerate(table.rows) if not row.control}
+def inclusion_pairs(table: Table, rows: Collection[int] | None = None) -> list[tuple[int, int]]:
+    """Return (row, row) where the first's parts include the second's and no row is between; controls are left out.
+
+    ``rows``: those that are looked at; None for all.
+    """
+    there = range(len(table.rows)) if rows is None else rows
+    parts = {i: frozenset(row.components) for i, row in enumerate(table.rows) if not row.control and i in there}
     return [
         (high, low)
         for high in parts

@@ -25,6 +25,7 @@ from viladiff.runs.job import PlannedRun
 from viladiff.runs.record import RunRecord
 from viladiff.runs.run_name import PLACES, arithmetic
 from viladiff.tables.cells import cells, choose, seeds_by_column, unavailable
+from viladiff.tables.contrasts import Contrast, contrasts
 from viladiff.tables.recipes.recipe import recipe_file
 from viladiff.tables.spec import ORACLE, Claim, Table
 from viladiff.tables.stated import Stated, stated
@@ -79,14 +80,24 @@ class Plan:
         return frozenset(found | {row for row in self.rows if self.table.rows[row].oracle})
 
     @cached_property
+    def asked_of(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Rows and columns that claims are asked of: what the scale runs when none are named, and what was named."""
+        rows, columns, _ = choose(self.table, self.scale)
+        return frozenset(rows) | frozenset(self.rows), frozenset(columns) | frozenset(self.columns)
+
+    def contrasts(self, claim: Claim) -> list[Contrast]:
+        """Return the contrasts of a claim without those on rows and columns that this scale leaves out."""
+        return contrasts(self.table, claim, *self.asked_of)
+
+    @cached_property
     def claims(self) -> tuple[Claim, ...]:
-        """The table's claims, but those on a row that this scale leaves out (``Row.scales``)."""
-        left_out = {
-            row.label
-            for place, row in enumerate(self.table.rows)
-            if row.scales and self.scale not in row.scales and place not in self.rows
-        }
-        return tuple(claim for claim in self.table.claims if left_out.isdisjoint(claim.rows))
+        """The table's claims, but those that ask only about rows and columns that this scale leaves out."""
+        return tuple(claim for claim in self.table.claims if self.contrasts(claim) or not contrasts(self.table, claim))
+
+    def left_out(self, claim: Claim) -> str:
+        """Return what is added to a verdict on a claim of which this scale leaves rows or columns out; else empty."""
+        among, every = self.contrasts(claim), contrasts(self.table, claim)
+        return "" if among == every else f"; other rows and columns are not run at scale {self.scale}"
 
     def by_seed(self, row: int, column: int) -> dict[int, str]:
         """Return the runs of a cell by seed."""

@@ -92,8 +92,11 @@ def tested(verdicts: Sequence[Verdict], high: str, low: str, metric: str) -> str
     return f"{high} against {low}, corrected for all comparisons: {'; '.join(found.values())}."
 
 
-def tally(verdicts: Sequence[Verdict]) -> list[str]:
-    """Return a sentence for each column: how many distinct comparisons are shown; what two claims ask counts once."""
+def tally(verdicts: Sequence[Verdict], claims: int = 0) -> list[str]:
+    """Return a sentence for each column: how many distinct comparisons are shown; what two claims ask counts once.
+
+    ``claims``: how many the table has; a last sentence says how many of them have no verdict at this scale.
+    """
     columns: dict[str, dict[tuple[str | float, ...], Comparison]] = {}
     for verdict in verdicts:
         for one in verdict.comparisons:
@@ -106,12 +109,15 @@ def tally(verdicts: Sequence[Verdict]) -> list[str]:
         said.append(f"{column}: {counts['shown']} of {len(made)} comparisons shown as claimed{against}.")
     if said and any(verdict.verdict == "not decided" for verdict in verdicts):
         said.append("A claim is decided when all its comparisons are made and shown, or one is shown the other way.")
+    if (rest := claims - len(verdicts)) > 0:
+        those = "1 claim asks" if rest == 1 else f"{rest} claims ask"
+        said.append(f"{those} about rows or columns alone that are not run at this scale.")
     return said
 
 
-def claim_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Yield a list in markdown: each claim, and below it its verdicts by column; first a count for each column."""
-    yield from (f"- {markdown(sentence)}" for sentence in tally(verdicts))
+def claim_lines(verdicts: Sequence[Verdict], claims: int = 0) -> Iterator[str]:
+    """Yield a list in markdown: each claim, and below it its verdicts by column; first the sentences of ``tally``."""
+    yield from (f"- {markdown(sentence)}" for sentence in tally(verdicts, claims))
     for verdict in verdicts:
         whose = "The paper's" if verdict.source == "paper" else "Ours"
         times = "× " if any(one.form == "spread" for one in verdict.comparisons) else ""

@@ -186,7 +186,7 @@ def to_markdown(
     for heading, told in more.items():
         out += [f"## {heading}", "", *told, ""] if told else []
     if verdicts:
-        out += ["## Claims", "", *claim_lines(verdicts), ""]
+        out += ["## Claims", "", *claim_lines(verdicts, len(results.plan.table.claims)), ""]
         grid = comparison_grid(verdicts)
         out += ["### Comparisons", "", *pipes(grid), "", LEGEND, ""] if len(grid) > 1 else []
     missing = reasons(results) if missing is None else missing

@@ -214,7 +214,7 @@ def table_html(page: TablePage) -> str:
     shown = {
         **_numbers(results),
         **_figures(results, page.store, sections.drawn),
-        **_judged(page.verdicts, page.agreements),
+        **_judged(page.verdicts, page.agreements, len(table.claims)),
         **_sources(results, page.store, page.out),
     }
     return (
@@ -347,8 +347,8 @@ def _figures(results: Results, store: Store, drawn: dict[str, list[Curve]]) -> d
     }
 
 
-def _judged(verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dict[str, Any]:
-    """Return the verdicts on the numbers: agreement with the printed order, and each claim."""
+def _judged(verdicts: Sequence[Verdict], agreements: Sequence[Agreement], claims: int) -> dict[str, Any]:
+    """Return the verdicts on the numbers: agreement with the printed order, and each of the table's claims."""
     placed, reach = table_views.forest(verdicts)
     agreed = [(found, exports.agreement_text(found)) for found in agreements]
     return {
@@ -356,7 +356,7 @@ def _judged(verdicts: Sequence[Verdict], agreements: Sequence[Agreement]) -> dic
         "verdicts": verdicts,
         "forest": placed,
         "reach": reach,
-        "tally": comparisons.tally(verdicts),
+        "tally": comparisons.tally(verdicts, claims),
         "about_tests": comparisons.LEGEND,
     }
 
