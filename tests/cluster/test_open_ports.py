@@ -156,7 +156,7 @@ def trained(root: Path) -> Iterator[bool]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_table_listens_on_loopback_alone(tmp_path: Path, workers: int) -> None:
     with program(table(tmp_path / "runs", workers), tmp_path) as watched:
         look_until(watched, trained(tmp_path / "runs"))

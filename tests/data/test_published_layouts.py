@@ -82,9 +82,9 @@ def test_from_files_and_captions_to_scores(
     ("table", "dataset", "splits", "scale"),
     [
         ("table3", "cityscapes", ("186", "372", "744", "1488"), "paper"),
-        ("table3", "cityscapes", ("186", "372", "744", "1488"), "strong"),
+        pytest.param("table3", "cityscapes", ("186", "372", "744", "1488"), "strong", marks=pytest.mark.slow),
         ("table4", "coco", ("232", "463", "925", "1849"), "paper"),
-        ("table4", "coco", ("232", "463", "925", "1849"), "resnet"),
+        pytest.param("table4", "coco", ("232", "463", "925", "1849"), "resnet", marks=pytest.mark.slow),
     ],
 )
 def test_tables_of_the_paper_are_planned_on_files(

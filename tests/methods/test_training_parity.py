@@ -37,7 +37,9 @@ def photos(photographs: ModuleType, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", sorted(SIDES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "unimatch" else []) for name in sorted(SIDES)]
+)
 def test_losses_and_weights_are_those_of_straight_line_torch(name: str, photos: Path) -> None:
     run = trained(config(photos, name))
     side, losses, weights = followed(run)

@@ -18,13 +18,12 @@ from scipy import stats
 from viladiff.report.table import comparisons
 from viladiff.runs.record import RunRecord
 from viladiff.tables.claims import Verdict, evaluate_claims
-from viladiff.tables.contrasts import contrasts, inclusion_pairs, printed_verdict
+from viladiff.tables.contrasts import Term, contrasts, inclusion_pairs, printed_verdict
 from viladiff.tables.paired import SpreadPrior, fit_prior, t_test
 from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.significance import (
     LEVEL,
     CellSample,
-    Term,
     cell_samples,
     holm,
     pooled_variance,

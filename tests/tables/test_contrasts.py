@@ -10,13 +10,12 @@ from scipy import stats
 
 from viladiff.runs.record import RunRecord
 from viladiff.tables.claims import Verdict, evaluate_claims, printed_verdict
-from viladiff.tables.contrasts import contrasts
+from viladiff.tables.contrasts import Term, contrasts
 from viladiff.tables.paired import fit_prior
 from viladiff.tables.plan import Plan, PlannedCell
 from viladiff.tables.significance import (
     LEVEL,
     CellSample,
-    Term,
     cell_samples,
     f_test,
     holm,

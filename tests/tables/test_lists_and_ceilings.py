@@ -20,9 +20,9 @@ from viladiff.sweeps.spec import Sweep, SweepPlanner, changes, check, load_sweep
 from viladiff.tables import claims
 from viladiff.tables.cells import cells, choose
 from viladiff.tables.claims import evaluate_claims
-from viladiff.tables.contrasts import contrasts
+from viladiff.tables.contrasts import Term, contrasts
 from viladiff.tables.plan import Plan, PlannedCell
-from viladiff.tables.significance import Term, cell_samples
+from viladiff.tables.significance import cell_samples
 from viladiff.tables.spec import OWN_LISTS
 from viladiff.tables.spec_file import load_table
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from viladiff.tables.contrasts import Term
 from viladiff.tables.paired import (
     SpreadPrior,
     VarianceModel,
@@ -19,7 +20,7 @@ from viladiff.tables.paired import (
     untestable,
     variance_model,
 )
-from viladiff.tables.significance import LEVEL, CellSample, Samples, Term, f_test
+from viladiff.tables.significance import LEVEL, CellSample, Samples, f_test
 
 DIFFERENCE = (Term(0, 0, 1), Term(1, 0, -1))
 GROUP = (0, ("", ""))

@@ -364,6 +364,7 @@ def test_the_runs_of_a_table_are_tracked_as_a_group(tmp_path: Path) -> None:
         assert any((store.root / job.run_id / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation_follows_a_run_in_mlflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

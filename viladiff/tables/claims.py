@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from viladiff.evaluation.metrics import METRICS
-from viladiff.tables.contrasts import Contrast, Form, printed_difference, printed_verdict
+from viladiff.tables.contrasts import Contrast, Form, Term, printed_difference, printed_verdict
 from viladiff.tables.paired import VarianceModel, contrast_parts, t_test, untestable, variance_model
 from viladiff.tables.significance import (
     FEWEST_SEEDS,
@@ -22,7 +22,6 @@ from viladiff.tables.significance import (
     CellSample,
     Records,
     Samples,
-    Term,
     cell_samples,
     f_test,
     holm,

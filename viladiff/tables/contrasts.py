@@ -8,10 +8,17 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from viladiff.evaluation.metrics import METRICS
-from viladiff.tables.significance import Term
 from viladiff.tables.spec import Claim, Table
 
 Form = Literal["one_sided", "two_sided", "spread"]
+
+
+class Term(NamedTuple):
+    """A cell's mean with its sign."""
+
+    row: int
+    column: int
+    sign: int
 
 
 class Contrast(NamedTuple):

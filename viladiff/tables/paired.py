@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from viladiff.tables.significance import FEWEST_SEEDS, CellSample, Samples, Term, sum_of_squares
+from viladiff.tables.contrasts import Term
+from viladiff.tables.significance import FEWEST_SEEDS, CellSample, Samples, sum_of_squares
 
 APART = 0.01
 """Chance that any cell of a column is taken for an outlier though all spread alike."""

@@ -26,14 +26,6 @@ Records = Mapping[str, "RunRecord"]
 """Finished runs by name."""
 
 
-class Term(NamedTuple):
-    """A cell's mean with its sign."""
-
-    row: int
-    column: int
-    sign: int
-
-
 class CellSample(NamedTuple):
     """The scores of a cell."""
 

@@ -13,8 +13,9 @@ from viladiff.report.charts.themes import LIGHT, new_figure, plain, style_axes
 from viladiff.report.table.comparisons import signed
 from viladiff.report.table.results import Results, begun_columns, number, paper_value, summary
 from viladiff.tables.claims import table_variances
+from viladiff.tables.contrasts import Term
 from viladiff.tables.paired import contrast_parts, t_test, untestable
-from viladiff.tables.significance import Term, cell_samples
+from viladiff.tables.significance import cell_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
