@@ -561,10 +561,13 @@ def test_a_collapse_stands_below_the_others_with_its_number() -> None:
     near = [cost_scatter.Point(1.0, 45.0 + i, 0.5, str(i), str(i), 0) for i in range(6)]
     far = cost_scatter.Point(2.0, 6.0, 0.3, "7", "lost", 0)
     shown = cost_scatter.brought_in([*near, far])
-    assert shown[:6] == tuple(near) and shown[6].label == "lost ↓ 6.0" and shown[6].spread is None
+    assert shown[:6] == tuple(near) and shown[6].number == "7 ↓ 6.0" and shown[6].spread is None
     assert 43 < shown[6].y < 44.5 and shown[6].x == 2.0
     assert cost_scatter.brought_in([*near[:4], far]) == (*near[:4], far), "of five, nobody says which is far"
     assert cost_scatter.brought_in([*near, far._replace(y=40.0)])[6].y == 40.0
+    figure = cost_scatter.draw(cost_scatter.Chart("t", "x", "y", (*near, far), ("a",)))
+    assert min(figure.axes[0].get_yticks()) > shown[6].y, "the axis has no number where it does not hold"
+    assert "7 ↓ 6.0" in [one.get_text() for one in figure.axes[0].texts]
 
 
 def test_numbers_of_points_that_are_near_share_a_text_beside_the_last_of_them() -> None:

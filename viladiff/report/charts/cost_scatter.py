@@ -67,7 +67,7 @@ def save_scatter(chart: Chart, folder: Path, name: str) -> dict[str, Path]:
 
 def draw(chart: Chart) -> Figure:
     """Draw the light figure: numbered points, and beneath them the list of their names."""
-    chart = chart._replace(points=brought_in(chart.points))
+    given, chart = chart.points, chart._replace(points=brought_in(chart.points))
     lines = math.ceil(len(chart.points) / COLUMNS)
     below = 0.62 + 0.15 * lines
     height = 3.9 + below
@@ -76,6 +76,8 @@ def draw(chart: Chart) -> Figure:
     for place, group in enumerate(chart.groups):
         _points(axes, [one for one in chart.points if one.group == place], place, group, LIGHT)
     _frame(axes, chart)
+    if moved := [one.y for one in chart.points if one not in given]:  # below all others, where the axis has no numbers
+        axes.set_yticks([mark for mark in axes.get_yticks() if max(moved) < mark <= axes.get_ylim()[1]])
     look: dict[str, Any] = {"textcoords": "offset points", "fontsize": NUMBERED, "color": LIGHT["ink"], "zorder": 4}
     for label in number_labels(axes, chart.points):
         axes.annotate(label.text, label.at, label.offset, ha=label.align, **look)
@@ -143,7 +145,7 @@ def _distance(axes: Axes, one: tuple[float, float], other: tuple[float, float]) 
 
 
 def brought_in(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Points far below all others stand just below them, with their number and an arrow: one collapse hides no order.
+    """Points far below all others stand just below them, with an arrow and their score: one collapse hides no order.
 
     Far is four times the distance of the quartiles below the lower one; nothing is far among fewer than six.
     """
@@ -153,9 +155,8 @@ def brought_in(points: Sequence[Point]) -> tuple[Point, ...]:
     near = [one for one in points if one.y >= low - 4 * max(high - low, 1.0)]
     lowest, highest = min(one.y - (one.spread or 0) for one in near), max(one.y for one in near)
     edge = lowest - 0.1 * (highest - lowest)
-    return tuple(
-        one if one in near else one._replace(y=edge, spread=None, label=f"{one.label} ↓ {one.y:.1f}") for one in points
-    )
+    far = [one._replace(y=edge, spread=None, number=f"{one.number} ↓ {one.y:.1f}") for one in points]
+    return tuple(one if one in near else moved for one, moved in zip(points, far, strict=True))
 
 
 def _points(axes: Axes, points: Sequence[Point], place: int, group: str, look: dict[str, str]) -> None:
