@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +21,9 @@ from viladiff.data.sources import digits
 from viladiff.data.sources.digits import CLASS_NAMES
 from viladiff.data.splits import classes_present
 from viladiff.runs.config import ConfigError, RunConfig, non_default_fields, override
-from viladiff.text.embedding_bank import load_text
+from viladiff.text.embedding_bank import load_text, uneven_notes
 from viladiff.training.fingerprints import name_runs
+from viladiff.training.trainer import fit
 
 RATES = (0.3, 0.5, 0.7, 0.85, 1.0)
 
@@ -121,6 +124,28 @@ def test_the_other_images_have_no_words_as_under_none(on: str) -> None:
     assert (tags[silent] == -1).all() and np.array_equal(tags[kept], own[kept])
     shuffled = dataset_tags(data, "shuffled", on)  # type: ignore[arg-type]
     assert np.array_equal(shuffled[kept], dataset_tags(data, "shuffled")[kept])
+
+
+def test_a_run_says_that_one_kind_of_image_alone_has_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = r"captions: 100% of the labelled and 0% of the unlabelled images have one, and .* set method.pseudo.source=v"
+    fields: dict[str, object] = {
+        "method.name": "viladiff",
+        "method.mixe.enabled": False,
+        "data.captions_on": "labelled",
+    }
+    fields |= {"data.split": "92", "model.pretrained": "none", "train.steps": 1, "eval.max_images": 2}
+    fields |= {"runtime.runs_dir": str(tmp_path), "runtime.threads": 1, "runtime.progress": False}
+    record = fit(override(RunConfig(), fields)).record
+    assert re.search(f"note: {told}", capsys.readouterr().err) and re.match(told, record.notes[-1])
+    for quiet in ({"data.captions_on": "both"}, {"method.pseudo.source": "visual"}, {"method.vila.enabled": False}):
+        assert not fit(override(RunConfig(), fields | quiet)).record.notes
+        assert "captions" not in capsys.readouterr().err
+    data = opened()
+    bank, _ = load_text(data, "words", "own", on="unlabelled")
+    assert "captions: 0% of the labelled and 100% of" in uneven_notes(bank, data, True)[0]
+    assert uneven_notes(bank, replace(data, unlabelled=data.unlabelled[:0]), True) == (), "all labelled"
 
 
 def test_runs_are_named_by_which_images_have_words_and_by_whose_list() -> None:

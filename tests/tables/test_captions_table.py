@@ -43,6 +43,7 @@ def test_rows_are_doses_of_row_4_and_baselines_at_the_same_captions() -> None:
         for label, cfg in found.items()
         if cfg.method.name == "viladiff"
     }
+    visual = {"method.pseudo.source": "visual"}
     assert differ == {
         "ViLa": {},
         "ViLa, fusion stream": {},
@@ -53,6 +54,9 @@ def test_rows_are_doses_of_row_4_and_baselines_at_the_same_captions() -> None:
         "ViLa, synonyms": {"data.caption_synonyms": 0.5},
         "ViLa, captions on labelled images": {"data.captions_on": "labelled"},
         "ViLa, captions on unlabelled images": {"data.captions_on": "unlabelled"},
+        "ViLa, visual labels": visual,
+        "ViLa, visual labels, captions on labelled images": visual | {"data.captions_on": "labelled"},
+        "ViLa, visual labels, captions on unlabelled images": visual | {"data.captions_on": "unlabelled"},
     }
     assert set(found) - set(differ) == set(BASELINES)
     for label in BASELINES:

@@ -38,7 +38,7 @@ from viladiff.models.batch_norm import statistics_notes
 from viladiff.models.encoders.build import weights_origin
 from viladiff.runs.config import CORE_REVISION, flatten, non_default_fields
 from viladiff.runs.record import RunRecord
-from viladiff.text.embedding_bank import EmbeddingBank
+from viladiff.text.embedding_bank import EmbeddingBank, uneven_notes
 from viladiff.text.encoders import describe_text_encoder
 
 FILES = ("pictures.npz", "features.npz", "plane.npz")
@@ -232,7 +232,8 @@ def _notes(run: RecordContext) -> list[str]:
     own = [*run.method.student.encoder.notes, *statistics_notes(run.method, run.device, run.world)]
     share = None if run.dataset.files is None else _loader_share(run)
     slow = [] if share is None or share <= LIMITING else [f"training waited {100 * share:.0f} % of its time for images"]
-    return [*run.dataset.unused, *run.bank.notes(), *run.method.notes(), *own, *slow]
+    uneven = uneven_notes(run.bank, run.dataset, run.method.labels_read_text)
+    return [*run.dataset.unused, *run.bank.notes(), *run.method.notes(), *own, *uneven, *slow]
 
 
 def record(run: RecordContext) -> RunRecord:

@@ -221,6 +221,11 @@ class Method(nn.Module):
         """Return notes before training, a sentence each: what the method lacks here and how to provide it."""
         return ()
 
+    @property
+    def labels_read_text(self) -> bool:
+        """Whether pseudo-labels are made from captions as well."""
+        return False
+
     def eval_stream(self) -> str:
         """Return the name of the prediction stream whose mIoU is the run's score."""
         return "visual"

@@ -136,6 +136,10 @@ class ViLaDiff(MixeTeacher):
         own = {} if self.denoiser is None else {"denoiser": list(self.denoiser.parameters())}
         return {**super().shared(), **own}
 
+    @property
+    def labels_read_text(self) -> bool:
+        return self.cfg.vila.enabled and self.cfg.pseudo.source != "visual"
+
     def eval_stream(self) -> str:
         return self.cfg.predict.stream if self.cfg.vila.enabled else "visual"
 

@@ -24,6 +24,8 @@ from viladiff.text.encoders import WORDS_DIM, build_text_encoder
 _REVISION = 1
 CHUNK = 1024
 """Images whose words are encoded, and held in memory, at once."""
+UNEVEN = 0.5
+"""A difference between the shares of labelled and of unlabelled images with a caption above which a run says so."""
 NO_CAPTIONS = "no captions"
 """Stands for the fingerprint of a bank without a word."""
 
@@ -70,6 +72,10 @@ class EmbeddingBank:
         """Return (B, D) float32: the pooled vectors of these images."""
         return self.pooled[self._rows(indices)].astype(np.float32)
 
+    def share_with_text(self, indices: Sequence[int] | np.ndarray) -> float:
+        """Return the share of these images that have text; there must be some."""
+        return float(self.mask[self._rows(indices)].any(axis=1).mean())
+
     def notes(self) -> tuple[str, ...]:
         """Return a note for each loss of the encoder."""
         lost = []
@@ -96,6 +102,23 @@ class EmbeddingBank:
     def _rows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         places = np.asarray(indices, dtype=np.int64)
         return places if self.rows is None else self.rows[places]
+
+
+def uneven_notes(bank: EmbeddingBank, dataset: Dataset, labels_read_text: bool) -> tuple[str, ...]:
+    """Return a note if labelled and unlabelled images differ in having captions, and pseudo-labels are read from them.
+
+    Then the network labels images of a kind that it learned nothing about from masks: ``ablations/captions.toml``.
+    """
+    if not labels_read_text or not len(dataset.labelled) or not len(dataset.unlabelled):
+        return ()
+    shares = [bank.share_with_text(part) for part in (dataset.labelled, dataset.unlabelled)]
+    if abs(shares[0] - shares[1]) <= UNEVEN:
+        return ()
+    return (
+        f"captions: {shares[0]:.0%} of the labelled and {shares[1]:.0%} of the unlabelled images have one, and "
+        "pseudo-labels come from the fusion stream: training collapsed where one of the two had none; caption both, "
+        "or set method.pseudo.source=visual",
+    )
 
 
 def build_bank(

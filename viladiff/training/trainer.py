@@ -33,7 +33,7 @@ from viladiff.runs.checkpoint import StepLog, previous
 from viladiff.runs.config import RunConfig, run_id
 from viladiff.runs.lease import Lease, acquire_or_raise
 from viladiff.runs.record import load_record, save_record
-from viladiff.text.embedding_bank import load_text, text_vectors
+from viladiff.text.embedding_bank import load_text, text_vectors, uneven_notes
 from viladiff.trackers.base import Callback, Callbacks, RunInfo, tracked_config
 from viladiff.trackers.build import asked_trackers
 from viladiff.training.errors import (
@@ -202,6 +202,7 @@ class Trainer:
             *self.method.student.encoder.notes,
             *statistics_notes(self.method, self.device, self.world),
             *input_note(cfg.model, cfg.data.pixels.inputs),
+            *uneven_notes(self.bank, self.dataset, self.method.labels_read_text),
         ]
         for note in (*self.method.notes(), *own) if self.rank == 0 else ():
             print_text(f"note: {note}", error=True)
