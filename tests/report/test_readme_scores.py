@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "reports" / "published"
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 SEEDS = {"three": "3", "six": "6"}
-COLUMNS = {"table5": "1/8 (183)", "leaderboard": "183 labels"}
+COLUMNS = {"table5": "1/8 (183)", "captions": "1/8 (183)", "leaderboard": "183 labels"}
 
 
 def lines(table: str) -> list[list[str]]:
@@ -134,3 +134,18 @@ def test_what_it_says_of_the_leaderboard_at_92_labels() -> None:
     place = ["FixMatch-EMA", "92 labels", "mIoU"]
     tests = [line for line in lines("leaderboard") if line[0] in names and line[1:4] == place]
     assert [line[-1] for line in tests] == ["not shown"] * 3
+
+
+def test_what_captions_bring() -> None:
+    recalls = ("0.3", "0.5", "0.7", "0.85", "1")
+    found = {
+        line[1]: [cell.split()[0] for cell in line[2:]]
+        for line in lines("captions")
+        if line[1:2] and line[1] in recalls
+    }
+    curve = [found[recall] for recall in recalls]
+    visual, fusion = ([one[stream] for one in curve] for stream in (0, 1))
+    assert f"stays between {min(visual)} and {max(visual)}, and its fusion stream rises from" in README
+    assert f"rises from {fusion[0]} to {fusion[-1]} (three seeds" in README and fusion == sorted(fusion)
+    for row in ("ViLa, captions on labelled images", "ViLa, captions on unlabelled images"):
+        assert float(published(row, "captions")[0].split()[0]) < 30, "training collapses"
