@@ -139,11 +139,14 @@ def test_what_it_says_of_the_leaderboard_at_92_labels() -> None:
 def test_what_captions_bring() -> None:
     recalls = ("0.3", "0.5", "0.7", "0.85", "1")
     found = {
-        line[1]: [cell.split()[0] for cell in line[2:]]
+        line[1]: [re.split(r" ± | \(|\)", cell) for cell in line[2:]]
         for line in lines("captions")
         if line[1:2] and line[1] in recalls
     }
-    curve = [found[recall] for recall in recalls]
+    curve = [[cell[0] for cell in found[recall]] for recall in recalls]
+    seeds = {recall: {cell[2] for cell in cells} for recall, cells in found.items()}
+    assert seeds.pop("0.85") == {"6"} and set.union(*seeds.values()) == {"3"}, "three seeds, six at 85 %"
+    assert "(three seeds, six at 85 %;" in README
     visual, fusion = ([one[stream] for one in curve] for stream in (0, 1))
     assert f"stays between {min(visual)} and {max(visual)}, and its fusion stream rises from" in README
     assert f"rises from {fusion[0]} to {fusion[-1]} (three seeds" in README and fusion == sorted(fusion)

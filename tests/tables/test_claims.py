@@ -568,7 +568,7 @@ def test_a_scale_bounds_what_its_claims_ask(kind: str) -> None:
     count = 1 if kind == "rows" else 2
     assert f"Holm's correction for {count} comparison" in found[0].test
     last = comparisons.tally(found, len(table.claims))[-1]
-    assert (last == "1 claim asks about rows or columns alone that are not run at this scale.") is (kind == "rows")
+    assert (last == "1 claim asks only about rows or columns that are not run at this scale.") is (kind == "rows")
     more = {(2, 0): near(60)} if kind == "rows" else {(row, 1): near(70 - row) for row in rows}
     whole = evaluate_claims(*world(table, values | more))
     assert len(whole) == 2 and "are not run" not in whole[0].why

@@ -111,7 +111,7 @@ def tally(verdicts: Sequence[Verdict], claims: int = 0) -> list[str]:
         said.append("A claim is decided when all its comparisons are made and shown, or one is shown the other way.")
     if (rest := claims - len(verdicts)) > 0:
         those = "1 claim asks" if rest == 1 else f"{rest} claims ask"
-        said.append(f"{those} about rows or columns alone that are not run at this scale.")
+        said.append(f"{those} only about rows or columns that are not run at this scale.")
     return said
 
 
