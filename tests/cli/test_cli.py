@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from record_kit import made
 
 from viladiff.cli import doctor
 from viladiff.cli import main as cli
 from viladiff.runs.config import RunConfig, override
+from viladiff.training.result import Result
 
 RESULT = {
     "miou": 0.25,
@@ -27,12 +29,15 @@ HEAVY = ("torch", "numpy", "pydantic", "rich")
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[RunConfig, dict[str, Any]]]:
-    """A stand-in for training that notes what it was asked for."""
+    """A stand-in for training that keeps what it was asked for, and whose result has a note."""
     calls: list[tuple[RunConfig, dict[str, Any]]] = []
 
     def fit(cfg: RunConfig, **options: Any) -> SimpleNamespace:
         calls.append((cfg, options))
-        return SimpleNamespace(summary=lambda: dict(RESULT), directory=tmp_path, already_finished=False)
+        notes = "2 of 3 classes have IoU 0"
+        return SimpleNamespace(
+            summary=lambda: dict(RESULT), notes=lambda: [notes], directory=tmp_path, already_finished=False
+        )
 
     monkeypatch.setitem(sys.modules, "viladiff.training.trainer", SimpleNamespace(fit=fit))  # type: ignore[arg-type]
     return calls
@@ -81,7 +86,8 @@ def test_train_calls_fit_with_the_fields(trained: list[Any], capsys: pytest.Capt
         "runtime.progress": False,
     }
     assert trained == [(override(RunConfig(), wanted), {"resume": True})]
-    out = capsys.readouterr().out
+    out, told = capsys.readouterr()
+    assert told == "note: 2 of 3 classes have IoU 0\n"
     assert "none" in out and "0.25" not in out and "Already finished" not in out
     rows = [line.split() for line in out.splitlines()]
     assert ["mIoU", "%", "25.00"] in rows and ["network/stream", "miou", "%", "images"] in rows
@@ -125,6 +131,24 @@ def test_so_they_may_in_scripts(script: str, tmp_path: Path, capsys: pytest.Capt
     assert "train.stepz: no such field; did you mean 'train.steps'?" in capsys.readouterr().err
 
 
+def test_classes_without_a_right_pixel_are_named() -> None:
+    """A class that is neither in the truth nor predicted has no IoU, and is not among them."""
+    record = made("supervised-92-0")
+    names, split = record.class_names, record.config["eval.split"]
+
+    def notes(per_class: list[float | None]) -> list[str]:
+        scores = {record.network: {record.stream: {"miou": 0.1, "per_class": per_class}}}
+        return Result(Path("o"), record.model_copy(update={"scores": scores})).notes()
+
+    rest = [0.5] * (len(names) - 3)
+    lost = (
+        f"1 of {len(names)} classes have IoU 0 on {split}, so that none of their pixels is labelled right: {names[0]}"
+    )
+    assert notes([0.0, None, 0.2, *rest]) == [lost]
+    assert notes([0.1, None, 0.2, *rest]) == []
+    assert notes([0.0] * len(names))[0].endswith(f": {', '.join(names[:8])} and {len(names) - 8} more")
+
+
 def test_fresh_and_workers(trained: list[Any]) -> None:
     assert cli.main(["train", "--restart", "--workers", "2"]) == 0
     cfg, options = trained[0]
@@ -132,7 +156,7 @@ def test_fresh_and_workers(trained: list[Any]) -> None:
 
 
 def test_a_finished_run_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    result = SimpleNamespace(summary=lambda: dict(RESULT), directory=Path("o"), already_finished=True)
+    result = SimpleNamespace(summary=lambda: dict(RESULT), notes=lambda: [], directory=Path("o"), already_finished=True)
     trainer = SimpleNamespace(fit=lambda *_, **__: result)
     monkeypatch.setitem(sys.modules, "viladiff.training.trainer", trainer)  # type: ignore[arg-type]
     assert cli.main(["train"]) == 0

@@ -209,6 +209,8 @@ def _train(args: argparse.Namespace) -> int:
 
     result = fit(cfg, resume=not args.restart)
     _print_result({**result.summary(), "directory": result.directory})
+    for note in result.notes():
+        print_text(f"note: {note}", error=True)
     if result.already_finished:
         print_text("\nAlready finished; nothing to do. Use --restart to retrain.")
     return 0

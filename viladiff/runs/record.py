@@ -95,6 +95,12 @@ class RunRecord(BaseModel):
         return arithmetic(self.config.get("train.precision", "fp32"), bool(self.config.get("train.tf32")))
 
     @property
+    def unlearned(self) -> tuple[str, ...]:
+        """Classes with a headline IoU of 0: they are in the truth or predicted, and no pixel of theirs is right."""
+        per_class = self.scores.get(self.network, {}).get(self.stream, {}).get("per_class") or []
+        return tuple(name for name, iou in zip(self.class_names, per_class, strict=False) if iou == 0)
+
+    @property
     def scoring(self) -> str:
         """Arithmetic in which its networks were scored; ``fp32`` of built-in data and of earlier versions."""
         return self.fingerprints.get("scoring", "fp32")

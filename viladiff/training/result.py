@@ -12,6 +12,9 @@ from viladiff.runs.record import RunRecord
 if TYPE_CHECKING:
     import pandas as pd
 
+NAMED = 8
+"""Classes that a note names at most."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -48,6 +51,15 @@ class Result:
             "miou": self.miou,
             **self.metrics,
         }
+
+    def notes(self) -> list[str]:
+        """Return what its scores call attention to, a sentence each."""
+        lost, classes = self.record.unlearned, len(self.record.class_names)
+        if not lost:
+            return []
+        named = ", ".join(lost[:NAMED]) + (f" and {len(lost) - NAMED} more" if len(lost) > NAMED else "")
+        where = f"{len(lost)} of {classes} classes have IoU 0 on {self.record.config['eval.split']}"
+        return [f"{where}, so that none of their pixels is labelled right: {named}"]
 
     def frame(self) -> pd.DataFrame:
         """Return the per-step log."""
