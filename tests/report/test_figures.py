@@ -311,6 +311,17 @@ def test_a_row_far_from_all_others_leaves_the_axis_of_differences_to_them() -> N
     assert drawn.axes[0].get_xlabel() == "mIoU minus first, points"
 
 
+def test_panels_of_differences_stand_one_below_another_with_their_own_rows() -> None:
+    gaps = [differences.RowDifference(name, "row", (i + 0.0, i + 1.0), None, None) for i, name in enumerate("abc")]
+    drawn = differences.draw_differences({"first": gaps, "second": gaps[1:]}, "base", "mIoU")
+    one, two = drawn.axes
+    boxes = one.get_position(), two.get_position()
+    assert boxes[0].x0 == boxes[1].x0 and boxes[0].y0 > boxes[1].y1, "no panel widens the figure"
+    assert boxes[0].height == pytest.approx(1.5 * boxes[1].height), "rows are equally high"
+    assert [text.get_text() for text in two.get_yticklabels()] == ["b", "c"]
+    assert drawn.get_figwidth() == differences.draw_differences({"first": gaps}, "base", "mIoU").get_figwidth()
+
+
 def test_the_figure_of_differences_is_written_where_there_are_any(tmp_path: Path) -> None:
     there = with_seeds({0: [40, 42.0], 1: [41, 44.0]})
     paths = figures.save_differences(there, tmp_path)
@@ -328,6 +339,16 @@ def test_the_figure_of_differences_is_written_where_there_are_any(tmp_path: Path
     figures.save_differences(with_seeds({0: [40, 42.0], 1: [45, 48.0]}), tmp_path)
     assert paths["png"].read_bytes() != picture and "paper +1.0" in paths["light"].read_text(), "drawn anew"
     assert figures.save_differences(with_seeds({0: [40.0], 1: []}), tmp_path / "none") == {}
+
+
+def test_the_png_of_differences_has_the_first_column_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = with_seeds({0: [40, 42.0], 1: [41, 44.0]})
+    alone = figures.save_differences(there, tmp_path / "one")
+    (gaps,) = differences.gaps_of(there).values()
+    monkeypatch.setattr(differences, "gaps_of", lambda _: {"c": gaps, "another": gaps})
+    both = figures.save_differences(there, tmp_path / "two")
+    assert both["png"].read_bytes() == alone["png"].read_bytes()
+    assert "another" in both["light"].read_text() and "another" not in alone["light"].read_text()
 
 
 def test_many_curves_have_a_colour_and_dash_of_their_own() -> None:

@@ -92,30 +92,37 @@ def bounds(gaps: Sequence[RowDifference]) -> tuple[float, float]:
 
 
 def draw_differences(columns: dict[str, list[RowDifference]], reference: str, metric: str) -> Figure:
-    """Draw a panel a column. ``reference``: name of the row that differences are taken to."""
-    labels = list(dict.fromkeys(one.label for gaps in columns.values() for one in gaps))
+    """Draw a panel a column, one below another, each with its own rows and its own axis.
+
+    ``reference``: name of the row that differences are taken to.
+    """
+    longest = max(len(one.label) for gaps in columns.values() for one in gaps)
     beside = 1.05  # inches right of a panel, for its numbers
-    left, width, height = 0.35 + 0.062 * max(map(len, labels)), 3.9, 0.21 * len(labels) + 1.05
-    whole = left + (width + beside) * len(columns)
-    figure = new_figure(whole, height)
-    for place, (column, gaps) in enumerate(columns.items()):
-        corner = (left + place * (width + beside)) / whole
-        axes = figure.add_axes((corner, 0.72 / height, width / whole, 1 - 1.05 / height))
-        _panel(axes, gaps, labels, bounds(gaps))
+    left, width, line = 0.35 + 0.062 * longest, 3.9, 0.21  # inches
+    above, below, legend = 0.33, 0.5, 0.26
+    whole = left + width + beside
+    height = legend + sum(above + line * len(gaps) + below for gaps in columns.values())
+    figure, top = new_figure(whole, height), height
+    for column, gaps in columns.items():
+        tall = line * len(gaps)
+        top -= above + tall
+        axes = figure.add_axes((left / whole, top / height, width / whole, tall / height))
+        top -= below
+        _panel(axes, gaps, bounds(gaps))
         style_axes(axes, column, f"{metric} minus {reference}, points", "")
-        axes.set_yticks([] if place else range(len(labels)), [] if place else [plain(label) for label in labels])
+        axes.set_yticks(range(len(gaps)), [plain(one.label) for one in gaps])
         axes.tick_params(labelsize=7.5, colors=LIGHT["ink"])
         axes.grid(visible=False, axis="y")
-        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_ylim(len(gaps) - 0.5, -0.5)
     _legend(figure, {one.kind for gaps in columns.values() for one in gaps}, height)
     return figure
 
 
-def _panel(axes: Axes, gaps: Sequence[RowDifference], labels: Sequence[str], ends: tuple[float, float]) -> None:
+def _panel(axes: Axes, gaps: Sequence[RowDifference], ends: tuple[float, float]) -> None:
     axes.set_xlim(*ends)
     axes.axvline(0, color=LIGHT["ink"], linewidth=0.8, zorder=1)
-    for one in gaps:
-        place, css = labels.index(one.label), KINDS[one.kind]
+    for place, one in enumerate(gaps):
+        css = KINDS[one.kind]
         if not ends[0] <= one.mean <= ends[1]:
             left = one.mean < ends[0]
             told, side = f"{'←' if left else '→'} {signed(one.mean)}", ends[0] if left else ends[1]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 260, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 8, 8, 20
-_FORM = 3
+_FORM = 4
 """Raised when the same numbers are drawn otherwise."""
 Limits = tuple[float, float]
 
@@ -120,22 +120,24 @@ def save_figures(results: Results, curves: dict[str, list[Curve]], folder: Path)
 
 
 def save_differences(results: Results, folder: Path) -> dict[str, Path]:
-    """Write differences to the reference row as a PNG, and as an SVG for each theme; nothing where there are none.
+    """Write differences to the reference row as an SVG for each theme, and as a PNG; nothing where there are none.
 
-    Returns paths by theme, and of the PNG under ``png``.
+    The PNG has the first column alone: it is for places where a picture is scaled to a page's width. Returns paths by
+    theme, and of the PNG under ``png``.
     """
     gaps = differences.gaps_of(results)
     if not gaps:
         return {}
     against, metric = row_name(results, results.reference), METRICS[results.plan.table.metric].name
-    numbers, png = [gaps, against, metric], folder / "differences.png"
+    first, png = dict([next(iter(gaps.items()))]), folder / "differences.png"
 
     def draw() -> Figure:
         return differences.draw_differences(gaps, against, metric)
 
-    paths = save_drawn(numbers, draw, folder, "differences")
-    if not png.is_file() or _drawn_from(png) != _digest(numbers):
-        _write(draw(), [png], _digest(numbers))
+    paths = save_drawn([gaps, against, metric], draw, folder, "differences")
+    digest = _digest([first, against, metric])
+    if not png.is_file() or _drawn_from(png) != digest:
+        _write(differences.draw_differences(first, against, metric), [png], digest)
     return {**paths, "png": png}
 
 

@@ -22,7 +22,7 @@ THEMES = {
 }
 """As in page.css."""
 LIGHT = THEMES["light"]
-_FORM = 6
+_FORM = 7
 """Raised when the same numbers are drawn otherwise."""
 
 
