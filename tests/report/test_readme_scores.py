@@ -31,18 +31,27 @@ def published(row: str, table: str = "table5", column: str = "") -> tuple[str, s
     return mean, seeds
 
 
-def difference(high: str, low: str) -> list[str]:
+def difference(high: str, low: str, column: str = "1/8 (183)") -> list[str]:
     """Points, interval, the paper's points, p, least difference, seeds and outcome."""
-    (found,) = [line[4:] for line in lines("table5") if line[:4] == [high, low, "1/8 (183)", "mIoU"]]
+    (found,) = [line[4:] for line in lines("table5") if line[:4] == [high, low, column, "mIoU"]]
     return found
 
 
+def printed(row: str, column: str) -> str:
+    """The paper's number, empty for a row of ours."""
+    place = next(line for line in lines("table5") if line[1:2] == ["row"]).index(f"{column} paper")
+    return next(line[place] for line in lines("table5") if line[0] == row)
+
+
 def test_the_rows_of_its_table() -> None:
-    (seeds,) = re.findall(r"standard deviation of (\w+) seeds", README)
+    ((most, fewer),) = re.findall(r"standard deviation of (\w+) seeds at 183 labels and of (\w+) at 92 and 732", README)
+    counts = {"1/16 (92)": SEEDS[fewer], "1/8 (183)": SEEDS[most], "1/2 (732)": SEEDS[fewer]}
     rows = {"supervised`)": "a", "semibaseline`)": "1", "features only": "2", "baseline + ViLa": "4", "viladiff`)": "8"}
     for name, row in rows.items():
-        mean, count = published(row)
-        assert f"{name} | {mean} |" in README and count == SEEDS[seeds]
+        found = {column: published(row, column=column) for column in counts}
+        paper = " ".join(f"{printed(row, column)} |".strip() for column in ("1/8 (183)", "1/2 (732)"))
+        assert f"{name} | {' | '.join(mean for mean, _ in found.values())} | {paper}" in README
+        assert {column: seeds for column, (_, seeds) in found.items()} == counts
 
 
 def test_the_differences_and_what_is_said_of_them() -> None:
@@ -57,21 +66,38 @@ def test_the_differences_and_what_is_said_of_them() -> None:
     assert f"has 80 % power for {least[0]}, {least[1]} and {least[2]} points" in README
     page = (ROOT / "reports/published/table5/table.md").read_text(encoding="utf-8")
     assert "for 34 comparisons of the paper's claims" in page
-    results = [line[-1] for line in lines("table5") if line[2:3] == ["1/8 (183)"] and len(line) == 11 and line[6]]
-    assert results.count("higher") == 1 and "lower" not in results, "of which this one alone"
+    results = [line[-1] for line in lines("table5") if len(line) == 11 and line[6] and "(" in line[2]]
+    assert results.count("higher") == 1 and "lower" not in results, "this one alone"
     table = load_table(ROOT / "ablations" / "table5.toml")
     papers = [claim for claim in table.claims if claim.source == "paper"]
     asked = {(claim.metric, tuple(sorted(one.terms))) for claim in papers for one in contrasts(table, claim)}
-    here = [terms for _, terms in asked if {table.columns[term.column].label for term in terms} == {"1/8 (183)"}]
-    assert f"for the {len(asked)} comparisons" in README and f"of the {len(here)} made so far" in README
+    columns = {table.columns[term.column].label for _, terms in asked for term in terms}
+    assert columns == {"1/8 (183)", "1/2 (732)"}
+    assert (
+        f"for the {len(asked)} comparisons that the paper's claims ask for, at 183 and 732 labels; this one" in README
+    )
+
+
+def test_what_it_says_of_732_and_92_labels() -> None:
+    pairs = (("ViLa, features only", "SemiBaseline"), ("ViLaDiff", "SemiBaseline"), ("ViLaDiff", "ViLa"))
+    found = [difference(*pair, "1/2 (732)") for pair in pairs]
+    assert f"has that power for {found[0][4]}, {found[1][4]} and {found[2][4]} points;" in README
+    above = [line[-1] for line in lines("table5") if line[1:4] == ["SemiBaseline", "1/2 (732)", "mIoU"]]
+    assert len(above) == 3 and set(above) == {"not shown"}
+    fewest = [difference(*pair, "1/16 (92)") for pair in (pairs[0], pairs[2])]
+    assert {one[-1] for one in fewest} == {"not shown"} and {one[-2] for one in (*fewest, *found)} == {"3"}
+    assert {one[4] for one in fewest} == {"2.5"} and "for 2.5 points of ViLa's features or of MixE." in README
 
 
 def test_the_ceilings_and_controls() -> None:
     names = ("1", "4", "SemiBaseline, true labels everywhere", "ViLa, true labels at edges from half on")
-    base, vila, everywhere, at_edges = (float(published(row)[0].split()[0]) for row in names)
-    room, edges = everywhere - base, at_edges - vila
-    assert f"would give the baseline {room:.1f} points" in README
-    assert f"would give ViLa {edges:.1f}." in README
+    room, edges = [], []
+    for column in ("1/16 (92)", "1/8 (183)"):
+        base, vila, everywhere, at_edges = (float(published(row, column=column)[0].split()[0]) for row in names)
+        room.append(f"{everywhere - base:.1f}")
+        edges.append(f"{at_edges - vila:.1f}")
+    assert f"would give the baseline {room[0]} points at 92 labels and {room[1]} at 183;" in README
+    assert f"would give ViLa {edges[0]} and {edges[1]}." in README
     points, interval, *_, outcome = difference("ViLaDiff", "ViLaDiff, no captions")
     assert f"({points}, {interval}, over ViLaDiff without them)" in README and outcome == "not shown"
 
@@ -107,8 +133,8 @@ def test_what_it_says_of_the_leaderboard() -> None:
     longer, ours, rival = (published(row, "leaderboard") for row in ("c", "17", "9"))
     pair = ["FixMatch-EMA, twice the steps", "FixMatch-EMA", "183 labels", "mIoU"]
     (gain,) = [line[4] for line in lines("leaderboard") if line[:4] == pair]
-    assert f"Twice the steps give FixMatch-EMA {gain.removeprefix('+')} points" in README
-    assert f"points: {longer[0]} (three seeds) at {float(costs['c']):.1f} times the cost of `supervised`" in README
+    assert f"Twice the steps give FixMatch-EMA {gain.removeprefix('+')} points at 183 labels" in README
+    assert f"labels: {longer[0]} (three seeds) at {float(costs['c']):.1f} times the cost of `supervised`" in README
     assert f"a step of ViLaDiff, once MixE refines, costs {float(costs['17']):.1f} times as much" in README
     means = {board[str(row)][1]: float(published(str(row), "leaderboard")[0].split()[0]) for row in range(1, 18)}
     names = sorted(means, key=lambda name: -means[name])[:3]
