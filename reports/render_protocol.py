@@ -35,8 +35,8 @@ APART = ("data.dataset", "data.split", "data.split_seed", "seed", "train.steps",
 def read_records(directory: Path) -> list[RunRecord]:
     """Return the records below ``directory`` in the order in which their runs ended.
 
-    Raises ValueError for a record that does not match its name, for records of different precision, and for a run that
-    was not scored on ``dev``.
+    Raises ValueError for a record that does not match its name, for records of different precision, for a run that was
+    not scored on ``dev``, and for one whose labelled list is not its seed's own: rows compare runs of one list.
     """
     files = sorted([*directory.glob("*.json"), *directory.glob("*/record.json")])
     records = [load_record(file) for file in files]
@@ -45,6 +45,9 @@ def read_records(directory: Path) -> list[RunRecord]:
             raise ValueError(f"{file} does not match its name: {why}")
         if record.config["eval.split"] != "dev":
             raise ValueError(f"{file}: eval.split = {record.config['eval.split']!r}; this page is of dev alone")
+        own, seed = record.config.get("data.split_seed"), record.config["seed"]
+        if str(record.config["data.split"]) != "all" and own != seed:
+            raise ValueError(f"{file}: data.split_seed = {own}, seed = {seed}; this page is of each seed's own list")
     one_precision(records, str(directory))
     return sorted(records, key=lambda record: record.finished or "")
 

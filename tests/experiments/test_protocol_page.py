@@ -22,9 +22,10 @@ def page() -> ModuleType:
 
 
 def on_dev(name: str) -> RunRecord:
-    """A record of a short run as if it had been scored on ``dev``."""
+    """A record of a short run as if it had been scored on ``dev``, with its seed's own list."""
     record = made(name)
-    return bound(record, **{key: getattr(record, key) | {"eval.split": "dev"} for key in ("config", "changed")})
+    fields = {"eval.split": "dev", "data.split_seed": record.config["seed"]}
+    return bound(record, **{key: getattr(record, key) | fields for key in ("config", "changed")})
 
 
 def test_the_page_follows_from_its_records(page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +54,14 @@ def test_a_run_on_reported_images_is_refused(page: ModuleType, tmp_path: Path) -
     reported = next((PUBLISHED / "table5" / "records").glob("*.json"))
     (tmp_path / reported.name).write_bytes(reported.read_bytes())
     with pytest.raises(ValueError, match=r"eval\.split = 'test'; this page is of dev alone"):
+        page.read_records(tmp_path)
+
+
+def test_a_run_with_another_list_than_its_seed_s_own_is_refused(page: ModuleType, tmp_path: Path) -> None:
+    one = on_dev("supervised-183-0")
+    other = bound(one, **{key: getattr(one, key) | {"data.split_seed": None} for key in ("config", "changed")})
+    save_record(other, tmp_path / f"{other.run_id}.json")
+    with pytest.raises(ValueError, match=r"data\.split_seed = None, seed = 0; this page is of each seed's own list"):
         page.read_records(tmp_path)
 
 
