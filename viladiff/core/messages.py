@@ -8,7 +8,7 @@ import functools
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote, unquote, unquote_plus
 
@@ -62,6 +62,11 @@ def shown(value: object, most: int = LONGEST_VALUE) -> str:
         return cut(repr(value), most)
     except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
         return cut(reprlib.repr(value), most) if isinstance(value, list | tuple | dict) else type(value).__name__
+
+
+def first_names(names: Sequence[str], most: int) -> str:
+    """Return names with commas between them, and the number of those beyond the first ``most``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def cut(text: str, most: int) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table as Grid
 
 from viladiff.cluster.resources import threads_of_a_run
 from viladiff.config.base import parse_overrides
-from viladiff.core.messages import format_seconds, printable
+from viladiff.core.messages import first_names, format_seconds, printable
 from viladiff.core.progress import tracked
 from viladiff.evaluation.devices import CPU
 from viladiff.experiments.tables import TableJob, plan_table, seeds_of
@@ -211,8 +211,8 @@ def _too_large(share: TableShare, target: Target) -> str:
     if not needs:
         return ""
     methods = sorted({method for method, _ in needs})
-    named = ", ".join(methods[:SHOWN]) + (f" and {len(methods) - SHOWN} more" if len(methods) > SHOWN else "")
-    return f"{share.name} {len(needs)} of {len(runs)} runs, up to {max(n for _, n in needs) / 2**30:.0f} GiB ({named})"
+    most = f"{max(n for _, n in needs) / 2**30:.0f} GiB"
+    return f"{share.name} {len(needs)} of {len(runs)} runs, up to {most} ({first_names(methods, SHOWN)})"
 
 
 def merged(shares: Sequence[TableShare]) -> tuple[Plan | None, TableJob | None]:

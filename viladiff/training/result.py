@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from viladiff.core.messages import first_names
 from viladiff.runs.checkpoint import StepLog
 from viladiff.runs.record import RunRecord
 
@@ -57,9 +58,8 @@ class Result:
         lost, classes = self.record.unlearned, len(self.record.class_names)
         if not lost:
             return []
-        named = ", ".join(lost[:NAMED]) + (f" and {len(lost) - NAMED} more" if len(lost) > NAMED else "")
         where = f"{len(lost)} of {classes} classes have IoU 0 on {self.record.config['eval.split']}"
-        return [f"{where}, so that none of their pixels is labelled right: {named}"]
+        return [f"{where}, so that none of their pixels is labelled right: {first_names(lost, NAMED)}"]
 
     def frame(self) -> pd.DataFrame:
         """Return the per-step log."""

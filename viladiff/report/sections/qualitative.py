@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from viladiff.core import colormap
+from viladiff.core.messages import first_names
 from viladiff.data.formats.npz import read_arrays
 from viladiff.report.table.results import CellRun, Results
 from viladiff.runs.record import RunRecord
@@ -111,8 +112,7 @@ def _draw(name: str, array: np.ndarray, names: list[str], colours: np.ndarray) -
     unknown = array >= len(names)
     pixels = np.where(unknown[..., None], colormap.hatch(*array.shape), colours[np.where(unknown, 0, array)])
     there = [names[i] for i in np.unique(array[~unknown])]
-    words = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-    return pixels.astype(np.uint8), words + (f"; {unknown.mean():.0%} ignored" if unknown.any() else "")
+    return pixels.astype(np.uint8), first_names(there, 8) + (f"; {unknown.mean():.0%} ignored" if unknown.any() else "")
 
 
 def _mistakes(truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, str]:
