@@ -317,6 +317,7 @@ def test_panels_of_differences_stand_one_below_another_with_their_own_rows() -> 
     one, two = drawn.axes
     boxes = one.get_position(), two.get_position()
     assert boxes[0].x0 == boxes[1].x0 and boxes[0].y0 > boxes[1].y1, "no panel widens the figure"
+    assert all(box.y0 > 0 and box.y1 < 1 for box in boxes), "inside the figure"
     assert boxes[0].height == pytest.approx(1.5 * boxes[1].height), "rows are equally high"
     assert [text.get_text() for text in two.get_yticklabels()] == ["b", "c"]
     assert drawn.get_figwidth() == differences.draw_differences({"first": gaps}, "base", "mIoU").get_figwidth()
